@@ -61,12 +61,12 @@ def by_numpy_alone(given: Updates) -> Callable[[], Any]:
     run = folding(given)
 
     def without() -> Any:
-        kernels = compiled_kernels.kernels()
-        compiled_kernels.use({})
+        kernels = compiled_kernels.current_kernels()
+        compiled_kernels.use_kernels({})
         try:
             return run()
         finally:
-            compiled_kernels.use(kernels)
+            compiled_kernels.use_kernels(kernels)
 
     return without
 
@@ -118,7 +118,7 @@ def main() -> None:
     options = arguments(__doc__)
     whole, mixed = updates((1.0,), "own"), updates(DENSITIES, "own")
     ranked, various = updates(DENSITIES, "common"), updates(DENSITIES, "various")
-    compiled_kernels.load()
+    compiled_kernels.load_kernels()
     folds = {
         "whole": whole,
         "mixed widths, own order": mixed,

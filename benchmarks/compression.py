@@ -17,10 +17,10 @@ from benchmarks.harness import run_cases
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.digits import deal_digits, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
@@ -45,8 +45,8 @@ SEEDS = 3
 def digits(seed: int) -> tuple[Model, list[VirtualDevice], Any, Job]:
     """Six devices with the demo's digits."""
     names = [f"d{i}" for i in range(6)]
-    data = deal(names, seed=seed)
-    devices = [VirtualDevice(n, find(KIND), data.devices[n]) for n in names]
+    data = deal_digits(names, seed=seed)
+    devices = [VirtualDevice(n, find_profile(KIND), data.devices[n]) for n in names]
     recipe = Recipe(epochs=2, batch_size=16, lr=0.02)
     job = Job(name="digits", seed=seed, rounds=25, devices=6, density=0.75, recipe=recipe)
     return import_onnx(digits_model(), "digits"), devices, (data.x, data.y), job
@@ -74,7 +74,7 @@ def run(seed: int, update: str, weights: str) -> dict[str, Any]:
     return {
         "accuracy": [r["metrics"]["accuracy"] for r in history],
         "counted": sum(p["progress"] == "folded" for r in history for p in r["devices"].values()),
-        "up": statistics.mean(sizes[1] for notes in simulation.notes.values() for sizes in notes.devices.values()),
+        "up": statistics.mean(sizes[1] for notes in simulation.notes.values() for sizes in notes.spent.values()),
         "down": statistics.mean(size for _, size in rows),
         "down_later": statistics.mean(size for number, size in rows if number > 1),
     }

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def kept(path: Path) -> dict[str, Any]:
     """A run's record with what README shows of it."""
     run = Record.load(path)
-    rounds = tuple(replace(row, own={}, density={}) for row in run.rounds)
+    rounds = tuple(replace(row, device_metrics={}, density={}) for row in run.rounds)
     body: dict[str, Any] = json.loads(replace(run, rounds=rounds, channels={}).to_json())
     return body
 

@@ -35,7 +35,7 @@ from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.runtime import session as sessions
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
@@ -100,10 +100,15 @@ def measure(name: str, densities: tuple[float, ...], device: str, turns: int) ->
     for density in densities:
         widths = widths_at(model.architecture, density)
         tensors = Selection.of(model.architecture, widths).gather(model.tensors)
-        reference = Session(graphs[CPU], threads=0, training=True)
+        reference = OnnxSession(graphs[CPU], threads=0, training=True)
         feeds = step_feeds(reference.inputs, tensors, x, y)
-        session = Session(graphs[CUDA], training=True, cuda=device == CUDA)
-        row: dict[str, Any] = {"net": name, "density": density, "provider": session.provider, "reason": session.reason}
+        session = OnnxSession(graphs[CUDA], training=True, cuda=device == CUDA)
+        row: dict[str, Any] = {
+            "net": name,
+            "density": density,
+            "provider": session.provider,
+            "reason": session.cpu_reason,
+        }
         own = {n: v.copy() for n, v in feeds.items()}  # steps of the processor write into theirs
         steps: dict[str, Step] = {"ours": session_step(session, own)}
         steps["torch"] = torch_step(name, tensors, x, y, torch.get_num_threads(), device)

@@ -25,11 +25,11 @@ from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Features
 from fedprune.planning.kernel_workload import workload
-from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
+from fedprune.planning.latency_model import LatencyTable, Measurement, fit_latency_table
 from fedprune.planning.plan import DENSITIES
-from fedprune.planning.width_candidates import rungs
-from fedprune.runtime.session import Session
-from fedprune_device.hardware.layer_timing import measure
+from fedprune.planning.width_candidates import width_candidates
+from fedprune.runtime.session import OnnxSession
+from fedprune_device.hardware.layer_timing import measure_layers
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
@@ -68,7 +68,7 @@ class Bench:
 
     def __init__(self, model: Model) -> None:
         self.model, self.architecture = model, model.architecture
-        self._step = Session(training_graph(model, Features()).to_bytes(), threads=1, training=True)
+        self._step = OnnxSession(training_graph(model, Features()).to_bytes(), threads=1, training=True)
         self._random = np.random.default_rng(0)
 
     def tensors(self, widths: Sequence[int]) -> dict[str, Any]:
@@ -87,7 +87,9 @@ class Bench:
             n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
         }
         feeds |= tensors
-        feeds |= {step_contract.buffer(t.name): np.zeros_like(tensors[t.name]) for t in self.architecture.trainable}
+        feeds |= {
+            step_contract.momentum_name(t.name): np.zeros_like(tensors[t.name]) for t in self.architecture.trainable
+        }
         return lambda: self._step.run(feeds)
 
     def prediction(self, widths: Sequence[int]) -> Callable[[], object]:
@@ -142,7 +144,7 @@ def equal_work(architecture: Architecture, widths: tuple[int, ...]) -> tuple[int
 def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
     """Rungs of the planner's ladder next to uniform widths with at least as many MACs."""
     architecture, rows = bench.architecture, []
-    ladder = rungs(architecture, table, BATCH, DENSITIES)
+    ladder = width_candidates(architecture, table, BATCH, DENSITIES)
     for share in SHARES:
         rung = min(ladder, key=lambda r: abs(r.density - share))
         uniform = equal_work(architecture, rung.widths)
@@ -170,7 +172,7 @@ def measure_net(name: str, module: Any, count: int, probed: list[Measurement]) -
     """All measurements of one net; the probe's are added to what was probed."""
     model = import_onnx(export_torch(module), name)
     bench = Bench(model)
-    probed += measure(threads=1, seconds=20.0, clock=time.process_time)
+    probed += measure_layers(threads=1, seconds=20.0, clock=time.process_time)
     print(f"{name}: measuring {count} plans", file=sys.stderr)
     plans = [widths_at(model.architecture, LEARNT_AT), *random_plans(model.architecture, count, 1)]
     seen = [(medians([bench.step(w)], STEPS)[0], medians([bench.prediction(w)], PREDICTIONS)[0]) for w in plans]
@@ -202,12 +204,12 @@ def main() -> None:
     options = command.parse_args()
     wanted, probed = dict(options.only).get("net"), list[Measurement]()
     chosen = {name: module for name, module in nets().items() if wanted in (None, name)}
-    measured = [measure_net(name, module, options.plans, probed) for name, module in chosen.items()]
-    table = fitted(probed)
+    measured = [measure_net(name, module, options.step_widths, probed) for name, module in chosen.items()]
+    table = fit_latency_table(probed)
     rows = [result_of(net, table) for net in measured]
     worst = {w: max(r[f"{w}_s"][0] / r[f"{w}_s"][1] for n in rows for r in n["planned"]) for w in ("step", "latency")}
     shown = {"block": table.block, "points": table.points, "error": table.error}
-    body = {"setting": setting("onnxruntime"), "count": options.plans, "table": shown, "worst_planned": worst}
+    body = {"setting": setting("onnxruntime"), "count": options.step_widths, "table": shown, "worst_planned": worst}
     errors = [
         {"net": net["net"], "what": what, **{k: net[what][k] for k in ("seconds", "table", "corrected")}}
         for net in rows

@@ -37,12 +37,12 @@ def session_step(session: Any, feeds: Mapping[str, Any]) -> Step:
     """Steps of a session (`fedprune.runtime.session`) that is fed as a board's trainer feeds it."""
     from fedprune.model import step_contract
 
-    moving = [n for n in feeds if step_contract.following(n) in session.outputs]
+    moving = [n for n in feeds if step_contract.next_name(n) in session.outputs]
     fed = {**feeds, **session.place({n: feeds[n] for n in moving}, "state")}
     spare = session.place({n: np.empty_like(feeds[n]) for n in moving}, "next state")
 
     def run() -> float:
-        out = session.run(fed, into={step_contract.following(n): spare[n] for n in moving})
+        out = session.run(fed, into={step_contract.next_name(n): spare[n] for n in moving})
         for name in moving:
             fed[name], spare[name] = spare[name], fed[name]
         return float(out[step_contract.LOSS])
@@ -52,9 +52,9 @@ def session_step(session: Any, feeds: Mapping[str, Any]) -> Step:
 
 def our_step(graph: Path, tensors: Mapping[str, Any], x: Any, y: Any, threads: int) -> Step:
     """The training graph that serves every width."""
-    from fedprune.runtime.session import Session
+    from fedprune.runtime.session import OnnxSession
 
-    session = Session(graph, threads=threads, training=True)
+    session = OnnxSession(graph, threads=threads, training=True)
     return session_step(session, step_feeds(session.inputs, tensors, x, y))
 
 

@@ -29,15 +29,15 @@ import numpy as np
 
 from benchmarks.fleet_mixture import SAMPLES, SHARES
 from benchmarks.harness import in_fresh_process, peak_bytes, run_cases
-from fedprune.coordination import State, coordinate
+from fedprune.coordination import State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.planning.cost_prediction import Prediction, predict
-from fedprune.planning.profile_store import find
+from fedprune.planning.cost_prediction import Prediction, predict_costs
+from fedprune.planning.profile_store import find_profile
 
 NET = "resnet20_bn"
 RECIPE = Recipe(epochs=50)
@@ -100,9 +100,9 @@ class Fleet:
     def __init__(self, case: Case, net: Architecture) -> None:
         n = case.boards
         self.net = net
-        self.profiles = [find(name) for name in SHARES]
+        self.profiles = [find_profile(name) for name in SHARES]
         self.bodies = [p.to_dict() for p in self.profiles]
-        chance = keyed(0, "million")
+        chance = keyed_generator(0, "million")
         self.kind = chance.choice(len(SHARES), n, p=list(SHARES.values())).astype(np.int8)
         self.samples = chance.integers(*SAMPLES, n, endpoint=True, dtype=np.int32)
         self.speed = chance.lognormal(0, BOARD_SIGMA, n).astype(np.float32)
@@ -124,10 +124,10 @@ class Fleet:
         self._ends = np.concatenate([deaths, np.full(len(deaths), -1.0)]).astype(np.float32)
         order = np.argsort(self._times, kind="stable")
         self._times, self._who, self._ends = self._times[order], self._who[order], self._ends[order]
-        self._factors = keyed(0, "million", "rounds")
+        self._axis_indices = keyed_generator(0, "million", "rounds")
         self._drawn = list[float]()
 
-    def moves(self) -> Iterator[tuple[float, int, float]]:
+    def is_geometric(self) -> Iterator[tuple[float, int, float]]:
         """Time, board, and the end of its connection, or -1 where it is that end; in order."""
         for at in range(0, len(self._times), 10_000):
             rows = (column[at : at + 10_000].tolist() for column in (self._times, self._who, self._ends))
@@ -142,12 +142,12 @@ class Fleet:
 
     @cache  # noqa: B019 - there is one fleet
     def _predicted(self, kind: int, samples: int) -> Prediction:
-        return predict(self.net, self.net.sizes, self.profiles[kind], RECIPE, samples)
+        return predict_costs(self.net, self.net.sizes, self.profiles[kind], RECIPE, samples)
 
     def factor(self) -> float:
         """The next round's factor on a training time."""
         if not self._drawn:
-            self._drawn += self._factors.lognormal(0, ROUND_SIGMA, 10_000).tolist()
+            self._drawn += self._axis_indices.lognormal(0, ROUND_SIGMA, 10_000).tolist()
         return float(self._drawn.pop())
 
     def transfer_s(self, board: int, size: int, *, down: bool) -> float:
@@ -172,7 +172,7 @@ class Shell:
         self.case, self.fleet = case, Fleet(case, net)
         self.state = State(model=digest("initial"), architecture=net.digest)
         self.collected = self.collections = 0
-        self.coordinator = coordinate(job, net, self.state)
+        self.coordinator = make_coordinator(job, net, self.state)
         self.now = 0.0
         self.later: list[tuple[float, int, on.Event, int]] = []
         self.order = 0
@@ -184,10 +184,10 @@ class Shell:
         self.recipe = RECIPE.to_offer()
         self.graph = {"sha256": digest("graph"), "size": 300_000}
         self.rounds: list[dict[str, float]] = []
-        self._faults = keyed(0, "million", "faults")
+        self._faults = keyed_generator(0, "million", "faults")
 
     def run(self) -> None:
-        end, moves = 3600 * self.case.hours, self.fleet.moves()
+        end, moves = 3600 * self.case.hours, self.fleet.is_geometric()
         time_, board, until = next(moves)
         while min(time_, self.later[0][0] if self.later else time_) < end:
             if self.later and self.later[0][0] <= time_:
@@ -231,7 +231,7 @@ class Shell:
                 if answer is not None:
                     due.append(answer)
         self.turns += 1
-        self.state.settle()
+        self.state.mark_saved()
 
     def _handled(self, event: on.Event, kind: str) -> list[do.Command]:
         """The coordinator's answer to an event; what it takes is measured now and then, since clocks take time, too."""
@@ -261,7 +261,7 @@ class Shell:
                 took = self.fleet.transfer_s(board, command.weights["size"], down=False)
                 stored = on.UpdateStored(command.device, command.round, command.attempt, command.weights["sha256"])
                 self._later(self.now + took, stored, int(self.fleet.session[board]))
-            case do.Fold():
+            case do.FoldUpdate():
                 part, number = command.contribution.part, command.contribution.basis.round
                 if self._faults.random() < FAULTS:
                     return on.UpdateRejected(part.device, number, part.attempt, "out of range", "diverged")
@@ -276,9 +276,9 @@ class Shell:
                 return on.Closed(command.round, digest("model", command.round))
             case do.Evaluate():
                 self.rounds[-1] |= {"ended": self.now}
-                self.state.slim(PARTS_KEPT)
+                self.state.drop_old_summaries(PARTS_KEPT)
                 return on.Evaluated(command.round, {"loss": 1.0, "accuracy": 0.5})
-            case do.Wake():
+            case do.WakeAt():
                 self._later(command.at, on.Ticked(), 0)
         return None
 

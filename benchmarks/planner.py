@@ -141,7 +141,7 @@ def child(folder: Path, batch: int) -> None:
         from fedprune_device.hardware.probe import process_memory
 
         data = load_data(str(folder / "samples.npz"))
-        process = (process_memory() or 0) - data.bytes
+        process = (process_memory() or 0) - data.memory_bytes
         with ThreadPoolExecutor(1) as thread:
             thread.submit(carry_out, folder, batch, spec, data).result()
     else:
@@ -168,7 +168,7 @@ def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None
             "benchmark", 1, 0, 0, "0" * 64, "0" * 64, tuple(spec["widths"]), spec["classes"], *files, recipe.to_dict()
         )
         runner = RoundRunner("d", store.blobs, store.slots, data)
-        runner.commit(runner.make(offer))
+        runner.commit(runner.carry_out(offer))
 
 
 def measure(case: dict[str, Any], pythons: list[str]) -> list[dict[str, Any]]:

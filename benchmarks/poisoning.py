@@ -23,12 +23,12 @@ from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.digits import deal_digits, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import Outcome, StoredData, VirtualDevice
-from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.results.run_folder import simulate_in_folder
 
 SEEDS = (0, 1)
 LAST = 3
@@ -78,12 +78,12 @@ def cases() -> Iterator[dict[str, Any]]:
 def experiment(strategy: str, limits: bool, seed: int) -> Experiment:
     """Honest boards and data."""
     names = [f"board-{i}" for i in range(BOARDS)]
-    data = deal(names, seed=seed)
+    data = deal_digits(names, seed=seed)
     recipe = Recipe(epochs=3, batch_size=32, lr=0.03, momentum=0.9)
     settings: dict[str, Any] = {} if limits else {"move_limit": 0.0, "weight_limit": 0.0}
     settings |= {"compression": "none"}  # hostile boards read and write plain updates
     job = Job("poisoning", seed, 12, BOARDS, deadline_s=1e7, strategy=strategy, recipe=recipe, **settings)
-    boards = [VirtualDevice(n, find("raspberry-pi-5"), data.devices[n]) for n in names]
+    boards = [VirtualDevice(n, find_profile("raspberry-pi-5"), data.devices[n]) for n in names]
     model = import_onnx(digits_model(), "digits-net")
     return Experiment("poisoning", job, model, boards, (data.x, data.y), data.calibration)
 
@@ -111,7 +111,7 @@ class Attack:
         out = {}
         for name, value in tensors.items():
             if self.kind == "bound":
-                trainable = self.architecture.by_name[name].kind.trainable
+                trainable = self.architecture.by_name[name].kind.is_trainable
                 out[name] = np.full_like(value, EDGE if trainable else STATISTIC)
             elif name in change:
                 out[name] = np.clip(sent[name] + times * change[name], -EDGE, EDGE).astype(np.float32)
@@ -127,7 +127,7 @@ class Attack:
         """What was sent, and by trained tensor the change."""
         sent = tensorfile.decode(store.read(offer["weights"]["sha256"]))
         got = tensorfile.decode(store.read(outcome.weights.sha256))
-        trained = [name for name in got if self.architecture.by_name[name].kind.trainable]
+        trained = [name for name in got if self.architecture.by_name[name].kind.is_trainable]
         return sent, {name: got[name].astype(np.float64) - sent[name] for name in trained}
 
 
@@ -150,7 +150,7 @@ def run(data: str, strategy: str, limits: bool, attack: str, hostile: int, seed:
     if hostile:
         what = attacked(what, attack, hostile)
     with tempfile.TemporaryDirectory() as folder:
-        record = simulate(what, Path(folder))
+        record = simulate_in_folder(what, Path(folder))
     accuracies = [row.accuracy or 0.0 for row in record.rounds]
     limited, updates = record.count_limited
     return {

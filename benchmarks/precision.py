@@ -113,7 +113,7 @@ def make(folder: Path, model: Any, widths: tuple[int, ...], x: Array) -> dict[st
         found[precision] = {
             "bytes": len(raw),
             "prepare_seconds": time.perf_counter() - began,
-            "stays_float32": list(lowered.stays),
+            "stays_float32": list(lowered.float32_nodes),
         }
         (folder / weights_file(precision)).write_bytes(raw)
     return found
@@ -147,7 +147,7 @@ def score(session: Any, x: Array) -> Array:
 def measure(samples: dict[str, Array], epochs: int) -> list[dict[str, Any]]:
     """A row per precision."""
     from fedprune.runtime.precision_files import graph_file
-    from fedprune.runtime.session import Session
+    from fedprune.runtime.session import OnnxSession
     from fedprune_export.importing import export_torch, import_onnx
 
     model = import_onnx(export_torch(trained(samples, epochs), name="resnet20"), "resnet20")
@@ -157,7 +157,7 @@ def measure(samples: dict[str, Array], epochs: int) -> list[dict[str, Any]]:
         made = make(folder, model, model.architecture.sizes, samples["x_train"])
         made[PEER] = peer(folder, model, samples["x_train"])
         files = {p: graph_file(p) for p in made} | {"float32": "inference.onnx", PEER: PEER_FILE}
-        sessions = {p: Session(folder / file) for p, file in files.items()}
+        sessions = {p: OnnxSession(folder / file) for p, file in files.items()}
         outputs = {p: score(s, samples["x_test"]) for p, s in sessions.items()}
         times = {}
         for batch in BATCHES:

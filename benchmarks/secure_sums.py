@@ -22,7 +22,7 @@ from benchmarks.harness import arguments, save, setting
 from fedprune.secure_aggregation.collector import Collector
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.participant import Participant
-from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.session import SecureSumSession
 from fedprune.security.keys import SigningKey
 
 BOARDS, NUMBERS = 100, 250_000
@@ -50,11 +50,11 @@ def measured(neighbours: str, bits: int, dropping: float) -> dict[str, Any]:
     """One secure sum: bytes and processor time of a board, medians over boards, and processor time of the server."""
     words = (NUMBERS, 0) if bits == 32 else (0, NUMBERS)
     if neighbours == "all":
-        session = Session(b"benchmark", BOARDS, BOARDS // 2 + 1, *words)
+        session = SecureSumSession(b"benchmark", BOARDS, BOARDS // 2 + 1, *words)
     else:
-        session = Session.choose(b"benchmark", BOARDS, *words)
+        session = SecureSumSession.choose(b"benchmark", BOARDS, *words)
     identities = {f"board-{i:02}": SigningKey.make() for i in range(BOARDS)}
-    directory = {name: key.verifying for name, key in identities.items()}
+    directory = {name: key.verifying_key for name, key in identities.items()}
     random, meter = np.random.default_rng(1), Meter()
     gone = set(random.permutation(sorted(identities))[: round(dropping * BOARDS)].tolist())
     inputs = {
@@ -105,7 +105,9 @@ def measured(neighbours: str, bits: int, dropping: float) -> dict[str, Any]:
     }
 
 
-def _advertised(session: Session, name: str, identity: SigningKey, directory: Any) -> tuple[Participant, bytes]:
+def _advertised(
+    session: SecureSumSession, name: str, identity: SigningKey, directory: Any
+) -> tuple[Participant, bytes]:
     board = Participant(session, name, identity, directory)
     return board, board.advertise()
 

@@ -98,14 +98,14 @@ def memory(pid: int) -> tuple[int, int]:
 def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, Any]:
     """One job on one board, and the board afterwards."""
     from benchmarks.swarm.site import site
-    from fedprune.planning.profile_store import find
+    from fedprune.planning.profile_store import find_profile
     from fedprune_export.importing import export_torch
 
     (folder / "model.onnx").write_bytes(export_torch(module(net), input_shape=shape))
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((SAMPLES, *shape)).astype(np.float32), rng.integers(0, 10, SAMPLES)
     np.savez(folder / "samples.npz", x=x, y=y)
-    profile = find(BOARD)
+    profile = find_profile(BOARD)
     limit = profile.memory.total_bytes - profile.memory.reserve_bytes
     with site(folder) as place, control_group(limit) as within:
         config = folder / "fleet.toml"
@@ -114,14 +114,14 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
         run += ["--profile", BOARD, "--threads", "1", "--broker", f"mqtt://127.0.0.1:{place.port}", "--device", "zero"]
         board = place.start("zero", [*within, *run, "--data", folder / "samples.npz", "--state", folder / "zero"])
-        waited(lambda: "connected" in place.said("zero"), "the board's connection")
+        waited(lambda: "connected" in place.titled_value("zero"), "the board's connection")
         time.sleep(IDLE_S)
         before, _ = memory(board.pid)
         place.server(config, "--verbose")  # with every limit of the plan
         loaded = 0
-        while "is finished" not in place.said("server"):
+        while "is finished" not in place.titled_value("server"):
             if board.poll() is not None:
-                raise SystemExit(f"{net}: the board's agent ended: {place.said('zero')[-3000:]}")
+                raise SystemExit(f"{net}: the board's agent ended: {place.titled_value('zero')[-3000:]}")
             loaded = max(loaded, memory(board.pid)[1])
             time.sleep(0.1)
         time.sleep(IDLE_S)
@@ -129,11 +129,11 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         place.look()
         peak = place.watched["zero"].peak
         failed = int((GROUP / "memory.failcnt").read_text()) if within else None
-        log = place.said("server").splitlines()
+        log = place.titled_value("server").splitlines()
         plan = [line for line in log if "memory:" in line or "weights: " in line]
         place.stop("zero")
     return {
-        "shape": shape, "limit_bytes": limit, "training_bytes": profile.training_bytes,
+        "shape": shape, "limit_bytes": limit, "training_bytes": profile.training_memory_bytes,
         "idle_before_bytes": before, "idle_after_bytes": after, "peak_bytes": peak, "loaded": loaded,
         "reclaimed": failed, "plan": [" ".join(line.split()[1:]) for line in plan],
     }  # fmt: skip

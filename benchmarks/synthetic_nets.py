@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Tensors
 
 
@@ -12,7 +12,7 @@ class _Writer:
     def __init__(self) -> None:
         self.groups: list[ChannelGroup] = []
         self.tensors: list[TensorSpec] = []
-        self.layers: list[Layer] = []
+        self.layers: list[LayerRow] = []
 
     def group(self, size: int) -> Axis:
         self.groups.append(ChannelGroup(f"group{len(self.groups)}", size))
@@ -23,12 +23,12 @@ class _Writer:
         self.tensors.append(TensorSpec(f"{name}.weight", TensorKind.WEIGHT, (out, into, place, place)))
         for kind in list(TensorKind)[2:]:
             self.tensors.append(TensorSpec(f"{name}.{kind.value}", kind, (out,)))
-        self.layers.append(Layer(name, "Conv", f"{name}.weight", 1))
+        self.layers.append(LayerRow(name, "Conv", f"{name}.weight", 1))
 
     def linear(self, name: str, out: Axis, into: Axis) -> None:
         self.tensors.append(TensorSpec(f"{name}.weight", TensorKind.WEIGHT, (out, into)))
         self.tensors.append(TensorSpec(f"{name}.bias", TensorKind.BIAS, (out,)))
-        self.layers.append(Layer(name, "Gemm", f"{name}.weight", 1))
+        self.layers.append(LayerRow(name, "Gemm", f"{name}.weight", 1))
 
     def architecture(self, name: str, classes: int) -> Architecture:
         made = Architecture(

@@ -28,12 +28,12 @@ from fedprune.runtime import session
 from fedprune.runtime.bundle import TRAINING, Bundle, open_bundle
 from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, weights_file
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.cli.build_engine import made_engine
+from fedprune_device.cli.build_engine import make_engine
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import bindings
-from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
+from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, current_platform
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 from fedprune_device.training.trainer import Trainer, TrainingTask
 
@@ -47,7 +47,7 @@ class Acceptance:
         self.bundle, self.folder = bundle, folder
         self.plan = bundle.engine or EnginePlan()
         self.engines = folder / "engines"
-        self.passed = self.failed = 0
+        self.add_checked = self.failed = 0
 
     def run(self) -> int:
         for name, check in (
@@ -62,39 +62,39 @@ class Acceptance:
             ("training with CUDA", self.training),
         ):
             self.say(name, check)
-        print(f"{self.passed} of {self.passed + self.failed} checks passed")
+        print(f"{self.add_checked} of {self.add_checked + self.failed} checks passed")
         return 0 if not self.failed else 1
 
     def say(self, name: str, check: Callable[[], str]) -> None:
         try:
             print(f"ok    {name}: {check()}", flush=True)
-            self.passed += 1
+            self.add_checked += 1
         except (FedpruneError, AssertionError) as error:
             print(f"FAIL  {name}: {error}", flush=True)
             self.failed += 1
 
     def board(self) -> str:
-        found = bindings.find()
-        place, device = here(found), found.device
+        found = bindings.find_tensorrt()
+        place, device = current_platform(found), found.device
         shared = "shared" if device.shared_memory else "its own"
         memory = f"{device.memory_total / 1e9:.1f} GB of memory ({shared})"
         return f"{place.board or 'unknown'}, L4T {place.l4t or 'none'}, sm {place.sm}, {memory}; {found.describe()}"
 
     def build(self) -> str:
         self.first = self.model(0)
-        facts = made_engine(self.selector(), self.first)
+        facts = make_engine(self.selector(), self.first)
         assert facts["way"] == "build", facts["way"]
         return described(facts)
 
     def restart(self) -> str:
         began = time.monotonic()
-        facts = made_engine(self.selector(), self.first)
+        facts = make_engine(self.selector(), self.first)
         assert facts["way"] == "build", f"it was made again: {facts['way']}"
         return f"the same engine, loaded and checked in {time.monotonic() - began:.1f} s"
 
     def speed(self) -> str:
         selector = self.selector()
-        selector.want(self.first)
+        selector.request_engine(self.first)
         engine = selector.turn()
         assert engine is not None, selector.status
         x = self.inputs(1)
@@ -109,21 +109,21 @@ class Acceptance:
 
     def new_weights(self) -> str:
         self.seed = getattr(self, "seed", 0) + 1
-        return described(made_engine(self.selector(), self.model(self.seed)))
+        return described(make_engine(self.selector(), self.model(self.seed)))
 
     def damage(self) -> str:
         path = self.engines / "engine.plan"
         raw = bytearray(path.read_bytes())
         raw[len(raw) // 2] ^= 1
         path.write_bytes(raw)
-        return described(made_engine(self.selector(), self.model(self.seed)))
+        return described(make_engine(self.selector(), self.model(self.seed)))
 
     def time_out(self) -> str:
         """A second is too little; should it do all the same, the engine must be right."""
         plan = replace(self.plan, timeout_s=1.0, level=5)
         try:
             return "built in a second: " + described(
-                made_engine(EngineSelector(self.folder / "hasty", plan), self.first)
+                make_engine(EngineSelector(self.folder / "hasty", plan), self.first)
             )
         except EngineError as error:
             if "in time" not in str(error):
@@ -136,7 +136,7 @@ class Acceptance:
         tensors = tensorfile.decode(self.bundle.path(WEIGHTS).read_bytes())
         found: dict[str, Any] = {}
         for cuda in (False, True):
-            loaded = Session(path, training=True, cuda=cuda)
+            loaded = OnnxSession(path, training=True, cuda=cuda)
             trainer = Trainer(path, session=loaded)
             x = self.inputs(16)
             y = np.arange(16) % architecture.classes
@@ -150,13 +150,13 @@ class Acceptance:
                 data,
                 TrainingTask(recipe, seed=0, device="d", round=1, classes=architecture.classes, widths=widths),
             )
-            found[loaded.provider] = result.tensors, result.step_seconds, loaded.reason
+            found[loaded.provider] = result.tensors, result.step_seconds, loaded.cpu_reason
         assert "cuda" in found, f"it ran on the CPU: {found['cpu'][2]}"
         moved = [np.abs(found["cuda"][0][n] - found["cpu"][0][n]).max() for n in found["cpu"][0]]
         far = float(max(moved))
         assert far < 1e-2, f"weights differ by {far:.2g}"
         milliseconds = ", ".join(f"{n} {1e3 * f[1]:.3g} ms a step" for n, f in found.items())
-        return f"onnxruntime {session.version()}, weights within {far:.2g}, {milliseconds}"
+        return f"onnxruntime {session.onnxruntime_version()}, weights within {far:.2g}, {milliseconds}"
 
     def selector(self) -> EngineSelector:
         return EngineSelector(self.engines, self.plan)
@@ -179,7 +179,7 @@ class Acceptance:
         return EngineRequest(Predictor(folder), folder, file_digest(folder / WEIGHTS))
 
     def inputs(self, count: int) -> Any:
-        kind, shape = Session(self.bundle.path("inference.onnx")).inputs[step_contract.X]
+        kind, shape = OnnxSession(self.bundle.path("inference.onnx")).inputs[step_contract.X]
         sizes = [d if isinstance(d, int) else 1 for d in shape[1:]]
         if kind == "tensor(int64)":
             return np.zeros((count, *sizes), np.int64)
@@ -205,7 +205,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         bundle = open_bundle(arguments.bundle)
-        bindings.find()
+        bindings.find_tensorrt()
         with tempfile.TemporaryDirectory() as name:
             return Acceptance(bundle, Path(name)).run()
     except FedpruneError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.recipe import Features
 from fedprune.planning.costs import costs_at
 from fedprune.planning.probe_report import UNITS
@@ -59,12 +59,12 @@ def network() -> bytes:
 
 
 def _weights(*shape: int) -> np.ndarray:
-    return keyed(0, shape).standard_normal(shape).astype(np.float32)
+    return keyed_generator(0, shape).standard_normal(shape).astype(np.float32)
 
 
 def points(sizes: tuple[int, ...], name: str) -> list[dict[str, object]]:
     """Widths and batches at which a net is measured."""
-    random = keyed(0, "points", name)
+    random = keyed_generator(0, "points", name)
     out: list[dict[str, object]] = []
     for i in range(POINTS):
         shares = np.full(len(sizes), 0.5**i) if i < 3 else np.exp(random.uniform(np.log(0.08), 0, len(sizes)))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune_export.ir.graph import Graph, Port
 
 CLASSES = 10
@@ -33,7 +33,7 @@ class Net:
     def weight(self, name: str, *shape: int, scale: float | None = None) -> str:
         """A new weight of the layer under construction."""
         full = f"l{self._layers}.{name}"
-        value = keyed(0, full, *shape).standard_normal(shape)
+        value = keyed_generator(0, full, *shape).standard_normal(shape)
         size = scale if scale is not None else 1 / math.sqrt(max(1, math.prod(shape[1:])))
         self.graph.initializers[full] = (size * value).astype(np.float32)
         return full

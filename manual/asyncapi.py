@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from fedprune.blobs.blob_ref import LEAF
-from fedprune.security.signed_channel import HEADER as ENVELOPE
-from fedprune.wire.chunk import HEADER, MAX_PAYLOAD
+from fedprune.blobs.blob_ref import LEAF_BYTES
+from fedprune.security.signed_channel import HEADER_BYTES as ENVELOPE
+from fedprune.wire.chunk import HEADER_STRUCT, MAX_PAYLOAD_BYTES
 from fedprune.wire.fields import CheckedMessage
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer, Hello
-from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, PREFIX, SERVERS
+from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, SERVERS, TOPIC_PREFIX
 from manual.docstring import summary
 from manual.message_schemas import messages
 
@@ -49,7 +49,7 @@ def document() -> dict[str, Any]:
         "asyncapi": "3.0.0",
         "info": {
             "title": "fedprune: devices and server over MQTT",
-            "version": PREFIX.rpartition("/")[2],
+            "version": TOPIC_PREFIX.rpartition("/")[2],
             "description": (
                 "Read as the server: it receives on `up` and `join`, and sends on `down` and `joined`; a device does "
                 "the reverse. docs/protocol.md says what the messages mean and which follow which. All may come "
@@ -80,7 +80,7 @@ def document() -> dict[str, Any]:
 
 
 def _channel(address: str, what: str, kinds: list[str]) -> dict[str, Any]:
-    address = f"{PREFIX}/{{site}}/{address}"
+    address = f"{TOPIC_PREFIX}/{{site}}/{address}"
     return {
         "address": address,
         "description": what,
@@ -114,9 +114,9 @@ def _chunk() -> dict[str, Any]:
         "summary": "Consecutive leaves of a blob, or pieces of its leaf table.",
         "contentType": "application/octet-stream",
         "description": (
-            f"{HEADER.size} bytes of header (`FPC`, version, part, three zero bytes, index in 4 bytes little-endian, "
-            f"sha256 of the blob in 32) and 1 to {MAX_PAYLOAD} bytes of leaves of {LEAF} bytes each, of which a "
-            "blob's last may be shorter."
+            f"{HEADER_STRUCT.size} bytes of header (`FPC`, version, part, three zero bytes, index in 4 bytes "
+            f"little-endian, sha256 of the blob in 32) and 1 to {MAX_PAYLOAD_BYTES} bytes of leaves of {LEAF_BYTES} "
+            "bytes each, of which a blob's last may be shorter."
         ),
         "payload": {"type": "string", "format": "binary"},
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from fedprune.core import records
-from fedprune.wire.fields import MAX_MESSAGE, CheckedMessage
+from fedprune.wire.fields import MAX_MESSAGE_BYTES, CheckedMessage
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
 from manual.docstring import field_docstrings, summary
 
@@ -17,10 +17,10 @@ Schema = dict[str, Any]
 _NONE = re.compile(r"\bNone\b")
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 LIMITS = (
-    f"In UTF-8 it has at most {MAX_MESSAGE} bytes. Unknown keys are ignored. What JSON Schema can't say, and receivers "
-    "refuse: a whole number that is written with a point or an exponent, numbers beyond float64, halves of surrogate "
-    "pairs in text, addresses that only look like one, and in free objects more than 8 levels, whole numbers beyond 63 "
-    "bits and unprintable text."
+    f"In UTF-8 it has at most {MAX_MESSAGE_BYTES} bytes. Unknown keys are ignored. What JSON Schema can't say, and "
+    "receivers refuse: a whole number that is written with a point or an exponent, numbers beyond float64, halves of "
+    "surrogate pairs in text, addresses that only look like one, and in free objects more than 8 levels, whole numbers "
+    "beyond 63 bits and unprintable text."
 )
 
 _HEAD = """# Schemas of the protocol
@@ -48,7 +48,7 @@ def messages() -> dict[str, type[CheckedMessage]]:
 
 def schema(cls: type[CheckedMessage]) -> Schema:
     """The schema of one message, which needs no other file."""
-    _, definitions = records.schemas([cls])
+    _, definitions = records.record_schemas([cls])
     record = definitions.pop(cls.__name__)
     said = field_docstrings(cls)
     properties: dict[str, Schema] = {"type": {"const": cls.kind}}

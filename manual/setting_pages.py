@@ -16,7 +16,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.main import build_parser
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.server_config import PLACES, SERVER, ServerConfig
+from fedprune_server.config.server_config import SERVER_KEYS, TABLE_KEYS, ServerConfig
 from manual.docstring import attributes
 
 _HEAD = """# Settings
@@ -39,7 +39,7 @@ def page() -> str:
     said = _descriptions(ServerConfig)
     rows = [
         f"| `[{table}] {key}` | {_option(name, options)} | {_cell(said[name])} |"
-        for name, (table, key) in PLACES.items()
+        for name, (table, key) in TABLE_KEYS.items()
     ]
     parts = [
         _HEAD,
@@ -61,7 +61,7 @@ def page() -> str:
         'A table within: `staleness = { decay = "polynomial", a = 0.5 }`.\n',
         _table(Staleness, set()),
         "## `[server]`\n",
-        _table(ServerConfig, options, only=SERVER),
+        _table(ServerConfig, options, only=SERVER_KEYS),
         "## `[alerts]`\n",
         "Who is [notified of alerts](../observe.md#notifications). `--alert-webhook` sets `webhook`.\n",
         _table(AlertSettings, set()),

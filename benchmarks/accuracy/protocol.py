@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy.nets import definition
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 
 AVERAGE = 0.85
 """Decay of the moving average that every device keeps of its own trained weights, whatever the method: it is measured
@@ -50,7 +50,7 @@ class Method:
     job: Mapping[str, Any] = field(default_factory=dict)
     densities: bool = True
     elements: bool = False
-    serves: str = "after"
+    is_worth_keeping: str = "after"
     samples: bool = False
 
     @property
@@ -171,7 +171,7 @@ class Protocol:
         row = asdict(method)
         for name in ("name", "serves"):
             row.pop(name)
-        boards = [{k: v for k, v in find(b.profile).to_dict().items() if k != "sources"} for b in self.boards]
+        boards = [{k: v for k, v in find_profile(b.profile).to_dict().items() if k != "sources"} for b in self.boards]
         trainer = "cuda" if cuda else "onnxruntime"
         what = [parts, row, seed, trainer, boards, definition(self.net), AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

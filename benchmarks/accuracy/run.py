@@ -24,20 +24,20 @@ from benchmarks.accuracy import nets, sets
 from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
 from benchmarks.accuracy.shares import shares
 from benchmarks.harness import processor
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.rng import keyed
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.job import Job
 from fedprune.planning.profile import TIERS, HardwareProfile
-from fedprune.planning.profile_store import find
-from fedprune.strategies.allocation import natural
+from fedprune.planning.profile_store import find_profile
+from fedprune.strategies.allocation import natural_sort_key
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.datasets.federation import DataPlan, Federation
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
-from fedprune_server.simulation.measure import Measure, Moment
+from fedprune_server.simulation.measure import MeasuredRound, ModelMeasure
 from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
 
 SMALL = 60_000_000
@@ -94,7 +94,7 @@ def experiment_of(protocol: Protocol, method: Method, seed: int, *, workers: int
 
 def fleet(federation: Federation, boards: tuple[Board, ...]) -> tuple[VirtualDevice, ...]:
     """Devices with their boards: as many of each kind, in the order of their names."""
-    names = sorted(federation.names, key=natural)
+    names = sorted(federation.names, key=natural_sort_key)
     kinds = [_profile(board) for board in boards]
     small = sum(federation.count(n) for n in names) * math.prod(federation.samples.shape) < SMALL
     return tuple(
@@ -121,19 +121,19 @@ class Scales:
     def __init__(self, protocol: Protocol, federation: Federation, seed: int) -> None:
         # With a test set of the server's own (the papers' global one) that is what global models are measured on.
         found = federation.evaluation()
-        x, y = found if found is not None else federation.tests()
+        x, y = found if found is not None else federation.pooled_tests()
         calibration = calibration_of(federation, seed)
         densities = tuple(d for d in protocol.densities if d < 1) if protocol.submodels else ()
-        self._often = Measure(x, y, calibration=calibration, every=protocol.every_global)
-        self._rarely = Measure(x, y, densities, calibration)
+        self._often = ModelMeasure(x, y, calibration=calibration, every=protocol.every_global)
+        self._rarely = ModelMeasure(x, y, densities, calibration)
         self._protocol = protocol
 
-    def __call__(self, moment: Moment) -> dict[str, float]:
+    def __call__(self, moment: MeasuredRound) -> dict[str, float]:
         """The numbers of a round."""
         protocol, last = self._protocol, moment.round == moment.job.rounds
         if protocol.every_s:
             # Nothing is remembered: a run that was killed measures in the same rounds as one that wasn't.
-            passed = moment.before // protocol.every_s < moment.clock // protocol.every_s
+            passed = moment.previous_clock // protocol.every_s < moment.clock // protocol.every_s
             return self._rarely(moment) if passed or last or moment.round == 1 else {}
         return self._rarely(moment) if last or moment.round % protocol.every == 0 else self._often(moment)
 
@@ -141,7 +141,7 @@ class Scales:
 def calibration_of(federation: Federation, seed: int) -> npt.NDArray[Any]:
     """Some training samples of all devices together."""
     rows = np.sort(np.concatenate([h.train for h in federation.holdings.values()]))
-    order = keyed(seed, "calibration").permutation(len(rows))[:CALIBRATION]
+    order = keyed_generator(seed, "calibration").permutation(len(rows))[:CALIBRATION]
     return federation.preparation(federation.samples.take(rows[np.sort(order)]))
 
 
@@ -203,7 +203,7 @@ def run(
             raise _TimeIsUpError
 
     try:
-        record = simulate(experiment, place, timed)
+        record = simulate_in_folder(experiment, place, timed)
     except _TimeIsUpError:
         record = running[0].record()
     spent = used()
@@ -222,7 +222,7 @@ def run(
         "rounds": rounds_of(record),
     }
     path = result_path(method, seed, folder, cuda=cuda)
-    write_whole(path, json.dumps(result).encode())
+    write_atomically(path, json.dumps(result).encode())
     shutil.rmtree(place)
     return result
 
@@ -259,7 +259,7 @@ def rounds_of(record: Record) -> list[dict[str, Any]]:
     density: dict[str, float] = {}
     macs, active, out = 0.0, 0.0, []
     for row in record.rounds:
-        for metric, values in row.own.items():
+        for metric, values in row.device_metrics.items():
             latest.setdefault(metric, {}).update({k: v for k, v in values.items() if math.isfinite(v)})
         density.update(row.density)
         macs, active = macs + row.macs, active + row.active_macs
@@ -268,7 +268,7 @@ def rounds_of(record: Record) -> list[dict[str, Any]]:
         out.append(
             {
                 "round": row.round,
-                "at": round(row.at, 3),
+                "at": round(row.elapsed_s, 3),
                 "down": row.down,
                 "up": row.up,
                 "macs": macs,
@@ -297,7 +297,7 @@ def _means(values: Mapping[str, float], density: Mapping[str, float]) -> dict[st
 
 def _profile(board: Board) -> HardwareProfile:
     """A shipped board that trains on its processor, as these runs do. Nothing else of its profile decides a number."""
-    shipped = find(board.profile)
+    shipped = find_profile(board.profile)
     processor = replace(shipped.software, tier=TIERS[0], tensorrt=None)
     found = replace(shipped, accelerator=None, power=None, software=processor)
     if not board.down_mb_s:

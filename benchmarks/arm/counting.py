@@ -93,12 +93,12 @@ def counter(folder: Path) -> Path:
 
 def board(folder: Path, engines: Iterable[str]) -> Board:
     """A userland with a kit's wheels, torch's if it is needed, and what runs."""
-    from fedprune_flash import Target
+    from fedprune_flash import BoardTarget
     from fedprune_flash.kit import wheelhouse
 
     made = copied(userland(BOOKWORM), folder / "board")
     wheels = folder / "wheels"
-    wheelhouse.fetch(wheelhouse.build_wheel(folder / "own"), Target(BOOKWORM.python), wheels)
+    wheelhouse.fetch_wheels(wheelhouse.build_wheel(folder / "own"), BoardTarget(BOOKWORM.python), wheels)
     unpack(wheels, made.root / SITE[1:])
     if "torch" in engines:
         unpack(torch_wheels(), made.root / TORCH_SITE[1:])
@@ -170,8 +170,8 @@ def row(net: str, density: float) -> str:
 
 def versions() -> dict[str, str]:
     """Of the wheels that run."""
-    from fedprune_flash import Target
-    from fedprune_flash.kit.wheelhouse import constraints
+    from fedprune_flash import BoardTarget
+    from fedprune_flash.kit.wheelhouse import locked_requirements
 
-    pinned = dict(line.split("==") for line in constraints(Target(BOOKWORM.python)) if "==" in line)
+    pinned = dict(line.split("==") for line in locked_requirements(BoardTarget(BOOKWORM.python)) if "==" in line)
     return {n: pinned[n].split()[0] for n in ("onnxruntime", "numpy")} | {"torch": TORCH}

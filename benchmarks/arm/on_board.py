@@ -27,9 +27,9 @@ def mark(number: int) -> None:
 def our_prediction(folder: Path, x: Any, precision: str) -> Callable[[], float]:
     """The model that a board serves, in float32 or int8."""
     from fedprune.model import step_contract
-    from fedprune.runtime.session import Session
+    from fedprune.runtime.session import OnnxSession
 
-    session = Session(folder / ("inference.onnx" if precision == "float32" else f"{precision}.onnx"))
+    session = OnnxSession(folder / ("inference.onnx" if precision == "float32" else f"{precision}.onnx"))
     feeds = {step_contract.X: x}
     return lambda: float(session.run(feeds)[step_contract.LOGITS].sum())
 

@@ -35,7 +35,7 @@ def audit(folder: Path, ledger: Ledger, rounds: int, seed: int, database: str | 
     """
     faults: list[str] = []
     state, offered = folder / "state", folder / "offered"
-    with Storage.at(state, database) as storage:
+    with Storage.open_in(state, database) as storage:
         summaries, known = storage.rounds(), {row["name"] for row in storage.devices()}
         events = [(number, kind, body) for number, _, kind, body in storage.log.events()]
     if known != set(ledger):

@@ -12,12 +12,12 @@ from typing import Any, cast
 from benchmarks.swarm.mqtt import Session
 from benchmarks.swarm.shelf import Arriving, Shelf
 from benchmarks.swarm.updates import Remade, device_name
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.partial_blob import PartialBlob
-from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
-from fedprune.wire.chunk import QOS as CHUNK_QOS
+from fedprune.wire.chunk import CHUNK_QOS as CHUNK_QOS
+from fedprune.wire.chunk import PACKET_OVERHEAD_BYTES, Chunk
 from fedprune.wire.messages import (
-    PUT,
+    PUT_ABILITY,
     Accepted,
     Birth,
     BlobNotFound,
@@ -27,17 +27,17 @@ from fedprune.wire.messages import (
     Finished,
     Hello,
     Offer,
-    Progress,
-    Update,
+    RoundProgress,
+    UpdateAnnouncement,
     UploadRequest,
     UploadResult,
-    parse,
+    parse_message,
 )
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, BlobSender, Pull
-from fedprune_device.network.uplink import ANNOUNCE_MAX_S, ANNOUNCE_S
+from fedprune_device.network.uplink import MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S
 
-_MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
+_MAX_PACKET = CHUNK_LEAVES * LEAF_BYTES + PACKET_OVERHEAD_BYTES
 
 
 @dataclass
@@ -47,11 +47,11 @@ class Part:
     attempt: int
     base: str
     offered: float
-    announced: float = 0.0
+    announced_digests: float = 0.0
     accepted_at: float = 0.0
     weights: str = ""
-    accepted: list[str] = field(default_factory=list)
-    cancelled: list[str] = field(default_factory=list)
+    on_accepted: list[str] = field(default_factory=list)
+    on_cancelled: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -86,14 +86,32 @@ class Board:
     """
 
     __slots__ = (
-        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_update", "_uploads",
-        "_works", "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
+        "_announce_at",
+        "_is_working",
+        "_last",
+        "_offer",
+        "_on_update_announced",
+        "_pulls",
+        "_serve",
+        "_session",
+        "_update",
+        "_uploads",
+        "finished",
+        "index",
+        "link",
+        "name",
+        "on_accepted",
+        "parts",
+        "probe",
+        "profile",
+        "samples",
+        "train_s",
     )  # fmt: skip
 
     def __init__(
         self, works: Works, index: int, profile: str, probe: dict[str, Any], samples: int, train_s: float
     ) -> None:
-        self._works = works
+        self._is_working = works
         self.index, self.name = index, device_name(index)
         self.profile, self.probe, self.samples, self.train_s = profile, probe, samples, train_s
         self.link: Session | None = None
@@ -103,25 +121,25 @@ class Board:
         self._serve = BlobSender(works.updates)
         self._offer: Offer | None = None
         self._pulls: dict[str, Pull] = {}
-        self._update: Update | None = None
-        self._last: Update | None = None
-        self._announced, self._announce_at = 0, 0.0
+        self._update: UpdateAnnouncement | None = None
+        self._last: UpdateAnnouncement | None = None
+        self._on_update_announced, self._announce_at = 0, 0.0
         self._uploads: dict[str, asyncio.Task[None]] = {}
         self.on_accepted: Callable[[Accepted], None] | None = None
 
     def new_session(self) -> Session:
         """A connection that isn't made yet."""
-        topics = self._works.topics
+        topics = self._is_working.topics
         self._session = max(self._session + 1, time.time_ns() // 1_000_000)
         will = topics.up(self.name), Death(self.name, self._session).to_bytes()
-        self.link = Session(self.name, topics.device_subscriptions(self.name), self._hear, will)
+        self.link = Session(self.name, topics.device_subscriptions(self.name), self._on_message, will)
         return self.link
 
-    def birth(self) -> None:
+    def build(self) -> None:
         """Announce itself, and say again what the server may not have heard."""
         update = self._update
         held = None if update is None else {"job": update.job, "round": update.round, "attempt": update.attempt}
-        abilities = (PUT,) if self._works.put is not None else ()
+        abilities = (PUT_ABILITY,) if self._is_working.put is not None else ()
         birth = Birth(
             self.name, self._session, self.profile, self.samples, "swarm", self.probe, held, abilities=abilities
         )
@@ -130,14 +148,14 @@ class Board:
 
     def hurry(self) -> None:
         """Say that an update is there, and soon again: it is new, or the connection is."""
-        self._announced = 0
+        self._on_update_announced = 0
         self._announce()
 
     def _announce(self) -> None:
         if self._update is not None:
             self._say(self._update, self._update.job)
-            wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
-            self._announced += 1
+            wait = min(MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S * 2.0 ** min(self._on_update_announced, 10))
+            self._on_update_announced += 1
             self._announce_at = time.monotonic() + wait * random.uniform(0.75, 1.25)
 
     def say_again(self) -> bool:
@@ -158,14 +176,14 @@ class Board:
 
     # What it hears.
 
-    def _hear(self, topic: str, payload: bytes) -> None:
+    def _on_message(self, topic: str, payload: bytes) -> None:
         if topic.endswith("/blob"):
-            self._chunk(Chunk.parse(payload))
+            self._chunk_leaves(Chunk.parse(payload))
             return
-        message = parse(payload)
+        message = parse_message(payload)
         match message:
             case Hello():
-                self.birth()
+                self.build()
                 for pull in self._pulls.values():
                     for want in pull.start(time.monotonic()):
                         self._ask(want)
@@ -176,7 +194,7 @@ class Board:
             case UploadRequest():
                 self._upload(message)
             case Accepted():
-                self._accepted(message)
+                self._acceptances(message)
             case Cancelled():
                 self._cancelled(message)
             case Finished():
@@ -188,7 +206,7 @@ class Board:
         if known is not None and (known.round, known.attempt) == (offer.round, offer.attempt):
             self.hurry()
             return
-        shelf, now = self._works.shelf, time.monotonic()
+        shelf, now = self._is_working.shelf, time.monotonic()
         self._offer, self._update = offer, None
         self.parts[offer.round] = Part(offer.attempt, offer.weights.sha256, time.time())
         self._pulls.clear()
@@ -199,13 +217,13 @@ class Board:
             for want in pull.start(now):
                 self._ask(want)
 
-    def _chunk(self, chunk: Chunk) -> None:
+    def _chunk_leaves(self, chunk: Chunk) -> None:
         pull = self._pulls.get(chunk.sha256)
         if pull is None:
             return
         for want in pull.on_chunk(chunk, time.monotonic()):
             self._ask(want)
-        if pull.done:
+        if pull.is_done:
             del self._pulls[chunk.sha256]
             if not self._pulls:
                 self._train()
@@ -213,18 +231,18 @@ class Board:
     def _train(self) -> None:
         offer = self._offer
         if offer is not None:
-            self._say(Progress(self.name, offer.job, offer.round, offer.attempt, "train", 0, 1), offer.job, qos=0)
-            self._works.later(self.train_s, self._trained, offer)
+            self._say(RoundProgress(self.name, offer.job, offer.round, offer.attempt, "train", 0, 1), offer.job, qos=0)
+            self._is_working.later(self.train_s, self._trained, offer)
 
     def _trained(self, offer: Offer) -> None:
         if self._offer is not offer:
             return
-        weights = self._works.shelf[offer.weights.sha256]
-        ref = self._works.updates.make(weights, self.index, offer.round)
+        weights = self._is_working.shelf[offer.weights.sha256]
+        ref = self._is_working.updates.make(weights, self.index, offer.round)
         part = self.parts[offer.round]
-        part.weights, part.announced = ref.sha256, time.time()
+        part.weights, part.announced_digests = ref.sha256, time.time()
         # The one device's accuracy is as good as another's: nothing was learnt.
-        self._update = Update(
+        self._update = UpdateAnnouncement(
             self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256, ref, self.samples, 1
         )
         self.hurry()
@@ -236,32 +254,32 @@ class Board:
         if isinstance(answer, BlobNotFound) or update is None or job is None or self.link is None:
             self._say(BlobNotFound(want.sha256))
             return
-        self._announce_at = max(self._announce_at, time.monotonic() + 5 * ANNOUNCE_S)
-        topic = self._works.topics.up_blob(self.name, job)
+        self._announce_at = max(self._announce_at, time.monotonic() + 5 * MIN_ANNOUNCE_INTERVAL_S)
+        topic = self._is_working.topics.up_blob(self.name, job)
         for raw in answer:
             self.link.publish(topic, raw, CHUNK_QOS)
 
     def _upload(self, request: UploadRequest) -> None:
         """Put the update where the server says, unless that is under way."""
-        put, update, sha256 = self._works.put, self._update, request.sha256
+        put, update, sha256 = self._is_working.put, self._update, request.sha256
         if put is None or update is None or update.weights.sha256 != sha256 or sha256 in self._uploads:
             return
-        self._announce_at = max(self._announce_at, time.monotonic() + 5 * ANNOUNCE_S)
+        self._announce_at = max(self._announce_at, time.monotonic() + 5 * MIN_ANNOUNCE_INTERVAL_S)
 
         async def upload() -> None:
-            failure = await put(request.url, self._works.updates.open(sha256).read())
+            failure = await put(request.url, self._is_working.updates.open(sha256).read())
             del self._uploads[sha256]
             self._say(UploadResult(sha256, failure), update.job)
 
         self._uploads[sha256] = asyncio.ensure_future(upload())
 
-    def _accepted(self, message: Accepted) -> None:
+    def _acceptances(self, message: Accepted) -> None:
         part = self.parts.get(message.round)
         if part is not None:
-            part.accepted.append(message.weights)
+            part.on_accepted.append(message.weights)
             part.accepted_at = part.accepted_at or time.time()
         if self._update is not None and self._update.weights.sha256 == message.weights:
-            self._works.updates.forget(message.weights)
+            self._is_working.updates.forget(message.weights)
             self._last, self._update = self._update, None
         if self.on_accepted is not None:
             self.on_accepted(message)
@@ -269,7 +287,7 @@ class Board:
     def _cancelled(self, message: Cancelled) -> None:
         part = self.parts.get(message.round)
         if part is not None:
-            part.cancelled.append(message.reason)
+            part.on_cancelled.append(message.reason)
         offer = self._offer
         if offer is not None and (offer.round, offer.attempt) == (message.round, message.attempt):
             self._offer = self._update = None
@@ -280,7 +298,7 @@ class Board:
 
     def _say(self, message: Any, job: str | None = None, qos: int = 1) -> None:
         if self.link is not None:
-            topics = self._works.topics
+            topics = self._is_working.topics
             self.link.publish(topics.up(self.name, job) if job else topics.up(self.name), message.to_bytes(), qos)
 
     def ledger(self) -> dict[str, Any]:

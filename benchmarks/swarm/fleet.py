@@ -20,10 +20,10 @@ from benchmarks.swarm.board import Board, Works
 from benchmarks.swarm.shelf import Shelf
 from benchmarks.swarm.updates import Remade
 from benchmarks.swarm.uploading import Uploader
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune.wire.topics import Topics
 
 CONNECTING = 64
@@ -35,7 +35,7 @@ _BEAT_S = 0.5
 
 def probe_of(profile: HardwareProfile, index: int, seed: int) -> ProbeReport:
     """What a board of this kind measures of itself: as promised, give or take a tenth."""
-    chance = keyed(seed, "probe", index)
+    chance = keyed_generator(seed, "probe", index)
     memory = round(profile.memory.total_bytes * 0.97)
     return ProbeReport(
         cores=profile.cpu.cores,
@@ -62,14 +62,14 @@ class Fleet:
         loop = asyncio.get_running_loop()
         put = Uploader().put if spec["puts"] else None
         self.works = Works(Topics(spec["site"]), Shelf(), Remade(spec["seed"]), loop.call_later, put)
-        kinds = [find(name) for name in SHARES]
+        kinds = [find_profile(name) for name in SHARES]
         shares = list(SHARES.values())
         self.lost = 0
         """Connections that broke."""
         self._gate, self._again = asyncio.Semaphore(CONNECTING), set[asyncio.Task[None]]()
         self.boards = []
         for index in range(*spec["indices"]):
-            chance = keyed(spec["seed"], "board", index)
+            chance = keyed_generator(spec["seed"], "board", index)
             profile = kinds[int(chance.choice(len(kinds), p=shares))]
             probe = probe_of(profile, index, spec["seed"])
             samples = int(chance.integers(*SAMPLES, endpoint=True))
@@ -92,7 +92,7 @@ class Fleet:
             _, session = await loop.create_connection(board.new_session, self._spec["host"], self._spec["port"])
             await session.up
         session.ended = lambda _: self._lost(board)
-        board.birth()
+        board.build()
 
     def _lost(self, board: Board) -> None:
         """A connection has broken: the device comes back, as a real one does."""

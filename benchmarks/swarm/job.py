@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.recipe import Recipe
-from fedprune.planning.cost_prediction import predict
-from fedprune.planning.profile_store import find
+from fedprune.planning.cost_prediction import predict_costs
+from fedprune.planning.profile_store import find_profile
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.digits import deal
+from fedprune_server.simulation.digits import deal_digits
 
 _REFERENCE = 256
 """Samples for which training times are predicted."""
@@ -56,7 +56,7 @@ uploads = "s3"
 
 def small_cnn() -> bytes:
     """A net of 25,730 numbers, two convolutions and two linear layers, for 8×8 images, as an ONNX file."""
-    chance = keyed(0, "swarm", "model")
+    chance = keyed_generator(0, "swarm", "model")
     shapes = {
         "conv1.weight": (16, 1, 3, 3), "conv1.bias": (16,), "conv2.weight": (32, 16, 3, 3), "conv2.bias": (32,),
         "fc1.weight": (40, 512), "fc1.bias": (40,), "fc2.weight": (10, 40), "fc2.bias": (10,),
@@ -94,7 +94,7 @@ def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pul
         Path of the `fleet.toml`.
     """
     (folder / "model.onnx").write_bytes(small_cnn())
-    hand = deal(["one"])
+    hand = deal_digits(["one"])
     np.savez(folder / "evaluation.npz", x=hand.x, y=hand.y)
     path = folder / "fleet.toml"
     path.write_text(FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls) + more)
@@ -105,6 +105,7 @@ def seconds_per_sample(profiles: list[str]) -> dict[str, float]:
     """What training on one sample takes on each kind of board, as the planner predicts it."""
     architecture = import_onnx(small_cnn(), "swarm").architecture
     return {
-        name: predict(architecture, architecture.sizes, find(name), Recipe(), _REFERENCE).train_s / _REFERENCE
+        name: predict_costs(architecture, architecture.sizes, find_profile(name), Recipe(), _REFERENCE).train_s
+        / _REFERENCE
         for name in profiles
     }

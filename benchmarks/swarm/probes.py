@@ -20,7 +20,7 @@ from benchmarks.swarm.board import Board
 from benchmarks.swarm.fleet import Fleet, fail_loudly
 from benchmarks.swarm.mqtt import Session
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.wire.messages import Accepted, Cancelled, Update, parse
+from fedprune.wire.messages import Accepted, Cancelled, UpdateAnnouncement, parse_message
 from fedprune.wire.topics import Topics
 
 EVERY_S = 0.1
@@ -39,12 +39,12 @@ class Caller:
         self._topics, self._log = topics, log
         self._asked: dict[int, tuple[float, float]] = {}
         self._round = 0
-        self.link = Session("caller", topics.device_subscriptions("caller"), self._hear)
+        self.link = Session("caller", topics.device_subscriptions("caller"), self._on_message)
 
     def ask(self) -> None:
         """Ask once more."""
         self._round += 1
-        update = Update("caller", "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
+        update = UpdateAnnouncement("caller", "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
         self._asked[self._round] = time.time(), time.perf_counter()
         self.link.publish(self._topics.up("caller", "yesterday"), update.to_bytes())
 
@@ -53,8 +53,8 @@ class Caller:
         """When those questions were asked that are not answered."""
         return [at for at, _ in self._asked.values()]
 
-    def _hear(self, topic: str, payload: bytes) -> None:
-        message = parse(payload)
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        message = parse_message(payload)
         if isinstance(message, Cancelled) and message.round in self._asked:
             at, began = self._asked.pop(message.round)
             self._log.append(("call off", at, time.perf_counter() - began))
@@ -71,14 +71,14 @@ class Repeater:
     def __init__(self, board: Board, log: list[tuple[str, float, float]]) -> None:
         self._board, self._log = board, log
         self._asked: tuple[float, float] | None = None
-        board.on_accepted = self._accepted
+        board.on_accepted = self._acceptances
 
     def ask(self) -> None:
         """Ask once more, if the last question was answered and there is something to ask for."""
         if self._asked is None and self._board.say_again():
             self._asked = time.time(), time.perf_counter()
 
-    def _accepted(self, message: Accepted) -> None:
+    def _acceptances(self, message: Accepted) -> None:
         if self._asked is not None:
             at, began = self._asked
             self._asked = None

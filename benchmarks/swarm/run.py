@@ -78,7 +78,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         ledger = ledger_of(folder)
         asked = results["probes"]["latency"]
         checked = audit(folder, ledger, size.rounds, size.seed, database)
-        with Storage.at(folder / "state", database) as storage:
+        with Storage.open_in(folder / "state", database) as storage:
             closed = {body["round"]: at for _, at, kind, body in storage.log.events() if kind == "Closed"}
             summaries = storage.rounds()
         return {
@@ -142,7 +142,7 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
     for name, process in processes.items():
         process.wait(size.limit_s + _END_S)
         if process.returncode:
-            raise RuntimeError(f"{name} has failed:\n{place.said(name)}")
+            raise RuntimeError(f"{name} has failed:\n{place.titled_value(name)}")
     return {name: _result(place.folder, name) for name in PROCESSES}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef
 
 
 class Shelf:
@@ -38,14 +38,14 @@ class Arriving:
     Leaves are held until the blob is whole only where the shelf hasn't got it.
     """
 
-    __slots__ = ("_leaves", "_shelf", "complete", "count", "present", "ref", "table")
+    __slots__ = ("_leaves", "_shelf", "count", "is_complete", "present", "ref", "table")
 
     def __init__(self, shelf: Shelf, ref: BlobRef) -> None:
         self._shelf, self.ref = shelf, ref
         self.table: bytes | None = bytes.fromhex(ref.sha256) if ref.leaf_count == 1 else None
         self.present = bytearray(ref.leaf_count)
         self.count = 0
-        self.complete = False
+        self.is_complete = False
         self._leaves: dict[int, bytes] = {}
 
     def set_table(self, table: bytes) -> bool:
@@ -63,9 +63,9 @@ class Arriving:
         """Take in those of some consecutive leaves that are what the table says; the indices of the others."""
         assert self.table is not None
         wrong, view = [], memoryview(payload)
-        for index in range(first, first + max(1, -(-len(view) // LEAF))):
-            leaf = view[(index - first) * LEAF : (index - first + 1) * LEAF]
-            if hashlib.sha256(leaf).digest() != self.table[index * DIGEST : (index + 1) * DIGEST]:
+        for index in range(first, first + max(1, -(-len(view) // LEAF_BYTES))):
+            leaf = view[(index - first) * LEAF_BYTES : (index - first + 1) * LEAF_BYTES]
+            if hashlib.sha256(leaf).digest() != self.table[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
                 wrong.append(index)
             elif not self.present[index]:
                 self.present[index] = 1
@@ -81,4 +81,4 @@ class Arriving:
             assert hashlib.sha256(raw).hexdigest() == self.ref.sha256
             self._shelf.keep(self.ref.sha256, raw)
         self._leaves.clear()
-        self.complete = True
+        self.is_complete = True

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedprune.blobs.blob_ref import BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import BundleError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 
 NOISE = 0.01
 MARK = np.float32(1)
@@ -47,7 +47,7 @@ def trained(base: npt.NDArray[np.float32], index: int, round_: int, seed: int = 
     """
     if index >= base.size:
         raise BundleError("model for a swarm", expected=f"more than {index} numbers", got=base.size)
-    noise = keyed(seed, "swarm", index, round_).standard_normal(base.size, np.float32)
+    noise = keyed_generator(seed, "swarm", index, round_).standard_normal(base.size, np.float32)
     out: npt.NDArray[np.float32] = base + np.float32(NOISE) * noise
     out[index] += MARK
     return out

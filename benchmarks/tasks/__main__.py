@@ -34,7 +34,7 @@ from benchmarks.tasks.runs import (
     run,
 )
 from benchmarks.tasks.tasks import TASKS
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 
 RESULTS, DOCS = Path("benchmarks/results/tasks.json"), Path("docs/tasks")
 
@@ -62,7 +62,7 @@ class Results:
         self.body["runs"].setdefault(case.task, {}).setdefault(case.method, {})[str(case.seed)] = numbers
         text = json.dumps(self.body, indent=1, sort_keys=True)
         lines = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list is a line
-        write_whole(self.path, (lines + "\n").encode())
+        write_atomically(self.path, (lines + "\n").encode())
 
     def rounds(self, case: Case) -> int | None:
         """How many rounds a run has, 0 for its task's; None where that depends on runs that there aren't yet."""

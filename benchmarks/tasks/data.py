@@ -14,7 +14,7 @@ import numpy as np
 
 from fedprune.core.errors import DataError
 from fedprune_device.data.dataset import LocalData
-from fedprune_server.simulation.datasets.source import VARIABLE
+from fedprune_server.simulation.datasets.source import DATA_FOLDER_VARIABLE
 
 Array = np.ndarray[Any, Any]
 
@@ -30,9 +30,9 @@ class Dealt:
 
 def arrays(name: str) -> Any:
     """A data set by its name."""
-    folder = os.environ.get(VARIABLE)
+    folder = os.environ.get(DATA_FOLDER_VARIABLE)
     if not folder:
-        raise DataError(f"{VARIABLE} is not set", expected=f"a folder with {name}.npz")
+        raise DataError(f"{DATA_FOLDER_VARIABLE} is not set", expected=f"a folder with {name}.npz")
     return np.load(Path(folder) / f"{name}.npz", allow_pickle=False)
 
 

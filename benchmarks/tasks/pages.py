@@ -105,12 +105,12 @@ def _promises(runs: Mapping[str, Runs]) -> list[str]:
 def _ahead(task: Task, scores: list[float], others: list[float], room: float) -> bool:
     """Whether a mean score is not worse than another's by more than some room."""
     gain = statistics.fmean(scores) - statistics.fmean(others)
-    return (gain if METRICS[task.recipe.judged_by].higher else -gain) >= -room
+    return (gain if METRICS[task.recipe.judged_by].higher_is_better else -gain) >= -room
 
 
 def _mean_score(task: Task, runs: Mapping[str, Any]) -> str:
     scores = _scores(runs)
-    return METRICS[task.recipe.judged_by].shown(statistics.fmean(scores)) if scores else _MISSING
+    return METRICS[task.recipe.judged_by].value_text(statistics.fmean(scores)) if scores else _MISSING
 
 
 def _mean(values: Iterable[float], form: str) -> str:

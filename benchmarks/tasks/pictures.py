@@ -46,5 +46,5 @@ def draw(runs: dict[str, Any]) -> Path:
 def gain(task: str, score: float, reference: float) -> float:
     """By how many percent of it a score is better than another one."""
     change = 100 * (score - reference) / abs(reference)
-    better = change if METRICS[TASKS[task].recipe.judged_by].higher else -change
+    better = change if METRICS[TASKS[task].recipe.judged_by].higher_is_better else -change
     return max(-MOST, min(MOST, better))

@@ -21,18 +21,18 @@ from benchmarks.tasks.tasks import TASKS, Task, imported
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
-from fedprune.planning.profile_store import find
-from fedprune.runtime.session import Session
+from fedprune.planning.profile_store import find_profile
+from fedprune.runtime.session import OnnxSession
 from fedprune.strategies import compose
-from fedprune.strategies.allocation import natural
-from fedprune_device.training.objective import Measure as LossSums
+from fedprune.strategies.allocation import natural_sort_key
+from fedprune_device.training.objective import BatchMeasure as LossSums
 from fedprune_device.training.objective import Objective
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.measure import Measure
-from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.measure import ModelMeasure
+from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
 
 Array = np.ndarray[Any, Any]
@@ -137,12 +137,12 @@ def job_of(task: Task, method: str, devices: int, seed: int, changes: Changes = 
 
 def fleet(boards: Mapping[str, Any]) -> tuple[VirtualDevice, ...]:
     """Boards whose kinds suit the widths that they get, which are dealt out by names, too."""
-    names, turns = sorted(boards, key=natural), [0] * len(BOARDS)
+    names, turns = sorted(boards, key=natural_sort_key), [0] * len(BOARDS)
     devices = []
     for place, name in enumerate(names):
         quarter = int((place + 0.5) / len(names) * len(BOARDS))
         kinds = BOARDS[quarter]
-        devices.append(VirtualDevice(name, find(kinds[turns[quarter] % len(kinds)]), boards[name]))
+        devices.append(VirtualDevice(name, find_profile(kinds[turns[quarter] % len(kinds)]), boards[name]))
         turns[quarter] += 1
     return tuple(devices)
 
@@ -153,20 +153,20 @@ def federated(task: Task, method: str, seed: int, changes: Changes) -> dict[str,
     job = job_of(task, method, len(found.boards), seed, changes)
     # Beside one width for all nothing is trained: that width is measured, not the whole model.
     narrow = row.densities(task) if row.widths == "one" else []
-    measure = Measure(found.x, found.y, tuple(narrow)) if narrow else None
+    measure = ModelMeasure(found.x, found.y, tuple(narrow)) if narrow else None
     last: list[bytes] = []
 
     def progress(simulation: Simulation) -> None:
         last[:] = [simulation.store.read(simulation.state.model)]
 
     experiment = Experiment(method, job, model, fleet(found.boards), (found.x, found.y), measure=measure)
-    record = simulate(experiment, progress=progress)
+    record = simulate_in_folder(experiment, progress=progress)
     kind, rounds = record.measure, record.rounds
     scores = [row.measured[f"sub@{narrow[0]:g}"] if narrow else row.metrics[kind] for row in rounds]
     numbers: dict[str, Any] = {
         "curve": [round(score, 6) for score in scores] if row.shares_model else [],
         "served": round(statistics.fmean(rounds[-1].local.values()), 6),
-        "at": [round(row.at, 1) for row in rounds],
+        "at": [round(row.elapsed_s, 1) for row in rounds],
         "bytes": [row.down + row.up for row in rounds],
         "macs": np.cumsum([row.macs for row in rounds]).tolist(),
     }
@@ -185,7 +185,7 @@ def affordable_rounds(task: Task, reference: Mapping[str, Any], default: Mapping
     limits = {"macs": MACS_SHARE * reference["macs"][-1], "bytes": BYTES_SHARE * reference["bytes"][-1]}
 
     def is_shared(number: int, rounds: int) -> bool:
-        return core is not None and core.shared_in(number, rounds, spent=0)
+        return core is not None and core.is_shared_in(number, rounds, spent=0)
 
     def cost(what: str, rounds: int) -> float:
         of_round = np.diff(default[what], prepend=0)
@@ -204,7 +204,7 @@ def outputs(model: Model, weights: Tensors, x: Array) -> Array:
     """What a model with these weights makes of samples."""
     graph = model.graph.copy()
     graph.initializers |= weights
-    session = Session(graph.to_bytes())
+    session = OnnxSession(graph.to_bytes())
     parts = [session.run({"x": x[s : s + 64]}, ["logits"])["logits"] for s in range(0, len(x), 64)]
     return np.concatenate(parts)
 
@@ -229,7 +229,7 @@ def central(task: Task, seed: int) -> dict[str, Any]:
     options = {"momentum": r.momentum} if r.optimizer == "sgd" else {}
     optimizer = make([p for p in module.parameters() if p.requires_grad], lr=r.lr, **options)
     judge = Objective(
-        training_graph(model, r.features).to_bytes(), r, model.architecture.classes, scores=r.features.scores
+        training_graph(model, r.features).to_bytes(), r, model.architecture.classes, scores=r.features.counts_hits
     )
     rng = np.random.default_rng(seed)
 
@@ -241,7 +241,7 @@ def central(task: Task, seed: int) -> dict[str, Any]:
                 judge(_outputs(module, torch.tensor(found.x[s : s + 256])).numpy(), judge.targets(found.y[s : s + 256]))
                 for s in range(0, len(found.x), 256)
             ]
-        return round(judge.metrics(LossSums.of(parts))[r.judged_by], 6)
+        return round(judge.metrics(LossSums.combine(parts))[r.judged_by], 6)
 
     curve: list[float] = []
     before = judged()

@@ -11,7 +11,7 @@ from examples.own_losses import infonce
 
 import fedprune_export as fx
 from benchmarks.tasks import adapters, data, losses, nets
-from fedprune.model.recipe import CUSTOM, Recipe
+from fedprune.model.recipe import CUSTOM_LOSS, Recipe
 from fedprune_export.pruning.model import Model
 
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
@@ -55,7 +55,7 @@ TASKS = {
     ),
     "detection": Task(
         "Detection: digits of MNIST on canvases, ten boards",
-        data.objects, nets.Detector, replace(ADAM, loss=CUSTOM, metric=CUSTOM, epochs=3, lr=2e-3), 12,
+        data.objects, nets.Detector, replace(ADAM, loss=CUSTOM_LOSS, metric=CUSTOM_LOSS, epochs=3, lr=2e-3), 12,
         own={"loss": losses.detection, "metric": losses.AveragePrecision},
     ),
     "forecasting": Task(
@@ -76,7 +76,8 @@ TASKS = {
     ),
     "embedding": Task(
         "Embeddings: Fashion-MNIST with InfoNCE, ten boards",
-        data.clothes, nets.Embedder, replace(ADAM, loss=CUSTOM, metric=CUSTOM, batch_size=64, epochs=2, lr=2e-3), 10,
+        data.clothes, nets.Embedder,
+        replace(ADAM, loss=CUSTOM_LOSS, metric=CUSTOM_LOSS, batch_size=64, epochs=2, lr=2e-3), 10,
         own={"loss": infonce, "metric": losses.retrieval},
     ),
     "language": Task(

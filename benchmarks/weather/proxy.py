@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.swarm.mqtt import packets
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.core.errors import ProtocolError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobRequest, parse
+from fedprune.wire.messages import BlobRequest, parse_message
 
 _CONNECT, _PUBLISH = 1, 3
 _DUPLICATE = 0x08
@@ -109,7 +109,7 @@ class Tally:
 class _Packet:
     raw: bytes
     due: float
-    chunk: tuple[str, int, int] | None = None  # blob, first leaf and length of a chunk's data
+    on_chunk: tuple[str, int, int] | None = None  # blob, first leaf and length of a chunk's data
     copy: bool = False
 
 
@@ -134,7 +134,7 @@ class Way:
         self._proxy, self.name, self._line = proxy, name, line
         self._queue: deque[_Packet] = deque()
         self._changed = asyncio.Event()
-        self._due = self._free = 0.0
+        self._schedule = self._free = 0.0
 
     async def take(self, reader: asyncio.StreamReader) -> None:
         """Take packets in until the sender ends."""
@@ -175,13 +175,13 @@ class Way:
         tries = int(chance.geometric(1 - weather.loss, segments).max()) if weather.loss else 1
         self._proxy.tally.events["lost"] += tries - 1
         self._free = max(self._free, now) + (len(raw) / weather.bytes_s if weather.bytes_s else 0.0)
-        self._due = max(self._due, self._free + weather.round_trip_s * (tries - 0.5))
-        packet = _Packet(raw, self._due)
+        self._schedule = max(self._schedule, self._free + weather.round_trip_s * (tries - 0.5))
+        packet = _Packet(raw, self._schedule)
         self._queue.append(packet)
         if kind == _PUBLISH:
-            chunk = packet.chunk = _chunk(raw)
-            if packet.chunk is not None:
-                self._proxy.tally.sent[self._line.board, self.name, packet.chunk[0]] += packet.chunk[2]
+            chunk = packet.on_chunk = _chunk(raw)
+            if packet.on_chunk is not None:
+                self._proxy.tally.sent[self._line.board, self.name, packet.on_chunk[0]] += packet.on_chunk[2]
             elif (want := _want(raw)) is not None:
                 key = self._line.board, "down" if self.name == "up" else "up", want.sha256
                 asked = self._proxy.tally.asked.setdefault(key, Counter())
@@ -189,27 +189,27 @@ class Way:
             before = self._queue[-2] if len(self._queue) > 1 else None
             if before is not None and before.raw[0] >> 4 == _PUBLISH and chance.random() < weather.swaps:
                 before.raw, packet.raw = packet.raw, before.raw
-                before.chunk, packet.chunk = packet.chunk, before.chunk
+                before.on_chunk, packet.on_chunk = packet.on_chunk, before.on_chunk
                 before.copy, packet.copy = packet.copy, before.copy
                 self._proxy.tally.events["swapped"] += 1
             if chance.random() < weather.repeats:
                 again = bytes((raw[0] | (_DUPLICATE if raw[0] & 6 else 0),)) + raw[1:]
-                self._queue.append(_Packet(again, self._due, chunk, copy=True))
+                self._queue.append(_Packet(again, self._schedule, chunk, copy=True))
                 self._proxy.tally.events["repeated"] += 1
         self._changed.set()
 
     def _count(self, packet: _Packet) -> None:
-        if packet.chunk is None:
+        if packet.on_chunk is None:
             return
-        sha256, first, length = packet.chunk
+        sha256, first, length = packet.on_chunk
         key = self._line.board, self.name, sha256
         if packet.copy:
             self._proxy.tally.doubled[key] += length
             return
         self._proxy.tally.arrived[key] += length
         leaves = self._proxy.tally.leaves.setdefault(key, {})
-        for at in range(0, length, LEAF):
-            leaves[first + at // LEAF] = min(LEAF, length - at)
+        for at in range(0, length, LEAF_BYTES):
+            leaves[first + at // LEAF_BYTES] = min(LEAF_BYTES, length - at)
 
 
 class Proxy:
@@ -256,12 +256,12 @@ class Proxy:
             return now
         number, into = divmod(now - self._began, weather.cut_every_s)
         begin = weather.cut_every_s - weather.cut_s  # at the end of each period, so that it begins calmly
-        behind = keyed(self._seed, "cut", int(number), board).random() < weather.cut_share
+        behind = keyed_generator(self._seed, "cut", int(number), board).random() < weather.cut_share
         return now - into + weather.cut_every_s if behind and into >= begin else now
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._count += 1
-        line = _Line(keyed(self._seed, "connection", self._count))
+        line = _Line(keyed_generator(self._seed, "connection", self._count))
         down, up = Way(self, "down", line), Way(self, "up", line)
         try:
             broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", self._broker)
@@ -305,7 +305,7 @@ def _want(raw: bytes) -> BlobRequest | None:
         return None
     body = next(packets(raw))[0]
     end = body + 2 + int.from_bytes(raw[body : body + 2], "big")
-    message = parse(raw[end + (2 if raw[0] & 6 else 0) :])
+    message = parse_message(raw[end + (2 if raw[0] & 6 else 0) :])
     return message if isinstance(message, BlobRequest) and message.part == "data" else None
 
 

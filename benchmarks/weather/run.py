@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.swarm.site import Site, site
 from benchmarks.weather.proxy import Proxy, Weather
 from fedprune.core.errors import FedpruneError, StorageError
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from fedprune_server.storage.storage import Storage
 
 STORM = Weather(
@@ -98,11 +98,11 @@ def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM
     names = [f"board-{i:02}" for i in range(devices)]
     material = folder / "material"
     material.mkdir()
-    hands = deal(names, seed=0)
+    hands = deal_digits(names, seed=0)
     (material / "model.onnx").write_bytes(digits_model())
     np.savez(material / "evaluation.npz", x=hands.x, y=hands.y)
     for name in names:
-        write_hand(material / f"{name}.npz", hands.devices[name])
+        write_device_data(material / f"{name}.npz", hands.devices[name])
     stormy = _run(folder / "storm", material, names, weather, seconds, None, seed)
     calm = _run(folder / "calm", material, names, Weather(), seconds, len(stormy.rounds), seed)
     same = [a["model"] == b["model"] for a, b in zip(stormy.rounds, calm.rounds, strict=True)]
@@ -161,7 +161,7 @@ async def _weathered(
             killed, restarts = time.monotonic(), restarts + 1
             place.kill("broker")
             await asyncio.to_thread(place.broker)
-        dead = [n for n in ("server", *names) if not place.alive(n)]
+        dead = [n for n in ("server", *names) if not place.is_alive(n)]
         done = len(_finished(place.folder / "state"))
         if rounds is not None and done >= rounds:
             break
@@ -171,7 +171,9 @@ async def _weathered(
                 break
         if dead or lived > 4 * seconds + 600:
             who = ", ".join(dead) or f"round {done + 1}"
-            raise FedpruneError(f"{who} came to no good end", hint=place.said(dead[0] if dead else "server")[-2000:])
+            raise FedpruneError(
+                f"{who} came to no good end", hint=place.titled_value(dead[0] if dead else "server")[-2000:]
+            )
     for name in (*names, "server"):
         place.stop(name)
     await proxy.stop()
@@ -188,7 +190,7 @@ def _board(folder: Path, name: str, port: int) -> list[str | Path]:
 
 def _finished(state: Path) -> list[dict[str, Any]]:
     try:
-        with Storage.existing(state) as storage:
+        with Storage.open_existing(state) as storage:
             return storage.rounds()
     except StorageError:
         return []  # it is just being made

@@ -19,24 +19,30 @@ from fedprune.planning.identification import identify
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.precision_files import FLOAT32
-from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.fleet_messages import LONGEST_AWAY_S
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET
+from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 from fedprune.wire.link import tls_context
 from fedprune_device.agent.agent import Agent, BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
-from fedprune_device.api.address import Address
-from fedprune_device.api.http_server import answering
+from fedprune_device.api.address import LocalAddress
+from fedprune_device.api.http_server import serve_local_interface
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.sources import LOCAL, SampleOptions
-from fedprune_device.engines.engine_selector import accelerator_of
+from fedprune_device.engines.engine_selector import board_tier
 from fedprune_device.hardware.probe import process_memory, table_summaries
-from fedprune_device.hardware.readings import condition, facts
+from fedprune_device.hardware.readings import condition_text, read_board_facts
 from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.hardware.thermal_guard import ThermalGuard
-from fedprune_device.launcher.sd_notify import starting
-from fedprune_device.network.connection import Connection
+from fedprune_device.launcher.sd_notify import extend_start
+from fedprune_device.network.connection import BoardConnection
 from fedprune_device.network.downloader import Downloader
-from fedprune_device.network.membership import Membership, MembershipOptions, checked_urls, join_first, membership
+from fedprune_device.network.membership import (
+    Membership,
+    MembershipOptions,
+    checked_urls,
+    join_first,
+    resolve_membership,
+)
 from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.start_failure import report_start_failure
 from fedprune_device.network.uplink import BoardStatus, Uplink
@@ -77,8 +83,8 @@ class AgentSettings:
     train_alone_s: float = 0.0
     precision: str = FLOAT32
     serve_job: str = ""
-    max_packet: int = MAX_PACKET
-    most_away_s: float = LONGEST_AWAY_S
+    max_packet: int = DEFAULT_MAX_PACKET
+    most_away_s: float = MAX_BOARD_AWAY_S
     engine: Callable[[], str] = lambda: ""
     web: Callable[[], ssl.SSLContext] = tls_context
     updater: ReleaseInstaller | str = NO_LAUNCHER
@@ -89,7 +95,7 @@ class AgentSettings:
 
 
 def build_agent(
-    connection: Connection,
+    connection: BoardConnection,
     store: DeviceStore,
     data: SampleSource,
     settings: AgentSettings,
@@ -98,12 +104,19 @@ def build_agent(
 ) -> Agent:
     """Make an agent; `clock` is monotonic, in seconds."""
     device, profile = connection.device, settings.profile
-    store.slots.job = settings.serve_job
+    store.slots.allowed_job = settings.serve_job
     uplink = Uplink(connection, store.blobs, settings.max_packet, settings.status, settings.web)
     trainer = TrainerCache(settings.threads, cuda=settings.cuda)
     lowering = ReducedPrecision(settings.precision, settings.threads)
     runner = RoundRunner(
-        device, store.blobs, store.slots, data, trainer, states=store.own, lowering=lowering, noise=store.privacy.draw
+        device,
+        store.blobs,
+        store.slots,
+        data,
+        trainer,
+        states=store.local_states,
+        lowering=lowering,
+        noise=store.privacy.draw,
     )
     offline = RoundRunner(device, store.blobs, store.slots, data, trainer, lowering=lowering)
     offers = OfferHandler(
@@ -127,7 +140,7 @@ def build_agent(
             settings.probe,
             settings.engine,
             may_leave=settings.most_away_s > 0,
-            private=lambda: store.privacy.private,
+            private=lambda: store.privacy.is_private,
         ),
         uplink,
         offers,
@@ -135,7 +148,7 @@ def build_agent(
         crashes=CrashReporter(connection, settings.crashes or CrashReports(store.root)),
         watchdog=Watchdog(settings.trial),
         stopping=settings.stopping or threading.Event(),
-        most_away_s=settings.most_away_s,
+        max_away_s=settings.most_away_s,
         clock=clock,
     )
 
@@ -187,36 +200,36 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
     trial = ReleaseTrial.current()
     if trial is not None:
         _check_trial(trial, runtime, state / "serving")
-    profile = _profile(config.profile)
-    accelerator = accelerator_of(config.tier, config.engine_plan, profile)
+    profile = _find_profile(config.profile)
+    accelerator = board_tier(config.tier, config.engine_plan, profile)
     settings = _configured_settings(config, profile, cuda=accelerator.cuda)
-    address = Address.given(config.local, state)
+    address = LocalAddress.from_option(config.local, state)
     selector = None if address is None else accelerator.selector(state)
     stopping, status = threading.Event(), BoardStatus()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     owner = DirectoryOwner(device, member_options.site)
-    with ExitStack() as stack, _stopped_children(stopping):
+    with ExitStack() as stack, _ignore_stopped_children(stopping):
         # Before the state directory is locked and written: an error in the user's data is reported first.
         fixed_data = None if sample_options.data == LOCAL else sample_options.open(state, stack)
         store = _open_store(stack, state, owner, policy)
-        crashes = CrashReports(state, quiet=lambda: store.privacy.private)
-        stack.enter_context(crashes.watched())
+        crashes = CrashReports(state, quiet=lambda: store.privacy.is_private)
+        stack.enter_context(crashes.watch_run())
         data = sample_options.open(state, stack) if fixed_data is None else fixed_data
         runtime.check()  # in a child process, before this process loads onnxruntime: a broken one may end its process
         # With an engine onnxruntime stays on the processor: the reference of its check must not share its faults.
         cuda = accelerator.cuda and selector is None
         stack.enter_context(
-            answering(address, state, sample_options, data, status.to_dict, cuda=cuda, selector=selector)
+            serve_local_interface(address, state, sample_options, data, status.to_dict, cuda=cuda, selector=selector)
         )
-        member = membership(member_options)
-        if config.no_probe or (member.identity is not None and not member.identity.joined):
+        member = resolve_membership(member_options)
+        if config.no_probe or (member.identity is not None and not member.identity.has_joined):
             runtime.close()  # joining may take days, and the child process needs memory
         if not _join_fleet(member, owner, stopping, patient=config.patient):
             return
-        connection = member.connection(store.next_session)
-        probe = None if config.no_probe else _probed(config, runtime, data, cuda=accelerator.cuda)
+        connection = member.connect(store.next_session)
+        probe = None if config.no_probe else _probe(config, runtime, data, cuda=accelerator.cuda)
         runtime.close()
-        _LOG.info("board: %s", condition())
+        _LOG.info("board: %s", condition_text())
         settings = replace(
             settings,
             probe=probe,
@@ -237,7 +250,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         stack.callback(connection.link.close)
         # Only now: a start that fails must not give the state directory to a mistyped device name.
         owner.claim(state)
-        renewal = member.renewal(connection.link)
+        renewal = member.renewal_task(connection.link)
         if renewal is not None:
             stack.enter_context(renewal)
         agent.run(config.until_finished)
@@ -245,15 +258,15 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
 
 def _open_store(stack: ExitStack, state: Path, owner: DirectoryOwner, policy: PrivacyPolicy | None) -> DeviceStore:
     store = stack.enter_context(DeviceStore(state, owner=owner))
-    store.hold_to(policy)
-    if store.privacy.private:
+    store.apply_policy(policy)
+    if store.privacy.is_private:
         _LOG.info("privacy: %s", store.privacy.describe())
     return store
 
 
 def _join_fleet(member: Membership, owner: DirectoryOwner, stopping: threading.Event, *, patient: bool) -> bool:
     """Join, if the board hasn't yet; False if it was stopped meanwhile."""
-    with starting("waiting to join the fleet"):
+    with extend_start("waiting to join the fleet"):
         if not join_first(member, patient=patient, stopped=stopping):
             return False
     if member.identity is not None:
@@ -283,11 +296,11 @@ def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) ->
     trial.check(health)
 
 
-def _probed(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:
+def _probe(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:
     _LOG.info("measuring this board, which takes 10 to 30 s")
     report = runtime.probe(config.threads, memory_file=config.membership.state / "layer_times.json", cuda=cuda)
     # The probe reports this process without its samples, because the planner adds the samples' memory itself.
-    sample_bytes = data.bytes if isinstance(data, LocalData) else 0
+    sample_bytes = data.memory_bytes if isinstance(data, LocalData) else 0
     process_bytes = process_memory()
     report = replace(report, process_bytes=None if process_bytes is None else max(process_bytes - sample_bytes, 2**20))
     _LOG.info("probe: %s", json.dumps(report.to_dict() | table_summaries(report)))
@@ -295,7 +308,7 @@ def _probed(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *,
 
 
 @contextmanager
-def _stopped_children(stopping: threading.Event) -> Iterator[None]:
+def _ignore_stopped_children(stopping: threading.Event) -> Iterator[None]:
     """End the body without an error where the service manager's stop signal ended a child process of a check, too."""
     try:
         yield
@@ -304,11 +317,11 @@ def _stopped_children(stopping: threading.Event) -> Iterator[None]:
             raise
 
 
-def _profile(name: str | None) -> HardwareProfile | None:
+def _find_profile(name: str | None) -> HardwareProfile | None:
     if name:
-        return profile_store.find(name)
+        return profile_store.find_profile(name)
     try:
-        identification = identify(facts())
+        identification = identify(read_board_facts())
     except ProfileError as error:
         _LOG.warning("no hardware profile fits this board, so that only its disk limits what it accepts: %s", error)
         return None

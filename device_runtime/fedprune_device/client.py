@@ -20,8 +20,8 @@ from secrets import SystemRandom
 from typing import Any
 from urllib.parse import quote
 
-_MOST_BYTES = 64 * 2**20  # of an answer
-_LONGEST_WAIT = 5.0  # seconds between two tries
+_MAX_ANSWER_BYTES = 64 * 2**20  # of an answer
+_MAX_WAIT_S = 5.0  # seconds between two tries
 
 
 class BoardError(Exception):
@@ -134,7 +134,7 @@ class Board:
         for number in range(self._tries):
             last = number + 1 == self._tries
             try:
-                status, answer = self._once(method, path, body, headers)
+                status, answer = self._try_once(method, path, body, headers)
             except (OSError, http.client.HTTPException) as error:
                 if last:
                     what = f"the board at {self._address} can't be reached ({error or type(error).__name__})"
@@ -145,17 +145,17 @@ class Board:
                 if status != 503 or last:
                     raise _error(status, answer)
             # Full jitter: those who were turned away together don't come back together.
-            time.sleep(SystemRandom().uniform(0, min(_LONGEST_WAIT, 0.1 * 2.0**number)))
+            time.sleep(SystemRandom().uniform(0, min(_MAX_WAIT_S, 0.1 * 2.0**number)))
         raise BoardError(0, "no try was made")
 
-    def _once(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, Any]:
+    def _try_once(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, Any]:
         connection = _Connection(self._address, self._timeout)
         try:
             # A board that refuses a request may answer and hang up before it has read all of it.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, body, headers)
             response = connection.getresponse()
-            raw = response.read(_MOST_BYTES)
+            raw = response.read(_MAX_ANSWER_BYTES)
             if response.status < 300 and "Accept" in headers:
                 return response.status, raw
             try:

@@ -2,6 +2,6 @@
 
 from fedprune_flash.kit.board_settings import BoardSettings
 from fedprune_flash.kit.kit import Kit, build_kit, open_kit
-from fedprune_flash.kit.target import Target
+from fedprune_flash.kit.target import BoardTarget
 
-__all__ = ["BoardSettings", "Kit", "Target", "build_kit", "open_kit"]
+__all__ = ["BoardSettings", "BoardTarget", "Kit", "build_kit", "open_kit"]

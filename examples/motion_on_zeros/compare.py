@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from fedprune.output.chart import style
-from fedprune.output.page import Bar, bars, boxes, document
+from fedprune.output.chart import series_classes
+from fedprune.output.page import Bar, bars_html, colour_legend, page_html
 
 
 def last_accuracies(run: Path) -> dict[str, float]:
@@ -35,13 +35,16 @@ def main() -> None:
     rows = [
         Bar(
             person,
-            [(f"part {style(i)}", max(0.0, run[person] - 0.006), run[person]) for i, run in enumerate(runs.values())],
+            [
+                (f"part {series_classes(i)}", max(0.0, run[person] - 0.006), run[person])
+                for i, run in enumerate(runs.values())
+            ],
             ", ".join(f"{run[person]:.0%}" for run in runs.values()),
         )
         for person in people
     ]
-    legend = boxes([f"{name}: mean {mean:.1%}" for name, mean in means.items()])
-    page = document("Accuracy of each person", [legend, bars(rows, "Accuracy of each person")])
+    legend = colour_legend([f"{name}: mean {mean:.1%}" for name, mean in means.items()])
+    page = page_html("Accuracy of each person", [legend, bars_html(rows, "Accuracy of each person")])
     (folder / "people.html").write_text(page, encoding="utf-8")
 
 

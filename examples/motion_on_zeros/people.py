@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.simulation.datasets.source import found, npz_arrays
+from fedprune_server.simulation.datasets.source import find_source, npz_arrays
 
 UCI = Path("UCI HAR Dataset")
 SIGNALS = [f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz"]
@@ -25,7 +25,7 @@ WHERE = f"Unzip https://archive.ics.uci.edu/dataset/240 here, so that there is a
 def read() -> tuple[np.ndarray, ...]:
     """Windows [n, 9, 128], activities 0 to 5, people 1 to 30, and who is in the set's own test part."""
     if not UCI.is_dir():
-        arrays = npz_arrays(found("har"))
+        arrays = npz_arrays(find_source("har"))
         return tuple(arrays[name] for name in ("x", "y", "subject", "is_test"))
     parts = []
     for part in ("train", "test"):

@@ -29,7 +29,7 @@ def main() -> None:
         samples = read_samples("cifar100.npz")
     except FedpruneError as error:
         sys.exit(f"{error}\n{WHERE} as cifar100.npz and cifar10.npz here.")
-    rows = (~samples.testing).nonzero()[0]
+    rows = (~samples.is_test).nonzero()[0]
     x = torch.from_numpy(Preparation()(samples.take(rows)))  # float32 [n, 3, 32, 32] from 0 to 1, as boards get them
     y = torch.from_numpy(samples.labels[rows])
     torch.manual_seed(0)

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 
-from fedprune.core.validation import instance, texts
+from fedprune.core.validation import check_instance, check_texts
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.bundle import TRAINING
 from fedprune.runtime.bundle_folder import is_bundle, write_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.strategies.importance.scoring import ranks, score
+from fedprune.strategies.importance.scoring import channel_scores, rank_channels
 from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.bundles.bundle import bundle_files
-from fedprune_export.checks.labelled_data import LabelledData, measured
-from fedprune_export.checks.parity import parity, try_step
-from fedprune_export.precision import Trials
+from fedprune_export.checks.labelled_data import LabelledData, load_scored_data
+from fedprune_export.checks.parity import check_parity, try_step
+from fedprune_export.precision import PrecisionTrials
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from fedprune_export.reports.report import Accuracy, Report
@@ -54,26 +54,26 @@ def export(
         BundleError: The folder holds something else.
         StorageError: The folder can't be written.
     """
-    instance("model", model, Model, "a model from fedprune_export.load")
-    instance("plan", plan, BoardPlan, "a plan from fedprune_export.plan")
-    instance("folder", folder, (str, Path), "the path of a folder")
-    instance("data", data, (str, Path, LabelledData, NoneType), "a .npz file, or LabelledData")
-    precisions, class_names = texts("precisions", precisions), texts("class_names", class_names)
+    check_instance("model", model, Model, "a model from fedprune_export.load")
+    check_instance("plan", plan, BoardPlan, "a plan from fedprune_export.plan")
+    check_instance("folder", folder, (str, Path), "the path of a folder")
+    check_instance("data", data, (str, Path, LabelledData, NoneType), "a .npz file, or LabelledData")
+    precisions, class_names = check_texts("precisions", precisions), check_texts("class_names", class_names)
     folder, recipe, profile = Path(folder), plan.recipe, plan.profile
     if isinstance(data, (str, Path)):
-        data = measured(Path(data), model, recipe)
+        data = load_scored_data(Path(data), model, recipe)
     if scorer is None and model.ranks is not None:
         ranking, ranked_by = model.ranks, "the fleet that trained the model"
     else:
         ranked_by = scorer or "magnitude"
-        ranking = ranks(score(ranked_by, model.architecture, model.tensors))
+        ranking = rank_channels(channel_scores(ranked_by, model.architecture, model.tensors))
     selection = Selection.of(model.architecture, plan.widths, ranking)
     # All checks come before anything is written: a bundle that computes something else never exists.
     step = training_step(model, recipe.features, plan.unit).to_bytes()
     files = bundle_files(model, selection, recipe, training=step, opset=opset)
-    error = parity(model, selection, files)
+    error = check_parity(model, selection, files)
     try_step(model, recipe, files, TRAINING)
-    trials = Trials(model, selection.widths, files, data).all(precisions) if precisions else ()
+    trials = PrecisionTrials(model, selection.widths, files, data).run_all(precisions) if precisions else ()
     for trial in trials:
         files |= trial.files
     report = Report(
@@ -90,11 +90,11 @@ def export(
     )
     files |= report.files()
     if profile.software.tier == "tensorrt":
-        files[tensorrt_config.NAME] = EnginePlan().to_json().encode()
+        files[tensorrt_config.ENGINE_PLAN_FILE] = EnginePlan().to_json().encode()
     write_bundle(folder, files, selection, recipe, profile.name, class_names or model.class_names)
     return report
 
 
 def _accuracy(model: Model, selection: Selection, data: LabelledData) -> Accuracy:
-    before = data.score_of(model.graph) if data.whole is None else data.whole
-    return Accuracy(data.measure, len(data.x), before, data.score_of(cut(model, selection)))
+    before = data.score_of(model.graph) if data.full_score is None else data.full_score
+    return Accuracy(data.score_name, len(data.x), before, data.score_of(cut(model, selection)))

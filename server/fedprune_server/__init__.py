@@ -14,9 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedprune_server.simulation.api import Comparison, Run, simulate
+    from fedprune_server.simulation.api import Comparison, SimulatedRun, simulate
 
-__all__ = ["Comparison", "Run", "simulate"]
+__all__ = ["Comparison", "SimulatedRun", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

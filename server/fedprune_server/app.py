@@ -20,13 +20,13 @@ from fedprune.coordination import commands as do
 from fedprune.core.errors import MissingExtraError
 from fedprune.core.text import amount
 from fedprune.output.log_lines import JSON
-from fedprune.planning.profile_store import find as find_profile
-from fedprune.planning.profile_store import names as names_of_profiles
+from fedprune.planning.profile_store import find_profile as find_profile
+from fedprune.planning.profile_store import profile_names as names_of_profiles
 from fedprune.wire.topics import Topics
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ReportSettings, ServerConfig, without_password
 from fedprune_server.devices.crash_store import CrashStore
-from fedprune_server.engine.further_jobs import further
+from fedprune_server.engine.further_jobs import further_configs
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
@@ -34,24 +34,24 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import CommandExecutor
-from fedprune_server.executor.distributed import helped
-from fedprune_server.maintenance.backup_manifest import restored_from
-from fedprune_server.messaging.broker.revocations import delivering
-from fedprune_server.messaging.connection import Connection, connection, identity_of
+from fedprune_server.executor.distributed import with_helpers
+from fedprune_server.maintenance.backup_manifest import restore_text
+from fedprune_server.messaging.broker.revocations import list_delivery
+from fedprune_server.messaging.connection import ServerConnection, open_connection, open_identity
 from fedprune_server.messaging.second_server import SecondServerGuard, ServerInstance, second_server_guard
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.display import RoundLines, make_display
-from fedprune_server.monitoring.monitor import Monitor, read_recorded
-from fedprune_server.monitoring.notifications import Notifier, channels
+from fedprune_server.monitoring.monitor import Monitor, read_monitor_record
+from fedprune_server.monitoring.notifications import Notifier, notification_channels
 from fedprune_server.observation.observer import Observer, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import database_of
+from fedprune_server.storage.storage import open_database
 from fedprune_server.transfer.http import web_blobs
-from fedprune_server.web.database import FILE as CONSOLE
+from fedprune_server.web.database import CONSOLE_FILE as CONSOLE
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.observer import ConsoleObserver, check_console, check_free
+from fedprune_server.web.observer import ConsoleObserver, check_address_free, check_console
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state import status
 from fedprune_server.web.state.admin_executor import AdminExecutor
@@ -63,7 +63,7 @@ from fedprune_server.web.state.publisher import StatusPublisher
 log = logging.getLogger("fedprune.server")
 
 # OpenTelemetry's own variables: where one is set, traces are sent without a setting of ours.
-_TRACES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_TRACE_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class App:
     server: Server
     folders: Sequence[StateFolder]
     guard: SecondServerGuard | None
-    connection: Connection
+    connection: ServerConnection
     until_finished: bool
 
     def run(self) -> None:
@@ -104,7 +104,7 @@ class App:
             folder.lease.confirm()
         if self.guard is not None:
             self.guard.confirm()
-        totals = [runner.registry.total for runner in self.server.runners.values()]
+        totals = [runner.registry.total_traffic for runner in self.server.runners.values()]
         down, up = (amount(sum(total), "bytes") for total in zip(*totals, strict=True))
         log.info("%s of payload to devices and %s from them, over all starts", down, up)
 
@@ -130,26 +130,26 @@ def build_app(
     """
     with ExitStack() as stack:
         check_console(config)
-        channels(config.alerts)
-        identity = stack.enter_context(identity_of(config, insecure=options.insecure))
+        notification_channels(config.alerts)
+        identity = stack.enter_context(open_identity(config, insecure=options.insecure))
         folder = folder or stack.enter_context(StateFolder(config.state, config.database, stopping=stopping))
         if identity is not None:
-            identity.serve(folder.storage.database)
-        if copy := restored_from(config.state):
+            identity.use_database(folder.storage.database)
+        if copy := restore_text(config.state):
             log.info("%s was %s", config.state, copy)
         profiles = _checked_profile_folders(config)
         crashes = stack.enter_context(CrashStore(config.state))
-        alerts = AlertBook(read_recorded(config.state).alerts)
-        exporters = [*_metrics(stack, config, folder, alerts), *_traces(stack, config)]
+        alerts = AlertBook(read_monitor_record(config.state).alerts)
+        exporters = [*_metrics_observers(stack, config, folder, alerts), *_trace_observers(stack, config)]
         jobs = _prepare_jobs(stack, config, options, folder, stopping)
-        site_connection = stack.enter_context(connection(config, identity))
+        site_connection = stack.enter_context(open_connection(config, identity))
         if site_connection.broker is not None:
             log.info(
                 "embedded broker: %s on %s:%d", site_connection.broker.program, config.host, site_connection.broker.port
             )
         guard = rollouts = None
         if identity is not None:
-            instance = ServerInstance(config.state, folder.lease.shared, embedded=site_connection.broker is not None)
+            instance = ServerInstance(config.state, folder.lease.shared, owns_broker=site_connection.broker is not None)
             guard = stack.enter_context(
                 second_server_guard(site_connection.url, identity, config.ca, instance, stopping)
             )
@@ -176,32 +176,32 @@ def build_app(
             )
             for i, job in enumerate(jobs)
         ]
-        services.blobs.serve([runner.served for runner in runners])
-        display = _display(jobs)  # made before the first log lines, so that they scroll by above its table
+        services.blobs.serve([runner.served_job for runner in runners])
+        display = _choose_display(jobs)  # made before the first log lines, so that they scroll by above its table
         for job in jobs:
             job.log_start()
         if identity is not None:
-            stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
-        for line in chain.from_iterable(job.opened.changed for job in jobs):
+            stack.enter_context(list_delivery(config.on_revocation, config.state, identity.authority.crl_path))
+        for line in chain.from_iterable(job.opened.setting_changes for job in jobs):
             log.warning("setting changed since the last start: %s", line)
         all_observers = [
             display,
             *exporters,
             *(_NextSteps(job, until_finished=options.until_finished) for job in jobs),
-            *_trackers(stack, jobs),
+            *_tracker_observers(stack, jobs),
             stack.enter_context(monitoring(config, {job.opened.job.name: job.config.state for job in jobs}, alerts)),
-            *_console(stack, config, site_connection, identity, runners, alerts),
+            *_console_observers(stack, config, site_connection, identity, runners, alerts),
             *observers,
         ]
         server = Server(runners, site, site_connection.broker, stopping, config.connected, all_observers)
         site_connection.start()
         for job in jobs:
-            job.folder.keep(job.opened)  # only now: a broker that can't be reached is not stored for the next start
+            job.folder.save_job(job.opened)  # only now: a broker that can't be reached is not stored for the next start
         yield App(server, [job.folder for job in jobs], guard, site_connection, options.until_finished)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PreparedJob:
     """A job that is read from its state folder, with the worker that computes for it."""
 
     config: ServerConfig
@@ -246,19 +246,19 @@ class _Job:
 class _NextSteps:
     """Logs the next steps with a finished job: export its model, and end the server."""
 
-    def __init__(self, job: _Job, *, until_finished: bool) -> None:
+    def __init__(self, job: _PreparedJob, *, until_finished: bool) -> None:
         self._job, self._until_finished = job, until_finished
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        if snapshot.name == self._job.opened.job.name and any(isinstance(e.what, do.Finish) for e in events):
-            self._log(snapshot.history)
+        if snapshot.name == self._job.opened.job.name and any(isinstance(e.payload, do.Finish) for e in events):
+            self._log_next_steps(snapshot.history)
 
-    def _log(self, history: Sequence[Mapping[str, Any]]) -> None:
+    def _log_next_steps(self, history: Sequence[Mapping[str, Any]]) -> None:
         opened, config = self._job.opened, self._job.config
         uncalibrated = divergence.is_uncalibrated(
             opened.model.architecture, opened.job.recipe, config.calibration, opened.model.frozen
         )
-        if spoilt := divergence.of_history(history, opened.job.to_dict(), uncalibrated=uncalibrated):
+        if spoilt := divergence.diagnose_history(history, opened.job.to_dict(), uncalibrated=uncalibrated):
             log.warning("%s", spoilt)
         state = shlex.quote(str(config.state))
         log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx", state)
@@ -281,66 +281,68 @@ def _checked_profile_folders(config: ServerConfig) -> tuple[Path, ...]:
 
 def _prepare_jobs(
     stack: ExitStack, config: ServerConfig, options: StartOptions, folder: StateFolder, stopping: threading.Event
-) -> list[_Job]:
+) -> list[_PreparedJob]:
     """The server's jobs; the first one is in the state folder itself, each further one in a folder of its own."""
-    configs = [config, *further(config, options.jobs)]
+    configs = [config, *further_configs(config, options.jobs)]
     jobs = []
     for job_config in configs:
         job_folder = folder
         if job_config.state != config.state:
             job_folder = stack.enter_context(StateFolder(job_config.state, job_config.database, stopping=stopping))
         prefix = f"{job_config.job.name}: " if len(configs) > 1 else ""
-        jobs.append(_open(stack, job_config, job_folder, prefix))
+        jobs.append(_prepare_job(stack, job_config, job_folder, prefix))
     return jobs
 
 
-def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder, prefix: str) -> _Job:
+def _prepare_job(stack: ExitStack, config: ServerConfig, folder: StateFolder, prefix: str) -> _PreparedJob:
     opened = folder.read_job(config, prefix)
-    worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
-    return _Job(config, folder, opened, worker)
+    worker: CommandExecutor = stack.enter_context(with_helpers(opened.worker, config.workers, config.workers_url))
+    return _PreparedJob(config, folder, opened, worker)
 
 
-def _display(jobs: Sequence[_Job]) -> Observer:
+def _choose_display(jobs: Sequence[_PreparedJob]) -> Observer:
     """A display of the rounds: a table for a single job at a terminal, else lines."""
     return RoundLines() if len(jobs) > 1 or jobs[0].config.log_format == JSON else make_display()
 
 
-def _trackers(stack: ExitStack, jobs: Sequence[_Job]) -> Iterator[Observer]:
+def _tracker_observers(stack: ExitStack, jobs: Sequence[_PreparedJob]) -> Iterator[Observer]:
     """The observers that write jobs' rounds to experiment trackers, if any are configured."""
     for job in jobs:
-        if job.config.tracked:
+        if job.config.tracker_targets:
             from fedprune_server.monitoring.job_tracker import JobTracker
 
             opened, store = job.opened, job.folder.store.local()
             tracker = JobTracker(
-                job.config.tracked, opened.job, opened.model, job.config.state, store, opened.state.history
+                job.config.tracker_targets, opened.job, opened.model, job.config.state, store, opened.state.history
             )
             stack.callback(tracker.close)
             yield tracker
 
 
-def _metrics(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Iterator[Observer]:
+def _metrics_observers(
+    stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook
+) -> Iterator[Observer]:
     """The observer that exports metrics over HTTP, if it is configured."""
-    if config.metrics_place is not None:
-        with _extra("metrics", "console"):
-            from fedprune_server.monitoring.http import served
+    if config.metrics_address is not None:
+        with _extra_needed("metrics", "console"):
+            from fedprune_server.monitoring.http import serve_metrics
             from fedprune_server.monitoring.metrics import Metrics
         metrics = Metrics(config.state, alerts.counts)
         ready = {"database": folder.lease.trouble, "broker": lambda: "" if metrics.connected else "not connected"}
-        stack.enter_context(served(config.metrics_place, metrics, ready, config.own_hosts))
+        stack.enter_context(serve_metrics(config.metrics_address, metrics, ready, config.console_host_names))
         yield metrics
 
 
-def _traces(stack: ExitStack, config: ReportSettings) -> Iterator[Observer]:
+def _trace_observers(stack: ExitStack, config: ReportSettings) -> Iterator[Observer]:
     """The observer that exports traces, if they are configured here or by OpenTelemetry's variables."""
-    if config.traces != OFF or any(os.environ.get(name) for name in _TRACES):
-        with _extra("traces", "tracing"):
-            from fedprune_server.monitoring.traces import Traces, traced
-        yield Traces(stack.enter_context(traced(None if config.traces == OFF else config.traces)))
+    if config.traces != OFF or any(os.environ.get(name) for name in _TRACE_VARIABLES):
+        with _extra_needed("traces", "tracing"):
+            from fedprune_server.monitoring.traces import Traces, span_tracer
+        yield Traces(stack.enter_context(span_tracer(None if config.traces == OFF else config.traces)))
 
 
 @contextmanager
-def _extra(feature: str, extra: str) -> Iterator[None]:
+def _extra_needed(feature: str, extra: str) -> Iterator[None]:
     """Turn the import of a missing package into an error that names the extra to install."""
     try:
         yield
@@ -364,9 +366,9 @@ def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertB
     away_rounds = 0 if config.connected else config.alerts.away_rounds
     monitor = Monitor(config.state, config.server_settings(), folders, book=alerts, away_rounds=away_rounds)
     with ExitStack() as stack:
-        notified = read_recorded(config.state).notified
-        notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, notified)
-        monitor.notified = notifier.notified
+        notified = read_monitor_record(config.state).notified_alerts
+        notifier = Notifier(config.alerts, config.site, monitor.open_alerts, lambda: not monitor.hangs, notified)
+        monitor.notified_alerts = notifier.notified_alerts
         # Closed in reverse order: the monitor records the notifier's last messages.
         stack.callback(monitor.close)
         stack.callback(notifier.close)
@@ -374,30 +376,30 @@ def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertB
         yield monitor
 
 
-def _console(
+def _console_observers(
     stack: ExitStack,
     config: ServerConfig,
-    site_connection: Connection,
+    site_connection: ServerConnection,
     identity: IdentityFolder | None,
     runners: Sequence[JobRunner],
     alerts: AlertBook,
 ) -> Iterator[Observer]:
     """The console, if there is one, of a server whose settings `check_console` has checked."""
-    if config.console_place is None:
+    if config.console_address is None:
         return
-    address, port = config.console_place
-    check_free(address, port)
+    address, port = config.console_address
+    check_address_free(address, port)
     from fedprune_server.web.auth.accounts import Accounts  # needs the extra
 
     database = stack.enter_context(ConsoleDatabase(config.state / CONSOLE))
     orders = OrderQueue(database)
     members = rollouts = executor = None
     if identity is not None:
-        read_only_database = stack.enter_context(database_of(config.state, config.database, read_only=True))
+        read_only_database = stack.enter_context(open_database(config.state, config.database, read_only=True))
         members = IdentityStore(read_only_database)
         executor = AdminExecutor(config.state, config.console_releases, orders.answer)
         rollouts = RolloutStore(config.state, read_only_database, read_only=True)
-    poller = MembershipPoller(members, rollouts, tuple if executor is None else executor.names)
+    poller = MembershipPoller(members, rollouts, tuple if executor is None else executor.release_names)
     stack.callback(poller.close)
     poller.start()
     if len(Accounts(database)) == 0:
@@ -405,7 +407,7 @@ def _console(
             "no operator can log in to the console yet: fedprune-server operators add NAME --role admin --state %s",
             config.state,
         )
-    writer = stack.enter_context(status.StatusWriter(config.state / status.FILE))
+    writer = stack.enter_context(status.StatusWriter(config.state / status.STATUS_FILE))
     site_facts = {
         "version": __version__,
         "site": site_connection.site,
@@ -437,7 +439,7 @@ def _console_settings(config: ServerConfig, address: str, port: int) -> ConsoleS
         certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
         key=None if config.console_key is None else str(config.console_key.resolve()),
         orders=config.console_orders,
-        hosts=config.own_hosts,
+        hosts=config.console_host_names,
         proxied=config.console_proxy,
         parent=os.getpid(),
     )

@@ -13,7 +13,7 @@ import pytest
 from fedprune.model.architecture import widths_at
 from fedprune.security.keys import SigningKey
 from fedprune_export.importing import import_onnx
-from fedprune_flash import BoardSettings, Target, build_kit
+from fedprune_flash import BoardSettings, BoardTarget, build_kit
 from fedprune_server.simulation.digits import digits_model
 from support.processes.arm_board import copied
 from support.processes.arm_installation import install, program, service
@@ -33,7 +33,7 @@ def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wh
     kit = build_kit(
         tmp_path / "kit",
         BoardSettings(site.url, DEVICE, SITE, SAMPLES),
-        Target(system.python),
+        BoardTarget(system.python),
         wheel=own_wheel,
         claim=site.claim(),
         signer=SigningKey.load(site.state / "identity/signing.key"),

@@ -9,8 +9,8 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.security.keys import SigningKey
-from fedprune_flash import BoardSettings, Target, build_kit
-from fedprune_flash.kit.kit import INSTALLER
+from fedprune_flash import BoardSettings, BoardTarget, build_kit
+from fedprune_flash.kit.kit import INSTALLER_FILE
 from support.fakes.tiny_wheels import fleet_of_wheels, wheel
 from support.processes.arm_board import copied
 from support.processes.arm_installation import STICK
@@ -31,11 +31,11 @@ def test_a_kit_that_the_processor_can_t_run_is_refused(
         wheel(wheels, name)
     told = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     kit = build_kit(
-        tmp_path / "kit", told, Target(BOOKWORM.python), wheel=own, links=[wheels], signer=SigningKey.make()
+        tmp_path / "kit", told, BoardTarget(BOOKWORM.python), wheel=own, links=[wheels], signer=SigningKey.make()
     )
     board = copied(userland(BOOKWORM), tmp_path / "board", processor=processor)
     shutil.copytree(kit.folder, board.root / STICK[1:])
-    done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER}", "--no-start", offline=True)
+    done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER_FILE}", "--no-start", offline=True)
     assert (done.returncode, done.stderr) == (
         code,
         "error: onnxruntime uses instructions that this processor lacks. Take another version of it.\n",

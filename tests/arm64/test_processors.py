@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune_flash import Target
+from fedprune_flash import BoardTarget
 from fedprune_flash.kit import wheelhouse
 from support.paths import TESTS
 from support.processes.arm_board import Board, copied
@@ -33,7 +33,7 @@ def board(tmp_path_factory: pytest.TempPathFactory, own_wheel: Path, broken_whee
     """A userland with a kit's wheels, and beside them the broken one."""
     folder = tmp_path_factory.mktemp("processors")
     made = copied(userland(BOOKWORM), folder / "board")
-    wheelhouse.fetch(own_wheel, Target(BOOKWORM.python), folder / "wheels")
+    wheelhouse.fetch_wheels(own_wheel, BoardTarget(BOOKWORM.python), folder / "wheels")
     unpack(folder / "wheels", made.root / SITE[1:])
     unpack(broken_wheel.parent, made.root / OLD[1:])
     (made.root / "step.py").write_bytes((TESTS / "support/processes/arm_step.py").read_bytes())

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, LayerRow, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.runtime.bundle import FILES, MANIFEST, manifest
+from fedprune.runtime.bundle import FILES, MANIFEST, manifest_text
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training import round_runner
 from support.fakes.agent_harness import Bench
@@ -94,7 +94,7 @@ def bundle(model: Path, graphs: Path) -> Path:
         "linear",
         (),
         (TensorSpec("w", TensorKind.WEIGHT, (fixed(3), fixed(6))), TensorSpec("b", TensorKind.BIAS, (fixed(3),))),
-        (Layer("w", "Gemm", "w", 1),),
+        (LayerRow("w", "Gemm", "w", 1),),
         (),
         (6,),
         (3,),
@@ -104,7 +104,7 @@ def bundle(model: Path, graphs: Path) -> Path:
     (model / "architecture.json").write_text(architecture.to_json())
     (model / "submodel.json").write_text(selection.to_json())
     files = {name: (model / name).read_bytes() for name in FILES}
-    (model / MANIFEST).write_text(manifest(files, selection, Recipe(), "raspberry-pi-5", ("ant", "bee", "cat")))
+    (model / MANIFEST).write_text(manifest_text(files, selection, Recipe(), "raspberry-pi-5", ("ant", "bee", "cat")))
     return model
 
 

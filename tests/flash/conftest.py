@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedprune_flash import BoardSettings, Kit, Target, build_kit, open_kit
+from fedprune_flash import BoardSettings, BoardTarget, Kit, build_kit, open_kit
 from support.fakes.runtime_releases import KEY
 from support.fakes.tiny_wheels import fleet_of_wheels
 
@@ -38,7 +38,7 @@ def plain_kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     board = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     own = next(wheels.glob("fedprune-*.whl"))
     out = tmp_path_factory.mktemp("kit") / "kit"
-    return build_kit(out, board, Target(HERE, platform.machine()), wheel=own, links=[wheels], signer=KEY).folder
+    return build_kit(out, board, BoardTarget(HERE, platform.machine()), wheel=own, links=[wheels], signer=KEY).folder
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def make_kit(tmp_path: Path, wheels: Path) -> Callable[..., Kit]:
     """Make a kit for this machine; what is named is changed."""
 
     def make(
-        name: str = "kit", *, target: Target | None = None, board: BoardSettings | None = None, **changes: Any
+        name: str = "kit", *, target: BoardTarget | None = None, board: BoardSettings | None = None, **changes: Any
     ) -> Kit:
         return build_kit(
             tmp_path / name,
             board or BoardSettings("mqtts://broker.example:8883", "attic", "lab"),
-            target or Target(HERE, platform.machine()),
+            target or BoardTarget(HERE, platform.machine()),
             **{"wheel": next(wheels.glob("fedprune-*.whl")), "links": [wheels], "signer": KEY, **changes},
         )
 

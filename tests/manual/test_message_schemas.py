@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import fields
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.messages import Message, parse
+from fedprune.wire.messages import Message, parse_message
 from manual import asyncapi, message_schemas
 from support.fakes.messages import DIGEST, EXAMPLES, messages
 
@@ -50,7 +50,7 @@ ODD: list[Any] = [
 
 def takes(body: Any) -> bool:
     try:
-        parse(json.dumps(body).encode())
+        parse_message(json.dumps(body).encode())
     except ProtocolError:
         return False
     return True
@@ -121,7 +121,7 @@ def test_what_a_schema_cannot_say_the_parser_refuses(text: str) -> None:
 
 def takes_text(text: str) -> bool:
     try:
-        parse(text.encode())
+        parse_message(text.encode())
     except ProtocolError:
         return False
     return True
@@ -146,7 +146,7 @@ def test_the_asyncapi_document_has_every_topic_and_every_message() -> None:
             topics.down("pi", "job"),
         ),
         *(topics.down_blob("pi", "job"), topics.broadcast()),
-        *(topics.join("ab" * 16), topics.joined("ab" * 16), topics.servers()),
+        *(topics.join_request("ab" * 16), topics.join_answer("ab" * 16), topics.servers()),
     ]
     said = {"site": "lab", "device": "pi", "job": "job", "blob": DIGEST[:16], "nonce": "ab" * 16}
     assert [c["address"].format(**said) for c in body["channels"].values()] == ours

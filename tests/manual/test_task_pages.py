@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune.core.imports import own_module
+from fedprune.core.imports import import_user_module
 from fedprune.core.toml_file import read_toml
 from fedprune_server.config.tables import parse_config
 from support.paths import ROOT
@@ -55,4 +55,4 @@ def test_a_job_on_a_page_is_that_of_the_figures(page: Path, benchmark: Any, tmp_
     assert (config.job.recipe, config.job.rounds, config.job.strategy) == (task.recipe, task.rounds, "fedprune")
     named = re.findall(r'"((?:benchmarks|examples)\.\S+):(\w+)"', block)
     wanted = set() if page.name == OWN_MODEL else {task.net, *task.own.values()}
-    assert {getattr(own_module(module), name) for module, name in named} == wanted
+    assert {getattr(import_user_module(module), name) for module, name in named} == wanted

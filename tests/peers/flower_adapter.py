@@ -25,8 +25,8 @@ from flwr.serverapp.strategy import FedAvg
 from fedprune import strategies
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import FedpruneError
-from fedprune.flower import PRESETS, FedpruneStrategy, Part, answer
-from fedprune.flower.presets import composed
+from fedprune.flower import PRESETS, FedpruneStrategy, NodePart, answer
+from fedprune.flower.presets import compose_for_flower
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
@@ -80,7 +80,7 @@ def noisy(message: Message, context: Context) -> Message:
     """A node that "trains" by noise of its own, keyed by node and round."""
     if message.metadata.message_type == "query.fedprune":
         return answer(message, density=0.5)
-    part = Part.of(message)
+    part = NodePart.of(message)
     rng = np.random.default_rng([context.node_id, part.round])
     moved = {n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) for n, v in part.tensors.items()}
     moved = {n: np.abs(v) if n.endswith("var") else v for n, v in moved.items()}
@@ -135,19 +135,21 @@ def case_mixed_widths_are_our_fold() -> None:
     strategy = FedpruneStrategy(model(), "plain", density=[0.75, 0.5, 0.25], **QUIET)
     _, replies, ours = one_round(strategy)
     architecture, tensors = model().architecture, model().tensors
-    from fedprune.strategies.importance.scoring import ranks, score
+    from fedprune.strategies.importance.scoring import channel_scores, rank_channels
 
     fold = Fold(architecture, tensors)
     for reply, density in zip(replies, (0.75, 0.5, 0.25), strict=True):
         selection = Selection.of(
-            architecture, widths_at(architecture, density), ranks(score("magnitude", architecture, tensors))
+            architecture,
+            widths_at(architecture, density),
+            rank_channels(channel_scores("magnitude", architecture, tensors)),
         )
         arrays = reply.content["arrays"]
         part = {n: arrays[n].numpy() for n in tensors}
         assert {n: v.shape for n, v in part.items()} == selection.shapes()
         fold.add(selection, part, int(reply.content["metrics"]["num-examples"]))
     assert same(ours, fold.close()[0])
-    untouched = ~selection.narrowed(widths_at(architecture, 0.75)).covered("conv3.weight")
+    untouched = ~selection.with_widths(widths_at(architecture, 0.75)).coverage_mask("conv3.weight")
     assert untouched.any()
     assert np.array_equal(ours["conv3.weight"][untouched], tensors["conv3.weight"][untouched])
 
@@ -259,7 +261,7 @@ def case_strategies_are_taken_or_refused_by_name() -> None:
     with refused("stays on the device"):
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(personal=("fc.*",)))
     with refused("Flower has secure aggregation of its own"):
-        composed(Job(strategy="fedavg", secure_aggregation=True))
+        compose_for_flower(Job(strategy="fedavg", secure_aggregation=True))
 
 
 def case_who_gets_how_much() -> None:
@@ -268,7 +270,7 @@ def case_who_gets_how_much() -> None:
     def widths(density: Any, nodes: int = 3, app: Any = noisy, name: str = "plain") -> list[tuple[int, ...]]:
         strategy = FedpruneStrategy(model(), name, density=density, **QUIET)
         sent = strategy.configure_train(1, strategy.arrays, ConfigRecord(), InProcess(nodes, app))
-        return [Part.of(m).widths for m in sorted(sent, key=lambda m: m.metadata.dst_node_id)]
+        return [NodePart.of(m).widths for m in sorted(sent, key=lambda m: m.metadata.dst_node_id)]
 
     half, quarter = widths_at(architecture, 0.5), widths_at(architecture, 0.25)
     assert widths(0.5) == [half] * 3
@@ -321,7 +323,7 @@ def case_arrays_that_are_not_the_model() -> None:
 
 def case_an_answer_must_fit_what_was_sent() -> None:
     def short(message: Message, context: Context) -> Message:
-        part = Part.of(message)
+        part = NodePart.of(message)
         with refused("lacks tensor fc.weight"):
             part.reply({n: v for n, v in part.tensors.items() if n != "fc.weight"}, samples=3)
         with refused("shape of fc.weight"):
@@ -333,7 +335,7 @@ def case_an_answer_must_fit_what_was_sent() -> None:
     replies = list(grid.send_and_receive(strategy.configure_train(1, strategy.arrays, ConfigRecord(), grid)))
     assert not any(r.has_error() for r in replies)
     with refused("fedprune.flower/1"):
-        Part.of(Message(RecordDict({}), 1, "train"))
+        NodePart.of(Message(RecordDict({}), 1, "train"))
 
 
 def case_a_narrow_message_is_as_small_as_its_widths() -> dict[str, int]:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import Aggregator, DeltaMean, Mean
-from fedprune.strategies.methods.robust import Robust, Robustness
+from fedprune.strategies.methods.robust import RobustAggregator, Robustness
 from support.fakes.strategy_reports import close, report, scene
 from support.nets.drawn_models import model
 from support.paths import ROOT
@@ -43,7 +43,7 @@ def architecture() -> Architecture:
             TensorSpec("fc.weight", TensorKind.WEIGHT, (classes, channels)),
             TensorSpec("fc.bias", TensorKind.BIAS, (classes,)),
         ),
-        (Layer("conv", "Conv", "conv.weight", 1), Layer("fc", "Gemm", "fc.weight", 1)),
+        (LayerRow("conv", "Conv", "conv.weight", 1), LayerRow("fc", "Gemm", "fc.weight", 1)),
         (),
         (3, 8, 8),
         (10,),
@@ -112,7 +112,7 @@ def test_means_agree(flower: dict[str, Any], aggregator: Aggregator) -> None:
 )
 def test_medians_and_trimmed_means_agree(flower: dict[str, Any], way: str, how: Robustness) -> None:
     for r in range(ROUNDS):
-        got = ours(Robust(Mean(), how), r).model
+        got = ours(RobustAggregator(Mean(), how), r).model
         for name, value in got.items():
             theirs = flower[f"{way}/{r}/{name}"].astype(np.float64)
             assert (np.abs(value - theirs) <= (CLIENTS + 3) * UNIT * size(r, name) + 2.0**-34).all()

@@ -14,7 +14,7 @@ from benchmarks.accuracy import report, sets
 from benchmarks.accuracy import run as run_module
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS
 from benchmarks.accuracy.protocols import PROTOCOLS
-from fedprune_server.simulation.datasets.samples import assembled
+from fedprune_server.simulation.datasets.samples import assemble_samples
 from support.paths import ROOT
 
 pytestmark = pytest.mark.torch
@@ -41,7 +41,7 @@ def noise(name, n=3000):
     y = np.arange(n) % (6 if name == "har" else 10)
     kept = n * 5 // 6
     owners = [np.arange(kept) % 30, np.arange(kept, n) % 30] if name == "har" else None
-    return assembled([(x[:kept], y[:kept], False), (x[kept:], y[kept:], True)], owners=owners)
+    return assemble_samples([(x[:kept], y[:kept], False), (x[kept:], y[kept:], True)], owners=owners)
 
 
 def small(protocol):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase, State
-from fedprune.output.tables import silent
-from fedprune_server.maintenance.state_check import check
-from fedprune_server.storage.storage import FILE
+from fedprune.output.tables import ignore_progress
+from fedprune_server.maintenance.state_check import check_state
+from fedprune_server.storage.storage import DATABASE_FILE
 from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
@@ -80,7 +80,7 @@ def wait_for_round(site: Site, number: int) -> None:
 
 def contradictions(site: Site) -> list[str]:
     """What `check` says of a log that doesn't lead to the state."""
-    return [f.what for f in check(site.state, silent, running=False) if "log" in f.what]
+    return [f.message for f in check_state(site.state, ignore_progress, running=False) if "log" in f.message]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_log_leads_to_the_same_state_again(site: Site) -> None:
     assert contradictions(site) == []
 
     # A log that says something else is found out.
-    change_a_model(site.state / FILE)
+    change_a_model(site.state / DATABASE_FILE)
     assert contradictions(site) != []
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
@@ -25,12 +25,16 @@ class Net(nn.Module):
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(6, momentum=0.03)
-        self.head, self.norm3, self.out = nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=0.5), nn.Linear(5, 4)
+        self.to_dict_without_boards, self.norm3, self.out = (
+            nn.Linear(6, 5),
+            nn.BatchNorm1d(5, momentum=0.5),
+            nn.Linear(5, 4),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.norm1(self.one(x)))
         x = torch.relu(x + self.norm2(self.two(x)))
-        return self.out(torch.relu(self.norm3(self.head(x.mean((2, 3))))))
+        return self.out(torch.relu(self.norm3(self.to_dict_without_boards(x.mean((2, 3))))))
 
 
 @pytest.mark.parametrize("batch", [8, 13, 50])
@@ -42,13 +46,13 @@ def test_one_pass_gives_torchs_cumulative_mean(batch: int) -> None:
     model = import_onnx(export_torch(net.eval()), "net")
     recipe = Recipe(batch_size=batch)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
-    got = trainer.calibrated(model.tensors, data, recipe, seed=9, device="attic")
+    got = trainer.calibrate(model.tensors, data, recipe, seed=9, device="attic")
     norms = {n: m for n, m in net.named_modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))}
     for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None
     net.train()
-    order = keyed(9, "calibration", "attic").permutation(50)
+    order = keyed_generator(9, "calibration", "attic").permutation(50)
     with torch.no_grad():
         for rows in np.array_split(order, -(-50 // batch)):
             net(torch.from_numpy(x[rows]))

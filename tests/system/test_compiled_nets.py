@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.state_directory import DeviceStore
@@ -51,12 +51,12 @@ def test_a_compiled_step_trains_as_torch_does() -> None:
     trainer = Trainer(training_graph(model, RECIPE.features).to_bytes())
     task = TrainingTask(RECIPE, seed=3, device="d", round=1, classes=5)
     got = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), task)
-    assert trainer.normalised
+    assert trainer.has_batch_norm
     assert got.steps == 6
     net = smooth_nets.make().train()
     sgd = torch.optim.SGD(net.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay)
     for epoch in range(RECIPE.epochs):
-        order = keyed(3, 1, "d", "batches", epoch).permutation(25)
+        order = keyed_generator(3, 1, "d", "batches", epoch).permutation(25)
         for start in (0, 8, 16):  # the leftover sample is left out
             rows = order[start : start + 8]
             loss = torch.nn.functional.cross_entropy(net(torch.from_numpy(x[rows])), torch.from_numpy(y[rows]))
@@ -73,7 +73,7 @@ def test_a_round_of_a_submodel_ends_with_a_model_that_serves(
     tmp_path: Path, model: Model, data: LocalData, density: float
 ) -> None:
     architecture = model.architecture
-    selection = Selection.full(architecture).narrowed(widths_at(architecture, density))
+    selection = Selection.full(architecture).with_widths(widths_at(architecture, density))
     part = selection.gather(model.tensors)
     with DeviceStore(tmp_path) as store:
         offer = Offer(
@@ -91,8 +91,8 @@ def test_a_round_of_a_submodel_ends_with_a_model_that_serves(
             RECIPE.to_dict(),
         )
         bench = RoundRunner("d", store.blobs, store.slots, data)
-        update = bench.commit(bench.make(offer))
-        assert isinstance(update, Update)
+        update = bench.commit(bench.carry_out(offer))
+        assert isinstance(update, UpdateAnnouncement)
         trained = tensorfile.decode(store.blobs.read(update.weights.sha256))
         predictor, record = store.slots.open()
     assert {n: v.shape for n, v in trained.items()} == selection.shapes()

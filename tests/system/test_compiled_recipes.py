@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import trained_tensors
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_weights, positive_weights
 from fedprune_device.training.trainer import Trainer, TrainingTask
@@ -86,7 +86,7 @@ def mixed_loss(recipe: Recipe, net: nn.Module, x: Any, y: Any, weights: Any, row
     """As the authors of mixup write it: samples mixed, and the criterion's values for classes; other labels mixed."""
     if not recipe.mixup:
         return criterion(recipe, net(x[rows]), y[rows], weights)
-    rng = keyed(7, 1, "d", "mixup", number)
+    rng = keyed_generator(7, 1, "d", "mixup", number)
     share = float(np.float32(rng.beta(recipe.mixup, recipe.mixup)))
     parts = np.array_split(rows, -(-len(rows) // recipe.micro_batch))
     others = np.concatenate([part[rng.permutation(len(part))] for part in parts])
@@ -119,7 +119,7 @@ def oracle(recipe: Recipe, model: Model, tensors: Tensors, widths: tuple[int, ..
     x, y = torch.tensor(local.x_train, dtype=dtype), torch.tensor(local.y_train)
     number = 0
     for epoch in range(recipe.epochs):
-        order = keyed(7, 1, "d", "batches", epoch).permutation(SAMPLES)
+        order = keyed_generator(7, 1, "d", "batches", epoch).permutation(SAMPLES)
         for at in range(0, SAMPLES, recipe.batch_size):
             rows = order[at : at + recipe.batch_size]
             number += 1
@@ -179,7 +179,7 @@ def test_parts_need_the_memory_of_a_part(model: Model) -> None:
     seen: list[int] = []
     recipe = Recipe(batch_size=32, accumulate=4)
     graph = training_graph(model, recipe.features).to_bytes()
-    session = Session(graph, training=True)
+    session = OnnxSession(graph, training=True)
     run = session.run
 
     def watched(feeds: Any, outputs: Any, into: Any) -> Any:
@@ -201,11 +201,15 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, CLASSES)
+        self.words, self.mix, self.to_dict_without_boards = (
+            nn.Embedding(20, 8),
+            nn.Linear(8, 12),
+            nn.Linear(12, CLASSES),
+        )
         self.words.weight.requires_grad_(False)
 
     def forward(self, x: Any) -> Any:
-        return self.head(torch.tanh(self.mix(self.words(x))).mean(1))
+        return self.to_dict_without_boards(torch.tanh(self.mix(self.words(x))).mean(1))
 
 
 @pytest.mark.parametrize("thawed", [False, True])
@@ -228,7 +232,7 @@ def test_words_are_read_and_what_the_author_froze_stays(thawed: bool) -> None:
     net.words.weight.requires_grad_(thawed)
     made = optimizer(recipe, [p for p in net.parameters() if p.requires_grad])
     for epoch in range(3):
-        order = keyed(7, 1, "d", "batches", epoch).permutation(SAMPLES)
+        order = keyed_generator(7, 1, "d", "batches", epoch).permutation(SAMPLES)
         for at in range(0, SAMPLES, 8):
             rows = order[at : at + 8]
             made.zero_grad()

@@ -165,7 +165,7 @@ def test_a_round_runs_through_what_compose_starts(composed: Composed, database: 
     state = site.folder / "volumes" / "state"
 
     def rounds() -> list[dict[str, Any]]:
-        with Storage.existing(state) as storage:
+        with Storage.open_existing(state) as storage:
             return storage.rounds()
 
     site.wait_for(rounds, "the first round ends")

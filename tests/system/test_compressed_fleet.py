@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.output.tables import silent
-from fedprune_server.maintenance.state_check import check
+from fedprune.output.tables import ignore_progress
+from fedprune_server.maintenance.state_check import check_state
 from fedprune_server.storage.storage import Storage
 from support.processes.real_site import Site, write_material
 
@@ -43,7 +43,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fleet_trains_with_what_travels_in_a_codec(material: Path, tmp_path: Path, setting: str, down: str) -> None:
     with Site(material, tmp_path, CONFIG.format(setting, down), DEVICES, 120, mosquitto=True) as site:
         site.start_all()
-        state = site.complete()
+        state = site.is_complete()
     for task in state.tasks.values():
         assert task.offer is not None
         assert task.update is not None
@@ -56,6 +56,6 @@ def test_a_fleet_trains_with_what_travels_in_a_codec(material: Path, tmp_path: P
     for device in state.devices.values():
         assert device.codecs
         assert (device.held is None) == (setting == "none")
-    with Storage.existing(site.state) as storage:
+    with Storage.open_existing(site.state) as storage:
         assert all(up > 0 for _, up in storage.traffic().values())
-    assert [f for f in check(site.state, silent, running=False) if "log" in f.what] == []
+    assert [f for f in check_state(site.state, ignore_progress, running=False) if "log" in f.message] == []

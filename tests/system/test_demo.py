@@ -96,7 +96,7 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     assert all(d.density == 1 for d in reference.devices)
     assert 0 < fleet.last.up < reference.last.up
     assert 0 < fleet.last.down < reference.last.down
-    with Storage.existing(run / "fleet" / "server") as storage:
+    with Storage.open_existing(run / "fleet" / "server") as storage:
         down, up = (sum(of_all) for of_all in zip(*storage.traffic().values(), strict=True))
     assert 0.95 * down < fleet.last.down <= down
     assert 0.95 * up < fleet.last.up <= up

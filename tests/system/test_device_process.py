@@ -14,7 +14,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import Birth, Death, Progress, Update
+from fedprune.wire.messages import Birth, Death, RoundProgress, UpdateAnnouncement
 from fedprune_device.data.array_source import load_data
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.agent_fleet import MemoryServer
@@ -49,7 +49,7 @@ def test_a_process_killed_while_training_goes_on_to_the_same_bits(field: Field, 
     field.wait((holds / "7-1-d").exists, "training")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not server.of(Update)
+    assert not server.of(UpdateAnnouncement)
     assert field.start().wait(PATIENCE_S) == 0, (field.root / "log").read_text()[-3000:]
     data = load_data(str(field.root / "data.npz"), 0, "d")
     wanted = Trainer(GRAPHS / "plain.onnx").train(
@@ -64,15 +64,15 @@ def test_a_process_killed_before_its_update_was_accepted_hands_it_in_without_tra
     server = field.server
     server.plan, server.accepts = [server.offer(1)], False
     process = field.start()
-    field.wait_for(Update)
+    field.wait_for(UpdateAnnouncement)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    first = server.of(Update)[0]
+    first = server.of(UpdateAnnouncement)[0]
     server.seen.clear()
     server.accepts = True
     assert field.start().wait(PATIENCE_S) == 0
     assert server.updates[1] == first
-    assert not [p for p in server.of(Progress) if p.phase == "train"]
+    assert not [p for p in server.of(RoundProgress) if p.phase == "train"]
 
 
 def test_a_process_that_is_told_to_stop_ends_well(field: Field) -> None:

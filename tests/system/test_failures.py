@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from support.processes import machine
 
 pytestmark = pytest.mark.system
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "a.npz"
-    write_hand(path, deal(["a", "b", "c"], seed=0).devices["a"])
+    write_device_data(path, deal_digits(["a", "b", "c"], seed=0).devices["a"])
     return path
 
 

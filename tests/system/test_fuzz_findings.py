@@ -105,7 +105,7 @@ def test_a_certificate_is_read_whole_before_anything_of_it_is_used(old: bytes, n
 
 @pytest.mark.parametrize("name", ["samples.npz", "samples.to predict", "data.labelled", "samples.data"])
 def test_archives_that_would_fill_the_memory_are_not_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune.core.zip_limits.MOST_INFLATED", 2**20)
+    monkeypatch.setattr("fedprune.core.zip_limits.MAX_INFLATED_BYTES", 2**20)
     raw = npz(x=np.zeros((64, 3, 256, 256), np.float32), y=np.zeros(64, np.int64))
     assert len(raw) < 100_000
     tracemalloc.start()

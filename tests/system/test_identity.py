@@ -15,10 +15,10 @@ from msgspec.structs import replace
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import HEADER, seal
+from fedprune.security.signed_channel import HEADER_BYTES, seal
 from fedprune.security.tls import unpinned_context
-from fedprune.wire.link import Link
-from fedprune.wire.messages import Finished, Offer, Update, parse
+from fedprune.wire.link import BrokerLink
+from fedprune.wire.messages import Finished, Offer, UpdateAnnouncement, parse_message
 from fedprune.wire.topics import Topics
 from fedprune_device.cli import main as device_cli
 from fedprune_server.cli import main as server_cli
@@ -76,7 +76,7 @@ class Mallory:
         self._heard: list[tuple[str, bytes]] = []
         self._mine: set[tuple[str, bytes]] = set()
         self._stop = threading.Event()
-        self._link = Link(url, "mallory", tls=unpinned_context)
+        self._link = BrokerLink(url, "mallory", tls=unpinned_context)
         self._link.subscribe(["#"])
         self._link.start()
         self._thread = threading.Thread(target=self._run)
@@ -110,8 +110,8 @@ class Mallory:
 
     def _forge(self, topic: str, raw: bytes) -> None:
         """A message that says what it likes: unsigned, and signed by a key of its own."""
-        message = parse(raw[HEADER:])  # what is in an envelope is no secret
-        if isinstance(message, Update):
+        message = parse_message(raw[HEADER_BYTES:])  # what is in an envelope is no secret
+        if isinstance(message, UpdateAnnouncement):
             message = replace(message, samples=10**6)
         elif isinstance(message, Offer):
             message = replace(message, recipe={**message.recipe, "lr": 0.0001})
@@ -261,5 +261,5 @@ def test_a_fleet_joins_again_after_the_keys_of_its_server_were_replaced(site: Si
         ways = [started[at : at + 2] for at in map(started.index, ("--broker", "--join", "--device", "--state"))]
         run("fedprune_device", "join", "--new-key", "--claim", str(claim), *(word for way in ways for word in way))
         site.start(name)
-    history = site.complete().history
+    history = site.is_complete().history
     assert [(r["round"], r["devices"].keys()) for r in history] == [(n, set(DEVICES)) for n in (1, 2, 3)]

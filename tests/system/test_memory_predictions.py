@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from fedprune.coordination.width_planner import WidthPlanner
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import JobDevice
 from fedprune.model.recipe import Features
 from fedprune.planning.costs import Costs
-from fedprune.planning.plan import Plan
-from fedprune.planning.profile_store import find
+from fedprune.planning.plan import WidthPlan
+from fedprune.planning.profile_store import find_profile
 from fedprune.strategies import compose
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
@@ -41,10 +41,10 @@ def test_memory_of_the_demos_boards_is_predicted(name: str) -> None:
     samples, budget, measured = DEMO[name]
     job, model = replace(demo_job(), byte_budget=budget), import_onnx(digits_model(), "digits")
     board = next(b for b in DEMO_BOARDS if b.name == name)
-    device = Device(1, True, find(board.kind).to_dict(), None, samples)
+    device = JobDevice(1, True, find_profile(board.kind).to_dict(), None, samples)
     WidthPlanner(job, compose(job), model.architecture).plan(name, device)
     assert device.plan is not None, device.excluded
-    expected = Plan.from_dict(device.plan).prediction.memory_bytes
+    expected = WidthPlan.from_dict(device.plan).prediction.memory_bytes
     assert all(LOW <= expected / peak - 1 <= HIGH for peak in measured.values())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.wire.messages import Progress, Update
+from fedprune.wire.messages import RoundProgress, UpdateAnnouncement
 from fedprune_device.client import Board
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
@@ -67,7 +67,7 @@ def test_a_board_goes_on_without_its_network_and_hands_in_its_update_later(tmp_p
             wait_for(lambda: 1 in server.updates, tmp_path)
             server.accepts = False
             server.plan.append(server.offer(2))
-            wait_for(lambda: any(u.round == 2 for u in server.of(Update)), tmp_path)
+            wait_for(lambda: any(u.round == 2 for u in server.of(UpdateAnnouncement)), tmp_path)
             assert 30 < server.updates[1].samples < 60
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -80,14 +80,14 @@ def test_a_board_goes_on_without_its_network_and_hands_in_its_update_later(tmp_p
         process.terminate()
         assert process.wait(PATIENCE_S) == 0
 
-        made = next(u for u in server.of(Update) if u.round == 2)
+        made = next(u for u in server.of(UpdateAnnouncement) if u.round == 2)
         server.seen.clear()
         server.accepts = True
         with running(tmp_path, server) as field:
             process = start(tmp_path, field.url)
             wait_for(lambda: 2 in server.updates, tmp_path)
         assert server.updates[2] == made
-        assert not [p for p in server.of(Progress) if p.phase == "train"]
+        assert not [p for p in server.of(RoundProgress) if p.phase == "train"]
     finally:
         process.kill()
         process.wait()

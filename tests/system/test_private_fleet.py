@@ -11,9 +11,9 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.updates.privacy import epsilon
-from fedprune_device.privacy.budget import PrivacyBudget
-from fedprune_server.cli.status import describe, status
+from fedprune.updates.privacy import epsilon_for
+from fedprune_device.privacy.budget import BoardPrivacyBudget
+from fedprune_server.cli.status import job_status, status_text
 from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.soak]
@@ -31,7 +31,7 @@ strategy = "fedavg"
 [job.privacy]
 clip = 1.0
 noise_multiplier = 1.0
-epsilon_budget = {epsilon(float(ROUNDS), 1e-5) + 0.01:.4f}
+epsilon_budget = {epsilon_for(float(ROUNDS), 1e-5) + 0.01:.4f}
 """
 
 
@@ -70,9 +70,9 @@ def test_a_private_job_ends_when_its_budget_is_spent_whoever_is_killed(site: Sit
     state = site.saved()
     assert state is not None
     assert len(state.history) == ROUNDS
-    shown = describe(status(site.state))
-    assert f"budget {epsilon(float(ROUNDS), 1e-5) + 0.01:g}"[:9] in shown
-    assert f"ε {epsilon(float(ROUNDS), 1e-5):.3g}" in shown
+    shown = status_text(job_status(site.state))
+    assert f"budget {epsilon_for(float(ROUNDS), 1e-5) + 0.01:g}"[:9] in shown
+    assert f"ε {epsilon_for(float(ROUNDS), 1e-5):.3g}" in shown
     said = [row["devices"]["strict"]["reason"] for row in state.history if "strict" in row["devices"]]
     assert all("in units of the clip: expected at least 5, got 1" in reason for reason in said)
     assert said
@@ -80,7 +80,7 @@ def test_a_private_job_ends_when_its_budget_is_spent_whoever_is_killed(site: Sit
 
     for name, device in state.devices.items():
         assert device.releases == {"1.0": ROUNDS}, name
-        own = PrivacyBudget(site.folder / name)
+        own = BoardPrivacyBudget(site.folder / name)
         # A board that is killed between drawing and keeping has drawn once more than it sent.
         assert own.draws in ((0,) if name == "strict" else (ROUNDS, ROUNDS + 1)), name
         measured = [row["devices"].get(name, {}).get("metrics", {}) for row in state.history]

@@ -13,7 +13,7 @@ from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune_export.cli.main import main
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.datasets.federation import Partition
+from fedprune_server.simulation.datasets.federation import FleetData
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.results.comparison import write_comparison
 from fedprune_server.simulation.results.record import DeviceRow, Record
@@ -42,7 +42,7 @@ def run(title: str, devices: int = 100) -> Record:
     rows = tuple(DeviceRow(n, "raspberry-pi-zero-2w", 100, (8, 32), 0.5, "memory", 12_345) for n in names)
     channels = {n: (tuple(range(8)), tuple(range(32))) for n in names}
     counts = {n: tuple(chance.randrange(50) for _ in range(10)) for n in names}
-    return Record(title, Job().to_dict(), GROUPS, rows, rounds, channels, partition=Partition("digits", (), counts))
+    return Record(title, Job().to_dict(), GROUPS, rows, rounds, channels, partition=FleetData("digits", (), counts))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def browser() -> Iterator[sync_api.Browser]:
 @pytest.fixture
 def page(browser: sync_api.Browser) -> Iterator[sync_api.Page]:
     made, wrong = browser.new_page(viewport={"width": 390, "height": 800}), list[str]()
-    made.on("pageerror", lambda error: wrong.append(str(error)))
-    made.on("console", lambda said: wrong.append(said.text))
+    made.is_on("pageerror", lambda error: wrong.append(str(error)))
+    made.is_on("console", lambda said: wrong.append(said.text))
     yield made
     made.close()
     assert wrong == []

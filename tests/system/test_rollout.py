@@ -18,7 +18,7 @@ import pytest
 from fedprune.releases.release import Release, write_release
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import SlotStore
-from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller, ReleaseSource
+from fedprune_device.releases.installer import LAUNCHER_FILE, ReleaseInstaller, ReleaseSource
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -75,7 +75,7 @@ class UpdatedSite(Site):
             self.key: SigningKey = identity.key
         first = self.release(1)
         for name in BOARDS:
-            ReleaseInstaller(folder / f"{name}-home", self.key.verifying).install(ReleaseSource.of_folder(first))
+            ReleaseInstaller(folder / f"{name}-home", self.key.verifying_key).install(ReleaseSource.of_folder(first))
 
     def release(self, number: int, *more: Path, entry: str = "fedprune_start:device") -> Path:
         def made(files: tuple[Any, ...]) -> Release:
@@ -95,7 +95,7 @@ class UpdatedSite(Site):
         inherited = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
         home, module = self.folder / f"{name}-home", self.command(name).index("fedprune_device.cli.main")
         arguments = [a for a in self.command(name)[module + 1 :] if a != "--until-finished"]
-        command = ["sh", "-c", FOREVER, "sh", sys.executable, str(home / LAUNCHER), *arguments]
+        command = ["sh", "-c", FOREVER, "sh", sys.executable, str(home / LAUNCHER_FILE), *arguments]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command, stdout=log, stderr=log, env=inherited | {"OMP_NUM_THREADS": "1"}, start_new_session=True
@@ -117,7 +117,7 @@ class UpdatedSite(Site):
         home = SlotStore(self.folder / f"{name}-home")
         state = home.load()
         assert state is not None
-        return home.whole(state.stable).version
+        return home.checked_record(state.stable).version
 
     def command_line(self, *words: object) -> None:
         assert main([*map(str, words), "--state", str(self.state)]) == 0
@@ -133,7 +133,7 @@ class UpdatedSite(Site):
 
     def bytes_down(self) -> dict[str, int]:
         """What each board has been sent, as the server has saved it."""
-        with Storage.existing(self.state) as storage:
+        with Storage.open_existing(self.state) as storage:
             return {r["name"]: r["bytes_down"] for r in storage.devices()}
 
     def status(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
 from fedprune_server.cli.demo import DemoFolder, run_job
-from fedprune_server.simulation.digits import Digits, deal, digits_model, write_hand
+from fedprune_server.simulation.digits import Digits, deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
@@ -55,7 +55,7 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
     np.savez(folder.calibration, x=data.calibration)
     for board in DEMO_BOARDS:
         hand = data.devices[board.name]
-        write_hand(folder.data(board.name), hand)
+        write_device_data(folder.data(board.name), hand)
         if len(hand.y_val):
             with np.load(folder.data(board.name)) as arrays:
                 np.savez(folder.data(board.name), **arrays, x_val=hand.x_val, y_val=hand.y_val)
@@ -71,7 +71,7 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
     virtual = simulation.record()
     assert [r.model for r in record.rounds] == [r.model for r in virtual.rounds]
     assert [r.local for r in record.rounds] == [r.local for r in virtual.rounds]
-    assert [measures(r.own) for r in record.rounds] == [measures(r.own) for r in virtual.rounds]
+    assert [measures(r.device_metrics) for r in record.rounds] == [measures(r.device_metrics) for r in virtual.rounds]
     assert [planned(d) for d in record.devices] == [planned(d) for d in virtual.devices]
     for found, expected in zip(record.devices, virtual.devices, strict=True):
         # Predicted with the correction of the times, and without it again: the last bits tell of that.
@@ -89,26 +89,26 @@ def planned(device: DeviceRow) -> DeviceRow:
 def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_path, scorer):
     job = plain_job(epochs=1, logit_adjustment=True)
     job = replace(job, scorer=scorer, warmup_rounds=1, rule="fill", server_momentum=0.7)
-    run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
+    run_both(tmp_path, job, digits_model(), deal_digits([b.name for b in DEMO_BOARDS], seed=SEED))
 
 
 # At every push `test_resumed_runs.py` has what a simulation judges, and `test_served_average.py` what a board serves.
 @pytest.mark.soak
 def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
     job = demo_job(SEED, rounds=2)
-    record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
+    record, _ = run_both(tmp_path, job, digits_model(), deal_digits([b.name for b in DEMO_BOARDS], seed=SEED))
     last = record.rounds[-1]
-    assert last.local == last.own["accuracy_average"] != last.own["accuracy_after"]
+    assert last.local == last.device_metrics["accuracy_average"] != last.device_metrics["accuracy_after"]
 
 
 # At every push `tests/device/training/test_served_average.py` chooses between average and blend.
 @pytest.mark.soak
 def test_a_validated_blend_gives_the_same_models(tmp_path):
     """Its choice is measured alike, and reported by both."""
-    data = deal([b.name for b in DEMO_BOARDS], seed=SEED)
+    data = deal_digits([b.name for b in DEMO_BOARDS], seed=SEED)
     hands = {name: d.with_validation(0.3, SEED, name) for name, d in data.devices.items()}
     record, _ = run_both(tmp_path, demo_job(SEED, rounds=3), digits_model(), replace(data, devices=hands))
-    assert {share for row in record.rounds for share in row.own["blend"].values()} <= {0.0, 0.5}
+    assert {share for row in record.rounds for share in row.device_metrics["blend"].values()} <= {0.0, 0.5}
 
 
 def frozen_by_its_author() -> bytes:
@@ -161,9 +161,9 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
 ) -> None:
     raw = make()
     job = replace(plain_job(epochs=1, **recipe), scorer="ordered", rule="fill", server_momentum=0.7)
-    record, simulation = run_both(tmp_path, job, raw, of(deal([b.name for b in DEMO_BOARDS], seed=SEED)))
+    record, simulation = run_both(tmp_path, job, raw, of(deal_digits([b.name for b in DEMO_BOARDS], seed=SEED)))
     assert len({r.model for r in record.rounds}) == 2
-    assert ("accuracy_average" in record.rounds[-1].own) == ("average" in recipe)
+    assert ("accuracy_average" in record.rounds[-1].device_metrics) == ("average" in recipe)
     begun = import_onnx(raw, "model").tensors
     ended = tensorfile.decode(simulation.store.read(record.rounds[-1].model))
     kept = {n for n in begun if ended[n].tobytes() == begun[n].tobytes()}
@@ -191,7 +191,7 @@ def resent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of what a device is sent once more: one that hears nothing for five seconds asks again, on a slow machine
     for what is on its way."""
     found, seen = list[int](), set[tuple[str, str, str, int]]()
-    answer = Downloads.next
+    answer = Downloads.next_chunk
 
     def answered(downloads: Downloads) -> tuple[str, bytes | BlobNotFound] | None:
         item = answer(downloads)
@@ -203,7 +203,7 @@ def resent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 seen.add(key)
         return item
 
-    monkeypatch.setattr(Downloads, "next", answered)
+    monkeypatch.setattr(Downloads, "next_chunk", answered)
     return found
 
 
@@ -215,7 +215,9 @@ def test_the_simulator_counts_as_many_bytes_as_the_daemon_sends(
     torch.manual_seed(SEED)
     model = fx.load(Wide(), lora="8", base=base)
     job = replace(plain_job(epochs=1), byte_budget=0, density=0.5)
-    record, simulation = run_both(tmp_path, job, model.graph.to_bytes(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
+    record, simulation = run_both(
+        tmp_path, job, model.graph.to_bytes(), deal_digits([b.name for b in DEMO_BOARDS], seed=SEED)
+    )
     sent, counted = (
         [run.rounds[0].down, run.rounds[1].down - run.rounds[0].down] for run in (record, simulation.record())
     )
@@ -235,11 +237,11 @@ class Halves(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.input_shape = {"lower": (4, 8), "upper": (4, 8)}
-        self.near, self.far = nn.Linear(32, 20), nn.Linear(32, 20)
+        self.local_store, self.far = nn.Linear(32, 20), nn.Linear(32, 20)
         self.kind, self.means = nn.Linear(40, 10), nn.Linear(40, 8)
 
     def forward(self, lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.cat([torch.relu(self.near(lower.flatten(1))), torch.relu(self.far(upper.flatten(1)))], 1)
+        both = torch.cat([torch.relu(self.local_store(lower.flatten(1))), torch.relu(self.far(upper.flatten(1)))], 1)
         return self.kind(both), self.means(both)
 
 
@@ -276,7 +278,7 @@ def test_several_inputs_and_outputs_a_loss_and_a_metric_of_ones_own_give_the_sam
     torch.manual_seed(SEED)
     raw = fx.load(Halves(), loss=of_both, metric=right).graph.to_bytes()
     job = plain_job(epochs=1, loss="custom", metric="custom", lr=0.05)
-    record, _ = run_both(tmp_path, job, raw, halved(deal([b.name for b in DEMO_BOARDS], seed=SEED)))
+    record, _ = run_both(tmp_path, job, raw, halved(deal_digits([b.name for b in DEMO_BOARDS], seed=SEED)))
     assert record.measure == "score"
     assert record.last.metrics["score"] > 0.3
     assert set(record.last.local) == {b.name for b in DEMO_BOARDS}

@@ -11,7 +11,7 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune_export.importing import import_onnx
 from fedprune_server.cli.demo import DemoFolder, run_job
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
@@ -37,13 +37,13 @@ secure_aggregation = true
 
 def test_boards_that_mask_give_the_model_of_a_simulation_that_does_not(tmp_path: Path) -> None:
     job = replace(demo_job(SEED, rounds=2), strategy="plain", options={}, density=1.0, byte_budget=0, move_limit=0.0)
-    data = deal([board.name for board in DEMO_BOARDS], seed=SEED)
+    data = deal_digits([board.name for board in DEMO_BOARDS], seed=SEED)
     folder = DemoFolder.prepare(tmp_path / "demo", SEED)
     folder.model.write_bytes(digits_model())
     np.savez(folder.evaluation, x=data.x, y=data.y)
     np.savez(folder.calibration, x=data.calibration)
     for board in DEMO_BOARDS:
-        write_hand(folder.data(board.name), data.devices[board.name])
+        write_device_data(folder.data(board.name), data.devices[board.name])
     record = run_job("real", replace(job, secure_aggregation=True), folder)
 
     devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in DEMO_BOARDS]

@@ -58,13 +58,13 @@ class SharedSite(Site):
     def second(self) -> Path:
         return self.state / "jobs" / "second"
 
-    def also(self, text: str) -> None:
+    def with_class(self, text: str) -> None:
         (self.folder / "second.toml").write_text(text + self.files())
 
     def saved_second(self) -> State | None:
         if not (self.second / "server.db").is_file():
             return None
-        with Storage.existing(self.second) as storage:
+        with Storage.open_existing(self.second) as storage:
             return storage.load()
 
 
@@ -84,7 +84,7 @@ def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
     web = f'[server]\nserve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
     made = SharedSite(material, tmp_path, FIRST + web, DEVICES, 120, secure=True, may_hold=True)
-    made.also(SECOND)
+    made.with_class(SECOND)
     try:
         yield made
     finally:

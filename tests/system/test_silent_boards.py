@@ -21,20 +21,20 @@ from typing import Any
 
 import pytest
 
-from fedprune.core.disk import locked
+from fedprune.core.disk import file_lock
 from fedprune.core.errors import ExitCode
 from fedprune.wire.messages import Birth, Offer, Refusal
-from fedprune_server.cli.status import describe, status_of_all
+from fedprune_server.cli.status import server_status, status_text
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.maintenance.doctor import diagnose
-from fedprune_server.monitoring.monitor import WAITS_S, Monitor, read_recorded
+from fedprune_server.monitoring.monitor import DATABASE_WAIT_LIMIT_S, Monitor, read_monitor_record
 from fedprune_server.monitoring.notifications import Notifier
-from fedprune_server.observation.observer import LoopWaits, RoundEnded
+from fedprune_server.observation.observer import LoopBlocked, RoundEnded
 from fedprune_server.storage import database
-from fedprune_server.storage.state_folder import LOCK
-from fedprune_server.storage.storage import FILE as DATABASE
+from fedprune_server.storage.state_folder import LOCK_FILE
+from fedprune_server.storage.storage import DATABASE_FILE as DATABASE
 from fedprune_server.web.state.publisher import StatusPublisher
-from fedprune_server.web.state.status import FILE as STATUS
+from fedprune_server.web.state.status import STATUS_FILE as STATUS
 from fedprune_server.web.state.status import FleetView, StatusWriter
 from support import waiting
 from support.fakes.fleet import Fleet, ToyDevice, Watcher
@@ -99,7 +99,7 @@ def break_boards(fleet: Fleet) -> None:
     copy, original = ToyDevice("copied", fleet.folder / "copy", air), devices["copied"]
     copy.session = original.session + 1
     for board in (copy, original, copy, original):
-        board.birth()
+        board.build()
     for _ in range(100):  # what neither can sign so that the server accepts it from both
         air.to_server(original.topics.up("copied"), b"of an epoch that is over")
     air.to_server(original.topics.up("ash"), b"{")
@@ -143,7 +143,7 @@ class Site:
             SITE, StatusWriter(folder / STATUS), alerts=self.monitor.book, clock=self.now, monotonic=self.now
         )
         self.daemon = self.fleet.daemon(observers=[self.monitor, Watcher(lambda seen, what: self.on_event(what))])
-        self.notifier = Notifier(AlertSettings(webhook=url), "default", self.monitor.open, lambda: True)
+        self.notifier = Notifier(AlertSettings(webhook=url), "default", self.monitor.open_alerts, lambda: True)
         self.monitor.start()
 
     def now(self) -> float:
@@ -151,7 +151,7 @@ class Site:
 
     def run(self, on_event: Callable[[object], None]) -> None:
         def idle() -> None:
-            if self.daemon.busy:
+            if self.daemon.is_busy:
                 time.sleep(0.0005)  # the worker's thread is real
             else:
                 self.fleet.air.now += 0.5
@@ -162,15 +162,15 @@ class Site:
 
     def lines(self, *kinds: str) -> dict[str, list[str]]:
         """What each sink shows, once all have heard of these kinds of alerts."""
-        waiting.until(lambda: {a.kind for a in read_recorded(self.folder).alerts} >= set(kinds))
+        waiting.until(lambda: {a.kind for a in read_monitor_record(self.folder).alerts} >= set(kinds))
         waiting.until(lambda: {a["kind"] for post in self._posts for a in post["alerts"]} >= set(kinds))
         self._publisher.publish()
         with FleetView(self.folder / STATUS, clock=self.now) as shown:
             console = [row["text"] for row in shown.alerts(gone=False).items]
         return {
             "log": [line for line in self._log() if line.startswith("alert:")],
-            "status": describe(status_of_all(self.folder)).splitlines(),
-            "doctor": [finding.what for finding in diagnose(self.folder)],
+            "status": status_text(server_status(self.folder)).splitlines(),
+            "doctor": [finding.message for finding in diagnose(self.folder)],
             "console": console,
             "webhook": [alert["what"] for post in self._posts for alert in post["alerts"]],
         }
@@ -179,7 +179,7 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Site]:
     caplog.set_level(logging.INFO, "fedprune.server")
-    with webhook() as (url, posts), locked(tmp_path / LOCK, "a server runs", ""):
+    with webhook() as (url, posts), file_lock(tmp_path / LOCK_FILE, "a server runs", ""):
         made = Site(tmp_path, url, posts, lambda: list(caplog.messages))
         try:
             yield made
@@ -199,7 +199,9 @@ def test_each_board_that_falls_silent_is_named_with_its_reason_within_two_rounds
 
     site.run(act)
     sinks = site.lines(*{kind for kind, _ in FAULTS.values()})
-    alerts = {a.device: a.kind for a in site.monitor.book.open if a.device is not None}  # the round's own is closing
+    alerts = {
+        a.device: a.kind for a in site.monitor.book.open_alerts if a.device is not None
+    }  # the round's own is closing
     assert alerts == {name: kind for name, (kind, _) in FAULTS.items()}
     for sink, lines in sinks.items():
         for name, (_, reason) in FAULTS.items():
@@ -220,16 +222,16 @@ def test_a_command_that_is_suspended_within_a_transaction_is_named_while_the_ser
         def act(what: object) -> None:
             if isinstance(what, RoundEnded) and what.summary["round"] == 2:
                 held.append(stack.enter_context(suspended_claim(site.folder)))
-            elif isinstance(what, LoopWaits):
-                if any(alert.kind == "database-waits" for alert in site.monitor.book.open):
+            elif isinstance(what, LoopBlocked):
+                if any(alert.kind == "database-waits" for alert in site.monitor.book.open_alerts):
                     sinks.update(site.lines("database-waits"))
                     site.daemon.stop()
                     held[0].kill()
-                site.fleet.air.now += WAITS_S
+                site.fleet.air.now += DATABASE_WAIT_LIMIT_S
 
         site.run(act)
     for sink, lines in sinks.items():
         assert any(str(held[0].pid) in line and "stopped" in line for line in lines), sink
     assert sinks
-    open_kinds = {alert.kind for alert in site.monitor.book.open}
+    open_kinds = {alert.kind for alert in site.monitor.book.open_alerts}
     assert "database-waits" not in open_kinds, "it is over once the command is"

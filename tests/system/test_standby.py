@@ -143,7 +143,7 @@ def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket
     s3.hold()  # the second must not begin with less than all
     shutil.rmtree(pair.state / "blobs")
     time.sleep(1)
-    s3.go_on()
+    s3.resume()
     ends_as(pair, undisturbed, pair.folder / "second")
     logs = pair.logs_in_full()
     assert "taking over from" in logs

@@ -61,7 +61,7 @@ class TwoServers(Watched):
         return self.log_of(name)
 
     def round_of(self, state: Path) -> int:
-        with Storage.existing(state) as storage:
+        with Storage.open_existing(state) as storage:
             found = storage.load()
         return 0 if found is None else found.round
 
@@ -100,7 +100,7 @@ def test_a_restored_server_takes_the_fleet_only_once_the_first_has_ended(site: T
     site.start("second")
     site.trains(site.restored)
 
-    told = site.tool("doctor", "--state", site.state, code=ExitCode.FOUND)
+    told = site.tool("doctor", "--state", site.state, code=ExitCode.FINDINGS)
     assert f"another server runs this fleet: on {socket.gethostname()}, state folder {site.restored}" in told
     assert "another server" not in site.tool("doctor", "--state", site.restored, code=None)  # a small disk may be found
     site.start("first-again")

@@ -19,7 +19,7 @@ import pytest
 
 from fedprune.releases.release import Release, write_release
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, LauncherState, UpdateOutcome
-from fedprune_device.releases.installer import LAUNCHER
+from fedprune_device.releases.installer import LAUNCHER_FILE
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.runtime_releases import KEY, OUTSIDE, PYTHON, make_wheel, set_up, source
@@ -48,7 +48,7 @@ class Board:
         np.savez(folder / "data.npz", x=x, y=np.arange(20) % 3)
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(folder / "notify"))
-        self.said: queue.Queue[str] = queue.Queue()
+        self.titled_value: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
@@ -56,7 +56,7 @@ class Board:
         with suppress(OSError):
             while data := self.manager.recv(4096):
                 for line in data.decode().splitlines():
-                    self.said.put(line)
+                    self.titled_value.put(line)
 
     def release(self, number: int, *more: Path) -> Path:
         def made(files: tuple[object, ...]) -> Release:
@@ -80,7 +80,7 @@ class Board:
         environment = {**inherited, "NOTIFY_SOCKET": str(self.folder / "notify"), "WATCHDOG_USEC": "2000000"}
         command = [
             sys.executable,
-            str(self.updater.home.root / LAUNCHER),
+            str(self.updater.home.root / LAUNCHER_FILE),
             "run",
             "--insecure",
             "--no-probe",
@@ -102,7 +102,7 @@ class Board:
         """What the service manager was told until a line came."""
         lines: list[str] = []
         while line not in lines:
-            lines.append(self.said.get(timeout=120))
+            lines.append(self.titled_value.get(timeout=120))
         return lines
 
     def until(self, seen: Callable[[LauncherState], bool]) -> LauncherState:
@@ -136,7 +136,7 @@ def test_a_runtime_that_reaches_its_broker_stays_and_feeds_the_watchdog(board: B
             state = board.until(lambda s: s.phase != TRIAL)
             assert (state.stable, state.outcome) == ("b", UpdateOutcome(2, COMMITTED)), board.log()
             assert "STATUS=trying version 2" in board.told("STATUS=connected to the broker")
-        assert board.updater.home.whole("b").version == 2
+        assert board.updater.home.checked_record("b").version == 2
 
 
 def test_an_illegal_instruction_is_the_reason_that_the_operator_reads(board: Board) -> None:

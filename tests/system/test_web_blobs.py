@@ -14,7 +14,7 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import unpinned_context
-from fedprune.wire.link import Link
+from fedprune.wire.link import BrokerLink
 from fedprune_server.enrollment.pki import IdentityFolder
 from support.fakes.web_server import Behaviour, Handler, WebPlace
 from support.processes.machine import free_port
@@ -48,7 +48,7 @@ class Ear:
     def __init__(self, url: str) -> None:
         self.bytes = 0
         self._stop = threading.Event()
-        self._link = Link(url, "ear", tls=unpinned_context)
+        self._link = BrokerLink(url, "ear", tls=unpinned_context)
         self._link.subscribe(["fedprune/1/+/+/+/down/#"])
         self._link.start()
         self._thread = threading.Thread(target=self._run)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedprune.strategies.options import read_options
     from fedprune.strategies.presets import compose
     from fedprune.strategies.strategy import Strategy
-    from fedprune.strategies.values import Closing, Ranking, Submodel
+    from fedprune.strategies.values import Ranking, RoundClosing, Submodel
 
 __version__ = "0.2.0"
 
@@ -41,12 +41,12 @@ _MODULES = {
 
 __all__ = [
     "Architecture",
-    "Closing",
     "ExitCode",
     "FedpruneError",
     "Job",
     "Ranking",
     "Recipe",
+    "RoundClosing",
     "Selection",
     "Strategy",
     "Submodel",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Exit codes as in `fedprune.core.errors`, which isn't imported yet when they are needed.
-_USAGE, _INTERRUPTED = 2, 4
+_USAGE_EXIT, _INTERRUPTED_EXIT = 2, 4
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class _Command:
     Attributes:
         module: The module of its command line.
         extra: The extra of fedprune that it needs.
-        needs: Packages of that extra; if one is missing, the extra isn't installed.
-        what: A description for the help.
+        packages: Packages of that extra; if one is missing, the extra isn't installed.
+        description: A description for the help.
     """
 
     module: str
     extra: str
-    needs: tuple[str, ...]
-    what: str
+    packages: tuple[str, ...]
+    description: str
 
     @property
-    def missing(self) -> bool:
+    def is_missing(self) -> bool:
         """Whether its extra is not installed."""
         # Finding a package doesn't import it, which would take seconds for all of them.
-        return any(importlib.util.find_spec(name) is None for name in self.needs)
+        return any(importlib.util.find_spec(name) is None for name in self.packages)
 
 
 _COMMANDS = {
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`fedprune`: one command that has the others as subcommands; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(_help(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else _USAGE
+        print(_help_text(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else _USAGE_EXIT
     if words[0] == "--version":
         from importlib.metadata import version
 
@@ -95,18 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "completion":  # no program of its own, so that it isn't in the table
         from fedprune_start.completion import main as completion
 
-        installed = {name: command.module for name, command in _COMMANDS.items() if not command.missing}
+        installed = {name: command.module for name, command in _COMMANDS.items() if not command.is_missing}
         return completion(installed, words[1:])
     if words[0] not in _COMMANDS:
         from difflib import get_close_matches
 
         suggestion = "".join(f" ({name}?)" for name in get_close_matches(words[0], _COMMANDS, 1))
         print(f"error: there is no command {words[0][:60]!a}{suggestion}. See `fedprune --help`.", file=sys.stderr)
-        return _USAGE
+        return _USAGE_EXIT
     return _run(words[0], words[1:])
 
 
-def _help() -> str:
+def _help_text() -> str:
     lines = [
         "usage: fedprune COMMAND ...",
         "",
@@ -115,7 +115,7 @@ def _help() -> str:
         "commands (each has its own --help, and is also a program of its own, such as fedprune-export):",
     ]
     lines += [
-        f"  {name:<9} {command.what}" + (f"  [needs the extra {command.extra}]" if command.missing else "")
+        f"  {name:<9} {command.description}" + (f"  [needs the extra {command.extra}]" if command.is_missing else "")
         for name, command in _COMMANDS.items()
     ]
     lines += [
@@ -124,7 +124,7 @@ def _help() -> str:
     ]
     lines += ["", "examples:", "  fedprune server demo", "  fedprune simulate new fleet"]
     lines += ["  fedprune export model.onnx --target raspberry-pi-zero-2w --out bundle"]
-    if any(command.missing for command in _COMMANDS.values()):
+    if any(command.is_missing for command in _COMMANDS.values()):
         lines += ["", "A command that needs an extra says how to install it when it is run."]
     return "\n".join([*lines, "", "`fedprune --version` prints the version. Exit codes: docs/exit-codes.md."])
 
@@ -135,4 +135,4 @@ def _run(name: str, argv: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(_COMMANDS[name].module).main(argv))
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return _INTERRUPTED_EXIT

@@ -29,11 +29,11 @@ def _parser(modules: Mapping[str, str]) -> CommandParser:
         description="Print a script by which a shell completes all commands of fedprune that are installed.",
     )
     parser.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
-    parser.set_defaults(run=lambda arguments: print(script(arguments.shell, modules)))
+    parser.set_defaults(run=lambda arguments: print(completion_script(arguments.shell, modules)))
     return parser
 
 
-def script(shell: str, modules: Mapping[str, str]) -> str:
+def completion_script(shell: str, modules: Mapping[str, str]) -> str:
     """The script for a shell: `fedprune` with its commands, and each command as a program of its own. Raises
     `MissingExtraError` without shtab."""
     try:
@@ -43,7 +43,7 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
     umbrella = CommandParser(prog="fedprune")
     umbrella.add_argument("--version", action="version", version="")
     commands: Any = umbrella.add_subparsers()
-    programs = {name: completed_parser(module, shtab.FILE) for name, module in modules.items()}
+    programs = {name: load_program_parser(module, shtab.FILE) for name, module in modules.items()}
     for name, parser in programs.items():
         commands.add_parser(name, help=parser.description)
         commands.choices[name] = parser  # the whole parser in place of the new one, which argparse can't be given
@@ -51,17 +51,17 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
     return "\n".join(shtab.complete(parser, shell) for parser in (umbrella, *programs.values()))
 
 
-def completed_parser(module: str, files: object) -> CommandParser:
+def load_program_parser(module: str, files: object) -> CommandParser:
     """A program's parser with all of its commands, in which arguments that are paths are completed with `files`."""
     cli = importlib.import_module(module)
     parser: CommandParser = cli.build_parser()
     if hasattr(cli, "command_parsers"):  # a program that takes a file or a command, as fedprune-export
-        parser = _with_commands(parser, cli.command_parsers())
+        parser = _merge_parsers(parser, cli.command_parsers())
     _mark_paths(parser, files)
     return parser
 
 
-def _with_commands(file_parser: CommandParser, command_parsers: Mapping[str, CommandParser]) -> CommandParser:
+def _merge_parsers(file_parser: CommandParser, command_parsers: Mapping[str, CommandParser]) -> CommandParser:
     """Merge the parsers of a program whose first word is a command, or a file, which bash completes by itself."""
     parser = CommandParser(prog=file_parser.prog, description=file_parser.description, add_help=False)
     commands: Any = parser.add_subparsers()
@@ -77,6 +77,6 @@ def _with_commands(file_parser: CommandParser, command_parsers: Mapping[str, Com
 def _mark_paths(parser: CommandParser, files: object) -> None:
     for action in parser._actions:
         if action.type is Path and not action.choices:
-            action.complete = files  # type: ignore[attr-defined]
+            action.is_complete = files  # type: ignore[attr-defined]
     for command in parser.commands().values():
         _mark_paths(command, files)

@@ -16,12 +16,12 @@ from fedprune import __version__
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.session import version as onnxruntime_version
+from fedprune.runtime.session import onnxruntime_version as onnxruntime_version
 from fedprune.updates import CODECS
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fleet_messages import RECONNECT, CrashStored, Reconnect, ReleaseOffer, ReleaseWithdrawn
+from fedprune.wire.fleet_messages import RECONNECT_ABILITY, CrashStored, Reconnect, ReleaseOffer, ReleaseWithdrawn
 from fedprune.wire.messages import (
-    PUT,
+    PUT_ABILITY,
     Accepted,
     Birth,
     BlobNotFound,
@@ -32,14 +32,14 @@ from fedprune.wire.messages import (
     Hello,
     Offer,
     SecureStep,
-    Update,
+    UpdateAnnouncement,
     UploadRequest,
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import SampleSource
-from fedprune_device.launcher.slot_store import running
-from fedprune_device.network.connection import Connection, Received
+from fedprune_device.launcher.slot_store import running_slot_text
+from fedprune_device.network.connection import BoardConnection, ReceivedMessage
 from fedprune_device.network.uplink import BoardStatus, Uplink
 from fedprune_device.releases.release_agent import ReleaseAgent
 from fedprune_device.releases.release_trial import Watchdog
@@ -47,11 +47,11 @@ from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reporter import CrashReporter
 
 # Births are for what changes rarely: a source whose samples grow by the second must not send one for each.
-AGAIN_S = 60.0
+BIRTH_INTERVAL_S = 60.0
 # The protocol takes so many characters for the description of the software.
-_SOFTWARE = 256
+_MAX_SOFTWARE_LENGTH = 256
 # Characters of the predicting engine's description, so that the versions before it always fit.
-_LONGEST = 150
+_MAX_ENGINE_LENGTH = 150
 
 
 class BirthBuilder:
@@ -63,7 +63,7 @@ class BirthBuilder:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: BoardConnection,
         data: SampleSource,
         profile_name: str = "",
         probe: ProbeReport | None = None,
@@ -72,60 +72,65 @@ class BirthBuilder:
         may_leave: bool = True,
         private: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._connection, self._data, self._engine, self._private = connection, data, engine, private
-        self._abilities = (PUT, RECONNECT) if may_leave else (PUT,)
+        self._connection, self._data, self._engine, self._is_private = connection, data, engine, private
+        self._abilities = (PUT_ABILITY, RECONNECT_ABILITY) if may_leave else (PUT_ABILITY,)
         self._profile_name, self._probe = profile_name, probe
-        slot = running()
+        slot = running_slot_text()
         self._slot = f", {slot}" if slot else ""
-        self._said = 0, ""
-        self._at = 0.0
+        self._last_content = 0, ""
+        self._last_birth_at = 0.0
 
-    def birth(self, session: int, held: Offer | Update | None, now: float) -> Birth:
-        """The birth of connection `session`; `held` is the offer in progress or the update that waits to be sent.
+    def build(self, session: int, current_work: Offer | UpdateAnnouncement | None, now: float) -> Birth:
+        """The birth of connection `session`; `current_work` is the offer in progress or the update that waits to be
+        sent.
 
         With it the server need not offer the work again that the board is at.
         """
-        samples, engine = self._said = self._data.samples, self._engine()
-        self._at = now
-        engine_text = f", predicts with {one_line(engine, _LONGEST)}" if engine else ""
+        samples, engine = self._last_content = self._data.samples, self._engine()
+        self._last_birth_at = now
+        engine_text = f", predicts with {one_line(engine, _MAX_ENGINE_LENGTH)}" if engine else ""
         return Birth(
             device=self._connection.device,
             session=session,
             profile=self._profile_name,
             samples=samples,
             software=f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
-            f"{self._slot}{engine_text}"[:_SOFTWARE],
+            f"{self._slot}{engine_text}"[:_MAX_SOFTWARE_LENGTH],
             probe=self._probe.to_dict() if self._probe is not None else None,
-            held=None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
+            held=None
+            if current_work is None
+            else {"job": current_work.job, "round": current_work.round, "attempt": current_work.attempt},
             codecs=CODECS,
-            answer_s=round(self._connection.answers.slowest, 3) or None,
+            answer_s=round(self._connection.response_time.slowest_s, 3) or None,
             abilities=self._abilities,
-            effective_classes=None if self._private() else self._data.effective_classes,
+            effective_classes=None if self._is_private() else self._data.effective_classes,
         )
 
-    def outdated(self, now: float) -> bool:
+    def is_outdated(self, now: float) -> bool:
         """Whether the last birth no longer holds; checked once a minute."""
-        return now >= self._at + AGAIN_S and (self._data.samples, self._engine()) != self._said
+        return (
+            now >= self._last_birth_at + BIRTH_INTERVAL_S and (self._data.samples, self._engine()) != self._last_content
+        )
 
 
 _LOG = logging.getLogger("fedprune.device")
 
 # Seconds that a turn waits for a message. While a board downloads or trains, the next step may be due at once; an idle
 # one saves its processor.
-_BUSY_WAIT = 0.05
-_IDLE_WAIT = 0.5
+_BUSY_WAIT_S = 0.05
+_IDLE_WAIT_S = 0.5
 
 # Turns in a row that may end in an unexpected error before the agent itself ends: a new process may do better.
-_FAILED_TURNS = 5
+_MAX_FAILED_TURNS = 5
 
 
 class Agent:
     """A device in a fleet (`fedprune_device.board.build_agent` makes one). `clock` is monotonic, in seconds; no server
-    sends the board away for longer than `most_away_s`."""
+    sends the board away for longer than `max_away_s`."""
 
     def __init__(
         self,
-        connection: Connection,
+        connection: BoardConnection,
         store: DeviceStore,
         births: BirthBuilder,
         uplink: Uplink,
@@ -135,13 +140,13 @@ class Agent:
         crashes: CrashReporter,
         watchdog: Watchdog,
         stopping: threading.Event,
-        most_away_s: float,
+        max_away_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection, self._store, self._births, self._uplink = connection, store, births, uplink
         self._offers, self._releases, self._crashes, self._watchdog = offers, releases, crashes, watchdog
-        self._stopping, self._most_away_s, self._clock = stopping, most_away_s, clock
-        self._finished = False
+        self._stopping, self._max_away_s, self._clock = stopping, max_away_s, clock
+        self._job_finished = False
 
     def run(self, until_finished: bool = False) -> None:
         """Work until `stop` is called or, with `until_finished`, a job is finished.
@@ -151,23 +156,23 @@ class Agent:
         failed_turns = 0
         self._offers.resume(self._clock())
         try:
-            while not self._stopping.is_set() and not (until_finished and self._finished):
+            while not self._stopping.is_set() and not (until_finished and self._job_finished):
                 self._watchdog.turn()
-                item = self._connection.receive(_BUSY_WAIT if self._offers.under_way else _IDLE_WAIT)
-                self._guarded(self._take, item)
-                error = self._guarded(self._turn)
+                item = self._connection.receive(_BUSY_WAIT_S if self._offers.is_working else _IDLE_WAIT_S)
+                self._run_guarded(self._on_item, item)
+                error = self._run_guarded(self._turn)
                 failed_turns = 0 if error is None else failed_turns + 1
-                if error is not None and failed_turns == _FAILED_TURNS:
+                if error is not None and failed_turns == _MAX_FAILED_TURNS:
                     raise error
         finally:
             self._watchdog.stop()
             self._offers.end(10)
-            self._guarded(self._uplink.send, Death(self._connection.device, self._store.session))
+            self._run_guarded(self._uplink.send, Death(self._connection.device, self._store.session))
 
     @property
-    def quiet(self) -> bool:
+    def is_quiet(self) -> bool:
         """Whether a restart would cost nothing: no download, no training, and no update that waits."""
-        return self._offers.quiet
+        return self._offers.is_quiet
 
     @property
     def status(self) -> BoardStatus:
@@ -176,7 +181,7 @@ class Agent:
     def stop(self) -> None:
         self._stopping.set()
 
-    def _guarded(self, step: Callable[..., None], *arguments: object) -> Exception | None:
+    def _run_guarded(self, step: Callable[..., None], *arguments: object) -> Exception | None:
         """Run `step` and log its error; returns an unexpected one. A single error doesn't end a board's service."""
         try:
             step(*arguments)
@@ -187,86 +192,86 @@ class Agent:
             return error
         return None
 
-    def _take(self, item: Received | Chunk | ConnectionUp | ConnectionDown | None) -> None:
+    def _on_item(self, item: ReceivedMessage | Chunk | ConnectionUp | ConnectionDown | None) -> None:
         if item is None:
             return
         now = self._clock()
-        self._offers.heard(now)
+        self._offers.note_contact(now)
         match item:
-            case Received():
+            case ReceivedMessage():
                 self._dispatch(item, now)
             case Chunk():
-                if not self._releases.chunk(item):
-                    self._offers.chunk(item, now)
+                if not self._releases.on_chunk(item):
+                    self._offers.on_chunk(item, now)
             case ConnectionUp():
                 _LOG.info("connected to the broker")
                 self.status.connected = True
-                self._watchdog.connected()
-                self._greet(now)
-                self._offers.connected(now)
+                self._watchdog.on_connect()
+                self._send_birth(now)
+                self._offers.on_connect(now)
             case ConnectionDown(reason):
                 _LOG.info("connection to the broker lost: %s", reason)
                 self.status.connected = False
-                self._watchdog.lost(reason)
-                self._crashes.lost()
+                self._watchdog.on_disconnect(reason)
+                self._crashes.on_disconnect()
                 self._uplink.drop_chunks()
 
-    def _dispatch(self, received: Received, now: float) -> None:
+    def _dispatch(self, received: ReceivedMessage, now: float) -> None:
         match received.message:
             case Hello():
-                self._greet(now)
-                self._offers.hello(now)
+                self._send_birth(now)
+                self._offers.on_hello(now)
             case Offer() as offer:
-                self._offers.offered(offer, now)
+                self._offers.on_offer(offer, now)
             case Accepted() as accepted:
-                self._offers.accepted(accepted)
+                self._offers.on_accepted(accepted)
             case Cancelled() as cancelled:
-                self._offers.cancelled(cancelled)
+                self._offers.on_cancelled(cancelled)
             case Finished() as finished:
-                self._offers.finished(finished)
-                self._finished = True
+                self._offers.on_finished(finished)
+                self._job_finished = True
             case SecureStep() as step:
-                self._offers.secure_step(step, now)
+                self._offers.on_secure_step(step, now)
             case BlobRequest() as request:
-                self._offers.wanted(request, now)
+                self._offers.on_blob_request(request, now)
             case UploadRequest() as request:
-                self._offers.upload_wanted(request)
+                self._offers.on_upload_request(request)
             case BlobNotFound(sha256):
-                if not (received.private and self._releases.gone(sha256)):
-                    self._offers.gone(sha256, now)
+                if not (received.private and self._releases.on_blob_not_found(sha256)):
+                    self._offers.on_blob_not_found(sha256, now)
             case ReleaseOffer() | ReleaseWithdrawn() as release if received.private:
                 self._releases.on_message(release)
             case CrashStored() as stored if received.private:
                 self._crashes.on_stored(stored)
             case Reconnect() as advice if received.private:
-                self._connection.spread(advice.spread_s)
+                self._connection.spread_reconnects(advice.spread_s)
                 if advice.away_s is not None:
                     self._leave(advice.away_s, now)
 
     def _leave(self, seconds: float, now: float) -> None:
         """Disconnect for a time. A board with work in progress announces itself instead, and stays."""
-        seconds = min(seconds, self._most_away_s)
-        if self.quiet and self._releases.idle and not self._uplink.uploading:
+        seconds = min(seconds, self._max_away_s)
+        if self.is_quiet and self._releases.is_idle and not self._uplink.is_uploading:
             _LOG.info("the server asks this board to come back in %.0f s", seconds)
-            self._connection.leave(seconds)
+            self._connection.disconnect_for(seconds)
         else:
-            self._greet(now)
+            self._send_birth(now)
 
-    def _greet(self, now: float) -> None:
-        self._uplink.send(self._births.birth(self._store.session, self._offers.held, now))
-        self._crashes.born()
-        self._uplink.hurry(now)
-        self._releases.born()
+    def _send_birth(self, now: float) -> None:
+        self._uplink.send(self._births.build(self._store.session, self._offers.current_work, now))
+        self._crashes.on_birth()
+        self._uplink.announce_soon(now)
+        self._releases.on_birth()
 
     def _turn(self) -> None:
         now = self._clock()
         self._crashes.turn()
-        if self._releases.turn(quiet=self.quiet):
+        if self._releases.turn(quiet=self.is_quiet):
             self.stop()
         self._uplink.send_chunks()
         self._offers.turn(now, connected=self.status.connected)
-        is_idle = self._offers.report(now)
+        is_idle = self._offers.report_progress(now)
         if self.status.connected:
-            if self._connection.birth_due or (is_idle and self._births.outdated(now)):
-                self._greet(now)
-            self._uplink.stay(self._store.session, now)
+            if self._connection.is_birth_due or (is_idle and self._births.is_outdated(now)):
+                self._send_birth(now)
+            self._uplink.send_alive(self._store.session, now)

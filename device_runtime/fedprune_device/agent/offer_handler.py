@@ -15,24 +15,33 @@ from fedprune.core.errors import FedpruneError, TrainingError
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Offer, SecureStep, Update, UploadRequest
+from fedprune.wire.messages import (
+    Accepted,
+    BlobRequest,
+    Cancelled,
+    Finished,
+    Offer,
+    SecureStep,
+    UpdateAnnouncement,
+    UploadRequest,
+)
 from fedprune_device.hardware import allocator
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
-from fedprune_device.network.offer_checks import attempt_of, check_offer, fits, place_of, same_work
+from fedprune_device.network.offer_checks import attempt_of, check_offer, fits_disk, is_same_work, job_and_round
 from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.offline_training import OfflineTraining
-from fedprune_device.training.round_runner import DamagedBlobError, RoundResult, RoundRunner, TrainingThread
+from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner, TrainedRound, TrainingThread
 from fedprune_device.training.trainer import TrainingStoppedError
 
 _LOG = logging.getLogger("fedprune.device")
 
 # Damaged blobs of one offer that are pulled again before the offer is refused: a disk that fails would never end.
-_MAX_DAMAGES = 3
+_MAX_DAMAGED_BLOBS = 3
 # Offers remembered, to recognise repetitions: of a few jobs, several attempts each.
-_REMEMBERED = 32
+_MAX_RECENT_OFFERS = 32
 
 
 class OfferHandler:
@@ -57,167 +66,173 @@ class OfferHandler:
         self._store, self._downloader, self._uplink = store, downloader, uplink
         self._runner, self._offline, self._secure = runner, offline, secure
         self._profile, self._guard = profile, guard
-        self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
+        self._download_seconds: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
-        self._seen: list[Offer] = []
-        self._damages = 0
+        self._recent_offers: list[Offer] = []
+        self._damaged_blobs = 0
 
     @property
-    def under_way(self) -> bool:
-        return self._worker is not None or self._downloader.offer is not None or self._uplink.uploading
+    def is_working(self) -> bool:
+        return self._worker is not None or self._downloader.offer is not None or self._uplink.is_uploading
 
     @property
-    def quiet(self) -> bool:
+    def is_quiet(self) -> bool:
         """Whether a restart would cost nothing: no download, no training, and no update that waits."""
         task = self._store.task
-        idle = self._worker is None and not self._busy and self._store.pending is None and not self._secure.waits
+        idle = (
+            self._worker is None and not self._is_busy and self._store.pending is None and not self._secure.is_waiting
+        )
         return idle and (task is None or task.done)
 
     @property
-    def held(self) -> Offer | Update | None:
+    def current_work(self) -> Offer | UpdateAnnouncement | None:
         task = self._store.task
         return task.offer if task is not None and not task.done else self._store.pending
 
     # Messages of the server
 
-    def connected(self, now: float) -> None:
+    def on_connect(self, now: float) -> None:
         """The board has connected: treat every offer as new, and request all missing blobs again."""
-        self._seen.clear()
-        self._secure.hurry(now)
-        self._downloader.connected(now)
+        self._recent_offers.clear()
+        self._secure.resend_now(now)
+        self._downloader.on_connect(now)
 
-    def hello(self, now: float) -> None:
+    def on_hello(self, now: float) -> None:
         """The server has (re)started, perhaps with a lost state.
 
         Treat every offer as new, and repeat overdue requests.
         """
-        self._seen.clear()
-        self._secure.hurry(now)
-        self._downloader.remind(now)
+        self._recent_offers.clear()
+        self._secure.resend_now(now)
+        self._downloader.repeat_requests(now)
 
-    def heard(self, now: float) -> None:
-        self._offline.heard(now)
+    def note_contact(self, now: float) -> None:
+        self._offline.note_contact(now)
 
-    def wanted(self, request: BlobRequest, now: float) -> None:
-        self._uplink.answer(request, self._store.pending, now)
+    def on_blob_request(self, request: BlobRequest, now: float) -> None:
+        self._uplink.on_blob_request(request, self._store.pending, now)
 
-    def upload_wanted(self, request: UploadRequest) -> None:
-        self._uplink.upload(request, self._store.pending)
+    def on_upload_request(self, request: UploadRequest) -> None:
+        self._uplink.start_upload(request, self._store.pending)
 
-    def offered(self, offer: Offer, now: float) -> None:
-        offer = self._runner.lowering.wanted(offer)
+    def on_offer(self, offer: Offer, now: float) -> None:
+        offer = self._runner.lowering.needed_graphs(offer)
         task = self._store.task
-        if self._uplink.refuse_again(offer):
+        if self._uplink.repeat_refusal(offer):
             return
         if task is not None and not task.done and task.offer == offer:
-            self._hurry(now)  # a pending update should be announced at once
+            self._resend_now(now)  # a pending update should be announced at once
             return
-        if offer in self._seen:
+        if offer in self._recent_offers:
             return  # it came late, or twice
         # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
         # A masked update that a restart has left is of no use: the secrets that its sum needs are gone.
-        has_update = offer.secure is None and task is not None and self._store.waiting(task.offer) is not None
-        can_continue = has_update or self._secure.waits or self._busy
-        if task is not None and same_work(task.offer, offer) and can_continue:
+        has_update = offer.secure is None and task is not None and self._store.pending_for(task.offer) is not None
+        can_continue = has_update or self._secure.is_waiting or self._is_busy
+        if task is not None and is_same_work(task.offer, offer) and can_continue:
             _LOG.info(
                 "round %d of job %s, attempt %d: the same work, continuing", offer.round, offer.job, offer.attempt
             )
             self._renumber(offer, now)
         else:
             self._start(offer, now)
-        self._seen = [*self._seen, offer][-_REMEMBERED:]
+        self._recent_offers = [*self._recent_offers, offer][-_MAX_RECENT_OFFERS:]
 
-    def secure_step(self, message: SecureStep, now: float) -> None:
+    def on_secure_step(self, message: SecureStep, now: float) -> None:
         """Take a step of a secure sum; if the server breaks its rules, the board refuses to take part."""
-        task, previous_sum = self._store.task, self._secure.sum
+        task, previous_sum = self._store.task, self._secure.sum_id
         if task is None or task.done or attempt_of(task.offer) != attempt_of(message):
             return
         try:
-            if not self._secure.waits and not self._busy:
+            if not self._secure.is_waiting and not self._is_busy:
                 raise TrainingError("the update that was to be masked is gone: this board has restarted")
             masked_update = self._secure.receive(message, now)
-            if self._secure.sum != previous_sum:
+            if self._secure.sum_id != previous_sum:
                 # The stored update is masked for the sum before: in this one its masks would not cancel out.
-                self._store.forget()
+                self._store.forget_update()
             if masked_update is not None:
-                self._store.keep(masked_update)
-                self._uplink.hurry(now)
+                self._store.keep_update(masked_update)
+                self._uplink.announce_soon(now)
         except FedpruneError as error:
             self._refuse(task.offer, error)
 
-    def chunk(self, chunk: Chunk, now: float) -> None:
+    def on_chunk(self, chunk: Chunk, now: float) -> None:
         """Store a chunk of a requested blob."""
-        self._supplied(lambda: self._downloader.chunk(chunk, now))
+        self._step_download(lambda: self._downloader.on_chunk(chunk, now))
 
-    def gone(self, sha256: str, now: float) -> None:
-        self._supplied(lambda: self._downloader.gone(sha256, now))
+    def on_blob_not_found(self, sha256: str, now: float) -> None:
+        self._step_download(lambda: self._downloader.on_blob_not_found(sha256, now))
 
-    def accepted(self, message: Accepted) -> None:
+    def on_accepted(self, message: Accepted) -> None:
         task, pending = self._store.task, self._store.pending
-        if pending is None or place_of(pending) != place_of(message) or pending.weights.sha256 != message.weights:
+        if (
+            pending is None
+            or job_and_round(pending) != job_and_round(message)
+            or pending.weights.sha256 != message.weights
+        ):
             return
         _LOG.info("round %d of job %s: the server has the update", message.round, message.job)
-        if task is not None and place_of(task.offer) == place_of(message):
-            self._store.finish()
+        if task is not None and job_and_round(task.offer) == job_and_round(message):
+            self._store.finish_offer()
             self._secure.drop()
-        self._store.forget()
-        self._collect()
+        self._store.forget_update()
+        self._delete_unused_blobs()
 
-    def cancelled(self, message: Cancelled) -> None:
+    def on_cancelled(self, message: Cancelled) -> None:
         task, pending = self._store.task, self._store.pending
         cancelled_attempt = attempt_of(message)
         # A cancelled offer may come again under the same number: a server that waits for devices does that.
-        self._seen = [o for o in self._seen if attempt_of(o) != cancelled_attempt]
+        self._recent_offers = [o for o in self._recent_offers if attempt_of(o) != cancelled_attempt]
         if pending is not None and attempt_of(pending) == cancelled_attempt:
-            self._store.forget()
+            self._store.forget_update()
         if task is not None and not task.done and attempt_of(task.offer) == cancelled_attempt:
             _LOG.info("round %d of job %s is cancelled: %s", message.round, message.job, message.reason)
-            self._halt()
-            self._store.finish()
-        self._collect()
+            self._stop_work()
+            self._store.finish_offer()
+        self._delete_unused_blobs()
 
-    def finished(self, message: Finished) -> None:
+    def on_finished(self, message: Finished) -> None:
         task, pending = self._store.task, self._store.pending
         _LOG.info("job %s is finished", message.job)
-        self._seen.clear()
+        self._recent_offers.clear()
         self._uplink.forget_refusal()
         if pending is not None and pending.job == message.job:
-            self._store.forget()
+            self._store.forget_update()
         if task is not None and task.offer.job == message.job:
-            self._halt()
-            self._store.drop()
-            self._collect()
+            self._stop_work()
+            self._store.drop_offer()
+            self._delete_unused_blobs()
         else:
-            self._store.own.forget(message.job)
+            self._store.local_states.delete_job(message.job)
 
     # What is to be done
 
     def resume(self, now: float) -> None:
         """Go on where the last process stopped."""
-        self._collect()
+        self._delete_unused_blobs()
         task = self._store.task
         if task is None or task.done:
             return
-        if self._store.waiting(task.offer) is None:
+        if self._store.pending_for(task.offer) is None:
             _LOG.info("continuing with round %d of job %s", task.offer.round, task.offer.job)
             offer = task.offer
             try:
                 self._store.privacy.check(Recipe.from_dict(offer.recipe))  # the owner's policy may be stricter by now
-                self._downloader.begin(offer, now, asks=False)
+                self._downloader.begin(offer, now, is_connected=False)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
 
     def turn(self, now: float, *, connected: bool) -> None:
-        download_seconds = self._supplied(lambda: self._downloader.turn(now))
+        download_seconds = self._step_download(lambda: self._downloader.turn(now))
         if download_seconds is not None:
-            self._ready = download_seconds
-            self._collect()
-        if self._worker is not None and not self._worker.alive:
+            self._download_seconds = download_seconds
+            self._delete_unused_blobs()
+        if self._worker is not None and not self._worker.is_alive:
             worker, self._worker = self._worker, None
-            self._settle(worker, now)
+            self._handle_result(worker, now)
             del worker  # frees the round's arrays before the heap is trimmed
             allocator.trim_heap()
-            self._collect()
+            self._delete_unused_blobs()
         if self._worker is None:
             self._train(now, connected=connected)
         self._secure.turn(now)
@@ -225,48 +240,48 @@ class OfferHandler:
         if self._store.pending is not None:
             self._uplink.announce(self._store.pending, now)
 
-    def report(self, now: float) -> bool:
+    def report_progress(self, now: float) -> bool:
         if self._downloader.offer is not None:
-            self._uplink.progress(self._downloader.offer, ("download", *self._downloader.progress), now)
+            self._uplink.report_progress(self._downloader.offer, ("download", *self._downloader.progress), now)
         elif self._worker is not None and self._worker.offline:
-            self._uplink.status.working(self._worker.offer, self._worker.status, alone=True)
-        elif self._worker is not None and not self._worker.stopped:
-            self._uplink.progress(self._worker.offer, self._worker.status, now)
+            self._uplink.status.set_working(self._worker.offer, self._worker.status, alone=True)
+        elif self._worker is not None and not self._worker.is_stopped:
+            self._uplink.report_progress(self._worker.offer, self._worker.status, now)
         elif self._store.pending is None:
-            self._uplink.status.idle()
+            self._uplink.status.set_idle()
             return True
         return False
 
     def end(self, timeout: float) -> None:
         """Stop everything, and wait for the end of each thread, but no longer than `timeout` seconds."""
-        self._halt()
+        self._stop_work()
         if self._worker is not None:
             self._worker.join(timeout)
         self._downloader.join(timeout)
-        self._uplink.end(timeout)
+        self._uplink.stop_upload(timeout)
 
     @property
-    def _busy(self) -> bool:
-        training = self._worker is not None and not self._worker.stopped and not self._worker.offline
-        return training or self._downloader.offer is not None or self._ready is not None
+    def _is_busy(self) -> bool:
+        training = self._worker is not None and not self._worker.is_stopped and not self._worker.offline
+        return training or self._downloader.offer is not None or self._download_seconds is not None
 
     def _renumber(self, offer: Offer, now: float) -> None:
         """Continue the current work, or the waiting update, for another attempt at the same offer."""
-        pending = self._store.waiting(offer)
-        if self._secure.waits:
-            self._store.forget()  # it is masked for another sum
+        pending = self._store.pending_for(offer)
+        if self._secure.is_waiting:
+            self._store.forget_update()  # it is masked for another sum
             self._secure.renumber(offer.attempt, now)
         elif pending is not None:
-            self._store.keep(replace(pending, attempt=offer.attempt))
+            self._store.keep_update(replace(pending, attempt=offer.attempt))
         self._store.accept(offer)
         self._downloader.renumber(offer)
         if self._worker is not None and not self._worker.offline:
             self._worker.offer = offer
-        self._uplink.hurry(now)
+        self._uplink.announce_soon(now)
 
-    def _hurry(self, now: float) -> None:
-        self._uplink.hurry(now)
-        self._secure.hurry(now)
+    def _resend_now(self, now: float) -> None:
+        self._uplink.announce_soon(now)
+        self._secure.resend_now(now)
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
@@ -274,14 +289,14 @@ class OfferHandler:
             check_offer(offer, self._store, self._profile)
             pending = self._store.pending
             if pending is not None and pending.job == offer.job and pending.round >= offer.round:
-                self._store.forget()  # it answers an offer that the server no longer knows of
+                self._store.forget_update()  # it answers an offer that the server no longer knows of
             self._store.accept(offer)
-            self._halt()
-            self._damages = 0
-            self._collect()
-            if self._store.pending is not None or not fits(offer, self._store):
-                self._store.dismiss()  # a pending update takes as much disk space as a weights file
-                self._collect()
+            self._stop_work()
+            self._damaged_blobs = 0
+            self._delete_unused_blobs()
+            if self._store.pending is not None or not fits_disk(offer, self._store):
+                self._store.drop_donor()  # a pending update takes as much disk space as a weights file
+                self._delete_unused_blobs()
             _LOG.info("round %d of job %s, attempt %d: accepted", offer.round, offer.job, offer.attempt)
             self._download(offer, now)
         except FedpruneError as error:
@@ -289,9 +304,9 @@ class OfferHandler:
 
     def _download(self, offer: Offer, now: float) -> None:
         # After a damaged blob, plain weights are fetched instead of encoded ones.
-        self._downloader.begin(offer, now, plainly=self._damages > 0)
+        self._downloader.begin(offer, now, without_codec=self._damaged_blobs > 0)
 
-    def _supplied(self, step: Callable[[], float | None]) -> float | None:
+    def _step_download(self, step: Callable[[], float | None]) -> float | None:
         """Take a step of the download; an offer whose blobs can't be had is refused."""
         offer = self._downloader.offer
         try:
@@ -304,18 +319,21 @@ class OfferHandler:
 
     def _train(self, now: float, *, connected: bool) -> None:
         task = self._store.task
-        if self._ready is not None and task is not None:
-            seconds, self._ready = self._ready, None
+        if self._download_seconds is not None and task is not None:
+            seconds, self._download_seconds = self._download_seconds, None
             _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
             self._worker = TrainingThread(self._runner, task.offer, seconds, self._guard)
-        elif not self._downloader.fetching and (offer := self._offline.due(now, connected=connected)) is not None:
+        elif (
+            not self._downloader.is_fetching_from_web
+            and (offer := self._offline.due_offer(now, connected=connected)) is not None
+        ):
             self._worker = TrainingThread(self._offline.runner, offer, guard=self._guard, offline=True)
 
-    def _settle(self, worker: TrainingThread, now: float) -> None:
+    def _handle_result(self, worker: TrainingThread, now: float) -> None:
         """Commit a worker's result, or handle its error. A stopped worker's result is dropped: its job may be over."""
         task = self._store.task
         is_current = worker.offline or (task is not None and not task.done and task.offer == worker.offer)
-        if worker.stopped or not is_current:
+        if worker.is_stopped or not is_current:
             return
         error = worker.error
         if worker.result is not None:
@@ -330,27 +348,27 @@ class OfferHandler:
         else:
             self._round_failed(worker.offer, error, now)
 
-    def _commit(self, worker: TrainingThread, result: RoundResult, now: float) -> None:
+    def _commit(self, worker: TrainingThread, result: TrainedRound, now: float) -> None:
         """Commit a worker's result: the one place where it changes the board's state."""
         offer = worker.offer
         if worker.offline:
-            is_better = self._offline.better(result)
+            is_better = self._offline.may_serve(result)
             if is_better:
                 worker.runner.commit(result)
-            self._offline.record(result, serves=is_better)
+            self._offline.record_training(result, serves=is_better)
             return
         update = replace(worker.runner.commit(result), attempt=offer.attempt)
         if offer.secure is None:
-            self._store.keep(update)
-            self._uplink.hurry(now)
+            self._store.keep_update(update)
+            self._uplink.announce_soon(now)
         else:
-            self._secure.hold(offer, update, now)
+            self._secure.keep(offer, update, now)
         metrics_text = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
         _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, metrics_text)
 
     def _round_failed(self, offer: Offer, error: BaseException, now: float) -> None:
-        if isinstance(error, DamagedBlobError) and self._damages < _MAX_DAMAGES:
-            self._damages += 1
+        if isinstance(error, DamagedBlobError) and self._damaged_blobs < _MAX_DAMAGED_BLOBS:
+            self._damaged_blobs += 1
             _LOG.warning("%s: pulling it again", error)
             try:
                 self._store.blobs.delete(error.sha256)
@@ -368,23 +386,23 @@ class OfferHandler:
         if isinstance(error, DamagedBlobError):
             self._store.blobs.delete(error.sha256)
 
-    def _halt(self) -> None:
+    def _stop_work(self) -> None:
         """Stop all work for the current offer."""
         self._downloader.stop()
         self._secure.drop()
-        self._ready = None
+        self._download_seconds = None
         if self._worker is not None:
             self._worker.stop()
 
-    def _collect(self) -> None:
+    def _delete_unused_blobs(self) -> None:
         # Nothing refers yet to the blobs that a running worker has just written; those of a stopped one are dropped.
-        if self._worker is None or self._worker.stopped:
-            self._store.collect()
+        if self._worker is None or self._worker.is_stopped:
+            self._store.delete_unneeded_blobs()
 
     def _refuse(self, offer: Offer, error: BaseException) -> None:
         self._uplink.refuse(offer, error)
         task = self._store.task
         if task is not None and task.offer == offer:
-            self._halt()
-            self._store.finish()
-            self._collect()
+            self._stop_work()
+            self._store.finish_offer()
+            self._delete_unused_blobs()

@@ -24,11 +24,11 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from fedprune import __version__
-from fedprune.core.errors import FedpruneError, shown
-from fedprune_device.api.address import Address
+from fedprune.core.errors import FedpruneError, value_text
+from fedprune_device.api.address import LocalAddress
 from fedprune_device.api.endpoints import Endpoints
 from fedprune_device.api.live_model import LiveModel
-from fedprune_device.api.request import Answer, Request, RequestError
+from fedprune_device.api.request import LocalAnswer, Request, RequestError
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.sources import SampleOptions
@@ -38,25 +38,25 @@ from fedprune_device.hardware.readings import temperature_c
 _LOG = logging.getLogger("fedprune.device")
 
 # Clients at a time; each has a thread and at most one body, so that all together take at most 64 MiB of bodies.
-CONNECTIONS = 8
+MAX_CLIENTS = 8
 
-BODY_BYTES = 8 * 2**20
+MAX_BODY_BYTES = 8 * 2**20
 # A request may take so long to arrive.
-REQUEST_SECONDS = 20.0
+REQUEST_TIMEOUT_S = 20.0
 # A client may be silent, or read nothing of its answer, for so long.
-SOCKET_SECONDS = 10.0
+SOCKET_TIMEOUT_S = 10.0
 # struct ucred (unix(7)): process, user, group.
-_PEER = struct.Struct("3i")
+_PEER_CREDENTIALS = struct.Struct("3i")
 # When the board ends, requests that are being answered get so long.
-_CLOSE_SECONDS = 5.0
+_CLOSE_TIMEOUT_S = 5.0
 # Unread input is drained for so long after an early answer.
-_LINGER_SECONDS = 1.0
+_LINGER_S = 1.0
 
 
 @dataclass
 class _Client:
     user: int  # the peer, from the kernel; all peers of a port count as one
-    since: float | None  # when it connected; None once its request has arrived completely
+    sending_since: float | None  # when it connected; None once its request has arrived completely
 
 
 class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -65,12 +65,12 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     block_on_close = False  # a client that hangs must not keep the board from ending
 
-    def __init__(self, address: Address, endpoints: Endpoints, connections: int = CONNECTIONS) -> None:
+    def __init__(self, address: LocalAddress, endpoints: Endpoints, connections: int = MAX_CLIENTS) -> None:
         super().__init__(("", 0), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = self._bound = address.bind()
         self.endpoints = endpoints
-        self._address, self._most = address, connections
+        self._address, self._max_clients = address, connections
         self._lock = threading.Lock()
         self._clients: dict[Any, _Client] = {}
         self._thread = threading.Thread(target=self.serve_forever, name="fedprune-local", daemon=True)
@@ -90,16 +90,16 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.shutdown()
         self._thread.join()
         self._address.release(self._bound)
-        self._cut(float("inf"))
-        deadline = time.monotonic() + _CLOSE_SECONDS
+        self._cut_off(float("inf"))
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         while self._clients and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def arrived(self, client: Any) -> None:
+    def on_request_read(self, client: Any) -> None:
         """Note that a client's request has arrived completely; from now on it isn't cut off."""
         with self._lock:
             if client in self._clients:
-                self._clients[client].since = None
+                self._clients[client].sending_since = None
 
     # What the standard library calls
 
@@ -112,17 +112,19 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        user = _user(request)
+        user = _peer_user(request)
         with self._lock:
-            if len(self._clients) >= self._most:
+            if len(self._clients) >= self._max_clients:
                 self._make_room(user)
-            if admitted := len(self._clients) < self._most:
+            if admitted := len(self._clients) < self._max_clients:
                 self._clients[request] = _Client(user, time.monotonic())
         if admitted:
             super().process_request(request, client_address)
             return
-        error = RequestError(503, "too many requests at a time", expected=f"at most {self._most}", hint="Try again.")
-        body = Answer.of(error).to_bytes()
+        error = RequestError(
+            503, "too many requests at a time", expected=f"at most {self._max_clients}", hint="Try again."
+        )
+        body = LocalAnswer.from_error(error).to_bytes()
         head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         with suppress(OSError):
             request.setblocking(False)
@@ -136,7 +138,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def service_actions(self) -> None:
         """Twice a second: cut off those who send too slowly."""
-        self._cut(time.monotonic() - REQUEST_SECONDS)
+        self._cut_off(time.monotonic() - REQUEST_TIMEOUT_S)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One client must not end the service of others."""
@@ -148,7 +150,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         Only requests of `user`, and of users with more connections than `user`, are cut off.
         """
         connections_of = Counter(c.user for c in self._clients.values())
-        sending = [c for c, state in self._clients.items() if state.since is not None]  # the longest first
+        sending = [c for c, state in self._clients.items() if state.sending_since is not None]  # the longest first
         candidates = [
             c
             for c in sending
@@ -156,20 +158,20 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         ]
         if candidates:
             victim = max(candidates, key=lambda c: connections_of[self._clients[c].user])
-            _shut(victim)
+            _shut_down(victim)
             del self._clients[victim]
 
-    def _cut(self, before: float) -> None:
+    def _cut_off(self, before: float) -> None:
         with self._lock:
             for client, state in self._clients.items():
-                if state.since is not None and state.since < before:
-                    _shut(client)
+                if state.sending_since is not None and state.sending_since < before:
+                    _shut_down(client)
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: LocalServer
     protocol_version = "HTTP/1.1"
-    timeout = SOCKET_SECONDS
+    timeout = SOCKET_TIMEOUT_S
 
     def handle(self) -> None:
         self.close_connection = True
@@ -180,18 +182,18 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             body = self._body()
             body_read = True
-            self.server.arrived(self.connection)
+            self.server.on_request_read(self.connection)
             answer = self.server.endpoints.answer(self._request(body))
         except FedpruneError as error:
-            answer = Answer.of(error)
+            answer = LocalAnswer.from_error(error)
         except MemoryError:
-            answer = Answer.of(RequestError(503, "not enough memory for the request"))
+            answer = LocalAnswer.from_error(RequestError(503, "not enough memory for the request"))
         except OSError:
             raise  # the client has disconnected
         except Exception:  # noqa: BLE001 - a client sees no traceback
             _LOG.exception("unexpected error while a request was answered")
-            answer = Answer.of(RequestError(500, "an unexpected error", hint="The board's log has it."))
-        self._say(answer)
+            answer = LocalAnswer.from_error(RequestError(500, "an unexpected error", hint="The board's log has it."))
+        self._send_answer(answer)
         if not body_read:
             self._linger()
 
@@ -200,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Report requests that the library can't parse in the same form as all other errors."""
         status = 405 if code == 501 else int(code)
-        self._say(Answer.of(RequestError(status, "the request can't be read", got=message)))
+        self._send_answer(LocalAnswer.from_error(RequestError(status, "the request can't be read", got=message)))
         self._linger()
 
     def version_string(self) -> str:
@@ -216,12 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not lengths and self.command != "POST":
             return b""
         if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,15}", lengths[0]):
-            got = shown(lengths[0]) if len(lengths) == 1 else f"{len(lengths)} of them"
+            got = value_text(lengths[0]) if len(lengths) == 1 else f"{len(lengths)} of them"
             raise RequestError(411, "the header Content-Length", expected="a whole number, once", got=got)
         size = int(lengths[0])
-        if size > BODY_BYTES:
+        if size > MAX_BODY_BYTES:
             hint = "Send fewer samples at a time."
-            raise RequestError(413, "size of the body", expected=f"at most {BODY_BYTES} bytes", got=size, hint=hint)
+            raise RequestError(413, "size of the body", expected=f"at most {MAX_BODY_BYTES} bytes", got=size, hint=hint)
         body = self.rfile.read(size)
         if len(body) < size:
             raise ConnectionAbortedError("a client ended in the middle of a body")
@@ -233,10 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
             query = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query), errors="strict"))
             path = unquote(url.path, errors="strict")
         except ValueError as error:
-            raise RequestError(400, "the address of the request", got=shown(self.path)) from error
+            raise RequestError(400, "the address of the request", got=value_text(self.path)) from error
         return Request(self.command, path, query, {k.lower(): v for k, v in self.headers.items()}, body)
 
-    def _say(self, answer: Answer) -> None:
+    def _send_answer(self, answer: LocalAnswer) -> None:
         body = answer.to_bytes()
         self.request_version = self.protocol_version  # else the library omits the status line and headers
         self.send_response(answer.status)
@@ -250,28 +252,30 @@ class _Handler(BaseHTTPRequestHandler):
         """Drain unread input: closing a connection with unread data resets it, and the client loses the answer."""
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(_LINGER_SECONDS)
+            self.connection.settimeout(_LINGER_S)
             while self.connection.recv(2**16):
                 pass
 
 
-def _user(client: Any) -> int:
+def _peer_user(client: Any) -> int:
     """The user at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 for TCP clients."""
     with suppress(OSError):
         if client.family == socket.AF_UNIX:
-            _, user, _ = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            _, user, _ = _PEER_CREDENTIALS.unpack(
+                client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+            )
             return int(user)
     return -1
 
 
-def _shut(client: Any) -> None:
+def _shut_down(client: Any) -> None:
     with suppress(OSError):
         client.shutdown(socket.SHUT_RDWR)  # wakes its thread, which closes it
 
 
 @contextmanager
-def answering(
-    address: Address | None,
+def serve_local_interface(
+    address: LocalAddress | None,
     state: Path,
     options: SampleOptions,
     samples: SampleSource,
@@ -301,7 +305,7 @@ def answering(
             current_status,
             class_names=options.class_names,
             pixels=options.pixels,
-            shows=address.path is not None,
+            allows_reading=address.path is not None,
         )
         with LocalServer(address, endpoints):
             yield

@@ -12,39 +12,39 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.errors import FedpruneError
 from fedprune.model.lengths import Shape
 from fedprune_device.api.request import RequestError
 from fedprune_device.data.dataset import Array
 from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
-from fedprune_device.serving.model_slots import ModelSlots, Serving
-from fedprune_device.serving.predictor import Predictor, likely
+from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
+from fedprune_device.serving.predictor import Predictor, likelihoods
 
 _LOG = logging.getLogger("fedprune.device")
 
 # How often the pointer's file is looked at: a stat costs microseconds, and a new model serves soon after its round.
-_LOOK_SECONDS = 0.5
+_POLL_INTERVAL_S = 0.5
 # Between two tries at a model that can't be loaded; each pause is twice the last. The reason may have been a lack of
 # memory, which passes, or a model that never loads, which must not take the processor from training.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 5.0, 600.0
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     predictor: Predictor
-    record: Serving
+    record: ServingRecord
 
     @property
     def shape(self) -> Shape:
         return self.predictor.input_shape
 
     @property
-    def tokens(self) -> bool:
+    def takes_tokens(self) -> bool:
         return self.predictor.takes_tokens
 
 
-class LiveModel(Closing):
+class LiveModel(Closeable):
     """Follows the serving folder of a state directory, in a thread of its own."""
 
     def __init__(
@@ -58,15 +58,15 @@ class LiveModel(Closing):
         self._slots, self._pointer = ModelSlots(serving), serving / "serving.json"
         self._clock, self._cuda, self._selector = clock, cuda, selector
         self._loaded: LoadedModel | None = None
-        self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
-        self._tried: tuple[int, ...] | None = None
-        self._pause, self._again = 0.0, 0.0
+        self._loaded_pointer: tuple[int, ...] | None = None  # the pointer to what is loaded
+        self._tried_pointer: tuple[int, ...] | None = None
+        self._pause_s, self._retry_at = 0.0, 0.0
         # More predictions at a time would only share the same cores.
-        self._lock = threading.Lock()
-        self._looking = threading.Lock()
+        self._prediction_lock = threading.Lock()
+        self._poll_lock = threading.Lock()
         self._stopping = threading.Event()
-        self._look_safely()
-        self._thread = threading.Thread(target=self._watch, name="fedprune-live-model", daemon=True)
+        self._poll_safely()
+        self._thread = threading.Thread(target=self._follow, name="fedprune-live-model", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class LiveModel(Closing):
             self._selector.close()
 
     @property
-    def answers(self) -> str:
+    def runtime(self) -> str:
         """The runtime of the answers and, if it is not an engine, the reason."""
         return "onnxruntime" if self._selector is None else self._selector.status
 
@@ -85,7 +85,7 @@ class LiveModel(Closing):
     def loaded(self) -> LoadedModel | None:
         return self._loaded
 
-    def serving(self) -> LoadedModel:
+    def serving_model(self) -> LoadedModel:
         """The active model; raises `RequestError` before the first one."""
         if self._loaded is None:
             raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
@@ -96,26 +96,26 @@ class LiveModel(Closing):
 
         `model` answers even if another one has become active. Raises `ModelError` if an operator fails.
         """
-        with self._lock:
+        with self._prediction_lock:
             logits = model.predictor.predict(x)
-        return likely(model.record.loss, model.record.own(logits).astype(np.float64))
+        return likelihoods(model.record.loss, model.record.adjustment(logits).astype(np.float64))
 
-    def look(self) -> None:
-        with self._looking:
-            self._look()
-            self._turn()
+    def poll(self) -> None:
+        with self._poll_lock:
+            self._load_new_model()
+            self._use_engine()
 
-    def _look(self) -> None:
+    def _load_new_model(self) -> None:
         try:
             status = self._pointer.stat()
             pointer = status.st_ino, status.st_mtime_ns, status.st_size
         except OSError:
             return
         now = self._clock()
-        if pointer == self._seen or (pointer == self._tried and now < self._again):
+        if pointer == self._loaded_pointer or (pointer == self._tried_pointer and now < self._retry_at):
             return
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S) if pointer == self._tried else _FIRST_PAUSE_S
-        self._tried, self._again = pointer, now + self._pause
+        self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S) if pointer == self._tried_pointer else _FIRST_PAUSE_S
+        self._tried_pointer, self._retry_at = pointer, now + self._pause_s
         try:
             predictor, record = self._slots.open(cuda=self._cuda)
             if self._loaded is None or record != self._loaded.record:
@@ -123,23 +123,25 @@ class LiveModel(Closing):
                 self._loaded = LoadedModel(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._selector is not None:
-                    self._selector.want(EngineRequest.serving(predictor, self._slots.folder(record), record))
-            self._seen = pointer
+                    self._selector.request_engine(
+                        EngineRequest.for_serving(predictor, self._slots.folder(record), record)
+                    )
+            self._loaded_pointer = pointer
         except FedpruneError as error:
-            _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)
+            _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause_s, error)
 
-    def _turn(self) -> None:
+    def _use_engine(self) -> None:
         """Let an engine answer in place of onnxruntime, once one is built."""
         session, model = None if self._selector is None else self._selector.turn(), self._loaded
         if session is not None and model is not None:
             self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=session), model.record)
 
-    def _watch(self) -> None:
-        while not self._stopping.wait(_LOOK_SECONDS):
-            self._look_safely()
+    def _follow(self) -> None:
+        while not self._stopping.wait(_POLL_INTERVAL_S):
+            self._poll_safely()
 
-    def _look_safely(self) -> None:
+    def _poll_safely(self) -> None:
         try:
-            self.look()
+            self.poll()
         except Exception:  # noqa: BLE001 - whatever a model does, predictions go on
             _LOG.exception("unexpected error while loading a model; the old one answers")

@@ -19,11 +19,11 @@ from fedprune.core.errors import (
     FedpruneError,
     ModelError,
     StorageFullError,
-    reason,
+    error_reason,
     shape_text,
-    shown,
+    value_text,
 )
-from fedprune.model.lengths import Shape, fits, free_axis
+from fedprune.model.lengths import Shape, fits_shape, free_axis
 
 
 class RequestError(FedpruneError):
@@ -34,7 +34,7 @@ class RequestError(FedpruneError):
         self.status = status
 
     @classmethod
-    def of(cls, status: int, error: FedpruneError) -> RequestError:
+    def from_error(cls, status: int, error: FedpruneError) -> RequestError:
         """A lower layer's error, with an HTTP status."""
         return cls(status, error.what, expected=error.expected, got=error.got, hint=error.hint)
 
@@ -56,7 +56,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class LocalAnswer:
     """An answer: a status, and a body of JSON, or bytes of the media type `kind`."""
 
     body: dict[str, Any] | bytes
@@ -65,19 +65,19 @@ class Answer:
     kind: str = "application/json"
 
     @classmethod
-    def of(cls, error: FedpruneError) -> Answer:
+    def from_error(cls, error: FedpruneError) -> LocalAnswer:
         """An error as an answer: the parts of its message by name."""
         message_parts = {"what": error.what, "expected": error.expected, "got": error.got, "hint": error.hint or None}
         # Values may quote the request: the answer to a wrong one must not be as long as the request.
         body = {k: str(v)[:500] for k, v in message_parts.items() if v is not None}
-        status = error.status if isinstance(error, RequestError) else _status(error)
+        status = error.status if isinstance(error, RequestError) else _error_status(error)
         return cls({"error": body}, status, {"Retry-After": "1"} if status == 503 else {})
 
     def to_bytes(self) -> bytes:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body, allow_nan=False).encode() + b"\n"
 
 
-def _status(error: FedpruneError) -> int:
+def _error_status(error: FedpruneError) -> int:
     if isinstance(error, StorageFullError):
         return 507
     if isinstance(error, DataError):
@@ -94,49 +94,49 @@ RAW = "application/octet-stream"
 KINDS = (JSON, SAFETENSORS, NPY, RAW)
 
 # Parsing JSON numbers takes about thirty times their size in memory.
-_JSON_BYTES = 2**20
+_MAX_JSON_BYTES = 2**20
 
 # numpy evaluates a header as a Python literal, which takes far more memory than its text; a real one has 128 bytes.
-_HEAD_BYTES = 4096
-_TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")
+_MAX_HEADER_BYTES = 4096
+_ARRAY_TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")
 
 
-def document(request: Request, *names: str) -> dict[str, Any]:
+def json_document(request: Request, *names: str) -> dict[str, Any]:
     """The body as a JSON object with exactly these entries."""
-    if len(request.body) > _JSON_BYTES:
+    if len(request.body) > _MAX_JSON_BYTES:
         hint = "Send safetensors, .npy or raw numbers."
         raise RequestError(
-            413, "size of JSON", expected=f"at most {_JSON_BYTES} bytes", got=len(request.body), hint=hint
+            413, "size of JSON", expected=f"at most {_MAX_JSON_BYTES} bytes", got=len(request.body), hint=hint
         )
     expected = "an object with " + " and ".join(map(repr, names))
     try:
-        entries = json.loads(request.body.decode(), parse_constant=_no_number)
+        entries = json.loads(request.body.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, "the body isn't JSON", expected=expected, got=shown(request.body)) from error
+        raise RequestError(400, "the body isn't JSON", expected=expected, got=value_text(request.body)) from error
     if not isinstance(entries, dict) or set(entries) != set(names):
-        raise RequestError(400, "the body", expected=expected, got=shown(request.body))
+        raise RequestError(400, "the body", expected=expected, got=value_text(request.body))
     return entries
 
 
-def npy(x: Array) -> bytes:
+def npy_bytes(x: Array) -> bytes:
     """An array as a .npy file."""
     file = io.BytesIO()
     np.save(file, x, allow_pickle=False)
     return file.getvalue()
 
 
-def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
+def request_array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
     """The array in a request's body. `shape` is the model's input shape for one sample, None without a model."""
     if request.kind == JSON:
-        return _rows(document(request, "x")["x"], tokens)
+        return _json_array(json_document(request, "x")["x"], tokens)
     if request.kind == SAFETENSORS:
-        return _safetensors(request.body)
+        return _safetensors_array(request.body)
     if request.kind == NPY:
-        return _npy(request.body)
-    return _raw(request.body, shape, tokens)
+        return _npy_array(request.body)
+    return _raw_array(request.body, shape, tokens)
 
 
-def batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> Array:
+def request_batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> Array:
     """One sample, or several [n, ...], as a batch for a model; raises `DataError` if they don't fit, or are too many.
 
     Names and None in `shape` match any size.
@@ -144,7 +144,7 @@ def batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> Array:
     if x.ndim == len(shape):
         x = x[None]
     expected = shape_text(*shape)
-    if not x.ndim or not fits(x.shape[1:], shape):
+    if not x.ndim or not fits_shape(x.shape[1:], shape):
         raise DataError("shape of the input", expected=f"{expected}, or [n, ...] of them", got=shape_text(*x.shape))
     if not 1 <= len(x) <= max_samples:
         raise DataError("number of samples", expected=f"1 to {max_samples}", got=len(x))
@@ -163,32 +163,32 @@ def batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> Array:
     return x
 
 
-def _rows(rows: object, tokens: bool) -> Array:
+def _json_array(rows: object, tokens: bool) -> Array:
     try:
         x = np.asarray(rows)
     except ValueError as error:  # rows of different lengths
-        raise DataError("x", expected="numbers in rows of one length", got=reason(error)) from error
+        raise DataError("x", expected="numbers in rows of one length", got=error_reason(error)) from error
     if x.dtype.kind not in "if":
-        raise DataError("x", expected="numbers in rows of one length", got=shown(rows))
+        raise DataError("x", expected="numbers in rows of one length", got=value_text(rows))
     return x if tokens else x.astype(np.float64)
 
 
-def _safetensors(body: bytes) -> Array:
+def _safetensors_array(body: bytes) -> Array:
     try:
         tensors = tensorfile.decode(body)
     except BundleError as error:
         raise DataError("the body isn't a safetensors file", got=str(error)) from error
     if list(tensors) != ["x"]:
-        raise DataError("tensors in the body", expected="one, named x", got=shown(", ".join(tensors)))
-    return _known(tensors["x"], tensors["x"].dtype.newbyteorder("<").str)
+        raise DataError("tensors in the body", expected="one, named x", got=value_text(", ".join(tensors)))
+    return _check_type(tensors["x"], tensors["x"].dtype.newbyteorder("<").str)
 
 
-def _npy(body: bytes) -> Array:
+def _npy_array(body: bytes) -> Array:
     file = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(file)
         # The header states its own length: refuse long ones before numpy parses them.
-        if int.from_bytes(body[8 : 10 if version == (1, 0) else 12], "little") > _HEAD_BYTES:
+        if int.from_bytes(body[8 : 10 if version == (1, 0) else 12], "little") > _MAX_HEADER_BYTES:
             raise ValueError("the head is too long")
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
             version
@@ -196,17 +196,17 @@ def _npy(body: bytes) -> Array:
         shape, fortran, kind = read_header(file)
     except Exception as error:  # what is damaged makes numpy's parser raise anything
         hint = "Write it with numpy.save, without objects."
-        raise DataError("the body isn't a .npy file", got=reason(error), hint=hint) from error
+        raise DataError("the body isn't a .npy file", got=error_reason(error), hint=hint) from error
     data = memoryview(body)[file.tell() :]
     expected_bytes = math.prod(shape) * max(kind.itemsize, 1)
     if kind.hasobject or len(data) != expected_bytes or min(shape, default=0) < 0:
         raise DataError(f"bytes of {kind} {shape_text(*shape)}", expected=expected_bytes, got=len(data))
-    flat = np.frombuffer(data, np.uint8).view(kind) if kind.str in _TYPES else np.zeros(0, kind)
-    x = _known(flat, kind.str)
+    flat = np.frombuffer(data, np.uint8).view(kind) if kind.str in _ARRAY_TYPES else np.zeros(0, kind)
+    x = _check_type(flat, kind.str)
     return x.reshape(shape[::-1]).T if fortran else x.reshape(shape)
 
 
-def _raw(body: bytes, shape: Shape | None, tokens: bool) -> Array:
+def _raw_array(body: bytes, shape: Shape | None, tokens: bool) -> Array:
     if shape is None:
         raise RequestError(
             503, "the shape of raw numbers is unknown while there is no model", hint="Send safetensors, .npy or JSON."
@@ -225,8 +225,8 @@ def _raw(body: bytes, shape: Shape | None, tokens: bool) -> Array:
     return np.frombuffer(body, kind).reshape(-1, *sizes)
 
 
-def _known(x: Array, kind: str) -> Array:
-    if kind not in _TYPES:
+def _check_type(x: Array, kind: str) -> Array:
+    if kind not in _ARRAY_TYPES:
         raise DataError(
             "type of the numbers", expected="float32 (or int64 for token ids)", got=x.dtype,
             hint="Scale images as the model expects them, such as x.astype('float32') / 255.",
@@ -234,5 +234,5 @@ def _known(x: Array, kind: str) -> Array:
     return x
 
 
-def _no_number(name: str) -> float:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} isn't a JSON number")

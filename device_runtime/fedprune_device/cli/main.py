@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
-from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.cli import Command, add_json, options_of, rate, recipe_setting, run_command, whole_number
+from fedprune.blobs.blob_ref import LEAF_BYTES
+from fedprune.core.cli import (
+    Command,
+    add_json_option,
+    options_of,
+    positive_integer,
+    positive_rate,
+    recipe_setting,
+    run_command,
+)
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ProtocolError
-from fedprune.runtime.precision_files import PRECISIONS, SERVE
-from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
-from fedprune.wire.fleet_messages import LONGEST_AWAY_S
+from fedprune.runtime.precision_files import PRECISIONS, SERVE_CHOICES
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, MAX_PAYLOAD_BYTES, PACKET_OVERHEAD_BYTES
+from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 from fedprune.wire.topics import check_job
 from fedprune_device.cli.options import (
     add_accelerator_options,
@@ -26,18 +34,18 @@ from fedprune_device.cli.options import (
     add_policy_option,
     add_sample_options,
     add_tier_option,
+    default_threads,
     log_handler,
-    threads,
 )
-from fedprune_device.hardware.readings import TEGRA
-from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C
+from fedprune_device.hardware.readings import TEGRA_RELEASE
+from fedprune_device.hardware.thermal_guard import PAUSE_ABOVE_C, RESUME_BELOW_C
 
-ROOT = Path("/opt/fedprune")
+RUNTIME_ROOT = Path("/opt/fedprune")
 # Where a board that has joined keeps its server's key.
-_KEY = Path("/var/lib/fedprune/identity/server.pub")
+_SERVER_KEY = Path("/var/lib/fedprune/identity/server.pub")
 
 # A year.
-_MOST_HOURS = 8760.0
+_MAX_HOURS = 8760.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,12 +65,14 @@ def build_parser() -> CommandParser:
     _add_train(commands)
     _add_predict(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
-    add_json(probe)
-    probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
+    add_json_option(probe)
+    probe.add_argument(
+        "--threads", type=positive_integer, default=default_threads(), metavar="N", help="threads for the benchmark"
+    )
     add_tier_option(probe)
     probe.set_defaults(run=_command("measure", "probe_board"))
     identify = commands.add_parser("identify", help="show which hardware profile fits this board, and why")
-    add_json(identify)
+    add_json_option(identify)
     identify.set_defaults(run=_command("measure", "identify_board"))
     _add_engine(commands)
     _add_runtime(commands)
@@ -112,20 +122,22 @@ def _add_run(commands: Any) -> None:
         help="a hardware profile's name or file (default: the profile that fits this board)",
     )
     add_accelerator_options(run)
-    run.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores")
+    run.add_argument(
+        "--threads", type=positive_integer, default=default_threads(), metavar="N", help="default: half of the cores"
+    )
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="at the start, wait for a broker that can't be reached")
     run.add_argument(
         "--pause-above",
         type=float,
-        default=HOT_C,
+        default=PAUSE_ABOVE_C,
         metavar="C",
         help="training pauses from this temperature on (default: %(default)g °C)",
     )
     run.add_argument(
         "--resume-below",
         type=float,
-        default=COOL_C,
+        default=RESUME_BELOW_C,
         metavar="C",
         help="training continues below this temperature (default: %(default)g °C)",
     )
@@ -142,35 +154,35 @@ def _add_run(commands: Any) -> None:
     add_policy_option(run)
     run.add_argument(
         "--serve",
-        choices=SERVE,
-        default=SERVE[0],
+        choices=SERVE_CHOICES,
+        default=SERVE_CHOICES[0],
         help="the precision at which the model predicts, as long as it agrees with float32 (default: float32)",
     )
     run.add_argument(
         "--serve-job",
-        type=_job,
+        type=_parse_job,
         metavar="JOB",
         help="models of this job alone serve predictions (default: the newest model, whichever job it is of)",
     )
     run.add_argument(
         "--train-alone",
-        type=_hours,
+        type=_parse_hours,
         default=0.0,
         metavar="HOURS",
         help="while the server is away, train every HOURS hours (default: wait for it)",
     )
     run.add_argument(
         "--away",
-        type=_away,
-        default=LONGEST_AWAY_S / 3600,
+        type=_parse_away,
+        default=MAX_BOARD_AWAY_S / 3600,
         metavar="HOURS",
         help="stay disconnected for at most HOURS hours when the server has no work; 0: never (default: as long as the "
         "server says)",
     )
     run.add_argument(
         "--max-packet",
-        type=_packet,
-        default=MAX_PACKET,
+        type=_parse_packet,
+        default=DEFAULT_MAX_PACKET,
         metavar="BYTES",
         help="largest packet that the broker accepts; a smaller limit is found at run time, after a reconnection "
         "(default: %(default)s)",
@@ -178,15 +190,15 @@ def _add_run(commands: Any) -> None:
     run.set_defaults(run=_run)
 
 
-def _job(text: str) -> str:
+def _parse_job(text: str) -> str:
     try:
         return check_job(text)
     except ProtocolError as error:
         raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
 
 
-def _packet(text: str) -> int:
-    low, high = LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD
+def _parse_packet(text: str) -> int:
+    low, high = LEAF_BYTES + PACKET_OVERHEAD_BYTES, MAX_PAYLOAD_BYTES + PACKET_OVERHEAD_BYTES
     if not text.isdecimal() or not low <= int(text) <= high:
         raise argparse.ArgumentTypeError(f"expected {low} to {high} bytes, got {text!r}")
     return int(text)
@@ -208,9 +220,9 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the trained bundle; may be the same DIR")
     train.add_argument(
-        "--epochs", type=whole_number, metavar="N", help="passes over the samples (default: the recipe's)"
+        "--epochs", type=positive_integer, metavar="N", help="passes over the samples (default: the recipe's)"
     )
-    train.add_argument("--lr", type=rate, metavar="RATE", help="learning rate (default: as exported)")
+    train.add_argument("--lr", type=positive_rate, metavar="RATE", help="learning rate (default: as exported)")
     train.add_argument(
         "--set",
         action="append",
@@ -229,8 +241,8 @@ def _add_train(commands: Any) -> None:
         metavar="SHARE",
         help="share of the training samples set aside for early stopping (default: 0)",
     )
-    train.add_argument("--threads", type=whole_number, metavar="N", help="default: half of the cores")
-    add_json(train)
+    train.add_argument("--threads", type=positive_integer, metavar="N", help="default: half of the cores")
+    add_json_option(train)
     add_sample_options(train.add_argument_group("images and samples"))
     train.set_defaults(run=_command("train", "train"), device="")
 
@@ -255,12 +267,12 @@ def _add_predict(commands: Any) -> None:
     )
     out = predict.add_mutually_exclusive_group()
     out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
-    out.add_argument("--top", type=whole_number, default=1, metavar="K", help="print the K likeliest (default: 1)")
+    out.add_argument("--top", type=positive_integer, default=1, metavar="K", help="print the K likeliest (default: 1)")
     predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
     predict.add_argument(
-        "--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores"
+        "--threads", type=positive_integer, default=default_threads(), metavar="N", help="default: half of the cores"
     )
-    add_json(predict)
+    add_json_option(predict)
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
     add_sample_options(predict.add_argument_group("images and samples"))
     predict.set_defaults(run=_command("predict", "predict"), device="", seed=0, validation_share=0.0)
@@ -282,7 +294,7 @@ def _add_engine(commands: Any) -> None:
     build.add_argument(
         "--rebuild", action="store_true", help="build even if a good engine exists, or earlier builds failed"
     )
-    add_json(build, "the report as JSON, for programs")
+    add_json_option(build, "the report as JSON, for programs")
     build.set_defaults(run=_command("build_engine", "build_engine"))
 
 
@@ -291,14 +303,14 @@ def _add_runtime(commands: Any) -> None:
     update.add_argument("--release", type=Path, required=True, metavar="DIR", help="the release's folder")
     update.add_argument(
         "--key",
-        default=str(_KEY),
+        default=str(_SERVER_KEY),
         metavar="KEY",
         help="the server's key, as `fedprune-server release` shows it, or a file with it (default: %(default)s)",
     )
     update.add_argument(
         "--jetson",
         action=argparse.BooleanOptionalAction,
-        default=TEGRA.exists(),
+        default=TEGRA_RELEASE.exists(),
         help="never hide packages that JetPack brings (default: yes on a Jetson)",
     )
     update.add_argument("--stage-only", action="store_true", help="install it only; a later `update` starts its trial")
@@ -313,9 +325,9 @@ def _add_runtime(commands: Any) -> None:
         help="seconds in which a start must become healthy (default: 600)",
     )
     slots = commands.add_parser("slots", help="show which release runs, and how the last update ended")
-    add_json(slots)
+    add_json_option(slots)
     for parser in (update, slots):
-        parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
+        parser.add_argument("--root", type=Path, default=RUNTIME_ROOT, metavar="DIR", help="default: %(default)s")
     update.set_defaults(run=_command("runtime", "update"))
     slots.set_defaults(run=_command("runtime", "slots"))
 
@@ -343,14 +355,14 @@ def _run(arguments: argparse.Namespace) -> None:
     run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))
 
 
-def _away(text: str) -> float:
-    return 0.0 if float(text) == 0 else _hours(text)
+def _parse_away(text: str) -> float:
+    return 0.0 if float(text) == 0 else _parse_hours(text)
 
 
-def _hours(text: str) -> float:
+def _parse_hours(text: str) -> float:
     number = float(text)
-    if not 0 < number <= _MOST_HOURS:
-        raise argparse.ArgumentTypeError(f"expected more than 0 and at most {_MOST_HOURS:g} hours, got {text}")
+    if not 0 < number <= _MAX_HOURS:
+        raise argparse.ArgumentTypeError(f"expected more than 0 and at most {_MAX_HOURS:g} hours, got {text}")
     return number
 
 

@@ -9,15 +9,15 @@ from dataclasses import asdict, fields
 
 from fedprune.core.errors import ProfileError
 from fedprune.planning.identification import identify
-from fedprune_device.engines.engine_selector import accelerator_of
+from fedprune_device.engines.engine_selector import board_tier
 from fedprune_device.hardware.probe import probe, table_summaries
-from fedprune_device.hardware.readings import facts
+from fedprune_device.hardware.readings import read_board_facts
 from fedprune_device.hardware.runtime_process import check_runtime
 
 
 def identify_board(arguments: argparse.Namespace) -> None:
 
-    readings = facts()
+    readings = read_board_facts()
     identification = identify(readings)
     if arguments.json:
         print(json.dumps({"board": asdict(readings), **identification.to_dict()}, sort_keys=True))
@@ -30,10 +30,10 @@ def probe_board(arguments: argparse.Namespace) -> None:
     # In a process of its own: a wheel with instructions that the board lacks would kill this one without a message.
     check_runtime()
     try:
-        profile = identify(facts()).profile
+        profile = identify(read_board_facts()).profile
     except ProfileError:  # no profile fits this board
         profile = None
-    report = probe(arguments.threads, cuda=accelerator_of(arguments.tier, None, profile).cuda, begin=_begin)
+    report = probe(arguments.threads, cuda=board_tier(arguments.tier, None, profile).cuda, begin=_report_measurement)
     if arguments.json:
         print(json.dumps(report.to_dict(), sort_keys=True))
         return
@@ -53,7 +53,7 @@ def probe_board(arguments: argparse.Namespace) -> None:
             print(f"{field.name}: {value}")
 
 
-def _begin(measurement: str, seconds: float) -> None:
+def _report_measurement(measurement: str, seconds: float) -> None:
     """Name a measurement that begins; on a terminal a spinner shows it."""
     if not sys.stderr.isatty():
         print(f"measuring {measurement}: about {seconds:.0f} s, longer on a slow board", file=sys.stderr, flush=True)

@@ -10,31 +10,36 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fedprune.core.cli import byte_count, whole_number
+from fedprune.core.cli import byte_count, positive_integer
 from fedprune.core.errors import ProtocolError
 from fedprune.planning.profile import TIERS
-from fedprune.wire.topics import EVERYONE, as_name, check_device, check_name
+from fedprune.wire.topics import EVERYONE, check_device, check_topic_name, to_name
 from fedprune_device.api.address import SOCKET
 from fedprune_device.data.splits import TEST_SHARE
 
-BROKER, JOIN, SITE, DEVICE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN", "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
-PRIVACY = "FEDPRUNE_PRIVACY"
+BROKER_VARIABLE, JOIN_VARIABLE, SITE_VARIABLE, DEVICE_VARIABLE = (
+    "FEDPRUNE_BROKER",
+    "FEDPRUNE_JOIN",
+    "FEDPRUNE_SITE",
+    "FEDPRUNE_DEVICE",
+)
+PRIVACY_VARIABLE = "FEDPRUNE_PRIVACY"
 
 # Little enough for the smallest boards, whose cards hold the system, two releases and a model besides.
-SAMPLES_BYTES = 64 * 2**20
-SAMPLES_MOST = 10_000
+DEFAULT_SAMPLES_BYTES = 64 * 2**20
+DEFAULT_MAX_SAMPLES = 10_000
 
 
 def log_handler() -> logging.Handler:
     """A handler that writes each record to stderr as one line; a traceback follows, indented."""
-    from fedprune.output.log_lines import OneLine
+    from fedprune.output.log_lines import OneLineFormatter
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler
 
 
-def threads() -> int:
+def default_threads() -> int:
     """Half of the cores: predictions and the system need some, too."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
@@ -43,14 +48,14 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--broker",
         metavar="URL",
-        default=os.environ.get(BROKER),
-        help=f"mqtts://[user:password@]host[:port]; ${BROKER} keeps a password out of process lists",
+        default=os.environ.get(BROKER_VARIABLE),
+        help=f"mqtts://[user:password@]host[:port]; ${BROKER_VARIABLE} keeps a password out of process lists",
     )
     parser.add_argument(
         "--join",
         metavar="URL",
-        default=os.environ.get(JOIN),
-        help=f"address for joining, also ${JOIN} (default: port 8884 of the broker's host, then the broker)",
+        default=os.environ.get(JOIN_VARIABLE),
+        help=f"address for joining, also ${JOIN_VARIABLE} (default: port 8884 of the broker's host, then the broker)",
     )
     parser.add_argument(
         "--ca",
@@ -60,14 +65,14 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--site",
-        type=_name(check_name),
-        default=os.environ.get(SITE, "default"),
+        type=_name_parser(check_topic_name),
+        default=os.environ.get(SITE_VARIABLE, "default"),
         help="the fleet's site (default: $FEDPRUNE_SITE, else default)",
     )
     parser.add_argument(
         "--device",
-        type=_name(check_device),
-        default=os.environ.get(DEVICE) or _host_name(),
+        type=_name_parser(check_device),
+        default=os.environ.get(DEVICE_VARIABLE) or _host_name(),
         metavar="NAME",
         help="this board's name, unique in the site (default: $FEDPRUNE_DEVICE, else the host's name)",
     )
@@ -103,7 +108,7 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
     local.add_argument(
         "--samples-bytes",
         type=byte_count,
-        default=SAMPLES_BYTES,
+        default=DEFAULT_SAMPLES_BYTES,
         metavar="BYTES",
         help="space for added samples (default: 64 MiB)",
     )
@@ -112,33 +117,33 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
 def add_sample_options(group: argparse._ArgumentGroup) -> None:
     """Add how files become samples, how many samples are kept, and how many of them are for testing."""
     group.add_argument(
-        "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
+        "--class-names", type=_parse_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
     )
     group.add_argument(
         "--image-mean",
-        type=_numbers,
+        type=_parse_numbers,
         default=(0.0,),
         metavar="M[,M,M]",
         help="subtracted from images, whose values are scaled to 0 to 1",
     )
     group.add_argument(
         "--image-deviation",
-        type=_numbers,
+        type=_parse_numbers,
         default=(1.0,),
         metavar="D[,D,D]",
         help="images are divided by it after the subtraction",
     )
     group.add_argument(
         "--audio-rate",
-        type=whole_number,
+        type=positive_integer,
         default=16_000,
         metavar="HZ",
         help="sampling rate that the model expects of recordings (default: 16000)",
     )
     group.add_argument(
         "--samples-most",
-        type=whole_number,
-        default=SAMPLES_MOST,
+        type=positive_integer,
+        default=DEFAULT_MAX_SAMPLES,
         metavar="N",
         help="largest number of samples kept (default: 10000)",
     )
@@ -167,25 +172,25 @@ def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_policy_option(parser: argparse.ArgumentParser) -> None:
-    policy_file = os.environ.get(PRIVACY)
+    policy_file = os.environ.get(PRIVACY_VARIABLE)
     parser.add_argument(
         "--privacy",
         type=Path,
         metavar="FILE",
         default=Path(policy_file) if policy_file else None,
-        help=f"TOML with [privacy]: what a job must promise before this board takes part; ${PRIVACY}"
+        help=f"TOML with [privacy]: what a job must promise before this board takes part; ${PRIVACY_VARIABLE}"
         " (default: take part in any)",
     )
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _parse_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if "" in names or len(set(names)) < len(names) or any(n.isdecimal() or not n.isprintable() for n in names):
         raise argparse.ArgumentTypeError(f"expected different names with commas between them, got {text!r}")
     return names
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _parse_numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
@@ -194,11 +199,11 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _host_name() -> str:
     """This machine's name as a device's: characters that a device's name can't have become dashes."""
-    name = as_name(socket.gethostname().partition(".")[0])
+    name = to_name(socket.gethostname().partition(".")[0])
     return name if name not in ("", ".", "..", EVERYONE) else "board"
 
 
-def _name(check: Callable[[object, str], str]) -> Callable[[str], str]:
+def _name_parser(check: Callable[[object, str], str]) -> Callable[[str], str]:
     def check_argument(text: str) -> str:
         try:
             return check(text, "name")

@@ -13,26 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.cli import options_of, print_json
-from fedprune.core.disk import is_there, storage_errors
-from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, looked_for
-from fedprune.model.lengths import Lengths, Shape, at_most, fits, free_axis, padded
-from fedprune.model.recipe import JUDGED, labels_of
+from fedprune.core.disk import path_exists, storage_errors
+from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, search_location
+from fedprune.model.lengths import Lengths, Shape, fits_shape, free_axis, pad_to_bound, upper_shape
+from fedprune.model.recipe import JUDGED_LABELS, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.dataset import checked_inputs, checked_samples
 from fedprune_device.data.labels import LogitAdjustment, Targets
-from fedprune_device.data.layouts import IGNORED, Unlabelled, layout_of
+from fedprune_device.data.layouts import IGNORED_CLASS, Unlabelled, layout_of
 from fedprune_device.data.sequences import LENGTHS
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.serving.predictor import Predictor, described, judged, ranked, targets_of
-from fedprune_device.storage.directory_owner import FILE
+from fedprune_device.serving.predictor import Predictor, prediction_lines, quality_text, ranked_outputs, targets_of
+from fedprune_device.storage.directory_owner import OWNER_FILE
 
 # Folders of boards that an error names.
-_MOST_NAMED = 10
+_MAX_NAMED_FOLDERS = 10
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def predict(arguments: argparse.Namespace) -> None:
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
-        predictor = Predictor(_graph(bundle, arguments.precision), threads=arguments.threads)
+        predictor = Predictor(_graph_path(bundle, arguments.precision), threads=arguments.threads)
         class_names, loss = bundle.class_names, bundle.recipe.loss
         if arguments.data is not None:
             if loss != "cross_entropy":
@@ -53,16 +53,16 @@ def predict(arguments: argparse.Namespace) -> None:
             "--precision", expected="with --bundle", hint="A board's own precision is set by `run --serve`."
         )
     else:
-        predictor, record = _slots(arguments.state).open(arguments.threads)
-        adjustment, loss = record.own, record.loss
+        predictor, record = _open_slots(arguments.state).open(arguments.threads)
+        adjustment, loss = record.adjustment, record.loss
     shape, targets = predictor.input_shape, None
-    has_scores = labels_of(loss) in (*JUDGED, "values")
+    has_scores = labels_of(loss) in (*JUDGED_LABELS, "values")
     files = arguments.input.is_dir() or is_table(arguments.input)
-    if files and has_scores and all(isinstance(size, int) for size in at_most(shape)):
+    if files and has_scores and all(isinstance(size, int) for size in upper_shape(shape)):
         # A batch without samples shows the shape of the outputs, and so of the labels, at no cost.
-        empty = np.zeros((0, *(size for size in at_most(shape) if isinstance(size, int))), np.float32)
-        targets = targets_of(predictor.predict(empty), loss, IGNORED if loss == "cross_entropy" else None)
-    samples = _samples(arguments, shape, class_names, targets)
+        empty = np.zeros((0, *(size for size in upper_shape(shape) if isinstance(size, int))), np.float32)
+        targets = targets_of(predictor.predict(empty), loss, IGNORED_CLASS if loss == "cross_entropy" else None)
+    samples = _read_samples(arguments, shape, class_names, targets)
     if samples.name:
         print(f"{samples.name} of {arguments.input}", file=sys.stderr)
     logits = adjustment(predictor.predict(samples.x))
@@ -70,15 +70,15 @@ def predict(arguments: argparse.Namespace) -> None:
         with arguments.output.open("wb") as file:
             np.save(file, logits)
     if arguments.json:
-        print_json(_body(logits, loss, arguments, class_names))
+        print_json(_prediction_rows(logits, loss, arguments, class_names))
     elif arguments.output is None:
-        for line in described(logits, loss, arguments.top, class_names):
+        for line in prediction_lines(logits, loss, arguments.highest_counter, class_names):
             print(line)
     if samples.y is not None and len(samples.y) and has_scores:
-        print(judged(logits, samples.y, loss), file=sys.stderr)
+        print(quality_text(logits, samples.y, loss), file=sys.stderr)
 
 
-def _body(
+def _prediction_rows(
     logits: npt.NDArray[np.float32], loss: str, arguments: argparse.Namespace, names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """A row per sample, with the outputs of the text.
@@ -87,14 +87,14 @@ def _body(
     """
     if logits.ndim > 2:
         raise UsageError("--json with a model that predicts places", hint="Write the outputs to a file: --output.")
-    name_key, value_key = ("class", "score") if labels_of(loss) in JUDGED else ("output", "value")
+    name_key, value_key = ("class", "score") if labels_of(loss) in JUDGED_LABELS else ("output", "value")
     return [
         {"sample": i, "outputs": [{name_key: names[c] if c < len(names) else c, value_key: v} for c, v in row.items()]}
-        for i, row in enumerate(ranked(logits, loss, arguments.top))
+        for i, row in enumerate(ranked_outputs(logits, loss, arguments.highest_counter))
     ]
 
 
-def _graph(bundle: Bundle, precision: str | None) -> Path:
+def _graph_path(bundle: Bundle, precision: str | None) -> Path:
     if precision is None:
         return bundle.folder
     if precision not in bundle.precisions:
@@ -106,60 +106,60 @@ def _graph(bundle: Bundle, precision: str | None) -> Path:
     return bundle.path(graph_file(precision))
 
 
-def _slots(state: Path) -> ModelSlots:
+def _open_slots(state: Path) -> ModelSlots:
     pointer = state / "serving" / "serving.json"
     with storage_errors(f"can't read {pointer}"):
         if not state.is_dir():
             raise StorageError(
                 f"there is no folder {state}",
-                hint=f"Give the folder that `fedprune-device run --state` uses.{looked_for(state)}",
+                hint=f"Give the folder that `fedprune-device run --state` uses.{search_location(state)}",
             )
         # Opened only to report an unreadable folder as such, and not as one without a model.
         if pointer.is_file():
             pointer.open("rb").close()
-        elif state_folders := sorted(p.parent.name for p in state.glob(f"*/{FILE}")):
+        elif state_folders := sorted(p.parent.name for p in state.glob(f"*/{OWNER_FILE}")):
             raise StorageError(
                 f"{state} isn't a board's state folder",
-                expected=f"one of those in it: {', '.join(state_folders[:_MOST_NAMED])}",
+                expected=f"one of those in it: {', '.join(state_folders[:_MAX_NAMED_FOLDERS])}",
             )
     return ModelSlots(state / "serving")
 
 
 @dataclass(frozen=True, eq=False)
-class _Chosen:
+class _InputSamples:
     x: Inputs
     y: npt.NDArray[Any] | None
     name: str = ""
     lengths: Inputs | None = None
 
 
-def _samples(
+def _read_samples(
     arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...], targets: Targets | None = None
-) -> _Chosen:
+) -> _InputSamples:
     """The samples of any source that a board can train on, or of arrays without labels."""
     source, split = str(arguments.input), arguments.split
     files = arguments.input.is_dir() or is_table(arguments.input)
-    if not files and (is_there(arguments.input, file=True) or ":" not in source):
+    if not files and (path_exists(arguments.input, file=True) or ":" not in source):
         arrays = read_arrays(arguments.input, single=True)
-        samples = _named_part(arrays, split)
+        samples = _arrays_of_split(arrays, split)
         if samples is not None:
-            return _marked(_checked(samples, source), shape)
+            return _pad_samples(_check_samples(samples, source), shape)
         if "y" not in arrays and "y_train" not in arrays:
             raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(arrays) or "nothing")
     options = options_of(SampleOptions, arguments, data=source)
     layout = layout_of(arguments.input, class_names) if split is None and arguments.input.is_dir() else None
-    if type(layout) is Unlabelled and not layout.parts:
+    if type(layout) is Unlabelled and not layout.splits:
         data = replace(options, test_share=0.0, validation_share=0.0).fixed(class_names).snapshot(shape, targets)
-        return _Chosen(data.x_train, None)
+        return _InputSamples(data.x_train, None)
     data = options.fixed(class_names).snapshot(shape, targets)
     split = split or ("test" if len(data.y_test) else "train")
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if not len(y):
         raise DataError(f"{source}: no {split} samples")
-    return _Chosen(x, None if y is x else np.asarray(y), f"the {split} samples")
+    return _InputSamples(x, None if y is x else np.asarray(y), f"the {split} samples")
 
 
-def _named_part(arrays: Mapping[str, Inputs], split: str | None) -> _Chosen | None:
+def _arrays_of_split(arrays: Mapping[str, Inputs], split: str | None) -> _InputSamples | None:
     """The arrays of a split: by default test samples, else all; None where no arrays have its name."""
     names = {"x_test": "y_test", "x": "y", "x_train": "y_train", "x_val": "y_val"}
     candidates = names if split is None else [f"x_{split}"]
@@ -169,7 +169,7 @@ def _named_part(arrays: Mapping[str, Inputs], split: str | None) -> _Chosen | No
     if chosen_name is None:
         return None
     y = None if names[chosen_name] not in arrays else np.asarray(arrays[names[chosen_name]])
-    return _Chosen(
+    return _InputSamples(
         arrays[chosen_name],
         y,
         "" if chosen_name == "x" else chosen_name,
@@ -177,7 +177,7 @@ def _named_part(arrays: Mapping[str, Inputs], split: str | None) -> _Chosen | No
     )
 
 
-def _checked(samples: _Chosen, source: str) -> _Chosen:
+def _check_samples(samples: _InputSamples, source: str) -> _InputSamples:
     if not samples.x.shape or not len(samples.x):
         raise DataError(f"{source} holds no samples", expected="inputs [n, ...]", got=samples.x.shape)
     try:
@@ -189,15 +189,15 @@ def _checked(samples: _Chosen, source: str) -> _Chosen:
     return replace(samples, x=x, y=np.asarray(y))
 
 
-def _marked(samples: _Chosen, shape: Shape) -> _Chosen:
+def _pad_samples(samples: _InputSamples, shape: Shape) -> _InputSamples:
     """Pad samples, and ignore the labels of padded positions."""
     axis = free_axis(shape)
     if samples.lengths is None or axis is None:
         return samples
     x, y, lengths = np.asarray(samples.x), samples.y, np.asarray(samples.lengths)
-    padded_length = x.shape[axis + 1] if fits(x.shape[1:], shape) else 0
-    min_length = next(size.least for size in shape if isinstance(size, Lengths))
-    x = padded(x, (*shape[:axis], Lengths(min_length, padded_length), *shape[axis + 1 :]), lengths)
+    padded_length = x.shape[axis + 1] if fits_shape(x.shape[1:], shape) else 0
+    min_length = next(size.lower for size in shape if isinstance(size, Lengths))
+    x = pad_to_bound(x, (*shape[:axis], Lengths(min_length, padded_length), *shape[axis + 1 :]), lengths)
     if y is not None and y.dtype.kind == "i" and y.shape == (len(x), padded_length):
         y = np.where(np.arange(padded_length) < lengths[:, None], y, -1)
     return replace(samples, x=x, y=y)

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, StorageError, shown
+from fedprune.core.errors import ConfigError, StorageError, value_text
 from fedprune.core.validation import is_digest
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 
 # A key is 64 hex digits; another file need not be read whole to say so.
-_LARGEST_KEY_FILE = 200
+_MAX_KEY_FILE_BYTES = 200
 
 
 def update(arguments: argparse.Namespace) -> None:
-    from fedprune_device.releases.installer import KEPT, ReleaseInstaller, ReleaseSource
+    from fedprune_device.releases.installer import JETPACK_PACKAGES, ReleaseInstaller, ReleaseSource
 
-    keep = KEPT if arguments.jetson else ()
+    keep = JETPACK_PACKAGES if arguments.jetson else ()
     updater = ReleaseInstaller(arguments.root, _server_key(arguments.key), keep=keep)
     release = updater.stage(ReleaseSource.of_folder(arguments.release))
     if arguments.stage_only:
@@ -42,11 +42,14 @@ def _server_key(option: str) -> Any:
             raise ConfigError(
                 "--key",
                 expected="64 hex digits, or a file with them",
-                got=shown(option),
+                got=value_text(option),
                 hint="`fedprune-server release` shows them; the fingerprint that `init` shows is shorter.",
             )
         with storage_errors(f"can't read the server's key {path}"), path.open("rb") as file:
-            text, subject = file.read(_LARGEST_KEY_FILE).decode("ascii", "replace").strip(), f"the server's key {path}"
+            text, subject = (
+                file.read(_MAX_KEY_FILE_BYTES).decode("ascii", "replace").strip(),
+                f"the server's key {path}",
+            )
     return VerifyingKey.from_hex(text, subject, error=ConfigError)
 
 
@@ -58,25 +61,25 @@ def slots(arguments: argparse.Namespace) -> None:
             f"{arguments.root} has no runtime whose state is whole",
             hint="The launcher mends it when the service starts; a kit sets a board up.",
         )
-    contents = {slot: _held(store, slot) for slot in SLOTS}
+    contents = {slot: _slot_content(store, slot) for slot in SLOTS}
     if arguments.json:
         print(json.dumps({**asdict(state), "slots": contents}, sort_keys=True))
     else:
-        sys.stdout.writelines(f"{line}\n" for line in _described(state, contents))
+        sys.stdout.writelines(f"{line}\n" for line in _slot_lines(state, contents))
 
 
-def _held(store: SlotStore, slot: str) -> tuple[int, str] | str:
+def _slot_content(store: SlotStore, slot: str) -> tuple[int, str] | str:
     """Number and version of a slot's release, or a text that says why there is none."""
     if not (store.folder / f"{slot}.json").exists():
         return "empty"
     try:
-        record = store.whole(slot)
+        record = store.checked_record(slot)
     except DamagedError as error:
         return str(error)
     return record.version, record.name
 
 
-def _described(state: LauncherState, contents: dict[str, tuple[int, str] | str]) -> list[str]:
+def _slot_lines(state: LauncherState, contents: dict[str, tuple[int, str] | str]) -> list[str]:
     lines = []
     for slot, content in contents.items():
         role = "stable" if slot == state.stable else state.phase if state.phase != STABLE else "not in use"

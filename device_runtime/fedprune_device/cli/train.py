@@ -24,26 +24,26 @@ from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
-from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
+from fedprune.runtime.bundle_folder import check_bundle_folder, read_files, write_bundle
 from fedprune.runtime.precision_files import files_of, weights_file
-from fedprune_device.cli.options import threads
+from fedprune_device.cli.options import default_threads
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.serving.reduced_precision import PrecisionCheck, lowered
+from fedprune_device.serving.reduced_precision import PrecisionCheck, lower_model
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
 from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
 
 # Seconds between two updates of the progress line on a terminal; elsewhere, as in a log, each is a line of its own.
-_EVERY_S = 1.0
-_EVERY_LINE_S = 10.0
+_PROGRESS_INTERVAL_S = 1.0
+_PROGRESS_LINE_INTERVAL_S = 10.0
 
 
 def train(arguments: argparse.Namespace) -> None:
     bundle = open_bundle(arguments.bundle)
     recipe = _recipe(bundle, arguments)
-    check_folder(arguments.out, bundle.target)
+    check_bundle_folder(arguments.out, bundle.target)
     # Copies of samples are kept on the result's disk: the system's temporary folder may be in memory.
     parents = arguments.out.absolute().parents
     writable_parent = next((folder for folder in parents if os.access(folder, os.W_OK | os.X_OK)), None)
@@ -55,7 +55,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool: Path) -> None:
     samples = options_of(SampleOptions, arguments).fixed(bundle.class_names, spool)
-    number = arguments.threads or threads()
+    number = arguments.threads or default_threads()
     trainer = Trainer(bundle.path(TRAINING), threads=number, base=bundle.base)
     data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
     try:
@@ -66,14 +66,14 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     del trainer
     report: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
     report(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
-    before = training.measured(Predictor(bundle.folder, threads=number), "before")
-    report(f"before: {_shown(before)}")
+    before = training.measure(Predictor(bundle.folder, threads=number), "before")
+    report(f"before: {_metrics_text(before)}")
     with _interruptible() as interrupted, _progress() as progress:
         result = training.train(progress, interrupted.is_set)
     summary = f"{quantity(result.steps, 'step')} in {result.seconds:.1f} s"
     report(f"trained: {summary}, loss {result.loss_first:.4g} -> {result.loss_last:.4g}")
-    files, after = training.finished(result)
-    report(f"after: {_shown(after)}")
+    files, after = training.finish(result)
+    report(f"after: {_metrics_text(after)}")
     write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names, bundle.base)
     size = sum(map(len, files.values()))
     if arguments.json:
@@ -115,25 +115,25 @@ class _LocalTraining:
         adjustment = LogitAdjustment.of(data.y_train, recipe, self._classes)
         self._evaluation = Evaluation(data, recipe, self._classes, adjustment, trainer.objective(recipe, self._classes))
 
-    def measured(self, model: Predictor, when: str) -> dict[str, float]:
+    def measure(self, model: Predictor, when: str) -> dict[str, float]:
         """Measure a model on the test samples: each metric by its name, none without samples."""
-        self._evaluation.add(model, when)
+        self._evaluation.measure(model, when)
         metrics = self._evaluation.metrics
         values = {name: metrics.get(f"{name}_{when}") for name in METRICS}
         return {name: float(value) for name, value in values.items() if value is not None}
 
     def train(self, progress: Callable[[int, int], None], enough: Callable[[], bool]) -> TrainingResult:
         """Train until all epochs are done, or `enough()` is true."""
-        weights, widths = tensorfile.load(self._bundle.path(WEIGHTS)), self._bundle.selection.widths
+        weights, widths = tensorfile.load_tensors(self._bundle.path(WEIGHTS)), self._bundle.selection.widths
         task = TrainingTask(self._recipe, self._classes, self._seed, device="", round=1, widths=widths)
         return self._trainer.train(weights, self._data, task, TrainingControl(progress, enough=enough))
 
-    def finished(self, result: TrainingResult) -> tuple[dict[str, bytes], dict[str, float]]:
+    def finish(self, result: TrainingResult) -> tuple[dict[str, bytes], dict[str, float]]:
         tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}
-        if self._recipe.calibrate and self._trainer.normalised:
-            tensors = self._trainer.calibrated(tensors, self._data, self._recipe, seed=self._seed, device="")
+        if self._recipe.calibrate and self._trainer.has_batch_norm:
+            tensors = self._trainer.calibrate(tensors, self._data, self._recipe, seed=self._seed, device="")
         loss = None
-        if not self._trainer.normalised:
+        if not self._trainer.has_batch_norm:
             loss = self._trainer.loss(tensors, self._data, self._recipe, self._classes, PROBE_SAMPLES)
         # The new model needs its memory.
         del self._trainer
@@ -144,10 +144,10 @@ class _LocalTraining:
             for file in (INFERENCE, WEIGHTS):
                 (folder / file).write_bytes(files[file])
             if self._bundle.base is not None:
-                atomic_file.place(self._bundle.base, folder / BASE, sync=False)
+                atomic_file.link_or_copy(self._bundle.base, folder / BASE, sync=False)
             model = Predictor(folder, threads=self._threads)
             self._evaluation.check(model, loss)
-            after = self.measured(model, "after")
+            after = self.measure(model, "after")
             for precision in self._bundle.precisions:
                 self._lower(folder, precision, files, tensors, model)
         return files, after
@@ -165,7 +165,7 @@ class _LocalTraining:
             (folder / file).write_bytes(files[file])
         try:
             judge = PrecisionCheck(float32_model, self._data, self._recipe, self._targets)
-            lowered(folder, precision, tensors, self._data, judge)
+            lower_model(folder, precision, tensors, self._data, judge)
             files[weights_file(precision)] = (folder / weights_file(precision)).read_bytes()
         except FedpruneError as error:  # a failed conversion must not lose a finished training
             print(f"{precision} is left out: {error}", file=sys.stderr)
@@ -173,7 +173,7 @@ class _LocalTraining:
                 del files[file]
 
 
-def _shown(metrics: Mapping[str, float]) -> str:
+def _metrics_text(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{METRICS[name].title} {value:.4f}" for name, value in metrics.items()) or "no test samples"
 
 
@@ -204,7 +204,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
     def show_step(done: int, total: int) -> None:
         now = time.monotonic()
-        if now - last_shown[0] >= (_EVERY_S if is_terminal else _EVERY_LINE_S) or done == total:
+        if now - last_shown[0] >= (_PROGRESS_INTERVAL_S if is_terminal else _PROGRESS_LINE_INTERVAL_S) or done == total:
             last_shown[0] = now
             start, end = ("\r", " ") if is_terminal else ("", "\n")
             print(f"{start}step {done} of {total}, {now - began:.0f} s", end=end, file=sys.stderr, flush=True)

@@ -8,16 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.disk import is_there
-from fedprune.core.errors import DataError, StorageError, remedy
-from fedprune.core.imports import own_module
-from fedprune.core.rng import keyed
-from fedprune.core.zip_limits import check_members, why_unreadable
+from fedprune.core.disk import path_exists
+from fedprune.core.errors import DataError, StorageError, path_remedy
+from fedprune.core.imports import import_user_module
+from fedprune.core.rng import keyed_generator
+from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.lengths import Shape
 from fedprune_device.data.dataset import SPLITS, LocalData, check_shape, check_type, checked_inputs, checked_samples
-from fedprune_device.data.sequences import LENGTHS, Rows, fitted, rows_of
+from fedprune_device.data.sequences import LENGTHS, PaddedRows, describe_rows, pad_samples
 from fedprune_device.data.splits import TEST_SHARE
-from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs, described, joined, member, select_pairs
+from fedprune_device.data.stored_array import (
+    Inputs,
+    StoredArray,
+    archive_array,
+    as_inputs,
+    join_arrays,
+    select_pairs,
+    type_text,
+)
 
 
 def load_data(
@@ -43,12 +51,12 @@ def load_data(
     Returns:
         Checked data. The same source, seed and device always give the same split.
     """
-    content = _found(source, seed, device, spool)
+    content = _load(source, seed, device, spool)
     try:
         data = content if isinstance(content, LocalData) else _assemble(content, seed, device, spool)
         del content  # otherwise its arrays would stay in memory beside their copies on the disk
         if spool is not None:
-            data = data.moved_out(spool)
+            data = data.with_spooled_arrays(spool)
         return data.with_validation(validation_share, seed, device)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
@@ -56,13 +64,13 @@ def load_data(
 
 def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = False) -> Inputs:
     """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
-    content, rows = _found(source, 0, "", None), None
+    content, rows = _load(source, 0, "", None), None
     try:
         if isinstance(content, LocalData):
             rows = content.rows
             content = {"x_train": content.x_train, **({"x_test": content.x_test} if len(content.x_test) else {})}
         elif not isinstance(content, np.ndarray):
-            content, rows = _packed(_named(content), None)
+            content, rows = _pack_inputs(_as_mapping(content), None)
         if isinstance(content, dict):
             name = next((n for n in ("x_test", "x_train", "x") if n in content), None)
             if name is None:
@@ -73,7 +81,7 @@ def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = Fa
         if not len(x):
             raise DataError("the source holds no samples", expected="at least one", got=0)
         if shape is not None:
-            x = fitted(x, rows, shape)
+            x = pad_samples(x, rows, shape)
             check_shape(x, shape)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
@@ -93,39 +101,39 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.ndarray):
                 with arrays:
-                    return _members(path, arrays, spool)
+                    return _archive_arrays(path, arrays, spool)
             if not single:
                 raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
             return {"x": arrays}
     except (DataError, StorageError):
         raise
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error)) from error
     except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
         raise DataError(
-            f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{why_unreadable(error)}",
+            f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{unreadable_reason(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error
 
 
-def _members(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
+def _archive_arrays(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
     entries = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
     return {
-        name: member(path, file.zip, entries[name], spool, any_type=name.partition("_")[0] != "x")
+        name: archive_array(path, file.zip, entries[name], spool, any_type=name.partition("_")[0] != "x")
         for name in file.files
     }
 
 
 def is_function(source: str) -> bool:
     """Whether a data source names a function. A name with a colon may be a file's: an existing file is read as one."""
-    return ":" in source and not source.endswith(".npz") and not is_there(Path(source), file=True)
+    return ":" in source and not source.endswith(".npz") and not path_exists(Path(source), file=True)
 
 
-def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
+def _load(source: str, seed: int, device: str, spool: Path | None) -> object:
     path = Path(source)
     if is_function(source):
-        return _call(source, seed, device)
-    if source.endswith(".npz") or is_there(path, file=True):
+        return _call_function(source, seed, device)
+    if source.endswith(".npz") or path_exists(path, file=True):
         return read_arrays(path, spool)
     raise DataError(
         f"data source {source!r}",
@@ -135,10 +143,10 @@ def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
     )
 
 
-def _call(source: str, seed: int, device: str) -> object:
+def _call_function(source: str, seed: int, device: str) -> object:
     module_name, _, name = source.partition(":")
     try:
-        function = getattr(own_module(module_name), name)
+        function = getattr(import_user_module(module_name), name)
         arguments = {"device": device, "seed": seed}
         parameters = inspect.signature(function).parameters
         return function(**{k: v for k, v in arguments.items() if k in parameters})
@@ -151,7 +159,7 @@ def _call(source: str, seed: int, device: str) -> object:
         ) from error
 
 
-def _named(returned: object) -> dict[str, Any]:
+def _as_mapping(returned: object) -> dict[str, Any]:
     if isinstance(returned, (tuple, list)):
         names = {2: ("x", "y"), 4: ("x_train", "y_train", "x_test", "y_test")}.get(len(returned))
         if names is None:
@@ -162,14 +170,14 @@ def _named(returned: object) -> dict[str, Any]:
     return returned
 
 
-def _packed(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
+def _pack_inputs(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], PaddedRows | None]:
     """Join the arrays of several inputs into one, in the alphabetical order of their names, as models take them.
 
     Lengths of padded samples follow the numbers of each sample; the content of such rows is returned, too. Large arrays
     are written to a file in `spool`, or held in memory without one. Raises `DataError` if they don't belong together.
     """
     if any(name.partition("_")[0] == "x" for name in arrays):
-        return _with_lengths(arrays, spool)
+        return _pack_lengths(arrays, spool)
     splits: dict[str, dict[str, Inputs]] = {}
     for name, array in arrays.items():
         stem, _, ending = name.rpartition("_")
@@ -186,18 +194,20 @@ def _packed(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any],
                 f"arrays of several inputs{split and f' ({split[1:]})'}",
                 expected=f"{', '.join(names)}, each with as many samples",
                 got=", ".join(
-                    f"{n} {described(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in split_arrays.items()
+                    f"{n} {type_text(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in split_arrays.items()
                 ),
             )
         # uint8 isn't a type of token ids: models read images of whole numbers as float32.
-        dtypes = [array.stored if isinstance(array, StoredArray) else array.dtype for array in split_arrays.values()]
+        dtypes = [
+            array.file_dtype if isinstance(array, StoredArray) else array.dtype for array in split_arrays.values()
+        ]
         are_whole = all(dtype.kind in "iu" and dtype != np.uint8 for dtype in dtypes)
         dtype = np.dtype(np.int64 if are_whole else np.float32)
-        packed[f"x{split}"] = joined([split_arrays[name] for name in names], dtype, spool)
+        packed[f"x{split}"] = join_arrays([split_arrays[name] for name in names], dtype, spool)
     return packed, None
 
 
-def _with_lengths(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
+def _pack_lengths(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], PaddedRows | None]:
     splits = [name.removeprefix("x") for name in arrays if name.partition("_")[0] == "x"]
     length_names = [name for name in arrays if name.partition("_")[0] == LENGTHS]
     if not length_names:
@@ -206,18 +216,18 @@ def _with_lengths(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str,
         expected = ", ".join(f"{LENGTHS}{split}" for split in splits)
         raise DataError("arrays of lengths", expected=expected, got=", ".join(length_names))
     pairs = [(as_inputs(arrays[f"x{split}"]), as_inputs(arrays[f"{LENGTHS}{split}"])) for split in splits]
-    rows = rows_of(pairs)
+    rows = describe_rows(pairs)
     packed = {name: array for name, array in arrays.items() if name not in length_names}
     for split, (x, lengths) in zip(splits, pairs, strict=True):
         are_whole = x.dtype in (np.int32, np.int64)
-        packed[f"x{split}"] = joined([x, lengths], np.dtype(np.int64 if are_whole else np.float32), spool)
+        packed[f"x{split}"] = join_arrays([x, lengths], np.dtype(np.int64 if are_whole else np.float32), spool)
     return packed, rows
 
 
 def _assemble(content: object, seed: int, device: str, spool: Path | None) -> LocalData:
-    arrays, rows = _named(content), None
+    arrays, rows = _as_mapping(content), None
     if arrays.keys() & {"y", "y_train"} or any(name.partition("_")[0] == LENGTHS for name in arrays):
-        arrays, rows = _packed(arrays, spool)
+        arrays, rows = _pack_inputs(arrays, spool)
     suffix = "_train" if "x_train" in arrays else ""
     x: Inputs
     y: Inputs
@@ -242,7 +252,7 @@ def _assemble(content: object, seed: int, device: str, spool: Path | None) -> Lo
     if "x_test" in arrays:
         return LocalData(x, y, *pair("test"), *validation, rows=rows)
     x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
-    order = keyed(seed, "split", device).permutation(len(y))
+    order = keyed_generator(seed, "split", device).permutation(len(y))
     test_count = int(len(y) * TEST_SHARE)
     train, test = np.sort(order[test_count:]), np.sort(order[:test_count])
     return LocalData(*select_pairs(x, y, train), *select_pairs(x, y, test), *validation, rows=rows)

@@ -11,23 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, shape_text
-from fedprune.model.lengths import Lengths, Shape, padded
+from fedprune.model.lengths import Lengths, Shape, pad_to_bound
 
 Samples = npt.NDArray[np.float32]
 
 RATES = (1000, 384_000)  # Hz
 
-_MOST_LENGTH = 2**22  # numbers of one file, before and after it is resampled: at 16 kHz four minutes
-_CHUNK = 2**20  # products that are summed at once, which bounds the memory of resampling to some MB
-_ZEROS = 16  # zero crossings of the filter, to each side
-_EDGE = 0.945  # of the lower Nyquist frequency: where the filter begins to close
+_MAX_NUMBERS = 2**22  # numbers of one file, before and after it is resampled: at 16 kHz four minutes
+_CHUNK_PRODUCTS = 2**20  # products that are summed at once, which bounds the memory of resampling to some MB
+_ZERO_CROSSINGS = 16  # zero crossings of the filter, to each side
+_BAND_EDGE = 0.945  # of the lower Nyquist frequency: where the filter begins to close
 
-_HINT = "Write it as PCM with a header that has the length, such as: ffmpeg -i FILE -c:a pcm_s16le OUT.wav"
+_CONVERT_HINT = "Write it as PCM with a header that has the length, such as: ffmpeg -i FILE -c:a pcm_s16le OUT.wav"
 
 _FORMAT = struct.Struct("<HHIIHH")  # tag, channels, rate, bytes per second, bytes per frame, bits
 _PCM, _EXTENSIBLE = 1, 0xFFFE
 _PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
-_GUID_AT = 24  # in the longer format chunk, which 24 bits and more channels than two need
+_GUID_OFFSET = 24  # in the longer format chunk, which 24 bits and more channels than two need
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Audio:
     rate: int = 16_000
 
     endings: ClassVar[tuple[str, ...]] = (".wav",)
-    most_bytes: ClassVar[int] = 16 * 2**20
+    max_bytes: ClassVar[int] = 16 * 2**20
 
     def __post_init__(self) -> None:
         if not RATES[0] <= self.rate <= RATES[1]:
@@ -52,12 +52,12 @@ class Audio:
         """
         length = shape[-1] if shape else None
         if isinstance(length, Lengths) and shape[0] in (1, length):
-            return _windows(resampled(*decoded(body), self.rate), length, shape)
+            return _windows_of_any_length(resample(*decode_wav(body), self.rate), length, shape)
         if len(shape) not in (1, 2) or shape[0] not in (1, length) or not isinstance(length, int) or length < 1:
             raise DataError(
                 "a recording for this model", expected=f"numbers {shape_text(*shape)}", got="[length] or [1, length]"
             )
-        recording = resampled(*decoded(body), self.rate)
+        recording = resample(*decode_wav(body), self.rate)
         count = max(1, len(recording) // length)
         out = np.zeros(count * length, np.float32)
         out[: len(recording)] = recording[: len(out)]
@@ -67,25 +67,25 @@ class Audio:
         return samples
 
 
-def _windows(recording: Samples, length: Lengths, shape: Shape) -> Samples:
-    if len(recording) < length.least:
-        raise DataError("length of a recording", expected=f"at least {length.least} numbers", got=len(recording))
-    starts = range(0, len(recording) - length.least + 1, length.most)
-    windows = [recording[start : start + length.most] for start in starts]
-    return np.concatenate([padded(w.reshape(1, *[1] * (len(shape) - 1), -1), shape) for w in windows])
+def _windows_of_any_length(recording: Samples, length: Lengths, shape: Shape) -> Samples:
+    if len(recording) < length.lower:
+        raise DataError("length of a recording", expected=f"at least {length.lower} numbers", got=len(recording))
+    starts = range(0, len(recording) - length.lower + 1, length.upper)
+    windows = [recording[start : start + length.upper] for start in starts]
+    return np.concatenate([pad_to_bound(w.reshape(1, *[1] * (len(shape) - 1), -1), shape) for w in windows])
 
 
-def decoded(body: bytes) -> tuple[Samples, int]:
+def decode_wav(body: bytes) -> tuple[Samples, int]:
     """A file's mean over its channels, from -1 to 1, and its rate; raises `DataError` unless it is PCM.
 
     Chunks are read here because Python's `wave` knows the longer format chunk only from 3.12 on.
     """
-    chunks = _chunks(body)
+    chunks = _riff_chunks(body)
     head, (size, raw) = chunks.get(b"fmt ", (0, b""))[1], chunks.get(b"data", (-1, b""))
     if len(head) < _FORMAT.size or size < 0:
         raise _unreadable_error("a file without format or data")
     tag, channels, rate, _, frame, bits = _FORMAT.unpack_from(head)
-    if tag != _PCM and not (tag == _EXTENSIBLE and head[_GUID_AT:][: len(_PCM_GUID)] == _PCM_GUID):
+    if tag != _PCM and not (tag == _EXTENSIBLE and head[_GUID_OFFSET:][: len(_PCM_GUID)] == _PCM_GUID):
         raise _unreadable_error(f"format {tag}")
     width = (bits + 7) // 8
     if not RATES[0] <= rate <= RATES[1]:
@@ -95,14 +95,14 @@ def decoded(body: bytes) -> tuple[Samples, int]:
     if not channels or frame != channels * width:
         raise _unreadable_error(f"{channels} channels of {bits} bits in {frame} bytes")
     count = size // frame
-    if not 1 <= count <= _MOST_LENGTH:
-        raise DataError("length of a recording", expected=f"1 to {_MOST_LENGTH} frames", got=count, hint=_HINT)
+    if not 1 <= count <= _MAX_NUMBERS:
+        raise DataError("length of a recording", expected=f"1 to {_MAX_NUMBERS} frames", got=count, hint=_CONVERT_HINT)
     if len(raw) != size:
         raise DataError("bytes of a recording", expected=size, got=f"{len(raw)}", hint="The file is cut off.")
-    return _mono(raw[: count * frame], width, channels), rate
+    return _mix_to_mono(raw[: count * frame], width, channels), rate
 
 
-def _chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
+def _riff_chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
     """The first chunk of each name: its size, and the bytes that are there. Raises `DataError` if it isn't WAV."""
     if body[:4] != b"RIFF" or body[8:12] != b"WAVE":
         raise _unreadable_error("something else")
@@ -117,10 +117,10 @@ def _chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
 
 
 def _unreadable_error(got: str) -> DataError:
-    return DataError("the recording can't be read", expected="WAV (PCM)", got=got, hint=_HINT)
+    return DataError("the recording can't be read", expected="WAV (PCM)", got=got, hint=_CONVERT_HINT)
 
 
-def _mono(raw: bytes, width: int, channels: int) -> Samples:
+def _mix_to_mono(raw: bytes, width: int, channels: int) -> Samples:
     if width == 1:  # unsigned, unlike all others
         numbers = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
     elif width == 3:
@@ -132,7 +132,7 @@ def _mono(raw: bytes, width: int, channels: int) -> Samples:
     return np.asarray(numbers.reshape(-1, channels).mean(1), np.float32)
 
 
-def resampled(recording: Samples, rate: int, target_rate: int) -> Samples:
+def resample(recording: Samples, rate: int, target_rate: int) -> Samples:
     """Numbers at another rate, by a windowed sinc.
 
     y(m) = Σ x(n) · h(m · rate / target_rate − n), h(t) = c · sinc(c · t) · cos²(π t / 2w) for |t| < w.
@@ -143,14 +143,14 @@ def resampled(recording: Samples, rate: int, target_rate: int) -> Samples:
     common = gcd(rate, target_rate)
     up, down = target_rate // common, rate // common
     length = -(-len(recording) * up // down)
-    if length > _MOST_LENGTH:
-        raise DataError("length of a recording at the model's rate", expected=f"at most {_MOST_LENGTH}", got=length)
-    band = _EDGE * min(1.0, up / down)
-    half_width = int(np.ceil(_ZEROS / band))
+    if length > _MAX_NUMBERS:
+        raise DataError("length of a recording at the model's rate", expected=f"at most {_MAX_NUMBERS}", got=length)
+    band = _BAND_EDGE * min(1.0, up / down)
+    half_width = int(np.ceil(_ZERO_CROSSINGS / band))
     padded = np.pad(recording, half_width)
     taps = np.arange(-half_width + 1, half_width + 1)
     out = np.empty(length, np.float32)
-    step = max(1, _CHUNK // len(taps))
+    step = max(1, _CHUNK_PRODUCTS // len(taps))
 
     def filters(phase_indices: npt.NDArray[np.int64]) -> Samples:
         """The filter [k, taps] at each of these phases, in parts of `up`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.stored_array import Inputs
 
@@ -18,7 +18,7 @@ Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MicroBatch:
     """Samples that are worked on at once; `partner` are the classes mixed into them.
 
     `make` reads or computes the samples each time, so that only one micro-batch is in memory.
@@ -29,7 +29,7 @@ class Part:
     partner: Array | None = None
 
     @classmethod
-    def of(cls, x: Inputs, y: Inputs, rows: Rows) -> Part:
+    def of(cls, x: Inputs, y: Inputs, rows: Rows) -> MicroBatch:
         labels = y[rows]
         return cls(lambda: x[rows], labels.astype(np.int64, copy=False) if labels.dtype.kind in "iu" else labels)
 
@@ -59,14 +59,14 @@ class Batches:
         """Epoch and rows of every step; `key`, `seed` (the job's) and the epoch decide the order."""
         step = 0
         for epoch in range(self._recipe.epochs):
-            order = keyed(seed, *key, "batches", epoch).permutation(self._samples)
+            order = keyed_generator(seed, *key, "batches", epoch).permutation(self._samples)
             for start in self._starts:
                 if step == self.steps:
                     return
                 step += 1
                 yield epoch, order[start : start + self._recipe.batch_size]
 
-    def parts(self, rows: Rows) -> list[Rows]:
+    def micro_batches(self, rows: Rows) -> list[Rows]:
         """The parts in which a batch is worked through, as equal as can be."""
         max_rows = self._recipe.micro_batch
         if self._normalised and max_rows == 2 and len(rows) % 2 and len(rows) > 1:
@@ -74,7 +74,7 @@ class Batches:
         return np.array_split(rows, -(-len(rows) // max_rows))
 
 
-def even_parts(order: Rows, max_rows: int) -> list[Rows]:
+def even_chunks(order: Rows, max_rows: int) -> list[Rows]:
     """Rows in parts as equal as possible, of at most `most` and at least two rows."""
     count = -(-len(order) // max_rows)
     return np.array_split(order, max(1, min(count, len(order) // 2)))

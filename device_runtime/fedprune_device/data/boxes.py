@@ -10,22 +10,24 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, reason
+from fedprune.core.errors import DataError, error_reason
 
 Boxes = npt.NDArray[np.float32]
 
-MOST_CLASS = 2**24 - 1  # larger numbers are not exact in float32, the type of boxes
+MAX_CLASS = 2**24 - 1  # larger numbers are not exact in float32, the type of boxes
 
-_LEAST = 1e-6  # share of an image's side that a box has at least
-_EDGE = 0.01  # share by which numbers may lie beyond the image, for rounding: as much as Ultralytics lets pass
+_MIN_SIDE = 1e-6  # share of an image's side that a box has at least
+_EDGE_TOLERANCE = (
+    0.01  # share by which numbers may lie beyond the image, for rounding: as much as Ultralytics lets pass
+)
 
 
-def yolo_boxes(body: bytes, classes: int = MOST_CLASS + 1) -> Boxes:
+def yolo_boxes(body: bytes, classes: int = MAX_CLASS + 1) -> Boxes:
     """The boxes [n, 5] of a text with a line `class cx cy w h` for each; raises `DataError`, which names the line."""
     try:
         lines = body.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError("labels", expected="text", got=reason(error)) from error
+        raise DataError("labels", expected="text", got=error_reason(error)) from error
     boxes = []
     for number, line in enumerate(lines, 1):
         if not (words := line.split()):
@@ -38,7 +40,7 @@ def yolo_boxes(body: bytes, classes: int = MOST_CLASS + 1) -> Boxes:
         kind, *sides = map(_parsed_number, words)
         if not (0 <= kind < classes and kind % 1 == 0):
             raise DataError(place, expected=f"a class from 0 to {classes - 1}", got="something else")
-        if not all(-_EDGE <= v <= 1 + _EDGE for v in sides) or min(sides[2:]) < _LEAST:
+        if not all(-_EDGE_TOLERANCE <= v <= 1 + _EDGE_TOLERANCE for v in sides) or min(sides[2:]) < _MIN_SIDE:
             raise DataError(place, expected="shares of the image, from 0 to 1", got="something else")
         boxes.append([kind, *(min(max(v, 0.0), 1.0) for v in sides)])
     return np.array(boxes, np.float32).reshape(-1, 5)

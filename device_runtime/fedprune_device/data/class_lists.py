@@ -11,8 +11,8 @@ from fedprune.core.errors import ConfigError
 
 _TEXTS = ("classes.txt", "obj.names")  # a name in each line: Label Studio, LabelImg; darknet, CVAT
 _YAMLS = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")  # Ultralytics, Roboflow
-_MOST_BYTES = 2**16
-_MOST_LINE = 1000  # characters of an entry; the pattern's time grows faster than a line's length
+_MAX_BYTES = 2**16
+_MAX_ENTRY_LENGTH = 1000  # characters of an entry; the pattern's time grows faster than a line's length
 
 _NAMES = re.compile(r"^names[ \t]*:[ \t]*(.*)$", re.MULTILINE)
 _ENTRY = re.compile(r"""[ \t]*(?:-[ \t]|(\d+)[ \t]*:)[ \t]*("[^"]*"|'[^']*'|[^#\n]*?)[ \t]*(?:[ \t]\#.*)?""")
@@ -28,7 +28,7 @@ def find_class_list(folders: Iterable[Path]) -> tuple[str, ...]:
         if not path.is_file():
             continue
         with storage_errors(f"can't read {path}"), path.open("rb") as file:
-            text = file.read(_MOST_BYTES).decode("utf-8-sig", errors="replace")
+            text = file.read(_MAX_BYTES).decode("utf-8-sig", errors="replace")
         if path.name in _TEXTS:
             return tuple(filter(None, map(str.strip, text.splitlines())))
         if (head := _NAMES.search(text)) is not None:
@@ -56,16 +56,16 @@ def _yaml_list(value: str, following: str) -> tuple[str, ...] | None:
         for line in following.splitlines():
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
-            entry = _ENTRY.fullmatch(line) if len(line) <= _MOST_LINE else None
+            entry = _ENTRY.fullmatch(line) if len(line) <= _MAX_ENTRY_LENGTH else None
             if entry is None:
                 break
             entries.append((entry[1] or "", entry[2]))
     numbers = [int(number) for number, _ in entries if number]
     if not entries or (numbers and numbers != list(range(len(entries)))):
         return None
-    return tuple(_unquoted(name) for _, name in entries)
+    return tuple(_strip_quotes(name) for _, name in entries)
 
 
-def _unquoted(name: str) -> str:
+def _strip_quotes(name: str) -> str:
     name = name.strip()
     return name[1:-1] if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'" else name

@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
-from fedprune.core.rng import keyed
-from fedprune.model.lengths import Shape, fits, free_axis
+from fedprune.core.rng import keyed_generator
+from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.data.labels import Targets, effective_classes
-from fedprune_device.data.sequences import Rows, fitted, fitted_labels
-from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs, described, moved_out, select_pairs
+from fedprune_device.data.sequences import PaddedRows, pad_labels, pad_samples
+from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs, select_pairs, spool_large, type_text
 
 Array = npt.NDArray[Any]
 
 SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and in `LocalData`
 _NO_SAMPLES = np.zeros((0, 0), np.float32)
 
-_SCALE = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
+_SCALE_HINT = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class LocalData:
     y_test: Inputs
     x_val: Inputs = field(default_factory=lambda: _NO_SAMPLES)
     y_val: Inputs = field(default_factory=lambda: np.zeros(0, np.int64))
-    rows: Rows | None = field(default=None, kw_only=True)
+    rows: PaddedRows | None = field(default=None, kw_only=True)
     spool: Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -71,8 +71,8 @@ class LocalData:
             if x.shape[1:] != self.x_train.shape[1:]:
                 raise DataError(f"shape of one {split} sample", expected=self.x_train.shape[1:], got=x.shape[1:])
             for first, held_out, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
-                if (_type(first), first.shape[1:]) != (_type(held_out), held_out.shape[1:]):
-                    raise DataError(f"type of {split} {what}", expected=described(first), got=described(held_out))
+                if (_common_type(first), first.shape[1:]) != (_common_type(held_out), held_out.shape[1:]):
+                    raise DataError(f"type of {split} {what}", expected=type_text(first), got=type_text(held_out))
 
     @property
     def samples(self) -> int:
@@ -92,22 +92,22 @@ class LocalData:
         arrays: list[Inputs] = []
         for split in SPLITS:
             x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
-            padded_inputs = fitted(x, self.rows, shape) if len(x) else _NO_SAMPLES
+            padded_inputs = pad_samples(x, self.rows, shape) if len(x) else _NO_SAMPLES
             arrays += [
                 padded_inputs,
-                padded_inputs if y is x else fitted_labels(y, padded_inputs, shape, targets, self.spool),
+                padded_inputs if y is x else pad_labels(y, padded_inputs, shape, targets, self.spool),
             ]
         return LocalData(*arrays)
 
     @property
-    def unlabelled(self) -> bool:
+    def is_unlabelled(self) -> bool:
         """Whether the samples have no labels but themselves, which a model is to reproduce."""
         return self.y_train is self.x_train
 
     @property
-    def bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory that all samples and labels take."""
-        kinds = "x" if self.unlabelled else "xy"
+        kinds = "x" if self.is_unlabelled else "xy"
         return sum(getattr(self, f"{kind}_{split}").nbytes for kind in kinds for split in SPLITS)
 
     def with_validation(self, share: float, seed: int = 0, device: str = "") -> LocalData:
@@ -120,16 +120,16 @@ class LocalData:
         count = int(self.samples * share)
         if not count or len(self.y_val):
             return self
-        order = keyed(seed, "validation", device).permutation(self.samples)
+        order = keyed_generator(seed, "validation", device).permutation(self.samples)
         train, val = np.sort(order[count:]), np.sort(order[:count])
         kept_pairs, validation_pairs = (select_pairs(self.x_train, self.y_train, rows) for rows in (train, val))
         return LocalData(*kept_pairs, self.x_test, self.y_test, *validation_pairs, rows=self.rows, spool=self.spool)
 
-    def moved_out(self, spool: Path) -> LocalData:
+    def with_spooled_arrays(self, spool: Path) -> LocalData:
         """These samples with large arrays in temporary files in `spool`, which are deleted with this process."""
-        x = {split: moved_out(getattr(self, f"x_{split}"), spool) for split in SPLITS}
-        y = {split: moved_out(getattr(self, f"y_{split}"), spool, any_type=True) for split in SPLITS}
-        y = x if self.unlabelled else y
+        x = {split: spool_large(getattr(self, f"x_{split}"), spool) for split in SPLITS}
+        y = {split: spool_large(getattr(self, f"y_{split}"), spool, any_type=True) for split in SPLITS}
+        y = x if self.is_unlabelled else y
         arrays = x["train"], y["train"], x["test"], y["test"], x["val"], y["val"]
         return LocalData(*arrays, rows=self.rows, spool=spool)
 
@@ -144,9 +144,9 @@ class LocalData:
         can_reproduce = (
             free_axis(shape or ()) is None
             and targets.loss != "cross_entropy"
-            and targets.takes_whole == (self.x_train.dtype.kind == "i")
+            and targets.takes_whole_numbers == (self.x_train.dtype.kind == "i")
         )
-        if self.unlabelled and not (can_reproduce and fits(self.x_train.shape[1:], targets.shape)):
+        if self.is_unlabelled and not (can_reproduce and fits_shape(self.x_train.shape[1:], targets.shape)):
             raise DataError(
                 "the samples have no labels",
                 expected=f"labels {shape_text('n', *targets.shape)} for loss {targets.loss}",
@@ -165,7 +165,7 @@ class LocalData:
 
 def check_shape(x: Inputs, shape: Shape) -> None:
     """Check samples [n, ...] against one sample's shape (names and None: any size); raises `DataError`."""
-    if not fits(x.shape[1:], shape):
+    if not fits_shape(x.shape[1:], shape):
         raise DataError(
             "shape of one sample",
             expected=shape_text(*shape) if free_axis(shape) is not None else shape,
@@ -181,7 +181,7 @@ def check_type(x: Inputs, token_ids: bool) -> None:
             "type of inputs",
             expected="whole numbers (token ids)" if token_ids else "float32",
             got="int64, as which all whole numbers are read" if x.dtype.kind == "i" else x.dtype,
-            hint="Save token ids as int64." if token_ids else _SCALE,
+            hint="Save token ids as int64." if token_ids else _SCALE_HINT,
         )
 
 
@@ -232,7 +232,7 @@ def checked_inputs(inputs: Inputs, split: str = "") -> Inputs:
     """Inputs as float32 or int64; arguments and errors are those of `checked_samples`."""
     kind = f"{split} " if split else ""
     if inputs.dtype.kind != "f" and inputs.dtype not in (np.int32, np.int64):
-        raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype, hint=_SCALE)
+        raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype, hint=_SCALE_HINT)
     if inputs.ndim < 2:
         raise DataError(f"{kind}inputs", expected="[n, ...]", got=inputs.shape)
     if not isinstance(inputs, StoredArray):
@@ -268,7 +268,7 @@ def _check_finite(numbers: Array, what: str, first: int) -> None:
         )
 
 
-def _type(array: Inputs) -> np.dtype[Any]:
+def _common_type(array: Inputs) -> np.dtype[Any]:
     """An array's type; whole numbers of any width are one, as labels in memory keep their own."""
     return np.dtype(np.int64) if array.dtype.kind in "iu" else array.dtype
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError
-from fedprune_device.data.stored_array import Copy, StoredArray
+from fedprune_device.data.stored_array import OpenFiles, StoredArray
 
 Array = npt.NDArray[Any]
 
@@ -33,19 +33,19 @@ class DecodedSamples:
         self._count = 0
         self._x = self._y = np.zeros(0, np.uint8)
         with storage_errors("can't make a file for decoded samples"):
-            self._file = Copy.in_folder(folder)
+            self._file = OpenFiles.in_folder(folder)
 
-    def serves(self, names: Collection[str]) -> bool:
+    def is_worth_keeping(self, names: Collection[str]) -> bool:
         """Whether this cache is worth keeping for these files: at most half of its files are others, and the missing
         ones fit.
         """
         useless_files = sum(name not in names for name in self._rows)
         missing_files = sum(name not in self._rows for name in names)
         samples_per_file = self._count / max(1, len(self._rows))
-        fits = (self._count + missing_files * samples_per_file) * self._record <= self._room
+        fits = (self._count + missing_files * samples_per_file) * self._record_bytes <= self._room
         return 2 * useless_files <= len(self._rows) and (fits or not useless_files)
 
-    def rows(self, name: str, decode: Callable[[], tuple[Array, Array]]) -> range:
+    def rows_for(self, name: str, decode: Callable[[], tuple[Array, Array]]) -> range:
         """The rows of a file's samples. If the file is new, `decode` is called; it returns samples [k, ...] and labels
         [k, ...].
 
@@ -54,45 +54,47 @@ class DecodedSamples:
         """
         if name in self._rows:
             return self._rows[name]
-        if self._count and (self._count + 1) * self._record > self._room:
-            raise self._full()
+        if self._count and (self._count + 1) * self._record_bytes > self._room:
+            raise self._full_error()
         x, y = decode()
         if not self._count:
             self._x, self._y = np.empty_like(x[0]), np.empty_like(y[0])  # types and shapes alone
         for array, first, what in ((x, self._x, "samples"), (y, self._y, "labels")):
             if (array.dtype, array.shape[1:]) != (first.dtype, first.shape):
                 raise DataError(
-                    f"the {what}", expected=_kind(first.dtype, first.shape), got=_kind(array.dtype, array.shape[1:])
+                    f"the {what}",
+                    expected=_type_text(first.dtype, first.shape),
+                    got=_type_text(array.dtype, array.shape[1:]),
                 )
-        if (self._count + len(x)) * self._record > self._room and self._count:
-            raise self._full()
-        records = np.empty((len(x), self._record), np.uint8)
+        if (self._count + len(x)) * self._record_bytes > self._room and self._count:
+            raise self._full_error()
+        records = np.empty((len(x), self._record_bytes), np.uint8)
         for begin, array in ((0, x), (self._x.nbytes, y)):
             raw = np.ascontiguousarray(array).reshape(len(x), -1).view(np.uint8)
             records[:, begin : begin + raw.shape[1]] = raw
         with storage_errors("can't write decoded samples"):
-            write_all(self._file.fileno(), records.tobytes(), self._count * self._record)
+            write_all(self._file.fileno(), records.tobytes(), self._count * self._record_bytes)
         self._rows[name] = range(self._count, self._count + len(x))
         self._count += len(x)
         return self._rows[name]
 
     def inputs(self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array]) -> StoredArray:
         """Samples of these rows, each turned by `convert` from what was decoded into what a model takes."""
-        return StoredArray.at_places(self._file, rows * self._record, self._x.dtype, self._x.shape, convert)
+        return StoredArray.at_positions(self._file, rows * self._record_bytes, self._x.dtype, self._x.shape, convert)
 
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
         """The labels of these rows; scalar labels are held in memory."""
-        positions = rows * self._record + self._x.nbytes
-        stored = StoredArray.at_places(self._file, positions, self._y.dtype, self._y.shape)
+        positions = rows * self._record_bytes + self._x.nbytes
+        stored = StoredArray.at_positions(self._file, positions, self._y.dtype, self._y.shape)
         return replace(stored, in_range=True) if self._y.ndim else stored[:]
 
     @property
-    def _record(self) -> int:
+    def _record_bytes(self) -> int:
         return self._x.nbytes + self._y.nbytes
 
-    def _full(self) -> RoomError:
+    def _full_error(self) -> RoomError:
         return RoomError("room for decoded samples", expected=f"at most {self._room} bytes", got="more")
 
 
-def _kind(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+def _type_text(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
     return f"{dtype} {list(shape)}"

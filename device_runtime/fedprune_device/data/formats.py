@@ -18,7 +18,7 @@ class Format(Protocol):
         """File name extensions, in lower case, such as `.wav`."""
 
     @property
-    def most_bytes(self) -> int:
+    def max_bytes(self) -> int:
         """Larger files are refused before they are read."""
 
     def samples(self, body: bytes, shape: Shape) -> npt.NDArray[Any]:

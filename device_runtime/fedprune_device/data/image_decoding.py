@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import ConfigError, DataError, MissingExtraError, reason, shape_text
+from fedprune.core.errors import ConfigError, DataError, MissingExtraError, error_reason, shape_text
 from fedprune.model.lengths import Shape
 from fedprune_device.data.viewer_image import check_single_frame, upright_image, viewer_image
 
 TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 ENDINGS = (".jpg", ".jpeg", ".png")
 MAX_BYTES = 4 * 2**20
-_MASKS = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of one whole number per pixel
-_DEPTH, _COLOUR = 24, 25  # offsets of a PNG's bits per number and of its kind of colours
+_MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of one whole number per pixel
+_DEPTH_OFFSET, _COLOUR_OFFSET = 24, 25  # offsets of a PNG's bits per number and of its kind of colours
 _GREY = 0  # the kind of colours of a grey PNG
 MAX_PIXELS = 2**24  # a small file may unpack to a huge image: its header is checked first
 
@@ -36,7 +36,7 @@ class Pixels:
     deviation: tuple[float, ...] = (1.0,)
 
     endings: ClassVar[tuple[str, ...]] = ENDINGS
-    most_bytes: ClassVar[int] = MAX_BYTES
+    max_bytes: ClassVar[int] = MAX_BYTES
 
     def __post_init__(self) -> None:
         for name, numbers in (("mean", self.mean), ("deviation", self.deviation)):
@@ -46,12 +46,12 @@ class Pixels:
             raise ConfigError("deviation of pixels", expected="above 0", got=min(self.deviation))
 
     def read(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.float32]:
-        return np.asarray(self.numbers(self.decoded(body, kinds, shape)[None])[0], np.float32)
+        return np.asarray(self.numbers(self.decode(body, kinds, shape)[None])[0], np.float32)
 
     def samples(self, body: bytes, shape: Shape) -> npt.NDArray[np.uint8]:
-        return self.decoded(body, tuple(TYPES.values()), shape)[None]
+        return self.decode(body, tuple(TYPES.values()), shape)[None]
 
-    def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
+    def decode(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
         """An image as viewers display it (`viewer_image`), in the size that the model takes, [height, width, colours].
 
         `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width]. Raises `DataError` if it
@@ -60,7 +60,7 @@ class Pixels:
         if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(s, int) for s in shape):
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
         colours, height, width = (s for s in shape if isinstance(s, int))
-        with _opened(body, kinds) as image:
+        with _open_image(body, kinds) as image:
             pixels = viewer_image(image, "RGB" if colours == 3 else "L", (width, height))
         return np.asarray(pixels, np.uint8).reshape(height, width, colours)
 
@@ -86,18 +86,20 @@ class Pixels:
         return file.getvalue()
 
 
-def mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
+def read_mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
     """A PNG's numbers [height, width], each that of the nearest pixel; of a palette's image they are its entries.
 
     Raises `DataError` if it is another kind of file, too large, animated or of more than one number per pixel.
     """
-    with _opened(body, ("PNG",)) as image:
+    with _open_image(body, ("PNG",)) as image:
         check_single_frame(image)
-        if image.mode not in _MASKS:
+        if image.mode not in _MASK_MODES:
             raise DataError("a mask", expected="one number per pixel (grey, or with a palette)", got=image.mode)
-        if body[_COLOUR] == _GREY and body[_DEPTH] in (2, 4):
+        if body[_COLOUR_OFFSET] == _GREY and body[_DEPTH_OFFSET] in (2, 4):
             # Some programs write classes as they are, others pack shades of grey: 3 of 2 bits is class 3, or 255.
-            raise DataError("a grey mask", expected="1, 8 or 16 bits", got=body[_DEPTH], hint="Save it with 8 bits.")
+            raise DataError(
+                "a grey mask", expected="1, 8 or 16 bits", got=body[_DEPTH_OFFSET], hint="Save it with 8 bits."
+            )
         pixels = np.asarray(upright_image(image))
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), pixels.shape, strict=True)
@@ -114,7 +116,7 @@ def _pillow() -> Any:
 
 
 @contextmanager
-def _opened(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
+def _open_image(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
     pillow = _pillow()
     try:
         with warnings.catch_warnings():
@@ -129,4 +131,4 @@ def _opened(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
     except pillow.UnidentifiedImageError as error:  # its message is only the address of a BytesIO object
         raise DataError("the image can't be read", expected=" or ".join(kinds), got="something else") from error
     except Exception as error:  # what is damaged makes a decoder raise anything
-        raise DataError("the image can't be read", expected=" or ".join(kinds), got=reason(error)) from error
+        raise DataError("the image can't be read", expected=" or ".join(kinds), got=error_reason(error)) from error

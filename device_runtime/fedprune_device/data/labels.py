@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model import step_contract
-from fedprune.model.recipe import MULTI, Recipe, labels_of
-from fedprune.model.step_contract import numbers
+from fedprune.model.recipe import MULTI_LABELS, Recipe, labels_of
+from fedprune.model.step_contract import number_feeds
 from fedprune_device.data.stored_array import Inputs, StoredArray, chunks
 
 Array = npt.NDArray[Any]
@@ -30,24 +30,24 @@ class Targets:
         classes: Entries of the output's first axis.
         shape: One sample's labels; names and None stand for any size.
         ignored: The class of labels that count for nothing; None for none.
-        whole: Whether a model's own loss takes whole numbers.
+        whole_numbers: Whether a model's own loss takes whole numbers.
     """
 
     loss: str
     classes: int
     shape: tuple[int | str | None, ...] = ()
     ignored: int | None = None
-    whole: bool = False
+    whole_numbers: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, classes: int, shape: tuple[int | str | None, ...], *, whole: bool) -> Targets:
-        """The labels of a recipe's loss, one sample's of this `shape`; `whole` as the attribute."""
-        return cls(recipe.loss, classes, shape, recipe.ignore_label, whole)
+    def of(cls, recipe: Recipe, classes: int, shape: tuple[int | str | None, ...], *, whole_numbers: bool) -> Targets:
+        """The labels of a recipe's loss, one sample's of this `shape`; `whole_numbers` as the attribute."""
+        return cls(recipe.loss, classes, shape, recipe.ignore_label, whole_numbers)
 
     @property
-    def takes_whole(self) -> bool:
+    def takes_whole_numbers(self) -> bool:
         """Whether labels are whole numbers."""
-        return self.loss == "cross_entropy" or self.whole
+        return self.loss == "cross_entropy" or self.whole_numbers
 
     def __call__(self, y: Inputs) -> Inputs:
         """Labels as they are kept: whole numbers of any width, as with cross-entropy, else float32 [n, ...].
@@ -58,22 +58,22 @@ class Targets:
         """
         column = y.ndim == 1 and len(self.shape) == 1 and self.shape[0] in (1, None)
         shape = (1,) if column else y.shape[1:]
-        takes_whole = self.takes_whole
+        takes_whole = self.takes_whole_numbers
         if takes_whole and y.ndim == len(self.shape) + 2 and y.shape[1] == self.classes:
-            raise self._unfit(y, "If they are one-hot, save the number of the class: y.argmax(1).")
+            raise self._mismatch_error(y, "If they are one-hot, save the number of the class: y.argmax(1).")
         if takes_whole and y.dtype.kind not in "iu":
-            raise self._unfit(y, "Save them as whole numbers: y.astype('int64').")
+            raise self._mismatch_error(y, "Save them as whole numbers: y.astype('int64').")
         if len(shape) != len(self.shape) or any(
             isinstance(d, int) and d != g for d, g in zip(self.shape, shape, strict=True)
         ):
-            raise self._unfit(y, "The model and its loss decide the shape: is it the loss that you mean?")
+            raise self._mismatch_error(y, "The model and its loss decide the shape: is it the loss that you mean?")
         in_range = isinstance(y, StoredArray) and y.in_range
         if labels_of(self.loss) == "classes" and not in_range:
             class_counts(y, self.classes, self.ignored)
         if takes_whole:
             return y
         out = y.as_float32() if isinstance(y, StoredArray) else np.ascontiguousarray(y, np.float32)
-        for chunk in chunks(out) if labels_of(self.loss) == MULTI and out.size and not in_range else ():
+        for chunk in chunks(out) if labels_of(self.loss) == MULTI_LABELS and out.size and not in_range else ():
             if not (chunk.min() >= 0 and chunk.max() <= 1):
                 got = f"{chunk.min():g} to {chunk.max():g}"
                 raise DataError("a label is out of range", expected=f"0 to 1 (loss {self.loss})", got=got)
@@ -83,9 +83,9 @@ class Targets:
         """The number of labels that aren't ignored."""
         return int(np.count_nonzero(y != self.ignored)) if self.ignored is not None else y.size
 
-    def _unfit(self, y: Inputs, hint: str) -> DataError:
-        expected = "numbers from 0 to 1" if labels_of(self.loss) == MULTI else "numbers"
-        expected = "whole numbers" if self.takes_whole else expected
+    def _mismatch_error(self, y: Inputs, hint: str) -> DataError:
+        expected = "numbers from 0 to 1" if labels_of(self.loss) == MULTI_LABELS else "numbers"
+        expected = "whole numbers" if self.takes_whole_numbers else expected
         received = "whole numbers" if y.dtype.kind in "iu" else "numbers"
         return DataError(
             f"labels for loss {self.loss}",
@@ -193,11 +193,11 @@ class LogitAdjustment:
         return logits
 
 
-def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDArray[np.bool_] | None:
+def right_labels(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDArray[np.bool_] | None:
     """Which classes are predicted right [n, ...], with `bce` which labels [n, K, ...]; None for predicted numbers."""
     if loss == "cross_entropy":
         return np.asarray(np.argmax(outputs, axis=1) == targets)
-    if labels_of(loss) == MULTI:
+    if labels_of(loss) == MULTI_LABELS:
         return np.asarray((outputs > 0) == (targets > 0.5))
     return None
 
@@ -218,4 +218,4 @@ def loss_terms(y: Inputs, recipe: Recipe, classes: int) -> dict[str, Array]:
         )
     if features.class_mask:
         terms[step_contract.CLASS_MASK] = class_presence(y, classes, recipe.ignore_label)
-    return terms | numbers(recipe)
+    return terms | number_feeds(recipe)

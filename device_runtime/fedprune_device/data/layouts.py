@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, shape_text
 from fedprune.model.lengths import Shape
-from fedprune_device.data.boxes import MOST_CLASS, yolo_boxes
+from fedprune_device.data.boxes import MAX_CLASS, yolo_boxes
 from fedprune_device.data.class_lists import find_class_list
 from fedprune_device.data.folder_listing import files_in, folders_below, folders_in
-from fedprune_device.data.image_decoding import ENDINGS, mask
+from fedprune_device.data.image_decoding import ENDINGS, read_mask
 from fedprune_device.data.labels import Targets, class_counts
 
 NO_LABELS = np.zeros(0, np.float32)  # the labels of a sample that has none
@@ -27,12 +27,12 @@ NO_LABELS = np.zeros(0, np.float32)  # the labels of a sample that has none
 IMAGES = "images"  # the folder of images whose labels are in a folder next to it
 
 # The class that masks of Pascal VOC, Cityscapes and their tools give to places that count for nothing.
-IGNORED = 255
+IGNORED_CLASS = 255
 
-LABEL_BYTES = 4 * 2**20  # most bytes of a file with labels: that of an image
+MAX_LABEL_BYTES = 4 * 2**20  # most bytes of a file with labels: that of an image
 
 # The parts of a data set by the names that tools give their folders.
-_PARTS = {
+_PART_OF_FOLDER = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -43,23 +43,23 @@ class Layout:
     """The layout of some folders, by default without labels. A folder with a name in `names` is a class, not a part.
 
     Attributes:
-        holds: The files that the layout expects, for messages.
-        parts: The parts that the folder itself is divided into; empty if it isn't.
+        expected_files: The files that the layout expects, for messages.
+        splits: The parts that the folder itself is divided into; empty if it isn't.
     """
 
-    holds = ""
+    expected_files = ""
 
     def __init__(self, root: Path, folders: Iterable[Path], names: tuple[str, ...]) -> None:
-        self._part = {folder: _part_of(folder.relative_to(root).parts, names) for folder in folders}
-        self.parts = frozenset(split for split in self._part.values() if split is not None)
+        self._split_of_folder = {folder: _split_of_path(folder.relative_to(root).parts, names) for folder in folders}
+        self.splits = frozenset(split for split in self._split_of_folder.values() if split is not None)
 
-    def part(self, path: Path) -> str | None:
+    def split_of(self, path: Path) -> str | None:
         """The part of a sample, if the folder is divided."""
-        return self._part[path.parent]
+        return self._split_of_folder[path.parent]
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
         """Files with these endings: a sorted list for each class, or one list."""
-        return [[path for folder in self._part for path in files_in(folder, endings)]]
+        return [[path for folder in self._split_of_folder for path in files_in(folder, endings)]]
 
     def label_file(self, path: Path) -> Path | None:
         """The file with a sample's labels, if it has one of its own."""
@@ -80,15 +80,15 @@ class Layout:
         return NO_LABELS
 
 
-def _part_of(folder: Sequence[str], names: tuple[str, ...]) -> str | None:
+def _split_of_path(folder: Sequence[str], names: tuple[str, ...]) -> str | None:
     folder = folder[1:] if folder[:1] == (IMAGES,) else folder
-    return _PARTS.get(folder[0].lower()) if folder and folder[0] not in names else None
+    return _PART_OF_FOLDER.get(folder[0].lower()) if folder and folder[0] not in names else None
 
 
 class ClassFolders(Layout):
     """`CLASS/file`, also in folders of CLASS: a number or one of the names, else it raises `ConfigError`."""
 
-    holds = "CLASS/file"
+    expected_files = "CLASS/file"
 
     def __init__(self, root: Path, homes: Iterable[Path], names: tuple[str, ...]) -> None:
         self._names = names
@@ -117,7 +117,7 @@ class ClassFolders(Layout):
         hint = "Give the classes' names in the order that all boards share: --class-names A,B,C."
         if (folder / IMAGES).is_dir():
             hint = f"It has {IMAGES} in it: give it as the folder of samples itself."
-        elif any(sibling.name.lower() in _PARTS for sibling in folders_in(folder.parent)):
+        elif any(sibling.name.lower() in _PART_OF_FOLDER for sibling in folders_in(folder.parent)):
             hint = "Of a divided folder all folders are parts, such as train, val and test: move the others away."
         raise ConfigError(f"{folder} is not the folder of a class", expected=expected, got=folder.name, hint=hint)
 
@@ -125,7 +125,7 @@ class ClassFolders(Layout):
 class Unlabelled(Layout):
     """Files in folders, without labels."""
 
-    holds = "files without labels"
+    expected_files = "files without labels"
 
 
 class _Images(Layout):
@@ -145,18 +145,18 @@ class _Images(Layout):
         return self._label_folders[path.parent] / f"{path.stem}{self.ending}"
 
 
-class Masks(_Images):
-    """`masks/NAME.png`: the class of each pixel, `IGNORED` for none."""
+class MaskFiles(_Images):
+    """`masks/NAME.png`: the class of each pixel, `IGNORED_CLASS` for none."""
 
     folder = "masks"
     ending = ".png"
-    holds = f"{IMAGES}/NAME.jpg with {folder}/NAME.png"
+    expected_files = f"{IMAGES}/NAME.jpg with {folder}/NAME.png"
 
     def label_file(self, path: Path) -> Path | None:
         return self._label_path(path)
 
     def check(self, targets: Targets | None) -> None:
-        if targets is not None and len(targets.shape) != (2 if targets.takes_whole else 3):
+        if targets is not None and len(targets.shape) != (2 if targets.takes_whole_numbers else 3):
             raise DataError(
                 f"masks for loss {targets.loss}",
                 expected="a model with labels [height, width], or [K, height, width]",
@@ -170,12 +170,12 @@ class Masks(_Images):
             int(side if isinstance(side, int) else size if isinstance(size, int) else 1)
             for side, size in zip(targets.shape[-2:], shape[-2:], strict=True)
         )
-        classes = mask(label_bytes, height, width)
-        if not targets.takes_whole:
+        classes = read_mask(label_bytes, height, width)
+        if not targets.takes_whole_numbers:
             per_class = classes > 0 if targets.classes == 1 else classes == np.arange(targets.classes)[:, None, None]
             return per_class.reshape(targets.classes, height, width).astype(np.float32)
-        if targets.ignored is not None and targets.classes <= IGNORED:
-            classes[classes == IGNORED] = targets.ignored
+        if targets.ignored is not None and targets.classes <= IGNORED_CLASS:
+            classes[classes == IGNORED_CLASS] = targets.ignored
         if targets.loss != "cross_entropy":
             return classes.astype(np.int32)
         class_counts(classes, targets.classes, targets.ignored)
@@ -184,7 +184,7 @@ class Masks(_Images):
 
 def _takes_boxes(targets: Targets) -> bool:
     max_boxes, *rest = targets.shape or (None,)
-    return rest == [5] and isinstance(max_boxes, int) and not targets.takes_whole
+    return rest == [5] and isinstance(max_boxes, int) and not targets.takes_whole_numbers
 
 
 class YoloBoxes(_Images):
@@ -198,7 +198,7 @@ class YoloBoxes(_Images):
 
     folder = "labels"
     ending = ".txt"
-    holds = f"{IMAGES}/NAME.jpg with {folder}/NAME.txt"
+    expected_files = f"{IMAGES}/NAME.jpg with {folder}/NAME.txt"
 
     def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:
         super().__init__(root, label_folders, names)
@@ -206,7 +206,7 @@ class YoloBoxes(_Images):
         folders = dict.fromkeys([root, *(folder for folder in below if root in folder.parents)])
         listed_names = find_class_list(folders) if names else ()
         self._numbers = [names.index(name) if name in names else -1 for name in listed_names]
-        self._classes = len(listed_names) or len(names) or MOST_CLASS + 1
+        self._classes = len(listed_names) or len(names) or MAX_CLASS + 1
         self._labelled: set[Path] = set()
 
     def check(self, targets: Targets | None) -> None:
@@ -235,7 +235,7 @@ class YoloBoxes(_Images):
             # that there are no objects anywhere.
             raise DataError(
                 f"labels of a folder of {IMAGES}",
-                expected=self.holds,
+                expected=self.expected_files,
                 got="none for any of its images",
                 hint="Give an image without objects an empty file.",
             )
@@ -248,10 +248,10 @@ class YoloBoxes(_Images):
                     expected="one of --class-names",
                     got="another one in the list of the folder's classes",
                 )
-        return _padded(boxes, targets)
+        return _pad_boxes(boxes, targets)
 
 
-def _padded(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.NDArray[np.float32]:
+def _pad_boxes(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.NDArray[np.float32]:
     if targets is None:
         return NO_LABELS
     out = np.zeros((int(targets.shape[0] or 0), 5), np.float32)
@@ -264,7 +264,7 @@ def _padded(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.NDAr
 class BoxesBeside(YoloBoxes):
     """`NAME.jpg` with `NAME.txt` beside it, as LabelImg and darknet have it. To a model of other labels it has none."""
 
-    holds = "NAME.jpg with NAME.txt"
+    expected_files = "NAME.jpg with NAME.txt"
 
     def check(self, targets: Targets | None) -> None: ...
 
@@ -281,12 +281,12 @@ def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
     samples can't be read.
     """
     folders = folders_in(root, names)
-    folder_splits = [_PARTS.get(folder.name.lower()) for folder in folders if folder.name not in names]
+    folder_splits = [_PART_OF_FOLDER.get(folder.name.lower()) for folder in folders if folder.name not in names]
     is_divided = len(folder_splits) == len(folders) and "train" in folder_splits and all(folder_splits)
     homes = folders if is_divided else [root]
     homes_of_images = [home for home in homes if IMAGES not in names and (home / IMAGES).is_dir()]
     if homes_of_images:
-        for kind in (Masks, YoloBoxes):
+        for kind in (MaskFiles, YoloBoxes):
             if any((home / kind.folder).is_dir() for home in homes_of_images):
                 return kind(root, _label_folders(homes_of_images, kind.folder), names)
         folders = [folder for home in homes_of_images for folder in folders_below(home / IMAGES)]

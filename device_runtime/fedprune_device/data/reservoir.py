@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune_device.data.splits import SplitShares
 
 UNLABELLED = -1  # the label of samples without one; classes begin at 0
@@ -25,7 +25,7 @@ _ANY_CLASS = 0  # stands for every class in questions about room: all labelled s
 
 
 @dataclass(frozen=True)
-class Limits:
+class SampleLimits:
     """The limits of a set of samples, and the share of both limits that unlabelled samples may take."""
 
     samples: int
@@ -34,7 +34,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ReservoirDecision:
     """The decision on a new sample: whether it is kept, and which samples are evicted for it.
 
     `seen` counts the samples of its class, this one included.
@@ -43,26 +43,27 @@ class Verdict:
     id: str
     label: int
     size: int
-    seen: int
-    kept: bool
+    seen_count: int
+    is_kept: bool
     evicted: tuple[str, ...] = ()
 
 
 @dataclass
 class _Class:
     ids: list[str] = field(default_factory=list)  # sorted, so that a draw doesn't depend on the order of arrival
-    seen: int = 0
+    seen_count: int = 0
 
 
 class Reservoir:
     """The names of the kept samples. The same seed and order give the same draws.
 
-    With `waiting`, samples without a label wait for one; otherwise they are a class like others, within their quota.
+    With `unlabelled_wait`, samples without a label wait for one; otherwise they are a class like others, within their
+    quota.
     """
 
-    waiting = True
+    unlabelled_wait = True
 
-    def __init__(self, limits: Limits, seed: int) -> None:
+    def __init__(self, limits: SampleLimits, seed: int) -> None:
         self._seed = seed
         samples, size = int(limits.samples * limits.unlabelled), int(limits.bytes * limits.unlabelled)
         # The keys of these three tell whether samples are unlabelled.
@@ -70,106 +71,106 @@ class Reservoir:
         self._bytes = {True: 0, False: 0}
         self._count = {True: 0, False: 0}
         self._classes: dict[int, _Class] = {}
-        self._of: dict[str, tuple[int, int]] = {}  # by name: label and bytes
+        self._samples: dict[str, tuple[int, int]] = {}  # by name: label and bytes
 
     def __contains__(self, name: str) -> bool:
-        return name in self._of
+        return name in self._samples
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._of)
+        return iter(self._samples)
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self._samples)
 
     def label(self, name: str) -> int:
-        return self._of[name][0]
+        return self._samples[name][0]
 
-    def kept(self) -> dict[int, list[str]]:
+    def names_by_class(self) -> dict[int, list[str]]:
         return {label: list(c.ids) for label, c in sorted(self._classes.items()) if c.ids}
 
-    def unlabelled(self) -> Iterator[str]:
+    def unlabelled_names(self) -> Iterator[str]:
         """Kept samples without a label, the oldest first; after a restart, in the order of the log on the disk."""
-        return (name for name, (label, _) in self._of.items() if label == UNLABELLED)
+        return (name for name, (label, _) in self._samples.items() if label == UNLABELLED)
 
     @property
-    def seen(self) -> dict[int, int]:
-        return {label: c.seen for label, c in sorted(self._classes.items())}
+    def seen_counts(self) -> dict[int, int]:
+        return {label: c.seen_count for label, c in sorted(self._classes.items())}
 
     @property
-    def labels(self) -> int:
+    def class_count(self) -> int:
         """Number of classes of which a sample was seen."""
         return len(self._classes) - (UNLABELLED in self._classes)
 
-    def knows(self, label: int) -> bool:
+    def has_seen(self, label: int) -> bool:
         """Whether a sample of a class was seen."""
         return label in self._classes
 
-    def set_seen(self, label: int, count: int) -> None:
+    def set_seen_count(self, label: int, count: int) -> None:
         class_ = self._classes.setdefault(label, _Class())
         # A count that was written before its samples may be lower than the number of samples.
-        class_.seen = max(count, len(class_.ids))
+        class_.seen_count = max(count, len(class_.ids))
 
-    def most(self, *, unlabelled: bool) -> tuple[int, int]:
+    def limits(self, *, unlabelled: bool) -> tuple[int, int]:
         """Limits of samples with, or without, labels: their number and bytes."""
         return self._limits[unlabelled]
 
-    def held(self, *, unlabelled: bool) -> tuple[int, int]:
+    def usage(self, *, unlabelled: bool) -> tuple[int, int]:
         return self._count[unlabelled], self._bytes[unlabelled]
 
-    def decide(self, name: str, label: int, size: int) -> Verdict:
+    def decide(self, name: str, label: int, size: int) -> ReservoirDecision:
         """Decide on a new sample; nothing changes until `apply`."""
         class_ = self._classes.get(label, _Class())
-        seen_count = class_.seen + 1
+        seen_count = class_.seen_count + 1
         if size > self._limits[label == UNLABELLED][1] or not self._limits[label == UNLABELLED][0]:
-            return Verdict(name, label, size, seen_count, kept=False)
+            return ReservoirDecision(name, label, size, seen_count, is_kept=False)
         evicted: list[str] = []
-        if label == UNLABELLED and self.waiting:
-            oldest = iter(self.unlabelled())
+        if label == UNLABELLED and self.unlabelled_wait:
+            oldest = iter(self.unlabelled_names())
             while not self._fits(label, size, evicted):
                 evicted.append(next(oldest))
         if not self._fits(label, size, evicted):
-            largest = self._largest(label, evicted)
+            largest = self._largest_class(label, evicted)
             # Only if the largest class is not the smaller one of the two after the exchange.
             if (
                 label != UNLABELLED
-                and class_.seen == len(class_.ids)
-                and self._left(largest, evicted) >= len(class_.ids) + 2
+                and class_.seen_count == len(class_.ids)
+                and self._remaining_count(largest, evicted) >= len(class_.ids) + 2
             ):
-                evicted.append(self._evicted(largest, name, evicted))
+                evicted.append(self._draw_eviction(largest, name, evicted))
             else:
                 # Algorithm R: the drawn number is the slot that the new sample takes, if it is one of the kept ones.
-                index = int(keyed(self._seed, "reservoir", label, seen_count).integers(seen_count))
+                index = int(keyed_generator(self._seed, "reservoir", label, seen_count).integers(seen_count))
                 if index >= len(class_.ids):
-                    return Verdict(name, label, size, seen_count, kept=False)
+                    return ReservoirDecision(name, label, size, seen_count, is_kept=False)
                 evicted.append(class_.ids[index])
         while not self._fits(label, size, evicted):  # sizes differ: one sample may replace several
-            evicted.append(self._evicted(self._largest(label, evicted), name, evicted))
-        return Verdict(name, label, size, seen_count, True, tuple(evicted))
+            evicted.append(self._draw_eviction(self._largest_class(label, evicted), name, evicted))
+        return ReservoirDecision(name, label, size, seen_count, True, tuple(evicted))
 
-    def apply(self, verdict: Verdict) -> None:
+    def apply(self, verdict: ReservoirDecision) -> None:
         """Evict and keep samples as a verdict says."""
         for name in verdict.evicted:
             self.drop(name)
-        self._classes.setdefault(verdict.label, _Class()).seen = verdict.seen
-        if verdict.kept:
+        self._classes.setdefault(verdict.label, _Class()).seen_count = verdict.seen_count
+        if verdict.is_kept:
             self.restore(verdict.id, verdict.label, verdict.size)
 
     def restore(self, name: str, label: int, size: int) -> None:
         """Add a sample that is stored already, when a set is read again."""
         class_ = self._classes.setdefault(label, _Class())
         insort(class_.ids, name)
-        class_.seen = max(class_.seen, len(class_.ids))
-        self._of[name] = label, size
+        class_.seen_count = max(class_.seen_count, len(class_.ids))
+        self._samples[name] = label, size
         self._bytes[label == UNLABELLED] += size
         self._count[label == UNLABELLED] += 1
 
     def drop(self, name: str, *, unseen: bool = False) -> None:
         """Remove a sample; with `unseen` it counts as never seen, because it was deleted or relabelled."""
-        label, size = self._of.pop(name)
+        label, size = self._samples.pop(name)
         class_ = self._classes[label]
         del class_.ids[bisect_left(class_.ids, name)]
-        class_.seen -= unseen
-        if not class_.ids and class_.seen <= 0:
+        class_.seen_count -= unseen
+        if not class_.ids and class_.seen_count <= 0:
             del self._classes[label]
         self._bytes[label == UNLABELLED] -= size
         self._count[label == UNLABELLED] -= 1
@@ -178,57 +179,60 @@ class Reservoir:
         """A sample to evict because a limit is exceeded; None if none is."""
         for label in (UNLABELLED, _ANY_CLASS):
             if not self._fits(label, 0, [], added=0):
-                return self._evicted(self._largest(label, []), "surplus", [])
+                return self._draw_eviction(self._largest_class(label, []), "surplus", [])
         return None
 
     def _fits(self, label: int, size: int, evicted: list[str], added: int = 1) -> bool:
         unlabelled = label == UNLABELLED
         max_samples, max_bytes = self._limits[unlabelled]
-        freed = sum(self._of[n][1] for n in evicted)
+        freed = sum(self._samples[n][1] for n in evicted)
         return (
             self._count[unlabelled] - len(evicted) + added <= max_samples
             and self._bytes[unlabelled] - freed + size <= max_bytes
         )
 
-    def _largest(self, label: int, evicted: list[str]) -> int:
+    def _largest_class(self, label: int, evicted: list[str]) -> int:
         if label == UNLABELLED:
             return UNLABELLED
         labels = [c for c in sorted(self._classes) if c != UNLABELLED]
-        return max(labels, key=lambda c: self._left(c, evicted), default=label)
+        return max(labels, key=lambda c: self._remaining_count(c, evicted), default=label)
 
-    def _left(self, label: int, evicted: list[str]) -> int:
+    def _remaining_count(self, label: int, evicted: list[str]) -> int:
         class_ = self._classes.get(label, _Class())
-        return len(class_.ids) - sum(self._of[n][0] == label for n in evicted)
+        return len(class_.ids) - sum(self._samples[n][0] == label for n in evicted)
 
-    def _evicted(self, label: int, newcomer: str, evicted: list[str]) -> str:
+    def _draw_eviction(self, label: int, newcomer: str, evicted: list[str]) -> str:
         candidates = [n for n in self._classes[label].ids if n not in evicted]
-        return candidates[int(keyed(self._seed, "room", newcomer, len(evicted)).integers(len(candidates)))]
+        return candidates[int(keyed_generator(self._seed, "room", newcomer, len(evicted)).integers(len(candidates)))]
 
 
-def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
+def sample_counts(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
     """Samples by class (kept, and ever seen) and by part, and the room that they take.
 
     Samples that wait for a label are in no part.
     """
-    names_by_class = reservoir.kept()
+    names_by_class = reservoir.names_by_class()
     part_counts = Counter(
-        shares.part(n) for c, names in names_by_class.items() if c != UNLABELLED or not reservoir.waiting for n in names
+        shares.split_of(n)
+        for c, names in names_by_class.items()
+        if c != UNLABELLED or not reservoir.unlabelled_wait
+        for n in names
     )
     classes = {
         str(c): {"kept": len(names_by_class.get(c, ())), "seen": seen_count}
-        for c, seen_count in reservoir.seen.items()
+        for c, seen_count in reservoir.seen_counts.items()
         if c != UNLABELLED and seen_count
     }
     room = {}
     for unlabelled in (False, True):
-        max_samples, max_bytes = reservoir.most(unlabelled=unlabelled)
-        samples, bytes_ = reservoir.held(unlabelled=unlabelled)
+        max_samples, max_bytes = reservoir.limits(unlabelled=unlabelled)
+        samples, bytes_ = reservoir.usage(unlabelled=unlabelled)
         usage = {"samples": samples, "samples_most": max_samples, "bytes": bytes_, "bytes_most": max_bytes}
         room["unlabelled" if unlabelled else "labelled"] = usage
     return {
         "classes": classes,
         "unlabelled": len(names_by_class.get(UNLABELLED, ())),
-        "unlabelled_dropped": reservoir.seen.get(UNLABELLED, 0) - len(names_by_class.get(UNLABELLED, ())),
+        "unlabelled_dropped": reservoir.seen_counts.get(UNLABELLED, 0) - len(names_by_class.get(UNLABELLED, ())),
         "parts": {p: part_counts[p] for p in ("train", "val", "test")},
         "room": room,
     }

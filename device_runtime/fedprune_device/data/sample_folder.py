@@ -24,23 +24,23 @@ from fedprune_device.data.decoded_samples import DecodedSamples, RoomError
 from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.formats import Format
 from fedprune_device.data.labels import Targets, effective_classes
-from fedprune_device.data.layouts import LABEL_BYTES, NO_LABELS, Layout, layout_of
+from fedprune_device.data.layouts import MAX_LABEL_BYTES, NO_LABELS, Layout, layout_of
 from fedprune_device.data.splits import SplitShares
 
-INDEX = "images.index"  # the name of the index in a board's state folder
+INDEX_FILE = "images.index"  # the name of the index in a board's state folder
 
 DECODED_BYTES = 2**30  # room on the disk for decoded samples
 
 _LOG = logging.getLogger("fedprune.device")
 
-_MOST_FILES = 200_000  # files that are looked at: of each class all, or a fair share
+_MAX_FILES = 200_000  # files that are looked at: of each class all, or a fair share
 
 # Files that are read at the start if the index doesn't know them; the first round reads the others, so that a board
 # with many new files is ready at once.
-_HASHED_AT_START = 1000
+_MAX_HASHED_AT_START = 1000
 
 # Endings of samples that aren't read, with the format that they are to be converted to.
-_FOREIGN = {
+_CONVERT_TO = {
     **dict.fromkeys(
         (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".ppm"), "JPEG or PNG"
     ),
@@ -48,7 +48,7 @@ _FOREIGN = {
 }
 
 # If the same file is in several parts, the last of these decides, so that no sample is trained on and tested on.
-_ORDER = ("train", "val", "test")
+_PART_ORDER = ("train", "val", "test")
 
 _T = TypeVar("_T")
 
@@ -59,7 +59,7 @@ class _File:
     label_file: Path | None
     name: str  # sha256 of the file, which decides the samples' part and whether it is among the chosen ones
     version: str  # what its labels depend on
-    part: str  # train, test or val
+    split: str  # train, test or val
 
     @property
     def key(self) -> str:
@@ -70,8 +70,8 @@ class SampleFolder:
     """A board's samples as files in one of the layouts of `data.layouts`, each in one of `formats`.
 
     A round's files are decoded once, into a file without a name of at most `room` bytes; batches are read from there.
-    A round takes at most `most` samples: a fair share per class, chosen by the files' digests, always the same. `state`
-    is a folder for that file and for the index of digests; without one the index is only in memory. Raises
+    A round takes at most `max_samples` samples: a fair share per class, chosen by the files' digests, always the same.
+    `state` is a folder for that file and for the index of digests; without one the index is only in memory. Raises
     `ConfigError` if a folder is not a class.
     """
 
@@ -80,46 +80,46 @@ class SampleFolder:
         root: Path,
         formats: tuple[Format, ...],
         shares: SplitShares,
-        most: int,
+        max_samples: int,
         class_names: tuple[str, ...] = (),
         state: Path | None = None,
         room: int = DECODED_BYTES,
     ) -> None:
-        self._root, self._shares, self._most = root, shares, most
+        self._root, self._shares, self._max_samples = root, shares, max_samples
         self._formats = {ending: one for one in formats for ending in one.endings}
         self._names, self._state, self._room = class_names, state, room
-        self._index = FileIndex(None if state is None else state / INDEX)
+        self._index = FileIndex(None if state is None else state / INDEX_FILE)
         self._decoded: tuple[object, DecodedSamples] | None = None
         self._chosen: list[_File] = []
-        self._training = 0
-        self._classes: list[int] = []  # files for training, by class
-        self._foreign: Counter[str] = Counter()  # files by endings that aren't read
+        self._training_count = 0
+        self._files_per_class: list[int] = []  # files for training, by class
+        self._foreign_counts: Counter[str] = Counter()  # files by endings that aren't read
         self._refusals: list[str] = []  # why files were left out when they were last looked at
-        self._look(_HASHED_AT_START)
+        self._choose_files(_MAX_HASHED_AT_START)
 
     @property
     def samples(self) -> int:
         """Training samples of the last round; before the first one, files for training."""
-        return self._training
+        return self._training_count
 
     @property
     def effective_classes(self) -> int | None:
         """See `SampleSource`; of the files for training, None unless folders are classes."""
-        return effective_classes(self._classes) if len(self._classes) > 1 else None
+        return effective_classes(self._files_per_class) if len(self._files_per_class) > 1 else None
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The samples that exist now; unreadable files are logged and left out. Raises `DataError` if none is left."""
         if shape is None:
             raise DataError("the shape of samples", expected="a model's input")
-        layout = self._look()
+        layout = self._choose_files()
         layout.check(targets)
         rows_by_part: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-        decoded, room = self._decoded_for((shape, targets)), self._most
+        decoded, room = self._cache_for((shape, targets)), self._max_samples
         formats: set[Format] = set()
         refusals = [*self._refusals]
         for file in self._chosen:
             try:
-                rows = decoded.rows(file.key, partial(self._decode, layout, file, shape, targets))
+                rows = decoded.rows_for(file.key, partial(self._decode, layout, file, shape, targets))
             except RoomError:
                 _LOG.warning("files of %s are left out: decoded ones may take %d bytes", self._root, self._room)
                 break
@@ -127,7 +127,7 @@ class SampleFolder:
                 _LOG.warning("%s is left out: %s", file.path, error)
                 refusals.append(str(error))
                 continue
-            rows_by_part[file.part] += rows[:room]
+            rows_by_part[file.split] += rows[:room]
             room -= min(room, len(rows))
             formats.add(self._format(file.path))
             if not room:
@@ -140,7 +140,7 @@ class SampleFolder:
             rows_of_part = np.array(rows_by_part[split], np.int64)
             x, y = decoded.inputs(rows_of_part, convert), decoded.labels(rows_of_part)
             arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
-        self._training = len(rows_by_part["train"])
+        self._training_count = len(rows_by_part["train"])
         return LocalData(*arrays)
 
     def _nothing_to_train_on(self, layout: Layout, held_out: int, refusals: list[str]) -> DataError:
@@ -150,12 +150,12 @@ class SampleFolder:
             got = f"{held_out} held out for testing and validation"
         elif refusals:
             got = f"{len(refusals)} that don't fit, such as one for this reason: {refusals[0]}"
-        elif self._foreign:
-            ending, count = self._foreign.most_common(1)[0]
-            got, hint = f"{count} that end in {ending}", f"Convert them to {_FOREIGN[ending]}."
+        elif self._foreign_counts:
+            ending, count = self._foreign_counts.most_common(1)[0]
+            got, hint = f"{count} that end in {ending}", f"Convert them to {_CONVERT_TO[ending]}."
         else:
             got = f"none that ends in {', '.join(self._formats)}"
-        return DataError(f"{self._root} has nothing to train on", expected=layout.holds, got=got, hint=hint)
+        return DataError(f"{self._root} has nothing to train on", expected=layout.expected_files, got=got, hint=hint)
 
     def _decode(
         self, layout: Layout, file: _File, shape: Shape, targets: Targets | None
@@ -167,28 +167,28 @@ class SampleFolder:
         x = self._format(file.path).samples(self._content(file.path), shape)
         return x, np.broadcast_to(label, (len(x), *label.shape))
 
-    def _decoded_for(self, key: object) -> DecodedSamples:
+    def _cache_for(self, key: object) -> DecodedSamples:
         """Decoded samples of earlier rounds, unless they are for another model or too many are no longer chosen."""
         keys = {file.key for file in self._chosen}
-        if self._decoded is None or self._decoded[0] != key or not self._decoded[1].serves(keys):
+        if self._decoded is None or self._decoded[0] != key or not self._decoded[1].is_worth_keeping(keys):
             self._decoded = None
             self._decoded = key, DecodedSamples(self._state, self._room)
         return self._decoded[1]
 
-    def _look(self, max_new: int = _MOST_FILES) -> Layout:
+    def _choose_files(self, max_new: int = _MAX_FILES) -> Layout:
         """Find the files and choose among them; at most `max_new` files that the index doesn't know are read."""
         layout = layout_of(self._root, self._names)
-        paths_by_class = layout.files((*self._formats, *_FOREIGN))
+        paths_by_class = layout.files((*self._formats, *_CONVERT_TO))
         self._count_foreign(path.suffix.lower() for paths in paths_by_class for path in paths)
         paths_by_class = [[path for path in paths if path.suffix.lower() in self._formats] for paths in paths_by_class]
-        if (count := sum(map(len, paths_by_class))) > _MOST_FILES:
-            _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MOST_FILES)
+        if (count := sum(map(len, paths_by_class))) > _MAX_FILES:
+            _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MAX_FILES)
         class_of = {path: number for number, paths in enumerate(paths_by_class) for path in paths}
         file_of_digest: list[dict[str, _File]] = [{} for _ in paths_by_class]  # the same files count once
         self._refusals = []
         reads = iter(range(max_new))
-        with self._index.updating() as index:
-            for path in islice(_in_turn(paths_by_class), _MOST_FILES):
+        with self._index.update() as index:
+            for path in islice(_interleave(paths_by_class), _MAX_FILES):
                 label_file = None
                 try:
                     label_file = layout.label_file(path)
@@ -204,9 +204,9 @@ class SampleFolder:
                     self._refusals.append(str(error))
                     _LOG.warning("%s is left out: %s", path, error)
         files_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in file_of_digest]
-        self._classes = [sum(file.part == "train" for file in files) for files in files_by_class]
-        self._chosen = list(islice(_in_turn(files_by_class), self._most))
-        self._training = sum(file.part == "train" for file in self._chosen)
+        self._files_per_class = [sum(file.split == "train" for file in files) for files in files_by_class]
+        self._chosen = list(islice(_interleave(files_by_class), self._max_samples))
+        self._training_count = sum(file.split == "train" for file in self._chosen)
         return layout
 
     def _identify(
@@ -216,49 +216,51 @@ class SampleFolder:
         names: list[str] = []
         for hashed_path in (path,) if label_file is None else (path, label_file):
             status, key = hashed_path.lstat(), str(hashed_path.relative_to(self._root))
-            name = index.known(key, status)
+            name = index.find_digest(key, status)
             if name is None:
                 if next(reads, None) is None:
                     return None
                 name = index.add(key, status, hashlib.sha256(self._content(hashed_path)).hexdigest())
             names.append(name)
         version = " ".join([layout.version(path), *names[1:]])
-        return _File(path, label_file, names[0], version, self._part(layout, path, names[0]))
+        return _File(path, label_file, names[0], version, self._split(layout, path, names[0]))
 
-    def _part(self, layout: Layout, path: Path, name: str) -> str:
+    def _split(self, layout: Layout, path: Path, name: str) -> str:
         """The part that a file's folder names; else one by the file's digest, of the parts that have no folder."""
-        folder_part = layout.part(path)
+        folder_part = layout.split_of(path)
         if folder_part in ("val", "test"):
             return folder_part
-        split = self._shares.part(name)
-        return "train" if split in layout.parts else split
+        split = self._shares.split_of(name)
+        return "train" if split in layout.splits else split
 
     def _count_foreign(self, endings: Iterable[str]) -> None:
-        counts = Counter(ending for ending in endings if ending in _FOREIGN)
-        for ending in counts.keys() - self._foreign.keys():
+        counts = Counter(ending for ending in endings if ending in _CONVERT_TO)
+        for ending in counts.keys() - self._foreign_counts.keys():
             _LOG.warning(
-                "files of %s that end in %s are left out: convert them to %s", self._root, ending, _FOREIGN[ending]
+                "files of %s that end in %s are left out: convert them to %s", self._root, ending, _CONVERT_TO[ending]
             )
-        self._foreign = counts
+        self._foreign_counts = counts
 
     def _format(self, path: Path) -> Format:
         return self._formats[path.suffix.lower()]
 
     def _content(self, path: Path) -> bytes:
-        return _content(path, self._format(path).most_bytes if path.suffix.lower() in self._formats else LABEL_BYTES)
+        return _read_file(
+            path, self._format(path).max_bytes if path.suffix.lower() in self._formats else MAX_LABEL_BYTES
+        )
 
 
 def _part_order(file: _File) -> int:
-    return _ORDER.index(file.part)
+    return _PART_ORDER.index(file.split)
 
 
-def _in_turn(queues: Iterable[list[_T]]) -> Iterable[_T]:
+def _interleave(queues: Iterable[list[_T]]) -> Iterable[_T]:
     return (item for turn in zip_longest(*queues) for item in turn if item is not None)
 
 
-def _content(path: Path, max_bytes: int) -> bytes:
+def _read_file(path: Path, max_bytes: int) -> bytes:
     """A file's bytes; raises `DataError` unless it is a plain file of at most `max_bytes` bytes, or `OSError`."""
-    with open(path, "rb", opener=_opened) as file:
+    with open(path, "rb", opener=_open_plain) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise DataError("a sample", expected="a plain file", got="something else")
@@ -268,6 +270,6 @@ def _content(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def _opened(path: str, flags: int) -> int:
+def _open_plain(path: str, flags: int) -> int:
     # No links, which could lead to any file of the board; and a pipe must not be waited for.
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -22,28 +22,35 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core import atomic_file
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
-from fedprune.core.validation import whole
-from fedprune.model.lengths import Shape, written
-from fedprune.model.lengths import read as read_shape
+from fedprune.core.validation import check_whole
+from fedprune.model.lengths import Shape, shape_to_json
+from fedprune.model.lengths import shape_from_json as read_shape
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
-from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict, census
+from fedprune_device.data.reservoir import UNLABELLED, Reservoir, ReservoirDecision, SampleLimits, sample_counts
 from fedprune_device.data.segment_log import (
     HEAD_BYTES,
     Kind,
     LogRecord,
     RecordPosition,
     SegmentLog,
-    digest,
-    record_of,
-    seen_in,
+    counts_in,
+    counts_record,
+    payload_name,
 )
-from fedprune_device.data.splits import SplitShares, claimed
-from fedprune_device.data.stored_array import FILE
-from fedprune_device.data.stored_samples import StoredSample, encoded, local_data, of_one_kind, outline, reproduces
+from fedprune_device.data.splits import SplitShares, claim_folder
+from fedprune_device.data.stored_array import FILE_STRIDE
+from fedprune_device.data.stored_samples import (
+    StoredSample,
+    encode_sample,
+    local_data,
+    reproduces_inputs,
+    sample_outline,
+    select_one_kind,
+)
 
 Array = npt.NDArray[Any]
 
@@ -51,21 +58,21 @@ MAX_LABEL = 2**24 - 1
 
 _LOG = logging.getLogger("fedprune.device")
 
-_MODEL = "model.json"
+_MODEL_FILE = "model.json"
 
 # Segments that the room on the disk is divided into: reclaiming one rewrites at most this share of the samples.
 _SEGMENTS = 16
 # Share of the room that samples take; the rest is for records that no longer count, and for reclaiming a segment.
-_LIVE = 5 / 8
+_LIVE_SHARE = 5 / 8
 
 # Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small samples is fast.
-_PIECE = 256 * 1024
+_REWRITE_BYTES = 256 * 1024
 
 # At least this many different labels are allowed, or as many as samples: a count is kept of each label for ever.
-_LABELS = 1000
+_MIN_LABEL_LIMIT = 1000
 
 # Declined samples (or a hundredth of all) after which the counts are written: a flood of samples wears no card.
-_NOTED = 64
+_MIN_DECLINED = 64
 
 
 class SampleConflictError(DataError):
@@ -77,7 +84,7 @@ class NoSampleError(DataError):
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedSample:
     """The fate of a sample. `id` is a digest of type, shape and numbers, `part` is `train`, `val` or `test`."""
 
     id: str
@@ -91,17 +98,17 @@ def checked_label(label: int | None) -> int:
     """A label as the set writes it: `UNLABELLED` for None."""
     if label is None:
         return UNLABELLED
-    return whole("label", label, 0, MAX_LABEL, error=DataError)
+    return check_whole("label", label, 0, MAX_LABEL, error=DataError)
 
 
-class SampleStore(Closing):
+class SampleStore(Closeable):
     """The set of samples on the disk. All methods may be called from any thread.
 
-    `input` is the shape that the model of the last round takes, also if that round found nothing to train on; None
-    before the first round. Raises `ConfigError` if the set was made with other shares, or its room is too small.
+    `input_shape` is the shape that the model of the last round takes, also if that round found nothing to train on;
+    None before the first round. Raises `ConfigError` if the set was made with other shares, or its room is too small.
     """
 
-    def __init__(self, root: Path, limits: Limits, shares: SplitShares | None = None) -> None:
+    def __init__(self, root: Path, limits: SampleLimits, shares: SplitShares | None = None) -> None:
         self._root, self._limits, self._shares = root, limits, shares or SplitShares()
         self._lock = threading.RLock()
         segment = limits.bytes // _SEGMENTS
@@ -109,96 +116,96 @@ class SampleStore(Closing):
             raise ConfigError(
                 "room for samples", expected="at least 2 samples and 16 kB", got=f"{limits.samples}, {limits.bytes} B"
             )
-        self._segment = segment
-        key = claimed(root, self._shares)
+        self._segment_bytes = segment
+        key = claim_folder(root, self._shares)
         self._reservoir = Reservoir(
-            Limits(limits.samples, int(limits.bytes * _LIVE), limits.unlabelled), self._shares.seed
+            SampleLimits(limits.samples, int(limits.bytes * _LIVE_SHARE), limits.unlabelled), self._shares.seed
         )
         self._log = SegmentLog(root, key, segment)
-        self._places: dict[str, RecordPosition] = {}
+        self._positions: dict[str, RecordPosition] = {}
         self._declined = 0
-        self._training: dict[str, int] = {}  # labels of the samples that would be trained on
-        self.input: Shape | None = None
-        self._recall()
+        self._training_labels: dict[str, int] = {}  # labels of the samples that would be trained on
+        self.input_shape: Shape | None = None
+        self._read_model()
         self._replay()
 
     @property
-    def largest(self) -> int:
+    def max_sample_bytes(self) -> int:
         """Bytes that one sample may take."""
-        return self._segment - HEAD_BYTES
+        return self._segment_bytes - HEAD_BYTES
 
     @property
     def samples(self) -> int:
         """Samples that would be trained on now. Never waits for the disk, so that the agent's loop may ask."""
-        return len(self._training)
+        return len(self._training_labels)
 
     @property
     def effective_classes(self) -> int | None:
         """See `SampleSource`; of the labelled samples that would be trained on. Never waits for the disk either."""
-        counts = Counter(self._training.copy().values())  # other threads add samples
+        counts = Counter(self._training_labels.copy().values())  # other threads add samples
         del counts[UNLABELLED]
         return effective_classes(counts.values())
 
-    def add(self, x: Array, label: int | None = None) -> Added:
+    def add(self, x: Array, label: int | None = None) -> AddedSample:
         """Add a sample, if it is to stay.
 
         Raises `SampleConflictError` if it exists with another label, `DataError` if it or its label is invalid,
         `StorageError` if the disk fails or is full; then nothing changed.
         """
-        payload = encoded(x)
-        if len(payload) > self.largest:
+        payload = encode_sample(x)
+        if len(payload) > self.max_sample_bytes:
             raise DataError(
                 "size of a sample",
-                expected=f"at most {self.largest} bytes",
+                expected=f"at most {self.max_sample_bytes} bytes",
                 got=len(payload),
                 hint="Give the set more room (--samples-bytes).",
             )
         number = checked_label(label)
-        name = digest(payload).hex()
+        name = payload_name(payload).hex()
         with self._lock:
-            self._check_room_for(number)
+            self._check_label_count(number)
             if name in self._reservoir:
                 old = self._reservoir.label(name)
                 if number in (UNLABELLED, old):
-                    return self._added(name, old, kept=True, duplicate=True)
+                    return self._added_sample(name, old, kept=True, duplicate=True)
                 if old != UNLABELLED:
                     raise SampleConflictError(
                         f"sample {name} is there already", expected=f"label {old}", got=number,
                         hint=f"To change it, POST to /v1/samples/{name}/label.",
                     )  # fmt: skip
                 return self._relabel(name, number, payload)
-            return self._take(name, number, payload)
+            return self._add_new(name, number, payload)
 
-    def label(self, name: str, label: int) -> Added:
+    def label(self, name: str, label: int) -> AddedSample:
         """Label or relabel a sample; raises `NoSampleError` if it doesn't exist, `DataError` for an invalid label."""
         number = checked_label(label)
         with self._lock:
-            self._known(name)
-            self._check_room_for(number)
+            self._check_exists(name)
+            self._check_label_count(number)
             if self._reservoir.label(name) == number:
-                return self._added(name, number, kept=True, duplicate=True)
+                return self._added_sample(name, number, kept=True, duplicate=True)
             return self._relabel(name, number, self._payload(name))
 
     def read(self, name: str) -> Array:
         """The numbers of a sample; raises `NoSampleError` if it doesn't exist."""
         with self._lock:
-            self._known(name)
+            self._check_exists(name)
             payload = self._payload(name)
-        like = outline(payload)
+        like = sample_outline(payload)
         return np.frombuffer(payload[-like.nbytes :] if like.size else b"", like.dtype).reshape(like.shape)
 
-    def unlabelled(self, limit: int) -> list[str]:
+    def unlabelled_names(self, limit: int) -> list[str]:
         """Samples without a label, the newest first."""
         with self._lock:
-            return list(self._reservoir.unlabelled())[: -limit - 1 : -1]
+            return list(self._reservoir.unlabelled_names())[: -limit - 1 : -1]
 
     def delete(self, name: str) -> None:
         """Delete a sample; raises `NoSampleError` if it doesn't exist."""
         with self._lock:
-            self._known(name)
+            self._check_exists(name)
             self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
             self._reservoir.drop(name, unseen=True)
-            self._gone(name)
+            self._remove_position(name)
 
     def names(self) -> list[str]:
         with self._lock:
@@ -206,44 +213,51 @@ class SampleStore(Closing):
 
     def counts(self) -> dict[str, Any]:
         with self._lock:
-            return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
+            return {**sample_counts(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """All labelled samples of this shape, as they are now; later changes don't affect them.
 
         A model whose outputs are compared with its inputs takes all samples, without their labels.
         """
-        itself = targets is not None and shape is not None and reproduces(targets, shape)
+        itself = targets is not None and shape is not None and reproduces_inputs(targets, shape)
         with self._lock:
             if targets is not None and shape is not None:
-                self._remember(tuple(shape), itself)
-            names_by_class = self._reservoir.kept()
+                self._write_model(tuple(shape), itself)
+            names_by_class = self._reservoir.names_by_class()
             rows = [
                 (name, label)
                 for label, names in names_by_class.items()
                 if label != UNLABELLED or itself
                 for name in names
             ]
-            positions = {name: self._places[name] for name, _ in rows}
+            positions = {name: self._positions[name] for name, _ in rows}
             segments = sorted({position.segment for position in positions.values()})
-            files = self._log.opened(segments)  # open files stay readable when their segment is reclaimed meanwhile
+            files = self._log.open_segments(
+                segments
+            )  # open files stay readable when their segment is reclaimed meanwhile
         stored = []
         for name, label in rows:
             position = positions[name]
             number = segments.index(position.segment)
             with storage_errors(f"can't read {self._root}"):
-                payload = os.pread(files.descriptors[number], position.size, position.at)
-            if digest(payload).hex() != name:
+                payload = os.pread(files.descriptors[number], position.size, position.offset)
+            if payload_name(payload).hex() != name:
                 with self._lock:
-                    self._forget(name)
+                    self._drop_damaged(name)
                 continue
-            like = outline(payload)
+            like = sample_outline(payload)
             stored.append(
-                StoredSample(name, label, like, FILE * number + position.at + position.size - like.size * like.itemsize)
+                StoredSample(
+                    name,
+                    label,
+                    like,
+                    FILE_STRIDE * number + position.offset + position.size - like.size * like.itemsize,
+                )
             )
         samples_by_split: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
-        for sample in of_one_kind(stored, shape):
-            samples_by_split[self._shares.part(sample.name)].append(sample)
+        for sample in select_one_kind(stored, shape):
+            samples_by_split[self._shares.split_of(sample.name)].append(sample)
         fitting = sum(map(len, samples_by_split.values()))
         if fitting < len(stored):
             _LOG.warning("%d samples have another shape than the rest, or the model: left out", len(stored) - fitting)
@@ -260,193 +274,197 @@ class SampleStore(Closing):
         """Note what was seen, and close the files."""
         with self._lock:
             if self._declined:
-                self._note()
+                self._write_counts()
             self._log.close()
 
-    def _take(self, name: str, label: int, payload: bytes) -> Added:
+    def _add_new(self, name: str, label: int, payload: bytes) -> AddedSample:
         verdict = self._reservoir.decide(name, label, HEAD_BYTES + len(payload))
-        if verdict.kept:
-            self._places[name] = self._keep(verdict, payload)
+        if verdict.is_kept:
+            self._positions[name] = self._write_sample(verdict, payload)
         else:
             self._declined += 1
-        if self._declined >= max(_NOTED, sum(self._reservoir.seen.values()) // 100):
-            self._note()
-        return self._followed(verdict)
+        if self._declined >= max(_MIN_DECLINED, sum(self._reservoir.seen_counts.values()) // 100):
+            self._write_counts()
+        return self._apply(verdict)
 
-    def _followed(self, verdict: Verdict) -> Added:
+    def _apply(self, verdict: ReservoirDecision) -> AddedSample:
         self._reservoir.apply(verdict)
         for evicted in verdict.evicted:
-            self._gone(evicted)
-        if verdict.kept and self._trained(verdict.id, verdict.label):
-            self._training[verdict.id] = verdict.label
-        return self._added(verdict.id, verdict.label, kept=verdict.kept, duplicate=False)
+            self._remove_position(evicted)
+        if verdict.is_kept and self._is_for_training(verdict.id, verdict.label):
+            self._training_labels[verdict.id] = verdict.label
+        return self._added_sample(verdict.id, verdict.label, kept=verdict.is_kept, duplicate=False)
 
-    def _relabel(self, name: str, label: int, payload: bytes) -> Added:
+    def _relabel(self, name: str, label: int, payload: bytes) -> AddedSample:
         old, size = self._reservoir.label(name), HEAD_BYTES + len(payload)
-        seen_count = self._reservoir.seen[old]
+        seen_count = self._reservoir.seen_counts[old]
         self._reservoir.drop(name, unseen=True)
         verdict = self._reservoir.decide(name, label, size)
         self._reservoir.restore(name, old, size)  # until it is on the disk
-        self._reservoir.set_seen(old, seen_count)
-        if verdict.kept:
-            position = self._keep(verdict, payload)
+        self._reservoir.set_seen_count(old, seen_count)
+        if verdict.is_kept:
+            position = self._write_sample(verdict, payload)
         else:
             self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
         self._reservoir.drop(name, unseen=True)
-        self._gone(name)
-        if verdict.kept:
-            self._places[name] = position
-        return self._followed(verdict)
+        self._remove_position(name)
+        if verdict.is_kept:
+            self._positions[name] = position
+        return self._apply(verdict)
 
-    def _keep(self, verdict: Verdict, payload: bytes) -> RecordPosition:
+    def _write_sample(self, verdict: ReservoirDecision, payload: bytes) -> RecordPosition:
         """Write a sample that is kept, and what makes room for it."""
         dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
-        record = LogRecord(Kind.SAMPLE, bytes.fromhex(verdict.id), verdict.label, verdict.seen, payload)
+        record = LogRecord(Kind.SAMPLE, bytes.fromhex(verdict.id), verdict.label, verdict.seen_count, payload)
         # The new sample comes first: if a power cut tears the end off, there is one sample too many, not too few.
         return self._write([record, *dropped])[0]
 
     def _write(self, records: list[LogRecord]) -> list[RecordPosition]:
         """Append records, and make room for them first."""
-        self._clean(sum(r.size for r in records))
+        self._make_room(sum(r.size for r in records))
         return self._append(records)
 
     def _append(self, records: list[LogRecord]) -> list[RecordPosition]:
-        if self._log.begins(sum(r.size for r in records)):
-            counts = record_of(self._reservoir.seen)
-            if counts.size <= self._segment // 4:
+        if self._log.needs_new_segment(sum(r.size for r in records)):
+            counts = counts_record(self._reservoir.seen_counts)
+            if counts.size <= self._segment_bytes // 4:
                 return self._log.append([counts, *records])[1:]
         return self._log.append(records)
 
-    def _note(self) -> None:
+    def _write_counts(self) -> None:
         """Write the counts of seen samples, unsynced: if they get lost, slightly too many new samples are kept."""
-        self._declined, record = 0, record_of(self._reservoir.seen)
+        self._declined, record = 0, counts_record(self._reservoir.seen_counts)
         try:
-            self._clean(record.size)
-            self._log.note(record)
+            self._make_room(record.size)
+            self._log.append_unsynced(record)
         except StorageError as error:
             _LOG.warning("can't note how many samples were seen: %s", error)
 
-    def _clean(self, need: int) -> None:
+    def _make_room(self, need: int) -> None:
         """Reclaim the oldest segments until the log stays within its room."""
         for _ in range(4 * _SEGMENTS):
             segments = self._log.segments
-            if len(segments) < 2 or self._log.size + need + self._segment <= self._limits.bytes:
+            if len(segments) < 2 or self._log.size + need + self._segment_bytes <= self._limits.bytes:
                 return
-            self._move_out(segments[0])
+            self._rewrite_segment(segments[0])
             self._log.remove_oldest()
         raise StorageFullError(
             "no room for samples", expected=f"at most {self._limits.bytes} bytes", got=self._log.size
         )
 
-    def _move_out(self, segment: int) -> None:
-        live = {n: p for n, p in self._places.items() if p.segment == segment}
+    def _rewrite_segment(self, segment: int) -> None:
+        live = {n: p for n, p in self._positions.items() if p.segment == segment}
         if not live:
             return
         batch: list[LogRecord] = []
         size = 0
-        file = self._log.opened([segment])
+        file = self._log.open_segments([segment])
         for name, position in live.items():
             payload = self._log.read(position, file)
-            if digest(payload).hex() != name:
-                self._forget(name)
+            if payload_name(payload).hex() != name:
+                self._drop_damaged(name)
                 continue
             record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
             size += record.size
-            if batch and (size > _PIECE or self._log.begins(size)):  # a batch never spans two segments
-                self._move(batch)
+            if batch and (
+                size > _REWRITE_BYTES or self._log.needs_new_segment(size)
+            ):  # a batch never spans two segments
+                self._rewrite(batch)
                 batch, size = [], record.size
             batch.append(record)
-        self._move(batch)
+        self._rewrite(batch)
 
-    def _move(self, records: list[LogRecord]) -> None:
+    def _rewrite(self, records: list[LogRecord]) -> None:
         if records:
             positions = self._append(records)
-            self._places.update((r.name.hex(), position) for r, position in zip(records, positions, strict=True))
+            self._positions.update((r.name.hex(), position) for r, position in zip(records, positions, strict=True))
 
     def _replay(self) -> None:
         for record, position in self._log.replay():
             name = record.name.hex()
             if record.kind == Kind.COUNTS:
-                self._recount(record)
+                self._restore_counts(record)
                 continue
             is_known = name in self._reservoir
             if is_known:
                 leaves_class = record.kind == Kind.DELETED or self._reservoir.label(name) != record.label
                 self._reservoir.drop(name, unseen=leaves_class and record.kind != Kind.DROPPED)
-                del self._places[name]
+                del self._positions[name]
             if record.kind == Kind.SAMPLE:
-                if record.seen:
-                    self._reservoir.set_seen(record.label, record.seen)
+                if record.seen_count:
+                    self._reservoir.set_seen_count(record.label, record.seen_count)
                 self._reservoir.restore(name, record.label, HEAD_BYTES + position.size)
-                self._places[name] = position
+                self._positions[name] = position
         # After a torn end, lost bits, or with a smaller room than before there are more samples than may be.
         while (surplus := self._reservoir.surplus()) is not None:
             self._reservoir.drop(surplus)
-            del self._places[surplus]
-        self._count()
+            del self._positions[surplus]
+        self._collect_training()
 
-    def _count(self) -> None:
-        names_by_class = self._reservoir.kept()
-        self._training = {n: c for c, names in names_by_class.items() for n in names if self._trained(n, c)}
+    def _collect_training(self) -> None:
+        names_by_class = self._reservoir.names_by_class()
+        self._training_labels = {
+            n: c for c, names in names_by_class.items() for n in names if self._is_for_training(n, c)
+        }
 
-    def _recall(self) -> None:
+    def _read_model(self) -> None:
         """Read what the model of the last round takes; if the file is damaged, it is unknown until the next round."""
         try:
-            body = atomic_file.read_document(self._root / _MODEL) or {"input": None, "unlabelled": False}
+            body = atomic_file.read_document(self._root / _MODEL_FILE) or {"input": None, "unlabelled": False}
             shape, unlabelled = body["input"], body["unlabelled"] is True
-            self.input = None if shape is None else read_shape(shape)
-            self._reservoir.waiting = not unlabelled
+            self.input_shape = None if shape is None else read_shape(shape)
+            self._reservoir.unlabelled_wait = not unlabelled
         except (DataError, StorageError, KeyError, TypeError) as error:
             _LOG.warning("what the last model takes is unknown until the next round (%s)", error)
 
-    def _remember(self, shape: Shape, unlabelled: bool) -> None:
+    def _write_model(self, shape: Shape, unlabelled: bool) -> None:
         """Keep what the model of a round takes: the number of its training samples is reported before the next one."""
-        if (shape, not unlabelled) == (self.input, self._reservoir.waiting):
+        if (shape, not unlabelled) == (self.input_shape, self._reservoir.unlabelled_wait):
             return
-        atomic_file.write_document(self._root / _MODEL, {"input": written(shape), "unlabelled": unlabelled})
-        self.input, self._reservoir.waiting = shape, not unlabelled
-        self._count()
+        atomic_file.write_document(self._root / _MODEL_FILE, {"input": shape_to_json(shape), "unlabelled": unlabelled})
+        self.input_shape, self._reservoir.unlabelled_wait = shape, not unlabelled
+        self._collect_training()
 
     def _payload(self, name: str) -> bytes:
         """A sample's bytes; a damaged sample is dropped."""
-        position = self._places[name]
-        payload = self._log.read(position, self._log.opened([position.segment]))
-        if digest(payload).hex() != name:
-            self._forget(name)
+        position = self._positions[name]
+        payload = self._log.read(position, self._log.open_segments([position.segment]))
+        if payload_name(payload).hex() != name:
+            self._drop_damaged(name)
             raise NoSampleError(f"sample {name} is damaged and was given up")
         return payload
 
-    def _recount(self, record: LogRecord) -> None:
+    def _restore_counts(self, record: LogRecord) -> None:
         try:
-            for label, seen_count in seen_in(record).items():
-                self._reservoir.set_seen(label, seen_count)
+            for label, seen_count in counts_in(record).items():
+                self._reservoir.set_seen_count(label, seen_count)
         except ValueError as error:
             _LOG.warning("counts of samples are damaged (%s)", error)
 
-    def _forget(self, name: str) -> None:
+    def _drop_damaged(self, name: str) -> None:
         _LOG.warning("sample %s is damaged: going on without it", name)
         if name in self._reservoir:
             self._reservoir.drop(name)
-            self._gone(name)
+            self._remove_position(name)
 
-    def _gone(self, name: str) -> None:
-        del self._places[name]
-        self._training.pop(name, None)
+    def _remove_position(self, name: str) -> None:
+        del self._positions[name]
+        self._training_labels.pop(name, None)
 
-    def _trained(self, name: str, label: int) -> bool:
-        return (label != UNLABELLED or not self._reservoir.waiting) and self._shares.part(name) == "train"
+    def _is_for_training(self, name: str, label: int) -> bool:
+        return (label != UNLABELLED or not self._reservoir.unlabelled_wait) and self._shares.split_of(name) == "train"
 
-    def _known(self, name: str) -> None:
+    def _check_exists(self, name: str) -> None:
         if name not in self._reservoir:
             raise NoSampleError(
                 f"there is no sample {name[:40]!r}", hint="It may have made room for others; GET /v1/samples counts."
             )
 
-    def _check_room_for(self, label: int) -> None:
+    def _check_label_count(self, label: int) -> None:
         """Bound the number of counted classes, also before a model defines them."""
-        max_labels = max(self._limits.samples, _LABELS)
-        if label != UNLABELLED and not self._reservoir.knows(label) and self._reservoir.labels >= max_labels:
+        max_labels = max(self._limits.samples, _MIN_LABEL_LIMIT)
+        if label != UNLABELLED and not self._reservoir.has_seen(label) and self._reservoir.class_count >= max_labels:
             raise DataError("label", expected=f"at most {max_labels} different ones", got=f"{label} in addition")
 
-    def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
-        return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))
+    def _added_sample(self, name: str, label: int, *, kept: bool, duplicate: bool) -> AddedSample:
+        return AddedSample(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.split_of(name))

@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors, sync_folder, write_all
-from fedprune_device.data.stored_array import Copy
+from fedprune.core.disk import flush_folder, storage_errors, write_all
+from fedprune_device.data.stored_array import OpenFiles
 
 _LOG = logging.getLogger("fedprune.device")
 
 _MAGIC = b"FpS1"
-_HEAD = struct.Struct("<4sB3xiIQ16s")
-_DIGEST = 8
-HEAD_BYTES = _HEAD.size + _DIGEST
+_HEAD_STRUCT = struct.Struct("<4sB3xiIQ16s")
+_SEAL_BYTES = 8
+HEAD_BYTES = _HEAD_STRUCT.size + _SEAL_BYTES
 NAME_BYTES = 16
-_FILE = re.compile(r"segment-(\d{8})\.log")
+_SEGMENT_FILE = re.compile(r"segment-(\d{8})\.log")
 
 
 class Kind(IntEnum):
@@ -50,7 +50,7 @@ class RecordPosition:
     """The position of a record's payload: segment, offset and size."""
 
     segment: int
-    at: int
+    offset: int
     size: int
 
 
@@ -58,13 +58,13 @@ class RecordPosition:
 class LogRecord:
     """One record: `name` has 16 bytes, a sample's name or a digest of the payload; `label` is -1 without a class.
 
-    `seen` counts samples of that class, 0 for unknown. The payload is empty where a record is read from a log.
+    `seen_count` counts samples of that class, 0 for unknown. The payload is empty where a record is read from a log.
     """
 
     kind: Kind
     name: bytes
     label: int = 0
-    seen: int = 0
+    seen_count: int = 0
     payload: bytes = b""
 
     @property
@@ -72,19 +72,19 @@ class LogRecord:
         return HEAD_BYTES + len(self.payload)
 
 
-def digest(payload: bytes) -> bytes:
+def payload_name(payload: bytes) -> bytes:
     return hashlib.sha256(payload).digest()[:NAME_BYTES]
 
 
-def record_of(seen_counts: Mapping[int, int]) -> LogRecord:
+def counts_record(seen_counts: Mapping[int, int]) -> LogRecord:
     """A record of how many samples of each class were ever seen."""
     payload = json.dumps({str(c): n for c, n in seen_counts.items()}).encode()
-    return LogRecord(Kind.COUNTS, digest(payload), payload=payload)
+    return LogRecord(Kind.COUNTS, payload_name(payload), payload=payload)
 
 
-def seen_in(record: LogRecord) -> dict[int, int]:
+def counts_in(record: LogRecord) -> dict[int, int]:
     """The number of samples of each class that were seen; raises `ValueError` if the record is damaged."""
-    if digest(record.payload) != record.name:
+    if payload_name(record.payload) != record.name:
         raise ValueError("the digest is another")
     try:
         return {int(label): int(seen_count) for label, seen_count in json.loads(record.payload).items()}
@@ -99,10 +99,10 @@ class SegmentLog:
         self._root, self._key, self._segment_bytes = root, key, segment_bytes
         with storage_errors(f"can't read {root}"):
             root.mkdir(parents=True, exist_ok=True)
-            files = [(m, p.stat().st_size) for p in root.iterdir() if (m := _FILE.fullmatch(p.name))]
+            files = [(m, p.stat().st_size) for p in root.iterdir() if (m := _SEGMENT_FILE.fullmatch(p.name))]
         self._sizes = dict(sorted((int(m[1]), size) for m, size in files))
-        self._last = max(self._sizes, default=0)
-        self._open: int | None = None
+        self._last_segment = max(self._sizes, default=0)
+        self._descriptor: int | None = None
         self._torn = True  # until the last segment has been read to its end
 
     @property
@@ -139,54 +139,54 @@ class SegmentLog:
         """Write records durably, all or none, and return where their payloads are stored."""
         return self._append(records, sync=True)
 
-    def note(self, record: LogRecord) -> None:
+    def append_unsynced(self, record: LogRecord) -> None:
         """Write a record that may get lost."""
         self._append([record], sync=False)
 
-    def begins(self, need: int) -> bool:
-        size = self._sizes.get(self._last, self._segment_bytes)
+    def needs_new_segment(self, need: int) -> bool:
+        size = self._sizes.get(self._last_segment, self._segment_bytes)
         return self._torn or (size > 0 and size + need > self._segment_bytes)
 
-    def opened(self, segments: Sequence[int]) -> Copy:
+    def open_segments(self, segments: Sequence[int]) -> OpenFiles:
         """Segments that stay readable whatever is written or removed."""
         descriptors: list[int] = []
         try:
             with storage_errors(f"can't read {self._root}"):
                 descriptors += (os.open(self.path(n), os.O_RDONLY | os.O_CLOEXEC) for n in segments)
         finally:
-            copy = Copy(*descriptors)
+            copy = OpenFiles(*descriptors)
         return copy
 
-    def read(self, position: RecordPosition, segment: Copy) -> bytes:
+    def read(self, position: RecordPosition, segment: OpenFiles) -> bytes:
         """A payload of an opened segment; one that is cut is shorter."""
         with storage_errors(f"can't read {self._root}"):
-            return os.pread(segment.fileno(), position.size, position.at)
+            return os.pread(segment.fileno(), position.size, position.offset)
 
     def remove_oldest(self) -> None:
         segment = next(iter(self._sizes))
-        if segment == self._last:
+        if segment == self._last_segment:
             self._torn = True
             self.close()
         with storage_errors(f"can't write {self._root}"):
             self.path(segment).unlink(missing_ok=True)
-            sync_folder(self._root)
+            flush_folder(self._root)
         del self._sizes[segment]
 
     def close(self) -> None:
-        if self._open is not None:
-            os.close(self._open)
-            self._open = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _append(self, records: Sequence[LogRecord], *, sync: bool) -> list[RecordPosition]:
         with storage_errors(f"can't write {self._root}"):
-            if self.begins(sum(r.size for r in records)):
-                self._begin()
-            descriptor = self._opened()
-            start = end = self._sizes[self._last]
+            if self.needs_new_segment(sum(r.size for r in records)):
+                self._begin_segment()
+            descriptor = self._open_last()
+            start = end = self._sizes[self._last_segment]
             positions, buffers = [], []
             for record in records:
                 head = self._head(record)
-                positions.append(RecordPosition(self._last, end + len(head), len(record.payload)))
+                positions.append(RecordPosition(self._last_segment, end + len(head), len(record.payload)))
                 buffers += [head, record.payload]
                 end += record.size
             # Until all is written: after an error nothing is ever appended behind a record that may be torn.
@@ -198,37 +198,37 @@ class SegmentLog:
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(descriptor, start)
-                self._sizes[self._last] = os.fstat(descriptor).st_size
-                self._torn = self._sizes[self._last] != start
+                self._sizes[self._last_segment] = os.fstat(descriptor).st_size
+                self._torn = self._sizes[self._last_segment] != start
                 raise
-            self._sizes[self._last], self._torn = end, False
+            self._sizes[self._last_segment], self._torn = end, False
         return positions
 
-    def _begin(self) -> None:
+    def _begin_segment(self) -> None:
         self.close()
-        number = self._last + 1
+        number = self._last_segment + 1
         path = self.path(number)
-        self._open = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        sync_folder(self._root)
-        self._last, self._sizes[number], self._torn = number, 0, False
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        flush_folder(self._root)
+        self._last_segment, self._sizes[number], self._torn = number, 0, False
 
-    def _opened(self) -> int:
-        if self._open is None:
-            self._open = os.open(self.path(self._last), os.O_RDWR | os.O_CLOEXEC)
-        return self._open
+    def _open_last(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path(self._last_segment), os.O_RDWR | os.O_CLOEXEC)
+        return self._descriptor
 
     def _head(self, record: LogRecord) -> bytes:
-        head = _HEAD.pack(_MAGIC, record.kind, record.label, len(record.payload), record.seen, record.name)
+        head = _HEAD_STRUCT.pack(_MAGIC, record.kind, record.label, len(record.payload), record.seen_count, record.name)
         return head + self._seal(head)
 
     def _seal(self, head: bytes) -> bytes:
-        return hashlib.blake2b(head, digest_size=_DIGEST, key=self._key).digest()
+        return hashlib.blake2b(head, digest_size=_SEAL_BYTES, key=self._key).digest()
 
     def _parse(self, data: bytes, start: int) -> tuple[LogRecord | None, int]:
-        head = data[start : start + _HEAD.size]
-        if len(head) < _HEAD.size or data[start + _HEAD.size : start + HEAD_BYTES] != self._seal(head):
+        head = data[start : start + _HEAD_STRUCT.size]
+        if len(head) < _HEAD_STRUCT.size or data[start + _HEAD_STRUCT.size : start + HEAD_BYTES] != self._seal(head):
             return None, 0
-        _, kind, label, size, seen_count, name = _HEAD.unpack(head)
+        _, kind, label, size, seen_count, name = _HEAD_STRUCT.unpack(head)
         if start + HEAD_BYTES + size > len(data) or kind not in {*Kind}:
             return None, 0
         payload = data[start + HEAD_BYTES : start + HEAD_BYTES + size] if kind == Kind.COUNTS else b""

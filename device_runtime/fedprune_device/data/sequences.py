@@ -2,8 +2,8 @@
 
 A file has samples that are padded to one shape, and an array `lengths` with the length of each. Until the model is
 known, both are kept together as rows [n, numbers and length]: the numbers of a sample in C order, then its length.
-`rows_of` describes such rows (`Rows`). `fitted` turns them into samples that are padded to the model's upper bound, and
-`fitted_labels` pads labels so that padded places count for nothing.
+`describe_rows` describes such rows (`PaddedRows`). `pad_samples` turns them into samples that are padded to the model's
+upper bound, and `pad_labels` pads labels so that padded places count for nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
-from fedprune.model.lengths import Lengths, Shape, check_lengths, free_axis, lengths_of, padded
+from fedprune.model.lengths import Lengths, Shape, check_lengths, free_axis, lengths_of, pad_to_bound
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.stored_array import Inputs, StoredArray, chunks, gathered
+from fedprune_device.data.stored_array import Inputs, StoredArray, chunks, gather_chunks
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +29,7 @@ LENGTHS = "lengths"  # the array of a file that holds the length of each sample
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddedRows:
     """The content of rows [n, numbers and length]: the padded shape of one sample, and the range of the lengths."""
 
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Rows:
     longest: int
 
 
-def rows_of(arrays: Sequence[tuple[Inputs, Inputs]]) -> Rows:
+def describe_rows(arrays: Sequence[tuple[Inputs, Inputs]]) -> PaddedRows:
     """The rows of splits of samples [n, ...] with their lengths [n]; raises `DataError` if these don't fit."""
     shapes = {x.shape[1:] for x, _ in arrays}
     length_arrays = []
@@ -51,10 +51,10 @@ def rows_of(arrays: Sequence[tuple[Inputs, Inputs]]) -> Rows:
     if low < 1 or high > max(shape, default=0):
         bad_length = low if low < 1 else high
         raise DataError("length of a sample", expected=f"1 to {max(shape, default=0)}", got=bad_length)
-    return Rows(shape, low, high)
+    return PaddedRows(shape, low, high)
 
 
-def fitted(x: Inputs, rows: Rows | None, shape: Shape) -> Inputs:
+def pad_samples(x: Inputs, rows: PaddedRows | None, shape: Shape) -> Inputs:
     """Samples as a model takes them, padded to its upper bound. Samples on the disk are padded when they are read.
 
     Args:
@@ -70,32 +70,34 @@ def fitted(x: Inputs, rows: Rows | None, shape: Shape) -> Inputs:
     if axis is None or not isinstance(bounds, Lengths):
         return x
     if rows is not None and len(rows.shape) == len(shape):
-        longest = min(rows.shape[axis], bounds.most)
-        if rows.shortest < bounds.least or rows.longest > longest:
-            bad_length = rows.shortest if rows.shortest < bounds.least else rows.longest
-            raise DataError("length of a sample", expected=f"{bounds.least} to {longest}", got=bad_length)
-    convert = partial(_converted, rows, shape)
+        longest = min(rows.shape[axis], bounds.upper)
+        if rows.shortest < bounds.lower or rows.longest > longest:
+            bad_length = rows.shortest if rows.shortest < bounds.lower else rows.longest
+            raise DataError("length of a sample", expected=f"{bounds.lower} to {longest}", got=bad_length)
+    convert = partial(_pad_rows, rows, shape)
     if not isinstance(x, StoredArray):
         return convert(x)
-    if rows is None and x.shape[1:][axis : axis + 1] == (bounds.most,):
+    if rows is None and x.shape[1:][axis : axis + 1] == (bounds.upper,):
         return x
     sample = convert(np.zeros((0, *x.shape[1:]), x.dtype)).shape[1:]
-    return replace(x, convert=partial(_read, x.convert, x.dtype, convert), sample=sample, result=x.dtype.type)
+    return replace(
+        x, convert=partial(_convert_read, x.convert, x.dtype, convert), sample_shape=sample, converted_type=x.dtype.type
+    )
 
 
-def _converted(rows: Rows | None, shape: Shape, x: Array) -> Array:
+def _pad_rows(rows: PaddedRows | None, shape: Shape, x: Array) -> Array:
     if rows is None:
-        return padded(x, shape)
+        return pad_to_bound(x, shape)
     size = prod(rows.shape)
     lengths = x[:, size].astype(np.int64)
-    return padded(x[:, :size].reshape(len(x), *rows.shape), shape, lengths)
+    return pad_to_bound(x[:, :size].reshape(len(x), *rows.shape), shape, lengths)
 
 
-def _read(first_convert: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
+def _convert_read(first_convert: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
     return np.asarray(convert(raw.astype(dtype, copy=False) if first_convert is None else first_convert(raw)))
 
 
-def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:
+def pad_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:
     """Labels of the places of padded samples `x`: padded places get the label that counts for nothing.
 
     Large arrays are written to a file in `spool`. Raises `DataError` if there are padded places, but the recipe has no
@@ -105,8 +107,8 @@ def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, s
     bounds = None if axis is None else shape[axis]
     if axis is None or targets is None or not isinstance(bounds, Lengths):
         return y
-    longest, label_length = bounds.most, y.shape[1] if y.ndim == 2 else 0
-    if targets.shape != (longest,) or not targets.takes_whole or not 0 < label_length <= longest:
+    longest, label_length = bounds.upper, y.shape[1] if y.ndim == 2 else 0
+    if targets.shape != (longest,) or not targets.takes_whole_numbers or not 0 < label_length <= longest:
         return y
     input_chunks = chunks(x) if len(y) else ()
     lengths = np.concatenate([np.zeros(0, np.int64), *(lengths_of(chunk, axis) for chunk in input_chunks)])
@@ -126,4 +128,4 @@ def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, s
             first += len(chunk)
             yield out
 
-    return gathered(parts(targets.ignored), (len(y), longest), np.dtype(np.int32), spool)
+    return gather_chunks(parts(targets.ignored), (len(y), longest), np.dtype(np.int32), spool)

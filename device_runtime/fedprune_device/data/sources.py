@@ -10,7 +10,7 @@ from fedprune_device.data.array_source import load_data
 from fedprune_device.data.audio_decoding import Audio
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.reservoir import SampleLimits
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
@@ -48,7 +48,7 @@ class SampleOptions:
     def open(self, state: Path, stack: ExitStack) -> SampleSource:
         """The samples of a board with this state directory; `stack` closes them."""
         if self.data == LOCAL:
-            limits = Limits(self.samples_most, min(self.samples_bytes, _LARGEST_ROOM))
+            limits = SampleLimits(self.samples_most, min(self.samples_bytes, _LARGEST_ROOM))
             return stack.enter_context(SampleStore(state / "samples", limits, self.shares))
         return self.fixed(spool=state)
 

@@ -32,21 +32,21 @@ class SplitShares:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"share of samples for {name}", expected="0 to below 1", got=getattr(self, name))
 
-    def part(self, name: str) -> str:
+    def split_of(self, name: str) -> str:
         """The part that a sample belongs to, for ever."""
         # By the name alone, so that no later sample changes it; \x1f stands in no name, so that no two keys are equal.
         text = "\x1f".join([str(self.seed), self.device, "part", name])
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        return self.part_at(number)
+        return self.split_at(number)
 
-    def part_at(self, number: float) -> str:
+    def split_at(self, number: float) -> str:
         """The part that a number from 0 to 1 belongs to."""
         if number < self.test:
             return "test"
         return "val" if number < self.test + (1 - self.test) * self.validation else "train"
 
 
-def claimed(root: Path, shares: SplitShares) -> bytes:
+def claim_folder(root: Path, shares: SplitShares) -> bytes:
     """The key of the set of samples in a folder; a new set is made if there is none.
 
     Raises `ConfigError` if the set was made with other shares.
@@ -56,7 +56,7 @@ def claimed(root: Path, shares: SplitShares) -> bytes:
     if body is None:
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
-        atomic_file.sweep(root)
+        atomic_file.remove_partial_files(root)
         body = {"format": _FORMAT, "shares": shares_table, "key": os.urandom(16).hex()}
         atomic_file.write_document(path, body)
     if body.get("format") != _FORMAT:

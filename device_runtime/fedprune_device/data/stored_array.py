@@ -23,25 +23,25 @@ from numpy.lib import format as npy
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError
-from fedprune.planning.costs import HELD_BYTES
+from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
-FILE = 2**48  # more bytes than any file has: the factor that separates offsets of several files
+FILE_STRIDE = 2**48  # more bytes than any file has: the factor that separates offsets of several files
 
 # Bytes that are read or written at once: enough for a disk's speed, little beside a training's memory.
 _CHUNK_BYTES = 2**20
 
 
-class Copy:
+class OpenFiles:
     """Open files, closed when nothing refers to them. Files without a name vanish then, however the process ends."""
 
     def __init__(self, *descriptors: int) -> None:
         self.descriptors = descriptors
 
     @classmethod
-    def in_folder(cls, folder: Path | None) -> Copy:
+    def in_folder(cls, folder: Path | None) -> OpenFiles:
         """A new empty file in a folder, or in the system's folder for temporary ones. Raises `OSError`."""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,30 +61,30 @@ class StoredArray:
     """An array of samples [n, ...] on the disk.
 
     `file` is a path, or a copy without a name. `stamp` is the inode, size and modification time that the file must
-    keep, None for a file that only grows. `stored` and `whole` are type and shape in the file from `offset` on; `rows`
-    selects the samples of this array, None for all. `convert` turns what is read into samples of shape `sample`.
-    `places` is where each sample begins, in bytes plus `FILE` times the number of the file; None where they follow each
-    other. `checked`: no number is infinite or none, no token id negative. `in_range`: as labels they fit the model.
-    `result` is the type of what `convert` returns.
+    keep, None for a file that only grows. `file_dtype` and `file_shape` are type and shape in the file from `offset`
+    on; `rows` selects the samples of this array, None for all. `convert` turns what is read into samples of shape
+    `sample_shape`. `positions` is where each sample begins, in bytes plus `FILE_STRIDE` times the number of the file;
+    None where they follow each other. `checked`: no number is infinite or none, no token id negative. `in_range`: as
+    labels they fit the model. `converted_type` is the type of what `convert` returns.
     """
 
-    file: Path | Copy
+    file: Path | OpenFiles
     stamp: tuple[int, int, int] | None
     offset: int
-    stored: np.dtype[Any]
-    whole: tuple[int, ...]
+    file_dtype: np.dtype[Any]
+    file_shape: tuple[int, ...]
     rows: Rows | None = None
     checked: bool = False
     convert: Callable[[Array], Array] | None = None
-    sample: tuple[int, ...] | None = None
-    places: Rows | None = None
+    sample_shape: tuple[int, ...] | None = None
+    positions: Rows | None = None
     in_range: bool = False
-    result: type[np.generic] = np.float32
+    converted_type: type[np.generic] = np.float32
 
     @classmethod
-    def at_places(
+    def at_positions(
         cls,
-        file: Copy,
+        file: OpenFiles,
         positions: Rows,
         dtype: np.dtype[Any],
         shape: tuple[int, ...],
@@ -93,16 +93,18 @@ class StoredArray:
         """Checked samples [n, *shape], one at each of these places, each turned by `convert`."""
         sample = None if convert is None else convert(np.zeros((1, *shape), dtype)).shape[1:]
         file_shape = (len(positions), *shape)
-        return cls(file, None, 0, dtype, file_shape, checked=True, convert=convert, sample=sample, places=positions)
+        return cls(
+            file, None, 0, dtype, file_shape, checked=True, convert=convert, sample_shape=sample, positions=positions
+        )
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        stays_whole = self.stored.kind in "iu" and self.convert is None
-        return np.dtype(np.int64 if stays_whole else self.result)
+        stays_whole = self.file_dtype.kind in "iu" and self.convert is None
+        return np.dtype(np.int64 if stays_whole else self.converted_type)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self), *(self.whole[1:] if self.sample is None else self.sample))
+        return (len(self), *(self.file_shape[1:] if self.sample_shape is None else self.sample_shape))
 
     @property
     def ndim(self) -> int:
@@ -114,22 +116,22 @@ class StoredArray:
 
     @property
     def nbytes(self) -> int:
-        return sum(0 if indices is None else indices.nbytes for indices in (self.rows, self.places))
+        return sum(0 if indices is None else indices.nbytes for indices in (self.rows, self.positions))
 
     def __len__(self) -> int:
-        return self.whole[0] if self.rows is None else len(self.rows)
+        return self.file_shape[0] if self.rows is None else len(self.rows)
 
     def __getitem__(self, rows: Any) -> Array:
         """Some samples, by their numbers or a slice, read now. Raises `DataError` if the file has changed."""
-        chosen = _chosen(rows, len(self)) if self.rows is None else self.rows[rows]
-        sample_bytes = self.stored.itemsize * prod(self.whole[1:])
-        raw = np.empty((np.size(chosen), *self.whole[1:]), self.stored)
+        chosen = _row_numbers(rows, len(self)) if self.rows is None else self.rows[rows]
+        sample_bytes = self.file_dtype.itemsize * prod(self.file_shape[1:])
+        raw = np.empty((np.size(chosen), *self.file_shape[1:]), self.file_dtype)
         buffer = memoryview(raw.reshape(-1).view(np.uint8).data)
-        with self._opened() as descriptors:
+        with self._open() as descriptors:
             done = 0
-            for position, count in self._pieces(np.atleast_1d(chosen), sample_bytes):
+            for position, count in self._runs_of(np.atleast_1d(chosen), sample_bytes):
                 chunk = buffer[done * sample_bytes : (done + count) * sample_bytes]
-                self._fill(descriptors[position // FILE], chunk, position % FILE)
+                self._fill(descriptors[position // FILE_STRIDE], chunk, position % FILE_STRIDE)
                 done += count
         samples = raw.astype(self.dtype, copy=False) if self.convert is None else self.convert(raw)
         return samples if np.ndim(chosen) else samples[0]
@@ -139,7 +141,7 @@ class StoredArray:
 
     def as_float32(self) -> StoredArray:
         """This array, read as float32."""
-        return self if self.dtype == np.float32 else replace(self, convert=_float32)
+        return self if self.dtype == np.float32 else replace(self, convert=_to_float32)
 
     def select(self, rows: Rows) -> StoredArray:
         return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))
@@ -149,35 +151,35 @@ class StoredArray:
         step = max(1, _CHUNK_BYTES // max(1, self.dtype.itemsize * prod(self.shape[1:])))
         return (self[start : start + step] for start in range(0, len(self), step))
 
-    def _pieces(self, rows: Rows, sample_bytes: int) -> Iterator[tuple[int, int]]:
+    def _runs_of(self, rows: Rows, sample_bytes: int) -> Iterator[tuple[int, int]]:
         """Runs of neighbouring samples: the position of each, and its number of samples."""
-        if self.places is not None:
-            return ((int(position), 1) for position in self.places[rows])
+        if self.positions is not None:
+            return ((int(position), 1) for position in self.positions[rows])
         return ((self.offset + first * sample_bytes, count) for first, count in _runs(rows))
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[int, ...]]:
+    def _open(self) -> Iterator[tuple[int, ...]]:
         with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._name}"):
             if isinstance(self.file, Path):
                 descriptors: tuple[int, ...] = (stack.enter_context(self.file.open("rb")).fileno(),)
             else:
                 descriptors = self.file.descriptors
-            if self.stamp is not None and _stamp(descriptors[0]) != self.stamp:
-                raise self._changed()
+            if self.stamp is not None and _file_stamp(descriptors[0]) != self.stamp:
+                raise self._changed_error()
             yield descriptors
 
     def _fill(self, descriptor: int, buffer: memoryview, position: int) -> None:
         while buffer:
             count = os.preadv(descriptor, [buffer], position)
             if not count:
-                raise self._changed()
+                raise self._changed_error()
             buffer, position = buffer[count:], position + count
 
     @property
     def _name(self) -> str:
         return str(self.file) if isinstance(self.file, Path) else "the copy of the samples"
 
-    def _changed(self) -> DataError:
+    def _changed_error(self) -> DataError:
         return DataError(
             f"{self._name} has changed since it was opened",
             expected="a file that stays as it is",
@@ -190,21 +192,21 @@ Inputs: TypeAlias = (
 )
 
 
-def select(x: Inputs, rows: Rows) -> Inputs:
+def select_rows(x: Inputs, rows: Rows) -> Inputs:
     return x.select(rows) if isinstance(x, StoredArray) else x[rows]
 
 
 def select_pairs(x: Inputs, y: Inputs, rows: Rows) -> tuple[Inputs, Inputs]:
     """Some samples and their labels; one object where samples are their own labels."""
-    selected = select(x, rows)
-    return selected, selected if y is x else select(y, rows)
+    selected = select_rows(x, rows)
+    return selected, selected if y is x else select_rows(y, rows)
 
 
 def as_inputs(values: object) -> Inputs:
     return values if isinstance(values, StoredArray) else np.asarray(values)
 
 
-def described(array: Inputs) -> str:
+def type_text(array: Inputs) -> str:
     """An array's type and shape, for messages."""
     return f"{array.dtype} [{', '.join(['n', *map(str, array.shape[1:])])}]"
 
@@ -214,7 +216,7 @@ def chunks(x: Inputs) -> Iterator[Array]:
     return x.chunks() if isinstance(x, StoredArray) else iter((x,))
 
 
-def member(
+def archive_array(
     path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None, *, any_type: bool = False
 ) -> Inputs:
     """An array of samples in an `.npz` file, on the disk if it is large and of a type that models take, or `any_type`.
@@ -226,19 +228,19 @@ def member(
     if archive.fp is None:
         raise DataError(f"{path} is closed")
     descriptor = archive.fp.fileno()
-    stamp = _stamp(descriptor)
+    stamp = _file_stamp(descriptor)
     with archive.open(info) as stream:
         is_compressed = info.compress_type != zipfile.ZIP_STORED
         shape: tuple[int, ...] = ()
         if npy.read_magic(stream) == (1, 0):
             shape, fortran, dtype = npy.read_array_header_1_0(stream)
             begin = info.file_size - prod(shape) * dtype.itemsize
-            usable = _usable(dtype, shape, any_type=any_type) and not fortran and stream.tell() == begin
+            usable = _should_spool(dtype, shape, any_type=any_type) and not fortran and stream.tell() == begin
         if not shape or not usable or (is_compressed and spool is None):
             with archive.open(info) as stream_again:
                 return np.asarray(npy.read_array(stream_again, allow_pickle=False))
         if is_compressed and spool is not None:
-            return _spooled(spool, shape, dtype, lambda file: shutil.copyfileobj(stream, file, _CHUNK_BYTES))
+            return _write_spool(spool, shape, dtype, lambda file: shutil.copyfileobj(stream, file, _CHUNK_BYTES))
         while stream.read(_CHUNK_BYTES):  # to the end, where `zipfile` compares the checksum
             pass
     # The local header's name and extra field may be longer or shorter than those of the archive's directory.
@@ -247,15 +249,15 @@ def member(
     return StoredArray(path.absolute(), stamp, start + begin, dtype, shape)
 
 
-def moved_out(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:
+def spool_large(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:
     """Checked samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
-    if isinstance(x, StoredArray) or not _usable(x.dtype, x.shape, any_type=any_type):
+    if isinstance(x, StoredArray) or not _should_spool(x.dtype, x.shape, any_type=any_type):
         return x
-    stored_array = _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
+    stored_array = _write_spool(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
     return replace(stored_array, checked=True)
 
 
-def joined(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
+def join_arrays(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
     """Arrays [n, ...] next to each other, [n, all of their numbers]; in a temporary file in `spool` if it is large."""
     count, width = len(arrays[0]), sum(prod(array.shape[1:]) for array in arrays)
 
@@ -265,44 +267,44 @@ def joined(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -
             flat_arrays = [array[rows_slice] for array in arrays]
             yield np.concatenate([p.reshape(len(p), prod(p.shape[1:])).astype(dtype) for p in flat_arrays], axis=1)
 
-    return gathered(rows(), (count, width), dtype, spool)
+    return gather_chunks(rows(), (count, width), dtype, spool)
 
 
-def gathered(chunks: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
+def gather_chunks(chunks: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
     """One array of this shape from parts of its samples; in a temporary file in `spool` if it is large."""
-    if spool is None or not _usable(dtype, shape, any_type=False):
+    if spool is None or not _should_spool(dtype, shape, any_type=False):
         return np.concatenate([np.zeros((0, *shape[1:]), dtype), *chunks])
-    return _spooled(
+    return _write_spool(
         spool, shape, dtype, lambda file: [file.write(np.ascontiguousarray(chunk).data) for chunk in chunks]
     )
 
 
-def _usable(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:
+def _should_spool(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:
     """Whether these are many numbers, of a type that a model takes as samples; labels may be of `any_type`."""
     kind = dtype.kind in "iufb" if any_type else dtype.kind == "f" or dtype in (np.int32, np.int64)
-    return kind and len(shape) > 1 and 4 * prod(shape) > HELD_BYTES
+    return kind and len(shape) > 1 and 4 * prod(shape) > MAX_SAMPLES_IN_MEMORY
 
 
-def _spooled(
+def _write_spool(
     spool: Path, shape: tuple[int, ...], dtype: np.dtype[Any], write: Callable[[IO[bytes]], object]
 ) -> StoredArray:
     with storage_errors(f"can't write a copy of the samples to {spool}"):
-        copy = Copy.in_folder(spool)
+        copy = OpenFiles.in_folder(spool)
         with open(copy.fileno(), "wb", closefd=False) as file:
             write(file)
-        return StoredArray(copy, _stamp(copy.fileno()), 0, dtype, shape)
+        return StoredArray(copy, _file_stamp(copy.fileno()), 0, dtype, shape)
 
 
-def _float32(raw: Array) -> Array:
+def _to_float32(raw: Array) -> Array:
     return raw.astype(np.float32)
 
 
-def _stamp(descriptor: int) -> tuple[int, int, int]:
+def _file_stamp(descriptor: int) -> tuple[int, int, int]:
     status = os.fstat(descriptor)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _chosen(rows: Any, count: int) -> Rows:
+def _row_numbers(rows: Any, count: int) -> Rows:
     """Numbers of the samples that an index chooses of `count`; memory for the chosen ones alone."""
     if isinstance(rows, slice):
         return np.arange(*rows.indices(count), dtype=np.int64)

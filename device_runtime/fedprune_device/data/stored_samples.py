@@ -13,103 +13,109 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
-from fedprune.model.lengths import Shape, at_most, fits, free_axis, padded
-from fedprune.planning.costs import HELD_BYTES
+from fedprune.model.lengths import Shape, fits_shape, free_axis, pad_to_bound, upper_shape
+from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.stored_array import Copy, StoredArray, gathered
+from fedprune_device.data.stored_array import OpenFiles, StoredArray, gather_chunks
 
 Array = npt.NDArray[Any]
 
 _FLOATS, _TOKENS = 0, 1  # the first byte of a stored sample
-_RANK = 8  # the most dimensions of a sample
+_MAX_RANK = 8  # the most dimensions of a sample
 
 
 @dataclass(frozen=True, eq=False)
 class StoredSample:
-    """A sample on the disk: `like` is an array of its type and shape, `begin` the place of its numbers."""
+    """A sample on the disk: `outline` is an array of its type and shape, `position` the place of its numbers."""
 
     name: str
     label: int
-    like: Array
-    begin: int
+    outline: Array
+    position: int
 
 
-def encoded(x: Array) -> bytes:
+def encode_sample(x: Array) -> bytes:
     """Type, shape and numbers of a sample as bytes; equal samples have equal bytes. Raises `DataError` if invalid."""
-    if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _RANK:
+    if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _MAX_RANK:
         kind = f"{x.dtype} {shape_text(*x.shape)}"
         raise DataError("a sample", expected="float32 or int64 of 1 to 8 dimensions", got=kind)
     if x.dtype == np.float32:
         if not np.isfinite(x).all():
             raise DataError("a sample holds numbers that are not finite")
-        return _head(_FLOATS, x) + x.astype("<f4").tobytes()
+        return _sample_head(_FLOATS, x) + x.astype("<f4").tobytes()
     if x.size and int(x.min()) < 0:
         raise DataError("a sample holds a negative token id", expected="0 or more", got=int(x.min()))
-    return _head(_TOKENS, x) + x.astype("<i8").tobytes()
+    return _sample_head(_TOKENS, x) + x.astype("<i8").tobytes()
 
 
-def outline(payload: bytes) -> Array:
+def sample_outline(payload: bytes) -> Array:
     """An array of a sample's type and shape that takes no memory; its numbers are the last bytes of the payload."""
     rank = payload[1]
     kind = np.dtype("<f4" if payload[0] == _FLOATS else "<i8")
     return np.broadcast_to(np.zeros((), kind), struct.unpack_from(f"<{rank}I", payload, 2))
 
 
-def _head(code: int, x: Array) -> bytes:
+def _sample_head(code: int, x: Array) -> bytes:
     return struct.pack(f"<BB{x.ndim}I", code, x.ndim, *x.shape)
 
 
-def of_one_kind(samples: list[StoredSample], shape: Shape | None) -> list[StoredSample]:
+def select_one_kind(samples: list[StoredSample], shape: Shape | None) -> list[StoredSample]:
     """The samples that fit the model's shape, and of those the ones of the most frequent shape and type.
 
     Where the length of samples may vary, all that fit are of one shape.
     """
-    samples = [sample for sample in samples if shape is None or fits(sample.like.shape, shape)]
+    samples = [sample for sample in samples if shape is None or fits_shape(sample.outline.shape, shape)]
     varies = shape is not None and free_axis(shape) is not None
 
     def kind(x: Array) -> tuple[str, tuple[int, ...]]:
         return x.dtype.kind, () if varies else x.shape
 
-    kinds = Counter(kind(sample.like) for sample in samples)
+    kinds = Counter(kind(sample.outline) for sample in samples)
     if not kinds:
         return []
     # Sorted, so that of two equally frequent kinds it is always the same one.
     frequent_kind = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
-    return [sample for sample in samples if kind(sample.like) == frequent_kind]
+    return [sample for sample in samples if kind(sample.outline) == frequent_kind]
 
 
-def reproduces(targets: Targets, shape: Shape) -> bool:
+def reproduces_inputs(targets: Targets, shape: Shape) -> bool:
     """Whether a model is trained to reproduce its inputs, so that its samples need no labels."""
-    return not targets.takes_whole and tuple(targets.shape) == tuple(shape)
+    return not targets.takes_whole_numbers and tuple(targets.shape) == tuple(shape)
 
 
 def local_data(
-    samples_by_part: Sequence[Sequence[StoredSample]], files: Copy, shape: Shape | None, *, itself: bool, spool: Path
+    samples_by_part: Sequence[Sequence[StoredSample]],
+    files: OpenFiles,
+    shape: Shape | None,
+    *,
+    itself: bool,
+    spool: Path,
 ) -> LocalData:
     """Samples of one kind for training, testing and validation, with labels unless they are their own (`itself`).
 
     Large ones stay in `files`; those of different lengths are padded, in a file in `spool` if they are large.
     """
-    example = samples_by_part[0][0].like
-    fits_memory = example.size * 4 * sum(map(len, samples_by_part)) <= HELD_BYTES
+    example = samples_by_part[0][0].outline
+    fits_memory = example.size * 4 * sum(map(len, samples_by_part)) <= MAX_SAMPLES_IN_MEMORY
     arrays: list[Any] = []
     for samples in samples_by_part:
-        positions = np.array([sample.begin for sample in samples], np.int64)
+        positions = np.array([sample.position for sample in samples], np.int64)
         labels = np.array([sample.label for sample in samples], np.int64)
         if shape is not None and free_axis(shape) is not None:
-            padded_shape = tuple(int(size) for size in at_most(shape) if isinstance(size, int))
+            padded_shape = tuple(int(size) for size in upper_shape(shape) if isinstance(size, int))
             rows = (
-                padded(_stored(files, sample.like, positions[n : n + 1])[:], shape) for n, sample in enumerate(samples)
+                pad_to_bound(_stored_array(files, sample.outline, positions[n : n + 1])[:], shape)
+                for n, sample in enumerate(samples)
             )
-            arrays += [gathered(rows, (len(samples), *padded_shape), example.dtype, spool), labels]
+            arrays += [gather_chunks(rows, (len(samples), *padded_shape), example.dtype, spool), labels]
         else:
-            stored = _stored(files, example, positions)
+            stored = _stored_array(files, example, positions)
             inputs = stored[:] if fits_memory else stored
             arrays += [inputs, inputs if itself else labels]
     return LocalData(*arrays)
 
 
-def _stored(files: Copy, like: Array, positions: npt.NDArray[np.int64]) -> StoredArray:
+def _stored_array(files: OpenFiles, like: Array, positions: npt.NDArray[np.int64]) -> StoredArray:
     """Samples of a type and shape, at these places."""
-    return StoredArray.at_places(files, positions, like.dtype, like.shape)
+    return StoredArray.at_positions(files, positions, like.dtype, like.shape)

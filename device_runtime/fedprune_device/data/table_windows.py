@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError, shape_text
-from fedprune.model.lengths import Shape, at_most
+from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.stored_array import Copy, Inputs, StoredArray
-from fedprune_device.data.tables import CLASS, CSV, PARQUET, TARGET, Columns, rows_of
+from fedprune_device.data.stored_array import Inputs, OpenFiles, StoredArray
+from fedprune_device.data.tables import CLASS, CSV, PARQUET, TARGET, TableColumns, open_table
 
 Array = npt.NDArray[Any]
 
@@ -26,9 +26,9 @@ TABLE_BYTES = 2**30  # room on the disk for a table's numbers
 
 # Windows, end to end, that are for training, validation or testing together. A block's last rows are lost to windows
 # that would reach into the next one, so that longer blocks lose less, and shorter ones spread the parts more evenly.
-_BLOCK = 8
+_BLOCK_WINDOWS = 8
 # (√5 − 1) / 2: its multiples modulo 1 fill the range from 0 to 1 evenly, however many there are.
-_GOLDEN = 0.6180339887498949
+_GOLDEN_RATIO = 0.6180339887498949
 
 
 def is_table(path: Path) -> bool:
@@ -37,22 +37,22 @@ def is_table(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class _StoredTable:
     """A table's rows in a file without a name, as float32 [count, columns]."""
 
-    file: Copy
-    columns: Columns
+    file: OpenFiles
+    columns: TableColumns
     count: int
     effective_classes: int | None
 
     def windows(self, first: npt.NDArray[np.int64], rows: int, convert: Callable[[Array], Array]) -> StoredArray:
         """Windows of `rows` rows [n, rows, columns], converted."""
         width = len(self.columns.all)
-        return StoredArray.at_places(self.file, first * (4 * width), np.dtype(np.float32), (rows, width), convert)
+        return StoredArray.at_positions(self.file, first * (4 * width), np.dtype(np.float32), (rows, width), convert)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _WindowPlan:
     """The conversion of windows to a model's samples: rows of inputs, rows to predict, and the layouts of both."""
 
     steps: int
@@ -68,9 +68,9 @@ class _Plan:
 class TableFile:
     """A board's samples as windows of a table's rows; rows that are added are noticed at the next round.
 
-    A round takes at most `most` windows, evenly over the file. Windows are for training, validation or testing by the
-    block of rows that they are in and never reach into another, so that no row that is tested on is trained on. The
-    numbers are kept in a file without a name in `spool`, of at most `room` bytes. Raises `DataError` if the file is
+    A round takes at most `max_windows` windows, evenly over the file. Windows are for training, validation or testing
+    by the block of rows that they are in and never reach into another, so that no row that is tested on is trained on.
+    The numbers are kept in a file without a name in `spool`, of at most `room` bytes. Raises `DataError` if the file is
     damaged, `MissingExtraError` for Parquet without pyarrow.
     """
 
@@ -78,20 +78,20 @@ class TableFile:
         self,
         path: Path,
         shares: SplitShares,
-        most: int,
+        max_windows: int,
         class_names: tuple[str, ...] = (),
         spool: Path | None = None,
         room: int = TABLE_BYTES,
     ) -> None:
-        self._path, self._shares, self._most = path, shares, most
+        self._path, self._shares, self._max_windows = path, shares, max_windows
         self._names, self._spool, self._room = class_names, spool, room
         self._stamp, self._numbers = self._read()
-        self._training = min(most, self._numbers.count)
+        self._training_count = min(max_windows, self._numbers.count)
 
     @property
     def samples(self) -> int:
         """Training samples of the last round; before the first one, rows."""
-        return self._training
+        return self._training_count
 
     @property
     def effective_classes(self) -> int | None:
@@ -102,11 +102,11 @@ class TableFile:
         """The windows that exist now; raises `DataError` if the model takes others."""
         if shape is None:
             raise DataError("the shape of samples", expected="a model's input")
-        if self._stamp != self._stamped():
+        if self._stamp != self._file_stamp():
             self._stamp, self._numbers = self._read()
         numbers = self._numbers
         try:
-            plan = _planned(numbers.columns, shape, targets)
+            plan = _plan_windows(numbers.columns, shape, targets)
             first, splits = self._windows(plan.span)
             arrays: list[Inputs] = []
             for number in range(3):
@@ -115,13 +115,15 @@ class TableFile:
             data = LocalData(*arrays)
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
-        self._training = data.samples
+        self._training_count = data.samples
         return data
 
-    def _labels(self, x: StoredArray, first: npt.NDArray[np.int64], plan: _Plan, targets: Targets | None) -> Inputs:
-        if targets is None or (targets.takes_whole and not self._numbers.columns.classes):
+    def _labels(
+        self, x: StoredArray, first: npt.NDArray[np.int64], plan: _WindowPlan, targets: Targets | None
+    ) -> Inputs:
+        if targets is None or (targets.takes_whole_numbers and not self._numbers.columns.classes):
             return x
-        if targets.takes_whole:  # of a window's last row
+        if targets.takes_whole_numbers:  # of a window's last row
             last = self._numbers.windows(first + plan.steps - 1, 1, lambda rows: rows[:, 0, -1:])
             return np.concatenate([np.zeros(0), *(some[:, 0] for some in last.chunks())]).astype(np.int64)
         if plan.targets is None:
@@ -132,31 +134,31 @@ class TableFile:
 
     def _windows(self, span: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """First rows of the chosen windows, and the part that each is for: 0 training, 1 testing, 2 validation."""
-        block = _BLOCK * span
+        block = _BLOCK_WINDOWS * span
         windows_per_block, (blocks, rest_rows) = block - span + 1, divmod(self._numbers.count, block)
         total = blocks * windows_per_block + max(0, rest_rows - span + 1)
         if not total:
             raise DataError("rows", expected=f"at least {span}, a window's", got=self._numbers.count)
-        chosen = np.arange(0, total, -(-total // self._most), dtype=np.int64)
+        chosen = np.arange(0, total, -(-total // self._max_windows), dtype=np.int64)
         blocks_of, offsets = np.divmod(chosen, windows_per_block)
         # 1 minus the sequence: the first block then is for training, whatever the shares are.
-        positions = 1 - (blocks_of * _GOLDEN) % 1
+        positions = 1 - (blocks_of * _GOLDEN_RATIO) % 1
         return blocks_of * block + offsets, np.array(
-            [("train", "test", "val").index(self._shares.part_at(n)) for n in positions]
+            [("train", "test", "val").index(self._shares.split_at(n)) for n in positions]
         )
 
-    def _stamped(self) -> tuple[int, int, int]:
+    def _file_stamp(self) -> tuple[int, int, int]:
         with storage_errors(f"can't read {self._path}"):
             status = self._path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def _read(self) -> tuple[tuple[int, int, int], _Numbers]:
-        stamp, count, labels = self._stamped(), 0, Counter[float]()
+    def _read(self) -> tuple[tuple[int, int, int], _StoredTable]:
+        stamp, count, labels = self._file_stamp(), 0, Counter[float]()
         with (
-            rows_of(self._path, self._names) as (columns, blocks),
+            open_table(self._path, self._names) as (columns, blocks),
             storage_errors("can't write the numbers of a table"),
         ):
-            file = Copy.in_folder(self._spool)
+            file = OpenFiles.in_folder(self._spool)
             for rows in blocks:
                 width = rows.shape[1] * 4
                 if (count + len(rows)) * width > self._room:
@@ -165,41 +167,41 @@ class TableFile:
                 count += len(rows)
                 if columns.classes:  # `Columns.all` puts the class last
                     labels.update(rows[:, -1].tolist())
-            return stamp, _Numbers(file, columns, count, effective_classes(labels.values()))
+            return stamp, _StoredTable(file, columns, count, effective_classes(labels.values()))
 
 
-def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:
+def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) -> _WindowPlan:
     channels = len(columns.inputs)
-    steps, channels_first = oriented(shape, channels, True)
+    steps, channels_first = steps_and_order(shape, channels, True)
     if not steps:
         expected = "a model of [channels, steps] or [steps, channels]"
         raise DataError(f"windows of {channels} columns", expected=expected, got=shape_text(*shape))
-    inputs = laid_out(0, channels, channels_first, len(shape))
+    inputs = column_layout(0, channels, channels_first, len(shape))
     if targets is None:
-        return _Plan(steps, 0, inputs, None)
-    if targets.takes_whole:
+        return _WindowPlan(steps, 0, inputs, None)
+    if targets.takes_whole_numbers:
         if columns.classes and targets.shape:
             labels = shape_text("n", *targets.shape)
             raise DataError(f"labels for loss {targets.loss}", expected=labels, got=f"a column {CLASS!r}: [n]")
-        return _Plan(steps, 0, inputs, None)
+        return _WindowPlan(steps, 0, inputs, None)
     if not columns.targets and tuple(targets.shape) == tuple(shape):
-        return _Plan(steps, 0, inputs, None)
+        return _WindowPlan(steps, 0, inputs, None)
     begin, count = (channels, len(columns.targets)) if columns.targets else (0, channels)
-    horizon, channels_first = oriented(targets.shape, count, channels_first)
+    horizon, channels_first = steps_and_order(targets.shape, count, channels_first)
     if not horizon:
         raise DataError(
             f"labels for loss {targets.loss}", expected=shape_text(*targets.shape), got=f"{count} columns to predict",
             hint=f"Let the names of columns to predict begin with {TARGET!r}; without any, all inputs are predicted.",
         )  # fmt: skip
-    return _Plan(steps, horizon, inputs, laid_out(begin, count, channels_first, len(targets.shape)))
+    return _WindowPlan(steps, horizon, inputs, column_layout(begin, count, channels_first, len(targets.shape)))
 
 
-def oriented(shape: Shape, channels: int, channels_first: bool) -> tuple[int, bool]:
+def steps_and_order(shape: Shape, channels: int, channels_first: bool) -> tuple[int, bool]:
     """Steps in a shape with this many channels, 0 if it has none, and whether channels are before steps.
 
     `first` decides where both are possible.
     """
-    sizes = [size if isinstance(size, int) else 0 for size in at_most(shape)]
+    sizes = [size if isinstance(size, int) else 0 for size in upper_shape(shape)]
     if len(sizes) == 1:
         return (sizes[0], channels_first) if channels == 1 else (int(sizes[0] == channels), channels_first)
     if len(sizes) != 2 or channels not in sizes:
@@ -208,7 +210,7 @@ def oriented(shape: Shape, channels: int, channels_first: bool) -> tuple[int, bo
     return sizes[1] if channels_first else sizes[0], channels_first
 
 
-def laid_out(begin: int, count: int, channels_first: bool, rank: int) -> Callable[[Array], Array]:
+def column_layout(begin: int, count: int, channels_first: bool, rank: int) -> Callable[[Array], Array]:
     """A function from rows [n, rows, columns] to some columns: [n, columns, rows], [n, rows, columns] or [n, all]."""
 
     def laid_out(rows: Array) -> Array:

@@ -14,18 +14,18 @@ from fedprune.core.errors import DataError
 _ORIENTATION = 0x0112  # the EXIF tag
 
 # Pillow's `Image.Transpose` that puts an image upright, by its EXIF orientation.
-_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+_TRANSPOSE_OF_ORIENTATION = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
-_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 _SHORT_MODES = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of grey images with 16 bits
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", *_SHORT_MODES)
-_SHORT = 2**16 - 1  # the number of white
+_SHORT_WHITE = 2**16 - 1  # the number of white
 
 _BILINEAR = 2  # Pillow's number
 
 # Levels by which sRGB profiles of different makers differ: these are not worth a conversion.
-_SAME_COLOUR = 2
+_COLOUR_TOLERANCE = 2
 
 
 def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> Any:
@@ -48,7 +48,7 @@ def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> 
         )
     if size is not None:
         # A JPEG is decoded at a fraction of its size where that suffices; its sides are those before it is turned.
-        image.draft(None, size[::-1] if exif_orientation(image) in _ON_ITS_SIDE else size)
+        image.draft(None, size[::-1] if exif_orientation(image) in _SIDEWAYS else size)
     profile = image.info.get("icc_profile")
     image = _opaque_image(upright_image(image))
     convert = _srgb_transform(profile, image.mode) if profile else None
@@ -65,7 +65,7 @@ def _in_mode(image: Any, mode: str) -> Any:
 
 def upright_image(image: Any) -> Any:
     """The image, turned as its EXIF orientation says."""
-    turn = _TURNS.get(exif_orientation(image))
+    turn = _TRANSPOSE_OF_ORIENTATION.get(exif_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -73,7 +73,7 @@ def exif_orientation(image: Any) -> int:
     """The EXIF orientation, 1 to 8; 1 if there is none, or none that can be read: viewers show such an image, too."""
     with suppress(Exception):  # what is damaged makes Pillow's reader of EXIF raise anything
         value = image.getexif().get(_ORIENTATION, 1)
-        return int(value) if value in _TURNS else 1
+        return int(value) if value in _TRANSPOSE_OF_ORIENTATION else 1
     return 1
 
 
@@ -90,10 +90,10 @@ def _opaque_image(image: Any) -> Any:
 
     key = image.info.get("transparency")
     if image.mode in _SHORT_MODES:
-        shades = ((np.arange(_SHORT + 1) * 255 + _SHORT // 2) // _SHORT).astype(np.uint8)
+        shades = ((np.arange(_SHORT_WHITE + 1) * 255 + _SHORT_WHITE // 2) // _SHORT_WHITE).astype(np.uint8)
         if isinstance(key, int):
             shades[key] = 255
-        return Image.fromarray(shades[np.clip(np.asarray(image), 0, _SHORT)])
+        return Image.fromarray(shades[np.clip(np.asarray(image), 0, _SHORT_WHITE)])
     if "A" in image.getbands() or key is not None:
         image = _in_mode(image, "RGBA")
         paper = Image.new("RGB", image.size, "white")
@@ -122,4 +122,4 @@ def _srgb_transform(profile: bytes, mode: str) -> Any:
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     probe = Image.fromarray(colours if mode == "RGB" else levels[None])
     change = np.asarray(convert.apply(probe), int) - np.asarray(probe.convert("RGB"), int)
-    return None if np.abs(change).max() <= _SAME_COLOUR else convert
+    return None if np.abs(change).max() <= _COLOUR_TOLERANCE else convert

@@ -27,13 +27,13 @@ from fedprune.model import step_contract
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import TensorRTErrors
-from fedprune_device.engines.build import build, refit
+from fedprune_device.engines.build import build_from_graph, refit_from_graph
 from fedprune_device.engines.build_process import BuildRequest
 from fedprune_device.engines.engine import Engine
-from fedprune_device.engines.engine_check import answers
+from fedprune_device.engines.engine_check import trial_outputs
 
-_PROGRESS_EVERY_S = 0.5
-_RUNS = 11  # an odd number of timed predictions, whose median ignores the first, which allocates memory
+_PROGRESS_INTERVAL_S = 0.5
+_TIMED_RUNS = 11  # an odd number of timed predictions, whose median ignores the first, which allocates memory
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
         Path("/proc/self/oom_score_adj").write_text("1000")
     os.nice(10)  # predictions, which run in another process meanwhile, have priority
     try:
-        print(json.dumps(_make(BuildRequest.from_json(sys.stdin.read()))))
+        print(json.dumps(_build_and_test(BuildRequest.from_json(sys.stdin.read()))))
     except FedpruneError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return int(error.exit_code)
@@ -52,43 +52,43 @@ def main() -> int:
     return int(ExitCode.OK)
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
     """End this process with its parent: otherwise it would write to a folder that the next agent empties."""
     set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was asked
         raise EngineError("the process that requested an engine has ended")
 
 
-def _make(request: BuildRequest) -> dict[str, Any]:
-    _end_with(request.parent)
-    tensorrt = bindings.find()
+def _build_and_test(request: BuildRequest) -> dict[str, Any]:
+    _end_with_parent(request.parent)
+    tensorrt = bindings.find_tensorrt()
     plan, folder = EnginePlan.from_json(request.plan.encode()), request.folder
     graph = folder / plan.graph
     began = time.monotonic()
     errors = TensorRTErrors()
-    with errors.translated("TensorRT failed"):
+    with errors.translate("TensorRT failed"):
         if request.base is not None:
-            engine_bytes = refit(tensorrt, errors, request.base.read_bytes(), graph)
+            engine_bytes = refit_from_graph(tensorrt, errors, request.base.read_bytes(), graph)
         else:
             timings = b"" if request.timings is None else request.timings.read_bytes()
             progress, refittable = _ThrottledProgress(), request.refittable
-            engine_bytes, timings = build(
-                tensorrt, errors, graph, plan, refittable=refittable, timings=timings, tell=progress
+            engine_bytes, timings = build_from_graph(
+                tensorrt, errors, graph, plan, refittable=refittable, timings=timings, report=progress
             )
-            atomic_file.write_whole(folder / "timing.cache", timings, private=True)
-    atomic_file.write_whole(folder / "engine.plan", engine_bytes, private=True)
+            atomic_file.write_atomically(folder / "timing.cache", timings, private=True)
+    atomic_file.write_atomically(folder / "engine.plan", engine_bytes, private=True)
     seconds = time.monotonic() - began
     engine = Engine(tensorrt, engine_bytes)
     x = np.load(folder / "x.npy", allow_pickle=False)
     buffer = io.BytesIO()
-    np.save(buffer, answers(engine, x))
-    atomic_file.write_whole(folder / "answers.npy", buffer.getvalue(), sync=False, private=True)
+    np.save(buffer, trial_outputs(engine, x))
+    atomic_file.write_atomically(folder / "answers.npy", buffer.getvalue(), sync=False, private=True)
     return {"seconds": seconds, "latency_s": _latency(engine, x[:1])}
 
 
 def _latency(engine: Engine, x: Any) -> float:
     times = []
-    for _ in range(_RUNS):
+    for _ in range(_TIMED_RUNS):
         began = time.perf_counter()
         engine.run({step_contract.X: x}, [step_contract.LOGITS])
         times.append(time.perf_counter() - began)
@@ -102,7 +102,7 @@ class _ThrottledProgress:
         self._at = 0.0
 
     def __call__(self, text: str) -> None:
-        if time.monotonic() >= self._at + _PROGRESS_EVERY_S:
+        if time.monotonic() >= self._at + _PROGRESS_INTERVAL_S:
             self._at = time.monotonic()
             print(" ".join(text.split())[:200], flush=True)
 

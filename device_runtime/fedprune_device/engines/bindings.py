@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.core.errors import EngineError, reason
-from fedprune_device.engines.cuda import Cuda, Device
+from fedprune.core.errors import EngineError, error_reason
+from fedprune_device.engines.cuda import Cuda, Gpu
 
 # Versions whose refittable engines may compute something else, even before they take new weights
 # (https://docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html).
-WRONG_WHEN_REFITTABLE = ("11.3.",)
+MISCOMPUTES_WHEN_REFITTABLE = ("11.3.",)
 
 # The version becomes a part of an engine's key and of messages to the server, so nothing else may be in it.
 _VERSION = re.compile(r"\d{1,3}(\.\d{1,5}){1,4}(\.?[a-z0-9]{1,12})?")
 # One failure may bring many errors, of which the last ones are kept.
-_MOST_LINES = 8
+_MAX_ERRORS = 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bindings:
     trt: Any
     version: str
     cuda: Cuda
-    device: Device
+    device: Gpu
 
     @property
     def strongly_typed(self) -> bool:
@@ -40,29 +40,29 @@ class Bindings:
         return hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     @property
-    def refits(self) -> bool:
+    def can_refit(self) -> bool:
         """Whether engines can take new weights from an ONNX file here, and compute right when they can."""
-        miscomputes = self.version.startswith(WRONG_WHEN_REFITTABLE)
+        miscomputes = self.version.startswith(MISCOMPUTES_WHEN_REFITTABLE)
         return hasattr(self.trt, "OnnxParserRefitter") and hasattr(self.trt.BuilderFlag, "REFIT") and not miscomputes
 
     @property
-    def tells_progress(self) -> bool:
+    def has_progress_monitor(self) -> bool:
         return hasattr(self.trt, "IProgressMonitor") and hasattr(self.trt.IBuilderConfig, "progress_monitor")
 
     @property
-    def has_levels(self) -> bool:
+    def has_optimization_levels(self) -> bool:
         """Whether the builder's search effort can be set: from TensorRT 8.6 on."""
         return hasattr(self.trt.IBuilderConfig, "builder_optimization_level")
 
     def describe(self) -> str:
         types = "types of the graph" if self.strongly_typed else "types of its own choice"
-        return f"TensorRT {self.version}: {types}, {'takes' if self.refits else 'takes no'} new weights"
+        return f"TensorRT {self.version}: {types}, {'takes' if self.can_refit else 'takes no'} new weights"
 
 
-def find() -> Bindings:
+def find_tensorrt() -> Bindings:
     """Find CUDA and TensorRT on this board; raises `EngineError`, which names what is missing, damaged or too old."""
     cuda = Cuda()
-    device = cuda.device()
+    device = cuda.first_gpu()
     try:
         trt = importlib.import_module("tensorrt")
     except ModuleNotFoundError as error:
@@ -70,7 +70,7 @@ def find() -> Bindings:
             "TensorRT is not installed for this Python", hint="On a Jetson: apt install python3-libnvinfer."
         ) from error
     except Exception as error:
-        raise EngineError(f"TensorRT can't be loaded ({reason(error)})") from error
+        raise EngineError(f"TensorRT can't be loaded ({error_reason(error)})") from error
     version = str(getattr(trt, "__version__", ""))
     if not _VERSION.fullmatch(version):
         raise EngineError("TensorRT doesn't say its version", got=repr(version[:40]))
@@ -97,22 +97,22 @@ class TensorRTErrors:
             def log(self, severity: Any, msg: str) -> None:
                 # An exception here would end the process, because TensorRT's own threads call this.
                 if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                    errors.take(msg)
+                    errors.add(msg)
 
         return Logger()
 
-    def take(self, message: str) -> None:
-        self.lines = [*self.lines, reason(Exception(message))][-_MOST_LINES:]
+    def add(self, message: str) -> None:
+        self.lines = [*self.lines, error_reason(Exception(message))][-_MAX_ERRORS:]
 
     @contextmanager
-    def translated(self, message: str) -> Iterator[None]:
+    def translate(self, message: str) -> Iterator[None]:
         """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an `EngineError`."""
         try:
             yield
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(message, got=self.lines[-1] if self.lines else reason(error)) from error
+            raise EngineError(message, got=self.lines[-1] if self.lines else error_reason(error)) from error
 
     def error(self, message: str) -> EngineError:
         return EngineError(message, got=self.lines[-1] if self.lines else "no reason")

@@ -10,10 +10,10 @@ from fedprune.core.errors import EngineError
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.bindings import Bindings, TensorRTErrors
 
-Tell = Callable[[str], None]  # takes a few words on how far a build is
+ReportProgress = Callable[[str], None]  # takes a few words on how far a build is
 
 
-def build(
+def build_from_graph(
     bindings: Bindings,
     errors: TensorRTErrors,
     graph: Path,
@@ -21,7 +21,7 @@ def build(
     *,
     refittable: bool,
     timings: bytes,
-    tell: Tell,
+    report: ReportProgress,
 ) -> tuple[bytes, bytes]:
     """Build an engine; returns it and the timing cache.
 
@@ -37,10 +37,10 @@ def build(
     )
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
-        raise _refused(parser, errors, "TensorRT doesn't take the graph")
+        raise _parser_error(parser, errors, "TensorRT doesn't take the graph")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.pool_bytes)
-    if bindings.has_levels:
+    if bindings.has_optimization_levels:
         config.builder_optimization_level = plan.level
     if plan.precision == "float32":
         config.clear_flag(trt.BuilderFlag.TF32)  # which is on by default
@@ -56,8 +56,8 @@ def build(
     if not timings:
         config.set_timing_cache(cache, False)
     _set_batches(builder, network, config, plan)
-    if bindings.tells_progress:
-        monitor = _monitor(trt, tell)
+    if bindings.has_progress_monitor:
+        monitor = _monitor(trt, report)
         config.progress_monitor = monitor
     built = builder.build_serialized_network(network, config)
     if built is None:
@@ -65,7 +65,7 @@ def build(
     return bytes(built), bytes(config.get_timing_cache().serialize())
 
 
-def refit(bindings: Bindings, errors: TensorRTErrors, base: bytes, graph: Path) -> bytes:
+def refit_from_graph(bindings: Bindings, errors: TensorRTErrors, base: bytes, graph: Path) -> bytes:
     """Give an engine that was built to take new weights those next to a graph; raises `EngineError`."""
     trt = bindings.trt
     logger = errors.logger(trt)
@@ -76,7 +76,7 @@ def refit(bindings: Bindings, errors: TensorRTErrors, base: bytes, graph: Path) 
     refitter = trt.Refitter(engine, logger)
     parser = trt.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_file(str(graph)):
-        raise _refused(parser, errors, "TensorRT doesn't take the new weights")
+        raise _parser_error(parser, errors, "TensorRT doesn't take the new weights")
     missing = refitter.get_missing_weights()
     if missing:
         raise EngineError(f"new weights lack {len(missing)} that the engine wants", got=str(missing[0])[:100])
@@ -107,7 +107,7 @@ def _set_batches(builder: Any, network: Any, config: Any, plan: EnginePlan) -> N
         raise EngineError(f"TensorRT refuses batches of {plan.batch[0]} to {plan.batch[2]} samples")
 
 
-def _monitor(trt: Any, tell: Tell) -> Any:
+def _monitor(trt: Any, tell: ReportProgress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -129,7 +129,7 @@ def _monitor(trt: Any, tell: Tell) -> Any:
     return Monitor()
 
 
-def _refused(parser: Any, errors: TensorRTErrors, message: str) -> EngineError:
+def _parser_error(parser: Any, errors: TensorRTErrors, message: str) -> EngineError:
     for i in range(parser.num_errors):
-        errors.take(str(parser.get_error(i).desc()))
+        errors.add(str(parser.get_error(i).desc()))
     return errors.error(message)

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import EngineError, reason
+from fedprune.core.errors import EngineError, error_reason
 from fedprune.core.imports import module_code
 from fedprune_device.engines.engine_cache import EngineCache
 
 # Bytes at the end of a child's output that are read: only the last line counts, and TensorRT writes many before it.
-_MOST_SAID = 4096
+_MAX_TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BuildResult:
 
     seconds: float
     latency_s: float
-    answers: npt.NDArray[Any]
+    outputs: npt.NDArray[Any]
 
 
 class BuildProcess:
@@ -68,7 +68,7 @@ class BuildProcess:
         self, cache: EngineCache, request: BuildRequest, timeout_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._folder, self._clock = request.folder, clock
-        self._timeout_s, self._until = timeout_s, clock() + timeout_s
+        self._timeout_s, self._deadline = timeout_s, clock() + timeout_s
         self._out, self._err = cache.work / "out.txt", cache.work / "err.txt"
         command = [sys.executable, "-c", module_code("fedprune_device.engines")]
         request_file = cache.work / "order.json"
@@ -89,7 +89,7 @@ class BuildProcess:
         """The result, None until it is done; raises `EngineError` if the child failed, was killed, or took too long."""
         code = self._child.poll()
         if code is None:
-            if self._clock() < self._until:
+            if self._clock() < self._deadline:
                 return None
             self.stop()
             raise EngineError(
@@ -103,7 +103,7 @@ class BuildProcess:
             raise EngineError(f"the process that makes the engine was ended by {name}", hint=hint)
         if code:
             raise EngineError(_last_line(self._err) or f"making the engine failed ({code})")
-        return self._made()
+        return self._read_result()
 
     def stop(self) -> None:
         if self._child.poll() is None:  # before it is waited for, its process number isn't reused
@@ -111,7 +111,7 @@ class BuildProcess:
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
-    def _made(self) -> BuildResult:
+    def _read_result(self) -> BuildResult:
         try:
             report = json.loads(_last_line(self._out))
             seconds, latency = float(report["seconds"]), float(report["latency_s"])
@@ -120,7 +120,7 @@ class BuildProcess:
             answers = np.load(self._folder / "answers.npy", allow_pickle=False)
         except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, OverflowError) as error:
             raise EngineError(
-                f"the process that makes the engine left nothing that can be read ({reason(error)})"
+                f"the process that makes the engine left nothing that can be read ({error_reason(error)})"
             ) from error
         return BuildResult(seconds, latency, answers)
 
@@ -128,8 +128,8 @@ class BuildProcess:
 def _last_line(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _MOST_SAID))
+            file.seek(max(0, path.stat().st_size - _MAX_TAIL_BYTES))
             lines = file.read().decode(errors="replace").strip().splitlines()
     except OSError:
         return ""
-    return reason(Exception(lines[-1])) if lines else ""
+    return error_reason(Exception(lines[-1])) if lines else ""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fedprune.core.errors import EngineError
 
 # Where CUDA's runtime library is looked for, newest first; the last place is where JetPack puts it.
-NAMES = (
+LIBRARY_PATHS = (
     "libcudart.so.13",
     "libcudart.so.12",
     "libcudart.so.11.0",
@@ -46,7 +46,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
 
 
 @dataclass(frozen=True)
-class Device:
+class Gpu:
     """A board's GPU: its compute capability, such as 8.7, and its memory in bytes."""
 
     sm: str
@@ -66,19 +66,19 @@ class Cuda:
         self._library.cudaGetErrorString.argtypes = [ctypes.c_int]
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
 
-    def device(self) -> Device:
+    def first_gpu(self) -> Gpu:
         """The first GPU, the only one of a Jetson; raises `EngineError` if none works."""
         count = ctypes.c_int()
         try:
             self.call("cudaGetDeviceCount", ctypes.byref(count))
         except EngineError as error:
-            raise _unusable(error.what) from error
+            raise _unusable_gpu_error(error.what) from error
         if count.value < 1:
-            raise _unusable("CUDA finds none")
+            raise _unusable_gpu_error("CUDA finds none")
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         sm = f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}"
-        return Device(sm, bool(self._attribute(_INTEGRATED)), free.value, total.value)
+        return Gpu(sm, bool(self._attribute(_INTEGRATED)), free.value, total.value)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function; raises `EngineError` with CUDA's own words if it returns an error code."""
@@ -104,7 +104,7 @@ class Stream:
         cuda.call("cudaStreamCreate", ctypes.byref(handle))
         self.handle = int(handle.value or 0)
 
-    def memory(self, name: str, size: int) -> int:
+    def buffer_address(self, name: str, size: int) -> int:
         """The address of the named buffer on the device, which is kept, and replaced by a larger one if needed."""
         address, capacity = self._memory.get(name, (0, 0))
         if capacity < max(size, 1):
@@ -118,10 +118,10 @@ class Stream:
             self._memory[name] = address, max(size, 1)
         return address
 
-    def put(self, address: int, array: npt.NDArray[Any]) -> None:
+    def copy_to_device(self, address: int, array: npt.NDArray[Any]) -> None:
         self._cuda.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, _TO_DEVICE, self.handle)
 
-    def get(self, array: npt.NDArray[Any], address: int) -> None:
+    def copy_from_device(self, array: npt.NDArray[Any], address: int) -> None:
         """Copy from the device into an array, which is filled when `wait` returns."""
         self._cuda.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, _FROM_DEVICE, self.handle)
 
@@ -143,7 +143,7 @@ class Stream:
                 self._cuda.call("cudaStreamDestroy", handle)
 
 
-def _unusable(why: str) -> EngineError:
+def _unusable_gpu_error(why: str) -> EngineError:
     return EngineError(
         f"no NVIDIA GPU can be used on this machine ({why})",
         hint="Engines are built on the Jetson that uses them, with its own driver and CUDA (docs/jetson.md).",
@@ -151,7 +151,7 @@ def _unusable(why: str) -> EngineError:
 
 
 def _load() -> Any:
-    for name in NAMES:
+    for name in LIBRARY_PATHS:
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
     raise EngineError(

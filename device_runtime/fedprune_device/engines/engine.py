@@ -33,7 +33,7 @@ class Engine:
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        with self._errors.translated("the engine can't be loaded"):
+        with self._errors.translate("the engine can't be loaded"):
             self._load(bindings.trt, raw)
         self._stream = Stream(bindings.cuda)
 
@@ -52,7 +52,7 @@ class Engine:
             padded_chunk = {
                 n: np.concatenate([v, np.zeros((batch_size - count, *v.shape[1:]), v.dtype)]) for n, v in chunk.items()
             }
-            with self._errors.translated("the engine failed"):
+            with self._errors.translate("the engine failed"):
                 chunk_outputs.append({n: v[:count] for n, v in self._run(padded_chunk).items()})
         names = list(outputs) if outputs is not None else list(self.outputs)
         return {n: np.concatenate([p[n] for p in chunk_outputs]) for n in names}
@@ -98,22 +98,22 @@ class Engine:
             array = np.ascontiguousarray(value, self._dtypes[name])
             if not context.set_input_shape(name, array.shape):
                 raise self._errors.error(f"input {name} of shape {list(array.shape)} doesn't fit the engine")
-            address = stream.memory(name, array.nbytes)
-            stream.put(address, array)
-            self._bind(name, address)
+            address = stream.buffer_address(name, array.nbytes)
+            stream.copy_to_device(address, array)
+            self._bind_memory(name, address)
             input_copies.append(array)
         results = {}
         for name in self.outputs:
             array = np.empty(tuple(context.get_tensor_shape(name)), self._dtypes[name])
-            self._bind(name, stream.memory(name, array.nbytes))
+            self._bind_memory(name, stream.buffer_address(name, array.nbytes))
             results[name] = array
         if not context.execute_async_v3(stream.handle):
             raise self._errors.error("the engine failed")
         for name, array in results.items():
-            stream.get(array, stream.memory(name, array.nbytes))
+            stream.copy_from_device(array, stream.buffer_address(name, array.nbytes))
         stream.wait()
         return results
 
-    def _bind(self, name: str, address: int) -> None:
+    def _bind_memory(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
             raise self._errors.error(f"the engine refuses memory for {name}")

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import atomic_file
-from fedprune.core.disk import file_digest, locked, storage_errors
+from fedprune.core.disk import file_digest, file_lock, storage_errors
 from fedprune.core.errors import BusyError, EngineError, FedpruneError, StorageError
-from fedprune.core.records import Whole, convert
+from fedprune.core.records import WholeNumber, convert_record
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -51,7 +51,7 @@ class EnginePlatform:
         return _digest({**asdict(replace(self, power=None)), "graph": graph, "plan": plan})
 
     @property
-    def timings(self) -> str:
+    def timings_key(self) -> str:
         return _digest(asdict(self))
 
 
@@ -63,7 +63,7 @@ class CachedEngine:
     refit_s: float | None = None
     rebuild_s: float | None = None
     refits: bool = True
-    failures: Whole = 0
+    failures: WholeNumber = 0
     reason: str = ""
 
 
@@ -79,17 +79,19 @@ class EngineCache:
         return self.root / _FILES[kind]
 
     @contextmanager
-    def making(self) -> Iterator[None]:
+    def lock_for_build(self) -> Iterator[None]:
         """Hold the lock of building, with an empty work folder; raises `StorageError` if another process has it."""
         with storage_errors(f"can't write {self.root}"):
             self.root.mkdir(parents=True, exist_ok=True)
         busy = f"another process makes an engine in {self.root}"
-        with locked(self.root / "lock", busy, "Wait until it is done, or stop the agent."):
+        with file_lock(self.root / "lock", busy, "Wait until it is done, or stop the agent."):
             with storage_errors(f"can't write {self.work}"):
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.work.mkdir(mode=0o700)
             for name in (*_FILES.values(), *(f"{kind}.json" for kind in _FILES), RECORD):
-                atomic_file.sweep(self.root, name)  # not the marker, which a process that loads an engine may write
+                atomic_file.remove_partial_files(
+                    self.root, name
+                )  # not the marker, which a process that loads an engine may write
             try:
                 yield
             finally:
@@ -100,15 +102,15 @@ class EngineCache:
         with storage_errors(f"can't read {file}"):
             sha256 = file_digest(file)
         # The note is written last: a file without a matching note is damaged to `read`, and built again.
-        atomic_file.place(file, self.path(kind))
+        atomic_file.link_or_copy(file, self.path(kind))
         if kind == ENGINE:  # what ended a process was another, or has been rebuilt and tried since
-            atomic_file.remove(self._marker)
-        atomic_file.write_document(self._note(kind), {**facts, "key": key, "sha256": sha256})
+            atomic_file.remove_durably(self._marker_path)
+        atomic_file.write_document(self._note_path(kind), {**facts, "key": key, "sha256": sha256})
 
     def read(self, kind: str, key: str) -> tuple[bytes, dict[str, Any]]:
         """A file for a key and its facts; raises `EngineError` if it is missing, has another key, or is damaged."""
         try:
-            note = atomic_file.read_document(self._note(kind))
+            note = atomic_file.read_document(self._note_path(kind))
         except StorageError as error:
             raise EngineError(str(error)) from error
         path = self.path(kind)
@@ -124,30 +126,30 @@ class EngineCache:
             raise EngineError(f"{path.name} is damaged")
         return raw, note
 
-    def record(self, key: str) -> CachedEngine:
+    def read_record(self, key: str) -> CachedEngine:
         """The record of engine builds for a key; a new one if it can't be read."""
         try:
             body = atomic_file.read_document(self.root / RECORD)
-            record = CachedEngine(key) if body is None else convert(CachedEngine, body, "record", EngineError)
+            record = CachedEngine(key) if body is None else convert_record(CachedEngine, body, "record", EngineError)
         except FedpruneError as error:
             _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
             record = CachedEngine(key)
         return record if record.key == key else CachedEngine(key)
 
-    def keep(self, record: CachedEngine) -> None:
+    def write_record(self, record: CachedEngine) -> None:
         atomic_file.write_document(self.root / RECORD, asdict(record))
 
     @contextmanager
-    def loading(self, sha256: str) -> Iterator[None]:
+    def mark_loading(self, sha256: str) -> Iterator[None]:
         """Load an engine in this process; raises `EngineError` if loading it has ended a process before.
 
         If another process is loading an engine, this one loads without a marker: if it ends, that is not noticed, and
         the engine is loaded again at the next start.
         """
-        marker = self._marker
+        marker = self._marker_path
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.root / "loading.lock", "another process loads an engine", ""))
+                stack.enter_context(file_lock(self.root / "loading.lock", "another process loads an engine", ""))
                 alone = True
             except BusyError:
                 alone = False
@@ -167,13 +169,13 @@ class EngineCache:
             try:
                 yield
             finally:  # whatever went wrong, this process is still there
-                atomic_file.remove(marker)
+                atomic_file.remove_durably(marker)
 
     @property
-    def _marker(self) -> Path:
+    def _marker_path(self) -> Path:
         return self.root / "loading.json"
 
-    def _note(self, kind: str) -> Path:
+    def _note_path(self, kind: str) -> Path:
         return self.root / f"{kind}.json"
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import EngineError, shape_text
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
-from fedprune.runtime.session import Runs
+from fedprune.runtime.session import RunsGraph
 
 Array = npt.NDArray[Any]
 
@@ -21,25 +21,25 @@ class WrongOutputError(EngineError):
 
 
 # Enough samples to see a wrong engine, few enough that onnxruntime predicts them on the processor in a moment.
-_MOST_SAMPLES = 16
+_MAX_TRIAL_SAMPLES = 16
 
 
 def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]], max_batch: int) -> Array:
     """Inputs for the check: fixed noise, one sample more than fits into a batch of `most`, or 17; zeros for tokens."""
     kind, shape = inputs[step_contract.X]
     sizes = [d if isinstance(d, int) else 1 for d in shape[1:]]
-    noise = keyed(0, "engine").standard_normal((min(max_batch, _MOST_SAMPLES) + 1, *sizes))
+    noise = keyed_generator(0, "engine").standard_normal((min(max_batch, _MAX_TRIAL_SAMPLES) + 1, *sizes))
     return np.zeros(noise.shape, np.int64) if kind == "tensor(int64)" else noise.astype(np.float32)
 
 
-def answers(session: Runs, x: Array) -> Array:
+def trial_outputs(session: RunsGraph, x: Array) -> Array:
     """A model's outputs for some inputs at once, and for the first one alone: batches of both sizes must be right."""
     batch_outputs = session.run({step_contract.X: x}, [step_contract.LOGITS])[step_contract.LOGITS]
     single_output = session.run({step_contract.X: x[:1]}, [step_contract.LOGITS])[step_contract.LOGITS]
     return np.concatenate([batch_outputs, single_output]).astype(np.float32)
 
 
-def deviation(outputs: Array, expected: Array, tolerance: float) -> float:
+def checked_deviation(outputs: Array, expected: Array, tolerance: float) -> float:
     """The largest difference between an engine's outputs and onnxruntime's, relative to 1 plus the largest of those.
 
     Raises `WrongOutputError` if the difference exceeds `tolerance`, shapes differ or outputs are not finite.

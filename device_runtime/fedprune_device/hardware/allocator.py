@@ -24,7 +24,7 @@ def return_freed_blocks() -> None:
     Smaller ones are cut from heaps that rarely shrink: weights that come and go with the rounds leave them full of
     holes. A size that was set stays.
     """
-    _set({_MMAP_THRESHOLD: _INITIAL_THRESHOLD, _TRIM_THRESHOLD: _INITIAL_THRESHOLD})
+    _set_parameters({_MMAP_THRESHOLD: _INITIAL_THRESHOLD, _TRIM_THRESHOLD: _INITIAL_THRESHOLD})
 
 
 def share_heaps() -> None:
@@ -34,7 +34,7 @@ def share_heaps() -> None:
     that thread alone. Where the environment sets `MALLOC_ARENA_MAX`, that stays.
     """
     if "MALLOC_ARENA_MAX" not in os.environ:
-        _set({_ARENA_MAX: 2})
+        _set_parameters({_ARENA_MAX: 2})
 
 
 def trim_heap() -> None:
@@ -43,7 +43,7 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _set(values: Mapping[int, int]) -> None:
+def _set_parameters(values: Mapping[int, int]) -> None:
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in values.items():

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.errors import ProfileError, StorageError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, Measurement
 from fedprune.planning.probe_report import CPU, CUDA
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 # The asset: `index.json` and a folder per net.
@@ -43,24 +43,24 @@ _MIN_POINTS = 3
 
 _MIN_RUNS, _MAX_RUNS = 3, 25
 # Seconds that one point's runs take where they are short: the median of fewer runs is noisy.
-_ENOUGH = 0.03
+_MIN_RUN_TIME_S = 0.03
 # Seconds of a run from which on one is enough: noise is a small share of it.
-_LONG = 0.3
+_LONG_RUN_S = 0.3
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class _Time:
+class _TimeLimits:
     """The times until which a net may be measured: the end of its share, and the end of all."""
 
     clock: Clock
-    share: float
-    end: float
+    share_ends_at: float
+    ends_at: float
 
-    def over(self, points: int) -> bool:
+    def is_over(self, points: int) -> bool:
         now = self.clock()
-        return (points >= _MIN_POINTS and now > self.share) or (points >= 1 and now > self.end)
+        return (points >= _MIN_POINTS and now > self.share_ends_at) or (points >= 1 and now > self.ends_at)
 
 
 class LayerNets:
@@ -87,7 +87,7 @@ class LayerNets:
         return self._files[f"{net}/inference-{point}.onnx"]
 
 
-def measure(
+def measure_layers(
     threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_counter, *, cuda: bool = False
 ) -> list[Measurement]:
     """Time the nets' training steps and predictions, at least one point per net, others while `seconds` last.
@@ -101,13 +101,13 @@ def measure(
         now = clock()
         # What earlier nets left of their shares is divided among the nets to come.
         share = (end - now) / (len(nets.points) - net_number)
-        measurements += _steps(nets, net, points, threads, _Time(clock, now + share * 0.65, end), cuda)
+        measurements += _time_steps(nets, net, points, threads, _TimeLimits(clock, now + share * 0.65, end), cuda)
         now = clock()
-        measurements += _predictions(nets, net, points, threads, _Time(clock, now + share * 0.35, end), cuda)
+        measurements += _time_predictions(nets, net, points, threads, _TimeLimits(clock, now + share * 0.35, end), cuda)
     return measurements
 
 
-def remembered_table(path: Path, conditions: str, make: Callable[[], LatencyTable]) -> LatencyTable:
+def load_or_measure_table(path: Path, conditions: str, make: Callable[[], LatencyTable]) -> LatencyTable:
     """The table of an earlier start, valid while `about` (board, versions, threads) and the nets stay the same.
 
     The table is not stored if `path`'s folder doesn't exist yet.
@@ -121,7 +121,7 @@ def remembered_table(path: Path, conditions: str, make: Callable[[], LatencyTabl
         pass  # it is missing or damaged: it can be measured again
     table = make()
     with contextlib.suppress(StorageError):
-        write_whole(path, json.dumps({"about": key, "latency": table.to_dict()}).encode())
+        write_atomically(path, json.dumps({"about": key, "latency": table.to_dict()}).encode())
     return table
 
 
@@ -129,66 +129,66 @@ def _archive() -> bytes:
     return (resources.files("fedprune_device") / "assets" / ARCHIVE).read_bytes()
 
 
-def _steps(
-    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time, cuda: bool
+def _time_steps(
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _TimeLimits, cuda: bool
 ) -> list[Measurement]:
     architecture = nets.architecture(net)
     graph = nets.training(net, CUDA if cuda else CPU)
     # Recorded steps are faster, but one session can't record fifteen widths: plans count what is launched one by one.
-    session = Session(graph, threads=threads, training=True, cuda=cuda, records=False)
+    session = OnnxSession(graph, threads=threads, training=True, cuda=cuda, records=False)
     measurements: list[Measurement] = []
     for number, point in enumerate(points):
-        if time_left.over(number):
+        if time_left.is_over(number):
             break
         widths, batch = tuple(point["widths"]), int(point["batch"])
-        seconds = median_seconds(one_step(session, _feeds(architecture, widths, batch)), time_left.clock)
+        seconds = median_seconds(step_runner(session, _timing_feeds(architecture, widths, batch)), time_left.clock)
         measurements.append(Measurement(architecture, widths, batch, seconds, training=True))
     return measurements
 
 
-def one_step(session: Session, feeds: Tensors) -> Callable[[], object]:
+def step_runner(session: OnnxSession, feeds: Tensors) -> Callable[[], object]:
     """A step as the trainer takes its first ones: on a GPU weights and the optimiser's state stay there."""
-    moving = {n: v for n, v in feeds.items() if step_contract.following(n) in session.outputs}
+    moving = {n: v for n, v in feeds.items() if step_contract.next_name(n) in session.outputs}
     inputs: dict[str, Any] = {**feeds, **session.place(moving, "state")}
     outputs: dict[str, Any] = {}
     if session.provider == CUDA:
-        outputs = {step_contract.following(n): v for n, v in session.place(moving, "next state").items()}
+        outputs = {step_contract.next_name(n): v for n, v in session.place(moving, "next state").items()}
     return lambda: session.run(inputs, into=outputs)
 
 
-def _predictions(
-    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time, cuda: bool
+def _time_predictions(
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _TimeLimits, cuda: bool
 ) -> list[Measurement]:
     architecture = nets.architecture(net)
-    x = keyed(0, "layers").standard_normal((1, *architecture.input_shape)).astype(np.float32)
+    x = keyed_generator(0, "layers").standard_normal((1, *architecture.input_shape)).astype(np.float32)
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for number, point in enumerate(points):
-            if time_left.over(number):
+            if time_left.is_over(number):
                 break
             widths = tuple(point["widths"])
             (folder / GRAPH).write_bytes(nets.inference(net, number))
-            (folder / WEIGHTS).write_bytes(tensorfile.encode(_tensors(architecture, widths)))
+            (folder / WEIGHTS).write_bytes(tensorfile.encode(_timing_weights(architecture, widths)))
             predictor = Predictor(folder, threads=threads, cuda=cuda)
             seconds = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
             measurements.append(Measurement(architecture, widths, 1, seconds, training=False))
     return measurements
 
 
-def _tensors(architecture: Architecture, widths: tuple[int, ...]) -> Tensors:
+def _timing_weights(architecture: Architecture, widths: tuple[int, ...]) -> Tensors:
     """Positive weights of an ordinary size: denormal numbers would slow processors down."""
-    random = keyed(0, "layers", *widths)
+    random = keyed_generator(0, "layers", *widths)
     shapes = architecture.shapes(widths)
     return {n: (0.01 + 0.05 * random.random(s, np.float32)).astype(np.float32) for n, s in shapes.items()}  # nosec B311  # NumPy's, for values to time with
 
 
-def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> Tensors:
-    random = keyed(0, "layers", batch)
+def _timing_feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> Tensors:
+    random = keyed_generator(0, "layers", batch)
     x = random.standard_normal((batch, *architecture.input_shape)).astype(np.float32)
     trainable = [tensor.name for tensor in architecture.trainable]
     return timed_step_feeds(
-        x, random.integers(0, architecture.classes, batch), _tensors(architecture, widths), trainable
+        x, random.integers(0, architecture.classes, batch), _timing_weights(architecture, widths), trainable
     )
 
 
@@ -196,21 +196,24 @@ def timed_step_feeds(x: Any, y: Any, tensors: Tensors, trainable: Iterable[str])
     """All inputs of a training step at a learning rate of 0, with empty momenta."""
     numbers = (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
     feeds: dict[str, Any] = {step_contract.X: x, step_contract.Y: y, **dict.fromkeys(numbers, np.array(0, np.float32))}
-    return feeds | tensors | {step_contract.buffer(name): np.zeros_like(tensors[name]) for name in trainable}
+    return feeds | tensors | {step_contract.momentum_name(name): np.zeros_like(tensors[name]) for name in trainable}
 
 
 def median_seconds(
-    run: Callable[[], object], clock: Clock = time.perf_counter, enough: float = _ENOUGH, most: float = _MAX_RUNS
+    run: Callable[[], object],
+    clock: Clock = time.perf_counter,
+    total_s: float = _MIN_RUN_TIME_S,
+    max_runs: float = _MAX_RUNS,
 ) -> float:
     """The median seconds of a run. The first run, which allocates, doesn't count.
 
-    A slow board runs once more, others for `enough` seconds, but no more than `most` times.
+    A slow board runs once more, others for `total_s` seconds, but no more than `max_runs` times.
     """
     began = clock()
     run()
-    min_runs = 1 if clock() - began > _LONG else _MIN_RUNS
+    min_runs = 1 if clock() - began > _LONG_RUN_S else _MIN_RUNS
     times: list[float] = []
-    while len(times) < min_runs or (sum(times) < enough and len(times) < most):
+    while len(times) < min_runs or (sum(times) < total_s and len(times) < max_runs):
         began = clock()
         run()
         times.append(clock() - began)

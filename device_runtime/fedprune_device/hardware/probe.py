@@ -21,14 +21,27 @@ import numpy as np
 
 from fedprune import __version__
 from fedprune.core import tensorfile
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.selection import Tensors
-from fedprune.planning.latency_model import LatencyTable, fitted, typical_gpu_table, typical_table
+from fedprune.planning.latency_model import LatencyTable, fit_latency_table, typical_gpu_table, typical_table
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
-from fedprune.runtime.session import Session
-from fedprune.runtime.session import version as onnxruntime_version
-from fedprune_device.hardware.layer_timing import measure, median_seconds, one_step, remembered_table, timed_step_feeds
-from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
+from fedprune.runtime.session import OnnxSession
+from fedprune.runtime.session import onnxruntime_version as onnxruntime_version
+from fedprune_device.hardware.layer_timing import (
+    load_or_measure_table,
+    measure_layers,
+    median_seconds,
+    step_runner,
+    timed_step_feeds,
+)
+from fedprune_device.hardware.readings import (
+    board_model,
+    clock_hz,
+    is_throttled,
+    memory,
+    resident_memory,
+    temperature_c,
+)
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 _ASSETS = resources.files("fedprune_device") / "assets"
@@ -58,31 +71,33 @@ def probe(
     runtime = runtime or onnxruntime_version()
     total, available = memory(root)
     begin("training and predicting", seconds)
-    train, infer, unit = _rates(threads, seconds, cuda)
-    conditions = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board(root)}"
+    train, infer, unit = _measure_rates(threads, seconds, cuda)
+    conditions = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board_model(root)}"
     if unit == CUDA:
         conditions += ", on its GPU"
     latency = None
 
     def measure_table() -> LatencyTable:
         begin("layers", layer_seconds)
-        measured = measure(threads, layer_seconds, cuda=unit == CUDA)
-        return fitted(measured, typical_gpu_table() if unit == CUDA else typical_table(train))
+        measured = measure_layers(threads, layer_seconds, cuda=unit == CUDA)
+        return fit_latency_table(measured, typical_gpu_table() if unit == CUDA else typical_table(train))
 
     if layer_seconds:
-        latency = measure_table() if memory_file is None else remembered_table(memory_file, conditions, measure_table)
+        latency = (
+            measure_table() if memory_file is None else load_or_measure_table(memory_file, conditions, measure_table)
+        )
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,
         memory_available=min(available, total),
         seconds=time.monotonic() - began,
         onnxruntime=runtime,
-        board=board(root),
+        board=board_model(root),
         clock_hz=clock_hz(root),
         train_rate=train,
         infer_rate=infer,
         temperature_c=temperature_c(root),
-        throttled=throttled(root),
+        throttled=is_throttled(root),
         latency=latency,
         unit=unit,
     )
@@ -93,7 +108,7 @@ def process_memory() -> int | None:
 
     Much of a library is only paged in once it is used, so a small training graph is loaded first.
     """
-    Session((_ASSETS / f"probe_training-{CPU}.onnx").read_bytes(), training=True)
+    OnnxSession((_ASSETS / f"probe_training-{CPU}.onnx").read_bytes(), training=True)
     return resident_memory()
 
 
@@ -124,19 +139,19 @@ def reference_predictor(tensors: Tensors, threads: int = 1, *, cuda: bool = Fals
         yield Predictor(folder, threads=threads, cuda=cuda)
 
 
-def _rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]:
+def _measure_rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]:
     """FLOP/s of the reference net's training step and forward pass, and the unit that trained it."""
     reference = reference_net()
-    rng = keyed(0, "probe")
+    rng = keyed_generator(0, "probe")
     tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
     batch = reference["batch"]
     x = rng.standard_normal((batch, *reference["input_shape"])).astype(np.float32)
     feeds = timed_step_feeds(x, rng.integers(0, reference["classes"], batch), tensors, tensors)
     graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
     # As for layers: plans count operators that are launched one by one.
-    session = Session(graph, threads=threads, training=True, cuda=cuda, records=False)
-    train = median_seconds(one_step(session, feeds), enough=seconds / 2, most=math.inf)
+    session = OnnxSession(graph, threads=threads, training=True, cuda=cuda, records=False)
+    train = median_seconds(step_runner(session, feeds), total_s=seconds / 2, max_runs=math.inf)
     with reference_predictor(tensors, threads, cuda=cuda) as predictor:
-        infer = median_seconds(lambda: predictor.predict(x), enough=seconds / 2, most=math.inf)
+        infer = median_seconds(lambda: predictor.predict(x), total_s=seconds / 2, max_runs=math.inf)
     rates = (2 * batch * reference[macs] / s for macs, s in (("training_macs", train), ("forward_macs", infer)))
     return (*rates, session.provider)

@@ -6,28 +6,28 @@ import contextlib
 import resource
 from pathlib import Path
 
-from fedprune.planning.identification import Facts, l4t_release
+from fedprune.planning.identification import BoardFacts, l4t_release
 
 # Bit 0 of `firmware_flags`.
 UNDER_VOLTAGE = 1
 
 # A device tree comes with the board's firmware: its entries and their number are bounded before they are sent or shown.
-_LONGEST = 200
-_MOST = 20
+_MAX_ENTRY_LENGTH = 200
+_MAX_ENTRIES = 20
 
 # On a Jetson: the release of its software.
-TEGRA = Path("/etc/nv_tegra_release")
+TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 _STATUS = Path("/proc/self/status")
 
 
-def facts(root: Path = Path("/")) -> Facts:
+def read_board_facts(root: Path = Path("/")) -> BoardFacts:
     total, _ = memory(root)
     entries = _text(root / "proc/device-tree/compatible").split("\0")
-    return Facts(
-        model=board(root),
-        compatible=tuple(e.strip()[:_LONGEST] for e in entries if e.strip())[:_MOST],
-        l4t=l4t_release(_text(root / TEGRA.relative_to("/"))),
+    return BoardFacts(
+        model=board_model(root),
+        compatible=tuple(e.strip()[:_MAX_ENTRY_LENGTH] for e in entries if e.strip())[:_MAX_ENTRIES],
+        l4t=l4t_release(_text(root / TEGRA_RELEASE.relative_to("/"))),
         memory_total=total,
         clock_hz=clock_hz(root),
     )
@@ -45,7 +45,7 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
     return max(total, 2**20), max(available, 0)
 
 
-def board(root: Path = Path("/")) -> str:
+def board_model(root: Path = Path("/")) -> str:
     return _text(root / "proc/device-tree/model").rstrip("\0")[:200]
 
 
@@ -60,7 +60,7 @@ def clock_hz(root: Path = Path("/")) -> int | None:
     clocks = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
     if not clocks:
         lines = _text(root / "proc/cpuinfo").splitlines()
-        clocks = [int(float(x.partition(":")[2]) * 1e6) for x in lines if x.startswith("cpu MHz") and _number(x)]
+        clocks = [int(float(x.partition(":")[2]) * 1e6) for x in lines if x.startswith("cpu MHz") and _has_number(x)]
     top = max(clocks, default=0)
     return top if 10**6 <= top <= 10**11 else None
 
@@ -76,7 +76,7 @@ def temperature_c(root: Path = Path("/")) -> float | None:
     return max(zones[True] or zones[False], default=None)
 
 
-def throttled(root: Path = Path("/")) -> bool:
+def is_throttled(root: Path = Path("/")) -> bool:
     """Whether the kernel reports that heat or low voltage slows the board down now."""
     if firmware_flags(root) & 0xF:
         return True
@@ -110,25 +110,25 @@ def power_mode(root: Path = Path("/")) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def condition(root: Path = Path("/")) -> str:
+def condition_text(root: Path = Path("/")) -> str:
     temperature, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
     texts = ["temperature unknown" if temperature is None else f"{temperature:.0f} °C"]
-    texts += ["slowed down"] if throttled(root) else []
+    texts += ["slowed down"] if is_throttled(root) else []
     texts += ["low voltage since boot"] if flags >> 16 & UNDER_VOLTAGE else []
     texts += [] if mode is None else [f"power mode {mode}"]
     return ", ".join(texts)
 
 
 def peak_memory() -> float:
-    """The peak memory of this process in bytes, from its start or from `restart_peak` on.
+    """The peak memory of this process in bytes, from its start or from `reset_peak_memory` on.
 
     getrusage, the fallback, also counts the process before it became this program: the size of whatever started it.
     """
-    peak = _status("VmHWM")
+    peak = _status_bytes("VmHWM")
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak)
 
 
-def restart_peak() -> None:
+def reset_peak_memory() -> None:
     """Reset the peak to the present memory, so that a round's peak is its own and not an earlier round's.
 
     A kernel without `clear_refs` goes on counting from the process's start: then a peak may be too high.
@@ -137,17 +137,17 @@ def restart_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def own_memory() -> int:
+def unreclaimable_memory() -> int:
     """Bytes of this process that the kernel can't take back, as it can pages of files."""
-    return _status("RssAnon") or 0
+    return _status_bytes("RssAnon") or 0
 
 
 def resident_memory() -> int | None:
     """Bytes of memory of this process; None where the kernel doesn't report it."""
-    return _status("VmRSS")
+    return _status_bytes("VmRSS")
 
 
-def _status(name: str) -> int | None:
+def _status_bytes(name: str) -> int | None:
     try:
         lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
@@ -162,5 +162,5 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _number(line: str) -> bool:
+def _has_number(line: str) -> bool:
     return line.partition(":")[2].strip().replace(".", "", 1).isdigit()

@@ -17,44 +17,44 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
 from fedprune.core.imports import program_code
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.session import version
-from fedprune_device.hardware.line_process import MARK, LineProcess, StrayLinesError
+from fedprune.runtime.session import onnxruntime_version
+from fedprune_device.hardware.line_process import ANSWER_PREFIX, LineProcess, StrayLinesError
 from fedprune_device.hardware.probe import probe, reference_net, reference_predictor
-from fedprune_device.hardware.readings import memory, own_memory
+from fedprune_device.hardware.readings import memory, unreclaimable_memory
 from fedprune_device.serving.model_slots import ModelSlots
 
 _LOG = logging.getLogger(__name__)
 
 # Generous, for small boards with slow cards: the limits only end a process that hangs.
-_START_S = 120.0
-_CHECK_S = 300.0
-_PROBE_S = 1800.0
-_NO_PROBE = "Start without the probe (`--no-probe`): the profile's figures are believed then."
+_START_TIMEOUT_S = 120.0
+_CHECK_TIMEOUT_S = 300.0
+_PROBE_TIMEOUT_S = 1800.0
+_NO_PROBE_HINT = "Start without the probe (`--no-probe`): the profile's figures are believed then."
 
 
-class RuntimeProcess(Closing):
+class RuntimeProcess(Closeable):
     """A process that the first request starts, and a request after `close` again. Not for several threads."""
 
     def __init__(self, python: str = sys.executable) -> None:
         self._python = python
         self._process: LineProcess | None = None
         self._version = ""
-        self._memory = 0, 0
+        self._memory_before = 0, 0
 
     def check(self) -> str:
         """Load onnxruntime and return its version; raises `RuntimeUnavailableError` if that crashes, fails or hangs."""
         if self._process is None:
-            self._memory = memory()[0], memory()[1] + own_memory()
+            self._memory_before = memory()[0], memory()[1] + unreclaimable_memory()
             self._start()
         return self._version
 
     def check_model(self, serving: Path | None = None) -> None:
         """Check that a small graph and the active model in the folder `serving` compute correct results."""
-        self._ask({"check": None if serving is None else str(serving)}, _CHECK_S, "a small graph")
+        self._request({"check": None if serving is None else str(serving)}, _CHECK_TIMEOUT_S, "a small graph")
 
     def probe(
         self,
@@ -72,13 +72,15 @@ class RuntimeProcess(Closing):
         settings = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds, "cuda": cuda}
         file = None if memory_file is None else str(memory_file)
         try:
-            report = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)
+            report = self._request(
+                {"probe": settings, "memory_file": file}, _PROBE_TIMEOUT_S, "the probe", _NO_PROBE_HINT
+            )
         except RuntimeUnavailableError as error:
             if not cuda:
                 raise
             _LOG.warning("the probe of the GPU has failed (%s): measuring the processor", error)
             return self.probe(threads, seconds, layer_seconds=layer_seconds, memory_file=memory_file)
-        total, available = self._memory
+        total, available = self._memory_before
         return replace(ProbeReport.from_dict(report), memory_total=total, memory_available=min(available, total))
 
     def close(self) -> None:
@@ -93,11 +95,11 @@ class RuntimeProcess(Closing):
         except OSError as error:
             raise RuntimeUnavailableError(f"can't start {self._python}: {error.strerror}") from error
         try:
-            self._version = str(self._answer(process, _START_S).get("version", ""))[:200]
+            self._version = str(self._answer(process, _START_TIMEOUT_S).get("version", ""))[:200]
         except EOFError as error:
-            code, reason = self._ended(process)
-            if process.late:
-                raise RuntimeUnavailableError(f"onnxruntime doesn't load within {_START_S:g} s") from error
+            code, reason = self._exit_reason(process)
+            if process.timed_out:
+                raise RuntimeUnavailableError(f"onnxruntime doesn't load within {_START_TIMEOUT_S:g} s") from error
             if code == MissingExtraError.exit_code:
                 raise MissingExtraError(
                     "onnxruntime is not installed", hint="On a Jetson it is JetPack's onnxruntime-gpu.", extra="board"
@@ -111,15 +113,15 @@ class RuntimeProcess(Closing):
             raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({reason})") from error
         return process
 
-    def _ask(self, request: dict[str, Any], seconds: float, subject: str, hint: str = "") -> Any:
+    def _request(self, request: dict[str, Any], seconds: float, subject: str, hint: str = "") -> Any:
         self.check()
         process = self._process or self._start()
         try:
             process.send(json.dumps(request).encode() + b"\n", seconds)
             answer = self._answer(process, seconds)
         except (OSError, EOFError) as error:
-            code, reason = self._ended(process)
-            if process.late:
+            code, reason = self._exit_reason(process)
+            if process.timed_out:
                 raise RuntimeUnavailableError(f"{subject} isn't done within {seconds:g} s", hint=hint) from error
             if code < 0:
                 reason = f"killed by signal {-code}"
@@ -132,14 +134,14 @@ class RuntimeProcess(Closing):
 
     def _answer(self, process: LineProcess, seconds: float) -> Any:
         try:
-            return process.answer(seconds)
+            return process.read_answer(seconds)
         except StrayLinesError as error:
             self.close()
             raise RuntimeUnavailableError("onnxruntime's process prints too much that is no answer") from error
 
-    def _ended(self, process: LineProcess) -> tuple[int, str]:
+    def _exit_reason(self, process: LineProcess) -> tuple[int, str]:
         """The exit status, and the last line of the error output."""
-        code, text = process.end()
+        code, text = process.wait_for_end()
         self.close()
         return code, (text.strip().splitlines() or ["no message"])[-1][:300]
 
@@ -153,27 +155,27 @@ def check_runtime(python: str = sys.executable) -> str:
 def serve() -> None:
     """The other side of `RuntimeProcess`: one request per line of standard input, one answer per line."""
     try:
-        loaded = version()
+        loaded = onnxruntime_version()
     except MissingExtraError as error:
         print(error, file=sys.stderr)
         sys.exit(int(error.exit_code))
-    _print({"version": loaded})
+    _print_answer({"version": loaded})
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "probe" in request:
                 file = request["memory_file"]
                 report = probe(**request["probe"], memory_file=None if file is None else Path(file), runtime=loaded)
-                _print({"answer": report.to_dict()})
+                _print_answer({"answer": report.to_dict()})
             else:
                 _check_model(request["check"])
-                _print({"answer": None})
+                _print_answer({"answer": None})
         except FedpruneError as error:
-            _print({"error": str(error)})
+            _print_answer({"error": str(error)})
 
 
-def _print(answer: dict[str, Any]) -> None:
-    print(MARK + json.dumps(answer), flush=True)
+def _print_answer(answer: dict[str, Any]) -> None:
+    print(ANSWER_PREFIX + json.dumps(answer), flush=True)
 
 
 def _check_model(serving: str | None) -> None:

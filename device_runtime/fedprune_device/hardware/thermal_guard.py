@@ -15,23 +15,23 @@ _LOG = logging.getLogger("fedprune.device")
 
 # Where training waits, and where it continues: a Raspberry Pi slows its clock down from 80 °C on, gradually
 # (https://www.raspberrypi.com/documentation/computers/raspberry-pi.html). The gap keeps pauses from alternating.
-HOT_C, COOL_C = 80.0, 72.0
+PAUSE_ABOVE_C, RESUME_BELOW_C = 80.0, 72.0
 
 # Seconds between two readings: heat changes slowly, and steps may take milliseconds.
-_LOOK_S = 5.0
+_READING_INTERVAL_S = 5.0
 
 
 class ThermalGuard:
     """Pauses training between two steps while the board is too hot or its voltage too low.
 
-    Training waits from `hot_c` °C on until it is below `cool_c`. `waiting` is the reason for the current pause, empty
-    without one; `waited` are the seconds in all.
+    Training waits from `hot_c` °C on until it is below `cool_c`. `pause_reason` is the reason for the current pause,
+    empty without one; `paused_seconds` are the seconds in all.
     """
 
     def __init__(
         self,
-        hot_c: float = HOT_C,
-        cool_c: float = COOL_C,
+        hot_c: float = PAUSE_ABOVE_C,
+        cool_c: float = RESUME_BELOW_C,
         *,
         root: Path = Path("/"),
         clock: Callable[[], float] = time.monotonic,
@@ -45,30 +45,30 @@ class ThermalGuard:
         self._root = root
         self._clock = clock
         self._sleep = sleep
-        self._next = -math.inf
-        self.waiting = ""
-        self.waited = 0.0
+        self._next_reading_at = -math.inf
+        self.pause_reason = ""
+        self.paused_seconds = 0.0
 
     def pause(self, stop: Callable[[], bool]) -> bool:
         """Wait while the board needs it, unless `stop` returns True; returns its last value."""
         now = self._clock()
-        if now < self._next:
+        if now < self._next_reading_at:
             return stop()
-        self._next = now + _LOOK_S
-        reason = self._trouble(self._hot)
+        self._next_reading_at = now + _READING_INTERVAL_S
+        reason = self._reason_to_wait(self._hot)
         if reason and not stop():
             _LOG.warning("training waits: %s", reason)
-            self.waiting = reason
-            while (reason := self._trouble(self._cool)) and not stop():
+            self.pause_reason = reason
+            while (reason := self._reason_to_wait(self._cool)) and not stop():
                 self._sleep(1.0)
-            self.waiting = ""
+            self.pause_reason = ""
             seconds = self._clock() - now
-            self.waited += seconds
-            self._next = self._clock() + _LOOK_S
+            self.paused_seconds += seconds
+            self._next_reading_at = self._clock() + _READING_INTERVAL_S
             _LOG.info("training continues after %.0f s", seconds)
         return stop()
 
-    def _trouble(self, limit_c: float) -> str:
+    def _reason_to_wait(self, limit_c: float) -> str:
         temperature = temperature_c(self._root)
         if temperature is not None and temperature >= limit_c:
             return f"{temperature:.0f} °C, limit {limit_c:g} °C"

@@ -20,18 +20,26 @@ from pathlib import Path
 from typing import IO
 
 from fedprune_device.launcher.sd_notify import notify
-from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
-from fedprune_device.launcher.state import COMMITTED, STAGED, TRIAL, DamagedError, LauncherState, UpdateOutcome, line
+from fedprune_device.launcher.slot_store import KEY_FILE, SlotRecord, SlotStore
+from fedprune_device.launcher.state import (
+    COMMITTED,
+    STAGED,
+    TRIAL,
+    DamagedError,
+    LauncherState,
+    UpdateOutcome,
+    flat_line,
+)
 
 VERSION = 1  # releases name the oldest launcher that can start them (`Release.launcher`)
 
-_PAUSE_S = 0.2  # between two looks at the child process
-_GRACE_S = 10.0  # from SIGTERM to SIGKILL
-_WORDS_S = 2.0  # how long the end of a dead child's stderr is waited for
-_WORDS = 2000  # bytes of a line of stderr
-_WORDLESS = "the last attempt ended without a message, as in a power cut"
+_POLL_INTERVAL_S = 0.2  # between two looks at the child process
+_STOP_TIMEOUT_S = 10.0  # from SIGTERM to SIGKILL
+_STDERR_TIMEOUT_S = 2.0  # how long the end of a dead child's stderr is waited for
+_MAX_STDERR_LINE = 2000  # bytes of a line of stderr
+_NO_MESSAGE = "the last attempt ended without a message, as in a power cut"
 # The program of a slot. The current folder is taken off the path, or a file in it could replace a module of the slot.
-_START = """
+_START_CODE = """
 import sys
 from importlib import import_module
 sys.path[:] = [p for p in sys.path if p]
@@ -42,7 +50,7 @@ sys.exit(getattr(import_module(module), function)())
 
 # Begins the process of a release on trial: it ends with its launcher, however that ends. An orphan would hold the state
 # directory's lock, so that a launcher that is started again could run no release.
-_END_WITH_LAUNCHER = """
+_END_WITH_LAUNCHER_CODE = """
 import os, signal
 try:
     import ctypes
@@ -56,41 +64,44 @@ if os.getppid() != {launcher}:
 
 @dataclass(frozen=True)
 class SlotExit:
-    """How a started release ended. `code` is the launcher's exit code if it ends, too; `asked`: it was told to stop."""
+    """How a started release ended. `code` is the launcher's exit code if it ends, too; `was_stopped`: it was told to
+    stop."""
 
     reason: str
     code: int = 1
-    asked: bool = False
+    was_stopped: bool = False
 
 
-def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
+def choose_slot(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
     """Choose the slot to start. An attempt of a trial is counted on the disk when this returns.
 
     The state's phase is `TRIAL` if the slot is on trial. Raises `DamagedError` if nothing can be started.
     """
-    with home.changing():
+    with home.lock_state():
         state = home.load()
         if state is None:
-            state = home.recover()
+            state = home.recovered_state()
             home.save(state)
         if state.phase == TRIAL and state.left <= 0:
             trouble = f" ({state.trouble})" if state.trouble else ""
-            state = _saved(home, state.roll_back(_WORDLESS + trouble))
+            state = _save_state(home, state.roll_back(_NO_MESSAGE + trouble))
         if state.phase == TRIAL:
             try:
-                record = home.whole(state.other)
-                return state.other, record, _saved(home, state.used())
+                record = home.checked_record(state.other_slot)
+                return state.other_slot, record, _save_state(home, state.use_attempt())
             except DamagedError as error:
-                state = _saved(home, state.roll_back(f"not what was staged: {error}"))
+                state = _save_state(home, state.roll_back(f"not what was staged: {error}"))
         if state.phase == STAGED:
             lapsed = state.left <= 0
-            state = _saved(home, state.roll_back("staged, but not begun in time") if lapsed else state.used())
+            state = _save_state(
+                home, state.roll_back("staged, but not begun in time") if lapsed else state.use_attempt()
+            )
         try:
-            return state.stable, home.whole(state.stable), state
+            return state.stable, home.checked_record(state.stable), state
         except DamagedError as error:
             reason = str(error)
         try:
-            record = home.whole(state.other)
+            record = home.checked_record(state.other_slot)
         except DamagedError:
             if home.key() is not None:
                 raise DamagedError(reason) from None  # only what the server has signed is started
@@ -99,27 +110,27 @@ def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
         version = state.highest
         with suppress(DamagedError):
             version = home.record(state.stable).version
-        state = _saved(home, state.fall_back(version, f"{reason}; version {record.version} serves"))
+        state = _save_state(home, state.fall_back(version, f"{reason}; version {record.version} serves"))
         return state.stable, record, state
 
 
-def launch(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None], SlotExit]) -> int:
-    """Start the slot that `decide` chooses, and after a failed trial the next one; returns the exit code.
+def run_slots(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None], SlotExit]) -> int:
+    """Start the slot that `choose_slot` chooses, and after a failed trial the next one; returns the exit code.
 
     `run` starts a slot and returns when it has ended; a slot on trial gets the state, whose deadline it keeps.
     """
     while True:
-        slot, record, state = decide(home)
+        slot, record, state = choose_slot(home)
         on_trial = state.phase == TRIAL
         slot_exit = run(slot, record, state if on_trial else None)
         if not on_trial:
             return slot_exit.code
-        with home.changing():
+        with home.lock_state():
             after = home.load()
             if after is not None and after.phase == TRIAL and after.highest == state.highest:
                 trouble = after.trouble if after.sequence > state.sequence else ""
-                home.save(after.failed(f"{slot_exit.reason} ({trouble})" if trouble else slot_exit.reason))
-        if slot_exit.asked or (after is not None and after.outcome == UpdateOutcome(state.highest, COMMITTED)):
+                home.save(after.fail_attempt(f"{slot_exit.reason} ({trouble})" if trouble else slot_exit.reason))
+        if slot_exit.was_stopped or (after is not None and after.outcome == UpdateOutcome(state.highest, COMMITTED)):
             return slot_exit.code
 
 
@@ -129,12 +140,12 @@ class SlotRunner:
     def __init__(self, home: SlotStore, arguments: Sequence[str]) -> None:
         self._home = home
         self._arguments = list(arguments)
-        self._asked = 0
+        self._stop_signal = 0
         self._child: subprocess.Popen[bytes] | None = None
 
     def __call__(self, slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         """Start a stable slot in place of this process, or one on trial as a child process."""
-        command = [sys.executable, "-c", _START, record.entry, *self._arguments]
+        command = [sys.executable, "-c", _START_CODE, record.entry, *self._arguments]
         environment = {
             **os.environ,
             "FEDPRUNE_ROOT": str(self._home.root),
@@ -145,23 +156,24 @@ class SlotRunner:
         }
         if state is None:
             os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # no shell is involved
-        command[2] = _END_WITH_LAUNCHER.format(launcher=os.getpid()) + _START
+        command[2] = _END_WITH_LAUNCHER_CODE.format(launcher=os.getpid()) + _START_CODE
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
-        old_handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        old_handlers = {number: signal.signal(number, self._on_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
         stderr_tail = StderrTail(child.stderr)
         deadline = time.monotonic() + state.seconds
-        while child.poll() is None and time.monotonic() < deadline and not self._asked:
-            time.sleep(_PAUSE_S)
+        while child.poll() is None and time.monotonic() < deadline and not self._stop_signal:
+            time.sleep(_POLL_INTERVAL_S)
         after = self._home.load()
-        is_late = not self._asked and child.poll() is None and after is not None and after.phase == TRIAL
-        if is_late or self._asked:
+        is_late = not self._stop_signal and child.poll() is None and after is not None and after.phase == TRIAL
+        if is_late or self._stop_signal:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
-                child.wait(_GRACE_S)
+                child.wait(_STOP_TIMEOUT_S)
             child.kill()
         child.wait()  # a committed release keeps running; the launcher waits for its end
-        # With the old handlers a stop ends the launcher; `_ask` would only remember it while the next release starts.
+        # With the old handlers a stop ends the launcher; `_on_stop` would only remember it while the next release
+        # starts.
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
         code = child.returncode
@@ -169,13 +181,13 @@ class SlotRunner:
         reason = f"not healthy within {state.seconds:g} s" if is_late else f"{ending} before it was healthy"
         last_line = stderr_tail.read() if code > 0 and not is_late else ""
         reason += f": {last_line}" if last_line else ""
-        return SlotExit(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
+        return SlotExit(reason, 0 if self._stop_signal else code if code >= 0 else 128 - code, bool(self._stop_signal))
 
-    def _ask(self, number: int, _frame: object) -> None:
+    def _on_stop(self, number: int, _frame: object) -> None:
         """Pass a stop on to the release; a second stop kills it."""
         if self._child is not None:
-            self._child.send_signal(signal.SIGKILL if self._asked else signal.SIGTERM)
-        self._asked = number
+            self._child.send_signal(signal.SIGKILL if self._stop_signal else signal.SIGTERM)
+        self._stop_signal = number
 
 
 class StderrTail:
@@ -184,18 +196,18 @@ class StderrTail:
     def __init__(self, stream: IO[bytes] | None) -> None:
         self._stream = stream
         self._last = b""
-        self._thread = threading.Thread(target=self._pass, daemon=True)
+        self._thread = threading.Thread(target=self._forward, daemon=True)
         self._thread.start()
 
     def read(self) -> str:
-        self._thread.join(_WORDS_S)  # a child of it may hold the stream open
-        return line(self._last.decode(errors="replace"))
+        self._thread.join(_STDERR_TIMEOUT_S)  # a child of it may hold the stream open
+        return flat_line(self._last.decode(errors="replace"))
 
-    def _pass(self) -> None:
+    def _forward(self) -> None:
         if self._stream is None:
             return
         with self._stream as stream:
-            while piece := stream.readline(_WORDS):
+            while piece := stream.readline(_MAX_STDERR_LINE):
                 self._last = piece if piece.strip() else self._last
                 with suppress(OSError):
                     sys.stderr.buffer.write(piece)
@@ -213,14 +225,16 @@ def main() -> int:
     home = SlotStore(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
     try:
         if home.key() is None:
-            print(f"{home.root} has no {KEY}: slots are checked for damage, not for who made them", file=sys.stderr)
-        return launch(home, SlotRunner(home, sys.argv[1:]))
+            print(
+                f"{home.root} has no {KEY_FILE}: slots are checked for damage, not for who made them", file=sys.stderr
+            )
+        return run_slots(home, SlotRunner(home, sys.argv[1:]))
     except (DamagedError, OSError) as error:
-        print(f"error: {line(str(error))}. Install the runtime again.", file=sys.stderr)
+        print(f"error: {flat_line(str(error))}. Install the runtime again.", file=sys.stderr)
         return 31
 
 
-def _saved(home: SlotStore, state: LauncherState) -> LauncherState:
+def _save_state(home: SlotStore, state: LauncherState) -> LauncherState:
     home.save(state)
     return replace(state, sequence=state.sequence + 1)
 

@@ -11,18 +11,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-_SOCKET, _WATCHDOG = "NOTIFY_SOCKET", "WATCHDOG_USEC"
+_SOCKET_VARIABLE, _WATCHDOG_VARIABLE = "NOTIFY_SOCKET", "WATCHDOG_USEC"
 
 READY, WATCHDOG, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
 
-START_S = 900  # how long a start may take without a message: the unit's TimeoutStartSec
+START_TIMEOUT_S = 900  # how long a start may take without a message: the unit's TimeoutStartSec
 
-_AGAIN_S = 60.0  # between two extensions of a start, each of which lasts START_S
+_EXTEND_INTERVAL_S = 60.0  # between two extensions of a start, each of which lasts START_S
 
 
 def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Send assignments such as `READY`, one per line, to the service manager; False if none listens."""
-    address = environment.get(_SOCKET, "")
+    address = environment.get(_SOCKET_VARIABLE, "")
     if address[:1] not in ("/", "@"):  # vsock addresses are for virtual machines
         return False
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
@@ -32,30 +32,34 @@ def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
     return False
 
 
-def status(text: str) -> str:
+def status_line(text: str) -> str:
     """An assignment whose text `systemctl status` shows."""
     return "STATUS=" + " ".join(text.split())
 
 
-def more_time(seconds: float) -> str:
+def extension_line(seconds: float) -> str:
     """An assignment that extends the time for a start by these seconds."""
     return f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"
 
 
 @contextmanager
-def starting(description: str, tell: Callable[[str], object] = notify, again: float = _AGAIN_S) -> Iterator[None]:
+def extend_start(
+    description: str, tell: Callable[[str], object] = notify, interval_s: float = _EXTEND_INTERVAL_S
+) -> Iterator[None]:
     """Keep systemd from ending a start that waits for a network or an approval, while the body runs.
 
     The manager isn't told that the service is ready, because its watchdog would begin to count. After the body the
-    start has nearly `START_S` seconds again.
+    start has nearly `START_TIMEOUT_S` seconds again.
     """
-    with repeating(lambda: tell(f"{status(description)}\n{more_time(START_S)}"), again, "fedprune-starting"):
+    with repeat_call(
+        lambda: tell(f"{status_line(description)}\n{extension_line(START_TIMEOUT_S)}"), interval_s, "fedprune-starting"
+    ):
         yield
 
 
 @contextmanager
-def repeating(call: Callable[[], object], interval_s: float, name: str) -> Iterator[None]:
-    """Call a function at once and every `again` seconds, in a thread of this name, while the body runs."""
+def repeat_call(call: Callable[[], object], interval_s: float, name: str) -> Iterator[None]:
+    """Call a function at once and every `interval_s` seconds, in a thread of this name, while the body runs."""
     ended = threading.Event()
 
     def run() -> None:
@@ -78,5 +82,5 @@ def watchdog_seconds(environment: Mapping[str, str] = os.environ) -> float | Non
 
     WATCHDOG_PID is ignored, because the launcher's child feeds the watchdog of the whole service.
     """
-    microseconds = environment.get(_WATCHDOG, "")
+    microseconds = environment.get(_WATCHDOG_VARIABLE, "")
     return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) > 0 else None

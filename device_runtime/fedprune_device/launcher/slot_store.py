@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedprune_device.launcher.ed25519 import verify
+from fedprune_device.launcher.ed25519 import verify_signature
 from fedprune_device.launcher.state import ROLLED_BACK, SLOTS, DamagedError, LauncherState, UpdateOutcome
 
 FORMAT = 1  # format of state and records. A launcher is installed once, and reads what later releases write.
 
-KEY = "server.pub"
+KEY_FILE = "server.pub"
 # The prefix of a signed manifest, as in `fedprune.releases.release`, which the launcher can't import.
-PURPOSE = b"fedprune release 1\n"
+SIGNATURE_PREFIX = b"fedprune release 1\n"
 
 Owner = tuple[int, int]  # numbers of a user and its group
 
@@ -74,7 +74,7 @@ class SlotStore:
 
     def key(self) -> bytes | None:
         """The key that must have signed what is started; None if the board has none. Raises `DamagedError`."""
-        path = self.root / KEY
+        path = self.root / KEY_FILE
         try:
             key = bytes.fromhex(path.read_text(encoding="ascii").strip())
         except FileNotFoundError:
@@ -86,7 +86,7 @@ class SlotStore:
         return key
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
+    def lock_state(self) -> Iterator[None]:
         """Lock the state while it is read and written; other processes wait."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -99,7 +99,7 @@ class SlotStore:
         states = []
         for name in ("state.json", "copy.json"):
             with suppress(DamagedError):
-                states.append(LauncherState.read(_read(self.folder / name)))
+                states.append(LauncherState.from_document(_read_document(self.folder / name)))
         return max(states, key=lambda s: s.sequence, default=None)
 
     def save(self, state: LauncherState) -> None:
@@ -107,11 +107,11 @@ class SlotStore:
         state = replace(state, sequence=state.sequence + 1)
         # One after the other, each synced: a power cut damages at most one of them.
         for name in ("copy.json", "state.json"):
-            _write(self.folder / name, asdict(state))
+            _write_document(self.folder / name, asdict(state))
 
     def record(self, slot: str) -> SlotRecord:
         """The record of a slot; raises `DamagedError` if nothing is installed there, or the record is damaged."""
-        body = _read(self.folder / f"{slot}.json")
+        body = _read_document(self.folder / f"{slot}.json")
         try:
             files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
             system_modules = body.get("system")
@@ -135,14 +135,14 @@ class SlotStore:
 
     def write_record(self, slot: str, record: SlotRecord) -> None:
         """Write a slot's record; from then on it counts as installed."""
-        _write(self.folder / f"{slot}.json", asdict(record))
+        _write_document(self.folder / f"{slot}.json", asdict(record))
 
     def drop_record(self, slot: str) -> None:
         with suppress(FileNotFoundError):
             (self.folder / f"{slot}.json").unlink()
-        sync_folder(self.folder)
+        sync_slot_folder(self.folder)
 
-    def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> SlotRecord:
+    def checked_record(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> SlotRecord:
         """A slot's record, after checking that the server (or `key`) signed it, every file matches and none is added.
 
         `from_disk` reads synced files from the disk instead of the page cache, which hides write errors. Raises
@@ -150,7 +150,7 @@ class SlotStore:
         """
         record, folder = self.record(slot), self.root / slot
         key = self.key() if key is None else key
-        if key is not None and not _signed(record, key):
+        if key is not None and not _is_signed(record, key):
             raise DamagedError(f"slot {slot}: the server's key has not signed what is in it")
         paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
         present_paths = {str(p.relative_to(folder)) for p in paths}
@@ -158,11 +158,11 @@ class SlotStore:
             what = "is missing" if path in record.files else "doesn't belong there"
             raise DamagedError(f"slot {slot}: {path} {what}")
         for path, (sha256, size) in record.files.items():
-            if (folder / path).is_symlink() or digest(folder / path, from_disk=from_disk) != (sha256, size):
+            if (folder / path).is_symlink() or digest_and_size(folder / path, from_disk=from_disk) != (sha256, size):
                 raise DamagedError(f"slot {slot}: {path} is damaged")
         return record
 
-    def recover(self) -> LauncherState:
+    def recovered_state(self) -> LauncherState:
         """Make a state in place of a lost one. The lower version becomes stable, since the other may never have run.
 
         Raises `DamagedError` if no slot is whole.
@@ -170,7 +170,7 @@ class SlotStore:
         versions = {}
         for slot in SLOTS:
             with suppress(DamagedError):
-                versions[slot] = self.whole(slot).version
+                versions[slot] = self.checked_record(slot).version
         if not versions:
             raise DamagedError("neither the launcher's state nor a slot is whole")
         highest, stable = max(versions.values()), min(versions, key=lambda s: versions[s])
@@ -178,7 +178,7 @@ class SlotStore:
         return LauncherState(stable, highest=highest, outcome=UpdateOutcome(highest, ROLLED_BACK, reason))
 
 
-def running(environment: Mapping[str, str] = os.environ) -> str:
+def running_slot_text(environment: Mapping[str, str] = os.environ) -> str:
     root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
     if not root or slot not in SLOTS:
         return ""
@@ -194,18 +194,18 @@ def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
-def _signed(record: SlotRecord, key: bytes) -> bool:
+def _is_signed(record: SlotRecord, key: bytes) -> bool:
     """Whether the owner of a key signed the manifest of a record."""
     try:
         signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()
-        body = json.loads(manifest) if verify(key, signature, PURPOSE + manifest) else {}
+        body = json.loads(manifest) if verify_signature(key, signature, SIGNATURE_PREFIX + manifest) else {}
         signed_facts = body["number"], body["entry"], body["contents"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
     return bool(signed_facts == (record.version, record.entry, files_digest(record.files)))
 
 
-def digest(path: Path, *, from_disk: bool = False) -> tuple[str, int]:
+def digest_and_size(path: Path, *, from_disk: bool = False) -> tuple[str, int]:
     """sha256 and size of a file; ("", -1) if it can't be read."""
     sha256, size = hashlib.sha256(), 0
     try:
@@ -220,7 +220,7 @@ def digest(path: Path, *, from_disk: bool = False) -> tuple[str, int]:
     return sha256.hexdigest(), size
 
 
-def _read(path: Path) -> Any:
+def _read_document(path: Path) -> Any:
     try:
         outer = json.loads(path.read_bytes())
         text = outer["body"]
@@ -252,16 +252,16 @@ def write_file(path: Path, data: bytes, mode: int = 0o644, owner: Owner | None =
     finally:
         os.close(descriptor)
     new_path.replace(path)
-    sync_folder(path.parent)
+    sync_slot_folder(path.parent)
 
 
-def _write(path: Path, body: Any) -> None:
+def _write_document(path: Path, body: Any) -> None:
     text = json.dumps(body, sort_keys=True)
     document = {"format": FORMAT, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_file(path, json.dumps(document).encode())
 
 
-def sync_folder(folder: Path) -> None:
+def sync_slot_folder(folder: Path) -> None:
     """Make renames and deletions in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -17,8 +17,8 @@ SLOTS = ("a", "b")
 STABLE, STAGED, TRIAL = "stable", "staged", "trial"
 COMMITTED, ROLLED_BACK = "committed", "rolled back"
 
-MOST_STARTS = 1000  # of starts of a staged release, and of attempts of a trial
-LONGEST_S = 3600.0  # of an attempt
+MAX_STARTS = 1000  # of starts of a staged release, and of attempts of a trial
+MAX_ATTEMPT_S = 3600.0  # of an attempt
 
 
 class DamagedError(Exception):
@@ -59,7 +59,7 @@ class LauncherState:
     sequence: int = 0
 
     @property
-    def other(self) -> str:
+    def other_slot(self) -> str:
         return SLOTS[1] if self.stable == SLOTS[0] else SLOTS[0]
 
     def stage(self, version: int, starts: int) -> LauncherState:
@@ -68,33 +68,39 @@ class LauncherState:
     def arm(self, attempts: int, seconds: float) -> LauncherState:
         return replace(self, phase=TRIAL, left=attempts, seconds=seconds, trouble="")
 
-    def used(self) -> LauncherState:
+    def use_attempt(self) -> LauncherState:
         return replace(self, left=self.left - 1)
 
     def commit(self) -> LauncherState:
         return replace(
-            self, stable=self.other, phase=STABLE, left=0, trouble="", outcome=UpdateOutcome(self.highest, COMMITTED)
+            self,
+            stable=self.other_slot,
+            phase=STABLE,
+            left=0,
+            trouble="",
+            outcome=UpdateOutcome(self.highest, COMMITTED),
         )
 
     def roll_back(self, reason: str) -> LauncherState:
-        outcome = UpdateOutcome(self.highest, ROLLED_BACK, line(reason))
+        outcome = UpdateOutcome(self.highest, ROLLED_BACK, flat_line(reason))
         return replace(self, phase=STABLE, left=0, trouble="", outcome=outcome)
 
-    def failed(self, reason: str) -> LauncherState:
+    def fail_attempt(self, reason: str) -> LauncherState:
         """Note that an attempt failed; after the last one the trial is rolled back."""
-        return self.roll_back(reason) if self.left <= 0 else replace(self, trouble=line(reason))
+        return self.roll_back(reason) if self.left <= 0 else replace(self, trouble=flat_line(reason))
 
-    def note(self, trouble: str) -> LauncherState:
+    def with_trouble(self, trouble: str) -> LauncherState:
         """Note a reason that is reported if the attempt ends without a message."""
-        return replace(self, trouble=line(trouble))
+        return replace(self, trouble=flat_line(trouble))
 
     def fall_back(self, version: int, reason: str) -> LauncherState:
         return replace(
-            LauncherState(self.other, highest=self.highest), outcome=UpdateOutcome(version, ROLLED_BACK, line(reason))
+            LauncherState(self.other_slot, highest=self.highest),
+            outcome=UpdateOutcome(version, ROLLED_BACK, flat_line(reason)),
         )
 
     @classmethod
-    def read(cls, body: Any) -> LauncherState:
+    def from_document(cls, body: Any) -> LauncherState:
         try:
             state = cls(**{**body, "outcome": UpdateOutcome(**body["outcome"]) if body["outcome"] else None})
             numbers = (state.left, state.highest, state.sequence)
@@ -102,8 +108,8 @@ class LauncherState:
                 state.stable not in SLOTS
                 or state.phase not in (STABLE, STAGED, TRIAL)
                 or not all(isinstance(n, int) and n >= 0 for n in numbers)
-                or state.left > MOST_STARTS
-                or not 0 <= state.seconds <= LONGEST_S
+                or state.left > MAX_STARTS
+                or not 0 <= state.seconds <= MAX_ATTEMPT_S
             ):
                 raise ValueError("a value is out of range")
         except (TypeError, KeyError, ValueError) as error:
@@ -111,5 +117,5 @@ class LauncherState:
         return state
 
 
-def line(text: str) -> str:
+def flat_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
+from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, path_remedy
 from fedprune.core.text import decode_text, one_line
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Admission, Claim
-from fedprune.security.tls import BUILT, pinned_context, unpinned_context
+from fedprune.security.joining import Admission, JoinClaim
+from fedprune.security.tls import BUILD_TIME, pinned_context, unpinned_context
 from fedprune.wire.fleet_messages import JoinAnswer
-from fedprune.wire.link import Link
-from fedprune.wire.messages import parse
+from fedprune.wire.link import BrokerLink
+from fedprune.wire.messages import parse_message
 from fedprune.wire.topics import Topics
 from fedprune.wire.urls import BrokerUrl
 
@@ -31,21 +31,23 @@ _LOG = logging.getLogger("fedprune.device")
 
 JOIN_PORT = 8884  # of brokers that `fedprune-server broker-config` sets up, in addition to 8883 for members
 
-_MEMBERS_PORT = 8883
-_AGAIN_S = 5.0  # between two requests without an answer
-_WAITING_S = 20.0  # between two requests while an operator's approval is awaited, which takes minutes at least
-_LOOK_S = 600.0  # between two looks at the certificate's end
+_MEMBER_PORT = 8883
+_REQUEST_INTERVAL_S = 5.0  # between two requests without an answer
+_APPROVAL_INTERVAL_S = (
+    20.0  # between two requests while an operator's approval is awaited, which takes minutes at least
+)
+_RENEWAL_INTERVAL_S = 600.0  # between two looks at the certificate's end
 _DAY_S = 24 * 3600.0
-_PATIENCE_S = 60.0  # for one renewal; the next look tries again
+_RENEWAL_TIMEOUT_S = 60.0  # for one renewal; the next look tries again
 
 
 def join_urls(broker: str) -> list[str]:
     """URLs at which a board may ask to join, likeliest first; raises `ConfigError` if `broker` isn't a URL."""
     url = BrokerUrl.parse(broker)
-    if not url.tls or url.port != _MEMBERS_PORT:
+    if not url.tls or url.port != _MEMBER_PORT:
         return [broker]
     scheme, _, rest = broker.rstrip("/").partition("://")
-    return [f"{scheme}://{rest.removesuffix(f':{_MEMBERS_PORT}')}:{JOIN_PORT}", broker]
+    return [f"{scheme}://{rest.removesuffix(f':{_MEMBER_PORT}')}:{JOIN_PORT}", broker]
 
 
 class ForeignAnswerError(JoinError):
@@ -62,11 +64,13 @@ def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path |
     """The brokers and TLS settings to ask over, likeliest first. By default the fleet's own authority vouches for them,
     once it is known.
     """
-    if not identity.joined and authority is None:
-        return [JoinRoute(BrokerUrl.parse(url).bare, unpinned_context) for url in urls]
-    if not identity.joined:
+    if not identity.has_joined and authority is None:
+        return [JoinRoute(BrokerUrl.parse(url).without_credentials, unpinned_context) for url in urls]
+    if not identity.has_joined:
         return [
-            JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILT)) for url in urls if authority
+            JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILD_TIME))
+            for url in urls
+            if authority
         ]
     without_certificate = [JoinRoute(url, lambda: identity.context(authority, certificate=False)) for url in urls]
     # First without a certificate, since the board's own may have expired; but some brokers require one.
@@ -76,13 +80,13 @@ def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path |
 def enrol(
     identity: DeviceIdentity,
     urls: Sequence[str],
-    claim: Claim | None,
+    claim: JoinClaim | None,
     pin: bytes | None = None,
     *,
     authority: Path | None = None,
     patience_s: float | None = None,
     stopped: threading.Event | None = None,
-    tell: Callable[[str], None] = _LOG.info,
+    report: Callable[[str], None] = _LOG.info,
 ) -> Admission:
     """Ask until an answer comes; afterwards the identity has `joined`.
 
@@ -104,31 +108,31 @@ def enrol(
         errors: list[BrokerError | ForeignAnswerError] = []
         for route in join_routes(identity, urls, authority):
             try:
-                return _asked(identity, route, claim, authority_pin, deadline, stopped, tell)
+                return _ask_over(identity, route, claim, authority_pin, deadline, stopped, report)
             except (BrokerError, ForeignAnswerError) as error:  # noqa: PERF203 - each may be tried again
                 errors.append(error)
         # Not every broker has a port for joining: errors are reported only when all routes have failed.
         lines = [one_line(str(error)) for error in errors]
         is_over = deadline is not None and time.monotonic() >= deadline  # then the last one is the command's error
         for line in lines[: len(lines) - is_over] if lines != reported_lines else ():
-            tell(line)
+            report(line)
         reported_lines = lines
         last_error = next(
             (e for e in errors if isinstance(e, ForeignAnswerError)), errors[-1] if errors else last_error
         )
         seconds_left = math.inf if deadline is None else deadline - time.monotonic()
-        stopped.wait(max(0.0, min(_AGAIN_S, seconds_left)))
+        stopped.wait(max(0.0, min(_REQUEST_INTERVAL_S, seconds_left)))
     raise last_error or BrokerError(f"no server was asked to let {identity.device} in")
 
 
-def _asked(
+def _ask_over(
     identity: DeviceIdentity,
     route: JoinRoute,
-    claim: Claim | None,
+    claim: JoinClaim | None,
     pin: bytes,
     deadline: float | None,
     stopped: threading.Event,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Admission:
     """Ask over one broker until the server admits or refuses the board.
 
@@ -136,33 +140,33 @@ def _asked(
     """
     request, topics, is_waiting = identity.request(claim), Topics(identity.site), False
     foreign_answer: ProtocolError | None = None
-    with Link(route.url, request.nonce, tls=route.tls) as link:
-        link.subscribe([topics.joined(request.nonce)])
+    with BrokerLink(route.url, request.nonce, tls=route.tls) as link:
+        link.subscribe([topics.join_answer(request.nonce)])
         link.start()
         next_request_at = 0.0
         while not stopped.is_set() and (deadline is None or time.monotonic() < deadline):
             if time.monotonic() >= next_request_at:
-                link.publish(topics.join(request.nonce), request.to_bytes())
-                next_request_at = time.monotonic() + (_WAITING_S if is_waiting else _AGAIN_S)
+                link.publish(topics.join_request(request.nonce), request.to_bytes())
+                next_request_at = time.monotonic() + (_APPROVAL_INTERVAL_S if is_waiting else _REQUEST_INTERVAL_S)
             item = link.get(0.2)
             if not isinstance(item, tuple):
                 continue
             try:
-                answer = parse(item[1])
+                answer = parse_message(item[1])
                 admission = identity.admit(answer, pin) if isinstance(answer, JoinAnswer) else None
             except ProtocolError as error:  # a forged answer must not end the wait for the server's own
                 if foreign_answer is None:
-                    tell(f"an answer doesn't count: {one_line(str(error))}")
+                    report(f"an answer doesn't count: {one_line(str(error))}")
                 foreign_answer = error
                 continue
             if admission is not None:
                 return admission
             if not is_waiting:
                 is_waiting = True
-                tell(
-                    f"waiting for the operator: compare the key's fingerprint, {identity.key.verifying.fingerprint}, "
-                    f"with `fedprune-server devices`, then `fedprune-server devices approve "
-                    f"{identity.device} --key {identity.key.verifying.fingerprint}`"
+                report(
+                    f"waiting for the operator: compare the key's fingerprint, "
+                    f"{identity.key.verifying_key.fingerprint}, with `fedprune-server devices`, then `fedprune-server "
+                    f"devices approve {identity.device} --key {identity.key.verifying_key.fingerprint}`"
                 )
     if foreign_answer is not None and not is_waiting and not stopped.is_set():
         raise ForeignAnswerError(
@@ -187,13 +191,13 @@ class Renewal:
         self,
         identity: DeviceIdentity,
         urls: Sequence[str],
-        connected: Callable[[], bool],
+        is_connected: Callable[[], bool],
         authority: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
         self._urls = urls
-        self._connected = connected
+        self._is_connected = is_connected
         self._authority = authority
         self._clock = clock
         self._renewed_at = -_DAY_S
@@ -209,32 +213,32 @@ class Renewal:
         self._thread.join(10)
 
     def _run(self) -> None:
-        while not self._stopped.wait(_LOOK_S):
+        while not self._stopped.wait(_RENEWAL_INTERVAL_S):
             try:
-                if self.due():
+                if self.is_due():
                     self.renew()
             except Exception as error:  # noqa: BLE001, PERF203 - nothing may end what keeps the board a member
                 _LOG.warning("no new certificate yet: %s", error)
 
-    def due(self) -> bool:
-        if self._connected():
-            return self._identity.renewal_due()
+    def is_due(self) -> bool:
+        if self._is_connected():
+            return self._identity.needs_renewal()
         return self._clock() - self._renewed_at >= _DAY_S
 
-    def renew(self, patience_s: float = _PATIENCE_S) -> None:
+    def renew(self, patience_s: float = _RENEWAL_TIMEOUT_S) -> None:
         """Request a new certificate; if none comes, an error is raised and the old one stays."""
         enrol(
             self._identity, self._urls, None, self._identity.pin, authority=self._authority,
-            patience_s=patience_s, stopped=self._stopped, tell=_LOG.debug,
+            patience_s=patience_s, stopped=self._stopped, report=_LOG.debug,
         )  # fmt: skip
         self._renewed_at = self._clock()
         _LOG.info("a new certificate: it counts from the next connection on")
 
 
-def read_claim(path: Path) -> Claim:
+def read_claim_file(path: Path) -> JoinClaim:
     try:
-        return Claim.parse(decode_text(path.read_bytes()), str(path))
+        return JoinClaim.parse(decode_text(path.read_bytes()), str(path))
     except OSError as error:
-        raise IdentityError(f"can't read the claim in {path}: {error.strerror}", hint=remedy(error)) from error
+        raise IdentityError(f"can't read the claim in {path}: {error.strerror}", hint=path_remedy(error)) from error
     except UnicodeError as error:
         raise JoinError(f"{path} holds no claim", hint="`fedprune-server claim --out FILE` writes one.") from error

@@ -13,25 +13,25 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, read_table_file
+from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef, read_table_file
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
-from fedprune.wire.transfer import LEAST_BYTES_PER_S
+from fedprune.wire.transfer import MIN_BYTES_PER_S
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.http_transfer import HttpTransfer, HttpTransferError
 from fedprune_device.network.leaf_reuse import reuse_leaves
 
 _LOG = logging.getLogger("fedprune.device")
 
-_ANSWER_S = 1.0  # how long an answer's beginning may take without the fetch falling behind
-_BATCH = 8  # leaves of 32 KiB that are held in memory at a time
-_CUTS = 5  # connections that may break in the middle of a blob, if each brought something
+_ANSWER_ALLOWANCE_S = 1.0  # how long an answer's beginning may take without the fetch falling behind
+_BATCH_LEAVES = 8  # leaves of 32 KiB that are held in memory at a time
+_MAX_CUTS = 5  # connections that may break in the middle of a blob, if each brought something
 
 
 class HttpFetch(HttpTransfer):
     """Downloads blobs from a base URL into a store, beginning at once.
 
-    `done` and `total` count leaves, `bytes` those of verified leaves.
+    `done` and `total` count leaves, `received_bytes` those of verified leaves.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class HttpFetch(HttpTransfer):
         super().__init__(base, context, clock)
         self.base = base
         self.done, self.total = 0, sum(r.leaf_count for r in refs)
-        self.bytes = 0
+        self.received_bytes = 0
         self._store, self._refs = store, tuple(refs)
         self._cuts = 0
         self._thread.start()
@@ -54,95 +54,95 @@ class HttpFetch(HttpTransfer):
     def progress(self) -> tuple[int, int]:
         return self.done, self.total
 
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the fetch has ended, which is logged. MQTT then downloads the missing leaves."""
-        if not super().over():
+        if not super().is_over():
             return False
         if self.failure:
             _LOG.warning(
                 "blobs at %s: %s; what is lacking comes over MQTT, %d bytes came from there",
                 self.base,
                 self.failure,
-                self.bytes,
+                self.received_bytes,
             )
         else:
-            _LOG.info("%d bytes came from %s", self.bytes, self.base)
+            _LOG.info("%d bytes came from %s", self.received_bytes, self.base)
         return True
 
     def _transfer(self) -> None:
         for ref in self._refs:
-            self._blob(ref)
+            self._fetch_blob(ref)
 
-    def _blob(self, ref: BlobRef) -> None:
-        with self._at_the_disk():
+    def _fetch_blob(self, ref: BlobRef) -> None:
+        with self._pause_stall_clock():
             partial = self._store.partial(ref, vouched=True)  # a signed offer has named both of its digests
         try:
-            self.done += partial.count
-            if partial.complete:
+            self.done += partial.present_count
+            if partial.is_complete:
                 return
             if partial.table is None:
-                self._table(partial)
-            with self._at_the_disk():
+                self._fetch_table(partial)
+            with self._pause_stall_clock():
                 self.done += reuse_leaves(self._store, partial)
-            while partial.count < ref.leaf_count:
-                self._missing(partial)
-            self._check()
-            with self._at_the_disk():
+            while partial.present_count < ref.leaf_count:
+                self._fetch_missing(partial)
+            self._check_stop()
+            with self._pause_stall_clock():
                 partial.finish()
         finally:
             partial.close()
 
-    def _table(self, partial: PartialBlob) -> None:
+    def _fetch_table(self, partial: PartialBlob) -> None:
         ref = partial.ref
-        length = DIGEST * (1 + ref.leaf_count)
-        answer = self._ask(self.base.table(ref.sha256), length)
+        length = DIGEST_BYTES * (1 + ref.leaf_count)
+        answer = self._request(self.base.table(ref.sha256), length)
         raw = bytearray()
         while len(raw) < length:
-            raw += self._read(answer, min(LEAF, length - len(raw)))
+            raw += self._read(answer, min(LEAF_BYTES, length - len(raw)))
         table = read_table_file(bytes(raw), ref.leaf_count)
-        count_before = partial.count
+        count_before = partial.present_count
         if table is None or not partial.set_table(table):
             raise HttpTransferError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")
-        self.done += partial.count - count_before
+        self.done += partial.present_count - count_before
 
-    def _missing(self, partial: PartialBlob) -> None:
-        count_before = partial.count
+    def _fetch_missing(self, partial: PartialBlob) -> None:
+        count_before = partial.present_count
         try:
-            for first, end in _gaps(partial.present):
-                self._leaves(partial, first, end)
+            for first, end in _gaps(partial.present_leaves):
+                self._fetch_leaves(partial, first, end)
         except (OSError, http.client.HTTPException):
             self._connection.close()
             self._cuts += 1
-            if self._ending.is_set() or partial.count == count_before or self._cuts > _CUTS:
+            if self._ending.is_set() or partial.present_count == count_before or self._cuts > _MAX_CUTS:
                 raise
 
-    def _leaves(self, partial: PartialBlob, first: int, end: int) -> None:
+    def _fetch_leaves(self, partial: PartialBlob, first: int, end: int) -> None:
         ref = partial.ref
-        start, stop = first * LEAF, min(end * LEAF, ref.size)
-        answer = self._ask(self.base.blob(ref.sha256), stop - start, (start, ref.size))
+        start, stop = first * LEAF_BYTES, min(end * LEAF_BYTES, ref.size)
+        answer = self._request(self.base.blob(ref.sha256), stop - start, (start, ref.size))
         if answer.status == http.client.OK:
             first, end = 0, ref.leaf_count  # the server ignores ranges and sends the whole blob
-        for batch_start in range(first, end, _BATCH):
-            batch_end = min(batch_start + _BATCH, end)
+        for batch_start in range(first, end, _BATCH_LEAVES):
+            batch_end = min(batch_start + _BATCH_LEAVES, end)
             payload = b"".join(self._read(answer, ref.leaf_size(i)) for i in range(batch_start, batch_end))
-            count_before = partial.count
+            count_before = partial.present_count
             bad_leaves = partial.write_leaves(batch_start, payload)
-            self.done += partial.count - count_before
-            self.bytes += len(payload)
+            self.done += partial.present_count - count_before
+            self.received_bytes += len(payload)
             if bad_leaves:
                 raise HttpTransferError(
                     f"leaf {bad_leaves[0]} of blob {ref.sha256[:12]} there is not what the offer says"
                 )
 
-    def _ask(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
+    def _request(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
         """Request `length` bytes; `range_` is their offset and the whole's size, None for all. The body is unread."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "fedprune"}
         is_whole = range_ is None or length == range_[1]
         start, size = range_ or (0, length)
         if not is_whole:
             headers["Range"] = f"bytes={start}-{start + length - 1}"
-        answer = self._connection.answer(path, headers, self._check)
-        self._came(_ANSWER_S)
+        answer = self._connection.get(path, headers, self._check_stop)
+        self._note_progress(_ANSWER_ALLOWANCE_S)
         if 300 <= answer.status < 400:
             raise HttpTransferError(f"it redirects {path} ({answer.status}), which is not followed")
         if answer.status not in (200, 206) or (answer.status == 206 and is_whole):
@@ -163,11 +163,11 @@ class HttpFetch(HttpTransfer):
         return answer
 
     def _read(self, answer: http.client.HTTPResponse, length: int) -> bytes:
-        self._check()
+        self._check_stop()
         data = answer.read(length)
         if len(data) != length:
             raise http.client.IncompleteRead(data, length - len(data))
-        self._came(length / LEAST_BYTES_PER_S)
+        self._note_progress(length / MIN_BYTES_PER_S)
         return data
 
 

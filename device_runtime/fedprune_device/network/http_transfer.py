@@ -13,15 +13,15 @@ from contextlib import contextmanager, suppress
 
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
-from fedprune.wire.link import failure, send_promptly
-from fedprune.wire.transfer import LEAST_BYTES_PER_S
+from fedprune.wire.link import connection_failure, send_promptly
+from fedprune.wire.transfer import MIN_BYTES_PER_S
 from fedprune.wire.urls import WebServer
 
-SILENT_S = 10.0  # how long connecting may take, and how long the server may send nothing
+SILENCE_TIMEOUT_S = 10.0  # how long connecting may take, and how long the server may send nothing
 
 # How long a leaf or the beginning of an answer may take, and how far a transfer may fall behind `LEAST_BYTES_PER_S`.
 # A fast beginning is no credit, or a server could stall for hours after it.
-STALL_S = 30.0
+STALL_TIMEOUT_S = 30.0
 
 
 class HttpTransferError(Exception):
@@ -33,34 +33,34 @@ class HttpTransfer(ABC):
 
     def __init__(
         self,
-        place: WebServer,
+        server: WebServer,
         context: Callable[[], ssl.SSLContext],
         clock: Callable[[], float],
-        silent_s: float | None = None,
+        silence_timeout_s: float | None = None,
     ) -> None:
         self.failure = ""
         self._clock = clock
-        self._moved_at = clock()
-        self._behind = 0.0
+        self._last_progress = clock()
+        self._delay_s = 0.0
         self._ending = threading.Event()
-        self._connection = HttpConnection(place, context, silent_s)
+        self._connection = HttpConnection(server, context, silence_timeout_s)
         self._thread = threading.Thread(target=self._run, name="fedprune-web", daemon=True)
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._ending.is_set()
 
     @property
-    def stalled(self) -> bool:
+    def is_stalled(self) -> bool:
         """Whether nothing has moved for too long, or too little."""
-        return self._behind + self._clock() - self._moved_at > STALL_S
+        return self._delay_s + self._clock() - self._last_progress > STALL_TIMEOUT_S
 
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the transfer has ended; a stalled one is stopped."""
-        if self.alive and self.stalled:
-            min_rate = f"{LEAST_BYTES_PER_S / 1024:g} KiB a second"
-            self.stop(f"nothing more has moved for {STALL_S:g} s, or it is as far behind {min_rate}")
-        return not self.alive
+        if self.is_alive and self.is_stalled:
+            min_rate = f"{MIN_BYTES_PER_S / 1024:g} KiB a second"
+            self.stop(f"nothing more has moved for {STALL_TIMEOUT_S:g} s, or it is as far behind {min_rate}")
+        return not self.is_alive
 
     def stop(self, why: str = "") -> None:
         if self._thread.is_alive() and not self._ending.is_set():
@@ -79,32 +79,32 @@ class HttpTransfer(ABC):
         try:
             self._transfer()
         except (OSError, FedpruneError) as error:
-            self._fail(failure(error))
+            self._set_failure(connection_failure(error))
         except (HttpTransferError, http.client.HTTPException, ValueError) as error:
-            self._fail(str(error) or type(error).__name__)
+            self._set_failure(str(error) or type(error).__name__)
         except Exception as error:  # noqa: BLE001 - it is handed to the loop, and MQTT continues
-            self._fail(f"unexpected error: {type(error).__name__}: {error}")
+            self._set_failure(f"unexpected error: {type(error).__name__}: {error}")
         finally:
             self._connection.close()
 
-    def _fail(self, why: str) -> None:
+    def _set_failure(self, why: str) -> None:
         if not self._ending.is_set():  # after `stop` the failure is the stop's, not the error of the cut connection
             self.failure = one_line(why)  # the text may be the server's own
 
-    def _came(self, seconds: float) -> None:
+    def _note_progress(self, seconds: float) -> None:
         """Note progress for which `seconds` are granted; what it took beyond that adds to the delay."""
         now = self._clock()
-        self._behind = max(0.0, self._behind + now - self._moved_at - seconds)
-        self._moved_at = now
+        self._delay_s = max(0.0, self._delay_s + now - self._last_progress - seconds)
+        self._last_progress = now
 
     @contextmanager
-    def _at_the_disk(self) -> Iterator[None]:
+    def _pause_stall_clock(self) -> Iterator[None]:
         """Stop the stall clock while the board's own disk is busy: a slow card is no slow server."""
-        self._moved_at = math.inf
+        self._last_progress = math.inf
         yield
-        self._moved_at = self._clock()
+        self._last_progress = self._clock()
 
-    def _check(self) -> None:
+    def _check_stop(self) -> None:
         if self._ending.is_set():
             raise HttpTransferError("it was told to stop")
 
@@ -112,11 +112,13 @@ class HttpTransfer(ABC):
 class HttpConnection(http.client.HTTPConnection):
     """A kept-alive connection that another thread may cut at any moment."""
 
-    def __init__(self, place: WebServer, context: Callable[[], ssl.SSLContext], silent_s: float | None = None) -> None:
-        super().__init__(place.host, place.port, timeout=SILENT_S)
-        self._silent_s = SILENT_S if silent_s is None else silent_s
-        self._tls = context if place.tls else None
-        if place.tls:
+    def __init__(
+        self, server: WebServer, context: Callable[[], ssl.SSLContext], silence_timeout_s: float | None = None
+    ) -> None:
+        super().__init__(server.host, server.port, timeout=SILENCE_TIMEOUT_S)
+        self._silence_timeout_s = SILENCE_TIMEOUT_S if silence_timeout_s is None else silence_timeout_s
+        self._tls = context if server.tls else None
+        if server.tls:
             self.default_port = 443  # otherwise the header Host would name the port
         self._is_cut = False
 
@@ -136,9 +138,9 @@ class HttpConnection(http.client.HTTPConnection):
             raise ConnectionAbortedError("the connection was cut")
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.do_handshake()
-        self.sock.settimeout(self._silent_s)
+        self.sock.settimeout(self._silence_timeout_s)
 
-    def answer(self, path: str, headers: dict[str, str], check: Callable[[], None]) -> http.client.HTTPResponse:
+    def get(self, path: str, headers: dict[str, str], check: Callable[[], None]) -> http.client.HTTPResponse:
         """Request a path, once more if a kept connection has ended meanwhile; `check` raises an error to stop."""
         while True:
             check()

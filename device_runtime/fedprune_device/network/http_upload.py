@@ -13,16 +13,16 @@ import ssl
 import time
 from collections.abc import Callable
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.wire.transfer import LEAST_BYTES_PER_S
+from fedprune.wire.transfer import MIN_BYTES_PER_S
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network import http_transfer
 from fedprune_device.network.http_transfer import HttpTransfer, HttpTransferError
 
 _LOG = logging.getLogger("fedprune.device")
 
-_TAKEN = (200, 201, 204)
+_SUCCESS_STATUSES = (200, 201, 204)
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")  # an object store's reason
 _REASON_BYTES = 2048
 
@@ -38,14 +38,14 @@ class HttpUpload(HttpTransfer):
         context: Callable[[], ssl.SSLContext],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(url, context, clock, http_transfer.STALL_S)
+        super().__init__(url, context, clock, http_transfer.STALL_TIMEOUT_S)
         self.url, self.ref = url, ref
         self._store = store
         self._thread.start()
 
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether it has ended, which is logged."""
-        if not super().over():
+        if not super().is_over():
             return False
         if self.failure:
             _LOG.warning("the update can't be uploaded to %s: %s; it goes over MQTT", self.url, self.failure)
@@ -55,7 +55,7 @@ class HttpUpload(HttpTransfer):
 
     def _transfer(self) -> None:
         checksum = base64.b64encode(bytes.fromhex(self.ref.sha256)).decode()
-        with self._at_the_disk():
+        with self._pause_stall_clock():
             file = self._store.open(self.ref.sha256)
         with file:
             connection = self._connection
@@ -69,26 +69,26 @@ class HttpUpload(HttpTransfer):
                 connection.putheader(name, value)
             try:
                 connection.endheaders()
-                while chunk := file.read(LEAF):
-                    self._check()
+                while chunk := file.read(LEAF_BYTES):
+                    self._check_stop()
                     connection.send(chunk)
-                    self._came(len(chunk) / LEAST_BYTES_PER_S)
+                    self._note_progress(len(chunk) / MIN_BYTES_PER_S)
             except (ConnectionError, ssl.SSLError):
                 if connection.sock is None:
                     raise
-                self._refused(connection)  # the server may have sent the reason before it hung up
+                self._read_refusal(connection)  # the server may have sent the reason before it hung up
                 raise
-            self._answered(connection.getresponse())
+            self._check_answer(connection.getresponse())
 
-    def _refused(self, connection: http.client.HTTPConnection) -> None:
+    def _read_refusal(self, connection: http.client.HTTPConnection) -> None:
         try:
             answer = connection.getresponse()
         except (OSError, http.client.HTTPException):
             return
-        self._answered(answer)
+        self._check_answer(answer)
 
-    def _answered(self, answer: http.client.HTTPResponse) -> None:
-        if answer.status in _TAKEN:
+    def _check_answer(self, answer: http.client.HTTPResponse) -> None:
+        if answer.status in _SUCCESS_STATUSES:
             return
         code = _CODE.search(answer.read(_REASON_BYTES) if answer.status >= 400 else b"")
         raise HttpTransferError(f"it answers {answer.status}" + (f" ({code[1].decode()})" if code else ""))

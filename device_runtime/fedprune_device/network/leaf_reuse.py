@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 
-from fedprune.blobs.blob_ref import digests
+from fedprune.blobs.blob_ref import leaf_digests
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import StorageError
@@ -23,24 +23,24 @@ def reuse_leaves(store: BlobStore, partial: PartialBlob) -> int:
     be damaged, or deleted meanwhile. Equal bytes that are shifted against the leaves' borders are not found.
     """
     missing = dict[bytes, list[int]]()
-    for index, digest in enumerate(digests(partial.table or b"")):
-        if not partial.present[index]:
+    for index, digest in enumerate(leaf_digests(partial.table or b"")):
+        if not partial.present_leaves[index]:
             missing.setdefault(digest, []).append(index)
-    count_before = partial.count
+    count_before = partial.present_count
     for donor in store.names() if missing else ():
-        for digest, leaf in _leaves(store, donor, missing):
+        for digest, leaf in _matching_leaves(store, donor, missing):
             if all(partial.write(index, leaf) for index in missing[digest]):  # all or none: their bytes are the same
                 del missing[digest]
         if not missing:
             break
-    if count := partial.count - count_before:
+    if count := partial.present_count - count_before:
         _LOG.info("%d of %d leaves of blob %s were here", count, partial.ref.leaf_count, partial.ref.sha256[:12])
-    return partial.count - count_before
+    return partial.present_count - count_before
 
 
-def _leaves(store: BlobStore, donor: str, missing: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+def _matching_leaves(store: BlobStore, donor: str, missing: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """Leaves of a stored blob that are missing elsewhere, with their digests."""
     with suppress(StorageError):  # deleted, or damaged
-        for number, digest in enumerate(digests(store.table(donor))):
+        for number, digest in enumerate(leaf_digests(store.table(donor))):
             if digest in missing:
                 yield digest, store.read_leaves(donor, number, 1)

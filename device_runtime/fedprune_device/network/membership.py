@@ -13,17 +13,20 @@ from pathlib import Path
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, ConfigError, IdentityError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
-from fedprune.security.tls import SYSTEM, insecure_allowed
-from fedprune.wire.link import Link, tls_context
+from fedprune.security.joining import JoinClaim
+from fedprune.security.tls import SYSTEM_AUTHORITIES, check_local_host
+from fedprune.wire.link import BrokerLink, tls_context
 from fedprune.wire.urls import BrokerUrl
-from fedprune_device.network.connection import Channel, Connection
-from fedprune_device.network.enrollment import Renewal, enrol, join_urls, read_claim
+from fedprune_device.network.connection import BoardConnection, MessageChannel
+from fedprune_device.network.enrollment import Renewal, enrol, join_urls, read_claim_file
 from fedprune_device.network.signed_channel import SignedChannel
 
-IDENTITY, CLAIM = "identity", "claim"  # folder of a board's identity, and file of its claim, in its state folder
+IDENTITY_FOLDER, CLAIM_FILE = (
+    "identity",
+    "claim",
+)  # folder of a board's identity, and file of its claim, in its state folder
 
-_PATIENCE_S = 60.0  # how long a board that is not told to be patient waits for an answer
+_JOIN_TIMEOUT_S = 60.0  # how long a board that is not told to be patient waits for an answer
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,23 @@ class Membership:
     urls: tuple[str, ...]
     identity: DeviceIdentity | None
 
-    def connection(self, next_session: Callable[[], int]) -> Connection:
+    def connect(self, next_session: Callable[[], int]) -> BoardConnection:
         identity, broker, authority = self.identity, self.options.broker or "", self.options.ca
         site, device = self.options.site, self.options.device
         if identity is None:
-            channel = Channel(device, site)
-            link = Link(broker, f"fedprune-{site}-{device}", will=lambda: channel.will(next_session()))
+            channel = MessageChannel(device, site)
+            link = BrokerLink(broker, f"fedprune-{site}-{device}", will=lambda: channel.will(next_session()))
         else:
             identity.context(authority)  # an error in it is reported better now than when the board connects
             channel = SignedChannel(identity)
-            link = Link(
+            link = BrokerLink(
                 broker,
                 f"fedprune-{secrets.token_hex(12)}",
                 will=lambda: channel.will(next_session()),
                 tls=lambda: identity.context(authority),
             )
         link.subscribe(channel.topics.device_subscriptions(device))
-        return Connection(link, channel)
+        return BoardConnection(link, channel)
 
     def web_context(self) -> ssl.SSLContext:
         """TLS with web servers that have blobs, by the system's authorities, the fleet's authority and that of `--ca`.
@@ -75,26 +78,26 @@ class Membership:
         if self.identity is None:
             return tls_context()
         context = self.identity.context()
-        context.foreign = ""  # these are no brokers
+        context.foreign_message = ""  # these are no brokers
         context.load_default_certs()
-        if self.options.ca not in (None, SYSTEM):
+        if self.options.ca not in (None, SYSTEM_AUTHORITIES):
             try:
                 context.load_verify_locations(cafile=str(self.options.ca))
             except OSError as error:
                 raise ConfigError(f"can't use the CA file {self.options.ca}: {error}") from error
         return context
 
-    def renewal(self, link: Link) -> Renewal | None:
+    def renewal_task(self, link: BrokerLink) -> Renewal | None:
         """The task that renews the board's certificate while `link` is connected, or closed for a time on purpose."""
         if self.identity is None:
             return None
-        return Renewal(self.identity, self.urls, lambda: link.connected or link.away, self.options.ca)
+        return Renewal(self.identity, self.urls, lambda: link.connected or link.is_away, self.options.ca)
 
 
-def membership(options: MembershipOptions) -> Membership:
+def resolve_membership(options: MembershipOptions) -> Membership:
     """The place in a fleet that the options name; raises as `checked_urls`."""
     urls = checked_urls(options)
-    folder = options.state / IDENTITY
+    folder = options.state / IDENTITY_FOLDER
     identity = None if options.insecure else DeviceIdentity(folder, options.site, options.device)
     return Membership(options, urls, identity)
 
@@ -110,20 +113,20 @@ def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
         raise ConfigError("no broker is given", hint="Use --broker mqtts://host or set FEDPRUNE_BROKER.")
     url = BrokerUrl.parse(options.broker)
     if insecure or not url.tls:
-        insecure_allowed(url.host)
+        check_local_host(url.host)
     if insecure and url.tls and options.ca is None:
         raise ConfigError(
-            "--insecure", expected="a broker at mqtt://", got=url.bare,
+            "--insecure", expected="a broker at mqtt://", got=url.without_credentials,
             hint="A server whose broker is at mqtts:// has an identity: join it with --claim FILE, without --insecure.",
         )  # fmt: skip
     if options.ca is not None and (insecure or not url.tls):
         raise ConfigError("--ca", expected="a broker at mqtts://, and an identity", got=str(url))
-    if options.ca not in (None, SYSTEM):
+    if options.ca not in (None, SYSTEM_AUTHORITIES):
         tls_context(options.ca)
     urls = [options.join] if options.join else join_urls(options.broker)
     for join_url in map(BrokerUrl.parse, urls):
         if not join_url.tls:
-            insecure_allowed(join_url.host)
+            check_local_host(join_url.host)
     return tuple(urls)
 
 
@@ -138,11 +141,11 @@ def join_first(
 
     `pin` is that of the server's authority, where there is no claim. Raises as `enrol` does.
     """
-    identity, options, stored_claim = member.identity, member.options, member.options.state / CLAIM
+    identity, options, stored_claim = member.identity, member.options, member.options.state / CLAIM_FILE
     if identity is None:
         return True
-    if not identity.joined:
-        claim = _claim(options.claim, stored_claim)
+    if not identity.has_joined:
+        claim = _load_claim(options.claim, stored_claim)
         if claim is None and pin is None:
             raise IdentityError(
                 f"{options.device} isn't a member of site {options.site} yet",
@@ -151,20 +154,22 @@ def join_first(
                 "approval. For a trial on the server's machine: --insecure on both sides.",
             )
         stopped = stopped or threading.Event()
-        patience = None if patient else _PATIENCE_S
-        _tell(f"{options.device} asks to join site {options.site}")
+        patience = None if patient else _JOIN_TIMEOUT_S
+        _print_error_line(f"{options.device} asks to join site {options.site}")
         try:
             enrol(
                 identity, member.urls, claim, pin,
-                authority=options.ca, patience_s=patience, stopped=stopped, tell=_tell,
+                authority=options.ca, patience_s=patience, stopped=stopped, report=_print_error_line,
             )  # fmt: skip
         except BrokerError:
             if stopped.is_set():
                 return False
             raise
-        _tell(f"{options.device} is a member of site {options.site}, with key {identity.key.verifying.fingerprint}")
+        _print_error_line(
+            f"{options.device} is a member of site {options.site}, with key {identity.key.verifying_key.fingerprint}"
+        )
     elif options.claim is not None:
-        _tell(
+        _print_error_line(
             f"{options.device} is a member already, so that --claim {options.claim} is ignored. If it was revoked, "
             "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
         )
@@ -173,13 +178,13 @@ def join_first(
     return True
 
 
-def _claim(option: str | None, stored_claim: Path) -> Claim | None:
+def _load_claim(option: str | None, stored_claim: Path) -> JoinClaim | None:
     if option == "-":
-        return Claim.parse(sys.stdin.read().lstrip("\ufeff"), "standard input")
+        return JoinClaim.parse(sys.stdin.read().lstrip("\ufeff"), "standard input")
     if option is not None:
-        return read_claim(Path(option))
-    return read_claim(stored_claim) if stored_claim.exists() else None
+        return read_claim_file(Path(option))
+    return read_claim_file(stored_claim) if stored_claim.exists() else None
 
 
-def _tell(line: str) -> None:
+def _print_error_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

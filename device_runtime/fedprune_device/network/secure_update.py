@@ -13,10 +13,10 @@ from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.participant import Participant
-from fedprune.secure_aggregation.session import Session, task_digest
-from fedprune.security.keys import KEY, VerifyingKey
-from fedprune.wire.messages import Offer, SecureStep, Trained, Update
-from fedprune_device.network.connection import Connection
+from fedprune.secure_aggregation.session import SecureSumSession, task_digest
+from fedprune.security.keys import KEY_BYTES, VerifyingKey
+from fedprune.wire.messages import Offer, SecureStep, TrainingDone, UpdateAnnouncement
+from fedprune_device.network.connection import BoardConnection
 from fedprune_device.network.uplink import Backoff, Uplink
 
 _LOG = logging.getLogger("fedprune.device")
@@ -30,24 +30,24 @@ class SecureUpdate:
     gone, and the next ones are new.
     """
 
-    def __init__(self, connection: Connection, uplink: Uplink, blobs: BlobStore) -> None:
+    def __init__(self, connection: BoardConnection, uplink: Uplink, blobs: BlobStore) -> None:
         self._connection, self._uplink, self._blobs = connection, uplink, blobs
-        self._update: Update | None = None
+        self._update: UpdateAnnouncement | None = None
         self._vector = b""
         self._numbers, self._task = (0, 0), ""
         self._backoff = Backoff()
-        self._last_message: Trained | SecureStep | None = None
-        self._part: _Participation | None = None
-        self._left: set[str] = set()
+        self._last_message: TrainingDone | SecureStep | None = None
+        self._participation: _Participation | None = None
+        self._abandoned_sums: set[str] = set()
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         return self._update is not None
 
     @property
-    def sum(self) -> str:
+    def sum_id(self) -> str:
         """The number of the sum that the board takes part in; empty for none."""
-        return "" if self._part is None else self._part.sum
+        return "" if self._participation is None else self._participation.sum_id
 
     @staticmethod
     def check(offer: Offer) -> None:
@@ -61,7 +61,7 @@ class SecureUpdate:
                 got="none" if offer.secure is None else "present",
             )
 
-    def hold(self, offer: Offer, update: Update, now: float) -> None:
+    def keep(self, offer: Offer, update: UpdateAnnouncement, now: float) -> None:
         """Keep a trained update, which is not masked yet, until the server has the sum; may raise `StorageError`."""
         self.drop()
         form = MaskedForm.from_json(offer.secure)
@@ -69,28 +69,28 @@ class SecureUpdate:
         self._numbers = form.narrow, form.wide
         self._task = task_digest(offer.selection, offer.weights.sha256, offer.recipe, offer.secure or {})
         self._update = update
-        self._begin(now)
+        self._announce_trained(now)
 
     def renumber(self, attempt: int, now: float) -> None:
         """Continue with another attempt at the same offer, in another sum."""
         if self._update is not None:
             self._update = replace(self._update, attempt=attempt)
-            self._begin(now)
+            self._announce_trained(now)
 
     def drop(self) -> None:
         """Forget the update and all secrets of its sum."""
-        self._update, self._vector, self._last_message, self._part = None, b"", None, None
-        self._left.clear()
+        self._update, self._vector, self._last_message, self._participation = None, b"", None, None
+        self._abandoned_sums.clear()
 
-    def hurry(self, now: float) -> None:
+    def resend_now(self, now: float) -> None:
         """Repeat the last message at the next turn: the server or the connection is new."""
-        self._backoff.hurry(now)
+        self._backoff.restart(now)
 
     def turn(self, now: float) -> None:
-        if self._last_message is not None and self._backoff.due(now):
+        if self._last_message is not None and self._backoff.take_if_due(now):
             self._uplink.send(self._last_message, self._last_message.job)
 
-    def receive(self, message: SecureStep, now: float) -> Update | None:
+    def receive(self, message: SecureStep, now: float) -> UpdateAnnouncement | None:
         """Carry out the server's next step of the sum. Returns the masked update when it is to be announced.
 
         Raises:
@@ -99,41 +99,41 @@ class SecureUpdate:
             StorageError: The masked vector can't be written.
         """
         update = self._update
-        if update is None or (message.job, message.round, message.attempt) != _place(update):
+        if update is None or (message.job, message.round, message.attempt) != _attempt_key(update):
             return None
-        if message.step == "session" and message.sum not in self._left:
-            self._join(message, now)
+        if message.step == "session" and message.sum not in self._abandoned_sums:
+            self._join_sum(message, now)
             return None
-        participation = self._part
-        if participation is None or message.sum != participation.sum:
+        participation = self._participation
+        if participation is None or message.sum != participation.sum_id:
             return None
         match message.step:
             case "roster":
-                self._answer(message, "shares", participation.share(message.content), now)
-            case "delivery" if not participation.masked:
+                self._send_step(message, "shares", participation.share(message.content), now)
+            case "delivery" if not participation.is_masked:
                 self._last_message = None  # the update is announced from now on
                 masked = participation.mask(message.content, self._vector)
                 return replace(update, weights=self._blobs.put(masked))
             case "survivors":
-                self._answer(message, "unmasking", participation.participant.unmask(message.content), now)
+                self._send_step(message, "unmasking", participation.participant.unmask(message.content), now)
                 self._last_message = None  # not repeated: the server asks again while the update is announced
         return None
 
-    def _begin(self, now: float) -> None:
+    def _announce_trained(self, now: float) -> None:
         """Report to the server that the update is ready for a sum."""
         update = self._update
         if update is None:
             return
-        self._part = None
-        self._last_message = Trained(
-            update.device, *_place(update), update.base, update.samples, update.steps, metrics=update.metrics
+        self._participation = None
+        self._last_message = TrainingDone(
+            update.device, *_attempt_key(update), update.base, update.samples, update.steps, metrics=update.metrics
         )
-        self._backoff.hurry(now)
+        self._backoff.restart(now)
 
-    def _join(self, message: SecureStep, now: float) -> None:
+    def _join_sum(self, message: SecureStep, now: float) -> None:
         key = self._connection.signing_key
-        if self._part is None or self._part.sum != message.sum:
-            session = Session.from_bytes(message.content)
+        if self._participation is None or self._participation.sum_id != message.sum:
+            session = SecureSumSession.from_bytes(message.content)
             if (session.narrow, session.wide) != self._numbers:
                 got = f"{session.narrow} and {session.wide}"
                 raise ProtocolError("numbers of a secure sum", expected="{} and {}".format(*self._numbers), got=got)
@@ -144,17 +144,17 @@ class SecureUpdate:
                     got="something else of this board",
                     hint="If others sent less, the sum would be this board's update. Update the server and its boards.",
                 )
-            if self._part is not None:
-                self._left.add(self._part.sum)
+            if self._participation is not None:
+                self._abandoned_sums.add(self._participation.sum_id)
                 _LOG.info("round %d of job %s: the secure sum begins again", message.round, message.job)
             directory: dict[str, VerifyingKey] = {}
             participant = Participant(session, self._connection.device, key, directory)
-            self._part = _Participation(message.sum, session, directory, participant)
-        self._answer(message, "keys", key.verifying.raw + self._part.participant.advertise(), now)
+            self._participation = _Participation(message.sum, session, directory, participant)
+        self._send_step(message, "keys", key.verifying_key.raw + self._participation.participant.advertise(), now)
 
-    def _answer(self, message: SecureStep, step: str, content: bytes, now: float) -> None:
+    def _send_step(self, message: SecureStep, step: str, content: bytes, now: float) -> None:
         self._last_message = SecureStep.of(message.job, message.round, message.attempt, message.sum, step, content)
-        self._backoff.hurry(now)
+        self._backoff.restart(now)
         self.turn(now)
 
 
@@ -162,27 +162,27 @@ class _Participation:
     """The board's part in one sum."""
 
     def __init__(
-        self, sum_: str, session: Session, directory: dict[str, VerifyingKey], participant: Participant
+        self, sum_: str, session: SecureSumSession, directory: dict[str, VerifyingKey], participant: Participant
     ) -> None:
-        self.sum, self.participant, self.masked = sum_, participant, False
+        self.sum_id, self.participant, self.is_masked = sum_, participant, False
         self._session, self._directory = session, directory
 
     def share(self, content: bytes) -> bytes:
         """The shares for the neighbours, whose identity keys the server names with the first roster."""
-        keys_end = 2 + KEY * int.from_bytes(content[:2], "big")
+        keys_end = 2 + KEY_BYTES * int.from_bytes(content[:2], "big")
         keys, roster = content[2:keys_end], content[keys_end:]
         names = tuple(decode_roster(roster, self._session))
-        if len(keys) != KEY * len(names):
+        if len(keys) != KEY_BYTES * len(names):
             raise ProtocolError("identity keys of neighbours", expected=len(names), got=f"{len(keys)} bytes")
         for index, name in enumerate(names):
-            self._directory.setdefault(name, VerifyingKey(keys[KEY * index : KEY * (index + 1)]))
+            self._directory.setdefault(name, VerifyingKey(keys[KEY_BYTES * index : KEY_BYTES * (index + 1)]))
         return self.participant.share(roster)
 
     def mask(self, delivery: bytes, vector: bytes) -> bytes:
         masked = self.participant.mask(delivery, Vector.from_bytes(vector, self._session).copy())
-        self.masked = True
+        self.is_masked = True
         return masked
 
 
-def _place(update: Update) -> tuple[str, int, int]:
+def _attempt_key(update: UpdateAnnouncement) -> tuple[str, int, int]:
     return update.job, update.round, update.attempt

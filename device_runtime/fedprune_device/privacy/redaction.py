@@ -8,21 +8,28 @@ import sys
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, PrivacyError, ProtocolError, StorageFullError
 from fedprune.core.text import one_line
 
-OTHER = "(other)"  # in the place of a module that is neither the runtime's nor one that every board has
+OTHER_MODULE = "(other)"  # in the place of a module that is neither the runtime's nor one that every board has
 
-KEPT = "(its words stay on the board, whose samples are in a private job)"
+WITHHELD = "(its words stay on the board, whose samples are in a private job)"
 
 # Errors that are about offers and the board, and not about its samples.
-_PLAIN = (ConfigError, PlanError, PrivacyError, ProtocolError, StorageFullError)
+_REPORTABLE_ERRORS = (ConfigError, PlanError, PrivacyError, ProtocolError, StorageFullError)
 
-_OURS = ("fedprune", "fedprune_start", "fedprune_device", "fedprune_export", "fedprune_flash", "fedprune_server")
-_KNOWN = frozenset(
+_OUR_PACKAGES = (
+    "fedprune",
+    "fedprune_start",
+    "fedprune_device",
+    "fedprune_export",
+    "fedprune_flash",
+    "fedprune_server",
+)
+_COMMON_PACKAGES = frozenset(
     {
         *sys.stdlib_module_names,
         *("numpy", "paho", "safetensors", "cryptography", "msgspec", "onnxruntime", "PIL", "tensorrt"),
     }
 )
-_OWNER = re.compile(r"(?<=://)[^/@\s]*@")
+_URL_USER = re.compile(r"(?<=://)[^/@\s]*@")
 _CLAIM = re.compile(r"\bFP1-[A-Za-z0-9-]+")
 _PATH = re.compile(r"""(?<![\w:/.])(?:~|\.{0,2})/[^\s'",;:()<>]+|\b[A-Za-z]:\\[^\s'",;]+""")
 _FILE_URL = re.compile(r"\bfile://\S+")
@@ -33,7 +40,7 @@ _IN_A_PACKAGE = (
 )
 
 
-def private(text: str, limit: int) -> str:
+def redact(text: str, limit: int) -> str:
     """A text as it may leave the board: one line of at most `limit` characters, without the owner's private data.
 
     Paths, user names and passwords of addresses, claims, and lists of more than three numbers are left out. It can't
@@ -41,7 +48,7 @@ def private(text: str, limit: int) -> str:
     values.
     """
     flat = one_line(text, 8 * limit)
-    flat = _OWNER.sub("", flat)
+    flat = _URL_USER.sub("", flat)
     flat = _FILE_URL.sub("(a path)", flat)
     flat = _CLAIM.sub("(a claim)", flat)
     flat = _PATH.sub("(a path)", flat)
@@ -49,36 +56,36 @@ def private(text: str, limit: int) -> str:
     return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
 
 
-def named(error: BaseException) -> str:
+def error_name(error: BaseException) -> str:
     """The name of an error's class; "an error" for classes of packages that only this board may have."""
     kind = type(error)
-    return kind.__name__ if module_of(kind.__module__) != OTHER else "an error"
+    return kind.__name__ if module_of(kind.__module__) != OTHER_MODULE else "an error"
 
 
-def refused(error: BaseException, *, private: bool) -> str:
+def refusal_reason(error: BaseException, *, private: bool) -> str:
     """The reason why an offer isn't carried out, for the server.
 
     If the job is private, it has no text that may come from samples.
     """
-    if private and not isinstance(error, _PLAIN):
-        return f"{named(error)} {KEPT}"
+    if private and not isinstance(error, _REPORTABLE_ERRORS):
+        return f"{error_name(error)} {WITHHELD}"
     return str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
 
 
 def module_of(name: str) -> str:
     """A module's name as it may leave the board: our own in full, of well-known packages the package, else nothing."""
     top = name.partition(".")[0]
-    if top in _OURS:
+    if top in _OUR_PACKAGES:
         return name[:128]
-    return top if top in _KNOWN and top != "__main__" else OTHER
+    return top if top in _COMMON_PACKAGES and top != "__main__" else OTHER_MODULE
 
 
-def module_at(path: str) -> str:
+def module_of_file(path: str) -> str:
     """The name of a module's file as it may leave the board, as for `module_of`."""
     path_parts = path.replace("\\", "/").removesuffix(".py").split("/")
     for i in range(len(path_parts) - 1, -1, -1):
-        if path_parts[i] in _OURS:
+        if path_parts[i] in _OUR_PACKAGES:
             names = path_parts[i:]
             return ".".join(names[:-1] if names[-1] == "__init__" else names)[:128]
     match = next((candidate for pattern in _IN_A_PACKAGE if (candidate := pattern.search(path))), None)
-    return module_of(match[1]) if match else OTHER
+    return module_of(match[1]) if match else OTHER_MODULE

@@ -21,16 +21,16 @@ from pathlib import Path
 from types import ModuleType
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.disk import locked, read_file, storage_errors
+from fedprune.core.disk import file_lock, read_file, storage_errors
 from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
-from fedprune.releases.release import FILES, MANIFEST, MAX_FILE, SIGNATURE, Release, ReleaseFile, opened
+from fedprune.releases.release import FILES, MANIFEST, MAX_FILE_BYTES, SIGNATURE, Release, ReleaseFile, verified_release
 from fedprune.security.keys import VerifyingKey
-from fedprune.wire.fleet_messages import MAX_MANIFEST
+from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES
 from fedprune_device.launcher import ed25519, launcher, sd_notify, slot_store
 from fedprune_device.launcher import state as launcher_state
 from fedprune_device.launcher.launcher import VERSION
-from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, digest, files_digest
-from fedprune_device.launcher.state import LONGEST_S, STABLE, STAGED, TRIAL, DamagedError, LauncherState
+from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, digest_and_size, files_digest
+from fedprune_device.launcher.state import MAX_ATTEMPT_S, STABLE, STAGED, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.wheel import (
     InstalledWheel,
     Wheel,
@@ -57,19 +57,19 @@ class ReleaseSource:
 
 def _read(path: Path) -> bytes:
     with storage_errors(f"can't read {path}"):
-        return read_file(path, MAX_MANIFEST)
+        return read_file(path, MAX_MANIFEST_BYTES)
 
 
 _LOG = logging.getLogger("fedprune.device")
 
-LAUNCHER = "launcher.pyz"
-STARTS = 10  # starts of the service after which a staged release is dropped if it isn't armed
-ATTEMPTS, SECONDS = 3, 600.0  # attempts of a trial, and seconds of each attempt
+LAUNCHER_FILE = "launcher.pyz"
+MAX_STAGED_STARTS = 10  # starts of the service after which a staged release is dropped if it isn't armed
+TRIAL_ATTEMPTS, ATTEMPT_S = 3, 600.0  # attempts of a trial, and seconds of each attempt
 
 # Packages of JetPack, built for its GPU and for each other; a wheel must not hide them.
-KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
+JETPACK_PACKAGES = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
 
-_MARGIN = 32 * 2**20  # bytes that stay free beside the release
+_FREE_MARGIN_BYTES = 32 * 2**20  # bytes that stay free beside the release
 
 
 class ReleaseInstaller:
@@ -94,26 +94,26 @@ class ReleaseInstaller:
     @property
     def downloads(self) -> BlobStore:
         """The files of the next release that have arrived over the network."""
-        return BlobStore(self._incoming, max_size=MAX_FILE)
+        return BlobStore(self._incoming, max_size=MAX_FILE_BYTES)
 
     def examine(self, source: ReleaseSource) -> Release:
         """A release that this board would install, by its manifest alone; nothing is changed. Raises `ReleaseError`.
 
         Only `stage` checks the board's own packages, because that takes long.
         """
-        release, state = self._opened(source), self._state()
+        release, state = self._open_release(source), self._load_state()
         self._check_launcher()
         check_release(release, state.highest)
         with storage_errors(f"can't read {self.home.root}"):
             names = {f.sha256 for f in release.files}
             present_bytes = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in names and p.is_file())
         present_bytes += sum(f.size for f in self.installed_files(release))
-        self._check_room(release, state.other, max(release.size - present_bytes, 0))
+        self._check_room(release, state.other_slot, max(release.size - present_bytes, 0))
         return release
 
     def installed_files(self, release: Release) -> list[ReleaseFile]:
         """Wheels of a release that are in the running slot, from where `stage` copies their files."""
-        wheels = self._installed_wheels(self._state().stable)
+        wheels = self._installed_wheels(self._load_state().stable)
         return [f for f in release.files if f.sha256 in wheels]
 
     def distrust(self, sha256: str) -> None:
@@ -131,8 +131,8 @@ class ReleaseInstaller:
 
     def drop(self, number: int, reason: str) -> None:
         """Give up a staged release of this number; one on trial is left alone."""
-        with storage_errors(f"can't write {self.home.root}"), self.home.changing():
-            state = self._state()
+        with storage_errors(f"can't write {self.home.root}"), self.home.lock_state():
+            state = self._load_state()
             if state.phase == STAGED and state.highest == number:
                 self.home.save(state.roll_back(reason))
 
@@ -141,38 +141,38 @@ class ReleaseInstaller:
 
         Raises `ReleaseError` if it is refused, `StorageError` if a trial is under way.
         """
-        with self._alone(), storage_errors(f"can't write {self.home.root}"):
-            state = self._state()
+        with self._lock_updates(), storage_errors(f"can't write {self.home.root}"):
+            state = self._load_state()
             if state.phase != STABLE:
-                release = self._opened(source)
+                release = self._open_release(source)
                 if release.number == state.highest:
                     return release
                 if state.phase == TRIAL:
                     raise StorageError(f"release {state.highest} is on trial", hint="Wait until it is over.")
-                state = self._change(lambda s: replace(s, phase=STABLE, left=0))
-            release = self._bring(source, state)
-            self._change(lambda s: s.stage(release.number, STARTS))
-        _LOG.info("release %d (%s) is staged in slot %s", release.number, release.version, state.other)
+                state = self._change_state(lambda s: replace(s, phase=STABLE, left=0))
+            release = self._install(source, state)
+            self._change_state(lambda s: s.stage(release.number, MAX_STAGED_STARTS))
+        _LOG.info("release %d (%s) is staged in slot %s", release.number, release.version, state.other_slot)
         return release
 
-    def arm(self, attempts: int = ATTEMPTS, seconds: float = SECONDS) -> None:
+    def arm(self, attempts: int = TRIAL_ATTEMPTS, seconds: float = ATTEMPT_S) -> None:
         """Try the staged release at the service's next start, in `attempts` of `seconds` each until healthy."""
-        if not 1 <= attempts <= 100 or not 1 <= seconds <= LONGEST_S:
-            raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {LONGEST_S:g} s each")
-        with storage_errors(f"can't write {self.home.root}"), self.home.changing():
-            state = self._state()
+        if not 1 <= attempts <= 100 or not 1 <= seconds <= MAX_ATTEMPT_S:
+            raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {MAX_ATTEMPT_S:g} s each")
+        with storage_errors(f"can't write {self.home.root}"), self.home.lock_state():
+            state = self._load_state()
             if state.phase == STABLE:
                 raise StorageError("no release is staged", hint="Stage one first.")
             if state.phase == STAGED:
                 self.home.save(state.arm(attempts, seconds))
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _lock_updates(self) -> AbstractContextManager[None]:
         lock = self.home.folder / "update.lock"
         if not self.home.folder.is_dir():
             raise StorageError(f"{self.home.root} has no runtime", hint="A kit of `fedprune-flash` sets a board up.")
-        return locked(lock, f"another process updates {self.home.root}", "Wait until it is done.")
+        return file_lock(lock, f"another process updates {self.home.root}", "Wait until it is done.")
 
-    def _state(self) -> LauncherState:
+    def _load_state(self) -> LauncherState:
         state = self.home.load()
         if state is None:
             raise StorageError(
@@ -181,14 +181,14 @@ class ReleaseInstaller:
             )
         return state
 
-    def _change(self, change: Callable[[LauncherState], LauncherState]) -> LauncherState:
-        with self.home.changing():
-            state = change(self._state())
+    def _change_state(self, change: Callable[[LauncherState], LauncherState]) -> LauncherState:
+        with self.home.lock_state():
+            state = change(self._load_state())
             self.home.save(state)
             return state
 
-    def _opened(self, source: ReleaseSource) -> Release:
-        return opened(source.manifest, source.signature, self._key)
+    def _open_release(self, source: ReleaseSource) -> Release:
+        return verified_release(source.manifest, source.signature, self._key)
 
     def _check_launcher(self) -> None:
         """Make sure that the launcher would start what the server's key has signed."""
@@ -204,8 +204,8 @@ class ReleaseInstaller:
                 hint="Where the server has a new key, install the runtime again (docs/update-the-fleet.md).",
             )
 
-    def _bring(self, source: ReleaseSource, state: LauncherState) -> Release:
-        release, slot = self._opened(source), state.other
+    def _install(self, source: ReleaseSource, state: LauncherState) -> Release:
+        release, slot = self._open_release(source), state.other_slot
         self._check_launcher()
         check_release(release, state.highest)
         check_packages_on_board(release)
@@ -217,7 +217,7 @@ class ReleaseInstaller:
         wheels = [
             InstalledWheel(self.home.root / state.stable, file.name, installed[file.sha256], file.sha256)
             if file.sha256 in installed and not source.path(file.sha256).exists()
-            else self._wheel(source, file)
+            else self._checked_wheel(source, file)
             for file in release.files
         ]
         self._check_wheels(release, wheels)
@@ -242,7 +242,7 @@ class ReleaseInstaller:
         with storage_errors(f"can't read {self.home.root}"):
             replaced_bytes = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
             needed_bytes, free_bytes = (
-                download_bytes + release.unpacked + _MARGIN,
+                download_bytes + release.unpacked + _FREE_MARGIN_BYTES,
                 shutil.disk_usage(self.home.root).free + replaced_bytes,
             )
         if needed_bytes > free_bytes:
@@ -253,9 +253,9 @@ class ReleaseInstaller:
                 hint="Free some space; what runs is untouched.",
             )
 
-    def _wheel(self, source: ReleaseSource, file: ReleaseFile) -> Wheel:
+    def _checked_wheel(self, source: ReleaseSource, file: ReleaseFile) -> Wheel:
         path = source.path(file.sha256)
-        if digest(path) != (file.sha256, file.size):
+        if digest_and_size(path) != (file.sha256, file.size):
             raise ReleaseError(f"{file.name} is not what the release says it is", hint="Copy or download it again.")
         return Wheel(path, file.name)
 
@@ -263,7 +263,7 @@ class ReleaseInstaller:
         size = sum(w.size for w in wheels)
         if size > release.unpacked:
             raise ReleaseError("a release's files unpacked", expected=f"at most {release.unpacked} bytes", got=size)
-        board_packages = {*release.system} | own_packages(self._keep)
+        board_packages = {*release.system} | packages_on_board(self._keep)
         check_distinct(wheels)
         for wheel in wheels:
             hidden = sorted(modules_of(wheel) & board_packages)
@@ -293,7 +293,7 @@ def launcher_archive() -> bytes:
     return program_archive((ed25519, launcher_state, slot_store, sd_notify, launcher), launcher.__name__)
 
 
-_ANSWER_S = 120.0  # for a question to the board's Python, which may take a minute from a slow card
+_PYTHON_TIMEOUT_S = 120.0  # for a question to the board's Python, which may take a minute from a slow card
 
 
 def check_release(release: Release, highest: int) -> None:
@@ -319,7 +319,7 @@ def check_release(release: Release, highest: int) -> None:
 
 def check_packages_on_board(release: Release) -> None:
     """Make sure that the board's own Python has what a release takes from it; this may take minutes."""
-    lacking = sorted(set(release.system) - own_packages(release.system))
+    lacking = sorted(set(release.system) - packages_on_board(release.system))
     if lacking:
         raise ReleaseError(
             f"release {release.number} needs {', '.join(lacking)} of the board's own Python, which lacks it",
@@ -327,7 +327,7 @@ def check_packages_on_board(release: Release) -> None:
         )
 
 
-def own_packages(names: Collection[str]) -> frozenset[str]:
+def packages_on_board(names: Collection[str]) -> frozenset[str]:
     """The packages among `names` that the board's own Python has. This may take minutes."""
     if not names:
         return frozenset()
@@ -336,9 +336,9 @@ def own_packages(names: Collection[str]) -> frozenset[str]:
     command = [sys.executable, "-I", "-c", code, *sorted(names)]
     message = f"can't ask {sys.executable} for its packages"
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)  # noqa: S603  # nosec B603  # our own line, in this Python; the names are arguments
+        process = subprocess.run(command, capture_output=True, text=True, timeout=_PYTHON_TIMEOUT_S, check=False)  # noqa: S603  # nosec B603  # our own line, in this Python; the names are arguments
     except subprocess.TimeoutExpired as error:
-        raise StorageError(message, expected=f"an answer within {_ANSWER_S:g} s", got="none") from error
+        raise StorageError(message, expected=f"an answer within {_PYTHON_TIMEOUT_S:g} s", got="none") from error
     except (OSError, UnicodeError) as error:
         raise StorageError(message, got=error) from error
     if process.returncode:

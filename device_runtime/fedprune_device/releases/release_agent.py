@@ -34,17 +34,17 @@ from fedprune.wire.fleet_messages import (
 )
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.transfer import Pull
-from fedprune_device.hardware.readings import TEGRA
+from fedprune_device.hardware.readings import TEGRA_RELEASE
 from fedprune_device.launcher import state as on_disk
 from fedprune_device.launcher.slot_store import SlotStore
-from fedprune_device.network.connection import Connection
-from fedprune_device.releases.installer import KEPT, ReleaseInstaller, ReleaseSource
+from fedprune_device.network.connection import BoardConnection
+from fedprune_device.releases.installer import JETPACK_PACKAGES, ReleaseInstaller, ReleaseSource
 from fedprune_device.releases.wheel import DamagedCopyError
 
 _LOG = logging.getLogger("fedprune.device")
 
-_PROGRESS_S = 10.0  # between two reports of a download
-_LOOK_S = 0.5  # between two looks at the state of the trial under way
+_PROGRESS_INTERVAL_S = 10.0  # between two reports of a download
+_STATE_POLL_S = 0.5  # between two looks at the state of the trial under way
 
 NO_LAUNCHER = "this board's runtime was not started by a launcher, so that nothing could go back by itself"
 NO_IDENTITY = "this board takes part without identity, so that it knows no key that releases are signed with"
@@ -59,46 +59,46 @@ def board_installer(
         return NO_LAUNCHER
     if identity is None:
         return NO_IDENTITY
-    return ReleaseInstaller(Path(root), identity.server, keep=KEPT if TEGRA.exists() else ())
+    return ReleaseInstaller(Path(root), identity.server, keep=JETPACK_PACKAGES if TEGRA_RELEASE.exists() else ())
 
 
 class ReleaseAgent:
     """Installs offered releases and reports how each ends. `updater` may be the reason why none can be installed."""
 
     def __init__(
-        self, connection: Connection, updater: ReleaseInstaller | str, clock: Callable[[], float] = time.monotonic
+        self, connection: BoardConnection, updater: ReleaseInstaller | str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._connection = connection
-        self._updater = updater
+        self._installer = updater
         self._clock = clock
         self._offer: ReleaseOffer | None = None
-        self._pulling: ReleaseDownload | None = None
+        self._download: ReleaseDownload | None = None
         self._staging: StagingThread | None = None
         self._withdrawn: ReleaseWithdrawn | None = None
         self._trouble = ""  # what went wrong while it is unpacked
-        self._ready = False  # staged, and waiting for a quiet moment
-        self._trying = False  # this process is the trial
-        self._leaving = False
-        self._last: ReleaseReport | None = None
-        self._report_at = self._look_at = 0.0
+        self._is_staged = False  # staged, and waiting for a quiet moment
+        self._is_on_trial = False  # this process is the trial
+        self._is_leaving = False
+        self._last_report: ReleaseReport | None = None
+        self._next_progress_at = self._next_poll_at = 0.0
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no release is being fetched, unpacked or tried."""
-        return self._offer is None and not self._trying and not self._leaving
+        return self._offer is None and not self._is_on_trial and not self._is_leaving
 
-    def born(self) -> None:
+    def on_birth(self) -> None:
         """After a birth, report the state of releases, and request again what is missing."""
-        self._guarded(self._greet)
+        self._report_errors(self._report_all)
 
-    def chunk(self, chunk: Chunk) -> bool:
-        if self._pulling is None or not self._pulling.wants(chunk.sha256):
+    def on_chunk(self, chunk: Chunk) -> bool:
+        if self._download is None or not self._download.wants(chunk.sha256):
             return False
-        self._guarded(lambda: self._on_chunk(chunk))
+        self._report_errors(lambda: self._take_chunk(chunk))
         return True
 
-    def gone(self, sha256: str) -> bool:
-        if self._pulling is None or not self._pulling.wants(sha256):
+    def on_blob_not_found(self, sha256: str) -> bool:
+        if self._download is None or not self._download.wants(sha256):
             return False
         if self._offer is not None:
             _LOG.info("release %d: the server no longer has it", self._offer.number)
@@ -107,56 +107,57 @@ class ReleaseAgent:
 
     def on_message(self, message: ReleaseOffer | ReleaseWithdrawn) -> None:
         if isinstance(message, ReleaseOffer):
-            self._guarded(lambda: self._on_offer(message))
+            self._report_errors(lambda: self._on_offer(message))
         else:
-            self._guarded(lambda: self._on_withdrawn(message))
+            self._report_errors(lambda: self._on_withdrawn(message))
 
     def turn(self, *, quiet: bool) -> bool:
         """Do what is due now; True if the process is to end, so that the launcher begins the trial.
 
         `quiet`: a restart would cost nothing now.
         """
-        self._guarded(lambda: self._turn(quiet))
-        return self._leaving
+        self._report_errors(lambda: self._advance(quiet))
+        return self._is_leaving
 
     def _on_offer(self, offer: ReleaseOffer) -> None:
-        if self._leaving or self._staging is not None:
+        if self._is_leaving or self._staging is not None:
             return  # a report follows soon, and the server repeats an offer of another release
-        self._last = None  # a server that repeats an offer has not got the last report
-        if isinstance(self._updater, str):
-            self._say(offer.number, REFUSED, self._updater)
+        self._last_report = None  # a server that repeats an offer has not got the last report
+        if isinstance(self._installer, str):
+            self._report(offer.number, REFUSED, self._installer)
             return
-        state, reason = self._standing(self._updater, offer.number)
-        if installed_manifest(self._updater.home, offer.number) not in (None, _digest(offer.manifest)):
-            # Another release has this number on this board: `_begin` refuses the offer before anything is fetched.
+        state, reason = self._release_state(self._installer, offer.number)
+        if installed_manifest(self._installer.home, offer.number) not in (None, _digest(offer.manifest)):
+            # Another release has this number on this board: `_start_download` refuses the offer before anything is
+            # fetched.
             state = None
         if state == STAGED:
-            self._offer, self._ready = offer, True
+            self._offer, self._is_staged = offer, True
         if state is not None:
-            self._say(offer.number, state, reason)
+            self._report(offer.number, state, reason)
         elif self._offer == offer:
-            self._progress()
-        elif (disk := self._updater.home.load()) is None or disk.phase != on_disk.TRIAL:
-            self._begin(self._updater, offer)
+            self._report_progress()
+        elif (disk := self._installer.home.load()) is None or disk.phase != on_disk.TRIAL:
+            self._start_download(self._installer, offer)
 
-    def _begin(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
+    def _start_download(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
         self._forget_offer()
         self._offer = offer
-        self._pulling = ReleaseDownload(updater, offer)
-        release = self._pulling.release
+        self._download = ReleaseDownload(updater, offer)
+        release = self._download.release
         _LOG.info(
             "release %d (%s) is offered: %d bytes, of which %d are installed",
-            release.number, release.version, release.size, release.size - self._pulling.size,
+            release.number, release.version, release.size, release.size - self._download.size,
         )  # fmt: skip
-        self._ask(self._pulling.start(self._clock()))
-        self._progress()
+        self._send_requests(self._download.start(self._clock()))
+        self._report_progress()
 
-    def _on_chunk(self, chunk: Chunk) -> None:
-        if self._pulling is not None:
-            self._ask(self._pulling.chunk(chunk, self._clock()))
+    def _take_chunk(self, chunk: Chunk) -> None:
+        if self._download is not None:
+            self._send_requests(self._download.on_chunk(chunk, self._clock()))
 
     def _on_withdrawn(self, message: ReleaseWithdrawn) -> None:
-        if isinstance(self._updater, str) or self._leaving:
+        if isinstance(self._installer, str) or self._is_leaving:
             return
         if self._offer is not None and self._offer.number == message.number:
             _LOG.info("release %d is withdrawn: %s", message.number, one_line(message.reason))
@@ -164,46 +165,46 @@ class ReleaseAgent:
                 self._withdrawn = message  # handled when the thread, which reads the files, has ended
                 return
             self._forget_offer()
-        self._updater.drop(message.number, f"withdrawn: {one_line(message.reason, 200)}")
-        if self._pulling is None and self._staging is None:
-            delete_downloads(self._updater)
+        self._installer.drop(message.number, f"withdrawn: {one_line(message.reason, 200)}")
+        if self._download is None and self._staging is None:
+            delete_downloads(self._installer)
 
     def _forget_offer(self) -> None:
-        self._offer = self._pulling = self._staging = self._withdrawn = None
-        self._ready, self._trouble = False, ""
+        self._offer = self._download = self._staging = self._withdrawn = None
+        self._is_staged, self._trouble = False, ""
 
-    def _turn(self, quiet: bool) -> None:
-        if isinstance(self._updater, str) or self._leaving:
+    def _advance(self, quiet: bool) -> None:
+        if isinstance(self._installer, str) or self._is_leaving:
             return
-        if self._trying and self._clock() >= self._look_at:
-            self._look_at = self._clock() + _LOOK_S
-            self._tell(self._updater)
-        if self._pulling is not None and self._staging is None:
-            self._ask(self._pulling.tick(self._clock()))
-            if self._pulling.done:
-                self._staging = StagingThread(self._updater, self._pulling)
-            self._progress()
-        if self._staging is not None and not self._staging.alive:
-            error, self._staging, self._pulling = self._staging.error, None, None
-            delete_downloads(self._updater)
+        if self._is_on_trial and self._clock() >= self._next_poll_at:
+            self._next_poll_at = self._clock() + _STATE_POLL_S
+            self._report_last_release(self._installer)
+        if self._download is not None and self._staging is None:
+            self._send_requests(self._download.on_tick(self._clock()))
+            if self._download.is_done:
+                self._staging = StagingThread(self._installer, self._download)
+            self._report_progress()
+        if self._staging is not None and not self._staging.is_alive:
+            error, self._staging, self._download = self._staging.error, None, None
+            delete_downloads(self._installer)
             if self._withdrawn is not None:
                 self._on_withdrawn(self._withdrawn)
             elif isinstance(error, DamagedCopyError) and self._offer is not None and not self._trouble:
                 _LOG.warning("%s: it is fetched", error)
-                self._updater.distrust(error.sha256)
-                self._begin(self._updater, self._offer)
+                self._installer.distrust(error.sha256)
+                self._start_download(self._installer, self._offer)
             elif error is not None:
                 raise error
             elif self._trouble and self._offer is not None:
-                self._updater.drop(self._offer.number, self._trouble)
+                self._installer.drop(self._offer.number, self._trouble)
                 self._refuse(self._trouble)
             elif self._offer is not None:
-                self._ready = True
-                self._say(self._offer.number, STAGED)
-        if self._ready and self._offer is not None and quiet:
-            self._try(self._updater, self._offer)
+                self._is_staged = True
+                self._report(self._offer.number, STAGED)
+        if self._is_staged and self._offer is not None and quiet:
+            self._start_trial(self._installer, self._offer)
 
-    def _try(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
+    def _start_trial(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
         state = updater.home.load()
         if state is None or state.highest != offer.number or state.phase == on_disk.STABLE:
             self._forget_offer()  # another process of this board was faster
@@ -211,10 +212,10 @@ class ReleaseAgent:
         delete_downloads(updater)  # again, since a power cut may have prevented it after staging
         updater.arm(offer.attempts, offer.seconds)
         _LOG.info("release %d is tried now: the service restarts", offer.number)
-        self._say(offer.number, TRIAL)
-        self._leaving = True
+        self._report(offer.number, TRIAL)
+        self._is_leaving = True
 
-    def _guarded(self, step: Callable[[], None]) -> None:
+    def _report_errors(self, step: Callable[[], None]) -> None:
         """Report any error with a release to the server; the agent continues."""
         try:
             step()
@@ -235,41 +236,41 @@ class ReleaseAgent:
         number = self._offer.number
         _LOG.warning("release %d is refused: %s", number, reason)
         self._forget_offer()
-        self._say(number, REFUSED, reason)
+        self._report(number, REFUSED, reason)
         try:
-            if not isinstance(self._updater, str):
-                delete_downloads(self._updater)
+            if not isinstance(self._installer, str):
+                delete_downloads(self._installer)
         except FedpruneError as error:  # it is tried again with the next release
             _LOG.warning("can't delete what was pulled: %s", error)
 
-    def _greet(self) -> None:
-        if isinstance(self._updater, str):
+    def _report_all(self) -> None:
+        if isinstance(self._installer, str):
             return
-        self._last = None
-        if self._pulling is not None:
+        self._last_report = None
+        if self._download is not None:
             if self._staging is None:
-                self._ask(self._pulling.start(self._clock()))
-            self._progress()
+                self._send_requests(self._download.start(self._clock()))
+            self._report_progress()
         else:
-            self._tell(self._updater)
+            self._report_last_release(self._installer)
 
-    def _tell(self, updater: ReleaseInstaller) -> None:
+    def _report_last_release(self, updater: ReleaseInstaller) -> None:
         """Report the last release's state from the launcher's state."""
         launcher_state = updater.home.load()
         if launcher_state is None or (launcher_state.phase == on_disk.STABLE and launcher_state.outcome is None):
-            self._trying = False
+            self._is_on_trial = False
             return
         number = (
             launcher_state.highest
             if launcher_state.phase != on_disk.STABLE or launcher_state.outcome is None
             else launcher_state.outcome.version
         )
-        state, reason = self._standing(updater, number)
-        self._trying = state == TRIAL
+        state, reason = self._release_state(updater, number)
+        self._is_on_trial = state == TRIAL
         if state is not None:
-            self._say(number, state, reason)
+            self._report(number, state, reason)
 
-    def _standing(self, updater: ReleaseInstaller, number: int) -> tuple[str | None, str]:
+    def _release_state(self, updater: ReleaseInstaller, number: int) -> tuple[str | None, str]:
         """A release's state and its reason, from the launcher's state; None if the launcher doesn't know it."""
         launcher_state = updater.home.load()
         if launcher_state is None:
@@ -285,25 +286,25 @@ class ReleaseAgent:
             is_running = False
         return (COMMITTED, "") if is_running else (None, "")
 
-    def _progress(self) -> None:
-        if self._pulling is None or self._offer is None:
+    def _report_progress(self) -> None:
+        if self._download is None or self._offer is None:
             return
         now = self._clock()
-        if self._last is None or now >= self._report_at:
-            self._report_at = now + _PROGRESS_S
-            done, total = self._pulling.progress
-            self._say(self._offer.number, DOWNLOADING, "", done, total)
+        if self._last_report is None or now >= self._next_progress_at:
+            self._next_progress_at = now + _PROGRESS_INTERVAL_S
+            done, total = self._download.progress
+            self._report(self._offer.number, DOWNLOADING, "", done, total)
 
-    def _say(self, number: int, state: str, reason: str = "", done: int = 0, total: int = 0) -> None:
+    def _report(self, number: int, state: str, reason: str = "", done: int = 0, total: int = 0) -> None:
         manifest = None
-        if state in (STAGED, TRIAL, COMMITTED, ROLLED_BACK) and not isinstance(self._updater, str):
-            manifest = installed_manifest(self._updater.home, number)
+        if state in (STAGED, TRIAL, COMMITTED, ROLLED_BACK) and not isinstance(self._installer, str):
+            manifest = installed_manifest(self._installer.home, number)
         report = ReleaseReport(self._connection.device, number, state, one_line(reason, 1000), done, total, manifest)
-        if report != self._last:
-            self._last = report
+        if report != self._last_report:
+            self._last_report = report
             self._connection.send(report)
 
-    def _ask(self, requests: list[BlobRequest]) -> None:
+    def _send_requests(self, requests: list[BlobRequest]) -> None:
         for request in requests:
             self._connection.send(request)
 
@@ -332,7 +333,7 @@ class ReleaseDownload:
         delete_downloads(updater, keep=release)
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         return self._pull is None and all(self._store.has(r.sha256) for r in self._refs)
 
     @property
@@ -343,28 +344,28 @@ class ReleaseDownload:
     @property
     def progress(self) -> tuple[int, int]:
         stored_leaves = sum(r.leaf_count for r in self._refs if self._store.has(r.sha256))
-        arrived_leaves = 0 if self._pull is None or self._pull.done else self._pull.progress[0]
+        arrived_leaves = 0 if self._pull is None or self._pull.is_done else self._pull.progress[0]
         return stored_leaves + arrived_leaves, sum(r.leaf_count for r in self._refs)
 
     def start(self, now: float) -> list[BlobRequest]:
         requests = [] if self._pull is None else self._pull.start(now)
-        return requests + self._onward(now)
+        return requests + self._next_requests(now)
 
     def wants(self, sha256: str) -> bool:
         return self._pull is not None and self._pull.ref.sha256 == sha256
 
-    def chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
+    def on_chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
         """Record a chunk of the blob that is being downloaded; returns further requests."""
         requests = [] if self._pull is None else self._pull.on_chunk(chunk, now)
-        return requests + self._onward(now)
+        return requests + self._next_requests(now)
 
-    def tick(self, now: float) -> list[BlobRequest]:
+    def on_tick(self, now: float) -> list[BlobRequest]:
         return [] if self._pull is None else self._pull.on_tick(now)
 
-    def _onward(self, now: float) -> list[BlobRequest]:
+    def _next_requests(self, now: float) -> list[BlobRequest]:
         """Requests for the next file once one is complete: one window at a time is enough for any broker."""
         requests: list[BlobRequest] = []
-        while self._pull is None or self._pull.done:
+        while self._pull is None or self._pull.is_done:
             self._pull = None
             missing = next((r for r in self._refs if not self._store.has(r.sha256)), None)
             if missing is None:
@@ -379,18 +380,18 @@ class StagingThread:
 
     def __init__(self, updater: ReleaseInstaller, download: ReleaseDownload) -> None:
         self.error: FedpruneError | None = ReleaseError("unpacking it ended without an error message")
-        self._updater = updater
-        self._pulled = download
+        self._installer = updater
+        self._download = download
         self._thread = threading.Thread(target=self._run, name="fedprune-staging", daemon=True)
         self._thread.start()
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            self._updater.stage(self._pulled.source)
+            self._installer.stage(self._download.source)
             self.error = None
         except FedpruneError as error:
             self.error = error

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError, StorageError
-from fedprune_device.launcher.sd_notify import READY, STOPPING, WATCHDOG, notify, status, watchdog_seconds
+from fedprune_device.launcher.sd_notify import READY, STOPPING, WATCHDOG, notify, status_line, watchdog_seconds
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import TRIAL, DamagedError, LauncherState
 
 # Packages that the runtime requires, by the names of their modules.
-PACKAGES = (
+REQUIRED_MODULES = (
     *("numpy", "paho", "safetensors", "cryptography", "msgspec", "onnxruntime", "PIL"),
     *(("tomli",) if sys.version_info < (3, 11) else ()),
 )
@@ -41,7 +41,7 @@ class ReleaseTrial:
             return None
         home = SlotStore(Path(root))
         state = home.load()
-        if state is None or state.phase != TRIAL or state.other != slot:
+        if state is None or state.phase != TRIAL or state.other_slot != slot:
             return None
         return cls(home, state.highest, slot)
 
@@ -51,13 +51,13 @@ class ReleaseTrial:
             health()
         except FedpruneError as error:
             reason = str(error)
-            self._change(lambda s: s.roll_back(reason))
+            self._change_state(lambda s: s.roll_back(reason))
             raise
-        self._change(lambda s: s.note("its checks passed, but it had not reached the broker"))
+        self._change_state(lambda s: s.with_trouble("its checks passed, but it had not reached the broker"))
 
     def commit(self) -> None:
         """Keep the release, which is healthy: its slot becomes the stable one."""
-        self._change(LauncherState.commit)
+        self._change_state(LauncherState.commit)
         _LOG.info("release %d is healthy and stays", self.number)
 
     def check_packages(self) -> None:
@@ -68,8 +68,8 @@ class ReleaseTrial:
         if system is not None:
             check_packages(self._home.root / self._slot, system)
 
-    def _change(self, change: Callable[[LauncherState], LauncherState]) -> None:
-        with storage_errors(f"can't write {self._home.folder}"), self._home.changing():
+    def _change_state(self, change: Callable[[LauncherState], LauncherState]) -> None:
+        with storage_errors(f"can't write {self._home.folder}"), self._home.lock_state():
             state = self._home.load()
             if state is not None and state.phase == TRIAL and state.highest == self.number:
                 self._home.save(change(state))
@@ -82,7 +82,7 @@ def check_packages(slot: Path, system: Collection[str] = ()) -> None:
     with the next `apt` or `pip`, when there is no release to roll back to. Raises `RuntimeUnavailableError`, which
     names the package.
     """
-    for name in PACKAGES:
+    for name in REQUIRED_MODULES:
         if name in system:
             continue
         spec = importlib.util.find_spec(name)
@@ -94,7 +94,7 @@ def check_packages(slot: Path, system: Collection[str] = ()) -> None:
             )
 
 
-_SLOWEST_S = 10.0  # four times the longest time between two beats
+_MAX_WATCHDOG_S = 10.0  # four times the longest time between two beats
 
 
 class Watchdog:
@@ -115,9 +115,11 @@ class Watchdog:
         self._trial = trial
         self._tell = tell
         # A quarter of the manager's time, so that one slow turn doesn't restart the service.
-        self._between = min(_SLOWEST_S, (watchdog_seconds() if interval is None else interval or 0.0) or 4e9) / 4
+        self._interval_s = (
+            min(_MAX_WATCHDOG_S, (watchdog_seconds() if interval is None else interval or 0.0) or 4e9) / 4
+        )
         self._clock = clock
-        self._next = 0.0
+        self._next_beat = 0.0
         self._ready = False
         self._connected = False
 
@@ -126,19 +128,19 @@ class Watchdog:
             self._ready = True
             self._tell(READY)
         now = self._clock()
-        if now >= self._next:
-            self._next = now + self._between
+        if now >= self._next_beat:
+            self._next_beat = now + self._interval_s
             self._tell(WATCHDOG)
         if self._connected and self._trial is not None:
             self._commit(self._trial)
 
-    def connected(self) -> None:
+    def on_connect(self) -> None:
         self._connected = True
-        self._tell(status("connected to the broker"))
+        self._tell(status_line("connected to the broker"))
 
-    def lost(self, reason: str) -> None:
+    def on_disconnect(self, reason: str) -> None:
         self._connected = False
-        self._tell(status(f"waiting for the broker: {reason}"))
+        self._tell(status_line(f"waiting for the broker: {reason}"))
 
     def stop(self) -> None:
         self._tell(STOPPING)

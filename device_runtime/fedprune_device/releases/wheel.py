@@ -20,15 +20,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from fedprune.core.errors import ReleaseError, StorageError, shown
+from fedprune.core.errors import ReleaseError, StorageError, value_text
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, files_digest
 from fedprune_device.launcher.state import DamagedError
 
 MAX_ENTRIES = 50_000
-_PIECE = 2**20  # bytes that are unpacked or copied at once
-_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-_DATA = re.compile(r"[^/]+\.data/(?P<scheme>[^/]+)/(?P<rest>.+)")
-_PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
+_CHUNK_BYTES = 2**20  # bytes that are unpacked or copied at once
+_NO_FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_DATA_PATH = re.compile(r"[^/]+\.data/(?P<scheme>[^/]+)/(?P<rest>.+)")
+_PATH_PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
 
 class WheelFiles(Protocol):
@@ -75,13 +75,13 @@ class InstalledWheel(WheelFiles):
             sha256_of_copy, count = hashlib.sha256(), 0
             source = self._source(path)
             if source is not None:
-                with source, _created(folder, path) as write:
-                    while chunk := source.read(_PIECE):
+                with source, _create_file(folder, path) as write:
+                    while chunk := source.read(_CHUNK_BYTES):
                         sha256_of_copy.update(chunk)
                         count += len(chunk)
                         write(chunk)
             if source is None or (sha256_of_copy.hexdigest(), count) != (sha256, size):
-                error = DamagedCopyError(f"{self.name}: {shown(path)} of the installed release is damaged")
+                error = DamagedCopyError(f"{self.name}: {value_text(path)} of the installed release is damaged")
                 error.sha256 = self._sha256
                 raise error
             yield path, sha256, size
@@ -89,14 +89,14 @@ class InstalledWheel(WheelFiles):
     def _source(self, path: str) -> BinaryIO | None:
         """A file of the slot, open; None if there is none at this path."""
         try:
-            return open(self._slot / path, "rb", opener=_without_links)
+            return open(self._slot / path, "rb", opener=_open_no_link)
         except OSError as error:
-            if error.errno not in _NO_FILE:
+            if error.errno not in _NO_FILE_ERRORS:
                 raise
             return None
 
 
-def _without_links(path: str, flags: int) -> int:
+def _open_no_link(path: str, flags: int) -> int:
     """A descriptor. Links are not followed: a slot has none, and they could lead anywhere."""
     return os.open(path, flags | os.O_NOFOLLOW)
 
@@ -125,14 +125,14 @@ class Wheel(WheelFiles):
             if target is None:
                 continue
             if target in targets:
-                raise ReleaseError(f"{name}: {shown(target)} is there twice")
+                raise ReleaseError(f"{name}: {value_text(target)} is there twice")
             targets.add(target)
             self._targets[entry.filename] = target
             self.size += entry.file_size
         self.paths = frozenset(targets)
         folders = {str(folder) for target in targets for folder in PurePosixPath(target).parents}
         for target in sorted(targets & folders):
-            raise ReleaseError(f"{name}: {shown(target)} is a file and a folder")
+            raise ReleaseError(f"{name}: {value_text(target)} is a file and a folder")
 
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
         with zipfile.ZipFile(self._path) as archive:
@@ -140,30 +140,30 @@ class Wheel(WheelFiles):
             for member_name, target in self._targets.items():
                 entry = archive.getinfo(member_name)
                 sha256, size = hashlib.sha256(), 0
-                with _created(folder, target) as write:
-                    for chunk in self._pieces(archive, entry, target):
+                with _create_file(folder, target) as write:
+                    for chunk in self._read_chunks(archive, entry, target):
                         size += len(chunk)
                         if size > entry.file_size:
                             break
                         sha256.update(chunk)
                         write(chunk)
                 if size != entry.file_size:
-                    raise ReleaseError(f"{self.name}: {shown(target)}", expected=f"{entry.file_size} bytes")
+                    raise ReleaseError(f"{self.name}: {value_text(target)}", expected=f"{entry.file_size} bytes")
                 yield target, sha256.hexdigest(), size
 
-    def _pieces(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: str) -> Iterator[bytes]:
+    def _read_chunks(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: str) -> Iterator[bytes]:
         """A file's content. OSError here means an offset outside the archive, not a failing disk."""
         try:
             with archive.open(entry) as source:
-                while chunk := source.read(_PIECE):
+                while chunk := source.read(_CHUNK_BYTES):
                     yield chunk
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
-            raise ReleaseError(f"{self.name}: {shown(target)} is damaged ({error})") from error
+            raise ReleaseError(f"{self.name}: {value_text(target)} is damaged ({error})") from error
 
     def _target(self, entry: zipfile.ZipInfo) -> str | None:
         """The path of an entry within a slot; None if it isn't installed."""
         name = entry.filename
-        inside = _DATA.fullmatch(name)
+        inside = _DATA_PATH.fullmatch(name)
         if inside is not None:
             if inside["scheme"] not in ("purelib", "platlib"):
                 return None
@@ -174,13 +174,13 @@ class Wheel(WheelFiles):
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if (
             len(name) > 1000
-            or any(path_part in (".", "..") or not _PART.fullmatch(path_part) for path_part in path_parts)
+            or any(path_part in (".", "..") or not _PATH_PART.fullmatch(path_part) for path_part in path_parts)
             or "__pycache__" in path_parts
             or kind not in (0, stat.S_IFREG)
             or entry.flag_bits & 1
             or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         ):
-            raise ReleaseError(f"{self.name}: {shown(entry.filename)}", expected="a plain file inside the slot")
+            raise ReleaseError(f"{self.name}: {value_text(entry.filename)}", expected="a plain file inside the slot")
         return name
 
 
@@ -196,7 +196,7 @@ def check_distinct(wheels: Iterable[WheelFiles]) -> None:
     for wheel in wheels:
         duplicates = sorted(paths & wheel.paths)
         if duplicates:
-            raise ReleaseError(f"{wheel.name}: {shown(duplicates[0])} is in another wheel, too")
+            raise ReleaseError(f"{wheel.name}: {value_text(duplicates[0])} is in another wheel, too")
         paths |= wheel.paths
 
 
@@ -204,31 +204,31 @@ def install_wheels(
     store: SlotStore,
     slot: str,
     wheels: Iterable[WheelFiles],
-    recorded: Callable[[dict[str, tuple[str, int]]], SlotRecord],
+    make_record: Callable[[dict[str, tuple[str, int]]], SlotRecord],
     key: bytes | None = None,
 ) -> None:
     """Replace what is in a slot that isn't running. Its record is written last, so an interrupted slot counts as empty.
 
-    `recorded` checks what was unpacked, by sha256 and size of each path, and returns the slot's record, which `key`
+    `make_record` checks what was unpacked, by sha256 and size of each path, and returns the slot's record, which `key`
     (default: the installed one) must have signed. If it raises, the slot is emptied. Raises `ReleaseError` if a wheel
     is damaged, `StorageError` if the disk gives back something else than was written.
     """
     folder = store.root / slot
     store.drop_record(slot)
-    empty(folder)
+    empty_folder(folder)
     files: dict[str, tuple[str, int]] = {}
     try:
         for wheel in wheels:
             files |= {path: (sha256, size) for path, sha256, size in wheel.unpack(folder)}
         os.sync()  # once for all files: thousands of syncs wear out a card
-        record = recorded(files)
+        record = make_record(files)
     except BaseException:
         with suppress(OSError):
-            empty(folder)
+            empty_folder(folder)
         raise
     store.write_record(slot, record)
     try:
-        store.whole(slot, from_disk=True, key=key)
+        store.checked_record(slot, from_disk=True, key=key)
     except DamagedError as error:
         store.drop_record(slot)
         raise StorageError(
@@ -236,7 +236,7 @@ def install_wheels(
         ) from error
 
 
-def empty(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
     """Delete what is in a folder; links are deleted, never followed."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -250,7 +250,7 @@ def contents_digest(wheels: Iterable[WheelFiles]) -> str:
 
 
 @contextmanager
-def _created(folder: Path | None, target: str) -> Iterator[Callable[[bytes], object]]:
+def _create_file(folder: Path | None, target: str) -> Iterator[Callable[[bytes], object]]:
     """A new file, as a function that writes to it."""
     if folder is None:
         yield len

@@ -15,23 +15,23 @@ from typing import Any
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, ModelError, StorageError
-from fedprune.core.records import convert
+from fedprune.core.records import convert_record
 from fedprune.model.recipe import labels_of
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, served_files
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
-from fedprune_device.serving.reduced_precision import clear
+from fedprune_device.serving.reduced_precision import clear_precision
 
 _LOG = logging.getLogger("fedprune.device")
-_NAMES = ("a", "b")
-_POINTER = "serving.json"
-_STAGE = "next"
+_SLOTS = ("a", "b")
+_POINTER_FILE = "serving.json"
+_STAGE_FOLDER = "next"
 _FILES = {BASE, *(name for precision in (FLOAT32, *PRECISIONS) for name in served_files(precision))}
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServingRecord:
     """The model that serves predictions.
 
     `files` are the digests of what it consists of, by name: float32's graph and weights in any case, those of the
@@ -55,19 +55,19 @@ class Serving:
         return self.files[WEIGHTS]
 
     @property
-    def own(self) -> LogitAdjustment:
+    def adjustment(self) -> LogitAdjustment:
         """The map from its logits to those of the board's own predictions."""
         return LogitAdjustment(self.offset, self.present)
 
     @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> Serving:
+    def from_dict(cls, body: dict[str, Any]) -> ServingRecord:
         try:
-            record = convert(cls, body, "serving model", StorageError)
+            record = convert_record(cls, body, "serving model", StorageError)
             labels_of(record.loss)
             lengths = {len(values) for values in (record.offset, record.present) if values is not None}
             if (
                 not {GRAPH, WEIGHTS, *served_files(record.precision)} <= record.files.keys() <= _FILES
-                or record.slot not in _NAMES
+                or record.slot not in _SLOTS
                 or not lengths <= {record.classes}
             ):
                 raise ValueError("a value is out of range")
@@ -79,66 +79,67 @@ class Serving:
 class ModelSlots:
     """The serving folder of a device. Reading needs no lock, so predictions work next to a running agent.
 
-    Staged models survive a power cut if `lasting`; `job` is the only one whose models may be installed, empty for any.
+    Staged models survive a power cut if `durable`; `allowed_job` is the only one whose models may be installed, empty
+    for any.
     """
 
-    def __init__(self, root: Path, *, lasting: bool = True) -> None:
+    def __init__(self, root: Path, *, durable: bool = True) -> None:
         self._root = root
-        self._lasting = lasting
-        self.job = ""
+        self._is_durable = durable
+        self.allowed_job = ""
 
     def prepare(self) -> None:
-        for folder in (self._root, *(self._root / n for n in (*_NAMES, _STAGE))):
+        for folder in (self._root, *(self._root / n for n in (*_SLOTS, _STAGE_FOLDER))):
             with storage_errors(f"can't write {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
-            atomic_file.sweep(folder)
+            atomic_file.remove_partial_files(folder)
 
     @property
     def staging(self) -> Path:
-        return self._root / _STAGE
+        return self._root / _STAGE_FOLDER
 
     def stage(self, inference: Path, weights: Path | bytes, base: Path | None = None) -> Path:
         """Put a candidate together, without touching what serves, in a folder that is valid until the next call."""
-        folder = self._root / _STAGE
-        _clear(folder)
-        atomic_file.place(inference, folder / GRAPH, sync=self._lasting)
+        folder = self._root / _STAGE_FOLDER
+        _clear_precisions(folder)
+        atomic_file.link_or_copy(inference, folder / GRAPH, sync=self._is_durable)
         if base is not None:
-            atomic_file.place(base, folder / BASE, sync=self._lasting)
+            atomic_file.link_or_copy(base, folder / BASE, sync=self._is_durable)
         if isinstance(weights, Path):
-            atomic_file.place(weights, folder / WEIGHTS, sync=self._lasting)
+            atomic_file.link_or_copy(weights, folder / WEIGHTS, sync=self._is_durable)
         else:
-            atomic_file.write_whole(folder / WEIGHTS, weights, sync=self._lasting, private=True)
+            atomic_file.write_atomically(folder / WEIGHTS, weights, sync=self._is_durable, private=True)
         return folder
 
-    def install(self, record: Serving) -> Serving:
+    def install(self, record: ServingRecord) -> ServingRecord:
         """Let the staged model serve if its job may; returns its record. On errors the old model stays active."""
-        stage = self._root / _STAGE
-        if self.job not in ("", record.job):
+        stage = self._root / _STAGE_FOLDER
+        if self.allowed_job not in ("", record.job):
             return record
-        if not _intact(stage, record):
+        if not _is_intact(stage, record):
             raise StorageError("the staged model is not the one to install", hint="The disk may be failing.")
         current = self.current()
-        slot = _NAMES[1] if current is not None and current.slot == _NAMES[0] else _NAMES[0]
-        record = Serving(**{**asdict(record), "slot": slot})
-        _clear(self._root / slot)
+        slot = _SLOTS[1] if current is not None and current.slot == _SLOTS[0] else _SLOTS[0]
+        record = ServingRecord(**{**asdict(record), "slot": slot})
+        _clear_precisions(self._root / slot)
         for name in record.files:
-            atomic_file.move(stage / name, self._root / slot / name)
+            atomic_file.move_durably(stage / name, self._root / slot / name)
         rows = [record] + ([current] if current is not None else [])
-        atomic_file.write_document(self._root / _POINTER, {"models": [asdict(r) for r in rows]})
+        atomic_file.write_document(self._root / _POINTER_FILE, {"models": [asdict(r) for r in rows]})
         return record
 
-    def current(self) -> Serving | None:
+    def current(self) -> ServingRecord | None:
         """The active record: the newest whose files are intact; None without any."""
-        for row in self._rows():
-            if _intact(self._root / row.slot, row):
+        for row in self._read_records():
+            if _is_intact(self._root / row.slot, row):
                 return row
             _LOG.warning("model of job %s, round %d in slot %s is damaged", row.job, row.round, row.slot)
         return None
 
-    def folder(self, record: Serving) -> Path:
+    def folder(self, record: ServingRecord) -> Path:
         return self._root / record.slot
 
-    def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, Serving]:
+    def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, ServingRecord]:
         for _ in range(5):  # enough even if several rounds end while a large model is loaded
             record = self.current()
             if record is None:
@@ -150,42 +151,42 @@ class ModelSlots:
             folder = self._root / record.slot
             predictor = Predictor(folder / served_files(record.precision)[0], threads=threads, cuda=cuda)
             # An agent may have replaced the files while they were being loaded.
-            if _intact(folder, record):
+            if _is_intact(folder, record):
                 return predictor, record
         raise StorageError("the serving model changes faster than it can be loaded")
 
-    def weights(self, record: Serving) -> bytes:
+    def weights(self, record: ServingRecord) -> bytes:
         path = self._root / record.slot / WEIGHTS
         with storage_errors(f"can't read {path}"):
             raw = path.read_bytes()
-        if tensorfile.digest(raw) != record.weights:
+        if tensorfile.sha256_hex(raw) != record.weights:
             raise StorageError(f"{path} is damaged")
         return raw
 
     def installed_at(self) -> float:
         """When the serving model was installed, in seconds since 1970; 0 if none is."""
         try:
-            return (self._root / _POINTER).stat().st_mtime
+            return (self._root / _POINTER_FILE).stat().st_mtime
         except OSError:
             return 0.0
 
-    def _rows(self) -> list[Serving]:
+    def _read_records(self) -> list[ServingRecord]:
         try:
-            body = atomic_file.read_document(self._root / _POINTER)
-            return [Serving.from_dict(row) for row in (body or {"models": []})["models"]]
+            body = atomic_file.read_document(self._root / _POINTER_FILE)
+            return [ServingRecord.from_dict(row) for row in (body or {"models": []})["models"]]
         except StorageError as error:
             _LOG.warning("%s", error)
             return []
 
 
-def _intact(folder: Path, record: Serving) -> bool:
+def _is_intact(folder: Path, record: ServingRecord) -> bool:
     try:
         return all(file_digest(folder / name) == digest for name, digest in record.files.items())
     except OSError:
         return False
 
 
-def _clear(folder: Path) -> None:
+def _clear_precisions(folder: Path) -> None:
     """Delete what another model left at lower precision."""
     for precision in PRECISIONS:
-        clear(folder, precision)
+        clear_precision(folder, precision)

@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, ModelError, shape_text
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
-from fedprune.model.lengths import at_most, fits, free_axis, padded, with_lengths
-from fedprune.model.recipe import JUDGED, MULTI, labels_of
+from fedprune.model.lengths import fits_shape, free_axis, pad_to_bound, upper_shape, with_lengths
+from fedprune.model.recipe import JUDGED_LABELS, MULTI_LABELS, labels_of
 from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.precision_files import FLOAT32, served_files
-from fedprune.runtime.session import Runs, Session
-from fedprune_device.data.labels import Targets, hits
+from fedprune.runtime.session import OnnxSession, RunsGraph
+from fedprune_device.data.labels import Targets, right_labels
 from fedprune_device.data.stored_array import Inputs
 
 Array = npt.NDArray[Any]
@@ -34,12 +34,14 @@ class Predictor:
     missing, or onnxruntime refuses the graph with these weights.
     """
 
-    def __init__(self, model: str | Path, *, threads: int = 1, session: Runs | None = None, cuda: bool = False) -> None:
+    def __init__(
+        self, model: str | Path, *, threads: int = 1, session: RunsGraph | None = None, cuda: bool = False
+    ) -> None:
         model = Path(model)
         path = model / GRAPH if model.is_dir() else model
         if not path.is_file():
             raise ModelError(f"there is no model at {path.absolute()}")
-        self.session: Runs = session or Session(path, threads=threads, cuda=cuda)
+        self.session: RunsGraph = session or OnnxSession(path, threads=threads, cuda=cuda)
         if step.X not in self.session.inputs or step.LOGITS not in self.session.outputs:
             raise ModelError(
                 f"{path} is not an inference graph",
@@ -47,7 +49,7 @@ class Predictor:
                 got=f"{', '.join(self.session.inputs)}; {', '.join(self.session.outputs)}",
             )
         kind, shape = self.session.inputs[step.X]
-        metadata = self.session.metadata if isinstance(self.session, Session) else metadata_of(path.read_bytes())
+        metadata = self.session.metadata if isinstance(self.session, OnnxSession) else metadata_of(path.read_bytes())
         self.input_shape = with_lengths(shape[1:], metadata, ModelError)
         self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
 
@@ -61,7 +63,7 @@ class Predictor:
         Samples whose length may vary are padded; where a model predicts each of their places, it does so for theirs.
         """
         shape = self.input_shape
-        if not fits(x.shape[1:], shape):
+        if not fits_shape(x.shape[1:], shape):
             raise DataError("shape of the inputs", expected=shape_text("n", *shape), got=shape_text(*x.shape))
         if self._dtype.kind == "i" and x.dtype.kind not in "iu":
             raise DataError("type of the inputs", expected="whole numbers (token ids)", got=x.dtype)
@@ -70,12 +72,12 @@ class Predictor:
             return self.predict(np.zeros((1, *x.shape[1:]), x.dtype), batch)[:0]
         starts = range(0, len(x), batch)
         outputs = [
-            self.session.run({step.X: np.ascontiguousarray(padded(chunk, shape))}, [step.LOGITS])[step.LOGITS]
+            self.session.run({step.X: np.ascontiguousarray(pad_to_bound(chunk, shape))}, [step.LOGITS])[step.LOGITS]
             for chunk in (np.asarray(x[s : s + batch], self._dtype) for s in starts)
         ]
         logits = np.concatenate([np.asarray(p) for p in outputs]).astype(np.float32, copy=False)
         axis = free_axis(shape)
-        has_free_places = axis is not None and logits.ndim == 3 and logits.shape[2] == at_most(shape)[axis]
+        has_free_places = axis is not None and logits.ndim == 3 and logits.shape[2] == upper_shape(shape)[axis]
         return logits[:, :, : x.shape[axis + 1]] if has_free_places and axis is not None else logits
 
     def check(
@@ -93,8 +95,8 @@ class Predictor:
         number of classes, are not finite, or contradict that loss.
         """
         if x is None:
-            free = [d if isinstance(d, int) else 1 for d in at_most(self.input_shape)]
-            noise = keyed(0, "check").standard_normal((4, *free))
+            free = [d if isinstance(d, int) else 1 for d in upper_shape(self.input_shape)]
+            noise = keyed_generator(0, "check").standard_normal((4, *free))
             x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
         logits = self.predict(x, batch)
         if logits.shape[:2] != (len(x), classes):
@@ -114,33 +116,33 @@ class Predictor:
                 )
 
 
-def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str] = ()) -> Iterator[str]:
+def prediction_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str] = ()) -> Iterator[str]:
     """One line per sample of outputs [n, K]: the `top` likeliest classes or labels, or all predicted numbers.
 
     Of outputs for each place [n, K, ...] it is the share of places of the `top` most frequent classes or labels, or the
     range of the numbers.
     """
     if outputs.ndim > 2:
-        yield from _of_places(outputs, loss, top, names)
+        yield from _place_lines(outputs, loss, top, names)
         return
-    digits = ".4f" if labels_of(loss) in JUDGED else ".6g"
-    for i, row in enumerate(ranked(outputs, loss, top)):
+    digits = ".4f" if labels_of(loss) in JUDGED_LABELS else ".6g"
+    for i, row in enumerate(ranked_outputs(outputs, loss, top)):
         labels = [f"{names[c] if c < len(names) else c} " if outputs.shape[1] > 1 else "" for c in row]
         yield f"{i}: " + ", ".join(f"{name}{v:{digits}}" for name, v in zip(labels, row.values(), strict=True))
 
 
-def ranked(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:
+def ranked_outputs(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:
     """Per sample of outputs [n, K] the `top` likeliest classes or labels with their shares, or all predicted numbers by
     their places."""
-    for row in likely(loss, outputs.astype(np.float64)):
-        best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED else range(len(row))
+    for row in likelihoods(loss, outputs.astype(np.float64)):
+        best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED_LABELS else range(len(row))
         yield {int(c): float(row[c]) for c in best}
 
 
-def _of_places(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
+def _place_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
     shape = f"{' x '.join(map(str, outputs.shape[2:]))} places"
     for i, row in enumerate(outputs.reshape(*outputs.shape[:2], -1)):
-        if labels_of(loss) not in JUDGED:
+        if labels_of(loss) not in JUDGED_LABELS:
             yield f"{i}: {len(row)} x {shape}, {row.min():.6g} to {row.max():.6g}"
             continue
         chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
@@ -155,25 +157,25 @@ def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None 
     return Targets(loss, outputs.shape[1], outputs.shape[2 if loss == "cross_entropy" else 1 :], ignored)
 
 
-def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
+def quality_text(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
     """A text that says how well outputs [n, K, ...] predict labels; places whose label is no class don't count."""
     if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
         is_counted = (y >= 0) & (y < outputs.shape[1])
         share = np.mean((outputs.argmax(1) == y)[is_counted]) if is_counted.any() else 0.0
         return f"accuracy {share:.4f} on {quantity(int(is_counted.sum()), 'place')} of {quantity(len(y), 'sample')}"
     labels = np.asarray(targets_of(outputs, loss)(y))
-    is_right = hits(loss, outputs, labels)
+    is_right = right_labels(loss, outputs, labels)
     if is_right is None:
         error = np.sqrt(np.mean((outputs.astype(np.float64) - labels) ** 2))
         return f"root of the mean squared error {error:.6g} on {quantity(len(y), 'sample')}"
     return f"accuracy {np.mean(is_right):.4f} on {quantity(len(y), 'sample')}"
 
 
-def likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def likelihoods(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Softmax over classes with cross-entropy, sigmoid per label with bce, else the numbers, [n, K]."""
     if loss == "cross_entropy":
         shares = np.exp(z - z.max(axis=1, keepdims=True))
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
-    if labels_of(loss) == MULTI:
+    if labels_of(loss) == MULTI_LABELS:
         return np.asarray(np.exp(-np.logaddexp(0, -z)))
     return z

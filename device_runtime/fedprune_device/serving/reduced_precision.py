@@ -19,8 +19,23 @@ from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, ModelError
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.precision import CALIBRATION_SAMPLES, SAMPLES, Agreement, agreement, lowered_weights, unpacked
-from fedprune.runtime.precision_files import FASTEST, FLOAT32, SERVED, files_of, graph_file, served_files, weights_file
+from fedprune.runtime.precision import (
+    CALIBRATION_SAMPLES,
+    MAX_COMPARED_SAMPLES,
+    Agreement,
+    compare_outputs,
+    lowered_weights,
+    unpack_graphs,
+)
+from fedprune.runtime.precision_files import (
+    FASTEST,
+    FLEET_PRECISIONS,
+    FLOAT32,
+    files_of,
+    graph_file,
+    served_files,
+    weights_file,
+)
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
@@ -28,8 +43,8 @@ from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
 _LOG = logging.getLogger("fedprune.device")
 
-_TURNS = 9  # timed predictions per precision; the first ones allocate memory and don't count
-_FASTER = 0.9  # share of float32's time that a lowered model may take to be called faster: less may be chance
+_TIMED_PREDICTIONS = 9  # timed predictions per precision; the first ones allocate memory and don't count
+_MAX_TIME_SHARE = 0.9  # share of float32's time that a lowered model may take to be called faster: less may be chance
 
 
 class ReducedPrecision:
@@ -38,12 +53,14 @@ class ReducedPrecision:
     def __init__(self, serve: str = FLOAT32, threads: int = 1) -> None:
         self._serve, self._threads = serve, threads
 
-    def wanted(self, offer: Offer) -> Offer:
+    def needed_graphs(self, offer: Offer) -> Offer:
         """The offer without graphs that this board has no use for: they are not pulled."""
-        names = () if self._serve == FLOAT32 else SERVED if self._serve == FASTEST else (self._serve,)
+        names = () if self._serve == FLOAT32 else FLEET_PRECISIONS if self._serve == FASTEST else (self._serve,)
         return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
 
-    def staged(self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets) -> str:
+    def lower_staged(
+        self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets
+    ) -> str:
         """Lower a staged float32 model by the graphs `kits`; returns the precision that is to serve.
 
         The files of that precision are next to float32's; those of the others are deleted.
@@ -52,37 +69,37 @@ class ReducedPrecision:
             return FLOAT32
         float32_model = Predictor(folder, threads=self._threads)
         judge = PrecisionCheck(float32_model, data, recipe, targets)
-        models = {p: self._tried(folder, p, kit, data, judge) for p, kit in kits.items()}
+        models = {p: self._try_precision(folder, p, kit, data, judge) for p, kit in kits.items()}
         candidates = {FLOAT32: float32_model} | {p: model for p, model in models.items() if model is not None}
-        chosen = self._chosen(candidates, data)
+        chosen = self._choose_precision(candidates, data)
         for precision in candidates.keys() - {FLOAT32, chosen}:
-            clear(folder, precision)
+            clear_precision(folder, precision)
         return chosen
 
-    def _tried(
+    def _try_precision(
         self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: PrecisionCheck
     ) -> Predictor | None:
         """Write a precision's files into the folder; returns their model, or None if it may not serve."""
         try:
-            for name, raw in unpacked(kit, precision).items():
-                atomic_file.write_whole(folder / name, raw, private=True)
-            model, comparison = lowered(
-                folder, precision, tensorfile.load(folder / WEIGHTS), data, judge, self._threads
+            for name, raw in unpack_graphs(kit, precision).items():
+                atomic_file.write_atomically(folder / name, raw, private=True)
+            model, comparison = lower_model(
+                folder, precision, tensorfile.load_tensors(folder / WEIGHTS), data, judge, self._threads
             )
         except FedpruneError as error:  # a failure here must not lose a finished round
             _LOG.warning("the model doesn't serve with %s: %s", precision, error)
-            clear(folder, precision)
+            clear_precision(folder, precision)
             return None
         _LOG.info("the model may serve with %s: %s", precision, comparison.describe())
-        clear(folder, precision, made=False)
+        clear_precision(folder, precision, including_served=False)
         return model
 
-    def _chosen(self, candidates: Mapping[str, Predictor], data: LocalData) -> str:
+    def _choose_precision(self, candidates: Mapping[str, Predictor], data: LocalData) -> str:
         """The precision that serves: the requested one, or that which predicts one sample fastest."""
         if self._serve != FASTEST:
             return self._serve if self._serve in candidates else FLOAT32
         times: dict[str, list[float]] = {p: [] for p in candidates}
-        for _ in range(_TURNS):  # interleaved, so that other load on the board affects all alike
+        for _ in range(_TIMED_PREDICTIONS):  # interleaved, so that other load on the board affects all alike
             for precision, model in candidates.items():
                 began = time.perf_counter()
                 model.predict(data.x_train[:1])
@@ -90,7 +107,7 @@ class ReducedPrecision:
         medians = {p: float(np.median(t[1:])) for p, t in times.items()}
         _LOG.info("a prediction takes %s", ", ".join(f"{1000 * s:.3g} ms with {p}" for p, s in medians.items()))
         best = min(medians, key=medians.__getitem__)
-        return best if medians[best] < _FASTER * medians[FLOAT32] else FLOAT32
+        return best if medians[best] < _MAX_TIME_SHARE * medians[FLOAT32] else FLOAT32
 
 
 class PrecisionCheck:
@@ -98,17 +115,17 @@ class PrecisionCheck:
 
     def __init__(self, float32_model: Predictor, data: LocalData, recipe: Recipe, targets: Targets) -> None:
         has_validation = len(data.y_val) > 0
-        self._x = (data.x_val if has_validation else data.x_train)[:SAMPLES]
-        self._y = np.asarray(targets((data.y_val if has_validation else data.y_train)[:SAMPLES]))
+        self._x = (data.x_val if has_validation else data.x_train)[:MAX_COMPARED_SAMPLES]
+        self._y = np.asarray(targets((data.y_val if has_validation else data.y_train)[:MAX_COMPARED_SAMPLES]))
         self._loss, self._at_once = recipe.loss, recipe.micro_batch
         self._reference = float32_model.predict(self._x, self._at_once)
 
-    def hear(self, model: Predictor) -> Agreement:
+    def compare(self, model: Predictor) -> Agreement:
         """The agreement of a model's predictions with float32's."""
-        return agreement(self._loss, self._reference, model.predict(self._x, self._at_once), self._y)
+        return compare_outputs(self._loss, self._reference, model.predict(self._x, self._at_once), self._y)
 
 
-def lowered(
+def lower_model(
     folder: Path, precision: str, tensors: Mapping[str, Any], data: LocalData, judge: PrecisionCheck, threads: int = 1
 ) -> tuple[Predictor, Agreement]:
     """Write float32's `tensors` at a precision next to its graphs; returns their model, and how it compares.
@@ -116,16 +133,16 @@ def lowered(
     Raises `ModelError` if its predictions differ too much from float32's.
     """
     raw = lowered_weights(folder, precision, tensors, data.x_train[:CALIBRATION_SAMPLES])
-    atomic_file.write_whole(folder / weights_file(precision), raw, private=True)
+    atomic_file.write_atomically(folder / weights_file(precision), raw, private=True)
     model = Predictor(folder / graph_file(precision), threads=threads)
-    comparison = judge.hear(model)
+    comparison = judge.compare(model)
     if comparison.refusal:
         raise ModelError(comparison.refusal)
     return model, comparison
 
 
-def clear(folder: Path, precision: str, *, made: bool = True) -> None:
+def clear_precision(folder: Path, precision: str, *, including_served: bool = True) -> None:
     with storage_errors(f"can't write {folder}"):
         for name in files_of(precision):
-            if (made or name not in served_files(precision)) and (folder / name).exists():
+            if (including_served or name not in served_files(precision)) and (folder / name).exists():
                 (folder / name).unlink()

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedprune.core import atomic_file
-from fedprune.core.errors import StorageError, shown
+from fedprune.core.errors import StorageError, value_text
 
-FILE = "device.json"
+OWNER_FILE = "device.json"
 
 _LOG = logging.getLogger("fedprune.device")
 
-_LONGEST = 64  # characters of a name of device or site
+_MAX_NAME_LENGTH = 64  # characters of a name of device or site
 
-_OF_A_SERVER = ("server.db", "identity/authority.key")  # what only a server's state folder has
+_SERVER_FILES = ("server.db", "identity/authority.key")  # what only a server's state folder has
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DirectoryOwner:
 
     def check(self, root: Path) -> None:
         """Refuse another device's, another site's or a server's directory; one without an owner may be taken."""
-        for name in _OF_A_SERVER:
+        for name in _SERVER_FILES:
             if (root / name).exists():
                 raise StorageError(
                     f"{root} is the state folder of a server",
@@ -40,7 +40,7 @@ class DirectoryOwner:
         raise StorageError(
             f"{root} is the state directory of another device",
             expected=f"device {self.device} of site {self.site}",
-            got=f"device {_shown(device)} of site {_shown(site)}",
+            got=f"device {_name_text(device)} of site {_name_text(site)}",
             hint="Use its --device and --site, or another --state; delete the directory to start over.",
         )
 
@@ -51,27 +51,31 @@ class DirectoryOwner:
     def claim(self, root: Path) -> None:
         self.check(root)
         if _read(root) != asdict(self):
-            atomic_file.write_document(root / FILE, asdict(self))
+            atomic_file.write_document(root / OWNER_FILE, asdict(self))
 
 
 def check_unowned(root: Path) -> None:
     """Refuse a device's directory as a server's state folder."""
-    if (root / FILE).exists():
+    if (root / OWNER_FILE).exists():
         raise StorageError(
             f"{root} is the state directory of a device",
             expected="a folder of the server's own",
-            got=f"one with {FILE}",
+            got=f"one with {OWNER_FILE}",
             hint="Give another --state.",
         )
 
 
 def _read(root: Path) -> dict[str, object]:
     try:
-        return atomic_file.read_document(root / FILE) or {}
+        return atomic_file.read_document(root / OWNER_FILE) or {}
     except StorageError as error:
         _LOG.warning("%s: its owner is no longer known", error)
         return {}
 
 
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST else shown(value)
+def _name_text(value: object) -> str:
+    return (
+        value
+        if isinstance(value, str) and value.isprintable() and len(value) <= _MAX_NAME_LENGTH
+        else value_text(value)
+    )

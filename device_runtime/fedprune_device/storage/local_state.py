@@ -22,20 +22,22 @@ import numpy.typing as npt
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BundleError, StorageError
-from fedprune.model.element_mask import from_bits, to_bits
-from fedprune.model.selection import Active, Tensors
+from fedprune.model.element_mask import mask_from_bits, mask_to_bits
+from fedprune.model.selection import ElementMask, Tensors
 from fedprune.wire.messages import Offer
 
 _LOG = logging.getLogger("fedprune.device")
 
 _FORMAT = "fedprune.own/1"
-_HEAD, _DIGEST = "record", "sha256"
+_HEAD_TENSOR, _DIGEST_TENSOR = "record", "sha256"
 _FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round", "optimizer", "steps", "alone")
-_PARTS = ("average", "personal", "residual", "moments")
+_TENSOR_KINDS = ("average", "personal", "residual", "moments")
 _SLOTS = ("a", "b")
-_STAGED = ".staged.partial"  # what a round has left while its result may still be dropped; a new process deletes it
-_JOB, _OTHERS = "job", "others"
-MOST_OTHERS = 3  # the latest jobs, in addition to the current one, whose personal state a board keeps
+_STAGED_FILE = (
+    ".staged.partial"  # what a round has left while its result may still be dropped; a new process deletes it
+)
+_JOB_FILE, _OTHER_JOBS_FOLDER = "job", "others"
+MAX_OTHER_JOBS = 3  # the latest jobs, in addition to the current one, whose personal state a board keeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class LocalState:
     round: int
     average: Tensors = field(default_factory=dict)
     personal: Tensors = field(default_factory=dict)
-    mask: Active = field(default_factory=dict)
+    mask: ElementMask = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     optimizer: str = ""
@@ -66,7 +68,7 @@ class LocalState:
     alone: bool = False
 
     @classmethod
-    def of(cls, offer: Offer, average: Tensors, personal: Tensors, mask: Active, **further: Any) -> LocalState:
+    def of(cls, offer: Offer, average: Tensors, personal: Tensors, mask: ElementMask, **further: Any) -> LocalState:
         """The state after an offer's round; `further` are attributes by their names."""
         identity = (
             offer.job,
@@ -84,7 +86,7 @@ class LocalState:
         mine, theirs = ((o.job, o.seed, o.architecture) for o in (self, offer))
         return mine == theirs and self.round < offer.round
 
-    def personalised(self, offer: Offer, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+    def with_personal(self, offer: Offer, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
         """Received tensors with the board's personal ones in the place of theirs, where they still fit."""
         if self.selection != offer.selection:
             return dict(tensors)
@@ -95,31 +97,33 @@ class LocalState:
         return mine is not None and mine.shape == tensor.shape
 
     def to_bytes(self) -> bytes:
-        arrays: dict[str, npt.NDArray[Any]] = {f"{p}/{n}": v for p in _PARTS for n, v in getattr(self, p).items()}
-        arrays |= {f"mask/{n}": v for n, v in to_bits(self.mask).items() if n in self.average}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            f"{p}/{n}": v for p in _TENSOR_KINDS for n, v in getattr(self, p).items()
+        }
+        arrays |= {f"mask/{n}": v for n, v in mask_to_bits(self.mask).items() if n in self.average}
         head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT}
         text = json.dumps(head, sort_keys=True).encode()
         digest = np.frombuffer(_digest(text, arrays), np.uint8)
-        return tensorfile.encode({_HEAD: np.frombuffer(text, np.uint8), _DIGEST: digest, **arrays})
+        return tensorfile.encode({_HEAD_TENSOR: np.frombuffer(text, np.uint8), _DIGEST_TENSOR: digest, **arrays})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LocalState:
         try:
             arrays = tensorfile.decode(data)
-            text, digest = arrays.pop(_HEAD).tobytes(), arrays.pop(_DIGEST).tobytes()
+            text, digest = arrays.pop(_HEAD_TENSOR).tobytes(), arrays.pop(_DIGEST_TENSOR).tobytes()
             if _digest(text, arrays) != digest:
                 raise ValueError("the digest is another")
             head = json.loads(text)
             if head.pop("format") != _FORMAT:
                 raise ValueError("another format")
-            tensors_by_part: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in (*_PARTS, "mask")}
+            tensors_by_part: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in (*_TENSOR_KINDS, "mask")}
             for name, value in arrays.items():
                 kind, _, tensor = name.partition("/")
                 tensors_by_part[kind][tensor] = value
             shapes = {n: v.shape for n, v in tensors_by_part["average"].items()}
-            mask = from_bits(tensors_by_part["mask"], shapes)
+            mask = mask_from_bits(tensors_by_part["mask"], shapes)
             head["widths"] = tuple(head["widths"])
-            return cls(**{**head, **{p: tensors_by_part[p] for p in _PARTS}, "mask": mask})
+            return cls(**{**head, **{p: tensors_by_part[p] for p in _TENSOR_KINDS}, "mask": mask})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
             raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
 
@@ -151,7 +155,7 @@ class RoundState:
 
     def __init__(self, states: StateStore, offer: Offer) -> None:
         self._states = states
-        self._place: str | None = None
+        self._slot: str | None = None
         self.base: LocalState | None = None
         for slot, data in sorted(states.read().items()):
             try:
@@ -160,7 +164,7 @@ class RoundState:
                 _LOG.warning("%s: going on without it", error)
                 continue
             if state.precedes(offer) and (self.base is None or state.round > self.base.round):
-                self._place, self.base = slot, state
+                self._slot, self.base = slot, state
 
     def release(self) -> None:
         """Forget what the round began with; it stays in the store."""
@@ -171,7 +175,7 @@ class RoundState:
 
     def commit(self) -> None:
         """Make the staged state current, and keep the state that the round began with."""
-        self._states.commit(self._place)
+        self._states.commit(self._slot)
 
 
 class MemoryStateStore:
@@ -191,7 +195,7 @@ class MemoryStateStore:
     def commit(self, neighbour: str | None) -> None:
         """See `StateStore`."""
         neighbours = {} if neighbour is None else {neighbour: self.records[neighbour]}
-        self.records, self._staged = {**neighbours, _free(neighbour): self._staged}, b""
+        self.records, self._staged = {**neighbours, _free_slot(neighbour): self._staged}, b""
 
 
 class FolderStateStore:
@@ -203,63 +207,63 @@ class FolderStateStore:
     def prepare(self) -> None:
         with storage_errors(f"can't write {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
-        atomic_file.sweep(self._root)
+        atomic_file.remove_partial_files(self._root)
 
     def read(self) -> dict[str, bytes]:
         """See `StateStore`; a file that can't be read is left out."""
-        contents = {name: _content(self._root / name) for name in _SLOTS}
+        contents = {name: _read_record(self._root / name) for name in _SLOTS}
         return {name: data for name, data in contents.items() if data is not None}
 
     def stage(self, record: bytes) -> None:
-        atomic_file.write_whole(self._root / _STAGED, record, private=True)
+        atomic_file.write_atomically(self._root / _STAGED_FILE, record, private=True)
 
     def commit(self, neighbour: str | None) -> None:
         """See `StateStore`."""
-        slot = _free(neighbour)
-        atomic_file.move(self._root / _STAGED, self._root / slot)
+        slot = _free_slot(neighbour)
+        atomic_file.move_durably(self._root / _STAGED_FILE, self._root / slot)
         for name in _SLOTS:
             if name not in (slot, neighbour):
-                atomic_file.remove(self._root / name)
+                atomic_file.remove_durably(self._root / name)
 
-    def turn_to(self, job: str, previous_job: str = "") -> None:
+    def switch_to_job(self, job: str, previous_job: str = "") -> None:
         """Set another job's state aside and restore this one's; repeating it after a crash loses nothing."""
-        marker = self._root / _JOB
+        marker = self._root / _JOB_FILE
         # A folder that never held two jobs' state has no marker: the caller knows which job it is of.
-        previous_job = (_content(marker) or b"").decode(errors="replace") or previous_job or job
+        previous_job = (_read_record(marker) or b"").decode(errors="replace") or previous_job or job
         if previous_job != job:
-            self._move(self._root, self._aside(previous_job))
-            atomic_file.write_whole(marker, job.encode(), private=True)
-        if self._aside(job).is_dir():
-            self._move(self._aside(job), self._root)
-        self._let_go()
+            self._move_records(self._root, self._job_folder(previous_job))
+            atomic_file.write_atomically(marker, job.encode(), private=True)
+        if self._job_folder(job).is_dir():
+            self._move_records(self._job_folder(job), self._root)
+        self._delete_oldest_jobs()
 
-    def forget(self, job: str) -> None:
+    def delete_job(self, job: str) -> None:
         """Delete the state that was set aside for a job that has ended."""
-        with storage_errors(f"can't delete {self._aside(job)}"):
-            if self._aside(job).is_dir():
-                shutil.rmtree(self._aside(job))
+        with storage_errors(f"can't delete {self._job_folder(job)}"):
+            if self._job_folder(job).is_dir():
+                shutil.rmtree(self._job_folder(job))
 
-    def _aside(self, job: str) -> Path:
-        return self._root / _OTHERS / job
+    def _job_folder(self, job: str) -> Path:
+        return self._root / _OTHER_JOBS_FOLDER / job
 
-    def _move(self, source: Path, target: Path) -> None:
+    def _move_records(self, source: Path, target: Path) -> None:
         with storage_errors(f"can't write {target}"):
             names = [n for n in _SLOTS if (source / n).exists()]
             if names:
                 target.mkdir(parents=True, exist_ok=True)
                 target.touch()  # the folder's time tells which jobs are the latest
             for name in names:
-                atomic_file.move(source / name, target / name)
+                atomic_file.move_durably(source / name, target / name)
 
-    def _let_go(self) -> None:
+    def _delete_oldest_jobs(self) -> None:
         """Delete the state of the jobs that the board hasn't worked for longest."""
-        others_folder = self._root / _OTHERS
+        others_folder = self._root / _OTHER_JOBS_FOLDER
         with storage_errors(f"can't write {others_folder}"):
             job_folders = list(others_folder.iterdir()) if others_folder.is_dir() else []
             for path in [p for p in job_folders if not any(p.iterdir())]:
                 path.rmdir()
                 job_folders.remove(path)
-            for path in sorted(job_folders, key=lambda p: p.stat().st_mtime)[:-MOST_OTHERS]:
+            for path in sorted(job_folders, key=lambda p: p.stat().st_mtime)[:-MAX_OTHER_JOBS]:
                 shutil.rmtree(path)
 
     def paths(self) -> list[Path]:
@@ -268,14 +272,14 @@ class FolderStateStore:
     def clear(self) -> None:
         for path in self.paths():
             if path.exists():
-                atomic_file.remove(path)
+                atomic_file.remove_durably(path)
 
 
-def _free(neighbour: str | None) -> str:
+def _free_slot(neighbour: str | None) -> str:
     return next(n for n in _SLOTS if n != neighbour)
 
 
-def _content(path: Path) -> bytes | None:
+def _read_record(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:

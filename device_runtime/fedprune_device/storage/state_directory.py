@@ -34,25 +34,25 @@ from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import atomic_file
-from fedprune.core.closing import Closing
-from fedprune.core.disk import locked, storage_errors
+from fedprune.core.closeable import Closeable
+from fedprune.core.disk import file_lock, storage_errors
 from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
 from fedprune.core.validation import is_whole
 from fedprune.model.recipe import Recipe
 from fedprune.wire import messages
 from fedprune.wire.messages import Offer
-from fedprune_device.privacy.budget import PrivacyBudget, PrivacyPolicy
+from fedprune_device.privacy.budget import BoardPrivacyBudget, PrivacyPolicy
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.local_state import FolderStateStore
 
 _LOG = logging.getLogger("fedprune.device")
 
-_LAST_TIME = 2**53  # later than any correct clock, in ms: a wrong clock must not use up the session numbers
+_MAX_TIME_MS = 2**53  # later than any correct clock, in ms: a wrong clock must not use up the session numbers
 
 
 @dataclass(frozen=True)
-class Task:
+class AcceptedOffer:
     """The last offer. `donor` is the digest of earlier weights of which leaves may be reused."""
 
     offer: Offer
@@ -60,7 +60,7 @@ class Task:
     donor: str = ""
 
 
-class DeviceStore(Closing):
+class DeviceStore(Closeable):
     """The state directory of one device; raises `StorageError` if another process or device has it."""
 
     def __init__(
@@ -74,37 +74,37 @@ class DeviceStore(Closing):
         self._clock = clock
         with ExitStack() as stack:
             hint = "Stop it, or give this one a --state of its own."
-            stack.enter_context(locked(root / "lock", f"another fedprune-device uses {root}", hint))
-            atomic_file.sweep(root)
+            stack.enter_context(file_lock(root / "lock", f"another fedprune-device uses {root}", hint))
+            atomic_file.remove_partial_files(root)
             self.blobs = BlobStore(root / "blobs")
             self.slots = ModelSlots(root / "serving")
             self.slots.prepare()
-            self.own = FolderStateStore(root / "own")
-            self.own.prepare()
-            self.privacy = PrivacyBudget(root)
-            self.session = _number(self._read("session.json"))
+            self.local_states = FolderStateStore(root / "own")
+            self.local_states.prepare()
+            self.privacy = BoardPrivacyBudget(root)
+            self.session = _session_number(self._read("session.json"))
             self.task = self._load_task()
-            self._turn_to_job()
+            self._switch_to_job()
             self.pending = self._load_pending()
-            self._held = stack.pop_all()
+            self._lock_stack = stack.pop_all()
 
     def close(self) -> None:
-        self._held.close()
+        self._lock_stack.close()
 
-    def hold_to(self, floor: PrivacyPolicy | None) -> None:
+    def apply_policy(self, floor: PrivacyPolicy | None) -> None:
         """Apply the owner's privacy policy to every job, and drop a pending update that doesn't meet it."""
-        self.privacy.floor = floor
+        self.privacy.policy = floor
         if floor is None or self.pending is None:
             return
         task = self.task
         try:
-            if task is None or self.waiting(task.offer) is None:
+            if task is None or self.pending_for(task.offer) is None:
                 raise PrivacyError("it may be without noise")
             # Its privacy cost has been counted already, whether it is sent or not.
             replace(floor, most_epsilon=0.0).check(Recipe.from_dict(task.offer.recipe), 0.0)
         except FedpruneError as error:
             _LOG.warning("the pending update is dropped, because the board's owner requires more privacy: %s", error)
-            self.forget()
+            self.forget_update()
 
     def next_session(self) -> int:
         """A number for a new connection, larger than every earlier one, on disk before it is used.
@@ -112,7 +112,7 @@ class DeviceStore(Closing):
         It is the time in milliseconds if that is larger, so that a board whose directory was deleted is accepted again.
         If it can't be written, only this process has it.
         """
-        number = max(self.session + 1, int(min(1000 * self._clock(), _LAST_TIME)))
+        number = max(self.session + 1, int(min(1000 * self._clock(), _MAX_TIME_MS)))
         try:
             atomic_file.write_document(self.root / "session.json", {"number": number})
         except StorageError as error:
@@ -123,9 +123,9 @@ class DeviceStore(Closing):
 
     def accept(self, offer: Offer) -> None:
         """Make an offer current, and set the local state of other jobs aside. On errors the old offer stays."""
-        if self._of_another_run(offer):
-            self.own.clear()
-        self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)
+        if self._is_of_another_run(offer):
+            self.local_states.clear()
+        self.local_states.switch_to_job(offer.job, "" if self.task is None else self.task.offer.job)
         previous_task = self.task
         donor = ""
         if previous_task is not None and offer.coded is None:
@@ -135,43 +135,43 @@ class DeviceStore(Closing):
                 if last_weights != offer.weights.sha256 and self.blobs.has(last_weights)
                 else previous_task.donor
             )
-        self._set_task(Task(offer, donor=donor))
+        self._write_task(AcceptedOffer(offer, donor=donor))
 
-    def dismiss(self) -> None:
+    def drop_donor(self) -> None:
         """Give up the earlier weights, because there is no room for both them and the offer's."""
         if self.task is not None and self.task.donor:
-            self._set_task(replace(self.task, donor=""))
+            self._write_task(replace(self.task, donor=""))
 
-    def finish(self) -> None:
+    def finish_offer(self) -> None:
         if self.task is not None and not self.task.done:
-            self._set_task(replace(self.task, done=True))
+            self._write_task(replace(self.task, done=True))
 
-    def drop(self) -> None:
+    def drop_offer(self) -> None:
         """Forget the current offer and the local state of its job, which has ended. The job's last model still
         serves."""
-        atomic_file.remove(self.root / "offer.json")
-        self.own.clear()
+        atomic_file.remove_durably(self.root / "offer.json")
+        self.local_states.clear()
         self.task = None
 
-    def keep(self, update: messages.Update) -> None:
+    def keep_update(self, update: messages.UpdateAnnouncement) -> None:
         if not self.blobs.has(update.weights.sha256):
             raise StorageError("an update's weights are missing from the store")
-        atomic_file.write_document(self.root / "pending.json", {"message": _body(update)})
+        atomic_file.write_document(self.root / "pending.json", {"message": _message_body(update)})
         self.pending = update
 
-    def forget(self) -> None:
-        atomic_file.remove(self.root / "pending.json")
+    def forget_update(self) -> None:
+        atomic_file.remove_durably(self.root / "pending.json")
         self.pending = None
 
-    def waiting(self, offer: Offer) -> messages.Update | None:
+    def pending_for(self, offer: Offer) -> messages.UpdateAnnouncement | None:
         pending = self.pending
         return pending if pending is not None and (pending.job, pending.round) == (offer.job, offer.round) else None
 
-    def collect(self) -> int:
+    def delete_unneeded_blobs(self) -> int:
         """Delete blobs that neither offer nor pending update needs; returns how many. Failures are retried later."""
         count = 0
         try:
-            for name in self._unwanted(self.task):
+            for name in self._unneeded_blobs(self.task):
                 self.blobs.delete(name)
                 count += 1
         except StorageError as error:
@@ -179,11 +179,15 @@ class DeviceStore(Closing):
         return count
 
     def reclaimable_bytes(self, offer: Offer) -> int:
-        """Room that `collect` would make if this offer were the current one."""
+        """Room that `delete_unneeded_blobs` would make if this offer were the current one."""
         partial = self.blobs.root / "partial"
-        paths = [path for name in self._unwanted(Task(offer)) for path in (self.blobs.path(name), partial / name)]
-        if self._of_another_run(offer):
-            paths += self.own.paths()
+        paths = [
+            path
+            for name in self._unneeded_blobs(AcceptedOffer(offer))
+            for path in (self.blobs.path(name), partial / name)
+        ]
+        if self._is_of_another_run(offer):
+            paths += self.local_states.paths()
         total = 0
         with storage_errors(f"can't read {self.blobs.root}"):
             for path in paths:
@@ -196,11 +200,11 @@ class DeviceStore(Closing):
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free
 
-    def _of_another_run(self, offer: Offer) -> bool:
+    def _is_of_another_run(self, offer: Offer) -> bool:
         current_offer = None if self.task is None else self.task.offer
         return current_offer is not None and current_offer.job == offer.job and current_offer.seed != offer.seed
 
-    def _unwanted(self, task: Task | None) -> list[str]:
+    def _unneeded_blobs(self, task: AcceptedOffer | None) -> list[str]:
         needed = set()
         if task is not None:
             offer = task.offer
@@ -219,30 +223,32 @@ class DeviceStore(Closing):
             unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
         return sorted((unfinished | set(self.blobs.names())) - needed)
 
-    def _turn_to_job(self) -> None:
+    def _switch_to_job(self) -> None:
         """Load the board's local state of the current job, even if a crash interrupted a change of jobs."""
         try:
             if self.task is not None:
-                self.own.turn_to(self.task.offer.job)
+                self.local_states.switch_to_job(self.task.offer.job)
         except StorageError as error:  # a full disk must not keep a board from starting; the next offer reports it
             _LOG.warning("%s", error)
 
-    def _set_task(self, task: Task) -> None:
+    def _write_task(self, task: AcceptedOffer) -> None:
         atomic_file.write_document(
-            self.root / "offer.json", {"message": _body(task.offer), "done": task.done, "donor": task.donor}
+            self.root / "offer.json", {"message": _message_body(task.offer), "done": task.done, "donor": task.donor}
         )
         self.task = task
 
-    def _load_task(self) -> Task | None:
+    def _load_task(self) -> AcceptedOffer | None:
         body = self._read("offer.json")
-        offer = self._message(body, Offer, "offer.json")
+        offer = self._parse_message(body, Offer, "offer.json")
         if offer is None or body is None:
             return None
         donor = body.get("donor")
-        return Task(offer, bool(body.get("done")), donor if isinstance(donor, str) else "")
+        return AcceptedOffer(offer, bool(body.get("done")), donor if isinstance(donor, str) else "")
 
-    def _load_pending(self) -> messages.Update | None:
-        update: messages.Update | None = self._message(self._read("pending.json"), messages.Update, "pending.json")
+    def _load_pending(self) -> messages.UpdateAnnouncement | None:
+        update: messages.UpdateAnnouncement | None = self._parse_message(
+            self._read("pending.json"), messages.UpdateAnnouncement, "pending.json"
+        )
         if update is None:
             return None
         try:
@@ -252,7 +258,7 @@ class DeviceStore(Closing):
             # bits.
             _LOG.warning("the pending update is lost, its offer is trained again: %s", error)
             self.blobs.delete(update.weights.sha256)
-            atomic_file.remove(self.root / "pending.json")
+            atomic_file.remove_durably(self.root / "pending.json")
             return None
         return update
 
@@ -263,22 +269,22 @@ class DeviceStore(Closing):
             _LOG.warning("%s: continuing without it", error)
             return None
 
-    def _message(self, body: dict[str, Any] | None, kind: type[Any], name: str) -> Any:
+    def _parse_message(self, body: dict[str, Any] | None, kind: type[Any], name: str) -> Any:
         if body is None:
             return None
         try:
-            message = messages.parse(json.dumps(body.get("message")).encode())
+            message = messages.parse_message(json.dumps(body.get("message")).encode())
         except ProtocolError as error:
             _LOG.warning("%s is damaged, continuing without it: %s", name, error)
             return None
         return message if isinstance(message, kind) else None
 
 
-def _body(message: Offer | messages.Update) -> dict[str, Any]:
+def _message_body(message: Offer | messages.UpdateAnnouncement) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(message.to_bytes())
     return body
 
 
-def _number(body: dict[str, Any] | None) -> int:
+def _session_number(body: dict[str, Any] | None) -> int:
     number = (body or {}).get("number", 0)
     return number if is_whole(number) else 0

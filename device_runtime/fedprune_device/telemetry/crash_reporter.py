@@ -7,46 +7,46 @@ from collections.abc import Callable
 
 from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.wire.fleet_messages import CrashReport, CrashStored
-from fedprune_device.network.connection import Connection
+from fedprune_device.network.connection import BoardConnection
 from fedprune_device.telemetry.crash_reports import CrashReports
 
-_AGAIN_S = 60.0  # a crash that the server hasn't acknowledged by then is sent again
+_RESEND_INTERVAL_S = 60.0  # a crash that the server hasn't acknowledged by then is sent again
 
 
 class CrashReporter:
     """Sends the last crash after every birth and then once a minute, until the server has stored it."""
 
     def __init__(
-        self, connection: Connection, crashes: CrashReports, clock: Callable[[], float] = time.monotonic
+        self, connection: BoardConnection, crashes: CrashReports, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._connection, self._crashes, self._clock = connection, crashes, clock
         # When to look for a crash; None before the birth of a connection, since the server knows no board until then.
-        self._next: float | None = None
+        self._next_at: float | None = None
 
-    def born(self) -> None:
-        self._next = self._clock()
+    def on_birth(self) -> None:
+        self._next_at = self._clock()
 
-    def lost(self) -> None:
-        self._next = None
+    def on_disconnect(self) -> None:
+        self._next_at = None
 
     def on_stored(self, message: CrashStored) -> None:
         """Delete a crash that the server has stored, unless another one has happened since it was sent."""
         crash = self._crashes.report
         if crash is not None and crash.get("number") == message.number:
-            self._crashes.told()
+            self._crashes.delete_report()
 
     def turn(self) -> None:
         now = self._clock()
-        if self._next is None or now < self._next:
+        if self._next_at is None or now < self._next_at:
             return
-        self._next = now + _AGAIN_S
+        self._next_at = now + _RESEND_INTERVAL_S
         body = self._crashes.report
         if body is None:
             return
         try:
             message = CrashReport.from_dict({"device": self._connection.device, **body})
         except (ProtocolError, TypeError):
-            self._crashes.told()  # damaged
+            self._crashes.delete_report()  # damaged
             return
         try:
             self._connection.send(message)

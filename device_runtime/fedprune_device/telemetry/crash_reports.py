@@ -26,22 +26,22 @@ from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, MAX_FRAMES
 from fedprune_device.hardware.readings import memory, temperature_c
-from fedprune_device.privacy.redaction import KEPT, module_at, module_of, named, private
+from fedprune_device.privacy.redaction import WITHHELD, error_name, module_of, module_of_file, redact
 
 _LOG = logging.getLogger("fedprune.device")
 
 # Files in the board's state directory: a crash that the server hasn't stored yet, the mark of the current run, and the
 # output of faulthandler.
-FILE = "crash.json"
-MARK = "running.json"
-FAULT = "fault.txt"
+CRASH_FILE = "crash.json"
+MARK_FILE = "running.json"
+FAULT_FILE = "fault.txt"
 
-_SAFE = ("signal", "killed")  # causes whose texts don't quote an exception
+_SAFE_CAUSES = ("signal", "killed")  # causes whose texts don't quote an exception
 
-_MOST_FAULT = 65_536  # bytes of faulthandler's text that are read
+_MAX_FAULT_BYTES = 65_536  # bytes of faulthandler's text that are read
 _FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.{1,200})$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "([^"\n]{1,4096})", line ([0-9]{1,9}) in ([^\n]{1,128})$')
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CrashReports:
@@ -54,53 +54,53 @@ class CrashReports:
         boot: Callable[[], str] | None = None,
         quiet: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._quiet = quiet
+        self._is_quiet = quiet
         self._folder, self._clock = folder, clock
-        self._boot = boot or _boot
-        self._begun = clock()
-        self._writing = threading.Lock()  # threads may end at the same time
+        self._boot = boot or _boot_id
+        self._started_at = clock()
+        self._write_lock = threading.Lock()  # threads may end at the same time
 
     @property
     def report(self) -> dict[str, Any] | None:
         """The fields of the `CrashReport` that the server should get, if there is one, except the device."""
         try:
-            report = atomic_file.read_document(self._folder / FILE)
+            report = atomic_file.read_document(self._folder / CRASH_FILE)
         except FedpruneError:
-            self.told()
+            self.delete_report()
             return None
         if not isinstance(report, dict):
             return None
-        if self._quiet() and report.get("cause") not in _SAFE:
+        if self._is_quiet() and report.get("cause") not in _SAFE_CAUSES:
             name, words, _ = str(report.get("text", "")).partition(":")
-            report["text"] = f"{name if words and name.isidentifier() else 'an error'} {KEPT}"
+            report["text"] = f"{name if words and name.isidentifier() else 'an error'} {WITHHELD}"
         return report
 
-    def told(self) -> None:
+    def delete_report(self) -> None:
         with contextlib.suppress(FedpruneError):
-            atomic_file.remove(self._folder / FILE)
+            atomic_file.remove_durably(self._folder / CRASH_FILE)
 
-    def exception(self, error: BaseException, cause: str = "exception") -> None:
+    def record_exception(self, error: BaseException, cause: str = "exception") -> None:
         """Write down an exception that ends the service, or a thread of it."""
-        message = f"{named(error)}: {KEPT}" if self._quiet() else f"{type(error).__name__}: {error}"
-        text = private(message, MAX_CRASH_TEXT)
-        self._write(cause, text, _frames(error.__traceback__), self._clock() - self._begun)
+        message = f"{error_name(error)}: {WITHHELD}" if self._is_quiet() else f"{type(error).__name__}: {error}"
+        text = redact(message, MAX_CRASH_TEXT)
+        self._write(cause, text, _exception_frames(error.__traceback__), self._clock() - self._started_at)
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def watch_run(self) -> Iterator[None]:
         """Detect how the last run ended, then run the body and record how it ends."""
-        self._look_back()
-        self._mark()
+        self._detect_last_crash()
+        self._write_mark()
         previous_hook = threading.excepthook
 
         def hook(arguments: Any) -> None:
             if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
-                self.exception(arguments.exc_value, "thread")
+                self.record_exception(arguments.exc_value, "thread")
             previous_hook(arguments)
 
         enabled = faulthandler.is_enabled()
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                fault = stack.enter_context((self._folder / FAULT).open("wb"))
+                fault = stack.enter_context((self._folder / FAULT_FILE).open("wb"))
                 faulthandler.enable(fault)
             threading.excepthook = hook
             try:
@@ -113,7 +113,7 @@ class CrashReports:
             ):  # no crash: an operator hasn't approved yet
                 raise
             except BaseException as error:
-                self.exception(error, "error" if isinstance(error, FedpruneError) else "exception")
+                self.record_exception(error, "error" if isinstance(error, FedpruneError) else "exception")
                 raise
             finally:
                 threading.excepthook = previous_hook
@@ -121,16 +121,16 @@ class CrashReports:
                 if enabled and sys.__stderr__ is not None:
                     with contextlib.suppress(OSError, ValueError):
                         faulthandler.enable(sys.__stderr__)
-                self._unmark()
+                self._delete_mark()
 
-    def _look_back(self) -> None:
+    def _detect_last_crash(self) -> None:
         """The trace of the last run: a fault, or the mark of a killed one."""
         mark, fault = self._read_mark(), self._read_fault()
-        report_path = self._folder / FILE
+        report_path = self._folder / CRASH_FILE
         fatal_error = _FATAL.search(fault)
         if fatal_error is not None:
-            self._write("signal", private(fatal_error[1], MAX_CRASH_TEXT), _fault_frames(fault), None, mark)
-        elif mark is not None and not report_path.exists() and self._was_here(mark):
+            self._write("signal", redact(fatal_error[1], MAX_CRASH_TEXT), _fault_frames(fault), None, mark)
+        elif mark is not None and not report_path.exists() and self._ended_here(mark):
             text = "the process ended without an error: killed by the system for lack of memory, or by a user"
             self._write("killed", text, [], None, mark)
         else:
@@ -147,7 +147,7 @@ class CrashReports:
         uptime: float | None,
         mark: dict[str, Any] | None = None,
     ) -> None:
-        state = mark or self._state()
+        state = mark or self._run_facts()
         available_memory = state.get("memory_available")
         now = max(0.0, self._clock())
         body = {
@@ -163,10 +163,10 @@ class CrashReports:
             "memory_available": available_memory if isinstance(available_memory, int) else None,
             "memory_total": state.get("memory_total") if isinstance(state.get("memory_total"), int) else None,
         }
-        with self._writing, contextlib.suppress(FedpruneError):  # a full disk must not hide the crash's own error
-            atomic_file.write_document(self._folder / FILE, body)
+        with self._write_lock, contextlib.suppress(FedpruneError):  # a full disk must not hide the crash's own error
+            atomic_file.write_document(self._folder / CRASH_FILE, body)
 
-    def _state(self) -> dict[str, Any]:
+    def _run_facts(self) -> dict[str, Any]:
         total, free = memory()
         return {
             "release": f"fedprune {__version__}",
@@ -175,55 +175,62 @@ class CrashReports:
             "memory_available": free,
         }
 
-    def _mark(self) -> None:
-        body = {**self._state(), "boot": self._boot(), "folder": self._place(), "begun": int(self._begun)}
+    def _write_mark(self) -> None:
+        body = {
+            **self._run_facts(),
+            "boot": self._boot(),
+            "folder": self._folder_inode(),
+            "begun": int(self._started_at),
+        }
         body.pop("memory_available")  # the memory at the start says nothing about the end
         with contextlib.suppress(FedpruneError):
-            atomic_file.write_document(self._folder / MARK, body)
+            atomic_file.write_document(self._folder / MARK_FILE, body)
 
-    def _was_here(self, mark: dict[str, Any]) -> bool:
+    def _ended_here(self, mark: dict[str, Any]) -> bool:
         """Whether a run that has left its mark ended on this board, without a power cut.
 
         A copy of a running board's card or folder has the mark of a run that never ended: its inode is another one.
         """
-        return bool(mark.get("boot")) and mark.get("boot") == self._boot() and mark.get("folder") == self._place()
+        return (
+            bool(mark.get("boot")) and mark.get("boot") == self._boot() and mark.get("folder") == self._folder_inode()
+        )
 
-    def _place(self) -> int:
+    def _folder_inode(self) -> int:
         """The folder's inode number, which a copy of the folder doesn't have."""
         try:
             return self._folder.stat().st_ino
         except OSError:
             return 0
 
-    def _unmark(self) -> None:
+    def _delete_mark(self) -> None:
         with contextlib.suppress(FedpruneError):
-            atomic_file.remove(self._folder / MARK)
+            atomic_file.remove_durably(self._folder / MARK_FILE)
         with contextlib.suppress(OSError):
-            (self._folder / FAULT).unlink(missing_ok=True)
+            (self._folder / FAULT_FILE).unlink(missing_ok=True)
 
     def _read_mark(self) -> dict[str, Any] | None:
         try:
-            mark = atomic_file.read_document(self._folder / MARK)
+            mark = atomic_file.read_document(self._folder / MARK_FILE)
         except FedpruneError:
             return None
         return mark if isinstance(mark, dict) else None
 
     def _read_fault(self) -> str:
         try:
-            with (self._folder / FAULT).open("rb") as file:
-                return file.read(_MOST_FAULT).decode(errors="replace")
+            with (self._folder / FAULT_FILE).open("rb") as file:
+                return file.read(_MAX_FAULT_BYTES).decode(errors="replace")
         except OSError:
             return ""
 
 
-def _boot() -> str:
+def _boot_id() -> str:
     try:
-        return _BOOT.read_text(encoding="ascii", errors="replace").strip()[:64]
+        return _BOOT_ID_FILE.read_text(encoding="ascii", errors="replace").strip()[:64]
     except OSError:
         return ""
 
 
-def _frames(trace: TracebackType | None) -> list[dict[str, Any]]:
+def _exception_frames(trace: TracebackType | None) -> list[dict[str, Any]]:
     """The innermost frames of an exception, by module and line."""
     rows = []
     for frame, line in traceback.walk_tb(trace):
@@ -243,9 +250,9 @@ def _fault_frames(fault: str) -> list[dict[str, Any]]:
         if text.startswith(("Current thread", "Stack (most recent call first)")):
             current = True
         elif current and (frame := _FRAME.match(text)):
-            module = module_at(frame[1])
+            module = module_of_file(frame[1])
             ours = module.startswith("fedprune")
-            function = private(frame[3], 128) if ours else ""
+            function = redact(frame[3], 128) if ours else ""
             rows.append({"module": module, "line": int(frame[2]) if ours else 0, "function": function})
         elif current and not text.startswith("  "):
             break

@@ -15,21 +15,21 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment, Terms, loss_terms
 from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.training.objective import Measure, Objective
+from fedprune_device.training.objective import BatchMeasure, Objective
 from fedprune_device.training.trainer import TrainingResult
 
 PROBE_SAMPLES = 32  # local samples with which a new model is checked before it serves
 
 # Samples that are predicted at once, if a training step takes as many: the planner counts a step's memory alone.
-_MOST_AT_ONCE = 64
+_MAX_BATCH = 64
 
-_PREDICTIONS = 7  # predictions of one sample that are timed in a round
+_TIMED_PREDICTIONS = 7  # predictions of one sample that are timed in a round
 
 # Metrics of a set that are not the mean of its samples' metrics.
-_OF_SETS = ("ap", "perplexity")
+_SET_METRICS = ("ap", "perplexity")
 
 # Metrics that tell of the machine; all others are the same wherever an offer is carried out.
-MEASURED = frozenset(
+MACHINE_METRICS = frozenset(
     {"download_seconds", "evaluate_seconds", "train_seconds", "step_seconds", "latency_seconds", "peak_memory_bytes"}
 )
 
@@ -43,34 +43,34 @@ class Evaluation:
         self._data = data
         self._recipe = recipe
         self._classes = classes
-        self._own = adjustment
+        self._adjustment = adjustment
         self._objective = objective
-        self._at_once = min(_MOST_AT_ONCE, recipe.micro_batch, data.samples)
+        self._batch = min(_MAX_BATCH, recipe.micro_batch, data.samples)
         self.metrics: dict[str, float] = {"samples_test": float(len(data.y_test))}
         if len(data.y_val):
             self.metrics["samples_validation"] = float(len(data.y_val))
 
-    def add(self, model: Predictor, when: str) -> None:
+    def measure(self, model: Predictor, when: str) -> None:
         """Measure a model `before` or `after` training, or the board's own `average`, on test samples alone."""
         began = time.monotonic()
-        if self._add(model, "test", when):
+        if self._measure_split(model, "test", when):
             self.metrics["evaluate_seconds"] = time.monotonic() - began
         if when != "average":
-            self._add(model, "val", "validation" if when == "after" else f"validation_{when}")
+            self._measure_split(model, "val", "validation" if when == "after" else f"validation_{when}")
 
-    def of_each(self, model: Predictor) -> npt.NDArray[np.float64]:
+    def metric_per_sample(self, model: Predictor) -> npt.NDArray[np.float64]:
         """The recipe's metric of every validation sample on its own, signed so that more is better; NaN where a sample
         has none. The loss takes the place of a metric that judges sets."""
         judge = METRICS[self._recipe.judged_by]
-        judge = LOSS if judge.name in _OF_SETS else judge
+        judge = LOSS if judge.name in _SET_METRICS else judge
         y, values = self._objective.targets(self._data.y_val), []
-        for start in range(0, len(y), self._at_once):
-            outputs = self._own(model.predict(self._data.x_val[start : start + self._at_once], self._at_once))
-            labels = np.asarray(y[start : start + self._at_once])
+        for start in range(0, len(y), self._batch):
+            outputs = self._adjustment(model.predict(self._data.x_val[start : start + self._batch], self._batch))
+            labels = np.asarray(y[start : start + self._batch])
             for i in range(len(outputs)):
                 measure = self._objective(outputs[i : i + 1], labels[i : i + 1])
                 values.append(self._objective.metrics(measure).get(judge.name, math.nan))
-        return np.array(values, np.float64) * (1 if judge.higher else -1)
+        return np.array(values, np.float64) * (1 if judge.higher_is_better else -1)
 
     def check(self, model: Predictor, loss: float | None) -> None:
         """Check that a model may serve. `loss` is the training graph's for it on the first training samples; None where
@@ -80,41 +80,45 @@ class Evaluation:
         model.check(
             self._classes,
             self._data.x_train[:PROBE_SAMPLES],
-            None if loss is None else (loss, lambda outputs: self._measured(outputs, y[:PROBE_SAMPLES], terms).loss),
-            batch=self._at_once,
+            None
+            if loss is None
+            else (loss, lambda outputs: self._objective_in_batches(outputs, y[:PROBE_SAMPLES], terms).loss),
+            batch=self._batch,
         )
 
-    def latency(self, model: Predictor) -> None:
+    def measure_latency(self, model: Predictor) -> None:
         """Median time of predicting one sample; the first prediction allocates and doesn't count."""
         times = []
-        for _ in range(_PREDICTIONS + 1):
+        for _ in range(_TIMED_PREDICTIONS + 1):
             began = time.perf_counter()
             model.predict(self._data.x_train[:1])
             times.append(time.perf_counter() - began)
         self.metrics["latency_seconds"] = float(np.median(times[1:]))
 
-    def finite(self) -> dict[str, float]:
+    def finite_metrics(self) -> dict[str, float]:
         return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
 
-    def _add(self, model: Predictor, split: str, name: str) -> bool:
+    def _measure_split(self, model: Predictor, split: str, name: str) -> bool:
         """Loss, accuracy where classes are predicted, and the recipe's metric on one split, if it has samples."""
         x, y = getattr(self._data, f"x_{split}"), getattr(self._data, f"y_{split}")
         if not len(y):
             return False
         y, measures = self._objective.targets(y), []
-        for start in range(0, len(y), self._at_once):  # outputs may take more memory than samples
-            batch = slice(start, start + self._at_once)
-            measures.append(self._objective(self._own(model.predict(x[batch], self._at_once)), y[batch]))
-        self.metrics |= {f"{k}_{name}": v for k, v in self._objective.metrics(Measure.of(measures)).items()}
+        for start in range(0, len(y), self._batch):  # outputs may take more memory than samples
+            batch = slice(start, start + self._batch)
+            measures.append(self._objective(self._adjustment(model.predict(x[batch], self._batch)), y[batch]))
+        self.metrics |= {f"{k}_{name}": v for k, v in self._objective.metrics(BatchMeasure.combine(measures)).items()}
         return True
 
-    def _measured(self, outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], terms: Terms) -> Measure:
+    def _objective_in_batches(
+        self, outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], terms: Terms
+    ) -> BatchMeasure:
         """The objective of outputs, computed in small batches."""
-        batches = [slice(s, s + self._at_once) for s in range(0, len(y), self._at_once)]
-        return Measure.of([self._objective(outputs[s], y[s], terms) for s in batches])
+        batches = [slice(s, s + self._batch) for s in range(0, len(y), self._batch)]
+        return BatchMeasure.combine([self._objective(outputs[s], y[s], terms) for s in batches])
 
 
-def clearly_better(values: npt.NDArray[np.float64], other_values: npt.NDArray[np.float64]) -> bool:
+def is_clearly_better(values: npt.NDArray[np.float64], other_values: npt.NDArray[np.float64]) -> bool:
     """Whether one model's values of samples are better than another's by more than one standard error.
 
     If the mean of the differences is 0, the standard error of their sum is the root of the sum of their squares. So one

@@ -14,15 +14,15 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import first_step, weight_of
-from fedprune.runtime.onnx_subgraph import GraphParts, metadata_of, part_for
-from fedprune.runtime.session import Session
+from fedprune.model.step_contract import divisor_share, first_step_feeds
+from fedprune.runtime.onnx_subgraph import Subgraphs, metadata_of, subgraph_for
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.labels import Targets
 
 Array = npt.NDArray[Any]
 
 
-class Measure(NamedTuple):
+class BatchMeasure(NamedTuple):
     """A batch's loss, its weight among other batches' losses, and the number of right labels and of all labels.
 
     `hits` is None where numbers are predicted, of which none is right or wrong; `sums` [k] (float64) are those of the
@@ -41,7 +41,7 @@ class Measure(NamedTuple):
         return None if self.hits is None or not self.labels else self.hits / self.labels
 
     @classmethod
-    def of(cls, measures: Sequence[Measure]) -> Measure:
+    def combine(cls, measures: Sequence[BatchMeasure]) -> BatchMeasure:
         """The combined result of a set's parts, of which there is at least one."""
         weight = sum(m.weight for m in measures)
         loss = sum(m.loss * m.weight for m in measures) / weight if weight else math.nan
@@ -58,8 +58,8 @@ class _Metric:
             graph = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ModelError("the training graph's metric", expected="an ONNX file in base64") from error
-        self._sums = Session(part_for(graph, [step_contract.SUMS]))
-        self._value = Session(part_for(graph, [step_contract.VALUE], given=[step_contract.SUMS]))
+        self._sums = OnnxSession(subgraph_for(graph, [step_contract.SUMS]))
+        self._value = OnnxSession(subgraph_for(graph, [step_contract.VALUE], given_values=[step_contract.SUMS]))
 
     def sums(self, outputs: npt.NDArray[np.float32], labels: Array) -> npt.NDArray[np.float64]:
         feeds = {step_contract.LOGITS: outputs, step_contract.Y: labels}
@@ -77,25 +77,29 @@ class Objective:
     Args:
         graph: The training graph.
         scores: Whether it counts right labels.
-        parts: Those of this graph that were cut before.
+        subgraphs: Those of this graph that were cut before.
 
     Raises:
         ModelError: It is not a training graph.
     """
 
     def __init__(
-        self, graph: bytes, recipe: Recipe, classes: int, *, scores: bool, parts: GraphParts | None = None
+        self, graph: bytes, recipe: Recipe, classes: int, *, scores: bool, subgraphs: Subgraphs | None = None
     ) -> None:
         outputs = [step_contract.LOSS, step_contract.HITS] if scores else [step_contract.LOSS]
-        self._session = Session((parts or GraphParts()).part_for(lambda: graph, outputs, given=[step_contract.LOGITS]))
+        self._session = OnnxSession(
+            (subgraphs or Subgraphs()).subgraph_for(lambda: graph, outputs, given_values=[step_contract.LOGITS])
+        )
         self._outputs, self._recipe, self._classes = outputs, recipe, classes
-        text = metadata_of(graph).get(step_contract.METRIC)
+        text = metadata_of(graph).get(step_contract.METRIC_METADATA)
         self._metric = _Metric(text) if recipe.metric and text is not None else None
         kind, shape = self._session.inputs[step_contract.Y]
         # Public: callers convert labels with it once, and not for every batch.
-        self.targets = Targets.of(recipe, classes, shape[1:], whole=kind == "tensor(int64)")
+        self.targets = Targets.of(recipe, classes, shape[1:], whole_numbers=kind == "tensor(int64)")
 
-    def __call__(self, outputs: npt.NDArray[np.float32], y: Array, terms: Mapping[str, Array] | None = None) -> Measure:
+    def __call__(
+        self, outputs: npt.NDArray[np.float32], y: Array, terms: Mapping[str, Array] | None = None
+    ) -> BatchMeasure:
         """Measure outputs [n, ...] against labels as `targets` gives them.
 
         `terms` are those of the training (`labels.loss_terms`); without them all classes count alike, nothing is added
@@ -103,21 +107,21 @@ class Objective:
         """
         labels = y.astype(np.int64, copy=False) if y.dtype.kind in "iu" else y
         inputs, ignored = self._session.inputs, self._recipe.ignore_label
-        feeds = first_step(self._recipe, {}, inputs, labels, self._classes)
+        feeds = first_step_feeds(self._recipe, {}, inputs, labels, self._classes)
         if step_contract.LABEL_SMOOTHING in feeds:
             feeds[step_contract.LABEL_SMOOTHING] = np.array(0, np.float32)
         if terms is not None:
             feeds |= {n: v for n, v in terms.items() if n in inputs}
         scores = step_contract.HITS in self._outputs
-        weight = weight_of(labels, ignored, feeds.get(step_contract.CLASS_WEIGHT)) if scores else float(len(labels))
+        weight = divisor_share(labels, ignored, feeds.get(step_contract.CLASS_WEIGHT)) if scores else float(len(labels))
         if step_contract.DIVISOR in feeds:
             feeds[step_contract.DIVISOR] = np.array(weight or 1.0, np.float32)
         results = self._session.run({**feeds, step_contract.LOGITS: outputs, step_contract.Y: labels}, self._outputs)
         hits = int(results[step_contract.HITS]) if step_contract.HITS in results else None
         sums = None if self._metric is None else self._metric.sums(outputs, labels)
-        return Measure(float(results[step_contract.LOSS]), weight, hits, self.targets.count(labels), sums)
+        return BatchMeasure(float(results[step_contract.LOSS]), weight, hits, self.targets.count(labels), sums)
 
-    def metrics(self, measure: Measure) -> dict[str, float]:
+    def metrics(self, measure: BatchMeasure) -> dict[str, float]:
         """Loss, accuracy and the recipe's metric, as far as they are defined for these samples and finite."""
         metrics = {"loss": measure.loss if measure.weight else math.nan}
         if measure.accuracy is not None:

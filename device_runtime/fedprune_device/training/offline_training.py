@@ -17,54 +17,54 @@ from fedprune.core.errors import StorageError
 from fedprune.wire.messages import Offer
 from fedprune_device.serving.predictor import GRAPH
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import RoundResult, RoundRunner
+from fedprune_device.training.round_runner import RoundRunner, TrainedRound
 
 _LOG = logging.getLogger("fedprune.device")
 
 AWAY_S = 600.0  # seconds without a connection after which the server counts as away
 
-_RECORD = "alone.json"
+_RECORD_FILE = "alone.json"
 
 
 class OfflineTraining:
     """Decides when the board trains without its server, from which model, and whether the result may serve.
 
-    `every` is the number of seconds between one training of the active model and the next, 0 for never. What the board
-    keeps between rounds belongs to rounds, so `runner` has a store of its own.
+    `interval_s` is the number of seconds between one training of the active model and the next, 0 for never. What the
+    board keeps between rounds belongs to rounds, so `runner` has a store of its own.
     """
 
     def __init__(
-        self, store: DeviceStore, runner: RoundRunner, every: float = 0.0, clock: Callable[[], float] = time.time
+        self, store: DeviceStore, runner: RoundRunner, interval_s: float = 0.0, clock: Callable[[], float] = time.time
     ) -> None:
         self.runner = runner
-        self._store, self._clock, self._every = store, clock, every
-        self._heard: float | None = None
-        self._tried: float | None = None
+        self._store, self._clock, self._interval_s = store, clock, interval_s
+        self._last_contact: float | None = None
+        self._last_try: float | None = None
 
-    def heard(self, now: float) -> None:
+    def note_contact(self, now: float) -> None:
         """Note that the server, or at least the broker, is there."""
-        self._heard = now
+        self._last_contact = now
 
-    def due(self, now: float, *, connected: bool) -> Offer | None:
+    def due_offer(self, now: float, *, connected: bool) -> Offer | None:
         """The training that is due now, if any; called while nothing else is trained."""
-        self._heard = now if self._heard is None else self._heard
-        if not self._every or not self._is_time(now, connected):
+        self._last_contact = now if self._last_contact is None else self._last_contact
+        if not self._interval_s or not self._is_due(now, connected):
             return None
-        self._tried = now
+        self._last_try = now
         offer = self._offer()
         if offer is not None:
             _LOG.info("the server is away: training on, from round %d of job %s", offer.round, offer.job)
         return offer
 
-    def better(self, result: RoundResult) -> bool:
+    def may_serve(self, result: TrainedRound) -> bool:
         """Whether a result may serve: validation samples, if the board has some, don't show that it is worse."""
         before, after = (result.metrics.get(n) for n in ("loss_validation_before", "loss_validation"))
         return before is None or after is None or after < before
 
-    def record(self, result: RoundResult, *, serves: bool) -> None:
+    def record_training(self, result: TrainedRound, *, serves: bool) -> None:
         """Note that a training is done, so that the next one waits for its time."""
-        times = int(self._number("times")) + 1
-        atomic_file.write_document(self._store.root / _RECORD, {"at": self._clock(), "times": times})
+        times = int(self._recorded_number("times")) + 1
+        atomic_file.write_document(self._store.root / _RECORD_FILE, {"at": self._clock(), "times": times})
         metrics = ", ".join(f"{k} {v:.4g}" for k, v in sorted(result.metrics.items()))
         _LOG.info("trained offline; %s serves (%s)", "the new model" if serves else "the old model", metrics)
 
@@ -86,22 +86,22 @@ class OfflineTraining:
             recipe=recipe,
             codec=None,
             coded=None,
-            seed=offer.seed + 1 + int(self._number("times")),
+            seed=offer.seed + 1 + int(self._recorded_number("times")),
         )
 
-    def _is_time(self, now: float, connected: bool) -> bool:
-        silent = 0.0 if self._heard is None else now - self._heard
-        if silent < (self._every if connected else AWAY_S) or (
-            self._tried is not None and now - self._tried < self._every
+    def _is_due(self, now: float, connected: bool) -> bool:
+        silent = 0.0 if self._last_contact is None else now - self._last_contact
+        if silent < (self._interval_s if connected else AWAY_S) or (
+            self._last_try is not None and now - self._last_try < self._interval_s
         ):
             return False
-        last_trained_at = max(self._store.slots.installed_at(), self._number("at"))
+        last_trained_at = max(self._store.slots.installed_at(), self._recorded_number("at"))
         # If the clock was set back, the seconds without the server, by a monotonic clock, are used instead.
-        return (self._clock() - last_trained_at if last_trained_at <= self._clock() else silent) >= self._every
+        return (self._clock() - last_trained_at if last_trained_at <= self._clock() else silent) >= self._interval_s
 
-    def _number(self, name: str) -> float:
+    def _recorded_number(self, name: str) -> float:
         try:
-            value = (atomic_file.read_document(self._store.root / _RECORD) or {}).get(name)
+            value = (atomic_file.read_document(self._store.root / _RECORD_FILE) or {}).get(name)
         except StorageError as error:
             _LOG.warning("%s: going on without it", error)
             return 0

@@ -23,17 +23,17 @@ from fedprune.model.recipe import Recipe
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import served_files
 from fedprune.updates.privacy import GaussianNoise
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.labels import LogitAdjustment, Targets
-from fedprune_device.hardware.readings import restart_peak
+from fedprune_device.hardware.readings import reset_peak_memory
 from fedprune_device.hardware.thermal_guard import ThermalGuard
-from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
-from fedprune_device.training.evaluation import MEASURED, Evaluation, clearly_better, training_metrics
-from fedprune_device.training.local_update import Average, LocalUpdate, decoded
+from fedprune_device.training.evaluation import MACHINE_METRICS, Evaluation, is_clearly_better, training_metrics
+from fedprune_device.training.local_update import LocalUpdate, ServingAverage, decode_weights
 from fedprune_device.training.trainer import (
     Trainer,
     TrainerCache,
@@ -43,7 +43,7 @@ from fedprune_device.training.trainer import (
     TrainingTask,
 )
 
-__all__ = ["MEASURED", "DamagedBlobError", "RoundResult", "RoundRunner", "TrainerCache"]
+__all__ = ["MACHINE_METRICS", "DamagedBlobError", "RoundRunner", "TrainedRound", "TrainerCache"]
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -61,18 +61,19 @@ class DamagedBlobError(StorageError):
 
 
 @dataclass(frozen=True)
-class RoundResult:
-    """The result of an offer, which lasts only after `RoundRunner.commit`; `own` is the board's own state, staged."""
+class TrainedRound:
+    """The result of an offer, which lasts only after `RoundRunner.commit`; `round_state` is the board's own state,
+    staged."""
 
-    update: Update
-    model: Serving
+    update: UpdateAnnouncement
+    model: ServingRecord
     metrics: Mapping[str, float]
-    own: RoundState | None = None
+    round_state: RoundState | None = None
 
-    def keep(self) -> None:
+    def commit_state(self) -> None:
         """Make the board's own state after the round the current one."""
-        if self.own is not None:
-            self.own.commit()
+        if self.round_state is not None:
+            self.round_state.commit()
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ class RoundRunner:
     isn't kept; only simulations give another. `trainer` may be shared with other runners.
 
     A model is checked before it may serve: its inference graph has the training graph's loss, its outputs are finite.
-    `agreeing` are pairs of digests of training and inference graphs whose agreement has been checked, perhaps on other
-    weights. Only a simulator gives them: as no simulated model serves, it checks a pair once and measures no latency.
+    `checked_graphs` are pairs of digests of training and inference graphs whose agreement has been checked, perhaps on
+    other weights. Only a simulator gives them: as no simulated model serves, it checks a pair once and measures no
+    latency.
     """
 
     def __init__(
@@ -106,9 +108,9 @@ class RoundRunner:
         states: StateStore | None = None,
         lowering: ReducedPrecision | None = None,
         noise: Callable[[Offer], GaussianNoise] | None = None,
-        agreeing: set[tuple[str, str]] | None = None,
+        checked_graphs: set[tuple[str, str]] | None = None,
     ) -> None:
-        self._agreeing = agreeing
+        self._checked_graphs = checked_graphs
         self._device = device
         self._blobs = blobs
         self._slots = slots
@@ -116,22 +118,22 @@ class RoundRunner:
         self._trainer = trainer or TrainerCache()
         self._states = states or MemoryStateStore()
         self.lowering = lowering or ReducedPrecision()
-        self._noise = noise or (lambda offer: GaussianNoise.secret())
+        self._noise = noise or (lambda offer: GaussianNoise.from_system())
 
-    def commit(self, result: RoundResult) -> Update:
+    def commit(self, result: TrainedRound) -> UpdateAnnouncement:
         """Commit the newest offer's result: own state and active model. Returns the update to send."""
-        result.keep()
+        result.commit_state()
         self._slots.install(result.model)
         return result.update
 
-    def make(
+    def carry_out(
         self,
         offer: Offer,
         *,
         download_seconds: float = 0.0,
         report: Report = lambda *_: None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> RoundResult:
+    ) -> TrainedRound:
         """Evaluate, train, evaluate, check. Nothing that lasts changes: a stopped round's result is dropped.
 
         The same offer always gives the same weights, so that an interrupted one can be repeated; only a private
@@ -149,48 +151,59 @@ class RoundRunner:
         evaluates = offer.round % recipe.evaluate_every == 0
         report("evaluate", 0, 2)
         if evaluates:
-            evaluation.add(self._candidate(offer, work.before() or offer.weights), "before")
+            evaluation.measure(self._stage_candidate(offer, work.received_model() or offer.weights), "before")
         result = self._train(offer, work, trainer, inputs, TrainingControl(partial(report, "train"), stop))
         report("evaluate", 1, 2)
         # From here on a small board has memory only for the new tensors, the loaded model and what is blended in.
         work.tensors = {}
         graphs = offer.training.sha256, offer.inference.sha256
-        checks = self._agreeing is None or graphs not in self._agreeing
-        files, state = work.made(result, self._blobs.put, self._blob, evaluates=evaluates, compares=checks), work.kept
+        checks = self._checked_graphs is None or graphs not in self._checked_graphs
+        files, state = (
+            work.make_files(result, self._blobs.put, self._read_blob, evaluates=evaluates, compares=checks),
+            work.round_state,
+        )
         # The arrays of tensors and squares are in the loaded graph's memory, which `release` gives back.
         result = replace(result, tensors={}, last_squares={}, moments={})
         del work, trainer
         self._trainer.release()
-        serving: BlobRef | bytes = files.sent if files.after is None else tensorfile.encode(files.after)
-        files, loss = replace(files, after=None), files.loss
+        serving: BlobRef | bytes = (
+            files.update if files.trained_tensors is None else tensorfile.encode(files.trained_tensors)
+        )
+        files, loss = replace(files, trained_tensors=None), files.loss
         when = "after"
         if files.averages:
             if evaluates:
-                evaluation.add(self._candidate(offer, serving), when)
-            (average, serving), when = self._chosen(offer, files.averages, evaluation), "average"
+                evaluation.measure(self._stage_candidate(offer, serving), when)
+            (average, serving), when = self._choose_average(offer, files.averages, evaluation), "average"
             files, loss = replace(files, averages=()), average.loss
             if recipe.validate_blend:
-                evaluation.metrics[BLEND] = average.blend
-                if files.own is not None:
-                    files = replace(files, own=replace(files.own, alone=average.blend < recipe.blend))
+                evaluation.metrics[BLEND] = average.received_share
+                if files.local_state is not None:
+                    files = replace(
+                        files, local_state=replace(files.local_state, alone=average.received_share < recipe.blend)
+                    )
             del average
         if checks or evaluates:
-            self._measure(evaluation, self._candidate(offer, serving), loss, when if evaluates else None, checks=checks)
-        if self._agreeing is not None:
-            self._agreeing.add(graphs)
+            self._measure(
+                evaluation, self._stage_candidate(offer, serving), loss, when if evaluates else None, checks=checks
+            )
+        if self._checked_graphs is not None:
+            self._checked_graphs.add(graphs)
         model = self._lower(offer, recipe, inputs, serving)
         evaluation.metrics |= training_metrics(result)
-        if state is not None and files.own is not None:
-            state.stage(files.own)
-        metrics = evaluation.finite()
-        return RoundResult(self._update(offer, recipe, files.sent, result, metrics), model, metrics, state)
+        if state is not None and files.local_state is not None:
+            state.stage(files.local_state)
+        metrics = evaluation.finite_metrics()
+        return TrainedRound(self._update(offer, recipe, files.update, result, metrics), model, metrics, state)
 
     def _prepare(self, offer: Offer, recipe: Recipe) -> tuple[LocalUpdate, Trainer, Evaluation, _RoundInputs]:
         """Read all of an offer's blobs and the samples of the round."""
         # Damaged weights are found first, before a graph is loaded.
-        weights = self._weights(offer)
-        mask = None if offer.mask is None else self._blob(offer.mask)
-        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training), self._base(offer))
+        weights = self._load_weights(offer)
+        mask = None if offer.mask is None else self._read_blob(offer.mask)
+        trainer = self._trainer.of(
+            offer.training.sha256, lambda: self._read_blob(offer.training), self._base_path(offer)
+        )
         targets = trainer.targets(recipe, offer.classes)
         data = self._data.snapshot(trainer.input_shape, targets)
         work = LocalUpdate(
@@ -206,10 +219,10 @@ class RoundRunner:
         )
         data.check(targets, trainer.input_shape, token_ids=trainer.token_ids)
         # Only read to be verified, so that a damaged blob is downloaded again before minutes of training.
-        self._blob(offer.inference)
-        lowering = self.lowering.wanted(offer).lowered or {}
+        self._read_blob(offer.inference)
+        lowering = self.lowering.needed_graphs(offer).lowered or {}
         for graph in lowering.values():
-            self._blob(graph)
+            self._read_blob(graph)
         adjustment = LogitAdjustment.of(data.y_train, recipe, offer.classes)
         objective = trainer.objective(recipe, offer.classes)
         evaluation = Evaluation(data, recipe, offer.classes, adjustment, objective)
@@ -219,7 +232,7 @@ class RoundRunner:
         self, offer: Offer, work: LocalUpdate, trainer: Trainer, inputs: _RoundInputs, control: TrainingControl
     ) -> TrainingResult:
         recipe, data = Recipe.from_dict(offer.recipe), inputs.data
-        moments, optimizer_steps = work.optimizer_state(self._blob)
+        moments, optimizer_steps = work.optimizer_state(self._read_blob)
         task = TrainingTask(
             recipe=recipe,
             classes=offer.classes,
@@ -229,7 +242,7 @@ class RoundRunner:
             widths=offer.widths,
             mask=work.mask,
             moments=moments,
-            taken=optimizer_steps,
+            optimizer_steps=optimizer_steps,
         )
         del moments
         began = time.monotonic()
@@ -240,7 +253,7 @@ class RoundRunner:
                 raise
             # Divergence tells of the samples, too: the server gets noise alone, as from a board that learnt nothing.
             _LOG.warning("round %d of job %s: %s; the update is noise alone", offer.round, offer.job, error)
-            result = TrainingResult.unmoved(
+            result = TrainingResult.without_change(
                 work.tensors, recipe.steps(data.samples), data.samples, time.monotonic() - began
             )
         if control.stop():
@@ -255,16 +268,16 @@ class RoundRunner:
         if checks:
             evaluation.check(model, loss)
         if when is not None:
-            evaluation.add(model, when)
+            evaluation.measure(model, when)
         if checks:
-            evaluation.latency(model)
+            evaluation.measure_latency(model)
 
     def _update(
         self, offer: Offer, recipe: Recipe, sent: BlobRef, result: TrainingResult, metrics: Mapping[str, float]
-    ) -> Update:
+    ) -> UpdateAnnouncement:
         # A private update tells of the machine alone: all other metrics were measured on samples, without noise.
-        sent_metrics = {n: v for n, v in metrics.items() if not recipe.update_clip or n in MEASURED}
-        return Update(
+        sent_metrics = {n: v for n, v in metrics.items() if not recipe.update_clip or n in MACHINE_METRICS}
+        return UpdateAnnouncement(
             device=self._device,
             job=offer.job,
             round=offer.round,
@@ -276,49 +289,55 @@ class RoundRunner:
             metrics=sent_metrics,
         )
 
-    def _lower(self, offer: Offer, recipe: Recipe, inputs: _RoundInputs, weights: BlobRef | bytes) -> Serving:
+    def _lower(self, offer: Offer, recipe: Recipe, inputs: _RoundInputs, weights: BlobRef | bytes) -> ServingRecord:
         """Make the lower precisions of the staged model; returns the record of the one that is to serve."""
-        graphs = {precision: self._blob(ref) for precision, ref in inputs.lowering.items()}
-        precision = self.lowering.staged(self._slots.staging, graphs, inputs.data, recipe, inputs.targets)
-        return Serving(
+        graphs = {precision: self._read_blob(ref) for precision, ref in inputs.lowering.items()}
+        precision = self.lowering.lower_staged(self._slots.staging, graphs, inputs.data, recipe, inputs.targets)
+        return ServingRecord(
             job=offer.job,
             round=offer.round,
             classes=offer.classes,
-            files=self._files(offer, weights, precision),
+            files=self._file_digests(offer, weights, precision),
             offset=inputs.adjustment.offset,
             loss=recipe.loss,
             present=inputs.adjustment.present,
             precision=precision,
         )
 
-    def _files(self, offer: Offer, weights: BlobRef | bytes, precision: str) -> dict[str, str]:
+    def _file_digests(self, offer: Offer, weights: BlobRef | bytes, precision: str) -> dict[str, str]:
         """Digests of the staged model's files; those of received files are the offer's and not computed again."""
         files = {GRAPH: offer.inference.sha256} | ({} if offer.base is None else {BASE: offer.base.sha256})
-        files[WEIGHTS] = weights.sha256 if isinstance(weights, BlobRef) else tensorfile.digest(weights)
+        files[WEIGHTS] = weights.sha256 if isinstance(weights, BlobRef) else tensorfile.sha256_hex(weights)
         staging = self._slots.staging
         with storage_errors(f"can't read {staging}"):
             return files | {n: file_digest(staging / n) for n in served_files(precision) if n not in files}
 
-    def _chosen(self, offer: Offer, averages: Sequence[Average], evaluation: Evaluation) -> tuple[Average, bytes]:
+    def _choose_average(
+        self, offer: Offer, averages: Sequence[ServingAverage], evaluation: Evaluation
+    ) -> tuple[ServingAverage, bytes]:
         """The average that is to serve, and its file: the first one, unless the second one is clearly better."""
         first, *rest = averages
         second_values = (
-            None if not rest else evaluation.of_each(self._candidate(offer, tensorfile.encode(rest[0].tensors)))
+            None
+            if not rest
+            else evaluation.metric_per_sample(self._stage_candidate(offer, tensorfile.encode(rest[0].tensors)))
         )
         raw = tensorfile.encode(first.tensors)
-        if second_values is None or not clearly_better(second_values, evaluation.of_each(self._candidate(offer, raw))):
+        if second_values is None or not is_clearly_better(
+            second_values, evaluation.metric_per_sample(self._stage_candidate(offer, raw))
+        ):
             return first, raw
-        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, rest[0].blend)
+        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, rest[0].received_share)
         del raw  # a small board has memory for one
         return rest[0], tensorfile.encode(rest[0].tensors)
 
-    def _blob(self, ref: BlobRef) -> bytes:
-        return self._read(ref.sha256)
+    def _read_blob(self, ref: BlobRef) -> bytes:
+        return self._read_digest(ref.sha256)
 
-    def _read(self, sha256: str) -> bytes:
-        return self._intact(self._blobs.read, sha256)
+    def _read_digest(self, sha256: str) -> bytes:
+        return self._with_damage_error(self._blobs.read, sha256)
 
-    def _intact(self, read: Callable[[str], _Bytes], sha256: str) -> _Bytes:
+    def _with_damage_error(self, read: Callable[[str], _Bytes], sha256: str) -> _Bytes:
         try:
             return read(sha256)
         except StorageError as error:
@@ -326,27 +345,27 @@ class RoundRunner:
             damaged.sha256 = sha256
             raise damaged from error
 
-    def _weights(self, offer: Offer) -> bytes:
+    def _load_weights(self, offer: Offer) -> bytes:
         """The received weights, decoded if they were sent encoded."""
         if offer.coded is not None and not self._blobs.has(offer.weights.sha256):
-            raw = decoded(offer, self._read)
+            raw = decode_weights(offer, self._read_digest)
             if raw is None:
                 damaged = DamagedBlobError("the weights that were decoded are not those that were offered")
                 damaged.sha256 = offer.coded.sha256
                 raise damaged
             self._blobs.put(raw)
-        return self._blob(offer.weights)
+        return self._read_blob(offer.weights)
 
-    def _candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
+    def _stage_candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
         source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights
         graph = self._blobs.path(offer.inference.sha256)
-        return self._trainer.predictor(self._slots.stage(graph, source, self._base(offer)))
+        return self._trainer.predictor(self._slots.stage(graph, source, self._base_path(offer)))
 
-    def _base(self, offer: Offer) -> Path | None:
+    def _base_path(self, offer: Offer) -> Path | None:
         """The file of the frozen base, which is mapped and never read as a whole."""
         if offer.base is None:
             return None
-        self._intact(self._blobs.map, offer.base.sha256)
+        self._with_damage_error(self._blobs.map, offer.base.sha256)
         return self._blobs.path(offer.base.sha256)
 
 
@@ -367,7 +386,7 @@ class TrainingThread:
     ) -> None:
         self.runner, self.offer, self.offline = runner, offer, offline
         self.status: tuple[str, int, int] = ("train", 0, 0)
-        self.result: RoundResult | None = None
+        self.result: TrainedRound | None = None
         self.error: BaseException | None = None
         self._stop = threading.Event()
         self._guard = guard
@@ -376,11 +395,11 @@ class TrainingThread:
         self._thread.start()
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._thread.is_alive()
 
     @property
-    def stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether `stop` was called, so that its result is dropped."""
         return self._stop.is_set()
 
@@ -395,15 +414,15 @@ class TrainingThread:
         # Linux counts niceness by thread; those that onnxruntime starts for this one inherit it.
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        restart_peak()
+        reset_peak_memory()
         try:
-            self.result = self.runner.make(
-                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._ended
+            self.result = self.runner.carry_out(
+                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._should_stop
             )
         except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
             self.error = error
 
-    def _ended(self) -> bool:
+    def _should_stop(self) -> bool:
         """Whether training should stop. Called between two steps, where a hot board pauses until it has cooled down."""
         return self._stop.is_set() if self._guard is None else self._guard.pause(self._stop.is_set)
 

@@ -16,15 +16,15 @@ from fedprune.model import step_contract
 from fedprune.model.dropout import DropoutMasks
 from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import CUSTOM, Features, Recipe
-from fedprune.model.selection import ALL, Active
-from fedprune.model.step_contract import anchors, weight_of
-from fedprune.runtime.onnx_subgraph import GraphParts
-from fedprune.runtime.session import Session
-from fedprune_device.data.batches import Part
+from fedprune.model.recipe import CUSTOM_LOSS, Features, Recipe
+from fedprune.model.selection import ALL_ACTIVE, ElementMask
+from fedprune.model.step_contract import anchor_feeds, divisor_share
+from fedprune.runtime.onnx_subgraph import Subgraphs
+from fedprune.runtime.session import OnnxSession
+from fedprune_device.data.batches import MicroBatch
 from fedprune_device.data.labels import Targets, loss_terms
 from fedprune_device.data.stored_array import Inputs
-from fedprune_device.training.augmentation import Augmentation
+from fedprune_device.training.augmentation import SampleAugmentation
 from fedprune_device.training.objective import Objective
 
 Array = npt.NDArray[Any]
@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 
 
-class Moved(NamedTuple):
+class StepResult(NamedTuple):
     """A step's result: the batch's data loss, its number of right samples, new values and requested gradients."""
 
     loss: float
@@ -46,12 +46,12 @@ class StepGraph:
     """A training graph written to the contract of `fedprune.model.step_contract`.
 
     With one thread the same inputs give the same bits. `session` replaces that of onnxruntime; `cuda` lets that compute
-    on an NVIDIA GPU. `parts` are those of this graph that were cut before.
+    on an NVIDIA GPU. `subgraphs` are those of this graph that were cut before.
 
-    `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
-    the optimiser's arrays, `moving` all that have a next value. `dropout`: the masks that it takes. `scores`: whether
-    it counts right samples. `token_ids`: whether samples are whole numbers. `base` is the file of frozen weights that
-    the graph reads in low precision.
+    `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay.
+    `optimizer_states` are the optimiser's arrays, `updated_names` all that have a next value. `dropout`: the masks that
+    it takes. `counts_hits`: whether it counts right samples. `token_ids`: whether samples are whole numbers. `base` is
+    the file of frozen weights that the graph reads in low precision.
 
     Raises `ModelError` if onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
     """
@@ -61,46 +61,50 @@ class StepGraph:
         graph: Path | bytes,
         *,
         threads: int = 1,
-        session: Session | None = None,
+        session: OnnxSession | None = None,
         cuda: bool = False,
         base: Path | None = None,
-        parts: GraphParts | None = None,
+        subgraphs: Subgraphs | None = None,
     ) -> None:
         self._graph = graph
         self._threads = threads
         self._cuda = cuda
         self._given = session
-        self._parts = parts or GraphParts()
-        self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
-        self._forward: dict[tuple[str, ...], Session] = {}
+        self._parts = subgraphs or Subgraphs()
+        self._session = session or OnnxSession(graph, threads=threads, training=True, cuda=cuda)
+        self._forward: dict[tuple[str, ...], OnnxSession] = {}
         self._objective: tuple[Recipe, int, Objective] | None = None
         inputs, outputs = self._session.inputs, set(self._session.outputs)
         # The graph doesn't name its optimiser: of the three, Adam alone reads epsilon, and SGD alone no beta.
         optimizer = "adam" if step_contract.EPSILON in inputs else "lion" if step_contract.BETA1 in inputs else "sgd"
         self._check_contract(optimizer)
         self._classifies = inputs[step_contract.Y][0] == "tensor(int64)"
-        self.scores = step_contract.HITS in outputs
-        self._results = (step_contract.LOSS, step_contract.HITS) if self.scores else (step_contract.LOSS,)
-        self.names = tuple(n for n in inputs if n not in step_contract.RESERVED and "::" not in n)
-        self.trainable = tuple(n for n in self.names if step_contract.buffer(n) in inputs)
+        self.counts_hits = step_contract.HITS in outputs
+        self._result_names = (step_contract.LOSS, step_contract.HITS) if self.counts_hits else (step_contract.LOSS,)
+        self.names = tuple(n for n in inputs if n not in step_contract.RESERVED_NAMES and "::" not in n)
+        self.trainable = tuple(n for n in self.names if step_contract.momentum_name(n) in inputs)
         self.statistics = tuple(
-            n for n in self.names if n not in self.trainable and step_contract.following(n) in outputs
+            n for n in self.names if n not in self.trainable and step_contract.next_name(n) in outputs
         )
         self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
         self.input_shape = with_lengths(inputs[step_contract.X][1][1:], self._session.metadata, TrainingError)
         self._target_shape = inputs[step_contract.Y][1][1:]
         self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
-        self.states = [f(n) for n in self.trainable for f in step_contract.states(optimizer)]
-        self._sums = [step_contract.total(n) for n in self.trainable if step_contract.total(n) in inputs]
-        gradients = [step_contract.gradient(n) for n in self.trainable]
+        self.optimizer_states = [f(n) for n in self.trainable for f in step_contract.state_names(optimizer)]
+        self._sums = [
+            step_contract.gradient_sum_name(n) for n in self.trainable if step_contract.gradient_sum_name(n) in inputs
+        ]
+        gradients = [step_contract.gradient_name(n) for n in self.trainable]
         self.gradients = gradients if outputs.issuperset(gradients) else []
         self._base_path, self._base = base, dict[str, Array]()
-        self._base_names = {n for n in inputs if n.endswith((step_contract.base(""), step_contract.base_scale("")))}
+        self._base_names = {
+            n for n in inputs if n.endswith((step_contract.base_name(""), step_contract.base_scale_name("")))
+        }
         if self._base_names and base is None:
             raise TrainingError("the training graph reads a frozen base", expected="a file of it", got="none")
         self.dropout = DropoutMasks.of(inputs, self._session.metadata)
-        self.moving = [*self.trainable, *self.statistics, *self.states]
-        ignored = self._session.metadata.get(step_contract.IGNORED)
+        self.updated_names = [*self.trainable, *self.statistics, *self.optimizer_states]
+        ignored = self._session.metadata.get(step_contract.IGNORED_METADATA)
         self._ignored = None if ignored is None else int(ignored)
         self._check_complete()
 
@@ -117,8 +121,20 @@ class StepGraph:
     def _check_complete(self) -> None:
         """Refuse a training graph with an input that nothing here feeds, or without an output that a step needs."""
         inputs, outputs = set(self._session.inputs), set(self._session.outputs)
-        of_tensors = (step_contract.anchor, step_contract.strength, step_contract.mask, step_contract.threshold)
-        fed = {*step_contract.INPUTS, *self.names, *self.states, *self._sums, *self._base_names, *self.dropout.ratios}
+        of_tensors = (
+            step_contract.anchor_name,
+            step_contract.strength_name,
+            step_contract.mask_name,
+            step_contract.threshold_name,
+        )
+        fed = {
+            *step_contract.INPUTS,
+            *self.names,
+            *self.optimizer_states,
+            *self._sums,
+            *self._base_names,
+            *self.dropout.ratios,
+        }
         fed.update(input_of(n) for n in self.trainable for input_of in of_tensors)
         if inputs - fed:
             raise TrainingError(
@@ -126,7 +142,7 @@ class StepGraph:
                 got=", ".join(sorted(inputs - fed)[:5]),
                 hint="Update fedprune on the device.",
             )
-        missing_outputs = {step_contract.following(n) for n in (*self.moving, *self._sums)} - outputs
+        missing_outputs = {step_contract.next_name(n) for n in (*self.updated_names, *self._sums)} - outputs
         if missing_outputs:
             raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(missing_outputs)[:5]))
 
@@ -156,7 +172,7 @@ class StepGraph:
     @cached_property
     def axes(self) -> TensorAxes | None:
         """The channel groups of the tensors' axes; None if the graph doesn't give them."""
-        text = self._session.metadata.get(step_contract.AXES)
+        text = self._session.metadata.get(step_contract.AXES_METADATA)
         return None if text is None else TensorAxes.from_json(text)
 
     @property
@@ -164,26 +180,26 @@ class StepGraph:
         """Whether a batch can be split into parts."""
         return bool(self._sums)
 
-    def constants(
-        self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: Active = ALL
+    def constant_inputs(
+        self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: ElementMask = ALL_ACTIVE
     ) -> dict[str, Array]:
         """The inputs that are the same in every step; `y` are all training labels, converted by `targets`.
 
         Raises `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range.
         """
-        feeds = loss_terms(y, recipe, classes) | anchors(recipe, tensors, self.trainable)
-        feeds |= self.masking(tensors, recipe, mask)
-        step_inputs = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
-        required = set(self._session.inputs) - step_inputs - {*self.names, *self.states, *self._sums}
+        feeds = loss_terms(y, recipe, classes) | anchor_feeds(recipe, tensors, self.trainable)
+        feeds |= self.mask_inputs(tensors, recipe, mask)
+        step_inputs = {*step_contract.SAMPLE_INPUTS, step_contract.STEP_NUMBER, step_contract.DIVISOR}
+        required = set(self._session.inputs) - step_inputs - {*self.names, *self.optimizer_states, *self._sums}
         required -= {*self._base_names, *self.dropout.ratios}
-        classifies = self._classifies if recipe.loss == CUSTOM else recipe.features.counts
-        scores = recipe.features.scores
+        classifies = self._classifies if recipe.loss == CUSTOM_LOSS else recipe.features.has_class_labels
+        scores = recipe.features.counts_hits
         cannot_accumulate = not self._sums and recipe.features.accumulate
         cannot_report_gradients = not self.gradients and recipe.report_squares
         if (
             required != set(feeds)
             or classifies != self._classifies
-            or scores != self.scores
+            or scores != self.counts_hits
             or cannot_accumulate
             or cannot_report_gradients
         ):
@@ -196,17 +212,17 @@ class StepGraph:
 
     def targets(self, recipe: Recipe, classes: int) -> Targets:
         """The labels that the graph takes. Raises `TrainingError` if the recipe's loss takes others."""
-        if recipe.loss != CUSTOM and recipe.features.counts != self._classifies:
+        if recipe.loss != CUSTOM_LOSS and recipe.features.has_class_labels != self._classifies:
             raise TrainingError(
                 "training graph and recipe don't fit each other",
                 expected="whole numbers as labels" if self._classifies else "numbers as labels",
                 got=f"loss {recipe.loss}",
             )
-        return Targets.of(recipe, classes, self._target_shape, whole=self._classifies)
+        return Targets.of(recipe, classes, self._target_shape, whole_numbers=self._classifies)
 
-    def augmentation(self, recipe: Recipe) -> Augmentation | None:
+    def augmentation(self, recipe: Recipe) -> SampleAugmentation | None:
         """The augmentation of samples, if the recipe asks for it. Raises `TrainingError` if the graph lacks it."""
-        return Augmentation(self._session.metadata) if recipe.augment else None
+        return SampleAugmentation(self._session.metadata) if recipe.augment else None
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:
         """The part of the graph after the model's outputs; the last one is kept, as loading it takes some hundredths of
@@ -215,42 +231,46 @@ class StepGraph:
             self._objective = (
                 recipe,
                 classes,
-                Objective(self._bytes(), recipe, classes, scores=self.scores, parts=self._parts),
+                Objective(self._graph_bytes(), recipe, classes, scores=self.counts_hits, subgraphs=self._parts),
             )
         return self._objective[2]
 
     def divisor(self, y: Array, feeds: Mapping[str, Array]) -> float:
         """A batch part's share of the loss's divisor."""
-        return weight_of(y, self._ignored, feeds.get(step_contract.CLASS_WEIGHT)) if self.scores else float(len(y))
+        return (
+            divisor_share(y, self._ignored, feeds.get(step_contract.CLASS_WEIGHT))
+            if self.counts_hits
+            else float(len(y))
+        )
 
-    def masking(self, tensors: Mapping[str, Array], recipe: Recipe, mask: Active) -> dict[str, Array]:
+    def mask_inputs(self, tensors: Mapping[str, Array], recipe: Recipe, mask: ElementMask) -> dict[str, Array]:
         """Masks, thresholds and the scaler; those that the graph has and the recipe doesn't ask for change nothing."""
         feeds: dict[str, Array] = {}
         if recipe.features.scale or step_contract.OUTPUT_SCALE in self._session.inputs:
             feeds[step_contract.OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
         for name in self.trainable:
-            if recipe.features.element_mask or step_contract.mask(name) in self._session.inputs:
+            if recipe.features.element_mask or step_contract.mask_name(name) in self._session.inputs:
                 active = mask.get(name)
-                feeds[step_contract.mask(name)] = (
+                feeds[step_contract.mask_name(name)] = (
                     np.ones_like(tensors[name]) if active is None else active.astype(np.float32)
                 )
-            if recipe.features.threshold or step_contract.threshold(name) in self._session.inputs:
+            if recipe.features.threshold or step_contract.threshold_name(name) in self._session.inputs:
                 threshold = recipe.mask_threshold if name in mask else 0.0
-                feeds[step_contract.threshold(name)] = np.array(threshold, np.float32)
+                feeds[step_contract.threshold_name(name)] = np.array(threshold, np.float32)
         return feeds
 
-    def advance(
+    def run_step(
         self,
         feeds: Mapping[str, Array],
-        micro_batches: Sequence[Part],
+        micro_batches: Sequence[MicroBatch],
         number: int,
         gradients: Sequence[str] = (),
         into: Mapping[str, Array] | None = None,
         dropout_key: tuple[Any, ...] | None = None,
-    ) -> Moved:
+    ) -> StepResult:
         """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs. `into`: arrays that
-        the next values of all of `moving` are written into; none of them may be a feed. `dropout_key`: the seed and the
-        key of the masks of dropout, if numbers are dropped."""
+        the next values of all of `updated_names` are written into; none of them may be a feed. `dropout_key`: the seed
+        and the key of the masks of dropout, if numbers are dropped."""
         feeds = dict(feeds)
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
@@ -264,7 +284,7 @@ class StepGraph:
         gradient_arrays: list[Array] = []
         for count, micro_batch in enumerate(micro_batches, 1):
             is_last = count == len(micro_batches)
-            names = self.moving if is_last else [*self.statistics, *self._sums]
+            names = self.updated_names if is_last else [*self.statistics, *self._sums]
             gradient_names = list(gradients) if is_last else []
             labels = {step_contract.Y: micro_batch.y}
             if dropout_key is None:
@@ -273,15 +293,15 @@ class StepGraph:
                 labels |= self.dropout.draw(feeds, len(micro_batch.y), *dropout_key, count)
             if step_contract.Y_PARTNER in self._session.inputs:
                 labels[step_contract.Y_PARTNER] = micro_batch.y if micro_batch.partner is None else micro_batch.partner
-            outputs = self._run(
+            outputs = self._run_session(
                 {**feeds, **labels, step_contract.X: micro_batch.x},
-                [*self._results, *map(step_contract.following, names), *gradient_names],
-                {step_contract.following(n): into[n] for n in names} if is_last and into else {},
+                [*self._result_names, *map(step_contract.next_name, names), *gradient_names],
+                {step_contract.next_name(n): into[n] for n in names} if is_last and into else {},
             )
             loss += float(outputs[step_contract.LOSS])
             hits += int(outputs[step_contract.HITS]) if step_contract.HITS in outputs else 0
             values, gradient_arrays = (
-                {n: outputs[step_contract.following(n)] for n in names},
+                {n: outputs[step_contract.next_name(n)] for n in names},
                 [outputs[n] for n in gradient_names],
             )
             if not is_last:
@@ -290,7 +310,7 @@ class StepGraph:
                 feeds |= {n: np.array(value) for n, value in values.items()}
                 del outputs
                 values.clear()
-        return Moved(loss, hits, values, gradient_arrays)
+        return StepResult(loss, hits, values, gradient_arrays)
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
         """Arrays where steps are computed; see `Session.place`."""
@@ -301,11 +321,14 @@ class StepGraph:
         session = self._given or self._forward.get(tuple(outputs))
         try:
             if session is None:
-                session = Session(
-                    self._parts.part_for(self._bytes, outputs), threads=self._threads, training=True, cuda=self._cuda
+                session = OnnxSession(
+                    self._parts.subgraph_for(self._graph_bytes, outputs),
+                    threads=self._threads,
+                    training=True,
+                    cuda=self._cuda,
                 )
                 self._forward[tuple(outputs)] = session
-            inputs = {**feeds, **self._frozen(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}
+            inputs = {**feeds, **self._mapped_base(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}
             return session.run({n: v for n, v in inputs.items() if n in session.inputs}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
@@ -320,10 +343,10 @@ class StepGraph:
         """Unmap the frozen base, whose pages count as the process's memory; the next run maps it again."""
         self._base = {}
 
-    def _frozen(self) -> dict[str, Array]:
+    def _mapped_base(self) -> dict[str, Array]:
         """The frozen base, mapped and not read: it is never copied, and the system may drop its pages."""
         if self._base_names and not self._base and self._base_path is not None:
-            base = tensorfile.mapped(self._base_path)
+            base = tensorfile.map_tensors(self._base_path)
             for name in self._base_names:
                 kind, shape = self._session.inputs[name]
                 value = base.get(name)
@@ -336,11 +359,13 @@ class StepGraph:
             self._base = self._session.place({n: base[n] for n in self._base_names}, "base")
         return self._base
 
-    def _bytes(self) -> bytes:
+    def _graph_bytes(self) -> bytes:
         return self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
 
-    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], into: Mapping[str, Array]) -> dict[str, Array]:
+    def _run_session(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], into: Mapping[str, Array]
+    ) -> dict[str, Array]:
         try:
-            return self._session.run({**feeds, **self._frozen()}, outputs, into)
+            return self._session.run({**feeds, **self._mapped_base()}, outputs, into)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error

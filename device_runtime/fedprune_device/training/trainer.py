@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError, DivergedError, ExitCode, FedpruneError, TrainingError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
 from fedprune.model.lengths import free_axis
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import ALL, Active, Tensors
-from fedprune.runtime.onnx_subgraph import GraphParts
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Tensors
+from fedprune.runtime.onnx_subgraph import Subgraphs
 from fedprune.runtime.placed_runs import GpuLostError
-from fedprune_device.data.batches import Batches, Part, Rows, even_parts
+from fedprune_device.data.batches import Batches, MicroBatch, Rows, even_chunks
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.predictor import Predictor
@@ -36,23 +36,25 @@ class EarlyStopping:
     def __init__(self, epochs: int, *, keep: bool = True) -> None:
         self._epochs, self._keep = epochs, keep
         self._lowest: float | None = None
-        self._waited = 0
+        self._epochs_without_gain = 0
         self.tensors: dict[str, Array] = {}
         self.steps = 0
         self.squares: dict[str, Array] = {}
 
-    def over(self, loss: float, tensors: Mapping[str, Array], steps: int, squares: Mapping[str, Array]) -> bool:
+    def ends_training(
+        self, loss: float, tensors: Mapping[str, Array], steps: int, squares: Mapping[str, Array]
+    ) -> bool:
         """Record an epoch's end; True if training should end. The tensors must not be written to."""
         if self._lowest is None or loss < self._lowest:
-            self._lowest, self._waited = loss, 0
+            self._lowest, self._epochs_without_gain = loss, 0
             if self._keep:
                 self.tensors, self.steps, self.squares = dict(tensors), steps, dict(squares)
             return False
-        self._waited += 1
-        return self._waited >= self._epochs
+        self._epochs_without_gain += 1
+        return self._epochs_without_gain >= self._epochs
 
 
-_FAR = "The learning rate may be too high for this device's data: try a lower lr, or a smaller momentum."
+_DIVERGENCE_HINT = "The learning rate may be too high for this device's data: try a lower lr, or a smaller momentum."
 
 
 class TrainingStoppedError(FedpruneError):
@@ -77,7 +79,7 @@ class TrainingResult:
         step_seconds: Median time of a step.
         last_squares: Squared gradients of the last of these steps, by tensor, if the recipe asks for them.
         moments: The optimiser's state after the last step, by the names of the training graph.
-        taken: Steps behind that state, with those of earlier rounds where it was kept.
+        optimizer_steps: Steps behind that state, with those of earlier rounds where it was kept.
     """
 
     tensors: Tensors
@@ -90,10 +92,10 @@ class TrainingResult:
     step_seconds: float
     last_squares: Tensors
     moments: Tensors = field(default_factory=dict)
-    taken: int = 0
+    optimizer_steps: int = 0
 
     @classmethod
-    def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
+    def without_change(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
         """The result of a training that changes nothing."""
         return cls(
             dict(tensors),
@@ -118,7 +120,7 @@ class TrainingTask:
         widths: Channels per group that the tensors have; needed for ordered dropout alone.
         mask: Which elements of the tensors are active; the others are 0.
         moments: The optimiser's state to begin with, by the names of the training graph; what it lacks begins at 0.
-        taken: Steps behind that state.
+        optimizer_steps: Steps behind that state.
     """
 
     recipe: Recipe
@@ -127,9 +129,9 @@ class TrainingTask:
     device: str
     round: int
     widths: Sequence[int] = ()
-    mask: Active = field(default_factory=dict)
+    mask: ElementMask = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
-    taken: int = 0
+    optimizer_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,15 @@ class _TrainingRun:
         self._targets = graph.targets(recipe, classes)
         data.check(self._targets, graph.input_shape, token_ids=graph.token_ids)
         self._y = self._targets(data.y_train)
-        self._constants = graph.constants(tensors, self._y, recipe, classes, task.mask)
+        self._constants = graph.constant_inputs(tensors, self._y, recipe, classes, task.mask)
         # Copies, because steps write into them.
         self._state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}
-        for name in graph.states:
+        for name in graph.optimizer_states:
             self._state[name] = np.zeros_like(self._state[name.partition("::")[0]])
-        for name in task.moments.keys() & set(graph.states):
+        for name in task.moments.keys() & set(graph.optimizer_states):
             np.copyto(self._state[name], task.moments[name])
         # A step's outputs are written here: among the activations in onnxruntime's arena they would make it grow.
-        self._spare = {n: np.empty_like(self._state[n]) for n in graph.moving}
+        self._spare = {n: np.empty_like(self._state[n]) for n in graph.updated_names}
         self._width_plans = self._all_width_plans(tensors)
         self._augmentation = graph.augmentation(recipe)
         if len(self._width_plans) == 1:  # narrower steps cut arrays, which the processor does
@@ -188,19 +190,21 @@ class _TrainingRun:
         micro_batches, mix_shares = self._micro_batches(number, rows)
         feeds = {**self._constants, **self._state, **mix_shares}
         # The rate at the middle of the step, so that no step of a schedule has a rate of 0 and is lost.
-        feeds[step_contract.LR] = np.array(recipe.rate(task.round, (number - 0.5) / self.batches.steps), np.float32)
+        feeds[step_contract.LR] = np.array(
+            recipe.learning_rate(task.round, (number - 0.5) / self.batches.steps), np.float32
+        )
         own_widths, widths = self._width_plans[0], self._step_widths(number)
         narrower_axes = None if widths == own_widths else graph.axes
         if narrower_axes is not None:
-            feeds = narrower_axes.narrowed(feeds, own_widths, widths)
+            feeds = narrower_axes.narrow(feeds, own_widths, widths)
         gradient_names = graph.gradients if recipe.report_squares and self._ends_epoch(number) else []
         spare = self._spare if narrower_axes is None else None
         dropout_key = (task.seed, task.round, task.device, "dropout", number)
-        loss, hits, values, gradients = graph.advance(
-            feeds, micro_batches, task.taken + number, gradient_names, spare, dropout_key
+        loss, hits, values, gradients = graph.run_step(
+            feeds, micro_batches, task.optimizer_steps + number, gradient_names, spare, dropout_key
         )
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
+            raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_DIVERGENCE_HINT)
         if narrower_axes is None:
             self._spare = {n: self._state[n] for n in values}
             self._state |= values
@@ -225,7 +229,7 @@ class _TrainingRun:
             return False
         weights = {n: np.array(self._state[n]) for n in self._names}
         loss = self._validation_loss({**self._constants, **weights})
-        return loss is not None and self._early_stopping.over(loss, weights, number, self._squares)
+        return loss is not None and self._early_stopping.ends_training(loss, weights, number, self._squares)
 
     def result(self, seconds: float) -> TrainingResult:
         """The result of all steps, or of the best epoch; raises `DivergedError` if a tensor is not finite."""
@@ -234,9 +238,9 @@ class _TrainingRun:
             self._state |= best.tensors
             steps, self._squares = best.steps, best.squares
         tensors = {n: np.asarray(self._state[n], np.float32) for n in self._names}
-        for name, value in {**tensors, **{step_contract.squares(n): v for n, v in self._squares.items()}}.items():
+        for name, value in {**tensors, **{step_contract.squares_name(n): v for n, v in self._squares.items()}}.items():
             if not np.isfinite(value).all():
-                raise DivergedError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
+                raise DivergedError(f"tensor {name} is not finite after step {steps}", hint=_DIVERGENCE_HINT)
         tenth = max(1, len(losses) // 10)
         return TrainingResult(
             tensors=tensors,
@@ -244,21 +248,23 @@ class _TrainingRun:
             samples=self._data.samples,
             loss_first=float(np.mean(losses[:tenth])),
             loss_last=float(np.mean(losses[-tenth:])),
-            train_accuracy=self._epoch_hits / max(1, self._epoch_labels) if self._graph.scores else None,
+            train_accuracy=self._epoch_hits / max(1, self._epoch_labels) if self._graph.counts_hits else None,
             seconds=seconds,
             step_seconds=float(np.median(self._step_times)),
             last_squares=self._squares,
-            moments={n: np.asarray(self._state[n]) for n in self._graph.states},
-            taken=self._task.taken + len(losses),
+            moments={n: np.asarray(self._state[n]) for n in self._graph.optimizer_states},
+            optimizer_steps=self._task.optimizer_steps + len(losses),
         )
 
     def _ends_epoch(self, number: int) -> bool:
         return number == self.batches.steps or number % self.batches.per_epoch == 0
 
-    def _micro_batches(self, number: int, rows: Rows) -> tuple[list[Part], dict[str, Array]]:
+    def _micro_batches(self, number: int, rows: Rows) -> tuple[list[MicroBatch], dict[str, Array]]:
         """A step's samples, augmented and mixed as the recipe says, and the inputs that mixing adds."""
         graph, task, recipe = self._graph, self._task, self._task.recipe
-        micro_batches = [Part.of(self._data.x_train, self._y, chunk) for chunk in self.batches.parts(rows)]
+        micro_batches = [
+            MicroBatch.of(self._data.x_train, self._y, chunk) for chunk in self.batches.micro_batches(rows)
+        ]
         if self._augmentation is not None:
             key = (task.round, task.device, "augment", number)
             micro_batches = [self._augmentation(m, task.seed, *key, i) for i, m in enumerate(micro_batches)]
@@ -266,8 +272,8 @@ class _TrainingRun:
         if not recipe.mixes_samples or graph.token_ids or free_axis(graph.input_shape) is not None:
             return micro_batches, {}
         pairs = [(m.make, m.y) for m in micro_batches]
-        mixed, share = recipe.mixed(pairs, task.seed, task.round, task.device, number)
-        return [Part(*arrays) for arrays in mixed], {
+        mixed, share = recipe.mix_batch(pairs, task.seed, task.round, task.device, number)
+        return [MicroBatch(*arrays) for arrays in mixed], {
             step_contract.Y_SHARE: share
         } if recipe.features.label_pairs else {}
 
@@ -277,7 +283,7 @@ class _TrainingRun:
             return [()]
         try:
             axes = self._graph.axes or TensorAxes.from_json("{}")
-            plans = axes.plans(self._task.widths, self._task.recipe.ordered_dropout)
+            plans = axes.step_widths(self._task.widths, self._task.recipe.ordered_dropout)
             axes.check(tensors, plans[0])
         except BundleError as error:
             raise TrainingError(
@@ -290,7 +296,7 @@ class _TrainingRun:
         plans, task = self._width_plans, self._task
         if len(plans) == 1:
             return plans[0]
-        return plans[int(keyed(task.seed, task.round, task.device, "widths", number).integers(len(plans)))]
+        return plans[int(keyed_generator(task.seed, task.round, task.device, "widths", number).integers(len(plans)))]
 
     def _validation_loss(self, feeds: dict[str, Array]) -> float | None:
         """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), but unscaled.
@@ -302,8 +308,8 @@ class _TrainingRun:
         if step_contract.OUTPUT_SCALE in feeds:
             feeds = {**feeds, step_contract.OUTPUT_SCALE: np.array(1, np.float32)}
         loss = total = 0.0
-        for rows in even_parts(np.arange(len(y)), recipe.micro_batch):
-            batch = Part.of(self._data.x_val, y, rows)
+        for rows in even_chunks(np.arange(len(y)), recipe.micro_batch):
+            batch = MicroBatch.of(self._data.x_val, y, rows)
             weight = graph.divisor(batch.y, feeds)
             if not weight:  # all of classes that the training samples lack
                 continue
@@ -317,7 +323,7 @@ class _TrainingRun:
             loss += weight * float(outputs[step_contract.LOSS])
             total += weight
         if not math.isfinite(loss):
-            raise DivergedError("the validation loss is not finite", got=loss, hint=_FAR)
+            raise DivergedError("the validation loss is not finite", got=loss, hint=_DIVERGENCE_HINT)
         return loss / total if total else None
 
 
@@ -325,7 +331,7 @@ class Trainer(StepGraph):
     """A loaded training graph, with what a round needs of it; arguments and errors are those of `StepGraph`."""
 
     @property
-    def normalised(self) -> bool:
+    def has_batch_norm(self) -> bool:
         """Whether there are batch-norm statistics that move."""
         return bool(self.statistics)
 
@@ -366,7 +372,7 @@ class Trainer(StepGraph):
         self.release()
         return run.result(time.monotonic() - began)
 
-    def calibrated(
+    def calibrate(
         self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, *, seed: int, device: str
     ) -> Tensors:
         """Batch-norm statistics of the local training samples at these weights, which stay as they are.
@@ -379,10 +385,10 @@ class Trainer(StepGraph):
         if not names:
             return dict(tensors)
         self.check(tensors)
-        order = keyed(seed, "calibration", device).permutation(data.samples)
-        batches = even_parts(order, recipe.micro_batch)
+        order = keyed_generator(seed, "calibration", device).permutation(data.samples)
+        batches = even_chunks(order, recipe.micro_batch)
         feeds = {n: np.asarray(v, order="C") for n, v in tensors.items() if n not in names}
-        feeds |= self.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), ALL)
+        feeds |= self.mask_inputs(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), ALL_ACTIVE)
         return dict(tensors) | batch_norm_statistics(self.run_forward, names, feeds, data.x_train, batches, tensors)
 
     def loss(
@@ -391,14 +397,14 @@ class Trainer(StepGraph):
         """Data loss of the first training samples at these weights, which don't change, without masks and scaler."""
         self.check(tensors)
         y = self.targets(recipe, classes)(data.y_train)
-        feeds = self.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
+        feeds = self.constant_inputs(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
-        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self.states}
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self.optimizer_states}
         rows = np.arange(min(samples, len(y)))
-        batches = Batches(data.samples, recipe, normalised=self.normalised)
-        micro_batches = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
+        batches = Batches(data.samples, recipe, normalised=self.has_batch_norm)
+        micro_batches = [MicroBatch.of(data.x_train, y, p) for p in batches.micro_batches(rows)]
         steps = [micro_batches] if self.accumulates else [[micro_batch] for micro_batch in micro_batches]
-        losses = [self.advance(feeds, step, 1).loss for step in steps]
+        losses = [self.run_step(feeds, step, 1).loss for step in steps]
         self.release()
         if self.accumulates:
             return losses[0]
@@ -417,7 +423,7 @@ class TrainerCache:
         self._cuda = cuda
         self._keep = keep
         self._loaded: tuple[tuple[str, Path | None], Trainer] | None = None
-        self._parts = ("", GraphParts())
+        self._parts = ("", Subgraphs())
 
     def of(self, sha256: str, read: Callable[[], bytes], base: Path | None = None) -> Trainer:
         """A trainer for a graph and the frozen base that it reads; `read` gives its bytes if they are needed."""
@@ -425,8 +431,8 @@ class TrainerCache:
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # two loaded models are more than a small board has memory for
             if self._parts[0] != sha256:
-                self._parts = (sha256, GraphParts())
-            trainer = Trainer(read(), threads=self.threads, cuda=self._cuda, base=base, parts=self._parts[1])
+                self._parts = (sha256, Subgraphs())
+            trainer = Trainer(read(), threads=self.threads, cuda=self._cuda, base=base, subgraphs=self._parts[1])
             self._loaded = (key, trainer)
         return self._loaded[1]
 
@@ -440,14 +446,14 @@ class TrainerCache:
             self._loaded = None
 
 
-Run = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]  # takes feeds and names of outputs
+RunGraph = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]  # takes feeds and names of outputs
 
 # An old value so large that a batch's is negligible beside it: the share of it that is kept is exact to the last bit.
-_HUGE = np.float32(2.0**40)
+_HUGE_STATISTIC = np.float32(2.0**40)
 
 
 def batch_norm_statistics(
-    run: Run,
+    run: RunGraph,
     names: Collection[str],
     feeds: Mapping[str, Array],
     x: Inputs,
@@ -461,19 +467,22 @@ def batch_norm_statistics(
     gives the batch's. `feeds` are all other inputs except the samples. A statistic that the graph leaves alone, or that
     isn't finite afterwards, keeps its `old` value.
     """
-    outputs = [step_contract.following(n) for n in names]
+    outputs = [step_contract.next_name(n) for n in names]
     zeros = {n: np.zeros_like(old[n]) for n in names}
     huge_outputs = run(
-        {**feeds, **{n: np.full_like(v, _HUGE) for n, v in zeros.items()}, step_contract.X: x[batches[0]]}, outputs
+        {**feeds, **{n: np.full_like(v, _HUGE_STATISTIC) for n, v in zeros.items()}, step_contract.X: x[batches[0]]},
+        outputs,
     )
     totals: dict[str, npt.NDArray[np.float64]] = {n: np.zeros(old[n].shape, np.float64) for n in names}
     for rows in batches:
         outputs_of_batch = run({**feeds, **zeros, step_contract.X: x[rows]}, outputs)
         for name in names:
-            totals[name] += np.asarray(outputs_of_batch[step_contract.following(name)], np.float64)
+            totals[name] += np.asarray(outputs_of_batch[step_contract.next_name(name)], np.float64)
     result: Tensors = {}
     for name in names:
-        batch_share = 1.0 - float(np.median(np.asarray(huge_outputs[step_contract.following(name)]))) / float(_HUGE)
+        batch_share = 1.0 - float(np.median(np.asarray(huge_outputs[step_contract.next_name(name)]))) / float(
+            _HUGE_STATISTIC
+        )
         mean = totals[name] / (len(batches) * batch_share) if batch_share > 0 else totals[name] * np.nan
         result[name] = np.asarray(mean if np.isfinite(mean).all() else old[name], np.float32)
     return result

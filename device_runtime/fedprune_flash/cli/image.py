@@ -8,13 +8,13 @@ from pathlib import Path
 
 from fedprune.core.cli import with_extra
 from fedprune.core.command_parser import CommandParser
-from fedprune.core.disk import is_there
+from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError
 from fedprune.output.tables import byte_progress
-from fedprune_flash.cli.kit import NO_CLAIM, read_bytes
-from fedprune_flash.image.board_setup import FirstBoot, Wifi, ssh_keys
+from fedprune_flash.cli.kit import NO_CLAIM_NOTE, read_bytes
+from fedprune_flash.image.board_setup import FirstBoot, Wifi, parse_ssh_keys
 
-_WIFI = "FEDPRUNE_WIFI_PASSWORD"
+_WIFI_VARIABLE = "FEDPRUNE_WIFI_PASSWORD"
 
 
 def add_image_command(commands: argparse._SubParsersAction[CommandParser]) -> None:
@@ -27,7 +27,7 @@ def add_image_command(commands: argparse._SubParsersAction[CommandParser]) -> No
         "--user", metavar="NAME", help="the user who logs in with --ssh-key, and has sudo (default: no new user)"
     )
     image.add_argument("--ssh-key", type=Path, metavar="FILE", help="public keys, such as ~/.ssh/id_ed25519.pub")
-    image.add_argument("--wifi", metavar="SSID", help=f"wireless network; its passphrase is in ${_WIFI}")
+    image.add_argument("--wifi", metavar="SSID", help=f"wireless network; its passphrase is in ${_WIFI_VARIABLE}")
     image.add_argument(
         "--wifi-password-file", type=Path, metavar="FILE", help="the passphrase, in place of the variable"
     )
@@ -59,36 +59,38 @@ def _image(arguments: argparse.Namespace) -> None:
     setup = _first_boot(arguments, kit.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
     out = None if arguments.dry_run else arguments.out
-    packed_bytes = arguments.source.stat().st_size if is_there(arguments.source, file=True) else 0
+    packed_bytes = arguments.source.stat().st_size if path_exists(arguments.source, file=True) else 0
     # A claim, or the key of a wireless network.
-    secret = kit.claimed or setup.wifi is not None
+    secret = kit.has_claim or setup.wifi is not None
     with (
         byte_progress(f"Unpacking {arguments.source.name}", packed_bytes) as advance,
-        image.opened_image(arguments.source, out, advance, private=secret) as file,
+        image.open_image(arguments.source, out, advance, private=secret) as file,
     ):
-        contents = image.examine(file, scheme, str(arguments.source))
-        image.check(contents, kit)
-        steps = image.customise(file, contents, kit, setup, write=out is not None)
+        contents = image.examine_image(file, scheme, str(arguments.source))
+        image.check_image(contents, kit)
+        steps = image.customise_image(file, contents, kit, setup, write=out is not None)
     system = contents.system.title or "unknown system"
     print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
     steps = [f"copy {arguments.source} to {arguments.out} ({contents.size / 1e6:.0f} MB)", *steps]
     print("\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)))
     if out is not None:
-        print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
-        if not kit.claimed:
-            print(NO_CLAIM)
+        print(f"{out} is ready{': for one board, since it holds a claim' if kit.has_claim else ''}.")
+        if not kit.has_claim:
+            print(NO_CLAIM_NOTE)
 
 
 def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
-    keys = () if arguments.ssh_key is None else ssh_keys(read_bytes(arguments.ssh_key).decode("utf-8", "replace"))
+    keys = () if arguments.ssh_key is None else parse_ssh_keys(read_bytes(arguments.ssh_key).decode("utf-8", "replace"))
     wifi = None
     if arguments.wifi is not None:
-        passphrase = os.environ.get(_WIFI)
+        passphrase = os.environ.get(_WIFI_VARIABLE)
         if arguments.wifi_password_file is not None:
             passphrase = read_bytes(arguments.wifi_password_file).decode("utf-8", "replace").rstrip("\r\n")
         if passphrase is None:
             raise ConfigError(
-                "no passphrase for the wireless network", hint=f"Set {_WIFI} or use --wifi-password-file."
+                "no passphrase for the wireless network", hint=f"Set {_WIFI_VARIABLE} or use --wifi-password-file."
             )
-        wifi = Wifi.of(arguments.wifi, passphrase, arguments.wifi_country or "", hidden=arguments.wifi_hidden)
+        wifi = Wifi.from_passphrase(
+            arguments.wifi, passphrase, arguments.wifi_country or "", hidden=arguments.wifi_hidden
+        )
     return FirstBoot(arguments.hostname or device, arguments.user, keys, wifi)

@@ -6,15 +6,15 @@ import argparse
 import os
 from pathlib import Path
 
-from fedprune.core.cli import add_json, print_json, with_extra
+from fedprune.core.cli import add_json_option, print_json, with_extra
 from fedprune.core.command_parser import CommandParser
-from fedprune.core.errors import ConfigError, remedy
+from fedprune.core.errors import ConfigError, path_remedy
 from fedprune.core.text import decode_text, quantity
 from fedprune.output.tables import progress
-from fedprune_flash.kit.board_settings import SAMPLES, BoardSettings
+from fedprune_flash.kit.board_settings import DEFAULT_SAMPLES_PATH, BoardSettings
 
-_CLAIM = "FEDPRUNE_CLAIM"
-NO_CLAIM = (
+_CLAIM_VARIABLE = "FEDPRUNE_CLAIM"
+NO_CLAIM_NOTE = (
     "It has no claim, and no board joins without one: give one to the kit (--claim-file), or to each board "
     "(install.pyz --claim there, as deploy/ansible does)."
 )
@@ -34,10 +34,15 @@ def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None
         help="the board's name, unique in the site; `any` for one that Ansible names",
     )
     kit.add_argument("--site", default="default", help="the fleet's site (default: default)")
-    kit.add_argument("--data", default=SAMPLES, metavar="SRC", help="the board's samples (default: %(default)s)")
+    kit.add_argument(
+        "--data", default=DEFAULT_SAMPLES_PATH, metavar="SRC", help="the board's samples (default: %(default)s)"
+    )
     kit.add_argument("--ca", type=Path, metavar="FILE", help="authority of the broker, as PEM (default: the fleet's)")
     kit.add_argument(
-        "--claim-file", type=Path, metavar="FILE", help=f"a file with a one-time claim; or put the claim into ${_CLAIM}"
+        "--claim-file",
+        type=Path,
+        metavar="FILE",
+        help=f"a file with a one-time claim; or put the claim into ${_CLAIM_VARIABLE}",
     )
     kit.add_argument("--python", default="3.13", metavar="V", help="the board's Python, 3.10 to 3.13 (default: 3.13)")
     kit.add_argument("--architecture", default="aarch64", metavar="A", help="aarch64 (default) or x86_64")
@@ -49,17 +54,17 @@ def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None
     kit.add_argument(
         "--signing-key", type=Path, metavar="FILE", help="the server's key: identity/signing.key in its state folder"
     )
-    add_json(kit)
+    add_json_option(kit)
     kit.set_defaults(run=with_extra("flash", _kit))
 
 
 def _kit(arguments: argparse.Namespace) -> None:
     from fedprune.security.keys import SigningKey, VerifyingKey
     from fedprune_flash.kit.kit import build_kit
-    from fedprune_flash.kit.target import Target
+    from fedprune_flash.kit.target import BoardTarget
 
     authorities = None if arguments.ca is None else read_bytes(arguments.ca)
-    claim = os.environ.get(_CLAIM)
+    claim = os.environ.get(_CLAIM_VARIABLE)
     if arguments.claim_file is not None:
         raw = read_bytes(arguments.claim_file)
         try:
@@ -78,7 +83,7 @@ def _kit(arguments: argparse.Namespace) -> None:
         kit = build_kit(
             arguments.out,
             board,
-            Target(arguments.python, arguments.architecture, arguments.jetson),
+            BoardTarget(arguments.python, arguments.architecture, arguments.jetson),
             wheel=arguments.wheel,
             links=arguments.find_links,
             authorities=authorities,
@@ -88,13 +93,13 @@ def _kit(arguments: argparse.Namespace) -> None:
         )
     if arguments.json:
         body = {"folder": str(kit.folder), "target": str(kit.target), "files": len(kit.paths), "bytes": kit.bytes}
-        print_json({**body, "sha256": kit.digest, "claimed": kit.claimed, "key": kit.signed_by or None})
+        print_json({**body, "sha256": kit.digest, "claimed": kit.has_claim, "key": kit.signed_by or None})
         return
     print(
         f"{kit.folder}: {kit.target}, {quantity(len(kit.paths), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
     )
-    if not kit.claimed:
-        print(NO_CLAIM)
+    if not kit.has_claim:
+        print(NO_CLAIM_NOTE)
     if kit.signed_by:
         print(f"It is signed with key {VerifyingKey.from_hex(kit.signed_by).fingerprint}.")
     else:
@@ -106,4 +111,4 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error

@@ -9,17 +9,17 @@ import re
 import struct
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, shown
-from fedprune.core.validation import matching
+from fedprune.core.errors import ConfigError, value_text
+from fedprune.core.validation import check_pattern
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _USER = re.compile(r"(?!(?:root|fedprune)$)[a-z_][a-z0-9_-]{0,30}")
 _COUNTRY = re.compile(r"[A-Z]{2}")
 # A key of WPA has 32 bytes, and a passphrase at most 63 characters: 64 hex digits can only be a key.
-_KEY = re.compile(r"[0-9A-Fa-f]{64}")
-_PHRASE = re.compile(r"[\x20-\x7e]{8,63}")
+_WPA_KEY = re.compile(r"[0-9A-Fa-f]{64}")
+_WPA_PASSPHRASE = re.compile(r"[\x20-\x7e]{8,63}")
 _COMMENT = re.compile(r"[\x20-\x7e]{0,200}")
-_KINDS = (
+_SSH_KEY_KINDS = (
     "ssh-ed25519",
     "ssh-rsa",
     "ecdsa-sha2-nistp256",
@@ -29,7 +29,7 @@ _KINDS = (
     "sk-ecdsa-sha2-nistp256@openssh.com",
 )
 # They become words of one shell command at the first boot.
-_MAX_KEYS = 20
+_MAX_SSH_KEYS = 20
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Wifi:
     hidden: bool = False
 
     @classmethod
-    def of(cls, ssid: str, passphrase: str, country: str, *, hidden: bool = False) -> Wifi:
+    def from_passphrase(cls, ssid: str, passphrase: str, country: str, *, hidden: bool = False) -> Wifi:
         """A network of WPA2 or WPA3 with its passphrase, of 8 to 63 characters, or its key in 64 hex digits.
 
         Raises `ConfigError`, which doesn't show the passphrase.
         """
         raw = ssid.encode("utf-8", "surrogatepass")
         if not 1 <= len(raw) <= 32 or not ssid.isprintable():
-            raise ConfigError("name of the wireless network", expected="1 to 32 printable bytes", got=shown(ssid))
-        matching("--wifi-country, the country of the network", country, _COUNTRY, "two capital letters")
-        if _KEY.fullmatch(passphrase):
+            raise ConfigError("name of the wireless network", expected="1 to 32 printable bytes", got=value_text(ssid))
+        check_pattern("--wifi-country, the country of the network", country, _COUNTRY, "two capital letters")
+        if _WPA_KEY.fullmatch(passphrase):
             return cls(ssid, passphrase.lower(), country, hidden)
-        if not _PHRASE.fullmatch(passphrase):
+        if not _WPA_PASSPHRASE.fullmatch(passphrase):
             raise ConfigError(
                 "passphrase of the wireless network",
                 expected="8 to 63 printable ASCII characters",
@@ -66,7 +66,8 @@ class Wifi:
 
 @dataclass(frozen=True)
 class FirstBoot:
-    """A board's settings at its first boot. `user` logs in by `ssh_keys`, with sudo; None keeps the image's users."""
+    """A board's settings at its first boot. `user` logs in by `parse_ssh_keys`, with sudo; None keeps the image's
+    users."""
 
     hostname: str
     user: str | None = None
@@ -74,26 +75,26 @@ class FirstBoot:
     wifi: Wifi | None = None
 
     def __post_init__(self) -> None:
-        matching("host name (--hostname)", self.hostname, _HOST_NAME, "1 to 63 letters, digits and dashes")
+        check_pattern("host name (--hostname)", self.hostname, _HOST_NAME, "1 to 63 letters, digits and dashes")
         if bool(self.user) != bool(self.ssh_keys):
             raise ConfigError("user and SSH key", expected="both or neither", got=self.user or "a key alone")
         if self.user is not None:
-            matching("user", self.user, _USER, "small letters, digits, _ and -; not root or fedprune")
+            check_pattern("user", self.user, _USER, "small letters, digits, _ and -; not root or fedprune")
 
 
-def ssh_keys(text: str) -> tuple[str, ...]:
+def parse_ssh_keys(text: str) -> tuple[str, ...]:
     """The public keys in a text such as `~/.ssh/id_ed25519.pub` or `authorized_keys`; else `ConfigError`."""
     if "PRIVATE KEY" in text:
         raise ConfigError("SSH key", expected="the public one, which ends with .pub", got="a private key")
     lines = [line.strip() for line in text.splitlines()]
     keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not 1 <= len(keys) <= _MAX_KEYS:
-        raise ConfigError("SSH keys", expected=f"1 to {_MAX_KEYS}", got=len(keys))
+    if not 1 <= len(keys) <= _MAX_SSH_KEYS:
+        raise ConfigError("SSH keys", expected=f"1 to {_MAX_SSH_KEYS}", got=len(keys))
     for key in keys:
         kind, _, rest = key.partition(" ")
         body, _, comment = rest.partition(" ")
-        if kind not in _KINDS or not _is_key(kind, body) or not _COMMENT.fullmatch(comment):
-            raise ConfigError("SSH key", expected="a public key of OpenSSH without options", got=shown(key))
+        if kind not in _SSH_KEY_KINDS or not _is_key(kind, body) or not _COMMENT.fullmatch(comment):
+            raise ConfigError("SSH key", expected="a public key of OpenSSH without options", got=value_text(key))
     return keys
 
 

@@ -16,26 +16,26 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from fedprune.core.atomic_file import appearing
+from fedprune.core.atomic_file import atomic_write
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ImageError, KitError, UsageError, reason, remedy
-from fedprune.output.tables import Advance, silent
+from fedprune.core.errors import ImageError, KitError, UsageError, error_reason, path_remedy
+from fedprune.output.tables import AdvanceBar, ignore_progress
 from fedprune_flash.image.board_setup import FirstBoot
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.fat import Fat
-from fedprune_flash.image.first_boot import CMDLINE, KIT_FOLDER, Scheme, first_boot_files, recognise
+from fedprune_flash.image.first_boot import CMDLINE_FILE, KIT_FOLDER, Scheme, first_boot_files, recognise_scheme
 from fedprune_flash.image.partitions import Partitions, read_partitions
 from fedprune_flash.kit.kit import Kit
 
 # No card is larger: a stream that unpacks for ever must end.
-MAX_IMAGE = 2**40
+MAX_IMAGE_BYTES = 2**40
 # Bytes that are unpacked at a time; a block of zeros becomes a hole in the file, and larger ones are rarely all zeros.
-_PIECE = 4 * 2**20
+_READ_BYTES = 4 * 2**20
 # Where an ISO 9660 file system has its identifier, CD001.
-_ISO = 32_769
+_ISO_MAGIC_OFFSET = 32_769
 # Magic numbers of packed images, and of files that users take for images.
-_SUFFIXES = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
-_OTHERS = {
+_PACKINGS = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
+_UNSUPPORTED_FILES = {
     b"PK\x03\x04": ("a ZIP file", "Unpack it first."),
     b"\x28\xb5\x2f\xfd": ("a file packed with zstd", "Unpack it first, with `unzstd`."),
     b"BZh": ("a file packed with bzip2", "Unpack it first, with `bunzip2`."),
@@ -44,38 +44,38 @@ _OTHERS = {
 }
 
 
-def packing(source: Path) -> str:
+def packing_of(source: Path) -> str:
     """The packing of an image: `xz`, `gzip`, or empty. Raises `ImageError` if it isn't an image."""
     try:
         with source.open("rb") as file:
-            head = file.read(_ISO + 5)
+            head = file.read(_ISO_MAGIC_OFFSET + 5)
     except OSError as error:
-        raise ImageError(f"can't read {source}: {error.strerror}", hint=remedy(error)) from error
-    for magic, (kind_text, hint) in _OTHERS.items():
+        raise ImageError(f"can't read {source}: {error.strerror}", hint=path_remedy(error)) from error
+    for magic, (kind_text, hint) in _UNSUPPORTED_FILES.items():
         if head.startswith(magic):
             raise ImageError(f"{source}", expected="an image (.img, .img.xz, .img.gz)", got=kind_text, hint=hint)
     # Hybrid ISO images have a master boot record, too.
-    if head[_ISO:] == b"CD001" and head[510:512] != b"\x55\xaa":
+    if head[_ISO_MAGIC_OFFSET:] == b"CD001" and head[510:512] != b"\x55\xaa":
         raise ImageError(f"{source}", expected="an image of a card", got="an ISO image of a CD")
-    if head[_ISO:] == b"CD001":
+    if head[_ISO_MAGIC_OFFSET:] == b"CD001":
         raise ImageError(f"{source}", expected="an image of a card", got="an ISO image that also boots from USB")
-    return next((name for magic, name in _SUFFIXES.items() if head.startswith(magic)), "")
+    return next((name for magic, name in _PACKINGS.items() if head.startswith(magic)), "")
 
 
-def unpack(source: Path, out: BinaryIO, advance: Advance = silent) -> int:
+def unpack_image(source: Path, out: BinaryIO, advance: AdvanceBar = ignore_progress) -> int:
     """Copy an image, unpacked, into an empty file; runs of zeros take no space. Returns its size in bytes.
 
     `advance` is called with the bytes of the source that were read since the last call. Raises `ImageError` if it isn't
     an image, or is damaged or cut short.
     """
-    kind = packing(source)
+    kind = packing_of(source)
     size = read_bytes = 0
     with source.open("rb") as raw:
-        stream = _opened(raw, kind)
-        while piece := _next(stream, source):
+        stream = _unpacked_stream(raw, kind)
+        while piece := _read_block(stream, source):
             size += len(piece)
-            if size > MAX_IMAGE:
-                raise ImageError(f"{source}", expected=f"at most {MAX_IMAGE} bytes", got="more")
+            if size > MAX_IMAGE_BYTES:
+                raise ImageError(f"{source}", expected=f"at most {MAX_IMAGE_BYTES} bytes", got="more")
             with storage_errors(f"can't write {out.name}"):
                 if piece.count(0) == len(piece):
                     out.seek(len(piece), os.SEEK_CUR)
@@ -89,21 +89,21 @@ def unpack(source: Path, out: BinaryIO, advance: Advance = silent) -> int:
     return size
 
 
-def _opened(raw: BinaryIO, kind: str) -> BinaryIO:
+def _unpacked_stream(raw: BinaryIO, kind: str) -> BinaryIO:
     if kind == "xz":
         return cast("BinaryIO", lzma.LZMAFile(raw))
     return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if kind == "gzip" else raw
 
 
-def _next(stream: BinaryIO, source: Path) -> bytes:
+def _read_block(stream: BinaryIO, source: Path) -> bytes:
     try:
-        return stream.read(_PIECE)
+        return stream.read(_READ_BYTES)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ImageError(
-            f"{source} is damaged or cut short ({reason(error)})", hint="Fetch the image again."
+            f"{source} is damaged or cut short ({error_reason(error)})", hint="Fetch the image again."
         ) from error
     except OSError as error:
-        raise ImageError(f"can't read {source}: {error.strerror}", hint=remedy(error)) from error
+        raise ImageError(f"can't read {source}: {error.strerror}", hint=path_remedy(error)) from error
 
 
 _MOUNTS = ("/boot/firmware", "/boot")
@@ -113,14 +113,14 @@ _MACHINES = {0xB7: "aarch64", 0x28: "armhf", 0x3E: "x86_64"}
 _PYTHONS = {"debian 12": "3.11", "debian 13": "3.13", "ubuntu 22.04": "3.10", "ubuntu 24.04": "3.12"}
 # Keys in no template of cloud-init (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files): a file that has
 # one was changed by the user.
-_TELLING = {
+_USER_KEYS = {
     "user-data": ("hostname", "users", "runcmd", "bootcmd", "write_files", "packages", "chpasswd", "rpi_userconf"),
     "network-config": ("wifis", "bridges", "bonds", "vlans", "addresses"),
     "meta-data": (),
 }
 
 # Clusters for folders, in addition to those of files.
-_MARGIN = 64
+_SPARE_CLUSTERS = 64
 
 
 @dataclass(frozen=True)
@@ -145,42 +145,44 @@ class ImageContents:
 
 
 @contextmanager
-def opened_image(source: Path, out: Path | None, advance: Advance = silent, *, private: bool = False) -> Iterator[Path]:
+def open_image(
+    source: Path, out: Path | None, advance: AdvanceBar = ignore_progress, *, private: bool = False
+) -> Iterator[Path]:
     """Unpack an image: into a new file that gets its name `out` at the end, or without `out` into one for reading.
 
     A `private` file is readable to this user alone, from its first byte on.
     """
     if out is not None and out.exists():
         raise UsageError(f"{out} is there already", hint="Name another file, or remove it.")
-    if out is None and not packing(source):
+    if out is None and not packing_of(source):
         yield source
         return
-    packing(source)
+    packing_of(source)
     with ExitStack() as stack:
         if out is None:
             partial = Path(stack.enter_context(tempfile.NamedTemporaryFile()).name)
         else:
-            partial = stack.enter_context(appearing(out, private=private))
+            partial = stack.enter_context(atomic_write(out, private=private))
         with partial.open("w+b") as file:
-            unpack(source, file, advance)
+            unpack_image(source, file, advance)
         yield partial
 
 
-def examine(image: Path, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
+def examine_image(image: Path, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
     with image.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         partitions = read_partitions(file, size, name)
         fat = Fat(image, partitions.boot)
         roots = (Ext4(image, partition) for partition in partitions.roots)
         root = next((root for root in roots if root.exists("/")), None)
-        chosen_scheme = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
-        if not fat.exists(CMDLINE):
+        chosen_scheme = scheme or recognise_scheme(fat, lambda path: root is not None and root.exists(path))
+        if not fat.exists(CMDLINE_FILE):
             raise ImageError("the boot partition has no cmdline.txt", expected="that of a Raspberry Pi")
-        cmdline = fat.read(CMDLINE).decode("utf-8", "replace").strip()
-        return ImageContents(partitions, _system(root), chosen_scheme, cmdline, size)
+        cmdline = fat.read(CMDLINE_FILE).decode("utf-8", "replace").strip()
+        return ImageContents(partitions, _read_system(root), chosen_scheme, cmdline, size)
 
 
-def check(contents: ImageContents, kit: Kit) -> None:
+def check_image(contents: ImageContents, kit: Kit) -> None:
     """Make sure that image and kit fit each other.
 
     Raises `KitError` for another Python or architecture, `ImageError` if the image has two root partitions for updates,
@@ -214,7 +216,9 @@ def check(contents: ImageContents, kit: Kit) -> None:
         )
 
 
-def customise(image: Path, contents: ImageContents, kit: Kit, setup: FirstBoot, *, write: bool = True) -> list[str]:
+def customise_image(
+    image: Path, contents: ImageContents, kit: Kit, setup: FirstBoot, *, write: bool = True
+) -> list[str]:
     """Write a kit and the files that start it to an image's boot partition, or only plan that; returns the steps.
 
     Raises `ImageError` if there is no room on the boot partition, or it has settings already.
@@ -226,11 +230,11 @@ def customise(image: Path, contents: ImageContents, kit: Kit, setup: FirstBoot, 
     if fat.exists(KIT_FOLDER):
         raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
     for name in files:
-        if name != CMDLINE and fat.exists(name):
+        if name != CMDLINE_FILE and fat.exists(name):
             _check_template(name, fat.read(name))
     paths = kit.paths
-    needed = sum(fat.size_of((kit.folder / path).stat().st_size) for path in paths)
-    needed += sum(fat.size_of(len(content)) for content in files.values()) + _MARGIN * fat.cluster
+    needed = sum(fat.disk_size((kit.folder / path).stat().st_size) for path in paths)
+    needed += sum(fat.disk_size(len(content)) for content in files.values()) + _SPARE_CLUSTERS * fat.cluster
     if needed > fat.free:
         raise ImageError(
             "the kit doesn't fit the boot partition",
@@ -244,14 +248,14 @@ def customise(image: Path, contents: ImageContents, kit: Kit, setup: FirstBoot, 
             fat.make_folder(target)
             fat.copy([kit.folder / path for path in paths if str(Path(path).parent) == folder], target)
         fat.write(files)
-        _verify(image, fat, kit, paths, files)
+        _verify_written(image, fat, kit, paths, files)
     return [
         f"write the kit to {KIT_FOLDER}/ ({len(paths)} files, {kit.bytes / 1e6:.1f} MB)",
         *(f"write {name} ({len(content)} bytes)" for name, content in files.items()),
     ]
 
 
-def _verify(image: Path, fat: Fat, kit: Kit, paths: Sequence[str], files: Mapping[str, bytes]) -> None:
+def _verify_written(image: Path, fat: Fat, kit: Kit, paths: Sequence[str], files: Mapping[str, bytes]) -> None:
     """Read the written files back, from the disk."""
     with image.open("rb") as file:
         os.fsync(file.fileno())
@@ -267,7 +271,7 @@ def _check_template(name: str, content: bytes) -> None:
     """Raspberry Pi OS brings templates that are mostly comments; anything else is the user's own settings."""
     lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines()]
     settings_lines = [line for line in lines if line and not line.startswith("#")]
-    user_keys = _TELLING.get(name)
+    user_keys = _USER_KEYS.get(name)
     if user_keys is not None:
         settings_lines = [line for line in settings_lines if line.partition(":")[0] in user_keys]
     if settings_lines:
@@ -278,10 +282,10 @@ def _check_template(name: str, content: bytes) -> None:
         )
 
 
-def _system(root: Ext4 | None) -> ImageSystem:
+def _read_system(root: Ext4 | None) -> ImageSystem:
     if root is None:
         return ImageSystem()
-    release = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', _text(root, "/usr/lib/os-release"), re.MULTILINE))
+    release = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', _read_text(root, "/usr/lib/os-release"), re.MULTILINE))
     title = "".join(c for c in release.get("PRETTY_NAME", "") if c.isprintable())[:80]
     python = _PYTHONS.get(f"{release.get('ID', '')} {release.get('VERSION_ID', '')}", "")
     architecture = ""
@@ -290,11 +294,11 @@ def _system(root: Ext4 | None) -> ImageSystem:
         head = root.read(f"/usr/bin/python{python}", 20)
         if head[:4] == b"\x7fELF" and len(head) == 20:
             architecture = _MACHINES.get(struct.unpack_from("<H", head, 18)[0], "")
-    table = [line.split() for line in _text(root, "/etc/fstab").splitlines() if not line.startswith("#")]
+    table = [line.split() for line in _read_text(root, "/etc/fstab").splitlines() if not line.startswith("#")]
     mount_points = {row[1] for row in table if len(row) > 2 and row[2] in ("vfat", "msdos", "auto")}
     mount = next((m for m in _MOUNTS if m in mount_points), _MOUNTS[0])
     return ImageSystem(title, python, architecture, mount)
 
 
-def _text(root: Ext4, path: str) -> str:
+def _read_text(root: Ext4, path: str) -> str:
     return root.read(path, 64 * 1024).decode("utf-8", "replace")

@@ -30,7 +30,7 @@ class Ext4:
 
     def read(self, path: str, limit: int) -> bytes:
         """The beginning of a file; empty if there is none, or it can't be read."""
-        return self._ask(f"cat {path}", limit)
+        return self._run_debugfs(f"cat {path}", limit)
 
     def link_target(self, path: str) -> str:
         """The target of a symbolic link; empty if the path is none."""
@@ -38,9 +38,9 @@ class Ext4:
         return "" if target is None else target[1]
 
     def _status(self, path: str) -> str:
-        return self._ask(f"stat {path}", _MAX_STATUS).decode("utf-8", "replace")
+        return self._run_debugfs(f"stat {path}", _MAX_STATUS).decode("utf-8", "replace")
 
-    def _ask(self, request: str, limit: int) -> bytes:
+    def _run_debugfs(self, request: str, limit: int) -> bytes:
         # By the number of an open file, because debugfs takes a question mark in a path for the beginning of options.
         with self._image.open("rb") as file:
             words = ["-R", request, f"/dev/fd/{file.fileno()}?offset={self._start}"]

@@ -14,9 +14,9 @@ from fedprune_flash.image.programs import ProgramOutput, run_program
 
 # A user's settings may name drives. Cards have no geometry, which mtools would check.
 _ENVIRONMENT = {"MTOOLSRC": os.devnull, "MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
-_FREE = re.compile(r"([0-9][0-9 ]*) bytes free")
+_FREE_SPACE = re.compile(r"([0-9][0-9 ]*) bytes free")
 # Bytes of a boot sector, up to the fields of the clusters' size.
-_HEAD = 64
+_BOOT_SECTOR_BYTES = 64
 # Bytes of a listing: a FAT's root folder of 65,536 names takes a third of that.
 _MAX_LISTING = 2**24
 
@@ -32,11 +32,11 @@ class Fat:
         self._name = f"the boot partition of {image.name}"
         with image.open("rb") as file:
             file.seek(partition.start)
-            head = file.read(_HEAD)
+            head = file.read(_BOOT_SECTOR_BYTES)
         # Bytes per sector (offset 11) times sectors per cluster (offset 13).
         self.cluster = int.from_bytes(head[11:13], "little") * head[13]
         listing = self._call("mdir", "::/")
-        free = _FREE.search(listing.output.decode("utf-8", "replace"))
+        free = _FREE_SPACE.search(listing.output.decode("utf-8", "replace"))
         if listing.status or free is None or not self.cluster:
             raise ImageError(f"{self._name} holds no FAT file system that mtools can read")
         self.free = int(free[1].replace(" ", ""))
@@ -63,7 +63,7 @@ class Fat:
     def make_folder(self, path: str) -> None:
         self._run("mmd", f"::/{path}")
 
-    def size_of(self, count: int) -> int:
+    def disk_size(self, count: int) -> int:
         """The bytes that a file of `count` bytes takes on the disk: whole clusters."""
         return -(-count // self.cluster) * self.cluster
 

@@ -27,20 +27,20 @@ from pathlib import PurePosixPath
 from fedprune.core.errors import ImageError
 from fedprune_flash.image.board_setup import FirstBoot, Wifi
 from fedprune_flash.image.fat import Fat
-from fedprune_flash.on_board.installation import FIRST_BOOT
+from fedprune_flash.on_board.installation import FIRST_BOOT_UNIT
 
-CMDLINE = "cmdline.txt"
-_ISSUE = "issue.txt"
+CMDLINE_FILE = "cmdline.txt"
+_ISSUE_FILE = "issue.txt"
 _CLOUD_INIT = ("user-data", "meta-data", "network-config")
 # How cmdline.txt starts the first boot of Raspberry Pi OS 12 and of earlier ones.
-_FIRST_INIT = ("init=/usr/lib/raspberrypi-sys-mods/firstboot", "init=/usr/lib/raspi-config/init_resize.sh")
+_FIRST_BOOT_WORDS = ("init=/usr/lib/raspberrypi-sys-mods/firstboot", "init=/usr/lib/raspi-config/init_resize.sh")
 # The release of Raspberry Pi OS 13 before the first one with cloud-init: no other file shows its scheme.
-_BEFORE_CLOUD_INIT = "Raspberry Pi reference 2025-10-01"
+_LAST_RELEASE_BEFORE_CLOUD_INIT = "Raspberry Pi reference 2025-10-01"
 
 KIT_FOLDER = "fedprune"
-STARTER = "fedprune-install.sh"
+STARTER_FILE = "fedprune-install.sh"
 # Not `firstrun.sh`: the initramfs of Raspberry Pi OS 12 rewrites a file of that name, and cmdline.txt with it.
-SCRIPT = "fedprune-firstrun.sh"
+SCRIPT_FILE = "fedprune-firstrun.sh"
 
 # The groups of the first user of Raspberry Pi OS.
 _GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,games,input,gpio,spi,i2c,render,sudo"
@@ -66,7 +66,7 @@ sync
 exit 0
 """
 
-_INSTALLED = "/etc/systemd/system/multi-user.target.wants/fedprune.service"
+_INSTALLED_UNIT = "/etc/systemd/system/multi-user.target.wants/fedprune.service"
 
 _UNIT = """\
 [Unit]
@@ -160,19 +160,19 @@ class Scheme(Enum):
     PRESEED = "preseed"
 
 
-def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
-    if not fat.exists(CMDLINE):
+def recognise_scheme(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
+    if not fat.exists(CMDLINE_FILE):
         raise ImageError(
             "the boot partition has no cmdline.txt", expected="that of a Raspberry Pi", got="an image for another board"
         )
-    words = fat.read(CMDLINE).decode("utf-8", "replace").split()
+    words = fat.read(CMDLINE_FILE).decode("utf-8", "replace").split()
     if fat.exists("rpi-preseed.toml") or in_root("/usr/bin/rpi-preseed"):
         return Scheme.PRESEED
     if any(fat.exists(name) for name in _CLOUD_INIT):
         return Scheme.CLOUD_INIT
-    if fat.exists("firstrun.sh") or any(word in _FIRST_INIT for word in words):
+    if fat.exists("firstrun.sh") or any(word in _FIRST_BOOT_WORDS for word in words):
         return Scheme.FIRSTRUN
-    if fat.exists(_ISSUE) and _BEFORE_CLOUD_INIT in fat.read(_ISSUE).decode("utf-8", "replace"):
+    if fat.exists(_ISSUE_FILE) and _LAST_RELEASE_BEFORE_CLOUD_INIT in fat.read(_ISSUE_FILE).decode("utf-8", "replace"):
         return Scheme.FIRSTRUN
     raise ImageError(
         "the boot partition does not show how this image takes settings",
@@ -188,26 +188,26 @@ def first_boot_files(
 
     `mount` is where the image mounts its boot partition; an `unsigned` kit is installed without a signature.
     """
-    files = {STARTER: _STARTER.format(options=" --unsigned" if unsigned else "")}
+    files = {STARTER_FILE: _STARTER.format(options=" --unsigned" if unsigned else "")}
     words = cmdline.split()
     if scheme is Scheme.CLOUD_INIT:
-        files |= _cloud_init(setup, mount)
+        files |= _cloud_init_files(setup, mount)
         identity = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16]
         files["meta-data"] = f"dsmode: local\ninstance-id: fedprune-{identity}\n"
         words = [w for w in words if not w.startswith("ds=")] + [f"ds=nocloud;i=fedprune-{identity}"]
     elif scheme is Scheme.PRESEED:
-        files["rpi-preseed.toml"] = _preseed(setup, mount)
+        files["rpi-preseed.toml"] = _preseed_file(setup, mount)
     else:
-        files[SCRIPT] = _FIRSTRUN.format(parts=_parts(setup))
+        files[SCRIPT_FILE] = _FIRSTRUN.format(parts=_firstrun_script(setup))
         words = [w for w in words if not w.startswith(("systemd.run", "systemd.unit="))]
-        words += [f"systemd.run={mount}/{SCRIPT}", "systemd.run_success_action=reboot"]
+        words += [f"systemd.run={mount}/{SCRIPT_FILE}", "systemd.run_success_action=reboot"]
         words.append("systemd.unit=kernel-command-line.target")
     if scheme is not Scheme.PRESEED:
-        files[CMDLINE] = " ".join(words) + "\n"
+        files[CMDLINE_FILE] = " ".join(words) + "\n"
     return {name: text.encode() for name, text in files.items()}
 
 
-def _cloud_init(setup: FirstBoot, mount: str) -> dict[str, str]:
+def _cloud_init_files(setup: FirstBoot, mount: str) -> dict[str, str]:
     body: dict[str, object] = {"hostname": setup.hostname, "manage_etc_hosts": True}
     commands: list[list[str]] = []
     if setup.user is not None:
@@ -225,7 +225,7 @@ def _cloud_init(setup: FirstBoot, mount: str) -> dict[str, str]:
         commands.insert(0, ["systemctl", "enable", "--now", "ssh"])
     if setup.wifi is not None:
         commands.insert(0, ["rfkill", "unblock", "wifi"])
-    body["bootcmd"] = [["sh", "-c", _every_boot(mount)]]
+    body["bootcmd"] = [["sh", "-c", _bootcmd(mount)]]
     if commands:
         body["runcmd"] = commands
     files = {"user-data": "#cloud-config\n" + _yaml(body)}
@@ -234,12 +234,12 @@ def _cloud_init(setup: FirstBoot, mount: str) -> dict[str, str]:
     return files
 
 
-def _every_boot(mount: str) -> str:
-    text = _UNIT.format(installed=_INSTALLED, mount=mount, starter=STARTER)
-    unit = PurePosixPath(FIRST_BOOT)
+def _bootcmd(mount: str) -> str:
+    text = _UNIT.format(installed=_INSTALLED_UNIT, mount=mount, starter=STARTER_FILE)
+    unit = PurePosixPath(FIRST_BOOT_UNIT)
     mask = f"/etc/systemd/system/{unit.name}"
     return _EVERY_BOOT.format(
-        installed=_INSTALLED, removed=mask, folder=unit.parent, unit=unit, name=unit.name, text=text
+        installed=_INSTALLED_UNIT, removed=mask, folder=unit.parent, unit=unit, name=unit.name, text=text
     )
 
 
@@ -251,7 +251,7 @@ def _netplan(wifi: Wifi) -> dict[str, object]:
     return {"version": 2, "ethernets": {"eth0": {"dhcp4": True, "optional": True}}, "wifis": {"wlan0": wireless}}
 
 
-def _preseed(setup: FirstBoot, mount: str) -> str:
+def _preseed_file(setup: FirstBoot, mount: str) -> str:
     tables: dict[str, dict[str, object]] = {"system": {"hostname": setup.hostname}}
     if setup.user is not None:
         tables["user"] = {"name": setup.user, "passwordless_sudo": True}
@@ -266,11 +266,11 @@ def _preseed(setup: FirstBoot, mount: str) -> str:
             "key_mgmt": "wpa-psk",
         }
     # The installer needs neither network nor time.
-    tables["runcmd"] = {"late": [f"sh {mount}/{STARTER}"], "late_require_time_sync": False}
+    tables["runcmd"] = {"late": [f"sh {mount}/{STARTER_FILE}"], "late_require_time_sync": False}
     return 'config_version = "1.1"\n' + _toml(tables)
 
 
-def _parts(setup: FirstBoot) -> str:
+def _firstrun_script(setup: FirstBoot) -> str:
     script = _HOSTNAME.format(name=setup.hostname)
     if setup.user is not None:
         script += _USER.format(name=setup.user, keys=" ".join(shlex.quote(k) for k in setup.ssh_keys))

@@ -15,11 +15,11 @@ from fedprune.core.errors import ImageError
 # The unit of the table's numbers.
 SECTOR = 512
 FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
-LINUX = 0x83
+LINUX_TYPE = 0x83
 # A disk with a GUID partition table has one entry of this type in its master boot record, which protects the rest.
-_GPT = 0xEE
+_GPT_TYPE = 0xEE
 # Where the entries begin in the first sector.
-_ENTRIES = 446
+_ENTRIES_OFFSET = 446
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Parti
         )
     partitions = []
     for number in range(1, 5):
-        entry = head[_ENTRIES + 16 * (number - 1) :][:16]
+        entry = head[_ENTRIES_OFFSET + 16 * (number - 1) :][:16]
         kind = entry[4]
         start, sectors = struct.unpack_from("<II", entry, 8)
-        if kind == _GPT or head[SECTOR : SECTOR + 8] == b"EFI PART":
+        if kind == _GPT_TYPE or head[SECTOR : SECTOR + 8] == b"EFI PART":
             raise ImageError(
                 f"{name} has a GUID partition table",
                 expected="a master boot record, as images of Raspberry Pi OS have",
@@ -66,17 +66,17 @@ def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Parti
             )
         if kind and sectors:
             partitions.append(Partition(number, kind, start * SECTOR, sectors * SECTOR))
-    _check(partitions, size)
+    _check_partitions(partitions, size)
     boot = next((p for p in partitions if p.kind in FAT_TYPES), None)
     if boot is None:
         kinds = ", ".join(f"{p.kind:#04x}" for p in partitions) or "none"
         raise ImageError(
             "the image has no boot partition", expected="a FAT partition", got=f"partitions of type {kinds}"
         )
-    return Partitions(boot, tuple(p for p in partitions if p.kind == LINUX))
+    return Partitions(boot, tuple(p for p in partitions if p.kind == LINUX_TYPE))
 
 
-def _check(partitions: list[Partition], size: int) -> None:
+def _check_partitions(partitions: list[Partition], size: int) -> None:
     end = SECTOR
     for partition in sorted(partitions, key=lambda p: p.start):
         if partition.start < end:

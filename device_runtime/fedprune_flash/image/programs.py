@@ -18,9 +18,9 @@ from fedprune.core.errors import MissingExtraError
 
 _PACKAGES = {"mtools": ("mdir", "mcopy", "mtype", "mmd"), "e2fsprogs": ("debugfs",)}
 # Bytes of a program's error output, of which a message shows a line.
-_MAX_ERROR = 2000
+_MAX_ERROR_BYTES = 2000
 # Listing or reading takes far less; a damaged file system can make a program loop.
-_MAX_SECONDS = 60.0
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def run_program(
             env={**os.environ, **(environment or {})}, pass_fds=() if file < 0 else (file,),
         )  # fmt: skip
         with process, cast(IO[bytes], process.stdout) as stream:
-            timer = threading.Timer(_MAX_SECONDS, process.kill)
+            timer = threading.Timer(_TIMEOUT_S, process.kill)
             timer.start()
             output = stream.read(limit + 1)
             timer.cancel()
             if len(output) > limit:
                 process.kill()
         errors.seek(0)
-        error = errors.read(_MAX_ERROR).decode("utf-8", "replace")
+        error = errors.read(_MAX_ERROR_BYTES).decode("utf-8", "replace")
     return ProgramOutput(process.returncode, output[:limit], error, len(output) > limit)
 
 

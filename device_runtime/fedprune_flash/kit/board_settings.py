@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedprune.core.errors import ConfigError, JoinError, shown
-from fedprune.core.validation import truth
-from fedprune.security.joining import Claim
-from fedprune.security.tls import insecure_allowed
-from fedprune.wire.topics import check_device, check_name
+from fedprune.core.errors import ConfigError, JoinError, value_text
+from fedprune.core.validation import check_bool
+from fedprune.security.joining import JoinClaim
+from fedprune.security.tls import check_local_host
+from fedprune.wire.topics import check_device, check_topic_name
 from fedprune.wire.urls import BrokerUrl
-from fedprune_flash.kit.unit import HIDDEN
+from fedprune_flash.kit.unit import HIDDEN_FOLDERS
 
 # The default place of a board's samples.
-SAMPLES = "/srv/fedprune/samples.npz"
+DEFAULT_SAMPLES_PATH = "/srv/fedprune/samples.npz"
 
 # Bytes: room for some hundred certificates.
-MAX_AUTHORITIES = 256 * 1024
+MAX_AUTHORITIES_BYTES = 256 * 1024
 
 _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
 _URL = re.compile(rf"mqtts?://{_HOST}(?::[0-9]{{1,5}})?")
@@ -46,7 +46,7 @@ class BoardSettings:
     server: str
     device: str
     site: str = "default"
-    data: str = SAMPLES
+    data: str = DEFAULT_SAMPLES_PATH
     authority: bool = False
     join: str = ""
 
@@ -55,46 +55,48 @@ class BoardSettings:
         if self.join != "":
             _check_server("join", self.join)
         check_device(self.device, error=ConfigError)
-        check_name(self.site, "site", error=ConfigError)
+        check_topic_name(self.site, "site", error=ConfigError)
         if not isinstance(self.data, str) or not (_is_path(self.data) or _FUNCTION.fullmatch(self.data)):
             raise ConfigError(
-                "data of the board", expected="an absolute path or package.module:function", got=shown(self.data)
+                "data of the board", expected="an absolute path or package.module:function", got=value_text(self.data)
             )
-        if hidden := _hidden(self.data):
+        if hidden := _hidden_folder(self.data):
             raise ConfigError(
                 "data of the board",
                 expected="a path that its service sees",
                 got=f"one in {hidden}, which is hidden from it",
-                hint=f"Take another one, such as {SAMPLES}.",
+                hint=f"Take another one, such as {DEFAULT_SAMPLES_PATH}.",
             )
-        truth("authority", self.authority)
+        check_bool("authority", self.authority)
         if self.authority and not self.server.startswith("mqtts://"):
-            raise ConfigError("a certificate for a server without TLS", expected="mqtts://", got=shown(self.server))
+            raise ConfigError(
+                "a certificate for a server without TLS", expected="mqtts://", got=value_text(self.server)
+            )
 
 
-def checked_claim(text: str) -> str:
+def check_claim(text: str) -> str:
     """Check and normalise a one-time claim; raises `ConfigError` if the text is none, or is a private key."""
     if _PRIVATE.search(text):
         raise ConfigError(
             "claim", expected="a one-time claim", got="a private key", hint="Keys are made on the board and stay there."
         )
     try:
-        return Claim.parse(text).text
+        return JoinClaim.parse(text).text
     except JoinError as error:
         hint = error.hint or "`fedprune-server claim` prints one. $FEDPRUNE_CLAIM is the claim itself."
         raise ConfigError(error.what, expected=error.expected, got=error.got, hint=hint) from error
 
 
-def checked_authorities(raw: bytes) -> bytes:
+def check_authorities(raw: bytes) -> bytes:
     """Check certificates of authorities in PEM form, and leave out anything else in the file; else `ConfigError`."""
-    if len(raw) > MAX_AUTHORITIES:
-        raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES} bytes", got=len(raw))
+    if len(raw) > MAX_AUTHORITIES_BYTES:
+        raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES_BYTES} bytes", got=len(raw))
     if _PRIVATE.search(raw.decode("ascii", "replace")):
         raise ConfigError("certificate file", expected="certificates alone", got="a private key among them")
     try:
         certificates = x509.load_pem_x509_certificates(raw)
     except ValueError as error:
-        raise ConfigError("certificate file", expected="certificates in PEM form", got=shown(raw[:40])) from error
+        raise ConfigError("certificate file", expected="certificates in PEM form", got=value_text(raw[:40])) from error
     return b"".join(c.public_bytes(Encoding.PEM) for c in certificates)
 
 
@@ -104,19 +106,19 @@ def _check_server(name: str, value: object) -> None:
         raise ConfigError(
             name,
             expected="mqtts://host[:port], without user and password",
-            got="a user" if isinstance(value, str) and "@" in value else shown(value),  # a password is not shown
+            got="a user" if isinstance(value, str) and "@" in value else value_text(value),  # a password is not shown
             hint="A card can be read by anybody, and a board needs no password: it has a certificate once it has "
             "joined.",
         )
     url = BrokerUrl.parse(value)
     if not url.tls:
-        insecure_allowed(url.host)
+        check_local_host(url.host)
 
 
-def _hidden(data: str) -> str:
+def _hidden_folder(data: str) -> str:
     """The folder hidden from the service that contains this path; empty if it is visible."""
     path_parts = tuple(name for name in data.split("/") if name not in ("", ".")) if data.startswith("/") else ()
-    return next((f for f in HIDDEN if path_parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
+    return next((f for f in HIDDEN_FOLDERS if path_parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
 
 
 def _is_path(text: str) -> bool:

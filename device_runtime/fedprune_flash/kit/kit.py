@@ -23,37 +23,37 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core import errors, text, validation
 from fedprune.core.disk import file_digest, storage_errors
-from fedprune.core.errors import ConfigError, KitError, UsageError, looked_for
+from fedprune.core.errors import ConfigError, KitError, UsageError, search_location
 from fedprune.output import extras
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire import topics
 from fedprune_device.launcher import ed25519, slot_store, state
-from fedprune_device.launcher.slot_store import PURPOSE
+from fedprune_device.launcher.slot_store import SIGNATURE_PREFIX
 from fedprune_device.releases import wheel
 from fedprune_device.releases.installer import launcher_archive, program_archive
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import wheelhouse
-from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities, checked_claim
-from fedprune_flash.kit.target import Target
+from fedprune_flash.kit.board_settings import BoardSettings, check_authorities, check_claim
+from fedprune_flash.kit.target import BoardTarget
 from fedprune_flash.kit.unit import unit_text
 from fedprune_flash.on_board import board_files, install, installation, kit_folder, runtime_slot, service_control
-from fedprune_flash.on_board.installation import SETTINGS, STATE
+from fedprune_flash.on_board.installation import SETTINGS_FOLDER, STATE_FOLDER
 from fedprune_flash.on_board.kit_folder import (
-    AUTHORITY,
-    CLAIM,
-    ENVIRONMENT,
-    LAUNCHER,
-    MANIFEST,
-    SERVICE,
-    VERSION,
-    WHEELS,
+    AUTHORITY_FILE,
+    CLAIM_FILE,
+    ENVIRONMENT_FILE,
+    KIT_VERSION,
+    LAUNCHER_FILE,
+    MANIFEST_FILE,
+    SERVICE_NAME,
+    WHEELS_FOLDER,
     KitFolder,
     signed_text,
 )
-from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
+from fedprune_flash.on_board.runtime_slot import ENTRY_POINT, KIT_RELEASE_NUMBER
 
 # A boot partition holds less.
-MAX_BYTES = 2**31
+MAX_KIT_BYTES = 2**31
 
 
 def server_signer(key: Path | None, *, unsigned: bool) -> SigningKey | None:
@@ -78,20 +78,20 @@ class Kit(KitFolder):
         super().__init__(folder)
         body = self.manifest
         self.signed_by = self.authenticate(None).hex() if self.signature or body.get("key") else ""
-        self.check()
-        self.digest = hashlib.sha256(self.read(MANIFEST)).hexdigest()
+        self.check_files()
+        self.digest = hashlib.sha256(self.read(MANIFEST_FILE)).hexdigest()
         try:
-            self.target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
+            self.target = BoardTarget(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
             self.device = topics.check_device(body.get("device"), error=ConfigError)
         except ConfigError as error:
-            raise KitError(f"{folder / MANIFEST}: {error}") from error
-        if self.bytes > MAX_BYTES:
-            raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=self.bytes)
+            raise KitError(f"{folder / MANIFEST_FILE}: {error}") from error
+        if self.bytes > MAX_KIT_BYTES:
+            raise KitError(f"{folder}", expected=f"at most {MAX_KIT_BYTES} bytes", got=self.bytes)
 
     @property
     def paths(self) -> list[str]:
         """All files, the claim only while it exists."""
-        return sorted({*self.names, MANIFEST, *([CLAIM] if self.claimed else [])})
+        return sorted({*self.file_names, MANIFEST_FILE, *([CLAIM_FILE] if self.has_claim else [])})
 
     @property
     def bytes(self) -> int:
@@ -101,7 +101,7 @@ class Kit(KitFolder):
 def build_kit(
     out: Path,
     board: BoardSettings,
-    target: Target,
+    target: BoardTarget,
     *,
     wheel: Path | None = None,
     links: Sequence[Path] = (),
@@ -126,36 +126,38 @@ def build_kit(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             kit_folder_path = Path(folder) / "kit"
-            wheels = kit_folder_path / WHEELS
+            wheels = kit_folder_path / WHEELS_FOLDER
             kit_folder_path.mkdir(mode=0o777 if claim is None else 0o700)
             wheels.mkdir()
             if wheel is None:
                 tell("building fedprune's wheel")
-            own_wheel = wheelhouse.build_wheel(Path(folder)) if wheel is None else _given(wheel)
+            own_wheel = wheelhouse.build_wheel(Path(folder)) if wheel is None else _existing_wheel(wheel)
             tell("fetching wheels")
-            wheelhouse.fetch(own_wheel, target, wheels, links)
+            wheelhouse.fetch_wheels(own_wheel, target, wheels, links)
             if not (wheels / own_wheel.name).exists():
                 shutil.copyfile(own_wheel, wheels / own_wheel.name)
             tell("checking wheels")
-            wheelhouse.check(sorted(wheels.iterdir()), target)
-            (kit_folder_path / INSTALLER).write_bytes(installer_archive())
-            (kit_folder_path / LAUNCHER).write_bytes(launcher_archive())
-            settings = {ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
+            wheelhouse.check_wheelhouse(sorted(wheels.iterdir()), target)
+            (kit_folder_path / INSTALLER_FILE).write_bytes(installer_archive())
+            (kit_folder_path / LAUNCHER_FILE).write_bytes(launcher_archive())
+            settings = {ENVIRONMENT_FILE: service_environment(board), SERVICE_NAME: service_unit(board, target)}
             for name, text in settings.items():
                 (kit_folder_path / name).write_text(text, encoding="utf-8")
             if authorities is not None:
-                (kit_folder_path / AUTHORITY).write_bytes(checked_authorities(authorities))
+                (kit_folder_path / AUTHORITY_FILE).write_bytes(check_authorities(authorities))
             if claim is not None:
                 # The permissions first: the secret must not be readable to others for a moment.
-                (kit_folder_path / CLAIM).touch(mode=0o600)
-                (kit_folder_path / CLAIM).write_text(checked_claim(claim), encoding="ascii")
+                (kit_folder_path / CLAIM_FILE).touch(mode=0o600)
+                (kit_folder_path / CLAIM_FILE).write_text(check_claim(claim), encoding="ascii")
             contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
             paths = [p for p in kit_folder_path.rglob("*") if p.is_file()]
             rows = [
                 {"path": str(p.relative_to(kit_folder_path)), "bytes": p.stat().st_size, "sha256": file_digest(p)}
                 for p in sorted(paths)
             ]
-            (kit_folder_path / MANIFEST).write_text(_manifest(rows, target, board, contents, signer), encoding="utf-8")
+            (kit_folder_path / MANIFEST_FILE).write_text(
+                _manifest_text(rows, target, board, contents, signer), encoding="utf-8"
+            )
             kit_folder_path.rename(out)
     return open_kit(out)
 
@@ -163,68 +165,68 @@ def build_kit(
 def open_kit(folder: Path, signer: SigningKey | None = None) -> Kit:
     """Read and check a kit. The server of `signer` must have signed it; None takes any kit, signed or not."""
     kit = Kit(folder)
-    if signer is not None and kit.signed_by != signer.verifying.hex:
+    if signer is not None and kit.signed_by != signer.verifying_key.hex:
         raise KitError(
             f"{folder} is not signed by this server",
-            expected=f"key {signer.verifying.fingerprint}",
+            expected=f"key {signer.verifying_key.fingerprint}",
             got=f"key {VerifyingKey.from_hex(kit.signed_by).fingerprint}" if kit.signed_by else "no signature",
             hint="Make it with the --signing-key of this server, or take it with --unsigned.",
         )
     return kit
 
 
-def _manifest(
+def _manifest_text(
     rows: Sequence[dict[str, Any]],
-    target: Target,
+    target: BoardTarget,
     board: BoardSettings,
     contents: str,
     signer: SigningKey | None,
 ) -> str:
     body: dict[str, Any] = {
-        "version": VERSION,
+        "version": KIT_VERSION,
         "fedprune": __version__,
         "python": target.python,
         "architecture": target.architecture,
         "jetson": target.jetson,
         "device": board.device,
         "data": board.data,
-        "imports": dict(target.imports),
-        "claim": next((row for row in rows if row["path"] == CLAIM), None),
-        "files": [row for row in rows if row["path"] != CLAIM],
-        "number": NUMBER,
-        "entry": ENTRY,
+        "imports": dict(target.required_modules),
+        "claim": next((row for row in rows if row["path"] == CLAIM_FILE), None),
+        "files": [row for row in rows if row["path"] != CLAIM_FILE],
+        "number": KIT_RELEASE_NUMBER,
+        "entry": ENTRY_POINT,
         "contents": contents,
-        "key": None if signer is None else signer.verifying.hex,
+        "key": None if signer is None else signer.verifying_key.hex,
     }
     if signer is not None:
-        body["signature"] = signer.sign(PURPOSE + signed_text(body).encode()).hex()
+        body["signature"] = signer.sign(SIGNATURE_PREFIX + signed_text(body).encode()).hex()
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
 
-def _given(wheel: Path) -> Path:
+def _existing_wheel(wheel: Path) -> Path:
     if not wheel.is_file():
         raise KitError(
-            f"there is no wheel {wheel}", hint=f"`python -m build --wheel` makes one in dist/.{looked_for(wheel)}"
+            f"there is no wheel {wheel}", hint=f"`python -m build --wheel` makes one in dist/.{search_location(wheel)}"
         )
     return wheel.resolve()
 
 
-def unit(board: BoardSettings, target: Target) -> str:
+def service_unit(board: BoardSettings, target: BoardTarget) -> str:
     """The systemd unit: the strict one, or a Jetson's, whose agent may use the GPU."""
-    command = ["run", "--patient", "--state", STATE, "--data", board.data]
+    command = ["run", "--patient", "--state", STATE_FOLDER, "--data", board.data]
     if board.authority:
-        command += ["--ca", f"{SETTINGS}/{AUTHORITY}"]
+        command += ["--ca", f"{SETTINGS_FOLDER}/{AUTHORITY_FILE}"]
     # Without samples the agent would be restarted again and again.
     condition = board.data if board.data.startswith("/") else ""
     return unit_text(command, jetson=target.jetson, condition=condition)
 
 
-def environment(board: BoardSettings) -> str:
+def service_environment(board: BoardSettings) -> str:
     rows = {"BROKER": board.server, "JOIN": board.join, "SITE": board.site, "DEVICE": board.device}
     return "".join(f"FEDPRUNE_{name}={value}\n" for name, value in rows.items() if value)
 
 
-INSTALLER = "install.pyz"
+INSTALLER_FILE = "install.pyz"
 
 _MODULES = (
     *(errors, text, extras, validation, topics, ed25519, slot_store, state, wheel),

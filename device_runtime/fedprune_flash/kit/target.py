@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, shown
-from fedprune.core.validation import word
+from fedprune.core.errors import ConfigError, value_text
+from fedprune.core.validation import check_word
 
 # Those of JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13.
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -15,7 +15,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ARCHITECTURES = ("aarch64", "x86_64")
 
 # Packages of JetPack, built for its GPU and for each other, with their minimum versions.
-JETPACKS: Mapping[str, str] = {"numpy": "1.23", "onnxruntime": "1.18"}
+JETPACK_PACKAGES: Mapping[str, str] = {"numpy": "1.23", "onnxruntime": "1.18"}
 
 # pip finds a wheel that is tagged for an older glibc under that tag only.
 _GLIBC = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
@@ -24,7 +24,7 @@ _MINOR = re.compile(r"3\.(\d{1,2})")
 
 
 @dataclass(frozen=True)
-class Target:
+class BoardTarget:
     """The kind of board that a kit is for.
 
     `python` is its version, such as "3.13"; compiled wheels suit one version. `architecture` is `aarch64` or `x86_64`.
@@ -37,7 +37,7 @@ class Target:
     jetson: bool = False
 
     def __post_init__(self) -> None:
-        word("Python of the board", self.python, PYTHONS)
+        check_word("Python of the board", self.python, PYTHONS)
         if self.architecture not in ARCHITECTURES:
             hint = ""
             if self.architecture in ("armv6l", "armv7l", "armhf"):
@@ -45,11 +45,11 @@ class Target:
             raise ConfigError(
                 "architecture of the board",
                 expected=" or ".join(ARCHITECTURES),
-                got=shown(self.architecture),
+                got=value_text(self.architecture),
                 hint=hint,
             )
         if self.jetson and self.architecture != "aarch64":
-            raise ConfigError("architecture of a Jetson", expected="aarch64", got=shown(self.architecture))
+            raise ConfigError("architecture of a Jetson", expected="aarch64", got=value_text(self.architecture))
 
     @property
     def version(self) -> tuple[int, int]:
@@ -67,14 +67,14 @@ class Target:
         return "jetson" if self.jetson else "board"
 
     @property
-    def system(self) -> Mapping[str, str]:
+    def system_packages(self) -> Mapping[str, str]:
         """Packages of the board's own Python with their minimum versions; a kit has no wheel of these."""
-        return JETPACKS if self.jetson else {}
+        return JETPACK_PACKAGES if self.jetson else {}
 
     @property
-    def imports(self) -> Mapping[str, str]:
+    def required_modules(self) -> Mapping[str, str]:
         """Modules that must load on the board after installation, with their minimum versions."""
-        return {name: self.system.get(name, "") for name in ("numpy", "onnxruntime", "fedprune_device")}
+        return {name: self.system_packages.get(name, "") for name in ("numpy", "onnxruntime", "fedprune_device")}
 
     def __str__(self) -> str:
         return f"Python {self.python} on {self.architecture}" + (", Jetson" if self.jetson else "")

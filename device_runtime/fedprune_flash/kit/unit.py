@@ -12,10 +12,10 @@ from importlib.resources import files
 from string import Template
 
 from fedprune.core.errors import ConfigError
-from fedprune.core.validation import matching
+from fedprune.core.validation import check_pattern
 
 # Folders that the service doesn't see, or sees empty (ProtectHome, PrivateTmp).
-HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
+HIDDEN_FOLDERS = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
 
 _PATH = re.compile(r"(?!.*/\.\.(/|$))/[A-Za-z0-9_./@+-]{0,200}")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@=,+%$-]+")
@@ -29,16 +29,16 @@ def unit_text(arguments: Sequence[str] = ("run",), *, jetson: bool = False, cond
     if any("\n" in a or "\0" in a for a in arguments):
         raise ConfigError("arguments of a service", expected="one line each")
     if condition:
-        matching("file", condition, _PATH, "an absolute path of letters, digits and _./@+-, without ..")
+        check_pattern("file", condition, _PATH, "an absolute path of letters, digits and _./@+-, without ..")
     units = files(__package__) / "units"
     return Template((units / "board.service").read_text(encoding="ascii")).substitute(
         condition=f"ConditionPathExists={condition}\n" if condition else "",
-        arguments=" ".join(map(_quoted, arguments)),
+        arguments=" ".join(map(_quote, arguments)),
         sandbox=(units / ("jetson.conf" if jetson else "cpu.conf")).read_text(encoding="ascii"),
     )
 
 
-def _quoted(word: str) -> str:
+def _quote(word: str) -> str:
     """A word of a command line in systemd's quoting (systemd.service(5), "Command lines")."""
     # systemd expands both, also between quotes.
     escaped = word.replace("%", "%%").replace("$", "$$")

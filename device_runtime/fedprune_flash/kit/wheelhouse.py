@@ -21,23 +21,29 @@ from packaging.version import Version
 from fedprune.core.disk import file_digest
 from fedprune.core.errors import KitError, StorageFullError
 from fedprune.core.imports import module_code
-from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
-from fedprune_flash.kit.target import Target
+from fedprune.releases.wheels import (
+    OWN_PACKAGE,
+    installable_tags,
+    marker_environment,
+    parse_wheel_name,
+    unmet_requirements,
+)
+from fedprune_flash.kit.target import BoardTarget
 
 # Packages that JetPack brings, built for its GPU and for each other: a wheel of the same name would shadow them.
-SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
+JETPACK_PROJECTS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
 
 # The lock file: the version and the sha256 of every wheel that a kit may download.
-LOCK = Path(__file__).with_name("board_wheels.txt")
+BOARD_WHEELS_LOCK = Path(__file__).with_name("board_wheels.txt")
 
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 # Lines of pip's error output that a message quotes: the last ones name the reason.
-_LINES = 3
+_MAX_ERROR_LINES = 3
 # Downloads until no requirement is missing: each one may bring wheels with requirements of their own.
-_ROUNDS = 5
+_MAX_DOWNLOADS = 5
 
 
-def checkout() -> Path | None:
+def source_folder() -> Path | None:
     """The folder of the source code that runs; None if fedprune is installed from a wheel."""
     for folder in Path(__file__).resolve().parents:
         if (folder / "pyproject.toml").is_file() and (folder / "device_runtime" / "fedprune_flash").is_dir():
@@ -47,7 +53,7 @@ def checkout() -> Path | None:
 
 def build_wheel(out: Path) -> Path:
     """Build fedprune's own wheel from the checkout that runs."""
-    source = checkout()
+    source = source_folder()
     if source is None:
         raise KitError(
             "there is no source code to build a wheel from",
@@ -58,13 +64,13 @@ def build_wheel(out: Path) -> Path:
 
 
 def own_wheel(folder: Path) -> Path:
-    wheels = sorted(p for p in folder.glob("*.whl") if parsed(p, KitError)[0] == OWN)
+    wheels = sorted(p for p in folder.glob("*.whl") if parse_wheel_name(p, KitError)[0] == OWN_PACKAGE)
     if len(wheels) != 1:
         raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(wheels))
     return wheels[0]
 
 
-def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
+def fetch_wheels(wheel: Path, target: BoardTarget, out: Path, links: Sequence[Path] = ()) -> None:
     """Fetch the wheels that a board needs into a folder, except the packages of its own Python.
 
     From a network only files of the lock file are taken, so that kits are reproducible; `links` are folders with
@@ -76,34 +82,34 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
     with tempfile.TemporaryDirectory() as folder:
         sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))]
         if not links:
-            constraints_file = Path(folder) / LOCK.name
-            constraints_file.write_text("".join(f"{line}\n" for line in constraints(target)), encoding="utf-8")
+            constraints_file = Path(folder) / BOARD_WHEELS_LOCK.name
+            constraints_file.write_text("".join(f"{line}\n" for line in locked_requirements(target)), encoding="utf-8")
             sources = ["--constraint", str(constraints_file)]
-        for _ in range(_ROUNDS):
+        for _ in range(_MAX_DOWNLOADS):
             _pip("download", *sources, *platforms, *kind, "--dest", str(out), *requirements)
             # pip leaves out requirements whose markers hold on the target alone.
             wheels = sorted(out.glob("*.whl"))
             requirements = sorted(
-                {f"{r.name}{r.specifier}" for _, r, actual in _unmet(wheels, target) if actual is None}
+                {f"{r.name}{r.specifier}" for _, r, actual in _unmet_requirements(wheels, target) if actual is None}
             )
             if not requirements:
                 break
-    locked_digests = set(_HASH.findall(LOCK.read_text(encoding="ascii")))
+    locked_digests = set(_HASH.findall(BOARD_WHEELS_LOCK.read_text(encoding="ascii")))
     for path in out.glob("*.whl"):
-        name = parsed(path, KitError)[0]
-        if name in target.system:
+        name = parse_wheel_name(path, KitError)[0]
+        if name in target.system_packages:
             path.unlink()
-        elif not links and name != OWN and (actual := file_digest(path)) not in locked_digests:
+        elif not links and name != OWN_PACKAGE and (actual := file_digest(path)) not in locked_digests:
             raise KitError(
-                f"{path.name} from the network", expected=f"a file of {LOCK.name}", got=f"sha256 {actual}",
+                f"{path.name} from the network", expected=f"a file of {BOARD_WHEELS_LOCK.name}", got=f"sha256 {actual}",
                 hint="The index may have been tampered with. Wheels of your own are given with --find-links.",
             )  # fmt: skip
 
 
-def constraints(target: Target) -> list[str]:
+def locked_requirements(target: BoardTarget) -> list[str]:
     """The versions of the lock file for a target."""
-    environment, versions = _environment(target), []
-    for line in LOCK.read_text(encoding="ascii").splitlines():
+    environment, versions = _marker_environment(target), []
+    for line in BOARD_WHEELS_LOCK.read_text(encoding="ascii").splitlines():
         if not line or line.startswith(("#", " ")):
             continue
         requirement = Requirement(line.rstrip(" \\"))
@@ -112,19 +118,19 @@ def constraints(target: Target) -> list[str]:
     return versions
 
 
-def check(wheels: Sequence[Path], target: Target) -> None:
+def check_wheelhouse(wheels: Sequence[Path], target: BoardTarget) -> None:
     """Make sure that the wheels run on the target and lack nothing; raises `KitError`, which names the wheel."""
-    runs = supported(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
+    runs = installable_tags(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
     versions: dict[str, Version] = {}
     for wheel in wheels:
-        name, version, tags = parsed(wheel, KitError)
+        name, version, tags = parse_wheel_name(wheel, KitError)
         if name in versions:
             raise KitError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {version}")
         if not tags & runs:
             raise KitError(
                 f"{wheel.name}", expected=f"a wheel for {target}", got=", ".join(sorted(str(t) for t in tags)[:3])
             )
-        if target.jetson and name in SHADOWS:
+        if target.jetson and name in JETPACK_PROJECTS:
             raise KitError(
                 f"{name} in a kit for a Jetson",
                 expected="the board's own",
@@ -132,9 +138,9 @@ def check(wheels: Sequence[Path], target: Target) -> None:
                 hint="A plain wheel would be found before JetPack's, which knows the GPU.",
             )
         versions[name] = version
-    if OWN not in versions:
-        raise KitError(f"{OWN} is missing", hint="Add its wheel to the folder of --find-links.")
-    for wheel, requirement, version_found in _unmet(wheels, target):
+    if OWN_PACKAGE not in versions:
+        raise KitError(f"{OWN_PACKAGE} is missing", hint="Add its wheel to the folder of --find-links.")
+    for wheel, requirement, version_found in _unmet_requirements(wheels, target):
         raise KitError(
             f"{wheel.name} requires {requirement.name}{requirement.specifier} on {target}",
             got="nothing" if version_found is None else version_found,
@@ -142,13 +148,17 @@ def check(wheels: Sequence[Path], target: Target) -> None:
         )
 
 
-def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requirement, Version | None]]:
+def _unmet_requirements(
+    wheels: Sequence[Path], target: BoardTarget
+) -> Iterator[tuple[Path, Requirement, Version | None]]:
     """Requirements on the target that no wheel meets; the installer checks the board's own packages."""
-    return unmet(wheels, _environment(target), target.extra, lambda name: name in target.system, KitError)
+    return unmet_requirements(
+        wheels, _marker_environment(target), target.extra, lambda name: name in target.system_packages, KitError
+    )
 
 
-def _environment(target: Target) -> dict[str, str]:
-    return environment(target.version[1], target.architecture)
+def _marker_environment(target: BoardTarget) -> dict[str, str]:
+    return marker_environment(target.version[1], target.architecture)
 
 
 def _pip(*arguments: str) -> None:
@@ -162,7 +172,7 @@ def _pip(*arguments: str) -> None:
             hint=f"Free some space in the kit's folder and in {tempfile.gettempdir()}.",
         )
     if result.returncode:
-        error_text = " ".join(result.stderr.strip().splitlines()[-_LINES:])
+        error_text = " ".join(result.stderr.strip().splitlines()[-_MAX_ERROR_LINES:])
         raise KitError(
             f"pip {arguments[0]} failed: {error_text[:600] or result.returncode}",
             hint="Downloading for another Python needs pip 24.1 or newer. Without a network, give a folder of "

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import StorageError
-from fedprune_device.launcher.slot_store import Owner, sync_folder
+from fedprune_device.launcher.slot_store import Owner, sync_slot_folder
 
 
-def holds(path: Path, data: bytes, mode: int) -> bool:
+def has_content(path: Path, data: bytes, mode: int) -> bool:
     """Whether a file has this content and these permissions."""
     try:
         return path.read_bytes() == data and stat.S_IMODE(path.stat().st_mode) == mode
@@ -21,7 +21,7 @@ def holds(path: Path, data: bytes, mode: int) -> bool:
         return False
 
 
-def blacken(path: Path) -> None:
+def overwrite_and_delete(path: Path) -> None:
     """Overwrite a file and delete it. FAT writes in place, so that no secret stays on a card.
 
     After a power cut the file may still exist, filled with zeros.
@@ -35,29 +35,29 @@ def blacken(path: Path) -> None:
     finally:
         os.close(descriptor)
     path.unlink()
-    sync_folder(path.parent)
+    sync_slot_folder(path.parent)
 
 
-def owned(paths: Iterable[Path], owner: Owner | None) -> bool:
+def are_owned_by(paths: Iterable[Path], owner: Owner | None) -> bool:
     if owner is None:
         return True
     try:
-        return all((s.st_uid, s.st_gid) == owner for path in paths for _, _, s in _tree(path))
+        return all((s.st_uid, s.st_gid) == owner for path in paths for _, _, s in _walk(path))
     except OSError:
         return False
 
 
-def give(paths: Iterable[Path], owner: Owner | None) -> None:
+def give_to_owner(paths: Iterable[Path], owner: Owner | None) -> None:
     """Give these paths and all below them to an owner. Links are given themselves, never their targets."""
     if owner is not None:
         for path in paths:
-            for name, folder, status in _tree(path):
+            for name, folder, status in _walk(path):
                 if (status.st_uid, status.st_gid) != owner:
                     with suppress(FileNotFoundError):
                         os.chown(name, *owner, dir_fd=folder, follow_symlinks=False)
 
 
-def drop(folder: Path) -> None:
+def delete_folder(folder: Path) -> None:
     """Delete a folder with its content; raises `StorageError` for a link to a folder."""
     if folder.is_symlink():
         raise StorageError(
@@ -69,7 +69,7 @@ def drop(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _tree(path: Path) -> Iterator[tuple[str, int | None, os.stat_result]]:
+def _walk(path: Path) -> Iterator[tuple[str, int | None, os.stat_result]]:
     """Name, open folder and state of a path and of all below it.
 
     Folders are open ones, so that a user who can write to them can't lead root elsewhere by a link.

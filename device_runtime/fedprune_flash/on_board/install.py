@@ -16,31 +16,34 @@ import sys
 import zipfile
 from pathlib import Path
 
-from fedprune.core.errors import ExitCode, FedpruneError, UsageError, meant, reason
+from fedprune.core.errors import ExitCode, FedpruneError, UsageError, did_you_mean, error_reason
 from fedprune_flash.on_board.installation import (
-    USER,
+    SERVICE_USER,
     BoardSystem,
     Installation,
-    read_claim,
-    remove,
+    read_claim_option,
+    remove_installation,
     trusted_key,
 )
-from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
+from fedprune_flash.on_board.kit_folder import SERVICE_NAME, KitFolder, key_fingerprint
 
 
-def install(installation: Installation, wait: float) -> None:
+def install_kit(installation: Installation, wait: float) -> None:
     installation.check()
     try:
         installation.install()
     except BaseException:
-        installation.resume()
+        installation.restart_service()
         raise
     data = str(installation.kit.manifest["data"])
     if wait and installation.start:
-        installation.place.control.wait(wait, data)
-        print(f"running: {SERVICE}", flush=True)
-    elif data.startswith("/") and not installation.place.at(data).exists():
-        print(f"The samples are to come: put them at {data}, readable to {USER}, then `systemctl start {SERVICE}`.")
+        installation.system.control.wait_until_active(wait, data)
+        print(f"running: {SERVICE_NAME}", flush=True)
+    elif data.startswith("/") and not installation.system.path_of(data).exists():
+        print(
+            f"The samples are to come: put them at {data}, readable to {SERVICE_USER}, then `systemctl start "
+            f"{SERVICE_NAME}`."
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,24 +66,24 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, signal.default_int_handler)
     try:
         if unknown:
-            near = meant(unknown[0].partition("=")[0], parser._option_string_actions)
+            near = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
             raise UsageError(f"there is no option {unknown[0][:60]}{near}", hint="See --help.")
         if arguments.purge and not arguments.remove:
             raise UsageError("--purge without --remove")
         system = BoardSystem(arguments.root.resolve())
         system.check_root()
         if arguments.remove:
-            remove(system, purge=arguments.purge)
+            remove_installation(system, purge=arguments.purge)
         else:
             kit = KitFolder(Path(sys.argv[0]).resolve().parent)
-            claim = None if arguments.claim is None else read_claim(arguments.claim)
+            claim = None if arguments.claim is None else read_claim_option(arguments.claim)
             key = trusted_key(kit, system, arguments.key, unsigned=arguments.unsigned)
-            kit.check()
-            print(f"signed with key {fingerprint(kit.key)}" if key else "not signed", flush=True)
+            kit.check_files()
+            print(f"signed with key {key_fingerprint(kit.signer_key)}" if key else "not signed", flush=True)
             installation = Installation(
                 kit, system, start=not arguments.no_start, key=key, claim=claim, device=arguments.device
             )
-            install(installation, arguments.wait)
+            install_kit(installation, arguments.wait)
     except FedpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)
@@ -88,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: interrupted: run it again to go on", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except OSError as error:
-        what = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else reason(error)
+        what = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error_reason(error)
         print(f"error: {what}", file=sys.stderr)
         return int(ExitCode.STORAGE_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ExitCode.STORAGE)
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:

@@ -11,24 +11,24 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageFullError
-from fedprune_device.launcher.slot_store import KEY, Owner, SlotRecord, SlotStore, digest, write_file
+from fedprune_device.launcher.slot_store import KEY_FILE, Owner, SlotRecord, SlotStore, digest_and_size, write_file
 from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, LauncherState
 from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
-from fedprune_flash.on_board.board_files import give
-from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
+from fedprune_flash.on_board.board_files import give_to_owner
+from fedprune_flash.on_board.kit_folder import LAUNCHER_FILE, KitFolder
 
-ENTRY = "fedprune_start:device"
+ENTRY_POINT = "fedprune_start:device"
 # The release number of every kit. Those of a server are higher, so that a kit never replaces one.
-NUMBER = 0
+KIT_RELEASE_NUMBER = 0
 
 # Bytes that stay free.
-SPARE = 64 * 2**20
+SPARE_BYTES = 64 * 2**20
 
 _FOLDERS = ("state", "incoming", *SLOTS)
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,80}")
 _VERSION = re.compile(r"\d{1,4}(\.\d{1,4}){0,3}")
-_PROBE_S = 300.0
-_PROBE = """
+_PROBE_TIMEOUT_S = 300.0
+_PROBE_PROGRAM = """
 import sys
 from importlib import import_module
 sys.path[:] = [p for p in sys.path if p]
@@ -49,53 +49,58 @@ class RuntimeSlot:
     ) -> None:
         self._kit, self._python, self._owner = kit, python, owner
         self._key = key
-        self.home = SlotStore(root)
+        self.slot_store = SlotStore(root)
         self.folders = [root / name for name in _FOLDERS]
 
     @property
-    def laid_out(self) -> bool:
+    def is_laid_out(self) -> bool:
         with suppress(OSError):
-            same = (self.home.root / LAUNCHER).read_bytes() == self._kit.read(LAUNCHER)
+            same = (self.slot_store.root / LAUNCHER_FILE).read_bytes() == self._kit.read(LAUNCHER_FILE)
             return same and all(f.is_dir() for f in self.folders)
         return False
 
     def lay_out(self) -> None:
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.home.root / LAUNCHER, self._kit.read(LAUNCHER))
+        write_file(self.slot_store.root / LAUNCHER_FILE, self._kit.read(LAUNCHER_FILE))
 
     @property
-    def filled(self) -> bool:
+    def is_filled(self) -> bool:
         """Whether this kit's runtime starts already, or a release of the server's, which is newer than any kit."""
         state = self._state()
         if state is None:
             return False
         try:
-            record = self.home.whole(state.stable, key=self._key)
-            same = self.home.key() == self._key
+            record = self.slot_store.checked_record(state.stable, key=self._key)
+            same = self.slot_store.key() == self._key
         except DamagedError:
             return False
-        return same and (record.version > NUMBER or record.name == self._kit.runtime or state.phase != STABLE)
+        return same and (
+            record.version > KIT_RELEASE_NUMBER or record.name == self._kit.runtime or state.phase != STABLE
+        )
 
     @property
-    def newer(self) -> bool:
+    def has_newer_release(self) -> bool:
         """Whether a release of the server's is installed, so that the kit's runtime is left out."""
         state = self._state()
         with suppress(DamagedError):
-            return state is not None and self.home.whole(state.stable, key=self._key).version > NUMBER
+            return (
+                state is not None
+                and self.slot_store.checked_record(state.stable, key=self._key).version > KIT_RELEASE_NUMBER
+            )
         return False
 
     def check(self) -> None:
         """Make sure that the wheels can be unpacked and fit; raises `ReleaseError` or `StorageFullError`."""
         wheels = self._wheels()
         check_distinct(wheels)
-        needed = SPARE + sum(wheel.size for wheel in wheels)
-        existing = self.home.root
+        needed = SPARE_BYTES + sum(wheel.size for wheel in wheels)
+        existing = self.slot_store.root
         while not existing.exists():
             existing = existing.parent
         free = shutil.disk_usage(existing).free
-        free += sum(p.lstat().st_blocks * 512 for p in (self.home.root / self._free_slot()).rglob("*"))
-        if not self.filled and free < needed:
+        free += sum(p.lstat().st_blocks * 512 for p in (self.slot_store.root / self._free_slot()).rglob("*"))
+        if not self.is_filled and free < needed:
             raise StorageFullError(
                 f"no room in {existing}", expected=f"{needed >> 20} MB", got=f"{free >> 20} MB", hint="Free some space."
             )
@@ -106,7 +111,7 @@ class RuntimeSlot:
         The server's key is written once the slot is whole, so that a board always has a slot that its key has signed.
         Raises `ReleaseError` if a wheel is damaged, `RuntimeUnavailableError` if the runtime doesn't load here.
         """
-        home, state = self.home, self._state()
+        home, state = self.slot_store, self._state()
         # The service's user may write here: root must follow none of its links.
         for path in home.folder.iterdir():
             if path.is_symlink() or path.name.endswith(".new"):
@@ -114,33 +119,33 @@ class RuntimeSlot:
         slot = self._free_slot()
         home.drop_record(slot)
         # The service's user must not write there meanwhile: checked files could be replaced.
-        give([home.root / slot], (os.geteuid(), os.getegid()))
-        install_wheels(home, slot, self._wheels(), lambda files: self._tested(slot, files), self._key)
+        give_to_owner([home.root / slot], (os.geteuid(), os.getegid()))
+        install_wheels(home, slot, self._wheels(), lambda files: self._tested_record(slot, files), self._key)
         if self._key is not None:
-            write_file(home.root / KEY, self._key.hex().encode())
-        with home.changing():
+            write_file(home.root / KEY_FILE, self._key.hex().encode())
+        with home.lock_state():
             home.save(LauncherState(slot, highest=0 if state is None else state.highest))
 
     def _wheels(self) -> list[Wheel]:
         return [Wheel(path, path.name) for path in self._kit.wheels]
 
-    def _tested(self, slot: str, files: dict[str, tuple[str, int]]) -> SlotRecord:
+    def _tested_record(self, slot: str, files: dict[str, tuple[str, int]]) -> SlotRecord:
         """The record of the unpacked files, after their modules were loaded as the service's user."""
         kit = self._kit
-        give([self.home.root / slot], self._owner)
+        give_to_owner([self.slot_store.root / slot], self._owner)
         for module, oldest in kit.manifest["imports"].items():
-            self._probe(self.home.root / slot, module, oldest)
+            self._load_module(self.slot_store.root / slot, module, oldest)
         # With the wheels recorded, the first release over the air transfers only those that have changed.
-        wheels = {digest(path)[0]: tuple(sorted(Wheel(path, path.name).paths)) for path in kit.wheels}
-        proof = kit.signed, kit.signature
-        return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, *proof, wheels)
+        wheels = {digest_and_size(path)[0]: tuple(sorted(Wheel(path, path.name).paths)) for path in kit.wheels}
+        proof = kit.signed_text, kit.signature
+        return SlotRecord(KIT_RELEASE_NUMBER, kit.runtime, ENTRY_POINT, files, None, *proof, wheels)
 
     def _state(self) -> LauncherState | None:
         """The launcher's state; if both copies are lost, the state that the launcher would recover from the slots."""
-        state = self.home.load()
+        state = self.slot_store.load()
         if state is None:
             with suppress(DamagedError):
-                state = self.home.recover()
+                state = self.slot_store.recovered_state()
         return state
 
     def _free_slot(self) -> str:
@@ -148,15 +153,19 @@ class RuntimeSlot:
         state = self._state()
         if state is None:
             return SLOTS[0]
-        return state.other if self._starts(state.stable) or not self._starts(state.other) else state.stable
+        return (
+            state.other_slot
+            if self._is_startable(state.stable) or not self._is_startable(state.other_slot)
+            else state.stable
+        )
 
-    def _starts(self, slot: str) -> bool:
+    def _is_startable(self, slot: str) -> bool:
         with suppress(DamagedError):
-            self.home.whole(slot)
+            self.slot_store.checked_record(slot)
             return True
         return False
 
-    def _probe(self, slot: Path, module: str, oldest: str) -> None:
+    def _load_module(self, slot: Path, module: str, oldest: str) -> None:
         """Load a module as the launcher would: as the service's user, and in a process of its own.
 
         An instruction that the processor lacks kills that process.
@@ -168,12 +177,12 @@ class RuntimeSlot:
         user, group = self._owner or (None, None)
         try:
             result = subprocess.run(  # noqa: S603  # nosec B603  # our own lines; the module's name is checked above
-                [self._python, "-c", _PROBE, module],
-                capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_PROBE_S,
+                [self._python, "-c", _PROBE_PROGRAM, module],
+                capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_PROBE_TIMEOUT_S,
                 user=user, group=group, extra_groups=None if user is None else [],
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise RuntimeUnavailableError(f"{module} doesn't load within {_PROBE_S:g} s") from error
+            raise RuntimeUnavailableError(f"{module} doesn't load within {_PROBE_TIMEOUT_S:g} s") from error
         hint = "On a Jetson it is to come with JetPack; a kit brings none." if self._kit.jetson else "Make another kit."
         if result.returncode == -signal.SIGILL:
             raise RuntimeUnavailableError(
@@ -183,7 +192,7 @@ class RuntimeSlot:
             error_text = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
             raise RuntimeUnavailableError(f"{module} can't be loaded: {error_text[:300]}", hint=hint)
         version = next((line[8:] for line in result.stdout.splitlines() if line.startswith("version ")), "")
-        if oldest and _numbers(version) < _numbers(oldest):
+        if oldest and _version_numbers(version) < _version_numbers(oldest):
             raise RuntimeUnavailableError(
                 f"the board's own {module}",
                 expected=f"{oldest} or newer",
@@ -192,6 +201,6 @@ class RuntimeSlot:
             )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_numbers(version: str) -> tuple[int, ...]:
     match = _VERSION.match(version)
     return tuple(int(number) for number in match[0].split(".")) if match else ()

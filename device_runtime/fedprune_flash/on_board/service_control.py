@@ -7,13 +7,13 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import time
 from pathlib import Path
 
-from fedprune.core.errors import BoardError, DataError, StorageError, reason
-from fedprune_flash.on_board.kit_folder import SERVICE
+from fedprune.core.errors import BoardSetupError, DataError, StorageError, error_reason
+from fedprune_flash.on_board.kit_folder import SERVICE_NAME
 
 # Between two looks at a service that starts.
-_PAUSE_S = 0.5
+_POLL_INTERVAL_S = 0.5
 # systemctl stop waits for the agent, which saves its state before it ends.
-_CALL_S = 120.0
+_CALL_TIMEOUT_S = 120.0
 
 
 class ServiceControl:
@@ -24,31 +24,31 @@ class ServiceControl:
         self._systemctl = "systemctl" if root == Path("/") else str(systemctl) if systemctl.exists() else ""
 
     @property
-    def there(self) -> bool:
+    def is_available(self) -> bool:
         return bool(self._systemctl)
 
-    def tell(self, *words: str, must: bool = True) -> None:
-        if self.there:
-            call([self._systemctl, *words], must=must)
+    def call_systemctl(self, *words: str, must: bool = True) -> None:
+        if self.is_available:
+            run_command_line([self._systemctl, *words], must=must)
 
     def state(self) -> dict[str, str]:
         """The service's properties; empty without systemd."""
-        if not self.there:
+        if not self.is_available:
             return {}
         properties = "--property=ActiveState,SubState,ConditionResult"
-        lines = call([self._systemctl, "show", properties, SERVICE], must=False).splitlines()
+        lines = run_command_line([self._systemctl, "show", properties, SERVICE_NAME], must=False).splitlines()
         return {key: value for key, _, value in (line.partition("=") for line in lines)}
 
     @property
-    def up(self) -> bool:
+    def is_up(self) -> bool:
         return self.state().get("ActiveState") in ("active", "activating", "reloading")
 
     @property
-    def running(self) -> bool:
+    def may_run(self) -> bool:
         """Whether a process of the service may exist."""
         return self.state().get("ActiveState") not in (None, "inactive", "failed")
 
-    def wait(self, seconds: float, samples: str) -> None:
+    def wait_until_active(self, seconds: float, samples: str) -> None:
         """Wait until the service runs; raises `BoardError` with its last error, `DataError` if it lacks its samples."""
         deadline = time.monotonic() + seconds
         while True:
@@ -59,37 +59,39 @@ class ServiceControl:
             if active == "inactive" and state.get("ConditionResult") == "no":
                 raise DataError(
                     f"the service waits for its samples at {samples}",
-                    hint=f"Put them there, readable to its user, then `systemctl start {SERVICE}`.",
+                    hint=f"Put them there, readable to its user, then `systemctl start {SERVICE_NAME}`.",
                 )
             if active == "failed" or sub == "auto-restart":
-                raise BoardError(f"the service ends: {self._said()}", hint=f"On the board: journalctl -u {SERVICE}")
+                raise BoardSetupError(
+                    f"the service ends: {self._last_error()}", hint=f"On the board: journalctl -u {SERVICE_NAME}"
+                )
             if time.monotonic() > deadline:
-                raise BoardError(
-                    f"the service is not ready after {seconds:g} s ({active or 'unknown'}): {self._said()}",
+                raise BoardSetupError(
+                    f"the service is not ready after {seconds:g} s ({active or 'unknown'}): {self._last_error()}",
                     hint="Is the server there to let the board in? It goes on trying; run this again to look.",
                 )
-            time.sleep(_PAUSE_S)
+            time.sleep(_POLL_INTERVAL_S)
 
-    def _said(self) -> str:
+    def _last_error(self) -> str:
         """The last error that the service logged, else its last line."""
-        command = ["journalctl", "--unit", SERVICE, "--lines", "50", "--output", "cat", "--no-pager"]
+        command = ["journalctl", "--unit", SERVICE_NAME, "--lines", "50", "--output", "cat", "--no-pager"]
         try:
-            lines = call(command, must=False).strip().splitlines()
+            lines = run_command_line(command, must=False).strip().splitlines()
         except StorageError:
             lines = []
         errors = [line for line in lines if "error:" in line]
         return "".join(c for c in (errors or lines or ["it logged nothing"])[-1] if c.isprintable())[:300]
 
 
-def call(command: list[str], *, must: bool = True) -> str:
+def run_command_line(command: list[str], *, must: bool = True) -> str:
     """Run a program and return its output; raises `StorageError`, with its last line, if it fails and `must` not."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
         result = subprocess.run(  # noqa: S603  # nosec B603  # systemctl, and the name of our unit
-            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=clean, timeout=_CALL_S
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=clean, timeout=_CALL_TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise StorageError(f"can't run {command[0]}: {reason(error)}") from error
+        raise StorageError(f"can't run {command[0]}: {error_reason(error)}") from error
     if must and result.returncode:
         error_text = (
             result.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit status {result.returncode}"]

@@ -3,7 +3,7 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedprune.flower import Part, answer
+from fedprune.flower import NodePart, answer
 from fedprune_export import narrowed
 from submodels.task import Net, accuracy, fit, load_data
 
@@ -26,7 +26,7 @@ def carries(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """A round of training."""
-    part, data = Part.of(message), load_data(*place(context))
+    part, data = NodePart.of(message), load_data(*place(context))
     net = narrowed(Net(), part.tensors)
     steps = fit(net, data)
     return part.reply(net.state_dict(), samples=data.samples, steps=steps)
@@ -35,6 +35,6 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """The node's own submodel on its own test samples."""
-    part, data = Part.of(message), load_data(*place(context))
+    part, data = NodePart.of(message), load_data(*place(context))
     net = narrowed(Net(), part.tensors)
-    return part.evaluated(samples=len(data.y_test), accuracy=accuracy(net, data.x_test, data.y_test))
+    return part.reply_to_evaluation(samples=len(data.y_test), accuracy=accuracy(net, data.x_test, data.y_test))

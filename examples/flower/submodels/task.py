@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedprune_device.data.dataset import LocalData
-from fedprune_server.simulation.digits import deal
+from fedprune_server.simulation.digits import deal_digits
 
 ALPHA = 5.0
 
@@ -34,12 +34,12 @@ class Net(nn.Module):
 def load_data(partition: int, partitions: int) -> LocalData:
     """One node's samples: `x_train`, `y_train`, `x_test` and `y_test`."""
     names = [f"node-{i}" for i in range(partitions)]
-    return deal(names, alpha=ALPHA).devices[names[partition]]
+    return deal_digits(names, alpha=ALPHA).devices[names[partition]]
 
 
 def server_samples(partitions: int) -> tuple[np.ndarray, np.ndarray]:
     """The server's own test data."""
-    dealt = deal([f"node-{i}" for i in range(partitions)], alpha=ALPHA)
+    dealt = deal_digits([f"node-{i}" for i in range(partitions)], alpha=ALPHA)
     return dealt.x, dealt.y
 
 

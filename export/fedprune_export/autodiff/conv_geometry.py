@@ -44,7 +44,7 @@ class Window:
         return [p[0] for p in self.pads] + [p[1] for p in self.pads]
 
     @property
-    def tiles(self) -> bool:
+    def is_tiling(self) -> bool:
         """Whether windows are adjacent and cover the input exactly."""
         return (
             self.kernel == self.strides
@@ -54,7 +54,7 @@ class Window:
         )
 
     @property
-    def flips(self) -> bool:
+    def has_flipped_gradient(self) -> bool:
         """Whether a convolution with the flipped kernel makes the gradient of the input."""
         fits = all(
             p <= d * (k - 1) for pad, d, k in zip(self.pads, self.dilations, self.kernel, strict=True) for p in pad
@@ -110,7 +110,7 @@ def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
     )
 
 
-def leftovers(w: Window) -> list[int]:
+def leftover_rows(w: Window) -> list[int]:
     """Per axis, how many input rows at the end no window reaches: a transposed convolution must add them."""
     return [
         size + sum(pad) - (stride * (out - 1) + dilation * (k - 1) + 1)
@@ -120,30 +120,30 @@ def leftovers(w: Window) -> list[int]:
     ]
 
 
-def reads(w: Window, axis: int) -> Indices:
+def read_indices(w: Window, axis: int) -> Indices:
     """The index of one axis that each output reads at each kernel element, -1 for padding: [outputs, elements]."""
     starts = np.arange(w.output[axis])[:, None] * w.strides[axis] - w.pads[axis][0]
     indices = starts + np.arange(w.kernel[axis]) * w.dilations[axis]
     return np.where((indices >= 0) & (indices < w.sizes[axis]), indices, -1).astype(np.int64)
 
 
-def joined(a: Indices, b: Indices, size: int) -> Indices:
+def product_indices(a: Indices, b: Indices, size: int) -> Indices:
     """Flat indices over two axes from the indices over each: [outputs, elements]. `size`: of the second axis."""
     first, second = a[:, None, :, None], b[None, :, None, :]
     flat = np.where((first < 0) | (second < 0), -1, first * size + second)
     return flat.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
-def all_reads(w: Window) -> Indices:
+def flat_read_indices(w: Window) -> Indices:
     """The index of the flat map that each output reads at each kernel element, -1 for padding: [outputs, elements]."""
     indices = np.zeros((1, 1), np.int64)
     for axis, size in enumerate(w.sizes):
-        indices = joined(indices, reads(w, axis), size)
+        indices = product_indices(indices, read_indices(w, axis), size)
     return indices
 
 
-def answers(read: Indices, positions: int) -> Indices:
-    """The inverse of `read`: which output each position goes to by each kernel element, -1 for none.
+def inverse_reads(read: Indices, positions: int) -> Indices:
+    """The inverse of `read_positions`: which output each position goes to by each kernel element, -1 for none.
 
     One kernel element brings a position to one output at most.
 
@@ -174,10 +174,10 @@ def add_bias(g: Graph, y: str, bias: list[str], rank: int) -> str:
 
 # Up to so many positions of the window columns are faster than operators, which compute one product per sample.
 # Measured with layers of ResNets and RegNets on x86.
-SMALL_MAP = 16
+MAX_COLUMNS_AREA = 16
 
 
-class Columns:
+class ColumnConvolution:
     """A convolution in one group, or in groups of any length (see `convolutions.Convolution`).
 
     Values are gathered with the batch as their last axis, so that each index copies a run of memory.
@@ -186,29 +186,34 @@ class Columns:
     def __init__(
         self, tape: Tape, w: Window, kernel: str, shape: Shape, number: Dim, lengths: tuple[Dim, Dim], batch: Dim
     ) -> None:
-        self.tape, self.g, self.w, self.kernel, self.shape = tape, tape.graph, w, kernel, shape
-        self.number, self.batch = number, batch
-        large = math.prod(w.output) > SMALL_MAP
-        self.operator = number if large and isinstance(number, int) else 0
-        self.taken, self.made = lengths
-        self.inputs, self.outputs = tape.product([number, self.taken]), tape.product([number, self.made])
+        self.tape, self.g, self.window, self.kernel, self.shape = tape, tape.graph, w, kernel, shape
+        self.groups, self.batch = number, batch
+        large = math.prod(w.output) > MAX_COLUMNS_AREA
+        self.operator_groups = number if large and isinstance(number, int) else 0
+        self.group_inputs, self.group_outputs = lengths
+        self.inputs, self.outputs = (
+            tape.product([number, self.group_inputs]),
+            tape.product([number, self.group_outputs]),
+        )
         self.rank = len(w.sizes)
         self.area, self.positions, self.taps = map(math.prod, (w.sizes, w.output, w.kernel))
-        self.read = all_reads(w)
+        self.read_positions = flat_read_indices(w)
         self._columns: dict[str, str] = {}
 
     def apply(self, x: str, bias: list[str]) -> str:
-        g, w = self.g, self.w
-        if self.operator:
-            return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.operator))
-        y = self.from_columns(g.emit("MatMul", self.matrix(), self.columns(x)), self.outputs, self.made, w.output)
+        g, w = self.g, self.window
+        if self.operator_groups:
+            return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.operator_groups))
+        y = self.from_columns(
+            g.emit("MatMul", self.matrix(), self.columns(x)), self.outputs, self.group_outputs, w.output
+        )
         return add_bias(g, y, bias, self.rank)
 
     def back(self, dy: str, bias: list[str]) -> str:
         """The transposed convolution of dy."""
-        g, w = self.g, self.w
-        if self.operator:
-            attrs = {**operator_attrs(w, self.operator), "output_padding": leftovers(w)}
+        g, w = self.g, self.window
+        if self.operator_groups:
+            attrs = {**operator_attrs(w, self.operator_groups), "output_padding": leftover_rows(w)}
             return g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=attrs)
         flat = self.batch_last(dy, self.positions)
         x = self.back_by_gathering(flat) if all(s == 1 for s in w.strides) else self.back_by_summing(flat)
@@ -217,53 +222,58 @@ class Columns:
     def kernel_gradient(self, x: str, dy: str) -> str:
         """One product per group over all windows; of its factors the smaller one is transposed."""
         g, tape = self.g, self.tape
-        rows, width = tape.product([self.taken, self.taps]), tape.product([self.positions, self.batch])
+        rows, width = tape.product([self.group_inputs, self.taps]), tape.product([self.positions, self.batch])
         flat = self.batch_last(dy, self.positions)
         # Gemm transposes its second factor by itself, which MatMul doesn't; with one group two axes suffice.
-        if self.number == 1:
+        if self.groups == 1:
             side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.outputs, width))
             patches = tape.reshape(self.columns(x), (1, rows, width), (rows, width))
             product = g.emit("Gemm", side, patches, attrs={"transB": 1})
             return tape.reshape(product, (self.outputs, rows), self.shape)
-        side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.number, self.made, width))
+        side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.groups, self.group_outputs, width))
         product = g.emit("MatMul", self.columns(x), g.emit("Transpose", side, attrs={"perm": [0, 2, 1]}))
         product = g.emit("Transpose", product, attrs={"perm": [0, 2, 1]})
-        return tape.reshape(product, (self.number, self.made, rows), self.shape)
+        return tape.reshape(product, (self.groups, self.group_outputs, rows), self.shape)
 
     def back_by_gathering(self, dy: str) -> str:
         """Columns of dy times the kernel with inputs and outputs swapped: for stride 1."""
         g, tape = self.g, self.tape
-        columns = self.gathered(dy, self.outputs, self.made, answers(self.read, self.area), self.positions)
-        shape = (self.number, self.made, self.taken, self.taps)
+        columns = self.gather_patches(
+            dy, self.outputs, self.group_outputs, inverse_reads(self.read_positions, self.area), self.positions
+        )
+        shape = (self.groups, self.group_outputs, self.group_inputs, self.taps)
         kernel = tape.reshape(self.kernel, self.shape, shape)
         kernel = g.emit("Transpose", kernel, attrs={"perm": [0, 2, 1, 3]})
-        shape = (self.number, self.taken, self.made, self.taps)
+        shape = (self.groups, self.group_inputs, self.group_outputs, self.taps)
         kernel = tape.reshape(kernel, shape, (*shape[:2], tape.product(shape[2:])))
-        return self.from_columns(g.emit("MatMul", kernel, columns), self.inputs, self.taken, self.w.sizes)
+        return self.from_columns(g.emit("MatMul", kernel, columns), self.inputs, self.group_inputs, self.window.sizes)
 
     def back_by_summing(self, dy: str) -> str:
         """The gradient of the columns; each position of the input then sums those of the columns that hold it."""
         g, tape = self.g, self.tape
-        width, rows = tape.product([self.positions, self.batch]), tape.product([self.taken, self.taps])
-        side = tape.reshape(dy, (self.outputs, self.positions, self.batch), (self.number, self.made, width))
+        width, rows = tape.product([self.positions, self.batch]), tape.product([self.group_inputs, self.taps])
+        side = tape.reshape(dy, (self.outputs, self.positions, self.batch), (self.groups, self.group_outputs, width))
         product = g.emit("MatMul", g.emit("Transpose", self.matrix(), attrs={"perm": [0, 2, 1]}), side)
         spread = tape.reshape(
-            product, (self.number, rows, width), (self.inputs, self.taps * self.positions, self.batch)
+            product, (self.groups, rows, width), (self.inputs, self.taps * self.positions, self.batch)
         )
-        readers = [np.flatnonzero(row >= 0) * self.positions + row[row >= 0] for row in answers(self.read, self.area)]
+        readers = [
+            np.flatnonzero(row >= 0) * self.positions + row[row >= 0]
+            for row in inverse_reads(self.read_positions, self.area)
+        ]
         # Positions at the border are in fewer windows: an index of -1 adds a zero, so that one Gather serves all.
         max_readers = max(map(len, readers))
         padded_readers = np.stack([np.pad(p, (0, max_readers - len(p)), constant_values=-1) for p in readers], axis=1)
-        total = g.emit("ReduceSum", self.picked(spread, padded_readers), g.ints(1), attrs={"keepdims": 0})
-        total = tape.reshape(total, (self.inputs, self.area, self.batch), (self.inputs, *self.w.sizes, self.batch))
+        total = g.emit("ReduceSum", self.gather_positions(spread, padded_readers), g.ints(1), attrs={"keepdims": 0})
+        total = tape.reshape(total, (self.inputs, self.area, self.batch), (self.inputs, *self.window.sizes, self.batch))
         return self.batch_first(total)
 
     # -- layouts ----------------------------------------------------------------------------------------------------
 
     def matrix(self) -> str:
         """The kernel: [groups, outputs of a group, inputs of a group · taps]."""
-        rows = self.tape.product([self.taken, self.taps])
-        return self.tape.reshape(self.kernel, self.shape, (self.number, self.made, rows))
+        rows = self.tape.product([self.group_inputs, self.taps])
+        return self.tape.reshape(self.kernel, self.shape, (self.groups, self.group_outputs, rows))
 
     def columns(self, x: str) -> str:
         """All windows of the batch: [groups, inputs of a group · taps, positions · N].
@@ -272,10 +282,10 @@ class Columns:
         """
         if x not in self._columns:
             flat = self.batch_last(x, self.area)
-            self._columns[x] = self.gathered(flat, self.inputs, self.taken, self.read, self.area)
+            self._columns[x] = self.gather_patches(flat, self.inputs, self.group_inputs, self.read_positions, self.area)
         return self._columns[x]
 
-    def gathered(self, flat: str, channels: Dim, group_channels: Dim, read: Indices, area: int) -> str:
+    def gather_patches(self, flat: str, channels: Dim, group_channels: Dim, read: Indices, area: int) -> str:
         """The patches read from [C, area, N]: [groups, channels of a group · taps, readers · N]."""
         readers, taps = read.shape
         shape: Shape = (channels, taps, readers, self.batch)
@@ -283,16 +293,16 @@ class Columns:
         if taps == 1 and np.array_equal(read[:, 0], np.arange(area)):
             shape = (channels, area, self.batch)
         else:
-            flat = self.picked(flat, read.T)
-        target = (self.number, self.tape.product([group_channels, taps]), self.tape.product([readers, self.batch]))
+            flat = self.gather_positions(flat, read.T)
+        target = (self.groups, self.tape.product([group_channels, taps]), self.tape.product([readers, self.batch]))
         return self.tape.reshape(flat, shape, target)
 
     def from_columns(self, product: str, channels: Dim, group_channels: Dim, sizes: tuple[int, ...]) -> str:
         """[groups, channels of a group, positions · N] as [N, C, ...]."""
-        shape = (self.number, group_channels, self.tape.product([*sizes, self.batch]))
+        shape = (self.groups, group_channels, self.tape.product([*sizes, self.batch]))
         return self.batch_first(self.tape.reshape(product, shape, (channels, *sizes, self.batch)))
 
-    def picked(self, flat: str, read: Indices) -> str:
+    def gather_positions(self, flat: str, read: Indices) -> str:
         """Positions of [C, area, N]; -1 reads zeros."""
         # One more position of zeros at the end: Gather counts negative indices from the end, so that -1 reads it.
         if (read < 0).any():

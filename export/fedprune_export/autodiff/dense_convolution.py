@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedprune_export.autodiff.conv_geometry import Window, leftovers, operator_attrs
+from fedprune_export.autodiff.conv_geometry import Window, leftover_rows, operator_attrs
 from fedprune_export.ir.graph import Graph
 
 KernelForm = Literal["taps", "columns", "convolution"]
@@ -32,11 +32,11 @@ class Formulation:
 
 # Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`).
 # The area of the output from which a product per tap is faster than columns.
-_SMALL_MAP = 64
+_MIN_TAPS_AREA = 64
 # The elements of a kernel from which products per tap are too many.
-_LARGE_KERNEL = 25
+_MIN_LARGE_KERNEL_ELEMENTS = 25
 # A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution.
-_IMAGE_CHANNELS = 3
+_MAX_IMAGE_CHANNELS = 3
 
 
 # On a GPU each launch costs more than its arithmetic: the formulation with the fewest operators.
@@ -46,23 +46,23 @@ ON_CUDA = Formulation("transposed", "convolution")
 def formulation(w: Window, channels: int) -> Formulation:
     """The formulation for a layer."""
     area, elements = math.prod(w.output), math.prod(w.kernel)
-    large = elements >= _LARGE_KERNEL
-    if large and channels <= _IMAGE_CHANNELS:
+    large = elements >= _MIN_LARGE_KERNEL_ELEMENTS
+    if large and channels <= _MAX_IMAGE_CHANNELS:
         weight: KernelForm = "convolution"
     else:
-        weight = "taps" if area >= _SMALL_MAP else "columns"
-    return Formulation("flipped" if w.flips and not large else "transposed", weight)
+        weight = "taps" if area >= _MIN_TAPS_AREA else "columns"
+    return Formulation("flipped" if w.has_flipped_gradient and not large else "transposed", weight)
 
 
 class Dense:
     """A convolution in one group (see `convolutions.Convolution`)."""
 
     def __init__(self, g: Graph, w: Window, kernel: str, form: Formulation) -> None:
-        self.g, self.w, self.kernel, self.form = g, w, kernel, form
+        self.g, self.window, self.kernel, self.form = g, w, kernel, form
         self.rank = len(w.sizes)
 
     def apply(self, x: str, bias: list[str]) -> str:
-        return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.w))
+        return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.window))
 
     def back(self, dy: str, bias: list[str]) -> str:
         """The transposed convolution of dy."""
@@ -79,7 +79,7 @@ class Dense:
         """The kernel with its channels swapped, and its taps in reverse order."""
         g, axes = self.g, range(2, self.rank + 2)
         kernel = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]})
-        flip = [a for a in axes if self.w.kernel[a - 2] > 1]
+        flip = [a for a in axes if self.window.kernel[a - 2] > 1]
         if not flip:
             return kernel
         # A slice with step -1 reverses an axis. Its end must lie before index 0: ONNX clamps the smallest int32 so.
@@ -88,7 +88,7 @@ class Dense:
 
     def back_window(self) -> Window:
         """The window of the convolution that gives the input's gradient (stride 1)."""
-        w = self.w
+        w = self.window
         pads = tuple(
             (d * (k - 1) - before, d * (k - 1) - after)
             for (before, after), d, k in zip(w.pads, w.dilations, w.kernel, strict=True)
@@ -103,27 +103,27 @@ class Dense:
 
     def back_by_transposed(self, dy: str, bias: list[str]) -> str:
         """A transposed convolution, for strides."""
-        attrs = {**operator_attrs(self.w), "output_padding": leftovers(self.w)}
+        attrs = {**operator_attrs(self.window), "output_padding": leftover_rows(self.window)}
         return self.g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=attrs)
 
     # -- weight gradient --------------------------------------------------------------------------------------------
 
     def kernel_by_taps(self, x: str, dy: str) -> str:
         """One batched matrix product per kernel element, summed over the batch."""
-        g, w = self.g, self.w
+        g, w = self.g, self.window
         rows = g.emit("Reshape", dy, g.ints(0, 0, -1))
         # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
         x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
         products = []
-        for tap in taps(g, _padded(g, x, w, first=1), w, first=1):
+        for tap in tap_slices(g, _pad_spatial(g, x, w, first=1), w, first=1):
             flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
             product = g.emit("MatMul", rows, flat)
             products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
-        return self._joined(products)
+        return self._kernel_from_taps(products)
 
-    def _joined(self, products: list[str]) -> str:
+    def _kernel_from_taps(self, products: list[str]) -> str:
         """A matrix [outputs, inputs] per kernel element as the kernel's gradient."""
-        g, w = self.g, self.w
+        g, w = self.g, self.window
         side_by_side = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
         count = math.prod(w.kernel)
         if count == 1:
@@ -135,12 +135,12 @@ class Dense:
         """One matrix product over all windows of the batch."""
         g = self.g
         rows = g.emit("Flatten", _batch_last(g, dy, self.rank), attrs={"axis": 1})
-        flat = g.emit("Gemm", rows, columns(g, x, self.w), attrs={"transB": 1})
-        return g.emit("Reshape", flat, g.ints(0, -1, *self.w.kernel))
+        flat = g.emit("Gemm", rows, window_columns(g, x, self.window), attrs={"transB": 1})
+        return g.emit("Reshape", flat, g.ints(0, -1, *self.window.kernel))
 
     def kernel_by_convolution(self, x: str, dy: str) -> str:
         """A convolution over the batch, with dy as the kernel."""
-        g, w = self.g, self.w
+        g, w = self.g, self.window
         attrs: dict[str, Any] = {
             "kernel_shape": list(w.output),
             "strides": list(w.dilations),
@@ -150,21 +150,21 @@ class Dense:
         # Batch and channels swap roles: the sum over the batch is the convolution's sum over its input channels.
         swapped = g.emit("Conv", _channels_first(g, x, self.rank), _channels_first(g, dy, self.rank), attrs=attrs)
         # Input rows that no window reaches let the convolution slide further: it gives elements beyond the kernel's.
-        if any(rest >= d for rest, d in zip(leftovers(w), w.dilations, strict=True)):
+        if any(rest >= d for rest, d in zip(leftover_rows(w), w.dilations, strict=True)):
             axes = range(2, self.rank + 2)
             swapped = g.emit("Slice", swapped, g.ints(*[0] * self.rank), g.ints(*w.kernel), g.ints(*axes))
         return _channels_first(g, swapped, self.rank)
 
 
-def columns(g: Graph, x: str, w: Window) -> str:
+def window_columns(g: Graph, x: str, w: Window) -> str:
     """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
-    padded = _padded(g, _batch_last(g, x, len(w.sizes)), w, first=1)
-    slices = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=1)]
+    padded = _pad_spatial(g, _batch_last(g, x, len(w.sizes)), w, first=1)
+    slices = [g.emit("Unsqueeze", t, g.ints(1)) for t in tap_slices(g, padded, w, first=1)]
     stacked = g.emit("Concat", *slices, attrs={"axis": 1}) if len(slices) > 1 else slices[0]
     return g.emit("Flatten", stacked, attrs={"axis": 2})
 
 
-def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
+def tap_slices(g: Graph, padded: str, w: Window, first: int) -> list[str]:
     """The slice of a padded input under each kernel element, whose spatial axes start at `first`."""
     axes = range(first, first + len(w.sizes))
     slices = []
@@ -184,7 +184,7 @@ def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
     return slices
 
 
-def _padded(g: Graph, x: str, w: Window, first: int) -> str:
+def _pad_spatial(g: Graph, x: str, w: Window, first: int) -> str:
     """Zeros around the spatial axes, which start at `first`; two axes in all are not spatial."""
     if not any(w.flat_pads):
         return x

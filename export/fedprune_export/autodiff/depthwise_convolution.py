@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedprune_export.autodiff.conv_geometry import Indices, Window, add_bias, answers, joined, reads
+from fedprune_export.autodiff.conv_geometry import (
+    Indices,
+    Window,
+    add_bias,
+    inverse_reads,
+    product_indices,
+    read_indices,
+)
 from fedprune_export.ir.graph import Graph
 
 Band = npt.NDArray[np.float32]
@@ -23,15 +30,15 @@ Band = npt.NDArray[np.float32]
 # Measured with MobileNetV2's layers on x86: longer lines waste more MACs on a band's zeros, shorter ones make more
 # products that are too small to be fast.
 # A map up to this area is one line.
-_TINY_MAP = 16
+_MAX_TINY_MAP_AREA = 16
 # Lines up to this length stay whole.
-_WHOLE_LINE = 64
+_MAX_WHOLE_LINE_LENGTH = 64
 # Longer lines are cut into blocks of this length.
-_BLOCK = 16
+_BLOCK_LENGTH = 16
 
 
 @dataclass(frozen=True)
-class Side:
+class LineLayout:
     """The division of the convolution's input or output into lines.
 
     `count`: lines of one channel's map; `pads`: zeros before and after its last axis, to make it whole blocks.
@@ -44,7 +51,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Lines:
+class BandedProducts:
     """A depthwise convolution as products of lines with banded matrices.
 
     Attributes:
@@ -55,32 +62,32 @@ class Lines:
 
     reads: Indices
     band: Band
-    into: Side
-    out: Side
+    input_lines: LineLayout
+    output_lines: LineLayout
 
 
-def lines(w: Window) -> Lines:
+def divide_into_lines(w: Window) -> BandedProducts:
     """The division of a window's maps into lines."""
     last_axis = len(w.sizes) - 1
-    if math.prod(w.sizes) <= _TINY_MAP:
+    if math.prod(w.sizes) <= _MAX_TINY_MAP_AREA:
         # The band of several axes is the Kronecker product of the bands of each.
-        bands = [_band(reads(w, axis), w.sizes[axis]) for axis in range(last_axis + 1)]
+        bands = [_band(read_indices(w, axis), w.sizes[axis]) for axis in range(last_axis + 1)]
         band = bands[0]
         for axis_band in bands[1:]:
             product = np.einsum("kio,lpq->klipoq", band, axis_band)
             band = product.reshape([a * b for a, b in zip(band.shape, axis_band.shape, strict=True)])
-        sides = [Side(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
-        return Lines(np.zeros((1, 1), np.int64), band[:, None], *sides)
+        sides = [LineLayout(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
+        return BandedProducts(np.zeros((1, 1), np.int64), band[:, None], *sides)
     size, output, kernel = w.sizes[last_axis], w.output[last_axis], w.kernel[last_axis]
     stride, dilation = w.strides[last_axis], w.dilations[last_axis]
     leading_positions = [math.prod(s[:last_axis]) for s in (w.sizes, w.output)]
-    if size <= _WHOLE_LINE:
-        band = _band(reads(w, last_axis), size)[:, None]
-        into, out = Side(w.sizes, leading_positions[0], size), Side(w.output, leading_positions[1], output)
+    if size <= _MAX_WHOLE_LINE_LENGTH:
+        band = _band(read_indices(w, last_axis), size)[:, None]
+        into, out = LineLayout(w.sizes, leading_positions[0], size), LineLayout(w.output, leading_positions[1], output)
         block_reads = np.zeros((1, 1), np.int64)
     else:
         # A block of outputs reads as many inputs times the stride, and those of later blocks that the kernel reaches.
-        block_outputs = max(_BLOCK // stride, 1)
+        block_outputs = max(_BLOCK_LENGTH // stride, 1)
         block_inputs, pad_before = block_outputs * stride, w.pads[last_axis][0]
         blocks = ((block_outputs - 1) * stride + dilation * (kernel - 1)) // block_inputs + 1
         band = np.zeros((kernel, blocks * block_inputs, block_outputs), np.float32)
@@ -88,13 +95,13 @@ def lines(w: Window) -> Lines:
             band[tap, element * stride + tap * dilation, element] = 1
         band = band.reshape(kernel, blocks, block_inputs, block_outputs)
         input_blocks, output_blocks = -(-(size + pad_before) // block_inputs), -(-output // block_outputs)
-        into = Side(
+        into = LineLayout(
             w.sizes,
             leading_positions[0] * input_blocks,
             block_inputs,
             (pad_before, input_blocks * block_inputs - size - pad_before),
         )
-        out = Side(
+        out = LineLayout(
             w.output, leading_positions[1] * output_blocks, block_outputs, (0, output_blocks * block_outputs - output)
         )
         block_reads = np.arange(output_blocks)[:, None] + np.arange(blocks)
@@ -102,8 +109,10 @@ def lines(w: Window) -> Lines:
         block_reads = np.where(block_reads < input_blocks, block_reads, -1)
     leading_reads = np.zeros((1, 1), np.int64)
     for axis in range(last_axis):
-        leading_reads = joined(leading_reads, reads(w, axis), w.sizes[axis])
-    return Lines(joined(leading_reads, block_reads, into.count // leading_positions[0]), band, into, out)
+        leading_reads = product_indices(leading_reads, read_indices(w, axis), w.sizes[axis])
+    return BandedProducts(
+        product_indices(leading_reads, block_reads, into.count // leading_positions[0]), band, into, out
+    )
 
 
 def _band(read: Indices, size: int) -> Band:
@@ -116,60 +125,67 @@ class Depthwise:
     """One input and one output channel per group (see `convolutions.Convolution`)."""
 
     def __init__(self, g: Graph, w: Window, kernel: str) -> None:
-        self.g, self.w, self.cut = g, w, lines(w)
-        self.elements, blocks = self.cut.band.shape[:2]
-        self.outer = math.prod(w.kernel) // self.elements
-        self.read = self.outer * blocks  # lines of the input per line of the output
-        self.kernel = self.g.emit("Reshape", kernel, self.g.ints(0, self.outer, self.elements))
+        self.g, self.window, self.products = g, w, divide_into_lines(w)
+        self.taps_in_line, blocks = self.products.band.shape[:2]
+        self.taps_across_lines = math.prod(w.kernel) // self.taps_in_line
+        self.lines_read = self.taps_across_lines * blocks  # lines of the input per line of the output
+        self.kernel = self.g.emit("Reshape", kernel, self.g.ints(0, self.taps_across_lines, self.taps_in_line))
         self._lines: dict[str, str] = {}
-        self._seen: dict[str, str] = {}
+        self._gathered_lines: dict[str, str] = {}
 
     def apply(self, x: str, bias: list[str]) -> str:
-        y = self.g.emit("MatMul", self.seen(x), self.banded(self.cut.band))
-        return add_bias(self.g, _from_lines(self.g, y, self.cut.out), bias, len(self.w.sizes))
+        y = self.g.emit("MatMul", self.gather_lines(x), self.banded_kernel(self.products.band))
+        return add_bias(self.g, _from_lines(self.g, y, self.products.output_lines), bias, len(self.window.sizes))
 
     def back(self, dy: str, bias: list[str]) -> str:
         """The transposed convolution of dy."""
-        g, cut = self.g, self.cut
-        spread = _gathered(g, self.lines(dy, cut.out), answers(cut.reads, cut.into.count), cut.out)
-        x = g.emit("MatMul", spread, self.banded(cut.band.transpose(0, 1, 3, 2)))
-        return add_bias(g, _from_lines(g, x, cut.into), bias, len(self.w.sizes))
+        g, cut = self.g, self.products
+        spread = _gather_lines(
+            g,
+            self.split_into_lines(dy, cut.output_lines),
+            inverse_reads(cut.reads, cut.input_lines.count),
+            cut.output_lines,
+        )
+        x = g.emit("MatMul", spread, self.banded_kernel(cut.band.transpose(0, 1, 3, 2)))
+        return add_bias(g, _from_lines(g, x, cut.input_lines), bias, len(self.window.sizes))
 
     def kernel_gradient(self, x: str, dy: str) -> str:
         """The gradients of the bands, whose elements are summed."""
-        g, out = self.g, self.cut.out
+        g, out = self.g, self.products.output_lines
         # Of the two factors the smaller one is transposed.
-        side = g.emit("Reshape", self.lines(dy, out), g.ints(0, -1, out.length))
+        side = g.emit("Reshape", self.split_into_lines(dy, out), g.ints(0, -1, out.length))
         side = g.emit("Transpose", side, attrs={"perm": [0, 2, 1]})
-        products = g.emit("Reshape", g.emit("MatMul", side, self.seen(x)), g.ints(0, out.length, self.outer, -1))
+        products = g.emit(
+            "Reshape", g.emit("MatMul", side, self.gather_lines(x)), g.ints(0, out.length, self.taps_across_lines, -1)
+        )
         products = g.emit("Transpose", products, attrs={"perm": [0, 2, 3, 1]})
-        products = g.emit("Reshape", products, g.ints(0, self.outer, -1))
-        sums = g.emit("MatMul", products, g.constant(self.cut.band.reshape(self.elements, -1).T, np.float32))
-        return g.emit("Reshape", sums, g.ints(0, 1, *self.w.kernel))
+        products = g.emit("Reshape", products, g.ints(0, self.taps_across_lines, -1))
+        sums = g.emit("MatMul", products, g.constant(self.products.band.reshape(self.taps_in_line, -1).T, np.float32))
+        return g.emit("Reshape", sums, g.ints(0, 1, *self.window.kernel))
 
-    def banded(self, band: Band) -> str:
+    def banded_kernel(self, band: Band) -> str:
         g = self.g
-        matrix = g.emit("MatMul", self.kernel, g.constant(band.reshape(self.elements, -1), np.float32))
-        return g.emit("Reshape", matrix, g.ints(0, self.read * band.shape[2], band.shape[3]))
+        matrix = g.emit("MatMul", self.kernel, g.constant(band.reshape(self.taps_in_line, -1), np.float32))
+        return g.emit("Reshape", matrix, g.ints(0, self.lines_read * band.shape[2], band.shape[3]))
 
-    def lines(self, value: str, side: Side) -> str:
+    def split_into_lines(self, value: str, side: LineLayout) -> str:
         """[N, C, ...] as [C, N, lines, elements]; forward and gradients share the node."""
         if value not in self._lines:
             self._lines[value] = _to_lines(self.g, value, side)
         return self._lines[value]
 
-    def seen(self, x: str) -> str:
+    def gather_lines(self, x: str) -> str:
         """The lines that each line of the output reads: [C, N · lines, lines read · elements].
 
         Forward and weight gradient share the node.
         """
-        if x not in self._seen:
-            into = self.cut.into
-            self._seen[x] = _gathered(self.g, self.lines(x, into), self.cut.reads, into)
-        return self._seen[x]
+        if x not in self._gathered_lines:
+            into = self.products.input_lines
+            self._gathered_lines[x] = _gather_lines(self.g, self.split_into_lines(x, into), self.products.reads, into)
+        return self._gathered_lines[x]
 
 
-def _to_lines(g: Graph, value: str, side: Side) -> str:
+def _to_lines(g: Graph, value: str, side: LineLayout) -> str:
     """[N, C, ...] as [C, N, lines, elements]."""
     rank = len(side.sizes)
     value = g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
@@ -179,7 +195,7 @@ def _to_lines(g: Graph, value: str, side: Side) -> str:
     return g.emit("Reshape", value, g.ints(0, 0, side.count, side.length))
 
 
-def _from_lines(g: Graph, value: str, side: Side) -> str:
+def _from_lines(g: Graph, value: str, side: LineLayout) -> str:
     """[C, N · lines, elements] as [N, C, ...]."""
     before, after = side.pads
     sizes = [*side.sizes[:-1], side.sizes[-1] + before + after]
@@ -189,8 +205,8 @@ def _from_lines(g: Graph, value: str, side: Side) -> str:
     return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, len(sizes) + 2)]})
 
 
-def _gathered(g: Graph, value: str, read: Indices, side: Side) -> str:
-    """The lines of `read`, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
+def _gather_lines(g: Graph, value: str, read: Indices, side: LineLayout) -> str:
+    """The lines of `lines_read`, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
     if read.shape[1] > 1 or not np.array_equal(read[:, 0], np.arange(side.count)):
         if (read < 0).any():
             value = g.emit("Pad", value, g.ints(0, 0, 0, 0, 0, 0, 1, 0))

@@ -23,7 +23,7 @@ BATCH = "N"  # the name of the batch dimension
 Monomial = tuple[str, ...]
 # A polynomial: the coefficient of each product of symbols. A dict makes sums and products of sizes a loop over terms;
 # the empty product is the constant.
-Form = dict[Monomial, int]
+Polynomial = dict[Monomial, int]
 
 
 class Dimensions:
@@ -32,17 +32,17 @@ class Dimensions:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._extents: dict[str, int] = {BATCH: BATCH_EXTENT}
-        self._forms: dict[str, Form] = {BATCH: {(BATCH,): 1}}
+        self._polynomials: dict[str, Polynomial] = {BATCH: {(BATCH,): 1}}
         self._sources: dict[str, tuple[str, int]] = {}
         self._sizes: dict[str, str] = {}
 
     def symbol(self, name: str, extent: int) -> Dim:
         """Define a size that varies by itself. `extent`: the size at full width."""
         self._extents[name] = extent
-        self._forms[name] = {(name,): 1}
+        self._polynomials[name] = {(name,): 1}
         return name
 
-    def of_axis(self, axis: Axis, architecture: Architecture) -> Dim:
+    def axis_dim(self, axis: Axis, architecture: Architecture) -> Dim:
         """An axis of a tensor or value.
 
         Raises `ModelError` if channels of a group are uneven on the axis: its size is no multiple of the width.
@@ -50,7 +50,7 @@ class Dimensions:
         lengths: dict[int, int] = {}
         for s in axis.segments:
             lengths[s.group] = lengths.get(s.group, 0) + s.length
-        form: Form = {(): lengths.pop(FIXED, 0)}
+        form: Polynomial = {(): lengths.pop(FIXED, 0)}
         for number, length in lengths.items():
             group = architecture.groups[number]
             times, rest = divmod(length, group.size)
@@ -66,11 +66,11 @@ class Dimensions:
 
     # -- arithmetic -------------------------------------------------------------------------------------------------
 
-    def form(self, dim: Dim) -> Form:
+    def polynomial(self, dim: Dim) -> Polynomial:
         """The polynomial that a dimension represents."""
-        return {(): dim} if isinstance(dim, int) else self._forms[dim]
+        return {(): dim} if isinstance(dim, int) else self._polynomials[dim]
 
-    def dim(self, form: Form) -> Dim:
+    def dim(self, form: Polynomial) -> Dim:
         """The dimension that a polynomial is."""
         # Sorted, so that equal polynomials have one name, however they were computed.
         terms = sorted((m, c) for m, c in form.items() if c and m)
@@ -79,22 +79,22 @@ class Dimensions:
             return constant
         names = ["*".join(m) + (f"*{c}" if c != 1 else "") for m, c in terms]
         name = "+".join([*names, str(constant)] if constant else names)
-        if name not in self._forms:
-            self._forms[name] = dict(terms) | ({(): constant} if constant else {})
+        if name not in self._polynomials:
+            self._polynomials[name] = dict(terms) | ({(): constant} if constant else {})
         return name
 
     def extent(self, dim: Dim) -> int:
         """A dimension's size at full width (for the batch a large prime)."""
         if isinstance(dim, int):
             return dim
-        return sum(c * math.prod(self._extents[s] for s in m) for m, c in self._forms[dim].items())
+        return sum(c * math.prod(self._extents[s] for s in m) for m, c in self._polynomials[dim].items())
 
     def product(self, dims: Sequence[Dim]) -> Dim:
         """The size of an axis that these axes are merged into."""
-        result: Form = {(): 1}
+        result: Polynomial = {(): 1}
         for dim in dims:
-            form = self.form(dim)
-            merged: Form = {}
+            form = self.polynomial(dim)
+            merged: Polynomial = {}
             for m, c in result.items():
                 for factor, times in form.items():
                     key = tuple(sorted(m + factor))
@@ -104,9 +104,9 @@ class Dimensions:
 
     def total(self, dims: Sequence[Dim]) -> Dim:
         """The size of the concatenation of these axes."""
-        result: Form = {}
+        result: Polynomial = {}
         for dim in dims:
-            for m, c in self.form(dim).items():
+            for m, c in self.polynomial(dim).items():
                 result[m] = result.get(m, 0) + c
         return self.dim(result)
 
@@ -117,12 +117,12 @@ class Dimensions:
     def quotient(self, dividend: Dim, divisor: Dim) -> Dim | None:
         """The size whose product with `divisor` is `dividend`; None if there is none."""
         # Polynomial long division: the leading term of the rest is divided until nothing is left.
-        rest, divisor_form = dict(self.form(dividend)), self.form(divisor)
-        lead = max(divisor_form, key=_order)
-        result: Form = {}
+        rest, divisor_form = dict(self.polynomial(dividend)), self.polynomial(divisor)
+        lead = max(divisor_form, key=_degree_order)
+        result: Polynomial = {}
         while any(rest.values()):
-            top = max((m for m, c in rest.items() if c), key=_order)
-            factor = _without(top, lead)
+            top = max((m for m, c in rest.items() if c), key=_degree_order)
+            factor = _divide_monomial(top, lead)
             if factor is None or rest[top] % divisor_form[lead]:
                 return None
             times = rest[top] // divisor_form[lead]
@@ -134,7 +134,7 @@ class Dimensions:
 
     # -- at run time ------------------------------------------------------------------------------------------------
 
-    def seen(self, value: str, shape: Shape) -> None:
+    def note_shape(self, value: str, shape: Shape) -> None:
         """Remember that the sizes of `shape` can be read off `value` at run time."""
         for axis, dim in enumerate(shape):
             if isinstance(dim, str):
@@ -169,7 +169,7 @@ class Dimensions:
         if dim not in self._sizes:
             size = self._read(dim)
             if size is None:
-                size = self._solved(dim, pending) if dim in self._extents else self._sum(self._forms[dim], pending)
+                size = self._solve(dim, pending) if dim in self._extents else self._sum(self._polynomials[dim], pending)
             if size is None:
                 return None
             self._sizes[dim] = size
@@ -183,7 +183,7 @@ class Dimensions:
         value, axis = source
         return self._graph.emit("Shape", value, attrs={"start": axis, "end": axis + 1})
 
-    def _sum(self, form: Form, pending: set[str]) -> str | None:
+    def _sum(self, form: Polynomial, pending: set[str]) -> str | None:
         g = self._graph
         total = ""
         for monomial, times in sorted(form.items()):
@@ -201,21 +201,21 @@ class Dimensions:
             total = g.emit("Add", total, term) if total else term
         return total or g.ints(0)
 
-    def _solved(self, symbol: str, pending: set[str]) -> str | None:
+    def _solve(self, symbol: str, pending: set[str]) -> str | None:
         """The size of a symbol from a dimension in which it occurs once: (size − rest) / factor."""
         # A symbol that is being solved already: its size can't follow from itself.
         if symbol in pending:
             return None
         g = self._graph
         for dim in self._sources:
-            form = self._forms[dim]
+            form = self._polynomials[dim]
             matches = [m for m in form if symbol in m]
             if len(matches) != 1 or matches[0].count(symbol) != 1:
                 continue
             pending_symbols = pending | {symbol}
             other_terms = {m: c for m, c in form.items() if symbol not in m and c}
             rest = self._sum(other_terms, pending_symbols) if other_terms else ""
-            factor = self._sum({_without(matches[0], (symbol,)) or (): form[matches[0]]}, pending_symbols)
+            factor = self._sum({_divide_monomial(matches[0], (symbol,)) or (): form[matches[0]]}, pending_symbols)
             size = self._read(dim)
             if rest is None or factor is None or size is None:
                 continue
@@ -223,12 +223,12 @@ class Dimensions:
         return None
 
 
-def _order(monomial: Monomial) -> tuple[int, Monomial]:
+def _degree_order(monomial: Monomial) -> tuple[int, Monomial]:
     """The order of long division: by degree, then by name. It is the same after both sides are multiplied."""
     return len(monomial), monomial
 
 
-def _without(monomial: Monomial, factors: Monomial) -> Monomial | None:
+def _divide_monomial(monomial: Monomial, factors: Monomial) -> Monomial | None:
     """A product without some of its factors; None where it lacks one of them."""
     remaining = list(monomial)
     for symbol in factors:

@@ -12,13 +12,13 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED, Axis, TensorSpec
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace
+from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES, Trace
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 
 
-class Knowledge(Dimensions):
+class StaticInfo(Dimensions):
     """Facts about a model's values from channel analysis and trace, in dimensions of the graph under construction."""
 
     def __init__(self, model: Model, graph: Graph) -> None:
@@ -37,9 +37,9 @@ class Knowledge(Dimensions):
     def is_width(self, dim: Dim) -> bool:
         """Whether a size follows from the batch and the widths of channel groups."""
         widths = {BATCH, *(g.name for g in self._architecture.groups)}
-        return all(symbol in widths for monomial in self.form(dim) for symbol in monomial)
+        return all(symbol in widths for monomial in self.polynomial(dim) for symbol in monomial)
 
-    def known(self, name: str) -> tuple[Dim | None, ...] | None:
+    def analysed_shape(self, name: str) -> tuple[Dim | None, ...] | None:
         """A value's dimensions by the channel analysis, None for an axis that follows the batch.
 
         None for a value that was not analysed.
@@ -47,21 +47,21 @@ class Knowledge(Dimensions):
         axes = self._analysed.get(name)
         if axes is None:
             return None
-        return tuple(None if a is None else self.of_axis(a, self._architecture) for a in axes)
+        return tuple(None if a is None else self.axis_dim(a, self._architecture) for a in axes)
 
     def axis(self, name: str, index: int) -> Axis | None:
         """The axis of a value at full width; None where it follows the batch or was not analysed."""
         axes = self._analysed.get(name)
         return axes[index] if axes is not None else None
 
-    def prefix(self, axis: Axis, index: int) -> Dim | None:
+    def kept_prefix(self, axis: Axis, index: int) -> Dim | None:
         """The number of the first `index` indices that a cut leaves, as a size; None where it follows from no width."""
         sizes: list[Dim] = []
         for s in axis.segments:
             if index <= 0:
                 break
             if s.length <= index:
-                sizes.append(self.of_axis(Axis((s,)), self._architecture))
+                sizes.append(self.axis_dim(Axis((s,)), self._architecture))
             elif s.group == FIXED:
                 sizes.append(index)
             else:
@@ -83,15 +83,15 @@ class Knowledge(Dimensions):
             return None
         name = node.inputs[index]
         if name in self._arithmetic or (name in self._source.initializers and not self.is_tensor(name)):
-            return self.number(node, index)
+            return self.required_constant(node, index)
         return None
 
-    def number(self, node: Node, index: int) -> Array | None:
+    def required_constant(self, node: Node, index: int) -> Array | None:
         """The constant at a node's input, None where there is no such input.
 
         Raises `ModelError` if the input is computed from data, or depends on the batch.
         """
-        number = self._traced(node, index)
+        number = self._traced_constant(node, index)
         if number is None:
             return None
         constant, changing = number
@@ -108,23 +108,23 @@ class Knowledge(Dimensions):
 
         Raises `ModelError` if the input is computed from data, or depends on the batch other than as a multiple.
         """
-        number = self._traced(node, index)
+        number = self._traced_constant(node, index)
         if number is None:
             return None
         target, changing = number
         if not changing.any():
             return target
         # The trace ran with two batch sizes, both primes: an entry that is the same multiple of both follows the batch.
-        times, rest = np.divmod(target, BATCHES[0])
+        times, rest = np.divmod(target, TRACE_BATCHES[0])
         second = self._trace.integers_second[node.inputs[index]]
-        if np.any(changing & ((rest != 0) | (second != times * BATCHES[1]))):
+        if np.any(changing & ((rest != 0) | (second != times * TRACE_BATCHES[1]))):
             raise ModelError(
                 f"{describe(node)}: its target shape is no multiple of the batch",
-                got=f"{target} of {BATCHES[0]} samples",
+                got=f"{target} of {TRACE_BATCHES[0]} samples",
             )
         return np.where(changing, times * BATCH_EXTENT, target)
 
-    def _traced(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
+    def _traced_constant(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
         """A constant or the result of shape arithmetic, and where it depends on the batch."""
         if index >= len(node.inputs) or not node.inputs[index]:
             return None
@@ -145,16 +145,16 @@ class Knowledge(Dimensions):
         shape: list[Dim] = []
         first, second = self._trace.shapes[name], self._trace.shapes_second[name]
         for a, b in zip(first, second, strict=True):
-            slope, rest = divmod(b - a, BATCHES[1] - BATCHES[0])
+            slope, rest = divmod(b - a, TRACE_BATCHES[1] - TRACE_BATCHES[0])
             if rest:
                 raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
-            shape.append(self.total([self.product([BATCH, slope]), a - slope * BATCHES[0]]))
+            shape.append(self.total([self.product([BATCH, slope]), a - slope * TRACE_BATCHES[0]]))
         return tuple(shape)
 
     # -- dimensions -------------------------------------------------------------------------------------------------
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
-        return tuple(self.of_axis(axis, self._architecture) for axis in spec.axes)
+        return tuple(self.axis_dim(axis, self._architecture) for axis in spec.axes)
 
     def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
         """The dimensions as numbers. Raises `ModelError` if one of them is a channel or batch dimension."""

@@ -19,10 +19,10 @@ import onnx
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Shape
-from fedprune_export.autodiff.static_info import Knowledge, describe
+from fedprune_export.autodiff.static_info import StaticInfo, describe
 from fedprune_export.ir.dropout import is_dropout
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
-from fedprune_export.ir.operators import registrar, with_rules
+from fedprune_export.ir.operators import load_rules, registrar
 from fedprune_export.ir.trace import sample_sizes
 from fedprune_export.pruning.model import Model
 
@@ -66,16 +66,16 @@ _FINITE_SLOPES = frozenset(
 )
 
 
-class Tape(Knowledge):
+class Tape(StaticInfo):
     """A training graph in the making.
 
     Args:
-        frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
+        is_frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
             statistics are frozen normalises by them.
         scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
 
     Attributes:
-        written: Shapes of values of the training graph, as far as they are known.
+        shapes_written: Shapes of values of the training graph, as far as they are known.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Tape(Knowledge):
     ) -> None:
         super().__init__(model, graph)
         self.graph = graph
-        self.written: dict[str, Shape] = {}
+        self.shapes_written: dict[str, Shape] = {}
         self._frozen = frozenset(frozen)
         self._scaled = frozenset(scaled)
         self._values: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
-        self._wanted: set[str] = set()
+        self._with_gradient: set[str] = set()
         self._gradients: dict[str, list[str]] = {}
         self._pulls: list[tuple[Node, Pull]] = []
         self._shape_values: dict[str, str] = {}
@@ -102,14 +102,14 @@ class Tape(Knowledge):
 
     # -- values -----------------------------------------------------------------------------------------------------
 
-    def enter(self, name: str, value: str, shape: Shape, *, wanted: bool = False) -> None:
+    def enter(self, name: str, value: str, shape: Shape, *, needs_gradient: bool = False) -> None:
         """Register a value of the model: its name in the training graph, and its shape."""
         self._values[name] = value
         self._shapes[name] = shape
-        self.written[value] = shape
-        self.seen(value, shape)
-        if wanted and name not in self._frozen:
-            self._wanted.add(name)
+        self.shapes_written[value] = shape
+        self.note_shape(value, shape)
+        if needs_gradient and name not in self._frozen:
+            self._with_gradient.add(name)
 
     def value(self, name: str) -> str:
         """The name of a model's value in the training graph; constants are copied on first use.
@@ -129,7 +129,7 @@ class Tape(Knowledge):
         # A training graph computes in float32 alone, whatever precision the model was saved in.
         if array.dtype in (np.float16, np.float64):
             array = array.astype(np.float32)
-        analysed = self.known(name)
+        analysed = self.analysed_shape(name)
         shape: Shape = (
             array.shape if analysed is None or None in analysed else tuple(d for d in analysed if d is not None)
         )
@@ -157,7 +157,7 @@ class Tape(Knowledge):
         outputs = self.graph.emit_many(node.op, *inputs, outputs=len(node.outputs), attrs=node.attrs)
         for output, value in zip(node.outputs, outputs, strict=True):
             if output:
-                dims = self.known(output)
+                dims = self.analysed_shape(output)
                 if dims is None or None in dims:
                     dims = self.traced_shape(output)
                 self.enter(output, value, tuple(d for d in dims if d is not None))
@@ -166,7 +166,7 @@ class Tape(Knowledge):
         self.value(name)
         return self._shapes[name]
 
-    def blocks(self, node: Node, name: str, index: int, count: int) -> tuple[Dim, Dim]:
+    def block_layout(self, node: Node, name: str, index: int, count: int) -> tuple[Dim, Dim]:
         """The blocks of an axis at every width, which at full width are `count` equal ones.
 
         Either whole blocks are cut (their number varies), or the same positions of every block (their length does).
@@ -178,7 +178,7 @@ class Tape(Knowledge):
         if not rest:
             if isinstance(dim, int):
                 return count, length
-            ends = [self.prefix(axis, i * length) for i in range(count + 1)] if axis is not None else [None]
+            ends = [self.kept_prefix(axis, i * length) for i in range(count + 1)] if axis is not None else [None]
             first = ends[1] if len(ends) > 1 else None
             if first is not None and all(e == self.product([i, first]) for i, e in enumerate(ends)):
                 return count, first
@@ -237,7 +237,7 @@ class Tape(Knowledge):
             shape.append(sizes[0] if sizes else 1)
         return tuple(shape)
 
-    def fitted(self, node: Node, index: int, shape: Shape) -> str:
+    def fit_to_width(self, node: Node, index: int, shape: Shape) -> str:
         """A scale or shift of a value whose last axes have `shape`, as long as these are.
 
         A constant with equal entries fits every width; others are returned as they are.
@@ -260,18 +260,18 @@ class Tape(Knowledge):
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def frozen(self, name: str) -> bool:
+    def is_frozen(self, name: str) -> bool:
         return name in self._frozen
 
-    def wants(self, name: str) -> bool:
-        return name in self._wanted
+    def needs_gradient(self, name: str) -> bool:
+        return name in self._with_gradient
 
     def forward(self) -> None:
         """Write the forward pass of all nodes.
 
         Raises `ModelError` if an operator has no rule, or its rule can't handle this use.
         """
-        rules = with_rules(RULES)
+        rules = load_rules(RULES)
         for node in self._source.nodes:
             if self._is_shape_arithmetic(node):
                 continue
@@ -286,8 +286,8 @@ class Tape(Knowledge):
             self._check_shapes(node)
             if pull is not None and node.outputs[0] in self._scaled:
                 pull = self._scale(node.outputs[0], pull)
-            if pull is not None and any(self.wants(i) for i in node.inputs if i):
-                self._wanted.update(o for i, o in enumerate(node.outputs) if o and _can_be_float(node, i))
+            if pull is not None and any(self.needs_gradient(i) for i in node.inputs if i):
+                self._with_gradient.update(o for i, o in enumerate(node.outputs) if o and _can_be_float(node, i))
                 self._pulls.append((node, pull))
 
     def _scale(self, name: str, pull: Pull) -> Pull:
@@ -296,7 +296,7 @@ class Tape(Knowledge):
 
         def pull_scaled(dy: str) -> None:
             scaled_gradient = self.graph.emit("Mul", dy, step_contract.OUTPUT_SCALE)
-            self.written[scaled_gradient] = self.shape(name)
+            self.shapes_written[scaled_gradient] = self.shape(name)
             pull(scaled_gradient)
 
         return pull_scaled
@@ -304,7 +304,7 @@ class Tape(Knowledge):
     def _check_shapes(self, node: Node) -> None:
         """A rule's output shapes must equal those of the channel analysis."""
         for name in node.outputs:
-            analysed, shape = self.known(name) if name else None, self._shapes.get(name)
+            analysed, shape = self.analysed_shape(name) if name else None, self._shapes.get(name)
             if analysed is None or shape is None:
                 continue
             if len(analysed) != len(shape) or any(k not in (None, d) for k, d in zip(analysed, shape, strict=True)):
@@ -322,7 +322,7 @@ class Tape(Knowledge):
             i in self._arithmetic or (i in self._source.initializers and not self.is_tensor(i)) for i in inputs
         )
         # What is as long as there are channels is data, even if it is computed from nothing else: states of zeros.
-        has_width = any(isinstance(d, str) for o in node.outputs if o for d in self.known(o) or ())
+        has_width = any(isinstance(d, str) for o in node.outputs if o for d in self.analysed_shape(o) or ())
         if node.op in ("Shape", "Size") or (derived and not has_width and not is_dropout(node)):
             self._arithmetic.update(dict.fromkeys(node.outputs, node))
             return True
@@ -330,10 +330,10 @@ class Tape(Knowledge):
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, gradient: str) -> None:
+    def add_gradient(self, name: str, gradient: str) -> None:
         """Add to the gradient of a value of the model."""
         self._gradients.setdefault(name, []).append(gradient)
-        self.written[gradient] = self.shape(name)
+        self.shapes_written[gradient] = self.shape(name)
 
     def gradient(self, name: str) -> str | None:
         """The sum of a value's gradients; call it when all readers of the value have been pulled back."""
@@ -343,7 +343,7 @@ class Tape(Knowledge):
         # The list keeps the sum, so that a second call writes no further nodes.
         while len(gradients) > 1:
             gradients[:2] = [self.graph.emit("Add", gradients[0], gradients[1])]
-            self.written[gradients[0]] = self.shape(name)
+            self.shapes_written[gradients[0]] = self.shape(name)
         return gradients[0]
 
     def backward(self) -> None:
@@ -353,7 +353,7 @@ class Tape(Knowledge):
             if any(gradients):
                 pull(*gradients)
 
-    def reduced(self, gradient: str, shape: Shape, target: Shape) -> str:
+    def sum_to_shape(self, gradient: str, shape: Shape, target: Shape) -> str:
         """A gradient of `shape` summed over the axes along which `target` was broadcast."""
         lead = len(shape) - len(target)
         axes = list(range(lead))

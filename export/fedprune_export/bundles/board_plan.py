@@ -9,18 +9,18 @@ from pathlib import Path
 from types import NoneType
 
 from fedprune.core.errors import ProfileError
-from fedprune.core.validation import instance, number, whole
+from fedprune.core.validation import check_instance, check_number, check_whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict, trains_on
-from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, Plan, PlanSearch
+from fedprune.planning.cost_prediction import MEMORY_UNDERESTIMATE, Prediction, predict_costs, training_unit
+from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, PlanSearch, WidthPlan
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.updates import DOWN, NO_CODECS, PLAIN, Codec
+from fedprune.updates import DOWNLOAD_CODECS, NO_CODECS, PLAIN, Codec
 from fedprune_export.pruning.model import Model
 
 # Per limit the setting that raises it in an export, and in the job that its bundle is for.
-_SETTINGS = {
+_LIMIT_SETTINGS = {
     MEMORY: "--set accumulate={}",
     TIME: "--deadline {0}, a job's deadline_s = {0}",
     BYTES: "--bytes-per-round {0}, a job's byte_budget = {0}",
@@ -37,35 +37,35 @@ class BoardPlan:
         recipe: How the board trains; its batch is in as many parts as the board's memory needs.
         samples: Training samples that the board is expected to hold.
         probe: The board's own measurements, if there are any.
-        chosen: The widths, what they cost, and which limit binds.
-        whole: What a round of the whole model would cost the board.
+        width_plan: The widths, what they cost, and which limit binds.
+        full_prediction: What a round of the whole model would cost the board.
     """
 
     profile: HardwareProfile
     recipe: Recipe
     samples: int
     probe: ProbeReport | None
-    chosen: Plan
-    whole: Prediction
+    width_plan: WidthPlan
+    full_prediction: Prediction
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Kept channels per group."""
-        return self.chosen.widths
+        return self.width_plan.widths
 
     @property
     def unit(self) -> str:
         """The unit that trains on the board, one of `UNITS`."""
-        return trains_on(self.profile, self.probe)
+        return training_unit(self.profile, self.probe)
 
     @property
     def density(self) -> float:
         """The kept share of all channels that the widths round to."""
-        return self.chosen.density
+        return self.width_plan.density
 
     def __str__(self) -> str:
-        warning = self.chosen.warning and f"warning: {self.chosen.warning}"
-        return "\n".join(filter(None, (self.chosen.describe(self.whole.parameters), warning)))
+        warning = self.width_plan.warning and f"warning: {self.width_plan.warning}"
+        return "\n".join(filter(None, (self.width_plan.describe(self.full_prediction.parameters), warning)))
 
     __repr__ = __str__
 
@@ -105,21 +105,23 @@ def plan(
         ProfileError: There is no such profile, or the probe measured a GPU that boards of its kind don't have.
         PlanError: Not even the narrowest submodel fits.
     """
-    instance("model", model, Model, "a model from fedprune_export.load")
-    instance("target", target, (str, HardwareProfile), "a hardware profile, its name or its TOML file")
-    instance("recipe", recipe, (Recipe, NoneType), "a Recipe")
-    instance("probe", probe, (ProbeReport, NoneType), "a ProbeReport")
-    instance("profiles", profiles, (list, tuple), "a list of folders")
-    whole("samples", samples, 1)
+    check_instance("model", model, Model, "a model from fedprune_export.load")
+    check_instance("target", target, (str, HardwareProfile), "a hardware profile, its name or its TOML file")
+    check_instance("recipe", recipe, (Recipe, NoneType), "a Recipe")
+    check_instance("probe", probe, (ProbeReport, NoneType), "a ProbeReport")
+    check_instance("profiles", profiles, (list, tuple), "a list of folders")
+    check_whole("samples", samples, 1)
     if bytes_per_round is not None:
-        whole("bytes_per_round", bytes_per_round, 1)
+        check_whole("bytes_per_round", bytes_per_round, 1)
     for name, value in (("density", density), ("deadline_s", deadline_s), ("joules_per_round", joules_per_round)):
         if value is not None:
-            number(name, value, 0, 1 if name == "density" else math.inf, above=True)
+            check_number(name, value, 0, 1 if name == "density" else math.inf, above=True)
     profile = (
-        target if isinstance(target, HardwareProfile) else profile_store.chosen(target, tuple(map(Path, profiles)))
+        target
+        if isinstance(target, HardwareProfile)
+        else profile_store.find_typed_profile(target, tuple(map(Path, profiles)))
     )
-    if probe is not None and probe.unit == CUDA and profile.identify and not profile.cuda:
+    if probe is not None and probe.unit == CUDA and profile.identify and not profile.has_cuda:
         raise ProfileError(
             "the probe was measured on another board",
             expected=f"unit {CPU}: {profile.name} has no GPU that trains",
@@ -128,7 +130,7 @@ def plan(
     recipe = recipe or Recipe()
     codec = Codec.parse(compression, "compression")
     # Weights can't be sent with top-k: boards would train on from values that most of the model once had.
-    codecs = NO_CODECS if codec is None else (str(codec), str(codec) if codec.name in DOWN else None)
+    codecs = NO_CODECS if codec is None else (str(codec), str(codec) if codec.name in DOWNLOAD_CODECS else None)
     architecture = model.architecture
     width_plan = PlanSearch(
         architecture,
@@ -143,11 +145,13 @@ def plan(
         frozen=model.frozen,
         codecs=codecs,
         # Memory that is predicted from a profile alone may be too low by so much (docs/planner.md).
-        margin=TOO_LOW if probe is None else 0.0,
-        names=_SETTINGS,
-    ).plan()
-    recipe = recipe.in_parts(width_plan.accumulate)
-    uncut = predict(
+        margin=MEMORY_UNDERESTIMATE if probe is None else 0.0,
+        names=_LIMIT_SETTINGS,
+    ).search()
+    recipe = recipe.with_micro_batches(width_plan.accumulate)
+    uncut = predict_costs(
         architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen, codecs=codecs
     )
-    return BoardPlan(profile=profile, recipe=recipe, samples=samples, probe=probe, chosen=width_plan, whole=uncut)
+    return BoardPlan(
+        profile=profile, recipe=recipe, samples=samples, probe=probe, width_plan=width_plan, full_prediction=uncut
+    )

@@ -25,7 +25,7 @@ def bundle_files(
         ModelError: An operator can't be trained.
         BundleError: The selection doesn't fit the model.
     """
-    model.check(selection)
+    model.check_selection(selection)
     frozen = model.base_file
     return ({} if frozen is None else {BASE: frozen}) | {
         INFERENCE: inference_model(model, selection.widths, opset=opset),

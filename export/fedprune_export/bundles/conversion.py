@@ -16,19 +16,19 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core import tensorfile
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, reason
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, error_reason
 from fedprune.model.architecture import TensorKind
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import WEIGHTS, Bundle, open_bundle
-from fedprune.runtime.served_model import is_board_state, served_model
-from fedprune.runtime.session import Session
+from fedprune.runtime.served_model import is_board_state, load_served_model
+from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.bundles.inference import check_origin, inference_graph
-from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
+from fedprune_export.checks.parity import MAX_PARITY_ERROR, PARITY_SAMPLES, relative_error
 from fedprune_export.importing import import_onnx, metadata
-from fedprune_export.importing.hub_folder import COUNTER
-from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied
+from fedprune_export.importing.hub_folder import BATCH_COUNTER
+from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class ConversionSource:
     """A model to convert. `tensors`: its weights and statistics by name, in their order."""
 
     graph: Graph
@@ -47,28 +47,30 @@ class Source:
     bundle: Bundle | None = None
 
 
-def read_folder(folder: str | Path) -> Source:
+def read_folder(folder: str | Path) -> ConversionSource:
     """The submodel of a bundle, or the model that a board serves.
 
     Raises `BundleError` if the folder is neither a bundle nor a board's state folder, or it is damaged.
     """
     folder = Path(folder)
     if is_board_state(folder):
-        served = served_model(folder)
+        served = load_served_model(folder)
         title = f"the board's model after round {served.round} of job {served.job}"
-        return Source(inference_graph(served.folder), tensorfile.load(served.folder / WEIGHTS), title)
+        return ConversionSource(inference_graph(served.folder), tensorfile.load_tensors(served.folder / WEIGHTS), title)
     bundle = open_bundle(folder)
-    return Source(inference_graph(bundle.folder), tensorfile.load(bundle.path(WEIGHTS)), "the bundle's model", bundle)
+    return ConversionSource(
+        inference_graph(bundle.folder), tensorfile.load_tensors(bundle.path(WEIGHTS)), "the bundle's model", bundle
+    )
 
 
-def whole(model: Model, weights: Path | None = None) -> Source:
+def full_model_source(model: Model, weights: Path | None = None) -> ConversionSource:
     """A whole model, with the weights of a file if one is given.
 
     Raises `BundleError` if the weights are not the model's.
     """
     if weights is not None:
-        model = with_weights(model, tensorfile.load(weights), str(weights))
-    return Source(model.graph, model.tensors, "the whole model")
+        model = with_weights(model, tensorfile.load_tensors(weights), str(weights))
+    return ConversionSource(model.graph, model.tensors, "the whole model")
 
 
 def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: Ranks | None = None) -> Model:
@@ -117,7 +119,7 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
     return raw
 
 
-def placed(bundle: Bundle, model: Model, *, keep: bool = False) -> dict[str, Array]:
+def scatter_bundle(bundle: Bundle, model: Model, *, keep: bool = False) -> dict[str, Array]:
     """Scatter the tensors of a bundle into those of the whole model.
 
     Raises `BundleError` if the bundle is not one of that model's.
@@ -129,7 +131,7 @@ def placed(bundle: Bundle, model: Model, *, keep: bool = False) -> dict[str, Arr
     check_origin(bundle, model)
     statistics = {t.name for t in model.architecture.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}
     targets = {n: v if keep or n in statistics else np.zeros_like(v) for n, v in model.tensors.items()}
-    return dict(bundle.selection.scatter(tensorfile.load(bundle.path(WEIGHTS)), targets))
+    return dict(bundle.selection.scatter(tensorfile.load_tensors(bundle.path(WEIGHTS)), targets))
 
 
 def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
@@ -138,31 +140,31 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     Raises `ModelError` if it is damaged. `graph`: a graph of the model, which says what other names tensors have.
     """
     state: dict[str, Array] = {}
-    aliases, names = tied(graph.metadata), original_names(graph.metadata)
+    aliases, names = tied_names(graph.metadata), original_names(graph.metadata)
     for name, value in tensors.items():
         state |= dict.fromkeys((names.get(name, name), *aliases.get(name, ())), value)
         norm = name.removesuffix("running_var")
         if norm != name and f"{norm}running_mean" in tensors:
             # torch's strict loading wants the counters of batch norms, though no inference reads them.
-            state[norm + COUNTER] = np.zeros((), np.int64)
+            state[norm + BATCH_COUNTER] = np.zeros((), np.int64)
     return state
 
 
-def agreement(error: float) -> str:
+def agreement_text(error: float) -> str:
     """A text that says how close a file's outputs are to those of its source."""
     return f"its outputs equal the source's {f'to within {error:.1e}' if error else 'exactly'}"
 
 
-def onnx_parity(raw: bytes, graph: Graph) -> float:
+def check_onnx_parity(raw: bytes, graph: Graph) -> float:
     """The distance of an ONNX file's outputs from a graph's, on random samples.
 
     Raises `ModelError` if they are too far from it, or onnxruntime doesn't load the file.
     """
-    x = sample_feeds(graph, SAMPLES)[X]
-    return _checked(outputs(raw, x), outputs(graph.to_bytes(), x), "the ONNX file")
+    x = sample_feeds(graph, PARITY_SAMPLES)[X]
+    return _check_outputs(run_model(raw, x), run_model(graph.to_bytes(), x), "the ONNX file")
 
 
-def state_parity(
+def check_state_parity(
     state: Mapping[str, Array], graph: Graph, reference: Graph, module: Any = None, hint: str = ""
 ) -> float:
     """The distance of the outputs of a model with a state dict's tensors from a reference's, on random samples.
@@ -172,31 +174,31 @@ def state_parity(
     Args:
         module: The same model in torch, which loads the state dict, too; None for none.
     """
-    x = sample_feeds(reference, SAMPLES)[X]
-    expected = outputs(reference.to_bytes(), x)
+    x = sample_feeds(reference, PARITY_SAMPLES)[X]
+    expected = run_model(reference.to_bytes(), x)
     filled_graph = graph.copy()
     names = original_names(graph.metadata)
     filled_graph.initializers.update(
         {n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state}
     )
-    error = _checked(outputs(filled_graph.to_bytes(), x), expected, "the model with this state dict", hint)
+    error = _check_outputs(run_model(filled_graph.to_bytes(), x), expected, "the model with this state dict", hint)
     if module is None:
         return error
-    module_outputs = _module_outputs(module, state, x, frozenset(metadata.unused(graph.metadata)))
-    return max(error, _checked(module_outputs, expected, "the torch module with it", hint))
+    module_outputs = _module_outputs(module, state, x, frozenset(metadata.unused_parameters(graph.metadata)))
+    return max(error, _check_outputs(module_outputs, expected, "the torch module with it", hint))
 
 
-def outputs(model: bytes, x: Array) -> Array:
-    return Session(model).run({X: x})[LOGITS]
+def run_model(model: bytes, x: Array) -> Array:
+    return OnnxSession(model).run({X: x})[LOGITS]
 
 
-def _checked(actual: Array, expected: Array, subject: str, hint: str = "") -> float:
-    error = distance(actual, expected) if actual.shape == expected.shape else math.inf
+def _check_outputs(actual: Array, expected: Array, subject: str, hint: str = "") -> float:
+    error = relative_error(actual, expected) if actual.shape == expected.shape else math.inf
     # Negated, so that an error that is not a number is refused, too.
-    if not error <= LIMIT:
+    if not error <= MAX_PARITY_ERROR:
         raise ModelError(
             f"{subject} computes something else than the model that it was made of",
-            expected=f"outputs equal to {LIMIT:g}",
+            expected=f"outputs equal to {MAX_PARITY_ERROR:g}",
             got=f"a difference of {error:.2g}",
             hint=hint or "Please report this with the model.",
         )
@@ -212,7 +214,7 @@ def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: A
             {n: torch.from_numpy(np.array(v)) for n, v in state.items()}, strict=False
         )
     except RuntimeError as error:  # a tensor of another shape
-        raise ModelError(f"the torch module doesn't load the state dict ({reason(error)})") from error
+        raise ModelError(f"the torch module doesn't load the state dict ({error_reason(error)})") from error
     parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
     lacking = sorted(n for n in missed if n in parameters - unused)
     if lacking or unknown:
@@ -240,7 +242,7 @@ def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
     """
     if path.suffix == ".safetensors":
         raw = tensorfile.encode(state)
-        write_whole(path, raw)
+        write_atomically(path, raw)
         return len(raw)
     if path.suffix not in (".pt", ".pth"):
         raise UsageError(f"{path}", expected="a file name that ends in .safetensors, .pt or .pth")
@@ -249,7 +251,7 @@ def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
     # Copies, since torch warns of read-only arrays, such as those of a mapped file.
     torch.save({n: torch.from_numpy(np.array(v)) for n, v in state.items()}, buffer)
     raw = buffer.getvalue()
-    write_whole(path, raw)
+    write_atomically(path, raw)
     return len(raw)
 
 

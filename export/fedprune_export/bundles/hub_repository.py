@@ -14,26 +14,26 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.core import tensorfile
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import is_there, storage_errors
-from fedprune.core.errors import MissingExtraError, ModelError, reason, shown
-from fedprune.core.validation import instance
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import path_exists, storage_errors
+from fedprune.core.errors import MissingExtraError, ModelError, error_reason, value_text
+from fedprune.core.validation import check_instance
 from fedprune.output.document import Block, Document
-from fedprune_export.bundles.conversion import onnx_file, onnx_parity, state_dict
+from fedprune_export.bundles.conversion import check_onnx_parity, onnx_file, state_dict
 from fedprune_export.importing import load
 from fedprune_export.importing.hub_folder import (
-    CARD,
-    CONFIG,
-    FILES,
-    GRAPH,
-    WEIGHTS,
+    HUB_CARD_FILE,
+    HUB_CONFIG_FILE,
+    HUB_FILES,
+    HUB_GRAPH_FILE,
+    HUB_WEIGHTS_FILE,
     is_hub_folder,
     model_name,
     read_config,
 )
 from fedprune_export.pruning.model import Model
 
-log = logging.getLogger("fedprune.export")
+_LOG = logging.getLogger("fedprune.export")
 
 # The names that the hub takes: owner and name of up to 96 characters.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -43,7 +43,7 @@ _TAGS = ("federated-learning", "structured-pruning", "onnx")
 # which is then kept.
 _CARD_DIGEST = "card_sha256"
 
-_USE = """## Loading it
+_USAGE_SECTION = """## Loading it
 
 ```python
 import fedprune_export as fx
@@ -55,7 +55,9 @@ model = fx.from_pretrained("OWNER/NAME")  # this repository, or the folder
 `module.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.
 """
 
-_LICENCE = "To be chosen by the publisher of the model; until then `license` at the head of this page is `unknown`."
+_LICENCE_PLACEHOLDER = (
+    "To be chosen by the publisher of the model; until then `license` at the head of this page is `unknown`."
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ class ModelCard:
             architecture.name,
             self.facts,
             {
-                "": [_shape(model)],
+                "": [_shape_text(model)],
                 **self.sections,
-                "Licence": [f"{self.license}." if self.license else _LICENCE],
+                "Licence": [f"{self.license}." if self.license else _LICENCE_PLACEHOLDER],
             },
         )
-        return "\n".join(["---", *lines, "---", "", body.to_markdown(), _USE])
+        return "\n".join(["---", *lines, "---", "", body.to_markdown(), _USAGE_SECTION])
 
 
 def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None = None) -> Path:
@@ -123,29 +125,31 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
         ModelError: The graph can't be written.
         StorageError: The folder can't be written.
     """
-    instance("model", model, Model, "a model, such as one from fedprune_export.load")
-    instance("folder", folder, (str, Path), "the path of a folder")
-    instance("card", card, (ModelCard, NoneType), "a ModelCard")
+    check_instance("model", model, Model, "a model, such as one from fedprune_export.load")
+    check_instance("folder", folder, (str, Path), "the path of a folder")
+    check_instance("card", card, (ModelCard, NoneType), "a ModelCard")
     folder, card = Path(folder), card or ModelCard()
     graph = onnx_file(model.graph, model.tensors, model.architecture.name)
-    onnx_parity(graph, model.graph)
+    check_onnx_parity(graph, model.graph)
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     # Asked before config.json is written, which holds the digest of the new card.
     text = card.to_markdown(model).encode()
     edited = _is_edited(folder)
     # Loaders such as transformers' refuse a file that doesn't name its format.
-    write_whole(folder / WEIGHTS, tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"}))
-    write_whole(folder / GRAPH, graph)
+    write_atomically(
+        folder / HUB_WEIGHTS_FILE, tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"})
+    )
+    write_atomically(folder / HUB_GRAPH_FILE, graph)
     if edited:
-        log.warning(
+        _LOG.warning(
             "%s was edited and is kept: its figures may be those of an earlier model. Delete it and save again for a "
             "new one.",
-            folder / CARD,
+            folder / HUB_CARD_FILE,
         )
     else:
-        write_whole(folder / CARD, text)
-    write_whole(folder / CONFIG, (json.dumps(_config(model, card, text), indent=2) + "\n").encode())
+        write_atomically(folder / HUB_CARD_FILE, text)
+    write_atomically(folder / HUB_CONFIG_FILE, (json.dumps(_config(model, card, text), indent=2) + "\n").encode())
     return folder
 
 
@@ -161,12 +165,14 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, name: st
         ModelError: There is no such folder or repository, or it holds something else.
         MissingExtraError: The hub is needed, and huggingface_hub is not installed.
     """
-    instance("source", source, (str, Path), "a folder, or owner/name on the hub")
+    check_instance("source", source, (str, Path), "a folder, or owner/name on the hub")
     if Path(source).is_dir():
         return load(Path(source), name=name)
     if not _REPOSITORY.fullmatch(str(source)):
-        raise ModelError(f"model {shown(str(source))}", expected="a folder, or owner/name on the hub", got="neither")
-    folder = _downloaded(str(source), revision)
+        raise ModelError(
+            f"model {value_text(str(source))}", expected="a folder, or owner/name on the hub", got="neither"
+        )
+    folder = _download(str(source), revision)
     return load(folder, name=name or model_name(folder, str(source).partition("/")[2]))
 
 
@@ -185,10 +191,10 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
     folder = Path(folder)
     if not is_hub_folder(folder):
         raise ModelError(
-            f"{folder}", expected=f"{', '.join(FILES)}, such as save_pretrained writes", got="none of that"
+            f"{folder}", expected=f"{', '.join(HUB_FILES)}, such as save_pretrained writes", got="none of that"
         )
     if not _REPOSITORY.fullmatch(repository):
-        raise ModelError("repository", expected="owner/name", got=shown(repository))
+        raise ModelError("repository", expected="owner/name", got=value_text(repository))
     hub = _hub()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
@@ -196,22 +202,26 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
             repo_id=repository,
             folder_path=folder,
             # Nothing else that lies in the folder is published.
-            allow_patterns=[*FILES],
+            allow_patterns=[*HUB_FILES],
             commit_message=message or f"Upload a model of fedprune {__version__}",
         )
     except Exception as error:  # the library lets through whatever its client for HTTP raises
         hint = "Log in with `hf auth login`, and see whether the repository is yours."
-        raise ModelError(f"can't upload {folder} to {repository} ({reason(error)})", hint=hint) from error
+        raise ModelError(f"can't upload {folder} to {repository} ({error_reason(error)})", hint=hint) from error
     return str(commit.commit_url)
 
 
-def _downloaded(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None) -> Path:
     hub = _hub()
     try:
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=[GRAPH, WEIGHTS, CONFIG]))
+        return Path(
+            hub.snapshot_download(
+                repository, revision=revision, allow_patterns=[HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE]
+            )
+        )
     except Exception as error:  # the library lets through whatever its client for HTTP raises
         hint = "If it is a folder of this machine, it isn't there; else see whether the hub has it, and is reachable."
-        raise ModelError(f"can't get {repository} from the hub ({reason(error)})", hint=hint) from error
+        raise ModelError(f"can't get {repository} from the hub ({error_reason(error)})", hint=hint) from error
 
 
 def _hub() -> Any:
@@ -224,9 +234,9 @@ def _hub() -> Any:
 
 def _is_edited(folder: Path) -> bool:
     """Whether the folder has a card other than the one that was written with its `config.json`."""
-    path = folder / CARD
+    path = folder / HUB_CARD_FILE
     with storage_errors(f"can't read {path}"):
-        if not is_there(path):
+        if not path_exists(path):
             return False
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
@@ -252,7 +262,7 @@ def _config(model: Model, card: ModelCard, text: bytes) -> dict[str, Any]:
     return config
 
 
-def _shape(model: Model) -> str:
+def _shape_text(model: Model) -> str:
     architecture = model.architecture
     sizes = (" × ".join(map(str, shape)) or "1" for shape in (architecture.input_shape, architecture.output_shape))
     count = sum(t.size for t in model.tensors.values())

@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 
 from fedprune.core import tensorfile
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import BundleError, remedy
+from fedprune.core.errors import BundleError, path_remedy
 from fedprune.runtime.bundle import BASE, INFERENCE, WEIGHTS, Bundle
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.cut import at_widths
-from fedprune_export.pruning.frozen_base import read_low
+from fedprune_export.pruning.frozen_base import write_base_reads
 from fedprune_export.pruning.model import Model
 
 # The file of weights that an inference graph refers to.
@@ -40,15 +40,15 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
     """
     graph = at_widths(model, widths)
     if model.base is not None:
-        read_low(graph, model.base)
+        write_base_reads(graph, model.base)
     proto = graph.to_proto() if opset is None else graph.to_proto(opset=opset)
-    offset = len(tensorfile.header([(b.name, b.code, b.shape) for b in model.architecture.base]))
+    offset = len(tensorfile.header_for_specs([(b.name, b.code, b.shape) for b in model.architecture.base]))
     for array in model.architecture.base:
         offset = add_external(proto, array.name, array.dtype, array.shape, BASE, offset)
         # An initialiser that is an input, too, is only a default value: no runtime folds it into float32 constants.
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         proto.graph.input.append(onnx.helper.make_tensor_value_info(array.name, kind, array.shape))
-    return with_weights(proto, model.architecture.shapes(widths))
+    return refer_to_weights(proto, model.architecture.shapes(widths))
 
 
 def write_model(folder: Path, model: Model, weights: bytes) -> None:
@@ -59,15 +59,15 @@ def write_model(folder: Path, model: Model, weights: bytes) -> None:
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     # The graph last: it never refers to weights that aren't there.
-    write_whole(folder / WEIGHTS_FILE, weights)
+    write_atomically(folder / WEIGHTS_FILE, weights)
     if (frozen := model.base_file) is not None:
-        write_whole(folder / BASE, frozen)
-    write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
+        write_atomically(folder / BASE, frozen)
+    write_atomically(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
 
 
-def with_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> bytes:
+def refer_to_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> bytes:
     """The bytes of a model whose weights are in `WEIGHTS_FILE`. `shapes`: all tensors of the file, in its order."""
-    offset = len(tensorfile.header([(n, "F32", s) for n, s in shapes.items()]))
+    offset = len(tensorfile.header_for_specs([(n, "F32", s) for n, s in shapes.items()]))
     for name, shape in shapes.items():
         offset = add_external(proto, name, np.dtype(np.float32), shape, WEIGHTS_FILE, offset)
     # Deterministic: equal models have equal bytes, and so one digest.
@@ -107,12 +107,12 @@ def inference_graph(folder: Path) -> Graph:
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
     except Exception as error:
         raise BundleError(f"{path} is no ONNX model", hint="Export the bundle again.") from error
-    tensors = tensorfile.load(folder / WEIGHTS)
+    tensors = tensorfile.load_tensors(folder / WEIGHTS)
     if (folder / BASE).is_file():
-        tensors |= tensorfile.load(folder / BASE)
+        tensors |= tensorfile.load_tensors(folder / BASE)
     outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     for initialiser in outside:

@@ -15,12 +15,19 @@ from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
 from fedprune.model.losses import LOSSES
 from fedprune.runtime.bundle import BASE, FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
-from fedprune.runtime.onnx_subgraph import part_for
+from fedprune.runtime.onnx_subgraph import subgraph_for
 from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.inference import check_origin, inference_graph
-from fedprune_export.checks.parity import LIMIT, STEP_SAMPLES, TRIAL_RATE, distance, moved_tensors, parity
+from fedprune_export.checks.parity import (
+    MAX_PARITY_ERROR,
+    STEP_SAMPLES,
+    TRIAL_LEARNING_RATE,
+    check_parity,
+    count_moved_tensors,
+    relative_error,
+)
 from fedprune_export.checks.step_feeds import Array, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
@@ -28,23 +35,23 @@ from fedprune_export.pruning.model import Model
 
 # The largest difference of the two graphs' losses, relative to 1 + loss: boards apply the same limit before a model
 # serves.
-LOSS_LIMIT = 1e-3
+MAX_LOSS_DIFFERENCE = 1e-3
 
 # A single sample, an odd number, and all: a graph with a frozen batch fails at one of them.
-_BATCHES = (1, 3, STEP_SAMPLES)
+_TRIAL_BATCHES = (1, 3, STEP_SAMPLES)
 # Learning rates that are tried in turn: some losses are steep.
-_RATES = (TRIAL_RATE, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
+_TRIAL_RATES = (TRIAL_LEARNING_RATE, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass(frozen=True)
-class Check:
+class PassedCheck:
     """A check that a bundle has passed, and its finding."""
 
     name: str
-    found: str
+    finding: str
 
 
-def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
+def verify_bundle(folder: Path, model: Model | None = None) -> Iterator[PassedCheck]:
     """Check a bundle; yields each check once it is passed.
 
     Args:
@@ -58,17 +65,17 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
     bundle = open_bundle(folder)
     files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)), *([BASE] if bundle.base else []))
     size = sum(bundle.path(n).stat().st_size for n in files)
-    yield Check("files", f"{len(files)} files of {size:,} bytes are as they were exported")
+    yield PassedCheck("files", f"{len(files)} files of {size:,} bytes are as they were exported")
     trial = _Trial(bundle)
-    yield Check("weights", trial.check_weights())
-    yield Check("inference", trial.check_inference())
-    yield Check("training", trial.check_step())
-    yield Check("descent", trial.check_descent())
-    yield Check("agreement", trial.check_agreement())
+    yield PassedCheck("weights", trial.check_weights())
+    yield PassedCheck("inference", trial.check_inference())
+    yield PassedCheck("training", trial.check_step())
+    yield PassedCheck("descent", trial.check_descent())
+    yield PassedCheck("agreement", trial.check_agreement())
     for precision in bundle.precisions:
-        yield Check(precision, trial.check_precision(precision))
+        yield PassedCheck(precision, trial.check_precision(precision))
     if model is not None:
-        yield Check("model", check_model(bundle, model))
+        yield PassedCheck("model", check_model(bundle, model))
 
 
 class _Trial:
@@ -77,15 +84,15 @@ class _Trial:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.outputs = bundle.architecture.output_shape
-        self.tensors = tensorfile.load(bundle.path(WEIGHTS))
+        self.tensors = tensorfile.load_tensors(bundle.path(WEIGHTS))
 
     @cached_property
     def graph(self) -> Graph:
         return inference_graph(self.bundle.folder)
 
     @cached_property
-    def training(self) -> Session:
-        return Session(self.bundle.path(TRAINING), training=True)
+    def training(self) -> OnnxSession:
+        return OnnxSession(self.bundle.path(TRAINING), training=True)
 
     @cached_property
     def x(self) -> Array:
@@ -99,7 +106,7 @@ class _Trial:
         feeds = step_feeds(
             self.training.inputs,
             self.bundle.recipe,
-            {**(self.tensors if tensors is None else tensors), **self.bundle.frozen()},
+            {**(self.tensors if tensors is None else tensors), **self.bundle.frozen_weights()},
             self.x,
             self.y,
             self.outputs[0],
@@ -122,33 +129,34 @@ class _Trial:
         shape = self.bundle.architecture.input_shape
         if tuple(self.graph.inputs[0].shape[1:]) != shape:
             raise BundleError(f"{INFERENCE}: its input", expected=shape, got=self.graph.inputs[0].shape[1:])
-        session = Session(self.bundle.path(INFERENCE))
+        session = OnnxSession(self.bundle.path(INFERENCE))
         all_logits = session.run({step.X: self.x})[step.LOGITS]
-        for batch in _BATCHES:
+        for batch in _TRIAL_BATCHES:
             logits = session.run({step.X: self.x[:batch]})[step.LOGITS]
             if logits.shape != (batch, *self.outputs):
                 raise ModelError(f"{INFERENCE}: logits", expected=(batch, *self.outputs), got=logits.shape)
             if not np.isfinite(logits).all():
                 raise ModelError(f"{INFERENCE}: logits of {batch} random samples are not finite")
-            if not distance(logits, all_logits[:batch]) <= LIMIT:
+            if not relative_error(logits, all_logits[:batch]) <= MAX_PARITY_ERROR:
                 raise ModelError(f"{INFERENCE}: the logits of a sample depend on the others of its batch")
-        return f"logits {shape_text('n', *self.outputs)} of {', '.join(map(str, _BATCHES))} random samples are finite"
+        batches = ", ".join(map(str, _TRIAL_BATCHES))
+        return f"logits {shape_text('n', *self.outputs)} of {batches} random samples are finite"
 
     def check_step(self) -> str:
         """Check that a step gives a finite loss, moves weights, and keeps all shapes."""
         # With the recipe's own rate of 0 nothing would move: try the step with another.
-        outputs = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else TRIAL_RATE))
-        moved_count = moved_tensors(outputs, self.bundle.architecture, self.tensors)
-        frozen = [n for n in self.tensors if step.following(n) not in outputs]
+        outputs = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else TRIAL_LEARNING_RATE))
+        moved_count = count_moved_tensors(outputs, self.bundle.architecture, self.tensors)
+        frozen = [n for n in self.tensors if step.next_name(n) not in outputs]
         return f"loss {float(outputs[step.LOSS]):.4g}; a step moves {quantity(moved_count, 'tensor')}" + (
             f" and leaves {len(frozen)} frozen" if frozen else ""
         )
 
     def check_descent(self) -> str:
         """Check that a small step lowers the loss of its own batch."""
-        for rate in _RATES:
+        for rate in _TRIAL_RATES:
             outputs = self.training.run(self.feeds(rate=rate))
-            next_tensors = {n: outputs.get(step.following(n), v) for n, v in self.tensors.items()}
+            next_tensors = {n: outputs.get(step.next_name(n), v) for n, v in self.tensors.items()}
             next_loss = float(self.training.run(self.feeds(next_tensors), [step.LOSS])[step.LOSS])
             if next_loss < self.loss:
                 return f"a step at learning rate {rate:g} lowers the loss to {next_loss:.4g}"
@@ -160,19 +168,19 @@ class _Trial:
         norms = [
             n
             for n in graph.nodes
-            if n.op == "BatchNormalization" and step.following(n.inputs[3]) in self.training.outputs
+            if n.op == "BatchNormalization" and step.next_name(n.inputs[3]) in self.training.outputs
         ]
         # Before opset 14 BatchNormalization in training mode had other outputs.
         if norms and graph.opset < 14:
             return f"not compared: batch norms have no training mode at opset {graph.opset}"
         training_graph = graph.copy()
         for node in training_graph.nodes:
-            if node.op == "BatchNormalization" and step.following(node.inputs[3]) in self.training.outputs:
+            if node.op == "BatchNormalization" and step.next_name(node.inputs[3]) in self.training.outputs:
                 node.attrs["training_mode"] = 1
                 node.outputs += [training_graph.fresh("mean"), training_graph.fresh("var")]
-        logits = Session(training_graph.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
+        logits = OnnxSession(training_graph.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
         inference_loss = self._loss_of(logits)
-        if not abs(inference_loss - self.loss) <= LOSS_LIMIT * (1 + abs(self.loss)):
+        if not abs(inference_loss - self.loss) <= MAX_LOSS_DIFFERENCE * (1 + abs(self.loss)):
             raise ModelError(
                 "inference and training graph contradict each other",
                 expected=f"a loss of {self.loss:.6g}",
@@ -187,7 +195,9 @@ class _Trial:
         if value is not None:
             # In float64, so that the reference is more exact than the graph.
             return value(logits.astype(np.float64), self.feeds())
-        objective = Session(part_for(self.bundle.path(TRAINING).read_bytes(), [step.LOSS], given=[step.LOGITS]))
+        objective = OnnxSession(
+            subgraph_for(self.bundle.path(TRAINING).read_bytes(), [step.LOSS], given_values=[step.LOGITS])
+        )
         feeds = {n: v for n, v in self.feeds().items() if n in objective.inputs}
         return float(objective.run({**feeds, step.LOGITS: logits})[step.LOSS])
 
@@ -197,7 +207,7 @@ class _Trial:
         Predictions with them must be finite.
         """
         bundle = self.bundle
-        stored = tensorfile.load(bundle.path(weights_file(precision)))
+        stored = tensorfile.load_tensors(bundle.path(weights_file(precision)))
         prepared = tensorfile.decode(lowered_weights(bundle.folder, precision, self.tensors))
         for name in (*prepared, *stored):
             prepared_value, stored_value = prepared.get(name), stored.get(name)
@@ -219,7 +229,7 @@ class _Trial:
                     f"{weights_file(precision)}: tensor {name} was not made from these weights",
                     hint="Export the bundle again.",
                 )
-        logits = Session(bundle.path(graph_file(precision)), exact=True).run({step.X: self.x})[step.LOGITS]
+        logits = OnnxSession(bundle.path(graph_file(precision)), exact=True).run({step.X: self.x})[step.LOGITS]
         shape = (len(self.x), *self.outputs)
         if logits.shape != shape or not np.isfinite(logits).all():
             raise ModelError(f"{graph_file(precision)}: logits of random samples are not finite numbers {shape}")
@@ -236,7 +246,7 @@ def check_model(bundle: Bundle, model: Model) -> str:
     """
     check_origin(bundle, model)
     cut_tensors = bundle.selection.gather(model.tensors)
-    stored = tensorfile.load(bundle.path(WEIGHTS))
+    stored = tensorfile.load_tensors(bundle.path(WEIGHTS))
     changed = [n for n, v in cut_tensors.items() if not np.array_equal(v, stored[n])]
     if changed:
         raise BundleError(
@@ -245,7 +255,7 @@ def check_model(bundle: Bundle, model: Model) -> str:
             got=f"{len(changed)} others, such as {changed[0]}",
             hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
         )
-    error = parity(
+    error = check_parity(
         model,
         bundle.selection,
         {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS, *([BASE] if bundle.base else []))},

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune.core.text import some
+from fedprune.core.text import first_few
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.cost_table import ValueAxes, activations, layers
-from fedprune_export.channels.rule import TARGETS, Channels, Choices, Pick, Prefer, walk
+from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, Choices, Pick, Prefer, apply_channel_rules
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.shape_arithmetic import follow, origins
+from fedprune_export.ir.shape_arithmetic import size_marks, size_origins
 from fedprune_export.ir.trace import Trace
 
 Rows = Mapping[str, Sequence[AtomRow]]  # per value its axes, by unit
@@ -46,11 +46,11 @@ class Grouping:
         # Most axes of a graph repeat a few rows; forming an axis is the slow part.
         key = row.tobytes()
         if key not in self._axes:
-            self._axes[key] = _axis(self.group_of[row], self.position[row])
+            self._axes[key] = _build_axis(self.group_of[row], self.position[row])
         return self._axes[key]
 
 
-def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Grouping:
+def form_groups(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Grouping:
     """Form groups of units.
 
     Args:
@@ -61,15 +61,17 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     unit = np.arange(1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0))
     while True:
         axes = list({r.tobytes(): r for value in rows.values() for row in value if (r := unit[row]).any()}.values())
-        candidate, unfit, alone = _groups(axes, unit.size)
+        candidate, unfit, alone = _divide_into_groups(axes, unit.size)
         reason = "the number of kept channels can't be read from any tensor's shape"
-        rejected_group = _untold(
+        rejected_group = _group_without_width(
             {frozenset(candidate.group_of[unit[r]].tolist()) for n in names for r in rows[n]}, candidate.sizes
         )
         # Which channels a node takes can only be judged once all widths can be read.
         if rejected_group is None:
             reason = "a node such as Gather or Slice takes different parts of different channels"
-            rejected_group = _shifted(candidate, [Pick(unit[p.source], p.taken, unit[p.made]) for p in picks])
+            rejected_group = _find_uneven_pick(
+                candidate, [Pick(unit[p.source], p.indices, unit[p.atoms]) for p in picks]
+            )
         if rejected_group is None:
             break
         stay_counts[reason] = stay_counts.get(reason, 0) + candidate.sizes[rejected_group]
@@ -82,25 +84,27 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     return Grouping(candidate.group_of[unit], candidate.position[unit], candidate.sizes, notes)
 
 
-def _shifted(grouping: Grouping, picks: Sequence[Pick]) -> int | None:
+def _find_uneven_pick(grouping: Grouping, picks: Sequence[Pick]) -> int | None:
     """The first group from whose channels a node takes different indices; None if there is no such group.
 
     The indices would then depend on which channels are kept, so that no single graph could serve all selections.
     """
     for pick in picks:
-        groups = grouping.group_of[pick.made]
+        groups = grouping.group_of[pick.atoms]
         if not (groups != FIXED).any():
             continue
-        pairs = np.stack([_places(grouping.axis(pick.made)), _places(grouping.axis(pick.source))[pick.taken]])
+        pairs = np.stack(
+            [_channel_offsets(grouping.axis(pick.atoms)), _channel_offsets(grouping.axis(pick.source))[pick.indices]]
+        )
         pairs = np.unique(pairs[:, groups != FIXED], axis=1)
         target_offsets, count = np.unique(pairs[0], return_counts=True)
         if (count > 1).any():
-            index = np.flatnonzero(_places(grouping.axis(pick.made)) == target_offsets[count > 1][0])[0]
+            index = np.flatnonzero(_channel_offsets(grouping.axis(pick.atoms)) == target_offsets[count > 1][0])[0]
             return int(groups[index])
     return None
 
 
-def _places(axis: Axis) -> AtomRow:
+def _channel_offsets(axis: Axis) -> AtomRow:
     """Each index's offset within its channel, plus its segment's offset.
 
     Corresponding indices of a segment's channels have equal ones.
@@ -113,7 +117,7 @@ def _places(axis: Axis) -> AtomRow:
     return np.concatenate(offsets) if offsets else np.zeros(0, np.int64)
 
 
-def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
+def _divide_into_groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
     """Form groups that every axis lists completely, once or several times.
 
     Returns the groups; how many units had to be fixed because of their order, and how many because they were alone.
@@ -136,7 +140,7 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
         group_of, position = np.full(size, FIXED, np.int64), np.zeros(size, np.int64)
         for g, units in enumerate(lists):
             group_of[units], position[units] = g, np.arange(len(units))
-        runs, broken = _check_passes(axes, group_of, position, [len(m) for m in lists])
+        runs, broken = _find_runs(axes, group_of, position, [len(m) for m in lists])
         # A group of one channel could not lose any: an axis can't be cut to nothing.
         single = {g for g, units in enumerate(lists) if len(units) == 1}
         if not broken and not single:
@@ -158,7 +162,7 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
             del keys[lists[g][0]]
 
 
-def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
+def _group_without_width(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
     """The smallest of the groups whose widths don't follow from the shapes of tensors; None if all do.
 
     A training graph serves all widths: it reads them off the shapes of the tensors that are its inputs. `axes`: the
@@ -174,7 +178,7 @@ def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
     return min((g for g in range(len(sizes)) if g not in readable), key=lambda g: sizes[g], default=None)
 
 
-def _check_passes(
+def _find_runs(
     axes: Sequence[AtomRow], group_of: AtomRow, position: AtomRow, sizes: Sequence[int]
 ) -> tuple[dict[int, tuple[tuple[int, int], ...]], set[int]]:
     """The groups that some axis doesn't list completely and in order, and the runs in which units occur."""
@@ -182,12 +186,12 @@ def _check_passes(
     occurrences: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
         run_number = 0
-        for g, start, stop in _stretches(group_of[row]):
+        for g, start, stop in _equal_stretches(group_of[row]):
             run_number += 1
             if g == FIXED:
                 continue
             stretch = row[start:stop]
-            if _passes(position[stretch], sizes[g]) is None:
+            if _count_passes(position[stretch], sizes[g]) is None:
                 broken.add(g)
                 # Where the order breaks, another run begins: its units may form a group of their own.
                 step = np.diff(position[stretch])
@@ -201,7 +205,7 @@ def _check_passes(
     return {u: tuple(s) for u, s in occurrences.items()}, broken
 
 
-def _stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
+def _equal_stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
     """Runs of equal numbers as (number, start, stop)."""
     if not groups.size:
         return
@@ -210,7 +214,7 @@ def _stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
         yield int(groups[start]), start, stop
 
 
-def _passes(positions: AtomRow, size: int) -> tuple[int, int] | None:
+def _count_passes(positions: AtomRow, size: int) -> tuple[int, int] | None:
     """The number of times that a run lists all positions in order, and of repetitions of each; None if it doesn't."""
     inner = int(np.argmax(positions != positions[0])) if (positions != positions[0]).any() else positions.size
     if positions.size % (inner * size):
@@ -221,21 +225,21 @@ def _passes(positions: AtomRow, size: int) -> tuple[int, int] | None:
     return passes, inner
 
 
-def _axis(groups: AtomRow, positions: AtomRow) -> Axis:
+def _build_axis(groups: AtomRow, positions: AtomRow) -> Axis:
     segments: list[Segment] = []
-    for g, start, stop in _stretches(groups):
+    for g, start, stop in _equal_stretches(groups):
         if g == FIXED:
             segments.append(Segment(FIXED, 0, stop - start))
             continue
         run = positions[start:stop]
         size = int(run.max()) + 1
-        passes, inner = _passes(run, size) or (1, 1)
+        passes, inner = _count_passes(run, size) or (1, 1)
         segments += [Segment(g, 0, size, inner)] * passes
     return Axis(tuple(segments)) if segments else Axis.fixed(0)
 
 
 # Passes over the rules. Fewer than ten settle one or two choices per layer; the bound guards against endless passes.
-_MOST_RUNS = 40
+_MAX_RUNS = 40
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ def analyse(
     trace: Trace,
     name: str,
     prefer: Prefer = "coarse",
-    kept: Collection[str] = (),
+    uncut: Collection[str] = (),
 ) -> Analysis:
     """Find the channel groups of a normalised graph.
 
@@ -262,16 +266,16 @@ def analyse(
     Args:
         prefer: Which channels to cut where only one kind can be: "coarse" for whole heads, convolution groups and norm
             groups, "fine" for positions within all of them. Where one leaves nothing to cut, the other is taken.
-        kept: Names of tensors whose channels all stay.
+        uncut: Names of tensors whose channels all stay.
     """
-    channels, notes = _settle(graph, parameters, trace, prefer, kept)
-    unit = _owned(channels)
+    channels, notes = _settle_choices(graph, parameters, trace, prefer, uncut)
+    unit = _units_in_tensors(channels)
     rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
-    picks = [Pick(unit[p.source], p.taken, unit[p.made]) for p in channels.picks]
-    groups = grouped(rows, parameters, picks)
+    picks = [Pick(unit[p.source], p.indices, unit[p.atoms]) for p in channels.picks]
+    groups = form_groups(rows, parameters, picks)
     notes += groups.notes
-    if not groups.sizes and not notes and not kept and channels.atoms.anchors:
-        causes = some(list(channels.atoms.anchors), most=3)
+    if not groups.sizes and not notes and not uncut and channels.atoms.fix_causes:
+        causes = first_few(list(channels.atoms.fix_causes), max_names=3)
         notes.append(f"No channels can be cut: {causes} keep those that they read.")
     values: dict[str, tuple[Axis | None, ...]] = {
         n: tuple(None if b else groups.axis(r) for r, b in zip(value, trace.batched(n), strict=True))
@@ -280,7 +284,7 @@ def analyse(
     output_dims = trace.dims(LOGITS)
     if not output_dims or output_dims[0] is not None or None in output_dims[1:] or 0 in output_dims:
         raise ModelError("the model's output", expected="one row of logits per sample", got=list(output_dims))
-    if not any(TensorKind(kind).trainable for kind in parameters.values()):
+    if not any(TensorKind(kind).is_trainable for kind in parameters.values()):
         raise ModelError("the model has no trainable tensor that its output depends on")
     architecture = Architecture(
         name=name,
@@ -298,17 +302,17 @@ def analyse(
     return Analysis(architecture, values, notes)
 
 
-def _settle(
+def _settle_choices(
     graph: Graph, parameters: Mapping[str, str], trace: Trace, prefer: Prefer, uncut: Collection[str]
 ) -> tuple[Channels, list[str]]:
     """Run the rules until every choice leaves something to cut."""
     # Ties can't be undone, so that each pass begins with fresh atoms; only the choices are carried over.
     choices = Choices(prefer)
-    for _ in range(_MOST_RUNS):
+    for _ in range(_MAX_RUNS):
         channels = Channels(graph, trace, parameters, choices, uncut)
-        notes = walk(channels)
+        notes = apply_channel_rules(channels)
         channels.fix(channels.rows[LOGITS])
-        notes += _fix_measured(channels)
+        notes += _fix_counts_in_use(channels)
         unit = channels.atoms.units()
         if not choices.advance(unit, _footprints(channels, unit)):
             break
@@ -328,7 +332,7 @@ def _footprints(channels: Channels, unit: AtomRow) -> AtomRow:
     return hashes
 
 
-def _owned(channels: Channels) -> AtomRow:
+def _units_in_tensors(channels: Channels) -> AtomRow:
     """The unit of every atom; units that occur in no weight or statistic are fixed, because there is nothing to cut."""
     unit = channels.atoms.units()
     in_tensors = np.zeros(unit.size, np.bool_)
@@ -338,16 +342,16 @@ def _owned(channels: Channels) -> AtomRow:
     return np.where(in_tensors[unit], unit, 0)
 
 
-def _fix_measured(channels: Channels) -> list[str]:
+def _fix_counts_in_use(channels: Channels) -> list[str]:
     """Fix channels whose count the graph uses as a value.
 
     The count may occur in a shape input that `rewrites` replaces, unless that entry also depends on the batch. Returns
     a note per node that reads such a count.
     """
-    graph, trace = channels.graph, channels.seen
-    unit = _owned(channels)
+    graph, trace = channels.graph, channels.trace
+    unit = _units_in_tensors(channels)
     constants = {n for n in graph.initializers if n not in channels.parameters}
-    numbers = follow(graph, trace, constants, lambda name: [bool(unit[r].any()) for r in channels.rows[name]])
+    numbers = size_marks(graph, trace, constants, lambda name: [bool(unit[r].any()) for r in channels.rows[name]])
     notes, measured_names = [], {LOGITS} & set(numbers)
     for node in graph.nodes:
         if any(o in numbers for o in node.outputs):
@@ -356,12 +360,12 @@ def _fix_measured(channels: Channels) -> list[str]:
             if name not in numbers:
                 continue
             marks = numbers[name]
-            if TARGETS.get(node.op) == i and not node.domain:
+            if SHAPE_INPUTS.get(node.op) == i and not node.domain:
                 follows_batch = [d is None for d in trace.dims(node.outputs[0])]
                 marks = marks.reshape(-1) & np.array(follows_batch) if marks.size == len(follows_batch) else marks
             if marks.any():
                 measured_names.add(name)
                 notes.append(f"{node.op} {node.name} uses a number of channels as a value: these channels stay.")
-    for node in origins(graph, measured_names):
+    for node in size_origins(graph, measured_names):
         channels.fix(channels.rows[node.inputs[0]])
     return notes

@@ -17,7 +17,7 @@ class Atoms:
 
     Attributes:
         cause: The node that ties atoms at the moment; empty for one that is not to blame.
-        anchors: The nodes that made something stay, in order.
+        fix_causes: The nodes that made something stay, in order.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class Atoms:
         self._right: list[AtomRow] = []
         self._label: AtomRow = np.zeros(1, np.int64)
         self.cause = ""
-        self.anchors: dict[str, None] = {}
+        self.fix_causes: dict[str, None] = {}
 
     def fresh(self, size: int) -> AtomRow:
         """Atoms of a new axis; an axis of size 1 has nothing to cut."""
         if size <= 1:
-            return still(size)
+            return fixed_row(size)
         row = np.arange(self._count, self._count + size, dtype=np.int64)
         self._count += size
         return row
@@ -43,7 +43,7 @@ class Atoms:
         if differ.any():
             # Atom 0 on one side: this node is why the other side stays.
             if self.cause and not (left[differ].all() and right[differ].all()):
-                self.anchors[self.cause] = None
+                self.fix_causes[self.cause] = None
             self._left.append(left[differ])
             self._right.append(right[differ])
 
@@ -78,6 +78,6 @@ class Atoms:
         return label
 
 
-def still(size: int) -> AtomRow:
+def fixed_row(size: int) -> AtomRow:
     """A row of indices that stay."""
     return np.zeros(size, np.int64)

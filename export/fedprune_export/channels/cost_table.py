@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.model.architecture import Activation, Axis, Layer, Volume
+from fedprune.model.architecture import Activation, Axis, LayerRow, Volume
 from fedprune.model.step_contract import LOGITS, X
 from fedprune_export.ir.dropout import is_dropout, mask_axes
 from fedprune_export.ir.graph import Graph, Node
@@ -21,7 +21,7 @@ from fedprune_export.ir.operators import (
     OUTPUT,
     REARRANGEMENTS,
     VIEWS,
-    with_rules,
+    load_rules,
 )
 from fedprune_export.ir.trace import Trace
 
@@ -40,32 +40,32 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _STEP_VALUES = {"LSTM": 6, "GRU": 4, "RNN": 1}
 
 
-def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace: Trace) -> Iterable[Layer]:
+def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace: Trace) -> Iterable[LayerRow]:
     """A row per weight of a node, and per other node that takes time, in the order of the graph."""
     producers = graph.producers()
     for node in graph.nodes:
-        weights = [] if node.domain else list(_weights(node, parameters, producers, trace))
-        if not weights and (node.op in _UNCOUNTED or not _moving(node.outputs[0], values, trace)):
+        weights = [] if node.domain else list(_weights_of(node, parameters, producers, trace))
+        if not weights and (node.op in _UNCOUNTED or not _is_sample_data(node.outputs[0], values, trace)):
             continue
-        work = _work(node, values, trace, bool(weights))
+        work = _workload(node, values, trace, bool(weights))
         for weight, axis, positions in weights or [("", 0, 0)]:
-            yield Layer(node.name, node.op, weight, positions, axis, **work)
+            yield LayerRow(node.name, node.op, weight, positions, axis, **work)
             work = {**work, "reads": Volume(), "makes": Volume()}  # a recurrent node's second weight moves nothing
 
 
-def _moving(name: str, values: ValueAxes, trace: Trace) -> bool:
+def _is_sample_data(name: str, values: ValueAxes, trace: Trace) -> bool:
     """Whether a value holds floats of every sample."""
     return name in values and None in values[name] and trace.dtypes[name].kind == "f"
 
 
-def _weights(
+def _weights_of(
     node: Node, parameters: Mapping[str, str], producers: Mapping[str, Node], trace: Trace
 ) -> Iterable[tuple[str, int, int]]:
     """The weights of a node: name, axis that makes its output, and how often a sample uses each number."""
     if node.op in _RECURRENT:
         length = int(trace.shapes[node.inputs[0]][1 if node.attrs.get("layout") else 0])
         for input_index in (1, 2):
-            sources = _sources(node.inputs[input_index], parameters, producers)
+            sources = _source_weights(node.inputs[input_index], parameters, producers)
             # A layer's own weights; torch's two directions come as one array made of two.
             yield from ((w, min(1, len(trace.shapes[w]) - 2), length) for w in sources)
         return
@@ -73,7 +73,7 @@ def _weights(
         return
     # The weight is usually the second factor; a MatMul may have it first.
     for input_index in (1, 0):
-        weight, axis = _origin(node, input_index, producers, trace)
+        weight, axis = _weight_origin(node, input_index, producers, trace)
         if weight not in parameters:
             continue
         # A transposed convolution uses its weights at every position of its input.
@@ -84,7 +84,7 @@ def _weights(
         return
 
 
-def _sources(name: str, parameters: Mapping[str, str], producers: Mapping[str, Node]) -> list[str]:
+def _source_weights(name: str, parameters: Mapping[str, str], producers: Mapping[str, Node]) -> list[str]:
     """The weights that a value is assembled from, each once."""
     if name in parameters:
         return [name]
@@ -96,12 +96,12 @@ def _sources(name: str, parameters: Mapping[str, str], producers: Mapping[str, N
     ):
         return []
     inputs = producer.inputs if producer.op == "Concat" else producer.inputs[:1]
-    return list(dict.fromkeys(w for input_name in inputs for w in _sources(input_name, parameters, producers)))
+    return list(dict.fromkeys(w for input_name in inputs for w in _source_weights(input_name, parameters, producers)))
 
 
-def _work(node: Node, values: ValueAxes, trace: Trace, weighted: bool) -> dict[str, Any]:
+def _workload(node: Node, values: ValueAxes, trace: Trace, weighted: bool) -> dict[str, Any]:
     """A row of the table without its weight."""
-    data_inputs = [i for i in node.inputs if i and _moving(i, values, trace)]
+    data_inputs = [i for i in node.inputs if i and _is_sample_data(i, values, trace)]
     window = node.attrs.get("kernel_shape", ())
     if not window and node.op.startswith("Conv"):
         window = trace.shapes[node.inputs[1]][2:]
@@ -126,7 +126,7 @@ def _volume(name: str, values: ValueAxes) -> Volume:
     return Volume(tuple(a for a in axes if a.groups), rest)
 
 
-def _origin(node: Node, input_index: int, producers: Mapping[str, Node], trace: Trace) -> tuple[str, int]:
+def _weight_origin(node: Node, input_index: int, producers: Mapping[str, Node], trace: Trace) -> tuple[str, int]:
     """The initialiser that a layer's input is arranged or computed from, and its axis that makes the output's channels.
 
     The operator's attributes give the axis of its input; transpositions before it are followed back to the weight.
@@ -172,7 +172,7 @@ def activations(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activ
     sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
     # A dropout keeps its mask for the backward pass. Where the mask spans some axes only, it is too small to count.
     dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
-    kept_names, gradient_reads = set[str](), with_rules(GRADIENT_READS)
+    kept_names, gradient_reads = set[str](), load_rules(GRADIENT_READS)
     for node in graph.nodes:
         read = BOTH if node.domain else gradient_reads.get(node.op)
         if read in (INPUT, BOTH):
@@ -197,8 +197,8 @@ def activations(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activ
         )
         yield value
         if name in dropouts:
-            yield replace(value, name=f"{name}~mask", kept=True)
+            yield replace(value, name=f"{name}~mask", is_kept=True)
         if op := sequences.get(name):
-            yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, kept=False)
+            yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, is_kept=False)
             for i in range(_STEP_VALUES[op]):
-                yield replace(value, name=f"{name}~{i}", kept=True)
+                yield replace(value, name=f"{name}~{i}", is_kept=True)

@@ -11,24 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedprune_export.channels.atoms import AtomRow
-from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace
+from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES, Trace
 
 Assignment = tuple[int | None, ...]  # per old axis the new axis that takes its atoms
 
 
 @dataclass(frozen=True)
-class Run:
+class AxisRun:
     """Old and new axes that hold the same elements, and their common factors.
 
-    `factors`: sizes whose product is that of either; `of_old`: per old axis the indices of its factors; `of_new`: per
-    new axis the indices of its factors.
+    `factors`: sizes whose product is that of either; `old_factors`: per old axis the indices of its factors;
+    `new_factors`: per new axis the indices of its factors.
     """
 
-    olds: list[int]
-    news: list[int]
+    old_axes: list[int]
+    new_axes: list[int]
     factors: list[int]
-    of_old: list[range]
-    of_new: list[range]
+    old_factors: list[range]
+    new_factors: list[range]
 
 
 def extents(trace: Trace, name: str) -> list[int] | None:
@@ -36,17 +36,17 @@ def extents(trace: Trace, name: str) -> list[int] | None:
     sizes = []
     for a, b in zip(trace.shapes[name], trace.shapes_second[name], strict=True):
         # The trace has two batch sizes: a size that is the same multiple of both follows the batch.
-        times, rest = divmod(a, BATCHES[0])
+        times, rest = divmod(a, TRACE_BATCHES[0])
         if a == b:
             sizes.append(a)
-        elif rest == 0 and b == times * BATCHES[1]:
+        elif rest == 0 and b == times * TRACE_BATCHES[1]:
             sizes.append(times * BATCH_EXTENT)
         else:
             return None
     return sizes
 
 
-def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def axis_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Shortest runs of old and new axes with equal products, in order."""
     runs_of_axes: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -71,11 +71,11 @@ def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[i
     return runs_of_axes
 
 
-def factored(olds: list[int], news: list[int], old: Sequence[int], new: Sequence[int]) -> Run | None:
+def factor_run(old_axes: list[int], new_axes: list[int], old: Sequence[int], new: Sequence[int]) -> AxisRun | None:
     """The common factors of a run; None where the axes of one side end within a factor of the other."""
     ends = [
         list(itertools.accumulate((sizes[i] for i in axes), lambda a, b: a * b, initial=1))
-        for axes, sizes in ((olds, old), (news, new))
+        for axes, sizes in ((old_axes, old), (new_axes, new))
     ]
     # Ends of axes as products of sizes. Factors exist where every end divides the next one, whichever side it is of.
     marks = sorted({*ends[0], *ends[1]})
@@ -84,23 +84,23 @@ def factored(olds: list[int], news: list[int], old: Sequence[int], new: Sequence
     factors = [b // a for a, b in itertools.pairwise(marks)]
     index_of_mark = {mark: i for i, mark in enumerate(marks)}
     spans = [[range(index_of_mark[a], index_of_mark[b]) for a, b in itertools.pairwise(side)] for side in ends]
-    return Run(olds, news, factors, spans[0], spans[1])
+    return AxisRun(old_axes, new_axes, factors, spans[0], spans[1])
 
 
 def common_factors(old: Sequence[int], new: Sequence[int]) -> tuple[list[int], list[list[int]]] | None:
     """The coarsest sizes that make up both shapes, and per new axis the indices of its factors; None without any."""
     factors: list[int] = []
     spans: list[list[int]] = []
-    for olds, news in runs(old, new):
-        run = factored(olds, news, old, new)
+    for olds, news in axis_runs(old, new):
+        run = factor_run(olds, news, old, new)
         if run is None:
             return None
-        spans += [[len(factors) + f for f in span] for span in run.of_new]
+        spans += [[len(factors) + f for f in span] for span in run.new_factors]
         factors += run.factors
     return factors, spans
 
 
-def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> list[Assignment]:
+def assignments(run: AxisRun, grids: Sequence[AtomRow], free: Sequence[bool]) -> list[Assignment]:
     """All assignments of old axes' atoms to new axes, leading axes first; empty where no axis can take any.
 
     Args:
@@ -108,12 +108,12 @@ def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> lis
         free: Per new axis of the value whether it follows the batch: then it can't take atoms.
     """
     takers: list[list[int | None]] = []
-    for grid, span in zip(grids, run.of_old, strict=True):
+    for grid, span in zip(grids, run.old_factors, strict=True):
         varying_factors = {
             f for index, f in enumerate(span) if grid.shape[index] > 1 and (grid != grid.take([0], axis=index)).any()
         }
         takers.append(
-            [j for j, s in zip(run.news, run.of_new, strict=True) if varying_factors & set(s) and not free[j]]
+            [j for j, s in zip(run.new_axes, run.new_factors, strict=True) if varying_factors & set(s) and not free[j]]
         )
     carrying = [bool(t) for t in takers]
     if not any(carrying):

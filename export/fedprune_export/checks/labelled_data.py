@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, ModelError, remedy, shape_text
-from fedprune.core.zip_limits import check_members, why_unreadable
+from fedprune.core.errors import DataError, ModelError, path_remedy, shape_text
+from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.architecture import Architecture
-from fedprune.model.lengths import Shape, fits, padded, with_lengths
+from fedprune.model.lengths import Shape, fits_shape, pad_to_bound, with_lengths
 from fedprune.model.recipe import Recipe, labels_of
 from fedprune.model.step_contract import LOGITS, X
-from fedprune.runtime.session import Session
-from fedprune_export.importing.packing import INPUTS_KEY, Piece, pieces
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.packing import INPUTS_KEY, Piece, read_packing
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 
 # The kinds of labels: the number of one class, a 0 or 1 per class, or the values that the output should have.
-LABELS = ("classes", "multi", "values")
+LABEL_KINDS = ("classes", "multi", "values")
 
 # Samples per run: the outputs of all samples at once may not fit in memory.
-_BATCH = 64
+_SCORE_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,22 +37,22 @@ class LabelledData:
     Attributes:
         x: Inputs [n, ...], of the type that the model takes.
         y: Whole numbers [n, ...] for classes; else float32 of the outputs' shape.
-        labels: What `y` is, one of `LABELS`.
-        ignored: The class of labels that count for nothing.
-        whole: The score of the whole model, if it was measured.
+        label_kind: What `y` is, one of `LABEL_KINDS`.
+        ignored_label: The class of labels that count for nothing.
+        full_score: The score of the whole model, if it was measured.
     """
 
     x: Array
     y: Array
-    labels: str
-    ignored: int | None = None
-    whole: float | None = None
+    label_kind: str
+    ignored_label: int | None = None
+    full_score: float | None = None
 
     @property
-    def measure(self) -> str:
+    def score_name(self) -> str:
         """The name of the score."""
         return {"classes": "accuracy", "multi": "accuracy over all labels", "values": "root of the mean squared error"}[
-            self.labels
+            self.label_kind
         ]
 
     def score(self, outputs: Callable[[Array], Array]) -> float:
@@ -61,13 +61,13 @@ class LabelledData:
         Args:
             outputs: The model: inputs [n, ...] to outputs [n, ...].
         """
-        batches = [outputs(self.x[s : s + _BATCH]) for s in range(0, len(self.x), _BATCH)]
+        batches = [outputs(self.x[s : s + _SCORE_BATCH]) for s in range(0, len(self.x), _SCORE_BATCH)]
         results = np.concatenate(batches)
-        if self.labels == "classes":
+        if self.label_kind == "classes":
             # Positions with the ignored label count neither as right nor as wrong.
-            is_right, is_counted = results.argmax(axis=1) == self.y, self.y != self.ignored
+            is_right, is_counted = results.argmax(axis=1) == self.y, self.y != self.ignored_label
             return int(np.count_nonzero(is_right & is_counted)) / max(1, int(np.count_nonzero(is_counted)))
-        if self.labels == "multi":
+        if self.label_kind == "multi":
             # Logits: a probability above one half.
             return float(np.mean((results > 0) == (self.y > 0.5)))
         # In float64, since squares of float32 outputs may overflow.
@@ -75,7 +75,7 @@ class LabelledData:
 
     def score_of(self, graph: Graph) -> float:
         """The score of an inference graph. Raises `DataError` if it doesn't take these samples."""
-        session = Session(graph.to_bytes())
+        session = OnnxSession(graph.to_bytes())
 
         def outputs(x: Array) -> Array:
             try:
@@ -86,12 +86,12 @@ class LabelledData:
         return self.score(outputs)
 
 
-def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
+def load_scored_data(path: Path, model: Model, recipe: Recipe) -> LabelledData:
     """Read the samples of a file, labelled for a recipe's loss, and score the whole model on them.
 
     Raises `DataError` if the file can't be read, or its samples don't fit the model.
     """
-    if labels_of(recipe.loss) not in LABELS:
+    if labels_of(recipe.loss) not in LABEL_KINDS:
         raise DataError(
             f"samples to measure a model of loss {recipe.loss!r} on",
             expected="none",
@@ -99,12 +99,14 @@ def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
         )
     dtype = model.graph.inputs[0].dtype
     shape = with_lengths(model.architecture.input_shape, model.graph.metadata, ModelError)
-    inputs = pieces(model.graph.metadata, INPUTS_KEY)
-    data = read(path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label, shape, inputs)
-    return replace(data, whole=data.score_of(model.graph))
+    inputs = read_packing(model.graph.metadata, INPUTS_KEY)
+    data = read_labelled_data(
+        path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label, shape, inputs
+    )
+    return replace(data, full_score=data.score_of(model.graph))
 
 
-def read(
+def read_labelled_data(
     path: Path,
     architecture: Architecture,
     dtype: npt.DTypeLike,
@@ -120,18 +122,18 @@ def read(
     Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model.
 
     Args:
-        labels: What the labels are, one of `LABELS`.
+        labels: What the labels are, one of `LABEL_KINDS`.
         ignored: The class of labels that count for nothing.
         shape: One sample's, with the bounds of its length; by default the architecture's.
         inputs: The model's inputs, where it has several.
     """
-    arrays = _arrays(path)
+    arrays = _load_arrays(path)
     for ending in ("_test", ""):
         row_name, names = f"x{ending}", [piece.name + ending for piece in inputs]
         is_present = [name in arrays for name in names]
         # An input may itself be called x: then the file means the row unless it has all inputs.
         if inputs and (all(is_present) if row_name in names else row_name not in arrays and any(is_present)):
-            arrays[row_name] = _row(path, arrays, inputs, ending, np.dtype(dtype))
+            arrays[row_name] = _concatenate_inputs(path, arrays, inputs, ending, np.dtype(dtype))
     array_names = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
     if array_names is None:
         input_names = " and ".join(piece.name for piece in inputs) or "x"
@@ -139,7 +141,7 @@ def read(
         raise DataError(f"{path}", expected=expected, got=", ".join(arrays) or "none")
     x, y = (arrays[n] for n in array_names)
     lengths = arrays.get(array_names[0].replace("x", "lengths"))
-    if not len(x) or not fits(x.shape[1:], shape or architecture.input_shape):
+    if not len(x) or not fits_shape(x.shape[1:], shape or architecture.input_shape):
         expected = shape_text("n", *(shape or architecture.input_shape))
         raise DataError(f"{path}: shape of {array_names[0]}", expected=expected, got=shape_text(*x.shape))
     model_dtype = np.dtype(dtype)
@@ -149,11 +151,13 @@ def read(
         raise DataError(f"{path}: {array_names[0]}", expected="numbers", got=x.dtype)
     _check_finite(f"{path}: {array_names[0]}", x)
     outputs = (len(x), *architecture.output_shape)
-    x = padded(x.astype(model_dtype), shape or (), lengths)
-    return LabelledData(x, _labels(path, array_names[1], y, outputs, labels, ignored), labels, ignored)
+    x = pad_to_bound(x.astype(model_dtype), shape or (), lengths)
+    return LabelledData(x, _check_labels(path, array_names[1], y, outputs, labels, ignored), labels, ignored)
 
 
-def _row(path: Path, arrays: Mapping[str, Array], inputs: Sequence[Piece], ending: str, dtype: np.dtype[Any]) -> Array:
+def _concatenate_inputs(
+    path: Path, arrays: Mapping[str, Array], inputs: Sequence[Piece], ending: str, dtype: np.dtype[Any]
+) -> Array:
     """The arrays of several inputs as one row per sample."""
     rows = []
     for piece in inputs:
@@ -164,7 +168,7 @@ def _row(path: Path, arrays: Mapping[str, Array], inputs: Sequence[Piece], endin
             raise DataError(
                 f"{path}: array {name} of the model's inputs",
                 expected=f"numbers {shape_text(count, *piece.shape)}",
-                got="none" if x is None else _kind(x),
+                got="none" if x is None else _type_text(x),
             )
         if dtype.kind == "i" and x.dtype.kind not in "iu":
             raise DataError(f"{path}: type of {name}", expected="whole numbers", got=x.dtype)
@@ -172,13 +176,13 @@ def _row(path: Path, arrays: Mapping[str, Array], inputs: Sequence[Piece], endin
     return np.concatenate(rows, axis=1)
 
 
-def _labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: str, ignored: int | None) -> Array:
+def _check_labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: str, ignored: int | None) -> Array:
     if y.ndim < 1 or len(y) != outputs[0]:
         raise DataError(f"{path}: {name}", expected=f"{outputs[0]} labels", got=shape_text(*y.shape))
     if labels == "classes":
         shape = (outputs[0], *outputs[2:])
         if y.shape != shape or y.dtype.kind not in "iu":
-            raise DataError(f"{path}: {name}", expected=f"whole numbers {shape_text(*shape)}", got=_kind(y))
+            raise DataError(f"{path}: {name}", expected=f"whole numbers {shape_text(*shape)}", got=_type_text(y))
         counted = y if ignored is None else y[y != ignored]
         if counted.size and (counted.min() < 0 or counted.max() >= outputs[1]):
             wrong = int(counted.min() if counted.min() < 0 else counted.max())
@@ -187,7 +191,7 @@ def _labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: s
     if y.ndim == 1 and outputs[1:] == (1,):
         y = y[:, None]
     if y.shape != outputs or y.dtype.kind not in "iufb":
-        raise DataError(f"{path}: {name}", expected=f"numbers {shape_text(*outputs)}", got=_kind(y))
+        raise DataError(f"{path}: {name}", expected=f"numbers {shape_text(*outputs)}", got=_type_text(y))
     _check_finite(f"{path}: {name}", y)
     if labels == "multi" and not np.isin(y, (0, 1)).all():
         raise DataError(f"{path}: {name}", expected="0 or 1 for every class")
@@ -200,11 +204,11 @@ def _check_finite(subject: str, array: Array) -> None:
         raise DataError(f"{subject} holds numbers that are not finite", got=f"sample {bad_samples[0]}")
 
 
-def _kind(array: Array) -> str:
+def _type_text(array: Array) -> str:
     return f"{array.dtype} {shape_text(*array.shape)}"
 
 
-def _arrays(path: Path) -> dict[str, Array]:
+def _load_arrays(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as raw:
             check_members(raw, str(path), DataError)
@@ -214,11 +218,11 @@ def _arrays(path: Path) -> dict[str, Array]:
             with arrays as file:
                 return {n: file[n] for n in file.files}
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error)) from error
     except DataError:
         raise
     except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
         raise DataError(
-            f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",
+            f"{path} is not an .npz file of plain arrays{unreadable_reason(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error

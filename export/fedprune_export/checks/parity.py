@@ -15,44 +15,44 @@ from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.model.step_contract import LOGITS, LOSS, LR, X, Y, following
+from fedprune.model.step_contract import LOGITS, LOSS, LR, X, Y, next_name
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
 from fedprune_export.ir.trace import sample_feeds
-from fedprune_export.pruning.cut import masked
+from fedprune_export.pruning.cut import masked_graph
 from fedprune_export.pruning.model import Model
 
 # Random inputs of the check; a batch that is no batch size of the trace, so that a frozen one would show.
-SAMPLES = 7
+PARITY_SAMPLES = 7
 
 # More than one, so that batch norms have something to normalise by, and losses pairs to compare.
 STEP_SAMPLES = 6
 
 # In place of a recipe's learning rate of 0, with which nothing would move.
-TRIAL_RATE = 0.1
+TRIAL_LEARNING_RATE = 0.1
 
 # Float32 sums in another order differ by less than 1e-5; more means that the cut is wrong.
-LIMIT = 1e-4
+MAX_PARITY_ERROR = 1e-4
 
 
-def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
+def check_parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
     """The distance of a bundle's outputs from those of the masked whole model, on random inputs.
 
     Raises `ModelError` if they are too far from it, or onnxruntime doesn't load or run the inference graph.
     """
-    x = sample_feeds(model.graph, SAMPLES)[X]
+    x = sample_feeds(model.graph, PARITY_SAMPLES)[X]
     with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
         for file in files.keys() & {INFERENCE, WEIGHTS, BASE}:
             (Path(name) / file).write_bytes(files[file])
-        outputs = Session(Path(name) / INFERENCE).run({X: x})[LOGITS]
-    reference = Session(masked(model, selection).to_bytes()).run({X: x})[LOGITS]
-    error = distance(outputs, reference)
+        outputs = OnnxSession(Path(name) / INFERENCE).run({X: x})[LOGITS]
+    reference = OnnxSession(masked_graph(model, selection).to_bytes()).run({X: x})[LOGITS]
+    error = relative_error(outputs, reference)
     # Negated, so that an error that is not a number is refused, too.
-    if not error <= LIMIT:
+    if not error <= MAX_PARITY_ERROR:
         raise ModelError(
             "the cut model computes something else than the masked one",
-            expected=f"outputs equal to {LIMIT:g}",
+            expected=f"outputs equal to {MAX_PARITY_ERROR:g}",
             got=f"{error:.2g}",
             hint="Please report this with the model.",
         )
@@ -62,24 +62,24 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
 def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
     """Take a training step of a bundle with random samples, at the bundle's own widths.
 
-    Raises `ModelError` if onnxruntime doesn't load or run the step, and `TrainingError` as `moved_tensors`.
+    Raises `ModelError` if onnxruntime doesn't load or run the step, and `TrainingError` as `count_moved_tensors`.
     """
-    session = Session(files[name], training=True)
+    session = OnnxSession(files[name], training=True)
     tensors, classes = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
     batch = session.inputs[X][1][0]
     samples = batch if isinstance(batch, int) else STEP_SAMPLES
     x, y = sample_feeds(model.graph, samples)[X], random_labels(recipe, samples, classes, session.inputs[Y])
     frozen = tensorfile.decode(files[BASE]) if BASE in files else {}
     feeds = step_feeds(session.inputs, recipe, {**tensors, **frozen}, x, y, classes)
-    moved_tensors(
-        session.run(feeds if recipe.lr else {**feeds, LR: np.array(TRIAL_RATE, np.float32)}),
+    count_moved_tensors(
+        session.run(feeds if recipe.lr else {**feeds, LR: np.array(TRIAL_LEARNING_RATE, np.float32)}),
         model.architecture,
         tensors,
         name,
     )
 
 
-def moved_tensors(
+def count_moved_tensors(
     step: Mapping[str, npt.NDArray[Any]], architecture: Architecture, tensors: Tensors, where: str = TRAINING
 ) -> int:
     """Count the trainable tensors that a training step has moved.
@@ -95,12 +95,12 @@ def moved_tensors(
         raise TrainingError(f"{where}: the loss of random samples", expected="a finite number", got=float(step[LOSS]))
     moved_count = 0
     for name, value in tensors.items():
-        next_value = step.get(following(name), value)
+        next_value = step.get(next_name(name), value)
         if next_value.shape != value.shape:
             raise TrainingError(f"{where}: next value of {name}", expected=value.shape, got=next_value.shape)
         if not np.isfinite(next_value).all():
             raise TrainingError(f"{where}: next value of {name} is not finite")
-        moved_count += architecture.by_name[name].kind.trainable and not np.array_equal(next_value, value)
+        moved_count += architecture.by_name[name].kind.is_trainable and not np.array_equal(next_value, value)
     if not moved_count:
         single_output = architecture.output_shape[:1] == (1,)
         raise TrainingError(
@@ -112,7 +112,7 @@ def moved_tensors(
     return moved_count
 
 
-def distance(outputs: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
+def relative_error(outputs: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
     """The largest difference over the largest magnitude of the reference."""
     scale = max(float(np.abs(reference).max(initial=0)), float(np.finfo(np.float32).tiny))
     return float(np.abs(outputs - reference).max(initial=0)) / scale

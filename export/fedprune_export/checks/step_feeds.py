@@ -12,13 +12,13 @@ from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model import step_contract as feeds_of
 from fedprune.model.dropout import dropout_ones
-from fedprune.model.recipe import CUSTOM, MULTI, Recipe, labels_of
+from fedprune.model.recipe import CUSTOM_LOSS, MULTI_LABELS, Recipe, labels_of
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
 
 # λ of mixup on trial: neither 0 nor 1 nor one half, so that a step that ignores it or the partners has another loss.
-_SHARE = 0.7
+_TRIAL_MIX_SHARE = 0.7
 
 
 def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str, Shape], seed: int = 0) -> Array:
@@ -30,8 +30,8 @@ def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str,
     random, shape = np.random.default_rng(seed), (samples, *(d if isinstance(d, int) else 1 for d in labels[1][1:]))
     # Which classes a loss of the model's own takes isn't known; two are likely.
     if labels[0] == "tensor(int64)":
-        return random.integers(0, min(classes, 2) if recipe.loss == CUSTOM else classes, shape)
-    if labels_of(recipe.loss) == MULTI:
+        return random.integers(0, min(classes, 2) if recipe.loss == CUSTOM_LOSS else classes, shape)
+    if labels_of(recipe.loss) == MULTI_LABELS:
         return random.integers(0, 2, shape).astype(np.float32)
     return random.standard_normal(shape, np.float32)
 
@@ -55,9 +55,9 @@ def step_feeds(
         tensors: Weights and statistics; the anchors are the same.
     """
     feeds: dict[str, Array] = {step_contract.X: x, step_contract.Y: y}
-    feeds |= feeds_of.first_step(recipe, tensors, inputs, y, classes)
+    feeds |= feeds_of.first_step_feeds(recipe, tensors, inputs, y, classes)
     if step_contract.Y_PARTNER in inputs:
-        feeds |= {step_contract.Y_PARTNER: np.roll(y, 1), step_contract.Y_SHARE: np.array(_SHARE, np.float32)}
+        feeds |= {step_contract.Y_PARTNER: np.roll(y, 1), step_contract.Y_SHARE: np.array(_TRIAL_MIX_SHARE, np.float32)}
     feeds |= dropout_ones(inputs, feeds, len(x))
     missing = [n for n in (step_contract.X, step_contract.Y, *tensors) if n not in inputs]
     if missing:

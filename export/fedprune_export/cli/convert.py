@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedprune_export as fx
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.cli import add_json, print_json, whole_number
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.cli import add_json_option, positive_integer, print_json
 from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity
 from fedprune.output import tables
@@ -16,11 +16,11 @@ from fedprune.runtime.bundle import FILES, MANIFEST
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
 if TYPE_CHECKING:
-    from fedprune_export.bundles.conversion import Source
+    from fedprune_export.bundles.conversion import ConversionSource
 
-_SOURCE = f"the folder of a bundle, the state folder of a board, or a whole model: {MODEL_HELP}"
-_OF_BOARD = "A board doesn't know which channels of the whole model it has: take the global model from the server."
-_WEIGHTS = "weights of the whole model, such as fedprune-server export-model writes"
+_SOURCE_HELP = f"the folder of a bundle, the state folder of a board, or a whole model: {MODEL_HELP}"
+_BOARD_HINT = "A board doesn't know which channels of the whole model it has: take the global model from the server."
+_WEIGHTS_HELP = "weights of the whole model, such as fedprune-server export-model writes"
 
 
 def register(subparsers: Any) -> None:
@@ -31,9 +31,9 @@ def register(subparsers: Any) -> None:
         "one ONNX file with the weights inside. Its input is x, its output logits. The outputs of file and source are "
         "compared on random samples.",
     )
-    onnx.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    onnx.add_argument("source", metavar="SOURCE", help=_SOURCE_HELP)
     onnx.add_argument("out", type=Path, metavar="OUT.onnx")
-    onnx.add_argument("--opset", type=whole_number, metavar="N", help="opset of the file, 13 to 23 (default: 17)")
+    onnx.add_argument("--opset", type=positive_integer, metavar="N", help="opset of the file, 13 to 23 (default: 17)")
     onnx.set_defaults(function=to_onnx)
     torch: argparse.ArgumentParser = subparsers.add_parser(
         "to-torch",
@@ -41,7 +41,7 @@ def register(subparsers: Any) -> None:
         "submodel's shapes; with --into a bundle's are put at their places in the whole model. A model with the state "
         "dict is compared with the source on random samples, in torch where a module is named.",
     )
-    torch.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    torch.add_argument("source", metavar="SOURCE", help=_SOURCE_HELP)
     torch.add_argument("out", type=Path, metavar="OUT", help="a file name that ends in .safetensors, .pt or .pth")
     torch.add_argument(
         "--into", metavar="MODEL", help=f"the whole model at whose places a bundle's weights are put: {MODEL_HELP}"
@@ -55,8 +55,8 @@ def register(subparsers: Any) -> None:
     )
     torch.set_defaults(function=to_torch)
     for parser in (onnx, torch):
-        parser.add_argument("--weights", type=Path, metavar="FILE.safetensors", help=_WEIGHTS)
-        add_json(parser)
+        parser.add_argument("--weights", type=Path, metavar="FILE.safetensors", help=_WEIGHTS_HELP)
+        add_json_option(parser)
         add_model_options(parser)
 
 
@@ -65,19 +65,19 @@ def to_onnx(arguments: argparse.Namespace) -> None:
     from fedprune_export.bundles import conversion
 
     # Before the import of a model, which may take minutes.
-    _check_out(arguments, ".onnx")
+    _check_result_path(arguments, ".onnx")
     model = _model(arguments)
     with tables.progress(f"writing {arguments.out}") as tell:
         source = _source(arguments, model)
         raw = conversion.onnx_file(source.graph, source.tensors, arguments.name or "model", arguments.opset)
         # Compared before it is written: a file that computes something else never exists.
         tell("comparing outputs")
-        error = conversion.onnx_parity(raw, source.graph)
-        write_whole(arguments.out, raw)
+        error = conversion.check_onnx_parity(raw, source.graph)
+        write_atomically(arguments.out, raw)
     if arguments.json:
         _print_json(arguments.out, source.title, len(raw), error)
         return
-    print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement(error)}")
+    print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement_text(error)}")
 
 
 def to_torch(arguments: argparse.Namespace) -> None:
@@ -85,17 +85,17 @@ def to_torch(arguments: argparse.Namespace) -> None:
     from fedprune_export.bundles import conversion
     from fedprune_export.importing import torch_module
 
-    _check_out(arguments, ".safetensors", ".pt", ".pth")
+    _check_result_path(arguments, ".safetensors", ".pt", ".pth")
     model = _model(arguments)
     source = _source(arguments, model)
     graph, tensors, module_source, hint = source.graph, source.tensors, None, ""
-    if arguments.into is not None:
+    if arguments.input_lines is not None:
         if source.bundle is None:
-            hint = _OF_BOARD if model is None else "A whole model's weights are in their places already."
+            hint = _BOARD_HINT if model is None else "A whole model's weights are in their places already."
             raise UsageError("--into is for bundles", hint=hint)
-        whole_model = read_model(arguments, arguments.into, source.bundle.architecture.name)
-        tensors = conversion.placed(source.bundle, whole_model, keep=arguments.others == "keep")
-        graph, module_source = whole_model.graph, arguments.into
+        whole_model = read_model(arguments, arguments.input_lines, source.bundle.architecture.name)
+        tensors = conversion.scatter_bundle(source.bundle, whole_model, keep=arguments.others == "keep")
+        graph, module_source = whole_model.graph, arguments.input_lines
         hint = (
             "Channels of zeros count in a layer norm or group norm: use --others keep, or leave out --into and build "
             "the module as narrow (fedprune_export.narrowed)."
@@ -106,11 +106,11 @@ def to_torch(arguments: argparse.Namespace) -> None:
     comparison = ""
     error: float | None = None
     # With other weights in the missing channels the whole model computes something else by intention.
-    if arguments.into is None or arguments.others == "zero":
+    if arguments.input_lines is None or arguments.others == "zero":
         with tables.progress("comparing outputs"):
             module = None if module_source is None else torch_module(module_source)
-            error = conversion.state_parity(state, graph, source.graph, module, hint)
-        comparison = f"; {conversion.agreement(error)}{'' if module is None else ' in torch'}"
+            error = conversion.check_state_parity(state, graph, source.graph, module, hint)
+        comparison = f"; {conversion.agreement_text(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)
     if arguments.json:
         _print_json(arguments.out, source.title, size, error)
@@ -123,7 +123,7 @@ def _print_json(out: Path, title: str, size: int, error: float | None) -> None:
     print_json({"file": str(out), "bytes": size, "source": title, "difference": error})
 
 
-def _check_out(arguments: argparse.Namespace, *endings: str) -> None:
+def _check_result_path(arguments: argparse.Namespace, *endings: str) -> None:
     """Refuse another kind of file name, and one that would overwrite a source."""
     if arguments.out.suffix not in endings:
         expected = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
@@ -131,21 +131,21 @@ def _check_out(arguments: argparse.Namespace, *endings: str) -> None:
     if not arguments.out.exists():
         return
     for source in (arguments.source, arguments.weights, getattr(arguments, "into", None)):
-        if source is not None and any(p.exists() and arguments.out.samefile(p) for p in _files(Path(source))):
+        if source is not None and any(p.exists() and arguments.out.samefile(p) for p in _files_of(Path(source))):
             raise UsageError(f"{arguments.out} is read and would be written over", hint="Give the result another name.")
 
 
-def _files(source: Path) -> list[Path]:
+def _files_of(source: Path) -> list[Path]:
     """A file, or the files of a bundle."""
     return [source / name for name in (*FILES, MANIFEST)] if source.is_dir() else [source]
 
 
-def _source(arguments: argparse.Namespace, model: fx.Model | None) -> Source:
+def _source(arguments: argparse.Namespace, model: fx.Model | None) -> ConversionSource:
     from fedprune_export.bundles import conversion
 
     if model is None:
         return conversion.read_folder(arguments.source)
-    return conversion.whole(model, arguments.weights)
+    return conversion.full_model_source(model, arguments.weights)
 
 
 def _model(arguments: argparse.Namespace) -> fx.Model | None:

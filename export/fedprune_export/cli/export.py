@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import fedprune_export as fx
-from fedprune.core.cli import add_json, byte_count, joules, print_json, seconds, whole_number
+from fedprune.core.cli import (
+    add_json_option,
+    byte_count,
+    positive_integer,
+    positive_joules,
+    positive_seconds,
+    print_json,
+)
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
 from fedprune.model.recipe import Recipe
@@ -19,7 +26,7 @@ from fedprune.output.tables import Column
 from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.runtime.bundle_folder import check_folder, is_bundle
+from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle
 from fedprune.runtime.precision_files import INT8
 from fedprune.updates import PLAIN
 from fedprune_export.cli.options import (
@@ -29,13 +36,13 @@ from fedprune_export.cli.options import (
     add_probe_option,
     add_profiles_option,
     add_recipe_options,
-    codec,
-    density,
-    names,
+    comma_separated_names,
+    parse_codec,
+    parse_density,
+    parse_targets,
     read_model,
     read_probe,
     read_recipe,
-    targets,
 )
 
 # Those that look at a model alone; others need measurements of a fleet's training.
@@ -56,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="the bundle's folder; several go into folders in it"
     )
-    parser.add_argument("--density", type=density, default=None, help="kept share of all channels, or auto (default)")
+    parser.add_argument(
+        "--density", type=parse_density, default=None, help="kept share of all channels, or auto (default)"
+    )
     parser.add_argument(
         "--scorer",
         choices=_SCORERS,
@@ -65,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=whole_number,
+        type=positive_integer,
         default=1000,
         metavar="N",
         help="training samples that the board holds (default: 1000)",
@@ -78,22 +87,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compression",
-        type=codec,
+        type=parse_codec,
         default=PLAIN,
         metavar="CODEC",
         help="codec in which transferred weights and updates are counted, as in the job, such as int8 (default: none)",
     )
     parser.add_argument(
         "--joules-per-round",
-        type=joules,
+        type=positive_joules,
         metavar="J",
         help="energy of a round's training in addition to the idle board's",
     )
-    parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="seconds that a round may take")
-    parser.add_argument("--opset", type=whole_number, metavar="N", help="opset of the inference graph (default: 17)")
+    parser.add_argument("--deadline", type=positive_seconds, metavar="SECONDS", help="seconds that a round may take")
+    parser.add_argument(
+        "--opset", type=positive_integer, metavar="N", help="opset of the inference graph (default: 17)"
+    )
     parser.add_argument(
         "--class-names",
-        type=names,
+        type=comma_separated_names,
         default=(),
         metavar="A,B,C",
         help="names of the classes (default: those of a folder's config.json)",
@@ -102,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )
     add_precision_option(parser)
-    add_json(parser, "the report as JSON, for programs")
+    add_json_option(parser, "the report as JSON, for programs")
     add_probe_option(parser)
     add_model_options(parser)
     add_recipe_options(parser)
@@ -121,14 +132,14 @@ class _Boards:
     probe: ProbeReport | None
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export_command(arguments: argparse.Namespace) -> int:
     """Export a model for every target; returns the exit code, which is that of the first target that failed."""
-    boards = _boards(arguments)
+    boards = _check_boards(arguments)
     results: dict[str, fx.Report | FedpruneError] = {}
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)
-        data = _data(arguments, model, boards.recipe)
+        data = _read_data(arguments, model, boards.recipe)
         tell("deriving the training step")
         # Before the boards: a model that can't be trained fails once, and not for each board.
         fx.training_step(model, boards.recipe.features)
@@ -141,7 +152,7 @@ def export(arguments: argparse.Namespace) -> int:
                     raise
                 results[profile.name] = error
     if len(results) > 1:
-        return _print_all(results, model.notes, arguments.out, as_json=arguments.json)
+        return _print_results(results, model.notes, arguments.out, as_json=arguments.json)
     # The only result is a report: its error would have been raised.
     report = next(r for r in results.values() if isinstance(r, fx.Report))
     if arguments.json:
@@ -151,18 +162,20 @@ def export(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _boards(arguments: argparse.Namespace) -> _Boards:
+def _check_boards(arguments: argparse.Namespace) -> _Boards:
     """Check all options that don't depend on the model, whose import may take minutes."""
-    profiles = tuple(profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target))
+    profiles = tuple(
+        profile_store.find_typed_profile(name, arguments.profiles) for name in parse_targets(arguments.target)
+    )
     recipe, probe = read_recipe(arguments), read_probe(arguments)
     if INT8 in arguments.precision and arguments.data is None:
         raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
     if probe is not None and len(profiles) > 1:
         raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
-    return _Boards(profiles, _folders(arguments.out, [p.name for p in profiles]), recipe, probe)
+    return _Boards(profiles, _bundle_folders(arguments.out, [p.name for p in profiles]), recipe, probe)
 
 
-def _folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
+def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
     """The folder of each target's bundle, each of which may be written to."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
@@ -173,18 +186,18 @@ def _folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
     folders = (out,) if len(targets) == 1 else tuple(out / name for name in targets)
     # Before the first export: with several boards the last one's folder must not fail after an hour.
     for folder, target in zip(folders, targets, strict=True):
-        check_folder(folder, target)
+        check_bundle_folder(folder, target)
     return folders
 
 
-def _data(arguments: argparse.Namespace, model: fx.Model, recipe: Recipe) -> fx.LabelledData | None:
+def _read_data(arguments: argparse.Namespace, model: fx.Model, recipe: Recipe) -> fx.LabelledData | None:
     """The samples of --data; the number of class names is checked, too."""
     from fedprune_export.checks import labelled_data
 
     classes = model.architecture.classes
     if arguments.class_names and len(arguments.class_names) != classes:
         raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
-    return arguments.data and labelled_data.measured(arguments.data, model, recipe)
+    return arguments.data and labelled_data.load_scored_data(arguments.data, model, recipe)
 
 
 def _export(
@@ -219,18 +232,18 @@ def _export(
     )
 
 
-def _print_all(
+def _print_results(
     results: Mapping[str, fx.Report | FedpruneError], notes: Sequence[str], out: Path, *, as_json: bool
 ) -> int:
     """Print a row per bundle, each note once with its targets, and a line per target that failed."""
     reports = {name: r for name, r in results.items() if not isinstance(r, FedpruneError)}
     errors = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
     if as_json:
-        print_json([_body(name, result) for name, result in results.items()])
+        print_json([_result_row(name, result) for name, result in results.items()])
     else:
         if reports:
             tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
-        for line in _remarks(reports):
+        for line in _remark_lines(reports):
             print(line)
         for note in notes:
             print(f"note: {note}")
@@ -244,19 +257,19 @@ def _print_all(
     return int(next((e.exit_code for e in errors.values()), ExitCode.OK))
 
 
-def _body(name: str, result: fx.Report | FedpruneError) -> dict[str, Any]:
+def _result_row(name: str, result: fx.Report | FedpruneError) -> dict[str, Any]:
     if isinstance(result, FedpruneError):
         return {"target": name, "error": str(result), "exit_code": int(result.exit_code)}
     return result.to_dict()
 
 
-def _remarks(reports: Mapping[str, fx.Report]) -> Iterator[str]:
+def _remark_lines(reports: Mapping[str, fx.Report]) -> Iterator[str]:
     """Notes, warnings and advice; a note of several targets comes once."""
-    for note in dict.fromkeys(note for r in reports.values() for note in r.plan.chosen.notes):
-        yield f"{', '.join(n for n, r in reports.items() if note in r.plan.chosen.notes)}: {note}"
+    for note in dict.fromkeys(note for r in reports.values() for note in r.plan.width_plan.notes):
+        yield f"{', '.join(n for n, r in reports.items() if note in r.plan.width_plan.notes)}: {note}"
     for name, report in reports.items():
-        if report.plan.chosen.warning:
-            yield f"warning: {name}: {report.plan.chosen.warning}"
+        if report.plan.width_plan.warning:
+            yield f"warning: {name}: {report.plan.width_plan.warning}"
         yield from (f"warning: {name}: {t.warning}" for t in report.trials if t.warning)
         if report.advice:
             yield f"{name} has limited support: {report.advice}"
@@ -264,25 +277,25 @@ def _remarks(reports: Mapping[str, fx.Report]) -> Iterator[str]:
 
 _SUMMARY = (
     Column("target"),
-    Column("density", right=True),
+    Column("density", is_right_aligned=True),
     Column("bound by"),
-    Column("parameters", right=True, drop=2),
-    Column("MACs", right=True, drop=3),
-    Column("weights", right=True, drop=1),
-    Column("memory", right=True),
-    Column("step", right=True),
-    Column("parity", right=True, drop=4),
+    Column("parameters", is_right_aligned=True, drop_order=2),
+    Column("MACs", is_right_aligned=True, drop_order=3),
+    Column("weights", is_right_aligned=True, drop_order=1),
+    Column("memory", is_right_aligned=True),
+    Column("step", is_right_aligned=True),
+    Column("parity", is_right_aligned=True, drop_order=4),
 )
 
 
 def _summary_row(report: fx.Report) -> tuple[str, ...]:
-    p = report.plan.chosen.prediction
+    p = report.plan.width_plan.prediction
     return (
         report.target,
         f"{report.plan.density:.3g}",
-        report.plan.chosen.bound,
-        f"{report.after.parameters:,}",
-        f"{report.after.forward_macs:,}",
+        report.plan.width_plan.bound,
+        f"{report.cut_costs.parameters:,}",
+        f"{report.cut_costs.forward_macs:,}",
         amount(p.wire_bytes, "bytes"),
         amount(p.memory_bytes, "bytes"),
         amount(p.step_s, "s"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fedprune.core.cli import add_json, print_json
+from fedprune.core.cli import add_json_option, print_json
 from fedprune.output import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
@@ -17,12 +17,12 @@ def register(subparsers: Any) -> None:
         "lives (conv1.weight[0] is the first one), the axes that stay whole, and why.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_json(parser)
+    add_json_option(parser)
     add_model_options(parser)
-    parser.set_defaults(function=groups)
+    parser.set_defaults(function=print_groups)
 
 
-def groups(arguments: argparse.Namespace) -> None:
+def print_groups(arguments: argparse.Namespace) -> None:
     """Print a model's channel groups."""
     # On stderr, so that the result can be piped.
     with tables.progress() as tell:

@@ -40,7 +40,7 @@ def _export_parser(words: Sequence[str]) -> CommandParser:
 
 def build_parser() -> CommandParser:
     """The grammar of an export."""
-    from fedprune_export.cli.export import add_arguments, export
+    from fedprune_export.cli.export import add_arguments, export_command
 
     width = max(map(len, COMMANDS))
     parser = CommandParser(
@@ -52,7 +52,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     add_arguments(parser)
-    parser.set_defaults(run=with_extra("export", export))
+    parser.set_defaults(run=with_extra("export", export_command))
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`operators`: the operators that can be cut or trained, from the registries of rules."""
+"""`print_operators`: the operators that can be cut or trained, from the registries of rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedprune.core.cli import add_json, print_json
+from fedprune.core.cli import add_json_option, print_json
 from fedprune.output import tables
 from fedprune.output.tables import Column
 
@@ -19,38 +19,38 @@ def register(subparsers: Any) -> None:
         "forms it is read and written. Channels of an operator without a channel rule stay; a model with one "
         "without a gradient rule can't be trained.",
     )
-    add_json(parser)
-    parser.set_defaults(function=operators)
+    add_json_option(parser)
+    parser.set_defaults(function=print_operators)
 
 
-_COLUMNS = (
+_OPERATOR_COLUMNS = (
     Column("operator"),
-    Column("channels", wrap=16),
-    Column("gradient", wrap=16),
-    Column("forms", drop=1, wrap=16),
+    Column("channels", min_width=16),
+    Column("gradient", min_width=16),
+    Column("forms", drop_order=1, min_width=16),
 )
 
 
-def operators(arguments: argparse.Namespace) -> None:
+def print_operators(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    rows = table()
+    rows = operator_rows()
     if arguments.json:
         print_json(rows)
         return
     tables.print_table(
-        _COLUMNS, [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows]
+        _OPERATOR_COLUMNS, [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows]
     )
 
 
-def table() -> list[dict[str, Any]]:
+def operator_rows() -> list[dict[str, Any]]:
     """One row per operator: its name and the first line of each rule's docstring, or None."""
     # Imported late, as everywhere in this room: help texts must not wait for onnx and onnxruntime.
     from fedprune_export.autodiff.tape import RULES as GRADIENTS
     from fedprune_export.channels.rule import RULES as CHANNELS
-    from fedprune_export.ir.operators import with_rules
+    from fedprune_export.ir.operators import load_rules
 
     forms = _forms()
-    names = sorted({*with_rules(CHANNELS), *with_rules(GRADIENTS), *forms})
+    names = sorted({*load_rules(CHANNELS), *load_rules(GRADIENTS), *forms})
     return [
         {
             "operator": name,
@@ -67,8 +67,8 @@ def _forms() -> Mapping[str, str]:
     from fedprune_export.importing.control_flow import CONTROL_FLOW
     from fedprune_export.importing.inlining import BY_DEFINITION
     from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, SPLIT_AND_CONCAT
-    from fedprune_export.importing.translation import BECOMES, TRANSLATED
-    from fedprune_export.ir.composites import NATIVE
+    from fedprune_export.importing.translation import REWRITTEN_AS, TRANSLATED
+    from fedprune_export.ir.composites import NATIVE_SINCE
     from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
 
     forms_of: dict[str, list[str]] = {}
@@ -76,9 +76,9 @@ def _forms() -> Mapping[str, str]:
     forms_of |= {name: ["later forms are read, too"] for name in TRANSLATED}
     forms_of |= {name: ["removed on import"] for name in SEQUENCE_OPERATORS}
     forms_of |= {
-        name: [f"becomes {form} on import"] for name, form in (BECOMES | BY_DEFINITION | SPLIT_AND_CONCAT).items()
+        name: [f"becomes {form} on import"] for name, form in (REWRITTEN_AS | BY_DEFINITION | SPLIT_AND_CONCAT).items()
     }
-    for name, since in NATIVE.items():
+    for name, since in NATIVE_SINCE.items():
         forms_of.setdefault(name, []).append(f"recognised in its decomposed form; written so below opset {since}")
     for forms in (LATER_FORMS, EARLIER_FORMS):
         for name, since in forms.items():

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import fedprune_export as fx
-from fedprune.core.cli import recipe_setting, whole_number
+from fedprune.core.cli import positive_integer, recipe_setting
 from fedprune.core.disk import read_file
-from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, meant, remedy
+from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, did_you_mean, path_remedy
 from fedprune.core.json_file import read_json
 from fedprune.model.losses import LOSSES
-from fedprune.model.recipe import CUSTOM, LIST_SETTINGS, METRICS_OF, Recipe, labels_of
+from fedprune.model.recipe import CUSTOM_LOSS, LIST_SETTINGS, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import Codec
@@ -26,12 +26,12 @@ BASE_PRECISIONS = ("float16", "int8")
 PREFERENCES = ("coarse", "fine")
 
 # The usual loss of each kind of labels, for users who know their labels and not the losses.
-_LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
+_LOSS_OF_LABELS = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
-def _choices(names: Iterable[str]) -> str:
+def _choices_text(names: Iterable[str]) -> str:
     """Names that ship with fedprune, for a help text."""
-    return ", ".join(name for name in names if name != CUSTOM)
+    return ", ".join(name for name in names if name != CUSTOM_LOSS)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--input-shape",
-        type=shape,
+        type=parse_shape,
         metavar="C,H,W",
         help="one sample's shape, for torch modules; LEAST:MOST for a length",
     )
@@ -81,17 +81,18 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--loss",
         metavar="LOSS",
-        help=f"what training minimises: {_choices(LOSSES)}, or one of your own: "
+        help=f"what training minimises: {_choices_text(LOSSES)}, or one of your own: "
         f"package.module:function of outputs and labels, or an ONNX file (default: {Recipe.loss})",
     )
     group.add_argument(
         "--metric",
         metavar="METRIC",
-        help=f"metric besides accuracy and loss: {_choices(METRICS_OF['own'])}, or one of your own, given as a loss is",
+        help=f"metric besides accuracy and loss: {_choices_text(METRICS_OF['own'])}, or one of your own, "
+        "given as a loss is",
     )
     group.add_argument(
         "--labels",
-        choices=tuple(_LOSS_OF),
+        choices=tuple(_LOSS_OF_LABELS),
         help="kind of labels, which chooses the loss: the number of a class, a 0 or 1 per class, or values",
     )
     group.add_argument(
@@ -126,8 +127,8 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         output=arguments.output,
         parameters=None if arguments.parameters is None else _names_in(arguments.parameters),
         prefer=arguments.prefer,
-        loss=own_graph(arguments, "loss"),
-        metric=own_graph(arguments, "metric"),
+        loss=custom_graph(arguments, "loss"),
+        metric=custom_graph(arguments, "metric"),
         lora=arguments.lora,
         base=arguments.base_precision,
     )
@@ -149,16 +150,16 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
     """Add the option for lower precisions to predict at."""
     parser.add_argument(
         "--precision",
-        type=precisions,
+        type=parse_precisions,
         default=(),
         metavar="P,P",
         help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
     )
 
 
-def precisions(text: str) -> tuple[str, ...]:
+def parse_precisions(text: str) -> tuple[str, ...]:
     """Names of lower precisions, separated by commas, each once."""
-    chosen_precisions = tuple(dict.fromkeys(names(text)))
+    chosen_precisions = tuple(dict.fromkeys(comma_separated_names(text)))
     wrong = next((n for n in chosen_precisions if n not in PRECISIONS), None)
     if wrong is not None:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}, got {wrong!r}")
@@ -185,10 +186,10 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
         raise ProfileError(f"{arguments.probe}: {error}") from error
 
 
-def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
+def custom_graph(arguments: argparse.Namespace, name: str) -> str | None:
     """The user's own `loss` or `metric` that the command line names; None for a built-in one, or none."""
     text: str | None = getattr(arguments, name, None)
-    built_in = [n for n in (LOSSES if name == "loss" else METRICS_OF["own"]) if n != CUSTOM]
+    built_in = [n for n in (LOSSES if name == "loss" else METRICS_OF["own"]) if n != CUSTOM_LOSS]
     if text is None or text in built_in:
         return None
     # Else a misspelt built-in name would be looked up as a file or a module.
@@ -196,7 +197,7 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
         raise UsageError(
             f"--{name}",
             expected=f"{', '.join(built_in)}, package.module:function, or a file .onnx",
-            got=repr(text) + meant(text, built_in),
+            got=repr(text) + did_you_mean(text, built_in),
         )
     return text
 
@@ -204,17 +205,17 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a command line: the file's settings, overridden by the options."""
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
-    loss = CUSTOM if own_graph(arguments, "loss") is not None else arguments.loss
-    metric = CUSTOM if own_graph(arguments, "metric") is not None else arguments.metric
+    loss = CUSTOM_LOSS if custom_graph(arguments, "loss") is not None else arguments.loss
+    metric = CUSTOM_LOSS if custom_graph(arguments, "metric") is not None else arguments.metric
     if loss and arguments.labels and labels_of(loss) != arguments.labels:
         raise UsageError(
             f"--loss {arguments.loss} compares with labels of another kind",
-            expected="no --labels" if loss == CUSTOM else f"--labels {labels_of(loss)}",
+            expected="no --labels" if loss == CUSTOM_LOSS else f"--labels {labels_of(loss)}",
             got=arguments.labels,
         )
     # A loss of the file that suits the labels stays, such as huber for values.
     if arguments.labels and not arguments.loss and labels_of(str(body.get("loss", Recipe.loss))) != arguments.labels:
-        body["loss"] = _LOSS_OF[arguments.labels]
+        body["loss"] = _LOSS_OF_LABELS[arguments.labels]
     for key, value in (
         ("loss", loss),
         ("metric", metric),
@@ -227,10 +228,10 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         body["frozen"] = arguments.freeze
     # Last: --set wins over every other option.
     body.update(arguments.set)
-    return _checked(body, arguments.recipe)
+    return _check_recipe(body, arguments.recipe)
 
 
-def _checked(body: dict[str, Any], path: Path | None) -> Recipe:
+def _check_recipe(body: dict[str, Any], path: Path | None) -> Recipe:
     try:
         return Recipe.from_dict(body)
     except ConfigError as error:
@@ -249,7 +250,7 @@ def _names_in(path: Path) -> list[str]:
     try:
         text = read_file(path).decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
     except ValueError as error:
         raise ConfigError(f"{path} is no text ({error})") from error
     if text.lstrip().startswith("["):
@@ -263,20 +264,20 @@ def _names_in(path: Path) -> list[str]:
     return list(names)
 
 
-def names(text: str) -> tuple[str, ...]:
+def comma_separated_names(text: str) -> tuple[str, ...]:
     """Names of an option, separated by commas."""
     return tuple(n.strip() for n in text.split(","))
 
 
-def shape(text: str) -> tuple[int | str, ...]:
+def parse_shape(text: str) -> tuple[int | str, ...]:
     """Sizes of an option, separated by commas or ×; one may be the bounds of a length, such as 400:16000."""
     try:
-        return tuple(n if ":" in n else whole_number(n) for n in text.replace("x", ",").split(","))
+        return tuple(n if ":" in n else positive_integer(n) for n in text.replace("x", ",").split(","))
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"expected sizes of 1 or more, such as 3,32,32, got {text!r}") from error
 
 
-def density(text: str) -> float | None:
+def parse_density(text: str) -> float | None:
     """A kept share, or None for `auto`."""
     if text == "auto":
         return None
@@ -289,7 +290,7 @@ def density(text: str) -> float | None:
     return value
 
 
-def codec(text: str) -> str:
+def parse_codec(text: str) -> str:
     """A codec of weights and updates."""
     try:
         Codec.parse(text, "")
@@ -298,7 +299,7 @@ def codec(text: str) -> str:
     return text
 
 
-def targets(texts: Sequence[str]) -> tuple[str, ...]:
+def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
     """Names of profiles, given one by one or separated by commas, each once.
 
     Raises `UsageError` if there is no target, or one comes twice.

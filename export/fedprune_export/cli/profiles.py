@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json, byte_count, whole_number
+from fedprune.core.cli import add_json_option, byte_count, positive_integer
 from fedprune.core.errors import ProfileError
 from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
-from fedprune.planning.identification import Facts, identify
+from fedprune.planning.identification import BoardFacts, identify
 from fedprune.planning.latency_model import GPU_SHARE
 from fedprune.planning.profile import HardwareProfile
 
@@ -41,11 +41,11 @@ def register(subparsers: Any) -> None:
     )
     finding.add_argument("--l4t", default="", metavar="RELEASE", help="a Jetson's L4T release, such as 36.4.3")
     finding.add_argument("--memory", type=byte_count, metavar="BYTES", help="its MemTotal")
-    finding.add_argument("--clock", type=whole_number, metavar="HZ", help="the highest clock of its processor")
+    finding.add_argument("--clock", type=positive_integer, metavar="HZ", help="the highest clock of its processor")
     finding.add_argument("--machine", default="aarch64", help="the output of uname -m (default: aarch64)")
     finding.set_defaults(function=identify_profile)
     for action in (listing, showing, checking, finding):
-        add_json(action)
+        add_json_option(action)
     for action in (listing, showing, finding):
         action.add_argument(
             "--folder", type=Path, action="append", default=[], help="a folder of own profiles (can be repeated)"
@@ -57,31 +57,31 @@ def list_profiles(arguments: argparse.Namespace) -> int:
     profiles: list[HardwareProfile] = []
     errors: list[ProfileError] = []
     # One wrong file must not hide the others.
-    names = profile_store.names(arguments.folder)
+    names = profile_store.profile_names(arguments.folder)
     for name in names:
         try:
-            profiles.append(profile_store.find(name, arguments.folder))
+            profiles.append(profile_store.find_profile(name, arguments.folder))
         except ProfileError as error:  # noqa: PERF203
             errors.append(error)
     if arguments.json:
         _print_json([p.to_dict() for p in profiles])
     else:
         _print_profiles(profiles)
-    _raise(errors, len(names))
+    _raise_errors(errors, len(names))
     return 0
 
 
-_LISTED = (
+_PROFILE_COLUMNS = (
     Column("name"),
-    Column("board", drop=1, wrap=20),
-    Column("cores", drop=3),
-    Column("memory", right=True),
-    Column("for training", right=True),
-    Column("trains on", drop=2),
-    Column("trains at", right=True, drop=2),
-    Column("per round", right=True, drop=4),
+    Column("board", drop_order=1, min_width=20),
+    Column("cores", drop_order=3),
+    Column("memory", is_right_aligned=True),
+    Column("for training", is_right_aligned=True),
+    Column("trains on", drop_order=2),
+    Column("trains at", is_right_aligned=True, drop_order=2),
+    Column("per round", is_right_aligned=True, drop_order=4),
 )
-_FIGURES = Column("figure"), Column("value", wrap=12), Column("source", wrap=20)
+_FIGURE_COLUMNS = Column("figure"), Column("value", min_width=12), Column("source", min_width=20)
 
 
 def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
@@ -90,26 +90,26 @@ def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
             p.name,
             p.title if p.support == "full" else f"{p.title} (limited support)",
             f"{p.cpu.cores} x {p.cpu.clock_hz / 1e9:g} GHz",
-            _bytes(p.memory.total_bytes),
-            _bytes(p.training_bytes),
-            *_training(p),
-            _bytes(p.link.bytes_per_round),
+            _byte_text(p.memory.total_bytes),
+            _byte_text(p.training_memory_bytes),
+            *_training_columns(p),
+            _byte_text(p.link.bytes_per_round),
         )
         for p in profiles
     ]
-    print_table(_LISTED, rows)
+    print_table(_PROFILE_COLUMNS, rows)
 
 
-def _training(profile: HardwareProfile) -> tuple[str, str]:
+def _training_columns(profile: HardwareProfile) -> tuple[str, str]:
     """The unit that trains, and the rate at which plans count its products."""
-    gpu = profile.gpu
+    gpu = profile.training_gpu
     peak = None if gpu is None else gpu.peak_flops
     # A GPU's peak is never reached in training: plans count with a share of it, and so does this table.
     unit, rate = ("CPU", profile.train_rate) if peak is None else ("GPU", GPU_SHARE * peak)
     return unit, f"{rate / 1e9:,.1f} GFLOP/s"
 
 
-def _raise(errors: Sequence[ProfileError], total: int) -> None:
+def _raise_errors(errors: Sequence[ProfileError], total: int) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -118,7 +118,7 @@ def _raise(errors: Sequence[ProfileError], total: int) -> None:
 
 def show_profile(arguments: argparse.Namespace) -> int:
     """Print one profile."""
-    profile = profile_store.chosen(arguments.name, arguments.folder)
+    profile = profile_store.find_typed_profile(arguments.name, arguments.folder)
     if arguments.json:
         _print_json(profile.to_dict())
         return 0
@@ -127,8 +127,8 @@ def show_profile(arguments: argparse.Namespace) -> int:
         print(f"device tree: {', '.join(profile.identify)}")
     if profile.advice:
         print(f"limited support: {profile.advice}")
-    rows = [(key, _figure(key, value), profile.sources[key]) for key, value in profile.figures().items()]
-    print_table(_FIGURES, rows)
+    rows = [(key, _figure_text(key, value), profile.sources[key]) for key, value in profile.figures().items()]
+    print_table(_FIGURE_COLUMNS, rows)
     return 0
 
 
@@ -138,7 +138,7 @@ def check_profiles(arguments: argparse.Namespace) -> int:
     failures: list[tuple[Path, ProfileError]] = []
     for path in arguments.files:
         try:
-            sound.append((path, profile_store.read(path)))
+            sound.append((path, profile_store.read_profile(path)))
         except ProfileError as error:  # noqa: PERF203
             failures.append((path, error))
     if arguments.json:
@@ -150,13 +150,13 @@ def check_profiles(arguments: argparse.Namespace) -> int:
             expected_path = path.with_name(f"{profile.name}{path.suffix}")
             note = "" if path == expected_path else f"; as a profile of a folder it must be called {expected_path.name}"
             print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources{note})")
-    _raise([e for _, e in failures], len(arguments.files))
+    _raise_errors([e for _, e in failures], len(arguments.files))
     return 0
 
 
 def identify_profile(arguments: argparse.Namespace) -> int:
     """Print which profile fits a board, and why."""
-    facts = Facts(
+    facts = BoardFacts(
         model=arguments.model,
         compatible=tuple(arguments.compatible),
         l4t=arguments.l4t,
@@ -176,7 +176,7 @@ def identify_profile(arguments: argparse.Namespace) -> int:
 _UNITS = {"_hz": "Hz", "_flops": "FLOP/s", "_bytes_s": "bytes/s", "_s": "s", "_w": "W", "bytes": "bytes"}
 
 
-def _figure(key: str, value: Any) -> str:
+def _figure_text(key: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(value)
     if isinstance(value, bool):
@@ -187,14 +187,14 @@ def _figure(key: str, value: Any) -> str:
     name = key.replace("bytes_per_round", "bytes")
     unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
     if unit == "bytes":
-        return _bytes(value)
+        return _byte_text(value)
     for step, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if unit in ("Hz", "FLOP/s", "bytes/s") and value >= step:
             return f"{value / step:g} {prefix}{'B/s' if unit == 'bytes/s' else unit}"
     return f"{value:g} {unit}" if unit in ("W", "s") else f"{value:g}"
 
 
-def _bytes(value: float) -> str:
+def _byte_text(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json, print_json
+from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.errors import FedpruneError
 from fedprune.output import tables
 from fedprune.runtime.bundle import open_bundle
@@ -21,12 +21,12 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument("--model", metavar="MODEL", help=f"compare with the model that was cut: {MODEL_HELP}")
-    add_json(parser)
+    add_json_option(parser)
     add_model_options(parser)
-    parser.set_defaults(function=verify)
+    parser.set_defaults(function=verify_command)
 
 
-def verify(arguments: argparse.Namespace) -> None:
+def verify_command(arguments: argparse.Namespace) -> None:
     """Print every check that is passed."""
     from fedprune_export.bundles import verification
 
@@ -39,11 +39,11 @@ def verify(arguments: argparse.Namespace) -> None:
                 # Under the bundle's name: an architecture's digest includes it.
                 model = read_model(arguments, name=open_bundle(arguments.bundle).architecture.name)
             tell("checking the bundle")
-            for check in verification.verify(arguments.bundle, model):
-                passed_checks.append({"check": check.name, "found": check.found})
+            for check in verification.verify_bundle(arguments.bundle, model):
+                passed_checks.append({"check": check.name, "found": check.finding})
                 # At once, since later checks may take a while.
                 if not arguments.json:
-                    print(f"{check.name}: {check.found}")
+                    print(f"{check.name}: {check.finding}")
     except FedpruneError as error:
         if arguments.json:
             print_json({"ok": False, "passed": passed_checks, "error": str(error)})

@@ -15,9 +15,9 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, shown
-from fedprune.core.text import some
-from fedprune.core.validation import number, texts, whole
+from fedprune.core.errors import ModelError, value_text
+from fedprune.core.text import first_few
+from fedprune.core.validation import check_number, check_texts, check_whole
 from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY
 from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.pruning.model import Model
@@ -25,7 +25,7 @@ from fedprune_export.pruning.model import Model
 _A, _B = "lora_A", "lora_B"
 
 # A limit against typing errors: adapters are used with ranks of 1 to 256.
-_MOST_RANKS = 4096
+_MAX_RANK = 4096
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Lora:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole("lora: rank", self.rank, 1, _MOST_RANKS, error=ModelError)
-        object.__setattr__(self, "patterns", tuple(texts("lora: patterns", self.patterns, error=ModelError)))
+        check_whole("lora: rank", self.rank, 1, _MAX_RANK, error=ModelError)
+        object.__setattr__(self, "patterns", tuple(check_texts("lora: patterns", self.patterns, error=ModelError)))
         if self.alpha is not None:
-            number("lora: alpha", self.alpha, 0, above=True, error=ModelError)
-        whole("lora: seed", self.seed, 0, error=ModelError)
+            check_number("lora: alpha", self.alpha, 0, above=True, error=ModelError)
+        check_whole("lora: seed", self.seed, 0, error=ModelError)
 
     @classmethod
     def parse(cls, text: str) -> Lora:
@@ -57,12 +57,14 @@ class Lora:
         rank, _, names = text.partition(":")
         if not (rank.isascii() and rank.isdigit() and len(rank) < 6):
             raise ModelError(
-                "lora", expected="RANK or RANK:PATTERN,PATTERN, such as 8 or 8:*.q.weight,*.v.weight", got=shown(text)
+                "lora",
+                expected="RANK or RANK:PATTERN,PATTERN, such as 8 or 8:*.q.weight,*.v.weight",
+                got=value_text(text),
             )
         return cls(int(rank), tuple(n.strip() for n in names.split(",") if n.strip()))
 
 
-def kept(parameters: Iterable[str], frozen: Sequence[str]) -> frozenset[str]:
+def uncut_tensors(parameters: Iterable[str], frozen: Sequence[str]) -> frozenset[str]:
     """The frozen tensors of a model with adapters, fedprune's or PEFT's, of which no channel is cut."""
     adapted = any(f".{_A}." in f".{name}." for name in parameters)
     return frozenset(frozen) if adapted else frozenset()
@@ -74,12 +76,12 @@ def with_adapters(model: Model, lora: Lora) -> bytes:
     Raises `ModelError` if a pattern matches no weight of a linear layer, or a weight has fewer rows or columns than
     there are ranks.
     """
-    layers = _layers(model)
-    chosen = _chosen(list(layers), lora.patterns)
+    layers = _linear_layers(model)
+    chosen = _matching_layers(list(layers), lora.patterns)
     graph = model.graph.copy()
     adapters: dict[str, Array] = {}
     for name in chosen:
-        for key, value in _tensors(name, layers[name], model.graph.initializers[name].shape, lora).items():
+        for key, value in _adapter_tensors(name, layers[name], model.graph.initializers[name].shape, lora).items():
             if key in graph.initializers:
                 raise ModelError(f"{name} has an adapter already", got=key, hint="Leave --lora (lora=) out.")
             adapters[key] = value
@@ -98,7 +100,7 @@ def with_adapters(model: Model, lora: Lora) -> bytes:
     return graph.to_bytes()
 
 
-def _layers(model: Model) -> dict[str, dict[str, bool]]:
+def _linear_layers(model: Model) -> dict[str, dict[str, bool]]:
     """Weights of linear layers: for each the outputs of its layers, and whether it is stored as [inputs, outputs].
 
     A weight that anything else reads is left out, such as an embedding that is tied to the last layer.
@@ -128,7 +130,7 @@ def _layers(model: Model) -> dict[str, dict[str, bool]]:
     return {n: uses for n, uses in layers.items() if n not in read_elsewhere and len(set(uses.values())) == 1}
 
 
-def _chosen(layers: list[str], patterns: Sequence[str]) -> list[str]:
+def _matching_layers(layers: list[str], patterns: Sequence[str]) -> list[str]:
     if not layers:
         raise ModelError("lora", expected="a model with linear layers whose weights nothing else reads")
     if not patterns:
@@ -137,13 +139,13 @@ def _chosen(layers: list[str], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in layers):
             raise ModelError(
-                f"lora: no weight of a linear layer is called {shown(pattern)}",
-                expected="a pattern that matches some of " + some(layers, most=8),
+                f"lora: no weight of a linear layer is called {value_text(pattern)}",
+                expected="a pattern that matches some of " + first_few(layers, max_names=8),
             )
     return [n for n in layers if any(fnmatchcase(n, p) for p in patterns)]
 
 
-def _tensors(name: str, uses: Mapping[str, bool], shape: Sequence[int], lora: Lora) -> dict[str, Array]:
+def _adapter_tensors(name: str, uses: Mapping[str, bool], shape: Sequence[int], lora: Lora) -> dict[str, Array]:
     """A weight's adapter: A with the variance of 1 / inputs, and B of zeros."""
     inputs, outputs = shape if next(iter(uses.values())) else tuple(reversed(shape))
     if lora.rank > min(inputs, outputs):
@@ -151,10 +153,10 @@ def _tensors(name: str, uses: Mapping[str, bool], shape: Sequence[int], lora: Lo
     # Seeded by the name, so that a layer starts from the same values whichever others have adapters.
     rng = np.random.default_rng([lora.seed, *name.encode()])
     first = rng.standard_normal((lora.rank, inputs), np.float32) / np.float32(math.sqrt(inputs))
-    return {_named(name, _A): first, _named(name, _B): np.zeros((outputs, lora.rank), np.float32)}
+    return {_adapter_name(name, _A): first, _adapter_name(name, _B): np.zeros((outputs, lora.rank), np.float32)}
 
 
-def _named(weight: str, matrix: str) -> str:
+def _adapter_name(weight: str, matrix: str) -> str:
     return f"{weight.removesuffix('.weight')}.{matrix}.weight"
 
 
@@ -164,7 +166,7 @@ def _adapter(graph: Graph, node: Node, weight: str, scale: float) -> list[Node]:
     node.outputs[0] = graph.fresh(output)
     value = node.inputs[0]
     for matrix in (_A, _B):
-        turned = graph.emit("Transpose", _named(weight, matrix), attrs={"perm": [1, 0]})
+        turned = graph.emit("Transpose", _adapter_name(weight, matrix), attrs={"perm": [1, 0]})
         value = graph.emit("MatMul", value, turned)
         if matrix == _A and scale != 1:
             value = graph.emit("Mul", value, graph.scalar(scale))

@@ -1,8 +1,8 @@
 """Checks of an imported graph.
 
 `check_nodes` and `check_indices` refuse graphs that both onnx's checker and onnxruntime accept, although they make one
-of them crash or differ from the standard. `compare` compares a normalised graph's outputs with the original's, and its
-shapes with the inferred ones.
+of them crash or differ from the standard. `compare_with_original` compares a normalised graph's outputs with the
+original's, and its shapes with the inferred ones.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fedprune.core.errors import ModelError, shown
+from fedprune.core.errors import ModelError, value_text
 from fedprune.model.step_contract import LOGITS, X
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.refusals import quantisation_error, quantising_node
 from fedprune_export.ir.graph import Graph, Node, Port
-from fedprune_export.ir.trace import Trace, inferred, sample_feeds
+from fedprune_export.ir.trace import Trace, sample_feeds, shapes_at_batch
 
 # ONNX declares these as integers and reads them as truths.
 _FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})
-_LONGEST = 20_000
-_INDEXED = frozenset({"Gather", "GatherElements", "ScatterElements"})
+_MAX_NAME_LENGTH = 20_000
+_INDEXED_OPERATORS = frozenset({"Gather", "GatherElements", "ScatterElements"})
 
 
 def check_nodes(graph: Graph) -> None:
@@ -36,11 +36,11 @@ def check_nodes(graph: Graph) -> None:
     for node in graph.nodes:
         for name, value in node.attrs.items():
             if name in _FLAGS and value not in (0, 1):
-                raise ModelError(f"attribute {name} of {_label(node)}", expected="0 or 1", got=shown(value))
+                raise ModelError(f"attribute {name} of {_label(node)}", expected="0 or 1", got=value_text(value))
         if node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) < 1:
             raise ModelError(f"attribute group of {_label(node)}", expected="1 or more", got=node.attrs["group"])
-        if max(map(len, (*node.inputs, *node.outputs, node.name)), default=0) > _LONGEST:
-            raise ModelError(f"a name of {_label(node)}", expected=f"at most {_LONGEST} characters")
+        if max(map(len, (*node.inputs, *node.outputs, node.name)), default=0) > _MAX_NAME_LENGTH:
+            raise ModelError(f"a name of {_label(node)}", expected=f"at most {_MAX_NAME_LENGTH} characters")
         if not any(node.outputs):
             raise ModelError(f"{_label(node)} has no output")
         if "" in node.inputs:
@@ -50,7 +50,9 @@ def check_nodes(graph: Graph) -> None:
 def check_indices(graph: Graph, trace: Trace) -> None:
     """Make sure that constant indices are within range; raises `ModelError` if one isn't."""
     for node in graph.nodes:
-        indices = graph.initializers.get(node.inputs[1]) if node.op in _INDEXED and len(node.inputs) > 1 else None
+        indices = (
+            graph.initializers.get(node.inputs[1]) if node.op in _INDEXED_OPERATORS and len(node.inputs) > 1 else None
+        )
         if indices is None or not indices.size or node.domain:
             continue
         dims, axis = trace.dims(node.inputs[0]), int(node.attrs.get("axis", 0))
@@ -75,20 +77,20 @@ def _check_missing(graph: Graph, node: Node) -> None:
 
 
 def _label(node: Node) -> str:
-    return f"{shown(node.op)} {shown(node.name)}"
+    return f"{value_text(node.op)} {value_text(node.name)}"
 
 
 _TOLERANCE = 1e-4
 # Batch sizes at which outputs are compared. At the first one shapes are compared, too.
-_BATCHES = (2, 1, 8)
+_BATCH_SIZES = (2, 1, 8)
 
 # Elements in all values of one sample above which the last batch size is left out, since it would take seconds.
-_LARGE = 2**22
+_MAX_ELEMENTS_FOR_ALL_BATCHES = 2**22
 
-_SHAPE = "shape~of~"
+_SHAPE_PREFIX = "shape~of~"
 
 
-def compare(original: Original, graph: Graph, softmax: str) -> None:
+def compare_with_original(original: Original, graph: Graph, softmax: str) -> None:
     """Compare the outputs of file and graph on random numbers, and the graph's shapes with the inferred ones.
 
     Raises `ModelError` if they differ, or the output is not finite.
@@ -97,19 +99,19 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
         original: The user's file.
         softmax: The operator that was removed from the end, if any.
     """
-    inference = inferred(graph, _BATCHES[0])
+    inference = shapes_at_batch(graph, _BATCH_SIZES[0])
     values = [o for n in graph.nodes for o in n.outputs if o]
     probe = graph.copy()
     for value in values:
-        probe.emit("Shape", value, out=_SHAPE + value)
-        probe.outputs.append(Port(_SHAPE + value, np.dtype(np.int64), (len(inference.shapes[value]),)))
-    after = Session(probe.to_bytes())
+        probe.emit("Shape", value, out=_SHAPE_PREFIX + value)
+        probe.outputs.append(Port(_SHAPE_PREFIX + value, np.dtype(np.int64), (len(inference.shapes[value]),)))
+    after = OnnxSession(probe.to_bytes())
     # Sizes of values grow with the batch, and so does the time of a run.
-    large = sum(math.prod(inference.shapes[v]) for v in values) > _BATCHES[0] * _LARGE
-    for batch in _BATCHES[:2] if large else _BATCHES:
+    large = sum(math.prod(inference.shapes[v]) for v in values) > _BATCH_SIZES[0] * _MAX_ELEMENTS_FOR_ALL_BATCHES
+    for batch in _BATCH_SIZES[:2] if large else _BATCH_SIZES:
         x = sample_feeds(graph, batch, seed=batch)[X]
         old = original.run(x)
-        output_names = [LOGITS, *(_SHAPE + v for v in values)] if batch == _BATCHES[0] else [LOGITS]
+        output_names = [LOGITS, *(_SHAPE_PREFIX + v for v in values)] if batch == _BATCH_SIZES[0] else [LOGITS]
         outputs = after.run({X: x}, output_names)
         try:
             _check_close(old, outputs[LOGITS], softmax, batch)
@@ -119,7 +121,7 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
             rounding = quantising_node(graph)
             raise error if rounding is None else quantisation_error(rounding) from error
         for value in values if len(output_names) > 1 else ():
-            shape = tuple(outputs[_SHAPE + value].tolist())
+            shape = tuple(outputs[_SHAPE_PREFIX + value].tolist())
             if shape != inference.shapes[value]:
                 raise ModelError(f"shape of value {value}", expected=inference.shapes[value], got=shape)
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import onnx
 
 from fedprune_export.importing.load import torch_module
-from fedprune_export.importing.model_file import parse
+from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY
 
-_OWN = (LOSS_KEY, METRIC_KEY)
+_USER_GRAPH_KEYS = (LOSS_KEY, METRIC_KEY)
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class ModelChanges:
 
 def compare_models(before: bytes, after: bytes) -> ModelChanges:
     """The differences between two files of a model, each as `read_source` returns it."""
-    (old, old_tensors, old_user_graphs), (new, new_tensors, new_user_graphs) = _split(before), _split(after)
+    (old, old_tensors, old_user_graphs), (new, new_tensors, new_user_graphs) = _split_file(before), _split_file(after)
     tensors = {
         n for n in old_tensors.keys() & new_tensors.keys() if old_tensors[n].tobytes() != new_tensors[n].tobytes()
     }
-    user_graphs_changed = [key in new_user_graphs and new_user_graphs[key] != old_user_graphs.get(key) for key in _OWN]
+    user_graphs_changed = [
+        key in new_user_graphs and new_user_graphs[key] != old_user_graphs.get(key) for key in _USER_GRAPH_KEYS
+    ]
     return ModelChanges(old != new, frozenset(tensors), *user_graphs_changed)
 
 
@@ -53,22 +55,22 @@ def drawn_tensors(source: str, raw: bytes, names: frozenset[str], read: Callable
         names: The tensors in question.
         read: Makes that file again, which takes longer than one more call of the factory.
     """
-    state, tensors = torch_module(source).state_dict(), _split(raw)[1]
-    drawn = frozenset(n for n in names & state.keys() if not np.array_equal(_numbers(state[n]), tensors[n]))
+    state, tensors = torch_module(source).state_dict(), _split_file(raw)[1]
+    drawn = frozenset(n for n in names & state.keys() if not np.array_equal(_numpy_values(state[n]), tensors[n]))
     # Tensors that are no parameters or buffers have no name outside the file.
     return drawn if drawn == names else drawn | (names & compare_models(raw, read()).tensors)
 
 
-def _numbers(tensor: Any) -> npt.NDArray[Any]:
+def _numpy_values(tensor: Any) -> npt.NDArray[Any]:
     values: npt.NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
     return values
 
 
-def _split(raw: bytes) -> tuple[bytes, dict[str, npt.NDArray[Any]], dict[str, str]]:
+def _split_file(raw: bytes) -> tuple[bytes, dict[str, npt.NDArray[Any]], dict[str, str]]:
     """A model's file in parts: everything but values, the values of its tensors, and loss and metric."""
-    proto = parse(raw, whole=False)
-    user_graphs = {p.key: p.value for p in proto.metadata_props if p.key in _OWN}
-    other_properties = [p for p in proto.metadata_props if p.key not in _OWN]
+    proto = parse_model(raw, run_checker=False)
+    user_graphs = {p.key: p.value for p in proto.metadata_props if p.key in _USER_GRAPH_KEYS}
+    other_properties = [p for p in proto.metadata_props if p.key not in _USER_GRAPH_KEYS]
     del proto.metadata_props[:]
     proto.metadata_props.extend(other_properties)
     tensors = {}

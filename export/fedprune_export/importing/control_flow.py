@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from fedprune.core.errors import ModelError, shown
+from fedprune.core.errors import ModelError, value_text
 from fedprune_export.importing.graph_writer import Array, GraphWriter
 from fedprune_export.ir.graph import read_tensor
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
-_DEEPEST = 20  # control flow within control flow
+_MAX_DEPTH = 20  # control flow within control flow
 
 
 def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
@@ -26,12 +26,12 @@ def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> 
     Raises `ModelError` if there would be more than `most` operators, or control flow is nested too deeply.
     """
     # Each pass removes one level; what is nested in it is seen by the next pass.
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         writer = _ControlFlow(model, opset, max_nodes)
         writer.write()
-        if not writer.taken:
+        if not writer.replaced_count:
             return
-    raise ModelError(f"branches and loops are nested more than {_DEEPEST} deep")
+    raise ModelError(f"branches and loops are nested more than {_MAX_DEPTH} deep")
 
 
 class _ControlFlow(GraphWriter):
@@ -39,10 +39,10 @@ class _ControlFlow(GraphWriter):
 
     def __init__(self, model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
         super().__init__(model, opset)
-        self._most, self._left = max_nodes, max_nodes - len(model.graph.node)
-        self.taken = 0
+        self._max_nodes, self._nodes_left = max_nodes, max_nodes - len(model.graph.node)
+        self.replaced_count = 0
 
-    def take(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
+    def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
         """The nodes that replace a node; the node itself if its condition or length depends on data."""
         rule = {"If": self._if, "Loop": self._loop, "Scan": self._scan}.get(node.op_type)
         if rule is None or node.domain not in ("", "ai.onnx"):
@@ -50,34 +50,34 @@ class _ControlFlow(GraphWriter):
         replacement = rule(node, {a.name: helper.get_attribute_value(a) for a in node.attribute})
         if replacement is None:
             return [node]
-        self.taken += 1
+        self.replaced_count += 1
         return replacement
 
     def _if(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        condition = self._known(node.input[0]) if len(node.input) == 1 else None
+        condition = self._constant_value(node.input[0]) if len(node.input) == 1 else None
         if condition is None:
             return None
-        _check_one("condition", node, condition)
+        _check_single_number("condition", node, condition)
         branch = attrs.get("then_branch" if condition.reshape(-1)[0] else "else_branch")
         if branch is None or len(branch.output) != len(node.output):
-            raise ModelError(f"If {shown(node.name)} lacks a branch")
+            raise ModelError(f"If {value_text(node.name)} lacks a branch")
         prefix = f"{node.output[0]}."
-        return self._written(branch, self._adopted(branch, prefix), {}, prefix, node.output)
+        return self._copy_body(branch, self._add_body_tensors(branch, prefix), {}, prefix, node.output)
 
     def _loop(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         count, condition, *states = [*node.input, "", ""][: max(2, len(node.input))]
-        body, trips = _body(node, attrs), self._known(count) if count else None
-        starts = self._known(condition) if condition else np.array(True)
-        _check_one("number of iterations", node, trips)
-        _check_one("condition", node, starts)
+        body, trips = _body(node, attrs), self._constant_value(count) if count else None
+        starts = self._constant_value(condition) if condition else np.array(True)
+        _check_single_number("number of iterations", node, trips)
+        _check_single_number("condition", node, starts)
         counts = 2 + len(states), 1 + len(node.output)
         if (len(body.input), len(body.output)) != counts:
             raise ModelError(
-                f"the body of Loop {shown(node.name)}",
+                f"the body of Loop {value_text(node.name)}",
                 expected=f"{counts[0]} inputs and {counts[1]} outputs",
                 got=f"{len(body.input)} and {len(body.output)}",
             )
-        if trips is None or starts is None or not self._goes_on(body):
+        if trips is None or starts is None or not self._always_continues(body):
             return None
         iteration_count = max(0, int(trips.reshape(-1)[0])) if starts.reshape(-1)[0] else 0
 
@@ -86,7 +86,7 @@ class _ControlFlow(GraphWriter):
             nodes.append(self._constant(np.array(True), f"{node.output[0]}.{iteration}.on"))
             return nodes, [n.output[0] for n in nodes]
 
-        return self._turns(
+        return self._unroll(
             node, body, iteration_count, states, iteration_inputs, skipped=1, axes=[0] * len(body.output)
         )
 
@@ -112,7 +112,7 @@ class _ControlFlow(GraphWriter):
             or any(len(values) != (count if "input" in name else stacked_count) for name, values in lists.items())
         ):
             raise ModelError(
-                f"Scan {shown(node.name)}",
+                f"Scan {value_text(node.name)}",
                 expected="a value or more to go through, and as many inputs, outputs, axes and directions as its body",
                 got=f"{count} of {len(node.input)} inputs to go through, {len(node.output)} outputs, "
                 f"and a body with {len(body.input)} and {len(body.output)}",
@@ -124,25 +124,25 @@ class _ControlFlow(GraphWriter):
         # Inputs of different lengths are left to the checks that name the operator.
         if lengths or iteration_count is None:
             return None
-        self._check_turns(node, body, iteration_count)
+        self._check_size(node, body, iteration_count)
         backward = lists["scan_input_directions"]
         stem = node.output[0]
         elements = [[self._names.fresh(f"{stem}.{k}.part{t}") for t in range(iteration_count)] for k in range(count)]
         before: list[onnx.NodeProto] = []
         for name, axis, names in zip(scanned, axes, elements, strict=True):
-            before += self._apart(name, axis, names)
+            before += self._unstack(name, axis, names)
 
         def iteration_inputs(iteration: int) -> tuple[list[onnx.NodeProto], list[str]]:
             return [], [p[-1 - iteration if b else iteration] for p, b in zip(elements, backward, strict=True)]
 
         out_axes = [0] * state_count + lists["scan_output_axes"]
         out_backward = [0] * state_count + lists["scan_output_directions"]
-        unrolled = self._turns(
+        unrolled = self._unroll(
             node, body, iteration_count, states, iteration_inputs, skipped=0, axes=out_axes, backward=out_backward
         )
         return None if unrolled is None else before + unrolled
 
-    def _turns(
+    def _unroll(
         self,
         node: onnx.NodeProto,
         body: onnx.GraphProto,
@@ -161,14 +161,14 @@ class _ControlFlow(GraphWriter):
             skipped: How many outputs of the body come before the states.
             axes: The axis along which each output is stacked.
         """
-        self._check_turns(node, body, iteration_count)
-        self._left -= iteration_count * max(1, len(body.node))
+        self._check_size(node, body, iteration_count)
+        self._nodes_left -= iteration_count * max(1, len(body.node))
         state_count, stacked_count = len(states), len(body.output) - skipped - len(states)
         # A stacked output of no iterations would be an empty tensor of unknown shape.
         if not iteration_count and stacked_count:
             return None
         stem = f"{node.output[0]}."
-        tensor_names, out, current_states = self._adopted(body, stem), list[onnx.NodeProto](), list(states)
+        tensor_names, out, current_states = self._add_body_tensors(body, stem), list[onnx.NodeProto](), list(states)
         rows: list[list[str]] = [[] for _ in range(stacked_count)]
         for iteration in range(iteration_count):
             prefix = f"{stem}{iteration}."
@@ -177,7 +177,7 @@ class _ControlFlow(GraphWriter):
             read = [*iteration_names, *current_states] if skipped else [*current_states, *iteration_names]
             inputs = {port.name: name for port, name in zip(body.input, read, strict=True)}
             results = [self._names.fresh(f"{prefix}out{i}") for i in range(len(body.output))]
-            out += nodes + self._written(body, tensor_names, inputs, prefix, results)
+            out += nodes + self._copy_body(body, tensor_names, inputs, prefix, results)
             current_states = results[skipped : skipped + state_count]
             for row, name in zip(rows, results[skipped + state_count :], strict=True):
                 row.append(name)
@@ -188,16 +188,18 @@ class _ControlFlow(GraphWriter):
         ]
         for i, (row, target) in enumerate(zip(rows, node.output[state_count:], strict=True), state_count):
             if target:
-                out += self._together(row[::-1] if backward and backward[i] else row, axes[i], target)
+                out += self._stack(row[::-1] if backward and backward[i] else row, axes[i], target)
         return out
 
-    def _check_turns(self, node: onnx.NodeProto, body: onnx.GraphProto, iteration_count: int) -> None:
-        if iteration_count * max(1, len(body.node)) > self._left:
-            raise ModelError(f"{node.op_type} {shown(node.name)}, unrolled", expected=f"at most {self._most} operators")
+    def _check_size(self, node: onnx.NodeProto, body: onnx.GraphProto, iteration_count: int) -> None:
+        if iteration_count * max(1, len(body.node)) > self._nodes_left:
+            raise ModelError(
+                f"{node.op_type} {value_text(node.name)}, unrolled", expected=f"at most {self._max_nodes} operators"
+            )
 
     # -- graphs within graphs -----------------------------------------------------------------------------------------
 
-    def _adopted(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
+    def _add_body_tensors(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
         """Add a body's tensors to the graph, once for all iterations. Returns their new names."""
         # Copied once: all iterations of a body read the same tensors.
         names = {t.name: self._names.fresh(prefix + t.name) for t in body.initializer}
@@ -206,7 +208,7 @@ class _ControlFlow(GraphWriter):
             self._graph.initializer[-1].name = names[tensor.name]
         return names
 
-    def _written(
+    def _copy_body(
         self,
         body: onnx.GraphProto,
         tensor_names: Mapping[str, str],
@@ -239,7 +241,7 @@ class _ControlFlow(GraphWriter):
                 out.append(helper.make_node("Identity", [names.get(value.name, value.name)], [target]))
         return out
 
-    def _goes_on(self, body: onnx.GraphProto) -> bool:
+    def _always_continues(self, body: onnx.GraphProto) -> bool:
         """Whether the condition that a loop's body ends with is always true."""
         makers = {o: n for n in body.node for o in n.output}
         tensors = {t.name: t for t in body.initializer}
@@ -255,18 +257,20 @@ class _ControlFlow(GraphWriter):
         return constant is not None and bool(read_tensor(constant).all())
 
 
-def _check_one(what: str, node: onnx.NodeProto, value: Array | None) -> None:
+def _check_single_number(what: str, node: onnx.NodeProto, value: Array | None) -> None:
     """Make sure that a condition or a number of iterations is one number. Raises `ModelError` if it isn't."""
     if value is not None and (value.size != 1 or value.dtype.kind not in "biu"):
         got = f"{value.size} of type {value.dtype}"
-        raise ModelError(f"the {what} of {node.op_type} {shown(node.name)}", expected="one truth or number", got=got)
+        raise ModelError(
+            f"the {what} of {node.op_type} {value_text(node.name)}", expected="one truth or number", got=got
+        )
 
 
 def _body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:
     """The graph that a node repeats. Raises `ModelError` if it has none, or no outputs of its own."""
     body = attrs.get("body")
     if not isinstance(body, onnx.GraphProto) or not any(node.output):
-        raise ModelError(f"{node.op_type} {shown(node.name)} lacks a body or outputs")
+        raise ModelError(f"{node.op_type} {value_text(node.name)} lacks a body or outputs")
     return body
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedprune.core.text import quantity
 from fedprune_export.importing.simplification import bypass
-from fedprune_export.ir.dropout import is_dropout, ratio_of
+from fedprune_export.ir.dropout import dropout_ratio, is_dropout
 from fedprune_export.ir.graph import Graph, Node
 
 
@@ -22,7 +22,7 @@ def read_dropouts(graph: Graph, notes: list[str]) -> None:
         nodes.append(node)
         if not is_dropout(node):
             continue
-        ratio = ratio_of(graph, node)
+        ratio = dropout_ratio(graph, node)
         mask = node.outputs[1] if len(node.outputs) > 1 else ""
         if mask and (mask in readers or mask in outputs):
             # Comparing the input with itself gives all true in the right shape at any batch size. NaN would be an

@@ -13,15 +13,15 @@ from onnx import helper, numpy_helper
 from fedprune.core.errors import ModelError
 from fedprune_export.ir import shape_inference
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.shape_arithmetic import SOURCES
+from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
 
 Array = npt.NDArray[Any]
 
-_MOST_STEPS = 200  # operators that a length or condition is computed with
-_LARGE = 4096  # bytes of a tensor whose numbers are no sizes
+_MAX_STEPS = 200  # operators that a length or condition is computed with
+_MAX_SIZE_TENSOR_BYTES = 4096  # bytes of a tensor whose numbers are no sizes
 
 # Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them.
-_SIZES = (3, 5)
+_TRIAL_SIZES = (3, 5)
 
 
 class Names:
@@ -63,13 +63,13 @@ class GraphWriter:
         self._shapes: dict[str, list[int | None]] | None = None
         self._names = Names(model.graph)
 
-    def take(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
+    def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
         """The nodes that replace a node."""
         raise NotImplementedError
 
     def write(self) -> None:
         """Replace all nodes."""
-        nodes = [written for node in self._graph.node for written in self.take(node)]
+        nodes = [written for node in self._graph.node for written in self.rewrite_node(node)]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
 
@@ -79,25 +79,25 @@ class GraphWriter:
         name = self._names.fresh(name)
         return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
 
-    def _apart(self, name: str, axis: int, elements: Sequence[str]) -> list[onnx.NodeProto]:
+    def _unstack(self, name: str, axis: int, elements: Sequence[str]) -> list[onnx.NodeProto]:
         """A value's slices along an axis, with the axis removed."""
         rows = [self._names.fresh(f"{p}.row") for p in elements]
-        out = self._listing("Split", name, "split", [1] * len(elements), rows, axis=axis)
+        out = self._nodes_with_list("Split", name, "split", [1] * len(elements), rows, axis=axis)
         for row, element in zip(rows, elements, strict=True):
-            out += self._listing("Squeeze", row, "axes", [axis], [element])
+            out += self._nodes_with_list("Squeeze", row, "axes", [axis], [element])
         return out
 
-    def _together(self, elements: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
+    def _stack(self, elements: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
         """Stack values along a new axis."""
         rows = [self._names.fresh(f"{p}.row") for p in elements]
         out = [
             n
             for p, row in zip(elements, rows, strict=True)
-            for n in self._listing("Unsqueeze", p, "axes", [axis], [row])
+            for n in self._nodes_with_list("Unsqueeze", p, "axes", [axis], [row])
         ]
         return [*out, helper.make_node("Concat", rows, [target], axis=axis)]
 
-    def _listing(
+    def _nodes_with_list(
         self, op: str, name: str, what: str, values: Sequence[int], outputs: Sequence[str], **attrs: Any
     ) -> list[onnx.NodeProto]:
         """A node that takes a list: an attribute until opset 12, then an input."""
@@ -114,41 +114,41 @@ class GraphWriter:
 
     def _shape(self, name: str) -> list[int | None] | None:
         if self._shapes is None:
-            self._shapes = inferred(self._model)
+            self._shapes = file_shapes(self._model)
         return self._shapes.get(name)
 
-    def _known(self, name: str) -> Array | None:
+    def _constant_value(self, name: str) -> Array | None:
         """A value that is computed from constants and sizes alone; None if it depends on data or on a free size."""
         try:
-            trials = [self._computed(name, size) for size in _SIZES]
+            trials = [self._value_at_size(name, size) for size in _TRIAL_SIZES]
         except ModelError:  # operators that make no sense, or a value that would be huge
             return None
         same = all(f is not None and trials[0] is not None and np.array_equal(f, trials[0]) for f in trials)
         return trials[0] if same else None
 
-    def _computed(self, name: str, free: int) -> Array | None:
+    def _value_at_size(self, name: str, free: int) -> Array | None:
         """The value if every free size of the file is `free`; None if it depends on data."""
-        nodes = self._steps(name)
+        nodes = self._computing_nodes(name)
         if nodes is None:
             return None
         model = onnx.ModelProto(opset_import=self._model.opset_import)
         model.graph.node.extend(nodes)
         read = {name, *(i for node in nodes for i in node.input)}
         model.graph.initializer.extend(self._tensors[i] for i in read if i in self._tensors)
-        graph, values = Graph.from_proto(model), shape_inference.Inferred()
+        graph, values = Graph.from_proto(model), shape_inference.InferredShapes()
         for key, value in graph.initializers.items():
-            shape_inference.hold(values, key, value)
+            shape_inference.set_value(values, key, value)
         for node in graph.nodes:
-            if node.op in SOURCES and node.inputs[0] not in values.shapes:
+            if node.op in SIZE_OPERATORS and node.inputs[0] not in values.shapes:
                 shape = self._shape(node.inputs[0])
                 if shape is None:
                     return None
                 values.shapes[node.inputs[0]] = tuple(free if d is None else d for d in shape)
                 values.dtypes[node.inputs[0]] = np.dtype(np.float32)  # of whichever type: its size alone is asked for
-            shape_inference.follow(graph, values, node, node.outputs)
+            shape_inference.infer_node(graph, values, node, node.outputs)
         return values.numbers.get(name)
 
-    def _steps(self, name: str) -> list[onnx.NodeProto] | None:
+    def _computing_nodes(self, name: str) -> list[onnx.NodeProto] | None:
         """The nodes that compute a value of sizes and constants, in order; None if data is among them, or too many."""
         nodes: dict[int, onnx.NodeProto] = {}
         pending = [name]
@@ -159,20 +159,22 @@ class GraphWriter:
                 if value not in self._tensors:
                     return None
             elif index not in nodes:
-                if len(nodes) >= _MOST_STEPS:
+                if len(nodes) >= _MAX_STEPS:
                     return None
                 node = nodes[index] = self._graph.node[index]
-                pending += [] if node.op_type in SOURCES else [i for i in node.input if i]
+                pending += [] if node.op_type in SIZE_OPERATORS else [i for i in node.input if i]
         return [nodes[index] for index in sorted(nodes)]
 
 
-def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
+def file_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     """The shapes that onnx infers; None for sizes that are free."""
     # Inference serialises the model, which takes long with its weights, and fails from 2 GiB on.
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for tensor in bare.graph.initializer:
-        if len(tensor.raw_data) > _LARGE:  # shape inference reads a tensor's values only if they are sizes
+        if (
+            len(tensor.raw_data) > _MAX_SIZE_TENSOR_BYTES
+        ):  # shape inference reads a tensor's values only if they are sizes
             tensor.ClearField("raw_data")
     try:
         graph = onnx.shape_inference.infer_shapes(bare).graph

@@ -9,26 +9,31 @@ import numpy as np
 import onnx
 
 from fedprune.core import tensorfile
-from fedprune.core.disk import is_there
-from fedprune.core.errors import BundleError, ModelError, shape_text, shown
+from fedprune.core.disk import path_exists
+from fedprune.core.errors import BundleError, ModelError, shape_text, value_text
 from fedprune.core.json_file import read_json
 from fedprune_export.importing import metadata
-from fedprune_export.importing.model_file import parse, read_model_file
+from fedprune_export.importing.model_file import parse_model, read_model_file
 
-GRAPH, WEIGHTS, CONFIG, CARD = "model.onnx", "model.safetensors", "config.json", "README.md"
+HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE, HUB_CARD_FILE = (
+    "model.onnx",
+    "model.safetensors",
+    "config.json",
+    "README.md",
+)
 # Files of a repository on the hub: the graph, torch's state dict, facts for programs, and the model card.
-FILES = (GRAPH, WEIGHTS, CONFIG, CARD)
+HUB_FILES = (HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE, HUB_CARD_FILE)
 
 # The counter of torch's batch norms, next to their statistics; a graph has no such tensor.
-COUNTER = "num_batches_tracked"
+BATCH_COUNTER = "num_batches_tracked"
 
 # Room for the names of some 20,000 classes in `id2label`.
-_MOST_CONFIG = 2**20
-_LONGEST_NAME = 100
+_MAX_CONFIG_BYTES = 2**20
+_MAX_NAME_LENGTH = 100
 
 
 def is_hub_folder(path: Path) -> bool:
-    return is_there(path / GRAPH, file=True) and is_there(path / CONFIG, file=True)
+    return path_exists(path / HUB_GRAPH_FILE, file=True) and path_exists(path / HUB_CONFIG_FILE, file=True)
 
 
 def read_hub_folder(folder: Path) -> bytes:
@@ -36,22 +41,22 @@ def read_hub_folder(folder: Path) -> bytes:
 
     Raises `ModelError` if there is no graph, a file is damaged, or the weights are not the graph's.
     """
-    if not is_there(folder / GRAPH, file=True):
+    if not path_exists(folder / HUB_GRAPH_FILE, file=True):
         raise ModelError(
             f"{folder} is no model in the layout of the Hugging Face hub",
-            expected=f"a folder with {GRAPH}",
+            expected=f"a folder with {HUB_GRAPH_FILE}",
             got="no such file",
             hint="For weights alone, load them into their torch module, and give fedprune_export.load the module.",
         )
-    raw = read_model_file(folder / GRAPH)
-    if not is_there(folder / WEIGHTS, file=True):
+    raw = read_model_file(folder / HUB_GRAPH_FILE)
+    if not path_exists(folder / HUB_WEIGHTS_FILE, file=True):
         return raw
     try:
-        tensors = tensorfile.mapped(folder / WEIGHTS)
+        tensors = tensorfile.map_tensors(folder / HUB_WEIGHTS_FILE)
     except BundleError as error:
         raise ModelError(str(error)) from error
-    proto = parse(raw)
-    _fill(proto, tensors, folder / WEIGHTS)
+    proto = parse_model(raw)
+    _fill_weights(proto, tensors, folder / HUB_WEIGHTS_FILE)
     filled: bytes = proto.SerializeToString(deterministic=True)
     return filled
 
@@ -62,9 +67,11 @@ def model_name(folder: Path, default: str = "") -> str:
     Raises `ModelError` if the file is damaged, or the name is invalid.
     """
     name = read_config(folder).get("name", default or folder.resolve().name)
-    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_LENGTH or not name.isprintable():
         raise ModelError(
-            f"{folder / CONFIG}: name", expected=f"a text of 1 to {_LONGEST_NAME} characters", got=shown(name)
+            f"{folder / HUB_CONFIG_FILE}: name",
+            expected=f"a text of 1 to {_MAX_NAME_LENGTH} characters",
+            got=value_text(name),
         )
     return name
 
@@ -78,40 +85,46 @@ def class_names(folder: Path, classes: int) -> tuple[str, ...]:
     named = [labels.get(str(i)) for i in range(classes)] if isinstance(labels, dict) else []
     if not named or len(labels) != classes or not all(isinstance(name, str) and name for name in named):
         raise ModelError(
-            f"{folder / CONFIG}: id2label", expected=f"a name for each class from 0 to {classes - 1}", got=shown(labels)
+            f"{folder / HUB_CONFIG_FILE}: id2label",
+            expected=f"a name for each class from 0 to {classes - 1}",
+            got=value_text(labels),
         )
     return tuple(map(str, named))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`; empty without such a file. Raises `ModelError` if it is damaged."""
-    path = folder / CONFIG
-    if not is_there(path, file=True):
+    path = folder / HUB_CONFIG_FILE
+    if not path_exists(path, file=True):
         return {}
-    body = read_json(path, ModelError, _MOST_CONFIG)
+    body = read_json(path, ModelError, _MAX_CONFIG_BYTES)
     if not isinstance(body, dict):
-        raise ModelError(f"{path}", expected="an object", got=shown(body))
+        raise ModelError(f"{path}", expected="an object", got=value_text(body))
     return body
 
 
-def _fill(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) -> None:
+def _fill_weights(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) -> None:
     """Set the weights of a graph by name. Raises `ModelError` if names or shapes don't fit it."""
-    texts = metadata.read(proto)
+    texts = metadata.read_properties(proto)
     initializers = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-    listed = metadata.names(texts, metadata.PARAMETERS_KEY, set(initializers))
+    listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, set(initializers))
     # A state dict has tied tensors under each name, and parameters that the forward pass does not use.
-    further_names = {name for names in metadata.tied(texts).values() for name in names} | set(metadata.unused(texts))
+    further_names = {name for names in metadata.tied_names(texts).values() for name in names} | set(
+        metadata.unused_parameters(texts)
+    )
     for name, value in tensors.items():
         if name not in initializers:
-            if name in further_names or name.rpartition(".")[2] == COUNTER:
+            if name in further_names or name.rpartition(".")[2] == BATCH_COUNTER:
                 continue
             raise ModelError(
-                f"{where} has a tensor {shown(name)}", expected=f"weights of {GRAPH} alone", hint="Save both again."
+                f"{where} has a tensor {value_text(name)}",
+                expected=f"weights of {HUB_GRAPH_FILE} alone",
+                hint="Save both again.",
             )
         sizes = tuple(initializers[name].dims)
         if value.shape != sizes or value.dtype != np.float32:
             raise ModelError(
-                f"{where}: tensor {shown(name)}",
+                f"{where}: tensor {value_text(name)}",
                 expected=f"float32 {shape_text(*sizes)}",
                 got=f"{value.dtype} {shape_text(*value.shape)}",
             )

@@ -8,15 +8,15 @@ import numpy as np
 import onnx
 from onnx import helper, inliner, numpy_helper
 
-from fedprune.core.errors import ModelError, reason, shown
+from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
 from fedprune_export.importing.graph_writer import Names
-from fedprune_export.importing.model_file import check
+from fedprune_export.importing.model_file import check_valid_onnx
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 
-MOST_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
+MAX_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
 
-_DEEPEST = 20  # functions that call functions
+_MAX_CALL_DEPTH = 20  # functions that call functions
 
 # Operators that are replaced by the standard's own definition of them, and what it consists of.
 BY_DEFINITION = {
@@ -30,7 +30,7 @@ BY_DEFINITION = {
 }
 
 
-def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+def inline_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model without local functions, sequences, branches on constants and loops of a fixed length: the same object
     if it has none.
 
@@ -39,27 +39,27 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     if model.functions:
         _check_calls(model)
-        model = _inlined(model)
-    if len(model.graph.node) > MOST_NODES:
-        raise ModelError("number of operators", expected=f"at most {MOST_NODES}", got=len(model.graph.node))
+        model = _inline_functions(model)
+    if len(model.graph.node) > MAX_NODES:
+        raise ModelError("number of operators", expected=f"at most {MAX_NODES}", got=len(model.graph.node))
     operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if operators & BY_DEFINITION.keys():
-        model = _defined(model)
+        model = _expand_definitions(model)
         operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     has_old_group_norm = 18 <= opset < 21 and "GroupNormalization" in operators
     unsupported = operators & (CONTROL_FLOW | SEQUENCE_OPERATORS)
     # onnx's checker refuses the withdrawn GroupNormalization; then only the result is checked.
     if not has_old_group_norm and (model.functions or unsupported):
-        check(model)
+        check_valid_onnx(model)
     if not has_old_group_norm and not unsupported:
         return model
     out = onnx.ModelProto()
     out.CopyFrom(model)
     if operators & CONTROL_FLOW:
-        without_control_flow(out, opset, MOST_NODES)
+        without_control_flow(out, opset, MAX_NODES)
     if has_old_group_norm:
-        _per_group(out.graph)
+        _replace_old_group_norms(out.graph)
     if any(n.op_type in SEQUENCE_OPERATORS for n in out.graph.node):
         without_sequences(out, opset)
     return out
@@ -77,32 +77,35 @@ def _check_calls(model: onnx.ModelProto) -> None:
     def size(key: tuple[str, str], depth: int) -> int:
         if key not in functions:
             return 1
-        if depth > _DEEPEST:
-            raise ModelError(f"local functions call each other more than {_DEEPEST} deep", got=shown(key[1]))
+        if depth > _MAX_CALL_DEPTH:
+            raise ModelError(
+                f"local functions call each other more than {_MAX_CALL_DEPTH} deep", got=value_text(key[1])
+            )
         if key not in sizes:
             sizes[key] = sum(n * size(k, depth + 1) for k, n in calls[key].items())
         return sizes[key]
 
     # Functions that call others several times grow exponentially, so the size is computed before anything is inlined.
     total = sum(size((n.domain, n.op_type), 0) for n in model.graph.node)
-    if total > MOST_NODES:
-        raise ModelError("number of operators with functions written out", expected=f"at most {MOST_NODES}", got=total)
+    if total > MAX_NODES:
+        raise ModelError("number of operators with functions written out", expected=f"at most {MAX_NODES}", got=total)
 
 
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model)
         out: onnx.ModelProto = inliner.inline_local_functions(model)
     except Exception as error:
         raise ModelError(
-            f"the model's local functions can't be written out ({reason(error)})", hint="Export it without functions."
+            f"the model's local functions can't be written out ({error_reason(error)})",
+            hint="Export it without functions.",
         ) from error
     return out
 
 
-def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
+def _expand_definitions(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace operators by the standard's definitions, which depend on the types of their inputs."""
-    check(model)
+    check_valid_onnx(model)
     names = [("", name) for name in BY_DEFINITION]
     try:
         typed = onnx.shape_inference.infer_shapes(model)
@@ -113,7 +116,8 @@ def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
     except Exception as error:
         operators = ", ".join(sorted({n.op_type for n in model.graph.node} & BY_DEFINITION.keys()))
         raise ModelError(
-            f"{operators} can't be written by its definition ({reason(error)})", hint="Export the model at opset 18."
+            f"{operators} can't be written by its definition ({error_reason(error)})",
+            hint="Export the model at opset 18.",
         ) from error
     tensors = {tensor.name for tensor in model.graph.initializer}
     inner_values = [value for value in out.graph.value_info if value.name not in tensors]
@@ -125,7 +129,7 @@ def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
 # -- group norms -------------------------------------------------------------------------------------------------------
 
 
-def _per_group(graph: onnx.GraphProto) -> None:
+def _replace_old_group_norms(graph: onnx.GraphProto) -> None:
     """Write GroupNormalization of opsets 18 to 20 as an instance norm: it scales by group, and was withdrawn later."""
     nodes, names = list[onnx.NodeProto](), Names(graph)
     for node in graph.node:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fedprune.core.errors import ModelError, shape_text, shown
-from fedprune.core.validation import instance, whole
-from fedprune.model.lengths import LENGTH, Lengths, Shape, at_most, fits, free_axis, mark
+from fedprune.core.errors import ModelError, shape_text, value_text
+from fedprune.core.validation import check_instance, check_whole
+from fedprune.model.lengths import LENGTH_METADATA, Lengths, Shape, fits_shape, free_axis, padding_value, upper_shape
 from fedprune_export.importing import metadata
 from fedprune_export.ir.graph import Graph, Port
 
 # Key of a file's metadata that holds [name, axis of one sample, least length] of the input whose length varies.
-INPUT_KEY = "fedprune.free_input"
+FREE_INPUT_KEY = "fedprune.free_input"
 
 # Inputs that the graph computes: 1 at positions of a sample and 0 in its padding [N, length], and lengths [N].
 MASK, LENGTHS = "mask", "lengths"
@@ -27,13 +27,13 @@ def read_shape(sizes: object, where: str = "input_shape") -> Shape:
 
     Raises `ModelError` if it is something else.
     """
-    instance(where, sizes, (list, tuple), "a list of sizes", error=ModelError)
+    check_instance(where, sizes, (list, tuple), "a list of sizes", error=ModelError)
     shape = tuple(
         Lengths.parse(size, ModelError)
         if isinstance(size, str)
         else size
         if isinstance(size, Lengths)
-        else whole(f"{where}: a size", size, 1, error=ModelError)
+        else check_whole(f"{where}: a size", size, 1, error=ModelError)
         for size in (sizes if isinstance(sizes, (list, tuple)) else ())
     )
     if sum(isinstance(size, Lengths) for size in shape) > 1:
@@ -52,11 +52,11 @@ def free_input(shapes: Mapping[str, Shape]) -> tuple[str, int, int] | None:
     for name, axis in free:
         bounds = shapes[name][axis]
         if isinstance(bounds, Lengths):
-            return name, axis, bounds.least
+            return name, axis, bounds.lower
     return None
 
 
-def bind(proto: onnx.ModelProto, shape: Shape) -> None:
+def bind_length(proto: onnx.ModelProto, shape: Shape) -> None:
     """Set a free axis of an ONNX model to the upper bound of its length, and note its bounds in the metadata.
 
     Raises `ModelError` if the model has no such axis, or another shape.
@@ -69,14 +69,16 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
         for i in data_inputs
         if len(i.type.tensor_type.shape.dim) == len(shape) + 1 and not isinstance(_dims(i)[(axis or 0) + 1], int)
     ]
-    sizes = at_most(shape)
+    sizes = upper_shape(shape)
     if axis is None or len(free) != 1:
         raise ModelError(
             "the input whose length varies",
             expected=f"one input {shape_text('n', *shape)} with a free axis {(axis or 0) + 1}",
-            got=", ".join(f"{shown(i.name)} {shape_text(*_dims(i))}" for i in data_inputs),
+            got=", ".join(f"{value_text(i.name)} {shape_text(*_dims(i))}" for i in data_inputs),
         )
-    if not fits([d if isinstance(d, int) else int(sizes[a] or 0) for a, d in enumerate(_dims(free[0])[1:])], sizes):
+    if not fits_shape(
+        [d if isinstance(d, int) else int(sizes[a] or 0) for a, d in enumerate(_dims(free[0])[1:])], sizes
+    ):
         raise ModelError("the shape of one sample", expected=shape_text(*_dims(free[0])[1:]), got=shape_text(*shape))
     # A symbol is one size wherever it stands, and a mask is as long as the samples even under another symbol.
     symbol, max_length = free[0].type.tensor_type.shape.dim[axis + 1].dim_param, int(sizes[axis] or 0)
@@ -88,8 +90,8 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
     # Shapes of inner values may contain the axis, too; they are inferred again.
     del proto.graph.value_info[:]
     bounds = shape[axis]
-    min_length = bounds.least if isinstance(bounds, Lengths) else 1
-    metadata.write(proto, {INPUT_KEY: json.dumps([free[0].name, axis, min_length])})
+    min_length = bounds.lower if isinstance(bounds, Lengths) else 1
+    metadata.write_properties(proto, {FREE_INPUT_KEY: json.dumps([free[0].name, axis, min_length])})
 
 
 def compute_lengths(graph: Graph, notes: list[str]) -> None:
@@ -97,13 +99,13 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
 
     Raises `ModelError` if the metadata, or an input, isn't as expected.
     """
-    text = graph.metadata.pop(INPUT_KEY, None)
+    text = graph.metadata.pop(FREE_INPUT_KEY, None)
     if text is None:
         return
-    port, axis, min_length = _named(graph, text)
+    port, axis, min_length = _read_free_input(graph, text)
     max_length = port.shape[axis + 1]
     first = len(graph.nodes)
-    real = _cleaned(graph, port, axis)
+    real = _zero_padding(graph, port, axis)
     computed_ports = [p for p in graph.inputs if p.name in (MASK, LENGTHS) and p is not port]
     for computed_port in computed_ports:
         shape = (max_length,) if computed_port.name == MASK else ()
@@ -130,20 +132,20 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
         raise ModelError("inputs next to one whose length varies", expected=f"{MASK} or {LENGTHS} alone", got=got)
     # What was added last computes what all other nodes read, so it goes first.
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
-    graph.metadata[LENGTH] = json.dumps([axis, min_length])
+    graph.metadata[LENGTH_METADATA] = json.dumps([axis, min_length])
     computed = " and ".join(p.name for p in computed_ports)
     rest = f"the graph computes {computed}" if computed else "the model reads neither mask nor lengths"
     notes.append(f"Samples of input {port.name} are {min_length:,} to {max_length:,} long; {rest}.")
 
 
-def _cleaned(graph: Graph, port: Port, axis: int) -> str:
+def _zero_padding(graph: Graph, port: Port, axis: int) -> str:
     """Let all nodes read the input with zeros in place of the padding.
 
     Returns the name of a mask [N, length], true where a sample has data.
     """
     zero = graph.constant(0, port.dtype)
     # Samples are padded with a number larger than any that they hold (`model.lengths.mark`).
-    real = graph.emit("Less", port.name, graph.constant(mark(port.dtype), port.dtype))
+    real = graph.emit("Less", port.name, graph.constant(padding_value(port.dtype), port.dtype))
     cleaned = graph.emit("Where", real, port.name, zero)
     for node in graph.nodes[:-2]:
         node.inputs = [cleaned if name == port.name else name for name in node.inputs]
@@ -155,18 +157,18 @@ def _cleaned(graph: Graph, port: Port, axis: int) -> str:
     return graph.emit("Squeeze", graph.emit("Slice", real, *ends), graph.ints(*other_axes))
 
 
-def _named(graph: Graph, text: str) -> tuple[Port, int, int]:
+def _read_free_input(graph: Graph, text: str) -> tuple[Port, int, int]:
     try:
         name, axis, min_length = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"metadata {INPUT_KEY}", expected="[name, axis, length]", got=shown(text)) from error
+        raise ModelError(f"metadata {FREE_INPUT_KEY}", expected="[name, axis, length]", got=value_text(text)) from error
     port = next((p for p in graph.inputs if p.name == name), None)
     if port is None or port.dtype not in (np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.int32)):
-        got = shown(name) if port is None else f"{shown(name)} of {port.dtype}"
+        got = value_text(name) if port is None else f"{value_text(name)} of {port.dtype}"
         raise ModelError("the input whose length varies", expected="an input of float32 or int64", got=got)
-    axis = whole(f"metadata {INPUT_KEY}: axis", axis, 0, len(port.shape) - 2, error=ModelError)
-    max_length = whole("size of the axis whose length varies", port.shape[axis + 1], 1, error=ModelError)
-    return port, axis, whole(f"metadata {INPUT_KEY}: length", min_length, 1, max_length, error=ModelError)
+    axis = check_whole(f"metadata {FREE_INPUT_KEY}: axis", axis, 0, len(port.shape) - 2, error=ModelError)
+    max_length = check_whole("size of the axis whose length varies", port.shape[axis + 1], 1, error=ModelError)
+    return port, axis, check_whole(f"metadata {FREE_INPUT_KEY}: length", min_length, 1, max_length, error=ModelError)
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[Any]:

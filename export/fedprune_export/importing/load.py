@@ -12,38 +12,38 @@ from typing import Any, Literal
 
 import onnx
 
-from fedprune.core.disk import is_there
-from fedprune.core.errors import ModelError, reason, shape_text, shown
-from fedprune.core.validation import instance, texts
-from fedprune.model.lengths import LENGTH, Shape, at_most, free_axis
+from fedprune.core.disk import path_exists
+from fedprune.core.errors import ModelError, error_reason, shape_text, value_text
+from fedprune.core.validation import check_instance, check_texts
+from fedprune.model.lengths import LENGTH_METADATA, Shape, free_axis, upper_shape
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
-from fedprune_export.importing.adapters import Lora, kept, with_adapters
-from fedprune_export.importing.graph_writer import inferred
+from fedprune_export.importing.adapters import Lora, uncut_tensors, with_adapters
+from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.hub_folder import class_names, model_name, read_hub_folder
-from fedprune_export.importing.inlining import prepared
-from fedprune_export.importing.lengths import bind, read_shape
+from fedprune_export.importing.inlining import inline_model
+from fedprune_export.importing.lengths import bind_length, read_shape
 from fedprune_export.importing.metadata import PARAMETERS_KEY
-from fedprune_export.importing.model_file import check, parse, read_model_file
+from fedprune_export.importing.model_file import check_valid_onnx, parse_model, read_model_file
 from fedprune_export.importing.normalise import Normalised, normalise
-from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, pieces
-from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
+from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, read_packing
+from fedprune_export.importing.timm_models import TIMM_PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
 from fedprune_export.importing.user_graphs import (
     LOSS_KEY,
     METRIC_KEY,
     check_labels,
-    embed,
-    embedded,
+    embed_user_graph,
+    embedded_user_graph,
     import_loss,
     import_metric,
     read_loss,
     read_metric,
 )
-from fedprune_export.ir.dropout import AXES_KEY
+from fedprune_export.ir.dropout import DROPOUT_AXES_KEY
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.frozen_base import check_precision
-from fedprune_export.pruning.frozen_base import chosen as chosen_base
+from fedprune_export.pruning.frozen_base import freeze_base as chosen_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
 __all__ = [
@@ -110,7 +110,7 @@ def load(source: str | Path | object, *, name: str | None = None, **choices: Any
         name: The architecture's name; by default that of the file, factory, network or module's class.
         choices: Fields of `ImportChoices`, such as `input_shape=(3, 32, 32)` or `lora="8"`.
     """
-    instance("name", name, (str, NoneType), "a text", error=ModelError)
+    check_instance("name", name, (str, NoneType), "a text", error=ModelError)
     chosen = ImportChoices(**choices)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
@@ -118,7 +118,7 @@ def load(source: str | Path | object, *, name: str | None = None, **choices: Any
         return import_onnx(raw, name, chosen)
     text = str(source)
     default = _name_of(text)
-    raw = _read(source, chosen)
+    raw = _read_file(source, chosen)
     try:
         model = import_onnx(raw, name or default, chosen)
     except ModelError as error:
@@ -139,7 +139,7 @@ def check_input(source: str, model: Model, input_shape: Sequence[int | str] | No
     # Several inputs are packed into one row, whose shape means nothing to a user.
     if input_shape is None or INPUTS_KEY in model.graph.metadata:
         return
-    if at_most(read_shape(input_shape)) != model_shape:
+    if upper_shape(read_shape(input_shape)) != model_shape:
         raise ModelError(
             f"{source}: the shape of one sample",
             expected=shape_text(*model_shape),
@@ -154,14 +154,14 @@ def read_source(source: str | Path, choices: ImportChoices = NO_CHOICES) -> byte
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return with_choices(_read(source, choices), choices)
+    return with_choices(_read_file(source, choices), choices)
 
 
-def _read(source: str | Path, choices: ImportChoices) -> bytes:
+def _read_file(source: str | Path, choices: ImportChoices) -> bytes:
     text = str(source)
     network = timm_name(text)
     shape: Shape | None = None if choices.input_shape is None else read_shape(choices.input_shape)
-    if network or text.startswith(PREFIX):
+    if network or text.startswith(TIMM_PREFIX):
         sizes = None if shape is None else [size for size in shape if isinstance(size, int)]
         if shape is not None and free_axis(shape) is not None:
             raise ModelError(f"{text}: input_shape", expected="sizes", got=shape_text(*shape))
@@ -172,65 +172,65 @@ def _read(source: str | Path, choices: ImportChoices) -> bytes:
     raw = read_hub_folder(Path(source)) if _is_folder(source) else read_model_file(Path(source))
     if shape is None or free_axis(shape) is None:
         return raw
-    proto = parse(raw)
-    bind(proto, shape)
+    proto = parse_model(raw)
+    bind_length(proto, shape)
     bound: bytes = proto.SerializeToString(deterministic=True)
     return bound
 
 
 def _name_of(source: str) -> str:
-    if _is_factory(source) or source.startswith(PREFIX):
+    if _is_factory(source) or source.startswith(TIMM_PREFIX):
         return source.rpartition(":")[2]
     return model_name(Path(source)) if _is_folder(source) else Path(source).stem
 
 
 def _is_folder(source: str | Path) -> bool:
-    return is_there(Path(source)) and Path(source).is_dir()
+    return path_exists(Path(source)) and Path(source).is_dir()
 
 
 def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
     """A model's file with a user's choices in it. Raises `ModelError` if they don't fit the model."""
     loss, metric, lora, base = choices.loss, choices.metric, choices.lora, choices.base
     if not (choices.output is choices.parameters is choices.prefer is None):
-        raw = _edited(raw, lambda proto: _choose(proto, choices))
+        raw = _edit_file(raw, lambda proto: _write_choices(proto, choices))
     if loss is not None or metric is not None:
-        model = _imported(raw, "model", own_loss=loss is not None)
+        model = _import_file(raw, "model", own_loss=loss is not None)
         outputs = model.architecture.output_shape
-        packed_outputs = pieces(model.graph.metadata, OUTPUTS_KEY)
+        packed_outputs = read_packing(model.graph.metadata, OUTPUTS_KEY)
         if loss is not None:
-            with _naming("loss"):
-                raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, packed_outputs))
+            with _name_setting_in_errors("loss"):
+                raw = embed_user_graph(raw, LOSS_KEY, read_loss(loss, outputs, packed_outputs))
         if metric is not None:
-            with _naming("metric"):
-                raw = embed(raw, METRIC_KEY, read_metric(metric, outputs, packed_outputs))
+            with _name_setting_in_errors("metric"):
+                raw = embed_user_graph(raw, METRIC_KEY, read_metric(metric, outputs, packed_outputs))
     if lora is not None:
-        raw = with_adapters(_imported(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
+        raw = with_adapters(_import_file(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
     if base is not None:
         check_precision(base)
-        raw = _edited(raw, lambda proto: metadata.write(proto, {metadata.BASE_KEY: base}))
+        raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.BASE_KEY: base}))
     return raw
 
 
 @contextmanager
-def _naming(setting: str) -> Iterator[None]:
+def _name_setting_in_errors(setting: str) -> Iterator[None]:
     """Let errors name the setting of a user's function, because the model's file may be correct."""
     try:
         yield
     except ModelError as error:
-        raise error.named(error.what, ("model", setting)) from error.__cause__
+        raise error.with_subject(error.what, ("model", setting)) from error.__cause__
 
 
-def _edited(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
+def _edit_file(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
     with _as_model_errors():
-        proto = parse(raw)
+        proto = parse_model(raw)
         edit(proto)
         edited: bytes = proto.SerializeToString(deterministic=True)
         return edited
 
 
-def is_called(source: str) -> bool:
+def is_factory_source(source: str) -> bool:
     """Whether a model's source is a factory or a network of timm, which make a new module at every call."""
-    return _is_factory(source) or source.startswith(PREFIX) or bool(timm_name(source))
+    return _is_factory(source) or source.startswith(TIMM_PREFIX) or bool(timm_name(source))
 
 
 def torch_module(source: str) -> Any:
@@ -239,7 +239,7 @@ def torch_module(source: str) -> Any:
     Raises `ModelError` if there is no such module; `MissingExtraError` if torch or timm is needed and not installed.
     """
     network = timm_name(source)
-    if network or source.startswith(PREFIX):
+    if network or source.startswith(TIMM_PREFIX):
         return timm_model(network, None)[0]
     if not _is_factory(source):
         return None
@@ -254,12 +254,12 @@ def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> M
     architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
     handled.
     """
-    return _imported(with_choices(raw, choices), name)
+    return _import_file(with_choices(raw, choices), name)
 
 
-def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
+def _import_file(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     with _as_model_errors():
-        return _built(raw, name, own_loss)
+        return _build_model(raw, name, own_loss)
 
 
 @contextmanager
@@ -270,33 +270,33 @@ def _as_model_errors() -> Iterator[None]:
     # onnx, numpy and protobuf raise these for files that break their assumptions. A ModelError passes as it is.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
-            f"the model can't be understood ({type(error).__name__}: {reason(error)})",
+            f"the model can't be understood ({type(error).__name__}: {error_reason(error)})",
             hint="If it runs elsewhere, please report this with the model.",
         ) from error
 
 
-def _built(raw: bytes, name: str, own_loss: bool) -> Model:
-    file_model = parse(raw, whole=False)
-    proto = prepared(file_model)
+def _build_model(raw: bytes, name: str, own_loss: bool) -> Model:
+    file_model = parse_model(raw, run_checker=False)
+    proto = inline_model(file_model)
     # onnx's checker takes long on large files, so it sees each model once: the file, or what was made of it.
     if proto is file_model:
-        check(raw)
+        check_valid_onnx(raw)
     else:
         _check_prepared(proto)
-    texts, tensor_names = metadata.read(proto), _tensors(proto)
-    listed = metadata.names(texts, metadata.PARAMETERS_KEY, tensor_names)
-    frozen = metadata.names(texts, metadata.FROZEN_KEY, tensor_names) or ()
-    prefer = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
+    texts, tensor_names = metadata.read_properties(proto), _tensors(proto)
+    listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensor_names)
+    frozen = metadata.read_names(texts, metadata.FROZEN_KEY, tensor_names) or ()
+    prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
     parameter_names = None if listed is None else frozenset(listed)
     normal = normalise(proto, parameter_names, raw, own_loss=own_loss or LOSS_KEY in texts)
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     # With adapters, or a frozen base in another precision, frozen weights keep all channels.
-    uncut = kept(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
-    analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, kept=uncut)
+    uncut = uncut_tensors(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
+    analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, uncut=uncut)
     all_notes = (
-        *metadata.note_of_tied(metadata.tied(texts)),
-        *metadata.note_of_unused(metadata.unused(texts)),
+        *metadata.note_of_tied(metadata.tied_names(texts)),
+        *metadata.note_of_unused(metadata.unused_parameters(texts)),
         *metadata.training_notes(texts),
         *normal.notes,
         *analysis.notes,
@@ -305,7 +305,7 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     normal.graph.metadata = _model_metadata(texts, normal, frozen_names)
     if prefer != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = prefer
-    ranks = metadata.ranks(texts, analysis.architecture)
+    ranks = metadata.recorded_ranks(texts, analysis.architecture)
     if ranks is not None:
         normal.graph.metadata[RANKS_KEY] = texts[RANKS_KEY]
     # Ranks hold for the groups that they were trained with; another version may group channels in another way.
@@ -330,12 +330,12 @@ def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: 
     facts = {
         metadata.PARAMETERS_KEY: list(normal.parameters),
         metadata.FROZEN_KEY: frozen_names,
-        metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in metadata.tied(texts).items()},
-        metadata.UNUSED_KEY: metadata.unused(texts),
+        metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in metadata.tied_names(texts).items()},
+        metadata.UNUSED_KEY: metadata.unused_parameters(texts),
         metadata.NAMES_KEY: names,
         metadata.TRAINING_NOTES_KEY: metadata.training_notes(texts),
     }
-    graph_keys = (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)
+    graph_keys = (INPUTS_KEY, OUTPUTS_KEY, LENGTH_METADATA, DROPOUT_AXES_KEY)
     return {
         **{key: text for key, text in normal.graph.metadata.items() if key in graph_keys},
         **{key: json.dumps(fact) for key, fact in facts.items() if fact},
@@ -345,10 +345,10 @@ def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: 
 
 def _import_user_graphs(texts: Mapping[str, str], outputs: Sequence[int]) -> tuple[Model | None, Graph | None]:
     """The loss and metric in a file's metadata. Raises `ModelError` if one is damaged or they don't fit each other."""
-    graphs = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
-    with _naming("loss"):
+    graphs = {key: embedded_user_graph(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
+    with _name_setting_in_errors("loss"):
         loss = import_loss(graphs[LOSS_KEY], outputs) if LOSS_KEY in graphs else None
-    with _naming("metric"):
+    with _name_setting_in_errors("metric"):
         metric = import_metric(graphs[METRIC_KEY], outputs) if METRIC_KEY in graphs else None
         check_labels(loss, metric)
     return loss, metric
@@ -356,7 +356,7 @@ def _import_user_graphs(texts: Mapping[str, str], outputs: Sequence[int]) -> tup
 
 def _check_prepared(proto: onnx.ModelProto) -> None:
     try:
-        check(proto)
+        check_valid_onnx(proto)
     except ModelError as error:
         raise ModelError(
             f"writing out the model's functions, branches and loops has made no valid model ({error})",
@@ -370,25 +370,25 @@ def _tensors(proto: onnx.ModelProto) -> set[str]:
     return {*(t.name for t in proto.graph.initializer), *constants}
 
 
-def _preferred(text: str) -> Prefer:
+def _parse_prefer(text: str) -> Prefer:
     if text == "coarse":
         return "coarse"
     if text == "fine":
         return "fine"
-    raise ModelError("which channels to prefer", expected="coarse or fine", got=shown(text))
+    raise ModelError("which channels to prefer", expected="coarse or fine", got=value_text(text))
 
 
-def _choose(proto: onnx.ModelProto, choices: ImportChoices) -> None:
+def _write_choices(proto: onnx.ModelProto, choices: ImportChoices) -> None:
     """Write the chosen output, parameters and preference into a model."""
     if choices.output is not None:
         _choose_output(proto, choices.output)
     if choices.parameters is not None:
         tensor_names = _tensors(proto)
-        listed = texts("parameters", choices.parameters, error=ModelError)
-        parameters = metadata.checked(listed, tensor_names, "the list of parameters")
-        metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(parameters)})
+        listed = check_texts("parameters", choices.parameters, error=ModelError)
+        parameters = metadata.check_tensor_names(listed, tensor_names, "the list of parameters")
+        metadata.write_properties(proto, {metadata.PARAMETERS_KEY: json.dumps(parameters)})
     if choices.prefer is not None:
-        metadata.write(proto, {metadata.PREFER_KEY: choices.prefer})
+        metadata.write_properties(proto, {metadata.PREFER_KEY: choices.prefer})
 
 
 def _choose_output(proto: onnx.ModelProto, output: str) -> None:
@@ -396,13 +396,15 @@ def _choose_output(proto: onnx.ModelProto, output: str) -> None:
     listed = {o.name: o for o in proto.graph.output}
     inner = {name for node in proto.graph.node for name in node.output if name}
     if output not in listed and output not in inner:
-        raise ModelError("the model has no such output", expected=metadata.shown_names(list(listed)), got=shown(output))
+        raise ModelError(
+            "the model has no such output", expected=metadata.shown_names(list(listed)), got=value_text(output)
+        )
     # A value within the model has no declared type; its shape must be inferred.
     value = listed.get(output)
     if value is None:
-        dims = inferred(proto).get(output)
+        dims = file_shapes(proto).get(output)
         if dims is None:
-            raise ModelError(f"value {shown(output)} can't be the output", expected="a value whose shape is known")
+            raise ModelError(f"value {value_text(output)} can't be the output", expected="a value whose shape is known")
         sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
         value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
     chosen_output = onnx.ValueInfoProto()

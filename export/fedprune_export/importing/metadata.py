@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fedprune.core.errors import ModelError, shown
-from fedprune.core.text import some
+from fedprune.core.errors import ModelError, value_text
+from fedprune.core.text import first_few
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import axes_json
 from fedprune.strategies.importance.scoring import Ranks
@@ -38,31 +38,31 @@ TIED_KEY = "fedprune.tied"  # further names of tensors that have several
 PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
 
 
-def read(model: onnx.ModelProto) -> dict[str, str]:
+def read_properties(model: onnx.ModelProto) -> dict[str, str]:
     """All texts by key."""
     return {p.key: p.value for p in model.metadata_props}
 
 
-def write(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
+def write_properties(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
     """Set these texts and leave others."""
-    merged = {**read(model), **texts}
+    merged = {**read_properties(model), **texts}
     del model.metadata_props[:]
     for key, value in sorted(merged.items()):
         model.metadata_props.add(key=key, value=value)
 
 
-def names(texts: Mapping[str, str], key: str, tensor_names: AbstractSet[str]) -> tuple[str, ...] | None:
+def read_names(texts: Mapping[str, str], key: str, tensor_names: AbstractSet[str]) -> tuple[str, ...] | None:
     """The tensor names under a key; None without it. Raises `ModelError` if it is no list, or a tensor is missing."""
-    listed = _decoded(texts, key, None, "a list of tensor names", _is_texts)
-    return None if listed is None else checked(listed, tensor_names, f"metadata {key}")
+    listed = _decode_json(texts, key, None, "a list of tensor names", _is_texts)
+    return None if listed is None else check_tensor_names(listed, tensor_names, f"metadata {key}")
 
 
-def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
+def unused_parameters(texts: Mapping[str, str]) -> tuple[str, ...]:
     """Parameters that the forward pass doesn't use.
 
     Raises `ModelError` if it is no list of names, or a name can't be printed.
     """
-    return _printable(_decoded(texts, UNUSED_KEY, [], "a list of names", _is_texts))
+    return _check_printable(_decode_json(texts, UNUSED_KEY, [], "a list of names", _is_texts))
 
 
 def original_names(texts: Mapping[str, str]) -> dict[str, str]:
@@ -71,10 +71,10 @@ def original_names(texts: Mapping[str, str]) -> dict[str, str]:
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
     # Names are printed by commands and reports, so control characters are refused.
-    names: dict[str, str] = _decoded(
+    names: dict[str, str] = _decode_json(
         texts, NAMES_KEY, {}, "names by name", lambda v: isinstance(v, dict) and _is_texts([*v.values()])
     )
-    _printable([*names, *names.values()])
+    _check_printable([*names, *names.values()])
     return names
 
 
@@ -83,7 +83,7 @@ def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
 
     Raises `ModelError` if it is no list of texts, or one can't be printed.
     """
-    return _printable(_decoded(texts, TRAINING_NOTES_KEY, [], "a list of notes", _is_texts))
+    return _check_printable(_decode_json(texts, TRAINING_NOTES_KEY, [], "a list of notes", _is_texts))
 
 
 def note_of_unused(names: Sequence[str]) -> list[str]:
@@ -92,47 +92,51 @@ def note_of_unused(names: Sequence[str]) -> list[str]:
     return [note] if names else []
 
 
-def checked(listed: Sequence[str], tensor_names: AbstractSet[str], where: str) -> tuple[str, ...]:
+def check_tensor_names(listed: Sequence[str], tensor_names: AbstractSet[str], where: str) -> tuple[str, ...]:
     """Make sure that a model has all these tensors. Returns their names. Raises `ModelError` if one is missing."""
     missing = [n for n in listed if n not in tensor_names]
     if missing:
-        raise ModelError(f"{where} names a tensor that isn't there", got=shown(missing[0]))
+        raise ModelError(f"{where} names a tensor that isn't there", got=value_text(missing[0]))
     return tuple(listed)
 
 
 def shown_names(listed: Sequence[str]) -> str:
     """The first of these names, for an error."""
-    return some([n[:60] if n.isprintable() else shown(n) for n in listed], most=8)
+    return first_few([n[:60] if n.isprintable() else value_text(n) for n in listed], max_names=8)
 
 
-def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
+def tied_names(texts: Mapping[str, str]) -> dict[str, list[str]]:
     """Further names of tied tensors, by the name that the file has.
 
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
-    names: dict[str, list[str]] = _decoded(
+    names: dict[str, list[str]] = _decode_json(
         texts, TIED_KEY, {}, "lists of names by name", lambda v: isinstance(v, dict) and all(map(_is_texts, v.values()))
     )
-    _printable([n for first, further in names.items() for n in (first, *further)])
+    _check_printable([n for first, further in names.items() for n in (first, *further)])
     return names
 
 
 def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
     """A note on tensors that had several names."""
     sentences = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
-    return [f"Tensors that have several names are one tensor each: {some(sentences, most=3)}."] if sentences else []
+    return (
+        [f"Tensors that have several names are one tensor each: {first_few(sentences, max_names=3)}."]
+        if sentences
+        else []
+    )
 
 
 def ranks_text(architecture: Architecture, ranks: Ranks) -> str:
     return json.dumps({"groups": _groups_digest(architecture), "ranks": [r.tolist() for r in ranks]})
 
 
-def ranks(texts: Mapping[str, str], architecture: Architecture) -> Ranks | None:
+def recorded_ranks(texts: Mapping[str, str], architecture: Architecture) -> Ranks | None:
     """The recorded ranks; None without them, or if they belong to other groups of channels.
 
     Raises `ModelError` if they are something else.
     """
-    recorded = _decoded(texts, RANKS_KEY, {}, "each group's channels", lambda v: isinstance(v, dict))
+    recorded = _decode_json(texts, RANKS_KEY, {}, "each group's channels", lambda v: isinstance(v, dict))
     # The digest covers the groups alone, so ranks stay valid when weights change.
     if not recorded or recorded.get("groups") != _groups_digest(architecture):
         return None
@@ -143,7 +147,7 @@ def ranks(texts: Mapping[str, str], architecture: Architecture) -> Ranks | None:
         or not all(isinstance(row, list) and all(type(c) is int for c in row) for row in rows)
         or any(sorted(row) != list(range(size)) for row, size in zip(rows, sizes, strict=True))
     ):
-        raise ModelError(f"metadata {RANKS_KEY}", expected="each group's channels", got=shown(texts[RANKS_KEY]))
+        raise ModelError(f"metadata {RANKS_KEY}", expected="each group's channels", got=value_text(texts[RANKS_KEY]))
     return tuple(np.array(row, np.int64) for row in rows)
 
 
@@ -151,7 +155,9 @@ def _groups_digest(architecture: Architecture) -> str:
     return hashlib.sha256(axes_json(architecture).encode()).hexdigest()
 
 
-def _decoded(texts: Mapping[str, str], key: str, default: object, expected: str, fits: Callable[[Any], bool]) -> Any:
+def _decode_json(
+    texts: Mapping[str, str], key: str, default: object, expected: str, fits: Callable[[Any], bool]
+) -> Any:
     """Decode a text as JSON, or return the default without it. Raises `ModelError` if the value doesn't fit."""
     if key not in texts:
         return default
@@ -160,7 +166,7 @@ def _decoded(texts: Mapping[str, str], key: str, default: object, expected: str,
     except (ValueError, RecursionError):
         value = None
     if not fits(value):
-        raise ModelError(f"metadata {key}", expected=expected, got=shown(texts[key]))
+        raise ModelError(f"metadata {key}", expected=expected, got=value_text(texts[key]))
     return value
 
 
@@ -168,7 +174,7 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(n, str) for n in value)
 
 
-def _printable(names: Sequence[str]) -> tuple[str, ...]:
+def _check_printable(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         check_name(name)
     return tuple(names)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import onnx
 
-from fedprune.core.disk import MOST_BYTES, open_file, read_file
-from fedprune.core.errors import ModelError, reason, remedy, shown
+from fedprune.core.disk import MAX_READ_BYTES, open_file, read_file
+from fedprune.core.errors import ModelError, error_reason, path_remedy, value_text
 from fedprune.output.extras import install_command
 
-_BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
+_NETWORK_NAME = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
 
 
 def read_model_file(path: Path) -> bytes:
@@ -26,27 +26,27 @@ def read_model_file(path: Path) -> bytes:
         raw = read_file(path)
     except OSError as error:
         if isinstance(error, PermissionError):
-            raise ModelError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+            raise ModelError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
         # A bare name such as resnet18 is most likely meant for timm.
         hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
-        if _BARE.fullmatch(str(path)):
+        if _NETWORK_NAME.fullmatch(str(path)):
             hint += (
                 f" If {path} is a network of timm: {install_command('torch')}, pip install timm, and give timm:{path}."
             )
-        raise ModelError(f"can't read {path}: {error.strerror or error}", hint=remedy(error, hint)) from error
+        raise ModelError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error, hint)) from error
     try:
-        proto = parse(raw, whole=False)
+        proto = parse_model(raw, run_checker=False)
         outside = [t for t in _tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
         if not outside:
             return raw
-        _fill(outside, path.parent)
+        _load_external_data(outside, path.parent)
         filled: bytes = proto.SerializeToString(deterministic=True)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     return filled
 
 
-def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
+def parse_model(raw: bytes, *, run_checker: bool = True) -> onnx.ModelProto:
     """The model that a file holds. Raises `ModelError` if it isn't one."""
     try:
         proto = onnx.load_model_from_string(raw)
@@ -54,22 +54,22 @@ def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
             raise ValueError("it has no graph")
     except Exception as error:
         raise ModelError(
-            f"this is not a whole ONNX model ({reason(error)})",
+            f"this is not a whole ONNX model ({error_reason(error)})",
             got=f"{len(raw)} bytes",
             hint="Export or copy the file again.",
         ) from error
-    if whole:
-        check(raw)
+    if run_checker:
+        check_valid_onnx(raw)
     return proto
 
 
-def check(model: onnx.ModelProto | bytes) -> None:
+def check_valid_onnx(model: onnx.ModelProto | bytes) -> None:
     """Make sure that a model, or the bytes of one, is valid ONNX. Raises `ModelError` if it isn't."""
     try:
         onnx.checker.check_model(model)
     except Exception as error:
         raise ModelError(
-            f"the model is not valid ONNX ({reason(error)})",
+            f"the model is not valid ONNX ({error_reason(error)})",
             hint="Mend it where it was made; onnx.checker.check_model finds the same.",
         ) from error
 
@@ -88,7 +88,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(inner)
 
 
-def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
+def _load_external_data(tensors: list[onnx.TensorProto], folder: Path) -> None:
     """Read the external data of tensors. Each range must fit its tensor and lie in a plain file of the folder."""
     total = 0
     for tensor in tensors:
@@ -96,47 +96,48 @@ def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
         location = entry.get("location", "")
         try:
             offset, length = (int(entry.get(k) or 0) for k in ("offset", "length"))
-            needed = _bytes(tensor)
+            needed = _byte_count(tensor)
             # Files may leave the length out, which reads as 0.
             if offset < 0 or length not in (0, needed):
-                raise ValueError(f"{length} bytes of {shown(tensor.name)}, which has {needed}")
+                raise ValueError(f"{length} bytes of {value_text(tensor.name)}, which has {needed}")
             # Several tensors may refer to the same bytes, so the sizes of the files do not limit the memory.
             total += needed
-            if total > MOST_BYTES:
-                raise ValueError(f"more than {MOST_BYTES} bytes in all")
-            tensor.raw_data = _range(folder, location, offset, needed)
+            if total > MAX_READ_BYTES:
+                raise ValueError(f"more than {MAX_READ_BYTES} bytes in all")
+            tensor.raw_data = _read_range(folder, location, offset, needed)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"its external data can't be read ({reason(error)})",
-                hint=f"Copy {location if len(location) < 200 else shown(location)} of the same export into its folder.",
+                f"its external data can't be read ({error_reason(error)})",
+                hint=f"Copy {location if len(location) < 200 else value_text(location)} of the same export "
+                "into its folder.",
             ) from error
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
+def _byte_count(tensor: onnx.TensorProto) -> int:
     if any(d < 0 for d in tensor.dims):
-        raise ValueError(f"tensor {shown(tensor.name)} has a negative size")
+        raise ValueError(f"tensor {value_text(tensor.name)} has a negative size")
     numbers = math.prod(int(d) for d in tensor.dims)
     try:
         each = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"tensor {shown(tensor.name)} is of no known type") from error
+        raise ValueError(f"tensor {value_text(tensor.name)} is of no known type") from error
     return numbers * each
 
 
-def _range(folder: Path, location: str, offset: int, length: int) -> bytes:
+def _read_range(folder: Path, location: str, offset: int, length: int) -> bytes:
     path_parts = Path(location).parts
     if not location or "\0" in location or Path(location).is_absolute() or ".." in path_parts:
-        raise ValueError(f"{shown(location)} is not a file in the folder of the model")
+        raise ValueError(f"{value_text(location)} is not a file in the folder of the model")
     inside = folder.resolve()
     path = inside.joinpath(*path_parts)
     # A link could lead anywhere on this machine, and a model may come from anyone.
     if path.resolve() != path:
-        raise ValueError(f"{shown(location)} is a link")
+        raise ValueError(f"{value_text(location)} is a link")
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if offset + length > size:
-            raise ValueError(f"{shown(location)} has {size} bytes, not {offset + length}")
+            raise ValueError(f"{value_text(location)} has {size} bytes, not {offset + length}")
         file.seek(offset)
         return file.read(length)

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError
-from fedprune.core.text import some
-from fedprune.model.step_contract import LOGITS, RESERVED, X
-from fedprune.runtime.session import Session
-from fedprune_export.importing.checks import check_indices, check_nodes, compare
+from fedprune.core.text import first_few
+from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.checks import check_indices, check_nodes, compare_with_original
 from fedprune_export.importing.dropout import read_dropouts
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
@@ -35,28 +35,36 @@ from fedprune_export.importing.parameter_roles import (
     untie,
 )
 from fedprune_export.importing.patterns import find_activations, find_norms
-from fedprune_export.importing.refusals import RANDOM, check_output, check_random, check_stored, check_trainable
+from fedprune_export.importing.refusals import (
+    RANDOM_OPERATORS,
+    check_not_quantised,
+    check_output,
+    check_random,
+    check_trainable,
+)
 from fedprune_export.importing.simplification import (
     bypass,
-    drop_idle,
+    copy_fills,
+    drop_identities,
     guard_lengths,
     merge_transpositions,
     narrow_constants,
-    part_fills,
     simplify,
     store_as_float32,
 )
-from fedprune_export.importing.translation import translate, upgraded
-from fedprune_export.ir.dropout import is_dropout, without_dropout
+from fedprune_export.importing.translation import translate, upgrade_model
+from fedprune_export.ir.dropout import is_dropout, remove_dropouts
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.operators import REARRANGEMENTS
-from fedprune_export.ir.shape_arithmetic import follow
-from fedprune_export.ir.trace import Trace, check_batch, refuse_fixed_batch, sample_input, trace
+from fedprune_export.ir.shape_arithmetic import size_marks
+from fedprune_export.ir.trace import Trace, check_batch, refuse_fixed_batch, sample_input, trace_graph
 
 Array = npt.NDArray[Any]
 
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
-_NEAR = 1e-5  # bounds of probabilities this near to 0 and 1 guard a logarithm; well below checks._TOLERANCE
+_PROBABILITY_MARGIN = (
+    1e-5  # bounds of probabilities this near to 0 and 1 guard a logarithm; well below checks._TOLERANCE
+)
 
 
 @dataclass
@@ -99,11 +107,11 @@ def normalise(
     if not model.graph.node:
         raise ModelError("the model has no operators")
     # Read one input and one output, and the constants that the file declares.
-    model = upgraded(model)
+    model = upgrade_model(model)
     graph = Graph.from_proto(model)
     notes: list[str] = []
     check_nodes(graph)
-    check_stored(graph)
+    check_not_quantised(graph)
     store_as_float32(graph)
     constants = constants_of(model, graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
@@ -118,7 +126,7 @@ def normalise(
     row_graph = graph.copy()
     graph.prune()
     read_dropouts(graph, notes)
-    drop_idle(graph)
+    drop_identities(graph)
     plain = _plain_numbers(graph)
     scalars = {n for n in plain - constants if parameters is None and graph.initializers[n].dtype == np.float32}
     constants |= plain
@@ -128,7 +136,7 @@ def normalise(
     listed = set(graph.initializers) - constants if parameters is not None else None
     graph.prune()
     # Check sizes before anything is run: the trace refuses values that would fill the memory.
-    graph_trace = trace(graph)
+    graph_trace = trace_graph(graph)
     check_indices(graph, graph_trace)
     if graph_trace.dims(LOGITS)[:1] != (None,):
         refuse_fixed_batch(graph)
@@ -137,7 +145,7 @@ def normalise(
     # onnxruntime allocates whatever a file asks for, so it loads the file only after the trace has bounded all sizes.
     original = Original(raw, file_inputs, file_outputs, row_graph)
     # After this each operator has one form, and constants are folded.
-    composites = _simplified(graph, graph_trace, constants, notes, LOGITS)
+    composites = _simplify(graph, graph_trace, constants, notes, LOGITS)
     if composites:
         notes.append(
             "A norm or activation that was written out in primitives is one operator."
@@ -151,7 +159,7 @@ def normalise(
         # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
         # values.
         untie(graph, constants, notes)
-    part_fills(graph, constants)
+    copy_fills(graph, constants)
     narrow_constants(graph, graph_trace, constants)
     # Only now is every use of a tensor in the form by which roles are recognised.
     kinds = find_kinds(graph, constants, listed, notes)
@@ -160,35 +168,35 @@ def normalise(
     _check_finite(graph, kinds)
     name_constants(graph, kinds)
     _name_nodes(graph)
-    graph_trace = trace(graph)
+    graph_trace = trace_graph(graph)
     _check_types(graph, graph_trace)
-    compare(original, graph, softmax)
+    compare_with_original(original, graph, softmax)
     return Normalised(graph, kinds, graph_trace, notes, names)
 
 
-def simplified(graph: Graph, constants: set[str], notes: list[str], *, output: str) -> None:
+def simplify_graph(graph: Graph, constants: set[str], notes: list[str], *, output: str) -> None:
     """Bring a graph without weights into the compiler's form. Raises `ModelError` if it computes in other types than
     float32, or with operators that opset 17 has no form of."""
     check_nodes(graph)
     _name_nodes(graph)
-    without_dropout(graph)
-    drop_idle(graph)
+    remove_dropouts(graph)
+    drop_identities(graph)
     graph.prune()
-    graph_trace = trace(graph)
+    graph_trace = trace_graph(graph)
     check_indices(graph, graph_trace)
-    _simplified(graph, graph_trace, constants, notes, output)
+    _simplify(graph, graph_trace, constants, notes, output)
     _name_nodes(graph)
-    _check_types(graph, trace(graph))
+    _check_types(graph, trace_graph(graph))
 
 
-def _simplified(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> int:
+def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> int:
     """Fold constants and write each operator in one form. Returns the number of composites that were recognised."""
     _drop_casts(graph, trace)
     _fold(graph, trace, constants, output)
     translate(graph, trace, notes)
     simplify(graph, trace, constants)
     merge_transpositions(graph, trace)
-    drop_idle(graph)
+    drop_identities(graph)
     graph.prune()
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     return find_activations(graph, trace, constants) + find_norms(graph, trace, constants)
@@ -255,7 +263,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
     renamed: list[str] = []
     for old in [*graph.initializers, *(o for n in graph.nodes for o in n.outputs)]:
         new = old.replace("::", "__")
-        while old and (new in RESERVED or new == "__metadata__" or (new != old and new in used_names)):
+        while old and (new in RESERVED_NAMES or new == "__metadata__" or (new != old and new in used_names)):
             new += "_"
         if new != old:
             names[old] = new
@@ -263,7 +271,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
             if old in graph.initializers and old not in constants:
                 renamed.append(f"{old} is called {new}")
     if renamed:
-        notes.append(f"Tensors with reserved names were renamed: {some(renamed, most=3)}.")
+        notes.append(f"Tensors with reserved names were renamed: {first_few(renamed, max_names=3)}.")
     output = graph.outputs[0].name
     names.pop(output, None)
     names[graph.inputs[0].name] = X
@@ -302,7 +310,7 @@ def _drop_output_softmax(graph: Graph, trace: Trace, notes: list[str]) -> str:
     axis: int | None = int(last.attrs.get("axis", -1)) % len(trace.shapes[name])
     clips = [node for node in followers if node.op == "Clip"]
     # A clip that cuts more than the margin of a logarithm changes predictions.
-    if any(not _is_wide(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
+    if any(not _keeps_probabilities(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
         return ""
     for node in reversed(followers):
         axis = _axis_after(node, axis, trace) if axis is not None else None
@@ -314,12 +322,12 @@ def _drop_output_softmax(graph: Graph, trace: Trace, notes: list[str]) -> str:
     return last.op
 
 
-def _is_wide(graph: Graph, clip: Node) -> bool:
+def _keeps_probabilities(graph: Graph, clip: Node) -> bool:
     """Whether a clip leaves probabilities as they are, but for a margin that protects a logarithm."""
     low, high = ([*clip.inputs, "", ""][i] for i in (1, 2))
     are_constant = all(name in graph.initializers for name in (low, high) if name)
     bottom, top = graph.initializers.get(low, np.zeros(1)), graph.initializers.get(high, np.ones(1))
-    return are_constant and bool((bottom <= _NEAR).all() and (top >= 1 - _NEAR).all())
+    return are_constant and bool((bottom <= _PROBABILITY_MARGIN).all() and (top >= 1 - _PROBABILITY_MARGIN).all())
 
 
 def _axis_after(node: Node, axis: int, trace: Trace) -> int | None:
@@ -339,7 +347,7 @@ def _fold(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:
     That includes shape arithmetic that doesn't depend on the batch; it has full widths, also in a cut graph.
     """
     constant_values = {n: graph.initializers[n] for n in constants if n in graph.initializers}
-    for name, marks in follow(graph, trace, constant_values, trace.batched).items():
+    for name, marks in size_marks(graph, trace, constant_values, trace.batched).items():
         if name in trace.integers and not marks.any():
             constant_values[name] = trace.integers[name]
     static: set[str] = set()
@@ -347,7 +355,7 @@ def _fold(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:
         reads = [i for i in node.inputs if i]
         if (
             # Folding would freeze one draw of random numbers, or remove a dropout.
-            node.op not in RANDOM
+            node.op not in RANDOM_OPERATORS
             and not is_dropout(node)
             and all(i in constant_values or i in static for i in reads)
             and not all(o in constant_values for o in node.outputs if o)
@@ -371,7 +379,7 @@ def _evaluate(graph: Graph, constant_values: Mapping[str, Array], static: set[st
         opset=graph.opset,
     )
     static_graph.prune()
-    return Session(static_graph.to_bytes()).run({}, names)
+    return OnnxSession(static_graph.to_bytes()).run({}, names)
 
 
 def _name_nodes(graph: Graph) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph, Port
 
 Array = npt.NDArray[Any]
@@ -27,29 +27,29 @@ class Original:
     """
 
     def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph) -> None:
-        self._inputs, self._outputs, self._row = inputs, outputs, row.inputs[0].name
+        self._inputs, self._outputs, self._row_name = inputs, outputs, row.inputs[0].name
         self._session = raw_session(raw, outputs)
         feeder = row.copy()
         # The row may be an input of the file itself, when it has only one.
-        feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row]
-        self._feeder: Session | None = None
+        feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row_name]
+        self._feeder: OnnxSession | None = None
         if feeder.outputs:
             feeder.prune()
             proto = feeder.to_proto()
             for value in proto.graph.output:
                 value.ClearField("type")  # of any type and shape
-            self._feeder = Session(proto.SerializeToString())
+            self._feeder = OnnxSession(proto.SerializeToString())
 
     def run(self, x: Array) -> Array:
         """The outputs for samples of the import's input; several are concatenated, as by `pack_outputs`."""
-        inputs = self._feeder.run({self._row: x}) if self._feeder is not None else {}
+        inputs = self._feeder.run({self._row_name: x}) if self._feeder is not None else {}
         values = self._session.run({name: inputs.get(name, x) for name in self._inputs}, self._outputs)
         if len(self._outputs) == 1:
             return values[self._outputs[0]]
         return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
 
 
-def raw_session(raw: bytes, outputs: list[str]) -> Session:
+def raw_session(raw: bytes, outputs: list[str]) -> OnnxSession:
     """A session of a file, reduced to what its outputs depend on. Raises `ModelError` if onnxruntime refuses it.
 
     Dead nodes could ask for any amount of memory, because the import bounds only sizes of live values. Names of nodes
@@ -61,7 +61,7 @@ def raw_session(raw: bytes, outputs: list[str]) -> Session:
         model.graph.output.remove(value)
     for scope in (model.graph, *model.functions):
         _drop_dead(scope)
-    return Session(model.SerializeToString())
+    return OnnxSession(model.SerializeToString())
 
 
 def _drop_dead(scope: Any) -> set[str]:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fedprune.core.errors import ModelError, shape_text, shown
-from fedprune.core.text import some
+from fedprune.core.errors import ModelError, shape_text, value_text
+from fedprune.core.text import first_few
 from fedprune.model.step_contract import X
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.trace import trace
+from fedprune_export.ir.trace import trace_graph
 
 # Keys of a graph's metadata that hold names and shapes [[name, [sizes]], ...] of what was laid out side by side.
 INPUTS_KEY, OUTPUTS_KEY = "fedprune.inputs", "fedprune.outputs"
@@ -41,7 +41,7 @@ class Piece:
         return math.prod(self.shape)
 
 
-def pieces(metadata: dict[str, str], key: str) -> tuple[Piece, ...]:
+def read_packing(metadata: dict[str, str], key: str) -> tuple[Piece, ...]:
     """The packing of a graph's inputs or outputs in its metadata; empty for a single one."""
     return tuple(Piece(str(name), tuple(map(int, shape))) for name, shape in json.loads(metadata.get(key, "[]")))
 
@@ -54,7 +54,7 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
     if len(graph.inputs) < 2:
         return
     ports = sorted(graph.inputs, key=lambda port: port.name)
-    pieces = [Piece(port.name, _sizes(port)) for port in ports]
+    pieces = [Piece(port.name, _sample_sizes(port)) for port in ports]
     # float32 would round identifiers from 2^24 on, so integers alone stay integers.
     are_integers = all(port.dtype in (np.dtype(np.int64), np.dtype(np.int32)) for port in ports)
     kind = np.dtype(np.int64 if are_integers else np.float32)
@@ -72,8 +72,10 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
             graph.emit("Cast", value, attrs={"to": _TYPES[port.dtype]}, out=port.name)
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
     graph.inputs[:] = [Port(row, kind, ("N", before))]
-    graph.metadata[INPUTS_KEY] = _text(pieces)
-    notes.append(f"The inputs {_listed(pieces)} are parts of one row of {before:,} numbers per sample, in this order.")
+    graph.metadata[INPUTS_KEY] = _packing_text(pieces)
+    notes.append(
+        f"The inputs {_piece_list(pieces)} are parts of one row of {before:,} numbers per sample, in this order."
+    )
 
 
 def pack_outputs(graph: Graph, notes: list[str]) -> None:
@@ -83,12 +85,12 @@ def pack_outputs(graph: Graph, notes: list[str]) -> None:
     """
     if len(graph.outputs) < 2:
         return
-    graph_trace, pieces = trace(graph), []
+    graph_trace, pieces = trace_graph(graph), []
     for port in graph.outputs:
         dims = graph_trace.dims(port.name)
         if not dims or dims[0] is not None or any(d is None for d in dims[1:]):
             raise ModelError(
-                f"output {shown(port.name)}",
+                f"output {value_text(port.name)}",
                 expected="float32 [n, ...] with fixed sizes behind the batch",
                 got=shape_text(*("n" if d is None else d for d in dims)),
             )
@@ -97,11 +99,13 @@ def pack_outputs(graph: Graph, notes: list[str]) -> None:
     row = graph.emit("Concat", *flat, attrs={"axis": 1})
     size = sum(piece.size for piece in pieces)
     graph.outputs[:] = [Port(row, np.dtype(np.float32), ("N", size))]
-    graph.metadata[OUTPUTS_KEY] = _text(pieces)
-    notes.append(f"The outputs {_listed(pieces)} are parts of one row of {size:,} numbers per sample, in this order.")
+    graph.metadata[OUTPUTS_KEY] = _packing_text(pieces)
+    notes.append(
+        f"The outputs {_piece_list(pieces)} are parts of one row of {size:,} numbers per sample, in this order."
+    )
 
 
-def unpacked(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
+def row_splitter(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
     """A function that splits torch tensors of packed rows [n, k] into their pieces [n, ...]."""
 
     def split(rows: Any) -> list[Any]:
@@ -111,7 +115,7 @@ def unpacked(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
     return split
 
 
-def _sizes(port: Port) -> tuple[int, ...]:
+def _sample_sizes(port: Port) -> tuple[int, ...]:
     sizes = port.shape[1:]
     if (
         port.dtype not in _TYPES
@@ -120,16 +124,16 @@ def _sizes(port: Port) -> tuple[int, ...]:
         or not all(isinstance(d, int) and d > 0 for d in sizes)
     ):
         raise ModelError(
-            f"input {shown(port.name)}",
+            f"input {value_text(port.name)}",
             expected=f"{', '.join(str(t) for t in _TYPES)} [n, ...] with a free batch and fixed sizes behind it",
             got=f"{port.dtype} {shape_text(*port.shape)}",
         )
     return tuple(d for d in sizes if isinstance(d, int))
 
 
-def _text(pieces: Sequence[Piece]) -> str:
+def _packing_text(pieces: Sequence[Piece]) -> str:
     return json.dumps([[piece.name, list(piece.shape)] for piece in pieces])
 
 
-def _listed(pieces: Sequence[Piece]) -> str:
-    return some([f"{piece.name} {shape_text('n', *piece.shape)}" for piece in pieces])
+def _piece_list(pieces: Sequence[Piece]) -> str:
+    return first_few([f"{piece.name} {shape_text('n', *piece.shape)}" for piece in pieces])

@@ -13,11 +13,11 @@ from fedprune_export.ir.axis_matrix import axis_matrix
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
 
-RESIZE_MODES = 11  # the first opset in which a Resize says how it computes positions
+RESIZE_MODES_OPSET = 11  # the first opset in which a Resize says how it computes positions
 
-_EARLY_NEAREST = "simple"  # onnxruntime's name for the rounding of earlier opsets, which no file can ask for
+_EARLY_ROUNDING = "simple"  # onnxruntime's name for the rounding of earlier opsets, which no file can ask for
 
-_NEAR = 1e-4  # a position this near to a whole or half one may round either way
+_POSITION_TOLERANCE = 1e-4  # a position this near to a whole or half one may round either way
 
 
 def emit_pad(graph: Graph, node: Node, trace: Trace) -> None:
@@ -39,12 +39,12 @@ def emit_pad(graph: Graph, node: Node, trace: Trace) -> None:
         pads = graph.ints(*full.reshape(-1).tolist())
         node.inputs = [x, pads, value] if value else [x, pads]
     if node.attrs.get("mode") == "wrap":
-        _wrap(graph, node, x, pads, trace)
+        _emit_wrap(graph, node, x, pads, trace)
         return
     graph.nodes.append(node)
 
 
-def _wrap(graph: Graph, node: Node, x: str, pads: str, trace: Trace) -> None:
+def _emit_wrap(graph: Graph, node: Node, x: str, pads: str, trace: Trace) -> None:
     if pads not in graph.initializers:
         raise ModelError(f"operator Pad ({node.name}) takes computed pads", expected="constant pads")
     table = graph.initializers[pads].reshape(2, -1)
@@ -79,7 +79,7 @@ def mark_early_resizes(graph: onnx.GraphProto) -> None:
             [*other_attributes, helper.make_attribute("coordinate_transformation_mode", "asymmetric")]
         )
         if next((a.s for a in other_attributes if a.name == "mode"), b"nearest") == b"nearest":
-            node.attribute.append(helper.make_attribute("nearest_mode", _EARLY_NEAREST))
+            node.attribute.append(helper.make_attribute("nearest_mode", _EARLY_ROUNDING))
 
 
 def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
@@ -106,7 +106,7 @@ def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
         scales = full
     elif scales is None and not crop:
         scales = _scales(before, after, jumps=attrs.get("mode", "nearest") == "nearest")
-    if attrs.get("nearest_mode") == _EARLY_NEAREST:
+    if attrs.get("nearest_mode") == _EARLY_ROUNDING:
         scales = _shrink_early(graph, node, before, after, scales)
     if scales is not None and not crop:
         node.inputs = [node.inputs[0], "", graph.constant(scales, np.float32)]
@@ -189,7 +189,9 @@ def _scales(
             continue
         out[i] = np.nextafter(out[i], np.float32(np.inf))
         positions = np.concatenate([np.arange(1, new) / (new / old), (np.arange(new) + 0.5) / (new / old) - 0.5]) * 2
-        if int(old * float(out[i])) != new or (jumps and bool((np.abs(positions - np.round(positions)) < _NEAR).any())):
+        if int(old * float(out[i])) != new or (
+            jumps and bool((np.abs(positions - np.round(positions)) < _POSITION_TOLERANCE).any())
+        ):
             return None
     return out
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from fedprune.core.errors import ModelError
-from fedprune.core.text import some
+from fedprune.core.text import first_few
 from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
 
@@ -36,12 +36,12 @@ _ROLES = {
     "Div": {1: "norm_scale"},
 }
 # Operators whose operand may be a weight, but also a table of positions or a normalisation of images.
-_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
+_WEIGHTED_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
 
-_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
-_LISTED = "--parameters FILE lists what is to be trained."
-_MASKED = -1e4  # what a mask adds to scores that don't count is this or less
+_LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
+_PRODUCT_OPERATORS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
+_PARAMETERS_HINT = "--parameters FILE lists what is to be trained."
+_MAX_MASK_SCORE = -1e4  # what a mask adds to scores that don't count is this or less
 _STATISTICS = ("stat_mean", "stat_var")
 
 
@@ -57,7 +57,7 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
     weights = {
         name
         for node in graph.nodes
-        if node.op in _LAYERS and not node.domain
+        if node.op in _LAYER_OPERATORS and not node.domain
         for i, name in enumerate(node.inputs)
         if _ROLES[node.op].get(i) == "weight" and name in graph.initializers
     }
@@ -66,7 +66,9 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
         return set()
     doubtful = [n for n in sorted(weights & constants) if graph.initializers[n].dtype == np.float32]
     if doubtful:
-        notes.append(f"Taken for constants, as Constant nodes hold them: {some(doubtful, most=3)}. {_LISTED}")
+        notes.append(
+            f"Taken for constants, as Constant nodes hold them: {first_few(doubtful, max_names=3)}. {_PARAMETERS_HINT}"
+        )
     return constants
 
 
@@ -107,8 +109,8 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         notes: Gets a sentence for every tensor that could be a weight and is taken for a constant, and one for all that
             could be constants and are taken for weights.
     """
-    consumers, data_values = graph.consumers(), graph.from_data()
-    rescaled_inputs, producers = _still_input(graph, data_values), graph.producers()
+    consumers, data_values = graph.consumers(), graph.values_from_inputs()
+    rescaled_inputs, producers = _rescaled_inputs(graph, data_values), graph.producers()
     applied_to_input: list[str] = []
     guessed: list[str] = []
     norms = {
@@ -119,7 +121,7 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         if i and name in graph.initializers
     }
     kinds: dict[str, str] = {}
-    for name in _in_order(graph):
+    for name in _read_order(graph):
         value = graph.initializers.get(name)
         if value is None:
             continue
@@ -131,17 +133,19 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             if listed is not None:
                 raise ModelError(f"parameter {name}", expected="float32", got=value.dtype)
             continue
-        uses = _uses(consumers, data_values, name)
+        uses = _roles_of_uses(consumers, data_values, name)
         if listed is not None or name in norms:
             kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
             continue
         # A single number is a weight as a slope or as the bias of one output. One that scales or shifts is more often
         # the author's constant.
         if value.size == 1:
-            uses = [u for u in uses if u[1].op not in _ARITHMETIC or is_sole_bias(graph, producers, u[1], name)]
+            uses = [
+                u for u in uses if u[1].op not in _WEIGHTED_ARITHMETIC or is_sole_bias(graph, producers, u[1], name)
+            ]
             if not uses:
                 continue
-        other_operands = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
+        other_operands = [n.inputs[1 - i] if n.op in _WEIGHTED_ARITHMETIC else "" for _, n, i in uses]
         if _is_mask(value, {n.op for n, _ in consumers[name]}):
             notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
         elif not uses:
@@ -153,15 +157,19 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             other_makers = [producers[o].op if o in producers else "" for o in other_operands]
             # A vector that is added to a product is its bias; anything else may be a table or a normalisation.
             is_vector = max(value.shape, default=1) == value.size
-            if all(other_operands) and not (is_vector and uses[0][1].op == "Add" and other_makers[0] in _PRODUCTS):
+            if all(other_operands) and not (
+                is_vector and uses[0][1].op == "Add" and other_makers[0] in _PRODUCT_OPERATORS
+            ):
                 guessed.append(name)
     if applied_to_input:
         notes.append(
-            f"Taken for constants, as they apply straight to the input: {some(applied_to_input, most=3)}. {_LISTED}"
+            f"Taken for constants, as they apply straight to the input: {first_few(applied_to_input, max_names=3)}. "
+            f"{_PARAMETERS_HINT}"
         )
     if guessed:
         notes.append(
-            f"Trained because they are added or multiplied, as constants may be too: {some(guessed, most=3)}. {_LISTED}"
+            f"Trained because they are added or multiplied, as constants may be too: {first_few(guessed, max_names=3)}."
+            f" {_PARAMETERS_HINT}"
         )
     return kinds
 
@@ -171,7 +179,7 @@ def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
     low, high = value.min(initial=np.inf), value.max(initial=-np.inf)
     if not ((value == low) | (value == high)).all():
         return False
-    added = bool(low <= _MASKED and high == 0) and readers <= {"Add", "Sub"}
+    added = bool(low <= _MAX_MASK_SCORE and high == 0) and readers <= {"Add", "Sub"}
     return added or (value.ndim > 1 and bool(low == 0 and high == 1) and readers == {"Mul"})
 
 
@@ -196,27 +204,28 @@ def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
 
     `scalars`: names of numbers that are taken for constants and could be weights.
     """
-    data_values, readers = graph.from_data(), graph.consumers()
+    data_values, readers = graph.values_from_inputs(), graph.consumers()
     used = [
         s
-        for s in _in_order(graph)
-        if s in scalars and any(n.op in _ARITHMETIC and data_values.intersection(n.outputs) for n, _ in readers[s])
+        for s in _read_order(graph)
+        if s in scalars
+        and any(n.op in _WEIGHTED_ARITHMETIC and data_values.intersection(n.outputs) for n, _ in readers[s])
     ]
     if used:
-        notes.append(f"Single numbers that are taken for constants: {some(used, most=3)}. {_LISTED}")
+        notes.append(f"Single numbers that are taken for constants: {first_few(used, max_names=3)}. {_PARAMETERS_HINT}")
 
 
-def _still_input(graph: Graph, data_values: set[str]) -> set[str]:
+def _rescaled_inputs(graph: Graph, data_values: set[str]) -> set[str]:
     """The model's input and what is computed from it by rearrangement, shifts and scales only."""
     out = {p.name for p in graph.inputs}
     for node in graph.nodes:
         data = data_values.intersection(node.inputs)
-        if data and data <= out and not node.domain and node.op in _ARITHMETIC | REARRANGEMENTS | {"Cast"}:
+        if data and data <= out and not node.domain and node.op in _WEIGHTED_ARITHMETIC | REARRANGEMENTS | {"Cast"}:
             out.update(o for o in node.outputs if o)
     return out
 
 
-def _uses(
+def _roles_of_uses(
     consumers: Mapping[str, list[tuple[Node, int]]], data_values: set[str], start: str
 ) -> list[tuple[str, Node, int]]:
     """The roles in which an initialiser, or a value computed from it and other weights, is combined with data.
@@ -242,7 +251,7 @@ def _uses(
 def name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
     """Give constants the compiler's prefix, so that a second import finds the same parameters."""
     names: dict[str, str] = {}
-    for name in _in_order(graph):
+    for name in _read_order(graph):
         if name in graph.initializers and name not in kinds:
             value = graph.initializers[name]
             names[name] = name if name.startswith(CONSTANT_PREFIX) else graph.constant(value, value.dtype)
@@ -254,5 +263,5 @@ def name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
     graph.prune()
 
 
-def _in_order(graph: Graph) -> Iterable[str]:
+def _read_order(graph: Graph) -> Iterable[str]:
     return dict.fromkeys(i for n in graph.nodes for i in n.inputs if i)

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedprune.core.errors import ModelError, shown
-from fedprune.core.text import some
+from fedprune.core.errors import ModelError, value_text
+from fedprune.core.text import first_few
 from fedprune.model.architecture import TensorKind
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
-RANDOM = frozenset(
+RANDOM_OPERATORS = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 
-_QUANTISING = frozenset(
+_QUANTISING_OPERATORS = frozenset(
     {
         *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"),
         *("ConvInteger", "MatMulInteger"),
     }
 )
 
-_UNQUANTISED = (
+_FLOAT_MODEL_HINT = (
     "Give the float32 model that it was made from: training needs its weights. --precision int8 makes a board predict "
     "with 8 bits."
 )
 
-_NOT_FLOATS = {"b": "truths", "i": "whole numbers", "u": "whole numbers"}
+_KIND_NAMES = {"b": "truths", "i": "whole numbers", "u": "whole numbers"}
 
 
 def check_random(graph: Graph) -> None:
     """Refuse graphs that draw random numbers, with a `ModelError`."""
-    node = next((n for n in graph.nodes if n.op in RANDOM and not n.domain), None)
+    node = next((n for n in graph.nodes if n.op in RANDOM_OPERATORS and not n.domain), None)
     if node is not None:
         raise ModelError(
             f"{_label(node)} draws random numbers, so that the model's output differs from run to run",
@@ -46,12 +46,12 @@ def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
         names: The names that renamed values have in the file.
     """
     name, makers = graph.outputs[0].name, graph.producers()
-    kind = _NOT_FLOATS.get(trace.dtypes[name].kind)
+    kind = _KIND_NAMES.get(trace.dtypes[name].kind)
     if kind is None:
         return
     maker = makers[name]
     # Back to the last value that still consists of floats: there the model has to end.
-    while trace.dtypes[maker.inputs[0]].kind in _NOT_FLOATS and maker.inputs[0] in makers:
+    while trace.dtypes[maker.inputs[0]].kind in _KIND_NAMES and maker.inputs[0] in makers:
         maker = makers[maker.inputs[0]]
     before = names.get(maker.inputs[0], maker.inputs[0])
     raise ModelError(
@@ -63,38 +63,42 @@ def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
 
 def check_trainable(graph: Graph, kinds: Mapping[str, str]) -> None:
     """Make sure that some tensor can be trained. Raises `ModelError` if none can."""
-    if any(TensorKind(kind).trainable for kind in kinds.values()):
+    if any(TensorKind(kind).is_trainable for kind in kinds.values()):
         return
     stored = [f"{n} ({v.dtype})" for n, v in graph.initializers.items() if v.size > 1]
     raise ModelError(
         "the model has no trainable tensor that its output depends on",
         expected="weights in float32",
-        got=some(stored, most=3) if stored else "none",
+        got=first_few(stored, max_names=3) if stored else "none",
         hint="Export the model with its weights, or list what is to be trained (--parameters FILE).",
     )
 
 
-def check_stored(graph: Graph) -> None:
+def check_not_quantised(graph: Graph) -> None:
     """Refuse weights that are stored in 8 bits, which can't be trained, with a `ModelError`."""
     for node in graph.nodes:
         # A model may quantise weights that it stores as float32; it is refused only if its outputs jump.
         stored = [graph.initializers[i] for i in node.inputs if i in graph.initializers]
-        if node.op in _QUANTISING and not node.domain and any(v.size > 1 and v.dtype.itemsize == 1 for v in stored):
-            raise ModelError(f"the model is quantised: {_label(node)} reads weights of 8 bits", hint=_UNQUANTISED)
+        if (
+            node.op in _QUANTISING_OPERATORS
+            and not node.domain
+            and any(v.size > 1 and v.dtype.itemsize == 1 for v in stored)
+        ):
+            raise ModelError(f"the model is quantised: {_label(node)} reads weights of 8 bits", hint=_FLOAT_MODEL_HINT)
 
 
 def quantising_node(graph: Graph) -> Node | None:
     """The first node that quantises numbers, or reads quantised ones."""
-    return next((n for n in graph.nodes if n.op in _QUANTISING and not n.domain), None)
+    return next((n for n in graph.nodes if n.op in _QUANTISING_OPERATORS and not n.domain), None)
 
 
 def quantisation_error(node: Node) -> ModelError:
     """The error for a quantised model, whose outputs change with any rewriting."""
     return ModelError(
         f"the model is quantised: {_label(node)} rounds, so that its outputs jump",
-        hint=_UNQUANTISED,
+        hint=_FLOAT_MODEL_HINT,
     )
 
 
 def _label(node: Node) -> str:
-    return f"{node.op} {shown(node.name or node.outputs[0])}"
+    return f"{node.op} {value_text(node.name or node.outputs[0])}"

@@ -29,7 +29,7 @@ from fedprune.core.errors import ModelError
 from fedprune_export.channels.factors import common_factors, extents
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS
-from fedprune_export.ir.shape_arithmetic import SOURCES
+from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
 from fedprune_export.ir.trace import BATCH_EXTENT, Trace
 
 
@@ -52,21 +52,21 @@ def merge_transpositions(graph: Graph, trace: Trace) -> None:
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
         if node.op == "Reshape" and not node.domain:
-            _merge(graph, node, makers, trace)
+            _merge_transposition(graph, node, makers, trace)
         graph.nodes.append(node)
     graph.prune()
 
 
-def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -> None:
+def _merge_transposition(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -> None:
     """Merge this reshape with the transpositions and the reshape before it, where they are one transposition."""
-    after = _extents(trace, node.outputs[0])
-    name, perm = node.inputs[0], list(range(len(_extents(trace, node.inputs[0]) or [])))
+    after = _extents_or_none(trace, node.outputs[0])
+    name, perm = node.inputs[0], list(range(len(_extents_or_none(trace, node.inputs[0]) or [])))
     # Backwards to the reshape before this one; the transpositions between are composed into one.
     while True:
         maker = makers.get(name)
         if maker is None or maker.op not in ("Reshape", "Transpose"):
             return
-        before, between = _extents(trace, maker.inputs[0]), _extents(trace, name)
+        before, between = _extents_or_none(trace, maker.inputs[0]), _extents_or_none(trace, name)
         if before is None or between is None or after is None or len(between) != len(perm):
             return
         if maker.op == "Transpose":
@@ -83,18 +83,18 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -
     transposed = [factors[f] for f in order]
     exact = transposed == after
     frees_batch = _merges_batch(before, between) and not _merges_batch(factors, after)
-    if not exact and not (frees_batch and _merges(transposed, after)):
+    if not exact and not (frees_batch and _regroups_whole_axes(transposed, after)):
         return
     # The target of a reshape has one −1, so only one factor can depend on the batch.
     if sum(f % BATCH_EXTENT == 0 for f in factors) > 1:
         return
     source = maker.inputs[0]
     if factors != before:
-        source = graph.emit("Reshape", source, _target(graph, factors))
+        source = graph.emit("Reshape", source, _reshape_target(graph, factors))
     if exact:
         node.op, node.inputs, node.attrs = "Transpose", [source], {"perm": order}
     else:
-        node.inputs = [graph.emit("Transpose", source, attrs={"perm": order}), _target(graph, after)]
+        node.inputs = [graph.emit("Transpose", source, attrs={"perm": order}), _reshape_target(graph, after)]
         node.attrs.pop("allowzero", None)
 
 
@@ -103,27 +103,27 @@ def _merges_batch(before: Sequence[int], between: Sequence[int]) -> bool:
     return any(b % BATCH_EXTENT == 0 and b not in before for b in between)
 
 
-def _merges(fine: Sequence[int], coarse: Sequence[int]) -> bool:
+def _regroups_whole_axes(fine: Sequence[int], coarse: Sequence[int]) -> bool:
     """Whether every coarse axis is a product of consecutive fine axes."""
     common = common_factors(fine, coarse)
     return common is not None and common[0] == list(fine)
 
 
-def _target(graph: Graph, sizes: Sequence[int]) -> str:
+def _reshape_target(graph: Graph, sizes: Sequence[int]) -> str:
     """The target of a reshape to these sizes, with −1 for the one that depends on the batch."""
     return graph.ints(*(-1 if n % BATCH_EXTENT == 0 else n for n in sizes))
 
 
-def _extents(trace: Trace, name: str) -> list[int] | None:
+def _extents_or_none(trace: Trace, name: str) -> list[int] | None:
     """The sizes of a value as `channels.factors` compares them; None if it wasn't traced."""
     return extents(trace, name) if name in trace.shapes else None
 
 
-_PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
-_MOST_COPIES = 64  # a value with more readers is hardly a layer's first state
+_FILL_PRESERVING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
+_MAX_COPIES = 64  # a value with more readers is hardly a layer's first state
 
 
-def part_fills(graph: Graph, constants: Collection[str]) -> None:
+def copy_fills(graph: Graph, constants: Collection[str]) -> None:
     """Give every reader of a filled value a copy of the nodes that make it."""
     # `sizes` are values that shapes are computed from; `filled` are numbers repeated to such a shape.
     constant_names, sizes = set(constants), set[str]()
@@ -133,10 +133,10 @@ def part_fills(graph: Graph, constants: Collection[str]) -> None:
         if node.domain:
             continue
         reads = [i for i in node.inputs if i]
-        if node.op in SOURCES or all(i in sizes or i in constant_names for i in reads):
+        if node.op in SIZE_OPERATORS or all(i in sizes or i in constant_names for i in reads):
             fills = node.op in ("Expand", "ConstantOfShape") and any(i in sizes for i in reads)
             (filled if fills else sizes).update(o for o in node.outputs if o)
-        elif node.op in _PASSING and all(i in filled or i in sizes or i in constant_names for i in reads):
+        elif node.op in _FILL_PRESERVING and all(i in filled or i in sizes or i in constant_names for i in reads):
             filled.update(o for o in node.outputs if o)
     nodes: list[Node] = []
     readers: dict[str, list[Node]] = {}
@@ -146,7 +146,7 @@ def part_fills(graph: Graph, constants: Collection[str]) -> None:
         output_names = [o for o in node.outputs if o]
         if output_names and filled.issuperset(output_names) and not outputs.intersection(output_names):
             reader_nodes = list({id(n): n for name in output_names for n in readers.get(name, [])}.values())
-            copies += [_copied(graph, node, reader) for reader in reader_nodes[1:_MOST_COPIES]]
+            copies += [_copy_for_reader(graph, node, reader) for reader in reader_nodes[1:_MAX_COPIES]]
         for copy in copies[::-1]:
             nodes.append(copy)
             for name in copy.inputs:
@@ -200,7 +200,7 @@ def narrow_constants(graph: Graph, trace: Trace, constants: set[str]) -> None:
                 constants.add(node.inputs[position])
 
 
-def _copied(graph: Graph, node: Node, reader: Node) -> Node:
+def _copy_for_reader(graph: Graph, node: Node, reader: Node) -> Node:
     """Copy a node, and let one of its readers read the copy."""
     names = {name: graph.fresh(node.op) for name in node.outputs if name}
     reader.inputs = [names.get(i, i) for i in reader.inputs]
@@ -208,14 +208,16 @@ def _copied(graph: Graph, node: Node, reader: Node) -> Node:
     return Node(node.op, list(node.inputs), outputs, dict(node.attrs), outputs[0])
 
 
-_KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
+_REDUCTIONS_WITH_KEEPDIMS = frozenset(
+    {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
+)
 # Ends from here on mean the end of the axis: exporters write 2^31 − 1 or 2^63 − 1.
-_ENDLESS = 2**31 - 1  # where slices end that go to the end of any axis
+_MIN_OPEN_END = 2**31 - 1  # where slices end that go to the end of any axis
 
 # The neutral second operand of an operator; also the first, if the operator is commutative.
-_NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
+_NEUTRAL_OPERANDS = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
 
-_SYMMETRIC = ("Mul", "Add")
+_COMMUTATIVE = ("Mul", "Add")
 
 
 def _substitute(graph: Graph, old: str, new: str) -> None:
@@ -224,7 +226,7 @@ def _substitute(graph: Graph, old: str, new: str) -> None:
         node.inputs = [new if i == old else i for i in node.inputs]
 
 
-def drop_idle(graph: Graph) -> None:
+def drop_identities(graph: Graph) -> None:
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
         if node.op == "Identity" and not node.domain:
@@ -261,9 +263,9 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
             if not np.any(graph.initializers[node.inputs[2]]):
                 node.inputs = node.inputs[:2]
         elif node.op == "Reshape" and traced:
-            _reshape(graph, node, trace)
+            _settle_reshape(graph, node, trace)
         elif node.op == "ReduceSum":
-            _sum(graph, node)
+            _settle_sum_axes(graph, node)
         elif node.op == "Squeeze" and len(node.inputs) < 2 and traced:
             axes = [i for i, d in enumerate(trace.dims(node.inputs[0])) if d == 1]
             node.inputs = [node.inputs[0], graph.ints(*axes)]
@@ -272,11 +274,11 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
             if target in graph.initializers:
                 node.inputs[1] = graph.ints(*graph.initializers[target].reshape(-1).tolist())
     _merge_reshapes(graph)
-    _keep_axes(graph, trace)
+    _keep_reduced_axes(graph, trace)
     _drop_neutral(graph, trace, constants)
 
 
-def _reshape(graph: Graph, node: Node, trace: Trace) -> None:
+def _settle_reshape(graph: Graph, node: Node, trace: Trace) -> None:
     """Write a reshape that flattens samples as Flatten; in others write the entry that depends on the batch as −1."""
     source, target = trace.dims(node.inputs[0]), trace.dims(node.outputs[0])
     flat = len(target) == 2 and len(source) >= 2 and source[0] is None and None not in source[1:]
@@ -288,7 +290,7 @@ def _reshape(graph: Graph, node: Node, trace: Trace) -> None:
         node.attrs.pop("allowzero", None)
 
 
-def _sum(graph: Graph, node: Node) -> None:
+def _settle_sum_axes(graph: Graph, node: Node) -> None:
     """Make the axes of a ReduceSum constant; without any it reduces all.
 
     It is the only reduction whose axes are an input at opset 17. Raises `ModelError` if they are computed.
@@ -321,7 +323,7 @@ def _merge_reshapes(graph: Graph) -> None:
     graph.prune()
 
 
-def _keep_axes(graph: Graph, trace: Trace) -> None:
+def _keep_reduced_axes(graph: Graph, trace: Trace) -> None:
     """Let a reduction keep its axes, where a reshape inserts them again."""
     makers, readers = graph.producers(), graph.consumers()
     outputs = {p.name for p in graph.outputs}
@@ -329,7 +331,12 @@ def _keep_axes(graph: Graph, trace: Trace) -> None:
         if node.domain or node.op not in ("Reshape", "Unsqueeze") or node.outputs[0] not in trace.shapes:
             continue
         before = makers.get(node.inputs[0])
-        if before is None or before.domain or before.op not in _KEEPING or before.attrs.get("keepdims", 1):
+        if (
+            before is None
+            or before.domain
+            or before.op not in _REDUCTIONS_WITH_KEEPDIMS
+            or before.attrs.get("keepdims", 1)
+        ):
             continue
         axes = before.attrs.get("axes")
         if before.op == "ReduceSum" and len(before.inputs) > 1 and before.inputs[1] in graph.initializers:
@@ -351,18 +358,20 @@ def _drop_neutral(graph: Graph, trace: Trace, constants: Container[str]) -> None
     """Remove products with one, sums with zero, expansions to a value's own shape, and slices of everything."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
-        value = None if node.domain else _returned(graph, trace, constants, node)
+        value = None if node.domain else _unchanged_input(graph, trace, constants, node)
         if value is not None:
             node.inputs = [value]
             bypass(graph, node, outputs)
 
 
-def _returned(graph: Graph, trace: Trace, constants: Container[str], node: Node) -> str | None:
+def _unchanged_input(graph: Graph, trace: Trace, constants: Container[str], node: Node) -> str | None:
     """The input that a node returns unchanged; None if it computes something."""
-    if (node.op == "Slice" and _is_whole(graph, trace, node)) or (node.op == "Concat" and len(node.inputs) == 1):
+    if (node.op == "Slice" and _takes_everything(graph, trace, node)) or (
+        node.op == "Concat" and len(node.inputs) == 1
+    ):
         return node.inputs[0]
     if (node.op == "Where" and _takes_second(graph, trace, node)) or (
-        node.op == "ScatterND" and _overwrites(trace, node)
+        node.op == "ScatterND" and _overwrites_everything(trace, node)
     ):
         return node.inputs[2]
     if len(node.inputs) != 2 or node.outputs[0] not in trace.shapes:
@@ -372,25 +381,25 @@ def _returned(graph: Graph, trace: Trace, constants: Container[str], node: Node)
         if (
             x not in trace.shapes
             or trace.dims(x) != trace.dims(node.outputs[0])
-            or (is_first and node.op not in _SYMMETRIC)
+            or (is_first and node.op not in _COMMUTATIVE)
         ):
             continue
-        value = graph.initializers.get(operand) if operand in constants and node.op in _NEUTRAL else None
+        value = graph.initializers.get(operand) if operand in constants and node.op in _NEUTRAL_OPERANDS else None
         if node.op == "Expand" or (
-            value is not None and value.dtype == np.float32 and bool((value == _NEUTRAL[node.op]).all())
+            value is not None and value.dtype == np.float32 and bool((value == _NEUTRAL_OPERANDS[node.op]).all())
         ):
             return x
     return None
 
 
-def _is_whole(graph: Graph, trace: Trace, node: Node) -> bool:
+def _takes_everything(graph: Graph, trace: Trace, node: Node) -> bool:
     """Whether a slice takes everything."""
     arguments = [graph.initializers.get(i) for i in node.inputs[1:] if i]
     if any(a is None for a in arguments) or not {node.inputs[0], node.outputs[0]} <= trace.shapes.keys():
         return False
     starts, ends = (a.tolist() for a in arguments[:2] if a is not None)
     steps = graph.initializers[node.inputs[4]] if len(node.inputs) > 4 and node.inputs[4] else np.ones(1)
-    unbounded = all(s == 0 and e >= _ENDLESS for s, e in zip(starts, ends, strict=True))
+    unbounded = all(s == 0 and e >= _MIN_OPEN_END for s, e in zip(starts, ends, strict=True))
     sizes = trace.dims(node.inputs[0])
     return bool((steps == 1).all()) and (unbounded or (None not in sizes and sizes == trace.dims(node.outputs[0])))
 
@@ -403,7 +412,7 @@ def _takes_second(graph: Graph, trace: Trace, node: Node) -> bool:
     return never and alike
 
 
-def _overwrites(trace: Trace, node: Node) -> bool:
+def _overwrites_everything(trace: Trace, node: Node) -> bool:
     """Whether a scatter replaces every row of its data in order, as PyTorch's `x[:] = y` does."""
     data, indices, updates = node.inputs
     if node.attrs.get("reduction", "none") != "none" or not {data, updates} <= trace.shapes.keys():

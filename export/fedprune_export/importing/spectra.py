@@ -17,7 +17,7 @@ from fedprune_export.ir.trace import Trace
 
 Array = npt.NDArray[Any]
 
-_LARGEST = 2**24  # numbers of a matrix, 64 MiB
+_MAX_MATRIX_ELEMENTS = 2**24  # numbers of a matrix, 64 MiB
 
 
 def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
@@ -26,9 +26,9 @@ def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
     Raises `ModelError` if a length or the axis is computed, or the matrix would be too large.
     """
     x, shape = node.inputs[0], trace.shapes[node.inputs[0]]
-    length = _number(graph, node, 1, "length")
+    length = _constant_number(graph, node, 1, "length")
     # The axis is an attribute until opset 19, then an input.
-    axis_input = _number(graph, node, 2, "axis") if graph.opset >= 20 else int(node.attrs.get("axis", 1))
+    axis_input = _constant_number(graph, node, 2, "axis") if graph.opset >= 20 else int(node.attrs.get("axis", 1))
     axis = (-2 if axis_input is None else axis_input) % len(shape)
     before = trace.dims(x)[axis]
     if before is None:
@@ -36,10 +36,10 @@ def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
     inverse, onesided = bool(node.attrs.get("inverse")), bool(node.attrs.get("onesided"))
     if inverse and onesided:
         length = 2 * (before - 1) if length is None else length
-        matrix = _back_from_one_side(node, before, length, trace.shapes[node.outputs[0]][-1])
+        matrix = _inverse_one_sided_matrix(node, before, length, trace.shapes[node.outputs[0]][-1])
     else:
         length = before if length is None else length
-        matrix = _matrix(node, before, length, shape[-1], inverse=inverse, onesided=onesided)
+        matrix = _dft_matrix(node, before, length, shape[-1], inverse=inverse, onesided=onesided)
     # The product works on rows: the transformed axis goes next to the parts and is flattened with them.
     last = len(shape) - 2
     order = [*(i for i in range(last + 1) if i != axis), axis, last + 1]
@@ -64,14 +64,14 @@ def emit_stft(graph: Graph, node: Node, trace: Trace) -> None:
     """
     x, (_, samples, *rest) = node.inputs[0], trace.shapes[node.inputs[0]]
     components = rest[0] if rest else 1
-    step = _number(graph, node, 1, "step")
+    step = _constant_number(graph, node, 1, "step")
     window_name = node.inputs[2] if len(node.inputs) > 2 else ""
     window = graph.initializers.get(window_name) if window_name else None
-    length = _number(graph, node, 3, "frame length")
+    length = _constant_number(graph, node, 3, "frame length")
     length = length if length is not None else window.size if window is not None else samples
     if step is None or (window_name and window is None):
         raise ModelError(f"operator STFT ({node.name}) takes a computed window", expected="a constant one")
-    waves = _matrix(node, length, length, components, inverse=False, onesided=bool(node.attrs.get("onesided", 1)))
+    waves = _dft_matrix(node, length, length, components, inverse=False, onesided=bool(node.attrs.get("onesided", 1)))
     if window is not None:
         waves = waves * window.reshape(-1, 1, 1, 1)
     # [time, part, frequency, its part] as kernels [frequency and its part, part, time].
@@ -85,7 +85,7 @@ def emit_stft(graph: Graph, node: Node, trace: Trace) -> None:
     graph.emit("Reshape", rows, graph.ints(0, 0, *waves.shape[2:]), out=node.outputs[0])
 
 
-def _matrix(node: Node, samples: int, length: int, components: int, *, inverse: bool, onesided: bool) -> Array:
+def _dft_matrix(node: Node, samples: int, length: int, components: int, *, inverse: bool, onesided: bool) -> Array:
     """The factors from each part of each sample to each part of each frequency [samples, parts, frequencies, 2].
 
     Samples beyond `length` have factors of 0.
@@ -98,7 +98,7 @@ def _matrix(node: Node, samples: int, length: int, components: int, *, inverse: 
     return out / length if inverse else out
 
 
-def _back_from_one_side(node: Node, frequencies: int, length: int, components: int) -> Array:
+def _inverse_one_sided_matrix(node: Node, frequencies: int, length: int, components: int) -> Array:
     """The factors from each part of each frequency to real samples [frequencies, 2, length, parts].
 
     Frequencies between the first and the middle stand for their mirror images, too. Raises `ModelError` if there are
@@ -126,17 +126,17 @@ def _waves(node: Node, rows: int, length: int, columns: int, components: int) ->
 
     Raises `ModelError` if the matrix would be too large.
     """
-    if rows * columns * components > _LARGEST:
+    if rows * columns * components > _MAX_MATRIX_ELEMENTS:
         raise ModelError(
             f"operator {node.op} ({node.name}): a matrix of {rows} samples and {columns} frequencies",
-            expected=f"at most {_LARGEST} numbers",
+            expected=f"at most {_MAX_MATRIX_ELEMENTS} numbers",
         )
     # Products modulo the length keep the angles exact.
     angle = 2 * np.pi / length * (np.outer(np.arange(rows), np.arange(columns)) % length)
     return np.cos(angle), np.sin(angle)
 
 
-def _number(graph: Graph, node: Node, index: int, what: str) -> int | None:
+def _constant_number(graph: Graph, node: Node, index: int, what: str) -> int | None:
     """A constant whole number, None where it is left out. Raises `ModelError` if it is computed."""
     if len(node.inputs) <= index or not node.inputs[index]:
         return None
@@ -152,7 +152,7 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
 
     Raises `ModelError` if the shape of the image or of a block is computed.
     """
-    image, block = (_numbers(graph, node, i) for i in (1, 2))
+    image, block = (_constant_numbers(graph, node, i) for i in (1, 2))
     rank, ones = len(image), [1] * len(image)
     strides, dilations = (list(node.attrs.get(n, ones)) for n in ("strides", "dilations"))
     pads = list(node.attrs.get("pads", [0] * 2 * rank))
@@ -172,7 +172,7 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
     graph.emit("Reshape", sums, graph.ints(-1, channels, *image), out=node.outputs[0])
 
 
-def _numbers(graph: Graph, node: Node, index: int) -> list[int]:
+def _constant_numbers(graph: Graph, node: Node, index: int) -> list[int]:
     """A constant list of sizes. Raises `ModelError` if it is computed."""
     sizes = graph.initializers.get(node.inputs[index])
     if sizes is None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from fedprune.core.errors import MissingExtraError, ModelError, reason, shown
-from fedprune_export.importing.torch_export import quiet, torch_package
+from fedprune.core.errors import MissingExtraError, ModelError, error_reason, value_text
+from fedprune_export.importing.torch_export import silence_libraries, torch_package
 
 TORCHVISION = "torchvision"
 
@@ -34,7 +34,7 @@ def torchvision_or_placeholder() -> Iterator[None]:
     try:
         importlib.import_module(TORCHVISION)
     except Exception:  # noqa: BLE001 - whatever it fails with, timm can do without it
-        _forget()
+        _remove_torchvision()
     else:
         yield
         return
@@ -44,10 +44,10 @@ def torchvision_or_placeholder() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        _forget()
+        _remove_torchvision()
 
 
-def _forget() -> None:
+def _remove_torchvision() -> None:
     for name in [n for n in sys.modules if n.partition(".")[0] == TORCHVISION]:
         del sys.modules[name]
 
@@ -89,7 +89,7 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
-PREFIX = "timm:"  # what a source begins with that names a network of timm
+TIMM_PREFIX = "timm:"  # what a source begins with that names a network of timm
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)?")
 
@@ -99,12 +99,12 @@ def timm_name(source: str) -> str:
 
     A name without the prefix counts if no such file exists, and timm is installed and has the network.
     """
-    if source.startswith(PREFIX):
-        return source.removeprefix(PREFIX)
+    if source.startswith(TIMM_PREFIX):
+        return source.removeprefix(TIMM_PREFIX)
     if not _NAME.fullmatch(source) or Path(source).exists() or importlib.util.find_spec("timm") is None:
         return ""
     try:
-        return source if _timm().is_model(source) else ""
+        return source if _import_timm().is_model(source) else ""
     except (ModelError, MissingExtraError):
         return ""
 
@@ -118,16 +118,16 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
     resnet18.a1_in1k.
     """
     try:
-        torch, timm = torch_package(), _timm()
+        torch, timm = torch_package(), _import_timm()
     except MissingExtraError as error:
         # Both may be missing; one message then names both.
         if "timm" in error.what or importlib.util.find_spec("timm") is not None:
             raise
-        raise error.named(f"{error.what}, and neither is timm (pip install timm)") from error
+        raise error.with_subject(f"{error.what}, and neither is timm (pip install timm)") from error
     if not _NAME.fullmatch(name) or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         raise ModelError(
-            f"timm has no network {shown(name)}",
+            f"timm has no network {value_text(name)}",
             hint=f"Similar names: {', '.join(close)}."
             if close
             else "Names: python -c 'import timm; print(*timm.list_models())'.",
@@ -138,12 +138,12 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
     options: dict[str, Any] = {}
     if shape[0] != usual[0]:
         options["in_chans"] = shape[0]
-    weights = _cached(settings)
+    weights = _cached_weights(settings)
     if weights is not None:
         # A file instead of a name keeps timm from asking the hub for a newer version.
         options.update(pretrained=True, pretrained_cfg_overlay={"file": weights})
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with silence_libraries(), torch.random.fork_rng(devices=[]):
             # Untrained weights must be the same at every call: a restarted job compares its model with the stored one.
             torch.manual_seed(0)
             sized = {"img_size": shape[1:]} if shape[1:] != usual[1:] else {}
@@ -152,11 +152,11 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
             except TypeError:  # convolutional networks take any size and don't ask
                 network = timm.create_model(name, **options)
     except Exception as error:
-        raise ModelError(f"timm can't make {name} for input {shape} ({reason(error)})") from error
+        raise ModelError(f"timm can't make {name} for input {shape} ({error_reason(error)})") from error
     return network.eval(), shape
 
 
-def _cached(settings: Any) -> str | None:
+def _cached_weights(settings: Any) -> str | None:
     """The cached file of pretrained weights; None without one."""
     source = getattr(settings, "hf_hub_id", None)
     if not source:
@@ -169,9 +169,9 @@ def _cached(settings: Any) -> str | None:
     return path if isinstance(path, str) and Path(path).is_file() else None
 
 
-def _timm() -> Any:
+def _import_timm() -> Any:
     try:
-        with quiet(), torchvision_or_placeholder():
+        with silence_libraries(), torchvision_or_placeholder():
             import timm
     except ImportError as error:
         raise MissingExtraError(
@@ -179,7 +179,7 @@ def _timm() -> Any:
         ) from error
     except Exception as error:
         raise ModelError(
-            f"importing timm failed ({type(error).__name__}: {reason(error)})",
+            f"importing timm failed ({type(error).__name__}: {error_reason(error)})",
             hint="`python -c 'import timm'` has to work; install timm again.",
         ) from error
     return timm

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fedprune.core.errors import reason
-from fedprune.core.text import some
+from fedprune.core.errors import error_reason
+from fedprune.core.text import first_few
 
 # Axes on which the mask of a function of `torch.nn.functional` has its own numbers; empty for all.
 _MASK_AXES: dict[str, tuple[int, ...]] = {
@@ -68,8 +68,8 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
             changed_buffers = _changed_buffers(torch, module, buffers)
     except Exception as error:  # noqa: BLE001  the user's code, which may take labels, too, in training mode
         note = (
-            f"The module can't be run in torch's training mode ({reason(error)}): boards train with its dropouts, but "
-            "without whatever else it does in that mode alone."
+            f"The module can't be run in torch's training mode ({error_reason(error)}): boards train with its dropouts,"
+            " but without whatever else it does in that mode alone."
         )
         return TrainingMode(None, [note])
     finally:
@@ -83,24 +83,24 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
     same_path = [name for name, _ in evaluation.calls] == [name for name, _ in training.calls]
     notes = [
         f"Random numbers of torch's training mode ({names}) in {modules}: boards train without them, as in evaluation."
-        for names, modules in _group_places(training.random)
+        for names, modules in _group_modules(training.random)
     ]
     notes += [
         f"Buffers that torch's training mode changes ({names}) in {modules}: here they stay, and are used, as in "
         "evaluation."
-        for names, modules in _group_places(changed_buffers)
+        for names, modules in _group_modules(changed_buffers)
     ]
     if evaluation.active:
         notes.append(
-            f"Dropout of {some(list(dict.fromkeys(evaluation.active)), most=3)} is always on in torch, also in "
-            "evaluation; here it drops numbers while boards train, and none in predictions."
+            f"Dropout of {first_few(list(dict.fromkeys(evaluation.active)), max_names=3)} is always on in torch, also "
+            "in evaluation; here it drops numbers while boards train, and none in predictions."
         )
     return TrainingMode(training.calls if same_path else None, notes)
 
 
 def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -> dict[str, list[str]]:
     """Names of buffers that a run has changed, by the module that has them; without those of batch norms."""
-    module_labels = {id(submodule): _place_name(name, submodule) for name, submodule in module.named_modules()}
+    module_labels = {id(submodule): _module_label(name, submodule) for name, submodule in module.named_modules()}
     changed: dict[str, list[str]] = {}
     for submodule, name, _, before in buffers:
         now = submodule._buffers.get(name)
@@ -112,15 +112,15 @@ def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, 
     return changed
 
 
-def _group_places(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+def _group_modules(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """Group modules that have the same names; returns these names and the modules, as text."""
     modules_by_names: dict[str, list[str]] = {}
     for module, place_names in names.items():
         modules_by_names.setdefault(", ".join(place_names), []).append(module)
-    return [(joined_names, some(where, most=3)) for joined_names, where in modules_by_names.items()]
+    return [(joined_names, first_few(where, max_names=3)) for joined_names, where in modules_by_names.items()]
 
 
-def _place_name(name: str, submodule: Any) -> str:
+def _module_label(name: str, submodule: Any) -> str:
     return f"{name or 'the module'} ({type(submodule).__name__})"
 
 
@@ -247,11 +247,11 @@ class _RecordedCalls(_DropoutCalls):
         self.calls: list[tuple[str, float]] = []
         self.active: list[str] = []
         self.random: dict[str, list[str]] = {}
-        self.stack: list[str] = []
+        self.module_stack: list[str] = []
 
     def ratio(self, name: str, ratio: float, *, on: bool) -> float:
         self.calls.append((name, ratio if on else 0.0))
-        self.active += self.stack[-1:] if ratio and on else []
+        self.active += self.module_stack[-1:] if ratio and on else []
         return 0.0
 
 
@@ -281,19 +281,19 @@ def _record_calls(torch: Any, module: Any, samples: Sequence[Any]) -> _RecordedC
             if torch.Tag.nondeterministic_seeded in func.tags:
                 name = func.overloadpacket.__name__.strip("_")
                 if "attention" not in name:  # its weights are answered: nothing of them is dropped
-                    names = record.random.setdefault(record.stack[-1], [])
+                    names = record.random.setdefault(record.module_stack[-1], [])
                     names += [] if name in names else [name]
             return func(*args, **(kwargs or {}))
 
     def enter(label: str, *_: Any) -> None:
-        record.stack.append(label)
+        record.module_stack.append(label)
 
     def leave(*_: Any) -> None:
-        record.stack.pop()
+        record.module_stack.pop()
 
     hooks = []
     for name, submodule in module.named_modules():
-        hooks.append(submodule.register_forward_pre_hook(functools.partial(enter, _place_name(name, submodule))))
+        hooks.append(submodule.register_forward_pre_hook(functools.partial(enter, _module_label(name, submodule))))
         hooks.append(submodule.register_forward_hook(leave))
     try:
         with record.answer_calls(module), Random():

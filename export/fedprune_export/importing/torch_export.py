@@ -21,18 +21,18 @@ from typing import Any
 
 import onnx
 
-from fedprune.core.errors import MissingExtraError, ModelError, meant, reason, shape_text
-from fedprune.core.imports import own_module
-from fedprune.model.lengths import Shape, at_most
+from fedprune.core.errors import MissingExtraError, ModelError, did_you_mean, error_reason, shape_text
+from fedprune.core.imports import import_user_module
+from fedprune.model.lengths import Shape, upper_shape
 from fedprune_export.importing import metadata
-from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_input, read_shape
+from fedprune_export.importing.lengths import FREE_INPUT_KEY, LENGTHS, MASK, free_input, read_shape
 from fedprune_export.importing.torch_dropout import (
     export_dropouts,
     extract_mask_axes,
     record_training_mode,
 )
 from fedprune_export.importing.torch_translations import TorchTranslations
-from fedprune_export.ir.dropout import AXES_KEY
+from fedprune_export.ir.dropout import DROPOUT_AXES_KEY
 
 _TORCH_HINT = (
     "In a clone, first pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu (a small "
@@ -63,35 +63,35 @@ def export_torch(
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
     # The module is handed back as it came: PyTorch keeps the mode in every submodule, and they may differ.
     modes = [(submodule, submodule.training) for submodule in module.modules()]
-    samples, varying_input = _samples(module, example, input_shape, token_ids, name)
+    samples, varying_input = _sample_inputs(module, example, input_shape, token_ids, name)
     training_mode = record_training_mode(torch, module, samples)
     module.eval()
     try:
         with export_dropouts(torch, module, training_mode):
-            proto = exported(module, samples)
+            proto = export_module(module, samples)
     except Exception as error:
         shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)
         raise ModelError(
-            f"{name}: torch can't export it for input {shapes} ({reason(innermost(error))})",
+            f"{name}: torch can't export it for input {shapes} ({error_reason(root_cause(error))})",
             hint="Check that the module takes tensors of these shapes, with any batch, returns tensors, and "
             "decides nothing by the values of tensors (if, while)."
             + ("" if samples[0].dtype == torch.int64 else " If it takes token ids, add --token-ids."),
         ) from error
     else:
-        _list_tensors(torch, module, samples, proto, name)
+        _record_tensors(torch, module, samples, proto, name)
     finally:
         for submodule, training in modes:
             submodule.training = training
-    texts = {} if varying_input is None else {INPUT_KEY: json.dumps(varying_input)}
+    texts = {} if varying_input is None else {FREE_INPUT_KEY: json.dumps(varying_input)}
     axes = extract_mask_axes(proto.graph.node)
-    texts |= {AXES_KEY: json.dumps(axes)} if axes else {}
+    texts |= {DROPOUT_AXES_KEY: json.dumps(axes)} if axes else {}
     texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(training_mode.notes)} if training_mode.notes else {}
-    metadata.write(proto, texts)
+    metadata.write_properties(proto, texts)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 
 
-def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
+def export_module(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     """Export a torch module as an ONNX model with a free batch, without traces of the exporting machine."""
     torch = torch_package()
     batch = torch.export.Dim("N", min=1)
@@ -99,8 +99,8 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     # class has an attribute of the same name.
     clash = any(hasattr(torch.fx.GraphModule, name) for name, _ in module.named_children())
     if clash:
-        module = _held(module)
-    with quiet():
+        module = _wrap_module(module)
+    with silence_libraries():
         program = torch.onnx.export(
             module,
             samples,
@@ -113,7 +113,7 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
         )
     if clash:
         for old in [*program.model.graph.initializers]:
-            program.model.graph.initializers[old].name = old.removeprefix(_HELD + ".")
+            program.model.graph.initializers[old].name = old.removeprefix(_WRAPPED_NAME + ".")
     _separate_names(program.model.graph)
     proto = onnx.load_model_from_string(program.model_proto.SerializeToString())
     # Versions, stack traces and paths would give one model another digest on every machine.
@@ -128,18 +128,18 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
 
 
 # The attribute that holds the module in the wrapper, and so the prefix of its tensors.
-_HELD = "wrapped"
+_WRAPPED_NAME = "wrapped"
 
 
-def _held(module: Any) -> Any:
+def _wrap_module(module: Any) -> Any:
     """Wrap a module in another one, whose only child it is, so that the names of its layers can't clash."""
     holder = torch_package().nn.Module()
-    setattr(holder, _HELD, module)
+    setattr(holder, _WRAPPED_NAME, module)
     holder.forward = functools.wraps(module.forward)(lambda *arguments: module(*arguments))
     return holder.eval()
 
 
-def _samples(
+def _sample_inputs(
     module: Any, example: Any, input_shape: Sequence[Any] | None, token_ids: bool, name: str
 ) -> tuple[tuple[Any, ...], tuple[str, int, int] | None]:
     """Sample inputs for the exporter, a tensor of zeros for each argument, and the input whose length varies."""
@@ -155,23 +155,23 @@ def _samples(
     if isinstance(sizes, Mapping):
         shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in sizes.items()}
         dtype_names = dtype_names if isinstance(dtype_names, Mapping) else dict.fromkeys(shapes, dtype_names)
-        dtypes = {n: _dtype(dtype_names.get(n, torch.float32), _INPUTS, name) for n in shapes}
+        dtypes = {n: _torch_dtype(dtype_names.get(n, torch.float32), _INPUT_DTYPES, name) for n in shapes}
     else:
         argument = next(iter(inspect.signature(module.forward).parameters), "x")
         shapes = {argument: read_shape(tuple(sizes), f"{name}: input_shape")}
         input_dtype = dtype_names.get(argument, torch.float32) if isinstance(dtype_names, Mapping) else dtype_names
         dtype = torch.int64 if token_ids else example.dtype if example is not None else input_dtype
-        dtypes = {argument: _dtype(dtype, _INPUTS[:2], name)}
+        dtypes = {argument: _torch_dtype(dtype, _INPUT_DTYPES[:2], name)}
     varying_input = free_input(shapes)
     if varying_input is not None:
-        shapes, dtypes = _with_computed(module, shapes, dtypes, varying_input, dtype_names, name)
+        shapes, dtypes = _add_computed_inputs(module, shapes, dtypes, varying_input, dtype_names, name)
     device = next((p.device for p in module.parameters()), "cpu")
     # Two samples each, because torch.export takes an axis of size 1 for one that never varies.
-    samples = (torch.zeros((2, *at_most(s)), device=device, dtype=dtypes[n]) for n, s in shapes.items())
+    samples = (torch.zeros((2, *upper_shape(s)), device=device, dtype=dtypes[n]) for n, s in shapes.items())
     return tuple(samples), varying_input
 
 
-def _with_computed(
+def _add_computed_inputs(
     module: Any,
     shapes: dict[str, Shape],
     dtypes: dict[str, Any],
@@ -181,22 +181,24 @@ def _with_computed(
 ) -> tuple[dict[str, Shape], dict[str, Any]]:
     """Shapes and types of a module's arguments, in their order, including the computed ones (mask and lengths)."""
     torch = torch_package()
-    max_length = at_most(shapes[varying_input[0]])[varying_input[1]]
+    max_length = upper_shape(shapes[varying_input[0]])[varying_input[1]]
     arguments = list(inspect.signature(module.forward).parameters)
     computed = {MASK: ((max_length,), torch.float32), LENGTHS: ((), torch.int64)}
     computed = {n: shape_and_dtype for n, shape_and_dtype in computed.items() if n in arguments or n in shapes}
     dtype_names = dtype_names if isinstance(dtype_names, Mapping) else {}
-    dtypes = dtypes | {n: _dtype(dtype_names.get(n, usual), _INPUTS, name) for n, (_, usual) in computed.items()}
+    dtypes = dtypes | {
+        n: _torch_dtype(dtype_names.get(n, usual), _INPUT_DTYPES, name) for n, (_, usual) in computed.items()
+    }
     shapes = shapes | {n: shape for n, (shape, _) in computed.items()}
     order = [n for n in arguments if n in shapes] or list(shapes)
     return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, dtypes
 
 
 # Types of inputs; where there is one alone, one of the first two.
-_INPUTS = ("float32", "int64", "float16", "int32", "bool", "uint8")
+_INPUT_DTYPES = ("float32", "int64", "float16", "int32", "bool", "uint8")
 
 
-def _dtype(dtype: Any, allowed: Sequence[str], name: str) -> Any:
+def _torch_dtype(dtype: Any, allowed: Sequence[str], name: str) -> Any:
     """A dtype of torch, given by itself or its name. Raises `ModelError` if it isn't allowed."""
     text = str(dtype).rpartition(".")[2]
     if text not in allowed:
@@ -218,19 +220,19 @@ def _separate_names(graph: Any) -> None:
             used_names.add(value.name)
 
 
-def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
+def _record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
     """Give tensors their first name, and record which are trainable, unused, frozen and tied."""
     # A tied parameter is one tensor under several names; they all get the first one.
     by_id: dict[int, str] = {}
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     first_names = {n: by_id.setdefault(id(tensor), n) for n, tensor in tensors}
-    _rename(proto, first_names)
+    _rename_initializers(proto, first_names)
     parameters = dict(module.named_parameters())
     initializer_names = {t.name for t in proto.graph.initializer}
     unused = [n for n in parameters if n not in initializer_names]
     # A file may lack a parameter that the outputs do not depend on. Any other was fused or folded by the exporter, and
     # the import would train another model.
-    lost = _reached(torch, module, samples, {n: parameters[n] for n in unused})
+    lost = _used_parameters(torch, module, samples, {n: parameters[n] for n in unused})
     if lost:
         raise ModelError(
             f"{name}: weights were lost or fused in the export",
@@ -262,7 +264,7 @@ def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx
     onnx.helper.set_model_props(proto, texts)
 
 
-def _reached(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict[str, Any]) -> list[str]:
+def _used_parameters(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict[str, Any]) -> list[str]:
     """The names of the parameters on which the module's outputs depend."""
     if not parameters:
         return []
@@ -285,7 +287,7 @@ def _reached(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict
     return [n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
 
 
-def _rename(proto: onnx.ModelProto, names: dict[str, str]) -> None:
+def _rename_initializers(proto: onnx.ModelProto, names: dict[str, str]) -> None:
     """Rename initialisers; those that become the same are the same tensor."""
     if all(old == new for old, new in names.items()):
         return
@@ -313,30 +315,30 @@ def factory_product(text: str) -> Any:
     Raises `ModelError` if there is no such factory, or it fails; `MissingExtraError` if torch is not installed.
     """
     torch = torch_package()
-    factory = named(text)
+    factory = import_object(text)
     try:
         # A module is callable, too, but calling it would run its forward.
         is_product = isinstance(factory, torch.nn.Module) or not callable(factory)
         return factory if is_product else factory()
     except Exception as error:
-        raise ModelError(f"{text} failed ({type(error).__name__}: {reason(error)})") from error
+        raise ModelError(f"{text} failed ({type(error).__name__}: {error_reason(error)})") from error
 
 
-def named(text: str) -> Any:
+def import_object(text: str) -> Any:
     """The object `package.module:name`. Raises `ModelError` if the module can't be imported or lacks the name."""
     module_name, _, name = text.rpartition(":")
     try:
-        module = own_module(module_name)
+        module = import_user_module(module_name)
     except ImportError as error:
         raise ModelError(
-            f"can't import {module_name} ({reason(error)})",
+            f"can't import {module_name} ({error_reason(error)})",
             hint="Run the command in the folder of the module, or install its package.",
         ) from error
     except Exception as error:
-        raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {reason(error)})") from error
+        raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {error_reason(error)})") from error
     if not hasattr(module, name):
         raise ModelError(
-            f"module {module_name} has no {name}{meant(name, vars(module))}",
+            f"module {module_name} has no {name}{did_you_mean(name, vars(module))}",
             hint=f"It was read from {getattr(module, '__file__', None) or 'Python itself'}.",
         )
     return getattr(module, name)
@@ -358,7 +360,7 @@ def torch_package() -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Suppress the progress lines, logs and deprecation warnings of other libraries."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch logs the graphs of a failed export as errors
@@ -384,7 +386,7 @@ class _OtherThreads:
         return getattr(self._stream, name)
 
 
-def innermost(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The root cause of an error: the exporter's own errors only name its steps."""
     # An error can be among its own causes, for example where it is raised again from what it has caused.
     visited = {id(error)}

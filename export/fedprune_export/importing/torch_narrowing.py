@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.model.step_contract import RESERVED
+from fedprune.model.step_contract import RESERVED_NAMES
 from fedprune_export.importing.torch_export import torch_package
 
 Module = TypeVar("Module")
@@ -40,7 +40,7 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     torch = torch_package()
     if not isinstance(module, torch.nn.Module):
         raise ModelError("what is to be narrowed", expected="a torch module", got=type(module).__name__)
-    names = _names(module)
+    names = _tensor_names(module)
     tensors = {_author_name(n, set(names.values())): v for n, v in tensors.items()}
     unknown = sorted(set(tensors) - set(names.values()))
     if unknown:
@@ -49,11 +49,11 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     if lacking:
         raise ModelError(f"there is no tensor for {lacking[0]!r} of the module", got=f"{len(lacking)} such names")
     replacements: dict[int, Any] = {}
-    plans = [(prefix, layer, *_shapes(layer, names, tensors)) for prefix, layer in module.named_modules()]
+    plans = [(prefix, layer, *_layer_shapes(layer, names, tensors)) for prefix, layer in module.named_modules()]
     for prefix, layer, old, new in plans:  # all are looked at before the first is changed
-        _fit(torch, prefix or type(layer).__name__, layer, old, new, change=False)
+        _fit_attributes(torch, prefix or type(layer).__name__, layer, old, new, change=False)
     for prefix, layer, old, new in plans:
-        _fit(torch, prefix, layer, old, new, change=True)
+        _fit_attributes(torch, prefix, layer, old, new, change=True)
         for name, value in [*layer._parameters.items()]:
             if value is not None:
                 # Layers that share a parameter share the new one, too.
@@ -72,10 +72,10 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
 def _author_name(name: str, author_names: AbstractSet[str]) -> str:
     """The module's own name of a tensor: the import appends `_` to reserved names, such as `lr`."""
     stripped = name.rstrip("_")
-    return stripped if name not in author_names and stripped in author_names & RESERVED else name
+    return stripped if name not in author_names and stripped in author_names & RESERVED_NAMES else name
 
 
-def _names(module: Any) -> dict[tuple[str, int], str]:
+def _tensor_names(module: Any) -> dict[tuple[str, int], str]:
     """The first name of every parameter and buffer."""
     out: dict[tuple[str, int], str] = {}
     for name, value in module.named_parameters():
@@ -85,34 +85,36 @@ def _names(module: Any) -> dict[tuple[str, int], str]:
     return out
 
 
-def _shapes(
+def _layer_shapes(
     layer: Any, names: Mapping[tuple[str, int], str], tensors: Mapping[str, npt.NDArray[np.float32]]
 ) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """The shapes of a layer's own tensors before and after, where the submodel has them."""
     old: dict[str, Shape] = {}
     new: dict[str, Shape] = {}
-    for kind, name, value in _own(layer):
+    for kind, name, value in _own_tensors(layer):
         key = names.get((kind, id(value)))
         if key is not None and key in tensors:
             old[name], new[name] = tuple(value.shape), tensors[key].shape
     return old, new
 
 
-def _own(layer: Any) -> Iterator[tuple[str, str, Any]]:
+def _own_tensors(layer: Any) -> Iterator[tuple[str, str, Any]]:
     for kind, tensors in (("parameter", layer._parameters), ("buffer", layer._buffers)):
         for name, value in tensors.items():
             if value is not None:
                 yield kind, name, value
 
 
-def _fit(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool) -> None:
+def _fit_attributes(
+    torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool
+) -> None:
     """Check that a layer can be narrowed to the new shapes, or set its attributes to them (`change`)."""
     if old == new:
         return
     for name, shape in new.items():
         if len(shape) != len(old[name]) or any(a > b for a, b in zip(shape, old[name], strict=True)):
             raise ModelError(f"{where}.{name} can't be narrowed", expected=f"at most {old[name]}", got=shape)
-    sizes = _sizes(torch, where, layer, old, new)
+    sizes = _size_attributes(torch, where, layer, old, new)
     if change:
         for name, size in sizes.items():
             setattr(layer, name, size)
@@ -134,7 +136,9 @@ def _check_forward(where: str, layer: Any) -> None:
             )
 
 
-def _sizes(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
+def _size_attributes(
+    torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape]
+) -> dict[str, Any]:
     """A layer's attributes for weights of these sizes.
 
     Raises `ModelError` if its kind is unknown, or its weights don't determine them.

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fedprune.core.errors import ModelError, reason
-from fedprune_export.importing.pad_resize import RESIZE_MODES, emit_pad, emit_resize, mark_early_resizes
+from fedprune.core.errors import ModelError, error_reason
+from fedprune_export.importing.pad_resize import RESIZE_MODES_OPSET, emit_pad, emit_resize, mark_early_resizes
 from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
 from fedprune_export.ir.composites import COMPOSITES
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
@@ -24,7 +24,7 @@ from fedprune_export.ir.trace import Trace
 
 Array = npt.NDArray[Any]
 
-_OLDEST = 13  # from here on a node means at opset 17 what it meant
+_MIN_OPSET = 13  # from here on a node means at opset 17 what it meant
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Translation:
     """The translated graph while it is written, and what the rules read."""
 
     graph: Graph
-    seen: Trace  # of the graph before the translation
-    used: set[str]  # values that some node reads, and the outputs
+    trace: Trace  # of the graph before the translation
+    read_values: set[str]  # values that some node reads, and the outputs
 
     def keep(self, node: Node) -> None:
         self.graph.nodes.append(node)
 
-    def known(self, name: str, node: Node, what: str) -> Array:
+    def constant_argument(self, name: str, node: Node, what: str) -> Array:
         """An integer argument of an operator. Raises `ModelError` if it is computed."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
@@ -48,10 +48,10 @@ class Translation:
 _Rule = Callable[[Translation, Node], None]
 
 
-def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
+def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model at opset 13 or later. Raises `ModelError` if onnx can't convert it."""
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    if not versions or versions[0] >= _OLDEST:
+    if not versions or versions[0] >= _MIN_OPSET:
         return model
     try:
         from onnx import version_converter
@@ -59,10 +59,10 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
         upgraded: onnx.ModelProto = version_converter.convert_version(model, NORMAL_OPSET)
     except Exception as error:
         raise ModelError(
-            f"the model's opset {versions[0]} can't be raised to {NORMAL_OPSET} ({reason(error)})",
+            f"the model's opset {versions[0]} can't be raised to {NORMAL_OPSET} ({error_reason(error)})",
             hint=f"Export it again with opset_version={NORMAL_OPSET} or later.",
         ) from error
-    if versions[0] < RESIZE_MODES:
+    if versions[0] < RESIZE_MODES_OPSET:
         mark_early_resizes(upgraded.graph)
     return upgraded
 
@@ -100,7 +100,7 @@ def _reduction(state: Translation, node: Node) -> None:
     nothing = node.attrs.pop("noop_with_empty_axes", 0)
     axes: list[int] = []
     if len(node.inputs) > 1 and node.inputs[1]:
-        axes = state.known(node.inputs[1], node, "axes").reshape(-1).tolist()
+        axes = state.constant_argument(node.inputs[1], node, "axes").reshape(-1).tolist()
         if axes:
             node.attrs["axes"] = axes
     if nothing and not axes:
@@ -109,7 +109,7 @@ def _reduction(state: Translation, node: Node) -> None:
     state.keep(node)
 
 
-def _default(name: str, *values: object) -> _Rule:
+def _drop_default(name: str, *values: object) -> _Rule:
     """Remove an attribute that opset 17 lacks, if its value is opset 17's behaviour."""
 
     def rule(state: Translation, node: Node) -> None:
@@ -132,7 +132,7 @@ def _lp_pool(state: Translation, node: Node) -> None:
     graph, x, power = state.graph, node.inputs[0], int(node.attrs.pop("p", 2))
     raised = graph.emit("Mul", x, x) if power == 2 else graph.emit("Pow", graph.emit("Abs", x), graph.scalar(power))
     if node.op == "GlobalLpPool":
-        total = graph.emit("ReduceSum", raised, graph.ints(*range(2, len(state.seen.shapes[x]))))
+        total = graph.emit("ReduceSum", raised, graph.ints(*range(2, len(state.trace.shapes[x]))))
     else:
         if node.attrs.get("ceil_mode") or any(d != 1 for d in node.attrs.pop("dilations", [])):
             raise ModelError(f"{node.op} {node.name}: dilation or a rounded-up size", hint="Use a window that fits.")
@@ -151,11 +151,11 @@ def _local_response(state: Translation, node: Node) -> None:
     """x / (bias + alpha · mean of neighbouring channels' squares)^beta: channels become an axis of an average pool."""
     graph, x, size = state.graph, node.inputs[0], int(node.attrs["size"])
     alpha, beta, bias = (float(node.attrs.get(k, d)) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
-    channels = state.seen.shapes[x][1]
+    channels = state.trace.shapes[x][1]
     rows = graph.emit("Reshape", graph.emit("Mul", x, x), graph.ints(0, 1, channels, -1))
     window = {"kernel_shape": [size, 1], "pads": [(size - 1) // 2, 0, size // 2, 0], "count_include_pad": 1}
     means = graph.emit("AveragePool", rows, attrs=window)
-    means = graph.emit("Reshape", means, graph.ints(0, *(d or 0 for d in state.seen.dims(x)[1:])))
+    means = graph.emit("Reshape", means, graph.ints(0, *(d or 0 for d in state.trace.dims(x)[1:])))
     spread = graph.emit("Add", graph.emit("Mul", means, graph.scalar(alpha)), graph.scalar(bias))
     graph.emit("Div", x, graph.emit("Pow", spread, graph.scalar(beta)), out=node.outputs[0])
 
@@ -197,11 +197,11 @@ def _batch_norm(state: Translation, node: Node) -> None:
 
 def _norm(state: Translation, node: Node) -> None:
     """Count the axis from the end, compute in float32, and remove unread outputs."""
-    rank = len(state.seen.shapes[node.inputs[0]])
+    rank = len(state.trace.shapes[node.inputs[0]])
     axis = int(node.attrs.get("axis", -1))
     node.attrs["axis"] = axis - rank if axis >= 0 else axis
     node.attrs.pop("stash_type", None)
-    while len(node.outputs) > 1 and node.outputs[-1] not in state.used:
+    while len(node.outputs) > 1 and node.outputs[-1] not in state.read_values:
         node.outputs.pop()
     state.keep(node)
 
@@ -216,9 +216,9 @@ def _split(state: Translation, node: Node) -> None:
     node.attrs.pop("num_outputs", None)
     if len(node.inputs) < 2 or not node.inputs[1]:
         axis = int(node.attrs.get("axis", 0))
-        if any(state.seen.batched(o)[axis] for o in node.outputs if o):
+        if any(state.trace.batched(o)[axis] for o in node.outputs if o):
             raise ModelError(f"operator Split ({node.name}) splits the batch", hint="Split another axis.")
-        total, count = state.seen.shapes[node.inputs[0]][axis], len(node.outputs)
+        total, count = state.trace.shapes[node.inputs[0]][axis], len(node.outputs)
         # All parts are equally long but the last, as opset 18 defines num_outputs.
         chunk_size = -(-total // count)
         sizes = [chunk_size] * (count - 1) + [total - chunk_size * (count - 1)]
@@ -255,22 +255,22 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear"), _cast),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
     **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
-    "Col2Im": lambda state, node: emit_fold(state.graph, node, state.seen),
-    "DFT": lambda state, node: emit_dft(state.graph, node, state.seen),
-    "STFT": lambda state, node: emit_stft(state.graph, node, state.seen),
+    "Col2Im": lambda state, node: emit_fold(state.graph, node, state.trace),
+    "DFT": lambda state, node: emit_dft(state.graph, node, state.trace),
+    "STFT": lambda state, node: emit_stft(state.graph, node, state.trace),
     "BatchNormalization": _batch_norm,
     "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
-    "Pad": lambda state, node: emit_pad(state.graph, node, state.seen),
-    "Reshape": _default("allowzero", 0),
-    "Resize": lambda state, node: emit_resize(state.graph, node, state.seen),
+    "Pad": lambda state, node: emit_pad(state.graph, node, state.trace),
+    "Reshape": _drop_default("allowzero", 0),
+    "Resize": lambda state, node: emit_resize(state.graph, node, state.trace),
     "Split": _split,
 }
 
 TRANSLATED = frozenset(_RULES)  # operators whose later forms, or which themselves, are written in the forms of opset 17
 
 # The rewriting of operators, before any rule reads them.
-BECOMES = {
+REWRITTEN_AS = {
     "CastLike": "Cast",
     "Col2Im": "a transposed convolution with a constant kernel",
     "DFT": "a product with a constant matrix",

@@ -11,27 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, reason, shape_text
+from fedprune.core.errors import ModelError, error_reason, shape_text
 from fedprune.model.architecture import Architecture
-from fedprune.model.step_contract import LOGITS, LOSS, METRIC, SUMS, VALUE, Y
-from fedprune.runtime.session import Session
-from fedprune_export.importing.inlining import prepared
-from fedprune_export.importing.model_file import check, parse, read_model_file
-from fedprune_export.importing.normalise import simplified
+from fedprune.model.step_contract import LOGITS, LOSS, METRIC_METADATA, SUMS, VALUE, Y
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.inlining import inline_model
+from fedprune_export.importing.model_file import check_valid_onnx, parse_model, read_model_file
+from fedprune_export.importing.normalise import simplify_graph
 from fedprune_export.importing.original import raw_session
-from fedprune_export.importing.packing import Piece, unpacked
-from fedprune_export.importing.torch_export import exported, innermost, named, torch_package
-from fedprune_export.importing.translation import upgraded
+from fedprune_export.importing.packing import Piece, row_splitter
+from fedprune_export.importing.torch_export import export_module, import_object, root_cause, torch_package
+from fedprune_export.importing.translation import upgrade_model
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.trace import trace
+from fedprune_export.ir.trace import trace_graph
 from fedprune_export.pruning.model import Model
 
 # Keys of a model's metadata that hold its loss and its metric: ONNX files in base64.
-LOSS_KEY, METRIC_KEY = "fedprune.loss", METRIC
+LOSS_KEY, METRIC_KEY = "fedprune.loss", METRIC_METADATA
 
 # float32 rounds by about 1e-7 in every operation; an import that computes something else differs by far more.
 _TOLERANCE = 1e-4
-_TYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
+_LABEL_DTYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,11 @@ class _Labels:
         """Read a function's attributes; by default labels are shaped as outputs. Raises `ModelError` if invalid."""
         shape = getattr(function, "target_shape", tuple(outputs))
         dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
-        if dtype not in _TYPES or not isinstance(shape, (tuple, list)) or not all(isinstance(d, int) for d in shape):
+        if (
+            dtype not in _LABEL_DTYPES
+            or not isinstance(shape, (tuple, list))
+            or not all(isinstance(d, int) for d in shape)
+        ):
             raise ModelError(
                 f"{name}: target_shape and target_dtype",
                 expected="one sample's labels, such as (32, 32), and float32 or int64",
@@ -71,13 +75,13 @@ def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = 
     if isinstance(source, (str, Path)) and ":" not in str(source):
         return read_model_file(Path(source))
     torch = torch_package()
-    (loss, name), split = _callable(source), _splitter(pieces)
+    (loss, name), split = _user_function(source), _splitter(pieces)
 
     class Loss(torch.nn.Module):  # type: ignore[name-defined, misc]
         def forward(self, outputs: Any, labels: Any) -> Any:
             return loss(*split(outputs), labels)
 
-    return _exported(Loss(), loss, name, outputs, "loss", "one number per sample")
+    return _export_function(Loss(), loss, name, outputs, "loss", "one number per sample")
 
 
 def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
@@ -96,7 +100,7 @@ def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] 
     if isinstance(source, (str, Path)) and ":" not in str(source):
         return read_model_file(Path(source))
     torch = torch_package()
-    (metric, name), split = _callable(source), _splitter(pieces)
+    (metric, name), split = _user_function(source), _splitter(pieces)
     value = getattr(metric, "value", None)
 
     class Metric(torch.nn.Module):  # type: ignore[name-defined, misc]
@@ -105,21 +109,21 @@ def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] 
             if value is not None:
                 sums = rows.sum(0)
                 return sums, value(sums).reshape(()).float()
-            sums = torch.stack([rows, torch.ones_like(rows)], 1).sum(0)
+            sums = torch.module_stack([rows, torch.ones_like(rows)], 1).sum(0)
             return sums, sums[0] / sums[1]
 
     returns = "one number per sample, or a row of numbers and a `value` of their sums"
-    return _exported(Metric(), metric, name, outputs, "metric", returns)
+    return _export_function(Metric(), metric, name, outputs, "metric", returns)
 
 
 def _splitter(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
-    return unpacked(pieces) if pieces else lambda outputs: [outputs]
+    return row_splitter(pieces) if pieces else lambda outputs: [outputs]
 
 
-def _callable(source: object) -> tuple[Any, str]:
+def _user_function(source: object) -> tuple[Any, str]:
     """The object that a source names, and its name."""
     name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
-    function: Any = named(source) if isinstance(source, str) else source
+    function: Any = import_object(source) if isinstance(source, str) else source
     if isinstance(function, type):
         function = function()
     if not callable(function):
@@ -127,7 +131,7 @@ def _callable(source: object) -> tuple[Any, str]:
     return function, name
 
 
-def _exported(module: Any, function: Any, name: str, outputs: Sequence[int], kind: str, returns: str) -> bytes:
+def _export_function(module: Any, function: Any, name: str, outputs: Sequence[int], kind: str, returns: str) -> bytes:
     """Export a user's function, wrapped in a module, as the bytes of an ONNX file."""
     torch = torch_package()
     labels = _Labels.of(function, outputs, name)
@@ -136,10 +140,10 @@ def _exported(module: Any, function: Any, name: str, outputs: Sequence[int], kin
         module.user_function = function
     samples = torch.zeros((2, *outputs)), torch.zeros((2, *labels.shape), dtype=getattr(torch, labels.dtype))
     try:
-        raw: bytes = exported(module.eval(), samples).SerializeToString(deterministic=True)
+        raw: bytes = export_module(module.eval(), samples).SerializeToString(deterministic=True)
     except Exception as error:
         raise ModelError(
-            f"{name}: torch can't export this {kind} ({reason(innermost(error))})",
+            f"{name}: torch can't export this {kind} ({error_reason(root_cause(error))})",
             hint=f"A {kind} takes outputs {shape_text('n', *outputs)} and labels {shape_text('n', *labels.shape)} "
             f"({labels.dtype}; its attributes target_shape and target_dtype say so), and returns {returns}.",
         ) from error
@@ -149,9 +153,9 @@ def _exported(module: Any, function: Any, name: str, outputs: Sequence[int], kin
 def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
     """A loss as a graph of `logits` and `y` that gives `loss` [n], of operators that can be differentiated. Raises
     `ModelError` if it is damaged, has other inputs or outputs, or uses what can't be handled."""
-    graph = _read(raw, outputs, "loss", (LOSS,), "one number per sample")
+    graph = _read_user_graph(raw, outputs, "loss", (LOSS,), "one number per sample")
     try:
-        graph_trace = trace(graph)
+        graph_trace = trace_graph(graph)
     except ModelError as error:
         labels = graph.inputs[1]
         raise ModelError(
@@ -166,8 +170,8 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
             got=shape_text(*("n" if d is None else d for d in dims)) if dims else "one number for the whole batch",
             hint="Sum or average over all axes but the first: reduction='none', then .flatten(1).mean(1).",
         )
-    simplified(graph, set(graph.initializers), [], output=LOSS)
-    _compare(raw, graph, outputs, "loss")
+    simplify_graph(graph, set(graph.initializers), [], output=LOSS)
+    _check_same_outputs(raw, graph, outputs, "loss")
     return Model(graph, Architecture("loss", (), (), (), (), tuple(outputs), ()))
 
 
@@ -175,8 +179,8 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
     """A metric as a graph of `logits` and `y` that gives `sums` [k] and `value` []. Raises `ModelError` if it is
     damaged, has other inputs or outputs, or uses what can't be handled."""
     returns = "sums over samples [k] and what they come to []"
-    graph = _read(raw, outputs, "metric", (SUMS, VALUE), returns)
-    graph_trace = trace(graph)
+    graph = _read_user_graph(raw, outputs, "metric", (SUMS, VALUE), returns)
+    graph_trace = trace_graph(graph)
     sums, value = graph_trace.dims(SUMS), graph_trace.dims(VALUE)
     if len(sums) != 1 or sums[0] is None or value != ():
         raise ModelError("what a metric returns", expected=returns, got=f"{shape_text(*sums)} and {shape_text(*value)}")
@@ -188,8 +192,8 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
             got="one that reads outputs or labels",
             hint="Sums of many batches add up; the value is computed from the total.",
         )
-    simplified(graph, set(graph.initializers), [], output=VALUE)
-    _compare(raw, graph, outputs, "metric")
+    simplify_graph(graph, set(graph.initializers), [], output=VALUE)
+    _check_same_outputs(raw, graph, outputs, "metric")
     return graph
 
 
@@ -208,9 +212,9 @@ def check_labels(loss: Model | None, metric: Graph | None) -> None:
         )
 
 
-def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> None:
+def _check_same_outputs(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> None:
     """Compare an imported loss or metric with its file on random data. Raises `ModelError` if they differ."""
-    proto, rng, count = parse(raw, whole=False).graph, np.random.default_rng(0), 4
+    proto, rng, count = parse_model(raw, run_checker=False).graph, np.random.default_rng(0), 4
     initializer_names = {t.name for t in proto.initializer}
     inputs, names = [i.name for i in proto.input if i.name not in initializer_names], [o.name for o in proto.output]
     labels = graph.inputs[1]
@@ -222,7 +226,7 @@ def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> Non
     )
     values: list[Any] = [rng.standard_normal((count, *outputs), np.float32), y]
     before = raw_session(raw, names).run(dict(zip(inputs, values, strict=True)))
-    after = Session(graph.to_bytes()).run({LOGITS: values[0], Y: y})
+    after = OnnxSession(graph.to_bytes()).run({LOGITS: values[0], Y: y})
     for name, port in zip(names, graph.outputs, strict=True):
         if not np.allclose(before[name], after[port.name], rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
             raise ModelError(
@@ -244,9 +248,9 @@ def _reads_samples(graph: Graph) -> bool:
     return False
 
 
-def embed(raw: bytes, key: str, user_graph: bytes) -> bytes:
+def embed_user_graph(raw: bytes, key: str, user_graph: bytes) -> bytes:
     """A model's file with a loss or metric in it."""
-    proto = parse(raw)
+    proto = parse_model(raw)
     other_properties = [p for p in proto.metadata_props if p.key != key]
     del proto.metadata_props[:]
     proto.metadata_props.extend(other_properties)
@@ -255,7 +259,7 @@ def embed(raw: bytes, key: str, user_graph: bytes) -> bytes:
     return out
 
 
-def embedded(key: str, text: str) -> bytes:
+def embedded_user_graph(key: str, text: str) -> bytes:
     """The loss or metric in a model's file. Raises `ModelError` if it is damaged."""
     try:
         return base64.b64decode(text, validate=True)
@@ -263,12 +267,12 @@ def embedded(key: str, text: str) -> bytes:
         raise ModelError(f"metadata {key}", expected="an ONNX file in base64", got="something else") from error
 
 
-def _read(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...], returns: str) -> Graph:
+def _read_user_graph(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...], returns: str) -> Graph:
     """Read a graph of outputs and labels, and give its values the contract's names."""
-    file_model = parse(raw, whole=False)
-    proto = prepared(file_model)
-    check(raw if proto is file_model else proto)
-    graph = Graph.from_proto(upgraded(proto))
+    file_model = parse_model(raw, run_checker=False)
+    proto = inline_model(file_model)
+    check_valid_onnx(raw if proto is file_model else proto)
+    graph = Graph.from_proto(upgrade_model(proto))
     if len(graph.inputs) != 2 or len(graph.outputs) != len(names):
         raise ModelError(
             f"the inputs and outputs of a {kind}",
@@ -276,14 +280,14 @@ def _read(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...],
             got=f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
             hint=f"A {kind} that doesn't read its labels has lost them in the export.",
         )
-    _rename(graph, names)
+    _rename_ports(graph, names)
     _check_inputs(graph.inputs, tuple(outputs), kind)
     graph.inputs[0].shape = ("N", *outputs)
     graph.inputs[1].shape = ("N", *graph.inputs[1].shape[1:])
     return graph
 
 
-def _rename(graph: Graph, outputs: tuple[str, ...]) -> None:
+def _rename_ports(graph: Graph, outputs: tuple[str, ...]) -> None:
     """Give inputs and outputs the contract's names, and rename inner values that have one of these."""
     ports = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
     inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(ports)
@@ -312,7 +316,7 @@ def _check_inputs(ports: Sequence[Port], outputs: tuple[int, ...], kind: str) ->
             got=f"{outputs_port.dtype} {shape_text(*outputs_port.shape)}",
         )
     if (
-        labels_port.dtype not in _TYPES.values()
+        labels_port.dtype not in _LABEL_DTYPES.values()
         or not labels_port.shape
         or not all(isinstance(d, int) for d in labels_port.shape[1:])
     ):

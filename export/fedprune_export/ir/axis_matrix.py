@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
 
 Matrix = npt.NDArray[np.float32]
@@ -33,5 +33,5 @@ def axis_matrix(
         graph.nodes[0].inputs.append(graph.constant([1, 1, scale, 1], np.float32))
     else:
         graph.nodes[0].inputs += ["", graph.ints(1, size, new_size, 1)]
-    columns = Session(graph.to_bytes()).run({"x": np.eye(size, dtype=np.float32)[None, :, :, None]})["y"]
+    columns = OnnxSession(graph.to_bytes()).run({"x": np.eye(size, dtype=np.float32)[None, :, :, None]})["y"]
     return np.ascontiguousarray(columns[0, :, :, 0].T, np.float32)

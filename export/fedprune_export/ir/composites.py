@@ -18,14 +18,14 @@ _Draft = TypeVar("_Draft", bound=Draft)
 GELU_CUBE = 0.044715  # the factor of the cube in the tanh form of Gelu
 
 # The opset that introduced each operator; it is written in primitives for targets before.
-NATIVE = {"LayerNormalization": 17, "Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
+NATIVE_SINCE = {"LayerNormalization": 17, "Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
 
-COMPOSITES = frozenset(NATIVE) - {"LayerNormalization"}  # those that opset 17 lacks
+COMPOSITES = frozenset(NATIVE_SINCE) - {"LayerNormalization"}  # those that opset 17 lacks
 
 
-def expanded(graph: _Draft, opset: int) -> _Draft:
+def expand_composites(graph: _Draft, opset: int) -> _Draft:
     """Write composites that `opset` lacks in primitives. Returns the same graph if there are none."""
-    lacking = {op for op, since in NATIVE.items() if opset < since}
+    lacking = {op for op, since in NATIVE_SINCE.items() if opset < since}
     if not any(n.op in lacking and not n.domain for n in graph.nodes):
         return graph
     out = graph.copy()
@@ -75,7 +75,7 @@ def _group_norm(out: Draft, node: Node) -> None:
 def _rms_norm(out: Draft, node: Node) -> None:
     """x / sqrt(mean x^2 + epsilon) * scale, with means over the axes from `axis` on."""
     x, scale = node.inputs
-    axes, value, back = _trailing(out, node)
+    axes, value, back = _trailing_axes(out, node)
     root = _root(out, out.emit("ReduceMean", out.emit("Mul", value, value), attrs=axes), node)
     normal = out.emit("Div", value, root)
     if back:
@@ -87,7 +87,7 @@ def _layer_norm(out: Draft, node: Node) -> None:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias; mean and 1 / deviation too where something reads them."""
     x, scale, *bias = (i for i in node.inputs if i)
     further = [*node.outputs[1:], "", ""][:2]
-    axes, value, back = _trailing(out, node)
+    axes, value, back = _trailing_axes(out, node)
     mean = out.emit("ReduceMean", value, attrs=axes, out=further[0] or None)
     centred = out.emit("Sub", value, mean)
     root = _root(out, out.emit("ReduceMean", out.emit("Mul", centred, centred), attrs=axes), node)
@@ -102,7 +102,7 @@ def _layer_norm(out: Draft, node: Node) -> None:
         out.emit("Mul", normal, scale, out=node.outputs[0])
 
 
-def _trailing(out: Draft, node: Node) -> tuple[dict[str, object], str, bool]:
+def _trailing_axes(out: Draft, node: Node) -> tuple[dict[str, object], str, bool]:
     """Axes from `axis` on as attributes of a reduction, what to reduce, and whether that has another shape than x.
 
     Axes that are counted from the front can't be listed without the rank: their value is seen as a matrix.

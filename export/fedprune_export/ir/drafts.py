@@ -51,7 +51,7 @@ class Node:
         """The node's sub-graphs: a loop has one."""
         return [v for v in self.attrs.values() if isinstance(v, onnx.GraphProto)]
 
-    def read_inside(self) -> set[str]:
+    def names_read_by_bodies(self) -> set[str]:
         """Names that the node's sub-graphs read, their own and those of the graph around them."""
         return {i for body in self.bodies for node in body.node for i in node.input}
 
@@ -162,7 +162,7 @@ class Draft:
                     out.setdefault(name, []).append((node, i))
         return out
 
-    def from_data(self) -> set[str]:
+    def values_from_inputs(self) -> set[str]:
         """The inputs, and all values that depend on them."""
         out = {p.name for p in self.inputs}
         for node in self.nodes:
@@ -184,7 +184,7 @@ class Draft:
         for node in reversed(self.nodes):
             if not needed.isdisjoint(node.outputs):
                 # A loop's body reads values of this graph without listing them as inputs.
-                needed.update(node.inputs, node.read_inside())
+                needed.update(node.inputs, node.names_read_by_bodies())
                 needed.discard("")
                 needed_nodes.append(node)
         self.nodes = needed_nodes[::-1]
@@ -193,11 +193,11 @@ class Draft:
 
     def copy(self: _Draft) -> _Draft:
         """A copy whose nodes and lists can be changed; arrays are shared."""
-        copied = self.bare()
+        copied = self.copy_without_nodes()
         copied.nodes = [n.copy() for n in self.nodes]
         return copied
 
-    def bare(self: _Draft) -> _Draft:
+    def copy_without_nodes(self: _Draft) -> _Draft:
         """A copy without the nodes. Names that it gives to new values differ from those of the nodes."""
         return type(self)(
             [Port(p.name, p.dtype, p.shape) for p in self.inputs],
@@ -212,7 +212,7 @@ class Draft:
             dict(self._constants),
         )
 
-    def as_held(self) -> onnx.ModelProto:
+    def to_unlowered_proto(self) -> onnx.ModelProto:
         """As an ONNX model with its operators unchanged, whether its opset has them or not."""
         domains = sorted({n.domain for n in self.nodes if n.domain})
         graph = helper.make_graph(

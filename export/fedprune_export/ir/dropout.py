@@ -11,19 +11,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, shown
+from fedprune.core.errors import ModelError, value_text
 from fedprune_export.ir.graph import Graph, Node
 
 # The key of a graph's metadata for the axes on which the mask of a dropout varies, by the node's name. Dropouts whose
 # mask varies on all axes are not listed.
-AXES_KEY = "fedprune.dropout_axes"
+DROPOUT_AXES_KEY = "fedprune.dropout_axes"
 
 
 def is_dropout(node: Node) -> bool:
     return node.op == "Dropout" and not node.domain
 
 
-def ratio_of(graph: Graph, node: Node) -> float | None:
+def dropout_ratio(graph: Graph, node: Node) -> float | None:
     """The share of numbers that a dropout drops; None where it is computed or no share."""
     if "ratio" in node.attrs or len(node.inputs) < 2 or not node.inputs[1]:
         ratio = np.asarray(node.attrs.get("ratio", 0.5))
@@ -38,24 +38,26 @@ def ratio_of(graph: Graph, node: Node) -> float | None:
 
 def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
     """The axes on which a dropout's mask varies; None for all."""
-    return read_axes(graph.metadata).get(node.name)
+    return read_dropout_axes(graph.metadata).get(node.name)
 
 
-def read_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def read_dropout_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """The axes of masks by the name of the dropout. Raises `ModelError` if the text is something else."""
     try:
-        axes_by_name = json.loads(texts.get(AXES_KEY, "{}"))
+        axes_by_name = json.loads(texts.get(DROPOUT_AXES_KEY, "{}"))
     # Deeply nested JSON ends in a RecursionError.
     except (ValueError, RecursionError):
         axes_by_name = None
     if not isinstance(axes_by_name, dict) or not all(
         isinstance(axes, list) and all(type(a) is int for a in axes) for axes in axes_by_name.values()
     ):
-        raise ModelError(f"metadata {AXES_KEY}", expected="lists of axes by name", got=shown(texts[AXES_KEY]))
+        raise ModelError(
+            f"metadata {DROPOUT_AXES_KEY}", expected="lists of axes by name", got=value_text(texts[DROPOUT_AXES_KEY])
+        )
     return {name: tuple(axes) for name, axes in axes_by_name.items()}
 
 
-def without_dropout(graph: Graph) -> None:
+def remove_dropouts(graph: Graph) -> None:
     """Remove all dropouts, which do nothing at inference."""
     outputs = {p.name for p in graph.outputs}
     sources: dict[str, str] = {}
@@ -69,4 +71,4 @@ def without_dropout(graph: Graph) -> None:
     graph.nodes = [n for n in graph.nodes if not is_dropout(n)]
     for node in graph.nodes:
         node.inputs = [sources.get(i, i) for i in node.inputs]
-    graph.metadata.pop(AXES_KEY, None)
+    graph.metadata.pop(DROPOUT_AXES_KEY, None)

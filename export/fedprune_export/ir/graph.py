@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fedprune.core.errors import ModelError, shown
+from fedprune.core.errors import ModelError, value_text
 from fedprune_export.ir.drafts import NORMAL_OPSET, Array, Dim, Draft, Node, Port
-from fedprune_export.ir.opset_lowering import at_opset
+from fedprune_export.ir.opset_lowering import lower_to_opset
 
 __all__ = ["NORMAL_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_tensor"]
 
@@ -24,7 +24,7 @@ _TYPES = frozenset(helper.get_all_tensor_dtypes())
 
 # Unicode categories that names must not have, because they would steer a terminal or break a line: control and
 # format characters, surrogates, line and paragraph separators.
-_UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_UNPRINTABLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class Graph(Draft):
@@ -37,10 +37,10 @@ class Graph(Draft):
             opset: What to write a normalised graph at; by default 17. Others can only be written as they are.
         """
         if self.opset == NORMAL_OPSET:
-            return at_opset(self, NORMAL_OPSET if opset is None else opset).as_held()
+            return lower_to_opset(self, NORMAL_OPSET if opset is None else opset).to_unlowered_proto()
         if opset not in (None, self.opset):
             raise ModelError("only normalised graphs can be written at another opset", expected=self.opset, got=opset)
-        return self.as_held()
+        return self.to_unlowered_proto()
 
     def to_bytes(self, *, opset: int | None = None) -> bytes:
         """As the bytes of an ONNX file; the same graph gives the same bytes. See `to_proto`."""
@@ -59,12 +59,12 @@ class Graph(Draft):
         proto = model.graph
         if proto.sparse_initializer:
             raise ModelError("the model has sparse tensors", hint="Export it with dense weights.")
-        _check_text(proto)
+        _check_names(proto)
         opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
         initializers = {t.name: read_tensor(t) for t in proto.initializer}
         nodes: list[Node] = []
         for n in proto.node:
-            attrs = {a.name: _attribute(n, a) for a in n.attribute}
+            attrs = {a.name: _attribute_value(n, a) for a in n.attribute}
             domain = "" if n.domain == "ai.onnx" else n.domain
             if n.op_type == "Constant" and not domain:
                 initializers[n.output[0]] = _constant_value(attrs)
@@ -90,7 +90,7 @@ class Graph(Draft):
         return graph
 
 
-def _check_text(graph: onnx.GraphProto) -> None:
+def _check_names(graph: onnx.GraphProto) -> None:
     """Make sure that all names can be printed. protobuf returns names that aren't UTF-8 as bytes."""
     texts: list[object] = [graph.name, *(t.name for t in graph.initializer)]
     for n in graph.node:
@@ -99,7 +99,7 @@ def _check_text(graph: onnx.GraphProto) -> None:
         texts += [value.name, *(d.dim_param for d in value.type.tensor_type.shape.dim)]
     not_text = next((t for t in texts if not isinstance(t, str)), None)
     if not_text is not None:
-        raise ModelError("a name in the model is not UTF-8 text", got=shown(not_text))
+        raise ModelError("a name in the model is not UTF-8 text", got=value_text(not_text))
     for text in texts:
         check_name(str(text))
 
@@ -109,9 +109,9 @@ def check_name(name: str) -> None:
 
     Raises `ModelError` if it does.
     """
-    if not name.isprintable() and any(unicodedata.category(c) in _UNPRINTED for c in name):
+    if not name.isprintable() and any(unicodedata.category(c) in _UNPRINTABLE_CATEGORIES for c in name):
         raise ModelError(
-            "a name in the model holds characters that can't be printed", got=shown(name), hint="Rename it."
+            "a name in the model holds characters that can't be printed", got=value_text(name), hint="Rename it."
         )
 
 
@@ -120,7 +120,7 @@ def read_tensor(tensor: onnx.TensorProto) -> Array:
 
     Raises `ModelError` if they are in another file, of an unknown type, or more or fewer than its shape has.
     """
-    name = shown(tensor.name)
+    name = value_text(tensor.name)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         raise ModelError(f"tensor {name} is in another file", hint="Load the model with its external data.")
     try:
@@ -130,10 +130,10 @@ def read_tensor(tensor: onnx.TensorProto) -> Array:
         raise ModelError(f"tensor {name} can't be read ({str(reason)[:200]})") from error
 
 
-def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
+def _attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
     if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
         raise ModelError(
-            f"node {shown(node.name or node.op_type)} has a sub-graph ({node.op_type})",
+            f"node {value_text(node.name or node.op_type)} has a sub-graph ({node.op_type})",
             hint="Control flow that depends on the data can't be cut or trained; export the model without it.",
         )
     try:
@@ -145,7 +145,9 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [v.decode() if isinstance(v, bytes) else v for v in value]
     except ValueError as error:  # of no known type, or text that isn't UTF-8
-        raise ModelError(f"attribute {shown(attribute.name)} of {shown(node.op_type)} can't be read") from error
+        raise ModelError(
+            f"attribute {value_text(attribute.name)} of {value_text(node.op_type)} can't be read"
+        ) from error
     return value
 
 
@@ -168,7 +170,7 @@ def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type") or tensor.elem_type not in _TYPES:
         raise ModelError(
-            f"{shown(value.name)} is not a tensor of a known type",
+            f"{value_text(value.name)} is not a tensor of a known type",
             hint="Sequences, maps and optionals are not supported.",
         )
     dims: list[Dim] = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]

@@ -38,7 +38,7 @@ _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 _Table = TypeVar("_Table", bound=Mapping[str, Any])
 
 
-def with_rules(table: _Table) -> _Table:
+def load_rules(table: _Table) -> _Table:
     """Import all files of `fedprune_export.operators`, which register their rules, and return a table of rules.
 
     These files use rooms above this one, so they can't be imported before a table is first read.

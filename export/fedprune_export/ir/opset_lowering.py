@@ -11,10 +11,10 @@ from typing import TypeVar
 import onnx
 
 from fedprune.core.errors import ModelError
-from fedprune_export.ir.composites import expanded
+from fedprune_export.ir.composites import expand_composites
 from fedprune_export.ir.drafts import NORMAL_OPSET, Draft, Node
 
-OPSETS = range(13, 24)  # opsets that can be written
+WRITABLE_OPSETS = range(13, 24)  # opsets that can be written
 
 # Reductions whose axes are an attribute at opset 17 and an input from 18 on.
 REDUCTIONS = frozenset(
@@ -24,20 +24,23 @@ REDUCTIONS = frozenset(
     }
 )
 
-_MODES = {"bilinear": "linear", "bicubic": "cubic"}  # names that GridSample gives its modes from opset 20 on
+_GRID_SAMPLE_MODES = {
+    "bilinear": "linear",
+    "bicubic": "cubic",
+}  # names that GridSample gives its modes from opset 20 on
 
 _Rule = Callable[[Draft, Node], None]
 _Draft = TypeVar("_Draft", bound=Draft)
 
 
-def at_opset(graph: _Draft, opset: int) -> _Draft:
+def lower_to_opset(graph: _Draft, opset: int) -> _Draft:
     """A normalised graph in the forms of an opset; values keep their names. It is the same object if nothing changes.
 
     Raises `ModelError` if there is no such opset, or an operator has no form in it.
     """
-    if opset not in OPSETS:
-        raise ModelError("opset to write", expected=f"{OPSETS[0]} to {OPSETS[-1]}", got=opset)
-    graph = expanded(graph, opset)
+    if opset not in WRITABLE_OPSETS:
+        raise ModelError("opset to write", expected=f"{WRITABLE_OPSETS[0]} to {WRITABLE_OPSETS[-1]}", got=opset)
+    graph = expand_composites(graph, opset)
     if opset == NORMAL_OPSET:
         return graph
     rules = {op: rule for op, (since, rule) in _LATER.items() if opset >= since}
@@ -96,7 +99,7 @@ def _split(out: Draft, node: Node) -> None:
 
 def _grid_sample(out: Draft, node: Node) -> None:
     mode = node.attrs.get("mode", "bilinear")
-    node.attrs["mode"] = _MODES.get(mode, mode)
+    node.attrs["mode"] = _GRID_SAMPLE_MODES.get(mode, mode)
     out.nodes.append(node)
 
 
@@ -117,7 +120,7 @@ def _hard_swish(out: Draft, node: Node) -> None:
     out.emit("Mul", node.inputs[0], gate, out=node.outputs[0])
 
 
-def _without(*defaults: tuple[str, object]) -> _Rule:
+def _drop_defaults(*defaults: tuple[str, object]) -> _Rule:
     """Remove attributes whose value is the only behaviour of an earlier opset."""
 
     def rule(out: Draft, node: Node) -> None:
@@ -140,9 +143,9 @@ _LATER: dict[str, tuple[int, _Rule]] = {
 _EARLIER: dict[str, tuple[int, _Rule]] = {
     "Shape": (15, _shape),
     "HardSwish": (14, _hard_swish),
-    "Reshape": (14, _without(("allowzero", 0))),
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), (14, _without(("layout", 0)))),
-    **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _without(("reduction", "none")))),
+    "Reshape": (14, _drop_defaults(("allowzero", 0))),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (14, _drop_defaults(("layout", 0)))),
+    **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _drop_defaults(("reduction", "none")))),
 }
 
 LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}  # first opset of a form that comes after opset 17's

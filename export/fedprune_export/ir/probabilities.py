@@ -9,20 +9,20 @@ import numpy as np
 from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
 
-MAKERS = frozenset({"Softmax", "Sigmoid", "HardSigmoid"})
+PROBABILITY_OPERATORS = frozenset({"Softmax", "Sigmoid", "HardSigmoid"})
 
 # Operators whose outputs are probabilities if their first input is.
-_PASSING = REARRANGEMENTS | {
+_PROBABILITY_PRESERVING = REARRANGEMENTS | {
     *("Cast", "Clip", "Dropout", "Expand", "Gather", "GatherND", "GatherElements", "Pad", "Resize", "Slice", "Split"),
     *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin"),
     *("Tile", "TopK"),
 }
 
 # Operators that may join several probabilities into others, such as averages or products of them.
-_JOINING = frozenset({"Add", "Concat", "Div", "Max", "Mean", "Min", "Mul", "Sum"})
+_COMBINING_OPERATORS = frozenset({"Add", "Concat", "Div", "Max", "Mean", "Min", "Mul", "Sum"})
 
 
-def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -> Node | None:
+def probability_node(graph: Graph, output: str, weights: Container[str]) -> Node | None:
     """The node that makes an output's probabilities; None if any of its numbers is something else.
 
     Args:
@@ -38,11 +38,11 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
         if node is None or node.domain:
             return None
         sources: list[str] = []
-        if node.op in MAKERS or _is_written_out(node, makers, constants):
+        if node.op in PROBABILITY_OPERATORS or _ends_primitive_form(node, makers, constants):
             maker = maker or node
-        elif node.op in _PASSING:
+        elif node.op in _PROBABILITY_PRESERVING:
             sources = node.inputs[:1]
-        elif node.op in _JOINING and not _can_enlarge(node, constants):
+        elif node.op in _COMBINING_OPERATORS and not _can_enlarge(node, constants):
             sources = [i for i in node.inputs if i not in constants]
         elif node.op == "Sub" and np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
             sources = node.inputs[1:]
@@ -53,7 +53,7 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
     return maker
 
 
-def _is_written_out(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
+def _ends_primitive_form(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
     """Whether a node ends a softmax or sigmoid in primitives: e / sum(e), exp(LogSoftmax) or 1 / (1 + exp(-x))."""
 
     def ops(name: str) -> list[str]:

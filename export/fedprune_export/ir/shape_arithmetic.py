@@ -18,26 +18,37 @@ from fedprune_export.ir.trace import Trace
 
 Marks = npt.NDArray[np.bool_]  # per element of a value, whether it follows one of the axes in question
 
-SOURCES = ("Shape", "Size")  # where shape arithmetic begins
+SIZE_OPERATORS = ("Shape", "Size")  # where shape arithmetic begins
 
-_ALIKE = ELEMENTWISE | {"Where", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Not", "And", "Or", "Mod"}
-_RESHAPED = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+_POSITIONWISE = ELEMENTWISE | {
+    "Where",
+    "Equal",
+    "Less",
+    "Greater",
+    "LessOrEqual",
+    "GreaterOrEqual",
+    "Not",
+    "And",
+    "Or",
+    "Mod",
+}
+_RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 
 
-def follow(
-    graph: Graph, trace: Trace, constants: Container[str], marked: Callable[[str], Sequence[bool]]
+def size_marks(
+    graph: Graph, trace: Trace, constants: Container[str], marked_axes: Callable[[str], Sequence[bool]]
 ) -> dict[str, Marks]:
     """Mark the elements that depend on certain axes, for all values computed from shapes and constants alone.
 
-    `marked`: returns for each axis of a value whether it is one of these. Outputs of operators that are unusual in
+    `marked_axes`: returns for each axis of a value whether it is one of these. Outputs of operators that are unusual in
     shape arithmetic have all elements marked, or none.
     """
     out: dict[str, Marks] = {}
     for node in graph.nodes:
         if node.domain:
             continue
-        if node.op in SOURCES:
-            row = np.array(marked(node.inputs[0]), np.bool_)
+        if node.op in SIZE_OPERATORS:
+            row = np.array(marked_axes(node.inputs[0]), np.bool_)
             if node.op == "Shape":
                 out[node.outputs[0]] = row[int(node.attrs.get("start", 0)) : node.attrs.get("end")]
             else:
@@ -49,24 +60,24 @@ def follow(
         if any(i in out for i in reads) and all(i in out or i in constants for i in reads):
             for name in node.outputs:
                 if name:
-                    out[name] = _passed(graph, trace, node, name, out)
+                    out[name] = _output_marks(graph, trace, node, name, out)
     return out
 
 
-def origins(graph: Graph, values: Iterable[str]) -> list[Node]:
+def size_origins(graph: Graph, values: Iterable[str]) -> list[Node]:
     """The Shape and Size nodes from which values are computed, in the graph's order."""
     needed = set(values)
     sources = []
     for node in reversed(graph.nodes):
         if needed.intersection(node.outputs):
-            if node.op in SOURCES and not node.domain:
+            if node.op in SIZE_OPERATORS and not node.domain:
                 sources.append(node)
             else:
                 needed.update(node.inputs)
     return sources[::-1]
 
 
-def _passed(graph: Graph, trace: Trace, node: Node, output: str, marks_by_name: dict[str, Marks]) -> Marks:
+def _output_marks(graph: Graph, trace: Trace, node: Node, output: str, marks_by_name: dict[str, Marks]) -> Marks:
     """Marks of a node's output."""
     marks = [marks_by_name.get(i, np.zeros(trace.shapes[i], np.bool_)) for i in node.inputs if i]
     shape = trace.shapes[output]
@@ -81,9 +92,9 @@ def _passed(graph: Graph, trace: Trace, node: Node, output: str, marks_by_name: 
     elif node.op == "Concat":
         passed = np.concatenate(marks, axis=int(node.attrs["axis"]))
     # A target that follows the marked axes moves elements in a way that differs from run to run.
-    elif node.op in _RESHAPED and not any(m.any() for m in marks[1:]):
+    elif node.op in _RESHAPING and not any(m.any() for m in marks[1:]):
         passed = first
-    elif node.op in _ALIKE and not any(trace.batched(output)):
+    elif node.op in _POSITIONWISE and not any(trace.batched(output)):
         passed = np.logical_or.reduce([np.broadcast_to(m, shape) for m in marks])
     # Any other operator, or one whose marks don't fit its output: all elements may depend on each of its inputs.
     if passed is None or passed.size != int(np.prod(shape, dtype=np.int64)):

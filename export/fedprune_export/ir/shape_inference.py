@@ -17,24 +17,24 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from fedprune.core.errors import ModelError, reason, shown
-from fedprune_export.ir.composites import NATIVE
+from fedprune.core.errors import ModelError, error_reason, value_text
+from fedprune_export.ir.composites import NATIVE_SINCE
 from fedprune_export.ir.graph import Graph, Node
 
 Array = npt.NDArray[Any]
 
-_FEW = 1024  # numbers of a value that is computed; shape arithmetic has a handful
+_MAX_COMPUTED_ELEMENTS = 1024  # numbers of a value that is computed; shape arithmetic has a handful
 
-MOST_NUMBERS = 2**28  # numbers of one value, and of all values that are needed at the same time: 1 GiB of float32
+MAX_ELEMENTS = 2**28  # numbers of one value, and of all values that are needed at the same time: 1 GiB of float32
 
-MOST_WORK = 2**40  # MACs of one sample: the largest image networks take a fifth of it
+MAX_MACS = 2**40  # MACs of one sample: the largest image networks take a fifth of it
 
 # Operators whose arguments give the size of their output.
-_GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
+_SIZED_BY_ARGUMENTS = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
 
 
 @dataclass
-class Inferred:
+class InferredShapes:
     """The shapes, types and small numbers of a graph's values at one batch size.
 
     Attributes:
@@ -53,77 +53,77 @@ class ShapeError(ModelError):
     """Shapes that don't fit an operator."""
 
 
-def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None) -> Inferred:
+def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None) -> InferredShapes:
     """The shapes of all values.
 
     Raises `ModelError` if an operator is in a form that onnx doesn't allow, or a value would be huge. `measured`:
     values that were computed at this batch size, where their shapes can't be told otherwise.
     """
-    out = Inferred()
+    out = InferredShapes()
     for port in graph.inputs:
         out.shapes[port.name] = (batch, *(int(d) for d in port.shape[1:] if isinstance(d, int)))
         out.dtypes[port.name] = port.dtype
     for name, value in graph.initializers.items():
-        hold(out, name, value)
+        set_value(out, name, value)
     for name, value in (measured or {}).items():
-        hold(out, name, value)
+        set_value(out, name, value)
     for node in graph.nodes:
         outputs = [o for o in node.outputs if o and o not in out.shapes]
         if outputs:
-            follow(graph, out, node, outputs)
+            infer_node(graph, out, node, outputs)
     _check_memory(graph, out)
-    work = sum(_work(n, out) for n in graph.nodes if not n.domain) // max(batch, 1)
-    if work > MOST_WORK:
-        raise ModelError("MACs for one sample", expected=f"at most {MOST_WORK}", got=work)
+    work = sum(_macs(n, out) for n in graph.nodes if not n.domain) // max(batch, 1)
+    if work > MAX_MACS:
+        raise ModelError("MACs for one sample", expected=f"at most {MAX_MACS}", got=work)
     return out
 
 
-def hold(out: Inferred, name: str, value: Array) -> None:
+def set_value(out: InferredShapes, name: str, value: Array) -> None:
     """Record a value: its shape and type, and its numbers if they are few."""
     out.shapes[name], out.dtypes[name] = value.shape, value.dtype
-    if value.size <= _FEW:
+    if value.size <= _MAX_COMPUTED_ELEMENTS:
         out.numbers[name] = value
 
 
-def follow(graph: Graph, out: Inferred, node: Node, outputs: Sequence[str]) -> None:
+def infer_node(graph: Graph, out: InferredShapes, node: Node, outputs: Sequence[str]) -> None:
     """Add the shapes of a node's outputs, and their numbers where these are few."""
     reads = [i for i in node.inputs if i]
     # onnx knows a composite only from the opset that introduced it; all of them keep the shape of their input.
-    if node.op in NATIVE and not node.domain and node.inputs[0] in out.shapes:
+    if node.op in NATIVE_SINCE and not node.domain and node.inputs[0] in out.shapes:
         inferred = {outputs[0]: (out.shapes[node.inputs[0]], out.dtypes[node.inputs[0]])}
         if node.op == "LayerNormalization" and len(outputs) > 1:
-            inferred = _by_onnx(graph, out, node)
+            inferred = _onnx_shapes(graph, out, node)
     elif all(i in out.shapes for i in reads) and (not node.domain or node.op == "Constant"):
-        inferred = _by_onnx(graph, out, node)
+        inferred = _onnx_shapes(graph, out, node)
     else:
         inferred = {}
     for name in outputs:
         if name not in inferred:
-            if node.op in _GROWING and not node.domain:
+            if node.op in _SIZED_BY_ARGUMENTS and not node.domain:
                 raise ModelError(
-                    f"the size of {node.op} {shown(node.name)} can't be inferred without running it",
+                    f"the size of {node.op} {value_text(node.name)} can't be inferred without running it",
                     hint="Export the model with sizes that follow from the input's.",
                 )
             out.missing.append(name)
             continue
         out.shapes[name], out.dtypes[name] = inferred[name]
-        if math.prod(out.shapes[name]) > MOST_NUMBERS:
+        if math.prod(out.shapes[name]) > MAX_ELEMENTS:
             raise ModelError(
-                f"{node.op} {shown(node.name)} makes a value of {out.shapes[name]}"[:300],
-                expected=f"at most {MOST_NUMBERS} numbers",
+                f"{node.op} {value_text(node.name)} makes a value of {out.shapes[name]}"[:300],
+                expected=f"at most {MAX_ELEMENTS} numbers",
             )
-    few = all(name in inferred and math.prod(inferred[name][0]) <= _FEW for name in outputs)
+    few = all(name in inferred and math.prod(inferred[name][0]) <= _MAX_COMPUTED_ELEMENTS for name in outputs)
     # The numbers of a Shape or Size follow from the shape of its input.
     if (few and all(i in out.numbers for i in reads)) or (node.op in ("Shape", "Size") and few and not node.domain):
-        for name, value in _compute(graph, out, node).items():
+        for name, value in _output_values(graph, out, node).items():
             if value.shape == out.shapes.get(name):
                 out.numbers[name] = value.astype(out.dtypes[name], copy=False)
 
 
-_Kinds = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
+_TypedShapes = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
-def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
+def _onnx_shapes(graph: Graph, out: InferredShapes, node: Node) -> _TypedShapes:
     """Shapes and types of outputs, as far as onnx can infer them."""
     opset = graph.opset
     try:
@@ -141,8 +141,10 @@ def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
             schema, node.to_proto(), types, data, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
         )
     except Exception as error:
-        raise ShapeError(f"operator {node.op} {shown(node.name)} makes no sense ({reason(error)})") from error
-    kinds: _Kinds = {}
+        raise ShapeError(
+            f"operator {node.op} {value_text(node.name)} makes no sense ({error_reason(error)})"
+        ) from error
+    kinds: _TypedShapes = {}
     for name, kind in inferred.items():
         if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
             continue
@@ -153,7 +155,7 @@ def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
     return kinds
 
 
-def _check_memory(graph: Graph, out: Inferred) -> None:
+def _check_memory(graph: Graph, out: InferredShapes) -> None:
     """Refuse graphs that need too many numbers at the same time, with a `ModelError`."""
     last: dict[str, int] = {}
     for index, node in enumerate(graph.nodes):
@@ -161,10 +163,10 @@ def _check_memory(graph: Graph, out: Inferred) -> None:
     alive = 0
     for index, node in enumerate(graph.nodes):
         alive += sum(math.prod(out.shapes.get(o, ())) for o in node.outputs if o)
-        if alive > MOST_NUMBERS:
+        if alive > MAX_ELEMENTS:
             raise ModelError(
                 f"values of {alive} numbers are needed at the same time for one batch",
-                expected=f"at most {MOST_NUMBERS}",
+                expected=f"at most {MAX_ELEMENTS}",
                 hint="Export the model for a smaller input.",
             )
         # Weights are in memory already with the file, so only what nodes make is counted.
@@ -172,7 +174,7 @@ def _check_memory(graph: Graph, out: Inferred) -> None:
         alive -= sum(math.prod(out.shapes.get(i, ())) for i in done if i not in graph.initializers)
 
 
-def _work(node: Node, out: Inferred) -> int:
+def _macs(node: Node, out: InferredShapes) -> int:
     """The MACs of an operator; one per output for operators without sums of products."""
     shapes = [out.shapes.get(i, ()) for i in node.inputs]
     output_size = math.prod(out.shapes.get(node.outputs[0], ()))
@@ -186,7 +188,7 @@ def _work(node: Node, out: Inferred) -> int:
     if node.op in ("LSTM", "GRU", "RNN") and len(shapes) > 2:
         return math.prod(shapes[0][:2]) * (math.prod(shapes[1]) + math.prod(shapes[2]))
     if node.op == "Einsum":
-        return _einsum_work(str(node.attrs.get("equation", "")), shapes)
+        return _einsum_macs(str(node.attrs.get("equation", "")), shapes)
     if "kernel_shape" in node.attrs:
         return output_size * math.prod(int(k) for k in node.attrs["kernel_shape"])
     if node.op == "Attention" and len(shapes) > 2:
@@ -195,7 +197,7 @@ def _work(node: Node, out: Inferred) -> int:
     return output_size
 
 
-def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
+def _einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
     """The product of all sizes that an equation names; an ellipsis counts as the axes without a letter."""
     sizes: dict[str, int] = {}
     rest = 1
@@ -211,7 +213,7 @@ def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 # Operators whose few numbers are computed: none needs more room than its inputs and its output.
-_COMPUTED = frozenset(
+_COMPUTED_OPERATORS = frozenset(
     {
         *("Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Exp"),
         *("Expand", "Flatten", "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual"),
@@ -223,14 +225,14 @@ _COMPUTED = frozenset(
 
 
 @cache
-def _reference(operator: str, opset: int) -> Any:
+def _reference_operator(operator: str, opset: int) -> Any:
     """The standard's own implementation of an operator."""
     from onnx.reference.ops import load_op  # 12 MB: servers, too, import this module
 
     return load_op("", operator, opset)
 
 
-def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
+def _output_values(graph: Graph, out: InferredShapes, node: Node) -> dict[str, Array]:
     """Compute the outputs of an operator on few numbers; empty if the operator isn't listed above."""
     first = node.outputs[0]
     if node.op == "Shape":
@@ -238,12 +240,12 @@ def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
         return {first: np.array(shape[int(node.attrs.get("start", 0)) : node.attrs.get("end")], np.int64)}
     if node.op == "Size":
         return {first: np.array(math.prod(out.shapes[node.inputs[0]]), np.int64)}
-    if node.op not in _COMPUTED or node.domain or len(node.outputs) != 1:
+    if node.op not in _COMPUTED_OPERATORS or node.domain or len(node.outputs) != 1:
         return {}
     reads = [out.numbers[i] if i else None for i in node.inputs]
     attrs = {k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v for k, v in node.attrs.items()}
     try:
         with np.errstate(all="ignore"):
-            return {first: np.asarray(_reference(node.op, graph.opset).eval(*reads, **attrs))}
+            return {first: np.asarray(_reference_operator(node.op, graph.opset).eval(*reads, **attrs))}
     except Exception:  # noqa: BLE001  numbers of an untrusted file, which make no sense
         return {}

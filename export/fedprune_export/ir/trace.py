@@ -15,27 +15,34 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph, Node, Port
-from fedprune_export.ir.shape_inference import Inferred, ShapeError, infer
+from fedprune_export.ir.shape_inference import InferredShapes, ShapeError, infer
 
 Array = npt.NDArray[Any]
 
-BATCHES = (3, 5)  # the first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed
+TRACE_BATCHES = (
+    3,
+    5,
+)  # the first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed
 
 # Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of.
 BATCH_EXTENT = 1_000_003
 
 # More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even.
-_FURTHER = (1, 8)
+_EXTRA_BATCHES = (1, 8)
 
-_MAX_NUMBERS = 2**24  # numbers of one sample, of which several batches are made: four times what a camera's picture has
+_MAX_SAMPLE_ELEMENTS = (
+    2**24
+)  # numbers of one sample, of which several batches are made: four times what a camera's picture has
 
 # Shape arithmetic has one number per axis, and rarely a few for each.
-_SMALL = 64
+_MAX_TRACED_INTEGERS = 64
 
 # Operators whose output still consists of identifiers.
-_IDENTIFIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice"})
+_IDENTIFIER_PRESERVING = frozenset(
+    {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice"}
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Trace:
 
     def batched(self, name: str) -> tuple[bool, ...]:
         """Per axis, whether its size depends on the batch."""
-        columns = zip(*(shapes[name] for shapes in self._all), strict=True)
+        columns = zip(*(shapes[name] for shapes in self._shapes_by_batch), strict=True)
         return tuple(len(set(column)) > 1 for column in columns)
 
     def dims(self, name: str) -> tuple[int | None, ...]:
@@ -59,7 +66,7 @@ class Trace:
         return tuple(None if b else a for a, b in zip(self.shapes[name], self.batched(name), strict=True))
 
     @property
-    def _all(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
+    def _shapes_by_batch(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
         return (self.shapes, self.shapes_second, *self.shapes_further)
 
 
@@ -96,8 +103,10 @@ def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Ar
         below: The number of identifiers, which embeddings limit.
     """
     sizes = sample_sizes(port)
-    if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_NUMBERS:
-        raise ModelError(f"size of input {port.name}", expected=f"1 to {_MAX_NUMBERS} numbers per sample", got=sizes)
+    if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_SAMPLE_ELEMENTS:
+        raise ModelError(
+            f"size of input {port.name}", expected=f"1 to {_MAX_SAMPLE_ELEMENTS} numbers per sample", got=sizes
+        )
     if port.dtype == np.int64:
         return np.random.default_rng(seed).integers(0, below, (batch, *sizes))
     return np.random.default_rng(seed).standard_normal((batch, *sizes), np.float32)
@@ -105,18 +114,18 @@ def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Ar
 
 def sample_feeds(graph: Graph, batch: int, seed: int = 0) -> dict[str, Array]:
     """Arrays for all inputs of a graph."""
-    below = vocabulary(graph)
+    below = vocabulary_size(graph)
     return {p.name: sample_input(p, batch, seed, below=below) for p in graph.inputs}
 
 
-def vocabulary(graph: Graph) -> int:
+def vocabulary_size(graph: Graph) -> int:
     """The number of identifiers that a graph's embeddings have rows for; 2 without an embedding."""
     names = {p.name for p in graph.inputs if p.dtype == np.int64}
     sizes = []
     for node in graph.nodes:
         if node.domain:
             continue
-        if node.op in _IDENTIFIERS and node.inputs[0] in names:
+        if node.op in _IDENTIFIER_PRESERVING and node.inputs[0] in names:
             names.update(node.outputs)
         elif node.op == "Gather" and node.inputs[1] in names and node.inputs[0] in graph.initializers:
             axis = int(node.attrs.get("axis", 0))
@@ -128,7 +137,7 @@ def vocabulary(graph: Graph) -> int:
     return max(1, min(sizes, default=2))
 
 
-def trace(graph: Graph) -> Trace:
+def trace_graph(graph: Graph) -> Trace:
     """Infer every value of a graph at all batch sizes.
 
     Raises `ModelError` if the batch can't vary, a value would be huge, or an operator makes no sense.
@@ -136,7 +145,7 @@ def trace(graph: Graph) -> Trace:
     for port in graph.inputs:
         check_batch(port)
     try:
-        runs = [inferred(graph, batch) for batch in (*BATCHES, *_FURTHER)]
+        runs = [shapes_at_batch(graph, batch) for batch in (*TRACE_BATCHES, *_EXTRA_BATCHES)]
     except ShapeError as error:
         refuse_fixed_batch(graph, str(error))
         raise
@@ -153,12 +162,12 @@ def trace(graph: Graph) -> Trace:
         second.shapes,
         tuple(run.shapes for run in further),
         first.dtypes,
-        _integers(first),
-        _integers(second),
+        _small_integers(first),
+        _small_integers(second),
     )
 
 
-_FIXED = (1, 2, 4, 16, 32, 64, 128)  # sizes that batches of exported models are fixed at
+_USUAL_BATCHES = (1, 2, 4, 16, 32, 64, 128)  # sizes that batches of exported models are fixed at
 
 
 def refuse_fixed_batch(graph: Graph, consequence: str = "") -> None:
@@ -167,9 +176,9 @@ def refuse_fixed_batch(graph: Graph, consequence: str = "") -> None:
     Args:
         consequence: The error for other sizes; without one, only a node with a fixed batch is reported.
     """
-    for batch in _FIXED:
+    for batch in _USUAL_BATCHES:
         try:
-            shapes = inferred(graph, batch).shapes
+            shapes = shapes_at_batch(graph, batch).shapes
         except ModelError:
             continue
         node = next((n for n in graph.nodes if _fixes_batch(graph, n, shapes, batch)), None)
@@ -195,25 +204,25 @@ def _fixes_batch(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]
     return fixed and bool(before) and before[0] == batch and node.inputs[0] not in graph.initializers
 
 
-def inferred(graph: Graph, batch: int) -> Inferred:
+def shapes_at_batch(graph: Graph, batch: int) -> InferredShapes:
     """The shapes and types of all values of a graph at one batch size, by inference and, where that fails, by a run."""
     # What onnx can't infer is run, which may let it infer what follows; each turn must make progress.
     facts = infer(graph, batch)
     measured: dict[str, Array] = {}
     while facts.missing:
         before = len(measured)
-        measured |= _measured(graph, facts.missing, batch)
+        measured |= _run_values(graph, facts.missing, batch)
         facts = infer(graph, batch, measured)
         if len(measured) == before:
             raise ModelError(f"value {facts.missing[0]} has no shape")
     return facts
 
 
-def _integers(facts: Inferred) -> dict[str, Array]:
-    return {k: v for k, v in facts.numbers.items() if v.dtype.kind in "iu" and v.size <= _SMALL}
+def _small_integers(facts: InferredShapes) -> dict[str, Array]:
+    return {k: v for k, v in facts.numbers.items() if v.dtype.kind in "iu" and v.size <= _MAX_TRACED_INTEGERS}
 
 
-def _measured(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
+def _run_values(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
     """Compute these values by running the graph."""
     probe = graph.copy()
     probe.outputs = [Port(n, np.dtype(np.float32), ()) for n in names]
@@ -222,4 +231,4 @@ def _measured(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array
     for value in proto.graph.output:
         # The type is unknown before the run, and onnxruntime accepts an output without one.
         value.ClearField("type")
-    return Session(proto.SerializeToString()).run(sample_feeds(probe, batch))
+    return OnnxSession(proto.SerializeToString()).run(sample_feeds(probe, batch))

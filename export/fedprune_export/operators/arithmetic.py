@@ -6,20 +6,20 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import INPUT, MANY_TO_ONE, gradient_reads
 
 gradient_reads(INPUT, "Mul", "Div", "Pow", "PRelu", "Max", "Min")
 
-_TOGETHER = (
+_BROADCASTING = (
     *("And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Equal", "Greater", "GreaterOrEqual", "Less"),
     *("LessOrEqual", "Mod", "Or", "Where", "Xor"),
 )
 
 
-@channel_rule(*dict.fromkeys([*MANY_TO_ONE, *_TOGETHER]))
+@channel_rule(*dict.fromkeys([*MANY_TO_ONE, *_BROADCASTING]))
 def broadcast_channels(channels: Channels, node: Node) -> None:
     """Tie axes of equal length. An axis of length 1 is broadcast and stays free."""
     shape = channels.shape(node.outputs[0])
@@ -36,10 +36,10 @@ def broadcast_channels(channels: Channels, node: Node) -> None:
             channels.atoms.tie(first, row)
         has_fixed = has_fixed or bool(any(r.any() for r in rows) and any(not r.any() for r in rows))
         # Any of several tied atoms represents all; the fixed one is preferred.
-        out.append(np.minimum.reduce(rows) if size > 1 else still(size))
-    if has_fixed and any(channels.constant(name) for name in node.inputs):
+        out.append(np.minimum.reduce(rows) if size > 1 else fixed_row(size))
+    if has_fixed and any(channels.is_constant(name) for name in node.inputs):
         channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
-    channels.out(node, out)
+    channels.set_output(node, out)
 
 
 @gradient_rule("Add", "Sub", "Mul", "Div")
@@ -53,18 +53,18 @@ def arithmetic(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, shape)
 
     def pull(dy: str) -> None:
-        if tape.wants(left):
+        if tape.needs_gradient(left):
             da = {
                 "Add": lambda: dy,
                 "Sub": lambda: dy,
                 "Mul": lambda: g.emit("Mul", dy, b),
                 "Div": lambda: g.emit("Div", dy, b),
             }[node.op]()
-            tape.add(left, tape.reduced(da, shape, tape.shape(left)))
-        if tape.wants(right):
+            tape.add_gradient(left, tape.sum_to_shape(da, shape, tape.shape(left)))
+        if tape.needs_gradient(right):
             if node.op == "Sub" and tape.shape(right) != shape:
                 # The smaller array is negated.
-                tape.add(right, g.emit("Neg", tape.reduced(dy, shape, tape.shape(right))))
+                tape.add_gradient(right, g.emit("Neg", tape.sum_to_shape(dy, shape, tape.shape(right))))
                 return
             db = {
                 "Add": lambda: dy,
@@ -72,7 +72,7 @@ def arithmetic(tape: Tape, node: Node) -> Pull:
                 "Mul": lambda: g.emit("Mul", dy, a),
                 "Div": lambda: g.emit("Neg", g.emit("Div", g.emit("Mul", dy, y), b)),
             }[node.op]()
-            tape.add(right, tape.reduced(db, shape, tape.shape(right)))
+            tape.add_gradient(right, tape.sum_to_shape(db, shape, tape.shape(right)))
 
     return pull
 
@@ -87,8 +87,8 @@ def sums(tape: Tape, node: Node) -> Pull:
     def pull(dy: str) -> None:
         share = g.emit("Mul", dy, g.scalar(1 / len(names))) if node.op == "Mean" else dy
         for name in names:
-            if tape.wants(name):
-                tape.add(name, tape.reduced(share, shape, tape.shape(name)))
+            if tape.needs_gradient(name):
+                tape.add_gradient(name, tape.sum_to_shape(share, shape, tape.shape(name)))
 
     return pull
 
@@ -119,17 +119,17 @@ def extremes(tape: Tape, node: Node) -> Pull:
         if bounded:
             name, bound = sorted(names, key=tape.is_number)
             inside = g.emit(f"{wins}OrEqual", tape.value(name), tape.value(bound))
-            tape.add(name, g.emit("Where", inside, dy, g.scalar(0)))
+            tape.add_gradient(name, g.emit("Where", inside, dy, g.scalar(0)))
             return
         for name, left, b, before, step_shape in reversed(chain):
             # PyTorch splits the gradient of equal numbers evenly.
             half = g.emit("Where", g.emit("Equal", left, b), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
-            if tape.wants(name):
+            if tape.needs_gradient(name):
                 share = g.emit("Where", g.emit(wins, b, left), dy, half)
-                tape.add(name, tape.reduced(share, step_shape, tape.shape(name)))
+                tape.add_gradient(name, tape.sum_to_shape(share, step_shape, tape.shape(name)))
             # What is left goes on to the operands before, from the last to the first.
-            dy = tape.reduced(g.emit("Where", g.emit(wins, left, b), dy, half), step_shape, before)
-        tape.add(names[0], dy)
+            dy = tape.sum_to_shape(g.emit("Where", g.emit(wins, left, b), dy, half), step_shape, before)
+        tape.add_gradient(names[0], dy)
 
     return pull
 
@@ -152,19 +152,19 @@ def power(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, shape)
 
     def pull(dy: str) -> None:
-        if tape.wants(left):
+        if tape.needs_gradient(left):
             if squares:
                 slope = g.emit("Add", x, x)
             else:
                 slope = g.emit("Mul", p, g.emit("Pow", x, g.emit("Sub", p, g.scalar(1))))
                 if constant is None or np.any(constant == 0):
                     slope = g.emit("Where", g.emit("Equal", p, g.scalar(0)), g.scalar(0), slope)
-            tape.add(left, tape.reduced(g.emit("Mul", dy, slope), shape, tape.shape(left)))
-        if tape.wants(right):
+            tape.add_gradient(left, tape.sum_to_shape(g.emit("Mul", dy, slope), shape, tape.shape(left)))
+        if tape.needs_gradient(right):
             # 0^p is 0 for every p > 0, so that it doesn't depend on p; log 0 would make it NaN.
             is_flat = g.emit("And", g.emit("Equal", x, g.scalar(0)), g.emit("GreaterOrEqual", p, g.scalar(0)))
             growth = g.emit("Where", is_flat, g.scalar(0), g.emit("Mul", y, g.emit("Log", x)))
-            tape.add(right, tape.reduced(g.emit("Mul", dy, growth), shape, tape.shape(right)))
+            tape.add_gradient(right, tape.sum_to_shape(g.emit("Mul", dy, growth), shape, tape.shape(right)))
 
     return pull
 
@@ -176,9 +176,9 @@ def remainder(tape: Tape, node: Node) -> Pull:
     shape = tape.broadcast(node, tape.shape(left), tape.shape(right))
     y = tape.graph.emit("Mod", tape.value(left), tape.value(right), attrs=node.attrs)
     tape.enter(node.outputs[0], y, shape)
-    if tape.wants(right):
+    if tape.needs_gradient(right):
         raise ModelError(f"{describe(node)}: its divisor trains", expected="a constant divisor")
-    return lambda dy: tape.add(left, tape.reduced(dy, shape, tape.shape(left)))
+    return lambda dy: tape.add_gradient(left, tape.sum_to_shape(dy, shape, tape.shape(left)))
 
 
 @gradient_rule("Where")
@@ -190,10 +190,14 @@ def choice(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit("Where", chosen, tape.value(left), tape.value(right)), shape)
 
     def pull(dy: str) -> None:
-        if tape.wants(left):
-            tape.add(left, tape.reduced(g.emit("Where", chosen, dy, g.scalar(0)), shape, tape.shape(left)))
-        if tape.wants(right):
-            tape.add(right, tape.reduced(g.emit("Where", chosen, g.scalar(0), dy), shape, tape.shape(right)))
+        if tape.needs_gradient(left):
+            tape.add_gradient(
+                left, tape.sum_to_shape(g.emit("Where", chosen, dy, g.scalar(0)), shape, tape.shape(left))
+            )
+        if tape.needs_gradient(right):
+            tape.add_gradient(
+                right, tape.sum_to_shape(g.emit("Where", chosen, g.scalar(0), dy), shape, tape.shape(right))
+            )
 
     return pull
 

@@ -21,8 +21,8 @@ from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
-from fedprune_export.operators.reductions import count_of, divided, summed
-from fedprune_export.pruning.masked_reference import Mask, Masks, mask_rule
+from fedprune_export.operators.reductions import count_of, divide_by_size, sum_axes
+from fedprune_export.pruning.masked_reference import Mask, MaskWriter, mask_rule
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 gradient_reads(INPUT, "BatchNormalization", "GroupNormalization", "InstanceNormalization")
@@ -35,12 +35,12 @@ def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Se
     """
     has_fixed = False
     for i in indices:
-        if not channels.has(node, i) or channels.uniform(node.inputs[i]):
+        if not channels.has_input(node, i) or channels.is_uniform(node.inputs[i]):
             continue
-        vector_rows = channels.of(node, i)
+        vector_rows = channels.input_rows(node, i)
         for row, along in zip(vector_rows[::-1], rows[::-1], strict=False):
             if row.size == along.size:
-                has_fixed = has_fixed or (channels.constant(node.inputs[i]) and bool(along.any()))
+                has_fixed = has_fixed or (channels.is_constant(node.inputs[i]) and bool(along.any()))
                 channels.atoms.tie(row, along)
     if has_fixed:
         channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
@@ -49,31 +49,31 @@ def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Se
 @channel_rule("BatchNormalization")
 def batch_norm_channels(channels: Channels, node: Node) -> None:
     """Scale, shift, mean and variance along the channels; each channel keeps its own statistics."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     tie_vectors(channels, node, (1, 2), x[1:2])
     has_fixed = False
     for i in (3, 4):
-        has_fixed = has_fixed or (channels.constant(node.inputs[i]) and bool(x[1].any()))
-        channels.atoms.tie(channels.of(node, i)[0], x[1])
+        has_fixed = has_fixed or (channels.is_constant(node.inputs[i]) and bool(x[1].any()))
+        channels.atoms.tie(channels.input_rows(node, i)[0], x[1])
     if has_fixed:
         channels.notes.append(f"{node.op} {node.name} has constant statistics: its channels stay.")
-    channels.out(node, x)
+    channels.set_output(node, x)
     for i in range(1, len(node.outputs)):
-        channels.out(node, [x[1]], i)
+        channels.set_output(node, [x[1]], i)
 
 
 @channel_rule("InstanceNormalization")
 def instance_norm_channels(channels: Channels, node: Node) -> None:
     """Scale and shift along the channels; each channel is normalised over its own positions."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     tie_vectors(channels, node, (1, 2), x[1:2])
-    channels.out(node, x)
+    channels.set_output(node, x)
 
 
 @channel_rule("GroupNormalization")
 def group_norm_channels(channels: Channels, node: Node) -> None:
     """Whole norm groups are cut, or the same positions of every group. Spatial axes stay."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     if any(r.any() for r in x[2:]):
         channels.notes.append(f"{node.op} {node.name} has channels on spatial axes: they stay.")
     channels.fix(x[2:])
@@ -83,7 +83,7 @@ def group_norm_channels(channels: Channels, node: Node) -> None:
     options = ([GROUPS] if groups > 1 else []) + ([POSITIONS] if blocks.shape[1] > 1 else [])
     if row.any():
         # Whole groups and positions within groups exclude each other: statistics need groups of equal size.
-        option = channels.choices.pick(node.outputs[0], options) if len(options) > 1 else options[0]
+        option = channels.choices.next_option(node.outputs[0], options) if len(options) > 1 else options[0]
         if option == GROUPS:
             channels.atoms.tie(blocks, blocks[:, :1])
             row = np.repeat(blocks[:, 0], blocks.shape[1])
@@ -96,7 +96,7 @@ def group_norm_channels(channels: Channels, node: Node) -> None:
         if len(options) > 1 and option is not None:
             channels.choices.watch(node.outputs[0], option, [row])
     tie_vectors(channels, node, (1, 2), [row])
-    channels.out(node, [x[0], row, *(np.zeros_like(r) for r in x[2:])])
+    channels.set_output(node, [x[0], row, *(np.zeros_like(r) for r in x[2:])])
 
 
 @rewrite("BatchNormalization", "InstanceNormalization")
@@ -107,11 +107,14 @@ def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
         constant = graph.initializers.get(node.inputs[i]) if len(node.inputs) > i else None
         if constant is None:
             continue
-        first = len(sizes.before(node.inputs[0])) - constant.ndim if over_last else 1
+        first = len(sizes.full_sizes(node.inputs[0])) - constant.ndim if over_last else 1
         shape = [
             after if n == before and after is not None else n
             for n, before, after in zip(
-                constant.shape, sizes.before(node.inputs[0])[first:], sizes.after(node.inputs[0])[first:], strict=False
+                constant.shape,
+                sizes.full_sizes(node.inputs[0])[first:],
+                sizes.cut_sizes(node.inputs[0])[first:],
+                strict=False,
             )
         ]
         if shape != list(constant.shape):
@@ -122,9 +125,9 @@ def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
 def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Set the number of norm groups to those of which channels are left, equally many of each."""
     shorten_vectors(graph, node, sizes)
-    if sizes.changed(node.inputs[0], 1):
-        channels = sizes.before(node.inputs[0])[1] or 0
-        kept_groups = sizes.kept(node.inputs[0], 1) * int(node.attrs["num_groups"]) // channels
+    if sizes.is_shorter(node.inputs[0], 1):
+        channels = sizes.full_sizes(node.inputs[0])[1] or 0
+        kept_groups = sizes.kept_indices(node.inputs[0], 1) * int(node.attrs["num_groups"]) // channels
         groups_left, counts = np.unique(kept_groups, return_counts=True)
         # The analysis cuts whole groups or the same positions of each, so this is a cut that it has not made.
         if np.any(counts != counts[0]):
@@ -133,13 +136,13 @@ def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
 
 
 @mask_rule("InstanceNormalization")
-def mask_instance_norm(masks: Masks, node: Node) -> bool:
+def mask_instance_norm(masks: MaskWriter, node: Node) -> bool:
     rank = masks.rank(node.inputs[0])
     axes = range(2, rank)
-    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None})
+    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None})
 
 
-def mask_norm(masks: Masks, node: Node, axes: Sequence[int], axis_masks: dict[int, Mask]) -> bool:
+def mask_norm(masks: MaskWriter, node: Node, axes: Sequence[int], axis_masks: dict[int, Mask]) -> bool:
     """Write a norm in primitives that averages over the kept indices of its axes only.
 
     Returns False, and writes nothing, where no axis has a mask.
@@ -149,7 +152,7 @@ def mask_norm(masks: Masks, node: Node, axes: Sequence[int], axis_masks: dict[in
     graph, rank = masks.graph, masks.rank(node.inputs[0])
     x, mask = node.inputs[0], ""
     for axis, kept_rows in axis_masks.items():
-        channel_mask = masks.spread(kept_rows, axis, rank)
+        channel_mask = masks.broadcast_mask(kept_rows, axis, rank)
         mask = graph.emit("Mul", mask, channel_mask) if mask else channel_mask
     count = graph.scalar(math.prod(float(axis_masks[a].sum()) if a in axis_masks else masks.length(x, a) for a in axes))
 
@@ -180,10 +183,10 @@ def _write_affine(graph: Graph, node: Node, y: str, vectors: Sequence[str]) -> N
 
 
 @mask_rule("GroupNormalization")
-def mask_group_norm(masks: Masks, node: Node) -> bool:
+def mask_group_norm(masks: MaskWriter, node: Node) -> bool:
     """Statistics of every norm group over its kept channels. Those of a group without any are not read."""
     graph, x = masks.graph, node.inputs[0]
-    kept_counts = masks.of(x, 1)
+    kept_counts = masks.mask_of(x, 1)
     if kept_counts is None:
         return False
     groups, rank = int(node.attrs["num_groups"]), masks.rank(x)
@@ -223,29 +226,29 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     """
     name, gamma, beta, mean_name, var_name = node.inputs
     if not (tape.is_tensor(mean_name) and tape.is_tensor(var_name)):
-        return _still(tape, node)
-    if tape.frozen(mean_name) != tape.frozen(var_name):
+        return _fixed_statistics_norm(tape, node)
+    if tape.is_frozen(mean_name) != tape.is_frozen(var_name):
         raise ModelError(
             f"{describe(node)}: only one of its statistics is frozen",
             expected=f"both of {mean_name} and {var_name}, or neither",
             hint="Mend the patterns of recipe.frozen and recipe.trainable.",
         )
-    if tape.frozen(mean_name):
-        return _still(tape, node)
+    if tape.is_frozen(mean_name):
+        return _fixed_statistics_norm(tape, node)
     g = tape.graph
     x, shape = tape.value(name), tape.shape(name)
-    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
+    scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
     eps = float(node.attrs.get("epsilon", 1e-5))
     keep = float(node.attrs.get("momentum", 0.9))
     count = count_of(tape, [shape[0], *shape[2:]])
-    normal = Normal(g, x, scale, shift, eps, len(shape))
+    normal = BatchNormalised(g, x, scale, shift, eps, len(shape))
     tape.enter(node.outputs[0], normal.y, shape)
     # Not 0 where a channel has a single element.
     degrees = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
     # PyTorch normalises by the variance over n, but its running variance is over n − 1.
     unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, degrees))
     for statistic, value in ((mean_name, normal.mean), (var_name, unbiased)):
-        following = step_contract.following(statistic)
+        following = step_contract.next_name(statistic)
         before = tape.value(statistic)
         if any(o.name == following for o in g.outputs):  # a layer that is called again, such as a twin's
             before = g.fresh(statistic)
@@ -258,17 +261,17 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         g.emit("Add", old, new, out=following)
 
     def pull(dy: str) -> None:
-        dgamma, dbeta = normal.pulled_vectors(dy)
-        dx = normal.pulled(dy, dgamma, dbeta, count) if tape.wants(name) else ""
-        tape.add(gamma, dgamma)
-        tape.add(beta, dbeta)
-        if tape.wants(name):
-            tape.add(name, dx)
+        dgamma, dbeta = normal.vector_gradients(dy)
+        dx = normal.input_gradient(dy, dgamma, dbeta, count) if tape.needs_gradient(name) else ""
+        tape.add_gradient(gamma, dgamma)
+        tape.add_gradient(beta, dbeta)
+        if tape.needs_gradient(name):
+            tape.add_gradient(name, dx)
 
     return pull
 
 
-class Normal:
+class BatchNormalised:
     """Values [N, C, ...] normalised by the statistics of their batch, and their gradients.
 
     A mean that is computed by float32 sums has a small error, which is largest where much of the input is constant.
@@ -283,19 +286,19 @@ class Normal:
     def __init__(self, g: Graph, x: str, scale: str, shift: str, epsilon: float, rank: int) -> None:
         self._graph, self._scale, self._epsilon = g, scale, epsilon
         self._channels = channels = _Channels(g, rank)
-        rough = g.emit("ReduceMean", x, attrs={"axes": channels.others, "keepdims": 1})
+        rough = g.emit("ReduceMean", x, attrs={"axes": channels.reduced_axes, "keepdims": 1})
         self._centred = g.emit("Sub", x, rough)
         # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs
         # leave the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
         sources = scale, shift
         if any(n.op == "Sub" and n.inputs in ([scale, scale], [shift, shift]) for n in g.nodes):
-            mean = g.emit("Squeeze", rough, g.ints(*channels.others))
+            mean = g.emit("Squeeze", rough, g.ints(*channels.reduced_axes))
             sources = mean, g.emit("Neg", mean)
         scratch = [g.emit("Sub", source, source) for source in sources]
-        self.y, self._rest, self.variance = _by_batch(
-            g, (self._centred, scale, shift, *scratch), channels.others, epsilon
+        self.y, self._mean_error, self.variance = _normalise_by_batch(
+            g, (self._centred, scale, shift, *scratch), channels.reduced_axes, epsilon
         )
-        self.mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.others)), self._rest)
+        self.mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.reduced_axes)), self._mean_error)
 
     @cached_property
     def _spread(self) -> str:
@@ -305,18 +308,20 @@ class Normal:
     def _inverse(self) -> str:
         return self._graph.emit("Reciprocal", self._graph.emit("Sqrt", self._spread))
 
-    def pulled_vectors(self, dy: str) -> tuple[str, str]:
+    def vector_gradients(self, dy: str) -> tuple[str, str]:
         """The gradients of scale and shift."""
         g, channels = self._graph, self._channels
-        total = channels.summed(dy)
-        dot = g.emit("Sub", channels.summed(g.emit("Mul", dy, self._centred)), g.emit("Mul", self._rest, total))
+        total = channels.sum_per_channel(dy)
+        dot = g.emit(
+            "Sub", channels.sum_per_channel(g.emit("Mul", dy, self._centred)), g.emit("Mul", self._mean_error, total)
+        )
         return g.emit("Mul", dot, self._inverse), total
 
-    def pulled(self, dy: str, dscale: str, dshift: str, count: str) -> str:
+    def input_gradient(self, dy: str, dscale: str, dshift: str, count: str) -> str:
         """The gradient of x, given those of scale and shift and the number of elements per channel."""
         g = self._graph
         slope = g.emit("Div", g.emit("Mul", dscale, self._inverse), count)
-        base = g.emit("Sub", g.emit("Div", dshift, count), g.emit("Mul", self._rest, slope))
+        base = g.emit("Sub", g.emit("Div", dshift, count), g.emit("Mul", self._mean_error, slope))
         # centred · slope + base, which the operator computes at inference in one pass.
         zero = g.emit("Sub", self._inverse, self._inverse)
         one = g.emit("Add", zero, g.scalar(1))
@@ -325,7 +330,9 @@ class Normal:
         return g.emit("Mul", g.emit("Sub", dy, fit), self._channels.column(steepness))
 
 
-def _by_batch(g: Graph, inputs: Sequence[str], reduced_axes: list[int], epsilon: float) -> tuple[str, str, str]:
+def _normalise_by_batch(
+    g: Graph, inputs: Sequence[str], reduced_axes: list[int], epsilon: float
+) -> tuple[str, str, str]:
     """Values normalised by their batch, its mean and its variance.
 
     onnxruntime's kernel of a batch normalisation that trains is for the processor alone
@@ -354,19 +361,19 @@ class _Channels:
 
     def __init__(self, graph: Graph, rank: int) -> None:
         self._graph = graph
-        self.others = [0, *range(2, rank)]
+        self.reduced_axes = [0, *range(2, rank)]
 
     def column(self, vector: str) -> str:
         """A vector of one number per channel that broadcasts over the values."""
-        inner = len(self.others) - 1
+        inner = len(self.reduced_axes) - 1
         return self._graph.emit("Unsqueeze", vector, self._graph.ints(*range(1, 1 + inner))) if inner else vector
 
-    def summed(self, value: str) -> str:
+    def sum_per_channel(self, value: str) -> str:
         """The sums over all axes but the channels'."""
-        return self._graph.emit("ReduceSum", value, self._graph.ints(*self.others), attrs={"keepdims": 0})
+        return self._graph.emit("ReduceSum", value, self._graph.ints(*self.reduced_axes), attrs={"keepdims": 0})
 
 
-def _still(tape: Tape, node: Node) -> Pull:
+def _fixed_statistics_norm(tape: Tape, node: Node) -> Pull:
     """Normalise by frozen statistics, as at inference, or by statistics that the graph computes, mostly of weights.
 
     With c = (x − mean) · s and s = 1/√(var + ε): dγ = Σ dy·c, dβ = Σ dy, dx = γ · s · dy; and of computed statistics
@@ -375,7 +382,7 @@ def _still(tape: Tape, node: Node) -> Pull:
     name, gamma, beta, mean_name, var_name = node.inputs
     g, shape = tape.graph, tape.shape(node.inputs[0])
     channels = _Channels(g, len(shape))
-    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
+    scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
     mean, var = tape.value(mean_name), tape.value(var_name)
     attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
     x = tape.value(name)
@@ -384,26 +391,26 @@ def _still(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         steepness = g.emit("Mul", scale, inverse)
-        if tape.wants(gamma) or tape.wants(var_name):
+        if tape.needs_gradient(gamma) or tape.needs_gradient(var_name):
             centred = g.emit("Sub", x, channels.column(mean))
-            dot = g.emit("Mul", channels.summed(g.emit("Mul", dy, centred)), inverse)
-            tape.add(gamma, dot)
-            if tape.wants(var_name):
+            dot = g.emit("Mul", channels.sum_per_channel(g.emit("Mul", dy, centred)), inverse)
+            tape.add_gradient(gamma, dot)
+            if tape.needs_gradient(var_name):
                 # d s / d var = −s³ / 2.
                 half = g.emit("Mul", g.emit("Mul", steepness, inverse), g.scalar(-0.5))
-                tape.add(var_name, g.emit("Mul", half, dot))
-        if tape.wants(beta) or tape.wants(mean_name):
-            total = channels.summed(dy)
-            tape.add(beta, total)
-            if tape.wants(mean_name):
-                tape.add(mean_name, g.emit("Neg", g.emit("Mul", steepness, total)))
-        if tape.wants(name):
-            tape.add(name, g.emit("Mul", dy, channels.column(steepness)))
+                tape.add_gradient(var_name, g.emit("Mul", half, dot))
+        if tape.needs_gradient(beta) or tape.needs_gradient(mean_name):
+            total = channels.sum_per_channel(dy)
+            tape.add_gradient(beta, total)
+            if tape.needs_gradient(mean_name):
+                tape.add_gradient(mean_name, g.emit("Neg", g.emit("Mul", steepness, total)))
+        if tape.needs_gradient(name):
+            tape.add_gradient(name, g.emit("Mul", dy, channels.column(steepness)))
 
     return pull
 
 
-def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
+def _norm_vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
     """The scale or shift of a norm. A constant with equal entries is built at the length of the statistic.
 
     The channels of such a constant may be cut, so its stored length doesn't hold at every width.
@@ -411,7 +418,7 @@ def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
     name = node.inputs[index]
     if tape.is_tensor(name) or tape.producer(name) is not None:
         return tape.value(name)
-    g, constant, like = tape.graph, np.asarray(tape.number(node, index), np.float32), tape.value(statistic)
+    g, constant, like = tape.graph, np.asarray(tape.required_constant(node, index), np.float32), tape.value(statistic)
     # `like − like` gives zeros of the cut width.
     same = np.all(constant == constant[0])
     return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))
@@ -431,10 +438,10 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     number: Dim = shape[1]
     length: Dim = 1
     if node.op == "GroupNormalization":
-        number, length = tape.blocks(node, name, 1, int(node.attrs["num_groups"]))
+        number, length = tape.block_layout(node, name, 1, int(node.attrs["num_groups"]))
     rows = _Rows(tape, shape, number, length)
     # The mean of float32 sums is off by a little where it is large: of values that it has centred it is exact.
-    flat = tape.reshape(x, shape, rows.of_groups)
+    flat = tape.reshape(x, shape, rows.group_shape)
     rough = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
     centred = g.emit("Sub", flat, rough)
     # Scratch arrays for the operator, as for batch norms. They are made of
@@ -443,28 +450,28 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     twice = g.emit("Add", group_means, group_means)
     scratch = g.emit("Sub", group_means, group_means), g.emit("Sub", twice, twice)
     inputs = (centred, rows.ones(rows.groups), rows.zeros(rows.groups), *scratch)
-    z, _, variance = _by_batch(g, inputs, [0, 2], epsilon)
-    z = tape.reshape(z, rows.of_groups, shape)
-    scale, shift = (tape.fitted(node, i, shape[1:2]) for i in (1, 2))
+    z, _, variance = _normalise_by_batch(g, inputs, [0, 2], epsilon)
+    z = tape.reshape(z, rows.group_shape, shape)
+    scale, shift = (tape.fit_to_width(node, i, shape[1:2]) for i in (1, 2))
     tape.enter(node.outputs[0], _affine(g, z, scale, shift), shape)
 
     def pull(dy: str) -> None:
         dot = g.emit("Mul", dy, z)
-        each, each_dot = (rows.summed(v) for v in (dy, dot))
-        if tape.wants(gamma):
-            tape.add(gamma, summed(g, dot, reduced_axes, keep=False))
-        if tape.wants(beta):
-            tape.add(beta, summed(g, dy, reduced_axes, keep=False))
-        if not tape.wants(name):
+        each, each_dot = (rows.sum_positions(v) for v in (dy, dot))
+        if tape.needs_gradient(gamma):
+            tape.add_gradient(gamma, sum_axes(g, dot, reduced_axes, keep=False))
+        if tape.needs_gradient(beta):
+            tape.add_gradient(beta, sum_axes(g, dy, reduced_axes, keep=False))
+        if not tape.needs_gradient(name):
             return
         inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", variance, g.scalar(epsilon))))
         back = g.emit("Neg", inverse)
         mean, slope = (g.emit("Mul", rows.mean(g.emit("Mul", v, scale)), back) for v in (each, each_dot))
-        line = _affine(g, tape.reshape(z, shape, rows.of_groups), slope, mean)
+        line = _affine(g, tape.reshape(z, shape, rows.group_shape), slope, mean)
         steepness = rows.per_channel(inverse, scale)
-        wide = _affine(g, tape.reshape(dy, shape, rows.of_channels), steepness, rows.zeros(rows.channels))
-        line, wide = tape.reshape(line, rows.of_groups, shape), tape.reshape(wide, rows.of_channels, shape)
-        tape.add(name, g.emit("Add", wide, line))
+        wide = _affine(g, tape.reshape(dy, shape, rows.channel_shape), steepness, rows.zeros(rows.channels))
+        line, wide = tape.reshape(line, rows.group_shape, shape), tape.reshape(wide, rows.channel_shape, shape)
+        tape.add_gradient(name, g.emit("Add", wide, line))
 
     return pull
 
@@ -476,9 +483,9 @@ class _Rows:
         self._tape, self._graph, self._shape = tape, tape.graph, shape
         self._number, self._length = number, length
         self.groups, self.channels = tape.product([shape[0], number]), tape.product(shape[:2])
-        self._whole = tape.product([length, *shape[2:]])
-        self.of_groups: Shape = (1, self.groups, self._whole)
-        self.of_channels: Shape = (1, self.channels, tape.product(shape[2:]))
+        self._group_size = tape.product([length, *shape[2:]])
+        self.group_shape: Shape = (1, self.groups, self._group_size)
+        self.channel_shape: Shape = (1, self.channels, tape.product(shape[2:]))
 
     def ones(self, size: Dim) -> str:
         return self._graph.emit("Expand", self._graph.scalar(1), self._tape.size(size))
@@ -486,16 +493,16 @@ class _Rows:
     def zeros(self, size: Dim) -> str:
         return self._graph.emit("Expand", self._graph.scalar(0), self._tape.size(size))
 
-    def summed(self, value: str) -> str:
+    def sum_positions(self, value: str) -> str:
         """The sums over positions: [N, C]."""
         axes = list(range(2, len(self._shape)))
-        return summed(self._graph, value, axes, keep=False) if axes else value
+        return sum_axes(self._graph, value, axes, keep=False) if axes else value
 
     def mean(self, sums: str) -> str:
         """The means over groups, from sums over positions [N, C]: [N · groups]."""
         by_group = self._tape.reshape(sums, self._shape[:2], (self.groups, self._length))
-        total = summed(self._graph, by_group, [1], keep=False)
-        return divided(self._tape, total, [self._whole])
+        total = sum_axes(self._graph, by_group, [1], keep=False)
+        return divide_by_size(self._tape, total, [self._group_size])
 
     def per_channel(self, of_groups: str, of_channels: str) -> str:
         """A number per sample and group, [N · groups], times one per channel, [C]: [N · C]."""

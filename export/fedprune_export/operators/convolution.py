@@ -17,11 +17,11 @@ from fedprune_export.autodiff.conv_geometry import Window, window
 from fedprune_export.autodiff.dense_convolution import ON_CUDA, Dense, formulation
 from fedprune_export.autodiff.depthwise_convolution import Depthwise
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
-from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 gradient_reads(INPUT, "Conv", "ConvTranspose")
@@ -30,39 +30,39 @@ gradient_reads(INPUT, "Conv", "ConvTranspose")
 @channel_rule("Conv")
 def conv_channels(channels: Channels, node: Node) -> None:
     """Tie inputs to the weight. Depthwise: channels are tied one to one, or one to several; grouped: by groups."""
-    x, weight = channels.of(node, 0)[1], channels.of(node, 1)
+    x, weight = channels.input_rows(node, 0)[1], channels.input_rows(node, 1)
     groups = int(node.attrs.get("group", 1))
     if groups == 1:
         channels.atoms.tie(weight[1], x)
         produced = weight[0]
     else:
-        produced = _grouped(channels, node, x, weight[0], weight[1], groups)
-    _produce(channels, node, produced)
+        produced = _tie_groups(channels, node, x, weight[0], weight[1], groups)
+    _set_output_channels(channels, node, produced)
 
 
 @channel_rule("ConvTranspose")
 def conv_transpose_channels(channels: Channels, node: Node) -> None:
     """Its weight has the input's channels first, then the outputs of one group."""
-    x, weight = channels.of(node, 0)[1], channels.of(node, 1)
+    x, weight = channels.input_rows(node, 0)[1], channels.input_rows(node, 1)
     groups = int(node.attrs.get("group", 1))
     channels.atoms.tie(weight[0], x)
-    produced = weight[1] if groups == 1 else _grouped(channels, node, weight[0], None, weight[1], groups)
-    _produce(channels, node, produced)
+    produced = weight[1] if groups == 1 else _tie_groups(channels, node, weight[0], None, weight[1], groups)
+    _set_output_channels(channels, node, produced)
 
 
-def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
+def _set_output_channels(channels: Channels, node: Node, produced: AtomRow) -> None:
     """Tie the bias, fix the spatial axes of input and kernel, and set the output's channels."""
-    x = channels.of(node, 0)
-    if channels.has(node, 2):
-        channels.atoms.tie(channels.of(node, 2)[0], produced)
+    x = channels.input_rows(node, 0)
+    if channels.has_input(node, 2):
+        channels.atoms.tie(channels.input_rows(node, 2)[0], produced)
     if any(row.any() for row in x[2:]):
         channels.notes.append(f"{node.op} {node.name} has channels on spatial axes: they stay.")
     # Spatial axes keep their sizes, so channels that lie on them stay.
-    channels.fix([*x[2:], *channels.of(node, 1)[2:]])
-    channels.out(node, [x[0], produced, *(still(n) for n in channels.shape(node.outputs[0])[2:])])
+    channels.fix([*x[2:], *channels.input_rows(node, 1)[2:]])
+    channels.set_output(node, [x[0], produced, *(fixed_row(n) for n in channels.shape(node.outputs[0])[2:])])
 
 
-def _grouped(
+def _tie_groups(
     channels: Channels, node: Node, read_row: AtomRow, written_row: AtomRow | None, inside: AtomRow, groups: int
 ) -> AtomRow:
     """Tie the channels that a grouped convolution can lose only together.
@@ -80,7 +80,7 @@ def _grouped(
     # Depthwise: groups of one channel have no positions to choose from.
     options = [GROUPS] if blocks.shape[1] == outputs.shape[1] == 1 else [GROUPS, POSITIONS]
     # Positions of a group of one channel read would keep all channels that are read.
-    option = channels.choices.pick(node.outputs[0], options, ranked=blocks.shape[1] == 1)
+    option = channels.choices.next_option(node.outputs[0], options, ranked=blocks.shape[1] == 1)
     if option == GROUPS:
         first_of_group = blocks[:, :1]
         channels.atoms.tie(blocks, first_of_group)
@@ -98,7 +98,7 @@ def _grouped(
         representatives = [blocks[0], outputs[0]]
     else:
         channels.fix([read_row, inside, outputs.reshape(-1)])
-        return still(outputs.size)
+        return fixed_row(outputs.size)
     if len(options) > 1:
         channels.choices.watch(node.outputs[0], option, representatives)
     return produced
@@ -108,18 +108,18 @@ def _grouped(
 def conv_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Set the number of groups to the channels that are read divided by those that one group reads."""
     if int(node.attrs.get("group", 1)) > 1:
-        node.attrs["group"] = (sizes.after(node.inputs[0])[1] or 0) // (sizes.after(node.inputs[1])[1] or 1)
+        node.attrs["group"] = (sizes.cut_sizes(node.inputs[0])[1] or 0) // (sizes.cut_sizes(node.inputs[1])[1] or 1)
 
 
 @rewrite("ConvTranspose")
 def conv_transpose_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Set the number of groups to the output's channels divided by those of one group."""
     if int(node.attrs.get("group", 1)) > 1:
-        node.attrs["group"] = (sizes.after(node.outputs[0])[1] or 0) // (sizes.after(node.inputs[1])[1] or 1)
+        node.attrs["group"] = (sizes.cut_sizes(node.outputs[0])[1] or 0) // (sizes.cut_sizes(node.inputs[1])[1] or 1)
 
 
 @mask_rule("Conv", "ConvTranspose")
-def mask_contracted(masks: Masks, node: Node) -> None:
+def mask_contracted(masks: MaskWriter, node: Node) -> None:
     masks.apply(node, 0, [1])
 
 
@@ -147,11 +147,11 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
         if tape.graph.unit == CUDA:
             return Dense(tape.graph, w, kernel, ON_CUDA)
         # On small maps one product of columns is faster than a convolution.
-        if math.prod(w.output) > conv_geometry.SMALL_MAP:
+        if math.prod(w.output) > conv_geometry.MAX_COLUMNS_AREA:
             return Dense(tape.graph, w, kernel, formulation(w, tape.extent(shape[1])))
     elif lengths == (1, 1):
         return Depthwise(tape.graph, w, kernel)
-    return conv_geometry.Columns(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
+    return conv_geometry.ColumnConvolution(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
 
 
 @gradient_rule("Conv")
@@ -170,11 +170,11 @@ def conv(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.shape(weight)[0], *w.output))
 
     def pull(dy: str) -> None:
-        _pull_bias(tape, node, dy)
-        if tape.wants(weight):
-            tape.add(weight, layer.kernel_gradient(x, dy))
-        if tape.wants(data):
-            tape.add(data, layer.back(dy, []))
+        _add_bias_gradient(tape, node, dy)
+        if tape.needs_gradient(weight):
+            tape.add_gradient(weight, layer.kernel_gradient(x, dy))
+        if tape.needs_gradient(data):
+            tape.add_gradient(data, layer.back(dy, []))
 
     return pull
 
@@ -195,11 +195,11 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.product([number, in_length]), *w.sizes))
 
     def pull(dy: str) -> None:
-        _pull_bias(tape, node, dy)
-        if tape.wants(weight):
-            tape.add(weight, layer.kernel_gradient(dy, x))
-        if tape.wants(data):
-            tape.add(data, layer.apply(dy, []))
+        _add_bias_gradient(tape, node, dy)
+        if tape.needs_gradient(weight):
+            tape.add_gradient(weight, layer.kernel_gradient(dy, x))
+        if tape.needs_gradient(data):
+            tape.add_gradient(data, layer.apply(dy, []))
 
     return pull
 
@@ -250,15 +250,15 @@ def transposed_window(tape: Tape, node: Node) -> Window:
 def _groups(tape: Tape, node: Node, name: str, axis: int) -> tuple[Dim, Dim]:
     """How many groups an axis of channels has, and how long they are."""
     groups = int(node.attrs.get("group", 1))
-    return tape.blocks(node, name, axis, groups) if groups > 1 else (1, tape.shape(name)[axis])
+    return tape.block_layout(node, name, axis, groups) if groups > 1 else (1, tape.shape(name)[axis])
 
 
 def _bias(tape: Tape, node: Node) -> list[str]:
     return [tape.value(node.inputs[2])] if len(node.inputs) > 2 and node.inputs[2] else []
 
 
-def _pull_bias(tape: Tape, node: Node, dy: str) -> None:
+def _add_bias_gradient(tape: Tape, node: Node, dy: str) -> None:
     name = node.inputs[2] if len(node.inputs) > 2 else ""
-    if name and tape.wants(name):
+    if name and tape.needs_gradient(name):
         axes = tape.graph.ints(0, *range(2, len(tape.shape(node.inputs[0]))))
-        tape.add(name, tape.graph.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
+        tape.add_gradient(name, tape.graph.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))

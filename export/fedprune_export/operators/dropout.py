@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from fedprune.core.errors import ModelError
-from fedprune.model.step_contract import DROPOUT, dropout_mask
+from fedprune.model.step_contract import DROPOUT_METADATA, dropout_mask_name
 from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
-from fedprune_export.ir.dropout import mask_axes, ratio_of
+from fedprune_export.ir.dropout import dropout_ratio, mask_axes
 from fedprune_export.ir.graph import Node
 
 
@@ -16,7 +16,7 @@ def dropout(tape: Tape, node: Node) -> Pull:
     """y = x · mask, an input of the graph that holds 0 or 1 / (1 − ratio); dx = dy · mask."""
     name, graph = node.inputs[0], tape.graph
     x, shape = tape.value(name), tape.shape(name)
-    ratio = ratio_of(tape.source, node)
+    ratio = dropout_ratio(tape.source, node)
     if ratio is None:
         raise ModelError(f"{describe(node)}: its ratio is computed", expected="a constant")
     axes = mask_axes(tape.source, node)
@@ -24,10 +24,12 @@ def dropout(tape: Tape, node: Node) -> Pull:
     strange = [d for d in dims if not tape.is_width(d)]
     if strange:
         raise ModelError(f"{describe(node)}: its size depends on the samples", got=strange[0])
-    mask = dropout_mask(node.name or node.outputs[0])
+    mask = dropout_mask_name(node.name or node.outputs[0])
     graph.add_input(mask, dims)
     # The board draws the masks; it finds their names and ratios here.
-    graph.metadata[DROPOUT] = json.dumps({**json.loads(graph.metadata.get(DROPOUT, "{}")), mask: ratio})
-    tape.written[mask] = dims
+    graph.metadata[DROPOUT_METADATA] = json.dumps(
+        {**json.loads(graph.metadata.get(DROPOUT_METADATA, "{}")), mask: ratio}
+    )
+    tape.shapes_written[mask] = dims
     tape.enter(node.outputs[0], graph.emit("Mul", x, mask), shape)
-    return lambda dy, *_: tape.add(name, graph.emit("Mul", dy, mask))
+    return lambda dy, *_: tape.add_gradient(name, graph.emit("Mul", dy, mask))

@@ -17,18 +17,18 @@ from fedprune_export.ir.operators import INPUT, ONE_TO_ONE, OUTPUT, gradient_rea
 gradient_reads(INPUT, "Clip", "Abs", "Log", "Erf", "Gelu", "Mish", "Softplus", "HardSigmoid", "HardSwish")
 gradient_reads(OUTPUT, "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal")
 
-_ALONE = (
+_OTHER_UNARY = (
     *("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Ceil", "Cos", "Cosh", "Floor", "Gelu"),
     *("IsInf", "IsNaN", "Mish", "Not", "Round", "Shrink", "Sign", "Sin", "Sinh", "Swish", "Tan"),
 )
 
 
-@channel_rule(*dict.fromkeys([*ONE_TO_ONE, *_ALONE]))
+@channel_rule(*dict.fromkeys([*ONE_TO_ONE, *_OTHER_UNARY]))
 def elementwise_channels(channels: Channels, node: Node) -> None:
     """The output has the channels of the first input; bounds and other inputs stay."""
     channels.fix_inputs(node, 1)
     for i in range(len(node.outputs)):
-        channels.out(node, channels.of(node, 0), i)
+        channels.set_output(node, channels.input_rows(node, 0), i)
 
 
 # Writes dx, given the graph, the node, its input x, its output y, and dy.
@@ -52,7 +52,7 @@ def _unary(*operators: str) -> Callable[[Gradient], Gradient]:
     def register(gradient: Gradient) -> Gradient:
         def function(tape: Tape, node: Node) -> Pull:
             x, y = _emit_unary(tape, node)
-            return lambda dy: tape.add(node.inputs[0], gradient(tape.graph, node, x, y, dy))
+            return lambda dy: tape.add_gradient(node.inputs[0], gradient(tape.graph, node, x, y, dy))
 
         function.__doc__ = gradient.__doc__
         gradient_rule(*operators)(function)
@@ -61,7 +61,7 @@ def _unary(*operators: str) -> Callable[[Gradient], Gradient]:
     return register
 
 
-def _smooth(operator: str, text: str, slope: Slope) -> None:
+def _register_smooth(operator: str, text: str, slope: Slope) -> None:
     """Register a function whose gradient is dy times its derivative."""
 
     def gradient(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
@@ -71,24 +71,24 @@ def _smooth(operator: str, text: str, slope: Slope) -> None:
     _unary(operator)(gradient)
 
 
-def _number(node: Node, name: str, default: float) -> float:
+def _float32_attribute(node: Node, name: str, default: float) -> float:
     # onnxruntime reads the attribute as float32, and the derivative must be of the same function.
     return float(np.float32(node.attrs.get(name, default)))
 
 
-def _times(g: Graph, value: str, factor: float) -> str:
+def _scale(g: Graph, value: str, factor: float) -> str:
     return g.emit("Mul", value, g.scalar(factor))
 
 
-def _squared(g: Graph, value: str) -> str:
+def _square(g: Graph, value: str) -> str:
     return g.emit("Mul", value, value)
 
 
-def _rest(g: Graph, value: str) -> str:
+def _one_minus(g: Graph, value: str) -> str:
     return g.emit("Sub", g.scalar(1), value)
 
 
-def _more(g: Graph, value: str) -> str:
+def _one_plus(g: Graph, value: str) -> str:
     return g.emit("Add", value, g.scalar(1))
 
 
@@ -100,43 +100,43 @@ def _root(g: Graph, value: str) -> str:
     return g.emit("Sqrt", value)
 
 
-def _where(g: Graph, condition: str, dy: str) -> str:
+def _mask_gradient(g: Graph, condition: str, dy: str) -> str:
     """Dy where the condition holds, else 0."""
     return g.emit("Where", condition, dy, g.scalar(0))
 
 
 # Functions whose gradient is dy times their derivative: what it is in words, and what writes it.
-_SMOOTH: dict[str, tuple[str, Slope]] = {
-    "Sigmoid": ("dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y))),
-    "Tanh": ("dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y))),
+_DERIVATIVES: dict[str, tuple[str, Slope]] = {
+    "Sigmoid": ("dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _one_minus(g, y))),
+    "Tanh": ("dx = dy · (1 − y²).", lambda g, x, y: _one_minus(g, _square(g, y))),
     "Exp": ("dx = dy · y.", lambda g, x, y: y),
     # onnxruntime's Sigmoid rounds what is below 1e-7 to multiples of 6e-8.
-    "Softplus": ("dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _more(g, g.emit("Exp", g.emit("Neg", x))))),
+    "Softplus": ("dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _one_plus(g, g.emit("Exp", g.emit("Neg", x))))),
     "Abs": ("dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x)),
     "Sin": ("dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x)),
     "Cos": ("dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x))),
-    "Tan": ("dx = dy · (1 + y²).", lambda g, x, y: _more(g, _squared(g, y))),
-    "Atan": ("dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _more(g, _squared(g, x)))),
-    "Asin": ("dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x))))),
-    "Acos": ("dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _SMOOTH["Asin"][1](g, x, y))),
+    "Tan": ("dx = dy · (1 + y²).", lambda g, x, y: _one_plus(g, _square(g, y))),
+    "Atan": ("dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _one_plus(g, _square(g, x)))),
+    "Asin": ("dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _one_minus(g, _square(g, x))))),
+    "Acos": ("dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _DERIVATIVES["Asin"][1](g, x, y))),
     "Sinh": ("dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x)),
     "Cosh": ("dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x)),
-    "Asinh": ("dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x))))),
-    "Atanh": ("dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x)))),
+    "Asinh": ("dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _one_plus(g, _square(g, x))))),
+    "Atanh": ("dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _one_minus(g, _square(g, x)))),
     "Acosh": (
         "dx = dy / √(x² − 1).",
-        lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1)))),
+        lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _square(g, x), g.scalar(1)))),
     ),
-    "Reciprocal": ("dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y))),
+    "Reciprocal": ("dx = −dy · y².", lambda g, x, y: g.emit("Neg", _square(g, y))),
     "Erf": (
         "dx = dy · 2/√π · e^(−x²).",
-        lambda g, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
+        lambda g, x, y: _scale(g, g.emit("Exp", g.emit("Neg", _square(g, x))), 2 / math.sqrt(math.pi)),
     ),
-    "Softsign": ("dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x))))),
+    "Softsign": ("dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _square(g, _one_plus(g, g.emit("Abs", x))))),
 }
 
-for _operator, (_text, _slope) in _SMOOTH.items():
-    _smooth(_operator, _text, _slope)
+for _operator, (_text, _slope) in _DERIVATIVES.items():
+    _register_smooth(_operator, _text, _slope)
 
 
 @_unary("Log")
@@ -161,27 +161,27 @@ def _square_root(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
 @_unary("LeakyRelu")
 def _leaky_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     """dx = dy where x > 0, else alpha · dy."""
-    scaled = _times(g, dy, _number(node, "alpha", 0.01))
+    scaled = _scale(g, dy, _float32_attribute(node, "alpha", 0.01))
     return g.emit("Where", g.emit("Greater", x, g.scalar(0)), dy, scaled)
 
 
 @_unary("ThresholdedRelu")
 def _thresholded_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     """dx = dy where x > alpha."""
-    return _where(g, g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0))), dy)
+    return _mask_gradient(g, g.emit("Greater", x, g.scalar(_float32_attribute(node, "alpha", 1.0))), dy)
 
 
 @gradient_rule("Shrink")
 def shrink(tape: Tape, node: Node) -> Pull | None:
     """dx = dy where |x| > lambd; 0 where lambd and bias are 0, which is how torch's `detach` is exported."""
-    name, g, threshold = node.inputs[0], tape.graph, _number(node, "lambd", 0.5)
-    if threshold == 0 == _number(node, "bias", 0.0):
+    name, g, threshold = node.inputs[0], tape.graph, _float32_attribute(node, "lambd", 0.5)
+    if threshold == 0 == _float32_attribute(node, "bias", 0.0):
         tape.enter(node.outputs[0], tape.value(name), tape.shape(name))
         return None
     x, _ = _emit_unary(tape, node)
 
     def pull(dy: str) -> None:
-        tape.add(name, _where(g, g.emit("Greater", g.emit("Abs", x), g.scalar(threshold)), dy))
+        tape.add_gradient(name, _mask_gradient(g, g.emit("Greater", g.emit("Abs", x), g.scalar(threshold)), dy))
 
     return pull
 
@@ -190,13 +190,13 @@ def shrink(tape: Tape, node: Node) -> Pull | None:
 def _exponential_units(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     """Gamma · x above 0 and gamma · alpha · (e^(x/c) − 1) below; dx = dy · gamma, or dy · gamma · alpha/c · e^(x/c)."""
     # ONNX's own defaults, with which Selu keeps mean 0 and variance 1.
-    alpha = _number(node, "alpha", 1.67326319217681884765625 if node.op == "Selu" else 1.0)
-    gamma = _number(node, "gamma", 1.05070102214813232421875) if node.op == "Selu" else 1.0
+    alpha = _float32_attribute(node, "alpha", 1.67326319217681884765625 if node.op == "Selu" else 1.0)
+    gamma = _float32_attribute(node, "gamma", 1.05070102214813232421875) if node.op == "Selu" else 1.0
     scale = alpha if node.op == "Celu" else 1.0
     below = g.emit("Min", x, g.scalar(0))  # e^x of large x would be infinite
     steepness = g.emit("Exp", g.emit("Div", below, g.scalar(scale)) if scale != 1 else below)
-    slope = _times(g, steepness, gamma * alpha / scale)
-    above = _times(g, dy, gamma) if gamma != 1 else dy
+    slope = _scale(g, steepness, gamma * alpha / scale)
+    above = _scale(g, dy, gamma) if gamma != 1 else dy
     return g.emit("Where", g.emit("Greater", x, g.scalar(0)), above, g.emit("Mul", dy, slope))
 
 
@@ -204,13 +204,13 @@ def _exponential_units(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
 def _hard_sigmoid(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     """dx = alpha · dy where 0 < y < 1."""
     inside = g.emit("And", g.emit("Greater", y, g.scalar(0)), g.emit("Less", y, g.scalar(1)))
-    return _where(g, inside, _times(g, dy, _number(node, "alpha", 0.2)))
+    return _mask_gradient(g, inside, _scale(g, dy, _float32_attribute(node, "alpha", 0.2)))
 
 
 @_unary("HardSwish")
 def _hard_swish(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     """y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
-    slope = g.emit("Add", _times(g, x, 1 / 3), g.scalar(0.5))
+    slope = g.emit("Add", _scale(g, x, 1 / 3), g.scalar(0.5))
     slope = g.emit("Where", g.emit("LessOrEqual", x, g.scalar(-3)), g.scalar(0), slope)
     slope = g.emit("Where", g.emit("GreaterOrEqual", x, g.scalar(3)), g.scalar(1), slope)
     return g.emit("Mul", dy, slope)
@@ -221,7 +221,7 @@ def identity(tape: Tape, node: Node) -> Pull:
     """y = x."""
     name = node.inputs[0]
     tape.enter(node.outputs[0], tape.value(name), tape.shape(name))
-    return lambda dy, *_: tape.add(name, dy)
+    return lambda dy, *_: tape.add_gradient(name, dy)
 
 
 # TensorProto's numbers of float32, float16, float64 and bfloat16.
@@ -237,19 +237,19 @@ def cast(tape: Tape, node: Node) -> Pull | None:
         tape.enter(node.outputs[0], tape.graph.emit("Cast", x, attrs={"to": to}), tape.shape(name))
         return None
     # Data that doesn't train may come in another float type.
-    y = tape.graph.emit("Cast", x, attrs={"to": _FLOAT32}) if not tape.wants(name) else x
+    y = tape.graph.emit("Cast", x, attrs={"to": _FLOAT32}) if not tape.needs_gradient(name) else x
     tape.enter(node.outputs[0], y, tape.shape(name))
-    return lambda dy: tape.add(name, dy)
+    return lambda dy: tape.add_gradient(name, dy)
 
 
 @gradient_rule("Relu")
 def relu(tape: Tape, node: Node) -> Pull:
     """dx = dy where y > 0."""
     _, y = _emit_unary(tape, node)
-    return lambda dy: tape.add(node.inputs[0], where_positive(tape, dy, y))
+    return lambda dy: tape.add_gradient(node.inputs[0], where_positive(tape, dy, y))
 
 
-STEEP = 2.0**126  # the slope of a line that is a step from 0 to 1 for all but the least numbers
+STEP_SLOPE = 2.0**126  # the slope of a line that is a step from 0 to 1 for all but the least numbers
 
 
 def where_positive(tape: Tape, dy: str, y: str) -> str:
@@ -260,8 +260,8 @@ def where_positive(tape: Tape, dy: str, y: str) -> str:
     """
     g = tape.graph
     if tape.finite_slopes:
-        return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEEP, "beta": 0.0}))
-    return _where(g, g.emit("Greater", y, g.scalar(0)), dy)
+        return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEP_SLOPE, "beta": 0.0}))
+    return _mask_gradient(g, g.emit("Greater", y, g.scalar(0)), dy)
 
 
 @gradient_rule("PRelu")
@@ -275,11 +275,11 @@ def parametric_relu(tape: Tape, node: Node) -> Pull:
     above = g.emit("Greater", x, g.scalar(0))
 
     def pull(dy: str) -> None:
-        if tape.wants(left):
-            tape.add(left, g.emit("Where", above, dy, g.emit("Mul", dy, slope)))
-        if tape.wants(right):
+        if tape.needs_gradient(left):
+            tape.add_gradient(left, g.emit("Where", above, dy, g.emit("Mul", dy, slope)))
+        if tape.needs_gradient(right):
             share = g.emit("Where", above, g.scalar(0), g.emit("Mul", dy, x))
-            tape.add(right, tape.reduced(share, shape, tape.shape(right)))
+            tape.add_gradient(right, tape.sum_to_shape(share, shape, tape.shape(right)))
 
     return pull
 
@@ -291,13 +291,13 @@ def gelu(tape: Tape, node: Node) -> Pull:
     x, g = tape.value(name), tape.graph
     if str(node.attrs.get("approximate", "none")) == "tanh":
         return _tanh_gelu(tape, node, x)
-    share = _times(g, _more(g, g.emit("Erf", _times(g, x, math.sqrt(0.5)))), 0.5)
+    share = _scale(g, _one_plus(g, g.emit("Erf", _scale(g, x, math.sqrt(0.5)))), 0.5)
     tape.enter(node.outputs[0], g.emit("Mul", x, share), tape.shape(name))
 
     def pull(dy: str) -> None:
-        bell = g.emit("Exp", _times(g, _squared(g, x), -0.5))
-        slope = g.emit("Add", share, g.emit("Mul", x, _times(g, bell, 1 / math.sqrt(2 * math.pi))))
-        tape.add(name, g.emit("Mul", dy, slope))
+        bell = g.emit("Exp", _scale(g, _square(g, x), -0.5))
+        slope = g.emit("Add", share, g.emit("Mul", x, _scale(g, bell, 1 / math.sqrt(2 * math.pi))))
+        tape.add_gradient(name, g.emit("Mul", dy, slope))
 
     return pull
 
@@ -305,15 +305,15 @@ def gelu(tape: Tape, node: Node) -> Pull:
 def _tanh_gelu(tape: Tape, node: Node, x: str) -> Pull:
     """y = x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2, with 1 + tanh(u) = 2 · sigmoid(2u)."""
     g, c = tape.graph, 2 * math.sqrt(2 / math.pi)
-    square = _squared(g, x)
-    inner = g.emit("Mul", x, g.emit("Add", _times(g, square, c * GELU_CUBE), g.scalar(c)))
+    square = _square(g, x)
+    inner = g.emit("Mul", x, g.emit("Add", _scale(g, square, c * GELU_CUBE), g.scalar(c)))
     share = g.emit("Sigmoid", inner)
     tape.enter(node.outputs[0], g.emit("Mul", x, share), tape.shape(node.inputs[0]))
 
     def pull(dy: str) -> None:
-        steepness = g.emit("Add", _times(g, square, 3 * c * GELU_CUBE), g.scalar(c))
-        change = g.emit("Mul", g.emit("Mul", share, _rest(g, share)), g.emit("Mul", x, steepness))
-        tape.add(node.inputs[0], g.emit("Mul", dy, g.emit("Add", share, change)))
+        steepness = g.emit("Add", _scale(g, square, 3 * c * GELU_CUBE), g.scalar(c))
+        change = g.emit("Mul", g.emit("Mul", share, _one_minus(g, share)), g.emit("Mul", x, steepness))
+        tape.add_gradient(node.inputs[0], g.emit("Mul", dy, g.emit("Add", share, change)))
 
     return pull
 
@@ -327,8 +327,8 @@ def mish(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit("Mul", x, t), tape.shape(name))
 
     def pull(dy: str) -> None:
-        change = g.emit("Mul", g.emit("Mul", x, _rest(g, _squared(g, t))), g.emit("Sigmoid", x))
-        tape.add(name, g.emit("Mul", dy, g.emit("Add", t, change)))
+        change = g.emit("Mul", g.emit("Mul", x, _one_minus(g, _square(g, t))), g.emit("Sigmoid", x))
+        tape.add_gradient(name, g.emit("Mul", dy, g.emit("Add", t, change)))
 
     return pull
 
@@ -342,11 +342,11 @@ def clip(tape: Tape, node: Node) -> Pull:
     name = node.inputs[0]
     x = tape.value(name)
     g = tape.graph
-    if not tape.wants(name):
+    if not tape.needs_gradient(name):
         bound_values = [tape.value(i) if i else "" for i in node.inputs[1:]]
         tape.enter(node.outputs[0], g.emit("Clip", x, *bound_values), tape.shape(name))
         return lambda dy: None
-    bounds = [tape.number(node, i) for i in (1, 2)]
+    bounds = [tape.required_constant(node, i) for i in (1, 2)]
     names = [g.scalar(float(b)) if b is not None else "" for b in bounds]
     while names and not names[-1]:
         names.pop()
@@ -358,17 +358,17 @@ def clip(tape: Tape, node: Node) -> Pull:
             # The nearer bound's distance from y, which is above 0 between them; exact at the bounds themselves.
             low, high = names
             room = g.emit("Min", g.emit("Sub", y, low) if bounds[0] else y, g.emit("Sub", high, y))
-            tape.add(name, where_positive(tape, dy, room))
+            tape.add_gradient(name, where_positive(tape, dy, room))
             return
         checks = zip(("GreaterOrEqual", "LessOrEqual"), names, strict=False)
         inside = [g.emit(op, x, bound) for op, bound in checks if bound]
-        tape.add(name, _where(g, inside[0], dy) if inside else dy)
+        tape.add_gradient(name, _mask_gradient(g, inside[0], dy) if inside else dy)
 
     return pull
 
 
 @gradient_rule("Floor", "Ceil", "Round", "Sign", "Hardmax", "IsNaN", "IsInf", "Not")
-def steps(tape: Tape, node: Node) -> None:
+def step_functions(tape: Tape, node: Node) -> None:
     """Constant between jumps: no gradient passes."""
     if any(i and i != node.inputs[0] for i in node.inputs[1:]):
         raise ModelError(f"{describe(node)}: inputs", expected=1, got=len(node.inputs))

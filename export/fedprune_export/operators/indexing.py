@@ -9,17 +9,17 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.operators.slicing import indices_after_cut, put_back, scattered
+from fedprune_export.operators.slicing import indices_after_cut, put_back, scatter_picks
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
 @channel_rule("Gather")
 def gather_channels(channels: Channels, node: Node) -> None:
     """Constant indices select channels. A table that data indexes, and indices that repeat, keep all channels."""
-    x, indices = channels.of(node, 0), channels.of(node, 1)
+    x, indices = channels.input_rows(node, 0), channels.input_rows(node, 1)
     axis = int(node.attrs.get("axis", 0)) % len(x)
     row = x[axis]
     constant = channels.graph.initializers.get(node.inputs[1])
@@ -31,74 +31,74 @@ def gather_channels(channels: Channels, node: Node) -> None:
         elif constant.ndim == 0:
             channels.atoms.fix(row[constant.reshape(1)])
         else:
-            middle = [channels.pick(row, constant % row.size)]
-    channels.out(node, [*x[:axis], *middle, *x[axis + 1 :]])
+            middle = [channels.take(row, constant % row.size)]
+    channels.set_output(node, [*x[:axis], *middle, *x[axis + 1 :]])
 
 
 @channel_rule("GatherND")
 def gather_nd_channels(channels: Channels, node: Node) -> None:
     """Indexed axes stay; the axes behind them pass."""
-    x, indices = channels.of(node, 0), channels.of(node, 1)
+    x, indices = channels.input_rows(node, 0), channels.input_rows(node, 1)
     indexed = int(node.attrs.get("batch_dims", 0)) + channels.shape(node.inputs[1])[-1]
     channels.fix([*x[:indexed], *indices])
-    channels.out(node, [*(np.zeros_like(r) for r in indices[:-1]), *x[indexed:]])
+    channels.set_output(node, [*(np.zeros_like(r) for r in indices[:-1]), *x[indexed:]])
 
 
 @channel_rule("ScatterND")
 def scatter_nd_channels(channels: Channels, node: Node) -> None:
     """Indexed axes stay; the axes behind them are tied to those of the updates."""
-    x, indices, updates = (channels.of(node, i) for i in range(3))
+    x, indices, updates = (channels.input_rows(node, i) for i in range(3))
     indexed = channels.shape(node.inputs[1])[-1]
     passed = x[indexed:]
     channels.fix([*x[:indexed], *indices, *updates[: len(updates) - len(passed)]])
     for row, update in zip(passed, updates[len(updates) - len(passed) :], strict=True):
         channels.atoms.tie(row, update)
-    channels.out(node, [*(np.zeros_like(r) for r in x[:indexed]), *passed])
+    channels.set_output(node, [*(np.zeros_like(r) for r in x[:indexed]), *passed])
 
 
 @channel_rule("NonMaxSuppression")
 def suppression_channels(channels: Channels, node: Node) -> None:
     """Boxes, classes and scores stay; the indices of the selected boxes are plain numbers."""
     channels.fix_inputs(node)
-    channels.still_outputs(node)
+    channels.fix_outputs(node)
 
 
 @channel_rule("ScatterElements", "GatherElements")
 def elements_channels(channels: Channels, node: Node) -> None:
     """The indexed axis stays; values and indices are tied along the other axes, where these are equally long."""
-    axis = int(node.attrs.get("axis", 0)) % len(channels.of(node, 0))
+    axis = int(node.attrs.get("axis", 0)) % len(channels.input_rows(node, 0))
     out: list[AtomRow] = []
-    for i, column in enumerate(zip(*(channels.of(node, k) for k in range(len(node.inputs))), strict=True)):
+    for i, column in enumerate(zip(*(channels.input_rows(node, k) for k in range(len(node.inputs))), strict=True)):
         passes = i != axis and len({row.size for row in column}) == 1
         for row in column if passes else ():
             channels.atoms.tie(column[0], row)
         channels.fix([] if passes else column)
         size = channels.shape(node.outputs[0])[i]
         # Any of several tied atoms represents all; the fixed one is preferred.
-        out.append(np.minimum.reduce(column) if passes else still(size))
-    channels.out(node, out)
+        out.append(np.minimum.reduce(column) if passes else fixed_row(size))
+    channels.set_output(node, out)
 
 
 @channel_rule("Trilu")
 def triangle_channels(channels: Channels, node: Node) -> None:
     """The axes of its matrices stay."""
-    x = list(channels.of(node, 0))
+    x = list(channels.input_rows(node, 0))
     channels.fix(x[-2:])
-    channels.out(node, [*x[:-2], *(np.zeros_like(r) for r in x[-2:])])
+    channels.set_output(node, [*x[:-2], *(np.zeros_like(r) for r in x[-2:])])
 
 
 @rewrite("Gather")
 def gather_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Along an axis that is cut, replace the indices by the new ones of what is left."""
-    axis = int(node.attrs.get("axis", 0)) % len(sizes.before(node.inputs[0]))
+    axis = int(node.attrs.get("axis", 0)) % len(sizes.full_sizes(node.inputs[0]))
     constant = graph.initializers.get(node.inputs[1])
-    if constant is None or not sizes.changed(node.inputs[0], axis):
+    if constant is None or not sizes.is_shorter(node.inputs[0], axis):
         return
-    old_indices = constant % (sizes.before(node.inputs[0])[axis] or 1)
+    old_indices = constant % (sizes.full_sizes(node.inputs[0])[axis] or 1)
     if constant.ndim == 1:
         node.inputs[1] = graph.ints(*indices_after_cut(sizes, node, old_indices, axis, axis).tolist())
     else:
-        (position,) = np.flatnonzero(sizes.kept(node.inputs[0], axis) == old_indices)
+        (position,) = np.flatnonzero(sizes.kept_indices(node.inputs[0], axis) == old_indices)
         node.inputs[1] = graph.constant(int(position), np.int64)
 
 
@@ -106,7 +106,7 @@ Array = npt.NDArray[Any]
 
 
 @gradient_rule("ScatterND", "ScatterElements")
-def scatter(tape: Tape, node: Node) -> Pull:
+def scatter_updates(tape: Tape, node: Node) -> Pull:
     """Updates replace or are added to elements. They get dy of these; the data gets the rest of dy, or all if added."""
     data, index, updates = node.inputs
     x, indices, new = (tape.value(n) for n in node.inputs)
@@ -127,13 +127,13 @@ def scatter(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit(node.op, x, indices, new, attrs=node.attrs), tape.shape(data))
 
     def pull(dy: str) -> None:
-        if tape.wants(data):
+        if tape.needs_gradient(data):
             # Data that was overwritten has no influence on the output.
             zeros = g.emit("ConstantOfShape", tape.shape_of(new))
-            tape.add(data, dy if reduction == "add" else g.emit(node.op, dy, indices, zeros, attrs=attrs))
-        if tape.wants(updates):
+            tape.add_gradient(data, dy if reduction == "add" else g.emit(node.op, dy, indices, zeros, attrs=attrs))
+        if tape.needs_gradient(updates):
             read = "GatherElements" if node.op == "ScatterElements" else "GatherND"
-            tape.add(updates, g.emit(read, dy, indices, attrs=attrs))
+            tape.add_gradient(updates, g.emit(read, dy, indices, attrs=attrs))
 
     return pull
 
@@ -144,14 +144,14 @@ def triangle(tape: Tape, node: Node) -> Pull:
     name, g = node.inputs[0], tape.graph
     offset = [tape.value(i) for i in node.inputs[1:] if i]
     tape.enter(node.outputs[0], g.emit("Trilu", tape.value(name), *offset, attrs=node.attrs), tape.shape(name))
-    return lambda dy: tape.add(name, g.emit("Trilu", dy, *offset, attrs=node.attrs))
+    return lambda dy: tape.add_gradient(name, g.emit("Trilu", dy, *offset, attrs=node.attrs))
 
 
 @gradient_rule("OneHot")
 def one_hot(tape: Tape, node: Node) -> None:
     """A vector per index: no gradient passes."""
     name = node.inputs[0]
-    depth = tape.number(node, 1)
+    depth = tape.required_constant(node, 1)
     if depth is None:
         raise ModelError(f"{describe(node)}: no depth")
     shape = tape.shape(name)
@@ -173,7 +173,7 @@ def gather(tape: Tape, node: Node) -> Pull:
         return _embedding(tape, node, axis)
     size = tape.extent(shape[axis])
     if not isinstance(shape[axis], int):
-        return _channels(tape, node, axis, np.where(constant < 0, constant + size, constant))
+        return _gather_runs(tape, node, axis, np.where(constant < 0, constant + size, constant))
     picked = np.where(constant < 0, constant + size, constant).astype(np.int64)
     g = tape.graph
     out = (*shape[:axis], *picked.shape, *shape[axis + 1 :])
@@ -183,16 +183,16 @@ def gather(tape: Tape, node: Node) -> Pull:
     def pull(dy: str) -> None:
         flat = (*shape[:axis], picked.size, *shape[axis + 1 :])
         dy = g.emit("Unsqueeze", dy, g.ints(axis)) if picked.ndim == 0 else tape.reshape(dy, out, flat)
-        tape.add(name, scattered(tape, dy, flat, axis, picked.reshape(-1), size))
+        tape.add_gradient(name, scatter_picks(tape, dy, flat, axis, picked.reshape(-1), size))
 
     return pull
 
 
-def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
+def _gather_runs(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
     """Reordered runs of channels, and fixed indices among channels: concatenated slices."""
     name, g = node.inputs[0], tape.graph
     x, shape = tape.value(name), tape.shape(name)
-    runs = _runs(tape, node, axis, picked.reshape(-1).tolist())
+    runs = _index_runs(tape, node, axis, picked.reshape(-1).tolist())
     axis_name = g.ints(axis)
     slices = [g.emit("Slice", x, tape.size(begin), tape.size(stop), axis_name) for begin, stop in runs]
     lengths = [tape.difference(stop, begin) for begin, stop in runs]
@@ -210,12 +210,12 @@ def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
         if len(runs) > 1:
             slice_gradients = g.emit_many("Split", dy, tape.sizes(lengths), outputs=len(runs), attrs={"axis": axis})
         for gradient, (begin, stop) in zip(slice_gradients, runs, strict=True):
-            tape.add(name, put_back(tape, gradient, shape, [(axis, begin, stop)]))
+            tape.add_gradient(name, put_back(tape, gradient, shape, [(axis, begin, stop)]))
 
     return pull
 
 
-def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Dim, Dim]]:
+def _index_runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Dim, Dim]]:
     """Indices as runs whose bounds lie between channel groups, so that they hold at every width."""
     segments = tape.axis(node.inputs[0], axis)
     out: list[tuple[Dim, Dim]] = []
@@ -224,11 +224,11 @@ def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Di
         length = 1
         while start + length < len(picked) and picked[start + length] == picked[start] + length:
             length += 1
-        begin = tape.prefix(segments, picked[start]) if segments is not None else None
+        begin = tape.kept_prefix(segments, picked[start]) if segments is not None else None
         stop = None
         # A run may end within a channel group; it is shortened until it ends between two.
         while segments is not None and length and stop is None:
-            stop = tape.prefix(segments, picked[start] + length)
+            stop = tape.kept_prefix(segments, picked[start] + length)
             length -= stop is None
         if begin is None or stop is None or not length:
             raise ModelError(
@@ -257,7 +257,9 @@ def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
         zeros = g.emit("ConstantOfShape", tape.sizes([shape[i] for i in first]))
         targets = g.emit("Unsqueeze", indices, g.ints(-1))
         total = g.emit("ScatterND", zeros, targets, rows, attrs={"reduction": "add"})
-        tape.add(name, g.emit("Transpose", total, attrs={"perm": np.argsort(first).tolist()}) if axis else total)
+        tape.add_gradient(
+            name, g.emit("Transpose", total, attrs={"perm": np.argsort(first).tolist()}) if axis else total
+        )
 
     return pull
 
@@ -272,10 +274,10 @@ def gather_elements(tape: Tape, node: Node) -> Pull:
     g = tape.graph
     y = g.emit("GatherElements", x, indices, attrs={"axis": axis})
     tape.enter(node.outputs[0], y, tape.shape(index))
-    return lambda dy: tape.add(name, added_at(tape, x, indices, dy, axis))
+    return lambda dy: tape.add_gradient(name, scatter_add(tape, x, indices, dy, axis))
 
 
-def added_at(tape: Tape, x: str, indices: str, dy: str, axis: int) -> str:
+def scatter_add(tape: Tape, x: str, indices: str, dy: str, axis: int) -> str:
     """The gradient of a value whose elements were gathered along an axis; gradients of equal indices add up."""
     g = tape.graph
     zeros = g.emit("ConstantOfShape", tape.shape_of(x))
@@ -301,19 +303,19 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
         full_indices = indices
         for axis in reversed(range(batches)):
             # Scattering has no batch axes: an index includes its position on them, too.
-            numbers = counted(tape, shape[axis])
+            numbers = index_range(tape, shape[axis])
             ones = [1] * len(index_shape)
             ones[axis] = -1
             column = g.emit("Reshape", numbers, g.ints(*ones))
             head = tape.sizes([*index_shape[:-1], 1])
             full_indices = g.emit("Concat", g.emit("Expand", column, head), full_indices, attrs={"axis": -1})
         zeros = g.emit("ConstantOfShape", tape.shape_of(x))
-        tape.add(name, g.emit("ScatterND", zeros, full_indices, dy, attrs={"reduction": "add"}))
+        tape.add_gradient(name, g.emit("ScatterND", zeros, full_indices, dy, attrs={"reduction": "add"}))
 
     return pull
 
 
-def counted(tape: Tape, dim: Dim) -> str:
+def index_range(tape: Tape, dim: Dim) -> str:
     """0, 1, 2 and so on up to a dimension's size."""
     g = tape.graph
     if isinstance(dim, int):
@@ -322,12 +324,12 @@ def counted(tape: Tape, dim: Dim) -> str:
     return g.emit("CumSum", ones, g.constant(0, np.int64), attrs={"exclusive": 1})
 
 
-_KEPT = 100_003  # stands for how many boxes are kept: a prime, which no other size is by chance
+_KEPT_BOXES_EXTENT = 100_003  # stands for how many boxes are kept: a prime, which no other size is by chance
 
 
 @gradient_rule("NonMaxSuppression")
 def suppression(tape: Tape, node: Node) -> None:
     """The indices of the selected boxes: no gradient passes."""
     inputs = [tape.value(i) if i else "" for i in node.inputs]
-    box_count = tape.symbol(node.outputs[0], _KEPT)
+    box_count = tape.symbol(node.outputs[0], _KEPT_BOXES_EXTENT)
     tape.enter(node.outputs[0], tape.graph.emit("NonMaxSuppression", *inputs, attrs=node.attrs), (box_count, 3))

@@ -14,8 +14,8 @@ from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import INPUT, OUTPUT, gradient_reads
 from fedprune_export.operators.channel_norms import mask_norm, shorten_vectors, tie_vectors
-from fedprune_export.operators.reductions import divided, summed
-from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.operators.reductions import divide_by_size, sum_axes
+from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 from fedprune_export.pruning.rewrites import rewrite
 
 gradient_reads(INPUT, "LayerNormalization", "RMSNormalization")
@@ -25,49 +25,49 @@ gradient_reads(OUTPUT, "Softmax", "LogSoftmax")
 @channel_rule("LayerNormalization", "RMSNormalization")
 def layer_norm_channels(channels: Channels, node: Node) -> None:
     """Tie scale and shift to the last axes, over which the norm averages."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     axis = int(node.attrs.get("axis", -1)) % len(x)
     tie_vectors(channels, node, (1, 2), x[axis:])
-    channels.out(node, x)
+    channels.set_output(node, x)
     for i in range(1, len(node.outputs)):
         if node.outputs[i]:
-            channels.out(node, [*x[:axis], *(np.zeros(1, np.int64) for _ in x[axis:])], i)
+            channels.set_output(node, [*x[:axis], *(np.zeros(1, np.int64) for _ in x[axis:])], i)
 
 
 @channel_rule("LpNormalization", "Softmax", "LogSoftmax", "Hardmax")
 def softmax_channels(channels: Channels, node: Node) -> None:
     """The axis along which numbers are compared or summed stays; the others pass."""
-    x = list(channels.of(node, 0))
+    x = list(channels.input_rows(node, 0))
     axis = int(node.attrs.get("axis", -1)) % len(x)
     if x[axis].any():
         channels.notes.append(f"{node.op} {node.name} compares or averages channels: they stay.")
     channels.atoms.fix(x[axis])
     x[axis] = np.zeros_like(x[axis])
-    channels.out(node, x)
+    channels.set_output(node, x)
 
 
 rewrite("LayerNormalization", "RMSNormalization")(shorten_vectors)
 
 
 @mask_rule("LayerNormalization", "RMSNormalization")
-def mask_layer_norm(masks: Masks, node: Node) -> bool:
+def mask_layer_norm(masks: MaskWriter, node: Node) -> bool:
     rank = masks.rank(node.inputs[0])
     first = int(node.attrs.get("axis", -1)) % rank
     # Cut indices must not count in mean and variance, so the norm is written out.
     axes = range(first, rank)
-    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None})
+    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None})
 
 
 @gradient_rule("Softmax")
 def softmax(tape: Tape, node: Node) -> Pull:
     """dx = y · (dy − Σ dy · y) along the axis."""
-    name, axis, y = _along(tape, node)
+    name, axis, y = _emit_along_axis(tape, node)
     g = tape.graph
 
     def pull(dy: str) -> None:
         weighted = g.emit("Mul", dy, y)
-        rest = g.emit("Mul", y, summed(g, weighted, [axis]))
-        tape.add(name, g.emit("Sub", weighted, rest))
+        rest = g.emit("Mul", y, sum_axes(g, weighted, [axis]))
+        tape.add_gradient(name, g.emit("Sub", weighted, rest))
 
     return pull
 
@@ -75,17 +75,17 @@ def softmax(tape: Tape, node: Node) -> Pull:
 @gradient_rule("LogSoftmax")
 def log_softmax(tape: Tape, node: Node) -> Pull:
     """dx = dy − e^y · Σ dy along the axis."""
-    name, axis, y = _along(tape, node)
+    name, axis, y = _emit_along_axis(tape, node)
     g = tape.graph
 
     def pull(dy: str) -> None:
-        rest = g.emit("Mul", g.emit("Exp", y), summed(g, dy, [axis]))
-        tape.add(name, g.emit("Sub", dy, rest))
+        rest = g.emit("Mul", g.emit("Exp", y), sum_axes(g, dy, [axis]))
+        tape.add_gradient(name, g.emit("Sub", dy, rest))
 
     return pull
 
 
-def _along(tape: Tape, node: Node) -> tuple[str, int, str]:
+def _emit_along_axis(tape: Tape, node: Node) -> tuple[str, int, str]:
     """Write an operator that acts along one axis. Returns its input, the axis and its output."""
     name = node.inputs[0]
     shape = tape.shape(name)
@@ -108,26 +108,26 @@ def layer_norm(tape: Tape, node: Node) -> Pull:
     g, rank = tape.graph, len(shape)
     axis = int(node.attrs.get("axis", -1)) % rank
     axes, epsilon = list(range(axis, rank)), float(node.attrs.get("epsilon", 1e-5))
-    scale = tape.fitted(node, 1, shape[axis:])
+    scale = tape.fit_to_width(node, 1, shape[axis:])
     dims = [shape[a] for a in axes]
     # The operator's own statistics lose digits where the mean is large; of centred values they are exact.
     centred = g.emit("Sub", x, g.emit("ReduceMean", x, attrs={"axes": axes, "keepdims": 1}))
-    inputs = [centred, scale] + ([tape.fitted(node, 2, shape[axis:])] if beta else [])
+    inputs = [centred, scale] + ([tape.fit_to_width(node, 2, shape[axis:])] if beta else [])
     y, rest, inverse = g.emit_many("LayerNormalization", *inputs, outputs=3, attrs={"axis": axis, "epsilon": epsilon})
     tape.enter(node.outputs[0], y, shape)
 
     def pull(dy: str) -> None:
         z = g.emit("Mul", g.emit("Sub", centred, rest), inverse)
-        if tape.wants(gamma):
-            tape.add(gamma, tape.reduced(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
-        if beta and tape.wants(beta):
-            tape.add(beta, tape.reduced(dy, shape, tape.shape(beta)))
-        if tape.wants(name):
+        if tape.needs_gradient(gamma):
+            tape.add_gradient(gamma, tape.sum_to_shape(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
+        if beta and tape.needs_gradient(beta):
+            tape.add_gradient(beta, tape.sum_to_shape(dy, shape, tape.shape(beta)))
+        if tape.needs_gradient(name):
             dz = g.emit("Mul", dy, scale)
-            share = divided(tape, summed(g, dz, axes), dims)
-            slope = divided(tape, summed(g, g.emit("Mul", dz, z), axes), dims)
+            share = divide_by_size(tape, sum_axes(g, dz, axes), dims)
+            slope = divide_by_size(tape, sum_axes(g, g.emit("Mul", dz, z), axes), dims)
             change = g.emit("Sub", g.emit("Sub", dz, share), g.emit("Mul", z, slope))
-            tape.add(name, g.emit("Mul", change, inverse))
+            tape.add_gradient(name, g.emit("Mul", change, inverse))
 
     return pull
 
@@ -140,7 +140,7 @@ def rms_norm(tape: Tape, node: Node) -> Pull:
     g, rank = tape.graph, len(shape)
     axes = list(range(int(node.attrs.get("axis", -1)) % rank, rank))
     dims = [shape[a] for a in axes]
-    scale = tape.fitted(node, 1, tuple(dims))
+    scale = tape.fit_to_width(node, 1, tuple(dims))
     square = g.emit("ReduceMean", g.emit("Mul", x, x), attrs={"axes": axes, "keepdims": 1})
     lifted = g.emit("Add", square, g.scalar(float(node.attrs.get("epsilon", 1e-5))))
     inverse = g.emit("Reciprocal", g.emit("Sqrt", lifted))
@@ -148,12 +148,12 @@ def rms_norm(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit("Mul", z, scale), shape)
 
     def pull(dy: str) -> None:
-        if tape.wants(gamma):
-            tape.add(gamma, tape.reduced(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
-        if tape.wants(name):
+        if tape.needs_gradient(gamma):
+            tape.add_gradient(gamma, tape.sum_to_shape(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
+        if tape.needs_gradient(name):
             dz = g.emit("Mul", dy, scale)
-            slope = divided(tape, summed(g, g.emit("Mul", dz, z), axes), dims)
-            tape.add(name, g.emit("Mul", g.emit("Sub", dz, g.emit("Mul", z, slope)), inverse))
+            slope = divide_by_size(tape, sum_axes(g, g.emit("Mul", dz, z), axes), dims)
+            tape.add_gradient(name, g.emit("Mul", g.emit("Sub", dz, g.emit("Mul", z, slope)), inverse))
 
     return pull
 
@@ -171,8 +171,8 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, shape)
 
     def pull(dy: str) -> None:
-        along = summed(g, g.emit("Mul", dy, y), [axis])
+        along = sum_axes(g, g.emit("Mul", dy, y), [axis])
         direction = y if order == 2 else g.emit("Sign", x)
-        tape.add(name, g.emit("Div", g.emit("Sub", dy, g.emit("Mul", direction, along)), length))
+        tape.add_gradient(name, g.emit("Div", g.emit("Sub", dy, g.emit("Mul", direction, along)), length))
 
     return pull

@@ -10,7 +10,7 @@ from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
-from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 
 gradient_reads(INPUT, "Gemm", "MatMul", "Einsum")
 
@@ -18,7 +18,7 @@ gradient_reads(INPUT, "Gemm", "MatMul", "Einsum")
 @channel_rule("MatMul")
 def matmul_channels(channels: Channels, node: Node) -> None:
     """Tie the contracted axes and carry the others; leading axes broadcast."""
-    a, b = channels.of(node, 0), channels.of(node, 1)
+    a, b = channels.input_rows(node, 0), channels.input_rows(node, 1)
     channels.atoms.tie(a[-1], b[-2] if len(b) > 1 else b[0])
     rank = max(len(a), len(b)) - 2
     lead: list[AtomRow] = []
@@ -30,25 +30,25 @@ def matmul_channels(channels: Channels, node: Node) -> None:
                 channels.atoms.tie(longest, row)
         lead.append(longest)
     out = lead + ([a[-2]] if len(a) > 1 else []) + ([b[-1]] if len(b) > 1 else [])
-    channels.out(node, out)
+    channels.set_output(node, out)
 
 
 @channel_rule("Gemm")
 def gemm_channels(channels: Channels, node: Node) -> None:
     """Tie the contracted axes, after transposition, and the addend to the output where it doesn't broadcast."""
-    a, b = channels.of(node, 0), channels.of(node, 1)
+    a, b = channels.input_rows(node, 0), channels.input_rows(node, 1)
     if node.attrs.get("transA"):
         a = a[::-1]
     if node.attrs.get("transB"):
         b = b[::-1]
     channels.atoms.tie(a[1], b[0])
-    if channels.has(node, 2):
-        addend = channels.of(node, 2)
+    if channels.has_input(node, 2):
+        addend = channels.input_rows(node, 2)
         if addend and addend[-1].size == b[1].size:
             channels.atoms.tie(addend[-1], b[1])
         # Rows of the addend belong to samples, which are never cut.
         channels.fix(addend[:-1])
-    channels.out(node, [a[0], b[1]])
+    channels.set_output(node, [a[0], b[1]])
 
 
 def einsum_terms(equation: str, inputs: int) -> tuple[list[str], str] | None:
@@ -67,7 +67,7 @@ def einsum_channels(channels: Channels, node: Node) -> None:
     equation = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
     if equation is None:
         channels.fix_inputs(node)
-        channels.still_outputs(node)
+        channels.fix_outputs(node)
         channels.notes.append(f"Einsum {node.name} is implicit or takes a diagonal: its channels stay.")
         return
     terms, right = equation
@@ -79,21 +79,21 @@ def einsum_channels(channels: Channels, node: Node) -> None:
                 channels.atoms.tie(first, row)
             elif row.size > first.size:
                 letter_rows[letter] = row
-    channels.out(node, [letter_rows[letter] for letter in right])
+    channels.set_output(node, [letter_rows[letter] for letter in right])
 
 
 @mask_rule("MatMul")
-def mask_matmul(masks: Masks, node: Node) -> None:
+def mask_matmul(masks: MaskWriter, node: Node) -> None:
     masks.apply(node, 0, [-1])
 
 
 @mask_rule("Gemm")
-def mask_gemm(masks: Masks, node: Node) -> None:
+def mask_gemm(masks: MaskWriter, node: Node) -> None:
     masks.apply(node, 0, [0 if node.attrs.get("transA") else 1])
 
 
 @mask_rule("Einsum")
-def mask_einsum(masks: Masks, node: Node) -> None:
+def mask_einsum(masks: MaskWriter, node: Node) -> None:
     equation = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
     if equation is not None:
         terms, right = equation
@@ -118,13 +118,13 @@ def gemm(tape: Tape, node: Node) -> Pull:
         return g.emit("Gemm", p, q, attrs={"alpha": alpha, "transA": tp, "transB": tq})
 
     def pull(dy: str) -> None:
-        if tape.wants(left):
-            tape.add(left, product(b, dy, tb, 1) if ta else product(dy, b, 0, 1 - tb))
-        if tape.wants(right):
-            tape.add(right, product(dy, a, 1, ta) if tb else product(a, dy, 1 - ta, 0))
-        if bias and tape.wants(bias):
-            dc = tape.reduced(dy, shape, tape.shape(bias))
-            tape.add(bias, g.emit("Mul", dc, g.scalar(beta)) if beta != 1 else dc)
+        if tape.needs_gradient(left):
+            tape.add_gradient(left, product(b, dy, tb, 1) if ta else product(dy, b, 0, 1 - tb))
+        if tape.needs_gradient(right):
+            tape.add_gradient(right, product(dy, a, 1, ta) if tb else product(a, dy, 1 - ta, 0))
+        if bias and tape.needs_gradient(bias):
+            dc = tape.sum_to_shape(dy, shape, tape.shape(bias))
+            tape.add_gradient(bias, g.emit("Mul", dc, g.scalar(beta)) if beta != 1 else dc)
 
     return pull
 
@@ -157,19 +157,19 @@ def matmul(tape: Tape, node: Node) -> Pull:
             dy = g.emit("Unsqueeze", dy, g.ints(*lost))
         matrix_a = g.emit("Unsqueeze", a, g.ints(0)) if row else a
         matrix_b = g.emit("Unsqueeze", b, g.ints(1)) if column else b
-        if tape.wants(left):
+        if tape.needs_gradient(left):
             da = g.emit("MatMul", dy, transpose_last(matrix_b, len(fb)))
-            da = tape.reduced(da, (*shape[:-2], *fa[-2:]), fa)
-            tape.add(left, g.emit("Squeeze", da, g.ints(0)) if row else da)
-        if tape.wants(right):
+            da = tape.sum_to_shape(da, (*shape[:-2], *fa[-2:]), fa)
+            tape.add_gradient(left, g.emit("Squeeze", da, g.ints(0)) if row else da)
+        if tape.needs_gradient(right):
             if len(fb) == 2 and len(fa) == len(shape):
                 # One product over all leading axes: far less work than one per position, summed.
                 db = g.emit("Gemm", flatten_lead(matrix_a), flatten_lead(dy), attrs={"transA": 1})
             else:
                 # Batch axes that were broadcast are summed away below.
                 db = g.emit("MatMul", transpose_last(matrix_a, len(fa)), dy)
-                db = tape.reduced(db, (*shape[:-2], *fb[-2:]), fb)
-            tape.add(right, g.emit("Squeeze", db, g.ints(1)) if column else db)
+                db = tape.sum_to_shape(db, (*shape[:-2], *fb[-2:]), fb)
+            tape.add_gradient(right, g.emit("Squeeze", db, g.ints(1)) if column else db)
 
     return pull
 
@@ -179,7 +179,7 @@ def einsum(tape: Tape, node: Node) -> Pull:
     """A sum of products by an equation; each factor's gradient is the sum of products of dy and the other factors."""
     g, names = tape.graph, node.inputs
     values, shapes = [tape.value(n) for n in names], [tape.shape(n) for n in names]
-    terms, out = _equation(node, [len(s) for s in shapes])
+    terms, out = _full_equation(node, [len(s) for s in shapes])
     sizes: dict[str, Dim] = {}
     for term, shape in zip(terms, shapes, strict=True):
         if len(set(term)) < len(term):
@@ -194,7 +194,7 @@ def einsum(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         for i, name in enumerate(names):
-            if not tape.wants(name):
+            if not tape.needs_gradient(name):
                 continue
             other_factors = [(terms[j], values[j]) for j in range(len(names)) if j != i]
             # Letters that no other factor and no output has are summed over this factor alone.
@@ -204,7 +204,7 @@ def einsum(tape: Tape, node: Node) -> Pull:
             back = f"{','.join(t for t, _ in factors)}->{letters}"
             gradient = g.emit("Einsum", *[v for _, v in factors], attrs={"equation": back})
             product_shape = tuple(sizes[c] for c in letters)
-            gradient = tape.reduced(
+            gradient = tape.sum_to_shape(
                 gradient, product_shape, tuple(d for c, d in zip(terms[i], shapes[i], strict=True) if c in covered)
             )
             lost = [k for k, c in enumerate(terms[i]) if c not in covered]
@@ -212,12 +212,12 @@ def einsum(tape: Tape, node: Node) -> Pull:
                 # Summed over by itself: every element gets the same.
                 gradient = g.emit("Unsqueeze", gradient, g.ints(*lost))
                 gradient = g.emit("Expand", gradient, tape.shape_of(values[i]))
-            tape.add(name, gradient)
+            tape.add_gradient(name, gradient)
 
     return pull
 
 
-def _equation(node: Node, ranks: list[int]) -> tuple[list[str], str]:
+def _full_equation(node: Node, ranks: list[int]) -> tuple[list[str], str]:
     """The terms of an einsum with a letter for each axis, those of an ellipsis included."""
     text = str(node.attrs["equation"]).replace(" ", "")
     left, arrow, out = text.partition("->")

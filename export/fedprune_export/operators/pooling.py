@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.conv_geometry import Window, leftovers, operator_attrs, window
+from fedprune_export.autodiff.conv_geometry import Window, leftover_rows, operator_attrs, window
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import still
+from fedprune_export.channels.atoms import fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import BOTH, INPUT, gradient_reads
@@ -22,21 +22,21 @@ gradient_reads(BOTH, "MaxPool")
 @channel_rule("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 def pooling_channels(channels: Channels, node: Node) -> None:
     """Channels pass and spatial axes stay. If indices of maxima are an output, channels stay: these count them."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     pools_channels = any(row.any() for row in x[2:])
     if pools_channels or (len(node.outputs) > 1 and node.outputs[1]):
         channels.fix(x)
-        channels.still_outputs(node)
+        channels.fix_outputs(node)
         return
     shape = channels.shape(node.outputs[0])
-    channels.out(node, [x[0], x[1], *(still(n) for n in shape[2:])])
+    channels.set_output(node, [x[0], x[1], *(fixed_row(n) for n in shape[2:])])
 
 
 def _kernel(node: Node) -> tuple[int, ...]:
     return tuple(int(k) for k in node.attrs["kernel_shape"])
 
 
-def _upsampled(g: Graph, value: str, factors: tuple[int, ...]) -> str:
+def _upsample(g: Graph, value: str, factors: tuple[int, ...]) -> str:
     """Repeat every element to a block."""
     attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     scales = g.constant([1.0, 1.0, *map(float, factors)], np.float32)
@@ -59,11 +59,11 @@ def max_pool(tape: Tape, node: Node) -> Pull:
         "dilations": list(w.dilations),
     }
     out: Shape = (*shape[:2], *w.output)
-    if not tape.wants(name):
+    if not tape.needs_gradient(name):
         tape.enter(node.outputs[0], g.emit("MaxPool", x, attrs=attrs), out)
         return lambda dy: None
     # Windows side by side on at most two axes: a Resize repeats each result over its window.
-    if w.tiles and len(w.sizes) < 3:
+    if w.is_tiling and len(w.sizes) < 3:
         y = g.emit("MaxPool", x, attrs=attrs)
         tape.enter(node.outputs[0], y, out)
         before = tape.producer(name)
@@ -71,10 +71,10 @@ def max_pool(tape: Tape, node: Node) -> Pull:
 
         def pull_tiled(dy: str) -> None:
             if before is None or not follows:
-                tape.add(name, tiled_gradient(g, w, x, y, dy))
+                tape.add_gradient(name, tiled_gradient(g, w, x, y, dy))
                 return
             # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked, not the large one.
-            tape.add(before.inputs[0], tiled_gradient(g, w, x, y, where_positive(tape, dy, y)))
+            tape.add_gradient(before.inputs[0], tiled_gradient(g, w, x, y, where_positive(tape, dy, y)))
 
         return pull_tiled
     y, indices = g.emit_many("MaxPool", x, outputs=2, attrs=attrs)
@@ -86,7 +86,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
         zeros = g.emit("ConstantOfShape", tape.shape_of(flat))
         flat_indices, gradients = g.emit("Reshape", indices, g.ints(-1)), g.emit("Reshape", dy, g.ints(-1))
         spread = g.emit("ScatterElements", zeros, flat_indices, gradients, attrs={"axis": 0, "reduction": "add"})
-        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+        tape.add_gradient(name, g.emit("Reshape", spread, tape.shape_of(x)))
 
     return pull
 
@@ -99,11 +99,11 @@ def tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
     """
     marks = np.arange(math.prod(w.kernel), 0, -1, dtype=np.float32).reshape(w.kernel)
     tiled = np.tile(marks, w.output)[None, None]
-    candidate = g.emit("Equal", x, _upsampled(g, y, w.kernel))
+    candidate = g.emit("Equal", x, _upsample(g, y, w.kernel))
     mark = g.emit("Where", candidate, g.constant(tiled, np.float32), g.scalar(0))
     attrs = {"kernel_shape": list(w.kernel), "strides": list(w.strides)}
-    best = _upsampled(g, g.emit("MaxPool", mark, attrs=attrs), w.kernel)
-    return g.emit("Where", g.emit("Equal", mark, best), _upsampled(g, dy, w.kernel), g.scalar(0))
+    best = _upsample(g, g.emit("MaxPool", mark, attrs=attrs), w.kernel)
+    return g.emit("Where", g.emit("Equal", mark, best), _upsample(g, dy, w.kernel), g.scalar(0))
 
 
 @gradient_rule("GlobalMaxPool")
@@ -120,7 +120,7 @@ def global_max_pool(tape: Tape, node: Node) -> Pull:
         index = g.emit("ArgMax", flat, attrs={"axis": 2, "keepdims": 1})
         is_maximum = g.emit("Equal", index, g.constant(np.arange(area)[None, None], np.int64))
         spread = g.emit("Where", is_maximum, g.emit("Reshape", dy, g.ints(0, 0, 1)), g.scalar(0))
-        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+        tape.add_gradient(name, g.emit("Reshape", spread, tape.shape_of(x)))
 
     return pull
 
@@ -137,7 +137,7 @@ def average_pool(tape: Tape, node: Node) -> Pull:
     if any(d != 1 for d in w.dilations):
         raise ModelError(f"{describe(node)}: dilation of an average", hint="Use a convolution.")
     counted = bool(node.attrs.get("count_include_pad", 0))
-    g, counts = tape.graph, _counts(w, counted)
+    g, counts = tape.graph, _window_counts(w, counted)
     beyond = any(w.overhang)
     attrs = {
         "kernel_shape": list(w.kernel),
@@ -153,7 +153,7 @@ def average_pool(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         share = g.emit("Mul", dy, g.constant(1 / counts[None, None], np.float32))
-        tape.add(name, _spread(tape, w, x, share))
+        tape.add_gradient(name, _spread(tape, w, x, share))
 
     return pull
 
@@ -161,16 +161,16 @@ def average_pool(tape: Tape, node: Node) -> Pull:
 def _spread(tape: Tape, w: Window, x: str, share: str) -> str:
     """For every position of x the sum over the windows that contain it."""
     g = tape.graph
-    if w.tiles and len(w.sizes) < 3:
-        return _upsampled(g, share, w.kernel)
+    if w.is_tiling and len(w.sizes) < 3:
+        return _upsample(g, share, w.kernel)
     # Channels join the batch: one kernel of ones then serves any number of them.
     rows = g.emit("Reshape", share, g.ints(-1, 1, *w.output))
     ones = g.constant(np.ones((1, 1, *w.kernel)), np.float32)
-    spread = g.emit("ConvTranspose", rows, ones, attrs={**operator_attrs(w), "output_padding": leftovers(w)})
+    spread = g.emit("ConvTranspose", rows, ones, attrs={**operator_attrs(w), "output_padding": leftover_rows(w)})
     return g.emit("Reshape", spread, tape.shape_of(x))
 
 
-def _counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _window_counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     total = np.ones(w.output)
     for axis, (size, k, stride, pad, out) in enumerate(
         zip(w.sizes, w.kernel, w.strides, w.pads, w.output, strict=True)

@@ -15,11 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
-from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 gradient_reads(INPUT, "LSTM", "GRU", "RNN")
@@ -33,36 +33,36 @@ def recurrent_channels(channels: Channels, node: Node) -> None:
     """Tie the gates' rows to the hidden units. Both directions lose the same units: they share one hidden size."""
     if node.attrs.get("layout", 0):
         channels.fix_inputs(node)
-        channels.still_outputs(node)
+        channels.fix_outputs(node)
         channels.notes.append(f"{node.op} {node.name} has the batch first: its channels stay.")
         return
     gates = _GATES[node.op]
-    x, weight, recurrence = (channels.of(node, i) for i in range(3))
+    x, weight, recurrence = (channels.input_rows(node, i) for i in range(3))
     hidden = recurrence[2]
     channels.atoms.tie(weight[2], x[2])
     channels.atoms.tie(weight[1].reshape(gates, -1), hidden)
     channels.atoms.tie(recurrence[1].reshape(gates, -1), hidden)
     # Bias, lengths of the sequences, first states, peepholes: what is left are directions, steps and samples.
     for i, rows in ((3, 2 * gates), (5, 1), (6, 1), (7, 3)):
-        if channels.has(node, i):
-            *lead_axes, units = channels.of(node, i)
+        if channels.has_input(node, i):
+            *lead_axes, units = channels.input_rows(node, i)
             channels.atoms.tie(units.reshape(rows, -1), hidden)
             channels.fix(lead_axes)
     channels.fix([weight[0], recurrence[0], x[0], x[1]])
     for i, name in enumerate(node.outputs):
         if name:
-            lead: list[AtomRow] = [still(n) for n in channels.shape(name)[:-1]]
-            channels.out(node, [*lead, hidden], i)
+            lead: list[AtomRow] = [fixed_row(n) for n in channels.shape(name)[:-1]]
+            channels.set_output(node, [*lead, hidden], i)
 
 
 @rewrite("LSTM", "GRU", "RNN")
 def recurrent_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Set the hidden size to the columns that the recurrence has left."""
-    node.attrs["hidden_size"] = sizes.after(node.inputs[2])[2]
+    node.attrs["hidden_size"] = sizes.cut_sizes(node.inputs[2])[2]
 
 
 @mask_rule("LSTM", "GRU", "RNN")
-def mask_recurrent(masks: Masks, node: Node) -> None:
+def mask_recurrent(masks: MaskWriter, node: Node) -> None:
     """The input's channels, and the hidden units that the recurrence reads."""
     masks.apply(node, 0, [2])
     masks.apply(node, 2, [2])
@@ -138,50 +138,50 @@ class Direction:
     """One direction of a layer.
 
     Attributes:
-        turned: Whether it runs from the last step to the first.
+        is_reversed: Whether it runs from the last step to the first.
         weight: [gates · H, I].
         recurrence: [gates · H, H].
         bias: Biases of the input's and of the recurrence's part, [gates · H] each, or none.
         states: Initial states, [N, H] each.
         activation: The activation of a plain layer.
-        kept: Values of the forward pass that the backward pass reads.
+        forward_values: Values of the forward pass that the backward pass reads.
     """
 
     g: Graph
-    turned: bool
+    is_reversed: bool
     weight: str
     recurrence: str
     bias: list[str]
     states: list[str]
     activation: str
-    kept: dict[str, str] = field(default_factory=dict)
+    forward_values: dict[str, str] = field(default_factory=dict)
 
-    def projected(self, x: str, *, both: bool = True) -> str:
+    def input_projection(self, x: str, *, both: bool = True) -> str:
         """The gates' part that depends on the input, with its bias; `both` adds the recurrence's bias as well."""
         g = self.g
-        out = g.emit("MatMul", x, turned(g, self.weight))
+        out = g.emit("MatMul", x, transpose_matrix(g, self.weight))
         if not self.bias:
             return out
         return g.emit("Add", out, g.emit("Add", *self.bias) if both else self.bias[0])
 
-    def before(self, sequence: str, initial: str) -> str:
+    def states_before(self, sequence: str, initial: str) -> str:
         """The states that each step started from: [T, N, H]."""
         g = self.g
         start = g.emit("Unsqueeze", initial, g.ints(0))
-        if self.turned:
+        if self.is_reversed:
             rest = g.emit("Slice", sequence, g.ints(1), g.ints(2**31), g.ints(0))
             return g.emit("Concat", rest, start, attrs={"axis": 0})
         rest = g.emit("Slice", sequence, g.ints(0), g.ints(-1), g.ints(0))
         return g.emit("Concat", start, rest, attrs={"axis": 0})
 
 
-def turned(g: Graph, matrix: str) -> str:
+def transpose_matrix(g: Graph, matrix: str) -> str:
     return g.emit("Transpose", matrix, attrs={"perm": [1, 0]})
 
 
 def _lstm_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """i, o, f = σ, g = tanh of the gates; c' = f · c + i · g; h' = o · tanh(c')."""
-    recurrence = turned(direction.g, direction.recurrence)
+    recurrence = transpose_matrix(direction.g, direction.recurrence)
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         gates = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
@@ -193,17 +193,19 @@ def _lstm_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
         h = body.emit("Mul", o, t)
         return [h, c], [h, c, i, o, f, n, t]
 
-    last, sequences = scan(direction.g, direction.states, [direction.projected(x)], step, backwards=direction.turned)
-    direction.kept = dict(zip("hciofnt", sequences, strict=True))
+    last, sequences = scan(
+        direction.g, direction.states, [direction.input_projection(x)], step, backwards=direction.is_reversed
+    )
+    direction.forward_values = dict(zip("hciofnt", sequences, strict=True))
     return sequences[0], last
 
 
 def _lstm_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """With dh = dy + (what comes back): dc = dh · o · (1 − t²) + (what comes back); all gates' gradients follow."""
-    g, values = direction.g, direction.kept
+    g, values = direction.g, direction.forward_values
     previous_h, previous_c = (
-        direction.before(values["h"], direction.states[0]),
-        direction.before(values["c"], direction.states[1]),
+        direction.states_before(values["h"], direction.states[0]),
+        direction.states_before(values["c"], direction.states[1]),
     )
     h_to_c = g.emit("Mul", values["o"], _tanh_slope(g, values["t"]))
     # What the gradients of c, h, c, c are multiplied by for the four gates.
@@ -224,13 +226,13 @@ def _lstm_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
         return [body.emit("MatMul", gates, direction.recurrence), body.emit("Mul", dc, forget)], [gates]
 
     sliced = [h_to_c, slopes, values["f"], *([dy] if dy else [])]
-    states, (gates,) = scan(g, last, sliced, step, backwards=not direction.turned)
+    states, (gates,) = scan(g, last, sliced, step, backwards=not direction.is_reversed)
     return Backward(gates, [(gates, previous_h)], states)
 
 
 def _gru_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """z, r = σ, n = tanh(input part + r · recurrent part); h' = n + z · (h − n)."""
-    recurrence = turned(direction.g, direction.recurrence)
+    recurrence = transpose_matrix(direction.g, direction.recurrence)
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         (h,) = states
@@ -248,16 +250,20 @@ def _gru_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
         return [after], [after, z, r, n, recurrent_gates[2]]
 
     last, sequences = scan(
-        direction.g, direction.states, [direction.projected(x, both=False)], step, backwards=direction.turned
+        direction.g,
+        direction.states,
+        [direction.input_projection(x, both=False)],
+        step,
+        backwards=direction.is_reversed,
     )
-    direction.kept = dict(zip("hzrnq", sequences, strict=True))
+    direction.forward_values = dict(zip("hzrnq", sequences, strict=True))
     return sequences[0], last
 
 
 def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """Every gate's gradient is dh times a factor that is computed before the loop."""
-    g, values = direction.g, direction.kept
-    previous = direction.before(values["h"], direction.states[0])
+    g, values = direction.g, direction.forward_values
+    previous = direction.states_before(values["h"], direction.states[0])
     update = g.emit("Mul", g.emit("Sub", previous, values["n"]), _sigmoid_slope(g, values["z"]))
     hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), values["z"]), _tanh_slope(g, values["n"]))
     reset = g.emit("Mul", g.emit("Mul", hidden, values["q"]), _sigmoid_slope(g, values["r"]))
@@ -271,7 +277,7 @@ def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
         return [to_previous], [dh, gates]
 
     states, (dh, gates) = scan(
-        g, last, [slopes, values["z"], *([dy] if dy else [])], step, backwards=not direction.turned
+        g, last, [slopes, values["z"], *([dy] if dy else [])], step, backwards=not direction.is_reversed
     )
     inputs = g.emit("Concat", *[g.emit("Mul", dh, s) for s in (update, reset, hidden)], attrs={"axis": 2})
     return Backward(inputs, [(gates, previous)], states)
@@ -279,8 +285,8 @@ def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
 
 def _gru_early_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """The same with n = tanh(input part + (r · h) through the recurrence): the reset comes before the product."""
-    recurrence = turned(direction.g, direction.recurrence)
-    gating, hidden = _two_and_one(direction.g, recurrence, axis=1)
+    recurrence = transpose_matrix(direction.g, direction.recurrence)
+    gating, hidden = _split_gates(direction.g, recurrence, axis=1)
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         (h,) = states
@@ -293,16 +299,18 @@ def _gru_early_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
         after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
         return [after], [after, z, r, n]
 
-    last, sequences = scan(direction.g, direction.states, [direction.projected(x)], step, backwards=direction.turned)
-    direction.kept = dict(zip("hzrn", sequences, strict=True))
+    last, sequences = scan(
+        direction.g, direction.states, [direction.input_projection(x)], step, backwards=direction.is_reversed
+    )
+    direction.forward_values = dict(zip("hzrn", sequences, strict=True))
     return sequences[0], last
 
 
 def _gru_early_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """The hidden gate's gradient goes through its own product before it reaches the reset."""
-    g, values = direction.g, direction.kept
-    previous = direction.before(values["h"], direction.states[0])
-    gating, across = _two_and_one(g, direction.recurrence, axis=0)
+    g, values = direction.g, direction.forward_values
+    previous = direction.states_before(values["h"], direction.states[0])
+    gating, across = _split_gates(g, direction.recurrence, axis=0)
     update = g.emit("Mul", g.emit("Sub", previous, values["n"]), _sigmoid_slope(g, values["z"]))
     hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), values["z"]), _tanh_slope(g, values["n"]))
     reset = g.emit("Mul", previous, _sigmoid_slope(g, values["r"]))
@@ -319,12 +327,12 @@ def _gru_early_backward(direction: Direction, dy: str, last: list[str]) -> Backw
         return [body.emit("Add", back, body.emit("MatMul", gates, gating))], [gates, n]
 
     sliced = [update, hidden, reset, values["z"], values["r"], *([dy] if dy else [])]
-    states, (gates, n) = scan(g, last, sliced, step, backwards=not direction.turned)
+    states, (gates, n) = scan(g, last, sliced, step, backwards=not direction.is_reversed)
     both = g.emit("Concat", gates, n, attrs={"axis": 2})
     return Backward(both, [(gates, previous), (n, g.emit("Mul", values["r"], previous))], states)
 
 
-def _two_and_one(g: Graph, value: str, axis: int) -> tuple[str, str]:
+def _split_gates(g: Graph, value: str, axis: int) -> tuple[str, str]:
     """The first two gates, and the third."""
     first, second, third = g.emit_many("Split", value, outputs=3, attrs={"axis": axis})
     return g.emit("Concat", first, second, attrs={"axis": axis}), third
@@ -332,21 +340,23 @@ def _two_and_one(g: Graph, value: str, axis: int) -> tuple[str, str]:
 
 def _plain_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """h' = tanh or ReLU of the sum of both parts."""
-    recurrence = turned(direction.g, direction.recurrence)
+    recurrence = transpose_matrix(direction.g, direction.recurrence)
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         total = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
         h = body.emit(direction.activation, total)
         return [h], [h, total]
 
-    last, (h, total) = scan(direction.g, direction.states, [direction.projected(x)], step, backwards=direction.turned)
-    direction.kept = {"h": h, "total": total}
+    last, (h, total) = scan(
+        direction.g, direction.states, [direction.input_projection(x)], step, backwards=direction.is_reversed
+    )
+    direction.forward_values = {"h": h, "total": total}
     return h, last
 
 
 def _plain_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """The gate's gradient is dh · tanh'(total), or dh where the total is positive."""
-    g, h, total = direction.g, direction.kept["h"], direction.kept["total"]
+    g, h, total = direction.g, direction.forward_values["h"], direction.forward_values["total"]
     if direction.activation == "Tanh":
         # 4s / (1 + s)² with s = exp(−2 · |total|), because 1 − h² has few digits where h is nearly 1.
         s = g.emit("Exp", g.emit("Mul", g.emit("Abs", total), g.scalar(-2)))
@@ -359,8 +369,8 @@ def _plain_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
         gate = body.emit("Mul", body.emit("Add", states[0], slices[1]) if dy else states[0], slices[0])
         return [body.emit("MatMul", gate, direction.recurrence)], [gate]
 
-    states, (gate,) = scan(g, last, [slope, *([dy] if dy else [])], step, backwards=not direction.turned)
-    return Backward(gate, [(gate, direction.before(h, direction.states[0]))], states)
+    states, (gate,) = scan(g, last, [slope, *([dy] if dy else [])], step, backwards=not direction.is_reversed)
+    return Backward(gate, [(gate, direction.states_before(h, direction.states[0]))], states)
 
 
 def _sigmoid_slope(g: Graph, y: str) -> str:
@@ -403,20 +413,20 @@ class _Recurrent:
         self.inputs = [*node.inputs, *[""] * (8 - len(node.inputs))]
         self.outputs = [*node.outputs, *[""] * (3 - len(node.outputs))]
         self.count = 2 if node.attrs.get("direction") == "bidirectional" else 1
-        _check(node, self.inputs, self.count)
+        _check_trainable(node, self.inputs, self.count)
         self.steps, self.batch, _ = tape.shape(self.inputs[0])
         self.hidden = tape.shape(self.inputs[2])[2]
         # ONNX's default; PyTorch exports linear_before_reset = 1.
         early = node.op == "GRU" and not int(node.attrs.get("linear_before_reset", 0))
         self.forward, self.backward = CELLS["early GRU" if early else node.op]
         self.initial = self.inputs[5:7] if node.op == "LSTM" else self.inputs[5:6]
-        self.directions = self.parted()
+        self.directions = self.read_directions()
 
-    def parted(self) -> list[Direction]:
+    def read_directions(self) -> list[Direction]:
         g, tape, op = self.g, self.tape, self.node.op
-        weights, recurrences = (self.apart(tape.value(n), 0) for n in self.inputs[1:3])
-        biases = self.apart(tape.value(self.inputs[3]), 0) if self.inputs[3] else [""] * self.count
-        states = [self.apart(tape.value(n), 0) if n else [self.zeros()] * self.count for n in self.initial]
+        weights, recurrences = (self.split_directions(tape.value(n), 0) for n in self.inputs[1:3])
+        biases = self.split_directions(tape.value(self.inputs[3]), 0) if self.inputs[3] else [""] * self.count
+        states = [self.split_directions(tape.value(n), 0) if n else [self.zeros()] * self.count for n in self.initial]
         names = [str(a).title() for a in self.node.attrs.get("activations", [])] or ["Tanh"] * self.count
         kinds = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
         out = []
@@ -434,66 +444,70 @@ class _Recurrent:
         state: Shape = (count, self.batch, self.hidden)
         if self.outputs[0]:
             sequence: Shape = (self.steps, count, self.batch, self.hidden)
-            tape.enter(self.outputs[0], self.together([r[0] for r in runs], 1), sequence)
+            tape.enter(self.outputs[0], self.stack_directions([r[0] for r in runs], 1), sequence)
         for i, name in enumerate(self.outputs[1:]):
             if name:
-                tape.enter(name, self.together([r[1][i] for r in runs], 0), state)
+                tape.enter(name, self.stack_directions([r[1][i] for r in runs], 0), state)
         return self.pull
 
     def pull(self, dy: str | None, *dlast: str | None) -> None:
         g, tape = self.g, self.tape
         x = tape.value(self.inputs[0])
-        direction_gradients = self.apart(dy, 1) if dy else [""] * self.count
+        direction_gradients = self.split_directions(dy, 1) if dy else [""] * self.count
         dlasts = [*dlast, *[None] * (len(self.initial) - len(dlast))][: len(self.initial)]
-        lasts = [self.apart(v, 0) if v else [self.zeros()] * self.count for v in dlasts]
+        lasts = [self.split_directions(v, 0) if v else [self.zeros()] * self.count for v in dlasts]
         backs = [
             self.backward(d, direction_gradients[i], [last[i] for last in lasts]) for i, d in enumerate(self.directions)
         ]
-        if tape.wants(self.inputs[0]):
+        if tape.needs_gradient(self.inputs[0]):
             input_gradients = [
                 g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)
             ]
-            tape.add(
+            tape.add_gradient(
                 self.inputs[0], g.emit("Add", *input_gradients) if len(input_gradients) > 1 else input_gradients[0]
             )
-        if tape.wants(self.inputs[1]):
-            tape.add(self.inputs[1], self.together([self.contracted(b.inputs, x) for b in backs], 0))
-        if tape.wants(self.inputs[2]):
-            products = [[self.contracted(gates, h) for gates, h in b.recurrent] for b in backs]
-            tape.add(self.inputs[2], self.together([self.joined(p, 0) for p in products], 0))
-        if self.inputs[3] and tape.wants(self.inputs[3]):
-            sums = [[self.summed(b.inputs), *(self.summed(gates) for gates, _ in b.recurrent)] for b in backs]
-            tape.add(self.inputs[3], self.together([self.joined(s, 0) for s in sums], 0))
+        if tape.needs_gradient(self.inputs[1]):
+            tape.add_gradient(
+                self.inputs[1], self.stack_directions([self.weight_gradient(b.inputs, x) for b in backs], 0)
+            )
+        if tape.needs_gradient(self.inputs[2]):
+            products = [[self.weight_gradient(gates, h) for gates, h in b.recurrent] for b in backs]
+            tape.add_gradient(self.inputs[2], self.stack_directions([self.concat(p, 0) for p in products], 0))
+        if self.inputs[3] and tape.needs_gradient(self.inputs[3]):
+            sums = [
+                [self.bias_gradient(b.inputs), *(self.bias_gradient(gates) for gates, _ in b.recurrent)] for b in backs
+            ]
+            tape.add_gradient(self.inputs[3], self.stack_directions([self.concat(s, 0) for s in sums], 0))
         for i, name in enumerate(self.initial):
-            if name and tape.wants(name):
-                tape.add(name, self.together([b.states[i] for b in backs], 0))
+            if name and tape.needs_gradient(name):
+                tape.add_gradient(name, self.stack_directions([b.states[i] for b in backs], 0))
 
-    def contracted(self, gates: str, read: str) -> str:
+    def weight_gradient(self, gates: str, read: str) -> str:
         """The sum over steps and samples of the outer products."""
         left, right = (self.g.emit("Flatten", v, attrs={"axis": 2}) for v in (gates, read))
         return self.g.emit("Gemm", left, right, attrs={"transA": 1})
 
-    def summed(self, gates: str) -> str:
+    def bias_gradient(self, gates: str) -> str:
         return self.g.emit("ReduceSum", gates, self.g.ints(0, 1), attrs={"keepdims": 0})
 
     def zeros(self) -> str:
         return self.g.emit("ConstantOfShape", self.tape.sizes((self.batch, self.hidden)))
 
-    def apart(self, value: str, axis: int) -> list[str]:
+    def split_directions(self, value: str, axis: int) -> list[str]:
         """Split a value into its directions, which lie on an axis."""
         g = self.g
         pieces = g.emit_many("Split", value, outputs=2, attrs={"axis": axis}) if self.count > 1 else [value]
         return [g.emit("Squeeze", p, g.ints(axis)) for p in pieces]
 
-    def together(self, values: Sequence[str], axis: int) -> str:
+    def stack_directions(self, values: Sequence[str], axis: int) -> str:
         """Stack the directions of a value on an axis."""
-        return self.joined([self.g.emit("Unsqueeze", v, self.g.ints(axis)) for v in values], axis)
+        return self.concat([self.g.emit("Unsqueeze", v, self.g.ints(axis)) for v in values], axis)
 
-    def joined(self, values: Sequence[str], axis: int) -> str:
+    def concat(self, values: Sequence[str], axis: int) -> str:
         return self.g.emit("Concat", *values, attrs={"axis": axis}) if len(values) > 1 else values[0]
 
 
-def _check(node: Node, inputs: Sequence[str], count: int) -> None:
+def _check_trainable(node: Node, inputs: Sequence[str], count: int) -> None:
     """Refuse options of a layer that have no gradient rule, with a `ModelError`."""
     usual = list(_ACTIVATIONS[node.op]) * count
     activations = [str(a).title() for a in node.attrs.get("activations", usual)]

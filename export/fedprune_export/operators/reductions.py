@@ -10,21 +10,21 @@ import numpy as np
 from fedprune.core.errors import ModelError
 from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import still
+from fedprune_export.channels.atoms import fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
-from fedprune_export.operators.indexing import added_at
-from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.operators.indexing import scatter_add
+from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 
 gradient_reads(INPUT, "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
 
 # Reductions to which a channel that is zero adds nothing: cutting it is the same as masking it.
-ADDING = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
+ADDITIVE_REDUCTIONS = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
 
 
 @channel_rule(
-    *ADDING,
+    *ADDITIVE_REDUCTIONS,
     *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin"),
 )
 def reduction_channels(channels: Channels, node: Node) -> None:
@@ -33,26 +33,26 @@ def reduction_channels(channels: Channels, node: Node) -> None:
     There are two exceptions. A sum loses only channels that add nothing to it. And a mean that normalises weights is
     taken over what is kept of them, as a layer norm's is.
     """
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     axes = reduced_axes(channels, node)
-    if node.op not in ADDING and (node.op != "ReduceMean" or channels.follows_data(node)):
+    if node.op not in ADDITIVE_REDUCTIONS and (node.op != "ReduceMean" or channels.follows_data(node)):
         if any(x[a].any() for a in axes):
             channels.notes.append(f"{node.op} {node.name} reduces over channels: they stay.")
         channels.fix([x[a] for a in axes])
     if node.attrs.get("keepdims", 1):
-        channels.out(node, [still(1) if a in axes else x[a] for a in range(len(x))])
+        channels.set_output(node, [fixed_row(1) if a in axes else x[a] for a in range(len(x))])
     else:
-        channels.out(node, [x[a] for a in range(len(x)) if a not in axes])
+        channels.set_output(node, [x[a] for a in range(len(x)) if a not in axes])
 
 
 def reduced_axes(channels: Channels, node: Node) -> set[int]:
     """The axes that a node reduces."""
-    rank = len(channels.of(node, 0))
+    rank = len(channels.input_rows(node, 0))
     if node.op in ("ArgMax", "ArgMin"):
         return {int(node.attrs.get("axis", 0)) % rank}
     axes = node.attrs.get("axes")
-    if axes is None and channels.has(node, 1):
-        number = channels.number(node, 1)
+    if axes is None and channels.has_input(node, 1):
+        number = channels.constant_input(node, 1)
         axes = number.tolist() if number is not None else None
     return {int(a) % rank for a in (axes if axes else range(rank))}
 
@@ -60,11 +60,11 @@ def reduced_axes(channels: Channels, node: Node) -> set[int]:
 @channel_rule("CumSum", "TopK")
 def along_one_axis_channels(channels: Channels, node: Node) -> None:
     """Channels along the axis that is accumulated or sorted stay; other axes pass."""
-    x = list(channels.of(node, 0))
+    x = list(channels.input_rows(node, 0))
     if node.op == "TopK":
         axis: int | None = int(node.attrs.get("axis", -1))
     else:
-        number = channels.number(node, 1)
+        number = channels.constant_input(node, 1)
         axis = int(number[0]) if number is not None else None
     axes = set(range(len(x))) if axis is None else {axis % len(x)}
     if any(x[a].any() for a in axes):
@@ -73,11 +73,11 @@ def along_one_axis_channels(channels: Channels, node: Node) -> None:
     for i, name in enumerate(node.outputs):
         if name:
             shape = channels.shape(name)
-            channels.out(node, [still(shape[a]) if a in axes else row for a, row in enumerate(x)], i)
+            channels.set_output(node, [fixed_row(shape[a]) if a in axes else row for a, row in enumerate(x)], i)
 
 
-@mask_rule(*ADDING)
-def mask_sum(masks: Masks, node: Node) -> None:
+@mask_rule(*ADDITIVE_REDUCTIONS)
+def mask_sum(masks: MaskWriter, node: Node) -> None:
     rank = masks.rank(node.inputs[0])
     axes = node.attrs.get("axes")
     if axes is None and len(node.inputs) > 1 and node.inputs[1]:
@@ -86,11 +86,11 @@ def mask_sum(masks: Masks, node: Node) -> None:
 
 
 @mask_rule("ReduceMean")
-def mask_mean(masks: Masks, node: Node) -> bool:
+def mask_mean(masks: MaskWriter, node: Node) -> bool:
     """A mean over what is kept of a weight; over data no channels are lost."""
     rank = masks.rank(node.inputs[0])
     axes = sorted({int(a) % rank for a in node.attrs.get("axes", range(rank))})
-    axis_masks = {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None}
+    axis_masks = {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None}
     if not axis_masks:
         return False
     count = math.prod(float(axis_masks[a].sum()) if a in axis_masks else masks.length(node.inputs[0], a) for a in axes)
@@ -114,33 +114,33 @@ class Reduction:
         self.x, self.shape = tape.value(self.name), tape.shape(self.name)
         rank = len(self.shape)
         if axes is None:
-            values = tape.number(node, 1)
+            values = tape.required_constant(node, 1)
             raw = node.attrs.get("axes") if values is None else values.reshape(-1)
             if raw is not None and len(raw):
                 axes = sorted({int(a) % rank for a in raw})
             else:
                 axes = [] if int(node.attrs.get("noop_with_empty_axes", 0)) else list(range(rank))
         self.axes = axes
-        self.keep = bool(node.attrs.get("keepdims", 1))
-        self.kept: Shape = tuple(1 if i in axes else d for i, d in enumerate(self.shape))
-        self.out = self.kept if self.keep else tuple(d for i, d in enumerate(self.shape) if i not in axes)
+        self.keeps_axes = bool(node.attrs.get("keepdims", 1))
+        self.kept_shape: Shape = tuple(1 if i in axes else d for i, d in enumerate(self.shape))
+        self.out = self.kept_shape if self.keeps_axes else tuple(d for i, d in enumerate(self.shape) if i not in axes)
 
     def write(self, *, keep: bool | None = None) -> str:
         """Write the reduction. It is entered as the output where `keep` is what the node has."""
-        y = self.reduced(self.node.op, self.x, keep=self.keep if keep is None else keep)
-        if keep is None or keep == self.keep:
+        y = self.reduce(self.node.op, self.x, keep=self.keeps_axes if keep is None else keep)
+        if keep is None or keep == self.keeps_axes:
             self.tape.enter(self.node.outputs[0], y, self.out)
         return y
 
     def write_kept(self) -> str:
         """Write the reduction with its axes kept, as the gradient needs it, and make the output of that."""
         y = self.write(keep=True)
-        if not self.keep:
+        if not self.keeps_axes:
             out = self.g.emit("Squeeze", y, self.g.ints(*self.axes)) if self.axes else y
             self.tape.enter(self.node.outputs[0], out, self.out)
         return y
 
-    def reduced(self, op: str, value: str, *, keep: bool = True) -> str:
+    def reduce(self, op: str, value: str, *, keep: bool = True) -> str:
         """Reduce a value of the input's shape over the same axes."""
         if not self.axes:
             return self.g.emit("Identity", value)
@@ -148,9 +148,9 @@ class Reduction:
             return self.g.emit(op, value, self.g.ints(*self.axes), attrs={"keepdims": int(keep)})
         return self.g.emit(op, value, attrs={"axes": self.axes, "keepdims": int(keep)})
 
-    def opened(self, dy: str) -> str:
+    def with_reduced_axes(self, dy: str) -> str:
         """The output's gradient with the reduced axes as 1, so that it broadcasts."""
-        if self.keep or not self.axes:
+        if self.keeps_axes or not self.axes:
             return dy
         return self.g.emit("Unsqueeze", dy, self.g.ints(*self.axes))
 
@@ -160,10 +160,10 @@ class Reduction:
 
     def share(self, value: str) -> str:
         """A value divided by how many elements are reduced to one."""
-        return divided(self.tape, value, [self.shape[a] for a in self.axes])
+        return divide_by_size(self.tape, value, [self.shape[a] for a in self.axes])
 
 
-def divided(tape: Tape, value: str, dims: Sequence[Dim]) -> str:
+def divide_by_size(tape: Tape, value: str, dims: Sequence[Dim]) -> str:
     """A float value divided by the product of these dimensions, at run time where it varies."""
     g, count = tape.graph, tape.product(dims)
     # A product is cheaper than a quotient, and the constant is known.
@@ -178,18 +178,18 @@ def count_of(tape: Tape, dims: Sequence[Dim]) -> str:
     if isinstance(count, int):
         return g.scalar(count)
     if g.unit == CUDA:
-        return _summed_ones(g, tape.size(count), keep=True)
+        return _count_on_gpu(g, tape.size(count), keep=True)
     return g.emit("Cast", tape.size(count), attrs={"to": 1})
 
 
 def elements_of(g: Graph, value: str) -> str:
     """The number of a value's elements, as float32 of shape []."""
     if g.unit == CUDA:
-        return _summed_ones(g, g.emit("Shape", value), keep=False)
+        return _count_on_gpu(g, g.emit("Shape", value), keep=False)
     return g.emit("Cast", g.emit("Size", value), attrs={"to": 1})
 
 
-def _summed_ones(g: Graph, shape: str, *, keep: bool) -> str:
+def _count_on_gpu(g: Graph, shape: str, *, keep: bool) -> str:
     """A number of elements, computed on the GPU.
 
     onnxruntime keeps sizes in the processor's memory. A float that follows from one would be copied to the GPU in every
@@ -212,7 +212,7 @@ def _reduction(*operators: str, keeps_axes: bool = False) -> Callable[[Gradient]
         def function(tape: Tape, node: Node) -> Pull:
             reduction = Reduction(tape, node)
             y = reduction.write_kept() if keeps_axes else reduction.write()
-            return lambda dy: tape.add(reduction.name, gradient(reduction, y, dy))
+            return lambda dy: tape.add_gradient(reduction.name, gradient(reduction, y, dy))
 
         function.__doc__ = gradient.__doc__
         gradient_rule(*operators)(function)
@@ -224,7 +224,7 @@ def _reduction(*operators: str, keeps_axes: bool = False) -> Callable[[Gradient]
 @_reduction("ReduceSum")
 def _total(r: Reduction, y: str, dy: str) -> str:
     """A sum over any axes; every element gets dy."""
-    return r.spread(r.opened(dy))
+    return r.spread(r.with_reduced_axes(dy))
 
 
 @gradient_rule("ReduceMean", "GlobalAveragePool")
@@ -232,17 +232,17 @@ def mean(tape: Tape, node: Node) -> Pull:
     """The mean over any axes, channels as well (counted at run time); the gradient is spread evenly."""
     pooled = node.op == "GlobalAveragePool"
     r = Reduction(tape, node, list(range(2, len(tape.shape(node.inputs[0])))) if pooled else None)
-    y = r.reduced("ReduceMean", r.x, keep=r.keep)
+    y = r.reduce("ReduceMean", r.x, keep=r.keeps_axes)
     tape.enter(node.outputs[0], y, r.out)
-    return lambda dy: tape.add(r.name, r.spread(r.share(r.opened(dy))))
+    return lambda dy: tape.add_gradient(r.name, r.spread(r.share(r.with_reduced_axes(dy))))
 
 
 @_reduction("ReduceMax", "ReduceMin", keeps_axes=True)
 def _extreme(r: Reduction, y: str, dy: str) -> str:
     """The largest or smallest number along axes; equals share the gradient, as in torch's amax."""
     best = r.g.emit("Equal", r.x, y)
-    count = r.reduced("ReduceSum", r.g.emit("Cast", best, attrs={"to": 1}))
-    return r.g.emit("Where", best, r.g.emit("Div", r.opened(dy), count), r.g.scalar(0))
+    count = r.reduce("ReduceSum", r.g.emit("Cast", best, attrs={"to": 1}))
+    return r.g.emit("Where", best, r.g.emit("Div", r.with_reduced_axes(dy), count), r.g.scalar(0))
 
 
 @_reduction("ReduceProd")
@@ -251,19 +251,19 @@ def _product(r: Reduction, y: str, dy: str) -> str:
     g = r.g
     nothing = g.emit("Equal", r.x, g.scalar(0))
     factors = g.emit("Where", nothing, g.scalar(1), r.x)
-    full_product = r.reduced("ReduceProd", factors)
-    zeros = r.reduced("ReduceSum", g.emit("Cast", nothing, attrs={"to": 1}))
+    full_product = r.reduce("ReduceProd", factors)
+    zeros = r.reduce("ReduceSum", g.emit("Cast", nothing, attrs={"to": 1}))
     # With one zero only that element has a gradient; with two nobody has.
     none, one = (g.emit("Equal", zeros, g.scalar(n)) for n in (0, 1))
     at_zero = g.emit("Where", g.emit("And", nothing, one), full_product, g.scalar(0))
     slope = g.emit("Where", none, g.emit("Div", full_product, factors), at_zero)
-    return g.emit("Mul", r.opened(dy), slope)
+    return g.emit("Mul", r.with_reduced_axes(dy), slope)
 
 
 @_reduction("ReduceL1")
 def _absolute_sum(r: Reduction, y: str, dy: str) -> str:
     """The sum of absolute values; dx = dy · sign(x)."""
-    return r.g.emit("Mul", r.opened(dy), r.g.emit("Sign", r.x))
+    return r.g.emit("Mul", r.with_reduced_axes(dy), r.g.emit("Sign", r.x))
 
 
 @_reduction("ReduceL2", keeps_axes=True)
@@ -271,20 +271,20 @@ def _length(r: Reduction, y: str, dy: str) -> str:
     """The Euclidean length; dx = dy · x / y, and 0 where the length is."""
     g = r.g
     nothing = g.emit("Equal", y, g.scalar(0))
-    share = g.emit("Div", r.opened(dy), g.emit("Where", nothing, g.scalar(1), y))
+    share = g.emit("Div", r.with_reduced_axes(dy), g.emit("Where", nothing, g.scalar(1), y))
     return g.emit("Mul", r.x, share)
 
 
 @_reduction("ReduceSumSquare")
 def _squares(r: Reduction, y: str, dy: str) -> str:
     """The sum of squares; dx = 2 · dy · x."""
-    return r.g.emit("Mul", r.g.emit("Mul", r.opened(dy), r.g.scalar(2)), r.x)
+    return r.g.emit("Mul", r.g.emit("Mul", r.with_reduced_axes(dy), r.g.scalar(2)), r.x)
 
 
 @_reduction("ReduceLogSum")
 def _logarithm_of_sum(r: Reduction, y: str, dy: str) -> str:
     """The logarithm of a sum; dx = dy / Σx."""
-    return r.spread(r.g.emit("Div", r.opened(dy), r.reduced("ReduceSum", r.x)))
+    return r.spread(r.g.emit("Div", r.with_reduced_axes(dy), r.reduce("ReduceSum", r.x)))
 
 
 @gradient_rule("ReduceLogSumExp")
@@ -293,25 +293,27 @@ def log_sum_exp(tape: Tape, node: Node) -> Pull:
     r = Reduction(tape, node)
     g = tape.graph
     # Less the largest number, no exponential is infinite.
-    top = r.reduced("ReduceMax", r.x)
-    rest = g.emit("Log", r.reduced("ReduceSum", g.emit("Exp", g.emit("Sub", r.x, top))))
+    top = r.reduce("ReduceMax", r.x)
+    rest = g.emit("Log", r.reduce("ReduceSum", g.emit("Exp", g.emit("Sub", r.x, top))))
     y = g.emit("Add", top, rest)
-    out = y if r.keep or not r.axes else g.emit("Squeeze", y, g.ints(*r.axes))
+    out = y if r.keeps_axes or not r.axes else g.emit("Squeeze", y, g.ints(*r.axes))
     tape.enter(node.outputs[0], out, r.out)
-    return lambda dy: tape.add(r.name, g.emit("Mul", r.opened(dy), g.emit("Exp", g.emit("Sub", r.x, y))))
+    return lambda dy: tape.add_gradient(
+        r.name, g.emit("Mul", r.with_reduced_axes(dy), g.emit("Exp", g.emit("Sub", r.x, y)))
+    )
 
 
 @gradient_rule("CumSum")
 def running_sum(tape: Tape, node: Node) -> Pull:
     """A running sum along an axis; the gradient is the running sum from the other end."""
     name, g = node.inputs[0], tape.graph
-    axis = tape.number(node, 1)
+    axis = tape.required_constant(node, 1)
     if axis is None:
         raise ModelError(f"{describe(node)}: no axis")
     axis_name = g.constant(int(axis.reshape(-1)[0]), "int64")
     tape.enter(node.outputs[0], g.emit("CumSum", tape.value(name), axis_name, attrs=node.attrs), tape.shape(name))
     back = {**node.attrs, "reverse": 1 - int(node.attrs.get("reverse", 0))}
-    return lambda dy: tape.add(name, g.emit("CumSum", dy, axis_name, attrs=back))
+    return lambda dy: tape.add_gradient(name, g.emit("CumSum", dy, axis_name, attrs=back))
 
 
 @gradient_rule("ArgMax", "ArgMin")
@@ -325,17 +327,17 @@ def place_of_extreme(tape: Tape, node: Node) -> None:
     tape.enter(node.outputs[0], tape.graph.emit(node.op, tape.value(name), attrs=node.attrs), out)
 
 
-def summed(g: Graph, value: str, axes: list[int], *, keep: bool = True) -> str:
+def sum_axes(g: Graph, value: str, axes: list[int], *, keep: bool = True) -> str:
     return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": int(keep)})
 
 
 @gradient_rule("TopK")
-def largest(tape: Tape, node: Node) -> Pull:
+def top_k(tape: Tape, node: Node) -> Pull:
     """The largest or smallest elements along a fixed axis; each gradient goes back to the element's index."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     axis = int(node.attrs.get("axis", -1)) % len(shape)
-    count = tape.number(node, 1)
+    count = tape.required_constant(node, 1)
     if count is None:
         raise ModelError(f"{describe(node)}: no count")
     # How many are the largest is a fixed number, so their axis has to be fixed, too.
@@ -349,6 +351,6 @@ def largest(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str | None, *_: object) -> None:
         if dy:
-            tape.add(name, added_at(tape, x, indices, dy, axis))
+            tape.add_gradient(name, scatter_add(tape, x, indices, dy, axis))
 
     return pull

@@ -14,49 +14,51 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.axis_matrix import Matrix, axis_matrix
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.operators.indexing import counted
+from fedprune_export.operators.indexing import index_range
 
 
 @channel_rule("Resize", "Upsample", "GridSample")
 def resample_channels(channels: Channels, node: Node) -> None:
     """Batch and channels pass; spatial axes stay."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     channels.fix_inputs(node, 1)
     shape = channels.shape(node.outputs[0])
     resized = node.op == "Resize" and node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     passed = [i < 2 and not resized and row.size == n for i, (row, n) in enumerate(zip(x, shape, strict=True))]
     channels.fix([row for row, passes in zip(x, passed, strict=True) if not passes])
-    channels.out(node, [row if passes else still(n) for row, n, passes in zip(x, shape, passed, strict=True)])
+    channels.set_output(
+        node, [row if passes else fixed_row(n) for row, n, passes in zip(x, shape, passed, strict=True)]
+    )
 
 
 @channel_rule("DepthToSpace")
 def depth_to_space_channels(channels: Channels, node: Node) -> None:
     """Tie the input channels of which an output channel is made: neighbours (CRD), or one of each part (DCR)."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     times = int(node.attrs["blocksize"]) ** 2
     channels.fix(x[2:])
     # CRD: the blocks of a channel lie side by side; DCR: all channels once per position.
     crd = node.attrs.get("mode", "DCR") == "CRD"
     blocks = x[1].reshape(-1, times) if crd else x[1].reshape(times, -1).T
     channels.atoms.tie(blocks, blocks[:, :1])
-    _spatial(channels, node, blocks[:, 0])
+    _set_spatial_output(channels, node, blocks[:, 0])
 
 
 @channel_rule("SpaceToDepth")
 def space_to_depth_channels(channels: Channels, node: Node) -> None:
     """The output has all channels once for every position of a block."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     channels.fix(x[2:])
-    _spatial(channels, node, np.tile(x[1], int(node.attrs["blocksize"]) ** 2))
+    _set_spatial_output(channels, node, np.tile(x[1], int(node.attrs["blocksize"]) ** 2))
 
 
-def _spatial(channels: Channels, node: Node, row: AtomRow) -> None:
+def _set_spatial_output(channels: Channels, node: Node, row: AtomRow) -> None:
     shape: Sequence[int] = channels.shape(node.outputs[0])
-    channels.out(node, [still(shape[0]), row, *(still(n) for n in shape[2:])])
+    channels.set_output(node, [fixed_row(shape[0]), row, *(fixed_row(n) for n in shape[2:])])
 
 
 @gradient_rule("Resize")
@@ -69,7 +71,7 @@ def resize(tape: Tape, node: Node) -> Pull:
     x, shape, g = tape.value(name), tape.shape(name), tape.graph
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         raise ModelError(f"{describe(node)} crops a region", expected="resizing of the whole map")
-    scales, sizes = tape.number(node, 2), tape.target_shape(node, 3)
+    scales, sizes = tape.required_constant(node, 2), tape.target_shape(node, 3)
     scales = scales if scales is not None and scales.size else None
     matrices: dict[int, Matrix] = {}
     for axis in range(len(shape)):
@@ -85,12 +87,12 @@ def resize(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit("Resize", x, *amounts, attrs=node.attrs), out)
 
     def pull(dy: str) -> None:
-        tape.add(name, _gathered(tape, dy, out, shape, matrices))
+        tape.add_gradient(name, _resize_gradient(tape, dy, out, shape, matrices))
 
     return pull
 
 
-def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int, Matrix]) -> str:
+def _resize_gradient(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int, Matrix]) -> str:
     """The gradient of the resized input: each axis multiplied by its transposed matrix."""
     g, rank = tape.graph, len(shape)
     repeats = [_repeats(matrices[a]) if a in matrices else 1 for a in range(2, rank)]
@@ -146,7 +148,7 @@ def space_and_depth(tape: Tape, node: Node) -> Pull:
             apart = g.emit("Reshape", dy, g.ints(0, 0, height, size, width, size))
             apart = g.emit("Transpose", apart, attrs={"perm": [0, 1, 3, 5, 2, 4]})
             dx = g.emit("Reshape", apart, g.ints(0, -1, height, width))
-        tape.add(name, dx)
+        tape.add_gradient(name, dx)
 
     return pull
 
@@ -181,20 +183,20 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
         flat = tape.reshape(positions, grid_shape, (rows, 2))
         across, down = g.emit_many("Split", flat, g.ints(1, 1), outputs=2, attrs={"axis": 1})
         aligned = bool(node.attrs.get("align_corners", 0))
-        axis_ends = [_ends(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
+        axis_ends = [_neighbours(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
         # Maps are flattened to one row per pixel: a sample's pixels begin at the row where its map does.
-        offsets = g.emit("Mul", counted(tape, shape[0]), g.ints(height * width))
+        offsets = g.emit("Mul", index_range(tape, shape[0]), g.ints(height * width))
         sample_offsets = g.emit(
             "Expand", g.emit("Unsqueeze", offsets, g.ints(1)), tape.sizes([1, tape.product(grid_shape[1:3])])
         )
         sample_offsets = tape.reshape(sample_offsets, (shape[0], tape.product(grid_shape[1:3])), (rows, 1))
         corners = list(product(*axis_ends))
         corner_indices = [
-            g.emit("Add", sample_offsets, g.emit("Add", g.emit("Mul", row.place, g.ints(width)), column.place))
+            g.emit("Add", sample_offsets, g.emit("Add", g.emit("Mul", row.index, g.ints(width)), column.index))
             for row, column in corners
         ]
         slopes = by_row(dy, out)
-        if tape.wants(name):
+        if tape.needs_gradient(name):
             shares = [g.emit("Mul", slopes, g.emit("Mul", row.weight, column.weight)) for row, column in corners]
             indices, added = (
                 g.emit("Concat", *v, attrs={"axis": 0}) if len(v) > 1 else v[0] for v in (corner_indices, shares)
@@ -202,8 +204,8 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
             zeros = g.emit("ConstantOfShape", tape.sizes([maps, shape[1]]))
             total = g.emit("ScatterND", zeros, indices, added, attrs={"reduction": "add"})
             total = tape.reshape(total, (maps, shape[1]), (shape[0], height, width, shape[1]))
-            tape.add(name, g.emit("Transpose", total, attrs={"perm": [0, 3, 1, 2]}))
-        if tape.wants(grid) and mode == "bilinear":
+            tape.add_gradient(name, g.emit("Transpose", total, attrs={"perm": [0, 3, 1, 2]}))
+        if tape.needs_gradient(grid) and mode == "bilinear":
             values, dgrid = by_row(x, shape), ["", ""]
             for (row, column), indices in zip(corners, corner_indices, strict=True):
                 value = g.emit("Gather", values, g.emit("Squeeze", indices, g.ints(1)), attrs={"axis": 0})
@@ -213,21 +215,21 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
                 ):
                     change = g.emit("Mul", product_sum, factor)
                     dgrid[direction] = g.emit("Add", dgrid[direction], change) if dgrid[direction] else change
-            tape.add(grid, tape.reshape(g.emit("Concat", *dgrid, attrs={"axis": 1}), (rows, 2), grid_shape))
+            tape.add_gradient(grid, tape.reshape(g.emit("Concat", *dgrid, attrs={"axis": 1}), (rows, 2), grid_shape))
 
     return pull
 
 
 @dataclass(frozen=True)
-class _End:
+class _Neighbour:
     """One of the neighbours of samples along an axis."""
 
-    place: str  # its index, moved into the map if it lies outside
+    index: str  # its index, moved into the map if it lies outside
     weight: str  # its share of the sample, 0 outside of the map
     slope: str  # the derivative of the weight with respect to the grid
 
 
-def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned: bool) -> list[_End]:
+def _neighbours(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned: bool) -> list[_Neighbour]:
     """The neighbours of samples along an axis with ends at −1 and 1: centres of pixels if `aligned`, else edges."""
     scale = (size - 1) / 2 if aligned else size / 2
     # In the order of onnxruntime and torch, so that a sample near a pixel's centre is on the same side of it.
@@ -236,26 +238,30 @@ def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned
         position = g.emit("Sub", position, g.scalar(0.5))
     slope = g.scalar(scale)
     if padding == "border":
-        is_within = _both(g, g.emit("Greater", position, g.scalar(0)), g.emit("Less", position, g.scalar(size - 1)))
+        is_within = _both_hold(
+            g, g.emit("Greater", position, g.scalar(0)), g.emit("Less", position, g.scalar(size - 1))
+        )
         slope = g.emit("Mul", is_within, slope)
         position = g.emit("Clip", position, g.scalar(0), g.scalar(size - 1))
     if mode == "nearest":
-        return [_end(g, g.emit("Round", position), size, g.scalar(1), "")]
+        return [_neighbour(g, g.emit("Round", position), size, g.scalar(1), "")]
     low = g.emit("Floor", position)
     share = g.emit("Sub", position, low)
     return [
-        _end(g, low, size, g.emit("Sub", g.scalar(1), share), g.emit("Neg", slope)),
-        _end(g, g.emit("Add", low, g.scalar(1)), size, share, slope),
+        _neighbour(g, low, size, g.emit("Sub", g.scalar(1), share), g.emit("Neg", slope)),
+        _neighbour(g, g.emit("Add", low, g.scalar(1)), size, share, slope),
     ]
 
 
-def _end(g: Graph, position: str, size: int, weight: str, slope: str) -> _End:
-    is_inside = _both(g, g.emit("Greater", position, g.scalar(-0.5)), g.emit("Less", position, g.scalar(size - 0.5)))
+def _neighbour(g: Graph, position: str, size: int, weight: str, slope: str) -> _Neighbour:
+    is_inside = _both_hold(
+        g, g.emit("Greater", position, g.scalar(-0.5)), g.emit("Less", position, g.scalar(size - 0.5))
+    )
     # 7 is int64. A neighbour outside the map is moved into it and has weight 0.
     index = g.emit("Cast", g.emit("Clip", position, g.scalar(0), g.scalar(size - 1)), attrs={"to": 7})
-    return _End(index, g.emit("Mul", weight, is_inside), g.emit("Mul", slope, is_inside) if slope else "")
+    return _Neighbour(index, g.emit("Mul", weight, is_inside), g.emit("Mul", slope, is_inside) if slope else "")
 
 
-def _both(g: Graph, first: str, second: str) -> str:
+def _both_hold(g: Graph, first: str, second: str) -> str:
     """1 where both hold, else 0."""
     return g.emit("Cast", g.emit("And", first, second), attrs={"to": 1})

@@ -9,41 +9,47 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import AtomRow, still
-from fedprune_export.channels.factors import Run, assignments, extents, factored, runs
-from fedprune_export.channels.rule import TARGETS, Channels, Rows, channel_rule
+from fedprune_export.channels.atoms import AtomRow, fixed_row
+from fedprune_export.channels.factors import AxisRun, assignments, axis_runs, extents, factor_run
+from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, Rows, channel_rule
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES
+from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
 @channel_rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape_channels(channels: Channels, node: Node) -> None:
     """Carry the atoms of each old axis along with its factors."""
-    x, target = channels.of(node, 0), channels.shape(node.outputs[0])
-    out: list[AtomRow] = [still(n) for n in target]
+    x, target = channels.input_rows(node, 0), channels.shape(node.outputs[0])
+    out: list[AtomRow] = [fixed_row(n) for n in target]
     if any(row.any() for row in x):
-        old, new = extents(channels.seen, node.inputs[0]), extents(channels.seen, node.outputs[0])
-        free = [d is None for d in channels.seen.dims(node.outputs[0])]
+        old, new = extents(channels.trace, node.inputs[0]), extents(channels.trace, node.outputs[0])
+        free = [d is None for d in channels.trace.dims(node.outputs[0])]
         if old is None or new is None:
-            _mixed(channels, node, x)
+            _fix_mixed_channels(channels, node, x)
         else:
-            for olds, news in runs(old, new):
-                _carry(channels, node, x, out, factored(olds, news, old, new), olds, free)
-    channels.out(node, out)
+            for olds, news in axis_runs(old, new):
+                _carry_atoms(channels, node, x, out, factor_run(olds, news, old, new), olds, free)
+    channels.set_output(node, out)
 
 
-def _carry(
-    channels: Channels, node: Node, x: Rows, out: list[AtomRow], run: Run | None, olds: list[int], free: Sequence[bool]
+def _carry_atoms(
+    channels: Channels,
+    node: Node,
+    x: Rows,
+    out: list[AtomRow],
+    run: AxisRun | None,
+    olds: list[int],
+    free: Sequence[bool],
 ) -> None:
     """Carry the atoms of a run's old axes to its new ones."""
     if not any(x[i].any() for i in olds):
         return
     if run is None:
-        _mixed(channels, node, [x[i] for i in olds])
+        _fix_mixed_channels(channels, node, [x[i] for i in olds])
         return
-    sizes = [f // BATCH_EXTENT * BATCHES[0] if f % BATCH_EXTENT == 0 else f for f in run.factors]
-    grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.olds, run.of_old, strict=True)]
+    sizes = [f // BATCH_EXTENT * TRACE_BATCHES[0] if f % BATCH_EXTENT == 0 else f for f in run.factors]
+    grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.old_axes, run.old_factors, strict=True)]
     options = assignments(run, grids, free)
     if len(options) > 1:
         # Several options: only channels that can still be cut decide between them.
@@ -51,21 +57,21 @@ def _carry(
         grids = [unit[g] for g in grids]
         options = assignments(run, grids, free)
     if not options:
-        _mixed(channels, node, grids)
+        _fix_mixed_channels(channels, node, grids)
         return
-    key = f"{node.outputs[0]}:{run.olds[0]}"
-    option = options[0] if len(options) == 1 else channels.choices.pick(key, options)
+    key = f"{node.outputs[0]}:{run.old_axes[0]}"
+    option = options[0] if len(options) == 1 else channels.choices.next_option(key, options)
     if option is None:
         if channels.follows_data(node):
-            _mixed(channels, node, grids)
+            _fix_mixed_channels(channels, node, grids)
         channels.fix([g.reshape(-1) for g in grids])
         return
     carried_rows = []
-    for grid, span, to in zip(grids, run.of_old, option, strict=True):
+    for grid, span, to in zip(grids, run.old_factors, option, strict=True):
         if to is None:
             channels.atoms.fix(grid.reshape(-1))
             continue
-        target = run.of_new[run.news.index(to)]
+        target = run.new_factors[run.new_axes.index(to)]
         # Channels go to one new axis. Along the other factors of the old axis they must be equal, so these are tied.
         dropped = tuple(axis for axis, f in enumerate(span) if f not in target)
         reduced = grid
@@ -80,23 +86,23 @@ def _carry(
         channels.choices.watch(key, option, carried_rows)
 
 
-def _mixed(channels: Channels, node: Node, rows: Sequence[AtomRow]) -> None:
+def _fix_mixed_channels(channels: Channels, node: Node, rows: Sequence[AtomRow]) -> None:
     unit = channels.atoms.units()
     if any(unit[row].any() for row in rows):
         channels.notes.append(f"{node.op} {node.name} mixes channels with other axes: they stay.")
     channels.fix([row.reshape(-1) for row in rows])
 
 
-@rewrite(*TARGETS)
+@rewrite(*SHAPE_INPUTS)
 def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Write a target shape for the new widths: fixed sizes as numbers, one entry that depends on the batch as −1.
 
     Further entries that depend on the batch are read from the target as it was.
     """
-    index = TARGETS[node.op]
+    index = SHAPE_INPUTS[node.op]
     if len(node.inputs) <= index or not node.inputs[index]:
         return
-    before, after = sizes.before(node.outputs[0]), sizes.after(node.outputs[0])
+    before, after = sizes.full_sizes(node.outputs[0]), sizes.cut_sizes(node.outputs[0])
     if before == after:
         return
     # One entry of a reshape can be −1; further ones are read from the target as it was.
@@ -107,7 +113,7 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     old_target = node.inputs[index]
     # An expansion's target may be shorter than its output: it is aligned at the end.
     constant = graph.initializers.get(old_target)
-    lead = len(after) - (constant.size if constant is not None else sizes.before(old_target)[0] or 0)
+    lead = len(after) - (constant.size if constant is not None else sizes.full_sizes(old_target)[0] or 0)
     if not batch_axes:
         node.inputs[index] = graph.ints(*(n or 0 for n in after[lead:]))
         return
@@ -127,7 +133,7 @@ def flatten(tape: Tape, node: Node) -> Pull:
     axis = axis + len(shape) if axis < 0 else axis
     out = (tape.product(shape[:axis]), tape.product(shape[axis:]))
     tape.enter(node.outputs[0], tape.graph.emit("Flatten", x, attrs={"axis": axis}), out)
-    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
+    return lambda dy: tape.add_gradient(name, tape.reshape(dy, out, shape))
 
 
 @gradient_rule("Reshape")
@@ -135,23 +141,23 @@ def reshape(tape: Tape, node: Node) -> Pull:
     """Any reshape; sizes that vary are computed at run time where 0 and -1 can't express them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    analysed = tape.known(node.outputs[0])
+    analysed = tape.analysed_shape(node.outputs[0])
     if analysed is not None:
-        out = _filled(tape, node, analysed, shape)
+        out = _fill_batch_axes(tape, node, analysed, shape)
     else:
         target = tape.target_shape(node, 1)
         if target is None:
             raise ModelError(f"{describe(node)}: no target shape")
-        out = reshaped(tape, node, shape, [int(t) for t in target.reshape(-1)])
+        out = symbolic_target(tape, node, shape, [int(t) for t in target.reshape(-1)])
     if any(d == 0 for d in out):
         raise ModelError(f"{describe(node)}: an empty dimension", got=list(out))
     if tape.product(out) != tape.product(shape):
         raise ModelError(f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(out)}")
     tape.enter(node.outputs[0], tape.reshape(x, shape, out), out)
-    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
+    return lambda dy: tape.add_gradient(name, tape.reshape(dy, out, shape))
 
 
-def _filled(tape: Tape, node: Node, analysed: Sequence[Dim | None], shape: Shape) -> Shape:
+def _fill_batch_axes(tape: Tape, node: Node, analysed: Sequence[Dim | None], shape: Shape) -> Shape:
     """The analysed shape of a reshape's output with the axes that follow the batch filled in."""
     batch_axes = [i for i, d in enumerate(analysed) if d is None]
     if not batch_axes:
@@ -167,7 +173,7 @@ def _filled(tape: Tape, node: Node, analysed: Sequence[Dim | None], shape: Shape
     return tuple(t if d is None else d for d, t in zip(analysed, traced_shape, strict=True))
 
 
-def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
+def symbolic_target(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
     """The symbolic shape that a reshape of `shape` to `target` (at full width, with 0 and -1) gives.
 
     Raises `ModelError` if a channel or batch dimension would be split.
@@ -181,7 +187,7 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
     if math.prod(target_sizes) != math.prod(sizes):
         raise ModelError(f"{describe(node)}: shapes don't fit", expected=list(shape), got=list(target))
     out: list[Dim] = []
-    for olds, news in runs(sizes, target_sizes):
+    for olds, news in axis_runs(sizes, target_sizes):
         block, new_sizes, requested = (
             [shape[i] for i in olds],
             [target_sizes[j] for j in news],
@@ -192,7 +198,7 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
             out.append(tape.product(block))
         elif all(isinstance(d, int) for d in block):
             out.extend(new_sizes)
-        elif (rest_of_block := _rest(tape, block, requested)) is not None:
+        elif (rest_of_block := _inferred_size(tape, block, requested)) is not None:
             out.extend(rest_of_block if t == -1 else w for t, w in zip(requested, new_sizes, strict=True))
         elif len(large) == 1 and [w for w in new_sizes if w != 1] == [tape.extent(large[0])]:
             # Ones around a whole dimension (C -> 1, C, 1) leave it whole.
@@ -206,7 +212,7 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
     return tuple(out)
 
 
-def _rest(tape: Tape, block: Sequence[Dim], target: Sequence[int]) -> Dim | None:
+def _inferred_size(tape: Tape, block: Sequence[Dim], target: Sequence[int]) -> Dim | None:
     """The size that −1 stands for, if the other sizes divide a block at every width; else None."""
     other_sizes = [t for t in target if t != -1]
     if len(other_sizes) != len(target) - 1 or 0 in other_sizes:
@@ -216,7 +222,7 @@ def _rest(tape: Tape, block: Sequence[Dim], target: Sequence[int]) -> Dim | None
 
 def _axes(tape: Tape, node: Node) -> list[int]:
     """Axes of Squeeze and Unsqueeze: an input since opset 13, an attribute before."""
-    values = tape.number(node, 1)
+    values = tape.required_constant(node, 1)
     raw = node.attrs.get("axes", []) if values is None else values.reshape(-1)
     return [int(a) for a in raw]
 
@@ -231,7 +237,7 @@ def squeeze(tape: Tape, node: Node) -> Pull:
         raise ModelError(f"{describe(node)}: an axis isn't 1", got=list(shape))
     out = tuple(d for i, d in enumerate(shape) if i not in axes)
     tape.enter(node.outputs[0], tape.graph.emit("Squeeze", x, tape.graph.ints(*axes)), out)
-    return lambda dy: tape.add(name, tape.graph.emit("Unsqueeze", dy, tape.graph.ints(*axes)))
+    return lambda dy: tape.add_gradient(name, tape.graph.emit("Unsqueeze", dy, tape.graph.ints(*axes)))
 
 
 @gradient_rule("Unsqueeze")
@@ -245,4 +251,4 @@ def unsqueeze(tape: Tape, node: Node) -> Pull:
     rest = iter(shape)
     out: Shape = tuple(1 if i in axes else next(rest) for i in range(rank))
     tape.enter(node.outputs[0], tape.graph.emit("Unsqueeze", x, tape.graph.ints(*axes)), out)
-    return lambda dy: tape.add(name, tape.graph.emit("Squeeze", dy, tape.graph.ints(*axes)))
+    return lambda dy: tape.add_gradient(name, tape.graph.emit("Squeeze", dy, tape.graph.ints(*axes)))

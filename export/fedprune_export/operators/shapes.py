@@ -6,7 +6,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.pruning.rewrites import Sizes, rewrite
@@ -24,76 +24,76 @@ def concat_channels(channels: Channels, node: Node) -> None:
                 channels.atoms.tie(out[i], row)
                 out[i] = np.minimum(out[i], row)
     out[axis] = np.concatenate([p[axis] for p in inputs])
-    channels.out(node, out)
+    channels.set_output(node, out)
 
 
 @channel_rule("Split")
 def split_channels(channels: Channels, node: Node) -> None:
     """Split the atoms along the axis."""
-    x = list(channels.of(node, 0))
+    x = list(channels.input_rows(node, 0))
     axis = int(node.attrs.get("axis", 0)) % len(x)
     sizes = [channels.shape(name)[axis] if name else 0 for name in node.outputs]
-    if channels.seen.dims(node.inputs[0])[axis] is None or sum(sizes) != x[axis].size:
+    if channels.trace.dims(node.inputs[0])[axis] is None or sum(sizes) != x[axis].size:
         channels.fix([x[axis]])
         for i, n in enumerate(sizes):
-            channels.out(node, [*x[:axis], still(n), *x[axis + 1 :]], i)
+            channels.set_output(node, [*x[:axis], fixed_row(n), *x[axis + 1 :]], i)
         return
     for i, indices in enumerate(np.split(np.arange(x[axis].size), np.cumsum(sizes)[:-1])):
-        channels.out(node, [*x[:axis], channels.pick(x[axis], indices), *x[axis + 1 :]], i)
+        channels.set_output(node, [*x[:axis], channels.take(x[axis], indices), *x[axis + 1 :]], i)
 
 
 @channel_rule("Transpose")
 def transpose_channels(channels: Channels, node: Node) -> None:
     """Permute the axes."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     order = node.attrs.get("perm") or list(range(len(x)))[::-1]
-    channels.out(node, [x[i] for i in order])
+    channels.set_output(node, [x[i] for i in order])
 
 
 @channel_rule("Expand")
 def expand_channels(channels: Channels, node: Node) -> None:
     """Axes pass; those that are repeated from one index get channels of their own."""
-    x = channels.of(node, 0)
+    x = channels.input_rows(node, 0)
     shape = channels.shape(node.outputs[0])
     lead = len(shape) - len(x)
     rows = [x[i - lead] if i >= lead and x[i - lead].size == n else None for i, n in enumerate(shape)]
-    channels.out(node, fresh_axes(channels, node.outputs[0], rows))
+    channels.set_output(node, fresh_axes(channels, node.outputs[0], rows))
 
 
 @channel_rule("Tile")
 def tile_channels(channels: Channels, node: Node) -> None:
     """Repeat the atoms along each axis; they stay where the repetitions are unknown."""
-    x, shape = channels.of(node, 0), channels.shape(node.outputs[0])
-    repeats = channels.number(node, 1)
+    x, shape = channels.input_rows(node, 0), channels.shape(node.outputs[0])
+    repeats = channels.constant_input(node, 1)
     out = []
     for i, row in enumerate(x):
         if repeats is None and row.size != shape[i]:
             channels.atoms.fix(row)
-            out.append(still(shape[i]))
+            out.append(fixed_row(shape[i]))
         else:
             out.append(row if repeats is None else np.tile(row, int(repeats[i])))
-    channels.out(node, out)
+    channels.set_output(node, out)
 
 
 @channel_rule("Shape", "Size", "Range")
 def size_channels(channels: Channels, node: Node) -> None:
     """Sizes are not channels: the inputs may be cut, the outputs are plain numbers."""
-    channels.still_outputs(node)
+    channels.fix_outputs(node)
 
 
 @channel_rule("ConstantOfShape")
 def constant_of_shape_channels(channels: Channels, node: Node) -> None:
     """Every index holds the same number, so the axes get channels of their own."""
     name = node.outputs[0]
-    channels.out(node, fresh_axes(channels, name, [None] * len(channels.shape(name))))
+    channels.set_output(node, fresh_axes(channels, name, [None] * len(channels.shape(name))))
 
 
 def fresh_axes(channels: Channels, name: str, rows: list[AtomRow | None]) -> list[AtomRow]:
     """Rows of a value: new atoms for an axis without a row, unless it follows the batch."""
     # An axis along which numbers are repeated ties nothing yet: its readers decide which channels it has.
-    shape, dims = channels.shape(name), channels.seen.dims(name)
+    shape, dims = channels.shape(name), channels.trace.dims(name)
     return [
-        row if row is not None else (channels.atoms.fresh(n) if dim is not None else still(n))
+        row if row is not None else (channels.atoms.fresh(n) if dim is not None else fixed_row(n))
         for row, n, dim in zip(rows, shape, dims, strict=True)
     ]
 
@@ -102,8 +102,8 @@ def fresh_axes(channels: Channels, name: str, rows: list[AtomRow | None]) -> lis
 def split_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Set the lengths of the parts to what is left of each."""
     axis = int(node.attrs.get("axis", 0))
-    if sizes.changed(node.inputs[0], axis):
-        lengths = [sizes.after(name)[axis] if name else None for name in node.outputs]
+    if sizes.is_shorter(node.inputs[0], axis):
+        lengths = [sizes.cut_sizes(name)[axis] if name else None for name in node.outputs]
         # Without a name the length of a part after the cut is unknown.
         if None in lengths:
             raise ModelError(f"Split {node.name} has a part without a name")
@@ -120,7 +120,7 @@ def transpose(tape: Tape, node: Node) -> Pull:
     back = [perm.index(i) for i in range(len(perm))]
     out = tuple(shape[p] for p in perm)
     tape.enter(node.outputs[0], tape.graph.emit("Transpose", x, attrs={"perm": perm}), out)
-    return lambda dy: tape.add(name, tape.graph.emit("Transpose", dy, attrs={"perm": back}))
+    return lambda dy: tape.add_gradient(name, tape.graph.emit("Transpose", dy, attrs={"perm": back}))
 
 
 @gradient_rule("Expand")
@@ -128,17 +128,17 @@ def expand(tape: Tape, node: Node) -> Pull:
     """Repeat a value along axes of 1; the gradient is summed over them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    out = _expanded(tape, node, shape)
+    out = _expand_shape(tape, node, shape)
     padded = (1,) * (len(out) - len(shape)) + shape
     # An axis that isn't repeated keeps its size whatever the target is, if that is 1.
     target = tape.sizes([1 if d == p else d for d, p in zip(out, padded, strict=True)])
     tape.enter(node.outputs[0], tape.graph.emit("Expand", x, target), out)
-    return lambda dy: tape.add(name, tape.reduced(dy, out, shape))
+    return lambda dy: tape.add_gradient(name, tape.sum_to_shape(dy, out, shape))
 
 
-def _expanded(tape: Tape, node: Node, shape: Shape) -> Shape:
+def _expand_shape(tape: Tape, node: Node, shape: Shape) -> Shape:
     """The shape that an Expand gives."""
-    analysed = tape.known(node.outputs[0])
+    analysed = tape.analysed_shape(node.outputs[0])
     if analysed is None:
         target = tape.target_shape(node, 1)
         if target is None:
@@ -172,7 +172,7 @@ def multiple_of_batch(tape: Tape, size: int) -> Dim:
 @gradient_rule("ConstantOfShape")
 def constant_of_shape(tape: Tape, node: Node) -> None:
     """Equal numbers in a computed shape: no gradient passes."""
-    analysed = tape.known(node.outputs[0])
+    analysed = tape.analysed_shape(node.outputs[0])
     out: list[Dim] = []
     if analysed is None:
         target = tape.target_shape(node, 0)
@@ -206,10 +206,10 @@ def tile(tape: Tape, node: Node) -> Pull:
                 apart.append(r)
             apart.append(d)
         if not axes:
-            tape.add(name, dy)
+            tape.add_gradient(name, dy)
             return
         by_repeat = tape.reshape(dy, out, tuple(apart))
-        tape.add(name, g.emit("ReduceSum", by_repeat, g.ints(*axes), attrs={"keepdims": 0}))
+        tape.add_gradient(name, g.emit("ReduceSum", by_repeat, g.ints(*axes), attrs={"keepdims": 0}))
 
     return pull
 
@@ -233,19 +233,19 @@ def concat(tape: Tape, node: Node) -> Pull:
         lengths = tape.sizes([s[axis] for s in shapes])
         gradients = g.emit_many("Split", dy, lengths, outputs=len(values), attrs={"axis": axis})
         for name, gradient in zip(node.inputs, gradients, strict=True):
-            if tape.wants(name):
-                tape.add(name, gradient)
+            if tape.needs_gradient(name):
+                tape.add_gradient(name, gradient)
 
     return pull
 
 
 @gradient_rule("Split")
-def split(tape: Tape, node: Node) -> Pull:
+def split_axis(tape: Tape, node: Node) -> Pull:
     """Split a value, also along channels. The gradient joins those of the pieces, with zeros for unread ones."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     axis = int(node.attrs.get("axis", 0)) % len(shape)
-    lengths = _lengths(tape, node, shape[axis], axis)
+    lengths = _piece_lengths(tape, node, shape[axis], axis)
     if tape.total(lengths) != shape[axis]:
         raise ModelError(f"{describe(node)}: its pieces don't make up the whole", expected=shape[axis], got=lengths)
     g = tape.graph
@@ -258,15 +258,15 @@ def split(tape: Tape, node: Node) -> Pull:
         pieces = [
             dy or g.emit("ConstantOfShape", tape.shape_of(value)) for dy, value in zip(gradients, values, strict=True)
         ]
-        tape.add(name, g.emit("Concat", *pieces, attrs={"axis": axis}))
+        tape.add_gradient(name, g.emit("Concat", *pieces, attrs={"axis": axis}))
 
     return pull
 
 
-def _lengths(tape: Tape, node: Node, total: Dim, axis: int) -> list[Dim]:
+def _piece_lengths(tape: Tape, node: Node, total: Dim, axis: int) -> list[Dim]:
     """The lengths of the pieces of a split."""
     count = len(node.outputs)
-    requested = tape.number(node, 1)
+    requested = tape.required_constant(node, 1)
     if isinstance(total, int):
         each = -(-total // count)
         even = [each] * (count - 1) + [total - each * (count - 1)]
@@ -277,7 +277,7 @@ def _lengths(tape: Tape, node: Node, total: Dim, axis: int) -> list[Dim]:
         requested = np.full(count, -(-full // count))
         # The last piece takes what is left, as in ONNX.
         requested[-1] = full - requested[:-1].sum()
-    ends = [tape.prefix(on_axis, int(n)) if on_axis is not None else None for n in np.cumsum(requested)]
+    ends = [tape.kept_prefix(on_axis, int(n)) if on_axis is not None else None for n in np.cumsum(requested)]
     out: list[Dim] = []
     before: Dim = 0
     for end in ends:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.channels.atoms import still
+from fedprune_export.channels.atoms import fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.pruning.rewrites import Sizes, rewrite
@@ -22,12 +22,12 @@ Array = npt.NDArray[Any]
 @channel_rule("Pad")
 def pad_channels(channels: Channels, node: Node) -> None:
     """Added indices stay; reflecting or repeating padding of a channel axis fixes it."""
-    x = channels.of(node, 0)
-    pads = channels.number(node, 1)
+    x = channels.input_rows(node, 0)
+    pads = channels.constant_input(node, 1)
     channels.fix_inputs(node, 1)
     if pads is None:
         channels.fix(x)
-        channels.still_outputs(node)
+        channels.fix_outputs(node)
         return
     amounts = pads.tolist()
     out = []
@@ -35,13 +35,13 @@ def pad_channels(channels: Channels, node: Node) -> None:
         before, after = int(amounts[i]), int(amounts[i + len(x)])
         if before < 0 or after < 0 or ((before or after) and node.attrs.get("mode", "constant") != "constant"):
             channels.atoms.fix(row)
-            row = still(row.size + before + after)
+            row = fixed_row(row.size + before + after)
             before = after = 0
-        out.append(np.concatenate([still(before), row, still(after)]))
-    channels.out(node, out)
+        out.append(np.concatenate([fixed_row(before), row, fixed_row(after)]))
+    channels.set_output(node, out)
 
 
-def sliced(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
+def constant_slices(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
     """The indices that a Slice takes along each of its axes; None where that isn't constant."""
     constants = [graph.initializers.get(name) if name else None for name in node.inputs[1:]]
     count = len(node.inputs) - 1
@@ -63,41 +63,41 @@ def sliced(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
 @channel_rule("Slice")
 def slice_channels(channels: Channels, node: Node) -> None:
     """The selected indices pass. With a step, the neighbours among which it selects are kept or cut together."""
-    x = channels.of(node, 0)
-    shape, dims = channels.shape(node.outputs[0]), channels.seen.dims(node.inputs[0])
-    slices = sliced(channels.graph, node, len(x))
+    x = channels.input_rows(node, 0)
+    shape, dims = channels.shape(node.outputs[0]), channels.trace.dims(node.inputs[0])
+    slices = constant_slices(channels.graph, node, len(x))
     out = list(x)
     if slices is None:
         axes = list(range(channels.shape(node.inputs[1])[0]))
-        if channels.has(node, 3):
-            axis_numbers = channels.number(node, 3)
+        if channels.has_input(node, 3):
+            axis_numbers = channels.constant_input(node, 3)
             axes = list(range(len(x))) if axis_numbers is None else [int(a) % len(x) for a in axis_numbers]
         channels.fix([x[a] for a in axes])
         for axis in axes:
-            out[axis] = still(shape[axis])
+            out[axis] = fixed_row(shape[axis])
     else:
         for axis, indices in slices.items():
             row, step = x[axis], indices.step
             if dims[axis] is None or row[indices].size != shape[axis]:
                 channels.atoms.fix(row)
-                out[axis] = still(shape[axis])
+                out[axis] = fixed_row(shape[axis])
                 continue
             # A step within each block takes one of `step` neighbours, so they can only be cut together.
             if row.any() and step > 1 and row.size % step == 0:
                 blocks = row.reshape(-1, step)
                 channels.atoms.tie(blocks, blocks[:, :1])
-            out[axis] = channels.pick(row, np.arange(row.size)[indices])
-    channels.out(node, out)
+            out[axis] = channels.take(row, np.arange(row.size)[indices])
+    channels.set_output(node, out)
 
 
 def indices_after_cut(
     sizes: Sizes, node: Node, indices: npt.NDArray[np.int64], axis: int, out_axis: int
 ) -> npt.NDArray[np.int64]:
     """The new indices of an axis for those selected indices that the cut has left."""
-    kept_indices = sizes.kept(node.inputs[0], axis)
+    kept_indices = sizes.kept_indices(node.inputs[0], axis)
     new_positions = np.full(int(max(kept_indices.max(), indices.max())) + 1, -1, np.int64)
     new_positions[kept_indices] = np.arange(kept_indices.size)
-    new_indices = new_positions[indices[sizes.kept(node.outputs[0], out_axis)]]
+    new_indices = new_positions[indices[sizes.kept_indices(node.outputs[0], out_axis)]]
     if np.any(new_indices < 0):
         raise ModelError(f"{node.op} {node.name} takes channels that are cut")
     return new_indices
@@ -106,14 +106,14 @@ def indices_after_cut(
 @rewrite("Slice")
 def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Along an axis that is cut, select the indices that are left, by a slice if they are consecutive."""
-    rank = len(sizes.before(node.inputs[0]))
-    slices = sliced(graph, node, rank) or {}
-    cut = [axis for axis in slices if sizes.changed(node.inputs[0], axis)]
+    rank = len(sizes.full_sizes(node.inputs[0]))
+    slices = constant_slices(graph, node, rank) or {}
+    cut = [axis for axis in slices if sizes.is_shorter(node.inputs[0], axis)]
     if not cut:
         return
     remaining = dict(slices)
     for axis in cut:
-        full = np.arange(sizes.before(node.inputs[0])[axis] or 0)
+        full = np.arange(sizes.full_sizes(node.inputs[0])[axis] or 0)
         indices = indices_after_cut(sizes, node, full[slices[axis]], axis, axis)
         if np.all(np.diff(indices) == 1):
             remaining[axis] = slice(int(indices[0]), int(indices[-1]) + 1, 1)
@@ -129,15 +129,17 @@ def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     node.inputs[1:] = [graph.ints(*starts), graph.ints(*stops), graph.ints(*remaining), graph.ints(*steps)]
 
 
-_FEW = 4  # up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix
+_MAX_GATHERS = (
+    4  # up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix
+)
 
 
 @gradient_rule("Slice")
-def cut_out(tape: Tape, node: Node) -> Pull:
+def slice_ranges(tape: Tape, node: Node) -> Pull:
     """Ranges with any step along fixed axes, and whole runs of channels. The gradient is padded with zeros."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    starts, ends, axis_numbers, step_sizes = (tape.number(node, i) for i in (1, 2, 3, 4))
+    starts, ends, axis_numbers, step_sizes = (tape.required_constant(node, i) for i in (1, 2, 3, 4))
     if starts is None or ends is None:
         raise ModelError(f"{describe(node)}: no range")
     axes = [int(axis) % len(shape) for axis in axis_numbers] if axis_numbers is not None else list(range(len(starts)))
@@ -155,7 +157,7 @@ def cut_out(tape: Tape, node: Node) -> Pull:
         if picked == range(size):
             continue
         if step == 1:
-            begin, stop = taken_run(tape, node, axis, picked)
+            begin, stop = run_bounds(tape, node, axis, picked)
             runs.append((axis, begin, stop))
             out[axis] = tape.difference(stop, begin)
         elif isinstance(shape[axis], int):
@@ -163,7 +165,7 @@ def cut_out(tape: Tape, node: Node) -> Pull:
             out[axis] = len(picked)
         else:
             stepped.append((axis, picked))
-            out[axis] = _every(tape, node, axis, picked)
+            out[axis] = _stepped_count(tape, node, axis, picked)
     y = x
     if runs:
         run_axes = g.ints(*[r[0] for r in runs])
@@ -187,11 +189,11 @@ def cut_out(tape: Tape, node: Node) -> Pull:
             sizes[axis] = shape[axis]
             dy = tape.reshape(g.emit("Pad", spaced, g.ints(*pads)), between, tuple(sizes))
         for axis, picked in picked_ranges:
-            dy = scattered(tape, dy, tuple(sizes), axis, np.array(picked), tape.extent(shape[axis]))
+            dy = scatter_picks(tape, dy, tuple(sizes), axis, np.array(picked), tape.extent(shape[axis]))
             sizes[axis] = shape[axis]
         if runs:
             dy = put_back(tape, dy, shape, runs)
-        tape.add(name, dy)
+        tape.add_gradient(name, dy)
 
     return pull
 
@@ -205,7 +207,7 @@ def put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, D
     return tape.graph.emit("Pad", dy, tape.sizes(before + after))
 
 
-def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
+def _stepped_count(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
     """The number of elements that a step selects along channels. Each channel must have a multiple of the step."""
     name = node.inputs[0]
     dim, segments = tape.shape(name)[axis], tape.axis(name, axis)
@@ -221,13 +223,13 @@ def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
     return count
 
 
-def taken_run(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Dim]:
+def run_bounds(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Dim]:
     """The bounds of a run of indices, as they are at every width."""
     name = node.inputs[0]
     if isinstance(tape.shape(name)[axis], int):
         return picked.start, picked.stop
     segments = tape.axis(name, axis)
-    ends = [tape.prefix(segments, n) if segments is not None else None for n in (picked.start, picked.stop)]
+    ends = [tape.kept_prefix(segments, n) if segments is not None else None for n in (picked.start, picked.stop)]
     if ends[0] is None or ends[1] is None:
         raise ModelError(
             f"{describe(node)} cuts a run of channels, or the batch",
@@ -237,7 +239,7 @@ def taken_run(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Di
     return ends[0], ends[1]
 
 
-def scattered(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size: int) -> str:
+def scatter_picks(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size: int) -> str:
     """The gradient of a value whose elements were gathered along an axis by constant indices.
 
     Args:
@@ -250,7 +252,7 @@ def scattered(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size:
         pads[axis], pads[len(shape) + axis] = int(picked[0]), size - int(picked[-1]) - 1
         return g.emit("Pad", dy, g.ints(*pads)) if any(pads) else dy
     uses = np.bincount(picked, minlength=size)
-    if uses.max() > _FEW:
+    if uses.max() > _MAX_GATHERS:
         last = len(shape) - 1
         order = [*(i for i in range(len(shape)) if i != axis), axis]
         transposed = g.emit("Transpose", dy, attrs={"perm": order}) if axis != last else dy
@@ -279,7 +281,7 @@ def pad(tape: Tape, node: Node) -> Pull:
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     mode = str(node.attrs.get("mode", "constant"))
-    pad_counts, value, axis_numbers = (tape.number(node, i) for i in (1, 2, 3))
+    pad_counts, value, axis_numbers = (tape.required_constant(node, i) for i in (1, 2, 3))
     if pad_counts is None:
         raise ModelError(f"{describe(node)}: no pads")
     axes = [int(axis) % len(shape) for axis in axis_numbers] if axis_numbers is not None else list(range(len(shape)))
@@ -288,7 +290,7 @@ def pad(tape: Tape, node: Node) -> Pull:
     for position, axis in enumerate(axes):
         pads[0, axis], pads[1, axis] = pad_counts[position], pad_counts[half + position]
     if mode != "constant":
-        return _mirrored(tape, node, pads, mode)
+        return _pad_by_copies(tape, node, pads, mode)
     for axis in range(len(shape)):
         if (pads[:, axis] < 0).any():
             tape.static(node, [shape[axis]])
@@ -297,24 +299,24 @@ def pad(tape: Tape, node: Node) -> Pull:
     fill = [g.scalar(float(value.reshape(-1)[0]))] if value is not None and value.size else []
     y = g.emit("Pad", x, g.ints(*pads.reshape(-1).tolist()), *fill)
     tape.enter(node.outputs[0], y, out)
-    return lambda dy: tape.add(name, g.emit("Pad", dy, g.ints(*(-pads).reshape(-1).tolist())))
+    return lambda dy: tape.add_gradient(name, g.emit("Pad", dy, g.ints(*(-pads).reshape(-1).tolist())))
 
 
-_MIRRORS: tuple[Literal["reflect", "edge", "wrap"], ...] = ("reflect", "edge", "wrap")
+_COPYING_MODES: tuple[Literal["reflect", "edge", "wrap"], ...] = ("reflect", "edge", "wrap")
 
 
-def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
+def _pad_by_copies(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
     """Padding with elements of the value itself: axis by axis they are picked."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    copy_mode = next((m for m in _MIRRORS if m == mode), None)
+    copy_mode = next((m for m in _COPYING_MODES if m == mode), None)
     if copy_mode is None:
-        raise ModelError(f"{describe(node)}: padding mode", expected=["constant", *_MIRRORS], got=mode)
+        raise ModelError(f"{describe(node)}: padding mode", expected=["constant", *_COPYING_MODES], got=mode)
     padded = [axis for axis in range(len(shape)) if pads[:, axis].any()]
     picks = {}
     for axis in padded:
         (size,) = tape.static(node, [shape[axis]])
-        picks[axis] = _indices(node, np.arange(size), int(pads[0, axis]), int(pads[1, axis]), copy_mode)
+        picks[axis] = _padded_indices(node, np.arange(size), int(pads[0, axis]), int(pads[1, axis]), copy_mode)
     g = tape.graph
     steps: list[tuple[int, Shape]] = []
     sizes, y = list(shape), x
@@ -326,13 +328,15 @@ def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
 
     def pull(dy: str) -> None:
         for axis, after in reversed(steps):
-            dy = scattered(tape, dy, after, axis, picks[axis], tape.extent(shape[axis]))
-        tape.add(name, dy)
+            dy = scatter_picks(tape, dy, after, axis, picks[axis], tape.extent(shape[axis]))
+        tape.add_gradient(name, dy)
 
     return pull
 
 
-def _indices(node: Node, indices: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
+def _padded_indices(
+    node: Node, indices: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]
+) -> Array:
     # Negative pads cut before positive ones copy.
     cropped = indices[max(0, -before) : len(indices) - max(0, -after)]
     before, after = max(0, before), max(0, after)

@@ -3,7 +3,7 @@
 Not here: the rule by which a lower precision may serve (`fedprune.runtime.precision`).
 """
 
-from fedprune_export.precision.accuracy_check import Trial, Trials
+from fedprune_export.precision.accuracy_check import PrecisionTrial, PrecisionTrials
 from fedprune_export.precision.lowering import Lowered, lower
 
-__all__ = ["Lowered", "Trial", "Trials", "lower"]
+__all__ = ["Lowered", "PrecisionTrial", "PrecisionTrials", "lower"]

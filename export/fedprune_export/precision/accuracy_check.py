@@ -13,61 +13,67 @@ import numpy as np
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
-from fedprune.core.text import some
+from fedprune.core.text import first_few
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import INFERENCE, WEIGHTS
-from fedprune.runtime.precision import CALIBRATION_SAMPLES, SAMPLES, Agreement, agreement, lowered_weights
+from fedprune.runtime.precision import (
+    CALIBRATION_SAMPLES,
+    MAX_COMPARED_SAMPLES,
+    Agreement,
+    compare_outputs,
+    lowered_weights,
+)
 from fedprune.runtime.precision_files import INT8, graph_file, weights_file
-from fedprune.runtime.session import Array, Session
+from fedprune.runtime.session import Array, OnnxSession
 from fedprune_export.checks.labelled_data import LabelledData
 from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.precision.lowering import Lowered, lower
 from fedprune_export.pruning.model import Model
 
 # Samples per run: the outputs of all samples at once may not fit in memory.
-_AT_ONCE = 64
+_TRIAL_BATCH = 64
 # Random samples, where none are given.
-_RANDOM = 64
+_RANDOM_SAMPLES = 64
 
 # How outputs are compared depends on a loss's kind of labels alone: one loss stands for each kind.
 _LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
 @dataclass(frozen=True)
-class Trial:
+class PrecisionTrial:
     """A precision, its files, and how far its outputs are from float32's.
 
     Attributes:
-        given: Whether the outputs were compared on given samples; else on random ones.
+        has_samples: Whether the outputs were compared on given samples; else on random ones.
         warning: Says that ranges were measured on samples that show little; empty if they weren't.
     """
 
     lowered: Lowered
     files: Mapping[str, bytes]
     agreement: Agreement
-    given: bool
+    has_samples: bool
     warning: str = ""
 
     def describe(self) -> str:
         size = len(self.files[weights_file(self.lowered.precision)])
-        stays = self.lowered.stays
+        stays = self.lowered.float32_nodes
         description = f"{size:,} bytes of weights; {self.agreement.describe()}"
-        if not self.given:
+        if not self.has_samples:
             description += " (random ones: no --data)"
-        return description + (f"; in float32 stay {some(stays)}" if stays else "")
+        return description + (f"; in float32 stay {first_few(stays)}" if stays else "")
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "precision": self.lowered.precision,
             "bytes": {n: len(raw) for n, raw in self.files.items()},
-            "stays_float32": list(self.lowered.stays),
+            "stays_float32": list(self.lowered.float32_nodes),
             "agreement": self.agreement.to_dict(),
-            "random_samples": not self.given,
+            "random_samples": not self.has_samples,
             "warning": self.warning,
         }
 
 
-class Trials:
+class PrecisionTrials:
     """Lowers one submodel.
 
     Args:
@@ -80,7 +86,7 @@ class Trials:
     ) -> None:
         self._model, self._widths, self._files, self._data = model, widths, files, data
         self._tensors = tensorfile.decode(files[WEIGHTS])
-        self._x: Array = sample_feeds(model.graph, _RANDOM)[X] if data is None else data.x
+        self._x: Array = sample_feeds(model.graph, _RANDOM_SAMPLES)[X] if data is None else data.x
 
     @cached_property
     def _reference(self) -> Array:
@@ -88,11 +94,11 @@ class Trials:
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
             return self._outputs(Path(name), INFERENCE)
 
-    def all(self, precisions: Sequence[str]) -> tuple[Trial, ...]:
-        """A trial of each precision; errors are those of `of`."""
-        return tuple(self.of(p) for p in precisions)
+    def run_all(self, precisions: Sequence[str]) -> tuple[PrecisionTrial, ...]:
+        """A trial of each precision; errors are those of `run`."""
+        return tuple(self.run(p) for p in precisions)
 
-    def of(self, precision: str) -> Trial:
+    def run(self, precision: str) -> PrecisionTrial:
         """Lower the submodel as far as its outputs allow.
 
         With int8 first and last layer stay in float32 where otherwise the outputs would be too far off, and where that
@@ -106,32 +112,32 @@ class Trials:
                 expected="samples like those that the board will see",
                 hint="Give some with --data.",
             )
-        trial = self._try(precision)
+        trial = self._run_with(precision)
         if precision == INT8:
-            trial = self._relaxed(trial)
-        if trial.agreement.refusal and trial.given:
+            trial = self._relax(trial)
+        if trial.agreement.refusal and trial.has_samples:
             raise ModelError(
                 f"{precision} is too far from float32: {trial.agreement.refusal}",
                 hint=f"Leave {precision} out of --precision.",
             )
         return trial
 
-    def _relaxed(self, trial: Trial) -> Trial:
+    def _relax(self, trial: PrecisionTrial) -> PrecisionTrial:
         """Try again with layers in float32, until the outputs are close enough; returns the last trial."""
         layers = trial.lowered.layers
         end_layers = {layers[0], layers[-1]}
         inner_layers = set(layers) - end_layers
         # First and last layer are the usual culprits: they see the raw input and make the logits.
         if trial.agreement.refusal and inner_layers:
-            trial = self._try(INT8, end_layers)
+            trial = self._run_with(INT8, end_layers)
         if trial.agreement.refusal and len(inner_layers) > 1:
             # Each layer is judged with all others in float32, so that errors of two layers can't cancel out.
-            error_alone = {n: self._try(INT8, set(layers) - {n}).agreement.error for n in inner_layers}
+            error_alone = {n: self._run_with(INT8, set(layers) - {n}).agreement.error for n in inner_layers}
             worst = sorted(error_alone, key=error_alone.__getitem__, reverse=True)
-            trial = self._try(INT8, end_layers.union(worst[: -(-len(worst) // 3)]))
+            trial = self._run_with(INT8, end_layers.union(worst[: -(-len(worst) // 3)]))
         return trial
 
-    def _try(self, precision: str, keep: Collection[str] = ()) -> Trial:
+    def _run_with(self, precision: str, keep: Collection[str] = ()) -> PrecisionTrial:
         lowered = lower(self._model, self._widths, precision, keep=keep)
         files = lowered.files
         x = None if self._data is None else self._x
@@ -143,24 +149,24 @@ class Trials:
             files[weights_file(precision)] = lowered_weights(folder, precision, self._tensors, x)
             (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
             outputs = self._outputs(folder, graph_file(precision))
-        labels = "classes" if self._data is None else self._data.labels
+        labels = "classes" if self._data is None else self._data.label_kind
         y = None if self._data is None else self._data.y[: len(outputs)]
-        comparison = agreement(_LOSSES[labels], self._reference, outputs, y)
-        warning = _alike(self._x[:CALIBRATION_SAMPLES]) if precision == INT8 else ""
-        return Trial(lowered, files, comparison, given=self._data is not None, warning=warning)
+        comparison = compare_outputs(_LOSSES[labels], self._reference, outputs, y)
+        warning = _equal_samples_warning(self._x[:CALIBRATION_SAMPLES]) if precision == INT8 else ""
+        return PrecisionTrial(lowered, files, comparison, has_samples=self._data is not None, warning=warning)
 
     def _outputs(self, folder: Path, graph: str) -> Array:
         if graph == INFERENCE:
             for file in (INFERENCE, WEIGHTS):
                 (folder / file).write_bytes(self._files[file])
-        session = Session(folder / graph, exact=True)
-        x = self._x[:SAMPLES]
+        session = OnnxSession(folder / graph, exact=True)
+        x = self._x[:MAX_COMPARED_SAMPLES]
         return np.concatenate(
-            [session.run({X: x[s : s + _AT_ONCE]}, [LOGITS])[LOGITS] for s in range(0, len(x), _AT_ONCE)]
+            [session.run({X: x[s : s + _TRIAL_BATCH]}, [LOGITS])[LOGITS] for s in range(0, len(x), _TRIAL_BATCH)]
         )
 
 
-def _alike(x: Array) -> str:
+def _equal_samples_warning(x: Array) -> str:
     """A warning that the samples to measure ranges on are all equal, or a single one; empty if they differ."""
     if (x != x[:1]).any():
         return ""

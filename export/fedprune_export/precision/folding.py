@@ -7,35 +7,40 @@ layer y = W x + c that is the layer with the weights a · W and the bias a · c 
 from __future__ import annotations
 
 from fedprune_export.ir.graph import Node
-from fedprune_export.precision.weight_prep import Pair
+from fedprune_export.precision.weight_prep import LoweredPair
 
-_CHANNELS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # axis of a weight that its output channels are on
+_CHANNEL_AXES = {
+    "Conv": 0,
+    "ConvTranspose": 1,
+    "Gemm": 1,
+    "MatMul": 1,
+}  # axis of a weight that its output channels are on
 
 
 def channel_axis(node: Node) -> int:
     """The axis of a layer's weight that its output channels are on."""
-    return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else _CHANNELS[node.op]
+    return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else _CHANNEL_AXES[node.op]
 
 
-def fold(pair: Pair) -> None:
+def fold(pair: LoweredPair) -> None:
     """Fold every batch norm that follows a layer of weights alone; others stay."""
     nodes: list[Node] = []
     producers, consumers = pair.graph.producers(), pair.graph.consumers()
     for node in pair.graph.nodes:
         layer = producers.get(node.inputs[0]) if node.inputs else None
-        if layer is not None and len(consumers[node.inputs[0]]) == 1 and _foldable(pair, layer, node):
+        if layer is not None and len(consumers[node.inputs[0]]) == 1 and _is_foldable(pair, layer, node):
             _fold(pair, layer, node)
         else:
             nodes.append(node)
     pair.graph.nodes = nodes
 
 
-def _foldable(pair: Pair, layer: Node, norm: Node) -> bool:
+def _is_foldable(pair: LoweredPair, layer: Node, norm: Node) -> bool:
     """Whether a node is a norm that can be folded into the layer before it."""
     if norm.op != "BatchNormalization" or norm.domain or norm.attrs.get("training_mode", 0):
         return False
     # Another reader, or the model's output, needs the layer's values before the norm.
-    if layer.domain or layer.op not in _CHANNELS or norm.inputs[0] in pair.outputs():
+    if layer.domain or layer.op not in _CHANNEL_AXES or norm.inputs[0] in pair.output_names():
         return False
     if not pair.is_tensor(layer.inputs[1]) or (layer.op == "ConvTranspose" and layer.attrs.get("group", 1) != 1):
         return False
@@ -51,24 +56,24 @@ def _foldable(pair: Pair, layer: Node, norm: Node) -> bool:
     return shape is not None and are_constant and has_flat_bias
 
 
-def _fold(pair: Pair, layer: Node, norm: Node) -> None:
+def _fold(pair: LoweredPair, layer: Node, norm: Node) -> None:
     """Give the layer folded weights, and the norm's output."""
     make = pair.prepare
-    scale, bias, mean, variance = (pair.read(i) for i in norm.inputs[1:5])
+    scale, bias, mean, variance = (pair.prepared_value(i) for i in norm.inputs[1:5])
     weight = layer.inputs[1]
     rank = len(pair.shape(weight) or ())
     epsilon = make.scalar(float(norm.attrs.get("epsilon", 1e-5)))
     factor = make.emit("Div", scale, make.emit("Sqrt", make.emit("Add", variance, epsilon)))
     spread = [1] * rank
     spread[channel_axis(layer)] = -1
-    folded = make.emit("Mul", pair.read(weight), make.emit("Reshape", factor, make.ints(*spread)))
+    folded = make.emit("Mul", pair.prepared_value(weight), make.emit("Reshape", factor, make.ints(*spread)))
     centred = make.emit("Neg", mean)
     if len(layer.inputs) > 2 and layer.inputs[2]:
-        centred = make.emit("Sub", pair.read(layer.inputs[2]), mean)
+        centred = make.emit("Sub", pair.prepared_value(layer.inputs[2]), mean)
     shift = make.emit("Add", make.emit("Mul", centred, factor), bias)
     value = norm.outputs[0]
-    new_weight = pair.define(f"{value}~folded", folded, like=weight)
-    new_bias = pair.define(f"{value}~shift", shift, like=norm.inputs[1])
+    new_weight = pair.define_tensor(f"{value}~folded", folded, like=weight)
+    new_bias = pair.define_tensor(f"{value}~shift", shift, like=norm.inputs[1])
     # A MatMul has no bias.
     if layer.op == "MatMul":
         layer.op = "Gemm"

@@ -11,10 +11,10 @@ import numpy as np
 from onnx import TensorProto
 
 from fedprune_export.ir.graph import Node
-from fedprune_export.precision.weight_prep import Pair
+from fedprune_export.precision.weight_prep import LoweredPair
 
 # Operators that compute in float16.
-_HALF = frozenset(
+_FLOAT16_OPERATORS = frozenset(
     {
         *("Conv", "ConvTranspose", "Gemm", "MatMul", "MaxPool", "AveragePool"),
         *("Add", "Sub", "Mul", "Max", "Min", "Clip", "Abs", "Neg"),
@@ -24,47 +24,47 @@ _HALF = frozenset(
     }
 )
 
-_LARGEST = float(np.finfo(np.float16).max)
+_MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
-def halve(pair: Pair) -> list[str]:
+def halve(pair: LoweredPair) -> list[str]:
     """Let a graph compute in float16. Returns the nodes that stay in float32."""
-    halving = _Halving(pair)
+    halving = _Float16Writer(pair)
     nodes, pair.graph.nodes = pair.graph.nodes, []
-    return [described(n) for n in nodes if not halving.take(n)]
+    return [node_text(n) for n in nodes if not halving.add_node(n)]
 
 
-def described(node: Node) -> str:
+def node_text(node: Node) -> str:
     return f"{node.op} {node.name or node.outputs[0]}"
 
 
-class _Halving:
+class _Float16Writer:
     """A graph whose nodes are taken over one after the other."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: LoweredPair) -> None:
         self._pair, self._graph = pair, pair.graph
-        self._ends = pair.outputs()
-        self._half: dict[str, str] = {}
-        self._full: set[str] = set()
-        self._computed: set[str] = set()
+        self._output_names = pair.output_names()
+        self._half_names: dict[str, str] = {}
+        self._cast_back: set[str] = set()
+        self._computed_in_half: set[str] = set()
 
-    def take(self, node: Node) -> bool:
+    def add_node(self, node: Node) -> bool:
         """Append a node with the casts that it needs; returns whether it computes in float16, or without floats."""
         floats = [self._pair.is_float(o) for o in node.outputs if o]
         reads = [i for i in node.inputs if i and self._is_float(i)]
-        if node.op not in _HALF or node.domain or not reads or not floats or not all(floats):
-            node.inputs = [self._in_full(i) if i in reads else i for i in node.inputs]
+        if node.op not in _FLOAT16_OPERATORS or node.domain or not reads or not floats or not all(floats):
+            node.inputs = [self._as_float32(i) if i in reads else i for i in node.inputs]
             self._graph.nodes.append(node)
             return not reads or not any(floats)
-        node.inputs = [self._in_half(i) if i in reads else i for i in node.inputs]
+        node.inputs = [self._as_float16(i) if i in reads else i for i in node.inputs]
         names = [o for o in node.outputs if o]
         node.outputs = [f"{o}~float16" if o else o for o in node.outputs]
-        self._half |= {n: f"{n}~float16" for n in names}
-        self._computed.update(names)
+        self._half_names |= {n: f"{n}~float16" for n in names}
+        self._computed_in_half.update(names)
         self._graph.nodes.append(node)
         # Outputs stay float32: whoever reads them need not know the precision.
-        for name in self._ends.intersection(names):
-            self._in_full(name)
+        for name in self._output_names.intersection(names):
+            self._as_float32(name)
         return True
 
     def _is_float(self, name: str) -> bool:
@@ -73,28 +73,32 @@ class _Halving:
             return bool(constant.dtype == np.float32)
         return self._pair.is_tensor(name) or self._pair.is_float(name)
 
-    def _in_half(self, name: str) -> str:
+    def _as_float16(self, name: str) -> str:
         """A value in float16."""
-        if name in self._half:
-            return self._half[name]
-        half_name = self._half[name] = f"{name}~float16"
+        if name in self._half_names:
+            return self._half_names[name]
+        half_name = self._half_names[name] = f"{name}~float16"
         if name in self._graph.initializers:
-            value = np.clip(self._graph.initializers[name], -_LARGEST, _LARGEST)
+            value = np.clip(self._graph.initializers[name], -_MAX_FLOAT16, _MAX_FLOAT16)
             self._graph.initializers[half_name] = value.astype(np.float16)
         elif self._pair.is_tensor(name):
             make = self._pair.prepare
             # Numbers that are too large become the largest, not infinite; whether that harms, the trial of the
             # finished model shows.
-            bounded = make.emit("Clip", self._pair.read(name), make.scalar(-_LARGEST), make.scalar(_LARGEST))
-            self._pair.define(half_name, make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16}), np.float16)
+            bounded = make.emit(
+                "Clip", self._pair.prepared_value(name), make.scalar(-_MAX_FLOAT16), make.scalar(_MAX_FLOAT16)
+            )
+            self._pair.define_tensor(
+                half_name, make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16}), np.float16
+            )
         else:
             self._graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=half_name)
         return half_name
 
-    def _in_full(self, name: str) -> str:
+    def _as_float32(self, name: str) -> str:
         """A value in float32, under its own name."""
-        if name in self._computed and name not in self._full:
-            self._full.add(name)
-            self._graph.emit("Cast", self._half[name], attrs={"to": TensorProto.FLOAT}, out=name)
+        if name in self._computed_in_half and name not in self._cast_back:
+            self._cast_back.add(name)
+            self._graph.emit("Cast", self._half_names[name], attrs={"to": TensorProto.FLOAT}, out=name)
             self._graph.nodes[-1].name = f"{name}~float32"  # the node that made the value may be called like it
         return name

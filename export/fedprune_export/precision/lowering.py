@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.precision import RANGES, packed, prepare
+from fedprune.runtime.precision import RANGES, pack_graphs, prepare_tensors
 from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.precision.folding import fold
 from fedprune_export.precision.half import halve
-from fedprune_export.precision.quantisation import calibration_graph, planned, quantise, settle
-from fedprune_export.precision.weight_prep import Pair
+from fedprune_export.precision.quantisation import calibration_graph, plan_quantisation, quantise, use_quantisable_forms
+from fedprune_export.precision.weight_prep import LoweredPair
 from fedprune_export.pruning.model import Model
 
 
@@ -28,7 +28,7 @@ class Lowered:
         prepare: The graph from float32 weights, and for int8 ranges of activations, to these tensors.
         calibrate: The graph from a batch of samples to ranges of activations; None where none are needed.
         layers: Outputs of the layers that compute with 8 bits, in order.
-        stays: Descriptions of the nodes that stay in float32; empty for precision "float32".
+        float32_nodes: Descriptions of the nodes that stay in float32; empty for precision "float32".
     """
 
     precision: str
@@ -36,7 +36,7 @@ class Lowered:
     prepare: bytes
     calibrate: bytes | None
     layers: tuple[str, ...]
-    stays: tuple[str, ...]
+    float32_nodes: tuple[str, ...]
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -47,7 +47,7 @@ class Lowered:
     @property
     def packed(self) -> bytes:
         """The graphs as they travel to a board."""
-        return packed(self.files)
+        return pack_graphs(self.files)
 
 
 def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collection[str] = ()) -> Lowered:
@@ -68,15 +68,15 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
             f"precision {precision!r} of a model whose frozen weights are in {model.base.precision} already",
             hint="Leave --precision (precisions) or --base-precision (base) out.",
         )
-    pair = Pair(model, widths)
+    pair = LoweredPair(model, widths)
     fold(pair)
     stays: list[str] = []
     calibrate, layers = None, []
     if precision == "float16":
         stays = halve(pair)
     elif precision == "int8":
-        settle(pair)
-        plan = planned(pair, keep)
+        use_quantisable_forms(pair)
+        plan = plan_quantisation(pair, keep)
         if not plan.layers:
             raise ModelError(
                 f"no layer of {model.architecture.name} can be computed with 8 bits",
@@ -86,17 +86,17 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
         calibrate, layers = calibration_graph(model, widths, plan), plan.layers
         stays = quantise(pair, plan)
     pair.finish()
-    return _written(pair, precision, calibrate, tuple(layers), tuple(stays))
+    return _serialise(pair, precision, calibrate, tuple(layers), tuple(stays))
 
 
-def _written(
-    pair: Pair, precision: str, calibrate: bytes | None, layers: tuple[str, ...], stays: tuple[str, ...]
+def _serialise(
+    pair: LoweredPair, precision: str, calibrate: bytes | None, layers: tuple[str, ...], stays: tuple[str, ...]
 ) -> Lowered:
     """Write the graphs as bytes."""
     # Types and shapes of the tensors are seen by running the prepare graph on zeros: exact, and simpler than inference.
     rows = sum(p.name == RANGES and int(p.shape[0] or 0) for p in pair.prepare.inputs)
     ranges = np.zeros((rows, 2), np.float32) if precision == "int8" else None
-    outputs = prepare(Session(pair.prepare.to_bytes()), pair.zeros(), ranges)
+    outputs = prepare_tensors(OnnxSession(pair.prepare.to_bytes()), pair.zero_weights(), ranges)
     tensors = {n: v for n, v in outputs.items() if n != RANGES}
     return Lowered(
         precision=precision,
@@ -104,5 +104,5 @@ def _written(
         prepare=pair.prepare_bytes(tensors),
         calibrate=calibrate,
         layers=layers,
-        stays=stays,
+        float32_nodes=stays,
     )

@@ -23,7 +23,7 @@ from fedprune_export.pruning.model import Model
 Array = npt.NDArray[Any]
 
 
-class Pair:
+class LoweredPair:
     """A graph and the one that prepares its tensors. Raises `BundleError` if the widths don't fit the architecture.
 
     Attributes:
@@ -39,10 +39,10 @@ class Pair:
         self._weights = model.architecture.shapes(widths)
         self.tensors: dict[str, str] = {}
         complete = self.graph.copy()
-        complete.initializers |= self.zeros()
+        complete.initializers |= self.zero_weights()
         inferred = infer(complete, batch=2)
         self._shapes, self._dtypes = inferred.shapes, inferred.dtypes
-        self._hoist()
+        self._move_weight_nodes()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """A value's shape for a batch of two samples; None where it can't be inferred."""
@@ -56,10 +56,10 @@ class Pair:
         """Whether a value is a tensor that follows from weights alone."""
         return name in self.tensors or name in self._weights
 
-    def outputs(self) -> set[str]:
+    def output_names(self) -> set[str]:
         return {p.name for p in self.graph.outputs}
 
-    def read(self, name: str) -> str:
+    def prepared_value(self, name: str) -> str:
         """A weight, a tensor or a constant of the graph as a value of `prepare`.
 
         Raises `ModelError` if it is neither.
@@ -75,7 +75,7 @@ class Pair:
             raise ModelError(f"{name} is no weight and no constant")
         return name
 
-    def define(self, name: str, value: str, dtype: npt.DTypeLike = np.float32, like: str | None = None) -> str:
+    def define_tensor(self, name: str, value: str, dtype: npt.DTypeLike = np.float32, like: str | None = None) -> str:
         """A new tensor of the graph.
 
         Args:
@@ -88,10 +88,10 @@ class Pair:
             self._shapes[name] = self._shapes[like]
         return name
 
-    def _hoist(self) -> None:
+    def _move_weight_nodes(self) -> None:
         """Move nodes that depend on weights alone to `prepare`, which computes them once per round, not per batch."""
         remaining: list[Node] = []
-        output_names = self.outputs()
+        output_names = self.output_names()
         for node in self.graph.nodes:
             reads = [i for i in node.inputs if i]
             from_weights = all(self.is_tensor(i) or i in self.graph.initializers for i in reads)
@@ -99,7 +99,7 @@ class Pair:
                 remaining.append(node)
                 continue
             for name in reads:
-                self.read(name)
+                self.prepared_value(name)
             self.prepare.nodes.append(node)
             self.tensors |= {o: o for o in node.outputs if o}
         self.graph.nodes = remaining
@@ -110,7 +110,7 @@ class Pair:
         for node in self.graph.nodes:
             for i, name in enumerate(node.inputs):
                 if name and self.is_tensor(name):
-                    value = self.read(name)
+                    value = self.prepared_value(name)
                     # A weight that stays as it is needs another name: an input can't be an output.
                     out = f"{name}~float32" if name in self._weights else name
                     if name not in names and out != value:
@@ -124,7 +124,7 @@ class Pair:
         self.prepare.inputs = [p for p in self.prepare.inputs if p.name in read]
         self.graph.prune()
 
-    def zeros(self) -> dict[str, Array]:
+    def zero_weights(self) -> dict[str, Array]:
         return {n: np.zeros(s, np.float32) for n, s in self._weights.items()}
 
     def prepare_bytes(self, tensors: Mapping[str, Array]) -> bytes:
@@ -143,7 +143,7 @@ class Pair:
         """
         proto = self.graph.to_proto()
         # Tensors stand in the file in this order, one after the other, behind a header of fixed length.
-        offset = len(tensorfile.header_of(tensors))
+        offset = len(tensorfile.header_for_tensors(tensors))
         read = {i for n in self.graph.nodes for i in n.inputs}
         for name, value in tensors.items():
             if name in read:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedprune.model.selection import Selection
-from fedprune_export.ir.dropout import without_dropout
+from fedprune_export.ir.dropout import remove_dropouts
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.operators import with_rules
-from fedprune_export.pruning.masked_reference import masked
+from fedprune_export.ir.operators import load_rules
+from fedprune_export.pruning.masked_reference import masked_graph
 from fedprune_export.pruning.model import RANKS_KEY, Model
 from fedprune_export.pruning.rewrites import REWRITES, Sizes
 
-__all__ = ["at_widths", "cut", "masked"]
+__all__ = ["at_widths", "cut", "masked_graph"]
 
 
 def cut(model: Model, selection: Selection) -> Graph:
@@ -23,7 +23,7 @@ def cut(model: Model, selection: Selection) -> Graph:
 
     Raises `BundleError` if the selection belongs to another architecture.
     """
-    model.check(selection)
+    model.check_selection(selection)
     graph = at_widths(model, selection.widths)
     graph.initializers = {**selection.gather(model.tensors), **graph.initializers}
     return graph
@@ -38,10 +38,10 @@ def at_widths(model: Model, widths: Sequence[int]) -> Graph:
     graph = model.graph.copy()
     # Ranks are of the whole model's channels: a submodel has others.
     graph.metadata.pop(RANKS_KEY, None)
-    without_dropout(graph)
+    remove_dropouts(graph)
     for name in model.architecture.by_name:
         del graph.initializers[name]
-    nodes, graph.nodes, rewrites = graph.nodes, [], with_rules(REWRITES)
+    nodes, graph.nodes, rewrites = graph.nodes, [], load_rules(REWRITES)
     for node in nodes:
         rewrite = None if node.domain else rewrites.get(node.op)
         if rewrite is not None:

@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, shown
+from fedprune.core.errors import ModelError, value_text
 from fedprune.model.architecture import Architecture, BaseSpec
-from fedprune.model.axis import Axis, Layer
-from fedprune.model.step_contract import base, base_scale
+from fedprune.model.axis import Axis, LayerRow
+from fedprune.model.step_contract import base_name, base_scale_name
 from fedprune_export.ir.graph import Array, Graph, Node
 
 PRECISIONS = ("float16", "int8")
 
 # Symmetric int8: -128 is left out, so that a number and its negative have the same precision.
-_LEVELS = 127
+_MAX_INT8 = 127
 # Scales keep 16 significant bits: their product with 7 bits is then exact in float32 and gives the same scale again.
 _SCALE_BITS = np.uint32(0xFFFFFF00)
 
@@ -35,38 +35,38 @@ class FrozenBase:
     precision: str
     axes: Mapping[str, int | None]
 
-    def stored(self, name: str, value: Array) -> dict[str, Array]:
+    def stored_arrays(self, name: str, value: Array) -> dict[str, Array]:
         """The stored form of a tensor: its numbers, and with int8 its scales [output channels]."""
         axis = self.axes[name]
         # Biases and norms stay in float32: they are a small share of the bytes.
         if value.ndim < 2:
-            return {base(name): value}
+            return {base_name(name): value}
         if axis is None:
-            return {base(name): value.astype(np.float16)}
+            return {base_name(name): value.astype(np.float16)}
         scale = _scales(value, axis)
-        numbers = np.rint(value / _along(scale, axis, value.ndim)).astype(np.int8)
-        return {base(name): numbers, base_scale(name): scale}
+        numbers = np.rint(value / _broadcast_scale(scale, axis, value.ndim)).astype(np.int8)
+        return {base_name(name): numbers, base_scale_name(name): scale}
 
-    def rounded(self, name: str, value: Array) -> Array:
+    def rounded_values(self, name: str, value: Array) -> Array:
         """A tensor's float32 values as a board dequantises them; stored again, they give the same bytes."""
-        arrays = self.stored(name, value)
-        numbers = arrays[base(name)].astype(np.float32)
+        arrays = self.stored_arrays(name, value)
+        numbers = arrays[base_name(name)].astype(np.float32)
         axis = self.axes[name]
-        return numbers if axis is None else numbers * _along(arrays[base_scale(name)], axis, value.ndim)
+        return numbers if axis is None else numbers * _broadcast_scale(arrays[base_scale_name(name)], axis, value.ndim)
 
     def tensors(self, values: Mapping[str, Array]) -> dict[str, Array]:
         """The stored form of all tensors, by the names that graphs have for them."""
-        return {k: v for name in self.axes for k, v in self.stored(name, values[name]).items()}
+        return {k: v for name in self.axes for k, v in self.stored_arrays(name, values[name]).items()}
 
     def specs(self, values: Mapping[str, Array]) -> tuple[BaseSpec, ...]:
         """Names, types and shapes of the stored arrays."""
-        return tuple(BaseSpec(k, _CODES[v.dtype.name], v.shape) for k, v in self.tensors(values).items())
+        return tuple(BaseSpec(k, _SAFETENSORS_TYPES[v.dtype.name], v.shape) for k, v in self.tensors(values).items())
 
 
-_CODES = {"float32": "F32", "float16": "F16", "int8": "I8"}
+_SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int8": "I8"}
 
 
-def chosen(
+def freeze_base(
     graph: Graph, architecture: Architecture, frozen: Iterable[str], precision: str
 ) -> tuple[FrozenBase, Architecture]:
     """Store the frozen weights of a model in `precision`; returns this base and the architecture without them.
@@ -87,7 +87,7 @@ def chosen(
     for name in names:
         value = graph.initializers[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            rounded = frozen_base.rounded(name, value)
+            rounded = frozen_base.rounded_values(name, value)
         if not np.isfinite(rounded).all():
             raise ModelError(
                 f"base {precision!r}: {name} has numbers that it can't hold",
@@ -96,7 +96,7 @@ def chosen(
             )
         graph.initializers[name] = rounded
     tensors = tuple(t for t in architecture.tensors if t.name not in frozen_base.axes)
-    layers = tuple(_unweighted(r, architecture) if r.weight in frozen_base.axes else r for r in architecture.layers)
+    layers = tuple(_without_weight(r, architecture) if r.weight in frozen_base.axes else r for r in architecture.layers)
     return frozen_base, replace(
         architecture, tensors=tensors, layers=layers, base=frozen_base.specs(graph.initializers)
     )
@@ -105,13 +105,13 @@ def chosen(
 def check_precision(precision: object) -> None:
     """Raise `ModelError` for a precision that is none of `PRECISIONS`."""
     if precision not in PRECISIONS:
-        raise ModelError("base", expected=" or ".join(PRECISIONS), got=shown(str(precision)))
+        raise ModelError("base", expected=" or ".join(PRECISIONS), got=value_text(str(precision)))
 
 
-def _unweighted(layer: Layer, architecture: Architecture) -> Layer:
+def _without_weight(layer: LayerRow, architecture: Architecture) -> LayerRow:
     """A layer of frozen weights as a product that sums as many numbers: its cost without its tensor."""
     products = math.prod(architecture.by_name[layer.weight].shape) * layer.positions
-    outputs = max(1, layer.makes.size(architecture.sizes, architecture.sizes))
+    outputs = max(1, layer.output_volume.size(architecture.sizes, architecture.sizes))
     return replace(layer, weight="", positions=0, output_axis=0, inner=Axis.fixed(max(1, products // outputs)))
 
 
@@ -127,92 +127,92 @@ def _output_axes(graph: Graph, architecture: Architecture, names: set[str]) -> d
 def _scales(value: Array, axis: int) -> Array:
     """Scales [channels] that map the largest number of each channel to 127; 1 for a channel of zeros."""
     largest = np.abs(value).max(tuple(i for i in range(value.ndim) if i != axis))
-    scale = np.asarray(largest / np.float32(_LEVELS), np.float32)
+    scale = np.asarray(largest / np.float32(_MAX_INT8), np.float32)
     # Rounded to the nearest: half of the cleared bits is added before. A carry into the exponent is right, too.
     bits = scale.view(np.uint32)
     scale = ((bits + np.uint32(0x80)) & _SCALE_BITS).view(np.float32)
     return np.asarray(np.where(scale > 0, scale, np.float32(1)))
 
 
-def _along(scale: Array, axis: int, rank: int) -> Array:
+def _broadcast_scale(scale: Array, axis: int, rank: int) -> Array:
     return scale.reshape([-1 if i == axis else 1 for i in range(rank)])
 
 
-def read_low(graph: Graph, frozen: FrozenBase) -> None:
+def write_base_reads(graph: Graph, frozen: FrozenBase) -> None:
     """Rewrite a graph so that it reads its base in the stored precision.
 
     The caller adds inputs or external data of these names.
 
     Each reader gets a dequantised copy of its own, so that none lives longer than a layer. It waits for the reader's
-    other input (`_gate`): onnxruntime would otherwise merge copies of one weight, and might make all of them
+    other input (`_gate_value`): onnxruntime would otherwise merge copies of one weight, and might make all of them
     before the first layer. Rows of embeddings are looked up before they are dequantised.
     """
-    _Reads(graph, frozen).write()
+    _BaseReadWriter(graph, frozen).write()
 
 
-def _gate(graph: Graph, value: str) -> str:
+def _gate_value(graph: Graph, value: str) -> str:
     """An int64 number [1] that exists once a value is computed; no optimiser can fold it into a constant."""
     flat = graph.emit("Reshape", value, graph.ints(-1))
     return graph.emit("Cast", graph.emit("Gather", flat, graph.ints(0)), attrs={"to": 7})
 
 
-class _Reads:
+class _BaseReadWriter:
     def __init__(self, graph: Graph, frozen: FrozenBase) -> None:
         self._graph, self._base = graph, frozen
-        self._moved: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._layouts: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def write(self) -> None:
         graph = self._graph
         ranks = {n: len(graph.initializers[n].shape) for n in self._base.axes if n in graph.initializers}
-        self._moved = {n: (n, tuple(range(rank))) for n, rank in ranks.items()}
+        self._layouts = {n: (n, tuple(range(rank))) for n, rank in ranks.items()}
         available = {p.name for p in graph.inputs} | set(graph.initializers)
         nodes, graph.nodes = graph.nodes, []
         for node in nodes:
-            if node.op == "Transpose" and node.inputs[0] in self._moved:
-                name, order = self._moved[node.inputs[0]]
+            if node.op == "Transpose" and node.inputs[0] in self._layouts:
+                name, order = self._layouts[node.inputs[0]]
                 perm = node.attrs.get("perm") or list(reversed(range(len(order))))
-                self._moved[node.outputs[0]] = name, tuple(order[i] for i in perm)
+                self._layouts[node.outputs[0]] = name, tuple(order[i] for i in perm)
                 continue
-            if node.op == "Gather" and node.inputs[0] in self._moved and not self._looks_up(node):
+            if node.op == "Gather" and node.inputs[0] in self._layouts and not self._needs_full_matrix(node):
                 continue
-            computed_inputs = [i for i in node.inputs if i and i not in self._moved and i not in available]
-            node.inputs = [self._read(i, computed_inputs) if i in self._moved else i for i in node.inputs]
+            computed_inputs = [i for i in node.inputs if i and i not in self._layouts and i not in available]
+            node.inputs = [self._read(i, computed_inputs) if i in self._layouts else i for i in node.inputs]
             graph.nodes.append(node)
         for name in ranks:
             del graph.initializers[name]
         for port in graph.outputs:
-            if port.name in self._moved:
-                raise ModelError(f"an output of the model is a frozen weight: {self._moved[port.name][0]}")
+            if port.name in self._layouts:
+                raise ModelError(f"an output of the model is a frozen weight: {self._layouts[port.name][0]}")
 
-    def _looks_up(self, node: Node) -> bool:
+    def _needs_full_matrix(self, node: Node) -> bool:
         """Write the look-up of an embedding's rows, dequantised afterwards.
 
         Returns whether the node must be kept instead, because the whole matrix has to be dequantised first.
         """
-        name, order = self._moved[node.inputs[0]]
+        name, order = self._layouts[node.inputs[0]]
         rank, axis = len(order), self._base.axes[name]
         if node.attrs.get("axis", 0) != 0 or order != tuple(range(rank)) or rank < 2 or axis == 0:
             return True
-        rows = self._graph.emit("Gather", base(name), node.inputs[1], attrs={"axis": 0})
-        self._whole(name, rows, None if axis is None else axis - rank, node.outputs[0])
+        rows = self._graph.emit("Gather", base_name(name), node.inputs[1], attrs={"axis": 0})
+        self._dequantise(name, rows, None if axis is None else axis - rank, node.outputs[0])
         return False
 
     def _read(self, value: str, computed_inputs: list[str]) -> str:
-        name, order = self._moved[value]
+        name, order = self._layouts[value]
         rank, axis = len(order), self._base.axes[name]
         if rank < 2:
-            return base(name)
-        stored = base(name)
+            return base_name(name)
+        stored = base_name(name)
         if computed_inputs:
-            zeros = self._graph.emit("Mul", _gate(self._graph, computed_inputs[0]), self._graph.ints(*[0] * rank))
+            zeros = self._graph.emit("Mul", _gate_value(self._graph, computed_inputs[0]), self._graph.ints(*[0] * rank))
             stored = self._graph.emit("Reshape", stored, zeros)
         if order != tuple(range(rank)):
             # Transposed before it is dequantised: the stored array is half or a quarter as large as float32 numbers.
             stored = self._graph.emit("Transpose", stored, attrs={"perm": list(order)})
-        return self._whole(name, stored, None if axis is None else order.index(axis))
+        return self._dequantise(name, stored, None if axis is None else order.index(axis))
 
-    def _whole(self, name: str, numbers: str, axis: int | None, out: str | None = None) -> str:
+    def _dequantise(self, name: str, numbers: str, axis: int | None, out: str | None = None) -> str:
         """Dequantise numbers whose scales are along `axis`."""
         if axis is None:
             return self._graph.emit("Cast", numbers, attrs={"to": 1}, out=out)
-        return self._graph.emit("DequantizeLinear", numbers, base_scale(name), attrs={"axis": axis}, out=out)
+        return self._graph.emit("DequantizeLinear", numbers, base_scale_name(name), attrs={"axis": axis}, out=out)

@@ -18,17 +18,17 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Axis
 from fedprune.model.selection import Selection
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.operators import registrar, with_rules
+from fedprune_export.ir.operators import load_rules, registrar
 from fedprune_export.pruning.model import Model
 
 Mask = npt.NDArray[np.float32]
 
 
-def masked(model: Model, selection: Selection) -> Graph:
+def masked_graph(model: Model, selection: Selection) -> Graph:
     """The whole graph, with the channels masked that the submodel lacks."""
     graph = model.graph.copy()
-    masks = Masks(model, selection, graph)
-    nodes, graph.nodes, rules = graph.nodes, [], with_rules(MASK_RULES)
+    masks = MaskWriter(model, selection, graph)
+    nodes, graph.nodes, rules = graph.nodes, [], load_rules(MASK_RULES)
     for node in nodes:
         rule = None if node.domain else rules.get(node.op)
         if rule is None or not rule(masks, node):
@@ -36,14 +36,14 @@ def masked(model: Model, selection: Selection) -> Graph:
     return graph
 
 
-class Masks:
+class MaskWriter:
     """Masks of values, and the graph they are written to."""
 
     def __init__(self, model: Model, selection: Selection, graph: Graph) -> None:
         self.graph = graph
         self._values = model.values
         self._selection = selection
-        self._counts: dict[tuple[str, int], Mask | None] = {}
+        self._masks: dict[tuple[str, int], Mask | None] = {}
 
     def rank(self, name: str) -> int:
         return len(self._values[name])
@@ -58,30 +58,30 @@ class Masks:
             raise ModelError(f"a norm averages over axis {axis} of {name}, which follows the batch")
         return value_axis.length
 
-    def of(self, name: str, axis: int) -> Mask | None:
+    def mask_of(self, name: str, axis: int) -> Mask | None:
         """Ones for kept indices of an axis, zeros for lost ones; None where nothing is lost."""
         key = (name, axis % self.rank(name))
-        if key not in self._counts:
+        if key not in self._masks:
             value_axis = self.axis(*key)
             mask = None
             if value_axis is not None and value_axis.groups:
                 mask = np.zeros(value_axis.length, np.float32)
                 mask[self._selection.indices(value_axis)] = 1
             # A mask of ones would only cost a multiplication per layer.
-            self._counts[key] = None if mask is None or mask.all() else mask
-        return self._counts[key]
+            self._masks[key] = None if mask is None or mask.all() else mask
+        return self._masks[key]
 
     def apply(self, node: Node, index: int, axes: Iterable[int]) -> None:
         """Multiply a node's input by the masks of these axes."""
         name = node.inputs[index]
         for axis in axes:
-            mask = self.of(name, axis)
+            mask = self.mask_of(name, axis)
             if mask is not None:
                 node.inputs[index] = self.graph.emit(
-                    "Mul", node.inputs[index], self.spread(mask, axis % self.rank(name), self.rank(name))
+                    "Mul", node.inputs[index], self.broadcast_mask(mask, axis % self.rank(name), self.rank(name))
                 )
 
-    def spread(self, mask: Mask, axis: int, rank: int) -> str:
+    def broadcast_mask(self, mask: Mask, axis: int, rank: int) -> str:
         """A mask as a constant that broadcasts along one of `rank` axes."""
         shape = [1] * rank
         shape[axis] = -1
@@ -89,7 +89,7 @@ class Masks:
 
 
 # Masks the axes that a node contracts; returns whether it has written the node itself, in another form.
-MaskRule = Callable[[Masks, Node], bool | None]
+MaskRule = Callable[[MaskWriter, Node], bool | None]
 
 MASK_RULES: dict[str, MaskRule] = {}  # rules by operator
 

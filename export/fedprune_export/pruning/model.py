@@ -14,7 +14,7 @@ from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.trace import Trace, trace
+from fedprune_export.ir.trace import Trace, trace_graph
 from fedprune_export.pruning.frozen_base import FrozenBase
 
 # Key of a graph's metadata: per group its channels, best first, as the fleet that trained the model cut it. A digest of
@@ -30,7 +30,7 @@ class Groups(Sequence[ChannelGroup]):
     notes: tuple[str, ...] = ()
 
     @property
-    def stays(self) -> list[tuple[str, int]]:
+    def fixed_axes(self) -> list[tuple[str, int]]:
         """The channel axes of weights that stay, in whole or in part, such as `fc.weight[0]`, and how many indices.
 
         The kernel axes of convolutions are left out.
@@ -53,13 +53,13 @@ class Groups(Sequence[ChannelGroup]):
                 {"name": g.name, "channels": g.size, "members": list(self.architecture.members(i))}
                 for i, g in enumerate(self)
             ],
-            "stays": [{"place": place, "indices": size} for place, size in self.stays],
+            "stays": [{"place": place, "indices": size} for place, size in self.fixed_axes],
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         lines = [f"{g.name}: {g.size} channels: {', '.join(self.architecture.summary(i))}" for i, g in enumerate(self)]
-        stays = ", ".join(f"{place} ({size})" for place, size in self.stays) or "nothing"
+        stays = ", ".join(f"{place} ({size})" for place, size in self.fixed_axes) or "nothing"
         lines += [f"stays: {stays}", "why: inputs and outputs of a model stay; notes name what else keeps channels"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -89,7 +89,8 @@ class Model:
         frozen: Names of tensors that the model's author froze (`requires_grad=False` in torch).
         base: Which frozen weights are stored in low precision; these are constants of the graph and no tensors.
         loss: Its own loss, of `logits` and `y`, which gives `loss` [n]; None where it brings none.
-        metric: Its own metric, of `logits` and `y` (`fedprune.model.step_contract.METRIC`); None where it brings none.
+        metric: Its own metric, of `logits` and `y` (`fedprune.model.step_contract.METRIC_METADATA`); None where it
+            brings none.
         class_names: Names of the classes, where its folder has them.
         ranks: Per group its channels, best first, as the fleet that trained it cut it; None where no fleet did.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`), by features
@@ -132,14 +133,14 @@ class Model:
 
         Raises `ModelError` if the batch can't vary, a value would be huge, or an operator makes no sense.
         """
-        return trace(self.graph)
+        return trace_graph(self.graph)
 
     @property
     def groups(self) -> Groups:
         """The channels that can only be kept or cut together, and what stays; prints as text."""
         return Groups(self.architecture, self.notes)
 
-    def check(self, selection: Selection) -> None:
+    def check_selection(self, selection: Selection) -> None:
         """Make sure that a selection is one of this model's channels.
 
         Raises `BundleError` if it belongs to another architecture.

@@ -27,20 +27,20 @@ class Sizes:
         self._architecture = model.architecture
         self._widths = widths
 
-    def before(self, name: str) -> list[int | None]:
+    def full_sizes(self, name: str) -> list[int | None]:
         """Sizes of a value's axes at full width; None where they follow the batch."""
         return [a.length if a is not None else None for a in self._axes(name)]
 
-    def after(self, name: str) -> list[int | None]:
+    def cut_sizes(self, name: str) -> list[int | None]:
         """Sizes of a value's axes at the widths of the cut; None where they follow the batch."""
         full = self._architecture.sizes
         return [a.size(self._widths, full) if a is not None else None for a in self._axes(name)]
 
-    def changed(self, name: str, axis: int) -> bool:
+    def is_shorter(self, name: str, axis: int) -> bool:
         """Whether an axis is shorter than it was."""
-        return self.before(name)[axis] != self.after(name)[axis]
+        return self.full_sizes(name)[axis] != self.cut_sizes(name)[axis]
 
-    def kept(self, name: str, axis: int) -> npt.NDArray[np.int64]:
+    def kept_indices(self, name: str, axis: int) -> npt.NDArray[np.int64]:
         """The indices of an axis that are left where the first channels of every group are kept.
 
         A selection may keep other channels, in another order, but always this many, at these positions of the axis.

@@ -24,12 +24,12 @@ def scaled_outputs(model: Model) -> frozenset[str]:
     """
     weighted = {layer.name for layer in model.architecture.layers if layer.weight and layer.op in _LAYERS}
     layers = [n for n in model.graph.nodes if n.op in _LAYERS and n.name in weighted]
-    last = _last(model, layers)
+    last = _last_layer_outputs(model, layers)
     readers = model.graph.consumers()
     return frozenset(_with_bias(model, n, readers) for n in layers if n.outputs[0] not in last)
 
 
-def _last(model: Model, layers: list[Node]) -> set[str]:
+def _last_layer_outputs(model: Model, layers: list[Node]) -> set[str]:
     """First outputs of the layers from which the model's output is reached through no other layer."""
     producers, stops = model.graph.producers(), {n.outputs[0] for n in layers}
     last_outputs: set[str] = set()

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 
 from fedprune import __version__
-from fedprune.core.text import amount, some
-from fedprune.model.architecture import Architecture, Layer
+from fedprune.core.text import amount, first_few
+from fedprune.model.architecture import Architecture, LayerRow
 from fedprune.model.selection import Selection
-from fedprune.output.chart import tiles
+from fedprune.output.chart import share_strip
 from fedprune.output.document import Bars, Block, Document, Table
-from fedprune.output.page import Bar, stacked
+from fedprune.output.page import Bar, stacked_segments
 from fedprune.output.tables import Column
 from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import FLOAT, Costs, costs_at, layer_macs
-from fedprune.planning.plan import Plan
+from fedprune.planning.plan import WidthPlan
 from fedprune.runtime import session
 from fedprune_export.bundles.board_plan import BoardPlan
-from fedprune_export.checks.parity import SAMPLES
-from fedprune_export.precision import Trial
+from fedprune_export.checks.parity import PARITY_SAMPLES
+from fedprune_export.precision import PrecisionTrial
 from fedprune_export.pruning.model import Model
 
 # Figures of `Costs` and `Prediction` by name, with title and unit: rows of the table of costs, in this order.
@@ -50,25 +50,35 @@ _FIGURES = (
 )
 
 # The parts of the predicted memory, in the order of the bar's pieces.
-_MEMORY = ("process", "graph", "weights", "activations", "samples")
+_MEMORY_USES = ("process", "graph", "weights", "activations", "samples")
 # Members of a channel group that are named: a residual stream has hundreds.
-_MEMBERS = 40
+_MAX_MEMBERS = 40
 
-_COSTS = (Column(""), Column("whole model", right=True), Column("this bundle", right=True), Column("kept", right=True))
-_GROUPS = (Column("group"), Column("channels", right=True), Column("kept", right=True), Column("members"))
-_LAYERS = (
+_COST_COLUMNS = (
+    Column(""),
+    Column("whole model", is_right_aligned=True),
+    Column("this bundle", is_right_aligned=True),
+    Column("kept", is_right_aligned=True),
+)
+_GROUP_COLUMNS = (
+    Column("group"),
+    Column("channels", is_right_aligned=True),
+    Column("kept", is_right_aligned=True),
+    Column("members"),
+)
+_LAYER_COLUMNS = (
     Column("layer"),
     Column("operator"),
-    *(Column(title, right=True) for what in ("weight", "MACs", "activations") for title in (what, "as cut")),
+    *(Column(title, is_right_aligned=True) for what in ("weight", "MACs", "activations") for title in (what, "as cut")),
 )
-_PARITY = (
+_PARITY_TEXT = (
     "On {} random inputs the bundle differs from the whole model with the lost channels masked by at most {:.1e} of "
     "the largest output."
 )
 _CHANNEL_BARS = "One bar per channel group, its channels in the model's own order: filled ones are kept."
 _LAYER_BARS = "Output channels of every layer: the pale bar is the whole model, the filled part is kept."
-_PRECISIONS = (Column("precision"), Column("compared with float32"))
-_FILES = (Column("file"), Column("size", right=True))
+_PRECISION_COLUMNS = (Column("precision"), Column("compared with float32"))
+_FILE_COLUMNS = (Column("file"), Column("size", is_right_aligned=True))
 
 
 @dataclass(frozen=True)
@@ -84,13 +94,13 @@ class Accuracy:
     before: float
     after: float
 
-    def shown(self) -> tuple[str, str]:
+    def score_texts(self) -> tuple[str, str]:
         form = ".1%" if "accuracy" in self.measure else ".4g"
         return f"{self.before:{form}}", f"{self.after:{form}}"
 
 
 @dataclass(frozen=True)
-class Side:
+class LayerCosts:
     """The costs of a layer, whole or as cut.
 
     Attributes:
@@ -127,7 +137,7 @@ class Report:
     parity: float
     folder: Path
     accuracy: Accuracy | None = None
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[PrecisionTrial, ...] = ()
     replaced: bool = False
 
     @property
@@ -145,39 +155,39 @@ class Report:
         return self.model.notes
 
     @cached_property
-    def before(self) -> Costs:
+    def full_costs(self) -> Costs:
         return costs_at(self.model.architecture, self.model.architecture.sizes)
 
     @cached_property
-    def after(self) -> Costs:
+    def cut_costs(self) -> Costs:
         return costs_at(self.model.architecture, self.selection.widths)
 
     @cached_property
-    def layers(self) -> tuple[tuple[Layer, Side, Side], ...]:
+    def layers(self) -> tuple[tuple[LayerRow, LayerCosts, LayerCosts], ...]:
         """All layers that take time, with their costs whole and as cut, in the model's order."""
         architecture = self.model.architecture
         return tuple(
-            (layer, self._side(layer, architecture.sizes), self._side(layer, self.selection.widths))
+            (layer, self._layer_costs(layer, architecture.sizes), self._layer_costs(layer, self.selection.widths))
             for layer in architecture.layers
         )
 
-    def _side(self, layer: Layer, widths: tuple[int, ...]) -> Side:
+    def _layer_costs(self, layer: LayerRow, widths: tuple[int, ...]) -> LayerCosts:
         architecture, shapes = self.model.architecture, self.model.architecture.shapes(widths)
-        makes = FLOAT * layer.makes.size(widths, architecture.sizes)
-        return Side(shapes.get(layer.weight), layer_macs(architecture, layer, widths, shapes), makes)
+        makes = FLOAT * layer.output_volume.size(widths, architecture.sizes)
+        return LayerCosts(shapes.get(layer.weight), layer_macs(architecture, layer, widths, shapes), makes)
 
     def to_dict(self) -> dict[str, Any]:
         architecture, widths = self.model.architecture, self.selection.widths
         return {
             "format": "fedprune.report/1",
             "fedprune": __version__,
-            "onnxruntime": session.version(),
+            "onnxruntime": session.onnxruntime_version(),
             "model": architecture.name,
             "target": self.target,
             "advice": self.advice,
             "scorer": self.scorer,
-            "before": _figures(self.before, self.plan.whole),
-            "after": _figures(self.after, self.plan.chosen.prediction),
+            "before": _figure_values(self.full_costs, self.plan.full_prediction),
+            "after": _figure_values(self.cut_costs, self.plan.width_plan.prediction),
             "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "groups": [
                 {"name": g.name, "channels": g.size, "kept": w, "members": list(architecture.members(i))}
@@ -187,8 +197,8 @@ class Report:
                 {"name": r.name, "op": r.op, "weight": r.weight, "before": before.to_dict(), "after": after.to_dict()}
                 for r, before, after in self.layers
             ],
-            "plan": self.plan.chosen.to_dict(),
-            "parity": {"samples": SAMPLES, "max_relative_error": self.parity},
+            "plan": self.plan.width_plan.to_dict(),
+            "parity": {"samples": PARITY_SAMPLES, "max_relative_error": self.parity},
             "precisions": [t.to_dict() for t in self.trials],
             "files": dict(self.sizes),
             "notes": list(self.notes),
@@ -204,7 +214,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        before, after = self.before, self.after
+        before, after = self.full_costs, self.cut_costs
         lines = [f"replaced: the bundle that was in {self.folder}"] if self.replaced else []
         lines += [
             str(self.plan),
@@ -213,7 +223,7 @@ class Report:
             f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes",
         ]
         if self.accuracy is not None:
-            a, scores = self.accuracy, " -> ".join(self.accuracy.shown())
+            a, scores = self.accuracy, " -> ".join(self.accuracy.score_texts())
             lines.append(f"{a.measure} on {a.samples:,} samples, before local training: {scores}")
         lines.append(f"parity with the masked model: {self.parity:.1e}")
         lines += [f"{t.lowered.precision}: {t.describe()}" for t in self.trials]
@@ -225,36 +235,41 @@ class Report:
     __repr__ = __str__
 
     def document(self) -> Document:
-        architecture, widths, plan = self.model.architecture, self.selection.widths, self.plan.chosen
-        lines = [*plan.summary(self.before.parameters), plan.unbound(), *plan.notes]
+        architecture, widths, plan = self.model.architecture, self.selection.widths, self.plan.width_plan
+        lines = [*plan.summary_lines(self.full_costs.parameters), plan.unbound_line(), *plan.notes]
         warning = f"warning: {plan.warning}" if plan.warning else ""
         groups = [
-            (g.name, f"{g.size:,}", f"{w:,}", some(architecture.summary(i), most=_MEMBERS))
+            (g.name, f"{g.size:,}", f"{w:,}", first_few(architecture.summary(i), max_names=_MAX_MEMBERS))
             for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
         ]
         sections: dict[str, Sequence[Block]] = {
             "": (
                 f"Limited support: {self.advice}" if self.advice else "",
-                _PARITY.format(SAMPLES, self.parity),
-                Table(_COSTS, self._costs(), "Costs"),
+                _PARITY_TEXT.format(PARITY_SAMPLES, self.parity),
+                Table(_COST_COLUMNS, self._cost_rows(), "Costs"),
             ),
-            "Plan": (*lines, warning, Bars(limits(plan), "Limits of the plan", listed=True)),
-            "Memory in training, predicted": (Bars(self._memory(), "Memory in training", _MEMORY, listed=True),),
+            "Plan": (*lines, warning, Bars(limit_bars(plan), "Limits of the plan", is_listed=True)),
+            "Memory in training, predicted": (
+                Bars(self._memory_bars(), "Memory in training", _MEMORY_USES, is_listed=True),
+            ),
             "Lower precision": (
-                Table(_PRECISIONS, [(t.lowered.precision, t.describe()) for t in self.trials]),
+                Table(_PRECISION_COLUMNS, [(t.lowered.precision, t.describe()) for t in self.trials]),
                 tuple(f"warning: {t.warning}" for t in self.trials if t.warning),
             ),
             "Channels": (
                 Bars(channel_bars(self.selection), "Kept channels of every group", caption=_CHANNEL_BARS),
-                Table(_GROUPS, groups, summary="Members of the groups"),
+                Table(_GROUP_COLUMNS, groups, summary="Members of the groups"),
             ),
             "Layers": (
                 Bars(layer_bars(architecture, widths), "Output channels of every layer", caption=_LAYER_BARS),
                 Table(
-                    _LAYERS, [_layer_row(*row) for row in self.layers], "", "Shapes, MACs and activations of one sample"
+                    _LAYER_COLUMNS,
+                    [_layer_row(*row) for row in self.layers],
+                    "",
+                    "Shapes, MACs and activations of one sample",
                 ),
             ),
-            "Files": (Table(_FILES, [(name, amount(size, "bytes")) for name, size in self.sizes.items()]),),
+            "Files": (Table(_FILE_COLUMNS, [(name, amount(size, "bytes")) for name, size in self.sizes.items()]),),
             "Notes of the import": (self.notes,),
         }
         return Document(f"{architecture.name} for {self.target}", self._facts(), sections)
@@ -273,9 +288,9 @@ class Report:
             "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         }
 
-    def _costs(self) -> list[tuple[str, ...]]:
-        before = _figures(self.before, self.plan.whole)
-        after = _figures(self.after, self.plan.chosen.prediction)
+    def _cost_rows(self) -> list[tuple[str, ...]]:
+        before = _figure_values(self.full_costs, self.plan.full_prediction)
+        after = _figure_values(self.cut_costs, self.plan.width_plan.prediction)
         rows = []
         # A figure is missing where a board's profile lacks it, such as its power.
         for key, title, unit in _FIGURES:
@@ -285,26 +300,26 @@ class Report:
                 rows.append((title, *texts, f"{after_value / before_value if before_value else 1:.1%}"))
         if self.accuracy is not None:
             title = f"{self.accuracy.measure} on {self.accuracy.samples:,} given samples"
-            rows.append((title, *self.accuracy.shown(), ""))
+            rows.append((title, *self.accuracy.score_texts(), ""))
         return rows
 
-    def _memory(self) -> list[Bar]:
+    def _memory_bars(self) -> list[Bar]:
         """Bars of the peak memory of training by its uses: of the whole model and of this bundle."""
-        uses = {"whole model": self.plan.whole.memory, "this bundle": self.plan.chosen.prediction.memory}
+        uses = {"whole model": self.plan.full_prediction.memory, "this bundle": self.plan.width_plan.prediction.memory}
         # Both bars have one scale.
         widest = max(use.total for use in uses.values())
         return [
             Bar(
                 name,
-                stacked([getattr(use, kind) for kind in _MEMORY], widest),
+                stacked_segments([getattr(use, kind) for kind in _MEMORY_USES], widest),
                 amount(use.total, "bytes"),
-                f"{name}: " + ", ".join(f"{kind} {amount(getattr(use, kind), 'bytes')}" for kind in _MEMORY),
+                f"{name}: " + ", ".join(f"{kind} {amount(getattr(use, kind), 'bytes')}" for kind in _MEMORY_USES),
             )
             for name, use in uses.items()
         ]
 
 
-def limits(plan: Plan) -> list[Bar]:
+def limit_bars(plan: WidthPlan) -> list[Bar]:
     """One bar per limit, filled by the submodel's need."""
     return [
         Bar(
@@ -328,7 +343,7 @@ def channel_bars(selection: Selection) -> list[Bar]:
         bars.append(
             Bar(
                 f"{group.name} {first}",
-                (tiles(group.name, is_kept),),
+                (share_strip(group.name, is_kept),),
                 f"{width:,} of {group.size:,}",
                 f"{group.name}: {', '.join(members[:8])}",
             )
@@ -340,7 +355,7 @@ def layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
     """One bar per layer: as long as its output channels, the kept part filled."""
     # Products of two activations have no channels of their own.
     layers = [layer for layer in architecture.layers if layer.weight in architecture.by_name]
-    sizes = [_outputs(architecture, widths, layer) for layer in layers]
+    sizes = [_output_channels(architecture, widths, layer) for layer in layers]
     widest = max((full for full, _ in sizes), default=1)
     return [
         Bar(
@@ -353,7 +368,7 @@ def layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
     ]
 
 
-def _outputs(architecture: Architecture, widths: Sequence[int], layer: Layer) -> tuple[int, int]:
+def _output_channels(architecture: Architecture, widths: Sequence[int], layer: LayerRow) -> tuple[int, int]:
     """Output channels of a layer at full width and as cut."""
     axes = architecture.by_name[layer.weight].axes
     if not axes:
@@ -362,7 +377,7 @@ def _outputs(architecture: Architecture, widths: Sequence[int], layer: Layer) ->
     return axis.length, axis.size(widths, architecture.sizes)
 
 
-def _layer_row(layer: Layer, before: Side, after: Side) -> tuple[str, ...]:
+def _layer_row(layer: LayerRow, before: LayerCosts, after: LayerCosts) -> tuple[str, ...]:
     shapes = (" × ".join(map(str, s.shape)) if s.shape is not None else "–" for s in (before, after))
     macs = (f"{s.macs:,}" for s in (before, after))
     return (
@@ -374,7 +389,7 @@ def _layer_row(layer: Layer, before: Side, after: Side) -> tuple[str, ...]:
     )
 
 
-def _figures(costs: Costs, prediction: Prediction) -> dict[str, Any]:
+def _figure_values(costs: Costs, prediction: Prediction) -> dict[str, Any]:
     predicted_values = {k: v for k, v in asdict(prediction).items() if isinstance(v, (int, float))}
     counted_names = ("parameters", "forward_macs", "training_macs", "wire_bytes")
     return {

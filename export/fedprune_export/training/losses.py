@@ -9,7 +9,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.loss import LossParts, along_classes, count_hits
 from fedprune.model.losses import LOSSES
-from fedprune.model.recipe import MULTI, Features
+from fedprune.model.recipe import MULTI_LABELS, Features
 from fedprune_export.autodiff.tape import BATCH, Shape, Tape
 from fedprune_export.ir.graph import Graph
 from fedprune_export.operators.reductions import elements_of
@@ -18,7 +18,7 @@ from fedprune_export.pruning.model import Model
 
 def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, np.dtype[np.generic]]:
     """Shape and type of the labels of a batch, for outputs [N, *outputs]."""
-    return (BATCH, *features.target_shape(outputs)), np.dtype(np.int64 if features.counts else np.float32)
+    return (BATCH, *features.target_shape(outputs)), np.dtype(np.int64 if features.has_class_labels else np.float32)
 
 
 def write_loss(
@@ -53,18 +53,18 @@ def write_loss(
     loss = LOSSES[features.loss]
     if loss.setting:
         g.add_input(loss.setting)
-    loss_parts = loss.write(g, logits, outputs, features) if own_loss is None else _of_graph(g, logits, own_loss)
-    if loss.labels == MULTI:
+    loss_parts = loss.write(g, logits, outputs, features) if own_loss is None else _write_own_loss(g, logits, own_loss)
+    if loss.labels == MULTI_LABELS:
         is_positive = g.emit("Greater", step_contract.Y, g.scalar(0.5))
         count_hits(g, g.emit("Equal", g.emit("Greater", logits, g.scalar(0)), is_positive))
-    share = _share(g, loss_parts, features)
+    share = _loss_factor(g, loss_parts, features)
     g.emit("ReduceSum", g.emit("Mul", loss_parts.row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
     gradient = loss_parts.gradient(share)
     # Logits of masked classes were replaced, so that no gradient passes them.
     return g.emit("Where", present, gradient, g.scalar(0)) if present else gradient
 
 
-def _share(g: Graph, loss_parts: LossParts, features: Features) -> str:
+def _loss_factor(g: Graph, loss_parts: LossParts, features: Features) -> str:
     """The factor of each label's loss in the batch's: of `row`'s shape, or []."""
     divisor = loss_parts.divisor
     if features.accumulate:
@@ -76,25 +76,25 @@ def _share(g: Graph, loss_parts: LossParts, features: Features) -> str:
     return g.emit("Div", loss_parts.weight, divisor) if loss_parts.weight else g.emit("Reciprocal", divisor)
 
 
-def _of_graph(g: Graph, logits: str, loss: Model) -> LossParts:
+def _write_own_loss(g: Graph, logits: str, loss: Model) -> LossParts:
     """A loss that is a graph, differentiated by the same rules as the model."""
     output_sizes, label_sizes = (tuple(d for d in p.shape[1:] if isinstance(d, int)) for p in loss.graph.inputs)
     tape = Tape(loss, g)
-    tape.enter(step_contract.LOGITS, logits, (BATCH, *output_sizes), wanted=True)
+    tape.enter(step_contract.LOGITS, logits, (BATCH, *output_sizes), needs_gradient=True)
     tape.enter(step_contract.Y, step_contract.Y, (BATCH, *label_sizes))
     try:
         tape.forward()
     except ModelError as error:
         raise ModelError(f"the model's own loss: {error}") from error
     row = tape.value(step_contract.LOSS)
-    if not tape.wants(step_contract.LOSS):
+    if not tape.needs_gradient(step_contract.LOSS):
         raise ModelError(
             "the model's own loss doesn't depend on its outputs in a way that can be trained",
             hint="No gradient passes argmax, comparisons, rounding, whole numbers or detach().",
         )
 
     def gradient(share: str) -> str:
-        tape.add(step_contract.LOSS, g.emit("Expand", share, tape.shape_of(row)))
+        tape.add_gradient(step_contract.LOSS, g.emit("Expand", share, tape.shape_of(row)))
         tape.backward()
         logit_gradient = tape.gradient(step_contract.LOGITS)
         if logit_gradient is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, shape_text
 from fedprune.core.metrics import METRICS
-from fedprune.model.recipe import CUSTOM, Features
+from fedprune.model.recipe import CUSTOM_LOSS, Features
 from fedprune.model.step_contract import LOGITS, SUMS, VALUE, Y
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -27,7 +27,7 @@ def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
     Args:
         labels: Those of the training graph.
     """
-    if features.metric == CUSTOM:
+    if features.metric == CUSTOM_LOSS:
         if model.metric is None:
             raise ConfigError(
                 "'custom', and the model brings no metric",
@@ -67,7 +67,7 @@ def embedded_metric(model: Model, labels: Port, features: Features) -> str:
     return base64.b64encode(metric_graph(model, labels, features).to_bytes(opset=17)).decode()
 
 
-def _counts(g: Graph, outputs: tuple[int, ...], features: Features) -> tuple[str, str]:
+def _class_labels(g: Graph, outputs: tuple[int, ...], features: Features) -> tuple[str, str]:
     """Whether each label is a class [N, K, ...], and whether it counts [N, 1, ...]; one that doesn't is no class."""
     classes = g.constant(np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
     label = g.emit("Unsqueeze", Y, g.ints(1))
@@ -77,7 +77,7 @@ def _counts(g: Graph, outputs: tuple[int, ...], features: Features) -> tuple[str
     return g.emit("And", g.emit("Equal", label, classes), counted), counted
 
 
-def _number(g: Graph, truths: str, axes: list[int] | None = None) -> str:
+def _count(g: Graph, truths: str, axes: list[int] | None = None) -> str:
     """Count the truths over all axes [1], or over some."""
     numbers = g.emit("Cast", truths, attrs={"to": 1})
     if axes is None:
@@ -85,17 +85,17 @@ def _number(g: Graph, truths: str, axes: list[int] | None = None) -> str:
     return g.emit("ReduceSum", numbers, g.ints(*axes), attrs={"keepdims": 0})
 
 
-def _miou(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
+def _mean_iou(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """Per class, the number of positions in the intersection, in the labels and in the predictions; classes in neither
     are left out of the mean.
     """
     k = outputs[0]
-    is_label, counted = _counts(g, outputs, features)
+    is_label, counted = _class_labels(g, outputs, features)
     classes = g.constant(np.arange(k).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
     prediction = g.emit("ArgMax", LOGITS, attrs={"axis": 1, "keepdims": 1})
     is_prediction = g.emit("And", g.emit("Equal", prediction, classes), counted)
     axes = [0, *range(2, len(outputs) + 1)]
-    counts = [_number(g, v, axes) for v in (g.emit("And", is_label, is_prediction), is_label, is_prediction)]
+    counts = [_count(g, v, axes) for v in (g.emit("And", is_label, is_prediction), is_label, is_prediction)]
     g.emit("Concat", *counts, attrs={"axis": 0}, out=SUMS)
     intersection, label_sizes, prediction_sizes = (
         g.emit("Slice", SUMS, g.ints(k * i), g.ints(k * (i + 1)), g.ints(0)) for i in range(3)
@@ -106,14 +106,14 @@ def _miou(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
 
 def _perplexity(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """e to the mean negative log-likelihood of the labels that count."""
-    is_label, counted = _counts(g, outputs, features)
+    is_label, counted = _class_labels(g, outputs, features)
     log_likelihoods = g.emit("Where", is_label, g.emit("LogSoftmax", LOGITS, attrs={"axis": 1}), g.scalar(0))
     total = g.emit("Reshape", g.emit("ReduceSum", log_likelihoods, attrs={"keepdims": 0}), g.ints(1))
-    g.emit("Concat", g.emit("Neg", total), _number(g, counted), attrs={"axis": 0}, out=SUMS)
-    g.emit("Exp", _ratio(g), out=VALUE)
+    g.emit("Concat", g.emit("Neg", total), _count(g, counted), attrs={"axis": 0}, out=SUMS)
+    g.emit("Exp", _quotient_of_sums(g), out=VALUE)
 
 
-def _ap(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
+def _average_precision(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """Per class and bin of the score: positive labels, and others; precision is summed over the recall that each bin
     adds (Everingham et al., "The PASCAL VOC challenge", IJCV 2010, without its interpolation)."""
     k = outputs[0]
@@ -150,23 +150,23 @@ def _ap(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
 def _rmse(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """The root of the mean squared error."""
     d = g.emit("Sub", LOGITS, Y)
-    _errors(g, g.emit("Mul", d, d))
-    g.emit("Sqrt", _ratio(g), out=VALUE)
+    _sum_errors(g, g.emit("Mul", d, d))
+    g.emit("Sqrt", _quotient_of_sums(g), out=VALUE)
 
 
 def _mae(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """The mean absolute error."""
-    _errors(g, g.emit("Abs", g.emit("Sub", LOGITS, Y)))
-    g.emit("Identity", _ratio(g), out=VALUE)
+    _sum_errors(g, g.emit("Abs", g.emit("Sub", LOGITS, Y)))
+    g.emit("Identity", _quotient_of_sums(g), out=VALUE)
 
 
-def _errors(g: Graph, errors: str) -> None:
+def _sum_errors(g: Graph, errors: str) -> None:
     total = g.emit("Reshape", g.emit("ReduceSum", errors, attrs={"keepdims": 0}), g.ints(1))
     number = g.emit("Reshape", g.emit("Cast", g.emit("Size", errors), attrs={"to": 1}), g.ints(1))
     g.emit("Concat", total, number, attrs={"axis": 0}, out=SUMS)
 
 
-def _ratio(g: Graph) -> str:
+def _quotient_of_sums(g: Graph) -> str:
     """The quotient of the first sum by the second []; not a number where the second is 0."""
     first, second = (
         g.emit("Squeeze", g.emit("Slice", SUMS, g.ints(i), g.ints(i + 1), g.ints(0)), g.ints(0)) for i in range(2)
@@ -183,9 +183,9 @@ def _mean_of_present(g: Graph, class_values: str, size: str) -> None:
 
 
 _METRICS: dict[str, Callable[[Graph, tuple[int, ...], Features], None]] = {
-    "miou": _miou,
+    "miou": _mean_iou,
     "perplexity": _perplexity,
-    "ap": _ap,
+    "ap": _average_precision,
     "rmse": _rmse,
     "mae": _mae,
 }

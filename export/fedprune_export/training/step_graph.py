@@ -6,22 +6,22 @@ from collections.abc import Collection
 
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
-from fedprune.model.lengths import LENGTH
+from fedprune.model.lengths import LENGTH_METADATA
 from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import axes_json
-from fedprune.model.recipe import CUSTOM, Features
+from fedprune.model.recipe import CUSTOM_LOSS, Features
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.probabilities import maker_of_probabilities
-from fedprune_export.pruning.frozen_base import read_low
+from fedprune_export.ir.probabilities import probability_node
+from fedprune_export.pruning.frozen_base import write_base_reads
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.augmentation import augment_plan
 from fedprune_export.training.losses import target_shape, write_loss
 from fedprune_export.training.metrics import embedded_metric
-from fedprune_export.training.optimizers import Trained, add_inputs, used, write_updates
+from fedprune_export.training.optimizers import TrainedTensor, add_inputs, forward_value, write_updates
 
 
 def training_step(model: Model, features: Features, unit: str = CPU) -> Graph:
@@ -59,19 +59,19 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", unit=unit, _counter=model.graph._counter)
     if features.ordered_dropout or features.axes:
-        graph.metadata[step_contract.AXES] = axes_json(architecture)
+        graph.metadata[step_contract.AXES_METADATA] = axes_json(architecture)
     scaled = scaled_outputs(model) if features.scale else ()
     base_constants = {} if model.base is None else {n: model.graph.initializers[n] for n in model.base.axes}
     tape = Tape(model, graph, {*frozen, *base_constants}, scaled=scaled)
     if features.scale:
         graph.add_input(step_contract.OUTPUT_SCALE)
-        tape.written[step_contract.OUTPUT_SCALE] = ()
+        tape.shapes_written[step_contract.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
     graph.add_input(step_contract.X, input_shape, model.graph.inputs[0].dtype)
     _check_logits(model, features)
     # The order of inputs is the order of these calls: x, y, tensors, then the optimiser's.
     own_loss = _own_loss(model, features)
-    graph.inputs.append(_labels(model, features, own_loss))
+    graph.inputs.append(_label_port(model, features, own_loss))
     tape.enter(model.graph.inputs[0].name, step_contract.X, input_shape)
 
     trained = _enter_tensors(tape, model, frozen, features)
@@ -83,38 +83,38 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
 
     tape.forward()
     logits = model.graph.outputs[0].name
-    if not tape.wants(logits):
+    if not tape.needs_gradient(logits):
         raise ModelError("no trained tensor takes part in the output", got=", ".join(t.name for t in trained[:5]))
-    tape.add(logits, write_loss(graph, tape.value(logits), outputs, features, own_loss))
+    tape.add_gradient(logits, write_loss(graph, tape.value(logits), outputs, features, own_loss))
     tape.backward()
     write_updates(graph, tape, trained, features)
     # Only a batch normalisation writes next values of statistics: others would be sent back as they came.
     output_names = {o.name for o in graph.outputs}
     for spec in architecture.statistics:
-        if spec.name not in frozen and step_contract.following(spec.name) not in output_names:
+        if spec.name not in frozen and step_contract.next_name(spec.name) not in output_names:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.rename({tape.value(logits): step_contract.LOGITS})
     _add_metadata(graph, model, features)
     # After pruning, so that only tensors that some node reads get a dequantised copy.
     graph.prune()
     if model.base is not None:
-        read_low(graph, model.base)
+        write_base_reads(graph, model.base)
         graph.inputs += [port(b.name, b.shape, b.dtype) for b in architecture.base]
         graph.prune()
     return graph
 
 
-def _enter_tensors(tape: Tape, model: Model, frozen: Collection[str], features: Features) -> list[Trained]:
+def _enter_tensors(tape: Tape, model: Model, frozen: Collection[str], features: Features) -> list[TrainedTensor]:
     """Make the architecture's tensors inputs of the training graph; returns those that train."""
-    trained: list[Trained] = []
+    trained: list[TrainedTensor] = []
     for spec in model.architecture.tensors:
         shape, value = tape.tensor_shape(spec), spec.name
         tape.graph.add_input(spec.name, shape)
-        trains = spec.kind.trainable and spec.name not in frozen
+        trains = spec.kind.is_trainable and spec.name not in frozen
         if trains:
-            trained.append(Trained(spec.name, shape))
-            value = used(tape.graph, spec.name, features)
-        tape.enter(spec.name, value, shape, wanted=trains)
+            trained.append(TrainedTensor(spec.name, shape))
+            value = forward_value(tape.graph, spec.name, features)
+        tape.enter(spec.name, value, shape, needs_gradient=trains)
     return trained
 
 
@@ -122,21 +122,21 @@ def _add_metadata(graph: Graph, model: Model, features: Features) -> None:
     """Add the trainer's further inputs to the metadata: metric, augmentations, bounds of a length, ignored label."""
     labels = next(p for p in graph.inputs if p.name == step_contract.Y)
     if features.metric:
-        graph.metadata[step_contract.METRIC] = embedded_metric(model, labels, features)
-    if features.augment and LENGTH in model.graph.metadata:
+        graph.metadata[step_contract.METRIC_METADATA] = embedded_metric(model, labels, features)
+    if features.augment and LENGTH_METADATA in model.graph.metadata:
         raise ConfigError("with samples of different lengths", path=("recipe", "augment"), expected="one of the two")
     if features.augment:
-        graph.metadata[step_contract.AUGMENT] = augment_plan(model, labels, features).to_json()
-    graph.metadata |= {k: v for k, v in model.graph.metadata.items() if k == LENGTH}
+        graph.metadata[step_contract.AUGMENT_METADATA] = augment_plan(model, labels, features).to_json()
+    graph.metadata |= {k: v for k, v in model.graph.metadata.items() if k == LENGTH_METADATA}
     if features.ignore_label is not None:
-        graph.metadata[step_contract.IGNORED] = str(features.ignore_label)
+        graph.metadata[step_contract.IGNORED_METADATA] = str(features.ignore_label)
 
 
 def _check_logits(model: Model, features: Features) -> None:
     """Raise `ModelError` if the loss takes logits and the model ends in probabilities."""
     if not LOSSES[features.loss].reads_logits:
         return
-    maker = maker_of_probabilities(model.graph, model.graph.outputs[0].name, model.architecture.by_name)
+    maker = probability_node(model.graph, model.graph.outputs[0].name, model.architecture.by_name)
     if maker is None:
         return
     before = maker.inputs[0]
@@ -150,19 +150,19 @@ def _check_logits(model: Model, features: Features) -> None:
 
 def _own_loss(model: Model, features: Features) -> Model | None:
     """The model's own loss, if the features ask for it. Raises `ConfigError` if the model brings none."""
-    if features.loss != CUSTOM:
+    if features.loss != CUSTOM_LOSS:
         return None
     if model.loss is None:
         raise ConfigError(
             "'custom', and the model brings no loss",
             path=("recipe", "loss"),
-            expected=f"a model with one, or one of {', '.join(n for n in LOSSES if n != CUSTOM)}",
+            expected=f"a model with one, or one of {', '.join(n for n in LOSSES if n != CUSTOM_LOSS)}",
             hint="Give it with the model: --loss package.module:function, [model] loss, or load(..., loss=...).",
         )
     return model.loss
 
 
-def _labels(model: Model, features: Features, own_loss: Model | None) -> Port:
+def _label_port(model: Model, features: Features, own_loss: Model | None) -> Port:
     """The training graph's labels."""
     if own_loss is None:
         return port(step_contract.Y, *target_shape(features, model.architecture.output_shape))

@@ -7,7 +7,7 @@ import numpy as np
 from fedprune import Ranking, Strategy, read_options
 from fedprune.model.architecture import TensorKind
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.importance.scoring import channel_sums, ranks
+from fedprune.strategies.importance.scoring import channel_sums, rank_channels
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Energy(Strategy):
     lr_decay: float = 0.98
 
     def rank(self, scene):
-        return Ranking(ranks(self.average(scene)))
+        return Ranking(rank_channels(self.average(scene)))
 
     def learn(self, scene, fold, reports):
         return {"energy": dict(zip(self.names(scene), self.average(scene), strict=True))}  # the next round's memory

@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedprune.core.cli import add_json, print_json, whole_number, with_extra
+from fedprune.core.cli import add_json_option, positive_integer, print_json, with_extra
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode
 from fedprune.core.text import quantity
 from fedprune.output.tables import progress
-from fedprune_server.cli.sweep_runs import carry_out_variants, failure_rows, output_folder, print_remarks
+from fedprune_server.cli.sweep_runs import failure_rows, output_folder, print_remarks, run_variants
 
 # Four fifths of ten rounds leave a core two in which boards have grown, and one seed can't show what is noise.
 ADVISED_ROUNDS, ADVISED_SEEDS = 10, 2
@@ -30,19 +30,19 @@ def build_advise_parser() -> CommandParser:
     )
     parser.add_argument(
         "--rounds",
-        type=whole_number,
+        type=positive_integer,
         metavar="N",
         help=f"of each run (default: {ADVISED_ROUNDS}, or the job's where it has fewer)",
     )
     parser.add_argument(
         "--seeds",
-        type=whole_number,
+        type=positive_integer,
         default=ADVISED_SEEDS,
         metavar="N",
         help=f"runs of each variant, with the job's seed and those after it (default: {ADVISED_SEEDS})",
     )
-    parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="runs at a time")
-    add_json(parser)
+    parser.add_argument("--workers", type=positive_integer, default=1, metavar="N", help="runs at a time")
+    add_json_option(parser)
     parser.set_defaults(run=with_extra("server", _advise))
     return parser
 
@@ -50,13 +50,13 @@ def build_advise_parser() -> CommandParser:
 def _advise(options: argparse.Namespace) -> int:
     # These imports take a while, in which the user sees that something happens.
     with progress("reading the fleet"):
-        from fedprune_server.simulation.advisor import Trial, advice_figures, advice_rows, advise, choose_variants
-        from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+        from fedprune_server.simulation.advisor import VariantRuns, advice_figures, advice_rows, advise, choose_variants
+        from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
         from fedprune_server.simulation.results.comparison import write_comparison
         from fedprune_server.simulation.results.tables import final_figures, print_rows
         from fedprune_server.simulation.sweep import variant_runs
 
-        out, plan = output_folder(options.out), read_plan(options.config)
+        out, plan = output_folder(options.out), read_fleet_plan(options.config)
         (variants, refused), job_rounds = choose_variants(options.config, plan), plan.job.rounds
         rounds = options.rounds or min(ADVISED_ROUNDS, job_rounds)
         seeds = range(plan.job.seed, plan.job.seed + options.seeds)
@@ -64,9 +64,9 @@ def _advise(options: argparse.Namespace) -> int:
         short = {"rounds": rounds, "total_bytes": 0, "total_macs": 0, "total_hours": 0}
         rows = [{"name": v.name, "job": {**v.job, **short}} for v in variants]
         runs = variant_runs(options.config.resolve(), rows, seeds, str(options.config))
-    records, failed = carry_out_variants(runs, out, workers=options.workers)
+    records, failed = run_variants(runs, out, workers=options.workers)
     # A variant with a failed run is left out: its mean would be over other seeds than the others'.
-    trials = [Trial(v, tuple(records[v.name])) for v in variants if len(records.get(v.name, ())) == len(seeds)]
+    trials = [VariantRuns(v, tuple(records[v.name])) for v in variants if len(records.get(v.name, ())) == len(seeds)]
     finished_records = [record for trial in trials for record in trial.runs]
     advice = page = None
     if trials:

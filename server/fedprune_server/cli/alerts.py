@@ -6,10 +6,16 @@ import argparse
 import time
 from typing import Any
 
-from fedprune.core.cli import add_json, print_json
+from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.errors import ConfigError, ExitCode
-from fedprune_server.cli.run import configured, run_options
-from fedprune_server.monitoring.notifications import Channel, Message, NotificationError, channels, trial
+from fedprune_server.cli.run import load_config, run_options
+from fedprune_server.monitoring.notifications import (
+    Message,
+    NotificationChannel,
+    NotificationError,
+    notification_channels,
+    test_message,
+)
 
 
 def add_alerts(alerts: argparse.ArgumentParser) -> None:
@@ -19,20 +25,20 @@ def add_alerts(alerts: argparse.ArgumentParser) -> None:
         help="send a test notification by every way that `run` with the same options would use",
         parents=[run_options()],
     )
-    add_json(test)
+    add_json_option(test)
     test.set_defaults(function=_test)
 
 
 def _test(arguments: argparse.Namespace) -> int:
-    config = configured(arguments).config
-    channels_in_use = channels(config.alerts)
+    config = load_config(arguments).config
+    channels_in_use = notification_channels(config.alerts)
     if not channels_in_use:
         raise ConfigError(
             "[alerts]", expected="a webhook or services", got="none", hint="docs/observe.md#notifications has the keys."
         )
     rows = []
     for channel in channels_in_use:
-        rows.append(_tried(channel, trial(config.site, time.time())))
+        rows.append(_test_channel(channel, test_message(config.site, time.time())))
         if not arguments.json:
             row = rows[-1]
             print(f"{row['channel']}: {'delivered' if row['delivered'] else 'failed'}: {row['answer']}", flush=True)
@@ -41,7 +47,7 @@ def _test(arguments: argparse.Namespace) -> int:
     return max(int(row["exit_code"]) for row in rows)
 
 
-def _tried(channel: Channel, message: Message) -> dict[str, Any]:
+def _test_channel(channel: NotificationChannel, message: Message) -> dict[str, Any]:
     try:
         answer, code = channel.send(message), ExitCode.OK
     except NotificationError as error:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json, print_json
-from fedprune_server.cli.run import configured, run_options
+from fedprune.core.cli import add_json_option, print_json
+from fedprune_server.cli.run import load_config, run_options
 from fedprune_server.config.alert_settings import shown_url
-from fedprune_server.config.layers import brief, masked, origin
-from fedprune_server.config.server_config import PATHS
-from fedprune_server.config.tables import as_tables
+from fedprune_server.config.layers import setting_origin, setting_value_text, without_secrets
+from fedprune_server.config.server_config import PATH_SETTINGS
+from fedprune_server.config.tables import config_tables
 
 
 def add_config(config: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_config(config: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=text, parents=[run_options()])
         if name == "check":
             action.add_argument("file", type=Path, metavar="FILE", help="the fleet.toml")
-        add_json(action)
+        add_json_option(action)
         action.add_argument("--all", action="store_true", help="show also settings that have their default value")
         action.set_defaults(function=_show)
 
@@ -33,8 +33,8 @@ def add_config(config: argparse.ArgumentParser) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     if arguments.action == "check":
         arguments.config = arguments.file
-    configuration = configured(arguments)
-    rows = [row for row in _rows(configuration) if arguments.all or arguments.json or row["from"] != _DEFAULT]
+    configuration = load_config(arguments)
+    rows = [row for row in setting_rows(configuration) if arguments.all or arguments.json or row["from"] != _DEFAULT]
     if arguments.json:
         print_json(rows)
         return
@@ -44,7 +44,7 @@ def _show(arguments: argparse.Namespace) -> None:
         if row["table"] != table:
             table = row["table"]
             print(f"[{table}]")
-        line = f"{row['key']} = {brief(row['value'])}"
+        line = f"{row['key']} = {setting_value_text(row['value'])}"
         print(f"{line:<48} # {row['from']}" + ("; no such file" if row["missing"] else ""))
     if not rows:
         print("# every setting has its default value; --all shows them")
@@ -54,24 +54,24 @@ _DEFAULT = "default"
 
 # Settings that name files which a server reads when it starts, or functions as `package.module:function`. A missing
 # file is reported here, because a check on another machine than the server's may not have it.
-_READ = (("model", "path"), ("evaluation", "data"), ("calibration", "data"))
+_START_FILES = (("model", "path"), ("evaluation", "data"), ("calibration", "data"))
 
 
-def _rows(configuration: Any) -> Iterator[dict[str, Any]]:
+def setting_rows(configuration: Any) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
-    tables = as_tables(configuration.config)
-    for path, value in _settings((), _whole(tables, configuration.config)):
-        source = origin(configuration.layers, path) or _DEFAULT
-        shown_value = masked(value) if isinstance(value, str) else value
+    tables = config_tables(configuration.config)
+    for path, value in _flat_settings((), _with_default_values(tables, configuration.config)):
+        source = setting_origin(configuration.layers, path) or _DEFAULT
+        shown_value = without_secrets(value) if isinstance(value, str) else value
         if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
             shown_value = shown_url(value)
-        if path in _READ or path[-1] in ("state", *PATHS):
+        if path in _START_FILES or path[-1] in ("state", *PATH_SETTINGS):
             shown_value = os.path.normpath(value)
-        missing = path in _READ and ":" not in value and not Path(value).exists()
+        missing = path in _START_FILES and ":" not in value and not Path(value).exists()
         yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown_value, "from": source, "missing": missing}
 
 
-def _whole(tables: dict[str, Any], config: Any) -> dict[str, Any]:
+def _with_default_values(tables: dict[str, Any], config: Any) -> dict[str, Any]:
     """Add the keys of [job] that `Job.to_dict` leaves out where they have their default value."""
     from dataclasses import asdict, fields
 
@@ -80,11 +80,11 @@ def _whole(tables: dict[str, Any], config: Any) -> dict[str, Any]:
     return {**tables, "job": job}
 
 
-def _settings(path: tuple[str, ...], table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _flat_settings(path: tuple[str, ...], table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The settings of a table, and after them those of its tables."""
     inner_tables = {k: v for k, v in table.items() if isinstance(v, Mapping) and (v or not path)}
     for key, value in table.items():
         if key not in inner_tables and not (isinstance(value, Mapping) and not value):
             yield (*path, key), value
     for key, value in inner_tables.items():
-        yield from _settings((*path, key), value)
+        yield from _flat_settings((*path, key), value)

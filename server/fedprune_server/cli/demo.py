@@ -24,15 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune.core.cli import ended_by_signals, run_command, setting_of
+from fedprune.core.cli import run_command, setting_of, signals_as_interrupts
 from fedprune.core.command_parser import CommandParser
-from fedprune.core.disk import locked, storage_errors
+from fedprune.core.disk import file_lock, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.imports import module_code, program_code
 from fedprune.core.parent_death import set_parent_death_signal
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
-from fedprune.output.log_lines import logged_to_stdout
+from fedprune.output.log_lines import log_to_stdout
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.server_config import ServerConfig
@@ -40,8 +40,8 @@ from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.observation.observer import RoundEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
-from fedprune_server.simulation.datasets.federation import Partition
-from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
+from fedprune_server.simulation.datasets.federation import FleetData
+from fedprune_server.simulation.digits import DIGITS_TITLE, deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import REFERENCE
 from fedprune_server.simulation.fleet.simulated_fleet import (
     DEMO_BOARDS,
@@ -51,21 +51,21 @@ from fedprune_server.simulation.fleet.simulated_fleet import (
     demo_reference_job,
     too_few_rounds,
 )
-from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.simulation.results.record import Record, job_record
 from fedprune_server.simulation.results.report import claims, closing_text, write_report
 from fedprune_server.simulation.results.tables import final_rows, print_rows
 
 log = logging.getLogger("fedprune.server")
 
 # Marks a folder as a demo's, so that the next demo may clear it: `--out` could name any folder of the user's.
-MARK = "demo.json"
+MARK_FILE = "demo.json"
 
 _SITE = "demo"
 _STOP_S = 5.0
 # Characters of a dead board's output that its error shows: a traceback's end, which names the cause.
-_LAST_OUTPUT = 400
+_MAX_OUTPUT_SHOWN = 400
 
-_MEASURED = "payload at the broker: delivered to devices, received from them"
+_BYTES_NOTE = "payload at the broker: delivered to devices, received from them"
 
 _REFERENCE_PROGRAM = program_code("from fedprune_server.cli.demo import run_reference\nsys.exit(run_reference())")
 # Longer than for a board: the process ends its own boards first, then its broker, each with up to `_STOP_S`.
@@ -118,7 +118,7 @@ class DemoProcesses:
         for name, (process, output) in self._processes.items():
             code = process.poll()
             if code is not None and not (may_end and code == 0):
-                output_end = output.read_text(errors="replace").strip()[-_LAST_OUTPUT:]
+                output_end = output.read_text(errors="replace").strip()[-_MAX_OUTPUT_SHOWN:]
                 message = f"{name} has ended with exit code {code}"
                 error = ChildDiedError(message, got=output_end or "no output", hint=f"See {output}.")
                 if code in {*ExitCode} - {ExitCode.OK}:
@@ -186,7 +186,7 @@ class DemoFolder:
     def prepare(cls, root: Path, seed: int) -> DemoFolder:
         """Clear the folder of an earlier demo and write what a new one needs. Raises `ConfigError` if the folder holds
         something that is not a demo's."""
-        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARK).is_file())):
+        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARK_FILE).is_file())):
             raise ConfigError(
                 f"{root} holds something that is not a demo's",
                 hint="Name another folder with --out, or empty this one.",
@@ -196,13 +196,13 @@ class DemoFolder:
         folder = cls(root)
         for path in (root, root / "data", folder.profiles, folder.reference_record.parent):
             path.mkdir(parents=True)
-        (root / MARK).write_text(json.dumps({"format": "fedprune.demo/1", "seed": seed}) + "\n", encoding="utf-8")
+        (root / MARK_FILE).write_text(json.dumps({"format": "fedprune.demo/1", "seed": seed}) + "\n", encoding="utf-8")
         folder.model.write_bytes(digits_model())
-        hands = deal([b.name for b in DEMO_BOARDS], seed=seed)
+        hands = deal_digits([b.name for b in DEMO_BOARDS], seed=seed)
         np.savez(folder.evaluation, x=hands.x, y=hands.y)
         np.savez(folder.calibration, x=hands.calibration)
         for board in DEMO_BOARDS:
-            write_hand(folder.data(board.name), hands.devices[board.name])
+            write_device_data(folder.data(board.name), hands.devices[board.name])
             profile = board.profile()
             (folder.profiles / f"{profile.name}.json").write_text(profile.to_json(), encoding="utf-8")
         return folder
@@ -214,23 +214,23 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     rounds = rounds if rounds is not None else DEMO_QUICK_ROUNDS if quick else DEMO_ROUNDS
     job = demo_job(seed, rounds)  # raises on a wrong number before the folder of an earlier demo is cleared
     with (
-        _alone(out),
-        logged_to_stdout(verbose=False),
-        ended_by_signals(),
+        _demo_lock(out),
+        log_to_stdout(verbose=False),
+        signals_as_interrupts(),
         DemoProcesses(_REFERENCE_STOP_S) as reference_job,
     ):
         folder = DemoFolder.prepare(out, seed)
         size = f"{quantity(len(DEMO_BOARDS), 'device')}, {quantity(rounds, 'round')}"
         print(f"{size}, two jobs at once: models as wide as each link allows, and FedAvg.")
         print(f"Devices' output is in {out}/*/devices/*.log, FedAvg's server's in {folder.reference_log}\n")
-        data = Partition.of_devices(deal([b.name for b in DEMO_BOARDS], seed=seed).devices, DIGITS)
+        data = FleetData.of_devices(deal_digits([b.name for b in DEMO_BOARDS], seed=seed).devices, DIGITS_TITLE)
         reference_command = [sys.executable, "-c", _REFERENCE_PROGRAM, str(out), str(seed), str(rounds)]
         reference_job.start(f"the job of {REFERENCE}", reference_command, folder.reference_log)
         fleet = run_job("fedprune", job, folder, on_turn=partial(reference_job.check, may_end=True))
         with progress(f"waiting for the devices that run {REFERENCE}"):
             reference_job.wait()
         reference = Record.load(folder.reference_record)
-        return _ended(folder, replace(fleet, partition=data), replace(reference, partition=data), began)
+        return _finish(folder, replace(fleet, partition=data), replace(reference, partition=data), began)
 
 
 def run_reference() -> int:
@@ -239,7 +239,7 @@ def run_reference() -> int:
 
     def run(arguments: argparse.Namespace) -> None:
         folder = DemoFolder(arguments.root)
-        with logged_to_stdout(verbose=False), ended_by_signals():
+        with log_to_stdout(verbose=False), signals_as_interrupts():
             job = demo_reference_job(arguments.seed, arguments.rounds)
             run_job(REFERENCE, job, folder).save(folder.reference_record)
 
@@ -254,17 +254,17 @@ def run_reference() -> int:
     return run_command(f"the job of {REFERENCE}", build_parser)
 
 
-def _alone(out: Path) -> AbstractContextManager[None]:
+def _demo_lock(out: Path) -> AbstractContextManager[None]:
     """Hold the lock next to a demo's folder, which the next demo clears."""
     out = out.resolve()
     with storage_errors(f"can't make {out.parent}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    return locked(
+    return file_lock(
         out.with_name(f".{out.name}.lock"), f"another demo runs in {out}", "Wait for it, or name another folder: --out."
     )
 
 
-def _ended(folder: DemoFolder, fleet: Record, reference: Record, began: float) -> int:
+def _finish(folder: DemoFolder, fleet: Record, reference: Record, began: float) -> int:
     fleet.save(folder.fleet_record)
     reference.save(folder.reference_record)
     unjudged = too_few_rounds(len(fleet.rounds))
@@ -281,7 +281,7 @@ def _ended(folder: DemoFolder, fleet: Record, reference: Record, began: float) -
 
 def verdict(fleet: Record, reference: Record) -> ExitCode:
     """The demo's exit code: `CLAIM` if a claim failed. Too few rounds show only that it runs, and are not judged."""
-    passes = too_few_rounds(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
+    passes = too_few_rounds(len(fleet.rounds)) or all(c.passes for c in claims(fleet, reference))
     return ExitCode.OK if passes else ExitCode.CLAIM
 
 
@@ -309,9 +309,9 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
     )
     stopping, options = threading.Event(), StartOptions(insecure=True, until_finished=True)
     boards = DemoProcesses()
-    watch = _Watch(boards, on_turn, stopping)
+    watch = _BoardWatch(boards, on_turn, stopping)
     with build_app(config, options, stopping, observers=[watch]) as app, boards:
-        runner = app.server.first
+        runner = app.server.main_runner
         for board in DEMO_BOARDS:
             _start_board(boards, board.name, folder, job_folder, app.connection.url)
         began = time.time()
@@ -319,19 +319,19 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
         if watch.failure is not None:
             raise watch.failure
         ranking = runner.state.ranking
-        return record_of(
+        return job_record(
             title,
             job,
             runner.architecture,
             runner.state,
             notes=watch.notes,
             ranking=runner.store.read(ranking) if ranking and runner.store.has(ranking) else None,
-            measured=_MEASURED,
-            began=began,
+            measured=_BYTES_NOTE,
+            started_at=began,
         )
 
 
-class _Watch:
+class _BoardWatch:
     """Watches the boards' processes, and notes the payload bytes by the end of every round.
 
     Attributes:
@@ -345,7 +345,7 @@ class _Watch:
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         for event in events:
-            match event.what:
+            match event.payload:
                 case RoundEnded(summary, down, up):
                     self.notes[int(summary["round"])] = RoundNotes(down, up)
         try:

@@ -8,21 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedprune.core import tensorfile
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.cli import add_json, print_json, whole_number
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.cli import add_json_option, positive_integer, print_json
 from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount
 from fedprune_export.bundles import conversion
 from fedprune_export.bundles.hub_repository import save_pretrained
-from fedprune_export.importing.hub_folder import FILES
+from fedprune_export.importing.hub_folder import HUB_FILES
 from fedprune_export.pruning.model import Model
 from fedprune_server.cli.state_option import add_allow, add_state
 from fedprune_server.config.stored_code import stored_job
-from fedprune_server.engine.state_directory import BEST, finished_round, global_model
+from fedprune_server.engine.state_directory import BEST_ROUND, finished_round, global_model
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.results.model_card import model_card
-from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.simulation.results.record import Record, job_record
 from fedprune_server.storage.storage import Storage
 
 
@@ -36,24 +36,24 @@ def add_export_model(export: argparse.ArgumentParser) -> None:
         help="model.onnx, weights.safetensors, or state.pt, written over if it is there; or a folder, which gets the "
         "layout of the Hugging Face hub",
     )
-    export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
+    export.add_argument("--opset", type=positive_integer, metavar="N", help="opset of the .onnx file (default: 17)")
     export.add_argument(
         "--round",
         type=_round,
         metavar="N",
-        help=f"after this round, if its model is still kept; or `{BEST}`: after the one that the server's evaluation "
-        "scored best",
+        help=f"after this round, if its model is still kept; or `{BEST_ROUND}`: after the one that the server's "
+        "evaluation scored best",
     )
     add_allow(export)
-    add_json(export)
+    add_json_option(export)
     export.set_defaults(function=_export_model)
 
 
 def _round(text: str) -> int | str:
     try:
-        return BEST if text == BEST else int(text)
+        return BEST_ROUND if text == BEST_ROUND else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a round's number or {BEST!r}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a round's number or {BEST_ROUND!r}, got {text!r}") from None
 
 
 def _export_model(arguments: argparse.Namespace) -> None:
@@ -75,27 +75,27 @@ def _export_model(arguments: argparse.Namespace) -> None:
     error: float | None = None
     if hub:
         card = model_card(_record(arguments.state, model, round_asked, arguments.allow))
-        size = sum((save_pretrained(model, out, card=card) / name).stat().st_size for name in FILES)
+        size = sum((save_pretrained(model, out, card=card) / name).stat().st_size for name in HUB_FILES)
     elif out.suffix == ".safetensors":
-        write_whole(out, weights)
+        write_atomically(out, weights)
         size = len(weights)
     elif out.suffix == ".onnx":
         # The file is run next to the graph that it was made from, so that a wrong conversion never leaves here unseen.
         raw = conversion.onnx_file(model.graph, model.tensors, model.architecture.name, arguments.opset)
-        error = conversion.onnx_parity(raw, model.graph)
-        write_whole(out, raw)
+        error = conversion.check_onnx_parity(raw, model.graph)
+        write_atomically(out, raw)
         size = len(raw)
     else:
         state = conversion.state_dict(model.tensors, model.graph)
-        error = conversion.state_parity(state, model.graph, model.graph)
+        error = conversion.check_state_parity(state, model.graph, model.graph)
         size = conversion.write_state_dict(out, state)
     if arguments.json:
         score_fields = {"metric": metric, "score": score}
         print_json({"file": str(out), "bytes": size, "difference": error, "round": round_} | score_fields)
         return
-    compared = "" if error is None else f"; {conversion.agreement(error)}"
-    best = "best " if arguments.round == BEST else ""
-    scored = "" if metric is None or score is None else f" ({METRICS[metric].said(score)})"
+    compared = "" if error is None else f"; {conversion.agreement_text(error)}"
+    best = "best " if arguments.round == BEST_ROUND else ""
+    scored = "" if metric is None or score is None else f" ({METRICS[metric].titled_value(score)})"
     subject = f"the {best}global model after round {round_}{scored}"
     subject = subject if round_ else "the initial model: no round has ended yet"
     print(f"{out}: {amount(size, 'bytes')}, {subject}{compared}")
@@ -104,7 +104,7 @@ def _export_model(arguments: argparse.Namespace) -> None:
 def _record(folder: Path, model: Model, round_: int | None, allowed: Sequence[str]) -> Record:
     """The record of a server's job, up to a round if one is given. Raises `StorageError` if it has no finished one,
     `ConfigError` if the job's strategy is code that isn't allowed."""
-    with Storage.existing(folder) as storage:
+    with Storage.open_existing(folder) as storage:
         settings, state, traffic = storage.settings(), storage.load(), storage.traffic()
     if settings is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
@@ -112,5 +112,5 @@ def _record(folder: Path, model: Model, round_: int | None, allowed: Sequence[st
     # A server counts the bytes of a device since the job's start.
     down, up = (sum(byte_counts[direction] for byte_counts in traffic.values()) for direction in (0, 1))
     notes = {entry["round"]: RoundNotes(down, up) for entry in state.history[-1:]}
-    record = record_of(job.name, job, model.architecture, state, notes=notes)
+    record = job_record(job.name, job, model.architecture, state, notes=notes)
     return replace(record, rounds=tuple(row for row in record.rounds if round_ is None or row.round <= round_))

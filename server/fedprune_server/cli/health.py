@@ -6,19 +6,19 @@ import argparse
 import os
 from pathlib import Path
 
-from fedprune.core.cli import add_json, print_json, seconds
+from fedprune.core.cli import add_json_option, positive_seconds, print_json
 from fedprune.core.errors import UsageError
-from fedprune_server.monitoring.health import FILE as _PULSE
+from fedprune_server.monitoring.health import HEALTH_FILE_VARIABLE as _PULSE
 from fedprune_server.monitoring.health import check_pulse
 
 
 def add_health(health: argparse.ArgumentParser) -> None:
     health.add_argument("--pulse", type=Path, metavar="FILE", help=f"file that the server touches (default: ${_PULSE})")
     health.add_argument(
-        "--within", type=seconds, default=120.0, metavar="S", help="seconds since then, at most (default: 120)"
+        "--within", type=positive_seconds, default=120.0, metavar="S", help="seconds since then, at most (default: 120)"
     )
     health.add_argument("--ready", action="store_true", help="a server on standby doesn't count")
-    add_json(health)
+    add_json_option(health)
     health.set_defaults(function=_health)
 
 

@@ -13,22 +13,22 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedprune.core.cli import add_json, hours, options_of, print_json, whole_number
+from fedprune.core.cli import add_json_option, options_of, positive_hours, positive_integer, print_json
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import IdentityError, JoinError, ProtocolError, UsageError, meant
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, UsageError, did_you_mean
 from fedprune.core.text import quantity
-from fedprune.security.keys import VerifyingKey, grouped
+from fedprune.security.keys import VerifyingKey, grouped_digits
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.cli.state_option import add_database, add_state, database_in
-from fedprune_server.enrollment.approval import approve, revoke, revoked
+from fedprune_server.cli.state_option import add_database, add_state, chosen_database
+from fedprune_server.enrollment.approval import approve, revocation_message, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.broker.broker_files import KEY, Broker, write_broker
+from fedprune_server.messaging.broker.broker_files import BROKER_KEY_FILE, BrokerAddress, write_broker
 from fedprune_server.storage.lease import leader_elsewhere
-from fedprune_server.storage.state_folder import folder_lock, keep, url_of
+from fedprune_server.storage.state_folder import database_url, folder_lock, store_url
 
 _REPLACE, _CERTIFICATE = "replace", "certificate"
 # Printed after `replace`: without these steps the fleet stays disconnected.
-_AFTER_REPLACE = (
+_STEPS_AFTER_REPLACE = (
     "back the identity up, and copy it to standbys; if [server] console_certificate was in it, make another with "
     "`identity certificate`; give the broker the files that `fedprune-server broker-config` writes now and restart it "
     "(the embedded broker needs none), then start the server. No board is a member any more: make a claim for each "
@@ -44,9 +44,9 @@ def add_init(init: argparse.ArgumentParser) -> None:
     add_state(init)
     add_database(init)
     init.add_argument(
-        "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
+        "--site", type=name_type("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
     )
-    add_json(init)
+    add_json_option(init)
     init.set_defaults(function=_init)
 
 
@@ -63,7 +63,7 @@ def add_identity(identity: argparse.ArgumentParser) -> None:
         "--host", dest="hosts", action="append", default=[], metavar="HOST",
         help="of certificate: a name or address by which browsers reach the console; may be repeated",
     )  # fmt: skip
-    add_json(identity)
+    add_json_option(identity)
     identity.set_defaults(function=_identity)
 
 
@@ -72,12 +72,12 @@ def add_claim(claim: argparse.ArgumentParser) -> None:
     add_database(claim)
     claim.add_argument(
         "--device",
-        type=name_of("device"),
+        type=name_type("device"),
         metavar="NAME",
         help="make claims for this device alone (default: for any name that is free)",
     )
-    claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
-    claim.add_argument("--hours", type=hours, default=72, metavar="H", help="how long they last (default: 72)")
+    claim.add_argument("--count", type=positive_integer, default=1, metavar="N", help="how many (default: 1)")
+    claim.add_argument("--hours", type=positive_hours, default=72, metavar="H", help="how long they last (default: 72)")
     claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
     claim.set_defaults(function=_claim)
 
@@ -85,14 +85,16 @@ def add_claim(claim: argparse.ArgumentParser) -> None:
 def add_devices(devices: argparse.ArgumentParser) -> None:
     add_state(devices)
     add_database(devices)
-    add_json(devices, "the list as JSON, for programs")
+    add_json_option(devices, "the list as JSON, for programs")
     devices.add_argument(
         "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
         help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name",
     )  # fmt: skip
     devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
     devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
-    devices.add_argument("--hours", type=hours, default=72, metavar="H", help="of the claim to replace it with")
+    devices.add_argument(
+        "--hours", type=positive_hours, default=72, metavar="H", help="of the claim to replace it with"
+    )
     devices.add_argument(
         "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
     )
@@ -116,25 +118,25 @@ def add_broker_config(broker: argparse.ArgumentParser) -> None:
     broker.add_argument("--join-port", type=_port, default=8884, metavar="N", help="for joining (default: 8884)")
     broker.add_argument("--bind", default="", metavar="ADDRESS", help="address to listen on (default: all)")
     broker.add_argument("--at", type=Path, metavar="DIR", help="where the broker finds the files (default: --out)")
-    add_json(broker, "the files that are written as JSON, for programs")
+    add_json_option(broker, "the files that are written as JSON, for programs")
     broker.set_defaults(function=_broker_config)
 
 
 def _port(text: str) -> int:
-    value = whole_number(text)
+    value = positive_integer(text)
     if value > 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
     return value
 
 
-def name_of(what: str) -> Callable[[str], str]:
+def name_type(what: str) -> Callable[[str], str]:
     """An argument type for names: `what` is `site` or `device`."""
 
     def checked(text: str) -> str:
-        from fedprune.wire.topics import check_device, check_name
+        from fedprune.wire.topics import check_device, check_topic_name
 
         try:
-            return check_device(text) if what == "device" else check_name(text, what)
+            return check_device(text) if what == "device" else check_topic_name(text, what)
         except ProtocolError as error:
             raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
 
@@ -143,15 +145,15 @@ def name_of(what: str) -> Callable[[str], str]:
 
 def _init(arguments: argparse.Namespace) -> None:
     check_unowned(arguments.state)
-    database = database_in(arguments)
+    database = chosen_database(arguments)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
         if database is not None:
-            keep(arguments.state, url_of(arguments.state, database))
+            store_url(arguments.state, database_url(arguments.state, database))
         if arguments.json:
-            print_json({**_facts(identity), "folder": str(identity.path)})
+            print_json({**_identity_fields(identity), "folder": str(identity.path)})
             return
         print(f"identity of site {identity.site} in {identity.path}: back it up, and keep it private")
-        _describe(identity)
+        _print_identity(identity)
 
 
 def _identity(arguments: argparse.Namespace) -> None:
@@ -159,31 +161,31 @@ def _identity(arguments: argparse.Namespace) -> None:
     if bool(arguments.hosts) != (action == _CERTIFICATE):
         raise UsageError("--host", expected=f"with {_CERTIFICATE}, and only with it", got=f"identity {action}")
     if action == _CERTIFICATE:
-        _issue(arguments)
+        _issue_console_certificate(arguments)
         return
     if action == _REPLACE:
         IdentityFolder(
             arguments.state, read_only=True
         ).close()  # raises if there is no identity, before locks are taken
         # A server that runs would continue with the old keys.
-        with folder_lock(arguments.state), _identity_of(arguments) as identity:
+        with folder_lock(arguments.state), _open_identity(arguments) as identity:
             if leader := leader_elsewhere(arguments.state):
                 hint = "Stop it and all that stand by, then run this again."
                 raise IdentityError(f"a server elsewhere has the job: {leader}", hint=hint)
             identity.replace().close()
-    with IdentityFolder(arguments.state, database=database_in(arguments), read_only=True) as identity:
+    with IdentityFolder(arguments.state, database=chosen_database(arguments), read_only=True) as identity:
         if arguments.json:
-            print_json(_facts(identity))
+            print_json(_identity_fields(identity))
         else:
             print(f"site:                 {identity.site}")
-            _describe(identity)
+            _print_identity(identity)
     if action == _REPLACE:
-        print(_AFTER_REPLACE, file=sys.stderr if arguments.json else sys.stdout)
+        print(_STEPS_AFTER_REPLACE, file=sys.stderr if arguments.json else sys.stdout)
 
 
-def _issue(arguments: argparse.Namespace) -> None:
-    with _identity_of(arguments) as identity:
-        certificate, key, authority = identity.console(arguments.hosts)
+def _issue_console_certificate(arguments: argparse.Namespace) -> None:
+    with _open_identity(arguments) as identity:
+        certificate, key, authority = identity.console_files(arguments.hosts)
     if arguments.json:
         print_json({"console_certificate": str(certificate), "console_key": str(key), "authority": str(authority)})
         return
@@ -194,18 +196,18 @@ def _issue(arguments: argparse.Namespace) -> None:
     )
 
 
-def _identity_of(arguments: argparse.Namespace) -> IdentityFolder:
-    return IdentityFolder(arguments.state, database=database_in(arguments))
+def _open_identity(arguments: argparse.Namespace) -> IdentityFolder:
+    return IdentityFolder(arguments.state, database=chosen_database(arguments))
 
 
-def _facts(identity: IdentityFolder) -> dict[str, Any]:
-    pin, key = identity.authority.pin.hex(), identity.key.verifying
+def _identity_fields(identity: IdentityFolder) -> dict[str, Any]:
+    pin, key = identity.authority.pin.hex(), identity.key.verifying_key
     return {"site": identity.site, "pin": pin, "key": key.hex, "fingerprint": key.fingerprint}
 
 
-def _describe(identity: IdentityFolder) -> None:
-    print(f"pin of the authority: {grouped(identity.authority.pin.hex())}")
-    print(f"the server's key:     {identity.key.verifying.fingerprint}")
+def _print_identity(identity: IdentityFolder) -> None:
+    print(f"pin of the authority: {grouped_digits(identity.authority.pin.hex())}")
+    print(f"the server's key:     {identity.key.verifying_key.fingerprint}")
 
 
 def _claim(arguments: argparse.Namespace) -> None:
@@ -214,9 +216,9 @@ def _claim(arguments: argparse.Namespace) -> None:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
     if arguments.count > 1 and arguments.device is not None:
         raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
-    with _identity_of(arguments) as identity, _claims_file(arguments.out) as file:
+    with _open_identity(arguments) as identity, _open_claims_file(arguments.out) as file:
         for _ in range(arguments.count):
-            print(identity.claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
+            print(identity.make_claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
     _print_claims(arguments, arguments.device or "any name that is free", arguments.count)
 
 
@@ -228,7 +230,7 @@ def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> 
 
 
 @contextmanager
-def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
+def _open_claims_file(path: Path | None) -> Iterator[TextIO | None]:
     """Open the new file for claims; None for standard output."""
     if path is None:
         yield None
@@ -250,7 +252,7 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def _devices(arguments: argparse.Namespace) -> None:
-    with _identity_of(arguments) as identity:
+    with _open_identity(arguments) as identity:
         if arguments.action == "list":
             _list(identity, arguments)
         elif arguments.device is None:
@@ -267,9 +269,9 @@ def _devices(arguments: argparse.Namespace) -> None:
 def _replace(identity: Any, arguments: argparse.Namespace) -> None:
     """Revoke a device and make a claim for its name. Standard output gets the claim alone, as with `claim`."""
     # The file first: a claim that can't be written must not cost the board its membership.
-    with _claims_file(arguments.out) as file:
+    with _open_claims_file(arguments.out) as file:
         keys, certificates = identity.revoke(arguments.device)
-        print(revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
+        print(revocation_message(identity, arguments.device, keys, certificates), file=sys.stderr)
         print(identity.claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
     _print_claims(arguments, arguments.device)
 
@@ -288,7 +290,7 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
         if arguments.device in (None, d.device)
     ]
     if arguments.device is not None and not rows:
-        near = meant(arguments.device, {d.device for d in identity.store.devices()})
+        near = did_you_mean(arguments.device, {d.device for d in identity.store.devices()})
         raise JoinError(f"no device {arguments.device}{near}", hint="See `fedprune-server devices`.")
     if arguments.json:
         print_json(rows)
@@ -310,8 +312,8 @@ def _approve(identity: Any, arguments: argparse.Namespace) -> None:
 
 def _broker_config(arguments: argparse.Namespace) -> None:
     folder = arguments.at or arguments.out.resolve()
-    broker = options_of(Broker, arguments, hosts=tuple(arguments.hosts), folder=folder)
-    with _identity_of(arguments) as identity:
+    broker = options_of(BrokerAddress, arguments, hosts=tuple(arguments.hosts), folder=folder)
+    with _open_identity(arguments) as identity:
         identity.update_revocations()  # the broker gets a copy of the list as it is now
         written = [arguments.out / name for name in write_broker(identity, arguments.kind, broker, arguments.out)]
     if arguments.json:
@@ -319,7 +321,7 @@ def _broker_config(arguments: argparse.Namespace) -> None:
         return
     for path in written:
         print(path)
-    print(f"the broker's user must be able to read them, and {KEY} no other user")
+    print(f"the broker's user must be able to read them, and {BROKER_KEY_FILE} no other user")
 
 
 def _check_hours(hours_of_claim: float) -> None:

@@ -47,17 +47,17 @@ COMMANDS = {
 }
 
 # Commands that need the extra `console` instead of `server`: their modules import the console's.
-_CONSOLE = ("operators", "pause", "resume")
+_CONSOLE_COMMANDS = ("operators", "pause", "resume")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
-    with _ended_by_sigterm() if arguments[:1] == ["run"] else nullcontext():
+    with _end_on_sigterm() if arguments[:1] == ["run"] else nullcontext():
         return run_command("fedprune-server", lambda: build_parser(arguments[:1]), arguments)
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def _end_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end a server that is still starting as it ends one that runs: with 0, after all cleanup."""
 
     def end(_number: int, _frame: object) -> None:
@@ -85,14 +85,14 @@ def build_parser(arguments: Sequence[str] | None = None) -> CommandParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        extra = "console" if name in _CONSOLE else "server"
+        extra = "console" if name in _CONSOLE_COMMANDS else "server"
         if arguments is None or name in arguments:
-            with_extra(extra, _filler(name, command))(argparse.Namespace())
+            with_extra(extra, _option_adder(name, command))(argparse.Namespace())
         command.set_defaults(run=with_extra(extra, _run))
     return parser
 
 
-def _filler(name: str, parser: argparse.ArgumentParser) -> Command:
+def _option_adder(name: str, parser: argparse.ArgumentParser) -> Command:
     def fill(_: argparse.Namespace) -> None:
         module = importlib.import_module(f"fedprune_server.cli.{COMMANDS[name][0]}")
         getattr(module, f"add_{name.replace('-', '_')}")(parser)

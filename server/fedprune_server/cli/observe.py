@@ -10,50 +10,50 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.cli import add_json, print_json, seconds, whole_number
-from fedprune.core.errors import ExitCode, FedpruneError, JoinError, meant
+from fedprune.core.cli import add_json_option, positive_integer, positive_seconds, print_json
+from fedprune.core.errors import ExitCode, FedpruneError, JoinError, did_you_mean
 from fedprune.core.text import amount, sentences
 from fedprune.output.tables import print_verdicts
-from fedprune_server.cli.identity import name_of
+from fedprune_server.cli.identity import name_type
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.crash_store import BoardCrash, frames_of, read_crashes
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND
-from fedprune_server.storage.storage import Storage, database_of
+from fedprune_server.storage.storage import Storage, open_database
 
-_OWN_LOG = f"Its own log is on the board: {BOARD_LOG_COMMAND}"
+_BOARD_LOG_HINT = f"Its own log is on the board: {BOARD_LOG_COMMAND}"
 
 
 def add_crashes(crashes: argparse.ArgumentParser) -> None:
     add_state(crashes)
-    crashes.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")
-    crashes.add_argument("--last", type=whole_number, default=100, metavar="N", help="the last N (default: 100)")
-    add_json(crashes, "one JSON object on each line, for programs")
+    crashes.add_argument("--device", type=name_type("device"), metavar="NAME", help="of this board alone")
+    crashes.add_argument("--last", type=positive_integer, default=100, metavar="N", help="the last N (default: 100)")
+    add_json_option(crashes, "one JSON object on each line, for programs")
     crashes.set_defaults(function=_crashes)
 
 
 def add_doctor(doctor: argparse.ArgumentParser) -> None:
     add_state(doctor)
     doctor.add_argument(
-        "--timeout", type=seconds, default=5.0, metavar="S",
+        "--timeout", type=positive_seconds, default=5.0, metavar="S",
         help="seconds to wait for each of broker, database and bucket (default: 5)",
     )  # fmt: skip
-    add_json(doctor)
+    add_json_option(doctor)
     doctor.set_defaults(function=_doctor)
 
 
 def _crashes(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     Storage.check_existing(folder)
-    crashes = read_crashes(folder, arguments.device, most=arguments.last)
-    _show(crashes, as_json=arguments.json)
+    crashes = read_crashes(folder, arguments.device, limit=arguments.last)
+    _print_crashes(crashes, as_json=arguments.json)
     remarks = [] if crashes else ["no board has reported a crash"]
     if not crashes and arguments.device is not None:
-        remarks = [_why_empty(_read_exclusions(folder), arguments.device)]
+        remarks = [_no_crash_text(_read_exclusions(folder), arguments.device)]
     elif not arguments.json:
         with suppress(FedpruneError):  # crashes are shown also where the job can't be read
-            remarks += _present_reasons(_read_exclusions(folder), arguments.device)
+            remarks += _start_failures(_read_exclusions(folder), arguments.device)
     for remark in () if arguments.json else remarks:
         print(remark, flush=True)
 
@@ -72,40 +72,40 @@ class _Exclusions:
 
 
 def _read_exclusions(folder: Path) -> _Exclusions:
-    with database_of(folder, read_only=True) as database:
+    with open_database(folder, read_only=True) as database:
         reasons = dict.fromkeys((device.device for device in IdentityStore(database).devices()), "")
-    if Storage.settings_in(folder) is None:
+    if Storage.read_settings(folder) is None:
         return _Exclusions(reasons, ())
-    with Storage.existing(folder) as storage:
-        outsiders = storage.outsiders()
+    with Storage.open_existing(folder) as storage:
+        outsiders = storage.unplanned_devices()
         bodies = [*storage.devices(), *({"name": n, **body} for n, body in outsiders.items())]
     reasons |= {str(body["name"]): str(body["excluded"] or "") for body in bodies}
     return _Exclusions(reasons, [n for n, body in outsiders.items() if body.get("cannot_start")])
 
 
-def _present_reasons(exclusions: _Exclusions, name: str | None) -> list[str]:
+def _start_failures(exclusions: _Exclusions, name: str | None) -> list[str]:
     """Sentences about boards that can't start now. Such a board reports no crash, so that its stored ones are older."""
     names = sorted(n for n in exclusions.cannot_start if name in (None, n))
-    return [sentences(f"{n}: {exclusions.reasons[n]}", _OWN_LOG) for n in names]
+    return [sentences(f"{n}: {exclusions.reasons[n]}", _BOARD_LOG_HINT) for n in names]
 
 
-def _why_empty(exclusions: _Exclusions, name: str) -> str:
+def _no_crash_text(exclusions: _Exclusions, name: str) -> str:
     """A sentence on why no crash of a board is stored, and where to look instead. Raises `JoinError` if the server
     doesn't know the board."""
     if name not in exclusions.reasons:
         raise JoinError(
-            f"no board is called {name}{meant(name, exclusions.reasons)}",
+            f"no board is called {name}{did_you_mean(name, exclusions.reasons)}",
             hint="`fedprune-server status` and `fedprune-server devices` list boards.",
         )
     reason = exclusions.reasons[name]
     return sentences(
         f"{name} has reported no crash",
         f"It takes no part: {reason}" if reason else "",
-        _OWN_LOG,
+        _BOARD_LOG_HINT,
     )
 
 
-def _show(crashes: Sequence[BoardCrash], *, as_json: bool) -> None:
+def _print_crashes(crashes: Sequence[BoardCrash], *, as_json: bool) -> None:
     for crash in crashes:
         if as_json:
             print(json.dumps(crash.to_dict(), sort_keys=True), flush=True)
@@ -124,7 +124,7 @@ def _show(crashes: Sequence[BoardCrash], *, as_json: bool) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # findings report what would be logged
     findings = diagnose(arguments.state, arguments.timeout)
-    wrong_count = sum(f.wrong for f in findings)
+    wrong_count = sum(f.is_wrong for f in findings)
     if arguments.json:
         print_json({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]})
     else:
@@ -132,4 +132,4 @@ def _doctor(arguments: argparse.Namespace) -> int:
             print_verdicts(str(finding))
         if not findings:
             print(f"{arguments.state}: nothing is wrong that could be seen from here")
-    return int(ExitCode.FOUND if wrong_count else ExitCode.OK)
+    return int(ExitCode.FINDINGS if wrong_count else ExitCode.OK)

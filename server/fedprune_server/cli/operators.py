@@ -13,26 +13,26 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json, print_json
-from fedprune.core.disk import held
+from fedprune.core.cli import add_json_option, print_json
+from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import ConfigError, StorageError, UsageError
-from fedprune.wire.topics import as_name
+from fedprune.wire.topics import to_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.storage.state_folder import LOCK
+from fedprune_server.storage.state_folder import LOCK_FILE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Accounts, Operator
 from fedprune_server.web.auth.roles import ROLES
-from fedprune_server.web.auth.sessions import Session
-from fedprune_server.web.database import FILE, ConsoleDatabase
+from fedprune_server.web.auth.sessions import OperatorSession
+from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
 from fedprune_server.web.state import status
 from fedprune_server.web.state.order_queue import WITHDRAWN
 from fedprune_server.web.state.orders import OrderService, RefusedError
 
 # The loop looks for orders twice a second; one that isn't answered in 30 s has met a server that hangs.
-_ANSWER_S, _LOOK_S = 30.0, 0.2
-_TAKEN = "It may still carry it out. See its log."
+_ANSWER_TIMEOUT_S, _POLL_INTERVAL_S = 30.0, 0.2
+_TAKEN_HINT = "It may still carry it out. See its log."
 
 
 def add_operators(operators: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_operators(operators: argparse.ArgumentParser) -> None:
     remove = actions.add_parser("remove", help="take an account away; its sessions end")
     remove.add_argument("name", metavar="NAME", help="who")
     listing = actions.add_parser("list", help="list them")
-    add_json(listing)
+    add_json_option(listing)
     for action, run in ((add, _add), (password, _password), (remove, _remove), (listing, _list)):
         add_state(action)
         action.set_defaults(function=run)
@@ -56,50 +56,51 @@ def add_operators(operators: argparse.ArgumentParser) -> None:
 def add_pause(pause: argparse.ArgumentParser) -> None:
     add_state(pause)
     pause.add_argument("--job", metavar="NAME", help="which job (default: the server's first)")
-    pause.set_defaults(function=_give)
+    pause.set_defaults(function=_send_order)
 
 
 add_resume = add_pause
 
 
-def _give(arguments: argparse.Namespace) -> None:
+def _send_order(arguments: argparse.Namespace) -> None:
     """Give a running server the order of the command's name, as its console does, and print the answer."""
-    path = arguments.state / status.FILE
-    if not held(arguments.state / LOCK):
+    path = arguments.state / status.STATUS_FILE
+    if not has_lock_holder(arguments.state / LOCK_FILE):
         Storage.check_existing(arguments.state)
         raise ConfigError(
             f"no server runs on {arguments.state}", hint="A job that is not running asks no board for anything."
         )
     with status.FleetView(path) if path.exists() else nullcontext() as view:
-        if view is None or not view.ready:
+        if view is None or not view.is_ready:
             raise ConfigError(
                 f"no server that takes orders runs on {arguments.state}",
                 hint="Start it with its console (--console 8470): it takes orders where that does (docs/console.md).",
             )
-        operator_accounts = _Opened(arguments.state)
+        operator_accounts = _OperatorAccounts(arguments.state)
         with operator_accounts:
             orders = OrderService(view, Audit(operator_accounts.database), operator_accounts.database)
             # No login: the file system has authorised whoever can write to the state folder.
-            session = Session(Operator(as_name(operator_accounts.user), "operator", 0.0, 0.0), "", "")
+            session = OperatorSession(Operator(to_name(operator_accounts.user), "operator", 0.0, 0.0), "", "")
             try:
                 job = arguments.job or view.job_names[0]
                 # A terminal that is killed withdraws nothing: its order expires.
-                number = orders.give(session, "terminal", {"order": arguments.command, "job": job}, _ANSWER_S)
+                number = orders.give(session, "terminal", {"order": arguments.command, "job": job}, _ANSWER_TIMEOUT_S)
             except RefusedError as error:
                 raise ConfigError(error.text) from error
-            answer = answer_within(orders, number)
+            answer = wait_for_answer(orders, number)
     if answer is not None and answer["state"] != "done":
         raise ConfigError(
-            f"the server has taken the order, and has not answered it within {_ANSWER_S:.0f} s", hint=_TAKEN
+            f"the server has taken the order, and has not answered it within {_ANSWER_TIMEOUT_S:.0f} s",
+            hint=_TAKEN_HINT,
         )
     text = "no answer" if answer is None else answer["text"]
     if answer is None or not answer["ok"]:
-        hint = f"The server had {_ANSWER_S:.0f} s to take it. See its log." if text == WITHDRAWN else ""
+        hint = f"The server had {_ANSWER_TIMEOUT_S:.0f} s to take it. See its log." if text == WITHDRAWN else ""
         raise ConfigError(f"{arguments.command}: {text}", hint=hint)
     print(text)
 
 
-def answer_within(
+def wait_for_answer(
     orders: OrderService,
     number: int,
     now: Callable[[], float] = time.monotonic,
@@ -109,21 +110,21 @@ def answer_within(
 
     The order is withdrawn if the server doesn't take it in time, or the user interrupts. Returns it as it is then.
     """
-    deadline = now() + _ANSWER_S
+    deadline = now() + _ANSWER_TIMEOUT_S
     try:
         while (answer := orders.get(number)) is not None and answer["state"] != "done" and now() < deadline:
-            sleep(_LOOK_S)
+            sleep(_POLL_INTERVAL_S)
     except KeyboardInterrupt as error:
         try:
-            answer = _withdrawn(orders, number)
-            text = "" if answer is None else answer["text"] or f"the server has taken the order. {_TAKEN}"
+            answer = _withdraw(orders, number)
+            text = "" if answer is None else answer["text"] or f"the server has taken the order. {_TAKEN_HINT}"
         except StorageError as storage:
-            text = f"the server may still take the order within {_ANSWER_S:.0f} s ({storage})"
+            text = f"the server may still take the order within {_ANSWER_TIMEOUT_S:.0f} s ({storage})"
         raise KeyboardInterrupt(text) from error
-    return _withdrawn(orders, number)
+    return _withdraw(orders, number)
 
 
-def _withdrawn(orders: OrderService, number: int) -> dict[str, Any] | None:
+def _withdraw(orders: OrderService, number: int) -> dict[str, Any] | None:
     """Withdraw an order unless the server has taken or answered it, and return it."""
     if (order := orders.get(number)) is not None and order["state"] != "done":
         orders.withdraw(number)
@@ -132,7 +133,7 @@ def _withdrawn(orders: OrderService, number: int) -> dict[str, Any] | None:
 
 
 def _add(arguments: argparse.Namespace) -> None:
-    operator_accounts = _Opened(arguments.state)
+    operator_accounts = _OperatorAccounts(arguments.state)
     with operator_accounts as accounts:
         # Before the password is asked for: nobody wants to type one twice for a name that is taken.
         accounts.check_new(arguments.name, arguments.role)
@@ -142,16 +143,16 @@ def _add(arguments: argparse.Namespace) -> None:
 
 
 def _password(arguments: argparse.Namespace) -> None:
-    operator_accounts = _Opened(arguments.state)
+    operator_accounts = _OperatorAccounts(arguments.state)
     with operator_accounts as accounts:
-        accounts.check_known(arguments.name)
+        accounts.check_exists(arguments.name)
         accounts.set_password(arguments.name, _read_password())
         operator_accounts.note("operator_password", operator=arguments.name)
     print(f"{arguments.name} has another password, and is logged out everywhere")
 
 
 def _remove(arguments: argparse.Namespace) -> None:
-    operator_accounts = _Opened(arguments.state)
+    operator_accounts = _OperatorAccounts(arguments.state)
     with operator_accounts as accounts:
         accounts.remove(arguments.name)
         operator_accounts.note("operator_remove", operator=arguments.name)
@@ -159,7 +160,7 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    with _Opened(arguments.state) as accounts:
+    with _OperatorAccounts(arguments.state) as accounts:
         operators = accounts.list()
     if arguments.json:
         print_json([{"name": o.name, "role": o.role, "made": o.made_at, "changed": o.changed_at} for o in operators])
@@ -171,7 +172,7 @@ def _list(arguments: argparse.Namespace) -> None:
         print("the console has no accounts yet: fedprune-server operators add NAME --role admin")
 
 
-class _Opened:
+class _OperatorAccounts:
     """Opens the accounts of a state folder as a context, and notes changes in the audit log."""
 
     def __init__(self, state: Path) -> None:
@@ -180,8 +181,8 @@ class _Opened:
                 f"{state} is no state folder", hint="Name the one of `run --state`, or make it first: init, or run."
             )
         check_unowned(state)
-        self.user = _user()
-        self.database = ConsoleDatabase(state / FILE)
+        self.user = _user_name()
+        self.database = ConsoleDatabase(state / CONSOLE_FILE)
 
     def __enter__(self) -> Accounts:
         return Accounts(self.database)
@@ -193,7 +194,7 @@ class _Opened:
         self.database.close()
 
 
-def _user() -> str:
+def _user_name() -> str:
     """Name of the process's user; its number where the system lists no name, as in many containers."""
     try:
         return getpass.getuser()

@@ -11,21 +11,27 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from fedprune.core.cli import add_json, print_json
+from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ReleaseError
 from fedprune.core.text import amount
-from fedprune.releases.release import MANIFEST, Release, ReleaseFile, write_again, write_release
-from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
+from fedprune.releases.release import MANIFEST, Release, ReleaseFile, rewrite_release, write_release
+from fedprune.releases.wheels import (
+    OWN_PACKAGE,
+    installable_tags,
+    marker_environment,
+    parse_wheel_name,
+    unmet_requirements,
+)
 from fedprune.security.keys import SigningKey
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.enrollment.pki import IdentityFolder
 
-_EXTRA = "board"
-_GLIBC = 35  # of Ubuntu 22.04, the oldest system of a board that has Python 3.10 or newer
+_BOARD_EXTRA = "board"
+_OLDEST_GLIBC_MINOR = 35  # of Ubuntu 22.04, the oldest system of a board that has Python 3.10 or newer
 # Packages whose module has another name: a release's `system` lists modules, and wheels name packages.
-_MODULES = {"pillow": "pil", "paho-mqtt": "paho", "onnxruntime-gpu": "onnxruntime"}
+_MODULE_NAMES = {"pillow": "pil", "paho-mqtt": "paho", "onnxruntime-gpu": "onnxruntime"}
 
 
 def add_release(release: argparse.ArgumentParser) -> None:
@@ -50,7 +56,7 @@ def add_release(release: argparse.ArgumentParser) -> None:
     release.add_argument(
         "--entry", default="fedprune_start:device", metavar="MODULE:FUNCTION", help="default: %(default)s"
     )
-    add_json(release)
+    add_json_option(release)
     release.set_defaults(function=_release)
 
 
@@ -59,22 +65,22 @@ def _release(arguments: argparse.Namespace) -> None:
         raise ReleaseError(f"{arguments.out} holds a release already", hint="Name another folder with --out.")
     with IdentityFolder(arguments.state) as identity:
         key = identity.key
-    release = _again(arguments, key) if arguments.again is not None else _of_wheels(arguments, key)
+    release = _renumber_release(arguments, key) if arguments.again is not None else _release_of_wheels(arguments, key)
     if arguments.json:
         body = {"release": release.number, "version": release.version, "wheels": len(release.files)}
-        print_json({**body, "bytes": release.size, "key": key.verifying.hex})
+        print_json({**body, "bytes": release.size, "key": key.verifying_key.hex})
         return
     print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {amount(release.size, 'bytes')}")
-    print(f"signed with key {key.verifying.hex}")
+    print(f"signed with key {key.verifying_key.hex}")
 
 
-def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:
-    return write_again(
+def _renumber_release(arguments: argparse.Namespace, key: SigningKey) -> Release:
+    return rewrite_release(
         arguments.out, arguments.again, key, number=arguments.number, version=arguments.name, created=_now()
     )
 
 
-def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
+def _release_of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
     with storage_errors(f"can't read {arguments.wheels}"):
         wheels = sorted(p for p in arguments.wheels.iterdir() if p.suffix == ".whl")
     if not wheels:
@@ -113,12 +119,12 @@ def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequ
     if version is None:
         raise ReleaseError("--python", expected="a Python such as cp311", got=python)
     minor = int(version[1])
-    platforms = [f"manylinux_2_{glibc}_{machine}" for glibc in range(_GLIBC, 4, -1)]
+    platforms = [f"manylinux_2_{glibc}_{machine}" for glibc in range(_OLDEST_GLIBC_MINOR, 4, -1)]
     platforms += [f"{tag}_{machine}" for tag in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
-    supported_tags = supported(minor, platforms)
+    supported_tags = installable_tags(minor, platforms)
     versions: dict[str, Version] = {}
     for wheel in wheels:
-        name, wheel_version, tags = parsed(wheel, ReleaseError)
+        name, wheel_version, tags = parse_wheel_name(wheel, ReleaseError)
         if not tags & supported_tags:
             raise ReleaseError(
                 wheel.name,
@@ -129,15 +135,15 @@ def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequ
         if name in versions:
             raise ReleaseError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {wheel_version}")
         versions[name] = wheel_version
-    if OWN not in versions:
+    if OWN_PACKAGE not in versions:
         raise ReleaseError(
-            f"there is no wheel of {OWN} among the {len(wheels)}",
+            f"there is no wheel of {OWN_PACKAGE} among the {len(wheels)}",
             hint="`python -m build --wheel` in the source code makes dist/fedprune-*.whl: copy it to the others.",
         )
     from_system = {canonicalize_name(name) for name in system}
-    markers = environment(minor, machine)
-    for wheel, requirement, present in unmet(
-        wheels, markers, _EXTRA, lambda n: _MODULES.get(n, n) in from_system, ReleaseError
+    markers = marker_environment(minor, machine)
+    for wheel, requirement, present in unmet_requirements(
+        wheels, markers, _BOARD_EXTRA, lambda n: _MODULE_NAMES.get(n, n) in from_system, ReleaseError
     ):
         raise ReleaseError(
             f"{wheel.name} requires {requirement.name}{requirement.specifier}",

@@ -13,24 +13,24 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json, options_of, print_json, whole_number
-from fedprune.core.disk import held
+from fedprune.core.cli import add_json_option, options_of, positive_integer, print_json
+from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import UsageError
-from fedprune.core.text import quantity, some
+from fedprune.core.text import first_few, quantity
 from fedprune.output.tables import Column, print_table
-from fedprune.releases.rollout import CAREFUL, Fate
-from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
-from fedprune_server.cli.state_option import add_database, add_state, database_in
+from fedprune.releases.rollout import CAREFUL_STAGES, Fate
+from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_TRIAL_ATTEMPTS, MAX_TRIAL_S
+from fedprune_server.cli.state_option import add_database, add_state, chosen_database
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, order, start_rollout, take_back
+from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, request_action, start_rollout, take_back
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
-from fedprune_server.storage.state_folder import LOCK, has_database, url_of
+from fedprune_server.storage.state_folder import LOCK_FILE, database_url, has_database
 
 # Requests that the server hasn't carried out yet, by the entry's state: it may be stopped, or look a second later.
-_REQUESTED = {"stopping": ", to be stopped", "pausing": ", to be paused", "resuming": ", to go on"}
+_REQUEST_WORDS = {"stopping": ", to be stopped", "pausing": ", to be paused", "resuming": ", to go on"}
 
 # Names of boards on one line; of more, their number is printed.
-_SHOWN = 20
+_MAX_NAMES_SHOWN = 20
 
 
 def add_rollout(rollout: argparse.ArgumentParser) -> None:
@@ -42,10 +42,10 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     )
     resume = actions.add_parser("resume", help="resume a paused rollout")
     status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
-    add_json(status)
+    add_json_option(status)
     status.set_defaults(function=_status)
     list_action = actions.add_parser("list", help="list all rollouts, the latest first")
-    add_json(list_action)
+    add_json_option(list_action)
     list_action.set_defaults(function=_list)
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
     back = actions.add_parser(
@@ -57,11 +57,11 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     )
     back.set_defaults(function=_back)
     for action in (pause, resume, stop):
-        action.set_defaults(function=_order, reason="")
+        action.set_defaults(function=_request, reason="")
     for action in (pause, stop, back):
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
     for action in (start, pause, resume, stop, back):
-        add_json(action, "the rollout as JSON, as `status` has it")
+        add_json_option(action, "the rollout as JSON, as `status` has it")
     for action in (start, pause, resume, status, list_action, stop, back):
         add_state(action)
         add_database(action)
@@ -101,7 +101,7 @@ def _add_start(start: argparse.ArgumentParser) -> None:
     )
     start.add_argument(
         "--attempts",
-        type=whole_number,
+        type=positive_integer,
         default=3,
         metavar="N",
         help="how often a board starts the release on trial before it goes back (default: 3)",
@@ -121,11 +121,11 @@ def _add_start(start: argparse.ArgumentParser) -> None:
 
 
 def _start(arguments: argparse.Namespace) -> None:
-    if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
-        raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
+    if arguments.attempts > MAX_TRIAL_ATTEMPTS or not 1 <= arguments.deadline <= MAX_TRIAL_S:
+        raise UsageError("a trial", expected=f"up to {MAX_TRIAL_ATTEMPTS} attempts of 1 to {MAX_TRIAL_S:g} s each")
     names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
     started = start_rollout(
-        arguments.state, arguments.release, _terms(arguments), names, database=database_in(arguments)
+        arguments.state, arguments.release, _terms(arguments), names, database=chosen_database(arguments)
     )
     if arguments.json:
         _print_latest(arguments)
@@ -137,7 +137,7 @@ def _start(arguments: argparse.Namespace) -> None:
     for stage in range(len(rollout.plan.stages)):
         names = sorted(n for n, b in rollout.boards.items() if b.stage == stage)
         if names:
-            print(f"  stage {stage + 1}: {quantity(len(names), 'board')}{_named(names)}")
+            print(f"  stage {stage + 1}: {quantity(len(names), 'board')}{_name_list(names)}")
     print(f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as")
     print("failed; --devices chooses the boards")
     _note_without_server(arguments, "begins")
@@ -146,8 +146,8 @@ def _start(arguments: argparse.Namespace) -> None:
 def _note_without_server(arguments: argparse.Namespace, action: str) -> None:
     state = arguments.state
     # Another database may be that of a server on another machine, whose lock can't be seen from here.
-    is_own_database = url_of(state, database_in(arguments)) == url_of(state)
-    if is_own_database and not held(state / LOCK):
+    is_own_database = database_url(state, chosen_database(arguments)) == database_url(state)
+    if is_own_database and not has_lock_holder(state / LOCK_FILE):
         print(f"no server is running on this folder: it {action} when one is started")
 
 
@@ -164,38 +164,42 @@ def _status(arguments: argparse.Namespace) -> None:
     if entry is None:
         print("no release has been rolled out yet")
     else:
-        print(describe(entry))
-        if entry.rollout.phase.under_way:
+        print(rollout_text(entry))
+        if entry.rollout.phase.is_under_way:
             _note_without_server(arguments, "continues")
 
 
 def _print_latest(arguments: argparse.Namespace) -> None:
     """The latest rollout as JSON; null without one."""
     entry = next(reversed(_entries(arguments)), None)
-    print_json(None if entry is None else _body(entry))
+    print_json(None if entry is None else _entry_fields(entry))
 
 
 def _list(arguments: argparse.Namespace) -> None:
     entries = _entries(arguments)[::-1]
     if arguments.json:
-        print_json([_body(e) for e in entries])
+        print_json([_entry_fields(e) for e in entries])
         return
     rows = []
     for entry in entries:
         release = entry.release
         fates = Counter(b.fate for b in entry.rollout.boards.values())
-        begun = datetime.fromtimestamp(entry.at, timezone.utc).strftime("%Y-%m-%d %H:%M")
+        begun = datetime.fromtimestamp(entry.started_at, timezone.utc).strftime("%Y-%m-%d %H:%M")
         boards = f"{fates[Fate.WELL]} of {len(entry.rollout.boards) - fates[Fate.GONE]}"
         state, failed = entry.rollout.phase.value, str(fates[Fate.FAILED])
         rows.append((str(entry.number), f"{release.number} ({release.version})", state, boards, failed, begun))
-    print_table([Column("rollout", right=True), Column("release"), Column("state"), Column("updated", right=True),
-                 Column("failed", right=True, drop=1), Column("begun (UTC)", drop=2)], rows)  # fmt: skip
+    columns = [
+        Column("rollout", is_right_aligned=True), Column("release"), Column("state"),
+        Column("updated", is_right_aligned=True), Column("failed", is_right_aligned=True, drop_order=1),
+        Column("begun (UTC)", drop_order=2),
+    ]  # fmt: skip
+    print_table(columns, rows)
 
 
-def _order(arguments: argparse.Namespace) -> None:
+def _request(arguments: argparse.Namespace) -> None:
     _entries(arguments)
-    with RolloutStore(arguments.state, database_in(arguments)) as store:
-        message = order(store, arguments.action, arguments.reason)
+    with RolloutStore(arguments.state, chosen_database(arguments)) as store:
+        message = request_action(store, arguments.action, arguments.reason)
     if arguments.json:
         _print_latest(arguments)
         return
@@ -207,18 +211,18 @@ def _back(arguments: argparse.Namespace) -> None:
     _entries(arguments)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
     started = take_back(
-        arguments.state, arguments.reason, number=arguments.number, terms=terms, database=database_in(arguments)
+        arguments.state, arguments.reason, number=arguments.number, terms=terms, database=chosen_database(arguments)
     )
     if arguments.json:
         _print_latest(arguments)
         return
-    print(started.told_back())
+    print(started.way_back_text())
     _note_without_server(arguments, "begins")
 
 
 def _entries(arguments: argparse.Namespace) -> list[RolloutEntry]:
     """All rollouts, the oldest first. Makes no database where there is none: a look must not change a folder."""
-    state, database = arguments.state, database_in(arguments)
+    state, database = arguments.state, chosen_database(arguments)
     IdentityFolder(state).close()  # without an identity there is nothing to roll out
     if database is None and not has_database(state):
         return []
@@ -226,33 +230,33 @@ def _entries(arguments: argparse.Namespace) -> list[RolloutEntry]:
         return store.entries()
 
 
-def describe(entry: RolloutEntry) -> str:
+def rollout_text(entry: RolloutEntry) -> str:
     rollout, release = entry.rollout, entry.release
-    stage = f", stage {rollout.stage + 1} of {rollout.stages}" if rollout.stage >= 0 else ", not begun"
+    stage = f", stage {rollout.stage + 1} of {rollout.stage_count}" if rollout.stage >= 0 else ", not begun"
     counts = Counter(b.fate for b in rollout.boards.values())
     words = {Fate.WELL: "updated", Fate.GIVEN: "updating", Fate.FAILED: "failed", Fate.WAITING: "pending"}
     gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)
     count = len(rollout.boards) - len(gone)
-    phase = f"{rollout.phase.value}{stage}{_REQUESTED.get(entry.state, '')}"
+    phase = f"{rollout.phase.value}{stage}{_REQUEST_WORDS.get(entry.state, '')}"
     lines = [
         f"rollout {entry.number} of release {release.number} ({release.version}): {phase}",
         "  " + ", ".join(f"{counts[fate]} {word}" for fate, word in words.items()) + f", of {count}",
     ]
-    if entry.leaves is not None:
-        lines.append(f"  it rolls boards back from release {entry.leaves}")
+    if entry.left_release is not None:
+        lines.append(f"  it rolls boards back from release {entry.left_release}")
     if rollout.why:
         lines.append(f"  {rollout.why}")
     if gone:
-        lines.append(f"  {len(gone)} left the fleet, and don't count{_named(gone)}")
+        lines.append(f"  {len(gone)} left the fleet, and don't count{_name_list(gone)}")
     for name, board in sorted(rollout.boards.items()):
         if board.fate is Fate.GIVEN:
-            lines.append(f"  {name}: {_doing(entry.reports.get(name))}")
+            lines.append(f"  {name}: {_progress_text(entry.reports.get(name))}")
         elif board.fate is Fate.FAILED:
             lines.append(f"  {name}: failed: {board.reason}")
     return "\n".join(lines)
 
 
-def _doing(report: dict[str, Any] | None) -> str:
+def _progress_text(report: dict[str, Any] | None) -> str:
     if report is None:
         return "nothing heard yet"
     if report.get("state") == DOWNLOADING and report.get("total"):
@@ -260,19 +264,19 @@ def _doing(report: dict[str, Any] | None) -> str:
     return str(report.get("state"))
 
 
-def _body(entry: RolloutEntry) -> dict[str, Any]:
+def _entry_fields(entry: RolloutEntry) -> dict[str, Any]:
     release, body = entry.release, entry.rollout.to_dict()
     one_board = 1 / max(1, len(entry.rollout.boards))
     # The first stage is one board, which its share in the plan only stands for.
     stages = [{**stage, "share": max(stage["share"], one_board)} for stage in body["plan"]["stages"]]
     return {
         "number": entry.number,
-        "at": entry.at,
+        "at": entry.started_at,
         "release": release.number,
         "version": release.version,
-        "stopping": entry.wish,
-        "pausing": entry.hold,
-        "leaves": entry.leaves,
+        "stopping": entry.stop_reason,
+        "pausing": entry.pause_reason,
+        "leaves": entry.left_release,
         "committed": sorted(n for n, r in entry.reports.items() if r.get("state") == COMMITTED),
         "reports": entry.reports,
         **{k: v for k, v in body.items() if k != "format"},
@@ -280,13 +284,13 @@ def _body(entry: RolloutEntry) -> dict[str, Any]:
     }
 
 
-def _named(names: list[str]) -> str:
-    return f": {some(names, most=_SHOWN)}" if names else ""
+def _name_list(names: list[str]) -> str:
+    return f": {first_few(names, max_names=_MAX_NAMES_SHOWN)}" if names else ""
 
 
 def _groups(text: str) -> list[float]:
     """Parse shares of the boards; a plain 1 stands for one board."""
-    return [CAREFUL[0].share if entry.strip() == "1" else _share(entry) for entry in text.split(",")]
+    return [CAREFUL_STAGES[0].share if entry.strip() == "1" else _share(entry) for entry in text.split(",")]
 
 
 def _share(text: str) -> float:

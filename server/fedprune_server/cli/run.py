@@ -18,23 +18,23 @@ from fedprune.core.cli import setting_of
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode, KeyPath
 from fedprune.jobs.job import Job
-from fedprune.output.log_lines import logged_to_stdout
+from fedprune.output.log_lines import log_to_stdout
 from fedprune.runtime.session import run_by_child_process
 from fedprune_device.hardware.allocator import share_heaps
 from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.environment import CONFIG, environment_layer
-from fedprune_server.config.layers import Layer, file_layer, located, merged
-from fedprune_server.config.server_config import PLACES, ServerConfig
+from fedprune_server.config.environment import CONFIG_VARIABLE, environment_layer
+from fedprune_server.config.layers import SettingsLayer, errors_with_origin, file_layer, merge_tables
+from fedprune_server.config.server_config import TABLE_KEYS, ServerConfig
 from fedprune_server.config.setting import SWITCH
 from fedprune_server.config.stored_code import code_names, stored_code_error
-from fedprune_server.config.tables import anchored, parse_config
+from fedprune_server.config.tables import anchor_paths, parse_config
 from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.monitoring.health import Pulse
 
 log = logging.getLogger("fedprune.server")
 
-_JOB = {
+_JOB_OPTIONS = {
     "name": ("NAME", "the job's name"),
     "seed": ("N", "keys every random number"),
     "rounds": ("N", "rounds to run"),
@@ -48,7 +48,7 @@ _JOB = {
 }
 
 # The first group is all that a first fleet needs (README.md); nobody reads fifty options to find these.
-_GROUPS: dict[str, tuple[str, ...]] = {
+_OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "the most common": ("model", "evaluation", "state", "strategy", "rounds", "devices", "broker", "host"),
     "the job": ("name", "density", "schedule", "seed", "weight"),
     "boards in a round": (
@@ -64,21 +64,21 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-_OPTIONS: dict[tuple[str, ...], str] = {
+_OPTION_NAMES: dict[tuple[str, ...], str] = {
     ("job", "deadline_s"): "deadline",
     ("job", "schedule", "kind"): "schedule",
     ("alerts", "webhook"): "alert-webhook",
-    **{place: name for name, place in PLACES.items()},
+    **{place: name for name, place in TABLE_KEYS.items()},
 }
 _LAST_START, _DEFAULTS = "the last start", "the defaults"
 
 
 @dataclass(frozen=True)
-class Configured:
+class LoadedConfig:
     """A configuration, and the layers that it is made of, from the lowest to the highest."""
 
     config: ServerConfig
-    layers: tuple[Layer, ...]
+    layers: tuple[SettingsLayer, ...]
 
 
 def add_run(run: argparse.ArgumentParser) -> None:
@@ -103,7 +103,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="log more, such as each device's row per round")
-    _add_settings(run)
+    _add_setting_options(run)
 
 
 def run_options() -> CommandParser:
@@ -113,27 +113,29 @@ def run_options() -> CommandParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_setting_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
     settings: dict[str, Callable[[Any], None]] = {}
 
     def add_option(place: tuple[str, ...], add: Callable[[Any], None]) -> None:
-        settings[_option(place).replace("-", "_")] = add
+        settings[_option_name(place).replace("-", "_")] = add
 
     for f in fields(Job):
-        if f.name in _JOB:
-            metavar, text = _JOB[f.name]
+        if f.name in _JOB_OPTIONS:
+            metavar, text = _JOB_OPTIONS[f.name]
             read = setting_of(type(f.default))
-            add_option(("job", f.name), partial(_add, place=("job", f.name), type=read, metavar=metavar, help=text))
+            add_option(
+                ("job", f.name), partial(_add_option, place=("job", f.name), type=read, metavar=metavar, help=text)
+            )
     text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
     schedule = ("job", "schedule", "kind")
-    add_option(schedule, partial(_add, place=schedule, metavar="KIND", help=text))
+    add_option(schedule, partial(_add_option, place=schedule, metavar="KIND", help=text))
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
             if setting.metadata.get("metavar"):
-                place = PLACES.get(setting.name, (table, setting.name))
-                add_option(place, partial(_add_setting, setting=setting, place=place))
-    for title, names in _GROUPS.items():
+                place = TABLE_KEYS.get(setting.name, (table, setting.name))
+                add_option(place, partial(_add_setting_option, setting=setting, place=place))
+    for title, names in _OPTION_GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
             settings.pop(name)(group)
@@ -141,47 +143,49 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         add(parser)
 
 
-def _add_setting(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> None:
+def _add_setting_option(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> None:
     metavar, default = setting.metadata["metavar"], setting.default
     text = setting.metadata["text"].replace("%", "%%").removesuffix(".")
     text = text[0].lower() + text[1:]
     if metavar == SWITCH:
-        _add(parser, place, action="store_true", default=None, help=text)
+        _add_option(parser, place, action="store_true", default=None, help=text)
         return
     text = text if default is None else f"{text} (default: {default})"
     kind = next((k for k in (int, float) if k.__name__ in str(setting.type)), str)
-    _add(parser, place, type=setting_of(kind), metavar=metavar, help=text)
+    _add_option(parser, place, type=setting_of(kind), metavar=metavar, help=text)
 
 
-def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Configured:
+def load_config(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> LoadedConfig:
     """Load the configuration of `run` with these options: command line over environment over file.
 
     Without a file, of the command line or the environment, the settings of the state folder's last start count instead.
     Raises `ConfigError`, which says where it is set, if a setting is unknown or has a wrong value, and `StorageError`
     if the state folder is damaged.
     """
-    command_line, environment_settings = _command_line(arguments), environment_layer(environment)
-    path = arguments.config or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
+    command_line, environment_settings = _command_line_layer(arguments), environment_layer(environment)
+    path = arguments.config or (Path(environment[CONFIG_VARIABLE]) if environment.get(CONFIG_VARIABLE) else None)
     if path is not None:
         base = file_layer(path)
-        base = replace(base, tables=anchored(base.tables, path.parent))
+        base = replace(base, tables=anchor_paths(base.tables, path.parent))
     else:
-        base = _last_start(merged(environment_settings.tables, command_line.tables).get("server", {}))
+        base = _last_start_layer(merge_tables(environment_settings.tables, command_line.tables).get("server", {}))
     layers = (base, environment_settings, command_line)
-    with located(layers):
-        tables = merged(base.tables, environment_settings.tables)
+    with errors_with_origin(layers):
+        tables = merge_tables(base.tables, environment_settings.tables)
         job, chosen_schedule = tables.get("job", {}), command_line.tables.get("job", {}).get("schedule")
         schedule = job.get("schedule") if isinstance(job, Mapping) else None
         if chosen_schedule and isinstance(schedule, Mapping) and schedule.get("kind") != chosen_schedule["kind"]:
             tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # its other keys are of the other kind
-        tables = merged(tables, command_line.tables)
+        tables = merge_tables(tables, command_line.tables)
         if base.name == _LAST_START:
             _check_stored_code(base, (environment_settings, command_line), tables)
         config = parse_config(tables, Path())
-    return Configured(config, layers)
+    return LoadedConfig(config, layers)
 
 
-def _check_stored_code(last_start: Layer, upper_layers: Sequence[Layer], tables: Mapping[str, Any]) -> None:
+def _check_stored_code(
+    last_start: SettingsLayer, upper_layers: Sequence[SettingsLayer], tables: Mapping[str, Any]
+) -> None:
     """Raise `ConfigError` if code would be called that only the database of the last start names.
 
     Whoever can write the state folder could otherwise choose what this process runs.
@@ -189,19 +193,19 @@ def _check_stored_code(last_start: Layer, upper_layers: Sequence[Layer], tables:
     stored = dict(code_names(last_start.tables))
     for path, name in code_names(tables):
         if stored.get(path) == name and not any(layer.has(path) for layer in upper_layers):
-            hint = f"If this code is yours, add --{_option(path)} {name}, or give the configuration as --config."
+            hint = f"If this code is yours, add --{_option_name(path)} {name}, or give the configuration as --config."
             raise stored_code_error(path, name, last_start.name, hint)
 
 
-def _add(parser: Any, place: tuple[str, ...], **details: Any) -> None:
-    parser.add_argument(f"--{_option(place)}", dest=".".join(place), **details)
+def _add_option(parser: Any, place: tuple[str, ...], **details: Any) -> None:
+    parser.add_argument(f"--{_option_name(place)}", dest=".".join(place), **details)
 
 
-def _option(place: tuple[str, ...]) -> str:
-    return _OPTIONS.get(place, place[-1]).replace("_", "-")
+def _option_name(place: tuple[str, ...]) -> str:
+    return _OPTION_NAMES.get(place, place[-1]).replace("_", "-")
 
 
-def _command_line(arguments: argparse.Namespace) -> Layer:
+def _command_line_layer(arguments: argparse.Namespace) -> SettingsLayer:
     tables: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
     for dest, value in vars(arguments).items():
@@ -212,23 +216,23 @@ def _command_line(arguments: argparse.Namespace) -> Layer:
         for name in place[:-1]:
             table = table.setdefault(name, {})
         table[place[-1]] = value
-        origins[place] = f"command line, --{_option(place)}"
-    return Layer("command line", tables, origins)
+        origins[place] = f"command line, --{_option_name(place)}"
+    return SettingsLayer("command line", tables, origins)
 
 
-def _last_start(server: Mapping[str, Any]) -> Layer:
+def _last_start_layer(server: Mapping[str, Any]) -> SettingsLayer:
     """The settings with which the state folder's last start ran, if there was one."""
     state = Path(server.get("state", ServerConfig.state))
     tables = stored_tables(state, server)
-    return Layer(_DEFAULTS) if tables is None else Layer(_LAST_START, tables)
+    return SettingsLayer(_DEFAULTS) if tables is None else SettingsLayer(_LAST_START, tables)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     share_heaps()  # before any thread starts: glibc gives each thread a heap of its own, which keeps freed memory
-    config = configured(arguments).config
+    config = load_config(arguments).config
     options = StartOptions(arguments.job, arguments.insecure, arguments.until_finished)
     with ExitStack() as stack:
-        stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
+        stack.enter_context(log_to_stdout(verbose=arguments.verbose, form=config.log_format))
         stack.enter_context(run_by_child_process())  # a round's evaluation needs it for a second
         pulse, folder, stopping = Pulse(), None, threading.Event()
         if arguments.standby:
@@ -237,13 +241,13 @@ def _run(arguments: argparse.Namespace) -> int:
                     StateFolder(config.state, config.database, standby=True, stopping=stopping)
                 )
             # The other server may have been started with other settings meanwhile.
-            config = configured(arguments).config
+            config = load_config(arguments).config
         with (
             build_app(config, options, stopping, folder, [pulse]) as app,
-            _stopped_by_signals(stopping) as signals,
+            _stop_on_signals(stopping) as signals,
         ):
             app.run()
-        interrupted = bool(signals) and not app.server.finished
+        interrupted = bool(signals) and not app.server.is_finished
         if interrupted:
             log.info("stopped: the same command continues with what %s holds", config.state)
     # SIGTERM is how a service is stopped; Ctrl-C means that the operator didn't wait for the end.
@@ -251,7 +255,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _stopped_by_signals(stopping: threading.Event) -> Iterator[list[int]]:
+def _stop_on_signals(stopping: threading.Event) -> Iterator[list[int]]:
     """Set `stopping` at SIGTERM or Ctrl-C. The list that it yields collects the signals."""
     signals: list[int] = []
 

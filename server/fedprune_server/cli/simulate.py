@@ -9,13 +9,13 @@ from pathlib import Path
 
 from fedprune import __version__
 from fedprune.core.cli import (
-    add_json,
+    add_json_option,
     byte_count,
     check_command,
+    positive_integer,
     print_json,
     run_command,
     setting_of,
-    whole_number,
     with_extra,
 )
 from fedprune.core.command_parser import CommandParser
@@ -23,11 +23,11 @@ from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.cli.advise import build_advise_parser
 from fedprune_server.cli.sweep_runs import (
-    carry_out_variants,
+    continuation_hint,
     failure_rows,
-    hint_at_continuation,
     output_folder,
     print_remarks,
+    run_variants,
 )
 
 PROG = "fedprune-simulate"
@@ -39,13 +39,13 @@ ADVISE = "advise"
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
-    builders = _builders()
+    builders = _parser_builders()
     if arguments and arguments[0] in builders:
         return run_command(PROG, builders[arguments[0]], arguments[1:])
     return run_command(PROG, lambda: _parser_of(arguments), arguments)
 
 
-def _builders() -> dict[str, Callable[[], CommandParser]]:
+def _parser_builders() -> dict[str, Callable[[], CommandParser]]:
     return {
         COMPARE: build_compare_parser,
         SWEEP: build_sweep_parser,
@@ -54,9 +54,9 @@ def _builders() -> dict[str, Callable[[], CommandParser]]:
     }
 
 
-def command_parsers() -> dict[str, CommandParser]:
+def simulation_parsers() -> dict[str, CommandParser]:
     """The grammar of each command other than the simulation."""
-    return {name: build() for name, build in _builders().items()}
+    return {name: build() for name, build in _parser_builders().items()}
 
 
 def _parser_of(arguments: Sequence[str]) -> CommandParser:
@@ -90,14 +90,14 @@ def build_parser() -> CommandParser:
     parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
     parser.add_argument("--seed", type=setting_of(int), metavar="N", help="instead of the job's")
     parser.add_argument("--rounds", type=setting_of(int), metavar="N", help="instead of the job's")
-    parser.add_argument("--workers", type=whole_number, metavar="N", help="processes that train side by side")
+    parser.add_argument("--workers", type=positive_integer, metavar="N", help="processes that train side by side")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU, if that works")
     parser.add_argument(
         "--track",
         metavar="TOOL[:DESTINATION],...",
         help="experiment trackers that get every round: the setting `track` of a simulation",
     )
-    add_json(parser)
+    add_json_option(parser)
     parser.set_defaults(run=with_extra("server", _run))
     return parser
 
@@ -117,7 +117,7 @@ def build_compare_parser() -> CommandParser:
         help="accuracy (or loss) whose cost is compared; repeatable",
     )
     _add_csv(parser)
-    add_json(parser)
+    add_json_option(parser)
     parser.set_defaults(run=with_extra("server", _compare))
     return parser
 
@@ -130,10 +130,10 @@ def build_sweep_parser() -> CommandParser:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the runs' folders; finished runs are kept"
     )
-    parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--workers", type=positive_integer, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
     _add_csv(parser)
-    add_json(parser)
+    add_json_option(parser)
     parser.set_defaults(run=with_extra("server", _sweep))
     return parser
 
@@ -178,15 +178,15 @@ def _starter_boards(text: str) -> list[tuple[str, str, int]]:
 def _new(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from fedprune_server.simulation.digits import CLASSES
-    from fedprune_server.simulation.starter import FLEET, STARTERS, StarterBoard, write_starter
+    from fedprune_server.simulation.digits import CLASS_COUNT
+    from fedprune_server.simulation.starter import FLEET_FILE, STARTER_BOARDS, StarterBoard, write_starter
 
-    boards = STARTERS if options.boards is None else [StarterBoard(*board) for board in options.boards]
+    boards = STARTER_BOARDS if options.boards is None else [StarterBoard(*board) for board in options.boards]
     for name, data in write_starter(options.folder, boards, options.seed).items():
-        counts = " ".join(map(str, np.bincount(data.y_train, minlength=CLASSES)))
+        counts = " ".join(map(str, np.bincount(data.y_train, minlength=CLASS_COUNT)))
         print(f"{name}: {len(data.y_train)} samples to learn from, by class {counts}")
-    print(f"\nWhich strategy to take: {PROG} advise --config {options.folder / FLEET} --out advice")
-    print(f"Next: {PROG} --config {options.folder / FLEET} --out run")
+    print(f"\nWhich strategy to take: {PROG} advise --config {options.folder / FLEET_FILE} --out advice")
+    print(f"Next: {PROG} --config {options.folder / FLEET_FILE} --out run")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -194,7 +194,7 @@ def _run(options: argparse.Namespace) -> None:
     with progress("reading the fleet"):
         from fedprune_server.config.track_targets import track_targets
         from fedprune_server.simulation.api import simulate
-        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
+        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_fleet_plan, too_few_rounds
         from fedprune_server.simulation.results.report import claims, closing_text
         from fedprune_server.simulation.results.tables import final_figures, final_rows, print_rows
 
@@ -203,9 +203,11 @@ def _run(options: argparse.Namespace) -> None:
             track_targets(options.track, "--track")
         changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
         plan = (
-            demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
+            demo_plan(**changes)
+            if options.demo
+            else read_fleet_plan(options.config, reference=options.reference, **changes)
         )
-    with hint_at_continuation(out):
+    with continuation_hint(out):
         run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, track=options.track, progress=True)
     # What the demo claims was chosen for its own fleet, budget and rounds.
     unjudged = too_few_rounds(plan.job.rounds) if options.demo else ""
@@ -219,7 +221,9 @@ def _run(options: argparse.Namespace) -> None:
             {
                 "run": final_figures(run.record),
                 "reference": None if reference is None else final_figures(reference),
-                "claims": [{"text": claim.text, "measured": claim.measured, "held": claim.held} for claim in verdicts],
+                "claims": [
+                    {"text": claim.text, "measured": claim.measured, "held": claim.passes} for claim in verdicts
+                ],
                 "report": str(report),
             }
         )
@@ -268,7 +272,7 @@ def _sweep(options: argparse.Namespace) -> int:
     _check_csv(options.csv, output_folder(options.out))
     with progress("reading the sweep"):
         runs, out = read_sweep(options.file), output_folder(options.out)
-    variants, failed = carry_out_variants(runs, out, workers=options.workers, ray=options.ray)
+    variants, failed = run_variants(runs, out, workers=options.workers, ray=options.ray)
     records = [record for variant_records in variants.values() for record in variant_records]
     variants_with_seeds = variants if any(len(variant_records) > 1 for variant_records in variants.values()) else None
     page = write_comparison(out, records, variants=variants_with_seeds) if records else None

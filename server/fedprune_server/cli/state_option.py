@@ -6,18 +6,18 @@ import argparse
 import os
 from pathlib import Path
 
-VARIABLE, DATABASE = "FEDPRUNE_SERVER_STATE", "FEDPRUNE_SERVER_DATABASE"
+STATE_VARIABLE, DATABASE_VARIABLE = "FEDPRUNE_SERVER_STATE", "FEDPRUNE_SERVER_DATABASE"
 _DEFAULT = "fedprune-state"
-_TEXT = "the folder of `run --state`"
+_STATE_TEXT = "the folder of `run --state`"
 
 
-def add_state(parser: argparse.ArgumentParser, text: str = _TEXT) -> None:
-    description = f"{text} (default: {VARIABLE}, or {_DEFAULT})"
-    parser.add_argument("--state", type=Path, default=_folder(), metavar="DIR", help=description)
+def add_state(parser: argparse.ArgumentParser, text: str = _STATE_TEXT) -> None:
+    description = f"{text} (default: {STATE_VARIABLE}, or {_DEFAULT})"
+    parser.add_argument("--state", type=Path, default=_default_folder(), metavar="DIR", help=description)
 
 
 def add_database(parser: argparse.ArgumentParser) -> None:
-    text = f"the server's database (default: {DATABASE}, or the one that the state folder names)"
+    text = f"the server's database (default: {DATABASE_VARIABLE}, or the one that the state folder names)"
     parser.add_argument("--database", metavar="URL", help=text)
 
 
@@ -28,13 +28,13 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow", action="append", default=[], metavar="package.module:function", help=text)
 
 
-def database_in(arguments: argparse.Namespace) -> str | None:
+def chosen_database(arguments: argparse.Namespace) -> str | None:
     """The chosen database; None for that of the state folder."""
-    return arguments.database or _from_environment(DATABASE)
+    return arguments.database or _from_environment(DATABASE_VARIABLE)
 
 
-def _folder() -> Path:
-    return Path(_from_environment(VARIABLE) or _DEFAULT)
+def _default_folder() -> Path:
+    return Path(_from_environment(STATE_VARIABLE) or _DEFAULT)
 
 
 def _from_environment(variable: str) -> str | None:

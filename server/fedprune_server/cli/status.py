@@ -10,70 +10,77 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase, State
-from fedprune.coordination.job_end import early_end
-from fedprune.core.cli import add_json, print_json, whole_number
-from fedprune.core.disk import held
+from fedprune.coordination.job_end import early_end_reason
+from fedprune.core.cli import add_json_option, positive_integer, print_json
+from fedprune.core.disk import has_lock_holder
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount, quantity, sentences
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress, outcome
 from fedprune.model.recipe import judging_metric
-from fedprune.planning.plan import NOTHING
+from fedprune.planning.plan import NOTHING_BINDS
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
-from fedprune_server.devices.quarantine import read_rows
-from fedprune_server.executor.accountant import costs
-from fedprune_server.maintenance.identity_check import revoked
+from fedprune_server.devices.plan_vs_actual import compare_device, comparison_text, planned_figures, training_processor
+from fedprune_server.devices.quarantine import read_quarantine_rows
+from fedprune_server.executor.accountant import privacy_spending
+from fedprune_server.maintenance.identity_check import find_revoked_devices
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import INFO
 from fedprune_server.monitoring.display import board_texts, metric_texts
-from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
+from fedprune_server.monitoring.monitor import MonitorRecord, read_monitor_record, read_running_monitor
 from fedprune_server.monitoring.situation import Situation, suspended_server
 from fedprune_server.storage.lease import leader_elsewhere
-from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
+from fedprune_server.storage.state_folder import DATABASE_FILE, LOCK_FILE, job_folders, stored_url
 from fedprune_server.storage.storage import Storage
 
 _NOT_BEGUN = "not begun"
 
 # Rounds that the text shows by default: they fit on a screen with the devices of a small fleet.
-LATEST = 10
+DEFAULT_ROUNDS = 10
 
 
 def add_status(status: argparse.ArgumentParser) -> None:
     add_state(status)
     status.add_argument(
-        "--rounds", type=whole_number, metavar="N", help="the last N rounds (default: 10; all with --json)"
+        "--rounds", type=positive_integer, metavar="N", help="the last N rounds (default: 10; all with --json)"
     )
-    add_json(status)
+    add_json_option(status)
     status.set_defaults(function=_status)
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    body = status_of_all(arguments.state)
+    body = server_status(arguments.state)
     if arguments.json:
         for job in (body, *body.get("jobs", [])):
             job["rounds"] = job["rounds"][-(arguments.rounds or len(job["rounds"])) :]
         print_json(body)
     else:
-        print(describe(body, arguments.rounds or LATEST))
+        print(status_text(body, arguments.rounds or DEFAULT_ROUNDS))
 
 
-def status_of_all(state: Path) -> dict[str, Any]:
-    """The first job of a state folder as `status` has it, with its further jobs under `jobs`, if it has any.
+def server_status(state: Path) -> dict[str, Any]:
+    """The first job of a state folder as `job_status` has it, with its further jobs under `jobs`, if it has any.
 
     A device is at one job at a time: `job` names it while a server runs, and a device that is connected and free is
     online, too. Without a connection to the broker `online` is None. `alerts` are those that the running server has
     open and whose cause lasts, none while it starts.
     """
-    first = status(state)
-    recorded = read_live(state) if first["running"] else read_recorded(state)
-    first["alerts"] = _alerts(state, recorded, running=first["running"])
-    further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
+    first = job_status(state)
+    recorded = read_running_monitor(state) if first["running"] else read_monitor_record(state)
+    first["alerts"] = _open_alerts(state, recorded, running=first["running"])
+    further = [
+        job_status(folder, state)
+        for folder in job_folders(state)
+        if (folder / DATABASE_FILE).exists() or stored_url(folder)
+    ]
     bodies = [first, *further]
     job_of_device = {d["name"]: body["job"].get("name") for body in bodies for d in body["devices"] if d["online"]}
     # Without its broker the server knows no board's state: what it stored last would pass for the present.
-    free, cut_off = recorded.free if first["running"] else (), any(a["kind"] == "broker" for a in first["alerts"])
+    free, cut_off = (
+        recorded.free_boards if first["running"] else (),
+        any(a["kind"] == "broker" for a in first["alerts"]),
+    )
     for body in bodies:
         for device in body["devices"]:
             if further:
@@ -84,7 +91,7 @@ def status_of_all(state: Path) -> dict[str, Any]:
     return first | {"jobs": further} if further else first
 
 
-def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
+def job_status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     """A job as it is stored; a server may be running on it.
 
     Args:
@@ -92,9 +99,9 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
 
     Returns:
         JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
-        what that has cost each (`fedprune_server.executor.accountant.costs`). `best` is the round whose global model
-        scored best, and `latest` the last that was evaluated; None without any. `heard_at` is when anything happened,
-        in seconds since 1970; None while a server runs, or where that isn't stored.
+        what that has cost each (`fedprune_server.executor.accountant.privacy_spending`). `best` is the round whose
+        global model scored best, and `latest` the last that was evaluated; None without any. `heard_at` is when
+        anything happened, in seconds since 1970; None while a server runs, or where that isn't stored.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
@@ -102,19 +109,19 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     """
     leader = leader_elsewhere(folder)
     # The lock is this machine's; a lease in the database shows a server on another one.
-    running = held(folder / LOCK) or bool(leader)
-    with Storage.existing(folder) as storage:
+    running = has_lock_holder(folder / LOCK_FILE) or bool(leader)
+    with Storage.open_existing(folder) as storage:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
-        outsiders = storage.outsiders()
-        last_event, last_messages = storage.log.heard()
+        outsiders = storage.unplanned_devices()
+        last_event, last_messages = storage.log.last_message_times()
     job = (settings or {}).get("job", {})
     judge = judging_metric(job)
     stored_names = {row["name"] for row in rows}
     rows = [row | {"excluded": outsiders[n]["excluded"] if (n := row["name"]) in outsiders else row["excluded"]}
             for row in rows]  # fmt: skip
-    rows += [_outsider(name, body) for name, body in outsiders.items() if name not in stored_names]
+    rows += [_unplanned_row(name, body) for name, body in outsiders.items() if name not in stored_names]
     message_times = {
-        name: _latest(last_messages.get(name), outsiders.get(name, {}).get("seen_at"))
+        name: _latest_time(last_messages.get(name), outsiders.get(name, {}).get("seen_at"))
         for name in (row["name"] for row in rows)
     }
     return {
@@ -126,13 +133,13 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "job": job,
         "round": state.round if state is not None else 0,
         "phase": state.phase.value if state is not None else _NOT_BEGUN,
-        "ended_early": _early_end(job, state) or None,
+        "ended_early": _early_end_text(job, state) or None,
         "paused": state is not None and state.paused,
         "rounds": state.history if state is not None else [],
-        "best": _scored(state.best_round(judge), judge) if state is not None else None,
-        "latest": _scored(_latest_evaluated(state, judge), judge) if state is not None else None,
+        "best": _score_fields(state.best_round(judge), judge) if state is not None else None,
+        "latest": _score_fields(_latest_evaluated(state, judge), judge) if state is not None else None,
         "devices": _device_rows(rows, message_times, identity or folder, state, running=running),
-        **_privacy(job, state),
+        **_privacy_fields(job, state),
     }
 
 
@@ -153,15 +160,15 @@ def _device_rows(
         message_times: When each device's last message came, in seconds since 1970; None if that isn't stored.
         identity: The folder with the members and the quarantines.
     """
-    shut_out, quarantine_rows = revoked(identity), read_rows(identity)
+    shut_out, quarantine_rows = find_revoked_devices(identity), read_quarantine_rows(identity)
     return [
         {
             **row,
-            **_of_state(row["name"], state),
-            **_last_part(row["name"], state),
+            **_unit_fields(row["name"], state),
+            **_last_part_fields(row["name"], state),
             # `compared` shows how good the planner's own prediction was, `corrected` what rounds have taught it since.
-            "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
-            "corrected": compared(row["name"], state, row["plan"] and row["plan"]["prediction"]),
+            "compared": compare_device(row["name"], state, planned_figures(row["plan"]) if row["plan"] else None),
+            "corrected": compare_device(row["name"], state, row["plan"] and row["plan"]["prediction"]),
             "online": row["online"] and running and row["name"] not in shut_out,
             "revoked": row["name"] in shut_out,
             "quarantine": quarantine_rows.get(row["name"]),
@@ -171,17 +178,19 @@ def _device_rows(
     ]
 
 
-def _latest(*times: float | None) -> float | None:
+def _latest_time(*times: float | None) -> float | None:
     return max((at for at in times if at is not None), default=None)
 
 
-def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
+def status_text(body: dict[str, Any], rounds: int = DEFAULT_ROUNDS) -> str:
     job, history = body["job"], body["rounds"]
-    lines = [f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase(body)}" if job else "no job yet"]
+    lines = [
+        f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase_text(body)}" if job else "no job yet"
+    ]
     if body["ended_early"]:
         lines.append(f"  {body['ended_early']}")
     if not body["running"]:
-        lines.append(_stopped(body))
+        lines.append(_stopped_text(body))
     elif body["leader"]:
         lines.append(f"  a server elsewhere has the job: {body['leader']}; one that stands by here waits for its end")
     alerts = [
@@ -190,7 +199,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
     ]
     lines += [line for severity, line in alerts if severity != INFO]
     if "privacy" in body:
-        lines.append(_private(body["privacy"]))
+        lines.append(_privacy_text(body["privacy"]))
     for device in body["devices"]:
         lines += _device_lines(device, body.get("privacy", {}).get("epsilon", {}).get(device["name"]))
     latest_rounds = history[-rounds:]
@@ -204,21 +213,21 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines.append(f"  round {row['round']}: {', '.join(figures)}")
         lines += [f"    {note}" for note in row.get("notes", ())]
         lines += [
-            f"    {name}: {_outcome(device_part)}: {device_part['reason']}"
+            f"    {name}: {_outcome_word(device_part)}: {device_part['reason']}"
             for name, device_part in sorted(row["devices"].items())
             if device_part["reason"]
         ]
     if body["best"]:
         lines.append(f"  best model: {_score_text(body['best'])}; latest: {_score_text(body['latest'])}")
     lines += [line for severity, line in alerts if severity == INFO]
-    return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
+    return "\n".join([*lines, *(status_text(further, rounds) for further in body.get("jobs", []))])
 
 
 def _latest_evaluated(state: State, judge: str) -> dict[str, Any] | None:
     return next((row for row in reversed(state.history) if judge in row["metrics"]), None)
 
 
-def _scored(row: Mapping[str, Any] | None, judge: str) -> dict[str, Any] | None:
+def _score_fields(row: Mapping[str, Any] | None, judge: str) -> dict[str, Any] | None:
     """A round's number, model and score, as JSON."""
     if row is None:
         return None
@@ -226,36 +235,38 @@ def _scored(row: Mapping[str, Any] | None, judge: str) -> dict[str, Any] | None:
 
 
 def _score_text(scored: Mapping[str, Any]) -> str:
-    return f"{METRICS[scored['metric']].said(scored['score'])} after round {scored['round']}"
+    return f"{METRICS[scored['metric']].titled_value(scored['score'])} after round {scored['round']}"
 
 
-def _outcome(device_part: Mapping[str, Any]) -> str:
+def _outcome_word(device_part: Mapping[str, Any]) -> str:
     """The outcome of a part that has a reason; an update that counted nevertheless counted in part."""
     limited = device_part["progress"] == Progress.FOLDED.value
     return "limited" if limited else outcome(device_part["progress"], device_part.get("kind", ""))
 
 
-def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str, Any]]:
+def _open_alerts(folder: Path, recorded: MonitorRecord, *, running: bool) -> list[dict[str, Any]]:
     """Open alerts of a running server, and that it hangs or was suspended; of one that ended, none."""
     if recorded.turned_at is None or not running:
         return []
     now = time.time()
-    situation = Situation(folder, turned_s=max(0.0, now - recorded.turned_at), suspended=suspended_server(folder))
+    situation = Situation(
+        folder, since_turn_s=max(0.0, now - recorded.turned_at), suspended_process=suspended_server(folder)
+    )
     alerts = [*evaluate_alerts(situation, now), *recorded.current_alerts]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
     return [{key: getattr(alert, key) for key in keys} for alert in alerts]
 
 
-def _early_end(job: dict[str, Any], state: State | None) -> str:
-    return "" if state is None else early_end(Job.from_dict(job), state)
+def _early_end_text(job: dict[str, Any], state: State | None) -> str:
+    return "" if state is None else early_end_reason(Job.from_dict(job), state)
 
 
-def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
-    privacy_costs = costs(Privacy.from_dict(job["privacy"]), state)
+def _privacy_fields(job: dict[str, Any], state: State | None) -> dict[str, Any]:
+    privacy_costs = privacy_spending(Privacy.from_dict(job["privacy"]), state)
     return {"privacy": privacy_costs} if privacy_costs else {}
 
 
-def _private(body: dict[str, Any]) -> str:
+def _privacy_text(body: dict[str, Any]) -> str:
     epsilons = {name: value for name, value in body["epsilon"].items() if value is not None}
     epsilon = "ε unknown without the extra privacy"
     if epsilons:
@@ -266,15 +277,15 @@ def _private(body: dict[str, Any]) -> str:
     return f"  private: {epsilon} at δ {body['delta']:g}{budget}; {noise}"
 
 
-def _phase(body: dict[str, Any]) -> str:
+def _phase_text(body: dict[str, Any]) -> str:
     paused = ", paused" if body["paused"] else ""
     if body["running"] or body["phase"] in (Phase.FINISHED.value, _NOT_BEGUN):
         return f"{body['phase']}{paused}"
     return f"stopped while {body['phase']}{paused}"
 
 
-def _stopped(body: dict[str, Any]) -> str:
-    since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
+def _stopped_text(body: dict[str, Any]) -> str:
+    since = "" if body["heard_at"] is None else f"; the last event was at {_local_time(body['heard_at'])}"
     command = f"fedprune-server run --state {shlex.quote(body['server'])}"
     if not body["job"]:
         return f"  no server is running{since}; to start a job: {command} --model MODEL"
@@ -283,7 +294,7 @@ def _stopped(body: dict[str, Any]) -> str:
     return f"  no server is running{since}{end}"
 
 
-def _connection(device: dict[str, Any]) -> str:
+def _connection_text(device: dict[str, Any]) -> str:
     if device["revoked"]:
         return "revoked"
     if device["online"] is None:
@@ -292,10 +303,10 @@ def _connection(device: dict[str, Any]) -> str:
         if "job" in device:
             return f"at work for {device['job']}" if device["job"] else "free"
         return "online"
-    return "offline" if device["seen_at"] is None else f"offline, last heard from at {_clock(device['seen_at'])}"
+    return "offline" if device["seen_at"] is None else f"offline, last heard from at {_local_time(device['seen_at'])}"
 
 
-def _clock(at: float) -> str:
+def _local_time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
@@ -303,30 +314,30 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
     plan = device["plan"]
     width = f"widths {device['widths']}"
     if plan:
-        bound = "no limit binds" if plan["bound"] == NOTHING else f"bound by {plan['bound']}"
+        bound = "no limit binds" if plan["bound"] == NOTHING_BINDS else f"bound by {plan['bound']}"
         width = f"density {plan['density']:.3g}, {bound}"
     if device["unit"] == "GPU":
         width += ", trains on its GPU" if device["measured"] else ", planned for its GPU"
     if plan and plan["prediction"].get("train_j") is not None:
         width += f", {amount(plan['prediction']['train_j'], 'J')} per round"
     lines = [
-        f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
+        f"  device {device['name']} ({device['profile']}): {_connection_text(device)}, "
         f"{quantity(device['samples'], 'sample')}, "
         + (f"excluded: {device['excluded']}" if device["excluded"] else width)
         + f", {amount(device['bytes_down'], 'bytes')} down, {amount(device['bytes_up'], 'bytes')} up"
         + ("" if epsilon is None else f", ε {epsilon:.3g}")
     ]
-    times = described(device["compared"], device["corrected"])
+    times = comparison_text(device["compared"], device["corrected"])
     if times:
         lines.append(f"    {times}")
     if device["quarantine"]:
-        lines.append(f"    {_misbehaved(device['quarantine'])}")
+        lines.append(f"    {_misbehaviour_text(device['quarantine'])}")
     if device["reason"]:
-        lines.append(f"    round {device['round']}: {_outcome(device)}: {device['reason']}")
+        lines.append(f"    round {device['round']}: {_outcome_word(device)}: {device['reason']}")
     return lines
 
 
-def _misbehaved(row: dict[str, Any]) -> str:
+def _misbehaviour_text(row: dict[str, Any]) -> str:
     """A device's rejected messages, and whether it is in quarantine."""
     kinds = {
         "dropped": "messages dropped unread", "bad": "messages that make no sense", "unasked": "chunks unasked for",
@@ -334,26 +345,26 @@ def _misbehaved(row: dict[str, Any]) -> str:
     }  # fmt: skip
     texts = [f"{row[key]} {what}" for key, what in kinds.items() if row[key]]
     if row["until"] is not None and row["until"] > time.time():
-        texts.insert(0, f"in quarantine until {_clock(row['until'])} (no. {row['times']}): {row['reason']}")
+        texts.insert(0, f"in quarantine until {_local_time(row['until'])} (no. {row['times']}): {row['reason']}")
     elif row["times"]:
         texts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
     return "; ".join(texts)
 
 
-def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
+def _unplanned_row(name: str, body: dict[str, Any]) -> dict[str, Any]:
     defaults = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
     return {**defaults, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
 
 
-def _of_state(name: str, state: State | None) -> dict[str, Any]:
+def _unit_fields(name: str, state: State | None) -> dict[str, Any]:
     """The training unit of a device, and whether it was measured."""
     device = None if state is None else state.devices.get(name)
     if device is None:
         return {"unit": "", "measured": False}
-    return {"unit": unit(device), "measured": device.probe is not None}
+    return {"unit": training_processor(device), "measured": device.probe is not None}
 
 
-def _last_part(name: str, state: State | None) -> dict[str, Any]:
+def _last_part_fields(name: str, state: State | None) -> dict[str, Any]:
     """How a device's last part in a round went: in the present one, else in the last that asked it."""
     if state is not None:
         task = state.tasks.get(name)

@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json, ended_by_signals, print_json
-from fedprune.core.disk import held
+from fedprune.core.cli import add_json_option, print_json, signals_as_interrupts
+from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import byte_progress, print_verdicts
 from fedprune_server.cli.state_option import add_allow, add_state
 from fedprune_server.maintenance.backup import back_up
-from fedprune_server.maintenance.backup_manifest import Manifest, record_backup
+from fedprune_server.maintenance.backup_manifest import BackupManifest, record_backup
 from fedprune_server.maintenance.finding import Finding
 from fedprune_server.maintenance.repair import repair
 from fedprune_server.maintenance.restoring import Backup, check_target
-from fedprune_server.maintenance.state_check import check, size_of
-from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
+from fedprune_server.maintenance.state_check import blob_bytes, check_state
+from fedprune_server.storage.state_folder import LOCK_FILE, folder_lock, job_folders
 
 
 def add_check(check: argparse.ArgumentParser) -> None:
@@ -32,14 +32,14 @@ def add_check(check: argparse.ArgumentParser) -> None:
         "--from", dest="backup", type=Path, metavar="DIR", help="with --repair: a backup to take missing blobs from"
     )
     add_allow(check)
-    add_json(check)
+    add_json_option(check)
     check.set_defaults(function=_check)
 
 
 def add_backup(backup: argparse.ArgumentParser) -> None:
     add_state(backup)
     backup.add_argument("--to", type=Path, required=True, metavar="PLACE", help="a folder; the next backup adds to it")
-    add_json(backup)
+    add_json_option(backup)
     backup.set_defaults(function=_backup)
 
 
@@ -52,7 +52,7 @@ def add_restore(restore: argparse.ArgumentParser) -> None:
         "--database", metavar="URL", help="of an empty PostgreSQL database (default: SQLite in the folder)"
     )
     restore.add_argument("--dry-run", action="store_true", help="check that the backup is complete, and write nothing")
-    add_json(restore)
+    add_json_option(restore)
     restore.set_defaults(function=_restore)
 
 
@@ -64,15 +64,15 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--from", expected="a backup's folder", got=str(arguments.backup))
 
     def read_findings(job_folder: Path, *, running: bool) -> list[Finding]:
-        with byte_progress(f"reading {job_folder}", size_of(job_folder)) as advance:
-            return list(check(job_folder, advance, running=running, allowed=arguments.allow))
+        with byte_progress(f"reading {job_folder}", blob_bytes(job_folder)) as advance:
+            return list(check_state(job_folder, advance, running=running, allowed=arguments.allow))
 
     def print_text(text: object) -> None:
         if not arguments.json:
             print_verdicts(str(text))
 
     wrong_count, finding_rows, repaired = 0, [], []
-    for job_folder in (folder, *folders(folder)):
+    for job_folder in (folder, *job_folders(folder)):
         if arguments.repair:
             backup = None if arguments.backup is None else arguments.backup / job_folder.relative_to(folder)
             with folder_lock(job_folder):  # a running server could refer to a blob that is deleted here
@@ -83,15 +83,15 @@ def _check(arguments: argparse.Namespace) -> None:
                     repaired.append(action)
                     print_text(f"repaired: {action}")
                 findings = read_findings(job_folder, running=False)
-                remaining = [f for f in findings if f.wrong]
+                remaining = [f for f in findings if f.is_wrong]
                 for finding in remaining:
                     print_text(f"still {finding}")
         else:
-            findings = read_findings(job_folder, running=held(job_folder / LOCK))
+            findings = read_findings(job_folder, running=has_lock_holder(job_folder / LOCK_FILE))
             for finding in findings:
                 print_text(finding)
         finding_rows += [{"folder": str(job_folder), **f.to_dict()} for f in findings]
-        wrong_count += sum(f.wrong for f in findings)
+        wrong_count += sum(f.is_wrong for f in findings)
     if arguments.json:
         print_json({"state": str(folder), "wrong": wrong_count, "findings": finding_rows, "repaired": repaired})
     if wrong_count:
@@ -105,14 +105,14 @@ def _check(arguments: argparse.Namespace) -> None:
 def _backup(arguments: argparse.Namespace) -> None:
     state: Path = arguments.state
     has_identity, rows = False, []
-    for job_folder in (state, *folders(state)):
+    for job_folder in (state, *job_folders(state)):
         target = arguments.to / job_folder.relative_to(state)
-        with ended_by_signals(), byte_progress(f"backing {job_folder} up", size_of(job_folder)) as advance:
+        with signals_as_interrupts(), byte_progress(f"backing {job_folder} up", blob_bytes(job_folder)) as advance:
             manifest = back_up(job_folder, target, advance)
         record_backup(job_folder)
         has_identity = has_identity or manifest.has_identity
         if arguments.json:
-            rows.append({"place": str(target), **_facts(manifest), "private_keys": manifest.has_identity})
+            rows.append({"place": str(target), **_manifest_fields(manifest), "private_keys": manifest.has_identity})
             continue
         print(
             f"{target}: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}, "
@@ -121,7 +121,7 @@ def _backup(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(rows)
     if has_identity:
-        _advise(
+        _print_advice(
             arguments, "it has the server's private keys, with which anyone can pose as the server: keep it private"
         )
 
@@ -129,19 +129,19 @@ def _backup(arguments: argparse.Namespace) -> None:
 def _restore(arguments: argparse.Namespace) -> None:
     target: Path = arguments.state
     backup: Path = arguments.backup
-    source_folders = [backup, *folders(backup)]
+    source_folders = [backup, *job_folders(backup)]
     rows = []
     # All targets first, then all sources: a restore that can't be finished must not begin.
     if not arguments.dry_run:
         for source_folder in source_folders:
             check_target(target / source_folder.relative_to(backup))
     for source_folder in source_folders:
-        with ended_by_signals():
+        with signals_as_interrupts():
             source = Backup(source_folder)
             manifest = source.manifest
             with byte_progress(f"reading {source_folder}", manifest.size) as advance:
                 source.verify(advance)
-        rows.append({"place": str(source_folder), **_facts(manifest), "private_keys": manifest.has_identity})
+        rows.append({"place": str(source_folder), **_manifest_fields(manifest), "private_keys": manifest.has_identity})
         if arguments.json:
             continue
         files = quantity(len(manifest.entries), "file")
@@ -152,7 +152,7 @@ def _restore(arguments: argparse.Namespace) -> None:
         return
     for source_folder in source_folders:
         database = arguments.database if source_folder == backup else None
-        with ended_by_signals():
+        with signals_as_interrupts():
             source = Backup(source_folder)
             with byte_progress(f"writing {target}", source.manifest.size) as advance:
                 source.restore(target / source_folder.relative_to(backup), database, advance)
@@ -161,24 +161,24 @@ def _restore(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(rows)
     if manifest.has_operators:
-        _advise(
+        _print_advice(
             arguments,
             "the console's operators are those of the backup: remove those again who were removed since, and set new "
             "passwords where they were changed (fedprune-server operators)",
         )
-    _advise(arguments, f"to go on: fedprune-server run --state {shlex.quote(str(target))}")
+    _print_advice(arguments, f"to go on: fedprune-server run --state {shlex.quote(str(target))}")
     if manifest.has_identity:
-        _advise(
+        _print_advice(
             arguments,
             "first revoke again what was revoked since the backup (docs/identity.md#a-backup-that-is-restored), "
             "and see that the old server doesn't run any more",
         )
 
 
-def _advise(arguments: argparse.Namespace, text: str) -> None:
+def _print_advice(arguments: argparse.Namespace, text: str) -> None:
     """Print what to do next; on stderr if standard output has JSON."""
     print(text, file=sys.stderr if arguments.json else sys.stdout)
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
+def _manifest_fields(manifest: BackupManifest) -> dict[str, Any]:
     return {"job": manifest.job, "round": manifest.round, "files": len(manifest.entries), "bytes": manifest.size}

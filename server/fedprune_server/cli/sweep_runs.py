@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedprune.core.cli import ended_by_signals
+from fedprune.core.cli import signals_as_interrupts
 from fedprune.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,21 +23,21 @@ def output_folder(out: Path) -> Path:
     return out
 
 
-def carry_out_variants(
+def run_variants(
     runs: Sequence[RunSpec], out: Path, *, workers: int, ray: bool = False
 ) -> tuple[dict[str, list[Record]], list[RunEnd]]:
     """Carry out a sweep's runs, with a bar for each. Returns the records of each variant, and the runs that failed."""
     from fedprune_server.simulation.results.comparison import read_runs
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
-    from fedprune_server.simulation.runs import carry_out
-    from fedprune_server.simulation.sweep import simulate_run, variant_of
+    from fedprune_server.simulation.runs import do_runs
+    from fedprune_server.simulation.sweep import simulate_run, variant_name
 
-    with hint_at_continuation(out), SweepDisplay() as display:
-        ended = carry_out(simulate_run, runs, out, workers=workers, ray=ray, watch=display.show)
+    with continuation_hint(out), SweepDisplay() as display:
+        ended = do_runs(simulate_run, runs, out, workers=workers, ray=ray, watch=display.show)
     finished = [run for run, end in zip(runs, ended, strict=True) if not end.error]
     variants: dict[str, list[Record]] = {}
     for run, record in zip(finished, read_runs([out / run.name for run in finished]) if finished else (), strict=True):
-        variants.setdefault(variant_of(run), []).append(record)
+        variants.setdefault(variant_name(run), []).append(record)
     return variants, [end for end in ended if end.error]
 
 
@@ -48,21 +48,21 @@ def failure_rows(failed: Sequence[RunEnd]) -> list[dict[str, str]]:
 def print_remarks(records: Sequence[Record], failed: Sequence[RunEnd], out: Path) -> None:
     """Print caveats about runs, and why some failed, on stderr."""
     from fedprune_server.simulation.results.report import remarks
-    from fedprune_server.simulation.runs import FAILED
+    from fedprune_server.simulation.runs import FAILURE_FILE
 
     for record in records:
         for line in remarks(record):
             print(f"{record.title}: {line}", file=sys.stderr)
     for run in failed:
-        details = out / run.name / FAILED
+        details = out / run.name / FAILURE_FILE
         suffix = f" (details: {details})" if details.exists() else ""
         print(f"{run.name} failed: {run.error.splitlines()[-1]}{suffix}", file=sys.stderr)
 
 
 @contextmanager
-def hint_at_continuation(folder: Path) -> Iterator[None]:
+def continuation_hint(folder: Path) -> Iterator[None]:
     """Say after Ctrl-C or SIGTERM how to continue."""
-    with ended_by_signals():
+    with signals_as_interrupts():
         try:
             yield
         except KeyboardInterrupt as interrupt:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, value_text
 from fedprune_server.config.setting import check_settings, setting
 
 OFF = "off"
 # Paths are made absolute when settings are stored: the next start may have another working folder.
-PATHS = ("webhook_secret", "services")
+PATH_KEYS = ("webhook_secret", "services")
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class AlertSettings:
         check_settings(self, ("alerts",))
         for name in ("webhook", "heartbeat"):
             _check_url(name, getattr(self, name))
-        for name in PATHS:
+        for name in PATH_KEYS:
             path = getattr(self, name)
             if path is not None and not path.is_file():
-                raise ConfigError(("alerts", name), expected="a file that exists", got=shown(str(path)))
+                raise ConfigError(("alerts", name), expected="a file that exists", got=value_text(str(path)))
         if self.webhook_secret is not None and self.webhook == OFF:
             raise ConfigError(("alerts", "webhook_secret"), expected="a webhook as well", got="none")
 
@@ -64,24 +64,24 @@ class AlertSettings:
 
 def shown_url(url: str) -> str:
     """A URL's scheme, host and port alone: the user, the path and the query often hold secrets."""
-    scheme, host, port = _parts(url)
+    scheme, host, port = _url_parts(url)
     if url == OFF or not host:
         return OFF if url == OFF else "not a URL"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}{'' if port is None else f':{port}'}/..."
 
 
 def _check_url(name: str, url: str) -> None:
-    scheme, host, port = _parts(url)
+    scheme, host, port = _url_parts(url)
     # A user in the address would be stored with the settings, and `shown_url` couldn't tell it from the host's name.
     fine = scheme in ("http", "https") and host and port != 0 and "@" not in url.partition("://")[2].partition("/")[0]
     if url != OFF and not (fine and url.isascii() and url.isprintable() and " " not in url and "#" not in url):
         raise ConfigError(
             ("alerts", name), expected=f"https://host[:port]/path or http://..., without a user, or {OFF!r}",
-            got=shown(shown_url(url)),
+            got=value_text(shown_url(url)),
         )  # fmt: skip
 
 
-def _parts(url: str) -> tuple[str, str, int | None]:
+def _url_parts(url: str) -> tuple[str, str, int | None]:
     """Scheme, host and port of an address; empty where the address is invalid, and 0 for an invalid port."""
     try:
         parts = urlsplit(url)

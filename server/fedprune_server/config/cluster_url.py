@@ -10,13 +10,13 @@ from fedprune.core.errors import ConfigError
 PROCESSES = "processes"
 
 _AUTO, _CLIENT, _NODE = "ray:auto", "ray://", "ray:"
-_PLACE = re.compile(r"[A-Za-z0-9._\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:[0-9]{1,5}")
+_HOST_AND_PORT = re.compile(r"[A-Za-z0-9._\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:[0-9]{1,5}")
 
 
-def check_url(url: str) -> str:
+def check_cluster_url(url: str) -> str:
     """Check the setting `workers_url`, and return it. Raises `ConfigError` if it has another form."""
     place = url.removeprefix(_CLIENT) if url.startswith(_CLIENT) else url.removeprefix(_NODE)
-    if url not in (PROCESSES, _AUTO) and not (url.startswith(_NODE) and _PLACE.fullmatch(place)):
+    if url not in (PROCESSES, _AUTO) and not (url.startswith(_NODE) and _HOST_AND_PORT.fullmatch(place)):
         raise ConfigError(
             ("server", "workers_url"),
             expected=f"{PROCESSES!r}, ray:auto, ray:HOST:PORT or ray://HOST:PORT",
@@ -30,12 +30,12 @@ def ray_address(url: str) -> str:
     return url if url.startswith(_CLIENT) else url.removeprefix(_NODE)
 
 
-def needs_client(url: str) -> bool:
+def needs_ray_client(url: str) -> bool:
     """Whether the cluster is reached from outside, through a Ray client server."""
     return url.startswith(_CLIENT)
 
 
-def endpoint(url: str) -> tuple[str, int] | None:
+def ray_endpoint(url: str) -> tuple[str, int] | None:
     """Host and port; None where Ray finds them itself."""
     if url in (PROCESSES, _AUTO):
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, shown
+from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, value_text
 from fedprune.core.toml_file import read_toml
 
 # Settings are printed by `config show`, and logged: PostgreSQL takes a password before the host or as a parameter.
@@ -18,7 +18,7 @@ _QUERY = re.compile(r"([?&]\w*password\w*=)[^&\s]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Layer:
+class SettingsLayer:
     """Settings of one origin.
 
     Attributes:
@@ -48,12 +48,12 @@ class Layer:
         return value
 
 
-def file_layer(path: Path) -> Layer:
+def file_layer(path: Path) -> SettingsLayer:
     """A `fleet.toml`; raises `ConfigError` if it can't be read, or is no TOML."""
-    return Layer(str(path), read_toml(path, ConfigError))
+    return SettingsLayer(str(path), read_toml(path, ConfigError))
 
 
-def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def merge_tables(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two layers' tables, key by key; the upper layer wins.
 
     A value that should be a table and isn't stays in the result, where the check of settings reports it.
@@ -61,16 +61,16 @@ def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
     tables = dict(lower)
     for key, value in upper.items():
         if isinstance(value, Mapping) and key in lower:
-            value = merged(lower[key], value) if isinstance(lower[key], Mapping) else lower[key]
+            value = merge_tables(lower[key], value) if isinstance(lower[key], Mapping) else lower[key]
         tables[key] = value
     return tables
 
 
-def origin(layers: Sequence[Layer], path: KeyPath) -> str | None:
+def setting_origin(layers: Sequence[SettingsLayer], path: KeyPath) -> str | None:
     """The origin of a setting or table, given the layers from the lowest to the highest; None for its default."""
     upper = None
     for layer in layers:
-        # As in `merged`: what should be a table and isn't stays, as an error.
+        # As in `merge_tables`: what should be a table and isn't stays, as an error.
         wins = upper is None or isinstance(upper.value(path), Mapping) or not isinstance(layer.value(path), Mapping)
         if layer.has(path) and wins:
             upper = layer
@@ -82,7 +82,7 @@ def origin(layers: Sequence[Layer], path: KeyPath) -> str | None:
 
 
 @contextmanager
-def located(layers: Sequence[Layer]) -> Iterator[None]:
+def errors_with_origin(layers: Sequence[SettingsLayer]) -> Iterator[None]:
     """Prefix errors about settings with the setting's origin, or with that of the innermost table that is set.
 
     A missing key has no origin of its own; its table has.
@@ -94,24 +94,24 @@ def located(layers: Sequence[Layer]) -> Iterator[None]:
             raise
         table_paths = (error.path[:n] for n in range(len(error.path), 0, -1))
         source = next(
-            (setting_source for path in table_paths if (setting_source := origin(layers, path))), layers[0].name
+            (setting_source for path in table_paths if (setting_source := setting_origin(layers, path))), layers[0].name
         )
-        raise error.named(f"{source}: {error.what}") from error
+        raise error.with_subject(f"{source}: {error.what}") from error
 
 
-def masked(text: str) -> str:
+def without_secrets(text: str) -> str:
     """A setting's text without the passwords of addresses in it."""
     return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
-def brief(value: object) -> str:
+def setting_value_text(value: object) -> str:
     """A setting's value on one line, as TOML writes it where that is short."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + masked(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return '"' + without_secrets(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(brief, value))}]"
+        return f"[{', '.join(map(setting_value_text, value))}]"
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{k} = {brief(v)}" for k, v in value.items()) + " }" if value else "{}"
-    return repr(value) if isinstance(value, (int, float)) else shown(value)
+        return "{ " + ", ".join(f"{k} = {setting_value_text(v)}" for k, v in value.items()) + " }" if value else "{}"
+    return repr(value) if isinstance(value, (int, float)) else value_text(value)

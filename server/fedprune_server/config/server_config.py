@@ -13,33 +13,33 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.errors import ConfigError, FedpruneError, shown
+from fedprune.blobs.blob_ref import LEAF_BYTES
+from fedprune.core.errors import ConfigError, FedpruneError, value_text
 from fedprune.jobs.job import Job
-from fedprune.model.recipe import CUSTOM
-from fedprune.security.tls import SYSTEM
-from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
-from fedprune.wire.topics import check_name
+from fedprune.model.recipe import CUSTOM_LOSS
+from fedprune.security.tls import SYSTEM_AUTHORITIES
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, MAX_PAYLOAD_BYTES, PACKET_OVERHEAD_BYTES
+from fedprune.wire.topics import check_topic_name
 from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.alert_settings import OFF, AlertSettings
-from fedprune_server.config.cluster_url import PROCESSES, check_url
+from fedprune_server.config.cluster_url import PROCESSES, check_cluster_url
 from fedprune_server.config.setting import check_settings, setting
 from fedprune_server.config.track_targets import (
     TRACK_METAVAR,
     TRACK_TEXT,
     TrackTarget,
-    anchored_track,
+    anchor_track_folders,
     track_targets,
 )
-from fedprune_server.storage.s3.bucket import FOLDER, parse
+from fedprune_server.storage.s3.bucket import IN_FOLDER, parse_bucket_url
 
 EMBEDDED = "embedded"
-LOCAL = ("127.0.0.1", "localhost", "::1")
-PLACE = "[ADDRESS:]PORT"
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+ADDRESS_METAVAR = "[ADDRESS:]PORT"
 MQTT, HTTPS, S3 = "mqtt", "https", "s3"
 
-_WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
+_COLLECTOR_URL = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class JobSettings:
         "A PostgreSQL database, as `postgresql+psycopg://user@host/name`; without it, SQLite in the state folder.",
         "URL",
     )
-    blobs: str = setting(FOLDER, "Where blobs are stored: `folder`, the state folder, or `s3://bucket/prefix`.", "URL")
+    blobs: str = setting(
+        IN_FOLDER, "Where blobs are stored: `folder`, the state folder, or `s3://bucket/prefix`.", "URL"
+    )
     cache_mib: int = setting(10240, "MiB of a bucket's blobs that the state folder caches.", within=(1, 10**9))
     pulls: int = setting(4, "Number of devices from which updates are pulled at the same time.", within=(1, 1000))
     workers: int = setting(1, "Number of processes that make submodels.", "N", within=(1, 1000))
@@ -108,13 +110,13 @@ class JobSettings:
     def check_job(self) -> None:
         """Raise `ConfigError` if settings don't fit together."""
         for name in ("loss", "metric"):
-            if getattr(self, name) is not None and (recipe_choice := getattr(self.job.recipe, name)) != CUSTOM:
+            if getattr(self, name) is not None and (recipe_choice := getattr(self.job.recipe, name)) != CUSTOM_LOSS:
                 raise ConfigError(
-                    ("model", name), expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(recipe_choice),
+                    ("model", name), expected=f"recipe.{name} = {CUSTOM_LOSS!r} with it", got=repr(recipe_choice),
                     hint=f"Say so in [job.recipe], or leave the {name} of your own out.",
                 )  # fmt: skip
-        if self.blobs != FOLDER:
-            parse(self.blobs)
+        if self.blobs != IN_FOLDER:
+            parse_bucket_url(self.blobs)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class BrokerSettings:
     """The broker, and the fleet at it."""
 
     broker: str = setting(
-        EMBEDDED, "`embedded`, or a broker's address: `mqtts://host[:port]` or `mqtt://host[:port]`.", "URL"
+        EMBEDDED, "`has_embedded_broker`, or a broker's address: `mqtts://host[:port]` or `mqtt://host[:port]`.", "URL"
     )
     ca: Path | None = setting(
         None,
@@ -137,9 +139,9 @@ class BrokerSettings:
     )  # fmt: skip
     site: str = setting("default", "First part of the topics: a server and its devices are of one site.", "NAME")
     max_packet: int = setting(
-        MAX_PACKET,
+        DEFAULT_MAX_PACKET,
         "Bytes of the largest MQTT packet that the broker accepts.",
-        within=(LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
+        within=(LEAF_BYTES + PACKET_OVERHEAD_BYTES, MAX_PAYLOAD_BYTES + PACKET_OVERHEAD_BYTES),
     )
     on_revocation: str = setting(
         OFF,
@@ -148,7 +150,7 @@ class BrokerSettings:
     )
 
     @property
-    def embedded(self) -> bool:
+    def has_embedded_broker(self) -> bool:
         return self.broker == EMBEDDED
 
     def check_broker(self) -> None:
@@ -159,8 +161,10 @@ class BrokerSettings:
                 expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
                 got=repr(without_password(self.broker)),
             )
-        if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
-            raise ConfigError(("server", "ca"), expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
+        if self.ca not in (None, SYSTEM_AUTHORITIES) and not Path(self.ca or "").is_file():
+            raise ConfigError(
+                ("server", "ca"), expected=f"a file that exists, or {str(SYSTEM_AUTHORITIES)!r}", got=str(self.ca)
+            )
         if self.ca is not None and not self.broker.startswith("mqtts://"):
             raise ConfigError(
                 ("server", "ca"), expected="a broker at mqtts://", got=repr(without_password(self.broker))
@@ -171,9 +175,9 @@ class BrokerSettings:
             words = []
         if not words or not self.on_revocation.isprintable():
             raise ConfigError(
-                ("server", "on_revocation"), expected=f"a command, or {OFF!r}", got=shown(self.on_revocation)
+                ("server", "on_revocation"), expected=f"a command, or {OFF!r}", got=value_text(self.on_revocation)
             )
-        check_name(self.site, ("server", "site"), error=ConfigError)
+        check_topic_name(self.site, ("server", "site"), error=ConfigError)
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,9 @@ class WebSettings(BrokerSettings, JobSettings):
         OFF, "A web address where boards find blobs, such as `https://models.example`; `off` for none.", "URL"
     )
     serve_blobs: str = setting(
-        OFF, "Where this server itself serves blobs over HTTPS, by default on `host`; `off` for nowhere.", PLACE
+        OFF,
+        "Where this server itself serves blobs over HTTPS, by default on `host`; `off` for nowhere.",
+        ADDRESS_METAVAR,
     )
     uploads: str = setting(
         MQTT,
@@ -195,14 +201,14 @@ class WebSettings(BrokerSettings, JobSettings):
     )
 
     @property
-    def blobs_at(self) -> str | None:
+    def public_blob_url(self) -> str | None:
         """The web address where boards find blobs; None for none."""
         return None if self.blob_url == OFF else str(BlobUrl.parse(self.blob_url))
 
     @property
-    def web_place(self) -> tuple[str, int] | None:
+    def web_address(self) -> tuple[str, int] | None:
         """Address and port on which this server serves blobs; None if it does not."""
-        return _place(self.serve_blobs, self.host)
+        return _listen_address(self.serve_blobs, self.host)
 
     def check_web(self) -> None:
         """Raise `ConfigError` if settings are invalid, or don't fit together."""
@@ -211,12 +217,12 @@ class WebSettings(BrokerSettings, JobSettings):
                 BlobUrl.parse(self.blob_url)
             except FedpruneError as error:
                 raise ConfigError(("server", "blob_url"), expected=error.expected, got=error.got) from error
-        if _place(self.serve_blobs, self.host) is None and self.uploads == HTTPS:
+        if _listen_address(self.serve_blobs, self.host) is None and self.uploads == HTTPS:
             raise ConfigError(
                 ("server", "uploads"), expected=f"{MQTT!r}, or serve_blobs with it", got=repr(HTTPS),
                 hint="Boards upload to the server's own web server: --serve-blobs [ADDRESS:]PORT.",
             )  # fmt: skip
-        if self.uploads == S3 and self.blobs == FOLDER:
+        if self.uploads == S3 and self.blobs == IN_FOLDER:
             raise ConfigError(
                 ("server", "uploads"), expected=f"{MQTT!r}, or blobs = 's3://...' with it", got=repr(S3),
                 hint="Boards upload to the bucket of each job: --blobs s3://bucket/prefix.",
@@ -228,7 +234,7 @@ class WebConsoleSettings:
     """The console of operators."""
 
     console: str = setting(
-        OFF, "Where operators see the fleet in a browser, by default on 127.0.0.1; `off` for nowhere.", PLACE
+        OFF, "Where operators see the fleet in a browser, by default on 127.0.0.1; `off` for nowhere.", ADDRESS_METAVAR
     )
     console_certificate: Path | None = setting(None, "The console's certificate with its chain, as PEM.")
     console_key: Path | None = setting(None, "The key of that certificate.")
@@ -247,25 +253,27 @@ class WebConsoleSettings:
     console_releases: Path | None = setting(None, "A folder of releases that operators may roll out.")
 
     @property
-    def own_hosts(self) -> tuple[str, ...]:
+    def console_host_names(self) -> tuple[str, ...]:
         """The names in `console_hosts`, in small letters."""
         return tuple(host.strip().lower() for host in self.console_hosts.split(",") if host.strip())
 
     @property
-    def console_place(self) -> tuple[str, int] | None:
+    def console_address(self) -> tuple[str, int] | None:
         """Address and port of the console; None for none."""
-        return _place(self.console, LOCAL[0], "console")
+        return _listen_address(self.console, LOOPBACK_HOSTS[0], "console")
 
     def check_console(self) -> None:
         """Raise `ConfigError` if settings are invalid, or passwords would travel in the open."""
-        place = self.console_place
-        if not all(_HOST.fullmatch(h.strip()) for h in self.console_hosts.split(",")):
+        place = self.console_address
+        if not all(_HOST_NAME.fullmatch(h.strip()) for h in self.console_hosts.split(",")):
             raise ConfigError(
-                ("server", "console_hosts"), expected="names of hosts, with commas", got=shown(self.console_hosts)
+                ("server", "console_hosts"), expected="names of hosts, with commas", got=value_text(self.console_hosts)
             )
         if self.console_releases is not None and not self.console_releases.is_dir():
             raise ConfigError(
-                ("server", "console_releases"), expected="a folder that exists", got=shown(str(self.console_releases))
+                ("server", "console_releases"),
+                expected="a folder that exists",
+                got=value_text(str(self.console_releases)),
             )
         if (self.console_certificate is None) != (self.console_key is None):
             setting = "console_certificate" if self.console_key is None else "console_key"
@@ -276,7 +284,8 @@ class WebConsoleSettings:
             return
         if not is_loopback(place[0]):
             raise ConfigError(
-                ("server", "console"), expected="an address of this machine alone, or TLS", got=shown(self.console),
+                ("server", "console"), expected="an address of this machine alone, or TLS",
+                got=value_text(self.console),
                 hint="Passwords would travel in the open. Give console_certificate and console_key, put a reverse "
                 "proxy in front of it, or, in a network of your own, set console_insecure.",
             )  # fmt: skip
@@ -290,7 +299,9 @@ class ReportSettings:
         "text", "The format of the server's log: `text`, or `json` for one object per line.", "FORMAT",
         choices=("text", "json"),
     )  # fmt: skip
-    metrics: str = setting(OFF, "Where Prometheus reads metrics, by default on 127.0.0.1; `off` for nowhere.", PLACE)
+    metrics: str = setting(
+        OFF, "Where Prometheus reads metrics, by default on 127.0.0.1; `off` for nowhere.", ADDRESS_METAVAR
+    )
     traces: str = setting(
         OFF,
         "Where spans go by OTLP, as `http://host:4318`; `off` for nowhere unless OpenTelemetry's variables name a "
@@ -301,23 +312,23 @@ class ReportSettings:
     alerts: AlertSettings = field(default_factory=AlertSettings)
 
     @property
-    def metrics_place(self) -> tuple[str, int] | None:
+    def metrics_address(self) -> tuple[str, int] | None:
         """Address and port of the metrics; None for none."""
-        return _place(self.metrics, LOCAL[0], "metrics")
+        return _listen_address(self.metrics, LOOPBACK_HOSTS[0], "metrics")
 
     @property
-    def tracked(self) -> tuple[TrackTarget, ...]:
+    def tracker_targets(self) -> tuple[TrackTarget, ...]:
         """The experiment trackers that get every round."""
         return track_targets(self.track, ("server", "track"))
 
     def check_reports(self) -> None:
         """Raise `ConfigError` if settings are invalid."""
-        _place(self.metrics, LOCAL[0], "metrics")
-        if self.traces != OFF and not _WEB.fullmatch(self.traces):
+        _listen_address(self.metrics, LOOPBACK_HOSTS[0], "metrics")
+        if self.traces != OFF and not _COLLECTOR_URL.fullmatch(self.traces):
             raise ConfigError(
                 ("server", "traces"),
                 expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
-                got=shown(self.traces.rpartition("@")[2]),
+                got=value_text(self.traces.rpartition("@")[2]),
             )
         track_targets(self.track, ("server", "track"))  # raises where the first round would fail otherwise
 
@@ -349,39 +360,44 @@ class ServerConfig(ReportSettings, WebConsoleSettings, WebSettings):
         self.check_web()
         self.check_console()
         self.check_reports()
-        check_url(self.workers_url)
+        check_cluster_url(self.workers_url)
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError(("server", "profiles"), expected="a folder that exists", got=str(self.profiles))
 
     def server_settings(self) -> dict[str, Any]:
-        """The table [server] as JSON, with absolute paths, except for `ELSEWHERE`."""
-        values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
-        values["track"] = anchored_track(self.track, Path().resolve(), ("server", "track"))
-        return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
+        """The table [server] as JSON, with absolute paths, except for `UNSTORED_KEYS`."""
+        values = {k: getattr(self, k) for k in SERVER_KEYS if k not in UNSTORED_KEYS}
+        values["track"] = anchor_track_folders(self.track, Path().resolve(), ("server", "track"))
+        return {
+            k: str(v if v == SYSTEM_AUTHORITIES else v.resolve()) if isinstance(v, Path) else v
+            for k, v in values.items()
+        }
 
 
 # A server with several jobs reads these from each job's file; every other setting is the server's, and set once.
-PER_JOB = tuple(f.name for f in fields(JobSettings))
+JOB_KEYS = tuple(f.name for f in fields(JobSettings))
 
 # Settings of a job that stand in tables of their own instead of [server]: a simulation reads the same tables.
-PLACES = {name: ("model", name) for name in ("input_shape", "loss", "metric", "lora", "base")} | {
+TABLE_KEYS = {name: ("model", name) for name in ("input_shape", "loss", "metric", "lora", "base")} | {
     "model": ("model", "path"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),
 }
 
-_TYPES = {f.name: str(f.type) for f in fields(ServerConfig) if f.name not in ("job", "alerts", *PLACES)}
+_SERVER_FIELD_TYPES = {
+    f.name: str(f.type) for f in fields(ServerConfig) if f.name not in ("job", "alerts", *TABLE_KEYS)
+}
 
 # Derived, so that a new setting needs one declaration: it is a key of [server] unless it has a table of its own.
-SERVER = tuple(_TYPES)
+SERVER_KEYS = tuple(_SERVER_FIELD_TYPES)
 
 # Settings that name files and folders, in addition to `state`, which has a default: relative paths in a file count
 # from the file's folder.
-PATHS = tuple(name for name, kind in _TYPES.items() if kind == "Path | None")
+PATH_SETTINGS = tuple(name for name, kind in _SERVER_FIELD_TYPES.items() if kind == "Path | None")
 
 # Keys that the database doesn't keep: the state folder is or contains the first two, and a command must not be chosen
 # by writing to the database.
-ELSEWHERE = ("state", "database", "on_revocation")
+UNSTORED_KEYS = ("state", "database", "on_revocation")
 
 
 def without_password(broker: str) -> str:
@@ -396,10 +412,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _place(text: str, host: str, name: str = "serve_blobs") -> tuple[str, int] | None:
+def _listen_address(text: str, host: str, name: str = "serve_blobs") -> tuple[str, int] | None:
     if text == OFF:
         return None
     address, colon, port = text.rpartition(":")
     if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
-        raise ConfigError(("server", name), expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
+        raise ConfigError(("server", name), expected=f"[ADDRESS:]PORT, or {OFF!r}", got=value_text(text))
     return address.strip("[]") or host, int(port)

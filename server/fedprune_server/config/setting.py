@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, KeyPath, shown
-from fedprune.core.settings import bounded, check_fields, one_of
+from fedprune.core.errors import ConfigError, KeyPath, value_text
+from fedprune.core.settings import bounded, check_fields, choice_of
 
 _Settings = TypeVar("_Settings")
 
@@ -40,7 +40,7 @@ def setting(
     if within is not None:
         return bounded(default, *within, above=above, below=below, metadata=metadata)
     if choices:
-        return one_of(default, choices, metadata=metadata)
+        return choice_of(default, choices, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -54,11 +54,11 @@ def check_settings(settings: Any, path: KeyPath) -> None:
         value, kind = getattr(settings, f.name), str(f.type)
         if kind.startswith(("str", "Path")) and not (value is None and kind.endswith("None")):
             if not isinstance(value, Path) and (not isinstance(value, str) or not value.strip()):
-                raise ConfigError((*path, f.name), expected="a text", got=shown(value))
+                raise ConfigError((*path, f.name), expected="a text", got=value_text(value))
             if kind.startswith("Path"):  # the settings are frozen, and this is still their construction
                 object.__setattr__(settings, f.name, Path(value))
 
 
 def read_table(kind: type[_Settings], body: object, path: KeyPath) -> _Settings:
     """Settings from their table. Raises `ConfigError` if it is no table, or a key is unknown or has a wrong value."""
-    return kind(**validation.known(kind, body, path))
+    return kind(**validation.check_table(kind, body, path))

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from fedprune.core.errors import ConfigError, dotted, shown
+from fedprune.core.errors import ConfigError, dotted_path, value_text
 from fedprune.jobs.job import Job
 from fedprune_device.data.array_source import is_function
 from fedprune_server.config.cluster_url import PROCESSES
 
 # Tables whose key `data` may be a function instead of a file.
-_DATA = ("evaluation", "calibration")
+_DATA_TABLES = ("evaluation", "calibration")
 
 
 def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
@@ -27,7 +27,7 @@ def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str
     strategy = _text(tables, "job", "strategy")
     if ":" in strategy:
         yield ("job", "strategy"), strategy
-    for table in _DATA:
+    for table in _DATA_TABLES:
         if is_function(source := _text(tables, table, "data")):
             yield (table, "data"), source
     if (workers := _text(tables, "server", "workers_url")) not in ("", PROCESSES):
@@ -42,9 +42,9 @@ def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -
         where: The database or folder, for the message.
     """
     return ConfigError(
-        f"{where}: {dotted(path)} names code",
+        f"{where}: {dotted_path(path)} names code",
         expected="the name at the command line or in a configuration file, too",
-        got=shown(name),
+        got=value_text(name),
         hint=hint,
     )
 

@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, KeyPath, shown
+from fedprune.core.errors import ConfigError, KeyPath, value_text
 from fedprune.jobs.job import Job
 from fedprune.model.lengths import Lengths
-from fedprune.security.tls import SYSTEM
+from fedprune.security.tls import SYSTEM_AUTHORITIES
 from fedprune.strategies import compose
-from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
+from fedprune_server.config.alert_settings import PATH_KEYS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.layers import Layer, located
-from fedprune_server.config.server_config import PATHS, PLACES, SERVER, ServerConfig
+from fedprune_server.config.layers import SettingsLayer, errors_with_origin
+from fedprune_server.config.server_config import PATH_SETTINGS, SERVER_KEYS, TABLE_KEYS, ServerConfig
 from fedprune_server.config.setting import read_table
-from fedprune_server.config.track_targets import anchored_track
+from fedprune_server.config.track_targets import anchor_track_folders
 
 # The tables of a `fleet.toml`. A misspelt one is refused: its settings would silently be the defaults.
 TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
 
 # Tables that only a simulation reads, so that one file serves both.
-_SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
+_SIMULATION_TABLES = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 
 
 def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = False) -> ServerConfig:
@@ -37,18 +37,18 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
     Raises:
         ConfigError: A key is unknown or has a wrong value; its path is that in the tables.
     """
-    validation.only((*TABLES, *_SIMULATED), body, (), "table")
-    for table in body.keys() - set(_SIMULATED):
+    validation.check_keys((*TABLES, *_SIMULATION_TABLES), body, (), "table")
+    for table in body.keys() - set(_SIMULATION_TABLES):
         if not isinstance(body[table], Mapping):
             raise ConfigError((table,), expected=f"a table [{table}]", got=repr(body[table]))
-    tables = {table: {} for table in TABLES} | anchored(body, folder)
+    tables = {table: {} for table in TABLES} | anchor_paths(body, folder)
     for table in ("model", "evaluation", "calibration"):
-        validation.only([key for name, key in PLACES.values() if name == table], tables[table], (table,))
-    validation.only(SERVER, tables["server"], ("server",))
+        validation.check_keys([key for name, key in TABLE_KEYS.values() if name == table], tables[table], (table,))
+    validation.check_keys(SERVER_KEYS, tables["server"], ("server",))
     values = dict(tables["server"])
-    for name, (table, key) in PLACES.items():
+    for name, (table, key) in TABLE_KEYS.items():
         if key in tables[table]:
-            check = _shape if name == "input_shape" else _text
+            check = _read_shape if name == "input_shape" else _read_text
             values[name] = check(tables[table][key], (table, key))
 
     # A function, because `_build_config` also translates the paths of errors that are raised here.
@@ -63,40 +63,42 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
             )
         config = ServerConfig(job=job, alerts=read_table(AlertSettings, tables["alerts"], ("alerts",)), **values)
         if config.database is not None:
-            from fedprune_server.storage.database import check_url  # SQLAlchemy takes a while to import
+            from fedprune_server.storage.database import parse_database_url  # SQLAlchemy takes a while to import
 
-            check_url(config.database)
+            parse_database_url(config.database)
         return config
 
     return _build_config(build)
 
 
-def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def anchor_paths(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Tables of a `fleet.toml` with relative paths counted from a folder."""
     anchored_tables = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
     # Models and samples may be functions; files of the server may not. `input_shape` is neither.
-    source_keys = [place for name, place in PLACES.items() if name != "input_shape"]
-    file_keys = [("server", key) for key in ("state", *PATHS)] + [("alerts", key) for key in ALERT_PATHS]
+    source_keys = [place for name, place in TABLE_KEYS.items() if name != "input_shape"]
+    file_keys = [("server", key) for key in ("state", *PATH_SETTINGS)] + [("alerts", key) for key in ALERT_PATHS]
     for table, key in (*source_keys, *file_keys):
         values = anchored_tables.get(table)
         text = values.get(key) if isinstance(values, dict) else None
-        if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
-            anchored_tables[table][key] = _source(text, folder) if (table, key) in source_keys else str(folder / text)
+        if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM_AUTHORITIES)):
+            anchored_tables[table][key] = (
+                _anchor_source(text, folder) if (table, key) in source_keys else str(folder / text)
+            )
     server = anchored_tables.get("server")
     if isinstance(server, dict) and isinstance(server.get("track"), str):
-        server["track"] = anchored_track(server["track"], folder, ("server", "track"))
+        server["track"] = anchor_track_folders(server["track"], folder, ("server", "track"))
     return anchored_tables
 
 
-def as_tables(config: ServerConfig) -> dict[str, Any]:
+def config_tables(config: ServerConfig) -> dict[str, Any]:
     """A configuration as the tables of a `fleet.toml`, with paths from the current folder."""
     tables: dict[str, Any] = {
         "job": config.job.to_dict(),
         "model": {},
-        "server": {key: getattr(config, key) for key in SERVER},
+        "server": {key: getattr(config, key) for key in SERVER_KEYS},
         "alerts": dict(vars(config.alerts)),
     }
-    for name, (table, key) in PLACES.items():
+    for name, (table, key) in TABLE_KEYS.items():
         if (value := getattr(config, name)) is not None:
             tables.setdefault(table, {})[key] = list(value) if name == "input_shape" else value
     for table in ("server", "alerts"):
@@ -104,10 +106,10 @@ def as_tables(config: ServerConfig) -> dict[str, Any]:
     return tables
 
 
-def changed_job(job: Job, changes: Mapping[str, Any]) -> Job:
+def job_with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
     """A job with changes from the command line, except for those that are None."""
     given_changes = {k: v for k, v in changes.items() if v is not None}
-    with located([Layer("command line")]):
+    with errors_with_origin([SettingsLayer("command line")]):
         return _build_config(lambda: ServerConfig(job=replace(job, **given_changes))).job
 
 
@@ -126,27 +128,27 @@ def _build_config(build: Callable[[], ServerConfig]) -> ServerConfig:
             path = ("job", *path)
         elif len(path) == 2 and path[0] not in TABLES and path[1] in options:  # a part of the strategy refuses it
             path = ("job", "options", path[1])
-        raise error.named(error.words, path) from error
+        raise error.with_subject(error.description, path) from error
 
 
-def _source(text: str, folder: Path) -> str:
+def _anchor_source(text: str, folder: Path) -> str:
     """A file counted from `folder`; the name of a function stays as it is."""
     module, colon, name = text.rpartition(":")
     is_function_name = bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
     return text if is_function_name else str(folder / text)
 
 
-def _shape(value: object, path: KeyPath) -> tuple[int | str, ...]:
+def _read_shape(value: object, path: KeyPath) -> tuple[int | str, ...]:
     sizes = value if isinstance(value, list) else []
     if not sizes or not all(isinstance(n, str) or validation.is_whole(n, 1) for n in sizes):
-        raise ConfigError(path, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=shown(value))
+        raise ConfigError(path, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=value_text(value))
     for size in sizes:
         if isinstance(size, str):
             Lengths.parse(size, ConfigError, path)
     return tuple(sizes)
 
 
-def _text(value: object, path: KeyPath) -> str:
+def _read_text(value: object, path: KeyPath) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(path, expected="a text", got=repr(value))
     return value

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.errors import ConfigError, KeyPath, Subject, meant, shown
+from fedprune.core.errors import ConfigError, KeyPath, Subject, did_you_mean, value_text
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.trackers.tracker import TOOLS, tracker_class
 
-_FORMS = ", ".join(f"`{tool}[:{tracker_class(tool).place}]`" for tool in TOOLS)
+_FORMS = ", ".join(f"`{tool}[:{tracker_class(tool).destination_form}]`" for tool in TOOLS)
 TRACK_TEXT = f"Experiment trackers that get every round: {_FORMS}, several with commas; `off` for none."
 TRACK_METAVAR = "TOOL[:DESTINATION],..."
 
@@ -37,22 +37,22 @@ def track_targets(text: str, what: Subject) -> tuple[TrackTarget, ...]:
             raise ConfigError(
                 what,
                 expected=f"{', '.join(TOOLS)}, each alone or with :DESTINATION, and commas between them, or {OFF!r}",
-                got=f"{shown(entry.strip())}{meant(tool, TOOLS)}",
+                got=f"{value_text(entry.strip())}{did_you_mean(tool, TOOLS)}",
             )
         # Settings are stored, shown and backed up, so that they must not hold a tracker's password.
         if "@" in destination.partition("://")[2].partition("/")[0]:
             raise ConfigError(
-                what, expected="an address without a user", got=shown(destination.rpartition("@")[2]),
+                what, expected="an address without a user", got=value_text(destination.rpartition("@")[2]),
                 hint="It would be stored with the settings. Give the whole address in the variable "
                 f"MLFLOW_TRACKING_URI, and {tool} alone here.",
             )  # fmt: skip
         targets.append(TrackTarget(tool, destination))
     if len(set(targets)) < len(targets):
-        raise ConfigError(what, expected="each of them once", got=shown(text))
+        raise ConfigError(what, expected="each of them once", got=value_text(text))
     return tuple(targets)
 
 
-def anchored_track(text: str, folder: Path, setting: KeyPath) -> str:
+def anchor_track_folders(text: str, folder: Path, setting: KeyPath) -> str:
     """The setting, whose path errors name, with trackers' folders counted from `folder`.
 
     Raises `ConfigError` if such a folder's path has a comma, which separates trackers.

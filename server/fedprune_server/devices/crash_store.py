@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.output.log_lines import log_context
@@ -27,21 +27,21 @@ from fedprune_server.storage.sqlite_file import LOOP_BUSY_TIMEOUT_S, SqliteFile,
 log = logging.getLogger("fedprune.server")
 
 # File of the state folder.
-FILE = "crashes.db"
+CRASH_FILE = "crashes.db"
 
 # Maximum number of kept crashes: of one board, which may also send no more in an hour, and of all boards. A board that
 # crashes in a loop must not push out the reports of the others.
-PER_BOARD, IN_ALL = 10, 10_000
+MAX_CRASHES_PER_BOARD, MAX_CRASHES = 10, 10_000
 
 # Maximum number of crashes that wait to be written: it bounds memory while the disk is slow. Others are dropped here,
 # and their boards send them again.
-_WAITING = 4096
+_MAX_WAITING_CRASHES = 4096
 
 _HOUR_S = 3600.0
 
 # Seconds from 1970 to the last day of the year 9999, beyond which `time.localtime` may fail: a board's clock may show
 # any time.
-_LATEST = 253_402_214_400
+_LATEST_TIME_S = 253_402_214_400
 
 _FORMAT = 1
 _HINT = "It may be deleted: it holds boards' crash reports alone."
@@ -81,11 +81,11 @@ class BoardCrash:
         return dict(vars(self))
 
     def __str__(self) -> str:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(self.at, _LATEST)))  # on the board's clock
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(self.at, _LATEST_TIME_S)))  # on the board's clock
         return f"{stamp} {self.device}: {self.text}"
 
 
-class CrashStore(Closing):
+class CrashStore(Closeable):
     """Boards' crashes in a state folder.
 
     Raises `StorageError` if the file is damaged, of another version, or the disk fails.
@@ -99,10 +99,10 @@ class CrashStore(Closing):
     ) -> None:
         self._clock, self._monotonic = clock, monotonic
         self._waiting: deque[tuple[Any, ...]] = deque()
-        self._answers: dict[str, int] = {}
-        self._hours: dict[str, tuple[float, int]] = {}
+        self._acknowledgements: dict[str, int] = {}
+        self._hourly_counts: dict[str, tuple[float, int]] = {}
         self._complained = False
-        self._file = SqliteFile(folder / FILE, _TABLE, _FORMAT, _HINT, busy_timeout_s=LOOP_BUSY_TIMEOUT_S)
+        self._file = SqliteFile(folder / CRASH_FILE, _TABLE, _FORMAT, _HINT, busy_timeout_s=LOOP_BUSY_TIMEOUT_S)
 
     def close(self) -> None:
         self._file.close()
@@ -122,9 +122,9 @@ class CrashStore(Closing):
             "memory_available": message.memory_available,
             "memory_total": message.memory_total,
         }
-        if len(self._waiting) >= _WAITING:
+        if len(self._waiting) >= _MAX_WAITING_CRASHES:
             return  # the board sends it again
-        self._answers[message.device] = message.number
+        self._acknowledgements[message.device] = message.number
         if self._has_quota(message.device):
             self._waiting.append((message.device, message.number, message.at, now, text, json.dumps(body)))
 
@@ -132,15 +132,15 @@ class CrashStore(Closing):
         """Save new crashes; returns the acknowledgements by board. If the disk fails, the crashes are dropped, and
         boards send them again.
         """
-        if not self._answers:
+        if not self._acknowledgements:
             return {}
-        rows, answers = list(self._waiting), self._answers
+        rows, answers = list(self._waiting), self._acknowledgements
         self._waiting.clear()
-        self._answers = {}
+        self._acknowledgements = {}
         try:
             crashes = self._write(rows) if rows else []
         except StorageError as error:
-            self._hours.clear()  # a crash that is sent again must not count twice
+            self._hourly_counts.clear()  # a crash that is sent again must not count twice
             if not self._complained:  # logged once per failure of the disk, not with every report
                 self._complained = True
                 log.warning("%s: boards' crash reports are not kept", error)
@@ -148,44 +148,44 @@ class CrashStore(Closing):
         self._complained = False
         for crash in crashes:
             with log_context(device=crash.device):
-                log.warning("device %s crashed: %s%s", crash.device, crash.text, _place(crash.body))
+                log.warning("device %s crashed: %s%s", crash.device, crash.text, _crash_location(crash.body))
         return {device: CrashStored(number) for device, number in sorted(answers.items())}
 
     def _has_quota(self, device: str) -> bool:
         """Whether a board may have another crash in this hour."""
         now = self._monotonic()
-        hour_began_at, count = self._hours.get(device, (now, 0))
+        hour_began_at, count = self._hourly_counts.get(device, (now, 0))
         if now - hour_began_at >= _HOUR_S:
             hour_began_at, count = now, 0
-        self._hours[device] = hour_began_at, count + 1
-        return count < PER_BOARD
+        self._hourly_counts[device] = hour_began_at, count + 1
+        return count < MAX_CRASHES_PER_BOARD
 
     def _write(self, rows: list[tuple[Any, ...]]) -> list[BoardCrash]:
         with self._file.transaction() as connection:
             last_id = connection.execute("SELECT max(id) FROM crashes").fetchone()[0] or 0
             connection.executemany(_INSERT, rows)
-            crashes = [_row(r) for r in connection.execute(f"{_SELECT} WHERE id > ? ORDER BY id", (last_id,))]
+            crashes = [_crash_of_row(r) for r in connection.execute(f"{_SELECT} WHERE id > ? ORDER BY id", (last_id,))]
             for device in {crash.device for crash in crashes}:
-                connection.execute(_TRIM, (device, device, PER_BOARD))
-            connection.execute(_TRIM_ALL, (IN_ALL,))
+                connection.execute(_TRIM, (device, device, MAX_CRASHES_PER_BOARD))
+            connection.execute(_TRIM_ALL, (MAX_CRASHES,))
         return crashes
 
 
 _SELECT = "SELECT id, device, at, received, text, body FROM crashes"
 
 
-def read_crashes(folder: Path, device: str | None = None, most: int = 1000) -> list[BoardCrash]:
-    """The latest `most` crashes of all boards or of one, oldest first."""
-    path = folder / FILE
+def read_crashes(folder: Path, device: str | None = None, limit: int = 1000) -> list[BoardCrash]:
+    """The latest `limit` crashes of all boards or of one, oldest first."""
+    path = folder / CRASH_FILE
     if not path.is_file():
         return []
     where = "" if device is None else "WHERE device = ?"
-    values = [most] if device is None else [device, most]
+    values = [limit] if device is None else [device, limit]
     with sqlite_errors(path, _HINT), closing(connect_reader(path)) as connection:
         if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
             return []  # another process has just created the file, without tables yet
         rows = connection.execute(f"{_SELECT} {where} ORDER BY id DESC LIMIT ?", values).fetchall()
-    return [_row(r) for r in reversed(rows)]
+    return [_crash_of_row(r) for r in reversed(rows)]
 
 
 def frames_of(crash: BoardCrash) -> list[str]:
@@ -197,14 +197,14 @@ def frames_of(crash: BoardCrash) -> list[str]:
     return lines
 
 
-def _row(values: tuple[Any, ...]) -> BoardCrash:
+def _crash_of_row(values: tuple[Any, ...]) -> BoardCrash:
     try:
         number, device, at, received, text, body = values
         return BoardCrash(number, device, at, received, text, json.loads(body))
     except (ValueError, TypeError, RecursionError) as error:
-        raise StorageError(f"a row of boards' crashes is damaged ({error})", hint=f"Delete {FILE}.") from error
+        raise StorageError(f"a row of boards' crashes is damaged ({error})", hint=f"Delete {CRASH_FILE}.") from error
 
 
-def _place(body: Mapping[str, Any]) -> str:
+def _crash_location(body: Mapping[str, Any]) -> str:
     own_code = [f for f in body["frames"] if f["line"]]
     return f" ({own_code[0]['module']}:{own_code[0]['line']})" if own_code else ""

@@ -22,25 +22,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from fedprune.core.rng import keyed
-from fedprune.wire.fleet_messages import LONGEST_AWAY_S
+from fedprune.core.rng import keyed_generator
+from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 
 # Seconds for which a board counts as expected that has left by itself: nobody knows for how long.
-COUNTED_S = 86_400.0
+AWAY_COUNTED_S = 86_400.0
 
 # Boards that should arrive in a second at most after the broker was restarted: a fifth of what a server handles on one
 # core.
-RECONNECTS_PER_S = 200.0
+MAX_RECONNECTS_PER_S = 200.0
 
-MOST_SPREAD_S = 600.0
+MAX_SPREAD_S = 600.0
 
 # Share of a visit in which boards arrive at a meeting.
-_WINDOW = 0.1
+_ARRIVAL_SHARE = 0.1
 
 # Seconds beyond its time away and its spread after which a board is no longer expected.
 _GRACE_S = 60.0
 
-_LOOK_S, _COUNT_S = 5.0, 600.0
+_BUSY_RECHECK_S, _EXPIRY_INTERVAL_S = 5.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -59,33 +59,33 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Plan:
+class VisitPlan:
     """The rule by which boards come and go (see the module), for a target above 0."""
 
     target: int
     demand: Demand
 
     @property
-    def crowd(self) -> float:
+    def expected_at_meeting(self) -> float:
         """Number of boards that are expected at a meeting."""
         return self.demand.needed + 3 * math.sqrt(self.demand.needed)
 
     @property
-    def meets(self) -> bool:
+    def needs_meetings(self) -> bool:
         """Whether boards come at common times, because a round needs more of them at once than the target."""
-        return self.crowd > self.target
+        return self.expected_at_meeting > self.target
 
     @property
-    def most(self) -> int:
+    def max_connected(self) -> int:
         """Maximum number of connected boards among those that can leave, apart from boards with a part."""
-        return math.ceil(max(self.target, self.crowd))
+        return math.ceil(max(self.target, self.expected_at_meeting))
 
     @property
     def period_s(self) -> float:
         """Seconds in which the connected boards are replaced once, on average."""
-        if not self.meets:
+        if not self.needs_meetings:
             return self.demand.stay_s
-        return min(LONGEST_AWAY_S, self.demand.stay_s * self.crowd / self.target)
+        return min(MAX_BOARD_AWAY_S, self.demand.stay_s * self.expected_at_meeting / self.target)
 
     def away_s(self, boards: int, now: float, seed: int, *key: object) -> float:
         """Seconds after which a board is to come back, drawn at random.
@@ -95,16 +95,16 @@ class Plan:
             now: Wall clock, in seconds: meetings are at the same times for all boards.
             key: Keys the random number, together with the seed.
         """
-        rng = keyed(seed, *key, "away")
-        if not self.meets:
+        rng = keyed_generator(seed, *key, "away")
+        if not self.needs_meetings:
             mean = self.demand.stay_s * max(1.0, boards / self.target - 1)
-            return max(1.0, float(mean * rng.exponential()) % LONGEST_AWAY_S)  # truncated, and exponential below that
+            return max(1.0, float(mean * rng.exponential()) % MAX_BOARD_AWAY_S)  # truncated, and exponential below that
         period = self.period_s
-        skipped_meetings = int(rng.geometric(min(1.0, self.crowd / max(1, boards))) - 1) % max(
-            1, int(LONGEST_AWAY_S / period)
+        skipped_meetings = int(rng.geometric(min(1.0, self.expected_at_meeting / max(1, boards))) - 1) % max(
+            1, int(MAX_BOARD_AWAY_S / period)
         )
-        arrival = rng.random() * _WINDOW * self.demand.stay_s
-        return max(1.0, min(LONGEST_AWAY_S, (skipped_meetings + 1) * period - now % period + arrival))
+        arrival = rng.random() * _ARRIVAL_SHARE * self.demand.stay_s
+        return max(1.0, min(MAX_BOARD_AWAY_S, (skipped_meetings + 1) * period - now % period + arrival))
 
 
 class PaceSteering:
@@ -119,19 +119,21 @@ class PaceSteering:
 
     def __init__(self, target: int, seed: int, known_boards: Iterable[str], now: float) -> None:
         self._target, self._seed = target, seed
-        self._here: OrderedDict[str, float] = OrderedDict()  # when each visit began; the earliest first
-        self._busy: dict[str, float] = {}  # visits of boards that had a part when it was their turn to leave
+        self._visits: OrderedDict[str, float] = OrderedDict()  # when each visit began; the earliest first
+        self._busy_visits: dict[str, float] = {}  # visits of boards that had a part when it was their turn to leave
         self._connected: set[str] = set()
-        self._away = dict.fromkeys(known_boards, now + COUNTED_S)  # until when each absent board is expected
-        self._able: set[str] = set()  # connected boards that can be sent away
-        self._told_s = max(1.0, self.spread_s)
-        self._looked_at = self._counted_at = now
+        self._expected_until = dict.fromkeys(
+            known_boards, now + AWAY_COUNTED_S
+        )  # until when each absent board is expected
+        self._able_to_leave: set[str] = set()  # connected boards that can be sent away
+        self._announced_spread_s = max(1.0, self.spread_s)
+        self._rechecked_at = self._expired_at = now
         self._waiting_since: float | None = None
 
     @property
     def boards(self) -> int:
         """The number of boards that are connected or expected back."""
-        return len(self._connected) + len(self._away)
+        return len(self._connected) + len(self._expected_until)
 
     @property
     def spread_s(self) -> float:
@@ -140,34 +142,34 @@ class PaceSteering:
         The attempts of boards that each draw their next pause between 0 and s have at most the density 2 / s.
         """
         connected = self.boards if not self._target else min(self.boards, max(self._target, len(self._connected)))
-        return min(MOST_SPREAD_S, 2 * connected / RECONNECTS_PER_S)
+        return min(MAX_SPREAD_S, 2 * connected / MAX_RECONNECTS_PER_S)
 
-    def told(self) -> list[str]:
+    def take_spread_recipients(self) -> list[str]:
         """Boards that are to get the spread again: all that understand it, each time it has doubled."""
         # Not with every board that comes: a fleet of n boards then gets log n messages each, not n.
-        if self.spread_s < 2 * self._told_s:
+        if self.spread_s < 2 * self._announced_spread_s:
             return []
-        self._told_s = self.spread_s
-        return sorted(self._able)
+        self._announced_spread_s = self.spread_s
+        return sorted(self._able_to_leave)
 
-    def came(self, device: str, now: float, *, able: bool) -> None:
+    def on_connect(self, device: str, now: float, *, able: bool) -> None:
         """Note that a board is connected. One that isn't `able` to leave for a time stays."""
-        self._away.pop(device, None)
+        self._expected_until.pop(device, None)
         self._connected.add(device)
         if able:
-            self._able.add(device)
-        if able and self._target and device not in self._busy:
-            self._here.setdefault(device, now)
+            self._able_to_leave.add(device)
+        if able and self._target and device not in self._busy_visits:
+            self._visits.setdefault(device, now)
 
-    def left(self, device: str, now: float) -> None:
+    def on_disconnect(self, device: str, now: float) -> None:
         """Note that a board has left by itself; it is expected within a day."""
         self._connected.discard(device)
-        self._able.discard(device)
-        self._here.pop(device, None)
-        self._busy.pop(device, None)
-        self._away.setdefault(device, now + COUNTED_S)
+        self._able_to_leave.discard(device)
+        self._visits.pop(device, None)
+        self._busy_visits.pop(device, None)
+        self._expected_until.setdefault(device, now + AWAY_COUNTED_S)
 
-    def leaving(
+    def choose_leaving(
         self, now: float, wall_now: float, demand: Demand, has_work: Callable[[str], bool]
     ) -> list[tuple[str, float]]:
         """Choose the boards that are to disconnect now, with the seconds for which they are to stay away.
@@ -178,9 +180,9 @@ class PaceSteering:
         """
         if not self._target:
             return []
-        self._look(now)
-        staying = len(self._connected) - len(self._able)  # connected in addition to the target, whatever it is
-        plan = Plan(self._target, replace(demand, needed=max(0, demand.needed - staying)))
+        self._recheck(now)
+        staying = len(self._connected) - len(self._able_to_leave)  # connected in addition to the target, whatever it is
+        plan = VisitPlan(self._target, replace(demand, needed=max(0, demand.needed - staying)))
         if not demand.waiting:
             self._waiting_since = None
         elif self._waiting_since is None:
@@ -188,30 +190,30 @@ class PaceSteering:
         elif now - self._waiting_since > 2 * plan.period_s:
             return []  # fewer boards come than expected: the connected ones must wait for each other
         leaving: list[tuple[str, float]] = []
-        for _ in range(len(self._here)):
-            device, visit_began_at = next(iter(self._here.items()))
-            is_visit_over = plan.meets and now - visit_began_at >= demand.stay_s
-            if not is_visit_over and len(self._able) <= plan.most:
+        for _ in range(len(self._visits)):
+            device, visit_began_at = next(iter(self._visits.items()))
+            is_visit_over = plan.needs_meetings and now - visit_began_at >= demand.stay_s
+            if not is_visit_over and len(self._able_to_leave) <= plan.max_connected:
                 break
-            del self._here[device]
+            del self._visits[device]
             if has_work(device):
-                self._busy[device] = visit_began_at
+                self._busy_visits[device] = visit_began_at
                 continue
             self._connected.discard(device)
-            self._able.discard(device)
+            self._able_to_leave.discard(device)
             away_s = plan.away_s(self.boards - staying + 1, wall_now, self._seed, device, round(wall_now))
-            self._away[device] = now + away_s + self.spread_s + _GRACE_S
+            self._expected_until[device] = now + away_s + self.spread_s + _GRACE_S
             leaving.append((device, away_s))
         return leaving
 
-    def _look(self, now: float) -> None:
+    def _recheck(self, now: float) -> None:
         """Make boards that had a part the next to leave again, and forget boards that haven't come back in time."""
-        if now - self._looked_at >= _LOOK_S:
-            self._looked_at = now
-            for device, visit_began_at in self._busy.items():
-                self._here[device] = visit_began_at
-                self._here.move_to_end(device, last=False)
-            self._busy.clear()
-        if now - self._counted_at >= _COUNT_S:
-            self._counted_at = now
-            self._away = {name: until for name, until in self._away.items() if until > now}
+        if now - self._rechecked_at >= _BUSY_RECHECK_S:
+            self._rechecked_at = now
+            for device, visit_began_at in self._busy_visits.items():
+                self._visits[device] = visit_began_at
+                self._visits.move_to_end(device, last=False)
+            self._busy_visits.clear()
+        if now - self._expired_at >= _EXPIRY_INTERVAL_S:
+            self._expired_at = now
+            self._expected_until = {name: until for name, until in self._expected_until.items() if until > now}

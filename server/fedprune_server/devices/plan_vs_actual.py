@@ -11,10 +11,10 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.text import amount
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, Progress
+from fedprune.jobs.state import JobDevice, Progress
 from fedprune.model.architecture import Architecture
-from fedprune.planning.cost_prediction import trains_on
-from fedprune.planning.plan import Plan
+from fedprune.planning.cost_prediction import training_unit
+from fedprune.planning.plan import WidthPlan
 from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
@@ -27,38 +27,38 @@ QUANTITIES: dict[str, tuple[str, str, str]] = {
 }
 
 # By metric: the predicted and the measured value, of which one may be missing.
-Compared = dict[str, tuple[float | None, float | None]]
+RoundComparison = dict[str, tuple[float | None, float | None]]
 
 
-def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> Compared:
+def compare_device(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> RoundComparison:
     """A device's predictions beside its latest measurements at the same widths."""
-    measured = _measured(name, state)
-    pairs = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
+    measured = _measured_figures(name, state)
+    pairs = {m: (_figure(predicted, figure), _figure(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
     return {m: pair for m, pair in pairs.items() if pair != (None, None)}
 
 
-def compare_latest(state: State) -> dict[str, Compared]:
+def compare_latest(state: State) -> dict[str, RoundComparison]:
     """Comparisons for the devices that counted in the latest round; an empty one for a device that has another plan by
     now."""
-    comparisons: dict[str, Compared] = {}
+    comparisons: dict[str, RoundComparison] = {}
     for name, device_summary in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
         if device is None or device_summary["progress"] != Progress.FOLDED.value:
             continue  # a device whose update didn't count has measured nothing in this round
         is_present = device.plan is not None and device_summary.get("widths") == list(device.widths)
-        comparisons[name] = compared(name, state, (device.plan or {}).get("prediction")) if is_present else {}
+        comparisons[name] = compare_device(name, state, (device.plan or {}).get("prediction")) if is_present else {}
     return comparisons
 
 
-def planned(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+def planned_figures(plan: Mapping[str, Any]) -> Mapping[str, Any]:
     """A plan's predictions before the first round: later ones are corrected by measurements, and agree with them."""
-    return vars(Plan.from_dict(plan).before_rounds)
+    return vars(WidthPlan.from_dict(plan).before_rounds)
 
 
-def predicted(name: str, device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
+def predicted_figures(name: str, device: JobDevice, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
     """Predictions for a device before its first round: those of its plan, or those at the job's widths."""
     if device.plan is not None:
-        return planned(device.plan)
+        return planned_figures(device.plan)
     if not device.widths:
         return None
     try:
@@ -68,16 +68,16 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
         return None
 
 
-def unit(device: Device) -> str:
+def training_processor(device: JobDevice) -> str:
     """The processor on which a device trains by its probe or profile, `GPU` or `CPU`; empty if neither can be read."""
     try:
         probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
-        return "CPU" if trains_on(HardwareProfile.from_dict(device.profile), probe) == CPU else "GPU"
+        return "CPU" if training_unit(HardwareProfile.from_dict(device.profile), probe) == CPU else "GPU"
     except FedpruneError:
         return ""
 
 
-def described(rows: Compared, corrected: Compared) -> str:
+def comparison_text(rows: RoundComparison, corrected: RoundComparison) -> str:
     """A text of measurements with their predictions before the first round and, where they differ, corrected since."""
     phrases = []
     for metric, (predicted_value, measured_value) in rows.items():
@@ -91,7 +91,7 @@ def described(rows: Compared, corrected: Compared) -> str:
     return ", ".join(phrases)
 
 
-def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
+def comparison_rows(rows: Sequence[tuple[str, RoundComparison]]) -> list[tuple[str, ...]]:
     """Comparisons as rows of a report's table; the first row is the header."""
     names = [
         f"{title} {heading}" for title, *_ in QUANTITIES.values() for heading in ("predicted", "measured", "off by")
@@ -111,7 +111,7 @@ def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
     return table_rows
 
 
-def _measured(name: str, state: State | None) -> Mapping[str, Any]:
+def _measured_figures(name: str, state: State | None) -> Mapping[str, Any]:
     """Metrics of a device's latest update at its present widths."""
     if state is None or name not in state.devices:
         return {}
@@ -128,6 +128,6 @@ def _measured(name: str, state: State | None) -> Mapping[str, Any]:
     return {}
 
 
-def _number(values: Mapping[str, Any] | None, name: str) -> float | None:
+def _figure(values: Mapping[str, Any] | None, name: str) -> float | None:
     value = (values or {}).get(name)
     return float(value) if is_number(value) else None

@@ -16,20 +16,20 @@ from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import JobDevice
 from fedprune.jobs.state import Progress as TaskProgress
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
-from fedprune.planning.plan import Plan
-from fedprune.wire.lost_pieces import LostPieces, broker_drops
-from fedprune.wire.messages import BlobRequest, Progress
-from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector
+from fedprune.planning.plan import WidthPlan
+from fedprune.wire.lost_pieces import LostPieces, dropping_broker_message
+from fedprune.wire.messages import BlobRequest, RoundProgress
+from fedprune_server.devices.clone_detection import MIN_OVERLAPS, OVERLAP_WINDOW_S, CloneDetector
 
 log = logging.getLogger("fedprune.server")
 
 
 # Submodels and plans whose figures and texts are cached: devices of equal widths share them.
-_WIDTHS = 4096
+_MAX_REMEMBERED_PLANS = 4096
 
 # The phase of a board's part before it has everything that it was offered.
 _DOWNLOAD = "download"
@@ -43,12 +43,12 @@ class Contact:
     """A device's volatile state, in addition to the coordinator's.
 
     Attributes:
-        down: Payload bytes to the device, over all starts of the server.
-        up: Payload bytes from it.
+        bytes_down: Payload bytes to the device, over all starts of the server.
+        bytes_up: Payload bytes from it.
         progress: Its last report on its current part.
         offered_at: Time of its last offer; None once its update has arrived.
         heard_at: Time of its last sign of working on its offer.
-        seconds: Time from its last offer until its update arrived.
+        part_seconds: Time from its last offer until its update arrived.
         metrics: Those of the model that it serves, on its own test samples, as last reported.
         introduced: Hash of what was last logged of its plan.
         problem: The reason for which it can't take part; empty without one.
@@ -56,13 +56,13 @@ class Contact:
         last_message_at: Seconds since 1970; None before the first message since the server's start.
     """
 
-    down: int = 0
-    up: int = 0
-    progress: Progress | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    progress: RoundProgress | None = None
     software: str = ""
     offered_at: float | None = None
     heard_at: float = -math.inf
-    seconds: float | None = None
+    part_seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
     introduced: int = 0
     problem: str = ""
@@ -77,18 +77,18 @@ class DeviceRegistry:
         state: The coordinator's state; read, never changed.
         traffic: Payload bytes to and from each device before this start of the server.
         limit: Maximum number of devices, ever: names cost a stranger nothing, but memory and disk here.
-        outsiders: Devices that couldn't be planned for before this start of the server.
+        unplanned_devices: Devices that couldn't be planned for before this start of the server.
         clock: Seconds since 1970.
         prefix: Begins the log's lines about a device, if there are several jobs.
 
     Attributes:
-        whole: Number of the whole model's parameters.
+        model_parameters: Number of the whole model's parameters.
         parameters_at: Number of a submodel's parameters, by its widths.
-        total: Payload bytes to and from all devices, over all starts of the server.
-        moved: Payload bytes to and from devices for which they have changed since they were saved.
+        total_traffic: Payload bytes to and from all devices, over all starts of the server.
+        unsaved_traffic: Payload bytes to and from devices for which they have changed since they were saved.
         crashes: How devices' programs ended last, until an update of theirs arrives.
-        outsiders: Devices that have announced themselves but can't take part, and why. The coordinator doesn't know
-            them.
+        unplanned_devices: Devices that have announced themselves but can't take part, and why. The coordinator doesn't
+            know them.
     """
 
     def __init__(
@@ -98,36 +98,36 @@ class DeviceRegistry:
         state: State,
         traffic: Mapping[str, tuple[int, int]],
         limit: int = 1000,
-        outsiders: Mapping[str, Mapping[str, Any]] | None = None,
+        unplanned_devices: Mapping[str, Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.time,
         *,
         prefix: str = "",
     ) -> None:
         self._job = job
         self._architecture = architecture
-        self.whole = costs_at(architecture, architecture.sizes).parameters
+        self.model_parameters = costs_at(architecture, architecture.sizes).parameters
         self._state = state
         self._limit = limit
         self._clock = clock
         self._contacts = {
-            name: Contact(down=bytes_down, up=bytes_up) for name, (bytes_down, bytes_up) in traffic.items()
+            name: Contact(bytes_down=bytes_down, bytes_up=bytes_up) for name, (bytes_down, bytes_up) in traffic.items()
         }
-        self.total = (
+        self.total_traffic = (
             sum(bytes_down for bytes_down, _ in traffic.values()),
             sum(bytes_up for _, bytes_up in traffic.values()),
         )
-        self._described: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
-        self.parameters_at = lru_cache(_WIDTHS)(partial(parameters, architecture))
-        self.moved: dict[str, tuple[int, int]] = {}
+        self._plan_descriptions: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
+        self.parameters_at = lru_cache(_MAX_REMEMBERED_PLANS)(partial(submodel_parameters, architecture))
+        self.unsaved_traffic: dict[str, tuple[int, int]] = {}
         self.prefix = prefix
         self.clones = CloneDetector()
         self._to_devices = defaultdict[str, LostPieces](LostPieces)
         self._from_devices = defaultdict[str, LostPieces](LostPieces)
         self.crashes: dict[str, str] = {}
-        self._unheard = set[str]()  # devices of which nothing has come since their offer
-        self.outsiders: dict[str, dict[str, Any]] = {}
-        for name, body in (outsiders or {}).items():
-            self.outsiders[name] = {**body, "online": False}
+        self._silent_since_offer = set[str]()  # devices of which nothing has come since their offer
+        self.unplanned_devices: dict[str, dict[str, Any]] = {}
+        for name, body in (unplanned_devices or {}).items():
+            self.unplanned_devices[name] = {**body, "online": False}
             self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
 
     def __getitem__(self, device: str) -> Contact:
@@ -136,7 +136,7 @@ class DeviceRegistry:
 
     def admit(self, device: str, software: str, size: int) -> None:
         """Admit a device that announces itself. Raises `ProtocolError` if it is new, and there are too many already."""
-        self._unheard.discard(device)
+        self._silent_since_offer.discard(device)
         if device not in self._contacts:
             if len(self._contacts) >= self._limit:
                 raise ProtocolError(
@@ -144,14 +144,14 @@ class DeviceRegistry:
                     expected=f"at most {self._limit} devices",
                     hint="Raise max_devices in [server], and see who uses your broker.",
                 )
-            self._contacts[device] = Contact(up=size)
-            self.moved[device] = (0, size)
-            self.total = self.total[0], self.total[1] + size
+            self._contacts[device] = Contact(bytes_up=size)
+            self.unsaved_traffic[device] = (0, size)
+            self.total_traffic = self.total_traffic[0], self.total_traffic[1] + size
         self._contacts[device].software = sys.intern(software)
         if size:  # without a message it is only assigned to the job
             self._contacts[device].last_message_at = self._clock()
 
-    def admitted(self, device: str) -> bool:
+    def is_admitted(self, device: str) -> bool:
         return device in self._contacts
 
     @property
@@ -161,36 +161,36 @@ class DeviceRegistry:
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""
-        return {n: (c.down, c.up) for n, c in sorted(self._contacts.items())}
+        return {n: (c.bytes_down, c.bytes_up) for n, c in sorted(self._contacts.items())}
 
-    def received(self, device: str, size: int) -> None:
+    def count_received(self, device: str, size: int) -> None:
         """Count bytes of a message from an admitted device. Unknown names are not counted: there may be any number."""
-        self.count(device, 0, size)
+        self.count_traffic(device, 0, size)
         self.note_message(device)
 
     def note_message(self, device: str) -> None:
         """Note a message of an admitted device, whose bytes may be counted in another job."""
-        self._unheard.discard(device)
+        self._silent_since_offer.discard(device)
         if device in self._contacts:
             self._contacts[device].last_message_at = self._clock()
 
-    def sent(self, device: str, size: int) -> None:
-        self.count(device, size, 0)
+    def count_sent(self, device: str, size: int) -> None:
+        self.count_traffic(device, size, 0)
 
-    def count(self, device: str, bytes_down: int, bytes_up: int) -> None:
+    def count_traffic(self, device: str, bytes_down: int, bytes_up: int) -> None:
         """Count bytes to and from an admitted device."""
         if device in self._contacts:
             contact = self._contacts[device]
-            contact.down += bytes_down
-            contact.up += bytes_up
-            self.moved[device] = (contact.down, contact.up)
-            self.total = self.total[0] + bytes_down, self.total[1] + bytes_up
+            contact.bytes_down += bytes_down
+            contact.bytes_up += bytes_up
+            self.unsaved_traffic[device] = (contact.bytes_down, contact.bytes_up)
+            self.total_traffic = self.total_traffic[0] + bytes_down, self.total_traffic[1] + bytes_up
 
-    def offered(self, device: str, now: float) -> None:
+    def note_offer(self, device: str, now: float) -> None:
         contact = self[device]
         contact.offered_at, contact.progress, contact.heard_at = now, None, now
 
-    def heard(self, device: str, now: float, progress: Progress | None = None) -> None:
+    def note_activity(self, device: str, now: float, progress: RoundProgress | None = None) -> None:
         """Note a sign that a device works on its offer."""
         contact = self[device]
         contact.heard_at, contact.progress = now, progress or contact.progress
@@ -204,7 +204,7 @@ class DeviceRegistry:
         if is_number(temperature_c, -100.0, 300.0):
             self[device].temperature_c = float(temperature_c)
 
-    def silent(self, now: float, patience_s: float) -> list[str]:
+    def take_silent(self, now: float, patience_s: float) -> list[str]:
         """Connected devices with an offer that have shown no sign of working on it for `patience_s`.
 
         Each is named again only after another `patience_s`.
@@ -218,45 +218,47 @@ class DeviceRegistry:
             if state.awaits(task) and device is not None and device.online:
                 self[name].heard_at = now
                 names.append(name)
-                self._unheard.add(name)
+                self._silent_since_offer.add(name)
         return sorted(names)
 
     def note_request_of(self, device: str, want: BlobRequest, now: float) -> None:
         """Note that a device requests pieces of a blob, which it is sent."""
         if device in self._contacts:
-            self._to_devices[device].note(want, now)
+            self._to_devices[device].note_request(want, now)
 
     def note_request_to(self, device: str, want: BlobRequest, now: float) -> None:
         """Note that pieces of its update are requested from a device."""
         if device in self._contacts:
-            self._from_devices[device].note(want, now)
+            self._from_devices[device].note_request(want, now)
 
     def drop_reasons(self) -> dict[str, str]:
         """Texts about devices whose pieces of blobs, sent or requested, seem to be dropped by the broker."""
-        reasons = {name: "gets no piece of its model: " + broker_drops("what is sent to it")
-                   for name, lost_pieces in self._to_devices.items() if lost_pieces.stuck}  # fmt: skip
+        reasons = {name: "gets no piece of its model: " + dropping_broker_message("what is sent to it")
+                   for name, lost_pieces in self._to_devices.items() if lost_pieces.is_stuck}  # fmt: skip
         for name, lost_pieces in self._from_devices.items():
-            if lost_pieces.stuck:
-                reasons[name] = "announces its update, and no piece of it comes: " + broker_drops("what it sends")
+            if lost_pieces.is_stuck:
+                reasons[name] = "announces its update, and no piece of it comes: " + dropping_broker_message(
+                    "what it sends"
+                )
         return reasons
 
     def silence_reasons(self) -> dict[str, str]:
         """Texts about devices of which nothing has come since their offer, disconnected ones included."""
         beginning = "was offered a round, and nothing has come of it since: its program hangs, or "
-        return dict.fromkeys(self._unheard, beginning + broker_drops("what it sends or is sent"))
+        return dict.fromkeys(self._silent_since_offer, beginning + dropping_broker_message("what it sends or is sent"))
 
-    def delivered(self, device: str, now: float) -> None:
+    def note_delivery(self, device: str, now: float) -> None:
         """Note that a device's update has arrived."""
         self.forget_transfers(device)
         self.crashes.pop(device, None)
         contact = self[device]
         if contact.offered_at is not None:
-            contact.seconds, contact.offered_at = now - contact.offered_at, None
+            contact.part_seconds, contact.offered_at = now - contact.offered_at, None
 
-    def born(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
+    def note_birth(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
         """Note an admitted device's birth. Warn if another board seems to use its name."""
         self.forget_transfers(device)
-        reason = self.clones.born(device, session, (profile, samples), connected, now)
+        reason = self.clones.note_birth(device, session, (profile, samples), connected, now)
         if reason:
             log.warning(
                 "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
@@ -277,8 +279,8 @@ class DeviceRegistry:
                 "for the second board first. If there is one, take it away, or revoke the identity of both "
                 "(fedprune-server devices replace %s) and let each join again with a name and claim of its own.",
                 device,
-                SIGNS,
-                SIGNS_WITHIN_S / 60,
+                MIN_OVERLAPS,
+                OVERLAP_WINDOW_S / 60,
                 device,
             )
 
@@ -288,13 +290,13 @@ class DeviceRegistry:
             log.warning("%sdevice %s is excluded: %s", self.prefix, device, problem)
         self[device].problem = problem
         body = {"online": not cannot_start, "profile": profile, "samples": samples, "excluded": problem}
-        self.outsiders[device] = body | ({"cannot_start": True} if cannot_start else {})
+        self.unplanned_devices[device] = body | ({"cannot_start": True} if cannot_start else {})
         self._note_seen(device)
 
     def note_start(self, device: str) -> None:
         """Note that a device that couldn't start has started. Whether it can be planned for is checked later."""
-        if self.outsiders.get(device, {}).get("cannot_start"):
-            del self.outsiders[device]
+        if self.unplanned_devices.get(device, {}).get("cannot_start"):
+            del self.unplanned_devices[device]
             self[device].problem = ""
 
     def forget_transfers(self, device: str) -> None:
@@ -302,23 +304,23 @@ class DeviceRegistry:
         self._from_devices.pop(device, None)
         self._to_devices.pop(device, None)
 
-    def gone(self, device: str) -> None:
+    def note_disconnect(self, device: str) -> None:
         """Note that a device has disconnected."""
         self.forget_transfers(device)
-        if device in self.outsiders:
-            self.outsiders[device]["online"] = False
+        if device in self.unplanned_devices:
+            self.unplanned_devices[device]["online"] = False
             self._note_seen(device)
 
     def _note_seen(self, device: str) -> None:
         """Store when a device was last heard that has no part in the job's events."""
         if (at := self[device].last_message_at) is not None:
-            self.outsiders[device]["seen_at"] = at
+            self.unplanned_devices[device]["seen_at"] = at
 
     def introduce(self, name: str) -> None:
         """Log a connected device once per plan, with the plan; of one that was logged before, only the first line."""
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
-        self.outsiders.pop(name, None)
+        self.unplanned_devices.pop(name, None)
         introduction = hash((device.widths, device.excluded, device.profile.get("name")))
         if introduction == contact.introduced:
             return
@@ -330,38 +332,38 @@ class DeviceRegistry:
         description = (name, title, device.samples, contact.software or "?")
         log.info("%sdevice %s is connected: %s, %d samples, %s", self.prefix, *description)
         plan_hash = hash(device.plan if device.plan is not None else (device.widths, device.density))
-        if plan_hash not in self._described:
-            if len(self._described) >= _WIDTHS:
-                self._described.clear()
-            self._described[plan_hash] = self._describe(device)
+        if plan_hash not in self._plan_descriptions:
+            if len(self._plan_descriptions) >= _MAX_REMEMBERED_PLANS:
+                self._plan_descriptions.clear()
+            self._plan_descriptions[plan_hash] = self._describe(device)
         elif device.plan is not None or device.density != self._job.density:
-            log.info("  %s", self._described[plan_hash][0])
-        if warning := self._described[plan_hash][1]:
+            log.info("  %s", self._plan_descriptions[plan_hash][0])
+        if warning := self._plan_descriptions[plan_hash][1]:
             log.warning("%sdevice %s: %s", self.prefix, name, warning)
 
-    def _describe(self, device: Device) -> tuple[str, str]:
+    def _describe(self, device: JobDevice) -> tuple[str, str]:
         """Log a plan that no other device has had. Returns its first line and warning, for devices that share it."""
         if device.plan is None:
-            kept_share = costs_at(self._architecture, device.widths).parameters / self.whole
+            kept_share = costs_at(self._architecture, device.widths).parameters / self.model_parameters
             decider = "job" if device.density == self._job.density else "strategy"
             lines = [
                 f"density {device.density:.3g}, as the {decider} says: keeps {100 * kept_share:.0f}% of the weights"
             ]
             warning = ""
         else:
-            plan = Plan.from_dict(device.plan)
-            lines, warning = plan.describe(self.whole).splitlines(), plan.warning
-            lines[0] = f"{lines[0]}, {plan.unbound() or f'bound by {plan.bound}'}"
+            plan = WidthPlan.from_dict(device.plan)
+            lines, warning = plan.describe(self.model_parameters).splitlines(), plan.warning
+            lines[0] = f"{lines[0]}, {plan.unbound_line() or f'bound by {plan.bound}'}"
         log.info("  %s", lines[0])
         for line in lines[1:]:  # for everyday use `status` and the console's page of the board have them
             log.debug("  %s", line)
         return lines[0], warning
 
-    def bars(self, device: str) -> bool:
+    def is_excluded(self, device: str) -> bool:
         """Whether a device is known to be unable to take part."""
         device_state = self._state.devices.get(device)
-        return device in self.outsiders or (device_state is not None and bool(device_state.excluded))
+        return device in self.unplanned_devices or (device_state is not None and bool(device_state.excluded))
 
 
-def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
+def submodel_parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
     return sum(math.prod(architecture.shape(spec.name, widths)) for spec in architecture.trainable)

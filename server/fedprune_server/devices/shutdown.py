@@ -11,11 +11,11 @@ FLUSH_S = 10.0
 
 # Minimum seconds after the jobs' end, and after a device has disconnected since: within them a device whose connection
 # broke just then is connected again and learns of the end.
-LEAST_S = 1.5
+MIN_WAIT_S = 1.5
 
 # Maximum seconds after the jobs' end, for devices that were away: their pauses between two attempts to connect grow up
 # to a minute.
-MOST_S = 75.0
+MAX_WAIT_S = 75.0
 
 
 class GracefulShutdown:
@@ -35,16 +35,16 @@ class GracefulShutdown:
     def __init__(
         self, present: Iterable[str], absent: Iterable[str], is_connected: Callable[[str], bool], now: float
     ) -> None:
-        self._here = is_connected
-        self._least, self._most = now + LEAST_S, now + MOST_S
-        self._there, self._away = set(present), set(absent)
+        self._is_connected = is_connected
+        self._earliest_end, self._latest_end = now + MIN_WAIT_S, now + MAX_WAIT_S
+        self._present, self._absent = set(present), set(absent)
 
-    def over(self, now: float) -> bool:
+    def is_over(self, now: float) -> bool:
         """Whether no device is left to wait for."""
-        returned = {n for n in self._away if self._here(n)}
-        vanished = {n for n in self._there if not self._here(n)}
-        self._away -= returned
-        self._there = (self._there | returned) - vanished
+        returned = {n for n in self._absent if self._is_connected(n)}
+        vanished = {n for n in self._present if not self._is_connected(n)}
+        self._absent -= returned
+        self._present = (self._present | returned) - vanished
         if vanished:
-            self._least = now + LEAST_S
-        return now >= self._most or (now >= self._least and not self._away)
+            self._earliest_end = now + MIN_WAIT_S
+        return now >= self._latest_end or (now >= self._earliest_end and not self._absent)

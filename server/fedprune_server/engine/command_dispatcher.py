@@ -18,16 +18,16 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as TaskProgress
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.executor.offers import misfit, sent
+from fedprune_server.executor.offers import device_offer, update_misfit
 from fedprune_server.messaging.outbox import Outbox
-from fedprune_server.transfer.upload_place import Arrived
+from fedprune_server.transfer.upload_place import ArrivedUpdate
 from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
 
 # Seconds without a sign of the device after which its offer is repeated: the broker acknowledges a message before the
 # device has it, so an acknowledged offer may still be lost.
-_UNHEARD_OFFER_S = 25.0
+_OFFER_REPEAT_S = 25.0
 
 DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
 
@@ -52,7 +52,7 @@ class CommandDispatcher:
     """Carries out a coordinator's commands about devices. Immediate results are returned as events.
 
     Args:
-        awaits: Whether the job's channel awaits an upload of a device that no part of the round waits for.
+        awaits_upload: Whether the job's channel awaits an upload of a device that no part of the round waits for.
         blobs_at: URL under which boards find blobs over HTTP; None if they get them over MQTT alone.
 
     Attributes:
@@ -62,13 +62,13 @@ class CommandDispatcher:
     def __init__(
         self,
         traffic: DeviceTraffic,
-        awaits: Callable[[str], bool],
+        awaits_upload: Callable[[str], bool],
         blobs_at: str | None = None,
     ) -> None:
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
-        self._awaits, self._blobs_at = awaits, blobs_at
-        self._changed = traffic.state.tasks.watch()
+        self._awaits_upload, self._blobs_at = awaits_upload, blobs_at
+        self._changed_tasks = traffic.state.tasks.watch()
         self.revoked: set[str] = set()
 
     def run(self, command: DeviceCommand) -> list[on.Event]:
@@ -76,7 +76,7 @@ class CommandDispatcher:
         job, device = self._job.name, command.device
         match command:
             case do.SendOffer():
-                return self.offer(command, again=command.again)
+                return self.offer(command, is_repetition=command.was_announced)
             case do.PullUpdate():
                 return self._pull(command)
             case do.Acknowledge():
@@ -90,7 +90,7 @@ class CommandDispatcher:
                 self._outbox.send(device, Finished(job), job)
         return []
 
-    def offer(self, command: do.SendOffer, *, again: bool = False) -> list[on.Event]:
+    def offer(self, command: do.SendOffer, *, is_repetition: bool = False) -> list[on.Event]:
         """Offer a device its part of the round. The time that it takes counts from the first offer, not from a
         repetition."""
         job = self._job.name
@@ -100,55 +100,55 @@ class CommandDispatcher:
             ]
         try:
             round_fields = {"job": job, "round": command.round, "attempt": command.attempt, "blobs_at": self._blobs_at}
-            self._outbox.send(command.device, Offer.from_dict(sent(command.offer) | round_fields), job)
+            self._outbox.send(command.device, Offer.from_dict(device_offer(command.offer) | round_fields), job)
         except ProtocolError as error:  # the offer is longer than a message may be, so the device can't take part
             return [on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error)))]
-        if not again:
-            self._registry.offered(command.device, self._monotonic())
+        if not is_repetition:
+            self._registry.note_offer(command.device, self._monotonic())
         return []
 
-    def repeat(self, now: float) -> list[on.Event]:
+    def repeat_offers(self, now: float) -> list[on.Event]:
         """Repeat the offers to devices that have shown no sign of them; `now` is monotonic."""
         events: list[on.Event] = []
-        for device in self._registry.silent(now, _UNHEARD_OFFER_S):
+        for device in self._registry.take_silent(now, _OFFER_REPEAT_S):
             task = self._state.tasks[device]
             if task.offer is not None:
                 command = do.SendOffer(device, self._state.round_of(task), task.attempt, task.offer)
-                events += self.offer(command, again=True)
+                events += self.offer(command, is_repetition=True)
         return events
 
-    def let_go(self, *, everywhere: bool) -> list[str]:
+    def drop_unawaited_uploads(self, *, all_devices: bool) -> list[str]:
         """Stop receiving updates that no part of a round awaits any more.
 
         Args:
-            everywhere: Check all updates under way, not only those of parts that have changed since the last call.
+            all_devices: Check all updates under way, not only those of parts that have changed since the last call.
 
         Returns:
             Digests of the dropped updates.
         """
         state, dropped = self._state, list[str]()
-        for device in self._uploads.devices() if everywhere else self._changed:
-            if self._awaits(device):
+        for device in self._uploads.devices() if all_devices else self._changed_tasks:
+            if self._awaits_upload(device):
                 continue
             task = state.tasks.get(device)
             if task is None or task.progress is not TaskProgress.PULLING or not state.awaits(task):
                 dropped += self._uploads.drop(device)
             else:
                 dropped += self._uploads.keep(device, state.round_of(task), task.attempt)
-        self._changed.clear()
+        self._changed_tasks.clear()
         return dropped
 
-    def arriving(self) -> set[str]:
+    def arriving_digests(self) -> set[str]:
         """Digests of updates that are being received, or copied into the bucket."""
         return self._uploads.digests()
 
     def collect_uploads(self) -> list[on.Event]:
         """Events of updates that have arrived or failed."""
         events: list[on.Event] = []
-        for outcome in self._uploads.outcomes():
+        for outcome in self._uploads.take_outcomes():
             device, round_, attempt = outcome.device, outcome.round, outcome.attempt
-            if isinstance(outcome, Arrived):
-                self._registry.delivered(device, self._monotonic())
+            if isinstance(outcome, ArrivedUpdate):
+                self._registry.note_delivery(device, self._monotonic())
                 events.append(on.UpdateStored(device, round_, attempt, outcome.weights))
             else:
                 events.append(on.UpdateRejected(device, round_, attempt, outcome.reason, outcome.failure))
@@ -156,12 +156,14 @@ class CommandDispatcher:
 
     def _pull(self, command: do.PullUpdate) -> list[on.Event]:
         """Fetch an announced update, unless its size can't be right; returns the events of updates that have ended."""
-        task = self._state.part(command.device, command.round, command.attempt)
+        task = self._state.task_at(command.device, command.round, command.attempt)
         if task is None:
             return []  # the round has gone on meanwhile, which is no fault of the device
         ref = BlobRef.from_dict(command.weights)
-        if reason := misfit(task.offer, ref):
+        if reason := update_misfit(task.offer, ref):
             part_key = command.device, command.round, command.attempt
             return [on.UpdateRejected(*part_key, reason, FailureKind.MALFORMED)]
-        self._outbox.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))
+        self._outbox.send_requests(
+            self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic())
+        )
         return self.collect_uploads()

@@ -9,7 +9,7 @@ from fedprune.wire.messages import Birth
 from fedprune_server.engine.job_runner import JobRunner
 
 
-class SoleJob:
+class SingleJobScheduler:
     """Assigns every device to the only job of a server as soon as it connects.
 
     Args:
@@ -23,10 +23,10 @@ class SoleJob:
         """The job of each connected device."""
         return dict.fromkeys(self._connected, self._runner.job.name)
 
-    def came(self, device: str, *, reconnected: bool) -> None:
+    def on_connect(self, device: str, *, reconnected: bool) -> None:
         self._runner.assign([self._connected[device]])
 
-    def left(self, device: str, session: int) -> None:
+    def on_disconnect(self, device: str, session: int) -> None:
         self._runner.unassign(device, session)
 
     def share(self, now: float, *, finished: bool) -> None:
@@ -40,137 +40,141 @@ class DeviceScheduler:
         connected: The devices that are connected, with their births.
 
     Attributes:
-        lent: The job to which each device is assigned; free devices are left out.
+        job_of_device: The job to which each device is assigned; free devices are left out.
     """
 
     def __init__(self, runners: Mapping[str, JobRunner], connected: Mapping[str, Birth]) -> None:
         self._runners, self._connected = runners, connected
         self._scheduler = FairScheduler()
-        self.lent: dict[str, str] = {}
-        self._at_work: dict[str, str] = {}
-        self._free: set[str] = set()
-        self._takers: dict[str, set[str]] = {job: set() for job in runners}
+        self.job_of_device: dict[str, str] = {}
+        self._working_devices: dict[str, str] = {}
+        self._free_devices: set[str] = set()
+        self._suitable_devices: dict[str, set[str]] = {job: set() for job in runners}
         # Jobs that refused a device, until it connects again: its profile can only change with a new session.
-        self._unfit: dict[str, set[str]] = {}
+        self._unsuitable_jobs: dict[str, set[str]] = {}
         # Only these are checked in a turn: checking all of a large fleet in each turn would take most of its time.
-        self._stale: set[str] = set()
-        self._alone: str | None = None  # the job that gets every device, since no other has enough of them
+        self._devices_to_check: set[str] = set()
+        self._only_able_job: str | None = None  # the job that gets every device, since no other has enough of them
         self._charged_at: float | None = None
         for runner in runners.values():
             runner.track_changes()
 
     def assignments(self) -> Mapping[str, str]:
         """The job of each device that has one."""
-        return self.lent
+        return self.job_of_device
 
-    def came(self, device: str, *, reconnected: bool) -> None:
+    def on_connect(self, device: str, *, reconnected: bool) -> None:
         """Note that a device has announced itself, on a new connection if `reconnected`."""
-        self._stale.add(device)
+        self._devices_to_check.add(device)
         if reconnected:
-            self._unfit.pop(device, None)
-        if device in self.lent:
-            self._assign(self.lent[device], [device])
+            self._unsuitable_jobs.pop(device, None)
+        if device in self.job_of_device:
+            self._assign(self.job_of_device[device], [device])
 
-    def left(self, device: str, session: int) -> None:
+    def on_disconnect(self, device: str, session: int) -> None:
         """Note that a connection of a device has ended, and take the device away from its job."""
-        self._stale.add(device)
-        job = self.lent.pop(device, None)
+        self._devices_to_check.add(device)
+        job = self.job_of_device.pop(device, None)
         if job is not None:
             self._runners[job].unassign(device, session)
 
     def share(self, now: float, *, finished: bool) -> None:
         """Take devices back and assign free ones until nothing changes; `finished` once all jobs are done."""
         if self._charged_at is not None:
-            self._scheduler.charge(self._at_work, max(0.0, now - self._charged_at))
+            self._scheduler.charge(self._working_devices, max(0.0, now - self._charged_at))
         self._charged_at = now
         if finished:
-            self._at_work = {}
+            self._working_devices = {}
             return
         checked_devices = set[str]()
         # A pass that assigns devices changes what their jobs need, so that another job may get a device in the next.
         for _ in range(len(self._runners) + len(self._connected)):
             if not self._share_once(checked_devices):
                 break
-        for device in checked_devices | self._stale | self._changed():
-            job = self.lent.get(device)
+        for device in checked_devices | self._devices_to_check | self._refresh_suitability():
+            job = self.job_of_device.get(device)
             if job is not None and self._runners[job].awaits_part_of(device):
-                self._at_work[device] = job
+                self._working_devices[device] = job
             else:
-                self._at_work.pop(device, None)
+                self._working_devices.pop(device, None)
 
-    def _changed(self) -> set[str]:
+    def _refresh_suitability(self) -> set[str]:
         """Note anew which jobs the changed devices suit; returns those devices."""
         for runner in self._runners.values():
-            self._stale |= runner.changes()
-        for device in self._stale:
-            for job, suitable_devices in self._takers.items():
-                if device in self._connected and self._takes(job, device):
+            self._devices_to_check |= runner.take_changes()
+        for device in self._devices_to_check:
+            for job, suitable_devices in self._suitable_devices.items():
+                if device in self._connected and self._suits(job, device):
                     suitable_devices.add(device)
                 else:
                     suitable_devices.discard(device)
-        return self._stale
+        return self._devices_to_check
 
-    def _able(self) -> tuple[list[JobDemand], list[JobDemand]]:
+    def _current_demands(self) -> tuple[list[JobDemand], list[JobDemand]]:
         """Demands of the unfinished jobs, and of those among them for which enough suitable devices are connected."""
         demands = [demand for runner in self._runners.values() if (demand := runner.demand()) is not None]
-        return demands, [demand for demand in demands if demand.able(len(self._takers[demand.job]))]
+        return demands, [demand for demand in demands if demand.has_share(len(self._suitable_devices[demand.job]))]
 
     def _share_once(self, checked_devices: set[str]) -> bool:
         """Share out free devices; returns whether a job got any."""
-        devices_to_check = self._changed()
-        _, able_demands = self._able()
+        devices_to_check = self._refresh_suitability()
+        _, able_demands = self._current_demands()
         only_able_job = able_demands[0].job if len(able_demands) == 1 else None
-        if only_able_job != self._alone:  # then every device may belong to another job than before
-            self._alone, devices_to_check = only_able_job, devices_to_check | self._connected.keys()
-        self._stale = set()
+        if only_able_job != self._only_able_job:  # then every device may belong to another job than before
+            self._only_able_job, devices_to_check = only_able_job, devices_to_check | self._connected.keys()
+        self._devices_to_check = set()
         checked_devices |= devices_to_check
         for device in sorted(devices_to_check):
-            self._look(device)
+            self._reassign(device)
         if only_able_job is not None:
-            assignments = {only_able_job: sorted(device for device in self._free if self._takes(only_able_job, device))}
+            assignments = {
+                only_able_job: sorted(device for device in self._free_devices if self._suits(only_able_job, device))
+            }
         else:
-            self._changed()
-            demands, able_demands = self._able()
+            self._refresh_suitability()
+            demands, able_demands = self._current_demands()
             assignments = self._scheduler.assign(
-                demands, self._free, self._connected, self._takes, self._fits, able_demands
+                demands, self._free_devices, self._connected, self._suits, self._has_work, able_demands
             )
         for job, devices in assignments.items():
             self._assign(job, devices)
         return any(assignments.values())
 
-    def _look(self, device: str) -> None:
+    def _reassign(self, device: str) -> None:
         """Take a device back from a job that no longer awaits its part. Mark it free, or assign it to the job that
         awaits a part of it."""
-        self._free.discard(device)
-        birth, job = self._connected.get(device), self.lent.get(device)
-        if birth is None or (job is not None and (job == self._alone or self._runners[job].awaits_part_of(device))):
+        self._free_devices.discard(device)
+        birth, job = self._connected.get(device), self.job_of_device.get(device)
+        if birth is None or (
+            job is not None and (job == self._only_able_job or self._runners[job].awaits_part_of(device))
+        ):
             return
         if job is not None:
-            del self.lent[device]
+            del self.job_of_device[device]
             self._runners[job].unassign(device, birth.session)
         # After a restart of either side a part may be under way: the device continues with it.
         job_awaiting_part = next(
             (name for name, runner in self._runners.items() if runner.awaits_part_of(device)), None
         )
         if job_awaiting_part is None:
-            self._free.add(device)
-        elif job_awaiting_part not in self._unfit.get(device, ()):
+            self._free_devices.add(device)
+        elif job_awaiting_part not in self._unsuitable_jobs.get(device, ()):
             self._assign(job_awaiting_part, [device])
 
-    def _takes(self, job: str, device: str) -> bool:
-        unsuitable_jobs = self._unfit.get(device, ())
+    def _suits(self, job: str, device: str) -> bool:
+        unsuitable_jobs = self._unsuitable_jobs.get(device, ())
         return job not in unsuitable_jobs and self._runners[job].may_take_part(device, self._connected[device].session)
 
-    def _fits(self, job: str, device: str) -> bool:
-        return self._takes(job, device) and self._runners[job].has_work_for(device)
+    def _has_work(self, job: str, device: str) -> bool:
+        return self._suits(job, device) and self._runners[job].has_work_for(device)
 
     def _assign(self, job: str, devices: Sequence[str]) -> None:
         """Assign devices to a job, and note those that can't take part in it."""
-        self._stale |= set(devices)
+        self._devices_to_check |= set(devices)
         able_devices = self._runners[job].assign([self._connected[device] for device in devices])
         for device in devices:
             if device in able_devices:
-                self.lent[device] = job
+                self.job_of_device[device] = job
             else:
-                self._unfit.setdefault(device, set()).add(job)
-                self.lent.pop(device, None)
+                self._unsuitable_jobs.setdefault(device, set()).add(job)
+                self.job_of_device.pop(device, None)

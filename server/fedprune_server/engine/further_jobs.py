@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ConfigError
-from fedprune.core.validation import only
-from fedprune_server.config.layers import Layer, file_layer, located
-from fedprune_server.config.server_config import PER_JOB, SERVER, ServerConfig
+from fedprune.core.validation import check_keys
+from fedprune_server.config.layers import SettingsLayer, errors_with_origin, file_layer
+from fedprune_server.config.server_config import JOB_KEYS, SERVER_KEYS, ServerConfig
 from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.state_directory import stored_tables
-from fedprune_server.storage.state_folder import FOLDER, folders
+from fedprune_server.storage.state_folder import JOBS_FOLDER, job_folders
 
 
-def further(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
+def further_configs(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
     """Configurations of the jobs after the first: those given as files, and those that the state folder holds already.
 
     Args:
@@ -32,36 +32,43 @@ def further(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerCon
         ConfigError: A file can't be used, two jobs have one name, or a folder's database names code.
         StorageError: A folder can't be read.
     """
-    file_configs = [_read(first_config, path) for path in files]
+    file_configs = [_read_config(first_config, path) for path in files]
     names = [first_config.job.name, *(config.job.name for config in file_configs)]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(duplicates) + " twice")
-    stored_settings = {path: stored_tables(path, {}) for path in folders(first_config.state) if path.name not in names}
+    stored_settings = {
+        path: stored_tables(path, {}) for path in job_folders(first_config.state) if path.name not in names
+    }
     for path, tables in stored_settings.items():
         # A database may come from somebody else's backup: code that it names is run only if the operator names it, too.
         for setting, name in code_names(tables or {}):
             hint = f"If this code is yours, give the job's file: --job FILE, with the name {path.name}."
             raise stored_code_error(setting, name, str(path), hint)
-    stored_configs = {path: _stored(path, tables) for path, tables in stored_settings.items() if tables}
-    return [*file_configs, *(_placed(first_config, config, path.name) for path, config in stored_configs.items())]
+    stored_configs = {path: _stored_config(path, tables) for path, tables in stored_settings.items() if tables}
+    return [
+        *file_configs,
+        *(_with_server_settings(first_config, config, path.name) for path, config in stored_configs.items()),
+    ]
 
 
-def _read(first_config: ServerConfig, path: Path) -> ServerConfig:
+def _read_config(first_config: ServerConfig, path: Path) -> ServerConfig:
     layer = file_layer(path)
-    with located([layer]):
-        only([t for t in TABLES if t != "alerts"], layer.tables, (), "table of a further job")
+    with errors_with_origin([layer]):
+        check_keys([t for t in TABLES if t != "alerts"], layer.tables, (), "table of a further job")
         if isinstance(layer.tables.get("server"), dict):
-            only([k for k in PER_JOB if k in SERVER], layer.tables["server"], ("server",), "key of a further job")
+            check_keys(
+                [k for k in JOB_KEYS if k in SERVER_KEYS], layer.tables["server"], ("server",), "key of a further job"
+            )
         config = parse_config(layer.tables, path.parent)
-    return _placed(first_config, config, config.job.name)
+    return _with_server_settings(first_config, config, config.job.name)
 
 
-def _stored(path: Path, tables: dict[str, Any]) -> ServerConfig:
-    with located([Layer(f"settings of {path}", tables)]):
+def _stored_config(path: Path, tables: dict[str, Any]) -> ServerConfig:
+    with errors_with_origin([SettingsLayer(f"settings of {path}", tables)]):
         return parse_config(tables, Path())
 
 
-def _placed(first_config: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:
+def _with_server_settings(first_config: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:
     """A further job's configuration, with the server's settings of the first job's."""
-    job_settings = {name: getattr(config, name) for name in PER_JOB}
-    return replace(first_config, **job_settings, state=first_config.state / FOLDER / name)
+    job_settings = {name: getattr(config, name) for name in JOB_KEYS}
+    return replace(first_config, **job_settings, state=first_config.state / JOBS_FOLDER / name)

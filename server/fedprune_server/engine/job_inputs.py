@@ -18,16 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, MissingExtraError, ModelError
-from fedprune.planning.profile_store import find as find_profile
-from fedprune.planning.profile_store import names as profile_names
-from fedprune.strategies.user_strategies import own_code
-from fedprune_export.importing import ImportChoices, compare_models, drawn_tensors, is_called, read_source, with_choices
+from fedprune.planning.profile_store import find_profile as find_profile
+from fedprune.planning.profile_store import profile_names as profile_names
+from fedprune.strategies.user_strategies import user_code_digest
+from fedprune_export.importing import (
+    ImportChoices,
+    compare_models,
+    drawn_tensors,
+    is_factory_source,
+    read_source,
+    with_choices,
+)
 from fedprune_server.config.server_config import JobSettings, ServerConfig
 from fedprune_server.executor.evaluator import Evaluation
 
 log = logging.getLogger("fedprune.server")
 
-_CONTENTS = {
+_CONTENT_CHANGES = {
     "strategy": "has other code",
     "evaluation": "has other samples",
     "calibration": "has other samples",
@@ -35,7 +42,7 @@ _CONTENTS = {
 }
 
 
-def read_model(config: JobSettings) -> bytes:
+def read_job_model(config: JobSettings) -> bytes:
     """The configured model with its loss, metric and adapters. Errors advise what a server's operator can do, not
     options of `fedprune-export`.
 
@@ -44,7 +51,7 @@ def read_model(config: JobSettings) -> bytes:
         MissingExtraError: torch or timm is needed and not installed.
     """
     source = str(config.model)
-    if is_called(source):
+    if is_factory_source(source):
         log.info("reading the model %s: torch exports it, which may take minutes", source)
     try:
         choices = ImportChoices(
@@ -61,7 +68,7 @@ def read_model(config: JobSettings) -> bytes:
         raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error
 
 
-def check_model(config: JobSettings, raw: bytes, job_description: str) -> None:
+def check_job_model(config: JobSettings, raw: bytes, job_description: str) -> None:
     """Compare the configured model, loss and metric with those of the job's beginning, as far as they are configured.
 
     A source that no longer exists is no difference: the job has a copy.
@@ -79,12 +86,12 @@ def check_model(config: JobSettings, raw: bytes, job_description: str) -> None:
             ("model", "lora"), expected="path, too, or neither", got="lora alone",
             hint="A job that has begun has its adapters: leave lora out.",
         )  # fmt: skip
-    current = _read_again(config, raw)
+    current = _read_configured_model(config, raw)
     if current is None:
         return
     changes = compare_models(raw, current)
     source, tensor_changes = config.model, changes.tensors
-    is_factory = source is not None and is_called(source)
+    is_factory = source is not None and is_factory_source(source)
     kind, source_text = "", source
     if changes.graph:
         kind, source_text = "model", source or f"base = {config.base}"
@@ -96,7 +103,7 @@ def check_model(config: JobSettings, raw: bytes, job_description: str) -> None:
     elif tensor_changes and (
         source is None
         or not is_factory
-        or drawn_tensors(source, current, tensor_changes, partial(read_model, config)) < tensor_changes
+        or drawn_tensors(source, current, tensor_changes, partial(read_job_model, config)) < tensor_changes
     ):
         kind = "model"
     if kind:
@@ -108,7 +115,7 @@ def check_model(config: JobSettings, raw: bytes, job_description: str) -> None:
         )
 
 
-def _read_again(config: JobSettings, raw: bytes) -> bytes | None:
+def _read_configured_model(config: JobSettings, raw: bytes) -> bytes | None:
     """The model that the configuration gives now; None if it gives none, or its source no longer exists."""
     if config.model is None:
         if config.loss is config.metric is config.base is None:
@@ -116,7 +123,7 @@ def _read_again(config: JobSettings, raw: bytes) -> bytes | None:
         # Without a model's source the job's own model is compared, with the configured loss, metric and base.
         return with_choices(raw, ImportChoices(loss=config.loss, metric=config.metric, base=config.base))
     try:
-        return read_model(config)
+        return read_job_model(config)
     except (MissingExtraError, ModelError) as error:
         if not isinstance(error, MissingExtraError) and not isinstance(
             error.__cause__, (FileNotFoundError, ModuleNotFoundError)
@@ -136,14 +143,14 @@ def input_digests(
     folders = () if config.profiles is None else (config.profiles,)
     profiles = [find_profile(name, folders).to_dict() for name in sorted(profile_names(folders))] if folders else []
     return {
-        "strategy": own_code(config.job),
+        "strategy": user_code_digest(config.job),
         "evaluation": _digest_arrays(evaluation or ()),
         "calibration": _digest_arrays(() if calibration is None else (calibration,)),
         "profiles": hashlib.sha256(json.dumps(profiles, sort_keys=True).encode()).hexdigest() if profiles else "",
     }
 
 
-def changed_inputs(before: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+def input_changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
     """Lines about inputs that differ between two starts.
 
     Args:
@@ -160,7 +167,7 @@ def changed_inputs(before: Mapping[str, Any], settings: Mapping[str, Any]) -> It
             if key in settings:  # the others are settings of [job] and [server], which are compared as such
                 yield f"{key}: {previous!r} is now {current!r}"
         elif "inputs" in before and before["inputs"].get(key, "") != settings["inputs"][key]:
-            yield f"{key}: {current} {_CONTENTS[key]}"
+            yield f"{key}: {current} {_CONTENT_CHANGES[key]}"
 
 
 def _digest_arrays(arrays: Sequence[npt.NDArray[Any]]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Phase, State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.fair_scheduler import JobDemand
@@ -24,12 +24,12 @@ from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import SYNCHRONOUS
+from fedprune.jobs.schedule import SYNCHRONOUS_SCHEDULE
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
 from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
-from fedprune.wire.messages import PUT, Birth, Finished
+from fedprune.wire.messages import PUT_ABILITY, Birth, Finished
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.registry import DeviceRegistry
@@ -45,8 +45,8 @@ from fedprune_server.executor.background import BackgroundExecutor, CommandExecu
 from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
-from fedprune_server.observation.observer import DevicesChanged, RoundEnded, Saved, TurnEnded, TurnEvent
-from fedprune_server.observation.snapshot import UNDER_WAY, FleetSnapshot, JobSnapshot
+from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEnded, TurnEvent, TurnSaved
+from fedprune_server.observation.snapshot import AWAITED_PROGRESS, FleetSnapshot, JobSnapshot
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import Storage
@@ -60,17 +60,17 @@ log = logging.getLogger("fedprune.server")
 
 # Phases without a deadline, in which the job's clock may follow the system's. Asynchronous jobs have deadlines in the
 # last two: parts of earlier models are under way while another one is scored or evaluated.
-_TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
+_PHASES_WITHOUT_DEADLINE = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
 
-_TICK_S = 0.5
+_TICK_INTERVAL_S = 0.5
 
 # Results of heavy commands that a turn handles. Each offer of a large round is a result, and takes about 0.3 ms to save
 # and send: so messages that come while 10,000 offers are made wait for a hundred of them, not for all.
-_RESULTS_PER_TURN = 100
+_MAX_RESULTS_PER_TURN = 100
 
 # The same limit while messages wait: boards request their files as soon as they have an offer, and the messages of
 # other boards would wait behind these requests.
-_RESULTS_AMID_MESSAGES = 10
+_MAX_RESULTS_WHILE_MESSAGES_WAIT = 10
 
 
 @dataclass(frozen=True)
@@ -137,29 +137,29 @@ class JobRunner:
         max_devices: int = 1000,
     ) -> None:
         self.job, self.state, self._weight = job.job, job.state, job.weight
-        self._monotonic, self._steady = site.monotonic, SteadyClock(site.clock, site.monotonic)
+        self._monotonic, self._steady_clock = site.monotonic, SteadyClock(site.clock, site.monotonic)
         self._services = services
-        self._said = ""
-        self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
-        self._schedule = compose(job.job).schedule or SYNCHRONOUS
+        self._logged_grants = ""
+        self._coordinator = make_coordinator(job.job, job.architecture, job.state, job.frozen)
+        self._schedule = compose(job.job).schedule or SYNCHRONOUS_SCHEDULE
         with log_context(job=job.job.name):
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(
-            job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders(),
+            job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.unplanned_devices(),
             site.clock, prefix=job.prefix,
         )  # fmt: skip
-        self._shipping = BucketSync(job.store)
-        local_store, upload_place = self._shipping.near, services.blobs.uploads(self._shipping)
-        self._uploads = Uploads(self._shipping, job.pulls, site.max_packet, upload_place)
+        self._bucket_sync = BucketSync(job.store)
+        local_store, upload_place = self._bucket_sync.local_store, services.blobs.uploads(self._bucket_sync)
+        self._uploads = Uploads(self._bucket_sync, job.pulls, site.max_packet, upload_place)
         # Only blobs of the folder are served over HTTP; others come over MQTT, because requests that wait for a bucket
         # that can't be used would take all connections.
-        self.served = ServedJob(local_store, self.may_fetch, upload_place, job.pulls)
+        self.served_job = ServedJob(local_store, self.may_fetch, upload_place, job.pulls)
         stores = [local_store] if services.rollouts is None else [local_store, services.rollouts.blobs]
         self.outbox = Outbox(
             site,
             self.registry,
             Downloads(BlobSender(*stores), site.max_packet),
-            self._shipping.coming,
+            self._bucket_sync.is_coming,
         )
         self._rollouts = (
             None
@@ -171,7 +171,7 @@ class JobRunner:
         self._messages = MessageHandler(
             traffic, self._channel, site.quarantine, profiles, self._rollouts, services.crashes
         )
-        self._dispatcher = CommandDispatcher(traffic, self._channel.awaits, services.blobs.url)
+        self._dispatcher = CommandDispatcher(traffic, self._channel.awaits_upload, services.blobs.url)
         self._database = job.storage.database
         self._journal = Journal(
             job.state,
@@ -181,58 +181,60 @@ class JobRunner:
             self._dispatcher,
             site.monotonic,
         )
-        self._timeless = _TIMELESS[:2] if self._schedule.asynchronous else _TIMELESS
+        self._phases_without_deadline = (
+            _PHASES_WITHOUT_DEADLINE[:2] if self._schedule.asynchronous else _PHASES_WITHOUT_DEADLINE
+        )
         self._alarms: list[float] = []
-        self._taken: list[on.Event] = []
-        self._commands: list[do.Command] = []
-        self._now, self._begun, self._ticked = self._steady(), site.monotonic(), 0.0
-        self.finished = False
+        self._unsaved_events: list[on.Event] = []
+        self._pending_commands: list[do.Command] = []
+        self._now, self._turn_started_at, self._last_tick_at = self._steady_clock(), site.monotonic(), 0.0
+        self.is_finished = False
         self.needs_assignment = True  # whether an event has happened since the server assigned devices
-        self._events: list[TurnEvent] = []
+        self._observer_events: list[TurnEvent] = []
         self._tracks_changes = False
-        self._changed: set[str] = set()
-        self._seen: Phase | None = None
+        self._changed_devices: set[str] = set()
+        self._last_phase: Phase | None = None
         # The model's architecture, and the blobs that are available without waiting for a bucket.
         self.architecture, self.store = self._coordinator.architecture, local_store
         self._snapshots = SnapshotMaker(
             job.job, job.state, self.registry, self._uploads, self._executor, self.outbox,
-            schedule=self._schedule, clock=self._steady, members=services.members,
+            schedule=self._schedule, clock=self._steady_clock, members=services.members,
         )  # fmt: skip
 
     # The loop's turn.
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether something is under way that waits neither for devices nor for a deadline."""
-        return self.computing or bool(self._taken) or self.outbox.waiting or self._shipping.waiting
+        return self.is_computing or bool(self._unsaved_events) or self.outbox.has_unsent or self._bucket_sync.has_work
 
     @property
-    def computing(self) -> bool:
+    def is_computing(self) -> bool:
         """Whether a heavy command is under way, such as a last evaluation."""
-        return self._executor.busy or self._channel.computing
+        return self._executor.is_busy or self._channel.computing
 
     @property
-    def pause_s(self) -> float:
+    def max_wait_s(self) -> float:
         """Seconds for which the next turn may wait for a message."""
-        if self.outbox.ready or self._taken or self._executor.ready:
+        if self.outbox.can_send_chunk or self._unsaved_events or self._executor.has_result:
             return 0.0
-        max_wait_s = 0.01 if self.computing or self.outbox.waiting or self._shipping.waiting else 0.1
+        max_wait_s = 0.01 if self.is_computing or self.outbox.has_unsent or self._bucket_sync.has_work else 0.1
         # While the bucket is away no deadline counts (`end_turn`); one that has passed would keep the loop spinning.
-        if not self._alarms or self._shipping.stuck:
+        if not self._alarms or self._bucket_sync.is_stuck:
             return max_wait_s
-        return max(0.0, min(max_wait_s, self._alarms[0] - self._steady()))
+        return max(0.0, min(max_wait_s, self._alarms[0] - self._steady_clock()))
 
     def open(self) -> None:
         """Begin the first transaction: the coordinator resumes from the saved state."""
-        self._ticked = self._monotonic()
-        self._begin()
-        self._shipping.prepare(self.state.references())
+        self._last_tick_at = self._monotonic()
+        self._begin_transaction()
+        self._bucket_sync.prefetch(self.state.references())
         self._handle(on.Resumed())
         self._commit()
 
     def begin_turn(self) -> None:
-        self._begun = self._monotonic()
-        self._begin()
+        self._turn_started_at = self._monotonic()
+        self._begin_transaction()
 
     def receive(self, envelope: Envelope) -> None:
         """Handle a device's message or chunk. Raises `ProtocolError` if devices must not send this kind of message, and
@@ -249,25 +251,25 @@ class JobRunner:
         with self._log_context():
             self._take_uploads()
             self._collect_uploads()
-            for _ in range(_RESULTS_AMID_MESSAGES if messages_wait else _RESULTS_PER_TURN):
+            for _ in range(_MAX_RESULTS_WHILE_MESSAGES_WAIT if messages_wait else _MAX_RESULTS_PER_TURN):
                 if (result := self._executor.collect()) is None:
                     break
                 self._handle(result)
             if (ready := self._channel.contributions(self._monotonic())) is not None:
                 self._handle(ready)
-            if self._monotonic() - self._ticked >= _TICK_S:
-                self._ticked = self._monotonic()
-                self._tick(self._ticked)
+            if self._monotonic() - self._last_tick_at >= _TICK_INTERVAL_S:
+                self._last_tick_at = self._monotonic()
+                self._tick(self._last_tick_at)
             # While the bucket is away, updates would miss the deadline only because of that.
-            if not self._shipping.stuck and self._alarm_due():
+            if not self._bucket_sync.is_stuck and self._take_due_alarms():
                 self._handle(on.Ticked())
             self._commit()
             self.outbox.send_chunks()
-            self._note(TurnEnded(self._monotonic() - self._begun))
+            self._note_event(TurnEnded(self._monotonic() - self._turn_started_at))
 
     def close(self) -> None:
         """Stop. The next process does again what is not saved."""
-        self._shipping.close()
+        self._bucket_sync.close()
         self._executor.close()
         self._channel.close()
 
@@ -276,23 +278,23 @@ class JobRunner:
         thread. Returns False if that changes nothing."""
         if self.state.paused is paused:
             return False
-        self._begin()
+        self._begin_transaction()
         self._handle(on.Paused(paused))
         return True
 
-    def connection_changed(self, up: bool) -> None:
+    def on_connection_change(self, up: bool) -> None:
         """Note that the connection to the broker is up, or lost. Raises `StorageError` if the disk fails or is full."""
         if up:
-            self._uploads.interrupted(self._monotonic())
+            self._uploads.on_reconnect(self._monotonic())
         if self._rollouts is not None:
-            self._rollouts.connected(up)
+            self._rollouts.on_connection_change(up)
 
     def _log_context(self, device: str | None = None) -> AbstractContextManager[None]:
         return log_context(job=self.job.name, round=self.state.round, device=device)
 
     # Devices.
 
-    def device_born(self, birth: Birth, size: int, *, connected: bool) -> None:
+    def on_birth(self, birth: Birth, size: int, *, connected: bool) -> None:
         """Handle the part of a device's birth that concerns no job: admission, signs of a clone, rollouts.
 
         Args:
@@ -304,13 +306,15 @@ class JobRunner:
         self.registry.admit(birth.device, one_line(birth.software), size)
         self.registry.note_start(birth.device)
         profile = one_line(birth.profile, 64)
-        self.registry.born(birth.device, birth.session, profile, birth.samples, self._monotonic(), connected=connected)
+        self.registry.note_birth(
+            birth.device, birth.session, profile, birth.samples, self._monotonic(), connected=connected
+        )
         self.registry.note_temperature(birth.device, (birth.probe or {}).get("temperature_c"))
         if self._rollouts is not None:
-            self._rollouts.born(birth.device)
+            self._rollouts.on_birth(birth.device)
 
     def exclude_device(self, birth: Birth, size: int) -> None:
-        """Note a device that reports why it can't start. Raises `ProtocolError` as `device_born`."""
+        """Note a device that reports why it can't start. Raises `ProtocolError` as `on_birth`."""
         self.registry.admit(birth.device, one_line(birth.software), size)
         problem = f"it can't start: {one_line(birth.trouble or '')}"
         self.registry.exclude(
@@ -320,23 +324,23 @@ class JobRunner:
     def assign(self, births: Iterable[Birth]) -> set[str]:
         """Assign devices to the job, all in one transaction; the coordinator decides which of them get work. Returns
         the names of the devices that can take part."""
-        self._begin()
+        self._begin_transaction()
         events = []
         for birth in births:
-            if not self._meet(birth):
+            if not self._admit(birth):
                 continue
             with self._log_context(birth.device):
-                event = self._messages.described(birth)
+                event = self._messages.birth_event(birth)
             events += [event] if event is not None else []
         self._collect_uploads()
         for i, event in enumerate(events):
             with self._log_context(event.device):
                 # With `more` the coordinator doesn't begin a round before the last of them.
-                self._handle(replace(event, more=i + 1 < len(events)))
+                self._handle(replace(event, more_follow=i + 1 < len(events)))
                 self.registry.introduce(event.device)
         return {event.device for event in events if not self.state.devices[event.device].excluded}
 
-    def _meet(self, birth: Birth) -> bool:
+    def _admit(self, birth: Birth) -> bool:
         """Admit a connected device to the job, and continue its upload; returns whether it may take part."""
         try:
             self.registry.admit(birth.device, one_line(birth.software), 0)
@@ -345,13 +349,13 @@ class JobRunner:
             return False
         birth_values = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
         with self._log_context(birth.device):
-            self.outbox.ask(self._uploads.born(*birth_values, uploads=PUT in birth.abilities))
+            self.outbox.send_requests(self._uploads.on_birth(*birth_values, can_upload=PUT_ABILITY in birth.abilities))
         return True
 
     def unassign(self, device: str, session: int) -> None:
         """Take a device away from the job, because its connection `session` has ended or it works for another job."""
-        self._begin()
-        event = self._messages.ended(device, session)
+        self._begin_transaction()
+        event = self._messages.on_disconnect(device, session)
         device_state = self.state.devices.get(device)
         if device_state is not None and device_state.online:
             if device_state.session == session and self.awaits_part_of(device):
@@ -363,14 +367,14 @@ class JobRunner:
 
     def drop_part(self, device: str, failure: Failure) -> None:
         """End a device's part in the round, because the server no longer listens to the device."""
-        self._begin()
-        for event in self._messages.removed(device, failure):
+        self._begin_transaction()
+        for event in self._messages.removal_events(device, failure):
             self._handle(event)
 
     def remove_member(self, device: str) -> None:
         """Forget a device that is no longer a member."""
         if self._rollouts is not None:
-            self._rollouts.without([device])
+            self._rollouts.drop_boards([device])
         log.warning("%sdevice %s was revoked", self.registry.prefix, device)
         self.registry.clones.forget(device)
         self._dispatcher.revoked.add(device)
@@ -382,24 +386,24 @@ class JobRunner:
 
     def cancel_part(self, device: str, part_fields: Mapping[str, Any]) -> None:
         """Cancel the part of a round that a device holds, if it can no longer count."""
-        self._messages.void(device, **part_fields)
+        self._messages.cancel_outdated_part(device, **part_fields)
 
     def send_finished(self, devices: Iterable[str]) -> None:
         for device in devices:
             self.outbox.send(device, Finished(self.job.name), self.job.name)
 
-    def offered(self, device: str) -> frozenset[str]:
+    def offered_digests(self, device: str) -> frozenset[str]:
         """Digests that a device's offer names; may be called from any thread."""
-        return self._messages.offered(device)
+        return self._messages.offered_digests(device)
 
     def may_fetch(self, device: str | None, sha256: str) -> bool:
         """Whether a device may fetch a blob of its offer; for None, whether any device may. Called from any thread."""
         devices = list(self.state.tasks) if device is None else [device]
-        return any(sha256 in self.offered(name) for name in devices)
+        return any(sha256 in self.offered_digests(name) for name in devices)
 
-    def offers(self, device: str, sha256: str) -> bool:
+    def offers_blob(self, device: str, sha256: str) -> bool:
         """Whether a device may fetch a blob, for its part in this job or as a release."""
-        return sha256 in self._messages.readable(device)
+        return sha256 in self._messages.fetchable_digests(device)
 
     # Questions of the server's scheduler.
 
@@ -408,14 +412,14 @@ class JobRunner:
         task = self.state.tasks.get(device)
         if task is not None and self._channel.holds_devices and task.progress is Progress.FOLDED:
             return self.state.phase in (Phase.TRAINING, Phase.CLOSING)
-        if task is None or task.progress not in UNDER_WAY:
+        if task is None or task.progress not in AWAITED_PROGRESS:
             return False
         if task.basis is not None:  # a part of an asynchronous job, which counts in whatever round it arrives
             return self.state.phase is not Phase.FINISHED
         return self.state.phase in (Phase.SCORING, Phase.TRAINING)
 
     @property
-    def short_of_devices(self) -> bool:
+    def is_short_of_devices(self) -> bool:
         """Whether too few devices are connected for the job to begin a round."""
         return self.state.phase is Phase.WAITING and not self.state.paused
 
@@ -424,8 +428,8 @@ class JobRunner:
         device_state = self.state.devices.get(device)
         return device_state is None or device_state.session != session or not device_state.excluded
 
-    def excludes(self, device: str) -> bool:
-        return self.registry.bars(device)
+    def is_excluded(self, device: str) -> bool:
+        return self.registry.is_excluded(device)
 
     def has_work_for(self, device: str) -> bool:
         """Whether the job would give a device work now. An asynchronous job gives it no second part on one model."""
@@ -433,13 +437,13 @@ class JobRunner:
         return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)
 
     def track_changes(self) -> None:
-        """Collect the devices that change, for `changes`."""
+        """Collect the devices that change, for `take_changes`."""
         self._tracks_changes = True
 
-    def changes(self) -> set[str]:
+    def take_changes(self) -> set[str]:
         """Devices for which the methods above may answer otherwise than at the last call."""
         self._collect_changes(self.state.devices.changed | self.state.tasks.changed)
-        changes, self._changed = self._changed, set()
+        changes, self._changed_devices = self._changed_devices, set()
         return changes
 
     def demand(self) -> JobDemand | None:
@@ -452,16 +456,16 @@ class JobRunner:
             return JobDemand(self.job.name, weight, self.job.devices, 2**31)
         if not self._schedule.asynchronous:
             return JobDemand(self.job.name, weight, self.job.devices, 0)
-        parts_under_way = state.tasks.count(*UNDER_WAY)
+        parts_under_way = state.tasks.count(*AWAITED_PROGRESS)
         room = max(0, (self._schedule.concurrent or 2**31) - parts_under_way) if state.phase is Phase.TRAINING else 0
         return JobDemand(self.job.name, weight, 1, room, parts_under_way)
 
     def _collect_changes(self, devices: Collection[str]) -> None:
         """Collect changed devices. A change of the phase may concern all devices that have a part."""
-        self._changed.update(devices)
-        if self.state.phase is not self._seen:
-            self._seen = self.state.phase
-            self._changed |= self.state.tasks.keys()
+        self._changed_devices.update(devices)
+        if self.state.phase is not self._last_phase:
+            self._last_phase = self.state.phase
+            self._changed_devices |= self.state.tasks.keys()
 
     # For observers.
 
@@ -470,52 +474,52 @@ class JobRunner:
 
     def take_events(self) -> list[TurnEvent]:
         """The events since the last call."""
-        events, self._events = self._events, []
+        events, self._observer_events = self._observer_events, []
         return events
 
-    def _note(self, what: on.Event | do.Command | DevicesChanged | Saved | RoundEnded | TurnEnded) -> None:
-        self._events.append(TurnEvent(self._now, what))
+    def _note_event(self, what: on.Event | do.Command | DevicesChanged | TurnSaved | RoundEnded | TurnEnded) -> None:
+        self._observer_events.append(TurnEvent(self._now, what))
 
     # Events and commands.
 
-    def _begin(self) -> None:
+    def _begin_transaction(self) -> None:
         """Begin a transaction: all its events happen at one time."""
-        if self._taken:
+        if self._unsaved_events:
             return
-        if self.state.phase in self._timeless:
-            self._steady.follow()
-        self._now = self._steady()
+        if self.state.phase in self._phases_without_deadline:
+            self._steady_clock.follow()
+        self._now = self._steady_clock()
 
     def _handle(self, event: on.Event) -> None:
         """Let the coordinator handle an event; the end of the turn saves it and carries out its commands."""
         if isinstance(event, on.Closed):
-            event = replace(event, spent_bytes=sum(self.registry.total))
-        self._commands += self._coordinator.handle(event, self._now)
-        self._taken.append(event)
+            event = replace(event, spent_bytes=sum(self.registry.total_traffic))
+        self._pending_commands += self._coordinator.handle(event, self._now)
+        self._unsaved_events.append(event)
         self.needs_assignment = True
-        self._note(event)
-        self._messages.judged(event)
-        self._journal.heard(event)
+        self._note_event(event)
+        self._messages.report_to_quarantine(event)
+        self._journal.note_event(event)
         if isinstance(event, on.UpdateRejected):
             kinds = [task.kind for task in self.state.tasks.values()]
-            divergence.warn(event, self.job, self.registry.prefix, kinds)
+            divergence.warn_of_rejection(event, self.job, self.registry.prefix, kinds)
 
     def _take_uploads(self) -> None:
         """Take in updates that were uploaded over HTTP."""
-        for device, size in self._uploads.taken().items():
-            self.registry.received(device, size)
-        self.outbox.ask(self._uploads.collect(self._monotonic()))
+        for device, size in self._uploads.take_byte_counts().items():
+            self.registry.count_received(device, size)
+        self.outbox.send_requests(self._uploads.collect(self._monotonic()))
 
     def _collect_uploads(self) -> None:
         for event in self._dispatcher.collect_uploads():
-            if not self._channel.takes(event):
+            if not self._channel.take_upload(event):
                 self._handle(event)
 
     def _commit(self) -> None:
         """End the transaction: save its events, then carry out their commands, which may lead to further events."""
-        while self._taken:
-            events, self._taken = self._taken, []
-            commands, self._commands = self._commands, []
+        while self._unsaved_events:
+            events, self._unsaved_events = self._unsaved_events, []
+            commands, self._pending_commands = self._pending_commands, []
             self._save(events)
             self._carry_out(commands)
         # The epochs that messages have begun (replay protection) are saved before any answer leaves, even if no event
@@ -525,55 +529,55 @@ class JobRunner:
 
     def _save(self, events: Sequence[on.Event]) -> None:
         if changed := self.state.devices.changed | self.state.tasks.changed:
-            self._note(DevicesChanged(frozenset(changed)))
+            self._note_event(DevicesChanged(frozenset(changed)))
             if self._tracks_changes:
                 self._collect_changes(changed)
         seconds = self._journal.save(events, self._now)
         if seconds is not None:
-            self._note(Saved(seconds))
-        for summary in self._journal.ended():
+            self._note_event(TurnSaved(seconds))
+        for summary in self._journal.take_finished_rounds():
             # A copy: the state drops the devices' parts of earlier rounds.
-            self._note(RoundEnded(dict(summary), *self.registry.total))
+            self._note_event(RoundEnded(dict(summary), *self.registry.total_traffic))
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         """Carry out commands whose events are saved. Heavy ones are only handed to the executor's thread."""
         self._executor.expect(commands)
         for command in commands:
             # A finished job's coordinator may order `Finish` again; observers see it once.
-            if not isinstance(command, do.Finish) or not self.finished:
-                self._note(command)
+            if not isinstance(command, do.Finish) or not self.is_finished:
+                self._note_event(command)
             match command:
-                case do.Wake():
+                case do.WakeAt():
                     heapq.heappush(self._alarms, command.at)
                 case do.Finish():
                     self._finish(command)
                 case do.SumMasked():
-                    self._channel.begin(command)
+                    self._channel.begin_sums(command)
                 case do.Score():
-                    self._say_what_boards_train(command.round)
-                    self._executor.order(command)
-                case do.Extract() | do.Fold() | do.Close() | do.Evaluate():
-                    self._executor.order(command)
+                    self._log_grants(command.round)
+                    self._executor.submit(command)
+                case do.Extract() | do.FoldUpdate() | do.Close() | do.Evaluate():
+                    self._executor.submit(command)
                 case _:
                     for event in self._dispatcher.run(command):
                         self._handle(event)
 
-    def _say_what_boards_train(self, round_number: int) -> None:
+    def _log_grants(self, round_number: int) -> None:
         """Log which parts of the model boards train, if they differ from those of the round before."""
         description = self._coordinator.grants.describe()
-        if description and description != self._said:
+        if description and description != self._logged_grants:
             log.info("%sround %d: %s", self.registry.prefix, round_number, description)
-        self._said = description
+        self._logged_grants = description
 
     def _finish(self, command: do.Finish) -> None:
-        if not self.finished:
-            self.finished = self.needs_assignment = True
+        if not self.is_finished:
+            self.is_finished = self.needs_assignment = True
             reason_text = f"; it {command.reason}" if command.reason else ""
             log.info("job %s is finished: global model %s%s", self.job.name, command.model, reason_text)
 
     # Time.
 
-    def _alarm_due(self) -> bool:
+    def _take_due_alarms(self) -> bool:
         """Remove the alarms of the coordinator whose time has come; returns whether there were any."""
         due = False
         while self._alarms and self._alarms[0] <= self._now:
@@ -583,9 +587,9 @@ class JobRunner:
 
     def _tick(self, now: float) -> None:
         """Do the work that is due twice a second: repeat offers and requests, save what may wait."""
-        self._journal.save_outsiders()
-        for device, size in self.served.taken().items():
-            self.registry.sent(device, size)
+        self._journal.save_unplanned_devices()
+        for device, size in self.served_job.take_sent_bytes().items():
+            self.registry.count_sent(device, size)
         if self._rollouts is not None:
             self._rollouts.tick()
         self.registry.clones.expire(now)
@@ -593,7 +597,7 @@ class JobRunner:
         # saved before the crashes are acknowledged.
         self._database.flush()
         self._messages.save_crashes()
-        for event in self._dispatcher.repeat(now):
+        for event in self._dispatcher.repeat_offers(now):
             self._handle(event)
-        self.outbox.ask(self._uploads.tick(now))
+        self.outbox.send_requests(self._uploads.on_tick(now))
         self._collect_uploads()

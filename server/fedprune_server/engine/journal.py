@@ -11,7 +11,7 @@ from fedprune.coordination import events as on
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher
 from fedprune_server.executor.retention import BlobCollector
-from fedprune_server.storage.storage import PARTS_KEPT, Storage
+from fedprune_server.storage.storage import MAX_PARTS_IN_MEMORY, Storage
 
 
 class Journal:
@@ -33,10 +33,10 @@ class Journal:
     ) -> None:
         self._state, self._storage, self._collector, self._registry = state, storage, collector, registry
         self._dispatcher, self._monotonic = dispatcher, monotonic
-        self._at = (state.round, state.phase)
-        self._told = len(state.history)
+        self._saved_position = (state.round, state.phase)
+        self._summaries_taken = len(state.history)
 
-    def heard(self, event: on.Event) -> None:
+    def note_event(self, event: on.Event) -> None:
         """Note the blobs of an event that the coordinator has handled, before the event is saved."""
         if isinstance(event, on.Extracted):
             self._collector.note_offer(event.offer, self._state.round)
@@ -57,31 +57,35 @@ class Journal:
             StorageError: The disk fails or is full.
         """
         state = self._state
-        self._collector.mark(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
+        self._collector.mark(
+            self._dispatcher.drop_unawaited_uploads(all_devices=state.phase is not self._saved_position[1])
+        )
         self._collector.note_state(state)
         # Saved before its commands are carried out: after a crash at any point the saved state orders again what was
         # not done.
         started_at, seconds = self._monotonic(), None
-        if self._storage.save(state, events, now, self._registry.moved):
-            self._registry.moved.clear()
+        if self._storage.save(state, events, now, self._registry.unsaved_traffic):
+            self._registry.unsaved_traffic.clear()
             seconds = self._monotonic() - started_at
-        self._storage.put_outsiders(self._registry.outsiders)
-        previous_position, self._at = self._at, (state.round, state.phase)
-        if state.round != previous_position[0] or (state.phase is Phase.FINISHED and self._at != previous_position):
+        self._storage.put_unplanned_devices(self._registry.unplanned_devices)
+        previous_position, self._saved_position = self._saved_position, (state.round, state.phase)
+        if state.round != previous_position[0] or (
+            state.phase is Phase.FINISHED and self._saved_position != previous_position
+        ):
             # No offer is being made: coordinators order them while a round collects, the executor answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
-            self._collector.collect(state, self._dispatcher.arriving())
+            self._collector.collect(state, self._dispatcher.arriving_digests())
         return seconds
 
-    def save_outsiders(self) -> None:
+    def save_unplanned_devices(self) -> None:
         """Save which devices can't take part, and why. Raises `StorageError` if the disk fails or is full."""
-        self._storage.put_outsiders(self._registry.outsiders)
+        self._storage.put_unplanned_devices(self._registry.unplanned_devices)
 
-    def ended(self) -> Iterator[dict[str, Any]]:
+    def take_finished_rounds(self) -> Iterator[dict[str, Any]]:
         """Summaries of the rounds that have ended since the last call. Afterwards memory holds only the summaries of
         old rounds, without their devices."""
         history = self._state.history
-        summaries, self._told = history[self._told :], len(history)
+        summaries, self._summaries_taken = history[self._summaries_taken :], len(history)
         yield from summaries
         if summaries:
-            self._state.slim(PARTS_KEPT)
+            self._state.drop_old_summaries(MAX_PARTS_IN_MEMORY)

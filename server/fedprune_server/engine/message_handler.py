@@ -11,13 +11,13 @@ from typing import Any
 
 from fedprune.coordination import events as on
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileError
-from fedprune.core.metrics import all_served, believable
+from fedprune.core.metrics import credible_metrics, served_metrics
 from fedprune.core.text import one_line, sentences
-from fedprune.jobs.failure_kind import Failure, of_exit_code
+from fedprune.jobs.failure_kind import Failure, kind_of_exit_code
 from fedprune.jobs.state import Progress as TaskProgress
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.planning.profile import NAME
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile import NAME_PATTERN
+from fedprune.planning.profile_store import find_profile
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import CrashReport, ReleaseReport
 from fedprune.wire.messages import (
@@ -26,13 +26,13 @@ from fedprune.wire.messages import (
     BlobRequest,
     Cancelled,
     Message,
-    Progress,
     Refusal,
+    RoundProgress,
     SecureStep,
-    Trained,
-    Update,
+    TrainingDone,
+    UpdateAnnouncement,
     UploadResult,
-    parse,
+    parse_message,
 )
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.quarantine import Quarantine
@@ -44,7 +44,7 @@ log = logging.getLogger("fedprune.server")
 
 # Seconds for which a hardware profile is used before its file is read again: ten thousand boards that reconnect at once
 # name a few profiles, and an operator who changes a file doesn't have to restart the server.
-_PROFILE_S = 10.0
+_PROFILE_CACHE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Envelope:
             return cls(device, job, Chunk.parse(payload), len(payload))
         if channel != "up":
             raise ProtocolError("channel", expected="up or up/blob", got=channel)
-        message = parse(payload)
+        message = parse_message(payload)
         sender = getattr(message, "device", device)
         if sender != device:
             raise ProtocolError("device of a message", expected=device, got=sender)
@@ -102,58 +102,58 @@ class MessageHandler:
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
         self._quarantine, self._profiles, self._rollouts, self._crashes = quarantine, tuple(profiles), rollouts, crashes
-        self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
+        self._cached_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     def receive(self, envelope: Envelope) -> on.Event | None:
         """Handle a message or chunk; returns the job's event, if the message is one. Raises `ProtocolError` if devices
         must not send this kind of message, and `StorageError` if the disk fails."""
         device, now = envelope.device, self._monotonic()
-        self._registry.received(device, envelope.size)
+        self._registry.count_received(device, envelope.size)
         match envelope.body:
             case Chunk() as chunk:
-                self._outbox.ask(self._uploads.chunk(device, chunk, now))
+                self._outbox.send_requests(self._uploads.on_chunk(device, chunk, now))
             case BlobRequest() as want:
-                self._registry.heard(device, now)
-                self._outbox.fetched(device, want, self.readable(device))
+                self._registry.note_activity(device, now)
+                self._outbox.serve_request(device, want, self.fetchable_digests(device))
             case ReleaseReport() as report:
                 if self._rollouts is not None:
-                    self._rollouts.reported(report)
+                    self._rollouts.on_report(report)
             case CrashReport() as crash:
                 # Only of admitted devices, whose number is limited: anybody can invent names.
-                if self._crashes is not None and self._registry.admitted(device):
+                if self._crashes is not None and self._registry.is_admitted(device):
                     self._crashes.add(crash)
                     self._registry.crashes[device] = one_line(crash.text, 200)
             case BlobNotFound() as gone:
-                self._outbox.ask(self._uploads.gone(device, gone.sha256, now))
+                self._outbox.send_requests(self._uploads.on_blob_missing(device, gone.sha256, now))
             case UploadResult() as result:
-                self._outbox.ask(self._uploads.reported(device, result, now))
+                self._outbox.send_requests(self._uploads.on_upload_result(device, result, now))
             case SecureStep() as step:
-                self._registry.heard(device, now)
+                self._registry.note_activity(device, now)
                 if step.job == self._job.name:
                     self._channel.receive(device, step)
-            case Progress() | Refusal() | Trained() | Update() as report:
+            case RoundProgress() | Refusal() | TrainingDone() | UpdateAnnouncement() as report:
                 if report.job == self._job.name:
-                    return self._report(device, report)
+                    return self._on_report(device, report)
                 # A board that reports on another job would repeat its report until it is answered.
-                if isinstance(report, (Trained, Update)):
-                    self.void(device, report.job, report.round, report.attempt)
+                if isinstance(report, (TrainingDone, UpdateAnnouncement)):
+                    self.cancel_outdated_part(device, report.job, report.round, report.attempt)
             case message:
                 raise ProtocolError("message of a device", got=message.kind)
         return None
 
-    def judged(self, event: on.Event) -> None:
+    def report_to_quarantine(self, event: on.Event) -> None:
         """Report to the quarantine whether a device's update was rejected or counted."""
         if isinstance(event, on.UpdateRejected):
-            self._quarantine.refused(event.device, event.kind, event.reason)
+            self._quarantine.note_rejected_update(event.device, event.kind, event.reason)
         elif isinstance(event, on.Folded):
-            self._quarantine.counted(event.device)
+            self._quarantine.note_counted_update(event.device)
 
-    def removed(self, device: str, failure: Failure) -> list[on.Event]:
+    def removal_events(self, device: str, failure: Failure) -> list[on.Event]:
         """Events that end a device's part in the round, because the server no longer listens to the device."""
         device_state, task = self._state.devices.get(device), self._state.tasks.get(device)
         if device_state is None:
             return []
-        events: list[on.Event] = [self.ended(device, device_state.session)]
+        events: list[on.Event] = [self.on_disconnect(device, device_state.session)]
         if task is not None:
             part_fields = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind
             if task.progress is TaskProgress.OFFERED:
@@ -162,14 +162,14 @@ class MessageHandler:
                 events.append(on.UpdateRejected(*part_fields))
         return events
 
-    def ended(self, device: str, session: int) -> on.Event:
+    def on_disconnect(self, device: str, session: int) -> on.Event:
         """Drop what was under way with a device whose connection `session` has ended; returns the job's event."""
         device_state = self._state.devices.get(device)
         # A will may be delivered after the device has connected again: then transfers of the new session go on.
         if device_state is not None and device_state.session == session:
             self._uploads.drop(device)
             self._outbox.forget(device)
-        self._registry.gone(device)
+        self._registry.note_disconnect(device)
         return on.DeviceDied(device, session, self._registry[device].last_message_at)
 
     def save_crashes(self) -> None:
@@ -177,15 +177,15 @@ class MessageHandler:
         for device, acknowledgement in ({} if self._crashes is None else self._crashes.save()).items():
             self._outbox.send(device, acknowledgement)
 
-    def described(self, birth: Birth) -> on.DeviceBorn | None:
+    def birth_event(self, birth: Birth) -> on.DeviceBorn | None:
         """The event of a device's birth; None if the device's profile or probe can't be used."""
         name = one_line(birth.profile, 64)
         try:
-            profile = self._profile(_plain_name(birth.profile))
+            profile = self._profile(_checked_profile_name(birth.profile))
             # Decoded and encoded again, so that nothing unchecked reaches the database.
             probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
         except ProfileError as error:
-            self._registry.exclude(birth.device, _advice(error), name, birth.samples)
+            self._registry.exclude(birth.device, _profile_problem(error), name, birth.samples)
             return None
         return on.DeviceBorn(
             birth.device,
@@ -198,14 +198,14 @@ class MessageHandler:
         )
 
     def _profile(self, name: str) -> dict[str, Any]:
-        """A hardware profile; a changed file is read again within `_PROFILE_S`.
+        """A hardware profile; a changed file is read again within `_PROFILE_CACHE_S`.
 
         Boards of one kind share one object, because thousands of copies would fill the memory.
         """
         now = self._monotonic()
-        read_at, cached = self._known_profiles.get(name, (-math.inf, None))
-        if cached is None or now - read_at > _PROFILE_S:
-            current = find(name, self._profiles).to_dict()
+        read_at, cached = self._cached_profiles.get(name, (-math.inf, None))
+        if cached is None or now - read_at > _PROFILE_CACHE_S:
+            current = find_profile(name, self._profiles).to_dict()
             if cached is not None and cached != current:
                 log.warning(
                     "%shardware profile %s has changed: boards that connect from now on get it",
@@ -213,27 +213,29 @@ class MessageHandler:
                     name,
                 )
             cached = cached if cached == current else current
-            self._known_profiles[name] = now, cached
+            self._cached_profiles[name] = now, cached
         return cached
 
-    def _report(self, device: str, message: Progress | Refusal | Trained | Update) -> on.Event | None:
+    def _on_report(
+        self, device: str, message: RoundProgress | Refusal | TrainingDone | UpdateAnnouncement
+    ) -> on.Event | None:
         """The event of a device's report on its part in a round."""
-        if isinstance(message, Progress):
-            if self._state.part(device, message.round, message.attempt) is not None:
-                self._registry.heard(device, self._monotonic(), message)
+        if isinstance(message, RoundProgress):
+            if self._state.task_at(device, message.round, message.attempt) is not None:
+                self._registry.note_activity(device, self._monotonic(), message)
             return None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)
             log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)
-            kind = of_exit_code(message.exit_code)
+            kind = kind_of_exit_code(message.exit_code)
             self._channel.refuse(device, message.round, message.attempt, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason, kind)
         contact = self._registry[device]
-        metrics = believable(message.metrics)
-        contact.metrics = all_served(metrics) or contact.metrics
+        metrics = credible_metrics(message.metrics)
+        contact.metrics = served_metrics(metrics) or contact.metrics
         return self._channel.announce(device, message, metrics)
 
-    def void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
+    def cancel_outdated_part(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
         """Cancel a device's part that can no longer count, so that the device doesn't train in vain."""
         task = self._state.tasks.get(device)
         if job != self._job.name:
@@ -244,11 +246,13 @@ class MessageHandler:
             return  # an earlier attempt of this round may be going on as the present one
         self._outbox.send(device, Cancelled(job, round, attempt, reason), job)
 
-    def readable(self, device: str) -> frozenset[str]:
+    def fetchable_digests(self, device: str) -> frozenset[str]:
         """Digests of the blobs that a device may fetch: those of its own offer and of its release."""
-        return self.offered(device) | (frozenset() if self._rollouts is None else self._rollouts.files(device))
+        return self.offered_digests(device) | (
+            frozenset() if self._rollouts is None else self._rollouts.downloadable_files(device)
+        )
 
-    def offered(self, device: str) -> frozenset[str]:
+    def offered_digests(self, device: str) -> frozenset[str]:
         """Digests of the blobs that a device's own offer names; may be called from any thread."""
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
@@ -256,7 +260,7 @@ class MessageHandler:
         return frozenset(value["sha256"] for value in offered_values if isinstance(value, dict) and "sha256" in value)
 
 
-def _advice(error: ProfileError) -> str:
+def _profile_problem(error: ProfileError) -> str:
     """Why a device's profile can't be used, and what the server's operator can do."""
     if not isinstance(error, UnknownProfileError):
         return one_line(str(error))
@@ -265,10 +269,10 @@ def _advice(error: ProfileError) -> str:
     )
 
 
-def _plain_name(profile: str) -> str:
+def _checked_profile_name(profile: str) -> str:
     """The name of a profile, checked: a text that a device sends must not become a path on this machine. Raises
     `ProfileError` if it is no name."""
-    if not NAME.fullmatch(profile):
+    if not NAME_PATTERN.fullmatch(profile):
         raise ProfileError(
             "name of a device's hardware profile",
             expected="up to 64 lower-case letters, digits, dots and dashes",

@@ -19,7 +19,7 @@ from fedprune.core.lock_wait import wait_hook
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fleet_messages import RECONNECT, Reconnect
+from fedprune.wire.fleet_messages import RECONNECT_ABILITY, Reconnect
 from fedprune.wire.messages import (
     Alive,
     Birth,
@@ -36,24 +36,31 @@ from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantined, Released
 from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
-from fedprune_server.engine.device_scheduler import DeviceScheduler, SoleJob
+from fedprune_server.engine.device_scheduler import DeviceScheduler, SingleJobScheduler
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
-from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DroppedMessage, DuplicateIdentity, Item, SiteLink
-from fedprune_server.observation.observer import LoopWaits, Observer, Observers, ServerEnds, TurnEvent
-from fedprune_server.observation.snapshot import FleetSnapshot, Lazy
+from fedprune_server.messaging.transport import (
+    MAX_TURN_S,
+    DeviceRevoked,
+    DroppedMessage,
+    DuplicateIdentity,
+    Item,
+    SiteLink,
+)
+from fedprune_server.observation.observer import LoopBlocked, Observer, Observers, ServerEnding, TurnEvent
+from fedprune_server.observation.snapshot import FleetSnapshot, LazyMapping
 
 log = logging.getLogger("fedprune.server")
 
-_TICK_S = 0.5
-_GREETING_S = 24 * 3600.0
+_TICK_INTERVAL_S = 0.5
+_GREETING_INTERVAL_S = 24 * 3600.0
 
 # Seconds between two requests to announce itself, sent to a device that counts as offline but sends messages: its
 # birth takes a moment to come, and each message before it would otherwise cause another request.
-_ASKED_AGAIN_S = 10.0
+_BIRTH_REQUEST_INTERVAL_S = 10.0
 
-_SHOWN = 10
+_MAX_LOGGED_NAMES = 10
 
 # Seconds for which a server that is to end still waits for its database or a lock: enough for another process's
 # ordinary transaction, and half of the 10 s after which Docker kills it (systemd and Kubernetes wait longer).
@@ -68,7 +75,8 @@ class Server:
             such as those about releases and crashes.
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
-        connected: Number of boards that are connected on average, while the others are away; 0 to keep all connected.
+        connected_target: Number of boards that are connected on average, while the others are away; 0 to keep all
+            connected.
         observers: Observers that see every job after each turn.
 
     Raises:
@@ -81,43 +89,47 @@ class Server:
         site: SiteLink,
         broker: EmbeddedBroker | None = None,
         stopping: threading.Event | None = None,
-        connected: int = 0,
+        connected_target: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
         self.runners = {runner.job.name: runner for runner in runners}
         if len(self.runners) != len(runners):
             names = [runner.job.name for runner in runners]
             raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(names))
-        self.first = runners[0]
+        self.main_runner = runners[0]
         self._site, self._link, self._topics = site, site.link, site.topics
         self._observers = Observers(observers, site.monotonic)
         self._supervisor = BrokerSupervisor(broker)
         self._stopping = stopping or threading.Event()
         self._complaints = RejectedMessageLog(log, site.monotonic)
         self._connected: dict[str, Birth] = {}
-        self._presence = Presence(self._session)
-        self._steering = PaceSteering(connected, self.first.job.seed, self.first.registry.names, site.monotonic())
-        has_several_jobs = len(runners) > 1
-        self._scheduler: DeviceScheduler | SoleJob = (
-            DeviceScheduler(self.runners, self._connected) if has_several_jobs else SoleJob(self.first, self._connected)
+        self._presence = Presence(self._session_of)
+        self._steering = PaceSteering(
+            connected_target, self.main_runner.job.seed, self.main_runner.registry.names, site.monotonic()
         )
-        self._several = has_several_jobs
-        self._greet_at = self._ticked = self._caught_up = 0.0
-        self._asked: dict[str, float] = {}
+        has_several_jobs = len(runners) > 1
+        self._scheduler: DeviceScheduler | SingleJobScheduler = (
+            DeviceScheduler(self.runners, self._connected)
+            if has_several_jobs
+            else SingleJobScheduler(self.main_runner, self._connected)
+        )
+        self._has_several_jobs = has_several_jobs
+        self._next_greeting_at = self._last_tick_at = self._caught_up_at = 0.0
+        self._next_birth_request_at: dict[str, float] = {}
         self._needs_assignment = True
         self._shutdown: GracefulShutdown | None = None
         self._stop_waiting_at: float | None = None
-        site.quarantine.know(self.first.registry.traffic)
+        site.quarantine.add_known(self.main_runner.registry.traffic)
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether all jobs are done; one that is paused is not."""
-        return all(runner.finished for runner in self.runners.values())
+        return all(runner.is_finished for runner in self.runners.values())
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
-        return any(runner.busy for runner in self.runners.values())
+        return any(runner.is_busy for runner in self.runners.values())
 
     @property
     def connected(self) -> Collection[str]:
@@ -138,10 +150,10 @@ class Server:
             try:
                 for runner in self.runners.values():
                     runner.open()
-                self._ticked = self._site.monotonic()
+                self._last_tick_at = self._site.monotonic()
                 while not self._stopping.is_set():
                     self._turn()
-                    if until_finished and self.finished and not self._computing():
+                    if until_finished and self.is_finished and not self._is_computing():
                         self._linger()
                         break
             finally:
@@ -150,12 +162,12 @@ class Server:
                     for runner in self.runners.values():
                         runner.close()
                 finally:
-                    self._show(ServerEnds())
+                    self._show_observers(ServerEnding())
 
     def _on_wait(self) -> None:
         """Show observers that the loop is alive while it waits for its database or a lock. Raises `BusyError` if the
         server is to end."""
-        self._show(LoopWaits())
+        self._show_observers(LoopBlocked())
         if not self._stopping.is_set():
             return
         now = self._site.monotonic()
@@ -167,28 +179,28 @@ class Server:
                 hint="What the last complete transaction holds is kept; devices repeat the rest after the next start.",
             )
 
-    def _computing(self) -> bool:
+    def _is_computing(self) -> bool:
         runners = self.runners.values()
-        return any(runner.busy for runner in runners) if self._several else self.first.computing
+        return any(runner.is_busy for runner in runners) if self._has_several_jobs else self.main_runner.is_computing
 
     def _turn(self) -> None:
         """Handle the messages that have come, let every job save and act on their events, and assign free devices."""
         clock, runners = self._site.monotonic, self.runners.values()
-        item = self._link.get(min(runner.pause_s for runner in runners))
-        taking_ends_at = clock() + TURN_S
+        item = self._link.get(min(runner.max_wait_s for runner in runners))
+        taking_ends_at = clock() + MAX_TURN_S
         for runner in runners:
             runner.begin_turn()
         while item is not None and not self._stopping.is_set():
             if not isinstance(item, DroppedMessage):
-                self._take(item)
+                self._take_item(item)
             if clock() > taking_ends_at:
                 break
             item = self._link.get()
         if item is None:
-            self._caught_up = clock()
+            self._caught_up_at = clock()
         now = clock()
-        if now - self._ticked >= _TICK_S:
-            self._ticked = now
+        if now - self._last_tick_at >= _TICK_INTERVAL_S:
+            self._last_tick_at = now
             self._tick(now)
         # The first job's transaction comes first: it stores which epochs the turn's messages have begun, no later than
         # what any job has made of them.
@@ -196,16 +208,16 @@ class Server:
             runner.end_turn(messages_wait=item is not None)
         if self._needs_assignment or any(runner.needs_assignment for runner in runners):
             self._needs_assignment = False
-            self._share(now)
+            self._share_devices(now)
             for runner in runners:
                 runner.needs_assignment = False
         fleet = self.fleet_snapshot()
         self._observers.show([(runner.snapshot(fleet), runner.take_events()) for runner in runners])
 
-    def _show(self, what: LoopWaits | ServerEnds) -> None:
+    def _show_observers(self, what: LoopBlocked | ServerEnding) -> None:
         """Show observers that the loop waits or ends. Events of a turn that isn't over are shown at its end."""
         fleet, event = self.fleet_snapshot(), TurnEvent(self._site.clock(), what)
-        runners, is_over = self.runners.values(), isinstance(what, ServerEnds)
+        runners, is_over = self.runners.values(), isinstance(what, ServerEnding)
         snapshots = [
             (runner.snapshot(fleet), [*(runner.take_events() if is_over else ()), event]) for runner in runners
         ]
@@ -216,23 +228,23 @@ class Server:
         quarantine = self._site.quarantine
         return FleetSnapshot(
             broker_connected=self._link.connected,
-            connected=self.connected,
-            jobs=Lazy(self._scheduler.assignments),
-            quarantined=Lazy(quarantine.sentences),
-            floods_joins=quarantine.floods_joins(),
-            several_jobs=self._several,
+            connected_devices=self.connected,
+            job_of_device=LazyMapping(self._scheduler.assignments),
+            quarantines=LazyMapping(quarantine.sentences),
+            flooding_client=quarantine.flooding_client(),
+            has_several_jobs=self._has_several_jobs,
         )
 
     def _linger(self) -> None:
         """Keep turning until the last messages are sent and devices that reconnect know that the jobs are finished."""
         shutdown = self._shutdown or self._begin_shutdown()
-        while not self._stopping.is_set() and not shutdown.over(self._site.monotonic()):
+        while not self._stopping.is_set() and not shutdown.is_over(self._site.monotonic()):
             self._turn()
         self._link.flush(FLUSH_S)
 
     # Incoming messages and events.
 
-    def _take(self, item: Item) -> None:
+    def _take_item(self, item: Item) -> None:
         """Handle a message, or an event of the connection or about a device."""
         now = self._site.monotonic()
         match item:
@@ -242,41 +254,41 @@ class Server:
                 log.info("connected to the broker")
                 self._greet(now)
                 # Boards that have lost the broker, too, come back one after the other.
-                self._presence.connected(now + self._steering.spread_s, self._connected)
+                self._presence.on_broker_connect(now + self._steering.spread_s, self._connected)
                 for runner in self.runners.values():
-                    runner.connection_changed(True)
+                    runner.on_connection_change(True)
             case ConnectionDown():
                 log.warning("connection to the broker lost: %s", item.reason)
-                self._presence.lost()
+                self._presence.on_broker_loss()
                 for runner in self.runners.values():
-                    runner.connection_changed(False)
+                    runner.on_connection_change(False)
             case DeviceRevoked():
                 for runner in self.runners.values():
                     runner.remove_member(item.device)
-                self._gone(item.device)
+                self._on_disconnect(item.device)
             case Quarantined():
                 for runner in self.runners.values():
                     runner.drop_part(
                         item.device, Failure(FailureKind.QUARANTINED, f"it is in quarantine: {item.reason}")
                     )
-                self._gone(item.device)
+                self._on_disconnect(item.device)
             case Released():
-                self._ask(item.device)
+                self._request_birth(item.device)
             case DuplicateIdentity():
-                self.first.registry.note_shared_key(item.device, now)
+                self.main_runner.registry.note_shared_key(item.device, now)
 
     def _receive(self, topic: str, payload: bytes) -> None:
         """Decode a message and pass it on. An invalid one is dropped, and logged the first few times."""
         try:
             device, job, channel = self._topics.parse(topic)
         except ProtocolError as error:
-            self._complaints.about(topic, error)
+            self._complaints.note_rejection(topic, error)
             return
         with log_context(device=device):
             try:
                 envelope = Envelope.decode(device, job, channel, payload)
             except ProtocolError as error:
-                self.first.registry.received(device, len(payload))
+                self.main_runner.registry.count_received(device, len(payload))
                 self._reject(topic, device, error)
                 return
             try:
@@ -285,59 +297,59 @@ class Server:
                 self._reject(topic, device, error)
 
     def _reject(self, topic: str, device: str, error: ProtocolError) -> None:
-        self._complaints.about(topic, error, device if self.first.registry.admitted(device) else "")
+        self._complaints.note_rejection(topic, error, device if self.main_runner.registry.is_admitted(device) else "")
         # A board of a newer version may send messages of kinds that this server doesn't know.
         if not isinstance(error, UnknownMessageError):
-            self._site.quarantine.bad(device)
+            self._site.quarantine.charge_invalid(device)
 
     def _pass_on(self, envelope: Envelope) -> None:
         """Note the sign of life in a message, and pass the message on to the jobs that it concerns."""
         device, body = envelope.device, envelope.body
         if isinstance(body, (Alive, Birth)):
-            self.first.registry.received(device, envelope.size)
+            self.main_runner.registry.count_received(device, envelope.size)
             for runner in self.runners.values():
-                if runner is not self.first:
+                if runner is not self.main_runner:
                     runner.registry.note_message(device)
         elif isinstance(body, Death):  # the broker sends it, so it is no sign of life
-            self.first.registry.count(device, 0, envelope.size)
+            self.main_runner.registry.count_traffic(device, 0, envelope.size)
         if isinstance(body, Birth):
-            self._born(body, envelope.size)
+            self._on_birth(body, envelope.size)
         elif isinstance(body, Death):
             previous_birth = self._connected.get(device)
             if previous_birth is not None and previous_birth.session == body.session:
-                self._gone(device)
-                self._ask(device)  # the will is of one connection, and the device may have opened another one
+                self._on_disconnect(device)
+                self._request_birth(device)  # the will is of one connection, and the device may have opened another one
         else:
             if device in self._connected:
-                self._presence.heard(device, self._site.monotonic())
+                self._presence.note_message(device, self._site.monotonic())
             elif isinstance(body, Alive) or any(device in runner.state.devices for runner in self.runners.values()):
                 # A birth that was lost between two brokers of a cluster isn't repeated by itself.
-                self._ask(device)
+                self._request_birth(device)
             if not isinstance(body, Alive):
-                for runner in self._concerned(envelope):
+                for runner in self._runners_for(envelope):
                     runner.receive(envelope)
 
-    def _concerned(self, envelope: Envelope) -> list[JobRunner]:
+    def _runners_for(self, envelope: Envelope) -> list[JobRunner]:
         """Runners of the jobs that a message or chunk may concern."""
         body, device = envelope.body, envelope.device
         named_runner = self.runners.get(getattr(body, "job", envelope.job))
-        if not self._several or named_runner is not None:
-            return [named_runner or self.first]
+        if not self._has_several_jobs or named_runner is not None:
+            return [named_runner or self.main_runner]
         if isinstance(body, (Chunk, BlobNotFound, UploadResult)):
             return list(self.runners.values())  # they name no job; each runner knows which blobs it awaits
         if isinstance(body, BlobRequest) and envelope.job == NO_JOB:
-            return [runner for runner in self.runners.values() if runner.offers(device, body.sha256)][:1] or [
-                self.first
+            return [runner for runner in self.runners.values() if runner.offers_blob(device, body.sha256)][:1] or [
+                self.main_runner
             ]
-        return [self.first]
+        return [self.main_runner]
 
     # Connected devices.
 
-    def _session(self, device: str) -> int | None:
+    def _session_of(self, device: str) -> int | None:
         birth = self._connected.get(device)
         return None if birth is None else birth.session
 
-    def _born(self, birth: Birth, size: int) -> None:
+    def _on_birth(self, birth: Birth, size: int) -> None:
         """Handle a device's birth: admit the device, and have it assigned to a job."""
         device, previous_birth = birth.device, self._connected.get(birth.device)
         if birth.trouble is not None and previous_birth is not None and birth.session < previous_birth.session:
@@ -345,24 +357,24 @@ class Server:
         for runner in self.runners.values():
             runner.readmit(device)
         if birth.trouble is not None:
-            self._site.quarantine.born(device)
-            self._gone(device)  # of an earlier connection, if its will hasn't come yet
-            self.first.exclude_device(birth, size)
+            self._site.quarantine.charge_birth(device)
+            self._on_disconnect(device)  # of an earlier connection, if its will hasn't come yet
+            self.main_runner.exclude_device(birth, size)
             return
-        self.first.device_born(birth, size, connected=previous_birth is not None)
-        self._site.quarantine.born(device)
+        self.main_runner.on_birth(birth, size, connected=previous_birth is not None)
+        self._site.quarantine.charge_birth(device)
         if previous_birth is not None and birth.session < previous_birth.session:
             return  # of an earlier connection, delivered late
         self._connected[device] = birth
-        self._presence.heard(device, self._site.monotonic())
-        can_leave = RECONNECT in birth.abilities
-        self._steering.came(device, self._site.monotonic(), able=can_leave)
+        self._presence.note_message(device, self._site.monotonic())
+        can_leave = RECONNECT_ABILITY in birth.abilities
+        self._steering.on_connect(device, self._site.monotonic(), able=can_leave)
         if can_leave and self._steering.spread_s >= 1:
-            self.first.outbox.send(device, Reconnect(self._steering.spread_s))
+            self.main_runner.outbox.send(device, Reconnect(self._steering.spread_s))
         self._needs_assignment = True
         if birth.held:
-            self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
-        if self._shutdown is not None and self._several:
+            self.runners.get(birth.held["job"], self.main_runner).cancel_part(device, birth.held)
+        if self._shutdown is not None and self._has_several_jobs:
             for runner in self.runners.values():
                 runner.send_finished([device])
         else:
@@ -370,87 +382,89 @@ class Server:
 
     def _assign(self, birth: Birth, previous_birth: Birth | None) -> None:
         """Have a device assigned to a job; `previous_birth` is the one before `birth`."""
-        self._scheduler.came(
+        self._scheduler.on_connect(
             birth.device, reconnected=previous_birth is None or previous_birth.session != birth.session
         )
         # The only job keeps the probe itself; without it, the births of ten thousand devices take far less memory.
         # Several jobs need it again when they assign the device anew.
-        if isinstance(self._scheduler, SoleJob):
+        if isinstance(self._scheduler, SingleJobScheduler):
             self._connected[birth.device] = replace(birth, probe=None)
 
-    def _gone(self, device: str) -> None:
+    def _on_disconnect(self, device: str) -> None:
         """Note that a device has disconnected, by its will, its silence or an operator's decision."""
-        self._presence.left(device)
+        self._presence.forget(device)
         birth = self._connected.pop(device, None)
         self._needs_assignment = True
         if birth is not None:
-            self._steering.left(device, self._site.monotonic())
-            self._scheduler.left(device, birth.session)
+            self._steering.on_disconnect(device, self._site.monotonic())
+            self._scheduler.on_disconnect(device, birth.session)
 
-    def _ask(self, device: str) -> None:
+    def _request_birth(self, device: str) -> None:
         """Ask a device to announce itself, if it is connected."""
         now = self._site.monotonic()
-        if now >= self._asked.get(device, now):
-            self._asked[device] = now + _ASKED_AGAIN_S
-            self.first.outbox.send(device, Hello(int(self._site.clock())))
+        if now >= self._next_birth_request_at.get(device, now):
+            self._next_birth_request_at[device] = now + _BIRTH_REQUEST_INTERVAL_S
+            self.main_runner.outbox.send(device, Hello(int(self._site.clock())))
 
     def _greet(self, now: float) -> None:
-        self._greet_at = now + _GREETING_S
-        self.first.outbox.broadcast(Hello(int(self._site.clock())))
+        self._next_greeting_at = now + _GREETING_INTERVAL_S
+        self.main_runner.outbox.broadcast(Hello(int(self._site.clock())))
 
     def _tick(self, now: float) -> None:
         """Do the work that is due twice a second: look for silent devices, steer connections, greet."""
         self._supervisor.tick()
-        for device in self._presence.silent(now):
-            self.first.outbox.send(device, Hello(int(self._site.clock())))
-        if missing := self._presence.gone(self._caught_up):
-            names = ", ".join(sorted(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
+        for device in self._presence.take_silent(now):
+            self.main_runner.outbox.send(device, Hello(int(self._site.clock())))
+        if missing := self._presence.take_gone(self._caught_up_at):
+            names = ", ".join(sorted(missing)[:_MAX_LOGGED_NAMES]) + (
+                " ..." if len(missing) > _MAX_LOGGED_NAMES else ""
+            )
             log.info("%d devices don't answer and are taken for gone: %s", len(missing), names)
         for device in missing:
-            self._gone(device)
+            self._on_disconnect(device)
         self._steer(now)
         self._site.quarantine.save()
-        if self._link.connected and now >= self._greet_at:
+        if self._link.connected and now >= self._next_greeting_at:
             self._greet(now)
 
     def _steer(self, now: float) -> None:
         """Send away boards that have no part, for a time; they count as disconnected at once."""
         if not self._link.connected:
             return
-        for device in self._steering.told():
-            self.first.outbox.send(device, Reconnect(self._steering.spread_s))
-        runners = [runner for runner in self.runners.values() if not runner.finished]
+        for device in self._steering.take_spread_recipients():
+            self.main_runner.outbox.send(device, Reconnect(self._steering.spread_s))
+        runners = [runner for runner in self.runners.values() if not runner.is_finished]
         demand = Demand(
             sum(runner.job.devices for runner in runners),
-            max((runner.job.deadline_s for runner in runners), default=self.first.job.deadline_s),
-            waiting=any(runner.short_of_devices for runner in runners),
+            max((runner.job.deadline_s for runner in runners), default=self.main_runner.job.deadline_s),
+            waiting=any(runner.is_short_of_devices for runner in runners),
         )
 
         def has_work(device: str) -> bool:
             return any(runner.awaits_part_of(device) for runner in self.runners.values())
 
-        for device, away_s in self._steering.leaving(now, self._site.clock(), demand, has_work):
-            self.first.outbox.send(device, Reconnect(self._steering.spread_s, away_s))
-            self._gone(device)
+        for device, away_s in self._steering.choose_leaving(now, self._site.clock(), demand, has_work):
+            self.main_runner.outbox.send(device, Reconnect(self._steering.spread_s, away_s))
+            self._on_disconnect(device)
 
     # Assignment of devices to jobs, and the end.
 
-    def _share(self, now: float) -> None:
+    def _share_devices(self, now: float) -> None:
         """Share devices among the jobs; once all are finished, begin the end."""
-        self._scheduler.share(now, finished=self.finished)
-        if self.finished and self._shutdown is None:
+        self._scheduler.share(now, finished=self.is_finished)
+        if self.is_finished and self._shutdown is None:
             self._shutdown = self._begin_shutdown()
             for runner in self.runners.values():
                 runner.send_finished(self._connected.keys())
 
     def _begin_shutdown(self) -> GracefulShutdown:
         """Wait for all devices that have announced themselves, except those that are excluded from every job."""
-        known_devices = self.first.registry.names | {
+        known_devices = self.main_runner.registry.names | {
             name for runner in self.runners.values() for name in runner.state.devices
         }
         absent = (
             name
             for name in known_devices - self._connected.keys()
-            if not all(runner.excludes(name) for runner in self.runners.values())
+            if not all(runner.is_excluded(name) for runner in self.runners.values())
         )
         return GracefulShutdown(self._connected, absent, self._connected.__contains__, self._site.monotonic())

@@ -10,19 +10,19 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
-from fedprune.jobs.state import Progress, Task, outcome
+from fedprune.jobs.state import DeviceTask, Progress, outcome
 from fedprune_server.devices.plan_vs_actual import compare_latest
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.background import BackgroundExecutor
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.observation.snapshot import (
-    ELSEWHERE,
+    AT_OTHER_JOB,
+    AWAITED_PROGRESS,
     OFFLINE,
-    UNDER_WAY,
     DeviceSnapshot,
     FleetSnapshot,
     JobSnapshot,
-    Lazy,
+    LazyMapping,
 )
 from fedprune_server.transfer.uploads import Uploads
 
@@ -52,11 +52,11 @@ class SnapshotMaker:
         self._job, self._state, self._registry, self._uploads = job, state, registry, uploads
         self._executor, self._outbox, self._clock = executor, outbox, clock
         self._schedule, self._members = schedule, members
-        self._revoked: tuple[Collection[str] | None, Collection[str]] = None, ()
+        self._cached_revoked: tuple[Collection[str] | None, Collection[str]] = None, ()
 
     def snapshot(self, fleet: FleetSnapshot) -> JobSnapshot:
         job, state, registry, schedule = self._job, self._state, self._registry, self._schedule
-        bytes_down, bytes_up = registry.total
+        bytes_down, bytes_up = registry.total_traffic
         return JobSnapshot(
             name=job.name,
             strategy=job.strategy,
@@ -68,29 +68,29 @@ class SnapshotMaker:
             deadline_s=job.deadline_s,
             round=state.round,
             phase=state.phase,
-            paused=state.paused,
+            is_paused=state.paused,
             model=state.model,
             now=self._clock(),
             closes_at=state.deadline,
             history=state.history,
-            parts=state.tasks.counts,
-            parameters=registry.whole,
+            parts_by_progress=state.tasks.counts,
+            parameters=registry.model_parameters,
             bytes_down=bytes_down,
             bytes_up=bytes_up,
-            queues=Lazy(self._queues),
+            queues=LazyMapping(self._queues),
             able_devices=state.devices.count(True),
-            known_devices=len(state.devices) + len(registry.outsiders),
+            known_devices=len(state.devices) + len(registry.unplanned_devices),
             devices=_Devices(state, registry, self._uploads, fleet),
-            with_traffic=registry.moved,
-            device_states=Lazy(self._count_states),
-            awaited=Lazy(self._awaited),
-            outsiders=registry.outsiders,
-            revoked=Lazy(lambda: dict.fromkeys(self._revoked_devices(), True)),
-            clones=Lazy(registry.clones.suspicions),
-            undelivered=Lazy(registry.drop_reasons),
-            silent=Lazy(registry.silence_reasons),
+            devices_with_traffic=registry.unsaved_traffic,
+            device_states=LazyMapping(self._count_states),
+            awaited_devices=LazyMapping(self._awaited_deadlines),
+            unplanned_devices=registry.unplanned_devices,
+            revoked_devices=LazyMapping(lambda: dict.fromkeys(self._revoked_devices(), True)),
+            cloned_devices=LazyMapping(registry.clones.suspicions),
+            undelivered_devices=LazyMapping(registry.drop_reasons),
+            silent_devices=LazyMapping(registry.silence_reasons),
             crashes=registry.crashes,
-            compared=Lazy(lambda: compare_latest(state)),
+            comparisons=LazyMapping(lambda: compare_latest(state)),
             fleet=fleet,
         )
 
@@ -100,34 +100,36 @@ class SnapshotMaker:
             return ()
         members = self._members()
         # A device that the job gets to know later is a member then, so that only a change of the members counts.
-        if self._revoked[0] is not members:
-            self._revoked = members, {name for name in self._state.devices if name not in members}
-        return self._revoked[1]
+        if self._cached_revoked[0] is not members:
+            self._cached_revoked = members, {name for name in self._state.devices if name not in members}
+        return self._cached_revoked[1]
 
     def _queues(self) -> dict[str, int]:
         uploads = len(self._uploads.devices())
-        return {"commands": self._executor.waiting, "uploads": uploads, "messages": self._outbox.queued}
+        return {"commands": self._executor.pending_count, "uploads": uploads, "messages": self._outbox.queued_messages}
 
     def _count_states(self) -> Counter[str]:
         """Count devices by their present activity."""
         state, revoked, counts = self._state, self._revoked_devices(), Counter[str]()
         for name, device in state.devices.items():
             task = state.tasks.get(name)
-            is_working = task is not None and task.progress in UNDER_WAY and state.awaits(task)
+            is_working = task is not None and task.progress in AWAITED_PROGRESS and state.awaits(task)
             online_state = "working" if is_working else "idle"
             offline_state = "revoked" if name in revoked else "offline"
             counts["excluded" if device.excluded else online_state if device.online else offline_state] += 1
-        counts["excluded"] += len(self._registry.outsiders.keys() - state.devices.keys())
+        counts["excluded"] += len(self._registry.unplanned_devices.keys() - state.devices.keys())
         return counts
 
-    def _awaited(self) -> dict[str, float | None]:
+    def _awaited_deadlines(self) -> dict[str, float | None]:
         """Devices with a part under way, with their deadlines."""
         state = self._state
-        if state.phase is not Phase.TRAINING or not state.tasks.count(*UNDER_WAY):
+        if state.phase is not Phase.TRAINING or not state.tasks.count(*AWAITED_PROGRESS):
             return {}
         # With `in_flight` each board has a deadline of its own.
         return {
-            name: task.deadline or state.deadline for name, task in state.tasks.items() if task.progress in UNDER_WAY
+            name: task.deadline or state.deadline
+            for name, task in state.tasks.items()
+            if task.progress in AWAITED_PROGRESS
         }
 
 
@@ -144,25 +146,25 @@ class _Devices(Mapping[str, DeviceSnapshot]):
         return len(self._state.devices.keys() | self._registry.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._state.devices or (isinstance(name, str) and self._registry.admitted(name))
+        return name in self._state.devices or (isinstance(name, str) and self._registry.is_admitted(name))
 
     def __getitem__(self, name: str) -> DeviceSnapshot:
         if name not in self:
             raise KeyError(name)
         state, contact = self._state, self._registry[name]
         device, task = state.devices.get(name), state.tasks.get(name)
-        connected = name in self._fleet.connected
+        connected = name in self._fleet.connected_devices
         activity = self._activity(name, task, connected=connected)
-        if self._registry.clones.suspects(name):
+        if self._registry.clones.is_suspected(name):
             activity = f"{activity} (two boards of this name?)"
-        values: dict[str, Any] = {"profile": str(self._registry.outsiders.get(name, {}).get("profile", "?"))}
+        values: dict[str, Any] = {"profile": str(self._registry.unplanned_devices.get(name, {}).get("profile", "?"))}
         if device is not None:
             values = {
                 "profile": str(device.profile.get("name", "?")),
                 "density": device.density if device.widths else None,  # its plan need not be in memory
                 "parameters": self._registry.parameters_at(device.widths) if device.widths else 0,
                 "samples": device.samples,
-                "seconds": contact.seconds,
+                "seconds": contact.part_seconds,
                 "metrics": contact.metrics,
                 "excluded_by": device.excluded_by,
                 "last_counted_round": device.last_counted_round,
@@ -175,17 +177,17 @@ class _Devices(Mapping[str, DeviceSnapshot]):
             takes_part=device is not None,
             online=device is not None and device.online,
             connected=connected,
-            bytes_down=contact.down,
-            bytes_up=contact.up,
+            bytes_down=contact.bytes_down,
+            bytes_up=contact.bytes_up,
             activity=activity,
             excluded=contact.problem or ("" if device is None else device.excluded),
             software=contact.software,
             temperature_c=contact.temperature_c,
-            heard_at=contact.last_message_at,
+            last_message_at=contact.last_message_at,
             **values,
         )
 
-    def _activity(self, name: str, task: Task | None, *, connected: bool) -> str:
+    def _activity(self, name: str, task: DeviceTask | None, *, connected: bool) -> str:
         """A device's activity, in words."""
         device, contact = self._state.devices.get(name), self._registry[name]
         if problem := contact.problem or ("" if device is None else device.excluded):
@@ -193,7 +195,7 @@ class _Devices(Mapping[str, DeviceSnapshot]):
         if device is None:
             return "unknown"
         if not device.online:
-            return ELSEWHERE if connected else OFFLINE
+            return AT_OTHER_JOB if connected else OFFLINE
         if task is None or not self._state.awaits(task):
             return "ready"
         if task.progress is Progress.OFFERED and (progress := contact.progress) is not None:

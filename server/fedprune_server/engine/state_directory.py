@@ -15,7 +15,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.coordination.events import Closed
 from fedprune.core import tensorfile
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.disk import make_private_folder, read_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.core.text import quantity
@@ -23,28 +23,36 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import judging_metric
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_export.importing import check_input, import_onnx, is_called
+from fedprune_export.importing import check_input, import_onnx, is_factory_source
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
+from fedprune_server.config.server_config import EMBEDDED, SERVER_KEYS, UNSTORED_KEYS, ServerConfig, without_password
 from fedprune_server.config.stored_code import stored_job
-from fedprune_server.engine.job_inputs import changed_inputs, check_model, input_digests, read_model
+from fedprune_server.engine.job_inputs import check_job_model, input_changes, input_digests, read_job_model
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
-from fedprune_server.executor.retention import kept_models, sweep
+from fedprune_server.executor.retention import kept_models, sweep_blobs
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
-from fedprune_server.storage.blob_place import BLOBS, NUMBER, move_in, new_number, number_of, opened, reader
-from fedprune_server.storage.database import check_url, shown
+from fedprune_server.storage.blob_place import (
+    BLOBS_FOLDER,
+    NUMBER_KEY,
+    bucket_number,
+    move_blobs_in,
+    new_bucket_number,
+    open_blobs,
+    open_blobs_reader,
+)
+from fedprune_server.storage.database import hide_passwords, parse_database_url
 from fedprune_server.storage.lease import Lease
-from fedprune_server.storage.state_folder import FILE, MODEL, folder_lock, has_database, url_of
-from fedprune_server.storage.state_folder import keep as keep_place
-from fedprune_server.storage.storage import Storage, database_of
+from fedprune_server.storage.state_folder import DATABASE_FILE, MODEL_FILE, database_url, folder_lock, has_database
+from fedprune_server.storage.state_folder import store_url as keep_place
+from fedprune_server.storage.storage import Storage, open_database
 
 log = logging.getLogger("fedprune.server")
 
 # Attempts at reading a state and its blobs while a server runs: between the two reads it may begin a round and delete
 # the blobs to which the state referred.
-_READS = 3
+_READ_ATTEMPTS = 3
 
 
 @dataclass
@@ -53,21 +61,21 @@ class OpenJob:
 
     Attributes:
         model: The model with which it began.
-        changed: Differences from the settings with which it ran last, one line each.
+        setting_changes: Differences from the settings with which it ran last, one line each.
         settings: The settings that the next start continues with.
-        source: Bytes of the model's file, if the folder doesn't have it yet.
+        unsaved_model: Bytes of the model's file, if the folder doesn't have it yet.
     """
 
     job: Job
     model: Model
     worker: Worker
     state: State
-    changed: list[str]
+    setting_changes: list[str]
     settings: dict[str, Any]
-    source: bytes | None
+    unsaved_model: bytes | None
 
 
-class StateFolder(Closing):
+class StateFolder(Closeable):
     """A state folder, held by one server at a time.
 
     Args:
@@ -99,25 +107,25 @@ class StateFolder(Closing):
             make_private_folder(path)
         with ExitStack() as stack:
             stack.enter_context(folder_lock(path, standby=standby))
-            self.database_url = url_of(path, database)
+            self.database_url = database_url(path, database)
             if database is not None:
-                self._check_moved()
-            if standby and Storage.settings_in(path, database) is not None:
+                self._check_database_moved()
+            if standby and Storage.read_settings(path, database) is not None:
                 keep_place(path, self.database_url)  # so that `status` and `doctor` find the job while this one waits
             self.lease = Lease(self.database_url, path, stopping)
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
             # Opened only once the lease is free, because opening changes them: another server may have been at work.
-            self.store = BlobStore(path / BLOBS)
-            self.storage = Storage.at(path, database)
+            self.store = BlobStore(path / BLOBS_FOLDER)
+            self.storage = Storage.open_in(path, database)
             stack.callback(self.storage.close)
             self.lease.take()
             self.storage.database.fence = self.lease.check
-            self._open = stack.pop_all()
-        self._raw = b""
+            self._exit_stack = stack.pop_all()
+        self._raw_model = b""
 
     def close(self) -> None:
-        self._open.close()
+        self._exit_stack.close()
 
     def read_job(self, config: ServerConfig, prefix: str = "") -> OpenJob:
         """The job of this folder, begun if it is missing. Nothing of a start that fails is stored: `keep` stores it.
@@ -135,7 +143,7 @@ class StateFolder(Closing):
         if stored_settings is not None:
             self._check_name(config, stored_settings, state)
         self._open_store(config, stored_settings)
-        raw, name = self._model_bytes(config, stored_settings, state)
+        raw, name = self._read_model_file(config, stored_settings, state)
         model = import_onnx(raw, name)
         check_input(config.model or name, model, config.input_shape)
         evaluation = calibration = None
@@ -146,63 +154,64 @@ class StateFolder(Closing):
         settings = {
             "job": config.job.to_dict(),
             "name": name,
-            "model": tensorfile.digest(raw),
-            "evaluation": _anywhere(config.evaluation),
-            "calibration": _anywhere(config.calibration),
+            "model": tensorfile.sha256_hex(raw),
+            "evaluation": _absolute_source(config.evaluation),
+            "calibration": _absolute_source(config.calibration),
             "inputs": input_digests(config, evaluation, calibration),
             "server": config.server_settings(),
             "alerts": config.alerts.to_dict(),
-            NUMBER: number_of(stored_settings) or new_number(),
+            NUMBER_KEY: bucket_number(stored_settings) or new_bucket_number(),
         }
         if stored_settings is None:
-            self._keep_foreign(raw)
+            self._check_foreign_model(raw)
         worker = Worker(config.job, model, self.store, evaluation, calibration, prefix=prefix)
         _ = worker.accountant  # computed here, so that a missing package ends the start and not a later round
         if state is None:
             state = worker.begin()
         else:
-            self._move_in(config, stored_settings or {}, state)
+            self._move_blobs_in(config, stored_settings or {}, state)
             self._check_blobs(state)
-            self._fit(state, model)
+            self._rank_again_if_changed(state, model)
             # A new job's folder isn't swept: its worker has just put graphs there, to which no state refers yet.
-            sweep(self.store, state, config.keep, config.job.recipe.judged_by)
+            sweep_blobs(self.store, state, config.keep, config.job.recipe.judged_by)
             if (stored_settings or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
                 worker.check_recipe(state.round + 1)
         source = raw if stored_settings is None else None
-        self._raw = raw
-        return OpenJob(config.job, model, worker, state, _changes(stored_settings, settings), settings, source)
+        self._raw_model = raw
+        return OpenJob(config.job, model, worker, state, _setting_changes(stored_settings, settings), settings, source)
 
-    def keep(self, open_job: OpenJob) -> None:
+    def save_job(self, open_job: OpenJob) -> None:
         """Store a job and its settings for the next start. Raises `StorageError` if the disk fails or is full."""
-        if open_job.source is not None:
-            self.store.write_file(self.path / MODEL, open_job.source)
+        if open_job.unsaved_model is not None:
+            self.store.write_file(self.path / MODEL_FILE, open_job.unsaved_model)
         keep_place(self.path, self.database_url)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(open_job.settings)
-        self.store.claim(open_job.settings[NUMBER], open_job.job.name, self._raw)
+        self.store.claim(open_job.settings[NUMBER_KEY], open_job.job.name, self._raw_model)
         if self.storage.load() is None:
             self.storage.save(open_job.state, (), time.time())
 
     def _open_store(self, config: ServerConfig, stored_settings: dict[str, Any] | None) -> None:
         """Open the store of blobs that the configuration names."""
-        self.store = opened(self.path, config.blobs, config.cache_mib * 2**20, stored_settings)
-        self._open.callback(self.store.close)
+        self.store = open_blobs(self.path, config.blobs, config.cache_mib * 2**20, stored_settings)
+        self._exit_stack.callback(self.store.close)
 
-    def _move_in(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
+    def _move_blobs_in(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
         needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
-        move_in(self.path, self.store, stored_settings, needed_digests)
+        move_blobs_in(self.path, self.store, stored_settings, needed_digests)
 
-    def _check_moved(self) -> None:
+    def _check_database_moved(self) -> None:
         """Refuse another database that is empty: the server would begin a second job in it."""
-        stored_url = url_of(self.path)
+        stored_url = database_url(self.path)
         if stored_url == self.database_url:
             return
-        if Storage.settings_in(self.path) is None:
-            self._check_claims(shown(check_url(stored_url)))
+        if Storage.read_settings(self.path) is None:
+            self._check_claims(hide_passwords(parse_database_url(stored_url)))
             return
-        if Storage.settings_in(self.path, self.database_url) is None:
+        if Storage.read_settings(self.path, self.database_url) is None:
             raise ConfigError(
-                f"the job of {self.path} is in {shown(check_url(stored_url))}, and the given database is empty",
+                f"the job of {self.path} is in {hide_passwords(parse_database_url(stored_url))}, and the given "
+                "database is empty",
                 hint="To move it there, use `fedprune-server backup`, and `restore --database` into a new folder.",
             )
 
@@ -210,13 +219,14 @@ class StateFolder(Closing):
         """Refuse a start that would not see the claims or members made before it."""
         if not has_database(self.path):
             return
-        with database_of(self.path, read_only=True) as database:
-            if IdentityStore(database).empty:
+        with open_database(self.path, read_only=True) as database:
+            if IdentityStore(database).is_empty:
                 return
         raise ConfigError(
             f"claims or members of {self.path} are in {stored_place}, where a server with another database doesn't see "
             "them",
-            hint=f"Delete {self.path / FILE}, and make the claims again with `fedprune-server claim --database URL`.",
+            hint=f"Delete {self.path / DATABASE_FILE}, and make the claims again with `fedprune-server claim "
+            "--database URL`.",
         )
 
     def _check_name(self, config: ServerConfig, stored_settings: dict[str, Any], state: State | None) -> None:
@@ -224,13 +234,13 @@ class StateFolder(Closing):
         name = stored_settings["job"]["name"]
         if config.job.name != name:
             raise ConfigError(
-                f"{self.path} holds {_described(stored_settings, state)}",
+                f"{self.path} holds {_job_description(stored_settings, state)}",
                 expected=f"the name {name}",
                 got=config.job.name,
                 hint=f"For a new job take another --state folder; to continue with {name} give its name, or none.",
             )
 
-    def _model_bytes(
+    def _read_model_file(
         self, config: ServerConfig, stored_settings: dict[str, Any] | None, state: State | None
     ) -> tuple[bytes, str]:
         """The first model's file and its name: the configured model for a new job, else the stored one, compared with
@@ -242,32 +252,32 @@ class StateFolder(Closing):
                     expected="a model to begin with",
                     hint="Give --model model.onnx, or [model] path in the configuration.",
                 )
-            return read_model(config), _name_of(config.model)
-        path = self.path / MODEL
+            return read_job_model(config), _model_name(config.model)
+        path = self.path / MODEL_FILE
         with storage_errors(f"can't read {path}"):
             # A second server of a job, on a machine of its own, has no file yet: it reads the configured model, or else
             # the copy in the bucket.
             is_missing = not path.exists() and config.model is not None and Path(config.model).is_file()
             bucket_copy = None if path.exists() or is_missing else self.store.first_model()
-            raw = read_model(config) if is_missing else read_file(path) if bucket_copy is None else bucket_copy
+            raw = read_job_model(config) if is_missing else read_file(path) if bucket_copy is None else bucket_copy
             is_missing = is_missing or bucket_copy is not None
-        if is_missing and tensorfile.digest(raw) == stored_settings["model"]:
+        if is_missing and tensorfile.sha256_hex(raw) == stored_settings["model"]:
             self.store.write_file(path, raw)
-        elif tensorfile.digest(raw) != stored_settings["model"]:
+        elif tensorfile.sha256_hex(raw) != stored_settings["model"]:
             raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
         name = str(stored_settings["name"])
-        job_text = f"the job in {self.path} began, which holds {_described(stored_settings, state)}"
-        if config.model is not None and is_called(config.model) and _name_of(config.model) != name:
+        job_text = f"the job in {self.path} began, which holds {_job_description(stored_settings, state)}"
+        if config.model is not None and is_factory_source(config.model) and _model_name(config.model) != name:
             raise ConfigError(
                 f"{config.model} is not the model with which {job_text}",
                 hint="For another model take another --state folder; to continue with this one leave the model out.",
             )
-        check_model(config, raw, job_text)
+        check_job_model(config, raw, job_text)
         return raw, name
 
-    def _keep_foreign(self, raw: bytes) -> None:
+    def _check_foreign_model(self, raw: bytes) -> None:
         """Refuse a folder without a job but with another model: it may be a user's own folder."""
-        path = self.path / MODEL
+        path = self.path / MODEL_FILE
         with storage_errors(f"can't read {path}"):
             is_foreign = path.exists() and read_file(path) != raw
         if is_foreign:
@@ -283,7 +293,7 @@ class StateFolder(Closing):
                 hint="Restore the server's backup.",
             )
 
-    def _fit(self, state: State, model: Model) -> None:
+    def _rank_again_if_changed(self, state: State, model: Model) -> None:
         """Drop rankings of channels if another version of the compiler describes the model's channels differently."""
         digest = model.architecture.digest
         if state.architecture != digest:
@@ -302,13 +312,13 @@ def stored_tables(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any] 
     Raises:
         StorageError: The folder is damaged.
     """
-    stored_settings = Storage.settings_in(folder, overrides.get("database"))
+    stored_settings = Storage.read_settings(folder, overrides.get("database"))
     if stored_settings is None:
         return None
     server = {
         key: value
         for key, value in stored_settings.get("server", {}).items()
-        if key in SERVER and key not in ELSEWHERE and value is not None
+        if key in SERVER_KEYS and key not in UNSTORED_KEYS and value is not None
     }
     broker = str(overrides.get("broker") or server.get("broker", EMBEDDED))
     if not broker.startswith("mqtts://") or overrides.get("broker") is not None:
@@ -334,22 +344,24 @@ def global_model(
     Raises:
         StorageError: The folder holds no job, or is damaged.
     """
-    for _ in range(_READS - 1):
+    for _ in range(_READ_ATTEMPTS - 1):
         with suppress(StorageError):  # the server may have begun a round, and deleted what the state referred to
-            return _global_model(folder, digest, allowed)
-    return _global_model(folder, digest, allowed)
+            return _read_global_model(folder, digest, allowed)
+    return _read_global_model(folder, digest, allowed)
 
 
-def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) -> tuple[Model, bytes, Ranks | None, int]:
-    with Storage.existing(folder) as storage:
+def _read_global_model(
+    folder: Path, digest: str | None, allowed: Collection[str]
+) -> tuple[Model, bytes, Ranks | None, int]:
+    with Storage.open_existing(folder) as storage:
         stored_settings, state = storage.settings(), storage.load()
-        earlier = None if state is None or digest in (None, state.model) else _closing(storage, str(digest))
+        earlier = None if state is None or digest in (None, state.model) else _closed_event(storage, str(digest))
     if stored_settings is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
-    with storage_errors(f"can't read {folder / MODEL}"):
-        raw = read_file(folder / MODEL)
+    with storage_errors(f"can't read {folder / MODEL_FILE}"):
+        raw = read_file(folder / MODEL_FILE)
     store, digest, model = (
-        reader(folder, stored_settings),
+        open_blobs_reader(folder, stored_settings),
         digest or state.model,
         import_onnx(raw, str(stored_settings["name"])),
     )
@@ -369,7 +381,7 @@ def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) ->
     return model, weights, None, last_round
 
 
-def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:
+def _closed_event(storage: Storage, digest: str) -> dict[str, Any] | None:
     """The event that closed the round of this model, if it is still in the log."""
     closings = (
         body for _, _, kind, body in storage.log.events() if kind == Closed.__name__ and body["model"] == digest
@@ -378,25 +390,25 @@ def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:
 
 
 # Stands for the round whose global model scored best, where a round's number is expected.
-BEST = "best"
+BEST_ROUND = "best"
 
 
 def finished_round(folder: Path, round_or_best: int | str) -> tuple[dict[str, Any], str]:
     """A round of the history whose global model is kept, and the metric by which the job's models are judged.
 
     Args:
-        round_or_best: The round's number, or `BEST`.
+        round_or_best: The round's number, or `BEST_ROUND`.
 
     Raises:
         StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
     """
-    with Storage.existing(folder) as storage:
+    with Storage.open_existing(folder) as storage:
         stored_settings, state = storage.settings(), storage.load()
     if stored_settings is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
     metric, rows = judging_metric(stored_settings["job"]), {row["round"]: row for row in state.history}
-    row = state.best_round(metric) if round_or_best == BEST else rows.get(round_or_best)
-    if row is None and round_or_best == BEST:
+    row = state.best_round(metric) if round_or_best == BEST_ROUND else rows.get(round_or_best)
+    if row is None and round_or_best == BEST_ROUND:
         raise StorageError(
             f"{folder} has no best model",
             expected=f"a round whose model was evaluated by {metric or 'a metric'}",
@@ -406,7 +418,7 @@ def finished_round(folder: Path, round_or_best: int | str) -> tuple[dict[str, An
         )
     if row is None:
         raise StorageError(f"{folder} holds no round {round_or_best}", expected=f"1 to {max(rows, default=0)}")
-    if not reader(folder, stored_settings).has(row["model"]):
+    if not open_blobs_reader(folder, stored_settings).has(row["model"]):
         raise StorageError(
             f"the model after round {row['round']} is no longer kept",
             hint="Run with a larger --keep to keep more of them.",
@@ -414,11 +426,11 @@ def finished_round(folder: Path, round_or_best: int | str) -> tuple[dict[str, An
     return row, metric
 
 
-def _name_of(source: str) -> str:
+def _model_name(source: str) -> str:
     return source.rpartition(":")[2] if ":" in source else Path(source).stem
 
 
-def _described(stored_settings: Mapping[str, Any], state: State | None) -> str:
+def _job_description(stored_settings: Mapping[str, Any], state: State | None) -> str:
     """A folder's job for messages: its name, model and progress."""
     name, rounds = stored_settings["job"]["name"], stored_settings["job"]["rounds"]
     done = 0 if state is None else len(state.history)
@@ -427,7 +439,7 @@ def _described(stored_settings: Mapping[str, Any], state: State | None) -> str:
     return f"job {name} of model {stored_settings['name']}, {progress}"
 
 
-def _changes(stored_settings: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
+def _setting_changes(stored_settings: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
     """Lines about settings and inputs that differ from those of the last start."""
     if stored_settings is None:
         return []
@@ -450,9 +462,9 @@ def _changes(stored_settings: dict[str, Any] | None, settings: dict[str, Any]) -
             if key == "broker":  # it may contain a password
                 stored_value, new_value = without_password(str(stored_value)), without_password(str(new_value))
             lines.append(f"{key}: {stored_value!r} is now {new_value!r}")
-    return [*lines, *changed_inputs(stored_settings, settings)]
+    return [*lines, *input_changes(stored_settings, settings)]
 
 
-def _anywhere(source: str | None) -> str | None:
+def _absolute_source(source: str | None) -> str | None:
     """A source as the next start finds it from any working folder: a file's absolute path, or a function's name."""
     return str(Path(source).resolve()) if source is not None and Path(source).is_file() else source

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.wire.messages import Cancelled, SecureStep, Trained, Update
+from fedprune.wire.messages import Cancelled, SecureStep, TrainingDone, UpdateAnnouncement
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
 
 
@@ -29,18 +29,20 @@ class UpdateChannel:
         """Whether this channel computes on another thread."""
         return False
 
-    def awaits(self, device: str) -> bool:
+    def awaits_upload(self, device: str) -> bool:
         """Whether the channel itself awaits an upload of a device, though the coordinator has ordered none."""
         return False
 
-    def announce(self, device: str, message: Trained | Update, metrics: Mapping[str, float]) -> on.Event | None:
+    def announce(
+        self, device: str, message: TrainingDone | UpdateAnnouncement, metrics: Mapping[str, float]
+    ) -> on.Event | None:
         """Handle the message of a device that has trained: it announces its update, or offers to mask it."""
-        if isinstance(message, Trained):
+        if isinstance(message, TrainingDone):
             self._cancel(device, message, "this job takes updates as they are")
             return None
         uploads = self._traffic.uploads
-        if uploads.fetching(device, message.round, message.attempt, message.weights):
-            self._traffic.outbox.ask(uploads.heard(device, self._traffic.monotonic()))
+        if uploads.is_fetching(device, message.round, message.attempt, message.weights):
+            self._traffic.outbox.send_requests(uploads.on_announcement(device, self._traffic.monotonic()))
             # A repetition by a board that waits for its turn, as most announcements of a large fleet are. It makes no
             # event, which would be saved.
             return None
@@ -52,11 +54,11 @@ class UpdateChannel:
     def refuse(self, device: str, round_: int, attempt: int, reason: str) -> None:
         """Note that a device refuses its part."""
 
-    def takes(self, event: on.Event) -> bool:
+    def take_upload(self, event: on.Event) -> bool:
         """Handle the end of an upload that the channel itself awaits; returns False for one of the coordinator's."""
         return False
 
-    def begin(self, command: do.SumMasked) -> None:
+    def begin_sums(self, command: do.SumMasked) -> None:
         """Begin to sum updates that devices hold, without receiving any single one."""
 
     def contributions(self, now: float) -> on.Event | None:
@@ -66,13 +68,13 @@ class UpdateChannel:
     def close(self) -> None:
         """Stop computing on another thread."""
 
-    def _cancel(self, device: str, message: Trained | Update, reason: str) -> None:
+    def _cancel(self, device: str, message: TrainingDone | UpdateAnnouncement, reason: str) -> None:
         cancelled = Cancelled(message.job, message.round, message.attempt, reason)
         self._traffic.outbox.send(device, cancelled, message.job)
 
 
 def announcement(
-    device: str, message: Trained | Update, metrics: Mapping[str, float], weights: dict[str, Any]
+    device: str, message: TrainingDone | UpdateAnnouncement, metrics: Mapping[str, float], weights: dict[str, Any]
 ) -> on.UpdateAnnounced:
     part_fields = message.round, message.attempt, message.base
     return on.UpdateAnnounced(device, *part_fields, weights, message.samples, message.steps, dict(metrics))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune.core.errors import JoinError, meant, shown
+from fedprune.core.errors import JoinError, did_you_mean, value_text
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -17,12 +17,12 @@ def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
     members = identity.store.devices()
     waiting = [member for member in members if member.device == device and member.status == WAITING]
     if not waiting:
-        suggestion = meant(device, {member.device for member in members if member.status == WAITING})
+        suggestion = did_you_mean(device, {member.device for member in members if member.status == WAITING})
         raise JoinError(f"no such device waits: {device}{suggestion}", hint="See `fedprune-server devices`.")
     matching = [member for member in waiting if VerifyingKey.from_hex(member.key).fingerprint == normalised]
     if not matching:
         raise JoinError(
-            f"no key with this fingerprint waits as {device}", got=shown(fingerprint),
+            f"no key with this fingerprint waits as {device}", got=value_text(fingerprint),
             hint="If the board shows it, another board's key waits: don't approve it. See `fedprune-server devices`.",
         )  # fmt: skip
     identity.store.approve(device, matching[0].key, identity.authority.now())
@@ -53,12 +53,12 @@ def revoke(identity: IdentityFolder, device: str) -> str:
     if not keys:
         if any(d.device == device and d.status == REVOKED for d in identity.store.devices()):
             raise JoinError(f"{device} is revoked already", hint="See `fedprune-server devices`.")
-        suggestion = meant(device, {d.device for d in identity.store.devices()})
+        suggestion = did_you_mean(device, {d.device for d in identity.store.devices()})
         raise JoinError(f"no device {device} is approved or waits{suggestion}", hint="See `fedprune-server devices`.")
-    return revoked(identity, device, keys, certificates)
+    return revocation_message(identity, device, keys, certificates)
 
 
-def revoked(identity: IdentityFolder, device: str, keys: int, certificates: int) -> str:
+def revocation_message(identity: IdentityFolder, device: str, keys: int, certificates: int) -> str:
     """The message about a revoked device."""
     line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
     if not certificates:

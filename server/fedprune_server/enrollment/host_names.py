@@ -6,22 +6,22 @@ import socket
 from contextlib import suppress
 
 # Hosts by which a listener listens on all addresses of this machine.
-_ANY = ("0.0.0.0", "::", "")  # noqa: S104  # nosec B104  # compared with, not listened on
+_ALL_ADDRESSES = ("0.0.0.0", "::", "")  # noqa: S104  # nosec B104  # compared with, not listened on
 
 
-def names_of(host: str) -> list[str]:
+def listener_names(host: str) -> list[str]:
     """Names for a listener's certificate: its host, or all names of this machine if it listens on all addresses."""
     names = {"127.0.0.1", "localhost"}
-    if host in _ANY:
+    if host in _ALL_ADDRESSES:
         name = socket.gethostname()
         # Boards in a network without DNS find the machine by mDNS, as NAME.local.
-        names |= {name, f"{name.partition('.')[0]}.local", *addresses_of(name)}
+        names |= {name, f"{name.partition('.')[0]}.local", *own_addresses(name)}
     else:
         names.add(host)
     return sorted(n for n in names if n)
 
 
-def addresses_of(name: str) -> set[str]:
+def own_addresses(name: str) -> set[str]:
     """Addresses of this machine, from its name and from its route to other networks."""
     addresses = set()
     with suppress(OSError):

@@ -25,12 +25,18 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedprune.core.closing import Closing
-from fedprune.core.disk import storage_errors, sync_folder
-from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, looked_for, remedy
-from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, KEY, SERVER, Authority
+from fedprune.core.closeable import Closeable
+from fedprune.core.disk import flush_folder, storage_errors
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, path_remedy, search_location
+from fedprune.security.authority import (
+    AUTHORITY_CERTIFICATE_FILE,
+    AUTHORITY_KEY_FILE,
+    DEVICE_DAYS,
+    SERVER_COMMON_NAME,
+    Authority,
+)
 from fedprune.security.certificates import (
-    issued_by,
+    is_issued_by,
     key_digest,
     load_certificate,
     load_tls_key,
@@ -39,37 +45,43 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.security.joining import Claim
+from fedprune.security.joining import JoinClaim
 from fedprune.security.keys import SigningKey
-from fedprune.security.private_file import give_to_owner_of, write_public
+from fedprune.security.private_file import share_owner, write_public
 from fedprune.security.signed_channel import EpochFile
 from fedprune.security.tls import PinnedContext, pinned_context
-from fedprune.wire.topics import check_device, check_name
+from fedprune.wire.topics import check_device, check_topic_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import has_database
-from fedprune_server.storage.storage import database_of
+from fedprune_server.storage.storage import open_database
 
 log = logging.getLogger("fedprune.server")
 
-FOLDER = "identity"
-_SIGNING, _EPOCH, _KEY, _CERTIFICATE, _SITE = "signing.key", "epoch", "server.key", "server.pem", "site"
+IDENTITY_FOLDER = "identity"
+_SIGNING_KEY, _EPOCH_FILE, _SERVER_KEY, _SERVER_CERTIFICATE, _SITE_FILE = (
+    "signing.key",
+    "epoch",
+    "server.key",
+    "server.pem",
+    "site",
+)
 
 # The folder of an identity while another one is made in its place.
-_REPLACED = "identity.replaced"
+_REPLACED_FOLDER = "identity.replaced"
 
 # Seconds before its end at which a listener's certificate is issued again: a running broker or web server may not start
 # again, and so load the new one, for a long time.
-_BROKER_LASTS_S = 365 * 24 * 3600
+_BROKER_RENEWAL_S = 365 * 24 * 3600
 # The same for the server's own certificate: the last third of its time.
-_SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
+_SERVER_RENEWAL_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 _CONSOLE_KEY, CONSOLE_CERTIFICATE = "console.key", "console.pem"
 
 
-class IdentityFolder(Closing):
+class IdentityFolder(Closeable):
     """A server's identity. Every method raises `StorageError` if the disk fails or is full.
 
     Args:
@@ -93,29 +105,37 @@ class IdentityFolder(Closing):
         database: str | None = None,
         read_only: bool = False,
     ) -> None:
-        self.path = state / FOLDER
+        self.path = state / IDENTITY_FOLDER
         try:
-            self.site = check_name((self.path / _SITE).read_text().strip(), "site")
+            self.site = check_topic_name((self.path / _SITE_FILE).read_text().strip(), "site")
         except FileNotFoundError as error:
             # A device's folder has the same name, but no authority.
-            if all((self.path / name).exists() for name in (KEY, _SIGNING)):
+            if all((self.path / name).exists() for name in (AUTHORITY_KEY_FILE, _SIGNING_KEY)):
                 raise IdentityError(
-                    f"{self.path / _SITE} is missing", hint="Write the site's name into it, or restore a backup of it."
+                    f"{self.path / _SITE_FILE} is missing",
+                    hint="Write the site's name into it, or restore a backup of it.",
                 ) from error
             check_unowned(state)
             raise IdentityError(
-                f"{state} has no identity", hint=f"Make one: `fedprune-server init --state {state}`.{looked_for(state)}"
+                f"{state} has no identity",
+                hint=f"Make one: `fedprune-server init --state {state}`.{search_location(state)}",
             ) from error
         except OSError as error:
             is_denied = isinstance(error, PermissionError)
-            hint = "Run the command as the server's user, who alone may read its keys." if is_denied else remedy(error)
-            raise StorageError(f"can't read {self.path / _SITE}: {error.strerror}", hint=hint) from error
+            hint = (
+                "Run the command as the server's user, who alone may read its keys."
+                if is_denied
+                else path_remedy(error)
+            )
+            raise StorageError(f"can't read {self.path / _SITE_FILE}: {error.strerror}", hint=hint) from error
         except (UnicodeDecodeError, ProtocolError) as error:
-            raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
+            raise IdentityError(
+                f"{self.path / _SITE_FILE} is damaged", hint="Write the site's name into it."
+            ) from error
         self._clock = clock
         self.authority = Authority(self.path, clock)
-        self.key = SigningKey.load(self.path / _SIGNING)
-        self.epochs = EpochFile(self.path / _EPOCH, clock)
+        self.key = SigningKey.load(self.path / _SIGNING_KEY)
+        self.epochs = EpochFile(self.path / _EPOCH_FILE, clock)
         self._issuing = threading.Lock()
         self._state, self._url, self._read_only = state, database, read_only
         self._store: IdentityStore | None = None
@@ -126,11 +146,11 @@ class IdentityFolder(Closing):
         """Claims, devices and answers. Raises `StorageError` if the database can't be used."""
         if self._store is None:
             missing = self._read_only and self._url is None and not has_database(self._state)
-            self._database = None if missing else database_of(self._state, self._url, read_only=self._read_only)
-            return self._opened(self._database)
+            self._database = None if missing else open_database(self._state, self._url, read_only=self._read_only)
+            return self._use_store(self._database)
         return self._store
 
-    def serve(self, database: Database) -> None:
+    def use_database(self, database: Database) -> None:
         """Use the database of the running server from now on; its owner closes it.
 
         Raises:
@@ -138,14 +158,14 @@ class IdentityFolder(Closing):
             StorageError: The database is damaged.
         """
         self.close()
-        self._opened(database)
+        self._use_store(database)
 
-    def _opened(self, database: Database | None) -> IdentityStore:
+    def _use_store(self, database: Database | None) -> IdentityStore:
         self._store = store = IdentityStore(database)
         if self._read_only:
             return store
         try:
-            if not store.claim_identity(self._text):
+            if not store.claim_identity(self._identity_text):
                 raise IdentityError(
                     f"the members in this database are another identity's than that in {self.path}",
                     hint="It was replaced, or made a second time. Copy the folder of the server that has the members; "
@@ -158,14 +178,14 @@ class IdentityFolder(Closing):
         return store
 
     @property
-    def _text(self) -> str:
+    def _identity_text(self) -> str:
         """The text by which a database knows the identity of its members."""
-        return f"{self.authority.pin.hex()} {self.key.verifying.hex}"
+        return f"{self.authority.pin.hex()} {self.key.verifying_key.hex}"
 
     def update_revocations(self) -> None:
         """Bring the list of revoked certificates up to date, if the identity has a database already."""
         if self._store is not None or self._url is not None or has_database(self._state):
-            self.authority.list_revoked(self.store.revoked_certificates())
+            self.authority.write_revocation_list(self.store.revoked_certificates())
 
     def replace(self) -> IdentityFolder:
         """Replace this identity by a new one with other keys and another authority; returns it.
@@ -177,15 +197,15 @@ class IdentityFolder(Closing):
         if (owner := self.path.stat().st_uid) != os.geteuid():  # the server's user could not read the new one
             raise IdentityError(f"{self.path} belongs to user {owner}", hint="Run the command as the server's user.")
         # Members of another identity, such as one that was lost, are voided, too: a new identity is the only cure then.
-        with database_of(self._state, self._url) as database:
-            IdentityStore(database).void(self._text, self.authority.now())
+        with open_database(self._state, self._url) as database:
+            IdentityStore(database).void_members(self._identity_text, self.authority.now())
         self.close()
-        replaced_folder = self._state / _REPLACED
+        replaced_folder = self._state / _REPLACED_FOLDER
         with storage_errors(f"can't replace {self.path}"):
             if replaced_folder.exists():
                 shutil.rmtree(replaced_folder)
             self.path.rename(replaced_folder)
-            sync_folder(self._state)
+            flush_folder(self._state)
         return IdentityFolder.make(self._state, self.site, self._clock, database=self._url)
 
     @classmethod
@@ -193,24 +213,28 @@ class IdentityFolder(Closing):
         cls, state: Path, site: str, clock: Callable[[], float] = time.time, *, database: str | None = None
     ) -> IdentityFolder:
         """Make a new identity, or complete one that was begun. Raises `IdentityError` if there is one already."""
-        check_name(site, "site")
-        path = state / FOLDER
-        if (path / _SITE).exists():
+        check_topic_name(site, "site")
+        path = state / IDENTITY_FOLDER
+        if (path / _SITE_FILE).exists():
             raise IdentityError(f"{state} has an identity already", hint="Keep it: every board knows the server by it.")
-        authority = Authority(path, clock) if (path / CERTIFICATE).exists() else Authority.make(path, site, clock)
-        if not authority.made_for(site):  # boards with its certificates subscribe to the topics of that other site
+        authority = (
+            Authority(path, clock)
+            if (path / AUTHORITY_CERTIFICATE_FILE).exists()
+            else Authority.make(path, site, clock)
+        )
+        if not authority.is_for_site(site):  # boards with its certificates subscribe to the topics of that other site
             raise IdentityError(
                 f"the authority in {path} is another site's than {site}",
                 got=authority.certificate.subject.rfc4514_string(),
                 hint="Give --site as it was when the identity was made.",
             )
-        if not (path / _SIGNING).exists():  # boards may know the existing one already
-            SigningKey.make().save(path / _SIGNING)
+        if not (path / _SIGNING_KEY).exists():  # boards may know the existing one already
+            SigningKey.make().save(path / _SIGNING_KEY)
         _issue_server(authority, path)
-        if not (path / _EPOCH).exists():
-            EpochFile.make(path / _EPOCH)
-        write_public(path / _SITE, site.encode())  # last: a folder with this file is complete
-        if (replaced_folder := state / _REPLACED).exists():
+        if not (path / _EPOCH_FILE).exists():
+            EpochFile.make(path / _EPOCH_FILE)
+        write_public(path / _SITE_FILE, site.encode())  # last: a folder with this file is complete
+        if (replaced_folder := state / _REPLACED_FOLDER).exists():
             with storage_errors(f"can't delete {replaced_folder}"):
                 shutil.rmtree(replaced_folder)
         return cls(state, clock, database=database)
@@ -220,14 +244,14 @@ class IdentityFolder(Closing):
             self._database.close()
         self._store = self._database = None
 
-    def claim(self, device: str | None, seconds: int) -> Claim:
+    def make_claim(self, device: str | None, seconds: int) -> JoinClaim:
         """Make a one-time claim for a device, or for any (None). Only its key is stored: the result alone has its text.
 
         Raises `JoinError` or `ProtocolError` if no device may have the name.
         """
-        if device is not None and check_device(device) == SERVER:
-            raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
-        claim, now = Claim.make(self.authority.pin), self.authority.now()
+        if device is not None and check_device(device) == SERVER_COMMON_NAME:
+            raise JoinError(f"no device may be called {SERVER_COMMON_NAME!r}", hint="Choose another name.")
+        claim, now = JoinClaim.make(self.authority.pin), self.authority.now()
         self.store.add_claim(claim, device, now, now + seconds)
         return claim
 
@@ -239,78 +263,78 @@ class IdentityFolder(Closing):
         self.update_revocations()
         return revoked
 
-    def broker(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+    def broker_files(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of an embedded broker's certificate, its key, and the authority's certificate.
 
         The certificate is issued again in its last year, and if the hosts by which boards reach the broker have
         changed. Raises `IdentityError` if a host is neither a name nor an address.
         """
-        return self._listening(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
+        return self._listener_files(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
 
-    def web(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+    def web_files(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """The same paths for the web server of blobs."""
-        return self._listening(_WEB_CERTIFICATE, _WEB_KEY, hosts)
+        return self._listener_files(_WEB_CERTIFICATE, _WEB_KEY, hosts)
 
-    def console(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+    def console_files(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of a new certificate for the console, its key, which the server's user can read, and the authority's
         certificate."""
         key, path = make_tls_key(), self.path / _CONSOLE_KEY
         issued = self.authority.issue_broker(sorted(set(hosts)), make_request(key, "console"))
         save_tls_key(key, path)
         # The command may run as root; the console runs as the server's user.
-        give_to_owner_of(path, self.path / _SIGNING)
+        share_owner(path, self.path / _SIGNING_KEY)
         write_public(self.path / CONSOLE_CERTIFICATE, issued.encode())
-        return self.path / CONSOLE_CERTIFICATE, path, self.path / CERTIFICATE
+        return self.path / CONSOLE_CERTIFICATE, path, self.path / AUTHORITY_CERTIFICATE_FILE
 
-    def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+    def _listener_files(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of a listener's certificate, its key and the authority; issue the certificate again if it is due."""
         certificate, key_path, sorted_hosts = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
-        current = self._lasting(certificate, key_path, _BROKER_LASTS_S)
+        current = self._lasting_certificate(certificate, key_path, _BROKER_RENEWAL_S)
         if current is None or set(sorted_hosts) != hosts_of(current):
             key = make_tls_key()
             issued = self.authority.issue_broker(sorted_hosts, make_request(key, "broker"))
             save_tls_key(key, key_path)
             write_public(certificate, issued.encode())
-        return certificate, key_path, self.path / CERTIFICATE
+        return certificate, key_path, self.path / AUTHORITY_CERTIFICATE_FILE
 
-    def context(self, authority: Path | None = None) -> PinnedContext:
+    def tls_context(self, authority: Path | None = None) -> PinnedContext:
         """TLS for the server's own connection to a broker with a certificate of `authority`, by default this server's.
 
         The server's certificate is issued again, with a new key, in the last third of its time. That is done here,
         because other commands may run as another user, such as root, whose files the server couldn't read.
         """
-        return pinned_context(*self.client(authority), self.authority.now)
+        return pinned_context(*self.client_files(authority), self.authority.now)
 
-    def client(self, authority: Path | None = None) -> tuple[Path, Path, Path]:
+    def client_files(self, authority: Path | None = None) -> tuple[Path, Path, Path]:
         """Paths of the files for TLS: the authority, the server's certificate and its key."""
-        certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
+        certificate, key = (self.path / name for name in (_SERVER_CERTIFICATE, _SERVER_KEY))
         with self._issuing:  # several connections may ask for it at once, each on a thread of its own
-            if self._lasting(certificate, key, _SERVER_LASTS_S) is None:
+            if self._lasting_certificate(certificate, key, _SERVER_RENEWAL_S) is None:
                 try:
                     _issue_server(self.authority, self.path)
                 except StorageError as error:  # the old one may be valid until there is room on the disk
                     log.warning("no new certificate for the server yet: %s", error)
-        return authority or self.path / CERTIFICATE, certificate, key
+        return authority or self.path / AUTHORITY_CERTIFICATE_FILE, certificate, key
 
-    def _lasting(self, certificate: Path, key: Path, seconds: int) -> x509.Certificate | None:
+    def _lasting_certificate(self, certificate: Path, key: Path, seconds: int) -> x509.Certificate | None:
         """The certificate in a file, if the authority issued it, it belongs to this key and lasts long enough."""
         try:
             loaded = load_certificate(certificate, "certificate")
             if key_digest(loaded.public_key()) != key_digest(load_tls_key(key).public_key()):
                 return None
-            if not issued_by(loaded, self.authority.certificate):
+            if not is_issued_by(loaded, self.authority.certificate):
                 return None
         except (IdentityError, ProtocolError):
             return None
-        earliest_end = min(self.authority.now() + seconds, self.authority.ends)
+        earliest_end = min(self.authority.now() + seconds, self.authority.valid_until)
         return loaded if seconds_of(loaded.not_valid_after_utc) >= earliest_end else None
 
 
 def _issue_server(authority: Authority, folder: Path) -> None:
     key = make_tls_key()
-    issued = authority.issue_server(make_request(key, SERVER))
-    save_tls_key(key, folder / _KEY)
-    write_public(folder / _CERTIFICATE, issued.encode())
+    issued = authority.issue_server(make_request(key, SERVER_COMMON_NAME))
+    save_tls_key(key, folder / _SERVER_KEY)
+    write_public(folder / _SERVER_CERTIFICATE, issued.encode())
 
 
 def hosts_of(certificate: x509.Certificate) -> set[str]:

@@ -6,10 +6,10 @@ import logging
 
 from fedprune.core.errors import ForeignClaimError, IdentityError, JoinError, ProtocolError
 from fedprune.core.text import one_line
-from fedprune.security.authority import SERVER
-from fedprune.security.joining import answer_text, check_request, digest_of
+from fedprune.security.authority import SERVER_COMMON_NAME
+from fedprune.security.joining import check_request, request_digest, signed_answer_bytes
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
-from fedprune.wire.messages import parse
+from fedprune.wire.messages import parse_message
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 
@@ -28,32 +28,32 @@ class EnrollmentService:
         request, which gets no answer.
         """
         nonce = self._topics.parse_join(topic)
-        request = parse(payload)
+        request = parse_message(payload)
         if not isinstance(request, JoinRequest):
             raise ProtocolError("message of who wants to join", expected=JoinRequest.kind, got=request.kind)
         if request.nonce != nonce:
             raise ProtocolError("nonce of a request", expected=nonce, got=request.nonce)
-        return self._topics.joined(nonce), self.answer(request)
+        return self._topics.join_answer(nonce), self.answer(request)
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
         """The answer to a request. Raises `ProtocolError` if the sender lacks the keys that the request names."""
         check_request(request)
-        digest = digest_of(request)
-        stored_answer = self._identity.store.answer(digest)
+        digest = request_digest(request)
+        stored_answer = self._identity.store.stored_answer(digest)
         try:
             # Checked before a stored answer is sent again: the device may have been revoked since.
-            if not self._may(request, digest):
-                return self._signed(digest, WAITING, "the operator must approve this device")
+            if not self._is_approved(request, digest):
+                return self._sign_answer(digest, WAITING, "the operator must approve this device")
             if stored_answer is not None:
-                answer = parse(stored_answer)
+                answer = parse_message(stored_answer)
                 if isinstance(answer, JoinAnswer):
                     return answer
             certificate = self._issue(request)
         except (JoinError, IdentityError) as error:
             log.warning("%s may not join: %s", request.device, one_line(str(error)))
-            return self._signed(digest, REFUSED, one_line(str(error)))
-        answer = self._signed(digest, APPROVED, "", certificate, self._identity.key.verifying.hex)
-        self._identity.store.keep_answer(digest, request.device, answer.to_bytes())
+            return self._sign_answer(digest, REFUSED, one_line(str(error)))
+        answer = self._sign_answer(digest, APPROVED, "", certificate, self._identity.key.verifying_key.hex)
+        self._identity.store.store_answer(digest, request.device, answer.to_bytes())
         log.info("%s has a certificate", request.device)
         return answer
 
@@ -71,27 +71,27 @@ class EnrollmentService:
             raise JoinError(f"{request.device} is approved no more")
         return certificate
 
-    def _may(self, request: JoinRequest, digest: str) -> bool:
+    def _is_approved(self, request: JoinRequest, digest: str) -> bool:
         """Whether a device is approved; False if it must wait. Raises `JoinError` if it is refused, and `IdentityError`
         if the authority would issue no certificate, in which case no claim is used."""
         if request.site != self._identity.site:
             raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
-        if request.device == SERVER:
-            raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
+        if request.device == SERVER_COMMON_NAME:
+            raise JoinError(f"no device may be called {SERVER_COMMON_NAME!r}", hint="Choose another name.")
         now = self._identity.authority.now()
         if request.claim is not None:
             self._identity.store.certificate(request, now)
             self._identity.store.use_claim(request, digest, now)
             return True
-        status = self._identity.store.ask(request.device, request.key, now)
+        status = self._identity.store.request_approval(request.device, request.key, now)
         if status not in (APPROVED, WAITING):
             raise JoinError(f"this key of {request.device} was revoked", hint="Let the board make a new one.")
         return status == APPROVED
 
-    def _signed(
+    def _sign_answer(
         self, request: str, status: str, reason: str, certificate: str | None = None, server_key: str | None = None
     ) -> JoinAnswer:
         authority = self._identity.authority
         now, pem = authority.now(), authority.pem
-        signature = authority.sign(answer_text(request, status, reason, now, pem, certificate, server_key))
+        signature = authority.sign(signed_answer_bytes(request, status, reason, now, pem, certificate, server_key))
         return JoinAnswer(request, status, reason, now, pem, certificate, server_key, signature.hex())

@@ -21,10 +21,10 @@ from fedprune.core.errors import (
     StorageError,
     UnknownClaimError,
     UsedClaimError,
-    shown,
+    value_text,
 )
 from fedprune.security.certificates import key_digest, read_certificate, request_key, seconds_of
-from fedprune.security.joining import Claim, holds_claim
+from fedprune.security.joining import JoinClaim, holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.tables import (
@@ -35,8 +35,8 @@ from fedprune_server.storage.tables import (
     MEMBERS,
     META,
     insert_new,
-    meta,
     put_meta,
+    read_meta,
     upsert,
 )
 
@@ -50,29 +50,29 @@ MAX_NAMESAKES = 16
 
 # Number of stored answers to one device. A request with an older answer is answered anew, with the same certificate of
 # its TLS key: it gets no second one, and is refused once that one has ended or was revoked.
-KEPT_ANSWERS = 16
+MAX_ANSWERS = 16
 
 # Maximum number of a member's certificates that have not ended.
 MAX_CERTIFICATES = 64
 
 # Seconds for which unused claims are kept after they expire, so that a late board learns the reason.
-KEPT_CLAIMS_S = 30 * 86_400
+EXPIRED_CLAIMS_KEPT_S = 30 * 86_400
 
 # Members that are read at a time.
-_PAGE = 1000
+_PAGE_ROWS = 1000
 
 # Rows of `meta`: a random text that each change of the members replaces, and the identity whose members they are.
-_VERSION, _IDENTITY = "members", "identity"
+_VERSION_ROW, _IDENTITY_ROW = "members", "identity"
 
 # Begins the row of the identity while the members are nobody's; the replaced identities follow, one a line.
-_NOT = "not\n"
+_NOBODY = "not\n"
 
 _M, _C, _T = MEMBERS.c, CLAIMS.c, CERTIFICATES.c
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Device:
+class MemberKey:
     """A key that has asked to be a device, and the operator's decision.
 
     Attributes:
@@ -97,7 +97,7 @@ class IdentityStore:
 
     def __init__(self, database: Database | None) -> None:
         self._database = database
-        self._known: tuple[str, Mapping[str, str]] = "", {}
+        self._cached_members: tuple[str, Mapping[str, str]] = "", {}
 
     @property
     def shared(self) -> bool:
@@ -105,15 +105,15 @@ class IdentityStore:
         return self._database is not None and self._database.postgresql
 
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether there are neither members nor claims."""
         return self._database is None or self._read(_is_empty)
 
-    def add_claim(self, claim: Claim, device: str | None, now: int, expires: int) -> None:
+    def add_claim(self, claim: JoinClaim, device: str | None, now: int, expires: int) -> None:
         """Store a claim's key, not its secret, for a device or for any (None). Times are in seconds since 1970."""
 
         def add(connection: sql.Connection) -> None:
-            connection.execute(CLAIMS.delete().where(_C.used.is_(None), _C.expires < now - KEPT_CLAIMS_S))
+            connection.execute(CLAIMS.delete().where(_C.used.is_(None), _C.expires < now - EXPIRED_CLAIMS_KEPT_S))
             row = {"id": claim.id.hex(), "key": claim.key, "device": device, "made": now, "expires": expires}
             upsert(connection, CLAIMS, [row])
 
@@ -153,7 +153,7 @@ class IdentityStore:
 
         self._change(use)
 
-    def ask(self, device: str, key: str, now: int) -> str:
+    def request_approval(self, device: str, key: str, now: int) -> str:
         """Store that a key asks to be a device, without a claim; returns its status. Raises `JoinError` if too many
         requests wait.
         """
@@ -199,15 +199,15 @@ class IdentityStore:
 
         return self._change(revoke_keys)
 
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[MemberKey]:
         """All keys that have asked or were approved, ordered by device."""
         query = sql.select(_M.device, _M.key, _M.status, _M.asked)
-        keys = [Device(*row) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
+        keys = [MemberKey(*row) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
         for key in keys:
             if key.status not in (APPROVED, WAITING, REVOKED):
                 raise StorageError(
                     f"the database's row of the member {key.device} is damaged",
-                    got=shown(key.status),
+                    got=value_text(key.status),
                     hint="Restore the server's backup.",
                 )
         return keys
@@ -230,44 +230,45 @@ class IdentityStore:
     def members(self) -> Mapping[str, str]:
         """Keys of the approved devices by name: the same object for all callers until the members change."""
         version = self.version()  # read before the members: a change in between is read by the next call
-        if not version or version != self._known[0]:
-            self._known = version, {} if self._database is None else self._read(_member_keys)
-        return self._known[1]
+        if not version or version != self._cached_members[0]:
+            self._cached_members = version, {} if self._database is None else self._read(_member_keys)
+        return self._cached_members[1]
 
     def version(self) -> str:
         """A text that changes whenever the members change."""
-        rows = self._rows(sql.select(META.c.value).where(META.c.key == _VERSION))
+        rows = self._rows(sql.select(META.c.value).where(META.c.key == _VERSION_ROW))
         return str(rows[0].value) if rows else ""
 
-    def heard(self) -> dict[str, dict[str, int]]:
-        """The latest epochs that `hear` stored, by sender's key and by stream (`fedprune.security.signed_channel`)."""
+    def latest_epochs(self) -> dict[str, dict[str, int]]:
+        """The latest epochs that `defer_epochs` stored, by sender's key and by stream
+        (`fedprune.security.signed_channel`)."""
         epochs: dict[str, dict[str, int]] = {}
         for key, stream, epoch in self._rows(sql.select(EPOCHS)):
             epochs.setdefault(key, {})[stream] = int(epoch)
         return epochs
 
-    def hear(self, epochs: Sequence[tuple[str, str, int]]) -> None:
+    def defer_epochs(self, epochs: Sequence[tuple[str, str, int]]) -> None:
         """Store which epochs of senders have begun, with the next transaction of the server (`Database.defer`).
 
         Args:
             epochs: Verifying key, stream and epoch of each.
         """
         rows = [{"key": key, "stream": stream, "epoch": epoch} for key, stream, epoch in epochs]
-        self._opened().defer(lambda connection: upsert(connection, EPOCHS, rows))
+        self._require_database().defer(lambda connection: upsert(connection, EPOCHS, rows))
 
-    def answer(self, request: str) -> bytes | None:
+    def stored_answer(self, request: str) -> bytes | None:
         """The stored answer to the request with this digest."""
         rows = self._rows(sql.select(ANSWERS.c.answer).where(ANSWERS.c.request == request))
         return bytes(rows[0].answer) if rows else None
 
-    def keep_answer(self, request: str, device: str, answer: bytes) -> None:
+    def store_answer(self, request: str, device: str, answer: bytes) -> None:
         """Store an answer, so that the same request gets the same one."""
 
         def keep(connection: sql.Connection) -> None:
             row = {"request": request, "device": device, "answer": answer}
             insert_new(connection, ANSWERS, [row])
             numbers = sql.select(ANSWERS.c.number).where(ANSWERS.c.device == device)
-            latest_numbers = numbers.order_by(ANSWERS.c.number.desc()).limit(KEPT_ANSWERS)
+            latest_numbers = numbers.order_by(ANSWERS.c.number.desc()).limit(MAX_ANSWERS)
             connection.execute(
                 ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(latest_numbers))
             )
@@ -286,7 +287,8 @@ class IdentityStore:
         if rows:
             if (rows[0].device, rows[0].key) != (device, request.key):
                 raise IdentityError(
-                    f"the TLS key of {device} has a certificate of {shown(rows[0].device)}, for another key or name",
+                    f"the TLS key of {device} has a certificate of {value_text(rows[0].device)}, for another key or "
+                    "name",
                     hint="Make a new key.",
                 )
             if rows[0].ends <= now:
@@ -329,25 +331,25 @@ class IdentityStore:
 
     def claim_identity(self, identity: str) -> bool:
         """Whether the members belong to an identity, given by a text. Members that are nobody's do from now on.
-        After `void` they are nobody's, but never become those of a replaced identity again.
+        After `void_members` they are nobody's, but never become those of a replaced identity again.
         """
         if self._database is None:
             return True
 
         def may_take(owner: str | None) -> bool:
-            return owner is None or (owner.startswith(_NOT) and identity not in owner.splitlines())
+            return owner is None or (owner.startswith(_NOBODY) and identity not in owner.splitlines())
 
         def claim(connection: sql.Connection) -> str | None:
-            insert_new(connection, META, [{"key": _IDENTITY, "value": identity}])
-            if may_take(owner := meta(connection, _IDENTITY)):
-                put_meta(connection, _IDENTITY, identity)
+            insert_new(connection, META, [{"key": _IDENTITY_ROW, "value": identity}])
+            if may_take(owner := read_meta(connection, _IDENTITY_ROW)):
+                put_meta(connection, _IDENTITY_ROW, identity)
                 return identity
             return owner
 
-        owner = self._read(lambda connection: meta(connection, _IDENTITY))
+        owner = self._read(lambda connection: read_meta(connection, _IDENTITY_ROW))
         return (self._write(claim) if may_take(owner) else owner) == identity
 
-    def void(self, identity: str, now: int) -> None:
+    def void_members(self, identity: str, now: int) -> None:
         """Revoke every member, and delete claims, answers, certificates and epochs, because the identity, given by a
         text, is to be replaced. Neither it nor a former owner of the members can claim them again."""
 
@@ -355,9 +357,9 @@ class IdentityStore:
             connection.execute(MEMBERS.update().where(_M.status != REVOKED).values(status=REVOKED, decided=now))
             for table in (CLAIMS, ANSWERS, CERTIFICATES, EPOCHS):
                 connection.execute(table.delete())
-            owner = meta(connection, _IDENTITY) or ""
-            replaced = {identity, *owner.removeprefix(_NOT).splitlines()} - {""}
-            put_meta(connection, _IDENTITY, "\n".join([_NOT.strip(), *sorted(replaced)]))
+            owner = read_meta(connection, _IDENTITY_ROW) or ""
+            replaced = {identity, *owner.removeprefix(_NOBODY).splitlines()} - {""}
+            put_meta(connection, _IDENTITY_ROW, "\n".join([_NOBODY.strip(), *sorted(replaced)]))
 
         self._change(void)
 
@@ -367,20 +369,20 @@ class IdentityStore:
         return self._read(lambda connection: list(connection.execute(query)))
 
     def _read(self, work: Callable[[sql.Connection], _Result]) -> _Result:
-        return self._opened().read(work)
+        return self._require_database().read(work)
 
     def _change(self, work: Callable[[sql.Connection], _Result]) -> _Result:
         """Run a transaction that changes the members; such transactions run one after the other."""
 
         def change(connection: sql.Connection) -> _Result:
-            put_meta(connection, _VERSION, secrets.token_hex(8))  # first: it holds the row's lock until the commit
+            put_meta(connection, _VERSION_ROW, secrets.token_hex(8))  # first: it holds the row's lock until the commit
             return work(connection)
 
         return self._write(change)
 
     def _write(self, work: Callable[[sql.Connection], _Result]) -> _Result:
         """Run a transaction that has the same effect when it is repeated, as after a lost connection."""
-        database = self._opened()
+        database = self._require_database()
 
         def write() -> _Result:
             with database.transaction() as connection:
@@ -388,9 +390,9 @@ class IdentityStore:
                     database.fence(connection)
                 return work(connection)
 
-        return database.patiently(write)
+        return database.retry_while_away(write)
 
-    def _opened(self) -> Database:
+    def _require_database(self) -> Database:
         if self._database is None:
             raise StorageError("this identity has no database yet", hint="Start a server on it, or make a claim.")
         return self._database
@@ -399,7 +401,7 @@ class IdentityStore:
 def _member_keys(connection: sql.Connection) -> dict[str, str]:
     query = sql.select(_M.device, _M.key).where(_M.status == APPROVED).order_by(_M.device)
     try:
-        with connection.execute(query.execution_options(yield_per=_PAGE)) as rows:
+        with connection.execute(query.execution_options(yield_per=_PAGE_ROWS)) as rows:
             return {name: bytes.fromhex(key).hex() for name, key in rows}
     except ValueError as error:
         raise StorageError(f"a row of a member is damaged ({error})", hint="Restore the server's backup.") from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedprune.coordination import commands as do
 from fedprune.coordination.job_end import EPSILON_NEXT
-from fedprune.coordination.privacy_budget import spent
+from fedprune.coordination.privacy_budget import release_cost
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.jobs.state import State
 from fedprune.updates.privacy import Privacy
@@ -62,13 +62,13 @@ class Accountant:
         return {EPSILON: self.epsilon(command.spent), EPSILON_NEXT: self.epsilon(command.foreseen)}
 
 
-def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
+def privacy_spending(privacy: Privacy, state: State | None) -> dict[str, Any]:
     """The privacy that a job has spent, as JSON; empty if the job promises none.
 
     That is `epsilon` by device, at `delta`, with the job's `noise`, `clip`, `noise_multiplier` and `epsilon_budget`.
     Every ε is None where dp-accounting is not installed.
     """
-    if state is None or not state.private or not privacy.on:
+    if state is None or not state.private or not privacy.is_on:
         return {}
     epsilons: dict[str, float | None] = {}
     try:
@@ -77,5 +77,7 @@ def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
     except MissingExtraError:
         epsilons = dict.fromkeys(sorted(state.devices))
     else:
-        epsilons = {name: accountant.epsilon(spent(device.releases)) for name, device in sorted(state.devices.items())}
+        epsilons = {
+            name: accountant.epsilon(release_cost(device.releases)) for name, device in sorted(state.devices.items())
+        }
     return privacy.to_dict() | {"epsilon": epsilons}

@@ -12,22 +12,22 @@ import numpy.typing as npt
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, shown
+from fedprune.core.errors import BundleError, value_text
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
-from fedprune.model.element_mask import from_bits, unpack
-from fedprune.model.selection import ALL, Active, Selection, Tensors
-from fedprune.strategies.values import Past
+from fedprune.model.element_mask import mask_from_bits, unpack_active
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, Tensors
+from fedprune.strategies.values import PastUpdate
 from fedprune.updates import Codec, decode, is_packed
 
 T = TypeVar("T")
 
 # Models, and orders of elements, that are kept in memory: asynchronous updates go back to a few earlier ones.
-_MODELS = 3
+_MAX_MODELS = 3
 
-_RANKINGS = 8
+_MAX_RANKINGS = 8
 
-_SQUARES = step_contract.squares("")
+_SQUARES_SUFFIX = step_contract.squares_name("")
 
 
 class Archive:
@@ -38,25 +38,25 @@ class Archive:
         self._store = store
         self._models: OrderedDict[str, Tensors] = OrderedDict()
         self._orders: OrderedDict[str, Tensors] = OrderedDict()
-        self._sent: OrderedDict[str, Tensors] = OrderedDict()
+        self._sent_weights: OrderedDict[str, Tensors] = OrderedDict()
         self._rankings: OrderedDict[str, dict[tuple[int, ...], Selection]] = OrderedDict()
 
     def model(self, digest: str) -> Tensors:
         """A global model. Raises `StorageError` if the blob isn't there or is damaged, and `BundleError` if it isn't a
         tensor file."""
-        return _kept(self._models, digest, _MODELS, self.tensors)
+        return _read_cached(self._models, digest, _MAX_MODELS, self.tensors)
 
     def order(self, digest: str | None) -> Tensors | None:
         """An order of elements; errors are those of `model`."""
-        return None if digest is None else _kept(self._orders, digest, _MODELS, self.tensors)
+        return None if digest is None else _read_cached(self._orders, digest, _MAX_MODELS, self.tensors)
 
     def tensors(self, digest: str) -> dict[str, npt.NDArray[Any]]:
         """A tensor file, as views on it; errors are those of `model`."""
         return tensorfile.decode(self._store.map(digest))
 
-    def sent(self, digest: str) -> dict[str, npt.NDArray[Any]]:
+    def sent_weights(self, digest: str) -> dict[str, npt.NDArray[Any]]:
         """Weights that devices were sent, often several devices the same; errors are those of `model`."""
-        return _kept(self._sent, digest, _MODELS, self.tensors)
+        return _read_cached(self._sent_weights, digest, _MAX_MODELS, self.tensors)
 
     def update(self, digest: str, codec: str | None, sent: str | None) -> dict[str, npt.NDArray[Any]]:
         """A device's update, decoded.
@@ -75,25 +75,25 @@ class Archive:
         if parsed_codec is None or sent is None or not is_packed(raw):
             return tensorfile.decode(raw)
         trained = frozenset(t.name for t in self._architecture.trainable)
-        return dict(decode(parsed_codec, raw, self.sent(sent), trained))
+        return dict(decode(parsed_codec, raw, self.sent_weights(sent), trained))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps. Raises `StorageError` if the
         blob isn't there or is damaged; and `BundleError` if it isn't a ranking, or the widths don't fit."""
-        selections = _kept(self._rankings, ranking, _RANKINGS, self._ranked)
+        selections = _read_cached(self._rankings, ranking, _MAX_RANKINGS, self._read_ranking)
         if widths not in selections:
-            selections[widths] = selections[self._architecture.sizes].narrowed(widths)
+            selections[widths] = selections[self._architecture.sizes].with_widths(widths)
         return selections[widths]
 
-    def _ranked(self, digest: str) -> dict[tuple[int, ...], Selection]:
+    def _read_ranking(self, digest: str) -> dict[tuple[int, ...], Selection]:
         ranking = Selection.from_json(self._store.read(digest), self._architecture)
-        return {self._architecture.sizes: ranking.narrowed(self._architecture.sizes)}
+        return {self._architecture.sizes: ranking.with_widths(self._architecture.sizes)}
 
-    def mask(self, digest: str | None, selection: Selection) -> Active:
+    def mask(self, digest: str | None, selection: Selection) -> ElementMask:
         """An element mask of a submodel; errors are those of `model`."""
-        return ALL if digest is None else from_bits(self.tensors(digest), selection.shapes())
+        return ALL_ACTIVE if digest is None else mask_from_bits(self.tensors(digest), selection.shapes())
 
-    def past(self, past: do.Past | None, withheld: Callable[[Selection], Tensors]) -> Past | None:
+    def past(self, past: do.LastCountedUpdate | None, withheld: Callable[[Selection], Tensors]) -> PastUpdate | None:
         """A device's last counted update.
 
         Args:
@@ -103,26 +103,26 @@ class Archive:
             return None
         selection = self.selection(past.ranking, past.widths)
         mask = self.mask(past.mask, selection)
-        tensors, _ = parts(self.update(past.weights, past.codec, past.sent), mask)
-        return Past(selection, tensors | withheld(selection), mask, past.round)
+        tensors, _ = split_update(self.update(past.weights, past.codec, past.sent), mask)
+        return PastUpdate(selection, tensors | withheld(selection), mask, past.round)
 
     def memory(self, digests: Mapping[str, str]) -> Mapping[str, Mapping[str, npt.NDArray[Any]]]:
         """A job's memory, whose collections are read on demand."""
         return _Memory(self, digests)
 
 
-def parts(update: Mapping[str, npt.NDArray[Any]], mask: Active) -> tuple[Tensors, Tensors]:
+def split_update(update: Mapping[str, npt.NDArray[Any]], mask: ElementMask) -> tuple[Tensors, Tensors]:
     """The trained tensors of an update, and its squared gradients, both as large as the submodel. Raises `BundleError`
     if an update of a masked submodel has another number of values than the mask has active elements, or values of
     another type than float32."""
-    trained = {n: v for n, v in update.items() if not n.endswith(_SQUARES)}
-    squares = {n.removesuffix(_SQUARES): v for n, v in update.items() if n.endswith(_SQUARES)}
+    trained = {n: v for n, v in update.items() if not n.endswith(_SQUARES_SUFFIX)}
+    squares = {n.removesuffix(_SQUARES_SUFFIX): v for n, v in update.items() if n.endswith(_SQUARES_SUFFIX)}
     if not mask:
         return trained, squares  # as they came: `fedprune.aggregation.client_update` checks them
     for name, value in update.items():
         if value.dtype != np.float32:
-            raise BundleError(f"type of {shown(name)}", expected="float32", got=value.dtype)
-    return unpack(mask, trained), unpack(mask, squares)
+            raise BundleError(f"type of {value_text(name)}", expected="float32", got=value.dtype)
+    return unpack_active(mask, trained), unpack_active(mask, squares)
 
 
 class _Memory(Mapping[str, Mapping[str, npt.NDArray[Any]]]):
@@ -140,7 +140,7 @@ class _Memory(Mapping[str, Mapping[str, npt.NDArray[Any]]]):
         return len(self._digests)
 
 
-def _kept(cache: OrderedDict[str, T], digest: str, max_entries: int, read: Callable[[str], T]) -> T:
+def _read_cached(cache: OrderedDict[str, T], digest: str, max_entries: int, read: Callable[[str], T]) -> T:
     """An entry of a small cache; the one that was used least lately makes room."""
     if digest not in cache:
         cache[digest] = read(digest)

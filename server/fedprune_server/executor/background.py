@@ -12,14 +12,14 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.output.log_lines import log_context
 
-Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
-Result = on.Event | BaseException
+HeavyCommand = do.Score | do.Extract | do.FoldUpdate | do.Close | do.Evaluate
+CommandResult = on.Event | BaseException
 
 
 class CommandExecutor(Protocol):
     """Carries out heavy commands, as `fedprune_server.executor.worker.Worker` does."""
 
-    def execute(self, command: Work) -> on.Event: ...
+    def execute(self, command: HeavyCommand) -> on.Event: ...
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Begin what can be done ahead of commands, some of which will be carried out next."""
@@ -35,8 +35,8 @@ class BackgroundExecutor:
 
     def __init__(self, worker: CommandExecutor) -> None:
         self._worker = worker
-        self._orders: queue.Queue[Work | None] = queue.Queue()
-        self._results: queue.Queue[Result] = queue.Queue()
+        self._orders: queue.Queue[HeavyCommand | None] = queue.Queue()
+        self._results: queue.Queue[CommandResult] = queue.Queue()
         self._pending = 0
         # A daemon thread: a process that ends doesn't wait for a long evaluation; it will be repeated.
         log_subject = contextvars.copy_context()  # with the subject of log lines, such as the job
@@ -46,23 +46,23 @@ class BackgroundExecutor:
         self._thread.start()
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether a result is awaited."""
         return self._pending > 0
 
     @property
-    def waiting(self) -> int:
+    def pending_count(self) -> int:
         return self._pending
 
     @property
-    def ready(self) -> bool:
+    def has_result(self) -> bool:
         """Whether `collect` has a result."""
         return not self._results.empty()
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         self._worker.expect(commands)
 
-    def order(self, command: Work) -> None:
+    def submit(self, command: HeavyCommand) -> None:
         self._pending += 1
         self._orders.put(command)
 
@@ -89,24 +89,24 @@ class BackgroundExecutor:
                 return
             self._results.put(self._carry_out(command))
 
-    def _carry_out(self, command: Work) -> Result:
+    def _carry_out(self, command: HeavyCommand) -> CommandResult:
         try:
-            with log_context(round=round_of(command), device=device_of(command)):
+            with log_context(round=command_round(command), device=command_device(command)):
                 return self._worker.execute(command)
         except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
             return error
 
 
-def round_of(command: Work) -> int:
+def command_round(command: HeavyCommand) -> int:
     return command.basis.round if isinstance(command, do.Extract) else command.round
 
 
-def device_of(command: do.Command) -> str | None:
+def command_device(command: do.Command) -> str | None:
     """The device whose part a command is about, if it is one device's."""
     match command:
         case do.Extract():
             return command.part.device
-        case do.Fold():
+        case do.FoldUpdate():
             return command.contribution.part.device
         case do.SendOffer() | do.PullUpdate():
             return command.device

@@ -20,7 +20,7 @@ from fedprune.model.dropout import dropout_ones
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Tensors
 from fedprune.model.trainable import frozen_tensors
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 
@@ -63,7 +63,9 @@ class Calibration:
         for node in graph.nodes:
             if node.op == "BatchNormalization":
                 node.attrs["momentum"] = 0.0  # The batch's statistics alone, whatever share a training step keeps.
-        self._session = Session(training_graph(replace(model, graph=graph), frozen_features).to_bytes(), training=True)
+        self._session = OnnxSession(
+            training_graph(replace(model, graph=graph), frozen_features).to_bytes(), training=True
+        )
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """The same model with statistics of these samples; weights stay as they are, bit for bit. Raises `ModelError`
@@ -71,12 +73,12 @@ class Calibration:
         names = self._statistics
         if not names:
             return tensors
-        feeds = dict(tensors) | {step_contract.buffer(n): np.zeros_like(tensors[n]) for n in self._trained}
+        feeds = dict(tensors) | {step_contract.momentum_name(n): np.zeros_like(tensors[n]) for n in self._trained}
         feeds |= {
             k: np.array(0, np.float32) for k in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
         }
         feeds |= {step_contract.X: self.samples, step_contract.Y: self._y}
         feeds |= {n: np.zeros_like(tensors[n]) for n in names}
         feeds |= dropout_ones(self._session.inputs, feeds, len(self.samples))
-        measured = self._session.run(feeds, [step_contract.following(n) for n in names])
-        return dict(tensors) | {n: measured[step_contract.following(n)] for n in names}
+        measured = self._session.run(feeds, [step_contract.next_name(n) for n in names])
+        return dict(tensors) | {n: measured[step_contract.next_name(n)] for n in names}

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DivergedError
 from fedprune.model import step_contract
-from fedprune.model.recipe import DISTILL, Recipe, labels_of
+from fedprune.model.recipe import DISTILL_LOSS, Recipe, labels_of
 from fedprune.model.selection import Selection, Tensors
 from fedprune.planning.costs import costs_at
 from fedprune.strategies.values import SelfDistillation
@@ -27,16 +27,16 @@ from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
 from fedprune_server.executor.calibration import Calibration
-from fedprune_server.executor.evaluator import Sessions
+from fedprune_server.executor.evaluator import ModelSessions
 
 log = logging.getLogger("fedprune.server")
 
 Widths = tuple[int, ...]
 
 # Narrower widths of boards that learn from one another; where a fleet has more, some of them do.
-MOST = 4
+MAX_NARROW_WIDTHS = 4
 
-_BATCH = 128
+_BATCH_SIZE = 128
 
 # Large for Adam: a gradient that is nothing but rounding moves no weight.
 _EPSILON = 1e-3
@@ -61,21 +61,21 @@ class Distiller:
         self._architecture, self._calibration, self._seed = model.architecture, calibration, seed
         classes = labels_of(recipe.loss) == "classes" and self._architecture.classes > 1
         self._recipe = Recipe(
-            loss=DISTILL if classes else "mse",
+            loss=DISTILL_LOSS if classes else "mse",
             distill_temperature=1.0,
             optimizer="adam",
             lr=settings.lr,
             epsilon=_EPSILON,
-            batch_size=_BATCH,
+            batch_size=_BATCH_SIZE,
             epochs=settings.steps,
             max_steps=settings.steps,
             ordered_dropout=(1.0,),  # widths are each round's own
             frozen=recipe.frozen,
             trainable=recipe.trainable,
         )
-        self._asked = settings
+        self._settings = settings
         self._trainer = Trainer(training_step(model, self._recipe.features).to_bytes())
-        self._sessions = Sessions(model, 1 + MOST + len(settings.densities))
+        self._sessions = ModelSessions(model, 1 + MAX_NARROW_WIDTHS + len(settings.densities))
 
     def __call__(
         self,
@@ -96,12 +96,12 @@ class Distiller:
         """
         widest, densities = self._widths_of(set(trained), core)
         axes = self._trainer.axes
-        plans = [widest] if axes is None else axes.plans(widest, densities)
+        plans = [widest] if axes is None else axes.step_widths(widest, densities)
         # A single width has no other to learn from.
         if len(plans) == 1:
             return tensors
         selection = Selection.of(self._architecture, widest, ranks)
-        x, teacher_outputs = self._calibration.samples, self._aim(tensors, selection, plans)
+        x, teacher_outputs = self._calibration.samples, self._teacher_outputs(tensors, selection, plans)
         if not np.isfinite(teacher_outputs).all():
             log.warning("round %d: no self-distillation, because outputs are not finite", round_)
             return tensors
@@ -117,7 +117,7 @@ class Distiller:
         macs_per_sample = sum(costs_at(self._architecture, p).training_macs for p in plans) / len(plans)
         log.info(
             "round %d: self-distillation took %.1f s, %d steps and about %.2g MACs; its loss went from %.3g to %.3g",
-            round_, result.seconds, result.steps, self._asked.steps * min(_BATCH, len(x)) * macs_per_sample,
+            round_, result.seconds, result.steps, self._settings.steps * min(_BATCH_SIZE, len(x)) * macs_per_sample,
             result.loss_first, result.loss_last,
         )  # fmt: skip
         return selection.scatter(result.tensors, tensors)
@@ -125,24 +125,26 @@ class Distiller:
     def _widths_of(self, trained: set[Widths], core: bool) -> tuple[Widths, tuple[float, ...]]:
         """The widest width, and the narrower ones as shares of the whole model's.
 
-        They are the whole model and the strategy's densities; or else those that boards trained, at most `MOST` and in
-        64ths.
+        They are the whole model and the strategy's densities; or else those that boards trained, at most
+        `MAX_NARROW_WIDTHS` and in 64ths.
         """
         sizes = self._architecture.sizes
-        if (self._asked.densities and not core) or not trained:
-            return sizes, self._asked.densities
+        if (self._settings.densities and not core) or not trained:
+            return sizes, self._settings.densities
         ratios = (max(w / n for w, n in zip(widths, sizes, strict=True)) for widths in trained)
         shares = sorted({math.ceil(64 * ratio) / 64 for ratio in ratios})
-        chosen_shares = {shares[i] for i in np.linspace(0, len(shares) - 1, MOST + 1).astype(int)}
+        chosen_shares = {shares[i] for i in np.linspace(0, len(shares) - 1, MAX_NARROW_WIDTHS + 1).astype(int)}
         return tuple(map(max, zip(*trained, strict=True))), tuple(sorted(chosen_shares))
 
-    def _aim(self, tensors: Tensors, selection: Selection, plans: Sequence[Widths]) -> npt.NDArray[np.float32]:
+    def _teacher_outputs(
+        self, tensors: Tensors, selection: Selection, plans: Sequence[Widths]
+    ) -> npt.NDArray[np.float32]:
         """The mean of the outputs of all widths, each with its own statistics."""
         outputs = []
         for widths in plans:
             # Each width with statistics of its own: the whole model's fit no narrower one, and teachers would be worse
             # than need be.
-            submodel = self._calibration(selection.narrowed(widths).gather(tensors))
+            submodel = self._calibration(selection.with_widths(widths).gather(tensors))
             feeds = {step_contract.X: self._calibration.samples, **submodel}
-            outputs.append(self._sessions.at(widths).run(feeds, [step_contract.LOGITS])[step_contract.LOGITS])
+            outputs.append(self._sessions.session_at(widths).run(feeds, [step_contract.LOGITS])[step_contract.LOGITS])
         return np.asarray(np.mean(outputs, axis=0), np.float32)

@@ -13,11 +13,11 @@ from fedprune.model import step_contract
 from fedprune.model.lengths import Shape, with_lengths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
-from fedprune_device.training.objective import Measure, Objective
+from fedprune_device.training.objective import BatchMeasure, Objective
 from fedprune_export.ir.graph import Port
 from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
@@ -26,7 +26,7 @@ from fedprune_export.training.step_graph import training_step
 # Inputs and labels, as `LocalData` has them.
 Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
-_BATCH = 256
+_BATCH_SIZE = 256
 
 
 def check_samples(samples: Evaluation) -> None:
@@ -38,7 +38,7 @@ def check_samples(samples: Evaluation) -> None:
         )
 
 
-class Sessions:
+class ModelSessions:
     """Sessions of one model, by widths.
 
     Weights are inputs of its graphs, so that one session serves every round. Widths may be others in every round, where
@@ -46,15 +46,15 @@ class Sessions:
 
     Args:
         model: The model; its weights are not used.
-        most: How many stay open.
+        max_open: How many stay open.
     """
 
-    def __init__(self, model: Model, most: int) -> None:
+    def __init__(self, model: Model, max_open: int) -> None:
         self.model = model
-        self._most = most
-        self._opened: dict[tuple[int, ...], Session] = {}
+        self._most = max_open
+        self._opened: dict[tuple[int, ...], OnnxSession] = {}
 
-    def at(self, widths: tuple[int, ...]) -> Session:
+    def session_at(self, widths: tuple[int, ...]) -> OnnxSession:
         session = self._opened.pop(widths, None)
         if session is None:
             while len(self._opened) >= self._most:
@@ -63,7 +63,7 @@ class Sessions:
             shapes = self.model.architecture.shapes(widths)
             # As inputs, not constants: a session takes long to make, and weights change every round.
             graph.inputs += [Port(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
-            session = Session(graph.to_bytes())
+            session = OnnxSession(graph.to_bytes())
         self._opened[widths] = session
         return session
 
@@ -79,12 +79,12 @@ class Evaluator:
         DataError: The labels are not what the loss takes.
     """
 
-    def __init__(self, sessions: Sessions, recipe: Recipe, samples: Evaluation) -> None:
+    def __init__(self, sessions: ModelSessions, recipe: Recipe, samples: Evaluation) -> None:
         check_samples(samples)
         self._sessions = sessions
         model = sessions.model
         graph = training_step(model, recipe.features).to_bytes()
-        self._objective = Objective(graph, recipe, model.architecture.classes, scores=recipe.features.scores)
+        self._objective = Objective(graph, recipe, model.architecture.classes, scores=recipe.features.counts_hits)
         self._x, self._y = samples[0], self._objective.targets(samples[1])
 
     def __call__(self, weights: Tensors, widths: tuple[int, ...]) -> dict[str, float]:
@@ -95,14 +95,14 @@ class Evaluator:
         Args:
             weights: The tensors of a model or submodel.
         """
-        session, measures = self._sessions.at(widths), list[Measure]()
+        session, measures = self._sessions.session_at(widths), list[BatchMeasure]()
         kept_weights = session.keep(weights)
         with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
-            for start in range(0, len(self._x), _BATCH):
-                feeds = {step_contract.X: self._x[start : start + _BATCH]}
-                logits = session.run(feeds, [step_contract.LOGITS], kept=kept_weights)[step_contract.LOGITS]
-                measures.append(self._objective(logits, self._y[start : start + _BATCH]))
-        return {"samples": float(len(self._x)), **self._objective.metrics(Measure.of(measures))}
+            for start in range(0, len(self._x), _BATCH_SIZE):
+                feeds = {step_contract.X: self._x[start : start + _BATCH_SIZE]}
+                logits = session.run(feeds, [step_contract.LOGITS], kept_feeds=kept_weights)[step_contract.LOGITS]
+                measures.append(self._objective(logits, self._y[start : start + _BATCH_SIZE]))
+        return {"samples": float(len(self._x)), **self._objective.metrics(BatchMeasure.combine(measures))}
 
 
 def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
@@ -133,7 +133,7 @@ def check_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     architecture = model.architecture
     label_port = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
     shape = tuple(d if isinstance(d, int) else None for d in label_port.shape[1:])
-    targets = Targets.of(recipe, architecture.classes, shape, whole=label_port.dtype.kind == "i")
+    targets = Targets.of(recipe, architecture.classes, shape, whole_numbers=label_port.dtype.kind == "i")
     data = data.snapshot(_shape(model), targets)
     data.check(targets, _shape(model), token_ids=_takes_token_ids(model))
     return data

@@ -12,13 +12,13 @@ from fedprune.aggregation.fixed_point import Range
 from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
-from fedprune.coordination.round import Round, RoundResult
+from fedprune.coordination.round import Round, RoundOutcome
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection, Tensors
-from fedprune.secure_aggregation.grid import SECURE, Grid, MaskedForm, TensorGrid, step_exponent
+from fedprune.secure_aggregation.grid import SECURE_FIELD, CohortGrid, MaskedForm, TensorGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
 from fedprune_server.executor.round_closer import RoundCloser
 from fedprune_server.executor.stored_updates import StoredUpdates
@@ -28,7 +28,7 @@ _LARGEST_DELTAS = "masked_deltas"
 
 # How many times further than the model a single board's update can move an element in one round; the rest is kept for
 # its next update. Larger steps would round more.
-_REACH = 4.0
+_MAX_DELTA_RATIO = 4.0
 
 
 class MaskedSums(RoundCloser):
@@ -38,14 +38,14 @@ class MaskedSums(RoundCloser):
         self, job: Job, updates: StoredUpdates, store: BlobStore, round_of: Callable[[do.Close | do.Basis], Round]
     ) -> None:
         super().__init__(updates, round_of)
-        self._coded, self._store = job.compression == "int8", store
+        self._is_int8, self._store = job.compression == "int8", store
 
-    def offer_fields(self, basis: do.Basis, device_part: do.Part, selection: Selection) -> dict[str, Any]:
+    def offer_fields(self, basis: do.Basis, device_part: do.DevicePart, selection: Selection) -> dict[str, Any]:
         """The description of the vector to mask."""
         grid = self._grid(self._round_of(basis), basis, device_part, selection)
-        return {SECURE: MaskedForm(grid.form, grid.narrow, grid.wide).to_json()}
+        return {SECURE_FIELD: MaskedForm(grid.form, grid.narrow, grid.wide).to_json()}
 
-    def close(self, command: do.Close) -> RoundResult:
+    def close(self, command: do.Close) -> RoundOutcome:
         """Close a round. If a cohort's sum is impossible for boards that follow the protocol, none of its updates
         counts: a sum doesn't show which board is at fault."""
         contributions = {c.part.device: c for c in command.contributions}
@@ -53,25 +53,29 @@ class MaskedSums(RoundCloser):
         sums, rejected = list[PartialSums](), dict[str, Failure]()
         for cohort_sum in command.sums:
             try:
-                sums.append(self._sums(round_, cohort_sum, [contributions[device] for device in cohort_sum.devices]))
+                sums.append(
+                    self._cohort_sums(round_, cohort_sum, [contributions[device] for device in cohort_sum.devices])
+                )
             except (ProtocolError, BundleError) as error:  # noqa: PERF203 - a false sum must not cost the others
                 failure = Failure(FailureKind.FALSE_SUM, one_line(f"the sum of masked updates is false: {error}"))
                 rejected |= dict.fromkeys(cohort_sum.devices, failure)
         if rejected and not sums:
-            return RoundResult(rejected=rejected)
+            return RoundOutcome(rejected=rejected)
         try:
-            counted = tuple(self._updates.update(c) for device, c in contributions.items() if device not in rejected)
+            counted = tuple(
+                self._updates.round_update(c) for device, c in contributions.items() if device not in rejected
+            )
             result = replace(round_.close_sums(sums, command.participants), updates=counted, rejected=rejected)
         except (ProtocolError, BundleError) as error:
             failure = Failure(FailureKind.OTHER, one_line(f"the sums of masked updates don't fit the round: {error}"))
-            return RoundResult(rejected=dict.fromkeys(contributions, failure) | rejected)
+            return RoundOutcome(rejected=dict.fromkeys(contributions, failure) | rejected)
         # Only int8's steps depend on how far the model moved.
-        if not self._coded or result.model is None:
+        if not self._is_int8 or result.model is None:
             return result
         deltas = _largest_deltas(round_.scene.model, result.model)
         return replace(result, memories={**result.memories, _LARGEST_DELTAS: deltas})
 
-    def _sums(self, round_: Round, cohort_sum: do.CohortSum, cohort: Sequence[do.Contribution]) -> PartialSums:
+    def _cohort_sums(self, round_: Round, cohort_sum: do.CohortSum, cohort: Sequence[do.Contribution]) -> PartialSums:
         """The sum of a cohort, whose devices were all sent the same."""
         archive, first = self._updates.archive, cohort[0]
         selection = archive.selection(first.ranking or first.basis.ranking, first.widths or first.part.widths)
@@ -82,31 +86,31 @@ class MaskedSums(RoundCloser):
         if cohort_sum.narrow != grid.narrow or len(raw) != wide_offset + 8 * grid.wide:
             raise ProtocolError("bytes of a cohort's sum", expected=4 * grid.narrow + 8 * grid.wide, got=len(raw))
         total = Vector(np.frombuffer(raw[:wide_offset], "<u4"), np.frombuffer(raw[wide_offset:], "<u8"))
-        sent = selection.gather(round_.scene.model) | dict(archive.sent(first.sent))
-        return grid.sums(total, len(cohort_sum.devices), sent)
+        sent = selection.gather(round_.scene.model) | dict(archive.sent_weights(first.sent))
+        return grid.partial_sums(total, len(cohort_sum.devices), sent)
 
     def _grid(
-        self, round_: Round, basis: do.Basis, device_part: do.Part, selection: Selection, boards: int = 1
-    ) -> Grid:
-        fold, withheld = round_.fold, self._updates.withheld(basis, device_part)
-        deltas = round_.scene.memory.get(_LARGEST_DELTAS, {}) if self._coded else {}
+        self, round_: Round, basis: do.Basis, device_part: do.DevicePart, selection: Selection, boards: int = 1
+    ) -> CohortGrid:
+        fold, withheld = round_.fold, self._updates.withheld_names(basis, device_part)
+        deltas = round_.scene.memory.get(_LARGEST_DELTAS, {}) if self._is_int8 else {}
         tensors, withheld_ranges = dict[str, TensorGrid](), dict[str, Range]()
         for spec in fold.shared:
-            value_range = fold.span(spec.name)
+            value_range = fold.sum_range(spec.name)
             if spec.name in withheld:
                 withheld_ranges[spec.name] = value_range
             else:
-                step = _step(value_range, deltas, spec.name) if spec.kind.trainable else None
+                step = _tensor_step(value_range, deltas, spec.name) if spec.kind.is_trainable else None
                 tensors[spec.name] = TensorGrid(value_range, step)
-        return Grid(selection, tensors, boards, withheld_ranges)
+        return CohortGrid(selection, tensors, boards, withheld_ranges)
 
 
-def _step(span: Range, deltas: Mapping[str, Any], name: str) -> int | None:
+def _tensor_step(span: Range, deltas: Mapping[str, Any], name: str) -> int | None:
     """The exponent of a tensor's step; None as long as no change is known, when its numbers travel as they are."""
     if name not in deltas or not float(deltas[name][0]) > 0:
         return None
-    low, high = TensorGrid.steps(span)
-    return min(max(step_exponent(_REACH * float(deltas[name][0])), low), high)
+    low, high = TensorGrid.step_range(span)
+    return min(max(step_exponent(_MAX_DELTA_RATIO * float(deltas[name][0])), low), high)
 
 
 def _largest_deltas(model_before: Tensors, model_after: Tensors) -> Tensors:

@@ -14,14 +14,14 @@ from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError
 from fedprune.model import step_contract
-from fedprune.model.element_mask import pack, to_bits
+from fedprune.model.element_mask import mask_to_bits, pack_active
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.model.trainable import frozen_tensors, matching
+from fedprune.model.trainable import frozen_tensors, matching_tensors
 from fedprune.planning.costs import file_bytes
 from fedprune.planning.probe_report import CPU
 from fedprune.strategies.values import Submodel
-from fedprune.updates.remap import relocated, relocation
+from fedprune.updates.remap import relocate, relocation
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.pruning.model import Model
@@ -36,7 +36,7 @@ UPDATE_SIZE = "update_size"
 # The same: the most bytes that the update has in the offered codec.
 UPDATE_BOUND = "update_bound"
 
-_WITHHELD = 64
+_MAX_WITHHELD = 64
 
 _LOG = logging.getLogger("fedprune.server")
 
@@ -52,12 +52,12 @@ class LatestGraphs:
         self._last: dict[str, int] = {}
         self._round = 0
 
-    def name(self, graphs: Iterable[str], round_: int) -> None:
+    def note_named(self, graphs: Iterable[str], round_: int) -> None:
         """Note the digests of graphs that an offer of a round names."""
         self._round = max(self._round, round_)
         self._last |= dict.fromkeys(graphs, self._round)
 
-    def let_go(self, round_: int) -> set[str]:
+    def drop_unnamed(self, round_: int) -> set[str]:
         """Drop graphs that no offer has named for `GRAPH_ROUNDS` rounds before this one. Returns their digests."""
         self._round = max(self._round, round_)
         unnamed = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
@@ -70,25 +70,25 @@ class LatestGraphs:
         return set(self._last)
 
 
-def graphs_of(offer: Mapping[str, Any]) -> set[str]:
+def offer_graphs(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the graphs that an offer names."""
     refs = [offer[name] for name in ("training", "inference", "base") if name in offer]
     return {ref["sha256"] for ref in (*refs, *offer.get("lowered", {}).values())}
 
 
-def blobs_of(offer: Mapping[str, Any]) -> set[str]:
+def offer_blobs(offer: Mapping[str, Any]) -> set[str]:
     """Digests of all that an offer names."""
     refs = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
     ranking = {offer["ranking"]} if "ranking" in offer else set()
-    return graphs_of(offer) | {ref["sha256"] for ref in refs} | ranking
+    return offer_graphs(offer) | {ref["sha256"] for ref in refs} | ranking
 
 
-def sent(offer: Mapping[str, Any]) -> dict[str, Any]:
+def device_offer(offer: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of an offer that its device is sent."""
     return {k: v for k, v in offer.items() if k not in (UPDATE_SIZE, UPDATE_BOUND)}
 
 
-def misfit(offer: Mapping[str, Any] | None, ref: BlobRef) -> str:
+def update_misfit(offer: Mapping[str, Any] | None, ref: BlobRef) -> str:
     """Why an update of this size can't answer an offer; empty if it can.
 
     An update is as large as the offered weights without those that are frozen; an update of another size isn't fetched.
@@ -142,57 +142,63 @@ class Offers:
             StorageError: The disk fails or is full.
         """
         mask = submodel.mask
-        packed, coded = self._coded(pack(mask, submodel.tensors), coding, submodel, previous_selection)
+        packed, coded = self._encode_weights(pack_active(mask, submodel.tensors), coding, submodel, previous_selection)
         body: dict[str, Any] = {
             **coded,
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
-            "training": self.training(recipe, round_, unit),
-            "inference": self.inference(submodel.selection.widths, round_),
+            "training": self.training_ref(recipe, round_, unit),
+            "inference": self.inference_ref(submodel.selection.widths, round_),
             "recipe": recipe.to_offer(),
         }
-        shapes = self._answer(packed, recipe)
+        shapes = self._update_shapes(packed, recipe)
         body[UPDATE_SIZE] = file_bytes(shapes)
         update_codec = None if coding.update is None else updates.Codec.parse(coding.update)
         if update_codec is not None:
-            body |= {"codec": coding.update, UPDATE_BOUND: updates.bound(update_codec, shapes, self._trained)}
+            body |= {
+                "codec": coding.update,
+                UPDATE_BOUND: updates.max_update_bytes(update_codec, shapes, self._trained),
+            }
         if self._model.base is not None:
-            body["base"] = self._graph("base", round_, lambda: self._model.base_file or b"")
+            body["base"] = self._graph_ref("base", round_, lambda: self._model.base_file or b"")
         if self._precisions:
-            body["lowered"] = self.lowered(submodel.selection.widths, round_)
+            body["lowered"] = self.lowered_refs(submodel.selection.widths, round_)
         if mask:
-            body["mask"] = self._store.put(tensorfile.encode(to_bits(mask))).to_dict()
+            body["mask"] = self._store.put(tensorfile.encode(mask_to_bits(mask))).to_dict()
         return body
 
-    def training(self, recipe: Recipe, round_: int, unit: str = CPU) -> dict[str, Any]:
+    def training_ref(self, recipe: Recipe, round_: int, unit: str = CPU) -> dict[str, Any]:
         """The training graph of a recipe for a unit, named in a round; errors are those of `body`."""
         features = recipe.features
         key = f"{unit} {features.key}"
-        return self._graph(key, round_, lambda: training_graph(self._model, features, unit).to_bytes())
+        return self._graph_ref(key, round_, lambda: training_graph(self._model, features, unit).to_bytes())
 
-    def inference(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
+    def inference_ref(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
         """The inference graph at some widths, named in a round; errors are those of `body`."""
-        return self._graph(widths, round_, lambda: inference_model(self._model, widths))
+        return self._graph_ref(widths, round_, lambda: inference_model(self._model, widths))
 
-    def lowered(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
+    def lowered_refs(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
         """The graphs of lower precisions at some widths, named in a round. Raises `ModelError` if nothing of the model
         can be computed with 8 bits, where that is asked for; and `StorageError` if the disk fails or is full."""
-        return {p: self._graph(f"{p} {widths}", round_, partial(self._kit, widths, p)) for p in self._precisions}
+        return {
+            p: self._graph_ref(f"{p} {widths}", round_, partial(self._lower_graphs, widths, p))
+            for p in self._precisions
+        }
 
-    def _kit(self, widths: tuple[int, ...], precision: str) -> bytes:
+    def _lower_graphs(self, widths: tuple[int, ...], precision: str) -> bytes:
         return lower(self._model, widths, precision).packed
 
     def note(self, graphs: Iterable[str], round_: int) -> None:
         """Note graphs that an offer of a round names, and drop those that none has named for long."""
-        if self._latest.let_go(round_):
+        if self._latest.drop_unnamed(round_):
             current = self._latest.digests()
             self._graphs = {k: ref for k, ref in self._graphs.items() if ref["sha256"] in current}
-        self._latest.name(graphs, round_)
+        self._latest.note_named(graphs, round_)
 
-    def graphs(self) -> set[str]:
+    def graph_digests(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named."""
         return self._latest.digests()
 
-    def _graph(self, key: str | tuple[int, ...], round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
+    def _graph_ref(self, key: str | tuple[int, ...], round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
         """The reference of a graph, which is made if it is new or its blob was deleted."""
         ref = self._graphs.get(key)
         if ref is None or not self._store.has(ref["sha256"]):
@@ -209,14 +215,14 @@ class Offers:
         if key not in self._withheld:
             architecture = self._model.architecture
             frozen = frozen_tensors(architecture, features, self._model.frozen)
-            if len(self._withheld) >= _WITHHELD:
+            if len(self._withheld) >= _MAX_WITHHELD:
                 # Recipes are few; a strategy that changes one in every round must not fill memory.
                 self._withheld.clear()
             # A pattern that matches nothing is an error: what was misspelt must not be sent by mistake.
-            self._withheld[key] = frozen | matching(architecture, recipe.personal, ("recipe", "personal"))
+            self._withheld[key] = frozen | matching_tensors(architecture, recipe.personal, ("recipe", "personal"))
         return self._withheld[key]
 
-    def _coded(
+    def _encode_weights(
         self, packed: Tensors, coding: do.Coding, submodel: Submodel, previous_selection: Selection | None
     ) -> tuple[Tensors, dict[str, Any]]:
         """Encode weights. Returns them as the device will decode them, and the entries of its offer.
@@ -233,11 +239,11 @@ class Offers:
         if weights_codec is None:
             return packed, fields
         held_digest, held_weights = None, None
-        if previous_selection is not None and coding.held is not None and not submodel.mask:
-            held_tensors = self._held(coding.held.weights or "")
-            held_tensors = relocated(held_tensors, relocation_blob, 2**40) if relocation_blob else held_tensors
+        if previous_selection is not None and coding.received is not None and not submodel.mask:
+            held_tensors = self._read_held(coding.received.weights or "")
+            held_tensors = relocate(held_tensors, relocation_blob, 2**40) if relocation_blob else held_tensors
             if {n: v.shape for n, v in held_tensors.items()} == {n: v.shape for n, v in packed.items()}:
-                held_digest, held_weights = coding.held.weights, held_tensors
+                held_digest, held_weights = coding.received.weights, held_tensors
         fields["weights_codec"] = str(weights_codec)
         try:
             encoded = updates.weights.encode(weights_codec, packed, held_weights, self._trained)
@@ -250,14 +256,14 @@ class Offers:
         reference = {"coded": self._store.put(encoded).to_dict()}
         return decoded, {**fields, **reference, **({} if held_digest is None else {"held": held_digest})}
 
-    def _held(self, digest: str) -> Tensors:
+    def _read_held(self, digest: str) -> Tensors:
         """Weights that a device holds; empty if they are no longer stored."""
         return tensorfile.decode(self._store.read(digest)) if digest and self._store.has(digest) else {}
 
-    def _answer(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    def _update_shapes(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors in the update that answers these weights."""
         withheld = self.withheld(recipe)
         shapes = {n: v.shape for n, v in packed.items() if n not in withheld}
         if recipe.report_squares:
-            shapes |= {step_contract.squares(n): shape for n, shape in shapes.items() if n in self._trained}
+            shapes |= {step_contract.squares_name(n): shape for n, shape in shapes.items() if n in self._trained}
         return shapes

@@ -15,13 +15,13 @@ from typing import Any
 
 from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.blobs.blob_store import BlobStore, Objects
+from fedprune.blobs.blob_store import BlobStore, BucketObjects
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.limits import Lengths, lengths
+from fedprune.coordination.limits import UpdateLengths, measure_update
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.core.text import one_line
-from fedprune.jobs.failure_kind import of_update
+from fedprune.jobs.failure_kind import kind_of_update_error
 from fedprune.jobs.job import Job
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
@@ -69,7 +69,7 @@ class ExtractedBatch:
     """
 
     events: tuple[on.Event | None, ...]
-    objects: Objects
+    objects: BucketObjects
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Addition:
     refs: Mapping[str, BlobRef] | None
 
 
-def extract(worker: Worker, commands: Sequence[do.Extract]) -> ExtractedBatch:
+def extract_submodels(worker: Worker, commands: Sequence[do.Extract]) -> ExtractedBatch:
     """Make submodels. One that fails is None: the server's own worker tries it again, and raises the reason."""
-    events = tuple(_made(worker, command) for command in commands)
-    return ExtractedBatch(events, worker.store.news())
+    events = tuple(_extract_or_none(worker, command) for command in commands)
+    return ExtractedBatch(events, worker.store.take_new_objects())
 
 
-def _made(worker: Worker, command: do.Extract) -> on.Event | None:
+def _extract_or_none(worker: Worker, command: do.Extract) -> on.Event | None:
     try:
         return worker.execute(command)
     except Exception:
@@ -111,37 +111,37 @@ class CheckedUpdate:
     """
 
     event: on.Folded
-    lengths: Lengths
+    lengths: UpdateLengths
 
 
-def check(worker: Worker, command: do.Fold) -> CheckedUpdate | on.UpdateRejected:
+def check_update(worker: Worker, command: do.FoldUpdate) -> CheckedUpdate | on.UpdateRejected:
     """Check an update, as far as that can be done without adding it to any sums. Raises `StorageError` if it can't be
     read."""
     contribution = command.contribution
     device, round_, attempt = contribution.part.device, contribution.basis.round, contribution.part.attempt
     try:
-        report = worker.round_of(command).check(worker.updates.update(contribution))
+        report = worker.round_of(command).check(worker.updates.round_update(contribution))
     except StorageError:
         raise
     except FedpruneError as error:
-        return on.UpdateRejected(device, round_, attempt, one_line(str(error)), of_update(error))
-    return CheckedUpdate(on.Folded(device, round_, attempt), lengths(report))
+        return on.UpdateRejected(device, round_, attempt, one_line(str(error)), kind_of_update_error(error))
+    return CheckedUpdate(on.Folded(device, round_, attempt), measure_update(report))
 
 
-def add_up(worker: Worker, addition: Addition) -> PartialSums:
+def add_up_updates(worker: Worker, addition: Addition) -> PartialSums:
     """Add up some tensors of some updates. Raises `FedpruneError` if an update can't be added; the server's own worker
     then finds out which, and why."""
     command = addition.command
     round_ = worker.round_of(command)
-    fold = round_.fold.narrowed(addition.names)
+    fold = round_.fold.narrow_to(addition.names)
     for contribution in command.contributions:
         if addition.refs is None:
-            report = worker.updates.update(contribution).report()
+            report = worker.updates.round_update(contribution).report()
             fold.check(report.trained.selection, report.trained.tensors)
-            lifted = round_.lifted(report)
+            lifted = round_.lift_update(report)
         else:
-            report = worker.updates.some(contribution, addition.refs, addition.names)
+            report = worker.updates.partial_report(contribution, addition.refs, addition.names)
             fold.check(report.trained.selection, report.trained.tensors)
             lifted = report.trained
         worker.strategy.aggregator.add(fold, report, lifted)
-    return fold.partial()
+    return fold.partial_sums()

@@ -17,19 +17,19 @@ import numpy as np
 from fedprune import __version__
 from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.errors import FedpruneError, error_reason
 from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.child_side import end_with_parent
 
 # Retries of a task whose machine or process has died.
-_RETRIES = 3
+_MAX_RETRIES = 3
 
-_POLL_S, _SIZE_S = 0.01, 5.0
+_POLL_INTERVAL_S, _SIZE_INTERVAL_S = 0.01, 5.0
 # A cluster without processors for so long is lost.
-_EMPTY_S = 30.0
+_EMPTY_TIMEOUT_S = 30.0
 
-_PROBE_S = 60.0
+_PROBE_TIMEOUT_S = 60.0
 
 # In a process of the cluster: its worker, and of which server.
 _worker: tuple[str, Worker] | None = None
@@ -54,7 +54,7 @@ def run_driver(parent: int, address: str, settings: WorkerSpec, probe: str, conn
     except (EOFError, BrokenPipeError):
         pass
     except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        connection.send(("lost", f"{type(error).__name__}: {reason(error)}"))
+        connection.send(("lost", f"{type(error).__name__}: {error_reason(error)}"))
     os._exit(0)  # Ray's own end may wait for a cluster that is gone
 
 
@@ -102,7 +102,9 @@ class _Cluster:
         # In a list it isn't read before every task.
         self._settings = [ray.put(settings)]
         self._token = probe
-        self._remote_task = self._ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_do_task)
+        self._remote_task = self._ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(
+            _do_task
+        )
         self._tasks: dict[Any, int] = {}
         self._alive_at = self._updated_at = time.monotonic()
         self._size = -1
@@ -117,11 +119,13 @@ class _Cluster:
             if self._tasks:
                 open_refs = list(self._tasks)
                 # A few at a time, so that new tasks are passed on between results.
-                finished_refs, _ = self._ray.wait(open_refs, num_returns=min(len(open_refs), 8), timeout=_POLL_S)
+                finished_refs, _ = self._ray.wait(
+                    open_refs, num_returns=min(len(open_refs), 8), timeout=_POLL_INTERVAL_S
+                )
                 for ref in finished_refs:
                     self._send_answer(ref, self._tasks.pop(ref))
             now = time.monotonic()
-            if now - self._updated_at >= _SIZE_S:
+            if now - self._updated_at >= _SIZE_INTERVAL_S:
                 self._update_size(now)
 
     def _send_answer(self, ref: Any, number: int) -> None:
@@ -141,7 +145,7 @@ class _Cluster:
         if size:
             self._alive_at = now
         # A cluster that restarts its machines has none for a moment.
-        if now - self._alive_at > _EMPTY_S:
+        if now - self._alive_at > _EMPTY_TIMEOUT_S:
             raise FedpruneError("the cluster has no processors any more")
         if size != self._size:
             self._size = size
@@ -160,11 +164,11 @@ class _Cluster:
             this_machine = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             probe_task = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=this_machine)(_probe_machine)
             addresses[probe_task.remote(settings.open_store, probe)] = node["NodeManagerAddress"]
-        answered_refs, _ = self._ray.wait(list(addresses), num_returns=len(addresses), timeout=_PROBE_S)
+        answered_refs, _ = self._ray.wait(list(addresses), num_returns=len(addresses), timeout=_PROBE_TIMEOUT_S)
         answered = 0
         for ref, address in addresses.items():
             if ref not in answered_refs:
-                raise FedpruneError(f"{address} has not answered in {_PROBE_S:g} s")
+                raise FedpruneError(f"{address} has not answered in {_PROBE_TIMEOUT_S:g} s")
             try:
                 version, fault = self._ray.get(ref)
             except Exception:  # noqa: BLE001, S112  # nosec B112  # it has died, and Ray notices that late

@@ -21,8 +21,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, reason
-from fedprune_server.config.cluster_url import check_url, endpoint, needs_client, ray_address
+from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, error_reason
+from fedprune_server.config.cluster_url import check_cluster_url, needs_ray_client, ray_address, ray_endpoint
 from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.ray_driver import receive_result, run_driver
 from fedprune_server.executor.worker import Worker
@@ -30,9 +30,9 @@ from fedprune_server.process.pools import TaskPool
 
 log = logging.getLogger("fedprune.server")
 
-_CONNECT_S = 10.0
-_START_S, _POLL_S = 120.0, 0.2
-_RETRY_S = 60.0
+_CONNECT_TIMEOUT_S = 10.0
+_START_TIMEOUT_S, _POLL_INTERVAL_S = 120.0, 0.2
+_RETRY_INTERVAL_S = 60.0
 
 
 class ClusterError(FedpruneError):
@@ -41,7 +41,7 @@ class ClusterError(FedpruneError):
     exit_code = ExitCode.CLUSTER
 
 
-def _unusable(url: str, why: str) -> ClusterError:
+def _unusable_cluster(url: str, why: str) -> ClusterError:
     return ClusterError(
         f"the Ray cluster at {url} can't be used",
         got=why,
@@ -65,15 +65,15 @@ class RayPool(TaskPool[Worker]):
         ConfigError: The URL is invalid.
     """
 
-    adds = True
+    adds_updates = True
     patience_s = 900.0
 
-    def __init__(self, url: str, worker: Worker, *, retry_s: float = _RETRY_S) -> None:
-        check_url(url)
+    def __init__(self, url: str, worker: Worker, *, retry_s: float = _RETRY_INTERVAL_S) -> None:
+        check_cluster_url(url)
         # Looked for, not imported: Ray takes over signals and the log of the process that imports it.
         if importlib.util.find_spec("ray") is None:
             raise MissingExtraError("Ray is not installed", extra="scale")
-        if needs_client(url) and importlib.util.find_spec("grpc") is None:
+        if needs_ray_client(url) and importlib.util.find_spec("grpc") is None:
             raise MissingExtraError("Ray's client is not installed", extra="scale")
         self._url = url
         self._store = worker.store
@@ -96,7 +96,7 @@ class RayPool(TaskPool[Worker]):
     def submit(self, task: Task, *arguments: Any) -> Future[Any]:
         with self._lock:
             driver = self._driver
-            if driver is not None and driver.lost:
+            if driver is not None and driver.is_lost:
                 self._driver = driver = None
             is_idle = self._reconnecting is None or not self._reconnecting.is_alive()
             if driver is None and not self._closed and is_idle and time.monotonic() - self._tried_at >= self._retry_s:
@@ -132,20 +132,20 @@ class RayPool(TaskPool[Worker]):
         driver.listen()  # here: the child ends with the thread that has started it
 
     def _connect(self) -> DriverProcess:
-        address = endpoint(self._url)
+        address = ray_endpoint(self._url)
         if address is not None:  # Ray itself tries for minutes
             try:
-                socket.create_connection(address, _CONNECT_S).close()
+                socket.create_connection(address, _CONNECT_TIMEOUT_S).close()
             except (OSError, OverflowError) as error:
-                raise _unusable(self._url, reason(error)) from error
+                raise _unusable_cluster(self._url, error_reason(error)) from error
         # A machine that can read this blob sees this folder or bucket, not an empty one of the same name.
         probe = self._store.put(secrets.token_bytes(32)).sha256
         try:
-            return DriverProcess(self._url, self._settings, probe, self._lost, lambda: self._closed)
+            return DriverProcess(self._url, self._settings, probe, self._on_driver_lost, lambda: self._closed)
         finally:
             self._store.delete(probe)
 
-    def _lost(self) -> None:
+    def _on_driver_lost(self) -> None:
         self._tried_at = time.monotonic()
         if not self._closed:
             log.warning("the cluster at %s is lost: the server does its work until it is back", self._url)
@@ -161,7 +161,7 @@ class DriverProcess:
 
     Attributes:
         size: Processors of the cluster.
-        lost: Whether the child, or its cluster, is gone.
+        is_lost: Whether the child, or its cluster, is gone.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class DriverProcess:
         )
         self._process.start()
         child_end.close()
-        self.size, self.lost = 0, False
+        self.size, self.is_lost = 0, False
         self._number = 0
         self._futures: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
@@ -191,22 +191,22 @@ class DriverProcess:
 
     def _await_size(self, url: str) -> int:
         """Wait for the child to reach the cluster and report its processors."""
-        kind, what = "lost", f"no answer in {_START_S:g} s"
-        until = time.monotonic() + _START_S
+        kind, what = "lost", f"no answer in {_START_TIMEOUT_S:g} s"
+        until = time.monotonic() + _START_TIMEOUT_S
         with suppress(EOFError, OSError):
             # Polled: a server that ends meanwhile must not wait for the cluster.
             while not self._is_closed() and time.monotonic() < until:
-                if self._connection.poll(_POLL_S):
+                if self._connection.poll(_POLL_INTERVAL_S):
                     kind, what = self._connection.recv()
                     break
         if kind == "size":
             return int(what)
-        raise _unusable(url, what)
+        raise _unusable_cluster(url, what)
 
     def submit(self, task: Task, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if self.lost:
+            if self.is_lost:
                 future.set_exception(ClusterError("the cluster is lost"))
                 return future
             self._number += 1
@@ -224,7 +224,7 @@ class DriverProcess:
                 with self._lock:
                     future = self._futures.pop(task[0], None)
                 if future is not None:  # else the cluster was lost meanwhile
-                    future.set_exception(ClusterError("a task can't be handed to the cluster", got=reason(error)))
+                    future.set_exception(ClusterError("a task can't be handed to the cluster", got=error_reason(error)))
 
     def listen(self) -> None:
         """Receive results until the child ends."""
@@ -247,7 +247,7 @@ class DriverProcess:
         except Exception:  # an answer that can't be read; the ones behind it can't be told apart either
             log.warning("what a cluster answers can't be read", exc_info=True)
         with self._lock:
-            self.lost = True
+            self.is_lost = True
             unanswered, self._futures = list(self._futures.values()), {}
         self._unsent.put(None)
         self._on_lost()

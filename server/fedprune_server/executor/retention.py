@@ -10,8 +10,8 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.state import named_in
-from fedprune_server.executor.offers import LatestGraphs, graphs_of
+from fedprune.jobs.state import offer_digests
+from fedprune_server.executor.offers import LatestGraphs, offer_graphs
 
 
 class BlobCollector:
@@ -37,15 +37,15 @@ class BlobCollector:
     def note_state(self, state: State) -> None:
         """Mark what the state no longer refers to. Call it before `state.settle()`, which forgets what has changed."""
         has_references = bool(self._references)
-        self._note("state", "", state.own_references())
+        self._note_references("state", "", state.state_references())
         entries: tuple[tuple[str, TrackedDict[Any]], ...] = (("device", state.devices), ("task", state.tasks))
         for kind, tracked in entries:
             # After a start nothing is noted yet; from then on only what a turn has changed, as a fleet may have
             # thousands of devices.
             for name in tracked.changed if has_references else list(tracked):
-                self._note(kind, name, tracked[name].references() if name in tracked else set())
+                self._note_references(kind, name, tracked[name].references() if name in tracked else set())
 
-    def _note(self, kind: str, name: str, digests: set[str]) -> None:
+    def _note_references(self, kind: str, name: str, digests: set[str]) -> None:
         previous_digests = self._references.pop((kind, name), set())
         if digests:
             self._references[kind, name] = digests
@@ -61,12 +61,12 @@ class BlobCollector:
 
     def keep_graphs(self, graphs: Iterable[str], round_: int) -> None:
         """Keep the graphs of an offer while `LatestGraphs` has them: the next rounds may offer them again."""
-        self._graphs.name(graphs, round_)
+        self._graphs.note_named(graphs, round_)
 
     def note_offer(self, offer: Mapping[str, Any], round_: int) -> None:
         """Keep a new offer's graphs, and mark its other blobs: its device may have been dropped while it was made."""
-        self.keep_graphs(graphs_of(offer), round_)
-        self.mark(named_in(offer) | ({offer["ranking"]} if offer.get("ranking") else set()))
+        self.keep_graphs(offer_graphs(offer), round_)
+        self.mark(offer_digests(offer) | ({offer["ranking"]} if offer.get("ranking") else set()))
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
         """Sweep: delete the candidates that nothing refers to, and partial files.
@@ -83,7 +83,7 @@ class BlobCollector:
             StorageError: The disk fails.
         """
         self.note_state(state)
-        self.mark(self._graphs.let_go(state.round))
+        self.mark(self._graphs.drop_unnamed(state.round))
         models = kept_models(state, self._keep, self._judged_by)
         self.mark(models)  # those from before a restart, too, which no later state lets go of
         needed = {d for d in self._candidates if d in self._uses}
@@ -101,7 +101,7 @@ def kept_models(state: State, keep: int, judged_by: str) -> set[str]:
     return {state.model, *(row["model"] for row in rows)}
 
 
-def sweep(store: BlobStore, state: State, keep: int, judged_by: str) -> None:
+def sweep_blobs(store: BlobStore, state: State, keep: int, judged_by: str) -> None:
     """Delete all blobs, whole and partial, that nothing refers to, such as a crash leaves behind.
 
     Graphs are made again when they are needed. Raises `StorageError` if the disk fails."""

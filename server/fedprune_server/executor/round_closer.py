@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedprune.coordination import commands as do
-from fedprune.coordination.round import Round, RoundResult
+from fedprune.coordination.round import Round, RoundOutcome
 from fedprune.model.selection import Selection
 from fedprune_server.executor.stored_updates import StoredUpdates
 
@@ -21,10 +21,10 @@ class RoundCloser:
     def __init__(self, updates: StoredUpdates, round_of: Callable[[do.Close | do.Basis], Round]) -> None:
         self._updates, self._round_of = updates, round_of
 
-    def offer_fields(self, basis: do.Basis, device_part: do.Part, selection: Selection) -> dict[str, Any]:
+    def offer_fields(self, basis: do.Basis, device_part: do.DevicePart, selection: Selection) -> dict[str, Any]:
         """Fields of an offer that ask for the update in a form of its own."""
         return {}
 
-    def close(self, command: do.Close) -> RoundResult:
-        updates = [self._updates.update(c) for c in command.contributions]
+    def close(self, command: do.Close) -> RoundOutcome:
+        updates = [self._updates.round_update(c) for c in command.contributions]
         return self._round_of(command).close(updates, command.rate, command.participants)

@@ -32,19 +32,19 @@ def settled_ranks(job: Job, model: Model, state: State, store: BlobStore, digest
         digest: Of the weights that are cut.
     """
     try:
-        return _settled(job, model, state, store, digest)
+        return _next_ranks(job, model, state, store, digest)
     except (ConfigError, MissingExtraError) as error:
         log.warning("the model is without the ranks of its fleet: %s", error)
         return None
 
 
-def _settled(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
+def _next_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
     architecture = model.architecture
     strategy, sizes, archive = compose(job), architecture.sizes, Archive(architecture, store)
     has_narrow_boards = any(device.widths and tuple(device.widths) != sizes for device in state.devices.values())
     if not has_narrow_boards and not strategy.planned_recipe(job, "", sizes, 1.0, 1).ordered_dropout:
         return None
-    if not strategy.device_independent:
+    if not strategy.is_device_independent:
         return None
     scene = Scene(
         architecture,
@@ -52,7 +52,7 @@ def _settled(job: Job, model: Model, state: State, store: BlobStore, digest: str
         state.round + 1,
         archive.model(digest),
         archive.memory(state.memory),
-        job.training,
+        job.training_recipe,
         tuple(sorted(state.devices)),
         model.ranks,
     )

@@ -11,23 +11,23 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.coordination import commands as do
-from fedprune.coordination.limits import RoundUpdate, shortened
+from fedprune.coordination.limits import RoundUpdate, shorten_update
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.model.trainable import spelt
+from fedprune.model.trainable import expand_head
 from fedprune.strategies import Strategy
 from fedprune.strategies.importance.scoring import Ranks
-from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
-from fedprune_server.executor.archive import Archive, parts
+from fedprune.strategies.values import Cut, Scene, Submodel, Turn, UpdateReport
+from fedprune_server.executor.archive import Archive, split_update
 
 
 class StoredUpdates:
     """Reads the scenes, submodels and updates that commands name.
 
     Args:
-        withheld: By recipe, the tensors that no update carries.
+        withheld_names: By recipe, the tensors that no update carries.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class StoredUpdates:
             round_,
             self.archive.model(model),
             self.archive.memory(memory),
-            self._job.training,
+            self._job.training_recipe,
             participants,
             self._ranks,
         )
 
-    def turn(self, basis: do.Basis, device_part: do.Part) -> Turn:
+    def turn(self, basis: do.Basis, device_part: do.DevicePart) -> Turn:
         return Turn(
             self._job.seed,
             basis.round,
@@ -74,25 +74,25 @@ class StoredUpdates:
         )
 
     def recipe(self, turn: Turn) -> Recipe:
-        recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.training, turn))
+        recipe = self._job.privacy.private_recipe(self._strategy.recipe(self._job.training_recipe, turn))
         recipe = recipe if turn.work == 1 else replace(recipe, epochs=recipe.epochs * turn.work)
-        personal = spelt(recipe.personal, self._architecture)
+        personal = expand_head(recipe.personal, self._architecture)
         return recipe if personal == recipe.personal else replace(recipe, personal=personal)
 
-    def withheld(self, basis: do.Basis, device_part: do.Part) -> frozenset[str]:
+    def withheld_names(self, basis: do.Basis, device_part: do.DevicePart) -> frozenset[str]:
         """The tensors that no update of a device has."""
         return self._withheld(self.recipe(self.turn(basis, device_part)))
 
-    def cut(self, basis: do.Basis, device_part: do.Part) -> Cut:
+    def cut(self, basis: do.Basis, device_part: do.DevicePart) -> Cut:
         """The input of a device's submodel."""
         turn = self.turn(basis, device_part)
         scene = self.scene(basis.round, basis.model, basis.memory)
         withheld = self._withheld(self.recipe(turn))
-        past = self.archive.past(device_part.past, lambda s: _gathered(s, scene.model, withheld))
+        past = self.archive.past(device_part.past, lambda s: _gather_named(s, scene.model, withheld))
         selection = self.archive.selection(basis.ranking, device_part.widths)
         return Cut(scene, turn, selection, self.archive.order(basis.order), past)
 
-    def update(self, contribution: do.Contribution) -> RoundUpdate:
+    def round_update(self, contribution: do.Contribution) -> RoundUpdate:
         """A stored update, to be read when its round needs it."""
         basis, device_part = contribution.basis, contribution.part
         content = (
@@ -107,7 +107,7 @@ class StoredUpdates:
         read = partial(self.report, contribution)
         return RoundUpdate(device_part.device, key, contribution.weight, device_part.samples, read, contribution.shares)
 
-    def report(self, contribution: do.Contribution) -> Report:
+    def report(self, contribution: do.Contribution) -> UpdateReport:
         """A stored update with all its tensors. Those that don't travel are the server's, whatever a device sent.
 
         Raises `FedpruneError` if it can't be read, or if its squared gradients were not asked for or are invalid.
@@ -117,33 +117,41 @@ class StoredUpdates:
         mask = self.archive.mask(contribution.mask, selection)
         recipe = self.recipe(cut.turn)
         withheld = self._withheld(recipe)
-        withheld_tensors = _gathered(selection, cut.scene.model, withheld)
-        tensors, squares = parts(self.archive.update(contribution.weights, contribution.codec, contribution.sent), mask)
+        withheld_tensors = _gather_named(selection, cut.scene.model, withheld)
+        tensors, squares = split_update(
+            self.archive.update(contribution.weights, contribution.codec, contribution.sent), mask
+        )
 
         def read_sent() -> Submodel:
-            offered, _ = parts(self.archive.sent(contribution.sent), mask)
+            offered, _ = split_update(self.archive.sent_weights(contribution.sent), mask)
             return Submodel(selection, offered, mask)
 
         if squares:
             trainable = frozenset(t.name for t in self._architecture.trainable)
             check_squares(selection, squares, trainable - withheld if recipe.report_squares else ())
         trained = Submodel(selection, tensors | withheld_tensors, mask)
-        return Report(cut, trained, contribution.weight, contribution.steps, read_sent, squares)
+        return UpdateReport(cut, trained, contribution.weight, contribution.steps, read_sent, squares)
 
-    def some(self, contribution: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]) -> Report:
+    def partial_report(
+        self, contribution: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]
+    ) -> UpdateReport:
         """Some tensors of a stored update that has no mask and no codec; no others are read."""
         scene = self.scene(contribution.basis.round, contribution.basis.model, contribution.basis.memory)
         turn, selection = self.turn(contribution.basis, contribution.part), self._selection(contribution)
         round_selection = self.archive.selection(contribution.basis.ranking, contribution.part.widths)
-        withheld_tensors = _gathered(selection, scene.model, self._withheld(self.recipe(turn)))
+        withheld_tensors = _gather_named(selection, scene.model, self._withheld(self.recipe(turn)))
         tensors = read_tensors(self._store, refs[contribution.weights], names)
         tensors |= {n: v for n, v in withheld_tensors.items() if n in names}
-        read_sent = partial(self._sent, selection, contribution.sent, refs, names)
+        read_sent = partial(self._read_sent, selection, contribution.sent, refs, names)
         trained = Submodel(selection, tensors)
-        report = Report(Cut(scene, turn, round_selection), trained, contribution.weight, contribution.steps, read_sent)
-        return shortened(report, contribution.shares) if contribution.shares else report
+        report = UpdateReport(
+            Cut(scene, turn, round_selection), trained, contribution.weight, contribution.steps, read_sent
+        )
+        return shorten_update(report, contribution.shares) if contribution.shares else report
 
-    def _sent(self, selection: Selection, digest: str, refs: Mapping[str, BlobRef], names: Collection[str]) -> Submodel:
+    def _read_sent(
+        self, selection: Selection, digest: str, refs: Mapping[str, BlobRef], names: Collection[str]
+    ) -> Submodel:
         return Submodel(selection, read_tensors(self._store, refs[digest], names))
 
     def _selection(self, contribution: do.Contribution) -> Selection:
@@ -153,7 +161,7 @@ class StoredUpdates:
         )
 
 
-def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
+def _gather_named(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
     """The tensors of a submodel that have these names."""
     if not names:
         return {}

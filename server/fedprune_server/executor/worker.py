@@ -19,33 +19,33 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.limits import UpdateLimits
-from fedprune.coordination.round import Round, RoundResult
+from fedprune.coordination.round import Round, RoundOutcome
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import State
-from fedprune.model.nested_widths import just_made
+from fedprune.model.nested_widths import is_untrained
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune.strategies import compose
-from fedprune.strategies.importance.element_ranking import magnitudes, threshold
+from fedprune.strategies.importance.element_ranking import magnitudes, mask_threshold
 from fedprune.strategies.values import Cut, Memories, Submodel, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant
-from fedprune_server.executor.background import Work
+from fedprune_server.executor.background import HeavyCommand
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
-from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
+from fedprune_server.executor.evaluator import Evaluation, Evaluator, ModelSessions
 from fedprune_server.executor.masked_sums import MaskedSums
-from fedprune_server.executor.offers import Offers, blobs_of, graphs_of
+from fedprune_server.executor.offers import Offers, offer_blobs, offer_graphs
 from fedprune_server.executor.round_closer import RoundCloser
 from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
 
 # Latest bases of submodels whose offers are kept for further devices.
-_BASES = 2
+_KEPT_BASES = 2
 
 
 class Worker:
@@ -83,7 +83,7 @@ class Worker:
         self.strategy = compose(job)
         self.store = store
         self._unit = unit
-        self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
+        self._evaluator = None if evaluation is None else Evaluator(ModelSessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         distillation, self._distiller = self.strategy.distillation, None
         if self._calibration is not None and distillation is not None and model.base is None:
@@ -95,8 +95,8 @@ class Worker:
         self._closer = RoundCloser(self.updates, self.round_of)
         if job.secure_aggregation:
             self._closer = MaskedSums(job, self.updates, store, self.round_of)
-        self._shared: dict[Hashable, dict[Hashable, dict[str, Any]]] = {}
-        self._told: set[str] = set()
+        self._shared_offers: dict[Hashable, dict[Hashable, dict[str, Any]]] = {}
+        self._logged_limits: set[str] = set()
 
     @cached_property
     def accountant(self) -> Accountant | None:
@@ -104,18 +104,18 @@ class Worker:
         `ConfigError` if the job's budget of privacy is not enough for a round, and `MissingExtraError` if dp-accounting
         is not installed."""
         privacy = self.job.privacy
-        return Accountant(privacy) if privacy.on and privacy.noise_multiplier else None
+        return Accountant(privacy) if privacy.is_on and privacy.noise_multiplier else None
 
     def begin(self) -> State:
-        """The state of a job that begins with the model. Raises as `initial`."""
-        untrained = just_made(self.architecture, self.model.tensors)
-        state = State(model=self.initial(), architecture=self.architecture.digest, untrained=untrained)
+        """The state of a job that begins with the model. Raises as `put_initial_model`."""
+        untrained = is_untrained(self.architecture, self.model.tensors)
+        state = State(model=self.put_initial_model(), architecture=self.architecture.digest, untrained=untrained)
         if self.strategy.core is not None:
             plain = self.store.put(tensorfile.encode(self.model.tensors)).sha256
             state.plain_model = plain if plain != state.model else ""
         return state
 
-    def initial(self) -> str:
+    def put_initial_model(self) -> str:
         """Put the job's first model into the store and return its digest.
 
         Raises:
@@ -136,12 +136,12 @@ class Worker:
         recipe. Raises `ModelError` if the model can't be trained by it, and `ConfigError` if one of its patterns
         matches no tensor."""
         recipe = self.updates.recipe(Turn(self.job.seed, round_, "", self.architecture.sizes))
-        self._offers.training(recipe, round_, self._unit)
-        self._offers.lowered(self.architecture.sizes, round_)
+        self._offers.training_ref(recipe, round_, self._unit)
+        self._offers.lowered_refs(self.architecture.sizes, round_)
         self._offers.withheld(recipe)
         return recipe
 
-    def execute(self, command: Work) -> on.Event:
+    def execute(self, command: HeavyCommand) -> on.Event:
         """Carry out one command and return its result. Raises `FedpruneError` if it can't be done. A `Fold` of a faulty
         update is answered by `UpdateRejected` instead, and a `Close` leaves such updates out."""
         match command:
@@ -149,8 +149,8 @@ class Worker:
                 return self._score(command)
             case do.Extract():
                 return self._extract(command)
-            case do.Fold():
-                return self._add(command)
+            case do.FoldUpdate():
+                return self._receive_update(command)
             case do.Close():
                 return self._close(command)
             case do.Evaluate():
@@ -159,20 +159,20 @@ class Worker:
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Do nothing ahead: only helpers can (`DistributedWorker`)."""
 
-    def graphs(self) -> set[str]:
+    def graph_digests(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
-        return self._offers.graphs()
+        return self._offers.graph_digests()
 
-    def note(self, command: do.Extract, event: on.Extracted) -> None:
+    def note_offer(self, command: do.Extract, event: on.Extracted) -> None:
         """Note a new offer, perhaps of a helper: its graphs, and that other devices may get the same one."""
-        self._offers.note(graphs_of(event.offer), event.round)
+        self._offers.note(offer_graphs(event.offer), event.round)
         key = self.shared_key(command)
         if key is not None:
-            basis = _basis_of(command)
-            if basis not in self._shared:
+            basis = _basis_key(command)
+            if basis not in self._shared_offers:
                 # Devices of an asynchronous job may still ask for the basis before.
-                self._shared = dict([*self._shared.items(), (basis, {})][-_BASES:])
-            self._shared[basis].setdefault(key, dict(event.offer))
+                self._shared_offers = dict([*self._shared_offers.items(), (basis, {})][-_KEPT_BASES:])
+            self._shared_offers[basis].setdefault(key, dict(event.offer))
 
     # A round begins.
 
@@ -187,28 +187,36 @@ class Worker:
 
     def shared_key(self, command: do.Extract) -> Hashable:
         """The key of an offer: devices of equal keys get the same one. None for an offer that only its device gets."""
-        if not self.strategy.device_independent:
+        if not self.strategy.is_device_independent:
             return None
-        return _basis_of(command), _kind_of(command), command.coding, self._recipe(command), command.unit or self._unit
+        return (
+            _basis_key(command),
+            _submodel_key(command),
+            command.coding,
+            self._recipe(command),
+            command.unit or self._unit,
+        )
 
     def _recipe(self, command: do.Extract) -> Recipe:
-        return self.updates.recipe(self.updates.turn(command.basis, command.part)).in_parts(command.accumulate)
+        return self.updates.recipe(self.updates.turn(command.basis, command.part)).with_micro_batches(
+            command.accumulate
+        )
 
     def _extract(self, command: do.Extract) -> on.Extracted:
         device_part, key = command.part, self.shared_key(command)
-        offer = self._shared.get(_basis_of(command), {}).get(key)
+        offer = self._shared_offers.get(_basis_key(command), {}).get(key)
         # Blobs may have been swept since the offer was made.
-        if offer is None or not all(map(self.store.has, blobs_of(offer))):
+        if offer is None or not all(map(self.store.has, offer_blobs(offer))):
             offer = self._offer(command)
         event = on.Extracted(command.basis.round, device_part.device, device_part.attempt, dict(offer))
-        self.note(command, event)
+        self.note_offer(command, event)
         return event
 
     def _offer(self, command: do.Extract) -> dict[str, Any]:
         cut = self.updates.cut(command.basis, command.part)
         submodel = self.strategy.extract(cut)
-        recipe = _masked(self._recipe(command), submodel)
-        held_submodel = command.coding.held
+        recipe = _mask_recipe(self._recipe(command), submodel)
+        held_submodel = command.coding.received
         previous_selection = None
         if held_submodel is not None and self.store.has(held_submodel.ranking):
             previous_selection = self.updates.archive.selection(held_submodel.ranking, held_submodel.widths)
@@ -230,26 +238,26 @@ class Worker:
 
         The update is folded by this ranking, so that a strategy may extract any channels.
         """
-        if selection is cut.selection or selection.digest == cut.selection.narrowed(selection.widths).digest:
+        if selection is cut.selection or selection.digest == cut.selection.with_widths(selection.widths).digest:
             return basis.ranking
-        return self.store.put(selection.narrowed(self.architecture.sizes).to_json().encode()).sha256
+        return self.store.put(selection.with_widths(self.architecture.sizes).to_json().encode()).sha256
 
     # Updates come in, and a round ends.
 
-    def round_of(self, command: do.Fold | do.Close | do.Basis) -> Round:
+    def round_of(self, command: do.FoldUpdate | do.Close | do.Basis) -> Round:
         """The round of a command; a new one if the command before belonged to another."""
         key = (command.round, command.model, command.memory)
         # An asynchronous job's commands may belong to another basis than those before: sums of one model are no sums of
         # another.
         if self._round is None or self._round[0] != key:
-            core = any(device_part.core for device_part in _parts_of(command))
+            core = any(device_part.core for device_part in _device_parts(command))
             scene = replace(self.updates.scene(command.round, command.model, command.memory), core=core)
             self._round = key, Round(self.strategy, scene, self.limits)
         return self._round[1]
 
-    def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
+    def _receive_update(self, command: do.FoldUpdate) -> on.Folded | on.UpdateRejected:
         contribution = command.contribution
-        failure = self.round_of(command).receive(self.updates.update(contribution))
+        failure = self.round_of(command).add_update(self.updates.round_update(contribution))
         if failure is not None:
             identity = contribution.part.device, contribution.basis.round, contribution.part.attempt
             return on.UpdateRejected(*identity, failure.reason, failure.kind)
@@ -260,21 +268,21 @@ class Worker:
         self._round = None
         self._log(command.round, result)
         model = self._put_model(command, result)
-        memory = self._remembered(command.memory, result.memories)
+        memory = self._store_memories(command.memory, result.memories)
         reasons = {device: failure.reason for device, failure in result.rejected.items()}
         kinds: dict[str, str] = {device: failure.kind for device, failure in result.rejected.items()}
         return on.Closed(command.round, model, memory, reasons, dict(result.limited), kinds, result.reduced)
 
-    def _log(self, round_: int, result: RoundResult) -> None:
+    def _log(self, round_: int, result: RoundOutcome) -> None:
         for device, failure in result.rejected.items():
             log.warning("%sthe update of %s doesn't count in round %d: %s", self.prefix, device, round_, failure.reason)
         for device, reason in result.limited.items():
             # The samples that a board reports stay as they are: once is enough.
-            level = logging.DEBUG if reason in self._told else logging.WARNING
+            level = logging.DEBUG if reason in self._logged_limits else logging.WARNING
             log.log(level, "%sthe update of %s is limited in round %d: %s", self.prefix, device, round_, reason)
-        self._told = set(result.limited.values())
+        self._logged_limits = set(result.limited.values())
 
-    def _put_model(self, command: do.Close, result: RoundResult) -> str:
+    def _put_model(self, command: do.Close, result: RoundOutcome) -> str:
         """Store the next model; tensors that don't travel keep their bits, which sums would round."""
         if result.model is None:
             return command.model
@@ -282,7 +290,7 @@ class Worker:
         counted = {u.device for u in result.updates}
         for contribution in command.contributions:
             if contribution.part.device in counted:
-                withheld_names |= self.updates.withheld(contribution.basis, contribution.part)
+                withheld_names |= self.updates.withheld_names(contribution.basis, contribution.part)
         tensors = result.model | {n: previous_tensors[n] for n in withheld_names}
         if self._distiller is not None and any(contribution.part.mixed for contribution in command.contributions):
             scene = self.updates.scene(command.round, command.model, command.memory)
@@ -294,7 +302,7 @@ class Worker:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
 
-    def _remembered(self, digests_before: dict[str, str], memories: Memories) -> dict[str, str]:
+    def _store_memories(self, digests_before: dict[str, str], memories: Memories) -> dict[str, str]:
         digests = dict(digests_before)
         for name, tensors in memories.items():
             if tensors:
@@ -316,30 +324,30 @@ class Worker:
         return on.Evaluated(command.round, metrics | privacy_metrics)
 
 
-def _parts_of(command: do.Fold | do.Close | do.Basis) -> tuple[do.Part, ...]:
+def _device_parts(command: do.FoldUpdate | do.Close | do.Basis) -> tuple[do.DevicePart, ...]:
     """The devices' parts whose updates a command names."""
-    if isinstance(command, do.Fold):
+    if isinstance(command, do.FoldUpdate):
         return (command.contribution.part,)
     return () if isinstance(command, do.Basis) else tuple(contribution.part for contribution in command.contributions)
 
 
-def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
+def _mask_recipe(recipe: Recipe, submodel: Submodel) -> Recipe:
     """The recipe of a masked submodel, whose mask stays as it is or follows a threshold of magnitudes."""
     if not submodel.mask:
         return recipe
     if recipe.mask == "threshold":
-        smallest = threshold(magnitudes(submodel.tensors, submodel.mask), submodel.mask)
+        smallest = mask_threshold(magnitudes(submodel.tensors, submodel.mask), submodel.mask)
         return replace(recipe, mask_threshold=smallest)
     return replace(recipe, mask="hard")
 
 
-def _basis_of(command: do.Extract) -> Hashable:
+def _basis_key(command: do.Extract) -> Hashable:
     """The key of what the submodels of a round are cut from."""
     basis = command.basis
     return basis.round, basis.model, basis.ranking, basis.order
 
 
-def _kind_of(command: do.Extract) -> Hashable:
+def _submodel_key(command: do.Extract) -> Hashable:
     """The key of a device's submodel; density is a part of it only with element masks."""
     device_part = command.part
     return device_part.widths, device_part.density if command.basis.order is not None else 1.0

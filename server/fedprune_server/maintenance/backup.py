@@ -18,38 +18,38 @@ from tempfile import TemporaryDirectory
 
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore, MissingBlobError
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import file_digest, locked, make_private_folder, storage_errors
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import file_digest, file_lock, make_private_folder, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune.output.tables import Advance
-from fedprune_server.enrollment.pki import FOLDER as IDENTITY
-from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, Entry, Manifest
-from fedprune_server.maintenance.inventory import Inventory, find_files, inventory
+from fedprune.output.tables import AdvanceBar
+from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
+from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, BackupEntry, BackupManifest
+from fedprune_server.maintenance.inventory import Inventory, find_files, read_inventory
 from fedprune_server.ota.store import FOLDER as RELEASES
-from fedprune_server.storage.blob_place import reader
-from fedprune_server.storage.copying import snapshot
-from fedprune_server.storage.database import copy_sqlite, translated
-from fedprune_server.storage.state_folder import FOLDER as FURTHER
-from fedprune_server.storage.state_folder import MODEL
+from fedprune_server.storage.blob_place import open_blobs_reader
+from fedprune_server.storage.copying import write_snapshot
+from fedprune_server.storage.database import copy_sqlite, translate_errors
+from fedprune_server.storage.state_folder import JOBS_FOLDER as FURTHER
+from fedprune_server.storage.state_folder import MODEL_FILE
 from fedprune_server.storage.storage import Storage
 
 # A copy is made of one moment, and blobs are read later: a round that ends meanwhile deletes some. Rounds take minutes,
 # copies seconds, so that five in a row that fail have another reason.
-_ATTEMPTS = 5
-_AGAIN = "Try again; if it stays so, see `fedprune-server check`."
+_MAX_ATTEMPTS = 5
+_RETRY_HINT = "Try again; if it stays so, see `fedprune-server check`."
 _LOCK = "lock"
-_OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
-_IDENTITY = (
+_BACKUP_FILES = {NAME, "blobs", "files", FURTHER, _LOCK}
+_IDENTITY_FILES = (
     "authority.key", "authority.pem", "crl.pem", "signing.key", "epoch", "server.key", "server.pem",
     "broker.key", "broker.pem", "site",
 )  # fmt: skip
 
 
-class MovedError(StorageError):
+class StateChangedError(StorageError):
     """The server continued during the backup, and deleted something that the copied database refers to."""
 
 
-def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
+def back_up(state: Path, target: Path, advance: AdvanceBar) -> BackupManifest:
     """Make a backup; returns what it has.
 
     Args:
@@ -61,21 +61,21 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
         ConfigError: The target is something else, another job's backup, or in the state folder itself.
         StorageError: The state folder is damaged, or the disk fails or is full; an earlier backup is as it was.
     """
-    _check_apart(state, target)
+    _check_outside(state, target)
     attempt = 0
     while True:
         attempt += 1
         try:
             with TemporaryDirectory(prefix="fedprune-backup-") as scratch:
-                collected = _Collected(state, Path(scratch))
+                collected = _BackupContent(state, Path(scratch))
                 _write(target, collected, advance)
                 return collected.manifest
-        except MovedError:
-            if attempt == _ATTEMPTS:
+        except StateChangedError:
+            if attempt == _MAX_ATTEMPTS:
                 raise
 
 
-def _check_apart(state: Path, target: Path) -> None:
+def _check_outside(state: Path, target: Path) -> None:
     """Refuse a target in the state folder: it would be lost together with it."""
     with storage_errors(f"can't read {target}"):
         is_inside = target.resolve().is_relative_to(state.resolve())
@@ -85,47 +85,47 @@ def _check_apart(state: Path, target: Path) -> None:
         )
 
 
-class _Collected:
+class _BackupContent:
     """The content of a backup, as of one moment."""
 
     def __init__(self, state: Path, scratch: Path) -> None:
         self._sources: dict[str, Path] = {}
-        self._entries: list[Entry] = []
-        with Storage.existing(state) as storage:
-            snapshot(storage, scratch / DATABASE)
+        self._entries: list[BackupEntry] = []
+        with Storage.open_existing(state) as storage:
+            write_snapshot(storage, scratch / DATABASE)
         with Storage(f"sqlite:///{scratch / DATABASE}", create=False) as database_copy:
-            needs = inventory(database_copy)
-        self._store = reader(state, needs.settings)  # a bucket is looked through after the copy was made
+            needs = read_inventory(database_copy)
+        self._store = open_blobs_reader(state, needs.settings)  # a bucket is looked through after the copy was made
         self._add(DATABASE, scratch / DATABASE)
-        self._add(MODEL, state / MODEL)
-        for name in _IDENTITY:  # a file that is lost must not keep the others out of the backup
-            self._add_kept(state, scratch, f"{IDENTITY}/{name}")
-        self._add_kept(state, scratch, CONSOLE)
+        self._add(MODEL_FILE, state / MODEL_FILE)
+        for name in _IDENTITY_FILES:  # a file that is lost must not keep the others out of the backup
+            self._add_if_present(state, scratch, f"{IDENTITY}/{name}")
+        self._add_if_present(state, scratch, CONSOLE)
         if (state / RELEASES).is_dir():
             for digest, path in find_files(state / RELEASES).blobs.items():
                 self._add(f"{RELEASES}/{digest[:2]}/{digest}", path)
-        for digest in sorted(self._needed(needs)):
+        for digest in sorted(self._blobs_to_copy(needs)):
             self._add_blob(digest)
         job = needs.settings["job"]["name"]
-        self.manifest = Manifest(
+        self.manifest = BackupManifest(
             job, needs.settings["model"], needs.state.round, int(time.time()), __version__, tuple(self._entries),
             f"{socket.gethostname()}:{state.resolve()}",
         )  # fmt: skip
 
-    def read(self, entry: Entry) -> bytes:
-        if entry.blob:
+    def read(self, entry: BackupEntry) -> bytes:
+        if entry.is_blob:
             try:
                 return self._store.read(entry.sha256)
             except MissingBlobError as error:
-                raise MovedError(error.what, hint=_AGAIN) from error
+                raise StateChangedError(error.what, hint=_RETRY_HINT) from error
         path = self._sources[entry.path]
-        with _still_there(path):
+        with _missing_as_moved(path):
             data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise MovedError(f"{path} changes all the time")
+            raise StateChangedError(f"{path} changes all the time")
         return data
 
-    def _needed(self, needs: Inventory) -> set[str]:
+    def _blobs_to_copy(self, needs: Inventory) -> set[str]:
         stored_digests = set(self._store.names())
         return set(needs.references | (needs.models & stored_digests))
 
@@ -133,10 +133,10 @@ class _Collected:
         try:
             size = self._store.size(digest)
         except MissingBlobError as error:
-            raise MovedError(error.what, hint=_AGAIN) from error
-        self._entries.append(Entry(f"blobs/{digest[:2]}/{digest}", digest, size))
+            raise StateChangedError(error.what, hint=_RETRY_HINT) from error
+        self._entries.append(BackupEntry(f"blobs/{digest[:2]}/{digest}", digest, size))
 
-    def _add_kept(self, state: Path, scratch: Path, path: str) -> None:
+    def _add_if_present(self, state: Path, scratch: Path, path: str) -> None:
         """Add a file if it exists; a database is copied as of one moment."""
         source = state / path
         if not source.exists():
@@ -147,21 +147,21 @@ class _Collected:
             if path == CONSOLE:
                 _end_sessions(source)
         elif source.suffix != ".key":
-            data = _read(source)  # a copy, because it may change; keys don't, and a copy of one would lie in /tmp
+            data = _read_file(source)  # a copy, because it may change; keys don't, and a copy of one would lie in /tmp
             source = scratch / source.name
-            write_whole(source, data, private=True)
+            write_atomically(source, data, private=True)
         self._add(path, source)
 
     def _add(self, path: str, source: Path) -> None:
         with storage_errors(f"can't read {source}"):
-            entry = Entry(path, file_digest(source), source.stat().st_size)
+            entry = BackupEntry(path, file_digest(source), source.stat().st_size)
         self._sources[path] = source
         self._entries.append(entry)
 
 
 def _end_sessions(copy: Path) -> None:
     """Delete sessions and orders from a copy of the console's database: a restored one must not carry them out."""
-    with translated(str(copy)), closing(sqlite3.connect(copy)) as connection:
+    with translate_errors(str(copy)), closing(sqlite3.connect(copy)) as connection:
         connection.execute("PRAGMA secure_delete=ON")  # SQLite leaves deleted rows readable in the file otherwise
         for table in ("sessions", "orders"):
             if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
@@ -169,39 +169,41 @@ def _end_sessions(copy: Path) -> None:
                     connection.execute(f"DELETE FROM {table}")  # noqa: S608  # nosec B608  # names of ours
 
 
-def _write(target: Path, collected: _Collected, advance: Advance) -> None:
+def _write(target: Path, collected: _BackupContent, advance: AdvanceBar) -> None:
     _check_target(target, collected.manifest)
     with storage_errors(f"can't make {target}"):
         make_private_folder(target)
         for name in ("blobs", "files"):
             (target / name).mkdir(mode=0o700, exist_ok=True)
-    with locked(target / _LOCK, f"another backup is being written to {target}", "Wait until it is done."):
+    with file_lock(target / _LOCK, f"another backup is being written to {target}", "Wait until it is done."):
         for entry in collected.manifest.entries:
-            path = target / entry.place
-            if not _is_there(path, entry):
+            path = target / entry.backup_path
+            if not _has_copy(path, entry):
                 with storage_errors(f"can't make {path.parent}"):
                     path.parent.mkdir(exist_ok=True)
-                write_whole(path, collected.read(entry), private=entry.private)
+                write_atomically(path, collected.read(entry), private=entry.is_private)
             advance(entry.size)
         # The manifest last, then the pruning: at every moment the folder has one whole backup.
-        write_whole(target / NAME, collected.manifest.to_bytes(), private=True)
-        _prune(target, {e.place for e in collected.manifest.entries})
+        write_atomically(target / NAME, collected.manifest.to_bytes(), private=True)
+        _prune(target, {e.backup_path for e in collected.manifest.entries})
 
 
-def _check_target(target: Path, manifest: Manifest) -> None:
+def _check_target(target: Path, manifest: BackupManifest) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise ConfigError(f"{target} is a file", expected="a folder")
     with storage_errors(f"can't read {target}"):
-        foreign_files = sorted(p.name for p in target.iterdir() if p.name not in _OURS and not p.name.startswith("."))
+        foreign_files = sorted(
+            p.name for p in target.iterdir() if p.name not in _BACKUP_FILES and not p.name.startswith(".")
+        )
     if foreign_files:
         raise ConfigError(
             f"{target} has other things in it, such as {foreign_files[0]}", hint="Name a folder of its own for backups."
         )
     if (target / NAME).exists():
         with suppress(StorageError):  # one that is damaged is replaced
-            earlier_manifest = Manifest.parse(_read(target / NAME), str(target / NAME))
+            earlier_manifest = BackupManifest.parse(_read_file(target / NAME), str(target / NAME))
             if (earlier_manifest.job, earlier_manifest.model) != (manifest.job, manifest.model):
                 raise ConfigError(
                     f"{target} is a backup of another job, {earlier_manifest.job}",
@@ -209,7 +211,7 @@ def _check_target(target: Path, manifest: Manifest) -> None:
                 )
 
 
-def _is_there(path: Path, entry: Entry) -> bool:
+def _has_copy(path: Path, entry: BackupEntry) -> bool:
     """Whether the backup already has an undamaged copy of a file. The disk may have damaged what an earlier backup
     wrote, so that its size alone proves nothing."""
     if not path.is_file() or path.stat().st_size != entry.size:
@@ -229,15 +231,15 @@ def _prune(target: Path, kept_places: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     with storage_errors(f"can't read {path}"):
         return path.read_bytes()
 
 
 @contextmanager
-def _still_there(path: Path) -> Iterator[None]:
+def _missing_as_moved(path: Path) -> Iterator[None]:
     with storage_errors(f"can't read {path}", missing=True):
         try:
             yield
         except FileNotFoundError as error:
-            raise MovedError(f"blob {path.name} is missing", hint=_AGAIN) from error
+            raise StateChangedError(f"blob {path.name} is missing", hint=_RETRY_HINT) from error

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.errors import StorageError, shown
-from fedprune.core.records import Digest, matching, read, within, write
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.errors import StorageError, value_text
+from fedprune.core.records import Digest, decode_record, encode_record, number_range, pattern_text
 from fedprune.core.validation import MAX_INT, is_digest, is_number
 
 FORMAT = "fedprune.backup/1"
@@ -28,19 +28,19 @@ CONSOLE = "console.db"
 BACKED_UP, RESTORED = "backed-up.json", "restored.json"
 # A manifest comes from a disk that anyone may have written to, and its paths are joined to the new folder's: only these
 # are accepted.
-_PATH = matching(
+_PATH = pattern_text(
     r"server\.db|console\.db|model\.onnx|identity/[a-z]+(\.[a-z]+)?|(blobs|releases)/[0-9a-f]{2}/[0-9a-f]{64}",
     "a file of a state folder",
 )
 
 
 @dataclass(frozen=True)
-class Entry:
+class BackupEntry:
     """A file of a state folder: its path there, its digest and its bytes."""
 
     path: Annotated[str, _PATH]
     sha256: Digest
-    size: Annotated[int, within(0, MAX_INT)]
+    size: Annotated[int, number_range(0, MAX_INT)]
 
     def __post_init__(self) -> None:
         digest_in_name = self.path.rpartition("/")[2]
@@ -48,21 +48,21 @@ class Entry:
             raise StorageError("a backup's manifest: digest of a file", expected=digest_in_name, got=self.sha256)
 
     @property
-    def blob(self) -> bool:
+    def is_blob(self) -> bool:
         return self.path.startswith("blobs/")
 
     @property
-    def place(self) -> str:
+    def backup_path(self) -> str:
         """The file's path in the backup, which is named by the digest."""
-        return self.path if self.blob else f"files/{self.sha256}"
+        return self.path if self.is_blob else f"files/{self.sha256}"
 
     @property
-    def private(self) -> bool:
-        return not self.blob and self.path != "model.onnx"
+    def is_private(self) -> bool:
+        return not self.is_blob and self.path != "model.onnx"
 
 
 @dataclass(frozen=True)
-class Manifest:
+class BackupManifest:
     """A backup.
 
     Attributes:
@@ -78,9 +78,9 @@ class Manifest:
     round: int
     at: int
     version: str
-    entries: tuple[Entry, ...]
+    entries: tuple[BackupEntry, ...]
     origin: str
-    format: Annotated[str, matching(re.escape(FORMAT), FORMAT)] = FORMAT
+    format: Annotated[str, pattern_text(re.escape(FORMAT), FORMAT)] = FORMAT
 
     @property
     def size(self) -> int:
@@ -95,19 +95,19 @@ class Manifest:
         return any(e.path == CONSOLE for e in self.entries)
 
     @property
-    def database(self) -> Entry:
+    def database(self) -> BackupEntry:
         return next(e for e in self.entries if e.path == DATABASE)
 
     def digest(self) -> str:
-        return hashlib.sha256(write(self)).hexdigest()
+        return hashlib.sha256(encode_record(self)).hexdigest()
 
     def to_bytes(self) -> bytes:
-        return write(_File(self.digest(), self))
+        return encode_record(_File(self.digest(), self))
 
     @classmethod
-    def parse(cls, raw: bytes, where: str) -> Manifest:
+    def parse(cls, raw: bytes, where: str) -> BackupManifest:
         """Read what `to_bytes` wrote; raises `StorageError` if it is damaged, or of another version."""
-        file = read(_File, raw, where, StorageError)
+        file = decode_record(_File, raw, where, StorageError)
         paths = [e.path for e in file.manifest.entries]
         if file.manifest.digest() != file.digest or len(set(paths)) != len(paths) or DATABASE not in paths:
             raise StorageError(f"{where} is damaged", hint="Take another backup.")
@@ -117,13 +117,13 @@ class Manifest:
 @dataclass(frozen=True)
 class _File:
     digest: Digest
-    manifest: Manifest
+    manifest: BackupManifest
 
 
 def record_backup(folder: Path, now: float | None = None) -> None:
     """Note that a backup was made. If the folder can't be written to, nothing is noted: the backup is good."""
     with suppress(OSError):
-        write_whole(folder / BACKED_UP, json.dumps({"at": time.time() if now is None else now}).encode())
+        write_atomically(folder / BACKED_UP, json.dumps({"at": time.time() if now is None else now}).encode())
 
 
 def last_backup(folder: Path) -> float | None:
@@ -135,22 +135,22 @@ def last_backup(folder: Path) -> float | None:
     return float(at) if is_number(at) else None
 
 
-def record_restore(folder: Path, manifest: Manifest) -> None:
+def record_restore(folder: Path, manifest: BackupManifest) -> None:
     """Note of which backup a folder was restored."""
     body = {"at": int(time.time()), "backup_at": manifest.at, "origin": manifest.origin}
-    write_whole(folder / RESTORED, json.dumps(body).encode())
+    write_atomically(folder / RESTORED, json.dumps(body).encode())
 
 
-def restored_from(folder: Path) -> str:
+def restore_text(folder: Path) -> str:
     """A sentence on the backup from which a folder was restored, and when; empty if it wasn't."""
     with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         body = json.loads((folder / RESTORED).read_bytes())
-        at, backup_at = _day(body["at"]), _day(body["backup_at"])
+        at, backup_at = _local_minute(body["at"]), _local_minute(body["backup_at"])
         origin = body["origin"]
-        source = "" if not origin else f" of {origin if str(origin).isprintable() else shown(origin)}"
+        source = "" if not origin else f" of {origin if str(origin).isprintable() else value_text(origin)}"
         return f"restored on {at} from a backup{source} made on {backup_at}"
     return ""
 
 
-def _day(at: float) -> str:
+def _local_minute(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

@@ -6,30 +6,30 @@ import hashlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import SUFFIX, leaf_table, table_file
+from fedprune.blobs.blob_ref import TABLE_SUFFIX, leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.text import amount, quantity
-from fedprune.output.tables import Advance, silent
+from fedprune.output.tables import AdvanceBar, ignore_progress
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
-from fedprune_server.maintenance.inventory import FoundFiles, Inventory
-from fedprune_server.storage.s3.bucket import MODEL, OWNER, digest_of
+from fedprune_server.maintenance.inventory import BlobFiles, Inventory
+from fedprune_server.storage.s3.bucket import MODEL_KEY, OWNER_KEY, digest_of
 from fedprune_server.storage.s3.store import BucketStore
 
-_FROM_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
-_FROM_FOLDER = "`--repair` looks for it in the state folder and, with `--from BACKUP`, there."
-_REPAIR = "`--repair` mends it."
+_RESTORE_ADVICE = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
+_REFETCH_ADVICE = "`--repair` looks for it in the state folder and, with `--from BACKUP`, there."
+_REPAIR_ADVICE = "`--repair` mends it."
 
 
-def check_folder(files: FoundFiles, needs: Inventory, advance: Advance) -> Iterator[Finding]:
+def check_blob_folder(files: BlobFiles, needs: Inventory, advance: AdvanceBar) -> Iterator[Finding]:
     """Check the blobs of a folder; `advance` is called with the bytes that were read."""
-    yield from _missing(files.blobs, needs, "", _FROM_BACKUP)
+    yield from _missing_blobs(files.blobs, needs, "", _RESTORE_ADVICE)
     for digest, path in files.blobs.items():
-        yield from check_file(digest, path, files.tables.get(digest), advance, needed=digest in needs.needed)
+        yield from check_blob_file(digest, path, files.tables.get(digest), advance, needed=digest in needs.needed)
 
 
-def check_file(
-    digest: str, path: Path, table: Path | None, advance: Advance, *, needed: bool, cached: bool = False
+def check_blob_file(
+    digest: str, path: Path, table: Path | None, advance: AdvanceBar, *, needed: bool, cached: bool = False
 ) -> Iterator[Finding]:
     """Check a blob and its leaf table. A damaged copy of a bucket's blob is only noted: the server fetches it again."""
     try:
@@ -37,7 +37,7 @@ def check_file(
             data = path.read_bytes()
     except FileNotFoundError:  # deleted since the folder was listed
         if needed:
-            yield Finding(Severity.WRONG, f"blob {digest} is missing", _FROM_BACKUP, Repair.FETCH, blob=digest)
+            yield Finding(Severity.WRONG, f"blob {digest} is missing", _RESTORE_ADVICE, Repair.FETCH, blob=digest)
         return
     advance(len(data))
     if hashlib.sha256(data).hexdigest() != digest:
@@ -46,15 +46,17 @@ def check_file(
             what = f"{path}, a copy of what the bucket has, is damaged: it is fetched again"
             yield Finding(Severity.NOTE, what, "", Repair.DELETE, files, digest)
         else:
-            yield _damaged(f"blob {path}", digest, _FROM_BACKUP, files, needed=needed)
+            yield _damage_finding(f"blob {path}", digest, _RESTORE_ADVICE, files, needed=needed)
     elif (
-        table is not None and (table_bytes := _bytes(table)) is not None and table_bytes != table_file(leaf_table(data))
+        table is not None
+        and (table_bytes := _read_if_present(table)) is not None
+        and table_bytes != table_file(leaf_table(data))
     ):
         what = f"leaf table {table} is damaged: it is made again"
         yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
 
 
-def left_over_files(files_of_folder: FoundFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
+def left_over_files(files_of_folder: BlobFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
     """Findings on files that the job doesn't need; a cache may hold any blob of its bucket."""
     # A running server writes files that no saved state refers to yet.
     if not running:
@@ -77,37 +79,42 @@ def left_over_files(files_of_folder: FoundFiles, needs: Inventory, *, running: b
                 "leaf tables without a blob",
             ),
             (
-                [p for p in files_of_folder.partial if p.name.removesuffix(SUFFIX) not in needs.awaited],
+                [p for p in files_of_folder.partial if p.name.removesuffix(TABLE_SUFFIX) not in needs.expected_updates],
                 "parts of blobs that no board sends any more",
             ),
             (files_of_folder.temporary, "temporary files"),
         ):
             if paths:
-                yield _left_over(f"{what}: {quantity(len(paths), 'file')}", sum(map(size_of_file, paths)), paths)
-    if files_of_folder.strange:
-        files = quantity(len(files_of_folder.strange), "file")
-        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {files_of_folder.strange[0]}")
+                yield _left_over_finding(
+                    f"{what}: {quantity(len(paths), 'file')}", sum(map(size_of_file, paths)), paths
+                )
+    if files_of_folder.foreign:
+        files = quantity(len(files_of_folder.foreign), "file")
+        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {files_of_folder.foreign[0]}")
 
 
 def check_bucket(
-    store: BucketStore, cached_files: FoundFiles, needs: Inventory, advance: Advance, *, running: bool
+    store: BucketStore, cached_files: BlobFiles, needs: Inventory, advance: AdvanceBar, *, running: bool
 ) -> Iterator[Finding]:
     """Check the blobs of a bucket, and the folder that has copies of some of them."""
     url = store.bucket.url
     model = store.first_model()
-    if model is None or tensorfile.digest(model) != needs.settings.get("model"):
+    if model is None or tensorfile.sha256_hex(model) != needs.settings.get("model"):
         what = "is missing" if model is None else "is damaged"
         advice = (
-            f"A server that is started on the folder goes by its own; delete {OWNER} and {MODEL} to have it write both."
+            "A server that is started on the folder goes by its own; "
+            f"delete {OWNER_KEY} and {MODEL_KEY} to have it write both."
         )
-        yield Finding(Severity.NOTE, f"{url}/{MODEL} {what}", advice)
-    foreign_keys = [key for key, _ in store.bucket.list() if key not in (OWNER, MODEL) and digest_of(key) is None]
+        yield Finding(Severity.NOTE, f"{url}/{MODEL_KEY} {what}", advice)
+    foreign_keys = [
+        key for key, _ in store.bucket.list() if key not in (OWNER_KEY, MODEL_KEY) and digest_of(key) is None
+    ]
     if foreign_keys:
         what = f"{len(foreign_keys)} objects that no server wrote, such as {url}/{foreign_keys[0][:100]}"
         yield Finding(Severity.NOTE, what)
     # Two servers may have uploaded one blob under two keys: one good copy is enough, and the others are left over.
     objects = store.objects()
-    yield from _missing(objects, needs, url, _FROM_FOLDER)
+    yield from _missing_blobs(objects, needs, url, _REFETCH_ADVICE)
     duplicate_keys: list[str] = []
     for digest, keys in sorted(objects.items()):
         good_copies = 0
@@ -118,7 +125,7 @@ def check_bucket(
             advance(len(data))
             if hashlib.sha256(data).hexdigest() != digest:
                 needed = digest in needs.needed
-                yield _damaged(f"object {url}/{key}", digest, _FROM_FOLDER, keys=(key,), needed=needed)
+                yield _damage_finding(f"object {url}/{key}", digest, _REFETCH_ADVICE, keys=(key,), needed=needed)
                 continue
             if good_copies:
                 duplicate_keys.append(key)
@@ -132,13 +139,15 @@ def check_bucket(
         (removable_duplicates, "blobs that are there twice"),
     ):
         if left_over_keys:
-            yield _left_over(
+            yield _left_over_finding(
                 f"{what}: {len(left_over_keys)} objects in {url}",
                 sum(sizes[k] for k in left_over_keys),
                 keys=left_over_keys,
             )
     for digest, path in cached_files.blobs.items():
-        yield from check_file(digest, path, cached_files.tables.get(digest), silent, needed=False, cached=True)
+        yield from check_blob_file(
+            digest, path, cached_files.tables.get(digest), ignore_progress, needed=False, cached=True
+        )
 
 
 def size_of_file(path: Path) -> int:
@@ -148,7 +157,7 @@ def size_of_file(path: Path) -> int:
         return 0
 
 
-def _missing(stored: Container[str], needs: Inventory, bucket: str, advice: str) -> Iterator[Finding]:
+def _missing_blobs(stored: Container[str], needs: Inventory, bucket: str, advice: str) -> Iterator[Finding]:
     for digest in sorted(d for d in needs.references if d not in stored):
         what = f"blob {digest} is missing{f' from {bucket}' if bucket else ''}"
         yield Finding(Severity.WRONG, what, advice, Repair.FETCH, blob=digest)
@@ -166,22 +175,22 @@ def _missing(stored: Container[str], needs: Inventory, bucket: str, advice: str)
             )
 
 
-def _damaged(
+def _damage_finding(
     name: str, digest: str, advice: str, paths: tuple[Path, ...] = (), keys: tuple[str, ...] = (), *, needed: bool
 ) -> Finding:
     if needed:
         return Finding(Severity.WRONG, f"{name} is damaged", advice, Repair.SET_ASIDE, paths, digest, keys)
     what = f"{name} is damaged, and not needed"
-    return Finding(Severity.WRONG, what, _REPAIR, Repair.DELETE, paths, digest, keys)
+    return Finding(Severity.WRONG, what, _REPAIR_ADVICE, Repair.DELETE, paths, digest, keys)
 
 
-def _left_over(what: str, size: int, paths: Sequence[Path] = (), keys: Sequence[str] = ()) -> Finding:
+def _left_over_finding(what: str, size: int, paths: Sequence[Path] = (), keys: Sequence[str] = ()) -> Finding:
     advice = "They do no harm; `--repair` deletes them."
     what = f"{what}, {amount(size, 'bytes')}"
     return Finding(Severity.NOTE, what, advice, Repair.DELETE, tuple(paths), keys=tuple(keys))
 
 
-def _bytes(path: Path) -> bytes | None:
+def _read_if_present(path: Path) -> bytes | None:
     try:
         with storage_errors(f"can't read {path}", missing=True):
             return path.read_bytes()

@@ -18,38 +18,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedprune.coordination import State
-from fedprune.core.disk import held, read_file
+from fedprune.core.disk import has_lock_holder, read_file
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
-from fedprune.security.authority import CRL
-from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
-from fedprune.wire.link import Link
+from fedprune.security.authority import CRL_FILE
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, PACKET_OVERHEAD_BYTES
+from fedprune.wire.link import BrokerLink
 from fedprune.wire.topics import Topics
-from fedprune_server.config.server_config import EMBEDDED, LOCAL, without_password
+from fedprune_server.config.server_config import EMBEDDED, LOOPBACK_HOSTS, without_password
 from fedprune_server.devices.crash_store import read_crashes
-from fedprune_server.devices.quarantine import read_rows
-from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.devices.quarantine import read_quarantine_rows
+from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.executor.divergence import is_uncalibrated
 from fedprune_server.maintenance.backup_manifest import last_backup
-from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
-from fedprune_server.maintenance.identity_check import check_identity, revoked
-from fedprune_server.maintenance.job_checks import Case, findings
-from fedprune_server.messaging.broker.revocations import NOTE, delivered
-from fedprune_server.messaging.second_server import ServerInstance, described, second_server_guard
+from fedprune_server.maintenance.finding import Finding, alert_finding, note_finding, wrong_finding
+from fedprune_server.maintenance.identity_check import check_identity, find_revoked_devices
+from fedprune_server.maintenance.job_checks import StoredJob, job_findings
+from fedprune_server.messaging.broker.revocations import NOTE_FILE, is_list_delivered
+from fedprune_server.messaging.second_server import ServerInstance, second_server_guard, server_text
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
-from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, command, state_args
-from fedprune_server.monitoring.monitor import Recorded, read_live
+from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARD_KINDS, server_command, state_args
+from fedprune_server.monitoring.monitor import MonitorRecord, read_running_monitor
 from fedprune_server.monitoring.participation import format_minute, quarantine_absence
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation, suspended_server
-from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
+from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translate_errors
 from fedprune_server.storage.lease import leader_elsewhere
-from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
+from fedprune_server.storage.s3.bucket import IN_FOLDER as IN_FOLDER
 from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.sqlite_file import sqlite_lock_holders, write_lock_holders
-from fedprune_server.storage.state_folder import FILE, LOCK, MODEL, folders
+from fedprune_server.storage.state_folder import DATABASE_FILE, LOCK_FILE, MODEL_FILE, job_folders
 from fedprune_server.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ class CheckedSite:
     is_running: bool = False
     leader: str = ""
     has_identity: bool = False
-    cases: Sequence[Case] = ()
+    jobs: Sequence[StoredJob] = ()
     last_event_at: float | None = None
-    monitor_record: Recorded = field(default_factory=Recorded)
+    monitor_record: MonitorRecord = field(default_factory=MonitorRecord)
     timeout_s: float = 5.0
     now: float = field(default_factory=time.time)
 
@@ -116,51 +116,51 @@ class CheckedSite:
 def diagnose(folder: Path, timeout_s: float = 5.0) -> list[Finding]:
     """All findings about a server and its fleet, the worst first. Raises `StorageError` if it is no server's state
     folder."""
-    everything = list(_find_all(folder, timeout_s))
+    everything = list(_all_findings(folder, timeout_s))
     kinds = {finding.kind for finding in everything}
     consequences = set[str]()
     if "second-server" in kinds:
         consequences.add("server-not-running")  # a start here would be refused
     if "broker" in kinds:
-        consequences.update(MISSING_BOARDS)  # without a broker no board can be there
+        consequences.update(MISSING_BOARD_KINDS)  # without a broker no board can be there
     causes = [finding for finding in everything if finding.kind not in consequences]
-    return [f for f in causes if f.wrong] + [f for f in causes if not f.wrong]
+    return [f for f in causes if f.is_wrong] + [f for f in causes if not f.is_wrong]
 
 
-def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
+def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
     Storage.check_existing(folder)
     identity_findings = list(check_server_identity(folder))
     revoked_boards, has_identity = frozenset[str](), not identity_findings and (folder / IDENTITY).is_dir()
     try:
-        revoked_boards = run_within(timeout_s, lambda: revoked(folder)) if has_identity else revoked_boards
+        revoked_boards = run_within(timeout_s, lambda: find_revoked_devices(folder)) if has_identity else revoked_boards
     except FedpruneError:  # a database that can't be read is a finding below
         has_identity = False
-    monitor_record = read_live(folder)
+    monitor_record = read_running_monitor(folder)
     leader = ""
     with suppress(FedpruneError):  # here, too
         leader = run_within(timeout_s, lambda: leader_elsewhere(folder))
-    cases: list[Case] = []
+    cases: list[StoredJob] = []
     events: list[float] = []
     alerted = frozenset(a.device for a in monitor_record.current_alerts if a.device is not None)
-    for job_folder in (folder, *folders(folder)):
-        load = partial(_load_case, job_folder, revoked_boards, leader)
+    for job_folder in (folder, *job_folders(folder)):
+        load = partial(_load_stored_job, job_folder, revoked_boards, leader)
         try:
             case, event_at = run_within(timeout_s, load)
         except FedpruneError as error:
-            yield _unreadable_database(job_folder, error)
+            yield _database_finding(job_folder, error)
             has_identity = has_identity and job_folder != folder  # members are in the same database
             continue
         events += [] if event_at is None else [event_at]
-        cases.append(replace(case, alerted=alerted))
-        yield from findings(cases[-1])
+        cases.append(replace(case, boards_with_alerts=alerted))
+        yield from job_findings(cases[-1])
     yield from identity_findings
     site = CheckedSite(
         folder=folder,
         settings=cases[0].settings.get("server", {}) if cases else {},
-        is_running=held(folder / LOCK) and not leader,
+        is_running=has_lock_holder(folder / LOCK_FILE) and not leader,
         leader=leader,
         has_identity=has_identity,
-        cases=cases,
+        jobs=cases,
         last_event_at=max(events, default=None),
         monitor_record=monitor_record,
         timeout_s=timeout_s,
@@ -174,12 +174,14 @@ def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
             kinds.add(finding.kind)
 
 
-def _unreadable_database(folder: Path, error: FedpruneError) -> Finding:
+def _database_finding(folder: Path, error: FedpruneError) -> Finding:
     if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
         advice = "see that it runs, that this machine reaches it, and who has locked it; a server goes on by itself"
     else:
-        advice = f"{command('check', *state_args(folder))}, or restore a backup"
-    return wrong("database", f"the database of {folder} can't be read: {error}", "it holds all that the job is", advice)
+        advice = f"{server_command('check', *state_args(folder))}, or restore a backup"
+    return wrong_finding(
+        "database", f"the database of {folder} can't be read: {error}", "it holds all that the job is", advice
+    )
 
 
 def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedSite) -> Iterator[Finding]:
@@ -187,7 +189,9 @@ def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedS
     try:
         yield from check(site)
     except FedpruneError as error:
-        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *state_args(site.folder)))
+        yield wrong_finding(
+            "unreadable", str(error), "it couldn't be looked at", server_command("check", *state_args(site.folder))
+        )
 
 
 def run_within(seconds: float, work: Callable[[], _T]) -> _T:
@@ -211,23 +215,23 @@ def run_within(seconds: float, work: Callable[[], _T]) -> _T:
     return result  # type: ignore[no-any-return]
 
 
-def _load_case(folder: Path, revoked_boards: frozenset[str], leader: str) -> tuple[Case, float | None]:
+def _load_stored_job(folder: Path, revoked_boards: frozenset[str], leader: str) -> tuple[StoredJob, float | None]:
     """A job as it is stored, and the time of its last event."""
-    if Storage.settings_in(folder) is None:  # commands have begun the database, or a server that couldn't start
-        return Case(folder, {}, State(model=""), {}, held(folder / LOCK)), None
-    with Storage.existing(folder) as storage:
+    if Storage.read_settings(folder) is None:  # commands have begun the database, or a server that couldn't start
+        return StoredJob(folder, {}, State(model=""), {}, has_lock_holder(folder / LOCK_FILE)), None
+    with Storage.open_existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
-        outsiders, last_event_at = storage.outsiders(), storage.log.last_at()
-    running = held(folder / LOCK) or bool(leader)
-    case = Case(folder, settings, state or State(model=""), outsiders, running, revoked=revoked_boards)
+        outsiders, last_event_at = storage.unplanned_devices(), storage.log.last_at()
+    running = has_lock_holder(folder / LOCK_FILE) or bool(leader)
+    case = StoredJob(folder, settings, state or State(model=""), outsiders, running, revoked_devices=revoked_boards)
     if (model := _load_model(folder)) is None:
         return case, last_event_at
-    architecture, recipe = model.architecture, Recipe.from_dict(case.job.get("recipe", {}))
+    architecture, recipe = model.architecture, Recipe.from_dict(case.job_settings.get("recipe", {}))
     return replace(
         case,
-        groups=tuple(architecture.sizes),
-        names=tuple(g.name for g in architecture.groups),
-        uncalibrated=is_uncalibrated(architecture, recipe, settings.get("calibration"), model.frozen),
+        group_sizes=tuple(architecture.sizes),
+        group_names=tuple(g.name for g in architecture.groups),
+        is_uncalibrated=is_uncalibrated(architecture, recipe, settings.get("calibration"), model.frozen),
     ), last_event_at
 
 
@@ -236,7 +240,7 @@ def _load_model(folder: Path) -> Model | None:
     from fedprune_export.importing import import_onnx
 
     try:
-        return import_onnx(read_file(folder / MODEL), MODEL)
+        return import_onnx(read_file(folder / MODEL_FILE), MODEL_FILE)
     except (OSError, FedpruneError):
         return None
 
@@ -244,13 +248,13 @@ def _load_model(folder: Path) -> Model | None:
 def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     """Alerts of rules that the state folder satisfies, and others that a running server has open."""
     record = site.monitor_record
-    rows = sorted(read_rows(site.folder).items()) if site.is_running else []
+    rows = sorted(read_quarantine_rows(site.folder).items()) if site.is_running else []
     absences = {n: quarantine_absence(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
-    jobs = [case.watched for case in site.cases]
+    jobs = [case.watched_job for case in site.jobs]
     situation = Situation(
         site.folder,
         jobs,
-        sum(job.seen.able_devices for job in jobs),
+        sum(job.snapshot.able_devices for job in jobs),
         site.is_running or bool(site.leader),
         None if record.turned_at is None else max(0.0, site.now - record.turned_at),
         suspended_server(site.folder) if site.is_running else None,
@@ -260,7 +264,7 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     alerts = {a.key: a for a in evaluate_alerts(situation, site.now)}
     for alert in record.current_alerts:
         alerts.setdefault(alert.key, alert)
-    yield from map(of_alert, alerts.values())
+    yield from map(alert_finding, alerts.values())
 
 
 def check_server_identity(folder: Path) -> Iterator[Finding]:
@@ -273,15 +277,15 @@ def check_server_identity(folder: Path) -> Iterator[Finding]:
 
 def check_lock(site: CheckedSite) -> Iterator[Finding]:
     """Whether another process keeps the lock that a server needs for each change."""
-    path = site.folder / FILE
+    path = site.folder / DATABASE_FILE
     if not path.is_file() or any(a.kind == "database-waits" for a in site.monitor_record.current_alerts):
         return  # the running server reports it in an alert
     if not site.is_running and not sqlite_lock_holders(path):
         return  # and nothing is opened for writing, which would change what a crash has left
-    with translated(str(path)):
+    with translate_errors(str(path)):
         holders = write_lock_holders(path, min(site.timeout_s, LOCK_TIMEOUT_S))
     if holders:
-        yield wrong(
+        yield wrong_finding(
             "database-locked",
             f"{path} is locked by {' and '.join(holders)}",
             "the server waits with its next change, and answers no board meanwhile"
@@ -298,7 +302,7 @@ def check_clock(site: CheckedSite) -> Iterator[Finding]:
         last_event = ""
         if is_behind and last_event_at is not None:
             last_event = f"; the job's last event was at {format_minute(last_event_at)}"
-        yield wrong(
+        yield wrong_finding(
             "clock",
             f"this machine's clock says {format_minute(now)}{last_event}",
             "deadlines, certificates and what boards take for the time go by it",
@@ -308,20 +312,20 @@ def check_clock(site: CheckedSite) -> Iterator[Finding]:
 
 def check_crashes(site: CheckedSite) -> Iterator[Finding]:
     try:
-        rows = read_crashes(site.folder, most=5000)
+        rows = read_crashes(site.folder, limit=5000)
     except FedpruneError as error:
-        yield note("crash-reports", str(error), "boards' crash reports can't be shown", "Delete the file.")
+        yield note_finding("crash-reports", str(error), "boards' crash reports can't be shown", "Delete the file.")
         return
     day_rows = [r for r in rows if site.now - r.received < _DAY_S]
     if day_rows:
         names = sorted({r.device for r in day_rows})
         last = day_rows[-1]
-        yield note(
+        yield note_finding(
             "crashes",
             f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:MAX_NAMES_SHOWN])}), lastly "
             f"{last.device}: {last.text}",
             "a board that crashes trains nothing meanwhile",
-            command("crashes", "--device", last.device, *state_args(site.folder)),
+            server_command("crashes", "--device", last.device, *state_args(site.folder)),
         )
 
 
@@ -330,18 +334,18 @@ def check_backups(site: CheckedSite) -> Iterator[Finding]:
     if backup_at is not None and site.now - backup_at < _MAX_BACKUP_AGE_S:
         return
     backup_age = "no backup was ever made" if backup_at is None else f"the last backup is of {format_minute(backup_at)}"
-    yield note(
+    yield note_finding(
         "backup",
         f"{backup_age} with `fedprune-server backup` from {site.folder}",
         "with the disk, the model and the identity of the fleet would be lost",
-        command("backup", *state_args(site.folder), "--to", "PLACE"),
+        server_command("backup", *state_args(site.folder), "--to", "PLACE"),
     )
 
 
 def check_broker(site: CheckedSite) -> Iterator[Finding]:
     """Whether the broker answers, and accepts packets as large as are sent."""
     folder, settings = site.folder, site.settings
-    if not site.cases and not settings:
+    if not site.jobs and not settings:
         return  # the settings, and with them the broker's address, couldn't be read
     if site.broker == EMBEDDED:
         if site.is_running:
@@ -352,14 +356,14 @@ def check_broker(site: CheckedSite) -> Iterator[Finding]:
         try:
             if (folder / IDENTITY).is_dir() and site.broker.startswith("mqtts://"):
                 identity = stack.enter_context(IdentityFolder(folder, read_only=True))
-                context = identity.context(site.ca)
-                link = Link(site.broker, f"fedprune-{secrets.token_hex(12)}", tls=lambda: context)
+                context = identity.tls_context(site.ca)
+                link = BrokerLink(site.broker, f"fedprune-{secrets.token_hex(12)}", tls=lambda: context)
                 yield from _check_packets(link, site, shown_url, identity.site)
             else:
-                link = Link(site.broker, f"fedprune-doctor-{secrets.token_hex(4)}")
+                link = BrokerLink(site.broker, f"fedprune-doctor-{secrets.token_hex(4)}")
                 yield from _check_packets(link, site, shown_url, str(settings.get("site", "default")))
         except FedpruneError as error:
-            yield wrong(
+            yield wrong_finding(
                 "broker",
                 f"the broker at {shown_url} can't be used: {error}",
                 "server and boards meet there; without it nothing moves",
@@ -371,9 +375,11 @@ def check_leader(site: CheckedSite) -> Iterator[Finding]:
     """Whether the job is another server's for now."""
     if site.leader:
         standby = (
-            "one that stands by here continues it" if held(site.folder / LOCK) else "none waits here to continue it"
+            "one that stands by here continues it"
+            if has_lock_holder(site.folder / LOCK_FILE)
+            else "none waits here to continue it"
         )
-        yield note(
+        yield note_finding(
             "standby",
             f"a server elsewhere has the job: {site.leader}",
             f"when that one ends, {standby}",
@@ -388,7 +394,7 @@ def check_other_servers(site: CheckedSite) -> Iterator[Finding]:
         return
     with (
         IdentityFolder(folder, read_only=True) as identity,
-        second_server_guard(site.broker, identity, site.ca, ServerInstance(folder, looks_only=True)) as guard,
+        second_server_guard(site.broker, identity, site.ca, ServerInstance(folder, only_looks=True)) as guard,
     ):
         servers = guard.others()
     own_place = socket.gethostname(), str(folder.resolve())
@@ -400,9 +406,9 @@ def check_other_servers(site: CheckedSite) -> Iterator[Finding]:
     elsewhere = [o for o in servers if (o.host, o.folder) != own_place]
     for other in elsewhere + same_place:
         copied = "on a machine with a copy of this disk, " if other in same_place else ""
-        yield wrong(
+        yield wrong_finding(
             "second-server",
-            f"another server runs this fleet: {copied}{described(other)}",
+            f"another server runs this fleet: {copied}{server_text(other)}",
             "both answer the boards, and a fleet has one server" if running else "boards follow that one",
             "stop one of the two" if running else "look after the fleet there; or stop that one, to serve it from here",
         )
@@ -411,9 +417,9 @@ def check_other_servers(site: CheckedSite) -> Iterator[Finding]:
 def check_revocations(site: CheckedSite) -> Iterator[Finding]:
     """Whether the broker was given the latest list of revoked certificates, where a command does that."""
     folder = site.folder
-    crl = folder / IDENTITY / CRL
-    if (folder / NOTE).exists() and crl.exists() and not delivered(folder, crl):
-        yield wrong(
+    crl = folder / IDENTITY / CRL_FILE
+    if (folder / NOTE_FILE).exists() and crl.exists() and not is_list_delivered(folder, crl):
+        yield wrong_finding(
             "revocations",
             "the broker hasn't been given the latest list of revoked certificates",
             "it lets revoked boards connect; the server ignores them",
@@ -421,16 +427,16 @@ def check_revocations(site: CheckedSite) -> Iterator[Finding]:
         )
 
 
-def _check_packets(link: Link, site: CheckedSite, url: str, name: str) -> Iterator[Finding]:
-    size = int(site.settings.get("max_packet", MAX_PACKET))
+def _check_packets(link: BrokerLink, site: CheckedSite, url: str, name: str) -> Iterator[Finding]:
+    size = int(site.settings.get("max_packet", DEFAULT_MAX_PACKET))
     topic = Topics(name).down_blob(f"doctor-{secrets.token_hex(4)}")  # without subscribers
     # Brokers refuse a packet that is too large in two ways: they end the connection, or drop it unacknowledged.
     link.start(site.timeout_s)
     with link:
-        link.publish(topic, bytes(max(1, size - PACKET_OVERHEAD)))
+        link.publish(topic, bytes(max(1, size - PACKET_OVERHEAD_BYTES)))
         is_delivered = link.flush(site.timeout_s) and link.connected
     if not is_delivered:
-        yield wrong(
+        yield wrong_finding(
             "broker-packets",
             f"the broker at {url} doesn't take packets of {size} bytes",
             "models and updates travel in such packets, and the broker ends the connection of a client that sends them",
@@ -441,18 +447,18 @@ def _check_packets(link: Link, site: CheckedSite, url: str, name: str) -> Iterat
 def _check_embedded_broker(site: CheckedSite) -> Iterator[Finding]:
     folder, settings = site.folder, site.settings
     port = settings.get("port") or (8883 if (folder / IDENTITY).is_dir() else 1883)
-    host = str(settings.get("host", LOCAL[0]))
-    host = {"0.0.0.0": LOCAL[0], "::": LOCAL[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on
+    host = str(settings.get("host", LOOPBACK_HOSTS[0]))
+    host = {"0.0.0.0": LOOPBACK_HOSTS[0], "::": LOOPBACK_HOSTS[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on
     if settings.get("port") == 0:
         return  # a free one, which only the running server knows
     try:
         socket.create_connection((host, int(port)), site.timeout_s).close()
     except OSError as error:
-        yield wrong(
+        yield wrong_finding(
             "broker",
             f"the server's own broker doesn't answer at {host}:{port}: {error}",
             "boards can't reach the server",
-            f"see the server's log; start it again: {command('run', *state_args(folder))}",
+            f"see the server's log; start it again: {server_command('run', *state_args(folder))}",
         )
 
 
@@ -463,7 +469,7 @@ def check_bucket(site: CheckedSite) -> Iterator[Finding]:
     try:
         run_within(site.timeout_s, lambda: next(Bucket(url).list(), None))
     except FedpruneError as error:
-        yield wrong(
+        yield wrong_finding(
             "bucket",
             f"the bucket {url} can't be used: {error}",
             "rounds wait until it can, since that is where models and updates are",

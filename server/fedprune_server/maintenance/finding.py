@@ -41,7 +41,7 @@ class Finding:
     """
 
     severity: Severity
-    what: str
+    message: str
     advice: str = ""
     repair: Repair = Repair.NONE
     paths: tuple[Path, ...] = ()
@@ -51,29 +51,29 @@ class Finding:
     why: str = ""
 
     @property
-    def wrong(self) -> bool:
+    def is_wrong(self) -> bool:
         return self.severity is Severity.WRONG
 
     def to_dict(self) -> dict[str, Any]:
         severity = self.severity.value
-        return {"kind": self.kind, "weight": severity, "what": self.what, "why": self.why, "todo": self.advice}
+        return {"kind": self.kind, "weight": severity, "what": self.message, "why": self.why, "todo": self.advice}
 
     def __str__(self) -> str:
         if self.kind:
-            return f"{self.severity.value}: {self.what}\n  why: {self.why}\n  do:  {self.advice}"
-        return sentences(f"{self.severity.value}: {self.what}", self.advice)
+            return f"{self.severity.value}: {self.message}\n  why: {self.why}\n  do:  {self.advice}"
+        return sentences(f"{self.severity.value}: {self.message}", self.advice)
 
 
-def wrong(kind: str, what: str, why: str, advice: str) -> Finding:
+def wrong_finding(kind: str, what: str, why: str, advice: str) -> Finding:
     """A finding of `doctor` that needs action."""
     return Finding(Severity.WRONG, what, advice, kind=kind, why=why)
 
 
-def note(kind: str, what: str, why: str, advice: str) -> Finding:
+def note_finding(kind: str, what: str, why: str, advice: str) -> Finding:
     """A finding of `doctor` that is worth knowing."""
     return Finding(Severity.NOTE, what, advice, kind=kind, why=why)
 
 
-def of_alert(alert: Alert) -> Finding:
+def alert_finding(alert: Alert) -> Finding:
     """An alert as a finding; one that only informs is a note."""
-    return (note if alert.severity == INFO else wrong)(alert.kind, alert.what, alert.why, alert.todo)
+    return (note_finding if alert.severity == INFO else wrong_finding)(alert.kind, alert.what, alert.why, alert.todo)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs.blob_ref import SUFFIX
+from fedprune.blobs.blob_ref import TABLE_SUFFIX
 from fedprune.coordination import State
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
@@ -24,22 +24,22 @@ class Inventory:
     Attributes:
         references: Digests without which it can't go on.
         models: Global models that the setting `keep` promises: one that is missing is no reason to stop.
-        awaited: Updates that are on their way.
+        expected_updates: Updates that are on their way.
     """
 
     settings: Mapping[str, Any]
     state: State
     references: frozenset[str]
     models: frozenset[str]
-    awaited: frozenset[str]
+    expected_updates: frozenset[str]
 
     @property
     def needed(self) -> frozenset[str]:
         """All that the next start would keep."""
-        return self.references | self.models | self.awaited
+        return self.references | self.models | self.expected_updates
 
 
-def inventory(storage: Storage) -> Inventory:
+def read_inventory(storage: Storage) -> Inventory:
     """The needs of a database's job; raises `StorageError` if it has none or is damaged."""
     settings, state = storage.settings(), storage.load()
     if settings is None or state is None:
@@ -54,7 +54,7 @@ def inventory(storage: Storage) -> Inventory:
 
 
 @dataclass(frozen=True)
-class FoundFiles:
+class BlobFiles:
     """Files of a folder of blobs.
 
     Attributes:
@@ -62,22 +62,22 @@ class FoundFiles:
         tables: Leaf tables, by their blob's digest.
         partial: Files of blobs that have not arrived completely.
         temporary: Files of writers, some of which may be dead.
-        strange: Files that no server wrote.
+        foreign: Files that no server wrote.
     """
 
     blobs: Mapping[str, Path]
     tables: Mapping[str, Path]
     partial: tuple[Path, ...]
     temporary: tuple[Path, ...]
-    strange: tuple[Path, ...]
+    foreign: tuple[Path, ...]
 
 
-def find_files(root: Path) -> FoundFiles:
+def find_files(root: Path) -> BlobFiles:
     """The files of a folder of blobs. Reads it without `BlobStore`, which makes missing folders and deletes files."""
     blobs, tables = dict[str, Path](), dict[str, Path]()
     partial, temporary, foreign = list[Path](), list[Path](), list[Path]()
-    for path in _files(root):
-        parent_name, name = path.parent.name, path.name.removesuffix(SUFFIX)
+    for path in _all_files(root):
+        parent_name, name = path.parent.name, path.name.removesuffix(TABLE_SUFFIX)
         if path.parent.parent == root and is_digest(name) and name[:2] == parent_name:
             (tables if path.name != name else blobs)[name] = path
         elif path.parent == root / "partial":
@@ -86,10 +86,10 @@ def find_files(root: Path) -> FoundFiles:
             temporary.append(path)
         else:
             foreign.append(path)
-    return FoundFiles(blobs, tables, tuple(partial), tuple(temporary), tuple(foreign))
+    return BlobFiles(blobs, tables, tuple(partial), tuple(temporary), tuple(foreign))
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _all_files(root: Path) -> Iterator[Path]:
     with storage_errors(f"can't read {root}"):
         for path in sorted(root.rglob("*")):
             if not path.is_dir():

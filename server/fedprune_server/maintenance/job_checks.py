@@ -10,71 +10,79 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase, State
-from fedprune.core.text import one_line, quantity, some
+from fedprune.core.text import first_few, one_line, quantity
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.devices.plan_vs_actual import compare_latest
-from fedprune_server.executor.divergence import of_history
-from fedprune_server.maintenance.finding import Finding, note, wrong
+from fedprune_server.executor.divergence import diagnose_history
+from fedprune_server.maintenance.finding import Finding, note_finding, wrong_finding
 from fedprune_server.maintenance.stall import STALL_ROUNDS, stall_cause, stall_scores
-from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, MAX_NAMES_SHOWN, command, restart_advice, state_args
-from fedprune_server.monitoring.monitor import off_by_far
+from fedprune_server.monitoring.alerts import (
+    BOARD_LOG_COMMAND,
+    MAX_NAMES_SHOWN,
+    restart_advice,
+    server_command,
+    state_args,
+)
+from fedprune_server.monitoring.monitor import prediction_excesses
 from fedprune_server.monitoring.situation import WatchedJob
 from fedprune_server.observation.snapshot import JobSnapshot
 
 # Recent rounds that are judged: one alone may be bad by chance, and older ones may have had other boards.
-_ROUNDS = 3
+_RECENT_ROUNDS = 3
 
 # Share of a round's devices that may be late before the deadline is to blame: fewer are slow for reasons of their own.
-_LATE = 0.5
+_MAX_LATE_SHARE = 0.5
 
 # Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained.
-_PREFIXES = frozenset({"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"})
+_NESTED_STRATEGIES = frozenset(
+    {"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"}
+)
 
 
 @dataclass(frozen=True)
-class Case:
+class StoredJob:
     """A job as it is stored.
 
     Attributes:
         settings: The settings of the last start, as the database has them.
-        outsiders: Devices that can't be planned for.
-        running: Whether a server runs on it.
-        groups: Channels of each group of the model; empty if unknown.
-        names: Names of the groups.
-        revoked: Revoked devices without another key.
-        uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
-        alerted: Boards that an open alert of the running server names.
+        unplanned_devices: Devices that can't be planned for.
+        is_running: Whether a server runs on it.
+        group_sizes: Channels of each group of the model; empty if unknown.
+        group_names: Names of the groups.
+        revoked_devices: Revoked devices without another key.
+        is_uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
+        boards_with_alerts: Boards that an open alert of the running server names.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     state: State
-    outsiders: Mapping[str, Mapping[str, Any]]
-    running: bool
-    groups: Sequence[int] = ()
-    names: Sequence[str] = ()
-    revoked: frozenset[str] = frozenset()
-    uncalibrated: bool = False
-    alerted: frozenset[str] = frozenset()
+    unplanned_devices: Mapping[str, Mapping[str, Any]]
+    is_running: bool
+    group_sizes: Sequence[int] = ()
+    group_names: Sequence[str] = ()
+    revoked_devices: frozenset[str] = frozenset()
+    is_uncalibrated: bool = False
+    boards_with_alerts: frozenset[str] = frozenset()
 
     @property
-    def job(self) -> Mapping[str, Any]:
+    def job_settings(self) -> Mapping[str, Any]:
         job: Mapping[str, Any] = self.settings.get("job", {})
         return job
 
     @property
     def name(self) -> str:
-        return str(self.job.get("name", "?"))
+        return str(self.job_settings.get("name", "?"))
 
     @property
-    def begun(self) -> bool:
-        return bool(self.job) or self.running
+    def has_begun(self) -> bool:
+        return bool(self.job_settings) or self.is_running
 
     @property
-    def watched(self) -> WatchedJob:
+    def watched_job(self) -> WatchedJob:
         """The job as the alert rules see it."""
-        job, state = self.job, self.state
+        job, state = self.job_settings, self.state
         snapshot = JobSnapshot(
             name=self.name,
             rounds=int(job.get("rounds", 0)),
@@ -82,87 +90,98 @@ class Case:
             deadline_s=float(job.get("deadline_s", 600.0)),
             round=state.round,
             phase=state.phase,
-            paused=state.paused,
-            able_devices=state.devices.count(True) if self.running else 0,
-            known_devices=len(state.devices) + len(self.outsiders),
-            revoked=self.revoked & state.devices.keys(),
-            compared=compare_latest(state),
+            is_paused=state.paused,
+            able_devices=state.devices.count(True) if self.is_running else 0,
+            known_devices=len(state.devices) + len(self.unplanned_devices),
+            revoked_devices=self.revoked_devices & state.devices.keys(),
+            comparisons=compare_latest(state),
         )
-        away_devices = sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked)
+        away_devices = sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked_devices)
         return WatchedJob(
-            seen=snapshot, folder=self.folder, begun=self.begun, away=away_devices, off=off_by_far(snapshot)
+            snapshot=snapshot,
+            folder=self.folder,
+            has_begun=self.has_begun,
+            away_boards=away_devices,
+            prediction_excesses=prediction_excesses(snapshot),
         )
 
 
-def findings(case: Case) -> Iterator[Finding]:
-    if case.state.phase is not Phase.FINISHED and case.begun:
-        for check in (_paused, _excluded, _deadline, _refused, _outlying, _uncovered):
+def job_findings(case: StoredJob) -> Iterator[Finding]:
+    if case.state.phase is not Phase.FINISHED and case.has_begun:
+        for check in (
+            _check_pause,
+            _check_exclusions,
+            _check_deadline,
+            _check_refusals,
+            _check_outliers,
+            _check_coverage,
+        ):
             yield from check(case)
-    if case.state.phase is Phase.FINISHED or case.begun:
+    if case.state.phase is Phase.FINISHED or case.has_begun:
         # A stall explains a loss that rises on the server's samples alone, which would pass for training that diverges.
-        yield from tuple(_stalls(case)) or _diverges(case)
+        yield from tuple(_check_stall(case)) or _check_divergence(case)
 
 
-def _paused(case: Case) -> Iterator[Finding]:
+def _check_pause(case: StoredJob) -> Iterator[Finding]:
     if case.state.paused:
-        yield note(
+        yield note_finding(
             "paused",
             f"job {case.name} is paused",
             "no board is asked for anything until it continues",
-            f"{command('resume', *state_args(case.folder))}, or in the console (docs/console.md)",
+            f"{server_command('resume', *state_args(case.folder))}, or in the console (docs/console.md)",
         )
 
 
-def _excluded(case: Case) -> Iterator[Finding]:
+def _check_exclusions(case: StoredJob) -> Iterator[Finding]:
     reasons = {n: d.excluded for n, d in case.state.devices.items() if d.excluded}
-    reasons |= {n: str(b.get("excluded", "")) for n, b in case.outsiders.items()}
-    reasons = {n: reason for n, reason in reasons.items() if n not in case.alerted}
-    for reason, names in _grouped(reasons).items():
-        yield note(
+    reasons |= {n: str(b.get("excluded", "")) for n, b in case.unplanned_devices.items()}
+    reasons = {n: reason for n, reason in reasons.items() if n not in case.boards_with_alerts}
+    for reason, names in _names_by_reason(reasons).items():
+        yield note_finding(
             "excluded-devices",
-            f"{quantity(len(names), 'device')} of job {case.name} are excluded ({some(names)}): {reason}",
+            f"{quantity(len(names), 'device')} of job {case.name} are excluded ({first_few(names)}): {reason}",
             "what they could learn is missing from the model",
-            f"see {command('status', *state_args(case.folder))}; docs/add-a-board.md lists what a board needs",
+            f"see {server_command('status', *state_args(case.folder))}; docs/add-a-board.md lists what a board needs",
         )
 
 
-def _deadline(case: Case) -> Iterator[Finding]:
-    limit = float(case.job.get("deadline_s", math.inf))
+def _check_deadline(case: StoredJob) -> Iterator[Finding]:
+    limit = float(case.job_settings.get("deadline_s", math.inf))
     slow = {
         n: seconds
         for n, d in case.state.devices.items()
-        if not d.excluded and (seconds := _foreseen(d.plan)) is not None and seconds > limit
+        if not d.excluded and (seconds := _predicted_seconds(d.plan)) is not None and seconds > limit
     }
     if slow:
         slowest = max(slow, key=lambda n: slow[n])
-        yield wrong(
+        yield wrong_finding(
             "deadline-too-short",
             f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
-            f"their plans: {some(sorted(slow))}, {slowest} {slow[slowest]:.0f} s",
+            f"their plans: {first_few(sorted(slow))}, {slowest} {slow[slowest]:.0f} s",
             "their updates come too late, and after a few such rounds they are excluded",
-            _longer(case, 1.5 * slow[slowest]),
+            _longer_deadline_advice(case, 1.5 * slow[slowest]),
         )
         return
     for row in case.state.history[-1:]:
         late = sorted(n for n, device_part in row["devices"].items() if _is_late(device_part))
-        if len(row["devices"]) > 1 and len(late) >= _LATE * len(row["devices"]):
-            yield wrong(
+        if len(row["devices"]) > 1 and len(late) >= _MAX_LATE_SHARE * len(row["devices"]):
+            yield wrong_finding(
                 "deadline-too-short",
                 f"in round {row['round']} of job {case.name} {len(late)} of {len(row['devices'])} devices were late "
-                f"for the deadline of {limit:g} s: {some(late)}",
+                f"for the deadline of {limit:g} s: {first_few(late)}",
                 "what they trained didn't count",
-                _longer(case, 2 * limit),
+                _longer_deadline_advice(case, 2 * limit),
             )
 
 
-def _longer(case: Case, seconds: float) -> str:
+def _longer_deadline_advice(case: StoredJob, seconds: float) -> str:
     # `run` with options continues the stored job with a changed setting; a running server has to be stopped first.
     words = (*state_args(case.folder), "--deadline", math.ceil(seconds))
-    return restart_advice(*words) if case.running else command("run", *words)
+    return restart_advice(*words) if case.is_running else server_command("run", *words)
 
 
-def _refused(case: Case) -> Iterator[Finding]:
-    recent_rounds = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+def _check_refusals(case: StoredJob) -> Iterator[Finding]:
+    recent_rounds = [r for r in case.state.history[-_RECENT_ROUNDS:] if r["devices"]]
     device_parts = [p for r in recent_rounds for p in r["devices"].values()]
     if not device_parts:
         refused = (t for t in case.state.tasks.values() if t.progress is Progress.REFUSED)
@@ -174,18 +193,18 @@ def _refused(case: Case) -> Iterator[Finding]:
     counts = Counter(p.get("kind") or FailureKind.OTHER.value for p in device_parts if p["reason"])
     example = next((p["reason"] for p in reversed(device_parts) if p["reason"]), "")
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-    yield wrong(
+    yield wrong_finding(
         "all-updates-refused",
         f"none of the last {quantity(len(device_parts), 'update')} of job {case.name} counted ({kinds}), such as: "
         f"{one_line(example)}",
         "the model doesn't move",
-        f"see each board's reason: {command('status', *state_args(case.folder), '--rounds', _ROUNDS)}; and its log, on "
-        f"the board: {BOARD_LOG_COMMAND}",
+        f"see each board's reason: {server_command('status', *state_args(case.folder), '--rounds', _RECENT_ROUNDS)}; "
+        f"and its log, on the board: {BOARD_LOG_COMMAND}",
     )
 
 
-def _outlying(case: Case) -> Iterator[Finding]:
-    recent = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+def _check_outliers(case: StoredJob) -> Iterator[Finding]:
+    recent = [r for r in case.state.history[-_RECENT_ROUNDS:] if r["devices"]]
     reasons_by_device: dict[str, list[str]] = {}
     for row in recent:
         for name, device_part in sorted(row["devices"].items()):
@@ -193,63 +212,69 @@ def _outlying(case: Case) -> Iterator[Finding]:
             if device_part["reason"] and (is_folded or device_part.get("kind") == FailureKind.OUTLIER):
                 reasons_by_device.setdefault(name, []).append(device_part["reason"])
     for name, reasons in sorted(reasons_by_device.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN]:
-        yield note(
+        yield note_finding(
             "outlying-device",
             f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(recent), 'round')} of job "
             f"{case.name}: {one_line(reasons[-1])}",
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
             f"look at its samples and, on the board, at its log ({BOARD_LOG_COMMAND}); if it is not to be "
-            f"trusted: {command('devices', 'revoke', name, *state_args(case.folder))}",
+            f"trusted: {server_command('devices', 'revoke', name, *state_args(case.folder))}",
         )
 
 
-def _uncovered(case: Case) -> Iterator[Finding]:
-    strategy = str(case.job.get("strategy", ""))
-    if strategy not in _PREFIXES or not case.groups:
+def _check_coverage(case: StoredJob) -> Iterator[Finding]:
+    strategy = str(case.job_settings.get("strategy", ""))
+    if strategy not in _NESTED_STRATEGIES or not case.group_sizes:
         return
-    widths = [d.widths for d in case.state.devices.values() if not d.excluded and len(d.widths) == len(case.groups)]
+    widths = [
+        d.widths for d in case.state.devices.values() if not d.excluded and len(d.widths) == len(case.group_sizes)
+    ]
     if not widths:
         return
-    widest = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.groups)]
+    widest = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.group_sizes)]
     uncovered = [(i, width, size) for i, width, size in widest if width < size]
     if uncovered:
-        shares = [f"{case.names[i] if i < len(case.names) else i}: {width} of {size}" for i, width, size in uncovered]
-        yield note(
+        shares = [
+            f"{case.group_names[i] if i < len(case.group_names) else i}: {width} of {size}"
+            for i, width, size in uncovered
+        ]
+        yield note_finding(
             "uncovered-channels",
             f"in {quantity(len(uncovered), 'channel group')} of job {case.name} no device trains all channels "
-            f"({some(shares)})",
+            f"({first_few(shares)})",
             "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
             f"take a larger board in, give boards more (docs/planner.md), or take out a narrower model; "
-            f"{command('status', *state_args(case.folder))} says which limit binds each board",
+            f"{server_command('status', *state_args(case.folder))} says which limit binds each board",
         )
 
 
-def _diverges(case: Case) -> Iterator[Finding]:
-    trouble = of_history(case.state.history, case.job, uncalibrated=case.uncalibrated)
+def _check_divergence(case: StoredJob) -> Iterator[Finding]:
+    trouble = diagnose_history(case.state.history, case.job_settings, uncalibrated=case.is_uncalibrated)
     if trouble:
         what, _, todo = trouble.partition(". ")
-        yield wrong("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)
+        yield wrong_finding("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)
 
 
-def _stalls(case: Case) -> Iterator[Finding]:
+def _check_stall(case: StoredJob) -> Iterator[Finding]:
     """A finding on the part of a fleet that fails where the global model no longer improves."""
-    scores = stall_scores(case.job, case.state.history)
+    scores = stall_scores(case.job_settings, case.state.history)
     cause = None if scores is None else stall_cause(scores)
-    if scores is None or cause is None or (cause.in_training and any(_diverges(case))):
+    if scores is None or cause is None or (cause.in_training and any(_check_divergence(case))):
         return
-    metric, status = scores.metric, command("status", *state_args(case.folder))
-    yield note(
+    metric, status = scores.metric, server_command("status", *state_args(case.folder))
+    yield note_finding(
         "model-stalls",
-        f"the global model of job {case.name} has not improved for {STALL_ROUNDS} rounds: {metric.said(scores.now)} "
-        f"(at best {metric.shown(scores.best)}), while boards score {metric.shown(scores.received)} on their own test "
-        f"data with the models that they receive, and {metric.shown(scores.trained)} after training: {cause.sentence}",
+        f"the global model of job {case.name} has not improved for {STALL_ROUNDS} rounds: "
+        f"{metric.titled_value(scores.now)} (at best {metric.value_text(scores.best)}), while boards score "
+        f"{metric.value_text(scores.received)} on their own test data with the models that they receive, and "
+        f"{metric.value_text(scores.trained)} after training: {cause.sentence}",
         "further rounds like these cost time and bytes, and change nothing",
-        cause.advice.format(status=status, lr=case.job.get("recipe", {}).get("lr")),
+        cause.advice.format(status=status, lr=case.job_settings.get("recipe", {}).get("lr")),
     )
 
 
-def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
+def _predicted_seconds(plan: Mapping[str, Any] | None) -> float | None:
     """Seconds that a round takes by a device's plan; None if the plan predicts no times."""
     prediction = (plan or {}).get("prediction", {})
     seconds = [prediction.get(k) for k in ("train_s", "transfer_s")]
@@ -262,7 +287,7 @@ def _is_late(device_part: Mapping[str, Any]) -> bool:
     return device_part.get("kind") == FailureKind.LATE or not device_part["reason"]
 
 
-def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+def _names_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         names_by_reason.setdefault(reason, []).append(name)

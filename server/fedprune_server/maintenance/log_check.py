@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import coordinate
 from fedprune.coordination import events as on
+from fedprune.coordination import make_coordinator
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, StorageError
 from fedprune.jobs.job import Job
@@ -20,10 +20,10 @@ from fedprune_server.config.stored_code import stored_job
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.inventory import Inventory
-from fedprune_server.storage.state_folder import MODEL
+from fedprune_server.storage.state_folder import MODEL_FILE
 from fedprune_server.storage.storage import Storage
 
-_KINDS: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}
+_EVENT_TYPES: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}
 
 
 def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collection[str] = ()) -> Iterator[Finding]:
@@ -48,7 +48,7 @@ def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collect
         yield Finding(Severity.NOTE, f"the log isn't compared with the state: {error}")
         return
     try:
-        different_keys = _differing(folder, needs, job, chain([first], log))
+        different_keys = _different_keys(folder, needs, job, chain([first], log))
     except FedpruneError as error:
         yield Finding(Severity.NOTE, f"the log can't be followed: {error}")
         return
@@ -60,16 +60,16 @@ def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collect
         yield Finding(Severity.NOTE, f"the log ends in another state: {', '.join(different_keys)}", advice)
 
 
-def _differing(
+def _different_keys(
     folder: Path, needs: Inventory, job: Job, log: Iterator[tuple[int, float, str, dict[str, Any]]] | chain[Any]
 ) -> list[str]:
-    path = folder / MODEL
+    path = folder / MODEL_FILE
     with storage_errors(f"can't read {path}"):
         raw = read_file(path)
     model = import_onnx(raw, str(needs.settings["name"]))
     with TemporaryDirectory(prefix="fedprune-check-") as scratch:
         state = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).begin()
-    coordinator = coordinate(job, model.architecture, state, model.frozen)
+    coordinator = make_coordinator(job, model.architecture, state, model.frozen)
     for number, at, kind, body in log:
         coordinator.handle(_event_of(number, kind, body), at)
     replayed, stored = (json.loads(s.to_json()) for s in (state, needs.state))
@@ -79,6 +79,6 @@ def _differing(
 def _event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
     """The event of a row of the log. Raises `StorageError` if this version has no such event."""
     try:
-        return _KINDS[kind](**body)
+        return _EVENT_TYPES[kind](**body)
     except (KeyError, TypeError) as error:
         raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error

@@ -7,17 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.disk import storage_errors, sync_folder
+from fedprune.core.disk import flush_folder, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import quantity
 from fedprune_server.maintenance.finding import Finding, Repair
-from fedprune_server.storage.blob_place import BLOBS, bucket_of
-from fedprune_server.storage.s3.bucket import BLOBS as OBJECTS
+from fedprune_server.storage.blob_place import BLOBS_FOLDER, open_bucket
+from fedprune_server.storage.s3.bucket import BLOBS_PREFIX as OBJECTS
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 
 # Folder next to `blobs` for files that were set aside: somebody may recover from a damaged one what no backup has.
-DAMAGED = "damaged"
+DAMAGED_FOLDER = "damaged"
 
 
 def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> Iterator[str]:
@@ -27,15 +27,15 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
         folder: The state folder, on which no server runs: the caller holds its lock.
         backup: The folder of a backup that may have missing blobs.
     """
-    bucket = bucket_of(folder, Storage.settings_in(folder))
+    bucket = open_bucket(folder, Storage.read_settings(folder))
     sources: tuple[BlobStore, ...] = (
-        () if backup is None else (BlobStore(backup / BLOBS),) if (backup / BLOBS).is_dir() else ()
+        () if backup is None else (BlobStore(backup / BLOBS_FOLDER),) if (backup / BLOBS_FOLDER).is_dir() else ()
     )
     if bucket is not None:  # whose copies in the folder may be whole
-        sources = (BlobStore(folder / BLOBS), *sources)
+        sources = (BlobStore(folder / BLOBS_FOLDER), *sources)
     for finding in findings:
         if bucket is not None:
-            yield from _mend(bucket, finding, folder / DAMAGED)
+            yield from _repair_objects(bucket, finding, folder / DAMAGED_FOLDER)
         if finding.repair is Repair.DELETE and finding.paths:
             _delete(finding.paths)
             yield f"deleted {quantity(len(finding.paths), 'file')}, such as {finding.paths[0]}"
@@ -43,7 +43,7 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
             for path in finding.paths:
                 yield f"moved {path} to {_set_aside(folder, path)}"
         if finding.repair in (Repair.SET_ASIDE, Repair.FETCH):
-            root = finding.paths[0].parent.parent if finding.paths else folder / BLOBS
+            root = finding.paths[0].parent.parent if finding.paths else folder / BLOBS_FOLDER
             target = BlobStore(root) if bucket is None or finding.paths else bucket
             for source in sources:
                 with suppress(StorageError):  # this source lacks it, or has a damaged one, too
@@ -58,17 +58,17 @@ def _delete(paths: Iterable[Path]) -> None:
 
 
 def _set_aside(folder: Path, path: Path) -> Path:
-    target = folder / DAMAGED / path.name
+    target = folder / DAMAGED_FOLDER / path.name
     with storage_errors(f"can't move {path}"):
         target.parent.mkdir(mode=0o700, exist_ok=True)
         path.replace(target)
         # The new name before the old one's absence: after a power cut the file is in one folder at least.
-        sync_folder(target.parent)
-        sync_folder(path.parent)
+        flush_folder(target.parent)
+        flush_folder(path.parent)
     return target
 
 
-def _mend(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
+def _repair_objects(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
     """Repair objects as a finding says, moving damaged ones that the job needs to `folder`; yields what was done."""
     for key in finding.keys:
         if finding.repair is Repair.SET_ASIDE:

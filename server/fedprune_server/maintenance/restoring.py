@@ -11,24 +11,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from fedprune.core.atomic_file import appearing
-from fedprune.core.disk import locked, make_private_folder, storage_errors, sync_folder
+from fedprune.core.atomic_file import atomic_write
+from fedprune.core.disk import file_lock, flush_folder, make_private_folder, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune.output.tables import Advance
+from fedprune.output.tables import AdvanceBar
 from fedprune.security.signed_channel import EpochFile
-from fedprune_server.enrollment.pki import FOLDER as IDENTITY
-from fedprune_server.maintenance.backup_manifest import DATABASE, NAME, Entry, Manifest, record_restore
-from fedprune_server.maintenance.inventory import inventory
-from fedprune_server.storage.copying import fill
-from fedprune_server.storage.state_folder import keep as keep_place
-from fedprune_server.storage.state_folder import url_of
+from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
+from fedprune_server.maintenance.backup_manifest import DATABASE, NAME, BackupEntry, BackupManifest, record_restore
+from fedprune_server.maintenance.inventory import read_inventory
+from fedprune_server.storage.copying import fill_database
+from fedprune_server.storage.state_folder import database_url
+from fedprune_server.storage.state_folder import store_url as keep_place
 from fedprune_server.storage.storage import Storage
 
 # An entry has some 200 bytes, so that this is enough for 300,000 files; a larger file is no manifest.
-_MAX_MANIFEST = 64 * 2**20
-_HINT = "Take another backup."
+_MAX_MANIFEST_BYTES = 64 * 2**20
+_DAMAGE_HINT = "Take another backup."
 
-_PIECE = 2**20
+_CHUNK_BYTES = 2**20
 
 
 class Backup:
@@ -36,21 +36,21 @@ class Backup:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _open_file(path / NAME, _MAX_MANIFEST) as file:
-            self.manifest = Manifest.parse(file.read(_MAX_MANIFEST), f"{path}: {NAME}")
+        with _open_file(path / NAME, _MAX_MANIFEST_BYTES) as file:
+            self.manifest = BackupManifest.parse(file.read(_MAX_MANIFEST_BYTES), f"{path}: {NAME}")
 
-    def verify(self, advance: Advance) -> None:
+    def verify(self, advance: AdvanceBar) -> None:
         """Read every file, and raise `StorageError` if one is damaged, or the job refers to a blob that is missing."""
         for entry in self.manifest.entries:
             self._copy(entry)
             advance(entry.size)
         with self._database() as copy, Storage(f"sqlite:///{copy}") as storage:
-            needs = inventory(storage)
-        missing = needs.references - {e.sha256 for e in self.manifest.entries if e.blob}
+            needs = read_inventory(storage)
+        missing = needs.references - {e.sha256 for e in self.manifest.entries if e.is_blob}
         if missing:
             raise StorageError(f"the backup {self._path} lacks what its job needs: blob {min(missing)} is missing")
 
-    def restore(self, target: Path, database: str | None, advance: Advance) -> None:
+    def restore(self, target: Path, database: str | None, advance: AdvanceBar) -> None:
         """Make a state folder of a backup that was verified: it appears whole, or not at all.
 
         Args:
@@ -68,7 +68,7 @@ class Backup:
         with storage_errors(f"can't make {partial}"):
             make_private_folder(target.parent)
         lock = target.with_name(f".{target.name}.restoring.lock")
-        with locked(lock, f"another restore to {target} is under way", "Wait until it is done."):
+        with file_lock(lock, f"another restore to {target} is under way", "Wait until it is done."):
             try:
                 _remove(partial)  # left by a restore that was killed
                 self._write(partial, database, advance)
@@ -76,12 +76,12 @@ class Backup:
                     with suppress(FileNotFoundError):
                         target.rmdir()  # which is empty
                     partial.replace(target)
-                    sync_folder(target.parent)
+                    flush_folder(target.parent)
             finally:
                 _remove(partial)
                 lock.unlink(missing_ok=True)
 
-    def _write(self, folder: Path, database: str | None, advance: Advance) -> None:
+    def _write(self, folder: Path, database: str | None, advance: AdvanceBar) -> None:
         with storage_errors(f"can't make {folder}"):
             folder.mkdir(mode=0o700)
         for entry in self.manifest.entries:
@@ -90,41 +90,41 @@ class Backup:
             path = folder / entry.path
             with storage_errors(f"can't make {path.parent}"):
                 make_private_folder(path.parent)
-            self._place(entry, path)
+            self._extract(entry, path)
             advance(entry.size)
         if self.manifest.has_identity:
             # The server went on after this backup, and boards refuse messages with numbers that they have seen.
-            EpochFile(folder / IDENTITY / "epoch").pass_over()
+            EpochFile(folder / IDENTITY / "epoch").skip_foreign_epochs()
             record_restore(folder, self.manifest)
         if database is not None:
             with self._database() as copy:
-                fill(url_of(folder, database), copy, self.manifest.digest())
-            keep_place(folder, url_of(folder, database))
+                fill_database(database_url(folder, database), copy, self.manifest.digest())
+            keep_place(folder, database_url(folder, database))
         with storage_errors(f"can't write {folder}"):
-            sync_folder(folder)
+            flush_folder(folder)
 
     @contextmanager
     def _database(self) -> Iterator[Path]:
         """A copy of the backup's database."""
         with TemporaryDirectory(prefix="fedprune-restore-") as scratch:
             path = Path(scratch) / DATABASE
-            self._place(self.manifest.database, path)
+            self._extract(self.manifest.database, path)
             yield path
 
-    def _place(self, entry: Entry, path: Path) -> None:
-        with appearing(path, private=entry.private) as partial, partial.open("wb") as file:
+    def _extract(self, entry: BackupEntry, path: Path) -> None:
+        with atomic_write(path, private=entry.is_private) as partial, partial.open("wb") as file:
             self._copy(entry, file.write)
 
-    def _copy(self, entry: Entry, write: Callable[[bytes], object] = len) -> None:
+    def _copy(self, entry: BackupEntry, write: Callable[[bytes], object] = len) -> None:
         """Read a file in chunks, and compare it with its digest."""
         digest, size = hashlib.sha256(), 0
-        with _open_file(self._path / entry.place, entry.size) as file:
-            while size <= entry.size and (chunk := file.read(_PIECE)):
+        with _open_file(self._path / entry.backup_path, entry.size) as file:
+            while size <= entry.size and (chunk := file.read(_CHUNK_BYTES)):
                 digest.update(chunk)
                 size += len(chunk)
                 write(chunk)
         if size != entry.size or digest.hexdigest() != entry.sha256:
-            raise StorageError(f"the backup {self._path} is damaged: {entry.place}", hint=_HINT)
+            raise StorageError(f"the backup {self._path} is damaged: {entry.backup_path}", hint=_DAMAGE_HINT)
 
 
 def check_target(target: Path) -> None:
@@ -140,7 +140,7 @@ def check_target(target: Path) -> None:
 def _open_file(path: Path, limit: int) -> Iterator[IO[bytes]]:
     with storage_errors(f"can't read {path}"), path.open("rb") as file:
         if os.fstat(file.fileno()).st_size > limit:
-            raise StorageError(f"{path} is damaged: it is too long", hint=_HINT)
+            raise StorageError(f"{path} is damaged: it is too long", hint=_DAMAGE_HINT)
         yield file
 
 

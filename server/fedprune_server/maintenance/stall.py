@@ -35,7 +35,7 @@ _MAX_STUCK_SHARE_OF_WAY = 0.25
 _MIN_GOOD_SCORE = 0.9
 
 # Strategies that leave parts of the global model as they began, so that its score says nothing of the boards'.
-_OWN_PARTS = frozenset({"fedper", "local"})
+_PARTIAL_STRATEGIES = frozenset({"fedper", "local"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class StallScores:
         now: The mean of the global model's over the last `STALL_ROUNDS`.
         best: The best of the global model's.
         best_before: The best before the last `STALL_ROUNDS`.
-        start: The initial model's on the boards or, where that is no longer kept, `first`.
+        initial: The initial model's on the boards or, where that is no longer kept, `first`.
         received: The mean on the boards, lately, of the models that they received.
         trained: The mean on the boards, lately, of the models that they made of these.
     """
@@ -59,13 +59,13 @@ class StallScores:
     now: float
     best: float
     best_before: float
-    start: float
+    initial: float
     received: float
     trained: float
 
     def gain(self, before: float, after: float) -> float:
-        change = after - before if self.metric.higher else before - after
-        return change if self.metric.share else change / (abs(before) or 1.0)
+        change = after - before if self.metric.higher_is_better else before - after
+        return change if self.metric.is_share else change / (abs(before) or 1.0)
 
     def is_stuck(self, begin: float, end: float, goal: float) -> bool:
         """Whether a score that could clearly have come from `begin` to `goal` has hardly moved."""
@@ -79,16 +79,16 @@ class StallScores:
     @property
     def is_good(self) -> bool:
         """Whether the models that boards receive are good."""
-        return self.metric.share and self.received >= _MIN_GOOD_SCORE
+        return self.metric.is_share and self.received >= _MIN_GOOD_SCORE
 
     @property
     def loses_training(self) -> bool:
         """Whether the models that boards receive lack what the boards have learnt."""
-        return self.is_stuck(self.start, self.received, self.trained)
+        return self.is_stuck(self.initial, self.received, self.trained)
 
 
 def _evaluation_fails(scores: StallScores) -> bool:
-    is_learnt = scores.is_good or scores.gain(scores.start, scores.received) >= _MIN_CLEAR_GAIN
+    is_learnt = scores.is_good or scores.gain(scores.initial, scores.received) >= _MIN_CLEAR_GAIN
     return is_learnt and not scores.loses_training and scores.is_stuck(scores.first, scores.now, scores.received)
 
 
@@ -97,7 +97,7 @@ def _aggregation_fails(scores: StallScores) -> bool:
 
 
 def _training_fails(scores: StallScores) -> bool:
-    gains = scores.gain(scores.start, scores.trained), scores.gain(scores.first, scores.best)
+    gains = scores.gain(scores.initial, scores.trained), scores.gain(scores.first, scores.best)
     return max(gains) < _MAX_CHANCE_GAIN and not scores.is_good
 
 
@@ -150,9 +150,9 @@ def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
     the boards', or where parts of the model stay on the boards."""
     judge = judging_metric(job)
     rounds = [round_scores(row, judge) for row in history]
-    global_scores = [scores.whole for scores in rounds if math.isfinite(scores.whole)]
+    global_scores = [scores.global_model for scores in rounds if math.isfinite(scores.global_model)]
     board_scores = [scores for scores in rounds if math.isfinite(scores.received)][-STALL_ROUNDS:]
-    has_own_parts = job.get("strategy") in _OWN_PARTS or job.get("recipe", {}).get("personal")
+    has_own_parts = job.get("strategy") in _PARTIAL_STRATEGIES or job.get("recipe", {}).get("personal")
     if len(global_scores) <= STALL_ROUNDS or not board_scores or has_own_parts:
         return None
     metric, initial = METRICS[judge], rounds[0].received
@@ -162,7 +162,7 @@ def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
         now=math.fsum(global_scores[-STALL_ROUNDS:]) / STALL_ROUNDS,
         best=metric.best(global_scores),
         best_before=metric.best(global_scores[:-STALL_ROUNDS]),
-        start=initial if math.isfinite(initial) else global_scores[0],  # of a long job only the latest parts are kept
+        initial=initial if math.isfinite(initial) else global_scores[0],  # of a long job only the latest parts are kept
         received=math.fsum(scores.received for scores in board_scores) / len(board_scores),
         trained=math.fsum(scores.trained for scores in board_scores) / len(board_scores),
     )

@@ -13,40 +13,44 @@ from pathlib import Path
 from fedprune.core import tensorfile
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.output.tables import Advance
-from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune.output.tables import AdvanceBar
+from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.backup_manifest import CONSOLE
 from fedprune_server.maintenance.blob_checks import (
+    check_blob_file,
+    check_blob_folder,
     check_bucket,
-    check_file,
-    check_folder,
     left_over_files,
     size_of_file,
 )
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
-from fedprune_server.maintenance.inventory import Inventory, find_files, inventory
+from fedprune_server.maintenance.inventory import Inventory, find_files, read_inventory
 from fedprune_server.maintenance.log_check import check_log
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.blob_place import BLOBS, bucket_of, reader
-from fedprune_server.storage.database import reading_uri
-from fedprune_server.storage.state_folder import MODEL
-from fedprune_server.storage.storage import Storage, database_of
+from fedprune_server.storage.blob_place import BLOBS_FOLDER, open_blobs_reader, open_bucket
+from fedprune_server.storage.database import read_only_uri
+from fedprune_server.storage.state_folder import MODEL_FILE
+from fedprune_server.storage.storage import Storage, open_database
 
 
-def size_of(folder: Path) -> int:
+def blob_bytes(folder: Path) -> int:
     """Bytes that a check reads of a state folder's blobs."""
-    settings = Storage.settings_in(folder)
-    store = bucket_of(folder, settings)
+    settings = Storage.read_settings(folder)
+    store = open_bucket(folder, settings)
     if store is not None:
         objects = sum(size for keys in store.objects().values() for size in keys.values())
         return objects + sum(size_of_file(p) for p in find_files(folder / RELEASES).blobs.values())
-    return sum(size_of_file(p) for root in (folder / BLOBS, folder / RELEASES) for p in find_files(root).blobs.values())
+    return sum(
+        size_of_file(p) for root in (folder / BLOBS_FOLDER, folder / RELEASES) for p in find_files(root).blobs.values()
+    )
 
 
-def check(folder: Path, advance: Advance, *, running: bool, allowed: Collection[str] = ()) -> Iterator[Finding]:
+def check_state(
+    folder: Path, advance: AdvanceBar, *, running: bool, allowed: Collection[str] = ()
+) -> Iterator[Finding]:
     """Check a state folder; yields findings as they are found.
 
     Args:
@@ -57,20 +61,20 @@ def check(folder: Path, advance: Advance, *, running: bool, allowed: Collection[
     Raises:
         StorageError: There is no database, it is damaged, or it can't be read, so that nothing else can be checked.
     """
-    with Storage.existing(folder) as storage:
-        _whole(storage)
-        needs = inventory(storage)
-        yield from _rows(storage, needs)
-        yield from _model(folder, needs)
-        files = find_files(folder / BLOBS)
-        store = bucket_of(folder, needs.settings)
+    with Storage.open_existing(folder) as storage:
+        _check_database(storage)
+        needs = read_inventory(storage)
+        yield from _check_rows(storage, needs)
+        yield from _check_model_file(folder, needs)
+        files = find_files(folder / BLOBS_FOLDER)
+        store = open_bucket(folder, needs.settings)
         if store is not None:
             blob_findings = list(check_bucket(store, files, needs, advance, running=running))
         else:
-            blob_findings = list(check_folder(files, needs, advance))
+            blob_findings = list(check_blob_folder(files, needs, advance))
         if running:  # the server may have ended a round meanwhile, and deleted what it no longer needs
-            needs = inventory(storage)
-            store_now = reader(folder, needs.settings)
+            needs = read_inventory(storage)
+            store_now = open_blobs_reader(folder, needs.settings)
             blob_findings = [
                 f
                 for f in blob_findings
@@ -80,12 +84,12 @@ def check(folder: Path, advance: Advance, *, running: bool, allowed: Collection[
         yield from left_over_files(files, needs, running=running, cache=store is not None)
         if not running:
             yield from check_log(folder, storage, needs, allowed)
-    yield from _other_files(folder, advance)
+    yield from _check_other_files(folder, advance)
 
 
-def _whole(storage: Storage) -> None:
+def _check_database(storage: Storage) -> None:
     """The database's own check, more thorough than at every start."""
-    with storage.database.reading() as connection:
+    with storage.database.read_transaction() as connection:
         if storage.database.postgresql:
             return  # PostgreSQL compares each page with its checksum as it is read, which happens below
         reports = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]
@@ -93,7 +97,7 @@ def _whole(storage: Storage) -> None:
         raise StorageError(f"{storage.url} is damaged ({'; '.join(reports)})", hint="Restore the server's backup.")
 
 
-def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
+def _check_rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
     numbers = [r.get("round") for r in storage.rounds()]
     if numbers != list(range(1, len(numbers) + 1)):
         yield Finding(Severity.WRONG, f"{storage.url}: the rounds are not 1 to {len(numbers)}", "Restore a backup.")
@@ -113,11 +117,11 @@ def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
         last_number = number
 
 
-def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
-    path = folder / MODEL
+def _check_model_file(folder: Path, needs: Inventory) -> Iterator[Finding]:
+    path = folder / MODEL_FILE
     try:
         with storage_errors(f"can't read {path}"):
-            is_intact = tensorfile.digest(read_file(path)) == needs.settings.get("model")
+            is_intact = tensorfile.sha256_hex(read_file(path)) == needs.settings.get("model")
     except StorageError as error:
         yield Finding(Severity.WRONG, error.what, "Put the model's file back, or restore a backup.")
     else:
@@ -125,7 +129,7 @@ def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
             yield Finding(Severity.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
 
 
-def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
+def _check_other_files(folder: Path, advance: AdvanceBar) -> Iterator[Finding]:
     """The parts that are not the job's: rollouts and their files, and identity."""
     try:
         with RolloutStore(folder, read_only=True) as store:
@@ -135,20 +139,20 @@ def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
     if (folder / RELEASES).is_dir():
         files = find_files(folder / RELEASES)
         for digest, path in files.blobs.items():
-            for finding in check_file(digest, path, files.tables.get(digest), advance, needed=True):
+            for finding in check_blob_file(digest, path, files.tables.get(digest), advance, needed=True):
                 advice = finding.advice if finding.repair is Repair.DELETE else "Stop the rollout and begin it again."
-                yield Finding(finding.severity, finding.what, advice, finding.repair, finding.paths, digest)
-    yield from _console(folder / CONSOLE)
+                yield Finding(finding.severity, finding.message, advice, finding.repair, finding.paths, digest)
+    yield from _check_console(folder / CONSOLE)
     if (folder / IDENTITY).is_dir():
         try:
-            with database_of(folder, read_only=True) as database:
+            with open_database(folder, read_only=True) as database:
                 IdentityStore(database).devices()
         except StorageError as error:
             yield Finding(Severity.WRONG, error.what, "Restore the server's backup.")
         yield from check_identity(folder / IDENTITY)
 
 
-def _console(path: Path) -> Iterator[Finding]:
+def _check_console(path: Path) -> Iterator[Finding]:
     """Check the database with the console's accounts and audit log, if there is one."""
     if not path.exists():
         return
@@ -158,15 +162,15 @@ def _console(path: Path) -> Iterator[Finding]:
         yield Finding(
             Severity.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
         )
-    if trouble := _console_trouble(path):
+    if trouble := _console_problem(path):
         advice = "Restore a backup of it, or delete it and add the operators again."
         yield Finding(Severity.WRONG, f"{path} is damaged ({trouble})", advice)
 
 
-def _console_trouble(path: Path) -> str:
+def _console_problem(path: Path) -> str:
     """The problem of a console's database; empty if there is none."""
     try:
-        with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
+        with closing(sqlite3.connect(read_only_uri(path), uri=True)) as connection:
             integrity = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
             if integrity != "ok":
                 return integrity

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, IdentityError, looked_for
-from fedprune.security.tls import insecure_allowed
-from fedprune.wire.link import Link
+from fedprune.core.errors import ConfigError, IdentityError, search_location
+from fedprune.security.tls import check_local_host
+from fedprune.wire.link import BrokerLink
 from fedprune.wire.queues import Inbox
 from fedprune.wire.topics import Topics
 from fedprune.wire.urls import BrokerUrl
-from fedprune_server.config.server_config import LOCAL, BrokerSettings, ServerConfig
-from fedprune_server.devices.quarantine import FILE as QUARANTINE
+from fedprune_server.config.server_config import LOOPBACK_HOSTS, BrokerSettings, ServerConfig
+from fedprune_server.devices.quarantine import QUARANTINE_FILE as QUARANTINE
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.enrollment.host_names import names_of
-from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
+from fedprune_server.enrollment.host_names import listener_names
+from fedprune_server.enrollment.pki import IDENTITY_FOLDER, IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker, PortTakenError
 from fedprune_server.messaging.broker.programs import TlsFiles
@@ -30,14 +30,14 @@ log = logging.getLogger("fedprune.server")
 
 # Bytes of requests to join that may wait, which are some hundreds of requests, and the seconds for which their
 # connection is closed if more come.
-JOINS_BYTES, JOINS_PAUSE_S = 2**20, 5.0
+JOIN_INBOX_BYTES, JOIN_FLOOD_PAUSE_S = 2**20, 5.0
 
 # Ports that IANA has registered for MQTT without and with TLS.
 _PLAIN_PORT, _TLS_PORT = 1883, 8883
 
 
 @dataclass(frozen=True)
-class Connection:
+class ServerConnection:
     """A server's connection, not up yet.
 
     Attributes:
@@ -50,8 +50,8 @@ class Connection:
     """
 
     wire: Wire
-    link: Link
-    joins: Link | None
+    link: BrokerLink
+    joins: BrokerLink | None
     broker: EmbeddedBroker | None
     site: str
     quarantine: Quarantine
@@ -68,7 +68,7 @@ class Connection:
 
 
 @contextmanager
-def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[Connection]:
+def open_connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[ServerConnection]:
     """The connection for a configuration, with its embedded broker; both are closed at the end.
 
     Args:
@@ -82,37 +82,37 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
     with ExitStack() as stack:
         site = config.site if identity is None else identity.site
         broker, url = None, config.broker
-        if config.embedded:
-            broker = _embedded(config, identity)
+        if config.has_embedded_broker:
+            broker = _embedded_broker(config, identity)
             try:
                 stack.enter_context(broker)
             except PortTakenError:
                 # The port may be another server's of this identity, such as the original beside a restored backup:
                 # then the error says so.
                 if identity is not None:
-                    this_server = ServerInstance(config.state, looks_only=True)
+                    this_server = ServerInstance(config.state, only_looks=True)
                     with second_server_guard(broker.url, identity, config.ca, this_server) as guard:
                         guard.enter()
                 raise
             url = broker.url
         quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
         if identity is None:
-            link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores, qos=0)
+            link = BrokerLink(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.should_ignore, qos=0)
             wire: Wire = RateLimitedLink(link, quarantine)
         else:
-            link = Link(
+            link = BrokerLink(
                 url,
                 f"fedprune-{secrets.token_hex(12)}",
-                tls=lambda: identity.context(config.ca),
-                ignores=quarantine.ignores,
+                tls=lambda: identity.tls_context(config.ca),
+                ignores=quarantine.should_ignore,
                 qos=0,
             )
-            joins = Link(
+            joins = BrokerLink(
                 url,
                 f"fedprune-{secrets.token_hex(12)}",
-                tls=lambda: identity.context(config.ca),
-                inbox=Inbox(JOINS_BYTES),
-                pause_s=JOINS_PAUSE_S,
+                tls=lambda: identity.tls_context(config.ca),
+                inbox=Inbox(JOIN_INBOX_BYTES),
+                pause_s=JOIN_FLOOD_PAUSE_S,
                 wake=link.wake,
             )
             stack.callback(joins.close)
@@ -123,34 +123,34 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
                 quarantine=quarantine,
             )
         stack.callback(link.close)
-        yield Connection(wire, link, joins, broker, site, quarantine, url)
+        yield ServerConnection(wire, link, joins, broker, site, quarantine, url)
 
 
 @contextmanager
-def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
+def open_identity(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
     """The server's identity, closed at the end; None with `insecure`, on this machine alone.
 
     Raises:
         ConfigError: The server would leave this machine without TLS and identity, or the site isn't the identity's.
         IdentityError: There is no identity, or it is damaged.
     """
-    url = None if config.embedded else BrokerUrl.parse(config.broker)
+    url = None if config.has_embedded_broker else BrokerUrl.parse(config.broker)
     if insecure or (url is not None and not url.tls):
-        insecure_allowed(config.host if url is None else url.host)
+        check_local_host(config.host if url is None else url.host)
     if insecure and url is not None and url.tls:
         raise ConfigError(
-            "--insecure", expected="a broker at mqtt://, or the embedded one", got=url.bare,
+            "--insecure", expected="a broker at mqtt://, or the embedded one", got=url.without_credentials,
             hint="A broker at mqtts:// belongs to a fleet with an identity: leave --insecure out, or name another "
             "--broker (a state folder remembers its own).",
         )  # fmt: skip
     if insecure:
         yield None
         return
-    if not (config.state / FOLDER).is_dir():
+    if not (config.state / IDENTITY_FOLDER).is_dir():
         raise IdentityError(
             f"{config.state} has no identity, by which boards know their server",
             hint=f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
-            f"For a trial on this machine alone: --insecure.{looked_for(config.state)}",
+            f"For a trial on this machine alone: --insecure.{search_location(config.state)}",
         )
     with IdentityFolder(config.state, database=config.database) as identity:
         if config.site not in (identity.site, ServerConfig.site):
@@ -159,11 +159,11 @@ def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFol
         yield identity
 
 
-def _embedded(config: BrokerSettings, identity: IdentityFolder | None) -> EmbeddedBroker:
+def _embedded_broker(config: BrokerSettings, identity: IdentityFolder | None) -> EmbeddedBroker:
     if identity is None:
         return EmbeddedBroker(config.host, _PLAIN_PORT if config.port is None else config.port)
-    hosts = names_of(config.host)
-    if config.host not in LOCAL:
+    hosts = listener_names(config.host)
+    if config.host not in LOOPBACK_HOSTS:
         log.warning(
             "the embedded broker encrypts, but whoever reaches %s may connect: it can't change what is said, but read "
             "models, and crowd the broker. See docs/run-a-fleet.md.",
@@ -171,4 +171,4 @@ def _embedded(config: BrokerSettings, identity: IdentityFolder | None) -> Embedd
         )
         log.info("boards reach it as one of: %s", ", ".join(hosts))
     port = _TLS_PORT if config.port is None else config.port
-    return EmbeddedBroker(config.host, port, TlsFiles(*identity.broker(hosts)))
+    return EmbeddedBroker(config.host, port, TlsFiles(*identity.broker_files(hosts)))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
-from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.fields import MAX_MESSAGE
+from fedprune.wire.chunk import CHUNK_QOS as CHUNK_QOS
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, PACKET_OVERHEAD_BYTES
+from fedprune.wire.fields import MAX_MESSAGE_BYTES
 from fedprune.wire.fleet_messages import Reconnect, ReleaseOffer
 from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer, SecureStep
 from fedprune.wire.queues import HIGH_WATER
@@ -17,13 +17,13 @@ from fedprune.wire.transfer import SeenRequests, with_request_id
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.uploads import Wants
+from fedprune_server.transfer.uploads import DeviceRequests
 
 # Few, so that messages never wait long behind chunks; the next turn follows at once while chunks can be sent.
 _CHUNKS_PER_TURN = 4
 
 # Messages that a device answers, for which it is credited points: its answers must not count as a flood.
-_ANSWERED = (Hello, Offer, SecureStep, Reconnect, ReleaseOffer)
+_ANSWERED_MESSAGES = (Hello, Offer, SecureStep, Reconnect, ReleaseOffer)
 
 
 class Outbox:
@@ -31,7 +31,7 @@ class Outbox:
 
     Args:
         downloads: Cuts blobs into chunks.
-        coming: Whether a missing blob will arrive from the bucket in a moment.
+        is_coming: Whether a missing blob will arrive from the bucket in a moment.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Outbox:
         site: SiteLink,
         registry: DeviceRegistry,
         downloads: Downloads,
-        coming: Callable[[str], bool] = lambda sha256: False,
+        is_coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
         self._link, self._topics, self._quarantine, self._clock = (
             site.link,
@@ -47,22 +47,24 @@ class Outbox:
             site.quarantine,
             site.monotonic,
         )
-        self._most = MAX_MESSAGE if site.max_packet >= MAX_PACKET else site.max_packet - PACKET_OVERHEAD
+        self._max_message_bytes = (
+            MAX_MESSAGE_BYTES if site.max_packet >= DEFAULT_MAX_PACKET else site.max_packet - PACKET_OVERHEAD_BYTES
+        )
         self._is_duplicate = SeenRequests().is_duplicate
-        self._coming = coming
+        self._is_coming = is_coming
         self._registry, self._downloads = registry, downloads
-        self._outbox: deque[tuple[str, str, bytes]] = deque()
+        self._queue: deque[tuple[str, str, bytes]] = deque()
 
     @property
-    def waiting(self) -> bool:
-        return bool(self._downloads) or bool(self._outbox)
+    def has_unsent(self) -> bool:
+        return bool(self._downloads) or bool(self._queue)
 
     @property
-    def queued(self) -> int:
-        return len(self._outbox)
+    def queued_messages(self) -> int:
+        return len(self._queue)
 
     @property
-    def ready(self) -> bool:
+    def can_send_chunk(self) -> bool:
         """Whether a chunk waits and could be sent now."""
         return bool(self._downloads) and self._link.unsent < HIGH_WATER
 
@@ -71,17 +73,17 @@ class Outbox:
         it is longer than a message may be, or than the broker lets through.
         """
         payload = message.to_bytes()
-        if len(payload) > self._most:
+        if len(payload) > self._max_message_bytes:
             raise ProtocolError(
                 f"{message.kind}: message is too long for the broker",
-                expected=f"at most {self._most} bytes",
+                expected=f"at most {self._max_message_bytes} bytes",
                 got=len(payload),
                 hint="Raise the broker's limit and max_packet in [server].",
             )
         topic = self._topics.down(device, job) if job else self._topics.down(device)
-        if isinstance(message, _ANSWERED):
-            self._quarantine.sends(device)
-        self._outbox.append((device, topic, payload))
+        if isinstance(message, _ANSWERED_MESSAGES):
+            self._quarantine.credit_message(device)
+        self._queue.append((device, topic, payload))
 
     def deliver(self) -> None:
         """Send as many of the queued messages as the connection accepts.
@@ -89,40 +91,40 @@ class Outbox:
         Without a connection they are dropped: devices ask again. Those to devices that are no longer members are
         dropped, too, so that they don't block the queue.
         """
-        while self._outbox:
-            device, topic, payload = self._outbox[0]
+        while self._queue:
+            device, topic, payload = self._queue[0]
             if self._link.publish(topic, payload):
-                self._registry.sent(device, len(payload))
+                self._registry.count_sent(device, len(payload))
             elif self._link.connected and not self._link.room:
                 return  # the connection is busy: the rest follows in a later turn
-            self._outbox.popleft()
+            self._queue.popleft()
 
     def broadcast(self, hello: Hello) -> None:
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
-    def ask(self, requests: Wants) -> None:
+    def send_requests(self, requests: DeviceRequests) -> None:
         """Request devices' updates at once, without waiting for the turn's transaction: a request doesn't depend on
         saved state.
         """
         for device, request in requests:
             if isinstance(request, BlobRequest):
-                self._quarantine.asked(device, request.count)
+                self._quarantine.credit_leaves(device, request.count)
                 self._registry.note_request_to(device, request, self._clock())
-            self._quarantine.sends(device)
+            self._quarantine.credit_message(device)
             topic, payload = self._topics.down(device), with_request_id(request).to_bytes()
             # Behind messages that are queued already, so that their order stays.
-            if not self._outbox and self._link.publish(topic, payload):
-                self._registry.sent(device, len(payload))
+            if not self._queue and self._link.publish(topic, payload):
+                self._registry.count_sent(device, len(payload))
             else:
-                self._outbox.append((device, topic, payload))
+                self._queue.append((device, topic, payload))
 
-    def fetched(self, device: str, request: BlobRequest, allowed_digests: AbstractSet[str]) -> None:
+    def serve_request(self, device: str, request: BlobRequest, allowed_digests: AbstractSet[str]) -> None:
         """Queue the pieces of a blob that a device requests, if it may fetch that blob."""
         if self._is_duplicate(device, request):
             return
         if request.sha256 in allowed_digests:
             self._registry.note_request_of(device, request, self._clock())
-            self._quarantine.fetches(device, request.sha256, self._downloads.leaves(request.sha256))
+            self._quarantine.charge_request(device, request.sha256, self._downloads.leaf_count(request.sha256))
             self._downloads.add(device, request)
         else:
             self.send(device, BlobNotFound(request.sha256))
@@ -134,14 +136,14 @@ class Outbox:
     def send_chunks(self) -> None:
         """Send a few of the waiting chunks. Raises `StorageError` if the disk fails."""
         for _ in range(_CHUNKS_PER_TURN):
-            item = self._downloads.next() if self.ready else None
+            item = self._downloads.next_chunk() if self.can_send_chunk else None
             if item is None:
                 return
             device, chunk = item
             if isinstance(chunk, BlobNotFound):
-                if self._coming(chunk.sha256):
+                if self._is_coming(chunk.sha256):
                     continue  # the device asks again, and the blob is here by then
                 self.send(device, chunk)
                 self.deliver()
             elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
-                self._registry.sent(device, len(chunk))
+                self._registry.count_sent(device, len(chunk))

@@ -15,18 +15,18 @@ class RateLimitedLink(Relay):
         self._quarantine = quarantine
 
     def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
-        event = self._quarantine.news()
+        event = self._quarantine.next_event()
         if event is not None:
             return event
         item = self._link.get(timeout)
         if isinstance(item, tuple):
             topic, payload = item
-            if not self._quarantine.hears(_device(topic), len(payload), chunk=topic.endswith("/blob")):
+            if not self._quarantine.charge_message(_device_level(topic), len(payload), chunk=topic.endswith("/blob")):
                 return DroppedMessage()
         return item
 
 
-def _device(topic: str) -> str:
+def _device_level(topic: str) -> str:
     """The topic's level that names the device. Its text is a sender's, and need not be a valid name."""
     levels = topic.split("/", 4)
     return levels[3] if len(levels) > 3 else ""

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedprune.wire.chunk import MAX_PACKET
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET
 from fedprune.wire.queues import Event
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
 
 # Seconds for which messages are handled before their events are saved, in one transaction, and answered: a transaction
 # takes milliseconds, so that a turn for each message would be many times slower.
-TURN_S = 0.02
+MAX_TURN_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class DroppedMessage:
 
 
 # Events of a device that the connection itself detects, without a message from the device.
-Noticed = DeviceRevoked | DuplicateIdentity | Quarantined | Released
+DeviceEvent = DeviceRevoked | DuplicateIdentity | Quarantined | Released
 
 # A topic and a payload, or an event of the connection or about a device.
-Item = tuple[str, bytes] | Event | Noticed
+Item = tuple[str, bytes] | Event | DeviceEvent
 
 
 class Wire(Protocol):
-    """The connection as the server's loop uses it; `fedprune.wire.link.Link` implements it."""
+    """The connection as the server's loop uses it; `fedprune.wire.link.BrokerLink` implements it."""
 
     @property
     def connected(self) -> bool:
@@ -88,7 +88,7 @@ class SiteLink:
     link: Wire
     topics: Topics
     quarantine: Quarantine = field(default_factory=Quarantine)
-    max_packet: int = MAX_PACKET
+    max_packet: int = DEFAULT_MAX_PACKET
     clock: Callable[[], float] = time.time
     monotonic: Callable[[], float] = time.monotonic
 

@@ -23,27 +23,29 @@ class AlertBook:
 
     def __init__(self, restored: Iterable[Alert] = ()) -> None:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
-        self._begun: dict[tuple[str, str], tuple[float, float]] = {}  # by key and severity, before the delay has passed
-        self._ended: dict[str, float] = {}  # open alerts whose cause has gone: since when, by key
+        self._pending: dict[
+            tuple[str, str], tuple[float, float]
+        ] = {}  # by key and severity, before the delay has passed
+        self._closing_since: dict[str, float] = {}  # open alerts whose cause has gone: since when, by key
 
     @property
-    def open(self) -> list[Alert]:
+    def open_alerts(self) -> list[Alert]:
         """All open alerts; may be called from any thread."""
         return list(self._open.values())
 
     @property
-    def closing(self) -> frozenset[str]:
+    def closing_keys(self) -> frozenset[str]:
         """Keys of open alerts whose cause has gone, so that they close unless it comes again; may be called from any
         thread."""
-        return frozenset(tuple(self._ended))
+        return frozenset(tuple(self._closing_since))
 
     @property
-    def severities(self) -> frozenset[tuple[str, str]]:
-        return frozenset((a.kind, a.severity) for a in self.open)
+    def open_severities(self) -> frozenset[tuple[str, str]]:
+        return frozenset((a.kind, a.severity) for a in self.open_alerts)
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Open alerts by kind and severity, including zeros; may be called from any thread."""
-        counts = Counter((a.kind, a.severity) for a in self.open)
+        counts = Counter((a.kind, a.severity) for a in self.open_alerts)
         return {
             (kind, severity): counts[kind, severity] for kind, levels in ALERT_SEVERITIES.items() for severity in levels
         }
@@ -60,22 +62,22 @@ class AlertBook:
         """
         changes: list[AlertChange] = []
         current = {a.key: a for a in alerts}
-        for key, severity in self._begun.keys() - {(k, a.severity) for k, a in current.items()}:
-            del self._begun[key, severity]
+        for key, severity in self._pending.keys() - {(k, a.severity) for k, a in current.items()}:
+            del self._pending[key, severity]
         for key, alert in current.items():
-            self._ended.pop(key, None)
+            self._closing_since.pop(key, None)
             open_alert = self._open.get(key)
             if open_alert is not None and open_alert.severity == alert.severity:
                 # The text may have changed, such as the free bytes of a disk.
                 self._open[key] = replace(alert, since=open_alert.since)
                 continue
-            begun_at, since = self._begun.setdefault((key, alert.severity), (now, alert.since))
+            begun_at, since = self._pending.setdefault((key, alert.severity), (now, alert.since))
             if now - begun_at >= alert.delay_s:
-                del self._begun[key, alert.severity]
+                del self._pending[key, alert.severity]
                 self._open[key] = replace(alert, since=since if open_alert is None else open_alert.since)
                 changes.append(AlertChange(self._open[key]))
         for key in self._open.keys() - current.keys():
-            if now - self._ended.setdefault(key, now) >= self._open[key].delay_s:
-                del self._ended[key]
+            if now - self._closing_since.setdefault(key, now) >= self._open[key].delay_s:
+                del self._closing_since[key]
                 changes.append(AlertChange(self._open.pop(key), at))
         return changes

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fedprune.core.records import one_of, within
+from fedprune.core.records import number_range, word_of
 from fedprune.core.text import sentences
 from fedprune_server.monitoring.situation import Situation
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
 # From the least severe to the most severe: rules, sorting and notifications compare positions in it.
-SEVERITIES = (INFO, WARNING, CRITICAL)
+ALERT_LEVELS = (INFO, WARNING, CRITICAL)
 
 # A server's loop that has not turned for this long hangs: no turn of a healthy one takes nearly as long.
 HANG_THRESHOLD_S = 60.0
@@ -29,7 +29,7 @@ MAX_NAMES_SHOWN = 5
 BOARD_LOG_COMMAND = "journalctl -u fedprune -n 50"
 
 # Kinds of alerts that a missing broker explains: `doctor` leaves them out then.
-MISSING_BOARDS = ("no-devices", "too-few-devices")
+MISSING_BOARD_KINDS = ("no-devices", "too-few-devices")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Alert:
     """
 
     kind: str
-    severity: Annotated[str, one_of(SEVERITIES)]
+    severity: Annotated[str, word_of(ALERT_LEVELS)]
     since: float
     what: str
     why: str
@@ -55,7 +55,7 @@ class Alert:
     job: str | None = None
     device: str | None = None
     subject: str = ""
-    delay_s: Annotated[float, within(0)] = 0.0
+    delay_s: Annotated[float, number_range(0)] = 0.0
 
     @property
     def key(self) -> str:
@@ -74,9 +74,9 @@ Rule = Callable[[Situation, float], Iterator[Alert]]
 
 RULES: list[Rule] = []
 # The kinds of alerts of all rules, with the severities that each can have: metrics show zeros for those not open.
-KINDS: dict[str, tuple[str, ...]] = {}
+ALERT_KINDS: dict[str, tuple[str, ...]] = {}
 # Kinds of alerts whose rules read counts of the server's present run, which begin at zero after a restart.
-COUNTED: set[str] = set()
+COUNTED_KINDS: set[str] = set()
 
 
 def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[Rule], Rule]:
@@ -88,9 +88,9 @@ def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[
     """
 
     def register(rule: Rule) -> Rule:
-        KINDS[kind] = severities
+        ALERT_KINDS[kind] = severities
         if counted:
-            COUNTED.add(kind)
+            COUNTED_KINDS.add(kind)
         if rule not in RULES:  # a rule with several kinds is decorated several times
             RULES.append(rule)
         return rule
@@ -98,14 +98,14 @@ def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[
     return register
 
 
-def command(*words: object) -> str:
+def server_command(*words: object) -> str:
     """A `fedprune-server` command line, quoted for a shell."""
     return f"fedprune-server {shlex.join(str(w) for w in words)}"
 
 
 def restart_advice(*words: object) -> str:
     """Advice to start a running server again with other settings of `fedprune-server run`."""
-    return f"stop the server, then {command('run', *words)}"
+    return f"stop the server, then {server_command('run', *words)}"
 
 
 def state_args(folder: Path) -> tuple[str, str]:

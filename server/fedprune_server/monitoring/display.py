@@ -12,38 +12,38 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 from fedprune.coordination import Phase
-from fedprune.core.metrics import ACCURACY, METRICS, leading
+from fedprune.core.metrics import ACCURACY, METRICS, primary_metric
 from fedprune.core.text import quantity
-from fedprune.output.log_lines import OneLine
-from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
+from fedprune.output.log_lines import OneLineFormatter
+from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fit_table
 from fedprune_server.monitoring.round_rows import round_scores
 from fedprune_server.monitoring.round_times import RoundTimes
-from fedprune_server.observation.observer import Observer, RoundEnded, ServerEnds, TurnEvent, handle_each
+from fedprune_server.observation.observer import Observer, RoundEnded, ServerEnding, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
 # A terminal over SSH takes a while for a table of a hundred rows; drawing it in every turn would slow the loop.
-REFRESH_S = 0.5
+REFRESH_INTERVAL_S = 0.5
 
 # Columns of a terminal that has room for profiles' full names.
-_WIDE = 120
+_MIN_FULL_WIDTH = 120
 
 
 _COLUMNS = (
-    Column("device", wrap=10),
-    Column("profile", drop=2),
-    Column("density", right=True),
-    Column("parameters", right=True, drop=4),
-    Column("MB down", right=True, drop=1),
-    Column("MB up", right=True, drop=1),
-    Column("seconds", right=True, drop=3),
-    Column("accuracy", right=True),
-    Column("state", wrap=16),
+    Column("device", min_width=10),
+    Column("profile", drop_order=2),
+    Column("density", is_right_aligned=True),
+    Column("parameters", is_right_aligned=True, drop_order=4),
+    Column("MB down", is_right_aligned=True, drop_order=1),
+    Column("MB up", is_right_aligned=True, drop_order=1),
+    Column("seconds", is_right_aligned=True, drop_order=3),
+    Column("accuracy", is_right_aligned=True),
+    Column("state", min_width=16),
 )
 
 # Styles of states by their first word; every other state is work in progress. The rest of a state's text varies.
-_STATES = {
+_STATE_STYLES = {
     "ready": GOOD, "aggregated": GOOD, "refused": BAD, "late": ATTENTION, "lost": ATTENTION, "gone": ATTENTION,
     "offline": ATTENTION, "excluded": ATTENTION, "unknown": ATTENTION,
 }  # fmt: skip
@@ -56,7 +56,7 @@ class RoundLines:
         self._times: dict[str, RoundTimes] = {}
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        handle_each(events, lambda event: self._log(event.what, event.at, snapshot))
+        handle_each(events, lambda event: self._log(event.payload, event.happened_at, snapshot))
 
     def _log(self, event: object, now: float, snapshot: JobSnapshot) -> None:
         if not isinstance(event, RoundEnded):
@@ -64,11 +64,11 @@ class RoundLines:
         summary = event.summary
         times = self._times.setdefault(snapshot.name, RoundTimes())
         times.note_end(summary["round"], now)
-        job = f"{snapshot.name}: " if snapshot.fleet.several_jobs else ""
+        job = f"{snapshot.name}: " if snapshot.fleet.has_several_jobs else ""
         log.info("%s%s%s", job, round_line(summary, snapshot), _time_left(times, summary["round"], snapshot))
         if log.isEnabledFor(logging.DEBUG):  # reading devices costs time for every device
             for device in snapshot.devices.values():
-                log.debug("  %s", row_line(device))
+                log.debug("  %s", device_line(device))
 
 
 class LiveTable:
@@ -80,46 +80,46 @@ class LiveTable:
 
         self._console = Console(file=stream or sys.stdout)
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
-        self._logged = ExitStack()
-        self._logged.enter_context(logged_above(self._console))
+        self._log_redirection = ExitStack()
+        self._log_redirection.enter_context(log_above(self._console))
         self._live.start()
-        self._drawn = -REFRESH_S
+        self._drawn_at = -REFRESH_INTERVAL_S
         self._lines = RoundLines()
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         """Print a line per round above the table, and draw the table at most twice a second. The last one stays on the
         screen."""
         self._lines.observe(snapshot, events)
-        is_round_over = any(isinstance(event.what, RoundEnded) for event in events)
+        is_round_over = any(isinstance(event.payload, RoundEnded) for event in events)
         now = time.monotonic()
-        if is_round_over or now - self._drawn >= REFRESH_S:
-            self._drawn = now
+        if is_round_over or now - self._drawn_at >= REFRESH_INTERVAL_S:
+            self._drawn_at = now
             self._draw(snapshot)
-        if any(isinstance(event.what, ServerEnds) for event in events):
+        if any(isinstance(event.payload, ServerEnding) for event in events):
             self._live.stop()
-            self._logged.close()
+            self._log_redirection.close()
 
     def _draw(self, snapshot: JobSnapshot) -> None:
         from rich.text import Text
 
         rows: list[Sequence[Cell]] = []
         for row in snapshot.devices.values():
-            device, profile, *figures, state = cells(row)
-            if self._console.width < _WIDE:
+            device, profile, *figures, state = device_cells(row)
+            if self._console.width < _MIN_FULL_WIDTH:
                 profile = profile.removeprefix("raspberry-")
             rows.append((device, profile, *figures, (state, state_style(state))))
-        table, _ = fitted(_COLUMNS, rows, self._console.width)
-        table.title, table.title_justify = Text(title(snapshot), "bold"), "left"
+        table, _ = fit_table(_COLUMNS, rows, self._console.width)
+        table.title, table.title_justify = Text(job_title(snapshot), "bold"), "left"
         self._live.update(table, refresh=True)
 
 
-class _Above(logging.Handler):
+class _LinesAboveTable(logging.Handler):
     """Prints log lines above a live table."""
 
     def __init__(self, console: Any) -> None:
         super().__init__()
         self._console = console
-        self.setFormatter(OneLine("%(message)s"))
+        self.setFormatter(OneLineFormatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
@@ -133,12 +133,12 @@ def _time_left(times: RoundTimes, number: int, snapshot: JobSnapshot) -> str:
     """The end of a round's line; empty before the usual time of a round is known, after the last one, and in a
     pause."""
     rounds, usual_s = snapshot.rounds, times.usual_s()
-    if usual_s is None or number >= rounds or snapshot.paused:
+    if usual_s is None or number >= rounds or snapshot.is_paused:
         return ""
-    return f", about {span((rounds - number) * usual_s)} left"
+    return f", about {duration_text((rounds - number) * usual_s)} left"
 
 
-def span(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:  # 80 minutes are "80 min": rounded to hours they would be 25 % off
             return f"{seconds / size:.0f} {unit}"
@@ -146,11 +146,11 @@ def span(seconds: float) -> str:
 
 
 @contextmanager
-def logged_above(console: Any) -> Iterator[None]:
+def log_above(console: Any) -> Iterator[None]:
     """Print fedprune's log lines on a console, above what is drawn there in place."""
     logger = logging.getLogger("fedprune")
     former = logger.handlers[:], logger.propagate
-    logger.handlers[:], logger.propagate = [_Above(console)], False
+    logger.handlers[:], logger.propagate = [_LinesAboveTable(console)], False
     try:
         yield
     finally:
@@ -163,10 +163,10 @@ def make_display(stream: TextIO | None = None) -> Observer:
     return LiveTable(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else RoundLines()
 
 
-def title(snapshot: JobSnapshot) -> str:
+def job_title(snapshot: JobSnapshot) -> str:
     texts = [f"{snapshot.name}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase.value]
-    if (score := leading(snapshot.metrics)) is not None:
-        texts.append(f"global {score[0].said(score[1])}")
+    if (score := primary_metric(snapshot.metrics)) is not None:
+        texts.append(f"global {score[0].titled_value(score[1])}")
     if snapshot.phase is Phase.TRAINING and snapshot.closes_at:
         texts.append(f"deadline in {max(0, round(snapshot.closes_at - snapshot.now))} s")
     if not snapshot.fleet.broker_connected:
@@ -175,31 +175,35 @@ def title(snapshot: JobSnapshot) -> str:
 
 
 def state_style(state: str) -> str:
-    return ATTENTION if "two boards" in state else _STATES.get(state.partition(" ")[0].rstrip(":"), BUSY)
+    return ATTENTION if "two boards" in state else _STATE_STYLES.get(state.partition(" ")[0].rstrip(":"), BUSY)
 
 
-def cells(row: DeviceSnapshot) -> tuple[str, ...]:
+def device_cells(row: DeviceSnapshot) -> tuple[str, ...]:
     """The texts of a device's row; `-` where nothing is known."""
-    score = leading(row.metrics)
+    score = primary_metric(row.metrics)
     return (
         row.name,
         row.profile,
         "-" if row.density is None else f"{row.density:.3g}",
         f"{row.parameters:,}" if row.parameters else "-",
-        _mb(row.bytes_down),
-        _mb(row.bytes_up),
+        _megabytes(row.bytes_down),
+        _megabytes(row.bytes_up),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
-        "-" if score is None else score[0].shown(score[1]) if score[0] is ACCURACY else score[0].said(score[1]),
+        "-"
+        if score is None
+        else score[0].value_text(score[1])
+        if score[0] is ACCURACY
+        else score[0].titled_value(score[1]),
         row.activity,
     )
 
 
-def row_line(row: DeviceSnapshot) -> str:
-    device, profile, density, parameters, down, up, seconds, _, state = cells(row)
-    score = leading(row.metrics)
+def device_line(row: DeviceSnapshot) -> str:
+    device, profile, density, parameters, down, up, seconds, _, state = device_cells(row)
+    score = primary_metric(row.metrics)
     return (
         f"{device} ({profile}): density {density}, {parameters} parameters, {down} MB down, {up} MB up, "
-        f"{seconds} s, {'accuracy -' if score is None else score[0].said(score[1])}, {state}"
+        f"{seconds} s, {'accuracy -' if score is None else score[0].titled_value(score[1])}, {state}"
     )
 
 
@@ -209,13 +213,13 @@ def round_line(summary: Mapping[str, Any], snapshot: JobSnapshot) -> str:
     counted_devices = sum(d["progress"] == "folded" for d in devices.values())
     texts = [f"{counted_devices} of {quantity(len(devices), 'device')} counted"]
     texts += [*metric_texts(summary["metrics"]), *board_texts(summary, snapshot.judged_by)]
-    texts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
+    texts.append(f"{_megabytes(snapshot.bytes_down)} MB down and {_megabytes(snapshot.bytes_up)} MB up so far")
     return f"round {summary['round']} of {snapshot.rounds}: {', '.join(texts)}, model {summary['model'][:12]}"
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:
     """Measurements of a global model, for people."""
-    known_metrics = [METRICS[k].said(v) for k, v in sorted(metrics.items()) if k in METRICS]
+    known_metrics = [METRICS[k].titled_value(v) for k, v in sorted(metrics.items()) if k in METRICS]
     return [
         *known_metrics,
         *(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples"),
@@ -228,9 +232,9 @@ def board_texts(summary: Mapping[str, Any], judge: str) -> list[str]:
     if math.isnan(scores.received):
         return []
     metric = METRICS[judge]
-    received, trained = metric.shown(scores.received), metric.shown(scores.trained)
+    received, trained = metric.value_text(scores.received), metric.value_text(scores.trained)
     return [f"local {metric.title} {received} as received and {trained} as trained"]
 
 
-def _mb(size: int) -> str:
+def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f}"

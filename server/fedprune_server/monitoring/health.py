@@ -14,20 +14,28 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from fedprune.core.errors import StorageError
-from fedprune_device.launcher.sd_notify import READY, STOPPING, WATCHDOG, notify, repeating, status, watchdog_seconds
-from fedprune_server.observation.observer import ServerEnds, TurnEvent
+from fedprune_device.launcher.sd_notify import (
+    READY,
+    STOPPING,
+    WATCHDOG,
+    notify,
+    repeat_call,
+    status_line,
+    watchdog_seconds,
+)
+from fedprune_server.observation.observer import ServerEnding, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
 # The environment variable with the file whose age shows whether the server lives. A variable, because a container's
 # probe is another process with the same environment.
-FILE = "FEDPRUNE_PULSE"
+HEALTH_FILE_VARIABLE = "FEDPRUNE_PULSE"
 
 RUNNING, STANDING_BY = "running", "standing by"
 
 # Probes call a server dead after minutes, and a flash card shouldn't be written to more often than that needs.
-_BETWEEN_S = 5.0
+_BEAT_INTERVAL_S = 5.0
 
 
 class Pulse:
@@ -39,41 +47,41 @@ class Pulse:
         tell: Callable[[str], object] = notify,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        name = environment.get(FILE, "")
+        name = environment.get(HEALTH_FILE_VARIABLE, "")
         self._file = Path(name) if name else None
-        self._tell = tell
+        self._notify_systemd = tell
         self._clock = clock
         # systemd kills at WATCHDOG_USEC and advises half of it; a quarter leaves room for one slow turn.
-        self._between = min(_BETWEEN_S, (watchdog_seconds(environment) or 4e9) / 4)
-        self._next = 0.0
-        self._said = ""
+        self._interval_s = min(_BEAT_INTERVAL_S, (watchdog_seconds(environment) or 4e9) / 4)
+        self._next_beat_at = 0.0
+        self._last_state = ""
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        if any(isinstance(event.what, ServerEnds) for event in events):
+        if any(isinstance(event.payload, ServerEnding) for event in events):
             self._stop()
         else:
             self._beat(RUNNING)
 
     def _stop(self) -> None:
         """Report the end, and delete the health file."""
-        self._tell(STOPPING)
+        self._notify_systemd(STOPPING)
         if self._file is not None:
             with suppress(OSError):  # a probe must not take an old file for a server that lives
                 self._file.unlink()
 
     def standing_by(self) -> AbstractContextManager[None]:
         """Report health while the body waits for another server's end, without a loop."""
-        return repeating(lambda: self._beat(STANDING_BY), self._between, "pulse")
+        return repeat_call(lambda: self._beat(STANDING_BY), self._interval_s, "pulse")
 
     def _beat(self, state: str) -> None:
         now = self._clock()
-        if state == self._said and now < self._next:
+        if state == self._last_state and now < self._next_beat_at:
             return
-        self._next = now + self._between
-        if state != self._said:
-            self._said = state
-            self._tell(f"{READY}\n{status(state)}")
-        self._tell(WATCHDOG)
+        self._next_beat_at = now + self._interval_s
+        if state != self._last_state:
+            self._last_state = state
+            self._notify_systemd(f"{READY}\n{status_line(state)}")
+        self._notify_systemd(WATCHDOG)
         if self._file is not None:
             try:
                 self._file.write_text(f"{state}\n")
@@ -99,7 +107,7 @@ def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: floa
     except OSError as error:
         raise StorageError(
             f"no server reports that it lives: {path}: {error.strerror}",
-            hint=f"{FILE} must name that file there.",
+            hint=f"{HEALTH_FILE_VARIABLE} must name that file there.",
         ) from error
     if age > oldest_s:
         raise StorageError(f"the server's loop hasn't turned for {age:.0f} s", expected=f"at most {oldest_s:g} s")

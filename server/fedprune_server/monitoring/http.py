@@ -22,39 +22,41 @@ log = logging.getLogger("fedprune.server")
 
 # Requests that are answered at the same time, each on a thread. Prometheus and probes make one or two; more are closed
 # unanswered, so that nobody can use up the server's threads.
-MOST = 32
+MAX_REQUESTS = 32
 
 _TIMEOUT_S = 10.0
 
 # The header Host: an address of IPv6 in brackets, or another host, and perhaps a port.
-_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d+)?")
+_HOST_HEADER = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d+)?")
 
 # Checks of readiness by name: each returns what is wrong, or an empty text.
-Checks = Mapping[str, Callable[[], str]]
+ReadinessChecks = Mapping[str, Callable[[], str]]
 
 
 class _Server(ThreadingHTTPServer):
-    def __init__(self, place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Collection[str]) -> None:
+    def __init__(
+        self, place: tuple[str, int], metrics: Metrics, checks: ReadinessChecks, hosts: Collection[str]
+    ) -> None:
         self.metrics, self.checks, self.hosts = metrics, checks, hosts
-        self._places = threading.BoundedSemaphore(MOST)
+        self._request_slots = threading.BoundedSemaphore(MAX_REQUESTS)
         self.address_family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
         super().__init__(place, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        if not self._request_slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self._places.release()
+            self._request_slots.release()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            self._request_slots.release()
 
     def server_bind(self) -> None:
         """Listen, without looking up this machine's name: the library's version waits for DNS."""
@@ -77,10 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/metrics":
             self._answer(200, metrics.text(), CONTENT_TYPE_LATEST)
         elif path == "/healthz":
-            self._verdict(_hangs(metrics))
+            self._answer_problems(_hang_problems(metrics))
         elif path == "/readyz":
             problems = [f"{name}: {text}" for name, check in self.server.checks.items() if (text := check())]
-            self._verdict(problems + _hangs(metrics))
+            self._answer_problems(problems + _hang_problems(metrics))
         else:
             self._answer(404, b"try /metrics, /healthz or /readyz\n")
 
@@ -89,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
         """Log no requests."""
 
-    def _verdict(self, problems: list[str]) -> None:
+    def _answer_problems(self, problems: list[str]) -> None:
         self._answer(503 if problems else 200, "\n".join([*(problems or ["ok"]), ""]).encode())
 
     def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
@@ -102,7 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Collection[str] = ()) -> Iterator[int]:
+def serve_metrics(
+    place: tuple[str, int], metrics: Metrics, checks: ReadinessChecks, hosts: Collection[str] = ()
+) -> Iterator[int]:
     """Serve metrics and health, on a free port if the port is 0; yields the port.
 
     Args:
@@ -138,7 +142,7 @@ def is_own_name(host: str | None, hosts: Collection[str]) -> bool:
     """
     if not host:
         return True
-    match = _HOST.fullmatch(host)
+    match = _HOST_HEADER.fullmatch(host)
     if match is None:
         return False
     name = (match[1] or match[2]).lower().rstrip(".")
@@ -148,7 +152,7 @@ def is_own_name(host: str | None, hosts: Collection[str]) -> bool:
     return "." not in name or name in hosts or name == socket.gethostname().lower()
 
 
-def _hangs(metrics: Metrics) -> list[str]:
+def _hang_problems(metrics: Metrics) -> list[str]:
     if metrics.turned_at is None:
         return ["loop: it hasn't begun to turn"]
     since = metrics.clock() - metrics.turned_at

@@ -24,19 +24,19 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
-from fedprune_server.monitoring.round_parts import OF_DEVICES, PARTS, begun, ended
-from fedprune_server.observation.observer import RoundEnded, Saved, TurnEnded, TurnEvent, handle_each
+from fedprune_server.monitoring.round_parts import DEVICE_PARTS, ROUND_PARTS, finished_part, started_part
+from fedprune_server.observation.observer import RoundEnded, TurnEnded, TurnEvent, TurnSaved, handle_each
 from fedprune_server.observation.snapshot import JobSnapshot
 
-STATES = ("working", "idle", "excluded", "offline", "revoked")
+DEVICE_STATE_LABELS = ("working", "idle", "excluded", "offline", "revoked")
 
 # Buckets of histograms: seconds of parts of a round (a pull on the same machine to a night), of turns and database
 # writes, and rounds of staleness.
-_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
-_SHORT = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)
-_STALE = (0, 1, 2, 3, 5, 8, 13, 21, 50)
+_PART_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
+_TURN_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)
+_STALENESS_BUCKETS = (0, 1, 2, 3, 5, 8, 13, 21, 50)
 # How often the folder of blobs is measured: it takes a system call per file.
-_BLOBS_S = 60.0
+_BLOBS_INTERVAL_S = 60.0
 
 # Counting the states of all devices takes a while with 10,000; nobody scrapes more often than once a second.
 FIGURES_INTERVAL_S = 1.0
@@ -65,7 +65,7 @@ class Metrics:
         self.clock = clock
         self.turned_at: float | None = None
         self.connected = False
-        self._blobs_at, self._blobs = -_BLOBS_S, 0
+        self._blobs_measured_at, self._last_blob_bytes = -_BLOBS_INTERVAL_S, 0
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"fedprune_{name}", text, labels, registry=self.registry)
@@ -93,15 +93,19 @@ class Metrics:
         self.refused = counter(
             "updates_refused", "Parts of finished rounds without an update that counted", "job", "reason"
         )
-        self.stale = histogram("staleness_rounds", "Rounds between an update's offer and its use", _STALE, "job")
-        self.seconds = histogram("round_part_seconds", "Seconds of a round's parts", _SECONDS, "job", "part")
-        self.save = histogram("database_save_seconds", "Seconds that saving a turn's events took", _SHORT, "job")
-        self.turn = histogram("loop_turn_seconds", "Seconds of a turn of the loop, without waiting", _SHORT, "job")
+        self.stale = histogram(
+            "staleness_rounds", "Rounds between an update's offer and its use", _STALENESS_BUCKETS, "job"
+        )
+        self.seconds = histogram("round_part_seconds", "Seconds of a round's parts", _PART_BUCKETS, "job", "part")
+        self.save = histogram("database_save_seconds", "Seconds that saving a turn's events took", _TURN_BUCKETS, "job")
+        self.turn = histogram(
+            "loop_turn_seconds", "Seconds of a turn of the loop, without waiting", _TURN_BUCKETS, "job"
+        )
         self.totals: dict[str, tuple[int, int]] = {}
         self._jobs: dict[str, _JobMetrics] = {}
         self.registry.register(_Totals(self))
         if folder is not None:
-            gauge("blobs_bytes", "Bytes of blobs in the state folder").set_function(lambda: self._measured(folder))
+            gauge("blobs_bytes", "Bytes of blobs in the state folder").set_function(lambda: self._blob_bytes(folder))
         if alerts is not None:
             self.registry.register(_Alerts(alerts))
 
@@ -111,34 +115,37 @@ class Metrics:
         if job is None:
             job = self._jobs[snapshot.name] = _JobMetrics(self, snapshot.name)
         self.turned_at, self.connected = now, snapshot.fleet.broker_connected
-        handle_each(events, lambda event: job.count(event.what, event.at))
+        handle_each(events, lambda event: job.count(event.payload, event.happened_at))
         # Not while the loop waits for its database: the snapshot's revoked devices are read from there.
-        is_turn_over = bool(events) and isinstance(events[-1].what, TurnEnded)
-        if is_turn_over and now >= job.shown_at + FIGURES_INTERVAL_S:
-            job.shown_at = now
-            job.show(snapshot)
+        is_turn_over = bool(events) and isinstance(events[-1].payload, TurnEnded)
+        if is_turn_over and now >= job.updated_at + FIGURES_INTERVAL_S:
+            job.updated_at = now
+            job.update_gauges(snapshot)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-    def _measured(self, folder: Path) -> float:
+    def _blob_bytes(self, folder: Path) -> float:
         """Bytes of blobs, measured once a minute at most."""
         time_now = self.clock()
-        if time_now - self._blobs_at >= _BLOBS_S:
-            self._blobs_at, self._blobs = time_now, sum(map(_bytes, (folder / "blobs").rglob("*")))
-        return float(self._blobs)
+        if time_now - self._blobs_measured_at >= _BLOBS_INTERVAL_S:
+            self._blobs_measured_at, self._last_blob_bytes = (
+                time_now,
+                sum(map(_file_bytes, (folder / "blobs").rglob("*"))),
+            )
+        return float(self._last_blob_bytes)
 
 
 class _JobMetrics:
     """The figures of one job."""
 
     def __init__(self, metrics: Metrics, job: str) -> None:
-        self._all, self._job = metrics, job
-        self._begun: dict[tuple[str, str], float] = {}
-        self._round_at: float | None = None
-        self.shown_at = -FIGURES_INTERVAL_S
+        self._metrics, self._job = metrics, job
+        self._started_parts: dict[tuple[str, str], float] = {}
+        self._round_started_at: float | None = None
+        self.updated_at = -FIGURES_INTERVAL_S
         # Series that begin at zero: a rate of one that appears with its first count misses that count.
-        for round_part in PARTS:
+        for round_part in ROUND_PARTS:
             metrics.seconds.labels(job, round_part)
         for reason in (kind.value for kind in FailureKind):
             metrics.refused.labels(job, reason)
@@ -147,28 +154,30 @@ class _JobMetrics:
 
     def count(self, event: object, at: float) -> None:
         """Count something that has happened at a time."""
-        if (timed_part := begun(event)) is not None:
+        if (timed_part := started_part(event)) is not None:
             if isinstance(event, do.Score):
-                self._round_at = at
+                self._round_started_at = at
             if isinstance(event, (do.SendOffer, do.PullUpdate)):  # a repeated one continues what the first began
-                self._begun.setdefault(timed_part, at)
+                self._started_parts.setdefault(timed_part, at)
             else:
-                self._begun[timed_part] = at
-        elif (timed_part := ended(event)) is not None and (begun_at := self._begun.pop(timed_part, None)) is not None:
-            self._all.seconds.labels(self._job, timed_part[0]).observe(max(0.0, at - begun_at))
+                self._started_parts[timed_part] = at
+        elif (timed_part := finished_part(event)) is not None and (
+            begun_at := self._started_parts.pop(timed_part, None)
+        ) is not None:
+            self._metrics.seconds.labels(self._job, timed_part[0]).observe(max(0.0, at - begun_at))
         match event:
             case on.UpdateRejected() | on.OfferRefused():
-                for name in OF_DEVICES:
-                    self._begun.pop((name, event.device), None)
-            case Saved():
-                self._all.save.labels(self._job).observe(event.seconds)
+                for name in DEVICE_PARTS:
+                    self._started_parts.pop((name, event.device), None)
+            case TurnSaved():
+                self._metrics.save.labels(self._job).observe(event.seconds)
             case TurnEnded():
-                self._all.turn.labels(self._job).observe(event.seconds)
+                self._metrics.turn.labels(self._job).observe(event.seconds)
             case RoundEnded():
                 self._count_round(event.summary, at)
 
     def _count_round(self, summary: Mapping[str, Any], at: float) -> None:
-        job, metrics = self._job, self._all
+        job, metrics = self._job, self._metrics
         metrics.closed.labels(job).inc()
         for device_part in summary["devices"].values():
             if device_part["progress"] == Progress.FOLDED.value:
@@ -181,24 +190,26 @@ class _JobMetrics:
         for name, value in summary["metrics"].items():
             if isinstance(value, (int, float)):
                 metrics.metric.labels(job, name).set(value)
-        if self._round_at is not None:
-            metrics.seconds.labels(job, "round").observe(max(0.0, at - self._round_at))
-        self._round_at = at  # an asynchronous job isn't scored every time
+        if self._round_started_at is not None:
+            metrics.seconds.labels(job, "round").observe(max(0.0, at - self._round_started_at))
+        self._round_started_at = at  # an asynchronous job isn't scored every time
         lasting_parts = ("train", "pull", "extract")
-        self._begun = {k: v for k, v in self._begun.items() if k[0] in lasting_parts and k[1] not in summary["devices"]}
+        self._started_parts = {
+            k: v for k, v in self._started_parts.items() if k[0] in lasting_parts and k[1] not in summary["devices"]
+        }
 
-    def show(self, snapshot: JobSnapshot) -> None:
-        job, metrics = self._job, self._all
+    def update_gauges(self, snapshot: JobSnapshot) -> None:
+        job, metrics = self._job, self._metrics
         metrics.totals[job] = snapshot.bytes_down, snapshot.bytes_up
         metrics.round.labels(job).set(snapshot.round)
         metrics.rounds.labels(job).set(snapshot.rounds)
         for phase in Phase:
             metrics.phase.labels(job, phase.value).set(phase is snapshot.phase)
-        for state in STATES:
+        for state in DEVICE_STATE_LABELS:
             metrics.devices.labels(job, state).set(snapshot.device_states.get(state, 0))
         for progress in Progress:
-            metrics.tasks.labels(job, progress.value).set(snapshot.parts.get(progress, 0))
-        metrics.quarantined.labels(job).set(len(snapshot.fleet.quarantined))
+            metrics.tasks.labels(job, progress.value).set(snapshot.parts_by_progress.get(progress, 0))
+        metrics.quarantined.labels(job).set(len(snapshot.fleet.quarantines))
         metrics.broker.labels(job).set(snapshot.fleet.broker_connected)
         for queue, length in snapshot.queues.items():
             metrics.queue.labels(job, queue).set(length)
@@ -231,7 +242,7 @@ class _Alerts(Collector):
         return [family]
 
 
-def _bytes(path: Path) -> int:
+def _file_bytes(path: Path) -> int:
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:  # deleted meanwhile

@@ -16,7 +16,7 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent, handle_each
-from fedprune_server.observation.snapshot import UNDER_WAY, FleetSnapshot, JobSnapshot
+from fedprune_server.observation.snapshot import AWAITED_PROGRESS, FleetSnapshot, JobSnapshot
 
 QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
 UNDELIVERED, FAILING, AWAY = "broker-drops", "device-failing", "device-away"
@@ -77,36 +77,38 @@ class Participation:
     def __init__(
         self, snapshot: JobSnapshot, away_rounds: int, away: Mapping[str, float], clock: Callable[[], float]
     ) -> None:
-        self._seen, self._away_rounds, self._clock = snapshot, away_rounds, clock
+        self._snapshot, self._away_rounds, self._clock = snapshot, away_rounds, clock
         self._exclusions: dict[str, Absence] = {}
         away = {name: since for name, since in away.items() if away_rounds and _takes_part(snapshot, name)}
         self.away_since: dict[str, float] = dict(away)  # since when boards are offline, or at another job
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
-        self._away = set(away)  # of them those for whose absence that is enough
+        self._absent_boards = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when
-        self._changed = set(snapshot.devices)  # devices to look at: not in every turn, since many change in each
+        self._changed_devices = set(
+            snapshot.devices
+        )  # devices to look at: not in every turn, since many change in each
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        self._seen = snapshot
+        self._snapshot = snapshot
         handle_each(events, self._handle)
 
     def _handle(self, event: TurnEvent) -> None:
-        match event.what:
+        match event.payload:
             case DevicesChanged(names):
-                self._changed |= names
+                self._changed_devices |= names
             case RoundEnded(summary):
-                self.look()
+                self.update()
                 self._end_round(summary)
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Take in the devices that have changed since the last call. Call it before `absences`."""
-        names, self._changed = self._changed, set()
+        names, self._changed_devices = self._changed_devices, set()
         for name in names:
-            device = self._seen.devices.get(name)
+            device = self._snapshot.devices.get(name)
             if device is None or not device.takes_part or device.online:
                 self._rounds_away.pop(name, None)
                 self.away_since.pop(name, None)
-                self._away.discard(name)
+                self._absent_boards.discard(name)
             else:
                 self._rounds_away.setdefault(name, 0)
                 self.away_since.setdefault(name, self._clock())
@@ -124,12 +126,12 @@ class Participation:
             else:
                 self._rounds_away[name] += 1
         if self._away_rounds:
-            self._away = {name for name, count in self._rounds_away.items() if count >= self._away_rounds}
+            self._absent_boards = {name for name, count in self._rounds_away.items() if count >= self._away_rounds}
         for name, device_part in summary["devices"].items():
             self._count_failure(name, device_part, summary["round"])
 
     def _is_connected(self, name: str) -> bool:
-        return name in self._seen.fleet.connected
+        return name in self._snapshot.fleet.connected_devices
 
     def _count_failure(self, name: str, device_part: Mapping[str, Any], number: int) -> None:
         kind = device_part.get("kind", "")
@@ -137,7 +139,7 @@ class Participation:
             self._failures.pop(name, None)
             return
         is_late = not device_part["reason"] or kind == FailureKind.LATE
-        if kind in _BLAMELESS_FAILURES or (is_late and self._seen.closes_early):
+        if kind in _BLAMELESS_FAILURES or (is_late and self._snapshot.closes_early):
             return
         if not is_late:
             alert_kind, reason = FAILING, one_line(device_part["reason"], _MAX_REASON_LENGTH)
@@ -153,53 +155,57 @@ class Participation:
         return name in self.away_since and not self._is_connected(name)
 
     def _late_reason(self, name: str) -> str:
-        crash = self._seen.crashes.get(name)
+        crash = self._snapshot.crashes.get(name)
         return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
 
     def offline_since(self) -> dict[str, float]:
         """Since when boards are offline, if a synchronous round waits for these alone; empty if it waits for others,
         too, or for none."""
-        snapshot = self._seen
-        under_way = 0 if snapshot.is_asynchronous else sum(snapshot.parts.get(progress, 0) for progress in UNDER_WAY)
+        snapshot = self._snapshot
+        under_way = (
+            0
+            if snapshot.is_asynchronous
+            else sum(snapshot.parts_by_progress.get(progress, 0) for progress in AWAITED_PROGRESS)
+        )
         if not 0 < under_way <= len(self.away_since):
             return {}  # decided by counts, without reading each part
-        is_stalled = all(map(self._is_offline, snapshot.awaited))
-        return {name: self.away_since[name] for name in snapshot.awaited} if is_stalled else {}
+        is_stalled = all(map(self._is_offline, snapshot.awaited_devices))
+        return {name: self.away_since[name] for name in snapshot.awaited_devices} if is_stalled else {}
 
     def absences(self) -> dict[str, Absence]:
         """Boards that no longer take part in the job; none where it is paused or finished."""
-        revoked = self._seen.revoked
+        revoked = self._snapshot.revoked_devices
         return {name: absence for name, absence in self._absences_with_revoked().items() if name not in revoked}
 
     def _absences_with_revoked(self) -> dict[str, Absence]:
         """The same as `absences`, including revoked boards."""
-        snapshot = self._seen
+        snapshot = self._snapshot
         absences = {
             name: Absence(CLONED, f"seems to be two boards: {reason}", self._clock())
-            for name, reason in snapshot.clones.items()
+            for name, reason in snapshot.cloned_devices.items()
         }
-        if snapshot.paused or snapshot.finished:
+        if snapshot.is_paused or snapshot.is_finished:
             return absences
-        for name, reason in snapshot.undelivered.items():
+        for name, reason in snapshot.undelivered_devices.items():
             absences.setdefault(name, Absence(UNDELIVERED, reason, self._clock()))
-        for name, body in snapshot.outsiders.items():
+        for name, body in snapshot.unplanned_devices.items():
             if body.get("cannot_start") or snapshot.devices[name].last_counted_round:
                 absences.setdefault(name, exclusion_absence(str(body["excluded"]), self._clock()))
         absences = self._exclusions | absences  # a copy of its card, or a broker that drops messages, explains more
-        for name in self._away:
+        for name in self._absent_boards:
             if not self._is_connected(name):
                 since = self.away_since[name]
                 sentence = f"has not been connected since {format_minute(since)}, and rounds end without it"
                 absences.setdefault(name, Absence(AWAY, sentence, since))
-        for name, reason in snapshot.silent.items():
-            absences.setdefault(name, self._failing(name, FAILING, reason, self._clock()))
+        for name, reason in snapshot.silent_devices.items():
+            absences.setdefault(name, self._failure_absence(name, FAILING, reason, self._clock()))
         for name, (count, kind, reason, since) in self._failures.items():
             if count >= FAILED_ROUNDS and _takes_part(snapshot, name):
                 sentence = f"sends no update that counts: {reason}"
-                absences.setdefault(name, self._failing(name, kind, sentence, since))
+                absences.setdefault(name, self._failure_absence(name, kind, sentence, since))
         return absences
 
-    def _failing(self, name: str, kind: str, reason: str, since: float) -> Absence:
+    def _failure_absence(self, name: str, kind: str, reason: str, since: float) -> Absence:
         """A board whose parts come to nothing. While it is offline, its connection is what has to be mended."""
         if not self._is_offline(name):
             return Absence(kind, reason, since)
@@ -214,7 +220,7 @@ def find_absent_boards(watches: Iterable[Participation], fleet: FleetSnapshot, n
     for watch in watches:
         for name, absence in watch.absences().items():
             absences.setdefault(name, absence)
-    for name, (_, reason) in fleet.quarantined.items():
+    for name, (_, reason) in fleet.quarantines.items():
         # Two boards with one key disturb each other's messages, which may lead to a quarantine: the copy is the cause.
         if name not in absences or absences[name].kind != CLONED:
             absences[name] = quarantine_absence(reason, now)

@@ -6,35 +6,35 @@ from typing import Any, cast
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune_server.executor.background import device_of
+from fedprune_server.executor.background import command_device
 
 # Parts of one device, which run side by side; those of the whole round have no device. `train` is from an offer to the
 # announcement of its update, and includes the download.
-OF_DEVICES = ("extract", "train", "pull", "aggregate")
+DEVICE_PARTS = ("extract", "train", "pull", "aggregate")
 
-PARTS = ("score", *OF_DEVICES, "close", "evaluate", "round")
+ROUND_PARTS = ("score", *DEVICE_PARTS, "close", "evaluate", "round")
 
 
-_BEGINS: dict[type[Any], str] = {
-    do.Score: "score", do.Extract: "extract", do.SendOffer: "train", do.PullUpdate: "pull", do.Fold: "aggregate",
+_STARTING_COMMANDS: dict[type[Any], str] = {
+    do.Score: "score", do.Extract: "extract", do.SendOffer: "train", do.PullUpdate: "pull", do.FoldUpdate: "aggregate",
     do.Close: "close", do.Evaluate: "evaluate",
 }  # fmt: skip
-_ENDS: dict[type[Any], str] = {
+_ENDING_EVENTS: dict[type[Any], str] = {
     on.Scored: "score", on.Extracted: "extract", on.UpdateAnnounced: "train", on.UpdateStored: "pull",
     on.Folded: "aggregate", on.Closed: "close", on.Evaluated: "evaluate",
 }  # fmt: skip
 
 
-def begun(command: object) -> tuple[str, str] | None:
+def started_part(command: object) -> tuple[str, str] | None:
     """The part that a command begins, and its device (empty if it is the whole round's); None for no part, and for what
     is no command."""
-    begun_part = _BEGINS.get(type(command))
-    if begun_part is None or (isinstance(command, do.SendOffer) and command.again):
+    begun_part = _STARTING_COMMANDS.get(type(command))
+    if begun_part is None or (isinstance(command, do.SendOffer) and command.was_announced):
         return None  # most devices still have their update, so that pulling continues and no training begins
-    return begun_part, device_of(cast(do.Command, command)) or ""
+    return begun_part, command_device(cast(do.Command, command)) or ""
 
 
-def ended(event: object) -> tuple[str, str] | None:
+def finished_part(event: object) -> tuple[str, str] | None:
     """The part that an event ends, and its device; None for no part, and for what is no event."""
-    ended_part = _ENDS.get(type(event))
+    ended_part = _ENDING_EVENTS.get(type(event))
     return None if ended_part is None else (ended_part, getattr(event, "device", ""))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune.coordination.job_end import EPSILON_NEXT
-from fedprune.core.metrics import METRICS, TRAINED, served
-from fedprune_device.training.round_runner import MEASURED
+from fedprune.core.metrics import METRICS, TRAINED_SUFFIX, served_metric
+from fedprune_device.training.round_runner import MACHINE_METRICS
 from fedprune_server.executor.accountant import EPSILON
 
 # The privacy cost of a private job: coordinators record it among a round's measurements, and it is none of the model's.
-PRIVACY = (EPSILON, EPSILON_NEXT)
+PRIVACY_METRICS = (EPSILON, EPSILON_NEXT)
 
 
 @dataclass
@@ -23,7 +23,7 @@ class RoundNotes:
     Attributes:
         down: Bytes sent to devices since the start.
         up: Bytes sent by devices since the start.
-        devices: Bytes down, bytes up, training MACs and those of active weights of each device since the previous
+        spent: Bytes down, bytes up, training MACs and those of active weights of each device since the previous
             round.
         measured: Measurements of the global model.
         updates: Number of aggregated updates.
@@ -33,7 +33,7 @@ class RoundNotes:
 
     down: int = 0
     up: int = 0
-    devices: dict[str, list[int]] = field(default_factory=dict)
+    spent: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     updates: int = 0
     limited: int = 0
@@ -46,13 +46,13 @@ class RoundRow:
 
     Attributes:
         round: Its number, from 1.
-        at: Its end, in seconds since the run's start.
+        elapsed_s: Its end, in seconds since the run's start.
         model: Digest of the global model.
         metrics: Measurements of the global model on the server's data, such as accuracy and loss.
         local: Score of each delivering device's served model on its own test data, by the run's metric.
         down: Bytes from server to devices since the start.
         up: Bytes from devices to server since the start.
-        own: Other measurements of delivering devices, per metric and device.
+        device_metrics: Other measurements of delivering devices, per metric and device.
         density: Share of the model of each delivering device.
         measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon` and
             `epsilon_next`.
@@ -64,14 +64,14 @@ class RoundRow:
     """
 
     round: int
-    at: float
+    elapsed_s: float
     model: str
     metrics: dict[str, float]
     local: dict[str, float]
     asked: int
     down: int
     up: int
-    own: dict[str, dict[str, float]] = field(default_factory=dict)
+    device_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     density: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     spent: dict[str, list[int]] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class RoundRow:
         return sum(spent[3] for spent in self.spent.values())
 
 
-def round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, judge: str) -> RoundRow:
+def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, judge: str) -> RoundRow:
     """The row of a finished round.
 
     Args:
@@ -110,21 +110,23 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, ju
     """
     metrics, devices = entry["metrics"], entry["devices"]
     delivered_parts = {n: device_part for n, device_part in devices.items() if device_part["progress"] == "folded"}
-    served_scores = {n: served(device_part["metrics"], judge) for n, device_part in delivered_parts.items()}
-    names = sorted(set().union(*(device_part["metrics"] for device_part in delivered_parts.values())) - MEASURED)
+    served_scores = {n: served_metric(device_part["metrics"], judge) for n, device_part in delivered_parts.items()}
+    names = sorted(set().union(*(device_part["metrics"] for device_part in delivered_parts.values())) - MACHINE_METRICS)
     return RoundRow(
         round=entry["round"],
-        at=entry["at"] - started_at,
+        elapsed_s=entry["at"] - started_at,
         model=entry["model"],
         metrics={n: metrics[n] for n in METRICS if n in metrics},
         local={n: value for n, value in served_scores.items() if value is not None},
         asked=len(devices),
         down=notes.down,
         up=notes.up,
-        own={m: {n: p["metrics"][m] for n, p in delivered_parts.items() if m in p["metrics"]} for m in names},
+        device_metrics={
+            m: {n: p["metrics"][m] for n, p in delivered_parts.items() if m in p["metrics"]} for m in names
+        },
         density={n: device_part["density"] for n, device_part in delivered_parts.items() if "density" in device_part},
-        measured={k: metrics[k] for k in PRIVACY if k in metrics} | notes.measured,
-        spent={n: list(v) for n, v in sorted(notes.devices.items())},
+        measured={k: metrics[k] for k in PRIVACY_METRICS if k in metrics} | notes.measured,
+        spent={n: list(v) for n, v in sorted(notes.spent.items())},
         updates=notes.updates,
         limited=notes.limited,
         coverage=notes.coverage,
@@ -136,13 +138,13 @@ class RoundScores:
     """A round's scores by one metric; NaN where nothing was measured.
 
     Attributes:
-        whole: The new global model's, on the server's samples.
+        global_model: The new global model's, on the server's samples.
         received: Mean over delivering boards of the scores of the models that they received, each on the board's own
             test samples.
         trained: The same of the models that they made of these by training.
     """
 
-    whole: float
+    global_model: float
     received: float
     trained: float
 
@@ -154,7 +156,7 @@ def round_scores(entry: Mapping[str, Any], metric: str) -> RoundScores:
         for device_part in entry["devices"].values()
         if device_part["progress"] == "folded"
     ]
-    before, after = f"{metric}_before", f"{metric}_{TRAINED}"
+    before, after = f"{metric}_before", f"{metric}_{TRAINED_SUFFIX}"
     # Means over the same boards, so that their difference is what training changed.
     pairs = [(m[before], m[after]) for m in folded if before in m and after in m] or [(math.nan, math.nan)]
     received, trained = (math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True))
@@ -162,7 +164,7 @@ def round_scores(entry: Mapping[str, Any], metric: str) -> RoundScores:
 
 
 # Columns that every round has, in the order of the table; measurements follow, which differ between jobs.
-EACH_ROUND = (
+COMMON_COLUMNS = (
     "round", "time_s", "total_bytes_down", "total_bytes_up", "training_macs", "active_macs", "asked", "updates",
     "limited", "model",
 )  # fmt: skip
@@ -178,16 +180,16 @@ class WideRows:
     """
 
     def __init__(self, kind: str) -> None:
-        self._kind = kind
+        self._judge = kind
         self._latest: dict[str, dict[str, float]] = {}
 
     def row(self, r: RoundRow) -> dict[str, Any]:
-        self._add(f"local_{self._kind}", r.local)
-        for metric, values in r.own.items():
-            self._add(f"mean_{metric}", values)
-        columns = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.limited, r.model)
+        self._update_latest(f"local_{self._judge}", r.local)
+        for metric, values in r.device_metrics.items():
+            self._update_latest(f"mean_{metric}", values)
+        columns = (r.round, r.elapsed_s, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.limited, r.model)
         means = {name: sum(latest.values()) / len(latest) for name, latest in self._latest.items() if latest}
-        return dict(zip(EACH_ROUND, columns, strict=True)) | r.metrics | means | r.measured
+        return dict(zip(COMMON_COLUMNS, columns, strict=True)) | r.metrics | means | r.measured
 
-    def _add(self, name: str, values: Mapping[str, float]) -> None:
+    def _update_latest(self, name: str, values: Mapping[str, float]) -> None:
         self._latest.setdefault(name, {}).update(values)

@@ -9,19 +9,19 @@ from typing import Any
 
 from cryptography import x509
 
-from fedprune.core.errors import FedpruneError, StorageError, reason
+from fedprune.core.errors import FedpruneError, StorageError, error_reason
 from fedprune.releases.rollout import Fate
 from fedprune.security.certificates import load_certificate, seconds_of
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import CONSOLE_CERTIFICATE, hosts_of
-from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.monitoring.alerts import command, state_args
+from fedprune_server.monitoring.alerts import server_command, state_args
 from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.state_folder import has_database
-from fedprune_server.storage.storage import database_of
+from fedprune_server.storage.storage import open_database
 
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
 
@@ -44,9 +44,9 @@ def site_facts(
         StorageError: The database can't be read, and `earlier` is None.
     """
     disk = shutil.disk_usage(folder)
-    waiting, unannounced = _members(folder, earlier) if members and (folder / IDENTITY).is_dir() else ({}, {})
-    certificates = (*_certificates(folder), *_console(folder, server))
-    return SiteFacts((disk.free, disk.total), certificates, waiting, _rollout(folder, earlier), unannounced)
+    waiting, unannounced = _member_facts(folder, earlier) if members and (folder / IDENTITY).is_dir() else ({}, {})
+    certificates = (*_certificates(folder), *_console_certificate(folder, server))
+    return SiteFacts((disk.free, disk.total), certificates, waiting, _rollout_status(folder, earlier), unannounced)
 
 
 def _certificates(folder: Path) -> Iterator[CertificateDates]:
@@ -54,18 +54,18 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
         path = folder / IDENTITY / name
         if not path.is_file():
             continue
-        todo = f"start the server again, which makes a new one: {command('run', *state_args(folder))}"
+        todo = f"start the server again, which makes a new one: {server_command('run', *state_args(folder))}"
         try:
             certificate = load_certificate(path, "certificate")
             if name.startswith("authority"):
-                todo = "let all boards join again, after " + command("identity", "replace", *state_args(folder))
+                todo = "let all boards join again, after " + server_command("identity", "replace", *state_args(folder))
                 todo += " (docs/runbook.md#the-servers-keys-are-stolen)"
-            yield _dates(path, certificate, todo)
+            yield _certificate_dates(path, certificate, todo)
         except FedpruneError as error:
             yield CertificateDates(str(path), 0, 0, "restore a backup of the identity (docs/back-up.md)", str(error))
 
 
-def _console(folder: Path, server: Mapping[str, Any]) -> Iterator[CertificateDates]:
+def _console_certificate(folder: Path, server: Mapping[str, Any]) -> Iterator[CertificateDates]:
     """The console's own certificate; a server doesn't start with an expired one."""
     path = server.get("console_certificate")
     if not path or server.get("console", OFF) == OFF:
@@ -75,40 +75,40 @@ def _console(folder: Path, server: Mapping[str, Any]) -> Iterator[CertificateDat
         certificate = x509.load_pem_x509_certificate(Path(path).read_bytes())
         if Path(path).resolve() == (folder / IDENTITY / CONSOLE_CERTIFICATE).resolve():
             hosts = (word for host in sorted(hosts_of(certificate)) for word in ("--host", host))
-            command_line = command("identity", "certificate", *hosts, *state_args(folder))
+            command_line = server_command("identity", "certificate", *hosts, *state_args(folder))
             todo = f"start the server again once this has issued a new one: {command_line}"
-        yield _dates(Path(path), certificate, todo)
+        yield _certificate_dates(Path(path), certificate, todo)
     except (OSError, ValueError) as error:
-        yield CertificateDates(str(path), 0, 0, todo, f"{path}: {reason(error)}")
+        yield CertificateDates(str(path), 0, 0, todo, f"{path}: {error_reason(error)}")
 
 
-def _dates(path: Path, certificate: x509.Certificate, todo: str) -> CertificateDates:
+def _certificate_dates(path: Path, certificate: x509.Certificate, todo: str) -> CertificateDates:
     return CertificateDates(
         str(path), seconds_of(certificate.not_valid_before_utc), seconds_of(certificate.not_valid_after_utc), todo
     )
 
 
-def _members(folder: Path, earlier: SiteFacts | None) -> tuple[Mapping[str, str], Mapping[str, float]]:
+def _member_facts(folder: Path, earlier: SiteFacts | None) -> tuple[Mapping[str, str], Mapping[str, float]]:
     """The keys that wait for approval, and the members that have never announced themselves."""
     if not has_database(folder):
         return {}, {}
     try:
-        with database_of(folder, read_only=True) as database:
+        with open_database(folder, read_only=True) as database:
             store = IdentityStore(database)
             waiting, unannounced = store.waiting(), store.unannounced_members()
     except StorageError:  # the server reports its database itself, and the other facts count all the same
         if earlier is None:
             raise
-        return earlier.waiting, earlier.unannounced
+        return earlier.waiting_keys, earlier.unannounced_boards
     return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}, unannounced
 
 
-def _rollout(folder: Path, earlier: SiteFacts | None) -> RolloutStatus | None:
+def _rollout_status(folder: Path, earlier: SiteFacts | None) -> RolloutStatus | None:
     if not has_database(folder):
         return None
     try:
         with RolloutStore(folder, read_only=True) as store:
-            entry = store.latest()
+            entry = store.latest_entry()
     except StorageError:  # the server reports its database itself, and the other facts count all the same
         if earlier is None:
             raise
@@ -123,5 +123,5 @@ def _rollout(folder: Path, earlier: SiteFacts | None) -> RolloutStatus | None:
         rollout.why,
         sorted(n for n, b in boards.items() if b.fate is Fate.FAILED),
         sorted(n for n, b in boards.items() if b.fate in (Fate.WAITING, Fate.GIVEN)),
-        max([entry.at, *report_times]),
+        max([entry.started_at, *report_times]),
     )

@@ -25,15 +25,15 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress, outcome
 from fedprune.output.log_lines import mark_job
-from fedprune_server.monitoring.round_parts import OF_DEVICES, begun, ended
-from fedprune_server.observation.observer import RoundEnded, ServerEnds, TurnEvent, handle_each
+from fedprune_server.monitoring.round_parts import DEVICE_PARTS, finished_part, started_part
+from fedprune_server.observation.observer import RoundEnded, ServerEnding, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
 # Open spans of devices, at most: each takes memory, and that of a device that never answers stays open. In a larger
 # fleet the other devices have none.
-MAX_OPEN = 20_000
+MAX_OPEN_SPANS = 20_000
 
 _DEVICE = "device"
 
@@ -49,7 +49,7 @@ class Traces:
         job = self._jobs.get(snapshot.name)
         if job is None:
             job = self._jobs[snapshot.name] = _JobTraces(self._tracer, snapshot.name)
-        handle_each(events, lambda event: job.note(event.what, event.at))
+        handle_each(events, lambda event: job.note(event.payload, event.happened_at))
 
 
 class _JobTraces:
@@ -58,8 +58,8 @@ class _JobTraces:
     def __init__(self, tracer: Tracer, job: str) -> None:
         self._tracer, self._job = tracer, job
         self._round: Span | None = None
-        self._number = 0
-        self._open: dict[tuple[str, str], Span] = {}
+        self._round_number = 0
+        self._open_spans: dict[tuple[str, str], Span] = {}
         # By the span's name and the device's: `device` and its parts. Parts of the whole round have no device.
 
     def note(self, event: object, now: float) -> None:
@@ -67,29 +67,29 @@ class _JobTraces:
             case do.Score():
                 self._begin_round(event.round, now)
             case do.Extract():
-                if self._round is None or event.basis.round > self._number:
+                if self._round is None or event.basis.round > self._round_number:
                     self._begin_round(event.basis.round, now)
-                self._device(event.part.device, event.basis.round, event.part.attempt, now)
+                self._begin_device(event.part.device, event.basis.round, event.part.attempt, now)
             case do.SendOffer():
-                self._device(event.device, event.round, event.attempt, now)
+                self._begin_device(event.device, event.round, event.attempt, now)
             case do.Finish():
                 self._end_all(now)
-        if (timed_part := begun(event)) is not None:
-            may_repeat = isinstance(event, (do.SendOffer, do.PullUpdate, do.Fold))
+        if (timed_part := started_part(event)) is not None:
+            may_repeat = isinstance(event, (do.SendOffer, do.PullUpdate, do.FoldUpdate))
             self._begin(*timed_part, now, restart=not may_repeat)
-        elif (timed_part := ended(event)) is not None:
+        elif (timed_part := finished_part(event)) is not None:
             self._end(*timed_part, now)
         match event:
             case on.Folded():
                 self._end(_DEVICE, event.device, now, outcome="folded")
             case on.UpdateRejected() | on.OfferRefused():
-                for name in (*OF_DEVICES, _DEVICE):
+                for name in (*DEVICE_PARTS, _DEVICE):
                     self._end(name, event.device, now, reason=event.reason)
             case RoundEnded():
                 self._end_round(event.summary, now)
-            case ServerEnds():  # a span can't be continued by another process, which begins its own
-                for key in list(self._open):
-                    self._open.pop(key).end()
+            case ServerEnding():  # a span can't be continued by another process, which begins its own
+                for key in list(self._open_spans):
+                    self._open_spans.pop(key).end()
                 self._finish_round(None)
 
     def _end_round(self, summary: Mapping[str, Any], now: float) -> None:
@@ -97,7 +97,7 @@ class _JobTraces:
         counted_updates = 0
         for name, device_part in summary["devices"].items():
             counted_updates += device_part["progress"] == Progress.FOLDED.value
-            for span_name in (*OF_DEVICES, _DEVICE):
+            for span_name in (*DEVICE_PARTS, _DEVICE):
                 self._end(
                     span_name,
                     name,
@@ -105,7 +105,7 @@ class _JobTraces:
                     reason=device_part["reason"],
                     outcome=outcome(device_part["progress"], device_part.get("kind", "")),
                 )
-        if self._round is not None and summary["round"] == self._number:
+        if self._round is not None and summary["round"] == self._round_number:
             self._round.set_attribute("fedprune.counted", counted_updates)
             self._round.set_attribute("fedprune.asked", len(summary["devices"]))
             self._round.set_attribute("fedprune.model", str(summary["model"]))
@@ -115,10 +115,10 @@ class _JobTraces:
             self._finish_round(now)
 
     def _begin_round(self, number: int, now: float) -> None:
-        if self._round is not None and number == self._number:
+        if self._round is not None and number == self._round_number:
             return
         self._finish_round(now)
-        self._number = number
+        self._round_number = number
         attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number}
         self._round = self._tracer.start_span("round", attributes=attributes, start_time=_ns(now))
         mark_job(self._job, trace_id=f"{self._round.get_span_context().trace_id:032x}")
@@ -132,24 +132,24 @@ class _JobTraces:
         self._round = None
         mark_job(self._job, trace_id=None)
 
-    def _device(self, name: str, number: int, attempt: int, now: float) -> None:
-        if (_DEVICE, name) in self._open or len(self._open) >= MAX_OPEN:
+    def _begin_device(self, name: str, number: int, attempt: int, now: float) -> None:
+        if (_DEVICE, name) in self._open_spans or len(self._open_spans) >= MAX_OPEN_SPANS:
             return
         attributes = {"fedprune.device": name, "fedprune.attempt": attempt}
-        self._open[_DEVICE, name] = self._span(_DEVICE, self._round, number, now, attributes)
+        self._open_spans[_DEVICE, name] = self._start_span(_DEVICE, self._round, number, now, attributes)
 
     def _begin(self, span_name: str, name: str, now: float, *, restart: bool = True) -> None:
-        if (span_name, name) in self._open:
+        if (span_name, name) in self._open_spans:
             if not restart:
                 return
             self._end(span_name, name, now)
-        parent = self._open.get((_DEVICE, name)) if name else self._round
+        parent = self._open_spans.get((_DEVICE, name)) if name else self._round
         if parent is not None:
-            self._open[span_name, name] = self._span(
-                span_name, parent, self._number, now, {"fedprune.device": name} if name else {}
+            self._open_spans[span_name, name] = self._start_span(
+                span_name, parent, self._round_number, now, {"fedprune.device": name} if name else {}
             )
 
-    def _span(
+    def _start_span(
         self, name: str, parent: Span | None, number: int, now: float, further_attributes: Mapping[str, Any]
     ) -> Span:
         context = None if parent is None else trace.set_span_in_context(parent)
@@ -157,7 +157,7 @@ class _JobTraces:
         return self._tracer.start_span(name, context, attributes=attributes, start_time=_ns(now))
 
     def _end(self, span_name: str, name: str, now: float, *, reason: str = "", outcome: str = "") -> None:
-        span = self._open.pop((span_name, name), None)
+        span = self._open_spans.pop((span_name, name), None)
         if span is None:
             return
         if outcome:
@@ -167,13 +167,13 @@ class _JobTraces:
         span.end(_ns(now))
 
     def _end_all(self, now: float) -> None:
-        for span_name, name in list(self._open):
+        for span_name, name in list(self._open_spans):
             self._end(span_name, name, now)
         self._finish_round(now)
 
 
 @contextmanager
-def traced(url: str | None, exporter: Callable[[], Any] | None = None) -> Iterator[Tracer]:
+def span_tracer(url: str | None, exporter: Callable[[], Any] | None = None) -> Iterator[Tracer]:
     """A tracer that exports spans to a collector.
 
     Args:

@@ -10,20 +10,20 @@ from typing import Any, Protocol
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.errors import FedpruneError, error_reason
 from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
 # The share of the loop's time that one observer may take: with all of them the loop still has most of its time for
 # boards.
-MAX_SHARE = 0.05
+MAX_LOOP_SHARE = 0.05
 
 # The longest time without a call: unseen events are kept in memory until then, and alerts are late by as much.
 MAX_DEFERRAL_S = 30.0
 
 # An observer that fails at every turn must not fill the log.
-_COMPLAIN_S = 60.0
+_LOG_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class DevicesChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class TurnSaved:
     """A turn's events were saved within this time."""
 
     seconds: float
@@ -62,7 +62,7 @@ class TurnEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class LoopWaits:
+class LoopBlocked:
     """The loop waits for its database, or for a lock that another process holds.
 
     The server lives, and goes on later. `Lazy` mappings may need the database, too, so that no observer may read one
@@ -71,7 +71,7 @@ class LoopWaits:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerEnds:
+class ServerEnding:
     """The server ends."""
 
 
@@ -80,13 +80,13 @@ class TurnEvent:
     """Something that has happened to a job.
 
     Attributes:
-        at: When, in seconds since 1970.
-        what: What the coordinator has handled (`coordination.events`), or a command that was carried out; a job that
+        happened_at: When, in seconds since 1970.
+        payload: What the coordinator has handled (`coordination.events`), or a command that was carried out; a job that
             ends does so with the command `Finish`.
     """
 
-    at: float
-    what: on.Event | do.Command | DevicesChanged | Saved | RoundEnded | TurnEnded | LoopWaits | ServerEnds
+    happened_at: float
+    payload: on.Event | do.Command | DevicesChanged | TurnSaved | RoundEnded | TurnEnded | LoopBlocked | ServerEnding
 
 
 class Observer(Protocol):
@@ -121,20 +121,20 @@ class _Subscription:
 
     Attributes:
         due_at: Not called before, on the monotonic clock.
-        unseen: Events by job.
+        unseen_events: Events by job.
     """
 
     observer: Observer
     due_at: float = 0.0
-    unseen: dict[str, list[TurnEvent]] = field(default_factory=dict)
-    complain_at: float = 0.0
+    unseen_events: dict[str, list[TurnEvent]] = field(default_factory=dict)
+    next_log_at: float = 0.0
 
 
 class Observers:
     """Shows turns to observers, so that none that fails or is slow ends a turn, or makes it much longer.
 
     What an observer raises is logged, once a minute at most. One that takes time is called less often, so that it has
-    at most `MAX_SHARE` of the loop's; it gets what it has missed at the next call.
+    at most `MAX_LOOP_SHARE` of the loop's; it gets what it has missed at the next call.
     """
 
     def __init__(self, observers: Iterable[Observer] = (), clock: Callable[[], float] = time.monotonic) -> None:
@@ -149,7 +149,7 @@ class Observers:
             at_once: To all observers, however long they take: while the loop waits, and at its end.
         """
         if self._is_showing:
-            return  # an observer itself waits for the database, which shows `LoopWaits`
+            return  # an observer itself waits for the database, which shows `LoopBlocked`
         self._is_showing = True
         try:
             for subscription in self._subscriptions:
@@ -161,22 +161,22 @@ class Observers:
         started_at = self._clock()
         if started_at < subscription.due_at and not at_once:
             for snapshot, events in jobs:
-                subscription.unseen.setdefault(snapshot.name, []).extend(events)
+                subscription.unseen_events.setdefault(snapshot.name, []).extend(events)
             return
         for snapshot, events in jobs:
-            unseen_events = subscription.unseen.pop(snapshot.name, None)
+            unseen_events = subscription.unseen_events.pop(snapshot.name, None)
             try:
                 subscription.observer.observe(snapshot, [*unseen_events, *events] if unseen_events else events)
             except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
-                self._complain(subscription, error)
+                self._log_failure(subscription, error)
         now = self._clock()
-        # A call of 10 ms is followed by 200 ms without one, which keeps the share at `MAX_SHARE`.
+        # A call of 10 ms is followed by 200 ms without one, which keeps the share at `MAX_LOOP_SHARE`.
         if not at_once:
-            subscription.due_at = now + min((now - started_at) / MAX_SHARE, MAX_DEFERRAL_S)
+            subscription.due_at = now + min((now - started_at) / MAX_LOOP_SHARE, MAX_DEFERRAL_S)
 
-    def _complain(self, subscription: _Subscription, error: Exception) -> None:
+    def _log_failure(self, subscription: _Subscription, error: Exception) -> None:
         now = self._clock()
-        if now >= subscription.complain_at:
-            subscription.complain_at = now + _COMPLAIN_S
-            what = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {reason(error)}"
+        if now >= subscription.next_log_at:
+            subscription.next_log_at = now + _LOG_INTERVAL_S
+            what = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error_reason(error)}"
             log.error("observer %s failed, and is called again: %s", type(subscription.observer).__name__, what)

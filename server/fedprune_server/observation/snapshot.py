@@ -1,8 +1,8 @@
 """One moment of a job, for everybody who observes it: display, metrics, alerts, doctor, console, trackers, traces.
 
-The engine makes a snapshot after each turn. What takes a look at every device is a `Lazy` mapping, so that a turn costs
-the same with ten boards and with ten thousand; an observer reads it within `observe`, since it shows the moment at
-which somebody looked first.
+The engine makes a snapshot after each turn. What takes a look at every device is a `LazyMapping` mapping, so that a
+turn costs the same with ten boards and with ten thousand; an observer reads it within `observe`, since it shows the
+moment at which somebody looked first.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, TypeVar
 
 from fedprune.coordination import Phase
 from fedprune.jobs.state import Progress
-from fedprune_server.devices.plan_vs_actual import Compared
+from fedprune_server.devices.plan_vs_actual import RoundComparison
 
 T = TypeVar("T")
 
 # Activities of a device that isn't connected, and of one that is connected and works for another job, or for none. They
 # are words for people: no rule compares them with anything else.
-OFFLINE, ELSEWHERE = "offline", "not at this job"
+OFFLINE, AT_OTHER_JOB = "offline", "not at this job"
 
 # A part with one of these is unfinished: the round waits for it, until its deadline.
-UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
+AWAITED_PROGRESS = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 
 
-class Lazy(Mapping[str, T]):
+class LazyMapping(Mapping[str, T]):
     """A mapping that is computed when somebody reads it for the first time."""
 
     def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:
@@ -62,13 +62,14 @@ class DeviceSnapshot:
         seconds: From its last offer to the arrival of its update, None before the first.
         metrics: Scores of the model that it serves, on its own test samples, as last reported.
         activity: Its activity, in words for people.
-        part: The progress of its part in the round, as one word; empty if nothing is awaited of it.
+        part_progress: The progress of its part in the round, as one word; empty if nothing is awaited of it.
         excluded: The reason why it takes no part; empty if it does.
         excluded_by: The kind of the failure behind that; empty if there was none.
         last_counted_round: The round of the offer behind its last counted update; 0 before the first.
         software: Names and versions of its software, as it reports them.
         temperature_c: The temperature that it reported last.
-        heard_at: When its latest message came, in seconds since 1970; None before the first since the server's start.
+        last_message_at: When its latest message came, in seconds since 1970; None before the first since the server's
+            start.
     """
 
     name: str
@@ -84,13 +85,13 @@ class DeviceSnapshot:
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     activity: str = "ready"
-    part: str = ""
+    part_progress: str = ""
     excluded: str = ""
     excluded_by: str = ""
     last_counted_round: int = 0
     software: str = ""
     temperature_c: float | None = None
-    heard_at: float | None = None
+    last_message_at: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +100,19 @@ class FleetSnapshot:
 
     Attributes:
         broker_connected: Whether the server is connected to its broker.
-        connected: The boards that are connected, at whatever job.
-        jobs: The job that has a board, by board; free boards are left out.
-        quarantined: The end of each quarantine, in seconds since 1970, and its reason, by board.
-        floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
-        several_jobs: Whether the server has more than one job.
+        connected_devices: The boards that are connected, at whatever job.
+        job_of_device: The job that has a board, by board; free boards are left out.
+        quarantines: The end of each quarantine, in seconds since 1970, and its reason, by board.
+        flooding_client: MQTT client id that floods the requests to join; empty if many do together, None if none does.
+        has_several_jobs: Whether the server has more than one job.
     """
 
     broker_connected: bool = True
-    connected: Collection[str] = ()
-    jobs: Mapping[str, str] = field(default_factory=dict)
-    quarantined: Mapping[str, tuple[float, str]] = field(default_factory=dict)
-    floods_joins: str | None = None
-    several_jobs: bool = False
+    connected_devices: Collection[str] = ()
+    job_of_device: Mapping[str, str] = field(default_factory=dict)
+    quarantines: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    flooding_client: str | None = None
+    has_several_jobs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class JobSnapshot:
         model: Digest of the global model.
         closes_at: When the current round stops waiting; None without a deadline.
         history: One summary per finished round; the latest have their devices' parts.
-        parts: Number of the round's parts by progress.
+        parts_by_progress: Number of the round's parts by progress.
         parameters: Numbers in the whole model.
         bytes_down: Payload bytes to all devices, over all starts of the server.
         bytes_up: The same from them.
@@ -137,16 +138,17 @@ class JobSnapshot:
         able_devices: How many could take part in a round now.
         known_devices: How many ever announced themselves.
         devices: The same by name, with those of which only bytes were counted.
-        with_traffic: Devices that have sent or were sent something since the job was saved.
-        device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked`.
-        awaited: Devices whose part is under way, and when the round goes on without each; None if that is unknown.
-        outsiders: Devices that can't be planned for, or can't start, with the reason.
-        revoked: Devices that are no longer members; a look at it may read the database.
-        clones: Names that seem to be two boards, and the reason.
-        undelivered: Devices whose messages the broker seems to drop, in words.
-        silent: Devices of which nothing has come since their offer, in words.
+        devices_with_traffic: Devices that have sent or were sent something since the job was saved.
+        device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked_devices`.
+        awaited_devices: Devices whose part is under way, and when the round goes on without each; None if that is
+            unknown.
+        unplanned_devices: Devices that can't be planned for, or can't start, with the reason.
+        revoked_devices: Devices that are no longer members; a look at it may read the database.
+        cloned_devices: Names that seem to be two boards, and the reason.
+        undelivered_devices: Devices whose messages the broker seems to drop, in words.
+        silent_devices: Devices of which nothing has come since their offer, in words.
         crashes: How devices' programs ended last, until an update of theirs arrives.
-        compared: Predictions and measurements of the devices that counted in the latest round.
+        comparisons: Predictions and measurements of the devices that counted in the latest round.
     """
 
     name: str
@@ -159,12 +161,12 @@ class JobSnapshot:
     deadline_s: float = 600.0
     round: int = 0
     phase: Phase = Phase.WAITING
-    paused: bool = False
+    is_paused: bool = False
     model: str = ""
     now: float = 0.0
     closes_at: float | None = None
     history: Sequence[Mapping[str, Any]] = ()
-    parts: Mapping[Progress, int] = field(default_factory=dict)
+    parts_by_progress: Mapping[Progress, int] = field(default_factory=dict)
     parameters: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
@@ -172,20 +174,20 @@ class JobSnapshot:
     able_devices: int = 0
     known_devices: int = 0
     devices: Mapping[str, DeviceSnapshot] = field(default_factory=dict)
-    with_traffic: Collection[str] = ()
+    devices_with_traffic: Collection[str] = ()
     device_states: Mapping[str, int] = field(default_factory=dict)
-    awaited: Mapping[str, float | None] = field(default_factory=dict)
-    outsiders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    revoked: Collection[str] = ()
-    clones: Mapping[str, str] = field(default_factory=dict)
-    undelivered: Mapping[str, str] = field(default_factory=dict)
-    silent: Mapping[str, str] = field(default_factory=dict)
+    awaited_devices: Mapping[str, float | None] = field(default_factory=dict)
+    unplanned_devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    revoked_devices: Collection[str] = ()
+    cloned_devices: Mapping[str, str] = field(default_factory=dict)
+    undelivered_devices: Mapping[str, str] = field(default_factory=dict)
+    silent_devices: Mapping[str, str] = field(default_factory=dict)
     crashes: Mapping[str, str] = field(default_factory=dict)
-    compared: Mapping[str, Compared] = field(default_factory=dict)
+    comparisons: Mapping[str, RoundComparison] = field(default_factory=dict)
     fleet: FleetSnapshot = field(default_factory=FleetSnapshot)
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.phase is Phase.FINISHED
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 
 from fedprune.core.errors import ReleaseError
 from fedprune.core.text import one_line, quantity
-from fedprune.releases.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, Wake, Withdraw
+from fedprune.releases.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, TickAt, Withdraw
 from fedprune.wire.fleet_messages import (
     COMMITTED,
     DOWNLOADING,
@@ -37,14 +37,14 @@ log = logging.getLogger("fedprune.server")
 
 # How often the database is asked for rollouts that were started, paused or stopped: an operator doesn't notice a
 # second, and the loop turns many times in one.
-_LOOK_S = 1.0
+_POLL_INTERVAL_S = 1.0
 
 # A board that is silent for this long is offered the release again: a PUBACK is the broker's, not the board's. A board
 # answers an offer that it has already with its state.
-_AGAIN_S = 60.0
+_OFFER_INTERVAL_S = 60.0
 
 # Added to each attempt of a trial, for the restart of the service: the board's launcher counts from its own start.
-_START_S = 60.0
+_RESTART_ALLOWANCE_S = 60.0
 
 
 class RolloutCoordinator:
@@ -70,58 +70,58 @@ class RolloutCoordinator:
         self._clock, self._monotonic = clock, monotonic
         self._entry: RolloutEntry | None = None
         self._files: frozenset[str] = frozenset()
-        self._offered: set[int] = set()
-        self._orders: list[tuple[Any, ...]] | None = None
-        self._next_look = 0.0
-        self._wake_time = math.inf
-        self._zero = 0.0
-        self._connected = False
-        self._heard_at: dict[str, float] = {}
-        self._reported: set[str] = set()  # boards whose last reports are not saved yet
-        self._failures: dict[str, ReleaseReport] = {}  # the last that was logged of each board
+        self._own_releases: set[int] = set()
+        self._last_requests: list[tuple[Any, ...]] | None = None
+        self._next_poll_at = 0.0
+        self._wake_at = math.inf
+        self._started_at = 0.0
+        self._is_connected = False
+        self._last_contact_at: dict[str, float] = {}
+        self._unsaved_reports: set[str] = set()  # boards whose last reports are not saved yet
+        self._logged_failures: dict[str, ReleaseReport] = {}  # the last that was logged of each board
 
-    def connected(self, up: bool) -> None:
+    def on_connection_change(self, up: bool) -> None:
         """Note that the connection is up or lost. Nothing is sent before it is up."""
-        self._connected = up
+        self._is_connected = up
         if up and self._entry is not None:  # boards that have the release get their full time again
-            self._do(self._entry, lambda r, now: r.resumed(now))
+            self._take_step(self._entry, lambda r, now: r.restore_deadlines(now))
         self.tick()
 
-    def files(self, device: str) -> frozenset[str]:
+    def downloadable_files(self, device: str) -> frozenset[str]:
         """Digests that a device may download: the release's files, while it is given that release."""
-        return self._files if self._fate(device) is Fate.GIVEN else frozenset()
+        return self._files if self._fate_of(device) is Fate.GIVEN else frozenset()
 
-    def born(self, device: str) -> None:
+    def on_birth(self, device: str) -> None:
         """Offer the release again to a board that has connected, perhaps after a restart."""
         entry = self._entry
         if entry is None or (self._members is not None and device not in self._members()):
             return
-        if entry.joins and self._fate(device) in (None, Fate.GONE):
-            self._do(entry, lambda r, now: r.join(device, now))
-        elif self._fate(device) is Fate.GIVEN:
-            self._offer(entry, device)
+        if entry.includes_newcomers and self._fate_of(device) in (None, Fate.GONE):
+            self._take_step(entry, lambda r, now: r.add_board(device, now))
+        elif self._fate_of(device) is Fate.GIVEN:
+            self._send_offer(entry, device)
 
-    def without(self, devices: Iterable[str]) -> None:
+    def drop_boards(self, devices: Iterable[str]) -> None:
         """Take boards that are no longer members out of the rollout, unless they have ended it."""
         entry = self._entry
-        departed = sorted(n for n in devices if self._fate(n) in (Fate.WAITING, Fate.GIVEN))
+        departed = sorted(n for n in devices if self._fate_of(n) in (Fate.WAITING, Fate.GIVEN))
         if entry is not None and departed:
             log.info(
                 "rollout %d continues without %s, which are no members any more", entry.number, ", ".join(departed)
             )
-            self._do(entry, lambda r, now: r.without(departed, now))
+            self._take_step(entry, lambda r, now: r.remove_boards(departed, now))
 
-    def reported(self, report: ReleaseReport) -> None:
+    def on_report(self, report: ReleaseReport) -> None:
         """Take in a board's report on a release."""
         device, entry = report.device, self._entry
         reason = one_line(report.reason)
-        if report.state in (ROLLED_BACK, REFUSED) and self._failures.get(device) != report:
-            self._failures[device] = report  # it is repeated at every birth
+        if report.state in (ROLLED_BACK, REFUSED) and self._logged_failures.get(device) != report:
+            self._logged_failures[device] = report  # it is repeated at every birth
             log.warning("device %s: release %d is %s: %s", device, report.number, report.state, reason)
-        if entry is not None and report.number == entry.leaves and report.state in (TRIAL, COMMITTED):
+        if entry is not None and report.number == entry.left_release and report.state in (TRIAL, COMMITTED):
             # It installed the release that boards go back from after the way back began, or had been taken for failed.
             if self._members is None or device in self._members():
-                self._do(entry, lambda r, now: r.join(device, now))
+                self._take_step(entry, lambda r, now: r.add_board(device, now))
             return
         if entry is None or report.number != entry.offer.number or device not in entry.rollout.boards:
             self._withdraw_if_ours(report)
@@ -132,52 +132,52 @@ class RolloutCoordinator:
         report_row = {"state": report.state, "reason": reason, "done": report.done, "total": report.total}
         has_progress = any(last_report.get(k) != report_row[k] for k in ("state", "done"))
         entry.reports[device] = {**report_row, "at": self._clock()}
-        self._reported.add(device)
-        self._heard_at[device] = self._monotonic()
+        self._unsaved_reports.add(device)
+        self._last_contact_at[device] = self._monotonic()
         if report.state == COMMITTED:
-            self._do(entry, lambda r, now: r.well(device, now))
+            self._take_step(entry, lambda r, now: r.report_success(device, now))
         elif report.state in (ROLLED_BACK, REFUSED):
-            self._do(entry, lambda r, now: r.failed(device, f"{report.state}: {reason}", now))
-        elif self._fate(device) is not Fate.GIVEN:
+            self._take_step(entry, lambda r, now: r.report_failure(device, f"{report.state}: {reason}", now))
+        elif self._fate_of(device) is not Fate.GIVEN:
             self._withdraw_if_ours(report)
         elif has_progress:
-            seconds = self._patience(entry, report.state)
+            seconds = self._silence_limit_s(entry, report.state)
             is_new_state = last_report.get("state") != report.state  # progress of a download need not survive a crash
-            self._do(entry, lambda r, now: r.heard(device, now, seconds), keep=is_new_state)
+            self._take_step(entry, lambda r, now: r.report_progress(device, now, seconds), keep=is_new_state)
 
     def tick(self) -> None:
         """Take in changed rollouts and the time that has passed while the connection was up."""
-        if not self._connected:
+        if not self._is_connected:
             return
         now = self._monotonic()
-        if self._orders is None or now >= self._next_look:
-            self._next_look = now + _LOOK_S
-            orders = self._store.orders()
-            if orders != self._orders:
-                self._orders = orders
-                self._look()
+        if self._last_requests is None or now >= self._next_poll_at:
+            self._next_poll_at = now + _POLL_INTERVAL_S
+            orders = self._store.requests()
+            if orders != self._last_requests:
+                self._last_requests = orders
+                self._apply_requests()
             # What looks at every board has its time once a second: the loop turns far more often.
             if self._entry is not None and self._members is not None:
                 members = self._members()
-                self.without([board for board in self._entry.rollout.boards if board not in members])
+                self.drop_boards([board for board in self._entry.rollout.boards if board not in members])
             if self._entry is not None:
-                self._offer_again(self._entry, now)
-        if self._entry is not None and self._now() >= self._wake_time:
-            self._do(self._entry, lambda r, at: r.tick(at))
+                self._repeat_offers(self._entry, now)
+        if self._entry is not None and self._now() >= self._wake_at:
+            self._take_step(self._entry, lambda r, at: r.tick(at))
 
-    def _offer_again(self, entry: RolloutEntry, now: float) -> None:
-        for device in entry.rollout.given:
-            if now >= self._heard_at.get(device, 0.0) + _AGAIN_S:
-                self._offer(entry, device)
+    def _repeat_offers(self, entry: RolloutEntry, now: float) -> None:
+        for device in entry.rollout.busy_boards:
+            if now >= self._last_contact_at.get(device, 0.0) + _OFFER_INTERVAL_S:
+                self._send_offer(entry, device)
 
-    def _look(self) -> None:
+    def _apply_requests(self) -> None:
         """Take in what the command line has written. The last rollout replaces the others."""
-        for latest in self._store.under_way():
+        for latest in self._store.entries_under_way():
             is_new = self._entry is None or self._entry.number != latest.number
-            if not is_new or self._begin(latest):
-                self._follow(latest, fresh=is_new)
+            if not is_new or self._start_rollout(latest):
+                self._apply_request(latest, fresh=is_new)
 
-    def _begin(self, entry: RolloutEntry) -> bool:
+    def _start_rollout(self, entry: RolloutEntry) -> bool:
         """Start to run a rollout; False if it can't go on."""
         try:
             release = entry.release
@@ -185,69 +185,69 @@ class RolloutCoordinator:
             log.error("rollout %d can't go on: %s", entry.number, error)
             return False
         # One that is to stop needs no files, and must be able to end.
-        if entry.wish is None and not all(self._store.blobs.has(f.sha256) for f in release.files):
+        if entry.stop_reason is None and not all(self._store.blobs.has(f.sha256) for f in release.files):
             log.error(
                 "rollout %d can't go on, because files of its release are missing here. Copy `releases/` from the "
                 "machine where it was begun and start the server again; or stop it: fedprune-server rollout stop",
                 entry.number,
             )
             return False
-        self._entry, self._heard_at, self._wake_time = entry, {}, math.inf
-        self._reported.clear()
+        self._entry, self._last_contact_at, self._wake_at = entry, {}, math.inf
+        self._unsaved_reports.clear()
         # The monotonic clock begins anew with each boot; the rollout's time was stored.
-        self._zero = self._monotonic() - entry.rollout.now
+        self._started_at = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
-        self._offered = self._store.releases()
+        self._own_releases = self._store.release_numbers()
         boards = quantity(len(entry.rollout.boards), "board")
         log.info("rollout %d: release %d (%s) to %s", entry.number, release.number, release.version, boards)
         return True
 
-    def _follow(self, stored: RolloutEntry, *, fresh: bool) -> None:
+    def _apply_request(self, stored: RolloutEntry, *, fresh: bool) -> None:
         """Bring the rollout into the state that the database asks for, whichever requests led to it."""
         entry = self._entry
         if entry is None:
             return
         phase = entry.rollout.phase
-        if stored.wish is not None:
-            reason = one_line(stored.wish)
-            self._do(entry, lambda r, _: r.stop(reason))
-        elif stored.hold is not None and phase is RolloutPhase.RUNNING:
-            reason = one_line(stored.hold)
-            self._do(entry, lambda r, now: r.pause(reason, now))
-        elif stored.hold is None and phase is RolloutPhase.PAUSED:
-            self._do(entry, lambda r, now: r.go_on(now))
+        if stored.stop_reason is not None:
+            reason = one_line(stored.stop_reason)
+            self._take_step(entry, lambda r, _: r.stop(reason))
+        elif stored.pause_reason is not None and phase is RolloutPhase.RUNNING:
+            reason = one_line(stored.pause_reason)
+            self._take_step(entry, lambda r, now: r.pause(reason, now))
+        elif stored.pause_reason is None and phase is RolloutPhase.PAUSED:
+            self._take_step(entry, lambda r, now: r.resume(now))
         if fresh and self._entry is entry:
-            self._do(entry, lambda r, now: r.resumed(now))
+            self._take_step(entry, lambda r, now: r.restore_deadlines(now))
 
-    def _do(
+    def _take_step(
         self, entry: RolloutEntry, step: Callable[[Rollout, float], list[RolloutCommand]], *, keep: bool = True
     ) -> None:
         """Let the rollout take a step, and save it before any message of it is sent."""
         rollout = entry.rollout
         stage, phase = rollout.stage, rollout.phase
         commands = step(rollout, self._now())
-        wakes = [c.at for c in commands if isinstance(c, Wake)]
-        self._wake_time = min(wakes, default=self._wake_time)
+        wakes = [c.at for c in commands if isinstance(c, TickAt)]
+        self._wake_at = min(wakes, default=self._wake_at)
         # Failures are saved in the step in which they happen: `rollout.changed` then holds none of an earlier step,
         # and no board is told twice that its release is withdrawn.
-        failed_boards = {name for name in rollout.changed if rollout.boards[name].fate is Fate.FAILED}
-        if keep or failed_boards or any(not isinstance(c, Wake) for c in commands):
-            self._store.save(entry.number, rollout, entry.reports, self._reported)
-            self._reported.clear()
+        failed_boards = {name for name in rollout.changed_boards if rollout.boards[name].fate is Fate.FAILED}
+        if keep or failed_boards or any(not isinstance(c, TickAt) for c in commands):
+            self._store.save(entry.number, rollout, entry.reports, self._unsaved_reports)
+            self._unsaved_reports.clear()
         self._carry_out(entry, commands, failed_boards)
         if rollout.stage != stage and rollout.phase is RolloutPhase.RUNNING:
-            log.info("rollout %d: stage %d of %d", entry.number, rollout.stage + 1, rollout.stages)
+            log.info("rollout %d: stage %d of %d", entry.number, rollout.stage + 1, rollout.stage_count)
         if rollout.phase is not phase:
             suffix = f": {rollout.why}" if rollout.why else ""
             log.info("rollout %d of release %d: %s%s", entry.number, entry.offer.number, rollout.phase.value, suffix)
-        if not rollout.phase.under_way:
+        if not rollout.phase.is_under_way:
             self._entry, self._files = None, frozenset()
 
     def _carry_out(self, entry: RolloutEntry, commands: Iterable[RolloutCommand], failed_boards: Iterable[str]) -> None:
         number, rollout = entry.offer.number, entry.rollout
         for command in commands:
             if isinstance(command, Give):
-                self._offer(entry, command.board)
+                self._send_offer(entry, command.board)
             elif isinstance(command, Withdraw):
                 self._send(command.board, ReleaseWithdrawn(number, one_line(rollout.why)))
         for device in sorted(failed_boards):
@@ -255,28 +255,30 @@ class RolloutCoordinator:
                 log.warning("device %s: release %d: %s", device, number, rollout.boards[device].reason)
                 self._send(device, ReleaseWithdrawn(number, one_line(rollout.boards[device].reason)))
 
-    def _offer(self, entry: RolloutEntry, device: str) -> None:
-        self._heard_at[device] = self._monotonic()
+    def _send_offer(self, entry: RolloutEntry, device: str) -> None:
+        self._last_contact_at[device] = self._monotonic()
         self._send(device, entry.offer)
 
     def _withdraw_if_ours(self, report: ReleaseReport) -> None:
         """Withdraw a superseded release. A release that was installed from a USB stick has a number that was never
         rolled out, and is left alone."""
-        if report.state in (DOWNLOADING, STAGED) and report.number in (self._offered or self._store.releases()):
+        if report.state in (DOWNLOADING, STAGED) and report.number in (
+            self._own_releases or self._store.release_numbers()
+        ):
             self._send(report.device, ReleaseWithdrawn(report.number, "its rollout is over"))
 
-    def _fate(self, device: str) -> Fate | None:
+    def _fate_of(self, device: str) -> Fate | None:
         board = None if self._entry is None else self._entry.rollout.boards.get(device)
         return None if board is None else board.fate
 
     def _now(self) -> float:
         """The rollout's time, which continues from where the last process left it."""
-        return self._monotonic() - self._zero
+        return self._monotonic() - self._started_at
 
     @staticmethod
-    def _patience(entry: RolloutEntry, state: str) -> float:
+    def _silence_limit_s(entry: RolloutEntry, state: str) -> float:
         """Seconds after which a board in a state has failed unless it reports progress."""
         offer: ReleaseOffer = entry.offer
         # On trial a board is silent until the new release has reached the broker, or every attempt has failed.
-        trial = offer.attempts * (offer.seconds + _START_S) if state == TRIAL else 0.0
+        trial = offer.attempts * (offer.seconds + _RESTART_ALLOWANCE_S) if state == TRIAL else 0.0
         return entry.rollout.plan.board_seconds + trial

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from fedprune.core.errors import ConfigError, ReleaseError, StorageError
 from fedprune.core.text import quantity
-from fedprune.releases.release import FILES, Release, read_release, signed
-from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPlan, Stage
-from fedprune.wire.fleet_messages import COMMITTED, MAX_NUMBER, STAGED, TRIAL, ReleaseOffer
+from fedprune.releases.release import FILES, Release, read_release, sign_manifest
+from fedprune.releases.rollout import CAREFUL_STAGES, Fate, Rollout, RolloutPlan, Stage
+from fedprune.wire.fleet_messages import COMMITTED, MAX_RELEASE_NUMBER, STAGED, TRIAL, ReleaseOffer
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
-_BY_HAND = "Make one of an older release's folder: fedprune-server release --again; then `rollout start` it."
+_MANUAL_HINT = "Make one of an older release's folder: fedprune-server release --again; then `rollout start` it."
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class RolloutTerms:
     deadline_s: float = 600.0
     seed: int = 0
 
-    def plan(self, release: Release) -> RolloutPlan:
-        shares = self.shares or [s.share for s in CAREFUL]
+    def rollout_plan(self, release: Release) -> RolloutPlan:
+        shares = self.shares or [s.share for s in CAREFUL_STAGES]
         stages = tuple(Stage(share, self.success, self.errors, self.stage_seconds) for share in shares)
         return RolloutPlan("release", str(release.number), stages, board_seconds=self.board_seconds, seed=self.seed)
 
@@ -64,20 +64,20 @@ class StartedRollout:
     """A rollout that was started.
 
     Attributes:
-        left: The release that boards leave, if it takes them back.
-        again: The earlier release whose content they get, if it takes them back.
+        left_release: The release that boards leave, if it takes them back.
+        restored_release: The earlier release whose content they get, if it takes them back.
     """
 
     number: int
     release: Release
     rollout: Rollout
-    left: int | None = None
-    again: int | None = None
+    left_release: int | None = None
+    restored_release: int | None = None
 
-    def told_back(self) -> str:
+    def way_back_text(self) -> str:
         boards = quantity(len(self.rollout.boards), "board")
         return (
-            f"rollout {self.number}: back from release {self.left} to what release {self.again} "
+            f"rollout {self.number}: back from release {self.left_release} to what release {self.restored_release} "
             f"({self.release.version}) holds, as release {self.release.number}, for {boards}"
         )
 
@@ -97,15 +97,15 @@ def start_rollout(
     member.
     """
     with IdentityFolder(state, database=database) as identity:
-        release, manifest, signature = read_release(folder, identity.key.verifying)
-        boards = _boards(devices, sorted(identity.store.members()))
-    rollout = Rollout.of(terms.plan(release), boards)
+        release, manifest, signature = read_release(folder, identity.key.verifying_key)
+        boards = _selected_boards(devices, sorted(identity.store.members()))
+    rollout = Rollout.for_boards(terms.rollout_plan(release), boards)
     # The lock lasts from the check to the new row: two starts at once would delete each other's files.
-    with RolloutStore(state, database) as store, store.starting():
+    with RolloutStore(state, database) as store, store.start_lock():
         store.check_free(release.number, manifest.decode())  # so that no board is downloading what is deleted here
         entries = store.entries()
         before = earlier_rollout(entries, release, boards)
-        leaves = _kept(store, folder, release, worth_keeping(entries, before))
+        leaves = _store_files(store, folder, release, files_to_keep(entries, before))
         offer = ReleaseOffer(
             release.number, manifest.decode(), signature.hex(), leaves, terms.attempts, terms.deadline_s
         )
@@ -114,7 +114,7 @@ def start_rollout(
     return StartedRollout(number, release, rollout)
 
 
-def order(store: RolloutStore, action: str, why: str) -> str:
+def request_action(store: RolloutStore, action: str, why: str) -> str:
     """Ask for the rollout that is under way to `pause`, `resume` or `stop`; returns a message. Raises `ConfigError` if
     none is under way, or the action doesn't fit its state."""
     if action == "pause":
@@ -126,7 +126,7 @@ def order(store: RolloutStore, action: str, why: str) -> str:
     return f"rollout {store.stop(why)} will stop: boards that have the release keep it"
 
 
-def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
+def _selected_boards(names: Collection[str] | None, members: list[str]) -> list[str]:
     if not members:
         raise ConfigError("no board has joined yet", hint="Boards join with a claim (`fedprune-server claim`).")
     if names is None:
@@ -139,7 +139,7 @@ def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
     return list(names)
 
 
-def _kept(store: RolloutStore, folder: Path, release: Release, further_digests: set[str]) -> tuple[str, ...]:
+def _store_files(store: RolloutStore, folder: Path, release: Release, further_digests: set[str]) -> tuple[str, ...]:
     """Store a release's files for the server, and delete all others but `others`; returns the digests of their leaf
     tables, in order.
     """
@@ -181,33 +181,33 @@ def take_back(
     """
     with IdentityFolder(state, database=database) as identity:
         key, members = identity.key, identity.store.members()
-    with RolloutStore(state, database) as store, store.starting():
+    with RolloutStore(state, database) as store, store.start_lock():
         entries = store.entries()
-        last, before = _ends(entries, release)
-        boards = sorted(boards_with(entries, last.offer.number) & set(members))
+        last, before = _last_and_earlier(entries, release)
+        boards = sorted(boards_with_release(entries, last.offer.number) & set(members))
         if not boards:
-            raise _no_board(last.offer.number)
+            raise _no_board_error(last.offer.number)
         target = before.release
         # Boards refuse every number that isn't above all that they have seen.
         highest = max(above, *(e.offer.number for e in entries))
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
-        renewed = replace(target, number=_number(number, highest), created=created)
-        leaves = _leaves(store, target)
+        renewed = replace(target, number=_new_release_number(number, highest), created=created)
+        leaves = _leaf_digests(store, target)
         manifest = renewed.to_bytes()
         offer = ReleaseOffer(
             renewed.number,
             manifest.decode(),
-            signed(manifest, key).hex(),
+            sign_manifest(manifest, key).hex(),
             leaves,
             last.offer.attempts,
             last.offer.seconds,
         )
-        rollout = Rollout.of(terms.plan(renewed), boards)
-        begun = store.begin_back(offer, rollout, clock(), leaves=last.number, why=f"boards go back: {reason}")
-    return StartedRollout(begun, renewed, rollout, left=last.offer.number, again=target.number)
+        rollout = Rollout.for_boards(terms.rollout_plan(renewed), boards)
+        begun = store.begin_way_back(offer, rollout, clock(), leaves=last.number, why=f"boards go back: {reason}")
+    return StartedRollout(begun, renewed, rollout, left_release=last.offer.number, restored_release=target.number)
 
 
-def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntry, RolloutEntry]:
+def _last_and_earlier(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntry, RolloutEntry]:
     """The rollout that is left, and the one whose release boards had before."""
     if not entries:
         raise ConfigError("no release has been rolled out yet")
@@ -215,11 +215,13 @@ def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntr
     number = last.offer.number
     if release is not None and release != number:
         raise ConfigError(f"release {release} isn't the one that was rolled out last", expected=number, got=release)
-    if last.leaves is not None:
-        raise ConfigError(f"release {number} is itself the way back from release {last.leaves}", hint=_BY_HAND)
-    if not boards_with(entries, number):
-        raise _no_board(number)
-    before = next((e for e in entries if e.number == last.prior), None)
+    if last.left_release is not None:
+        raise ConfigError(
+            f"release {number} is itself the way back from release {last.left_release}", hint=_MANUAL_HINT
+        )
+    if not boards_with_release(entries, number):
+        raise _no_board_error(number)
+    before = next((e for e in entries if e.number == last.earlier_rollout), None)
     if before is None:  # the error distinguishes a rehearsal with the same files, which is a common mistake
         files, earlier = last.release.files, (e for e in reversed(entries) if e.offer.number != number)
         twin = next((e.offer.number for e in earlier if e.release.files == files), None)
@@ -228,22 +230,22 @@ def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntr
                 f"release {number} has the same files as release {twin}, so that going back would change nothing",
                 hint="To rehearse a way back, roll out a release with another file, such as a newer wheel.",
             )
-        raise ConfigError(f"no board of release {number} had one of this server's before", hint=_BY_HAND)
+        raise ConfigError(f"no board of release {number} had one of this server's before", hint=_MANUAL_HINT)
     return last, before
 
 
-def _no_board(release: int) -> ConfigError:
+def _no_board_error(release: int) -> ConfigError:
     return ConfigError(f"no board has release {release} or is at it", hint="To end its rollout: `rollout stop`.")
 
 
-def _number(chosen: int | None, highest: int) -> int:
+def _new_release_number(chosen: int | None, highest: int) -> int:
     number = highest + 1 if chosen is None else chosen
-    if not highest < number <= MAX_NUMBER:
-        raise ReleaseError("number of a release", expected=f"above {highest}, at most {MAX_NUMBER}", got=number)
+    if not highest < number <= MAX_RELEASE_NUMBER:
+        raise ReleaseError("number of a release", expected=f"above {highest}, at most {MAX_RELEASE_NUMBER}", got=number)
     return number
 
 
-def _leaves(store: RolloutStore, release: Release) -> tuple[str, ...]:
+def _leaf_digests(store: RolloutStore, release: Release) -> tuple[str, ...]:
     """Digests of the leaf tables of a release's files, which must all be stored."""
     try:
         digests = []
@@ -253,7 +255,7 @@ def _leaves(store: RolloutStore, release: Release) -> tuple[str, ...]:
         return tuple(digests)
     except StorageError as error:
         name = f"release {release.number} ({release.version})"
-        raise ReleaseError(f"{name}, which boards had before, is not here any more", hint=_BY_HAND) from error
+        raise ReleaseError(f"{name}, which boards had before, is not here any more", hint=_MANUAL_HINT) from error
 
 
 def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: Collection[str]) -> RolloutEntry | None:
@@ -263,10 +265,10 @@ def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: C
     reported success with it, and boards must not have been taken back from it. Of two with equally many boards the one
     with the higher number is returned.
     """
-    return _usual(entries, release, boards, other_than=release)
+    return _most_common_rollout(entries, release, boards, other_than=release)
 
 
-def boards_with(entries: Iterable[RolloutEntry], number: int) -> set[str]:
+def boards_with_release(entries: Iterable[RolloutEntry], number: int) -> set[str]:
     """Boards that have a release, or may still install it."""
     boards = set()
     for entry in entries:
@@ -280,20 +282,20 @@ def boards_with(entries: Iterable[RolloutEntry], number: int) -> set[str]:
     return boards
 
 
-def worth_keeping(entries: Sequence[RolloutEntry], before: RolloutEntry | None) -> set[str]:
+def files_to_keep(entries: Sequence[RolloutEntry], before: RolloutEntry | None) -> set[str]:
     """Digests of the files that boards may be taken back to: of the rollout `before` the next one, and, for other
     boards, of the release that most boards of their Python and processor have.
     """
     all_boards = {name for entry in entries for name in entry.rollout.boards}
     kinds = {(r.python, r.machine): r for r in (e.release for e in entries)}
-    sources = [before, *(_usual(entries, kind, all_boards) for kind in kinds.values())]
+    sources = [before, *(_most_common_rollout(entries, kind, all_boards) for kind in kinds.values())]
     return {f.sha256 for entry in sources if entry is not None for f in entry.release.files}
 
 
-def _usual(
+def _most_common_rollout(
     entries: Sequence[RolloutEntry], kind: Release, boards: Collection[str], other_than: Release | None = None
 ) -> RolloutEntry | None:
-    left = {entry.leaves for entry in entries}
+    left = {entry.left_release for entry in entries}
     entry_of: dict[str, RolloutEntry] = {}
     for entry in entries:
         release = entry.release

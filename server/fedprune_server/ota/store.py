@@ -16,24 +16,24 @@ from typing import Any
 import sqlalchemy as sql
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.closing import Closing
-from fedprune.core.disk import locked
+from fedprune.core.closeable import Closeable
+from fedprune.core.disk import file_lock
 from fedprune.core.errors import ConfigError, ProtocolError, ReleaseError, StorageError
-from fedprune.releases.release import MAX_FILE, Release
+from fedprune.releases.release import MAX_FILE_BYTES, Release
 from fedprune.releases.rollout import Rollout, RolloutPhase
 from fedprune.wire.fleet_messages import ReleaseOffer
-from fedprune.wire.messages import parse
+from fedprune.wire.messages import parse_message
 from fedprune_server.storage.database import Database
-from fedprune_server.storage.storage import database_of
-from fedprune_server.storage.tables import ROLLOUT_BOARDS, ROLLOUTS, encoded, upsert
+from fedprune_server.storage.storage import open_database
+from fedprune_server.storage.tables import ROLLOUT_BOARDS, ROLLOUTS, json_column, upsert
 
 FOLDER = "releases"
-_LOCK = "start.lock"
+_START_LOCK = "start.lock"
 
-_C = ROLLOUTS.c
-_UNDER_WAY = _C.phase.in_((RolloutPhase.RUNNING.value, RolloutPhase.PAUSED.value))
-_IN_ORDER = sql.select(ROLLOUTS).order_by(_C.number)
-_BOARDS = sql.select(ROLLOUT_BOARDS).where(ROLLOUT_BOARDS.c.rollout == sql.bindparam("number"))
+_COLUMNS = ROLLOUTS.c
+_UNDER_WAY = _COLUMNS.phase.in_((RolloutPhase.RUNNING.value, RolloutPhase.PAUSED.value))
+_ROLLOUTS_BY_NUMBER = sql.select(ROLLOUTS).order_by(_COLUMNS.number)
+_BOARDS_OF_ROLLOUT = sql.select(ROLLOUT_BOARDS).where(ROLLOUT_BOARDS.c.rollout == sql.bindparam("number"))
 
 # By board, its last report, as the command line shows it: state, reason, bytes done and in total, and when it came.
 Reports = dict[str, dict[str, Any]]
@@ -44,26 +44,27 @@ class RolloutEntry:
     """A rollout of a release.
 
     Attributes:
-        at: When it was started, in seconds since 1970.
+        started_at: When it was started, in seconds since 1970.
         offer: The message to its boards.
-        joins: Whether boards that join the fleet later belong to it.
+        includes_newcomers: Whether boards that join the fleet later belong to it.
         reports: Each board's last report.
-        wish: The reason of a request to stop; None without one.
-        hold: The reason of a request to pause; None without one.
-        prior: Number of the rollout whose release its boards had before; None if they had none, or it is not known.
-        leaves: Number of the release from which it takes boards back; None otherwise.
+        stop_reason: The reason of a request to stop; None without one.
+        pause_reason: The reason of a request to pause; None without one.
+        earlier_rollout: Number of the rollout whose release its boards had before; None if they had none, or it is not
+            known.
+        left_release: Number of the release from which it takes boards back; None otherwise.
     """
 
     number: int
-    at: float
+    started_at: float
     offer: ReleaseOffer
-    joins: bool
+    includes_newcomers: bool
     rollout: Rollout
     reports: Reports
-    wish: str | None
-    hold: str | None = None
-    prior: int | None = None
-    leaves: int | None = None
+    stop_reason: str | None
+    pause_reason: str | None = None
+    earlier_rollout: int | None = None
+    left_release: int | None = None
 
     @property
     def release(self) -> Release:
@@ -73,16 +74,16 @@ class RolloutEntry:
     def state(self) -> str:
         """The rollout's phase, or `stopping`, `pausing` or `resuming` if the server hasn't carried that out yet."""
         phase = self.rollout.phase
-        if not phase.under_way:
+        if not phase.is_under_way:
             return phase.value
-        if self.wish is not None:
+        if self.stop_reason is not None:
             return "stopping"
-        if (self.hold is not None) == (phase is RolloutPhase.PAUSED):
+        if (self.pause_reason is not None) == (phase is RolloutPhase.PAUSED):
             return phase.value
-        return "pausing" if self.hold is not None else "resuming"
+        return "pausing" if self.pause_reason is not None else "resuming"
 
 
-class RolloutStore(Closing):
+class RolloutStore(Closeable):
     """The rollouts of a site. Every method raises `StorageError` if the database is damaged or away, or the disk fails
     or is full.
 
@@ -101,21 +102,21 @@ class RolloutStore(Closing):
         *,
         read_only: bool = False,
     ) -> None:
-        self._lock = state / FOLDER / _LOCK
-        self._given = isinstance(database, Database)
+        self._lock = state / FOLDER / _START_LOCK
+        self._is_shared_database = isinstance(database, Database)
         self._database = (
-            database if isinstance(database, Database) else database_of(state, database, read_only=read_only)
+            database if isinstance(database, Database) else open_database(state, database, read_only=read_only)
         )
         if not read_only:  # a store makes its folder
-            self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
+            self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE_BYTES)
 
     def close(self) -> None:
-        if not self._given:
+        if not self._is_shared_database:
             self._database.close()
 
-    def starting(self) -> AbstractContextManager[None]:
+    def start_lock(self) -> AbstractContextManager[None]:
         """Lock out other starts, from `check_free` to `begin`, while files are written to `blobs`."""
-        return locked(self._lock, "another `rollout start` is under way", "Wait until it is done.")
+        return file_lock(self._lock, "another `rollout start` is under way", "Wait until it is done.")
 
     def check_free(self, release: int, manifest: str) -> None:
         """Make sure that a release could be rolled out now.
@@ -123,7 +124,7 @@ class RolloutStore(Closing):
         Raises `ConfigError` if a rollout is under way, and `ReleaseError` if boards would refuse the release, because
         they know a higher number or another release under this number.
         """
-        with self._database.reading() as connection:
+        with self._database.read_transaction() as connection:
             _check_free(connection, release, manifest)
 
     def begin(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, joins: bool, prior: int | None = None) -> int:
@@ -131,42 +132,44 @@ class RolloutStore(Closing):
 
         def write(connection: sql.Connection) -> int:
             _check_free(connection, offer.number, offer.manifest)
-            return _insert(connection, offer, rollout, now, joins=joins, prior=prior)
+            return _insert_rollout(connection, offer, rollout, now, joins=joins, prior=prior)
 
-        return self._write(write)
+        return self._run_transaction(write)
 
-    def begin_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, leaves: int, why: str) -> int:
+    def begin_way_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, leaves: int, why: str) -> int:
         """Start a rollout of an earlier release under a new number to the boards that have the last one, rollout
-        `leaves`, which ends because of `why`; returns its number.
+        `left_release`, which ends because of `why`; returns its number.
 
         Raises `ConfigError` if another one was started meanwhile, and `ReleaseError` if a number as high as the
         release's was rolled out.
         """
 
         def write(connection: sql.Connection) -> int:
-            latest, highest = connection.execute(sql.select(sql.func.max(_C.number), sql.func.max(_C.release))).one()
+            latest, highest = connection.execute(
+                sql.select(sql.func.max(_COLUMNS.number), sql.func.max(_COLUMNS.release))
+            ).one()
             if latest != leaves:
                 raise ConfigError("another rollout was begun meanwhile", hint="See `fedprune-server rollout status`.")
             if offer.number <= highest:
                 raise ReleaseError("number of a release", expected=f"above {highest}", got=offer.number)
-            left = connection.execute(sql.select(_C.release).where(_C.number == leaves)).scalar()
-            _change(connection, _UNDER_WAY, wish=why)
-            return _insert(connection, offer, rollout, now, joins=False, leaves=left)
+            left = connection.execute(sql.select(_COLUMNS.release).where(_COLUMNS.number == leaves)).scalar()
+            _update_rollouts(connection, _UNDER_WAY, wish=why)
+            return _insert_rollout(connection, offer, rollout, now, joins=False, leaves=left)
 
-        return self._write(write)
+        return self._run_transaction(write)
 
     def save(self, number: int, rollout: Rollout, reports: Mapping[str, Any], reported: Collection[str] = ()) -> None:
         """Save a rollout's state durably, with the boards that have changed and those that have `reported`."""
-        rows = _board_rows(number, rollout, reports, rollout.changed.union(reported))
+        rows = _board_rows(number, rollout, reports, rollout.changed_boards.union(reported))
 
         # The server's own write, which may be repeated: it sets the state, and adds nothing.
         def write() -> None:
-            with self._database.writing() as connection:
-                _change(connection, _C.number == number, **_state(rollout))
+            with self._database.fenced_transaction() as connection:
+                _update_rollouts(connection, _COLUMNS.number == number, **_state_columns(rollout))
                 upsert(connection, ROLLOUT_BOARDS, rows)
 
-        self._database.patiently(write)
-        rollout.settle()
+        self._database.retry_while_away(write)
+        rollout.mark_saved()
 
     def stop(self, reason: str) -> int:
         """Ask for the end of the rollout that is under way, which the server carries out; returns its number. Raises
@@ -174,11 +177,11 @@ class RolloutStore(Closing):
         """
 
         def write(connection: sql.Connection) -> int:
-            number, _ = _running(connection)
-            _change(connection, _C.number == number, wish=reason)
+            number, _ = _active_rollout(connection)
+            _update_rollouts(connection, _COLUMNS.number == number, wish=reason)
             return number
 
-        return self._write(write)
+        return self._run_transaction(write)
 
     def pause(self, reason: str) -> int:
         """Ask the server to give the release to no further board until `resume`; returns the rollout's number.
@@ -187,116 +190,127 @@ class RolloutStore(Closing):
         """
 
         def write(connection: sql.Connection) -> int:
-            number, hold = _running(connection)
+            number, hold = _active_rollout(connection)
             # Without any reason a dash: NULL means that nobody asked for a pause.
-            _change(connection, _C.number == number, hold=hold or reason or "-")
+            _update_rollouts(connection, _COLUMNS.number == number, hold=hold or reason or "-")
             return number
 
-        return self._write(write)
+        return self._run_transaction(write)
 
     def resume(self) -> int:
         """Ask that a paused rollout continues; returns its number. Raises `ConfigError` if none is running,
         or it isn't paused."""
 
         def write(connection: sql.Connection) -> int:
-            number, hold = _running(connection)
+            number, hold = _active_rollout(connection)
             if hold is None:
                 raise ConfigError(f"rollout {number} isn't paused", hint="See `fedprune-server rollout status`.")
-            _change(connection, _C.number == number, hold=None)
+            _update_rollouts(connection, _COLUMNS.number == number, hold=None)
             return number
 
-        return self._write(write)
+        return self._run_transaction(write)
 
     def entries(self) -> list[RolloutEntry]:
         """All rollouts, the oldest first."""
-        return self._entries(_IN_ORDER)
+        return self._read_entries(_ROLLOUTS_BY_NUMBER)
 
-    def under_way(self) -> list[RolloutEntry]:
+    def entries_under_way(self) -> list[RolloutEntry]:
         """Rollouts that have not ended: the last one, and those that it replaces and that are to stop."""
-        return self._entries(_IN_ORDER.where(_UNDER_WAY))
+        return self._read_entries(_ROLLOUTS_BY_NUMBER.where(_UNDER_WAY))
 
-    def orders(self) -> list[tuple[Any, ...]]:
-        """Number, `wish` and `hold` of the rollouts that have not ended."""
-        query = sql.select(_C.number, _C.wish, _C.hold).where(_UNDER_WAY).order_by(_C.number)
-        return [tuple(row) for row in self._rows(query)]
+    def requests(self) -> list[tuple[Any, ...]]:
+        """Number, `stop_reason` and `pause_reason` of the rollouts that have not ended."""
+        query = (
+            sql.select(_COLUMNS.number, _COLUMNS.stop_reason, _COLUMNS.hold).where(_UNDER_WAY).order_by(_COLUMNS.number)
+        )
+        return [tuple(row) for row in self._select(query)]
 
-    def offer(self, number: int) -> ReleaseOffer | None:
+    def offer_of(self, number: int) -> ReleaseOffer | None:
         """The message to a rollout's boards; None if there is no such rollout."""
-        rows = self._rows(sql.select(_C.number, _C.offer).where(_C.number == number))
-        return self._offer(rows[0]) if rows else None
+        rows = self._select(sql.select(_COLUMNS.number, _COLUMNS.offer).where(_COLUMNS.number == number))
+        return self._read_offer(rows[0]) if rows else None
 
-    def latest(self) -> RolloutEntry | None:
+    def latest_entry(self) -> RolloutEntry | None:
         """The rollout that was started last."""
-        entries = self._entries(sql.select(ROLLOUTS).order_by(_C.number.desc()).limit(1))
+        entries = self._read_entries(sql.select(ROLLOUTS).order_by(_COLUMNS.number.desc()).limit(1))
         return entries[0] if entries else None
 
-    def releases(self) -> set[int]:
-        return {int(row.release) for row in self._rows(sql.select(_C.release))}
+    def release_numbers(self) -> set[int]:
+        return {int(row.release) for row in self._select(sql.select(_COLUMNS.release))}
 
-    def version(self) -> int:
+    def change_count(self) -> int:
         """A number that grows with each change."""
-        return int(self._rows(sql.select(sql.func.coalesce(sql.func.sum(_C.changes), 0)))[0][0])
+        return int(self._select(sql.select(sql.func.coalesce(sql.func.sum(_COLUMNS.changes), 0)))[0][0])
 
-    def _write(self, statements: Callable[[sql.Connection], int]) -> int:
+    def _run_transaction(self, statements: Callable[[sql.Connection], int]) -> int:
         """Run a command's transaction; not again if the connection is lost, because it may have been committed."""
 
         def run() -> int:
             with self._database.transaction() as connection:
                 return statements(connection)
 
-        return self._database.when_free(run)
+        return self._database.retry_while_locked(run)
 
-    def _rows(self, query: sql.Select[Any]) -> list[Any]:
+    def _select(self, query: sql.Select[Any]) -> list[Any]:
         return self._database.read(lambda connection: list(connection.execute(query)))
 
-    def _entries(self, query: sql.Select[Any]) -> list[RolloutEntry]:
+    def _read_entries(self, query: sql.Select[Any]) -> list[RolloutEntry]:
         def read(connection: sql.Connection) -> list[tuple[Any, list[Any]]]:
             rows = list(connection.execute(query))
-            return [(row, list(connection.execute(_BOARDS, {"number": row.number}))) for row in rows]
+            return [(row, list(connection.execute(_BOARDS_OF_ROLLOUT, {"number": row.number}))) for row in rows]
 
-        return [self._entry(row, boards) for row, boards in self._database.read(read)]
+        return [self._read_entry(row, boards) for row, boards in self._database.read(read)]
 
-    def _entry(self, row: Any, boards: Sequence[Any]) -> RolloutEntry:
+    def _read_entry(self, row: Any, boards: Sequence[Any]) -> RolloutEntry:
         try:
             head = json.loads(row.rollout)
             rollout = Rollout.from_dict({**head, "boards": {board.device: json.loads(board.body) for board in boards}})
             reports = {board.device: json.loads(board.report) for board in boards if board.report is not None}
         except (StorageError, ValueError, TypeError, RecursionError) as error:
-            raise self._damage(row.number, error) from error
+            raise self._damage_error(row.number, error) from error
         return RolloutEntry(
-            row.number, row.at, self._offer(row), row.joins, rollout, reports, row.wish, row.hold, row.prior, row.leaves
+            row.number,
+            row.at,
+            self._read_offer(row),
+            row.joins,
+            rollout,
+            reports,
+            row.stop_reason,
+            row.hold,
+            row.earlier_rollout,
+            row.leaves,
         )
 
-    def _offer(self, row: Any) -> ReleaseOffer:
+    def _read_offer(self, row: Any) -> ReleaseOffer:
         try:
-            message = parse(bytes(row.offer))
+            message = parse_message(bytes(row.offer))
         except ProtocolError as error:
-            raise self._damage(row.number, error) from error
+            raise self._damage_error(row.number, error) from error
         if not isinstance(message, ReleaseOffer):
-            raise self._damage(row.number, ValueError("no offer"))
+            raise self._damage_error(row.number, ValueError("no offer"))
         return message
 
-    def _damage(self, number: int, error: Exception) -> StorageError:
+    def _damage_error(self, number: int, error: Exception) -> StorageError:
         return StorageError(f"{self._database.url}: rollout {number} is damaged ({error})")
 
 
 def _check_free(connection: sql.Connection, release: int, manifest: str) -> None:
-    under_way = connection.execute(sql.select(_C.number, _C.release).where(_UNDER_WAY)).first()
+    under_way = connection.execute(sql.select(_COLUMNS.number, _COLUMNS.release).where(_UNDER_WAY)).first()
     if under_way is not None:
         raise ConfigError(
             f"rollout {under_way.number}, of release {under_way.release}, is under way",
             hint="Wait for its end, or stop it: fedprune-server rollout stop.",
         )
     # Boards remember the highest number that they have seen, and refuse lower ones as replays.
-    highest = connection.execute(sql.select(sql.func.max(_C.release))).scalar()
+    highest = connection.execute(sql.select(sql.func.max(_COLUMNS.release))).scalar()
     if highest is not None and release < highest:
         raise ReleaseError(
             f"release {release}",
             expected=f"a number of {highest} or more, because boards have seen that one",
             hint="To go back: fedprune-server rollout back. Another old one: fedprune-server release --again.",
         )
-    for offer in connection.execute(sql.select(_C.offer).where(_C.release == release)).scalars():
-        before = parse(bytes(offer))
+    for offer in connection.execute(sql.select(_COLUMNS.offer).where(_COLUMNS.release == release)).scalars():
+        before = parse_message(bytes(offer))
         if not isinstance(before, ReleaseOffer) or before.manifest != manifest:
             raise ReleaseError(
                 f"another release {release} was rolled out before, and boards that have it would not take this one",
@@ -304,18 +318,22 @@ def _check_free(connection: sql.Connection, release: int, manifest: str) -> None
             )
 
 
-def _running(connection: sql.Connection) -> tuple[int, str | None]:
+def _active_rollout(connection: sql.Connection) -> tuple[int, str | None]:
     """The number of the rollout that is under way and isn't to stop, and why it is to pause."""
-    row = connection.execute(_IN_ORDER.where(_UNDER_WAY).order_by(None).order_by(_C.number.desc())).first()
+    row = connection.execute(
+        _ROLLOUTS_BY_NUMBER.where(_UNDER_WAY).order_by(None).order_by(_COLUMNS.number.desc())
+    ).first()
     if row is None:
         raise ConfigError("no rollout is under way", hint="See `fedprune-server rollout status`.")
-    if row.wish is not None:
+    if row.stop_reason is not None:
         raise ConfigError(f"rollout {row.number} is to stop already", hint="See `fedprune-server rollout status`.")
     return int(row.number), row.hold
 
 
-def _insert(connection: sql.Connection, offer: ReleaseOffer, rollout: Rollout, now: float, **values: int | None) -> int:
-    row = {"at": now, "release": offer.number, "offer": offer.to_bytes(), **_state(rollout), **values}
+def _insert_rollout(
+    connection: sql.Connection, offer: ReleaseOffer, rollout: Rollout, now: float, **values: int | None
+) -> int:
+    row = {"at": now, "release": offer.number, "offer": offer.to_bytes(), **_state_columns(rollout), **values}
     primary_key = connection.execute(ROLLOUTS.insert().values(row)).inserted_primary_key
     number = int(primary_key[0] if primary_key else 0)
     upsert(connection, ROLLOUT_BOARDS, _board_rows(number, rollout, {}, rollout.boards))
@@ -323,12 +341,12 @@ def _insert(connection: sql.Connection, offer: ReleaseOffer, rollout: Rollout, n
 
 
 # `changes` counts writes, so that a reader sees that anything has changed without comparing rows.
-def _change(connection: sql.Connection, where: sql.ColumnElement[bool], **values: str | None) -> None:
-    connection.execute(ROLLOUTS.update().where(where).values(changes=_C.changes + 1, **values))
+def _update_rollouts(connection: sql.Connection, where: sql.ColumnElement[bool], **values: str | None) -> None:
+    connection.execute(ROLLOUTS.update().where(where).values(changes=_COLUMNS.changes + 1, **values))
 
 
-def _state(rollout: Rollout) -> dict[str, str]:
-    return {"phase": rollout.phase.value, "rollout": encoded(rollout.head())}
+def _state_columns(rollout: Rollout) -> dict[str, str]:
+    return {"phase": rollout.phase.value, "rollout": json_column(rollout.to_dict_without_boards())}
 
 
 def _board_rows(
@@ -338,8 +356,8 @@ def _board_rows(
         {
             "rollout": number,
             "device": name,
-            "body": encoded(rollout.boards[name].to_dict()),
-            "report": encoded(reports[name]) if name in reports else None,
+            "body": json_column(rollout.boards[name].to_dict()),
+            "report": json_column(reports[name]) if name in reports else None,
         }
         for name in sorted(names)
     ]

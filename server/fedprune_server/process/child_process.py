@@ -16,16 +16,16 @@ log = logging.getLogger("fedprune.server")
 
 # A child that ran at least this long is restarted at once when it ends, any number of times: only one that ends right
 # after each start would keep the server busy with restarts.
-STABLE_S = 60.0
+STABLE_RUN_S = 60.0
 
-# Number of shorter runs in a row after which the next start waits for `BACKOFF_S`.
+# Number of shorter runs in a row after which the next start waits for `RESTART_BACKOFF_S`.
 MAX_SHORT_RUNS = 3
 
-BACKOFF_S = 60.0
+RESTART_BACKOFF_S = 60.0
 
 # Seconds for which a child's message waits for room in the queue of unread messages. After that nothing more is read
 # from the child: the server's loop can't keep up with it.
-_FULL_S = 30.0
+_FULL_QUEUE_TIMEOUT_S = 30.0
 
 Message = TypeVar("Message")
 
@@ -60,7 +60,7 @@ class ChildProcess(Generic[Message]):
         self._name, self._read_message = name, read
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._messages: queue.Queue[Message | None] = queue.Queue(max_unread)
-        self.ended = False  # whether all its messages have been received and it sends no more
+        self.has_ended = False  # whether all its messages have been received and it sends no more
         self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own module, in this Python
             list(command),
             stdin=subprocess.PIPE,
@@ -90,13 +90,13 @@ class ChildProcess(Generic[Message]):
 
     def receive(self, timeout: float = 0.0) -> Message | None:
         """The child's next message; None if none comes in time, or the child has ended."""
-        if self.ended:
+        if self.has_ended:
             return None
         try:
             message = self._messages.get(block=timeout > 0.0, timeout=timeout)
         except queue.Empty:
             return None
-        self.ended = message is None
+        self.has_ended = message is None
         return message
 
     def kill(self) -> None:
@@ -113,7 +113,7 @@ class ChildProcess(Generic[Message]):
         try:
             with stream:
                 while (message := self._read_message(stream)) is not None:
-                    self._messages.put(message, timeout=_FULL_S)
+                    self._messages.put(message, timeout=_FULL_QUEUE_TIMEOUT_S)
         except (OSError, ValueError, ProtocolError, queue.Full) as error:
             log.error("can't read what %s sends: %s", self._name, error)
         self._messages.put(None)
@@ -140,11 +140,11 @@ class RestartedProcess(Generic[Message]):
     def __init__(self, start: Callable[[], ChildProcess[Message]], name: str, *, stop_s: float) -> None:
         self._start, self._name, self._stop_s = start, name, stop_s
         self._child: ChildProcess[Message] | None = None
-        self._started_at = self._not_before = 0.0
+        self._started_at = self._next_start_at = 0.0
         self._short_runs = 0
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the process exists. One that has ended counts until its last message is received."""
         return self._child is not None
 
@@ -152,21 +152,21 @@ class RestartedProcess(Generic[Message]):
     def pid(self) -> int | None:
         return None if self._child is None else self._child.pid
 
-    def start(self, first: Callable[[], bytes], now: float) -> bool:
+    def start(self, first_line: Callable[[], bytes], now: float) -> bool:
         """Start the process, unless it exists or has ended too often lately; returns whether it was started.
 
         Args:
-            first: Makes the first line that it receives.
+            first_line: Makes the first line that it receives.
             now: Seconds of a monotonic clock.
         """
-        if self._child is not None or now < self._not_before:
+        if self._child is not None or now < self._next_start_at:
             return False
-        encoded_line = first()
+        encoded_line = first_line()
         try:
             self._child = self._start()
         except OSError as error:
             log.error("%s can't be started: %s", self._name, error)
-            self._not_before = now + BACKOFF_S
+            self._next_start_at = now + RESTART_BACKOFF_S
             return False
         self._started_at = now
         self._child.send(encoded_line)
@@ -177,14 +177,14 @@ class RestartedProcess(Generic[Message]):
         if self._child is not None:
             self._child.send(line)
 
-    def received(self, now: float) -> Iterator[Message]:
+    def receive_all(self, now: float) -> Iterator[Message]:
         """The messages since the last call. A process that has ended may then be started again."""
         child = self._child
         if child is None:
             return
         while (message := child.receive()) is not None:
             yield message
-        if child.ended and child is self._child:
+        if child.has_ended and child is self._child:
             self.kill(now, "it has ended")
 
     def kill(self, now: float, reason: str) -> None:
@@ -195,9 +195,9 @@ class RestartedProcess(Generic[Message]):
         child.kill()
         child.stop(self._stop_s)
         log.warning("%s is started again: %s (exit code %s)", self._name, reason, child.exit_code)
-        self._short_runs = 0 if now - self._started_at > STABLE_S else self._short_runs + 1
+        self._short_runs = 0 if now - self._started_at > STABLE_RUN_S else self._short_runs + 1
         if self._short_runs >= MAX_SHORT_RUNS:
-            self._short_runs, self._not_before = 0, now + BACKOFF_S
+            self._short_runs, self._next_start_at = 0, now + RESTART_BACKOFF_S
             message = "%s ended %d times within a minute: the server does without it for a minute"
             log.error(message, self._name, MAX_SHORT_RUNS)
 

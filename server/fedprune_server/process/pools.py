@@ -26,7 +26,7 @@ R = TypeVar("R")
 log = logging.getLogger("fedprune.server")
 
 # Processes are spawned: a fork would copy whatever locks other threads hold at that moment.
-_SPAWN = multiprocessing.get_context("spawn")
+_SPAWN_CONTEXT = multiprocessing.get_context("spawn")
 
 
 class TaskPool(ABC, Generic[W]):
@@ -34,11 +34,11 @@ class TaskPool(ABC, Generic[W]):
 
     Attributes:
         patience_s: Seconds after which a result is no longer awaited; None to wait for as long as it takes.
-        adds: Whether a server has its updates checked and added up by this pool, too.
+        adds_updates: Whether a server has its updates checked and added up by this pool, too.
     """
 
     patience_s: float | None = None
-    adds = False
+    adds_updates = False
 
     @property
     @abstractmethod
@@ -64,7 +64,7 @@ class ProcessPool(TaskPool[W]):
 
     def __init__(self, size: int, make: Callable[[], W], *, restarts: bool = False) -> None:
         self._size, self._make, self._restarts = size, make, restarts
-        self._processes = self._started()
+        self._processes = self._start_processes()
 
     @property
     def size(self) -> int:
@@ -73,20 +73,20 @@ class ProcessPool(TaskPool[W]):
     def submit(self, task: Callable[..., R], *arguments: Any) -> Future[R]:
         """Run a task. Raises `BrokenExecutor` if a process was killed and the pool doesn't restart."""
         try:
-            return self._processes.submit(_done, task, arguments)
+            return self._processes.submit(_run_task, task, arguments)
         except BrokenExecutor:
             if not self._restarts:
                 raise
             log.warning("a helper was killed, maybe since memory ran out; others take its place")
             self._processes.shutdown(wait=False)
-            self._processes = self._started()
-            return self._processes.submit(_done, task, arguments)
+            self._processes = self._start_processes()
+            return self._processes.submit(_run_task, task, arguments)
 
     def close(self, *, wait: bool = False) -> None:
         self._processes.shutdown(wait=wait, cancel_futures=True)
 
-    def _started(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._size, _SPAWN, _begin, (os.getpid(), self._make))
+    def _start_processes(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self._size, _SPAWN_CONTEXT, _initialise_process, (os.getpid(), self._make))
 
 
 # In a process of a pool: its worker.
@@ -94,13 +94,13 @@ class ProcessPool(TaskPool[W]):
 _worker: Any = None
 
 
-def _begin(parent: int, make: Callable[[], Any]) -> None:
+def _initialise_process(parent: int, make: Callable[[], Any]) -> None:
     global _worker
     end_with_parent(parent)
     _worker = make()
 
 
-def _done(task: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+def _run_task(task: Callable[..., R], arguments: tuple[Any, ...]) -> R:
     return task(_worker, *arguments)
 
 
@@ -135,7 +135,7 @@ class ProcessPerTask(TaskPool[W]):
         self._threads.shutdown(cancel_futures=True)
 
     def _carry_out(self, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        process = _SPAWN.Process(target=_do_alone, args=(os.getpid(), task, (self._worker, *arguments)))
+        process = _SPAWN_CONTEXT.Process(target=_run_alone, args=(os.getpid(), task, (self._worker, *arguments)))
         with self._lock:
             if self._closed:
                 return
@@ -149,6 +149,6 @@ class ProcessPerTask(TaskPool[W]):
             raise ChildDiedError(f"its process ended with exit code {process.exitcode}")
 
 
-def _do_alone(parent: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _run_alone(parent: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     end_with_parent(parent)
     task(*arguments)

@@ -16,30 +16,30 @@ from typing import Any, Literal
 
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.core.errors import ConfigError
-from fedprune.core.text import quantity, some
+from fedprune.core.text import first_few, quantity
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device
-from fedprune.model.nested_widths import just_made
-from fedprune.planning.plan import NOTHING
+from fedprune.jobs.state import JobDevice
+from fedprune.model.nested_widths import is_untrained
+from fedprune.planning.plan import NOTHING_BINDS
 from fedprune.strategies import Strategy, compose
-from fedprune.strategies.methods.fedprune import CORE
+from fedprune.strategies.methods.fedprune import CORE_BOARD_SHARE
 from fedprune.updates import CODECS, PLAIN
-from fedprune_server.config.layers import brief
-from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_tables
-from fedprune_server.simulation.results.record import Record, shown
-from fedprune_server.simulation.results.tables import finite
+from fedprune_server.config.layers import setting_value_text
+from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_tables
+from fedprune_server.simulation.results.record import Record, score_text
+from fedprune_server.simulation.results.tables import finite_or_none
 
 Side = Literal["global", "local"]
 
 # Lets simulated boards train the whole model where real ones couldn't, so that there is something to compare with.
-_UNLIMITED = {"density": 1.0, "byte_budget": 0, "energy_budget": 0.0, "deadline_s": 1e7}
+_NO_LIMITS = {"density": 1.0, "byte_budget": 0, "energy_budget": 0.0, "deadline_s": 1e7}
 
 _INT8 = {"compression": "int8", "compression_down": "int8"}
-_JOBS: Mapping[str, Mapping[str, Any]] = {
+_JOBS_BY_VARIANT: Mapping[str, Mapping[str, Any]] = {
     "fedavg": {"strategy": "fedavg", "compression": PLAIN, "compression_down": PLAIN},
     "fedavg-int8": {"strategy": "fedavg", **_INT8},
     "fedprune": {"strategy": "fedprune", **_INT8},
-    "fedprune-core": {"strategy": "fedprune", **_INT8, "options": {"core": CORE}},
+    "fedprune-core": {"strategy": "fedprune", **_INT8, "options": {"core": CORE_BOARD_SHARE}},
     "one-width": {"strategy": "fedprune", **_INT8, "options": {"core": 1.0}},
 }
 
@@ -60,23 +60,26 @@ class Variant:
     def toml(self) -> str:
         """The lines for the job's file."""
         options = self.job.get("options", {})
-        lines = ["[job]", *(f"{key} = {brief(value)}" for key, value in self.job.items() if key != "options")]
+        lines = [
+            "[job]",
+            *(f"{key} = {setting_value_text(value)}" for key, value in self.job.items() if key != "options"),
+        ]
         lines += ["", "[job.options]"] if options else []
-        return "\n".join([*lines, *(f"{key} = {brief(value)}" for key, value in options.items())])
+        return "\n".join([*lines, *(f"{key} = {setting_value_text(value)}" for key, value in options.items())])
 
 
-def choose_variants(path: Path, plan: Plan) -> tuple[list[Variant], dict[str, ConfigError]]:
+def choose_variants(path: Path, plan: FleetPlan) -> tuple[list[Variant], dict[str, ConfigError]]:
     """The variants of a `fleet.toml`'s job, and those that the job's other settings refuse. Of variants that train the
     same, the first is kept. Raises `ConfigError` if all are refused."""
     variants: list[Variant] = []
     refused: dict[str, ConfigError] = {}
     trainings = set()
-    trained_before = not just_made(plan.model.architecture, plan.model.tensors)
-    for name, job_changes in _JOBS.items():
+    trained_before = not is_untrained(plan.model.architecture, plan.model.tensors)
+    for name, job_changes in _JOBS_BY_VARIANT.items():
         # Advice is on what boards can hold, which the planner says, and not a density.
         changes = {**job_changes, **({"density": 0.0} if plan.job.density else {})}
         try:
-            configured_job = read_tables(path, {"job": changes}).config.job
+            configured_job = read_fleet_tables(path, {"job": changes}).config.job
             strategy = compose(configured_job)
             devices = _planned_devices(configured_job, strategy, plan)
         except ConfigError as error:
@@ -85,9 +88,9 @@ def choose_variants(path: Path, plan: Plan) -> tuple[list[Variant], dict[str, Co
         # A strategy without a core is trained at full width everywhere, to have something to compare with; what boards
         # can't hold is said beside it.
         if strategy.core is None:
-            misfit = _misfit(devices)
-            variants.append(Variant(name, {**changes, **_UNLIMITED} if misfit else changes, misfit))
-        elif (training := _training(strategy, devices, trained_before=trained_before)) not in trainings:
+            misfit = _misfit_reason(devices)
+            variants.append(Variant(name, {**changes, **_NO_LIMITS} if misfit else changes, misfit))
+        elif (training := _training_key(strategy, devices, trained_before=trained_before)) not in trainings:
             trainings.add(training)
             variants.append(Variant(name, changes))
     if not variants:
@@ -95,36 +98,38 @@ def choose_variants(path: Path, plan: Plan) -> tuple[list[Variant], dict[str, Co
     return variants, refused
 
 
-def _planned_devices(job: Job, strategy: Strategy, plan: Plan) -> dict[str, Device]:
+def _planned_devices(job: Job, strategy: Strategy, plan: FleetPlan) -> dict[str, JobDevice]:
     planner = WidthPlanner(job, strategy, plan.model.architecture, plan.model.frozen)
-    devices = {d.name: Device(1, True, d.profile.to_dict(), None, d.samples, codecs=list(CODECS)) for d in plan.devices}
+    devices = {
+        d.name: JobDevice(1, True, d.profile.to_dict(), None, d.samples, codecs=list(CODECS)) for d in plan.devices
+    }
     for name, device in devices.items():
         planner.plan(name, device)
     return devices
 
 
-def _misfit(devices: Mapping[str, Device]) -> str:
+def _misfit_reason(devices: Mapping[str, JobDevice]) -> str:
     """Why boards can't train the whole model; empty if all can."""
     narrow = [name for name, device in devices.items() if device.excluded or device.density < 1]
-    bounds = sorted({device.plan["bound"] for device in devices.values() if device.plan} - {NOTHING})
+    bounds = sorted({device.plan["bound"] for device in devices.values() if device.plan} - {NOTHING_BINDS})
     limits = f" ({', '.join(bounds)})" if bounds else ""
-    return f"too much for {some(narrow, most=3)}{limits}" if narrow else ""
+    return f"too much for {first_few(narrow, max_names=3)}{limits}" if narrow else ""
 
 
-def _training(strategy: Strategy, devices: Mapping[str, Device], *, trained_before: bool) -> object:
+def _training_key(strategy: Strategy, devices: Mapping[str, JobDevice], *, trained_before: bool) -> object:
     """A key of what boards train by a strategy that may have a core: equal for strategies that train the same."""
     core, kinds = strategy.core, Counter((d.density, d.widths) for d in devices.values() if d.widths)
     if core is None or strategy.allocator is not None or not kinds:
         return core
     if all(density == 1 for density, _ in kinds):
         return "the whole model"
-    if not core.unconditional:
+    if not core.is_unconditional:
         return "as their labels are"
-    return "what each can hold" if trained_before else core.of(kinds)
+    return "what each can hold" if trained_before else core.choose_core(kinds)
 
 
 @dataclass(frozen=True)
-class Trial:
+class VariantRuns:
     """A variant and its runs, one for each seed."""
 
     variant: Variant
@@ -133,7 +138,7 @@ class Trial:
     def score(self, side: Side, rounds: int | None = None) -> float:
         """The mean over the runs of the last score, or of that at the end of the first rounds; NaN if a run has
         none."""
-        return statistics.fmean(_score(run, side, rounds) for run in self.runs)
+        return statistics.fmean(_last_score(run, side, rounds) for run in self.runs)
 
     def expected_score(self, side: Side, rounds: int) -> float:
         """The score after more rounds, extrapolated as if it approached its limit like 1 / rounds, at the pace of the
@@ -160,10 +165,10 @@ class Trial:
     @property
     def seconds(self) -> float:
         """Seconds of a round, which is as long as the slowest board takes."""
-        return statistics.fmean(run.last.at / len(run.rounds) for run in self.runs)
+        return statistics.fmean(run.last.elapsed_s / len(run.rounds) for run in self.runs)
 
 
-def _score(run: Record, side: Side, rounds: int | None = None) -> float:
+def _last_score(run: Record, side: Side, rounds: int | None = None) -> float:
     values = run.global_values() if side == "global" else run.mean_locals()
     measured = [value for value in values[:rounds] if value is not None]
     return measured[-1] if measured else math.nan
@@ -190,7 +195,7 @@ class Advice:
         return {**vars(self), "taken": chosen_variant, "doubts": list(self.doubts)}
 
 
-def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
+def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0) -> Advice:
     """The best of the variants that all boards can train. Of those within noise of the best it is the one with fewest
     bytes.
 
@@ -203,14 +208,14 @@ def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
     """
     run = trials[0].runs[0]
     side: Side = "global" if samples else "local"
-    sign = 1 if run.metric.higher else -1
+    sign = 1 if run.metric.higher_is_better else -1
     scores = {t.variant.name: sign * t.score(side) for t in trials}
     trainable = [t for t in trials if not t.variant.misfit and math.isfinite(scores[t.variant.name])]
     if not trainable:
         return Advice(None, 0.0, f"No variant that all boards can train has a {side} {run.measure}.")
     best = max(trainable, key=lambda t: scores[t.variant.name])
     noise = _noise(trials, side)
-    if samples and run.metric.share:
+    if samples and run.metric.is_share:
         # The standard error of a share measured on so many samples, which seeds on the same samples don't show.
         noise = max(noise, math.sqrt(best.score(side) * (1 - best.score(side)) / samples))
     gaps = {t.variant.name: scores[best.variant.name] - scores[t.variant.name] for t in trainable}
@@ -219,14 +224,14 @@ def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
     within_noise = [name for name, gap in gaps.items() if gap <= noise and name != choice.variant.name]
 
     def distance(value: float) -> str:
-        return f"{100 * value:.1f} points" if run.metric.share else f"{value:.3g}"
+        return f"{100 * value:.1f} points" if run.metric.is_share else f"{value:.3g}"
 
-    reason = f"Take {choice.variant.name}: {side} {run.measure} {shown(choice.score(side), run.metric)}, "
+    reason = f"Take {choice.variant.name}: {side} {run.measure} {score_text(choice.score(side), run.metric)}, "
     if len(trainable) == 1:
         reason += "and no other variant can be trained by all boards."
     elif within_noise:
         ties_text = (
-            "all others that boards can train" if len(within_noise) == len(trainable) - 1 else some(within_noise)
+            "all others that boards can train" if len(within_noise) == len(trainable) - 1 else first_few(within_noise)
         )
         reason += f"within noise ({distance(noise)}) of {ties_text}, and the fewest bytes of these."
     else:
@@ -235,28 +240,30 @@ def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
     return Advice(choice.variant, noise, reason, tuple(_doubts(trainable, choice, rounds, side, noise)))
 
 
-def _noise(trials: Sequence[Trial], side: Side) -> float:
+def _noise(trials: Sequence[VariantRuns], side: Side) -> float:
     """Twice the standard error, over the seeds, of a variant's distance from the first one.
 
     It is the median variant's: one that learns nothing must not make noise of all differences.
     """
     errors = [0.0]
     for trial in trials[1:]:
-        gaps = [_score(a, side) - _score(b, side) for a, b in zip(trial.runs, trials[0].runs, strict=True)]
+        gaps = [_last_score(a, side) - _last_score(b, side) for a, b in zip(trial.runs, trials[0].runs, strict=True)]
         if len(gaps) > 1 and all(map(math.isfinite, gaps)):
             # Distances within one seed: data and start of a seed move all variants alike, and cancel out.
             errors.append(statistics.stdev(gaps) / math.sqrt(len(gaps)))
     return 2 * statistics.median(errors[1:] or errors)
 
 
-def _doubts(trainable: Sequence[Trial], choice: Trial, rounds: int, side: Side, noise: float) -> Iterator[str]:
+def _doubts(
+    trainable: Sequence[VariantRuns], choice: VariantRuns, rounds: int, side: Side, noise: float
+) -> Iterator[str]:
     if len(choice.runs) == 1:
         yield "One seed doesn't show what is noise: give --seeds 2 or more."
     run = choice.runs[0]
     round_count = len(run.rounds)
     if round_count >= rounds:  # the job has no more
         return
-    sign = 1 if run.metric.higher else -1
+    sign = 1 if run.metric.higher_is_better else -1
     expected_scores = {t.variant.name: sign * t.expected_score(side, rounds) for t in trainable}
     leader, chosen_score = max(expected_scores, key=expected_scores.__getitem__), expected_scores[choice.variant.name]
     if not math.isfinite(chosen_score):
@@ -268,15 +275,15 @@ def _doubts(trainable: Sequence[Trial], choice: Trial, rounds: int, side: Side, 
     yield f"{doubt} Give --rounds {min(rounds, 2 * round_count)} and another --out."
 
 
-def advice_figures(trials: Sequence[Trial], rounds: int) -> list[dict[str, Any]]:
+def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str, Any]]:
     """Scores and costs of variants as JSON types: bytes and hours of the job's rounds at the pace of the runs', MACs as
     a share of the first variant's."""
     measure, full_macs = trials[0].runs[0].measure, trials[0].macs
     return [
         {
             "variant": trial.variant.name,
-            f"global_{measure}": finite(trial.score("global")),
-            f"local_{measure}": finite(trial.score("local")),
+            f"global_{measure}": finite_or_none(trial.score("global")),
+            f"local_{measure}": finite_or_none(trial.score("local")),
             "macs_share": trial.macs / full_macs if full_macs else None,
             "bytes": trial.bytes * rounds,
             "hours": trial.seconds * rounds / 3600,
@@ -287,18 +294,18 @@ def advice_figures(trials: Sequence[Trial], rounds: int) -> list[dict[str, Any]]
     ]
 
 
-def advice_rows(trials: Sequence[Trial], rounds: int) -> list[tuple[str, ...]]:
+def advice_rows(trials: Sequence[VariantRuns], rounds: int) -> list[tuple[str, ...]]:
     """The same as a table; the first row is the header."""
     measure, metric, sides = trials[0].runs[0].measure, trials[0].runs[0].metric, ("global", "local")
     costs: tuple[str, ...] = ("MACs", "MB", "time")
     rows = [("variant", *(f"{side} {measure}" for side in sides), *costs, "why not")]
     for row in advice_figures(trials, rounds):
-        scores = (shown(row[f"{side}_{measure}"], metric) for side in sides)
+        scores = (score_text(row[f"{side}_{measure}"], metric) for side in sides)
         share = "–" if row["macs_share"] is None else f"{row['macs_share']:.0%}"
-        costs = (share, f"{row['bytes'] / 1e6:,.2f}", _time(row["hours"]))
+        costs = (share, f"{row['bytes'] / 1e6:,.2f}", _duration_text(row["hours"]))
         rows.append((row["variant"], *scores, *costs, row["why_not"]))
     return rows
 
 
-def _time(hours: float) -> str:
+def _duration_text(hours: float) -> str:
     return f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.3g} min"

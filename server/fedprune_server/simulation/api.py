@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from fedprune.core.errors import ConfigError
-from fedprune.core.validation import whole
+from fedprune.core.validation import check_whole
 from fedprune.jobs.job import Job
 from fedprune.output.document import Document, Drawing
 from fedprune.strategies.strategy import Strategy
@@ -19,20 +19,20 @@ from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
+from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_plan
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.rows import device_rows, round_rows
 from fedprune_server.simulation.results.run_folder import simulate_to_model
-from fedprune_server.simulation.results.runs_progress import RunDisplay, watched
-from fedprune_server.simulation.results.tables import final_rows, table, tail_note
-from fedprune_server.simulation.results.tracked_rounds import tracked
+from fedprune_server.simulation.results.runs_progress import RunDisplay, is_watched
+from fedprune_server.simulation.results.tables import final_rows, result_table, tail_note
+from fedprune_server.simulation.results.tracked_rounds import track_rounds
 from fedprune_server.simulation.simulation import Simulation
 
 # Pixels of a page in a notebook.
-_HEIGHT = 620
+_PAGE_HEIGHT_PX = 620
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,11 +46,11 @@ class Page:
         return Path(path)
 
     def _repr_html_(self) -> str:
-        return f'<iframe srcdoc="{escape(self.html)}" width="100%" height="{_HEIGHT}" frameborder="0"></iframe>'
+        return f'<iframe srcdoc="{escape(self.html)}" width="100%" height="{_PAGE_HEIGHT_PX}" frameborder="0"></iframe>'
 
 
 @dataclass(frozen=True, repr=False)
-class Run:
+class SimulatedRun:
     """A simulated run, printed as a table of its results.
 
     Attributes:
@@ -75,10 +75,10 @@ class Run:
         """The run's curves over rounds, bytes and simulated time."""
         return self.compare().plot()
 
-    def compare(self, *other_runs: Run) -> Comparison:
+    def compare(self, *other_runs: SimulatedRun) -> Comparison:
         """Compare this run, to which speed-ups are relative, with others. Equal titles are told apart by their
         strategies."""
-        return Comparison(_named_by_strategy((self.record, *(other.record for other in other_runs))))
+        return Comparison(_titled_by_strategy((self.record, *(other.record for other in other_runs))))
 
     def report(self, folder: Path, *, judged: bool = True) -> Path:
         """Write the report and return its path. `judged`: whether a comparison with the reference tests the claims."""
@@ -116,16 +116,16 @@ class Comparison:
     def plot(self) -> Page:
         """The overlaid curves of all runs, and the table."""
         title = ", ".join(run.title for run in self.runs)
-        blocks = (table(self.table), tail_note(self.runs), Drawing(charts.curves(self.runs)))
+        blocks = (result_table(self.table), tail_note(self.runs), Drawing(charts.learning_curves(self.runs)))
         return Page(Document(title, {}, {"": blocks}).to_html())
 
     def __str__(self) -> str:
-        return f"{table(self.table).to_markdown()}\n\n{tail_note(self.runs)}"
+        return f"{result_table(self.table).to_markdown()}\n\n{tail_note(self.runs)}"
 
     __repr__ = __str__
 
 
-def _named_by_strategy(runs: Sequence[Record]) -> tuple[Record, ...]:
+def _titled_by_strategy(runs: Sequence[Record]) -> tuple[Record, ...]:
     strategies: dict[str, set[str]] = {}
     for run in runs:
         strategies.setdefault(run.title, set()).add(str(run.job.get("strategy")))
@@ -136,7 +136,7 @@ def _named_by_strategy(runs: Sequence[Record]) -> tuple[Record, ...]:
 
 
 def simulate(
-    fleet: str | Path | Mapping[str, Any] | Plan,
+    fleet: str | Path | Mapping[str, Any] | FleetPlan,
     *,
     model: Model | None = None,
     strategy: str | Callable[[Job], Strategy] | None = None,
@@ -149,7 +149,7 @@ def simulate(
     cuda: bool = False,
     track: str | None = None,
     progress: bool | None = None,
-) -> Run:
+) -> SimulatedRun:
     """Run a fleet on a virtual clock.
 
     Args:
@@ -176,8 +176,8 @@ def simulate(
     run_folder = None if folder is None else Path(folder)
     targets = None if track is None else track_targets(track, "track")
     if workers is not None:
-        whole("workers", workers, 1, 10**6)
-    if isinstance(fleet, Plan):
+        check_whole("workers", workers, 1, 10**6)
+    if isinstance(fleet, FleetPlan):
         settings = {"model": model, "strategy": strategy, "seed": seed, "rounds": rounds, "title": title or None}
         conflicting = [name for name, value in settings.items() if value is not None] + ["reference"] * reference
         if conflicting:
@@ -185,7 +185,7 @@ def simulate(
         plan = fleet
     else:
         path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
-        plan = read_plan(
+        plan = read_fleet_plan(
             path,
             reference=reference,
             strategy=_strategy_name(strategy),
@@ -198,17 +198,17 @@ def simulate(
     targets = plan.track if targets is None else targets
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     reference_experiment = plan.reference_experiment()
-    shows_progress = watched() if progress is None else progress
-    record, trained_model = _simulated(plan, run_folder, plan.track, shows_progress=shows_progress)
+    shows_progress = is_watched() if progress is None else progress
+    record, trained_model = _simulate_experiment(plan, run_folder, plan.track, shows_progress=shows_progress)
     if reference_experiment is None:
-        return Run(record, trained_model)
-    reference_record, _ = _simulated(
+        return SimulatedRun(record, trained_model)
+    reference_record, _ = _simulate_experiment(
         reference_experiment,
         None if run_folder is None else run_folder / "reference",
         plan.track,
         shows_progress=shows_progress,
     )
-    return Run(record, trained_model, reference_record)
+    return SimulatedRun(record, trained_model, reference_record)
 
 
 def _strategy_name(strategy: str | Callable[[Job], Strategy] | None) -> str | None:
@@ -227,7 +227,7 @@ def _strategy_name(strategy: str | Callable[[Job], Strategy] | None) -> str | No
     )
 
 
-def _simulated(
+def _simulate_experiment(
     experiment: Experiment,
     folder: Path | None,
     targets: Sequence[TrackTarget],
@@ -235,7 +235,7 @@ def _simulated(
     shows_progress: bool,
 ) -> tuple[Record, Model]:
     with (
-        tracked(targets, experiment, folder) as track,
+        track_rounds(targets, experiment, folder) as track,
         RunDisplay(experiment.title) if shows_progress else nullcontext() as display,
     ):
 
@@ -249,4 +249,4 @@ def _simulated(
             if display is not None:
                 display.show(simulation)
 
-        return simulate_to_model(experiment, folder, show, begun=begin)
+        return simulate_to_model(experiment, folder, show, on_begin=begin)

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.splits import TEST_SHARE
 
-CLASSES = 10
+CLASS_COUNT = 10
 # Concentration of the Dirichlet shares: the smaller, the more uneven the split.
 ALPHA = 0.5
 
@@ -30,8 +30,8 @@ SERVER_SHARE = 0.25
 # Share on which the server measures batch-norm statistics; its labels are not used.
 CALIBRATION_SHARE = 0.05
 
-_BRIGHTEST = 16
-_TRIES = 1000
+_MAX_PIXEL = 16
+_MAX_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,28 @@ class Digits:
 
 def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """All images, float32 [1797, 1, 8, 8] from 0 to 1, and their labels."""
-    with np.load(BytesIO(asset("digits.npz")), allow_pickle=False) as file:
+    with np.load(BytesIO(asset_bytes("digits.npz")), allow_pickle=False) as file:
         x, y = file["x"], file["y"]
-    return (x.astype(np.float32) / _BRIGHTEST)[:, None], y.astype(np.int64)
+    return (x.astype(np.float32) / _MAX_PIXEL)[:, None], y.astype(np.int64)
 
 
 # The data set's name in reports.
-DIGITS = "handwritten digits, 8 × 8 (UCI)"
+DIGITS_TITLE = "handwritten digits, 8 × 8 (UCI)"
 
 
 def digits_model() -> bytes:
-    return asset("digits_net.onnx")
+    return asset_bytes("digits_net.onnx")
 
 
-def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: int = 0) -> Digits:
+def deal_digits(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, min_samples: int = 0) -> Digits:
     """Split the digits among devices, with Dirichlet shares of each class (Hsu et al., arXiv:1909.06335).
 
     A fifth of each device's samples is its own test data.
 
     Args:
         alpha: Concentration of the shares.
-        least: Minimum samples per device, test data included; half of a fair share by default. Splits are redrawn until
-            it holds.
+        min_samples: Minimum samples per device, test data included; half of a fair share by default. Splits are redrawn
+            until it holds.
 
     Raises:
         DataError: There are too many devices for the images, or names repeat.
@@ -75,35 +75,35 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
     if not alpha > 0:
         raise DataError("alpha of the Dirichlet shares", expected="above 0", got=alpha)
     x, y = load_digits()
-    server_order = keyed(seed, "digits", "server").permutation(len(y))
+    server_order = keyed_generator(seed, "digits", "server").permutation(len(y))
     server_count = int(len(y) * SERVER_SHARE)
     reserved_count = server_count + int(len(y) * CALIBRATION_SHARE)
     server_rows, calibration_rows, device_rows = map(np.sort, np.split(server_order, [server_count, reserved_count]))
-    least = least or len(device_rows) // (2 * len(devices))
-    if least < 2 or least * len(devices) > len(device_rows):
+    min_samples = min_samples or len(device_rows) // (2 * len(devices))
+    if min_samples < 2 or min_samples * len(devices) > len(device_rows):
         raise DataError(f"samples for {len(devices)} devices", expected="at least 2 for each", got=len(device_rows))
-    hands = _hands(y[device_rows], len(devices), seed, alpha, least)
+    hands = _draw_hands(y[device_rows], len(devices), seed, alpha, min_samples)
     return Digits(
         x[server_rows],
         y[server_rows],
         x[calibration_rows],
-        {name: _own(x, y, device_rows[hand], seed, name) for name, hand in zip(devices, hands, strict=True)},
+        {name: _device_data(x, y, device_rows[hand], seed, name) for name, hand in zip(devices, hands, strict=True)},
     )
 
 
-def write_hand(path: Path, data: LocalData) -> None:
+def write_device_data(path: Path, data: LocalData) -> None:
     """Write a device's data as an `.npz` file for `fedprune-device --data`."""
     np.savez(path, x_train=data.x_train, y_train=data.y_train, x_test=data.x_test, y_test=data.y_test)
 
 
-def _hands(
+def _draw_hands(
     labels: npt.NDArray[np.int64], devices: int, seed: int, alpha: float, min_samples: int
 ) -> list[npt.NDArray[np.int64]]:
-    for attempt in range(_TRIES):
+    for attempt in range(_MAX_DRAWS):
         # Keyed by attempt: a split that is too uneven is drawn anew, not mended, so that shares stay Dirichlet's.
-        rng = keyed(seed, "digits", "hands", attempt)
+        rng = keyed_generator(seed, "digits", "hands", attempt)
         pieces_by_device: list[list[npt.NDArray[Any]]] = [[] for _ in range(devices)]
-        for label in range(CLASSES):
+        for label in range(CLASS_COUNT):
             rows = rng.permutation(np.flatnonzero(labels == label))
             cut_points = (np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1] * len(rows)).astype(np.int64)
             for device_pieces, class_rows in zip(pieces_by_device, np.split(rows, cut_points), strict=True):
@@ -112,20 +112,20 @@ def _hands(
         if min(map(len, hands)) >= min_samples:
             return hands
     raise DataError(
-        f"no hands with {min_samples} samples for each of {devices} devices in {_TRIES} draws",
+        f"no hands with {min_samples} samples for each of {devices} devices in {_MAX_DRAWS} draws",
         hint="Take a larger alpha or fewer devices.",
     )
 
 
-def _own(
+def _device_data(
     x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], seed: int, name: str
 ) -> LocalData:
-    permutation = keyed(seed, "digits", "own test", name).permutation(len(rows))
+    permutation = keyed_generator(seed, "digits", "own test", name).permutation(len(rows))
     test_count = max(1, round(len(rows) * TEST_SHARE))
     test, train = rows[np.sort(permutation[:test_count])], rows[np.sort(permutation[test_count:])]
     return LocalData(x[train], y[train], x[test], y[test])
 
 
-def asset(name: str) -> bytes:
+def asset_bytes(name: str) -> bytes:
     """A file of the package's `assets`."""
     return (files("fedprune_server") / "assets" / name).read_bytes()

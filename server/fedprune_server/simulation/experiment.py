@@ -12,29 +12,29 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import __version__
-from fedprune.core.errors import shown
-from fedprune.core.text import some
+from fedprune.core.errors import value_text
+from fedprune.core.text import first_few
 from fedprune.jobs.job import Job
 from fedprune.strategies import compose
-from fedprune.strategies.user_strategies import own_code
+from fedprune.strategies.user_strategies import user_code_digest
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import Evaluation
-from fedprune_server.simulation.datasets.federation import Partition
+from fedprune_server.simulation.datasets.federation import FleetData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.measure import Hook, described
+from fedprune_server.simulation.measure import MeasurementHook, measure_settings
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 
-# Title of the reference run, see `fedavg`.
+# Title of the reference run, see `fedavg_job`.
 REFERENCE = "FedAvg"
 
 # Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples.
-_UNDECIDED = ("title", "checkpoints", "data")
+_IRRELEVANT_SETTINGS = ("title", "checkpoints", "data")
 
 # Settings that a message names; with more of them another run is meant anyway.
-_MOST_DIFFERENCES = 5
-_MAX_WORD = 40  # characters of a setting that errors show whole
+_MAX_DIFFERENCES = 5
+_MAX_VALUE_LENGTH = 40  # characters of a setting that errors show whole
 
-_NOTHING = object()
+_MISSING = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +62,14 @@ class Experiment:
     dropouts: DropOuts = field(default_factory=DropOuts)
     weather: Weather = field(default_factory=Weather)
     availability: Availability = field(default_factory=Availability)
-    measure: Hook | None = None
+    measure: MeasurementHook | None = None
     checkpoints: int = 0
     workers: int = 1
     cuda: bool = False
-    partition: Partition = field(default_factory=Partition)
+    partition: FleetData = field(default_factory=FleetData)
 
     @property
-    def extends(self) -> bool:
+    def is_extendable(self) -> bool:
         """Whether a finished run can be continued with more rounds, as if it had had that many from the start.
 
         An asynchronous job drops unfinished trainings at its end, and a user's strategy may depend on the number of
@@ -82,7 +82,7 @@ class Experiment:
         """Everything that decides the run, as JSON types: model, samples and code by their digests."""
         return {
             "fedprune": __version__,
-            "strategy_code": own_code(self.job),
+            "strategy_code": user_code_digest(self.job),
             "title": self.title,
             "job": self.job.to_dict(),
             "model": {
@@ -92,12 +92,12 @@ class Experiment:
             "dropouts": asdict(self.dropouts),
             "weather": asdict(self.weather),
             "availability": asdict(self.availability),
-            "measure": described(self.measure),
+            "measure": measure_settings(self.measure),
             "cuda": self.cuda,
             "checkpoints": self.checkpoints,
             "data": self.partition.settings,
-            "evaluation": _samples(*(self.evaluation or ())),
-            "calibration": _samples(*(() if self.calibration is None else (self.calibration,))),
+            "evaluation": _samples_digest(*(self.evaluation or ())),
+            "calibration": _samples_digest(*(() if self.calibration is None else (self.calibration,))),
             "devices": [
                 {
                     "name": d.name,
@@ -114,15 +114,17 @@ class Experiment:
 
     def differences(self, stored_settings: Mapping[str, Any]) -> str:
         """Where another run's settings differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty for the same run, of
-        any number of rounds if it `extends`."""
+        any number of rounds if it `is_extendable`."""
         # More rounds are no other run if rounds so far don't depend on their number.
-        ignored = (*_UNDECIDED, *(["job.rounds"] if self.extends else []))
-        pairs = _pairs("", stored_settings, json.loads(json.dumps(self.settings())))
-        differences = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in pairs if name not in ignored]
-        return some(differences, most=_MOST_DIFFERENCES)
+        ignored = (*_IRRELEVANT_SETTINGS, *(["job.rounds"] if self.is_extendable else []))
+        pairs = _differing_pairs("", stored_settings, json.loads(json.dumps(self.settings())))
+        differences = [
+            f"{name} (stored {_value_text(a)}, given {_value_text(b)})" for name, a, b in pairs if name not in ignored
+        ]
+        return first_few(differences, max_names=_MAX_DIFFERENCES)
 
 
-def _samples(*arrays: npt.NDArray[Any]) -> dict[str, Any]:
+def _samples_digest(*arrays: npt.NDArray[Any]) -> dict[str, Any]:
     """Number and digest of samples, with types and shapes."""
     # Types and shapes, too: the same bytes may be other samples.
     digest = hashlib.sha256(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
@@ -131,31 +133,33 @@ def _samples(*arrays: npt.NDArray[Any]) -> dict[str, Any]:
     return {"samples": len(arrays[0]) if arrays else 0, "sha256": digest.hexdigest()}
 
 
-def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def _differing_pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     """Find every setting whose values differ, down to the keys of tables in tables."""
-    old, new = _table(old), _table(new)
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and name not in _UNDECIDED:
+    old, new = _keyed_by_name(old), _keyed_by_name(new)
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and name not in _IRRELEVANT_SETTINGS:
         for key in (*old, *(k for k in new if k not in old)):
-            yield from _pairs(f"{name}.{key}" if name else key, old.get(key, _NOTHING), new.get(key, _NOTHING))
+            yield from _differing_pairs(
+                f"{name}.{key}" if name else key, old.get(key, _MISSING), new.get(key, _MISSING)
+            )
     elif old != new:
         yield name, old, new
 
 
-def _table(value: Any) -> Any:
+def _keyed_by_name(value: Any) -> Any:
     """A list of tables as a table by their names; any other value as it is."""
     if isinstance(value, list) and value and all(isinstance(v, Mapping) and "name" in v for v in value):
         return {str(v["name"]): v for v in value}
     return value
 
 
-def _word(value: Any) -> str:
-    if value is _NOTHING:
+def _value_text(value: Any) -> str:
+    if value is _MISSING:
         return "nothing"
     text = json.dumps(value)
-    return text if len(text) <= _MAX_WORD else shown(value)
+    return text if len(text) <= _MAX_VALUE_LENGTH else value_text(value)
 
 
-def fedavg(job: Job) -> Job:
+def fedavg_job(job: Job) -> Job:
     """The reference run: the whole model on every device, plain local training and the plain mean (arXiv:1602.05629).
 
     It keeps the job's seed, rounds, totals, devices, participation and deadline, and of its recipe the steps, batch,
@@ -173,5 +177,5 @@ def fedavg(job: Job) -> Job:
         rule="coverage",
         server_momentum=0.0,
         warmup_rounds=0,
-        recipe=job.recipe.plain,
+        recipe=job.recipe.plain_training,
     )

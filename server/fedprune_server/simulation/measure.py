@@ -19,11 +19,11 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
-from fedprune.core.metrics import LOSS, leading
-from fedprune.core.rng import keyed
+from fedprune.core.metrics import LOSS, primary_metric
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
-from fedprune.model.element_mask import applied, from_bits
+from fedprune.model.element_mask import apply_mask, mask_from_bits
 from fedprune.model.nested_widths import TensorAxes, axes_json
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
@@ -33,18 +33,18 @@ from fedprune.strategies.values import Cut, Memory, Scene, Submodel, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 from fedprune_server.executor.calibration import Calibration
-from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions, check_samples
+from fedprune_server.executor.evaluator import Evaluation, Evaluator, ModelSessions, check_samples
 from fedprune_server.monitoring.round_rows import RoundNotes
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Moment:
+class MeasuredRound:
     """A closed round as a measurement sees it.
 
     Attributes:
-        before: The clock at the previous round's end; 0 in the first round.
+        previous_clock: The clock at the previous round's end; 0 in the first round.
         parts: The devices' parts whose updates made the new model.
         basis: The source of the round's submodels; its `model` is the previous one.
         digest: Digest of the new global model.
@@ -55,8 +55,8 @@ class Moment:
     imported: Model
     round: int
     clock: float
-    before: float
-    parts: tuple[do.Part, ...]
+    previous_clock: float
+    parts: tuple[do.DevicePart, ...]
     basis: do.Basis
     digest: str
     archive: Archive
@@ -89,30 +89,36 @@ class Moment:
         """
         sizes = self.architecture.sizes
         strategy = compose(self.job)
-        masks_elements = strategy.allocator is not None and strategy.allocator.elements
+        masks_elements = strategy.allocator is not None and strategy.allocator.masks_elements
         widths = sizes if masks_elements else widths_at(self.architecture, density)
         scene = Scene(
-            self.architecture, self.job.seed, self.round, self.model, self.memory, self.job.training, participants=()
+            self.architecture,
+            self.job.seed,
+            self.round,
+            self.model,
+            self.memory,
+            self.job.training_recipe,
+            participants=(),
         )
         turn = Turn(self.job.seed, self.round, "", widths, density)
         selection = self.archive.selection(self.basis.ranking, widths)
         return strategy.extract(Cut(scene, turn, selection, self.archive.order(self.basis.order)))
 
 
-# Returns named measurements of a round; see `Measure`.
-Hook = Callable[[Moment], Mapping[str, float]]
+# Returns named measurements of a round; see `ModelMeasure`.
+MeasurementHook = Callable[[MeasuredRound], Mapping[str, float]]
 
 
-def described(measure: Hook | None) -> Mapping[str, Any] | str | None:
+def measure_settings(measure: MeasurementHook | None) -> Mapping[str, Any] | str | None:
     """A measurement's settings as JSON; for a user's function its name."""
-    if isinstance(measure, Measure):
+    if isinstance(measure, ModelMeasure):
         sizes = {"samples": len(measure.y), "sets": {k: len(y) for k, (_, y) in measure.sets.items()}}
         return {"densities": list(measure.densities), "every": measure.every, **sizes}
     return None if measure is None else getattr(measure, "__qualname__", type(measure).__name__)
 
 
 @dataclass(eq=False)
-class Measure:
+class ModelMeasure:
     """Evaluates the global model and its submodels.
 
     Attributes:
@@ -139,11 +145,11 @@ class Measure:
             )
         for samples in ((self.x, self.y), *self.sets.values()):
             check_samples(samples)
-        self._of: tuple[Model, Recipe] | None = None
+        self._built_for: tuple[Model, Recipe] | None = None
         self._calibrate: Calibration | None = None
         self._evaluators: dict[str, Evaluator] = {}
 
-    def __call__(self, moment: Moment) -> dict[str, float]:
+    def __call__(self, moment: MeasuredRound) -> dict[str, float]:
         """Measure the global model as `global` and submodels as `sub@0.5`; on a further set as `global/name`.
 
         The leading metric, unless it is a loss, has the name itself, and the mean loss the name with `_loss`. Values
@@ -153,29 +159,29 @@ class Measure:
             return {}
         self._begin(moment.imported, moment.job.recipe)
         full_model = Submodel(Selection.full(moment.architecture), moment.model)
-        measurements = self._measured("global", full_model)
+        measurements = self._measure_submodel("global", full_model)
         for density in self.densities:
-            measurements |= self._measured(f"sub@{density:g}", moment.submodel(density))
+            measurements |= self._measure_submodel(f"sub@{density:g}", moment.submodel(density))
         return measurements
 
     def _begin(self, model: Model, recipe: Recipe) -> None:
-        """Drop what was built for another model or recipe: one `Measure` may serve several experiments."""
-        if self._of is not None and self._of[0] is model and self._of[1] == recipe:
+        """Drop what was built for another model or recipe: one `ModelMeasure` may serve several experiments."""
+        if self._built_for is not None and self._built_for[0] is model and self._built_for[1] == recipe:
             return
-        sessions = Sessions(model, 1 + len(self.densities))  # what one round asks for
+        sessions = ModelSessions(model, 1 + len(self.densities))  # what one round asks for
         sets = {"": (self.x, self.y), **{f"/{k}": v for k, v in self.sets.items()}}
         self._evaluators = {suffix: Evaluator(sessions, recipe, samples) for suffix, samples in sets.items()}
         self._calibrate = None if self.calibration is None else Calibration(model, self.calibration, recipe.features)
-        self._of = (model, recipe)
+        self._built_for = (model, recipe)
 
-    def _measured(self, name: str, submodel: Submodel) -> dict[str, float]:
-        tensors = applied(submodel.mask, submodel.tensors)
+    def _measure_submodel(self, name: str, submodel: Submodel) -> dict[str, float]:
+        tensors = apply_mask(submodel.mask, submodel.tensors)
         if self._calibrate is not None:
             tensors = self._calibrate(tensors)
         measurements: dict[str, float] = {}
         for suffix, evaluate in self._evaluators.items():
             score = evaluate(tensors, submodel.selection.widths)
-            leading_metric = leading(score)
+            leading_metric = primary_metric(score)
             if leading_metric is not None and leading_metric[0] is not LOSS:
                 measurements[f"{name}{suffix}"] = leading_metric[1]
             if LOSS.name in score:
@@ -184,7 +190,7 @@ class Measure:
 
 
 # Approximate number of rounds whose channel coverage is recorded.
-_MAPS = 100
+_MAX_MAPS = 100
 
 
 class RoundRecorder:
@@ -194,7 +200,7 @@ class RoundRecorder:
         measure: Measures the global model, or None.
     """
 
-    def __init__(self, job: Job, model: Model, store: BlobStore, measure: Hook | None) -> None:
+    def __init__(self, job: Job, model: Model, store: BlobStore, measure: MeasurementHook | None) -> None:
         self._job = job
         self._model = model
         self._store = store
@@ -203,7 +209,7 @@ class RoundRecorder:
         self._macs: dict[tuple[int, ...], int] = {}
         self._shares: dict[tuple[str, tuple[int, ...]], float] = {}
 
-    def close(
+    def record_round(
         self, notes: RoundNotes, command: do.Close, event: on.Closed, basis: do.Basis, clock: float, before: float
     ) -> None:
         """Record a closed round.
@@ -217,12 +223,12 @@ class RoundRecorder:
         """
         contributions = [c for c in command.contributions if c.part.device not in event.rejected]
         notes.updates, notes.limited = len(contributions), event.reduced
-        if contributions and self._mapped(command.round):
+        if contributions and self._records_coverage(command.round):
             notes.coverage = self._coverage(contributions)
         # Before the first ranking there is nothing that a submodel could be cut by.
         if self._measure is None or not (contributions or basis.ranking):
             return
-        moment = Moment(
+        moment = MeasuredRound(
             self._job,
             self._model,
             command.round,
@@ -237,9 +243,9 @@ class RoundRecorder:
         # Any function may measure, and what isn't finite can't be written as JSON.
         notes.measured = {k: v for k, v in measurements.items() if math.isfinite(v)}
 
-    def _mapped(self, number: int) -> bool:
+    def _records_coverage(self, number: int) -> bool:
         """Whether a round's channels are recorded."""
-        return number % max(1, self._job.rounds // _MAPS) == 0 or number in (1, self._job.rounds)
+        return number % max(1, self._job.rounds // _MAX_MAPS) == 0 or number in (1, self._job.rounds)
 
     def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
         """MACs of a training, forward and backward, with each step at its own widths."""
@@ -248,14 +254,16 @@ class RoundRecorder:
         per_epoch = -(-samples // recipe.batch_size)
         if not recipe.ordered_dropout:
             epochs, remaining_steps = divmod(steps, per_epoch)
-            return self._per_sample(widths) * (epochs * samples + min(remaining_steps * recipe.batch_size, samples))
-        plans = self._axes.plans(widths, recipe.ordered_dropout)
+            return self._macs_per_sample(widths) * (
+                epochs * samples + min(remaining_steps * recipe.batch_size, samples)
+            )
+        plans = self._axes.step_widths(widths, recipe.ordered_dropout)
         total = 0
         for step in range(1, steps + 1):
             # The board's own draw of a step's width, by the same keys (`fedprune_device.training`).
-            plan_index = int(keyed(offer["seed"], number, device, "widths", step).integers(len(plans)))
+            plan_index = int(keyed_generator(offer["seed"], number, device, "widths", step).integers(len(plans)))
             first_sample = (step - 1) % per_epoch * recipe.batch_size
-            total += self._per_sample(plans[plan_index]) * min(recipe.batch_size, samples - first_sample)
+            total += self._macs_per_sample(plans[plan_index]) * min(recipe.batch_size, samples - first_sample)
         return total
 
     def active_share(self, offer: Mapping[str, Any]) -> float:
@@ -266,11 +274,11 @@ class RoundRecorder:
         key = offer["mask"]["sha256"], widths
         if key not in self._shares:
             bits = tensorfile.decode(self._store.read(key[0]))
-            mask = from_bits(bits, architecture.shapes(widths))
+            mask = mask_from_bits(bits, architecture.shapes(widths))
             self._shares = {key: active_macs_share(architecture, widths, mask)}  # a round's masks are mostly alike
         return self._shares[key]
 
-    def _per_sample(self, widths: tuple[int, ...]) -> int:
+    def _macs_per_sample(self, widths: tuple[int, ...]) -> int:
         if widths not in self._macs:
             self._macs[widths] = costs_at(self._model.architecture, widths).training_macs
         return self._macs[widths]

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, shown
-from fedprune.core.rng import keyed
-from fedprune.planning.profile import Link
+from fedprune.core.errors import ConfigError, value_text
+from fedprune.core.rng import keyed_generator
+from fedprune.planning.profile import LinkFigures
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.config.track_targets import TRACK_TEXT, track_targets
 from fedprune_server.simulation.fleet.virtual_device import MEGABYTE, LinkSettings
 
 # End of a window that never closes.
-ALWAYS = math.inf
+NEVER_CLOSES = math.inf
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class Availability:
         if self.least > self.most:
             raise ConfigError(("availability", "least"), expected=f"at most {self.most:g}, as most is", got=self.least)
 
-    def window(self, seed: int, device: str, now: float) -> tuple[float, float]:
+    def next_window(self, seed: int, device: str, now: float) -> tuple[float, float]:
         """Begin and end of the window that is open at this time, else of the next one.
 
         The window of a device that is always connected begins now and never ends.
         """
         period = self.period_s
         # Not keyed by time or round: phase and share are the device's own for the whole run.
-        rng = keyed(seed, device, "availability")
+        rng = keyed_generator(seed, device, "availability")
         phase, share = rng.random() * period, self.least + (self.most - self.least) * rng.random()
         if not period or share >= 1:
-            return now, ALWAYS
+            return now, NEVER_CLOSES
         # From the period that has begun; rounding may put it one too early, so the loop looks again.
         periods = math.floor((now - phase) / period)
         while now >= phase + periods * period + share * period:
@@ -94,44 +94,44 @@ class Weather:
     def __post_init__(self) -> None:
         check_settings(self, ("weather",))
 
-    def link(self, seed: int, number: int, device: str, direction: str) -> float:
+    def link_factor(self, seed: int, number: int, device: str, direction: str) -> float:
         """Factor on a device's link speed in a round; `direction` is `down` or `up`."""
-        constant_factor = self._spread(seed, device, "links", self.links_spread)
-        return constant_factor * self._drawn(self.links_sigma, seed, number, device, direction)
+        constant_factor = self._constant_factor(seed, device, "links", self.links_spread)
+        return constant_factor * self._round_factor(self.links_sigma, seed, number, device, direction)
 
-    def compute(self, seed: int, number: int, device: str) -> float:
+    def compute_factor(self, seed: int, number: int, device: str) -> float:
         """Factor on a device's training speed in a round."""
-        constant_factor = self._spread(seed, device, "compute", self.compute_spread)
-        return constant_factor * self._drawn(self.compute_sigma, seed, number, device, "compute")
+        constant_factor = self._constant_factor(seed, device, "compute", self.compute_spread)
+        return constant_factor * self._round_factor(self.compute_sigma, seed, number, device, "compute")
 
-    def server(self, seed: int, number: int, direction: str) -> float:
+    def server_rate(self, seed: int, number: int, direction: str) -> float:
         """Bytes/s that the server's link carries in a round. `direction` is seen from devices: `down` is what the
         server sends."""
         # Seen from the server, devices' downloads go up.
         rate = MEGABYTE * (self.server_up_mb_s if direction == "down" else self.server_down_mb_s)
-        return rate * self._drawn(self.server_sigma, seed, number, "server", direction) if rate else math.inf
+        return rate * self._round_factor(self.server_sigma, seed, number, "server", direction) if rate else math.inf
 
-    def arrives(
-        self, seed: int, number: int, device: str, link: Link, direction: str, size: int, now: float, free: float
+    def transfer_times(
+        self, seed: int, number: int, device: str, link: LinkFigures, direction: str, size: int, now: float, free: float
     ) -> tuple[float, float]:
-        """Transfer bytes between the server and a device in a round; arguments and results as `transfer`."""
+        """Transfer bytes between the server and a device in a round; arguments and results as `transfer_end`."""
         speed = link.down_bytes_s if direction == "down" else link.up_bytes_s
-        rate = speed * self.link(seed, number, device, direction)
-        limit = self.server(seed, number, direction)
-        arrived, free = transfer(now, free, size, rate, limit)
+        rate = speed * self.link_factor(seed, number, device, direction)
+        limit = self.server_rate(seed, number, direction)
+        arrived, free = transfer_end(now, free, size, rate, limit)
         return arrived + link.latency_s, free
 
-    def _drawn(self, sigma: float, seed: int, number: int, name: str, quantity: str) -> float:
+    def _round_factor(self, sigma: float, seed: int, number: int, name: str, quantity: str) -> float:
         if not sigma:
             return 1.0
-        return float(keyed(seed, number, name, quantity, "weather").lognormal(0.0, sigma, self.draws).mean())
+        return float(keyed_generator(seed, number, name, quantity, "weather").lognormal(0.0, sigma, self.draws).mean())
 
     @staticmethod
-    def _spread(seed: int, device: str, quantity: str, sigma: float) -> float:
-        return float(keyed(seed, device, quantity, "spread").lognormal(0.0, sigma)) if sigma else 1.0
+    def _constant_factor(seed: int, device: str, quantity: str, sigma: float) -> float:
+        return float(keyed_generator(seed, device, quantity, "spread").lognormal(0.0, sigma)) if sigma else 1.0
 
 
-def transfer(now: float, free: float, size: int, rate: float, limit: float) -> tuple[float, float]:
+def transfer_end(now: float, free: float, size: int, rate: float, limit: float) -> tuple[float, float]:
     """Transfer bytes over the server's link, first come first served, and over a device's link (PR-FL's simulation).
 
     While a slow device still receives the end of one transfer, the server's link already serves the next.
@@ -157,7 +157,7 @@ PR_FL_LINKS = (
 )  # fmt: skip
 
 # Variation of the same simulation's devices and server.
-PR_FL = Weather(
+PR_FL_WEATHER = Weather(
     links_sigma=0.3,
     draws=20,
     server_up_mb_s=10.0,
@@ -167,16 +167,16 @@ PR_FL = Weather(
 
 
 # Environments of published simulations.
-_LIKE: dict[str, tuple[Weather, tuple[LinkSettings, ...]]] = {
+_PUBLISHED_ENVIRONMENTS: dict[str, tuple[Weather, tuple[LinkSettings, ...]]] = {
     "pr-fl": (
-        PR_FL,
+        PR_FL_WEATHER,
         tuple({"down_mb_s": down, "up_mb_s": up, "latency_s": 0.0} for down, up in PR_FL_LINKS),
     ),
 }
 
 
 @dataclass(frozen=True)
-class Settings:
+class SimulationSettings:
     """The table [simulation]."""
 
     workers: int = setting(1, "Number of processes.", within=(1, 10**6))
@@ -189,7 +189,7 @@ class Settings:
     track: str = setting(OFF, TRACK_TEXT)
 
     def __post_init__(self) -> None:
-        densities = validation.items(("simulation", "densities"), self.densities, 1000, "numbers")
+        densities = validation.check_items(("simulation", "densities"), self.densities, 1000, "numbers")
         object.__setattr__(self, "densities", tuple(densities))
         check_settings(self, ("simulation",))
         track_targets(self.track, ("simulation", "track"))
@@ -200,10 +200,10 @@ def read_weather(body: Mapping[str, object]) -> tuple[Weather, tuple[LinkSetting
     or a value wrong; the message names it."""
     path, weather_table = ("weather",), body.get("weather", {})
     if not isinstance(weather_table, Mapping):
-        raise ConfigError(path, expected="a table", got=shown(weather_table))
+        raise ConfigError(path, expected="a table", got=value_text(weather_table))
     table = dict(weather_table)
     environment = table.pop("like", None)
     if environment is not None:
-        validation.word((*path, "like"), environment, tuple(_LIKE))
-    weather, links = _LIKE[environment] if isinstance(environment, str) else (Weather(), ())
+        validation.check_word((*path, "like"), environment, tuple(_PUBLISHED_ENVIRONMENTS))
+    weather, links = _PUBLISHED_ENVIRONMENTS[environment] if isinstance(environment, str) else (Weather(), ())
     return read_table(Weather, vars(weather) | table, path), links

@@ -17,19 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked, storage_errors
-from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, shown
-from fedprune.wire.topics import check_name
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import file_lock, storage_errors
+from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, value_text
+from fedprune.wire.topics import check_topic_name
 from fedprune_server.executor.ray_driver import runtime_env
 from fedprune_server.process.pools import ProcessPerTask, R, TaskPool
 
 # Files of a run's folder: why it failed, and how far it is.
-FAILED, PROGRESS = "failed.txt", "progress.json"
+FAILURE_FILE, PROGRESS_FILE = "failed.txt", "progress.json"
 
-_LOCK = ".lock"
-_POLL_S = 0.2
-_REPORT_S = 0.5
+_LOCK_FILE = ".lock"
+_POLL_INTERVAL_S = 0.2
+_REPORT_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_name(self.name, "name of a run", error=ConfigError)
+        check_topic_name(self.name, "name of a run", error=ConfigError)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ RunFunction = Callable[[RunSpec, Path, Progress], None]
 Watch = Callable[[Sequence[RunStatus]], None]
 
 
-def carry_out(
+def do_runs(
     work: RunFunction,
     runs: Sequence[RunSpec],
     out: Path,
@@ -101,40 +101,42 @@ def carry_out(
     """
     names = [r.name for r in runs]
     if len(set(names)) < len(names):
-        raise ConfigError("runs", expected="a name for each", got=shown(next(n for n in names if names.count(n) > 1)))
+        raise ConfigError(
+            "runs", expected="a name for each", got=value_text(next(n for n in names if names.count(n) > 1))
+        )
     with storage_errors(f"can't make {out}"):
         out.mkdir(parents=True, exist_ok=True)
     hint = "Wait for its end and give the command again, or give another folder."
-    with locked(out / _LOCK, f"another command does runs in {out}", hint):
-        return _carried_out(work, runs, out, workers, ray, watch)
+    with file_lock(out / _LOCK_FILE, f"another command does runs in {out}", hint):
+        return _do_locked_runs(work, runs, out, workers, ray, watch)
 
 
-def _carried_out(
+def _do_locked_runs(
     work: RunFunction, runs: Sequence[RunSpec], out: Path, workers: int, ray: bool, watch: Watch | None
 ) -> list[RunEnd]:
     for run in runs:
         with storage_errors(f"can't write {out / run.name}"):
             (out / run.name).mkdir(parents=True, exist_ok=True)
             # A sweep that is given again tries what failed, and must not report the old failure.
-            (out / run.name / FAILED).unlink(missing_ok=True)
-            (out / run.name / PROGRESS).unlink(missing_ok=True)
+            (out / run.name / FAILURE_FILE).unlink(missing_ok=True)
+            (out / run.name / PROGRESS_FILE).unlink(missing_ok=True)
     pool: TaskPool[RunFunction] = RayTasks(workers, work) if ray else ProcessPerTask(workers, work)
     with closing(pool):
-        tasks = {run.name: pool.submit(_do, run, out.resolve()) for run in runs}
+        tasks = {run.name: pool.submit(_do_run, run, out.resolve()) for run in runs}
         unfinished = set(tasks.values())
         while unfinished:
-            unfinished = wait(unfinished, _POLL_S).not_done
+            unfinished = wait(unfinished, _POLL_INTERVAL_S).not_done
             if watch is not None:
-                watch([_status(out / name, task) for name, task in tasks.items()])
-    return [RunEnd(name, _failure(out / name, task)) for name, task in tasks.items()]
+                watch([_run_status(out / name, task) for name, task in tasks.items()])
+    return [RunEnd(name, _failure_reason(out / name, task)) for name, task in tasks.items()]
 
 
-def _failure(folder: Path, task: Future[None]) -> str:
+def _failure_reason(folder: Path, task: Future[None]) -> str:
     """The reason of a run's failure, or an empty text. If the run's process couldn't write it, it is written here."""
-    path, error = folder / FAILED, task.exception()
+    path, error = folder / FAILURE_FILE, task.exception()
     # A process that was killed, for want of memory perhaps, has written nothing.
     if error is not None and not path.exists():
-        write_whole(path, (str(error).strip() or type(error).__name__).encode())
+        write_atomically(path, (str(error).strip() or type(error).__name__).encode())
     return path.read_text().strip() if path.exists() else ""
 
 
@@ -171,30 +173,30 @@ class RayTasks(TaskPool[RunFunction]):
             self._ray.shutdown()
 
 
-def _do(work: RunFunction, run: RunSpec, out: Path) -> None:
+def _do_run(work: RunFunction, run: RunSpec, out: Path) -> None:
     """Do one run in a process of its own; write the reason of its failure."""
     folder = out / run.name
     last = time.monotonic()
 
     def report(share: float, note: str) -> None:
         nonlocal last
-        if time.monotonic() - last >= _REPORT_S:
+        if time.monotonic() - last >= _REPORT_INTERVAL_S:
             last = time.monotonic()
-            write_whole(folder / PROGRESS, json.dumps({"share": share, "note": note}).encode())
+            write_atomically(folder / PROGRESS_FILE, json.dumps({"share": share, "note": note}).encode())
 
     try:
         work(run, folder, report)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not end other runs
         text = str(error) if isinstance(error, FedpruneError) else traceback.format_exc()
-        write_whole(folder / FAILED, f"{type(error).__name__}: {text}\n".encode())
+        write_atomically(folder / FAILURE_FILE, f"{type(error).__name__}: {text}\n".encode())
 
 
-def _status(folder: Path, task: Future[None]) -> RunStatus:
+def _run_status(folder: Path, task: Future[None]) -> RunStatus:
     if task.done():
-        error = _failure(folder, task)
+        error = _failure_reason(folder, task)
         return RunStatus(folder.name, "failed") if error else RunStatus(folder.name, "done", 1.0)
     try:
-        body = json.loads((folder / PROGRESS).read_bytes())
+        body = json.loads((folder / PROGRESS_FILE).read_bytes())
         return RunStatus(folder.name, "running", float(body["share"]), str(body["note"]))
     except (OSError, ValueError, KeyError, TypeError):
         return RunStatus(folder.name, "running" if task.running() else "waiting")

@@ -24,11 +24,11 @@ class ScratchStore(BlobStore):
     def put(self, data: bytes | memoryview) -> BlobRef:
         digest = hashlib.sha256(data)
         ref = BlobRef(digest.hexdigest(), len(data), hashlib.sha256(digest.digest()).hexdigest())
-        if not self._whole(ref):
+        if not self._is_complete(ref):
             self.check_room(ref.size)
             self.write_file(self.path(ref.sha256), data)
         return ref
 
-    def _expect(self, sha256: str, data: bytes | memoryview) -> None:
+    def _check_digest(self, sha256: str, data: bytes | memoryview) -> None:
         if sha256 in self._earlier:
-            super()._expect(sha256, data)
+            super()._check_digest(sha256, data)

@@ -15,41 +15,49 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedprune.blobs.blob_ref import BlobRef, digests
+from fedprune.blobs.blob_ref import BlobRef, leaf_digests
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
+from fedprune.coordination import Phase, State, SynchronousCoordinator, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, DivergedError, FedpruneError, PlanError, StorageError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.core.text import one_line, quantity
-from fedprune.jobs.failure_kind import FailureKind, of_exit_code
+from fedprune.jobs.failure_kind import FailureKind, kind_of_exit_code
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.updates import CODECS
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.distributed import DistributedWorker, helped
-from fedprune_server.executor.divergence import advice, is_uncalibrated
-from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
+from fedprune_server.executor.distributed import DistributedWorker, with_helpers
+from fedprune_server.executor.divergence import diagnose_losses, is_uncalibrated
+from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, update_misfit
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, download_sizes
 from fedprune_server.simulation.measure import RoundRecorder
-from fedprune_server.simulation.network_model import ALWAYS
-from fedprune_server.simulation.results.record import Record, record_of
-from fedprune_server.simulation.state import SAVE_PACE, Item, Left, SavedRun, SavePace, SimulationState, Trained
+from fedprune_server.simulation.network_model import NEVER_CLOSES
+from fedprune_server.simulation.results.record import Record, job_record
+from fedprune_server.simulation.state import (
+    SAVE_PACE,
+    Item,
+    SavedRun,
+    SavePace,
+    SimulationState,
+    TrainingEnd,
+    WindowEnd,
+)
 
 # Attempts after which a round that no device has finished is given up.
 MAX_ATTEMPTS = 20
 
 # Connections per device, without any training, after which the simulation ends.
-MAX_BIRTHS = 200
+MAX_IDLE_CONNECTIONS = 200
 
 
 class StallDetector:
@@ -60,21 +68,23 @@ class StallDetector:
         self._births = 0
         self._offers_without_update = Counter[str]()
 
-    def trained(self) -> None:
+    def on_trained(self) -> None:
         """Note the end of a training."""
         self._births = 0
 
-    def progressed(self) -> None:
+    def on_progress(self) -> None:
         """Note that an update has arrived, or a round has ended."""
         self._offers_without_update.clear()
 
-    def connected(self, state: State) -> None:
+    def on_connected(self, state: State) -> None:
         """Note a connection. Raises `PlanError` if devices connected too often without any training."""
         self._births += 1
-        if self._births > MAX_BIRTHS * self._devices:
-            raise PlanError("devices connect and disconnect, and none of them ever trains", hint=standstill(state))
+        if self._births > MAX_IDLE_CONNECTIONS * self._devices:
+            raise PlanError(
+                "devices connect and disconnect, and none of them ever trains", hint=standstill_reason(state)
+            )
 
-    def offered(self, command: do.SendOffer, state: State, refusal: str) -> None:
+    def on_offered(self, command: do.SendOffer, state: State, refusal: str) -> None:
         """Note an offer to a device.
 
         An asynchronous job counts attempts per device, and a device may see many while the round is open for others.
@@ -104,12 +114,12 @@ class StallDetector:
             )
 
 
-def standstill(state: State, job: Job | None = None) -> str:
+def standstill_reason(state: State, job: Job | None = None) -> str:
     """The reason why no round begins, with advice if this job's training diverged."""
     excluded = [(name, d.excluded) for name, d in state.devices.items() if d.excluded]
     if not excluded:
         return "Fewer devices can take part than job.devices asks for."
-    advice_text = advice([], [d.excluded_by for d in state.devices.values()], job.to_dict()) if job else ""
+    advice_text = diagnose_losses([], [d.excluded_by for d in state.devices.values()], job.to_dict()) if job else ""
     name, reason = min(excluded)
     further_devices = f" (and {quantity(len(excluded) - 1, 'other')})" if len(excluded) > 1 else ""
     return f"Device {name}{further_devices}: {reason}" + (
@@ -160,13 +170,13 @@ class Simulation:
         _ = worker.accountant  # raises now rather than at the first round's end
         self._worker: Worker | DistributedWorker = worker
         # Where devices share their offers, these are so few that processes for them would take longer to start.
-        self._helpers = 1 if worker.strategy.device_independent else experiment.workers
+        self._helpers = 1 if worker.strategy.is_device_independent else experiment.workers
         self._first_state = worker.begin
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
         self._folder = SavedRun(folder, experiment, pace)
-        self._begun = self._take_up()
+        self._is_resumed = self._load_or_start()
 
     @property
     def state(self) -> State:
@@ -204,13 +214,13 @@ class Simulation:
         """
         workers, cuda = self.experiment.workers, self.experiment.cuda
         with (
-            self._locked(),
+            self._lock_folder(),
             TemporaryDirectory(prefix="fedprune-simulation-") as scratch,
-            self._helped(),
+            self._share_work(),
             closing(DeviceRunner(self.store, Path(scratch), workers=workers, cuda=cuda)) as self._runner,
         ):
-            if self._begun:
-                self._tidy()  # a kill may have come between the last save and its deletions
+            if self._is_resumed:
+                self._delete_superseded()  # a kill may have come between the last save and its deletions
             else:
                 self._save()
             self._runner.boards = self._run.boards
@@ -227,25 +237,25 @@ class Simulation:
                 if not self._run.queue:
                     kinds = {device.excluded_by for device in self.state.devices.values()}
                     error = DivergedError if kinds == {FailureKind.DIVERGED} else PlanError
-                    raise error("the simulation has come to a standstill", hint=standstill(self.state, self.job))
+                    raise error("the simulation has come to a standstill", hint=standstill_reason(self.state, self.job))
                 item = self._run.pop()
-                event = self._event(item)
+                event = self._coordinator_event(item)
                 if event is None:
                     continue
                 finished_rounds = len(self.state.history)
                 self._carry_out_all(self.coordinator.handle(event, self._run.clock))
                 round_ended = len(self.state.history) > finished_rounds
                 if round_ended:
-                    self._finish(self.state.history[-1]["round"])
-                if round_ended or isinstance(item, Trained):
-                    self._keep(round_ended)
+                    self._finish_round(self.state.history[-1]["round"])
+                if round_ended or isinstance(item, TrainingEnd):
+                    self._save_if_due(round_ended)
                     if progress is not None:
                         progress(self)
             self._save()
-            self._tidy()
+            self._delete_superseded()
         return self.state.history
 
-    def trained(self) -> Model:
+    def trained_model(self) -> Model:
         """The global model, with the ranks by which the job cuts it."""
         digest = self.state.model
         ranks = settled_ranks(self.job, self.model, self.state, self.store, digest)
@@ -253,7 +263,7 @@ class Simulation:
 
     def record(self) -> Record:
         ranking = self.state.ranking
-        return record_of(
+        return job_record(
             self.experiment.title,
             self.job,
             self.model.architecture,
@@ -267,58 +277,58 @@ class Simulation:
             ),
         )
 
-    def _take_up(self) -> bool:
+    def _load_or_start(self) -> bool:
         """Load the folder's state, or start from the beginning. Returns whether a state was loaded."""
         self._stalls = StallDetector(len(self._devices))
         saved_run = self._folder.load()
         if saved_run is not None:
             self._run, state = saved_run
-            self.coordinator = coordinate(self.job, self.model.architecture, state, self.model.frozen)
+            self.coordinator = make_coordinator(self.job, self.model.architecture, state, self.model.frozen)
             return True
         self._run = SimulationState()
-        self.coordinator = coordinate(self.job, self.model.architecture, self._first_state(), self.model.frozen)
+        self.coordinator = make_coordinator(self.job, self.model.architecture, self._first_state(), self.model.frozen)
         for name in sorted(self._devices):
-            self._birth(name, 0.0)
+            self._schedule_birth(name, 0.0)
         return False
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock_folder(self) -> Iterator[None]:
         """Hold the folder's lock; load what another process saved there in the meantime."""
-        with self._folder.locked() as changed:
+        with self._folder.lock() as changed:
             if changed:
-                self._begun = self._take_up()
+                self._is_resumed = self._load_or_start()
             yield
 
     @contextmanager
-    def _helped(self) -> Iterator[None]:
+    def _share_work(self) -> Iterator[None]:
         plain_worker = self._worker
         try:
-            with helped(plain_worker, self._helpers) as self._worker:
+            with with_helpers(plain_worker, self._helpers) as self._worker:
                 yield
         finally:
             self._worker = plain_worker
 
-    def _event(self, item: Item) -> on.Event | None:
+    def _coordinator_event(self, item: Item) -> on.Event | None:
         """The coordinator's event for an item of the queue, or None."""
         run = self._run
-        if isinstance(item, Trained):
-            self._stalls.trained()
+        if isinstance(item, TrainingEnd):
+            self._stalls.on_trained()
             return self._train(item)
-        if isinstance(item, Left):
+        if isinstance(item, WindowEnd):
             return self._leave(item)
         if isinstance(item, on.DeviceBorn):
             run.sessions[item.device] = item.session
             run.online.add(item.device)
-            if (end := run.leaves.get(item.device, ALWAYS)) < ALWAYS:
-                run.push(end, Left(item.device, item.session))
+            if (end := run.leaves.get(item.device, NEVER_CLOSES)) < NEVER_CLOSES:
+                run.push(end, WindowEnd(item.device, item.session))
             if item.device in run.unsent:  # announced again, as by a board
                 run.push(run.clock, run.unsent[item.device])
-            self._stalls.connected(self.state)
+            self._stalls.on_connected(self.state)
         elif isinstance(item, on.UpdateAnnounced):
             run.unsent[item.device] = item
         elif isinstance(item, on.UpdateStored):
             run.unsent.pop(item.device, None)
-            self._stalls.progressed()
+            self._stalls.on_progress()
         return item
 
     def _carry_out_all(self, commands: Sequence[do.Command]) -> None:
@@ -328,13 +338,13 @@ class Simulation:
 
     def _carry_out(self, command: do.Command) -> None:
         now = self._run.clock
-        if isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
+        if isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close, do.Evaluate)):
             event = self._worker.execute(command)
             if isinstance(command, do.Close) and isinstance(event, on.Closed):
                 state = self.state
                 previous_end = state.history[-1]["at"] if state.history else 0.0
                 basis = do.Basis(command.round, state.model, state.ranking or "", state.order, dict(state.memory))
-                self._recorder.close(self._run.now, command, event, basis, now, previous_end)
+                self._recorder.record_round(self._run.now, command, event, basis, now, previous_end)
                 event = replace(event, spent_bytes=self._run.down + self._run.up, spent_macs=self._run.macs)
             self._run.push(now, event)
         elif isinstance(command, do.SendOffer):
@@ -342,25 +352,25 @@ class Simulation:
         elif isinstance(command, do.PullUpdate):
             self._pull(command, now)
         elif isinstance(command, do.Cancel):
-            self._forget(command.device, command.round)
+            self._drop_work(command.device, command.round)
             unsent = self._run.unsent.get(command.device)
             # A cancelled update must not be announced when its device reconnects.
             if unsent is not None and unsent.round == command.round:
                 del self._run.unsent[command.device]
-        elif isinstance(command, do.Wake):
+        elif isinstance(command, do.WakeAt):
             self._run.push(command.at, on.Ticked())
         # Virtual devices need no acknowledgements, and the state shows the job's end.
 
     def _pull(self, command: do.PullUpdate, now: float) -> None:
         run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
         expected = {UPDATE_SIZE: run.sizes.get(device, ref.size), UPDATE_BOUND: run.bounds.get(device)}
-        if reason := misfit(expected, ref):
+        if reason := update_misfit(expected, ref):
             run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason, FailureKind.MALFORMED))
             return
         run.up += ref.size
-        self._spent(device)[1] += ref.size
+        self._device_costs(device)[1] += ref.size
         link, key = self._devices[device].profile.link, (self.job.seed, command.round, device)
-        arrives_at, run.free[1] = self.experiment.weather.arrives(*key, link, "up", ref.size, now, run.free[1])
+        arrives_at, run.free[1] = self.experiment.weather.transfer_times(*key, link, "up", ref.size, now, run.free[1])
         run.push(arrives_at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
@@ -370,34 +380,34 @@ class Simulation:
         unsent = run.unsent.get(name)
         if unsent is not None and (unsent.round, unsent.attempt) == (command.round, command.attempt):
             return  # trained already, and announced again when the device came back
-        self._stalls.offered(command, self.state, run.refusal)
-        self._forget(name)  # a newer offer replaces an older one
+        self._stalls.on_offered(command, self.state, run.refusal)
+        self._drop_work(name)  # a newer offer replaces an older one
         run.unsent.pop(name, None)
         run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
         run.bounds.pop(name, None)
         if UPDATE_BOUND in command.offer:
             run.bounds[name] = int(command.offer[UPDATE_BOUND])
         device, held_digests = self._devices[name], run.held.get(name, [])
-        downloads, weights = pulls(command.offer, held_digests), BlobRef.from_dict(command.offer["weights"])
+        downloads, weights = download_sizes(command.offer, held_digests), BlobRef.from_dict(command.offer["weights"])
         missing = {sha256: n for sha256, n in downloads.items() if sha256 not in held_digests}
-        if reused_bytes := self._reused(name, weights, downloads, held_digests):
+        if reused_bytes := self._reused_bytes(name, weights, downloads, held_digests):
             # Boards fetch leaves of 32 KiB, and copy those that they have.
             missing[weights.sha256] -= reused_bytes
         run.held[name] = list(downloads)
         run.down += sum(missing.values())
-        self._spent(name)[0] += sum(missing.values())
+        self._device_costs(name)[0] += sum(missing.values())
         key, weather, link = (seed, command.round, name), self.experiment.weather, device.profile.link
-        received_at, run.free[0] = weather.arrives(*key, link, "down", sum(missing.values()), now, run.free[0])
-        train_s = self._train_s(device, command.offer) / weather.compute(seed, command.round, name)
+        received_at, run.free[0] = weather.transfer_times(*key, link, "down", sum(missing.values()), now, run.free[0])
+        train_s = self._train_s(device, command.offer) / weather.compute_factor(seed, command.round, name)
         # Keyed by attempt and session: a device that dropped out must not drop out of every repetition.
-        rng = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
+        rng = keyed_generator(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if rng.random() < self.experiment.dropouts.probability:
-            leaves_at = min(received_at + rng.random() * train_s, run.leaves.get(name, ALWAYS))
+            leaves_at = min(received_at + rng.random() * train_s, run.leaves.get(name, NEVER_CLOSES))
             run.push(leaves_at, on.DeviceDied(name, run.sessions[name]))
             run.online.discard(name)  # messages don't reach it meanwhile
-            self._birth(name, leaves_at + rng.exponential(self.experiment.dropouts.away_s))
+            self._schedule_birth(name, leaves_at + rng.exponential(self.experiment.dropouts.away_s))
         else:
-            run.push(received_at + train_s, Trained(name, command.round, command.attempt, command.offer))
+            run.push(received_at + train_s, TrainingEnd(name, command.round, command.attempt, command.offer))
             self._runner.prepare(device, command.offer, command.round)
 
     def _train_s(self, device: VirtualDevice, offer: Mapping[str, Any]) -> float:
@@ -408,28 +418,32 @@ class Simulation:
             self._seconds[key] = device.train_s(self.model.architecture, widths, recipe)
         return self._seconds[key]
 
-    def _reused(self, name: str, weights: BlobRef, downloads: Mapping[str, int], held_digests: Sequence[str]) -> int:
+    def _reused_bytes(
+        self, name: str, weights: BlobRef, downloads: Mapping[str, int], held_digests: Sequence[str]
+    ) -> int:
         """Bytes of the leaves that a device's new weights share with its last ones: a board copies them."""
         if weights.sha256 in held_digests or downloads.get(weights.sha256) != weights.size:
             return 0
         previous_table, leaf_table = self._run.tables.get(name), self.store.table(weights.sha256)
         self._run.tables[name] = self.store.put(leaf_table).sha256
-        previous_leaves = set() if previous_table is None else set(digests(self.store.read(previous_table)))
-        return sum(weights.leaf_size(i) for i, digest in enumerate(digests(leaf_table)) if digest in previous_leaves)
+        previous_leaves = set() if previous_table is None else set(leaf_digests(self.store.read(previous_table)))
+        return sum(
+            weights.leaf_size(i) for i, digest in enumerate(leaf_digests(leaf_table)) if digest in previous_leaves
+        )
 
-    def _train(self, item: Trained) -> on.Event:
+    def _train(self, item: TrainingEnd) -> on.Event:
         device = self._devices[item.device]
         try:
-            outcome = self._runner.carry_out(device, item.offer, item.round)
+            outcome = self._runner.train(device, item.offer, item.round)
         except (StorageError, WorkerKilledError):
             raise
         except FedpruneError as error:
             reason = one_line(str(error))
             log.warning("device %s refuses round %d: %s", item.device, item.round, reason)
             self._run.refusal = f"{item.device}: {reason}"
-            return on.OfferRefused(item.device, item.round, item.attempt, reason, of_exit_code(error.exit_code))
+            return on.OfferRefused(item.device, item.round, item.attempt, reason, kind_of_exit_code(error.exit_code))
         macs = self._recorder.macs(item.device, item.round, item.offer, outcome.steps, device.samples)
-        spent = self._spent(item.device)
+        spent = self._device_costs(item.device)
         spent[2] += macs
         self._run.macs += macs
         spent[3] += round(macs * self._recorder.active_share(item.offer))
@@ -446,14 +460,14 @@ class Simulation:
         self._run.unsent[item.device] = event
         return event
 
-    def _spent(self, device: str) -> list[int]:
-        return self._run.now.devices.setdefault(device, [0, 0, 0, 0])
+    def _device_costs(self, device: str) -> list[int]:
+        return self._run.now.spent.setdefault(device, [0, 0, 0, 0])
 
-    def _birth(self, name: str, earliest: float) -> None:
+    def _schedule_birth(self, name: str, earliest: float) -> None:
         """Connect a device as soon as its window is open."""
         session = self._run.sessions.get(name, 0) + 1
         device = self._devices[name]
-        opens_at, closes_at = self.experiment.availability.window(self.job.seed, name, earliest)
+        opens_at, closes_at = self.experiment.availability.next_window(self.job.seed, name, earliest)
         self._run.leaves[name] = closes_at
         if id(device.profile) not in self._profiles:  # devices of one kind share one
             self._profiles[id(device.profile)] = device.profile.to_dict()
@@ -463,23 +477,23 @@ class Simulation:
         )
         self._run.push(max(earliest, opens_at), born)
 
-    def _leave(self, item: Left) -> on.Event | None:
+    def _leave(self, item: WindowEnd) -> on.Event | None:
         """Close a device's window: its training is lost, an announced update is sent again when it reconnects."""
         run, name = self._run, item.device
         if name not in run.online or run.sessions[name] != item.session:
             return None
         run.online.discard(name)
-        self._forget(name)
-        self._birth(name, run.clock)
+        self._drop_work(name)
+        self._schedule_birth(name, run.clock)
         return on.DeviceDied(name, item.session)
 
-    def _forget(self, device: str, number: int | None = None) -> None:
+    def _drop_work(self, device: str, number: int | None = None) -> None:
         """Drop a device's queued work and its training ahead, of one round or of all."""
-        self._run.forget(device, number)
+        self._run.drop_work(device, number)
         self._runner.cancel(device, number)
 
-    def _finish(self, number: int) -> None:
-        self._stalls.progressed()
+    def _finish_round(self, number: int) -> None:
+        self._stalls.on_progress()
         # A strategy may give other widths and recipes in every round; old entries would pile up.
         self._seconds.clear()
         self._run.finish_round(number)
@@ -487,21 +501,21 @@ class Simulation:
         if every and number % every == 0:
             self._folder.write_checkpoint(self.model, number, self.store.read(self.state.model))
 
-    def _keep(self, round_ended: bool) -> None:
+    def _save_if_due(self, round_ended: bool) -> None:
         """Save where it is due, then delete superseded blobs."""
-        if self._folder.due(round_ended=round_ended):
+        if self._folder.is_due(round_ended=round_ended):
             self._save()
             if round_ended:
-                self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
+                self._delete_superseded()  # only now: until the new state is saved, a kill goes back to the old one
 
     def _save(self) -> None:
         self._folder.save(self._run, self.state)
 
-    def _tidy(self) -> None:
+    def _delete_superseded(self) -> None:
         """Delete superseded blobs."""
         # Processes write blobs that no state refers to yet: those of trainings ahead must not be swept.
-        trained_ahead = self._runner.settle()
-        needed = self.state.references() | self._worker.graphs() | self._run.references() | trained_ahead
+        trained_ahead = self._runner.await_started()
+        needed = self.state.references() | self._worker.graph_digests() | self._run.references() | trained_ahead
         for name in list(self.store.names()):
             if name not in needed:
                 self.store.delete(name)

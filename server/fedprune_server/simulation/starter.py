@@ -14,14 +14,14 @@ from fedprune.core.errors import ConfigError
 from fedprune.planning import profile_store
 from fedprune.wire.topics import check_device
 from fedprune_device.data.dataset import LocalData
-from fedprune_server.simulation.digits import asset, deal, digits_model, write_hand
+from fedprune_server.simulation.digits import asset_bytes, deal_digits, digits_model, write_device_data
 
-FLEET, STRATEGY = "fleet.toml", "my_strategy.py"
+FLEET_FILE, STRATEGY_FILE = "fleet.toml", "my_strategy.py"
 
 # Files of the server's own samples, whose names no board may have.
-_SERVERS = ("server", "calibration")
+_SERVER_FILES = ("server", "calibration")
 
-_FLEET = """\
+_FLEET_TEMPLATE = """\
 # A fleet to begin with: change what is yours. Paths count from this file's folder.
 #     fedprune-simulate --config fleet.toml --out run     the boards on a virtual clock
 #     fedprune-server run --config fleet.toml             the same job on real boards (it looks at no [[devices]])
@@ -48,11 +48,11 @@ data = "server.npz"                # arrays x and y
 data = "calibration.npz"           # an array x
 """
 
-_DEVICES = """
+_DEVICES_COMMENT = """
 # A row per board: its hardware profile (edit it), and its samples: arrays x_train, y_train, x_test, y_test.
 """
 
-_DEVICE = """
+_DEVICE_TEMPLATE = """
 [[devices]]
 name = "{name}"
 profile = "profiles/{name}.toml"
@@ -76,7 +76,9 @@ class StarterBoard:
 
     def own_profile(self) -> str:
         """The shipped profile under the board's name, as TOML. Raises `ProfileError` if it is missing."""
-        text = (profile_store.shipped_folder() / f"{profile_store.find(self.profile).name}.toml").read_text("utf-8")
+        text = (
+            profile_store.shipped_profiles_folder() / f"{profile_store.find_profile(self.profile).name}.toml"
+        ).read_text("utf-8")
         # Lines are replaced rather than parsed and written: the copy keeps the profile's comments and sources.
         text = re.sub(r"(?m)^name = .*", f'name = "{self.name}"', text, count=1)
         if self.round_bytes:
@@ -85,7 +87,7 @@ class StarterBoard:
 
 
 # Boards whose links carry models of different widths: the whole one takes 760 kB, down and up.
-STARTERS = (
+STARTER_BOARDS = (
     StarterBoard("attic", "raspberry-pi-zero-2w", 40_000),
     StarterBoard("yard", "raspberry-pi-4b", 150_000),
     StarterBoard("dock", "jetson-orin-nano", 1_000_000),
@@ -104,25 +106,25 @@ def write_starter(folder: Path, boards: Sequence[StarterBoard], seed: int = 0) -
         StorageError: The folder can't be written.
     """
     for board in boards:
-        if check_device(board.name, "boards", error=ConfigError) in _SERVERS:
-            raise ConfigError("boards", expected="names other than " + " and ".join(_SERVERS), got=board.name)
+        if check_device(board.name, "boards", error=ConfigError) in _SERVER_FILES:
+            raise ConfigError("boards", expected="names other than " + " and ".join(_SERVER_FILES), got=board.name)
     profiles = {board.name: board.own_profile() for board in boards}
-    hands = deal([board.name for board in boards], seed=seed)
+    hands = deal_digits([board.name for board in boards], seed=seed)
     with storage_errors(f"can't write {folder}"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} holds something already", expected="an empty folder, or a new one")
         (folder / "profiles").mkdir(parents=True)
         (folder / "model.onnx").write_bytes(digits_model())
-        evaluation, calibration = _SERVERS
+        evaluation, calibration = _SERVER_FILES
         np.savez(folder / f"{evaluation}.npz", x=hands.x, y=hands.y)
         np.savez(folder / f"{calibration}.npz", x=hands.calibration)
         for name, hand in hands.devices.items():
-            write_hand(folder / f"{name}.npz", hand)
+            write_device_data(folder / f"{name}.npz", hand)
             (folder / "profiles" / f"{name}.toml").write_text(profiles[name], "utf-8")
-        (folder / STRATEGY).write_bytes(asset(STRATEGY))
+        (folder / STRATEGY_FILE).write_bytes(asset_bytes(STRATEGY_FILE))
         job = re.sub(r"[^a-z0-9-]+", "-", folder.resolve().name.lower()).strip("-")[:64] or "fleet"
-        fleet = _FLEET.format(name=job, seed=seed, devices=len(boards))
-        (folder / FLEET).write_text(
-            fleet + _DEVICES + "".join(_DEVICE.format(name=board.name) for board in boards), "utf-8"
+        fleet = _FLEET_TEMPLATE.format(name=job, seed=seed, devices=len(boards))
+        (folder / FLEET_FILE).write_text(
+            fleet + _DEVICES_COMMENT + "".join(_DEVICE_TEMPLATE.format(name=board.name) for board in boards), "utf-8"
         )
     return hands.devices

@@ -18,8 +18,8 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked, storage_errors
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import file_lock, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import all_strings
 from fedprune_export.bundles.inference import write_model
@@ -28,15 +28,15 @@ from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 
 FORMAT = "fedprune.simulation/8"
-CONFIG = "config.json"
-FILE = "simulation.json"
-ROUNDS = "rounds.jsonl"
+CONFIG_FILE = "config.json"
+STATE_FILE = "simulation.json"
+ROUNDS_FILE = "rounds.jsonl"
 
-_LOCK = ".lock"
+_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingEnd:
     """The end of a virtual device's training; the numbers are computed when it is taken from the queue."""
 
     device: str
@@ -46,28 +46,28 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Left:
+class WindowEnd:
     """The end of a device's window of time, valid for one connection."""
 
     device: str
     session: int
 
 
-Item = on.Event | Trained | Left
+Item = on.Event | TrainingEnd | WindowEnd
 
-_ITEMS: dict[str, type[Any]] = {
+_ITEM_TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.UpdateAnnounced,
+        TrainingEnd, WindowEnd, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.UpdateAnnounced,
         on.UpdateStored, on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
     )
 }  # fmt: skip
 
 # Items that belong to a device's part in a round.
-_WORK = (Trained, on.UpdateAnnounced, on.UpdateStored)
+_WORK_TYPES = (TrainingEnd, on.UpdateAnnounced, on.UpdateStored)
 
 # Attributes that are saved as they are.
-_PLAIN = (
+_PLAIN_ATTRIBUTES = (
     "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free",
     "refusal", "macs",
 )  # fmt: skip
@@ -119,14 +119,14 @@ class SimulationState:
 
     def push(self, virtual_time: float, item: Item) -> None:
         self.sequence += 1
-        self.put(virtual_time, self.sequence, item)
+        self.push_numbered(virtual_time, self.sequence, item)
 
-    def put(self, virtual_time: float, number: int, item: Item) -> None:
+    def push_numbered(self, virtual_time: float, number: int, item: Item) -> None:
         """Queue an item under a given number, such as that of a saved one."""
         self.queue[number] = (virtual_time, item)
         # Ties in time go by number, so that a run is the same after a restart.
         heapq.heappush(self._order, (virtual_time, number))
-        if isinstance(item, _WORK):
+        if isinstance(item, _WORK_TYPES):
             self._work.setdefault(item.device, set()).add(number)
 
     def pop(self) -> Item:
@@ -138,26 +138,26 @@ class SimulationState:
                 break
         _, item = self.queue.pop(number)
         self.clock = virtual_time
-        if isinstance(item, _WORK):
-            self._done(item.device, number)
+        if isinstance(item, _WORK_TYPES):
+            self._drop_number(item.device, number)
         return item
 
-    def _done(self, device: str, number: int) -> None:
+    def _drop_number(self, device: str, number: int) -> None:
         numbers = self._work[device]
         numbers.discard(number)
         if not numbers:
             del self._work[device]
 
-    def forget(self, device: str, number: int | None = None) -> None:
+    def drop_work(self, device: str, number: int | None = None) -> None:
         """Remove a device's work from the queue, for one round or for all."""
         for key in sorted(self._work.get(device, ())):
             item = self.queue[key][1]
-            if isinstance(item, _WORK) and number in (None, item.round):
+            if isinstance(item, _WORK_TYPES) and number in (None, item.round):
                 del self.queue[key]
-                self._done(device, key)
+                self._drop_number(device, key)
 
-    def trainings(self) -> list[Trained]:
-        return [item for _, item in self.queue.values() if isinstance(item, Trained)]
+    def trainings(self) -> list[TrainingEnd]:
+        return [item for _, item in self.queue.values() if isinstance(item, TrainingEnd)]
 
     def finish_round(self, number: int) -> None:
         self.now.down, self.now.up = self.down, self.up
@@ -168,7 +168,7 @@ class SimulationState:
         """All strings of queued items, any of which may be the digest of a blob."""
         strings: set[str] = {*self.boards.values(), *self.tables.values()}
         for _, item in self.queue.values():
-            if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
+            if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, WindowEnd)):
                 # Rather too many than one too few: a string that is no digest keeps nothing.
                 strings |= all_strings(vars(item))
         for event in self.unsent.values():
@@ -210,22 +210,22 @@ class SavedRun:
         self._saved_at, self._save_s = time.monotonic(), 0.0
         self._stamp: tuple[int, ...] | None = None
         # Finished rounds in their file, and its bytes.
-        self._logged = (0, 0)
+        self._logged_position = (0, 0)
 
     def load(self) -> tuple[SimulationState, State] | None:
         """The saved state and the coordinator's, or None. Raises `StorageError` if it is damaged, of another format, of
         a run with other settings, or further than the job's rounds."""
         if self._folder is None:
             return None
-        self._stamp = _stamp(self._folder)
-        path, hint = self._folder / FILE, _advice(self._folder)
+        self._stamp = _save_identity(self._folder)
+        path, hint = self._folder / STATE_FILE, _restart_hint(self._folder)
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise StorageError(f"can't read the simulation in {path} ({error})", hint=hint) from error
-        config = self._folder / CONFIG
+        config = self._folder / CONFIG_FILE
         try:
             settings = json.loads(config.read_bytes())
         except (OSError, ValueError) as error:
@@ -237,10 +237,10 @@ class SavedRun:
                 what = f"{config} has other settings, another model or other data"
                 raise StorageError(what, got=differences, hint=hint)
             count, size = map(int, body["rounds"])
-            history, notes = _finished(self._folder / ROUNDS, count, size)
+            history, notes = _finished_rounds(self._folder / ROUNDS_FILE, count, size)
             down, up = map(int, body["bytes"])
             state = SimulationState(
-                **{name: body[name] for name in _PLAIN},
+                **{name: body[name] for name in _PLAIN_ATTRIBUTES},
                 online=set(body["online"]),
                 unsent={k: on.UpdateAnnounced(**v) for k, v in body["unsent"].items()},
                 down=down,
@@ -249,7 +249,7 @@ class SavedRun:
                 rounds=notes,
             )
             for virtual_time, number, kind, fields in body["queue"]:
-                state.put(float(virtual_time), int(number), _ITEMS[kind](**fields))
+                state.push_numbered(float(virtual_time), int(number), _ITEM_TYPES[kind](**fields))
             coordinator = State.from_json(body["coordinator"])
             coordinator.history = history
             # A job with fewer rounds than are done, or under way, would have no end.
@@ -261,11 +261,11 @@ class SavedRun:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=hint) from error
-        self._logged = count, size
+        self._logged_position = count, size
         return state, coordinator
 
     @contextmanager
-    def locked(self) -> Iterator[bool]:
+    def lock(self) -> Iterator[bool]:
         """Hold the folder's lock.
 
         Yields:
@@ -280,14 +280,14 @@ class SavedRun:
         with storage_errors(f"can't make {self._folder}"):
             self._folder.mkdir(parents=True, exist_ok=True)
         hint = "Wait for its end and give the command again, or give another folder."
-        with locked(self._folder / _LOCK, f"another simulation runs in {self._folder}", hint):
-            changed = _stamp(self._folder) != self._stamp
+        with file_lock(self._folder / _LOCK_FILE, f"another simulation runs in {self._folder}", hint):
+            changed = _save_identity(self._folder) != self._stamp
             try:
                 yield changed
             finally:
                 self._stamp = ()  # what is in memory may be ahead of what was saved
 
-    def due(self, *, round_ended: bool) -> bool:
+    def is_due(self, *, round_ended: bool) -> bool:
         """Whether it is time to save and to delete superseded blobs."""
         if self._folder is None:
             return round_ended
@@ -304,16 +304,18 @@ class SavedRun:
             return
         started_at = time.monotonic()
         if not self._configured:
-            write_whole(self._folder / CONFIG, (json.dumps(self._experiment.settings(), indent=1) + "\n").encode())
+            write_atomically(
+                self._folder / CONFIG_FILE, (json.dumps(self._experiment.settings(), indent=1) + "\n").encode()
+            )
             self._configured = True
         # Rounds first: the state names how many of their lines count, so that a kill in between leaves lines that the
         # next save cuts off.
-        logged = self._log(self._folder / ROUNDS, run, coordinator.history)
+        logged = self._append_rounds(self._folder / ROUNDS_FILE, run, coordinator.history)
         body = {
             "format": FORMAT,
             "coordinator": replace(coordinator, history=[]).to_json(),
             "rounds": logged,
-            **{name: getattr(run, name) for name in _PLAIN},
+            **{name: getattr(run, name) for name in _PLAIN_ATTRIBUTES},
             "online": sorted(run.online),
             "unsent": {k: asdict(v) for k, v in run.unsent.items()},
             "bytes": [run.down, run.up],
@@ -322,17 +324,17 @@ class SavedRun:
                 [virtual_time, n, type(item).__name__, vars(item)] for n, (virtual_time, item) in run.queue.items()
             ],
         }
-        write_whole(self._folder / FILE, json.dumps(body).encode())
-        self._logged = logged
+        write_atomically(self._folder / STATE_FILE, json.dumps(body).encode())
+        self._logged_position = logged
         self._saved_at = time.monotonic()
         self._save_s = self._saved_at - started_at
 
-    def _log(self, path: Path, run: SimulationState, history: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    def _append_rounds(self, path: Path, run: SimulationState, history: Sequence[dict[str, Any]]) -> tuple[int, int]:
         """Append the rounds that finished since the last save."""
-        logged_rounds, logged_bytes = self._logged
+        logged_rounds, logged_bytes = self._logged_position
         rows = [json.dumps([row, asdict(run.rounds[row["round"]])]) + "\n" for row in history[logged_rounds:]]
         if not rows:
-            return self._logged
+            return self._logged_position
         data = "".join(rows).encode()
         with storage_errors(f"can't write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
             file.truncate(logged_bytes)  # rounds that a kill has made undone
@@ -350,21 +352,21 @@ class SavedRun:
         write_model(self._folder / _CHECKPOINTS / f"round-{number:06d}", model, weights)
 
 
-def _stamp(folder: Path) -> tuple[int, ...] | None:
+def _save_identity(folder: Path) -> tuple[int, ...] | None:
     """Identity of the last save in a folder; None before the first."""
     try:
-        status = (folder / FILE).stat()
+        status = (folder / STATE_FILE).stat()
     except OSError:
         return None
     # The inode changes with every atomic replacement, even within one tick of the clock.
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _advice(folder: Path) -> str:
+def _restart_hint(folder: Path) -> str:
     return f"Name another folder, or delete {folder} and give the command again: it starts again."
 
 
-def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, RoundNotes]]:
+def _finished_rounds(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, RoundNotes]]:
     """The coordinator's history and the simulation's notes of finished rounds."""
     if not count:
         return [], {}
@@ -372,8 +374,10 @@ def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]]
         with path.open("rb") as file:
             lines = file.read(length).decode().splitlines()
     except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}", hint=_advice(path.parent)) from error
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=_restart_hint(path.parent)) from error
     if len(lines) != count:
-        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_advice(path.parent))
+        raise StorageError(
+            f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_restart_hint(path.parent)
+        )
     rows = [json.loads(line) for line in lines]
     return [row for row, _ in rows], {int(row["round"]): RoundNotes(**notes) for row, notes in rows}

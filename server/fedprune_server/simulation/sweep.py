@@ -22,36 +22,36 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.disk import is_there
-from fedprune.core.errors import ConfigError, FedpruneError, shown
-from fedprune.core.metrics import leading
+from fedprune.core.disk import path_exists
+from fedprune.core.errors import ConfigError, FedpruneError, value_text
+from fedprune.core.metrics import primary_metric
 from fedprune.core.toml_file import read_toml
-from fedprune_server.simulation.fleet.simulated_fleet import read_plan, read_tables
+from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan, read_fleet_tables
 from fedprune_server.simulation.results.report import write_report
-from fedprune_server.simulation.results.run_folder import simulate
-from fedprune_server.simulation.results.tracked_rounds import tracked
+from fedprune_server.simulation.results.run_folder import simulate_in_folder
+from fedprune_server.simulation.results.tracked_rounds import track_rounds
 from fedprune_server.simulation.runs import Progress, RunSpec
 from fedprune_server.simulation.simulation import Simulation
 
-_KEYS = ("config", "seeds", "runs")
+_SWEEP_KEYS = ("config", "seeds", "runs")
 # Keys of a variant that are not tables of `fleet.toml`.
 _RUN_KEYS = ("name", "seeds")
 
-_MOST_SEEDS = 1000
+_MAX_SEEDS = 1000
 
 
 def read_sweep(path: Path) -> list[RunSpec]:
     """The runs of a sweep's file: each variant with each seed. Raises `ConfigError` if it can't be read, or a key is
     missing, unknown or wrong, also in a variant's tables."""
     body = read_toml(path, ConfigError)
-    validation.only(_KEYS, body, str(path))
+    validation.check_keys(_SWEEP_KEYS, body, str(path))
     config = body.get("config")
-    if not isinstance(config, str) or not is_there(path.parent / config, file=True):
-        raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=shown(config))
+    if not isinstance(config, str) or not path_exists(path.parent / config, file=True):
+        raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=value_text(config))
     rows = body.get("runs")
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
         raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
-    default_seeds = _seeds(body.get("seeds", [0]), f"{path}: seeds")
+    default_seeds = _checked_seeds(body.get("seeds", [0]), f"{path}: seeds")
     return variant_runs((path.parent / config).resolve(), rows, default_seeds, f"{path}: [[runs]]")
 
 
@@ -76,19 +76,19 @@ def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], lab
 def _variant_runs(number: int, row: object, default_seeds: Sequence[int], config: Path, label: str) -> list[RunSpec]:
     """A variant's runs, one for each seed. Errors name the variant once its name is known."""
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
-        raise ConfigError(f"{label} {number}: name", expected="a text", got=shown(row))
+        raise ConfigError(f"{label} {number}: name", expected="a text", got=value_text(row))
     label = f"{label} {row['name']}"
     changes = {k: v for k, v in row.items() if k not in _RUN_KEYS}
     for key, value in changes.items():
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{label}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
+            raise ConfigError(f"{label}: {key}", expected="a table of fleet.toml, such as job", got=value_text(value))
     _check_changes(config, changes, label)
-    seeds = _seeds(row["seeds"], f"{label}: seeds") if "seeds" in row else default_seeds
+    seeds = _checked_seeds(row["seeds"], f"{label}: seeds") if "seeds" in row else default_seeds
     settings = {"config": str(config), "changes": changes}
     return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
 
 
-def variant_of(run: RunSpec) -> str:
+def variant_name(run: RunSpec) -> str:
     """The name of a run's variant."""
     return run.name.removesuffix(f"-{run.settings['seed']}")
 
@@ -96,21 +96,21 @@ def variant_of(run: RunSpec) -> str:
 def _check_changes(config: Path, changes: Mapping[str, Any], label: str) -> None:
     """Read the `fleet.toml` with a variant's changes. An error that the changes cause names the sweep's file."""
     try:
-        read_tables(config, changes)
+        read_fleet_tables(config, changes)
     except FedpruneError as error:
-        read_tables(config)
+        read_fleet_tables(config)
         subject = error.what.removeprefix(f"{config}: ")
-        raise error.named(f"{label}: {subject}") from error
+        raise error.with_subject(f"{label}: {subject}") from error
 
 
-def _seeds(value: object, label: str) -> list[int]:
+def _checked_seeds(value: object, label: str) -> list[int]:
     if (
         not isinstance(value, Sequence)
         or isinstance(value, str)
-        or not 0 < len(value) <= _MOST_SEEDS
+        or not 0 < len(value) <= _MAX_SEEDS
         or any(type(s) is not int or s < 0 for s in value)
     ):
-        raise ConfigError(label, expected="a list of whole numbers, such as [0, 1, 2]", got=shown(value))
+        raise ConfigError(label, expected="a list of whole numbers, such as [0, 1, 2]", got=value_text(value))
     return list(value)
 
 
@@ -119,17 +119,18 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
     `simulated_fleet.read_plan` and `run_folder.simulate`."""
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
     settings = run.settings
-    plan = read_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
+    plan = read_fleet_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
 
     def progress(simulation: Simulation) -> None:
         track(simulation)
         history = simulation.state.history
         metrics = history[-1]["metrics"] if history else {}
-        leading_metric = leading(metrics)
+        leading_metric = primary_metric(metrics)
         report(
-            len(history) / plan.job.rounds, "" if leading_metric is None else leading_metric[0].said(leading_metric[1])
+            len(history) / plan.job.rounds,
+            "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1]),
         )
 
-    with tracked(plan.track, plan, folder) as track:
-        record = simulate(plan, folder, progress, begun=track)
+    with track_rounds(plan.track, plan, folder) as track:
+        record = simulate_in_folder(plan, folder, progress, on_begin=track)
     write_report(folder, record)

@@ -9,44 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune_server.storage.s3.bucket import FOLDER
+from fedprune_server.storage.s3.bucket import IN_FOLDER
 from fedprune_server.storage.s3.store import BucketStore
 
 log = logging.getLogger("fedprune.server")
 
-BLOBS = "blobs"
+BLOBS_FOLDER = "blobs"
 
 # Key of a job's settings that holds the number by which its bucket knows the job: two jobs may have one name.
-NUMBER = "bucket"
+NUMBER_KEY = "bucket"
 
 
-def place_of(settings: Mapping[str, Any] | None) -> str:
+def blobs_address(settings: Mapping[str, Any] | None) -> str:
     """The address of a job's blobs, from its settings."""
-    return str((settings or {}).get("server", {}).get("blobs") or FOLDER)
+    return str((settings or {}).get("server", {}).get("blobs") or IN_FOLDER)
 
 
-def number_of(settings: Mapping[str, Any] | None) -> str | None:
+def bucket_number(settings: Mapping[str, Any] | None) -> str | None:
     """The number by which a bucket knows a job; None if its blobs have never been in one."""
-    number = (settings or {}).get(NUMBER)
+    number = (settings or {}).get(NUMBER_KEY)
     return None if number is None else str(number)
 
 
-def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore | None:
-    """The bucket that has a job's blobs, for reading; None if they are in the folder. Raises what `opened` raises."""
-    address = place_of(settings)
-    if address == FOLDER:
+def open_bucket(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore | None:
+    """The bucket that has a job's blobs, for reading; None if they are in the folder. Raises what `open_blobs`
+    raises."""
+    address = blobs_address(settings)
+    if address == IN_FOLDER:
         return None
-    store = BucketStore(folder / BLOBS, address, keeping=False)
-    store.check_owner(number_of(settings))
+    store = BucketStore(folder / BLOBS_FOLDER, address, caching=False)
+    store.check_owner(bucket_number(settings))
     return store
 
 
-def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
-    """A job's blobs, for reading: the folder is not changed. Raises what `bucket_of` raises."""
-    return bucket_of(folder, settings) or BlobStore(folder / BLOBS, sweep=False)
+def open_blobs_reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
+    """A job's blobs, for reading: the folder is not changed. Raises what `open_bucket` raises."""
+    return open_bucket(folder, settings) or BlobStore(folder / BLOBS_FOLDER, sweep=False)
 
 
-def opened(folder: Path, address: str, cache_bytes: int, settings: Mapping[str, Any] | None) -> BlobStore:
+def open_blobs(folder: Path, address: str, cache_bytes: int, settings: Mapping[str, Any] | None) -> BlobStore:
     """The store of a server's job.
 
     Args:
@@ -56,31 +57,34 @@ def opened(folder: Path, address: str, cache_bytes: int, settings: Mapping[str, 
         ConfigError: The bucket has another job's blobs.
         MissingExtraError: boto3 isn't installed.
     """
-    if address == FOLDER:
-        return BlobStore(folder / BLOBS)
-    store = BucketStore(folder / BLOBS, address, cache=cache_bytes)
-    store.check_owner(number_of(settings))
+    if address == IN_FOLDER:
+        return BlobStore(folder / BLOBS_FOLDER)
+    store = BucketStore(folder / BLOBS_FOLDER, address, cache=cache_bytes)
+    store.check_owner(bucket_number(settings))
     return store
 
 
-def new_number() -> str:
+def new_bucket_number() -> str:
     return secrets.token_hex(16)
 
 
-def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
+def move_blobs_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
     """Copy the blobs that a job needs into its store: from the folder (after a restore, or where they have been until
     now), or from the bucket of the stored settings. Raises `StorageError` if a blob is damaged.
     """
-    local_store, missing = BlobStore(folder / BLOBS), [digest for digest in sorted(needed) if not store.has(digest)]
+    local_store, missing = (
+        BlobStore(folder / BLOBS_FOLDER),
+        [digest for digest in sorted(needed) if not store.has(digest)],
+    )
     copied = 0
     for digest in [digest for digest in missing if local_store.has(digest)]:
         store.put(local_store.read(digest))
         copied += 1
     missing = [digest for digest in missing if not store.has(digest)]
-    address = place_of(settings)
-    if missing and address != FOLDER and store.describe() != address:
-        previous_store = BucketStore(folder / BLOBS, address, keeping=False)
-        previous_store.check_owner(number_of(settings))
+    address = blobs_address(settings)
+    if missing and address != IN_FOLDER and store.describe() != address:
+        previous_store = BucketStore(folder / BLOBS_FOLDER, address, caching=False)
+        previous_store.check_owner(bucket_number(settings))
         for digest in [digest for digest in missing if previous_store.has(digest)]:
             store.put(previous_store.read(digest))
             copied += 1

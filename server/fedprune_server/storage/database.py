@@ -23,29 +23,29 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sql
 
-from fedprune.core.atomic_file import appearing
-from fedprune.core.closing import Closing
+from fedprune.core.atomic_file import atomic_write
+from fedprune.core.closeable import Closeable
 from fedprune.core.errors import BusyError, ConfigError, MissingExtraError, StorageError, StorageFullError
 from fedprune.core.lock_wait import LockWait, call_wait_hook
-from fedprune_server.storage.sqlite_file import execute_when_free, is_sqlite_locked
+from fedprune_server.storage.sqlite_file import execute_unlocked, is_sqlite_locked
 from fedprune_server.storage.tables import META, put_meta
 
 log = logging.getLogger("fedprune.server")
 
 # Seconds for which a database may be away before a server gives up: long enough for its restart.
-PATIENCE_S = 60.0
+MAX_AWAY_S = 60.0
 
 # Row of `meta` in PostgreSQL: a random text that each transaction writes, so that it can be recognised after a commit
 # without an answer.
-MARK = "commit"
+COMMIT_ROW = "commit"
 
 _PAUSE_S = 0.5
 
 # Seconds for which SQLite itself waits for a lock. Between two such waits the waiting thread shows that it is alive.
 SQLITE_RETRY_S = 1.0
 
-_FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
-_POSTGRESQL = {
+_FULL_MESSAGES = ("disk is full", "no space left", "could not extend file", "database or disk is full")
+_CONNECT_OPTIONS = {
     # A machine that vanished is noticed: in half a minute, not in the two hours of TCP's own default.
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -64,14 +64,14 @@ TRANSACTION_IDLE_S = 15
 # can be stopped.
 LOCK_TIMEOUT_S = 2.0
 
-_POSTGRESQL_SESSION = {
+_SESSION_SETTINGS = {
     # The same for the database's side, which may be sending rows to a machine that has vanished.
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "30s",
 }
-_SESSIONS = """
+_LOCK_HOLDERS_QUERY = """
 SELECT concat('session ', pid, ' of ', application_name, ' from ', coalesce(host(client_addr), 'this machine'))
 FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
@@ -80,7 +80,7 @@ ORDER BY xact_start
 """
 
 # Option of connections whose transactions only read.
-_READS = "fedprune_reads"
+_READS_OPTION = "fedprune_reads"
 
 # PostgreSQL's code of a statement that waited for longer than `lock_timeout`.
 _LOCK_NOT_AVAILABLE = "55P03"
@@ -96,14 +96,14 @@ class DatabaseLockedError(BusyError):
     """Another process holds a lock in the database."""
 
 
-class Database(Closing):
+class Database(Closeable):
     """A database connection. Its methods raise `LostConnectionError` if the database is away, `StorageFullError` if it
     has no room, and `StorageError` if it can't be used.
 
     Attributes:
         url: The URL without a password, for messages.
-        fence: Called first in each transaction of `writing`; raises if this process may no longer write.
-        patience_s: Seconds for which the database may be away.
+        fence: Called first in each transaction of `fenced_transaction`; raises if this process may no longer write.
+        max_away_s: Seconds for which the database may be away.
 
     Raises:
         ConfigError: The URL names no database that can be used.
@@ -111,23 +111,23 @@ class Database(Closing):
     """
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
-        parsed = check_url(url)
-        self.url = shown(parsed)
+        parsed = parse_database_url(url)
+        self.url = hide_passwords(parsed)
         self.fence: Callable[[sql.Connection], None] | None = None
-        self.patience_s = PATIENCE_S
-        self._doubtful: str | None = None
+        self.max_away_s = MAX_AWAY_S
+        self._unconfirmed_mark: str | None = None
         self._deferred: list[Callable[[sql.Connection], None]] = []
         self.postgresql = parsed.get_backend_name() == "postgresql"
-        with translated(self.url):
+        with translate_errors(self.url):
             if self.postgresql:
-                self.engine = _postgresql(parsed, read_only=read_only)
+                self.engine = _postgresql_engine(parsed, read_only=read_only)
             elif read_only:
-                self.engine = _read_only(parsed)
+                self.engine = _read_only_engine(parsed)
             else:
                 self.engine = sql.create_engine(parsed)
                 sql.event.listen(self.engine, "connect", _tune_sqlite)
                 sql.event.listen(self.engine, "begin", _begin_sqlite)
-        self._reading_engine = self.engine.execution_options(**{_READS: True, "postgresql_readonly": True})
+        self._reading_engine = self.engine.execution_options(**{_READS_OPTION: True, "postgresql_readonly": True})
 
     @property
     def file(self) -> Path | None:
@@ -140,26 +140,26 @@ class Database(Closing):
     @contextmanager
     def transaction(self) -> Iterator[sql.Connection]:
         """A transaction that may write."""
-        with translated(self.url), self._connection(self.engine) as connection, connection.begin():
+        with translate_errors(self.url), self._connection(self.engine) as connection, connection.begin():
             yield connection
 
     @contextmanager
-    def reading(self) -> Iterator[sql.Connection]:
+    def read_transaction(self) -> Iterator[sql.Connection]:
         """A transaction that only reads, and waits for no writer."""
-        with translated(self.url), self._connection(self._reading_engine) as connection, connection.begin():
+        with translate_errors(self.url), self._connection(self._reading_engine) as connection, connection.begin():
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[sql.Connection]:
+    def fenced_transaction(self) -> Iterator[sql.Connection]:
         """A transaction that only the lease's holder may commit.
 
         If the commit of the previous one was not answered, this one must be its repetition: it is rolled back if the
         previous one turns out to be committed.
         """
-        with translated(self.url), self._connection(self.engine) as connection, connection.begin() as transaction:
+        with translate_errors(self.url), self._connection(self.engine) as connection, connection.begin() as transaction:
             if self.fence is not None:
                 self.fence(connection)
-            was_committed = self._doubtful is not None and mark(connection) == self._doubtful
+            was_committed = self._unconfirmed_mark is not None and commit_mark(connection) == self._unconfirmed_mark
             for work in self._deferred:
                 work(connection)
             yield connection
@@ -167,64 +167,65 @@ class Database(Closing):
                 transaction.rollback()
             elif self.postgresql:
                 token = secrets.token_hex(16)
-                put_meta(connection, MARK, token)
-                self._doubtful = token
+                put_meta(connection, COMMIT_ROW, token)
+                self._unconfirmed_mark = token
                 transaction.commit()
-        self._doubtful = None
+        self._unconfirmed_mark = None
         self._deferred.clear()
 
     def defer(self, work: Callable[[sql.Connection], None]) -> None:
-        """Run `work` at the beginning of the next transaction of `writing`, and again if that one is repeated."""
+        """Run `work` at the beginning of the next transaction of `fenced_transaction`, and again if that one is
+        repeated."""
         self._deferred.append(work)
 
     def flush(self) -> None:
         """Run deferred work in a transaction of its own, if no other transaction has run it."""
 
         def write() -> None:
-            with self.writing():
+            with self.fenced_transaction():
                 pass
 
         if self._deferred:
-            self.patiently(write)
+            self.retry_while_away(write)
 
     def read(self, work: Callable[[sql.Connection], _Result]) -> _Result:
-        """The result of one transaction that only reads. It is repeated as by `patiently`."""
+        """The result of one transaction that only reads. It is repeated as by `retry_while_away`."""
 
         def run() -> _Result:
-            with self.reading() as connection:
+            with self.read_transaction() as connection:
                 return work(connection)
 
-        return self.patiently(run)
+        return self.retry_while_away(run)
 
-    def patiently(self, work: Callable[[], _Result]) -> _Result:
-        """Repeat one transaction until the database can be reached, for `patience_s` at most, and no other process
+    def retry_while_away(self, work: Callable[[], _Result]) -> _Result:
+        """Repeat one transaction until the database can be reached, for `max_away_s` at most, and no other process
         holds a lock that it needs. `work` must change nothing in memory before its transaction is committed.
         """
         deadline = None
         try:
             while True:
                 try:
-                    result = self.when_free(work)
+                    result = self.retry_while_locked(work)
                     break
                 except LostConnectionError as error:
                     now = time.monotonic()
                     if deadline is None:
-                        deadline = now + self.patience_s
-                        log.warning("waiting up to %.0f s for the database: %s", self.patience_s, error.what)
+                        deadline = now + self.max_away_s
+                        log.warning("waiting up to %.0f s for the database: %s", self.max_away_s, error.what)
                     if now >= deadline:
                         raise LostConnectionError(
-                            f"{error.what}; it was away for {self.patience_s:.0f} s", hint=error.hint
+                            f"{error.what}; it was away for {self.max_away_s:.0f} s", hint=error.hint
                         ) from error
                     call_wait_hook(error.what)
                     time.sleep(_PAUSE_S)
         except BaseException:
-            self._doubtful = None  # the next transaction will be another one, not a repetition
+            self._unconfirmed_mark = None  # the next transaction will be another one, not a repetition
             raise
         if deadline is not None:
             log.info("the database is back")
         return result
 
-    def when_free(self, work: Callable[[], _Result]) -> _Result:
+    def retry_while_locked(self, work: Callable[[], _Result]) -> _Result:
         """Repeat one transaction without end until no other session of PostgreSQL holds a lock that it needs. For
         SQLite's only lock the transaction itself waits at its beginning.
         """
@@ -233,17 +234,17 @@ class Database(Closing):
             try:
                 result = work()
             except DatabaseLockedError:  # noqa: PERF203 - each turn waits anyway
-                wait.note()
+                wait.note_failure()
             else:
-                wait.done()
+                wait.note_success()
                 return result
 
     def _lock_holders(self) -> list[str]:
         """PostgreSQL's sessions that have been in a transaction for longer than ours has waited for a lock."""
         if not self.postgresql:
             return []
-        with suppress(StorageError), self.reading() as connection:
-            sessions = connection.execute(sql.text(_SESSIONS), {"seconds": LOCK_TIMEOUT_S})
+        with suppress(StorageError), self.read_transaction() as connection:
+            sessions = connection.execute(sql.text(_LOCK_HOLDERS_QUERY), {"seconds": LOCK_TIMEOUT_S})
             return [str(text) for text in sessions.scalars()]
         return []
 
@@ -253,13 +254,13 @@ class Database(Closing):
             connection = engine.connect()
         except sql.exc.OperationalError as error:
             if self.postgresql:
-                raise _lost(self.url, error) from error
+                raise _lost_error(self.url, error) from error
             raise
         with connection:
             yield connection
 
 
-def check_url(url: str) -> sql.URL:
+def parse_database_url(url: str) -> sql.URL:
     """Parse a database's URL. Raises `ConfigError` and `MissingExtraError` as `Database`."""
     expected = "postgresql+psycopg://user@host/name or sqlite:////path"
     try:
@@ -271,7 +272,7 @@ def check_url(url: str) -> sql.URL:
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ConfigError(("server", "database"), expected=expected, got=parsed.drivername + "://...")
     if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise ConfigError(("server", "database"), expected=expected, got=shown(parsed))
+        raise ConfigError(("server", "database"), expected=expected, got=hide_passwords(parsed))
     if parsed.drivername != "sqlite":
         try:
             import psycopg  # noqa: F401
@@ -280,7 +281,7 @@ def check_url(url: str) -> sql.URL:
     return parsed
 
 
-def shown(url: sql.URL) -> str:
+def hide_passwords(url: sql.URL) -> str:
     """A URL with its passwords replaced, for messages."""
     query = {k: "***" if "password" in k else v for k, v in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
@@ -290,41 +291,41 @@ def copy_sqlite(source: Path, target: Path) -> None:
     """Copy a SQLite database that may be in use. The copy is complete and on the disk, or missing, and only its owner
     can read it. Raises `StorageError` if a file can't be read or written.
     """
-    with appearing(target, private=True) as partial, translated(str(source)):
+    with atomic_write(target, private=True) as partial, translate_errors(str(source)):
         _copy_pages(source, partial)
 
 
 def _copy_pages(source: Path, target: Path) -> None:
     with (
-        closing(sqlite3.connect(reading_uri(source), uri=True, timeout=SQLITE_RETRY_S)) as reader,
+        closing(sqlite3.connect(read_only_uri(source), uri=True, timeout=SQLITE_RETRY_S)) as reader,
         closing(sqlite3.connect(target)) as writer,
     ):
         reader.backup(writer)
         writer.execute("PRAGMA journal_mode=DELETE")  # one file, without a log
 
 
-def mark(connection: sql.Connection) -> str | None:
+def commit_mark(connection: sql.Connection) -> str | None:
     """The mark of the last committed transaction; waits for a transaction under way."""
-    query = sql.select(META.c.value).where(META.c.key == MARK).with_for_update()
+    query = sql.select(META.c.value).where(META.c.key == COMMIT_ROW).with_for_update()
     value = connection.execute(query).scalar()
     return None if value is None else str(value)
 
 
 @contextmanager
-def translated(url: str) -> Iterator[None]:
+def translate_errors(url: str) -> Iterator[None]:
     """Turn errors of SQLAlchemy and SQLite into this project's own errors, whose messages name the database."""
     try:
         yield
     except (sql.exc.SQLAlchemyError, sqlite3.Error) as error:
         if getattr(error, "connection_invalidated", False):
-            raise _lost(url, error) from error
+            raise _lost_error(url, error) from error
         message = _first_line(error)
         if is_locked(error):
             raise DatabaseLockedError(
                 f"{url} is locked by another process",
                 hint="Wait until that process is done, continue it if it is stopped, or end it; nothing is lost.",
             ) from error
-        if any(phrase in message.lower() for phrase in _FULL):
+        if any(phrase in message.lower() for phrase in _FULL_MESSAGES):
             raise StorageFullError(
                 f"no room left for {url.removeprefix('sqlite:///')}",
                 hint="Make room on the disk and start the server again; nothing is lost.",
@@ -341,7 +342,7 @@ def is_locked(error: BaseException) -> bool:
     return is_sqlite_locked(cause) or getattr(cause, "sqlstate", None) == _LOCK_NOT_AVAILABLE
 
 
-def _lost(url: str, error: Exception) -> LostConnectionError:
+def _lost_error(url: str, error: Exception) -> LostConnectionError:
     return LostConnectionError(
         f"can't reach {url}: {_first_line(error)}",
         hint="Is the database running, and the URL right? Start the server again once it is there; nothing is lost.",
@@ -353,8 +354,8 @@ def _first_line(error: Exception) -> str:
     return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
-def _postgresql(url: sql.URL, *, read_only: bool) -> sql.Engine:
-    options = {k: v for k, v in _POSTGRESQL.items() if k not in url.query}
+def _postgresql_engine(url: sql.URL, *, read_only: bool) -> sql.Engine:
+    options = {k: v for k, v in _CONNECT_OPTIONS.items() if k not in url.query}
     engine = sql.create_engine(url, connect_args=options, pool_pre_ping=True)
     if read_only:
         engine = engine.execution_options(postgresql_readonly=True)
@@ -371,24 +372,24 @@ def _tune_postgresql(connection: Any, record: object) -> None:
             "idle_in_transaction_session_timeout": f"{TRANSACTION_IDLE_S}s",
             "lock_timeout": f"{1000 * LOCK_TIMEOUT_S:.0f}ms",
         }
-        for name, value in (_POSTGRESQL_SESSION | limits).items():
+        for name, value in (_SESSION_SETTINGS | limits).items():
             cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
     connection.commit()
 
 
-def _read_only(url: sql.URL) -> sql.Engine:
+def _read_only_engine(url: sql.URL) -> sql.Engine:
     path = Path(url.database or "")
 
     def connect() -> sqlite3.Connection:
-        uri = reading_uri(path)
+        uri = read_only_uri(path)
         return sqlite3.connect(uri, uri=True, timeout=SQLITE_RETRY_S, check_same_thread=False, isolation_level=None)
 
-    engine = sql.create_engine(url, creator=connect).execution_options(**{_READS: True})
+    engine = sql.create_engine(url, creator=connect).execution_options(**{_READS_OPTION: True})
     sql.event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def reading_uri(path: Path) -> str:
+def read_only_uri(path: Path) -> str:
     """The URI for reading a file, also on a read-only disk. Raises `StorageError` if the latest changes can't be read
     there.
     """
@@ -420,15 +421,15 @@ def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:
     connection.execute(f"PRAGMA busy_timeout={int(SQLITE_RETRY_S * 1000)}")
     # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
     for line in ("journal_mode=WAL", "synchronous=FULL"):
-        execute_when_free(connection, f"PRAGMA {line}")
+        execute_unlocked(connection, f"PRAGMA {line}")
 
 
 def _begin_sqlite(connection: sql.Connection) -> None:
     opened: Any = connection.connection.dbapi_connection
-    if connection.get_execution_options().get(_READS):
+    if connection.get_execution_options().get(_READS_OPTION):
         # The first statement that reads takes the snapshot. Later ones of the transaction need no lock.
-        execute_when_free(opened, "BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
+        execute_unlocked(opened, "BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
     else:
         # With the write lock at once: a transaction that asks for it later is refused if another one has written
         # meanwhile.
-        execute_when_free(opened, "BEGIN IMMEDIATE")
+        execute_unlocked(opened, "BEGIN IMMEDIATE")

@@ -7,10 +7,10 @@ from typing import Any
 
 from fedprune.coordination import State
 from fedprune.jobs.packed_json import PackedJson
-from fedprune.jobs.state import PUT_AWAY
+from fedprune.jobs.state import EVICTED_ATTRIBUTES
 
 # Number of absent devices that stay in memory, those that left last: most devices that come back do so soon.
-KEPT = 1000
+MAX_AWAY_IN_MEMORY = 1000
 
 
 class DevicesAway:
@@ -23,11 +23,13 @@ class DevicesAway:
     """
 
     def __init__(self, read: Callable[[str], Mapping[str, Any]]) -> None:
-        self._read = read
-        self._whole: dict[str, None] = {}  # absent devices that are complete in memory, the longest absent first
-        self._spared: list[str] = []  # others, which were active when their turn came
+        self._read_row = read
+        self._away_in_memory: dict[
+            str, None
+        ] = {}  # absent devices that are complete in memory, the longest absent first
+        self._away_but_active: list[str] = []  # others, which were active when their turn came
 
-    def saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:
+    def on_saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:
         """Put away devices that are not active, after the state was saved.
 
         Args:
@@ -36,24 +38,24 @@ class DevicesAway:
         """
         state.devices.fetch = self._fetch
         if round_over:
-            self._whole = dict.fromkeys([*self._spared, *self._whole])
-            self._spared = []
+            self._away_in_memory = dict.fromkeys([*self._away_but_active, *self._away_in_memory])
+            self._away_but_active = []
         for name in changed_names:
-            self._whole.pop(name, None)
+            self._away_in_memory.pop(name, None)
             if (device := state.devices.get(name)) is not None and not device.online:
-                self._whole[name] = None
+                self._away_in_memory[name] = None
         latest_devices = state.history[-1]["devices"] if state.history else {}
-        while len(self._whole) > KEPT:
-            name = next(iter(self._whole))
-            del self._whole[name]
+        while len(self._away_in_memory) > MAX_AWAY_IN_MEMORY:
+            name = next(iter(self._away_in_memory))
+            del self._away_in_memory[name]
             device = state.devices.get(name)
             if name in state.tasks or name in latest_devices:
-                self._spared.append(name)
+                self._away_but_active.append(name)
             elif device is not None and not device.online:
-                device.put_away(PUT_AWAY)
+                device.evict(EVICTED_ATTRIBUTES)
 
     def _fetch(self, name: str) -> dict[str, Any]:
         """The dropped fields of a device, from its saved row."""
-        row = self._read(name)
-        self._whole[name] = None
-        return {key: None if row[key] is None else PackedJson(row[key]) for key in PUT_AWAY}
+        row = self._read_row(name)
+        self._away_in_memory[name] = None
+        return {key: None if row[key] is None else PackedJson(row[key]) for key in EVICTED_ATTRIBUTES}

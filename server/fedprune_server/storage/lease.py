@@ -24,22 +24,22 @@ import sqlalchemy as sql
 
 from fedprune.core.errors import BusyError, StorageError
 from fedprune_server.storage.database import Database, DatabaseLockedError, LostConnectionError
-from fedprune_server.storage.state_folder import kept, url_of
-from fedprune_server.storage.tables import META, meta, put_meta
+from fedprune_server.storage.state_folder import database_url, stored_url
+from fedprune_server.storage.tables import META, put_meta, read_meta
 
 log = logging.getLogger("fedprune.server")
 
-ROW = "lease"
+LEASE_ROW = "lease"
 
 # Row of `meta`: a random id of a PostgreSQL database, which no copy of it in another database has.
-DATABASE_ID = "database-id"
+DATABASE_ID_ROW = "database-id"
 
 # Seconds of a lease, in which a living server renews it five times: a dead server is replaced in little more.
-LASTS_S = 15.0
-RENEWED_S = 3.0
+LEASE_S = 15.0
+RENEWAL_INTERVAL_S = 3.0
 
 # Minimum seconds between two queries of `trouble`, which a readiness probe may call often.
-_LOOK_S = 1.0
+_CHECK_INTERVAL_S = 1.0
 
 
 class LeaseLostError(StorageError):
@@ -47,7 +47,7 @@ class LeaseLostError(StorageError):
 
 
 @dataclass(frozen=True)
-class _Row:
+class _LeaseRow:
     holder: str = ""
     token: int = 0
     expires: float | None = 0.0
@@ -68,13 +68,13 @@ class Lease:
         self.shared: str | None = None
         self._url, self._database = url, Database(url)
         self._reader: Database | None = None
-        self._looked: tuple[float, str] | None = None
-        self._looking = threading.Lock()
-        self._holder = _holder_at(folder)
+        self._last_check: tuple[float, str] | None = None
+        self._check_lock = threading.Lock()
+        self._holder = _holder_name(folder)
         self._token: int | None = None
-        self._gone = False
-        self._seen: _Row | None = None
-        self._ended = False
+        self._is_lost = False
+        self._last_row: _LeaseRow | None = None
+        self._last_row_expired = False
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -87,52 +87,52 @@ class Lease:
         if not self._database.postgresql:  # the folder's lock, which the caller has, decides instead
             return
         logged_holder = ""
-        while not self._database.patiently(lambda: not self._exists() or self._try()):
-            holder = self._seen.holder if self._seen else ""
-            if not standby and not self._ended:
-                raise self._busy()
+        while not self._database.retry_while_away(lambda: not self._has_table() or self._try_take()):
+            holder = self._last_row.holder if self._last_row else ""
+            if not standby and not self._last_row_expired:
+                raise self._busy_error()
             if standby and holder != logged_holder:
                 log.info("standing by: %s has the job", holder.rpartition(":")[0])
                 logged_holder = holder
-            time.sleep(RENEWED_S + 1)
+            time.sleep(RENEWAL_INTERVAL_S + 1)
         if logged_holder:
             log.warning("taking over from %s", logged_holder.rpartition(":")[0])
 
     def take(self) -> None:
         """Take the lease of an existing database, unless `wait` has. Raises `BusyError` if another server holds it."""
-        if self._token is None and not self._database.patiently(self._try):
-            raise self._busy()
+        if self._token is None and not self._database.retry_while_away(self._try_take):
+            raise self._busy_error()
         if self._database.postgresql:
-            self.shared = self._database.patiently(self._database_id)
+            self.shared = self._database.retry_while_away(self._database_id)
             self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
             self._thread.start()
 
     def check(self, connection: sql.Connection) -> None:
         """Raise `LeaseLostError`, within a transaction that is about to write, if another server has taken over."""
-        if _read(connection, share_lock=True).token != self._token:
-            self._gone = True
-            raise self._error()
+        if _read_row(connection, share_lock=True).token != self._token:
+            self._is_lost = True
+            raise self._lost_error()
 
     def confirm(self) -> None:
         """Raise `LeaseLostError` if another server was found to have taken over."""
-        if self._gone:
-            raise self._error()
+        if self._is_lost:
+            raise self._lost_error()
 
     def trouble(self) -> str:
         """The reason for which this server can't write to its database; empty if it can. May be called often and from
         any thread: it locks nothing in the database, and queries it once a second at most."""
-        with self._looking:
+        with self._check_lock:
             now = time.monotonic()
-            if self._looked is None or now - self._looked[0] >= _LOOK_S:
-                self._looked = now, self._look()
-            return self._looked[1]
+            if self._last_check is None or now - self._last_check[0] >= _CHECK_INTERVAL_S:
+                self._last_check = now, self._check_trouble()
+            return self._last_check[1]
 
-    def _look(self) -> str:
+    def _check_trouble(self) -> str:
         try:
             if self._reader is None:
                 self._reader = Database(self._url, read_only=True)
-            with self._reader.reading() as connection:
-                is_lost = self._gone or _read(connection, lock=False).token != self._token
+            with self._reader.read_transaction() as connection:
+                is_lost = self._is_lost or _read_row(connection, lock=False).token != self._token
         except StorageError as error:
             return str(error)
         return "another server has taken the job over" if is_lost else ""
@@ -143,50 +143,50 @@ class Lease:
             self._thread.join()
         with suppress(StorageError):  # a lease that can't be given back ends by itself
             # SQLite's lease needn't be given back, and this would wait for a lock that another process may hold.
-            if self._token is not None and not self._gone and self._database.postgresql:
+            if self._token is not None and not self._is_lost and self._database.postgresql:
                 with self._database.transaction() as connection:
-                    row = _read(connection)
+                    row = _read_row(connection)
                     if row.token == self._token:
-                        _write(connection, _Row(row.holder, row.token, 0.0))
+                        _write_row(connection, _LeaseRow(row.holder, row.token, 0.0))
         self._database.close()
-        with self._looking:
+        with self._check_lock:
             if self._reader is not None:
                 self._reader.close()
 
     def _database_id(self) -> str:
         with self._database.transaction() as connection:
             self.check(connection)
-            database_id = meta(connection, DATABASE_ID)
+            database_id = read_meta(connection, DATABASE_ID_ROW)
             if database_id is None:
                 database_id = secrets.token_hex(16)
-                put_meta(connection, DATABASE_ID, database_id)
+                put_meta(connection, DATABASE_ID_ROW, database_id)
         return database_id
 
-    def _exists(self) -> bool:
-        with self._database.reading() as connection:
+    def _has_table(self) -> bool:
+        with self._database.read_transaction() as connection:
             return sql.inspect(connection).has_table("meta")
 
-    def _try(self) -> bool:
+    def _try_take(self) -> bool:
         """Take the lease if it was given back, has expired, or was held from this folder, whose lock this server has.
 
         A lease counts as expired when two queries find it unchanged and expired, with enough time for a renewal in
         between: the database may have been away from all servers, or its clock been set.
         """
         with self._database.transaction() as connection:
-            row, now = _read(connection), _clock(connection)
+            row, now = _read_row(connection), _database_time(connection)
             has_expired = row.expires is not None and row.expires <= now
             is_free = row.token == 0 or row.expires == 0 or row.holder == self._holder or not self._database.postgresql
-            if is_free or (has_expired and row == self._seen):
-                expires = now + LASTS_S if self._database.postgresql else None
-                _write(connection, _Row(self._holder, row.token + 1, expires))
+            if is_free or (has_expired and row == self._last_row):
+                expires = now + LEASE_S if self._database.postgresql else None
+                _write_row(connection, _LeaseRow(self._holder, row.token + 1, expires))
                 self._token = row.token + 1
                 return True
-            self._seen, self._ended = row, has_expired
+            self._last_row, self._last_row_expired = row, has_expired
         return False
 
     def _renew(self) -> None:
         """Renew the lease until the end, and stop the server if another one has it."""
-        while not self._closed.wait(RENEWED_S):
+        while not self._closed.wait(RENEWAL_INTERVAL_S):
             try:
                 self._renew_once()
             # The server's transactions decide for how long the database may be away.
@@ -194,26 +194,26 @@ class Lease:
                 continue
             except StorageError as error:
                 log.error("%s", error)
-                if self._gone:
+                if self._is_lost:
                     self._stopping.set()
                     return
 
     def _renew_once(self) -> None:
         with self._database.transaction() as connection:
-            row = _read(connection)
+            row = _read_row(connection)
             if row.token != self._token:
-                self._gone = True
-                raise self._error()
-            _write(connection, _Row(row.holder, row.token, _clock(connection) + LASTS_S))
+                self._is_lost = True
+                raise self._lost_error()
+            _write_row(connection, _LeaseRow(row.holder, row.token, _database_time(connection) + LEASE_S))
 
-    def _busy(self) -> BusyError:
-        holder = self._seen.holder.rpartition(":")[0] if self._seen else "another server"
+    def _busy_error(self) -> BusyError:
+        holder = self._last_row.holder.rpartition(":")[0] if self._last_row else "another server"
         return BusyError(
             f"{holder} has the job of {self._database.url}",
             hint="Stop it; or start this one with --standby, which takes over when that one ends.",
         )
 
-    def _error(self) -> LeaseLostError:
+    def _lost_error(self) -> LeaseLostError:
         return LeaseLostError(
             f"another server has taken the job of {self._database.url} over",
             hint="This one was away for too long. Nothing is lost; start it again with --standby.",
@@ -226,40 +226,40 @@ def leader_elsewhere(folder: Path) -> str:
     Only servers that share a PostgreSQL database have a folder each. Raises `StorageError` if the database can't be
     read.
     """
-    url = url_of(folder)
-    if kept(folder) is None:
+    url = database_url(folder)
+    if stored_url(folder) is None:
         return ""
     with Database(url, read_only=True) as database:
         if not database.postgresql:
             return ""
-        with database.reading() as connection:
-            row, now = _read(connection, lock=False), _clock(connection)
+        with database.read_transaction() as connection:
+            row, now = _read_row(connection, lock=False), _database_time(connection)
     is_alive = row.expires is not None and row.expires > now
-    return row.holder.rpartition(":")[0] if is_alive and row.holder != _holder_at(folder) else ""
+    return row.holder.rpartition(":")[0] if is_alive and row.holder != _holder_name(folder) else ""
 
 
-def _holder_at(folder: Path) -> str:
+def _holder_name(folder: Path) -> str:
     return f"{socket.gethostname()}:{folder.resolve()}:{folder.stat().st_ino}"
 
 
-_LOOK = sql.select(META.c.value).where(META.c.key == ROW)
+_SELECT_LEASE = sql.select(META.c.value).where(META.c.key == LEASE_ROW)
 # Whoever writes the lease locks its row against all others; transactions that only compare the token share it.
-_HOLD, _SHARE = _LOOK.with_for_update(), _LOOK.with_for_update(read=True)
+_SELECT_LOCKED, _SELECT_SHARED = _SELECT_LEASE.with_for_update(), _SELECT_LEASE.with_for_update(read=True)
 
 
-def _read(connection: sql.Connection, *, share_lock: bool = False, lock: bool = True) -> _Row:
-    text = connection.execute((_SHARE if share_lock else _HOLD) if lock else _LOOK).scalar()
+def _read_row(connection: sql.Connection, *, share_lock: bool = False, lock: bool = True) -> _LeaseRow:
+    text = connection.execute((_SELECT_SHARED if share_lock else _SELECT_LOCKED) if lock else _SELECT_LEASE).scalar()
     try:
-        return _Row() if text is None else _Row(**json.loads(text))
+        return _LeaseRow() if text is None else _LeaseRow(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise StorageError("the database's lease is damaged", hint="Delete the row `lease` of `meta`.") from error
 
 
-def _write(connection: sql.Connection, row: _Row) -> None:
-    put_meta(connection, ROW, json.dumps(vars(row)))
+def _write_row(connection: sql.Connection, row: _LeaseRow) -> None:
+    put_meta(connection, LEASE_ROW, json.dumps(vars(row)))
 
 
-def _clock(connection: sql.Connection) -> float:
+def _database_time(connection: sql.Connection) -> float:
     """Seconds since 1970 by the database's clock, the same for all servers."""
     if connection.dialect.name == "sqlite":
         return time.time()

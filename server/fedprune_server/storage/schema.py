@@ -5,12 +5,12 @@ from __future__ import annotations
 import sqlalchemy as sql
 
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.tables import META, TABLES, meta, put_meta
+from fedprune_server.storage.tables import META, TABLES, put_meta, read_meta
 
 FORMAT = "fedprune.database/2"
 
 # Row of `meta` with the format of the tables.
-_ROW = "format"
+_FORMAT_ROW = "format"
 
 
 def has_tables(connection: sql.Connection, url: str) -> bool:
@@ -19,7 +19,7 @@ def has_tables(connection: sql.Connection, url: str) -> bool:
     """
     if not sql.inspect(connection).has_table(META.name):
         return False
-    stored_format = meta(connection, _ROW)
+    stored_format = read_meta(connection, _FORMAT_ROW)
     if stored_format != FORMAT:
         raise StorageError(
             f"{url} is of another version",
@@ -33,4 +33,4 @@ def has_tables(connection: sql.Connection, url: str) -> bool:
 def make_tables(connection: sql.Connection) -> None:
     """Make the tables of an empty database, in the transaction of the caller."""
     TABLES.create_all(connection, checkfirst=False)  # tables of that name are another program's
-    put_meta(connection, _ROW, FORMAT)
+    put_meta(connection, _FORMAT_ROW, FORMAT)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BusyError, StorageError, StorageFullError
 from fedprune.core.lock_wait import LockWait, file_lock_holders
@@ -27,10 +27,10 @@ FILE_BUSY_TIMEOUT_S = 10.0
 # written in a later turn, or sent again.
 LOOP_BUSY_TIMEOUT_S = 0.2
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.02, 0.1
 
 
-class SqliteFile(Closing):
+class SqliteFile(Closeable):
     """A SQLite file that only its owner can read, created if it doesn't exist.
 
     Its methods raise `StorageError` if it is damaged, or the disk fails or is full.
@@ -60,14 +60,14 @@ class SqliteFile(Closing):
             self.connection = _connect(path, "rw", busy_timeout_s)
             try:
                 if wal:
-                    execute_when_free(self.connection, "PRAGMA journal_mode=WAL")
-                execute_when_free(self.connection, "PRAGMA synchronous=FULL")
-                stored_version = execute_when_free(self.connection, "PRAGMA user_version")[0]
+                    execute_unlocked(self.connection, "PRAGMA journal_mode=WAL")
+                execute_unlocked(self.connection, "PRAGMA synchronous=FULL")
+                stored_version = execute_unlocked(self.connection, "PRAGMA user_version")[0]
                 if stored_version not in (0, version):
                     raise StorageError(f"{path} is of another version", expected=version, got=stored_version, hint=hint)
                 if not stored_version:
                     script = f"BEGIN IMMEDIATE; {tables}; PRAGMA user_version={version}; COMMIT"
-                    _when_free(self.connection, lambda: self.connection.executescript(script))
+                    _retry_while_locked(self.connection, lambda: self.connection.executescript(script))
             except BaseException:
                 self.connection.close()
                 raise
@@ -111,7 +111,7 @@ def sqlite_errors(path: Path, hint: str) -> Iterator[None]:
         raise StorageError(f"{path}: {error}", hint=hint) from error
 
 
-class ReaderPool(Closing):
+class ReaderPool(Closeable):
     """Connections of one database that only read, so that no thread waits for another one's query.
 
     There are as many as there have been queries at a time.
@@ -163,7 +163,7 @@ def is_sqlite_locked(error: BaseException) -> bool:
     return isinstance(error, sqlite3.Error) and "is locked" in str(error)  # "database", "database table" or "schema"
 
 
-def execute_when_free(connection: sqlite3.Connection, *statements: str) -> tuple[Any, ...]:
+def execute_unlocked(connection: sqlite3.Connection, *statements: str) -> tuple[Any, ...]:
     """Execute statements that need a lock, repeatedly until no other process holds it; returns the first row of the
     last statement."""
 
@@ -171,10 +171,10 @@ def execute_when_free(connection: sqlite3.Connection, *statements: str) -> tuple
         rows = [connection.execute(statement).fetchone() for statement in statements]
         return rows[-1] or ()
 
-    return _when_free(connection, execute)
+    return _retry_while_locked(connection, execute)
 
 
-def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _Result:
+def _retry_while_locked(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _Result:
     """Repeat work that needs a lock, until no other process holds it."""
     wait: LockWait | None = None
     pause_s = _FIRST_PAUSE_S
@@ -189,12 +189,12 @@ def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _
             if wait is None:
                 path = Path(connection.execute("PRAGMA database_list").fetchone()[2])
                 wait = LockWait(str(path), partial(sqlite_lock_holders, path))
-            wait.note()
+            wait.note_failure()
             time.sleep(pause_s)  # SQLite itself doesn't wait where that could be a deadlock
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
         else:
             if wait is not None:
-                wait.done()
+                wait.note_success()
             return result
 
 

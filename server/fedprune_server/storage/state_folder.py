@@ -15,40 +15,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.database import check_url
+from fedprune_server.storage.database import parse_database_url
 
-FILE = "server.db"
+DATABASE_FILE = "server.db"
 
 # The model that the job began with.
-MODEL = "model.onnx"
+MODEL_FILE = "model.onnx"
 
 # Holds a URL, perhaps with a password: only its owner may read it.
-PLACE = "database"
+URL_FILE = "database"
 
-_LONGEST = 4096
+_MAX_URL_LENGTH = 4096
 
 
-def url_of(folder: Path, configured: str | None = None) -> str:
+def database_url(folder: Path, configured: str | None = None) -> str:
     """The URL of a folder's database, which need not exist yet; `chosen`, from the configuration, takes precedence.
     Raises `ConfigError` if it is no URL that can be used.
     """
-    url = configured or kept(folder)
+    url = configured or stored_url(folder)
     if url is None:
-        return f"sqlite:///{folder.resolve() / FILE}"
-    return check_url(url).render_as_string(hide_password=False)
+        return f"sqlite:///{folder.resolve() / DATABASE_FILE}"
+    return parse_database_url(url).render_as_string(hide_password=False)
 
 
 def has_database(folder: Path) -> bool:
     """Whether a server has used a folder, or a command has begun its database."""
-    return (folder / FILE).is_file() or (folder / PLACE).is_file()
+    return (folder / DATABASE_FILE).is_file() or (folder / URL_FILE).is_file()
 
 
-def kept(folder: Path) -> str | None:
+def stored_url(folder: Path) -> str | None:
     """The URL that `keep` stored, or None. Raises `StorageError` if it can't be read, or is damaged."""
-    path = folder / PLACE
+    path = folder / URL_FILE
     with storage_errors(f"can't read {path}", missing=True):
         try:
             raw = path.read_bytes()
@@ -58,25 +58,25 @@ def kept(folder: Path) -> str | None:
         url = raw.decode().strip()
     except UnicodeDecodeError:
         url = ""
-    if not url or len(url) > _LONGEST or not url.isprintable():
+    if not url or len(url) > _MAX_URL_LENGTH or not url.isprintable():
         raise StorageError(f"{path} is damaged", expected="a database's URL", hint="Write it, or give --database.")
     return url
 
 
-def keep(folder: Path, url: str) -> None:
+def store_url(folder: Path, url: str) -> None:
     """Store the database's URL for the next start and for commands on the folder."""
-    if url != f"sqlite:///{folder.resolve() / FILE}" and kept(folder) != url:
-        write_whole(folder / PLACE, f"{url}\n".encode(), private=True)
+    if url != f"sqlite:///{folder.resolve() / DATABASE_FILE}" and stored_url(folder) != url:
+        write_atomically(folder / URL_FILE, f"{url}\n".encode(), private=True)
 
 
-FOLDER = "jobs"
+JOBS_FOLDER = "jobs"
 
 
-def folders(state: Path) -> list[Path]:
+def job_folders(state: Path) -> list[Path]:
     """Folders of a server's further jobs (`jobs/NAME` in its state folder), by name. Raises `StorageError` if they
     can't be read.
     """
-    root = state / FOLDER
+    root = state / JOBS_FOLDER
     with storage_errors(f"can't read {root}"):
         subfolders = [p for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
     return sorted(p for p in subfolders if p.is_dir())
@@ -85,11 +85,11 @@ def folders(state: Path) -> list[Path]:
 log = logging.getLogger("fedprune.server")
 
 # The file that the server on the folder locks; its content is a random identifier of the run.
-LOCK = "lock"
+LOCK_FILE = "lock"
 
 _RUN_BYTES = 16
 
-_PATIENCE_S = 3.0
+_LOCK_PATIENCE_S = 3.0
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
     """Lock a state folder against other servers. Raises `StorageError` if one runs on it, unless this one stands by:
     then it waits.
     """
-    descriptor = _taken(path, standby=standby)
+    descriptor = _take_lock(path, standby=standby)
     try:
         with suppress(OSError):  # a disk without room for these bytes doesn't keep `check` from making some
             write_all(descriptor, secrets.token_hex(_RUN_BYTES // 2).encode())
@@ -109,16 +109,16 @@ def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
 def run_id(folder: Path) -> str:
     """The identifier of the run that holds a folder's lock, or did so last; empty if there was none."""
     try:
-        return (folder / LOCK).read_bytes()[:_RUN_BYTES].decode(errors="replace")
+        return (folder / LOCK_FILE).read_bytes()[:_RUN_BYTES].decode(errors="replace")
     except OSError:
         return ""
 
 
-def _taken(path: Path, *, standby: bool) -> int:
+def _take_lock(path: Path, *, standby: bool) -> int:
     """Lock the folder's file; returns its descriptor, which holds the lock until it is closed."""
     with storage_errors(f"can't use state folder {path}"):
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + (math.inf if standby else _PATIENCE_S)
+        descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + (math.inf if standby else _LOCK_PATIENCE_S)
     has_logged = False
     try:
         while True:

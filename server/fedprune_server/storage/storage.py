@@ -20,17 +20,17 @@ import sqlalchemy as sql
 
 from fedprune.coordination import State
 from fedprune.coordination.events import Event
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import StorageError, looked_for
+from fedprune.core.errors import StorageError, search_location
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.state import Device, Task
-from fedprune.security.private_file import give_to_owner_of
+from fedprune.jobs.state import DeviceTask, JobDevice
+from fedprune.security.private_file import share_owner
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.storage.database import MARK, Database
+from fedprune_server.storage.database import COMMIT_ROW, Database
 from fedprune_server.storage.devices_away import DevicesAway
 from fedprune_server.storage.schema import has_tables, make_tables
-from fedprune_server.storage.state_folder import FILE, PLACE, has_database, url_of
+from fedprune_server.storage.state_folder import DATABASE_FILE, URL_FILE, database_url, has_database
 from fedprune_server.storage.tables import (
     DEVICES,
     EVENTS,
@@ -39,25 +39,25 @@ from fedprune_server.storage.tables import (
     TASKS,
     DeviceRows,
     TrackedTable,
-    decoded,
-    encoded,
-    meta,
+    finished_round_row,
+    json_column,
     participant_rows,
     put_meta,
-    round_row,
+    read_json_column,
+    read_meta,
     task_row,
 )
 
 # Minimum number of events that the log keeps. Older ones are deleted from time to time: a job's log would otherwise
 # fill the disk.
-LOGGED_EVENTS = 50_000
+MIN_LOGGED_EVENTS = 50_000
 
 # Events that come with a message of their device, by which its last message can be dated after a restart.
-_FROM_DEVICES = ("DeviceBorn", "UpdateAnnounced", "UpdateStored", "OfferRefused")
-_PRUNE_EVERY, _PAGE = 500, 1000
+_DEVICE_EVENTS = ("DeviceBorn", "UpdateAnnounced", "UpdateStored", "OfferRefused")
+_PRUNE_INTERVAL, _PAGE_ROWS = 500, 1000
 _INSERT_EVENT = EVENTS.insert()
-_DEVICE = sql.select(DEVICES.c.body).where(DEVICES.c.name == sql.bindparam("name"))
-_COUNT = (
+_SELECT_DEVICE = sql.select(DEVICES.c.body).where(DEVICES.c.name == sql.bindparam("name"))
+_UPDATE_TRAFFIC = (
     DEVICES.update()
     .where(DEVICES.c.name == sql.bindparam("_name"))
     .values(bytes_down=sql.bindparam("_down"), bytes_up=sql.bindparam("_up"))
@@ -65,12 +65,12 @@ _COUNT = (
 
 
 class EventLog:
-    """The event log of a job's database, which keeps at least its latest `least` events."""
+    """The event log of a job's database, which keeps at least its latest `min_events` events."""
 
-    def __init__(self, database: Database, least: int = LOGGED_EVENTS) -> None:
-        self._least = least
+    def __init__(self, database: Database, min_events: int = MIN_LOGGED_EVENTS) -> None:
+        self._min_events = min_events
         self._database = database
-        self._number: int | None = None
+        self._last_number: int | None = None
 
     def write(self, connection: sql.Connection, events: Sequence[Event], now: float) -> None:
         """Add events that happened at `now`, in seconds since 1970, within the caller's transaction."""
@@ -86,37 +86,39 @@ class EventLog:
             return
         connection.execute(_INSERT_EVENT, rows)
         # Counted here, so that the database is queried for the last number only once, and when rows are to be deleted.
-        interval = min(_PRUNE_EVERY, self._least)
-        number = self._last(connection) if self._number is None else self._number + len(rows)
+        interval = min(_PRUNE_INTERVAL, self._min_events)
+        number = self._read_last_number(connection) if self._last_number is None else self._last_number + len(rows)
         if number // interval > (number - len(rows)) // interval:
-            number = self._last(connection)
-            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % interval - self._least))
-        self._number = number
+            number = self._read_last_number(connection)
+            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % interval - self._min_events))
+        self._last_number = number
 
-    def _last(self, connection: sql.Connection) -> int:
+    def _read_last_number(self, connection: sql.Connection) -> int:
         return int(connection.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar() or 0)
 
     def events(self) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
         """Number, time, type and body of all events, in order."""
-        query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE)
+        query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE_ROWS)
         rows: Sequence[Any] = [(0,)]
         while rows:  # page by page: a long job's log is more than memory should hold
-            with self._database.reading() as connection:
+            with self._database.read_transaction() as connection:
                 rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
-            yield from ((number, at, kind, decoded(body, self._database.url)) for number, at, kind, body in rows)
+            yield from (
+                (number, at, kind, read_json_column(body, self._database.url)) for number, at, kind, body in rows
+            )
 
     def last_at(self) -> float | None:
         """Time of the last event, in seconds since 1970; None without events."""
-        with self._database.reading() as connection:
+        with self._database.read_transaction() as connection:
             last_time = connection.execute(sql.select(EVENTS.c.at).order_by(EVENTS.c.number.desc()).limit(1)).scalar()
         return None if last_time is None else float(last_time)
 
-    def heard(self) -> tuple[float | None, dict[str, float]]:
+    def last_message_times(self) -> tuple[float | None, dict[str, float]]:
         """Times of the last event and, as far as events show, of each device's last message, in seconds since 1970."""
         last_time, device_times = None, dict[str, float]()
         for _, at, kind, body in self.events():
             last_time = at
-            if kind in _FROM_DEVICES and isinstance(body.get("device"), str):
+            if kind in _DEVICE_EVENTS and isinstance(body.get("device"), str):
                 device_times[body["device"]] = at
             # A will comes from the broker, later than the device's last message, whose time it carries.
             elif kind == "DeviceDied" and body.get("heard_at") is not None:
@@ -128,7 +130,7 @@ class EventLog:
 log = logging.getLogger("fedprune.server")
 
 # Maximum number of devices' parts in finished rounds that a running server keeps in memory; all are in the database.
-PARTS_KEPT = 10_000
+MAX_PARTS_IN_MEMORY = 10_000
 
 # Payload bytes by device: to it and from it.
 Traffic = Mapping[str, tuple[int, int]]
@@ -140,19 +142,19 @@ _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
 
 
-def _patient(
+def _retry_while_away(
     method: Callable[Concatenate[Storage, _P], _Result],
 ) -> Callable[Concatenate[Storage, _P], _Result]:
     """Decorate a method of one transaction: it is repeated while the database is away or locked."""
 
     @wraps(method)
     def call(self: Storage, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
-        return self.database.patiently(lambda: method(self, *args, **kwargs))
+        return self.database.retry_while_away(lambda: method(self, *args, **kwargs))
 
     return call
 
 
-class Storage(Closing):
+class Storage(Closeable):
     """A job's database.
 
     Args:
@@ -168,58 +170,58 @@ class Storage(Closing):
         StorageFullError: There is no room for it.
     """
 
-    def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
+    def __init__(self, url: str, *, create: bool = True, logged: int = MIN_LOGGED_EVENTS) -> None:
         self._saved: State | None = None
         self._saved_state = ""
         self._saved_rounds = 0
-        self._devices = TrackedTable[Device](DEVICES, DeviceRows().row)
-        self._tasks = TrackedTable[Task](TASKS, task_row)
-        self._away = DevicesAway(self._device)
-        self._saved_outsiders: dict[str, Any] = {}
-        self.database = _open(url, create=create, check=True)
+        self._devices = TrackedTable[JobDevice](DEVICES, DeviceRows().row)
+        self._tasks = TrackedTable[DeviceTask](TASKS, task_row)
+        self._devices_away = DevicesAway(self._read_device)
+        self._saved_unplanned: dict[str, Any] = {}
+        self.database = _open_tables(url, create=create, check=True)
         self.url = str(self.database.file or self.database.url)
         self.log = EventLog(self.database, logged)
 
     @classmethod
-    def at(cls, folder: Path, database: str | None = None) -> Storage:
+    def open_in(cls, folder: Path, database: str | None = None) -> Storage:
         """Open the database of a state folder, or the given one; it is created if it doesn't exist.
 
         Only its owner may read it, because the broker's address in it may hold a password.
         """
-        return cls(_private(folder, database))
+        return cls(_private_url(folder, database))
 
     @classmethod
-    def existing(cls, folder: Path) -> Storage:
+    def open_existing(cls, folder: Path) -> Storage:
         """Open the database of a state folder that a server has used, for reading. Raises `StorageError` if it is
         missing or this user may not read it, and as the constructor.
         """
         cls.check_existing(folder)
-        storage = cls(url_of(folder), create=False)
+        storage = cls(database_url(folder), create=False)
         if storage.settings() is None:  # commands may have begun the database before the server
             storage.close()
             raise StorageError(f"{storage.url} holds no job yet", hint="Has a server been started on it?")
         return storage
 
     @classmethod
-    def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
+    def read_settings(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
         """Read the settings of a state folder's job; None if there are none. Raises `StorageError` if its database is
         damaged or of another version.
         """
-        url = url_of(folder, database)
-        if url == _sqlite(folder) and not (folder / FILE).is_file():
+        url = database_url(folder, database)
+        if url == _sqlite_url(folder) and not (folder / DATABASE_FILE).is_file():
             return None
-        with Database(url, read_only=True) as opened, opened.reading() as connection:
+        with Database(url, read_only=True) as opened, opened.read_transaction() as connection:
             if not has_tables(connection, opened.url):
                 return None
-            text = meta(connection, "settings")
-        return None if text is None else dict(decoded(text, opened.url))
+            text = read_meta(connection, "settings")
+        return None if text is None else dict(read_json_column(text, opened.url))
 
     @staticmethod
     def check_existing(folder: Path) -> None:
         """Check that a server has used a folder. Raises `StorageError` if none has, if the folder is a device's, or if
         this user may not read it.
         """
-        path = folder / (PLACE if (folder / PLACE).is_file() else FILE)
+        path = folder / (URL_FILE if (folder / URL_FILE).is_file() else DATABASE_FILE)
         with storage_errors(f"can't read {path}"):
             is_used = has_database(folder)
         if not is_used:
@@ -232,8 +234,8 @@ class Storage(Closing):
         if not is_used:
             raise StorageError(
                 f"{folder} is no server's state folder",
-                expected=f"a file {FILE} in it",
-                hint=f"Give the folder that `fedprune-server run --state` used.{looked_for(folder)}",
+                expected=f"a file {DATABASE_FILE} in it",
+                hint=f"Give the folder that `fedprune-server run --state` used.{search_location(folder)}",
             )
         if not os.access(path, os.R_OK, effective_ids=True):
             raise StorageError(
@@ -246,35 +248,35 @@ class Storage(Closing):
 
     def settings(self) -> dict[str, Any] | None:
         """The job's settings, or None."""
-        with self.database.reading() as connection:
-            text = meta(connection, "settings")
-        return None if text is None else dict(decoded(text, self.url))
+        with self.database.read_transaction() as connection:
+            text = read_meta(connection, "settings")
+        return None if text is None else dict(read_json_column(text, self.url))
 
-    @_patient
+    @_retry_while_away
     def put_settings(self, body: Mapping[str, Any]) -> None:
         """Store the job's settings, so that a server can continue from the folder alone."""
-        with self.database.writing() as connection:
-            put_meta(connection, "settings", encoded(body))
+        with self.database.fenced_transaction() as connection:
+            put_meta(connection, "settings", json_column(body))
 
-    def outsiders(self) -> dict[str, dict[str, Any]]:
+    def unplanned_devices(self) -> dict[str, dict[str, Any]]:
         """Devices that couldn't be planned for, with the reasons, by name."""
-        with self.database.reading() as connection:
-            text = meta(connection, "outsiders")
-        outsiders = decoded(text or "{}", self.url)
-        self._saved_outsiders = outsiders
+        with self.database.read_transaction() as connection:
+            text = read_meta(connection, "outsiders")
+        outsiders = read_json_column(text or "{}", self.url)
+        self._saved_unplanned = outsiders
         return {str(name): dict(body) for name, body in outsiders.items()}
 
-    @_patient
-    def put_outsiders(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
+    @_retry_while_away
+    def put_unplanned_devices(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
         """Store the devices that can't be planned for, with the reasons, if they have changed."""
-        if devices == self._saved_outsiders:
+        if devices == self._saved_unplanned:
             return
         body = {name: dict(device) for name, device in devices.items()}
-        with self.database.writing() as connection:
-            put_meta(connection, "outsiders", encoded(body))
-        self._saved_outsiders = body
+        with self.database.fenced_transaction() as connection:
+            put_meta(connection, "outsiders", json_column(body))
+        self._saved_unplanned = body
 
-    @_patient
+    @_retry_while_away
     def save(self, state: State, events: Sequence[Event], now: float, traffic: Traffic | None = None) -> bool:
         """Make events and the state after them durable, all or nothing; returns whether anything was written.
 
@@ -290,17 +292,17 @@ class Storage(Closing):
         # Devices, tasks and finished rounds have tables of their own, so that an event doesn't rewrite all of them.
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
         is_unknown = state is not self._saved
-        devices, tasks = self._differing(state) if is_unknown else self._changed(state)
+        devices, tasks = self._differing_rows(state) if is_unknown else self._changed_rows(state)
         new_rounds = state.history[self._saved_rounds :]
         has_changed = body != self._saved_state or bool(devices or tasks or new_rounds)
         if has_changed:
-            with self.database.writing() as connection:
+            with self.database.fenced_transaction() as connection:
                 if body != self._saved_state:
                     put_meta(connection, "state", body)
                 self.log.write(connection, events, now)
                 self._devices.write(connection, devices)
                 self._tasks.write(connection, tasks)
-                self._count(
+                self._write_traffic(
                     connection, {name: counts for name, counts in (traffic or {}).items() if name in state.devices}
                 )
                 if new_rounds:
@@ -308,41 +310,42 @@ class Storage(Closing):
                         connection.execute(
                             table.delete().where(table.c.round.in_([summary["round"] for summary in new_rounds]))
                         )
-                    connection.execute(ROUNDS.insert(), [round_row(summary) for summary in new_rounds])
+                    connection.execute(ROUNDS.insert(), [finished_round_row(summary) for summary in new_rounds])
                     if participants := [row for summary in new_rounds for row in participant_rows(summary)]:
                         connection.execute(PARTICIPANTS.insert(), participants)
-        self._devices.written(state.devices, devices)
-        self._tasks.written(state.tasks, tasks)
+        self._devices.note_written(state.devices, devices)
+        self._tasks.note_written(state.tasks, tasks)
         changed = state.devices.keys() if is_unknown else state.devices.changed
-        self._away.saved(state, changed, round_over=is_unknown or bool(new_rounds))
+        self._devices_away.on_saved(state, changed, round_over=is_unknown or bool(new_rounds))
         self._saved, self._saved_state, self._saved_rounds = state, body, len(state.history)
-        state.settle()
+        state.mark_saved()
         return has_changed
 
-    def _changed(self, state: State) -> tuple[Rows, Rows]:
-        return self._devices.changed(state.devices), self._tasks.changed(state.tasks)
+    def _changed_rows(self, state: State) -> tuple[Rows, Rows]:
+        return self._devices.changed_rows(state.devices), self._tasks.changed_rows(state.tasks)
 
-    def _differing(self, state: State) -> tuple[Rows, Rows]:
-        with self.database.reading() as connection:
+    def _differing_rows(self, state: State) -> tuple[Rows, Rows]:
+        with self.database.read_transaction() as connection:
             devices, tasks = self._devices.hashes(connection), self._tasks.hashes(connection)
-        return self._devices.differing(state.devices, devices), self._tasks.differing(state.tasks, tasks)
+        return self._devices.differing_rows(state.devices, devices), self._tasks.differing_rows(state.tasks, tasks)
 
-    def _count(self, connection: sql.Connection, traffic: Traffic) -> None:
+    def _write_traffic(self, connection: sql.Connection, traffic: Traffic) -> None:
         if traffic:
             connection.execute(
-                _COUNT, [{"_name": name, "_down": down, "_up": up} for name, (down, up) in traffic.items()]
+                _UPDATE_TRAFFIC, [{"_name": name, "_down": down, "_up": up} for name, (down, up) in traffic.items()]
             )
 
     def load(self) -> State | None:
         """The last saved state, or None for a new database.
 
-        It has the results of all finished rounds, but devices only of the latest rounds, up to `PARTS_KEPT` parts.
+        It has the results of all finished rounds, but devices only of the latest rounds, up to `MAX_PARTS_IN_MEMORY`
+        parts.
         """
-        with self.database.reading() as connection:
-            state_text = meta(connection, "state")
+        with self.database.read_transaction() as connection:
+            state_text = read_meta(connection, "state")
             if state_text is None:
                 return None
-            history = self._history(connection, PARTS_KEPT)
+            history = self._history(connection, MAX_PARTS_IN_MEMORY)
             with (
                 closing(self._devices.load(connection, self.url)) as devices,
                 closing(self._tasks.load(connection, self.url)) as tasks,
@@ -354,34 +357,37 @@ class Storage(Closing):
 
     def rounds(self) -> list[dict[str, Any]]:
         """Summaries of the finished rounds, in order, as the coordinator wrote them."""
-        with self.database.reading() as connection:
+        with self.database.read_transaction() as connection:
             return self._history(connection)
 
     def incomplete_rounds(self) -> list[int]:
         """Rounds with fewer or more rows of participants than there were participants, as in a damaged database."""
         counts = sql.select(PARTICIPANTS.c.round, sql.func.count().label("n")).group_by(PARTICIPANTS.c.round).subquery()
         query = sql.select(ROUNDS.c.round).outerjoin(counts, counts.c.round == ROUNDS.c.round)
-        with self.database.reading() as connection:
+        with self.database.read_transaction() as connection:
             rows = connection.execute(query.where(ROUNDS.c.participants != sql.func.coalesce(counts.c.n, 0)))
             return [int(row.round) for row in rows]
 
     def devices(self) -> list[dict[str, Any]]:
         """The devices' rows by name, with `widths` and `plan` decoded."""
-        with self.database.reading() as connection:
+        with self.database.read_transaction() as connection:
             columns = [c for c in DEVICES.c if c.name != "body"]
             rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(DEVICES.c.name)).mappings()]
         for row in rows:
-            row["widths"], row["plan"] = decoded(row["widths"], self.url), decoded(row["plan"], self.url)
+            row["widths"], row["plan"] = (
+                read_json_column(row["widths"], self.url),
+                read_json_column(row["plan"], self.url),
+            )
         return rows
 
-    @_patient
-    def _device(self, name: str) -> dict[str, Any]:
+    @_retry_while_away
+    def _read_device(self, name: str) -> dict[str, Any]:
         """A device's saved row."""
-        with self.database.reading() as connection:
-            text = connection.execute(_DEVICE, {"name": name}).scalar()
+        with self.database.read_transaction() as connection:
+            text = connection.execute(_SELECT_DEVICE, {"name": name}).scalar()
         if text is None:
             raise StorageError(f"{self.url}: the row of device {name} is gone", hint="Restore the server's backup.")
-        return dict(decoded(text, self.url))
+        return dict(read_json_column(text, self.url))
 
     def traffic(self) -> dict[str, tuple[int, int]]:
         return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
@@ -392,7 +398,7 @@ class Storage(Closing):
         first_with_devices = None
         query = sql.select(ROUNDS.c.round, ROUNDS.c.summary, ROUNDS.c.participants).order_by(ROUNDS.c.round.desc())
         for number, summary_text, count in connection.execute(query):
-            summaries[number] = {**decoded(summary_text, self.url), "devices": {}}
+            summaries[number] = {**read_json_column(summary_text, self.url), "devices": {}}
             if max_parts is not None:
                 max_parts -= count
             if max_parts is None or max_parts >= 0:
@@ -401,59 +407,61 @@ class Storage(Closing):
             rows = sql.select(PARTICIPANTS).where(PARTICIPANTS.c.round >= first_with_devices)
             for number, device, body in connection.execute(rows.order_by(PARTICIPANTS.c.round, PARTICIPANTS.c.device)):
                 if number in summaries:
-                    summaries[number]["devices"][device] = decoded(body, self.url)
+                    summaries[number]["devices"][device] = read_json_column(body, self.url)
         return list(summaries.values())[::-1]
 
 
-def _sqlite(folder: Path) -> str:
-    return f"sqlite:///{folder.resolve() / FILE}"
+def _sqlite_url(folder: Path) -> str:
+    return f"sqlite:///{folder.resolve() / DATABASE_FILE}"
 
 
-def _private(folder: Path, database: str | None) -> str:
+def _private_url(folder: Path, database: str | None) -> str:
     """The URL of a folder's database. A file in the folder is created so that its owner alone can read it."""
-    url, path = url_of(folder, database), folder / FILE
-    if url == _sqlite(folder):
+    url, path = database_url(folder, database), folder / DATABASE_FILE
+    if url == _sqlite_url(folder):
         with storage_errors(f"can't write {path}"):
             try:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 # A claim that root makes before the server's first start must not lock the server out.
-                give_to_owner_of(path, folder)
+                share_owner(path, folder)
             except FileExistsError:
                 if path.stat().st_mode & 0o077:
                     path.chmod(0o600)
     return url
 
 
-def database_of(folder: Path, database: str | None = None, *, read_only: bool = False) -> Database:
+def open_database(folder: Path, database: str | None = None, *, read_only: bool = False) -> Database:
     """Open the database of a state folder, for tables that don't belong to a job.
 
     Its tables are made if it is empty, unless it is only read. Raises `StorageError` if it is damaged, of another
     version or can't be opened.
     """
-    return _open(url_of(folder, database) if read_only else _private(folder, database), create=not read_only)
+    return _open_tables(
+        database_url(folder, database) if read_only else _private_url(folder, database), create=not read_only
+    )
 
 
-def _open(url: str, *, create: bool, check: bool = False) -> Database:
+def _open_tables(url: str, *, create: bool, check: bool = False) -> Database:
     """Open a database, make its tables if it is empty (`create`), and check it for damage (`check`). Raises
     `StorageError`."""
     database = Database(url, read_only=not create)
     name = str(database.file or database.url)
     try:
-        with database.reading() as connection:
+        with database.read_transaction() as connection:
             if check and not database.postgresql:
                 check_result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
                 if check_result != "ok":
                     raise StorageError(f"{name} is damaged ({check_result})", hint="Restore the server's backup.")
             has_format = has_tables(connection, name)
         if not has_format:
-            _begin(database, create=create)
+            _make_missing_tables(database, create=create)
     except BaseException:
         database.close()
         raise
     return database
 
 
-def _begin(database: Database, *, create: bool) -> None:
+def _make_missing_tables(database: Database, *, create: bool) -> None:
     """Make the tables of an empty database. Raises `StorageError` without `create`."""
     if not create:
         raise StorageError(f"{database.url} holds no job yet", hint="Has a server been started on it?")
@@ -464,6 +472,6 @@ def _begin(database: Database, *, create: bool) -> None:
                 return
             make_tables(connection)
             if database.postgresql:
-                put_meta(connection, MARK, "")
+                put_meta(connection, COMMIT_ROW, "")
 
-    database.when_free(begin)
+    database.retry_while_locked(begin)

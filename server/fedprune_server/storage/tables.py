@@ -13,13 +13,13 @@ from sqlalchemy.dialects import sqlite
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.packed_json import PackedJson
-from fedprune.jobs.state import Device, Task
+from fedprune.jobs.state import DeviceTask, JobDevice
 
 # Maximum number of profiles whose text is cached: a fleet has few kinds of boards.
-_PROFILES = 256
+_MAX_PROFILE_TEXTS = 256
 
 # Rows that are read at a time: a large fleet's table is more than memory should hold.
-_PAGE = 1000
+_PAGE_ROWS = 1000
 
 TABLES = sql.MetaData()
 META = sql.Table(
@@ -163,58 +163,61 @@ class DeviceRows:
     their texts are not encoded again for each row."""
 
     def __init__(self) -> None:
-        self._profiles: dict[int, tuple[Mapping[str, Any], str]] = {}
+        self._profile_texts: dict[int, tuple[Mapping[str, Any], str]] = {}
 
-    def row(self, name: str, device: Device) -> dict[str, Any]:
+    def row(self, name: str, device: JobDevice) -> dict[str, Any]:
         quick_fields = {
             key: getattr(device, key) for key in device.__match_args__ if key not in ("profile", "probe", "plan")
         }
-        plan, probe = _packed(device.plan), _packed(device.probe)
-        slow_fields = f'"plan":{plan},"probe":{probe},"profile":{self._profile(device.profile)}'
+        plan, probe = _json_text(device.plan), _json_text(device.probe)
+        slow_fields = f'"plan":{plan},"probe":{probe},"profile":{self._profile_text(device.profile)}'
         return {
             "name": name,
             "online": device.online,
             "profile": str(device.profile.get("name", "")),
             "samples": device.samples,
-            "widths": encoded(list(device.widths)),
+            "widths": json_column(list(device.widths)),
             "plan": plan,
             "excluded": device.excluded,
-            "body": f"{encoded(quick_fields)[:-1]},{slow_fields}}}",
+            "body": f"{json_column(quick_fields)[:-1]},{slow_fields}}}",
         }
 
-    def _profile(self, body: Mapping[str, Any]) -> str:
+    def _profile_text(self, body: Mapping[str, Any]) -> str:
         """A profile as text, which is cached by the object's id, because boards of one kind share the object."""
-        cached = self._profiles.get(id(body))
+        cached = self._profile_texts.get(id(body))
         if cached is None:
-            if len(self._profiles) >= _PROFILES:
-                self._profiles.clear()
-            cached = self._profiles[id(body)] = body, encoded(body)  # holds the object, so that its id stays its own
+            if len(self._profile_texts) >= _MAX_PROFILE_TEXTS:
+                self._profile_texts.clear()
+            cached = self._profile_texts[id(body)] = (
+                body,
+                json_column(body),
+            )  # holds the object, so that its id stays its own
         return cached[1]
 
 
-def _packed(body: Mapping[str, Any] | None) -> str:
-    return body.text if isinstance(body, PackedJson) else encoded(body)
+def _json_text(body: Mapping[str, Any] | None) -> str:
+    return body.text if isinstance(body, PackedJson) else json_column(body)
 
 
-def task_row(name: str, task: Task) -> dict[str, Any]:
-    return {"name": name, "body": encoded(task.to_dict())}
+def task_row(name: str, task: DeviceTask) -> dict[str, Any]:
+    return {"name": name, "body": json_column(task.to_dict())}
 
 
-def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+def finished_round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A finished round's row, from the coordinator's summary, without its participants."""
     return {
         "round": summary["round"],
         "at": summary["at"],
         "model": summary["model"],
-        "metrics": encoded(summary["metrics"]),
-        "summary": encoded({key: value for key, value in summary.items() if key != "devices"}),
+        "metrics": json_column(summary["metrics"]),
+        "summary": json_column({key: value for key, value in summary.items() if key != "devices"}),
         "participants": len(summary["devices"]),
     }
 
 
 def participant_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     outcomes = summary["devices"].items()
-    return [{"round": summary["round"], "device": name, "body": encoded(outcome)} for name, outcome in outcomes]
+    return [{"round": summary["round"], "device": name, "body": json_column(outcome)} for name, outcome in outcomes]
 
 
 def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -248,12 +251,12 @@ def _upsert(dialect: str, table: sql.Table, columns: tuple[str, ...]) -> sql.Ins
     return statement
 
 
-_META = sql.select(META.c.value).where(META.c.key == sql.bindparam("name"))
+_SELECT_META = sql.select(META.c.value).where(META.c.key == sql.bindparam("name"))
 
 
-def meta(connection: sql.Connection, key: str) -> str | None:
+def read_meta(connection: sql.Connection, key: str) -> str | None:
     """A value of the table `meta`."""
-    value = connection.execute(_META, {"name": key}).scalar()
+    value = connection.execute(_SELECT_META, {"name": key}).scalar()
     return None if value is None else str(value)
 
 
@@ -261,13 +264,13 @@ def put_meta(connection: sql.Connection, key: str, value: str) -> None:
     upsert(connection, META, [{"key": key, "value": value}])
 
 
-def encoded(value: object) -> str:
+def json_column(value: object) -> str:
     """Canonical JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def decoded(text: str, url: str) -> Any:
-    """Read what `encoded` wrote. Raises `StorageError`, which names the database, if it is damaged."""
+def read_json_column(text: str, url: str) -> Any:
+    """Read what `json_column` wrote. Raises `StorageError`, which names the database, if it is damaged."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -289,9 +292,9 @@ class TrackedTable(Generic[E]):
         """Names and bodies of all rows, one by one: all of them may be more than memory should hold."""
         with self._rows(connection) as rows:
             for name, body in rows:
-                yield name, decoded(body, url)
+                yield name, read_json_column(body, url)
 
-    def changed(self, entries: TrackedDict[E]) -> dict[str, Row | None]:
+    def changed_rows(self, entries: TrackedDict[E]) -> dict[str, Row | None]:
         """Rows of changed entries that differ from the saved ones; None for rows to delete."""
         rows: dict[str, Row | None] = {}
         for name in entries.changed:
@@ -306,7 +309,7 @@ class TrackedTable(Generic[E]):
         with self._rows(connection) as rows:
             return {name: hash(body) for name, body in rows}
 
-    def differing(self, entries: TrackedDict[E], stored_hashes: Mapping[str, int]) -> dict[str, Row | None]:
+    def differing_rows(self, entries: TrackedDict[E], stored_hashes: Mapping[str, int]) -> dict[str, Row | None]:
         """Rows of all entries that differ from the table, whose `hashes` are given; None for rows to delete."""
         rows: dict[str, Row | None] = dict.fromkeys(stored_hashes.keys() - entries.keys())
         for name, entry in entries.items():
@@ -317,13 +320,13 @@ class TrackedTable(Generic[E]):
         return rows
 
     def write(self, connection: sql.Connection, rows: Mapping[str, Row | None]) -> None:
-        """Write rows that `changed` or `differing` returned."""
+        """Write rows that `changed_rows` or `differing_rows` returned."""
         upsert(connection, self._table, [row for row in rows.values() if row is not None])
         deleted_names = [{"gone": name} for name, row in rows.items() if row is None]
         if deleted_names:
             connection.execute(self._table.delete().where(self._table.c.name == sql.bindparam("gone")), deleted_names)
 
-    def written(self, entries: TrackedDict[E], rows: Mapping[str, Row | None]) -> None:
+    def note_written(self, entries: TrackedDict[E], rows: Mapping[str, Row | None]) -> None:
         """Note that the rows are committed."""
         for name, row in rows.items():
             if row is not None:
@@ -331,4 +334,4 @@ class TrackedTable(Generic[E]):
 
     def _rows(self, connection: sql.Connection) -> sql.CursorResult[str, str]:
         columns = self._table.c
-        return connection.execute(sql.select(columns.name, columns.body).execution_options(yield_per=_PAGE))
+        return connection.execute(sql.select(columns.name, columns.body).execution_options(yield_per=_PAGE_ROWS))

@@ -40,11 +40,11 @@ class Tracker(ABC):
     """One run in one tracker. A constructor imports the library; no other method is called before `open`.
 
     Attributes:
-        place: The form of a destination, as in `mlflow:ADDRESS`.
+        destination_form: The form of a destination, as in `mlflow:ADDRESS`.
         takes_folder: Whether a destination is a folder.
     """
 
-    place: ClassVar[str]
+    destination_form: ClassVar[str]
     takes_folder: ClassVar[bool] = False
 
     @abstractmethod

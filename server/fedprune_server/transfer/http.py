@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedprune.core.errors import IdentityError
-from fedprune.security.tls import insecure_allowed
+from fedprune.security.tls import check_local_host
 from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.server_config import HTTPS, S3, WebSettings
-from fedprune_server.enrollment.host_names import addresses_of, names_of
+from fedprune_server.enrollment.host_names import listener_names, own_addresses
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import S3Uploads
@@ -68,34 +68,34 @@ def web_blobs(
         StorageError: The disk fails or is full.
     """
     uploads: Callable[[BucketSync], UploadPlace] = S3Uploads if config.uploads == S3 else NO_BLOBS.uploads
-    listen_address = config.web_place
+    listen_address = config.web_address
     if listen_address is None:
-        yield WebBlobs(config.blobs_at, None, uploads)
+        yield WebBlobs(config.public_blob_url, None, uploads)
         return
     from fedprune_server.transfer.http_server import BlobServer  # uvicorn takes a moment to import
 
     host, port = listen_address
     context = None
     if identity is None:
-        insecure_allowed(host, "server.serve_blobs")
+        check_local_host(host, "server.serve_blobs")
     else:
-        configured_hosts = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
-        context = _contexts(identity, identity.web(sorted({*names_of(host), *configured_hosts})))
+        configured_hosts = () if config.public_blob_url is None else (BlobUrl.parse(config.public_blob_url).host,)
+        context = _context_factory(identity, identity.web_files(sorted({*listener_names(host), *configured_hosts})))
         context()  # a damaged file ends the start, not the first board's connection
     with BlobServer(host, port, context) as server:
-        url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
+        url = config.public_blob_url or str(BlobUrl.parse(_own_url(host, server.port, tls=identity is not None)))
         log.info("blobs are given out on %s:%d, and boards are told that they are at %s", host, server.port, url)
         if config.uploads == HTTPS:
             log.info("boards upload updates there, too")
 
             def uploads(sync: BucketSync) -> UploadPlace:
-                return HttpUploads(sync.near, url, wake)
+                return HttpUploads(sync.local_store, url, wake)
 
         yield WebBlobs(url, server, uploads)
         log.info("the web server gave out %d bytes of blobs, and took in %d updates", server.sent, server.received)
 
 
-def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
+def _context_factory(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
     """A function that returns TLS for the next connection, with the list of revoked certificates as it is then.
 
     Args:
@@ -110,7 +110,7 @@ def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Calla
             file_stat = crl.stat()
             state = (file_stat.st_ino, file_stat.st_mtime_ns)
             if not cached or cached[0][0] != state:
-                cached[:] = [(state, _context(certificate, key, authority, crl))]
+                cached[:] = [(state, _server_context(certificate, key, authority, crl))]
         except OSError as error:
             raise IdentityError(f"can't use the certificate {certificate} ({error})") from error
         return cached[0][1]
@@ -118,7 +118,7 @@ def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Calla
     return context
 
 
-def _context(certificate: Path, key: Path, authority: Path, crl: Path) -> ssl.SSLContext:
+def _server_context(certificate: Path, key: Path, authority: Path, crl: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     # No resumption: a resumed session shows no certificate, so that a revocation in between would go unnoticed.
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -131,11 +131,11 @@ def _context(certificate: Path, key: Path, authority: Path, crl: Path) -> ssl.SS
     return context
 
 
-def _url(host: str, port: int, *, tls: bool) -> str:
+def _own_url(host: str, port: int, *, tls: bool) -> str:
     """The address at which boards reach a port of this machine, as far as it can tell."""
     if host in ("0.0.0.0", "::"):  # noqa: S104  # nosec B104  # compared with, not listened on
         name = socket.gethostname()
-        addresses = sorted(a for a in addresses_of(name) if not a.startswith("127."))
+        addresses = sorted(a for a in own_addresses(name) if not a.startswith("127."))
         host = addresses[0] if addresses else name.lower()
     url_host = f"[{host}]" if ":" in host else host
     return f"{'https' if tls else 'http'}://{url_host}:{port}"

@@ -25,44 +25,44 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedprune.blobs.blob_ref import LEAF, table_file
+from fedprune.blobs.blob_ref import LEAF_BYTES, table_file
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
 from fedprune.security.tls import peer_name
-from fedprune.wire.transfer import LEAST_BYTES_PER_S
-from fedprune_server.transfer.web_uploads import Awaited, Client, HttpUploads, ServedJob
+from fedprune.wire.transfer import MIN_BYTES_PER_S
+from fedprune_server.transfer.web_uploads import AwaitedUpload, HttpUploads, ServedJob, WebClient
 
 log = logging.getLogger("fedprune.server")
 
 # Maximum number of connections, to which the number of concurrent uploads is added.
-CONNECTIONS = 64
+BASE_CONNECTIONS = 64
 
 # Maximum number of connections, uploads included: each takes two of a process's 1024 file descriptors.
-MOST_CONNECTIONS = 512
+MAX_CONNECTIONS = 512
 
-HEAD_BYTES = 8192
+MAX_HEAD_BYTES = 8192
 
 # Seconds in which the handshake and the first request must come.
-FIRST_S = 15.0
+FIRST_REQUEST_TIMEOUT_S = 15.0
 
 # Seconds in which a further request must come: between two requests a board may be writing to its disk.
-NEXT_S = 60.0
+NEXT_REQUEST_TIMEOUT_S = 60.0
 
 # Seconds in which a board must receive a piece of a file.
-PIECE_S = 60.0
+SEND_TIMEOUT_S = 60.0
 
 # Seconds in which a leaf of an upload must come.
-UPLOAD_PIECE_S = 30.0
+UPLOAD_LEAF_TIMEOUT_S = 30.0
 
 # Seconds between two checks for slow clients; a server that ends waits as long for them.
 _POLL_S = 0.1
 
-_PIECE = 8 * LEAF
+_PIECE_BYTES = 8 * LEAF_BYTES
 
 # The only kind of range that boards ask for. A request for another kind gets the whole file, as HTTP allows.
-_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
+_RANGE_PATTERN = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
-_NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
+_BLOB_PATH_PATTERN = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
 
 
 class _Listener(socket.socket):
@@ -74,8 +74,8 @@ class _Listener(socket.socket):
 
     def __init__(self, host: str, port: int, max_clients: Callable[[], int]) -> None:
         super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        self.clients: dict[int, Client] = {}  # by file descriptor
-        self._most = max_clients
+        self.clients: dict[int, WebClient] = {}  # by file descriptor
+        self._max_clients = max_clients
         try:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.bind((host, port))
@@ -89,13 +89,15 @@ class _Listener(socket.socket):
         """Accept a client; beyond the limit, cut off the client that has been idle for longest."""
         connection, address = super().accept()
         self.clients = {number: client for number, client in self.clients.items() if not client.closed}
-        if len(self.clients) >= self._most():
-            idle_clients = [(client.until, number) for number, client in self.clients.items() if client.waits]
+        if len(self.clients) >= self._max_clients():
+            idle_clients = [
+                (client.deadline, number) for number, client in self.clients.items() if client.awaits_request
+            ]
             if not idle_clients:
                 connection.close()
                 raise BlockingIOError("no connection is free")  # which asyncio's loop ignores: it goes on listening
             self.clients.pop(min(idle_clients)[1]).cut()
-        self.clients[connection.fileno()] = Client(connection, FIRST_S)
+        self.clients[connection.fileno()] = WebClient(connection, FIRST_REQUEST_TIMEOUT_S)
         return connection, address
 
 
@@ -105,7 +107,7 @@ class _BlobResponse(Response):
 
     def __init__(self, blob: memoryview, range_header: str) -> None:
         size, status, headers = len(blob), HTTPStatus.OK, {"accept-ranges": "bytes"}
-        if byte_range := _RANGE.fullmatch(range_header):
+        if byte_range := _RANGE_PATTERN.fullmatch(range_header):
             blob = blob[int(byte_range[1]) : int(byte_range[2] or size) + 1]
             status = HTTPStatus.PARTIAL_CONTENT if blob else HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
             sent_range = f"{byte_range[1]}-{int(byte_range[1]) + len(blob) - 1}" if blob else "*"
@@ -115,8 +117,10 @@ class _BlobResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for start in range(0, len(self._blob) if scope["method"] == "GET" else 0, _PIECE):
-            await send({"type": "http.response.body", "body": self._blob[start : start + _PIECE], "more_body": True})
+        for start in range(0, len(self._blob) if scope["method"] == "GET" else 0, _PIECE_BYTES):
+            await send(
+                {"type": "http.response.body", "body": self._blob[start : start + _PIECE_BYTES], "more_body": True}
+            )
         await send({"type": "http.response.body"})
 
 
@@ -142,18 +146,18 @@ class BlobServer:
         host: str,
         port: int,
         context: Callable[[], ssl.SSLContext] | None,
-        connections: int = CONNECTIONS,
+        connections: int = BASE_CONNECTIONS,
     ) -> None:
         self.jobs: Sequence[ServedJob] = ()
         self.sent = self.received = 0
         self._listener = _Listener(
-            host, port, lambda: min(connections + sum(job.connections for job in self.jobs), MOST_CONNECTIONS)
+            host, port, lambda: min(connections + sum(job.connections for job in self.jobs), MAX_CONNECTIONS)
         )
         self.port = int(self._listener.getsockname()[1])
         config = uvicorn.Config(
             self._answer,
             interface="asgi3",
-            http=_protocol(self._listener),
+            http=_protocol_class(self._listener),
             ws="none",
             lifespan="off",
             loop="asyncio",
@@ -162,12 +166,12 @@ class BlobServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=int(NEXT_S),
+            timeout_keep_alive=int(NEXT_REQUEST_TIMEOUT_S),
             timeout_graceful_shutdown=1,
-            h11_max_incomplete_event_size=HEAD_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         config.load()
-        config.ssl = None if context is None else _renewed(context)
+        config.ssl = None if context is None else _renewing_context(context)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="fedprune-blobs", daemon=True)
         self._thread.start()
@@ -184,42 +188,44 @@ class BlobServer:
         self._thread.join()
 
     async def _serve(self) -> None:
-        sweep_task = asyncio.create_task(self._sweep())
+        sweep_task = asyncio.create_task(self._cut_slow_clients())
         await self._server.serve(sockets=[self._listener])
         sweep_task.cancel()
 
-    async def _sweep(self) -> None:
+    async def _cut_slow_clients(self) -> None:
         """Cut off clients that are too slow, and all of them at the end."""
         while True:
             now = float("inf") if self._server.should_exit else time.monotonic()
             for client in self._listener.clients.values():
-                if client.until < now:
+                if client.deadline < now:
                     client.cut()
             await asyncio.sleep(_POLL_S)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; uvicorn calls this as its application."""
-        client: Client = scope["state"]["client"]
-        client.expect(PIECE_S)
+        client: WebClient = scope["state"]["client"]
+        client.expect(SEND_TIMEOUT_S)
         serving_job: ServedJob | None = None
 
         async def send_counted(message: Message) -> None:
-            client.expect(PIECE_S)
+            client.expect(SEND_TIMEOUT_S)
             await send(message)
             if serving_job is not None:
                 size = len(message.get("body", b""))
                 self.sent += size
-                serving_job.count(client.device, size)
+                serving_job.count_sent(client.device, size)
 
         try:
             request = Request(scope, receive)
-            name = _NAME.fullmatch(scope["raw_path"].decode("ascii") + ("?" if scope["query_string"] else ""))
+            name = _BLOB_PATH_PATTERN.fullmatch(
+                scope["raw_path"].decode("ascii") + ("?" if scope["query_string"] else "")
+            )
             if request.method in ("GET", "HEAD"):
                 response, serving_job = await run_in_threadpool(
-                    self._blob, client, name, request.headers.get("range", "")
+                    self._blob_response, client, name, request.headers.get("range", "")
                 )
             elif request.method == "PUT":
-                response = await self._upload(client, name, request)
+                response = await self._upload_response(client, name, request)
             else:
                 response = Response(status_code=HTTPStatus.NOT_IMPLEMENTED)
             await response(scope, receive, send_counted)
@@ -228,9 +234,11 @@ class BlobServer:
         except Exception as error:
             log.error("the web server of blobs could not answer a request", exc_info=error)
             client.cut()
-        client.expect(NEXT_S, waits=True)
+        client.expect(NEXT_REQUEST_TIMEOUT_S, waits=True)
 
-    def _blob(self, client: Client, name: re.Match[str] | None, range_header: str) -> tuple[Response, ServedJob | None]:
+    def _blob_response(
+        self, client: WebClient, name: re.Match[str] | None, range_header: str
+    ) -> tuple[Response, ServedJob | None]:
         """The answer with a blob, a range of it or its leaf table, and the job to which the blob belongs."""
         jobs = [] if name is None else [j for j in self.jobs if j.may_fetch(client.device, name[2])]
         if name is None or not jobs:
@@ -244,49 +252,51 @@ class BlobServer:
             log.debug("the web server of blobs: %s", error)
             return Response(status_code=HTTPStatus.NOT_FOUND), None
 
-    async def _upload(self, client: Client, name: re.Match[str] | None, request: Request) -> Response:
+    async def _upload_response(self, client: WebClient, name: re.Match[str] | None, request: Request) -> Response:
         """The answer to an upload, whose blob is stored if it is an awaited update."""
         sha256 = "" if name is None or name[3] else name[2]
         for uploads in [job.uploads for job in self.jobs if job.uploads is not None]:
-            awaited = uploads.awaits(client.device, sha256)
+            awaited = uploads.find_awaited(client.device, sha256)
             if awaited is not None:
-                return Response(status_code=await self._take(client, uploads, awaited, request))
+                return Response(status_code=await self._store_upload(client, uploads, awaited, request))
         return Response(status_code=HTTPStatus.NOT_FOUND)
 
-    async def _take(self, client: Client, uploads: HttpUploads, awaited: Awaited, request: Request) -> HTTPStatus:
+    async def _store_upload(
+        self, client: WebClient, uploads: HttpUploads, awaited: AwaitedUpload, request: Request
+    ) -> HTTPStatus:
         ref = awaited.ref
         if request.headers.getlist("content-length") != [str(ref.size)] or "transfer-encoding" in request.headers:
             return HTTPStatus.BAD_REQUEST
-        deadline = time.monotonic() + UPLOAD_PIECE_S + ref.size / LEAST_BYTES_PER_S
-        client.expect(UPLOAD_PIECE_S)
-        uploads.begin(awaited, client)
+        deadline = time.monotonic() + UPLOAD_LEAF_TIMEOUT_S + ref.size / MIN_BYTES_PER_S
+        client.expect(UPLOAD_LEAF_TIMEOUT_S)
+        uploads.begin_upload(awaited, client)
         try:
             with StreamedBlob(uploads.store, ref) as blob:
                 leaves = 0
                 async for data in request.stream():
                     await run_in_threadpool(blob.write, data)
-                    if not uploads.note_progress(awaited, client, blob.size):
+                    if not uploads.note_progress(awaited, client, blob.received_bytes):
                         client.cut()
                         return HTTPStatus.CONFLICT
-                    if blob.size // LEAF > leaves:  # a byte now and then doesn't count as progress
-                        leaves = blob.size // LEAF
-                        client.expect(min(UPLOAD_PIECE_S, deadline - time.monotonic()))
-                client.expect(PIECE_S)
+                    if blob.received_bytes // LEAF_BYTES > leaves:  # a byte now and then doesn't count as progress
+                        leaves = blob.received_bytes // LEAF_BYTES
+                        client.expect(min(UPLOAD_LEAF_TIMEOUT_S, deadline - time.monotonic()))
+                client.expect(SEND_TIMEOUT_S)
                 await run_in_threadpool(blob.finish)
         except ProtocolError as error:
             log.debug("an upload of device %s: %s", awaited.device, error)
-            uploads.end(awaited, stored=False)
+            uploads.end_upload(awaited, stored=False)
             return HTTPStatus.UNPROCESSABLE_ENTITY
         except StorageError as error:
             log.error("an update of device %s can't be stored: %s", awaited.device, error)
             full = isinstance(error, StorageFullError)
             return HTTPStatus.INSUFFICIENT_STORAGE if full else HTTPStatus.INTERNAL_SERVER_ERROR
         self.received += 1
-        uploads.end(awaited, stored=True)
+        uploads.end_upload(awaited, stored=True)
         return HTTPStatus.CREATED
 
 
-def _protocol(listener: _Listener) -> type[H11Protocol]:
+def _protocol_class(listener: _Listener) -> type[H11Protocol]:
     """uvicorn's protocol for a listener, whose requests carry their client and its device's name."""
 
     class Watched(H11Protocol):
@@ -304,7 +314,7 @@ def _protocol(listener: _Listener) -> type[H11Protocol]:
     return Watched
 
 
-def _renewed(context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+def _renewing_context(context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
     """TLS each of whose handshakes uses the context that `context` returns at that moment."""
 
     def renew(connection: ssl.SSLObject, host: str | None, initial: ssl.SSLContext) -> int | None:

@@ -19,21 +19,21 @@ from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 log = logging.getLogger("fedprune.server")
 
 # Seconds for which an address may be used to begin an upload.
-EXPIRES_S = 900
+URL_LIFETIME_S = 900
 
 # Seconds after which an upload that is no longer awaited is deleted from the bucket: twice the address's life, so that
 # one that began at its end has ended. The next start deletes later ones.
-_LATE_S = 2 * EXPIRES_S
+_LATE_UPLOAD_S = 2 * URL_LIFETIME_S
 
-_ANY = BlobRef.of(b"")
+_EXAMPLE = BlobRef.of(b"")
 
 
 @dataclass
-class _Awaited:
+class _AwaitedObject:
     ref: BlobRef
     keys: list[str] = field(default_factory=list)  # of the objects for which the device has addresses
     request: UploadRequest | None = None
-    until: float = 0.0  # until when the address may be given again: half of its life must be left to use it
+    reusable_until: float = 0.0  # until when the address may be given again: half of its life must be left to use it
 
 
 class S3Uploads(UploadPlace):
@@ -43,14 +43,14 @@ class S3Uploads(UploadPlace):
         ConfigError: The job has no bucket, or boards could not use its addresses.
     """
 
-    takes = direct = True
+    accepts_uploads = is_direct = True
 
     def __init__(self, shipping: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._shipping, self._store, self._clock = shipping, shipping.store, clock
-        self._awaited: dict[str, _Awaited] = {}
-        self._unused: deque[tuple[float, str]] = deque()
-        example = self._store.url_for(_ANY, EXPIRES_S)
+        self._bucket_sync, self._store, self._clock = shipping, shipping.store, clock
+        self._awaited: dict[str, _AwaitedObject] = {}
+        self._keys_to_delete: deque[tuple[float, str]] = deque()
+        example = self._store.url_for(_EXAMPLE, URL_LIFETIME_S)
         if example is None:
             raise ConfigError(("server", "uploads"), expected="blobs = 's3://...' for every job", got="'s3'")
         try:
@@ -61,19 +61,19 @@ class S3Uploads(UploadPlace):
                 hint="Boards upload to that address: give AWS_ENDPOINT_URL with https.",
             ) from error  # fmt: skip
 
-    def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
+    def request_upload(self, device: str, ref: BlobRef) -> UploadRequest | None:
         awaited = self._awaited.get(device)
         if awaited is None or awaited.ref != ref:
-            awaited = self._awaited[device] = _Awaited(ref)
-        if self._shipping.verifies(device, ref):
+            awaited = self._awaited[device] = _AwaitedObject(ref)
+        if self._bucket_sync.is_verifying(device, ref):
             return None
         if self._store.has(ref.sha256):  # uploaded for an earlier run of the server
-            self._shipping.adopt(device, ref)
+            self._bucket_sync.adopt(device, ref)
             return None
-        if awaited.request is not None and self._clock() < awaited.until:
+        if awaited.request is not None and self._clock() < awaited.reusable_until:
             return awaited.request  # the same one: a board that has used it only repeats its report
         try:
-            target = self._store.url_for(ref, EXPIRES_S)
+            target = self._store.url_for(ref, URL_LIFETIME_S)
         except BucketError as error:
             log.warning("updates are pulled over MQTT: %s", error)
             target = None
@@ -82,26 +82,26 @@ class S3Uploads(UploadPlace):
             return None
         key, url = target
         awaited.keys.append(key)
-        awaited.request, awaited.until = UploadRequest(ref.sha256, url), self._clock() + EXPIRES_S / 2
+        awaited.request, awaited.reusable_until = UploadRequest(ref.sha256, url), self._clock() + URL_LIFETIME_S / 2
         return awaited.request
 
     def drop(self, device: str) -> None:
         """Await a device's update no longer. Objects that it may still upload are deleted later."""
         awaited = self._awaited.pop(device, None)
         if awaited is not None:
-            self._unused.extend((self._clock() + _LATE_S, key) for key in awaited.keys)
+            self._keys_to_delete.extend((self._clock() + _LATE_UPLOAD_S, key) for key in awaited.keys)
 
-    def reported(self, device: str) -> None:
+    def on_report(self, device: str) -> None:
         awaited = self._awaited.get(device)
         if awaited is not None:
-            self._shipping.adopt(device, awaited.ref, awaited.keys)
+            self._bucket_sync.adopt(device, awaited.ref, awaited.keys)
 
-    def ended(self) -> list[UploadEnd]:
-        ends = super().ended()
-        for adoption, is_right in self._shipping.adopted():
+    def take_ended(self) -> list[UploadEnd]:
+        ends = super().take_ended()
+        for adoption, is_right in self._bucket_sync.take_adopted():
             ends.append(UploadEnd(adoption.device, adoption.ref, is_right))
             if is_right:
                 self._received.add(adoption.device, adoption.ref.size)
-        while self._unused and self._unused[0][0] <= self._clock():
-            self._store.clear([self._unused.popleft()[1]])
+        while self._keys_to_delete and self._keys_to_delete[0][0] <= self._clock():
+            self._store.delete_objects([self._keys_to_delete.popleft()[1]])
         return ends

@@ -12,7 +12,7 @@ from fedprune.wire.messages import UploadRequest
 
 
 @dataclass(frozen=True)
-class Arrived:
+class ArrivedUpdate:
     """The weights of an update are complete, verified and in the store."""
 
     device: str
@@ -32,7 +32,7 @@ class FailedUpload:
     failure: str
 
 
-Outcome = Arrived | FailedUpload
+Outcome = ArrivedUpdate | FailedUpload
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ByteCounter:
         with self._lock:
             self._bytes[device] += size
 
-    def taken(self) -> dict[str, int]:
+    def take_counts(self) -> dict[str, int]:
         """Bytes by device since the last call."""
         with self._lock:
             counts, self._bytes = self._bytes, Counter()
@@ -66,17 +66,17 @@ class UploadPlace:
     """A place to which boards upload updates, for the server's loop. This base is nowhere: all updates are pulled.
 
     Attributes:
-        takes: Whether boards can upload to it.
-        direct: Whether uploads bypass this server, so that any number may be under way at a time.
+        accepts_uploads: Whether boards can upload to it.
+        is_direct: Whether uploads bypass this server, so that any number may be under way at a time.
     """
 
-    takes = direct = False
+    accepts_uploads = is_direct = False
 
     def __init__(self) -> None:
         self._received = ByteCounter()
         self._ends: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
 
-    def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
+    def request_upload(self, device: str, ref: BlobRef) -> UploadRequest | None:
         """Await an update; returns the request with its address. None if there is nothing to upload, because its end
         follows at once. An upload that is under way goes on."""
         return None
@@ -84,18 +84,18 @@ class UploadPlace:
     def drop(self, device: str) -> None:
         """Await a device's update no longer."""
 
-    def reported(self, device: str) -> None:
+    def on_report(self, device: str) -> None:
         """Handle a device's report that it has uploaded its update."""
 
-    def arrived(self, device: str) -> int:
+    def arrived_bytes(self, device: str) -> int:
         """Known number of bytes of an awaited update that have arrived."""
         return 0
 
-    def taken(self) -> dict[str, int]:
+    def take_byte_counts(self) -> dict[str, int]:
         """Bytes that devices have uploaded since the last call, by device."""
-        return self._received.taken()
+        return self._received.take_counts()
 
-    def ended(self) -> list[UploadEnd]:
+    def take_ended(self) -> list[UploadEnd]:
         """Uploads that have ended since the last call."""
         ends = []
         while not self._ends.empty():

@@ -19,13 +19,14 @@ from fedprune.wire.urls import BlobUrl
 from fedprune_server.transfer.upload_place import ByteCounter, UploadEnd, UploadPlace
 
 
-class Client:
+class WebClient:
     """A client's connection, with the deadline of its next step.
 
     Attributes:
         device: The device that the client's certificate names; None without certificates.
-        waits: Whether a request is to come. Otherwise one is being answered, and the connection keeps its place.
-        until: Time by which the next step must have been made.
+        awaits_request: Whether a request is to come. Otherwise one is being answered, and the connection keeps its
+            place.
+        deadline: Time by which the next step must have been made.
     """
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
@@ -38,7 +39,7 @@ class Client:
         return self._connection.fileno() < 0
 
     def expect(self, seconds: float, *, waits: bool = False) -> None:
-        self.waits, self.until = waits, time.monotonic() + seconds
+        self.awaits_request, self.deadline = waits, time.monotonic() + seconds
 
     def cut(self) -> None:
         """End the connection, from any thread."""
@@ -47,13 +48,13 @@ class Client:
 
 
 @dataclass(eq=False)
-class Awaited:
+class AwaitedUpload:
     """An update that a device is to upload. Its connection is the latest one that has begun to upload it."""
 
     device: str
     ref: BlobRef
-    connection: Client | None = None
-    arrived: int = 0
+    connection: WebClient | None = None
+    arrived_bytes: int = 0
 
 
 class HttpUploads(UploadPlace):
@@ -65,20 +66,20 @@ class HttpUploads(UploadPlace):
         wake: Called from any thread when an upload has ended: wakes the server's loop.
     """
 
-    takes = True
+    accepts_uploads = True
 
     def __init__(self, store: BlobStore, url: str, wake: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.store = store
         self._url, self._wake = BlobUrl.parse(url), wake
         self._lock = threading.Lock()
-        self._awaited: dict[str, Awaited] = {}
+        self._awaited: dict[str, AwaitedUpload] = {}
 
-    def ask(self, device: str, ref: BlobRef) -> UploadRequest:
+    def request_upload(self, device: str, ref: BlobRef) -> UploadRequest:
         with self._lock:
             awaited = self._awaited.get(device)
             if awaited is None or awaited.ref != ref:
-                self._awaited[device] = Awaited(device, ref)
+                self._awaited[device] = AwaitedUpload(device, ref)
         return UploadRequest(ref.sha256, f"{self._url}/{ref.sha256[:2]}/{ref.sha256}")
 
     def drop(self, device: str) -> None:
@@ -87,42 +88,42 @@ class HttpUploads(UploadPlace):
         if awaited is not None and awaited.connection is not None:
             awaited.connection.cut()
 
-    def reported(self, device: str) -> None:
+    def on_report(self, device: str) -> None:
         """Handle a success that this server has not seen: another server has answered, and the update is pulled."""
         awaited = self._awaited.get(device)
         if awaited is not None:
             self._ends.put(UploadEnd(device, awaited.ref, stored=False))
 
-    def arrived(self, device: str) -> int:
+    def arrived_bytes(self, device: str) -> int:
         awaited = self._awaited.get(device)
-        return 0 if awaited is None else awaited.arrived
+        return 0 if awaited is None else awaited.arrived_bytes
 
     # For the web server's threads.
 
-    def awaits(self, device: str | None, sha256: str) -> Awaited | None:
+    def find_awaited(self, device: str | None, sha256: str) -> AwaitedUpload | None:
         """The awaited update with this digest of a device, or, without certificates, of any device."""
         with self._lock:
             candidates = list(self._awaited.values()) if device is None else [self._awaited.get(device)]
         return next((a for a in candidates if a is not None and a.ref.sha256 == sha256), None)
 
-    def begin(self, awaited: Awaited, connection: Client) -> None:
+    def begin_upload(self, awaited: AwaitedUpload, connection: WebClient) -> None:
         """Note that a connection uploads from the first byte. An earlier connection that did is cut."""
         with self._lock:
-            previous_connection, awaited.connection, awaited.arrived = awaited.connection, connection, 0
+            previous_connection, awaited.connection, awaited.arrived_bytes = awaited.connection, connection, 0
         if previous_connection is not None and previous_connection is not connection:
             previous_connection.cut()
 
-    def note_progress(self, awaited: Awaited, connection: Client, arrived: int) -> bool:
+    def note_progress(self, awaited: AwaitedUpload, connection: WebClient, arrived: int) -> bool:
         """Note the bytes that have arrived on a connection; returns whether it may go on."""
         with self._lock:
             if awaited.connection is connection:
-                self._received.add(awaited.device, arrived - awaited.arrived)
+                self._received.add(awaited.device, arrived - awaited.arrived_bytes)
             if self._awaited.get(awaited.device) is not awaited or awaited.connection is not connection:
                 return False
-            awaited.arrived = arrived
+            awaited.arrived_bytes = arrived
             return True
 
-    def end(self, awaited: Awaited, *, stored: bool) -> None:
+    def end_upload(self, awaited: AwaitedUpload, *, stored: bool) -> None:
         """Note that an update is stored, or was wrong. It isn't awaited again until the loop decides so."""
         with self._lock:
             if self._awaited.get(awaited.device) is awaited:
@@ -152,11 +153,11 @@ class ServedJob:
         self.connections = 0 if self.uploads is None else pulls
         self._sent = ByteCounter()
 
-    def count(self, device: str | None, size: int) -> None:
+    def count_sent(self, device: str | None, size: int) -> None:
         """Count bytes that were sent to a device, if it is known which."""
         if device is not None:
             self._sent.add(device, size)
 
-    def taken(self) -> dict[str, int]:
+    def take_sent_bytes(self) -> dict[str, int]:
         """Bytes of blobs that were sent to devices since the last call, by device."""
-        return self._sent.taken()
+        return self._sent.take_counts()

@@ -18,12 +18,12 @@ from starlette.routing import Route
 from fedprune.core.errors import ProtocolError
 from fedprune.core.json_file import decode_json
 from fedprune.wire.topics import check_device
-from fedprune_server.web.auth.roles import NEEDED, may
+from fedprune_server.web.auth.roles import ROLE_OF_ORDER, has_role
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.events import LiveStream
 from fedprune_server.web.parameters import filters, order_number, paging, search_text, sort_column
 from fedprune_server.web.state.orders import RefusedError
-from fedprune_server.web.state.status import Page
+from fedprune_server.web.state.status import RecordPage
 
 PREFIX = "/api/v1"
 
@@ -55,14 +55,14 @@ class Api:
 
     def me(self, request: Request) -> Response:
         session = session_of(request)
-        orders = sorted(k for k, role in NEEDED.items() if may(session.operator.role, role))
+        orders = sorted(k for k, role in ROLE_OF_ORDER.items() if has_role(session.operator.role, role))
         body = {"name": session.operator.name, "role": session.operator.role, "csrf": session.csrf}
-        return JSONResponse({**body, "orders": orders, "server_takes": self._view.orders})
+        return JSONResponse({**body, "orders": orders, "server_takes": self._view.accepted_orders})
 
     def site(self, _: Request) -> Response:
         body = {
             "site": self._view.site,
-            "ready": self._view.ready,
+            "ready": self._view.is_ready,
             "silent_s": self._view.silent_s,
             "counts": self._view.counts,
         }
@@ -73,12 +73,12 @@ class Api:
 
     def rounds(self, request: Request) -> Response:
         job = request.query_params.get("job") or next((j["name"] for j in self._view.jobs), "")
-        return _page(self._view.rounds(job, **paging(request)), job=job)
+        return _page_response(self._view.rounds(job, **paging(request)), job=job)
 
     def devices(self, request: Request) -> Response:
         only = filters(request, "state", "profile", "job", "status", "online")
         page = self._view.devices(**paging(request), sort=sort_column(request), q=search_text(request), only=only)
-        return _page(page, counts=self._view.counts)
+        return _page_response(page, counts=self._view.counts)
 
     def device(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -99,17 +99,19 @@ class Api:
 
     def alerts(self, request: Request) -> Response:
         page_bounds, includes_closed = paging(request), filters(request, "gone").get("gone") != "no"
-        return _page(self._view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed))
+        return _page_response(
+            self._view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed)
+        )
 
     def logs(self, request: Request) -> Response:
         only = filters(request, "level", "device", "job")
-        return _page(self._view.lines(**paging(request, 100), q=search_text(request), only=only))
+        return _page_response(self._view.lines(**paging(request, 100), q=search_text(request), only=only))
 
     def audit(self, request: Request) -> Response:
-        if not may(session_of(request).operator.role, "admin"):
+        if not has_role(session_of(request).operator.role, "admin"):
             return JSONResponse({"error": "the audit log needs the role admin"}, 403)
         operator = request.query_params.get("operator")
-        return _page(self._console.audit.page(**paging(request), operator=operator))
+        return _page_response(self._console.audit.page(**paging(request), operator=operator))
 
     def orders(self, _: Request) -> Response:
         return JSONResponse({"items": self._console.orders.latest()})
@@ -142,8 +144,10 @@ class Api:
         def is_logged_in() -> bool:
             return self._console.sessions.find(token, used=False) is not None
 
-        return LiveStream(self._console.streams, session.operator.name, ready=self._view.ready, allowed=is_logged_in)
+        return LiveStream(
+            self._console.streams, session.operator.name, ready=self._view.is_ready, is_logged_in=is_logged_in
+        )
 
 
-def _page(page: Page, **further_fields: Any) -> Response:
+def _page_response(page: RecordPage, **further_fields: Any) -> Response:
     return JSONResponse({**asdict(page), **further_fields})

@@ -20,21 +20,21 @@ from fedprune.core.text import one_line
 from fedprune_server.web.api import Api
 from fedprune_server.web.auth.accounts import MAX_PASSWORD
 from fedprune_server.web.auth.middleware import SecurityMiddleware, safe_path
-from fedprune_server.web.auth.sessions import LONGEST_S
+from fedprune_server.web.auth.sessions import MAX_SESSION_S
 from fedprune_server.web.context import Console
 from fedprune_server.web.parameters import form_fields
 from fedprune_server.web.views.pages import Pages
 
 # Passwords that are compared with their hashes at the same time: argon2id takes 64 MiB for each, on purpose.
-_HASHES = 2
+_MAX_HASHING = 2
 
 # Logins that wait for that. Further ones are answered 503 at once, so that a flood of them holds no memory.
-_QUEUE = 32
+_MAX_WAITING_LOGINS = 32
 
 
 def make_app(console: Console) -> ASGIApp:
     """The application with its security middleware."""
-    return SecurityMiddleware(make_routes(console), console.sessions, console.around)
+    return SecurityMiddleware(make_routes(console), console.sessions, console.exposure)
 
 
 def make_routes(console: Console) -> Starlette:
@@ -62,7 +62,7 @@ class _EntryRoutes:
 
     def __init__(self, console: Console, pages: Pages) -> None:
         self._console, self._pages = console, pages
-        self._hashing = anyio.CapacityLimiter(_HASHES)
+        self._hashing = anyio.CapacityLimiter(_MAX_HASHING)
         self._waiting = 0  # logins whose password isn't compared yet
 
     def routes(self) -> list[Route]:
@@ -78,7 +78,7 @@ class _EntryRoutes:
         return JSONResponse({"ok": True})
 
     def readyz(self, _: Request) -> Response:
-        ready = self._console.view.ready
+        ready = self._console.view.is_ready
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     def form(self, request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:
@@ -87,7 +87,7 @@ class _EntryRoutes:
         has_no_accounts = len(self._console.accounts) == 0
         answer = self._pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=has_no_accounts)
         answer.status_code = status
-        _set(request, answer, self._console.around.login_cookie, nonce, 3600)
+        _set_cookie(request, answer, self._console.exposure.login_cookie, nonce, 3600)
         return answer
 
     def login_form(self, request: Request) -> Response:
@@ -99,7 +99,7 @@ class _EntryRoutes:
     async def login(self, request: Request) -> Response:
         fields = await form_fields(request)
         name, password, next_path = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
-        if self._waiting >= _QUEUE:
+        if self._waiting >= _MAX_WAITING_LOGINS:
             return await run_in_threadpool(
                 self.form, request, 503, "Too many are logging in. Try again in a moment.", next_path
             )
@@ -110,7 +110,7 @@ class _EntryRoutes:
                 return refusal
             hashed = await run_in_threadpool(self._console.accounts.hash_of, name)
             is_right = await anyio.to_thread.run_sync(
-                self._console.accounts.fits, hashed, password, limiter=self._hashing
+                self._console.accounts.is_password, hashed, password, limiter=self._hashing
             )
         finally:
             self._waiting -= 1
@@ -121,10 +121,10 @@ class _EntryRoutes:
 
         An accepted one counts as failed until it succeeds, so that many at once can't get round the limits.
         """
-        expected = self._console.sessions.login_token(request.cookies.get(self._console.around.login_cookie, ""))
+        expected = self._console.sessions.login_token(request.cookies.get(self._console.exposure.login_cookie, ""))
         if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
             return self.form(request, 403, "The form was open for too long. Try again.", next_path)
-        wait = self._console.throttle.enter(fields.get("name", "")[:64], request.state.address)
+        wait = self._console.throttle.admit(fields.get("name", "")[:64], request.state.address)
         if wait == 0:
             return None
         answer = self.form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", next_path)
@@ -138,16 +138,16 @@ class _EntryRoutes:
         operator = self._console.accounts.get(name) if hashed is not None else None
         is_too_long = len(fields.get("password", "")) > MAX_PASSWORD
         if operator is None or is_too_long or self._console.accounts.hash_of(name) != hashed:
-            self._console.audit.failed(one_line(name, 64), address)
+            self._console.audit.note_failed_login(one_line(name, 64), address)
             return self.form(request, 401, "Name or password is wrong.", next_path)
-        self._console.throttle.succeeded(name, address)
+        self._console.throttle.reset(name, address)
         # Another token than before the login, so that nobody can have planted it in this browser.
         self._console.sessions.end(request.state.token)
         token = self._console.sessions.begin(operator, address)
         self._console.audit.note(name, address, "login", outcome="done")
         answer = RedirectResponse(next_path, 303)
-        _set(request, answer, self._console.around.cookie, token, int(LONGEST_S))
-        _delete(request, answer, self._console.around.login_cookie)
+        _set_cookie(request, answer, self._console.exposure.cookie, token, int(MAX_SESSION_S))
+        _delete_cookie(request, answer, self._console.exposure.login_cookie)
         return answer
 
     async def logout(self, request: Request) -> Response:
@@ -158,7 +158,7 @@ class _EntryRoutes:
         await run_in_threadpool(self._console.sessions.end, request.state.token)
         await run_in_threadpool(self._console.audit.note, session.operator.name, request.state.address, "logout")
         answer = RedirectResponse("/login", 303)
-        _delete(request, answer, self._console.around.cookie)
+        _delete_cookie(request, answer, self._console.exposure.cookie)
         return answer
 
 
@@ -174,11 +174,11 @@ def answer_failure(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.what if isinstance(error, FedpruneError) else str(error)}, 503)
 
 
-def _set(request: Request, answer: Response, name: str, value: str, seconds: int) -> None:
+def _set_cookie(request: Request, answer: Response, name: str, value: str, seconds: int) -> None:
     answer.set_cookie(
         name, value, max_age=seconds, path="/", httponly=True, samesite="strict", secure=request.state.secure
     )
 
 
-def _delete(request: Request, answer: Response, name: str) -> None:
+def _delete_cookie(request: Request, answer: Response, name: str) -> None:
     answer.delete_cookie(name, path="/", httponly=True, samesite="strict", secure=request.state.secure)

@@ -26,29 +26,29 @@ from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Exposure
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.context import Console, make_console
-from fedprune_server.web.database import FILE, ConsoleDatabase
-from fedprune_server.web.events import watch
+from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
+from fedprune_server.web.events import send_changes
 from fedprune_server.web.process import ConsoleSettings
 from fedprune_server.web.state import status
 from fedprune_server.web.state.status import FleetView
 
 # Open connections. Anybody can open them before logging in, so that a further one replaces the one that has waited
 # longest for its request, instead of being refused.
-CONNECTIONS = 400
+MAX_CONNECTIONS = 400
 
 # Threads for requests that query databases: further requests wait for a thread, and the event loop never waits.
-THREADS = 8
+MAX_THREADS = 8
 
 # Room in uvicorn's limit for requests under way and connections that are closing; beyond it, it answers 503.
-_SPARE = 100
+_SPARE_REQUESTS = 100
 
 # How long a browser may take to send a request: also over a slow mobile link it is one packet.
-PATIENCE_S = 20.0
+REQUEST_TIMEOUT_S = 20.0
 
 # How often orders are expired, idle connections closed, and signs of life sent to the server, which waits 30 s for one.
-SWEEP_S = 5.0
+SWEEP_INTERVAL_S = 5.0
 
-_HEADER_BYTES = 32 * 1024
+_MAX_HEADER_BYTES = 32 * 1024
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
@@ -64,31 +64,31 @@ def listening_socket(address: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(settings: ConsoleSettings, replies: BinaryIO) -> None:
+def run_console(settings: ConsoleSettings, replies: BinaryIO) -> None:
     """Serve until the process ends, sending signs of life to `replies`."""
     folder = Path(settings.folder)
     exposure = Exposure(settings.certificate is not None, settings.proxied, settings.hosts)
-    with ConsoleDatabase(folder / FILE) as database:
-        console = make_console(FleetView(folder / status.FILE, settings.orders), database, exposure)
+    with ConsoleDatabase(folder / CONSOLE_FILE) as database:
+        console = make_console(FleetView(folder / status.STATUS_FILE, settings.orders), database, exposure)
         app = make_app(console)
         listener = listening_socket(settings.address, settings.port)
         host = f"[{settings.address}]" if ":" in settings.address else settings.address
-        url = f"http{'s' if exposure.tls else ''}://{host}:{listener.getsockname()[1]}/\n".encode()
-        connections = Connections(CONNECTIONS, PATIENCE_S)
-        server = _server(settings, connections.watch(app), connections)
+        url = f"http{'s' if exposure.has_tls else ''}://{host}:{listener.getsockname()[1]}/\n".encode()
+        connections = Connections(MAX_CONNECTIONS, REQUEST_TIMEOUT_S)
+        server = _make_server(settings, connections.wrap(app), connections)
 
         def send_sign_of_life() -> None:
             replies.write(url)
             replies.flush()
 
         threading.Thread(target=_end_with_server, daemon=True).start()
-        asyncio.run(_serve(server, connections, listener, console, send_sign_of_life))
+        asyncio.run(_serve_until_end(server, connections, listener, console, send_sign_of_life))
 
 
-def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -> uvicorn.Server:
+def _make_server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
-        http=connections.protocol(),
+        http=connections.protocol_class(),
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -96,10 +96,10 @@ def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the middleware reads a proxy's headers, and only where there is one
-        limit_concurrency=2 * CONNECTIONS + _SPARE,  # uvicorn counts connections and requests together
+        limit_concurrency=2 * MAX_CONNECTIONS + _SPARE_REQUESTS,  # uvicorn counts connections and requests together
         timeout_keep_alive=5,
         timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=_HEADER_BYTES,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.key,
     )
@@ -107,7 +107,7 @@ def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -
     return uvicorn.Server(config)
 
 
-async def _serve(
+async def _serve_until_end(
     server: uvicorn.Server,
     connections: Connections,
     listener: socket.socket,
@@ -117,7 +117,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
 
     def sweep() -> None:
-        loop.call_later(SWEEP_S, sweep)
+        loop.call_later(SWEEP_INTERVAL_S, sweep)
         send_sign_of_life()
         connections.sweep()
         loop.run_in_executor(None, expire)
@@ -126,8 +126,8 @@ async def _serve(
         with suppress(FedpruneError):  # the next sweep tries again
             console.orders.expire()
 
-    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
-    watching = loop.create_task(watch(console.streams, console.view, console.audit))
+    anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_THREADS
+    watching = loop.create_task(send_changes(console.streams, console.view, console.audit))
     loop.call_soon(sweep)
     await server.serve(sockets=[listener])
     watching.cancel()
@@ -147,7 +147,7 @@ def main() -> None:
         sys.exit(2)
     end_with_parent(settings.parent)
     try:
-        serve(settings, replies)
+        run_console(settings, replies)
     except BrokenPipeError:
         sys.exit(0)
     except FedpruneError as error:

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 Peer = tuple[str, int]
 
-_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_BODYLESS_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Connections:
@@ -28,46 +28,46 @@ class Connections:
     """
 
     def __init__(self, max_open: int, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = max_open
+        self._max_open = max_open
         self._patience_s = patience_s
         self._clock = clock
-        self._open: dict[Peer, asyncio.Transport] = {}
-        self._waiting: OrderedDict[Peer, float] = OrderedDict()
+        self._transports: dict[Peer, asyncio.Transport] = {}
+        self._waiting_since: OrderedDict[Peer, float] = OrderedDict()
 
-    def opened(self, peer: Peer, transport: asyncio.Transport) -> None:
+    def on_open(self, peer: Peer, transport: asyncio.Transport) -> None:
         """Add a connection; if there are too many, close the one that has waited longest."""
-        if len(self._open) >= self._most and self._waiting:
-            self._close(next(iter(self._waiting)))
-        self._open[peer] = transport
-        self._waiting[peer] = self._clock()
+        if len(self._transports) >= self._max_open and self._waiting_since:
+            self._close(next(iter(self._waiting_since)))
+        self._transports[peer] = transport
+        self._waiting_since[peer] = self._clock()
 
-    def closed(self, peer: Peer, transport: asyncio.Transport) -> None:
-        if self._open.get(peer) is transport:
-            del self._open[peer]
-            self._waiting.pop(peer, None)
+    def on_close(self, peer: Peer, transport: asyncio.Transport) -> None:
+        if self._transports.get(peer) is transport:
+            del self._transports[peer]
+            self._waiting_since.pop(peer, None)
 
     def sweep(self) -> None:
         """Close connections that have waited too long."""
         deadline = self._clock() - self._patience_s
-        for peer in [p for p, since in self._waiting.items() if since < deadline]:
+        for peer in [p for p, since in self._waiting_since.items() if since < deadline]:
             self._close(peer)
 
-    def protocol(self) -> type[H11Protocol]:
+    def protocol_class(self) -> type[H11Protocol]:
         connections = self
 
         class Watched(H11Protocol):
             def connection_made(self, transport: Any) -> None:
-                connections.opened(_peer(transport), transport)
+                connections.on_open(_peer(transport), transport)
                 self._watched = transport
                 super().connection_made(transport)
 
             def connection_lost(self, exc: Exception | None) -> None:
-                connections.closed(_peer(self._watched), self._watched)
+                connections.on_close(_peer(self._watched), self._watched)
                 super().connection_lost(exc)
 
         return Watched
 
-    def watch(self, app: ASGIApp) -> ASGIApp:
+    def wrap(self, app: ASGIApp) -> ASGIApp:
         """Wrap the application, to learn when a request is complete and when it is answered."""
 
         async def wrapped_app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,23 +80,23 @@ class Connections:
             async def receive_and_note() -> Message:
                 message = await receive()
                 if message["type"] == "http.request" and not message.get("more_body", False):
-                    self._waiting.pop(peer, None)
+                    self._waiting_since.pop(peer, None)
                 return message
 
-            if scope["method"] in _SAFE:  # these have no body to wait for
-                self._waiting.pop(peer, None)
+            if scope["method"] in _BODYLESS_METHODS:  # these have no body to wait for
+                self._waiting_since.pop(peer, None)
             try:
                 await app(scope, receive_and_note, send)
             finally:
-                if peer in self._open:  # it may send a further request (keep-alive), and waits until then
-                    self._waiting[peer] = self._clock()
-                    self._waiting.move_to_end(peer)
+                if peer in self._transports:  # it may send a further request (keep-alive), and waits until then
+                    self._waiting_since[peer] = self._clock()
+                    self._waiting_since.move_to_end(peer)
 
         return wrapped_app
 
     def _close(self, peer: Peer) -> None:
-        del self._waiting[peer]
-        self._open.pop(peer).abort()
+        del self._waiting_since[peer]
+        self._transports.pop(peer).abort()
 
 
 def _peer(transport: asyncio.BaseTransport) -> Peer:

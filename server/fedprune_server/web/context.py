@@ -12,7 +12,7 @@ from starlette.requests import Request
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.auth.middleware import Exposure
-from fedprune_server.web.auth.sessions import Session, Sessions
+from fedprune_server.web.auth.sessions import OperatorSession, OperatorSessions
 from fedprune_server.web.auth.throttle import Throttle
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.events import Streams
@@ -24,12 +24,12 @@ from fedprune_server.web.state.status import FleetView
 class Console:
     view: FleetView
     accounts: Accounts
-    sessions: Sessions
+    sessions: OperatorSessions
     throttle: Throttle
     audit: Audit
     orders: OrderService
     streams: Streams
-    around: Exposure = field(default_factory=Exposure)
+    exposure: Exposure = field(default_factory=Exposure)
 
 
 def make_console(
@@ -44,7 +44,7 @@ def make_console(
     return Console(
         view,
         accounts,
-        Sessions(database, accounts, clock),
+        OperatorSessions(database, accounts, clock),
         Throttle(database, clock),
         audit,
         OrderService(view, audit, database, clock),
@@ -53,6 +53,6 @@ def make_console(
     )
 
 
-def session_of(request: Request) -> Session:
-    session: Session = request.state.session
+def session_of(request: Request) -> OperatorSession:
+    session: OperatorSession = request.state.session
     return session

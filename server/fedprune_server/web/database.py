@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.sqlite_file import FILE_BUSY_TIMEOUT_S, ReaderPool, SqliteFile, connect_reader
 
 # In the state folder, next to the server's database: the console's process can open this one and nothing of the fleet.
-FILE = "console.db"
+CONSOLE_FILE = "console.db"
 
-VERSION = 1
+CONSOLE_VERSION = 1
 
 # Lines of the audit log that are kept: some 150 MB. By number and not by time: a wrong clock must not delete any.
-AUDIT_KEPT = 500_000
+MAX_AUDIT_LINES = 500_000
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS operators (
@@ -56,10 +56,10 @@ CREATE TRIGGER IF NOT EXISTS audit_ends AFTER INSERT ON audit
     BEGIN DELETE FROM audit WHERE number <= NEW.number - AUDIT_KEPT; END;
 CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit
     BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;
-""".replace("AUDIT_KEPT", str(AUDIT_KEPT))
+""".replace("AUDIT_KEPT", str(MAX_AUDIT_LINES))
 
 
-class ConsoleDatabase(Closing):
+class ConsoleDatabase(Closeable):
     """The database, created if it doesn't exist. Threads may share it: writers wait for each other, readers don't wait.
 
     Every method raises `StorageError` if the database is damaged, or the disk fails or is full; so does the constructor
@@ -76,13 +76,13 @@ class ConsoleDatabase(Closing):
                     f"{path} can be read by other users", hint=f"See who may have read it, then: chmod 600 {path}"
                 )
         hint = "If it is damaged, delete it and add the operators again."
-        self._file = SqliteFile(path, _TABLES, VERSION, hint, wal=True)
+        self._file = SqliteFile(path, _TABLES, CONSOLE_VERSION, hint, wal=True)
         self._connection = self._file.connection
         # Readers have connections of their own: on the one that waits to write they would wait, too.
         self._readers = ReaderPool(self._make_reader)
         self._connection.row_factory = sqlite3.Row
-        self._writing = threading.RLock()
-        self._writer = 0
+        self._write_lock = threading.RLock()
+        self._writer_thread = 0
 
     def close(self) -> None:
         self._readers.close()
@@ -95,7 +95,7 @@ class ConsoleDatabase(Closing):
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
         with self._file.errors():
-            if self._writer == threading.get_ident():  # within a transaction, whose changes it must see
+            if self._writer_thread == threading.get_ident():  # within a transaction, whose changes it must see
                 return [dict(r) for r in self._connection.execute(query, values)]
             return [dict(r) for r in self._readers.rows(query, values)]
 
@@ -104,17 +104,17 @@ class ConsoleDatabase(Closing):
         rows = self.rows(query, *values)
         return rows[0] if rows else None
 
-    def do(self, query: str, *values: object) -> int:
+    def execute(self, query: str, *values: object) -> int:
         """Execute a statement; returns the number of affected rows."""
-        with self._writing, self._file.errors():
+        with self._write_lock, self._file.errors():
             return self._connection.execute(query, values).rowcount
 
-    def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
+    def try_execute(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
         """Execute statements in a transaction, unless another process is writing. Returns whether they were executed.
 
         For writes that may be skipped, so that no request of a browser waits for another process's transaction.
         """
-        if not self._writing.acquire(blocking=False):
+        if not self._write_lock.acquire(blocking=False):
             return False
         try:
             with self._file.errors():
@@ -132,14 +132,14 @@ class ConsoleDatabase(Closing):
                         self._connection.execute(query, values)
             return True
         finally:
-            self._writing.release()
+            self._write_lock.release()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        with self._writing, self._file.errors(), self._connection:
+        with self._write_lock, self._file.errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            self._writer = threading.get_ident()
+            self._writer_thread = threading.get_ident()
             try:
                 yield
             finally:
-                self._writer = 0
+                self._writer_thread = 0

@@ -22,22 +22,22 @@ from fedprune_server.web.audit import Audit
 from fedprune_server.web.state.status import ANY_DEVICE, DEVICE_TOPIC, FleetView
 
 # Pause between two polls for changes: the server writes its status as often.
-LOOK_S = 0.5
+POLL_INTERVAL_S = 0.5
 
 # Proxies close a connection on which nothing comes for a minute, by default.
-BEAT_S = 15.0
+KEEP_ALIVE_S = 15.0
 # Open streams at a time, in total and per operator: each page in each tab holds one open.
-MOST, MOST_OF_ONE = 200, 12
+MAX_STREAMS, MAX_STREAMS_OF_OPERATOR = 200, 12
 
 # Devices that an event names; of more it says that any may have changed, and a page reads its table once.
 MAX_DEVICES = 200
 
 
-class Pending:
+class PendingTopics:
     """Topics that a stream has not sent yet."""
 
     def __init__(self) -> None:
-        self.news = asyncio.Event()
+        self.has_topics = asyncio.Event()
         self._topics: set[str] = set()
 
     def add(self, topics: Collection[str]) -> None:
@@ -45,55 +45,59 @@ class Pending:
         devices = {topic for topic in self._topics if topic.startswith(DEVICE_TOPIC)}
         if len(devices) > MAX_DEVICES:
             self._topics = (self._topics - devices) | {ANY_DEVICE}
-        self.news.set()
+        self.has_topics.set()
 
-    def take(self) -> str:
+    def take_event(self) -> str:
         """All topics, as text of the stream."""
         topics, self._topics = sorted(self._topics), set()
-        self.news.clear()
-        return event("changed", topics)
+        self.has_topics.clear()
+        return event_text("changed", topics)
 
 
 class Streams:
     """All open streams. An idle stream gets a keep-alive comment every `beat_s` seconds."""
 
-    def __init__(self, beat_s: float = BEAT_S) -> None:
+    def __init__(self, beat_s: float = KEEP_ALIVE_S) -> None:
         self._beat_s = beat_s
-        self._open: dict[Pending, str] = {}
+        self._pending_topics: dict[PendingTopics, str] = {}
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._pending_topics)
 
     @contextmanager
-    def entered(self, operator: str) -> Iterator[Pending | None]:
+    def enter(self, operator: str) -> Iterator[PendingTopics | None]:
         """Enter a stream, and yield its changes from now on; None if the operator may open no further one. Only for the
         event loop, where nothing runs between the check and the entry."""
-        if len(self._open) >= MOST or sum(o == operator for o in self._open.values()) >= MOST_OF_ONE:
+        if (
+            len(self._pending_topics) >= MAX_STREAMS
+            or sum(o == operator for o in self._pending_topics.values()) >= MAX_STREAMS_OF_OPERATOR
+        ):
             yield None
             return
-        pending = Pending()
-        self._open[pending] = operator
+        pending = PendingTopics()
+        self._pending_topics[pending] = operator
         try:
             yield pending
         finally:
-            self._open.pop(pending)
+            self._pending_topics.pop(pending)
 
     def send(self, topics: Collection[str]) -> None:
-        for pending in self._open:
+        for pending in self._pending_topics:
             pending.add(topics)
 
-    async def events(self, pending: Pending, *, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """Server-sent events of a stream while the operator is logged in: `allowed()` says so, in another thread."""
-        yield event("hello", {"ready": ready})
+    async def events(self, pending: PendingTopics, *, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
+        """Server-sent events of a stream while the operator is logged in: `is_logged_in()` says so, in another
+        thread."""
+        yield event_text("hello", {"ready": ready})
         while await run_in_threadpool(allowed):
             try:
-                await asyncio.wait_for(pending.news.wait(), self._beat_s)
+                await asyncio.wait_for(pending.has_topics.wait(), self._beat_s)
             except asyncio.TimeoutError:
                 yield ": still here\n\n"
                 continue
             if await run_in_threadpool(allowed):
-                yield pending.take()
-        yield event("ended", {})
+                yield pending.take_event()
+        yield event_text("ended", {})
 
 
 class LiveStream(Response):
@@ -102,13 +106,13 @@ class LiveStream(Response):
     That is decided when the answer begins, not when it is made, since a request may end before.
     """
 
-    def __init__(self, streams: Streams, operator: str, *, ready: bool, allowed: Callable[[], bool]) -> None:
+    def __init__(self, streams: Streams, operator: str, *, ready: bool, is_logged_in: Callable[[], bool]) -> None:
         super().__init__()
         self._streams, self._operator = streams, operator
-        self._ready, self._allowed = ready, allowed
+        self._ready, self._allowed = ready, is_logged_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._streams.entered(self._operator) as pending:
+        with self._streams.enter(self._operator) as pending:
             answer: Response
             if pending is None:
                 answer = JSONResponse({"error": "too many streams are open"}, 429)
@@ -119,7 +123,7 @@ class LiveStream(Response):
             await answer(scope, receive, send)
 
 
-async def watch(streams: Streams, view: FleetView, audit: Audit, every_s: float = LOOK_S) -> None:
+async def send_changes(streams: Streams, view: FleetView, audit: Audit, every_s: float = POLL_INTERVAL_S) -> None:
     """Send topics of changes to all streams, until it is cancelled."""
     is_failing, topics = False, set[str]()
     while True:
@@ -138,6 +142,6 @@ async def watch(streams: Streams, view: FleetView, audit: Audit, every_s: float 
             topics = set()
 
 
-def event(name: str, data: Any) -> str:
+def event_text(name: str, data: Any) -> str:
     """Text of a server-sent event. JSON contains no line breaks, so data can't begin another event."""
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"

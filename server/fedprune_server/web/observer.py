@@ -12,9 +12,9 @@ from datetime import datetime, timezone
 
 from cryptography.x509 import load_pem_x509_certificate
 
-from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, reason
+from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, error_reason
 from fedprune_server.config.server_config import WebConsoleSettings
-from fedprune_server.observation.observer import LoopWaits, ServerEnds, TurnEvent
+from fedprune_server.observation.observer import LoopBlocked, ServerEnding, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.web.process import ConsoleProcess
 from fedprune_server.web.state.order_handler import OrderHandler
@@ -22,10 +22,10 @@ from fedprune_server.web.state.publisher import StatusPublisher
 
 log = logging.getLogger("fedprune.server")
 
-_PACKAGES = ("argon2", "jinja2", "starlette", "uvicorn")
+_NEEDED_PACKAGES = ("argon2", "jinja2", "starlette", "uvicorn")
 
 # Pause between two turns of the console, in the server's loop: an operator waits half a second for an order's answer.
-EVERY_S = 0.5
+TURN_INTERVAL_S = 0.5
 
 
 class ConsoleObserver:
@@ -46,9 +46,9 @@ class ConsoleObserver:
         now = self._monotonic()
         if now < self._next_at:
             return
-        self._next_at = now + EVERY_S
+        self._next_at = now + TURN_INTERVAL_S
         try:
-            if not any(isinstance(event.what, (LoopWaits, ServerEnds)) for event in events):
+            if not any(isinstance(event.payload, (LoopBlocked, ServerEnding)) for event in events):
                 if self._process is not None:
                     self._process.turn(now)
                 self._orders.turn()  # not while the loop waits for its database, which orders need
@@ -71,15 +71,15 @@ def check_console(config: WebConsoleSettings) -> None:
         MissingExtraError: Packages of the extra `console` are missing.
         ConfigError: The address is not this machine's, or the certificate can't be used.
     """
-    if config.console_place is None:
+    if config.console_address is None:
         return
-    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in _NEEDED_PACKAGES if importlib.util.find_spec(name) is None]:
         raise MissingExtraError(f"the console needs {', '.join(missing)}", extra="console")
     check_tls(config)
-    check_free(config.console_place[0], 0)
+    check_address_free(config.console_address[0], 0)
 
 
-def check_free(address: str, port: int) -> None:
+def check_address_free(address: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -87,7 +87,7 @@ def check_free(address: str, port: int) -> None:
             probe.bind((address, port))
     except OSError as error:
         raise ConfigError(
-            f"can't listen on {address}:{port}: {reason(error)}",
+            f"can't listen on {address}:{port}: {error_reason(error)}",
             path=("server", "console"),
             hint="Choose another port, or an address of this machine.",
         ) from error
@@ -107,7 +107,7 @@ def check_tls(config: WebConsoleSettings) -> None:
         certificate = load_pem_x509_certificate(config.console_certificate.read_bytes())
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
-            f"with console_key: {reason(error)}",
+            f"with console_key: {error_reason(error)}",
             path=("server", "console_certificate"),
             expected="a certificate and its key as PEM, the key without a password",
             got=f"{config.console_certificate} and {config.console_key}",

@@ -7,32 +7,38 @@ from urllib.parse import parse_qs
 from starlette.requests import Request
 
 from fedprune.core.errors import ProtocolError
-from fedprune.core.validation import whole_text, word
-from fedprune_server.web.state.records import DEVICE_STATES, LEVELS, STATUSES
-from fedprune_server.web.state.status import COLUMNS, MAX_SIZE
+from fedprune.core.validation import check_word, parse_whole
+from fedprune_server.web.state.records import DEVICE_STATES, LOG_LEVELS, MEMBER_STATUSES
+from fedprune_server.web.state.status import MAX_PAGE_SIZE, SORT_COLUMNS
 
 MAX_SEARCH_LENGTH = 100
 # The login form has four fields; parsing many takes time before anybody is logged in.
-_MAX_FIELDS = 20
+_MAX_FORM_FIELDS = 20
 _YES_NO = ("yes", "no")
-_VALUES = {"state": DEVICE_STATES, "status": STATUSES, "online": _YES_NO, "gone": _YES_NO, "level": LEVELS}
-_SORTS = (*COLUMNS, *(f"-{column}" for column in COLUMNS))
+_FILTER_VALUES = {
+    "state": DEVICE_STATES,
+    "status": MEMBER_STATUSES,
+    "online": _YES_NO,
+    "gone": _YES_NO,
+    "level": LOG_LEVELS,
+}
+_SORTS = (*SORT_COLUMNS, *(f"-{column}" for column in SORT_COLUMNS))
 
 
 def page_number(request: Request) -> int:
     """The number of the requested page, from 1. Raises `ProtocolError` for anything else."""
-    return whole_text("page", request.query_params.get("page", "1"), 1, error=ProtocolError)
+    return parse_whole("page", request.query_params.get("page", "1"), 1, error=ProtocolError)
 
 
 def paging(request: Request, size: int = 50) -> dict[str, int]:
     """The page, and its rows, by default `size`. Raises `ProtocolError` for numbers that are none, or out of range."""
-    rows = whole_text("size", request.query_params.get("size", str(size)), 1, MAX_SIZE, error=ProtocolError)
+    rows = parse_whole("size", request.query_params.get("size", str(size)), 1, MAX_PAGE_SIZE, error=ProtocolError)
     return {"page": page_number(request), "size": rows}
 
 
 def sort_column(request: Request) -> str:
     """The column to sort by, after a minus for descending order. Raises `ProtocolError` if there is none such."""
-    return word("sort", request.query_params.get("sort", "name"), _SORTS, error=ProtocolError)
+    return check_word("sort", request.query_params.get("sort", "name"), _SORTS, error=ProtocolError)
 
 
 def search_text(request: Request) -> str:
@@ -43,13 +49,13 @@ def filters(request: Request, *names: str) -> dict[str, str]:
     """The filters of a request that are set. Raises `ProtocolError` if one has no such value."""
     values = {name: value for name in names if (value := request.query_params.get(name))}
     for name, value in values.items():
-        word(name, value, _VALUES.get(name, (value,)), error=ProtocolError)
+        check_word(name, value, _FILTER_VALUES.get(name, (value,)), error=ProtocolError)
     return values
 
 
 def order_number(request: Request) -> int:
     """The number in the path of an order. Raises `ProtocolError` if it is none."""
-    return whole_text("number", request.path_params["number"], error=ProtocolError)
+    return parse_whole("number", request.path_params["number"], error=ProtocolError)
 
 
 async def form_fields(request: Request) -> dict[str, str]:
@@ -58,7 +64,7 @@ async def form_fields(request: Request) -> dict[str, str]:
         return {}
     body = (await request.body()).decode("utf-8", "replace")
     try:
-        fields = parse_qs(body, keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+        fields = parse_qs(body, keep_blank_values=True, max_num_fields=_MAX_FORM_FIELDS)
     except ValueError as error:
-        raise ProtocolError("form", expected=f"at most {_MAX_FIELDS} fields", got="more") from error
+        raise ProtocolError("form", expected=f"at most {_MAX_FORM_FIELDS} fields", got="more") from error
     return {name: values[0] for name, values in fields.items()}

@@ -11,24 +11,24 @@ from typing import BinaryIO
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.imports import module_code
-from fedprune.core.records import read, write
+from fedprune.core.records import decode_record, encode_record
 from fedprune_server.process.child_process import ChildProcess, RestartedProcess
 
 log = logging.getLogger("fedprune.server")
 
 # Lines of the process that may wait for the server, which reads them twice a second; with more the process is ended.
-MAX_UNREAD = 200
+MAX_UNREAD_LINES = 200
 
 _NAME = "the console"
-_MAX_LINE = 4096
+_MAX_LINE_BYTES = 4096
 _STOP_S = 3.0
 # A console that has sent nothing for this long is ended and started again: six of its signs of life are missing.
-SILENT_S = 30.0
+SILENCE_LIMIT_S = 30.0
 
-_ENVIRONMENT = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
+_VARIABLES = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
 # Variables that the process gets, and prefixes of further ones. Others may hold passwords of databases and buckets, and
 # browsers reach this process.
-_ENVIRONMENTS = ("LC_", "PYTHON")
+_VARIABLE_PREFIXES = ("LC_", "PYTHON")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class ConsoleSettings:
     @classmethod
     def from_json(cls, text: bytes) -> ConsoleSettings:
         """Raises `ConfigError` if it is not what `to_json` writes."""
-        return read(cls, text, "settings of a console", ConfigError)
+        return decode_record(cls, text, "settings of a console", ConfigError)
 
     def to_json(self) -> bytes:
-        return write(self) + b"\n"
+        return encode_record(self) + b"\n"
 
 
 class ConsoleProcess:
@@ -68,12 +68,12 @@ class ConsoleProcess:
         self._settings = settings
         self._command = command or [sys.executable, "-c", module_code("fedprune_server.web.child")]
         self._child = RestartedProcess(self._start, _NAME, stop_s=_STOP_S)
-        self._heard_at = 0.0
+        self._last_sign_at = 0.0
         self.url = ""  # where it listens; empty until it has reported its address
 
     @property
-    def alive(self) -> bool:
-        return self._child.alive
+    def is_alive(self) -> bool:
+        return self._child.is_alive
 
     @property
     def pid(self) -> int | None:
@@ -82,30 +82,30 @@ class ConsoleProcess:
     def turn(self, now: float) -> None:
         """Start the process if it has ended, unless it was tried too often lately, and end one that hangs."""
         if self._child.start(self._settings.to_json, now):
-            self.url, self._heard_at = "", now
-        for url in self._child.received(now):
+            self.url, self._last_sign_at = "", now
+        for url in self._child.receive_all(now):
             if url != self.url:
                 log.info("the console is at %s", url)
-            self.url, self._heard_at = url, now
-        if self.alive and now - self._heard_at > SILENT_S:
-            self._child.kill(now, f"it has not responded for {SILENT_S:.0f} s")
+            self.url, self._last_sign_at = url, now
+        if self.is_alive and now - self._last_sign_at > SILENCE_LIMIT_S:
+            self._child.kill(now, f"it has not responded for {SILENCE_LIMIT_S:.0f} s")
 
     def stop(self) -> None:
         """End the process; may be called twice."""
         self._child.stop()
 
     def _start(self) -> ChildProcess[str]:
-        environment = harmless(os.environ)
-        return ChildProcess(self._command, _NAME, _read_url, max_unread=MAX_UNREAD, environment=environment)
+        environment = harmless_environment(os.environ)
+        return ChildProcess(self._command, _NAME, _read_url, max_unread=MAX_UNREAD_LINES, environment=environment)
 
 
-def harmless(environment: Mapping[str, str]) -> dict[str, str]:
+def harmless_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Environment variables without secrets, for a process that browsers reach."""
-    return {k: v for k, v in environment.items() if k in _ENVIRONMENT or k.startswith(_ENVIRONMENTS)}
+    return {k: v for k, v in environment.items() if k in _VARIABLES or k.startswith(_VARIABLE_PREFIXES)}
 
 
 def _read_url(stream: BinaryIO) -> str | None:
-    raw = stream.readline(_MAX_LINE)
+    raw = stream.readline(_MAX_LINE_BYTES)
     if not raw:
         return None
     if not raw.startswith(b"http") or not raw.endswith(b"/\n"):

@@ -19,9 +19,9 @@ from fedprune.wire.messages import (
     Death,
     Finished,
     Hello,
-    Progress,
     Refusal,
-    Update,
+    RoundProgress,
+    UpdateAnnouncement,
 )
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
@@ -56,7 +56,7 @@ def test_own_predictions_are_adjusted_and_masked_as_the_recipe_says(bench: Bench
         predictor, record = store.slots.open()
     assert record.offset is not None
     assert record.present is not None
-    right = np.mean(record.own(predictor.predict(data.x_test)).argmax(1) == data.y_test)
+    right = np.mean(record.adjustment(predictor.predict(data.x_test)).argmax(1) == data.y_test)
     assert right == bench.server.updates[1].metrics["accuracy_after"]
 
 
@@ -93,14 +93,14 @@ def test_a_cancellation_of_another_attempt_changes_nothing(bench: Bench) -> None
     server.plan, server.accepts = [server.offer(1, recipe, attempt=2)], False
 
     def react(message: Any) -> None:
-        if isinstance(message, (Progress, Update)):
+        if isinstance(message, (RoundProgress, UpdateAnnouncement)):
             server.say(Cancelled("job", 1, 1, "too late"))
-            server.accepts = isinstance(message, Update)
+            server.accepts = isinstance(message, UpdateAnnouncement)
 
     server.react = react
     bench.run()
     assert server.updates[1].attempt == 2
-    assert len({m.metrics["train_seconds"] for m in server.of(Update)}) == 1
+    assert len({m.metrics["train_seconds"] for m in server.of(UpdateAnnouncement)}) == 1
 
 
 def test_an_update_of_a_cancelled_attempt_is_dropped(bench: Bench) -> None:
@@ -108,7 +108,7 @@ def test_an_update_of_a_cancelled_attempt_is_dropped(bench: Bench) -> None:
     server.plan, server.accepts = [server.offer(1, attempt=2)], False
 
     def react(message: Any) -> None:
-        if isinstance(message, Update):
+        if isinstance(message, UpdateAnnouncement):
             server.plan = []
             server.say(Cancelled("job", 1, 2, "too late"))
             bench.stop_once_quiet()
@@ -127,7 +127,7 @@ def test_an_offer_that_was_cancelled_can_come_again_under_its_number(bench: Benc
     cancelled: list[bool] = []
 
     def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train" and not cancelled:
+        if isinstance(message, RoundProgress) and message.phase == "train" and not cancelled:
             cancelled.append(True)
             server.say(Cancelled("job", 1, 0, "too few devices"))
 
@@ -164,7 +164,7 @@ def test_a_newer_offer_ends_the_older_one(bench: Bench) -> None:
     server.plan = [server.offer(1, LONG)]
 
     def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train" and message.round == 1:
+        if isinstance(message, RoundProgress) and message.phase == "train" and message.round == 1:
             server.plan = [server.offer(2)]
             server.say(server.plan[0])
 
@@ -180,7 +180,7 @@ def test_a_device_hands_out_nothing_but_its_update(bench: Bench) -> None:
     asked = server.graphs["plain"].sha256
 
     def react(message: Any) -> None:
-        if isinstance(message, Update):
+        if isinstance(message, UpdateAnnouncement):
             server.say(BlobRequest(asked, "data", 0, 1))
 
     server.react = react
@@ -193,7 +193,7 @@ def test_training_goes_on_while_the_broker_is_away(bench: Bench) -> None:
     server.plan = [server.offer(1, Recipe(epochs=40, batch_size=1, lr=1e-3))]
 
     def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train" and len(server.of(Birth)) == 1:
+        if isinstance(message, RoundProgress) and message.phase == "train" and len(server.of(Birth)) == 1:
             server.link.drop()
             threading.Timer(0.5, server.link.restore).start()
 
@@ -208,11 +208,13 @@ def test_it_is_quiet_only_when_a_restart_would_cost_nothing(bench: Bench) -> Non
     seen: dict[str, bool] = {}
 
     def react(message: Any) -> None:
-        seen.setdefault(message.phase if isinstance(message, Progress) else type(message).__name__, bench.agent.quiet)
+        seen.setdefault(
+            message.phase if isinstance(message, RoundProgress) else type(message).__name__, bench.agent.is_quiet
+        )
 
     bench.server.react = react
     bench.run()
-    assert bench.agent.quiet
+    assert bench.agent.is_quiet
     busy = {k: v for k, v in seen.items() if k in ("BlobRequest", "Update", "download", "train", "evaluate")}
     assert {"BlobRequest", "Update"} <= set(busy)
     assert not any(busy.values()), seen
@@ -226,7 +228,7 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
     server, recipe = bench.server, Recipe(average=0.5)
     server.plan = [server.offer(n, recipe, job="other" if n < 3 else "job") for n in (1, 2, 3, 4)]
     last, server.ends = server.offer(5, recipe, job="other"), False
-    stopped, latency = threading.Event(), Evaluation.latency
+    stopped, latency = threading.Event(), Evaluation.measure_latency
 
     def stopped_meanwhile(evaluation: Evaluation, model: Predictor) -> None:
         if 3 in server.updates and not stopped.is_set():
@@ -239,10 +241,10 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
         task = bench.store.task
         if task is not None and (task.offer == last or (task.offer.round, task.done) == (4, True)):
             stopped.set()
-        if stopped.is_set() and bench.agent.quiet and (cancelled or 5 in server.updates):
+        if stopped.is_set() and bench.agent.is_quiet and (cancelled or 5 in server.updates):
             bench.agent.stop()
 
-    monkeypatch.setattr(Evaluation, "latency", stopped_meanwhile)
+    monkeypatch.setattr(Evaluation, "measure_latency", stopped_meanwhile)
     server.watch = watch
     bench.run(until_finished=False)
     assert 4 not in server.updates
@@ -250,8 +252,8 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
         current = store.slots.current()
         assert current.round == (3 if cancelled else 5)
         for job, rounds in {"job": [3], "other": [1, 2] if cancelled else [2, 5]}.items():
-            store.own.turn_to(job)
-            assert sorted(LocalState.from_bytes(r).round for r in store.own.read().values()) == rounds
+            store.local_states.switch_to_job(job)
+            assert sorted(LocalState.from_bytes(r).round for r in store.local_states.read().values()) == rounds
 
 
 def test_an_agent_whose_every_turn_fails_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

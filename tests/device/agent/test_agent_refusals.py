@@ -11,9 +11,9 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
-from fedprune.model.element_mask import pack, to_bits
+from fedprune.model.element_mask import mask_to_bits, pack_active
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Active, Tensors
+from fedprune.model.selection import ElementMask, Tensors
 from fedprune.planning.costs import WEIGHT_FILES, storage_bytes
 from fedprune.wire.messages import Birth, Offer, Refusal
 from fedprune_device.serving.model_slots import ModelSlots
@@ -77,14 +77,14 @@ def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeyp
     assert max(total for total, _ in seen) <= storage_bytes(server.weights.size, *graphs) + documents
 
 
-def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: Active) -> Offer:
+def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: ElementMask) -> Offer:
     """An offer of a masked model; what belongs to it lies at the server."""
     graphs, put = GRAPHS, bench.server.blobs.put
     blobs = {
         "training": put((graphs / "masked.onnx").read_bytes()),
         "inference": put((graphs / "hidden.onnx").read_bytes()),
-        "weights": put(tensorfile.encode(pack(mask, hidden_weights(seed=number)))),
-        "mask": put(tensorfile.encode(to_bits(mask))),
+        "weights": put(tensorfile.encode(pack_active(mask, hidden_weights(seed=number)))),
+        "mask": put(tensorfile.encode(mask_to_bits(mask))),
     }
     return bench.server.offer(number, recipe, widths=(HIDDEN,), **blobs)
 
@@ -124,7 +124,7 @@ def test_what_a_board_keeps_of_its_own_is_counted(
     weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}
     bench.server.plan = offers
     bench.run()
-    assert 0 <= WEIGHT_FILES + recipe.own_files - max(seen) <= 2
+    assert 0 <= WEIGHT_FILES + recipe.extra_files - max(seen) <= 2
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, 
     # The offset of the graph's second tensor, changed in place: it reads b from the middle of w.
     graph = server.blobs.read(server.graphs["inference"].sha256)
     raw = tensorfile.encode(weights)
-    start = tensorfile.offsets(raw)["b"][2]
+    start = tensorfile.tensor_offsets(raw)["b"][2]
     wrong = graph.replace(str(start).encode(), str(start - 16).encode())
     assert wrong != graph
     server.plan = [server.offer(2, inference=server.blobs.put(wrong))]

@@ -18,11 +18,11 @@ from fedprune.wire.messages import (
     Birth,
     BlobNotFound,
     BlobRequest,
-    Progress,
     Refusal,
+    RoundProgress,
     SecureStep,
-    Trained,
-    Update,
+    TrainingDone,
+    UpdateAnnouncement,
 )
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.privacy.budget import PrivacyPolicy
@@ -36,14 +36,14 @@ def test_an_update_that_was_not_accepted_is_announced_after_a_restart_without_tr
 ) -> None:
     server = bench.server
     server.plan, server.accepts = [server.offer(1)], False
-    bench.stop_on(Update)
+    bench.stop_on(UpdateAnnouncement)
     bench.run(until_finished=False)
-    first = server.of(Update)[0]
+    first = server.of(UpdateAnnouncement)[0]
     server.accepts, server.react = True, lambda _: None
     server.seen.clear()
     bench.run()
     assert server.updates[1] == first
-    assert not [p for p in server.of(Progress) if p.phase == "train"]
+    assert not [p for p in server.of(RoundProgress) if p.phase == "train"]
     assert server.of(Birth)[0].held == {"job": "job", "round": 1, "attempt": 0}
 
 
@@ -53,9 +53,9 @@ def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
     server = bench.server
     recipe = Recipe(epochs=60, batch_size=1, lr=1e-3)
     server.plan = [server.offer(1, recipe)]
-    bench.stop_on(Progress, phase="train")
+    bench.stop_on(RoundProgress, phase="train")
     bench.run(until_finished=False)
-    assert not server.of(Update)
+    assert not server.of(UpdateAnnouncement)
     server.react = lambda _: None
     bench.run()
     assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
@@ -71,41 +71,43 @@ def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_f
     recipe = Recipe(epochs=2, batch_size=16, secure_aggregation=True)
     offer = server.offer(1, recipe, secure=secure)
     server.plan, server.accepts = [offer], False
-    bench.stop_on(Trained)
+    bench.stop_on(TrainingDone)
     bench.run(until_finished=False)
-    (trained,) = server.of(Trained)
+    (trained,) = server.of(TrainingDone)
     with bench.reopened() as store:  # as it is once a process has masked the update and was killed
         masked = store.blobs.put(bytes(8 * wide))
-        store.keep(Update("d", "job", 1, 0, offer.weights.sha256, masked, trained.samples, trained.steps))
+        store.keep_update(
+            UpdateAnnouncement("d", "job", 1, 0, offer.weights.sha256, masked, trained.samples, trained.steps)
+        )
     server.seen.clear()
     again = replace(offer, attempt=1)
 
     def react(message: Any) -> None:
-        if isinstance(message, Update):
+        if isinstance(message, UpdateAnnouncement):
             server.say(SecureStep.of("job", 1, message.attempt, "0" * 32, "survivors", b"\1"))
         elif isinstance(message, Refusal):
             server.plan = [again]
             server.say(again)
-        elif isinstance(message, Trained) and bench.agent is not None:
+        elif isinstance(message, TrainingDone) and bench.agent is not None:
             bench.agent.stop()
 
     server.react = react
     bench.run(until_finished=False)
-    assert {update.attempt for update in server.of(Update)} == {0}
+    assert {update.attempt for update in server.of(UpdateAnnouncement)} == {0}
     assert "this board has restarted" in server.of(Refusal)[0].reason
-    assert [message.attempt for message in server.of(Trained)] == [1]
+    assert [message.attempt for message in server.of(TrainingDone)] == [1]
 
 
 def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_on_with(bench: Bench) -> None:
     server = bench.server
     server.plan = [server.offer(1, Recipe(epochs=60, batch_size=1, lr=1e-3))]
-    bench.stop_on(Progress, phase="train")
+    bench.stop_on(RoundProgress, phase="train")
     bench.run(until_finished=False)
     bench.floor = PrivacyPolicy()
     bench.stop_on(Refusal)
     bench.run(until_finished=False)
     assert server.of(Refusal)[0].exit_code == ExitCode.PRIVACY
-    assert not server.of(Update)
+    assert not server.of(UpdateAnnouncement)
     with bench.reopened() as store:
         assert store.task.done
 
@@ -115,7 +117,7 @@ def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Benc
     server.plan, server.accepts = [server.offer(1)], False
 
     def react(message: Any) -> None:
-        if isinstance(message, Update) and message.attempt == 0:
+        if isinstance(message, UpdateAnnouncement) and message.attempt == 0:
             server.accepts = True
             server.plan = [server.offer(1, attempt=1)]
             server.say(server.plan[0])
@@ -123,7 +125,7 @@ def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Benc
     server.react = react
     bench.run()
     assert server.updates[1].attempt == 1
-    assert len({m.metrics["train_seconds"] for m in server.of(Update)}) == 1
+    assert len({m.metrics["train_seconds"] for m in server.of(UpdateAnnouncement)}) == 1
 
 
 def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
@@ -133,13 +135,13 @@ def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
     server.plan = [server.offer(1, recipe)]
 
     def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train" and message.attempt < 5:
+        if isinstance(message, RoundProgress) and message.phase == "train" and message.attempt < 5:
             server.plan = [server.offer(1, recipe, attempt=message.attempt + 1)]
             server.say(server.plan[0])
 
     server.react = react
     bench.run()
-    done = [(p.attempt, p.done) for p in server.of(Progress) if p.phase == "train"]
+    done = [(p.attempt, p.done) for p in server.of(RoundProgress) if p.phase == "train"]
     assert server.updates[1].attempt >= 2
     assert done == sorted(done)
     assert [d for _, d in done] == sorted({d for _, d in done})

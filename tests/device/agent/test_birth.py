@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.messages import Birth, parse
-from fedprune_device.agent.agent import AGAIN_S, BirthBuilder
+from fedprune.wire.messages import Birth, parse_message
+from fedprune_device.agent.agent import BIRTH_INTERVAL_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
-from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 
 pytestmark = pytest.mark.board
 
@@ -18,27 +18,27 @@ pytestmark = pytest.mark.board
 def births(profile: str, engine: Callable[[], str] = lambda: "", **private: Callable[[], bool]) -> BirthBuilder:
     data: Any = SimpleNamespace(samples=3, effective_classes=2)
     link: Any = None
-    return BirthBuilder(Connection(link, Channel("d", "site")), data, profile, None, engine, **private)
+    return BirthBuilder(BoardConnection(link, MessageChannel("d", "site")), data, profile, None, engine, **private)
 
 
 def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
     status = ["onnxruntime (an engine is being made)"]
     greeting = births("jetson-thor", lambda: status[0])
-    assert greeting.birth(1, None, 0.0).software.endswith("predicts with onnxruntime (an engine is being made)")
-    assert not greeting.outdated(AGAIN_S)
+    assert greeting.build(1, None, 0.0).software.endswith("predicts with onnxruntime (an engine is being made)")
+    assert not greeting.is_outdated(BIRTH_INTERVAL_S)
     status[0] = "TensorRT 10.3.0, float32"
-    assert not greeting.outdated(AGAIN_S - 1)
-    assert greeting.outdated(AGAIN_S)
-    greeting.birth(1, None, AGAIN_S)
-    assert not greeting.outdated(3 * AGAIN_S)
+    assert not greeting.is_outdated(BIRTH_INTERVAL_S - 1)
+    assert greeting.is_outdated(BIRTH_INTERVAL_S)
+    greeting.build(1, None, BIRTH_INTERVAL_S)
+    assert not greeting.is_outdated(3 * BIRTH_INTERVAL_S)
 
 
 def test_a_private_board_does_not_say_how_even_its_labels_are() -> None:
     private = [False]
     greeting = births("raspberry-pi-5", private=lambda: private[0])
-    assert greeting.birth(1, None, 0.0).effective_classes == 2
+    assert greeting.build(1, None, 0.0).effective_classes == 2
     private[0] = True
-    assert greeting.birth(2, None, 0.0).effective_classes is None
+    assert greeting.build(2, None, 0.0).effective_classes is None
 
 
 @pytest.mark.parametrize(("kept", "expected"), [(True, "slot b with release 12"), (False, "slot b")])
@@ -50,6 +50,6 @@ def test_a_board_with_a_launcher_says_what_it_runs(
         SlotStore(tmp_path).write_record("b", SlotRecord(12, "0.2.0", "m:f", {}))
     monkeypatch.setenv("FEDPRUNE_ROOT", str(tmp_path))
     monkeypatch.setenv("FEDPRUNE_SLOT", "b")
-    birth = births("jetson-thor", lambda: "x" * 500).birth(1, None, 0.0)
+    birth = births("jetson-thor", lambda: "x" * 500).build(1, None, 0.0)
     assert f", {expected}, predicts with x" in birth.software
-    assert isinstance(parse(birth.to_bytes()), Birth)
+    assert isinstance(parse_message(birth.to_bytes()), Birth)

@@ -38,7 +38,7 @@ class Rounds(Bench):
         return self.server.offer(2, weights=whole, weights_codec="int8", coded=put(raw), held=held)
 
     @property
-    def pulled(self) -> set[str]:
+    def input_gradient(self) -> set[str]:
         return {m.sha256 for m in self.server.of(BlobRequest)}
 
     def trained_on(self) -> str:
@@ -58,8 +58,8 @@ def named(offer: Offer) -> tuple[str, str]:
 def test_a_difference_is_pulled_instead_of_the_weights(rounds: Rounds) -> None:
     rounds.run()
     whole, coded = named(rounds.server.plan[1])
-    assert coded in rounds.pulled
-    assert whole not in rounds.pulled
+    assert coded in rounds.input_gradient
+    assert whole not in rounds.input_gradient
     assert rounds.trained_on() == whole
 
 
@@ -67,8 +67,8 @@ def test_without_the_old_weights_the_new_ones_are_pulled(rounds: Rounds) -> None
     rounds.server.plan = rounds.server.plan[1:]
     rounds.run()
     whole, coded = named(rounds.server.plan[0])
-    assert whole in rounds.pulled
-    assert coded not in rounds.pulled
+    assert whole in rounds.input_gradient
+    assert coded not in rounds.input_gradient
 
 
 @pytest.mark.parametrize("what", ["rubbish", "others"])
@@ -77,6 +77,6 @@ def test_what_leads_to_other_weights_costs_a_pull_and_no_round(rounds: Rounds, w
     raw = b"rubbish" * 99 if what == "rubbish" else weights.encode(INT8, other, rounds.first, set(other))
     rounds.server.plan[1] = rounds.offer(raw)
     rounds.run()
-    assert set(named(rounds.server.plan[1])) <= rounds.pulled
+    assert set(named(rounds.server.plan[1])) <= rounds.input_gradient
     assert rounds.trained_on() == named(rounds.server.plan[1])[0]
     assert not rounds.server.of(Refusal)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedprune.wire.fleet_messages import Reconnect
-from fedprune.wire.messages import Birth, Progress, Update
+from fedprune.wire.messages import Birth, RoundProgress, UpdateAnnouncement
 from support.fakes.agent_fleet import TOPICS
 from support.fakes.agent_harness import LONG, Bench
 
@@ -44,7 +44,7 @@ def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
     told = list[int]()
 
     def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train" and not told:
+        if isinstance(message, RoundProgress) and message.phase == "train" and not told:
             told.append(len(server.of(Birth)))
             server.say(Reconnect(0.0, 3600.0))
 
@@ -52,7 +52,7 @@ def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
     bench.run()
     assert server.link.left == []
     assert len(server.of(Birth)) == told[0] + 1
-    assert server.of(Update)
+    assert server.of(UpdateAnnouncement)
 
 
 def test_only_a_message_to_this_board_counts(bench: Bench) -> None:

@@ -13,7 +13,7 @@ from msgspec import structs
 from fedprune.aggregation.fixed_point import Range
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
-from fedprune.model.element_mask import pack
+from fedprune.model.element_mask import pack_active
 from fedprune.model.recipe import Recipe
 from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
 from fedprune.updates import Codec, decode
@@ -21,7 +21,7 @@ from fedprune.updates.privacy import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import MEASURED, RoundRunner
+from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner
 from support.fakes.hidden_board import DEVICE, HiddenBoard, hidden_weights
 
 pytestmark = pytest.mark.board
@@ -34,9 +34,9 @@ STATISTICS = ("mean", "var")
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, LocalState | None]:
     """The update's bytes and message, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
-        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.own)
-        update = bench.commit(bench.make(offer))
-        kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.local_states)
+        update = bench.commit(bench.carry_out(offer))
+        kept = [LocalState.from_bytes(r) for r in store.local_states.read().values()]
         return store.blobs.read(update.weights.sha256), update, max(kept, key=lambda own: own.round, default=None)
 
 
@@ -63,14 +63,14 @@ def test_an_update_is_as_long_as_it_may_be(board: HiddenBoard) -> None:
 def test_of_masked_tensors_the_active_elements_are_clipped_and_noised(board: HiddenBoard) -> None:
     random = np.random.default_rng(3)
     mask = {n: random.random(SENT[n].shape) < 0.5 for n in ("w1", "w2")}
-    packed = pack(mask, SENT)
+    packed = pack_active(mask, SENT)
     for clip, noise in ((1e6, 0.0), (0.01, 0.0), (1e-6, 0.5)):
         recipe = replace(PLAIN, mask="hard", update_clip=clip, update_noise=noise)
         _, sent, serves = board.carry_out(board.offer(1, recipe, SENT, graph="masked", mask=mask))
         assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in packed.items()}
         moved = np.concatenate([(sent[n] - packed[n]).ravel() for n in sent if n not in STATISTICS])
         if clip > 1:
-            trained = pack(mask, serves)
+            trained = pack_active(mask, serves)
             assert all(np.array_equal(sent[n], trained[n]) for n in sent if n not in STATISTICS)
         elif not noise:
             assert np.linalg.norm(moved) == pytest.approx(clip, rel=1e-3)
@@ -97,9 +97,9 @@ def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -
         offer = board.offer(1, offered, SENT, graph="kept", secure=own)
         with DeviceStore(board.root) as store:
             runner = RoundRunner(
-                DEVICE, store.blobs, store.slots, board.data, noise=lambda offer: GaussianNoise.keyed(offer.round)
+                DEVICE, store.blobs, store.slots, board.data, noise=lambda offer: GaussianNoise.from_key(offer.round)
             )
-            found.append(store.blobs.read(runner.commit(runner.make(offer)).weights.sha256))
+            found.append(store.blobs.read(runner.commit(runner.carry_out(offer)).weights.sha256))
     noised, vector = found
     assert vector == form.encode(tensorfile.decode(noised), SENT)[0].to_bytes()
 
@@ -121,7 +121,7 @@ def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
 def test_a_private_board_tells_nothing_that_it_measured_on_samples(board: HiddenBoard) -> None:
     update, _, _ = board.carry_out(board.offer(1, PLAIN, SENT, graph="kept"))
     noised, _, _ = private(board, 1.0, 0.1)
-    assert set(update.metrics) > set(noised.metrics) == MEASURED
+    assert set(update.metrics) > set(noised.metrics) == MACHINE_METRICS
     assert (noised.samples, noised.steps) == (update.samples, update.steps)
 
 

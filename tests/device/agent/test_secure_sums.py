@@ -19,9 +19,9 @@ from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.participant import Participant
-from fedprune.secure_aggregation.session import Session, task_digest
-from fedprune.security.keys import KEY, SigningKey, VerifyingKey
-from fedprune.wire.messages import Accepted, Offer, Refusal, SecureStep, Trained, Update
+from fedprune.secure_aggregation.session import SecureSumSession, task_digest
+from fedprune.security.keys import KEY_BYTES, SigningKey, VerifyingKey
+from fedprune.wire.messages import Accepted, Offer, Refusal, SecureStep, TrainingDone, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData
 from support.fakes.agent_harness import Bench, expected
 
@@ -51,8 +51,8 @@ class Sums:
         announced: Called with the agent's masked update; returns whether the sum goes on.
     """
 
-    def __init__(self, bench: Bench, offer: Offer, announced: Callable[[Update], bool]) -> None:
-        self._bench, self._announced = bench, announced
+    def __init__(self, bench: Bench, offer: Offer, announced: Callable[[UpdateAnnouncement], bool]) -> None:
+        self._bench, self._on_update_announced = bench, announced
         self._wide, self.task = offer.secure["wide"], task_of(offer)
         self.vectors: list[bytes] = []
         self.total: Vector | None = None
@@ -60,15 +60,15 @@ class Sums:
 
     def react(self, message: Any) -> None:
         match message:
-            case Trained() if message.attempt != self._attempt:
+            case TrainingDone() if message.attempt != self._attempt:
                 self._begin(message.attempt)
             case SecureStep() if message.attempt == self._attempt:
                 self._answered(message.step, message.content)
-            case Update() if message.attempt == self._attempt and self._awaits_vector:
+            case UpdateAnnouncement() if message.attempt == self._attempt and self._awaits_vector:
                 self._awaits_vector = False
                 vector = self._bench.store.blobs.read(message.weights.sha256)
                 self.vectors.append(vector)
-                if self._announced(message):
+                if self._on_update_announced(message):
                     self._collector.add_masked("d", vector)
                     self._digest = message.weights.sha256
                     self._survivors = self._collector.survivors()
@@ -77,8 +77,8 @@ class Sums:
     def _begin(self, attempt: int) -> None:
         self._attempt, self._awaits_vector = attempt, False
         keys = {name: SigningKey.make() for name in ("e", "f")}
-        self._directory: dict[str, VerifyingKey] = {name: key.verifying for name, key in keys.items()}
-        session = self._session = Session.choose(b"a test", 3, 0, self._wide, task=self.task, dropping=0.0)
+        self._directory: dict[str, VerifyingKey] = {name: key.verifying_key for name, key in keys.items()}
+        session = self._session = SecureSumSession.choose(b"a test", 3, 0, self._wide, task=self.task, dropping=0.0)
         self._collector = Collector(session, self._directory)
         self._others = {name: Participant(session, name, key, self._directory) for name, key in keys.items()}
         for name, other in self._others.items():
@@ -87,13 +87,13 @@ class Sums:
 
     def _answered(self, step: str, content: bytes) -> None:
         if step == "keys" and "d" not in self._directory:
-            self._directory["d"] = VerifyingKey(content[:KEY])
-            self._collector.add_advertisement("d", content[KEY:])
+            self._directory["d"] = VerifyingKey(content[:KEY_BYTES])
+            self._collector.add_advertisement("d", content[KEY_BYTES:])
             rosters = self._collector.rosters()
             for name, other in self._others.items():
                 self._collector.add_shares(name, other.share(rosters[name]))
             around = b"".join(self._directory[name].raw for name in decode_roster(rosters["d"], self._session))
-            self._send("roster", (len(around) // KEY).to_bytes(2, "big") + around + rosters["d"])
+            self._send("roster", (len(around) // KEY_BYTES).to_bytes(2, "big") + around + rosters["d"])
         elif step == "shares" and not self._awaits_vector:
             self._collector.add_shares("d", content)
             deliveries: Mapping[str, bytes] = self._collector.deliveries()
@@ -124,7 +124,7 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
     offer = masked_offer(bench, weights)
     server.plan, server.accepts = [offer], False
 
-    def announced(update: Update) -> bool:
+    def announced(update: UpdateAnnouncement) -> bool:
         if update.attempt + 1 == attempts:
             return True
         server.plan = [structs.replace(offer, attempt=update.attempt + 1)]
@@ -138,10 +138,10 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
     assert sums.total is not None
     assert sums.total.to_bytes() == vector.to_bytes()
     assert len({vector.to_bytes(), *sums.vectors}) == 1 + attempts
-    assert {message.attempt for message in server.of(Update)} == set(range(attempts))
-    assert len({message.metrics["train_seconds"] for message in server.of(Trained)}) == 1
-    last = next(i for i, m in enumerate(server.seen) if isinstance(m, Trained) and m.attempt + 1 == attempts)
-    late = [message for message in server.seen[last:] if isinstance(message, Update)]
+    assert {message.attempt for message in server.of(UpdateAnnouncement)} == set(range(attempts))
+    assert len({message.metrics["train_seconds"] for message in server.of(TrainingDone)}) == 1
+    last = next(i for i, m in enumerate(server.seen) if isinstance(m, TrainingDone) and m.attempt + 1 == attempts)
+    late = [message for message in server.seen[last:] if isinstance(message, UpdateAnnouncement)]
     assert {message.attempt for message in late} == {attempts - 1}, "it announces a vector of an earlier sum"
     with bench.reopened() as store:
         assert store.pending is None
@@ -164,8 +164,8 @@ def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
     refusal = bench.server.of(Refusal)[0]
     assert refusal.exit_code == ExitCode.PROTOCOL
     assert f"offer: secure: expected {expects}" in refusal.reason
-    assert not bench.server.of(Trained)
-    assert not bench.server.of(Update)
+    assert not bench.server.of(TrainingDone)
+    assert not bench.server.of(UpdateAnnouncement)
 
 
 @pytest.mark.parametrize("weight", [0, "1"])
@@ -177,7 +177,7 @@ def test_a_board_refuses_a_weight_of_the_server_s_choice(bench: Bench, weights: 
     refusal = bench.server.of(Refusal)[0]
     assert refusal.exit_code == ExitCode.PROTOCOL
     assert "weight" in refusal.reason
-    assert not bench.server.of(Trained)
+    assert not bench.server.of(TrainingDone)
 
 
 def coarser(offer: Offer) -> Offer:
@@ -210,4 +210,4 @@ def test_a_board_leaves_a_sum_whose_other_boards_are_asked_for_something_else(
     bench.run(until_finished=False)
     assert bench.server.of(Refusal)[0].exit_code == ExitCode.PROTOCOL
     assert not bench.server.of(SecureStep)
-    assert not bench.server.of(Update)
+    assert not bench.server.of(UpdateAnnouncement)

@@ -13,7 +13,7 @@ from fedprune.core.errors import DataError
 from fedprune_device.client import Board, BoardError
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.labels import Targets
-from fedprune_device.serving.model_slots import Serving
+from fedprune_device.serving.model_slots import ServingRecord
 from support.fakes.local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_of
 from support.fakes.sample_files import image_file
 from support.faults.failing_disk import fault
@@ -107,7 +107,7 @@ def test_every_answer_is_of_one_whole_model_while_models_are_swapped(local: Loca
             thread.start()
         for n in rounds[1:]:
             local.install(n)
-            local.model.look()
+            local.model.poll()
             before = sum(map(len, seen))
             # Else all may be over before anybody has asked.
             until(lambda before=before: sum(map(len, seen)) > before or errors)  # type: ignore[misc]
@@ -124,14 +124,14 @@ def test_a_model_that_fails_its_check_does_not_answer(local: LocalBoard, caplog:
     with local.serving():
         bad = tensorfile.encode({"w": np.full((3, 6), np.inf, np.float32), "b": np.zeros(3, np.float32)})
         local.slots.stage(local.graph, bad)
-        graph = tensorfile.digest(local.graph.read_bytes())
-        files = {"inference.onnx": graph, "weights.safetensors": tensorfile.digest(bad)}
-        local.slots.install(Serving("job", 2, 3, files))
-        local.model.look()
+        graph = tensorfile.sha256_hex(local.graph.read_bytes())
+        files = {"inference.onnx": graph, "weights.safetensors": tensorfile.sha256_hex(bad)}
+        local.slots.install(ServingRecord("job", 2, 3, files))
+        local.model.poll()
         assert local.board.predict(X).round == 1
         assert "not finite" in caplog.text
         local.install(3)
-        local.model.look()
+        local.model.poll()
         assert local.board.predict(X).round == 3
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune_device.api import http_server
-from fedprune_device.api.address import Address
+from fedprune_device.api.address import LocalAddress
 from fedprune_device.client import Board
 from support.fakes.local_board import LocalBoard, ask, npy, parsed, received, request
 from support.waiting import until
@@ -92,7 +92,7 @@ def test_a_client_that_goes_in_the_middle_does_no_harm(open_board: LocalBoard, c
 
 
 def test_clients_that_say_nothing_do_not_keep_others_out(served: LocalBoard) -> None:
-    idle = [served.connect() for _ in range(2 * http_server.CONNECTIONS)]
+    idle = [served.connect() for _ in range(2 * http_server.MAX_CLIENTS)]
     try:
         idle[-1].sendall(GOOD[:10])
         for _ in range(5):
@@ -116,11 +116,11 @@ def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, mo
         until(lambda: len(seen) == count)
         return found
 
-    monkeypatch.setattr(http_server, "_user", user)
+    monkeypatch.setattr(http_server, "_peer_user", user)
     raw = request("POST", "/v1/predict", npy(X), Content_Type=NPY)
     (slow,) = come("ann", 1)
     slow.sendall(raw[:-1])
-    hostile = come("bob", 4 * http_server.CONNECTIONS)
+    hostile = come("bob", 4 * http_server.MAX_CLIENTS)
     slow.sendall(raw[-1:])
     assert parsed(received(slow))[0][0] == 200, "bob's own places are what bob gets"
     hostile += come("bob", 1)
@@ -131,7 +131,7 @@ def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, mo
 
 
 def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "REQUEST_TIMEOUT_S", 0.2)
     for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
         with served.connect() as connection:
             connection.sendall(raw)
@@ -170,7 +170,7 @@ def test_a_socket_that_a_killed_process_left_is_taken_over_and_a_live_one_is_not
     dead = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     dead.bind(str(path))
     dead.close()
-    address = Address.parse(f"unix:{path}")
+    address = LocalAddress.parse(f"unix:{path}")
     bound = address.bind()
     with pytest.raises(StorageError, match="another program"):
         address.bind()
@@ -182,7 +182,7 @@ def test_a_socket_that_a_killed_process_left_is_taken_over_and_a_live_one_is_not
 
 
 def test_a_socket_that_another_program_has_put_in_its_place_is_left_alone(tmp_path: Path) -> None:
-    address = Address.parse(f"unix:{tmp_path / 's'}")
+    address = LocalAddress.parse(f"unix:{tmp_path / 's'}")
     first = address.bind()
     (tmp_path / "s").unlink()
     second = address.bind()
@@ -196,7 +196,7 @@ def test_a_socket_that_another_program_has_put_in_its_place_is_left_alone(tmp_pa
 @pytest.mark.parametrize("text", ["0.0.0.0:80", "[::]:80", "board.local:80", "", "unix:rel", "unix:/" + "a" * 200])
 def test_what_is_no_address_of_this_machine_alone_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
-        Address.parse(text)
+        LocalAddress.parse(text)
 
 
 def test_a_port_of_this_machine_answers_too(local: LocalBoard) -> None:
@@ -204,4 +204,4 @@ def test_a_port_of_this_machine_answers_too(local: LocalBoard) -> None:
     with local.serving("127.0.0.1:0"):
         assert Board(f"127.0.0.1:{local.server.port}").predict(X).round == 1
         with pytest.raises(StorageError, match="can't listen"):
-            Address.parse(f"127.0.0.1:{local.server.port}").bind()
+            LocalAddress.parse(f"127.0.0.1:{local.server.port}").bind()

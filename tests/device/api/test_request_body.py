@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Lengths
-from fedprune_device.api.request import JSON, NPY, RAW, SAFETENSORS, Request, RequestError, array, batch
+from fedprune_device.api.request import JSON, NPY, RAW, SAFETENSORS, Request, RequestError, request_array, request_batch
 from fedprune_device.client import _body
 from support.fakes.local_board import npy
 
@@ -27,7 +27,7 @@ FLOATS = arrays.arrays(
 
 
 def read(body: bytes, kind: str, shape: Any = None, *, tokens: bool = False) -> Any:
-    return array(Request("POST", "/v1/predict", {}, {"content-type": kind}, body), shape, tokens=tokens)
+    return request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, body), shape, tokens=tokens)
 
 
 @given(FLOATS)
@@ -46,7 +46,7 @@ def test_token_ids_stay_whole_numbers(x: Any) -> None:
         found = read(body, kind, tokens=True)
         assert found.dtype == np.int64
         np.testing.assert_array_equal(found, x)
-    np.testing.assert_array_equal(batch(x, x.shape, 1, tokens=True), x[None])
+    np.testing.assert_array_equal(request_batch(x, x.shape, 1, tokens=True), x[None])
 
 
 @pytest.mark.parametrize("shape", ["(9223372036854775807, 9)", "(1000000000000,)", "(1,) * 10**9", "__import__('os')"])
@@ -58,10 +58,10 @@ def test_a_head_that_lies_takes_neither_memory_nor_time(shape: str) -> None:
 
 def test_raw_numbers_may_be_a_sample_of_any_length_within_the_bounds() -> None:
     shape, x = (2, Lengths(3, 5)), np.arange(8, dtype=np.float32).reshape(2, 4)
-    np.testing.assert_array_equal(batch(read(x.tobytes(), RAW, shape), shape, 1, tokens=False), x[None])
+    np.testing.assert_array_equal(request_batch(read(x.tobytes(), RAW, shape), shape, 1, tokens=False), x[None])
     for bad in (x[:, :2], np.zeros((2, 6), np.float32)):
         with pytest.raises(DataError) as error:
-            batch(read(bad.tobytes(), RAW, shape), shape, 1, tokens=False)
+            request_batch(read(bad.tobytes(), RAW, shape), shape, 1, tokens=False)
         assert "3:5" in str(error.value.expected)
     with pytest.raises(DataError):
         read(bytes(28), RAW, shape)

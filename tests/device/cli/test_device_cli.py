@@ -20,8 +20,8 @@ from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
 from fedprune_device.hardware.runtime_process import RuntimeProcess
-from fedprune_device.launcher.launcher import decide
-from fedprune_device.serving.model_slots import Serving
+from fedprune_device.launcher.launcher import choose_slot
+from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.runtime_releases import OUTSIDE, make_release, set_up, source
 
@@ -37,8 +37,11 @@ def state(tmp_path: Path, model: Path, weights: Tensors) -> Path:
         raw = tensorfile.encode(weights)
         graph = model / "inference.onnx"
         store.slots.stage(graph, raw)
-        files = {"inference.onnx": tensorfile.digest(graph.read_bytes()), "weights.safetensors": tensorfile.digest(raw)}
-        store.slots.install(Serving("job", 1, 3, files, offset=(0.0, 50.0, 0.0)))
+        files = {
+            "inference.onnx": tensorfile.sha256_hex(graph.read_bytes()),
+            "weights.safetensors": tensorfile.sha256_hex(raw),
+        }
+        store.slots.install(ServingRecord("job", 1, 3, files, offset=(0.0, 50.0, 0.0)))
     return root
 
 
@@ -173,7 +176,7 @@ def test_one_process_checks_a_release_on_trial_and_measures(
     board = set_up(tmp_path / "board", make_release(tmp_path / "1", 1))
     board.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
     board.arm()
-    decide(board.home)
+    choose_slot(board.home)
     monkeypatch.setenv("FEDPRUNE_ROOT", str(board.home.root))
     for slot, asked in (("b", ["check_model", "check", "probe"]), ("a", ["check", "probe"])):
         monkeypatch.setenv("FEDPRUNE_SLOT", slot)

@@ -53,7 +53,7 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
     wanted = Trainer(bundle / "training.onnx").train(
         weights, data, TrainingTask(recipe, seed=0, device="", round=1, classes=3, widths=source.selection.widths)
     )
-    for name, value in tensorfile.load(made.path(WEIGHTS)).items():
+    for name, value in tensorfile.load_tensors(made.path(WEIGHTS)).items():
         np.testing.assert_array_equal(value, wanted.tensors[name])
     before, after = accuracy(bundle, data), accuracy(tmp_path / "out", data)
     assert after > before

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import PADDING, Lengths, lengths_of
-from fedprune_device.data.audio_decoding import Audio, decoded, resampled
+from fedprune_device.data.audio_decoding import Audio, decode_wav, resample
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
 from support.fakes.sample_files import wav
@@ -31,14 +31,14 @@ def packed(numbers: Any, width: int) -> bytes:
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 def test_numbers_of_every_width_are_what_they_were(width: int) -> None:
-    found, rate = decoded(wav(packed(SINE, width), width, 1, 8000))
+    found, rate = decode_wav(wav(packed(SINE, width), width, 1, 8000))
     assert rate == 8000
     np.testing.assert_allclose(found, SINE, atol=max(2.0 ** (1 - 8 * width), 1e-6))
 
 
 def test_channels_are_averaged() -> None:
     both = np.stack([SINE, 0 * SINE], 1).ravel()
-    np.testing.assert_allclose(decoded(wav(packed(both, 2), 2, 2))[0], SINE / 2, atol=1e-4)
+    np.testing.assert_allclose(decode_wav(wav(packed(both, 2), 2, 2))[0], SINE / 2, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_a_tone_is_the_same_tone_at_another_rate_and_one_that_does_not_fit_is_si
         return np.sin(2 * np.pi * hertz * np.arange(at) / at).astype(np.float32)
 
     for share in (0.02, 0.3, 0.8):
-        found = resampled(tone(share * lower, rate), rate, wanted)
+        found = resample(tone(share * lower, rate), rate, wanted)
         middle = slice(wanted // 10, -wanted // 10)
         assert len(found) == wanted
         np.testing.assert_allclose(
             found[middle], tone(share * lower, wanted)[middle], atol=7e-3
         )  # a Hann window's ripple is -44 dB
     if wanted < rate:
-        silent = resampled(tone(1.15 * lower, rate), rate, wanted)
+        silent = resample(tone(1.15 * lower, rate), rate, wanted)
         assert np.abs(silent[wanted // 10 : -wanted // 10]).max() < 5e-3
 
 
@@ -122,5 +122,5 @@ def test_resampling_is_what_scipy_does() -> None:
     signal = pytest.importorskip("scipy.signal")
     noise = np.random.default_rng(0).standard_normal(4410).astype(np.float32)
     slow = signal.sosfiltfilt(signal.butter(8, 0.25, output="sos"), noise).astype(np.float32)
-    found, wanted = resampled(slow, 44100, 16000), signal.resample_poly(slow, 160, 441)
+    found, wanted = resample(slow, 44100, 16000), signal.resample_poly(slow, 160, 441)
     np.testing.assert_allclose(found[100:-100], wanted[100:-100], atol=5e-3)

@@ -98,17 +98,17 @@ def test_objects_in_a_file_are_never_unpickled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("more", [{}, {"x_test": X[:4]}, {"x_test": X[:4], "x_val": X[4:6]}])
 def test_samples_without_labels_are_their_own(tmp_path: Path, more: dict[str, object]) -> None:
     data = load_data(save(tmp_path / "d.npz", x=X, **more), validation_share=0.25)
-    assert data.unlabelled
+    assert data.is_unlabelled
     assert len(data.y_test) == 4
     for part in ("train", "test", "val"):
         x, y = (np.asarray(getattr(data, f"{n}_{part}")) for n in "xy")
         assert len(x)
         np.testing.assert_array_equal(x, y)
     data.check(Targets("mse", 2, (2,)), (2,))
-    moved = data.moved_out(tmp_path)
-    assert moved.unlabelled
-    assert moved.bytes <= sum(np.asarray(getattr(data, f"x_{p}")).nbytes for p in ("train", "test", "val"))
-    whole = Targets("custom", 2, (2,), whole=True)
+    moved = data.with_spooled_arrays(tmp_path)
+    assert moved.is_unlabelled
+    assert moved.memory_bytes <= sum(np.asarray(getattr(data, f"x_{p}")).nbytes for p in ("train", "test", "val"))
+    whole = Targets("custom", 2, (2,), whole_numbers=True)
     for targets in (Targets("cross_entropy", 2), Targets("cross_entropy", 2, (2,)), Targets("mse", 3, (3,)), whole):
         with pytest.raises(DataError, match=r"\[n, 2\]"):
             data.check(targets, (2,))

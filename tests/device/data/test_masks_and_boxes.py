@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import DataError
 from fedprune_device.data.boxes import yolo_boxes
-from fedprune_device.data.image_decoding import Pixels, mask
+from fedprune_device.data.image_decoding import Pixels, read_mask
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
@@ -54,7 +54,7 @@ def test_a_mask_is_resized_to_its_nearest_pixels(old: tuple[int, int], mode: str
     if mode == "P":
         image.putpalette([c for n in range(256) for c in (n, 255 - n, 7)])
     wanted = Image.fromarray(numbers.astype(np.uint8)).resize((6, 8), Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(mask(image_file(image), 8, 6), np.asarray(wanted))
+    np.testing.assert_array_equal(read_mask(image_file(image), 8, 6), np.asarray(wanted))
 
 
 def test_masks_are_the_labels_of_images_of_the_same_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.model.mixup import Mixup
-from fedprune_device.data.batches import Part
+from fedprune_device.data.batches import MicroBatch
 
 pytestmark = pytest.mark.board
 
@@ -19,16 +19,18 @@ sizes = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 alphas = st.floats(1e-3, 10)
 
 
-def part_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Part:
-    return Part.of(x, y, np.arange(len(y)))
+def part_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> MicroBatch:
+    return MicroBatch.of(x, y, np.arange(len(y)))
 
 
-def mixed(parts: list[Part], alpha: float, seed: int, step: int = 1) -> tuple[list[Part], npt.NDArray[np.float32]]:
-    made, share = Mixup(alpha).mixed([(p.make, p.y) for p in parts], seed, 1, "d", step)
-    return [Part(*part) for part in made], share
+def mixed(
+    parts: list[MicroBatch], alpha: float, seed: int, step: int = 1
+) -> tuple[list[MicroBatch], npt.NDArray[np.float32]]:
+    made, share = Mixup(alpha).mix_batch([(p.make, p.y) for p in parts], seed, 1, "d", step)
+    return [MicroBatch(*part) for part in made], share
 
 
-def batch(sizes: list[int], loss: str, seed: int) -> list[Part]:
+def batch(sizes: list[int], loss: str, seed: int) -> list[MicroBatch]:
     rng, parts = np.random.default_rng(seed), []
     for n in sizes:
         y = rng.integers(0, 9, n)

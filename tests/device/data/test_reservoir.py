@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir
+from fedprune_device.data.reservoir import UNLABELLED, Reservoir, SampleLimits
 
 pytestmark = pytest.mark.board
 
 
 def fed(labels: list[int], samples: int, seed: int = 0, size: int = 1, room: int = 10**9) -> Reservoir:
     """A reservoir that saw samples of these labels, whose names are their numbers."""
-    reservoir = Reservoir(Limits(samples, room), seed)
+    reservoir = Reservoir(SampleLimits(samples, room), seed)
     for number, label in enumerate(labels):
         reservoir.apply(reservoir.decide(f"{number:06}", label, size))
     return reservoir
@@ -50,7 +50,7 @@ def test_a_class_that_must_make_room_stays_a_uniform_choice() -> None:
 @given(st.lists(st.integers(UNLABELLED, 4), max_size=150), st.integers(8, 60), st.integers(0, 3))
 def test_classes_get_fair_shares_and_the_room_is_never_exceeded(labels: list[int], samples: int, seed: int) -> None:
     reservoir = fed(labels, samples, seed)
-    kept = {c: len(names) for c, names in reservoir.kept().items()}
+    kept = {c: len(names) for c, names in reservoir.names_by_class().items()}
     loose, most = int(samples * 0.25), samples - int(samples * 0.25)
     arrived = Counter(labels)
     assert kept.get(UNLABELLED, 0) == min(arrived[UNLABELLED], loose)
@@ -59,31 +59,31 @@ def test_classes_get_fair_shares_and_the_room_is_never_exceeded(labels: list[int
     largest = max(labelled.values(), default=0)
     for label in set(labels) - {UNLABELLED}:  # who has less than the largest has all that it ever saw, or one less
         assert labelled.get(label, 0) >= min(arrived[label], largest - 1)
-    assert {c: n for c, n in reservoir.seen.items() if n} == dict(arrived)
+    assert {c: n for c, n in reservoir.seen_counts.items() if n} == dict(arrived)
 
 
 @given(st.lists(st.tuples(st.integers(UNLABELLED, 3), st.integers(1, 40)), max_size=100), st.integers(0, 3))
 def test_bytes_are_bounded_whatever_the_sizes(rows: list[tuple[int, int]], seed: int) -> None:
-    reservoir = Reservoir(Limits(1000, 200), seed)
+    reservoir = Reservoir(SampleLimits(1000, 200), seed)
     for number, (label, size) in enumerate(rows):
         reservoir.apply(reservoir.decide(f"{number:06}", label, size))
         for unlabelled in (False, True):
-            assert reservoir.held(unlabelled=unlabelled)[1] <= reservoir.most(unlabelled=unlabelled)[1]
+            assert reservoir.usage(unlabelled=unlabelled)[1] <= reservoir.limits(unlabelled=unlabelled)[1]
 
 
 def test_of_samples_that_wait_for_a_label_the_newest_stay() -> None:
     reservoir = fed([UNLABELLED] * 50 + [0] * 50, 40)
-    assert list(reservoir.unlabelled()) == [f"{n:06}" for n in range(40, 50)]
+    assert list(reservoir.unlabelled_names()) == [f"{n:06}" for n in range(40, 50)]
     reservoir.apply(reservoir.decide("large", UNLABELLED, 10**8))
-    assert list(reservoir.unlabelled())[-1] == "large"
-    assert not fed([UNLABELLED], 3).kept(), "there is no room for any"
+    assert list(reservoir.unlabelled_names())[-1] == "large"
+    assert not fed([UNLABELLED], 3).names_by_class(), "there is no room for any"
 
 
 def test_samples_that_need_no_label_are_a_uniform_choice() -> None:
     counts: Counter[str] = Counter()
     for seed in range(400):
-        reservoir = Reservoir(Limits(48, 10**9), seed)
-        reservoir.waiting = False
+        reservoir = Reservoir(SampleLimits(48, 10**9), seed)
+        reservoir.unlabelled_wait = False
         for number in range(60):
             reservoir.apply(reservoir.decide(f"{number:06}", UNLABELLED, 1))
         counts.update(reservoir)
@@ -93,5 +93,5 @@ def test_samples_that_need_no_label_are_a_uniform_choice() -> None:
 
 
 def test_what_is_too_large_for_the_room_is_declined() -> None:
-    reservoir = Reservoir(Limits(10, 100), 0)
-    assert not reservoir.decide("a", 0, 101).kept
+    reservoir = Reservoir(SampleLimits(10, 100), 0)
+    assert not reservoir.decide("a", 0, 101).is_kept

@@ -77,7 +77,7 @@ def test_of_too_many_each_class_gets_a_fair_share_and_always_the_same(tmp_path: 
 
 
 class SmallPixels(Pixels):
-    most_bytes = 2000
+    max_bytes = 2000
 
 
 def test_an_image_that_is_damaged_or_too_large_is_left_out_by_name(

@@ -14,13 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError, StorageFullError
-from fedprune.model.lengths import Lengths, padded
+from fedprune.model.lengths import Lengths, pad_to_bound
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.reservoir import SampleLimits
 from fedprune_device.data.sample_store import NoSampleError, SampleConflictError, SampleStore
-from fedprune_device.data.segment_log import digest
+from fedprune_device.data.segment_log import payload_name
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.stored_samples import encoded, outline
+from fedprune_device.data.stored_samples import encode_sample, sample_outline
 from support.faults.failing_disk import Crash, fault
 
 pytestmark = pytest.mark.board
@@ -30,7 +30,7 @@ SHARES = SplitShares(0.25, 0.25, seed=3, device="d")
 
 
 def opened(root: Path, samples: int = 40, room: int = ROOM, shares: SplitShares = SHARES) -> SampleStore:
-    return SampleStore(root, Limits(samples, room), shares)
+    return SampleStore(root, SampleLimits(samples, room), shares)
 
 
 def x_of(number: int, size: int = 6) -> Any:
@@ -53,11 +53,11 @@ def samples(tmp_path: Path) -> Iterator[SampleStore]:
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.booleans())
 def test_a_sample_comes_out_as_it_went_in(shape: list[int], tokens: bool) -> None:
     x = np.arange(int(np.prod(shape))).reshape(shape).astype(np.int64 if tokens else np.float32)
-    payload = encoded(x)
-    found = outline(payload)
+    payload = encode_sample(x)
+    found = sample_outline(payload)
     assert (found.dtype, found.shape) == (x.dtype, x.shape)
     assert payload.endswith(x.tobytes())
-    assert encoded(np.asfortranarray(x)) == encoded(x)
+    assert encode_sample(np.asfortranarray(x)) == encode_sample(x)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_what_is_no_sample_is_refused(samples: SampleStore, x: Any) -> None:
 
 def test_a_part_is_for_ever_and_as_large_as_asked_for() -> None:
     names = [f"{n:032x}" for n in range(4000)]
-    parts = [SHARES.part(n) for n in names]
-    assert parts == [SHARES.part(n) for n in names]
+    parts = [SHARES.split_of(n) for n in names]
+    assert parts == [SHARES.split_of(n) for n in names]
     for part, share in (("test", 0.25), ("val", 0.75 * 0.25), ("train", 0.75 * 0.75)):
         deviation = (share * (1 - share) / len(names)) ** 0.5
         assert abs(parts.count(part) / len(names) - share) < 4 * deviation
-    assert [SplitShares(0.25, 0.25, seed=4, device="d").part(n) for n in names] != parts
+    assert [SplitShares(0.25, 0.25, seed=4, device="d").split_of(n) for n in names] != parts
 
 
 def test_a_held_out_sample_never_gets_into_training(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_set_has_what_was_added_labelled_and_not_deleted_also_after_a_restar
 
 def moved(samples: SampleStore, labels: dict[int, int | None], move: str, n: int, label: int) -> None:
     """Add, label, delete or add without a label (`aldo`), and note in `labels` what is there then."""
-    name = digest(encoded(x_of(n))).hex()
+    name = payload_name(encode_sample(x_of(n))).hex()
     if move == "o":  # one that has a label keeps it
         samples.add(x_of(n))
         labels.setdefault(n, None)
@@ -172,9 +172,9 @@ def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path) -> N
             found.add(x, 0)
         data = found.snapshot(shape, Targets("cross_entropy", 2))
     with opened(tmp_path, shares=shares) as again:
-        assert again.input == shape
+        assert again.input_shape == shape
     parts = np.concatenate([data.x_train[:], data.x_test[:], data.x_val[:]])
-    wanted = [padded(x[None], shape)[0] for x in given if 2 <= x.shape[1] <= 6]
+    wanted = [pad_to_bound(x[None], shape)[0] for x in given if 2 <= x.shape[1] <= 6]
     assert sorted(x.tobytes() for x in parts) == sorted(x.tobytes() for x in wanted)
 
 
@@ -182,8 +182,8 @@ def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Pat
     with opened(tmp_path) as samples:  # a quarter of 40
         names = [samples.add(x_of(n)).id for n in range(25)]
         labelled = samples.add(np.arange(4), 0).id
-        assert samples.unlabelled(100) == names[:14:-1]
-        assert samples.unlabelled(3) == names[:21:-1]
+        assert samples.unlabelled_names(100) == names[:14:-1]
+        assert samples.unlabelled_names(3) == names[:21:-1]
         assert samples.counts()["unlabelled_dropped"] == 15
         samples.label(names[20], 1)
         samples.delete(names[21])
@@ -192,9 +192,9 @@ def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Pat
         assert samples.read(labelled).tolist() == [0, 1, 2, 3]
         with pytest.raises(NoSampleError):
             samples.read(names[0])
-        wanted = samples.unlabelled(100)
+        wanted = samples.unlabelled_names(100)
     with opened(tmp_path) as again:
-        assert again.unlabelled(100) == wanted
+        assert again.unlabelled_names(100) == wanted
         assert again.counts()["unlabelled_dropped"] == 15
 
 
@@ -204,7 +204,7 @@ def test_a_damaged_sample_is_skipped_by_name(tmp_path: Path, caplog: pytest.LogC
         whole = held(samples)
         path = next(tmp_path.glob("segment-*"))
         raw = bytearray(path.read_bytes())
-        raw[raw.index(encoded(x_of(5, 40))) + 100] ^= 1
+        raw[raw.index(encode_sample(x_of(5, 40))) + 100] ^= 1
         path.write_bytes(raw)
         assert held(samples) == {n: c for n, c in whole.items() if n != 5}
         assert f"sample {names[5]} is damaged" in caplog.text
@@ -245,7 +245,7 @@ def test_a_sample_that_looks_like_records_is_a_sample(tmp_path: Path) -> None:
         samples.add(x_of(101), 0)
     path = next((tmp_path / "b").glob("segment-*"))
     raw = bytearray(path.read_bytes())
-    raw[raw.index(encoded(x)) - 5] ^= 1  # the head of the sample with the forged records in it
+    raw[raw.index(encode_sample(x)) - 5] ^= 1  # the head of the sample with the forged records in it
     path.write_bytes(raw)
     with opened(tmp_path / "b") as again:
         assert again.counts()["classes"] == {"0": {"kept": 2, "seen": 3}}

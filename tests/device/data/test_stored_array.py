@@ -13,7 +13,7 @@ import pytest
 from fedprune.core.errors import DataError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.planning.costs import HELD_BYTES
+from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
@@ -23,7 +23,7 @@ from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board
 
-MANY = HELD_BYTES // 4 // 8  # numbers of one sample, of which nine are more than is held in memory
+MANY = MAX_SAMPLES_IN_MEMORY // 4 // 8  # numbers of one sample, of which nine are more than is held in memory
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_found_out(
@@ -45,7 +45,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_found_out(
         load_data(str(path))
 
 
-CLASSES = np.arange(HELD_BYTES // 8) % 3
+CLASSES = np.arange(MAX_SAMPLES_IN_MEMORY // 8) % 3
 SETS = np.arange(3 * len(CLASSES), dtype=np.uint8).reshape(-1, 3) % 2
 
 

@@ -112,7 +112,7 @@ def test_a_few_bytes_that_unfold_to_billions_of_numbers_are_refused_unread(tmp_p
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2**20, np.int8)), pa.array([1.5], pa.float32()))
     parquet_module.write_table(pa.table({f"c{n}": column for n in range(300)}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 2**21
-    with pytest.raises(DataError, match="unpacked"), tables.rows_of(tmp_path / "a.parquet", ()):
+    with pytest.raises(DataError, match="unpacked"), tables.open_table(tmp_path / "a.parquet", ()):
         pass
 
 
@@ -163,7 +163,7 @@ def rows_in(path: Path, text: str | bytes, names: tuple[str, ...] = ()) -> Any:
 
 
 def rows_read(path: Path, names: tuple[str, ...] = ()) -> Any:
-    with tables.rows_of(path, names) as (_, parts):
+    with tables.open_table(path, names) as (_, parts):
         return np.concatenate(list(parts))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import DataError
-from fedprune_device.data.image_decoding import Pixels, mask
+from fedprune_device.data.image_decoding import Pixels, read_mask
 from support.fakes.sample_files import image_file
 
 pytestmark = pytest.mark.board
@@ -26,7 +26,7 @@ GREY = COLOURS[:, :, 0]
 
 
 def seen(body: bytes, height: int = 12, width: int = 20, colours: int = 3) -> Any:
-    return Pixels().decoded(body, ("PNG", "JPEG"), (colours, height, width))
+    return Pixels().decode(body, ("PNG", "JPEG"), (colours, height, width))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -52,7 +52,7 @@ def test_a_large_photograph_on_its_side_is_decoded_in_no_less_than_its_size(orie
 def test_a_mask_is_turned_as_its_image() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    np.testing.assert_array_equal(mask(image_file(GREY, exif=exif), 20, 12), np.rot90(GREY, -1))
+    np.testing.assert_array_equal(read_mask(image_file(GREY, exif=exif), 20, 12), np.rot90(GREY, -1))
 
 
 @pytest.mark.parametrize("colours", [1, 3])
@@ -128,7 +128,7 @@ def test_what_viewers_show_differently_is_refused_with_a_way_out(body: bytes) ->
 def test_an_animation_is_no_mask() -> None:
     frames = {"save_all": True, "append_images": [Image.fromarray(255 - GREY)]}
     with pytest.raises(DataError):
-        mask(image_file(Image.fromarray(GREY), **frames), 12, 20)
+        read_mask(image_file(Image.fromarray(GREY), **frames), 12, 20)
 
 
 def test_a_grey_mask_of_few_bits_is_refused_because_its_numbers_have_two_meanings() -> None:
@@ -136,5 +136,5 @@ def test_a_grey_mask_of_few_bits_is_refused_because_its_numbers_have_two_meaning
     body[24] = 2  # bits, in the header, which has a checksum
     body[29:33] = zlib.crc32(body[12:29]).to_bytes(4, "big")
     with pytest.raises(DataError) as error:
-        mask(bytes(body), 12, 20)
+        read_mask(bytes(body), 12, 20)
     assert error.value.hint

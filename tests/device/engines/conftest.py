@@ -56,5 +56,5 @@ def board(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
     monkeypatch.setenv("LD_LIBRARY_PATH", str(cuda_double))
     monkeypatch.setenv("DOUBLE_SM", "8.7")
-    monkeypatch.setattr(cuda, "NAMES", (str(cuda_double / "libcudart.so.13"),))
+    monkeypatch.setattr(cuda, "LIBRARY_PATHS", (str(cuda_double / "libcudart.so.13"),))
     return EngineBoard(tmp_path, site, version, graphs)

@@ -10,14 +10,14 @@ from fedprune.planning import profile_store
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.cli import main
-from fedprune_device.engines.engine_selector import Accelerator, accelerator_of
+from fedprune_device.engines.engine_selector import BoardTier, board_tier
 
 pytestmark = pytest.mark.board
 
 
-def asked(*options: str, profile: HardwareProfile | None = None) -> Accelerator:
+def asked(*options: str, profile: HardwareProfile | None = None) -> BoardTier:
     given = main.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
-    return accelerator_of(given.tier, given.engine_plan, profile)
+    return board_tier(given.tier, given.engine_plan, profile)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def asked(*options: str, profile: HardwareProfile | None = None) -> Accelerator:
 def test_the_profile_says_what_computes_unless_the_command_line_does(
     tmp_path: Path, options: Any, profile: str | None, tier: str, cuda: bool, engines: bool
 ) -> None:
-    found = asked(*options, profile=None if profile is None else profile_store.find(profile))
+    found = asked(*options, profile=None if profile is None else profile_store.find_profile(profile))
     assert (found.name, found.cuda) == (tier, cuda)
     selector = found.selector(tmp_path)
     assert (selector is not None) == engines

@@ -94,9 +94,9 @@ def test_beside_a_lowered_model_engines_are_held_to_float32(
     assert main.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["deviation"] == 0
     with LiveModel(state / "serving", selector=board.selector()) as model:
-        folder = model._slots.folder(model.serving().record)
+        folder = model._slots.folder(model.serving_model().record)
         _look(model, f"TensorRT {board.version}, float32")
-        found = model.serving().predictor.predict(data.x_test)
+        found = model.serving_model().predictor.predict(data.x_test)
     np.testing.assert_allclose(found, Predictor(folder).predict(data.x_test), rtol=1e-6)
 
 
@@ -109,7 +109,7 @@ def _lowered(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:
     offer = hidden.offer(1, Recipe(batch_size=10, lr=0.1), weights, graph="kept", lowered={precision: kit})
     with DeviceStore(root) as store:
         bench = RoundRunner(DEVICE, store.blobs, store.slots, data, lowering=ReducedPrecision(precision))
-        bench.commit(bench.make(offer))
+        bench.commit(bench.carry_out(offer))
         record = store.slots.current()
     assert record.precision == precision
     return root
@@ -125,9 +125,9 @@ def _ended(process: str) -> bool:
 
 def _look(model: LiveModel, words: str) -> None:
     for _ in range(3000):
-        if model.answers.startswith(words):
+        if model.runtime.startswith(words):
             return
-        model.look()
+        model.poll()
         os.sched_yield()
         model._stopping.wait(0.02)
-    raise AssertionError(f"{words!r} doesn't come about: {model.answers}")
+    raise AssertionError(f"{words!r} doesn't come about: {model.runtime}")

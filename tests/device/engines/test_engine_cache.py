@@ -27,9 +27,9 @@ SECONDS = st.none() | st.floats(0, sys.float_info.max)
 @given(st.builds(CachedEngine, st.just("k"), SECONDS, SECONDS, st.booleans(), st.integers(0, 1000), st.text()))
 def test_what_is_kept_is_known(record: CachedEngine) -> None:
     with tempfile.TemporaryDirectory() as root:
-        EngineCache(Path(root)).keep(record)
-        assert EngineCache(Path(root)).record("k") == record
-        assert EngineCache(Path(root)).record("other") == CachedEngine("other")
+        EngineCache(Path(root)).write_record(record)
+        assert EngineCache(Path(root)).read_record("k") == record
+        assert EngineCache(Path(root)).read_record("other") == CachedEngine("other")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_is_kept_is_known(record: CachedEngine) -> None:
 def test_what_is_no_record_is_not_known(tmp_path: Path, wrong: Any) -> None:
     body = {**asdict(CachedEngine("k", failures=5)), **wrong} if isinstance(wrong, dict) else wrong
     atomic_file.write_document(tmp_path / "record.json", body)
-    assert EngineCache(tmp_path).record("k") == CachedEngine("k")
+    assert EngineCache(tmp_path).read_record("k") == CachedEngine("k")
 
 
 LOADS = """
@@ -68,14 +68,14 @@ def another(root: Path) -> Iterator[subprocess.Popen[str]]:
 def test_two_processes_may_load_an_engine_at_once(tmp_path: Path) -> None:
     cache, loaded = EngineCache(tmp_path), []
     with another(tmp_path) as process:
-        with cache.loading("e" * 64):
+        with cache.mark_loading("e" * 64):
             loaded.append("beside it")
         # This one's end says nothing of the other: that may still come to its end by it.
         process.kill()
         process.wait()
-    with pytest.raises(EngineError, match="ended the process before"), cache.loading("e" * 64):
+    with pytest.raises(EngineError, match="ended the process before"), cache.mark_loading("e" * 64):
         loaded.append("after its end")
-    with cache.loading("f" * 64):
+    with cache.mark_loading("f" * 64):
         loaded.append("another engine")
     assert loaded == ["beside it", "another engine"]
 
@@ -84,7 +84,7 @@ def test_making_an_engine_clears_away_what_a_build_left_and_nothing_of_a_process
     left, live = tmp_path / ".engine.plan.partial", tmp_path / ".loading.json.partial"
     for path in (left, live):
         path.touch()
-    with EngineCache(tmp_path).making():
+    with EngineCache(tmp_path).lock_for_build():
         assert (left.exists(), live.exists()) == (False, True)
 
 
@@ -92,6 +92,6 @@ def test_loading_that_comes_to_an_end_leaves_no_marker(tmp_path: Path) -> None:
     with another(tmp_path) as process:
         process.communicate("")
         assert process.returncode == 0
-    with EngineCache(tmp_path).loading("e" * 64):
+    with EngineCache(tmp_path).mark_loading("e" * 64):
         assert atomic_file.read_document(tmp_path / "loading.json") == {"sha256": "e" * 64}
     assert not (tmp_path / "loading.json").exists()

@@ -10,7 +10,7 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.engine_cache import CachedEngine
 from fedprune_device.engines.engine_selector import (
     BUILD,
-    MOST_FAILURES,
+    MAX_FAILURES,
     REBUILD,
     REFIT,
     CheckedSession,
@@ -86,10 +86,10 @@ def test_each_way_is_measured_once_and_then_the_faster_one_taken(
     assert ways == [BUILD, REFIT, REBUILD]
     assert [" REFIT " in b for b in board.builds] == [True, False]
     assert "known=1" in board.builds[1]
-    record = selector.cache.record(str(selector.facts["key"]))
+    record = selector.cache.read_record(str(selector.facts["key"]))
     assert record.refit_s is not None
     assert record.rebuild_s is not None
-    selector.cache.keep(CachedEngine(record.key, refit_s, rebuild_s))
+    selector.cache.write_record(CachedEngine(record.key, refit_s, rebuild_s))
     assert board.answering(selector, board.model(4))
     assert selector.facts["way"] == way
 
@@ -175,11 +175,11 @@ def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineB
 
 def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -> None:
     board.set(out_of_memory=True)
-    for seed in range(MOST_FAILURES + 2):
+    for seed in range(MAX_FAILURES + 2):
         selector = board.selector()
         assert board.answering(selector, board.model(seed)) is None
         assert "memory could not be allocated" in selector.status
-    assert len(board.builds) == MOST_FAILURES
+    assert len(board.builds) == MAX_FAILURES
     board.set()
     assert board.answering(selector, board.model(9)) is None
     assert board.answering(selector, board.model(9), rebuild=True)
@@ -190,11 +190,14 @@ def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) 
     wanted = board.model(1)
     selector = board.selector()
     assert board.answering(selector, wanted)
-    with selector.cache.loading(str(selector.facts["sha256"])):
+    with selector.cache.mark_loading(str(selector.facts["sha256"])):
         marker = (board.engines / "loading.json").read_bytes()
     assert not (board.engines / "loading.json").exists()
     (board.engines / "loading.json").write_bytes(marker)  # as a crash leaves it
-    with pytest.raises(EngineError, match="ended the process"), selector.cache.loading(str(selector.facts["sha256"])):
+    with (
+        pytest.raises(EngineError, match="ended the process"),
+        selector.cache.mark_loading(str(selector.facts["sha256"])),
+    ):
         pytest.fail("it was loaded")
     # A new one, which a child process has tried, may.
     assert board.answering(board.selector(), wanted)
@@ -245,9 +248,9 @@ def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, se
 
 def test_stopping_an_agent_is_no_failure(board: EngineBoard) -> None:
     board.set(sleep=600)
-    for _ in range(MOST_FAILURES + 1):
+    for _ in range(MAX_FAILURES + 1):
         selector = board.selector()
-        selector.want(board.model(1))
+        selector.request_engine(board.model(1))
         selector.turn()
         selector.close()
     board.set()
@@ -257,7 +260,7 @@ def test_stopping_an_agent_is_no_failure(board: EngineBoard) -> None:
 def test_two_processes_dont_make_engines_at_once(board: EngineBoard) -> None:
     board.set(sleep=600)
     first, second = board.selector(), board.selector()
-    first.want(board.model(1))
+    first.request_engine(board.model(1))
     first.turn()
     assert board.answering(second, board.model(1)) is None
     assert "another process makes an engine" in second.status
@@ -269,7 +272,7 @@ def test_two_processes_dont_make_engines_at_once(board: EngineBoard) -> None:
 def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
     board.set(sleep=600)
     selector = board.selector()
-    selector.want(board.model(1))
+    selector.request_engine(board.model(1))
     selector.turn()
     until(lambda: bool(board.builds))
     board.set()

@@ -13,10 +13,10 @@ import pytest
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
-from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
+from fedprune_device.hardware.layer_timing import LayerNets, load_or_measure_table, measure_layers
 from fedprune_device.hardware.line_process import LineProcess
 from fedprune_device.hardware.probe import probe
-from fedprune_device.hardware.readings import memory, temperature_c, throttled
+from fedprune_device.hardware.readings import is_throttled, memory, temperature_c
 from fedprune_device.hardware.runtime_process import RuntimeProcess, check_runtime
 
 pytestmark = pytest.mark.board
@@ -99,14 +99,14 @@ def test_a_probe_apart_that_fails_says_why(tmp_path: Path, script: str, says: st
 def test_a_process_that_hangs_is_killed(tmp_path: Path) -> None:
     with LineProcess([python(tmp_path, "exec sleep 600")]) as process:
         with pytest.raises(EOFError):
-            process.answer(0.1)
-        assert process.late
+            process.read_answer(0.1)
+        assert process.timed_out
 
 
 @pytest.mark.parametrize("seconds", [20.0, 150.0])
 def test_a_slow_board_measures_every_net_and_is_done_soon_after_its_time(seconds: float) -> None:
     ticks = itertools.count()
-    found = measure(seconds=seconds, clock=lambda: float(next(ticks)))
+    found = measure_layers(seconds=seconds, clock=lambda: float(next(ticks)))
     nets = LayerNets().points
     for training in (True, False):
         assert len({m.architecture.digest for m in found if m.training is training}) == len(nets)
@@ -122,13 +122,13 @@ def test_a_table_is_measured_again_only_where_something_changed(tmp_path: Path) 
         return table
 
     path = tmp_path / "layer_times.json"
-    assert remembered_table(path, "board", make) == remembered_table(path, "board", make) == table
+    assert load_or_measure_table(path, "board", make) == load_or_measure_table(path, "board", make) == table
     assert len(asked) == 1
-    remembered_table(path, "another board", make)
+    load_or_measure_table(path, "another board", make)
     path.write_text("{}")
-    remembered_table(path, "another board", make)
+    load_or_measure_table(path, "another board", make)
     assert len(asked) == 3
-    assert remembered_table(tmp_path / "none" / "x.json", "board", make) == table
+    assert load_or_measure_table(tmp_path / "none" / "x.json", "board", make) == table
 
 
 def test_memory_is_what_the_kernel_says_within_the_control_groups_limit(tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_the_processors_temperature_wins_over_others(tmp_path: Path) -> None:
 def test_firmware_or_a_cooler_says_whether_a_board_is_throttled_now(tmp_path: Path) -> None:
     for flags, now in (("0x50005", True), ("50000", False), ("?", False)):
         put(tmp_path, "sys/devices/platform/soc/soc:firmware/get_throttled", flags)
-        assert throttled(tmp_path) is now
+        assert is_throttled(tmp_path) is now
     put(tmp_path, "sys/class/thermal/cooling_device0/type", "cpufreq-cpu0")
     put(tmp_path, "sys/class/thermal/cooling_device0/cur_state", "2")
-    assert throttled(tmp_path) is True
+    assert is_throttled(tmp_path) is True
 
 
 def test_onnxruntime_that_is_not_installed_names_the_extra(tmp_path: Path) -> None:

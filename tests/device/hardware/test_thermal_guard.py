@@ -50,8 +50,8 @@ def test_training_waits_above_the_limit_and_goes_on_below_the_other(tmp_path: Pa
     care = weather.care()
     assert not care.pause(lambda: False)
     assert weather.waits == 4, "79, 75 and 70 °C are still too warm to go on"
-    assert care.waited == 4
-    assert care.waiting == ""
+    assert care.paused_seconds == 4
+    assert care.pause_reason == ""
 
 
 @pytest.mark.parametrize("flags", ["50001", "0x50001\n"])

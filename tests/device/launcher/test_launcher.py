@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from fedprune.security.keys import SigningKey
-from fedprune_device.launcher.slot_store import KEY, PURPOSE, SlotStore, digest, files_digest
+from fedprune_device.launcher.slot_store import KEY_FILE, SIGNATURE_PREFIX, SlotStore, digest_and_size, files_digest
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, UpdateOutcome
-from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
+from fedprune_device.releases.installer import LAUNCHER_FILE, ReleaseInstaller
 from support.fakes.runtime_releases import make_release, set_up, source
 
 pytestmark = [pytest.mark.board, pytest.mark.system]
@@ -58,7 +58,7 @@ def board(tmp_path: Path) -> ReleaseInstaller:
 
 def start(board: ReleaseInstaller) -> subprocess.Popen[str]:
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
-    command = [sys.executable, str(board.home.root / LAUNCHER), "run", "--patient"]
+    command = [sys.executable, str(board.home.root / LAUNCHER_FILE), "run", "--patient"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -86,7 +86,7 @@ def test_a_release_that_is_healthy_stays_and_gets_all_arguments(board: ReleaseIn
     state = board.home.load()
     assert (state.phase, state.stable, state.outcome) == (STABLE, "b", UpdateOutcome(2, COMMITTED))
     assert boot(board) == ("version 2 ['run', '--patient']", 7)
-    assert board.home.whole("b").version == 2, "running it left nothing in its slot"
+    assert board.home.checked_record("b").version == 2, "running it left nothing in its slot"
 
 
 @pytest.mark.parametrize(("app", "reason"), BAD.items(), ids=BAD.values())
@@ -105,7 +105,7 @@ def take_over(board: ReleaseInstaller, slot: str, **changes: str) -> None:
     app = home.root / slot / "app/__init__.py"
     app.write_text("def main():\n    print('taken over')\n    return 0\n")
     record = home.record(slot)
-    files = {**record.files, "app/__init__.py": digest(app)}
+    files = {**record.files, "app/__init__.py": digest_and_size(app)}
     home.write_record(slot, replace(record, files=files, **changes))
 
 
@@ -115,7 +115,7 @@ def signed_by_another(board: ReleaseInstaller, slot: str) -> dict[str, str]:
     app = b"def main():\n    print('taken over')\n    return 0\n"
     files = {**board.home.record(slot).files, "app/__init__.py": (hashlib.sha256(app).hexdigest(), len(app))}
     manifest = json.dumps({**body, "contents": files_digest(files)})
-    return {"manifest": manifest, "signature": SigningKey.make().sign(PURPOSE + manifest.encode()).hex()}
+    return {"manifest": manifest, "signature": SigningKey.make().sign(SIGNATURE_PREFIX + manifest.encode()).hex()}
 
 
 PROOFS: dict[str, Callable[[ReleaseInstaller, str], dict[str, str]]] = {
@@ -147,14 +147,14 @@ def test_a_slot_that_was_changed_gives_way_to_the_other(board: ReleaseInstaller,
 
 
 def test_a_damaged_key_starts_nothing(board: ReleaseInstaller) -> None:
-    (board.home.root / KEY).write_text("no key")
+    (board.home.root / KEY_FILE).write_text("no key")
     said, code = boot(board)
     assert code == 31
     assert "server.pub holds no key" in said
 
 
 def test_without_a_key_a_slot_is_checked_for_damage_alone_and_the_launcher_says_so(board: ReleaseInstaller) -> None:
-    (board.home.root / KEY).unlink()
+    (board.home.root / KEY_FILE).unlink()
     take_over(board, "a")
     out, err = start(board).communicate(timeout=60)
     assert out == "taken over\n"
@@ -198,7 +198,7 @@ def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(
 
 
 def test_the_launcher_needs_the_standard_library_only(board: ReleaseInstaller, tmp_path: Path) -> None:
-    with zipfile.ZipFile(board.home.root / LAUNCHER) as archive:
+    with zipfile.ZipFile(board.home.root / LAUNCHER_FILE) as archive:
         names = archive.namelist()
     assert "fedprune_device/launcher/launcher.py" in names
     code = (
@@ -206,7 +206,7 @@ def test_the_launcher_needs_the_standard_library_only(board: ReleaseInstaller, t
         "import fedprune_device.launcher.launcher as l; new = {n.split('.')[0] for n in set(sys.modules) - before};"
         "print(sorted(new - set(sys.stdlib_module_names) - {'fedprune_device'}), l.VERSION)"
     )
-    command = [sys.executable, "-I", "-S", "-c", code, str(board.home.root / LAUNCHER)]
+    command = [sys.executable, "-I", "-S", "-c", code, str(board.home.root / LAUNCHER_FILE)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[] 1"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_device.launcher.sd_notify import READY, notify, starting, status, watchdog_seconds
+from fedprune_device.launcher.sd_notify import READY, extend_start, notify, status_line, watchdog_seconds
 from fedprune_flash.kit.unit import unit_text
 
 pytestmark = pytest.mark.board
@@ -22,7 +22,7 @@ def test_a_datagram_arrives(tmp_path: Path, abstract: bool) -> None:
         manager.bind(f"\0{name}" if abstract else name)
         address = f"@{name}" if abstract else name
         assert notify(READY, {"NOTIFY_SOCKET": address})
-        assert notify(status("round 3\nof 20"), {"NOTIFY_SOCKET": address})
+        assert notify(status_line("round 3\nof 20"), {"NOTIFY_SOCKET": address})
         assert [manager.recv(100) for _ in range(2)] == [b"READY=1", b"STATUS=round 3 of 20"]
 
 
@@ -49,7 +49,7 @@ def test_a_start_that_waits_asks_for_more_time_again_and_again() -> None:
         if len(told) >= 3:
             enough.set()
 
-    with starting("waiting for\napproval", tell, again=0.001):
+    with extend_start("waiting for\napproval", tell, interval_s=0.001):
         assert enough.wait(30)
     count = len(told)
     seconds = next(line for line in unit_text().splitlines() if line.startswith("TimeoutStartSec="))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fedprune_device.network.uplink import ANNOUNCE_S, Backoff
+from fedprune_device.network.uplink import MIN_ANNOUNCE_INTERVAL_S, Backoff
 
 pytestmark = pytest.mark.board
 
@@ -16,7 +16,7 @@ def test_pauses_do_not_depend_on_a_seed_of_the_user_s_program() -> None:
     for _ in range(4):
         random.seed(0)
         backoff = Backoff()
-        assert backoff.due(0.0)
-        assert 0.75 * ANNOUNCE_S <= backoff.at <= 1.25 * ANNOUNCE_S
-        found.add(backoff.at)
+        assert backoff.take_if_due(0.0)
+        assert 0.75 * MIN_ANNOUNCE_INTERVAL_S <= backoff.next_at <= 1.25 * MIN_ANNOUNCE_INTERVAL_S
+        found.add(backoff.next_at)
     assert len(found) == 4

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobNotFound, BlobRequest, Offer, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, Offer, parse_message
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
-from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import Uplink
 from support.fakes.messages import DIGEST
@@ -35,7 +35,7 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self.store = BlobStore(folder / "server", durable=False)
-        self.weights = self.store.put(np.random.default_rng(0).bytes(3 * LEAF + 9))
+        self.weights = self.store.put(np.random.default_rng(0).bytes(3 * LEAF_BYTES + 9))
         self.graph = self.store.put(b"graph" * 10_000)
         self.less = self.store.put(b"less")
         self.new: list[BlobRequest] = []
@@ -45,7 +45,7 @@ class Source:
         return None
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        message = parse(payload)
+        message = parse_message(payload)
         assert isinstance(message, BlobRequest)
         self.new.append(message)
         self.requested.add(message.sha256)
@@ -68,7 +68,7 @@ class Source:
         while (took := downloader.turn(2.0)) is None:
             assert self.new
             for chunk in list(self.chunks()):
-                downloader.chunk(chunk, 1.0)
+                downloader.on_chunk(chunk, 1.0)
         return took
 
 
@@ -88,21 +88,21 @@ def store(tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def downloader(source: Source, store: BlobStore) -> Downloader:
-    connection = Connection(source, Channel("d", Topics("site").site))
+    connection = BoardConnection(source, MessageChannel("d", Topics("site").site))
     return Downloader(store, connection, Uplink(connection, store))
 
 
 def test_nothing_is_asked_for_before_the_connection_is_there(downloader: Downloader, source: Source) -> None:
-    downloader.begin(source.offer(), 0.0, asks=False)
+    downloader.begin(source.offer(), 0.0, is_connected=False)
     assert not source.requested
-    downloader.connected(1.0)
+    downloader.on_connect(1.0)
     assert source.feed(downloader) == 2.0
     assert source.requested == digests(source.less, source.graph), "what can be decoded, instead of the weights"
 
 
 @pytest.mark.parametrize("plainly", [False, True])
 def test_what_can_not_be_decoded_is_pulled_whole(downloader: Downloader, source: Source, plainly: bool) -> None:
-    downloader.begin(source.offer(held=None if plainly else "f" * 64), 0.0, plainly=plainly)
+    downloader.begin(source.offer(held=None if plainly else "f" * 64), 0.0, without_codec=plainly)
     source.feed(downloader)
     assert source.requested == digests(source.weights, source.graph)
 
@@ -113,17 +113,17 @@ def test_what_could_be_decoded_and_is_gone_is_done_without(
     downloader.begin(source.offer(), 0.0)
     source.new = [request for request in source.new if request.sha256 != source.less.sha256]
     for _ in range(2):
-        downloader.gone(source.less.sha256, 0.0)
+        downloader.on_blob_not_found(source.less.sha256, 0.0)
     source.feed(downloader)
     assert store.has(source.weights.sha256)
 
 
 def test_weights_or_a_graph_that_are_gone_end_it(downloader: Downloader, source: Source) -> None:
-    downloader.begin(source.offer(), 0.0, plainly=True)
-    downloader.gone("0" * 64, 1.0)  # somebody else's
+    downloader.begin(source.offer(), 0.0, without_codec=True)
+    downloader.on_blob_not_found("0" * 64, 1.0)  # somebody else's
     for ref in (source.weights, source.graph):
         with pytest.raises(ProtocolError, match=ref.sha256[:12]):
-            downloader.gone(ref.sha256, 0.0)
+            downloader.on_blob_not_found(ref.sha256, 0.0)
 
 
 def test_what_a_server_names_wrongly_is_found_out_where_it_is_read(
@@ -132,13 +132,17 @@ def test_what_a_server_names_wrongly_is_found_out_where_it_is_read(
     data = source.store.read(source.weights.sha256)
     wrong = replace(source.weights, sha256="ab" * 32)
     downloader.begin(
-        structs.replace(source.offer(), weights=wrong, training=source.less, inference=source.less), 0.0, plainly=True
+        structs.replace(source.offer(), weights=wrong, training=source.less, inference=source.less),
+        0.0,
+        without_codec=True,
     )
     while downloader.turn(1.0) is None:
         want = source.new.pop(0)
-        payload = leaf_table(data) if want.part == "leaves" else data[want.first * LEAF :][: want.count * LEAF]
+        payload = (
+            leaf_table(data) if want.part == "leaves" else data[want.first * LEAF_BYTES :][: want.count * LEAF_BYTES]
+        )
         payload = b"less" if want.sha256 == source.less.sha256 else payload
-        downloader.chunk(Chunk(want.sha256, want.part, want.first, payload), 0.0)
+        downloader.on_chunk(Chunk(want.sha256, want.part, want.first, payload), 0.0)
     with pytest.raises(StorageError):
         store.read(wrong.sha256)
 
@@ -146,7 +150,7 @@ def test_what_a_server_names_wrongly_is_found_out_where_it_is_read(
 def test_the_web_server_is_asked_first_and_what_it_gave_is_not_requested_again(
     downloader: Downloader, source: Source
 ) -> None:
-    weights = source.store.put(np.random.default_rng(1).bytes(20 * LEAF))
+    weights = source.store.put(np.random.default_rng(1).bytes(20 * LEAF_BYTES))
     started, go_on = threading.Event(), threading.Event()
 
     def cut(handler: Handler, data: bytes) -> bool:
@@ -157,17 +161,17 @@ def test_the_web_server_is_asked_first_and_what_it_gave_is_not_requested_again(
             return False
         started.set()
         assert go_on.wait(60)
-        handler.give(data, until=9 * LEAF)
+        handler.give(data, until=9 * LEAF_BYTES)
         return True
 
     with WebPlace(source.store) as web:
         web.behave = cut
         offer = structs.replace(source.offer(), weights=weights, blobs_at=web.url)
-        downloader.begin(offer, 0.0, plainly=True)
+        downloader.begin(offer, 0.0, without_codec=True)
         assert started.wait(60)
-        downloader.connected(0.5)
-        downloader.remind(0.5)
+        downloader.on_connect(0.5)
+        downloader.repeat_requests(0.5)
         assert not source.requested
         go_on.set()
-        until(lambda: downloader.turn(1.0) is None and not downloader.fetching)
+        until(lambda: downloader.turn(1.0) is None and not downloader.is_fetching_from_web)
     assert min(r.first for r in source.new if r.sha256 == weights.sha256) == 8  # leaves are taken eight at a time

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.security.tls import BUILT, pinned_context
+from fedprune.security.tls import BUILD_TIME, pinned_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import tls_context
 from fedprune.wire.transfer import BlobSender, Pull
@@ -28,7 +28,7 @@ from support.waiting import attempts, until
 
 pytestmark = pytest.mark.board
 
-BLOB = np.random.default_rng(0).bytes(20 * LEAF + 100)
+BLOB = np.random.default_rng(0).bytes(20 * LEAF_BYTES + 100)
 REF = BlobRef.of(BLOB)
 SMALL = BlobRef.of(b"a graph")
 EMPTY = BlobRef.of(b"")
@@ -54,20 +54,20 @@ def filled(root: Path) -> BlobStore:
 def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpFetch:
     fetch = HttpFetch(store, BlobUrl.parse(url), refs or (REF,), tls)
     for _ in attempts("the end of a fetch", pause_s=0.002):
-        if not fetch.alive:
+        if not fetch.is_alive:
             break
-        if fetch.stalled:
+        if fetch.is_stalled:
             fetch.stop("it stalls")
     fetch.join(60)
     return fetch
 
 
 def test_leaves_that_another_blob_here_has_are_not_fetched(web: WebPlace, store: BlobStore) -> None:
-    store.put(BLOB[: 12 * LEAF] + b"another end")
+    store.put(BLOB[: 12 * LEAF_BYTES] + b"another end")
     fetch = fetched(store, web.url)
     assert fetch.failure == ""
     assert store.read(REF.sha256) == BLOB
-    assert fetch.bytes == len(BLOB) - 12 * LEAF
+    assert fetch.received_bytes == len(BLOB) - 12 * LEAF_BYTES
     assert fetch.done == fetch.total
 
 
@@ -81,7 +81,7 @@ def rest_over_mqtt(store: BlobStore, web: WebPlace) -> int:
         leaves += want.count * (want.part == "data")
         for raw in server.answer(want):  # type: ignore[union-attr]
             wants += pull.on_chunk(Chunk.parse(raw), 0.0)
-    assert pull.done
+    assert pull.is_done
     assert store.read(REF.sha256) == BLOB
     return leaves
 
@@ -90,7 +90,7 @@ def test_blobs_come_whole_over_one_connection(store: BlobStore, web: WebPlace) -
     fetch = fetched(store, web.url, REF, SMALL, EMPTY)
     assert fetch.failure == ""
     assert [store.read(r.sha256) for r in (REF, SMALL, EMPTY)] == [BLOB, b"a graph", b""]
-    assert (fetch.done, fetch.total, fetch.bytes) == (22, 22, len(BLOB) + len(b"a graph"))
+    assert (fetch.done, fetch.total, fetch.received_bytes) == (22, 22, len(BLOB) + len(b"a graph"))
     name = f"/{REF.sha256[:2]}/{REF.sha256}"
     assert web.asked == [(f"{name}.leaves", None), (name, None), (f"/{SMALL.sha256[:2]}/{SMALL.sha256}", None)]
     assert not list((store.root / "partial").iterdir())
@@ -100,19 +100,22 @@ def test_only_what_is_missing_is_asked_for(store: BlobStore, web: WebPlace) -> N
     begun = store.partial(REF)
     begun.set_table(BlobStore(web.root).table(REF.sha256))
     for index in (0, 1, 2, 9, 20):
-        begun.write(index, BLOB[index * LEAF : (index + 1) * LEAF])
+        begun.write(index, BLOB[index * LEAF_BYTES : (index + 1) * LEAF_BYTES])
     begun.close()
     fetch = fetched(store, web.url)
     assert fetch.failure == ""
     assert store.read(REF.sha256) == BLOB
-    assert [r for _, r in web.asked] == [f"bytes={3 * LEAF}-{9 * LEAF - 1}", f"bytes={10 * LEAF}-{20 * LEAF - 1}"]
-    assert fetch.bytes == 16 * LEAF
+    assert [r for _, r in web.asked] == [
+        f"bytes={3 * LEAF_BYTES}-{9 * LEAF_BYTES - 1}",
+        f"bytes={10 * LEAF_BYTES}-{20 * LEAF_BYTES - 1}",
+    ]
+    assert fetch.received_bytes == 16 * LEAF_BYTES
 
 
 def test_who_knows_no_ranges_gives_all_of_it(store: BlobStore, web: WebPlace) -> None:
     begun = store.partial(REF)
     begun.set_table(BlobStore(web.root).table(REF.sha256))
-    begun.write(3, BLOB[3 * LEAF : 4 * LEAF])
+    begun.write(3, BLOB[3 * LEAF_BYTES : 4 * LEAF_BYTES])
     begun.close()
     web.behave = lambda handler, data: not handler.give(data, ranges=False)
     assert fetched(store, web.url).failure == ""
@@ -122,15 +125,15 @@ def test_who_knows_no_ranges_gives_all_of_it(store: BlobStore, web: WebPlace) ->
 
 def test_a_cut_connection_is_resumed_where_it_ended(store: BlobStore, web: WebPlace) -> None:
     def cut(handler: Handler, data: bytes) -> bool:
-        if len(data) < LEAF or web.asked[-1][1] is not None:
+        if len(data) < LEAF_BYTES or web.asked[-1][1] is not None:
             return False
-        handler.give(data, until=9 * LEAF + 5)
+        handler.give(data, until=9 * LEAF_BYTES + 5)
         return True
 
     web.behave = cut
     assert fetched(store, web.url).failure == ""
     assert store.read(REF.sha256) == BLOB
-    assert web.asked[-1][1] == f"bytes={8 * LEAF}-{len(BLOB) - 1}"  # leaves are taken eight at a time
+    assert web.asked[-1][1] == f"bytes={8 * LEAF_BYTES}-{len(BLOB) - 1}"  # leaves are taken eight at a time
 
 
 BAD: dict[str, tuple[Callable[[Handler, bytes], object], str]] = {
@@ -158,21 +161,23 @@ def test_what_is_wrong_ends_it_and_only_right_leaves_are_kept(
     assert "\n" not in fetch.failure
     assert not store.has(REF.sha256)
     partial = store.partial(REF)
-    assert partial.count == fetch.done
+    assert partial.present_count == fetch.done
     partial.close()
     web.behave = lambda h, data: False
-    assert rest_over_mqtt(store, web) == REF.leaf_count - partial.count
+    assert rest_over_mqtt(store, web) == REF.leaf_count - partial.present_count
     assert fetched(store, web.url).failure == ""
 
 
 def test_a_range_that_was_not_asked_for_is_not_believed(store: BlobStore, web: WebPlace) -> None:
     begun = store.partial(REF)
     begun.set_table(BlobStore(web.root).table(REF.sha256))
-    begun.write(0, BLOB[:LEAF])
+    begun.write(0, BLOB[:LEAF_BYTES])
     begun.close()
-    web.behave = lambda h, data: not h.give(data, **{"Content-Range": f"bytes 0-{len(data) - 1 - LEAF}/{len(data)}"})
+    web.behave = lambda h, data: (
+        not h.give(data, **{"Content-Range": f"bytes 0-{len(data) - 1 - LEAF_BYTES}/{len(data)}"})
+    )
     assert "it gives 'bytes 0-" in fetched(store, web.url).failure
-    assert store.partial(REF).count == 1
+    assert store.partial(REF).present_count == 1
 
 
 def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
@@ -185,19 +190,19 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
-        handler.wfile.write(data[: 8 * LEAF])
+        handler.wfile.write(data[: 8 * LEAF_BYTES])
         while not web.closing.is_set():  # a byte now and then: no socket's time-out ever ends
-            handler.wfile.write(data[8 * LEAF : 8 * LEAF + 1])
+            handler.wfile.write(data[8 * LEAF_BYTES : 8 * LEAF_BYTES + 1])
             dripped += 1
             time.sleep(0.02)
         return True
 
     web.behave = drip
     fetch = HttpFetch(store, BlobUrl.parse(web.url), [REF], tls_context, lambda: now)
-    until(lambda: fetch.bytes >= 8 * LEAF and dripped >= 5)
-    assert not fetch.stalled
-    now += http_transfer.STALL_S + 1
-    assert fetch.stalled
+    until(lambda: fetch.received_bytes >= 8 * LEAF_BYTES and dripped >= 5)
+    assert not fetch.is_stalled
+    now += http_transfer.STALL_TIMEOUT_S + 1
+    assert fetch.is_stalled
     fetch.stop("it stalls")
     fetch.join(60)
     assert fetch.failure == "it stalls"
@@ -205,13 +210,13 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
 
 
 def test_it_ends_at_once_when_it_is_stopped(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_transfer, "SILENT_S", 600.0)  # nothing else ends it
+    monkeypatch.setattr(http_transfer, "SILENCE_TIMEOUT_S", 600.0)  # nothing else ends it
     web.behave = lambda h, data: not h.drip(b"", 600)
     fetch = HttpFetch(store, BlobUrl.parse(web.url), [REF], tls_context)
     while not web.asked:
         time.sleep(0.002)
     fetch.stop()
-    assert not fetch.alive
+    assert not fetch.is_alive
     fetch.join(60)
     assert "fedprune-web" not in {thread.name for thread in threading.enumerate()}
     assert fetch.failure == ""
@@ -226,7 +231,7 @@ def test_where_nobody_listens_it_says_so(store: BlobStore, web: WebPlace) -> Non
 class TestTls:
     @pytest.fixture
     def authority(self, tmp_path: Path) -> Authority:
-        return Authority.make(tmp_path / "authority", "lab", clock=lambda: float(BUILT))
+        return Authority.make(tmp_path / "authority", "lab", clock=lambda: float(BUILD_TIME))
 
     def place(self, tmp_path: Path, authority: Authority, host: str = "127.0.0.1") -> WebPlace:
         key = make_tls_key()
@@ -237,7 +242,7 @@ class TestTls:
         return WebPlace(filled(tmp_path / "web"), context)
 
     def trust(self, tmp_path: Path) -> Callable[[], ssl.SSLContext]:
-        return lambda: pinned_context(tmp_path / "authority" / "authority.pem", None, None, lambda: BUILT)
+        return lambda: pinned_context(tmp_path / "authority" / "authority.pem", None, None, lambda: BUILD_TIME)
 
     def test_blobs_come_over_tls(self, store: BlobStore, tmp_path: Path, authority: Authority) -> None:
         with self.place(tmp_path, authority) as web:

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.model.selection import Tensors
 from fedprune.wire.link import tls_context
 from fedprune.wire.messages import (
-    PUT,
+    PUT_ABILITY,
     Accepted,
     BlobNotFound,
     Cancelled,
-    Update,
+    UpdateAnnouncement,
     UploadRequest,
     UploadResult,
 )
@@ -39,7 +39,7 @@ from support.waiting import until
 
 pytestmark = pytest.mark.board
 
-UPDATE = np.random.default_rng(2).bytes(40 * LEAF + 9)
+UPDATE = np.random.default_rng(2).bytes(40 * LEAF_BYTES + 9)
 REF = BlobRef.of(UPDATE)
 SIGNED = "/bucket/blobs/x.0123?X-Amz-Signature=secret%2F1&X-Amz-Expires=60"
 
@@ -59,7 +59,7 @@ def store(tmp_path: Path) -> BlobStore:
 
 def uploaded(store: BlobStore, url: str, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpUpload:
     upload = HttpUpload(store, UploadUrl.parse(url), REF, tls)
-    until(upload.over)
+    until(upload.is_over)
     upload.join(60)
     return upload
 
@@ -123,7 +123,7 @@ def test_an_address_is_never_shown_whole() -> None:
     url = UploadUrl.parse(f"https://Models.example:444{SIGNED}")
     request = UploadRequest("ab" * 32, f"https://models.example:444{SIGNED}")
     assert (url.host, url.port, url.tls, url.target) == ("models.example", 444, True, SIGNED)
-    assert url.whole == request.url
+    assert url.with_query == request.url
     assert str(url) == "https://models.example:444/bucket/blobs/x.0123"
     for shown in (str(url), repr(url), str(request), repr(request)):
         assert "secret" not in shown
@@ -148,7 +148,7 @@ class Board(Bench):
         super().run(until_finished, limit, clock=self.clock, **settings)
 
     def react(self, message: Any) -> None:
-        if isinstance(message, Update) and not self.server.accepts:
+        if isinstance(message, UpdateAnnouncement) and not self.server.accepts:
             self.number += 1
             self.update = message
             digest = message.weights.sha256
@@ -184,7 +184,7 @@ def test_a_board_uploads_where_the_server_wants_it(
     assert len(board.web.uploads) == 2
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
     assert "secret" not in caplog.text
-    assert all(PUT in birth.abilities for birth in board.server.seen if birth.kind == "birth")
+    assert all(PUT_ABILITY in birth.abilities for birth in board.server.seen if birth.kind == "birth")
 
 
 def test_what_fails_goes_over_mqtt_and_the_next_update_is_uploaded_again(
@@ -225,10 +225,10 @@ def test_a_board_uploads_once_to_an_address_however_often_it_is_asked(
     board: Board, stall_after: None, elsewhere: bool
 ) -> None:
     """A server that is busy asks again, for it hasn't read yet that the update is uploaded."""
-    plain, announced, late = board.react, list[Update](), list[UploadResult]()
+    plain, announced, late = board.react, list[UpdateAnnouncement](), list[UploadResult]()
 
     def react(message: Any) -> None:
-        if isinstance(message, Update):
+        if isinstance(message, UpdateAnnouncement):
             if message not in announced:
                 announced.append(message)
                 plain(message)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer
@@ -24,7 +24,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 pytestmark = pytest.mark.board
 
 DIGEST = "ab" * 32
-LETTERS = {letter: random.Random(letter).randbytes(LEAF) for letter in "abcdefgh"}
+LETTERS = {letter: random.Random(letter).randbytes(LEAF_BYTES) for letter in "abcdefgh"}
 
 
 def blob(text: str, tail: str = "") -> bytes:
@@ -36,7 +36,7 @@ def pulled(source: BlobStore, target: BlobStore, ref: BlobRef, lend: Any = None)
     """Leaves that had to travel, in the order in which they came."""
     pull, travelled = Pull(ref, target.partial(ref), lend=lend or partial(reuse_leaves, target)), list[int]()
     wants = pull.start(0.0)
-    while not pull.done:
+    while not pull.is_done:
         answers = [BlobSender(source).answer(want) for want in wants]
         chunks = [Chunk.parse(raw) for answer in answers if isinstance(answer, Iterator) for raw in answer]
         assert chunks
@@ -74,7 +74,7 @@ def test_a_leaf_that_has_rotted_in_the_donor_travels(stores: tuple[BlobStore, Bl
     source, target = stores
     path = target.path(target.put(blob("abcd")).sha256)
     with path.open("r+b") as file:
-        file.seek(LEAF + 7)
+        file.seek(LEAF_BYTES + 7)
         file.write(b"rot")
     ref = source.put(blob("abcdefgh"))
     assert pulled(source, target, ref) == [1, 4, 5, 6, 7]
@@ -92,24 +92,24 @@ def test_the_last_weights_stay_until_the_next_ones_are_here(tmp_path: Path) -> N
     with DeviceStore(tmp_path) as store:
         for number, ref in enumerate(refs):
             store.accept(offer(number, ref))
-            store.collect()
+            store.delete_unneeded_blobs()
             before = {refs[number - 1].sha256} if number else set()
             assert set(store.blobs.names()) == before
             if number == 1:
                 store.accept(offer(number, ref, mask=BlobRef.of(b"")))  # another one comes before they are here
-                store.collect()
+                store.delete_unneeded_blobs()
                 assert set(store.blobs.names()) == before
             store.blobs.put(weights[number])
-            store.collect()
+            store.delete_unneeded_blobs()
             assert store.blobs.names() == [ref.sha256]
-            store.finish()
-            store.collect()
+            store.finish_offer()
+            store.delete_unneeded_blobs()
             assert store.blobs.names() == [ref.sha256]
         store.accept(offer(9, BlobRef.of(blob("ae"))))
     with DeviceStore(tmp_path) as store:  # also through a restart
-        store.collect()
+        store.delete_unneeded_blobs()
         assert store.blobs.names() == [refs[2].sha256]
-        assert store.reclaimable_bytes(offer(10, BlobRef.of(blob("af")))) >= 2 * LEAF
-        store.dismiss()
-        store.collect()
+        assert store.reclaimable_bytes(offer(10, BlobRef.of(blob("af")))) >= 2 * LEAF_BYTES
+        store.drop_donor()
+        store.delete_unneeded_blobs()
         assert store.blobs.names() == []

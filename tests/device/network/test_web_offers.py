@@ -14,7 +14,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import BlobRequest, Cancelled, Offer, Refusal, Update
+from fedprune.wire.messages import BlobRequest, Cancelled, Offer, Refusal, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData
 from support.fakes.agent_harness import Bench, expected, same
 from support.fakes.web_server import Handler, WebPlace
@@ -69,7 +69,7 @@ def test_what_the_web_server_lacks_comes_over_mqtt_and_the_next_offer_asks_it_ag
     board.web.answers = 0
 
     def later(message: Any) -> None:
-        if isinstance(message, Update):
+        if isinstance(message, UpdateAnnouncement):
             board.web.answers = -1
 
     board.server.react = later

@@ -13,10 +13,10 @@ from msgspec import structs
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy import epsilon
+from fedprune.updates.privacy import epsilon_for
 from fedprune_device.network.offer_checks import check_offer
-from fedprune_device.privacy.budget import FILE, PrivacyBudget, PrivacyPolicy, read_policy
-from fedprune_device.privacy.redaction import named, refused
+from fedprune_device.privacy.budget import BUDGET_FILE, BoardPrivacyBudget, PrivacyPolicy, read_policy
+from fedprune_device.privacy.redaction import error_name, refusal_reason
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.training.round_runner import RoundRunner
@@ -34,20 +34,22 @@ SECRET = "label 'cancer' of 17 samples in /home/ann/scans"
 def train(board: HiddenBoard, offer: Any, floor: PrivacyPolicy | None = None) -> Any:
     """The update's tensors; every call is a process of its own."""
     with DeviceStore(board.root) as store:
-        store.hold_to(floor)
-        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.own, noise=store.privacy.draw)
-        made = bench.make(offer)
+        store.apply_policy(floor)
+        bench = RoundRunner(
+            DEVICE, store.blobs, store.slots, board.data, states=store.local_states, noise=store.privacy.draw
+        )
+        made = bench.carry_out(offer)
         return tensorfile.decode(store.blobs.read(made.update.weights.sha256)), made
 
 
-def count(board: HiddenBoard) -> PrivacyBudget:
-    return PrivacyBudget(board.root)
+def count(board: HiddenBoard) -> BoardPrivacyBudget:
+    return BoardPrivacyBudget(board.root)
 
 
 def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
     train(board, board.offer(1, PLAIN, SENT, graph="kept"))
-    assert not (board.root / FILE).exists(), "jobs without noise are not counted"
-    assert not count(board).private
+    assert not (board.root / BUDGET_FILE).exists(), "jobs without noise are not counted"
+    assert not count(board).is_private
     offer = board.offer(1, PRIVATE, SENT, graph="kept")
     first, _ = train(board, offer)
     again, _ = train(board, offer)
@@ -55,7 +57,7 @@ def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
     found = count(board)
     assert (found.draws, found.cost) == (2, pytest.approx(2 / 4))
     assert found.cost >= 0.5, "rounded up"
-    assert f"{epsilon(found.cost, 1e-5):.4g}" in found.describe()
+    assert f"{epsilon_for(found.cost, 1e-5):.4g}" in found.describe()
 
 
 def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +95,7 @@ def test_an_offer_below_the_floor_is_refused_before_anything_is_done(
 ) -> None:
     offer = board.offer(1, recipe, SENT, graph="kept")
     with DeviceStore(board.root) as store:
-        store.hold_to(floor)
+        store.apply_policy(floor)
         with pytest.raises(PrivacyError, match=says) as caught:
             check_offer(offer, store, None)
     assert caught.value.exit_code is ExitCode.PRIVACY
@@ -118,24 +120,24 @@ def test_at_the_floor_it_takes_part_until_its_budget_is_spent(board: HiddenBoard
 
     def part(number: int) -> None:
         with DeviceStore(board.root) as store:
-            store.hold_to(floor)
+            store.apply_policy(floor)
             check_offer(structs.replace(offer, job=f"job-{number % 2}"), store, None)
             store.privacy.draw(offer)  # of either job
 
-    while rounds < 9 and epsilon(count(board).cost + 0.25, 1e-5) <= 4.0:
+    while rounds < 9 and epsilon_for(count(board).cost + 0.25, 1e-5) <= 4.0:
         part(rounds)
         rounds += 1
     with pytest.raises(PrivacyError, match="budget"):
         part(rounds)
     spent = count(board).cost
     assert rounds == 3
-    assert epsilon(spent, 1e-5) <= 4.0 < epsilon(spent + 0.25, 1e-5)
+    assert epsilon_for(spent, 1e-5) <= 4.0 < epsilon_for(spent + 0.25, 1e-5)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b'{"body":"{}","sha256":""}'])
 def test_what_is_no_longer_known_is_not_taken_for_nothing(board: HiddenBoard, damage: bytes) -> None:
     train(board, board.offer(1, PRIVATE, SENT, graph="kept"))
-    (board.root / FILE).write_bytes(damage)
+    (board.root / BUDGET_FILE).write_bytes(damage)
     with pytest.raises(PrivacyError, match="not known"):
         train(board, board.offer(2, PRIVATE, SENT, graph="kept"))
     train(board, board.offer(3, PLAIN, SENT, graph="kept"))
@@ -165,13 +167,13 @@ def test_an_update_without_noise_that_waits_is_dropped_when_the_owner_asks_for_n
         with DeviceStore(board.root) as store:
             store.accept(offer)
             bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, noise=store.privacy.draw)
-            store.keep(bench.make(offer).update)
+            store.keep_update(bench.carry_out(offer).update)
         with DeviceStore(board.root) as store:
-            store.hold_to(PrivacyPolicy())
+            store.apply_policy(PrivacyPolicy())
             assert (store.pending is not None) == stays
-            store.hold_to(PrivacyPolicy(least_noise=2.0, most_epsilon=0.1))
+            store.apply_policy(PrivacyPolicy(least_noise=2.0, most_epsilon=0.1))
             assert (store.pending is not None) == stays, "what it cost was spent when its noise was drawn"
-            store.hold_to(PrivacyPolicy(least_noise=2.1))
+            store.apply_policy(PrivacyPolicy(least_noise=2.1))
             assert store.pending is None
 
 
@@ -212,24 +214,24 @@ def test_an_own_exceptions_name_is_not_told() -> None:
         pass
 
     CancerError.__module__ = "mine"
-    assert named(CancerError(SECRET)) == "an error"
-    assert named(DataError(SECRET)) == "DataError"
+    assert error_name(CancerError(SECRET)) == "an error"
+    assert error_name(DataError(SECRET)) == "DataError"
 
 
 def test_refusals_of_private_jobs_name_the_kind_alone_but_for_what_is_of_the_offer() -> None:
-    assert SECRET in refused(DataError(SECRET), private=False)
-    assert SECRET in refused(PlanError(SECRET), private=True)
+    assert SECRET in refusal_reason(DataError(SECRET), private=False)
+    assert SECRET in refusal_reason(PlanError(SECRET), private=True)
     for error in (DataError(SECRET), ValueError(SECRET)):
-        assert refused(error, private=True).startswith(f"{type(error).__name__} (its words stay on the board")
+        assert refusal_reason(error, private=True).startswith(f"{type(error).__name__} (its words stay on the board")
 
 
 def test_of_a_private_board_a_crash_tells_its_name(tmp_path: Path) -> None:
     for early in (True, False):
-        CrashReports(tmp_path, quiet=lambda now=not early: now).exception(DataError(SECRET))  # type: ignore[misc]
+        CrashReports(tmp_path, quiet=lambda now=not early: now).record_exception(DataError(SECRET))  # type: ignore[misc]
         report = CrashReports(tmp_path, quiet=lambda: True).report
         assert report["text"].startswith("DataError")
         assert "cancer" not in report["text"]
-    CrashReports(tmp_path).exception(DataError("plain words"))
+    CrashReports(tmp_path).record_exception(DataError("plain words"))
     report = CrashReports(tmp_path).report
     assert "plain words" in report["text"]
 

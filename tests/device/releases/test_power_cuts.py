@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
-from fedprune_device.launcher.launcher import SlotExit, launch
-from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
+from fedprune_device.launcher.launcher import SlotExit, run_slots
+from fedprune_device.launcher.slot_store import KEY_FILE, SlotRecord, SlotStore
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, DamagedError, LauncherState, UpdateOutcome
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_trial import ReleaseTrial
@@ -54,19 +54,19 @@ class Board:
         self.ran: list[int] = []
         self.idle = False
 
-    def live(self) -> None:
+    def is_live(self) -> None:
         """Boot until nothing is left to do."""
         self.idle = False
         for _ in range(40):
             if self.idle:
                 return
-            launch(self.home, self.run)
+            run_slots(self.home, self.run)
         raise AssertionError("the board never comes to rest")
 
-    def rest(self) -> None:
+    def dispensable_tasks(self) -> None:
         """`live`, on a disk that needn't be waited for."""
         with power():
-            self.live()
+            self.is_live()
 
     def run(self, slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         assert versions_in(self.home.root / slot) == {f"VERSION = {record.version}"}, "two versions are mixed"
@@ -100,7 +100,7 @@ class Board:
         """The state, once the checks that hold for every board at rest have passed."""
         state = self.home.load()
         assert state.phase == STABLE
-        assert self.home.whole(state.stable).version == self.ran[-1]
+        assert self.home.checked_record(state.stable).version == self.ran[-1]
         assert list((self.home.root / "incoming").iterdir()) == []
         return state
 
@@ -119,7 +119,7 @@ def stage(board: Board, release: Path, *, arm: bool = True) -> None:
 
 def operations(board: Board) -> list[str]:
     with power() as supply:
-        board.live()
+        board.is_live()
     return supply.names
 
 
@@ -141,8 +141,8 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
     for at, way in cuts(kind, points):
         board = Board(copy_of(fresh, tmp_path / "cut"), releases, bad)
         with power(at, way), pytest.raises(CutError):
-            board.live()
-        board.rest()
+            board.is_live()
+        board.dispensable_tasks()
         state = board.settled()
         assert (board.ran[-1], state.highest) == (2, 3)
         assert (state.outcome.version, state.outcome.result) == (3, ROLLED_BACK)
@@ -165,10 +165,10 @@ def test_many_cuts_in_a_row_still_end_on_a_release_that_works(
     for at, kind in cuts:
         with power(at, kind):
             try:
-                board.live()
+                board.is_live()
             except CutError:
                 continue
-    board.rest()
+    board.dispensable_tasks()
     state = board.settled()
     assert board.ran[-1] in (1, 2), "a release that never was healthy doesn't stay"
     assert state.outcome.result == ROLLED_BACK
@@ -186,8 +186,8 @@ def test_a_release_that_power_cuts_never_let_finish_is_given_up_with_a_reason(
 
     for _ in range(ATTEMPTS):
         with pytest.raises(CutError):
-            launch(board.home, cut)
-    board.rest()
+            run_slots(board.home, cut)
+    board.dispensable_tasks()
     state = board.settled()
     assert board.ran == [1]
     assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "the last attempt ended without a message, as in a power cut")
@@ -197,10 +197,10 @@ def test_one_damaged_copy_of_the_state_changes_nothing(fresh: Path, releases: di
     for name in ("state.json", "copy.json"):
         for damage in (b"", b"\0" * 300, b'{"format": 1, "body": "{}", "sha256": "00"}'):
             board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
-            board.rest()
+            board.dispensable_tasks()
             before = board.settled()
             (board.home.folder / name).write_bytes(damage)
-            board.rest()
+            board.dispensable_tasks()
             assert board.settled() == before
             assert before.outcome == UpdateOutcome(2, COMMITTED)
             shutil.rmtree(board.home.root)
@@ -213,7 +213,7 @@ def test_with_both_copies_damaged_the_release_that_had_served_before_serves(
     stage(board, releases[3])
     for name in ("state.json", "copy.json"):
         (board.home.folder / name).write_bytes(b"\xff" * 64)
-    board.rest()
+    board.dispensable_tasks()
     state = board.settled()
     assert (board.ran, state.highest) == ([1], 3)
     assert "damaged" in state.outcome.reason
@@ -224,7 +224,7 @@ def test_a_slot_that_is_not_what_its_record_says_is_not_started(
     fresh: Path, releases: dict[int, Path], tmp_path: Path, how: str
 ) -> None:
     board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
-    board.rest()
+    board.dispensable_tasks()
     assert board.ran[-1] == 2
     state = board.settled()
     victim = board.home.root / state.stable / "app" / "part.py"
@@ -236,9 +236,9 @@ def test_a_slot_that_is_not_what_its_record_says_is_not_started(
         victim.unlink()
         if how == "linked":
             victim.symlink_to(victim.with_name("__init__.py"))
-    board.rest()
+    board.dispensable_tasks()
     after = board.settled()
-    assert (board.ran[-1], after.stable) == (1, state.other)
+    assert (board.ran[-1], after.stable) == (1, state.other_slot)
     assert after.outcome.version == 2
     assert "app/" in after.outcome.reason
     assert after.outcome.reason.endswith("version 1 serves")
@@ -248,15 +248,15 @@ def test_a_damaged_slot_is_still_tried_where_there_is_no_other(fresh: Path, tmp_
     home = SlotStore(copy_of(fresh, tmp_path / "board"))
     (home.root / "a" / "app" / "part.py").write_text("VERSION = 9\n")
     with pytest.raises(DamagedError, match=r"part\.py is damaged"):
-        launch(home, lambda *_: SlotExit("", 0))  # with the server's key nothing is started that it hasn't signed
-    (home.root / KEY).unlink()
+        run_slots(home, lambda *_: SlotExit("", 0))  # with the server's key nothing is started that it hasn't signed
+    (home.root / KEY_FILE).unlink()
     ran = []
 
     def run(slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         ran.append((slot, record.version, state))
         return SlotExit("", 0)
 
-    assert launch(home, run) == 0
+    assert run_slots(home, run) == 0
     assert ran == [("a", 1, None)]
 
 
@@ -266,7 +266,7 @@ def test_a_staged_release_that_nobody_arms_is_dropped_in_the_end(
     board = Board(copy_of(fresh, tmp_path / "board"), {}, BAD["hangs at import"])
     stage(board, releases[2], arm=False)
     for _ in range(11):
-        board.rest()
+        board.dispensable_tasks()
     state = board.settled()
     assert set(board.ran) == {1}
     assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "staged, but not begun in time")

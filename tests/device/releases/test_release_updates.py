@@ -26,9 +26,9 @@ from fedprune.wire.fleet_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune_device.launcher.launcher import launch
+from fedprune_device.launcher.launcher import run_slots
 from fedprune_device.launcher.state import STABLE
-from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.releases.release_agent import (
     NO_IDENTITY,
     NO_LAUNCHER,
@@ -63,18 +63,18 @@ def states(board: Board, number: int) -> list[str]:
 
 def test_a_good_release_is_pulled_tried_and_kept(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[2])
-    it.live()
+    it.is_live()
     assert states(it, 2) == [DOWNLOADING, STAGED, TRIAL, COMMITTED]
     assert it.ran == [1, 2]
     state = it.home.load()
-    assert (state.phase, it.home.whole(state.stable).version) == (STABLE, 2)
+    assert (state.phase, it.home.checked_record(state.stable).version) == (STABLE, 2)
     left = [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()]
     assert left == [], "nothing of it stays beside the slot"
 
 
 def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[3], releases[4])
-    it.live()
+    it.is_live()
     assert states(it, 3) == [DOWNLOADING, STAGED, TRIAL, ROLLED_BACK]
     ended = it.server.ended(3)
     assert "exit code 1" in ended.reason
@@ -83,10 +83,10 @@ def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releas
 
 def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[2], releases[3])
-    it.live()
+    it.is_live()
     wants, it.server.reports = it.server.wants, []
-    it.server.offers.insert(0, it.server.offer(releases[1]))
-    it.live()
+    it.server.offers_blob.insert(0, it.server.offer(releases[1]))
+    it.is_live()
     told = list(dict.fromkeys((r.number, r.state) for r in it.server.reports))
     assert told == [(3, ROLLED_BACK), (1, REFUSED), (2, COMMITTED)], "it runs the second, whatever came of the third"
     ended = it.server.ended(1)
@@ -109,7 +109,7 @@ def test_messages_that_come_twice_or_get_lost_cost_time_alone(
         return False
 
     it.until = again
-    it.live()
+    it.is_live()
     assert states(it, 2)[-1] == COMMITTED
     assert it.ran[-1] == 2
 
@@ -134,7 +134,7 @@ def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_p
     it.server.mangle, it.until = one, lambda: cut and not it.server.inbox
     while not it.server.done:
         lives, cut = lives + 1, False
-        launch(it.home, it.run)
+        run_slots(it.home, it.run)
         assert lives < 100
     assert lives > 5
     assert len(came) == len(set(came)) > 30, "no leaf comes twice"
@@ -143,12 +143,12 @@ def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_p
 
 def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[2])
-    it.quiet = lambda: False
+    it.is_quiet = lambda: False
     it.until = lambda: STAGED in states(it, 2)
     it.serve()
-    it.server.offers = []
+    it.server.offers_blob = []
     it.server.next = lambda: it.server.say(ReleaseWithdrawn(2, "too many failed"))  # type: ignore[method-assign]
-    it.quiet, it.until = (lambda: True), (lambda: it.now > 20)
+    it.is_quiet, it.until = (lambda: True), (lambda: it.now > 20)
     it.now = 0
     it.serve()
     state = it.home.load()
@@ -159,7 +159,7 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
 
 def refused(it: Board) -> str:
     """Why the only release was refused; the board is as it was."""
-    it.live()
+    it.is_live()
     (report,) = (r for r in it.server.reports if r.state == REFUSED)
     state = it.home.load()
     assert (state.phase, state.highest, it.ran) == (STABLE, 1, [1])
@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
     board: Make, tmp_path: Path, changes: dict[str, Any], offered: dict[str, Any], said: str
 ) -> None:
     it = board(make_release(tmp_path / "release", **{"number": 2, **changes}))
-    it.server.offers = [structs.replace(it.server.offers[0], **offered)]
+    it.server.offers_blob = [structs.replace(it.server.offers_blob[0], **offered)]
     assert said in refused(it)
     assert it.server.wants == 0
 
@@ -204,7 +204,7 @@ def test_files_that_are_not_what_was_signed_are_refused(board: Make, tmp_path: P
     it.server.mangle = lambda raw: [raw[:-1] + bytes([raw[-1] ^ 1])] if raw.startswith(b"FPC") else [raw]
     assert "arrived damaged" in refused(it)
     it = board(big, name="table")
-    it.server.offers = [structs.replace(it.server.offers[0], leaves=("ab" * 32,) * 2)]
+    it.server.offers_blob = [structs.replace(it.server.offers_blob[0], leaves=("ab" * 32,) * 2)]
     assert "contradicts itself" in refused(it) or "damaged" in refused(it)
 
 
@@ -212,9 +212,9 @@ def test_a_board_without_launcher_or_identity_says_so(releases: dict[int, Path],
     assert board_installer(None, {}) == NO_LAUNCHER
     assert board_installer(None, {"FEDPRUNE_ROOT": str(tmp_path), "FEDPRUNE_SLOT": "a"}) == NO_IDENTITY
     server = ReleaseServer(tmp_path / "server", releases[2])
-    found = ReleaseAgent(Connection(server, Channel("d", "site")), NO_LAUNCHER)
+    found = ReleaseAgent(BoardConnection(server, MessageChannel("d", "site")), NO_LAUNCHER)
     for _ in range(2):
-        found.on_message(server.offers[0])
+        found.on_message(server.offers_blob[0])
     assert server.reports == 2 * [ReleaseReport("d", 2, REFUSED, NO_LAUNCHER, 0, 0)]
 
 
@@ -232,17 +232,17 @@ def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
     """Every sixth write by turns; of the others every second or third, half of them in each part."""
     calm = board(releases[2], releases[3], name="calm")
     with power() as supply:
-        calm.live()
+        calm.is_live()
     assert supply.count >= 250
     first, step = (0, 3) if kind == TURNS else (3 * part, 6) if kind == "before" else (2 * part, 4)
     for at, how in islice(cuts(kind, supply.names), first, None, step):
         it = board(releases[2], releases[3], name="cut")
         with power(at, how), pytest.raises(CutError):
-            it.live()
+            it.is_live()
         with power():
-            it.live()
+            it.is_live()
         state = it.home.load()
-        assert (state.phase, state.highest, it.home.whole(state.stable).version) == (STABLE, 3, 2)
+        assert (state.phase, state.highest, it.home.checked_record(state.stable).version) == (STABLE, 3, 2)
         ended = it.server.ended(2)
         assert ended.state == COMMITTED
         ended = it.server.ended(3)
@@ -286,10 +286,10 @@ def test_a_wheel_that_the_running_slot_has_is_copied_and_fetched_only_if_it_is_d
     if damaged:  # after the launcher has compared the slot with its record
         DAMAGE[damaged](it.home.root / "a" / "runtime" / "core.txt")
         it.serve()
-    it.live()
-    assert it.home.whole(it.home.load().stable).version == 2
+    it.is_live()
+    assert it.home.checked_record(it.home.load().stable).version == 2
     own = {digest_of(path) for path in (second / "wheels").iterdir()}
-    assert it.server.fetched == own | ({digest_of(shared)} if damaged else set())
+    assert it.server.serve_request == own | ({digest_of(shared)} if damaged else set())
     assert it.server.ended(2).state == COMMITTED
 
 

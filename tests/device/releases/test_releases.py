@@ -23,15 +23,15 @@ from fedprune.releases.release import (
     SIGNATURE,
     Release,
     ReleaseFile,
-    opened,
     read_release,
-    signed,
-    write_again,
+    rewrite_release,
+    sign_manifest,
+    verified_release,
 )
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.wire.fleet_messages import MAX_MANIFEST
+from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL
-from fedprune_device.releases.installer import ReleaseInstaller, own_packages
+from fedprune_device.releases.installer import ReleaseInstaller, packages_on_board
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from support.fakes.runtime_releases import KEY, PUBLIC, make_release, make_wheel, source, versions_in
 
@@ -74,22 +74,27 @@ def test_a_manifest_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> N
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_one_changed_byte_of_manifest_or_signature_is_noticed(at: int, change: int) -> None:
     manifest = GOOD.to_bytes()
-    signature = signed(manifest, KEY)
-    assert opened(manifest, signature, PUBLIC) == GOOD
+    signature = sign_manifest(manifest, KEY)
+    assert verified_release(manifest, signature, PUBLIC) == GOOD
     both = bytearray(manifest + signature)
     both[at % len(both)] ^= change
     with pytest.raises(ReleaseError, match="signature"):
-        opened(bytes(both[: len(manifest)]), bytes(both[len(manifest) :]), PUBLIC)
+        verified_release(bytes(both[: len(manifest)]), bytes(both[len(manifest) :]), PUBLIC)
 
 
 def test_a_signature_for_another_purpose_is_worth_nothing() -> None:
     manifest = GOOD.to_bytes()
     other = SigningKey.make()
-    for signature in (KEY.sign(b"fedprune bundle 1\n" + manifest), KEY.sign(manifest), signed(manifest, other), b""):
+    for signature in (
+        KEY.sign(b"fedprune bundle 1\n" + manifest),
+        KEY.sign(manifest),
+        sign_manifest(manifest, other),
+        b"",
+    ):
         with pytest.raises(ReleaseError, match="signature"):
-            opened(manifest, signature, PUBLIC)
+            verified_release(manifest, signature, PUBLIC)
     with pytest.raises(ReleaseError, match=f"key {PUBLIC.fingerprint} alone"):
-        opened(b" " * (MAX_MANIFEST + 1), signed(b" " * (MAX_MANIFEST + 1), KEY), PUBLIC)
+        verified_release(b" " * (MAX_MANIFEST_BYTES + 1), sign_manifest(b" " * (MAX_MANIFEST_BYTES + 1), KEY), PUBLIC)
 
 
 def test_openssl_agrees_on_signatures(tmp_path: Path) -> None:
@@ -104,30 +109,30 @@ def test_openssl_agrees_on_signatures(tmp_path: Path) -> None:
     assert openssl("pkey", "-in", secret, "-pubout", "-outform", "DER", "-out", raw) == 0
     key, verifying = SigningKey.load(secret), VerifyingKey(raw.read_bytes()[-32:])
     message.write_bytes(b"fedprune release 1\n" + GOOD.to_bytes())
-    made.write_bytes(signed(GOOD.to_bytes(), key))
+    made.write_bytes(sign_manifest(GOOD.to_bytes(), key))
     verify = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", message, "-sigfile", made)
     assert openssl(*verify) == 0
     assert openssl("pkeyutl", "-sign", "-inkey", secret, "-rawin", "-in", message, "-out", made) == 0
-    assert opened(GOOD.to_bytes(), made.read_bytes(), verifying) == GOOD
+    assert verified_release(GOOD.to_bytes(), made.read_bytes(), verifying) == GOOD
 
 
 def test_an_earlier_release_comes_again_under_a_higher_number_and_no_other(tmp_path: Path) -> None:
     old = make_release(tmp_path / "old", 3)
     before, _, _ = read_release(old, PUBLIC)
-    again = write_again(tmp_path / "new", old, KEY, number=9, created="2026-02-02T00:00:00Z")
+    again = rewrite_release(tmp_path / "new", old, KEY, number=9, created="2026-02-02T00:00:00Z")
     assert again == replace(before, number=9, created="2026-02-02T00:00:00Z")
     assert read_release(tmp_path / "new", PUBLIC)[0] == again
     for number in (3, 2):
         with pytest.raises(ReleaseError, match="expected above 3"):
-            write_again(tmp_path / "no", old, KEY, number=number, created="")
+            rewrite_release(tmp_path / "no", old, KEY, number=number, created="")
     with pytest.raises(ReleaseError, match="signature"):
-        write_again(tmp_path / "no", old, SigningKey.make(), number=9, created="")
+        rewrite_release(tmp_path / "no", old, SigningKey.make(), number=9, created="")
     victim = old / FILES / before.files[0].sha256
     whole = victim.read_bytes()
     for damage in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):
         victim.unlink() if damage is None else victim.write_bytes(damage)
         with pytest.raises(ReleaseError, match=before.files[0].name):
-            write_again(tmp_path / "no", old, KEY, number=9, created="")
+            rewrite_release(tmp_path / "no", old, KEY, number=9, created="")
 
 
 def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(
@@ -137,7 +142,7 @@ def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(
     board.stage(folder)
     state = board.home.load()
     assert (state.phase, state.stable, state.highest) == (STAGED, "a", 2)
-    assert board.home.whole("b").version == 2
+    assert board.home.checked_record("b").version == 2
     assert (versions_in(board.home.root / "a"), versions_in(board.home.root / "b")) == (
         {"VERSION = 1"},
         {"VERSION = 2"},
@@ -156,7 +161,7 @@ def test_a_newer_release_takes_the_place_of_a_staged_one(board: ReleaseInstaller
     board.stage(source(make_release(tmp_path / "two", 2)))
     board.stage(source(make_release(tmp_path / "three", 3)))
     state = board.home.load()
-    assert (state.phase, state.highest, board.home.whole("b").version) == (STAGED, 3, 3)
+    assert (state.phase, state.highest, board.home.checked_record("b").version) == (STAGED, 3, 3)
     with pytest.raises(ReleaseError, match="above 3") as caught:
         board.stage(source(tmp_path / "two"))
     assert caught.value.exit_code == ExitCode.RELEASE
@@ -176,7 +181,7 @@ def test_what_a_release_unpacks_to_is_what_it_says(
     folder = make_release(tmp_path / "two", 2)
     manifest = replace(Release.from_bytes((folder / MANIFEST).read_bytes()), **changes).to_bytes()
     (folder / MANIFEST).write_bytes(manifest)
-    (folder / SIGNATURE).write_bytes(signed(manifest, KEY))
+    (folder / SIGNATURE).write_bytes(sign_manifest(manifest, KEY))
     with pytest.raises(ReleaseError, match=said):
         board.stage(source(folder))
     assert unchanged(board)
@@ -187,7 +192,7 @@ def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pul
 ) -> None:
     other = SigningKey.make()
     folder = source(make_release(tmp_path / "two", 2, key=other))
-    updater = ReleaseInstaller(board.home.root, other.verifying)
+    updater = ReleaseInstaller(board.home.root, other.verifying_key)
     for refuse in (updater.examine, updater.stage):
         with pytest.raises(ReleaseError, match=PUBLIC.fingerprint):
             refuse(folder)
@@ -196,12 +201,12 @@ def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pul
     (board.home.root / "server.pub").write_text("no key")
     with pytest.raises(ReleaseError, match="holds no key"):
         updater.examine(folder)
-    (board.home.root / "server.pub").write_text(other.verifying.hex)
+    (board.home.root / "server.pub").write_text(other.verifying_key.hex)
     updater.stage(folder)
 
 
 def test_packages_of_the_board_are_never_hidden(board: ReleaseInstaller, tmp_path: Path) -> None:
-    assert own_packages(["numpy", "no_such_package"]) == {"numpy"}
+    assert packages_on_board(["numpy", "no_such_package"]) == {"numpy"}
     folder = make_release(tmp_path / "two", 2)
     wheel = make_wheel(tmp_path / "numpy-9-py3-none-any.whl", {"numpy/__init__.py": "VERSION = 2\n"})
     from fedprune.releases.release import write_release

@@ -12,12 +12,12 @@ import pytest
 from fedprune.core.disk import file_digest
 from fedprune.core.errors import RuntimeUnavailableError
 from fedprune_device.hardware.runtime_process import RuntimeProcess
-from fedprune_device.launcher.launcher import decide
+from fedprune_device.launcher.launcher import choose_slot
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, UpdateOutcome
 from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_device.releases.release_trial import PACKAGES, ReleaseTrial, Watchdog, check_packages
-from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.releases.release_trial import REQUIRED_MODULES, ReleaseTrial, Watchdog, check_packages
+from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, set_up, source
 from support.faults.power_cuts import power
@@ -63,14 +63,14 @@ def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
 
 
 def test_a_release_stays_a_turn_after_the_broker_was_reached(board: ReleaseInstaller) -> None:
-    decide(board.home)
+    choose_slot(board.home)
     trial = trial_of(board)
     assert trial is not None
     told: list[str] = []
     heart = Watchdog(trial, tell=told.append, interval=1.0)
     heart.turn()
     heart.turn()
-    heart.connected()
+    heart.on_connect()
     assert outcome(board.home) is None, "the loop has yet to live through it"
     heart.turn()
     assert outcome(board.home) == UpdateOutcome(2, COMMITTED)
@@ -82,7 +82,7 @@ def test_only_the_process_on_trial_may_end_it(board: ReleaseInstaller) -> None:
     assert trial_of(board, "a") is None
     assert ReleaseTrial.current({}) is None
     trial = trial_of(board)
-    with board.home.changing():
+    with board.home.lock_state():
         state = board.home.load()
         board.home.save(state.roll_back("its time is over"))
     trial.commit()
@@ -96,7 +96,7 @@ def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: 
     slots.stage(model / "inference.onnx", model / "weights.safetensors")
     files = {name: file_digest(model / name) for name in ("inference.onnx", "weights.safetensors")}
     Predictor(model).check(3)
-    slots.install(Serving("job", 1, 3, files))
+    slots.install(ServingRecord("job", 1, 3, files))
     trial = trial_of(board)
     trial.check(lambda: check_model(tmp_path / "serving"))
     state = board.home.load()
@@ -111,13 +111,13 @@ def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tm
     slots.stage(graph, model / "weights.safetensors")
     files = {"inference.onnx": file_digest(graph)}
     files["weights.safetensors"] = file_digest(model / "weights.safetensors")
-    slots.install(Serving("job", 1, 3, files))
+    slots.install(ServingRecord("job", 1, 3, files))
     with pytest.raises(RuntimeUnavailableError, match="onnxruntime"):
         check_model(tmp_path / "serving")
 
 
 def test_a_package_that_comes_from_outside_the_release_fails_the_check(tmp_path: Path) -> None:
-    others = [name for name in PACKAGES if name != "safetensors"]
+    others = [name for name in REQUIRED_MODULES if name != "safetensors"]
     with pytest.raises(RuntimeUnavailableError, match="safetensors"):
         check_packages(tmp_path, others)
     (tmp_path / "safetensors").mkdir()
@@ -134,7 +134,7 @@ def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) 
     board = set_up(tmp_path / "board", make_release(tmp_path / "1", 1))
     board.stage(source(make_release(tmp_path / "3", 3, system=OUTSIDE[1:])))
     board.arm()
-    decide(board.home)
+    choose_slot(board.home)
     trial = trial_of(board)
     with pytest.raises(RuntimeUnavailableError):
         trial.check(trial.check_packages)

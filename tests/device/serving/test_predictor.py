@@ -11,7 +11,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.runtime.session import Runs, Session
+from fedprune.runtime.session import OnnxSession, RunsGraph
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import loss_terms
 from fedprune_device.serving.predictor import Predictor
@@ -28,7 +28,7 @@ def test_predictions_are_those_of_the_weights_beside_the_graph(model: Path, weig
 class _RefusesEmptyBatches:
     """The session of a graph that can't run on no samples, as those of most nets that end with Flatten."""
 
-    def __init__(self, session: Runs) -> None:
+    def __init__(self, session: RunsGraph) -> None:
         self._session = session
         self.inputs, self.outputs = session.inputs, session.outputs
 
@@ -39,7 +39,7 @@ class _RefusesEmptyBatches:
 
 
 def test_no_inputs_give_no_rows_of_logits_and_no_run_on_an_empty_batch(model: Path, data: LocalData) -> None:
-    session = _RefusesEmptyBatches(Session(model / "inference.onnx"))
+    session = _RefusesEmptyBatches(OnnxSession(model / "inference.onnx"))
     assert Predictor(model, session=session).predict(data.x_train[:0]).shape == (0, 3)
 
 

@@ -14,12 +14,12 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.precision import packed, unpacked
+from fedprune.runtime.precision import pack_graphs, unpack_graphs
 from fedprune.runtime.precision_files import PRECISIONS, files_of, served_files
 from fedprune.wire.messages import BlobRequest
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
-from fedprune_device.serving.model_slots import Serving
+from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.serving.reduced_precision import PrecisionCheck, ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
@@ -43,19 +43,19 @@ class Board(HiddenBoard):
             raw = {p: (self.graphs / f"hidden_half_{p}.safetensors").read_bytes() for p in precisions}
             return {p: store.blobs.put(kit) for p, kit in {**raw, **broken}.items()}
 
-    def work(self, number: int, serve: str, kits: dict[str, Any], **other: Any) -> Serving:
+    def work(self, number: int, serve: str, kits: dict[str, Any], **other: Any) -> ServingRecord:
         weights = hidden_weights(HIDDEN // 2, seed=number)
         offer = self.offer(number, RECIPE, weights, graph="kept", lowered=kits or None, **other)
         with DeviceStore(self.root) as store:
             bench = RoundRunner(
-                DEVICE, store.blobs, store.slots, self.data, states=store.own, lowering=ReducedPrecision(serve)
+                DEVICE, store.blobs, store.slots, self.data, states=store.local_states, lowering=ReducedPrecision(serve)
             )
-            bench.commit(bench.make(offer))
+            bench.commit(bench.carry_out(offer))
             record = store.slots.current()
         assert record is not None
         return record
 
-    def slot(self, record: Serving) -> Path:
+    def slot(self, record: ServingRecord) -> Path:
         return self.root / "serving" / record.slot
 
 
@@ -77,7 +77,7 @@ def test_every_round_prepares_its_own_weights(board: Board, precision: str) -> N
         assert not left & {n for p in PRECISIONS for n in files_of(p)}
         with DeviceStore(board.root) as store:
             predictor, opened = store.slots.open()
-        expected = logits(tensorfile.load(board.slot(record) / "weights.safetensors"), board.data.x_test)
+        expected = logits(tensorfile.load_tensors(board.slot(record) / "weights.safetensors"), board.data.x_test)
         found = predictor.predict(board.data.x_test)
         assert opened == record
         assert 0 < np.abs(found - expected).max() < BOUNDS[precision] * np.abs(expected).max()
@@ -119,17 +119,17 @@ def test_the_fastest_is_faster_by_more_than_chance(
             now[0] += self.seconds
 
     models: Any = {p: Slow(t) for p, t in zip(("float32", "float16", "int8"), times, strict=True)}
-    assert ReducedPrecision("fastest")._chosen(models, data) == fastest
+    assert ReducedPrecision("fastest")._choose_precision(models, data) == fastest
 
 
 def test_a_model_that_says_something_else_does_not_serve(board: Board, caplog: pytest.LogCaptureFixture) -> None:
     """The bound of float16 is made so small that nothing is left of the weights."""
-    graphs = unpacked((board.graphs / "hidden_half_float16.safetensors").read_bytes(), "float16")
+    graphs = unpack_graphs((board.graphs / "hidden_half_float16.safetensors").read_bytes(), "float16")
     bound = np.float32(np.finfo(np.float16).max).tobytes()
     prepare = graphs["prepare-float16.onnx"]
     assert prepare.count(bound) >= 1
     graphs["prepare-float16.onnx"] = prepare.replace(bound, np.float32(1e-6).tobytes())
-    kits = board.kits(float16=packed(graphs))
+    kits = board.kits(float16=pack_graphs(graphs))
     with caplog.at_level(logging.WARNING, "fedprune.device"):
         record = board.work(1, "float16", kits)
     assert record.precision == "float32"
@@ -140,10 +140,10 @@ def test_a_model_that_says_something_else_does_not_serve(board: Board, caplog: p
 @pytest.mark.parametrize("what", ["other", "graph"])
 def test_graphs_that_are_none_leave_float32(board: Board, what: str, caplog: pytest.LogCaptureFixture) -> None:
     raw = (board.graphs / "hidden_half_int8.safetensors").read_bytes()
-    graphs = unpacked(raw, "int8")
+    graphs = unpack_graphs(raw, "int8")
     broken = {
         "other": (board.graphs / "hidden_half_float16.safetensors").read_bytes(),
-        "graph": packed(graphs | {"prepare-int8.onnx": b"no graph"}),
+        "graph": pack_graphs(graphs | {"prepare-int8.onnx": b"no graph"}),
     }[what]
     with caplog.at_level(logging.WARNING, "fedprune.device"):
         record = board.work(1, "int8", board.kits(int8=broken))
@@ -211,11 +211,16 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_pa
     def work(root: Path) -> None:
         with DeviceStore(root) as store:
             bench = RoundRunner(
-                DEVICE, store.blobs, store.slots, board.data, states=store.own, lowering=ReducedPrecision("int8")
+                DEVICE,
+                store.blobs,
+                store.slots,
+                board.data,
+                states=store.local_states,
+                lowering=ReducedPrecision("int8"),
             )
-            bench.commit(bench.make(offer))
+            bench.commit(bench.carry_out(offer))
 
-    def serves(root: Path) -> Serving:
+    def serves(root: Path) -> ServingRecord:
         with DeviceStore(root) as store:
             predictor, record = store.slots.open()
             predictor.check(CLASSES)

@@ -20,7 +20,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import FolderStateStore, LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.local_update import averaged
+from fedprune_device.training.local_update import updated_average
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.hidden_board import (
     CLASSES,
@@ -139,7 +139,7 @@ def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_beg
     new = {"w": np.float32([8, 8])}
     for parts, wanted in ((((0, 4),), [6, 6]), (((0, 2), (2, 2)), [8, 8])):
         axes = TensorAxes((4,), {"w": (Axis(tuple(Segment(0, *part, 1) for part in parts)),)})
-        np.testing.assert_array_equal(averaged(base, offer, new, 0.5, axes=axes)["w"], wanted)
+        np.testing.assert_array_equal(updated_average(base, offer, new, 0.5, axes=axes)["w"], wanted)
 
 
 def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> None:
@@ -147,7 +147,7 @@ def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> 
     offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
     before, now = ({"w": np.array(bits, np.bool_)} for bits in ([1, 1, 0, 0], [1, 0, 1, 0]))
     base = LocalState("j", 1, "a" * 64, "b" * 64, None, (3,), 1, {"w": np.float32([4, 4, 0, 0])}, {}, before)
-    got = averaged(base, offer, {"w": np.float32([8, 0, 8, 0])}, 0.75, mask=now)["w"]
+    got = updated_average(base, offer, {"w": np.float32([8, 0, 8, 0])}, 0.75, mask=now)["w"]
     np.testing.assert_array_equal(got, [5, 0, 8, 0])
 
 
@@ -185,17 +185,17 @@ def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board:
     with DeviceStore(board.root) as store:
         assert store.reclaimable_bytes(other) > store.reclaimable_bytes(same)
         store.accept(same)
-        assert store.own.read()
+        assert store.local_states.read()
     with DeviceStore(board.root) as store:
         store.accept(other)
-        assert not store.own.read()
+        assert not store.local_states.read()
 
 
 def test_a_death_at_any_write_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
     def begun(name: str) -> Path:
         own = FolderStateStore(tmp_path / name)
         own.prepare()
-        own.turn_to("one")
+        own.switch_to_job("one")
         for record, beside in ((b"first", None), (b"second", "a")):
             own.stage(record)
             own.commit(beside)
@@ -203,23 +203,23 @@ def test_a_death_at_any_write_of_turning_to_another_job_loses_nothing(tmp_path: 
 
     def turn(root: Path) -> None:
         own = FolderStateStore(root)
-        own.turn_to("two", "one")
+        own.switch_to_job("two", "one")
         own.stage(b"third")
         own.commit(None)
-        own.turn_to("one")
+        own.switch_to_job("one")
 
     root = begun("dry")
     with fault(0, None) as writes:
         turn(root)
     own = FolderStateStore(root)
-    own.turn_to("two")
+    own.switch_to_job("two")
     assert own.read() == {"a": b"third"}
     for at in range(1, writes[0] + 1):
         root = begun(str(at))
         with fault(at, Crash()), pytest.raises(Crash):
             turn(root)
         own = FolderStateStore(root)
-        own.turn_to("one")
+        own.switch_to_job("one")
         assert own.read() == {"a": b"first", "b": b"second"}
 
 

@@ -11,8 +11,8 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError, StorageFullError
-from fedprune.wire.messages import Offer, Update
-from fedprune_device.serving.model_slots import Serving
+from fedprune.wire.messages import Offer, UpdateAnnouncement
+from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from support.faults.failing_disk import Crash, fault
@@ -42,7 +42,7 @@ class Life:
         self.store = DeviceStore(self.root, clock=lambda: 0.0)
         return self.store
 
-    def live(self, watch: Callable[[DeviceStore], object] = lambda _: None) -> None:
+    def is_live(self, watch: Callable[[DeviceStore], object] = lambda _: None) -> None:
         store = self.open()
         watch(store)
         for step in self.steps():
@@ -59,14 +59,14 @@ class Life:
         for n in (1, 2):
             rounds += [
                 lambda s, n=n: s.accept(self.offer(n)),
-                lambda s: s.collect(),
+                lambda s: s.delete_unneeded_blobs(),
                 lambda s, n=n: s.blobs.put(weights_of(n)),
                 lambda s: s.blobs.put(self.graph),
                 lambda s, n=n: s.slots.stage(s.blobs.path(BlobRef.of(self.graph).sha256), weights_of(10 + n)),
                 lambda s, n=n: s.slots.install(self.record(n)),
                 lambda s, n=n: (s.blobs.put(weights_of(10 + n)), s.keep(self.update(n))),
-                lambda s: s.finish(),
-                lambda s: s.forget(),
+                lambda s: s.finish_offer(),
+                lambda s: s.forget_update(),
             ]
         return rounds
 
@@ -75,12 +75,12 @@ class Life:
         graph = BlobRef.of(self.graph)
         return Offer("job", n, 0, 7, "a" * 64, "b" * 64, (3,), 3, blob, graph, graph, {})
 
-    def update(self, n: int) -> Update:
-        return Update("d", "job", n, 0, "0" * 64, BlobRef.of(weights_of(10 + n)), 5, 5, {})
+    def update(self, n: int) -> UpdateAnnouncement:
+        return UpdateAnnouncement("d", "job", n, 0, "0" * 64, BlobRef.of(weights_of(10 + n)), 5, 5, {})
 
-    def record(self, n: int) -> Serving:
+    def record(self, n: int) -> ServingRecord:
         files = {"inference.onnx": self.graph, "weights.safetensors": weights_of(10 + n)}
-        return Serving("job", n, 3, {name: BlobRef.of(raw).sha256 for name, raw in files.items()})
+        return ServingRecord("job", n, 3, {name: BlobRef.of(raw).sha256 for name, raw in files.items()})
 
 
 def snapshot(store: DeviceStore) -> Snapshot:
@@ -107,7 +107,7 @@ def undisturbed(root: Path, graphs: Path) -> tuple[list[Snapshot], int]:
     life = Life(root, graphs)
     states: list[Snapshot] = []
     with fault(0, None) as count:
-        life.live(lambda s: states.append(snapshot(s)))
+        life.is_live(lambda s: states.append(snapshot(s)))
     life.close()
     return states, count[0]
 
@@ -118,7 +118,7 @@ def test_a_death_at_any_write_leaves_the_state_before_or_after_it(tmp_path: Path
     for at in range(1, writes + 1):
         life = Life(tmp_path / str(at), graphs)
         with fault(at, Crash()), pytest.raises(Crash):
-            life.live()
+            life.is_live()
         life.close()
         done = life.done
         with DeviceStore(life.root) as again:
@@ -145,7 +145,7 @@ def test_a_round_costs_a_card_few_syncs_however_large_its_model_is(tmp_path: Pat
     """What `docs/update-the-fleet.md` says of wear; every sync is at least one erased block somewhere."""
     life = Life(tmp_path, graphs)
     with power() as supply:
-        life.live()
+        life.is_live()
     life.close()
     assert supply.names.count("fsync") <= 2 * MOST_SYNCS
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, CrashReport, CrashStored
-from fedprune.wire.messages import parse
+from fedprune.wire.messages import parse_message
 from fedprune_device.hardware.thermal_guard import ThermalGuard
-from fedprune_device.network.connection import Channel, Connection
-from fedprune_device.privacy.redaction import OTHER, module_at, module_of, private
+from fedprune_device.network.connection import BoardConnection, MessageChannel
+from fedprune_device.privacy.redaction import OTHER_MODULE, module_of, module_of_file, redact
 from fedprune_device.telemetry.crash_reporter import CrashReporter
 from fedprune_device.telemetry.crash_reports import CrashReports
 
@@ -37,10 +37,10 @@ class Wire:
     """A connection whose other end is the test."""
 
     def __init__(self) -> None:
-        self.said: list[Any] = []
+        self.titled_value: list[Any] = []
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        self.said.append(parse(payload))
+        self.titled_value.append(parse_message(payload))
         return True
 
 
@@ -55,7 +55,7 @@ class Wire:
     ],
 )
 def test_what_is_the_owners_alone_does_not_leave_the_board(text: str, secret: str) -> None:
-    told = private(text, 500)
+    told = redact(text, 500)
     assert secret not in told
     assert told.split()[0] == text.split()[0]
 
@@ -63,7 +63,7 @@ def test_what_is_the_owners_alone_does_not_leave_the_board(text: str, secret: st
 @given(st.text(), st.integers(10, 200))
 @settings(max_examples=100, deadline=None)
 def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> None:
-    told = private(text, limit)
+    told = redact(text, limit)
     assert len(told) <= limit
     assert told.isprintable()
     CrashReport("pi", 1, 1, "error", told, (), "fedprune", "")
@@ -72,19 +72,19 @@ def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> No
 def test_modules_of_others_are_not_named() -> None:
     assert module_of("fedprune_device.agent.agent") == "fedprune_device.agent.agent"
     assert module_of("numpy.linalg.linalg") == "numpy"
-    assert module_of("annas_clinic.load") == module_of("__main__") == OTHER
-    assert module_at("/opt/slots/a/fedprune_device/api/http_server.py") == "fedprune_device.api.http_server"
-    assert module_at("/usr/lib/python3/dist-packages/numpy/core.py") == "numpy"
-    assert module_at("/home/anna/clinic/load.py") == OTHER
+    assert module_of("annas_clinic.load") == module_of("__main__") == OTHER_MODULE
+    assert module_of_file("/opt/slots/a/fedprune_device/api/http_server.py") == "fedprune_device.api.http_server"
+    assert module_of_file("/usr/lib/python3/dist-packages/numpy/core.py") == "numpy"
+    assert module_of_file("/home/anna/clinic/load.py") == OTHER_MODULE
 
 
 def crash(folder: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), CrashReports(folder).watched():
+    with pytest.raises(type(error)), CrashReports(folder).watch_run():
         raise error
 
 
 def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError), CrashReports(tmp_path).watched():
+    with pytest.raises(ConfigError), CrashReports(tmp_path).watch_run():
         ThermalGuard(10, 20)
     body = CrashReports(tmp_path).report
     assert body is not None
@@ -93,7 +93,7 @@ def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path:
     assert "ConfigError" in report.text
     assert report.frames[0]["module"] == "fedprune_device.hardware.thermal_guard"
     assert report.frames[0]["line"] > 0
-    assert {"module": OTHER, "line": 0, "function": ""} in report.frames  # the test, which is nobody's module
+    assert {"module": OTHER_MODULE, "line": 0, "function": ""} in report.frames  # the test, which is nobody's module
     assert report.memory_total
     assert str(tmp_path) not in json.dumps(body)
 
@@ -106,9 +106,9 @@ def test_a_board_that_is_not_let_in_has_not_crashed(tmp_path: Path, error: Fedpr
 
 
 def test_a_run_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
-    with CrashReports(tmp_path).watched():
+    with CrashReports(tmp_path).watch_run():
         assert (tmp_path / "running.json").exists()
-    with pytest.raises(KeyboardInterrupt), CrashReports(tmp_path).watched():
+    with pytest.raises(KeyboardInterrupt), CrashReports(tmp_path).watch_run():
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +118,7 @@ def test_a_thread_that_dies_is_reported(tmp_path: Path) -> None:
     def work() -> None:
         raise ValueError("in a thread")
 
-    with CrashReports(tmp_path).watched():
+    with CrashReports(tmp_path).watch_run():
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
@@ -134,7 +134,7 @@ def ended(folder: Path, how: str, boot: str = "b") -> dict[str, Any] | None:
         f"with CrashReports(Path(sys.argv[1]), boot=lambda: {boot!r}).watched():\n    {how}\n"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True, timeout=60)
-    with CrashReports(folder, boot=lambda: "b").watched():
+    with CrashReports(folder, boot=lambda: "b").watch_run():
         pass
     return CrashReports(folder).report
 
@@ -149,30 +149,30 @@ def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> N
     killed = "os.kill(os.getpid(), signal.SIGKILL)"
     body = ended(tmp_path, killed)
     assert body["cause"] == "killed"
-    CrashReports(tmp_path).told()
+    CrashReports(tmp_path).delete_report()
     assert ended(tmp_path, killed, boot="before the power came back") is None
 
 
 def test_a_crash_is_told_after_a_birth_and_until_the_server_has_it(tmp_path: Path) -> None:
     wire, time = Wire(), Time()
     crash(tmp_path, ValueError("no" * MAX_CRASH_TEXT))
-    reporter = CrashReporter(Connection(wire, Channel("pi", "lab")), CrashReports(tmp_path, time), time)
+    reporter = CrashReporter(BoardConnection(wire, MessageChannel("pi", "lab")), CrashReports(tmp_path, time), time)
     reporter.turn()
-    assert wire.said == []
-    reporter.born()
+    assert wire.titled_value == []
+    reporter.on_birth()
     reporter.turn()
     reporter.turn()
     time.now += 61
     reporter.turn()
-    first, again = wire.said
+    first, again = wire.titled_value
     assert first == again
-    reporter.lost()
+    reporter.on_disconnect()
     time.now += 61
     reporter.turn()
-    assert len(wire.said) == 2
-    reporter.born()
+    assert len(wire.titled_value) == 2
+    reporter.on_birth()
     reporter.on_stored(CrashStored(first.number))
     for _ in range(5):
         reporter.turn()
         time.now += 61
-    assert len(wire.said) == 2
+    assert len(wire.titled_value) == 2

@@ -14,16 +14,16 @@ from msgspec import structs
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.model.element_mask import applied, pack, unpack
+from fedprune.model.element_mask import apply_mask, pack_active, unpack_active
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.updates import Codec, decode, is_packed, weights
 from fedprune.updates.remap import relocation
 from fedprune.wire.messages import Offer
-from fedprune_device.network.offer_checks import fits
+from fedprune_device.network.offer_checks import fits_disk
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.local_update import carried
+from fedprune_device.training.local_update import carried_arrays
 from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
 from support.fakes.hidden_board import ARCHITECTURE, DEVICE, HiddenBoard, hidden_weights
 
@@ -37,12 +37,12 @@ CODED = ("int8", "int4", "top-k:0.25")
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalState | None]:
     """The update's bytes, the tensors that serve, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
-        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.own)
-        update = bench.commit(bench.make(offer))
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.local_states)
+        update = bench.commit(bench.carry_out(offer))
         raw = store.blobs.read(update.weights.sha256)
         record = store.slots.current()
-        serves = tensorfile.load(board.root / "serving" / record.slot / "weights.safetensors")
-        kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
+        serves = tensorfile.load_tensors(board.root / "serving" / record.slot / "weights.safetensors")
+        kept = [LocalState.from_bytes(r) for r in store.local_states.read().values()]
     return raw, serves, max(kept, key=lambda own: own.round, default=None)
 
 
@@ -90,11 +90,11 @@ def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard)
     rng = np.random.default_rng(0)
     sent = hidden_weights(seed=1)
     mask = {"w1": rng.random(sent["w1"].shape) < 0.5, "w2": rng.random(sent["w2"].shape) < 0.5}
-    masked = applied(mask, sent)
+    masked = apply_mask(mask, sent)
     recipe = replace(PLAIN, mask="hard")
     offer = board.offer(1, recipe, masked, graph="masked", mask=mask, codec="int8")
     raw, serves, own = carry_out(board, offer)
-    found = unpack(mask, read(raw, "int8", pack(mask, masked)))
+    found = unpack_active(mask, read(raw, "int8", pack_active(mask, masked)))
     for name in set(sent) - STATISTICS:
         assert found[name] + own.residual[name] == pytest.approx(serves[name], abs=1e-6)
     for name, active in mask.items():
@@ -121,7 +121,7 @@ def offered(board: HiddenBoard, **other: Any) -> tuple[Offer, Callable[[BlobRef]
 
 
 def test_channels_that_have_moved_keep_what_was_left_out(board: HiddenBoard) -> None:
-    found = carried(own().residual, own(), *placed(offered(board)))
+    found = carried_arrays(own().residual, own(), *placed(offered(board)))
     wanted = NOW.gather(WHOLE)
     assert set(found) == set(wanted)
     for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
@@ -182,4 +182,4 @@ def test_what_is_left_out_needs_room(board: HiddenBoard) -> None:
             for lacking in (0, 1):
                 room = copies * plain.weights.size - lacking
                 disk: Any = SimpleNamespace(blobs=store.blobs, free_bytes=lambda room=room: room)
-                assert fits(structs.replace(plain, codec=codec), disk) == (not lacking)
+                assert fits_disk(structs.replace(plain, codec=codec), disk) == (not lacking)

@@ -38,7 +38,7 @@ def check_equal(one: TrainingResult, other: TrainingResult) -> None:
         for name, value in wanted.items():
             assert type(got[name]) is np.ndarray
             assert got[name].tobytes() == value.tobytes()
-    assert (one.steps, one.taken, one.loss_last) == (other.steps, other.taken, other.loss_last)
+    assert (one.steps, one.optimizer_steps, one.loss_last) == (other.steps, other.optimizer_steps, other.loss_last)
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, VALIDATED], ids=["plain", "validated"])

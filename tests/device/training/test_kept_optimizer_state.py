@@ -14,7 +14,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.updates.remap import relocation
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.local_update import continued
+from fedprune_device.training.local_update import carried_optimizer_state
 from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingTask
 from support.fakes.hidden_board import ARCHITECTURE, CLASSES, DEVICE, SEED, HiddenBoard, hidden_weights
 
@@ -26,14 +26,14 @@ KEEPS = Recipe(epochs=1, batch_size=16, keep_optimizer_state=True)
 def trained(board: HiddenBoard, number: int, weights: Tensors, before: TrainingResult | None) -> TrainingResult:
     task = TrainingTask(KEEPS, CLASSES, SEED, DEVICE, number)
     if before is not None:
-        task = replace(task, moments=before.moments, taken=before.taken)
+        task = replace(task, moments=before.moments, optimizer_steps=before.optimizer_steps)
     result = Trainer(board.graphs / "kept.onnx").train(weights, board.data, task)
     return replace(result, tensors={n: v.copy() for n, v in result.tensors.items()})
 
 
 def newest(board: HiddenBoard) -> LocalState:
     with DeviceStore(board.root) as store:
-        return max((LocalState.from_bytes(r) for r in store.own.read().values()), key=lambda own: own.round)
+        return max((LocalState.from_bytes(r) for r in store.local_states.read().values()), key=lambda own: own.round)
 
 
 def equal(one: Tensors, other: Tensors) -> bool:
@@ -51,7 +51,7 @@ def test_a_round_goes_on_with_the_state_of_the_one_before(board: HiddenBoard) ->
         assert equal(sent, alone.tensors) == (number == 1)
         own = newest(board)
         assert equal(own.moments, before.moments)
-        assert (own.optimizer, own.steps) == ("sgd", before.taken)
+        assert (own.optimizer, own.steps) == ("sgd", before.optimizer_steps)
 
 
 def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) -> None:
@@ -71,8 +71,8 @@ WHOLE = {n: np.abs(v) for n, v in hidden_weights(seed=3).items() if n in ARCHITE
 def left(optimizer: str = "adam") -> LocalState:
     """The state of a round before, in which elements of a mean are as in `WHOLE`, and of a mean square twice that."""
     means = BEFORE.gather(WHOLE)
-    moments = {step_contract.buffer(n): v for n, v in means.items()}
-    moments |= {step_contract.second(n): 2 * v for n, v in means.items()}
+    moments = {step_contract.momentum_name(n): v for n, v in means.items()}
+    moments |= {step_contract.second_moment_name(n): 2 * v for n, v in means.items()}
     place = (BEFORE.digest, "c" * 64, BEFORE.widths, 1)
     return LocalState("job", 7, "a" * 64, *place, moments=moments, optimizer=optimizer, steps=9)
 
@@ -83,16 +83,19 @@ def found(board: HiddenBoard, base: LocalState | None, **other: str | None) -> t
     values = {"moved": moved, "moved_from": BEFORE.digest, "selection": NOW.digest, **other}
     offer = board.offer(2, KEEPS, hidden_weights(), graph="kept", **values)
     with DeviceStore(board.root) as store:
-        return continued(base, "adam", offer, NOW.gather(WHOLE), lambda ref: store.blobs.read(ref.sha256))
+        return carried_optimizer_state(base, "adam", offer, NOW.gather(WHOLE), lambda ref: store.blobs.read(ref.sha256))
 
 
 def test_channels_that_have_moved_keep_their_state(board: HiddenBoard) -> None:
     state, steps = found(board, left())
     wanted = NOW.gather(WHOLE)
     assert steps == 9
-    assert set(state) == {f(n) for n in wanted for f in (step_contract.buffer, step_contract.second)}
+    assert set(state) == {f(n) for n in wanted for f in (step_contract.momentum_name, step_contract.second_moment_name)}
     for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
-        mean, square = (np.moveaxis(state[f(name)], axis, 0) for f in (step_contract.buffer, step_contract.second))
+        mean, square = (
+            np.moveaxis(state[f(name)], axis, 0)
+            for f in (step_contract.momentum_name, step_contract.second_moment_name)
+        )
         old = np.moveaxis(wanted[name], axis, 0)
         np.testing.assert_array_equal(mean[KEPT], old[KEPT])
         np.testing.assert_array_equal(square[KEPT], 2 * old[KEPT])

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, FedpruneError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
-from fedprune.model.element_mask import applied, pack, to_bits, unpack
+from fedprune.model.element_mask import apply_mask, mask_to_bits, pack_active, unpack_active
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Active, Tensors
-from fedprune.runtime.session import Session
+from fedprune.model.selection import ElementMask, Tensors
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import FolderStateStore, LocalState
-from fedprune_device.training.local_update import unpacked
+from fedprune_device.training.local_update import unpack_weights
 from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingTask
 from support.fakes.hidden_board import (
     CLASSES,
@@ -42,7 +42,7 @@ HARD = Recipe(epochs=2, batch_size=16, mask="hard", weight_decay=0.1)
 NAMES = ("w1", "gamma", "beta", "mean", "var", "w2", "b2")
 
 
-def half(weights: Tensors, *names: str, seed: int = 0) -> Active:
+def half(weights: Tensors, *names: str, seed: int = 0) -> ElementMask:
     rng = np.random.default_rng(seed)
     return {n: rng.random(weights[n].shape) < 0.5 for n in names or ("w1", "w2")}
 
@@ -57,11 +57,11 @@ def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **othe
 def test_masked_elements_stay_zero_and_travel_neither_down_nor_up(board: HiddenBoard) -> None:
     weights = hidden_weights()
     mask = half(weights)
-    dense = applied(mask, weights)
+    dense = apply_mask(mask, weights)
     update, sent, serves = board.carry_out(board.offer(1, HARD, weights, graph="masked", mask=mask))
     wanted = train(board.graphs / "masked.onnx", dense, board.data, HARD, mask=mask).tensors
-    assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in pack(mask, weights).items()}
-    for name, value in unpack(mask, sent).items():
+    assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in pack_active(mask, weights).items()}
+    for name, value in unpack_active(mask, sent).items():
         np.testing.assert_array_equal(value, wanted[name])
         np.testing.assert_array_equal(value, serves[name])
     for name, active in mask.items():
@@ -79,7 +79,7 @@ def test_an_average_of_masked_weights_is_masked_and_follows_the_mask(board: Hidd
         weights = hidden_weights(seed=number)
         mask = half(weights, seed=number)
         _, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="masked", mask=mask))
-        new = unpack(mask, sent)
+        new = unpack_active(mask, sent)
         for name, active in mask.items():
             assert not serves[name][~active].any()
             kept = active & before[name] if before is not None else np.zeros_like(active)
@@ -100,7 +100,7 @@ def test_what_is_blended_into_an_average_keeps_to_the_mask(board: HiddenBoard, m
             (LocalState.from_bytes(r) for r in FolderStateStore(board.root / "own").read().values()),
             key=lambda o: o.round,
         )
-        for name, value in applied(active, weights).items():
+        for name, value in apply_mask(active, weights).items():
             wanted = (own.average[name] + value) / 2
             if name in active:
                 assert not serves[name][~active[name]].any()
@@ -109,7 +109,9 @@ def test_what_is_blended_into_an_average_keeps_to_the_mask(board: HiddenBoard, m
 
 
 def axes(graphs: Path) -> TensorAxes:
-    return TensorAxes.from_json(Session(graphs / "masked.onnx", training=True).metadata[step_contract.AXES])
+    return TensorAxes.from_json(
+        OnnxSession(graphs / "masked.onnx", training=True).metadata[step_contract.AXES_METADATA]
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,18 +131,18 @@ def test_a_mask_that_does_not_fit_is_refused(graphs: Path, change: dict[str, Any
     weights = hidden_weights()
     mask = half(weights, "w1")
     arguments: dict[str, Any] = {
-        "weights": tensorfile.encode(pack(mask, weights)),
-        "mask": tensorfile.encode(to_bits(mask)),
+        "weights": tensorfile.encode(pack_active(mask, weights)),
+        "mask": tensorfile.encode(mask_to_bits(mask)),
         "recipe": HARD,
         "axes": axes(graphs),
         "widths": (HIDDEN,),
         "maskable": [n for n in NAMES if n not in ("mean", "var")],
     }
-    unpacked(**arguments)
+    unpack_weights(**arguments)
     if "bits" in change:
         change = {"mask": tensorfile.encode(change["bits"])}
     with pytest.raises(BundleError, match=text):
-        unpacked(**{**arguments, **change})
+        unpack_weights(**{**arguments, **change})
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4))
@@ -150,12 +152,12 @@ def test_whatever_comes_for_a_mask_costs_nothing_but_the_offer(seed: int, change
     rng = np.random.default_rng(seed)
     weights = hidden_weights()
     mask = half(weights)
-    raw = bytearray(tensorfile.encode(to_bits(mask)))
+    raw = bytearray(tensorfile.encode(mask_to_bits(mask)))
     for at in rng.integers(0, len(raw), changes):
         raw[at] = rng.integers(256)
     try:
-        tensors, got = unpacked(
-            tensorfile.encode(pack(mask, weights)), bytes(raw), HARD, axes(graphs), (HIDDEN,), ("w1", "w2", "b2")
+        tensors, got = unpack_weights(
+            tensorfile.encode(pack_active(mask, weights)), bytes(raw), HARD, axes(graphs), (HIDDEN,), ("w1", "w2", "b2")
         )
     except FedpruneError:
         return
@@ -192,8 +194,8 @@ def test_the_last_steps_squared_gradients_follow_the_weights(board: HiddenBoard,
     mask = half(weights) if masked else {}
     _, sent, _ = board.carry_out(board.offer(1, recipe, weights, graph=graph, mask=mask))
     names = [n for n in NAMES if n not in ("mean", "var")]
-    assert list(sent) == [*NAMES, *(step_contract.squares(n) for n in names)]
-    dense = applied(mask, weights)
+    assert list(sent) == [*NAMES, *(step_contract.squares_name(n) for n in names)]
+    dense = apply_mask(mask, weights)
     steps = recipe.steps(board.data.samples)
     one, two = (
         train(board.graphs / f"{graph}.onnx", dense, board.data, replace(recipe, max_steps=s), mask=mask).tensors
@@ -202,8 +204,8 @@ def test_the_last_steps_squared_gradients_follow_the_weights(board: HiddenBoard,
     for name in names:
         square = ((one[name].astype(np.float64) - two[name]) / recipe.lr) ** 2
         square = square[mask[name]] if name in mask else square
-        assert sent[step_contract.squares(name)].shape == sent[name].shape
-        np.testing.assert_allclose(sent[step_contract.squares(name)], square, rtol=1e-2, atol=1e-7)
+        assert sent[step_contract.squares_name(name)].shape == sent[name].shape
+        np.testing.assert_allclose(sent[step_contract.squares_name(name)], square, rtol=1e-2, atol=1e-7)
 
 
 # -- early stopping ---------------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ def validation_loss(w: Tensors, data: LocalData, most: int) -> float:
 @pytest.mark.parametrize("patience", [1, 3])
 def test_training_ends_when_the_validation_loss_no_longer_falls(board: HiddenBoard, patience: int) -> None:
     data = board.data.with_validation(0.3, 3, DEVICE)
-    noise = keyed(1, "labels").permutation(data.y_train)  # nothing to be learnt, so that it soon gets worse
+    noise = keyed_generator(1, "labels").permutation(data.y_train)  # nothing to be learnt, so that it soon gets worse
     data = LocalData(data.x_train, noise, data.x_test, data.y_test, data.x_val, data.y_val)
     recipe = Recipe(epochs=30, batch_size=16, lr=0.2, patience=patience)
     weights = hidden_weights()

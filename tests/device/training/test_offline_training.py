@@ -18,12 +18,12 @@ from msgspec.structs import replace
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, StorageFullError
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.hardware.thermal_guard import ThermalGuard
-from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.uplink import Uplink
@@ -53,7 +53,7 @@ class Board:
         self.server = MemoryServer(root / "server", graphs, weights)
         self.server.ends = False
 
-    def live(
+    def is_live(
         self, script: Callable[[MemoryLink, Agent], None], every: float = 0.0, guard: ThermalGuard | None = None
     ) -> None:
         """Run the agent while a script of a thread goes on; what the script raises is raised here."""
@@ -86,7 +86,7 @@ class Board:
             return True
         return False
 
-    def served(self) -> Tensors:
+    def served_job(self) -> Tensors:
         with DeviceStore(self.root / "state") as store:
             record = store.slots.current()
             assert record is not None
@@ -126,11 +126,11 @@ def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fl
         link.restore()
         until(lambda: 2 in board.server.updates, "round 2")
 
-    board.live(script, every=0.2)
+    board.is_live(script, every=0.2)
     # What was trained alone is in no update: round 2 began with the weights of the server.
     assert same(board.server.result(1), expected(graphs, weights, data, 1))
     assert same(board.server.result(2), expected(graphs, weights, data, 2))
-    assert same(board.served(), expected(graphs, weights, data, 2))
+    assert same(board.served_job(), expected(graphs, weights, data, 2))
     # It served all the same.
     assert len(served) == 1
     assert not same(served[0], expected(graphs, weights, data, 1))
@@ -143,13 +143,13 @@ def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
     board.server.accepts = False
 
     def script(link: MemoryLink, agent: Agent) -> None:
-        until(lambda: board.server.of(Update), "an update")
+        until(lambda: board.server.of(UpdateAnnouncement), "an update")
         link.drop()
         until(lambda: times(board) >= 1)
 
-    board.live(script, every=0.2)
+    board.is_live(script, every=0.2)
     board.server.accepts = True
-    board.live(lambda *_: until(lambda: 1 in board.server.updates, "the update"))
+    board.is_live(lambda *_: until(lambda: 1 in board.server.updates, "the update"))
     assert same(board.server.result(1), expected(graphs, weights, data, 1))
 
 
@@ -175,14 +175,14 @@ def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
         gate.shut = True
         link.drop()
         until(lambda: agent.status.to_dict()["alone"])
-        assert not agent.quiet, "a restart would cost what was trained"
+        assert not agent.is_quiet, "a restart would cost what was trained"
         board.server.plan.append(board.server.offer(2))
         link.restore()
         until(lambda: not agent.status.to_dict()["alone"], "the end of training alone")
         gate.shut = False
         until(lambda: 2 in board.server.updates)
 
-    board.live(script, every=0.2, guard=gate)
+    board.is_live(script, every=0.2, guard=gate)
     assert times(board) == 0
 
 
@@ -200,7 +200,7 @@ def test_threads_that_train_have_the_lowest_priority(board: Board, monkeypatch: 
             return stop()
 
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    board.live(lambda *_: until(lambda: 1 in board.server.updates), guard=Noting())
+    board.is_live(lambda *_: until(lambda: 1 in board.server.updates), guard=Noting())
     assert found == {19}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
@@ -243,7 +243,7 @@ class At:
 
 
 def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[], float] = time.time) -> OfferHandler:
-    connection = Connection(Silent(), Channel("d", "site"))
+    connection = BoardConnection(Silent(), MessageChannel("d", "site"))
     uplink, runner = Uplink(connection, store.blobs), RoundRunner("d", store.blobs, store.slots, data)
     offline = OfflineTraining(store, runner, every, wall)
     downloader = Downloader(store.blobs, connection, uplink)
@@ -254,7 +254,7 @@ def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[]
 @pytest.fixture
 def at(board: Board, data: LocalData) -> Iterator[At]:
     board.server.plan = [board.server.offer(1)]
-    board.live(lambda *_: until(lambda: 1 in board.server.updates))
+    board.is_live(lambda *_: until(lambda: 1 in board.server.updates))
     at = At(board.root / "state", data)
     at.turn()
     yield at
@@ -267,7 +267,7 @@ def test_it_trains_as_often_as_it_is_told_to(at: At) -> None:
 
 def test_a_server_that_was_heard_of_is_not_away(at: At) -> None:
     assert not at.goes_by(DAY - 60, connected=True)
-    at.alone.heard(at.now)
+    at.alone.note_contact(at.now)
     assert not at.goes_by(120, connected=True)
     assert not at.goes_by(DAY / 2, connected=True)
     assert at.goes_by(DAY / 2, connected=True)
@@ -275,7 +275,7 @@ def test_a_server_that_was_heard_of_is_not_away(at: At) -> None:
 
 def test_a_moment_without_a_connection_is_no_absence(at: At) -> None:
     at.wall += DAY
-    at.alone.heard(at.now)
+    at.alone.note_contact(at.now)
     assert not at.goes_by(alone.AWAY_S - 1)
     assert at.goes_by(2)
 
@@ -306,7 +306,7 @@ def test_only_the_model_of_the_last_offer_is_trained_on(at: At) -> None:
     for offer in other:
         at.store.accept(offer)
         assert not at.goes_by(DAY)
-    at.store.drop()
+    at.store.drop_offer()
     assert not at.goes_by(DAY)
 
 
@@ -349,16 +349,16 @@ def test_a_full_disk_changes_nothing(at: At, monkeypatch: pytest.MonkeyPatch) ->
 def train(root: Path, data: LocalData) -> None:
     """One training alone, in this thread."""
     with DeviceStore(root, owner=DirectoryOwner("d", "site")) as store:
-        store.collect()
+        store.delete_unneeded_blobs()
         offers = handler(store, data, DAY)
         runner, offer = offers._offline.runner, offers._offline._offer()
         assert offer is not None
         worker: Any = SimpleNamespace(offline=True, offer=offer, runner=runner)
-        offers._commit(worker, runner.make(offer), 0.0)
-        store.collect()
+        offers._commit(worker, runner.carry_out(offer), 0.0)
+        store.delete_unneeded_blobs()
 
 
-def state_of(root: Path) -> tuple[str, Update | None, Any]:
+def state_of(root: Path) -> tuple[str, UpdateAnnouncement | None, Any]:
     with DeviceStore(root, owner=DirectoryOwner("d", "site")) as store:
         predictor, record = store.slots.open()
         predictor.check(3)
@@ -371,7 +371,7 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model_and_the_update_that_
 ) -> None:
     board.server.plan = [board.server.offer(1)]
     board.server.accepts = False
-    board.live(lambda *_: until(lambda: board.server.of(Update)))
+    board.is_live(lambda *_: until(lambda: board.server.of(UpdateAnnouncement)))
     state, cut = board.root / "state", board.root / "cut"
     old, pending, task = state_of(state)
     assert pending is not None

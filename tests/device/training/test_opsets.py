@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board
@@ -27,7 +27,7 @@ def test_a_graph_computes_the_same_at_every_opset(held: dict[str, Any], name: st
     def part(kind: str) -> dict[str, Any]:
         return {k.split("/", 2)[2]: v for k, v in held.items() if k.startswith(f"{name}/{kind}/")}
 
-    found = Session(held[f"{name}/opset/{opset}"].tobytes()).run(part("in"))
+    found = OnnxSession(held[f"{name}/opset/{opset}"].tobytes()).run(part("in"))
     for output, expected in part("out").items():
         scale = max(1e-3, float(np.abs(expected).max()))
         np.testing.assert_allclose(found[output] / scale, expected / scale, atol=2e-6)

@@ -12,24 +12,24 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import TrainingError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.batches import Batches
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import (
     Targets,
     class_presence,
     class_weights,
-    hits,
     log_prior,
     loss_terms,
     positive_weights,
+    right_labels,
 )
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.augmentation import Augmentation
+from fedprune_device.training.augmentation import SampleAugmentation
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import (
     EarlyStopping,
@@ -90,7 +90,7 @@ def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **othe
 def batches(recipe: Recipe, samples: int) -> list[Array]:
     out = []
     for epoch in range(recipe.epochs):
-        order = keyed(7, 1, "d", "batches", epoch).permutation(samples)
+        order = keyed_generator(7, 1, "d", "batches", epoch).permutation(samples)
         out += [order[s : s + recipe.batch_size] for s in range(0, samples, recipe.batch_size)]
     return out
 
@@ -126,7 +126,7 @@ def by_hand(weights: Tensors, data: LocalData, recipe: Recipe) -> dict[str, Arra
         x, y = data.x_train[rows].astype(np.float64), y_all[rows]
         others, share = np.arange(len(rows)), 1.0
         if recipe.mixup:
-            rng = keyed(7, 1, "d", "mixup", count)
+            rng = keyed_generator(7, 1, "d", "mixup", count)
             share = float(np.float32(rng.beta(recipe.mixup, recipe.mixup)))
             parts = np.array_split(others, -(-len(rows) // recipe.micro_batch))
             others = np.concatenate([p[rng.permutation(len(p))] for p in parts])
@@ -198,7 +198,7 @@ def test_reported_losses_and_hits_are_those_of_the_batches(
         found = [data_loss(loss, z[rows], y[rows], terms) for rows in batches(still, data.samples)]
         assert got.loss_first == pytest.approx(found[0], rel=1e-5)
         assert got.loss_last == pytest.approx(found[-1], rel=1e-5)
-        right = hits(loss, z, y)
+        right = right_labels(loss, z, y)
         assert got.train_accuracy == (None if right is None else pytest.approx(np.mean(right)))
 
 
@@ -263,7 +263,7 @@ def hidden() -> Tensors:
 
 def test_frozen_tensors_come_back_bit_by_bit(graphs: Path, hidden: Tensors, data: LocalData) -> None:
     trainer = Trainer(graphs / "still.onnx")
-    assert (trainer.trainable, trainer.normalised) == (("beta", "w2", "b2"), False)
+    assert (trainer.trainable, trainer.has_batch_norm) == (("beta", "w2", "b2"), False)
     got = train(graphs / "still.onnx", hidden, data, STILL).tensors
     assert list(got) == list(hidden)
     for name, value in hidden.items():
@@ -285,13 +285,13 @@ def test_narrower_steps_train_prefixes_alone(graphs: Path, hidden: Tensors, data
     for widths in ((), (0.5,)):
         recipe = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": list(widths) or [1.0]})
         got[widths] = train(graphs / "narrow.onnx", hidden, data, recipe, widths=(HIDDEN,)).tensors
-    chosen = [int(keyed(7, 1, "d", "widths", n).integers(2)) for n in range(1, 16)]
+    chosen = [int(keyed_generator(7, 1, "d", "widths", n).integers(2)) for n in range(1, 16)]
     assert 0 < sum(chosen) < 15
     one, two = got.values()
     for name in ("w1", "w2", "gamma"):
         assert not np.array_equal(one[name], two[name])
     first = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": [0.5], "max_steps": 1})
-    seed = next(s for s in range(50) if keyed(s, 1, "d", "widths", 1).integers(2))
+    seed = next(s for s in range(50) if keyed_generator(s, 1, "d", "widths", 1).integers(2))
     after = train(graphs / "narrow.onnx", hidden, data, first, widths=(HIDDEN,), seed=seed).tensors
     for name, axis in {"w1": 0, "gamma": 0, "beta": 0, "w2": 1}.items():
         moved = np.any(np.moveaxis(after[name] != hidden[name], axis, 0).reshape(HIDDEN, -1), axis=1)
@@ -303,7 +303,7 @@ def test_narrower_steps_train_prefixes_alone(graphs: Path, hidden: Tensors, data
 
 
 def test_a_narrower_step_is_the_step_of_the_narrower_model(graphs: Path, hidden: Tensors, data: LocalData) -> None:
-    seed = next(s for s in range(50) if keyed(s, 1, "d", "widths", 1).integers(2))
+    seed = next(s for s in range(50) if keyed_generator(s, 1, "d", "widths", 1).integers(2))
     recipe = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": [0.5], "max_steps": 1})
     wide = train(graphs / "narrow.onnx", hidden, data, recipe, widths=(HIDDEN,), seed=seed).tensors
     index = {n: (slice(None),) * (n == "w2") + (slice(HIDDEN // 2),) for n in hidden if n != "b2"}
@@ -338,14 +338,14 @@ def test_a_graph_of_another_recipe_is_refused(
 
 
 def test_the_parts_of_a_batch_hold_no_single_sample_where_statistics_are_taken(graphs: Path) -> None:
-    assert [Trainer(graphs / f"{n}.onnx").normalised for n in ("narrow", "adamw")] == [True, False]
+    assert [Trainer(graphs / f"{n}.onnx").has_batch_norm for n in ("narrow", "adamw")] == [True, False]
     recipe = Recipe(batch_size=7, accumulate=4)
     narrow, plain = (Batches(7, recipe, normalised=n) for n in (True, False))
-    assert [len(p) for p in plain.parts(np.arange(7))] == [2, 2, 2, 1]
-    assert [len(p) for p in narrow.parts(np.arange(7))] == [2, 2, 2]
-    assert [len(p) for p in narrow.parts(np.arange(1))] == [1]
+    assert [len(p) for p in plain.micro_batches(np.arange(7))] == [2, 2, 2, 1]
+    assert [len(p) for p in narrow.micro_batches(np.arange(7))] == [2, 2, 2]
+    assert [len(p) for p in narrow.micro_batches(np.arange(1))] == [1]
     fewer = Batches(9, Recipe(batch_size=9, accumulate=3), normalised=False)
-    assert [len(p) for p in fewer.parts(np.arange(5))] == [3, 2]
+    assert [len(p) for p in fewer.micro_batches(np.arange(5))] == [3, 2]
 
 
 # -- token ids --------------------------------------------------------------------------------------------------------
@@ -368,14 +368,19 @@ def test_a_recipe_that_augments_needs_a_graph_that_does(graphs: Path, weights: T
     with pytest.raises(TrainingError, match="augmentations"):
         train(graphs / "plain.onnx", weights, data, Recipe(augment=("noise:0.1",)))
     step = {"name": "flip", "values": [], "begin": 0, "shape": [3, 4, 4], "first": 0, "axes": [-1]}
-    assert Augmentation({step_contract.AUGMENT: json.dumps({"steps": [step], "fill": -100})}).plan.numbers == 1
+    assert (
+        SampleAugmentation(
+            {step_contract.AUGMENT_METADATA: json.dumps({"steps": [step], "fill": -100})}
+        ).plan.random_count
+        == 1
+    )
     wrong: tuple[dict[str, Any], ...] = (
         {"name": "rotate"}, {"shape": [2**20, 2**20]}, {"axes": [0]}, {"first": -1}, {"begin": True}, {"values": ["a"]},
     )  # fmt: skip
     bodies = [json.dumps({"steps": [step | change], "fill": None}) for change in wrong]
     for damaged in ("*", "[]", '{"steps": 1, "fill": 0}', '{"steps": [], "fill": 0.5}', "[" * 10**5, *bodies):
         with pytest.raises(TrainingError, match="augmentation"):
-            Augmentation({step_contract.AUGMENT: damaged})
+            SampleAugmentation({step_contract.AUGMENT_METADATA: damaged})
 
 
 @pytest.mark.parametrize(("graph", "recipe"), [("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)])
@@ -389,9 +394,9 @@ def test_the_validation_loss_is_the_recipes(
 ) -> None:
     """Over parts of any size, with class weights and smoothing; at a learning rate of 0 no epoch is better."""
     data = labelled[recipe.loss].with_validation(0.3, 1)
-    seen, over = list[float](), EarlyStopping.over
+    seen, over = list[float](), EarlyStopping.ends_training
     monkeypatch.setattr(
-        EarlyStopping, "over", lambda self, loss, *other: (seen.append(loss), over(self, loss, *other))[1]
+        EarlyStopping, "ends_training", lambda self, loss, *other: (seen.append(loss), over(self, loss, *other))[1]
     )
     still = Recipe.from_dict({**recipe.to_dict(), "lr": 0.0, "epochs": 9, "patience": 2})
     got = train(graphs / f"{graph}.onnx", weights, data, still)
@@ -418,20 +423,20 @@ def test_no_part_of_a_round_works_on_more_samples_than_a_step(
     most: int,
 ) -> None:
     """The planner's memory is that of a step; evaluations and the check of a new model must do with it."""
-    run, sizes = Session.run, list[int]()
+    run, sizes = OnnxSession.run, list[int]()
 
-    def counted(session: Session, feeds: Tensors, *others: Any) -> Tensors:
+    def counted(session: OnnxSession, feeds: Tensors, *others: Any) -> Tensors:
         sizes.append(len(feeds[step_contract.X if step_contract.X in feeds else step_contract.LOGITS]))
         return run(session, feeds, *others)
 
-    monkeypatch.setattr(Session, "run", counted)
+    monkeypatch.setattr(OnnxSession, "run", counted)
     server = MemoryServer(tmp_path / "server", graphs, weights)
     data = LocalData(data.x_train[:samples], data.y_train[:samples], data.x_test, data.y_test)
     with DeviceStore(tmp_path / "state") as store:
         for ref in (server.weights, server.graphs["inference"]):
             store.blobs.put(server.blobs.read(ref.sha256))
         training = store.blobs.put((graphs / f"{graph}.onnx").read_bytes())
-        made = RoundRunner("d", store.blobs, store.slots, data).make(server.offer(1, recipe, training=training))
+        made = RoundRunner("d", store.blobs, store.slots, data).carry_out(server.offer(1, recipe, training=training))
     assert made.update.samples == samples
     assert max(sizes) == most
 
@@ -445,7 +450,7 @@ def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: 
         training = store.blobs.put((graphs / "bias.onnx").read_bytes())
         bench = RoundRunner("d", store.blobs, store.slots, data)
         offer = server.offer(1, Recipe(trainable=("b",)), training=training)
-        update = bench.commit(bench.make(offer))
+        update = bench.commit(bench.carry_out(offer))
         sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
         predictor, record = store.slots.open()
         assert list(sent) == ["b"]

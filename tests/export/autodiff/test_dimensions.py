@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.autodiff.dimensions import BATCH, Dimensions
 from fedprune_export.ir.graph import Graph, Port
 
@@ -58,9 +58,9 @@ def test_what_does_not_divide_has_no_quotient() -> None:
 def test_an_axis_is_the_sum_of_its_segments() -> None:
     arch = Architecture("a", (ChannelGroup("g0", 7), ChannelGroup("one", 1)), (), (), (), (1,), (1,))
     axis = Axis((Segment(0, 0, 7, 4), Segment(FIXED, 0, 3), Segment(0, 0, 7, 2), Segment(1, 0, 1, 5)))
-    assert dimensions().of_axis(axis, arch) == "g0*6+8"  # a group of one channel never varies
+    assert dimensions().axis_dim(axis, arch) == "g0*6+8"  # a group of one channel never varies
     with pytest.raises(ModelError, match="uneven on an axis"):
-        dimensions().of_axis(Axis((Segment(0, 0, 3, 1),)), arch)
+        dimensions().axis_dim(Axis((Segment(0, 0, 3, 1),)), arch)
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,10 +81,10 @@ def test_sizes_at_run_time(form: dict, widths: tuple[int, ...], batch: int) -> N
     dims.product([BATCH, "g0"])
     for name, shape in shapes.items():
         graph.inputs.append(Port(name, np.dtype(np.float32), shape))
-        dims.seen(name, shape)
+        dims.note_shape(name, shape)
     dim = dims.dim(form)
     graph.emit("Identity", dims.sizes([dim, 4, "g2"]), out="sizes")
     graph.outputs.append(Port("sizes", np.dtype(np.int64), (3,)))
-    got = Session(graph.to_bytes()).run({n: np.zeros(s, np.float32) for n, s in sizes.items()})["sizes"]
+    got = OnnxSession(graph.to_bytes()).run({n: np.zeros(s, np.float32) for n, s in sizes.items()})["sizes"]
     want = sum(c * int(np.prod([names[s] for s in m])) for m, c in form.items())
     assert got.tolist() == [want, 4, names["g2"]]

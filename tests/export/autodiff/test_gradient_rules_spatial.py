@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.autodiff.tape import Tape
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -59,7 +59,7 @@ def _batch_norm_errors(shape: tuple[int, ...], offset: float, seed: int = 0) -> 
     return {name: (error(got[name], value), error(usual[name], value)) for name, value in exact.items()}
 
 
-def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> Session:
+def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> OnnxSession:
     c = data["w"].size
     axes = (Axis((Segment(0, 0, c),)),)
     kinds = {"w": "norm_scale", "b": "norm_bias", "m": "stat_mean", "v": "stat_var"}
@@ -70,20 +70,20 @@ def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> Session:
     out = Graph()
     tape = Tape(Model(graph, arch), out)
     out.inputs = [Port("x", np.dtype(np.float32), shape)]
-    tape.enter("x", "x", shape, wanted=True)
+    tape.enter("x", "x", shape, needs_gradient=True)
     for spec in specs:
         out.inputs.append(Port(spec.name, np.dtype(np.float32), tape.tensor_shape(spec)))
-        tape.enter(spec.name, spec.name, tape.tensor_shape(spec), wanted=spec.kind.trainable)
+        tape.enter(spec.name, spec.name, tape.tensor_shape(spec), needs_gradient=spec.kind.is_trainable)
     tape.forward()
     out.inputs.append(Port("dy", np.dtype(np.float32), shape))
-    tape.add("y", "dy")
+    tape.add_gradient("y", "dy")
     tape.backward()
     out.emit("Identity", tape.value("y"), out="result")
     out.outputs.append(Port("result", np.dtype(np.float32), shape))
     for name in data:
         out.emit("Identity", tape.gradient(name) or "", out=f"{name}::gradient")
         out.outputs.append(Port(f"{name}::gradient", np.dtype(np.float32), tape.shape(name)))
-    return Session(out.to_bytes(), training=True)
+    return OnnxSession(out.to_bytes(), training=True)
 
 
 # -- convolution ----------------------------------------------------------------------------------------------------

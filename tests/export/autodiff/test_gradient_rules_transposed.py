@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph, Port
 from support.oracles.differentiation import Symbols, check, differentiated, node, normal
 
@@ -126,7 +126,7 @@ def test_padding_that_follows_from_the_output_is_onnxruntimes(
     graph = Graph(nodes=[layer])
     graph.inputs = [Port(n, a.dtype, a.shape) for n, a in data.items()]
     graph.outputs = [Port("y", np.dtype(np.float32), (None,) * 4)]
-    want = Session(graph.to_bytes()).run(data)["y"]
+    want = OnnxSession(graph.to_bytes()).run(data)["y"]
     session = differentiated([layer], data, {n: a.shape for n, a in data.items()}, {})
     got = session.run({**data, "dy": normal(*want.shape)})
     np.testing.assert_allclose(got["result"], want, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph, Node, Port
 from support.oracles.differentiation import check, differentiated, ints, node, normal
 
@@ -137,8 +137,8 @@ def test_gru_that_resets_before_its_product(case: dict[str, Any]) -> None:
         ys, last = [], []
         for i in range(len(w)):
             state = torch.zeros(x.shape[1], hidden, dtype=x.dtype) if h is None else h[i]
-            own, out = (b[i].chunk(6) if b is not None else [torch.zeros(hidden, dtype=x.dtype)] * 6), []
-            wz, wr, wh, rz, rr, rh = *w[i].chunk(3), *r[i].chunk(3)
+            own, out = (b[i].on_chunk(6) if b is not None else [torch.zeros(hidden, dtype=x.dtype)] * 6), []
+            wz, wr, wh, rz, rr, rh = *w[i].on_chunk(3), *r[i].on_chunk(3)
             backwards = case["direction"] == "reverse" or i == 1
             for step in x.flip(0) if backwards else x:
                 z = torch.sigmoid(step @ wz.T + state @ rz.T + own[0] + own[3])
@@ -222,5 +222,5 @@ def test_pruning_keeps_what_a_loop_reads() -> None:
     )
     graph.emit("Scan", "x", "x", attrs={"body": body, "num_scan_inputs": 1}, out="y")
     graph.prune()
-    got = Session(graph.to_bytes()).run({"x": np.ones(3, np.float32)})["y"]
+    got = OnnxSession(graph.to_bytes()).run({"x": np.ones(3, np.float32)})["y"]
     np.testing.assert_array_equal(got, np.full(3, -2, np.float32))

@@ -13,7 +13,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.bundle_folder import write_bundle
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.pruning.model import Model
 from support.oracles.cutting import random_selection
@@ -48,7 +48,7 @@ def test_what_is_written_is_read_back(half: Selection, files: dict[str, bytes], 
 
 
 def test_the_training_step_takes_the_weights_file(half: Selection, files: dict[str, bytes]) -> None:
-    session = Session(files["training.onnx"], training=True)
+    session = OnnxSession(files["training.onnx"], training=True)
     tensors = tensorfile.decode(files["weights.safetensors"])
     feeds = {n: np.zeros(tensors[n.partition("::")[0]].shape, np.float32) for n in session.inputs if "::" in n}
     scalars = {n: np.array(0.1, np.float32) for n in ("lr", "momentum", "weight_decay")}

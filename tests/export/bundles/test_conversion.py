@@ -12,8 +12,8 @@ from fedprune.core import tensorfile
 from fedprune.core.disk import file_digest
 from fedprune.core.errors import ExitCode
 from fedprune.runtime.bundle import open_bundle
-from fedprune.runtime.session import Session
-from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune.runtime.session import OnnxSession
+from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_export.bundles import conversion
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
@@ -31,7 +31,7 @@ def exported(model: object, out: Path, *more: str) -> Path:
 
 
 def logits(model: Path, x: np.ndarray) -> np.ndarray:
-    return Session(model).run({"x": x})["logits"]
+    return OnnxSession(model).run({"x": x})["logits"]
 
 
 X = np.random.default_rng(4).standard_normal((5, 1, 8, 8)).astype(np.float32)
@@ -56,7 +56,7 @@ def test_what_was_written_can_be_imported_again(bundle: Path, tmp_path: Path) ->
     selection = open_bundle(bundle).selection
     assert again.architecture.sizes == selection.widths
     assert {n: v.shape for n, v in again.tensors.items()} == selection.shapes()
-    for name, value in tensorfile.load(bundle / "weights.safetensors").items():
+    for name, value in tensorfile.load_tensors(bundle / "weights.safetensors").items():
         np.testing.assert_array_equal(again.tensors[name], value)
 
 
@@ -68,7 +68,7 @@ def test_a_global_model_takes_the_weights_of_a_file(digits: Path, tmp_path: Path
     graph.initializers.update(moved)
     code = main(["to-onnx", str(digits), str(tmp_path / "o.onnx"), "--weights", str(tmp_path / "w.safetensors")])
     assert code == ExitCode.OK
-    expected = Session(graph.to_bytes()).run({"x": X})["logits"]
+    expected = OnnxSession(graph.to_bytes()).run({"x": X})["logits"]
     assert distance(logits(tmp_path / "o.onnx", X), expected) < 1e-6
     assert distance(logits(tmp_path / "o.onnx", X), logits(digits, X)) > 1e-2
 
@@ -85,7 +85,10 @@ def test_weights_of_another_model_are_refused(
 
 def test_a_state_dict_has_the_shapes_of_the_submodel(bundle: Path, tmp_path: Path) -> None:
     assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.OK
-    found, held = tensorfile.load(tmp_path / "s.safetensors"), tensorfile.load(bundle / "weights.safetensors")
+    found, held = (
+        tensorfile.load_tensors(tmp_path / "s.safetensors"),
+        tensorfile.load_tensors(bundle / "weights.safetensors"),
+    )
     for name, value in held.items():
         np.testing.assert_array_equal(found[name], value)
     assert {n for n in found if n not in held} == {f"bn{i}.num_batches_tracked" for i in (1, 2, 3)}
@@ -95,15 +98,15 @@ def test_a_state_dict_has_the_shapes_of_the_submodel(bundle: Path, tmp_path: Pat
 def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_path: Path, others: str) -> None:
     whole, out = import_onnx(digits.read_bytes(), "digits"), tmp_path / "s.safetensors"
     assert main(["to-torch", str(bundle), str(out), "--into", str(digits), "--others", others]) == ExitCode.OK
-    selection, state = open_bundle(bundle).selection, tensorfile.load(out)
+    selection, state = open_bundle(bundle).selection, tensorfile.load_tensors(out)
     for name, value in whole.tensors.items():
         kept = others == "keep" or "running" in name
         np.testing.assert_array_equal(
-            state[name], np.where(selection.covered(name), value, value if kept else np.float32(0))
+            state[name], np.where(selection.coverage_mask(name), value, value if kept else np.float32(0))
         )
     graph = whole.graph.copy()
     graph.initializers.update({n: state[n] for n in whole.tensors})
-    found = Session(graph.to_bytes()).run({"x": X})["logits"]
+    found = OnnxSession(graph.to_bytes()).run({"x": X})["logits"]
     assert (distance(found, logits(bundle / "inference.onnx", X)) < 1e-5) == (others == "zero")
 
 
@@ -112,10 +115,10 @@ def board(bundle: Path, tmp_path: Path) -> Path:
     """A board's state folder whose model, of other weights than the bundle's, serves."""
     slots = ModelSlots(tmp_path / "board" / "serving")
     slots.prepare()
-    moved = {n: v * np.float32(1.1) for n, v in tensorfile.load(bundle / "weights.safetensors").items()}
+    moved = {n: v * np.float32(1.1) for n, v in tensorfile.load_tensors(bundle / "weights.safetensors").items()}
     stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(moved))
     files = {name: file_digest(stage / name) for name in ("inference.onnx", "weights.safetensors")}
-    slots.install(Serving("job", 7, 10, files))
+    slots.install(ServingRecord("job", 7, 10, files))
     return tmp_path / "board"
 
 
@@ -127,8 +130,8 @@ def test_what_a_board_serves_goes_out(
     assert main(["to-onnx", str(board), str(tmp_path / "o.onnx")]) == ExitCode.OK
     assert main(["to-torch", str(board), str(tmp_path / "s.safetensors")]) == ExitCode.OK
     assert distance(logits(tmp_path / "o.onnx", X), logits(folder / "inference.onnx", X)) < 1e-6
-    state = tensorfile.load(tmp_path / "s.safetensors")
-    for name, value in tensorfile.load(folder / "weights.safetensors").items():
+    state = tensorfile.load_tensors(tmp_path / "s.safetensors")
+    for name, value in tensorfile.load_tensors(folder / "weights.safetensors").items():
         np.testing.assert_array_equal(state[name], value)
     said = "the board's model after round 7 of job job; its outputs equal the source's "
     assert capsys.readouterr().out.count(said) == 2
@@ -143,7 +146,7 @@ def test_a_file_that_computes_something_else_is_not_written(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = conversion.state_dict
-    name = list(tensorfile.load(bundle / "weights.safetensors"))[-1]
+    name = list(tensorfile.load_tensors(bundle / "weights.safetensors"))[-1]
     monkeypatch.setattr(conversion, "state_dict", lambda *a: plain(*a) | {name: plain(*a)[name] + np.float32(1)})
     assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.MODEL
     assert "computes something else" in capsys.readouterr().err
@@ -184,11 +187,11 @@ def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.one, self.two, self.to_dict_without_boards = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
             self.two.weight = self.one.weight
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.relu(self.two(torch.relu(self.one(x)))))
+            return self.to_dict_without_boards(torch.relu(self.two(torch.relu(self.one(x)))))
 
     torch.manual_seed(0)
     module = Tied().eval()

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from fedprune.runtime.onnx_subgraph import part_for
-from fedprune.runtime.session import Session
+from fedprune.runtime.onnx_subgraph import subgraph_for
+from fedprune.runtime.session import OnnxSession
 
 
 def value(name: str, shape: list[int], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
@@ -39,7 +39,7 @@ def branching() -> bytes:
 
 def test_what_branches_read_from_outside_is_kept() -> None:
     raw = branching()
-    whole, part = Session(raw), Session(part_for(raw, ["y"]))
+    whole, part = OnnxSession(raw), OnnxSession(subgraph_for(raw, ["y"]))
     assert set(part.inputs) == {"a", "c", "d"}
     for c in (True, False):
         for d in (True, False):
@@ -60,6 +60,6 @@ def test_what_is_absent_makes_nothing_that_is_needed() -> None:
     ins, outs = (list(map(values.pop, names)) for names in (("x", "top", "other", "w", "r"), ("loss", "last")))
     opsets = [helper.make_opsetid("", 17)]
     whole = helper.make_model(helper.make_graph(operators, "g", ins, outs), opset_imports=opsets)
-    part = onnx.load_from_string(part_for(whole.SerializeToString(), ["loss"])).graph
+    part = onnx.load_from_string(subgraph_for(whole.SerializeToString(), ["loss"])).graph
     assert [n.op_type for n in part.node] == ["Clip"]
     assert [n.name for n in part.input] == ["x", "top"]

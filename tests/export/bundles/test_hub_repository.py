@@ -18,9 +18,15 @@ from fedprune.core.errors import ModelError
 from fedprune.output.document import Table
 from fedprune.output.tables import Column
 from fedprune.runtime.bundle import open_bundle
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.conversion import with_weights
-from fedprune_export.importing.hub_folder import CARD, CONFIG, FILES, GRAPH, WEIGHTS
+from fedprune_export.importing.hub_folder import (
+    HUB_CARD_FILE,
+    HUB_CONFIG_FILE,
+    HUB_FILES,
+    HUB_GRAPH_FILE,
+    HUB_WEIGHTS_FILE,
+)
 from fedprune_export.pruning.model import RANKS_KEY
 from support.fakes.hub_server import fake_hub
 
@@ -59,15 +65,15 @@ def folder(model: fx.Model, tmp_path: Path) -> Path:
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    tensors = {name: np.array(value) for name, value in tensorfile.load(folder / WEIGHTS).items()}
+    tensors = {name: np.array(value) for name, value in tensorfile.load_tensors(folder / HUB_WEIGHTS_FILE).items()}
     change(tensors)
-    (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+    (folder / HUB_WEIGHTS_FILE).write_bytes(tensorfile.encode(tensors))
 
 
 def test_a_saved_model_is_loaded_again(model: fx.Model, folder: Path) -> None:
     again = fx.from_pretrained(folder)
 
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(HUB_FILES)
     assert again.architecture.digest == model.architecture.digest
     assert all(np.array_equal(again.tensors[name], value) for name, value in model.tensors.items())
     assert fx.load(folder, name="other").architecture.name == "other"
@@ -79,23 +85,23 @@ def test_torch_and_onnxruntime_read_the_files(model: fx.Model, folder: Path) -> 
     module = net()
     with torch.no_grad():
         module[0].weight.zero_()
-    module.load_state_dict(load_file(folder / WEIGHTS))
+    module.load_state_dict(load_file(folder / HUB_WEIGHTS_FILE))
     module.eval()
     x = np.random.default_rng(0).standard_normal((3, 1, 6, 6)).astype(np.float32)
-    expected = Session(model.graph.to_bytes()).run({"x": x})["logits"]
-    np.testing.assert_allclose(Session(folder / GRAPH).run({"x": x})["logits"], expected, atol=1e-5)
+    expected = OnnxSession(model.graph.to_bytes()).run({"x": x})["logits"]
+    np.testing.assert_allclose(OnnxSession(folder / HUB_GRAPH_FILE).run({"x": x})["logits"], expected, atol=1e-5)
     np.testing.assert_allclose(module(torch.from_numpy(x)).detach().numpy(), expected, atol=1e-5)
 
 
 def test_the_weights_file_wins_over_the_graphs_weights(folder: Path) -> None:
     change_weights(folder, lambda tensors: tensors["5.bias"].fill(7))
     assert fx.from_pretrained(folder).tensors["5.bias"].tolist() == [7, 7]
-    (folder / WEIGHTS).unlink()
+    (folder / HUB_WEIGHTS_FILE).unlink()
     assert fx.from_pretrained(folder).tensors["5.bias"].tolist() != [7, 7]
 
 
 def test_the_card_is_what_the_hub_reads(folder: Path) -> None:
-    card = hub.ModelCard.load(folder / CARD)
+    card = hub.ModelCard.load(folder / HUB_CARD_FILE)
 
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "fedprune"
@@ -105,7 +111,7 @@ def test_the_card_is_what_the_hub_reads(folder: Path) -> None:
     assert (accuracy.metric_type, accuracy.metric_value, loss.metric_value) == ("accuracy", 0.875, 0.25)
     assert "| raspberry-pi-5 |" in card.text
     assert "1 × 6 × 6 inputs and 2 outputs" in card.text
-    assert json.loads((folder / CONFIG).read_text())["id2label"] == {"0": "round", "1": "square"}
+    assert json.loads((folder / HUB_CONFIG_FILE).read_text())["id2label"] == {"0": "round", "1": "square"}
 
 
 def test_class_names_go_along_from_a_folder_to_bundles_and_folders(folder: Path, tmp_path: Path) -> None:
@@ -125,15 +131,15 @@ def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Mode
     again = fx.load(folder)
     assert [r.tolist() for r in again.ranks or ()] == [[2, 0, 3, 1]]
 
-    proto = onnx.load(folder / GRAPH)
+    proto = onnx.load(folder / HUB_GRAPH_FILE)
     (found,) = (p for p in proto.metadata_props if p.key == RANKS_KEY)
     for rows in ([[2, 0, 3]], [[0, 0, 1, 2]], [["a", 0, 1, 2]], [], 3):
         found.value = json.dumps({**json.loads(found.value), "ranks": rows})
-        onnx.save(proto, folder / GRAPH)
+        onnx.save(proto, folder / HUB_GRAPH_FILE)
         with pytest.raises(ModelError, match=r"fedprune\.ranks"):
             fx.load(folder)
     found.value = json.dumps({"groups": "0" * 64, "ranks": [[0, 1]]})
-    onnx.save(proto, folder / GRAPH)
+    onnx.save(proto, folder / HUB_GRAPH_FILE)
     other = fx.load(folder)
     assert other.ranks is None
 
@@ -142,15 +148,15 @@ def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Mode
 def test_an_edited_card_stays(
     model: fx.Model, folder: Path, config: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (folder / CARD).write_text("mine")
-    (folder / GRAPH).write_text("damaged")
+    (folder / HUB_CARD_FILE).write_text("mine")
+    (folder / HUB_GRAPH_FILE).write_text("damaged")
     if config is not None:
-        (folder / CONFIG).write_text(config)
+        (folder / HUB_CONFIG_FILE).write_text(config)
     for _ in range(2):
         caplog.clear()
         fx.save_pretrained(model, folder)
-        assert (folder / CARD).read_text() == "mine"
-        assert caplog.records[0].getMessage().startswith(f"{folder / CARD} was edited and is kept")
+        assert (folder / HUB_CARD_FILE).read_text() == "mine"
+        assert caplog.records[0].getMessage().startswith(f"{folder / HUB_CARD_FILE} was edited and is kept")
     assert fx.from_pretrained(folder).architecture.digest == model.architecture.digest
 
 
@@ -173,7 +179,7 @@ def test_other_weights_are_refused(folder: Path, change: Any, said: str) -> None
 
 @pytest.mark.parametrize("raw", ["{", "[]", '{"name": 3}', f'{{"name": "{"x" * 101}"}}'])
 def test_a_hostile_config_is_one_error(folder: Path, raw: str) -> None:
-    (folder / CONFIG).write_text(raw)
+    (folder / HUB_CONFIG_FILE).write_text(raw)
     with pytest.raises(ModelError, match=r"config\.json"):
         fx.from_pretrained(folder)
 
@@ -188,9 +194,11 @@ def test_a_repository_is_downloaded_by_the_library(folder: Path, monkeypatch: py
     monkeypatch.setattr(hub, "snapshot_download", download)
     model = fx.from_pretrained("ann/other", revision="v1")
     assert model.architecture.digest == fx.from_pretrained(folder).architecture.digest
-    assert asked == [("ann/other", {"revision": "v1", "allow_patterns": [GRAPH, WEIGHTS, CONFIG]})]
+    assert asked == [
+        ("ann/other", {"revision": "v1", "allow_patterns": [HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE]})
+    ]
     assert fx.from_pretrained("ann/other", name="mine").architecture.name == "mine"
-    (folder / CONFIG).unlink()
+    (folder / HUB_CONFIG_FILE).unlink()
     assert fx.from_pretrained("ann/other").architecture.name == "other"
 
 
@@ -198,15 +206,15 @@ def test_the_library_sends_the_four_files_and_no_other(folder: Path, monkeypatch
     """Its own code speaks to a hub that is played: there is no account for the real one here."""
     (folder / "signing.key").write_text("secret")
     (folder / "epoch-3").mkdir()
-    (folder / "epoch-3" / GRAPH).write_bytes(b"older")
+    (folder / "epoch-3" / HUB_GRAPH_FILE).write_bytes(b"older")
     with fake_hub() as there:
         monkeypatch.setattr(hub.create_repo.__self__, "endpoint", there.url)
         address = fx.push_to_hub(folder, "ann/shapes", private=True, message="first")
         fx.push_to_hub(folder, "ann/shapes")
-    files = {name: (folder / name).read_bytes() for name in FILES}
+    files = {name: (folder / name).read_bytes() for name in HUB_FILES}
     assert [made["organization"] + "/" + made["name"] for made in there.made] == ["ann/shapes"] * 2
     assert [made["visibility"] for made in there.made] == ["private", "public"]
     assert there.commits[0] == ("ann/shapes", "first", files)
     assert there.commits[1] == ("ann/shapes", f"Upload a model of fedprune {fedprune.__version__}", files)
-    assert there.cards == [files[CARD].decode()] * 2
+    assert there.cards == [files[HUB_CARD_FILE].decode()] * 2
     assert address == f"{there.url}/ann/shapes/commit/{1:040x}"

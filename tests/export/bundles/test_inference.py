@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
@@ -25,9 +25,9 @@ def test_swapping_the_weights_file_swaps_the_model(imported: Imported, tmp_path:
     graph, x = tmp_path / "inference.onnx", inputs(model, 3)
     graph.write_bytes(inference_model(model, one.widths))
     (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(one.gather(model.tensors)))
-    first = Session(graph).run({"x": x})["logits"]
+    first = OnnxSession(graph).run({"x": x})["logits"]
     (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(other.gather(model.tensors)))
-    second = Session(graph).run({"x": x})["logits"]
+    second = OnnxSession(graph).run({"x": x})["logits"]
     assert distance(first, outputs(cut(model, one), x)) < 1e-6
     assert distance(second, outputs(cut(model, other), x)) < 1e-6
     assert distance(first, second) > 1e-2

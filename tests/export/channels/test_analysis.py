@@ -52,7 +52,7 @@ def test_concatenated_channels_are_segments_of_their_groups(imported: Imported) 
 
 
 def test_activations_lists_what_a_backward_pass_keeps(imported: Imported) -> None:
-    kept = {a.name: (a.channels.length, a.positions) for a in imported("lenet").architecture.activations if a.kept}
+    kept = {a.name: (a.channels.length, a.positions) for a in imported("lenet").architecture.activations if a.is_kept}
     assert kept["x"] == (1, 28 * 28)
     assert (6, 24 * 24) in kept.values()
     assert (16, 16) in kept.values()

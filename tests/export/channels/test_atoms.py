@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_export.channels.atoms import Atoms, still
-from fedprune_export.channels.factors import assignments, factored, runs
+from fedprune_export.channels.atoms import Atoms, fixed_row
+from fedprune_export.channels.factors import assignments, axis_runs, factor_run
 
 
 @settings(deadline=None)
@@ -55,18 +55,18 @@ def test_reshaped_rows_say_where_numpy_puts_the_elements(shapes: tuple[list[int]
     row = np.arange(1, old[carrier] + 1)
     places = [-1 if i == carrier else 1 for i in range(len(old))]
     elements = np.broadcast_to(row.reshape(places), old).reshape(new)
-    parts = runs(old, new)
+    parts = axis_runs(old, new)
     assert [i for olds, _ in parts for i in olds] == list(range(len(old)))
     assert [i for _, news in parts for i in news] == list(range(len(new)))
     if old[carrier] == 1:
         return
     olds, news = next(p for p in parts if carrier in p[0])
-    run = factored(olds, news, old, new)
+    run = factor_run(olds, news, old, new)
     if run is None:
         return  # such atoms are fixed
     grids = [
-        (row if i == carrier else still(old[i])).reshape([run.factors[f] for f in span])
-        for i, span in zip(run.olds, run.of_old, strict=True)
+        (row if i == carrier else fixed_row(old[i])).reshape([run.factors[f] for f in span])
+        for i, span in zip(run.old_axes, run.old_factors, strict=True)
     ]
     options = assignments(run, grids, [False] * len(new))
     varying = [j for j in range(len(new)) if (elements != elements.take([0], axis=j)).any()]

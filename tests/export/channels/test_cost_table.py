@@ -73,10 +73,10 @@ def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
     pool = next(n for n in architecture.layers if n.op == "MaxPool")
     sizes = architecture.sizes
     assert (second.kernel, second.stride, second.groups, second.positions) == (25, 1, 1, 64)
-    assert second.reads.size(sizes, sizes) == 6 * 12 * 12
-    assert second.makes.size(sizes, sizes) == 16 * 8 * 8
+    assert second.input_volume.size(sizes, sizes) == 6 * 12 * 12
+    assert second.output_volume.size(sizes, sizes) == 16 * 8 * 8
     assert (pool.kernel, pool.stride, pool.weight) == (4, 4, "")
-    assert pool.makes.size((3, *sizes[1:]), sizes) == 3 * 12 * 12
+    assert pool.output_volume.size((3, *sizes[1:]), sizes) == 3 * 12 * 12
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
 )
 def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(kind: type[nn.RNNBase], gates: int, kept: int) -> None:
     found = import_onnx(export_torch(Sequences(kind, both=False)), "sequences").architecture
-    steps = [v for v in found.activations if "~" in v.name and v.kept and v.positions == 5]
+    steps = [v for v in found.activations if "~" in v.name and v.is_kept and v.positions == 5]
     assert len(steps) == kept
     assert [v.positions for v in found.activations if v.name.endswith("~gates")] == [5 * gates]
     assert all(v.channels.length == 12 for v in steps)

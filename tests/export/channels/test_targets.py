@@ -17,7 +17,7 @@ from fedprune_export.cli.main import main
 @pytest.fixture
 def tight(tmp_path: Path) -> Path:
     """A board whose link carries next to nothing in a round."""
-    lines = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text().splitlines()
+    lines = (profile_store.shipped_profiles_folder() / "raspberry-pi-5.toml").read_text().splitlines()
     lines = ["bytes_per_round = 1000" if n.startswith("bytes_per_round") else n for n in lines]
     path = tmp_path / "tight.toml"
     path.write_text("\n".join(lines).replace('name = "raspberry-pi-5"', 'name = "tight"') + "\n")
@@ -58,7 +58,7 @@ def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
 
 
 def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
-    shipped = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
+    shipped = (profile_store.shipped_profiles_folder() / "raspberry-pi-5.toml").read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "field.toml").write_text(shipped.replace('name = "raspberry-pi-5"', 'name = "field"'))
     words = [str(digits), "--target", "field", "--out", str(tmp_path / "out")]

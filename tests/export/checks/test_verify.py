@@ -17,11 +17,11 @@ from fedprune.core.errors import BundleError, ExitCode, FedpruneError, ModelErro
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, manifest
+from fedprune.runtime.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, manifest_text
 from fedprune.runtime.bundle_folder import write_bundle
 from fedprune_export.bundles.bundle import bundle_files
-from fedprune_export.bundles.verification import verify
-from fedprune_export.checks.parity import parity, try_step
+from fedprune_export.bundles.verification import verify_bundle
+from fedprune_export.checks.parity import check_parity, try_step
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
@@ -60,7 +60,7 @@ def passed(folder: Path, model: Model | None = None) -> tuple[list[str], Fedprun
     """The checks that were passed, and what ended them."""
     done: list[str] = []
     try:
-        for check in verify(folder, model):
+        for check in verify_bundle(folder, model):
             done.append(check.name)  # noqa: PERF401  what came before the error counts
     except FedpruneError as error:
         return done, error
@@ -108,7 +108,7 @@ def changed(raw: bytes, change: Callable[[onnx.ModelProto], None]) -> bytes:
 def test_a_recipe_without_a_rate_is_no_reason_to_complain(model: Model, half: Selection, tmp_path: Path) -> None:
     still = Recipe(lr=0.0)
     write_bundle(tmp_path / "b", bundle_files(model, half, still), half, still, "raspberry-pi-5")
-    assert [c.name for c in verify(tmp_path / "b")][-1] == "agreement"
+    assert [c.name for c in verify_bundle(tmp_path / "b")][-1] == "agreement"
 
 
 def not_finite(files: dict[str, bytes], model: Model, half: Selection) -> dict[str, bytes]:
@@ -118,7 +118,7 @@ def not_finite(files: dict[str, bytes], model: Model, half: Selection) -> dict[s
 
 
 def of_another_width(files: dict[str, bytes], model: Model, half: Selection) -> dict[str, bytes]:
-    return {INFERENCE: bundle_files(model, half.narrowed([w + 1 for w in half.widths]), Recipe())[INFERENCE]}
+    return {INFERENCE: bundle_files(model, half.with_widths([w + 1 for w in half.widths]), Recipe())[INFERENCE]}
 
 
 def edits(name: str) -> Callable[[Callable[[onnx.ModelProto], None]], Damage]:
@@ -258,11 +258,11 @@ def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None
     whole = Selection.full(model.architecture)
     files = bundle_files(model, whole, Recipe())
     assert passed(written(tmp_path / "good", files, whole), model) == ([*CHECKS, "model"], None)
-    assert parity(model, whole, files) < 1e-6
+    assert check_parity(model, whole, files) < 1e-6
     tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
     tensors["table"][-1] += 1
     with pytest.raises(ModelError, match="masked"):
-        parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
+        check_parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
 
 
 def test_damage_that_the_manifest_agrees_with_never_surprises(
@@ -279,7 +279,7 @@ def test_damage_that_the_manifest_agrees_with_never_surprises(
         broken = {**files, name: bytes(raw)}
         for file, content in broken.items():
             (folder / file).write_bytes(content)
-        (folder / "manifest.json").write_text(manifest(broken, half, Recipe(), "raspberry-pi-5"))
+        (folder / "manifest.json").write_text(manifest_text(broken, half, Recipe(), "raspberry-pi-5"))
         assert main(["verify", str(folder)]) in (ExitCode.OK, ExitCode.MODEL, ExitCode.BUNDLE, ExitCode.TRAINING), (
             name,
             round_,

@@ -89,7 +89,7 @@ def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -
 
 def small_board(folder: Path, memory: int) -> Path:
     """The file of a board whose training may take that many bytes."""
-    board = profile_store.find("raspberry-pi-5")
+    board = profile_store.find_profile("raspberry-pi-5")
     memory_of = replace(board.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0)
     path = folder / "small.json"
     path.write_text(replace(board, memory=memory_of).to_json())

@@ -15,7 +15,7 @@ from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import open_bundle
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.cli.main import main
 from fedprune_export.cli.options import add_recipe_options, read_recipe
 
@@ -64,7 +64,7 @@ def test_the_bundle_holds_the_recipe_of_the_flags(digits: Path, tmp_path: Path) 
     flags = ("--loss", "mse", "--freeze", "conv1.*", "--set", "lr=0.125")
     assert export(digits, tmp_path / "b", *flags) == ExitCode.OK
     assert open_bundle(tmp_path / "b").recipe == Recipe(loss="mse", frozen=("conv1.*",), lr=0.125)
-    outputs = Session(tmp_path / "b" / "training.onnx", training=True).outputs
+    outputs = OnnxSession(tmp_path / "b" / "training.onnx", training=True).outputs
     assert "conv2.weight::next" in outputs
     assert "conv1.weight::next" not in outputs
 
@@ -77,7 +77,7 @@ def test_the_inference_graph_is_written_at_the_opset_that_is_asked_for(digits: P
         graph = tmp_path / str(opset) / "inference.onnx"
         assert [o.version for o in onnx.load(graph, load_external_data=False).opset_import] == [opset]
         assert main(["verify", str(tmp_path / str(opset))]) == ExitCode.OK
-        found.append(Session(graph).run({"x": x})["logits"])
+        found.append(OnnxSession(graph).run({"x": x})["logits"])
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[2], found[1], rtol=1e-5, atol=1e-6)
 

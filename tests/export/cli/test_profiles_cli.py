@@ -23,7 +23,7 @@ def run(*words: str) -> int:
 
 
 def own(folder: Path, name: str = "mine", cores: int = 4) -> Path:
-    text = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
+    text = (profile_store.shipped_profiles_folder() / "raspberry-pi-5.toml").read_text()
     path = folder / f"{name}.toml"
     path.write_text(
         text.replace('name = "raspberry-pi-5"', f'name = "{name}"').replace("cores = 4", f"cores = {cores}")
@@ -35,7 +35,7 @@ def test_the_list_has_every_shipped_profile_and_those_of_own_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own(tmp_path)
-    names = sorted([*profile_store.shipped(), "mine"])
+    names = sorted([*profile_store.shipped_profile_names(), "mine"])
     assert run("list", "--folder", str(tmp_path)) == 0
     assert [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()] == ["name", *names]
     run("list", "--folder", str(tmp_path), "--json")
@@ -48,7 +48,7 @@ def test_a_bad_file_keeps_no_other_profile_from_the_list(tmp_path: Path, capsys:
     with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores"):
         run("list", "--folder", str(tmp_path))
     rows = [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()]
-    assert rows == ["name", *sorted([*profile_store.shipped(), "mine"])]
+    assert rows == ["name", *sorted([*profile_store.shipped_profile_names(), "mine"])]
     (tmp_path / "worse.toml").write_text("name = 1")
     with pytest.raises(ProfileError, match=r"^2 of \d+.*bad\.toml.*worse\.toml"):
         run("list", "--json", "--folder", str(tmp_path))
@@ -66,14 +66,14 @@ def test_a_profile_is_shown_with_every_source(capsys: pytest.CaptureFixture[str]
     name = "raspberry-pi-4b"
     run("show", name)
     out = capsys.readouterr().out
-    profile = profile_store.find(name)
+    profile = profile_store.find_profile(name)
     assert profile.title in out
     for key, source in profile.sources.items():
         assert any(row.startswith(f"{key}\t") and row.endswith(source) for row in out.splitlines())
 
 
 def test_shipped_files_pass_the_check(capsys: pytest.CaptureFixture[str]) -> None:
-    files = sorted(map(str, profile_store.shipped_folder().glob("*.toml")))
+    files = sorted(map(str, profile_store.shipped_profiles_folder().glob("*.toml")))
     assert run("check", *files) == 0
     assert [row.split(": ok")[0] for row in capsys.readouterr().out.splitlines()] == files
 

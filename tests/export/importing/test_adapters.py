@@ -15,9 +15,9 @@ import fedprune_export as fx
 from fedprune.core.errors import BundleError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.model.step_contract import following
+from fedprune.model.step_contract import next_name
 from fedprune.runtime.bundle import open_bundle
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import ImportChoices, import_onnx, read_source
@@ -78,7 +78,7 @@ def random(model: fx.Model) -> fx.Model:
 
 
 def outputs(graph: Any, x: Any) -> Any:
-    return Session(graph.to_bytes()).run({"x": x}, ["logits"])["logits"]
+    return OnnxSession(graph.to_bytes()).run({"x": x}, ["logits"])["logits"]
 
 
 def samples(count: int = N) -> tuple[Any, Any]:
@@ -161,7 +161,7 @@ def test_a_recipe_trains_more_than_adapters() -> None:
     model = fx.load(net(), lora="2:q.weight")
     recipe = Recipe(trainable=("*.lora_*", "out.*"))
     made = {o.name for o in training_graph(model, recipe.features).outputs}
-    trained = {t.name for t in model.architecture.tensors if following(t.name) in made}
+    trained = {t.name for t in model.architecture.tensors if next_name(t.name) in made}
     assert trained == {"q.lora_A.weight", "q.lora_B.weight", "out.weight", "out.bias"}
 
 

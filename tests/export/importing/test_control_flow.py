@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx, inlining
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
@@ -42,7 +42,7 @@ def same(raw: bytes) -> Model:
     model = import_onnx(raw, "net")
     for batch in (1, 7):
         x = np.random.default_rng(batch).standard_normal((batch, STEPS, WIDTH)).astype(np.float32)
-        assert distance(outputs(model.graph, x), Session(raw).run({"x": x})["y"]) < 1e-5
+        assert distance(outputs(model.graph, x), OnnxSession(raw).run({"x": x})["y"]) < 1e-5
     assert not {n.op for n in model.graph.nodes} & {"If", "Loop", "Scan"}
     training_graph(model, Features())
     assert cut_error(model, random_selection(model, 0.5, 1)) < 1e-5
@@ -145,7 +145,7 @@ def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPat
     same(raw)
 
     def mistaken(model: onnx.ModelProto) -> onnx.ModelProto:
-        out = inlining.prepared(model)
+        out = inlining.inline_model(model)
         for node in out.graph.node:
             node.op_type = "Tanh" if node.op_type == "Relu" else node.op_type
         return out

@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load
-from fedprune_export.importing.inlining import MOST_NODES
-from fedprune_export.importing.metadata import TIED_KEY, write
+from fedprune_export.importing.inlining import MAX_NODES
+from fedprune_export.importing.metadata import TIED_KEY, write_properties
 
 Nodes = list[onnx.NodeProto]
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -200,7 +200,7 @@ def test_names_that_steer_a_terminal_are_refused(name: str) -> None:
 
 def test_further_names_that_steer_a_terminal_are_refused() -> None:
     proto = onnx.load_model_from_string(model({"w": W}))
-    write(proto, {TIED_KEY: json.dumps({"w": ["a\x1b[31m"]})})
+    write_properties(proto, {TIED_KEY: json.dumps({"w": ["a\x1b[31m"]})})
     with pytest.raises(ModelError, match="can't be printed"):
         import_onnx(proto.SerializeToString(), "net")
 
@@ -233,7 +233,7 @@ def test_a_constant_index_out_of_range_is_refused_by_name(index: int, sound: boo
 
 
 def test_too_many_operators_are_refused_at_once() -> None:
-    steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(MOST_NODES)]
+    steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(MAX_NODES)]
     first = helper.make_node("Gemm", ["x", "w"], ["h0"])
     with pytest.raises(ModelError, match="number of operators"):
         import_onnx(model({"w": W}, [first, *steps]), "net")

@@ -17,15 +17,15 @@ from torch.nn import functional
 
 import fedprune_export as fx
 from fedprune.core.errors import DataError, ModelError
-from fedprune.model.lengths import Lengths, lengths_of, padded
+from fedprune.model.lengths import Lengths, lengths_of, pad_to_bound
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_export.importing.torch_export import quiet
+from fedprune_export.importing.torch_export import silence_libraries
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph
 
@@ -44,13 +44,13 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.query, self.key = nn.Conv1d(5, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.value, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.value, self.to_dict_without_boards = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         h = torch.tanh(self.first(x) * mask.unsqueeze(1)).transpose(1, 2)
         near = self.query(h) @ self.key(h).transpose(1, 2) + (mask.unsqueeze(1) - 1) * 1e9
         h = torch.tanh(h + near.softmax(-1) @ self.value(h)) * mask.unsqueeze(2)
-        out: Tensor = self.head(h.sum(1) / lengths.unsqueeze(1))
+        out: Tensor = self.to_dict_without_boards(h.sum(1) / lengths.unsqueeze(1))
         return out
 
 
@@ -62,10 +62,14 @@ class Tagger(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.gru, self.head = nn.Embedding(7, 6), nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+        self.embed, self.gru, self.to_dict_without_boards = (
+            nn.Embedding(7, 6),
+            nn.GRU(6, 8, batch_first=True),
+            nn.Linear(8, 4),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.head(self.gru(self.embed(tokens))[0]).transpose(1, 2)
+        out: Tensor = self.to_dict_without_boards(self.gru(self.embed(tokens))[0]).transpose(1, 2)
         return out
 
 
@@ -76,10 +80,10 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Linear(MOST, 3)
+        self.to_dict_without_boards = nn.Linear(MOST, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(x)
+        out: Tensor = self.to_dict_without_boards(x)
         return out
 
 
@@ -150,19 +154,19 @@ def test_what_is_in_the_padding_changes_nothing(seed: int, own: list[int]) -> No
     for row, n in zip(other, own, strict=True):
         row[:, n:] = rng.normal(scale=1e6, size=(5, MOST - n))
     first, second = (
-        session.run({"x": padded(some, (5, Lengths(LEAST, MOST)), lengths)})["logits"] for some in (x, other)
+        session.run({"x": pad_to_bound(some, (5, Lengths(LEAST, MOST)), lengths)})["logits"] for some in (x, other)
     )
     assert np.array_equal(first, second)
-    assert np.array_equal(lengths_of(padded(x, (5, Lengths(LEAST, MOST)), lengths), 1), lengths)
+    assert np.array_equal(lengths_of(pad_to_bound(x, (5, Lengths(LEAST, MOST)), lengths), 1), lengths)
 
 
-_SESSIONS: list[Session] = []
+_SESSIONS: list[OnnxSession] = []
 
 
-def SESSION() -> Session:  # noqa: N802
+def SESSION() -> OnnxSession:  # noqa: N802
     if not _SESSIONS:
         torch.manual_seed(0)
-        _SESSIONS.append(Session(fx.load(Attention()).graph.to_bytes()))
+        _SESSIONS.append(OnnxSession(fx.load(Attention()).graph.to_bytes()))
     return _SESSIONS[0]
 
 
@@ -182,7 +186,7 @@ def test_a_file_with_lengths_is_padded_to_the_bound(tmp_path: Path) -> None:
     data = load_data(str(tmp_path / "d.npz"), validation_share=0.2).snapshot(shape)
     found = np.concatenate([data.x_train, data.x_test, data.x_val])
     assert found.shape == (40, 5, MOST)
-    wanted = padded(x, shape, own)
+    wanted = pad_to_bound(x, shape, own)
     assert sorted(r.tobytes() for r in found) == sorted(r.tobytes() for r in wanted)
     assert np.array_equal(load_inputs(str(tmp_path / "d.npz"), shape), wanted)
 
@@ -236,7 +240,7 @@ def dynamic_file(path: Path) -> Attention:
     module, dim = Attention(), torch.export.Dim
     n, length = dim("n", min=1), dim("length", min=2)
     samples = (torch.zeros(2, 5, 9), torch.ones(2, 9), torch.full((2,), 9))
-    with quiet():
+    with silence_libraries():
         torch.onnx.export(
             module.eval(), samples, path, dynamo=True, optimize=False, verbose=False,
             dynamic_shapes=({0: n, 2: length}, {0: n, 1: length}, {0: n}),
@@ -249,8 +253,8 @@ def test_an_onnx_file_with_a_free_axis_computes_what_the_module_does(tmp_path: P
     model = fx.load(tmp_path / "net.onnx", input_shape=Attention.input_shape)
     assert model.architecture.input_shape == (5, MOST)
     assert model.architecture.sizes == fx.load(module).architecture.sizes
-    rows = padded(x, (5, Lengths(LEAST, MOST)), OWN)
-    found = Session(model.graph.to_bytes()).run({"x": rows})["logits"]
+    rows = pad_to_bound(x, (5, Lengths(LEAST, MOST)), OWN)
+    found = OnnxSession(model.graph.to_bytes()).run({"x": rows})["logits"]
     with torch.no_grad():
         for i, n in enumerate(OWN):
             wanted = module(torch.tensor(x[i : i + 1, :, :n]), torch.ones(1, n), torch.tensor([n]))
@@ -284,6 +288,6 @@ def test_a_cut_model_keeps_its_bounds() -> None:
     model = fx.load(Attention())
     widths = tuple(max(1, size // 2) for size in model.architecture.sizes)
     some = cut(model, Selection.of(model.architecture, widths))
-    x = padded(floats(len(OWN), 5, MOST), (5, Lengths(LEAST, MOST)), OWN)
-    assert np.isfinite(Session(some.to_bytes()).run({"x": x})["logits"]).all()
+    x = pad_to_bound(floats(len(OWN), 5, MOST), (5, Lengths(LEAST, MOST)), OWN)
+    assert np.isfinite(OnnxSession(some.to_bytes()).run({"x": x})["logits"]).all()
     assert "fedprune.length" in some.metadata

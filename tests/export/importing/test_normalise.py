@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ModelError
-from fedprune.model.step_contract import RESERVED
-from fedprune.runtime.session import Session
+from fedprune.model.step_contract import RESERVED_NAMES
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -33,7 +33,7 @@ def model_of(build: Callable[[Graph], str], *shape: int, out: int = 2, opset: in
 def same(model: Model, graph: Graph) -> bool:
     """Whether the import computes what the graph computed, at a batch size that the import never saw."""
     x = np.random.default_rng(1).standard_normal((7, *model.architecture.input_shape)).astype(np.float32)
-    before = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
+    before = OnnxSession(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
     return distance(outputs(model.graph, x), before) < 1e-5
 
 
@@ -42,7 +42,7 @@ def linear(graph: Graph, value: str, inside: int, outside: int, name: str = "w")
     return graph.emit("MatMul", value, name)
 
 
-@pytest.mark.parametrize("name", [*sorted(RESERVED), "a::b", "__metadata__"])
+@pytest.mark.parametrize("name", [*sorted(RESERVED_NAMES), "a::b", "__metadata__"])
 def test_reserved_names_are_renamed(name: str) -> None:
     def build(graph: Graph) -> str:
         graph.initializers[name] = random(3, 4)
@@ -51,7 +51,7 @@ def test_reserved_names_are_renamed(name: str) -> None:
 
     model, graph = model_of(build, 3)
     held = {*model.tensors, *(o for n in model.graph.nodes for o in n.outputs)}
-    assert not (held - {"logits"}) & RESERVED
+    assert not (held - {"logits"}) & RESERVED_NAMES
     assert not any("::" in n for n in held)
     assert any(name in note for note in model.notes)
     assert same(model, graph)
@@ -73,7 +73,7 @@ def test_a_neutral_number_goes_from_its_own_side_alone(op: str, number: float, l
 def test_a_softmax_at_the_end_goes(op: str) -> None:
     model, graph = model_of(lambda g: g.emit(op, linear(g, "image", 3, 2), attrs={"axis": 1}), 3)
     x = random(5, 3)
-    old = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
+    old = OnnxSession(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
     assert [n.op for n in model.graph.nodes] == ["MatMul"]
     assert any(op in note for note in model.notes)
     np.testing.assert_array_equal(outputs(model.graph, x).argmax(1), old.argmax(1))
@@ -195,7 +195,7 @@ def test_a_number_that_follows_batch_or_data_stays_computed(number: Callable[[Gr
         lambda g: linear(g, g.emit("Div", "image", g.emit("Cast", number(g), attrs={"to": 1})), 6, 2), 6
     )
     x = np.arange(6 * batch, dtype=np.float32).reshape(batch, 6)
-    before = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
+    before = OnnxSession(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
     assert distance(outputs(model.graph, x), before) < 1e-5
 
 

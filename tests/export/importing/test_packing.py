@@ -14,11 +14,11 @@ import fedprune_export as fx
 from fedprune.core.errors import DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_export.bundles.conversion import onnx_file, state_dict, state_parity
-from fedprune_export.checks.labelled_data import measured
+from fedprune_export.bundles.conversion import check_state_parity, onnx_file, state_dict
+from fedprune_export.checks.labelled_data import load_scored_data
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph
@@ -35,13 +35,13 @@ class Fusion(nn.Module):
         super().__init__()
         self.input_shape = {"motion": (3, STEPS), "place": (), "frame": (2, 4, 4)}
         self.input_dtype = {"place": "int64", "frame": torch.uint8}
-        self.moves, self.sees = nn.Conv1d(3, 8, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
+        self.is_geometric, self.sees = nn.Conv1d(3, 8, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
         self.places, self.joint = nn.Embedding(5, 4), nn.Linear(18, 16)
         self.kind, self.path = nn.Linear(16, 3), nn.Linear(16, 4)
 
     def forward(self, motion: Tensor, place: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
         seen = torch.tanh(self.sees(frame.float() / 255)).mean((2, 3))
-        moved = torch.tanh(self.moves(motion)).mean(2)
+        moved = torch.tanh(self.is_geometric(motion)).mean(2)
         both = torch.tanh(self.joint(torch.cat([moved, seen, self.places(place)], 1)))
         return self.kind(both), self.path(both).unflatten(1, (2, 2))
 
@@ -97,7 +97,7 @@ def test_rows_hold_inputs_by_name_and_outputs_in_order(made: tuple[fx.Model, Fus
     x = load_inputs(str(tmp_path / "own.npz"))
     wanted = torch.cat([o.flatten(1) for o in of_torch(module, arrays)], 1)
     for one in (model, import_onnx(model.graph.to_bytes(), "again")):
-        found = Session(one.graph.to_bytes()).run({"x": np.asarray(x)}, ["logits"])["logits"]
+        found = OnnxSession(one.graph.to_bytes()).run({"x": np.asarray(x)}, ["logits"])["logits"]
         assert np.allclose(found, wanted.detach(), atol=1e-5)
 
 
@@ -123,10 +123,10 @@ def test_boards_train_what_torch_trains(made: tuple[fx.Model, Fusion], tmp_path:
 def test_a_cut_model_takes_the_same_rows(made: tuple[fx.Model, Fusion]) -> None:
     model, _ = made
     whole = Selection.full(model.architecture)
-    graph = cut(model, whole.narrowed([size // 2 for size in model.architecture.sizes]))
+    graph = cut(model, whole.with_widths([size // 2 for size in model.architecture.sizes]))
     x = np.random.default_rng(0).normal(size=(3, 63)).astype(np.float32)
     x[:, -1] = [0, 1, 4]
-    assert Session(graph.to_bytes()).run({"x": x}, ["logits"])["logits"].shape == (3, 7)
+    assert OnnxSession(graph.to_bytes()).run({"x": x}, ["logits"])["logits"].shape == (3, 7)
 
 
 def test_several_outputs_need_a_loss_of_them_all() -> None:
@@ -171,9 +171,9 @@ def two_inputs(count: int = 40) -> dict[str, np.ndarray[Any, Any]]:
 def test_an_export_is_measured_on_named_arrays(tmp_path: Path, ending: str) -> None:
     module, arrays = Two(), two_inputs()
     np.savez(tmp_path / "two.npz", **{f"{n}{ending}": v for n, v in arrays.items()})
-    found = measured(tmp_path / "two.npz", fx.load(module), Recipe())
+    found = load_scored_data(tmp_path / "two.npz", fx.load(module), Recipe())
     logits = module(torch.tensor(arrays["b"], dtype=torch.float32), torch.tensor(arrays["a"]))
-    assert found.whole == float(np.mean(logits.argmax(1).numpy() == arrays["y"]))
+    assert found.full_score == float(np.mean(logits.argmax(1).numpy() == arrays["y"]))
 
 
 class NamedX(nn.Module):
@@ -195,7 +195,7 @@ def test_an_input_called_x_is_given_by_name_or_within_the_row(tmp_path: Path) ->
     np.savez(tmp_path / "named.npz", x=x, m=m, y=y)
     np.savez(tmp_path / "row.npz", x=row, y=y)
     for file in ("named", "row"):
-        np.testing.assert_array_equal(measured(tmp_path / f"{file}.npz", model, Recipe()).x, row)
+        np.testing.assert_array_equal(load_scored_data(tmp_path / f"{file}.npz", model, Recipe()).x, row)
 
 
 @pytest.mark.parametrize(("name", "value"), [("a", None), ("a", np.zeros((40, 3)))])
@@ -203,7 +203,7 @@ def test_named_arrays_that_dont_fit_are_named(tmp_path: Path, name: str, value: 
     arrays = {n: v for n, v in {**two_inputs(), name: value}.items() if v is not None}
     np.savez(tmp_path / "two.npz", **arrays)
     with pytest.raises(DataError, match=r"array [ab]"):
-        measured(tmp_path / "two.npz", fx.load(Two()), Recipe())
+        load_scored_data(tmp_path / "two.npz", fx.load(Two()), Recipe())
 
 
 def test_a_state_dict_has_the_authors_names() -> None:
@@ -213,7 +213,7 @@ def test_a_state_dict_has_the_authors_names() -> None:
     for found in (model, again):
         state = state_dict(found.tensors, found.graph)
         assert set(state) == {n for n, _ in module.named_parameters()}
-        assert state_parity(state, found.graph, found.graph) == 0
+        assert check_state_parity(state, found.graph, found.graph) == 0
     module.load_state_dict({n: torch.tensor(v) for n, v in state.items()})
     half = {n: np.ones_like(v) for n, v in model.tensors.items()}
     assert torch.equal(fx.narrowed(module, half).lr, torch.ones(5))

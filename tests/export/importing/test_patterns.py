@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -33,7 +33,7 @@ def imported(build: Build, shape: tuple[int, ...] = SHAPE) -> Model:
     graph.outputs = [Port(graph.emit("MatMul", graph.emit("Flatten", value), "w"), F32, ("batch", 3))]
     model = import_onnx(graph.to_bytes(), "net")
     x = np.random.default_rng(1).standard_normal((7, *shape)).astype(np.float32)
-    before = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
+    before = OnnxSession(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
     assert distance(outputs(model.graph, x), before) < 1e-5
     return model
 

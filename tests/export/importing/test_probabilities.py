@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.training.step_graph import training_graph
@@ -60,7 +60,7 @@ def test_a_softmax_before_what_passes_it_on_is_removed_and_said(name: str) -> No
     model = import_onnx(raw(build, shape, places), "net")
     assert len(model.notes) == 1
     x = np.random.default_rng(1).standard_normal((3, 10, places) if places else (3, 10)).astype(np.float32)
-    plain = Session(raw(lambda g, logits: logits, (4,), places)).run({"image": x})["l"]
+    plain = OnnxSession(raw(lambda g, logits: logits, (4,), places)).run({"image": x})["l"]
     assert distance(outputs(model.graph, x).reshape(plain.shape), plain) < 1e-6
 
 

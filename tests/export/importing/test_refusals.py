@@ -12,7 +12,7 @@ from onnx import helper
 
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.training.step_graph import training_graph
@@ -147,7 +147,7 @@ def test_weights_that_are_stored_in_half_are_trained_in_float32() -> None:
     model = import_onnx(file, "net")
     assert {n: v.dtype for n, v in model.tensors.items()} == {"w": F32}
     x = random(3, 6)
-    assert distance(outputs(model.graph, x), Session(file).run({"image": x}).popitem()[1]) < 1e-6
+    assert distance(outputs(model.graph, x), OnnxSession(file).run({"image": x}).popitem()[1]) < 1e-6
 
 
 def test_a_model_without_weights_says_what_it_holds() -> None:

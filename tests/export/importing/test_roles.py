@@ -47,15 +47,15 @@ class Functional(nn.Module):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.how, self.w, self.fc = how, nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(8, 4)
+        self.how, self.window, self.fc = how, nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.how == "scaled":
-            kernel = self.w * 0.3
+            kernel = self.window * 0.3
         elif self.how == "squashed":
-            kernel = torch.tanh(self.w)
+            kernel = torch.tanh(self.window)
         else:
-            kernel = self.w - self.w.mean((1, 2, 3), keepdim=True)
+            kernel = self.window - self.window.mean((1, 2, 3), keepdim=True)
         return self.fc(torch.conv2d(x, kernel).relu().mean((2, 3)))
 
 

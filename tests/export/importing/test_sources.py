@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx, load, read_source
-from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write
+from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write_properties
 from fedprune_export.importing.timm_models import timm_name
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.trace import sample_feeds, vocabulary
+from fedprune_export.ir.trace import sample_feeds, vocabulary_size
 from fedprune_export.pruning.model import Model
 from support.nets import published_nets as zoo
 from support.nets import small_nets as nets
@@ -99,7 +99,7 @@ def test_a_frozen_parameter_that_is_renamed() -> None:
 @pytest.mark.parametrize("key", [FROZEN_KEY, PARAMETERS_KEY])
 def test_metadata_that_make_no_sense_are_refused(lenet_bytes: bytes, key: str, text: str) -> None:
     proto = onnx.load_model_from_string(lenet_bytes)
-    write(proto, {key: text})
+    write_properties(proto, {key: text})
     with pytest.raises(ModelError, match=f"metadata {key}"):
         import_onnx(proto.SerializeToString(), "net")
 
@@ -156,11 +156,11 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(37, 16), nn.Embedding(6, 16)
+        self.takes_tokens, self.places = nn.Embedding(37, 16), nn.Embedding(6, 16)
         self.hidden, self.out = nn.Linear(16, 8), nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.relu(self.hidden(self.tokens(x) + self.places(torch.arange(6)))).mean(1))
+        return self.out(torch.relu(self.hidden(self.takes_tokens(x) + self.places(torch.arange(6)))).mean(1))
 
 
 @pytest.mark.parametrize("example", [False, True])
@@ -171,11 +171,11 @@ def test_identifiers_as_input(example: bool) -> None:
     x = np.random.default_rng(0).integers(0, 37, (7, 6))
     assert model.graph.inputs[0].dtype == np.int64
     assert model.architecture.input_shape == (6,)
-    assert vocabulary(model.graph) == 37
+    assert vocabulary_size(model.graph) == 37
     assert {t.name: t.kind for t in model.architecture.tensors}["tokens.weight"] == "weight"
     with torch.no_grad():
         expected = module(torch.from_numpy(x)).numpy()
-    assert distance(Session(model.graph.to_bytes()).run({"x": x})["logits"], expected) < 1e-5
+    assert distance(OnnxSession(model.graph.to_bytes()).run({"x": x})["logits"], expected) < 1e-5
     drawn = sample_feeds(model.graph, 500)["x"]
     assert (drawn.min(), drawn.max()) == (0, 36)
 

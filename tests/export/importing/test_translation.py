@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features, Recipe
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.checks.step_feeds import step_feeds
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
@@ -37,7 +37,7 @@ def imported(build: Build, shape: tuple[int, ...], size: int, opset: int) -> Mod
     graph.outputs = [Port(graph.emit("MatMul", graph.emit("Flatten", value), "last"), F32, ("batch", 3))]
     model = import_onnx(graph.to_bytes(), "net")
     x = np.random.default_rng(1).standard_normal((7, *shape)).astype(np.float32)
-    before = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
+    before = OnnxSession(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
     assert distance(outputs(model.graph, x), before) < 1e-5
     return model
 
@@ -107,7 +107,7 @@ def test_seldom_pools_and_norms_are_primitives(op: str, attrs: dict[str, Any], s
 
     model = imported(build, (4, 4, 5), size, 17)
     assert op not in {n.op for n in model.graph.nodes}
-    step = Session(training_graph(model, Features()).to_bytes(), training=True)
+    step = OnnxSession(training_graph(model, Features()).to_bytes(), training=True)
     x, y = np.zeros((2, 4, 4, 5), np.float32), np.zeros(2, np.int64)
     following = step.run(step_feeds(step.inputs, Recipe(), model.tensors, x, y, 3))
     assert all(np.isfinite(value).all() for value in following.values())
@@ -212,7 +212,7 @@ def _raw(
 
 def _same(raw: bytes, shape: tuple[int, ...]) -> Model:
     model, x = import_onnx(raw, "net"), random(7, *shape)
-    assert distance(outputs(model.graph, x), Session(raw).run({"x": x})["y"]) < 1e-5
+    assert distance(outputs(model.graph, x), OnnxSession(raw).run({"x": x})["y"]) < 1e-5
     return model
 
 

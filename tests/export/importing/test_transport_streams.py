@@ -13,7 +13,7 @@ from torch import nn
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.optimal_transport import align
-from fedprune.strategies.optimal_transport.layer_order import after_sums, steps
+from fedprune.strategies.optimal_transport.layer_order import after_sums, layer_steps
 from fedprune_export.importing import export_torch, import_onnx
 from support.nets import whole_models
 from support.oracles.pot_plans import pot
@@ -130,5 +130,5 @@ def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None
 )
 def test_what_follows_a_sum_is_found_in_the_table_of_layers(name: str, found: set[str]) -> None:
     net = whole_models.imported(name).architecture
-    after = [n for names in after_sums(net, steps(net)).values() for n in names]
+    after = [n for names in after_sums(net, layer_steps(net)).values() for n in names]
     assert {n.rpartition(".")[0] for n in after} == found

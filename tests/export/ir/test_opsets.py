@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx
-from fedprune_export.importing.torch_export import quiet
+from fedprune_export.importing.torch_export import silence_libraries
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.opset_lowering import OPSETS
+from fedprune_export.ir.opset_lowering import WRITABLE_OPSETS
 from support.nets import opset_graphs
 
 pytestmark = pytest.mark.torch
@@ -27,10 +27,10 @@ GRAPHS = opset_graphs.graphs()
 
 
 def run(graph: Graph, feeds: dict[str, Any], opset: int) -> dict[str, Any]:
-    return Session(opset_graphs.checked(graph, opset)).run(feeds)
+    return OnnxSession(opset_graphs.checked(graph, opset)).run(feeds)
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", WRITABLE_OPSETS)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_opset_gives_the_same_numbers(name: str, opset: int) -> None:
     graph, feeds = GRAPHS[name]
@@ -44,7 +44,7 @@ def test_every_opset_gives_the_same_numbers(name: str, opset: int) -> None:
 NATIVE = {"Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23, "LayerNormalization": 17}
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", WRITABLE_OPSETS)
 def test_what_an_opset_has_is_written_as_it_is(opset: int) -> None:
     ops = {n.op_type for n in onnx.load_model_from_string(opset_graphs.forms().to_bytes(opset=opset)).graph.node}
     assert {op for op in NATIVE if op in ops} == {op for op, since in NATIVE.items() if opset >= since}
@@ -87,7 +87,7 @@ def test_composites_are_what_torch_computes(case: int, opset: int) -> None:
     graph.outputs = [Port(graph.emit(op, "x", *("s", "b")[:vectors], attrs=attrs), F32, ("N", 6, 6))]
     rng = np.random.default_rng(0)
     feeds = {"x": rng.standard_normal((4, 6, 6)), "s": rng.standard_normal(6), "b": rng.standard_normal(6)}
-    found = Session(graph.to_bytes(opset=opset)).run({k: v.astype(np.float32) for k, v in feeds.items()})
+    found = OnnxSession(graph.to_bytes(opset=opset)).run({k: v.astype(np.float32) for k, v in feeds.items()})
     expected = oracle(*(torch.from_numpy(v) for v in feeds.values())).numpy()
     np.testing.assert_allclose(found[graph.outputs[0].name], expected, atol=2e-6)
 
@@ -103,7 +103,7 @@ class Everything(nn.Module):
         self.root, self.fc = nn.RMSNorm(8), nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self.group(self.conv(x)).chunk(2, 1)
+        a, b = self.group(self.conv(x)).on_chunk(2, 1)
         h = torch.cat([functional.gelu(a), functional.mish(b)], 1).flatten(2).transpose(1, 2)
         q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in (self.layer(h), self.root(h), h))
         h = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -117,12 +117,12 @@ def test_what_torch_exports_at_any_opset_is_the_same_graph(opset: int) -> None:
     module = Everything().eval()
     shapes = ({0: torch.export.Dim("N", min=1)},)
     settings: dict[str, Any] = {"dynamo": True, "optimize": False, "verbose": False, "dynamic_shapes": shapes}
-    with quiet():
+    with silence_libraries():
         program = torch.onnx.export(module, (torch.zeros(2, 8, 6, 6),), opset_version=opset, **settings)
     graph = import_onnx(program.model_proto.SerializeToString(), "net").graph
     x = torch.randn(7, 8, 6, 6)
     ops = [n.op for n in graph.nodes]
-    found = Session(graph.to_bytes()).run({"x": x.numpy()})["logits"]
+    found = OnnxSession(graph.to_bytes()).run({"x": x.numpy()})["logits"]
     assert {"GroupNormalization", "Gelu", "Mish", "LayerNormalization", "RMSNormalization", "Split"} <= set(ops)
     assert not {"InstanceNormalization", "Attention", "SplitToSequence", "Softplus", "Reciprocal"} & set(ops)
     np.testing.assert_allclose(found, module(x).detach().numpy(), atol=1e-5)

@@ -22,9 +22,9 @@ from torch import nn
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
 from fedprune.model.selection import Selection
-from fedprune.runtime.precision import CALIBRATION_SAMPLES, RANGES, lowered_weights, measured_ranges, prepare
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, RANGES, lowered_weights, measure_ranges, prepare_tensors
 from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.serving.predictor import Predictor
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
@@ -115,7 +115,7 @@ def bundle(folder: Path, model: Model, selection: Selection, precision: str, x: 
 
 def logits_of(path: Path, x: Array) -> Array:
     """Outputs of a graph, of int8's own kernels where they are exact."""
-    return Session(path, exact=saturates()).run({"x": x})["logits"]
+    return OnnxSession(path, exact=saturates()).run({"x": x})["logits"]
 
 
 def unoptimised(path: Path, x: Array) -> Array:
@@ -266,7 +266,7 @@ def test_int8_tensors_are_those_of_the_formulas(tmp_path: Path) -> None:
     x = inputs(model, 64)
     selection = Selection.of(model.architecture, model.architecture.sizes)
     bundle(tmp_path, model, selection, "int8", x)
-    held, w = tensorfile.load(tmp_path / "int8.safetensors"), model.tensors
+    held, w = tensorfile.load_tensors(tmp_path / "int8.safetensors"), model.tensors
     factor = w["norm.weight"] / np.sqrt(w["norm.running_var"] + 1e-5)
     weight = w["first.weight"] * factor[:, None]
     bias = (w["first.bias"] - w["norm.running_mean"]) * factor + w["norm.bias"]
@@ -321,7 +321,7 @@ def test_float16_says_the_type_of_every_value(name: str, tmp_path: Path) -> None
         "LSTM",
         "GlobalAveragePool",
     }
-    assert any("LSTM" in s for s in lowered.stays) == (name == "lstm")
+    assert any("LSTM" in s for s in lowered.float32_nodes) == (name == "lstm")
 
 
 def test_layers_that_are_to_stay_do(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_layers_that_are_to_stay_do(tmp_path: Path) -> None:
     every = lower(model, model.architecture.sizes, "int8").layers
     lowered = lower(model, model.architecture.sizes, "int8", keep=(every[0], every[-1]))
     assert lowered.layers == every[1:-1]
-    assert len(lowered.stays) == 2
+    assert len(lowered.float32_nodes) == 2
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
@@ -344,8 +344,8 @@ def test_ranges_are_means_over_batches(tmp_path: Path) -> None:
     model = net("lenet")[1]
     x = inputs(model, 64)
     bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), "int8", x)
-    calibrate = Session(tmp_path / "calibrate-int8.onnx")
-    found = measured_ranges(calibrate, x)
+    calibrate = OnnxSession(tmp_path / "calibrate-int8.onnx")
+    found = measure_ranges(calibrate, x)
     halves = [calibrate.run({"x": p})[RANGES] for p in (x[:32], x[32:])]
     assert found == pytest.approx((halves[0] + halves[1]) / 2, rel=1e-6)
     assert found[0] == pytest.approx(
@@ -353,25 +353,25 @@ def test_ranges_are_means_over_batches(tmp_path: Path) -> None:
     )
     many = inputs(model, CALIBRATION_SAMPLES)
     more = np.concatenate([many, 1000 + many[:1]])
-    np.testing.assert_array_equal(measured_ranges(calibrate, more), measured_ranges(calibrate, many))
+    np.testing.assert_array_equal(measure_ranges(calibrate, more), measure_ranges(calibrate, many))
     with pytest.raises(ModelError, match="without samples"):
-        measured_ranges(calibrate, x[:0])
+        measure_ranges(calibrate, x[:0])
 
 
 def test_nonsense_is_not_prepared() -> None:
     model = net("lenet")[1]
-    graph = Session(lower(model, model.architecture.sizes, "int8").prepare)
+    graph = OnnxSession(lower(model, model.architecture.sizes, "int8").prepare)
     rows = int(graph.inputs[RANGES][1][0] or 0)
     ranges = np.tile(np.array([[-1, 1]], np.float32), (rows, 1))
     tensors = dict(model.tensors)
-    assert prepare(graph, tensors, ranges).keys() >= {RANGES}
+    assert prepare_tensors(graph, tensors, ranges).keys() >= {RANGES}
     for wrong in (ranges[:-1], ranges[:, ::-1], ranges * np.nan, ranges.astype(np.float64), ranges[:, :1]):
         with pytest.raises(ModelError):
-            prepare(graph, tensors, wrong)
+            prepare_tensors(graph, tensors, wrong)
     with pytest.raises(ModelError, match="needs ranges"):
-        prepare(graph, tensors)
+        prepare_tensors(graph, tensors)
     with pytest.raises(ModelError, match=r"missing: got conv1\.weight"):
-        prepare(graph, {n: v for n, v in tensors.items() if n != "conv1.weight"}, ranges)
+        prepare_tensors(graph, {n: v for n, v in tensors.items() if n != "conv1.weight"}, ranges)
     tensors["conv1.weight"] = tensors["conv1.weight"] * np.nan
     with pytest.raises(ModelError, match="not finite"):
-        prepare(graph, tensors, ranges)
+        prepare_tensors(graph, tensors, ranges)

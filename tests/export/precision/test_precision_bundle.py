@@ -12,7 +12,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ExitCode, ModelError
 from fedprune.runtime.bundle import MANIFEST, open_bundle
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graph_file, weights_file
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.cli.main import main as device
 from fedprune_export.cli.main import main
 from fedprune_server.simulation.digits import digits_model
@@ -55,7 +55,7 @@ def test_the_manifest_lists_what_was_asked_for(folder: Path) -> None:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of int8 as boards' processors compute them, also on an x86 processor without VNNI."""
     if saturates():
-        monkeypatch.setitem(Session.__init__.__kwdefaults__, "exact", True)
+        monkeypatch.setitem(OnnxSession.__init__.__kwdefaults__, "exact", True)
 
 
 def test_a_bundle_without_any_has_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,13 +114,13 @@ def test_verify_finds_weights_of_another_model(
     """Whoever has written the manifest anew has made digests right; the numbers are not."""
     for path in (folder / "bundle").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    tensors = dict(tensorfile.load(tmp_path / "int8.safetensors"))
+    tensors = dict(tensorfile.load_tensors(tmp_path / "int8.safetensors"))
     name = next(n for n in tensors if n.endswith("~weight"))
     tensors[name] = -tensors[name]
     raw = tensorfile.encode(tensors)
     (tmp_path / "int8.safetensors").write_bytes(raw)
     body = json.loads((tmp_path / MANIFEST).read_text())
-    body["files"]["int8.safetensors"] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
+    body["files"]["int8.safetensors"] = {"size": len(raw), "sha256": tensorfile.sha256_hex(raw)}
     (tmp_path / MANIFEST).write_text(json.dumps(body))
     assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
     assert "was not made from these weights" in capsys.readouterr().err

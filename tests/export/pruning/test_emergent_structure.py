@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from fedprune.model import step_contract
-from fedprune.model.element_mask import applied, gathered
+from fedprune.model.element_mask import apply_mask, gather_mask
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Active, Selection, Tensors
-from fedprune.model.step_contract import first_step
-from fedprune.runtime.session import Session
+from fedprune.model.selection import ElementMask, Selection, Tensors
+from fedprune.model.step_contract import first_step_feeds
+from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.element_ranking import prunable
-from fedprune.strategies.importance.structured_from_mask import surviving, survivors
+from fedprune.strategies.importance.structured_from_mask import surviving_selection, survivors
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
@@ -30,7 +30,7 @@ def model() -> Model:
     return import_onnx(export_torch(seeded(LeNet())), "lenet")
 
 
-def masked(model: Model, seed: int) -> tuple[Active, Tensors]:
+def masked(model: Model, seed: int) -> tuple[ElementMask, Tensors]:
     """A mask of single weights, whole filters and whole inputs, and the model's weights under it, without biases."""
     random, architecture = np.random.default_rng(seed), model.architecture
     active = {}
@@ -42,7 +42,7 @@ def masked(model: Model, seed: int) -> tuple[Active, Tensors]:
         active[name] = bits & (random.random((1, shape[1], *rest)) < 0.9)
     mask = active
     weights = {n: np.zeros_like(v) if n.endswith("bias") else v for n, v in model.tensors.items()}
-    return mask, applied(mask, weights)
+    return mask, apply_mask(mask, weights)
 
 
 def with_weights(model: Model, weights: Tensors) -> Model:
@@ -54,7 +54,7 @@ def with_weights(model: Model, weights: Tensors) -> Model:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_cut_net_predicts_what_the_masked_one_does(model: Model, seed: int) -> None:
     mask, weights = masked(model, seed)
-    selection = surviving(Selection.full(model.architecture), survivors(model.architecture, mask))
+    selection = surviving_selection(Selection.full(model.architecture), survivors(model.architecture, mask))
     assert sum(selection.widths) < sum(model.architecture.sizes)
     whole, x = with_weights(model, weights), inputs(model, 5)
     assert distance(outputs(cut(whole, selection), x), outputs(whole.graph, x)) < 1e-5
@@ -62,19 +62,19 @@ def test_the_cut_net_predicts_what_the_masked_one_does(model: Model, seed: int) 
 
 def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
     mask, weights = masked(model, 0)
-    selection = surviving(Selection.full(model.architecture), survivors(model.architecture, mask))
+    selection = surviving_selection(Selection.full(model.architecture), survivors(model.architecture, mask))
     recipe = Recipe(mask="hard", weight_decay=0.01, proximal=0.1, lr=0.1)
-    session = Session(training_graph(model, recipe.features).to_bytes(), training=True)
+    session = OnnxSession(training_graph(model, recipe.features).to_bytes(), training=True)
     x, y = inputs(model, 6), np.arange(6)
 
-    def after(tensors: Tensors, bits: Active) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-        fed = {step_contract.X: x, step_contract.Y: y, **first_step(recipe, tensors, session.inputs, y, 10)}
-        fed |= {step_contract.mask(n): m.astype(np.float32) for n, m in bits.items()}
+    def after(tensors: Tensors, bits: ElementMask) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+        fed = {step_contract.X: x, step_contract.Y: y, **first_step_feeds(recipe, tensors, session.inputs, y, 10)}
+        fed |= {step_contract.mask_name(n): m.astype(np.float32) for n, m in bits.items()}
         got = session.run(fed)
-        return {n: got[step_contract.following(n)] for n in tensors} | {"loss": got[step_contract.LOSS]}
+        return {n: got[step_contract.next_name(n)] for n in tensors} | {"loss": got[step_contract.LOSS]}
 
     whole = after(weights, mask)
-    small = after(selection.gather(weights), gathered(mask, selection))
+    small = after(selection.gather(weights), gather_mask(mask, selection))
     assert small.pop("loss") == pytest.approx(float(whole.pop("loss")), rel=1e-5)
     for name, value in selection.gather(whole).items():
         np.testing.assert_allclose(small[name], value, atol=1e-6, err_msg=name)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedprune.model.architecture import TensorKind, widths_at
-from fedprune.model.nested_widths import just_made, nested
+from fedprune.model.nested_widths import is_untrained, nest_widths
 from fedprune.model.selection import Selection
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph
@@ -31,7 +31,7 @@ def started(model: Model) -> Model:
     """The model with a nested start."""
     graph, tensors = (
         model.graph,
-        nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS]),
+        nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS]),
     )
     new = Graph(
         nodes=graph.nodes, inputs=graph.inputs, outputs=graph.outputs, initializers={**graph.initializers, **tensors}
@@ -61,7 +61,7 @@ def test_only_weights_of_pairs_that_wider_models_alone_have_are_silent(imported:
     model = imported(name)
     before, after = (
         model.tensors,
-        nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS]),
+        nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS]),
     )
     silent = {n for n in before if not np.array_equal(before[n], after[n])}
     assert silent
@@ -97,7 +97,7 @@ class Reads(nn.Module):
 )
 def test_what_is_silent_is_an_input_of_a_sum_and_nothing_else(layer: Callable[[], nn.Module], silent: bool) -> None:
     model = described(nets.seeded(Reads(layer())))
-    start = nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
+    start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
     name = "layer.weight"
     assert np.array_equal(start[name], model.tensors[name]) is not silent
     made = architecture_axis(model, name)
@@ -140,12 +140,12 @@ def described(net: nn.Module) -> Model:
 @pytest.mark.parametrize("steps", [0, 1])
 def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int) -> None:
     model = described(learnt(fresh(kind), steps))
-    start = nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
-    assert just_made(model.architecture, model.tensors) == (steps == 0)
-    assert just_made(model.architecture, start) == (steps == 0), "its own start changes nothing of that"
+    start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
+    assert is_untrained(model.architecture, model.tensors) == (steps == 0)
+    assert is_untrained(model.architecture, start) == (steps == 0), "its own start changes nothing of that"
 
 
 @pytest.mark.parametrize("steps", [0, 1, 30])
 def test_without_normalisations_the_bounds_of_drawn_weights_tell_whether_a_model_was_just_made(steps: int) -> None:
     model = described(learnt(fresh(nets.LeNet), steps))
-    assert just_made(model.architecture, model.tensors) == (steps == 0)
+    assert is_untrained(model.architecture, model.tensors) == (steps == 0)

@@ -10,9 +10,9 @@ from typing import Literal
 import pytest
 import torch
 
-from fedprune.model.recipe import CUSTOM, Features
+from fedprune.model.recipe import CUSTOM_LOSS, Features
 from fedprune.model.selection import Selection
-from fedprune_export.pruning.cut import cut, masked
+from fedprune_export.pruning.cut import cut, masked_graph
 from support.marks import marked
 from support.nets import whole_models
 from support.nets.whole_models import MODELS, OURS, TASKS
@@ -64,7 +64,7 @@ def test_a_cut_equals_the_masked_original(name: str) -> None:
     model = whole_models.imported(name)
     for density in DENSITIES:
         selection = random_selection(model, density, seed=int(density * 100))
-        small, whole = cut(model, selection), masked(model, selection)
+        small, whole = cut(model, selection), masked_graph(model, selection)
         for batch in BATCHES:
             x = whole_models.samples(name, batch)
             assert distance(outputs(small, x), outputs(whole, x)) < BOUND, (density, batch)
@@ -90,7 +90,7 @@ def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "
     model = whole_models.imported(name, prefer)
     trained = Trained(model)
     if MODELS[name].values:
-        trained = Trained(model, Features(loss=CUSTOM), lambda x, y: whole_models.squared(x, y).mean())
+        trained = Trained(model, Features(loss=CUSTOM_LOSS), lambda x, y: whole_models.squared(x, y).mean())
     sizes = [6] * SEEDS
     if not any(n.op == "BatchNormalization" for n in model.graph.nodes):
         sizes += [1] * SEEDS
@@ -101,5 +101,5 @@ def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "
     half = random_selection(model, 0.5, seed=3)
     for net, selection in ((MODELS[name].make(), Selection.full(model.architecture)), (cut(model, half), half)):
         far = trained.distances(net, selection.gather(model.tensors), batches)
-        assert far.near, (selection.whole, far.ours, far.torch)
-        assert far.excess(far.worst) <= TENSOR, (selection.whole, far.worst)
+        assert far.local_store, (selection.is_full, far.ours, far.torch)
+        assert far.excess(far.worst_limit) <= TENSOR, (selection.is_full, far.worst_limit)

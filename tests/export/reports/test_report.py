@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ExitCode
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.checks import labelled_data
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
@@ -32,7 +32,7 @@ def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
     layers = [r for r in json.loads((bundle / "report.json").read_text())["layers"] if r["weight"]]
-    small = tensorfile.load(bundle / "weights.safetensors")
+    small = tensorfile.load_tensors(bundle / "weights.safetensors")
     whole = {t.name: tuple(t.dims) for t in onnx.load(digits).graph.initializer}
     assert [r["weight"] for r in layers] == ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
     for row in layers:
@@ -46,7 +46,7 @@ def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
     proto = onnx.load(bundle / "inference.onnx")
     made = {n.name: n.output[0] for n in proto.graph.node}
     proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in made.values() if v != "logits")
-    out = Session(proto.SerializeToString()).run({"x": np.zeros((1, 1, 8, 8), np.float32)})
+    out = OnnxSession(proto.SerializeToString()).run({"x": np.zeros((1, 1, 8, 8), np.float32)})
     rows = json.loads((bundle / "report.json").read_text())["layers"]
     assert len(rows) > 4
     for row in rows:
@@ -86,10 +86,10 @@ def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> 
 def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the whole model's own answers as labels it is right always; the bundle is right where they agree."""
     x, _ = load_digits()
-    own = Session(digits).run({"x": x})["logits"].argmax(axis=1)
+    own = OnnxSession(digits).run({"x": x})["logits"].argmax(axis=1)
     np.savez(tmp_path / "data.npz", x=x, y=own)
     assert export(digits, tmp_path / "b", "--data", str(tmp_path / "data.npz")) == ExitCode.OK
-    mine = Session(tmp_path / "b" / "inference.onnx").run({"x": x})["logits"].argmax(axis=1)
+    mine = OnnxSession(tmp_path / "b" / "inference.onnx").run({"x": x})["logits"].argmax(axis=1)
     found = json.loads((tmp_path / "b" / "report.json").read_text())["accuracy"]
     assert found == {
         "measure": "accuracy",
@@ -106,7 +106,9 @@ def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys
 def test_a_test_split_is_taken_first(digits: Path, tmp_path: Path) -> None:
     x, y = load_digits()
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:50], y_test=y[:50])
-    data = labelled_data.read(tmp_path / "data.npz", import_onnx(digits.read_bytes(), "d").architecture, np.float32)
+    data = labelled_data.read_labelled_data(
+        tmp_path / "data.npz", import_onnx(digits.read_bytes(), "d").architecture, np.float32
+    )
     assert len(data.x) == len(data.y) == 50
 
 
@@ -133,7 +135,7 @@ def test_data_that_does_not_fit_is_refused(
     np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
     architecture = import_onnx(digits.read_bytes(), "d").architecture
     with pytest.raises(DataError, match=said):
-        labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
+        labelled_data.read_labelled_data(tmp_path / "data.npz", architecture, np.float32)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x93NUMPY"])
@@ -179,7 +181,7 @@ def test_labels_of_every_kind_are_scored(digits: Path, tmp_path: Path) -> None:
     wrong[0, :5] = 1 - wrong[0, :5]
     np.savez(tmp_path / "multi.npz", x=X, y=wrong)
     np.savez(tmp_path / "values.npz", x=X, y=out + 0.5)
-    multi = labelled_data.read(tmp_path / "multi.npz", architecture, np.float32, "multi")
-    values = labelled_data.read(tmp_path / "values.npz", architecture, np.float32, "values")
+    multi = labelled_data.read_labelled_data(tmp_path / "multi.npz", architecture, np.float32, "multi")
+    values = labelled_data.read_labelled_data(tmp_path / "values.npz", architecture, np.float32, "values")
     assert multi.score(lambda x: out[: len(x)]) == pytest.approx(1 - 5 / 40)
     assert values.score(lambda x: out[: len(x)]) == pytest.approx(0.5, rel=1e-6)

@@ -17,10 +17,10 @@ from torch.nn import functional
 
 import fedprune_export as fx
 from fedprune.core.errors import ConfigError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.augmentation import AugmentPlan
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import AUGMENT
+from fedprune.model.step_contract import AUGMENT_METADATA
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.augmentation import augment_labels, augment_samples
 from fedprune_device.training.trainer import Trainer, TrainingTask
@@ -104,12 +104,12 @@ def model_of(net: str) -> Model:
 def plan_of(model: str, *augment: str, **recipe: Any) -> AugmentPlan:
     """The plan of a training graph, as a board reads it."""
     features = Recipe(augment=augment, **recipe).features
-    return AugmentPlan.from_json(training_graph(model_of(model), features).metadata[AUGMENT])
+    return AugmentPlan.from_json(training_graph(model_of(model), features).metadata[AUGMENT_METADATA])
 
 
 def drawn(shape: tuple[int, ...], plan: AugmentPlan, seed: int, n: int = 7) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((n, *shape)).astype(np.float32), rng.random((n, plan.numbers), np.float32)
+    return rng.standard_normal((n, *shape)).astype(np.float32), rng.random((n, plan.random_count), np.float32)
 
 
 def flip(x: Array, u: Array) -> Array:
@@ -301,11 +301,11 @@ def test_a_board_trains_on_augmented_samples_and_labels(accumulate: int) -> None
     data = LocalData(x, y, x[:0], y[:0])
     got = Trainer(graph.to_bytes()).train(tensors, data, task)
     assert got.loss_first == Trainer(graph.to_bytes()).train(tensors, data, task).loss_first
-    plan = AugmentPlan.from_json(graph.metadata[AUGMENT])
-    order, count = keyed(7, 1, "d", "batches", 0).permutation(8), plan.numbers
+    plan = AugmentPlan.from_json(graph.metadata[AUGMENT_METADATA])
+    order, count = keyed_generator(7, 1, "d", "batches", 0).permutation(8), plan.random_count
     samples, labels = [], []
     for number, rows in enumerate(np.array_split(order, accumulate)):
-        u = keyed(7, 1, "d", "augment", 1, number).random((len(rows), count), np.float32)
+        u = keyed_generator(7, 1, "d", "augment", 1, number).random((len(rows), count), np.float32)
         samples.append(augment_samples(plan, x[rows], u))
         labels.append(augment_labels(plan, y[rows], u))
     net = Pixels(whole=False)

@@ -12,11 +12,11 @@ from torch import nn
 
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
-from fedprune.model.dropout import DropoutMasks, sized, solved_sizes
+from fedprune.model.dropout import DropoutMasks, shape_in_numbers, solve_sizes
 from fedprune.model.recipe import Features, Recipe
 from fedprune.model.selection import Selection
-from fedprune.model.step_contract import first_step
-from fedprune.runtime.session import Session
+from fedprune.model.step_contract import first_step_feeds
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.bundles.conversion import onnx_file
@@ -103,11 +103,11 @@ def model_of(kind: str) -> Model:
     return MODELS[kind]
 
 
-def step_of(model: Model, **features: Any) -> Session:
-    return Session(training_graph(model, Features(**features)).to_bytes(), training=True)
+def step_of(model: Model, **features: Any) -> OnnxSession:
+    return OnnxSession(training_graph(model, Features(**features)).to_bytes(), training=True)
 
 
-def masks_of(session: Session) -> DropoutMasks:
+def masks_of(session: OnnxSession) -> DropoutMasks:
     return DropoutMasks.of(session.inputs, session.metadata)
 
 
@@ -125,7 +125,7 @@ def test_gradients_are_torchs_with_the_same_masks_at_every_width(kind: str, widt
     tensors = selection.gather(model.tensors)
     session = step_of(model, gradients=True)
     x, y = samples_of(model)
-    feeds = first_step(Recipe(report_squares=True), tensors, session.inputs, y, CLASSES)
+    feeds = first_step_feeds(Recipe(report_squares=True), tensors, session.inputs, y, CLASSES)
     masks = masks_of(session)
     drawn = masks.draw(feeds, SAMPLES, 7, "key")
     assert sorted(masks.ratios.values()) == sorted(ratios)
@@ -139,7 +139,7 @@ def test_gradients_are_torchs_with_the_same_masks_at_every_width(kind: str, widt
     loss.backward()
     np.testing.assert_allclose(out[step_contract.LOSS], loss.item(), rtol=1e-5)
     for name, value in module.named_parameters():
-        np.testing.assert_allclose(out[step_contract.gradient(name)], value.grad.numpy(), atol=1e-5)
+        np.testing.assert_allclose(out[step_contract.gradient_name(name)], value.grad.numpy(), atol=1e-5)
 
 
 def test_masks_have_one_number_for_what_is_dropped_together() -> None:
@@ -158,10 +158,10 @@ def test_nothing_is_dropped_in_inference(kind: str) -> None:
     written = onnx.load_from_string(inference_model(model, selection.widths))
     assert "Dropout" not in {n.op_type for n in written.graph.node}
     session, (x, y) = step_of(model), samples_of(model)
-    feeds = first_step(Recipe(), model.tensors, session.inputs, y, CLASSES)
+    feeds = first_step_feeds(Recipe(), model.tensors, session.inputs, y, CLASSES)
     feeds |= masks_of(session).ones(feeds, SAMPLES)
     loss = session.run({**feeds, step_contract.X: x, step_contract.Y: y}, [step_contract.LOSS])[step_contract.LOSS]
-    logits = Session(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
+    logits = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
     assert float(loss) == pytest.approx(
         nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(y)).item(), rel=1e-5
     )
@@ -181,7 +181,7 @@ def test_training_drops_by_seed_round_and_device_and_measures_without() -> None:
     first, again, later = trained(), trained(), trained(2)
     assert all(np.array_equal(first[n], again[n]) for n in first)
     assert any(not np.array_equal(first[n], later[n]) for n in first)
-    logits = Session(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
+    logits = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
     expected = nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(y)).item()
     assert trainer.loss(model.tensors, data, recipe, CLASSES, 24) == pytest.approx(expected, rel=1e-5)
 
@@ -322,21 +322,21 @@ class Attention(nn.Module):
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.way, self.fc = way, nn.Linear(6, CLASSES)
+        self.method, self.fc = way, nn.Linear(6, CLASSES)
         self.heads = nn.MultiheadAttention(6, 2, dropout=0.3, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ratio, parts = 0.3 if self.training else 0.0, x.unflatten(2, (2, 3)).transpose(1, 2)
         near = torch.ones(4, 4).tril(1)
-        if self.way == "heads":
+        if self.method == "heads":
             return self.fc(self.heads(x, x, x, attn_mask=near.log())[0].mean(1))
         attend = nn.functional.scaled_dot_product_attention
-        if self.way == "causal":
+        if self.method == "causal":
             y = attend(parts, parts, parts, dropout_p=ratio, is_causal=True)
-        elif self.way == "shared":
+        elif self.method == "shared":
             y = attend(parts, parts[:, :1], parts[:, 1:], dropout_p=ratio, enable_gqa=True)
         else:
-            y = attend(parts, parts, parts, near.bool() if self.way == "truths" else near.log(), ratio)
+            y = attend(parts, parts, parts, near.bool() if self.method == "truths" else near.log(), ratio)
         return self.fc(y.transpose(1, 2).flatten(2).mean(1))
 
 
@@ -345,7 +345,7 @@ def test_attention_with_dropout_is_exported_as_torch_computes_it(way: str) -> No
     module = Attention(way)
     model = import_onnx(export_torch(module), way)
     x, _ = samples_of(model)
-    logits = Session(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
+    logits = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
     np.testing.assert_allclose(logits, module.eval()(torch.tensor(x)).detach().numpy(), atol=1e-5)
     assert list(masks_of(step_of(model)).ratios.values()) == [0.3]
 
@@ -406,14 +406,14 @@ def test_axes_of_a_damaged_file_are_refused(text: str) -> None:
 
 def test_sizes_are_solved_from_the_shapes_of_weights() -> None:
     pairs = {"a": (("g0*9+16", 3), (43, 3)), "b": (("g0+g1",), (7,)), "c": (("g1*g2",), (20,))}
-    sizes = solved_sizes(pairs)
+    sizes = solve_sizes(pairs)
     assert sizes == {"g0": 3, "g1": 4, "g2": 5}
-    assert sized(("N", "N*g0*2+-1", 7), {**sizes, "N": 2}) == (2, 11, 7)
+    assert shape_in_numbers(("N", "N*g0*2+-1", 7), {**sizes, "N": 2}) == (2, 11, 7)
     with pytest.raises(TrainingError):
-        sized(("g9",), sizes)
+        shape_in_numbers(("g9",), sizes)
 
 
 @pytest.mark.parametrize("ratios", ["[]", '{"d::keep": 2}'])
 def test_masks_without_ratios_are_refused(ratios: str) -> None:
     with pytest.raises(TrainingError):
-        DropoutMasks.of({"d::keep": ("tensor(float)", ("N", 3))}, {step_contract.DROPOUT: ratios})
+        DropoutMasks.of({"d::keep": ("tensor(float)", ("N", 3))}, {step_contract.DROPOUT_METADATA: ratios})

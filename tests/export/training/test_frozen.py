@@ -14,7 +14,7 @@ from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Features
 from fedprune.model.trainable import trained_tensors
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
@@ -88,13 +88,13 @@ def oracle(model: Model, trained: set[str], moving: set[str], fed: Arrays, dtype
         net(torch.tensor(fed[step_contract.X], dtype=dtype)), torch.tensor(fed[step_contract.Y])
     )
     loss.backward()
-    out = {step_contract.gradient(n): p.grad.numpy().copy() for n, p in leaves.items() if p.grad is not None}
+    out = {step_contract.gradient_name(n): p.grad.numpy().copy() for n, p in leaves.items() if p.grad is not None}
     optimizer.step()
     state = net.state_dict()
     return (
         out
         | {step_contract.LOSS: loss.detach().numpy()}
-        | {step_contract.following(n): state[n].numpy() for n in trained | moving}
+        | {step_contract.next_name(n): state[n].numpy() for n in trained | moving}
     )
 
 
@@ -110,7 +110,7 @@ FREEZES = {
 def scopes(model: Model, features: Features) -> tuple[set[str], set[str]]:
     trained = {t.name for t in trained_tensors(model.architecture, features)}
     made = {p.name for p in training_graph(model, features).outputs}
-    return trained, {t.name for t in model.architecture.statistics if step_contract.following(t.name) in made}
+    return trained, {t.name for t in model.architecture.statistics if step_contract.next_name(t.name) in made}
 
 
 @pytest.mark.parametrize("name", FREEZES)
@@ -128,7 +128,7 @@ def test_what_is_trained_moves_as_in_torch(model: Model, name: str) -> None:
         )
         for order in orders
     ]
-    got = Session(graph.to_bytes(), training=True).run(fed)
+    got = OnnxSession(graph.to_bytes(), training=True).run(fed)
     assert {n for n in got if "::momentum" not in n and n != step_contract.HITS} == set(exact)
 
     def size(value: Any) -> float:
@@ -149,7 +149,7 @@ def test_frozen_tensors_bring_nothing_and_give_nothing(model: Model, name: str) 
     features = FREEZES[name]
     graph = training_graph(model, features)
     trained, moving = scopes(model, features)
-    assert {p.name for p in graph.inputs if "::" in p.name} == {step_contract.buffer(n) for n in trained}
+    assert {p.name for p in graph.inputs if "::" in p.name} == {step_contract.momentum_name(n) for n in trained}
     made = {p.name.partition("::")[0] for p in graph.outputs} - {step_contract.LOSS, step_contract.HITS}
     assert made == trained | moving
     assert {t.name for t in model.architecture.tensors} <= {p.name for p in graph.inputs}
@@ -168,10 +168,10 @@ def test_no_gradient_flows_below_the_lowest_trained_layer(model: Model) -> None:
 def test_what_the_model_froze_stays_frozen(model: Model) -> None:
     frozen = replace(model, frozen=("conv1.weight", "conv1.bias"))
     names = {p.name for p in training_graph(frozen, Features()).inputs}
-    assert step_contract.buffer("conv1.weight") not in names
-    assert step_contract.buffer("norm1.weight") in names
+    assert step_contract.momentum_name("conv1.weight") not in names
+    assert step_contract.momentum_name("norm1.weight") in names
     named = {p.name for p in training_graph(frozen, Features(trainable=("conv1.weight",))).inputs}
-    assert {n for n in named if "::" in n} == {step_contract.buffer("conv1.weight")}
+    assert {n for n in named if "::" in n} == {step_contract.momentum_name("conv1.weight")}
 
 
 def test_a_norm_with_half_of_its_statistics_frozen_is_refused(model: Model) -> None:

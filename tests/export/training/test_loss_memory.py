@@ -15,7 +15,7 @@ import fedprune_export as fx
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import memory_use
-from fedprune.planning.costs import AGENT_BYTES, costs_at
+from fedprune.planning.costs import AGENT_PROCESS_BYTES, costs_at
 from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
@@ -64,5 +64,5 @@ def test_what_a_process_takes_is_what_a_plan_counts(loss: str, tmp_path: Path) -
     peak = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     architecture = model.architecture
     costs = costs_at(architecture, architecture.sizes)
-    counted = memory_use(architecture, architecture.sizes, costs, recipe, BATCH).total - AGENT_BYTES
+    counted = memory_use(architecture, architecture.sizes, costs, recipe, BATCH).total - AGENT_PROCESS_BYTES
     assert 0.9 * peak <= counted <= 1.25 * peak

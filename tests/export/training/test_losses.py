@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import MULTI, Features, labels_of
-from fedprune.model.step_contract import weight_of
-from fedprune.runtime.session import Session
+from fedprune.model.recipe import MULTI_LABELS, Features, labels_of
+from fedprune.model.step_contract import divisor_share
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.losses import target_shape, write_loss
@@ -50,7 +50,7 @@ LOSSES = {
 
 
 @cache
-def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> Session:
+def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> OnnxSession:
     """The loss alone, with the gradient by the logits."""
     outputs = (K, *places)
     asked = LOSSES[name]
@@ -60,7 +60,7 @@ def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> Ses
     g.outputs = [port(step_contract.LOSS, ())]
     g.emit("Identity", write_loss(g, "z", outputs, features), out="dz")
     g.outputs.append(port("dz", (BATCH, *outputs)))
-    return Session(g.to_bytes(), training=True)
+    return OnnxSession(g.to_bytes(), training=True)
 
 
 def numbers(seed: int) -> dict[str, Array]:
@@ -85,7 +85,7 @@ def labels(features: Features, batch: int, seed: int, places: tuple[int, ...] = 
             y = np.where(rng.random(shape) < 0.3, features.ignore_label, y)
             y.flat[0] = 1  # torch knows no mean of nothing
         return y
-    if labels_of(features.loss) == MULTI:
+    if labels_of(features.loss) == MULTI_LABELS:
         return rng.choice([0, 1, 0.3], shape, p=[0.5, 0.4, 0.1]).astype(np.float32)
     return (3 * rng.standard_normal(shape)).astype(np.float32)
 
@@ -132,7 +132,7 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
     if features.loss == "cross_entropy":
         meant = target if share >= 0.5 else partner
         found[step_contract.HITS] = ((x.argmax(1) == meant) & (meant != ignored)).sum()
-    if labels_of(features.loss) == MULTI:
+    if labels_of(features.loss) == MULTI_LABELS:
         found[step_contract.HITS] = ((x > 0) == (target > 0.5)).sum()
     return {k: v.detach().numpy() for k, v in found.items()}
 
@@ -175,7 +175,7 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str, places: tup
         rng.standard_normal((11, K, *places)).astype(np.float32), labels(features, 11, 5, places), numbers(5),
     )  # fmt: skip
     weights = extra[step_contract.CLASS_WEIGHT] if features.class_weight else None
-    extra[step_contract.DIVISOR] = np.array(weight_of(y, features.ignore_label, weights), np.float32)
+    extra[step_contract.DIVISOR] = np.array(divisor_share(y, features.ignore_label, weights), np.float32)
     split = np.array_split(np.arange(11), 3)
     partner = np.concatenate([partners(y[rows], 5) for rows in split])
     run, exact = (

@@ -19,7 +19,7 @@ from torch.nn import functional
 import fedprune_export as fx
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model.recipe import METRICS_OF, Recipe
-from fedprune_device.training.objective import Measure, Objective
+from fedprune_device.training.objective import BatchMeasure, Objective
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.metrics import BINS
@@ -55,14 +55,14 @@ def objective(shape: tuple[int, ...], recipe: Recipe) -> Objective:
 
 def objective_of(model: Model, recipe: Recipe) -> Objective:
     graph = training_graph(model, recipe.features).to_bytes()
-    return Objective(graph, recipe, K, scores=recipe.features.scores)
+    return Objective(graph, recipe, K, scores=recipe.features.counts_hits)
 
 
 def measured(judge: Objective, outputs: Array, labels: Array, parts: int = 1) -> dict[str, float]:
     """What boards and servers make of outputs that come in several parts."""
     y = judge.targets(labels)
     found = [judge(o, t) for o, t in zip(np.array_split(outputs, parts), np.array_split(y, parts), strict=True)]
-    return judge.metrics(Measure.of(found))
+    return judge.metrics(BatchMeasure.combine(found))
 
 
 seeds = st.integers(0, 2**32 - 1)

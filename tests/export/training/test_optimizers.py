@@ -18,12 +18,12 @@ import fedprune_export as fx
 from fedprune.model import step_contract
 from fedprune.model.recipe import OPTIMIZERS, Features, Recipe
 from fedprune.runtime import session as sessions
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.autodiff.tape import port
 from fedprune_export.ir.graph import Graph
-from fedprune_export.training.optimizers import Trained, add_inputs, write_updates
+from fedprune_export.training.optimizers import TrainedTensor, add_inputs, write_updates
 from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
@@ -59,17 +59,17 @@ class GivenGradients:
 
 
 @cache
-def session(optimizer: str, **asked: bool) -> Session:
+def session(optimizer: str, **asked: bool) -> OnnxSession:
     features = Features(optimizer=optimizer, **asked)
     g = Graph(name="update")
-    trained = [Trained(n, s) for n, s in SHAPES.items()]
+    trained = [TrainedTensor(n, s) for n, s in SHAPES.items()]
     g.inputs = [port(n, t.shape) for t in trained for n in (t.name, f"d{t.name}")]
     add_inputs(g, trained, features)
     write_updates(g, GivenGradients(), trained, features)  # type: ignore[arg-type]
-    return Session(g.to_bytes(), training=True)
+    return OnnxSession(g.to_bytes(), training=True)
 
 
-def start(run: Session) -> Arrays:
+def start(run: OnnxSession) -> Arrays:
     rng = np.random.default_rng(3)
     out = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
     for name, (_, shape) in run.inputs.items():
@@ -78,13 +78,13 @@ def start(run: Session) -> Arrays:
     return out
 
 
-def steps(run: Session, numbers: Arrays, gradients: list[Arrays]) -> list[Arrays]:
+def steps(run: OnnxSession, numbers: Arrays, gradients: list[Arrays]) -> list[Arrays]:
     """Every step's tensors and state."""
     state, found = start(run), []
     for count, gradient in enumerate(gradients, 1):
         fed = {**numbers, **state, **gradient, step_contract.STEP_NUMBER: np.array(count, np.int64)}
         out = run.run({k: v for k, v in fed.items() if k in run.inputs})
-        state = {n: out[step_contract.following(n)] for n in state}
+        state = {n: out[step_contract.next_name(n)] for n in state}
         found.append(state)
     return found
 
@@ -116,15 +116,15 @@ def oracle(
         made: torch.optim.Optimizer = torch.optim.SGD(
             leaves.values(), get["lr"], get["momentum"], weight_decay=get["weight_decay"]
         )
-        names = {"momentum_buffer": step_contract.buffer}
+        names = {"momentum_buffer": step_contract.momentum_name}
     elif optimizer == "lion":
         made = Lion(leaves.values(), get["lr"], (get["beta1"], get["beta2"]), get["weight_decay"])
-        names = {"exp_avg": step_contract.buffer}
+        names = {"exp_avg": step_contract.momentum_name}
     else:
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
         betas = (get["beta1"], get["beta2"])
         made = kind(leaves.values(), get["lr"], betas, get["epsilon"], get["weight_decay"])
-        names = {"exp_avg": step_contract.buffer, "exp_avg_sq": step_contract.second}
+        names = {"exp_avg": step_contract.momentum_name, "exp_avg_sq": step_contract.second_moment_name}
     for name, leaf in leaves.items():
         leaf.grad = torch.tensor(gradient[f"d{name}"], dtype=dtype)
         made.state[leaf] = {key: torch.tensor(state[array(name)], dtype=dtype) for key, array in names.items()}
@@ -160,12 +160,12 @@ def beyond_rounding(
     sums = {
         "tensors": (tensors, size(before, tensors)),
         "means": (
-            [step_contract.buffer(n) for n in tensors],
-            size(before, [step_contract.buffer(n) for n in tensors])
+            [step_contract.momentum_name(n) for n in tensors],
+            size(before, [step_contract.momentum_name(n) for n in tensors])
             + decay * size(before, tensors)
             + min(clip, size(gradient, [f"d{n}" for n in tensors])),
         ),
-        "squares": ([step_contract.second(n) for n in tensors], 0.0),
+        "squares": ([step_contract.second_moment_name(n) for n in tensors], 0.0),
     }
     off = []
     for kind, (names, terms) in sums.items():
@@ -212,13 +212,15 @@ def test_bias_correction_keeps_its_digits(count: int) -> None:
     state = start(run)
     for name, shape in SHAPES.items():
         # What count − 1 such gradients have left behind.
-        state[step_contract.buffer(name)] = np.full(shape, size * (1 - 0.9 ** (count - 1)), np.float32)
-        state[step_contract.second(name)] = np.full(shape, float(size) ** 2 * (1 - 0.999 ** (count - 1)), np.float32)
+        state[step_contract.momentum_name(name)] = np.full(shape, size * (1 - 0.9 ** (count - 1)), np.float32)
+        state[step_contract.second_moment_name(name)] = np.full(
+            shape, float(size) ** 2 * (1 - 0.999 ** (count - 1)), np.float32
+        )
         state[name] = np.zeros(shape, np.float32)
     fed = {**numbers, **state, **{f"d{n}": np.full(s, size, np.float32) for n, s in SHAPES.items()}}
     got = run.run({**fed, step_contract.STEP_NUMBER: np.array(count, np.int64)})
     for name in SHAPES:
-        np.testing.assert_allclose(got[step_contract.following(name)], -1, rtol=4e-7)
+        np.testing.assert_allclose(got[step_contract.next_name(name)], -1, rtol=4e-7)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -231,10 +233,10 @@ def test_pull_and_mask_act_with_every_optimizer(optimizer: str) -> None:
     masks = {n: (rng.random(s) < 0.6).astype(np.float32) for n, s in SHAPES.items()}
     masks["scale"] = np.array(1, np.float32)
     anchors = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
-    extra = {step_contract.mask(n): m for n, m in masks.items()} | {
-        step_contract.anchor(n): a for n, a in anchors.items()
+    extra = {step_contract.mask_name(n): m for n, m in masks.items()} | {
+        step_contract.anchor_name(n): a for n, a in anchors.items()
     }
-    extra |= {step_contract.strength(n): np.array(m) for n, m in mu.items()}
+    extra |= {step_contract.strength_name(n): np.array(m) for n, m in mu.items()}
     given_gradients = gradients(1, 5, 1.0)[0]
     fed = {**numbers, **state, **extra, **given_gradients, step_contract.STEP_NUMBER: np.array(1, np.int64)}
     got = run.run({k: v for k, v in fed.items() if k in run.inputs})
@@ -244,11 +246,11 @@ def test_pull_and_mask_act_with_every_optimizer(optimizer: str) -> None:
     }
     want = oracle(optimizer, numbers, state, pulled, 0.5, 1, torch.float64)
     for name in SHAPES:
-        np.testing.assert_allclose(got[step_contract.gradient(name)], pulled[f"d{name}"], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(got[step_contract.gradient_name(name)], pulled[f"d{name}"], rtol=1e-5, atol=1e-7)
         expected = np.where(masks[name] > 0, want[name], state[name])
-        np.testing.assert_allclose(got[step_contract.following(name)], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[step_contract.next_name(name)], expected, rtol=1e-5, atol=1e-6)
         held = np.broadcast_to(masks[name] == 0, SHAPES[name])
-        np.testing.assert_array_equal(got[step_contract.following(name)][held], state[name][held])
+        np.testing.assert_array_equal(got[step_contract.next_name(name)][held], state[name][held])
 
 
 def test_sums_are_those_of_the_data_loss_alone() -> None:
@@ -256,16 +258,19 @@ def test_sums_are_those_of_the_data_loss_alone() -> None:
     first, second = gradients(2, 4, 1.0)
     state = start(run)
     numbers = scalars(lr=0.1, weight_decay=0.3, clip_norm=0.1, momentum=0.0)
-    extra = {step_contract.anchor(n): np.full(s, 2, np.float32) for n, s in SHAPES.items()}
-    extra |= {step_contract.strength(n): np.array(3, np.float32) for n in SHAPES}
+    extra = {step_contract.anchor_name(n): np.full(s, 2, np.float32) for n, s in SHAPES.items()}
+    extra |= {step_contract.strength_name(n): np.array(3, np.float32) for n in SHAPES}
     part = run.run({**numbers, **state, **extra, **first})
-    sums = {step_contract.total(n): part[step_contract.following(step_contract.total(n))] for n in SHAPES}
+    sums = {
+        step_contract.gradient_sum_name(n): part[step_contract.next_name(step_contract.gradient_sum_name(n))]
+        for n in SHAPES
+    }
     whole = run.run({**numbers, **state, **extra, **second, **sums})
     for name in SHAPES:
         total = first[f"d{name}"] + second[f"d{name}"]
-        np.testing.assert_array_equal(sums[step_contract.total(name)], first[f"d{name}"])
-        np.testing.assert_array_equal(whole[step_contract.following(step_contract.total(name))], total)
-        np.testing.assert_allclose(whole[step_contract.gradient(name)], total + 3 * (state[name] - 2), rtol=1e-6)
+        np.testing.assert_array_equal(sums[step_contract.gradient_sum_name(name)], first[f"d{name}"])
+        np.testing.assert_array_equal(whole[step_contract.next_name(step_contract.gradient_sum_name(name))], total)
+        np.testing.assert_allclose(whole[step_contract.gradient_name(name)], total + 3 * (state[name] - 2), rtol=1e-6)
 
 
 class Linear(torch.nn.Linear):
@@ -290,7 +295,7 @@ def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(
     optimizer: str, bound_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rounds of three steps with all samples each; between them the weights become others, but not the state."""
-    monkeypatch.setattr(sessions, "_BOUND_FROM", bound_from)
+    monkeypatch.setattr(sessions, "_MIN_BOUND_BYTES", bound_from)
     rng = np.random.default_rng(6)
     x, y = rng.standard_normal((12, 6)).astype(np.float32), rng.integers(0, 3, 12)
     model = fx.load(Scaled(6, 3))
@@ -324,8 +329,8 @@ def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(
         wanted = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
         assert error(result.tensors, wanted) < 1e-6
         assert {n: v.shape for n, v in result.tensors.items()} == {n: v.shape for n, v in start.items()}
-        task = TrainingTask(recipe, 3, 0, "a", 2, moments=result.moments, taken=result.taken)
-    assert result.taken == 6
+        task = TrainingTask(recipe, 3, 0, "a", 2, moments=result.moments, optimizer_steps=result.optimizer_steps)
+    assert result.optimizer_steps == 6
     fresh = trainer.train(starts[1], LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", 2))
     assert error(fresh.tensors, wanted) > 1e-3
 

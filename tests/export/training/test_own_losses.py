@@ -17,12 +17,12 @@ from torch.nn import functional
 import fedprune_export as fx
 from fedprune.core.errors import DataError, ModelError
 from fedprune.model import step_contract
-from fedprune.model.recipe import CUSTOM, Features, Recipe
-from fedprune.runtime.session import Session
+from fedprune.model.recipe import CUSTOM_LOSS, Features, Recipe
+from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.autodiff.tape import BATCH, port
-from fedprune_export.checks.labelled_data import measured
+from fedprune_export.checks.labelled_data import load_scored_data
 from fedprune_export.importing.user_graphs import import_loss, read_loss
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.losses import write_loss
@@ -40,13 +40,13 @@ def example(name: str, outputs: tuple[int, ...]) -> Any:
 
 
 @cache
-def session(name: str, outputs: tuple[int, ...]) -> Session:
+def session(name: str, outputs: tuple[int, ...]) -> OnnxSession:
     """The loss alone, with the gradient by the outputs."""
     loss, g = import_loss(read_loss(example(name, outputs), outputs), outputs), Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), loss.graph.inputs[1]]
     g.outputs = [port(step_contract.LOSS, ()), port("dz", (BATCH, *outputs))]
-    g.emit("Identity", write_loss(g, "z", outputs, Features(loss=CUSTOM), loss), out="dz")
-    return Session(g.to_bytes(), training=True)
+    g.emit("Identity", write_loss(g, "z", outputs, Features(loss=CUSTOM_LOSS), loss), out="dz")
+    return OnnxSession(g.to_bytes(), training=True)
 
 
 def agrees(name: str, z: Array, y: Array) -> None:
@@ -128,7 +128,7 @@ class Embedding(nn.Sequential):
 def test_a_board_trains_by_an_examples_loss() -> None:
     torch.manual_seed(0)
     model, y = fx.load(Embedding(), loss=own_losses.infonce), np.arange(16) % 4
-    recipe = Recipe(loss=CUSTOM, batch_size=16, epochs=30, lr=0.05)
+    recipe = Recipe(loss=CUSTOM_LOSS, batch_size=16, epochs=30, lr=0.05)
     x = np.random.default_rng(3).standard_normal((16, 6)).astype(np.float32)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
     task = TrainingTask(recipe, model.architecture.classes, 0, "a", 1)
@@ -145,7 +145,7 @@ def test_a_board_learns_a_teachers_outputs() -> None:
     y = 3 * teacher(torch.tensor(x)).detach().numpy()
     recipe = Recipe(loss="distill", distill_temperature=3, batch_size=8, epochs=40, lr=0.05)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
-    outputs = np.asarray(Session(model.graph.to_bytes()).run({"x": x})["logits"])
+    outputs = np.asarray(OnnxSession(model.graph.to_bytes()).run({"x": x})["logits"])
     before = trainer.objective(recipe, model.architecture.classes)(outputs, y)
     exact, aim = (torch.tensor(v, dtype=torch.float64) for v in (outputs, y))
     shares = functional.kl_div((exact / 3).log_softmax(1), (aim / 3).log_softmax(1), reduction="none", log_target=True)
@@ -170,4 +170,4 @@ def test_one_class_has_nothing_to_learn_from_a_teacher() -> None:
 def test_samples_do_not_say_how_right_embeddings_are(tmp_path: Any) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros((4, 6), np.float32), y=np.arange(4))
     with pytest.raises(DataError, match="leave --data"):
-        measured(tmp_path / "data.npz", fx.load(Embedding(), loss=own_losses.triplet), Recipe(loss=CUSTOM))
+        load_scored_data(tmp_path / "data.npz", fx.load(Embedding(), loss=own_losses.triplet), Recipe(loss=CUSTOM_LOSS))

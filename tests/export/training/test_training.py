@@ -20,7 +20,7 @@ from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.probe_report import CPU, CUDA
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Port
 from fedprune_export.pruning.model import Model
@@ -116,15 +116,15 @@ def feeds(model: Model, features: Features, batch: int, seed: int = 0, tensors: 
         out[step_contract.OUTPUT_SCALE] = np.array(SCALE, np.float32)
     for spec in model.architecture.trainable:
         shape = tensors[spec.name].shape
-        out[step_contract.buffer(spec.name)] = 0.1 * normal(shape)
+        out[step_contract.momentum_name(spec.name)] = 0.1 * normal(shape)
         if features.proximal:
-            out[step_contract.anchor(spec.name)] = tensors[spec.name] + 0.1 * normal(shape)
-            out[step_contract.strength(spec.name)] = np.array(rng.uniform(0, 2), np.float32)
+            out[step_contract.anchor_name(spec.name)] = tensors[spec.name] + 0.1 * normal(shape)
+            out[step_contract.strength_name(spec.name)] = np.array(rng.uniform(0, 2), np.float32)
         if features.element_mask:
-            out[step_contract.mask(spec.name)] = (rng.random(shape) < 0.7).astype(np.float32)
+            out[step_contract.mask_name(spec.name)] = (rng.random(shape) < 0.7).astype(np.float32)
         if features.threshold:
             theta = THETA if spec.kind is TensorKind.WEIGHT else 0.0
-            out[step_contract.threshold(spec.name)] = np.array(theta, np.float32)
+            out[step_contract.threshold_name(spec.name)] = np.array(theta, np.float32)
     return out
 
 
@@ -148,9 +148,9 @@ def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype, ki
     get = {k: torch.tensor(v, dtype=dtype if v.dtype == np.float32 else None) for k, v in fed.items()}
     names = [t.name for t in model.architecture.trainable]
     leaves = {n: get[n].clone().requires_grad_() for n in names}
-    used = {n: w * get[step_contract.mask(n)] if features.element_mask else w for n, w in leaves.items()}
+    used = {n: w * get[step_contract.mask_name(n)] if features.element_mask else w for n, w in leaves.items()}
     for n, w in leaves.items() if features.threshold else ():
-        theta = get[step_contract.threshold(n)]
+        theta = get[step_contract.threshold_name(n)]
         used[n] = used[n] * Above.apply(w.abs(), theta) if theta > 0 else used[n]
     statistics = {t.name: get[t.name].clone() for t in model.architecture.statistics}
     module = net(kind).train()
@@ -165,7 +165,7 @@ def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype, ki
     objective = loss
     if features.proximal:
         pulls = [
-            get[step_contract.strength(n)] / 2 * ((w - get[step_contract.anchor(n)]) ** 2).sum()
+            get[step_contract.strength_name(n)] / 2 * ((w - get[step_contract.anchor_name(n)]) ** 2).sum()
             for n, w in leaves.items()
         ]
         objective = loss + sum(pulls)
@@ -176,18 +176,18 @@ def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype, ki
     }
     for n, w in leaves.items():
         assert w.grad is not None
-        mask = get[step_contract.mask(n)] if features.element_mask else torch.ones_like(w)
+        mask = get[step_contract.mask_name(n)] if features.element_mask else torch.ones_like(w)
         gradient = w.grad * mask
         buffer = (
-            get[step_contract.MOMENTUM] * get[step_contract.buffer(n)]
+            get[step_contract.MOMENTUM] * get[step_contract.momentum_name(n)]
             + (gradient + get[step_contract.WEIGHT_DECAY] * w.detach()) * mask
         )
-        out[step_contract.gradient(n)] = gradient.numpy()
-        out[step_contract.following(step_contract.buffer(n))] = buffer.numpy()
-        out[step_contract.following(n)] = torch.where(
+        out[step_contract.gradient_name(n)] = gradient.numpy()
+        out[step_contract.next_name(step_contract.momentum_name(n))] = buffer.numpy()
+        out[step_contract.next_name(n)] = torch.where(
             mask > 0, w.detach() - get[step_contract.LR] * buffer, w.detach()
         ).numpy()
-    return out | {step_contract.following(n): s.numpy() for n, s in statistics.items()}
+    return out | {step_contract.next_name(n): s.numpy() for n, s in statistics.items()}
 
 
 def far(got: Arrays, exact: Arrays, usual: Arrays) -> list[str]:
@@ -215,7 +215,7 @@ ALL = Features(True, True, True, True, True, True)
 )
 def test_a_step_is_torchs(kind: type[nn.Module], features: Features, batch: int) -> None:
     model = model_of(kind)
-    session = Session(training_graph(model, features).to_bytes(), training=True)
+    session = OnnxSession(training_graph(model, features).to_bytes(), training=True)
     fed = feeds(model, features, batch)
     exact, usual = (oracle(model, features, fed, t, kind) for t in (torch.float64, torch.float32))
     got = session.run(fed)
@@ -229,7 +229,7 @@ def test_a_step_is_torchs(kind: type[nn.Module], features: Features, batch: int)
 def test_a_threshold_of_0_and_a_scale_of_1_change_no_bit(model: Model, features: Features, size: float) -> None:
     """Not even where weights are 0, or so small that their squares are."""
     plain, other = (
-        Session(training_graph(model, f).to_bytes(), training=True) for f in (Features(gradients=True), features)
+        OnnxSession(training_graph(model, f).to_bytes(), training=True) for f in (Features(gradients=True), features)
     )
     fed = feeds(model, features, 6)
     fed["conv2.weight"] = np.where(np.arange(9).reshape(3, 3) % 2, fed["conv2.weight"], np.float32(size))
@@ -243,14 +243,14 @@ def test_a_threshold_of_0_and_a_scale_of_1_change_no_bit(model: Model, features:
 
 def test_below_the_threshold_nothing_counts_and_nothing_is_learnt(model: Model) -> None:
     features = Features(threshold=True, gradients=True)
-    session = Session(training_graph(model, features).to_bytes(), training=True)
+    session = OnnxSession(training_graph(model, features).to_bytes(), training=True)
     fed = feeds(model, features, 8)
     below = np.abs(fed["conv2.weight"]) < THETA
     other = fed | {"conv2.weight": np.where(below, fed["conv2.weight"] / 3, fed["conv2.weight"]).astype(np.float32)}
     got, changed = session.run(fed), session.run(other)
     assert got[step_contract.LOSS] == changed[step_contract.LOSS]
-    assert not got[step_contract.gradient("conv2.weight")][below].any()
-    assert got[step_contract.gradient("conv2.weight")][~below].any()
+    assert not got[step_contract.gradient_name("conv2.weight")][below].any()
+    assert got[step_contract.gradient_name("conv2.weight")][~below].any()
 
 
 def test_only_layers_before_the_last_are_scaled() -> None:
@@ -262,7 +262,7 @@ def test_only_layers_before_the_last_are_scaled() -> None:
 
 def test_a_step_for_a_gpu_computes_the_same(model: Model) -> None:
     features = replace(ALL, gradients=True)
-    session = Session(training_graph(model, features, CUDA).to_bytes(), training=True)
+    session = OnnxSession(training_graph(model, features, CUDA).to_bytes(), training=True)
     fed = feeds(model, features, batch=9)
     exact, usual = (oracle(model, features, fed, t) for t in (torch.float64, torch.float32))
     got = session.run(fed)
@@ -287,14 +287,14 @@ def test_a_step_for_a_gpu_has_no_operator_that_only_a_processor_has(norm: Callab
     assert of_sizes
     assert not [n.name for n in nodes if n.op == "Cast" and n.attrs["to"] == 1 and of_sizes.intersection(n.inputs)]
     fed = feeds(model, Features(), batch=9)
-    cpu, gpu = (Session(g.to_bytes(), training=True).run(fed) for g in graphs)
+    cpu, gpu = (OnnxSession(g.to_bytes(), training=True).run(fed) for g in graphs)
     for name, value in cpu.items():
         np.testing.assert_allclose(gpu[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_the_axes_of_tensors_are_written_where_they_are_asked_for(model: Model) -> None:
     assert training_graph(model, ALL).metadata == {}
-    axes = TensorAxes.from_json(training_graph(model, Features(axes=True)).metadata[step_contract.AXES])
+    axes = TensorAxes.from_json(training_graph(model, Features(axes=True)).metadata[step_contract.AXES_METADATA])
     assert axes.sizes == model.architecture.sizes
     shapes = {n: tuple(a.length for a in of) for n, of in axes.axes.items()}
     assert shapes == {t.name: t.shape for t in model.architecture.tensors}
@@ -312,7 +312,7 @@ def test_a_batch_of_one_position_keeps_statistics_finite() -> None:
             return self.fc2(torch.relu(self.norm(self.fc1(x))))
 
     flat = import_onnx(export_torch(seeded(Flat())), "flat")
-    session = Session(training_graph(flat, Features()).to_bytes(), training=True)
+    session = OnnxSession(training_graph(flat, Features()).to_bytes(), training=True)
     got = session.run(feeds(flat, Features(), 1))
     assert all(np.isfinite(v).all() for v in got.values())
 
@@ -349,12 +349,12 @@ def test_statistics_move_by_the_modules_momentum(first: float, second: float, ki
     normalised = import_onnx(export_torch(seeded(kind(first, second))), "normalised")
     net.load_state_dict({n: torch.tensor(v) for n, v in normalised.tensors.items()}, strict=False)
     fed = feeds(normalised, Features(), 7)
-    got = Session(training_graph(normalised, Features()).to_bytes(), training=True).run(fed)
+    got = OnnxSession(training_graph(normalised, Features()).to_bytes(), training=True).run(fed)
     net(torch.tensor(fed[step_contract.X], dtype=torch.float64))
     for name, value in net.named_buffers():
         if not name.endswith("num_batches_tracked"):
             np.testing.assert_allclose(
-                got[step_contract.following(name)], value.numpy(), rtol=2e-6, atol=1e-7, err_msg=name
+                got[step_contract.next_name(name)], value.numpy(), rtol=2e-6, atol=1e-7, err_msg=name
             )
 
 
@@ -381,8 +381,8 @@ def test_one_graph_gives_the_bits_of_a_graph_of_fixed_width(model: Model, densit
     fixed = graph.copy()
     fixed.inputs = [Port(p.name, p.dtype, fed[p.name].shape) for p in fixed.inputs]
     fixed.outputs = [Port(p.name, p.dtype, (None,) * len(p.shape)) for p in fixed.outputs]
-    got = Session(graph.to_bytes(), training=True).run(fed)
-    want = Session(fixed.to_bytes(), training=True).run(fed)
+    got = OnnxSession(graph.to_bytes(), training=True).run(fed)
+    want = OnnxSession(fixed.to_bytes(), training=True).run(fed)
     for name, value in want.items():
         np.testing.assert_array_equal(value, got[name], err_msg=name)
 
@@ -390,7 +390,7 @@ def test_one_graph_gives_the_bits_of_a_graph_of_fixed_width(model: Model, densit
 def test_dimensions_of_one_channel_group_have_one_name(model: Model) -> None:
     ports = {p.name: p.shape for p in training_graph(model, ALL).inputs}
     first, second = ports["conv1.weight"], ports["conv2.weight"]
-    assert first[0] == second[1] == ports["norm.running_mean"][0] == ports[step_contract.mask("norm.weight")][0]
+    assert first[0] == second[1] == ports["norm.running_mean"][0] == ports[step_contract.mask_name("norm.weight")][0]
     assert isinstance(first[0], str)
     assert first[1:] == (2, 3, 3)
     assert ports["fc.weight"] == (CLASSES, f"{second[0]}*4")

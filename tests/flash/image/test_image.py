@@ -19,7 +19,7 @@ import yaml
 
 from fedprune.core.errors import ExitCode
 from fedprune.security.keys import SigningKey
-from fedprune_flash import Kit, Target
+from fedprune_flash import BoardTarget, Kit
 from fedprune_flash.cli import main as cli
 from support.fakes.runtime_releases import CLAIM, KEY
 from support.processes.disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
@@ -426,7 +426,7 @@ def test_a_jetsons_kit_does_not_go_into_an_image_of_a_pi(
 ) -> None:
     links = tmp_path / "links"
     shutil.copytree(wheels, links, ignore=lambda _, names: [n for n in names if n.startswith("onnxruntime")])
-    kit = make_kit(target=Target(HERE, jetson=True), links=[links])
+    kit = make_kit(target=BoardTarget(HERE, jetson=True), links=[links])
     arguments = command(make_source(), tmp_path / "out.img", kit, key)
     refused(capsys, arguments, ExitCode.KIT, "a kit for a Jetson in an image of Debian")
     assert not (tmp_path / "out.img").exists()

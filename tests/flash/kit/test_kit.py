@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from fedprune.core.errors import ConfigError, ExitCode, KitError
-from fedprune_flash import BoardSettings, Kit, Target, open_kit
+from fedprune_flash import BoardSettings, BoardTarget, Kit, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
 from support.fakes import tiny_wheels
@@ -44,7 +44,7 @@ def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
         if p.is_file() and p.name != "kit.json"
     }
     assert listed == there
-    assert kit.claimed
+    assert kit.has_claim
     assert {"install.pyz", "device.env", "fedprune.service", "claim.txt"} <= set(there)
     assert (body["python"], body["architecture"], body["jetson"]) == (HERE, platform.machine(), False)
 
@@ -56,7 +56,7 @@ def test_a_kit_is_the_same_whenever_it_is_made(make_kit: MakeKit) -> None:
 def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
     kit = make_kit(claim=CLAIM)
     (kit.folder / "claim.txt").unlink()
-    assert not open_kit(kit.folder).claimed
+    assert not open_kit(kit.folder).has_claim
     (kit.folder / "device.env").unlink()
     with pytest.raises(KitError, match=r"device\.env"):
         open_kit(kit.folder)
@@ -115,11 +115,11 @@ def test_wheels_for_another_board_are_refused(tmp_path: Path) -> None:
     for tag in ("cp312-cp312-manylinux_2_28_aarch64", "cp313-cp313-manylinux_2_28_x86_64", "cp313-cp313-win_arm64"):
         wrong = tiny_wheels.wheel(tmp_path, "numpy", "2.0", tag=tag)
         with pytest.raises(KitError, match=r"numpy-2\.0"):
-            wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+            wheelhouse.check_wheelhouse(sorted(tmp_path.iterdir()), BoardTarget("3.13"))
         wrong.unlink()
     for tag in ("cp313-cp313-manylinux_2_27_aarch64.manylinux_2_28_aarch64", "cp39-abi3-manylinux2014_aarch64"):
         right = tiny_wheels.wheel(tmp_path, "numpy", "2.0", tag=tag)
-        wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+        wheelhouse.check_wheelhouse(sorted(tmp_path.iterdir()), BoardTarget("3.13"))
         right.unlink()
 
 
@@ -129,29 +129,31 @@ def test_what_a_wheel_requires_on_the_target_must_be_there(tmp_path: Path) -> No
         tmp_path, "pillow", "11.0", requires=["tomli>=2; python_version < '3.11'", "absent; extra == 'x'"]
     )
     (tmp_path / "pillow-10.0-py3-none-any.whl").unlink()
-    wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+    wheelhouse.check_wheelhouse(sorted(tmp_path.iterdir()), BoardTarget("3.13"))
     with pytest.raises(KitError, match=r"requires tomli>=2 on Python 3\.10"):
-        wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.10"))
+        wheelhouse.check_wheelhouse(sorted(tmp_path.iterdir()), BoardTarget("3.10"))
 
 
 def test_a_file_from_a_network_that_the_lock_file_does_not_list_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another numpy of the version that the lock file has, from an index that this machine was led to."""
-    target, index, out = Target("3.13"), tmp_path / "index/numpy", tmp_path / "out"
-    version = next(line for line in wheelhouse.constraints(target) if line.startswith("numpy==")).partition("==")[2]
+    target, index, out = BoardTarget("3.13"), tmp_path / "index/numpy", tmp_path / "out"
+    version = next(line for line in wheelhouse.locked_requirements(target) if line.startswith("numpy==")).partition(
+        "=="
+    )[2]
     wheel = tiny_wheels.wheel(index, "numpy", version)
     (index / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
     monkeypatch.setenv("PIP_INDEX_URL", index.parent.as_uri())
     own = tiny_wheels.wheel(tmp_path / "own", "fedprune", "1", requires=["numpy"])
     out.mkdir()
     with pytest.raises(KitError, match=wheel.name):
-        wheelhouse.fetch(own, target, out)
+        wheelhouse.fetch_wheels(own, target, out)
 
 
 def test_all_that_a_board_installs_is_pinned() -> None:
-    target = Target("3.11")
-    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in wheelhouse.constraints(target)}
+    target = BoardTarget("3.11")
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in wheelhouse.locked_requirements(target)}
     wanted, seen = [Requirement("fedprune[board]")], set[str]()
     while wanted:
         requirement = wanted.pop()
@@ -172,11 +174,11 @@ def test_all_that_a_board_installs_is_pinned() -> None:
 def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None:
     tiny_wheels.fleet_of_wheels(tmp_path, jetson=True)
     (tmp_path / "numpy-2.0-py3-none-any.whl").unlink()
-    target = Target("3.12", jetson=True)
-    wheelhouse.check(sorted(tmp_path.iterdir()), target)
+    target = BoardTarget("3.12", jetson=True)
+    wheelhouse.check_wheelhouse(sorted(tmp_path.iterdir()), target)
     tiny_wheels.wheel(tmp_path, name.replace("-", "_"), "1.31")
     with pytest.raises(KitError, match="the board's own"):
-        wheelhouse.check(sorted(tmp_path.iterdir()), target)
+        wheelhouse.check_wheelhouse(sorted(tmp_path.iterdir()), target)
 
 
 def arguments(out: Path, wheels: Path, links: Path) -> list[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.security.joining import Claim
+from fedprune.security.joining import JoinClaim
 from fedprune.security.keys import SigningKey
-from fedprune_flash import BoardSettings, Target, build_kit
+from fedprune_flash import BoardSettings, BoardTarget, build_kit
 from support.paths import ROOT
 from support.processes.ssh_boards import Boards
 
@@ -59,7 +59,7 @@ def test_many_boards_are_installed_and_each_that_is_not_says_why(boards: Boards,
     state = ["--state", str(tmp_path / "state")]
     subprocess.run([*server, "init", *state, "--site", "lab"], check=True, capture_output=True)
     board = BoardSettings("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
-    here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
+    here = BoardTarget(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     signer = SigningKey.load(tmp_path / "state/identity/signing.key")
     own = next(wheels.glob("fedprune-*.whl"))
     kit = build_kit(tmp_path / "kit", board, here, wheel=own, links=[wheels], signer=signer).folder
@@ -77,7 +77,7 @@ def test_many_boards_are_installed_and_each_that_is_not_says_why(boards: Boards,
 
     print(said)
     claims = {name: by_name[name].claim.read_text() for name in (*GOOD, "shed")}
-    assert len({Claim.parse(text).id for text in claims.values()}) == 3
+    assert len({JoinClaim.parse(text).id for text in claims.values()}) == 3
     assert not any(text in said for text in claims.values())
     assert counts["gone"]["unreachable"] == 1
     assert (counts["shed"]["failed"], "the service ends" in said) == (1, True)

@@ -19,8 +19,8 @@ from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import LauncherState
 from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_flash import BoardSettings, Kit, Target, build_kit
-from fedprune_flash.on_board.installation import FIRST_BOOT
+from fedprune_flash import BoardSettings, BoardTarget, Kit, build_kit
+from fedprune_flash.on_board.installation import FIRST_BOOT_UNIT
 from fedprune_flash.on_board.kit_folder import KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from support.fakes import tiny_wheels
@@ -38,7 +38,7 @@ MakeKit = Callable[..., Kit]
 def whole(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     """A kit with a claim, which no test may change."""
     board = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
-    here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
+    here = BoardTarget(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     out = tmp_path_factory.mktemp("whole") / "kit"
     own = next(wheels.glob("fedprune-*"))
     return build_kit(out, board, here, wheel=own, links=[wheels], claim=CLAIM, signer=KEY).folder
@@ -79,7 +79,7 @@ def home(root: Path) -> SlotStore:
 def serving(root: Path) -> str:
     """What the release is called that starts."""
     state = home(root).load()
-    return home(root).whole(state.stable).name
+    return home(root).checked_record(state.stable).name
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -111,7 +111,7 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, root: 
     )
     assert program(root, "x") == "fedprune x\n"
     assert home(root).load() == LauncherState("a", highest=0, sequence=1)
-    record = home(root).whole("a")
+    record = home(root).checked_record("a")
     assert (record.version, record.entry) == (0, "fedprune_start:device")
     assert not any(name.startswith("pip") for name in record.files)
     before = snapshot(root)
@@ -191,7 +191,7 @@ def update(root: Path, folder: Path, number: int) -> ReleaseInstaller:
     """Install a release of the server's on a board, and let its trial succeed."""
     installer = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
     installer.stage(source(make_release(folder / f"release {number}", number)))
-    with installer.home.changing():
+    with installer.home.lock_state():
         state = installer.home.load()
         installer.home.save(state.commit())
     return installer
@@ -291,12 +291,12 @@ def test_a_kit_of_another_server_is_refused_by_a_board_that_knows_its_own(
     known = tmp_path / "given" if where == "--key" else root / where
     known.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(exist_ok=True)
-    known.write_text(OTHER.verifying.hex)
+    known.write_text(OTHER.verifying_key.hex)
     more = ["--key", str(known)] if where == "--key" else []
     before = snapshot(root)
     done = run(kit, root, *more)
     assert done.returncode == ExitCode.KIT
-    assert f"expected key {OTHER.verifying.fingerprint}, got key {PUBLIC.fingerprint}" in done.stderr
+    assert f"expected key {OTHER.verifying_key.fingerprint}, got key {PUBLIC.fingerprint}" in done.stderr
     assert snapshot(root) == before
     known.write_text(PUBLIC.hex)
     assert run(kit, root, *more).returncode == 0
@@ -308,8 +308,8 @@ def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, 
     sign(kit, OTHER)
     assert run(kit, root).returncode == ExitCode.KIT
     assert run(kit, root, "--key", "no key").returncode == ExitCode.KIT
-    assert run(kit, root, "--key", OTHER.verifying.hex).returncode == 0
-    assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
+    assert run(kit, root, "--key", OTHER.verifying_key.hex).returncode == 0
+    assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying_key.hex
     assert program(root, "x") == "fedprune x\n"
 
 
@@ -325,10 +325,10 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
     sign(kit, OTHER)
 
     def install() -> None:
-        runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER.verifying.raw)
-        if not runtime.laid_out:
+        runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER.verifying_key.raw)
+        if not runtime.is_laid_out:
             runtime.lay_out()
-        if not runtime.filled:
+        if not runtime.is_filled:
             runtime.fill()
 
     shutil.copytree(before, root, symlinks=True)
@@ -346,7 +346,7 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
         install()
         assert program(root, "x") == "fedprune x\n", (at, how)
         assert serving(root) == KitFolder(kit).runtime
-        assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
+        assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying_key.hex
 
 
 @pytest.mark.parametrize("what", ["fifo", "link"])
@@ -357,7 +357,7 @@ def test_root_reads_no_key_through_what_the_service_put_there(kit: Path, tmp_pat
         os.mkfifo(key)
         held = os.open(key, os.O_RDWR)  # its maker may hold it open, and write nothing
     else:
-        (tmp_path / "elsewhere").write_text(OTHER.verifying.hex)
+        (tmp_path / "elsewhere").write_text(OTHER.verifying_key.hex)
         key.symlink_to(tmp_path / "elsewhere")
     done = run(kit, tmp_path / "root")
     if held is not None:
@@ -399,7 +399,7 @@ def jetson_kit(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
     links = tmp_path / "links"
     shutil.copytree(wheels, links)
     (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
-    target = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
+    target = BoardTarget(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
     folder = make_kit("jetson-kit", target=target, links=[links]).folder
     sign(folder, architecture=platform.machine())
     return folder
@@ -424,7 +424,7 @@ def test_a_jetson_computes_with_its_own_packages(jetson_kit: Path, tmp_path: Pat
     root, python = jetson(tmp_path, numpy="1.26.4", onnxruntime="1.23.2")
     done = run(jetson_kit, root, python=python)
     assert done.returncode == 0, done.stderr
-    there = {path.split("/")[0].split("-")[0] for path in home(root).whole("a").files}
+    there = {path.split("/")[0].split("-")[0] for path in home(root).checked_record("a").files}
     assert there == {"fedprune", "fedprune_device", "fedprune_start", "pillow"}
     unit = (root / "etc/systemd/system/fedprune.service").read_text().splitlines()
     assert "SupplementaryGroups=video render" in unit
@@ -517,12 +517,12 @@ def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Pa
     assert run(Path(shutil.copytree(kit, tmp_path / "first")), root).returncode == 0
     shutil.copytree(kit, tmp_path / "calm")
     with power() as supply:
-        KitFolder(tmp_path / "calm").blacken_claim()
+        KitFolder(tmp_path / "calm").overwrite_claim()
     assert supply.count >= 5
     for at, how in cuts(kind, supply.names):
         shutil.copytree(kit, cut)
         with power(at, how), pytest.raises(CutError):
-            KitFolder(cut).blacken_claim()
+            KitFolder(cut).overwrite_claim()
         done = run(cut, root)
         assert done.returncode == 0, (at, done.stderr)
         assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
@@ -538,11 +538,11 @@ def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
         updater = update(root, tmp_path, number)
     for name in ("state.json", "copy.json"):
         (updater.home.folder / name).write_bytes(b"")
-    before = {slot: updater.home.whole(slot) for slot in "ab"}
+    before = {slot: updater.home.checked_record(slot) for slot in "ab"}
     done = run(newer(make_kit, tmp_path, wheels), root)
     assert done.returncode == 0, done.stderr
     assert "newer than any kit's" in done.stdout
-    assert {slot: updater.home.whole(slot) for slot in "ab"} == before
+    assert {slot: updater.home.checked_record(slot) for slot in "ab"} == before
 
 
 def test_a_state_folder_that_is_a_link_is_said_so_and_not_purged(kit: Path, tmp_path: Path) -> None:
@@ -559,7 +559,7 @@ def test_a_state_folder_that_is_a_link_is_said_so_and_not_purged(kit: Path, tmp_
 
 def test_what_is_removed_from_an_image_does_not_come_back_at_the_next_boot(kit: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
-    unit = root / FIRST_BOOT.lstrip("/")
+    unit = root / FIRST_BOOT_UNIT.lstrip("/")
     unit.parent.mkdir(parents=True)
     unit.touch()
     assert run(kit, root).returncode == 0

@@ -36,18 +36,18 @@ class Endless(Quiet):
     """Sends the beginning of one file, and no more until the board has hung up."""
 
     def __init__(self, *given: Any, stuck: str, begun: threading.Event, **more: Any) -> None:
-        self.stuck, self.begun = stuck, begun
+        self.is_stuck, self.has_begun = stuck, begun
         super().__init__(*given, **more)
 
     def do_GET(self) -> None:
-        if not self.path.endswith(self.stuck):
+        if not self.path.endswith(self.is_stuck):
             super().do_GET()
             return
         self.send_response(200)
         self.send_header("Content-Length", "1000")
         self.end_headers()
         self.wfile.write(b"{")
-        self.begun.set()
+        self.has_begun.set()
         self.connection.recv(1)
 
 

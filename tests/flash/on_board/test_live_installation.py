@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_flash import BoardSettings, Target, build_kit
+from fedprune_flash import BoardSettings, BoardTarget, build_kit
 from fedprune_flash.kit.target import PYTHONS
 from support.fakes import tiny_wheels
 from support.fakes.runtime_releases import CLAIM, KEY
@@ -73,7 +73,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     refuses = "import os\nif os.geteuid() == 0:\n    raise RuntimeError('loaded as root')\n"
     tiny_wheels.wheel(links, "onnxruntime", "1.31", {"onnxruntime/__init__.py": refuses})
     own = next(links.glob("fedprune-*"))
-    target = Target(python, platform.machine())
+    target = BoardTarget(python, platform.machine())
     build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim=CLAIM, signer=KEY)
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/systemctl").write_text(SYSTEMCTL)

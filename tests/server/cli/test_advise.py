@@ -11,10 +11,10 @@ from fedprune.strategies import compose
 from fedprune_server.cli.simulate import main
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation import runs as simulated_runs
-from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.runs import RunEnd
-from fedprune_server.simulation.starter import STARTERS, StarterBoard, write_starter
+from fedprune_server.simulation.starter import STARTER_BOARDS, StarterBoard, write_starter
 
 PI = "raspberry-pi-4b"
 WIDE = [StarterBoard(name, PI, 2_000_000) for name in ("a", "b", "c")]
@@ -39,7 +39,7 @@ def advised(tmp_path, monkeypatch, capsys):
         path = fleet_of(tmp_path / "fleet", boards, **recipe)
         path.write_text(path.read_text() + more)
 
-        job = read_plan(path).job.to_dict()
+        job = read_fleet_plan(path).job.to_dict()
 
         def finished(work, runs, out, **_):
             for run in runs:
@@ -54,7 +54,7 @@ def advised(tmp_path, monkeypatch, capsys):
             return [RunEnd(run.name) for run in runs]
 
         metric = recipe.get("metric", "accuracy")
-        monkeypatch.setattr(simulated_runs, "carry_out", finished)
+        monkeypatch.setattr(simulated_runs, "do_runs", finished)
         command = ["advise", "--config", str(path), "--out", str(tmp_path / "out"), "--json", *arguments]
         assert main(command) == ExitCode.OK
         return json.loads(capsys.readouterr().out)
@@ -68,8 +68,8 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
             work(run, out / run.name, lambda *_: None)
         return [RunEnd(run.name) for run in runs]
 
-    monkeypatch.setattr(simulated_runs, "carry_out", carry_out)
-    path, out = fleet_of(tmp_path / "fleet", STARTERS[:2], rounds=1, max_steps=1), tmp_path / "out"
+    monkeypatch.setattr(simulated_runs, "do_runs", carry_out)
+    path, out = fleet_of(tmp_path / "fleet", STARTER_BOARDS[:2], rounds=1, max_steps=1), tmp_path / "out"
     command = ["advise", "--config", str(path), "--out", str(out), "--seeds", "1"]
     assert main([*command, "--json"]) == ExitCode.OK
     advice = json.loads(capsys.readouterr().out)
@@ -78,7 +78,7 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
     for name, row in rows.items():
         last = runs[name].last
         assert row["bytes"] == last.down + last.up
-        assert row["hours"] * 3600 == pytest.approx(last.at)
+        assert row["hours"] * 3600 == pytest.approx(last.elapsed_s)
         assert row["macs_share"] == pytest.approx(runs[name].macs() / runs["fedavg"].macs())
         assert row["global_accuracy"] == last.accuracy
     assert {d.density for d in runs["fedavg"].devices} == {1.0}, "the reference trains what these boards couldn't"

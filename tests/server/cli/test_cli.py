@@ -15,14 +15,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Phase, State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
-from fedprune.runtime.session import Session
-from fedprune.strategies.channel_ranking import places_of
+from fedprune.runtime.session import OnnxSession
+from fedprune.strategies.channel_ranking import group_keys
 from fedprune.strategies.methods.fedprune import RANKS
 from fedprune_export import load
 from fedprune_server.cli.main import main
@@ -228,7 +228,7 @@ def test_all_blobs_of_an_offer_are_there_after_a_second_start(model: Path, tmp_p
         scored = opened.worker.execute(do.Score(1, opened.state.model, {}, ("a",)))
         assert isinstance(scored, on.Scored)
         basis = do.Basis(1, opened.state.model, scored.ranking)
-        extracted = opened.worker.execute(do.Extract(basis, do.Part("a", 1, (4,), 1.0, 50, None)))
+        extracted = opened.worker.execute(do.Extract(basis, do.DevicePart("a", 1, (4,), 1.0, 50, None)))
         assert isinstance(extracted, on.Extracted)
         for name in ("weights", "training", "inference"):
             assert folder.store.has(extracted.offer[name]["sha256"])
@@ -241,9 +241,9 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
         known.phase = Phase.FINISHED
         folder.storage.save(known, (), 2.0)
         opened = open_job(folder, ServerConfig(job=Job(name="leaves", rounds=9)))
-    coordinate(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
+    make_coordinator(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
     assert opened.state.phase is Phase.WAITING
-    assert opened.changed == ["rounds: 5 is now 9"]
+    assert opened.setting_changes == ["rounds: 5 is now 9"]
 
 
 def test_the_exported_model_computes_with_the_current_weights(
@@ -254,7 +254,7 @@ def test_the_exported_model_computes_with_the_current_weights(
     x = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
     w = {t.name: numpy_helper.to_array(t) + 1 for t in onnx.load(model).graph.initializer}
     expected = np.maximum(x @ w["w1"].T + w["b1"], 0) @ w["w2"].T + w["b2"]
-    np.testing.assert_allclose(Session(out).run({"x": x})["logits"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(OnnxSession(out).run({"x": x})["logits"], expected, rtol=1e-5, atol=1e-5)
     capsys.readouterr()
     assert main(["export-model", "--state", str(state), "--out", str(out), "--json"]) == ExitCode.OK
     body = json.loads(capsys.readouterr().out)
@@ -272,7 +272,7 @@ def test_a_model_is_exported_in_the_layout_of_the_hub(
     assert (body["file"], body["bytes"]) == (str(out), sum(path.stat().st_size for path in out.iterdir()))
     with StateFolder(state) as folder:
         found = tensorfile.encode(load(out).tensors)
-        assert tensorfile.digest(found) == folder.storage.load().model  # type: ignore[union-attr]
+        assert tensorfile.sha256_hex(found) == folder.storage.load().model  # type: ignore[union-attr]
     card = (out / "README.md").read_text()
     assert (
         '"dataset": {"type": "own-data", "name": "own data"}, "metrics": [{"type": "accuracy", "value": 0.5}]' in card
@@ -316,7 +316,7 @@ def test_the_model_after_an_earlier_round_has_that_rounds_ranks(model: Path, tmp
         orders = [[np.roll(np.arange(size), n) for size in architecture.sizes] for n in (1, 2)]
         for n, order in enumerate(orders, 1):
             weights = {name: value + np.float32(n) for name, value in opened.model.tensors.items()}
-            ranks = dict(zip(places_of(architecture), order, strict=True))
+            ranks = dict(zip(group_keys(architecture), order, strict=True))
             state.model = folder.store.put(tensorfile.encode(weights)).sha256
             state.memory = {RANKS: folder.store.put(tensorfile.encode(ranks)).sha256}
             state.round, memories = n, [*memories, state.memory[RANKS]]
@@ -345,7 +345,7 @@ def test_the_best_model_is_exported_with_its_round_and_score(
         job.history.append(row)
         folder.storage.save(job, [on.Ticked()], 2.0)
     assert main([*command, "--round", "best"]) == ExitCode.OK
-    assert tensorfile.digest(out.read_bytes()) == best
+    assert tensorfile.sha256_hex(out.read_bytes()) == best
     assert "the best global model after round 1 (accuracy 50.0%)" in capsys.readouterr().out
     assert main([*command, "--round", "best", "--json"]) == ExitCode.OK
     body = json.loads(capsys.readouterr().out)
@@ -362,7 +362,7 @@ def test_torch_loads_the_exported_weights(state: Path, tmp_path: Path) -> None:
     for name in ("w.pt", "w.safetensors"):
         assert main(["export-model", "--state", str(state), "--out", str(tmp_path / name)]) == ExitCode.OK
     found = torch.load(tmp_path / "w.pt", weights_only=True)
-    expected = tensorfile.load(tmp_path / "w.safetensors")
+    expected = tensorfile.load_tensors(tmp_path / "w.safetensors")
     assert list(found) == list(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name].numpy(), value)
@@ -393,4 +393,4 @@ def test_a_first_start_that_failed_leaves_room_for_another_model_name_and_broker
     assert main([*command, "--model", str(model), "--name", "leaves"]) == ExitCode.BROKER
     with StateFolder(tmp_path / "s") as folder:
         opened = open_job(folder, ServerConfig(job=Job(name="leaves"), model=str(model)))
-    assert (opened.state.round, opened.changed) == (0, [])
+    assert (opened.state.round, opened.setting_changes) == (0, [])

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.main import build_parser, main
-from fedprune_server.cli.run import configured
+from fedprune_server.cli.run import load_config
 from fedprune_server.engine.state_directory import StateFolder
 from support.fakes.opened_job import open_job
 from support.processes.real_site import write_material
@@ -78,7 +78,7 @@ def test_another_kind_of_schedule_replaces_the_files_and_the_same_keeps_its_keys
 ) -> None:
     file.write_text(f"[job]\nschedule = {schedule}\n")
     arguments = build_parser().parse_args(["run", "--config", str(file), "--schedule", kind])
-    assert configured(arguments, {}).config.job.schedule == found
+    assert load_config(arguments, {}).config.job.schedule == found
 
 
 @pytest.mark.parametrize("command", [["config", "check"], ["run", "--config"]], ids=" ".join)
@@ -101,7 +101,7 @@ def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
     monkeypatch.delenv("FEDPRUNE_CONFIG")
     write_material(file.parent, {})
     model = str(file.parent / "model.onnx")
-    ran = configured(build_parser().parse_args(["run", "--model", model, "--keep", "9", "--rounds", "3"]), {}).config
+    ran = load_config(build_parser().parse_args(["run", "--model", model, "--keep", "9", "--rounds", "3"]), {}).config
     with StateFolder(ran.state) as folder:
         open_job(folder, ran)
     monkeypatch.setenv("FEDPRUNE_JOB_ROUNDS", "6")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fedprune.core.disk import locked
+from fedprune.core.disk import file_lock
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
 from fedprune_server.monitoring.round_rows import RoundRow
@@ -50,7 +50,7 @@ def test_a_second_demo_in_a_folder_leaves_the_first_one_alone(tmp_path):
     out = tmp_path / "demo-run"
     out.mkdir()
     (out / "demo.json").write_text("{}")
-    with locked(tmp_path / ".demo-run.lock", "busy", "wait"), pytest.raises(StorageError, match="another demo runs"):
+    with file_lock(tmp_path / ".demo-run.lock", "busy", "wait"), pytest.raises(StorageError, match="another demo runs"):
         run_demo(out)
     assert (out / "demo.json").exists()
 

@@ -14,7 +14,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
+from fedprune.security.joining import JoinClaim
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
@@ -32,7 +32,7 @@ def state(tmp_path: Path, capsys: Captured) -> str:
     return path
 
 
-def asks(state: str, folder: Path, name: str, claim: Claim | None = None) -> tuple[DeviceIdentity, str]:
+def asks(state: str, folder: Path, name: str, claim: JoinClaim | None = None) -> tuple[DeviceIdentity, str]:
     """A board asks; its identity, and what it is told."""
     device = DeviceIdentity(folder, "lab", name)
     with IdentityFolder(Path(state)) as identity:
@@ -54,7 +54,7 @@ def listed(state: str, capsys: Captured) -> dict[str, list[str]]:
 def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: Path, capsys: Captured) -> None:
     assert main(["claim", "--state", state, "--count", "3"]) == ExitCode.OK
     assert main(["claim", "--state", state, "--device", "attic"]) == ExitCode.OK
-    claims = [Claim.parse(line) for line in capsys.readouterr().out.splitlines()]
+    claims = [JoinClaim.parse(line) for line in capsys.readouterr().out.splitlines()]
     assert len(claims) == len({c.secret for c in claims}) == 4
 
     assert asks(state, tmp_path / "1", "pi-1", claims[0])[1] == "approved"
@@ -75,7 +75,7 @@ def test_members_are_in_the_database_that_is_named(
         state = str(tmp_path / "new")
         assert main(["init", "--state", state, "--database", url]) == ExitCode.OK
     with IdentityFolder(Path(state), database=url) as identity:
-        identity.store.ask("attic", "ab" * 32, 1)
+        identity.store.request_approval("attic", "ab" * 32, 1)
     capsys.readouterr()
     assert main(["devices", "--state", state]) == ExitCode.OK
     assert capsys.readouterr().out.startswith("attic")
@@ -122,7 +122,7 @@ def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path
     assert main(["claim", "--state", state, "--count", "2", "--hours", "24", "--out", str(out)]) == ExitCode.OK
     said = capsys.readouterr().out
     assert said.startswith(f"{out}: 2 claims for any name that is free, valid until ")
-    assert len({Claim.parse(line).id for line in out.read_text().splitlines()}) == 2
+    assert len({JoinClaim.parse(line).id for line in out.read_text().splitlines()}) == 2
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert main(["claim", "--state", state, "--out", str(out)]) == ExitCode.USAGE
     assert main(["claim", "--state", state, "--out", str(tmp_path / "no" / "folder")]) == ExitCode.STORAGE
@@ -139,11 +139,11 @@ def test_the_operator_lets_in_the_board_whose_fingerprint_is_right(
     assert main([*approve, "--key", "0000-0000-0000-0000-0000"]) == ExitCode.JOIN
     assert "no key with this fingerprint waits as pi-1" in capsys.readouterr().err
 
-    assert main([*approve, "--key", right.key.verifying.fingerprint.upper()]) == ExitCode.OK
+    assert main([*approve, "--key", right.key.verifying_key.fingerprint.upper()]) == ExitCode.OK
 
     assert listed(state, capsys) == {"pi-1": ["approved"]}
     assert asks(state, tmp_path / "1", "pi-1")[1] == "approved"
-    assert main([*approve, "--key", right.key.verifying.fingerprint]) == ExitCode.JOIN
+    assert main([*approve, "--key", right.key.verifying_key.fingerprint]) == ExitCode.JOIN
 
 
 def test_nobody_is_let_in_before_the_fingerprint_was_compared(state: str, tmp_path: Path, capsys: Captured) -> None:
@@ -154,13 +154,13 @@ def test_nobody_is_let_in_before_the_fingerprint_was_compared(state: str, tmp_pa
 
     captured = capsys.readouterr()
     assert "--key FINGERPRINT, as the board shows it" in captured.err
-    assert waits.key.verifying.fingerprint not in captured.out + captured.err  # nothing to copy without looking
+    assert waits.key.verifying_key.fingerprint not in captured.out + captured.err  # nothing to copy without looking
     assert listed(state, capsys) == {"pi-1": ["waiting"]}
 
 
 def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path, capsys: Captured) -> None:
     main(["claim", "--state", state])
-    claim = Claim.parse(capsys.readouterr().out.strip())
+    claim = JoinClaim.parse(capsys.readouterr().out.strip())
     asks(state, tmp_path / "1", "pi-1", claim)
 
     assert main(["devices", "--state", state, "replace", "pi-1"]) == ExitCode.OK
@@ -170,7 +170,7 @@ def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path,
     assert said == "pi-1: 1 key and 1 certificate revoked."
     assert "crl.pem" in where
     assert asks(state, tmp_path / "1", "pi-1")[1] == "refused"
-    assert asks(state, tmp_path / "2", "pi-1", Claim.parse(text))[1] == "approved"
+    assert asks(state, tmp_path / "2", "pi-1", JoinClaim.parse(text))[1] == "approved"
     assert main(["devices", "revoke", "pi-1", "--state", state]) == ExitCode.OK
     assert listed(state, capsys) == {"pi-1": ["revoked", "revoked"]}
     assert main(["devices", "--state", state, "revoke", "pi-1"]) == ExitCode.JOIN
@@ -223,7 +223,7 @@ def test_keys_and_authority_are_replaced_while_no_server_runs(state: str, tmp_pa
         assert main([*words, "--state", state]) == ExitCode.OK
         return capsys.readouterr().out
 
-    assert asks(state, tmp_path / "1", "pi-1", Claim.parse(claimed(state, capsys)))[1] == "approved"
+    assert asks(state, tmp_path / "1", "pi-1", JoinClaim.parse(claimed(state, capsys)))[1] == "approved"
     before, left = shown("identity"), claimed(state, capsys)
     with folder_lock(Path(state)):
         assert main(["identity", "replace", "--state", state]) == ExitCode.STORAGE
@@ -235,8 +235,8 @@ def test_keys_and_authority_are_replaced_while_no_server_runs(state: str, tmp_pa
     assert stat.S_IMODE((Path(state) / "identity" / "signing.key").stat().st_mode) == 0o600
     assert not list(Path(state).glob("identity.*")), "a copy of the old keys was left"
     assert shown("devices").split()[:2] == ["pi-1", "revoked"]
-    assert asks(state, tmp_path / "2", "pi-2", Claim.parse(left))[1] == "refused"
-    assert asks(state, tmp_path / "3", "pi-1", Claim.parse(claimed(state, capsys)))[1] == "approved"
+    assert asks(state, tmp_path / "2", "pi-2", JoinClaim.parse(left))[1] == "refused"
+    assert asks(state, tmp_path / "3", "pi-1", JoinClaim.parse(claimed(state, capsys)))[1] == "approved"
 
 
 def test_where_the_power_fails_while_an_identity_is_replaced_another_try_completes_it(state: str) -> None:
@@ -255,7 +255,7 @@ def test_where_the_power_fails_while_an_identity_is_replaced_another_try_complet
 
 def identity_of(state: str) -> tuple[str, str]:
     with IdentityFolder(Path(state), read_only=True) as identity:
-        return identity.key.verifying.hex, identity.authority.pin.hex()
+        return identity.key.verifying_key.hex, identity.authority.pin.hex()
 
 
 def claimed(state: str, capsys: Captured) -> str:
@@ -267,15 +267,15 @@ def claimed(state: str, capsys: Captured) -> str:
 def test_a_file_of_claims_is_whole_or_not_there(
     state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, made = IdentityFolder.claim, []
+    whole, made = IdentityFolder.make_claim, []
 
-    def claim(*arguments: Any) -> Claim:
+    def claim(*arguments: Any) -> JoinClaim:
         if made:
             raise OSError(errno.ENOSPC, "No space left on device")
         made.append(whole(*arguments))
         return made[0]
 
-    monkeypatch.setattr(IdentityFolder, "claim", claim)
+    monkeypatch.setattr(IdentityFolder, "make_claim", claim)
     out = tmp_path / "claims"
     assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.STORAGE_FULL
     assert not out.exists()

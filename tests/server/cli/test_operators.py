@@ -12,16 +12,16 @@ import pytest
 
 pytest.importorskip("argon2", reason="the extra console is not installed")
 
-from fedprune.core.disk import locked
+from fedprune.core.disk import file_lock
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.main import main
-from fedprune_server.cli.operators import answer_within
+from fedprune_server.cli.operators import wait_for_answer
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Operator
-from fedprune_server.web.auth.sessions import Session
-from fedprune_server.web.database import FILE, ConsoleDatabase
+from fedprune_server.web.auth.sessions import OperatorSession
+from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
 from fedprune_server.web.state import status
-from fedprune_server.web.state.order_queue import EXPIRED, WITHDRAWN, Answer, OrderQueue
+from fedprune_server.web.state.order_queue import EXPIRED, WITHDRAWN, OrderAnswer, OrderQueue
 from fedprune_server.web.state.orders import OrderService
 from fedprune_server.web.state.status import FleetView, StatusWriter
 from fedprune_server.web.views.formatting import action_text
@@ -34,19 +34,19 @@ from support.waiting import until
 def database(tmp_path: Path) -> Iterator[ConsoleDatabase]:
     """The console's database of a server that runs a job and takes orders."""
     tmp_path.chmod(0o700)
-    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as opened:
+    with StatusWriter(tmp_path / status.STATUS_FILE) as writer, ConsoleDatabase(tmp_path / CONSOLE_FILE) as opened:
         ConsoleFleet(2, 1).publish(writer)
         yield opened
 
 
 @pytest.fixture
 def orders(tmp_path: Path, database: ConsoleDatabase) -> Iterator[OrderService]:
-    with FleetView(tmp_path / status.FILE) as view:
+    with FleetView(tmp_path / status.STATUS_FILE) as view:
         yield OrderService(view, Audit(database), database)
 
 
 def ordered(orders: OrderService, kind: str = "pause") -> int:
-    session = Session(Operator("ann", "operator", 0.0, 0.0), "", "")
+    session = OperatorSession(Operator("ann", "operator", 0.0, 0.0), "", "")
     return orders.give(session, "terminal", {"order": kind, "job": "trial"}, 30.0)
 
 
@@ -58,7 +58,7 @@ def waited(orders: OrderService, number: int, while_it_sleeps: Callable[[], None
         clock[0] = float("inf")
         while_it_sleeps()
 
-    return answer_within(orders, number, lambda: clock[0], sleep)
+    return wait_for_answer(orders, number, lambda: clock[0], sleep)
 
 
 def interrupt() -> None:
@@ -71,7 +71,7 @@ def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkey
         monkeypatch.setattr("sys.stdin", io.StringIO("a long horse, a battery\n"))
         assert main(["operators", *words, "--state", str(tmp_path)]) == 0
 
-    database = ConsoleDatabase(tmp_path / FILE)
+    database = ConsoleDatabase(tmp_path / CONSOLE_FILE)
     entries = Audit(database).page().items
     database.close()
 
@@ -84,7 +84,7 @@ def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkey
 @pytest.fixture(autouse=True)
 def running(tmp_path: Path) -> Iterator[None]:
     """A server runs on the folder."""
-    with locked(tmp_path / "lock", "busy", "wait"):
+    with file_lock(tmp_path / "lock", "busy", "wait"):
         yield
 
 
@@ -106,11 +106,11 @@ def test_a_job_is_paused_at_the_terminal_as_at_the_console(
     tmp_path: Path, database: ConsoleDatabase, kind: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def serve() -> None:
-        with ConsoleDatabase(tmp_path / FILE) as own:
+        with ConsoleDatabase(tmp_path / CONSOLE_FILE) as own:
             queue = OrderQueue(own)
             (order,) = until(lambda: queue.take(1))
             assert (order.order, order.job) == (kind, "trial")
-            queue.answer(Answer(order.number, True, said))
+            queue.answer(OrderAnswer(order.number, True, said))
             queue.flush()
 
     server = threading.Thread(target=serve)
@@ -159,7 +159,7 @@ def test_an_order_that_the_server_has_taken_is_not_withdrawn(
         answer = waited(orders, number, take)
         assert answer is not None
         assert answer["state"] != "done"
-    queue.answer(Answer(1, True, "job trial is paused"))
+    queue.answer(OrderAnswer(1, True, "job trial is paused"))
     queue.flush()
     (entry,) = Audit(database).page().items
     assert entry["outcome"] == "done: job trial is paused"
@@ -173,7 +173,7 @@ def test_an_order_of_a_terminal_that_was_killed_expires(
     assert (row["until"] - row["at"], row["state"]) == (pytest.approx(30.0), "waiting")
     later = row["at"] + 31.0
     assert OrderQueue(database, lambda: later).take(1) == []
-    with FleetView(tmp_path / status.FILE) as view:
+    with FleetView(tmp_path / status.STATUS_FILE) as view:
         OrderService(view, Audit(database), database, lambda: later + 60.0).expire()
     (entry,) = Audit(database).page().items
     assert (entry["action"], entry["outcome"]) == ("pause", EXPIRED)

@@ -30,8 +30,8 @@ def state(tmp_path: Path) -> Path:
     """The state folder of a server that has let twenty boards in."""
     with IdentityFolder.make(tmp_path / "server", "lab") as identity:
         for name in NAMES:
-            key = SigningKey.make().verifying.hex
-            identity.store.ask(name, key, 1)
+            key = SigningKey.make().verifying_key.hex
+            identity.store.request_approval(name, key, 1)
             identity.store.approve(name, key, 2)
     return tmp_path / "server"
 
@@ -58,9 +58,9 @@ def desk(state: Path, reports: list[ReleaseReport]) -> None:
     """A daemon that takes these reports, and ends."""
     with RolloutStore(state) as store:
         run = RolloutCoordinator(store, lambda *_: None)
-        run.connected(True)
+        run.on_connection_change(True)
         for report in reports:
-            run.reported(report)
+            run.on_report(report)
 
 
 @pytest.mark.postgresql
@@ -77,7 +77,7 @@ def test_a_rollout_is_stopped_from_another_machine_by_its_database(
     url, second = postgres.database(), tmp_path / "second"
     shutil.copytree(state / "identity", second / "identity")
     with IdentityFolder(state, database=url) as identity:
-        identity.store.ask("board-0", key := SigningKey.make().verifying.hex, 1)
+        identity.store.request_approval("board-0", key := SigningKey.make().verifying_key.hex, 1)
         identity.store.approve("board-0", key, 2)
     chosen = ("--database", url)
     assert "to 1 board" in read("start", release, *chosen)
@@ -138,7 +138,7 @@ def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
     read("start", release)
     assert codes == [-1, 31]
     with RolloutStore(state) as store:
-        entry = store.latest()
+        entry = store.latest_entry()
         assert entry is not None
         assert entry.offer.number == 7
         files = Release.from_bytes(entry.offer.manifest.encode()).files
@@ -160,7 +160,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_kept(
     victim.write_bytes(victim.read_bytes()[:-1])
     assert "Copy the release's folder again" in read("start", release, code=65)
     with RolloutStore(state) as store:
-        assert store.latest() is None
+        assert store.latest_entry() is None
         assert store.blobs.names() == []
     for words in (["--groups", "a%"], ["--groups", "0.1"], ["--success", "1"], ["--errors", "101%"]):
         with pytest.raises(SystemExit):

@@ -14,11 +14,11 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.output.extras import install_command
 from fedprune_server.cli.simulate import main
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
-from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
+from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_fleet_plan
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.tables import TAIL
+from fedprune_server.simulation.results.tables import TAIL_ROUNDS
 from support.fakes.opened_job import read_config
 from support.paths import ROOT
 
@@ -53,11 +53,11 @@ data = "dock.npz"
 @pytest.fixture
 def config(tmp_path):
     """Writes a configuration beside model and data, and gives its path."""
-    data = deal(NAMES, seed=5)
+    data = deal_digits(NAMES, seed=5)
     (tmp_path / "model.onnx").write_bytes(digits_model())
     np.savez(tmp_path / "server.npz", x=data.x, y=data.y)
     for name in NAMES:
-        write_hand(tmp_path / f"{name}.npz", data.devices[name])
+        write_device_data(tmp_path / f"{name}.npz", data.devices[name])
 
     def write(text=CONFIG):
         (tmp_path / "fleet.toml").write_text(text)
@@ -73,7 +73,7 @@ def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
     assert [d.name for d in record.devices] == list(NAMES)
     assert len(record.rounds) == 2
     assert record.last.accuracy is not None
-    assert f"{record.final(TAIL)[1]:.1%}" in capsys.readouterr().out
+    assert f"{record.final(TAIL_ROUNDS)[1]:.1%}" in capsys.readouterr().out
     assert (out / "report.html").is_file()
     assert (out / "metrics.json").stat().st_size > 1000
 
@@ -109,7 +109,7 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     assert [row["rounds"] for row in found["runs"]] == [2, 2]
     assert {row["cost"] for row in found["equal_cost"]} == {"rounds", "training_macs", "bytes", "seconds"}
     reached, never = found["runs"][0]["targets"]
-    assert (reached["round"], reached["seconds"], reached["bytes"]) == (1, first.at, first.down + first.up)
+    assert (reached["round"], reached["seconds"], reached["bytes"]) == (1, first.elapsed_s, first.down + first.up)
     assert (never["target"], never["round"]) == (1.5, None)
     with (tmp_path / "both.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -120,7 +120,7 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
 
 def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, tmp_path, capsys):
     trained = []
-    whole = DeviceRunner.carry_out
+    whole = DeviceRunner.train
 
     def carry_out(bench, device, offer, round_):
         trained.append((device.name, round_))
@@ -130,7 +130,7 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
 
     out, arguments = tmp_path / "out", ["--config", config(), "--rounds", "3", "--out"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeviceRunner, "carry_out", carry_out)
+        patch.setattr(DeviceRunner, "train", carry_out)
         assert main([*arguments, str(out)]) == ExitCode.INTERRUPTED
     assert str(out) in capsys.readouterr().err
     assert main([*arguments, str(out)]) == ExitCode.OK
@@ -151,7 +151,7 @@ def test_rounds_wait_for_as_many_devices_as_the_configuration_says_and_has(confi
 
 def test_the_example_of_the_docs_is_a_fleet(config, tmp_path):
     block = re.search(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    plan = read_plan(Path(config(block.group(1))))
+    plan = read_fleet_plan(Path(config(block.group(1))))
     assert [d.name for d in plan.devices] == ["barn", "dock"]
     assert (plan.job.devices, plan.dropouts.probability) == (2, 0.1)
 

@@ -12,7 +12,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
-from fedprune_server.cli.state_option import VARIABLE
+from fedprune_server.cli.state_option import STATE_VARIABLE
 
 OTHERWISE = {"alerts", "run", "config", "restore"}
 """Commands that read settings in layers or make a new folder."""
@@ -34,17 +34,17 @@ def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(STATE_VARIABLE, raising=False)
     plain = defaults()
     assert {"status", "check", "backup", "doctor", "init", "release", "rollout start", "operators add"} <= set(plain)
     assert set(plain.values()) == {Path("fedprune-state")}
 
-    monkeypatch.setenv(VARIABLE, "there")
+    monkeypatch.setenv(STATE_VARIABLE, "there")
     assert defaults() == dict.fromkeys(plain, Path("there"))
 
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(STATE_VARIABLE)
     (tmp_path / "name").write_text("/srv/there\n")
-    monkeypatch.setenv(f"{VARIABLE}_FILE", "name")
+    monkeypatch.setenv(f"{STATE_VARIABLE}_FILE", "name")
     assert defaults() == dict.fromkeys(plain, Path("/srv/there"))
 
 
@@ -54,7 +54,7 @@ def test_a_boards_folder_is_called_one(
 ) -> None:
     (tmp_path / "identity").mkdir()
     DirectoryOwner("attic", "default").claim(tmp_path)
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path))
     assert main(command.split()) == ExitCode.STORAGE
     assert f"{tmp_path} is the state directory of a device" in " ".join(capsys.readouterr().err.split())
     assert {p.name for p in tmp_path.iterdir()} == {"identity", "device.json"}

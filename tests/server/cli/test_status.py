@@ -12,14 +12,14 @@ import pytest
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination.events import DeviceBorn
-from fedprune.core.disk import locked
+from fedprune.core.disk import file_lock
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, Progress, Task
+from fedprune.jobs.state import DeviceTask, JobDevice, Progress
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.main import main
-from fedprune_server.cli.status import status, status_of_all
+from fedprune_server.cli.status import job_status, server_status
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.maintenance.doctor import diagnose
@@ -34,7 +34,7 @@ from support.fakes import tiny_job as toy
 @pytest.fixture
 def fleet_state(stopped_state: Path) -> Iterator[Path]:
     """The same folder with a server that runs on it."""
-    with locked(stopped_state / "lock", "busy", "wait"):
+    with file_lock(stopped_state / "lock", "busy", "wait"):
         yield stopped_state
 
 
@@ -47,12 +47,12 @@ def stopped_state(tmp_path: Path) -> Path:
         round=13,
         phase=Phase.TRAINING,
         devices={
-            "good": Device(1, True, profile, None, 300, widths=(3,)),
-            "off": Device(1, False, profile, None, 200, widths=(3,)),
-            "small": Device(1, True, profile, None, 100, excluded="no width fits: memory"),
-            "full": Device(1, True, profile, None, 100, widths=(3,)),
+            "good": JobDevice(1, True, profile, None, 300, widths=(3,)),
+            "off": JobDevice(1, False, profile, None, 200, widths=(3,)),
+            "small": JobDevice(1, True, profile, None, 100, excluded="no width fits: memory"),
+            "full": JobDevice(1, True, profile, None, 100, widths=(3,)),
         },
-        tasks={"full": Task(1, (3,), progress=Progress.REFUSED, reason="disk full")},
+        tasks={"full": DeviceTask(1, (3,), progress=Progress.REFUSED, reason="disk full")},
         history=[
             {
                 "round": n,
@@ -67,9 +67,11 @@ def stopped_state(tmp_path: Path) -> Path:
             for n in range(1, 13)
         ],
     )
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.put_settings({"job": Job(name="leaves", rounds=20).to_dict(), "name": "n"})
-        storage.put_outsiders({"odd": {"online": True, "profile": "toaster", "samples": 9, "excluded": "no profile"}})
+        storage.put_unplanned_devices(
+            {"odd": {"online": True, "profile": "toaster", "samples": 9, "excluded": "no profile"}}
+        )
         storage.save(state, (), 1.0)
     return tmp_path
 
@@ -111,13 +113,13 @@ def test_status_as_json_has_excluded_boards_and_reasons(fleet_state: Path, capsy
 def test_a_free_board_of_two_jobs_is_told_from_a_dead_one(
     fleet_state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    boards = {n: Device(1, n == "a", {"name": "pi"}, None, 9, widths=(1,)) for n in "abc"}
+    boards = {n: JobDevice(1, n == "a", {"name": "pi"}, None, 9, widths=(1,)) for n in "abc"}
     (fleet_state / "jobs" / "other").mkdir(parents=True)
-    with Storage.at(fleet_state / "jobs" / "other") as storage:
+    with Storage.open_in(fleet_state / "jobs" / "other") as storage:
         storage.put_settings({"job": Job(name="other").to_dict(), "name": "n"})
         storage.save(State(model="0" * 64, devices=boards), [DeviceBorn("c", 1, {}, 9)], 7.0)
     (fleet_state / "alerts.json").write_text(json.dumps({"turned_at": time.time(), "alerts": [], "free": ["b"]}))
-    with locked(fleet_state / "jobs" / "other" / "lock", "busy", "wait"):
+    with file_lock(fleet_state / "jobs" / "other" / "lock", "busy", "wait"):
         main(["status", "--state", str(fleet_state)])
         main(["status", "--json", "--state", str(fleet_state)])
     text, _, body = capsys.readouterr().out.partition("\n{\n")
@@ -138,7 +140,7 @@ def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
         return Monitor(stopped_state, {}, folders, book=AlertBook(alerts), clock=lambda: ended_at)
 
     def kinds() -> list[str]:
-        return [alert["kind"] for alert in status_of_all(stopped_state)["alerts"]]
+        return [alert["kind"] for alert in server_status(stopped_state)["alerts"]]
 
     with folder_lock(stopped_state):
         first = monitor(Alert("broker", "critical", ended_at, "there is no connection to the broker", "why", "do"))
@@ -147,7 +149,7 @@ def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
         assert kinds() == ["server-hangs", "broker"]
     with folder_lock(stopped_state):
         assert kinds() == []
-        assert all(device["online"] is not None for device in status_of_all(stopped_state)["devices"])
+        assert all(device["online"] is not None for device in server_status(stopped_state)["devices"])
         assert "server-hangs" not in {finding.kind for finding in diagnose(stopped_state)}
         second = monitor()
         second.start()
@@ -160,10 +162,10 @@ def test_a_device_that_was_shut_out_is_revoked_and_not_online(
 ) -> None:
     with IdentityFolder.make(fleet_state, "lab") as identity:
         board = DeviceIdentity(fleet_state / "board", "lab", "good")
-        EnrollmentService(identity).answer(board.request(identity.claim("good", 3600)))
-        assert status(fleet_state)["devices"][1]["online"]
+        EnrollmentService(identity).answer(board.request(identity.make_claim("good", 3600)))
+        assert job_status(fleet_state)["devices"][1]["online"]
         identity.revoke("good")
-    body = {d["name"]: d for d in status(fleet_state)["devices"]}
+    body = {d["name"]: d for d in job_status(fleet_state)["devices"]}
     assert (body["good"]["revoked"], body["good"]["online"], body["full"]["revoked"]) == (True, False, False)
     assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
     assert "device good (pi): revoked" in capsys.readouterr().out
@@ -173,14 +175,14 @@ def test_a_private_job_says_what_it_has_cost_whom(
     stopped_state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(name="leaves", rounds=20, privacy=Privacy(clip=0.5, noise_multiplier=2.0, epsilon_budget=9.0))
-    with Storage.at(stopped_state) as storage:
+    with Storage.open_in(stopped_state) as storage:
         state = storage.load()
         assert state is not None
         state.private = True
         state.devices["good"].releases = {"2.0": 4}
         storage.put_settings({"job": job.to_dict(), "name": "n"})
         storage.save(state, (), 1.0)
-    found = status(stopped_state)["privacy"]["epsilon"]
+    found = job_status(stopped_state)["privacy"]["epsilon"]
     assert found["full"] == found["off"] == 0.0
     assert found["good"] == pytest.approx(4.3772, rel=1e-4)  # one release at multiplier 1
     assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
@@ -199,7 +201,7 @@ def test_status_names_the_best_round_beside_the_latest(tmp_path: Path, capsys: p
         {"round": n, "at": float(n), "model": f"{n:064}", "metrics": metrics, "devices": {"a": part}}
         for n, metrics in enumerate(scores, 1)
     ]
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.put_settings({"job": Job(name="leaves").to_dict(), "name": "n"})
         storage.save(State(model="0" * 64, round=5, history=rows), (), 1.0)
     assert main(["status", "--state", str(tmp_path), "--json", "--rounds", "1"]) == ExitCode.OK

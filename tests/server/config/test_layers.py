@@ -12,10 +12,10 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.environment import environment_layer, variables
-from fedprune_server.config.layers import located, masked, merged
-from fedprune_server.config.server_config import PLACES, ServerConfig
-from fedprune_server.config.tables import as_tables, parse_config
+from fedprune_server.config.environment import environment_layer, setting_variables
+from fedprune_server.config.layers import errors_with_origin, merge_tables, without_secrets
+from fedprune_server.config.server_config import TABLE_KEYS, ServerConfig
+from fedprune_server.config.tables import config_tables, parse_config
 from support.fakes.opened_job import read_config
 
 FREE = {"input_shape", "options"}
@@ -29,7 +29,7 @@ def settings() -> list[tuple[str, str]]:
     kinds = {"job": Job, "job.privacy": Privacy, "job.recipe": Recipe, "server": ServerConfig, "alerts": AlertSettings}
     left = {"job", "privacy", "recipe", "alerts"} | FREE
     found = [(t, f.name) for t, kind in kinds.items() for f in fields(kind) if f.name not in left]  # type: ignore[arg-type]
-    return [(t, k) for t, k in found if t != "server" or k not in PLACES]  # which are in tables of their own
+    return [(t, k) for t, k in found if t != "server" or k not in TABLE_KEYS]  # which are in tables of their own
 
 
 @pytest.mark.parametrize(("table", "key"), settings())
@@ -107,7 +107,7 @@ def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
     layer = environment_layer({"FEDPRUNE_JOB_SCHEDULE": '{kind = "async", foo = 1}'})
     with (
         pytest.raises(ConfigError, match=r"FEDPRUNE_JOB_SCHEDULE: "),
-        located([layer]),
+        errors_with_origin([layer]),
     ):
         raise ConfigError(("job", "schedule", "foo"), expected="no such key")
 
@@ -143,7 +143,7 @@ def test_the_upper_layer_wins_key_by_key() -> None:
     below = {"job": {"rounds": 1, "recipe": {"lr": 1, "epochs": 2}}, "server": {"keep": 3}}
     above = {"job": {"recipe": {"lr": 5}}, "model": {"path": "m"}}
     both = {"job": {"rounds": 1, "recipe": {"lr": 5, "epochs": 2}}, "server": {"keep": 3}, "model": {"path": "m"}}
-    assert merged(below, above) == both
+    assert merge_tables(below, above) == both
 
 
 def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: 
         model="model.onnx", evaluation="a.b:c", broker="mqtts://u:p@b", ca=Path("system"), port=0, weight=0.5,
         state=tmp_path, profiles=tmp_path, input_shape=(3, 8, 8), database="postgresql+psycopg://db/x",
     )  # fmt: skip
-    assert parse_config(as_tables(config), Path()) == config
-    assert parse_config(as_tables(ServerConfig()), Path()) == ServerConfig()
+    assert parse_config(config_tables(config), Path()) == config
+    assert parse_config(config_tables(ServerConfig()), Path()) == ServerConfig()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: 
     ],
 )  # fmt: skip
 def test_no_password_is_shown(text: str, shown: str) -> None:
-    assert masked(text) == shown
+    assert without_secrets(text) == shown
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_no_error_has_a_password(environment: dict[str, str]) -> None:
 
 
 def test_every_setting_has_a_variable_of_its_own() -> None:
-    known = variables()
+    known = setting_variables()
     paths = {path for path, _ in known.values()}
     assert len(paths) == len(known)
     assert {(*t.split("."), k) for t, k in settings()} <= paths

@@ -11,9 +11,9 @@ import pytest
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune_server.cli.main import build_parser
-from fedprune_server.cli.run import configured
+from fedprune_server.cli.run import load_config
 from fedprune_server.config.server_config import ServerConfig, without_password
-from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.storage import DATABASE_FILE, Storage
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def ran(tmp_path: Path) -> ServerConfig:
 
 def keep(config: ServerConfig) -> Path:
     config.state.mkdir()
-    with Storage.at(config.state) as storage:
+    with Storage.open_in(config.state) as storage:
         storage.put_settings({"job": config.job.to_dict(), "name": "n", "server": config.server_settings()})
     return config.state
 
 
 def again(state: Path, *options: str) -> ServerConfig:
     """The configuration of another start."""
-    return configured(build_parser().parse_args(["run", "--state", str(state), *options]), {}).config
+    return load_config(build_parser().parse_args(["run", "--state", str(state), *options]), {}).config
 
 
 def test_the_state_folder_alone_is_enough(ran: ServerConfig) -> None:
@@ -79,11 +79,11 @@ def test_a_folder_of_profiles_that_has_gone_is_named_and_can_be_replaced(ran: Se
 
 
 def test_only_the_owner_reads_the_database(tmp_path: Path) -> None:
-    with Storage.at(tmp_path):
-        assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
-    (tmp_path / FILE).chmod(0o644)
-    with Storage.at(tmp_path):
-        assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
+    with Storage.open_in(tmp_path):
+        assert stat.S_IMODE((tmp_path / DATABASE_FILE).stat().st_mode) == 0o600
+    (tmp_path / DATABASE_FILE).chmod(0o644)
+    with Storage.open_in(tmp_path):
+        assert stat.S_IMODE((tmp_path / DATABASE_FILE).stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("url", ["mqtt://me:ge@heim@host:1", "mqtt://host:1"])

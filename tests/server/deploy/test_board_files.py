@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fedprune import __version__
-from fedprune.planning.profile_store import names as names_of_profiles
+from fedprune.planning.profile_store import profile_names as names_of_profiles
 from fedprune_device.cli.main import build_parser
 from support.processes.compose_file import DEPLOY, read_compose
 

@@ -18,10 +18,10 @@ import yaml
 from fedprune.core.toml_file import parse_toml
 from fedprune_device.cli.main import build_parser as build_board_parser
 from fedprune_server.cli.main import build_parser
-from fedprune_server.config.environment import environment_layer, variables
+from fedprune_server.config.environment import environment_layer, setting_variables
 from fedprune_server.config.tables import parse_config
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.monitoring.health import FILE as PULSE
+from fedprune_server.monitoring.health import HEALTH_FILE_VARIABLE as PULSE
 from support.processes.compose_file import DEPLOY, read_compose
 
 PINNED = re.compile(r"[\w./-]+:\d+\.\d+(\.\d+)?(-[\w.-]+)?")
@@ -63,7 +63,7 @@ def check_environment(given: dict[str, str]) -> None:
         "FEDPRUNE_SITE",
         PULSE,
     }
-    assert ours <= variables().keys()
+    assert ours <= setting_variables().keys()
     environment_layer({k: v for k, v in given.items() if not k.endswith("_FILE")})
 
 
@@ -178,7 +178,7 @@ def test_the_first_pod_takes_the_identity_of_the_secret_and_later_ones_leave_it(
     subprocess.run(command, check=True)
     with IdentityFolder(volume) as identity:
         assert identity.site == "lab"
-        identity.claim("attic", 60)
+        identity.make_claim("attic", 60)
     before = {p.name: p.read_bytes() for p in (volume / "identity").iterdir()}
     assert {p.stat().st_mode & 0o77 for p in [volume / "identity", *(volume / "identity").iterdir()]} == {0}
     subprocess.run(command, check=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from fedprune_server.devices.clone_detection import (
-    AGAIN_S,
-    APART_S,
-    QUIET_S,
-    RECONNECTS,
-    SIGNS,
-    SIGNS_WITHIN_S,
+    MAX_RECONNECTS,
+    MIN_OVERLAPS,
+    OVERLAP_INTERVAL_S,
+    OVERLAP_WINDOW_S,
+    REPORT_INTERVAL_S,
+    SUSPICION_QUIET_S,
     CloneDetector,
 )
 
@@ -27,8 +27,8 @@ TWO_BOARDS: dict[str, tuple[Births, str]] = {
     "taking turns": ([(0, PI, False, 0.0), (1, NANO, False, 1.0), (2, PI, False, 2.0)],
                      "first it was a nano with 80 samples, now it is a pi with 300 samples"),
     "connecting often": (
-        [(n, PI, False, float(n)) for n in range(RECONNECTS + 1)],
-        f"it has connected {RECONNECTS} times within {RECONNECTS - 1} s",
+        [(n, PI, False, float(n)) for n in range(MAX_RECONNECTS + 1)],
+        f"it has connected {MAX_RECONNECTS} times within {MAX_RECONNECTS - 1} s",
     ),
     "a connection that speaks again after another one": (
         [(5, PI, False, 0.0), (6, PI, True, 1.0), (5, PI, True, 2.0)],
@@ -52,41 +52,41 @@ ONE_BOARD: dict[str, Births] = {
 def test_two_boards_of_one_name_are_noticed(case: str) -> None:
     births, reason = TWO_BOARDS[case]
     names = CloneDetector()
-    assert [names.born("a", *birth) for birth in births] == [""] * (len(births) - 1) + [reason]
-    assert names.suspects("a")
+    assert [names.note_birth("a", *birth) for birth in births] == [""] * (len(births) - 1) + [reason]
+    assert names.is_suspected("a")
     names.forget("a")
-    assert names.born("a", 1, PI, True, 30.0) == ""
+    assert names.note_birth("a", 1, PI, True, 30.0) == ""
 
 
 @pytest.mark.parametrize("case", ONE_BOARD)
 def test_one_board_is_not_suspected(case: str) -> None:
     names = CloneDetector()
-    assert not any(names.born("a", *birth) for birth in ONE_BOARD[case])
-    assert not names.suspects("a")
+    assert not any(names.note_birth("a", *birth) for birth in ONE_BOARD[case])
+    assert not names.is_suspected("a")
 
 
 def test_a_suspicion_is_told_once_and_settles() -> None:
     names = CloneDetector()
-    told = [names.born("a", n, (PI, NANO)[n % 2], True, float(n)) for n in range(9)]
+    told = [names.note_birth("a", n, (PI, NANO)[n % 2], True, float(n)) for n in range(9)]
     assert [bool(s) for s in told] == [False, True, *[False] * 7]
-    names.expire(8.0 + QUIET_S)
-    assert not names.suspects("a")
-    assert names.born("a", 9, NANO, True, 1.0 + AGAIN_S)
+    names.expire(8.0 + SUSPICION_QUIET_S)
+    assert not names.is_suspected("a")
+    assert names.note_birth("a", 9, NANO, True, 1.0 + REPORT_INTERVAL_S)
 
 
 def test_signs_that_come_at_once_or_seldom_are_no_proof_of_a_copy() -> None:
     """As a broker gives them that lets messages overtake each other when a board reconnects."""
     names = CloneDetector()
     for burst in range(50):
-        assert not any(names.note_shared_key("a", 1e4 + burst * SIGNS_WITHIN_S + 0.01 * n) for n in range(20))
-    assert not names.suspects("a")
+        assert not any(names.note_shared_key("a", 1e4 + burst * OVERLAP_WINDOW_S + 0.01 * n) for n in range(20))
+    assert not names.is_suspected("a")
 
 
 def test_signs_that_go_on_are_told_once() -> None:
     names = CloneDetector()
-    told = [names.note_shared_key("a", 1.0 + n * APART_S) for n in range(3 * SIGNS)]
-    assert told == [n == SIGNS - 1 for n in range(3 * SIGNS)]
-    assert names.suspects("a")
-    assert not names.suspects("b")
+    told = [names.note_shared_key("a", 1.0 + n * OVERLAP_INTERVAL_S) for n in range(3 * MIN_OVERLAPS)]
+    assert told == [n == MIN_OVERLAPS - 1 for n in range(3 * MIN_OVERLAPS)]
+    assert names.is_suspected("a")
+    assert not names.is_suspected("b")
     names.forget("a")
     assert not names.note_shared_key("a", 1e6)

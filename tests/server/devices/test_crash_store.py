@@ -7,7 +7,14 @@ from contextlib import closing
 from pathlib import Path
 
 from fedprune.wire.fleet_messages import CrashReport, CrashStored
-from fedprune_server.devices.crash_store import FILE, IN_ALL, PER_BOARD, CrashStore, frames_of, read_crashes
+from fedprune_server.devices.crash_store import (
+    CRASH_FILE,
+    MAX_CRASHES,
+    MAX_CRASHES_PER_BOARD,
+    CrashStore,
+    frames_of,
+    read_crashes,
+)
 
 
 def crash(device: str, number: int, text: str = "ValueError: no", at: int = 9) -> CrashReport:
@@ -34,8 +41,8 @@ def test_crashes_are_kept_once_and_answered(tmp_path: Path) -> None:
         ("a", "KeyError: yes"),
     ]
     assert frames_of(found[-1]) == ["fedprune_device.agent.agent:7 in run"]
-    assert [r.text for r in read_crashes(tmp_path, "a", most=1)] == ["KeyError: yes"]
-    assert (tmp_path / FILE).stat().st_mode & 0o077 == 0
+    assert [r.text for r in read_crashes(tmp_path, "a", limit=1)] == ["KeyError: yes"]
+    assert (tmp_path / CRASH_FILE).stat().st_mode & 0o077 == 0
 
 
 def test_no_board_fills_the_disk(tmp_path: Path) -> None:
@@ -44,16 +51,16 @@ def test_no_board_fills_the_disk(tmp_path: Path) -> None:
         for number in range(30):
             store.add(crash("loud", number))
         assert store.save() == {"loud": CrashStored(29)}  # so that it isn't sent again
-        assert read_crashes(tmp_path)[-1].id == PER_BOARD  # no more of an hour was ever written
+        assert read_crashes(tmp_path)[-1].id == MAX_CRASHES_PER_BOARD  # no more of an hour was ever written
         now[0] += 3601
         store.add(crash("loud", 30))
         store.save()
-        assert len(read_crashes(tmp_path)) == PER_BOARD
-        for number in range(IN_ALL):
+        assert len(read_crashes(tmp_path)) == MAX_CRASHES_PER_BOARD
+        for number in range(MAX_CRASHES):
             store.add(crash(f"b{number}", 1))
             if number % 1000 == 999:
                 store.save()
-        assert len(read_crashes(tmp_path, most=2 * IN_ALL)) == IN_ALL
+        assert len(read_crashes(tmp_path, limit=2 * MAX_CRASHES)) == MAX_CRASHES
 
 
 def test_nothing_that_steers_a_terminal_is_kept(tmp_path: Path) -> None:
@@ -66,9 +73,12 @@ def test_nothing_that_steers_a_terminal_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_loop_goes_on_while_another_program_locks_the_file(tmp_path: Path) -> None:
-    with CrashStore(tmp_path) as store, closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as program:
+    with (
+        CrashStore(tmp_path) as store,
+        closing(sqlite3.connect(tmp_path / CRASH_FILE, isolation_level=None)) as program,
+    ):
         program.execute("BEGIN IMMEDIATE")
-        for _ in range(PER_BOARD + 1):  # what comes again and again counts once
+        for _ in range(MAX_CRASHES_PER_BOARD + 1):  # what comes again and again counts once
             store.add(crash("a", 1))
             assert store.save() == {}
         program.execute("ROLLBACK")

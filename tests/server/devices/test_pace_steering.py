@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.core.rng import keyed
-from fedprune.wire.fleet_messages import LONGEST_AWAY_S
-from fedprune.wire.link import longest_pause
-from fedprune_server.devices.pace_steering import COUNTED_S, RECONNECTS_PER_S, Demand, PaceSteering, Plan
+from fedprune.core.rng import keyed_generator
+from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
+from fedprune.wire.link import max_pause
+from fedprune_server.devices.pace_steering import AWAY_COUNTED_S, MAX_RECONNECTS_PER_S, Demand, PaceSteering, VisitPlan
 
 STAY_S = 600.0
 TICK_S = 5.0
@@ -42,10 +42,10 @@ class VirtualFleet:
 
     def __post_init__(self) -> None:
         self.steering = PaceSteering(self.target, 7, (), self.now)
-        self.here = {f"d{i}" for i in range(self.boards)}
+        self.able_boards = {f"d{i}" for i in range(self.boards)}
         self.back: list[tuple[float, str]] = []
-        for device in sorted(self.here):
-            self.steering.came(device, self.now, able=True)
+        for device in sorted(self.able_boards):
+            self.steering.on_connect(device, self.now, able=True)
 
     def run(self, until: float, demand: Callable[[VirtualFleet], Demand] = lambda fleet: fleet.demand) -> None:
         while self.now < until:
@@ -53,14 +53,14 @@ class VirtualFleet:
             while self.back and self.back[0][0] <= self.now:
                 at, device = heapq.heappop(self.back)
                 if int(device[1:]) >= self.dead:
-                    self.here.add(device)
+                    self.able_boards.add(device)
                     self.arrivals.append(at)
-                    self.steering.came(device, self.now, able=True)
-            for device, away_s in self.steering.leaving(self.now, self.now, demand(self), self.works):
-                assert 1 <= away_s <= LONGEST_AWAY_S
-                self.here.remove(device)
+                    self.steering.on_connect(device, self.now, able=True)
+            for device, away_s in self.steering.choose_leaving(self.now, self.now, demand(self), self.works):
+                assert 1 <= away_s <= MAX_BOARD_AWAY_S
+                self.able_boards.remove(device)
                 heapq.heappush(self.back, (self.now + away_s, device))
-            self.levels.append(len(self.here))
+            self.levels.append(len(self.able_boards))
 
     def forget(self) -> None:
         self.arrivals.clear()
@@ -92,7 +92,7 @@ def test_as_many_boards_are_connected_as_the_target_names_and_each_visit_replace
 
 def test_boards_that_do_not_return_are_soon_not_counted() -> None:
     fleet = VirtualFleet(2_000, 100, Demand(10, STAY_S), dead=1_000)
-    fleet.run(COUNTED_S + 3_600)
+    fleet.run(AWAY_COUNTED_S + 3_600)
     fleet.forget()
     fleet.run(fleet.now + 10 * STAY_S)
     assert fleet.steering.boards == 1_000
@@ -103,15 +103,15 @@ def test_a_job_that_waits_for_boards_keeps_those_that_are_there() -> None:
     """Half of the fleet is dead, so that meetings are too small: boards stay until they are enough."""
     demand = Demand(100, STAY_S)
     fleet = VirtualFleet(300, 20, demand, dead=150)
-    fleet.run(Plan(20, demand).period_s)
+    fleet.run(VisitPlan(20, demand).period_s)
     began = False
 
     def waiting(fleet: VirtualFleet) -> Demand:
         nonlocal began
-        began = began or len(fleet.here) >= 100
+        began = began or len(fleet.able_boards) >= 100
         return Demand(100, STAY_S, waiting=not began)
 
-    fleet.run(fleet.now + 6 * Plan(20, demand).period_s, waiting)
+    fleet.run(fleet.now + 6 * VisitPlan(20, demand).period_s, waiting)
     assert began
 
 
@@ -123,20 +123,20 @@ def test_a_board_with_a_part_stays_and_leaves_when_it_is_done(
     names = {f"d{i}" for i in busy if i < boards}
     fleet = VirtualFleet(boards, target, Demand(needed, STAY_S), works=lambda device: device in names)
     fleet.run(2 * STAY_S)
-    assert names <= fleet.here
+    assert names <= fleet.able_boards
     names.clear()
     fleet.run(fleet.now + 10)
-    plan = Plan(target, fleet.demand)
+    plan = VisitPlan(target, fleet.demand)
     late = sum(at > fleet.now - STAY_S - 20 for at in fleet.arrivals)
-    assert len(fleet.here) <= (late if plan.meets else target)
+    assert len(fleet.able_boards) <= (late if plan.needs_meetings else target)
 
 
 def returns(boards: int, outage_s: float, spread_s: float) -> Counter[int]:
     """Arrivals by second, of boards that lose their connection together, and try until the broker is back."""
-    arrivals, chance = Counter[int](), keyed(0, "returns", outage_s)
+    arrivals, chance = Counter[int](), keyed_generator(0, "returns", outage_s)
     for _ in range(boards):
         at, failures = 0.0, 0
-        while (at := at + chance.uniform(0, longest_pause(failures, spread_s))) < outage_s:
+        while (at := at + chance.uniform(0, max_pause(failures, spread_s))) < outage_s:
             failures += 1
         arrivals[int(at)] += 1
     return arrivals
@@ -147,10 +147,10 @@ def test_ten_thousand_boards_come_back_after_a_restart_of_the_broker_at_a_bounde
     boards = 10_000
     steering = PaceSteering(0, 0, (), 0.0)
     for i in range(boards):
-        steering.came(f"d{i}", 0.0, able=True)
+        steering.on_connect(f"d{i}", 0.0, able=True)
     found = returns(boards, outage_s, steering.spread_s)
     assert sum(found.values()) == boards
-    assert max(found.values()) <= RECONNECTS_PER_S + 5 * math.sqrt(RECONNECTS_PER_S)
+    assert max(found.values()) <= MAX_RECONNECTS_PER_S + 5 * math.sqrt(MAX_RECONNECTS_PER_S)
     assert max(found) <= outage_s + steering.spread_s
     if outage_s <= 1:  # what the spread is for
         assert max(returns(boards, outage_s, 0.0).values()) > boards / 2

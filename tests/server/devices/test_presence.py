@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.wire.messages import Alive, Hello
-from fedprune_server.devices.presence import ANSWER_S, QUIET_S, Presence
+from fedprune_server.devices.presence import HELLO_ANSWER_S, MAX_SILENCE_S, Presence
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB, NAMES
 
@@ -29,16 +29,16 @@ def test_who_speaks_is_never_gone_and_who_is_silent_is_asked_once_and_then_gone(
     presence, now, up = Presence(lambda name: SESSION), 0.0, True
     heard: dict[str, float] = {}
     gone: set[str] = set()
-    presence.connected(now, NAMES)
+    presence.on_broker_connect(now, NAMES)
     heard.update(dict.fromkeys(NAMES, now))
     for kind, name in events:
         if kind == "wait":
             now += 200.0
         elif kind == "lost":
-            presence.lost()
+            presence.on_broker_loss()
             up = False
         elif kind == "connected":
-            presence.connected(now, NAMES)
+            presence.on_broker_connect(now, NAMES)
             up = True
             gone.clear()
             heard.update(dict.fromkeys(NAMES, now))
@@ -48,18 +48,18 @@ def test_who_speaks_is_never_gone_and_who_is_silent_is_asked_once_and_then_gone(
             gone.discard(name)
             if kind == "left":
                 gone.add(name)
-        for asked in presence.silent(now):
-            assert now - heard[asked] >= QUIET_S
-        for silent, session in presence.gone(now).items():
+        for asked in presence.take_silent(now):
+            assert now - heard[asked] >= MAX_SILENCE_S
+        for silent, session in presence.take_gone(now).items():
             assert session == SESSION
             assert silent not in gone
-            assert now - heard[silent] > ANSWER_S
+            assert now - heard[silent] > HELLO_ANSWER_S
             gone.add(silent)
     if up:  # whoever says no more is gone in the end
         for _ in range(20):
             now += 100.0
-            presence.silent(now)
-            gone |= presence.gone(now).keys()
+            presence.take_silent(now)
+            gone |= presence.take_gone(now).keys()
         assert gone == set(NAMES)
 
 
@@ -74,7 +74,7 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
     hear, found = ghost.hear, [0.0]
 
     def idle() -> None:
-        if daemon.busy:
+        if daemon.is_busy:
             return
         fleet.air.now += 20.0
         now = fleet.air.now
@@ -84,7 +84,7 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
             for device in fleet.air.devices.values():
                 if device is not ghost or now <= 100 or back(now):
                     device.say(Alive(device.name, device.session))
-        if "c" in daemon.first.state.devices and not daemon.first.state.devices["c"].online:
+        if "c" in daemon.main_runner.state.devices and not daemon.main_runner.state.devices["c"].online:
             found[0] = found[0] or now
         if now > 3000:
             daemon.stop()
@@ -94,7 +94,7 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
 
     fleet.air.on_idle = idle
     daemon.run()
-    state = daemon.first.state
+    state = daemon.main_runner.state
     return daemon, {n: d.online for n, d in state.devices.items()}, found[0]
 
 
@@ -106,7 +106,7 @@ def waiting(tmp_path: Path) -> Fleet:
 def test_a_device_that_vanished_without_a_will_is_gone_within_a_quarter_of_an_hour_and_a_bit(waiting: Fleet) -> None:
     _, online, found = vanished(waiting)
     assert online == {"a": True, "b": True, "c": False}
-    assert QUIET_S < found <= 100 + QUIET_S + ANSWER_S + 60
+    assert MAX_SILENCE_S < found <= 100 + MAX_SILENCE_S + HELLO_ANSWER_S + 60
     hellos = [m for m in waiting.air.devices["a"].heard if isinstance(m, Hello)]
     assert len(hellos) == 1  # the one to everybody: who says that it is there is not asked
 

@@ -18,23 +18,23 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import (
     MAX_REQUEST,
     Death,
-    Progress,
+    RoundProgress,
 )
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.devices.quarantine import (
-    BURST,
-    FILE,
-    FIRST_S,
-    FORGIVEN_S,
-    LONGEST_S,
-    PER_S,
-    STRANGERS_BURST,
-    STRIKES,
+    FIRST_QUARANTINE_S,
+    FORGIVEN_AFTER_S,
+    MAX_POINTS,
+    MAX_QUARANTINE_S,
+    MAX_STRANGER_POINTS,
+    MAX_STRIKES,
+    POINTS_PER_S,
+    QUARANTINE_FILE,
     Quarantine,
     Quarantined,
     Released,
-    read_rows,
+    read_quarantine_rows,
 )
 from fedprune_server.messaging.rate_limit import RateLimitedLink
 from support.fakes.fleet import Fleet, larger
@@ -62,12 +62,12 @@ def clock() -> Clock:
 @pytest.fixture
 def quarantine(clock: Clock) -> Quarantine:
     made = Quarantine(clock, wall=lambda: clock.now + 10**9)
-    made.know(["a", "b"])
+    made.add_known(["a", "b"])
     return made
 
 
 def heard(quarantine: Quarantine, device: str, messages: int, size: int = WANT, *, chunk: bool = False) -> int:
-    return sum(quarantine.hears(device, size, chunk=chunk) for _ in range(messages))
+    return sum(quarantine.charge_message(device, size, chunk=chunk) for _ in range(messages))
 
 
 # --- floods
@@ -77,9 +77,9 @@ FLOODS: dict[str, Callable[[Quarantine], object]] = {
     "too many messages": lambda q: heard(q, "a", 10_000),
     "large messages": lambda q: heard(q, "a", 200, 256 * 1024),
     "chunks that the server didn't ask for": lambda q: heard(q, "a", 500, 128 * 1024, chunk=True),
-    "announces itself": lambda q: [q.born("a") for _ in range(300)],
-    "messages that make no sense": lambda q: [q.bad("a") for _ in range(200)],
-    "updates in a row": lambda q: [q.refused("a", FailureKind.MALFORMED, "x") for _ in range(STRIKES)],
+    "announces itself": lambda q: [q.charge_birth("a") for _ in range(300)],
+    "messages that make no sense": lambda q: [q.charge_invalid("a") for _ in range(200)],
+    "updates in a row": lambda q: [q.note_rejected_update("a", FailureKind.MALFORMED, "x") for _ in range(MAX_STRIKES)],
 }
 
 
@@ -87,22 +87,22 @@ FLOODS: dict[str, Callable[[Quarantine], object]] = {
 def test_a_flood_ends_in_quarantine_and_the_others_are_heard(quarantine: Quarantine, clock: Clock, flood: str) -> None:
     FLOODS[flood](quarantine)
 
-    news = quarantine.news()
+    news = quarantine.next_event()
     assert isinstance(news, Quarantined)
-    assert (news.device, news.seconds) == ("a", FIRST_S)
-    assert quarantine.news() is None
+    assert (news.device, news.seconds) == ("a", FIRST_QUARANTINE_S)
+    assert quarantine.next_event() is None
     assert heard(quarantine, "a", 100) == 0
     assert heard(quarantine, "b", 100) == 100
-    assert [quarantine.ignores(topic) for topic in (SITE.up("a"), SITE.up("b"), "odd")] == [True, False, False]
-    clock.now += FIRST_S
-    assert quarantine.news() == Released("a")
+    assert [quarantine.should_ignore(topic) for topic in (SITE.up("a"), SITE.up("b"), "odd")] == [True, False, False]
+    clock.now += FIRST_QUARANTINE_S
+    assert quarantine.next_event() == Released("a")
     assert heard(quarantine, "a", 100) == 100
 
 
 def test_how_much_is_heard_before_is_bounded(quarantine: Quarantine) -> None:
-    assert heard(quarantine, "a", 100_000) <= BURST
-    assert quarantine.rows()["a"]["dropped"] >= 100_000 - BURST
-    assert heard(quarantine, "b", 100_000, 128 * 1024, chunk=True) * 128 * 1024 <= BURST * 4096
+    assert heard(quarantine, "a", 100_000) <= MAX_POINTS
+    assert quarantine.rows()["a"]["dropped"] >= 100_000 - MAX_POINTS
+    assert heard(quarantine, "b", 100_000, 128 * 1024, chunk=True) * 128 * 1024 <= MAX_POINTS * 4096
 
 
 def test_each_time_is_twice_as_long_up_to_an_hour_and_is_forgiven_after_a_day(
@@ -111,15 +111,15 @@ def test_each_time_is_twice_as_long_up_to_an_hour_and_is_forgiven_after_a_day(
     found = []
     for _ in range(9):
         heard(quarantine, "a", 10_000)
-        news = quarantine.news()
+        news = quarantine.next_event()
         assert isinstance(news, Quarantined)
         found.append(news.seconds)
         clock.now += news.seconds
-        assert quarantine.news() == Released("a")
-    assert found == [min(LONGEST_S, FIRST_S * 2**n) for n in range(9)]
-    clock.now += FORGIVEN_S + 1
+        assert quarantine.next_event() == Released("a")
+    assert found == [min(MAX_QUARANTINE_S, FIRST_QUARANTINE_S * 2**n) for n in range(9)]
+    clock.now += FORGIVEN_AFTER_S + 1
     heard(quarantine, "a", 10_000)
-    assert quarantine.news() == Quarantined("a", "too many messages", FIRST_S)
+    assert quarantine.next_event() == Quarantined("a", "too many messages", FIRST_QUARANTINE_S)
 
 
 @given(
@@ -130,45 +130,45 @@ def test_each_time_is_twice_as_long_up_to_an_hour_and_is_forgiven_after_a_day(
 def test_points_never_exceed_the_allowance(steps: list[tuple[str, int, bool, float]]) -> None:
     clock = Clock()
     quarantine = Quarantine(clock)
-    quarantine.know(["a", "b"])
+    quarantine.add_known(["a", "b"])
     began, paid = clock.now, dict.fromkeys("ab", 0.0)
     for device, size, sends, seconds in steps:
         clock.now += seconds
         if sends:
-            quarantine.sends(device)
-        elif quarantine.hears(device, size) and device in paid:
+            quarantine.credit_message(device)
+        elif quarantine.charge_message(device, size) and device in paid:
             paid[device] += 1 + size / 4096
         if device in paid:
-            assert paid[device] <= BURST + PER_S * (clock.now - began) + 2.0 * len(steps)
+            assert paid[device] <= MAX_POINTS + POINTS_PER_S * (clock.now - began) + 2.0 * len(steps)
     assert quarantine.rows().keys() <= {"a", "b"}
 
 
 def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
     quarantine: Quarantine, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard_of = sum(quarantine.hears(f"x{n}", 1000) for n in range(200_000))
+    heard_of = sum(quarantine.charge_message(f"x{n}", 1000) for n in range(200_000))
 
-    assert 0.5 * STRANGERS_BURST < heard_of < STRANGERS_BURST
+    assert 0.5 * MAX_STRANGER_POINTS < heard_of < MAX_STRANGER_POINTS
     assert quarantine.rows() == {}
-    assert quarantine.news() is None
+    assert quarantine.next_event() is None
     assert caplog.text.count("unknown devices send") == 1
-    assert quarantine.hears("a", 1000)
+    assert quarantine.charge_message("a", 1000)
     clock.now += 10
-    assert quarantine.hears("x", 1000)
+    assert quarantine.charge_message("x", 1000)
 
 
 def test_updates_that_an_honest_board_may_bring_are_no_strikes(quarantine: Quarantine) -> None:
     for kind in set(FailureKind) - {FailureKind.MALFORMED}:
-        for _ in range(STRIKES):
-            quarantine.refused("a", kind, "x")
-    assert quarantine.news() is None
+        for _ in range(MAX_STRIKES):
+            quarantine.note_rejected_update("a", kind, "x")
+    assert quarantine.next_event() is None
 
 
 def test_a_counted_update_clears_the_strikes(quarantine: Quarantine) -> None:
     for _ in range(10):
-        quarantine.refused("a", FailureKind.MALFORMED, "x")
-        quarantine.counted("a")
-    assert quarantine.news() is None
+        quarantine.note_rejected_update("a", FailureKind.MALFORMED, "x")
+        quarantine.note_counted_update("a")
+    assert quarantine.next_event() is None
 
 
 # --- honest fleets
@@ -187,25 +187,25 @@ def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
     # The server pulls: it says how much it asks for, and each chunk is heard.
     pull = Pull(ref, here.partial(ref), window_leaves=window, chunk_leaves=chunk)
     wants = pull.start(0.0)
-    while not pull.done:
+    while not pull.is_done:
         want = wants.pop(0)
-        quarantine.asked("a", want.count)
-        quarantine.sends("a")
+        quarantine.credit_leaves("a", want.count)
+        quarantine.credit_message("a")
         for raw in serve.answer(want, 128 * 1024 + 600):
-            assert quarantine.hears("a", len(raw), chunk=True)
+            assert quarantine.charge_message("a", len(raw), chunk=True)
             wants += pull.on_chunk(Chunk.parse(raw), 0.0)
 
     # The board pulls: each of its wants is heard, since it was offered the blob.
     fetched = BlobStore(tmp_path / "board", durable=False)
     pull = Pull(ref, fetched.partial(ref), window_leaves=window, chunk_leaves=chunk)
     wants = pull.start(0.0)
-    while not pull.done:
+    while not pull.is_done:
         want = wants.pop(0)
-        assert quarantine.hears("a", len(want.to_bytes()))
-        quarantine.fetches("a", want.sha256, serve.leaves(want.sha256))
+        assert quarantine.charge_message("a", len(want.to_bytes()))
+        quarantine.charge_request("a", want.sha256, serve.leaf_count(want.sha256))
         for raw in serve.answer(want):
             wants += pull.on_chunk(Chunk.parse(raw), 0.0)
-    assert quarantine.news() is None
+    assert quarantine.next_event() is None
     assert quarantine.rows() == {}
 
 
@@ -227,7 +227,7 @@ def test_a_flood_costs_its_sender_its_part_and_nobody_else(fleet: Fleet, caplog:
 
     def flood(offer: object) -> None:
         for _ in range(10_000):
-            flooding.say(Progress("a", JOB.name, 1, 1, "train", 1, 2))
+            flooding.say(RoundProgress("a", JOB.name, 1, 1, "train", 1, 2))
         take(offer)  # type: ignore[arg-type]
 
     flooding.take = flood  # type: ignore[method-assign, assignment]
@@ -248,17 +248,17 @@ def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fle
     fleet.air.to_server(SITE.up("b"), Death("b", 1).to_bytes())
     got = [guarded.get() for _ in range(5002)]
 
-    assert sum(isinstance(g, tuple) and "/a/" in g[0] for g in got) <= BURST
+    assert sum(isinstance(g, tuple) and "/a/" in g[0] for g in got) <= MAX_POINTS
     assert sum(isinstance(g, Quarantined) for g in got) == 1
     assert any(isinstance(g, tuple) and "/b/" in g[0] for g in got)
 
 
 def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quarantine) -> None:
     for _ in range(100_000):
-        if not quarantine.hears("a", WANT):
+        if not quarantine.charge_message("a", WANT):
             break
-        quarantine.fetches("a", "0" * 64, 100)
-    news = quarantine.news()
+        quarantine.charge_request("a", "0" * 64, 100)
+    news = quarantine.next_event()
     assert isinstance(news, Quarantined)
     assert news.reason == "too many messages"
 
@@ -267,26 +267,26 @@ def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quaranti
 
 
 def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
-    quarantine = Quarantine(clock, tmp_path / FILE, wall=lambda: clock.now)
-    quarantine.know(["a", "b"])
+    quarantine = Quarantine(clock, tmp_path / QUARANTINE_FILE, wall=lambda: clock.now)
+    quarantine.add_known(["a", "b"])
     quarantine.save()
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / QUARANTINE_FILE).exists()
     heard(quarantine, "a", 10_000)
     clock.now += 10
     quarantine.save()
-    row = read_rows(tmp_path)["a"]
-    assert row["until"] == pytest.approx(clock.now + FIRST_S - 10)
+    row = read_quarantine_rows(tmp_path)["a"]
+    assert row["until"] == pytest.approx(clock.now + FIRST_QUARANTINE_S - 10)
     assert row["times"] == 1
-    assert "b" not in read_rows(tmp_path)
-    clock.now += FIRST_S
-    quarantine.news()
+    assert "b" not in read_quarantine_rows(tmp_path)
+    clock.now += FIRST_QUARANTINE_S
+    quarantine.next_event()
     quarantine.save()
-    assert read_rows(tmp_path)["a"]["until"] is None
+    assert read_quarantine_rows(tmp_path)["a"]["until"] is None
     # A server that starts anew knows of nothing, and says so.
     clock.now += 100
-    again = Quarantine(clock, tmp_path / FILE)
+    again = Quarantine(clock, tmp_path / QUARANTINE_FILE)
     again.save()
-    assert read_rows(tmp_path) == {}
+    assert read_quarantine_rows(tmp_path) == {}
 
 
 def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_over(
@@ -300,14 +300,14 @@ def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_ov
     daemon = fleet.daemon()
 
     def idle() -> None:
-        if not daemon.busy:
+        if not daemon.is_busy:
             fleet.air.now += 0.5
         if fleet.air.now > 400:
             daemon.stop()
 
     fleet.air.on_idle = idle
     daemon.run()
-    state = daemon.first.state
+    state = daemon.main_runner.state
     assert "3 malformed updates in a row" in caplog.text
     assert "the quarantine of device a has ended" in caplog.text
     assert all("a" not in names for names in folded(state))

@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.coordination import Phase
 from fedprune.wire.messages import Finished
-from fedprune_server.devices.shutdown import LEAST_S, MOST_S, GracefulShutdown
+from fedprune_server.devices.shutdown import MAX_WAIT_S, MIN_WAIT_S, GracefulShutdown
 from support.fakes.fleet import NAMES, Fleet, ToyDevice
 
 
@@ -21,27 +21,27 @@ def shutdown_of(online: dict[str, bool], now: float) -> GracefulShutdown:
 
 def test_who_is_there_was_told_and_is_not_waited_for() -> None:
     shutdown = shutdown_of({"a": True, "b": True}, 10.0)
-    assert not shutdown.over(10.0)
-    assert not shutdown.over(10.0 + LEAST_S - 0.1)
-    assert shutdown.over(10.0 + LEAST_S)
+    assert not shutdown.is_over(10.0)
+    assert not shutdown.is_over(10.0 + MIN_WAIT_S - 0.1)
+    assert shutdown.is_over(10.0 + MIN_WAIT_S)
 
 
 def test_who_was_away_is_waited_for_until_it_comes_or_for_good() -> None:
     known = {"a": True, "b": False}
     shutdown = shutdown_of(known, 0.0)
-    assert not shutdown.over(MOST_S - 0.1)
-    assert shutdown.over(MOST_S)
+    assert not shutdown.is_over(MAX_WAIT_S - 0.1)
+    assert shutdown.is_over(MAX_WAIT_S)
     known["b"] = True
-    assert shutdown_of(known, 0.0).over(LEAST_S)
+    assert shutdown_of(known, 0.0).is_over(MIN_WAIT_S)
 
 
 def test_who_has_just_gone_may_come_back_in_a_moment() -> None:
     known = {"a": True}
     shutdown = shutdown_of(known, 0.0)
     known["a"] = False
-    assert not shutdown.over(1.0)
-    assert not shutdown.over(1.0 + LEAST_S - 0.1)
-    assert shutdown.over(1.0 + LEAST_S)
+    assert not shutdown.is_over(1.0)
+    assert not shutdown.is_over(1.0 + MIN_WAIT_S - 0.1)
+    assert shutdown.is_over(1.0 + MIN_WAIT_S)
 
 
 def returning(air: Any, late: ToyDevice, server: Any, goes: Callable[[str, bytes], bool]) -> list[float]:
@@ -65,7 +65,7 @@ def returning(air: Any, late: ToyDevice, server: Any, goes: Callable[[str, bytes
         if ended and late.name not in air.devices and air.now >= ended[0] + 8:
             air.devices[late.name] = late
             late.session += 1
-            late.birth()
+            late.build()
 
     air.publish, air.on_idle, air.now = watched, idle, 100.0
     return ended
@@ -93,4 +93,4 @@ def test_a_device_that_is_away_as_the_job_ends_is_told_when_it_returns(tmp_path:
     ended = returning(fleet.air, late, daemon, last_update)
     daemon.run(until_finished=True)
     assert any(isinstance(m, Finished) for m in late.heard)
-    assert ended[0] + 8 <= fleet.air.now < ended[0] + MOST_S
+    assert ended[0] + 8 <= fleet.air.now < ended[0] + MAX_WAIT_S

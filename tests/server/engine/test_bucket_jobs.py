@@ -11,16 +11,16 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
-from fedprune.output.tables import silent
+from fedprune.output.tables import ignore_progress
 from fedprune.wire.messages import Accepted
 from fedprune_server.cli.main import main
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.restoring import Backup
-from fedprune_server.maintenance.state_check import check
-from fedprune_server.storage.blob_place import BLOBS
+from fedprune_server.maintenance.state_check import check_state
+from fedprune_server.storage.blob_place import BLOBS_FOLDER
 from fedprune_server.storage.s3 import bucket as bucket_patience
-from fedprune_server.storage.s3.bucket import BucketError, digest_of, parse
+from fedprune_server.storage.s3.bucket import BucketError, digest_of, parse_bucket_url
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import NAMES, Fleet, models
@@ -50,22 +50,22 @@ def begun(url: str, tmp_path: Path) -> Path:
 
 
 def found(state: Path) -> list[Finding]:
-    return list(check(state, silent, running=False))
+    return list(check_state(state, ignore_progress, running=False))
 
 
 def wrong(state: Path) -> list[str]:
-    return [f.what for f in found(state) if f.severity is Severity.WRONG]
+    return [f.message for f in found(state) if f.severity is Severity.WRONG]
 
 
 def keys(s3: S3, url: str) -> dict[str, str]:
     """By digest the key of its object."""
-    name, prefix = parse(url)
+    name, prefix = parse_bucket_url(url)
     names = [k.removeprefix(prefix) for k in s3.keys(name)]
     return {d: prefix + k for k in names if (d := digest_of(k)) is not None}
 
 
 def needed(state: Path) -> set[str]:
-    with Storage.existing(state) as storage:
+    with Storage.open_existing(state) as storage:
         loaded = storage.load()
     assert loaded is not None
     return loaded.references()
@@ -103,11 +103,11 @@ def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
     play_job(state, events=6)
     play_job(state, events=4, blobs=url)
     assert needed(state) <= keys(at_s3, url).keys()
-    shutil.rmtree(state / BLOBS)
+    shutil.rmtree(state / BLOBS_FOLDER)
     other = f"s3://{at_s3.bucket()}"
     play_job(state, events=4, blobs=other)
     assert needed(state) <= keys(at_s3, other).keys()
-    shutil.rmtree(state / BLOBS)
+    shutil.rmtree(state / BLOBS_FOLDER)
     assert models(play_job(state)) == models(finished)
     assert wrong(state) == []
 
@@ -116,21 +116,21 @@ def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
     at_s3: S3, begun: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: State
 ) -> None:
     assert wrong(begun) == []
-    there, client, (name, prefix) = keys(at_s3, url), at_s3.client(), parse(url)
+    there, client, (name, prefix) = keys(at_s3, url), at_s3.client_files(), parse_bucket_url(url)
     first, second = sorted(needed(begun))[:2]
     client.put_object(Bucket=name, Key=there[first], Body=b"damaged")
     client.delete_object(Bucket=name, Key=there[second])
     client.put_object(Bucket=name, Key=f"{prefix}blobs/{'a' * 64}.{'0' * 16}", Body=b"nobody's")
     client.put_object(Bucket=name, Key=f"{prefix}notes.txt", Body=b"somebody's")
     assert len(wrong(begun)) == 3  # one damaged, one missing, one damaged that nobody needs
-    assert any("notes.txt" in f.what for f in found(begun))
+    assert any("notes.txt" in f.message for f in found(begun))
     assert main(["check", "--state", str(begun)]) == ExitCode.STORAGE
     assert main(["check", "--state", str(begun), "--repair"]) == ExitCode.OK
     assert (begun / "damaged" / Path(there[first]).name).read_bytes() == b"damaged"
     assert "a" * 64 not in keys(at_s3, url)
     assert f"{prefix}notes.txt" in at_s3.keys(name)
     capsys.readouterr()
-    shutil.rmtree(begun / BLOBS)
+    shutil.rmtree(begun / BLOBS_FOLDER)
     assert wrong(begun) == []
     assert models(play_job(begun, blobs=url)) == models(finished)
 
@@ -139,13 +139,13 @@ def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
 def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     at_s3: S3, begun: Path, tmp_path: Path, url: str, finished: State, blobs: str
 ) -> None:
-    shutil.rmtree(begun / BLOBS)  # a copy; the backup takes what the bucket has
-    back_up(begun, tmp_path / "backup", silent)
-    assert not list((begun / BLOBS).glob("??/*"))  # and leaves nothing behind
+    shutil.rmtree(begun / BLOBS_FOLDER)  # a copy; the backup takes what the bucket has
+    back_up(begun, tmp_path / "backup", ignore_progress)
+    assert not list((begun / BLOBS_FOLDER).glob("??/*"))  # and leaves nothing behind
     source = Backup(tmp_path / "backup")
-    source.verify(silent)
-    source.restore(tmp_path / "restored", None, silent)
-    client, (name, _) = at_s3.client(), parse(url)
+    source.verify(ignore_progress)
+    source.restore(tmp_path / "restored", None, ignore_progress)
+    client, (name, _) = at_s3.client_files(), parse_bucket_url(url)
     for key in at_s3.keys(name):
         client.delete_object(Bucket=name, Key=key)
     client.delete_bucket(Bucket=name)
@@ -159,15 +159,15 @@ def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket_patience, "PAUSE_S", 0.01)
-    monkeypatch.setattr(bucket_patience, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(bucket_patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(bucket_patience, "MAX_PAUSE_S", 0.02)
 
 
 @pytest.fixture
 def fleet(tmp_path: Path, url: str, quick: None) -> Fleet:
     made = Fleet(tmp_path)
     store = BucketStore(tmp_path / "blobs", url)
-    store.patience.endless = True
+    store.retry.is_endless = True
     made.store = made.worker.store = store
     return made
 
@@ -214,14 +214,14 @@ def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(flee
 
     def idle() -> None:
         time.sleep(0.0005)
-        if not daemon.busy or daemon.first._shipping.stuck:
+        if not daemon.is_busy or daemon.main_runner._bucket_sync.is_stuck:
             fleet.air.now += 0.5
-        if daemon.first._shipping.stuck:
-            pauses.append(daemon.first.pause_s)
+        if daemon.main_runner._bucket_sync.is_stuck:
+            pauses.append(daemon.main_runner.max_wait_s)
 
     fleet.air.on_idle = idle
     daemon.run(until_finished=True)
-    state = daemon.first.state
+    state = daemon.main_runner.state
     assert fleet.air.now >= 3 * JOB.deadline_s
     assert sum(pause > 0 for pause in pauses) > len(pauses) / 2  # the loop doesn't spin meanwhile
     assert models(state) == models(expected)

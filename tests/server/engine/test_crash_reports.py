@@ -23,14 +23,14 @@ def report(name: str) -> CrashReport:
 
 def crashes_once(board: ToyDevice) -> None:
     """Let a toy tell a crash, twice, after its birth."""
-    birth = board.birth
+    birth = board.build
 
     def born() -> None:
         birth()
         for _ in range(2):
             board.say(report(board.name))
 
-    board.birth = born  # type: ignore[method-assign]
+    board.build = born  # type: ignore[method-assign]
 
 
 def answers(board: ToyDevice) -> set[int]:

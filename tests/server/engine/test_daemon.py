@@ -9,11 +9,11 @@ from pathlib import Path
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
+from fedprune.jobs.state import DeviceTask
 from fedprune.jobs.state import Progress as Part
-from fedprune.jobs.state import Task
-from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Refusal, Update
+from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Refusal, UpdateAnnouncement
 from fedprune.wire.topics import Topics
-from fedprune_server.executor.retention import sweep
+from fedprune_server.executor.retention import sweep_blobs
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import Fleet, ToyDevice, fill, folded, larger
 from support.fakes.tiny_job import JOB
@@ -51,7 +51,9 @@ def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fle
 
     device.hear = eager  # type: ignore[method-assign]
     fleet.run()
-    events = [body["device"] for _, _, kind, body in Storage.at(fleet.folder).log.events() if kind == "UpdateAnnounced"]
+    events = [
+        body["device"] for _, _, kind, body in Storage.open_in(fleet.folder).log.events() if kind == "UpdateAnnounced"
+    ]
     assert len(said) >= 3
     assert events.count("a") == 3
 
@@ -86,7 +88,7 @@ def test_a_silent_device_is_left_behind_at_the_deadline(fleet: Fleet) -> None:
 
 def test_an_update_of_another_job_is_cancelled(fleet: Fleet) -> None:
     device = fleet.air.devices["a"]
-    device.pending = Update("a", "other", 1, 1, "0" * 64, device.store.put(fill("other")), 10, 5)
+    device.pending = UpdateAnnouncement("a", "other", 1, 1, "0" * 64, device.store.put(fill("other")), 10, 5)
     fleet.run()
     assert next(m for m in device.heard if isinstance(m, Cancelled)).job == "other"
 
@@ -129,7 +131,7 @@ def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet) -> None:
     fleet.air.lost = [Topics("default").down("b", JOB.name)]  # so that time passes
     daemon = fleet.daemon()
     for name in ("a", "stranger", None):
-        daemon.first.served.count(name, 10**9)
+        daemon.main_runner.served_job.count_sent(name, 10**9)
     fleet.run_daemon(daemon)
     down = {name: bytes_ for name, (bytes_, _) in fleet.storage.traffic().items()}
     assert down.keys() == {"a", "b", "c"}
@@ -165,8 +167,8 @@ def test_parts_that_a_crash_left_are_gone_on_with_or_deleted(tmp_path: Path) -> 
         (store.root / "partial" / ref.sha256).write_bytes(b"x")
         (store.root / "partial" / f"{ref.sha256}.leaves").write_bytes(b"x")
     model = store.put(fill("model")).sha256
-    state = State(model=model, tasks={"a": Task(1, (4,), Part.PULLING, update=wanted.to_dict())})
-    sweep(store, state, 1, "accuracy")
+    state = State(model=model, tasks={"a": DeviceTask(1, (4,), Part.PULLING, update=wanted.to_dict())})
+    sweep_blobs(store, state, 1, "accuracy")
     assert {p.name[:64] for p in (store.root / "partial").iterdir()} == {wanted.sha256}
     assert store.names() == [model]
 
@@ -174,7 +176,7 @@ def test_parts_that_a_crash_left_are_gone_on_with_or_deleted(tmp_path: Path) -> 
 def test_an_update_that_its_device_has_lost_is_rejected(fleet: Fleet) -> None:
     device = fleet.air.devices["a"]
 
-    def forget(update: Update) -> Update:
+    def forget(update: UpdateAnnouncement) -> UpdateAnnouncement:
         device.store.delete(update.weights.sha256)
         return update
 

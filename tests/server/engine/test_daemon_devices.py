@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.planning.profile_store import find
-from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Offer, Progress, Refusal
+from fedprune.planning.profile_store import find_profile
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Offer, Refusal, RoundProgress
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune_server.storage.storage import Storage
@@ -35,13 +35,13 @@ def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(f
     odd = fleet.air.devices["a"]
     odd.profile, good = "toaster", odd.profile
     fleet.run()
-    kept = Storage.at(fleet.folder).outsiders()
+    kept = Storage.open_in(fleet.folder).unplanned_devices()
     assert kept["a"]["profile"] == "toaster"
     assert "no hardware profile called 'toaster'" in kept["a"]["excluded"]
     odd.profile = good
     fleet.restart()
     fleet.run()
-    assert Storage.at(fleet.folder).outsiders() == {}
+    assert Storage.open_in(fleet.folder).unplanned_devices() == {}
 
 
 def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts(fleet: Fleet) -> None:
@@ -54,13 +54,13 @@ def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts
     daemon.run()
     assert shown.devices["a"].activity.startswith("excluded")
     assert "the samples can't be read" in shown.devices["a"].activity
-    assert fleet.storage.outsiders()["a"]["cannot_start"]
+    assert fleet.storage.unplanned_devices()["a"]["cannot_start"]
     fleet.restart()
     board.session = 2
     fleet.air.devices["a"] = board
     state = fleet.run()
     assert "a" in folded(state)[-1]
-    assert fleet.storage.outsiders() == {}
+    assert fleet.storage.unplanned_devices() == {}
 
 
 def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,11 +69,11 @@ def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: py
     device = fleet.air.devices["a"]
 
     def idle() -> None:
-        if not daemon.busy and fleet.air.now == 0.0:
+        if not daemon.is_busy and fleet.air.now == 0.0:
             fleet.air.now = 1.0
             twin = Birth("a", device.session + 1, "jetson-orin-nano", 7, "test", None, None)
             fleet.air.to_server("fedprune/1/default/a/-/up", twin.to_bytes())
-        elif not daemon.busy:
+        elif not daemon.is_busy:
             daemon.stop()
 
     fleet.air.on_idle = idle
@@ -90,16 +90,16 @@ def test_the_end_of_one_connection_leaves_a_board_online_that_has_another(fleet:
     ended: list[bool] = []
 
     def idle() -> None:
-        if not daemon.busy and not ended:
+        if not daemon.is_busy and not ended:
             ended.append(True)
             device.die()
-        elif not daemon.busy:
+        elif not daemon.is_busy:
             daemon.stop()
 
     fleet.job = replace(JOB, devices=9)
     fleet.air.on_idle = idle
     daemon.run()
-    state = daemon.first.state
+    state = daemon.main_runner.state
     assert ended
     assert state.devices["a"].online
 
@@ -110,7 +110,7 @@ def test_a_board_that_counts_as_offline_and_speaks_is_asked_to_announce_itself(f
     steps = iter(range(3))
 
     def idle() -> None:
-        if daemon.busy:
+        if daemon.is_busy:
             return
         step = next(steps, None)
         if step == 0:
@@ -118,13 +118,13 @@ def test_a_board_that_counts_as_offline_and_speaks_is_asked_to_announce_itself(f
             device.die()
         elif step == 1:
             fleet.air.now += 11.0
-            device.say(Progress("a", JOB.name, 1, 1, "train", 0, 1))
+            device.say(RoundProgress("a", JOB.name, 1, 1, "train", 0, 1))
         elif step is None:
             daemon.stop()
 
     fleet.air.on_idle = idle
     daemon.run()
-    assert daemon.first.state.devices["a"].online
+    assert daemon.main_runner.state.devices["a"].online
 
 
 @pytest.mark.parametrize("profile", ["x" * 256, "../x", "raspberry-pi-5.json", "a\nb", ""])
@@ -145,7 +145,7 @@ def test_a_refusal_is_told_on_one_line(fleet: Fleet, caplog: pytest.LogCaptureFi
 
 
 def test_profiles_of_a_folder_of_ones_own_are_found(fleet: Fleet, tmp_path: Path) -> None:
-    own = replace(find("raspberry-pi-5"), name="greenhouse-pi")
+    own = replace(find_profile("raspberry-pi-5"), name="greenhouse-pi")
     (tmp_path / "greenhouse-pi.json").write_text(own.to_json())
     fleet.air.devices["a"].profile = "greenhouse-pi"
     state = fleet.run(profiles=(tmp_path,))
@@ -156,7 +156,7 @@ def test_a_message_in_the_name_of_another_device_is_ignored(fleet: Fleet) -> Non
     other = ToyDevice("ghost", fleet.folder / "devices", fleet.air)
     other.topics = Topics("default")
     other.say = lambda message: fleet.air.to_server(other.topics.up("a"), message.to_bytes())  # type: ignore[method-assign, attr-defined]
-    other.birth()
+    other.build()
     assert "ghost" not in fleet.run().devices
 
 
@@ -192,4 +192,4 @@ def test_what_an_earlier_start_could_not_do_says_nothing_of_a_board_that_runs(fl
     board.take = late  # type: ignore[method-assign]
     state = fleet.run()
     assert folded(state) == [["a", "b", "c"]] * JOB.rounds
-    assert fleet.storage.outsiders() == {}
+    assert fleet.storage.unplanned_devices() == {}

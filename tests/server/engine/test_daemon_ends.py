@@ -13,10 +13,10 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import BusyError, ModelError, StorageFullError
 from fedprune.wire.messages import Finished
-from fedprune_server.observation.observer import LoopWaits, TurnEnded, TurnEvent
+from fedprune_server.observation.observer import LoopBlocked, TurnEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage import database
-from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.storage import DATABASE_FILE, Storage
 from support.fakes.fleet import Fleet, fill, folded, larger
 from support.fakes.tiny_job import JOB
 
@@ -43,7 +43,7 @@ def test_a_total_of_bytes_ends_a_job_with_what_was_counted_before_a_crash(
     kill_at(fleet, "after saving", 30)
     with pytest.raises(KilledError):
         fleet.run()
-    before = sum(sum(ways) for ways in Storage.at(fleet.folder).traffic().values())
+    before = sum(sum(ways) for ways in Storage.open_in(fleet.folder).traffic().values())
     assert 0 < before < fleet.job.total_bytes
     fleet.restart()
     state = fleet.run()
@@ -169,13 +169,13 @@ class LockedDatabase:
     has waited for a while."""
 
     def __init__(self, fleet: Fleet, act: Callable[[int], None]) -> None:
-        self.connection = sqlite3.connect(fleet.folder / FILE, isolation_level=None)
+        self.connection = sqlite3.connect(fleet.folder / DATABASE_FILE, isolation_level=None)
         self.waits = 0
         self._act, self._locks = act, True
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        kinds = [type(event.what) for event in events]
-        if LoopWaits in kinds:
+        kinds = [type(event.payload) for event in events]
+        if LoopBlocked in kinds:
             self.waits += 1
             self._act(self.waits)
         elif self._locks and TurnEnded in kinds:

@@ -27,11 +27,11 @@ def compare(loans: DeviceScheduler) -> None:
     """See that what is kept of devices is what a walk over all of them finds."""
     runners, here = loans._runners, loans._connected
     for job in runners:
-        assert loans._takers[job] == {d for d in here if loans._takes(job, d)}
-    assert loans._free == {
-        d for d in here if d not in loans.lent and not any(k.awaits_part_of(d) for k in runners.values())
+        assert loans._suitable_devices[job] == {d for d in here if loans._suits(job, d)}
+    assert loans._free_devices == {
+        d for d in here if d not in loans.job_of_device and not any(k.awaits_part_of(d) for k in runners.values())
     }
-    assert loans._at_work == {d: j for d, j in loans.lent.items() if runners[j].awaits_part_of(d)}
+    assert loans._working_devices == {d: j for d, j in loans.job_of_device.items() if runners[j].awaits_part_of(d)}
 
 
 @given(JOBS, st.lists(st.tuples(st.integers(1, 25), st.booleans()), max_size=5), st.booleans())
@@ -66,12 +66,12 @@ def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
                 if keeps is not None:
                     device.die()
                     device.session += 1
-                    device.birth()
+                    device.build()
 
             device.take = dying  # type: ignore[method-assign]
 
         def idle() -> None:
-            if not host.busy:
+            if not host.is_busy:
                 several.air.now += 0.5
                 if several.air.now > 150:  # a job that needs more devices than there are never ends
                     host.stop()

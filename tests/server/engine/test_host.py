@@ -10,10 +10,10 @@ import pytest
 from fedprune.coordination import Phase
 from fedprune.coordination.commands import Finish
 from fedprune.core.errors import ConfigError
-from fedprune.wire.messages import Cancelled, Finished, Offer, Update
+from fedprune.wire.messages import Cancelled, Finished, Offer, UpdateAnnouncement
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.further_jobs import further
+from fedprune_server.engine.further_jobs import further_configs
 from fedprune_server.engine.server import Server
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage.storage import Storage
@@ -111,7 +111,7 @@ def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path:
         died.append(offer)
         device.die()
         device.session += 1
-        device.birth()
+        device.build()
 
     device.take = dying  # type: ignore[method-assign]
     states = several.run()
@@ -123,7 +123,7 @@ def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path:
 def test_what_is_of_no_job_of_the_server_is_cancelled(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
     device = several.air.devices["a"]
-    device.pending = Update("a", "third", 4, 1, "0" * 64, device.store.put(fill("old")), 10, 5)
+    device.pending = UpdateAnnouncement("a", "third", 4, 1, "0" * 64, device.store.put(fill("old")), 10, 5)
     several.run()
     said = [m for m in device.heard if isinstance(m, Cancelled)]
     assert said
@@ -137,7 +137,7 @@ def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplo
     states = several.run(host)
     assert all(folded(s) == [["a", "c", "d"]] * 3 for s in states.values())
     assert "b" in host.connected
-    assert "b" not in host.fleet_snapshot().jobs
+    assert "b" not in host.fleet_snapshot().job_of_device
     assert "there is no hardware profile called" in caplog.text
 
 
@@ -155,7 +155,7 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     gone.take = vanish  # type: ignore[method-assign]
     states = several.run(host)
     assert all(s.phase is Phase.FINISHED for s in states.values())
-    assert "c" not in host.fleet_snapshot().jobs
+    assert "c" not in host.fleet_snapshot().job_of_device
     assert "c" not in host.connected
     assert several.clashes == []
 
@@ -169,7 +169,7 @@ def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> No
     first = ServerConfig(state=tmp_path / "state", max_devices=7, keep=5)
     file = tmp_path / "birds.toml"
     file.write_text('[job]\nname = "birds"\nrounds = 4\n[model]\npath = "m.onnx"\n[server]\nweight = 2\n')
-    (found,) = further(first, [file])
+    (found,) = further_configs(first, [file])
     assert (found.job.name, found.job.rounds, found.weight, found.keep) == ("birds", 4, 2, 3)
     assert (found.state, found.max_devices, found.model) == (
         first.state / "jobs" / "birds",
@@ -178,12 +178,12 @@ def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> No
     )
     found.state.mkdir(parents=True)
     (first.state / "jobs" / "nothing").mkdir()
-    with Storage.at(found.state) as storage:
+    with Storage.open_in(found.state) as storage:
         storage.put_settings({"job": found.job.to_dict(), "name": "m", "server": found.server_settings()})
-    (again,) = further(first, [])
+    (again,) = further_configs(first, [])
     assert again == replace(found, model=None)
     with pytest.raises(ConfigError, match="birds twice"):
-        further(first, [file, file])
+        further_configs(first, [file, file])
     file.write_text('[job]\nname = "birds"\n[server]\nport = 1\n')
     with pytest.raises(ConfigError, match="of a further job"):
-        further(first, [file])
+        further_configs(first, [file])

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
-from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Death, Finished, Hello, Progress, Refusal, Update
+from fedprune.wire.messages import (
+    Birth,
+    BlobNotFound,
+    BlobRequest,
+    Death,
+    Finished,
+    Hello,
+    Refusal,
+    RoundProgress,
+    UpdateAnnouncement,
+)
 from fedprune.wire.topics import Topics
 from support.fakes.fleet import Fleet, Watcher, fill, folded
 from support.fakes.tiny_job import JOB
@@ -20,7 +30,7 @@ from support.fakes.tiny_job import JOB
 def test_what_a_probe_adds_is_not_kept(fleet: Fleet) -> None:
     probe = {"cores": 4, "memory_total": 2**33, "memory_available": 2**32, "seconds": 1.0, "ballast": "x" * 60_000}
     device = fleet.air.devices["a"]
-    device.birth = lambda: device.say(Birth("a", 1, device.profile, 10, "test", probe))  # type: ignore[method-assign]
+    device.build = lambda: device.say(Birth("a", 1, device.profile, 10, "test", probe))  # type: ignore[method-assign]
     kept = fleet.run().devices["a"].probe
     assert kept is not None
     assert kept["cores"] == 4
@@ -32,7 +42,7 @@ def test_a_probe_that_makes_no_sense_is_told_and_the_device_takes_no_part(
 ) -> None:
     fleet.job = replace(JOB, devices=2)
     device = fleet.air.devices["a"]
-    device.birth = lambda: device.say(Birth("a", 1, device.profile, 10, "test", {"cores": -1}))  # type: ignore[method-assign]
+    device.build = lambda: device.say(Birth("a", 1, device.profile, 10, "test", {"cores": -1}))  # type: ignore[method-assign]
     assert folded(fleet.run()) == [["b", "c"]] * 3
     assert "device a is excluded: probe report" in caplog.text
 
@@ -44,7 +54,7 @@ def test_further_devices_than_allowed_are_ignored(fleet: Fleet, caplog: pytest.L
     fleet.job = replace(JOB, devices=5, rounds=1, deadline_s=10)
     shown = Watcher()
     daemon = fleet.daemon(max_devices=5, observers=[shown])
-    state = daemon.first.state
+    state = daemon.main_runner.state
     fleet.air.on_idle = daemon.stop
     daemon.run()
     assert len(state.devices) <= 5
@@ -57,9 +67,9 @@ def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
     daemon = fleet.daemon(observers=[shown])
     up = Topics("default").up("x", JOB.name)
     for message in (
-        Progress("x", JOB.name, 1, 1, "train", 1, 2),
+        RoundProgress("x", JOB.name, 1, 1, "train", 1, 2),
         Refusal("x", JOB.name, 1, 1, "no", 30),
-        Update("x", JOB.name, 1, 1, "0" * 64, BlobRef.of(b"x"), 1, 1),
+        UpdateAnnouncement("x", JOB.name, 1, 1, "0" * 64, BlobRef.of(b"x"), 1, 1),
     ):
         fleet.air.to_server(up, message.to_bytes())
     fleet.air.devices.clear()
@@ -89,10 +99,12 @@ def messages(name: str) -> st.SearchStrategy[object]:
     return st.one_of(
         st.builds(Birth, device, COUNTS, profile, COUNTS, TEXTS, PROBES),
         st.builds(Death, device, COUNTS),
-        st.builds(Progress, device, phase=st.sampled_from(["download", "train"]), done=COUNTS, total=COUNTS, **PARTS),
+        st.builds(
+            RoundProgress, device, phase=st.sampled_from(["download", "train"]), done=COUNTS, total=COUNTS, **PARTS
+        ),
         st.builds(Refusal, device, reason=TEXTS, exit_code=st.integers(0, 255), **PARTS),
         st.builds(
-            Update,
+            UpdateAnnouncement,
             device,
             base=DIGESTS,
             weights=REFS,
@@ -133,7 +145,7 @@ def test_no_valid_message_ends_the_daemon(
     daemon = fleet.daemon()
 
     def idle() -> None:
-        if daemon.busy:
+        if daemon.is_busy:
             time.sleep(0.0005)
         fleet.air.now += 0.5
         if fleet.air.now > 300 and not said:
@@ -141,7 +153,7 @@ def test_no_valid_message_ends_the_daemon(
 
     fleet.air.on_idle = idle
     daemon.run(until_finished=True)
-    assert State.from_json(daemon.first.state.to_json()) == daemon.first.state
+    assert State.from_json(daemon.main_runner.state.to_json()) == daemon.main_runner.state
 
 
 @settings(max_examples=30, deadline=None)

@@ -96,7 +96,7 @@ def began(own: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_factory_that_draws_other_weights_gives_the_same_model(began: Path) -> None:
     before = (began / "model.onnx").read_bytes()
     with StateFolder(began) as folder:
-        assert open_job(folder, torch_config()).changed == []
+        assert open_job(folder, torch_config()).setting_changes == []
     assert (began / "model.onnx").read_bytes() == before
 
 
@@ -123,7 +123,7 @@ def test_other_code_of_a_torch_model_loss_or_metric_is_refused(
 @pytest.mark.torch
 def test_a_loss_without_its_model_is_compared(began: Path, edit: Callable[[str, object], None]) -> None:
     with StateFolder(began) as folder:
-        assert open_job(folder, torch_config(model=None)).changed == []
+        assert open_job(folder, torch_config(model=None)).setting_changes == []
         edit("WEIGHT", 100.0)
         with pytest.raises(ConfigError, match="is not the loss"):
             folder.read_job(torch_config(model=None))
@@ -147,7 +147,7 @@ def test_a_model_whose_source_is_gone_is_said_and_goes_on(tmp_path: Path, caplog
         model.unlink()
         caplog.clear()
         opened = open_job(folder, ServerConfig(model=str(model)))
-    assert opened.changed == []
+    assert opened.setting_changes == []
     assert str(model) in caplog.text
 
 
@@ -158,15 +158,18 @@ def test_other_samples_of_the_server_are_taken_and_said(tmp_path: Path) -> None:
     config = ServerConfig(model=str(tmp_path / "model.onnx"), evaluation=str(source), calibration=str(source))
     with StateFolder(tmp_path / "state") as folder:
         np.savez(source, x=x[:20], y=y[:20])
-        assert open_job(folder, config).changed == []
+        assert open_job(folder, config).setting_changes == []
         np.savez_compressed(source, x=x[:20], y=y[:20])  # another file of the same samples
-        assert open_job(folder, config).changed == []
+        assert open_job(folder, config).setting_changes == []
         np.savez(source, x=x[:20], y=y[1:21])
-        assert [line.partition(":")[0] for line in open_job(folder, config).changed] == ["evaluation"]
+        assert [line.partition(":")[0] for line in open_job(folder, config).setting_changes] == ["evaluation"]
         np.savez(source, x=x[1:21], y=y[1:21])
-        assert [line.partition(":")[0] for line in open_job(folder, config).changed] == ["evaluation", "calibration"]
-        assert open_job(folder, config).changed == []
-        lines = open_job(folder, replace(config, calibration=None)).changed
+        assert [line.partition(":")[0] for line in open_job(folder, config).setting_changes] == [
+            "evaluation",
+            "calibration",
+        ]
+        assert open_job(folder, config).setting_changes == []
+        lines = open_job(folder, replace(config, calibration=None)).setting_changes
         assert [line.partition(":")[0] for line in lines] == ["calibration"]
 
 
@@ -180,16 +183,16 @@ def test_another_built_in_metric_is_taken_and_a_loss_only_if_the_server_s_labels
         return replace(config, job=Job(recipe=Recipe(**choices)))  # type: ignore[arg-type]
 
     with StateFolder(tmp_path / "state") as folder:
-        assert open_job(folder, config).changed == []
-        assert [line.partition(":")[0] for line in open_job(folder, with_recipe(metric="miou")).changed] == [
+        assert open_job(folder, config).setting_changes == []
+        assert [line.partition(":")[0] for line in open_job(folder, with_recipe(metric="miou")).setting_changes] == [
             "recipe.metric"
         ]
         with pytest.raises(DataError):
             folder.read_job(with_recipe(loss="mse"))
-        assert open_job(folder, with_recipe(metric="miou")).changed == []
+        assert open_job(folder, with_recipe(metric="miou")).setting_changes == []
         with pytest.raises(ConfigError):  # the model brings no loss of its own
             folder.read_job(replace(with_recipe(loss="custom"), evaluation=None))
-        lines = open_job(folder, replace(with_recipe(loss="mse"), evaluation=None)).changed
+        lines = open_job(folder, replace(with_recipe(loss="mse"), evaluation=None)).setting_changes
         assert [line.partition(":")[0] for line in lines] == ["recipe.loss", "recipe.metric", "evaluation"]
 
 
@@ -205,11 +208,11 @@ def test_other_code_of_a_strategy_is_taken_and_said(tmp_path: Path, monkeypatch:
     config = ServerConfig(model=str(tmp_path / "model.onnx"), job=Job(strategy="own_plan:plain"))
     try:
         with StateFolder(tmp_path / "state") as folder:
-            assert open_job(folder, config).changed == []
+            assert open_job(folder, config).setting_changes == []
             (tmp_path / "own_helper.py").write_text("SHARE = 2\n")
-            lines = open_job(folder, config).changed
+            lines = open_job(folder, config).setting_changes
             assert [line.partition(":")[0] for line in lines] == ["strategy"]
-            assert open_job(folder, config).changed == []
+            assert open_job(folder, config).setting_changes == []
     finally:
         sys.modules.pop("own_plan", None)
         sys.modules.pop("own_helper", None)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.state import State
-from fedprune.wire.fleet_messages import RECONNECT, Reconnect
+from fedprune.wire.fleet_messages import RECONNECT_ABILITY, Reconnect
 from fedprune.wire.messages import Alive, Hello, Offer
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_server.devices import pace_steering
-from fedprune_server.devices.presence import ANSWER_S
+from fedprune_server.devices.presence import HELLO_ANSWER_S
 from fedprune_server.engine.server import Server
 from support.fakes.fleet import Fleet, ToyDevice, folded
 from support.fakes.tiny_job import JOB
@@ -39,22 +39,22 @@ class Board(ToyDevice):
     fleet: PacedFleet
 
     def hear(self, topic: str, payload: bytes) -> None:
-        if self.here:
+        if self.able_boards:
             super().hear(topic, payload)
         if isinstance(last := self.heard[-1] if self.heard else None, Reconnect) and last.away_s is not None:
             self.heard.append(None)
             if self.busy:
-                self.birth()
+                self.build()
             else:
-                self.here = False
+                self.able_boards = False
                 self.fleet.later(last.away_s, self.back)
 
     def take(self, offer: Offer) -> None:
         self.fleet.later(TRAINING_S, lambda: super(Board, self).take(offer))
 
     def back(self) -> None:
-        self.here, self.session = True, self.session + 1
-        self.birth()
+        self.able_boards, self.session = True, self.session + 1
+        self.build()
 
 
 class PacedFleet(Fleet):
@@ -67,7 +67,7 @@ class PacedFleet(Fleet):
         self.most = 0
         for name in NAMES:
             board = self.air.devices[name] = Board(name, folder / "devices", self.air)
-            board.abilities, board.fleet = (RECONNECT,), self
+            board.abilities, board.fleet = (RECONNECT_ABILITY,), self
 
     def boards(self) -> list[Board]:
         return [board for board in self.air.devices.values() if isinstance(board, Board)]
@@ -135,24 +135,24 @@ def test_a_broker_that_restarts_costs_no_part_of_a_round(
     make: Callable[..., PacedFleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, target: int
 ) -> None:
     """Boards return over more time than a server otherwise waits for their births."""
-    monkeypatch.setattr(pace_steering, "RECONNECTS_PER_S", 0.1)
+    monkeypatch.setattr(pace_steering, "MAX_RECONNECTS_PER_S", 0.1)
     caplog.set_level(logging.INFO)
     fleet = make(rounds=6, deadline_s=600.0)
     daemon = fleet.daemon(connected=target)
-    chance, returned = keyed(0, "storm"), list[float]()
+    chance, returned = keyed_generator(0, "storm"), list[float]()
 
     def restart() -> None:
         fleet.air.inbox += [ConnectionDown("the broker ended"), ConnectionUp()]
         for board in fleet.boards():
-            if board.here:
+            if board.able_boards:
                 told = [m.spread_s for m in board.heard if isinstance(m, Reconnect)][-1]
                 assert told >= daemon._steering.spread_s / 2
-                board.here = False
+                board.able_boards = False
                 returned.append(float(chance.uniform(0, told)))
                 fleet.later(returned[-1], board.back)
 
     fleet.later(45.0, restart)
     state = fleet.run_daemon(daemon)
-    assert max(returned) > ANSWER_S
+    assert max(returned) > HELLO_ANSWER_S
     assert "taken for gone" not in caplog.text
     assert all(set(done) == set(r["devices"]) for done, r in zip(folded(state), state.history, strict=True))

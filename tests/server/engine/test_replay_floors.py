@@ -47,7 +47,7 @@ def server(folder: Path, *sent: tuple[str, bytes], fails: bool = False) -> Itera
         identity = stack.enter_context(IdentityFolder(folder))
         state = stack.enter_context(StateFolder(folder))
         storage, worker = state.storage, ToyWorker(state.store)
-        identity.serve(storage.database)
+        identity.use_database(storage.database)
         link = AuthenticatedLink(Inbox([ConnectionUp(), *sent]), identity)
         site = SiteLink(link, TOPICS)
         known = storage.load() or State(model=worker.initial())
@@ -69,15 +69,15 @@ def server(folder: Path, *sent: tuple[str, bytes], fails: bool = False) -> Itera
 
 def saved(folder: Path) -> tuple[set[str], dict[str, int]]:
     """Devices that the job knows, and the epochs of the board."""
-    with Storage.at(folder) as storage:
+    with Storage.open_in(folder) as storage:
         state, store = storage.load(), IdentityStore(storage.database)
-        return set(state.devices if state is not None else ()), store.heard().get(KEY.verifying.hex, {})
+        return set(state.devices if state is not None else ()), store.latest_epochs().get(KEY.verifying_key.hex, {})
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     with IdentityFolder.make(tmp_path, "default") as identity:
-        identity.store.approve("a", KEY.verifying.hex, 1)
+        identity.store.approve("a", KEY.verifying_key.hex, 1)
     return tmp_path
 
 

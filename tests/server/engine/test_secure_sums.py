@@ -18,12 +18,12 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.jobs.job import Job
 from fedprune.secure_aggregation.masks import Vector
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import SHARE
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.strategies import compose
-from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
+from fedprune.wire.messages import Refusal, SecureStep, TrainingDone, UpdateAnnouncement, parse_message
 from fedprune_export.pruning.model import Model
-from fedprune_server.cli.status import describe, status
+from fedprune_server.cli.status import job_status, status_text
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.storage.storage import Storage
@@ -69,9 +69,9 @@ def test_a_sum_is_logged_and_in_status_with_the_boards_that_it_lost(
     line = f"secure sum of 5 boards: 4 summed; lost at the step of {step}: c"
     assert f"round 1: {line}" in caplog.messages
     assert state.history[0]["notes"] == [line]
-    with Storage.at(tmp_path / "secure") as storage:
+    with Storage.open_in(tmp_path / "secure") as storage:
         storage.put_settings({"job": Job(rounds=1, devices=5, secure_aggregation=True, move_limit=0.0).to_dict()})
-    text = describe(status(tmp_path / "secure"))
+    text = status_text(job_status(tmp_path / "secure"))
     assert line in text
     assert f"c: lost: it dropped out of the secure sum at the step of {step}" in text
     assert "refused" not in text
@@ -82,7 +82,7 @@ def test_the_server_can_compute_nothing_but_the_sum(model: Model, tmp_path: Path
     fleet.board("c").stops_at = "vector"
     fleet.run()
     transcript = fleet.transcript()
-    session = Session.from_bytes(transcript.requests["advertise"]["a"])
+    session = SecureSumSession.from_bytes(transcript.requests["advertise"]["a"])
     view = ServerView(session, transcript)
     assert set(view.arrived) == {"a", "b", "d", "e"}
     assert view.revealed() == [{"a", "b", "d", "e"}]
@@ -101,7 +101,7 @@ def test_nothing_that_boards_send_holds_an_update(model: Model, tmp_path: Path) 
     fleet = SecureFleet(tmp_path, model, NAMES, secure_aggregation=True, rounds=1)
     fleet.run()
     vectors = [fleet.board(name).vector for name in NAMES]
-    sent = b"".join(payload for _, payload in fleet.said)
+    sent = b"".join(payload for _, payload in fleet.titled_value)
     for vector in vectors:
         assert all(vector[at : at + 64] not in sent for at in range(8, len(vector) - 64, 4096))
 
@@ -111,7 +111,7 @@ def test_coded_updates_travel_in_half_the_bytes_and_give_nearly_the_same_model(m
     fleet = SecureFleet(tmp_path / "a", model, NAMES, secure_aggregation=True, compression="int8", **settings)
     state = fleet.run()
     assert folded(state) == [list(NAMES)] * 3
-    sizes = sorted({(m.round, m.weights.size) for m in fleet.of(Update)})
+    sizes = sorted({(m.round, m.weights.size) for m in fleet.of(UpdateAnnouncement)})
     assert len(sizes) == 3
     assert sizes[1][1] == sizes[2][1] < 0.6 * sizes[0][1]
     exact = plain(tmp_path, model, **settings)
@@ -152,8 +152,8 @@ def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path, way: 
     to_server, publish, lost = fleet.air.to_server, fleet.air.publish, set[tuple[str, str]]()
 
     def first(topic: str, payload: bytes) -> bool:
-        message = None if topic.endswith("blob") else parse(payload)
-        if not isinstance(message, (Trained, SecureStep, Update)):
+        message = None if topic.endswith("blob") else parse_message(payload)
+        if not isinstance(message, (TrainingDone, SecureStep, UpdateAnnouncement)):
             return False
         step = topic.split("/")[3], message.step if isinstance(message, SecureStep) else message.kind
         repeated = step in lost
@@ -182,7 +182,7 @@ def test_a_late_refusal_of_an_earlier_round_leaves_a_board_in_its_sum(model: Mod
     late, to_server = [Refusal("c", "t", 1, 1, "too hot", ExitCode.STORAGE).to_bytes()], fleet.air.to_server
 
     def sent(topic: str, payload: bytes) -> None:
-        message = None if topic.endswith("blob") else parse(payload)
+        message = None if topic.endswith("blob") else parse_message(payload)
         of_c = isinstance(message, SecureStep) and topic.split("/")[3] == "c"
         to_server(topic, late.pop() if of_c and message.round == 2 and late else payload)
 
@@ -208,7 +208,9 @@ def test_a_board_that_spoils_sums_is_found_named_and_left_out(model: Model, tmp_
     assert state.devices["c"].excluded
     assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
     assert not any("c" in names for names in folded(state))
-    own = [parse(payload) for topic, payload in fleet.said if "/c/" in topic and b'"unmasking"' in payload]
+    own = [
+        parse_message(payload) for topic, payload in fleet.titled_value if "/c/" in topic and b'"unmasking"' in payload
+    ]
     assert len({message.sum for message in own if isinstance(message, SecureStep)}) == 4  # 8 suspects, then 4, 2, 1
     assert fleet.air.now < fleet.job.deadline_s  # no attempt waits for the deadline
     fleet.job = replace(fleet.job, rounds=6)
@@ -225,10 +227,10 @@ def test_a_board_that_sends_false_shares_is_found(model: Model, tmp_path: Path) 
 
     def false(topic: str, payload: bytes) -> None:
         if "/c/" in topic and b'"unmasking"' in payload:
-            said = parse(payload)
+            said = parse_message(payload)
             assert isinstance(said, SecureStep)
-            content = bytes(SHARE)[:-1] + b"\x01"
-            shares = content * (len(said.content) // SHARE)
+            content = bytes(SHARE_BYTES)[:-1] + b"\x01"
+            shares = content * (len(said.content) // SHARE_BYTES)
             payload = SecureStep.of(said.job, said.round, said.attempt, said.sum, said.step, shares).to_bytes()
         to_server(topic, payload)
 
@@ -273,8 +275,8 @@ def test_too_few_boards_of_a_width_are_left_out_and_never_seen(model: Model, tmp
     reasons: set[str] = set()
 
     def idle() -> None:
-        reasons.update(task.reason for task in daemon.first.state.tasks.values())
-        if not daemon.busy:
+        reasons.update(task.reason for task in daemon.main_runner.state.tasks.values())
+        if not daemon.is_busy:
             fleet.air.now += 0.5
         if fleet.air.now > 200:
             raise TimeoutError
@@ -283,7 +285,7 @@ def test_too_few_boards_of_a_width_are_left_out_and_never_seen(model: Model, tmp
     with pytest.raises(TimeoutError):
         daemon.run(until_finished=True)
     assert "boards of the same channels in a secure sum: expected 3 or more, got 2" in reasons
-    assert daemon.first.state.history == []
+    assert daemon.main_runner.state.history == []
     assert not fleet.of(SecureStep)
 
 
@@ -293,7 +295,7 @@ def test_a_board_whose_messages_are_damaged_drops_out(model: Model, tmp_path: Pa
 
     def damaged(topic: str, payload: bytes) -> None:
         if "/c/" in topic and b'"shares"' in payload:
-            said = parse(payload)
+            said = parse_message(payload)
             assert isinstance(said, SecureStep)
             payload = SecureStep.of(said.job, said.round, said.attempt, said.sum, "shares", b"short").to_bytes()
         to_server(topic, payload)
@@ -348,7 +350,7 @@ def test_shared_noise_is_in_the_sum_and_costs_what_it_costs_without_masks(model:
     blobs, silent = (BlobStore(tmp_path / at / "blobs") for at in ("secure", "quiet"))
     one = tensorfile.decode(blobs.read(state.history[0]["model"]))
     other = tensorfile.decode(silent.read(without.history[0]["model"]))
-    trainable = [spec.name for spec in model.architecture.tensors if spec.kind.trainable]
+    trainable = [spec.name for spec in model.architecture.tensors if spec.kind.is_trainable]
     noise = np.concatenate([(one[n].astype(np.float64) - other[n]).ravel() for n in trainable]) * len(NAMES)
     # The variance of n normal numbers is off by √(2/n) of itself; four times that is one test in 16,000.
     assert noise.var() == pytest.approx((SIGMA * CLIP) ** 2, rel=4 * np.sqrt(2 / noise.size))
@@ -361,35 +363,35 @@ def test_a_running_job_may_begin_to_mask(model: Model, tmp_path: Path) -> None:
     daemon = fleet.daemon()
 
     def idle() -> None:
-        fleet.air.now += 0.0 if daemon.busy else 0.5
+        fleet.air.now += 0.0 if daemon.is_busy else 0.5
         if fleet.air.now > 5:
             raise KeyboardInterrupt
 
     fleet.air.on_idle = idle
     with pytest.raises(KeyboardInterrupt):
         daemon.run(until_finished=True)
-    assert fleet.of(Update)
-    fleet.said.clear()
+    assert fleet.of(UpdateAnnouncement)
+    fleet.titled_value.clear()
     fleet.restart()
     fleet.board("a").stops_at = ""
     for name in NAMES:
         fleet.board(name).offer = fleet.board(name).pending = None
     fleet.job = replace(fleet.job, secure_aggregation=True)
     assert folded(fleet.run()) == [list(NAMES)] * 2
-    assert fleet.of(Trained)
+    assert fleet.of(TrainingDone)
 
 
 def test_only_the_vector_that_a_board_has_announced_is_added(model: Model, tmp_path: Path) -> None:
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
     daemon = fleet.daemon()
-    sums, board = daemon.first._channel, fleet.board("c")
+    sums, board = daemon.main_runner._channel, fleet.board("c")
     taken: list[bool] = []
 
     def hears(message: SecureStep) -> SecureStep:
         if message.step == "delivery":
             other = fleet.store.put(b"masked for an earlier attempt").sha256
-            taken.append(sums.takes(on.UpdateStored("c", 1, message.attempt, other)))
-            taken.append(sums.takes(on.UpdateRejected("c", 1, message.attempt - 1, "it is too large")))
+            taken.append(sums.take_upload(on.UpdateStored("c", 1, message.attempt, other)))
+            taken.append(sums.take_upload(on.UpdateRejected("c", 1, message.attempt - 1, "it is too large")))
         return message
 
     board.spoil = hears

@@ -11,11 +11,11 @@ import pytest
 
 from fedprune.coordination import Phase, State
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.schedule import SYNCHRONOUS
-from fedprune.jobs.state import Device, Progress, Task
+from fedprune.jobs.schedule import SYNCHRONOUS_SCHEDULE
+from fedprune.jobs.state import DeviceTask, JobDevice, Progress
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.snapshots import SnapshotMaker
-from fedprune_server.observation.snapshot import ELSEWHERE, OFFLINE, FleetSnapshot
+from fedprune_server.observation.snapshot import AT_OTHER_JOB, OFFLINE, FleetSnapshot
 from support.fakes.fleet import Watcher
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -26,13 +26,13 @@ NOTHING: Any = SimpleNamespace(waiting=0, queued=0, progress=lambda name: None, 
 def maker(state: State, members: Any = None) -> SnapshotMaker:
     registry = DeviceRegistry(JOB, ARCHITECTURE, state, dict.fromkeys(state.devices, (0, 0)))
     return SnapshotMaker(
-        JOB, state, registry, NOTHING, NOTHING, NOTHING, schedule=SYNCHRONOUS, clock=lambda: 5.0,
+        JOB, state, registry, NOTHING, NOTHING, NOTHING, schedule=SYNCHRONOUS_SCHEDULE, clock=lambda: 5.0,
         members=members,
     )  # fmt: skip
 
 
-def board(*, online: bool = True, **more: Any) -> Device:
-    return Device(1, online, {"name": "pi"}, None, 10, **more)
+def board(*, online: bool = True, **more: Any) -> JobDevice:
+    return JobDevice(1, online, {"name": "pi"}, None, 10, **more)
 
 
 class Unseen(TrackedDict[Any]):
@@ -52,10 +52,10 @@ def test_a_snapshot_looks_at_no_device_by_itself() -> None:
 
     made = maker(state, members)
     state.devices = Unseen({"a": board(), "b": board(online=False)})
-    state.tasks = Unseen({"a": Task(1, (2,))})
+    state.tasks = Unseen({"a": DeviceTask(1, (2,))})
     seen = made.snapshot(FleetSnapshot())
-    assert (seen.able_devices, seen.known_devices, seen.parts[Progress.EXTRACTING]) == (1, 2, 1)
-    assert seen.devices["a"].part == "extracting"
+    assert (seen.able_devices, seen.known_devices, seen.parts_by_progress[Progress.EXTRACTING]) == (1, 2, 1)
+    assert seen.devices["a"].part_progress == "extracting"
     with pytest.raises(AssertionError):
         len(seen.device_states)
 
@@ -75,9 +75,9 @@ def test_devices_are_counted_by_state_and_revoked_ones_apart() -> None:
 
 def test_a_device_is_offline_or_at_another_job() -> None:
     made = maker(State("m" * 64, devices=TrackedDict({n: board(online=False) for n in "ab"})))
-    devices = made.snapshot(FleetSnapshot(connected=("a",))).devices
+    devices = made.snapshot(FleetSnapshot(connected_devices=("a",))).devices
     assert {n: (d.activity, d.connected, d.online) for n, d in devices.items()} == {
-        "a": (ELSEWHERE, True, False), "b": (OFFLINE, False, False),
+        "a": (AT_OTHER_JOB, True, False), "b": (OFFLINE, False, False),
     }  # fmt: skip
     assert "c" not in devices
 
@@ -91,4 +91,4 @@ def test_every_round_and_the_end_of_each_job_are_shown_once_and_in_order(tmp_pat
         assert (kinds[name].count("RoundEnded"), kinds[name].count("Finish")) == (rounds, 1)
         assert kinds[name].index("Folded") < kinds[name].index("Closed") < kinds[name].index("RoundEnded")
         assert kinds[name][-1] == "ServerEnds"
-    assert watcher.jobs["one"].fleet.several_jobs
+    assert watcher.jobs["one"].fleet.has_several_jobs

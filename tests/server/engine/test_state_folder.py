@@ -39,7 +39,7 @@ def test_calibration_samples_of_another_shape_are_named(config, tmp_path):
         open_job(folder, config(x=load_digits()[0][:20, :, :4]))
 
 
-PI = profile_store.find("raspberry-pi-5").to_dict()
+PI = profile_store.find_profile("raspberry-pi-5").to_dict()
 
 
 def play(opened, folder, commands, until=()):
@@ -59,7 +59,7 @@ def play(opened, folder, commands, until=()):
             event = on.UpdateAnnounced("a", command.round, command.attempt, weights["sha256"], weights, 50, 2)
         elif isinstance(command, do.PullUpdate):
             event = on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"])
-        elif isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
+        elif isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close, do.Evaluate)):
             event = opened.worker.execute(command)
             assert not isinstance(event, on.UpdateRejected), event
         if event is not None:
@@ -68,7 +68,7 @@ def play(opened, folder, commands, until=()):
     return coordinator.state
 
 
-@pytest.mark.parametrize("killed", [do.Extract, do.Fold, do.Close, do.Evaluate])
+@pytest.mark.parametrize("killed", [do.Extract, do.FoldUpdate, do.Close, do.Evaluate])
 def test_a_round_outlasts_a_compiler_that_describes_the_model_differently(tmp_path, killed):
     (tmp_path / "model.onnx").write_bytes(digits_model())
     job = Job(rounds=2, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
@@ -77,7 +77,7 @@ def test_a_round_outlasts_a_compiler_that_describes_the_model_differently(tmp_pa
         opened = open_job(folder, config)
         state = play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0), until=killed)
         assert state.architecture == opened.model.architecture.digest
-        state.architecture = tensorfile.digest(b"an older one")
+        state.architecture = tensorfile.sha256_hex(b"an older one")
         folder.storage.save(state, (), 0.0)
 
     with StateFolder(tmp_path / "state") as folder:

@@ -26,7 +26,7 @@ class TurnWatcher:
         self.on_turn = on_turn
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        self.on_turn([event.what for event in events])
+        self.on_turn([event.payload for event in events])
 
 
 def test_what_is_dropped_does_not_end_a_turn(tmp_path: Path) -> None:

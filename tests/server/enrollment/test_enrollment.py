@@ -16,9 +16,9 @@ import pytest
 from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
 from fedprune.security.certificates import read_certificate
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
-from fedprune.security.keys import grouped
-from fedprune.wire.link import Link
+from fedprune.security.joining import JoinClaim
+from fedprune.security.keys import grouped_digits
+from fedprune.wire.link import BrokerLink
 from fedprune_device.cli.main import main
 from fedprune_device.network import enrollment
 from fedprune_device.network.enrollment import Renewal, enrol
@@ -28,7 +28,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.messaging.broker.programs import TlsFiles
-from fedprune_server.messaging.connection import identity_of
+from fedprune_server.messaging.connection import open_identity
 from support.processes.machine import free_port
 from support.waiting import until
 
@@ -40,14 +40,14 @@ class Server:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.identity = stack.enter_context(IdentityFolder.make(folder, "lab"))
-        broker = stack.enter_context(EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.broker(["127.0.0.1"]))))
+        broker = stack.enter_context(EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.broker_files(["127.0.0.1"]))))
         self.url = broker.url
-        link = Link(broker.url, "server", tls=self.identity.context)
+        link = BrokerLink(broker.url, "server", tls=self.identity.tls_context)
         stack.callback(link.close)
         link.subscribe(["fedprune/1/lab/+/-/join"])
         link.start()
         running = stack.enter_context(IdentityFolder(folder))  # as another process has it
-        self._signed, self._stop = AuthenticatedLink(link, running), threading.Event()
+        self._sign_answer, self._stop = AuthenticatedLink(link, running), threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         stack.callback(self._thread.join)
@@ -55,14 +55,14 @@ class Server:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._signed.get(0.05)
+            self._sign_answer.get(0.05)
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Boards that ask again soon."""
-    monkeypatch.setattr(enrollment, "_AGAIN_S", 0.3)
-    monkeypatch.setattr(enrollment, "_WAITING_S", 0.3)
+    monkeypatch.setattr(enrollment, "_REQUEST_INTERVAL_S", 0.3)
+    monkeypatch.setattr(enrollment, "_APPROVAL_INTERVAL_S", 0.3)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def claim_file(server: Server, path: Path, device: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(server.identity.claim(device, 3600).text + "\n")
+    path.write_text(server.identity.make_claim(device, 3600).text + "\n")
     return path
 
 
@@ -87,10 +87,10 @@ def test_a_board_joins_with_the_claim_in_its_state_folder_which_is_gone_then(
     claim = claim_file(server, tmp_path / "board" / "claim")
     assert join(server, tmp_path / "board") == ExitCode.OK
     board = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic")
-    assert board.joined
-    assert server.identity.store.key_of("attic") == board.key.verifying.hex
+    assert board.has_joined
+    assert server.identity.store.key_of("attic") == board.key.verifying_key.hex
     assert not claim.exists()
-    assert board.key.verifying.fingerprint in capsys.readouterr().err
+    assert board.key.verifying_key.fingerprint in capsys.readouterr().err
     secrets = [p for p in (tmp_path / "board" / "identity").iterdir() if p.suffix == ".key"]
     assert [stat.S_IMODE(p.stat().st_mode) for p in secrets] == [0o600] * len(secrets) != []
     assert join(server, tmp_path / "board") == ExitCode.OK
@@ -114,7 +114,7 @@ def test_a_claim_that_does_not_count_is_one_clear_error_and_stays(
 def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
     server: Server, tmp_path: Path, capsys: Captured
 ) -> None:
-    pin = grouped(server.identity.authority.pin.hex())
+    pin = grouped_digits(server.identity.authority.pin.hex())
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(join(server, tmp_path / "board", "--pin", pin)))
     thread.start()
@@ -134,19 +134,19 @@ def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tm
     assert "--insecure: expected a broker at mqtt://" in capsys.readouterr().err
     with (
         pytest.raises(ConfigError, match="leave --insecure out"),
-        identity_of(ServerConfig(broker="mqtts://127.0.0.1"), insecure=True),
+        open_identity(ServerConfig(broker="mqtts://127.0.0.1"), insecure=True),
     ):
         pass
 
 
 def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "other", "lab") as other:
-        claim = other.claim(None, 3600)
+        claim = other.make_claim(None, 3600)
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
     told: list[str] = []
     with pytest.raises(JoinError, match="didn't count"):
-        enrol(board, [server.url], Claim.parse(claim.text), patience_s=3, tell=told.append)
-    assert not board.joined
+        enrol(board, [server.url], JoinClaim.parse(claim.text), patience_s=3, report=told.append)
+    assert not board.has_joined
     assert any("doesn't count" in line for line in told)
 
 
@@ -154,8 +154,8 @@ def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(serve
     closed = f"mqtts://127.0.0.1:{free_port()}"
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
     told: list[str] = []
-    assert enrol(board, [closed, server.url], server.identity.claim(None, 3600), patience_s=30, tell=told.append)
-    assert board.joined
+    assert enrol(board, [closed, server.url], server.identity.make_claim(None, 3600), patience_s=30, report=told.append)
+    assert board.has_joined
     assert told == []  # what failed first is no news where the next one answers
     stopped = threading.Event()
     stopped.set()
@@ -169,13 +169,13 @@ def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(serve
 
 def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server, tmp_path: Path) -> None:
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=30)
+    enrol(board, [server.url], server.identity.make_claim(None, 3600), patience_s=30)
     before = (tmp_path / "board" / "device.pem").read_bytes()
     Renewal(board, [server.url], lambda: True).renew(30)
     after = (tmp_path / "board" / "device.pem").read_bytes()
     old, new = (read_certificate(pem, "certificate") for pem in (before, after))
     assert old.public_key() != new.public_key()
-    with Link(server.url, "board", tls=board.context) as link:
+    with BrokerLink(server.url, "board", tls=board.context) as link:
         link.start()
     server.identity.revoke("attic")
     with pytest.raises(JoinError):
@@ -186,11 +186,11 @@ def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server,
 def test_a_revoked_board_begins_anew_with_a_new_key(server: Server, tmp_path: Path) -> None:
     claim_file(server, tmp_path / "board" / "claim")
     assert join(server, tmp_path / "board") == ExitCode.OK
-    first = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying.hex
+    first = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying_key.hex
     server.identity.revoke("attic")
     claim_file(server, tmp_path / "board" / "claim", device="attic")
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.OK
-    second = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying.hex
+    second = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying_key.hex
     assert server.identity.store.key_of("attic") == second != first
 
 
@@ -199,7 +199,7 @@ class Stranger:
 
     def __init__(self, folder: Path) -> None:
         with IdentityFolder.make(folder, "lab") as identity:
-            certificate, key, _ = identity.broker(["127.0.0.1"])
+            certificate, key, _ = identity.broker_files(["127.0.0.1"])
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(certificate, key)
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -223,7 +223,7 @@ class Stranger:
 @pytest.mark.parametrize("who", ["new", "with an authority", "member"])
 def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Path, who: str) -> None:
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    claim, authority = server.identity.claim(None, 3600), None
+    claim, authority = server.identity.make_claim(None, 3600), None
     if who == "member":
         enrol(board, [server.url], claim, patience_s=30)
     if who == "with an authority":
@@ -243,10 +243,10 @@ def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, t
     folder = tmp_path / "board" / "identity"
     claim_file(server, tmp_path / "board" / "claim")
     assert join(server, tmp_path / "board") == ExitCode.OK
-    first = DeviceIdentity(folder, "lab", "attic").key.verifying.hex
+    first = DeviceIdentity(folder, "lab", "attic").key.verifying_key.hex
 
     def kept() -> bool:
-        return DeviceIdentity(folder, "lab", "attic").key.verifying.hex == first
+        return DeviceIdentity(folder, "lab", "attic").key.verifying_key.hex == first
 
     nowhere = ["join", "--new-key", "--site", "lab", "--device", "attic", "--state", str(tmp_path / "board")]
     assert main(nowhere) == ExitCode.CONFIG
@@ -268,7 +268,7 @@ def test_public_files_stay_readable_whatever_umask_root_has(tmp_path: Path) -> N
     try:
         with IdentityFolder.make(tmp_path, "lab") as identity:
             identity.revoke("attic")
-            identity.broker(["localhost"])
+            identity.broker_files(["localhost"])
     finally:
         os.umask(before)
     public = {p.name for p in (tmp_path / "identity").iterdir() if p.stat().st_mode & 0o077}

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
+from fedprune.security.joining import JoinClaim
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.signed_channel import Opener, Sealer
-from fedprune.security.tls import BUILT
+from fedprune.security.tls import BUILD_TIME
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
-from fedprune.wire.messages import Birth, Hello, parse
+from fedprune.wire.messages import Birth, Hello, parse_message
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
@@ -28,8 +28,8 @@ class Server:
     """Its disk never fails: what the board loses is the question here."""
 
     def __init__(self, folder: Path) -> None:
-        self.identity = IdentityFolder.make(folder, "lab", clock=lambda: float(BUILT + DAY))
-        self.claim: Claim = Claim.parse(self.identity.claim("attic", DAY).text)
+        self.identity = IdentityFolder.make(folder, "lab", clock=lambda: float(BUILD_TIME + DAY))
+        self.claim: JoinClaim = JoinClaim.parse(self.identity.make_claim("attic", DAY).text)
         self.sealer = Sealer(self.identity.key, self.identity.epochs)
         self.opener: Opener | None = None
         self.heard: list[bytes] = []
@@ -45,7 +45,7 @@ class Server:
     def hear(self, raw: bytes) -> None:
         assert self.opener is not None
         self.heard.append(self.opener.open(UP, raw))
-        self.sealer.renew(DOWN)  # a birth
+        self.sealer.begin_epoch(DOWN)  # a birth
 
 
 class Life:
@@ -65,7 +65,7 @@ class Life:
 
         def start() -> None:
             made.append(DeviceIdentity(self.folder, "lab", "attic", clock=lambda: 0.0))
-            if not made[0].joined:
+            if not made[0].has_joined:
                 request.append(made[0].request(self.server.claim))
 
         yield start
@@ -80,20 +80,20 @@ class Life:
 
         yield speak
         self.server.hear(raw[0])
-        hello = self.server.sealer.seal(DOWN, Hello(BUILT + (2 + len(self.sent)) * DAY).to_bytes())
-        yield lambda: self._listen(made[0], hello)
+        hello = self.server.sealer.seal(DOWN, Hello(BUILD_TIME + (2 + len(self.sent)) * DAY).to_bytes())
+        yield lambda: self._read_errors(made[0], hello)
 
     def _admit(self, identity: DeviceIdentity, answer: JoinAnswer) -> None:
         assert identity.admit(answer, self.server.claim.pin) is not None
 
-    def _listen(self, identity: DeviceIdentity, raw: bytes) -> None:
-        opener = Opener(identity.server, identity.heard(), identity.hear)
-        message = parse(opener.open(DOWN, raw))
+    def _read_errors(self, identity: DeviceIdentity, raw: bytes) -> None:
+        opener = Opener(identity.server, identity.server_epochs(), identity.store_server_epoch)
+        message = parse_message(opener.open(DOWN, raw))
         self.taken.append(raw)
         assert isinstance(message, Hello)
-        identity.times.learn(message.time or 0)
+        identity.trusted_time.note_time(message.time or 0)
 
-    def live(self, at: int = 0, kind: str = "before") -> list[str]:
+    def is_live(self, at: int = 0, kind: str = "before") -> list[str]:
         """Live all parts; with `at`, the power fails at that operation. Returns the operations that there were."""
         done: list[str] = []
         for part in self.parts():
@@ -113,33 +113,33 @@ def lives(folder: Path) -> tuple[Life, Server]:
 
 def test_there_is_something_to_cut(tmp_path: Path) -> None:
     life, server = lives(tmp_path / "x")
-    assert len(life.live()) > 30
+    assert len(life.is_live()) > 30
     server.identity.close()
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_board_joins_and_hears_everything_at_most_once_wherever_the_power_fails(tmp_path: Path, kind: str) -> None:
     whole, server = lives(tmp_path / "whole")
-    operations = whole.live() + whole.live()
+    operations = whole.is_live() + whole.is_live()
     server.identity.close()
     for at, how in cuts(kind, operations):
         life, server = lives(tmp_path / f"{at}")
         left = at
         try:
-            left -= len(life.live(at, how))
+            left -= len(life.is_live(at, how))
             if left > 0:
-                life.live(left, how)
+                life.is_live(left, how)
         except CutError:
             pass
-        life.live()
-        life.live()
+        life.is_live()
+        life.is_live()
         identity = DeviceIdentity(life.folder, "lab", "attic")
-        assert identity.joined
-        assert server.identity.store.key_of("attic") == identity.key.verifying.hex
-        assert identity.times.floor > BUILT + DAY
+        assert identity.has_joined
+        assert server.identity.store.key_of("attic") == identity.key.verifying_key.hex
+        assert identity.trusted_time.floor > BUILD_TIME + DAY
         assert len(set(server.heard)) == len(server.heard)
         # What was taken once is refused by every later life of the board.
-        again = Opener(identity.server, identity.heard(), lambda *_: None)
+        again = Opener(identity.server, identity.server_epochs(), lambda *_: None)
         for raw in life.taken:
             with pytest.raises(Exception, match=r"epoch|before"):
                 again.open(DOWN, raw)

@@ -14,43 +14,43 @@ from msgspec.structs import replace
 
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError
 from fedprune.security.certificates import (
+    certificate_name,
     load_certificate,
     make_request,
     make_tls_key,
-    name_of,
     read_certificate,
     save_tls_key,
     seconds_of,
 )
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
-from fedprune.security.joining import make_request as make_join_request
+from fedprune.security.joining import JoinClaim
+from fedprune.security.joining import make_join_request as make_join_request
 from fedprune.security.keys import SigningKey
-from fedprune.security.tls import BUILT
+from fedprune.security.tls import BUILD_TIME
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
-from fedprune.wire.messages import Hello, parse
+from fedprune.wire.messages import Hello, parse_message
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment import approval
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.enrollment.store import KEPT_ANSWERS, MAX_CERTIFICATES, MAX_NAMESAKES, MAX_WAITING
+from fedprune_server.enrollment.store import MAX_ANSWERS, MAX_CERTIFICATES, MAX_NAMESAKES, MAX_WAITING
 from fedprune_server.storage.database import Database
-from fedprune_server.storage.state_folder import FILE
-from fedprune_server.storage.storage import database_of
+from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.storage import open_database
 from fedprune_server.storage.tables import MEMBERS
 from support.fakes.members import certified, serials_of
 from support.faults.power_cuts import CutError, power
 
 HOUR, DAY = 3600, 24 * 3600
-NOW = [float(BUILT + 30 * DAY)]
+NOW = [float(BUILD_TIME + 30 * DAY)]
 
 
-Ask = Callable[[DeviceIdentity, Claim | None], JoinAnswer]
+Ask = Callable[[DeviceIdentity, JoinClaim | None], JoinAnswer]
 
 
 @pytest.fixture
 def identity(tmp_path: Path) -> Iterator[IdentityFolder]:
-    NOW[0] = float(BUILT + 30 * DAY)
+    NOW[0] = float(BUILD_TIME + 30 * DAY)
     with IdentityFolder.make(tmp_path / "state", "lab", clock=lambda: NOW[0]) as identity:
         yield identity
 
@@ -59,11 +59,13 @@ def identity(tmp_path: Path) -> Iterator[IdentityFolder]:
 def ask(identity: IdentityFolder) -> Ask:
     """What the server answers to a device, over the bytes that would travel."""
 
-    def asked(device: DeviceIdentity, claim: Claim | None = None) -> JoinAnswer:
+    def asked(device: DeviceIdentity, claim: JoinClaim | None = None) -> JoinAnswer:
         request = device.request(claim)
-        topic, answer = EnrollmentService(identity).receive(Topics("lab").join(request.nonce), request.to_bytes())
-        assert topic == Topics("lab").joined(request.nonce)
-        assert parse(answer.to_bytes()) == answer
+        topic, answer = EnrollmentService(identity).receive(
+            Topics("lab").join_request(request.nonce), request.to_bytes()
+        )
+        assert topic == Topics("lab").join_answer(request.nonce)
+        assert parse_message(answer.to_bytes()) == answer
         return answer
 
     return asked
@@ -73,7 +75,7 @@ def board(folder: Path, name: str = "pi-1") -> DeviceIdentity:
     return DeviceIdentity(folder, "lab", name, clock=lambda: 0.0)
 
 
-def bare(claim: Claim | None, name: str = "pi-1", site: str = "lab", key: SigningKey | None = None) -> JoinRequest:
+def bare(claim: JoinClaim | None, name: str = "pi-1", site: str = "lab", key: SigningKey | None = None) -> JoinRequest:
     return make_join_request(site, name, key or SigningKey.make(), make_request(make_tls_key(), name), claim)
 
 
@@ -85,20 +87,20 @@ def answer(identity: IdentityFolder, request: JoinRequest) -> tuple[str, str]:
 def test_a_board_joins_with_a_claim_and_keeps_all_that_it_needs(
     identity: IdentityFolder, ask: Ask, tmp_path: Path
 ) -> None:
-    claim = Claim.parse(identity.claim(None, HOUR).text)
+    claim = JoinClaim.parse(identity.make_claim(None, HOUR).text)
     device = board(tmp_path / "board")
-    assert not device.joined
+    assert not device.has_joined
 
     admission = device.admit(ask(device, claim), claim.pin)
 
     assert admission is not None
-    assert device.joined
-    assert name_of(read_certificate(admission.certificate, "certificate")) == "pi-1"
-    assert identity.store.key_of("pi-1") == device.key.verifying.hex
+    assert device.has_joined
+    assert certificate_name(read_certificate(admission.certificate, "certificate")) == "pi-1"
+    assert identity.store.key_of("pi-1") == device.key.verifying_key.hex
     again = board(tmp_path / "board")
     assert again.joined
-    assert again.key.verifying == device.key.verifying
-    assert again.server == identity.key.verifying
+    assert again.key.verifying_key == device.key.verifying_key
+    assert again.server == identity.key.verifying_key
     assert again.times.floor == int(NOW[0])  # a board in 1970 now knows better
     again.context()
     for path in (tmp_path / "board").iterdir():
@@ -115,14 +117,14 @@ def test_without_a_claim_a_board_waits_until_the_operator_says_yes(
         device = board(tmp_path / "board")  # also after a restart it asks the same
     assert [d.status for d in identity.store.devices()] == [WAITING]
 
-    identity.store.approve("pi-1", device.key.verifying.hex, 0)
+    identity.store.approve("pi-1", device.key.verifying_key.hex, 0)
 
     assert device.admit(ask(device, None), pin) is not None
     assert [d.status for d in identity.store.devices()] == [APPROVED]
 
 
 def test_a_claim_works_once_for_one_request_which_may_be_repeated(identity: IdentityFolder) -> None:
-    claim = identity.claim(None, HOUR)
+    claim = identity.make_claim(None, HOUR)
     request = bare(claim)
     desk = EnrollmentService(identity)
     first = desk.answer(request)
@@ -140,7 +142,7 @@ def test_a_claim_works_once_for_one_request_which_may_be_repeated(identity: Iden
 def test_a_crash_between_use_and_answer_costs_nothing(
     identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch, lost: str, tmp_path: Path
 ) -> None:
-    claim = identity.claim(None, HOUR)
+    claim = identity.make_claim(None, HOUR)
     request = bare(claim)
 
     def crash(*_: object) -> None:
@@ -159,10 +161,10 @@ def test_a_crash_between_use_and_answer_costs_nothing(
 
 
 def test_every_claim_that_does_not_count_says_why(identity: IdentityFolder, tmp_path: Path) -> None:
-    for_two, old = identity.claim("pi-2", HOUR), identity.claim(None, 1)
+    for_two, old = identity.make_claim("pi-2", HOUR), identity.make_claim(None, 1)
     with IdentityFolder.make(tmp_path / "other", "lab") as other:
-        foreign = other.claim(None, HOUR)
-    guessed = Claim(for_two.id, bytes(15), for_two.pin)
+        foreign = other.make_claim(None, HOUR)
+    guessed = JoinClaim(for_two.id, bytes(15), for_two.pin)
     NOW[0] += 1
     for claim, reason in (
         (old, "the claim has expired"),
@@ -174,32 +176,34 @@ def test_every_claim_that_does_not_count_says_why(identity: IdentityFolder, tmp_
         assert (status, said.startswith(reason)) == (REFUSED, True)
     assert identity.store.devices() == []
     assert answer(identity, bare(for_two, "pi-2"))[0] == APPROVED  # none of that has used it
-    assert answer(identity, bare(identity.claim(None, HOUR), site="other"))[1].startswith("this server's site is lab")
+    assert answer(identity, bare(identity.make_claim(None, HOUR), site="other"))[1].startswith(
+        "this server's site is lab"
+    )
 
 
 def test_a_certificate_is_renewed_with_a_new_key_by_who_is_let_in_alone(
     identity: IdentityFolder, ask: Ask, tmp_path: Path
 ) -> None:
-    device, claim = board(tmp_path / "board"), identity.claim(None, HOUR)
+    device, claim = board(tmp_path / "board"), identity.make_claim(None, HOUR)
     device.admit(ask(device, claim), claim.pin)
-    assert not device.renewal_due()
+    assert not device.needs_renewal()
     old = (tmp_path / "board" / "device.pem").read_text()
-    device.times.learn(int(NOW[0]) + 500 * DAY)
-    assert device.renewal_due()
+    device.trusted_time.note_time(int(NOW[0]) + 500 * DAY)
+    assert device.needs_renewal()
 
     NOW[0] += 500 * DAY
     device.admit(ask(device, None), claim.pin)
 
     new = (tmp_path / "board" / "device.pem").read_text()
     assert new != old
-    assert not device.renewal_due()
+    assert not device.needs_renewal()
     device.context()  # certificate and key are a pair
     assert answer(identity, bare(None))[0] == WAITING  # another key of that name has to wait
 
 
 def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(identity: IdentityFolder) -> None:
     key = SigningKey.make()
-    requests = [bare(identity.claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(KEPT_ANSWERS + 1))]
+    requests = [bare(identity.make_claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(MAX_ANSWERS + 1))]
     first = [EnrollmentService(identity).answer(request) for request in requests]
     assert {given.status for given in first} == {APPROVED}
     before = len(serials_of(identity.path.parent, "pi-1"))
@@ -213,7 +217,7 @@ def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(identit
 
 
 def test_what_is_revoked_stays_out_and_can_be_replaced(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
-    stolen, claim = board(tmp_path / "stolen"), identity.claim(None, HOUR)
+    stolen, claim = board(tmp_path / "stolen"), identity.make_claim(None, HOUR)
     request = stolen.request(claim)
     stolen.admit(ask(stolen, claim), claim.pin)
 
@@ -223,17 +227,17 @@ def test_what_is_revoked_stays_out_and_can_be_replaced(identity: IdentityFolder,
     assert answer(identity, request)[0] == REFUSED
     with pytest.raises(JoinError, match="revoked"):
         stolen.admit(ask(stolen, None), claim.pin)
-    fresh, another = board(tmp_path / "fresh"), identity.claim("pi-1", HOUR)
+    fresh, another = board(tmp_path / "fresh"), identity.make_claim("pi-1", HOUR)
     assert fresh.admit(ask(fresh, another), another.pin) is not None
-    assert identity.store.key_of("pi-1") == fresh.key.verifying.hex
-    assert answer(identity, bare(identity.claim(None, HOUR), key=stolen.key))[0] == REFUSED
+    assert identity.store.key_of("pi-1") == fresh.key.verifying_key.hex
+    assert answer(identity, bare(identity.make_claim(None, HOUR), key=stolen.key))[0] == REFUSED
 
 
 @pytest.mark.parametrize("renewal", [True, False])
 def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certificate_listed(
     identity: IdentityFolder, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewal: bool
 ) -> None:
-    device, claim = board(tmp_path / "board"), identity.claim(None, HOUR)
+    device, claim = board(tmp_path / "board"), identity.make_claim(None, HOUR)
     if renewal:
         device.admit(ask(device, claim), claim.pin)
     request, issue = device.request(None if renewal else claim), identity.authority.issue_device
@@ -257,9 +261,9 @@ def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certi
 def test_nobody_uses_up_another_s_certificate_request_and_with_it_a_claim(
     identity: IdentityFolder, ask: Ask, tmp_path: Path
 ) -> None:
-    member, own = board(tmp_path / "member", "pi-2"), identity.claim("pi-2", HOUR)
+    member, own = board(tmp_path / "member", "pi-2"), identity.make_claim("pi-2", HOUR)
     member.admit(ask(member, own), own.pin)
-    victim, claim = board(tmp_path / "victim", "attic"), identity.claim("attic", HOUR)
+    victim, claim = board(tmp_path / "victim", "attic"), identity.make_claim("attic", HOUR)
     request = victim.request(claim)
 
     with pytest.raises(ProtocolError, match="common name"):
@@ -270,10 +274,10 @@ def test_nobody_uses_up_another_s_certificate_request_and_with_it_a_claim(
 
 def test_a_request_that_gets_no_certificate_uses_no_claim(identity: IdentityFolder) -> None:
     csr, key = make_request(make_tls_key(), "pi-1"), SigningKey.make()
-    spent = make_join_request("lab", "pi-1", SigningKey.make(), csr, identity.claim(None, HOUR))
+    spent = make_join_request("lab", "pi-1", SigningKey.make(), csr, identity.make_claim(None, HOUR))
     assert answer(identity, spent)[0] == APPROVED
     identity.revoke("pi-1")
-    claim = identity.claim(None, HOUR)
+    claim = identity.make_claim(None, HOUR)
 
     status, reason = answer(identity, make_join_request("lab", "pi-1", key, csr, claim))
     assert (status, "has a certificate of 'pi-1'" in reason) == (REFUSED, True)
@@ -283,12 +287,12 @@ def test_a_request_that_gets_no_certificate_uses_no_claim(identity: IdentityFold
 
 def test_only_so_many_wait_and_an_approved_one_clears_its_name(identity: IdentityFolder) -> None:
     for n in range(MAX_NAMESAKES):
-        identity.store.ask("pi-1", f"{n:064}", 1)
+        identity.store.request_approval("pi-1", f"{n:064}", 1)
     with pytest.raises(JoinError):
-        identity.store.ask("pi-1", "a" * 64, 1)
+        identity.store.request_approval("pi-1", "a" * 64, 1)
     others = range(MAX_NAMESAKES, MAX_WAITING)
     rows = [{"device": f"pi-{n}", "key": "a" * 64, "status": WAITING, "asked": 1} for n in others]
-    with database_of(identity.path.parent) as database, database.transaction() as connection:
+    with open_database(identity.path.parent) as database, database.transaction() as connection:
         connection.execute(MEMBERS.insert(), rows)
     assert answer(identity, request := bare(None, "pi-2"))[0] == REFUSED
 
@@ -299,13 +303,13 @@ def test_only_so_many_wait_and_an_approved_one_clears_its_name(identity: Identit
 
 
 def test_what_is_no_request_or_was_changed_is_not_answered(identity: IdentityFolder) -> None:
-    desk, request = EnrollmentService(identity), bare(identity.claim(None, HOUR))
-    topic = Topics("lab").join(request.nonce)
+    desk, request = EnrollmentService(identity), bare(identity.make_claim(None, HOUR))
+    topic = Topics("lab").join_request(request.nonce)
     for where, raw in (
         (topic, b"nonsense"),
         (topic, Hello().to_bytes()),
-        (Topics("lab").join("0" * 32), request.to_bytes()),
-        (Topics("other").join(request.nonce), request.to_bytes()),
+        (Topics("lab").join_request("0" * 32), request.to_bytes()),
+        (Topics("other").join_request(request.nonce), request.to_bytes()),
         (topic, replace(request, device="pi-2").to_bytes()),
         (topic, replace(request, csr="nonsense").to_bytes()),
     ):
@@ -329,7 +333,7 @@ def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(tm
             pass
         with IdentityFolder(state) as again:
             assert again.site == "lab"
-            again.context()
+            again.tls_context()
         assert known in (None, key.read_bytes())
     folder = state / "identity"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -346,11 +350,11 @@ def test_the_server_s_own_certificate_is_renewed_in_its_last_third(identity: Ide
     first, files = ends(identity), [identity.path / name for name in ("server.pem", "server.key")]
     before = [path.read_bytes() for path in files]
     NOW[0] += 486 * DAY
-    identity.context()
+    identity.tls_context()
     assert [path.read_bytes() for path in files] == before
 
     NOW[0] += 2 * DAY
-    identity.context()
+    identity.tls_context()
     second = ends(identity)
     assert second == first + 488 * DAY
     assert all(path.read_bytes() != old for path, old in zip(files, before, strict=True))
@@ -358,13 +362,13 @@ def test_the_server_s_own_certificate_is_renewed_in_its_last_third(identity: Ide
 
     NOW[0] += 800 * DAY  # a server that was off until it was over
     with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
-        again.context()  # key and certificate are a pair
+        again.tls_context()  # key and certificate are a pair
         assert ends(again) == second + 800 * DAY
 
 
 def test_the_embedded_broker_s_certificate_is_kept_until_its_last_year_or_other_hosts(identity: IdentityFolder) -> None:
     def issued(*hosts: str) -> bytes:
-        return identity.broker(hosts)[0].read_bytes()
+        return identity.broker_files(hosts)[0].read_bytes()
 
     first = issued("127.0.0.1", "localhost")
     NOW[0] += 3 * 365 * DAY
@@ -380,7 +384,7 @@ def test_the_embedded_broker_s_certificate_is_kept_until_its_last_year_or_other_
 
 
 def test_a_claim_s_secret_is_not_in_the_server_s_folder(identity: IdentityFolder, tmp_path: Path) -> None:
-    claim = identity.claim(None, HOUR)
+    claim = identity.make_claim(None, HOUR)
     identity.close()
     for path in (tmp_path / "state").rglob("*"):
         if path.is_file():
@@ -412,9 +416,9 @@ def spoil(file: Path) -> None:
 def test_a_database_that_can_t_be_used_is_one_clear_error(
     identity: IdentityFolder, tmp_path: Path, change: Callable[[Path], None], said: str
 ) -> None:
-    identity.store.ask("pi-1", "a" * 64, 1)
+    identity.store.request_approval("pi-1", "a" * 64, 1)
     identity.close()
-    change(tmp_path / "state" / FILE)
+    change(tmp_path / "state" / DATABASE_FILE)
     with IdentityFolder(tmp_path / "state") as again, pytest.raises(StorageError, match=said):
         again.store.devices()
 
@@ -426,9 +430,9 @@ def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_ans
         work()  # the connection is lost before the answer
         return work()
 
-    monkeypatch.setattr(Database, "patiently", patiently)
+    monkeypatch.setattr(Database, "retry_while_away", patiently)
     now = int(NOW[0])
-    assert [identity.store.ask("pi-1", key * 64, now) for key in "ab"] == [WAITING, WAITING]
+    assert [identity.store.request_approval("pi-1", key * 64, now) for key in "ab"] == [WAITING, WAITING]
     assert approval.deny(identity, "pi-1") == "pi-1: 2 keys turned away"
     with pytest.raises(JoinError, match="no such device waits"):
         approval.deny(identity, "pi-1")
@@ -441,21 +445,21 @@ def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_ans
 def test_a_revocation_of_one_name_forgets_nothing_of_another_one(identity: IdentityFolder) -> None:
     for name in ("pi-1", "pi-2"):
         identity.store.approve(name, "a" * 64, 1)
-    identity.store.hear([("a" * 64, "up", 5)])
-    identity.store._opened().flush()
+    identity.store.defer_epochs([("a" * 64, "up", 5)])
+    identity.store._require_database().flush()
     identity.store.revoke("pi-1", 2)
-    assert identity.store.heard() == {"a" * 64: {"up": 5}}
+    assert identity.store.latest_epochs() == {"a" * 64: {"up": 5}}
     identity.store.revoke("pi-2", 2)
-    assert identity.store.heard() == {}
+    assert identity.store.latest_epochs() == {}
 
 
 def test_without_a_database_nothing_is_known_and_nothing_is_made(identity: IdentityFolder, tmp_path: Path) -> None:
     with IdentityFolder(tmp_path / "state", read_only=True) as looking:
         looking.update_revocations()
-        assert (looking.store.devices(), looking.store.version(), looking.store.empty) == ([], "", True)
-    assert not (tmp_path / "state" / FILE).exists()
-    identity.claim(None, HOUR)
-    assert stat.S_IMODE((tmp_path / "state" / FILE).stat().st_mode) == 0o600
+        assert (looking.store.devices(), looking.store.version(), looking.store.is_empty) == ([], "", True)
+    assert not (tmp_path / "state" / DATABASE_FILE).exists()
+    identity.make_claim(None, HOUR)
+    assert stat.S_IMODE((tmp_path / "state" / DATABASE_FILE).stat().st_mode) == 0o600
 
 
 def test_a_revoked_device_s_certificates_are_listed_again_when_the_list_was_lost(
@@ -483,12 +487,12 @@ def test_a_revocation_broken_off_before_the_list_was_written_is_completed(
     identity.store.revoke("pi-1", 7)
     with IdentityFolder(tmp_path / "state") as again:
         assert again.store.revoked_certificates() == dict.fromkeys(serials_of(tmp_path / "state", "pi-1"), 7)
-        assert again.authority.has_listed(again.store.revoked_certificates())
+        assert again.authority.is_list_current(again.store.revoked_certificates())
 
 
 def test_a_member_has_so_many_certificates_and_no_more(identity: IdentityFolder) -> None:
     key = SigningKey.make()
-    assert answer(identity, bare(identity.claim(None, HOUR), key=key))[0] == APPROVED
+    assert answer(identity, bare(identity.make_claim(None, HOUR), key=key))[0] == APPROVED
     said = [answer(identity, bare(None, key=key))[0] for _ in range(MAX_CERTIFICATES)]
     assert said == [APPROVED] * (MAX_CERTIFICATES - 1) + [REFUSED]
     NOW[0] += 2 * 365 * DAY  # they are over
@@ -496,15 +500,15 @@ def test_a_member_has_so_many_certificates_and_no_more(identity: IdentityFolder)
 
 
 def test_of_two_servers_that_answer_a_request_at_once_both_give_one_certificate(identity: IdentityFolder) -> None:
-    request = bare(identity.claim(None, HOUR))
+    request = bare(identity.make_claim(None, HOUR))
     made = [identity.authority.issue_device("lab", "pi-1", request.csr) for _ in range(2)]
     assert made[0] != made[1]
     assert {identity.store.add_certificate(request, pem) for pem in made} == {made[0]}
 
 
 def test_a_name_that_is_taken_leaves_the_claim_for_another(identity: IdentityFolder) -> None:
-    answer(identity, bare(identity.claim(None, HOUR)))
-    claim = identity.claim(None, HOUR)
+    answer(identity, bare(identity.make_claim(None, HOUR)))
+    claim = identity.make_claim(None, HOUR)
 
     status, reason = answer(identity, bare(claim))
     assert (status, reason.startswith("another board is pi-1 already")) == (REFUSED, True)
@@ -519,6 +523,6 @@ def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
     before = ends(identity)
     with monkeypatch.context() as patched:
         patched.setattr(identity.authority, "issue_server", lambda _csr: (_ for _ in ()).throw(StorageError("full")))
-        identity.context()
+        identity.tls_context()
     assert ends(identity) == before
     assert "no new certificate for the server yet: full" in caplog.text

@@ -13,8 +13,8 @@ from cryptography import x509
 
 from fedprune.core.errors import ConfigError, IdentityError, UsedClaimError
 from fedprune.security.certificates import make_request, make_tls_key
-from fedprune.security.joining import Claim
-from fedprune.security.joining import make_request as make_join_request
+from fedprune.security.joining import JoinClaim
+from fedprune.security.joining import make_join_request as make_join_request
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import APPROVED, JoinRequest
 from fedprune_server.cli.main import main
@@ -25,8 +25,8 @@ from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.transport import DeviceRevoked
 from fedprune_server.storage import lease
-from fedprune_server.storage.lease import ROW, LeaseLostError
-from fedprune_server.storage.tables import meta, put_meta
+from fedprune_server.storage.lease import LEASE_ROW, LeaseLostError
+from fedprune_server.storage.tables import put_meta, read_meta
 from support.fakes.inbox import Inbox
 from support.fakes.members import serials_of
 from support.faults.hung_server import hang
@@ -40,16 +40,16 @@ STREAM = "fedprune/1/lab/pi-1"
 def serving(state: Path, url: str) -> Iterator[IdentityFolder]:
     """A server's identity as it is while the server runs."""
     with IdentityFolder(state, database=url) as identity, StateFolder(state, url) as folder:
-        identity.serve(folder.storage.database)
+        identity.use_database(folder.storage.database)
         yield identity
 
 
-def request(claim: Claim, name: str) -> JoinRequest:
+def request(claim: JoinClaim, name: str) -> JoinRequest:
     return make_join_request("lab", name, SigningKey.make(), make_request(make_tls_key(), name), claim)
 
 
 def join(identity: IdentityFolder, name: str) -> JoinRequest:
-    asked = request(Claim.parse(identity.claim(name, 3600).text), name)
+    asked = request(JoinClaim.parse(identity.make_claim(name, 3600).text), name)
     assert EnrollmentService(identity).answer(asked).status == APPROVED
     return asked
 
@@ -68,8 +68,8 @@ def copied(first: Path, second: Path) -> None:
 def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
     tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "LASTS_S", 2.0)
-    monkeypatch.setattr(lease, "RENEWED_S", 0.1)
+    monkeypatch.setattr(lease, "LEASE_S", 2.0)
+    monkeypatch.setattr(lease, "RENEWAL_INTERVAL_S", 0.1)
     url = postgres.database()
     first, second = tmp_path / "first", tmp_path / "second"
     IdentityFolder.make(first, "lab").close()
@@ -77,20 +77,20 @@ def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
     with ExitStack() as crashed:
         identity = crashed.enter_context(IdentityFolder(first, database=url))
         folder = crashed.enter_context(StateFolder(first, url))
-        identity.serve(folder.storage.database)
+        identity.use_database(folder.storage.database)
         lost, kept = join(identity, "pi-1"), join(identity, "pi-2")
-        open_claim = Claim.parse(identity.claim(None, 3600).text)
+        open_claim = JoinClaim.parse(identity.make_claim(None, 3600).text)
         assert EnrollmentService(identity).answer(request(open_claim, "pi-3")).status == APPROVED
-        identity.store.hear([(kept.key, STREAM, 77)])
-        identity.store._opened().flush()
+        identity.store.defer_epochs([(kept.key, STREAM, 77)])
+        identity.store._require_database().flush()
         with IdentityFolder(first, database=url) as command:  # an operator at a terminal
             command.revoke("pi-1")
         hang(folder)
 
         with IdentityFolder(second, database=url) as identity, StateFolder(second, url, standby=True) as folder:
-            identity.serve(folder.storage.database)
+            identity.use_database(folder.storage.database)
             assert sorted(identity.store.members()) == ["pi-2", "pi-3"]
-            assert identity.store.heard() == {kept.key: {STREAM: 77}}
+            assert identity.store.latest_epochs() == {kept.key: {STREAM: 77}}
             assert listed(identity) == serials_of(second, "pi-1", url) != set()
             assert len(serials_of(second, "pi-3", url)) == 1
             with pytest.raises(UsedClaimError):
@@ -103,15 +103,15 @@ def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Pos
     IdentityFolder.make(tmp_path / "first", "lab").close()
     state = tmp_path / "first"
     with StateFolder(state, url) as folder, IdentityFolder(state) as identity:
-        identity.serve(folder.storage.database)
+        identity.use_database(folder.storage.database)
         with folder.storage.database.transaction() as connection:
-            row = json.loads(meta(connection, ROW) or "")
-            put_meta(connection, ROW, json.dumps(row | {"token": row["token"] + 1}))
-        identity.store.hear([("ab" * 32, STREAM, 1)])
+            row = json.loads(read_meta(connection, LEASE_ROW) or "")
+            put_meta(connection, LEASE_ROW, json.dumps(row | {"token": row["token"] + 1}))
+        identity.store.defer_epochs([("ab" * 32, STREAM, 1)])
         with pytest.raises(LeaseLostError):
-            identity.store._opened().flush()
+            identity.store._require_database().flush()
         with pytest.raises(LeaseLostError):
-            identity.claim(None, 3600)
+            identity.make_claim(None, 3600)
 
 
 def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgres: Postgres) -> None:
@@ -119,13 +119,13 @@ def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgr
     with IdentityFolder.make(state, "lab") as identity:
         identity.store.devices()
         StateFolder(state, url).close()
-        identity.claim(None, 3600)
+        identity.make_claim(None, 3600)
     with pytest.raises(ConfigError, match=r"first.*server\.db"):
         StateFolder(state, url)
     assert main(["init", "--state", str(tmp_path / "other"), "--database", url]) == 0
     assert main(["claim", "--state", str(tmp_path / "other")]) == 0
     with StateFolder(tmp_path / "other", url) as folder:
-        assert not IdentityStore(folder.storage.database).empty
+        assert not IdentityStore(folder.storage.database).is_empty
 
 
 def test_a_standby_with_a_replaced_identity_is_refused_until_it_has_the_present_one(
@@ -167,7 +167,7 @@ def test_a_server_notices_what_another_machine_changes(
     with serving(first, url) as identity:
         now = [0.0]
         link = AuthenticatedLink(Inbox(), identity, lambda: now[0])
-        claim = Claim.parse(command("claim", "--device", "pi-1").strip())
+        claim = JoinClaim.parse(command("claim", "--device", "pi-1").strip())
         asked = request(claim, "pi-1")
         assert EnrollmentService(identity).answer(asked).status == APPROVED
         now[0] += 1.0

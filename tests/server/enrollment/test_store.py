@@ -12,7 +12,7 @@ A, B = "11" * 32, "22" * 32
 
 
 def opened(folder: Path) -> tuple[Database, IdentityStore]:
-    database = Storage.at(folder).database
+    database = Storage.open_in(folder).database
     return database, IdentityStore(database)
 
 
@@ -36,6 +36,6 @@ def test_a_member_is_unannounced_until_its_first_message(tmp_path: Path) -> None
         store.approve("pi-1", A, 1)
         store.approve("pi-2", B, 1)
         assert store.unannounced_members() == {"pi-1": 1, "pi-2": 1}
-        store.hear([(A, "fedprune/1/lab/pi-1", 7)])
+        store.defer_epochs([(A, "fedprune/1/lab/pi-1", 7)])
         database.flush()
         assert store.unannounced_members() == {"pi-2": 1}

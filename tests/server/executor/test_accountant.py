@@ -11,13 +11,13 @@ import dp_accounting
 import pytest
 
 from fedprune.coordination import State
-from fedprune.coordination.privacy_budget import spent
+from fedprune.coordination.privacy_budget import release_cost
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import JobDevice
 from fedprune.output.extras import install_command
 from fedprune.updates.privacy import Privacy
-from fedprune_server.executor.accountant import Accountant, costs
+from fedprune_server.executor.accountant import Accountant, privacy_spending
 from fedprune_server.executor.worker import Worker
 
 PRIVACY = Privacy(clip=1.0, noise_multiplier=2.0)
@@ -36,7 +36,9 @@ def test_releases_of_different_noise_cost_what_the_pld_accountant_says() -> None
     releases = {"3.0": 4, "2.5": 2, "6.0": 5}
     for multiplier, count in releases.items():
         known.compose(dp_accounting.GaussianDpEvent(float(multiplier)), count)
-    assert Accountant(PRIVACY).epsilon(spent(releases)) == pytest.approx(known.get_epsilon(PRIVACY.delta), rel=1e-3)
+    assert Accountant(PRIVACY).epsilon(release_cost(releases)) == pytest.approx(
+        known.get_epsilon(PRIVACY.delta), rel=1e-3
+    )
 
 
 def test_epsilon_is_where_the_privacy_curve_reaches_delta() -> None:
@@ -69,17 +71,22 @@ def test_without_the_extra_a_private_job_says_what_to_install(monkeypatch: pytes
     with pytest.raises(MissingExtraError, match=re.escape(install_command("privacy"))) as caught:
         Accountant(PRIVACY)
     assert caught.value.exit_code is ExitCode.MISSING_EXTRA
-    assert costs(PRIVACY, fleet())["epsilon"] == {"a": None, "b": None}
+    assert privacy_spending(PRIVACY, fleet())["epsilon"] == {"a": None, "b": None}
 
 
 def fleet() -> State:
-    boards = {n: Device(1, True, {}, None, 9) for n in "ab"}
+    boards = {n: JobDevice(1, True, {}, None, 9) for n in "ab"}
     boards["a"].releases = {"2.0": 4}
     return State("m", round=4, devices=boards, private=True)
 
 
 def test_every_boards_cost_is_known() -> None:
-    found = costs(PRIVACY, fleet())
+    found = privacy_spending(PRIVACY, fleet())
     assert found["epsilon"] == {"a": Accountant(PRIVACY).epsilon(1.0), "b": 0.0}
     assert (found["delta"], found["noise"], found["clip"]) == (1e-5, "local", 1.0)
-    assert costs(PRIVACY, None) == costs(Privacy(), fleet()) == costs(PRIVACY, State("m")) == {}
+    assert (
+        privacy_spending(PRIVACY, None)
+        == privacy_spending(Privacy(), fleet())
+        == privacy_spending(PRIVACY, State("m"))
+        == {}
+    )

@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State, coordinate
+from fedprune.coordination import State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
@@ -19,15 +19,15 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
-from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode
-from fedprune.wire.messages import Birth, Offer, parse
-from fedprune_device.training.local_update import decoded
+from fedprune.planning.profile_store import find_profile
+from fedprune.updates import CODECS, DOWNLOAD_CODECS, Codec, decode, encode, max_update_bytes
+from fedprune.wire.messages import Birth, Offer, parse_message
+from fedprune_device.training.local_update import decode_weights
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
+from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, device_offer, update_misfit
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import Digits, deal
+from fedprune_server.simulation.digits import Digits, deal_digits
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, digits_simulation
 
@@ -37,7 +37,7 @@ SETTINGS = ("int8", "int4", "top-k:0.05")
 
 @pytest.fixture(scope="module")
 def federation() -> Digits:
-    return deal(KINDS, seed=1)
+    return deal_digits(KINDS, seed=1)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def simulate(tmp_path: Path) -> Callable[..., Simulation]:
 
 def uploaded(run: Simulation) -> int:
     """Bytes that all devices sent."""
-    return sum(row[1] for notes in run._run.rounds.values() for row in notes.devices.values())
+    return sum(row[1] for notes in run._run.rounds.values() for row in notes.spent.values())
 
 
 def test_every_codec_saves_bytes_and_every_update_counts(simulate: Callable[..., Simulation]) -> None:
@@ -105,10 +105,12 @@ def test_a_profile_may_have_a_codec_of_its_own(simulate: Callable[..., Simulatio
 )
 def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[str, ...], coding: do.Coding) -> None:
     birth = Birth("pi", 1, KINDS[1], 10, "test", codecs=known)
-    said = parse(birth.to_bytes())
+    said = parse_message(birth.to_bytes())
     assert isinstance(said, Birth)
-    coordinator = coordinate(Job(compression="top-k:0.1", compression_down="int8"), model.architecture, State("0" * 64))
-    coordinator.handle(on.DeviceBorn("pi", 1, find(KINDS[1]).to_dict(), 10, None, said.codecs or ()), 0.0)
+    coordinator = make_coordinator(
+        Job(compression="top-k:0.1", compression_down="int8"), model.architecture, State("0" * 64)
+    )
+    coordinator.handle(on.DeviceBorn("pi", 1, find_profile(KINDS[1]).to_dict(), 10, None, said.codecs or ()), 0.0)
     extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
     assert [c.coding for c in extract if isinstance(c, do.Extract)] == [coding]
     with pytest.raises(ConfigError, match="compression_down"):
@@ -121,7 +123,7 @@ def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[
 def downloaded(run: Simulation, since: int) -> int:
     """Bytes that all devices were sent from a round on."""
     rounds = (notes for number, notes in run._run.rounds.items() if number >= since)
-    return sum(row[0] for notes in rounds for row in notes.devices.values())
+    return sum(row[0] for notes in rounds for row in notes.spent.values())
 
 
 @pytest.mark.parametrize("scorer", ["magnitude", pytest.param("ordered", marks=pytest.mark.soak)])
@@ -132,7 +134,7 @@ def test_weights_come_as_differences_to_those_that_a_board_holds(
     plain = simulate("none", scorer=scorer)
     plain.run()
     before = downloaded(plain, 2)
-    for setting in DOWN:
+    for setting in DOWNLOAD_CODECS:
         run = simulate(setting, scorer=scorer, compression_down=setting)
         run.run()
         assert {p["progress"] for p in run.state.history[-1]["devices"].values()} == {"folded"}
@@ -157,14 +159,14 @@ def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Si
         for task in run.state.tasks.values():
             if run.state.round == 1 or task.progress is not Progress.OFFERED:
                 continue
-            offer = Offer.from_dict({"job": "x", "round": 3, "attempt": 1, **sent(task.offer or {})})
+            offer = Offer.from_dict({"job": "x", "round": 3, "attempt": 1, **device_offer(task.offer or {})})
             store = BlobStore(tmp_path / str(len(checked)))
             assert offer.coded is not None
             assert offer.moved is not None
             for digest in (offer.coded.sha256, offer.moved.sha256, offer.held or ""):
                 store.put(run.store.read(digest))
-            assert set(offer.shorter(store.has)) == {*offer.blobs(), offer.coded} - {offer.weights}
-            assert decoded(offer, store.read) == run.store.read(offer.weights.sha256)
+            assert set(offer.blobs_to_pull(store.has)) == {*offer.blobs(), offer.coded} - {offer.weights}
+            assert decode_weights(offer, store.read) == run.store.read(offer.weights.sha256)
             checked.append(offer)
 
     run.run(check)
@@ -175,20 +177,20 @@ def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Si
 
 
 def offered(worker: Worker, device: str, codec: str | None) -> dict[str, Any]:
-    scored = worker.execute(do.Score(1, worker.initial(), {}, (device,)))
+    scored = worker.execute(do.Score(1, worker.put_initial_model(), {}, (device,)))
     assert isinstance(scored, on.Scored)
-    basis = do.Basis(1, worker.initial(), scored.ranking)
-    of = do.Part(device, 1, widths_at(worker.architecture, 0.5), 0.5, 10, None)
+    basis = do.Basis(1, worker.put_initial_model(), scored.ranking)
+    of = do.DevicePart(device, 1, widths_at(worker.architecture, 0.5), 0.5, 10, None)
     extracted = worker.execute(do.Extract(basis, of, coding=do.Coding(codec)))
     assert isinstance(extracted, on.Extracted)
     return extracted.offer
 
 
 def fold(worker: Worker, offer: dict[str, Any], weights: str, codec: str | None) -> on.Event:
-    basis = do.Basis(1, worker.initial(), offer["ranking"])
-    of = do.Part("a", 1, tuple(offer["widths"]), 0.5, 10, None)
+    basis = do.Basis(1, worker.put_initial_model(), offer["ranking"])
+    of = do.DevicePart("a", 1, tuple(offer["widths"]), 0.5, 10, None)
     found = do.Contribution(basis, of, offer["weights"]["sha256"], None, weights, 10, 1, codec=codec)
-    return worker.execute(do.Fold(1, basis.model, {}, found))
+    return worker.execute(do.FoldUpdate(1, basis.model, {}, found))
 
 
 def trained(worker: Worker, offer: dict[str, Any], federation: Digits) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,11 +209,11 @@ def test_sizes_beyond_the_bound_are_not_fetched(model: Model, federation: Digits
     start, result = trained(worker, offer, federation)
     names = {t.name for t in model.architecture.trainable}
     codec = Codec("int8")
-    assert offer[UPDATE_BOUND] == bound(codec, {n: v.shape for n, v in start.items()}, names)
+    assert offer[UPDATE_BOUND] == max_update_bytes(codec, {n: v.shape for n, v in start.items()}, names)
     assert len(encode(codec, result, start, names)[0]) <= offer[UPDATE_BOUND] < offer[UPDATE_SIZE]
 
     def refused(size: int, offer: dict[str, Any] = offer) -> str:
-        return misfit(offer, BlobRef("0" * 64, size, "0" * 64))
+        return update_misfit(offer, BlobRef("0" * 64, size, "0" * 64))
 
     assert not refused(offer[UPDATE_BOUND])
     assert not refused(offer[UPDATE_SIZE])  # plainly
@@ -220,7 +222,7 @@ def test_sizes_beyond_the_bound_are_not_fetched(model: Model, federation: Digits
     plain = offered(worker, "a", None)
     assert not refused(plain[UPDATE_SIZE], plain)
     assert refused(offer[UPDATE_BOUND], plain)
-    assert {UPDATE_BOUND, UPDATE_SIZE}.isdisjoint(sent(offer))
+    assert {UPDATE_BOUND, UPDATE_SIZE}.isdisjoint(device_offer(offer))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -238,8 +240,8 @@ def test_what_was_decoded_is_what_is_folded(model: Model, federation: Digits, tm
         fresh = Worker(Job(), model, BlobStore(tmp_path), None)
         weights = fresh.store.put(update).sha256
         assert fold(fresh, offer, weights, coded) == on.Folded("a", 1, 1)
-        basis = do.Basis(1, fresh.initial(), offer["ranking"])
-        of = do.Part("a", 1, tuple(offer["widths"]), 0.5, 10, None)
+        basis = do.Basis(1, fresh.put_initial_model(), offer["ranking"])
+        of = do.DevicePart("a", 1, tuple(offer["widths"]), 0.5, 10, None)
         part = do.Contribution(basis, of, offer["weights"]["sha256"], None, weights, 10, 1, codec=coded)
         closed.append(fresh.execute(do.Close(1, basis.model, {}, ("a",), (part,))))
     assert closed[0] == closed[1] == closed[2]

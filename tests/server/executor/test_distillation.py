@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import fedprune_export as fx
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.core.tensorfile import encode
 from fedprune.model.architecture import widths_at
-from fedprune.model.nested_widths import nested
+from fedprune.model.nested_widths import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.strategies.importance.scoring import ordered, ranks
+from fedprune.strategies.importance.scoring import order_scores, rank_channels
 from fedprune.strategies.values import SelfDistillation
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
@@ -48,7 +48,7 @@ def small(outputs: int = 3, *, normalised: bool = False) -> Model:
 
 
 def inputs(count: int = 40) -> np.ndarray[Any, Any]:
-    return keyed(0, "inputs").standard_normal((count, 6)).astype(np.float32)
+    return keyed_generator(0, "inputs").standard_normal((count, 6)).astype(np.float32)
 
 
 def distiller(model: Model, x: Any, asked: SelfDistillation = ASKED, recipe: Recipe | None = None) -> Distiller:
@@ -57,7 +57,7 @@ def distiller(model: Model, x: Any, asked: SelfDistillation = ASKED, recipe: Rec
 
 
 def own_order(model: Model) -> Any:
-    return ranks(ordered(model.architecture))
+    return rank_channels(order_scores(model.architecture))
 
 
 def same(one: Tensors, other: Tensors) -> bool:
@@ -74,7 +74,9 @@ def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
     model, x = small(normalised=normalised), inputs()
     order = np.array([3, 1, 7, 5, 0, 2, 4, 6])
     asked = SelfDistillation(1, (0.25, 0.5), 0.01)
-    round_ = next(n for n in range(1, 100) if (8, 2, 4)[int(keyed(0, n, "", "widths", 1).integers(3))] == width)
+    round_ = next(
+        n for n in range(1, 100) if (8, 2, 4)[int(keyed_generator(0, n, "", "widths", 1).integers(3))] == width
+    )
     found = distiller(model, x, asked)(model.tensors, [order], round_)
 
     held = {n: torch.from_numpy(v.copy()).requires_grad_("running" not in n) for n, v in model.tensors.items()}
@@ -104,7 +106,7 @@ def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
 def test_widths_that_agree_stay_as_they_are() -> None:
     """In a nested start all widths answer alike: there is nothing to learn."""
     model = small()
-    start = nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in ASKED.densities])
+    start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in ASKED.densities])
     found = distiller(model, inputs())(start, own_order(model), 1)
     moved = max(float(np.abs(found[n] - start[n]).max()) for n in start)
     assert moved < 1e-5

@@ -43,21 +43,21 @@ def crew(worker: Worker) -> Iterator[DistributedWorker]:
 
 
 def extracts(worker: Worker) -> list[do.Extract]:
-    start = worker.initial()
+    start = worker.put_initial_model()
     scored = worker.execute(do.Score(1, start, {}, tuple(DENSITIES)))
     assert isinstance(scored, on.Scored)
     basis = do.Basis(1, start, scored.ranking)
     widths = {n: widths_at(worker.architecture, d) for n, d in DENSITIES.items()}
-    return [do.Extract(basis, do.Part(n, 1, widths[n], d, 10, None)) for n, d in DENSITIES.items()]
+    return [do.Extract(basis, do.DevicePart(n, 1, widths[n], d, 10, None)) for n, d in DENSITIES.items()]
 
 
 def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -> None:
     orders = extracts(worker)
-    crew.expect([do.Wake(1.0), *orders])
+    crew.expect([do.WakeAt(1.0), *orders])
 
     assert [crew.execute(o) for o in orders] == [worker.execute(o) for o in orders]
-    assert crew.graphs() == worker.graphs()
-    assert all(worker.store.has(g) for g in crew.graphs())
+    assert crew.graph_digests() == worker.graph_digests()
+    assert all(worker.store.has(g) for g in crew.graph_digests())
 
 
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: DistributedWorker) -> None:
@@ -85,7 +85,7 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Distributed
         with suppress(ProcessLookupError):  # the pool ends the others as soon as it misses one
             os.kill(process.pid, signal.SIGKILL)
         process.join()
-    while not crew._pool._processes._broken:  # the pool's own thread notices
+    while not crew._pool._processes._connection_error:  # the pool's own thread notices
         time.sleep(0.01)
 
     crew.expect(orders)

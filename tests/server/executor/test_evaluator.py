@@ -12,18 +12,18 @@ import pytest
 from fedprune.core.errors import ConfigError
 from fedprune.model.recipe import Recipe
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.evaluator import Evaluator, Sessions
+from fedprune_server.executor.evaluator import Evaluator, ModelSessions
 from support.fakes.digits_simulation import digits_simulation
 
 
 def test_only_the_sessions_that_were_asked_for_last_stay_open(model: Model) -> None:
-    sessions = Sessions(model, most=3)
+    sessions = ModelSessions(model, max_open=3)
     sizes = model.architecture.sizes
-    whole = sessions.at(sizes)
+    whole = sessions.session_at(sizes)
     opened = []
     for last in range(1, 6):  # a strategy that chooses anew in every round
-        opened.append(weakref.ref(sessions.at((*sizes[:-1], last))))
-        assert sessions.at(sizes) is whole
+        opened.append(weakref.ref(sessions.session_at((*sizes[:-1], last))))
+        assert sessions.session_at(sizes) is whole
     gc.collect()
     assert [found() is not None for found in opened] == [False, False, False, True, True]
 
@@ -34,7 +34,7 @@ def test_nothing_is_measured_on_no_samples_or_without_labels(
 ) -> None:
     samples = np.zeros((inputs, 1, 8, 8), np.float32), np.zeros(labels, np.int64)
     with pytest.raises(ConfigError, match=f"samples to measure on.*got {inputs}, and {labels} labels"):
-        Evaluator(Sessions(model, 1), Recipe(), samples)
+        Evaluator(ModelSessions(model, 1), Recipe(), samples)
     # An experiment that is made from Python says so before it begins.
     with pytest.raises(ConfigError, match="samples to measure on"):
         digits_simulation(tmp_path, evaluation=samples)

@@ -9,16 +9,16 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.jobs.state import Progress, Task
+from fedprune.jobs.state import DeviceTask, Progress
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.probe_report import UNITS
-from fedprune.runtime.precision import unpacked
-from fedprune.runtime.precision_files import graphs_of
+from fedprune.runtime.precision import unpack_graphs
+from fedprune.runtime.precision_files import precision_graphs
 from fedprune.strategies.values import Submodel
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers
-from fedprune_server.executor.offers import graphs_of as named_graphs
+from fedprune_server.executor.offers import offer_graphs as named_graphs
 from fedprune_server.executor.retention import BlobCollector
 
 ROUNDS = 3 * GRAPH_ROUNDS
@@ -43,12 +43,12 @@ def named(offers: Offers, model: Model, round_: int) -> set[str]:
 
 def test_boards_get_graphs_for_what_they_train_on(model: Model, store: BlobStore) -> None:
     offers = Offers(model, store)
-    graphs = {unit: offers.training(Recipe(), 1, unit)["sha256"] for unit in UNITS}
+    graphs = {unit: offers.training_ref(Recipe(), 1, unit)["sha256"] for unit in UNITS}
     assert len(set(graphs.values())) == 2
     selection = Selection.of(model.architecture, model.architecture.sizes)
     submodel = Submodel(selection, selection.gather(model.tensors))
     assert {unit: offers.body(submodel, Recipe(), 1, unit)["training"]["sha256"] for unit in UNITS} == graphs
-    assert graphs["cpu"] == offers.training(Recipe(), 1)["sha256"], "what no board has measured is the processor's"
+    assert graphs["cpu"] == offers.training_ref(Recipe(), 1)["sha256"], "what no board has measured is the processor's"
 
 
 def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) -> None:
@@ -69,15 +69,15 @@ def test_offers_bring_the_graphs_of_lower_precisions(model: Model, store: BlobSt
 
     assert list(body["lowered"]) == ["float16", "int8"]
     for precision, ref in body["lowered"].items():
-        assert set(unpacked(store.read(ref["sha256"]), precision)) == set(graphs_of(precision))
-        assert ref["sha256"] in offers.graphs() & named_graphs(body)
+        assert set(unpack_graphs(store.read(ref["sha256"]), precision)) == set(precision_graphs(precision))
+        assert ref["sha256"] in offers.graph_digests() & named_graphs(body)
     assert offers.body(submodel, Recipe(), 2)["lowered"] == body["lowered"]
     assert "lowered" not in Offers(model, store).body(submodel, Recipe(), 1)
 
 
-def task(progress: Progress, basis: int, **offer: Any) -> Task:
+def task(progress: Progress, basis: int, **offer: Any) -> DeviceTask:
     cut_from = {"round": basis, "model": "", "ranking": "", "order": None, "memory": {}}
-    return Task(1, (1,), progress=progress, basis=cut_from, **offer)
+    return DeviceTask(1, (1,), progress=progress, basis=cut_from, **offer)
 
 
 def test_collector_keeps_graphs_that_offers_may_name(store: BlobStore) -> None:

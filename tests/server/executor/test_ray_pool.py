@@ -97,15 +97,17 @@ def clustered(model: Model, folder: Path, cluster: Any) -> Worker:
 
 
 def orders(w: Worker, count: int) -> list[do.Extract]:
-    start = w.initial()
+    start = w.put_initial_model()
     scored = w.execute(do.Score(1, start, {}, ("a",)))
     assert isinstance(scored, on.Scored)
     basis = do.Basis(1, start, scored.ranking)
     widths = [widths_at(w.architecture, d) for d in DENSITIES]
-    return [do.Extract(basis, do.Part(f"d{k}", 1, widths[k % 3], DENSITIES[k % 3], 10, None)) for k in range(count)]
+    return [
+        do.Extract(basis, do.DevicePart(f"d{k}", 1, widths[k % 3], DENSITIES[k % 3], 10, None)) for k in range(count)
+    ]
 
 
-def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.Fold], do.Close]:
+def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.FoldUpdate], do.Close]:
     found = []
     for k, order in enumerate(made):
         event, dice = w.execute(order), np.random.default_rng(k)
@@ -117,7 +119,7 @@ def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.Fold], do.Close
         found.append(do.Contribution(order.basis, order.part, sent, None, stored, 10 + k, 3))
     start = made[0].basis.model
     names = tuple(c.part.device for c in found)
-    return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
+    return [do.FoldUpdate(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
 
 
 def slow(w: Worker, where: str) -> str:
@@ -173,8 +175,8 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         for _ in attempts("a helper's return", pause_s=0.3):
             if "is back:" in caplog.text:
                 break
-            pool.submit(pool_tasks.extract, ())
-        assert pool.submit(pool_tasks.extract, ()).result(60) == pool_tasks.ExtractedBatch((), {})
+            pool.submit(pool_tasks.extract_submodels, ())
+        assert pool.submit(pool_tasks.extract_submodels, ()).result(60) == pool_tasks.ExtractedBatch((), {})
         assert [r.message for r in caplog.records if "is back:" in r.message]
 
 
@@ -188,7 +190,7 @@ def _node_of(pid: int, cluster: Any) -> Any:
     raise AssertionError(f"no node has process {pid}")
 
 
-def played(crew: DistributedWorker, folds: list[do.Fold], close: do.Close) -> on.Event:
+def played(crew: DistributedWorker, folds: list[do.FoldUpdate], close: do.Close) -> on.Event:
     crew.expect(folds)
     for fold in folds:
         crew.execute(fold)

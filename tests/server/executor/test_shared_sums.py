@@ -24,7 +24,7 @@ from fedprune_server.executor.worker import Worker
 from support.fakes.stored_round import STRATEGIES, Helpers, round_of, worker
 
 
-def played(w: Worker | DistributedWorker, folds: list[do.Fold], close: do.Close) -> on.Event:
+def played(w: Worker | DistributedWorker, folds: list[do.FoldUpdate], close: do.Close) -> on.Event:
     """The end of a round."""
     w.expect(folds)
     events = [w.execute(fold) for fold in folds]
@@ -46,8 +46,8 @@ def test_sums_of_helpers_have_the_workers_bits(
     helpers = Helpers(alone)
     crew = DistributedWorker(worker(model, tmp_path, settings), helpers, block=500, batch=batch)
     assert played(crew, folds[::-1], close) == expected
-    assert helpers.count(pool_tasks.check) == len(folds)
-    assert helpers.count(pool_tasks.add_up) >= 2
+    assert helpers.count(pool_tasks.check_update) == len(folds)
+    assert helpers.count(pool_tasks.add_up_updates) >= 2
 
 
 @pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
@@ -70,7 +70,7 @@ def test_a_long_update_is_shortened_to_the_same_bits_by_whoever_adds_it(
     assert played(crew, folds[::-1], close) == expected
 
 
-@pytest.mark.parametrize("task", [pool_tasks.check, pool_tasks.add_up])
+@pytest.mark.parametrize("task", [pool_tasks.check_update, pool_tasks.add_up_updates])
 def test_what_helpers_fail_at_the_worker_does(model: Model, tmp_path: Path, task: Task) -> None:
     alone = worker(model, tmp_path, {"strategy": "plain"})
     folds, close = round_of(alone)
@@ -172,7 +172,7 @@ class Never(Future[Any]):
         raise LateError
 
 
-@pytest.mark.parametrize("never", [pool_tasks.add_up, pool_tasks.check, pool_tasks.extract])
+@pytest.mark.parametrize("never", [pool_tasks.add_up_updates, pool_tasks.check_update, pool_tasks.extract_submodels])
 def test_helpers_that_hang_are_waited_for_once(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never: Task
 ) -> None:

@@ -19,15 +19,15 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
-from fedprune.model.nested_widths import nested
+from fedprune.model.nested_widths import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
-from fedprune_server.executor.evaluator import Evaluator, Sessions
+from fedprune_server.executor.evaluator import Evaluator, ModelSessions
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import Digits, deal
+from fedprune_server.simulation.digits import Digits, deal_digits
 
 DEVICES = ("a", "b", "c")
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
@@ -36,7 +36,7 @@ RECIPE = Recipe(epochs=1, batch_size=32, lr=0.05, logit_adjustment=True)
 
 @pytest.fixture(scope="module")
 def federation() -> Digits:
-    return deal(DEVICES, seed=0)
+    return deal_digits(DEVICES, seed=0)
 
 
 def worker(model: Model, folder: Path, federation: Digits | None = None, **settings: object) -> Worker:
@@ -46,20 +46,20 @@ def worker(model: Model, folder: Path, federation: Digits | None = None, **setti
 
 
 def rank(w: Worker, round_: int = 1) -> str:
-    scored = w.execute(do.Score(round_, w.initial(), {}, DEVICES))
+    scored = w.execute(do.Score(round_, w.put_initial_model(), {}, DEVICES))
     assert isinstance(scored, on.Scored)
     assert scored.order is None
     return scored.ranking
 
 
-def part(name: str, widths: tuple[int, ...], samples: int = 10) -> do.Part:
-    return do.Part(name, 1, widths, 1.0, samples, None)
+def part(name: str, widths: tuple[int, ...], samples: int = 10) -> do.DevicePart:
+    return do.DevicePart(name, 1, widths, 1.0, samples, None)
 
 
 def test_devices_of_one_width_share_an_offer(model: Model, tmp_path: Path) -> None:
     """It is made once, and again where a device trains otherwise or a blob was deleted."""
     w = worker(model, tmp_path)
-    basis = do.Basis(1, w.initial(), rank(w))
+    basis = do.Basis(1, w.put_initial_model(), rank(w))
     whole, half = model.architecture.sizes, widths_at(model.architecture, 0.5)
 
     def offered(device: str, widths: tuple[int, ...], accumulate: int = 1) -> dict[str, Any]:
@@ -78,13 +78,13 @@ def test_devices_of_one_width_share_an_offer(model: Model, tmp_path: Path) -> No
 
 
 def contribution(
-    basis: do.Basis, of: do.Part, weights: str, weight: int = 10, steps: int = 1, sent: str = "0" * 64
+    basis: do.Basis, of: do.DevicePart, weights: str, weight: int = 10, steps: int = 1, sent: str = "0" * 64
 ) -> do.Contribution:
     return do.Contribution(basis, of, sent, None, weights, weight, steps)
 
 
-def fold(found: do.Contribution) -> do.Fold:
-    return do.Fold(1, found.basis.model, {}, found)
+def fold(found: do.Contribution) -> do.FoldUpdate:
+    return do.FoldUpdate(1, found.basis.model, {}, found)
 
 
 def close(parts: list[do.Contribution]) -> do.Close:
@@ -97,7 +97,7 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> 
     parts = []
     for name in DEVICES:
         widths = widths_at(model.architecture, DENSITIES[name])
-        basis, of = do.Basis(1, w.initial(), ranking), part(name, widths)
+        basis, of = do.Basis(1, w.put_initial_model(), ranking), part(name, widths)
         extracted = w.execute(do.Extract(basis, of))
         assert isinstance(extracted, on.Extracted)
         offer = extracted.offer
@@ -113,7 +113,7 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> 
 
 def test_a_round_makes_the_model_better(model: Model, federation: Digits, tmp_path: Path) -> None:
     w = worker(model, tmp_path, federation)
-    start = w.initial()
+    start = w.put_initial_model()
     ranking = rank(w)
     parts = contributions(w, model, ranking, federation)
     for found in parts:
@@ -132,17 +132,19 @@ def test_a_part_of_a_model_is_measured_as_a_model_of_its_widths(
 ) -> None:
     w, half = worker(model, tmp_path, federation), widths_at(model.architecture, 0.5)
     ranking = rank(w)
-    whole, part_of_it = (w.execute(do.Evaluate(1, w.initial(), ranking=ranking, widths=n)) for n in ((), half))
-    tensors = tensorfile.decode(w.store.read(w.initial()))
-    kept = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(half).gather(tensors)
-    alone = Evaluator(Sessions(model, 1), RECIPE, (federation.x, federation.y))(kept, half)
+    whole, part_of_it = (
+        w.execute(do.Evaluate(1, w.put_initial_model(), ranking=ranking, widths=n)) for n in ((), half)
+    )
+    tensors = tensorfile.decode(w.store.read(w.put_initial_model()))
+    kept = Selection.from_json(w.store.read(ranking), model.architecture).with_widths(half).gather(tensors)
+    alone = Evaluator(ModelSessions(model, 1), RECIPE, (federation.x, federation.y))(kept, half)
     assert part_of_it == on.Evaluated(1, alone)
     assert part_of_it != whole
 
 
 def test_a_part_of_more_work_trains_the_recipes_epochs_as_often(model: Model, tmp_path: Path) -> None:
     w, widths = worker(model, tmp_path), model.architecture.sizes
-    basis = do.Basis(1, w.initial(), rank(w))
+    basis = do.Basis(1, w.put_initial_model(), rank(w))
     once, thrice = (w.execute(do.Extract(basis, replace(part("a", widths), work=n))) for n in (1, 3))
     assert isinstance(once, on.Extracted)
     assert isinstance(thrice, on.Extracted)
@@ -192,9 +194,9 @@ HOSTILE = st.one_of(
 @given(HOSTILE)
 def test_any_bytes_are_an_update_or_a_rejection(model: Model, tmp_path: Path, raw: bytes | tuple[int, bytes]) -> None:
     w = worker(model, tmp_path)
-    start, ranking = w.initial(), rank(w)
+    start, ranking = w.put_initial_model(), rank(w)
     widths = widths_at(model.architecture, 0.25)
-    selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
+    selection = Selection.from_json(w.store.read(ranking), model.architecture).with_widths(widths)
     good = tensorfile.encode(selection.gather(model.tensors))
     if isinstance(raw, tuple):
         at, damage = raw
@@ -238,35 +240,35 @@ def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes
     graph.emit("Compress", "before", out=model.graph.outputs[0].name)
 
     with pytest.raises(ModelError, match="Compress"):
-        worker(replace(model, graph=graph), tmp_path).initial()
+        worker(replace(model, graph=graph), tmp_path).put_initial_model()
 
 
 def test_a_pattern_of_personal_tensors_that_matches_nothing_is_refused_at_once(model: Model, tmp_path: Path) -> None:
     recipe = replace(RECIPE, personal=("fc.*", "haed.*"))
     with pytest.raises(ConfigError, match=r"recipe.personal: .*'haed\.\*'"):
-        worker(model, tmp_path, recipe=recipe.to_dict()).initial()
+        worker(model, tmp_path, recipe=recipe.to_dict()).put_initial_model()
 
 
 def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path) -> None:
     job = Job(strategy="fedprune", options={"ranking": "nested"})
     plain, own = worker(model, tmp_path), Worker(job, model, BlobStore(tmp_path, durable=False))
-    given, start = (tensorfile.decode(w.store.read(w.initial())) for w in (plain, own))
+    given, start = (tensorfile.decode(w.store.read(w.put_initial_model())) for w in (plain, own))
 
     assert all(np.array_equal(given[n], v) for n, v in model.tensors.items())
     widths = [widths_at(model.architecture, density) for density in (0.25, 0.5, 0.75)]
-    expected = nested(model.architecture, model.tensors, widths)
+    expected = nest_widths(model.architecture, model.tensors, widths)
     assert any(not np.array_equal(given[n], v) for n, v in expected.items())
     assert all(np.array_equal(start[n], v) for n, v in expected.items())
     state = own.begin()
     plain = tensorfile.decode(own.store.read(state.plain_model))
-    assert (state.model, worker(model, tmp_path).begin().plain_model) == (own.initial(), "")
+    assert (state.model, worker(model, tmp_path).begin().plain_model) == (own.put_initial_model(), "")
     assert all(np.array_equal(plain[n], v) for n, v in model.tensors.items())
 
 
 def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Path) -> None:
     job = Job(strategy="fedprune", options={"ranking": "nested"}, recipe=Recipe(frozen=("@head", "conv2.*")))
     own = Worker(job, model, BlobStore(tmp_path, durable=False))
-    start = tensorfile.decode(own.store.read(own.initial()))
+    start = tensorfile.decode(own.store.read(own.put_initial_model()))
 
     assert all(np.array_equal(start[n], model.tensors[n]) for n in ("fc.weight", "conv2.weight"))
     assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])

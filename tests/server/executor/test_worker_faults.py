@@ -24,7 +24,7 @@ from fedprune.jobs.job import Job
 from fedprune.model import step_contract
 from fedprune.strategies import Strategy
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.values import Report, Submodel
+from fedprune.strategies.values import Submodel, UpdateReport
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
 
@@ -38,11 +38,11 @@ def worker(model: Model, folder: Path, **options: Any) -> Worker:
 
 def contribution(w: Worker, device: str, make: Callable[[Update], object], *, model: str = "", round_: int = 1) -> Any:
     """What a device hands in that was sent the whole model; `make` changes it in place."""
-    start = model or w.initial()
+    start = model or w.put_initial_model()
     scored = w.execute(do.Score(round_, start, {}, (device,)))
     assert isinstance(scored, on.Scored)
     basis = do.Basis(round_, start, scored.ranking, scored.order)
-    part = do.Part(device, 1, w.architecture.sizes, 1.0, 10, None)
+    part = do.DevicePart(device, 1, w.architecture.sizes, 1.0, 10, None)
     extracted = w.execute(do.Extract(basis, part))
     assert isinstance(extracted, on.Extracted)
     offer = extracted.offer
@@ -58,12 +58,12 @@ def squares(update: Update) -> None:
     for name in [n for n in update if n.endswith((".weight", ".bias"))]:
         value = np.full(update[name].shape, 0.5, np.float32)
         value.reshape(-1)[0] = 0
-        update[step_contract.squares(name)] = value
+        update[step_contract.squares_name(name)] = value
 
 
 def swapped(update: Update) -> None:
     squares(update)
-    name = step_contract.squares("conv1.weight")
+    name = step_contract.squares_name("conv1.weight")
     value = update[name]
     update[name] = value.reshape(value.shape[1], value.shape[0], *value.shape[2:])
 
@@ -71,14 +71,14 @@ def swapped(update: Update) -> None:
 def filled(number: float) -> Callable[[Update], None]:
     def make(update: Update) -> None:
         squares(update)
-        update[step_contract.squares("conv1.weight")].reshape(-1)[1] = number
+        update[step_contract.squares_name("conv1.weight")].reshape(-1)[1] = number
 
     return make
 
 
 def unknown(update: Update) -> None:
     squares(update)
-    update[step_contract.squares("nobody")] = np.zeros(3, np.float32)
+    update[step_contract.squares_name("nobody")] = np.zeros(3, np.float32)
 
 
 BAD = {
@@ -92,7 +92,7 @@ BAD = {
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD)
 def test_squares_are_checked_like_weights(model: Model, tmp_path: Path, make: Callable[[Update], None]) -> None:
     w = worker(model, tmp_path, interval=1, reported=1.0)
-    answer = w.execute(do.Fold(1, w.initial(), {}, contribution(w, "a", make)))
+    answer = w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, contribution(w, "a", make)))
     assert isinstance(answer, on.UpdateRejected)
     assert "squared gradients" in answer.reason
 
@@ -100,12 +100,12 @@ def test_squares_are_checked_like_weights(model: Model, tmp_path: Path, make: Ca
 def test_good_squares_make_importances_and_unasked_ones_are_refused(model: Model, tmp_path: Path) -> None:
     asked = worker(model, tmp_path, interval=1, reported=1.0)
     found = contribution(asked, "a", squares)
-    assert isinstance(asked.execute(do.Fold(1, asked.initial(), {}, found)), on.Folded)
-    closed = asked.execute(do.Close(1, asked.initial(), {}, ("a",), (found,)))
+    assert isinstance(asked.execute(do.FoldUpdate(1, asked.put_initial_model(), {}, found)), on.Folded)
+    closed = asked.execute(do.Close(1, asked.put_initial_model(), {}, ("a",), (found,)))
     assert isinstance(closed, on.Closed)
     assert any((v > 0).any() for v in tensorfile.decode(asked.store.read(closed.memory["importance"])).values())
     silent = worker(model, tmp_path, masks="channels")
-    answer = silent.execute(do.Fold(1, silent.initial(), {}, contribution(silent, "a", squares)))
+    answer = silent.execute(do.FoldUpdate(1, silent.put_initial_model(), {}, contribution(silent, "a", squares)))
     assert isinstance(answer, on.UpdateRejected)
     assert "not requested" in answer.reason
 
@@ -142,7 +142,7 @@ def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: P
     w = worker(model, tmp_path, densities=[1.0], masks="channels")
     first, second = models(w)
     old = contribution(w, "old", nine, model=first)
-    assert isinstance(w.execute(do.Fold(1, first, {}, old)), on.Folded)
+    assert isinstance(w.execute(do.FoldUpdate(1, first, {}, old)), on.Folded)
     fresh = contribution(w, "fresh", nothing, model=second, round_=2)
     closed = w.execute(do.Close(2, second, {}, ("fresh",), (fresh, old)))
     alone = w.execute(do.Close(2, second, {}, ("fresh",), (fresh,)))
@@ -160,8 +160,12 @@ def test_guessed_weights_that_are_too_much_together_cost_nobody_anything(model: 
     w = worker(model, tmp_path, masks="channels")
     parts = [contribution(w, name, largest(0.5)) for name in "abc"]
     for found, guess in zip(parts, (MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT), strict=True):
-        assert isinstance(w.execute(do.Fold(1, w.initial(), {}, replace(found, weight=guess))), on.Folded)
-    end = do.Close(1, w.initial(), {}, ("a", "b", "c"), tuple(replace(p, weight=MAX_WEIGHT // 3) for p in parts))
+        assert isinstance(
+            w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, replace(found, weight=guess))), on.Folded
+        )
+    end = do.Close(
+        1, w.put_initial_model(), {}, ("a", "b", "c"), tuple(replace(p, weight=MAX_WEIGHT // 3) for p in parts)
+    )
     closed = w.execute(end)
     assert closed == worker(model, tmp_path, masks="channels").execute(end)
     assert isinstance(closed, on.Closed)
@@ -177,7 +181,7 @@ def test_a_round_in_which_nobody_is_left_moves_nothing(model: Model, tmp_path: P
     assert (closed.model, closed.memory, set(closed.rejected)) == (second, {"x": first}, {"old"})
 
 
-Reports = Callable[[], Iterator[Report]]
+Reports = Callable[[], Iterator[UpdateReport]]
 Learn = Callable[[object, object, object, Reports], dict[str, Any]]
 
 
@@ -201,7 +205,7 @@ def test_an_update_that_a_scorer_trips_over_costs_only_itself(model: Model, tmp_
 
     w = own_worker(model, tmp_path, learn)
     parts = tuple(contribution(w, name, nothing) for name in "abc")
-    closed = w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c"), parts))
+    closed = w.execute(do.Close(1, w.put_initial_model(), {}, ("a", "b", "c"), parts))
     assert isinstance(closed, on.Closed)
     assert set(closed.rejected) == {"b"}
     assert "ZeroDivisionError" in closed.rejected["b"]
@@ -218,10 +222,10 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
 
     monkeypatch.setattr(type(w.strategy), "learn", learn)
     with pytest.raises(ZeroDivisionError):
-        w.execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
+        w.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (found,)))
     w.store.path(found.weights).unlink()
     with pytest.raises(StorageError):
-        worker(model, tmp_path, masks="channels").execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
+        worker(model, tmp_path, masks="channels").execute(do.Close(1, w.put_initial_model(), {}, ("a",), (found,)))
 
 
 def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(model: Model, tmp_path: Path) -> None:
@@ -232,13 +236,13 @@ def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(model: Mo
     w = own_worker(model, tmp_path, learn)
     parts = tuple(contribution(w, name, nothing) for name in "abc")
     with pytest.raises(StrategyError, match="lr"):
-        w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c"), parts))
+        w.execute(do.Close(1, w.put_initial_model(), {}, ("a", "b", "c"), parts))
 
 
 class Half(Mean):
     """An aggregator that fails on the updates of `b`, when it has added them."""
 
-    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+    def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
         super().add(fold, report, lifted)
         if report.cut.turn.device == "b":
             raise ZeroDivisionError("b")
@@ -251,10 +255,10 @@ def test_an_update_that_somebodys_aggregator_fails_on_is_in_no_sum(model: Model,
         update["conv1.weight"] += np.float32(0.1)
 
     a, b = contribution(w, "a", nothing), contribution(w, "b", off)
-    assert isinstance(w.execute(do.Fold(1, w.initial(), {}, a)), on.Folded)
-    answer = w.execute(do.Fold(1, w.initial(), {}, b))
+    assert isinstance(w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, a)), on.Folded)
+    answer = w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, b))
     assert isinstance(answer, on.UpdateRejected)
     assert "aggregator Half.add failed at" in answer.reason
     assert "test_worker_faults.py" in answer.reason
-    closed = w.execute(do.Close(1, w.initial(), {}, ("a",), (a,)))
-    assert closed == other.execute(do.Close(1, w.initial(), {}, ("a",), (a,)))
+    closed = w.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (a,)))
+    assert closed == other.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (a,)))

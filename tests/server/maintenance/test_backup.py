@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
-from fedprune.output.tables import silent
+from fedprune.output.tables import ignore_progress
 from fedprune_server.cli.main import main
-from fedprune_server.engine.state_directory import BLOBS
+from fedprune_server.engine.state_directory import BLOBS_FOLDER
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.backup import back_up
-from fedprune_server.maintenance.backup_manifest import CONSOLE, Entry, Manifest
+from fedprune_server.maintenance.backup_manifest import CONSOLE, BackupEntry, BackupManifest
 from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.restoring import Backup
-from fedprune_server.maintenance.state_check import check
+from fedprune_server.maintenance.state_check import check_state
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.storage import DATABASE_FILE, Storage
 from fedprune_server.web import database as console_database
 from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job
@@ -46,13 +46,13 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = tmp_path_factory.mktemp("begun") / "state"
     play_job(state, events=11)
     with IdentityFolder.make(state, "default") as identity:
-        identity.claim("attic", 3600)
+        identity.make_claim("attic", 3600)
     with RolloutStore(state) as rollouts:
         rollouts.blobs.put(b"a wheel" * 1000)
     with ConsoleDatabase(state / CONSOLE) as console:
-        console.do("INSERT INTO operators VALUES ('ann', 'admin', 'a hash', 1, 1)")
-        console.do("INSERT INTO sessions VALUES ('a digest of a token', 'ann', 'csrf', '::1', 1, 1)")
-        console.do(
+        console.execute("INSERT INTO operators VALUES ('ann', 'admin', 'a hash', 1, 1)")
+        console.execute("INSERT INTO sessions VALUES ('a digest of a token', 'ann', 'csrf', '::1', 1, 1)")
+        console.execute(
             "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (1, 'ann', '', '', '{}', '')"
         )
     return state
@@ -65,25 +65,31 @@ def state(begun: Path, tmp_path: Path) -> Path:
 
 def restored(backup: Path, target: Path, database: str | None = None) -> Path:
     source = Backup(backup)
-    source.verify(silent)
-    source.restore(target, database, silent)
+    source.verify(ignore_progress)
+    source.restore(target, database, ignore_progress)
     return target
 
 
 def saved(state: Path) -> State:
-    with Storage.existing(state) as storage:
+    with Storage.open_existing(state) as storage:
         found = storage.load()
         assert found is not None
         return found
 
 
 def rows(state: Path) -> tuple[object, ...]:
-    with Storage.existing(state) as storage:
-        return storage.settings(), storage.load(), storage.devices(), list(storage.log.events()), storage.outsiders()
+    with Storage.open_existing(state) as storage:
+        return (
+            storage.settings(),
+            storage.load(),
+            storage.devices(),
+            list(storage.log.events()),
+            storage.unplanned_devices(),
+        )
 
 
 def wrong(state: Path) -> list[str]:
-    return [str(f) for f in check(state, silent, running=False) if f.severity is Severity.WRONG]
+    return [str(f) for f in check_state(state, ignore_progress, running=False) if f.severity is Severity.WRONG]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -91,9 +97,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_operators_come_back_and_nobody_is_logged_in(state: Path, tmp_path: Path) -> None:
-    assert console_database.FILE == CONSOLE
+    assert console_database.CONSOLE_FILE == CONSOLE
     with ConsoleDatabase(state / CONSOLE):  # a console runs
-        back_up(state, tmp_path / "backup", silent)
+        back_up(state, tmp_path / "backup", ignore_progress)
     assert not any(b"a digest of a token" in content for content in files(tmp_path / "backup").values())
     new = restored(tmp_path / "backup", tmp_path / "new")
     assert (new / CONSOLE).stat().st_mode & 0o777 == 0o600
@@ -104,12 +110,12 @@ def test_operators_come_back_and_nobody_is_logged_in(state: Path, tmp_path: Path
         assert console.rows("SELECT * FROM sessions") == []
         assert len(console.rows("SELECT * FROM audit")) == 1
         with pytest.raises(StorageError, match="append only"):
-            console.do("DELETE FROM audit")
+            console.execute("DELETE FROM audit")
     assert wrong(new) == []
 
 
 def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, finished: State) -> None:
-    back_up(state, tmp_path / "backup", silent)
+    back_up(state, tmp_path / "backup", ignore_progress)
     new = restored(tmp_path / "backup", tmp_path / "new")
     assert rows(new) == rows(state)
     assert wrong(new) == []
@@ -121,7 +127,7 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, finishe
         assert (new / path).read_bytes() == (state / path).read_bytes()
     with IdentityFolder(new) as identity, IdentityFolder(state) as before:
         assert identity.site == before.site == "default"
-        assert not identity.store.empty
+        assert not identity.store.is_empty
     with RolloutStore(new) as rollouts, RolloutStore(state) as old:
         assert rollouts.blobs.names() == old.blobs.names() != []
     end = play_job(new)
@@ -140,12 +146,12 @@ def test_further_jobs_are_restored_with_the_first(state: Path, tmp_path: Path) -
 
 
 def test_nobody_else_can_read_what_is_private(state: Path, tmp_path: Path) -> None:
-    back_up(state, tmp_path / "backup", silent)
+    back_up(state, tmp_path / "backup", ignore_progress)
     assert (tmp_path / "backup").stat().st_mode & 0o777 == 0o700
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "backup" / "files").iterdir()} <= {0o600, 0o644}
     new = restored(tmp_path / "backup", tmp_path / "new")
     private = [p for p in (new / "identity").iterdir() if p.name != "epoch"]
-    for path in (new / FILE, *private):
+    for path in (new / DATABASE_FILE, *private):
         assert path.stat().st_mode & 0o777 == 0o600, path
     assert (new / "identity").stat().st_mode & 0o777 == 0o700
 
@@ -155,7 +161,7 @@ def test_a_job_goes_on_to_the_same_models_from_a_backup_of_any_moment(
     tmp_path: Path, events: int, finished: State
 ) -> None:
     play_job(tmp_path / "state", events=events)
-    back_up(tmp_path / "state", tmp_path / "backup", silent)
+    back_up(tmp_path / "state", tmp_path / "backup", ignore_progress)
     new = restored(tmp_path / "backup", tmp_path / "new")
     assert wrong(new) == []
     assert [r["model"] for r in play_job(new).history] == [r["model"] for r in finished.history]
@@ -163,23 +169,23 @@ def test_a_job_goes_on_to_the_same_models_from_a_backup_of_any_moment(
 
 def test_the_next_backup_adds_what_is_new_and_lets_go_of_what_is_not_needed(state: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    back_up(state, backup, silent)
+    back_up(state, backup, ignore_progress)
     times = {p: p.stat().st_mtime_ns for p in backup.rglob("*") if p.is_file()}
     play_job(state, events=9)
-    made = back_up(state, backup, silent)
+    made = back_up(state, backup, ignore_progress)
     kept = [p for p, at in times.items() if p.is_file() and p.stat().st_mtime_ns == at]
     assert any(p.parent.parent == backup / "blobs" for p in kept)
-    named = {backup / e.place for e in made.entries}
+    named = {backup / e.backup_path for e in made.entries}
     assert {p for p in backup.rglob("*") if p.is_file()} == named | {backup / "manifest.json", backup / "lock"}
     assert rows(restored(backup, tmp_path / "new")) == rows(state)
 
 
 def test_what_is_damaged_in_a_backup_is_written_again_by_the_next(state: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    made = back_up(state, backup, silent)
+    made = back_up(state, backup, ignore_progress)
     for entry in made.entries:
-        (backup / entry.place).write_bytes(b"x" * entry.size)
-    back_up(state, backup, silent)
+        (backup / entry.backup_path).write_bytes(b"x" * entry.size)
+    back_up(state, backup, ignore_progress)
     assert rows(restored(backup, tmp_path / "new")) == rows(state)
 
 
@@ -198,7 +204,7 @@ def test_backups_of_a_job_that_goes_on_are_each_of_one_moment(tmp_path: Path) ->
         rounds, number = set(), 0
         while not over.is_set() or not number:
             number += 1
-            rounds.add(back_up(state, tmp_path / f"backup{number % 2}", silent).round)
+            rounds.add(back_up(state, tmp_path / f"backup{number % 2}", ignore_progress).round)
             new = restored(tmp_path / f"backup{number % 2}", tmp_path / f"new{number}")
             assert wrong(new) == []
     finally:
@@ -235,14 +241,14 @@ def dying(work: Callable[[], object], at: int) -> bool:
 
 def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    back_up(state, backup, silent)
+    back_up(state, backup, ignore_progress)
     before = rows(state)
     play_job(state, events=9)
     after, at = rows(state), 1
     assert before != after
     kept = tmp_path / "kept"
     shutil.copytree(backup, kept)
-    while dying(lambda: back_up(state, backup, silent), at):
+    while dying(lambda: back_up(state, backup, ignore_progress), at):
         assert rows(restored(backup, tmp_path / f"new{at}")) in (before, after)
         shutil.rmtree(backup)
         shutil.copytree(kept, backup)
@@ -253,7 +259,7 @@ def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path:
 
 def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_path: Path) -> None:
     backup, new, at = tmp_path / "backup", tmp_path / "place" / "new", 1
-    back_up(state, backup, silent)
+    back_up(state, backup, ignore_progress)
     while dying(lambda: restored(backup, new), at):
         if new.exists():
             assert rows(new) == rows(state)
@@ -271,7 +277,7 @@ def test_a_damaged_backup_is_refused_before_anything_is_written(
 ) -> None:
     place = tmp_path_factory.mktemp("damaged")
     backup = place / "backup"
-    back_up(begun, backup, silent)
+    back_up(begun, backup, ignore_progress)
     paths = [p for p in sorted(backup.rglob("*")) if p.is_file() and p.name != "lock"]
     path = data.draw(st.sampled_from(paths))
     raw = bytearray(path.read_bytes())
@@ -329,26 +335,26 @@ def test_a_backup_in_the_state_folder_itself_is_refused(
 
 def test_another_jobs_backup_is_not_replaced(state: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    back_up(state, backup, silent)
-    with Storage.at(state) as storage:
+    back_up(state, backup, ignore_progress)
+    with Storage.open_in(state) as storage:
         known = storage.settings()
         assert known is not None
         storage.put_settings(known | {"job": known["job"] | {"name": "other"}})
     with pytest.raises(ConfigError, match="another job, job"):
-        back_up(state, backup, silent)
+        back_up(state, backup, ignore_progress)
 
 
 @pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "identity/a/b", 5, "blobs/ab/" + "ab" * 32])
 def test_a_manifest_names_no_other_files(path: Any) -> None:
-    entry = Entry(FILE, "a" * 64, 1)
-    manifest = Manifest("job", "a" * 64, 1, 1, "1", (entry,), "here")
-    assert Manifest.parse(manifest.to_bytes(), "it") == manifest
+    entry = BackupEntry(DATABASE_FILE, "a" * 64, 1)
+    manifest = BackupManifest("job", "a" * 64, 1, 1, "1", (entry,), "here")
+    assert BackupManifest.parse(manifest.to_bytes(), "it") == manifest
     with pytest.raises(StorageError):
-        Manifest.parse(manifest.to_bytes().replace(b'"job":"job"', b'"job":"jab"'), "it")
+        BackupManifest.parse(manifest.to_bytes().replace(b'"job":"job"', b'"job":"jab"'), "it")
     body = json.loads(manifest.to_bytes())
     body["manifest"]["entries"][0]["path"] = path
     with pytest.raises(StorageError, match=r"path|digest"):
-        Manifest.parse(json.dumps(body).encode(), "it")
+        BackupManifest.parse(json.dumps(body).encode(), "it")
 
 
 @settings(max_examples=200)
@@ -357,16 +363,16 @@ def test_a_manifest_names_no_other_files(path: Any) -> None:
 ))  # fmt: skip
 def test_what_is_no_manifest_is_an_error(raw: bytes) -> None:
     with pytest.raises(StorageError):
-        Manifest.parse(raw, "here")
+        BackupManifest.parse(raw, "here")
 
 
 def test_a_damaged_blob_is_not_backed_up(state: Path, tmp_path: Path) -> None:
-    back_up(state, tmp_path / "backup", silent)
-    store = BlobStore(state / BLOBS)
+    back_up(state, tmp_path / "backup", ignore_progress)
+    store = BlobStore(state / BLOBS_FOLDER)
     path = store.path(saved(state).model)
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(StorageError, match="damaged"):
-        back_up(state, tmp_path / "other", silent)
+        back_up(state, tmp_path / "other", ignore_progress)
     assert main(["check", "--state", str(state), "--repair", "--from", str(tmp_path / "backup")]) == ExitCode.OK
 
 
@@ -374,7 +380,7 @@ def test_a_damaged_blob_is_not_backed_up(state: Path, tmp_path: Path) -> None:
 
 
 def test_a_restored_servers_epochs_are_later_than_all_that_the_old_one_used(state: Path, tmp_path: Path) -> None:
-    back_up(state, tmp_path / "backup", silent)
+    back_up(state, tmp_path / "backup", ignore_progress)
     with IdentityFolder(state) as old:
         used = [old.epochs.next() for _ in range(600)]
     new = restored(tmp_path / "backup", tmp_path / "new")
@@ -391,21 +397,21 @@ def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, finis
     play_job(here, events=7)
     with IdentityFolder.make(here, "default") as identity:
         identity.store.approve("attic", "ab" * 32, 1)
-        identity.store.keep_answer("aa", "attic", b"the first")
-    back_up(here, tmp_path / "one", silent)
+        identity.store.store_answer("aa", "attic", b"the first")
+    back_up(here, tmp_path / "one", ignore_progress)
     url = postgres.database()
     there = restored(tmp_path / "one", tmp_path / "there", url)
-    assert not (there / FILE).exists()
+    assert not (there / DATABASE_FILE).exists()
     assert rows(there) == rows(here)
     with IdentityFolder(there) as identity:
-        identity.store.keep_answer("bb", "attic", b"the second")  # under a number that is free
+        identity.store.store_answer("bb", "attic", b"the second")  # under a number that is free
     play_job(there, events=6)
-    back_up(there, tmp_path / "two", silent)
+    back_up(there, tmp_path / "two", ignore_progress)
     back = restored(tmp_path / "two", tmp_path / "back")
     assert rows(back) == rows(there)
     with IdentityFolder(back) as identity:
         assert identity.store.members() == {"attic": "ab" * 32}
-        assert [identity.store.answer(name) for name in ("aa", "bb")] == [b"the first", b"the second"]
+        assert [identity.store.stored_answer(name) for name in ("aa", "bb")] == [b"the first", b"the second"]
     assert [r["model"] for r in play_job(back).history] == [r["model"] for r in finished.history]
     with pytest.raises(ConfigError, match="holds a job already"):
         restored(tmp_path / "two", tmp_path / "other", url)

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import SUFFIX
+from fedprune.blobs.blob_ref import TABLE_SUFFIX
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ExitCode, FedpruneError
-from fedprune.output.tables import silent
+from fedprune.output.tables import ignore_progress
 from fedprune_server.cli.main import main
-from fedprune_server.engine.state_directory import BLOBS, StateFolder
+from fedprune_server.engine.state_directory import BLOBS_FOLDER, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.backup_manifest import CONSOLE
 from fedprune_server.maintenance.finding import Finding, Severity
-from fedprune_server.maintenance.state_check import check
+from fedprune_server.maintenance.state_check import check_state
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.storage import DATABASE_FILE, Storage
 from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job
 from support.processes.postgres import Postgres
@@ -50,16 +50,16 @@ def run(*arguments: object) -> int:
 
 
 def found(state: Path, *, running: bool = False) -> list[Finding]:
-    return list(check(state, silent, running=running))
+    return list(check_state(state, ignore_progress, running=running))
 
 
 def wrong(state: Path) -> list[str]:
-    return [f.what for f in found(state) if f.severity is Severity.WRONG]
+    return [f.message for f in found(state) if f.severity is Severity.WRONG]
 
 
 def saved(state: Path) -> tuple[str, dict[str, str]]:
     """Of all that is there, the state, and the digests of the blobs that it refers to."""
-    with Storage.existing(state) as storage:
+    with Storage.open_existing(state) as storage:
         loaded = storage.load()
         assert loaded is not None
         return loaded.model, dict.fromkeys(loaded.references(), "")
@@ -76,9 +76,9 @@ def test_a_healthy_folder_has_nothing_and_nothing_is_written(state: Path, capsys
     assert capsys.readouterr().out == f"{state}: all that its job needs is there and whole\n"
     after = contents(state)
     for name in after.keys() - before.keys():
-        assert name.startswith(FILE)  # SQLite's own, of whoever reads
-    assert {k: v for k, v in after.items() if k in before and k != f"{FILE}-shm"} == {
-        k: v for k, v in before.items() if k != f"{FILE}-shm"
+        assert name.startswith(DATABASE_FILE)  # SQLite's own, of whoever reads
+    assert {k: v for k, v in after.items() if k in before and k != f"{DATABASE_FILE}-shm"} == {
+        k: v for k, v in before.items() if k != f"{DATABASE_FILE}-shm"
     }
 
 
@@ -88,7 +88,7 @@ def test_a_healthy_folder_has_nothing_and_nothing_is_written(state: Path, capsys
 def test_a_job_is_healthy_after_each_of_its_events(tmp_path: Path, events: int) -> None:
     play_job(tmp_path / "state", events=events)
     assert [f for f in found(tmp_path / "state") if f.severity is Severity.WRONG] == []
-    assert not any("log" in f.what for f in found(tmp_path / "state"))
+    assert not any("log" in f.message for f in found(tmp_path / "state"))
     play_job(tmp_path / "state")
     assert wrong(tmp_path / "state") == []
 
@@ -99,7 +99,7 @@ def test_a_folder_whose_database_is_elsewhere_is_checked_too(tmp_path: Path, pos
     play_job(tmp_path / "state", events=9, database=database)
     play_job(tmp_path / "state", events=0, database=database)
     assert found(tmp_path / "state") == []
-    BlobStore(tmp_path / "state" / BLOBS).delete(saved(tmp_path / "state")[0])
+    BlobStore(tmp_path / "state" / BLOBS_FOLDER).delete(saved(tmp_path / "state")[0])
     assert len(wrong(tmp_path / "state")) == 1
 
 
@@ -110,7 +110,7 @@ def flip(path: Path) -> None:
 
 
 def edit(state: Path, statement: str) -> None:
-    connection = sqlite3.connect(state / FILE)
+    connection = sqlite3.connect(state / DATABASE_FILE)
     connection.execute(statement)
     connection.commit()
     connection.close()
@@ -118,7 +118,7 @@ def edit(state: Path, statement: str) -> None:
 
 def crown(state: Path) -> None:
     with ConsoleDatabase(state / CONSOLE) as console:
-        console.do("INSERT INTO operators VALUES ('ann', 'king', 'a hash', 1, 1)")
+        console.execute("INSERT INTO operators VALUES ('ann', 'king', 'a hash', 1, 1)")
 
 
 LOG_SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -131,7 +131,7 @@ LOG_SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "model blob gone": (lambda s: BlobStore(s / BLOBS).delete(saved(s)[0]), "blob [0-9a-f]{64} is missing"),
+    "model blob gone": (lambda s: BlobStore(s / BLOBS_FOLDER).delete(saved(s)[0]), "blob [0-9a-f]{64} is missing"),
     "model file damaged": (lambda s: flip(s / "model.onnx"), r"model\.onnx is damaged"),
     "a participant gone": (
         lambda s: edit(
@@ -185,7 +185,7 @@ def test_what_is_said_to_mend_an_identity_mends_it(state: Path) -> None:
         IdentityFolder(state)
     (state / "identity" / "site").write_text("default")
     with IdentityFolder(state) as identity:
-        identity.client()
+        identity.client_files()
         identity.epochs.next()
         identity.store.devices()
     assert wrong(state) == []
@@ -216,17 +216,17 @@ def test_what_is_wrong_is_named(state: Path, name: str, capsys: pytest.CaptureFi
 def test_a_log_that_leads_elsewhere_is_noted(state: Path, name: str) -> None:
     spoil, words = LOG_SPOILS[name]
     spoil(state)
-    assert [f.severity for f in found(state) if re.search(words, f.what)] == [Severity.NOTE]
+    assert [f.severity for f in found(state) if re.search(words, f.message)] == [Severity.NOTE]
 
 
 def test_a_damaged_database_is_one_error(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with sqlite3.connect(state / FILE) as connection:
+    with sqlite3.connect(state / DATABASE_FILE) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.execute("PRAGMA journal_mode=DELETE")
     connection.close()
-    raw = bytearray((state / FILE).read_bytes())
+    raw = bytearray((state / DATABASE_FILE).read_bytes())
     raw[4096:8192] = b"\xa5" * 4096
-    (state / FILE).write_bytes(raw)
+    (state / DATABASE_FILE).write_bytes(raw)
     assert run("--state", state) == ExitCode.STORAGE
     assert "restore the server's backup" in capsys.readouterr().err.lower()
 
@@ -234,16 +234,16 @@ def test_a_damaged_database_is_one_error(state: Path, capsys: pytest.CaptureFixt
 def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path) -> None:
     state = tmp_path / "state"
     play_job(state, events=9)
-    store = BlobStore(state / BLOBS)
+    store = BlobStore(state / BLOBS_FOLDER)
     (store.root / "tmp" / "1-abcd").write_bytes(b"half")
     (store.root / "partial" / ("0" * 64)).write_bytes(b"half")
     orphan = store.put(b"nobody's").sha256
     lonely = store.path("1" * 64)
     lonely.parent.mkdir(exist_ok=True)
-    lonely.with_name(lonely.name + SUFFIX).write_bytes(b"x" * 32)
+    lonely.with_name(lonely.name + TABLE_SUFFIX).write_bytes(b"x" * 32)
     (store.root / "notes.txt").write_text("mine")
-    before, needed = contents(state / BLOBS), saved(state)[1]
-    texts = " ".join(f.what for f in found(state))
+    before, needed = contents(state / BLOBS_FOLDER), saved(state)[1]
+    texts = " ".join(f.message for f in found(state))
     for words in (
         "what nothing refers to",
         "without a blob",
@@ -253,12 +253,12 @@ def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path)
     ):
         assert words in texts
     assert run("--state", state) == ExitCode.OK
-    assert contents(state / BLOBS) == before
+    assert contents(state / BLOBS_FOLDER) == before
     assert run("--state", state, "--repair") == ExitCode.OK
     assert not store.has(orphan)
     assert (store.root / "notes.txt").exists()
     assert needed.keys() <= set(store.names())
-    assert [f.what for f in found(state) if "notes" not in f.what] == []
+    assert [f.message for f in found(state) if "notes" not in f.message] == []
 
 
 def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
@@ -278,7 +278,7 @@ def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_w
     kept: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     state = shutil.copytree(kept, tmp_path_factory.mktemp("copy") / "state")
-    store, whole = BlobStore(state / BLOBS), BlobStore(kept / BLOBS)
+    store, whole = BlobStore(state / BLOBS_FOLDER), BlobStore(kept / BLOBS_FOLDER)
     files = sorted(p for p in store.root.glob("??/*"))
     for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=4, unique=True)):
         if data.draw(st.booleans()):

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase, State
-from fedprune.core.disk import locked
+from fedprune.core.disk import file_lock
 from fedprune.core.errors import ExitCode
-from fedprune.core.lock_wait import LOCKS
+from fedprune.core.lock_wait import LOCK_LIST
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import JobDevice
 from fedprune.model.recipe import Recipe
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import CrashReport, ServerPresence
@@ -35,12 +35,12 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance import doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
 from fedprune_server.maintenance.doctor import CheckedSite
-from fedprune_server.maintenance.finding import Finding, of_alert
-from fedprune_server.maintenance.job_checks import Case, findings
+from fedprune_server.maintenance.finding import Finding, alert_finding
+from fedprune_server.maintenance.job_checks import StoredJob, job_findings
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.monitoring.monitor import FILE
+from fedprune_server.monitoring.monitor import ALERTS_FILE
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation
 from fedprune_server.storage.storage import Storage
@@ -51,9 +51,9 @@ NOW = 1_800_000_000.0
 PROFILE = {"name": "pi"}
 
 
-def board(**values: Any) -> Device:
+def board(**values: Any) -> JobDevice:
     usual = {"session": 1, "online": True, "profile": PROFILE, "probe": None, "samples": 10, "widths": (8,)}
-    return Device(**{**usual, **values})
+    return JobDevice(**{**usual, **values})
 
 
 def row(number: int, parts: dict[str, tuple[str, str, str]], **metrics: float) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def row(number: int, parts: dict[str, tuple[str, str, str]], **metrics: float) -
     return {"round": number, "at": NOW, "model": "0" * 64, "metrics": metrics, "devices": devices}
 
 
-HEALTHY = Case(
+HEALTHY = StoredJob(
     Path("state"),
     {"job": Job(name="leaves", rounds=20, devices=2).to_dict()},
     State(
@@ -72,13 +72,13 @@ HEALTHY = Case(
         history=[row(n, {"a": ("folded", "", ""), "b": ("folded", "", "")}, loss=1.0 / n, samples=9) for n in (1, 2)],
     ),
     {},
-    running=True,
-    groups=(8,),
-    names=("conv1",),
+    is_running=True,
+    group_sizes=(8,),
+    group_names=("conv1",),
 )
 
 
-def with_state(**values: Any) -> Case:
+def with_state(**values: Any) -> StoredJob:
     return replace(HEALTHY, state=replace(HEALTHY.state, **values))
 
 
@@ -86,12 +86,12 @@ def plan(seconds: float) -> dict[str, Any]:
     return {"prediction": {"train_s": seconds, "transfer_s": 1.0}}
 
 
-SICK: dict[str, Case] = {
-    "server-not-running": replace(HEALTHY, running=False),
+SICK: dict[str, StoredJob] = {
+    "server-not-running": replace(HEALTHY, is_running=False),
     "paused": with_state(paused=True),
     "no-devices": with_state(devices={}, history=[]),
     "too-few-devices": with_state(phase=Phase.WAITING, devices={"a": board(), "b": board(online=False)}),
-    "excluded-devices": replace(HEALTHY, outsiders={"odd": {"excluded": "no profile"}}),
+    "excluded-devices": replace(HEALTHY, unplanned_devices={"odd": {"excluded": "no profile"}}),
     "deadline-too-short": with_state(devices={"a": board(plan=plan(5000.0)), "b": board()}),
     "all-updates-refused": with_state(history=[row(1, {"a": ("refused", "tensor w has a wrong shape", "malformed")})]),
     "outlying-device": with_state(history=[row(1, {"a": ("folded", "x", ""), "b": ("folded", "", "")})]),
@@ -102,10 +102,10 @@ SICK: dict[str, Case] = {
 }
 
 
-def found_in(case: Case) -> list[Finding]:
+def found_in(case: StoredJob) -> list[Finding]:
     """The doctor's findings on a job, by its own checks and by the alert rules."""
-    seen = Situation(case.folder, [case.watched], case.watched.seen.able_devices, case.running)
-    return [*findings(case), *map(of_alert, evaluate_alerts(seen, NOW))]
+    seen = Situation(case.folder, [case.watched_job], case.watched_job.snapshot.able_devices, case.is_running)
+    return [*job_findings(case), *map(alert_finding, evaluate_alerts(seen, NOW))]
 
 
 def kinds(found: Iterable[Finding]) -> set[str]:
@@ -125,7 +125,7 @@ def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
 
 def scored(
     rounds: Iterable[tuple[float, float, float]], metric: str = "accuracy", *, risen: bool = False, **settings: Any
-) -> Case:
+) -> StoredJob:
     """A job by the scores of its rounds: the global model's, then means of boards before and after training."""
     history = []
     for number, (whole, before, after) in enumerate(rounds, 1):
@@ -152,12 +152,12 @@ REGRESSION = {"recipe": Recipe(loss="mse").to_dict()}
         (scored([(0.5 if r == 3 else 0.1, r / 10, r / 9) for r in range(1, 10)], risen=True), "evaluation"),
     ],
 )
-def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: Case, cause: str) -> None:
+def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: StoredJob, cause: str) -> None:
     (finding,) = found_in(case)
-    assert (finding.kind, finding.wrong) == ("model-stalls", False)
-    assert cause in finding.what.rpartition(":")[2]
+    assert (finding.kind, finding.is_wrong) == ("model-stalls", False)
+    assert cause in finding.message.rpartition(":")[2]
     done = replace(case, state=replace(case.state, phase=Phase.FINISHED))
-    assert kinds(findings(done)) == {"model-stalls"}
+    assert kinds(job_findings(done)) == {"model-stalls"}
 
 
 HEALTHY_SCORES = {
@@ -197,7 +197,7 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
 
     with IdentityFolder.make(tmp_path, "lab") as identity:
         assert look(time.time()) == []
-        identity.store.ask("pi-1", SigningKey.make().verifying.hex, 5)
+        identity.store.request_approval("pi-1", SigningKey.make().verifying_key.hex, 5)
         [found] = look(time.time())
         assert (found.kind, found.device) == ("devices-wait", "pi-1")
         advice = found.todo[found.todo.index("fedprune-server devices approve") :]
@@ -239,7 +239,7 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
             CheckedSite(folder=tmp_path, settings={"broker": "mqtts://broker.example"}, is_running=running)
         )
     )
-    assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
+    assert [(f.kind, "copy of this disk" in f.message) for f in found] == [("second-server", True)] * others
 
 
 _SERVER = """
@@ -251,11 +251,11 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.skipif(not LOCKS.exists(), reason="this kernel doesn't tell who holds a lock")
+@pytest.mark.skipif(not LOCK_LIST.exists(), reason="this kernel doesn't tell who holds a lock")
 def test_a_server_that_was_suspended_is_named_with_what_continues_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / FILE).write_text(json.dumps({"turned_at": time.time(), "alerts": []}))
+    (folder / ALERTS_FILE).write_text(json.dumps({"turned_at": time.time(), "alerts": []}))
     command = [sys.executable, "-c", _SERVER, str(folder / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         try:
@@ -265,7 +265,7 @@ def test_a_server_that_was_suspended_is_named_with_what_continues_it(
             server.send_signal(signal.SIGSTOP)
             os.waitpid(server.pid, os.WUNTRACED)
             (finding,) = [f for f in doctor.diagnose(folder) if f.kind == "server-hangs"]
-            assert str(server.pid) in finding.what
+            assert str(server.pid) in finding.message
             assert f"kill -CONT {server.pid}" in finding.advice
             assert main(["status", "--state", str(folder)]) == ExitCode.OK
             assert f"kill -CONT {server.pid}" in capsys.readouterr().out
@@ -311,13 +311,13 @@ def test_a_broker_that_takes_no_large_packets(tmp_path: Path) -> None:
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
-    with locked(folder / "lock", "busy", "wait"):
+    with file_lock(folder / "lock", "busy", "wait"):
         yield
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         settings = {**HEALTHY.settings, "name": "n", "server": {"broker": "embedded", "port": 0}}
         storage.put_settings(settings)
         storage.save(HEALTHY.state, (), NOW)
@@ -336,10 +336,10 @@ def test_the_command_says_what_why_and_what_to_do(folder: Path, capsys: pytest.C
     with running(folder):
         assert main(["doctor", "--state", str(folder)]) == ExitCode.OK
     assert "nothing is wrong" in capsys.readouterr().out
-    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
     body = json.loads(capsys.readouterr().out)
     assert [f["kind"] for f in body["findings"]] == ["server-not-running"]
-    assert main(["doctor", "--state", str(folder)]) == ExitCode.FOUND
+    assert main(["doctor", "--state", str(folder)]) == ExitCode.FINDINGS
     assert capsys.readouterr().out.count("\n  do:  fedprune-server run --state") == 1
 
 
@@ -349,8 +349,8 @@ def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
 ) -> None:
     def told(turned_at: float) -> list[str]:
         alert = Alert("no-progress", "critical", turned_at, "nothing comes", "why", "todo", job="leaves")
-        (folder / FILE).write_text(json.dumps({"turned_at": turned_at, "alerts": [asdict(alert)]}))
-        assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+        (folder / ALERTS_FILE).write_text(json.dumps({"turned_at": turned_at, "alerts": [asdict(alert)]}))
+        assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
         return [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
 
     with running(folder):
@@ -372,10 +372,10 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     IdentityFolder.make(folder, "default").close()
-    assert main(["doctor", "--state", str(folder), "--json"]) in (ExitCode.OK, ExitCode.FOUND)
+    assert main(["doctor", "--state", str(folder), "--json"]) in (ExitCode.OK, ExitCode.FINDINGS)
     before = [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
     (folder / "database").write_text("postgresql+psycopg://fedprune@127.0.0.1:1/none\n")  # where nobody listens
-    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
     found = json.loads(capsys.readouterr().out)["findings"]
     assert [f["kind"] for f in found].count("database") == 1
     assert {f["kind"] for f in found} - {"database"} <= set(before)
@@ -397,7 +397,7 @@ def test_who_keeps_the_databases_lock_is_named_where_no_server_runs(
     monkeypatch.setattr(doctor, "LOCK_TIMEOUT_S", 0.05)
 
     def findings_of_locks() -> list[str]:
-        return [f.what for f in doctor.diagnose(folder) if f.kind == "database-locked"]
+        return [f.message for f in doctor.diagnose(folder) if f.kind == "database-locked"]
 
     assert findings_of_locks() == []
     command = [sys.executable, "-c", HOLDER, folder / "server.db"]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.coordination import Phase, coordinate
+from fedprune.coordination import Phase, make_coordinator
 from fedprune.coordination import events as on
-from fedprune.output.tables import silent
+from fedprune.output.tables import ignore_progress
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.maintenance.finding import Severity
-from fedprune_server.maintenance.state_check import check
+from fedprune_server.maintenance.state_check import check_state
 from support.fakes.opened_job import open_job
 from support.fakes.recorded_job import JOB, play_job
 
@@ -22,7 +22,7 @@ def ordered(state: Path, database: str | None, *, paused: bool) -> None:
     with StateFolder(state, database) as folder:
         opened = open_job(folder, ServerConfig(job=JOB))
         assert opened.state.paused is not paused, "the start before has read what was ordered then"
-        coordinator = coordinate(opened.job, opened.model.architecture, opened.state)
+        coordinator = make_coordinator(opened.job, opened.model.architecture, opened.state)
         event = on.Paused(paused)
         coordinator.handle(event, 100.0)
         folder.storage.save(coordinator.state, [event], 100.0)
@@ -46,5 +46,5 @@ def test_a_pause_survives_restarts_and_the_log_leads_to_it(
     end = play_job(state, database=database)
     assert (end.paused, end.phase) == (False, Phase.FINISHED)
     assert [r["model"] for r in end.history] == [r["model"] for r in calm.history]
-    findings = list(check(state, silent, running=False))
-    assert [str(f) for f in findings if f.severity is Severity.WRONG or "log" in f.what] == []
+    findings = list(check_state(state, ignore_progress, running=False))
+    assert [str(f) for f in findings if f.severity is Severity.WRONG or "log" in f.message] == []

@@ -12,10 +12,10 @@ import pytest
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.main import main
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.further_jobs import further
+from fedprune_server.engine.further_jobs import further_configs
 from fedprune_server.maintenance.finding import Severity
-from fedprune_server.maintenance.state_check import check
-from fedprune_server.storage.state_folder import FOLDER
+from fedprune_server.maintenance.state_check import check_state
+from fedprune_server.storage.state_folder import JOBS_FOLDER
 from fedprune_server.storage.storage import Storage
 from support.fakes.recorded_job import JOB, play_job
 
@@ -42,7 +42,7 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def plant(folder: Path, settings: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     play_job(folder)
-    with Storage.existing(folder) as storage:
+    with Storage.open_existing(folder) as storage:
         known = storage.settings()
     assert known is not None
     with Storage(f"sqlite:///{folder / 'server.db'}") as storage:
@@ -67,9 +67,9 @@ def test_a_start_calls_code_that_the_command_line_repeats(called: Path, tmp_path
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_further_job_s_folder_names_no_code(settings: dict[str, Any], called: Path, tmp_path: Path) -> None:
-    plant(tmp_path / "state" / FOLDER / "second", settings)
+    plant(tmp_path / "state" / JOBS_FOLDER / "second", settings)
     with pytest.raises(ConfigError):
-        further(ServerConfig(state=tmp_path / "state"), [])
+        further_configs(ServerConfig(state=tmp_path / "state"), [])
     assert not called.exists()
 
 
@@ -77,7 +77,7 @@ def test_a_further_job_s_folder_names_no_code(settings: dict[str, Any], called: 
 def test_check_export_and_backup_go_on_without_it(settings: dict[str, Any], called: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     plant(state, settings)
-    assert not [f for f in check(state, lambda _: None, running=False) if f.severity is Severity.WRONG]
+    assert not [f for f in check_state(state, lambda _: None, running=False) if f.severity is Severity.WRONG]
     assert main(["export-model", "--state", str(state), "--out", str(tmp_path / "out.safetensors")]) == ExitCode.OK
     assert main(["backup", "--state", str(state), "--to", str(tmp_path / "backup")]) == ExitCode.OK
     assert main(["restore", "--from", str(tmp_path / "backup"), "--state", str(tmp_path / "copy")]) == ExitCode.OK

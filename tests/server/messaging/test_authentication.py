@@ -17,22 +17,22 @@ from msgspec.structs import replace
 
 from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim, answer_text
+from fedprune.security.joining import JoinClaim, signed_answer_bytes
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import Envelope, seal
-from fedprune.security.tls import BUILT
+from fedprune.security.signed_channel import SignedEnvelope, seal
+from fedprune.security.tls import BUILD_TIME
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest
-from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
+from fedprune.wire.messages import Birth, Death, Finished, Hello, RoundProgress, parse_message
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_device.network import signed_channel as device_side
-from fedprune_device.network.connection import Connection, Received
-from fedprune_server.devices.quarantine import BURST, Quarantine
+from fedprune_device.network.connection import BoardConnection, ReceivedMessage
+from fedprune_server.devices.quarantine import MAX_POINTS, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging import authentication as server_side
 from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
-from fedprune_server.storage.state_folder import FILE
+from fedprune_server.storage.state_folder import DATABASE_FILE
 from support.faults.failing_disk import fault
 
 DAY = 24 * 3600
@@ -74,7 +74,7 @@ class Server:
         assert self.link.publish(topic, message.to_bytes())
         return self.end.sent[-1]
 
-    def hears(self, *sent: Sent) -> list[Sent]:
+    def charge_message(self, *sent: Sent) -> list[Sent]:
         self.end.inbox.extend(sent)
         found = []
         while (item := self.link.get()) is not None:
@@ -84,7 +84,7 @@ class Server:
                 self.shut_out.append(item.device)
             elif isinstance(item, DuplicateIdentity):
                 self.doubled.append(item.device)
-        self.store._opened().flush()  # as the loop does at the end of its turn
+        self.store._require_database().flush()  # as the loop does at the end of its turn
         return found
 
 
@@ -93,12 +93,12 @@ class Board:
         self.identity = identity
         self.end = End()
         self.channel = device_side.SignedChannel(identity, now)
-        self.connection = Connection(self.end, self.channel, now)
-        self._birth: Birth | None = None
+        self.connection = BoardConnection(self.end, self.channel, now)
+        self._schedule_birth: Birth | None = None
 
-    def say(self, message: Birth | Death | Progress) -> Sent:
+    def say(self, message: Birth | Death | RoundProgress) -> Sent:
         if isinstance(message, Birth):
-            self._birth = message
+            self._schedule_birth = message
         assert self.connection.send(message)
         return self.end.sent[-1]
 
@@ -106,17 +106,17 @@ class Board:
         topic = TOPICS.up(message.device)
         return topic, self.channel.seal(topic, message)
 
-    def hears(self, *sent: Sent) -> list[Sent]:
+    def charge_message(self, *sent: Sent) -> list[Sent]:
         found = []
         for topic, payload in sent:
             self.end.inbox.append((topic, payload))
             item = self.connection.receive()
-            if isinstance(item, Received):
+            if isinstance(item, ReceivedMessage):
                 found.append((topic, item.message.to_bytes()))
             elif isinstance(item, Chunk):
                 found.append((topic, item.to_bytes()))
-            if self.connection.birth_due and self._birth is not None:  # as the agent does
-                self.connection.send(self._birth)
+            if self.connection.is_birth_due and self._schedule_birth is not None:  # as the agent does
+                self.connection.send(self._schedule_birth)
         return found
 
 
@@ -133,19 +133,19 @@ class Lab:
         self.server.end.sent.clear()
 
     def let_in(self, name: str, folder: str) -> Board:
-        claim = Claim.parse(self.identity.claim(name, DAY).text)
-        device = DeviceIdentity(self.folder / folder, "lab", name, clock=lambda: float(BUILT))
+        claim = JoinClaim.parse(self.identity.make_claim(name, DAY).text)
+        device = DeviceIdentity(self.folder / folder, "lab", name, clock=lambda: float(BUILD_TIME))
         answer = self.answer(device.request(claim))
         assert device.admit(answer, claim.pin) is not None
         return Board(device, lambda: self.now)
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
         """What the server says to a request to join."""
-        assert self.server.hears(asking(request)) == []
+        assert self.server.charge_message(asking(request)) == []
         topic, raw = self.server.end.sent.pop()
-        answer = parse(raw)
+        answer = parse_message(raw)
         assert isinstance(answer, JoinAnswer)
-        assert topic == TOPICS.joined(request.nonce)
+        assert topic == TOPICS.join_answer(request.nonce)
         return answer
 
     def new_server(self) -> Server:
@@ -154,23 +154,23 @@ class Lab:
 
     def another_board(self, folder: str, name: str) -> Board:
         """One whose clock shows another second whenever it is asked."""
-        clock = lambda: BUILT + next(self._milliseconds) / 1000  # noqa: E731
+        clock = lambda: BUILD_TIME + next(self._milliseconds) / 1000  # noqa: E731
         return Board(DeviceIdentity(self.folder / folder, "lab", name, clock=clock), lambda: self.now)
 
     def new_board(self, name: str) -> Board:
-        identity = DeviceIdentity(self.folder / name, "lab", name, clock=lambda: float(BUILT))
+        identity = DeviceIdentity(self.folder / name, "lab", name, clock=lambda: float(BUILD_TIME))
         self.boards[name] = Board(identity, lambda: self.now)
         return self.boards[name]
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    with IdentityFolder.make(tmp_path / "state", "lab", clock=lambda: float(BUILT + 30 * DAY)) as identity:
+    with IdentityFolder.make(tmp_path / "state", "lab", clock=lambda: float(BUILD_TIME + 30 * DAY)) as identity:
         yield Lab(tmp_path, identity)
 
 
 def asking(request: JoinRequest) -> Sent:
-    return TOPICS.join(request.nonce), request.to_bytes()
+    return TOPICS.join_request(request.nonce), request.to_bytes()
 
 
 def birth(name: str, session: int = 1) -> Birth:
@@ -180,10 +180,10 @@ def birth(name: str, session: int = 1) -> Birth:
 def test_both_hear_what_the_other_said_and_only_once(lab: Lab) -> None:
     server, pi = lab.server, lab.boards["pi-1"]
     up = pi.say(birth("pi-1"))
-    assert server.hears(up, up, up) == [(TOPICS.up("pi-1"), birth("pi-1").to_bytes())]
+    assert server.charge_message(up, up, up) == [(TOPICS.up("pi-1"), birth("pi-1").to_bytes())]
     down = server.say("pi-1", Finished("job"))
-    assert pi.hears(down, down, down) == [(TOPICS.down("pi-1", "job"), Finished("job").to_bytes())]
-    assert server.hears(up) == pi.hears(down) == []
+    assert pi.charge_message(down, down, down) == [(TOPICS.down("pi-1", "job"), Finished("job").to_bytes())]
+    assert server.charge_message(up) == pi.charge_message(down) == []
 
 
 def test_chunks_pass_as_they_are(lab: Lab) -> None:
@@ -192,22 +192,22 @@ def test_chunks_pass_as_they_are(lab: Lab) -> None:
     pi.connection.send_chunk(chunk, "job")
     lab.server.link.publish(*down)
     assert (pi.end.sent, lab.server.end.sent) == ([up], [down])
-    assert (lab.server.hears(up), pi.hears(down)) == ([up], [down])
+    assert (lab.server.charge_message(up), pi.charge_message(down)) == ([up], [down])
 
 
 def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: Lab) -> None:
     server, one, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
     up = one.say(birth("pi-1"))
-    assert server.hears((TOPICS.up("pi-2"), up[1])) == []
-    assert server.hears((TOPICS.up("pi-1", "job"), up[1])) == []
+    assert server.charge_message((TOPICS.up("pi-2"), up[1])) == []
+    assert server.charge_message((TOPICS.up("pi-1", "job"), up[1])) == []
     down = server.say("pi-1", Finished("job"))
-    assert two.hears((TOPICS.down("pi-2", "job"), down[1]), (TOPICS.broadcast(), down[1])) == []
+    assert two.charge_message((TOPICS.down("pi-2", "job"), down[1]), (TOPICS.broadcast(), down[1])) == []
     # What one device signs is not the server's word to another, nor the other's word to the server.
-    assert two.hears((TOPICS.down("pi-2"), two.say(birth("pi-2"))[1])) == []
+    assert two.charge_message((TOPICS.down("pi-2"), two.say(birth("pi-2"))[1])) == []
     forged = two.sealed(Death("pi-1", 1))
-    assert server.hears(forged) == []
-    assert one.hears(down) != []
-    assert server.hears(up) != []
+    assert server.charge_message(forged) == []
+    assert one.charge_message(down) != []
+    assert server.charge_message(up) != []
 
 
 def test_what_is_unsigned_changed_or_nonsense_is_ignored_and_said(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
@@ -215,36 +215,36 @@ def test_what_is_unsigned_changed_or_nonsense_is_ignored_and_said(lab: Lab, capl
     topic, raw = pi.say(birth("pi-1"))
     with caplog.at_level(logging.WARNING):
         for at in range(0, len(raw), 7):
-            assert server.hears((topic, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])) == []
-        assert server.hears((topic, birth("pi-1").to_bytes()), (topic, b""), ("fedprune/1/lab/x", raw)) == []
+            assert server.charge_message((topic, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])) == []
+        assert server.charge_message((topic, birth("pi-1").to_bytes()), (topic, b""), ("fedprune/1/lab/x", raw)) == []
     # Twenty of the board, and that there will be no more of it; and one on a topic that is no board's.
     assert len(caplog.records) == 22
     assert "signature" in caplog.text
-    assert server.hears((topic, raw)) != []
+    assert server.charge_message((topic, raw)) != []
 
 
 def test_who_is_not_let_in_is_not_heard(lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with IdentityFolder.make(tmp_path / "elsewhere", "lab", clock=lambda: float(BUILT + 30 * DAY)) as other:
+    with IdentityFolder.make(tmp_path / "elsewhere", "lab", clock=lambda: float(BUILD_TIME + 30 * DAY)) as other:
         stranger = Lab(tmp_path / "strangers", other).let_in("pi-9", "pi-9")
-    assert lab.server.hears(stranger.say(birth("pi-9"))) == []
+    assert lab.server.charge_message(stranger.say(birth("pi-9"))) == []
     assert "pi-9 is not a member" in caplog.text
     assert not lab.server.link.publish(TOPICS.down("pi-9", "job"), Finished("job").to_bytes())
     hello = lab.server.say("pi-1", Hello())
-    assert stranger.hears((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []
+    assert stranger.charge_message((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []
 
 
 def test_what_was_said_before_a_restart_of_the_server_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
     old = pi.say(birth("pi-1"))
-    assert lab.server.hears(old) != []
+    assert lab.server.charge_message(old) != []
     late = pi.say(Death("pi-1", 1))  # never arrived
     server = lab.new_server()
-    assert server.hears(old) == []
+    assert server.charge_message(old) == []
     ((topic, hello),) = server.end.sent  # "I have restarted", to the board
-    assert pi.hears((topic, hello)) == [(TOPICS.down("pi-1"), Hello(BUILT + 30 * DAY).to_bytes())]
+    assert pi.charge_message((topic, hello)) == [(TOPICS.down("pi-1"), Hello(BUILD_TIME + 30 * DAY).to_bytes())]
     again = pi.say(birth("pi-1", 2))  # what a board answers
-    assert server.hears(again) != []
-    assert server.hears(old, again) == []
+    assert server.charge_message(again) != []
+    assert server.charge_message(old, again) == []
     assert late[1] != again[1]
 
 
@@ -256,76 +256,76 @@ def test_of_a_key_with_two_names_nothing_is_heard_again_after_a_restart_of_the_s
         return topic, seal(key, topic, epoch, 0, birth(name).to_bytes())
 
     for name in ("attic", "barn"):
-        lab.identity.store.approve(name, key.verifying.hex, 1)
+        lab.identity.store.approve(name, key.verifying_key.hex, 1)
     lab.now += 1.0
     old = [said("attic", 5), said("barn", 5)]
-    assert len(lab.server.hears(*old)) == 2
+    assert len(lab.server.charge_message(*old)) == 2
     server = lab.new_server()
-    assert len(server.hears(said("attic", 6))) == 1
-    assert server.hears(*old) == []
-    assert len(server.hears(said("barn", 6))) == 1
+    assert len(server.charge_message(said("attic", 6))) == 1
+    assert server.charge_message(*old) == []
+    assert len(server.charge_message(said("barn", 6))) == 1
 
 
 def test_a_birth_is_recognised_however_its_type_is_escaped(lab: Lab) -> None:
     key, topic = SigningKey.make(), TOPICS.up("attic")
-    lab.identity.store.approve("attic", key.verifying.hex, 1)
+    lab.identity.store.approve("attic", key.verifying_key.hex, 1)
     lab.now += 1.0
     plain = birth("attic").to_bytes()
     body = plain.replace(b'"birth"', b'"b\\u0069rth"')
     assert body != plain
 
     def epoch() -> int:
-        return Envelope.parse(lab.server.say("attic", Finished("job"))[1]).epoch
+        return SignedEnvelope.parse(lab.server.say("attic", Finished("job"))[1]).epoch
 
     before = epoch()
-    assert lab.server.hears((topic, seal(key, topic, 5, 0, body))) == [(topic, body)]
+    assert lab.server.charge_message((topic, seal(key, topic, 5, 0, body))) == [(topic, body)]
     assert epoch() > before
 
 
 def test_what_was_said_before_a_restart_of_the_board_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
     old = lab.server.say("pi-1", Finished("old"))
-    assert lab.boards["pi-1"].hears(old) != []
+    assert lab.boards["pi-1"].charge_message(old) != []
     pi = lab.new_board("pi-1")
     first = pi.say(birth("pi-1", 2))
-    assert pi.hears(old) == []
+    assert pi.charge_message(old) == []
     again = pi.end.sent[-1]
     assert again != first
-    assert lab.server.hears(first, again) != []
+    assert lab.server.charge_message(first, again) != []
     new = lab.server.say("pi-1", Finished("new"))
-    assert pi.hears(new, old) == [(TOPICS.down("pi-1", "new"), Finished("new").to_bytes())]
+    assert pi.charge_message(new, old) == [(TOPICS.down("pi-1", "new"), Finished("new").to_bytes())]
 
 
 def test_old_messages_repeated_for_ever_cost_a_message_each_ten_seconds(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
     up, down = pi.say(birth("pi-1")), lab.server.say("pi-1", Finished("job"))
-    assert lab.server.hears(up) != []
-    assert pi.hears(down) != []
+    assert lab.server.charge_message(up) != []
+    assert pi.charge_message(down) != []
     server, pi = lab.new_server(), lab.new_board("pi-1")
     pi.say(birth("pi-1", 2))
     for _ in range(100):
-        assert server.hears(up) == pi.hears(down) == []
+        assert server.charge_message(up) == pi.charge_message(down) == []
     assert (len(server.end.sent), len(pi.end.sent)) == (1, 2)
     lab.now = 10.0
-    assert server.hears(up) == pi.hears(down) == []
+    assert server.charge_message(up) == pi.charge_message(down) == []
     assert (len(server.end.sent), len(pi.end.sent)) == (2, 3)
 
 
 def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is(lab: Lab) -> None:
     server, pi = lab.server, lab.boards["pi-1"]
-    assert server.hears(pi.say(birth("pi-1"))) != []
+    assert server.charge_message(pi.say(birth("pi-1"))) != []
     with IdentityFolder(lab.folder / "state") as elsewhere:  # another process: `fedprune-server devices revoke`
         elsewhere.revoke("pi-1")
     lab.now = 1.0
-    assert server.hears(pi.say(birth("pi-1", 2))) == []
-    assert server.hears((TOPICS.up_blob("pi-1", "job"), b"the rest of an update")) == []
+    assert server.charge_message(pi.say(birth("pi-1", 2))) == []
+    assert server.charge_message((TOPICS.up_blob("pi-1", "job"), b"the rest of an update")) == []
     assert server.shut_out == ["pi-1"]
     for topic in (TOPICS.down("pi-1", "job"), TOPICS.down_blob("pi-1", "job")):
         assert not server.link.publish(topic, Finished("job").to_bytes())
     assert server.link.publish(TOPICS.down("pi-2", "job"), Finished("job").to_bytes())
     replacement = lab.let_in("pi-1", "a new board")
     lab.now = 2.0
-    assert server.hears(replacement.say(birth("pi-1", 3))) != []
-    assert server.hears(pi.say(birth("pi-1", 4))) == []
+    assert server.charge_message(replacement.say(birth("pi-1", 3))) != []
+    assert server.charge_message(pi.say(birth("pi-1", 4))) == []
     with IdentityFolder(lab.folder / "state") as elsewhere:
         elsewhere.revoke("pi-1")
     lab.now = 3.0
@@ -333,15 +333,15 @@ def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is
 
 
 def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
-    claim = Claim.parse(lab.identity.claim(None, DAY).text)
-    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    claim = JoinClaim.parse(lab.identity.make_claim(None, DAY).text)
+    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILD_TIME))
     asked = asking(device.request(claim))
     lab.now = 100.0
     before = len(lab.server.end.sent)
-    lab.server.hears(*[asked] * 300)
+    lab.server.charge_message(*[asked] * 300)
     assert len(lab.server.end.sent) - before == server_side.JOINS_PER_S
     lab.now = 100.5
-    lab.server.hears(*[asked] * 300)
+    lab.server.charge_message(*[asked] * 300)
     assert len(lab.server.end.sent) - before == 1.5 * server_side.JOINS_PER_S
 
 
@@ -349,7 +349,7 @@ class Joining(End):
     """A connection for requests to join."""
 
     dropped = 0
-    overflowed = ""
+    flooding_prefix = ""
 
 
 def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are_named(lab: Lab) -> None:
@@ -358,25 +358,25 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     server.link = server_side.AuthenticatedLink(
         server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
     )
-    joining.inbox.extend((TOPICS.join("ab" * 16), b"x") for _ in range(30_000))
-    said = [lab.boards["pi-1"].say(Progress("pi-1", "job", 1, 1, "train", n, 10)) for n in range(10)]
-    assert len(server.hears(*said)) == 10
+    joining.inbox.extend((TOPICS.join_request("ab" * 16), b"x") for _ in range(30_000))
+    said = [lab.boards["pi-1"].say(RoundProgress("pi-1", "job", 1, 1, "train", n, 10)) for n in range(10)]
+    assert len(server.charge_message(*said)) == 10
     assert len(joining.inbox) >= 30_000 - server_side.JOINS_PER_S
 
-    joining.dropped, joining.overflowed = 1, TOPICS.join("ab" * 16).rpartition("/-/")[0]
+    joining.dropped, joining.flooding_prefix = 1, TOPICS.join_request("ab" * 16).rpartition("/-/")[0]
     lab.now += 1
     server.link.get()
     assert not joining.inbox, "honest requests would wait behind those of the flood"
-    assert quarantine.floods_joins() == "ab" * 16
+    assert quarantine.flooding_client() == "ab" * 16
     assert not quarantine.sentences(), "it is no device, and can't be revoked"
     assert quarantine.rows() == {}
     lab.now += 1
-    request = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT)).request(
-        Claim.parse(lab.identity.claim("pi-9", DAY).text)
+    request = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILD_TIME)).request(
+        JoinClaim.parse(lab.identity.make_claim("pi-9", DAY).text)
     )
     joining.inbox.append(asking(request))
     server.link.get()
-    answer = parse(server.end.sent[-1][1])
+    answer = parse_message(server.end.sent[-1][1])
     assert isinstance(answer, JoinAnswer)
     assert answer.status == APPROVED
 
@@ -385,14 +385,14 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab) -> Non
     joining, server = Joining(), lab.new_server()
     server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, joins=joining)
     server.link.get()
-    claim = Claim.parse(lab.identity.claim("pi-9", DAY).text)
-    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
+    claim = JoinClaim.parse(lab.identity.make_claim("pi-9", DAY).text)
+    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILD_TIME))
     request = device.request(claim)
 
     def soon(timeout: float | None = 0.0) -> Sent | None:
         """While the server waits for a message, its answer reaches the board, and the board announces itself."""
         server.end.get = waits  # type: ignore[method-assign]
-        answer = parse(server.end.sent[-1][1])
+        answer = parse_message(server.end.sent[-1][1])
         assert isinstance(answer, JoinAnswer)
         device.admit(answer, claim.pin)
         return Board(device, lambda: lab.now).say(birth("pi-9"))
@@ -401,13 +401,13 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab) -> Non
     waits, server.end.get = server.end.get, soon  # type: ignore[method-assign]
     heard = server.link.get()
     assert isinstance(heard, tuple)
-    assert parse(heard[1]) == birth("pi-9")
+    assert parse_message(heard[1]) == birth("pi-9")
 
 
 def answers(lab: Lab, board: Board, session: int, heard: int) -> list[Sent]:
     """A board greets as often as it hears a hello among what the server said since `heard`."""
     hellos = lab.server.end.sent[heard:]
-    return [board.say(birth("pi-1", session)) for _ in board.hears(*hellos)]
+    return [board.say(birth("pi-1", session)) for _ in board.charge_message(*hellos)]
 
 
 @pytest.mark.parametrize("session", [6, 7])
@@ -416,15 +416,15 @@ def test_a_copy_of_a_board_s_disk_is_noticed_and_each_of_the_two_is_heard(lab: L
     server = lab.server
     shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
     original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
-    assert server.hears(original.say(birth("pi-1", 6))) != []
-    server.hears(copy.say(birth("pi-1", session)))
+    assert server.charge_message(original.say(birth("pi-1", 6))) != []
+    server.charge_message(copy.say(birth("pi-1", session)))
     for _ in range(3):
         lab.now += 10.0
         server.link.publish(TOPICS.down("pi-1"), Hello().to_bytes())  # as when a device comes back
         heard = len(server.end.sent) - 1
         boards = [(original, 6), (copy, session)]
         for board, number in boards if first == "original" else reversed(boards):
-            server.hears(*answers(lab, board, number, heard))
+            server.charge_message(*answers(lab, board, number, heard))
     alternating = session != 6  # that the daemon sees
     assert server.doubled or alternating
     assert set(server.doubled) <= {"pi-1"}
@@ -435,24 +435,24 @@ def test_whoever_of_two_goes_on_in_an_epoch_that_is_over_is_noticed(lab: Lab) ->
     shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
     original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
     said = original.say(birth("pi-1", 6))
-    assert server.hears(said) != []
-    assert server.hears(copy.say(birth("pi-1", 7))) != []
-    assert server.hears(said) == server.doubled == []  # a repetition shows nothing
-    assert server.hears(original.say(Progress("pi-1", "job", 1, 1, "train", 1, 2))) == []
+    assert server.charge_message(said) != []
+    assert server.charge_message(copy.say(birth("pi-1", 7))) != []
+    assert server.charge_message(said) == server.doubled == []  # a repetition shows nothing
+    assert server.charge_message(original.say(RoundProgress("pi-1", "job", 1, 1, "train", 1, 2))) == []
     assert server.doubled == ["pi-1"]
     # The copy ends; what the server then says brings the other one back.
     (answer,) = answers(lab, original, 6, len(server.end.sent) - 1)
-    assert server.hears(answer) != []
+    assert server.charge_message(answer) != []
 
 
 def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
     server = lab.server
     for session in range(1, 9):
         board, heard = lab.another_board("pi-1", "pi-1"), len(server.end.sent)
-        assert server.hears(board.say(birth("pi-1", session))) != []
+        assert server.charge_message(board.say(birth("pi-1", session))) != []
         for said in answers(lab, board, session, heard):
-            assert server.hears(said) != []
-        assert server.hears(board.say(birth("pi-1", session))) != []
+            assert server.charge_message(said) != []
+        assert server.charge_message(board.say(birth("pi-1", session))) != []
         lab.now += 10.0
     assert server.doubled == []
     assert server.link.get() is None
@@ -461,11 +461,11 @@ def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:
     server, pi, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
     will = pi.sealed(Death("pi-1", 1))
-    assert server.hears(pi.say(birth("pi-1"))) != []
-    assert server.hears(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
+    assert server.charge_message(pi.say(birth("pi-1"))) != []
+    assert server.charge_message(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
     forged = two.sealed(Death("pi-1", 1))
-    assert server.hears(forged) == []
-    assert lab.new_server().hears(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
+    assert server.charge_message(forged) == []
+    assert lab.new_server().charge_message(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
 
 
 def test_boards_that_are_there_hear_a_server_that_connects_anew(lab: Lab) -> None:
@@ -474,37 +474,37 @@ def test_boards_that_are_there_hear_a_server_that_connects_anew(lab: Lab) -> Non
         server.end.inbox.append(ConnectionUp())
         assert isinstance(server.link.get(), ConnectionUp)
         server.link.publish(TOPICS.broadcast(), Hello().to_bytes())
-        assert pi.hears(server.end.sent[-1]) == [(TOPICS.broadcast(), Hello().to_bytes())]
+        assert pi.charge_message(server.end.sent[-1]) == [(TOPICS.broadcast(), Hello().to_bytes())]
         server = lab.new_server()
 
 
 def test_a_board_learns_the_time_from_its_server_alone(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
-    before = pi.identity.times.floor
-    assert pi.hears((TOPICS.broadcast(), Hello(BUILT + 300 * DAY).to_bytes())) == []
-    assert pi.identity.times.floor == before
-    assert pi.hears(lab.server.say("pi-1", Hello(BUILT + 60 * DAY))) != []
-    assert pi.identity.times.floor == BUILT + 60 * DAY
+    before = pi.identity.trusted_time.floor
+    assert pi.charge_message((TOPICS.broadcast(), Hello(BUILD_TIME + 300 * DAY).to_bytes())) == []
+    assert pi.identity.trusted_time.floor == before
+    assert pi.charge_message(lab.server.say("pi-1", Hello(BUILD_TIME + 60 * DAY))) != []
+    assert pi.identity.trusted_time.floor == BUILD_TIME + 60 * DAY
 
 
 def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     pi = lab.boards["pi-1"]
     up, down = pi.say(birth("pi-1")), lab.server.say("pi-1", Finished("job"))
     fresh_server, fresh_pi = lab.new_server(), Board(pi.identity, lambda: lab.now)
-    with closing(sqlite3.connect(lab.folder / "state" / FILE)) as database:
+    with closing(sqlite3.connect(lab.folder / "state" / DATABASE_FILE)) as database:
         for what in ("INSERT", "UPDATE"):
             database.execute(
                 f"CREATE TRIGGER full_{what} BEFORE {what} ON epochs BEGIN SELECT RAISE(FAIL, 'full'); END"
             )
         with pytest.raises(StorageError):  # a server that can't write ends, and continues where it was
-            fresh_server.hears(up)
+            fresh_server.charge_message(up)
         for what in ("INSERT", "UPDATE"):
             database.execute(f"DROP TRIGGER full_{what}")
     with fault(1, OSError(errno.ENOSPC, "the card is full")):
-        assert fresh_pi.hears(down) == []  # a board continues with what it has
+        assert fresh_pi.charge_message(down) == []  # a board continues with what it has
     assert "the card is full" in caplog.text
-    assert lab.new_server().hears(up) != []
-    assert Board(pi.identity, lambda: lab.now).hears(down) != []
+    assert lab.new_server().charge_message(up) != []
+    assert Board(pi.identity, lambda: lab.now).charge_message(down) != []
 
 
 def test_what_was_opened_of_a_board_that_is_shut_out_meanwhile_is_dropped(lab: Lab) -> None:
@@ -524,40 +524,40 @@ def meet(server: Server, board: Board) -> None:
     board.say(birth(board.identity.device))
     while board.end.sent or server.end.sent:
         up, board.end.sent = board.end.sent, []
-        server.hears(*up)
+        server.charge_message(*up)
         down, server.end.sent = server.end.sent, []
-        board.hears(*(s for s in down if s[0].startswith(TOPICS.down(board.identity.device))))
+        board.charge_message(*(s for s in down if s[0].startswith(TOPICS.down(board.identity.device))))
 
 
 def hears_its_server(lab: Lab, board: Board) -> bool:
     said = lab.server.say(board.identity.device, Finished("job"))
     lab.server.end.sent.clear()
-    return board.hears(said) != []
+    return board.charge_message(said) != []
 
 
 def test_after_its_keys_were_replaced_a_server_is_heard_by_boards_that_joined_again_alone(lab: Lab) -> None:
     one, two = lab.boards["pi-1"], lab.boards["pi-2"]
-    claim = Claim.parse(lab.identity.claim("pi-3", DAY).text)
+    claim = JoinClaim.parse(lab.identity.make_claim("pi-3", DAY).text)
     lab.identity = lab.identity.replace()
     lab.new_server()
     for board in (one, two):
-        assert lab.server.hears(board.say(birth(board.identity.device))) == []  # its key is revoked
+        assert lab.server.charge_message(board.say(birth(board.identity.device))) == []  # its key is revoked
         assert lab.answer(board.identity.request()).status == REFUSED
-    stranger = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    stranger = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILD_TIME))
     assert lab.answer(stranger.request(claim)).status == REFUSED  # a thief may have it
     again = lab.let_in("pi-1", "again")
     meet(lab.server, again)
     assert hears_its_server(lab, again)
-    assert not one.hears(lab.server.say("pi-1", Finished("job")))  # signed by a key that it doesn't know
+    assert not one.charge_message(lab.server.say("pi-1", Finished("job")))  # signed by a key that it doesn't know
     assert set(lab.identity.store.members()) == {"pi-1"}
 
 
 def test_a_renewal_that_names_another_key_of_the_server_is_not_taken(lab: Lab) -> None:
     pi = lab.boards["pi-1"].identity
-    request, key = pi.request(), SigningKey.make().verifying.hex
+    request, key = pi.request(), SigningKey.make().verifying_key.hex
     genuine = lab.answer(request)
     forged = replace(genuine, server_key=key)
-    text = answer_text(
+    text = signed_answer_bytes(
         forged.request, forged.status, forged.reason, forged.time, forged.authority, forged.certificate, key
     )
     before = pi.server
@@ -573,8 +573,8 @@ def test_members_are_known_before_they_announce_themselves(lab: Lab) -> None:
     server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, quarantine=quarantine)
     server.link.get()
     forged = (TOPICS.up("pi-1"), b"unsigned")
-    for _ in range(int(BURST)):
-        if quarantine.hears("pi-1", 100):
-            server.hears(forged)
+    for _ in range(int(MAX_POINTS)):
+        if quarantine.charge_message("pi-1", 100):
+            server.charge_message(forged)
     assert [*quarantine.sentences()] == ["pi-1"]
-    assert quarantine.hears("pi-2", 100)
+    assert quarantine.charge_message("pi-2", 100)

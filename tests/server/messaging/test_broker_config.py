@@ -21,12 +21,12 @@ from fedprune.core.errors import IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.tls import BUILT, pinned_context, unpinned_context
+from fedprune.security.tls import BUILD_TIME, pinned_context, unpinned_context
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.messaging.broker.broker_files import Broker, configuration, write_broker
-from fedprune_server.messaging.broker.revocations import delivering
+from fedprune_server.messaging.broker.broker_files import BrokerAddress, filled_template, write_broker
+from fedprune_server.messaging.broker.revocations import list_delivery
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.waiting import attempts, until
 
@@ -40,7 +40,7 @@ class Site:
     def __init__(self, folder: Path, binary: str) -> None:
         self.folder = folder
         self.identity = IdentityFolder.make(folder / "state", "lab")
-        self.broker = Broker(("127.0.0.1", "localhost"), free_port(), free_port(), folder / "broker")
+        self.broker = BrokerAddress(("127.0.0.1", "localhost"), free_port(), free_port(), folder / "broker")
         self.log, self.binary = (folder / "log").open("wb"), binary
         self.start()
 
@@ -69,12 +69,12 @@ class Site:
     def device(self, name: str) -> DeviceIdentity:
         """A device that has joined."""
         device = DeviceIdentity(self.folder / "boards" / secrets.token_hex(4), "lab", name)
-        claim = self.identity.claim(name, 60)
+        claim = self.identity.make_claim(name, 60)
         device.admit(EnrollmentService(self.identity).answer(device.request(claim)), claim.pin)
         return device
 
     @contextmanager
-    def client(
+    def client_files(
         self, context: ssl.SSLContext, topics: list[str], *, joining: bool = False, client_id: str = "", user: str = ""
     ) -> Iterator[Client]:
         client = Client(context, topics, client_id or secrets.token_hex(12), user)
@@ -87,7 +87,7 @@ class Site:
     def refuses(self, context: ssl.SSLContext) -> bool:
         """Whether the broker takes no client with this context."""
         try:
-            with self.client(context, []):
+            with self.client_files(context, []):
                 return False
         except (OSError, TimeoutError):
             return True
@@ -169,14 +169,14 @@ def pi_2(site: Site) -> DeviceIdentity:
 @pytest.mark.mosquitto
 def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_1: DeviceIdentity) -> None:
     listening, nonce = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()], secrets.token_hex(16)
-    hearing = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce)]
+    hearing = [*LAB.device_subscriptions("pi-1"), LAB.join_answer(nonce)]
     with (
-        site.client(site.identity.context(), listening) as server,
-        site.client(pi_1.context(), hearing, client_id=nonce) as device,
+        site.client_files(site.identity.tls_context(), listening) as server,
+        site.client_files(pi_1.context(), hearing, client_id=nonce) as device,
     ):
         # A member asks for a new certificate with its own one, on the topics of those that join.
-        up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job"), LAB.join(nonce)]
-        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.joined(nonce)]
+        up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job"), LAB.join_request(nonce)]
+        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.join_answer(nonce)]
         for topic in up:
             device.publish(topic, b"1")
         for topic in down:
@@ -200,19 +200,19 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
         LAB.servers(),
     ]
     with (
-        site.client(site.identity.context(), ["#"]) as server,
-        site.client(pi_2.context(), LAB.device_subscriptions("pi-2")) as victim,
-        site.client(pi_1.context(), everything) as rogue,
+        site.client_files(site.identity.tls_context(), ["#"]) as server,
+        site.client_files(pi_2.context(), LAB.device_subscriptions("pi-2")) as victim,
+        site.client_files(pi_1.context(), everything) as rogue,
     ):
         for topic in (
             LAB.up("pi-2"), LAB.up_blob("pi-2", "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
-            LAB.join(nonce), LAB.joined(nonce), "elsewhere", Topics("other").up("pi-1"),
+            LAB.join_request(nonce), LAB.join_answer(nonce), "elsewhere", Topics("other").up("pi-1"),
             LAB.servers(),
         ):  # fmt: skip
             rogue.publish(topic, b"false")
         victim.publish(LAB.up("pi-2", "job"), b"secret")
         server.publish(LAB.down("pi-2", "job"), b"secret")
-        server.publish(LAB.joined(nonce), b"secret")
+        server.publish(LAB.join_answer(nonce), b"secret")
         server.publish(LAB.servers(), b"secret")
 
         assert victim.all(1) == [(LAB.down("pi-2", "job"), b"secret")]
@@ -228,7 +228,7 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
     ca, key_path = ours.crl_path.parent / "authority.pem", tmp_path / "tls.key"
     key = make_tls_key()
     save_tls_key(key, key_path)
-    floor = lambda: BUILT  # noqa: E731
+    floor = lambda: BUILD_TIME  # noqa: E731
 
     def with_certificate(pem: str) -> ssl.SSLContext:
         path = tmp_path / "leaf.pem"
@@ -236,7 +236,7 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
         return pinned_context(ca, path, key_path, floor)
 
     foreign = Authority.make(tmp_path / "foreign", "lab").issue_device("lab", "pi-1", make_request(key, "pi-1"))
-    past = Authority(ours.crl_path.parent, clock=lambda: float(BUILT))
+    past = Authority(ours.crl_path.parent, clock=lambda: float(BUILD_TIME))
     over = past.issue_device("lab", "pi-1", make_request(key, "pi-1"), days=1)
     broker = ours.issue_broker(["pi-1"], make_request(key, "x"))  # a certificate for brokers lets nobody in
 
@@ -254,7 +254,7 @@ def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) 
     assert not site.refuses(lost.context())
     reload = f'cp "$FEDPRUNE_CRL" {site.folder / "broker" / "crl.pem"} && kill -HUP {site.process.pid}'
     folder, crl = site.folder / "state", site.identity.authority.crl_path
-    with delivering(shlex.join(["sh", "-c", reload]), folder, crl):
+    with list_delivery(shlex.join(["sh", "-c", reload]), folder, crl):
         site.identity.revoke("stolen")
         until(lambda: site.refuses(lost.context()))
     assert not site.refuses(kept.context())
@@ -266,36 +266,40 @@ def test_who_wants_to_join_reaches_its_own_two_topics_only(site: Site, pi_1: Dev
     everything = [
         "#",
         "fedprune/1/lab/+/-/joined",
-        LAB.joined(other),
+        LAB.join_answer(other),
         LAB.join_subscription(),
         *LAB.server_subscriptions(),
     ]
-    everything += [*LAB.device_subscriptions("pi-1"), LAB.joined(mine), "$SYS/#"]
+    everything += [*LAB.device_subscriptions("pi-1"), LAB.join_answer(mine), "$SYS/#"]
     with (
-        site.client(site.identity.context(), [*LAB.server_subscriptions(), LAB.join_subscription()]) as server,
-        site.client(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
-        site.client(unpinned_context(), [LAB.joined(other)], joining=True, client_id=other) as waiting,
-        site.client(unpinned_context(), everything, joining=True, client_id=mine, user="fedprune-server") as rogue,
+        site.client_files(
+            site.identity.tls_context(), [*LAB.server_subscriptions(), LAB.join_subscription()]
+        ) as server,
+        site.client_files(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
+        site.client_files(unpinned_context(), [LAB.join_answer(other)], joining=True, client_id=other) as waiting,
+        site.client_files(
+            unpinned_context(), everything, joining=True, client_id=mine, user="fedprune-server"
+        ) as rogue,
     ):
         for topic in (
             LAB.up("pi-1"),
             LAB.down("pi-1"),
             LAB.broadcast(),
-            LAB.join(other),
-            LAB.joined(other),
+            LAB.join_request(other),
+            LAB.join_answer(other),
             "elsewhere",
         ):
             rogue.publish(topic, b"false")
-        rogue.publish(LAB.join(mine), b"mine")
+        rogue.publish(LAB.join_request(mine), b"mine")
         device.publish(LAB.up("pi-1"), b"1")
         server.publish(LAB.down("pi-1"), b"2")
-        server.publish(LAB.joined(other), b"3")
-        server.publish(LAB.joined(mine), b"4")
+        server.publish(LAB.join_answer(other), b"3")
+        server.publish(LAB.join_answer(mine), b"4")
 
-        assert server.all(2) == [(LAB.join(mine), b"mine"), (LAB.up("pi-1"), b"1")]
+        assert server.all(2) == [(LAB.join_request(mine), b"mine"), (LAB.up("pi-1"), b"1")]
         assert device.all(1) == [(LAB.down("pi-1"), b"2")]
-        assert waiting.all(1) == [(LAB.joined(other), b"3")]
-        assert set(rogue.all(1)) == {(LAB.joined(mine), b"4")}
+        assert waiting.all(1) == [(LAB.join_answer(other), b"3")]
+        assert set(rogue.all(1)) == {(LAB.join_answer(mine), b"4")}
 
 
 def left_by_strangers(site: Site, leave: Callable[[Client, str], None], count: int = 3) -> list[tuple[str, bytes]]:
@@ -304,10 +308,10 @@ def left_by_strangers(site: Site, leave: Callable[[Client, str], None], count: i
         nonce = secrets.token_hex(16)
         with (
             suppress(OSError, TimeoutError),
-            site.client(unpinned_context(), [], joining=True, client_id=nonce) as stranger,
+            site.client_files(unpinned_context(), [], joining=True, client_id=nonce) as stranger,
         ):
             leave(stranger, nonce)
-    with site.client(site.identity.context(), [LAB.join_subscription()]) as server:
+    with site.client_files(site.identity.tls_context(), [LAB.join_subscription()]) as server:
         return server.all()
 
 
@@ -316,7 +320,7 @@ def test_a_stranger_leaves_no_message_behind(site: Site) -> None:
     hung_up = []
 
     def leave(stranger: Client, nonce: str) -> None:
-        stranger.paho.publish(LAB.join(nonce), b"retained", 1, retain=True)
+        stranger.paho.publish(LAB.join_request(nonce), b"retained", 1, retain=True)
         hung_up.append(stranger.gone.wait(30))
 
     assert left_by_strangers(site, leave) == []
@@ -327,7 +331,7 @@ def test_a_stranger_leaves_no_message_behind(site: Site) -> None:
 def test_a_stranger_leaves_no_will_behind(site: Site) -> None:
     nonce = secrets.token_hex(16)
     stranger = Client(unpinned_context(), [], nonce, "")
-    stranger.paho.will_set(LAB.join(nonce), b"retained", 1, retain=True)
+    stranger.paho.will_set(LAB.join_request(nonce), b"retained", 1, retain=True)
     with pytest.raises(ConnectionError, match="hung up"):
         stranger.connect(site.broker.join_port)
     stranger.close()
@@ -341,10 +345,10 @@ class EmqxRules:
         lines = [line for line in text.splitlines() if not line.startswith("%%")]
         found = [re.fullmatch(pattern, line) for line in lines]
         assert all(found), lines
-        self.rules = [m.groups() for m in found if m]
+        self.grid_lines = [m.groups() for m in found if m]
 
     def allow(self, user: str, client_id: str, action: str, topic: str) -> bool:
-        for permission, _, whose, what, filters in self.rules:
+        for permission, _, whose, what, filters in self.grid_lines:
             if whose in (None, user) and what in (None, action):
                 wanted = [f.strip().strip('"') for f in filters.split(", ")] if filters else ["#"]
                 filled = [f.replace("${username}", user).replace("${clientid}", client_id) for f in wanted]
@@ -365,36 +369,36 @@ def covers(wide: str, topic: str) -> bool:
 
 
 def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None:
-    broker = Broker(("b",), 8883, 8884, Path("/etc/emqx"))
-    config = configuration("emqx.conf", "lab", broker)
+    broker = BrokerAddress(("b",), 8883, 8884, Path("/etc/emqx"))
+    config = filled_template("emqx.conf", "lab", broker)
     assert {"fail_if_no_peer_cert = true", "mqtt.peer_cert_as_username = cn"} <= {*map(str.strip, config.splitlines())}
-    rules = EmqxRules(configuration("acl.conf", "lab", broker))
+    rules = EmqxRules(filled_template("acl.conf", "lab", broker))
     nonce, other = "ab" * 16, "cd" * 16
     server, device = ("fedprune-server", "fedprune-" + "1" * 24), ("pi-1", nonce)
     up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
     down = [LAB.down("pi-1"), LAB.down("pi-1", "job"), LAB.down_blob("pi-1", "job")]
     listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
-    own = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce)]
+    own = [*LAB.device_subscriptions("pi-1"), LAB.join_answer(nonce)]
 
     for who, action, topics in (
         (server, "subscribe", listening),
-        (server, "publish", [*down, LAB.broadcast(), LAB.joined(nonce), LAB.servers()]),
+        (server, "publish", [*down, LAB.broadcast(), LAB.join_answer(nonce), LAB.servers()]),
         (device, "subscribe", own),
-        (device, "publish", [*up, LAB.join(nonce)]),
+        (device, "publish", [*up, LAB.join_request(nonce)]),
     ):
         assert [t for t in topics if not rules.allow(*who, action, t)] == []
     others = [
         "#", "+/#", "fedprune/1/#", LAB.up("pi-2"), LAB.down("pi-2"), *LAB.device_subscriptions("pi-2")[:2],
-        LAB.join(other), LAB.joined(other), *Topics("other").device_subscriptions("pi-1"), "elsewhere",
+        LAB.join_request(other), LAB.join_answer(other), *Topics("other").device_subscriptions("pi-1"), "elsewhere",
     ]  # fmt: skip
     for who, action, topics in (
         (server, "subscribe", ["#", "fedprune/1/lab/#", *Topics("other").server_subscriptions()]),
-        (server, "publish", [*up, LAB.join(nonce), Topics("other").down("pi-1")]),
-        (device, "subscribe", [*others, *listening, *up, LAB.join(nonce)]),
+        (server, "publish", [*up, LAB.join_request(nonce), Topics("other").down("pi-1")]),
+        (device, "subscribe", [*others, *listening, *up, LAB.join_request(nonce)]),
         (
             device,
             "publish",
-            [*others[3:], *down, LAB.broadcast(), LAB.joined(nonce), LAB.servers()],
+            [*others[3:], *down, LAB.broadcast(), LAB.join_answer(nonce), LAB.servers()],
         ),
         (("", nonce), "subscribe", [*own[:2], *listening]),
     ):
@@ -407,7 +411,7 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
 )
 def test_what_would_say_something_else_in_a_configuration_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(IdentityError):
-        Broker(**{"hosts": ("b",), "port": 8883, "join_port": 8884, "folder": Path("/a"), **wrong})  # type: ignore[arg-type]
+        BrokerAddress(**{"hosts": ("b",), "port": 8883, "join_port": 8884, "folder": Path("/a"), **wrong})  # type: ignore[arg-type]
 
 
 @pytest.mark.mosquitto
@@ -415,9 +419,11 @@ def test_what_would_say_something_else_in_a_configuration_is_refused(wrong: dict
 def test_an_id_with_a_wildcard_reaches_nothing(site: Site, client_id: str) -> None:
     nonce = secrets.token_hex(16)
     with (
-        site.client(site.identity.context(), [LAB.join_subscription()]) as server,
-        site.client(unpinned_context(), ["#", "fedprune/1/lab/+/-/joined"], joining=True, client_id=client_id) as rogue,
+        site.client_files(site.identity.tls_context(), [LAB.join_subscription()]) as server,
+        site.client_files(
+            unpinned_context(), ["#", "fedprune/1/lab/+/-/joined"], joining=True, client_id=client_id
+        ) as rogue,
     ):
-        rogue.publish(LAB.join(nonce), b"false")
-        server.publish(LAB.joined(nonce), b"secret")
+        rogue.publish(LAB.join_request(nonce), b"false")
+        server.publish(LAB.join_answer(nonce), b"secret")
         assert rogue.all() == server.all() == []

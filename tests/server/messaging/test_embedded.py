@@ -17,7 +17,7 @@ import pytest
 
 from fedprune.core.errors import BrokerError
 from fedprune.wire import link as link_module
-from fedprune.wire.link import Link
+from fedprune.wire.link import BrokerLink
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune_server.config.server_config import ServerConfig
@@ -29,10 +29,10 @@ from fedprune_server.messaging.broker.programs import (
     Mosquitto,
     Program,
     TlsFiles,
+    available_programs,
     find_mosquitto,
-    programs,
 )
-from fedprune_server.messaging.connection import connection
+from fedprune_server.messaging.connection import open_connection
 from fedprune_server.messaging.second_server import OtherServerError, ServerInstance, second_server_guard
 from support.processes import machine
 from support.processes.machine import free_port, listens
@@ -45,7 +45,7 @@ TOPICS = Topics("test")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "MAX_DELAY", 0.2)
+    monkeypatch.setattr(link_module, "MAX_RECONNECT_PAUSE_S", 0.2)
 
 
 @pytest.fixture(params=["mosquitto", "amqtt"])
@@ -66,8 +66,8 @@ def broker(program: Program) -> Iterator[EmbeddedBroker]:
         yield broker
 
 
-def connected(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[Link]:
-    link = Link(broker.url, name)
+def connected(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[BrokerLink]:
+    link = BrokerLink(broker.url, name)
     link.subscribe(topics)
     link.start()
     assert link.get(30) == ConnectionUp()
@@ -76,7 +76,7 @@ def connected(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[L
 
 def test_a_will_is_delivered(broker: EmbeddedBroker) -> None:
     with connected(broker, "watcher", ["wills"]) as watcher:
-        mortal = Link(broker.url, "mortal", will=("wills", b"gone"))
+        mortal = BrokerLink(broker.url, "mortal", will=("wills", b"gone"))
         with closing(mortal):
             mortal.start()
             mortal._client.socket().shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
@@ -86,10 +86,10 @@ def test_a_will_is_delivered(broker: EmbeddedBroker) -> None:
 
 def test_with_a_certificate_it_encrypts(program: Program, tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "the state", "lab") as identity:
-        tls = TlsFiles(*identity.broker(["127.0.0.1"]))
+        tls = TlsFiles(*identity.broker_files(["127.0.0.1"]))
         with EmbeddedBroker(port=0, tls=tls, candidates=[program]) as broker:
             assert broker.url.startswith("mqtts://")
-            with closing(Link(broker.url, "a", tls=identity.context)) as link:
+            with closing(BrokerLink(broker.url, "a", tls=identity.tls_context)) as link:
                 link.subscribe(["x"])
                 link.start()
                 assert link.get(30) == ConnectionUp()
@@ -105,7 +105,7 @@ def test_it_restarts_on_the_same_port_and_links_come_back_with_their_subscriptio
         assert broker.pid is not None
         os.kill(broker.pid, signal.SIGKILL)
         assert isinstance(link.get(30), ConnectionDown)
-        until(lambda: not broker.alive)  # its sockets close a moment before it is gone
+        until(lambda: not broker.is_alive)  # its sockets close a moment before it is gone
 
         broker.restart()
 
@@ -128,13 +128,13 @@ def test_a_port_that_is_just_becoming_free_is_waited_for() -> None:
 def test_a_port_that_is_taken_is_named_and_so_is_a_server_of_this_identity_that_has_it(tmp_path: Path) -> None:
     first, copy = (ServerConfig(state=tmp_path / name, port=free_port()) for name in ("first", "copy"))
     copy = replace(copy, port=first.port)
-    with IdentityFolder.make(first.state, "lab") as identity, connection(first, identity) as reached:
-        with pytest.raises(PortTakenError, match=str(first.port)), connection(copy, identity):
+    with IdentityFolder.make(first.state, "lab") as identity, open_connection(first, identity) as reached:
+        with pytest.raises(PortTakenError, match=str(first.port)), open_connection(copy, identity):
             pass
-        instance = ServerInstance(first.state, embedded=True)
+        instance = ServerInstance(first.state, owns_broker=True)
         with second_server_guard(reached.url, identity, None, instance) as guard:
             guard.enter()
-            with pytest.raises(OtherServerError, match=str(first.state)), connection(copy, identity):
+            with pytest.raises(OtherServerError, match=str(first.state)), open_connection(copy, identity):
                 pass
 
 
@@ -231,7 +231,7 @@ def test_a_mosquitto_that_is_old_or_broken_is_not_used(
     says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(script(tmp_path / "bin", says).parent), prepend=":")
-    assert programs() == [Amqtt()]
+    assert available_programs() == [Amqtt()]
 
 
 def test_amqtt_takes_the_place_of_a_mosquitto_that_does_not_start(
@@ -252,7 +252,7 @@ def test_a_program_that_runs_and_never_answers_is_no_broker(tmp_path: Path) -> N
     broker = EmbeddedBroker(port=0, candidates=[silent])
     with pytest.raises(BrokerError, match=r"Mosquitto 2\.9"):
         broker.start(timeout=0.1)
-    assert not broker.alive
+    assert not broker.is_alive
 
 
 def test_an_extra_that_is_missing_is_named() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.security.signed_channel import Envelope, unseal
+from fedprune.security.signed_channel import SignedEnvelope, unseal
 from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
-from fedprune.wire.messages import parse
+from fedprune.wire.messages import parse_message
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_server.messaging import second_server
@@ -29,7 +29,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.ends: list[End] = []
-        self.said: list[bytes] = []
+        self.titled_value: list[bytes] = []
         self.news = threading.Condition()
 
     def settle(self) -> None:
@@ -38,7 +38,7 @@ class Hub:
             assert self.news.wait_for(lambda: all(end.idle for end in self.ends if end.connected), 30)
 
     def publish(self, payload: bytes) -> None:
-        self.said.append(payload)
+        self.titled_value.append(payload)
         for end in self.ends:
             if end.connected:
                 end.put((TOPIC, payload))
@@ -173,9 +173,17 @@ def test_at_a_server_s_own_broker_all_others_give_way(lab: Lab) -> None:
 
 def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> None:
     first, end = lab.serving("first")
-    old = [raw for raw in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, raw).body), ServerQuery)]
+    old = [
+        raw
+        for raw in lab.hub.titled_value
+        if isinstance(parse_message(unseal(KEY.verifying_key, TOPIC, raw).body), ServerQuery)
+    ]
     lab.server("asks", looks_only=True)[0].others()
-    answer = next(r for r in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, r).body), ServerPresence))
+    answer = next(
+        r
+        for r in lab.hub.titled_value
+        if isinstance(parse_message(unseal(KEY.verifying_key, TOPIC, r).body), ServerPresence)
+    )
     end.close()
     second, _ = lab.server("second")
     for raw in (answer, *old):  # repeated by a listener
@@ -243,7 +251,7 @@ def test_a_flood_on_the_servers_topic_costs_a_few_signature_checks_a_second(
 ) -> None:
     checked: list[bytes] = []
 
-    def check(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
+    def check(key: VerifyingKey, topic: str, raw: bytes) -> SignedEnvelope:
         checked.append(raw)
         return unseal(key, topic, raw)
 

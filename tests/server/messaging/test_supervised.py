@@ -17,7 +17,7 @@ class Slow:
     """A broker whose restart takes until it is let go on, and fails at first."""
 
     def __init__(self) -> None:
-        self.alive = False
+        self.is_alive = False
         self.restarts = 0
         self.go = threading.Event()
 
@@ -26,7 +26,7 @@ class Slow:
         assert self.go.wait(30)
         if self.restarts == 1:
             raise BrokerError("the port is taken")
-        self.alive = True
+        self.is_alive = True
 
 
 def test_a_restart_is_not_waited_for_and_one_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -36,7 +36,7 @@ def test_a_restart_is_not_waited_for_and_one_that_fails_is_tried_again(caplog: p
         supervisor.tick()  # at once, though the restart hangs
     assert broker.restarts == 1
     broker.go.set()
-    until(lambda: (supervisor.tick(), broker.alive)[1])  # type: ignore[func-returns-value]
+    until(lambda: (supervisor.tick(), broker.is_alive)[1])  # type: ignore[func-returns-value]
     supervisor.close()
     assert broker.restarts == 2
     assert "the port is taken" in caplog.text
@@ -47,7 +47,7 @@ def test_a_loop_turns_while_its_broker_is_started_again(tmp_path: Path) -> None:
     fleet, broker = Fleet(tmp_path), Slow()
     daemon = fleet.daemon(broker=broker)
     for device in fleet.air.devices.values():
-        device.birth()
+        device.build()
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     threading.Timer(2.0, broker.go.set).start()
     assert len(fleet.run().history) == fleet.job.rounds

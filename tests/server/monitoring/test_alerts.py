@@ -31,10 +31,16 @@ from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES, evaluate_alerts
 from fedprune_server.monitoring.alerts import MAX_ALERTS_OF_KIND, Alert
-from fedprune_server.monitoring.monitor import FILE, Monitor, Recorded, off_by_far, read_recorded
+from fedprune_server.monitoring.monitor import (
+    ALERTS_FILE,
+    Monitor,
+    MonitorRecord,
+    prediction_excesses,
+    read_monitor_record,
+)
 from fedprune_server.monitoring.participation import Absence, Participation
 from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts, Situation, WatchedJob
-from fedprune_server.observation.observer import DevicesChanged, LoopWaits, RoundEnded, ServerEnds
+from fedprune_server.observation.observer import DevicesChanged, LoopBlocked, RoundEnded, ServerEnding
 from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, ToyDevice, Watcher
@@ -43,7 +49,7 @@ from support.fakes.tiny_job import JOB
 
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 32 * 10**9
 LEAVES = JobSnapshot(name="leaves", phase=Phase.TRAINING, round=3, rounds=9, min_devices=2, known_devices=2)
-TRAINING = WatchedJob(seen=LEAVES, folder=Path("state"))
+TRAINING = WatchedJob(snapshot=LEAVES, folder=Path("state"))
 CALM = Situation(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
 
 
@@ -65,7 +71,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 def with_job(here: int = 2, *, counted: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> Situation:
-    return replace(CALM, jobs=[replace(TRAINING, seen=replace(LEAVES, **values), **counted)], here=here)
+    return replace(CALM, jobs=[replace(TRAINING, snapshot=replace(LEAVES, **values), **counted)], able_boards=here)
 
 
 def with_site(**values: Any) -> Situation:
@@ -88,21 +94,21 @@ def without_a(kind: str) -> Situation:
     "seen", [with_job(0), with_job(0, known_devices=0), with_job(1, phase=Phase.WAITING, counted={"away": ["b"]})]
 )
 def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Situation) -> None:
-    assert [a.kind for a in evaluate_alerts(replace(seen, broker="there is no connection to the broker"), NOW)] == [
-        "broker"
-    ]
+    assert [
+        a.kind for a in evaluate_alerts(replace(seen, broker_problem="there is no connection to the broker"), NOW)
+    ] == ["broker"]
 
 
 CASES: dict[str, tuple[Situation, str, str]] = {
-    "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
+    "a server that is dead": (replace(with_job(0), is_running=False), "server-not-running", "critical"),
     "a folder without a job": (
-        replace(with_job(counted={"begun": False}), running=False), "server-not-running", "critical",
+        replace(with_job(counted={"begun": False}), is_running=False), "server-not-running", "critical",
     ),
-    "a loop that hangs": (replace(CALM, turned_s=61.0), "server-hangs", "critical"),
+    "a loop that hangs": (replace(CALM, since_turn_s=61.0), "server-hangs", "critical"),
     "a database that is locked": (
         replace(CALM, waits_for="server.db is locked by process 7"), "database-waits", "critical",
     ),
-    "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
+    "no broker": (replace(CALM, broker_problem="there is no connection to the broker"), "broker", "critical"),
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known_devices=0), "no-devices", "warning"),
     "one board of two": (with_job(1, phase=Phase.WAITING, counted={"away": ["b"]}), "too-few-devices", "warning"),
@@ -133,7 +139,7 @@ CASES: dict[str, tuple[Situation, str, str]] = {
     ),
     "a board that is gone": (without_a("device-away"), "device-away", "warning"),
     "requests to join that flood the server": (
-        replace(CALM, floods_joins="ab" * 16), "joins-flooded", "warning",
+        replace(CALM, flooding_client="ab" * 16), "joins-flooded", "warning",
     ),
     "a board that waits": (with_site(waiting={"a": "1234"}), "devices-wait", "warning"),
     "a rollout that failed": (rollout(RolloutPhase.STOPPED, "too many", ("a",)), "rollout", "warning"),
@@ -166,7 +172,7 @@ def test_every_kind_is_tried() -> None:
         with_job(0, paused=True, counted={"missed": 3}),
         with_job(paused=True, counted={"offline_since": {"a": NOW - 9}}),
         with_job(1),
-        replace(CALM, turned_s=59.0),
+        replace(CALM, since_turn_s=59.0),
         with_site(certificates=[ending(31)]),
         rollout(RolloutPhase.RUNNING),
     ],
@@ -182,36 +188,36 @@ def watching(folder: Path, *open_: Alert, now: Callable[[], float] = lambda: NOW
 
 
 def kinds_of(monitor: Monitor) -> set[str]:
-    return {alert.kind for alert in monitor.book.open}
+    return {alert.kind for alert in monitor.book.open_alerts}
 
 
 ROUND = RoundEnded({"round": 1, "devices": {"x": {"progress": "folded"}}})
-FLEET = FleetSnapshot(connected=("a", "c"))
+FLEET = FleetSnapshot(connected_devices=("a", "c"))
 
 
 def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(tmp_path: Path) -> None:
     now = [NOW]
     # c is at another job, d was revoked
-    seen = replace(SEEN, devices=boards("a", "bcd"), revoked=("d",), fleet=FLEET)
+    seen = replace(SEEN, devices=boards("a", "bcd"), revoked_devices=("d",), fleet=FLEET)
 
     def away(rounds: int, seen: JobSnapshot = seen, *events: Any) -> dict[str | None, float]:
         now[0] += 60
         show(monitor, *events, *[ROUND] * rounds, seen=seen)
-        return {a.device: a.since for a in monitor.book.open if a.kind == "device-away"}
+        return {a.device: a.since for a in monitor.book.open_alerts if a.kind == "device-away"}
 
     monitor = watching(tmp_path, now=lambda: now[0], away_rounds=2)
     assert away(0) == away(1) == {}
     assert away(1) == {"b": NOW + 60}
-    monitor = watching(tmp_path, *monitor.book.open, now=lambda: now[0], away_rounds=2)
+    monitor = watching(tmp_path, *monitor.book.open_alerts, now=lambda: now[0], away_rounds=2)
     assert away(0) == {"b": NOW + 60}, "a restart doesn't close it"
-    assert away(1, replace(seen, paused=True)) == {}
+    assert away(1, replace(seen, is_paused=True)) == {}
     assert away(0) == {"b": NOW + 60}
     assert away(3, replace(seen, devices=boards("ab", "cd")), DevicesChanged(frozenset("b"))) == {}
 
 
 def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
     clones = {"a": "it has two voices", "b": "it has two voices"}
-    seen = replace(SEEN, paused=True, revoked=("b",), clones=clones)
+    seen = replace(SEEN, is_paused=True, revoked_devices=("b",), cloned_devices=clones)
     assert Participation(seen, 2, {}, lambda: NOW).absences().keys() == {"a"}
 
 
@@ -231,7 +237,7 @@ def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
     seen = with_site(disk=(ROOM * 11 // 100, ROOM))
     assert evaluate_alerts(seen, NOW) == []
     for severity in ("warning", "critical"):
-        opened = replace(seen, open=frozenset({("disk", severity)}))
+        opened = replace(seen, open_severities=frozenset({("disk", severity)}))
         assert [(a.kind, a.severity) for a in evaluate_alerts(opened, NOW)] == [("disk", "warning")]
 
 
@@ -241,7 +247,7 @@ def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
 def test_a_small_share_of_a_large_disk_is_room_enough(free: float, severity: str | None) -> None:
     seen = with_site(disk=(int(free), 2 * 10**12))
     if free == 11.9e9:
-        seen = replace(seen, open=frozenset({("disk", "warning")}))
+        seen = replace(seen, open_severities=frozenset({("disk", "warning")}))
     assert [a.severity for a in evaluate_alerts(seen, NOW)] == ([severity] if severity else [])
 
 
@@ -257,7 +263,7 @@ def test_an_alert_opens_once_and_closes_once_and_does_not_flap() -> None:
     assert opened == [0] * 10 + [1, 0]
     for t in range(12, 40):  # away for less than its delay, again and again
         assert book.update([slow] if t % 5 else [], float(t), NOW + t) == []
-    assert [a.since for a in book.open] == [NOW]
+    assert [a.since for a in book.open_alerts] == [NOW]
     closed = [c for t in range(40, 60) for c in book.update([], float(t), NOW + t)]
     assert [(c.alert.kind, c.closed_at) for c in closed] == [("broker", NOW + 50)]
     for t in range(60, 90):  # there for less than its delay
@@ -271,7 +277,7 @@ def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
     assert [(t, c.alert.severity, c.closed_at) for t, c in changes] == [
         (10, "warning", None), (30, "critical", None), (50, "warning", None),
     ]  # fmt: skip
-    assert [a.severity for a in book.open] == ["warning"]
+    assert [a.severity for a in book.open_alerts] == ["warning"]
     for t in range(60, 90):  # worse for less than its delay
         assert book.update([bad if t % 5 else mild], float(t), NOW + t) == []
 
@@ -283,18 +289,18 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
     monitor = watching(tmp_path, now=lambda: now[0])
     for now[0] in range(1000, 1200):
         if now[0] % 20 == 0:
-            quarantine.crowded(f"eve\x1b[2J-{now[0]:.0f}" * 9 if named else "")
-        show(monitor, fleet=FleetSnapshot(floods_joins=quarantine.floods_joins()))
-        changes += [(now[0], alert.kind) for alert in monitor.book.open if not changes]
+            quarantine.note_join_flood(f"eve\x1b[2J-{now[0]:.0f}" * 9 if named else "")
+        show(monitor, fleet=FleetSnapshot(flooding_client=quarantine.flooding_client()))
+        changes += [(now[0], alert.kind) for alert in monitor.book.open_alerts if not changes]
     assert changes == [(1060, "joins-flooded")]
-    (alert,) = monitor.book.open
+    (alert,) = monitor.book.open_alerts
     assert alert.key == "joins-flooded"
     assert len(alert.what) < 250
     assert ("eve [2J-1180" in alert.what) is named
     if not named:
-        quarantine.crowded("eve")
-        quarantine.crowded("")
-        assert quarantine.floods_joins() == "eve", "the latest client that floods keeps its name for a while"
+        quarantine.note_join_flood("eve")
+        quarantine.note_join_flood("")
+        assert quarantine.flooding_client() == "eve", "the latest client that floods keeps its name for a while"
 
 
 def test_the_clock_on_the_wall_may_jump() -> None:
@@ -306,7 +312,7 @@ def test_the_clock_on_the_wall_may_jump() -> None:
 
 def test_many_strangers_hide_nothing_worse() -> None:
     strangers = {f"d{i}": "key" for i in range(MAX_ALERTS_OF_KIND + 9)}
-    found = evaluate_alerts(replace(with_site(waiting=strangers), broker="gone"), NOW)
+    found = evaluate_alerts(replace(with_site(waiting=strangers), broker_problem="gone"), NOW)
     book = AlertBook()
     book.update(found, 0.0, NOW)
     book.update(found, 60.0, NOW)
@@ -315,14 +321,14 @@ def test_many_strangers_hide_nothing_worse() -> None:
 
 def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None:
     left = raised(delay_s=10.0)
-    (tmp_path / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
-    assert read_recorded(tmp_path) == Recorded(NOW, [left])
+    (tmp_path / ALERTS_FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
+    assert read_monitor_record(tmp_path) == MonitorRecord(NOW, [left])
     book = AlertBook([left])
     assert book.update([raised(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
-    assert [a.since for a in book.open] == [NOW]
+    assert [a.since for a in book.open_alerts] == [NOW]
     for damaged in ("", "[]", '{"turned_at": 1, "alerts": [{}]}', '{"turned_at": 1, "alerts": [{"kind": "x"}]}'):
-        (tmp_path / FILE).write_text(damaged)
-        assert read_recorded(tmp_path) == Recorded()
+        (tmp_path / ALERTS_FILE).write_text(damaged)
+        assert read_monitor_record(tmp_path) == MonitorRecord()
 
 
 Changes = list[tuple[float, str, bool]]
@@ -354,7 +360,7 @@ def alarmed(
     daemon = fleet.daemon(observers=[Watcher(note), monitor])
 
     def idle() -> None:
-        if daemon.busy:
+        if daemon.is_busy:
             time.sleep(0.0005)
             return
         nonlocal kinds
@@ -390,7 +396,7 @@ def test_boards_that_all_die_are_told_within_a_deadline_and_so_is_their_return(
         for device in dead.values() if seconds == 70 else ():
             fleet.air.devices[device.name] = device
             device.session += 1
-            device.birth()
+            device.build()
 
     changes = alarmed(tmp_path, die, come_back)
     opened = {kind: at for at, kind, is_open in changes if is_open}
@@ -413,7 +419,7 @@ def test_boards_that_bring_nothing_are_told_after_a_deadline(tmp_path: Path, kin
     def speak(fleet: Fleet, seconds: float) -> None:
         for device in fleet.air.devices.values() if seconds == 100 else ():
             device.silent = False
-            device.birth()
+            device.build()
 
     changes = [c for c in alarmed(tmp_path, fall_silent, speak, kind=kind) if c[1] != "device-failing"]
     assert [(what, is_open) for _, what, is_open in changes] == [("no-progress", True), ("no-progress", False)]
@@ -444,7 +450,7 @@ def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
 def test_a_board_far_off_its_plan_is_found() -> None:
     def excess(before: Mapping[str, str], **measured: tuple[float, float]) -> dict[str, str]:
         compared: dict[str, Any] = {"a": measured} if measured else {}
-        return off_by_far(replace(SEEN, compared=compared, devices=boards("a")), before)
+        return prediction_excesses(replace(SEEN, comparisons=compared, devices=boards("a")), before)
 
     off = {"a": "memory 126.00 MB instead of 100.00 MB"}
     assert excess({}, peak_memory_bytes=(100e6, 126e6), step_seconds=(1.0, 1.9)) == off
@@ -462,7 +468,7 @@ def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
     def write(path: Path, content: bytes, **_: object) -> None:
         files.put({alert["kind"] for alert in json.loads(content)["alerts"]})
 
-    monkeypatch.setattr(monitor_module, "write_whole", write)
+    monkeypatch.setattr(monitor_module, "write_atomically", write)
     monkeypatch.setattr(monitor_module, "FACTS_INTERVAL_S", 3600.0)
     with closing(watching(tmp_path, now=lambda: now[0])) as monitor:
         monitor.start()
@@ -481,14 +487,17 @@ def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_ov
     monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
     show(monitor, seen=seen)
-    with wait_hook(lambda: show(monitor, LoopWaits(), seen=seen)):
+    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=seen)):
         for now[0] in (1.0, 12.0):
             call_wait_hook("the database is locked by process 7")
     assert kinds_of(monitor) == {"database-waits", "disk"}
     disk.free = 0.0
-    show(monitor, ServerEnds(), seen=seen)
+    show(monitor, ServerEnding(), seen=seen)
     monitor.close()
-    assert {(a.kind, a.severity) for a in monitor.book.open} == {("database-waits", "critical"), ("disk", "critical")}
+    assert {(a.kind, a.severity) for a in monitor.book.open_alerts} == {
+        ("database-waits", "critical"),
+        ("disk", "critical"),
+    }
 
     monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
@@ -503,7 +512,7 @@ def test_alerts_about_a_job_are_over_when_it_is_finished_though_the_server_ends_
     show(monitor, Ticked(), Finish("m"), at=1e6, seen=seen)
     assert kinds_of(monitor) == {"no-progress"}
     show(monitor, Finish("m"), seen=seen, phase=Phase.FINISHED)
-    show(monitor, ServerEnds(), seen=seen, phase=Phase.FINISHED)
+    show(monitor, ServerEnding(), seen=seen, phase=Phase.FINISHED)
     assert kinds_of(monitor) == set()
 
 
@@ -522,7 +531,7 @@ def test_a_start_closes_no_alert_that_only_its_last_run_had_counted_before_a_rou
 @pytest.mark.parametrize("restored", [True, False])
 def test_what_can_t_be_read_closes_no_alert(tmp_path: Path, restored: bool) -> None:
     with IdentityFolder.make(tmp_path, "lab") as identity:
-        identity.store.ask("attic", SigningKey.make().verifying.hex, 2)
+        identity.store.request_approval("attic", SigningKey.make().verifying_key.hex, 2)
     database, now = (tmp_path / "server.db").read_bytes(), [0.0]
     waiting = Alert("devices-wait", "info", NOW, "attic waits", "why", "todo")
     monitor = watching(tmp_path, *([waiting] if restored else []), now=lambda: now[0])
@@ -536,9 +545,9 @@ def test_what_can_t_be_read_closes_no_alert(tmp_path: Path, restored: bool) -> N
 
 def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Path) -> None:
     with RolloutStore(tmp_path) as store:
-        before = store.version()
+        before = store.change_count()
         site_facts_module.site_facts(tmp_path, {})
-        assert store.version() == before
+        assert store.change_count() == before
     with closing(sqlite3.connect(tmp_path / "server.db", isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         assert site_facts_module.site_facts(tmp_path, {}).rollout is None
@@ -550,14 +559,14 @@ def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) ->
     show(monitor, seen=seen)
     now[0] = 59.0
     assert not monitor.hangs
-    assert monitor.open() == []
+    assert monitor.open_alerts() == []
     now[0] = 61.0
-    assert [a.kind for a in monitor.open()] == ["server-hangs"]
+    assert [a.kind for a in monitor.open_alerts()] == ["server-hangs"]
     show(monitor, seen=seen)
-    assert monitor.open() == []
+    assert monitor.open_alerts() == []
     now[0] = 130.0
-    show(monitor, LoopWaits(), seen=seen)  # for its database, or a lock
-    assert monitor.open() == []
+    show(monitor, LoopBlocked(), seen=seen)  # for its database, or a lock
+    assert monitor.open_alerts() == []
 
 
 @pytest.mark.parametrize(("connected", "able"), [(False, 3), (True, 0)])
@@ -569,18 +578,26 @@ def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
     for now[0] in (0.0, 8.0) if connected else (0.0, 16.0):
         show(monitor, seen=seen)
     before = [] if connected else ["broker"]
-    assert [a.kind for a in monitor.book.open] == before
-    with wait_hook(lambda: show(monitor, LoopWaits(), seen=seen)):
+    assert [a.kind for a in monitor.book.open_alerts] == before
+    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=seen)):
         for now[0] in (17.0, 28.0, 60.0):
             call_wait_hook("the database is locked by process 7")
-    assert [a.kind for a in monitor.book.open] == [*before, "database-waits"]
+    assert [a.kind for a in monitor.book.open_alerts] == [*before, "database-waits"]
 
 
 def test_alerts_wait_until_all_jobs_of_a_server_were_seen(tmp_path: Path) -> None:
     left = Alert("round-waits", "warning", NOW, "it waits", "why", "todo", job="second")
     folders = {"first": tmp_path, "second": tmp_path / "second"}
     monitor = Monitor(tmp_path, {}, folders, book=AlertBook([left]))
-    show(monitor, ROUND, seen=replace(SEEN, name="first", fleet=FleetSnapshot(several_jobs=True, connected="abc")))
+    show(
+        monitor,
+        ROUND,
+        seen=replace(SEEN, name="first", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")),
+    )
     assert kinds_of(monitor) == {"round-waits"}
-    show(monitor, ROUND, seen=replace(SEEN, name="second", fleet=FleetSnapshot(several_jobs=True, connected="abc")))
+    show(
+        monitor,
+        ROUND,
+        seen=replace(SEEN, name="second", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")),
+    )
     assert kinds_of(monitor) == set()

@@ -15,8 +15,8 @@ from fedprune_server.monitoring.display import (
     make_display,
     round_line,
 )
-from fedprune_server.observation.observer import RoundEnded, ServerEnds
-from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot, Lazy
+from fedprune_server.observation.observer import RoundEnded, ServerEnding
+from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot, LazyMapping
 from support.fakes.shown_jobs import show
 
 ROW = DeviceSnapshot(
@@ -62,7 +62,7 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(display, LiveTable)
     show(display, seen=SNAPSHOT)
     logging.getLogger("fedprune.server").warning("device nano takes no part")
-    show(display, ServerEnds(), seen=SNAPSHOT)
+    show(display, ServerEnding(), seen=SNAPSHOT)
     for text in ("leaves: round 2 of 10", "raspberry-pi-4b", "12,345", "train 3/10", "device nano takes no part"):
         assert text in stream.getvalue()
 
@@ -70,7 +70,7 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_closed_table_gives_logging_back() -> None:
     logger = logging.getLogger("fedprune")
     before = (logger.handlers[:], logger.propagate)
-    show(LiveTable(Terminal()), ServerEnds(), seen=SNAPSHOT)
+    show(LiveTable(Terminal()), ServerEnding(), seen=SNAPSHOT)
     assert (logger.handlers[:], logger.propagate) == before
 
 
@@ -83,8 +83,8 @@ def test_the_table_is_not_drawn_at_every_message() -> None:
 
     display = LiveTable(Terminal())
     for _ in range(100):
-        show(display, seen=SNAPSHOT, devices=Lazy(devices))
-    show(display, ServerEnds(), seen=SNAPSHOT)
+        show(display, seen=SNAPSHOT, devices=LazyMapping(devices))
+    show(display, ServerEnding(), seen=SNAPSHOT)
     assert len(drawn) == 1
 
 
@@ -94,5 +94,5 @@ def test_brackets_in_a_devices_words_are_shown_as_they_are(monkeypatch: pytest.M
     stream = Terminal()
     display = make_display(stream)
     show(display, seen=SNAPSHOT, devices={"pi": replace(ROW, activity=text)})
-    show(display, ServerEnds(), seen=SNAPSHOT)
+    show(display, ServerEnding(), seen=SNAPSHOT)
     assert text in stream.getvalue()

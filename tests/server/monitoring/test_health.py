@@ -14,7 +14,7 @@ import pytest
 from fedprune.core.errors import ExitCode, StorageError
 from fedprune_server.cli.main import main
 from fedprune_server.monitoring.health import RUNNING, STANDING_BY, Pulse, check_pulse
-from fedprune_server.observation.observer import ServerEnds, TurnEnded
+from fedprune_server.observation.observer import ServerEnding, TurnEnded
 from support.fakes.fleet import Fleet, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.shown_jobs import show
@@ -43,7 +43,7 @@ def test_the_first_turn_is_ready_and_later_ones_feed_the_watchdog() -> None:
     ear.now += 0.1
     ear.beat()
     assert ear.heard[2:] == ["WATCHDOG=1"]
-    show(ear.pulse, ServerEnds())
+    show(ear.pulse, ServerEnding())
     assert ear.heard[3:] == ["STOPPING=1"]
 
 
@@ -72,7 +72,7 @@ def test_a_file_tells_a_probe(tmp_path: Path) -> None:
     ear.now += 5
     ear.beat()
     assert check_pulse(path, 60) == RUNNING
-    show(ear.pulse, ServerEnds())
+    show(ear.pulse, ServerEnding())
     assert not path.exists()
 
 

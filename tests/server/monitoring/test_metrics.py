@@ -22,11 +22,19 @@ from fedprune_server.monitoring import http
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES as ALERTS
 from fedprune_server.monitoring.alerts import HANG_THRESHOLD_S
-from fedprune_server.monitoring.http import served
+from fedprune_server.monitoring.http import serve_metrics
 from fedprune_server.monitoring.metrics import Metrics
-from fedprune_server.monitoring.round_parts import PARTS
-from fedprune_server.observation.observer import LoopWaits, Observer, Observers, RoundEnded, Saved, TurnEnded, TurnEvent
-from fedprune_server.observation.snapshot import Lazy
+from fedprune_server.monitoring.round_parts import ROUND_PARTS
+from fedprune_server.observation.observer import (
+    LoopBlocked,
+    Observer,
+    Observers,
+    RoundEnded,
+    TurnEnded,
+    TurnEvent,
+    TurnSaved,
+)
+from fedprune_server.observation.snapshot import LazyMapping
 from support.fakes.shown_jobs import SEEN, show
 from support.paths import ROOT
 
@@ -54,7 +62,7 @@ def test_a_played_job_is_counted(played: Callable[[Observer], State], tmp_path: 
     (tmp_path / "blobs" / "ab" / "abc").write_bytes(bytes(123))
     metrics = Metrics(tmp_path, lambda: {("quarantine", "warning"): 3, ("broker", "critical"): 0}, Steps())
     state = played(metrics)
-    show(metrics, Saved(0.01), TurnEnded(0.02), at=2000.0)
+    show(metrics, TurnSaved(0.01), TurnEnded(0.02), at=2000.0)
     found = values(metrics)
     job = ("job", "toy")
 
@@ -75,7 +83,7 @@ def test_a_played_job_is_counted(played: Callable[[Observer], State], tmp_path: 
     assert value("model_metric", metric="accuracy") == 0.5
     assert value("database_save_seconds_count") == 1
     done = {"score": 2, "extract": 6, "train": 3, "pull": 3, "aggregate": 3, "close": 1, "evaluate": 1, "round": 1}
-    assert {p: value("round_part_seconds_count", part=p) for p in PARTS} == done
+    assert {p: value("round_part_seconds_count", part=p) for p in ROUND_PARTS} == done
     assert found["fedprune_blobs_bytes", ()] == 123
     alerts = {dict(labels)["kind"]: n for (name, labels), n in found.items() if name == "fedprune_alerts"}
     assert alerts == {"quarantine": 3, "broker": 0}
@@ -98,7 +106,7 @@ def test_an_event_that_cannot_be_counted_takes_no_other_event_with_it(caplog: py
     metrics = Metrics()
     events: list[Any] = [
         RoundEnded({"round": 1}),
-        Saved(0.01),
+        TurnSaved(0.01),
         RoundEnded({"round": 2, "model": "", "metrics": {}, "devices": {}}),
     ]
     Observers([metrics]).show([(SEEN, [TurnEvent(1.0, what) for what in events])])
@@ -113,7 +121,7 @@ def test_an_event_that_cannot_be_counted_takes_no_other_event_with_it(caplog: py
 def site() -> Iterator[tuple[str, Metrics, list[float], list[str]]]:
     now, trouble = [100.0], [""]
     metrics = Metrics(clock=lambda: now[0])
-    with served(("127.0.0.1", 0), metrics, {"database": lambda: trouble[0]}) as port:
+    with serve_metrics(("127.0.0.1", 0), metrics, {"database": lambda: trouble[0]}) as port:
         yield f"http://127.0.0.1:{port}", metrics, now, trouble
 
 
@@ -142,7 +150,7 @@ def test_the_web_server_says_whether_the_loop_turns_and_what_is_ready(
 
 
 def test_a_name_that_another_site_may_have_is_not_answered() -> None:
-    with served(("127.0.0.1", 0), Metrics(), {}, ("fleet.example",)) as port:
+    with serve_metrics(("127.0.0.1", 0), Metrics(), {}, ("fleet.example",)) as port:
         for host, code in {
             f"127.0.0.1:{port}": 200, "localhost": 200, "[::1]:9": 200, "server:9100": 200, "Fleet.Example:9": 200,
             "evil.example": 421, f"evil.example:{port}": 421, "a@127.0.0.1.evil.example": 421,
@@ -162,13 +170,13 @@ def test_while_the_loop_waits_for_its_database_no_figure_needs_that() -> None:
 
     now = [100.0]
     metrics = Metrics(clock=lambda: now[0])
-    show(metrics, LoopWaits(), device_states=Lazy(states))
+    show(metrics, LoopBlocked(), device_states=LazyMapping(states))
     assert metrics.turned_at == 100.0
 
 
 def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[float], list[str]]) -> None:
     port = int(site[0].rpartition(":")[2])
-    with pytest.raises(ConfigError, match=r"server\.metrics"), served(("127.0.0.1", port), Metrics(), {}):
+    with pytest.raises(ConfigError, match=r"server\.metrics"), serve_metrics(("127.0.0.1", port), Metrics(), {}):
         pass
 
 
@@ -212,8 +220,10 @@ def test_the_alerts_ask_for_figures_that_there_are() -> None:
 def test_who_only_connects_takes_no_more_threads_than_there_are() -> None:
     metrics = Metrics()
     metrics.turned_at = metrics.clock()
-    with served(("127.0.0.1", 0), metrics, {}) as port, ExitStack() as stack:
-        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(http.MOST)]
+    with serve_metrics(("127.0.0.1", 0), metrics, {}) as port, ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(http.MAX_REQUESTS)
+        ]
         third = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
         assert third.recv(1) == b""  # hung up on
         silent[0].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")

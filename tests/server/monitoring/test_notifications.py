@@ -23,19 +23,19 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.setting import read_table
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.monitoring.monitor import read_recorded
+from fedprune_server.monitoring.monitor import read_monitor_record
 from fedprune_server.monitoring.notifications import (
-    KEPT,
+    MAX_ALERTS_LISTED,
     MAX_TRIES,
-    MOST,
+    MAX_WAITING_MESSAGES,
+    AppriseService,
     Message,
     NotificationError,
+    NotificationQueue,
     NotificationSchedule,
     Notifier,
-    Outbox,
-    Service,
     Webhook,
-    channels,
+    notification_channels,
 )
 from support.fakes.tiny_job import JOB
 from support.waiting import until
@@ -93,34 +93,34 @@ def test_an_alert_is_sent_once_and_its_end_is_sent() -> None:
     due, told = NotificationSchedule(AlertSettings(), "lab"), []
     for minute in range(150):
         opened = [alert()] if minute < 140 else []
-        told += [(minute, m.event) for m in due.messages(opened, 60.0 * minute, NOON)]
+        told += [(minute, m.event) for m in due.due_messages(opened, 60.0 * minute, NOON)]
     assert told == [(0, "opened"), (140, "resolved")]
 
 
 def test_what_is_not_severe_enough_is_not_told_and_its_end_neither() -> None:
     due = NotificationSchedule(AlertSettings(severity="critical", resolved=False), "lab")
-    assert due.messages([alert(severity="warning")], 0.0, NOON) == []
-    assert due.messages([], 100.0, NOON) == []
-    assert len(due.messages([alert()], 200.0, NOON)) == 1
-    assert due.messages([], 300.0, NOON) == [], "ends are not wanted"
+    assert due.due_messages([alert(severity="warning")], 0.0, NOON) == []
+    assert due.due_messages([], 100.0, NOON) == []
+    assert len(due.due_messages([alert()], 200.0, NOON)) == 1
+    assert due.due_messages([], 300.0, NOON) == [], "ends are not wanted"
 
 
 def test_many_alerts_are_one_message_and_the_critical_one_waits_for_nothing() -> None:
     due = NotificationSchedule(AlertSettings(), "lab")
     waiting = [alert("devices-wait", "warning", device=f"d{i}") for i in range(60)]
-    (first,) = due.messages(waiting[:1], 0.0, NOON)
-    assert [due.messages(waiting[:n], float(n), NOON) for n in range(2, 29)] == [[]] * 27
-    (urgent,) = due.messages([*waiting, alert()], 29.0, NOON)
+    (first,) = due.due_messages(waiting[:1], 0.0, NOON)
+    assert [due.due_messages(waiting[:n], float(n), NOON) for n in range(2, 29)] == [[]] * 27
+    (urgent,) = due.due_messages([*waiting, alert()], 29.0, NOON)
     assert [len(first.alerts), len(urgent.alerts), urgent.alerts[0].severity] == [1, 60, "critical"]
     body = json.loads(urgent.to_bytes())
-    assert (body["count"], len(body["alerts"])) == (60, MOST)
+    assert (body["count"], len(body["alerts"])) == (60, MAX_ALERTS_LISTED)
     assert "and 40 more" in urgent.text
 
 
 def test_a_restarted_server_does_not_tell_again_but_tells_the_end() -> None:
     due = NotificationSchedule(AlertSettings(), "lab", notified=[alert()])
-    assert due.messages([alert()], 0.0, NOON) == []
-    assert [m.event for m in due.messages([], 62.0, NOON)] == ["resolved"]
+    assert due.due_messages([alert()], 0.0, NOON) == []
+    assert [m.event for m in due.due_messages([], 62.0, NOON)] == ["resolved"]
 
 
 def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_resolved_once() -> None:
@@ -128,7 +128,7 @@ def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_re
     severities = ["warning"] * 60 + ["critical"] * 60 + ["warning"] * 60 + [""] * 60
     for second, severity in enumerate(severities):
         opened = [alert("disk", severity)] if severity else []
-        sent += [(second, m.event, m.alerts[0].severity) for m in due.messages(opened, float(second), NOON)]
+        sent += [(second, m.event, m.alerts[0].severity) for m in due.due_messages(opened, float(second), NOON)]
     assert sent == [(0, "opened", "warning"), (60, "opened", "critical"), (180, "resolved", "critical")]
 
 
@@ -137,17 +137,17 @@ def test_a_new_text_is_not_sent_again_and_the_end_is_told_in_the_latest() -> Non
     texts = ["a is away", "a and b are away", "b is away"]
     for second, text in enumerate([*texts, ""]):
         opened = [alert("rollout", "warning", what=text)] if text else []
-        sent += [(m.event, m.alerts[0].what) for m in due.messages(opened, 60.0 * second, NOON)]
+        sent += [(m.event, m.alerts[0].what) for m in due.due_messages(opened, 60.0 * second, NOON)]
     assert sent == [("opened", texts[0]), ("resolved", texts[-1])]
 
 
 def test_nothing_that_is_due_waits_beyond_the_end_of_the_server() -> None:
     due = NotificationSchedule(AlertSettings(), "lab")
     first, second = alert("disk", "warning"), alert("parent", "warning")
-    assert due.messages([first], 0.0, NOON)
-    assert due.messages([first, second], 1.0, NOON) == []
-    assert [m.alerts for m in due.messages([first, second], 2.0, NOON, last=True)] == [(second,)]
-    assert due.notified == [first, second]
+    assert due.due_messages([first], 0.0, NOON)
+    assert due.due_messages([first, second], 1.0, NOON) == []
+    assert [m.alerts for m in due.due_messages([first, second], 2.0, NOON, last=True)] == [(second,)]
+    assert due.notified_alerts == [first, second]
 
 
 # How it is sent.
@@ -190,8 +190,8 @@ def test_what_is_refused_for_good_keeps_the_next_message_back_for_its_tries_alon
 
 
 @contextmanager
-def closing_outbox(channel: Any) -> Iterator[Outbox]:
-    outbox = Outbox(channel, 0.0)
+def closing_outbox(channel: Any) -> Iterator[NotificationQueue]:
+    outbox = NotificationQueue(channel, 0.0)
     try:
         yield outbox
     finally:
@@ -203,7 +203,7 @@ def test_nobody_waits_for_a_channel_that_hangs_and_its_queue_is_bounded() -> Non
         name, free, begun, sent = "webhook", threading.Event(), threading.Event(), 0
 
         def send(self, message: Message) -> str:
-            self.begun.set()
+            self.has_begun.set()
             self.free.wait(30)
             self.sent += 1
             return ""
@@ -211,16 +211,16 @@ def test_nobody_waits_for_a_channel_that_hangs_and_its_queue_is_bounded() -> Non
     channel = Hangs()
     with closing_outbox(channel) as outbox:
         outbox.put(message())
-        assert channel.begun.wait(30)
-        for _ in range(3 * KEPT):
+        assert channel.has_begun.wait(30)
+        for _ in range(3 * MAX_WAITING_MESSAGES):
             outbox.put(message())
         channel.free.set()
-    assert KEPT <= channel.sent <= KEPT + 1
+    assert MAX_WAITING_MESSAGES <= channel.sent <= MAX_WAITING_MESSAGES + 1
 
 
 def test_a_service_is_told_what_is_wrong_and_what_to_do() -> None:
     with web(500) as (url, got):
-        service = Service(url.replace("http", "json", 1))
+        service = AppriseService(url.replace("http", "json", 1))
         with pytest.raises(NotificationError) as raised:
             service.send(message())
         assert "s3cret" not in str(raised.value)
@@ -233,7 +233,7 @@ def test_a_service_is_told_what_is_wrong_and_what_to_do() -> None:
 def test_an_address_that_no_service_has_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "services").write_text("# a comment\nnonsense://ann:hunter2@h\n")
     with pytest.raises(ConfigError) as raised:
-        channels(AlertSettings(services=tmp_path / "services"))
+        notification_channels(AlertSettings(services=tmp_path / "services"))
     assert raised.value.path == ("alerts", "services")
     assert "hunter2" not in str(raised.value)
 
@@ -257,7 +257,7 @@ def test_a_notifier_tells_by_all_ways_and_beats_while_the_server_works(tmp_path:
 def test_a_server_tells_of_what_ended_it_and_its_next_run_not_again(tmp_path: Path) -> None:
     def run(url: str, opened: list[Alert]) -> None:
         config = ServerConfig(state=tmp_path, alerts=AlertSettings(webhook=url))
-        book = AlertBook(read_recorded(tmp_path).alerts)
+        book = AlertBook(read_monitor_record(tmp_path).alerts)
         with monitoring(config, {JOB.name: tmp_path}, book):
             book.update(opened, 0.0, NOON)
 

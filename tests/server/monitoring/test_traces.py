@@ -15,7 +15,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.output.log_lines import current_log_context, log_context
 from fedprune_server.monitoring.traces import Traces
-from fedprune_server.observation.observer import Observer, ServerEnds
+from fedprune_server.observation.observer import Observer, ServerEnding
 from support.fakes.shown_jobs import show
 
 
@@ -33,7 +33,7 @@ def test_a_round_is_a_tree_of_spans(
     played(observer)
     with log_context(job="toy"):
         assert "trace_id" in current_log_context(), "of the round that is under way"
-        show(observer, ServerEnds())
+        show(observer, ServerEnding())
         assert "trace_id" not in current_log_context()
     spans = {s.context.span_id: s for s in exporter.get_finished_spans()}
     rounds = [s for s in spans.values() if s.name == "round"]

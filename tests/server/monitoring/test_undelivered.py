@@ -64,10 +64,10 @@ def opened(folder: Path, spoil: Callable[[Dropping], None], seconds: float) -> d
     found: dict[str, tuple[set[str | None], float]] = {}
 
     def idle() -> None:
-        if daemon.busy:
+        if daemon.is_busy:
             time.sleep(0.0005)  # the worker's thread is real
             return
-        for alert in monitor.book.open:
+        for alert in monitor.book.open_alerts:
             found.setdefault(alert.kind, (set(), air.now))[0].add(alert.device)
         air.now += 0.5
         for device in air.devices.values():

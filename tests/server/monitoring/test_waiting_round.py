@@ -61,7 +61,7 @@ class Vanishing(ToyDevice):
             self.vanish()
         if self.back_at is not None and self.air.now >= self.back_at:
             self.back_at, self.vanishes_in, self.session = None, self.vanishes_in[1:], self.session + 1
-            self.birth()
+            self.build()
 
 
 class Watched:
@@ -81,10 +81,10 @@ class Watched:
         air = self.fleet.air
 
         def idle() -> None:
-            if self.daemon.busy:
+            if self.daemon.is_busy:
                 time.sleep(0.0005)  # the worker's thread is real
                 return
-            self.seen.append((air.now, self.monitor.book.open))
+            self.seen.append((air.now, self.monitor.book.open_alerts))
             air.now += 0.5
             for device in air.devices.values():
                 device.turn()
@@ -133,7 +133,7 @@ def test_a_board_that_was_offline_at_its_deadlines_needs_a_connection_and_no_rep
         ended = RoundEnded({"round": number, "devices": {"a": late}})
         show(watch, changed, ended, devices=boards("a") if online else boards(offline="a"))
         show(watch, changed, devices=boards("a"))  # it comes back, and goes again
-        watch.look()
+        watch.update()
     assert {name: absence.kind for name, absence in watch.absences().items()} == {"a": kind}
     (alert,) = evaluate_alerts(Situation(tmp_path, absences=watch.absences()), 1000.0)
     assert ("offline" in alert.what, "power" in alert.todo) == (not online, not online)

@@ -9,13 +9,13 @@ import pytest
 
 from fedprune_server.observation.observer import (
     MAX_DEFERRAL_S,
-    MAX_SHARE,
-    LoopWaits,
+    MAX_LOOP_SHARE,
+    LoopBlocked,
     Observers,
-    Saved,
     TurnEvent,
+    TurnSaved,
 )
-from fedprune_server.observation.snapshot import JobSnapshot, Lazy
+from fedprune_server.observation.snapshot import JobSnapshot, LazyMapping
 from support.fakes.shown_jobs import SEEN
 
 OTHER = JobSnapshot(name="other")
@@ -30,7 +30,7 @@ class Taking:
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         self._now[0] += self._seconds
-        self.seen.append((snapshot.name, [event.at for event in events]))
+        self.seen.append((snapshot.name, [event.happened_at for event in events]))
 
 
 class Failing:
@@ -39,7 +39,7 @@ class Failing:
 
 
 def turn(at: float) -> list[tuple[JobSnapshot, list[TurnEvent]]]:
-    return [(SEEN, [TurnEvent(at, Saved(0.1))]), (OTHER, [TurnEvent(at, Saved(0.2))])]
+    return [(SEEN, [TurnEvent(at, TurnSaved(0.1))]), (OTHER, [TurnEvent(at, TurnSaved(0.2))])]
 
 
 def test_one_that_fails_is_logged_once_and_hides_nothing_from_the_next(caplog: pytest.LogCaptureFixture) -> None:
@@ -64,7 +64,7 @@ def test_a_slow_one_has_its_share_of_the_time_and_misses_nothing() -> None:
         now[0] += 0.05
     assert len(quick.seen) == 2000
     spent = 0.1 * len(slow.seen)
-    assert 0 < spent <= 1.5 * MAX_SHARE * (now[0] - 100.0)
+    assert 0 < spent <= 1.5 * MAX_LOOP_SHARE * (now[0] - 100.0)
     for job in (SEEN.name, OTHER.name):
         ats = [at for name, times in slow.seen if name == job for at in times]
         assert ats == list(range(len(ats))), "in order, each once"
@@ -86,8 +86,8 @@ def test_while_the_loop_waits_all_are_called_at_once() -> None:
     slow = Taking(now, 1.0)
     observers = Observers([slow], lambda: now[0])
     observers.show([(SEEN, [])])
-    observers.show([(SEEN, [TurnEvent(1.0, Saved(0.1))])])
-    observers.show([(SEEN, [TurnEvent(2.0, LoopWaits())])], at_once=True)
+    observers.show([(SEEN, [TurnEvent(1.0, TurnSaved(0.1))])])
+    observers.show([(SEEN, [TurnEvent(2.0, LoopBlocked())])], at_once=True)
     assert [times for _, times in slow.seen] == [[], [1.0, 2.0]]
 
 
@@ -111,7 +111,7 @@ def test_what_is_lazy_is_made_once_and_only_if_somebody_looks() -> None:
         made.append(1)
         return {"a": 1}
 
-    lazy = Lazy(make)
+    lazy = LazyMapping(make)
     assert made == []
     assert (dict(lazy), len(lazy), lazy.get("b")) == ({"a": 1}, 1, None)
     assert made == [1]

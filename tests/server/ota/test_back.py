@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ConfigError, ReleaseError
-from fedprune.releases.release import MANIFEST, Release, opened
+from fedprune.releases.release import MANIFEST, Release, verified_release
 from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
@@ -36,8 +36,8 @@ class Field:
         with IdentityFolder.make(self.state, "lab") as identity:
             self.key = identity.key
             for name in NAMES:
-                key = SigningKey.make().verifying.hex
-                identity.store.ask(name, key, 1)
+                key = SigningKey.make().verifying_key.hex
+                identity.store.request_approval(name, key, 1)
                 identity.store.approve(name, key, 2)
         self.now = 1000.0
         self.seen = dict.fromkeys(NAMES, 0)
@@ -60,14 +60,16 @@ class Field:
         self.store.close()
         self.store = RolloutStore(self.state)
         self.desk = RolloutCoordinator(self.store, self.send, clock=lambda: self.now, monotonic=lambda: self.now)
-        self.desk.connected(True)
+        self.desk.on_connection_change(True)
 
     def send(self, device: str, message: Any) -> None:
         self.sent()
         if isinstance(message, ReleaseWithdrawn):
             self.withdrawn.append((device, message.number))
         elif isinstance(message, ReleaseOffer) and device not in self.silent:
-            release = opened(message.manifest.encode(), bytes.fromhex(message.signature), self.key.verifying)
+            release = verified_release(
+                message.manifest.encode(), bytes.fromhex(message.signature), self.key.verifying_key
+            )
             for file in release.files:
                 assert self.store.blobs.has(file.sha256)
             state = COMMITTED
@@ -77,7 +79,7 @@ class Field:
                 state = REFUSED
             self.answers.append(ReleaseReport(device, release.number, state, "", 0, 0))
 
-    def live(self, minutes: int = 8) -> None:
+    def is_live(self, minutes: int = 8) -> None:
         for _ in range(minutes):
             if self.desk is None:
                 self.server()
@@ -85,7 +87,7 @@ class Field:
             self.now += 60.0
             answers, self.answers = self.answers, []
             for answer in answers:
-                self.desk.reported(answer)
+                self.desk.on_report(answer)
             self.desk.tick()
 
     def ordered(self, what: Callable[[RolloutStore], Any]) -> Any:
@@ -94,7 +96,7 @@ class Field:
 
     @property
     def entry(self) -> RolloutEntry:
-        found = self.store.latest()
+        found = self.store.latest_entry()
         assert found is not None
         return found
 
@@ -108,7 +110,7 @@ class Field:
 def field(tmp_path: Path) -> Field:
     made = Field(tmp_path)
     start_rollout(made.state, made.release(1), RolloutTerms((1.0,)))
-    made.live()
+    made.is_live()
     assert made.numbers() == {1: 10}
     return made
 
@@ -117,32 +119,32 @@ def field(tmp_path: Path) -> Field:
 def test_a_pause_lets_no_further_board_begin_until_it_is_resumed(field: Field, restart: bool) -> None:
     start_rollout(field.state, field.release(2), HALF)
     field.silent = set(NAMES)
-    field.live(2)
+    field.is_live(2)
     field.ordered(lambda s: s.pause("a storm"))
     field.silent = set()
     for _ in range(20):
         if restart:
             field.desk = None
-        field.live(1)
+        field.is_live(1)
     assert field.entry.rollout.phase is RolloutPhase.PAUSED
     assert field.entry.rollout.why == "paused: a storm"
     assert field.numbers() == {1: 5, 2: 5}, "those at it end, and the next stage waits"
     field.ordered(lambda s: s.resume())
     if restart:
         field.desk = None
-    field.live()
+    field.is_live()
     assert (field.entry.rollout.phase, field.numbers()) == (RolloutPhase.DONE, {2: 10})
 
 
 def test_boards_go_back_to_what_they_had_under_a_number_that_none_has_seen(field: Field) -> None:
     start_rollout(field.state, field.release(2), HALF)
-    field.live(1)
+    field.is_live(1)
     took = {n for n, r in field.has.items() if r.number == 2}
     assert len(took) == 5
     begun = take_back(field.state, "it is hot", release=2, above=6)
     told = "rollout 3: back from release 2 to what release 1 (0.1.0) holds, as release 7, for"
-    assert begun.told_back() == f"{told} {len(begun.rollout.boards)} boards"
-    field.live()
+    assert begun.way_back_text() == f"{told} {len(begun.rollout.boards)} boards"
+    field.is_live()
     entries = field.store.entries()
     assert [e.rollout.phase for e in entries] == [RolloutPhase.DONE, RolloutPhase.STOPPED, RolloutPhase.DONE]
     assert entries[1].rollout.why == "stopped: boards go back: it is hot"
@@ -165,9 +167,9 @@ def test_a_server_that_dies_at_any_message_takes_all_back_all_the_same(tmp_path:
         (tmp_path / str(at)).mkdir()
         field = Field(tmp_path / str(at))
         start_rollout(field.state, field.release(1), RolloutTerms((1.0,)))
-        field.live(2)
+        field.is_live(2)
         start_rollout(field.state, field.release(2), HALF)
-        field.live(1)
+        field.is_live(1)
         took = {n for n, r in field.has.items() if r.number == 2}
         take_back(field.state, "bad")
         left = at
@@ -181,13 +183,13 @@ def test_a_server_that_dies_at_any_message_takes_all_back_all_the_same(tmp_path:
         field.sent = crash
         for _ in range(12):
             with suppress(CrashError):
-                field.live(1)
+                field.is_live(1)
                 continue
             field.desk = None
         assert took
         assert all(field.has[n].number == 3 for n in took)
         assert field.entry.rollout.phase is RolloutPhase.DONE
-        assert field.store.under_way() == []
+        assert field.store.entries_under_way() == []
 
 
 def test_nothing_is_taken_back_without_something_to_go_back_to(field: Field, tmp_path: Path) -> None:
@@ -196,22 +198,22 @@ def test_nothing_is_taken_back_without_something_to_go_back_to(field: Field, tmp
     start_rollout(field.state, field.release(2), HALF)
     with pytest.raises(ConfigError, match="release 2"):
         take_back(field.state, "x")
-    field.live()
+    field.is_live()
     with pytest.raises(ReleaseError, match="above 2"):
         take_back(field.state, "x", number=2)
     field.store.blobs.delete(field.made(1).files[0].sha256)
     with pytest.raises(ReleaseError, match=r"release 1 "):
         take_back(field.state, "x")
     assert field.entry.number == 2, "what was refused has changed nothing"
-    assert field.entry.wish is None
+    assert field.entry.stop_reason is None
 
 
 def test_a_board_that_failed_or_left_is_not_taken_back(field: Field) -> None:
     start_rollout(field.state, field.release(2), RolloutTerms((1.0,), success=0.5, errors=0.5))
     field.silent = {"board-9"}
-    field.live(1)
+    field.is_live(1)
     assert field.desk is not None
-    field.desk.reported(ReleaseReport("board-3", 2, REFUSED, "no room", 0, 0))
+    field.desk.on_report(ReleaseReport("board-3", 2, REFUSED, "no room", 0, 0))
     with IdentityFolder(field.state) as identity:
         identity.revoke("board-4")
     begun = take_back(field.state, "x")

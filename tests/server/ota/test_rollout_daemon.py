@@ -13,7 +13,7 @@ from fedprune.releases.release import FILES, Release, read_release
 from fedprune.releases.rollout import Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
-from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse_message
 from fedprune.wire.transfer import Pull
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Air, Fleet, ToyDevice
@@ -32,8 +32,8 @@ class Updated(ToyDevice):
         self.number = 0
         self.told: ReleaseReport | None = None
 
-    def birth(self) -> None:
-        super().birth()
+    def build(self) -> None:
+        super().build()
         if self.told is not None:
             self.say(self.told)
 
@@ -43,7 +43,7 @@ class Updated(ToyDevice):
             for want in self.files[chunk.sha256].on_chunk(chunk, self.air.now):
                 self.say(want)
             self.install()
-        elif channel == "down" and isinstance(offer := parse(payload), ReleaseOffer):
+        elif channel == "down" and isinstance(offer := parse_message(payload), ReleaseOffer):
             self.pull(offer)
         else:
             super().hear(topic, payload)
@@ -60,7 +60,7 @@ class Updated(ToyDevice):
         self.install()
 
     def install(self) -> None:
-        if self.files and all(p.done for p in self.files.values()):
+        if self.files and all(p.is_done for p in self.files.values()):
             self.told = ReleaseReport(self.name, self.number, self.end, "a reason", 0, 0)
             self.say(self.told)
 
@@ -77,11 +77,11 @@ class UpdatedFleet(Fleet):
         super().__init__(folder)
         self.updated = {n: Updated(n, folder / "updated", self.air) for n in NAMES}
         self.air.devices.update(self.updated)
-        made, manifest, signature = read_release(release, KEY.verifying)
+        made, manifest, signature = read_release(release, KEY.verifying_key)
         with RolloutStore(folder) as store:
             leaves = tuple(store.blobs.put((release / FILES / f.sha256).read_bytes()).leaves for f in made.files)
             offer = ReleaseOffer(7, manifest.decode(), signature.hex(), leaves, 3, 600.0)
-            store.begin(offer, Rollout.of(RolloutPlan("release", "7", stages), NAMES), 0.0, joins=True)
+            store.begin(offer, Rollout.for_boards(RolloutPlan("release", "7", stages), NAMES), 0.0, joins=True)
         self.files = [f.sha256 for f in made.files]
 
     def until_over(self, folder: Path, **options: object) -> Rollout:
@@ -90,17 +90,17 @@ class UpdatedFleet(Fleet):
             daemon = self.daemon(rollouts=store, **options)
 
             def rollout() -> Rollout:
-                entry = seen.latest()
+                entry = seen.latest_entry()
                 assert entry is not None
                 return entry.rollout
 
             def idle() -> None:
-                if daemon.busy:
+                if daemon.is_busy:
                     time.sleep(0.0005)
                     return
                 self.air.now += 0.5
                 assert self.air.now < 10_000
-                if daemon.finished and rollout().phase is not RolloutPhase.RUNNING:
+                if daemon.is_finished and rollout().phase is not RolloutPhase.RUNNING:
                     daemon.stop()
 
             self.air.on_idle = idle
@@ -149,7 +149,7 @@ def test_several_jobs_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: 
     several.air.devices.update(updated)
     with RolloutStore(tmp_path) as store:
         states = several.run(several.host(rollouts=store))
-        entry = store.latest()
+        entry = store.latest_entry()
     assert entry is not None
     assert (entry.rollout.phase, entry.rollout.failures()) == (RolloutPhase.DONE, {})
     assert all(state.phase is Phase.FINISHED for state in states.values())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ReleaseError
 from fedprune.releases.release import FILES, Release, read_release
-from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.releases.rollout import CAREFUL_STAGES, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.fleet_messages import (
     COMMITTED,
     DOWNLOADING,
@@ -26,7 +26,7 @@ from fedprune.wire.fleet_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune.wire.messages import parse
+from fedprune.wire.messages import parse_message
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.runtime_releases import KEY, make_release
@@ -60,17 +60,17 @@ class Site:
         self.on_send: Callable[[str, Any], None] = lambda *_: None
         self.coordinator: RolloutCoordinator | None = None
         self.store = RolloutStore(folder)
-        for file in read_release(release, KEY.verifying)[0].files:
+        for file in read_release(release, KEY.verifying_key)[0].files:
             self.store.blobs.put((release / FILES / file.sha256).read_bytes())
 
     def offer(self, number: int = 7) -> ReleaseOffer:
-        made, manifest, signature = read_release(self.release, KEY.verifying)
+        made, manifest, signature = read_release(self.release, KEY.verifying_key)
         return ReleaseOffer(number, manifest.decode(), signature.hex(), ("ab" * 32,) * len(made.files), 3, 600.0)
 
     def begin(self, *stages: Stage, number: int = 7, joins: bool = True, names: list[str] = NAMES) -> int:
-        plan = RolloutPlan("release", str(number), stages or CAREFUL, board_seconds=3600.0)
+        plan = RolloutPlan("release", str(number), stages or CAREFUL_STAGES, board_seconds=3600.0)
         with RolloutStore(self.folder) as other:  # the command line is another process
-            return other.begin(self.offer(number), Rollout.of(plan, names), self.wall, joins=joins)
+            return other.begin(self.offer(number), Rollout.for_boards(plan, names), self.wall, joins=joins)
 
     def start(self) -> RolloutCoordinator:
         """A daemon comes up."""
@@ -79,11 +79,11 @@ class Site:
         self.coordinator = RolloutCoordinator(
             self.store, self.send, lambda: self.members, lambda: self.wall, lambda: self.now
         )
-        self.coordinator.connected(True)
+        self.coordinator.on_connection_change(True)
         return self.coordinator
 
     def send(self, device: str, message: Any) -> None:
-        assert parse(message.to_bytes()) == message
+        assert parse_message(message.to_bytes()) == message
         self.on_send(device, message)
         if self.lost:
             self.lost -= 1
@@ -97,7 +97,7 @@ class Site:
     def report(self, device: str, state: str, number: int = 7, done: int = 0) -> None:
         reason = "killed by SIGILL" if state in (ROLLED_BACK, REFUSED) else ""
         assert self.coordinator is not None
-        self.coordinator.reported(ReleaseReport(device, number, state, reason, done, 10))
+        self.coordinator.on_report(ReleaseReport(device, number, state, reason, done, 10))
 
     def minute(self) -> None:
         self.now += 60
@@ -110,7 +110,7 @@ class Site:
                 self.report(device, states[at])
         self.coordinator.tick()
 
-    def live(self, hours: float = 4, restart: bool = False) -> Rollout:
+    def is_live(self, hours: float = 4, restart: bool = False) -> Rollout:
         for _ in range(int(60 * hours)):
             if restart:
                 self.start()
@@ -119,13 +119,13 @@ class Site:
 
     @property
     def rollout(self) -> Rollout:
-        entry = self.store.latest()
+        entry = self.store.latest_entry()
         assert entry is not None
         return entry.rollout
 
     @property
     def reports(self) -> dict[str, Any]:
-        entry = self.store.latest()
+        entry = self.store.latest_entry()
         assert entry is not None
         return entry.reports
 
@@ -143,7 +143,7 @@ def site(tmp_path: Path, release: Path) -> Site:
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_good_release_goes_to_all_stage_after_stage(site: Site, restart: bool) -> None:
     site.begin(Stage(0.1), Stage(0.5), Stage(1.0))
-    rollout = site.live(restart=restart)
+    rollout = site.is_live(restart=restart)
     assert (rollout.phase, rollout.failures(), sorted(site.offered)) == (RolloutPhase.DONE, {}, NAMES)
     ends = [max(site.offered[n] for n in site.stage(i)) for i in range(3)]
     begins = [min(site.offered[n] for n in site.stage(i)) for i in range(3)]
@@ -155,7 +155,7 @@ def test_a_good_release_goes_to_all_stage_after_stage(site: Site, restart: bool)
 def test_a_bad_release_reaches_one_board_and_stops_with_its_reason(site: Site, restart: bool) -> None:
     site.usual = BAD
     site.begin()
-    rollout = site.live(restart=restart)
+    rollout = site.is_live(restart=restart)
     assert rollout.phase is RolloutPhase.STOPPED
     assert list(site.offered) == site.stage(0)
     assert rollout.failures() == {site.stage(0)[0]: "rolled back: killed by SIGILL"}
@@ -168,9 +168,9 @@ def test_every_state_has_a_deadline_after_which_the_board_has_failed(
 ) -> None:
     site.usual = states
     site.begin()
-    site.live(hours=(minutes - 1) / 60)
+    site.is_live(hours=(minutes - 1) / 60)
     assert site.rollout.phase is RolloutPhase.RUNNING
-    site.live(hours=4 / 60)
+    site.is_live(hours=4 / 60)
     (name,) = site.offered
     assert site.rollout.phase is RolloutPhase.STOPPED
     assert site.rollout.failures() == {name: "said nothing until its deadline"}
@@ -180,29 +180,29 @@ def test_every_state_has_a_deadline_after_which_the_board_has_failed(
 def test_a_slow_download_goes_on_as_long_as_it_gets_on(site: Site) -> None:
     site.usual = SILENT
     site.begin()
-    site.live(hours=1 / 60)
+    site.is_live(hours=1 / 60)
     (name,) = site.offered
     for done in range(10):
         site.report(name, DOWNLOADING, done=done)
-        site.live(hours=50 / 60)
+        site.is_live(hours=50 / 60)
     assert site.rollout.phase is RolloutPhase.RUNNING
     for _ in range(2):
         site.report(name, DOWNLOADING, done=9)
-        site.live(hours=50 / 60)
+        site.is_live(hours=50 / 60)
     assert site.rollout.phase is RolloutPhase.STOPPED, "to say the same again is no progress"
 
 
 def test_a_board_that_comes_back_hears_its_offer_again_and_a_new_one_is_in_the_last_stage(site: Site) -> None:
     site.usual = SILENT
     site.begin()
-    site.live(hours=1 / 60)
+    site.is_live(hours=1 / 60)
     assert site.coordinator is not None
     (name,) = site.offered
     site.offered.clear()
-    site.coordinator.born(name)
+    site.coordinator.on_birth(name)
     assert list(site.offered) == [name]
-    site.coordinator.born("newcomer")
-    site.coordinator.born(NAMES[0] if NAMES[0] != name else NAMES[1])
+    site.coordinator.on_birth("newcomer")
+    site.coordinator.on_birth(NAMES[0] if NAMES[0] != name else NAMES[1])
     assert list(site.offered) == [name]
     assert site.rollout.boards["newcomer"].stage == 2
 
@@ -210,24 +210,24 @@ def test_a_board_that_comes_back_hears_its_offer_again_and_a_new_one_is_in_the_l
 def test_files_are_for_the_boards_that_are_given_the_release(site: Site) -> None:
     site.usual = HANGS
     site.begin()
-    site.live(hours=3 / 60)
+    site.is_live(hours=3 / 60)
     assert site.coordinator is not None
     (name,) = site.offered
     files = {f.sha256 for f in Release.from_bytes(site.offer().manifest.encode()).files}
-    assert {n: site.coordinator.files(n) for n in [*NAMES, "stranger"]} == {
+    assert {n: site.coordinator.downloadable_files(n) for n in [*NAMES, "stranger"]} == {
         n: (files if n == name else frozenset()) for n in [*NAMES, "stranger"]
     }
-    site.live(hours=2)
-    assert site.coordinator.files(name) == frozenset()
+    site.is_live(hours=2)
+    assert site.coordinator.downloadable_files(name) == frozenset()
 
 
 def test_somebody_stops_it_and_boards_that_are_at_it_hear_of_that(site: Site) -> None:
     site.begin(Stage(0.5), Stage(1.0))
     site.usual = HANGS
-    site.live(hours=3 / 60)
+    site.is_live(hours=3 / 60)
     with RolloutStore(site.folder) as other:
         other.stop("it is Friday")
-    site.live(hours=2 / 60)
+    site.is_live(hours=2 / 60)
     assert (site.rollout.phase, site.rollout.why) == (RolloutPhase.STOPPED, "stopped: it is Friday")
     assert sorted(site.withdrawn) == sorted(site.offered) == site.stage(0)
     assert site.coordinator is not None
@@ -240,18 +240,18 @@ def test_somebody_stops_it_and_boards_that_are_at_it_hear_of_that(site: Site) ->
 
 def test_a_broker_that_was_away_for_hours_blames_no_board_for_it(site: Site) -> None:
     site.begin(Stage(1.0))
-    site.live(hours=2 / 60)
+    site.is_live(hours=2 / 60)
     assert site.coordinator is not None
-    site.coordinator.connected(False)
+    site.coordinator.on_connection_change(False)
     for _ in range(3 * 60):
         site.now += 60
         site.coordinator.tick()
-    site.coordinator.connected(True)
+    site.coordinator.on_connection_change(True)
     assert (site.rollout.phase, site.rollout.failures()) == (RolloutPhase.RUNNING, {})
     site.now += 58 * 60
     site.coordinator.tick()
     assert site.rollout.failures() == {}, "each has its time anew"
-    assert site.live().phase is RolloutPhase.DONE
+    assert site.is_live().phase is RolloutPhase.DONE
 
 
 @pytest.mark.parametrize(("jump", "restart"), [(2 * 3600, False), (-1.6e9, True)])
@@ -259,41 +259,44 @@ def test_a_clock_that_is_set_fails_nobody_and_holds_up_no_deadline(site: Site, j
     site.fates = {NAMES[4]: SILENT}
     site.now += 60 * 86_400  # the machine has been up for long
     site.begin(Stage(1.0, success=0.9, errors=0.1))
-    site.live(hours=2 / 60)
+    site.is_live(hours=2 / 60)
     site.wall += jump
     if restart:
         site.now = 5.0  # the machine's clock that only grows starts again
         site.start()
-    site.live(hours=0.5)
+    site.is_live(hours=0.5)
     assert site.rollout.failures() == {}
-    assert site.live(hours=1.5).phase is RolloutPhase.DONE
+    assert site.is_live(hours=1.5).phase is RolloutPhase.DONE
     assert site.rollout.failures() == {NAMES[4]: "said nothing until its deadline"}
 
 
 def test_a_revoked_board_gets_no_more_files_and_offers_until_it_is_let_in_again(site: Site) -> None:
     site.usual = HANGS
     site.begin(Stage(1.0, success=0.9, errors=0.1))
-    site.live(hours=1 / 60)
+    site.is_live(hours=1 / 60)
     assert site.coordinator is not None
-    site.coordinator.without([NAMES[2], "stranger"])
-    site.coordinator.without([NAMES[2]])
+    site.coordinator.drop_boards([NAMES[2], "stranger"])
+    site.coordinator.drop_boards([NAMES[2]])
     site.offered.clear()
-    site.live(hours=10 / 60)
+    site.is_live(hours=10 / 60)
     assert NAMES[2] not in site.offered
-    assert (site.coordinator.files(NAMES[2]), bool(site.coordinator.files(NAMES[3]))) == (frozenset(), True)
-    site.coordinator.born(NAMES[2])
+    assert (site.coordinator.downloadable_files(NAMES[2]), bool(site.coordinator.downloadable_files(NAMES[3]))) == (
+        frozenset(),
+        True,
+    )
+    site.coordinator.on_birth(NAMES[2])
     assert NAMES[2] in site.offered
-    assert site.coordinator.files(NAMES[2])
+    assert site.coordinator.downloadable_files(NAMES[2])
 
 
 def test_what_a_board_reports_of_another_release_with_this_number_is_not_counted(site: Site) -> None:
     site.usual = ()
     site.begin(Stage(1.0))
     coordinator = site.start()
-    coordinator.reported(ReleaseReport(NAMES[0], 7, COMMITTED, "", 0, 0, "ab" * 32))
+    coordinator.on_report(ReleaseReport(NAMES[0], 7, COMMITTED, "", 0, 0, "ab" * 32))
     assert site.rollout.boards[NAMES[0]].fate is Fate.GIVEN
     manifest = hashlib.sha256(site.offer().manifest.encode()).hexdigest()
-    coordinator.reported(ReleaseReport(NAMES[0], 7, COMMITTED, "", 0, 0, manifest))
+    coordinator.on_report(ReleaseReport(NAMES[0], 7, COMMITTED, "", 0, 0, manifest))
     assert site.rollout.boards[NAMES[0]].fate is Fate.WELL
 
 
@@ -334,9 +337,9 @@ def test_one_rollout_at_a_time_and_never_a_lower_number(site: Site) -> None:
     assert site.begin() == 1
     with pytest.raises(ConfigError, match="rollout 1, of release 7"):
         site.begin(number=8)
-    site.live()
+    site.is_live()
     assert site.begin(number=7) == 2
-    site.live()
+    site.is_live()
     with pytest.raises(ReleaseError, match=r"release 6: .*7 or more"):
         site.begin(number=6)
     with pytest.raises(ConfigError, match="rollout"):
@@ -385,7 +388,7 @@ def test_a_rollout_waits_where_its_files_are_missing_and_can_be_stopped_there(
     data = site.store.blobs.read(digest)
     site.store.blobs.delete(digest)
     site.start()
-    site.live(0.5)
+    site.is_live(0.5)
     assert "files of its release are missing" in caplog.text
     assert site.offered == {}
     site.store.blobs.put(data)
@@ -394,7 +397,7 @@ def test_a_rollout_waits_where_its_files_are_missing_and_can_be_stopped_there(
     site.store.blobs.delete(digest)
     site.start()
     site.store.stop("elsewhere")
-    site.live(0.1)
+    site.is_live(0.1)
     assert site.rollout.phase is RolloutPhase.STOPPED
 
 
@@ -402,8 +405,8 @@ def test_a_rollout_waits_where_its_files_are_missing_and_can_be_stopped_there(
 def test_boards_that_are_revoked_leave_the_rollout_and_stop_nothing(site: Site, restart: bool) -> None:
     site.fates = dict.fromkeys(NAMES[:5], SILENT)
     site.begin(Stage(1.0, success=0.9, errors=0.1))
-    site.live(hours=2 / 60)
+    site.is_live(hours=2 / 60)
     site.members -= set(NAMES[:5])
-    rollout = site.live(restart=restart)
+    rollout = site.is_live(restart=restart)
     assert (rollout.phase, rollout.failures(), site.withdrawn) == (RolloutPhase.DONE, {}, {})
     assert {n for n, b in rollout.boards.items() if b.fate is Fate.GONE} == set(NAMES[:5])

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from fedprune_server.process.child_process import BACKOFF_S, MAX_SHORT_RUNS, ChildProcess, RestartedProcess
+from fedprune_server.process.child_process import MAX_SHORT_RUNS, RESTART_BACKOFF_S, ChildProcess, RestartedProcess
 from support.waiting import until
 
 
@@ -21,17 +21,17 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while() -> None:
     child = restarted("raise SystemExit(3)")
     for turn in range(MAX_SHORT_RUNS):
         assert child.start(lambda: b"\n", float(turn))
-        until(lambda turn=turn: (list(child.received(float(turn))), not child.alive)[1])  # type: ignore[misc]
+        until(lambda turn=turn: (list(child.receive_all(float(turn))), not child.is_alive)[1])  # type: ignore[misc]
     assert child.pid is None
     assert not child.start(lambda: b"\n", 10.0)
-    assert child.start(lambda: b"\n", 10.0 + BACKOFF_S)
+    assert child.start(lambda: b"\n", 10.0 + RESTART_BACKOFF_S)
     child.stop()
 
 
 def test_a_line_goes_to_it_and_comes_back_and_it_ends_when_asked() -> None:
     child = restarted("import sys\nfor line in sys.stdin: print(line, end='', flush=True)")
     assert child.start(lambda: b"first\n", 0.0)
-    said = until(lambda: list(child.received(0.0)))
+    said = until(lambda: list(child.receive_all(0.0)))
     pid = child.pid
     child.stop()
     assert said == [b"first\n"]

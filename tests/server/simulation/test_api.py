@@ -18,8 +18,8 @@ from fedprune_server import simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.rows import SPENT
-from fedprune_server.simulation.starter import STARTERS, write_starter
+from fedprune_server.simulation.results.rows import COST_COLUMNS
+from fedprune_server.simulation.starter import STARTER_BOARDS, write_starter
 from support.paths import ROOT
 
 FLEET: dict[str, Any] = {
@@ -32,7 +32,7 @@ FLEET: dict[str, Any] = {
 
 def test_the_page_s_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of a fleet to begin with, for a round."""
-    write_starter(tmp_path, STARTERS)
+    write_starter(tmp_path, STARTER_BOARDS)
     config = tmp_path / "fleet.toml"
     config.write_text(config.read_text().replace("rounds = 12", "rounds = 1"))
     monkeypatch.chdir(tmp_path)
@@ -85,7 +85,7 @@ def test_there_is_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any],
     names = sorted(device.name for device in run.record.devices)
     assert [(row["round"], row["device"]) for row in devices] == [(r, name) for r in (1, 2) for name in names]
     first, row = run.record.rounds[0], devices[0]
-    assert [row[name] for name in SPENT] == first.spent[names[0]]
+    assert [row[name] for name in COST_COLUMNS] == first.spent[names[0]]
     assert (row["accuracy_after"], row["density"]) == (first.local[names[0]], 1.0)
 
 
@@ -95,7 +95,7 @@ def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path)
     saved = run.save_pretrained(tmp_path / "saved", license="mit")
 
     stored = tensorfile.encode(run.model.tensors)
-    assert tensorfile.digest(stored) == run.record.last.model
+    assert tensorfile.sha256_hex(stored) == run.record.last.model
     again = fx.from_pretrained(saved)
     assert tensorfile.encode(again.tensors) == stored
     card = huggingface_hub.ModelCard.load(saved / "README.md")

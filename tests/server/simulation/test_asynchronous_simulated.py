@@ -13,7 +13,7 @@ from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import TensorKind
-from fedprune.model.element_mask import from_bits, unpack
+from fedprune.model.element_mask import mask_from_bits, unpack_active
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_server.simulation.network_model import Weather
@@ -138,9 +138,9 @@ def masked_mean(found: Run, close: do.Close, before: Tensors, schedule: Schedule
     shapes = {n: v.shape for n, v in before.items()}
     for c in close.contributions:
         share = schedule.staleness(close.round - c.basis.round)
-        bits = {} if c.mask is None else from_bits(found.tensors(c.mask), shapes)
+        bits = {} if c.mask is None else mask_from_bits(found.tensors(c.mask), shapes)
         new = {n: v for n, v in found.tensors(c.weights).items() if "::" not in n}
-        for name, value in unpack(bits, new).items():
+        for name, value in unpack_active(bits, new).items():
             held = bits.get(name, np.ones(shapes[name], bool))
             sums[name] += share * held * value.astype(float)
             mass[name] += share * held

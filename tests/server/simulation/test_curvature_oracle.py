@@ -15,10 +15,10 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev
 
 from fedprune.aggregation.fold import Fold
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.gradient_stats import Evidence
-from fedprune.strategies.importance.scoring import curvature
+from fedprune.strategies.importance.scoring import curvature_scores
 from fedprune_server.simulation.digits import load_digits
 
 DEVICES, HIDDEN, ROUNDS, BATCH, LR, MOMENTUM = 8, 16, 20, 16, 0.1, 0.9
@@ -32,7 +32,7 @@ NET = Architecture(
         TensorSpec("2.weight", TensorKind.WEIGHT, (Axis.fixed(10), CHANNELS)),
         TensorSpec("2.bias", TensorKind.BIAS, (Axis.fixed(10),)),
     ),
-    (Layer("0", "Gemm", "0.weight", 1), Layer("2", "Gemm", "2.weight", 1)),
+    (LayerRow("0", "Gemm", "0.weight", 1), LayerRow("2", "Gemm", "2.weight", 1)),
     (),
     (64,),
     (10,),
@@ -91,7 +91,7 @@ def arrays(tensors: dict[str, torch.Tensor]) -> Tensors:
 def second_order(model: Tensors, curves: Tensors) -> Any:
     """Channels' sums of h·w²: the score to the letter of an estimate without gradients."""
     flat = {n: np.zeros_like(v) for n, v in curves.items()}
-    return curvature(NET, model, Evidence(NET, gradient=flat, curvature=curves), "signed")[0]
+    return curvature_scores(NET, model, Evidence(NET, gradient=flat, curvature=curves), "signed")[0]
 
 
 def test_estimated_curvature_is_of_the_hessians_size_and_order() -> None:
@@ -106,6 +106,6 @@ def test_estimated_curvature_is_of_the_hessians_size_and_order() -> None:
 
 def test_curvature_carries_at_least_half_of_the_variance_of_scores() -> None:
     model, evidence, _ = trained()
-    whole, second = curvature(NET, model, evidence)[0], second_order(model, evidence.curvature) / 2
+    whole, second = curvature_scores(NET, model, evidence)[0], second_order(model, evidence.curvature) / 2
     share = np.cov(second, whole)[0, 1] / whole.var(ddof=1)
     assert 0.5 < share <= 1

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedprune.core.errors import DataError
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_server.simulation.datasets.samples import Preparation, Samples, assembled
+from fedprune_server.simulation.datasets.samples import Preparation, Samples, assemble_samples
 from fedprune_server.simulation.datasets.source import (
     npz_arrays,
     read_image_folder,
@@ -44,8 +44,8 @@ def test_npz_with_a_split(tmp_path):
     read = read_npz(tmp_path / "a.npz")
     assert np.array_equal(read.take(np.arange(700)), x)
     assert np.array_equal(read.labels, y)
-    assert read.testing.sum() == 100
-    assert read.testing[600:].all()
+    assert read.is_test.sum() == 100
+    assert read.is_test[600:].all()
 
 
 def test_npz_with_owners_and_marks(tmp_path):
@@ -55,7 +55,7 @@ def test_npz_with_owners_and_marks(tmp_path):
     read = read_npz(tmp_path / "a.npz")
     assert read.owner_names == ("1", "3", "7", "30")
     assert [read.owner_names[o] for o in read.owners] == list(map(str, subject))
-    assert np.array_equal(read.testing, subject == 7)
+    assert np.array_equal(read.is_test, subject == 7)
     assert read.classes == 6
 
 
@@ -100,7 +100,7 @@ def test_a_damaged_npz_is_read_or_refused(tmp_path_factory, data):
         read = read_npz(path)
     except DataError:
         return
-    assert len(read) == sum(map(len, read.parts))
+    assert len(read) == sum(map(len, read.arrays))
 
 
 # --- folders of images
@@ -118,7 +118,7 @@ def test_a_folder_per_class(tmp_path):
 def test_folders_of_splits_and_of_domains(tmp_path):
     write_images(tmp_path / "split", ["train/a/1.png", "train/b/1.png", "test/b/1.png"])
     split = read_image_folder(tmp_path / "split")
-    assert split.labels[split.testing].tolist() == [1]
+    assert split.labels[split.is_test].tolist() == [1]
     write_images(tmp_path / "domains", ["photo/a/1.png", "photo/b/1.png", "sketch/b/1.png"])
     domains = read_image_folder(tmp_path / "domains", colour=False)
     assert domains.owner_names == ("photo", "sketch")
@@ -155,7 +155,7 @@ def test_an_image_is_the_same_to_a_simulation_as_to_a_board(tmp_path, kind, mode
     image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200 if mode == "I;16" else pixels[:, :, : len(mode)])
     image.save(file, kind, exif=exif)
     found = read_image_folder(tmp_path, size=size, colour=colour).take([0])[0]
-    board = Pixels().decoded(file.read_bytes(), (kind,), (3 if colour else 1, *size))
+    board = Pixels().decode(file.read_bytes(), (kind,), (3 if colour else 1, *size))
     np.testing.assert_array_equal(found.reshape(board.shape), board)
 
 
@@ -163,8 +163,10 @@ def test_an_image_is_the_same_to_a_simulation_as_to_a_board(tmp_path, kind, mode
 
 
 def test_standardised_channels_have_mean_0_and_deviation_1():
-    samples = assembled([(images(5000, 4, 4, 3), labels(5000), False), (images(10, 4, 4, 3, seed=1), labels(10), True)])
-    x = Preparation(pool=2).standardised(samples)(samples.take(range(5000)))
+    samples = assemble_samples(
+        [(images(5000, 4, 4, 3), labels(5000), False), (images(10, 4, 4, 3, seed=1), labels(10), True)]
+    )
+    x = Preparation(pool=2).with_scaling(samples)(samples.take(range(5000)))
     assert np.allclose(x.mean((0, 2, 3)), 0, atol=1e-5)
     assert np.allclose(x.std((0, 2, 3)), 1, atol=1e-5)
 
@@ -182,12 +184,12 @@ def test_rows_are_gathered_across_parts():
 
 def test_the_digest_tells_data_sets_apart():
     x, y = images(9, 2, 2), labels(9)
-    whole = assembled([(x, y, False)])
+    whole = assemble_samples([(x, y, False)])
     assert whole.digest == Samples((x[:4], x[4:]), y, np.zeros(9, bool)).digest
-    assert whole.digest != assembled([(x, y, True)]).digest
-    assert whole.digest != assembled([(x, (y + 1) % 9, False)]).digest
-    assert whole.digest != assembled([(x, y, False)], owners=[y]).digest
-    assert whole.digest != assembled([(x ^ 1, y, False)]).digest
+    assert whole.digest != assemble_samples([(x, y, True)]).digest
+    assert whole.digest != assemble_samples([(x, (y + 1) % 9, False)]).digest
+    assert whole.digest != assemble_samples([(x, y, False)], owners=[y]).digest
+    assert whole.digest != assemble_samples([(x ^ 1, y, False)]).digest
 
 
 @pytest.mark.parametrize("name", ["x", "other"])

@@ -15,7 +15,7 @@ from fedprune_server.simulation.datasets.federation import (
     Holding,
     federate,
 )
-from fedprune_server.simulation.datasets.samples import Preparation, assembled
+from fedprune_server.simulation.datasets.samples import Preparation, assemble_samples
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
 
@@ -56,7 +56,7 @@ def test_dirichlet(problem, alpha, least):
     least = min(least, len(rows) // devices)
     if not len(rows):
         return
-    hands = partition.dirichlet(rows, labels, devices, alpha=alpha, seed=seed, least=least)
+    hands = partition.dirichlet(rows, labels, devices, alpha=alpha, seed=seed, min_samples=least)
     assert covers(hands, rows)
     assert min(map(len, hands)) >= least
 
@@ -107,8 +107,8 @@ def test_dirichlet_shares_follow_alpha():
     for alpha in (0.1, 1.0, 10.0):
         shares = np.concatenate(
             [
-                partition.counts(
-                    partition.dirichlet(np.arange(40_000), labels, 10, alpha=alpha, seed=s, least=0), labels, 40
+                partition.counts_per_class(
+                    partition.dirichlet(np.arange(40_000), labels, 10, alpha=alpha, seed=s, min_samples=0), labels, 40
                 )
                 for s in range(5)
             ]
@@ -120,11 +120,11 @@ def test_dirichlet_shares_follow_alpha():
 @given(st.integers(4, 200), st.floats(0, 0.5), st.floats(0, 0.4))
 def test_splits_are_disjoint_and_complete(n, test, validation):
     rows = np.arange(n) * 3
-    tested, validated, trained = partition.split(rows, (test, validation), seed=0, device="a")
+    tested, validated, trained = partition.split_rows(rows, (test, validation), seed=0, device="a")
     assert covers([tested, validated, trained], rows)
     assert abs(len(tested) - test * n) <= 1
     assert (len(validated) > 0) == (validation > 0)
-    other = partition.split(rows, (test, validation), seed=0, device="b")
+    other = partition.split_rows(rows, (test, validation), seed=0, device="b")
     assert [len(p) for p in other] == [len(tested), len(validated), len(trained)]
 
 
@@ -136,7 +136,7 @@ def pictures(n=400, owners=False):
     x = rng.integers(0, 256, (n, 8, 8), np.uint8)
     y = np.arange(n) % 10
     marks = np.arange(n) >= n * 3 // 4
-    return assembled(
+    return assemble_samples(
         [(x[~marks], y[~marks], False), (x[marks], y[marks], True)],
         owners=[np.arange(n)[~marks] % 8, np.arange(n)[marks] % 8] if owners else None,
     )

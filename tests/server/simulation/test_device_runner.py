@@ -18,18 +18,18 @@ from fedprune.core.errors import DataError
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune.wire.messages import Offer
 from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import MEASURED, RoundRunner
+from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
-from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, Work, WorkerKilledError
-from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, pulls
-from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, TrainingWork, WorkerKilledError
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, download_sizes
+from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, boards_that_validate, digits_experiment, digits_net
 from support.fakes.hidden_board import HiddenBoard, hidden_weights
@@ -38,7 +38,7 @@ from support.paths import GRAPHS
 RNG = np.random.default_rng(5)
 X, Y = RNG.standard_normal((30, 6)).astype(np.float32), RNG.integers(0, 3, 30)
 WEIGHTS = {"w": 0.1 * RNG.standard_normal((3, 6)).astype(np.float32), "b": np.zeros(3, np.float32)}
-DEVICE = VirtualDevice("d", find("raspberry-pi-4b"), LocalData(X[:20], Y[:20], X[20:], Y[20:]))
+DEVICE = VirtualDevice("d", find_profile("raspberry-pi-4b"), LocalData(X[:20], Y[:20], X[20:], Y[20:]))
 
 
 @pytest.fixture
@@ -74,17 +74,17 @@ def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_p
         "inference": inference_model(model, widths),
     }
     offer |= {"widths": widths, **{name: store.put(raw).to_dict() for name, raw in graphs.items()}}
-    device = VirtualDevice("d", find("raspberry-pi-4b"), data)
-    virtual = DeviceRunner(store, tmp_path / "scratch").carry_out(device, offer, 4)
+    device = VirtualDevice("d", find_profile("raspberry-pi-4b"), data)
+    virtual = DeviceRunner(store, tmp_path / "scratch").train(device, offer, 4)
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
     real = (
         RoundRunner("d", store, slots, data)
-        .make(Offer.from_dict({"job": "job", "round": 4, "attempt": 1, **offer}))
+        .carry_out(Offer.from_dict({"job": "job", "round": 4, "attempt": 1, **offer}))
         .update
     )
     assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
-    assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+    assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MACHINE_METRICS}
     assert virtual.samples == data.samples
 
 
@@ -104,7 +104,7 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
     x, y = RNG.standard_normal((60, 6)).astype(np.float32), RNG.integers(0, 3, 60)
     data = LocalData(x[:30], y[:30], x[30:45], y[30:45], x[45:], y[45:])
     board = HiddenBoard(tmp_path / "board", GRAPHS, data)
-    device = VirtualDevice("d", find("raspberry-pi-4b"), data)
+    device = VirtualDevice("d", find_profile("raspberry-pi-4b"), data)
     runner, saved = DeviceRunner(store, tmp_path / "scratch"), {}
     for number, width in ((1, 8), (2, 8), (3, 4), (5, 8), (5, 8)):
         weights = hidden_weights(width, number)
@@ -118,14 +118,14 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
             k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
         }
         before = dict(runner.boards)
-        virtual = runner.carry_out(device, body, number)
+        virtual = runner.train(device, body, number)
         assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
-        assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+        assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MACHINE_METRICS}
         assert all(np.isfinite(v).all() for v in sent.values())
         saved[number] = runner.boards["d"]
         runner = DeviceRunner(store, tmp_path / f"scratch-{number}")  # another process
         runner.boards |= before
-        assert runner.carry_out(device, body, number) == virtual
+        assert runner.train(device, body, number) == virtual
         assert runner.boards["d"] == saved[number]
     assert ("accuracy_average" in virtual.metrics) == (recipe.average > 0)
     assert {"accuracy_validation", "loss_validation_before"} <= set(virtual.metrics)
@@ -138,10 +138,10 @@ def test_weights_that_a_board_can_decode_come_encoded():
     offer = {"weights": ref("a", 100), "training": ref("b", 10), "inference": ref("c", 1), "mask": None}
     whole = {64 * "a": 100, 64 * "b": 10, 64 * "c": 1}
     coded = {**offer, "coded": ref("d", 7), "held": 64 * "e"}
-    assert pulls(offer, ()) == pulls(coded, ()) == whole
-    assert pulls(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
-    assert pulls({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
-    assert pulls({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}
+    assert download_sizes(offer, ()) == download_sizes(coded, ()) == whole
+    assert download_sizes(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
+    assert download_sizes({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
+    assert download_sizes({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}
 
 
 # Several processes.
@@ -159,10 +159,10 @@ RECIPE = Recipe(
 )
 
 
-def offers(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number: int = 1) -> list[Work]:
+def offers(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number: int = 1) -> list[TrainingWork]:
     """Every other device has half of the channels."""
     model = digits_net()
-    arch, out = model.architecture, list[Work]()
+    arch, out = model.architecture, list[TrainingWork]()
     training = store.put(training_graph(model, recipe.features).to_bytes()).to_dict()
     for i, device in enumerate(fleet):
         widths = widths_at(arch, 0.5 if i % 2 else 1.0)
@@ -182,10 +182,10 @@ def offers(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number:
     return out
 
 
-def carried_out(tested: DeviceRunner, work: list[Work]) -> list[Outcome]:
+def carried_out(tested: DeviceRunner, work: list[TrainingWork]) -> list[Outcome]:
     for item in work:
         tested.prepare(*item)
-    return [tested.carry_out(*item) for item in work]
+    return [tested.train(*item) for item in work]
 
 
 def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) ->
             assert pooled.boards == alone.boards
         work[0][1]["classes"] = 3
         with pytest.raises(Exception, match="range") as mine:
-            alone.carry_out(*work[0])
+            alone.train(*work[0])
         with pytest.raises(type(mine.value), match="range") as theirs:
-            pooled.carry_out(*work[0])
+            pooled.train(*work[0])
         assert str(theirs.value) == str(mine.value)
     finally:
         pooled.close()
@@ -212,7 +212,7 @@ def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal() -> None:
             child.kill()
 
     with pytest.raises(WorkerKilledError):
-        simulate(digits_experiment(rounds=3, workers=2), progress=kill)
+        simulate_in_folder(digits_experiment(rounds=3, workers=2), progress=kill)
 
 
 def test_cancelled_trainings_are_dropped(store: BlobStore, tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_cancelled_trainings_are_dropped(store: BlobStore, tmp_path: Path) -> No
             runner.prepare(*item)
         runner.cancel(cancelled[0].name)
         runner.cancel(other[0].name, number=7)  # of another round
-        made = runner.settle()
-        assert runner.carry_out(*other).weights.sha256 in made
-        assert runner.carry_out(*cancelled).weights.sha256 not in made
+        made = runner.await_started()
+        assert runner.train(*other).weights.sha256 in made
+        assert runner.train(*cancelled).weights.sha256 not in made
 
 
 def test_samples_that_cannot_be_read_are_the_boards_refusal(store: BlobStore, tmp_path: Path) -> None:
@@ -237,4 +237,4 @@ def test_samples_that_cannot_be_read_are_the_boards_refusal(store: BlobStore, tm
     with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
         runner.prepare(broken, offer, number)
         with pytest.raises(DataError, match="gone"):
-            runner.carry_out(broken, offer, number)
+            runner.train(broken, offer, number)

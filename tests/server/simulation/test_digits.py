@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune_device.data.array_source import load_data
-from fedprune_server.simulation.digits import deal, digits_model, load_digits, write_hand
+from fedprune_server.simulation.digits import deal_digits, digits_model, load_digits, write_device_data
 from support.paths import ROOT
 
 NAMES = [f"board-{i}" for i in range(6)]
@@ -31,7 +31,7 @@ def test_digits_are_those_of_scikit_learn():
 @given(seed=st.integers(0, 2**32), devices=st.integers(1, 8), alpha=st.floats(0.3, 10))
 def test_every_image_goes_to_exactly_one_place(seed, devices, alpha):
     names = NAMES[:devices] + [f"more-{i}" for i in range(devices - 6)]
-    out = deal(names, seed=seed, alpha=alpha, least=8)
+    out = deal_digits(names, seed=seed, alpha=alpha, min_samples=8)
     places = [out.x, out.calibration, *(x for d in out.devices.values() for x in (d.x_train, d.x_test))]
     assert sorted(rows(np.concatenate(places))) == sorted(rows(load_digits()[0]))
 
@@ -41,19 +41,19 @@ def test_labels_stay_with_their_images():
     known = {r: set() for r in rows(x)}
     for r, label in zip(rows(x), y, strict=True):
         known[r].add(int(label))
-    for data in deal(NAMES, seed=5).devices.values():
+    for data in deal_digits(NAMES, seed=5).devices.values():
         assert all(int(label) in known[r] for r, label in zip(rows(data.x_train), data.y_train, strict=True))
 
 
 def test_same_seed_gives_the_same_hands_and_another_seed_others():
-    first, again, other = (deal(NAMES, seed=s).devices["board-3"] for s in (1, 1, 2))
+    first, again, other = (deal_digits(NAMES, seed=s).devices["board-3"] for s in (1, 1, 2))
     np.testing.assert_array_equal(first.x_train, again.x_train)
     assert not np.array_equal(first.y_train, other.y_train)
 
 
 def test_written_hand_is_read_back_by_a_device(tmp_path):
-    hand = deal(NAMES).devices["board-0"]
-    write_hand(tmp_path / "own.npz", hand)
+    hand = deal_digits(NAMES).devices["board-0"]
+    write_device_data(tmp_path / "own.npz", hand)
     back = load_data(str(tmp_path / "own.npz"))
     for name in ("x_train", "y_train", "x_test", "y_test"):
         np.testing.assert_array_equal(getattr(back, name), getattr(hand, name))

@@ -65,7 +65,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Trained]]:
         nowhere = Selection.of(digits_net().architecture, task.widths)
         before = {n: v.copy() for n, v in task.moments.items()}
         after = {n: v.copy() for n, v in result.moments.items()}
-        found[task.device].append(Trained(nowhere, before, task.taken, result.steps, after))
+        found[task.device].append(Trained(nowhere, before, task.optimizer_steps, result.steps, after))
         return result
 
     monkeypatch.setattr(Trainer, "train", watched)
@@ -85,7 +85,7 @@ def test_states_stay_with_their_channels(
 
     def note(device: str, offer: Mapping[str, Any]) -> None:
         ranks = Selection.from_json(simulation.store.read(offer["ranking"]).decode(), simulation.model.architecture)
-        selections[device].append(ranks.narrowed(tuple(offer["widths"])))
+        selections[device].append(ranks.with_widths(tuple(offer["widths"])))
 
     simulation = build(fleet=[noting(board, note) for board in boards()], **FLEETS[name])
     simulation.run()
@@ -98,9 +98,13 @@ def test_states_stay_with_their_channels(
         assert not trained[0].before
         for last, now in pairwise(trained):
             assert now.taken == last.taken + last.steps
-            means = globally(last.selection, last.after, step_contract.buffer)
+            means = globally(last.selection, last.after, step_contract.momentum_name)
             there = now.selection.gather(means)
-            began = {n: now.before[step_contract.buffer(n)] for n in there if step_contract.buffer(n) in now.before}
+            began = {
+                n: now.before[step_contract.momentum_name(n)]
+                for n in there
+                if step_contract.momentum_name(n) in now.before
+            }
             assert began
             assert any(v.any() for v in began.values())
             for tensor, value in began.items():

@@ -12,7 +12,7 @@ from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.fleet.virtual_device import StoredData
-from fedprune_server.simulation.measure import Measure
+from fedprune_server.simulation.measure import ModelMeasure
 from support.fakes.digits_simulation import KINDS, KillError, boards, digits, digits_net, digits_simulation
 
 DATA = digits()
@@ -36,7 +36,7 @@ def test_samples_are_read_when_a_device_trains_and_give_the_same_bits(build):
 
 
 def test_the_global_model_is_measured_as_the_server_does(build):
-    measure = Measure(DATA.x, DATA.y, densities=(1.0,), sets={"few": (DATA.x[:9], DATA.y[:9])})
+    measure = ModelMeasure(DATA.x, DATA.y, densities=(1.0,), sets={"few": (DATA.x[:9], DATA.y[:9])})
     simulation = build(measure=measure)
     for row in simulation.run():
         found = simulation.measured[row["round"]]
@@ -50,12 +50,12 @@ def test_the_global_model_is_measured_as_the_server_does(build):
 def test_submodels_are_those_that_devices_get(build, tmp_path):
     """At the devices' own density: what the next round's offer holds, in onnxruntime on its own."""
     sent = []
-    simulation = build(measure=Measure(DATA.x, DATA.y, densities=(0.25,)))
+    simulation = build(measure=ModelMeasure(DATA.x, DATA.y, densities=(0.25,)))
     simulation.run(lambda s: sent.append({n: t.offer for n, t in s.state.tasks.items() if t.offer}))
     offer = next(iter(sent[-2].values()))  # of the second round, cut from the first one's model
     folder = tmp_path / "model"
     folder.mkdir()
-    build2 = build("again", measure=Measure(DATA.x, DATA.y, densities=(0.25,)))
+    build2 = build("again", measure=ModelMeasure(DATA.x, DATA.y, densities=(0.25,)))
 
     def stop(s):
         if len(s.state.history) == 1 and any(t.offer for t in s.state.tasks.values()):

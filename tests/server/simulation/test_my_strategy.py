@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.coordination.limits import MEMORY
+from fedprune.coordination.limits import REFERENCES_MEMORY
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.simulation import Simulation
@@ -45,7 +45,7 @@ def simulated(folder: Path, strategy: str = "my_strategy:energy") -> Simulation:
 def test_it_learns_and_remembers(tmp_path: Path) -> None:
     run = simulated(tmp_path)
     state = run.state
-    assert set(state.memory) == {"velocity", "energy", MEMORY}
+    assert set(state.memory) == {"velocity", "energy", REFERENCES_MEMORY}
     remembered = tensorfile.decode(run.store.read(state.memory["energy"]))
     architecture = run.model.architecture
     sizes = {f"{architecture.digest}/{g.name}": g.size for g in architecture.groups}

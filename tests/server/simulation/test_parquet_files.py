@@ -86,7 +86,7 @@ def test_images_classes_and_splits_are_the_librarys(written: Path, name: str, te
     assert np.array_equal(read.take(range(ROWS)), pixels())
     assert read.labels.tolist() == [0, 1] * 6
     assert read.class_names == ("cat", "dog")
-    assert read.testing.tolist() == [False] * (ROWS - tests) + [True] * tests
+    assert read.is_test.tolist() == [False] * (ROWS - tests) + [True] * tests
 
 
 @pytest.mark.parametrize("name", ["hub", "all.parquet"])
@@ -137,7 +137,7 @@ def test_a_small_file_that_unfolds_to_a_huge_one_is_refused(tmp_path: Path, monk
     rows = 2**20
     pq.write_table(pa.table({"x": np.zeros(rows), "label": np.zeros(rows, int)}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 2**17
-    monkeypatch.setattr(parquet_files, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(parquet_files, "MAX_DATA_BYTES", 2**20)
     with pytest.raises(DataError, match="1048576 bytes"):
         plan(tmp_path / "a.parquet", x="x").read()
 

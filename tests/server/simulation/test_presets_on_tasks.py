@@ -17,7 +17,7 @@ import pytest
 import fedprune_export as fx
 from fedprune.core.errors import ConfigError
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune.strategies import PRESETS
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.pruning.model import Model
@@ -149,7 +149,9 @@ def simulation(tmp_path: Path, strategy: str, options: dict[str, Any], task: str
     for number, name in enumerate(KINDS):
         x, y = drawn(task, TRAINED + HELD, number)
         held = LocalData(x[:TRAINED], y[:TRAINED], x[TRAINED:], y[TRAINED:])
-        fleet.append(VirtualDevice(name, find(name), held.with_validation(0.2 if strategy == "fedprune" else 0.0)))
+        fleet.append(
+            VirtualDevice(name, find_profile(name), held.with_validation(0.2 if strategy == "fedprune" else 0.0))
+        )
     evaluation = drawn(task, HELD, 9)
     return digits_simulation(
         tmp_path, model=model_of(task), fleet=fleet, evaluation=evaluation, calibration=evaluation[0], rounds=2,

@@ -14,14 +14,14 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core import tensorfile
-from fedprune.model.element_mask import from_bits
+from fedprune.model.element_mask import mask_from_bits
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.planning.cost_prediction import predict
+from fedprune.planning.cost_prediction import predict_costs
 from fedprune.strategies.values import Submodel
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
-from fedprune_server.simulation.measure import Hook, Moment
+from fedprune_server.simulation.measure import MeasuredRound, MeasurementHook
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_net, digits_simulation, final_weights
 
@@ -94,7 +94,9 @@ def test_boards_are_planned_by_what_they_are_offered(build: Build, strategy: str
         assert task.density < 1
         asked = Recipe.from_dict(task.offer["recipe"])
         codecs = ("int8", "int8") if strategy == "fedprune" else (None, None)
-        foretold = predict(run.model.architecture, task.widths, device.profile, asked, device.samples, codecs=codecs)
+        foretold = predict_costs(
+            run.model.architecture, task.widths, device.profile, asked, device.samples, codecs=codecs
+        )
         assert asdict(foretold) == planned["prediction"]
 
 
@@ -160,7 +162,7 @@ def only(device: VirtualDevice, labels: list[int]) -> VirtualDevice:
 def elements(tmp_path: Path) -> Build:
     """Two devices, three rounds of four steps."""
 
-    def make(strategy: str, measure: Hook | None = None, **options: Any) -> Simulation:
+    def make(strategy: str, measure: MeasurementHook | None = None, **options: Any) -> Simulation:
         job = {"rounds": 3, "recipe": Recipe(max_steps=4, lr=0.03), "deadline_s": 1e6, "options": options}
         return digits_simulation(tmp_path, fleet=boards(KINDS[1:]), strategy=strategy, measure=measure, **job)
 
@@ -172,7 +174,7 @@ def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(elements:
     """Also in a round in which everybody holds the whole model."""
     found: list[Submodel] = []
 
-    def look(moment: Moment) -> dict[str, float]:
+    def look(moment: MeasuredRound) -> dict[str, float]:
         found.append(moment.submodel(0.2))
         return {}
 
@@ -194,7 +196,7 @@ def test_what_is_measured_is_what_the_strategy_would_send_to_an_unseen_device(
     """Nothing of it is a device's own."""
     found: list[bool] = []
 
-    def look(moment: Moment) -> dict[str, float]:
+    def look(moment: MeasuredRound) -> dict[str, float]:
         submodel = moment.submodel(0.5)
         slices = submodel.selection.gather(moment.model)
         found.append(all(np.array_equal(v, factor * slices[n]) for n, v in submodel.tensors.items()))
@@ -215,7 +217,7 @@ def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> No
     whole, sparse = (offers(run)[n] for n in sorted(KINDS[1:]))
     assert "mask" not in whole
     bits = tensorfile.decode(run.store.read(sparse["mask"]["sha256"]))
-    mask = from_bits(bits, Selection.full(run.model.architecture).shapes())
+    mask = mask_from_bits(bits, Selection.full(run.model.architecture).shapes())
     kept = sum(int(bits.sum()) for bits in mask.values())
     assert kept == int(0.2 * sum(bits.size for bits in mask.values()))
     weights = tensorfile.decode(run.store.read(sparse["weights"]["sha256"]))

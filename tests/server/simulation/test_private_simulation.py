@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
-from fedprune_device.training.round_runner import MEASURED
+from fedprune_device.training.round_runner import MACHINE_METRICS
 from fedprune_server.simulation.results.rows import round_rows
 from fedprune_server.simulation.results.tables import final_figures
 from fedprune_server.simulation.simulation import Simulation
@@ -49,7 +49,7 @@ def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any]) 
         assert set(row["metrics"]) == {"accuracy", "loss", "samples", "epsilon", "epsilon_next"}
         for part in row["devices"].values():
             assert part["progress"] == "folded"
-            assert set(part["metrics"]) <= MEASURED
+            assert set(part["metrics"]) <= MACHINE_METRICS
     rows = round_rows(simulation.record())
     assert [[row[name] for row in rows] for name in PRIVACY] == [
         [row["metrics"][name] for row in history] for name in PRIVACY

@@ -13,7 +13,7 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.datasets.federation import Partition
+from fedprune_server.simulation.datasets.federation import FleetData
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.comparison import (
     comparison_document,
@@ -45,7 +45,7 @@ def record(title="fleet", local=0.9, accuracy=0.8, down=1_000_000, up=900_000, r
     rows = tuple(
         RoundRow(
             round=r,
-            at=2.0 * r,
+            elapsed_s=2.0 * r,
             model="a" * 64,
             metrics={"accuracy": accuracy, "loss": 0.5},
             local={"zero": local - 0.02, "orin": local + 0.02},
@@ -102,7 +102,7 @@ def rich():
         )
         for row in record().rounds
     )
-    partition = Partition("pets", ("cat", "dog"), {"zero": (4, 0), "orin": (2, 4)})
+    partition = FleetData("pets", ("cat", "dog"), {"zero": (4, 0), "orin": (2, 4)})
     job = Job(strategy="fedavg", seed=7, rounds=9, recipe=Recipe(epochs=3, lr=0.125, batch_size=16)).to_dict()
     early = "ended after round 4 of 9: the strategy ended the job"
     return replace(
@@ -192,7 +192,7 @@ def data_of(markup, name):
 def test_curves_hold_the_records_values_along_rounds_bytes_and_seconds():
     run = record(local=0.5)
     run = replace(run, rounds=tuple(replace(r, metrics={"accuracy": 0.9 + r.round / 1000}) for r in run.rounds))
-    markup = charts.curves([run])
+    markup = charts.learning_curves([run])
     assert markup.count("<h3") == 6
     assert data_of(markup, "places")[0] == ["1", "2", "3", "4"]
     assert data_of(markup, "places")[2] == ["2", "4", "6", "8"]
@@ -212,13 +212,13 @@ def test_curves_hold_the_records_values_along_rounds_bytes_and_seconds():
     ],
 )
 def test_claims_look_at_both_accuracies_and_at_both_ways(change, held):
-    assert tuple(c.held for c in claims(record(**change), record())) == held
+    assert tuple(c.passes for c in claims(record(**change), record())) == held
 
 
 def test_claims_about_what_was_not_measured_fail():
     unknown = replace(record(), rounds=tuple(replace(r, metrics={}) for r in record().rounds))
-    assert not claims(unknown, record())[0].held
-    assert not claims(record(), record(down=0))[1].held
+    assert not claims(unknown, record())[0].passes
+    assert not claims(record(), record(down=0))[1].passes
 
 
 def test_the_best_round_is_named_beside_the_last():

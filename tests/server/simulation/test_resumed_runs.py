@@ -20,14 +20,14 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import PlanError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
-from fedprune_server.simulation.digits import asset
+from fedprune.planning.profile_store import find_profile
+from fedprune_server.simulation.digits import asset_bytes
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, with_link
-from fedprune_server.simulation.measure import Measure
+from fedprune_server.simulation.measure import ModelMeasure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.run_folder import is_run, simulate
+from fedprune_server.simulation.results.run_folder import is_run, simulate_in_folder
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import SavePace
@@ -82,7 +82,7 @@ def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(
     keeping = Recipe(max_steps=1, average=0.5, calibrate=True, personal=("fc.*", "*bias"))
     whole = assert_resumes(build, calls, recipe=keeping, rounds=3)
     assert any("accuracy_average" in d["metrics"] for d in whole.state.history[-1]["devices"].values())
-    assert all(row.local == row.own["accuracy_average"] for row in whole.record().rounds)  # what serves
+    assert all(row.local == row.device_metrics["accuracy_average"] for row in whole.record().rounds)  # what serves
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -190,10 +190,10 @@ def harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = No
         dropouts=DropOuts(0.3, 20.0),
         weather=Weather(0.3, 0.3, draws=5, server_up_mb_s=1.0),
         availability=Availability(100.0, 0.6, 0.9),
-        measure=Measure(digits().x, digits().y, densities=(0.25,)),
+        measure=ModelMeasure(digits().x, digits().y, densities=(0.25,)),
         checkpoints=2,
     )
-    return simulate(experiment, Path(folder), progress)
+    return simulate_in_folder(experiment, Path(folder), progress)
 
 
 def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_finished_round_is_written_once(build: Build, tmp_path: Path) -> None:
 
 def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: Path) -> None:
     """Whoever comes second is told so and has changed nothing; whoever waited takes up what was done meanwhile."""
-    alone = simulate(experiment, tmp_path / "alone")
+    alone = simulate_in_folder(experiment, tmp_path / "alone")
     second = Simulation(experiment, BlobStore(tmp_path / "run" / "run" / "blobs"), folder=tmp_path / "run" / "run")
     tried = []
 
@@ -238,11 +238,11 @@ def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: P
         if not tried:
             tried.append(True)
             with pytest.raises(StorageError, match=str(tmp_path)):
-                simulate(experiment, tmp_path / "run")
+                simulate_in_folder(experiment, tmp_path / "run")
             with pytest.raises(StorageError, match=str(tmp_path)):
                 second.run()
 
-    first = simulate(experiment, tmp_path / "run", meanwhile)
+    first = simulate_in_folder(experiment, tmp_path / "run", meanwhile)
     assert tried
     assert first.rounds == alone.rounds
     second.run(lambda _: pytest.fail("something was trained again"))
@@ -250,61 +250,61 @@ def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: P
 
 
 def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, tmp_path: Path) -> None:
-    simulate(experiment, tmp_path / "whole")
+    simulate_in_folder(experiment, tmp_path / "whole")
     for rounds in (1, JOB.rounds):
-        simulate(replace(experiment, job=replace(JOB, rounds=rounds)), tmp_path / "extended")
+        simulate_in_folder(replace(experiment, job=replace(JOB, rounds=rounds)), tmp_path / "extended")
     for name in ("run/config.json", "metrics.json"):
         assert (tmp_path / "extended" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(StorageError, match=r"round 3: got job\.rounds = 2"):
-        simulate(replace(experiment, job=replace(JOB, rounds=2)), tmp_path / "extended")
+        simulate_in_folder(replace(experiment, job=replace(JOB, rounds=2)), tmp_path / "extended")
 
 
 @pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl", "config.json"])
 def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, tmp_path: Path, name: str) -> None:
-    whole = simulate(experiment, tmp_path)
+    whole = simulate_in_folder(experiment, tmp_path)
     (tmp_path / "run" / name).write_bytes(b"{")
     with pytest.raises(StorageError, match=f"delete {tmp_path / 'run'}"):
-        simulate(experiment, tmp_path)
+        simulate_in_folder(experiment, tmp_path)
     shutil.rmtree(tmp_path / "run")
     assert is_run(tmp_path)  # so that the command line takes it
-    assert simulate(experiment, tmp_path).rounds == whole.rounds
+    assert simulate_in_folder(experiment, tmp_path).rounds == whole.rounds
 
 
 def test_a_run_does_not_go_on_with_other_code(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "gentle.py"
-    text = asset("my_strategy.py").decode()
+    text = asset_bytes("my_strategy.py").decode()
     source.write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     own = replace(experiment, job=Job(rounds=3, devices=2, density=0.25, strategy="gentle:energy", recipe=JOB.recipe))
     with pytest.raises(KillError):
-        simulate(own, tmp_path / "run", killed_after(FIRST_ROUND))
+        simulate_in_folder(own, tmp_path / "run", killed_after(FIRST_ROUND))
     source.write_text(text.replace("lr_decay: float = 0.98", "lr_decay: float = 0.5"))
     with pytest.raises(StorageError, match="strategy_code"):
-        simulate(replace(own), tmp_path / "run")
+        simulate_in_folder(replace(own), tmp_path / "run")
     source.write_text(text)
     config = tmp_path / "run" / "run" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"fedprune": "99"}))
     with pytest.raises(StorageError, match=r"fedprune .*99"):
-        simulate(replace(own), tmp_path / "run")
+        simulate_in_folder(replace(own), tmp_path / "run")
 
 
 def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:
     """Every second device misses its deadline again and again, while a window is open for long."""
     devices = boards(("a", "b", "c", "d"), "raspberry-pi-zero-2w")
     if windows:
-        devices[::2] = [replace(d, profile=find("raspberry-pi-5")) for d in devices[::2]]
+        devices[::2] = [replace(d, profile=find_profile("raspberry-pi-5")) for d in devices[::2]]
     recipe, options = Recipe(max_steps=4), {"window_s": 20.0}
     job = Job(rounds=2, devices=2, strategy="fedfix", options=options, deadline_s=0.3, recipe=recipe)
     return replace(experiment, job=job, devices=devices)
 
 
 def test_slow_devices_do_not_end_an_asynchronous_simulation(experiment: Experiment) -> None:
-    record = simulate(slow_fleet(experiment, windows=True))
+    record = simulate_in_folder(slow_fleet(experiment, windows=True))
     assert [set(r.local) for r in record.rounds] == [{"a", "c"}] * 2
 
 
 def test_an_asynchronous_simulation_that_nobody_can_finish_ends(experiment: Experiment) -> None:
     with pytest.raises(PlanError, match="round 1"):
-        simulate(slow_fleet(experiment, windows=False))
+        simulate_in_folder(slow_fleet(experiment, windows=False))

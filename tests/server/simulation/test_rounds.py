@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase, State
-from fedprune.coordination.stragglers import ENOUGH
+from fedprune.coordination.stragglers import ENOUGH_UPDATES
 from fedprune.model.recipe import Recipe
-from fedprune.wire.messages import Cancelled, Offer, Progress
+from fedprune.wire.messages import Cancelled, Offer, RoundProgress
 from fedprune_server.simulation.fleet.virtual_device import with_link
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_simulation
@@ -45,7 +45,7 @@ class Slow:
     def begin(self, offer: Offer) -> None:
         self.work = deque([(offer, self.fleet.air.now, -1)])
 
-    def live(self) -> None:
+    def is_live(self) -> None:
         """Let time pass for it."""
         if not self.work:
             return
@@ -58,7 +58,7 @@ class Slow:
             return
         done = int(20 * share)
         if done > told:
-            said = Progress(self.device.name, offer.job, offer.round, offer.attempt, "train", done, 20)
+            said = RoundProgress(self.device.name, offer.job, offer.round, offer.attempt, "train", done, 20)
             self.device.say(said)
         self.work.append((offer, begun, max(told, done)))
 
@@ -68,26 +68,26 @@ def run(fleet: Fleet, *slow: Slow) -> State:
     daemon = fleet.daemon()
 
     def idle() -> None:
-        if daemon.busy:
+        if daemon.is_busy:
             time.sleep(0.0005)
             return
         fleet.air.now += 0.5
         assert fleet.air.now < 10_000
         for device in slow:
-            device.live()
+            device.is_live()
 
     fleet.air.on_idle = idle
     daemon.run(until_finished=True)
-    return daemon.first.state
+    return daemon.main_runner.state
 
 
 def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -> None:
     fleet = fleet_of(tmp_path, participation=0.8, over_selection=0.25, rounds=2)
     state = run(fleet, Slow(fleet, "b", 80.0))
     assert folded(state) == [["a", "c", "d", "e"]] * 2
-    assert reasons(state, 1) == {"b": ENOUGH}
+    assert reasons(state, 1) == {"b": ENOUGH_UPDATES}
     told = [m.reason for m in fleet.air.devices["b"].heard if isinstance(m, Cancelled)]
-    assert told == [ENOUGH] * 2
+    assert told == [ENOUGH_UPDATES] * 2
     assert fleet.air.now < 80
     assert state.devices["b"].failures == 0
     assert state.devices["b"].missed_rounds == 2
@@ -117,7 +117,7 @@ def test_a_kill_in_the_line_loses_nobody(tmp_path: Path) -> None:
     daemon = fleet.daemon()
 
     def idle() -> None:
-        if any(t.progress.value == "folded" for t in daemon.first.state.tasks.values()):
+        if any(t.progress.value == "folded" for t in daemon.main_runner.state.tasks.values()):
             daemon.stop()
 
     fleet.air.on_idle = idle

@@ -10,9 +10,9 @@ import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, StorageError
 from fedprune_server.cli.simulate import main
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.runs import RunSpec, RunStatus, carry_out
+from fedprune_server.simulation.runs import RunSpec, RunStatus, do_runs
 from fedprune_server.simulation.sweep import read_sweep
 from support.fakes.run_works import drawn
 
@@ -59,9 +59,9 @@ recipe = { lr = 0.01 }
 
 @pytest.mark.soak
 def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
-    one = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
+    one = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
     seen: list[list[RunStatus]] = []
-    two = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: seen.append(list(s)))
+    two = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: seen.append(list(s)))
     assert [(e.name, e.error.splitlines()[-1:]) for e in one] == [(e.name, e.error.splitlines()[-1:]) for e in two]
     assert [bool(e.error) for e in one] == [False] * 3 + [True] * 3
     numbers = [[(tmp_path / out / run.name / "numbers.json").read_text() for run in RUNS] for out in ("one", "two")]
@@ -76,24 +76,24 @@ def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
 def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
     def watch(_: object) -> None:
         with pytest.raises(StorageError, match="another command"):
-            carry_out(drawn, RUNS, tmp_path)
+            do_runs(drawn, RUNS, tmp_path)
 
-    assert not any(e.error for e in carry_out(drawn, RUNS[:1], tmp_path, watch=watch))
+    assert not any(e.error for e in do_runs(drawn, RUNS[:1], tmp_path, watch=watch))
 
 
 def test_ray_is_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtraError, match="Ray"):
-        carry_out(drawn, RUNS, tmp_path, ray=True)
+        do_runs(drawn, RUNS, tmp_path, ray=True)
 
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Path:
-    data = deal(("barn", "dock"), seed=5)
+    data = deal_digits(("barn", "dock"), seed=5)
     (tmp_path / "model.onnx").write_bytes(digits_model())
     np.savez(tmp_path / "server.npz", x=data.x, y=data.y)
     for name in ("barn", "dock"):
-        write_hand(tmp_path / f"{name}.npz", data.devices[name])
+        write_device_data(tmp_path / f"{name}.npz", data.devices[name])
     (tmp_path / "fleet.toml").write_text(CONFIG)
     return tmp_path
 

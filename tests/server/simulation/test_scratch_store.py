@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune_server.simulation.scratch_store import ScratchStore
 
-DATA = np.random.default_rng(0).bytes(2 * LEAF + 7)
+DATA = np.random.default_rng(0).bytes(2 * LEAF_BYTES + 7)
 
 
 def test_its_files_are_those_of_any_store(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
 from fedprune.jobs.job import Job
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune_server.cli.simulate import main
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import fedavg
-from fedprune_server.simulation.fleet.simulated_fleet import read_plan
-from fedprune_server.simulation.fleet.virtual_device import HELD, StoredData
+from fedprune_server.simulation.digits import deal_digits, digits_model
+from fedprune_server.simulation.experiment import fedavg_job
+from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
+from fedprune_server.simulation.fleet.virtual_device import MAX_LOADED_FLEET, StoredData
 from fedprune_server.simulation.network_model import (
-    PR_FL,
+    PR_FL_WEATHER,
     Availability,
     Weather,
 )
@@ -44,7 +44,7 @@ data = "barn.npz"
 
 @pytest.fixture
 def write(tmp_path):
-    hand = deal(["barn"], seed=5).devices["barn"]
+    hand = deal_digits(["barn"], seed=5).devices["barn"]
     (tmp_path / "model.onnx").write_bytes(digits_model())
     np.savez(tmp_path / "barn.npz", x=hand.x_train, y=hand.y_train)
     x, y = np.tile(hand.x_train, (3, 1, 1, 1))[:600], np.tile(hand.y_train, 3)[:600]
@@ -58,7 +58,7 @@ def write(tmp_path):
 
 
 def test_one_row_makes_many_devices(write):
-    plan = read_plan(write(ROW.replace("[[devices]]", "[[devices]]\ncount = 3") + ROW.replace("barn", "dock", 1)))
+    plan = read_fleet_plan(write(ROW.replace("[[devices]]", "[[devices]]\ncount = 3") + ROW.replace("barn", "dock", 1)))
     assert [d.name for d in plan.devices] == ["barn-001", "barn-002", "barn-003", "dock"]
     assert plan.job.devices == 4
     assert len({d.fingerprint for d in plan.devices}) == 4  # each device has a split of its own
@@ -69,8 +69,8 @@ def test_profiles_and_links_take_turns(write):
     text = ROW.replace('"raspberry-pi-4b"', '["raspberry-pi-4b", "jetson-nano"]') + (
         "count = 4\nlink = [{ up_mb_s = 1 }, { up_mb_s = 2, latency_s = 0.5 }, { down_mb_s = 3 }]\n"
     )
-    devices = read_plan(write(text)).devices
-    known = find("raspberry-pi-4b").link, find("jetson-nano").link
+    devices = read_fleet_plan(write(text)).devices
+    known = find_profile("raspberry-pi-4b").link, find_profile("jetson-nano").link
     assert [d.profile.name for d in devices] == ["raspberry-pi-4b", "jetson-nano"] * 2
     assert [d.profile.link.up_bytes_s for d in devices] == [1e6, 2e6, known[0].up_bytes_s, 1e6]
     assert [d.profile.link.down_bytes_s for d in devices][2] == 3e6
@@ -83,29 +83,29 @@ def test_profiles_and_links_take_turns(write):
 
 
 def test_large_fleets_read_their_samples_when_they_need_them(write):
-    few = read_plan(write(ROW + f"count = {HELD}\n")).devices
-    many = read_plan(write(ROW + f"count = {HELD + 1}\n")).devices
+    few = read_fleet_plan(write(ROW + f"count = {MAX_LOADED_FLEET}\n")).devices
+    many = read_fleet_plan(write(ROW + f"count = {MAX_LOADED_FLEET + 1}\n")).devices
     assert not any(isinstance(d.data, StoredData) for d in few)
     assert all(isinstance(d.data, StoredData) for d in many)
-    assert [d.fingerprint for d in many[:HELD]] == [d.fingerprint for d in few]
+    assert [d.fingerprint for d in many[:MAX_LOADED_FLEET]] == [d.fingerprint for d in few]
     assert many[0].load().samples == many[0].samples == few[0].samples
 
 
 def test_data_is_dealt_out_to_the_devices(write):
-    plan = read_plan(write(DATA + "devices = 4\nserver = 0.1\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
+    plan = read_fleet_plan(write(DATA + "devices = 4\nserver = 0.1\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
     assert len(plan.devices) == 4
     assert len({d.name for d in plan.devices}) == 4
     assert plan.evaluation is not None
     total = sum(len(d.load().y_train) + len(d.load().y_test) for d in plan.devices) + len(plan.evaluation[1])
     assert total == 600
-    counted = read_plan(write(DATA + "[[devices]]\nname = 'a'\ncount = 5\nprofile = 'raspberry-pi-4b'\n"))
+    counted = read_fleet_plan(write(DATA + "[[devices]]\nname = 'a'\ncount = 5\nprofile = 'raspberry-pi-4b'\n"))
     assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
 
 
 def test_the_example_has_the_paper_s_links(write, tmp_path):
     np.savez(tmp_path / "data.npz", **np.load(tmp_path / "all.npz"))
-    plan = read_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))
-    assert plan.weather == PR_FL
+    plan = read_fleet_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))
+    assert plan.weather == PR_FL_WEATHER
     links = [d.profile.link for d in plan.devices]
     assert [round(n.down_bytes_s / 1e6, 6) for n in links] == [20, 18, 12, 10, 6, 4, 2.5, 2, 2, 1.5]
     assert [round(n.up_bytes_s / 1e6, 6) for n in links] == [5, 4, 3, 2.5, 1.5, 1, 0.6, 0.5, 0.5, 0.4]
@@ -117,7 +117,7 @@ def test_tables_of_the_simulator_s_own_are_read(write):
         "[availability]\nperiod_s = 100\nleast = 0.5\nmost = 0.7\n"
         "[simulation]\ncheckpoints = 5\nworkers = 2\ncuda = true\n"
     )
-    plan = read_plan(write(text))
+    plan = read_fleet_plan(write(text))
     weather = Weather(0.1, draws=20, server_up_mb_s=3.0, server_down_mb_s=50.0, server_sigma=0.1)
     assert plan.weather == weather
     assert plan.availability == Availability(100, 0.5, 0.7)
@@ -146,7 +146,7 @@ def test_tables_of_the_simulator_s_own_are_read(write):
 )
 def test_what_is_wrong_is_named(write, text, named):
     with pytest.raises(FedpruneError) as caught:
-        read_plan(write(text))
+        read_fleet_plan(write(text))
     assert named in str(caught.value)
     assert "fleet.toml: " in str(caught.value)
     assert isinstance(caught.value, ConfigError)
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_named(write, text, named):
 
 def test_whatever_the_strategy_is_the_reference_is_fedavg():
     job = Job(strategy="heterofl", options={"densities": [1.0, 0.5]}, rounds=7, seed=9)
-    plain = fedavg(job)
+    plain = fedavg_job(job)
     assert (plain.strategy, plain.options, plain.density, plain.scorer) == ("plain", {}, 1.0, "ordered")
     assert (plain.rounds, plain.seed, plain.recipe.lr) == (7, 9, job.recipe.lr)
 
@@ -182,5 +182,5 @@ def test_what_a_target_cost_is_read_off_the_first_round_that_reaches_it(run):
     best = max(values)
     (_, row) = target_rows([record], best)
     first = record.rounds[values.index(best)]
-    assert row[1:5] == (str(first.round), f"{first.at:.0f}", "1.00", f"{(first.down + first.up) / 1e6:.2f}")
+    assert row[1:5] == (str(first.round), f"{first.elapsed_s:.0f}", "1.00", f"{(first.down + first.up) / 1e6:.2f}")
     assert target_rows([record], 1.01)[1][1:3] == ("never", "–")

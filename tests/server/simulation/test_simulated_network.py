@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.fleet.virtual_device import with_link
-from fedprune_server.simulation.network_model import Availability, Weather, transfer
+from fedprune_server.simulation.network_model import Availability, Weather, transfer_end
 from support.fakes.digits_simulation import boards, digits_simulation, noting
 
 DEVICES = [f"d{i}" for i in range(400)]
@@ -20,7 +20,7 @@ DEVICES = [f"d{i}" for i in range(400)]
 def test_factors_are_means_of_log_normal_draws(draws):
     sigma = 0.3
     weather = Weather(links_sigma=sigma, draws=draws)
-    factors = np.array([weather.link(7, r, d, w) for r in (1, 2, 3) for d in DEVICES for w in ("down", "up")])
+    factors = np.array([weather.link_factor(7, r, d, w) for r in (1, 2, 3) for d in DEVICES for w in ("down", "up")])
     mean, deviation = math.exp(sigma**2 / 2), math.sqrt((math.exp(sigma**2) - 1) * math.exp(sigma**2) / draws)
     assert factors.mean() == pytest.approx(mean, abs=4 * deviation / math.sqrt(len(factors)))
     assert factors.std() == pytest.approx(deviation, rel=0.1)
@@ -28,10 +28,14 @@ def test_factors_are_means_of_log_normal_draws(draws):
 
 def test_a_factor_is_keyed_by_seed_round_device_and_way():
     weather = Weather(links_sigma=0.3, compute_sigma=0.3)
-    one = weather.link(1, 2, "d", "up")
-    assert weather.link(1, 2, "d", "up") == one
-    others = [weather.link(2, 2, "d", "up"), weather.link(1, 3, "d", "up"), weather.link(1, 2, "e", "up")]
-    assert len({one, *others, weather.link(1, 2, "d", "down"), weather.compute(1, 2, "d")}) == 6
+    one = weather.link_factor(1, 2, "d", "up")
+    assert weather.link_factor(1, 2, "d", "up") == one
+    others = [
+        weather.link_factor(2, 2, "d", "up"),
+        weather.link_factor(1, 3, "d", "up"),
+        weather.link_factor(1, 2, "e", "up"),
+    ]
+    assert len({one, *others, weather.link_factor(1, 2, "d", "down"), weather.compute_factor(1, 2, "d")}) == 6
 
 
 @given(
@@ -42,17 +46,17 @@ def test_a_factor_is_keyed_by_seed_round_device_and_way():
 )
 def test_windows_come_once_a_period_and_last_a_device_s_share(period, shares, at, device):
     availability = Availability(period, min(shares), max(shares))
-    begin, end = availability.window(5, device, at)
+    begin, end = availability.next_window(5, device, at)
     assert end > at
     assert begin <= at or begin - at <= period
     assert min(shares) * period * 0.999 <= end - begin <= max(shares) * period * 1.001
-    following = availability.window(5, device, end)
+    following = availability.next_window(5, device, end)
     assert following[0] == pytest.approx(begin + period, rel=1e-9)
-    assert availability.window(5, device, max(at, begin)) == (begin, end)
+    assert availability.next_window(5, device, max(at, begin)) == (begin, end)
 
 
 def test_devices_have_their_own_place_and_share():
-    windows = [Availability(100, 0.2, 0.8).window(0, d, 1e6) for d in DEVICES]
+    windows = [Availability(100, 0.2, 0.8).next_window(0, d, 1e6) for d in DEVICES]
     assert len({b % 100 for b, _ in windows}) == len(DEVICES)
     shares = np.array([e - b for b, e in windows]) / 100
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
@@ -71,7 +75,7 @@ def test_a_server_s_link_carries_no_more_than_it_can(transfers, limit):
         now += wait
         begin = max(now, free)
         idle += begin - free
-        arrived, free = transfer(now, free, size, rate, limit)
+        arrived, free = transfer_end(now, free, size, rate, limit)
         sent += size
         assert arrived >= free * (1 - 1e-12)  # nothing is there before the server has sent it
         assert arrived >= now + size / min(rate, limit) * (1 - 1e-12)
@@ -110,9 +114,9 @@ def test_the_virtual_clock_follows_the_weather(build):
     trained = zero.train_s(
         simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
     )
-    down, up = (weather.link(3, 1, zero.name, way) for way in ("down", "up"))
+    down, up = (weather.link_factor(3, 1, zero.name, way) for way in ("down", "up"))
     expected = sent.down / (link.down_bytes_s * down) + sent.up / (link.up_bytes_s * up) + 2 * link.latency_s
-    assert simulation.clock == pytest.approx(expected + trained / weather.compute(3, 1, zero.name))
+    assert simulation.clock == pytest.approx(expected + trained / weather.compute_factor(3, 1, zero.name))
 
 
 def test_a_device_s_own_link_takes_the_profile_s_place(build):
@@ -129,7 +133,7 @@ def test_devices_train_in_their_windows_only(build):
     history = simulation.run()
     assert len(history) == 6
     for name, at in seen:
-        begin, end = availability.window(3, name, at)
+        begin, end = availability.next_window(3, name, at)
         assert begin <= at < end
     assert simulation.clock > 40
 
@@ -141,7 +145,7 @@ def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build):
     quick = build("quick", fleet=[device], rounds=1)
     quick.run()
     size = quick.record().last.up
-    begin, end = Availability(100.0, 0.5, 0.5).window(3, device.name, 0.0)
+    begin, end = Availability(100.0, 0.5, 0.5).next_window(3, device.name, 0.0)
     opens = max(0.0, begin)
     slow = on_link(device, up_mb_s=size / 1e6 / ((end - opens) * 0.9))  # the upload takes most of a window
     windows = Availability(100.0, 0.5, 0.5)

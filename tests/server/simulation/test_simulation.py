@@ -13,7 +13,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.fleet.virtual_device import StoredData
-from fedprune_server.simulation.measure import Measure
+from fedprune_server.simulation.measure import ModelMeasure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from support.fakes.digits_simulation import boards, digits_experiment, digits_simulation, run_killed
 
@@ -159,7 +159,7 @@ def test_every_circumstance_of_a_run_is_in_its_settings():
         "dropouts": DropOuts(0.5),
         "weather": Weather(draws=2),
         "availability": Availability(9.0, 0.5),
-        "measure": Measure(*experiment.evaluation, every=2),
+        "measure": ModelMeasure(*experiment.evaluation, every=2),
     }
     for name, value in changed.items():
         assert replace(experiment, **{name: value}).differences(experiment.settings()).startswith(name)

@@ -13,15 +13,18 @@ from fedprune.planning import profile_store
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import load_digits
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.starter import STARTERS, write_starter
+from fedprune_server.simulation.starter import STARTER_BOARDS, write_starter
 from support.paths import ROOT
 
 
 def test_its_boards_have_links_and_samples_of_their_own(tmp_path: Path) -> None:
-    dealt = write_starter(tmp_path, STARTERS, seed=3)
+    dealt = write_starter(tmp_path, STARTER_BOARDS, seed=3)
     sizes = []
-    for board in STARTERS:
-        own, like = profile_store.read(tmp_path / "profiles" / f"{board.name}.toml"), profile_store.find(board.profile)
+    for board in STARTER_BOARDS:
+        own, like = (
+            profile_store.read_profile(tmp_path / "profiles" / f"{board.name}.toml"),
+            profile_store.find_profile(board.profile),
+        )
         assert (own.name, own.link.bytes_per_round) == (board.name, board.round_bytes)
         assert (own.cpu, own.memory, own.compute) == (like.cpu, like.memory, like.compute)
         with np.load(tmp_path / f"{board.name}.npz") as file:
@@ -49,7 +52,7 @@ def test_it_is_simulated_with_its_own_strategy_at_widths_that_its_links_carry(
         record = Record.load(out / "metrics.json")
         assert record.title == "my-fleet"
         planned = {row.name: row.density for row in record.devices}
-        densities = [planned[board.name] for board in STARTERS]
+        densities = [planned[board.name] for board in STARTER_BOARDS]
         assert densities == sorted(set(densities)), "each board's is wider than the one before"
         assert densities[-1] == 1
 

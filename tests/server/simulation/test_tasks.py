@@ -12,7 +12,7 @@ from torch import nn
 
 import fedprune_export as fx
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune_device.cli.main import main as device
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
@@ -33,12 +33,12 @@ class Shapes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.near = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.local_store = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
         self.far = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
         self.out = nn.Conv2d(28, K, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        near = self.near(x)
+        near = self.local_store(x)
         return self.out(torch.cat([near, nn.functional.interpolate(self.far(near), scale_factor=2.0)], 1))
 
 
@@ -71,7 +71,7 @@ def simulation(folder: Path, recipe: dict[str, Any], loss: Any = None) -> Simula
     model, fleet = fx.load(Shapes(), loss=loss), []
     for number, name in enumerate(KINDS):
         x, y = pixels(number)
-        fleet.append(VirtualDevice(name, find(name), LocalData(x[:45], y[:45], x[45:], y[45:])))
+        fleet.append(VirtualDevice(name, find_profile(name), LocalData(x[:45], y[:45], x[45:], y[45:])))
     training = {"epochs": 3, "batch_size": 15, "lr": 0.2, **recipe}
     return digits_simulation(
         folder, model=model, fleet=fleet, evaluation=pixels(9), rounds=3, strategy="fedprune",
@@ -99,7 +99,8 @@ def test_a_fleet_trains_by_a_teachers_outputs(tmp_path: Path) -> None:
     test = labelled(9)
     settings = {"optimizer": "lion", "keep_optimizer_state": True, "lr_warmup": 0.5, "lr_schedule": "cosine"}
     run = digits_simulation(
-        tmp_path, model=fx.load(Shapes()), fleet=[VirtualDevice(n, find(n), labelled(i)) for i, n in enumerate(KINDS)],
+        tmp_path, model=fx.load(Shapes()),
+        fleet=[VirtualDevice(n, find_profile(n), labelled(i)) for i, n in enumerate(KINDS)],
         evaluation=(test.x_train, test.y_train), rounds=3, strategy="fedavg",
         recipe=Recipe.from_dict({"epochs": 3, "batch_size": 15, "lr": 0.01, "loss": "distill", **settings}),
     )  # fmt: skip
@@ -142,7 +143,7 @@ def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None
     assert (record.last.accuracy or 0.0) > most + 0.05
     assert found[-1] < (record.last.accuracy or 0.0), "most places are of no square"
     assert set(record.last.local) == set(KINDS)
-    assert set(record.last.own) >= {"miou_before", "miou_after", "accuracy_after", "loss_after"}
+    assert set(record.last.device_metrics) >= {"miou_before", "miou_after", "accuracy_after", "loss_after"}
     assert "local miou" in final_rows([record])[0]
 
 
@@ -155,7 +156,8 @@ def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path)
     model, test = fx.load(Reader(), lora="16:q.weight,v.weight,wide.weight"), sentences(9)
     names = [f"board-{n}" for n in range(4)]
     run = digits_simulation(
-        tmp_path, model=model, fleet=[VirtualDevice(n, find(KINDS[1]), sentences(i)) for i, n in enumerate(names)],
+        tmp_path, model=model,
+        fleet=[VirtualDevice(n, find_profile(KINDS[1]), sentences(i)) for i, n in enumerate(names)],
         evaluation=(test.x_train, test.y_train), rounds=4, strategy="fedprune", compression="none",
         options={"densities": [1.0, 0.5, 0.25, 0.125], "core": 0}, recipe=Recipe(epochs=4, batch_size=10, lr=0.02),
     )  # fmt: skip
@@ -178,7 +180,7 @@ def test_a_low_base_travels_once_and_adapters_in_every_round(tmp_path: Path) -> 
     torch.manual_seed(0)
     model = fx.load(Reader(), lora="16:q.weight,v.weight,wide.weight", base="int8")
     run = digits_simulation(
-        tmp_path, model=model, fleet=[VirtualDevice(n, find(KINDS[1]), data) for n in "ab"],
+        tmp_path, model=model, fleet=[VirtualDevice(n, find_profile(KINDS[1]), data) for n in "ab"],
         evaluation=(data.x_train, data.y_train), rounds=3, compression="none", compression_down="none",
         strategy="fedprune", options={"densities": [1.0, 0.5]}, recipe=Recipe(epochs=1, batch_size=10, lr=0.02),
     )  # fmt: skip

@@ -27,11 +27,11 @@ from fedprune_server.monitoring import tracking
 from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.observation.observer import RoundEnded
 from fedprune_server.simulation.digits import digits_model, load_digits
-from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.rows import round_rows
-from fedprune_server.simulation.results.tracked_rounds import tracked
+from fedprune_server.simulation.results.tracked_rounds import track_rounds
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tools.tensorboard import TensorBoardTracker
 from fedprune_server.trackers.tracker import TrackedRun, Tracker
@@ -171,7 +171,7 @@ def test_a_tracker_that_fails_ends_no_run_and_catches_up(
 
 
 def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], shown: FakeTool) -> None:
-    plan = read_plan(Path("settings"), tables=fleet)
+    plan = read_fleet_plan(Path("settings"), tables=fleet)
 
     def interrupt(simulation: Simulation) -> None:
         track(simulation)
@@ -180,9 +180,9 @@ def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], shown:
 
     with (
         pytest.raises(KeyboardInterrupt),
-        tracked([TrackTarget("mlflow")], plan, Path("out")) as track,
+        track_rounds([TrackTarget("mlflow")], plan, Path("out")) as track,
     ):
-        run_folder.simulate(plan, Path("out"), interrupt)
+        run_folder.simulate_in_folder(plan, Path("out"), interrupt)
     assert [number for number, _ in shown.only.rounds] == [1, 2]
 
     simulate(fleet, folder="out", track="mlflow")
@@ -250,7 +250,7 @@ def test_a_server_opens_its_trackers(tmp_path: Path, shown: FakeTool) -> None:
 
     assert shown.only.title == JOB.name
     assert shown.only.ends == [False]
-    assert (tmp_path / "state" / tracking.FILE).is_file()
+    assert (tmp_path / "state" / tracking.NOTE_FILE).is_file()
 
 
 OTHERS_WARNINGS = pytest.mark.filterwarnings("ignore::Warning")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_server.storage.storage import FILE
+from fedprune_server.storage.storage import DATABASE_FILE
 from support.processes.postgres import Postgres
 
 
@@ -14,6 +14,6 @@ from support.processes.postgres import Postgres
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / FILE}"
+        return f"sqlite:///{tmp_path / DATABASE_FILE}"
     server: Postgres = request.getfixturevalue("postgres")
     return server.database()

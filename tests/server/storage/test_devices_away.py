@@ -10,7 +10,7 @@ import pytest
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError
-from fedprune.jobs.state import Device, Task
+from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune_server.storage import devices_away
 from fedprune_server.storage.storage import Storage
 
@@ -26,8 +26,8 @@ def plan(number: int) -> dict[str, Any]:
     return {"widths": [4, 8], "limits": [{"name": f"limit {i}", "value": i / (number + 1)} for i in range(20)]}
 
 
-def device(number: int, *, online: bool) -> Device:
-    return Device(number, online, PROFILE, probe(number), 10, plan(number), (4, 8), codecs=CODECS)
+def device(number: int, *, online: bool) -> JobDevice:
+    return JobDevice(number, online, PROFILE, probe(number), 10, plan(number), (4, 8), codecs=CODECS)
 
 
 def held(state: State) -> set[str]:
@@ -44,7 +44,7 @@ def held(state: State) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices_away, "KEPT", getattr(request, "param", 0))
+    monkeypatch.setattr(devices_away, "MAX_AWAY_IN_MEMORY", getattr(request, "param", 0))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def state() -> State:
 
 
 def test_they_come_back_when_they_are_read(tmp_path: Path, state: State) -> None:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)
         assert held(state) == {"here"}
         assert (dict(state.devices["b"].plan or {}), dict(state.devices["b"].probe or {})) == (plan(1), probe(1))
@@ -63,34 +63,34 @@ def test_they_come_back_when_they_are_read(tmp_path: Path, state: State) -> None
         state.devices["a"].samples = 11
         storage.save(state, (), 2.0)
         assert held(state) == {"here"}
-        with Storage.at(tmp_path) as other:
+        with Storage.open_in(tmp_path) as other:
             assert other.load() == state
 
 
 def test_changes_of_what_was_put_away_are_saved(tmp_path: Path, state: State) -> None:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)
         state.devices["a"].plan = None
         state.devices["b"] = device(9, online=True)
         del state.devices["c"]
         storage.save(state, (), 2.0)
-        with Storage.at(tmp_path) as other:
+        with Storage.open_in(tmp_path) as other:
             assert other.load() == state
 
 
 def test_a_device_that_is_taken_out_of_the_state_says_what_it_lacks(tmp_path: Path, state: State) -> None:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)
         gone = state.devices.pop("a")
     with pytest.raises(StorageError, match="plan"):
         _ = gone.plan
     with pytest.raises(AttributeError):
-        _ = gone.plans  # type: ignore[attr-defined]
+        _ = gone.step_widths  # type: ignore[attr-defined]
 
 
 def test_devices_of_a_round_are_put_away_once_the_next_one_is_over(tmp_path: Path, state: State) -> None:
-    state.tasks["a"] = Task(1, (4, 8))
-    with Storage.at(tmp_path) as storage:
+    state.tasks["a"] = DeviceTask(1, (4, 8))
+    with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)
         assert held(state) == {"here", "a"}
         summary = {"round": 1, "at": 2.0, "model": "m" * 64, "metrics": {}}
@@ -104,7 +104,7 @@ def test_devices_of_a_round_are_put_away_once_the_next_one_is_over(tmp_path: Pat
 
 @pytest.mark.parametrize("kept", [2], indirect=True)
 def test_the_latest_that_have_left_are_kept_as_they_are(tmp_path: Path, state: State) -> None:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)
         state.devices["here"].online = False
         storage.save(state, [on.Ticked()], 2.0)

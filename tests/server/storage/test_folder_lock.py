@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.disk import held
+from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import StorageError
 from fedprune_server.engine.state_directory import StateFolder
-from fedprune_server.storage.state_folder import LOCK, MODEL, folder_lock
+from fedprune_server.storage.state_folder import LOCK_FILE, MODEL_FILE, folder_lock
 from support.waiting import until
 
 
 def test_who_comes_second_is_told_and_the_lock_ends_with_its_block(tmp_path: Path) -> None:
     with folder_lock(tmp_path):
-        assert held(tmp_path / LOCK)
+        assert has_lock_holder(tmp_path / LOCK_FILE)
         with pytest.raises(StorageError, match=str(tmp_path)), folder_lock(tmp_path):
             raise AssertionError("two have it")
-        assert held(tmp_path / LOCK)
-    assert not held(tmp_path / LOCK)
+        assert has_lock_holder(tmp_path / LOCK_FILE)
+    assert not has_lock_holder(tmp_path / LOCK_FILE)
 
 
 def test_a_standby_waits_as_long_as_it_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -54,6 +54,6 @@ def test_a_new_state_folder_and_its_blobs_are_closed_to_other_users(tmp_path: Pa
 @pytest.mark.timeout(60)
 def test_a_device_as_the_model_of_a_state_folder_is_refused(tmp_path: Path) -> None:
     with StateFolder(tmp_path / "state") as folder:
-        (tmp_path / "state" / MODEL).symlink_to("/dev/zero")
+        (tmp_path / "state" / MODEL_FILE).symlink_to("/dev/zero")
         with pytest.raises(StorageError, match="not a regular file"):
-            folder._keep_foreign(b"")
+            folder._check_foreign_model(b"")

@@ -14,7 +14,7 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import BusyError, StorageError
 from fedprune.jobs.job import Job
-from fedprune_server.cli.status import status
+from fedprune_server.cli.status import job_status
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.maintenance.doctor import diagnose
@@ -44,8 +44,8 @@ def row(storage: Storage) -> dict[str, object]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "LASTS_S", 2.0)
-    monkeypatch.setattr(lease, "RENEWED_S", 0.1)
+    monkeypatch.setattr(lease, "LEASE_S", 2.0)
+    monkeypatch.setattr(lease, "RENEWAL_INTERVAL_S", 0.1)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_noth
         with pytest.raises(LeaseLostError):
             first.storage.put_settings({"job": {}})
         with pytest.raises(LeaseLostError):
-            first.storage.put_outsiders({"x": {}})
+            first.storage.put_unplanned_devices({"x": {}})
         with pytest.raises(LeaseLostError):
             first.lease.confirm()
         assert rounds(second.storage) == [1, 2]
@@ -137,7 +137,7 @@ def test_a_server_that_hung_hears_that_it_was_replaced(tmp_path: Path, url: str,
 def test_whoever_has_a_dead_servers_folder_needs_not_wait(tmp_path: Path, url: str) -> None:
     first = StateFolder(tmp_path / "one", url)
     hang(first)
-    first.lease._gone = True  # so that it gives nothing back, as after a kill
+    first.lease._is_lost = True  # so that it gives nothing back, as after a kill
     first.close()
     with StateFolder(tmp_path / "one", url) as again:
         assert row(again.storage)["token"] == 2
@@ -228,12 +228,12 @@ def test_a_folder_that_stands_by_knows_the_job_and_the_server_that_has_it(
         assert leader_elsewhere(tmp_path / "first") == ""
         thread.start()
         until(lambda: (waits / "database").exists() and leader_elsewhere(waits) != "")
-        body = status(waits)
+        body = job_status(waits)
         assert (body["job"]["name"], body["running"], "first" in body["leader"]) == ("leaves", True, True)
         kinds = {finding.kind for finding in diagnose(waits)}
         assert "standby" in kinds
         assert not {"server-not-running", "database"} & kinds
     until(lambda: leader_elsewhere(waits) == "")
-    assert status(waits)["leader"] == ""
+    assert job_status(waits)["leader"] == ""
     stopped.set()
     thread.join()

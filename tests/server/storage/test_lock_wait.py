@@ -21,8 +21,8 @@ from fedprune.core.lock_wait import command_text, file_lock_holders, wait_hook
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage import database
-from fedprune_server.storage.database import Database, translated
-from fedprune_server.storage.storage import FILE, Storage, database_of
+from fedprune_server.storage.database import Database, translate_errors
+from fedprune_server.storage.storage import DATABASE_FILE, Storage, open_database
 from support.processes.postgres import Postgres
 
 HOLDER = """
@@ -43,8 +43,8 @@ class EndedError(Exception):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "SQLITE_RETRY_S", 0.02)
     monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(lock_wait, "SAID_AFTER_S", 0.0)
-    monkeypatch.setattr(lock_wait, "ASKED_EVERY_S", 0.0)
+    monkeypatch.setattr(lock_wait, "FIRST_LOG_AFTER_S", 0.0)
+    monkeypatch.setattr(lock_wait, "LOOKUP_INTERVAL_S", 0.0)
 
 
 @contextmanager
@@ -75,14 +75,14 @@ def fail() -> None:
 
 
 def test_readers_wait_for_no_writer(tmp_path: Path) -> None:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.put_settings({"job": {"name": "one"}})
         storage.save(State(model="m" * 64), [on.Scored(1, "r" * 64)], 1.0)
         members, rollouts = IdentityStore(storage.database), RolloutStore(tmp_path, storage.database)
-        with locked(tmp_path / FILE), wait_hook(fail):
+        with locked(tmp_path / DATABASE_FILE), wait_hook(fail):
             assert storage.settings() == {"job": {"name": "one"}}
             assert storage.load() == State(model="m" * 64)
-            assert [storage.rounds(), storage.devices(), storage.outsiders(), storage.incomplete_rounds()] == [
+            assert [storage.rounds(), storage.devices(), storage.unplanned_devices(), storage.incomplete_rounds()] == [
                 [],
                 [],
                 {},
@@ -90,23 +90,28 @@ def test_readers_wait_for_no_writer(tmp_path: Path) -> None:
             ]
             assert storage.log.last_at() == 1.0
             assert [at for _, at, _, _ in storage.log.events()] == [1.0]
-            assert (members.version(), members.empty, members.devices(), members.heard()) == ("", True, [], {})
-            assert (rollouts.entries(), rollouts.version()) == ([], 0)
-            with Storage.existing(tmp_path) as reader, database_of(tmp_path) as further:
+            assert (members.version(), members.is_empty, members.devices(), members.latest_epochs()) == (
+                "",
+                True,
+                [],
+                {},
+            )
+            assert (rollouts.entries(), rollouts.change_count()) == ([], 0)
+            with Storage.open_existing(tmp_path) as reader, open_database(tmp_path) as further:
                 assert reader.settings() is not None
-                assert IdentityStore(further).empty
-            with Storage.at(tmp_path) as again:  # a start of a server has nothing to write before it begins
+                assert IdentityStore(further).is_empty
+            with Storage.open_in(tmp_path) as again:  # a start of a server has nothing to write before it begins
                 assert again.load() is not None
 
 
 def test_a_reader_sees_one_state_from_its_beginning_on(tmp_path: Path) -> None:
-    with Storage.at(tmp_path) as storage, Storage.at(tmp_path) as other:
+    with Storage.open_in(tmp_path) as storage, Storage.open_in(tmp_path) as other:
         storage.put_settings({"n": 1})
         query = "SELECT value FROM meta WHERE key = 'settings'"
-        with storage.database.reading() as connection:
+        with storage.database.read_transaction() as connection:
             other.put_settings({"n": 2})
             before = connection.exec_driver_sql(query).scalar()
-        with storage.database.reading() as connection:
+        with storage.database.read_transaction() as connection:
             assert connection.exec_driver_sql(query).scalar() != before
 
 
@@ -114,8 +119,8 @@ def test_a_reader_sees_one_state_from_its_beginning_on(tmp_path: Path) -> None:
 def test_a_writer_waits_for_a_lock_as_long_as_it_takes_and_names_who_holds_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Storage.at(tmp_path) as storage:
-        command = [sys.executable, "-c", HOLDER, tmp_path / FILE]
+    with Storage.open_in(tmp_path) as storage:
+        command = [sys.executable, "-c", HOLDER, tmp_path / DATABASE_FILE]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None
             assert holder.stdin is not None
@@ -125,14 +130,14 @@ def test_a_writer_waits_for_a_lock_as_long_as_it_takes_and_names_who_holds_it(
         assert storage.load() == State(model="m" * 64)
     lines = [r.getMessage() for r in caplog.records]
     assert f"process {holder.pid} " in lines[0]
-    assert FILE in lines[0]
+    assert DATABASE_FILE in lines[0]
     assert len(lines) == 2, "one as it waits, one as it goes on"
 
 
 @pytest.mark.usefixtures("quick")
 def test_who_waits_for_a_lock_can_be_stopped_and_has_written_nothing(tmp_path: Path) -> None:
-    with Storage.at(tmp_path) as storage:
-        with locked(tmp_path / FILE), wait_hook(after(3, fail)), pytest.raises(EndedError):
+    with Storage.open_in(tmp_path) as storage:
+        with locked(tmp_path / DATABASE_FILE), wait_hook(after(3, fail)), pytest.raises(EndedError):
             storage.put_settings({"n": 1})
         assert storage.settings() is None
         storage.put_settings({"n": 2})
@@ -141,18 +146,23 @@ def test_who_waits_for_a_lock_can_be_stopped_and_has_written_nothing(tmp_path: P
 
 @pytest.mark.usefixtures("quick")
 def test_a_database_that_another_program_has_for_itself_is_waited_for(tmp_path: Path) -> None:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.put_settings({"n": 1})
-    other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    other = sqlite3.connect(tmp_path / DATABASE_FILE, isolation_level=None)
     other.execute("PRAGMA locking_mode=EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")  # not even readers may use it
-    with wait_hook(after(4, other.close)), Storage.at(tmp_path) as storage:
+    with wait_hook(after(4, other.close)), Storage.open_in(tmp_path) as storage:
         assert storage.settings() == {"n": 1}
 
 
 def test_a_lock_that_ends_a_statement_is_no_damage(tmp_path: Path) -> None:
-    other = sqlite3.connect(tmp_path / FILE, timeout=0)
-    with Storage.at(tmp_path), locked(tmp_path / FILE), pytest.raises(BusyError) as raised, translated("sqlite:///x"):
+    other = sqlite3.connect(tmp_path / DATABASE_FILE, timeout=0)
+    with (
+        Storage.open_in(tmp_path),
+        locked(tmp_path / DATABASE_FILE),
+        pytest.raises(BusyError) as raised,
+        translate_errors("sqlite:///x"),
+    ):
         other.execute("DELETE FROM meta")
     assert raised.value.hint
     assert "backup" not in raised.value.hint
@@ -173,7 +183,7 @@ def test_a_lock_in_postgresql_is_waited_for_and_its_session_named(
                 storage.put_settings({"n": 2})
         assert storage.settings() == {"n": 2}
         assert f"session {session} " in caplog.records[0].getMessage()
-        with storage.database.reading() as reader, other.reading() as again:
+        with storage.database.read_transaction() as reader, other.read_transaction() as again:
             assert reader.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
             assert again.exec_driver_sql("SHOW lock_timeout").scalar() != "0"
 
@@ -197,7 +207,7 @@ def test_a_holder_is_named_for_sure_where_device_and_number_of_the_file_fit(
     lines = [f"1: POSIX  ADVISORY  WRITE 1 {other} 0 EOF"] if sure else []
     lines.append(f"2: POSIX  ADVISORY  WRITE {parent} {own if device == 'own' else other} 0 EOF")
     locks.write_text("\n".join(lines))
-    monkeypatch.setattr(lock_wait, "LOCKS", locks)
+    monkeypatch.setattr(lock_wait, "LOCK_LIST", locks)
     (holder,) = file_lock_holders(path)
     assert f"process {parent}" in holder
     assert holder.startswith("process") is sure

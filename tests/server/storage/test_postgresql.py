@@ -14,13 +14,13 @@ import pytest
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune_server.cli.status import status
+from fedprune_server.cli.status import job_status
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config
 from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.database import LostConnectionError
-from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.storage import DATABASE_FILE, Storage
 from support.fakes.opened_job import open_job
 from support.fakes.stored_job import filled
 from support.processes.postgres import Postgres
@@ -91,7 +91,7 @@ def test_a_database_that_stays_away_is_one_error(own_postgres: Postgres) -> None
     state = State(model="m" * 64)
     with Storage(own_postgres.database()) as storage:
         storage.save(state, (), 0.0)
-        storage.database.patience_s = 1.0
+        storage.database.max_away_s = 1.0
         own_postgres.kill()
         state.round = 1
         with pytest.raises(LostConnectionError, match="1 s"):
@@ -187,11 +187,11 @@ def test_a_folder_remembers_where_its_database_is(tmp_path: Path, postgres: Post
     url, state = postgres.database(), tmp_path / "state"
     with StateFolder(state, url) as folder:
         opened = open_job(folder, config)
-    assert not (state / FILE).exists()
+    assert not (state / DATABASE_FILE).exists()
     assert (state / "database").stat().st_mode & 0o777 == 0o600
     with StateFolder(state) as folder:
         assert open_job(folder, parse_config(stored_tables(state, {}) or {}, Path())).state == opened.state
-    assert status(state)["job"]["name"] == "job"
+    assert job_status(state)["job"]["name"] == "job"
 
 
 def test_a_start_that_fails_leaves_no_word_of_the_database(tmp_path: Path, postgres: Postgres) -> None:

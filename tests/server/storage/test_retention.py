@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
-from fedprune_server.executor.background import BackgroundExecutor, Work
-from fedprune_server.executor.retention import BlobCollector, sweep
-from fedprune_server.maintenance.inventory import inventory
+from fedprune_server.executor.background import BackgroundExecutor, HeavyCommand
+from fedprune_server.executor.retention import BlobCollector, sweep_blobs
+from fedprune_server.maintenance.inventory import read_inventory
 from fedprune_server.storage.storage import Storage
 from support.fakes.asynchronous_shell import KINDS, Shell
 from support.fakes.tiny_job import JOB
@@ -71,7 +71,7 @@ def test_the_executor_begins_with_nothing_before_what_was_ordered_earlier_is_ans
     class Slow:
         """A worker whose first command takes until somebody says so."""
 
-        def execute(self, command: Work) -> on.Event:
+        def execute(self, command: HeavyCommand) -> on.Event:
             assert isinstance(command, do.Evaluate)
             begun.append(command.round)
             if command.round == 1:
@@ -86,13 +86,13 @@ def test_the_executor_begins_with_nothing_before_what_was_ordered_earlier_is_ans
     executor = BackgroundExecutor(Slow())
     try:
         for number in (1, 2, 3):
-            executor.order(do.Evaluate(number, ""))
+            executor.submit(do.Evaluate(number, ""))
         assert first.wait(10)
         assert executor.collect() is None
         assert begun == [1]
         let.set()
         found: list[on.Event] = []
-        while executor.busy:
+        while executor.is_busy:
             if (event := executor.collect()) is not None:
                 found.append(event)
         assert found == [on.Evaluated(n, {}) for n in (1, 2, 3)]
@@ -103,11 +103,11 @@ def test_the_executor_begins_with_nothing_before_what_was_ordered_earlier_is_ans
 
 def test_a_round_that_begins_drops_what_has_arrived_of_blobs_that_no_longer_arrive(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, durable=False)
-    abandoned, arriving = (name * LEAF for name in (b"ab", b"ar"))
+    abandoned, arriving = (name * LEAF_BYTES for name in (b"ab", b"ar"))
     for data in (abandoned, arriving):
         partial = store.partial(BlobRef.of(data))
         partial.set_table(leaf_table(data))
-        assert partial.write(0, data[:LEAF])
+        assert partial.write(0, data[:LEAF_BYTES])
     model = store.put(b"model").sha256
     BlobCollector(store, 1, "accuracy").collect(State(model=model), {BlobRef.of(arriving).sha256})
     assert {path.name[:64] for path in (tmp_path / "partial").iterdir()} == {BlobRef.of(arriving).sha256}
@@ -136,7 +136,7 @@ def test_the_best_model_stays_beside_the_latest(
         metrics = {} if score is None else {judged_by: score}
         state.history.append({"round": number, "at": 0.0, "model": state.model, "metrics": metrics, "devices": {}})
         # A server that is started again begins with a sweep, and its collector knows of no earlier state.
-        sweep(store, state, 1, judged_by)
+        sweep_blobs(store, state, 1, judged_by)
         collector = BlobCollector(store, 1, judged_by)
         collector.collect(state, frozenset())
 
@@ -149,7 +149,7 @@ def test_a_backup_needs_the_best_model_too(tmp_path: Path) -> None:
         {"round": n, "at": 0.0, "model": f"{n:064}", "metrics": {"accuracy": score}, "devices": {}}
         for n, score in enumerate((0.9, 0.5, 0.6), 1)
     ]
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.put_settings({"job": JOB.to_dict(), "server": {"keep": 1}})
         storage.save(State(model=rows[-1]["model"], round=3, history=rows), (), 1.0)
-        assert inventory(storage).models == {f"{1:064}", f"{3:064}"}
+        assert read_inventory(storage).models == {f"{1:064}", f"{3:064}"}

@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError, StorageError, StorageFullError
 from fedprune.wire.urls import UploadUrl
 from fedprune_server.storage.s3 import bucket
 from fedprune_server.storage.s3 import store as bucket_store
-from fedprune_server.storage.s3.bucket import BLOBS, Bucket, BucketError, StoppedError, digest_of, parse
+from fedprune_server.storage.s3.bucket import (
+    BLOBS_PREFIX,
+    Bucket,
+    BucketError,
+    StoppedError,
+    digest_of,
+    parse_bucket_url,
+)
 from fedprune_server.storage.s3.store import BucketStore
 from support.processes.s3 import S3, SECRETS, Ceph
 from support.waiting import until
@@ -29,7 +36,7 @@ from support.waiting import until
 def evicting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was used a moment ago may be evicted, unless the test is about that."""
     if "lately" not in request.node.name:
-        monkeypatch.setattr(bucket_store, "FRESH_S", 0.0)
+        monkeypatch.setattr(bucket_store, "RECENT_USE_S", 0.0)
 
 
 class Watched(Bucket):
@@ -68,7 +75,7 @@ def digest(data: bytes) -> str:
 
 
 def objects(s3: S3, url: str) -> list[str]:
-    return sorted(k for k in s3.keys(parse(url)[0]) if k.startswith(f"a/fleet/{BLOBS}"))
+    return sorted(k for k in s3.keys(parse_bucket_url(url)[0]) if k.startswith(f"a/fleet/{BLOBS_PREFIX}"))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,7 @@ def objects(s3: S3, url: str) -> list[str]:
 )
 def test_what_is_no_address_of_a_bucket_is_refused_and_no_secret_shown(url: str) -> None:
     with pytest.raises(ConfigError, match="s3://bucket/prefix") as raised:
-        parse(url)
+        parse_bucket_url(url)
     assert "hush" not in str(raised.value)
 
 
@@ -91,7 +98,7 @@ def test_what_was_put_is_there_for_another_folder(url: str, tmp_path: Path) -> N
         assert not BlobStore.has(two, ref.sha256)
         assert two.ref(ref.sha256) == ref
         assert two.read(ref.sha256) == d == bytes(two.map(ref.sha256))
-        assert two.read_leaves(ref.sha256, 0, 2) == d[: 2 * LEAF]
+        assert two.read_leaves(ref.sha256, 0, 2) == d[: 2 * LEAF_BYTES]
     assert two.names() == sorted(r.sha256 for r in refs)
 
 
@@ -104,20 +111,20 @@ def test_putting_twice_writes_one_object(at_s3: S3, url: str, tmp_path: Path) ->
 
 
 def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: Path) -> None:
-    name, prefix = parse(url)
-    client = at_s3.client()
+    name, prefix = parse_bucket_url(url)
+    client = at_s3.client_files()
     for n in range(7):
-        client.put_object(Bucket=name, Key=f"{prefix}{BLOBS}{digest(bytes([n]))}.{'0' * 16}", Body=bytes([n]))
+        client.put_object(Bucket=name, Key=f"{prefix}{BLOBS_PREFIX}{digest(bytes([n]))}.{'0' * 16}", Body=bytes([n]))
     store = BucketStore(tmp_path, url)
     real = store.bucket._client.list_objects_v2
     store.bucket._client.list_objects_v2 = lambda **options: real(MaxKeys=3, **options)
-    assert [size for _, size in store.bucket.list(BLOBS)] == [1] * 7
+    assert [size for _, size in store.bucket.list(BLOBS_PREFIX)] == [1] * 7
 
 
 def test_an_object_is_read_whole_or_in_pieces_and_not_beyond_a_limit(url: str) -> None:
     found = Bucket(url)
-    found.put("there", b"here" * LEAF, digest(b"here" * LEAF))
-    assert b"".join(found.stream("there")) == found.get("there", 2**20) == b"here" * LEAF
+    found.put("there", b"here" * LEAF_BYTES, digest(b"here" * LEAF_BYTES))
+    assert b"".join(found.stream("there")) == found.get("there", 2**20) == b"here" * LEAF_BYTES
     assert found.get("there", 5) is None
     assert found.get("missing", 5) is None
     assert not list(found.stream("missing"))
@@ -125,12 +132,12 @@ def test_an_object_is_read_whole_or_in_pieces_and_not_beyond_a_limit(url: str) -
 
 def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url)
-    ref = store.put(b"good" * LEAF)
+    ref = store.put(b"good" * LEAF_BYTES)
     for look in (store.read, store.map):
-        store.path(ref.sha256).write_bytes(b"bad!" * LEAF)
-        assert bytes(look(ref.sha256)) == b"good" * LEAF
+        store.path(ref.sha256).write_bytes(b"bad!" * LEAF_BYTES)
+        assert bytes(look(ref.sha256)) == b"good" * LEAF_BYTES
         store.path(ref.sha256).unlink()
-        assert bytes(look(ref.sha256)) == b"good" * LEAF
+        assert bytes(look(ref.sha256)) == b"good" * LEAF_BYTES
 
 
 def test_a_reader_fetches_what_the_folder_has_not_or_has_damaged_and_leaves_the_folder_as_it_is(
@@ -140,7 +147,7 @@ def test_a_reader_fetches_what_the_folder_has_not_or_has_damaged_and_leaves_the_
     whole, damaged, absent = blobs = [server.put(name * 100).sha256 for name in (b"a", b"b", b"c")]
     server.path(damaged).write_bytes(b"x")
     server.path(absent).unlink()
-    reader = BucketStore(tmp_path, url, keeping=False)
+    reader = BucketStore(tmp_path, url, caching=False)
     reader.bucket = watched = Watched(url)
     for look in (reader.read, reader.map):
         assert [bytes(look(sha256)) for sha256 in blobs] == [b"a" * 100, b"b" * 100, b"c" * 100]
@@ -152,14 +159,14 @@ def test_a_reader_fetches_what_the_folder_has_not_or_has_damaged_and_leaves_the_
 
 
 def test_a_blob_that_is_evicted_as_soon_as_it_was_fetched_is_mapped_nevertheless(url: str, tmp_path: Path) -> None:
-    ref = BucketStore(tmp_path / "one", url).put(b"good" * LEAF)
+    ref = BucketStore(tmp_path / "one", url).put(b"good" * LEAF_BYTES)
     store = BucketStore(tmp_path / "two", url, cache=0)
-    assert bytes(store.map(ref.sha256)) == b"good" * LEAF
+    assert bytes(store.map(ref.sha256)) == b"good" * LEAF_BYTES
     assert not BlobStore.has(store, ref.sha256)
 
 
 def test_what_a_power_cut_left_of_a_cached_file_is_fetched_again(url: str, tmp_path: Path) -> None:
-    refs = [BucketStore(tmp_path / "one", url).put(data * LEAF) for data in (b"good", b"fine", b"more")]
+    refs = [BucketStore(tmp_path / "one", url).put(data * LEAF_BYTES) for data in (b"good", b"fine", b"more")]
     folder = tmp_path / "two"
     store = BucketStore(folder, url)
     for ref in refs[:2]:
@@ -167,19 +174,19 @@ def test_what_a_power_cut_left_of_a_cached_file_is_fetched_again(url: str, tmp_p
     store.path(refs[0].sha256).write_bytes(b"")
     only = BlobStore(folder).put(b"an update that has just arrived")
 
-    BucketStore(folder, url, keeping=False)  # only looks
+    BucketStore(folder, url, caching=False)  # only looks
     assert BlobStore(folder).size(refs[0].sha256) == 0
 
     again = BucketStore(folder, url)
     assert BlobStore(folder).names() == sorted([refs[1].sha256, only.sha256])
-    assert again.size(refs[0].sha256) == 4 * LEAF
-    assert again.read_leaves(refs[0].sha256, 0, 9) == b"good" * LEAF
+    assert again.size(refs[0].sha256) == 4 * LEAF_BYTES
+    assert again.read_leaves(refs[0].sha256, 0, 9) == b"good" * LEAF_BYTES
 
 
 def test_a_damaged_object_is_an_error_and_never_in_the_folder(at_s3: S3, url: str, tmp_path: Path) -> None:
     ref = BucketStore(tmp_path / "one", url).put(b"good")
     (key,) = objects(at_s3, url)
-    at_s3.client().put_object(Bucket=parse(url)[0], Key=key, Body=b"bad!")
+    at_s3.client_files().put_object(Bucket=parse_bucket_url(url)[0], Key=key, Body=b"bad!")
     store = BucketStore(tmp_path / "two", url)
     with pytest.raises(StorageError, match=f"{ref.sha256}.* is damaged"):
         store.read(ref.sha256)
@@ -318,7 +325,7 @@ def test_an_address_for_an_upload_to_amazon_names_the_region(
 
 def test_more_objects_are_deleted_than_one_request_may_name(at_s3: S3, url: str) -> None:
     found = Bucket(url)
-    keys = [f"{BLOBS}{n:04d}" for n in range(1200)]
+    keys = [f"{BLOBS_PREFIX}{n:04d}" for n in range(1200)]
     for key in (keys[0], keys[1100], keys[1199]):
         found.put(key, b"x", digest(b"x"))
     found.delete(keys[:1199])
@@ -327,10 +334,10 @@ def test_more_objects_are_deleted_than_one_request_may_name(at_s3: S3, url: str)
 
 def test_an_object_that_can_not_be_deleted_is_named(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Bucket(url)
-    wrong = {"Key": f"a/fleet/{BLOBS}1", "Code": "AccessDenied", "Message": "it is locked"}
+    wrong = {"Key": f"a/fleet/{BLOBS_PREFIX}1", "Code": "AccessDenied", "Message": "it is locked"}
     monkeypatch.setattr(found._client, "delete_objects", lambda **_: {"Errors": [wrong]})
     with pytest.raises(BucketError, match="it is locked"):
-        found.delete([f"{BLOBS}1"])
+        found.delete([f"{BLOBS_PREFIX}1"])
 
 
 def test_a_helper_puts_what_its_parent_then_knows(at_s3: S3, url: str, tmp_path: Path) -> None:
@@ -343,7 +350,7 @@ def test_a_helper_puts_what_its_parent_then_knows(at_s3: S3, url: str, tmp_path:
     assert not helper.has(digest(b"never"))
     made = helper.put(b"made").sha256
     assert not store.has(made)
-    store.learn(helper.news())
+    store.note_objects(helper.news())
     assert store.has(made)
     assert helper.news() == {}
     store.delete(made)
@@ -354,7 +361,7 @@ def test_a_helper_puts_what_its_parent_then_knows(at_s3: S3, url: str, tmp_path:
 @pytest.fixture
 def held(at_s3: S3) -> Iterator[S3]:
     yield at_s3
-    at_s3.go_on()
+    at_s3.resume()
 
 
 def test_a_bucket_that_is_away_is_waited_for_and_said_once(
@@ -362,7 +369,7 @@ def test_a_bucket_that_is_away_is_waited_for_and_said_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     store = BucketStore(tmp_path, url)
-    store.patience.endless = True
+    store.retry.is_endless = True
     store.bucket = Watched(url, 2)
     ref = store.put(b"patience")
     assert store.has(ref.sha256)
@@ -374,9 +381,9 @@ def test_a_bucket_that_is_away_is_waited_for_and_said_once(
 
 def test_a_server_that_stops_waits_no_longer(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url)
-    store.patience.endless = True
+    store.retry.is_endless = True
     store.bucket = Watched(url, 1000)
-    threading.Timer(0.2, store.patience.stop).start()
+    threading.Timer(0.2, store.retry.stop).start()
     with pytest.raises(StoppedError):
         store.put(b"x")
 
@@ -385,12 +392,12 @@ def test_a_bucket_that_does_not_answer_is_an_error_and_not_for_ever(
     held: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patient = BucketStore(tmp_path / "patient", url)
-    monkeypatch.setattr(bucket, "_READ_S", 1)
+    monkeypatch.setattr(bucket, "_READ_TIMEOUT_S", 1)
     store = BucketStore(tmp_path / "store", url)
     held.hold()
     with pytest.raises(BucketError, match="AWS_ENDPOINT_URL"):
         store.put(b"x")
-    held.go_on()
+    held.resume()
     patient.put(b"y")  # it is back for certain
     store.put(b"x")
 
@@ -428,7 +435,7 @@ def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match="leaves"):
             store.check_owner(number)
     for body in (b"", b"[]", b"{}", b"\xff", b'{"format": "fedprune.blobs/9", "id": "1", "job": "x"}'):
-        at_s3.client().put_object(Bucket=parse(url)[0], Key="a/fleet/job.json", Body=body)
+        at_s3.client_files().put_object(Bucket=parse_bucket_url(url)[0], Key="a/fleet/job.json", Body=body)
         with pytest.raises(StorageError, match=r"job\.json"):
             store.check_owner("1" * 32)
 

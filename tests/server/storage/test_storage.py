@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError, StorageFullError
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import JobDevice
 from fedprune_device.storage.directory_owner import DirectoryOwner
-from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.storage import DATABASE_FILE, Storage
 from support.fakes.stored_job import born, filled
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -32,7 +32,7 @@ def storage(url: str) -> Iterator[Storage]:
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Storage]:
     """A state folder's own database."""
-    with Storage.at(tmp_path) as made:
+    with Storage.open_in(tmp_path) as made:
         yield made
 
 
@@ -40,16 +40,16 @@ def test_a_state_comes_back_as_it_was(storage: Storage, url: str) -> None:
     assert storage.load() is None
     storage.save(filled(), [born("a")], 1.0, {"a": (7, 8)})
     storage.put_settings({"job": JOB.to_dict()})
-    storage.put_outsiders({"x": {"excluded": "no profile", "session": 2}})
+    storage.put_unplanned_devices({"x": {"excluded": "no profile", "session": 2}})
     with Storage(url, create=False) as other:
         assert other.load() == filled()
         assert other.rounds() == filled().history
         assert other.incomplete_rounds() == []
         assert other.settings() == {"job": JOB.to_dict()}
-        assert other.outsiders() == {"x": {"excluded": "no profile", "session": 2}}
+        assert other.unplanned_devices() == {"x": {"excluded": "no profile", "session": 2}}
         assert other.traffic()["a"] == (7, 8)
         assert other.devices()[0]["online"] is True
-        assert other.log.heard() == (1.0, {"a": 1.0})
+        assert other.log.last_message_times() == (1.0, {"a": 1.0})
         with pytest.raises(StorageError, match=r"read-?only"):
             other.put_settings({})
 
@@ -66,11 +66,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_a_crash_cut_off_is_undone_by_a_reader(tmp_path: Path) -> None:
-    path = tmp_path / FILE
+    path = tmp_path / DATABASE_FILE
     subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
-    assert path.with_name(f"{FILE}-journal").stat().st_size > 0
-    assert Storage.settings_in(tmp_path) is None
-    assert not path.with_name(f"{FILE}-journal").exists()
+    assert path.with_name(f"{DATABASE_FILE}-journal").stat().st_size > 0
+    assert Storage.read_settings(tmp_path) is None
+    assert not path.with_name(f"{DATABASE_FILE}-journal").exists()
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,7 +96,7 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
 def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, url: str) -> None:
     storage.save(filled(), (), 1.0)
     state = State(model="o" * 64, history=filled().history)
-    state.devices["z"] = Device(1, True, {"name": "board"}, None, 5)
+    state.devices["z"] = JobDevice(1, True, {"name": "board"}, None, 5)
     storage.save(state, (), 2.0)
     with Storage(url) as other:
         assert other.load() == state
@@ -109,9 +109,9 @@ def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
     state.history += [{**state.history[0], "round": n} for n in (2, 3)]
     storage.save(state, (), 1.0)
     whole = storage.rounds()
-    state.slim(7)
+    state.drop_old_summaries(7)
     assert [len(r["devices"]) for r in state.history] == [0, 3, 3]
-    monkeypatch.setattr("fedprune_server.storage.storage.PARTS_KEPT", 7)
+    monkeypatch.setattr("fedprune_server.storage.storage.MAX_PARTS_IN_MEMORY", 7)
     with Storage(url) as other:
         assert other.load() == state
         state.round = 9
@@ -128,14 +128,14 @@ def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
 
 def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
     before = State(model="a" * 64)
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         storage.save(before, [born("a")], 1.0)
-    connection = sqlite3.connect(tmp_path / FILE)
+    connection = sqlite3.connect(tmp_path / DATABASE_FILE)
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("UPDATE meta SET value = 'garbage' WHERE key = 'state'")
     connection.execute("DELETE FROM events")
     connection.close()  # without a commit: what a kill leaves
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         assert storage.load() == before
         assert len(list(storage.log.events())) == 1
 
@@ -154,28 +154,28 @@ def test_a_full_disk_says_so_and_loses_nothing(file: Storage, tmp_path: Path) ->
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFullError, match="no room left"):
         file.save(State(model="b" * 64), [on.UpdateRejected("a", 1, 1, "x" * 100_000)], 2.0)
-    with Storage.at(tmp_path) as other:
+    with Storage.open_in(tmp_path) as other:
         assert other.load() == before
 
 
 @pytest.mark.parametrize("content", [b"this is no database, but a text of some length" * 100, b"\0" * 5000])
 def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(StorageError, match=FILE):
-        Storage.at(tmp_path)
+    (tmp_path / DATABASE_FILE).write_bytes(content)
+    with pytest.raises(StorageError, match=DATABASE_FILE):
+        Storage.open_in(tmp_path)
 
 
 def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
-    with Storage.at(tmp_path) as storage:
+    with Storage.open_in(tmp_path) as storage:
         for number in range(50):
             storage.save(replace(filled(), ranking=f"{number:064d}"), [born(f"device{number}")], 1.0)
-    path = tmp_path / FILE
+    path = tmp_path / DATABASE_FILE
     raw = bytearray(path.read_bytes())
     assert len(raw) > 3 * 4096
     raw[4096 : 2 * 4096] = b"\xa5" * 4096
     path.write_bytes(raw)
     with pytest.raises(StorageError):
-        Storage.at(tmp_path)
+        Storage.open_in(tmp_path)
 
 
 def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
@@ -187,22 +187,22 @@ def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
 
 
 def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=FILE):
-        Storage.existing(tmp_path)
+    with pytest.raises(StorageError, match=DATABASE_FILE):
+        Storage.open_existing(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "identity").mkdir()
     with pytest.raises(StorageError, match="identity"):
-        Storage.existing(tmp_path)
+        Storage.open_existing(tmp_path)
     DirectoryOwner("attic", "default").claim(tmp_path)
     with pytest.raises(StorageError, match="device"):
-        Storage.existing(tmp_path)
+        Storage.open_existing(tmp_path)
 
 
 def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Storage.at(tmp_path).close()
+    Storage.open_in(tmp_path).close()
     monkeypatch.setattr("os.access", lambda *_, **__: False)
-    with pytest.raises(StorageError, match=FILE):
-        Storage.existing(tmp_path)
+    with pytest.raises(StorageError, match=DATABASE_FILE):
+        Storage.open_existing(tmp_path)
 
 
 def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
@@ -240,9 +240,9 @@ def test_a_server_is_no_device_that_was_heard(storage: Storage) -> None:
     events: list[on.Event] = [born("a"), born("b"), on.DeviceDied("a", 1), on.Scored(1, "r" * 64)]
     events.append(on.DeviceDied("b", 1, heard_at=2.5))
     for number, event in enumerate(events, 1):
-        with storage.database.writing() as connection:
+        with storage.database.fenced_transaction() as connection:
             storage.log.write(connection, [event], float(number))
-    assert storage.log.heard() == (5.0, {"a": 1.0, "b": 2.5})
-    with storage.database.writing() as connection:  # this job's registry had heard nothing since its birth
+    assert storage.log.last_message_times() == (5.0, {"a": 1.0, "b": 2.5})
+    with storage.database.fenced_transaction() as connection:  # this job's registry had heard nothing since its birth
         storage.log.write(connection, [on.DeviceDied("b", 1, heard_at=0.5)], 6.0)
-    assert storage.log.heard() == (6.0, {"a": 1.0, "b": 2.5})
+    assert storage.log.last_message_times() == (6.0, {"a": 1.0, "b": 2.5})

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.messages import BlobNotFound, BlobRequest
 from fedprune.wire.transfer import BlobSender
-from fedprune_server.transfer.downloads import MAX_WAITING, Downloads
+from fedprune_server.transfer.downloads import MAX_QUEUED_REQUESTS, Downloads
 
 
 @pytest.fixture
@@ -23,26 +23,26 @@ def store(tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def downloads(store: BlobStore) -> Downloads:
-    return Downloads(BlobSender(store), max_packet=LEAF + 512)
+    return Downloads(BlobSender(store), max_packet=LEAF_BYTES + 512)
 
 
 def sent(downloads: Downloads) -> list[str]:
     """Who gets a chunk, in order, until nothing is left."""
     order = []
-    while (item := downloads.next()) is not None:
+    while (item := downloads.next_chunk()) is not None:
         order.append(item[0])
     return order
 
 
 def test_devices_take_turns(store: BlobStore, downloads: Downloads) -> None:
-    digest = store.put(b"x" * (3 * LEAF)).sha256
+    digest = store.put(b"x" * (3 * LEAF_BYTES)).sha256
     for device in "abc":
         downloads.add(device, BlobRequest(digest, "data", 0, 3))
     assert sent(downloads) == list("abcabcabc")
 
 
 def test_a_device_with_many_wants_does_not_hold_up_one_with_few(store: BlobStore, downloads: Downloads) -> None:
-    digest = store.put(b"x" * (9 * LEAF)).sha256
+    digest = store.put(b"x" * (9 * LEAF_BYTES)).sha256
     for first in range(9):
         downloads.add("greedy", BlobRequest(digest, "data", first, 1))
     downloads.add("modest", BlobRequest(digest, "data", 0, 1))
@@ -66,14 +66,14 @@ def test_thousands_of_devices_wait_without_a_chunk_each(store: BlobStore) -> Non
     for number in range(1000):
         downloads.add(f"d{number}", BlobRequest(f"{number:064x}", "data", 0, 3))
     most, count = 0, 0
-    while downloads.next() is not None:
+    while downloads.next_chunk() is not None:
         most, count = max(most, len(opened)), count + 1
     assert count == 2000
     assert most <= 32
 
 
 def test_the_same_want_is_answered_once(store: BlobStore, downloads: Downloads) -> None:
-    digest = store.put(b"x" * LEAF).sha256
+    digest = store.put(b"x" * LEAF_BYTES).sha256
     for _ in range(5):
         downloads.add("a", BlobRequest(digest, "data", 0, 1))
     assert sent(downloads) == ["a"]
@@ -83,9 +83,9 @@ def test_the_same_want_is_answered_once(store: BlobStore, downloads: Downloads) 
 def test_what_is_asked_for_again_before_it_was_sent_is_sent_once(
     store: BlobStore, downloads: Downloads, first: int, count: int, more: int
 ) -> None:
-    digest = store.put(b"x" * (8 * LEAF)).sha256
+    digest = store.put(b"x" * (8 * LEAF_BYTES)).sha256
     downloads.add("a", BlobRequest(digest, "data", 0, 8))
-    assert [downloads.next() is not None for _ in range(3)] == [True] * 3
+    assert [downloads.next_chunk() is not None for _ in range(3)] == [True] * 3
     downloads.add("a", BlobRequest(digest, "data", first, count))
     assert sent(downloads) == ["a"] * (5 + more), "those that were sent may be lost, the others aren't sent twice"
 
@@ -94,21 +94,21 @@ def test_what_is_asked_for_again_before_it_was_sent_is_sent_once(
 def test_other_requests_are_answered_after_the_one_under_way(
     store: BlobStore, downloads: Downloads, changed: dict[str, Any]
 ) -> None:
-    digest = store.put(b"x" * (12 * LEAF)).sha256
+    digest = store.put(b"x" * (12 * LEAF_BYTES)).sha256
     asked = BlobRequest(digest, "data", 0, 8)
     downloads.add("a", asked)
-    assert downloads.next() is not None
+    assert downloads.next_chunk() is not None
     downloads.add("a", replace(asked, **changed))
     number = {"leaves": 1}.get(str(changed.get("part")), changed.get("count", 8))
     assert sent(downloads) == ["a"] * (7 + number)
 
 
 def test_a_device_that_asks_again_keeps_its_turn(store: BlobStore, downloads: Downloads) -> None:
-    digest = store.put(b"x" * (3 * LEAF)).sha256
+    digest = store.put(b"x" * (3 * LEAF_BYTES)).sha256
     for number in range(40):
         downloads.add(f"d{number}", BlobRequest(digest, "data", 0, 3))
     downloads.add("d39", BlobRequest(digest, "data", 0, 3, number=7))  # for the same pieces
-    assert downloads.next() is not None
+    assert downloads.next_chunk() is not None
     downloads.add("d0", BlobRequest(digest, "data", 0, 3))
     order = sent(downloads)
     assert order.index("d0") < 40
@@ -116,13 +116,13 @@ def test_a_device_that_asks_again_keeps_its_turn(store: BlobStore, downloads: Do
 
 
 def test_wants_beyond_the_limit_are_dropped(store: BlobStore, downloads: Downloads) -> None:
-    digest = store.put(b"x" * (200 * LEAF)).sha256
+    digest = store.put(b"x" * (200 * LEAF_BYTES)).sha256
     for first in range(200):
         downloads.add("a", BlobRequest(digest, "data", first, 1))
-    assert len(sent(downloads)) == MAX_WAITING
+    assert len(sent(downloads)) == MAX_QUEUED_REQUESTS
 
 
 def test_a_blob_that_is_not_here_is_gone(downloads: Downloads) -> None:
     downloads.add("a", BlobRequest("0" * 64, "data", 0, 1))
-    assert downloads.next() == ("a", BlobNotFound("0" * 64))
+    assert downloads.next_chunk() == ("a", BlobNotFound("0" * 64))
     assert not downloads

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError
 from fedprune.security.certificates import save_tls_key
@@ -31,7 +31,7 @@ from support.fakes.members import certified
 from support.processes.s3 import S3
 from support.waiting import attempts
 
-BLOB = np.random.default_rng(0).bytes(9 * LEAF + 100)
+BLOB = np.random.default_rng(0).bytes(9 * LEAF_BYTES + 100)
 REF = BlobRef.of(BLOB)
 SECRET = BlobRef.of(b"an update of another board")
 
@@ -72,11 +72,17 @@ def test_a_blob_its_table_and_parts_of_them(server: BlobServer, store: BlobStore
     assert ask(server, place(REF))[:2] == (200, BLOB)
     table = ask(server, place(REF, ".leaves"))
     assert table[:2] == (200, store.path(REF.sha256).with_name(f"{REF.sha256}.leaves").read_bytes())
-    for first, last in ((0, 0), (1, LEAF), (LEAF - 1, LEAF), (5, len(BLOB) - 1), (len(BLOB) - 1, len(BLOB) + 7)):
+    for first, last in (
+        (0, 0),
+        (1, LEAF_BYTES),
+        (LEAF_BYTES - 1, LEAF_BYTES),
+        (5, len(BLOB) - 1),
+        (len(BLOB) - 1, len(BLOB) + 7),
+    ):
         status, body, headers = ask(server, place(REF), Range=f"bytes={first}-{last}")
         assert (status, body) == (206, BLOB[first : last + 1])
         assert headers["Content-Range"] == f"bytes {first}-{min(last, len(BLOB) - 1)}/{len(BLOB)}"
-    assert ask(server, place(REF), Range=f"bytes={LEAF}-")[:2] == (206, BLOB[LEAF:])
+    assert ask(server, place(REF), Range=f"bytes={LEAF_BYTES}-")[:2] == (206, BLOB[LEAF_BYTES:])
     assert ask(server, f"/any/prefix{place(REF)}")[:2] == (200, BLOB)
     status, body, headers = ask(server, place(REF), "HEAD")
     assert (status, body, headers["Content-Length"]) == (200, b"", str(len(BLOB)))
@@ -132,7 +138,7 @@ def test_who_says_nothing_loses_its_place(store: BlobStore, monkeypatch: pytest.
         clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]
         assert ask(server, place(REF))[:2] == (200, BLOB)  # the longest made room
         assert sum(_ended(c) for c in clients) >= 5
-    monkeypatch.setattr(http_server, "FIRST_S", 0.2)
+    monkeypatch.setattr(http_server, "FIRST_REQUEST_TIMEOUT_S", 0.2)
     with (
         BlobServer("127.0.0.1", 0, None) as server,
         socket.create_connection(("127.0.0.1", server.port), 10) as client,
@@ -163,10 +169,10 @@ class Fleet:
     def __init__(self, root: Path, store: BlobStore) -> None:
         self.root, self.store = root, store
         self.identity = IdentityFolder.make(root / "state", "default")
-        self.offers: dict[str, set[str]] = {}
+        self.offers_blob: dict[str, set[str]] = {}
 
-    def allowed(self, device: str | None, sha256: str) -> bool:
-        return sha256 in self.offers.get(device or "", ())
+    def allowed_orders(self, device: str | None, sha256: str) -> bool:
+        return sha256 in self.offers_blob.get(device or "", ())
 
     def certify(self, device: str) -> None:
         issued, key = certified(self.identity, device)
@@ -196,13 +202,13 @@ def fleet(tmp_path: Path, store: BlobStore) -> Iterator[Fleet]:
 def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, store: BlobStore) -> None:
     for device in ("attic", "cellar"):
         fleet.certify(device)
-    fleet.offers = {"attic": {REF.sha256}, "cellar": {SECRET.sha256}}
+    fleet.offers_blob = {"attic": {REF.sha256}, "cellar": {SECRET.sha256}}
     config = ServerConfig(state=fleet.root / "state", serve_blobs="0")
     with web_blobs(config, fleet.identity) as web:
         assert web.url is not None
         assert web.url.startswith("https://127.0.0.1:")
         assert "answers 404" in fleet.fetch("attic", web)  # nothing is given yet
-        web.serve([served := ServedJob(store, fleet.allowed)])
+        web.serve([served := ServedJob(store, fleet.allowed_orders)])
         assert fleet.fetch("attic", web) == ""
         assert "answers 404" in fleet.fetch("cellar", web)
         assert "answers 404" in fleet.fetch("attic", web, SECRET)
@@ -210,11 +216,11 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
         assert fleet.fetch(None, web) != ""
         assert web.server is not None
         assert web.server.sent > len(BLOB)
-        taken = served.taken()
+        taken = served.take_sent_bytes()
         assert sum(taken.values()) == web.server.sent
-        assert len(BLOB) < taken["attic"] < len(BLOB) + 2 * LEAF
-        assert 0 < taken["cellar"] < LEAF
-        assert served.taken() == {}
+        assert len(BLOB) < taken["attic"] < len(BLOB) + 2 * LEAF_BYTES
+        assert 0 < taken["cellar"] < LEAF_BYTES
+        assert served.take_sent_bytes() == {}
         fleet.identity.revoke("attic")
         assert "answers" not in (refused := fleet.fetch("attic", web))
         assert refused
@@ -223,7 +229,7 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
 
 def test_a_revoked_board_resumes_no_session(fleet: Fleet, store: BlobStore) -> None:
     fleet.certify("attic")
-    fleet.offers = {"attic": {REF.sha256}}
+    fleet.offers_blob = {"attic": {REF.sha256}}
     files = fleet.root / "attic.pem", fleet.root / "attic.key"
     context = pinned_context(fleet.identity.path / "authority.pem", *files, lambda: 0)
 
@@ -241,7 +247,7 @@ def test_a_revoked_board_resumes_no_session(fleet: Fleet, store: BlobStore) -> N
         return 0, None
 
     with web_blobs(ServerConfig(state=fleet.root / "state", serve_blobs="0"), fleet.identity) as web:
-        web.serve([ServedJob(store, fleet.allowed)])
+        web.serve([ServedJob(store, fleet.allowed_orders)])
         first, session = status(web, None)
         assert first == 200
         fleet.identity.revoke("attic")
@@ -279,9 +285,9 @@ def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: 
 
 def test_nobody_waits_for_a_bucket(at_s3: S3, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, f"s3://{at_s3.bucket()}/job")
-    store.patience.endless = True
+    store.retry.is_endless = True
     here, away = store.put(BLOB), store.put(b"let go of")
-    store._unlink(away.sha256)
+    store._delete_cached(away.sha256)
 
     def refuse(key: str, limit: int) -> bytes | None:
         raise BucketError("the bucket is away")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
-from fedprune.wire.messages import BlobRequest, Cancelled, Update, parse
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, HEADER_STRUCT, Chunk
+from fedprune.wire.messages import BlobRequest, Cancelled, UpdateAnnouncement, parse_message
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
-from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
@@ -53,7 +53,9 @@ class Slow:
 
     def ahead(self, kind: type[Any]) -> int:
         """Bytes that go out before the first message of a type."""
-        at = next(i for i, (t, p) in enumerate(self.queue) if not t.endswith("blob") and isinstance(parse(p), kind))
+        at = next(
+            i for i, (t, p) in enumerate(self.queue) if not t.endswith("blob") and isinstance(parse_message(p), kind)
+        )
         return sum(len(payload) for _, payload in self.queue[:at])
 
     def leaves(self) -> set[tuple[str, int]]:
@@ -75,7 +77,7 @@ def store(tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def digest(store: BlobStore) -> str:
-    return store.put(bytes(LEAVES * LEAF)).sha256
+    return store.put(bytes(LEAVES * LEAF_BYTES)).sha256
 
 
 def outbox_of_server(link: Slow, store: BlobStore) -> Outbox:
@@ -90,13 +92,13 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
     post = outbox_of_server(link, store)
     for device in devices:
         for first in range(0, LEAVES, 50):
-            post.fetched(device, BlobRequest(digest, "data", first, 50), {digest})
+            post.serve_request(device, BlobRequest(digest, "data", first, 50), {digest})
     for _ in range(1000):
         post.send_chunks()
     post.send("pi0", Cancelled("job", 1, 1, "enough"), "job")
     post.deliver()
 
-    assert 0 < link.ahead(Cancelled) < HIGH_WATER + MAX_PACKET
+    assert 0 < link.ahead(Cancelled) < HIGH_WATER + DEFAULT_MAX_PACKET
 
     while link.queue:
         link.send()
@@ -105,11 +107,11 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
 
 
 def outbox(link: Slow, store: BlobStore) -> Uplink:
-    return Uplink(Connection(link, Channel("pi", TOPICS.site)), store)
+    return Uplink(BoardConnection(link, MessageChannel("pi", TOPICS.site)), store)
 
 
-def update(store: BlobStore, digest: str) -> Update:
-    return Update("pi", "job", 1, 1, "ab" * 32, store.ref(digest), 1, 1)
+def update(store: BlobStore, digest: str) -> UpdateAnnouncement:
+    return UpdateAnnouncement("pi", "job", 1, 1, "ab" * 32, store.ref(digest), 1, 1)
 
 
 def test_a_want_that_comes_twice_while_it_waits_is_answered_once(store: BlobStore, digest: str) -> None:
@@ -117,26 +119,26 @@ def test_a_want_that_comes_twice_while_it_waits_is_answered_once(store: BlobStor
     board, pending = outbox(link, store), update(store, digest)
     for _ in range(3):
         for first in range(0, LEAVES, 100):
-            board.answer(BlobRequest(digest, "data", first, 100), pending, 0.0)
+            board.on_blob_request(BlobRequest(digest, "data", first, 100), pending, 0.0)
     while link.queue:
         link.send()
         board.send_chunks()
 
     chunks = [p for t, p in link.sent if t.endswith("blob")]
     again = 100  # the first one is no longer waiting when it comes again
-    assert sum(len(p) - HEADER.size for p in chunks) <= (LEAVES + 2 * again) * LEAF
+    assert sum(len(p) - HEADER_STRUCT.size for p in chunks) <= (LEAVES + 2 * again) * LEAF_BYTES
 
 
 def test_what_was_wanted_on_a_connection_that_is_lost_is_not_sent_on_the_next(store: BlobStore, digest: str) -> None:
     link = Slow()
     board = outbox(link, store)
-    board.answer(BlobRequest(digest, "data", 0, LEAVES), update(store, digest), 0.0)
+    board.on_blob_request(BlobRequest(digest, "data", 0, LEAVES), update(store, digest), 0.0)
     link.queue.clear()
     board.drop_chunks()
     board.send_chunks()
     assert link.queue == []
 
-    board.answer(BlobRequest(digest, "data", 0, LEAVES), update(store, digest), 0.0)
+    board.on_blob_request(BlobRequest(digest, "data", 0, LEAVES), update(store, digest), 0.0)
     link.queue.clear()
     link.up = False
     board.send_chunks()
@@ -148,7 +150,7 @@ def test_what_was_wanted_on_a_connection_that_is_lost_is_not_sent_on_the_next(st
 def asked(link: Slow) -> list[BlobRequest]:
     """The requests that a side has made since the last look."""
     said, link.queue = link.queue, []
-    requests = [parse(payload) for topic, payload in said if not topic.endswith("blob")]
+    requests = [parse_message(payload) for topic, payload in said if not topic.endswith("blob")]
     assert all(isinstance(r, BlobRequest) and r.number is not None for r in requests)
     return requests  # type: ignore[return-value]
 
@@ -157,12 +159,12 @@ def test_a_request_that_the_way_has_doubled_is_answered_once_by_the_server(store
     board, server = Slow(), Slow()
     uplink, post = outbox(board, store), outbox_of_server(server, store)
     plain = BlobRequest(digest, "data", 0, 2)
-    uplink.ask("job", [plain])
-    uplink.ask("job", [plain])
+    uplink.request_chunks("job", [plain])
+    uplink.request_chunks("job", [plain])
     first, second = asked(board)
     chunks = []
     for device, want in (("pi", first), ("pi", first), ("pi", second), ("pi", plain), ("pi", plain), ("other", first)):
-        post.fetched(device, want, {digest})
+        post.serve_request(device, want, {digest})
         post.send_chunks()
         chunks.append(len(server.queue))
         server.queue.clear()
@@ -173,12 +175,12 @@ def test_a_request_that_the_way_has_doubled_is_answered_once_by_a_device(store: 
     board, server = Slow(), Slow()
     uplink, post = outbox(board, store), outbox_of_server(server, store)
     plain = BlobRequest(digest, "data", 0, 2)
-    post.ask([("pi", plain), ("pi", plain)])
+    post.send_requests([("pi", plain), ("pi", plain)])
     post.deliver()
     first, second = asked(server)
     chunks = []
     for want in (first, first, second, plain, plain):
-        uplink.answer(want, update(store, digest), 0.0)
+        uplink.on_blob_request(want, update(store, digest), 0.0)
         chunks.append(len(board.queue))
         board.queue.clear()
     assert chunks == [1, 0, 1, 1, 1]

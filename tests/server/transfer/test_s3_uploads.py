@@ -16,27 +16,27 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError
 from fedprune.wire.link import tls_context
-from fedprune.wire.messages import PUT, UploadRequest
+from fedprune.wire.messages import PUT_ABILITY, UploadRequest
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.http_upload import HttpUpload
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
-from fedprune_server.storage.s3.bucket import BLOBS, Bucket, BucketError, parse
+from fedprune_server.storage.s3.bucket import BLOBS_PREFIX, Bucket, BucketError, parse_bucket_url
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.transfer import s3_uploads
 from fedprune_server.transfer.http import WebBlobs
 from fedprune_server.transfer.s3_sync import BucketSync
-from fedprune_server.transfer.s3_uploads import EXPIRES_S, S3Uploads
+from fedprune_server.transfer.s3_uploads import URL_LIFETIME_S, S3Uploads
 from fedprune_server.transfer.upload_place import UploadEnd
 from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
 from support.processes.s3 import S3
 from support.waiting import until
 
-UPDATE = np.random.default_rng(3).bytes(20 * LEAF + 5)
+UPDATE = np.random.default_rng(3).bytes(20 * LEAF_BYTES + 5)
 REF = BlobRef.of(UPDATE)
 
 
@@ -48,7 +48,7 @@ def url(at_s3: S3) -> str:
 @pytest.fixture
 def store(tmp_path: Path, url: str) -> Iterator[BucketStore]:
     made = BucketStore(tmp_path / "blobs", url)
-    made.patience.endless = True
+    made.retry.is_endless = True
     yield made
     made.close()
 
@@ -62,19 +62,19 @@ class Bench:
         self.uploads = S3Uploads(self.shipping, lambda: self.now)
 
     def asked(self, ref: BlobRef = REF) -> UploadRequest:
-        request = self.uploads.ask("pi", ref)
+        request = self.uploads.request_upload("pi", ref)
         assert request is not None
         return request
 
     def asked_later(self) -> UploadRequest:
         """A request with another address: the last one is too old to be given again."""
-        self.now += EXPIRES_S / 2
+        self.now += URL_LIFETIME_S / 2
         return self.asked()
 
     def end(self) -> bool:
         """Whether the update was right, once it has been looked at."""
-        self.uploads.reported("pi")
-        (end,) = until(self.uploads.ended)
+        self.uploads.on_report("pi")
+        (end,) = until(self.uploads.take_ended)
         assert (end.device, end.ref) == ("pi", REF)
         return end.stored
 
@@ -99,7 +99,7 @@ def put(request: UploadRequest, body: bytes = UPDATE) -> int:
 
 
 def objects(s3: S3, url: str) -> dict[str, int]:
-    name, prefix = parse(url)
+    name, prefix = parse_bucket_url(url)
     return {k.removeprefix(prefix): n for k, n in s3.keys(name).items()}
 
 
@@ -111,7 +111,7 @@ def test_a_board_puts_its_update_into_the_bucket(
     with caplog.at_level(logging.DEBUG):
         upload = HttpUpload(board, UploadUrl.parse(bench.asked().url), REF, tls_context)
         upload.join(20)
-        assert upload.over()
+        assert upload.is_over()
         assert upload.failure == ""
         assert not bench.store.has(REF.sha256)  # not before it is verified
         assert bench.end()
@@ -120,19 +120,19 @@ def test_a_board_puts_its_update_into_the_bucket(
     assert bench.store.has(REF.sha256)
     assert BlobStore(bench.store.root).ref(REF.sha256) == REF  # and in the folder
     assert list(objects(at_s3, url).values()) == [len(UPDATE)]
-    assert bench.uploads.taken() == {"pi": len(UPDATE)}
-    assert bench.uploads.taken() == {}
+    assert bench.uploads.take_byte_counts() == {"pi": len(UPDATE)}
+    assert bench.uploads.take_byte_counts() == {}
 
 
 def test_an_address_is_for_one_object_of_one_length_and_digest_for_a_while(bench: Bench) -> None:
     first, second = bench.asked(), bench.asked_later()
     query = parse_qs(UploadUrl.parse(first.url).query.removeprefix("?"))
     assert query["X-Amz-SignedHeaders"] == ["content-length;host;x-amz-checksum-sha256"]
-    assert query["X-Amz-Expires"] == [str(EXPIRES_S)]
+    assert query["X-Amz-Expires"] == [str(URL_LIFETIME_S)]
     assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
     paths = {UploadUrl.parse(request.url).path for request in (first, second)}
     assert len(paths) == 2  # no name is used twice
-    assert all(f"/{BLOBS}{REF.sha256}." in path for path in paths)
+    assert all(f"/{BLOBS_PREFIX}{REF.sha256}." in path for path in paths)
 
 
 def on_ceph(test: Callable[..., None]) -> Callable[..., None]:
@@ -146,14 +146,14 @@ def test_an_address_lets_nothing_else_be_put(at_s3: S3, url: str, bench: Bench) 
     for other in (
         replace(request, sha256=BlobRef.of(b"").sha256),
         replace(request, url=request.url.replace(REF.sha256, BlobRef.of(b"").sha256)),
-        replace(request, url=request.url.replace(f"Expires={EXPIRES_S}", f"Expires={EXPIRES_S + 1}")),
+        replace(request, url=request.url.replace(f"Expires={URL_LIFETIME_S}", f"Expires={URL_LIFETIME_S + 1}")),
     ):
         assert put(other) == 403
     for body in (b"", UPDATE[:-1], UPDATE + b"x"):
         assert put(request, body) == 403
     assert objects(at_s3, url) == {}
     assert put(request) == 200
-    late = bench.store.bucket.upload_url(f"{BLOBS}x", REF.sha256, REF.size, 1)
+    late = bench.store.bucket.upload_url(f"{BLOBS_PREFIX}x", REF.sha256, REF.size, 1)
     time.sleep(2)
     assert put(replace(request, url=late)) == 403
     assert len(objects(at_s3, url)) == 1
@@ -167,14 +167,14 @@ def test_other_bytes_are_not_counted_and_deleted(at_s3: S3, url: str, bench: Ben
     assert objects(at_s3, url) == {}
     assert not bench.store.has(REF.sha256)
     assert not list((bench.store.root / "tmp").iterdir())
-    assert bench.uploads.taken() == {}
+    assert bench.uploads.take_byte_counts() == {}
 
 
 def test_who_is_asked_again_gets_the_same_address_while_it_lasts(bench: Bench) -> None:
     first = bench.asked()
-    bench.now = EXPIRES_S / 2 - 1
+    bench.now = URL_LIFETIME_S / 2 - 1
     assert bench.asked() == first
-    bench.now = EXPIRES_S / 2
+    bench.now = URL_LIFETIME_S / 2
     second = bench.asked()
     assert second.url.partition("?")[0] != first.url.partition("?")[0]
     bench.uploads.drop("pi")
@@ -196,11 +196,11 @@ def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> N
     late = bench.asked()
     bench.uploads.drop("pi")
     put(late)
-    bench.now = float(EXPIRES_S)
-    assert bench.uploads.ended() == []
+    bench.now = float(URL_LIFETIME_S)
+    assert bench.uploads.take_ended() == []
     assert len(objects(at_s3, url)) == 1
-    bench.now = float(s3_uploads._LATE_S)
-    assert bench.uploads.ended() == []
+    bench.now = float(s3_uploads._LATE_UPLOAD_S)
+    assert bench.uploads.take_ended() == []
     bench.deleted()
     assert objects(at_s3, url) == {}
 
@@ -210,8 +210,8 @@ def test_what_counts_is_not_deleted_with_it(at_s3: S3, url: str, bench: Bench) -
     bench.asked_later()
     assert bench.end()
     bench.uploads.drop("pi")
-    bench.now = 2.0 * s3_uploads._LATE_S
-    bench.uploads.ended()
+    bench.now = 2.0 * s3_uploads._LATE_UPLOAD_S
+    bench.uploads.take_ended()
     bench.deleted()
     assert list(objects(at_s3, url).values()) == [len(UPDATE)]
 
@@ -223,7 +223,7 @@ def test_what_an_earlier_process_let_be_put_is_not_wanted_again(
     put(bench.asked(), UPDATE if right else bytes(len(UPDATE)))
     store = BucketStore(tmp_path / "standby", url)  # which lists the bucket
     later = Bench(store)
-    assert later.uploads.ask("pi", REF) is None
+    assert later.uploads.request_upload("pi", REF) is None
     assert later.end() is right
     assert store.has(REF.sha256) is right
     later.shipping.close()
@@ -250,21 +250,21 @@ class Away(Bucket):
 def test_a_bucket_that_is_away_is_waited_for(url: str, bench: Bench) -> None:
     put(bench.asked())
     bench.store.bucket = bucket = Away(url)
-    bench.uploads.reported("pi")
-    until(lambda: bench.shipping.stuck)
-    assert bench.shipping.waiting
+    bench.uploads.on_report("pi")
+    until(lambda: bench.shipping.is_stuck)
+    assert bench.shipping.has_work
     assert bench.shipping.digests == {REF.sha256}
-    assert bench.uploads.ask("pi", REF) is None  # it is there, as far as is known
+    assert bench.uploads.request_upload("pi", REF) is None  # it is there, as far as is known
     bucket.away = False
     assert bench.end()
-    assert not bench.shipping.waiting
-    assert not bench.shipping.stuck
+    assert not bench.shipping.has_work
+    assert not bench.shipping.is_stuck
 
 
 def test_without_credentials_updates_are_pulled(url: str, bench: Bench) -> None:
     bench.store.bucket = Away(url)
-    assert bench.uploads.ask("pi", REF) is None
-    assert bench.uploads.ended() == [UploadEnd("pi", REF, stored=False)]
+    assert bench.uploads.request_upload("pi", REF) is None
+    assert bench.uploads.take_ended() == [UploadEnd("pi", REF, stored=False)]
 
 
 def test_a_bucket_that_boards_may_not_reach_is_one_clear_error(url: str, store: BucketStore, tmp_path: Path) -> None:
@@ -293,15 +293,15 @@ class Direct(Fleet):
         self.on_upload: Callable[[int], None] = lambda count: None
         self.open()
         for device in self.air.devices.values():
-            device.abilities, device.upload = (PUT,), self.upload
+            device.abilities, device.start_upload = (PUT_ABILITY,), self.start_upload
 
     def open(self) -> None:
         """The bucket, as a new process finds it."""
         self.store = BucketStore(self.folder / "blobs", self.url)
-        self.store.patience.endless = True
+        self.store.retry.is_endless = True
         self.worker = ToyWorker(self.store)
 
-    def upload(self, request: UploadRequest, body: bytes) -> str | None:
+    def start_upload(self, request: UploadRequest, body: bytes) -> str | None:
         status = put(request, body)
         self.digests.add(request.sha256)
         self.uploaded += 1
@@ -337,7 +337,7 @@ def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(fleet: 
 
 def test_boards_that_can_t_reach_the_bucket_are_pulled_from(fleet: Direct, expected: list[str]) -> None:
     fleet.air.devices["a"].abilities = ()
-    fleet.air.devices["b"].upload = lambda request, body: "no route"
-    fleet.air.devices["c"].upload = lambda request, body: None  # but something answers there
+    fleet.air.devices["b"].start_upload = lambda request, body: "no route"
+    fleet.air.devices["c"].start_upload = lambda request, body: None  # but something answers there
     assert models(fleet.run()) == expected
     assert fleet.uploaded == 0

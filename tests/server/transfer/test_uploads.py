@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.s3_sync import BucketSync
-from fedprune_server.transfer.upload_place import Arrived, FailedUpload, UploadEnd, UploadPlace
-from fedprune_server.transfer.uploads import ASK_AGAIN_S, STALLED_S, Uploads
+from fedprune_server.transfer.upload_place import ArrivedUpdate, FailedUpload, UploadEnd, UploadPlace
+from fedprune_server.transfer.uploads import REQUEST_REPEAT_S, STALL_TIMEOUT_S, Uploads
 
 
 class World:
@@ -30,7 +30,7 @@ class World:
         self.leaves = leaves
 
     def ref(self, name: str) -> BlobRef:
-        return self.device.put(name.encode() * (self.leaves * LEAF // len(name)))
+        return self.device.put(name.encode() * (self.leaves * LEAF_BYTES // len(name)))
 
     def announce(self, name: str, now: float = 0.0) -> list[tuple[str, BlobRequest]]:
         return self.uploads.add(name, 1, 1, self.ref(name), now)
@@ -41,7 +41,7 @@ class World:
         for device, want in wants:
             for raw in BlobSender(self.device).answer(want):
                 assert isinstance(raw, bytes)
-                then += self.uploads.chunk(device, Chunk.parse(raw), now)
+                then += self.uploads.on_chunk(device, Chunk.parse(raw), now)
         return then
 
 
@@ -58,14 +58,14 @@ def finish(world: World, wants: list[tuple[str, BlobRequest]]) -> None:
 def test_an_update_arrives_whole(world: World) -> None:
     finish(world, world.announce("a"))
     digest = world.ref("a").sha256
-    assert world.uploads.outcomes() == [Arrived("a", 1, 1, digest)]
+    assert world.uploads.take_outcomes() == [ArrivedUpdate("a", 1, 1, digest)]
     assert world.store.read(digest) == world.device.read(digest)
 
 
 def test_without_a_place_for_uploads_a_device_that_could_upload_is_pulled_from(world: World) -> None:
-    world.uploads.born("a", 1, 0.0, 0.0, uploads=True)
+    world.uploads.on_birth("a", 1, 0.0, 0.0, can_upload=True)
     finish(world, world.announce("a"))
-    assert world.uploads.outcomes() == [Arrived("a", 1, 1, world.ref("a").sha256)]
+    assert world.uploads.take_outcomes() == [ArrivedUpdate("a", 1, 1, world.ref("a").sha256)]
 
 
 def test_an_announcement_that_comes_twice_starts_nothing_twice(world: World) -> None:
@@ -76,7 +76,7 @@ def test_an_announcement_that_comes_twice_starts_nothing_twice(world: World) -> 
 def test_one_that_is_stuck_makes_room_for_one_that_waits(world: World) -> None:
     for name in "abc":
         world.announce(name)
-    wants = world.uploads.tick(STALLED_S + 1)
+    wants = world.uploads.on_tick(STALL_TIMEOUT_S + 1)
     assert "c" in {device for device, _ in wants}
 
 
@@ -97,8 +97,8 @@ def test_one_that_sends_a_leaf_now_and_then_makes_room_for_one_that_waits(
         for name, chunks in leaves.items():
             raw = next(iter(chunks))
             assert isinstance(raw, bytes)
-            world.uploads.chunk(name, Chunk.parse(raw), float(now))
-        asked |= {device for device, _ in world.uploads.tick(float(now))}
+            world.uploads.on_chunk(name, Chunk.parse(raw), float(now))
+        asked |= {device for device, _ in world.uploads.on_tick(float(now))}
     assert ("c" in asked) == passed
 
 
@@ -118,50 +118,50 @@ def test_a_replaced_update_leaves_no_pieces_on_the_disk(tmp_path: Path) -> None:
     world.answer(world.answer(world.announce("a")))
     pieces = set((world.store.root / "partial").iterdir())
     assert pieces
-    other = BlobRef.of(b"trained once more" * LEAF)
+    other = BlobRef.of(b"trained once more" * LEAF_BYTES)
     world.uploads.add("a", 1, 1, other, 0.0)
     assert not pieces & set((world.store.root / "partial").iterdir())
 
 
 def test_after_a_reconnection_everything_is_asked_for_again(world: World) -> None:
     wants = world.announce("a")
-    world.uploads.interrupted(1.0)
-    assert world.uploads.tick(2.0) == []  # whether it is there nobody knows
-    assert world.uploads.born("a", 2, 0.0, 2.0) == wants
+    world.uploads.on_reconnect(1.0)
+    assert world.uploads.on_tick(2.0) == []  # whether it is there nobody knows
+    assert world.uploads.on_birth("a", 2, 0.0, 2.0) == wants
 
 
 def test_a_device_on_a_new_connection_is_asked_again_and_on_the_same_one_not(world: World) -> None:
-    assert world.uploads.born("a", 1, 0.0, 0.0) == []
+    assert world.uploads.on_birth("a", 1, 0.0, 0.0) == []
     wants = world.announce("a")
-    assert world.uploads.born("a", 1, 0.0, 1.0) == []
-    assert world.uploads.born("a", 2, 0.0, 2.0) == wants
+    assert world.uploads.on_birth("a", 1, 0.0, 1.0) == []
+    assert world.uploads.on_birth("a", 2, 0.0, 2.0) == wants
 
 
 def test_a_device_that_says_how_slow_its_way_is_is_given_that_time(world: World) -> None:
-    world.uploads.born("a", 1, 20.0, 0.0)
+    world.uploads.on_birth("a", 1, 20.0, 0.0)
     world.announce("a")
     world.announce("b")
-    asked = {device for now in range(1, 40) for device, _ in world.uploads.tick(float(now))}
+    asked = {device for now in range(1, 40) for device, _ in world.uploads.on_tick(float(now))}
     assert asked == {"b"}
 
 
 def test_a_reference_that_contradicts_itself_spoils_the_update(world: World) -> None:
     small = BlobRef.of(b"small")
     world.uploads.add("a", 1, 1, BlobRef(small.sha256, small.size, "0" * 64), 0.0)
-    (outcome,) = world.uploads.outcomes()
+    (outcome,) = world.uploads.take_outcomes()
     assert isinstance(outcome, FailedUpload)
     assert "contradicts itself" in outcome.reason
 
 
 def test_a_device_s_name_for_its_update_is_not_taken_on_trust(world: World) -> None:
-    data = b"a" * (3 * LEAF)
+    data = b"a" * (3 * LEAF_BYTES)
     named = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
     wants = world.uploads.add("a", 1, 1, named, 0.0)
     while wants:
         _, want = wants.pop(0)
         payload = leaf_table(data) if want.part == "leaves" else data
-        wants += world.uploads.chunk("a", Chunk(named.sha256, want.part, 0, payload), 0.0)
-    (outcome,) = world.uploads.outcomes()
+        wants += world.uploads.on_chunk("a", Chunk(named.sha256, want.part, 0, payload), 0.0)
+    (outcome,) = world.uploads.take_outcomes()
     assert isinstance(outcome, FailedUpload)
     assert "don't make up the blob" in outcome.reason
     assert not world.store.has(named.sha256)
@@ -172,17 +172,17 @@ def test_a_device_that_keeps_sending_damage_spoils_its_update(world: World) -> N
     wants = world.announce("a")
     for _ in range(50):
         for _, want in wants:
-            size = LEAF if want.part == "data" else ref.leaf_count * 32
-            wants = world.uploads.chunk("a", Chunk(ref.sha256, want.part, want.first, b"x" * size), 0.0)
-    (outcome,) = world.uploads.outcomes()
+            size = LEAF_BYTES if want.part == "data" else ref.leaf_count * 32
+            wants = world.uploads.on_chunk("a", Chunk(ref.sha256, want.part, want.first, b"x" * size), 0.0)
+    (outcome,) = world.uploads.take_outcomes()
     assert isinstance(outcome, FailedUpload)
     assert "damaged" in outcome.reason
 
 
 def test_an_update_that_is_gone_is_spoilt(world: World) -> None:
     world.announce("a")
-    world.uploads.gone("a", world.ref("a").sha256, 0.0)
-    assert isinstance(world.uploads.outcomes()[0], FailedUpload)
+    world.uploads.on_blob_missing("a", world.ref("a").sha256, 0.0)
+    assert isinstance(world.uploads.take_outcomes()[0], FailedUpload)
 
 
 def test_uploads_of_a_round_that_is_over_are_dropped(world: World) -> None:
@@ -210,15 +210,15 @@ def test_whoever_is_there_and_waits_the_longest_is_next(steps: list[tuple[str, s
                 there.add(name)
                 line += [] if name in running or name in line else [name]
             elif kind == "born":
-                world.uploads.born(name, session, 0.0, now)
+                world.uploads.on_birth(name, session, 0.0, now)
                 there.add(name)
             elif kind == "drop":
                 world.uploads.drop(name)
                 running.discard(name)
                 line = [n for n in line if n != name]
             elif kind == "lost":
-                world.uploads.interrupted(now)
-                line, running, there, all_there_at = [*sorted(running), *line], set(), set(), now + STALLED_S
+                world.uploads.on_reconnect(now)
+                line, running, there, all_there_at = [*sorted(running), *line], set(), set(), now + STALL_TIMEOUT_S
             if kind in ("add", "born"):
                 for device in [n for n in line if n in there or now >= all_there_at][: 2 - len(running)]:
                     line.remove(device)
@@ -232,7 +232,7 @@ def test_whoever_is_there_and_waits_the_longest_is_next(steps: list[tuple[str, s
 class Place(UploadPlace):
     """A web server that takes what a test says."""
 
-    takes = True
+    accepts_uploads = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,17 +240,17 @@ class Place(UploadPlace):
         self.bytes: dict[str, int] = {}
         self.end = self._ends.put
 
-    def ask(self, device: str, ref: BlobRef) -> UploadRequest:
+    def request_upload(self, device: str, ref: BlobRef) -> UploadRequest:
         self.awaited[device] = ref
         return UploadRequest(ref.sha256, "https://server.example/x")
 
     def drop(self, device: str) -> None:
         self.awaited.pop(device, None)
 
-    def reported(self, device: str) -> None:
+    def on_report(self, device: str) -> None:
         self.end(UploadEnd(device, self.awaited[device], stored=False))
 
-    def arrived(self, device: str) -> int:
+    def arrived_bytes(self, device: str) -> int:
         return self.bytes.get(device, 0)
 
 
@@ -263,7 +263,7 @@ class Web(World):
         self.uploads = Uploads(BucketSync(self.store), 2, place=self.place)
 
     def announce(self, name: str, now: float = 0.0) -> list[tuple[str, Any]]:
-        wants = self.uploads.born(name, 1, 0.0, now, uploads=name.islower())
+        wants = self.uploads.on_birth(name, 1, 0.0, now, can_upload=name.islower())
         return wants + super().announce(name, now)
 
     def stored(self, name: str) -> None:
@@ -286,62 +286,64 @@ def test_who_can_upload_is_asked_to_and_the_others_are_pulled_from_in_their_turn
     assert list(web.place.awaited) == ["a"]
     web.stored("a")
     assert kinds(web.uploads.collect(1.0)) == [("c", "upload")]
-    assert web.uploads.outcomes() == [Arrived("a", 1, 1, web.ref("a").sha256)]
+    assert web.uploads.take_outcomes() == [ArrivedUpdate("a", 1, 1, web.ref("a").sha256)]
     assert web.uploads.collect(1.0) == []
 
 
 @pytest.mark.parametrize("reason", ["no route", None])
 def test_what_can_t_be_uploaded_is_pulled_in_the_same_place(web: Web, reason: str | None) -> None:
     web.announce("a")
-    wants = web.uploads.reported("a", UploadResult(web.ref("a").sha256, reason), 1.0)
+    wants = web.uploads.on_upload_result("a", UploadResult(web.ref("a").sha256, reason), 1.0)
     assert kinds(wants) == [("a", "want")]
     assert web.place.awaited == {}
-    assert web.uploads.born("a", 2, 0.0, 2.0, uploads=True)[0][1].kind == "want"  # and not asked to upload it again
+    assert (
+        web.uploads.on_birth("a", 2, 0.0, 2.0, can_upload=True)[0][1].kind == "want"
+    )  # and not asked to upload it again
     finish(web, wants)
-    assert [o.device for o in web.uploads.outcomes()] == ["a"]
+    assert [o.device for o in web.uploads.take_outcomes()] == ["a"]
     assert kinds(web.uploads.add("a", 2, 1, web.ref("b"), 3.0)) == [("a", "upload")]  # but the next one
 
 
 def test_who_has_heard_nothing_is_asked_again(web: Web) -> None:
     web.announce("a")
-    assert web.uploads.heard("a", ASK_AGAIN_S - 1) == []
-    assert kinds(web.uploads.heard("a", ASK_AGAIN_S + 1)) == [("a", "upload")]
-    web.place.bytes["a"] = 2 * LEAF
-    web.uploads.tick(2 * ASK_AGAIN_S)
+    assert web.uploads.on_announcement("a", REQUEST_REPEAT_S - 1) == []
+    assert kinds(web.uploads.on_announcement("a", REQUEST_REPEAT_S + 1)) == [("a", "upload")]
+    web.place.bytes["a"] = 2 * LEAF_BYTES
+    web.uploads.on_tick(2 * REQUEST_REPEAT_S)
     assert web.uploads.progress("a") == (2, 3)
-    assert web.uploads.heard("a", 2 * ASK_AGAIN_S + 1) == []  # it is on its way
-    assert kinds(web.uploads.born("a", 2, 0.0, 2 * ASK_AGAIN_S + 2, uploads=True)) == [("a", "upload")]
+    assert web.uploads.on_announcement("a", 2 * REQUEST_REPEAT_S + 1) == []  # it is on its way
+    assert kinds(web.uploads.on_birth("a", 2, 0.0, 2 * REQUEST_REPEAT_S + 2, can_upload=True)) == [("a", "upload")]
 
 
 def test_a_lost_connection_to_the_broker_stops_no_upload(web: Web) -> None:
     web.announce("a")
     web.announce("B")
-    web.uploads.interrupted(1.0)
+    web.uploads.on_reconnect(1.0)
     assert list(web.place.awaited) == ["a"]
     web.stored("a")
     web.uploads.collect(2.0)
-    assert [o.device for o in web.uploads.outcomes()] == ["a"]
+    assert [o.device for o in web.uploads.take_outcomes()] == ["a"]
 
 
 def test_an_upload_that_is_stuck_makes_room_for_one_that_waits(web: Web) -> None:
     for name in "abc":
         web.announce(name)
-    assert web.uploads.tick(STALLED_S - 1) == []
-    assert kinds(web.uploads.tick(STALLED_S + 1)) == [("c", "upload"), ("a", "want")]  # a pull is resumed
+    assert web.uploads.on_tick(STALL_TIMEOUT_S - 1) == []
+    assert kinds(web.uploads.on_tick(STALL_TIMEOUT_S + 1)) == [("c", "upload"), ("a", "want")]  # a pull is resumed
     assert set(web.place.awaited) == {"c"}
     web.stored("c")
-    assert kinds(web.uploads.collect(STALLED_S + 2)) == [("b", "want")]
+    assert kinds(web.uploads.collect(STALL_TIMEOUT_S + 2)) == [("b", "want")]
 
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_who_can_upload_no_longer_is_pulled_from(web: Web, direct: bool) -> None:
-    web.place.direct = direct
+    web.place.is_direct = direct
     web.announce("a")
-    wants = web.uploads.born("a", 2, 0.0, 1.0)
+    wants = web.uploads.on_birth("a", 2, 0.0, 1.0)
     assert kinds(wants) == [("a", "want")]
     assert web.place.awaited == {}
     finish(web, wants)
-    assert [o.device for o in web.uploads.outcomes()] == ["a"]
+    assert [o.device for o in web.uploads.take_outcomes()] == ["a"]
 
 
 def test_what_nobody_awaits_any_more_is_not_taken(web: Web) -> None:
@@ -350,36 +352,36 @@ def test_what_nobody_awaits_any_more_is_not_taken(web: Web) -> None:
     assert web.place.awaited == {}
     web.stored("a")
     web.uploads.collect(1.0)
-    assert not any(isinstance(o, Arrived) for o in web.uploads.outcomes())
+    assert not any(isinstance(o, ArrivedUpdate) for o in web.uploads.take_outcomes())
 
 
 def test_who_turns_out_to_be_able_is_asked_to_upload_what_isn_t_here_yet(web: Web) -> None:
     for name in "ABC":  # as a server that has just started knows them
         web.announce(name)
     for name, kind in (("A", [("A", "upload")]), ("C", [])):
-        assert kinds(web.uploads.born(name, 1, 0.0, 1.0, uploads=True)) == kind
-    wants = web.uploads.born("B", 2, 0.0, 1.0)
+        assert kinds(web.uploads.on_birth(name, 1, 0.0, 1.0, can_upload=True)) == kind
+    wants = web.uploads.on_birth("B", 2, 0.0, 1.0)
     while wants:
         wants = web.answer([(device, want) for device, want in wants if want.kind == "want"])
-    assert [o.device for o in web.uploads.outcomes()] == ["B"]
+    assert [o.device for o in web.uploads.take_outcomes()] == ["B"]
     assert set(web.place.awaited) == {"A", "C"}
 
 
 def test_uploads_that_don_t_pass_through_the_server_need_no_place_and_pulls_do(web: Web) -> None:
-    web.place.direct = True
+    web.place.is_direct = True
     wants = [w for name in "abcd" for w in web.announce(name)]
     assert kinds(wants) == [(name, "upload") for name in "abcd"]
-    pulled = [w for n in "abc" for w in web.uploads.reported(n, UploadResult(web.ref(n).sha256, "no"), 1.0)]
+    pulled = [w for n in "abc" for w in web.uploads.on_upload_result(n, UploadResult(web.ref(n).sha256, "no"), 1.0)]
     assert kinds(pulled) == [("a", "want"), ("b", "want")]
-    assert web.uploads.tick(2 * STALLED_S)[0][0] == "c"  # only pulls take turns
+    assert web.uploads.on_tick(2 * STALL_TIMEOUT_S)[0][0] == "c"  # only pulls take turns
     assert list(web.place.awaited) == ["d"]
-    web.uploads.interrupted(2 * STALLED_S)
-    assert "d" not in [device for device, _ in web.uploads.born("d", 2, 0.0, 3 * STALLED_S, uploads=True)]
-    assert kinds(web.uploads.heard("d", 3 * STALLED_S)) == [("d", "upload")]
+    web.uploads.on_reconnect(2 * STALL_TIMEOUT_S)
+    assert "d" not in [device for device, _ in web.uploads.on_birth("d", 2, 0.0, 3 * STALL_TIMEOUT_S, can_upload=True)]
+    assert kinds(web.uploads.on_announcement("d", 3 * STALL_TIMEOUT_S)) == [("d", "upload")]
 
 
 def test_an_upload_past_the_server_leaves_its_place_to_a_pull(web: Web) -> None:
-    web.place.direct = True
+    web.place.is_direct = True
     for name in "ABC":
         web.announce(name)
-    assert kinds(web.uploads.born("A", 1, 0.0, 1.0, uploads=True)) == [("A", "upload"), ("C", "want")]
+    assert kinds(web.uploads.on_birth("A", 1, 0.0, 1.0, can_upload=True)) == [("A", "upload"), ("C", "want")]

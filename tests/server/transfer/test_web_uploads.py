@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.certificates import save_tls_key
 from fedprune.security.tls import pinned_context
-from fedprune.wire.messages import PUT, UploadRequest
+from fedprune.wire.messages import PUT_ABILITY, UploadRequest
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.http_upload import HttpUpload
 from fedprune_export.importing import import_onnx
@@ -41,7 +41,7 @@ from support.fakes.secure_fleet import SecureFleet
 from support.processes.s3 import S3
 from support.waiting import until
 
-UPDATE = np.random.default_rng(1).bytes(5 * LEAF + 77)
+UPDATE = np.random.default_rng(1).bytes(5 * LEAF_BYTES + 77)
 REF = BlobRef.of(UPDATE)
 OTHER = BlobRef.of(b"an update of another job")
 
@@ -61,7 +61,7 @@ def server() -> Iterator[BlobServer]:
 def uploads(server: BlobServer, store: BlobStore) -> HttpUploads:
     uploads = HttpUploads(store, f"http://127.0.0.1:{server.port}/x")
     server.jobs = [ServedJob(store, lambda device, sha256: True, uploads)]
-    uploads.ask("pi", REF)
+    uploads.request_upload("pi", REF)
     return uploads
 
 
@@ -91,22 +91,22 @@ def left_over(store: BlobStore) -> list[Path]:
 def test_an_update_is_stored_once_with_its_leaf_table(
     server: BlobServer, store: BlobStore, uploads: HttpUploads
 ) -> None:
-    assert uploads.ask("pi", REF).url == f"http://127.0.0.1:{server.port}{path_of(REF)}"
+    assert uploads.request_upload("pi", REF).url == f"http://127.0.0.1:{server.port}{path_of(REF)}"
     assert put(server) == 201
     assert store.read(REF.sha256) == UPDATE
     assert store.ref(REF.sha256) == REF
-    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
-    assert uploads.taken() == {"pi": len(UPDATE)}
+    assert uploads.take_ended() == [UploadEnd("pi", REF, stored=True)]
+    assert uploads.take_byte_counts() == {"pi": len(UPDATE)}
     assert server.received == 1
     assert put(server) == 404  # a second time
-    assert uploads.ended() == []
+    assert uploads.take_ended() == []
     assert left_over(store) == []
 
 
-@pytest.mark.parametrize("size", [0, LEAF, LEAF + 1])
+@pytest.mark.parametrize("size", [0, LEAF_BYTES, LEAF_BYTES + 1])
 def test_updates_of_any_length(server: BlobServer, store: BlobStore, uploads: HttpUploads, size: int) -> None:
     body = UPDATE[:size]
-    uploads.ask("pi", BlobRef.of(body))
+    uploads.request_upload("pi", BlobRef.of(body))
     assert put(server, body, path_of(BlobRef.of(body))) == 201
     assert store.ref(BlobRef.of(body).sha256) == BlobRef.of(body)
 
@@ -124,7 +124,7 @@ def test_a_connection_is_kept_for_what_follows(server: BlobServer, store: BlobSt
 def test_other_bytes_end_it(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
     assert put(server, UPDATE[:-1] + b"?") == 422
     assert not store.has(REF.sha256)
-    assert uploads.ended() == [UploadEnd("pi", REF, stored=False)]
+    assert uploads.take_ended() == [UploadEnd("pi", REF, stored=False)]
     assert put(server) == 404  # it is pulled from now on
     assert left_over(store) == []
 
@@ -133,9 +133,9 @@ def test_a_reference_that_contradicts_itself_ends_it(
     server: BlobServer, store: BlobStore, uploads: HttpUploads
 ) -> None:
     ref = BlobRef(REF.sha256, REF.size, OTHER.leaves)
-    uploads.ask("pi", ref)
+    uploads.request_upload("pi", ref)
     assert put(server) == 422
-    assert uploads.ended() == [UploadEnd("pi", ref, stored=False)]
+    assert uploads.take_ended() == [UploadEnd("pi", ref, stored=False)]
     assert not store.has(REF.sha256)
 
 
@@ -178,10 +178,10 @@ def test_an_encoding_beside_the_length_is_refused(server: BlobServer, store: Blo
 def test_nothing_else_can_be_written(server: BlobServer, store: BlobStore, uploads: HttpUploads, path: str) -> None:
     assert put(server, path=path) in (0, 404)
     assert store.names() == []
-    assert uploads.ended() == []
+    assert uploads.take_ended() == []
 
 
-def begun(server: BlobServer, sent: int = 2 * LEAF, ref: BlobRef = REF) -> socket.socket:
+def begun(server: BlobServer, sent: int = 2 * LEAF_BYTES, ref: BlobRef = REF) -> socket.socket:
     client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
     client.sendall(
         f"PUT {path_of(ref)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(UPDATE)}\r\n\r\n".encode() + UPDATE[:sent]
@@ -202,39 +202,39 @@ def test_who_hangs_up_leaves_nothing_and_may_come_again(
     server: BlobServer, store: BlobStore, uploads: HttpUploads
 ) -> None:
     with begun(server):
-        until(lambda: uploads.arrived("pi") == 2 * LEAF)
+        until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
     until(lambda: left_over(store) == [])
-    assert uploads.ended() == []
+    assert uploads.take_ended() == []
     assert put(server) == 201
-    assert uploads.taken() == {"pi": len(UPDATE) + 2 * LEAF}
+    assert uploads.take_byte_counts() == {"pi": len(UPDATE) + 2 * LEAF_BYTES}
 
 
 def test_a_new_connection_takes_the_place_of_the_one_before(
     server: BlobServer, store: BlobStore, uploads: HttpUploads
 ) -> None:
     with begun(server) as first:
-        until(lambda: uploads.arrived("pi") == 2 * LEAF)
+        until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
         assert put(server) == 201
         assert ended(first)
     until(lambda: left_over(store) == [])
-    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
+    assert uploads.take_ended() == [UploadEnd("pi", REF, stored=True)]
 
 
 def test_one_that_is_dropped_in_the_middle_is_cut(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
     with begun(server) as client:
-        until(lambda: uploads.arrived("pi") == 2 * LEAF)
+        until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
         uploads.drop("pi")
         assert ended(client)
         assert put(server) == 404
     until(lambda: left_over(store) == [])
     assert not store.has(REF.sha256)
-    assert uploads.ended() == []
+    assert uploads.take_ended() == []
 
 
 def test_who_sends_slowly_is_cut(
     server: BlobServer, store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_server, "UPLOAD_PIECE_S", 0.2)
+    monkeypatch.setattr(http_server, "UPLOAD_LEAF_TIMEOUT_S", 0.2)
 
     def send(pieces: Iterable[bytes], every_s: float) -> None:
         with begun(server, 10) as client:
@@ -244,31 +244,31 @@ def test_who_sends_slowly_is_cut(
 
     with pytest.raises(ConnectionError):
         send([b"x"] * 250, 0.02)  # now and then a byte, so that no socket's time-out ends
-    monkeypatch.setattr(http_server, "UPLOAD_PIECE_S", 1.0)
-    monkeypatch.setattr(http_server, "LEAST_BYTES_PER_S", 10**9)  # each leaf in time, but not all of them
+    monkeypatch.setattr(http_server, "UPLOAD_LEAF_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(http_server, "MIN_BYTES_PER_S", 10**9)  # each leaf in time, but not all of them
     with pytest.raises(ConnectionError):
-        send([UPDATE[at : at + LEAF // 2] for at in range(10, len(UPDATE), LEAF // 2)], 0.3)
+        send([UPDATE[at : at + LEAF_BYTES // 2] for at in range(10, len(UPDATE), LEAF_BYTES // 2)], 0.3)
     until(lambda: left_over(store) == [])
     assert not store.has(REF.sha256)
-    assert uploads.ended() == []
+    assert uploads.take_ended() == []
 
 
 def test_a_full_disk_is_the_server_s_fault(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
     reserve, store.reserve = store.reserve, 2**60
     assert put(server) in (0, 507)
-    assert uploads.ended() == []
+    assert uploads.take_ended() == []
     store.reserve = reserve
     assert put(server) == 201
 
 
 def test_a_report_of_what_went_elsewhere_is_no_upload(server: BlobServer, uploads: HttpUploads) -> None:
-    uploads.reported("pi")
-    assert uploads.ended() == [UploadEnd("pi", REF, stored=False)]
-    uploads.reported("a stranger")
-    assert uploads.ended() == []
+    uploads.on_report("pi")
+    assert uploads.take_ended() == [UploadEnd("pi", REF, stored=False)]
+    uploads.on_report("a stranger")
+    assert uploads.take_ended() == []
     assert put(server) == 201
-    uploads.reported("pi")  # which is what the device says a moment later
-    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
+    uploads.on_report("pi")  # which is what the device says a moment later
+    assert uploads.take_ended() == [UploadEnd("pi", REF, stored=True)]
 
 
 def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) ->
     for ref in (REF, OTHER):
         store = BlobStore(tmp_path / ref.sha256, durable=False)
         uploads = HttpUploads(store, f"http://127.0.0.1:{server.port}/x")
-        uploads.ask("pi", ref)
+        uploads.request_upload("pi", ref)
         jobs.append(ServedJob(store, lambda device, sha256, ref=ref: sha256 == ref.sha256, uploads))  # type: ignore[misc]
     server.jobs = jobs
     assert put(server, b"an update of another job", path_of(OTHER)) == 201
@@ -313,15 +313,15 @@ def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: 
             place = web.uploads(BucketSync(store))
             assert isinstance(place, HttpUploads)
             web.serve([ServedJob(store, lambda device, sha256: False, place)])
-            url = place.ask("attic", REF).url
+            url = place.request_upload("attic", REF).url
             assert failure_of("cellar", url) == "it answers 404"
             assert failure_of(None, url) not in ("", "it answers 404")
             assert not woken.is_set()
             assert failure_of("attic", url) == ""
             assert woken.is_set()
-            assert place.ended() == [UploadEnd("attic", REF, stored=True)]
+            assert place.take_ended() == [UploadEnd("attic", REF, stored=True)]
             store.delete(REF.sha256)
-            place.ask("cellar", REF)
+            place.request_upload("cellar", REF)
             identity.revoke("cellar")
             assert failure_of("cellar", url) not in ("", "it answers 404")
         assert store.names() == []
@@ -329,9 +329,9 @@ def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: 
 
 def test_without_the_setting_nothing_is_uploaded(store: BlobStore) -> None:
     with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None) as web:
-        assert not web.uploads(BucketSync(store)).takes
+        assert not web.uploads(BucketSync(store)).accepts_uploads
     with web_blobs(ServerConfig(), None) as web:
-        assert not web.uploads(BucketSync(store)).takes
+        assert not web.uploads(BucketSync(store)).accepts_uploads
 
 
 # A job whose boards upload.
@@ -348,12 +348,12 @@ def test_uploads_have_connections_of_their_own(
     refs = [BlobRef.of(bytes([n]) * len(UPDATE)) for n in range(6)]
     with BlobServer("127.0.0.1", 0, None, connections=2) as server, ExitStack() as stack:
         for n, ref in enumerate(refs):
-            uploads.ask(f"pi-{n}", ref)
+            uploads.request_upload(f"pi-{n}", ref)
 
         def begin(*numbers: int) -> None:
             for n in numbers:
                 stack.enter_context(begun(server, ref=refs[n]))
-                until(lambda n=n: uploads.arrived(f"pi-{n}") == 2 * LEAF)  # type: ignore[misc]
+                until(lambda n=n: uploads.arrived_bytes(f"pi-{n}") == 2 * LEAF_BYTES)  # type: ignore[misc]
 
         server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1) for _ in range(2)]
         begin(0, 1)
@@ -361,7 +361,7 @@ def test_uploads_have_connections_of_their_own(
         begin(2, 3)
         assert not connected(server)  # those that are at work are left alone
         server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1000)]
-        monkeypatch.setattr(http_server, "MOST_CONNECTIONS", 5)
+        monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 5)
         begin(4)
         assert not connected(server)
         server.jobs = [ServedJob(store, lambda device, sha256: True, None, 1000)]
@@ -385,14 +385,14 @@ class Uploading(Fleet):
         super().__init__(folder, *fleet, **settings)
         self.server = server
         for device in self.air.devices.values():
-            device.abilities, device.upload = (PUT,), sent
+            device.abilities, device.start_upload = (PUT_ABILITY,), sent
 
     def daemon(self, **options: Any) -> Server:
         url = f"http://127.0.0.1:{self.server.port}"
         made = super().daemon(
-            blobs=WebBlobs(url, self.server, lambda shipping: HttpUploads(shipping.near, url)), **options
+            blobs=WebBlobs(url, self.server, lambda shipping: HttpUploads(shipping.local_store, url)), **options
         )
-        self.server.jobs = [made.first.served]
+        self.server.jobs = [made.main_runner.served_job]
         return made
 
 
@@ -422,7 +422,7 @@ def test_masked_updates_may_be_uploaded_and_nothing_else_is(tmp_path: Path, serv
         return sent(request, body)
 
     for name in names:
-        fleet.board(name).upload = upload
+        fleet.board(name).start_upload = upload
     state = fleet.run()
     assert folded(state) == [list(names)] * 2
     over_mqtt = SecureFleet(tmp_path / "mqtt", fleet.model, names, secure_aggregation=True).run()
@@ -432,7 +432,7 @@ def test_masked_updates_may_be_uploaded_and_nothing_else_is(tmp_path: Path, serv
     assert {len(body) for body in bodies} == {len(vector) for vector in vectors}
     assert not vectors & set(bodies), "an update that is not masked"
     assert not any(fleet.store.has(BlobRef.of(body).sha256) for body in bodies), "they are added, and needed no longer"
-    assert not any(topic.endswith("blob") for topic, _ in fleet.said), "nothing has come over MQTT"
+    assert not any(topic.endswith("blob") for topic, _ in fleet.titled_value), "nothing has come over MQTT"
 
 
 def test_uploads_to_the_server_are_brought_into_the_bucket(
@@ -440,7 +440,7 @@ def test_uploads_to_the_server_are_brought_into_the_bucket(
 ) -> None:
     fleet = Uploading(tmp_path, server)
     fleet.store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/fleet")
-    fleet.store.patience.endless = True
+    fleet.store.retry.is_endless = True
     fleet.worker = ToyWorker(fleet.store)
     assert models(fleet.run()) == expected
     assert server.received == 9
@@ -462,8 +462,8 @@ def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, exp
 
 def test_boards_that_can_t_upload_are_pulled_from(fleet: Uploading, expected: list[str]) -> None:
     fleet.air.devices["a"].abilities = ()
-    fleet.air.devices["b"].upload = lambda request, body: "no route"
-    fleet.air.devices["c"].upload = lambda request, body: sent(request, bytes(len(body)))
+    fleet.air.devices["b"].start_upload = lambda request, body: "no route"
+    fleet.air.devices["c"].start_upload = lambda request, body: sent(request, bytes(len(body)))
     assert models(fleet.run()) == expected
     assert fleet.server.received == 0
 
@@ -477,7 +477,7 @@ def test_messages_that_come_twice_count_once(fleet: Uploading, expected: list[st
 
 def test_another_web_server_s_word_is_not_taken(fleet: Uploading, expected: list[str]) -> None:
     for device in fleet.air.devices.values():
-        device.upload = lambda request, body: None  # another server answered
+        device.start_upload = lambda request, body: None  # another server answered
     assert models(fleet.run()) == expected
     assert fleet.server.received == 0
 
@@ -494,7 +494,7 @@ def test_a_server_that_dies_with_an_update_in_hand_counts_it_once(fleet: Uploadi
         return reason
 
     for device in fleet.air.devices.values():
-        device.upload = upload
+        device.start_upload = upload
     with pytest.raises(KeyboardInterrupt):
         fleet.run()
     fleet.restart()

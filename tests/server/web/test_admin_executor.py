@@ -23,15 +23,15 @@ from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import database_of
-from fedprune_server.web.state.admin_executor import MOST, AdminExecutor
+from fedprune_server.storage.storage import open_database
+from fedprune_server.web.state.admin_executor import MAX_WAITING_ORDERS, AdminExecutor
 from fedprune_server.web.state.membership_poller import Member, MembershipPoller, PollResult
-from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
+from fedprune_server.web.state.order_queue import EXPIRED, Order, OrderAnswer
 from support.fakes.members import certified, serials_of
 from support.fakes.runtime_releases import make_release
 from support.waiting import until
 
-ANSWERS: queue.Queue[Answer] = queue.Queue()
+ANSWERS: queue.Queue[OrderAnswer] = queue.Queue()
 """What executors answer; each test takes all."""
 
 
@@ -49,7 +49,7 @@ def executor(state: Path, tmp_path: Path) -> Iterator[AdminExecutor]:
     made.close()
 
 
-def ordered(executor: AdminExecutor, kind: str, **fields: str) -> Answer:
+def ordered(executor: AdminExecutor, kind: str, **fields: str) -> OrderAnswer:
     """The answer to an order."""
     executor.submit(Order(1, "ann", kind, **fields))  # type: ignore[arg-type]
     return ANSWERS.get(timeout=30)
@@ -57,9 +57,9 @@ def ordered(executor: AdminExecutor, kind: str, **fields: str) -> Answer:
 
 def asks(state: Path, device: str) -> VerifyingKey:
     """A board asks to be let in, and waits."""
-    key = SigningKey.make().verifying
+    key = SigningKey.make().verifying_key
     with IdentityFolder(state) as identity:
-        identity.store.ask(device, key.hex, int(time.time()))
+        identity.store.request_approval(device, key.hex, int(time.time()))
     return key
 
 
@@ -67,7 +67,7 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
     state: Path, executor: AdminExecutor
 ) -> None:
     key, other = asks(state, "attic"), asks(state, "attic")
-    with database_of(state, read_only=True) as database:
+    with open_database(state, read_only=True) as database:
         store = IdentityStore(database)
         poller = MembershipPoller(store)
         assert poller.latest() == PollResult(frozenset({"attic"}), None, ())
@@ -101,7 +101,7 @@ def test_a_board_that_is_shut_out_has_no_key_and_no_certificate_any_more(state: 
     with IdentityFolder(state) as identity:
         assert identity.store.members() == {}
         assert identity.store.revoked_certificates().keys() == serials_of(state, "attic")
-        assert identity.authority.has_listed(identity.store.revoked_certificates())
+        assert identity.authority.is_list_current(identity.store.revoked_certificates())
     assert not ordered(executor, "revoke", device="nobody").ok
 
 
@@ -120,7 +120,7 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
         def row(*, server: bool = False) -> dict[str, Any]:
             """What is told, once a server that was restarted has looked."""
             if server:
-                RolloutCoordinator(store, lambda *_: None).connected(True)
+                RolloutCoordinator(store, lambda *_: None).on_connection_change(True)
             told = MembershipPoller(rollouts=seen).latest()
             assert told is not None
             found, *_ = told.rollouts or ()
@@ -128,8 +128,8 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
 
         def has(number: int) -> None:
             desk = RolloutCoordinator(store, lambda *_: None)
-            desk.connected(True)
-            desk.reported(ReleaseReport("attic", number, COMMITTED, "", 0, 0))
+            desk.on_connection_change(True)
+            desk.on_report(ReleaseReport("attic", number, COMMITTED, "", 0, 0))
 
         assert ordered(executor, "rollout_start", release="release-1").ok
         has(1)
@@ -180,7 +180,11 @@ def test_whatever_comes_of_an_order_is_answered(tmp_path: Path) -> None:
         for number in (1, 2, 3):
             executor.submit(Order(number, "ann", "deny", device="a"))
         first, second, third = (ANSWERS.get(timeout=30) for _ in range(3))
-    assert (first, second.ok, third) == (Answer(1, True, "1" + "x" * 5000), False, Answer(3, True, "3" + "x" * 5000))
+    assert (first, second.ok, third) == (
+        OrderAnswer(1, True, "1" + "x" * 5000),
+        False,
+        OrderAnswer(3, True, "3" + "x" * 5000),
+    )
 
 
 def test_an_order_that_waited_too_long_behind_others_is_not_carried_out(tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_an_order_that_waited_too_long_behind_others_is_not_carried_out(tmp_path
         for number in (1, 2):
             executor.submit(Order(number, "ann", "revoke", device="a", until=600.0))
         answers = [ANSWERS.get(timeout=30), ANSWERS.get(timeout=30)]
-    assert answers == [Answer(1, True, "well"), Answer(2, False, EXPIRED)]
+    assert answers == [OrderAnswer(1, True, "well"), OrderAnswer(2, False, EXPIRED)]
     assert now == [605.0]
 
 
@@ -209,13 +213,13 @@ def test_no_more_orders_wait_than_can_be_carried_out(tmp_path: Path) -> None:
     executor, order = Scripted(tmp_path, outcome), Order(1, "ann", "deny", device="a")
     executor.submit(order)
     assert begun.wait(30)
-    for _ in range(MOST):
+    for _ in range(MAX_WAITING_ORDERS):
         executor.submit(order)
-    with pytest.raises(ProtocolError, match=str(MOST)):
+    with pytest.raises(ProtocolError, match=str(MAX_WAITING_ORDERS)):
         executor.submit(order)
     ending = threading.Thread(target=executor.close)
     ending.start()
-    until(lambda: executor._closed)
+    until(lambda: executor._is_closed)
     go_on.set()
     ending.join(30)
     assert ANSWERS.get(timeout=30).ok

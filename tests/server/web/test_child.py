@@ -23,8 +23,8 @@ from fedprune_server.web import child
 from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.process import SILENT_S, ConsoleProcess, ConsoleSettings
-from fedprune_server.web.state.status import FILE, StatusWriter
+from fedprune_server.web.process import SILENCE_LIMIT_S, ConsoleProcess, ConsoleSettings
+from fedprune_server.web.state.status import STATUS_FILE, StatusWriter
 from support.fakes.console_browser import PASSWORD, QUICK, trial
 from support.fakes.console_fleet import ConsoleFleet
 from support.waiting import until
@@ -48,7 +48,7 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
     path = tmp_path / "console.db"
     with ConsoleDatabase(path) as database:
         Accounts(database, QUICK).add("ann", "admin", PASSWORD)
-    writer, process = StatusWriter(tmp_path / FILE), ConsoleProcess(settings(tmp_path))
+    writer, process = StatusWriter(tmp_path / STATUS_FILE), ConsoleProcess(settings(tmp_path))
     try:
         until(lambda: process.turn(0.0) or process.url)
         url = process.url
@@ -64,30 +64,30 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
         pid = process.pid
         assert pid is not None
         os.kill(pid, 9)
-        until(lambda: (process.turn(1.0), not process.alive)[1])
+        until(lambda: (process.turn(1.0), not process.is_alive)[1])
         until(lambda: process.turn(2.0) or process.url)
         assert process.pid != pid
         assert fetched(process.url + "readyz")[0] == 200, "what was published is still there"
         pid = process.pid
         os.kill(pid, signal.SIGSTOP)
-        until(lambda: (process.turn(2.0), list(process._child.received(2.0)))[1] == [])
-        process.turn(3.0 + SILENT_S)
-        assert not process.alive, "it hangs"
+        until(lambda: (process.turn(2.0), list(process._child.receive_all(2.0)))[1] == [])
+        process.turn(3.0 + SILENCE_LIMIT_S)
+        assert not process.is_alive, "it hangs"
     finally:
         process.stop()
-    assert not process.alive
+    assert not process.is_alive
 
 
 @pytest.mark.system
 def test_one_that_says_nonsense_is_ended_and_after_a_few_times_left_alone(tmp_path: Path) -> None:
     process = ConsoleProcess(settings(tmp_path), ["sh", "-c", "sleep 0.1; echo nonsense; sleep 60"])
     pids = set[int | None]()
-    until(lambda: (process.turn(0.0), pids.add(process.pid), process._child._not_before)[2])
+    until(lambda: (process.turn(0.0), pids.add(process.pid), process._child._next_start_at)[2])
     assert len(pids - {None}) == 3
     process.turn(1.0)
-    assert not process.alive
+    assert not process.is_alive
     process.turn(100.0)
-    assert process.alive
+    assert process.is_alive
     process.stop()
 
 
@@ -111,7 +111,7 @@ def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks, signs = list[float](), list[float]()
-    monkeypatch.setattr(child, "SWEEP_S", 0.001)
+    monkeypatch.setattr(child, "SWEEP_INTERVAL_S", 0.001)
     here = trial(tmp_path)
 
     class Orders:
@@ -126,20 +126,20 @@ def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(
     here.console.orders = Orders()  # type: ignore[assignment]
     server: Any = SimpleNamespace(serve=serve)
     with socket.socket() as listening:
-        served = child._serve(server, Connections(1, 1.0), listening, here.console, lambda: signs.append(0.0))
+        served = child._serve_until_end(server, Connections(1, 1.0), listening, here.console, lambda: signs.append(0.0))
         asyncio.run(asyncio.wait_for(served, 30))
     assert len(signs) >= 3
 
 
 @pytest.mark.system
 def test_half_requests_of_strangers_keep_nobody_out(tmp_path: Path) -> None:
-    StatusWriter(tmp_path / FILE).close()
+    StatusWriter(tmp_path / STATUS_FILE).close()
     process = ConsoleProcess(settings(tmp_path))
     strangers: list[socket.socket] = []
     try:
         until(lambda: process.turn(0.0) or process.url)
         port = int(process.url.split(":")[2].strip("/"))
-        for n in range(child.CONNECTIONS + 50):
+        for n in range(child.MAX_CONNECTIONS + 50):
             raw = socket.create_connection(("127.0.0.1", port))
             length = b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 100\r\n\r\na"
             start = b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -162,15 +162,15 @@ def test_the_connection_that_waits_longest_makes_room() -> None:
     connections = Connections(3, 20.0, lambda: now[0])
     for i, name in enumerate("abc"):
         now[0] = float(i)
-        connections.opened((name, 1), connection(name))
+        connections.on_open((name, 1), connection(name))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        connections.opened(("d", 1), connection("d"))
-        connections.opened(("e", 1), connection("e"))
-        connections.opened(("f", 1), connection("f"))
+        connections.on_open(("d", 1), connection("d"))
+        connections.on_open(("e", 1), connection("e"))
+        connections.on_open(("f", 1), connection("f"))
 
     scope = {"type": "http", "method": "GET", "client": ("a", 1)}
-    asyncio.run(connections.watch(app)(scope, None, None))  # type: ignore[arg-type]
+    asyncio.run(connections.wrap(app)(scope, None, None))  # type: ignore[arg-type]
     assert gone == ["b", "c", "d"], "a's request is being answered meanwhile"
     now[0] = 21.0
     connections.sweep()

@@ -29,7 +29,7 @@ from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation
 from fedprune_server.web.observer import check_tls
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
-from fedprune_server.web.state.status import FILE, StatusWriter
+from fedprune_server.web.state.status import STATUS_FILE, StatusWriter
 from support.waiting import until
 
 
@@ -41,8 +41,8 @@ def settings(folder: Path, certificate: Path, key: Path) -> ConsoleSettings:
 @pytest.mark.system
 def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "state", "lab") as identity:
-        certificate, key, authority = identity.web(["127.0.0.1"])
-    StatusWriter(tmp_path / FILE).close()
+        certificate, key, authority = identity.web_files(["127.0.0.1"])
+    StatusWriter(tmp_path / STATUS_FILE).close()
     process = ConsoleProcess(settings(tmp_path, certificate, key))
     trusted = ssl.create_default_context(cafile=authority)
     try:
@@ -68,10 +68,10 @@ def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "state", "lab") as identity:
-        certificate, _, _ = identity.web(["127.0.0.1"])
+        certificate, _, _ = identity.web_files(["127.0.0.1"])
     key = tmp_path / "other.key"
     key.write_text("no key")
-    StatusWriter(tmp_path / FILE).close()
+    StatusWriter(tmp_path / STATUS_FILE).close()
     command = [sys.executable, "-m", "fedprune_server.web.child"]
     done = subprocess.run(
         command, input=settings(tmp_path, certificate, key).to_json(), capture_output=True, timeout=60

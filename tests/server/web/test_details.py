@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from fedprune.model.selection import Selection
 from fedprune.wire.fleet_messages import CrashReport
-from fedprune_server.devices.crash_store import FILE as CRASHES
+from fedprune_server.devices.crash_store import CRASH_FILE as CRASHES
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.web.state.crashes import board_crashes
-from fedprune_server.web.state.details import details, held
-from fedprune_server.web.state.rows import running
-from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
-from fedprune_server.web.views.presentation import channels
+from fedprune_server.web.state.details import device_details, kept_channels
+from fedprune_server.web.state.rows import slot_and_release
+from fedprune_server.web.state.status import STATUS_FILE, FleetView, StatusWriter, encode_status
+from fedprune_server.web.views.presentation import make_channel_map
 from support.fakes.console_fleet import write
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
@@ -38,7 +38,7 @@ from support.fakes.tiny_job import JOB
     ],
 )
 def test_a_board_says_which_slot_and_release_it_runs(software: str, expected: tuple[str | None, int | None]) -> None:
-    assert running(software) == expected
+    assert slot_and_release(software) == expected
 
 
 @settings(deadline=None)
@@ -47,7 +47,7 @@ def test_a_map_shows_the_channels_that_are_held_and_no_other(bits: list[bool]) -
     which = bytes(
         sum(b << (7 - i) for i, b in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)
     ).hex()  # fmt: skip
-    drawn = channels("g", sum(bits), len(bits), which)
+    drawn = make_channel_map("g", sum(bits), len(bits), which)
     assert drawn.known
     shown = [False] * len(bits)
     for piece in drawn.path.split("M")[1:]:
@@ -64,25 +64,25 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
     daemon = fleet.daemon()
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
-    runner = daemon.first
-    found = details(runner, "a", 1e9)
-    assert json.loads(encoded(found))["widths"]
+    runner = daemon.main_runner
+    found = device_details(runner, "a", 1e9)
+    assert json.loads(encode_status(found))["widths"]
     sizes = runner.architecture.sizes
     chance = random.Random(0)
     ranks = [chance.sample(range(n), n) for n in sizes]
     blob = runner.store.put(Selection.of(runner.architecture, sizes, ranks).to_json().encode())
     state.ranking = blob.sha256
     state.tasks, state.devices["a"].held = {}, None  # type: ignore[assignment]
-    for row, rank, width in zip(held(runner, "a"), ranks, state.devices["a"].widths, strict=True):
+    for row, rank, width in zip(kept_channels(runner, "a"), ranks, state.devices["a"].widths, strict=True):
         bits = "".join(f"{b:08b}" for b in bytes.fromhex(row["which"]))
         assert {i for i, b in enumerate(bits) if b == "1"} == set(rank[:width])
         assert row["kept"] == width
     state.ranking = "0" * 64
-    assert {row["which"] for row in held(runner, "a")} == {None}
+    assert {row["which"] for row in kept_channels(runner, "a")} == {None}
     names = [f["what"] for f in found.figures]
     assert len(names) == len(set(names))
     assert {"round", "step", "train", "transfer", "latency", "memory", "download"} <= set(names)
-    assert details(runner, "nobody", 1e9).figures == ()
+    assert device_details(runner, "nobody", 1e9).figures == ()
 
 
 HOSTILE = "12:00:00 job finished <script>alert(1)</script> {{ 7 * 7 }} é\u4e2d" + "y" * 350
@@ -104,7 +104,7 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
         crashes.save()
     with closing(sqlite3.connect(tmp_path / CRASHES)) as file, file:  # what is on the disk may be another's doing
         file.execute("UPDATE crashes SET text = ?, at = -1, received = -1 WHERE number = 1", (f"1 {STEERS * 100}",))
-    writer, view = StatusWriter(tmp_path / FILE), FleetView(tmp_path / FILE)
+    writer, view = StatusWriter(tmp_path / STATUS_FILE), FleetView(tmp_path / STATUS_FILE)
     write(writer, board_crashes(tmp_path, "a"), board_crashes(tmp_path, "nobody"))
     found = view.crashes("a")
     assert found is not None
@@ -131,5 +131,5 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
     assert "MemoryError: &lt;i&gt;no room&lt;/i&gt; for 12 MB" in page
     assert "<i>no room" not in page
     held = {k: v for k, v in here.fleet.details("board-0006").widths[0].items() if k != "group"}
-    assert channels("g", **held).words in page
+    assert make_channel_map("g", **held).words in page
     assert '5/a <span class="mark work">trial</span>' in table

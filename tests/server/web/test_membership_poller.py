@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import StorageError
-from fedprune_server.enrollment.store import APPROVED, Device
+from fedprune_server.enrollment.store import APPROVED, MemberKey
 from fedprune_server.web.state.membership_poller import MembershipPoller, PollResult
 from support.waiting import until
 
@@ -24,8 +24,8 @@ class Memberships:
         self.looks += 1
         return str(self.looks)
 
-    def devices(self) -> list[Device]:
-        return [Device(f"board-{n + 1}", "", APPROVED, 0) for n in range(self.looks)]
+    def devices(self) -> list[MemberKey]:
+        return [MemberKey(f"board-{n + 1}", "", APPROVED, 0) for n in range(self.looks)]
 
 
 class Rollouts:
@@ -34,7 +34,7 @@ class Rollouts:
     def __init__(self, failures: int = 1) -> None:
         self.failures, self.looks = failures, 0
 
-    def version(self) -> int:
+    def change_count(self) -> int:
         self.looks += 1
         return 7
 
@@ -66,7 +66,7 @@ def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_fail
             until(poller.latest)
         seen = until(poller.latest)
         assert seen is not None
-        assert (seen.changed, seen.rollouts) == ({"board-1", "board-2"}, ())
+        assert (seen.changed_devices, seen.rollouts) == ({"board-1", "board-2"}, ())
     finally:
         poller.close()
     assert not any(t.name == "fedprune-members" for t in threading.enumerate())

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fedprune.jobs.state import Progress
-from fedprune_server.web.auth.roles import NEEDED, ROLES
+from fedprune_server.web.auth.roles import ROLE_OF_ORDER, ROLES
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, OrderQueue
-from fedprune_server.web.state.records import DEVICE_STATES, STATUSES
+from fedprune_server.web.state.order_queue import EXPIRED, ORDER_LIFETIME_S, OrderQueue
+from fedprune_server.web.state.records import DEVICE_STATES, MEMBER_STATUSES
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_browser import trial
 
@@ -29,7 +29,7 @@ FIELDS = {
 def test_each_role_gives_its_orders_and_no_others(tmp_path: Path, role: str) -> None:
     here = trial(tmp_path)
     browser = here.browser(role)
-    for kind, needed in NEEDED.items():
+    for kind, needed in ROLE_OF_ORDER.items():
         may = ROLES.index(role) >= ROLES.index(needed)
         assert browser.order(order=kind, **FIELDS[kind]).status == (202 if may else 403), kind
         assert (kind in [o.order for o in here.orders]) is may
@@ -82,7 +82,7 @@ def test_a_filter_with_a_value_that_it_cant_have_is_refused_with_those_that_it_c
         assert (reply.status, reply.json["error"].partition(":")[0]) == (422, subject)
     for row in browser.get("/api/v1/devices?state=&size=500").json["items"]:
         assert row["state"] in DEVICE_STATES
-        assert row["status"] in STATUSES
+        assert row["status"] in MEMBER_STATUSES
     assert {p.value for p in Progress} < set(DEVICE_STATES)
 
 
@@ -160,7 +160,7 @@ def test_an_order_that_was_answered_as_the_server_looked_is_not_carried_out(tmp_
         def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
             found = super().rows(query, *values)
             if "'waiting'" in query:
-                now[0] += EXPIRES_S + 60
+                now[0] += ORDER_LIFETIME_S + 60
                 here.console.orders.expire()
             return found
 
@@ -176,9 +176,9 @@ def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
     here = trial(tmp_path, clock=lambda: now[0])
     browser, desk = here.browser("operator", address="192.0.2.8"), here.console.orders
     numbers = [browser.order(order=kind, job="trial").json["order"] for kind in ("pause", "resume", "coverage")]
-    assert {o.until for o in here.orders} == {1e9 + EXPIRES_S}
+    assert {o.until for o in here.orders} == {1e9 + ORDER_LIFETIME_S}
     assert [o.number for o in OrderQueue(here.database, lambda: now[0]).take(1)] == numbers[:1]
-    now[0] += EXPIRES_S + 1
+    now[0] += ORDER_LIFETIME_S + 1
     assert OrderQueue(here.database, lambda: now[0]).take(9) == []
     desk.expire()
     assert {found["state"] for n in numbers if (found := desk.get(n))} == {"waiting"}, "the server may be taking them"

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E
 
 from fedprune_server.web.state import status  # noqa: E402
 from fedprune_server.web.state.order_queue import Order  # noqa: E402
-from fedprune_server.web.state.records import AlertStatus, Record, Rollouts  # noqa: E402
+from fedprune_server.web.state.records import AlertStatus, Rollouts, StatusRecord  # noqa: E402
 from support.fakes.console_fleet import ConsoleFleet  # noqa: E402
 from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
 from support.waiting import PATIENCE_S  # noqa: E402
@@ -52,10 +52,10 @@ class Fleet(ConsoleFleet):
     def carry(self, order: Order) -> Carried:
         """Do what is ordered, and publish what follows."""
         records = list(self._carried(order))
-        rows = {order.device: status.encoded(self.rows[order.device])} if order.device in self.rows else {}
+        rows = {order.device: status.encode_status(self.rows[order.device])} if order.device in self.rows else {}
         return records, rows, f"did {order.order}"
 
-    def _carried(self, order: Order) -> Iterator[Record]:
+    def _carried(self, order: Order) -> Iterator[StatusRecord]:
         if order.order in ("look", "coverage"):
             yield from self.answer(order)
         if order.order in ("approve", "revoke"):
@@ -126,10 +126,10 @@ def opened(console: ServedConsole, browser: Browser) -> Iterator[Open]:
             operator = console.console.accounts.get(role)
             assert operator is not None
             token = console.console.sessions.begin(operator, "127.0.0.1")
-            context.add_cookies([{"name": console.console.around.cookie, "value": token, "url": console.url}])
+            context.add_cookies([{"name": console.console.exposure.cookie, "value": token, "url": console.url}])
         page = context.new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+        page.is_on("pageerror", lambda error: wrong.append(str(error)))
+        page.is_on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
         console.write()
         page.goto(path)
         if role is not None and live:
@@ -219,7 +219,7 @@ def test_the_table_stays_live_and_keeps_what_people_do(opened: Open, console: Se
     link = page.get_by_role("link", name="board-0002")
     link.focus()
     row = {**console.fleet.rows["board-0002"], "temperature_c": 99.5, "profile": "<img src=x onerror=alert(1)>"}
-    console.write(rows={row["name"]: status.encoded(row)})
+    console.write(rows={row["name"]: status.encode_status(row)})
     expect(page.get_by_role("row", name="board-0002")).to_contain_text("99.5")
     expect(page.get_by_role("row", name="board-0002")).to_contain_text("<img src=x onerror=alert(1)>")
     expect(link).to_be_focused()

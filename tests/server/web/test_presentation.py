@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedprune_server.web.views.presentation import charts
+from fedprune_server.web.views.presentation import job_charts
 
 
 def _round(number: int, *, known: bool) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def _round(number: int, *, known: bool) -> dict[str, Any]:
 
 
 def test_rounds_of_an_earlier_start_whose_bytes_nobody_counted_are_drawn_without_them() -> None:
-    names = [c.key for c in charts([_round(1, known=False), _round(2, known=False)])]
+    names = [c.key for c in job_charts([_round(1, known=False), _round(2, known=False)])]
     assert names == ["metric-0"]
-    names = [c.key for c in charts([_round(1, known=False), _round(2, known=True)])]
+    names = [c.key for c in job_charts([_round(1, known=False), _round(2, known=True)])]
     assert names == ["metric-0", "updates", "bytes", "seconds"]

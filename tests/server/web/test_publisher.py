@@ -20,7 +20,7 @@ from fedprune.output.log_lines import log_context
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.server import Server
-from fedprune_server.enrollment.store import APPROVED, Device
+from fedprune_server.enrollment.store import APPROVED, MemberKey
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
@@ -33,7 +33,7 @@ from fedprune_server.web.state.membership_poller import MembershipPoller
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
-from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
+from fedprune_server.web.state.status import STATUS_FILE, FleetView, StatusWriter
 from support.fakes.fleet import Air, Fleet, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.shown_jobs import SEEN, show
@@ -51,7 +51,7 @@ class Console:
 
     def __init__(self, folder: Path, air: Air, allowed: str = "all", **more: Any) -> None:
         self._air, clock = air, lambda: air.now
-        self.writer = StatusWriter(folder / FILE)
+        self.writer = StatusWriter(folder / STATUS_FILE)
         self.publisher = StatusPublisher(SITE, self.writer, **{"clock": clock, "monotonic": clock, **more})
         self.database = ConsoleDatabase(folder / "console.db")
         self.queue = OrderQueue(self.database, clock)
@@ -62,7 +62,7 @@ class Console:
         )
         self.observer = ConsoleObserver(self.publisher, self.orders, None, clock)
         self._observers = Observers([self.observer], clock)
-        self.view = FleetView(folder / FILE, clock=clock)
+        self.view = FleetView(folder / STATUS_FILE, clock=clock)
 
     def serve(self, server: Server) -> Server:
         """Take orders for a server."""
@@ -74,7 +74,7 @@ class Console:
         """Add an order as the console's process does."""
         values = (self._air.now, until, "ann", "::1", kind, json.dumps(what))
         query = "INSERT INTO orders (at, until, operator, address, kind, what) VALUES (?, ?, ?, ?, ?, ?)"
-        self.database.do(query, *values)
+        self.database.execute(query, *values)
         found = self.database.row("SELECT max(number) AS n FROM orders")
         assert found is not None
         return int(found["n"])
@@ -113,8 +113,8 @@ class Many:
     def version(self) -> str:
         return "1"
 
-    def devices(self) -> list[Device]:
-        return [Device(f"board-{i:04d}", "", APPROVED, 0) for i in range(120)]
+    def devices(self) -> list[MemberKey]:
+        return [MemberKey(f"board-{i:04d}", "", APPROVED, 0) for i in range(120)]
 
 
 MANY: Any = Many()
@@ -152,7 +152,7 @@ def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> N
     for row in (*before[0], *found[0]):
         row["seen_at"] = None  # nobody knows any more
     assert found == before
-    assert again.view.whole
+    assert again.view.is_complete
 
 
 def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tmp_path: Path) -> None:
@@ -162,20 +162,20 @@ def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tm
     whole = []
     for _ in range(8):
         console.flush()
-        console.publisher.changed(["board-0000"])
-        whole.append((console.view.whole, len(console.view.device_names) >= 120))
+        console.publisher.mark_changed(["board-0000"])
+        whole.append((console.view.is_complete, len(console.view.device_names) >= 120))
     assert all(heard for done, heard in whole if done)
     assert whole[0] == (False, False)
     assert whole[-1] == (True, True)
 
 
 def test_a_row_that_is_wrong_costs_no_other(tmp_path: Path) -> None:
-    publisher = StatusPublisher(SITE, StatusWriter(tmp_path / FILE))
+    publisher = StatusPublisher(SITE, StatusWriter(tmp_path / STATUS_FILE))
     rows = {n: DeviceSnapshot(name=n, temperature_c=t) for n, t in {"a": 50.0, "b": math.nan}.items()}
     publisher.note(replace(SEEN, devices=rows, fleet=FleetSnapshot()), [])
     with pytest.raises(StorageError, match="device b"):
         publisher.publish()
-    assert set(FleetView(tmp_path / FILE).device_names) == {"a"}
+    assert set(FleetView(tmp_path / STATUS_FILE).device_names) == {"a"}
 
 
 def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
@@ -191,9 +191,9 @@ def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
     _, console = watched(Fleet(tmp_path, JOB), poller=poller)
     poller.start()
     console.flush(10)
-    assert (console.view.ready, console.view.whole) == (True, False)
+    assert (console.view.is_ready, console.view.is_complete) == (True, False)
     ready.set()
-    until(lambda: (console.flush(), console.view.whole)[1])
+    until(lambda: (console.flush(), console.view.is_complete)[1])
     poller.close()
 
 
@@ -203,7 +203,7 @@ def test_where_nothing_has_changed_nothing_is_published_but_that_the_server_runs
     console.view.changes()
     console.flush(20)
     assert console.view.changes() == set()
-    assert console.view.ready
+    assert console.view.is_ready
 
 
 def test_what_could_not_be_written_is_published_once_it_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,18 +222,18 @@ def test_what_could_not_be_written_is_published_once_it_can(tmp_path: Path, capl
     console.writer.write = write  # type: ignore[method-assign]
     console.flush(2)
     assert [r["round"] for r in console.view.rounds(JOB.name).items] == [3, 2, 1]
-    assert (console.view.devices().total, console.view.whole) == (3, True)
+    assert (console.view.devices().total, console.view.is_complete) == (3, True)
 
 
 def test_no_reader_and_no_hanging_console_holds_up_the_server(tmp_path: Path) -> None:
     _, _, console = finished(tmp_path)
-    reader = sqlite3.connect(f"file:{tmp_path / FILE}?mode=ro", uri=True, isolation_level=None)
+    reader = sqlite3.connect(f"file:{tmp_path / STATUS_FILE}?mode=ro", uri=True, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM records").fetchone()
     hanging = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
     number = console.order("coverage", job=JOB.name)
     hanging.execute("BEGIN IMMEDIATE")
-    console.publisher.changed(["a"])
+    console.publisher.mark_changed(["a"])
     console.flush()
     assert console.answer(number) is None
     hanging.execute("ROLLBACK")
@@ -259,8 +259,8 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
 
     def act(seen: JobSnapshot, what: object) -> None:
         if fleet.air.now > 120.0 and len(numbers) == 1:
-            assert daemon.first.state.phase is Phase.WAITING
-            assert daemon.first.state.paused
+            assert daemon.main_runner.state.phase is Phase.WAITING
+            assert daemon.main_runner.state.paused
             job = console.view.job(JOB.name)
             assert job is not None
             assert job["paused"]
@@ -279,7 +279,7 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplo
     number = console.order("pause", job=JOB.name)
     console.flush()
     assert console.answer(number) is None
-    daemon.first._commit()
+    daemon.main_runner._commit()
     console.flush()
     assert console.answer(number) == (True, f"job {JOB.name} is paused")
     console.order("resume", job=JOB.name)
@@ -288,7 +288,7 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplo
     assert said == [f"job {JOB.name} {end}, as ann ordered" for end in ("is paused", "goes on")]
     again = console.order("resume", job=JOB.name)
     console.flush()
-    daemon.first._commit()
+    daemon.main_runner._commit()
     console.flush()
     assert console.answer(again) == (True, f"job {JOB.name} is not paused")
 
@@ -334,7 +334,7 @@ def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
         console.order("approve", device="a", key="x"), console.order("release_quarantine", device="nobody"),
         console.order("shutdown"), console.order("pause", operator="root"), console.order("look", device="../x"),
     ]  # fmt: skip
-    console.database.do("UPDATE orders SET what = '[' WHERE number = ?", console.order("look", device="a"))
+    console.database.execute("UPDATE orders SET what = '[' WHERE number = ?", console.order("look", device="a"))
     console.flush()
     assert [(console.answer(n) or (True,))[0] for n in (*numbers, numbers[-1] + 1)] == [False] * 8
 
@@ -358,13 +358,13 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
 
     def look() -> None:
         console.flush()
-        monitor.observe(daemon.first.snapshot(daemon.fleet_snapshot()), ())
+        monitor.observe(daemon.main_runner.snapshot(daemon.fleet_snapshot()), ())
         console.flush()
 
     state = fleet.run_daemon(daemon)
-    console.quarantine.know("a")
+    console.quarantine.add_known("a")
     for _ in range(200):
-        console.quarantine.bad("a")
+        console.quarantine.charge_invalid("a")
     look()
     row = console.view.device("a")
     assert row is not None
@@ -437,7 +437,7 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
         log.warning("device b. is known, device c is not asked for")
     finally:
         log.removeHandler(console.publisher.tap)
-    console.publisher.changed(["b"])
+    console.publisher.mark_changed(["b"])
     console.flush()
     found = [(x["text"], x["job"], x["round"], x["device"]) for x in console.view.lines().items]
     assert found == [
@@ -456,7 +456,7 @@ def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Pa
         log.warning("device a says: %s", "x\n12:00:00 job finished\x1b[2J\u202e<script>alert(1)</script>" + "y" * 5000)
     finally:
         log.removeHandler(console.publisher.tap)
-    console.publisher.changed(["a"])
+    console.publisher.mark_changed(["a"])
     console.flush()
     (found,) = console.view.lines(only={"device": "a"}).items
     assert found["text"].isprintable()

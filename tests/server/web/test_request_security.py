@@ -9,7 +9,7 @@ import pytest
 from starlette.routing import Mount
 
 from fedprune_server.web.app import make_app, make_routes
-from fedprune_server.web.auth.middleware import HEADERS, OPEN, STATIC, Exposure, safe_path
+from fedprune_server.web.auth.middleware import OPEN_PATHS, SECURITY_HEADERS, STATIC_PREFIX, Exposure, safe_path
 from support.fakes.console_browser import PASSWORD, Browser, trial
 
 JSON = {"content-type": "application/json"}
@@ -20,10 +20,10 @@ def test_no_route_but_the_open_ones_is_reached_without_a_session(tmp_path: Path)
     seen = 0
     for route in make_routes(here.console).routes:
         if isinstance(route, Mount):
-            assert route.path + "/" == STATIC
+            assert route.path + "/" == STATIC_PREFIX
             continue
         path = str(getattr(route, "path", "")).replace("{name}", "board-0001").replace("{number}", "1")
-        if path in OPEN:
+        if path in OPEN_PATHS:
             continue
         for method in getattr(route, "methods", None) or {"GET"}:
             reply = here.browser().ask(method, path)
@@ -42,9 +42,9 @@ def test_every_answer_has_the_headers_that_keep_strangers_out(tmp_path: Path) ->
         here.browser().get("/api/v1/site"),
         here.browser("viewer").get("/api/v1/site"),
     ):
-        assert {k: reply.header(k) for k in HEADERS} == HEADERS
+        assert {k: reply.header(k) for k in SECURITY_HEADERS} == SECURITY_HEADERS
         assert reply.header("cache-control") == "no-store"
-    policy = HEADERS["content-security-policy"]
+    policy = SECURITY_HEADERS["content-security-policy"]
     assert "unsafe" not in policy
     assert "default-src 'none'" in policy
 
@@ -55,7 +55,7 @@ def test_cookies_are_kept_from_scripts_and_other_sites(tmp_path: Path) -> None:
     assert all(
         "HttpOnly" in c and "samesite=strict" in c.lower() for c in plain.login(here.console, "viewer").cookies()
     )
-    here.console.around = Exposure(tls=True)
+    here.console.exposure = Exposure(has_tls=True)
 
     browser = Browser(make_app(here.console), secure=True)
     found = browser.login(here.console, "viewer").cookies()
@@ -117,7 +117,7 @@ def test_a_login_ends_the_session_that_the_browser_had(tmp_path: Path) -> None:
     before = browser.cookies["fedprune"]
     browser.form("/login", csrf="", name="x", password="y")
     nonce = "n"
-    browser.cookies[here.console.around.login_cookie] = nonce
+    browser.cookies[here.console.exposure.login_cookie] = nonce
     reply = browser.form("/login", csrf=here.console.sessions.login_token(nonce), name="admin", password=PASSWORD)
     assert reply.status == 303
     assert here.console.sessions.find(before) is None
@@ -204,7 +204,7 @@ def test_a_name_that_was_made_to_point_here_is_refused(tmp_path: Path, host: str
 
 
 def test_a_proxy_is_believed_only_where_there_is_one(tmp_path: Path) -> None:
-    here = trial(tmp_path, around=Exposure(proxied=True))
+    here = trial(tmp_path, around=Exposure(has_proxy=True))
     headers = {"x-forwarded-for": "10.0.0.1, 203.0.113.9", "x-forwarded-proto": "https"}
     here.browser().ask("GET", "/login", headers=headers)
     reply = here.browser().ask("GET", "/login", headers=headers)

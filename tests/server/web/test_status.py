@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.web.events import MAX_DEVICES, Pending, event
+from fedprune_server.web.events import MAX_DEVICES, PendingTopics, event_text
 from fedprune_server.web.state.records import AlertStatus, LogLine
-from fedprune_server.web.state.status import COLUMNS, FILE, FleetView, StatusWriter, encoded
+from fedprune_server.web.state.status import SORT_COLUMNS, STATUS_FILE, FleetView, StatusWriter, encode_status
 from support.fakes.console_fleet import ConsoleFleet, write
 from support.paths import ROOT
 
@@ -22,16 +22,16 @@ FLEET_PAGE = ROOT / "server" / "fedprune_server" / "web" / "templates" / "fleet.
 
 
 def published(folder: Path, devices: int) -> tuple[FleetView, ConsoleFleet]:
-    writer, fleet = StatusWriter(folder / FILE), ConsoleFleet(devices, 2)
+    writer, fleet = StatusWriter(folder / STATUS_FILE), ConsoleFleet(devices, 2)
     fleet.publish(writer)
     writer.close()
-    return FleetView(folder / FILE), fleet
+    return FleetView(folder / STATUS_FILE), fleet
 
 
 def test_every_sortable_header_of_the_fleet_page_is_a_column() -> None:
     headers = re.findall(r'head\("(\w+)"', FLEET_PAGE.read_text())
     assert len(headers) > 5
-    assert set(headers) <= set(COLUMNS)
+    assert set(headers) <= set(SORT_COLUMNS)
 
 
 @pytest.mark.parametrize("column", ["name", "online", "density", "seen_at"])
@@ -65,7 +65,7 @@ def test_a_revoked_board_is_not_counted_as_offline(tmp_path: Path) -> None:
     before = view.counts["online"]
     row = next(r for r in fleet.rows.values() if not r["online"] and r["status"] == "member")
     writer = StatusWriter(tmp_path / "later.db")
-    write(writer, rows={n: encoded({**r, "status": "revoked"} if r is row else r) for n, r in fleet.rows.items()})
+    write(writer, rows={n: encode_status({**r, "status": "revoked"} if r is row else r) for n, r in fleet.rows.items()})
     later = FleetView(tmp_path / "later.db")
     assert later.counts["online"] == {"yes": before["yes"], "no": before["no"] - 1}
     assert later.devices(only={"online": "no"}).total == before["no"] - 1
@@ -86,10 +86,10 @@ def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int,
     rows = list(ConsoleFleet(8, 0).rows.values())
     known: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as folder:
-        writer, view = StatusWriter(Path(folder) / FILE), FleetView(Path(folder) / FILE)
+        writer, view = StatusWriter(Path(folder) / STATUS_FILE), FleetView(Path(folder) / STATUS_FILE)
         for number, gone, online in changes:
             row = {**rows[number], "online": online}
-            write(writer, rows={row["name"]: None if gone else encoded(row)})
+            write(writer, rows={row["name"]: None if gone else encode_status(row)})
             known[row["name"]] = online
             if gone:
                 del known[row["name"]]
@@ -103,12 +103,12 @@ def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int,
 
 
 def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path) -> None:
-    writer, fleet = StatusWriter(tmp_path / FILE), ConsoleFleet(1, 0)
+    writer, fleet = StatusWriter(tmp_path / STATUS_FILE), ConsoleFleet(1, 0)
     write(writer, *(LogLine(float(i), "info", f"line {i}") for i in range(5002)))
     alerts = [AlertStatus(f"a{i}", float(i), "disk", "warning", None, None, "full") for i in range(1003)]
     write(writer, *(replace(alert, gone_at=1.0) if i % 500 == 499 else alert for i, alert in enumerate(alerts)))
     write(writer, *(fleet.round("one", number) for number in range(1, 2003)), fleet.round("two", 1))
-    with FleetView(tmp_path / FILE) as view:
+    with FleetView(tmp_path / STATUS_FILE) as view:
         assert (view.lines().total, view.lines(page=11, size=500).items[-1]["text"]) == (5000, "line 2")
         assert view.alerts().total == 1000
         assert view.alerts(gone=False).total == 1000
@@ -116,17 +116,17 @@ def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path) -> No
 
 
 def test_changes_name_what_they_are_about_once(tmp_path: Path) -> None:
-    writer, fleet = StatusWriter(tmp_path / FILE), ConsoleFleet(1, 0)
-    view = FleetView(tmp_path / FILE)
+    writer, fleet = StatusWriter(tmp_path / STATUS_FILE), ConsoleFleet(1, 0)
+    view = FleetView(tmp_path / STATUS_FILE)
     write(writer, fleet.round("one", 1), LogLine(1.0, "info", "a", "attic"), LogLine(1.0, "info", "b"))
     assert view.changes() == {"round", "round:one", "log", "log:attic"}
     assert view.changes() == set()
 
 
 def test_a_stream_names_few_of_many_and_no_text_begins_another_event() -> None:
-    pending = Pending()
+    pending = PendingTopics()
     pending.add([f"devices:b{i}" for i in range(MAX_DEVICES + 1)])
     pending.add(["devices", "log:x\n\nevent: ended\ndata: {}\n\n"])
-    (text,) = [part for part in pending.take().split("\n\n") if part]
+    (text,) = [part for part in pending.take_event().split("\n\n") if part]
     assert text.startswith('event: changed\ndata: ["devices","devices:*","log:')
-    assert pending.take() == event("changed", [])
+    assert pending.take_event() == event_text("changed", [])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedprune_server.web import events
-from fedprune_server.web.events import LiveStream, Pending, Streams
+from fedprune_server.web.events import LiveStream, PendingTopics, Streams
 from support.fakes.console_browser import Browser, Trial, trial
 
 PATHS = (
@@ -53,7 +53,7 @@ def test_no_request_runs_a_query_on_the_event_loop(console: tuple[Trial, set[int
     number = browser.order(order="pause", job=job).json["order"]
     asked(browser, f"/api/v1/orders/{number}")
     assert browser.form("/login", name="viewer", password="x" * 12, csrf="y").status == 403
-    nonce = browser.cookies[here.console.around.login_cookie]
+    nonce = browser.cookies[here.console.exposure.login_cookie]
     token = here.console.sessions.login_token(nonce)
     assert browser.form("/login", name="viewer", password="x" * 12, csrf=token).status == 401
     assert browser.form("/logout", csrf=browser.csrf).status == 303
@@ -70,7 +70,7 @@ class Stand:
         self.gone = asyncio.Event()
 
     async def one(self, operator: str) -> None:
-        answer = LiveStream(self._streams, operator, ready=True, allowed=self._allowed)
+        answer = LiveStream(self._streams, operator, ready=True, is_logged_in=self._allowed)
 
         async def receive() -> dict[str, Any]:
             await self.gone.wait()
@@ -96,8 +96,8 @@ class Stand:
 @pytest.mark.parametrize(
     ("operators", "expected"),
     [
-        (["ann"] * 40, events.MOST_OF_ONE),
-        ([f"operator-{i % 30}" for i in range(300)], events.MOST),
+        (["ann"] * 40, events.MAX_STREAMS_OF_OPERATOR),
+        ([f"operator-{i % 30}" for i in range(300)], events.MAX_STREAMS),
     ],
 )
 def test_the_limit_of_streams_holds_for_requests_at_the_same_time(operators: list[str], expected: int) -> None:
@@ -108,7 +108,7 @@ def test_the_limit_of_streams_holds_for_requests_at_the_same_time(operators: lis
         assert sorted(set(stand.statuses)) == [200, 429]
         assert stand.statuses.count(200) == expected
         assert len(streams) == 0, "each leaves as its reader goes away"
-        with streams.entered(operators[0]) as pending:
-            assert isinstance(pending, Pending)
+        with streams.enter(operators[0]) as pending:
+            assert isinstance(pending, PendingTopics)
 
     asyncio.run(run())

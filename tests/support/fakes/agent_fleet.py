@@ -15,7 +15,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Accepted, Birth, BlobRequest, Finished, Offer, Update, parse
+from fedprune.wire.messages import Accepted, Birth, BlobRequest, Finished, Offer, UpdateAnnouncement, parse_message
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
@@ -88,7 +88,7 @@ class MemoryServer:
         self.weights = self.blobs.put(tensorfile.encode(weights))
         self.plan: list[Offer] = []
         self.seen: list[Any] = []
-        self.updates: dict[int, Update] = {}
+        self.updates: dict[int, UpdateAnnouncement] = {}
         self.link: Any = None
         self.mangle: Callable[[str, bytes], list[bytes]] = lambda _, raw: [raw]
         self.react: Callable[[Any], None] = lambda _: None
@@ -98,7 +98,7 @@ class MemoryServer:
         self.ends = True
         self.idle = 0
         """How often the agent has waited for a message and got none."""
-        self._pull: tuple[Update, Pull] | None = None
+        self._pull: tuple[UpdateAnnouncement, Pull] | None = None
         self._offered_at = 0.0
         self._lock = threading.RLock()
 
@@ -134,14 +134,14 @@ class MemoryServer:
                 self._ask(self._pull[1].on_chunk(Chunk.parse(raw), now))
                 self._close()
             return
-        message = parse(raw)
+        message = parse_message(raw)
         self.seen.append(message)
         if isinstance(message, BlobRequest):
-            for chunk in self._served(message):
+            for chunk in self._seconds_per_weight(message):
                 self.link.deliver(TOPICS.down_blob("d", "job"), chunk)
         elif isinstance(message, Birth):
             self._offered_at = 0.0
-        elif isinstance(message, Update) and self.accepts:
+        elif isinstance(message, UpdateAnnouncement) and self.accepts:
             if self._pull is None or self._pull[0] != message:
                 pull = Pull(message.weights, self.blobs.partial(message.weights), patience_s=1.0)
                 self._pull = message, pull
@@ -169,7 +169,7 @@ class MemoryServer:
     def of(self, kind: type) -> list[Any]:
         return [m for m in self.seen if isinstance(m, kind)]
 
-    def _served(self, want: BlobRequest) -> list[bytes]:
+    def _seconds_per_weight(self, want: BlobRequest) -> list[bytes]:
         answer = BlobSender(self.blobs).answer(want)
         return [] if not hasattr(answer, "__iter__") else list(answer)
 
@@ -178,7 +178,7 @@ class MemoryServer:
             self.say(want)
 
     def _close(self) -> None:
-        if self._pull is not None and self._pull[1].done:
+        if self._pull is not None and self._pull[1].is_done:
             update = self._pull[0]
             self.updates[update.round] = update
             self._offered_at = 0.0

@@ -10,11 +10,11 @@ from typing import Any
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import Progress
+from fedprune.wire.messages import RoundProgress
 from fedprune_device.agent.agent import Agent
 from fedprune_device.board import AgentSettings, build_agent
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.privacy.budget import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.trainer import Trainer, TrainingTask
@@ -34,7 +34,7 @@ def agent_on(
     **settings: Any,
 ) -> Agent:
     """An agent on a link of a test, without signatures."""
-    connection = Connection(link, Channel(device, site))
+    connection = BoardConnection(link, MessageChannel(device, site))
     return build_agent(connection, store, data, AgentSettings(**settings), clock=clock)
 
 
@@ -51,7 +51,7 @@ class Bench:
 
     def run(self, until_finished: bool = True, limit: float = 60.0, **settings: Any) -> None:
         with DeviceStore(self.root / "state") as self.store:
-            self.store.hold_to(self.floor)
+            self.store.apply_policy(self.floor)
             self.agent = agent_on(self.store, MemoryLink(self.server), self.data, profile=self.profile, **settings)
             late = threading.Timer(limit, self.agent.stop)
             late.start()
@@ -68,7 +68,7 @@ class Bench:
 
     def stop_once_quiet(self) -> None:
         def watch() -> None:
-            if self.agent.quiet:
+            if self.agent.is_quiet:
                 self.agent.stop()
 
         self.server.watch = watch
@@ -76,7 +76,7 @@ class Bench:
     def damage(self, blob: BlobRef | None = None) -> Path:
         """Begin a long round, end in its midst, and let the disk damage a blob of its offer: the weights by default."""
         self.server.plan = [self.server.offer(1, LONG)]
-        self.stop_on(Progress, phase="train")
+        self.stop_on(RoundProgress, phase="train")
         self.run(until_finished=False)
         self.server.react = lambda _: None
         with self.reopened() as store:

@@ -18,9 +18,9 @@ from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Exposure
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.state.order_queue import Answer, Order, answering, read_order
-from fedprune_server.web.state.records import Record
-from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
+from fedprune_server.web.state.order_queue import Order, OrderAnswer, answer_statements, read_order
+from fedprune_server.web.state.records import StatusRecord
+from fedprune_server.web.state.status import STATUS_FILE, FleetView, StatusWriter
 from support.fakes.console_fleet import ConsoleFleet, write
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -130,7 +130,7 @@ class Browser:
     def login(self, console: Console, name: str, password: str = PASSWORD) -> Reply:
         """Log in by the form, as pages show it."""
         self.get("/login")
-        nonce = self.cookies.get(console.around.login_cookie, "")
+        nonce = self.cookies.get(console.exposure.login_cookie, "")
         reply = self.form("/login", csrf=console.sessions.login_token(nonce), name=name, password=password)
         if reply.status == 303:
             self.csrf = self.get("/api/v1/me").json["csrf"]
@@ -159,13 +159,13 @@ class Trial:
         """All orders so far."""
         return [read_order(r) for r in self.database.rows("SELECT * FROM orders ORDER BY number")]
 
-    def write(self, *records: Record, **more: Any) -> None:
+    def write(self, *records: StatusRecord, **more: Any) -> None:
         """Publish records as the server does."""
         write(self.writer, *records, at=self.clock(), **more)
 
     def answer(self, number: int, ok: bool, text: str) -> None:
         """Answer an order as the server does."""
-        assert self.database.try_to(*answering(Answer(number, ok, text), self.clock()))
+        assert self.database.try_execute(*answer_statements(OrderAnswer(number, ok, text), self.clock()))
 
 
 def trial(
@@ -176,10 +176,10 @@ def trial(
     allowed: str = "all",
 ) -> Trial:
     """A console with its fleet; orders are kept, and not answered."""
-    fleet, writer = ConsoleFleet(devices, 3), StatusWriter(folder / FILE)
+    fleet, writer = ConsoleFleet(devices, 3), StatusWriter(folder / STATUS_FILE)
     fleet.publish(writer, clock())
     database = ConsoleDatabase(folder / "console.db")
-    console = make_console(FleetView(folder / FILE, allowed, clock), database, around, QUICK, clock)
+    console = make_console(FleetView(folder / STATUS_FILE, allowed, clock), database, around, QUICK, clock)
     for role in ("viewer", "operator", "admin"):
         console.accounts.add(role, role, PASSWORD)
     return Trial(console, make_app(console), fleet, writer, database, clock)

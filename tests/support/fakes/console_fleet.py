@@ -11,16 +11,16 @@ from fedprune_server.web.state.order_queue import Order
 from fedprune_server.web.state.records import (
     AlertStatus,
     BoardCrashes,
-    Coverage,
+    ChannelCoverage,
     DeviceDetails,
     FinishedRound,
     LogLine,
     PublishedJob,
-    Record,
     Rollouts,
     Site,
+    StatusRecord,
 )
-from fedprune_server.web.state.status import StatusWriter, encoded
+from fedprune_server.web.state.status import StatusWriter, encode_status
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2", "jetson-orin-nano", "jetson-agx-orin")
 _STATES = ("ready", "offered", "training", "pulling", "folded", "refused", "queued")
@@ -44,7 +44,7 @@ class ConsoleFleet:
         self.rows = {r["name"]: r for r in (self._row(i) for i in range(devices))}
         self._ended = rounds
 
-    def begin(self) -> Iterator[Record]:
+    def begin(self) -> Iterator[StatusRecord]:
         """All records at the start."""
         yield Site("0.1.0", "trial", self._jobs, self._now - 86400, True, "mqtts://127.0.0.1:8883", "sqlite", "folder",
                    False)  # fmt: skip
@@ -72,7 +72,7 @@ class ConsoleFleet:
             writer: The file.
             at: Seconds since 1970; None for now.
         """
-        rows = {name: encoded(row) for name, row in self.rows.items()}
+        rows = {name: encode_status(row) for name, row in self.rows.items()}
         write(writer, *self.begin(), rows=rows, at=self._now if at is None else at, whole=True)
 
     def step(self, writer: StatusWriter) -> None:
@@ -81,14 +81,14 @@ class ConsoleFleet:
         some = self._chance.sample(sorted(self.rows), min(len(self.rows), 50))
         for name in some:
             self._move(self.rows[name])
-        records: list[Record] = [LogLine(self._now, "info", f"round {self._round} goes on", None, self._jobs[0])]
+        records: list[StatusRecord] = [LogLine(self._now, "info", f"round {self._round} goes on", None, self._jobs[0])]
         if self._chance.random() < 0.1:
             self._ended, self._round = self._round, self._round + 1
             records += [self.round(job, self._ended) for job in self._jobs]
         records += [self.job(job) for job in self._jobs]
-        write(writer, *records, rows={n: encoded(self.rows[n]) for n in some})
+        write(writer, *records, rows={n: encode_status(self.rows[n]) for n in some})
 
-    def answer(self, order: Order) -> Iterator[Record]:
+    def answer(self, order: Order) -> Iterator[StatusRecord]:
         """What a server publishes on an order."""
         if order.order == "look" and order.device is not None and order.device in self.rows:
             yield self.details(order.device)
@@ -175,7 +175,7 @@ class ConsoleFleet:
         }  # fmt: skip
         return BoardCrashes(device, (crash,))
 
-    def coverage(self, job: str) -> Coverage:
+    def coverage(self, job: str) -> ChannelCoverage:
         groups = []
         for i in range(8):
             channels, share, held = 64 * (i + 1), 1.0, []
@@ -183,7 +183,7 @@ class ConsoleFleet:
                 held.append({"channels": channels // 8, "share": round(share, 3)})
                 share *= 0.5 + self._chance.random() / 2
             groups.append({"name": f"layer{i}.conv", "channels": channels, "held": held})
-        return Coverage(job, self._round, tuple(groups), time.time())
+        return ChannelCoverage(job, self._round, tuple(groups), time.time())
 
     def _metrics(self, number: int) -> dict[str, float]:
         return {"accuracy": 0.9 - 0.8 / (1 + number / 5), "loss": 2.3 / (1 + number / 8)}
@@ -243,10 +243,12 @@ class ConsoleFleet:
 
 def write(
     writer: StatusWriter,
-    *records: Record,
+    *records: StatusRecord,
     rows: Mapping[str, str | None] | None = None,
     at: float | None = None,
     whole: bool = False,
 ) -> None:
     """Write records and devices as a server does."""
-    writer.write([(r, encoded(r)) for r in records], rows, at=time.time() if at is None else at, whole=whole)
+    writer.write(
+        [(r, encode_status(r)) for r in records], rows, at=time.time() if at is None else at, is_complete=whole
+    )

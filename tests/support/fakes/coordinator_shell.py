@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from fedprune.aggregation.fixed_point import Range
-from fedprune.coordination import State, coordinate
+from fedprune.coordination import State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
-from fedprune.secure_aggregation.grid import SECURE, MaskedForm, TensorGrid, VectorForm
+from fedprune.secure_aggregation.grid import SECURE_FIELD, MaskedForm, TensorGrid, VectorForm
 from support.fakes.tiny_job import ARCHITECTURE
 
 
@@ -27,9 +27,9 @@ class Shell(ABC):
         self.job = job
         self.recipe = job.recipe.to_offer()
         self.now = 0.0
-        self.coordinator = coordinate(job, ARCHITECTURE, State(model="m0"))
+        self.coordinator = make_coordinator(job, ARCHITECTURE, State(model="m0"))
         self.inbox: list[on.Event] = []
-        self.cancelled: list[tuple[str, int, str]] = []
+        self.on_cancelled: list[tuple[str, int, str]] = []
         self.wakes: list[float] = []
 
     @property
@@ -88,7 +88,7 @@ class Shell(ABC):
                 )
             case do.PullUpdate():
                 return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
-            case do.Fold():
+            case do.FoldUpdate():
                 found = command.contribution
                 return on.Folded(found.part.device, found.basis.round, found.part.attempt)
             case do.Close():
@@ -96,14 +96,14 @@ class Shell(ABC):
             case do.Evaluate():
                 return on.Evaluated(command.round, {"accuracy": 0.5})
             case do.Cancel():
-                self.cancelled.append((command.device, command.round, command.reason))
-            case do.Wake():
+                self.on_cancelled.append((command.device, command.round, command.reason))
+            case do.WakeAt():
                 self.wakes.append(command.at)
         return None
 
     def crash(self) -> None:
         """The shell dies with all it had in flight; a new one loads the state; the devices announce themselves."""
-        self.coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+        self.coordinator = make_coordinator(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
         self.inbox.clear()
         self.wakes.clear()
         self.carry_out(self.coordinator.resume(self.now))
@@ -125,7 +125,7 @@ class MaskingShell(Shell):
     def answer(self, command: do.Command) -> on.Event | None:
         event = super().answer(command)
         if self.job.secure_aggregation and isinstance(event, on.Extracted):
-            return replace(event, offer=event.offer | {"selection": "s", SECURE: self.FORM})
+            return replace(event, offer=event.offer | {"selection": "s", SECURE_FIELD: self.FORM})
         if self.job.secure_aggregation and isinstance(event, on.UpdateAnnounced):
             return replace(event, weights={})
         return event

@@ -14,11 +14,11 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
-from fedprune.planning.profile_store import find
+from fedprune.planning.profile_store import find_profile
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.digits import Digits, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal_digits, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 from fedprune_server.simulation.scratch_store import ScratchStore
@@ -38,12 +38,12 @@ def digits_net() -> Model:
 
 @cache
 def digits(names: Sequence[str] = KINDS) -> Digits:
-    return deal(names, seed=1)
+    return deal_digits(names, seed=1)
 
 
 def boards(names: Sequence[str] = KINDS, kind: str = "") -> list[VirtualDevice]:
     """Boards of one kind, or each of the kind that it is called like."""
-    return [VirtualDevice(name, find(kind or name), data) for name, data in digits(names).devices.items()]
+    return [VirtualDevice(name, find_profile(kind or name), data) for name, data in digits(names).devices.items()]
 
 
 def noting(board: VirtualDevice, note: Callable[[str, Mapping[str, Any]], object]) -> VirtualDevice:

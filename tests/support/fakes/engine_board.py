@@ -41,21 +41,23 @@ class EngineBoard:
         raw = tensorfile.encode({n: v * np.float32(scale) for n, v in weights_of(seed).items()})
         (folder / "inference.onnx").write_bytes(self.graph.read_bytes())
         (folder / "weights.safetensors").write_bytes(raw)
-        return EngineRequest(Predictor(folder), folder, tensorfile.digest(raw))
+        return EngineRequest(Predictor(folder), folder, tensorfile.sha256_hex(raw))
 
     def selector(self, plan: EnginePlan | None = None, **place: Any) -> EngineSelector:
         """A selector, as a process has after its start."""
         where = replace(self.place, **place)
-        return EngineSelector(self.engines, plan or EnginePlan(batch=(1, 1, 4)), bindings.find, lambda _: where)
+        return EngineSelector(
+            self.engines, plan or EnginePlan(batch=(1, 1, 4)), bindings.find_tensorrt, lambda _: where
+        )
 
     def answering(
         self, selector: EngineSelector, wanted: EngineRequest, *, rebuild: bool = False
     ) -> CheckedSession | None:
         """What the selector comes to in the end."""
-        selector.want(wanted, rebuild=rebuild)
+        selector.request_engine(wanted, rebuild=rebuild)
         for _ in attempts("a session", explain=lambda: f"{selector.status}, {selector.progress}"):
             session = selector.turn()
-            if session is not None or selector.done:
+            if session is not None or selector.is_done:
                 return session
         raise AssertionError
 

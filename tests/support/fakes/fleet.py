@@ -29,10 +29,10 @@ from fedprune.wire.messages import (
     Finished,
     Hello,
     Offer,
-    Update,
+    UpdateAnnouncement,
     UploadRequest,
     UploadResult,
-    parse,
+    parse_message,
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
@@ -102,7 +102,7 @@ class ToyWorker:
                     "recipe": {},
                 }
                 return on.Extracted(basis.round, part.device, part.attempt, body)
-            case do.Fold():
+            case do.FoldUpdate():
                 self.store.read(command.contribution.weights)
                 part = command.contribution.part
                 if part.device in self.poison:
@@ -128,20 +128,20 @@ class ToyDevice:
         self.session = 1
         self.pulls: dict[str, Pull] = {}
         self.offer: Offer | None = None
-        self.pending: Update | None = None
+        self.pending: UpdateAnnouncement | None = None
         self.heard: list[object] = []
         self.silent = False
         self.abilities: tuple[str, ...] = ()
         self.profile = "raspberry-pi-5"
         self.samples = 10
-        self.upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"
+        self.start_upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"
         """Uploads bytes; the reason why it can't."""
-        self.lie: Callable[[Update], Update] = lambda update: update
+        self.lie: Callable[[UpdateAnnouncement], UpdateAnnouncement] = lambda update: update
 
     def say(self, message: object) -> None:
         self.air.to_server(self.topics.up(self.name), message.to_bytes())  # type: ignore[attr-defined]
 
-    def birth(self) -> None:
+    def build(self) -> None:
         self.say(Birth(self.name, self.session, self.profile, self.samples, "test", abilities=self.abilities))
 
     def hear(self, topic: str, payload: bytes) -> None:
@@ -152,11 +152,11 @@ class ToyDevice:
                     self.say(want)
                 self.train()
             return
-        message = parse(payload)
+        message = parse_message(payload)
         self.heard.append(message)
         if isinstance(message, Hello):
-            self.birth()
-            self.repeat()
+            self.build()
+            self.repeat_offers()
             for pull in self.pulls.values():
                 for want in pull.start(self.air.now):
                     self.say(want)
@@ -170,7 +170,7 @@ class ToyDevice:
             for raw in answer:
                 self.air.to_server(self.topics.up_blob(self.name), raw)
         elif isinstance(message, UploadRequest):
-            reason = self.upload(message, self.store.read(message.sha256))
+            reason = self.start_upload(message, self.store.read(message.sha256))
             self.say(UploadResult(message.sha256, reason))
         elif isinstance(message, Accepted):
             if self.pending is not None and self.pending.weights.sha256 == message.weights:
@@ -180,7 +180,7 @@ class ToyDevice:
 
     def take(self, offer: Offer) -> None:
         if self.offer is not None and (self.offer.round, self.offer.attempt) == (offer.round, offer.attempt):
-            self.repeat()
+            self.repeat_offers()
             return
         self.offer = offer
         self.pulls = {}
@@ -192,11 +192,11 @@ class ToyDevice:
 
     def train(self) -> None:
         offer = self.offer
-        if offer is None or not all(p.done for p in self.pulls.values()) or not self.pulls:
+        if offer is None or not all(p.is_done for p in self.pulls.values()) or not self.pulls:
             return
         self.pulls = {}
         weights = self.store.put(fill("trained", self.store.read(offer.weights.sha256), self.name))
-        update = Update(
+        update = UpdateAnnouncement(
             self.name,
             offer.job,
             offer.round,
@@ -208,9 +208,9 @@ class ToyDevice:
             {"accuracy_after": 0.25},
         )
         self.pending = self.lie(update)
-        self.repeat()
+        self.repeat_offers()
 
-    def repeat(self) -> None:
+    def repeat_offers(self) -> None:
         if self.pending is not None:
             self.say(self.pending)
 
@@ -269,7 +269,7 @@ class Air:
 
 def quick(folder: Path) -> Storage:
     """A database that doesn't wait for the disk: these tests kill objects, not machines."""
-    storage = Storage.at(folder)
+    storage = Storage.open_in(folder)
 
     def relax(connection: Any, record: object) -> None:
         connection.execute("PRAGMA synchronous=OFF")
@@ -292,7 +292,7 @@ def server_of(jobs: list[tuple[RunnableJob, dict[str, Any]]], air: Any, clock: C
         kept = {k: own[k] for k in ("profiles", "max_devices") if k in own}
         runners.append(JobRunner(job, site, services, **kept))
     return Server(
-        runners, site, options.get("broker"), connected=options.get("connected", 0),
+        runners, site, options.get("broker"), connected_target=options.get("connected", 0),
         observers=options.get("observers", (RoundLines(),)),
     )  # fmt: skip
 
@@ -335,7 +335,7 @@ class Fleet:
 
         def idle() -> None:
             # The worker's thread is real: let it answer before the clock moves.
-            if daemon.busy:
+            if daemon.is_busy:
                 time.sleep(0.0005)
                 return
             self.air.now += 0.5
@@ -346,7 +346,7 @@ class Fleet:
 
         self.air.on_idle = idle
         daemon.run(until_finished=True)
-        return daemon.first.state
+        return daemon.main_runner.state
 
     def restart(self) -> None:
         """What a new process of the server finds: its folder, and a new connection."""
@@ -365,7 +365,7 @@ def models(state: State) -> list[str]:
     return [summary["model"] for summary in state.history]
 
 
-def larger(update: Update) -> Update:
+def larger(update: UpdateAnnouncement) -> UpdateAnnouncement:
     """An update that claims to be larger than what was offered."""
     ref = update.weights
     return replace(update, weights=BlobRef(ref.sha256, ref.size + 1, ref.leaves))
@@ -383,7 +383,7 @@ class Watcher:
         self.jobs[snapshot.name] = snapshot
         self.events += events
         for event in events:
-            self._on_event(snapshot, event.what)
+            self._on_event(snapshot, event.payload)
 
     @property
     def devices(self) -> Mapping[str, DeviceSnapshot]:

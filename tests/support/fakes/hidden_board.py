@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import pack, to_bits
+from fedprune.model.element_mask import mask_to_bits, pack_active
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import ALL, Active, Tensors
-from fedprune.wire.messages import Offer, Update
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Tensors
+from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner
@@ -56,7 +56,7 @@ def logits(w: Tensors, x: Array) -> Array:
 
 def measured_statistics(w: Tensors, x: Array, batch: int) -> dict[str, Array]:
     """Mean over batches of what each says: its mean and its unbiased variance."""
-    order = keyed(SEED, "calibration", DEVICE).permutation(len(x))
+    order = keyed_generator(SEED, "calibration", DEVICE).permutation(len(x))
     parts = [x[rows].astype(np.float64) @ w["w1"].T for rows in np.array_split(order, -(-len(x) // batch))]
     return {
         "mean": np.mean([p.mean(0) for p in parts], axis=0),
@@ -72,27 +72,27 @@ class HiddenBoard:
 
     def offer(self, number: int, recipe: Recipe, weights: Tensors, **other: Any) -> Offer:
         graph, width = other.pop("graph", "narrow"), len(weights["gamma"])
-        mask: Active = other.pop("mask", ALL)
+        mask: ElementMask = other.pop("mask", ALL_ACTIVE)
         inference = "hidden" if width == HIDDEN else "hidden_half"
         with DeviceStore(self.root) as store:
             put = store.blobs.put
             values: dict[str, Any] = {
                 "job": "job", "round": number, "attempt": 0, "seed": SEED, "architecture": "a" * 64,
                 "selection": f"{width:064x}", "widths": (width,), "classes": CLASSES, "ranking": "c" * 64,
-                "weights": put(tensorfile.encode(pack(mask, weights))),
+                "weights": put(tensorfile.encode(pack_active(mask, weights))),
                 "training": put((self.graphs / f"{graph}.onnx").read_bytes()),
                 "inference": put((self.graphs / f"{inference}.onnx").read_bytes()),
                 "recipe": recipe.to_offer(),
-                "mask": put(tensorfile.encode(to_bits(mask))) if mask else None,
+                "mask": put(tensorfile.encode(mask_to_bits(mask))) if mask else None,
             }  # fmt: skip
         return Offer(**{**values, **other})
 
-    def carry_out(self, offer: Offer) -> tuple[Update, Tensors, Tensors]:
+    def carry_out(self, offer: Offer) -> tuple[UpdateAnnouncement, Tensors, Tensors]:
         """The update, its tensors, and the tensors that serve afterwards."""
         with DeviceStore(self.root) as store:
-            bench = RoundRunner(DEVICE, store.blobs, store.slots, self.data, states=store.own)
-            update = bench.commit(bench.make(offer))
+            bench = RoundRunner(DEVICE, store.blobs, store.slots, self.data, states=store.local_states)
+            update = bench.commit(bench.carry_out(offer))
             sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
             record = store.slots.current()
-            serves = tensorfile.load(self.root / "serving" / record.slot / "weights.safetensors")
+            serves = tensorfile.load_tensors(self.root / "serving" / record.slot / "weights.safetensors")
         return update, sent, serves

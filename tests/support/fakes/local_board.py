@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune_device.api.address import Address
+from fedprune_device.api.address import LocalAddress
 from fedprune_device.api.endpoints import Endpoints
 from fedprune_device.api.http_server import LocalServer
 from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import Board
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.reservoir import SampleLimits
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 
 NAMES = ("ant", "bee", "cat")
 
@@ -56,9 +56,9 @@ class LocalBoard:
         weights = weights_of(number)
         raw = tensorfile.encode(weights)
         self.slots.stage(self.graph, raw)
-        graph = tensorfile.digest(self.graph.read_bytes())
-        files = {"inference.onnx": graph, "weights.safetensors": tensorfile.digest(raw)}
-        self.slots.install(Serving("job", number, 3, files, **other))
+        graph = tensorfile.sha256_hex(self.graph.read_bytes())
+        files = {"inference.onnx": graph, "weights.safetensors": tensorfile.sha256_hex(raw)}
+        self.slots.install(ServingRecord("job", number, 3, files, **other))
         return weights
 
     @contextmanager
@@ -66,16 +66,16 @@ class LocalBoard:
         self, address: str = "", *, takes: bool = True, pixels: Pixels | None = None, **server: Any
     ) -> Iterator[None]:
         self.model = LiveModel(self.root / "state" / "serving")
-        limits = Limits(100, 64 * 2**20)
+        limits = SampleLimits(100, 64 * 2**20)
         self.samples = SampleStore(self.root / "state" / "samples", limits, SplitShares(device="d")) if takes else None
-        where = Address.parse(address or self.address)
+        where = LocalAddress.parse(address or self.address)
         endpoints = Endpoints(
             self.model,
             self.samples,
             lambda: {"device": "d"},
             class_names=NAMES,
             pixels=pixels,
-            shows=where.path is not None,
+            allows_reading=where.path is not None,
         )
         try:
             with LocalServer(where, endpoints, **server) as self.server:

@@ -13,12 +13,12 @@ from fedprune.secure_aggregation.keys import own_mask_key, pair_mask_key, restor
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_bits, decode_roster, decode_unmasking
 from fedprune.secure_aggregation.participant import Participant
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import join
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import join_shares
 from fedprune.security.keys import SigningKey, VerifyingKey
 
 IDENTITIES = {f"b{i:03}": SigningKey.make() for i in range(120)}
-DIRECTORY: dict[str, VerifyingKey] = {name: key.verifying for name, key in IDENTITIES.items()}
+DIRECTORY: dict[str, VerifyingKey] = {name: key.verifying_key for name, key in IDENTITIES.items()}
 NAMES = tuple(IDENTITIES)
 
 STEPS = ("advertise", "share", "mask", "unmask")
@@ -35,7 +35,7 @@ class Transcript:
 class MaskedCohort:
     """Boards and a server; `carry_out` runs the steps. Randomness of the keys is real."""
 
-    def __init__(self, session: Session, names: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, session: SecureSumSession, names: Sequence[str], seed: int = 0) -> None:
         self.session = session
         self.boards = {n: Participant(session, n, IDENTITIES[n], DIRECTORY) for n in names}
         self.collector = Collector(session, DIRECTORY, Random(seed))
@@ -75,7 +75,7 @@ class MaskedCohort:
         return board.unmask(request)
 
 
-def drawn(session: Session, seed: int) -> Vector:
+def drawn(session: SecureSumSession, seed: int) -> Vector:
     """A vector of numbers of the whole range."""
     random = np.random.default_rng(seed)
     return Vector(
@@ -83,7 +83,7 @@ def drawn(session: Session, seed: int) -> Vector:
     )
 
 
-def summed(vectors: Collection[Vector], session: Session) -> Vector:
+def summed(vectors: Collection[Vector], session: SecureSumSession) -> Vector:
     """The sum without masks."""
     total = Vector.zeros(session)
     for vector in vectors:
@@ -102,7 +102,7 @@ class ServerView:
         mask_keys: Boards whose mask key is known.
     """
 
-    def __init__(self, session: Session, transcript: Transcript) -> None:
+    def __init__(self, session: SecureSumSession, transcript: Transcript) -> None:
         self.session = session
         rosters = {n: decode_roster(raw, session) for n, raw in transcript.requests["share"].items()}
         self.keys = {name: keys for roster in rosters.values() for name, keys in roster.items()}
@@ -118,8 +118,8 @@ class ServerView:
                 kind = self.seed_shares if owner in alive else self.key_shares
                 kind.setdefault(owner, {})[self.graph[owner].index(holder) + 1] = share
         least = session.threshold
-        self.seeds = {n: join(s, least) for n, s in self.seed_shares.items() if len(s) >= least}
-        self.mask_keys = {n: join(s, least) for n, s in self.key_shares.items() if len(s) >= least}
+        self.seeds = {n: join_shares(s, least) for n, s in self.seed_shares.items() if len(s) >= least}
+        self.mask_keys = {n: join_shares(s, least) for n, s in self.key_shares.items() if len(s) >= least}
 
     def links(self, board: str) -> list[str]:
         """The neighbours with which a board has a mask that the server can't compute."""

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.model.recipe import Recipe
 from fedprune.wire.fleet_messages import (
-    LONGEST_AWAY_S,
+    MAX_BOARD_AWAY_S,
     MAX_FRAMES,
-    STATES,
+    RELEASE_STATES,
     CrashReport,
     CrashStored,
     Reconnect,
@@ -22,7 +22,7 @@ from fedprune.wire.fleet_messages import (
 from fedprune.wire.messages import (
     MAX_REQUEST,
     PHASES,
-    STEPS,
+    SECURE_STEPS,
     Accepted,
     Alive,
     Birth,
@@ -36,11 +36,11 @@ from fedprune.wire.messages import (
     JoinRequest,
     Message,
     Offer,
-    Progress,
     Refusal,
+    RoundProgress,
     SecureStep,
-    Trained,
-    Update,
+    TrainingDone,
+    UpdateAnnouncement,
     UploadRequest,
     UploadResult,
 )
@@ -77,9 +77,9 @@ messages = st.one_of(
     ),
     st.builds(Death, names, counts),
     st.builds(Alive, names, counts),
-    st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
+    st.builds(RoundProgress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
     st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
-    st.builds(Update, names, names, counts, counts, hexes, refs, counts, counts, metrics),
+    st.builds(UpdateAnnouncement, names, names, counts, counts, hexes, refs, counts, counts, metrics),
     st.builds(Hello, st.none() | st.integers(0, 2**32)),
     st.builds(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
@@ -90,9 +90,9 @@ messages = st.one_of(
             lambda at: None if at is None else str(BlobUrl.parse(at))
         ),
     ),
-    st.builds(Trained, names, names, counts, counts, hexes, counts, counts, metrics),
+    st.builds(TrainingDone, names, names, counts, counts, hexes, counts, counts, metrics),
     st.builds(
-        SecureStep.of, names, counts, counts, hexes.map(lambda h: h[:32]), st.sampled_from(STEPS),
+        SecureStep.of, names, counts, counts, hexes.map(lambda h: h[:32]), st.sampled_from(SECURE_STEPS),
         st.binary(max_size=99),
     ),
     st.builds(Accepted, names, counts, counts, hexes),
@@ -104,7 +104,7 @@ messages = st.one_of(
     ),
     st.builds(BlobNotFound, hexes),
     st.builds(
-        UploadRequest, hexes, st.sampled_from(UPLOAD_URLS).map(lambda url: UploadUrl.parse(url).whole),
+        UploadRequest, hexes, st.sampled_from(UPLOAD_URLS).map(lambda url: UploadUrl.parse(url).with_query),
         st.none() | st.integers(0, 2**31 - 1),
     ),
     st.builds(UploadResult, hexes, st.none() | texts),
@@ -125,10 +125,10 @@ messages = st.one_of(
         CrashReport, names, counts, counts, texts, texts, frames, texts, texts, reals, reals, st.none() | counts,
         st.none() | counts,
     ),
-    st.builds(Reconnect, st.floats(0, 3600), st.none() | st.floats(1, LONGEST_AWAY_S)),
+    st.builds(Reconnect, st.floats(0, 3600), st.none() | st.floats(1, MAX_BOARD_AWAY_S)),
     st.builds(CrashStored, counts),
     st.builds(
-        ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts,
+        ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(RELEASE_STATES), texts, counts, counts,
         st.none() | hexes,
     ),
     st.builds(
@@ -146,15 +146,15 @@ DIGEST = "ab" * 32
 EXAMPLES: list[Message] = [
     Birth("pi-1", 3, "raspberry-pi-4", 100, "fedprune 0.1", {"cpu": [1, 2.5]}, {"job": "j", "round": 1, "attempt": 0}),
     Death("pi-1", 3),
-    Progress("pi-1", "j", 1, 0, "train", 3, 10),
+    RoundProgress("pi-1", "j", 1, 0, "train", 3, 10),
     Refusal("pi-1", "j", 1, 0, "no room", 30),
-    Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
+    UpdateAnnouncement("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
     Hello(1_800_000_000),
     Offer(
         *("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
         {"int8": REF},
     ),
-    Trained("pi-1", "j", 1, 0, DIGEST, 100, 40, {"loss": 0.5}),
+    TrainingDone("pi-1", "j", 1, 0, DIGEST, 100, 40, {"loss": 0.5}),
     SecureStep.of("j", 1, 0, DIGEST[:32], "keys", b"abc"),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),

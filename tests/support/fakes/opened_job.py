@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprune_server.config.layers import file_layer, located
+from fedprune_server.config.layers import errors_with_origin, file_layer
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
@@ -13,12 +13,12 @@ from fedprune_server.engine.state_directory import OpenJob, StateFolder
 def read_config(path: Path) -> ServerConfig:
     """A `fleet.toml`, whose paths count from its folder."""
     layer = file_layer(path)
-    with located([layer]):
+    with errors_with_origin([layer]):
         return parse_config(layer.tables, path.parent)
 
 
 def open_job(folder: StateFolder, config: ServerConfig) -> OpenJob:
     """The job of a folder, which remembers it."""
     opened = folder.read_job(config)
-    folder.keep(opened)
+    folder.save_job(opened)
     return opened

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Fixed
-from fedprune.strategies.channel_ranking import Ranked
+from fedprune.strategies.channel_ranking import RankedChannels
 from fedprune.strategies.methods.autoflip import without_empty_channels
-from fedprune.strategies.methods.fedper import fused
+from fedprune.strategies.methods.fedper import fuse_history
 from fedprune.strategies.methods.pr_fl import Importance
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Ranking, Scene, Submodel
 
 
 @dataclass(frozen=True)
-class Others(Ranked):
+class Others(RankedChannels):
     """Channels by chance, whatever the ranking says, fused with the device's last ones."""
 
     def extract(self, cut: Cut) -> Submodel:
         scene, turn = cut.scene, cut.turn
-        chance = keyed(scene.seed, scene.round, turn.device, "others")
+        chance = keyed_generator(scene.seed, scene.round, turn.device, "others")
         ranks = [chance.permutation(n) for n in scene.architecture.sizes]
         selection = Selection.of(scene.architecture, turn.widths, ranks)
-        return fused(cut, Submodel(selection, selection.gather(scene.model)), 0.5)
+        return fuse_history(cut, Submodel(selection, selection.gather(scene.model)), 0.5)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Emergent(Strategy):
         return self.importance.rank(scene)
 
     def extract(self, cut: Cut) -> Submodel:
-        return fused(cut, without_empty_channels(cut, 0.3), 0.5)
+        return fuse_history(cut, without_empty_channels(cut, 0.3), 0.5)
 
 
 class Doubled(Strategy):
@@ -59,5 +59,5 @@ def others(job: Job) -> Strategy:
 
 
 def emergent(job: Job) -> Strategy:
-    allocator = Fixed(0.3, elements=True)
+    allocator = Fixed(0.3, masks_elements=True)
     return Emergent("emergent", aggregator=Mean(rule="fill"), inputs="updates", allocator=allocator, keeps_past=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.coordination import State, coordinate
+from fedprune.coordination import State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
@@ -21,7 +21,7 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model
 from support.fakes.opened_job import open_job
 
-BOARD = profile_store.find("raspberry-pi-5").to_dict()
+BOARD = profile_store.find_profile("raspberry-pi-5").to_dict()
 JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
 
 
@@ -52,7 +52,7 @@ def play_job(
     config = ServerConfig(model=None if known else str(model), job=JOB, keep=keep, blobs=blobs)
     with StateFolder(state, database) as folder:
         opened = open_job(folder, config)
-        coordinator = coordinate(opened.job, opened.model.architecture, opened.state)
+        coordinator = make_coordinator(opened.job, opened.model.architecture, opened.state)
         session = opened.state.devices["a"].session + 1 if "a" in opened.state.devices else 1
         told: list[on.Event] = [on.Resumed()] if known else []
         told.append(on.DeviceBorn("a", session, BOARD, 50))
@@ -70,7 +70,7 @@ def play_job(
                     offer = coordinator.state.tasks["a"].offer or {}
                     folder.store.put(trained(folder, offer, command.round))
                     told.append(on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"]))
-                elif isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
+                elif isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close, do.Evaluate)):
                     told.append(opened.worker.execute(command))
         return coordinator.state
 

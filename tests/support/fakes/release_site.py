@@ -13,14 +13,14 @@ from fedprune.core.errors import FedpruneError
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
-from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse_message
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
-from fedprune_device.launcher.launcher import SlotExit, launch
+from fedprune_device.launcher.launcher import SlotExit, run_slots
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import STABLE, LauncherState
-from fedprune_device.network.connection import Channel, Connection, Received
+from fedprune_device.network.connection import BoardConnection, MessageChannel, ReceivedMessage
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import ReleaseAgent
 from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog
@@ -42,11 +42,11 @@ class ReleaseServer:
 
     def __init__(self, folder: Path, *releases: Path) -> None:
         self.store = BlobStore(folder)
-        self.offers = [self.offer(r) for r in releases]
+        self.offers_blob = [self.offer(r) for r in releases]
         self.inbox: deque[Any] = deque()
         self.reports: list[ReleaseReport] = []
         self.wants = 0
-        self.fetched = set[str]()
+        self.serve_request = set[str]()
         self.mangle: Callable[[bytes], list[bytes]] = lambda raw: [raw]
 
     def offer(self, release: Path, **changes: Any) -> ReleaseOffer:
@@ -68,7 +68,7 @@ class ReleaseServer:
 
     @property
     def done(self) -> bool:
-        return all(self.ended(o.number) for o in self.offers)
+        return all(self.ended(o.number) for o in self.offers_blob)
 
     def connect(self) -> None:
         """The board's process is another, or its connection is."""
@@ -82,7 +82,7 @@ class ReleaseServer:
         return self.inbox.popleft() if self.inbox else None
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        message = parse(payload)
+        message = parse_message(payload)
         if isinstance(message, ReleaseReport):
             self.reports.append(message)
             if message.state in ENDS:
@@ -91,7 +91,7 @@ class ReleaseServer:
             self.next()
         elif isinstance(message, BlobRequest):
             self.wants += 1
-            self.fetched.add(message.sha256)
+            self.serve_request.add(message.sha256)
             answer = BlobSender(self.store).answer(message)
             if hasattr(answer, "__iter__"):
                 for chunk in answer:
@@ -101,7 +101,7 @@ class ReleaseServer:
         return True
 
     def next(self) -> None:
-        left = [o for o in self.offers if not self.ended(o.number)]
+        left = [o for o in self.offers_blob if not self.ended(o.number)]
         if left:
             self.say(left[0])
 
@@ -116,14 +116,14 @@ class Board:
         self.end = SlotExit(why)
         self.health: Callable[[Path | None], None] = healthy
         self.ran: list[int] = []
-        self.quiet: Callable[[], bool] = lambda: True
+        self.is_quiet: Callable[[], bool] = lambda: True
         self.now = 0.0
         self.until: Callable[[], bool] = lambda: False
 
-    def live(self, starts: int = 40) -> None:
+    def is_live(self, starts: int = 40) -> None:
         """Start the service until its server has nothing more to offer."""
         for _ in range(starts):
-            launch(self.home, self.run)
+            run_slots(self.home, self.run)
             if self.server.done or self.until():
                 return
         raise AssertionError(f"the board never comes to rest: {self.server.reports[-3:]}")
@@ -147,26 +147,26 @@ class Board:
     def serve(self, trial: ReleaseTrial | None = None) -> None:
         """The process: the agent's loop, as far as releases go."""
         self.server.connect()
-        connection = Connection(self.server, Channel("d", "site"))
+        connection = BoardConnection(self.server, MessageChannel("d", "site"))
         releases = ReleaseAgent(connection, ReleaseInstaller(self.home.root, PUBLIC), clock=lambda: self.now)
         heart = Watchdog(trial, tell=lambda _: None, interval=0, clock=lambda: self.now)
         for _ in range(100_000):
             heart.turn()
             match item := connection.receive():
                 case ConnectionUp():
-                    heart.connected()
+                    heart.on_connect()
                     connection.send(Birth("d", 1, "p", 1, "s"))
-                    releases.born()
+                    releases.on_birth()
                 case Chunk() as chunk:
-                    releases.chunk(chunk)
-                case Received(ReleaseOffer() | ReleaseWithdrawn() as message):
+                    releases.on_chunk(chunk)
+                case ReceivedMessage(ReleaseOffer() | ReleaseWithdrawn() as message):
                     releases.on_message(message)
-                case Received(BlobNotFound(sha256)):
-                    releases.gone(sha256)
+                case ReceivedMessage(BlobNotFound(sha256)):
+                    releases.on_blob_not_found(sha256)
             if item is None and not self.server.inbox:
                 self.now += 0.2
                 time.sleep(0.0002)  # the thread that unpacks is real
-            if releases.turn(quiet=self.quiet()) or self.until():
+            if releases.turn(quiet=self.is_quiet()) or self.until():
                 return
             if self.server.done and (found := self.home.load()) is not None and found.phase == STABLE:
                 return

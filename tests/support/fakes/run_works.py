@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 from fedprune.core.errors import PlanError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune_server.simulation.runs import Progress, RunSpec
 
 
@@ -24,5 +24,5 @@ def drawn(run: RunSpec, folder: Path, report: Progress) -> None:
         raise ZeroDivisionError("by nothing")
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    numbers = keyed(run.settings["seed"], run.name).standard_normal(3)
+    numbers = keyed_generator(run.settings["seed"], run.name).standard_normal(3)
     (folder / "numbers.json").write_text(json.dumps(numbers.tolist()))

@@ -10,24 +10,24 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprune.releases.release import Release, write_release
-from fedprune.security.certificates import PIN
-from fedprune.security.joining import Claim
+from fedprune.security.certificates import PIN_BYTES
+from fedprune.security.joining import JoinClaim
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune_device.launcher.slot_store import KEY as KEY_FILE
+from fedprune_device.launcher.slot_store import KEY_FILE as KEY_FILE
 from fedprune_device.launcher.slot_store import write_file
 from fedprune_device.launcher.state import SLOTS, LauncherState
-from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller, ReleaseSource, launcher_archive
-from fedprune_device.releases.release_trial import PACKAGES
+from fedprune_device.releases.installer import LAUNCHER_FILE, ReleaseInstaller, ReleaseSource, launcher_archive
+from fedprune_device.releases.release_trial import REQUIRED_MODULES
 from fedprune_device.releases.wheel import Wheel, contents_digest
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
-PUBLIC = KEY.verifying
-CLAIM = Claim(bytes(5), bytes(15), bytes(PIN)).text
+PUBLIC = KEY.verifying_key
+CLAIM = JoinClaim(bytes(5), bytes(15), bytes(PIN_BYTES)).text
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 APP = "import sys\n\ndef main() -> int:\n    print('version', VERSION)\n    return 0\n"
 
 
-OUTSIDE = PACKAGES  # what a release without wheels of it takes from the Python that runs the tests
+OUTSIDE = REQUIRED_MODULES  # what a release without wheels of it takes from the Python that runs the tests
 
 
 def make_wheel(path: Path, files: dict[str, bytes | str]) -> Path:
@@ -89,7 +89,7 @@ def set_up(root: Path, folder: Path, key: VerifyingKey = PUBLIC) -> ReleaseInsta
     for name in ("state", "incoming", *SLOTS):
         (root / name).mkdir(parents=True)
     write_file(root / KEY_FILE, key.hex.encode())
-    write_file(root / LAUNCHER, launcher_archive())
+    write_file(root / LAUNCHER_FILE, launcher_archive())
     home.save(LauncherState(SLOTS[1]))
     release = installer.stage(source(folder))
     home.save(LauncherState(SLOTS[0], highest=release.number))

@@ -16,9 +16,17 @@ from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
 from fedprune.secure_aggregation.grid import MaskedForm
-from fedprune.updates.privacy import GaussianNoise, noised
-from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Trained, Update, parse
-from fedprune_device.network.connection import Channel, Connection
+from fedprune.updates.privacy import GaussianNoise, add_noise
+from fedprune.wire.messages import (
+    Accepted,
+    Cancelled,
+    Offer,
+    SecureStep,
+    TrainingDone,
+    UpdateAnnouncement,
+    parse_message,
+)
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.uplink import Backoff, Uplink
 from fedprune_export.pruning.model import Model
@@ -43,7 +51,7 @@ class MaskingBoard(ToyDevice):
 
     def __init__(self, name: str, folder: Path, air: Air) -> None:
         super().__init__(name, folder, air)
-        connection = Connection(self, Channel(name, "default"))  # type: ignore[arg-type]
+        connection = BoardConnection(self, MessageChannel(name, "default"))  # type: ignore[arg-type]
         self.secure = SecureUpdate(connection, Uplink(connection, self.store), self.store)
         self.announcements = Backoff()
         self.residual: Tensors = {}
@@ -63,7 +71,7 @@ class MaskingBoard(ToyDevice):
         return True
 
     def hear(self, topic: str, payload: bytes) -> None:
-        message = None if self.topics.parse(topic).channel == "down/blob" else parse(payload)
+        message = None if self.topics.parse(topic).channel == "down/blob" else parse_message(payload)
         if isinstance(message, SecureStep):
             self.heard.append(message)
             if message.step == self.stops_at:
@@ -81,9 +89,9 @@ class MaskingBoard(ToyDevice):
             self.secure.drop()
 
     def step(self, message: SecureStep) -> None:
-        before = self.secure.sum
+        before = self.secure.sum_id
         masked = self.secure.receive(message, self.air.now)
-        if self.secure.sum != before:
+        if self.secure.sum_id != before:
             self.pending = None
         if masked is not None and self.stops_at == "vector":
             self.silent = True
@@ -92,11 +100,11 @@ class MaskingBoard(ToyDevice):
                 spoilt = self.spoil_vector(self.store.read(masked.weights.sha256))
                 masked = replace(masked, weights=self.store.put(spoilt))
             self.pending = masked
-            self.repeat()
+            self.repeat_offers()
 
     def train(self) -> None:
         offer = self.offer
-        if offer is None or not all(p.done for p in self.pulls.values()) or not self.pulls:
+        if offer is None or not all(p.is_done for p in self.pulls.values()) or not self.pulls:
             return
         self.pulls = {}
         if self.stops_at == "trained":
@@ -104,9 +112,9 @@ class MaskingBoard(ToyDevice):
         sent = tensorfile.decode(self.store.read(offer.weights.sha256))
         tensors = trained(self.name, offer.round, sent)
         if clip := offer.recipe.get("update_clip"):
-            noise = GaussianNoise.keyed(self.name, offer.round)
+            noise = GaussianNoise.from_key(self.name, offer.round)
             names = [name for name in sent if not name.endswith(STATISTICS)]
-            tensors = noised(tensors, sent, names, clip, offer.recipe.get("update_noise", 0.0), noise)
+            tensors = add_noise(tensors, sent, names, clip, offer.recipe.get("update_noise", 0.0), noise)
         if offer.secure is None:
             raw = tensorfile.encode(tensors)
         else:
@@ -114,25 +122,25 @@ class MaskingBoard(ToyDevice):
             vector, self.residual = form.vector.encode(tensors, sent, self.residual)
             raw = self.vector = vector.to_bytes()
         at = self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256
-        update = Update(*at, self.store.put(raw), 10, 5, {"accuracy_after": 0.25})
+        update = UpdateAnnouncement(*at, self.store.put(raw), 10, 5, {"accuracy_after": 0.25})
         if offer.secure is None:
             self.pending = update
-            self.repeat()
+            self.repeat_offers()
         else:
-            self.secure.hold(offer, update, self.air.now)
+            self.secure.keep(offer, update, self.air.now)
             self.store.delete(update.weights.sha256)
             self.secure.turn(self.air.now)
 
-    def repeat(self) -> None:
-        self.announcements.hurry(self.air.now)
-        self.secure.hurry(self.air.now)
+    def repeat_offers(self) -> None:
+        self.announcements.restart(self.air.now)
+        self.secure.resend_now(self.air.now)
         self.turn()
 
     def turn(self) -> None:
         if self.silent:
             return
         self.secure.turn(self.air.now)
-        if self.pending is not None and self.announcements.due(self.air.now):
+        if self.pending is not None and self.announcements.take_if_due(self.air.now):
             self.say(self.pending)
 
 
@@ -145,13 +153,13 @@ class SecureFleet(Fleet):
         )
         super().__init__(folder, job, ())
         self.model = model
-        self.said: list[tuple[str, bytes]] = []
+        self.titled_value: list[tuple[str, bytes]] = []
         for name in names:
             self.air.devices[name] = MaskingBoard(name, folder / "devices", self.air)
         to_server = self.air.to_server
 
         def noted(topic: str, payload: bytes) -> None:
-            self.said.append((topic, payload))
+            self.titled_value.append((topic, payload))
             to_server(topic, payload)
 
         self.air.to_server = noted  # type: ignore[method-assign]
@@ -166,7 +174,7 @@ class SecureFleet(Fleet):
         worker = Worker(self.job, self.model, BlobStore(self.folder / "blobs", durable=False))
         state = self.storage.load()
         if state is None:
-            state = State(model=worker.initial())
+            state = State(model=worker.put_initial_model())
             self.storage.save(state, (), 0.0)
         job = RunnableJob(self.job, self.model.architecture, state, self.storage, self.store, worker)
         return server_of([(job, options)], self.air, self.clock or (lambda: self.air.now))
@@ -176,8 +184,8 @@ class SecureFleet(Fleet):
         found = Transcript()
         steps = {"keys": "advertise", "shares": "share", "unmasking": "unmask"}
         asked = {"session": "advertise", "roster": "share", "delivery": "mask", "survivors": "unmask"}
-        for topic, payload in self.said:
-            message = None if topic.endswith("blob") else parse(payload)
+        for topic, payload in self.titled_value:
+            message = None if topic.endswith("blob") else parse_message(payload)
             if isinstance(message, SecureStep):
                 content = message.content[32:] if message.step == "keys" else message.content
                 found.answers[steps[message.step]][topic.split("/")[3]] = content
@@ -188,13 +196,13 @@ class SecureFleet(Fleet):
                     if heard.step == "roster":
                         content = content[2 + 32 * int.from_bytes(content[:2], "big") :]
                     found.requests[asked[heard.step]][name] = content
-        for topic, payload in self.said:
-            message = None if topic.endswith("blob") else parse(payload)
-            if isinstance(message, Update):
+        for topic, payload in self.titled_value:
+            message = None if topic.endswith("blob") else parse_message(payload)
+            if isinstance(message, UpdateAnnouncement):
                 found.answers["mask"][message.device] = self.board(message.device).store.read(message.weights.sha256)
         return found
 
-    def of(self, kind: type[Trained] | type[SecureStep] | type[Update] | type[Offer]) -> list[Any]:
+    def of(self, kind: type[TrainingDone] | type[SecureStep] | type[UpdateAnnouncement] | type[Offer]) -> list[Any]:
         """Messages of a kind that boards sent."""
-        parsed = [parse(payload) for topic, payload in self.said if not topic.endswith("blob")]
+        parsed = [parse_message(payload) for topic, payload in self.titled_value if not topic.endswith("blob")]
         return [message for message in parsed if isinstance(message, kind)]

@@ -16,17 +16,17 @@ from argon2 import PasswordHasher
 from fedprune_server.web.app import make_app
 from fedprune_server.web.context import make_console
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.events import LOOK_S, watch
-from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
-from fedprune_server.web.state.records import Record
-from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
+from fedprune_server.web.events import POLL_INTERVAL_S, send_changes
+from fedprune_server.web.state.order_queue import Order, OrderAnswer, OrderQueue
+from fedprune_server.web.state.records import StatusRecord
+from fedprune_server.web.state.status import STATUS_FILE, FleetView, StatusWriter
 from support.fakes.console_fleet import ConsoleFleet, write
 
 PASSWORD = "correct horse battery"
 ROLES = ("viewer", "operator", "admin")
 
 
-Carried = tuple[list[Record], dict[str, str], str]
+Carried = tuple[list[StatusRecord], dict[str, str], str]
 """What a server publishes on an order, records and devices, and its answer."""
 
 
@@ -41,18 +41,22 @@ class ServedConsole:
     """
 
     def __init__(
-        self, folder: Path, fleet: ConsoleFleet, carry: Callable[[Order], Carried] | None = None, look_s: float = LOOK_S
+        self,
+        folder: Path,
+        fleet: ConsoleFleet,
+        carry: Callable[[Order], Carried] | None = None,
+        look_s: float = POLL_INTERVAL_S,
     ) -> None:
         self.fleet = fleet
         self.orders: list[Order] = []
         self._carry = carry or (lambda order: (list(fleet.answer(order)), {}, f"{order.order}: a trial"))
-        self.writer = StatusWriter(folder / FILE)
+        self.writer = StatusWriter(folder / STATUS_FILE)
         fleet.publish(self.writer)
         self._look_s = look_s
         self._database = ConsoleDatabase(folder / "console.db")
         self._queue = OrderQueue(self._database)
         # Of a clock that stands: else, in a slow test, the server seems to be silent.
-        view = FleetView(folder / FILE, clock=lambda: 0.0)
+        view = FleetView(folder / STATUS_FILE, clock=lambda: 0.0)
         # Quick hashes: what is shown here is no secret.
         self.console = make_console(view, self._database, hasher=PasswordHasher(1, 8, 1))
         for role in ROLES:
@@ -85,14 +89,16 @@ class ServedConsole:
         host, port = self._server.servers[0].sockets[0].getsockname()[:2]
         return f"http://{host}:{port}"
 
-    def write(self, *records: Record, **more: Any) -> None:
+    def write(self, *records: StatusRecord, **more: Any) -> None:
         """Publish records, as a server does."""
         write(self.writer, *records, **more)
 
     def _serve(self) -> None:
         async def serve() -> None:
             tasks = [
-                asyncio.create_task(watch(self.console.streams, self.console.view, self.console.audit, self._look_s)),
+                asyncio.create_task(
+                    send_changes(self.console.streams, self.console.view, self.console.audit, self._look_s)
+                ),
                 asyncio.create_task(self._answer()),
             ]
             await self._server.serve()
@@ -109,5 +115,5 @@ class ServedConsole:
                 self.orders.append(order)
                 records, rows, text = self._carry(order)
                 self.write(*records, rows=rows)
-                self._queue.answer(Answer(order.number, True, text))
+                self._queue.answer(OrderAnswer(order.number, True, text))
             self._queue.flush()

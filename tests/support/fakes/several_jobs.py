@@ -42,7 +42,7 @@ class JobsDevice(ToyDevice):
         self.jobs.append(offer.job)
         super().take(offer)
 
-    def birth(self) -> None:
+    def build(self) -> None:
         held = None
         if self.offer is not None and (self.pulls or self.pending is not None):
             held = {"job": self.offer.job, "round": self.offer.round, "attempt": self.offer.attempt}
@@ -96,7 +96,7 @@ class SeveralJobs:
         host = host or self.host()
 
         def idle() -> None:
-            if host.busy:
+            if host.is_busy:
                 time.sleep(0.0005)
                 return
             self.air.now += 0.5

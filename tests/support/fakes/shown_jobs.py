@@ -13,8 +13,8 @@ from support.fakes.tiny_job import JOB
 
 SEEN = JobSnapshot(
     name=JOB.name, rounds=5, round=2, phase=Phase.TRAINING, able_devices=3, known_devices=3, deadline_s=JOB.deadline_s,
-    device_states={"working": 2, "idle": 1}, parts={Progress.OFFERED: 2}, bytes_down=700, bytes_up=300,
-    queues={"commands": 1, "uploads": 0}, fleet=FleetSnapshot(quarantined={"eve": (2000.0, "noise")}),
+    device_states={"working": 2, "idle": 1}, parts_by_progress={Progress.OFFERED: 2}, bytes_down=700, bytes_up=300,
+    queues={"commands": 1, "uploads": 0}, fleet=FleetSnapshot(quarantines={"eve": (2000.0, "noise")}),
 )  # fmt: skip
 
 

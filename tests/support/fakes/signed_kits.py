@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.security.keys import SigningKey
-from fedprune_device.launcher.slot_store import PURPOSE
+from fedprune_device.launcher.slot_store import SIGNATURE_PREFIX
 from fedprune_flash.on_board.kit_folder import signed_text
 from support.fakes.runtime_releases import KEY
 
@@ -20,6 +20,6 @@ def change(folder: Path, **changes: Any) -> None:
 
 def sign(folder: Path, key: SigningKey = KEY, **changes: Any) -> None:
     """Change a kit's manifest and sign it."""
-    change(folder, **changes, key=key.verifying.hex)
+    change(folder, **changes, key=key.verifying_key.hex)
     body = json.loads((folder / "kit.json").read_text())
-    change(folder, signature=key.sign(PURPOSE + signed_text(body).encode()).hex())
+    change(folder, signature=key.sign(SIGNATURE_PREFIX + signed_text(body).encode()).hex())

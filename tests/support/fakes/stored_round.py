@@ -35,7 +35,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 class Helpers(TaskPool[Worker]):
     """A pool whose tasks are done at once, by a worker of its own, each by another process for all that it knows."""
 
-    adds = True
+    adds_updates = True
     size = 3
 
     def __init__(self, worker: Worker) -> None:
@@ -67,7 +67,7 @@ def worker(model: Model, folder: Path, settings: dict[str, Any]) -> Worker:
     return Worker(Job.from_dict({"name": "t", **settings}), model, BlobStore(folder, durable=False))
 
 
-def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold], do.Close]:
+def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.FoldUpdate], do.Close]:
     """A round's updates as they come, and its end.
 
     Args:
@@ -75,18 +75,18 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold],
         spoilt: A device whose update holds numbers that are never accepted.
         far: A device whose update is five times as long as the others'.
     """
-    start = w.initial()
+    start = w.put_initial_model()
     names = tuple(f"d{k}" for k in range(len(DENSITIES)))
     scored = w.execute(do.Score(1, start, {}, names))
     assert isinstance(scored, on.Scored)
     basis = do.Basis(1, start, scored.ranking, scored.order)
     found = []
     for k, name in enumerate(names):
-        part = do.Part(name, 1, widths_at(w.architecture, DENSITIES[k]), DENSITIES[k], 10 + k, None)
+        part = do.DevicePart(name, 1, widths_at(w.architecture, DENSITIES[k]), DENSITIES[k], 10 + k, None)
         extracted = w.execute(do.Extract(basis, part))
         assert isinstance(extracted, on.Extracted)
         offer, dice = extracted.offer, np.random.default_rng(k)
-        withheld = w.updates.withheld(basis, part)
+        withheld = w.updates.withheld_names(basis, part)
         update = {
             n: (v + (0.5 if name == far else 0.1) * dice.standard_normal(v.shape)).astype(np.float32)
             for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()
@@ -101,4 +101,4 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold],
         sent, mask = offer["weights"]["sha256"], offer["mask"]["sha256"] if "mask" in offer else None
         widths = tuple(offer["widths"])
         found.append(do.Contribution(basis, part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"]))
-    return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
+    return [do.FoldUpdate(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import ALL, Active, Selection, Tensors
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, Tensors
 from fedprune.strategies.aggregators import Aggregator
-from fedprune.strategies.values import Closing, Cut, Memory, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Memory, RoundClosing, Scene, Submodel, Turn, UpdateReport
 
 
 def scene(
@@ -32,13 +32,13 @@ def report(
     *,
     steps: int = 1,
     sent: Tensors | None = None,
-    mask: Active = ALL,
+    mask: ElementMask = ALL_ACTIVE,
     device: str = "d",
-) -> Report:
+) -> UpdateReport:
     """An update; sent was what the round's model holds, unless said otherwise."""
     turn = Turn(at.seed, at.round, device, selection.widths, 1.0, weight)
     before = selection.gather(at.model) if sent is None else sent
-    return Report(
+    return UpdateReport(
         Cut(at, turn, selection),
         Submodel(selection, trained, mask),
         weight,
@@ -48,19 +48,19 @@ def report(
 
 
 def close(
-    aggregator: Aggregator, at: Scene, reports: Iterable[Report], rate: float = 1.0, *, evidence: bool = False
-) -> Closing:
+    aggregator: Aggregator, at: Scene, reports: Iterable[UpdateReport], rate: float = 1.0, *, evidence: bool = False
+) -> RoundClosing:
     """A round's end: every update is added, then the next model is made."""
     return close_fold(aggregator, at, reports, rate, evidence=evidence)[0]
 
 
 def close_fold(
-    aggregator: Aggregator, at: Scene, reports: Iterable[Report], rate: float = 1.0, *, evidence: bool = False
-) -> tuple[Closing, Fold]:
+    aggregator: Aggregator, at: Scene, reports: Iterable[UpdateReport], rate: float = 1.0, *, evidence: bool = False
+) -> tuple[RoundClosing, Fold]:
     """The same, with the sums."""
     given = list(reports)
     fold = aggregator.fold(at, evidence=evidence)
     for each in given:
         aggregator.add(fold, each, each.trained)
-    again: Callable[[], Iterator[tuple[Report, Submodel]]] = lambda: ((r, r.trained) for r in given)  # noqa: E731
+    again: Callable[[], Iterator[tuple[UpdateReport, Submodel]]] = lambda: ((r, r.trained) for r in given)  # noqa: E731
     return aggregator.close(fold, at, rate, again), fold

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.rng import keyed
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.core.rng import keyed_generator
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors, mesh
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Past, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, PastUpdate, Scene, Submodel, Turn, UpdateReport
 
 A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((6, 4)))
 
@@ -31,7 +31,7 @@ NET = Architecture(
         TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), B)),
         TensorSpec("head.bias", TensorKind.BIAS, (Axis.fixed(3),)),
     ),
-    tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
+    tuple(LayerRow(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
     (),
     (3,),
     (3,),
@@ -56,7 +56,7 @@ class Device:
     widths: tuple[int, ...] = NET.sizes
     density: float = 1.0
     weight: int = 10
-    absent: frozenset[int] = frozenset()
+    has_absent_device: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -85,10 +85,10 @@ class Play:
     squares: Callable[[Submodel, str, int], Tensors] = lambda submodel, device, round_: {}
     seed: int = 7
     memory: dict[str, dict[str, npt.NDArray[Any]]] = field(default_factory=dict)
-    past: dict[str, Past] = field(default_factory=dict)
+    past: dict[str, PastUpdate] = field(default_factory=dict)
     round: int = 0
     sent: dict[str, Submodel] = field(default_factory=dict)
-    reports: dict[str, Report] = field(default_factory=dict)
+    reports: dict[str, UpdateReport] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
 
     def play(self, rounds: int = 1) -> Tensors:
@@ -105,10 +105,10 @@ class Play:
 
     def _round(self) -> None:
         self.round += 1
-        names = sorted(n for n, d in self.devices.items() if self.round not in d.absent)
+        names = sorted(n for n, d in self.devices.items() if self.round not in d.has_absent_device)
         scene, strategy = self.scene(names), self.strategy
         ranking = strategy.rank(scene)
-        fold = strategy.aggregator.fold(scene, evidence=strategy.observes)
+        fold = strategy.aggregator.fold(scene, evidence=strategy.observes_movement)
         self.sent, self.reports = {}, {}
         for name in names:
             device = self.devices[name]
@@ -119,12 +119,12 @@ class Play:
             trained = Submodel(sent.selection, self.move(sent, name, self.round), sent.mask)
             weight = device.weight if strategy.aggregator.weighting == "samples" else 1
             squares = self.squares(sent, name, self.round)
-            report = Report(cut, trained, weight, 5, lambda sent=sent: sent, squares)  # type: ignore[misc]
+            report = UpdateReport(cut, trained, weight, 5, lambda sent=sent: sent, squares)  # type: ignore[misc]
             strategy.aggregator.add(fold, report, self._lifted(report))
             self.sent[name], self.reports[name] = sent, report
         closing = strategy.close(fold, scene, 1.0, lambda: ((r, self._lifted(r)) for r in self._all()))
         self.rejected = dict(closing.rejected)
-        counts = self.round > strategy.explores or strategy.explorers_count
+        counts = self.round > strategy.exploration_rounds or strategy.exploration_updates_model
         memories = dict(closing.memories) if counts else {}
         memories |= strategy.learn(scene, fold, lambda: (r for n, r in self._named() if n not in self.rejected))
         if counts:
@@ -132,15 +132,15 @@ class Play:
         self.memory = {n: v for n, v in (self.memory | memories).items() if v}
         for name, report in self.reports.items():
             trained = report.trained
-            self.past[name] = Past(trained.selection, trained.tensors, trained.mask, self.round)
+            self.past[name] = PastUpdate(trained.selection, trained.tensors, trained.mask, self.round)
 
-    def _lifted(self, report: Report) -> Submodel:
+    def _lifted(self, report: UpdateReport) -> Submodel:
         return self.strategy.reconstruct(report)
 
-    def _all(self) -> Iterator[Report]:
+    def _all(self) -> Iterator[UpdateReport]:
         return iter(self.reports.values())
 
-    def _named(self) -> Iterator[tuple[str, Report]]:
+    def _named(self) -> Iterator[tuple[str, UpdateReport]]:
         return iter(self.reports.items())
 
 
@@ -149,7 +149,9 @@ def moved(submodel: Submodel, device: str, round_: int, scale: float = 0.1) -> T
     out: Tensors = {}
     for spec in submodel.selection.architecture.tensors:
         value = submodel.tensors[spec.name]
-        by = keyed(1, device, round_, spec.name).standard_normal(spec.shape)[mesh(submodel.selection.maps(spec.name))]
+        by = keyed_generator(1, device, round_, spec.name).standard_normal(spec.shape)[
+            mesh(submodel.selection.maps(spec.name))
+        ]
         after = (value + scale * by).astype(np.float32)
         if spec.name in submodel.mask:
             after = np.where(submodel.mask[spec.name], after, value)

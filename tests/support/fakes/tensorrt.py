@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from support.paths import TESTS
 
 VERSIONS = ("8.6.1", "10.3.0", "10.16.1", "11.3.0", "11.4.0")
@@ -70,10 +70,10 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
 
     class IHostMemory:
         def __init__(self, raw: bytes) -> None:
-            self._raw = raw
+            self._raw_model = raw
 
         def __bytes__(self) -> bytes:
-            return self._raw
+            return self._raw_model
 
     class ITimingCache:
         def __init__(self, body: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
         def parse_from_file(self, model: str) -> bool:
             path = Path(model)
             try:
-                session = Session(path)
+                session = OnnxSession(path)
             except ModelError as error:
                 self._errors = [str(error)]
                 return False
@@ -212,7 +212,7 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
             place = Path(tempfile.mkdtemp(dir=folder))
             (place / "graph.onnx").write_bytes(self.graph)
             (place / weights_name(self.graph)).write_bytes(self.weights)
-            self.session = Session(place / "graph.onnx")
+            self.session = OnnxSession(place / "graph.onnx")
             self.refittable = bool(self.header["refittable"])
             self._names = [*self.session.inputs, *self.session.outputs]
             self.num_io_tensors = len(self._names)

@@ -28,7 +28,7 @@ class Board:
     seconds: float = 10.0
     download_s: float = 1.0
     stalls: float = 2.0
-    here: bool = True
+    able_boards: bool = True
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Timed(coordinator_shell.Shell):
     def arrive(self) -> None:
         self.session += 1
         self.inbox += [
-            on.DeviceBorn(n, self.session, {"name": "toy"}, 10) for n, b in sorted(self.boards.items()) if b.here
+            on.DeviceBorn(n, self.session, {"name": "toy"}, 10) for n, b in sorted(self.boards.items()) if b.able_boards
         ]
 
     def weights(self, command: do.Extract) -> str:
@@ -80,12 +80,12 @@ class Timed(coordinator_shell.Shell):
                 self.offered.append((command.round, command.device, self.now))
                 self._train(self.boards[command.device], found)
                 return None
-            case do.Wake():
+            case do.WakeAt():
                 self.at(command.at, on.Ticked())
         return found
 
     def _train(self, board: Board, update: on.UpdateAnnounced) -> None:
-        if not board.here:
+        if not board.able_boards:
             return
         if board.stalls > 1:
             self.at(self.now + board.download_s + board.seconds, update)
@@ -105,7 +105,7 @@ class Timed(coordinator_shell.Shell):
         elif self.later:
             time, _, event = heapq.heappop(self.later)
             self.now = max(self.now, time)
-            if isinstance(event, on.UpdateAnnounced) and not self.boards[event.device].here:
+            if isinstance(event, on.UpdateAnnounced) and not self.boards[event.device].able_boards:
                 return
             self.feed(event)
         else:

@@ -11,13 +11,13 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
 )
 from fedprune.strategies.aggregators import DeltaMean
-from fedprune.strategies.methods.plain import plain
+from fedprune.strategies.methods.plain import plain_strategy
 from fedprune.strategies.strategy import Strategy
 
 CHANNELS = Axis((Segment(0, 0, 8),))
@@ -28,7 +28,7 @@ ARCHITECTURE = Architecture(
         TensorSpec("w", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(4))),
         TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), CHANNELS)),
     ),
-    (Layer("w", "Gemm", "w", 1), Layer("head", "Gemm", "head", 1)),
+    (LayerRow("w", "Gemm", "w", 1), LayerRow("head", "Gemm", "head", 1)),
     (Activation("h", CHANNELS, 1, True),),
     (4,),
     (3,),
@@ -42,7 +42,7 @@ WIDE = Architecture(
         TensorSpec("second.weight", TensorKind.WEIGHT, (WIDE_B, WIDE_A)),
         TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), WIDE_B)),
     ),
-    tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
+    tuple(LayerRow(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
     (),
     (3,),
     (3,),
@@ -56,7 +56,7 @@ def scheduled(job: Job) -> Strategy:
     options = dict(job.options)
     schedule = Schedule.from_dict(options.pop("schedule"))
     aggregator = DeltaMean(weighting=options.get("weighting", "samples"))
-    return replace(plain(replace(job, strategy="plain", options={})), schedule=schedule, aggregator=aggregator)
+    return replace(plain_strategy(replace(job, strategy="plain", options={})), schedule=schedule, aggregator=aggregator)
 
 
 def measuring(job: Job) -> Strategy:

@@ -104,7 +104,7 @@ class Doomed(Site):
         """Start all processes, with what `life` gives for each."""
         self.start("broker")
         for who in ("server", *self.devices):
-            self.live(life(who))
+            self.is_live(life(who))
 
     def command(self, name: str) -> list[str]:
         command = super().command(name)
@@ -117,7 +117,7 @@ class Doomed(Site):
         """Where a board's ledger is."""
         return self.folder / f"{name}.notes"
 
-    def live(self, life: Life) -> None:
+    def is_live(self, life: Life) -> None:
         """Start a process that dies when it is time to."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if life.at:
@@ -174,7 +174,7 @@ def run(site: Doomed, kills: int, seed: int = 0) -> Kills:
             elif code is not None and code != 0:
                 raise LedgerError(f"{who} ended by itself with {code}: {site.logs()}")
             if code is not None and (code != 0 or who != "server"):
-                site.live(next_life(who))
+                site.is_live(next_life(who))
         if done.total < kills and now > broker_at:
             site.kill("broker")
             done.brokers += 1
@@ -239,7 +239,7 @@ def finished_rounds(site: Site) -> list[dict[str, Any]]:
     if not any((site.state / name).exists() for name in ("server.db", "database")):
         return []
     try:
-        with Storage.existing(site.state) as storage:
+        with Storage.open_existing(site.state) as storage:
             return storage.rounds()
     except Exception:  # noqa: BLE001 - it is being made, or written at this moment
         return []
@@ -249,7 +249,7 @@ def _counted(site: Site) -> dict[tuple[int, str], str]:
     """By round and device the digest of the update that was in the sums as the round was closed."""
     stored: dict[tuple[int, str], str] = {}
     closed: dict[tuple[int, str], str] = {}
-    with Storage.existing(site.state) as storage:
+    with Storage.open_existing(site.state) as storage:
         for _, _, kind, body in storage.log.events():
             if kind == "UpdateStored":
                 stored[body["round"], body["device"]] = body["weights"]

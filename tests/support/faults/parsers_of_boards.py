@@ -15,14 +15,14 @@ from fedprune.core import tensorfile
 from fedprune.core.atomic_file import read_document
 from fedprune.core.errors import FedpruneError
 from fedprune.wire.fleet_messages import CrashReport
-from fedprune_device.api.address import Address
+from fedprune_device.api.address import LocalAddress
 from fedprune_device.api.http_server import _Handler
-from fedprune_device.api.request import Answer, Request, array, batch, document
+from fedprune_device.api.request import LocalAnswer, Request, json_document, request_array, request_batch
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import DamagedError, LauncherState
-from fedprune_device.privacy.redaction import private
-from fedprune_device.serving.model_slots import Serving
+from fedprune_device.privacy.redaction import redact
+from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.telemetry.crash_reports import _fault_frames
 from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
@@ -50,13 +50,13 @@ def _requests() -> tuple[Target, ...]:
 
     def body(kind: str) -> Callable[[bytes], object]:
         def parsed(raw: bytes) -> object:
-            found = array(Request("POST", "/v1/predict", {}, {"content-type": kind}, raw), SHAPE, tokens=False)
-            return batch(found, SHAPE, 64, tokens=False)
+            found = request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, raw), SHAPE, tokens=False)
+            return request_batch(found, SHAPE, 64, tokens=False)
 
         return parsed
 
     def label(raw: bytes) -> object:
-        return document(Request("POST", "/", {}, {"content-type": "application/json"}, raw), "label")
+        return json_document(Request("POST", "/", {}, {"content-type": "application/json"}, raw), "label")
 
     def image(raw: bytes) -> object:
         return Pixels().read(raw, ("PNG", "JPEG"), SHAPE)
@@ -77,7 +77,7 @@ def _requests() -> tuple[Target, ...]:
         Target("local.image", image, (picture("PNG"), picture("JPEG")), constant=200 * 2**20, share=0.5),
         Target(
             "local.address",
-            as_text(Address.parse),
+            as_text(LocalAddress.parse),
             (b"unix:/run/fedprune.sock", b"127.0.0.1:8080", b"[::1]:0"),
             text=True,
         ),
@@ -88,10 +88,10 @@ class _Client:
     """A connection whose bytes are all there."""
 
     def __init__(self, raw: bytes) -> None:
-        self._raw = raw
+        self._raw_model = raw
 
     def makefile(self, mode: str, *_: object, **__: object) -> io.BytesIO:
-        return io.BytesIO(self._raw) if "r" in mode else io.BytesIO()
+        return io.BytesIO(self._raw_model) if "r" in mode else io.BytesIO()
 
     def recv(self, _: int) -> bytes:
         return b""
@@ -115,8 +115,8 @@ class _Server:
     def arrived(self, _: object) -> None: ...
 
     @staticmethod
-    def answer(_: Request) -> Answer:
-        return Answer({})
+    def answer(_: Request) -> LocalAnswer:
+        return LocalAnswer({})
 
 
 _Server.endpoints = _Server
@@ -139,7 +139,7 @@ Current thread 0x00007f (most recent call first):
 
 def _fault(text: str) -> object:
     """What a board would tell of a fault."""
-    return CrashReport("a", 1, 1, "signal", private(text, 1000), tuple(_fault_frames(text)), "fedprune", "")
+    return CrashReport("a", 1, 1, "signal", redact(text, 1000), tuple(_fault_frames(text)), "fedprune", "")
 
 
 def _document(body: bytes) -> bytes:
@@ -183,7 +183,7 @@ def _kept() -> tuple[Target, ...]:
             frame=_document,
         ),
         Target("kept.fault", as_text(_fault), (_FAULT,), text=True, constant=2**20),
-        Target("kept.serving", as_object(Serving.from_dict), dumped(serving), text=True),
+        Target("kept.serving", as_object(ServingRecord.from_dict), dumped(serving), text=True),
         Target("kept.own", LocalState.from_bytes, (_own(),), share=0.5),
         Target("kept.launcher's state", loaded, (state,), text=True, share=0.5, frame=_slot),
         Target(

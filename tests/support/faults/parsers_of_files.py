@@ -17,23 +17,23 @@ import numpy as np
 from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ReleaseError, StorageError
-from fedprune.core.records import read, write
+from fedprune.core.records import decode_record, encode_record
 from fedprune.core.toml_file import read_toml
-from fedprune.jobs.state import Device, Task
+from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes, axes_json
 from fedprune.model.selection import Selection
 from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.profile_store import shipped_folder
+from fedprune.planning.profile_store import shipped_profiles_folder
 from fedprune.releases.rollout import Rollout, RolloutPlan
-from fedprune.releases.wheels import parsed, required
+from fedprune.releases.wheels import parse_wheel_name, wheel_requirements
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_export.checks.labelled_data import read as read_labelled
+from fedprune_export.checks.labelled_data import read_labelled_data as read_labelled
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
 from fedprune_server.simulation.datasets.source import read_image_folder, read_npz
-from fedprune_server.simulation.network_model import Availability, DropOuts, Settings, read_weather
+from fedprune_server.simulation.network_model import Availability, DropOuts, SimulationSettings, read_weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
 from fedprune_server.storage.s3.bucket import Owner
@@ -150,7 +150,7 @@ def _settings() -> tuple[Target, ...]:
     folder = scratch() / "settings"
     folder.mkdir(exist_ok=True)
     (folder / "fleet.toml").write_bytes(_plain(FLEET))
-    profile = (shipped_folder() / "raspberry-pi-5.toml").read_bytes()
+    profile = (shipped_profiles_folder() / "raspberry-pi-5.toml").read_bytes()
     weather = {
         "weather": {"like": "pr-fl"},
         "availability": {},
@@ -159,10 +159,10 @@ def _settings() -> tuple[Target, ...]:
     }
 
     def sky(body: dict[str, Any]) -> object:
-        tables = {"dropouts": DropOuts, "availability": Availability, "simulation": Settings}
+        tables = {"dropouts": DropOuts, "availability": Availability, "simulation": SimulationSettings}
         return [read_weather(body), *(read_table(kind, body.get(t, {}), (t,)) for t, kind in tables.items())]
 
-    owner = write(Owner("5" * 32, "attic"))
+    owner = encode_record(Owner("5" * 32, "attic"))
     return (
         Target(
             "settings.toml",
@@ -186,7 +186,7 @@ def _settings() -> tuple[Target, ...]:
             dumped({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
             text=True,
         ),
-        Target("file.bucket's owner", lambda raw: read(Owner, raw, "it", StorageError), (owner,), text=True),
+        Target("file.bucket's owner", lambda raw: decode_record(Owner, raw, "it", StorageError), (owner,), text=True),
         Target(
             "settings.sweep",
             as_file(read_sweep, "settings/sweep.toml"),
@@ -214,10 +214,10 @@ def _plain(text: bytes) -> bytes:
 
 
 def _states() -> tuple[Target, ...]:
-    device = Device(1, True, {"name": "x"}, None, 3)
-    task = Task(1, (4,), 0.5, offer={"weights": {"sha256": "0" * 64}})
+    device = JobDevice(1, True, {"name": "x"}, None, 3)
+    task = DeviceTask(1, (4,), 0.5, offer={"weights": {"sha256": "0" * 64}})
     state = State(model="0" * 64, devices={"a": device}, tasks={"a": task}).to_json().encode()
-    rollout = Rollout.of(RolloutPlan("release", "7"), ["a", "b"]).to_dict()
+    rollout = Rollout.for_boards(RolloutPlan("release", "7"), ["a", "b"]).to_dict()
     record = Record("a run", JOB.to_dict(), (("w", 8),), (), ())
     return (
         Target("state.job", as_text(State.from_json), (state,), text=True, share=2),
@@ -305,13 +305,13 @@ def _wheels() -> tuple[Target, ...]:
         return done
 
     def name(raw: bytes) -> object:
-        return parsed(Path(raw.decode("utf-8", "replace").replace("\0", "") or "x"), ReleaseError)
+        return parse_wheel_name(Path(raw.decode("utf-8", "replace").replace("\0", "") or "x"), ReleaseError)
 
     return (
         Target("wheel.unpacked", as_file(unpacked, "one.whl"), seeds, factor=2200, constant=_FILES, share=0.2),
         Target(
             "wheel.metadata",
-            as_file(lambda p: required(p, ReleaseError), "two.whl"),
+            as_file(lambda p: wheel_requirements(p, ReleaseError), "two.whl"),
             seeds,
             factor=2200,
             constant=8 * 2**20,

@@ -12,18 +12,18 @@ import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
 from fedprune.core.tensorfile import float32_array
-from fedprune.model.element_mask import from_bits, pack, to_bits
+from fedprune.model.element_mask import mask_from_bits, mask_to_bits, pack_active
 from fedprune.model.recipe import Recipe
 from fedprune.planning.latency_model import typical_table
-from fedprune.releases.release import Release, ReleaseFile, opened, signed
-from fedprune.runtime.precision import packed, unpacked
-from fedprune.runtime.precision_files import INT8, graphs_of
-from fedprune.secure_aggregation.keys import ADVERTISEMENT, SEALED, Advertisement
+from fedprune.releases.release import Release, ReleaseFile, sign_manifest, verified_release
+from fedprune.runtime.precision import pack_graphs, unpack_graphs
+from fedprune.runtime.precision_files import INT8, precision_graphs
+from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, Advertisement
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import (
     decode_delivery,
@@ -32,22 +32,29 @@ from fedprune.secure_aggregation.messages import (
     encode_delivery,
     encode_roster,
 )
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import SHARE
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import (
+    certificate_name,
     key_digest,
     make_tls_key,
-    name_of,
     pem_of,
     pin_of,
     read_certificate,
     request_key,
 )
 from fedprune.security.certificates import make_request as make_csr
-from fedprune.security.joining import Claim, answer_text, check_answer, check_request, digest_of, make_request
+from fedprune.security.joining import (
+    JoinClaim,
+    check_answer,
+    check_request,
+    make_join_request,
+    request_digest,
+    signed_answer_bytes,
+)
 from fedprune.security.keys import VerifyingKey
-from fedprune.security.signed_channel import Envelope, Opener, seal
+from fedprune.security.signed_channel import Opener, SignedEnvelope, seal
 from fedprune.updates import Codec, decode, encode
 from fedprune.wire import messages as m
 from fedprune.wire.chunk import Chunk
@@ -66,14 +73,14 @@ from fedprune.wire.messages import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl, BrokerUrl, UploadUrl
-from fedprune_device.training.local_update import unpacked as offered
+from fedprune_device.training.local_update import unpack_weights as offered
 from fedprune_server.web.state.order_queue import read_order
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.fakes.tiny_job import ARCHITECTURE
 from support.faults.parser_target import Target, as_text, scratch
 
 TOPIC = Topics("lab").up("a")
-BLOB = np.random.default_rng(0).bytes(3 * LEAF + 100)
+BLOB = np.random.default_rng(0).bytes(3 * LEAF_BYTES + 100)
 REF = BlobRef.of(BLOB)
 SMALL = BlobRef.of(b"small")
 ZERO = "0" * 64
@@ -92,12 +99,12 @@ def wire_targets() -> tuple[Target, ...]:
     """All of them."""
     told = tuple(message.to_bytes() for message in _messages())
     chunks = (
-        Chunk(REF.sha256, "data", 0, BLOB[:LEAF]).to_bytes(),
-        Chunk(REF.sha256, "data", 2, BLOB[2 * LEAF :]).to_bytes(),
+        Chunk(REF.sha256, "data", 0, BLOB[:LEAF_BYTES]).to_bytes(),
+        Chunk(REF.sha256, "data", 2, BLOB[2 * LEAF_BYTES :]).to_bytes(),
         Chunk(SMALL.sha256, "leaves", 1, b"x").to_bytes(),
     )
     return (
-        Target("wire.message", m.parse, told, text=True, share=6),
+        Target("wire.message", m.parse_message, told, text=True, share=6),
         Target("wire.order", as_text(_order), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
@@ -115,10 +122,10 @@ def wire_targets() -> tuple[Target, ...]:
 
 def _secure_sums() -> tuple[Target, ...]:
     """Messages of a secure sum, to a board with four neighbours and to the server."""
-    session, names = Session(b"toy", 4, 3, 2, 1), ("a", "b", "c", "d")
-    keys = {n: Advertisement.from_bytes(bytes([i]) * ADVERTISEMENT) for i, n in enumerate(names)}
-    sealed = {n: bytes([i]) * SEALED for i, n in enumerate(names)}
-    shares = bytes(4 * SHARE)
+    session, names = SecureSumSession(b"toy", 4, 3, 2, 1), ("a", "b", "c", "d")
+    keys = {n: Advertisement.from_bytes(bytes([i]) * ADVERTISEMENT_BYTES) for i, n in enumerate(names)}
+    sealed = {n: bytes([i]) * SEALED_BYTES for i, n in enumerate(names)}
+    shares = bytes(4 * SHARE_BYTES)
     deliveries = (encode_delivery(names, sealed), encode_delivery(names, {n: sealed[n] for n in "abd"}))
     return (
         Target("wire.secure sum: roster", lambda raw: decode_roster(raw, session), (encode_roster(keys),)),
@@ -149,12 +156,12 @@ def _messages() -> list[Any]:
         m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=("put",)),
         m.Death("a", 1),
         m.Alive("a", 1),
-        m.Progress("a", **place, phase="train", done=1, total=2),
+        m.RoundProgress("a", **place, phase="train", done=1, total=2),
         m.Refusal("a", **place, reason="no room", exit_code=30),
-        m.Update(
+        m.UpdateAnnouncement(
             "a", **place, base=ZERO, weights=REF, samples=10, steps=5, metrics={"accuracy_after": 0.5, "loss": 1.0}
         ),
-        m.Trained("a", **place, base=ZERO, samples=10, steps=5, metrics={"loss": 1.0}),
+        m.TrainingDone("a", **place, base=ZERO, samples=10, steps=5, metrics={"loss": 1.0}),
         m.SecureStep.of("toy", 3, 1, ZERO[:32], "shares", bytes(96)),
         m.Hello(1_700_000_000),
         offer,
@@ -208,7 +215,9 @@ def _release() -> Release:
 
 def _topics() -> tuple[bytes, ...]:
     site = Topics("lab")
-    return tuple(t.encode() for t in (site.up("a"), site.up_blob("b", "toy"), site.broadcast(), site.join("0" * 32)))
+    return tuple(
+        t.encode() for t in (site.up("a"), site.up_blob("b", "toy"), site.broadcast(), site.join_request("0" * 32))
+    )
 
 
 def _topic(text: str) -> object:
@@ -245,12 +254,12 @@ def _signed(told: tuple[bytes, ...]) -> tuple[Target, ...]:
     envelopes = tuple(seal(KEY, TOPIC, 1000 + i, i, raw) for i, raw in enumerate(small))
     manifest = _release().to_bytes()
     return (
-        Target("trust.envelope", Envelope.parse, envelopes, share=2),
+        Target("trust.envelope", SignedEnvelope.parse, envelopes, share=2),
         Target("trust.signed message", lambda raw: _opener().open(TOPIC, raw), envelopes, share=0.5),
         # What is inside is damaged before it is sealed: a member of the fleet says it.
         Target(
             "trust.message of a member",
-            lambda raw: m.parse(_opener().open(TOPIC, raw)),
+            lambda raw: m.parse_message(_opener().open(TOPIC, raw)),
             small,
             text=True,
             share=0.5,
@@ -259,14 +268,19 @@ def _signed(told: tuple[bytes, ...]) -> tuple[Target, ...]:
         Target("release.manifest", Release.from_bytes, (manifest,), text=True, share=2),
         Target(
             "release.signed manifest",
-            lambda raw: opened(raw[64:], raw[:64], PUBLIC),
+            lambda raw: verified_release(raw[64:], raw[:64], PUBLIC),
             (manifest,),
             text=True,
             share=0.5,
-            frame=lambda body: signed(body, KEY) + body,
+            frame=lambda body: sign_manifest(body, KEY) + body,
         ),
         Target("trust.key", as_text(VerifyingKey.from_hex), (PUBLIC.hex.encode(),), text=True),
-        Target("trust.claim", as_text(Claim.parse), (Claim(b"i" * 5, b"s" * 15, b"p" * 12).text.encode(),), text=True),
+        Target(
+            "trust.claim",
+            as_text(JoinClaim.parse),
+            (JoinClaim(b"i" * 5, b"s" * 15, b"p" * 12).text.encode(),),
+            text=True,
+        ),
     )
 
 
@@ -277,21 +291,21 @@ def _opener() -> Opener:
 def _joining() -> tuple[Target, ...]:
     authority = Authority.make(scratch() / "authority", "lab")
     csr = make_csr(make_tls_key(), "pi-1")
-    claim = Claim.make(authority.pin)
-    request = make_request("lab", "pi-1", KEY, csr, claim)
+    claim = JoinClaim.make(authority.pin)
+    request = make_join_request("lab", "pi-1", KEY, csr, claim)
     certificate = authority.issue_device("lab", "pi-1", csr)
     body = {
-        "request": digest_of(request), "status": APPROVED, "reason": "", "time": authority.now(),
+        "request": request_digest(request), "status": APPROVED, "reason": "", "time": authority.now(),
         "authority": authority.pem, "certificate": certificate, "server_key": PUBLIC.hex,
     }  # fmt: skip
-    answer = JoinAnswer(**body, signature=authority.sign(answer_text(**body)).hex())
+    answer = JoinAnswer(**body, signature=authority.sign(signed_answer_bytes(**body)).hex())
 
     def asked(raw: bytes) -> object:
-        found = m.parse(raw)
+        found = m.parse_message(raw)
         return check_request(found) if isinstance(found, JoinRequest) else found
 
     def answered(raw: bytes) -> object:
-        found = m.parse(raw)
+        found = m.parse_message(raw)
         return check_answer(found, request, authority.pin) if isinstance(found, JoinAnswer) else found
 
     def pem(what: str) -> Callable[[bytes], bytes]:
@@ -300,7 +314,13 @@ def _joining() -> tuple[Target, ...]:
     def believed(raw: bytes) -> object:
         """What is looked at in a certificate, before and after it is believed."""
         found = read_certificate(raw, "it")
-        return pin_of(found), name_of(found), key_digest(found.public_key()), found.not_valid_after_utc, pem_of(found)
+        return (
+            pin_of(found),
+            certificate_name(found),
+            key_digest(found.public_key()),
+            found.not_valid_after_utc,
+            pem_of(found),
+        )
 
     content = x509.load_pem_x509_certificate(certificate.encode()).public_bytes(serialization.Encoding.DER)
     asks = x509.load_pem_x509_csr(csr.encode()).public_bytes(serialization.Encoding.DER)
@@ -325,11 +345,11 @@ def _blobs() -> tuple[Target, ...]:
     """Blobs that are whole, as their digests say, and still anything at all."""
     tensors = {"w": np.ones((8, 4), np.float32), "head": np.ones((3, 8), np.float32)}
     mask = {"w": np.arange(32).reshape(8, 4) % 3 == 0}
-    bits = tensorfile.encode(to_bits(mask))
+    bits = tensorfile.encode(mask_to_bits(mask))
     weights = tensorfile.encode(tensors)
-    graphs = packed(dict.fromkeys(graphs_of(INT8), b"graph"))
+    graphs = pack_graphs(dict.fromkeys(precision_graphs(INT8), b"graph"))
     shapes = {n: v.shape for n, v in tensors.items()}
-    masked = tensorfile.encode(pack(mask, tensors))
+    masked = tensorfile.encode(pack_active(mask, tensors))
 
     def header(text: bytes) -> bytes:
         """A header that says how long it is, before sound data."""
@@ -342,8 +362,8 @@ def _blobs() -> tuple[Target, ...]:
         Target("blob.tensors", tensorfile.decode, (weights, bits, graphs), share=4),
         Target("blob.tensors by header", tensorfile.decode, (table,), text=True, share=4, frame=header),
         Target("blob.some tensors", _some, (weights, bits), share=0.2),
-        Target("blob.lowered graphs", lambda raw: unpacked(raw, INT8), (graphs,)),
-        Target("blob.mask", lambda raw: from_bits(tensorfile.decode(raw), shapes), (bits,)),
+        Target("blob.lowered graphs", lambda raw: unpack_graphs(raw, INT8), (graphs,)),
+        Target("blob.mask", lambda raw: mask_from_bits(tensorfile.decode(raw), shapes), (bits,)),
         Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
         *map(_coded, ("int8", "int4", "top-k:0.25")),
     )

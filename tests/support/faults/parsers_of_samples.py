@@ -12,15 +12,15 @@ from unittest.mock import patch
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
-from fedprune_device.cli.predict import _samples as samples_to_predict
+from fedprune_device.cli.predict import _read_samples as samples_to_predict
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.audio_decoding import Audio
 from fedprune_device.data.boxes import yolo_boxes
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.file_index import FileIndex
-from fedprune_device.data.image_decoding import Pixels, mask
+from fedprune_device.data.image_decoding import Pixels, read_mask
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.reservoir import SampleLimits
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.segment_log import Kind, LogRecord, SegmentLog
@@ -83,7 +83,7 @@ def _files() -> tuple[Target, ...]:
             constant=_DECODERS,
             share=0.5,
         ),
-        Target("samples.mask", lambda raw: mask(raw, 4, 4), (picture("PNG", "L"),), constant=_DECODERS, share=0.5),
+        Target("samples.mask", lambda raw: read_mask(raw, 4, 4), (picture("PNG", "L"),), constant=_DECODERS, share=0.5),
         Target("samples.boxes", yolo_boxes, (b"1 .5 .5 .25 .5\n0 .1 .2 .1 .1\n",), text=True),
     )
 
@@ -167,7 +167,7 @@ def _kept() -> tuple[Target, ...]:
     list(log.replay())
     log.append([LogRecord(Kind.COUNTS, b"n" * 16, 1, 1, b"payload")])
     log.close()
-    root, limits = scratch() / "set", Limits(10, 2**20)
+    root, limits = scratch() / "set", SampleLimits(10, 2**20)
     with SampleStore(root, limits, _ALL) as samples:
         for number in range(3):
             samples.add(np.full(4, number, np.float32), number)
@@ -188,8 +188,8 @@ def _kept() -> tuple[Target, ...]:
             return _read(samples.snapshot((4,)))
 
     def indexed(path: Path) -> object:
-        with FileIndex(path).updating() as index:
-            return index.known("a", path.stat())
+        with FileIndex(path).update() as index:
+            return index.find_digest("a", path.stat())
 
     lines = b'["a", 3, 17, "%s"]\n["b", 4, 18, "%s"]\n' % (b"0" * 64, b"1" * 64)
     return (

@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 
 from fedprune.security.authority import Authority
-from fedprune.security.joining import Claim
-from fedprune_flash.image.boot_image import unpack
+from fedprune.security.joining import JoinClaim
+from fedprune_flash.image.boot_image import unpack_image
 from fedprune_flash.image.partitions import read_partitions
-from fedprune_flash.kit.board_settings import checked_authorities
+from fedprune_flash.kit.board_settings import check_authorities
 from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board.kit_folder import KitFolder
 from support.faults.parser_target import Target, as_file, as_text, dumped, scratch
@@ -29,16 +29,16 @@ def setup_targets() -> tuple[Target, ...]:
 
 
 def _told() -> tuple[Target, ...]:
-    claim = Claim(b"i" * 5, b"s" * 15, b"p" * 12).text
+    claim = JoinClaim(b"i" * 5, b"s" * 15, b"p" * 12).text
     authority = Authority.make(scratch() / "board authority", "lab").pem.encode()
     return (
         Target(
             "told.claim",
-            as_text(lambda text: Claim.parse(text, "it")),
+            as_text(lambda text: JoinClaim.parse(text, "it")),
             (claim.encode(), claim.lower().encode() + b"\n"),
             text=True,
         ),
-        Target("told.authorities", checked_authorities, (authority, authority * 2), text=True, share=0.5),
+        Target("told.authorities", check_authorities, (authority, authority * 2), text=True, share=0.5),
     )
 
 
@@ -64,7 +64,7 @@ def _kits() -> tuple[Target, ...]:
     def arrived(raw: bytes) -> object:
         (folder / "kit.json").write_bytes(raw)
         found = KitFolder(folder)
-        found.check()
+        found.check_files()
         return found
 
     return (
@@ -87,7 +87,7 @@ def _images() -> tuple[Target, ...]:
 
     def unpacked(path: Path) -> object:
         with out.open("wb") as file:
-            return unpack(path, file)
+            return unpack_image(path, file)
 
     packed = (gzip.compress(image, mtime=0), lzma.compress(image))
     return (

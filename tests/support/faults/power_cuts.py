@@ -57,7 +57,7 @@ class Power:
         self.kind = kind
         self.count = 0
         self.names: list[str] = []
-        self.off = False
+        self.prediction_excesses = False
         self._inside = False
         self._unsynced: dict[Path, None] = {}
         self._undo: dict[Path, list[Callable[[], None]]] = {}
@@ -65,15 +65,15 @@ class Power:
     def step(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if self._inside:  # pathlib calls os
             return function(*arguments, **named)
-        if self.off:
+        if self.prediction_excesses:
             raise CutError
         self.count += 1
         self.names.append(name)
         self._inside = True
         try:
             if self.count == self.at:
-                self._cut(name, function, arguments)
-                self.off = True
+                self._cut_off(name, function, arguments)
+                self.prediction_excesses = True
                 raise CutError
             self._note(name, arguments, named)
             return None if name in ("fsync", "sync") else function(*arguments, **named)
@@ -113,7 +113,7 @@ class Power:
     def _path(self, descriptor: int) -> Path:
         return Path(f"/proc/self/fd/{descriptor}").readlink()
 
-    def _cut(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def _cut_off(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         if self.kind == "before":
             return
         if name in ("write", "pwrite"):

@@ -27,7 +27,7 @@ class Relay:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.connections = 0
-        self.passed = 0
+        self.add_checked = 0
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -61,20 +61,20 @@ class Relay:
             with socket.create_connection(("127.0.0.1", self.target)) as here:
                 self.connections += 1
                 self._open += [there, here]
-                back = threading.Thread(target=self._pass, args=(here, there), daemon=True)
+                back = threading.Thread(target=self._forward, args=(here, there), daemon=True)
                 back.start()
-                self._pass(there, here)
+                self._forward(there, here)
                 back.join()
 
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(4096):
                 if self._bytes_s:
                     time.sleep(len(data) / self._bytes_s)
-                while self.most is not None and self.passed >= self.most:
+                while self.most is not None and self.add_checked >= self.most:
                     time.sleep(0.01)
                 target.sendall(data)
-                self.passed += len(data)
+                self.add_checked += len(data)
         for each in (source, target):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

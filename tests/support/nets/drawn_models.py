@@ -12,7 +12,7 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
@@ -33,7 +33,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
     sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     groups = tuple(ChannelGroup(f"g{i}", n) for i, n in enumerate(sizes))
     tensors: list[TensorSpec] = []
-    layers: list[Layer] = []
+    layers: list[LayerRow] = []
 
     def layer(name: str, out: Axis, into: Axis) -> None:
         kernel = draw(st.sampled_from([0, 1, 3]))
@@ -42,7 +42,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
         places = (Axis.fixed(kernel),) * 2 if kernel else ()
         tensors.append(TensorSpec(f"{name}.weight", TensorKind.WEIGHT, axes + places))
         layers.append(
-            Layer(name, "Conv" if kernel else "Gemm", f"{name}.weight", draw(st.integers(1, 9)), int(transposed))
+            LayerRow(name, "Conv" if kernel else "Gemm", f"{name}.weight", draw(st.integers(1, 9)), int(transposed))
         )
 
     before = Axis.fixed(draw(st.integers(1, 3)))

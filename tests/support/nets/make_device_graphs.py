@@ -38,9 +38,12 @@ def training(full: bool = False) -> Graph:
     g.inputs = [Port(step_contract.X, f32, ("N", FEATURES)), Port(step_contract.Y, i64, ("N",))]
     g.inputs += [Port(n, f32, ()) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)]
     for name, shape in shapes.items():
-        g.inputs += [Port(name, f32, shape), Port(step_contract.buffer(name), f32, shape)]
+        g.inputs += [Port(name, f32, shape), Port(step_contract.momentum_name(name), f32, shape)]
         if full:
-            g.inputs += [Port(step_contract.anchor(name), f32, shape), Port(step_contract.strength(name), f32, ())]
+            g.inputs += [
+                Port(step_contract.anchor_name(name), f32, shape),
+                Port(step_contract.strength_name(name), f32, ()),
+            ]
     if full:
         g.inputs += [
             Port(n, f32, (CLASSES,))
@@ -72,13 +75,17 @@ def training(full: bool = False) -> Graph:
     }
     for name, gradient in gradients.items():
         if full:
-            pull = g.emit("Mul", g.emit("Sub", name, step_contract.anchor(name)), step_contract.strength(name))
+            pull = g.emit(
+                "Mul", g.emit("Sub", name, step_contract.anchor_name(name)), step_contract.strength_name(name)
+            )
             gradient = g.emit("Add", gradient, pull)
         gradient = g.emit("Add", gradient, g.emit("Mul", name, step_contract.WEIGHT_DECAY))
-        old = g.emit("Mul", step_contract.buffer(name), step_contract.MOMENTUM)
-        new = g.emit("Add", old, gradient, out=step_contract.following(step_contract.buffer(name)))
-        g.emit("Sub", name, g.emit("Mul", new, step_contract.LR), out=step_contract.following(name))
-        g.outputs += [Port(step_contract.following(n), f32, shapes[name]) for n in (name, step_contract.buffer(name))]
+        old = g.emit("Mul", step_contract.momentum_name(name), step_contract.MOMENTUM)
+        new = g.emit("Add", old, gradient, out=step_contract.next_name(step_contract.momentum_name(name)))
+        g.emit("Sub", name, g.emit("Mul", new, step_contract.LR), out=step_contract.next_name(name))
+        g.outputs += [
+            Port(step_contract.next_name(n), f32, shapes[name]) for n in (name, step_contract.momentum_name(name))
+        ]
     g.outputs += [Port(step_contract.LOSS, f32, ()), Port(step_contract.HITS, i64, ())]
     return g
 
@@ -139,7 +146,7 @@ COMPILED = {
 
 def inference() -> onnx.ModelProto:
     shapes = {"w": (CLASSES, FEATURES), "b": (CLASSES,)}
-    where = tensorfile.offsets(tensorfile.encode({n: np.zeros(s, np.float32) for n, s in shapes.items()}))
+    where = tensorfile.tensor_offsets(tensorfile.encode({n: np.zeros(s, np.float32) for n, s in shapes.items()}))
     tensors = []
     for name, shape in shapes.items():
         _, _, start, end = where[name]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.opset_lowering import OPSETS
+from fedprune_export.ir.opset_lowering import WRITABLE_OPSETS
 from fedprune_export.pruning.model import Model
 from support.paths import GRAPHS
 
@@ -90,8 +90,8 @@ def main() -> None:
     held: Arrays = {}
     for name, (graph, feeds) in graphs().items():
         held |= {f"{name}/in/{k}": v for k, v in feeds.items()}
-        held |= {f"{name}/out/{k}": v for k, v in Session(graph.to_bytes()).run(feeds).items()}
-        held |= {f"{name}/opset/{o}": np.frombuffer(checked(graph, o), np.uint8) for o in OPSETS}
+        held |= {f"{name}/out/{k}": v for k, v in OnnxSession(graph.to_bytes()).run(feeds).items()}
+        held |= {f"{name}/opset/{o}": np.frombuffer(checked(graph, o), np.uint8) for o in WRITABLE_OPSETS}
     np.savez_compressed(FILE, **held)
 
 

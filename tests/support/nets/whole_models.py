@@ -13,7 +13,7 @@ from torch import nn
 
 import fedprune_export as fx
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx
-from fedprune_export.importing.packing import INPUTS_KEY, pieces
+from fedprune_export.importing.packing import INPUTS_KEY, read_packing
 from fedprune_export.pruning.model import Model
 from support.nets import published_nets as zoo
 from support.nets import small_nets as nets
@@ -201,7 +201,7 @@ def samples(name: str, batch: int, seed: int = 5) -> np.ndarray[Any, Any]:
     """Random samples for one of `MODELS`."""
     rng = np.random.default_rng(seed)
     whole, model = MODELS[name], imported(name)
-    parts = pieces(model.graph.metadata, INPUTS_KEY)
+    parts = read_packing(model.graph.metadata, INPUTS_KEY)
     if not parts:
         shape = (batch, *model.architecture.input_shape)
         return rng.integers(0, whole.vocabulary, shape) if whole.vocabulary else normal(rng, shape)

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from onnx import TensorProto, helper
 
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 
 WIDE_SUM = 130_000.0
 """4 · 255 · 127, in steps of 1,000."""
@@ -36,7 +36,7 @@ def wide_sum(*, exact: bool) -> float:
     opset = helper.make_opsetid("", 17)
     model = helper.make_model(helper.make_graph(nodes, "sum", [a], [c], constants), opset_imports=[opset], ir_version=8)
     feeds = {"a": np.full((1, 4), 255, np.float32)}
-    return float(Session(model.SerializeToString(), exact=exact).run(feeds)["c"][0, 0])
+    return float(OnnxSession(model.SerializeToString(), exact=exact).run(feeds)["c"][0, 0])
 
 
 @cache

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph
-from fedprune_export.pruning.cut import cut, masked
+from fedprune_export.pruning.cut import cut, masked_graph
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
@@ -32,7 +32,7 @@ def inputs(model: Model, batch: int, seed: int = 5) -> Array:
 
 def outputs(graph: Graph, x: Array) -> Array:
     """A graph's logits."""
-    return Session(graph.to_bytes()).run({"x": x})["logits"]
+    return OnnxSession(graph.to_bytes()).run({"x": x})["logits"]
 
 
 def distance(a: Array, b: Array) -> float:
@@ -44,4 +44,4 @@ def distance(a: Array, b: Array) -> float:
 def cut_error(model: Model, selection: Selection, batch: int = 7) -> float:
     """How far a cut graph is from the masked whole one."""
     x = inputs(model, batch)
-    return distance(outputs(cut(model, selection), x), outputs(masked(model, selection), x))
+    return distance(outputs(cut(model, selection), x), outputs(masked_graph(model, selection), x))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export import autodiff  # noqa: F401 (registers the rules)
 from fedprune_export.autodiff.tape import Shape, Tape
 from fedprune_export.ir.graph import Graph, Node, Port
@@ -92,7 +92,7 @@ def differentiated(
     constants: Arrays,
     values: Shapes | None = None,
     frozen: Sequence[str] = (),
-) -> Session:
+) -> OnnxSession:
     """A session of y and the gradients of all data by the gradient `dy` of y.
 
     Args:
@@ -116,12 +116,12 @@ def differentiated(
     wanted = {n: a.dtype.kind == "f" and n not in frozen for n, a in data.items()}
     entered: dict[str, Shape] = {}
     for name, array in data.items():
-        entered[name] = tuple("N" if a is None else tape.of_axis(a, arch) for a in axes[name])
+        entered[name] = tuple("N" if a is None else tape.axis_dim(a, arch) for a in axes[name])
         out.inputs.append(Port(name, array.dtype, entered[name]))
-        tape.enter(name, name, entered[name], wanted=wanted[name])
+        tape.enter(name, name, entered[name], needs_gradient=wanted[name])
     tape.forward()
     out.inputs.append(Port("dy", np.dtype(np.float32), tape.shape("y")))
-    tape.add("y", "dy")
+    tape.add_gradient("y", "dy")
     tape.backward()
     out.emit("Identity", tape.value("y"), out="result")
     out.outputs.append(Port("result", np.dtype(np.float32), tape.shape("y")))
@@ -131,7 +131,7 @@ def differentiated(
             assert gradient is not None, name
             out.emit("Identity", gradient, out=f"{name}::gradient")
             out.outputs.append(Port(f"{name}::gradient", np.dtype(np.float32), entered[name]))
-    return Session(out.to_bytes(), training=True)
+    return OnnxSession(out.to_bytes(), training=True)
 
 
 def reference(oracle: Oracle, data: Arrays, dtype: torch.dtype, dy: np.ndarray[Any, Any] | None) -> Arrays:

@@ -18,7 +18,7 @@ import torch
 
 from fedprune.model import step_contract
 from fedprune.model.recipe import Features
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
@@ -76,7 +76,7 @@ class Distances:
     sizes: list[int] = field(default_factory=list)
 
     @property
-    def finite(self) -> bool:
+    def finite_metrics(self) -> bool:
         """Whether every distance is a number."""
         each = (*self.ours_each.values(), *self.torch_each.values())
         return all(math.isfinite(d) for far in (self.ours, self.torch, *each) for d in far)
@@ -93,13 +93,13 @@ class Distances:
         return self._median(far, far)
 
     @property
-    def near(self) -> bool:
+    def local_store(self) -> bool:
         """Whether ours is no further off than twice torch's: by medians of the batches in which nothing flipped.
 
         No batch may be far off, and each batch size must have a batch in which nothing flipped, unless torch has none
         there: what is wrong at one size is no flip.
         """
-        if not self.finite:
+        if not self.finite_metrics:
             return False
         more = len(self.flipped(self.ours)) - len(self.flipped(self.torch))
         return (
@@ -130,7 +130,7 @@ class Distances:
         return {size for size, d in zip(self.sizes, far, strict=True) if self._stayed(d)}
 
     @property
-    def worst(self) -> str:
+    def worst_limit(self) -> str:
         """The tensor whose gradient is off most beside torch's."""
         return max(self.ours_each, key=self.excess)
 
@@ -150,7 +150,7 @@ class Trained:
         self.model, self.loss = model, loss
         self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
         self.graph = training_graph(model, replace(features or Features(), gradients=True))
-        self._session = Session(self.graph.to_bytes(), training=True)
+        self._session = OnnxSession(self.graph.to_bytes(), training=True)
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
         """Our gradients of the loss at these tensors, of any width."""
@@ -159,8 +159,8 @@ class Trained:
             if name not in feeds:  # momentum and learning rate, which gradients don't depend on
                 owner = name.rpartition("::")[0]
                 feeds[name] = np.zeros_like(tensors[owner]) if owner in tensors else np.array(0, np.float32)
-        got = self._session.run(feeds, [*map(step_contract.gradient, self.names)])
-        return {n: got[step_contract.gradient(n)] for n in self.names}
+        got = self._session.run(feeds, [*map(step_contract.gradient_name, self.names)])
+        return {n: got[step_contract.gradient_name(n)] for n in self.names}
 
     def distances(self, net: torch.nn.Module | Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
         """Distances from float64 over some batches of samples and labels."""

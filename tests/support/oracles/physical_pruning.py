@@ -77,7 +77,7 @@ def prune(module: nn.Module, selection: Selection) -> nn.Module:
     for i in range(len(architecture.groups)):
         layer, tensor, out = maker(architecture, modules, i)
         widths = [w if g == i else n for g, (w, n) in enumerate(zip(selection.widths, architecture.sizes, strict=True))]
-        only = selection.narrowed(widths)
+        only = selection.with_widths(widths)
         axis = architecture.by_name[tensor].axes[out]
         lost = set(range(axis.length)) - set(only.indices(axis).tolist())
         before = gone.setdefault(layer, [])

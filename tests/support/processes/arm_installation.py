@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from fedprune_flash.kit.kit import INSTALLER
+from fedprune_flash.kit.kit import INSTALLER_FILE
 from support.processes.arm_board import Board
 
 STICK = "/media/stick/kit"
@@ -17,7 +17,7 @@ UNIT = "/etc/systemd/system/fedprune.service"
 def install(board: Board, kit: Path) -> str:
     """Put a kit on a stick and let its installer work, without a network; returns what it said."""
     shutil.copytree(kit, board.root / STICK[1:])
-    done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER}", "--no-start", offline=True, timeout=600)
+    done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER_FILE}", "--no-start", offline=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 

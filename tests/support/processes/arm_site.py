@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from support.processes.machine import find_mosquitto, free_port, listens
 
 SITE = "lab"
@@ -44,8 +44,8 @@ class Headquarters:
         self._say("broker-config", "mosquitto", *names, *ports, "--out", str(broker))
         with (broker / "mosquitto.conf").open("a") as file:
             file.write("user root\n")  # what starts it here can't give its files to another user
-        hands = deal([device, "somebody-else"], seed=0)
-        write_hand(self.samples, hands.devices[device])
+        hands = deal_digits([device, "somebody-else"], seed=0)
+        write_device_data(self.samples, hands.devices[device])
         np.savez(folder / "evaluation.npz", x=hands.x, y=hands.y)
         (folder / "model.onnx").write_bytes(digits_model())
 

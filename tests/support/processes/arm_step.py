@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.model import step_contract
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 
 
 def main(out: Path) -> None:
@@ -25,9 +25,9 @@ def main(out: Path) -> None:
         step_contract.MOMENTUM: np.array(0.9, np.float32),
         step_contract.WEIGHT_DECAY: np.array(0, np.float32),
     }
-    feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
+    feeds |= tensors | {step_contract.momentum_name(n): np.zeros_like(v) for n, v in tensors.items()}
     graph = (assets / "probe_training-cpu.onnx").read_bytes()
-    np.savez(out, **Session(graph, threads=1, training=True).run(feeds))
+    np.savez(out, **OnnxSession(graph, threads=1, training=True).run(feeds))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedprune.wire.link import Link
+from fedprune.wire.link import BrokerLink
 from fedprune_device.client import Board
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.agent_fleet import TOPICS, MemoryServer
@@ -22,7 +22,7 @@ from support.waiting import until
 class Wires:
     """Connects the server of the tests to a broker."""
 
-    def __init__(self, link: Link, server: MemoryServer) -> None:
+    def __init__(self, link: BrokerLink, server: MemoryServer) -> None:
         self._link, self._server = link, server
         server.link = self
         self._stop = threading.Event()
@@ -99,7 +99,7 @@ def running(root: Path, server: MemoryServer) -> Iterator[Field]:
         server: The server.
     """
     with EmbeddedBroker(port=0) as broker:
-        link = Link(broker.url, "server")
+        link = BrokerLink(broker.url, "server")
         link.subscribe(TOPICS.server_subscriptions())
         link.start()
         wires = Wires(link, server)

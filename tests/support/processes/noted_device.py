@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.link import Link
-from fedprune.wire.messages import Accepted, Update, parse
+from fedprune.wire.link import BrokerLink
+from fedprune.wire.messages import Accepted, UpdateAnnouncement, parse_message
 from fedprune.wire.queues import Event
 
 
@@ -20,11 +20,11 @@ def _note(descriptor: int, topic: str, payload: bytes) -> None:
     if not topic.endswith(("/up", "/down")):
         return
     try:
-        message = parse(payload)
+        message = parse_message(payload)
     except ProtocolError:
         return
     said: list[Any] = []
-    if isinstance(message, Update):
+    if isinstance(message, UpdateAnnouncement):
         said = ["sent", message.round, message.attempt, message.weights.sha256]
     elif isinstance(message, Accepted):
         said = ["accepted", message.round, message.attempt, message.weights]
@@ -35,19 +35,19 @@ def _note(descriptor: int, topic: str, payload: bytes) -> None:
 def main(path: str) -> int:
     """Run the device's command line."""
     notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    publish, get = Link.publish, Link.get
+    publish, get = BrokerLink.publish, BrokerLink.get
 
-    def noted_publish(link: Link, topic: str, payload: bytes, qos: int = 1) -> bool:
+    def noted_publish(link: BrokerLink, topic: str, payload: bytes, qos: int = 1) -> bool:
         _note(notes, topic, payload)
         return publish(link, topic, payload, qos)
 
-    def noted_get(link: Link, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
+    def noted_get(link: BrokerLink, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
         item = get(link, timeout)
         if isinstance(item, tuple):
             _note(notes, *item)
         return item
 
-    Link.publish, Link.get = noted_publish, noted_get  # type: ignore[method-assign]
+    BrokerLink.publish, BrokerLink.get = noted_publish, noted_get  # type: ignore[method-assign]
     from fedprune_device.cli.main import main as run
 
     return int(run(sys.argv[2:]) or 0)

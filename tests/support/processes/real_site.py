@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import StorageError
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.broker.broker_files import Broker, write_broker
+from fedprune_server.messaging.broker.broker_files import BrokerAddress, write_broker
 from fedprune_server.storage.storage import Storage
 from support.processes.machine import embedded_broker, find_mosquitto, free_port, listens
 from support.waiting import until
@@ -160,13 +160,13 @@ class Site:
     def _make_identities(self) -> None:
         with IdentityFolder.make(self.state, "default") as identity:
             for name in self.devices:
-                (self.folder / f"{name}.claim").write_text(identity.claim(name, 3600).text)
+                (self.folder / f"{name}.claim").write_text(identity.make_claim(name, 3600).text)
             if self.mosquitto:
                 self.write_broker(identity)
 
     def write_broker(self, identity: IdentityFolder) -> None:
         """Give Mosquitto the files that the server writes for it."""
-        broker = Broker(("127.0.0.1",), self.port, self.join_port, self.folder, bind="127.0.0.1")
+        broker = BrokerAddress(("127.0.0.1",), self.port, self.join_port, self.folder, bind="127.0.0.1")
         write_broker(identity, "mosquitto", broker, self.folder)
         with (self.folder / "mosquitto.conf").open("a") as file:
             file.write("user root\n")  # what starts it here can't give its files to another user
@@ -253,7 +253,7 @@ class Site:
     def saved(self) -> State | None:
         """What the server has saved."""
         try:
-            with Storage.existing(self.state) as storage:
+            with Storage.open_existing(self.state) as storage:
                 return storage.load()
         except StorageError:
             return None  # not yet
@@ -277,7 +277,7 @@ class Site:
         assert state is not None
         return state
 
-    def complete(self) -> State:
+    def is_complete(self) -> State:
         """Wait for the end of a job in which whatever was trained counts."""
         state = self.finish()
         assert state.phase is Phase.FINISHED

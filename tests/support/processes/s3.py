@@ -44,7 +44,7 @@ class S3:
         """What a process needs to know to use it."""
         return SECRETS | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
 
-    def client(self) -> Any:
+    def client_files(self) -> Any:
         """boto3's own."""
         import boto3
 
@@ -60,12 +60,12 @@ class S3:
         """Name of a new, empty bucket."""
         self._names += 1
         name = f"test-{os.getpid()}-{self._names}"
-        self.client().create_bucket(Bucket=name)
+        self.client_files().create_bucket(Bucket=name)
         return name
 
     def keys(self, bucket: str) -> dict[str, int]:
         """Keys and sizes of a bucket's objects."""
-        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        pages = self.client_files().get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return {o["Key"]: o["Size"] for page in pages for o in page.get("Contents", ())}
 
     def hold(self) -> None:
@@ -77,7 +77,7 @@ class S3:
             assert time.monotonic() < until
             time.sleep(0.001)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Answer again."""
         os.kill(self._processes[-1].pid, signal.SIGCONT)
 
@@ -134,7 +134,7 @@ class Ceph(S3):
         monitor = free_port()
         self._settings = self._folder / "ceph.conf"
         with IdentityFolder.make(self._folder / "tls", "s3") as identity:
-            certificate, key, self.authority = identity.web(("127.0.0.1",))
+            certificate, key, self.authority = identity.web_files(("127.0.0.1",))
         secure = free_port()
         self.secure_endpoint = f"https://127.0.0.1:{secure}"
         places = (self._folder, self.port, secure, certificate, key)
@@ -150,7 +150,7 @@ class Ceph(S3):
             self._run("radosgw-admin", "user", "create", *user)
             self._daemon("radosgw", "-n", "client.rgw.a")
             self._wait()
-            self.client().put_object(Bucket=self.bucket(), Key="first", Body=b"")  # for which it makes its pools
+            self.client_files().put_object(Bucket=self.bucket(), Key="first", Body=b"")  # for which it makes its pools
         except BaseException:
             self.close()
             raise

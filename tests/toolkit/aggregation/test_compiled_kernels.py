@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedprune.aggregation import compiled_kernels
-from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range, check_range, magnitude
+from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range, check_range, largest_magnitude
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
@@ -35,21 +35,21 @@ def kernel_library() -> dict[str, compiled_kernels.Kernel]:
 @pytest.fixture(autouse=True, scope="module")
 def kernels() -> Iterator[None]:
     pytest.importorskip("numba", reason="the extra fast is not installed")
-    before = compiled_kernels.kernels()
-    compiled_kernels.use(kernel_library())
+    before = compiled_kernels.current_kernels()
+    compiled_kernels.use_kernels(kernel_library())
     yield
-    compiled_kernels.use(before)
+    compiled_kernels.use_kernels(before)
 
 
 class Numpy:
     """Within it numpy does all work."""
 
     def __enter__(self) -> None:
-        self._kernels = compiled_kernels.kernels()
-        compiled_kernels.use({})
+        self._kernels = compiled_kernels.current_kernels()
+        compiled_kernels.use_kernels({})
 
     def __exit__(self, *_: object) -> None:
-        compiled_kernels.use(self._kernels)
+        compiled_kernels.use_kernels(self._kernels)
 
 
 def relocate(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
@@ -86,9 +86,9 @@ def test_sums_have_the_same_bits(seed: int, shape: tuple[int, ...], weights: lis
         total.add(np.ones(padded_shape, np.float32), 7)
         if limbs:
             with Numpy():
-                total.add_all(rows, weights, at)
+                total.add_rows(rows, weights, at)
         else:
-            total.add_all(rows, weights, at)
+            total.add_rows(rows, weights, at)
         limbs.append(total.limbs[0].tobytes())
     assert limbs[0] == limbs[1]
 
@@ -96,25 +96,27 @@ def test_sums_have_the_same_bits(seed: int, shape: tuple[int, ...], weights: lis
 def test_loops_are_what_adds() -> None:
     """The comparison above would hold if no loop were ever used."""
     total, rows = np.zeros((4, 6), np.int64), [np.ones((4, 5), np.float32)] * 3
-    assert compiled_kernels.add(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
+    assert compiled_kernels.add_rows(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
     assert (total[:, :5] == 6 * 2.0**35).all()
     assert (total[:, 5] == 0).all()
-    assert not compiled_kernels.add(total[:, :5], [relocate(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
-    one = compiled_kernels.Scattered(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
-    assert compiled_kernels.scatter(total[..., None], [one], 0)
+    assert not compiled_kernels.add_rows(
+        total[:, :5], [relocate(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS
+    )
+    one = compiled_kernels.ScatteredRows(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
+    assert compiled_kernels.scatter_rows(total[..., None], [one], 0)
     assert (total[3, 2], total[0, 2]) == (6 * 2.0**35 + 5, 6 * 2.0**35 + 10)
     outside = [
         one._replace(columns=np.array([6])),
         one._replace(rows=np.array([3, -1])),
         one._replace(rows=np.array([3])),
     ]
-    assert not any(compiled_kernels.scatter(total[..., None], [each], 0) for each in outside)
+    assert not any(compiled_kernels.scatter_rows(total[..., None], [each], 0) for each in outside)
     out = np.empty((4, 6), np.float32)
-    assert compiled_kernels.scale(total, 2.0**-35, out)
+    assert compiled_kernels.scale_sums(total, 2.0**-35, out)
     assert (out[:, :5] == 6).all()
     with Numpy():
-        assert not compiled_kernels.scale(total, 1.0, out)
-        assert compiled_kernels.magnitude(out) is None
+        assert not compiled_kernels.scale_sums(total, 1.0, out)
+        assert compiled_kernels.compiled_magnitude(out) is None
 
 
 @given(
@@ -163,9 +165,9 @@ def test_what_is_refused_is_the_same(numbers: list[float], bound: float) -> None
             return str(error)
         return ""
 
-    quick, largest = range_error(), magnitude(values)
+    quick, largest = range_error(), largest_magnitude(values)
     with Numpy():
-        assert (quick, repr(largest)) == (range_error(), repr(magnitude(values)))
+        assert (quick, repr(largest)) == (range_error(), repr(largest_magnitude(values)))
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -175,9 +177,9 @@ def test_rows_of_another_shape_are_refused(quick: bool) -> None:
         total = FixedSum((4, 6), SPAN)
         for shape in ((1, 5), (4, 5), (5, 6), (24, 2)):
             with pytest.raises(ValueError, match=r"shape|broadcast"):
-                total.add_all([np.ones(shape, np.float32)], [1])
+                total.add_rows([np.ones(shape, np.float32)], [1])
         assert not total.limbs[0].any()
-    assert not compiled_kernels.scale(total.limbs[0], 1.0, np.empty((4, 5), np.float32))
+    assert not compiled_kernels.scale_sums(total.limbs[0], 1.0, np.empty((4, 5), np.float32))
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -209,8 +211,8 @@ def test_numpy_does_the_work_where_numba_fails(
     monkeypatch.setattr(compiled_kernels, "_tried", False)
     monkeypatch.setattr(compiled_kernels, "_compile", fails)
     with Numpy():
-        assert not compiled_kernels.load()
-        assert not compiled_kernels.load()
+        assert not compiled_kernels.load_kernels()
+        assert not compiled_kernels.load_kernels()
     (record,) = caplog.records
     assert "Numba needs another numpy" in record.getMessage()
     assert "says more" not in record.getMessage()

@@ -71,7 +71,7 @@ def test_many_at_once_give_the_bits_of_one_after_the_other(
     one, all_ = FixedSum(shape, Range(3)), FixedSum(shape, Range(3))
     for values, weight in zip(rows, weights, strict=True):
         one.add(values, weight)
-    all_.add_all(rows, weights)
+    all_.add_rows(rows, weights)
     assert bits(one) == bits(all_)
 
 

@@ -16,7 +16,7 @@ from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.model.selection import Active, Selection, Tensors
+from fedprune.model.selection import ElementMask, Selection, Tensors
 from support.nets.drawn_models import Update, architectures, model, ranks, rounds, seeds, selections, trained, widths
 
 pytestmark = pytest.mark.board
@@ -36,7 +36,7 @@ NORM = Architecture(
     (2,),
 )
 
-Masked = tuple[Selection, Tensors, int, int, Active]
+Masked = tuple[Selection, Tensors, int, int, ElementMask]
 
 
 def fold_of(architecture: Architecture, base: Tensors, updates: Sequence[Update | Masked], **options: Any) -> Fold:
@@ -97,7 +97,7 @@ def test_server_momentum_follows_fedavgm(case: tuple[Architecture, Tensors, list
     if velocity is None:
         return
     for spec in architecture.tensors:
-        if not spec.kind.trainable:
+        if not spec.kind.is_trainable:
             assert spec.name not in velocity
             assert got[spec.name].tobytes() == plain[spec.name].tobytes()
             continue
@@ -185,7 +185,7 @@ def test_the_total_weight_is_bounded() -> None:
     heavy = Fold(NORM, model(NORM, 0))
     heavy.add(Selection.full(NORM), model(NORM, 1), 1)
     with pytest.raises(ProtocolError, match="total weight"):
-        fold.take([heavy.partial()])
+        fold.add_partial_sums([heavy.partial_sums()])
 
 
 def test_an_update_of_another_architecture_is_refused() -> None:
@@ -261,7 +261,7 @@ def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: in
         assert got[spec.name][covered].tobytes() == expected[spec.name][covered].tobytes()
 
 
-def random_mask(selection: Selection, seed: int) -> Active:
+def random_mask(selection: Selection, seed: int) -> ElementMask:
     """A mask of about half of some trained tensors, and of nothing of the others."""
     dice = np.random.default_rng(seed)
     shapes = selection.shapes()
@@ -326,7 +326,7 @@ def test_a_mask_of_whole_channels_is_a_narrower_submodel(data: st.DataObject, se
     narrow = data.draw(selections(architecture))
     second_selection = data.draw(selections(architecture))
     full = trained(Selection.full(architecture), base, seed + 1)
-    mask = {t.name: narrow.covered(t.name) for t in architecture.trainable}
+    mask = {t.name: narrow.coverage_mask(t.name) for t in architecture.trainable}
     for rule in ("coverage", "fill"):
         one, two = (Fold(architecture, base, rule=rule, evidence=True) for _ in range(2))
         one.add(Selection.full(architecture), full, 3, 2, mask=mask)
@@ -389,7 +389,7 @@ def test_a_rate_goes_that_share_of_the_way(case: tuple[Architecture, Tensors, li
     got = fold_of(*case).close(rate=rate)[0]
     assert identical(fold_of(*case).close(rate=1.0)[0], mean)
     for spec in architecture.tensors:
-        share = rate if spec.kind.trainable else min(rate, 1.0)
+        share = rate if spec.kind.is_trainable else min(rate, 1.0)
         before = base[spec.name].astype(np.float64)
         assert np.allclose(got[spec.name], before + share * (mean[spec.name] - before), rtol=1e-5, atol=1e-5)
 
@@ -450,7 +450,7 @@ def test_an_update_that_would_leave_the_bounds_when_rebased_is_refused() -> None
     base = model(NORM, 0)
     selection = Selection.full(NORM)
     fold = Fold(NORM, base)
-    far = {**base, "weight": np.full(4, fold.bound("weight"), np.float32)}
+    far = {**base, "weight": np.full(4, fold.max_value("weight"), np.float32)}
     low = {**base, "weight": -far["weight"]}
     with pytest.raises(ProtocolError, match="weight, moved"):
         fold.add(selection, far, 1, sent=low)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.aggregation.layout import Expansion, mass_in, to_global
+from fedprune.aggregation.layout import Expansion, coverage_mass, to_global
 from fedprune.model.selection import Selection
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections
 
@@ -47,6 +47,6 @@ def test_mass_is_the_weight_of_those_that_hold_a_coordinate(data: st.DataObject,
         expected = np.zeros(spec.shape, np.int64)
         for selection, n in shares:
             expected[np.ix_(*selection.maps(spec.name)) if spec.axes else ...] += n
-        mass = mass_in(layout, spec, shares)
+        mass = coverage_mass(layout, spec, shares)
         full_mass = np.full(spec.shape, sum(weights)) if mass is None else np.array(np.broadcast_to(mass, spec.shape))
         assert np.array_equal(to_global(full_mass, spec, layout), expected)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold
-from fedprune.aggregation.update_sums import blocks
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.aggregation.update_sums import tensor_blocks
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
@@ -37,12 +37,12 @@ def test_any_split_gives_the_bits_of_one_fold(
     for some in (updates[:cut], updates[cut:]):
         if some:
             partial_sums = []
-            for names in blocks(joined.shared, block_size, 1):
-                block_fold = joined.narrowed(names)
+            for names in tensor_blocks(joined.shared, block_size, 1):
+                block_fold = joined.narrow_to(names)
                 for selection, tensors, weight, steps in some:
                     block_fold.add(selection, {n: v for n, v in tensors.items() if n in names}, weight, steps)
-                partial_sums.append(block_fold.partial())
-            joined.take(partial_sums)
+                partial_sums.append(block_fold.partial_sums())
+            joined.add_partial_sums(partial_sums)
     assert joined.weight == single_fold.weight
     assert joined.updates == single_fold.updates
     expected, got = single_fold.close(0.5), joined.close(0.5)
@@ -68,16 +68,16 @@ def _case() -> tuple[Fold, Selection, Tensors]:
 def test_sums_that_do_not_make_up_a_round_are_refused() -> None:
     fold, selection, base = _case()
     partial_sums = []
-    for names in blocks(fold.shared, 3, 1):
-        block_fold = fold.narrowed(names)
+    for names in tensor_blocks(fold.shared, 3, 1):
+        block_fold = fold.narrow_to(names)
         block_fold.add(selection, base, 3)
-        partial_sums.append(block_fold.partial())
-    heavier = fold.narrowed(partial_sums[0].names)
+        partial_sums.append(block_fold.partial_sums())
+    heavier = fold.narrow_to(partial_sums[0].names)
     heavier.add(selection, base, 4)
     for wrong in (
         partial_sums[:2],
         [*partial_sums, partial_sums[0]],
-        [heavier.partial(), *partial_sums[1:]],
+        [heavier.partial_sums(), *partial_sums[1:]],
         [replace(partial_sums[0], arrays={}), *partial_sums[1:]],
         [
             replace(partial_sums[0], arrays={k: v.astype(np.float64) for k, v in partial_sums[0].arrays.items()}),
@@ -85,9 +85,9 @@ def test_sums_that_do_not_make_up_a_round_are_refused() -> None:
         ],
     ):
         with pytest.raises(BundleError):
-            fold.take(wrong)
+            fold.add_partial_sums(wrong)
         assert fold.weight == fold.updates == 0
-    fold.take(partial_sums)
+    fold.add_partial_sums(partial_sums)
     assert fold.weight == 3
 
 
@@ -98,12 +98,14 @@ def test_masked_elements_are_not_split() -> None:
     mask.reshape(-1)[0] = False
     fold.add(selection, base, 1, mask={name: mask})
     with pytest.raises(BundleError, match="masked"):
-        fold.partial()
+        fold.partial_sums()
 
 
 def test_of_a_large_file_only_what_is_asked_for_is_checked(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, durable=False)
-    tensors = {f"t{k}": np.random.default_rng(k).standard_normal(3 * LEAF // 4).astype(np.float32) for k in range(4)}
+    tensors = {
+        f"t{k}": np.random.default_rng(k).standard_normal(3 * LEAF_BYTES // 4).astype(np.float32) for k in range(4)
+    }
     ref = store.put(tensorfile.encode(tensors))
     assert {n: v.tobytes() for n, v in read_tensors(store, ref).items()} == {n: v.tobytes() for n, v in tensors.items()}
     raw = bytearray(store.path(ref.sha256).read_bytes())
@@ -121,7 +123,10 @@ def test_of_a_large_file_only_what_is_asked_for_is_checked(tmp_path: Path) -> No
 def test_a_damaged_file_never_passes(tmp_path_factory: pytest.TempPathFactory, seed: int, kind: int) -> None:
     store = BlobStore(tmp_path_factory.mktemp("store"), durable=False)
     dice = np.random.default_rng(seed)
-    tensors = {"a": dice.standard_normal(LEAF // 2).astype(np.float32), "b": dice.standard_normal(7).astype(np.float32)}
+    tensors = {
+        "a": dice.standard_normal(LEAF_BYTES // 2).astype(np.float32),
+        "b": dice.standard_normal(7).astype(np.float32),
+    }
     ref = store.put(tensorfile.encode(tensors))
     path = store.path(ref.sha256)
     raw = bytearray(path.read_bytes())

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.aggregation.robust import centre
+from fedprune.aggregation.robust import robust_mean
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
-from fedprune.strategies.methods.robust import Robust, Robustness
-from fedprune.strategies.values import Report, Scene
+from fedprune.strategies.methods.robust import RobustAggregator, Robustness
+from fedprune.strategies.values import Scene, UpdateReport
 from support.fakes.strategy_reports import close, report, scene
 from support.fakes.strategy_rounds import NET
 from support.nets.drawn_models import architectures, model, ranks, seeds, trained, widths
@@ -31,7 +31,7 @@ def identical(first: Tensors, second: Tensors) -> bool:
 
 
 @st.composite
-def rounds(draw: st.DrawFn, min_reports: int = 1) -> tuple[Scene, list[Report]]:
+def rounds(draw: st.DrawFn, min_reports: int = 1) -> tuple[Scene, list[UpdateReport]]:
     architecture = draw(architectures())
     base = model(architecture, draw(seeds))
     current_scene = scene(architecture, base)
@@ -49,7 +49,7 @@ def rounds(draw: st.DrawFn, min_reports: int = 1) -> tuple[Scene, list[Report]]:
     return current_scene, reports
 
 
-def stacks(name: str, current_scene: Scene, reports: list[Report]) -> tuple[Any, Any]:
+def stacks(name: str, current_scene: Scene, reports: list[UpdateReport]) -> tuple[Any, Any]:
     """Values [device, ...] and who holds what, by plain loops."""
     spec = current_scene.architecture.by_name[name]
     values, coverage = np.zeros((len(reports), *spec.shape)), np.zeros((len(reports), *spec.shape), bool)
@@ -64,10 +64,10 @@ def stacks(name: str, current_scene: Scene, reports: list[Report]) -> tuple[Any,
 @settings(max_examples=40)
 @given(rounds(), st.sampled_from(CENTRES), st.sampled_from([0.0, 0.2, 0.4]))
 def test_a_coordinate_s_centre_is_taken_over_those_that_hold_it(
-    case: tuple[Scene, list[Report]], kind: str, trim: float
+    case: tuple[Scene, list[UpdateReport]], kind: str, trim: float
 ) -> None:
     current_scene, reports = case
-    got = close(Robust(Mean(), Robustness(centre=kind, trim=trim)), current_scene, reports).model
+    got = close(RobustAggregator(Mean(), Robustness(centre=kind, trim=trim)), current_scene, reports).model
     for name, base in current_scene.model.items():
         values, coverage = stacks(name, current_scene, reports)
         expected = base.astype(np.float64).copy()
@@ -84,10 +84,10 @@ def test_a_coordinate_s_centre_is_taken_over_those_that_hold_it(
 @settings(max_examples=30)
 @given(rounds(min_reports=2), st.sampled_from(CENTRES))
 def test_with_filling_devices_without_a_coordinate_vote_for_no_change(
-    case: tuple[Scene, list[Report]], kind: str
+    case: tuple[Scene, list[UpdateReport]], kind: str
 ) -> None:
     current_scene, reports = case
-    got = close(Robust(Mean(rule="fill"), Robustness(centre=kind, trim=0.2)), current_scene, reports).model
+    got = close(RobustAggregator(Mean(rule="fill"), Robustness(centre=kind, trim=0.2)), current_scene, reports).model
     for spec in current_scene.architecture.trainable:
         values, coverage = stacks(spec.name, current_scene, reports)
         ordered = np.sort(np.where(coverage, values, current_scene.model[spec.name]), axis=0)
@@ -100,13 +100,15 @@ def test_with_filling_devices_without_a_coordinate_vote_for_no_change(
 @settings(max_examples=30)
 @given(rounds(), st.sampled_from(CENTRES), st.integers(1, 3000), st.randoms(use_true_random=False))
 def test_neither_order_nor_memory_changes_a_bit(
-    case: tuple[Scene, list[Report]], kind: Any, budget: int, dice: random.Random
+    case: tuple[Scene, list[UpdateReport]], kind: Any, budget: int, dice: random.Random
 ) -> None:
     current_scene, reports = case
-    one = close(Robust(Mean(), Robustness(centre=kind)), current_scene, reports)
+    one = close(RobustAggregator(Mean(), Robustness(centre=kind)), current_scene, reports)
     shuffled = list(reports)
     dice.shuffle(shuffled)
-    assert identical(one.model, close(Robust(Mean(), Robustness(centre=kind), budget), current_scene, shuffled).model)
+    assert identical(
+        one.model, close(RobustAggregator(Mean(), Robustness(centre=kind), budget), current_scene, shuffled).model
+    )
 
 
 def test_memory_does_not_grow_with_the_fleet() -> None:
@@ -123,10 +125,12 @@ def test_memory_does_not_grow_with_the_fleet() -> None:
             report(current_scene, Selection.of(architecture, (n,)), submodels[k % 2], device=f"d{k}")
             for k, n in enumerate(widths_)
         ]
-        close(Robust(Mean(), Robustness(), budget), current_scene, reports[:2])  # numpy's and our own scratch memory
+        close(
+            RobustAggregator(Mean(), Robustness(), budget), current_scene, reports[:2]
+        )  # numpy's and our own scratch memory
         tracemalloc.start()
         try:
-            close(Robust(Mean(), Robustness(), budget), current_scene, reports)
+            close(RobustAggregator(Mean(), Robustness(), budget), current_scene, reports)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
@@ -147,7 +151,7 @@ def test_less_than_half_can_t_move_a_median_out_of_what_the_others_say(
     reports = [report(current_scene, full_selection, p, 1, device=f"h{k}") for k, p in enumerate(honest)]
     reports += [report(current_scene, full_selection, worst, 1000, device=f"bad{k}") for k in range(3)]
     for how in (Robustness(centre="median"), Robustness(centre="trimmed", trim=0.43)):
-        got = close(Robust(Mean(rule=rule), how), current_scene, reports).model
+        got = close(RobustAggregator(Mean(rule=rule), how), current_scene, reports).model
         for name, value in got.items():
             lowest, highest = (f([p[name] for p in honest], axis=0) for f in (np.min, np.max))
             assert ((value >= lowest - 1e-6) & (value <= highest + 1e-6)).all()
@@ -179,7 +183,7 @@ def test_moves_of_earlier_models_are_what_is_compared() -> None:
     reports = [
         report(earlier_scene, full_selection, trained_tensors, 1, device=f"d{k}", sent=earlier) for k in range(3)
     ]
-    got = close(Robust(DeltaMean(), Robustness()), current_scene, reports).model
+    got = close(RobustAggregator(DeltaMean(), Robustness()), current_scene, reports).model
     assert all(np.allclose(got[n], now[n] + 0.02, atol=1e-6) for n in now)
 
 
@@ -189,9 +193,9 @@ def test_tiny_statistics_that_nobody_holds_keep_their_bits(kind: str) -> None:
     base = {n: v * np.float32(1e-12) for n, v in model(NET, 0).items()}
     current_scene, narrow = scene(NET, base), Selection.of(NET, (2, 2))
     reports = [report(current_scene, narrow, trained(narrow, base, k), device=f"d{k}") for k in range(3)]
-    got = close(Robust(Mean(), Robustness(centre=kind)), current_scene, reports).model
+    got = close(RobustAggregator(Mean(), Robustness(centre=kind)), current_scene, reports).model
     for name in ("norm.mean", "norm.variance"):
-        out = ~narrow.covered(name)
+        out = ~narrow.coverage_mask(name)
         assert got[name][out].tobytes() == base[name][out].tobytes()
 
 
@@ -208,4 +212,4 @@ def test_the_centre_of_many_is_what_sorting_gives(devices: int, size: int, seed:
             expected.append(np.inf)
         else:
             expected.append(np.median(mine) if kind == "median" else mine[cut : len(mine) - cut].mean())
-    assert np.allclose(centre(values, kind, trim), expected, rtol=1e-6, atol=1e-7)
+    assert np.allclose(robust_mean(values, kind, trim), expected, rtol=1e-6, atol=1e-7)

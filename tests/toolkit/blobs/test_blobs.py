@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import process_name
 from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
@@ -21,7 +21,9 @@ from support.processes import machine
 
 pytestmark = pytest.mark.board
 
-sizes = st.one_of(st.integers(0, 5 * LEAF), st.sampled_from([0, 1, LEAF - 1, LEAF, LEAF + 1, 3 * LEAF]))
+sizes = st.one_of(
+    st.integers(0, 5 * LEAF_BYTES), st.sampled_from([0, 1, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, 3 * LEAF_BYTES])
+)
 
 
 def noise(size: int, seed: int = 0) -> bytes:
@@ -29,7 +31,7 @@ def noise(size: int, seed: int = 0) -> bytes:
 
 
 def leaf(data: bytes, index: int) -> bytes:
-    return data[index * LEAF : (index + 1) * LEAF]
+    return data[index * LEAF_BYTES : (index + 1) * LEAF_BYTES]
 
 
 def files(folder: Path) -> list[str]:
@@ -55,16 +57,16 @@ def test_what_is_put_can_be_read_under_its_sha256(size: int) -> None:
 
 def test_a_damaged_blob_is_not_read(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
-    ref = store.put(noise(2 * LEAF))
+    ref = store.put(noise(2 * LEAF_BYTES))
     with store.path(ref.sha256).open("r+b") as file:
-        file.seek(LEAF)
+        file.seek(LEAF_BYTES)
         file.write(b"?")
 
     with pytest.raises(StorageError, match="is damaged"):
         store.read(ref.sha256)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2 * LEAF])
+@pytest.mark.parametrize("size", [0, 1, 2 * LEAF_BYTES])
 def test_a_mapped_blob_holds_what_was_put(tmp_path: Path, size: int) -> None:
     store = BlobStore(tmp_path)
     ref = store.put(noise(size))
@@ -82,7 +84,7 @@ def test_only_digests_are_names(tmp_path: Path, name: str) -> None:
             ask(name)
 
 
-@given(size=st.integers(2 * LEAF, 8 * LEAF), chosen=st.sets(st.integers(0, 7)), data=st.data())
+@given(size=st.integers(2 * LEAF_BYTES, 8 * LEAF_BYTES), chosen=st.sets(st.integers(0, 7)), data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_a_partial_blob_resumes_with_exactly_what_has_arrived(size: int, chosen: set[int], data: st.DataObject) -> None:
     blob = noise(size)
@@ -95,8 +97,8 @@ def test_a_partial_blob_resumes_with_exactly_what_has_arrived(size: int, chosen:
 
         reopened = BlobStore(Path(folder)).partial(ref)  # as another process would
 
-        assert [i for i, here in enumerate(reopened.present) if here] == sorted(order)
-        assert reopened.count == len(order)
+        assert [i for i, here in enumerate(reopened.present_leaves) if here] == sorted(order)
+        assert reopened.present_count == len(order)
         for i in range(ref.leaf_count):
             assert reopened.write(i, leaf(blob, i))
         reopened.finish()
@@ -105,32 +107,32 @@ def test_a_partial_blob_resumes_with_exactly_what_has_arrived(size: int, chosen:
 
 
 def test_a_leaf_damaged_on_the_disk_is_fetched_again(tmp_path: Path) -> None:
-    data = noise(4 * LEAF)
+    data = noise(4 * LEAF_BYTES)
     ref = BlobRef.of(data)
     partial = BlobStore(tmp_path).partial(ref)
     partial.set_table(leaf_table(data))
     for i in range(3):
         partial.write(i, leaf(data, i))
     with (tmp_path / "partial" / ref.sha256).open("r+b") as file:
-        file.seek(LEAF + 5)
+        file.seek(LEAF_BYTES + 5)
         file.write(b"????")
 
-    assert list(BlobStore(tmp_path).partial(ref).present) == [1, 0, 1, 0]
+    assert list(BlobStore(tmp_path).partial(ref).present_leaves) == [1, 0, 1, 0]
 
 
 def test_a_wrong_leaf_is_refused(tmp_path: Path) -> None:
-    data = noise(2 * LEAF + 10)
+    data = noise(2 * LEAF_BYTES + 10)
     partial = BlobStore(tmp_path).partial(BlobRef.of(data))
     assert not partial.write(0, leaf(data, 0))  # nothing to check it against yet
-    assert not partial.set_table(leaf_table(noise(2 * LEAF + 10, 1)))
+    assert not partial.set_table(leaf_table(noise(2 * LEAF_BYTES + 10, 1)))
     partial.set_table(leaf_table(data))
 
     for index, payload in [(0, leaf(data, 1)), (2, leaf(data, 2) + b"\0"), (-1, leaf(data, 2)), (3, b""), (0, b"")]:
         assert not partial.write(index, payload)
-    assert partial.count == 0
+    assert partial.present_count == 0
 
 
-@given(size=st.integers(2 * LEAF, 9 * LEAF), damaged=st.sets(st.integers(0, 8)), data=st.data())
+@given(size=st.integers(2 * LEAF_BYTES, 9 * LEAF_BYTES), damaged=st.sets(st.integers(0, 8)), data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_of_leaves_that_come_together_the_right_ones_are_kept(
     size: int, damaged: set[int], data: st.DataObject
@@ -139,26 +141,26 @@ def test_of_leaves_that_come_together_the_right_ones_are_kept(
     ref = BlobRef.of(blob)
     first = data.draw(st.integers(0, ref.leaf_count - 1))
     last = data.draw(st.integers(first, ref.leaf_count - 1))
-    arrived = bytearray(blob[first * LEAF : (last + 1) * LEAF])
+    arrived = bytearray(blob[first * LEAF_BYTES : (last + 1) * LEAF_BYTES])
     bad = sorted(i for i in damaged if first <= i <= last)
     for index in bad:
-        arrived[(index - first) * LEAF] ^= 1
+        arrived[(index - first) * LEAF_BYTES] ^= 1
     with tempfile.TemporaryDirectory() as folder:
         partial = BlobStore(Path(folder), durable=False).partial(ref)
         partial.set_table(leaf_table(blob))
 
         assert partial.write_leaves(first, bytes(arrived)) == bad
-        assert [i for i, here in enumerate(partial.present) if here] == [
+        assert [i for i, here in enumerate(partial.present_leaves) if here] == [
             i for i in range(first, last + 1) if i not in bad
         ]
         assert partial.write_leaves(0, blob) == []
-        assert partial.count == ref.leaf_count
+        assert partial.present_count == ref.leaf_count
         partial.finish()
         assert partial.store.read(ref.sha256) == blob
 
 
 def test_a_reference_whose_leaves_are_another_blob_s_is_found_out(tmp_path: Path) -> None:
-    data = noise(2 * LEAF)
+    data = noise(2 * LEAF_BYTES)
     ref = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
     store = BlobStore(tmp_path)
     partial = store.partial(ref)
@@ -172,7 +174,7 @@ def test_a_reference_whose_leaves_are_another_blob_s_is_found_out(tmp_path: Path
 
 
 def test_a_name_that_is_vouched_for_is_checked_by_who_reads_it(tmp_path: Path) -> None:
-    data = noise(3 * LEAF)
+    data = noise(3 * LEAF_BYTES)
     ref = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
     store = BlobStore(tmp_path)
     first = store.partial(ref, vouched=True)
@@ -181,10 +183,10 @@ def test_a_name_that_is_vouched_for_is_checked_by_who_reads_it(tmp_path: Path) -
     first.close()
 
     partial = store.partial(ref, vouched=True)
-    assert partial.write_leaves(0, data[: LEAF - 1] + b"?" + data[LEAF : 2 * LEAF]) == [0]
+    assert partial.write_leaves(0, data[: LEAF_BYTES - 1] + b"?" + data[LEAF_BYTES : 2 * LEAF_BYTES]) == [0]
     with pytest.raises(StorageError, match="not complete"):
         partial.finish()
-    assert partial.write_leaves(0, data[:LEAF]) == []
+    assert partial.write_leaves(0, data[:LEAF_BYTES]) == []
     partial.finish()
 
     assert store.path(ref.sha256).read_bytes() == data
@@ -199,7 +201,7 @@ def test_a_small_reference_that_contradicts_itself_is_found_out_at_once(tmp_path
 
 
 def test_what_was_deleted_and_begun_anew_gets_no_name_from_who_was_whole_before(tmp_path: Path) -> None:
-    data = noise(3 * LEAF)
+    data = noise(3 * LEAF_BYTES)
     store = BlobStore(tmp_path)
     ref = BlobRef.of(data)
     first = store.partial(ref)
@@ -212,7 +214,7 @@ def test_what_was_deleted_and_begun_anew_gets_no_name_from_who_was_whole_before(
     with pytest.raises(StorageError, match="was replaced"):
         first.finish()
     assert not store.has(ref.sha256)
-    second.write_leaves(0, data[: 2 * LEAF])
+    second.write_leaves(0, data[: 2 * LEAF_BYTES])
     second.finish()
     assert store.read(ref.sha256) == data
 
@@ -234,7 +236,7 @@ def test_a_blob_that_the_disk_has_no_room_for_is_refused_before_the_first_byte(t
     with pytest.raises(StorageFullError, match="nothing was written"):
         store.put(b"abc")
     with pytest.raises(StorageFullError, match="nothing was written"):
-        store.partial(BlobRef.of(noise(2 * LEAF)))
+        store.partial(BlobRef.of(noise(2 * LEAF_BYTES)))
     assert files(tmp_path) == []
 
 
@@ -248,7 +250,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_leaves_the_store_as_it_was(tiny_disk: Path) -> None:
     store = BlobStore(tiny_disk, reserve=-(2**30))  # let the preflight pass
     stored_ref = store.put(noise(300_000))
-    large = noise(30 * LEAF)
+    large = noise(30 * LEAF_BYTES)
     before = files(tiny_disk)
 
     with pytest.raises(StorageFullError, match="No space left"):
@@ -262,17 +264,17 @@ def test_a_disk_that_fills_up_leaves_the_store_as_it_was(tiny_disk: Path) -> Non
 def test_a_pull_onto_a_full_disk_keeps_what_has_arrived_and_goes_on_when_there_is_room(tiny_disk: Path) -> None:
     store = BlobStore(tiny_disk, reserve=-(2**30))
     ballast = store.put(noise(300_000))
-    data = noise(28 * LEAF)
+    data = noise(28 * LEAF_BYTES)
     partial = store.partial(BlobRef.of(data))
     partial.set_table(leaf_table(data))
 
     with pytest.raises(StorageFullError):
         all(partial.write(i, leaf(data, i)) for i in range(28))
-    arrived = partial.count
+    arrived = partial.present_count
     store.delete(ballast.sha256)
     reopened = BlobStore(tiny_disk, reserve=0).partial(BlobRef.of(data))
 
-    assert 0 < arrived <= reopened.count < 28
+    assert 0 < arrived <= reopened.present_count < 28
     for i in range(28):
         assert reopened.write(i, leaf(data, i))
     reopened.finish()
@@ -316,7 +318,7 @@ def receive(store: BlobStore, data: bytes) -> BlobRef:
     return ref
 
 
-@pytest.mark.parametrize("size", [1, 9 * LEAF + 1])
+@pytest.mark.parametrize("size", [1, 9 * LEAF_BYTES + 1])
 def test_a_blob_costs_two_syncs_however_it_comes(tmp_path: Path, size: int) -> None:
     """Its data and its folder; leaf tables and what is partial cost none."""
     for number, deliver in enumerate((receive, lambda store, data: store.put(data))):
@@ -328,7 +330,7 @@ def test_a_blob_costs_two_syncs_however_it_comes(tmp_path: Path, size: int) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_power_cut_at_any_moment_leaves_no_wrong_blob_and_no_wrong_table(tmp_path: Path, kind: str) -> None:
-    data, table = noise(3 * LEAF + 5), leaf_table(noise(3 * LEAF + 5))
+    data, table = noise(3 * LEAF_BYTES + 5), leaf_table(noise(3 * LEAF_BYTES + 5))
     for deliver in (receive, lambda store, data: store.put(data)):
         with power() as supply:
             deliver(BlobStore(tmp_path / f"dry-{deliver.__name__}"), data)
@@ -347,7 +349,7 @@ def test_a_power_cut_at_any_moment_leaves_no_wrong_blob_and_no_wrong_table(tmp_p
 @given(cut=st.integers(0, 3 * 32 + 31), zeros=st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_a_table_that_a_power_cut_tore_is_not_believed(cut: int, zeros: bool) -> None:
-    data = noise(3 * LEAF)
+    data = noise(3 * LEAF_BYTES)
     with tempfile.TemporaryDirectory() as folder:
         store = BlobStore(Path(folder), durable=False)
         ref = receive(store, data)
@@ -363,10 +365,10 @@ def test_blobs_are_their_owners_alone(tmp_path: Path) -> None:
     root = tmp_path / "blobs"
     store = BlobStore(root)
     ref = store.put(b"an update")
-    data = bytes(3 * LEAF)
+    data = bytes(3 * LEAF_BYTES)
     partial = store.partial(BlobStore(tmp_path / "other").put(data))
     partial.set_table(leaf_table(data))
-    partial.write(1, data[LEAF : 2 * LEAF])
+    partial.write(1, data[LEAF_BYTES : 2 * LEAF_BYTES])
     assert root.stat().st_mode & 0o777 == 0o700
     assert store.path(ref.sha256).stat().st_mode & 0o777 == 0o600
     assert {p.stat().st_mode & 0o777 for p in root.rglob("*") if p.is_file()} == {0o600}

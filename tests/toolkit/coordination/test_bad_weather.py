@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Phase, State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
@@ -63,7 +63,7 @@ class Weather(RuleBasedStateMachine):
         self.work: list[on.Event] = []  # the executor's answers, which are never lost
         self.air: list[on.Event] = []  # what devices say
         self.old: list[on.Event] = []  # all that devices ever said
-        self.here: dict[str, int] = {}
+        self.able_boards: dict[str, int] = {}
         self.sessions = dict.fromkeys(NAMES, 0)
         self.updates: dict[str, on.UpdateAnnounced] = {}
         self.acknowledged: set[tuple[str, int, int, str]] = set()
@@ -85,12 +85,12 @@ class Weather(RuleBasedStateMachine):
             answer = self.shell.answer(command)
             match command:
                 case do.SendOffer() if isinstance(answer, on.UpdateAnnounced):
-                    if command.device in self.here and command.device != MUTE:
+                    if command.device in self.able_boards and command.device != MUTE:
                         self.updates[command.device] = answer
                         self.air.append(answer)
                         self.old.append(answer)
                 case do.PullUpdate() if answer is not None:
-                    if command.device in self.here:
+                    if command.device in self.able_boards:
                         self.air.append(answer)
                 case do.Acknowledge():
                     self.acknowledged.add((command.device, command.round, command.attempt, command.weights))
@@ -133,7 +133,7 @@ class Weather(RuleBasedStateMachine):
 
     @rule(order=st.lists(st.integers(0, 99), min_size=8, max_size=40))
     @precondition(lambda self: self.work or self.air)
-    def go_on(self, order: list[int]) -> None:
+    def resume(self, order: list[int]) -> None:
         """A fair spell: nothing is lost, but anything may overtake."""
         for at in order:
             if self.work and (at % 2 or not self.air):
@@ -149,7 +149,7 @@ class Weather(RuleBasedStateMachine):
     def born(self, name: str, *, forgets: bool = False, twice: bool = False) -> None:
         """It says again what it holds, as a board does, whenever that was trained."""
         self.sessions[name] = 1 if forgets else self.sessions[name] + 1
-        self.here[name] = self.sessions[name]
+        self.able_boards[name] = self.sessions[name]
         for _ in range(1 + twice):
             self.feed(on.DeviceBorn(name, self.sessions[name], {"name": "toy"}, 10))
         if forgets:
@@ -159,10 +159,10 @@ class Weather(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), earlier=st.booleans())
     def vanish(self, name: str, earlier: bool) -> None:
-        if name in self.here:
-            self.feed(on.DeviceDied(name, self.here[name] - earlier))
+        if name in self.able_boards:
+            self.feed(on.DeviceDied(name, self.able_boards[name] - earlier))
             if not earlier:
-                del self.here[name]
+                del self.able_boards[name]
 
     @rule(at=st.integers(0, 999))
     @precondition(lambda self: self.old)
@@ -186,7 +186,7 @@ class Weather(RuleBasedStateMachine):
     @precondition(lambda self: self.crashes < 2)
     def crash(self) -> None:
         self.crashes += 1
-        coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+        coordinator = make_coordinator(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
         self.work.clear()
         self.air.clear()
         self.shell.wakes.clear()
@@ -241,7 +241,11 @@ class Weather(RuleBasedStateMachine):
             if self.state.phase is Phase.FINISHED:
                 break
             for name in NAMES:
-                if name not in self.here or not self.state.devices[name].online or self.state.devices[name].excluded:
+                if (
+                    name not in self.able_boards
+                    or not self.state.devices[name].online
+                    or self.state.devices[name].excluded
+                ):
                     self.born(name)
             if self.work:
                 self.answer([0], False)

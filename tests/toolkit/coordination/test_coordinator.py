@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Phase, State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Task
+from fedprune.jobs.state import DeviceTask
 from support.fakes.coordinator_shell import digest
 from support.fakes.synchronous_shell import Shell
 from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
@@ -68,7 +68,7 @@ def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
     shell.feed(on.Ticked())
 
     assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "c"]
-    assert ("b", 1, "the deadline has passed") in shell.cancelled
+    assert ("b", 1, "the deadline has passed") in shell.on_cancelled
 
 
 def test_a_round_that_all_refuse_starts_again_long_before_its_deadline() -> None:
@@ -109,7 +109,7 @@ def test_an_update_on_the_disk_counts_though_the_deadline_passes_before_it_is_fo
 def test_a_round_is_not_offered_to_the_same_silent_device_for_ever() -> None:
     shell = Shell(replace(JOB, devices=1, participation=0.1))
     for name in (names := [f"d{i}" for i in range(10)]):
-        shell.feed(shell.birth(name))
+        shell.feed(shell.build(name))
     asked = []
     for _ in range(30):
         shell.run_silently()
@@ -136,8 +136,8 @@ def test_a_finished_job_goes_on_with_more_rounds_and_only_then() -> None:
 def test_a_job_that_its_allocator_ended_stays_finished(synchronous: bool) -> None:
     job = Job(rounds=100, strategy="pr-fl", options={"synchronous": synchronous})
     state = State(model="m7", phase=Phase.FINISHED, round=7, allocation={"done": True})
-    commands = coordinate(job, ARCHITECTURE, state).resume(0.0)
-    assert [c for c in commands if not isinstance(c, do.Wake)] == [
+    commands = make_coordinator(job, ARCHITECTURE, state).resume(0.0)
+    assert [c for c in commands if not isinstance(c, do.WakeAt)] == [
         do.Finish("m7", "ended after round 7 of 100: the strategy ended the job")
     ]
     assert state.phase is Phase.FINISHED
@@ -147,5 +147,5 @@ def test_all_that_an_offer_names_is_kept() -> None:
     refs = {name: {"sha256": digest(name), "size": 1, "leaves": digest(name)} for name in ("weights", "y")}
     state = State(model=digest("first"))
     offer = {"weights": refs["weights"], "lowered": {"int8": refs["y"]}, "widths": [1]}
-    state.tasks["a"] = Task(1, (1,), offer=offer)
+    state.tasks["a"] = DeviceTask(1, (1,), offer=offer)
     assert state.references() >= {ref["sha256"] for ref in refs.values()}

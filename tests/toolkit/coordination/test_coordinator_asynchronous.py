@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import convert
 
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Phase, State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
@@ -108,7 +108,7 @@ class Weather(Shell):
                 self.rejected.add((name, self.state.round_of(task)))
             self.feed(on.UpdateRejected(name, self.state.round_of(task), task.attempt, "not finite"))
         elif action == "crash":
-            self.coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+            self.coordinator = make_coordinator(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
             self.inbox.clear()
             self.wakes.clear()
             self.carry_out(self.coordinator.resume(self.now))
@@ -151,7 +151,7 @@ def test_a_job_ends_whatever_the_weather_was(job: Job, data: st.DataObject) -> N
         counted |= {(c.part.device, c.basis.round) for c in fresh}
         for c in close.contributions:
             assert close.round - c.basis.round >= 0
-            assert schedule.fits(close.round - c.basis.round)
+            assert schedule.accepts_staleness(close.round - c.basis.round)
             assert c.weight >= 1
     assert history(shell)[-1][1] == model
     if not schedule.max_staleness:
@@ -175,10 +175,10 @@ def test_the_same_events_give_the_same_commands_and_states(job: Job, seed: int) 
                 shell.tick()
         elif shell.inbox:
             shell.feed(shell.inbox.pop(chance.randrange(len(shell.inbox))))
-    replay = coordinate(shell.job, ARCHITECTURE, State(model="m0"))
+    replay = make_coordinator(shell.job, ARCHITECTURE, State(model="m0"))
     for event, now, commands in shell.log:
         assert replay.handle(event, now) == commands
-        replay = coordinate(shell.job, ARCHITECTURE, State.from_json(replay.state.to_json()))
+        replay = make_coordinator(shell.job, ARCHITECTURE, State.from_json(replay.state.to_json()))
     assert replay.state == shell.state
 
 
@@ -207,11 +207,11 @@ def test_a_late_device_gets_a_new_offer_and_its_old_update_is_void() -> None:
     assert shell.state.round == 3
     shell.run_silently()
     shell.tick()
-    assert ("c", 1, "the deadline has passed") in shell.cancelled
+    assert ("c", 1, "the deadline has passed") in shell.on_cancelled
     shell.until(on.UpdateAnnounced, "c")
     assert ("c", 3, 1) in shell.offered
     shell.feed(old)
-    assert shell.cancelled[-1] == ("c", 1, "another offer took this one's place")
+    assert shell.on_cancelled[-1] == ("c", 1, "another offer took this one's place")
 
 
 def test_a_window_takes_what_has_come_and_what_is_kept() -> None:

@@ -11,12 +11,12 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, Task
+from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import Correction, predict
+from fedprune.planning.cost_prediction import Correction, predict_costs
 from fedprune.planning.latency_model import typical_table
-from fedprune.planning.plan import DENSITIES, MEMORY, Plan
+from fedprune.planning.plan import DENSITIES, MEMORY, WidthPlan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.strategies import compose
 from support.fakes.coordinator_shell import digest
@@ -25,7 +25,7 @@ from support.fakes.tiny_job import ARCHITECTURE, JOB
 pytestmark = pytest.mark.board
 
 
-PI = profile_store.find("raspberry-pi-5")
+PI = profile_store.find_profile("raspberry-pi-5")
 
 
 def planned_fleet(deadline_s: float = 10_000) -> SynchronousCoordinator:
@@ -77,7 +77,7 @@ LARGE = replace(
 
 def taught(
     times: float, extra_share: float, room: float, rounds: int = 12, accumulate: int = 1
-) -> tuple[list[Device], list[float]]:
+) -> tuple[list[JobDevice], list[float]]:
     """A board's plans and peaks when the memory that depends on the width is `times` what is predicted.
 
     Args:
@@ -88,19 +88,19 @@ def taught(
         accumulate: Parts of a batch that the job asks for.
     """
     job = replace(JOB, density=0.0, recipe=replace(JOB.recipe, accumulate=accumulate))
-    full_memory = predict(LARGE, LARGE.sizes, PI, job.recipe, 10).memory
+    full_memory = predict_costs(LARGE, LARGE.sizes, PI, job.recipe, 10).memory
     memory = replace(PI.memory, total_bytes=round(room * full_memory.total), reserve_bytes=0, training_share=1.0)
     planner = WidthPlanner(job, compose(job), LARGE)
-    device = Device(1, True, replace(PI, memory=memory).to_dict(), None, 10)
+    device = JobDevice(1, True, replace(PI, memory=memory).to_dict(), None, 10)
     planner.plan("a", device)
     devices, shares = [], []
     for _ in range(rounds):
-        plan = Plan.from_dict(device.plan)
+        plan = WidthPlan.from_dict(device.plan)
         use = plan.prediction.memory
         peak = use.process + use.samples + extra_share * full_memory.of_width + times * use.of_width
         devices.append(replace(device))
-        shares.append(peak / plan.limit(MEMORY).limit)
-        task = Task(1, device.widths, accumulate=device.accumulate, metrics={"peak_memory_bytes": peak})
+        shares.append(peak / plan.limit_of(MEMORY).limit)
+        task = DeviceTask(1, device.widths, accumulate=device.accumulate, metrics={"peak_memory_bytes": peak})
         planner.learn("a", device, task)
     return devices, shares
 

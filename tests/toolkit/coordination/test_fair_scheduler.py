@@ -114,7 +114,7 @@ def test_a_job_that_comes_later_has_no_claim_on_the_time_before() -> None:
     assert list(lending.assign([old, new], "ab", "ab", everybody)) == ["old"]
     lending.charge({"a": "old", "b": "old"}, 1.0)
     assert list(lending.assign([old, new], "ab", "ab", everybody)) == ["new"]
-    assert lending.used("new") == 2000.0
+    assert lending.charged_seconds("new") == 2000.0
 
 
 def test_devices_wait_for_who_is_first_in_line_and_not_for_who_needs_too_many() -> None:

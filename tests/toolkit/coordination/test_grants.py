@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination import State, coordinate
+from fedprune.coordination import State, make_coordinator
 from fedprune.coordination.grants import Grant, Grants
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import JobDevice
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
@@ -21,7 +21,7 @@ from support.fakes.strategy_rounds import NET
 
 pytestmark = pytest.mark.board
 
-PI = profile_store.find("raspberry-pi-5")
+PI = profile_store.find_profile("raspberry-pi-5")
 MSE = Recipe(loss="mse")
 FLEET = {"a": 1.0, "b": 0.75, "c": 0.5, "d": 0.25}
 
@@ -30,7 +30,7 @@ def fleet(densities: dict[str, float], *, untrained: bool = True) -> State:
     """A state of devices that can hold these shares of the net."""
     state = State(model="m", untrained=untrained)
     for name, density in densities.items():
-        device = Device(session=0, online=True, profile={"name": "any"}, probe=None, samples=10)
+        device = JobDevice(session=0, online=True, profile={"name": "any"}, probe=None, samples=10)
         device.density, device.widths = density, widths_at(NET, density)
         state.devices[name] = device
     return state
@@ -40,12 +40,12 @@ def round_grants(state: State, number: int, options: dict[str, Any] | None = Non
     """What a job of ten rounds grants in one of them."""
     job = Job(strategy="fedprune", options=options or {}, rounds=10, recipe=MSE, **settings)
     grants = begin_grants(job, state, number)
-    return {name: grants.of(device) for name, device in state.devices.items()}
+    return {name: grants.grant_of(device) for name, device in state.devices.items()}
 
 
 def begin_grants(job: Job, state: State, number: int = 1, architecture: Architecture = NET) -> Grants:
     """The grants of a job whose round of this number has just begun."""
-    grants = coordinate(job, architecture, state).grants
+    grants = make_coordinator(job, architecture, state).grants
     state.round = number
     grants.begin_round()
     return grants
@@ -102,7 +102,7 @@ EVEN = dict.fromkeys(FLEET, 3)
 
 def grants_core(state: State, number: int = 1, job: Job | None = None) -> bool:
     decided = begin_grants(job or Job(strategy="fedprune", rounds=10), state, number)
-    grants = [decided.of(device) for device in state.devices.values()]
+    grants = [decided.grant_of(device) for device in state.devices.values()]
     assert len({grant.core for grant in grants}) == 1
     assert (densities(dict(zip(FLEET, grants, strict=False))) == [0.5, 0.5, 0.5, 0.25]) == grants[0].core
     return grants[0].core
@@ -128,8 +128,8 @@ def test_boards_that_are_nearly_as_wide_as_each_other_have_a_core_whatever_their
 ) -> None:
     state = fleet({"a": 1.0, "b": narrowest, "c": narrowest})
     grants = begin_grants(Job(strategy="fedprune", rounds=10), state)
-    assert {grants.of(device).core for device in state.devices.values()} == {has_core}
-    assert grants.of(state.devices["a"]).density == (narrowest if has_core else 1.0)
+    assert {grants.grant_of(device).core for device in state.devices.values()} == {has_core}
+    assert grants.grant_of(state.devices["a"]).density == (narrowest if has_core else 1.0)
 
 
 def test_what_boards_train_stays_as_it_was_when_the_job_began() -> None:
@@ -165,9 +165,9 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
     recipe = compose(job).planned_recipe(job, "a", widths_at(NET, 0.25), 0.25, 10)
 
     def works(spare: float) -> int:
-        free = PlanSearch(NET, PI, recipe, 10, densities=(0.25,)).plan()
+        free = PlanSearch(NET, PI, recipe, 10, densities=(0.25,)).search()
         seconds = free.prediction.transfer_s + spare * free.prediction.train_s
-        plan = PlanSearch(NET, PI, recipe, 10, densities=(0.25,), deadline_s=seconds).plan()
+        plan = PlanSearch(NET, PI, recipe, 10, densities=(0.25,), deadline_s=seconds).search()
         state.devices["a"].plan = PackedJson(plan.to_dict())
         return round_grants(state, 1)["a"].work
 

@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.coordination.limits import (
+    ALL_TRAINED,
     REJECT_FACTOR,
-    WHOLE,
-    bounds,
-    capped,
-    lengths,
-    limit_of,
-    shortened,
+    capped_weights,
+    limit_round,
+    measure_update,
+    shorten_update,
     weight_limit,
+    weight_limit_of_counts,
 )
 from fedprune.model.architecture import widths_at
-from fedprune.model.selection import ALL, Active, Selection, Tensors
-from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, Tensors
+from fedprune.strategies.values import Cut, Scene, Submodel, Turn, UpdateReport
 from support.nets.two_groups import ARCHITECTURE as NET
 from support.nets.two_groups import TRAINED
 
@@ -32,21 +32,21 @@ DICE = np.random.default_rng(0)
 BASE: Tensors = {t.name: np.abs(DICE.standard_normal(t.shape)).astype(np.float32) for t in NET.tensors}
 
 
-def report(shift: float = 0.0, density: float = 1.0, mask: Active = ALL, **changes: Any) -> Report:
+def report(shift: float = 0.0, density: float = 1.0, mask: ElementMask = ALL_ACTIVE, **changes: Any) -> UpdateReport:
     """An update whose every element moved so far; `changes` are further moves of single tensors."""
-    selection = Selection.full(NET).narrowed(widths_at(NET, density))
+    selection = Selection.full(NET).with_widths(widths_at(NET, density))
     sent = Submodel(selection, selection.gather(BASE), mask)
     tensors: Tensors = {n: (v + np.float32(changes.get(n, shift))).astype(np.float32) for n, v in sent.tensors.items()}
     cut = Cut(Scene(NET, 0, 1, BASE), Turn(0, 1, "a", selection.widths), selection)
-    return Report(cut, Submodel(selection, tensors, mask), 10, 1, lambda: sent)
+    return UpdateReport(cut, Submodel(selection, tensors, mask), 10, 1, lambda: sent)
 
 
 def bounded(device_lengths: dict[str, Any], remembered: Any, times: float) -> Any:
-    return bounds(device_lengths, remembered, NET, BASE, times)
+    return limit_round(device_lengths, remembered, NET, BASE, times)
 
 
 def limits(moves: dict[str, float], remembered: Any = None, times: float = 3.0) -> Any:
-    return bounded({device: lengths(report(shift)) for device, shift in moves.items()}, remembered or {}, times)
+    return bounded({device: measure_update(report(shift)) for device, shift in moves.items()}, remembered or {}, times)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
@@ -55,11 +55,11 @@ def test_a_length_is_how_far_the_update_alone_would_move_the_whole_model(density
     still: Tensors = {n: np.zeros_like(v) for n, v in BASE.items()}
     difference = {n: v - one.sent.tensors[n] for n, v in one.trained.tensors.items()}
     changes = one.trained.selection.scatter(difference, still)
-    update_lengths = lengths(one)
+    update_lengths = measure_update(one)
     for name, change in changes.items():
         assert update_lengths[name] == pytest.approx(float(np.sqrt(np.mean(change**2))), rel=1e-4)
     full_change = np.concatenate([changes[n].reshape(-1) for n in TRAINED])
-    assert update_lengths[WHOLE] == pytest.approx(float(np.sqrt(np.mean(full_change**2))), rel=1e-4)
+    assert update_lengths[ALL_TRAINED] == pytest.approx(float(np.sqrt(np.mean(full_change**2))), rel=1e-4)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
@@ -67,15 +67,15 @@ def test_a_mask_leaves_elements_out_of_the_mean(density: float) -> None:
     name = NET.trainable[0].name
     active = np.zeros(report(0.0, density).trained.tensors[name].shape, np.bool_)
     active.reshape(-1)[0] = True
-    masked = lengths(report(0.5, density, {name: active}))
-    assert masked[name] == pytest.approx(lengths(report(0.5, density))[name], rel=1e-4)
+    masked = measure_update(report(0.5, density, {name: active}))
+    assert masked[name] == pytest.approx(measure_update(report(0.5, density))[name], rel=1e-4)
 
 
 def test_a_long_update_is_shortened_to_a_multiple_of_the_median_and_named() -> None:
     influence = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 2.0})
     assert set(influence.reasons) == {"far"}
     assert "20 times" in influence.reasons["far"]
-    after = lengths(shortened(report(2.0), influence.shares["far"]))
+    after = measure_update(shorten_update(report(2.0), influence.shares["far"]))
     assert all(after[n] == pytest.approx(0.3, rel=1e-3) for n in TRAINED)
 
 
@@ -104,7 +104,7 @@ def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> Non
     assert all(float(v[0]) <= scale * 1.001 for n, v in remembered.items() if n in TRAINED)
     for device, shares in influence.shares.items():
         assert device in influence.reasons
-        shortened_lengths = lengths(shortened(report(length), shares))
+        shortened_lengths = measure_update(shorten_update(report(length), shares))
         assert all(shortened_lengths[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
 
 
@@ -113,7 +113,7 @@ def round_bounds(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any
     remembered: Any = {}
     out = []
     for moves in rounds:
-        device_lengths = {d: dict.fromkeys([*BASE, WHOLE], length) for d, length in moves.items()}
+        device_lengths = {d: dict.fromkeys([*BASE, ALL_TRAINED], length) for d, length in moves.items()}
         out.append(bounded(device_lengths, remembered, times))
         remembered = out[-1].reference
     return out
@@ -157,12 +157,14 @@ def test_the_median_of_samples_limits_weights(samples: list[int], times: float, 
     limit = math.ceil(times * max(1, statistics.median_low(samples)))
     assert (
         weight_limit(samples, times, max_weight)
-        == limit_of(Counter(samples), times, max_weight)
+        == weight_limit_of_counts(Counter(samples), times, max_weight)
         == min(limit, max_weight or limit)
     )
     names = dict(enumerate(samples))
-    assert capped(names, times, max_weight) == {name: min(n, limit, max_weight or limit) for name, n in names.items()}
-    assert capped(names, 0.0) == names
+    assert capped_weights(names, times, max_weight) == {
+        name: min(n, limit, max_weight or limit) for name, n in names.items()
+    }
+    assert capped_weights(names, 0.0) == names
 
 
 def learning(rounds: int, last: float = 0.1) -> list[dict[str, float]]:

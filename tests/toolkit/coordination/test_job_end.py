@@ -11,7 +11,7 @@ import pytest
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.job_end import early_end
+from fedprune.coordination.job_end import early_end_reason
 from fedprune.jobs.job import Job
 from support.fakes import asynchronous_shell, synchronous_shell
 from support.fakes.asynchronous_shell import job_of
@@ -51,9 +51,9 @@ def test_a_total_ends_a_job_with_the_round_in_which_it_is_reached(job: Job, tota
     shell.run()
     assert (shell.state.phase, shell.state.round) == (Phase.FINISHED, 2)
     (name,) = total
-    assert early_end(shell.job, shell.state).startswith("ended after round 2 of 9: ")
-    assert name in early_end(shell.job, shell.state)
-    assert do.Finish(shell.state.model, early_end(shell.job, shell.state)) in shell.coordinator.resume(shell.now)
+    assert early_end_reason(shell.job, shell.state).startswith("ended after round 2 of 9: ")
+    assert name in early_end_reason(shell.job, shell.state)
+    assert do.Finish(shell.state.model, early_end_reason(shell.job, shell.state)) in shell.coordinator.resume(shell.now)
     shell.now += 1e9  # time after the end doesn't count
     shell.job = replace(job, **{name: 2 * total[name]})
     shell.crash()

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.jobs.state import Progress, Task
+from fedprune.jobs.state import DeviceTask, Progress
 from support.fakes import asynchronous_shell, coordinator_shell, synchronous_shell
 from support.fakes.tiny_job import JOB
 
@@ -46,11 +46,11 @@ class BoardReturn:
                 self.shell.feed(event)
 
     @property
-    def offers(self) -> list[do.SendOffer]:
+    def offers_blob(self) -> list[do.SendOffer]:
         return [c for c in self.answers if isinstance(c, do.SendOffer)]
 
     @property
-    def task(self) -> Task:
+    def task(self) -> DeviceTask:
         return self.shell.state.tasks["a"]
 
     def announce(self, update: on.UpdateAnnounced) -> list[do.Command]:
@@ -77,11 +77,11 @@ def pull_of(update: on.UpdateAnnounced) -> do.PullUpdate:
 
 
 def folds(commands: list[do.Command]) -> list[str | None]:
-    return [c.contribution.weights for c in commands if isinstance(c, do.Fold)]
+    return [c.contribution.weights for c in commands if isinstance(c, do.FoldUpdate)]
 
 
 def test_a_board_that_comes_again_is_offered_its_round_once_more(board_return: BoardReturn) -> None:
-    assert [(o.device, o.round, o.attempt, o.offer, o.again) for o in board_return.offers] == [
+    assert [(o.device, o.round, o.attempt, o.offer, o.was_announced) for o in board_return.offers_blob] == [
         ("a", board_return.first.round, board_return.first.attempt, board_return.task.offer, True)
     ]
     assert board_return.task.progress is Progress.PULLING
@@ -93,7 +93,7 @@ def test_a_board_that_stayed_connected_is_only_asked_for_the_update_that_it_anno
     """The server took it for gone, and its pull may have ended."""
     board_return = BoardReturn(shell, reconnects=False)
     assert pull_of(board_return.first) in board_return.answers
-    assert not board_return.offers
+    assert not board_return.offers_blob
     assert folds(board_return.store(board_return.first)) == [board_return.first.weights["sha256"]]
 
 

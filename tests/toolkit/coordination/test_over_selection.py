@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination.stragglers import ENOUGH, MAX_CUTS
+from fedprune.coordination.stragglers import ENOUGH_UPDATES, MAX_MISSED_ROUNDS
 from support.fakes.timed_shell import Board, Timed, begun
 from support.fakes.tiny_job import JOB
 
@@ -37,8 +37,8 @@ def test_more_are_asked_and_the_round_closes_with_enough() -> None:
     assert len(counted) == 5
     # The five that were quickest: the slow ones that were asked were not among them.
     assert set(counted) == set(sorted(asked, key=lambda n: shell.boards[n].seconds)[:5])
-    assert shell.reasons(1) == dict.fromkeys(asked - set(counted), ENOUGH)
-    assert sorted(n for n, r, why in shell.cancelled if why == ENOUGH) == sorted(asked - set(counted))
+    assert shell.reasons(1) == dict.fromkeys(asked - set(counted), ENOUGH_UPDATES)
+    assert sorted(n for n, r, why in shell.on_cancelled if why == ENOUGH_UPDATES) == sorted(asked - set(counted))
     assert shell.now < 60
 
 
@@ -47,7 +47,7 @@ def test_who_is_let_go_again_and_again_is_waited_for() -> None:
     shell = shell_of(boards, rounds=12, participation=0.75, over_selection=0.4)
     shell.run()
     assert [i for i, c in enumerate(shell.counted(), 1) if "d0" in c] == [4, 8, 12]  # cut, cut, cut, waited for
-    assert MAX_CUTS == 3
+    assert MAX_MISSED_ROUNDS == 3
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,8 +17,8 @@ from fedprune.model.architecture import (
 )
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import Prediction, predict
-from fedprune.planning.plan import Plan
+from fedprune.planning.cost_prediction import Prediction, predict_costs
+from fedprune.planning.plan import WidthPlan
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 from fedprune.strategies.values import Turn
@@ -27,10 +27,10 @@ from support.fakes.tiny_job import WIDE
 
 pytestmark = pytest.mark.board
 
-PI = profile_store.find("raspberry-pi-5")
+PI = profile_store.find_profile("raspberry-pi-5")
 
 
-def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) -> tuple[Plan, Turn]:
+def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) -> tuple[WidthPlan, Turn]:
     """A device's plan, and its part in the first round."""
     coordinator = SynchronousCoordinator(job, net, State(model="m0"))
     coordinator.handle(on.DeviceBorn("a", 1, profile.to_dict(), 10), 0.0)
@@ -38,7 +38,7 @@ def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) ->
     assert device.plan, device.excluded
     assert kept_share(net, device.widths) == device.density
     task = coordinator.state.tasks["a"]
-    return Plan.from_dict(device.plan), Turn(job.seed, 1, "a", task.widths, task.density, task.samples)
+    return WidthPlan.from_dict(device.plan), Turn(job.seed, 1, "a", task.widths, task.density, task.samples)
 
 
 def limited_board(memory: int, storage: int) -> HardwareProfile:
@@ -67,7 +67,7 @@ def test_what_the_strategy_asks_of_a_board_is_within_its_limits(
 
     def predicted_footprint(turn: Turn) -> Prediction:
         asked = compose(job).recipe(job.recipe, replace(turn, round=round_))
-        return predict(WIDE, turn.widths, PI, replace(asked, mask=mask), turn.samples)
+        return predict_costs(WIDE, turn.widths, PI, replace(asked, mask=mask), turn.samples)
 
     full_footprint = predicted_footprint(Turn(job.seed, 1, "a", WIDE.sizes, 1.0, 10))
     plenty = 10**9
@@ -81,7 +81,7 @@ def test_what_the_strategy_asks_of_a_board_is_within_its_limits(
 
     assert plan.bound == limit
     assert (plan.prediction.memory_bytes, plan.prediction.storage_bytes) == (needed.memory_bytes, needed.storage_bytes)
-    assert needed.memory_bytes <= board.training_bytes
+    assert needed.memory_bytes <= board.training_memory_bytes
     assert needed.storage_bytes <= board.storage.budget_bytes
 
 

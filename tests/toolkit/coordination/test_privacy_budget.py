@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Phase, State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.privacy_budget import PrivacyBudget, holding, spent
+from fedprune.coordination.privacy_budget import JobPrivacyBudget, count_holders, release_cost
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, Task
+from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.model.selection import Selection
-from fedprune.updates.privacy import Privacy, epsilon
+from fedprune.updates.privacy import Privacy, epsilon_for
 from support.fakes import tiny_job as toy
 from support.fakes.coordinator_shell import MaskingShell, Shell
 from support.nets.two_groups import ARCHITECTURE, TRAINED
@@ -35,7 +35,7 @@ class Fleet(Shell):
 
     def __init__(self, job: Job, silent: tuple[str, ...] = ()) -> None:
         super().__init__(job)
-        self.silent, self.said = silent, list[do.Evaluate]()
+        self.silent, self.titled_value = silent, list[do.Evaluate]()
         self.session = 0
 
     def arrive(self) -> None:
@@ -47,7 +47,7 @@ class Fleet(Shell):
             case do.SendOffer() if command.device in self.silent:
                 return None
             case do.Evaluate():
-                self.said.append(command)
+                self.titled_value.append(command)
                 return on.Evaluated(command.round, {"epsilon_next": 1e3 * (command.foreseen or 0.0)})
         return super().answer(command)
 
@@ -71,9 +71,9 @@ def test_local_noise_counts_with_every_offer(schedule: dict[str, Any]) -> None:
     job = replace(toy.JOB, strategy="fedavg", density=0.0, options={"densities": [1.0]}, schedule=schedule)
     fleet = Fleet(replace(job, privacy=LOCAL))
     fleet.run()
-    rounds = fleet.said[-1].round
+    rounds = fleet.titled_value[-1].round
     assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
-    assert (fleet.said[-1].spent, fleet.said[-1].foreseen) == (rounds / 4, (rounds + 1) / 4)
+    assert (fleet.titled_value[-1].spent, fleet.titled_value[-1].foreseen) == (rounds / 4, (rounds + 1) / 4)
 
 
 def test_shared_noise_counts_for_who_delivered_at_the_noise_that_was_there() -> None:
@@ -127,9 +127,9 @@ def test_a_budget_ends_the_job_before_it_is_overdrawn() -> None:
     # The shell says an ε of a thousand times what was spent: 250 a round.
     fleet = Fleet(replace(toy.JOB, rounds=9, privacy=replace(LOCAL, epsilon_budget=750.0)))
     fleet.run()
-    assert [c.round for c in fleet.said] == [1, 2, 3]
+    assert [c.round for c in fleet.titled_value] == [1, 2, 3]
     assert fleet.state.phase is Phase.FINISHED
-    richer_job = coordinate(
+    richer_job = make_coordinator(
         replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state
     )
     richer_job.resume(fleet.now)
@@ -147,13 +147,13 @@ class Accounted(Fleet):
         if isinstance(command, do.SendOffer) and command.round >= self.silent_from and command.device == "b":
             return None
         if isinstance(command, do.Evaluate):
-            return on.Evaluated(command.round, {"epsilon_next": epsilon(command.foreseen or 0.0, SHARED.delta)})
+            return on.Evaluated(command.round, {"epsilon_next": epsilon_for(command.foreseen or 0.0, SHARED.delta)})
         return super().answer(command)
 
 
 def test_sums_of_too_few_are_shown_to_nobody_where_that_would_overdraw_the_budget() -> None:
     # Four rounds of all three boards are within it; without the part of the noise of one the fourth isn't.
-    job = replace(toy.JOB, rounds=9, privacy=replace(SHARED, epsilon_budget=epsilon(4 / 4 + 0.01, SHARED.delta)))
+    job = replace(toy.JOB, rounds=9, privacy=replace(SHARED, epsilon_budget=epsilon_for(4 / 4 + 0.01, SHARED.delta)))
     for silent_from, rounds in ((99, 4), (4, 3)):
         fleet = Accounted(job, silent_from)
         fleet.run()
@@ -163,13 +163,13 @@ def test_sums_of_too_few_are_shown_to_nobody_where_that_would_overdraw_the_budge
         assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
         saved_state = fleet.state.to_json()
         for settings in (job, replace(job, rounds=20)):  # nobody trains for nothing after a restart
-            restarted = coordinate(settings, toy.ARCHITECTURE, State.from_json(saved_state))
+            restarted = make_coordinator(settings, toy.ARCHITECTURE, State.from_json(saved_state))
             (end,) = restarted.resume(fleet.now)
             assert isinstance(end, do.Finish)
             assert end.model == f"m{rounds}"
             assert end.reason.startswith(f"ended after round {rounds} of ")
             assert restarted.state.phase is Phase.FINISHED
-        richer_job = coordinate(
+        richer_job = make_coordinator(
             replace(job, privacy=replace(SHARED, epsilon_budget=9.0)), toy.ARCHITECTURE, restarted.state
         )
         richer_job.resume(fleet.now)
@@ -201,13 +201,13 @@ def test_a_job_is_private_from_its_first_round_to_its_last(before: Privacy, afte
     fleet = Fleet(replace(toy.JOB, privacy=before))
     fleet.run()
     with pytest.raises(ConfigError, match="noise_multiplier"):
-        coordinate(replace(toy.JOB, privacy=after), toy.ARCHITECTURE, State.from_json(fleet.state.to_json()))
+        make_coordinator(replace(toy.JOB, privacy=after), toy.ARCHITECTURE, State.from_json(fleet.state.to_json()))
 
 
-@pytest.mark.parametrize("devices", [{}, {"a": Device(1, True, {}, None, 10)}])
-def test_a_model_that_is_evaluated_before_any_release_has_cost_nothing(devices: dict[str, Device]) -> None:
-    budget = PrivacyBudget(State("m0", devices=devices), LOCAL)  # type: ignore[arg-type]
-    assert (budget.spent(), budget.foreseen()) == (0.0, 1 / LOCAL.noise_multiplier**2)
+@pytest.mark.parametrize("devices", [{}, {"a": JobDevice(1, True, {}, None, 10)}])
+def test_a_model_that_is_evaluated_before_any_release_has_cost_nothing(devices: dict[str, JobDevice]) -> None:
+    budget = JobPrivacyBudget(State("m0", devices=devices), LOCAL)  # type: ignore[arg-type]
+    assert (budget.largest_cost(), budget.largest_cost_after_next()) == (0.0, 1 / LOCAL.noise_multiplier**2)
 
 
 @given(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=5), st.data())
@@ -220,10 +220,10 @@ def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
     ]
     full_selections = [Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, order) for order in orders]
     board_selections = {
-        str(i): full_selections[kind].narrowed(w) for i, (kind, w) in enumerate(zip(kinds, widths, strict=True))
+        str(i): full_selections[kind].with_widths(w) for i, (kind, w) in enumerate(zip(kinds, widths, strict=True))
     }
     tasks = {
-        name: Task(1, w, offer={"ranking": str(kind), "widths": list(w)})
+        name: DeviceTask(1, w, offer={"ranking": str(kind), "widths": list(w)})
         for (name, w, kind) in zip(board_selections, widths, kinds, strict=True)
     }
     coverage = {}
@@ -233,7 +233,7 @@ def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
             marks[tensor] = np.zeros(ARCHITECTURE.by_name[tensor].shape, int)
             marks[tensor][np.ix_(*selection.maps(tensor))] = 1
         coverage[name] = marks
-    for name, credited in holding(tasks).items():
+    for name, credited in count_holders(tasks).items():
         fewest = min(
             int(sum(board_marks[t] for board_marks in coverage.values())[coverage[name][t] == 1].min()) for t in TRAINED
         )
@@ -246,7 +246,7 @@ def test_a_round_that_begins_again_and_again_overdraws_no_budget(kind: str) -> N
     schedule: dict[str, Any] = {} if kind == "synchronous" else {"schedule": {"kind": kind}}
     fleet = Fleet(replace(toy.JOB, privacy=privacy, rounds=50, **schedule), silent=tuple(toy.NAMES))
     fleet.run()
-    costs = [spent(d.releases) for d in fleet.state.devices.values()]
-    assert all(epsilon(c, 1e-5) <= 4.0 < epsilon(c + 0.25, 1e-5) for c in costs)
+    costs = [release_cost(d.releases) for d in fleet.state.devices.values()]
+    assert all(epsilon_for(c, 1e-5) <= 4.0 < epsilon_for(c + 0.25, 1e-5) for c in costs)
     assert fleet.state.phase is Phase.FINISHED
     assert fleet.state.round == 0

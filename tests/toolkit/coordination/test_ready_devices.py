@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.state import Device, State
+from fedprune.jobs.state import JobDevice, State
 
 pytestmark = pytest.mark.board
 
@@ -32,7 +32,7 @@ def test_ready_devices_are_those_of_the_state(steps: list[Any]) -> None:
     for step in steps:
         match step:
             case "born", name:
-                state.devices[name] = Device(1, True, {"name": "pi"}, None, 10)
+                state.devices[name] = JobDevice(1, True, {"name": "pi"}, None, 10)
             case "died", name if name in state.devices:
                 state.devices[name].online = False
             case "excluded", name, reason if name in state.devices:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedprune.coordination.staleness import UpdateWeights
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Mixing, Schedule, Staleness
-from fedprune.jobs.state import Device, Progress, State, Task
+from fedprune.jobs.state import DeviceTask, JobDevice, Progress, State
 
 pytestmark = pytest.mark.board
 
@@ -25,9 +25,9 @@ def fleet(rounds: list[int], kept_rounds: list[int], samples: list[int], number:
     state = State(model="m", round=number)
     for i, n in enumerate(samples[: len(rounds) + len(kept_rounds)]):
         name = f"d{i}"
-        state.devices[name] = Device(1, True, {}, None, n, widths=(1,))
+        state.devices[name] = JobDevice(1, True, {}, None, n, widths=(1,))
         if i < len(rounds):
-            state.tasks[name] = Task(
+            state.tasks[name] = DeviceTask(
                 1, (1,), samples=n, basis=basis(rounds[i]), progress=Progress.FOLDED, seconds=7.0 + i
             )
         else:
@@ -63,7 +63,7 @@ def test_where_all_that_is_there_enters_the_guess_is_what_counts(
     schedule = Schedule("asynchronous", window_s=2.0, keep=keep, mixing=mixing, staleness=staleness)
     state = fleet(rounds, kept_rounds, samples)
     shares = UpdateWeights(state, schedule, Job(), uniform=uniform)
-    weights = shares.entering(dict(state.tasks))["weights"]
+    weights = shares.closing_record(dict(state.tasks))["weights"]
     assert {n: shares.weight(n) for n in state.tasks} == {n: weights[n] for n in state.tasks}
 
 

@@ -14,15 +14,15 @@ import pytest
 
 from fedprune.core.cli import (
     check_command,
-    ended_by_signals,
-    hours,
+    positive_hours,
+    positive_integer,
+    positive_seconds,
     print_json,
     run_command,
-    seconds,
-    whole_number,
+    signals_as_interrupts,
     with_extra,
 )
-from fedprune.core.command_parser import DEBUG, CommandParser
+from fedprune.core.command_parser import DEBUG_VARIABLE, CommandParser
 from fedprune.core.errors import (
     ExitCode,
     ModelError,
@@ -63,7 +63,7 @@ def failing(error: BaseException) -> Callable[[], Any]:
 def test_errors_are_one_line_and_a_code(
     error: BaseException, code: ExitCode, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(DEBUG, raising=False)
+    monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
 
     assert command(failing(error)) == code
 
@@ -100,7 +100,7 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
     before = signal.getsignal(number)
 
     def action() -> None:
-        with ended_by_signals():
+        with signals_as_interrupts():
             signal.raise_signal(number)
             pytest.fail("it went on")
 
@@ -136,7 +136,7 @@ def test_a_usage_error_is_one_line(words: list[str], message: str, capsys: pytes
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DEBUG, "1")
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
 
     command(failing(ModelError("bad model")))
 
@@ -155,8 +155,8 @@ def test_a_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(whole_number, t) for t in ("0", "-4", "1.5", "many", str(2**63), "9" * 5000)]
-    + [(kind, t) for kind in (seconds, hours) for t in ("0", "-1", "inf", "nan", "soon", "1e300")],
+    [(positive_integer, t) for t in ("0", "-4", "1.5", "many", str(2**63), "9" * 5000)]
+    + [(kind, t) for kind in (positive_seconds, positive_hours) for t in ("0", "-1", "inf", "nan", "soon", "1e300")],
 )
 def test_a_number_out_of_range_is_refused_in_words(kind: Callable[[str], object], text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=rf"above 0.*, got '{text}'"):

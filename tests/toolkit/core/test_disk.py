@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked, make_private_folder, read_file
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import file_lock, make_private_folder, read_file
 from fedprune.core.errors import BusyError, StorageError, StorageFullError
 
 pytestmark = pytest.mark.board
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.board
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageFullError), (errno.EIO, StorageError)])
 def test_a_disk_that_fails_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch, call, number, kind):
     path = tmp_path / "state.json"
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
 
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(*(("os.fsync", fail) if call == "fsync" else ("pathlib.Path.replace", fail)))
     with pytest.raises(kind, match=r"state\.json"):
-        write_whole(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -38,9 +38,9 @@ def test_a_lock_on_a_file_that_its_holder_has_deleted_is_none(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("fcntl.flock", late)
-        with pytest.raises(BusyError, match="somebody holds it"), locked(path, "somebody holds it", "Wait."):
+        with pytest.raises(BusyError, match="somebody holds it"), file_lock(path, "somebody holds it", "Wait."):
             pass
-    with locked(path, "somebody holds it", "Wait."):
+    with file_lock(path, "somebody holds it", "Wait."):
         assert path.exists()
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from fedprune.core.errors import ProtocolError
 from fedprune.core.json_file import decode_json
-from fedprune.core.validation import MAX_INT, whole_text
-from fedprune.wire.messages import Death, parse
+from fedprune.core.validation import MAX_INT, parse_whole
+from fedprune.wire.messages import Death, parse_message
 
 HUGE = (str(MAX_INT + 1), str(-MAX_INT - 1), "9" * 23, "-" + "9" * 23, "9" * 500)
 
@@ -29,13 +29,13 @@ def test_other_json_is_what_it_is() -> None:
 def test_a_message_with_such_a_number_is_refused_by_the_name_of_its_field(number: str) -> None:
     raw = Death("board", 7).to_bytes().replace(b'"session":7', f'"session":{number}'.encode())
     with pytest.raises(ProtocolError) as raised:
-        parse(raw)
+        parse_message(raw)
     assert "session" in raised.value.what
 
 
 @pytest.mark.parametrize("text", ["", "1.5", "-1", "٣", str(MAX_INT + 1), "9" * 5000])
 def test_a_number_in_an_address_is_a_plain_one(text: str) -> None:
     with pytest.raises(ProtocolError) as raised:
-        whole_text("page", text, error=ProtocolError)
+        parse_whole("page", text, error=ProtocolError)
     assert raised.value.what == "page"
-    assert whole_text("page", str(MAX_INT)) == MAX_INT
+    assert parse_whole("page", str(MAX_INT)) == MAX_INT

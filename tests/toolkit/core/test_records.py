@@ -13,23 +13,23 @@ from hypothesis import strategies as st
 
 from fedprune.core import records
 from fedprune.core.errors import ProtocolError
-from fedprune.core.records import check_free, hexadecimal, items, one_of, text, within
+from fedprune.core.records import check_free_form, hex_text, item_count, number_range, printable_text, word_of
 
 pytestmark = pytest.mark.board
 
 
 @dataclass(frozen=True)
 class Layer:
-    name: Annotated[str, text(20)]
-    share: Annotated[float, within(0, 1)] | None = None
+    name: Annotated[str, printable_text(20)]
+    share: Annotated[float, number_range(0, 1)] | None = None
 
 
 @dataclass(frozen=True)
 class Net:
-    count: Annotated[int, within(0, 100)]
-    layers: Annotated[tuple[Layer, ...], items(3)]
-    key: Annotated[str, hexadecimal(4)] = "00ff"
-    kind: Annotated[str, one_of(("cnn", "vit"))] = "cnn"
+    count: Annotated[int, number_range(0, 100)]
+    layers: Annotated[tuple[Layer, ...], item_count(3)]
+    key: Annotated[str, hex_text(4)] = "00ff"
+    kind: Annotated[str, word_of(("cnn", "vit"))] = "cnn"
 
 
 names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=20)
@@ -39,14 +39,14 @@ nets = st.builds(
 
 
 def read(raw: bytes) -> Net:
-    return records.read(Net, raw, "net", ProtocolError)
+    return records.decode_record(Net, raw, "net", ProtocolError)
 
 
 @given(nets)
 def test_what_was_written_is_what_is_read_and_unknown_keys_are_ignored(net: Net) -> None:
-    raw = records.write(net)
+    raw = records.encode_record(net)
     assert read(raw) == net
-    assert records.convert(Net, json.loads(raw) | {"newer": 1}, "net", ProtocolError) == net
+    assert records.convert_record(Net, json.loads(raw) | {"newer": 1}, "net", ProtocolError) == net
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_was_written_is_what_is_read_and_unknown_keys_are_ignored(net: Net)
 )
 def test_a_wrong_field_is_named_with_what_it_has(change: dict[str, Any], place: str, got: str) -> None:
     with pytest.raises(ProtocolError) as caught:
-        records.convert(Net, {"count": 1, "layers": [], **change}, "net", ProtocolError)
+        records.convert_record(Net, {"count": 1, "layers": [], **change}, "net", ProtocolError)
     assert (caught.value.what, caught.value.got) == (place, got)
     assert caught.value.expected
 
@@ -77,7 +77,7 @@ def test_a_wrong_field_is_named_with_what_it_has(change: dict[str, Any], place: 
 )
 def test_anything_else_is_refused_and_raises_nothing_else(value: object) -> None:
     with pytest.raises(ProtocolError):
-        records.convert(Net, value, "net", ProtocolError)
+        records.convert_record(Net, value, "net", ProtocolError)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[" * 100_000, b'{"count":' + b"[" * 100_000, b'\xff{"count":1}', b"1 2"])
@@ -90,14 +90,14 @@ def test_what_is_no_json_is_refused(raw: bytes) -> None:
 def test_what_json_lacks_is_refused(value: object) -> None:
     layer = {"name": "a", "share": value} if not isinstance(value, str) else {"name": value}
     with pytest.raises(ProtocolError):
-        records.convert(Layer, layer, "layer", ProtocolError)
+        records.convert_record(Layer, layer, "layer", ProtocolError)
 
 
 def test_free_values_have_limits() -> None:
-    check_free({"a": [{"b": 1.5, "c": None, "d": "text"}]}, "free", ProtocolError)
+    check_free_form({"a": [{"b": 1.5, "c": None, "d": "text"}]}, "free", ProtocolError)
     nested: Any = 1
     for _ in range(9):
         nested = [nested]
     for wrong in (nested, {"a": 2**63}, {"a": "\0"}, {"\0": 1}):
         with pytest.raises(ProtocolError):
-            check_free(wrong, "free", ProtocolError)
+            check_free_form(wrong, "free", ProtocolError)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 
 pytestmark = pytest.mark.board
 
@@ -17,7 +17,7 @@ keys = st.lists(st.one_of(st.integers(0, 99), st.text("abc", max_size=3)), max_s
 
 
 def words(seed: int, key: list[object]) -> list[int]:
-    return keyed(seed, *key).integers(0, 2**63, 4).tolist()
+    return keyed_generator(seed, *key).integers(0, 2**63, 4).tolist()
 
 
 @given(st.integers(0, 2**63), keys)
@@ -36,4 +36,4 @@ def test_different_keys_give_different_numbers(
 def test_another_process_draws_the_same() -> None:
     code = "from fedprune.core.rng import keyed; print(keyed(7, 3, 'pi', 'batches').integers(0, 2**63))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert int(out.stdout) == keyed(7, 3, "pi", "batches").integers(0, 2**63)
+    assert int(out.stdout) == keyed_generator(7, 3, "pi", "batches").integers(0, 2**63)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ConfigError, FedpruneError, ProfileError
-from fedprune.core.settings import _declared
+from fedprune.core.settings import _field_rules
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.recipe import Recipe
@@ -47,38 +47,38 @@ PLAIN: dict[type[Any], Callable[..., Any]] = {
     RolloutPlan: partial(RolloutPlan, "model", "1"),
 }
 OPTIONS = {
-    "autoflip": autoflip.Options,
-    "ca-hfp": ca_hfp.Options,
-    "fedasync": asynchronous.OneByOne,
-    "fedavg": fedavg.Options,
-    "fedbuff": asynchronous.Buffers,
-    "fedfix": asynchronous.Windows,
-    "fedobp": fedobp.Options,
-    "fedper": fedper.Options,
-    "fedprox": fedavg.ProximalOptions,
-    "fedprune": fedprune.Options,
-    "fedrolex": heterofl.Options,
-    "fiarse": fiarse.Options,
-    "heterofl": heterofl.Options,
+    "autoflip": autoflip.AutoFlipOptions,
+    "ca-hfp": ca_hfp.CaHfpOptions,
+    "fedasync": asynchronous.FedAsyncOptions,
+    "fedavg": fedavg.FedAvgOptions,
+    "fedbuff": asynchronous.FedBuffOptions,
+    "fedfix": asynchronous.FedFixOptions,
+    "fedobp": fedobp.FedObpOptions,
+    "fedper": fedper.FedPerOptions,
+    "fedprox": fedavg.FedProxOptions,
+    "fedprune": fedprune.FedPruneOptions,
+    "fedrolex": heterofl.HeteroFlOptions,
+    "fiarse": fiarse.FiarseOptions,
+    "heterofl": heterofl.HeteroFlOptions,
     "history": fedper.HistoryOptions,
     "local": fedper.LocalOptions,
-    "pr-fl": pr_fl.Options,
-    "subflot": subflot.Options,
+    "pr-fl": pr_fl.PrFlOptions,
+    "subflot": subflot.SubFlotOptions,
 }
 
 
 def wrong(kind: type[Any], name: str) -> Iterator[Any]:
     """Values on the other side of all that a field declares."""
-    declared = _declared(kind)[name]
-    if declared.words or declared.kind is bool:
+    declared = _field_rules(kind)[name]
+    if declared.choices or declared.kind is bool:
         yield from ("nonsense", 3, None)
     if declared.limits is None:
         return
     limits = declared.limits
     numbers: list[Any] = [2 * limits.high + 1, min(limits.low, 0) - 1, math.nan, math.inf, 10**400, "much", True]
     numbers += [limits.low] * limits.above + [limits.high] * limits.below + [limits.low / 2] * limits.or_zero
-    numbers += [] if declared.optional else [None]
-    for number in numbers + [limits.low + 0.5] * declared.whole:
+    numbers += [] if declared.is_optional else [None]
+    for number in numbers + [limits.low + 0.5] * declared.is_whole:
         if not isinstance(number, float) or number != limits.high or not math.isinf(number):
             yield number
 
@@ -89,7 +89,7 @@ OF_PRESETS = [(name, f.name) for name, kind in OPTIONS.items() for f in fields(k
 
 def wrong_entries(kind: type[Any], name: str) -> list[Any]:
     """The wrong values, as the only entry of a list where the field is one; elsewhere a list is wrong, too."""
-    listed = "tuple" in str(_declared(kind)[name].kind)
+    listed = "tuple" in str(_field_rules(kind)[name].kind)
     return [(value,) for value in wrong(kind, name)] if listed else [*wrong(kind, name), (1,)]
 
 

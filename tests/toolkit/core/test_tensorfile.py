@@ -70,7 +70,7 @@ def test_we_read_what_the_safetensors_library_writes(tensors: dict[str, np.ndarr
 def test_tensors_lie_in_the_given_order_without_gaps(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     raw = tensorfile.encode(tensors)
     at = 8 + int.from_bytes(raw[:8], "little")
-    extents = tensorfile.offsets(raw)
+    extents = tensorfile.tensor_offsets(raw)
     for name, value in tensors.items():
         assert extents[name][2:] == (at, at + value.nbytes)
         at += value.nbytes
@@ -98,10 +98,10 @@ def test_a_flipped_header_byte_is_refused_or_seen(at: int, flip: int) -> None:
     raw = bytearray(GOOD)
     raw[at] ^= flip
     try:
-        extents = tensorfile.offsets(bytes(raw))
+        extents = tensorfile.tensor_offsets(bytes(raw))
     except BundleError:
         return
-    assert tensorfile.digest(bytes(raw)) != tensorfile.digest(GOOD)
+    assert tensorfile.sha256_hex(bytes(raw)) != tensorfile.sha256_hex(GOOD)
     assert all(0 <= start <= end <= len(raw) for _, _, start, end in extents.values())
 
 
@@ -140,7 +140,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(GOOD[:-1])
     with pytest.raises(BundleError, match=r"weights\.safetensors"):
-        tensorfile.load(path)
+        tensorfile.load_tensors(path)
 
 
 @pytest.mark.parametrize("shape", [(1,) * 65, (0, 2**40, 2**40), (0, 2**47)])

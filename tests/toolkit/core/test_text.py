@@ -16,12 +16,12 @@ pytestmark = pytest.mark.board
 @pytest.mark.parametrize("code", [27, 0x9B, 0xD800])
 def test_a_text_holds_nothing_that_steers_a_terminal(code: int) -> None:
     with pytest.raises(ConfigError, match="printable"):
-        validation.text("reason", f"a{chr(code)}b", 10)
+        validation.check_text("reason", f"a{chr(code)}b", 10)
 
 
 @pytest.mark.parametrize("value", ["two\nlines", "a\ttab", "漢字"])
 def test_a_text_may_hold_lines_tabs_and_any_script(value: str) -> None:
-    assert validation.text("reason", value, 10) == value
+    assert validation.check_text("reason", value, 10) == value
 
 
 @given(st.text(max_size=50) | st.text(st.characters(max_codepoint=0xFF), max_size=50))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.imports import module_code, own_module, program_code
+from fedprune.core.imports import import_user_module, module_code, program_code
 
 pytestmark = pytest.mark.board
 
@@ -30,7 +30,7 @@ def test_a_module_goes_before_an_installed_one_of_its_name_where_it_is_named(her
     (here / "elsewhere" / "ours_d.py").write_text("N = 1\n")
     (here / "ours_d.py").write_text("N = 2\n")
     sys.path.insert(0, str(here / "elsewhere"))
-    assert own_module("ours_d").N == 2
+    assert import_user_module("ours_d").N == 2
 
 
 def test_a_file_of_the_folder_takes_no_installed_modules_place(here: Path) -> None:
@@ -52,6 +52,6 @@ def test_a_module_that_fails_is_tried_again(here: Path) -> None:
     (here / "ours_e.py").write_text("raise ValueError('no')\n")
     for _ in range(2):
         with pytest.raises(ValueError, match="no"):
-            own_module("ours_e")
+            import_user_module("ours_e")
     with pytest.raises(ModuleNotFoundError):
-        own_module("ours_nowhere")
+        import_user_module("ours_nowhere")

@@ -17,9 +17,9 @@ def test_numbers_pass_where_they_are_in_range(value: float, above: bool, below: 
     low, high = -3, 4.5
     fits = low <= value <= high and not (above and value == low) and not (below and value == high)
     if fits:
-        number = validation.number("a", value, low, high, above=above, below=below)
+        number = validation.check_number("a", value, low, high, above=above, below=below)
         assert number == value
         assert type(number) is float
     else:
         with pytest.raises(ConfigError, match=r"^a: expected a number "):
-            validation.number("a", value, low, high, above=above, below=below)
+            validation.check_number("a", value, low, high, above=above, below=below)

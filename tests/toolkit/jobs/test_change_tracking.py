@@ -20,7 +20,7 @@ class Thing(TrackedEntry):
     size: int = 0
 
     @property
-    def counted_as(self) -> str:
+    def count_kind(self) -> str:
         return self.colour
 
 
@@ -61,7 +61,7 @@ def test_a_roll_does_what_a_dictionary_does_and_knows_what_has_changed(steps: li
                 roll |= {"c": Thing("red", 9)}
                 plain |= {"a": Thing("blue", 7), "b": Thing("red", 8), "c": Thing("red", 9)}
             case ("settle",):
-                roll.settle()
+                roll.mark_saved()
                 before = copy.deepcopy(plain)
         assert roll == plain
         counts = Counter(t.colour for t in plain.values())
@@ -75,7 +75,7 @@ def test_a_roll_does_what_a_dictionary_does_and_knows_what_has_changed(steps: li
 
 def test_what_is_assigned_again_changes_nothing() -> None:
     roll = TrackedDict({"a": Thing("red", 1)})
-    roll.settle()
+    roll.mark_saved()
     counts = dict(roll.counts)
     roll["a"].colour = "red"
     roll["a"] = Thing("red", 1)
@@ -89,7 +89,7 @@ def test_an_entry_that_has_left_its_roll_or_was_copied_changes_nothing_there() -
     roll = TrackedDict({"a": Thing("red")})
     copies = [copy.copy(roll["a"]), copy.deepcopy(roll["a"]), pickle.loads(pickle.dumps(roll["a"]))]  # noqa: S301
     gone = roll.pop("a")
-    roll.settle()
+    roll.mark_saved()
     for thing in (gone, *copies):
         assert thing == Thing("red")
         thing.colour = "blue"

@@ -13,7 +13,7 @@ from fedprune.core.errors import (
     StrategyError,
 )
 from fedprune.core.tensorfile import decode
-from fedprune.jobs.failure_kind import FailureKind, of_exit_code, of_update
+from fedprune.jobs.failure_kind import FailureKind, kind_of_exit_code, kind_of_update_error
 
 
 @pytest.mark.parametrize(
@@ -30,15 +30,15 @@ def test_weights_that_are_too_large_are_of_diverged_training_and_others_malforme
 ) -> None:
     with pytest.raises(ProtocolError) as error:
         check_range("w", np.array([value], np.float32), 8.0)
-    assert of_update(error.value) is kind
+    assert kind_of_update_error(error.value) is kind
 
 
 def test_a_damaged_file_is_malformed_and_a_strategy_that_fails_is_not() -> None:
     with pytest.raises(BundleError) as error:
         decode(b"short")
-    assert of_update(error.value) is FailureKind.MALFORMED
-    assert of_update(StrategyError("x")) is FailureKind.OTHER
+    assert kind_of_update_error(error.value) is FailureKind.MALFORMED
+    assert kind_of_update_error(StrategyError("x")) is FailureKind.OTHER
 
 
 def test_exit_codes_of_newer_boards_are_of_another_kind() -> None:
-    assert {of_exit_code(code) for code in set(range(256)) - set(ExitCode)} == {FailureKind.OTHER}
+    assert {kind_of_exit_code(code) for code in set(range(256)) - set(ExitCode)} == {FailureKind.OTHER}

@@ -28,9 +28,9 @@ def test_json_round_trip(privacy: Privacy) -> None:
 
 
 def test_boards_are_told_the_clip_and_their_part_of_the_noise() -> None:
-    assert LOCAL.asked_of(Recipe()) == Recipe(update_clip=2.0, update_noise=3.0)
-    assert SHARED.asked_of(Recipe()) == Recipe(update_clip=2.0, update_noise=1.0)
-    offer = LOCAL.asked_of(Recipe()).to_offer()
+    assert LOCAL.private_recipe(Recipe()) == Recipe(update_clip=2.0, update_noise=3.0)
+    assert SHARED.private_recipe(Recipe()) == Recipe(update_clip=2.0, update_noise=1.0)
+    offer = LOCAL.private_recipe(Recipe()).to_offer()
     assert (offer["update_clip"], offer["update_noise"]) == (2.0, 3.0)  # a board that doesn't know them refuses
 
 

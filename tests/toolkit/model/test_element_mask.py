@@ -9,10 +9,24 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture
-from fedprune.model.element_mask import applied, from_bits, gathered, pack, to_bits, unpack
-from fedprune.model.selection import Active, Selection, Tensors, check_mask
+from fedprune.model.element_mask import (
+    apply_mask,
+    gather_mask,
+    mask_from_bits,
+    mask_to_bits,
+    pack_active,
+    unpack_active,
+)
+from fedprune.model.selection import ElementMask, Selection, Tensors, check_mask
 from fedprune.strategies.aggregators import intersection
-from fedprune.strategies.importance.element_ranking import magnitudes, prunable, quantile, threshold, top, with_floors
+from fedprune.strategies.importance.element_ranking import (
+    magnitudes,
+    mask_threshold,
+    prunable,
+    quantile,
+    top_mask,
+    with_floors,
+)
 from support.nets.drawn_models import architectures, model, seeds, selections
 
 pytestmark = pytest.mark.board
@@ -20,7 +34,7 @@ pytestmark = pytest.mark.board
 densities = st.floats(0.001, 1.0)
 
 
-def random_mask(architecture: Architecture, seed: int, share: float = 0.5) -> Active:
+def random_mask(architecture: Architecture, seed: int, share: float = 0.5) -> ElementMask:
     random = np.random.default_rng(seed)
     return {n: random.random(architecture.by_name[n].shape) < share for n in prunable(architecture)}
 
@@ -31,15 +45,15 @@ def coarse(architecture: Architecture, seed: int) -> Tensors:
     return {n: np.round(np.abs(weights[n]), 0).astype(np.float32) for n in prunable(architecture)}
 
 
-def count(mask: Active) -> int:
+def count(mask: ElementMask) -> int:
     return sum(int(np.count_nonzero(bits)) for bits in mask.values())
 
 
-def same_mask(first: Active, second: Active) -> bool:
+def same_mask(first: ElementMask, second: ElementMask) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(m, second[n]) for n, m in first.items())
 
 
-def is_submask(inner: Active, outer: Active) -> bool:
+def is_submask(inner: ElementMask, outer: ElementMask) -> bool:
     return all(not (bits & ~outer[n]).any() for n, bits in inner.items())
 
 
@@ -49,7 +63,7 @@ def test_masks_are_nested_and_as_large_as_asked_for(
 ) -> None:
     order = coarse(architecture, seed)
     size = sum(v.size for v in order.values())
-    sparse, dense = (top(order, d) for d in sorted((first_density, second_density)))
+    sparse, dense = (top_mask(order, d) for d in sorted((first_density, second_density)))
     assert is_submask(sparse, dense)
     for mask, density in ((sparse, min(first_density, second_density)), (dense, max(first_density, second_density))):
         assert count(mask) == max(1, int(density * size + 1e-6))
@@ -65,7 +79,7 @@ def test_floors_hold_in_every_tensor_and_masks_stay_nested(
     weights = model(architecture, seed)
     order = coarse(architecture, seed + 1)
     floored = with_floors(order, weights, share)
-    sparse, dense = (top(floored, d) for d in sorted((first_density, second_density)))
+    sparse, dense = (top_mask(floored, d) for d in sorted((first_density, second_density)))
     assert is_submask(sparse, dense)
     for name, mask in sparse.items():
         if not share or not mask.size:
@@ -84,7 +98,7 @@ def test_floors_hold_in_every_tensor_and_masks_stay_nested(
 
 def test_an_importance_that_is_no_number_is_refused_by_name() -> None:
     with pytest.raises(BundleError, match="elements of b"):
-        top({"a": np.ones(3, np.float32), "b": np.array([1, np.nan], np.float32)}, 0.5)
+        top_mask({"a": np.ones(3, np.float32), "b": np.array([1, np.nan], np.float32)}, 0.5)
 
 
 @given(architectures(), seeds, densities)
@@ -92,8 +106,8 @@ def test_the_threshold_parts_what_is_active_from_what_is_not(
     architecture: Architecture, seed: int, density: float
 ) -> None:
     order = magnitudes(model(architecture, seed), prunable(architecture))
-    mask = top(order, density)
-    theta = threshold(order, mask)
+    mask = top_mask(order, density)
+    theta = mask_threshold(order, mask)
     for name, value in order.items():  # normal numbers: no two are equal
         np.testing.assert_array_equal(value >= np.float32(theta), mask[name])
 
@@ -104,23 +118,23 @@ def test_a_submodels_mask_is_the_global_one_where_its_elements_live(
 ) -> None:
     selection: Selection = data.draw(selections(architecture))
     mask, weights = random_mask(architecture, seed), model(architecture, seed)
-    inside = gathered(mask, selection)
+    inside = gather_mask(mask, selection)
     check_mask(inside, selection.shapes())
-    masked = applied(mask, weights)
+    masked = apply_mask(mask, weights)
     for name, value in selection.gather(masked).items():
-        np.testing.assert_array_equal(value, applied(inside, selection.gather(weights))[name])
+        np.testing.assert_array_equal(value, apply_mask(inside, selection.gather(weights))[name])
 
 
 @given(architectures(), seeds)
 def test_packing_loses_nothing_but_what_is_masked(architecture: Architecture, seed: int) -> None:
     mask, weights = random_mask(architecture, seed), model(architecture, seed)
-    packed = pack(mask, weights)
+    packed = pack_active(mask, weights)
     assert sum(packed[n].size for n in mask) == count(mask)
-    for name, value in unpack(mask, packed).items():
-        np.testing.assert_array_equal(value, applied(mask, weights)[name])
-    unpacked = from_bits(to_bits(mask), {t.name: t.shape for t in architecture.tensors})
+    for name, value in unpack_active(mask, packed).items():
+        np.testing.assert_array_equal(value, apply_mask(mask, weights)[name])
+    unpacked = mask_from_bits(mask_to_bits(mask), {t.name: t.shape for t in architecture.tensors})
     assert same_mask(unpacked, mask)
-    assert sum(b.size for b in to_bits(mask).values()) == sum(-(-m.size // 8) for m in mask.values())
+    assert sum(b.size for b in mask_to_bits(mask).values()) == sum(-(-m.size // 8) for m in mask.values())
 
 
 @given(architectures(), seeds)
@@ -129,7 +143,7 @@ def test_an_intersection_is_that_of_active_elements(architecture: Architecture, 
     second = dict(list(second.items())[1:])  # a tensor that is active as a whole
     shapes = {t.name: t.shape for t in architecture.tensors}
 
-    def whole(mask: Active, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def whole(mask: ElementMask, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         return mask.get(name, np.ones(shapes[name], np.bool_))
 
     both = intersection(first, second)
@@ -142,16 +156,16 @@ def test_masks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BundleError, match="mask of w"):
         check_mask(mask, {"w": (4, 8)})
     with pytest.raises(BundleError, match="active values of w"):
-        unpack(mask, {"w": np.ones(31, np.float32)})
+        unpack_active(mask, {"w": np.ones(31, np.float32)})
     with pytest.raises(BundleError, match="type of w"):
-        unpack(mask, {"w": np.ones(32, np.int64)})  # type: ignore[dict-item]
+        unpack_active(mask, {"w": np.ones(32, np.int64)})  # type: ignore[dict-item]
     for bits in (np.zeros(3, np.uint8), np.zeros(4, np.int8), np.zeros((4, 1), np.uint8)):
         with pytest.raises(BundleError, match="mask of w"):
-            from_bits({"w": bits}, {"w": (8, 4)})
+            mask_from_bits({"w": bits}, {"w": (8, 4)})
     with pytest.raises(BundleError, match="behind"):
-        from_bits({"w": np.array([0b1010_0001], np.uint8)}, {"w": (7,)})
+        mask_from_bits({"w": np.array([0b1010_0001], np.uint8)}, {"w": (7,)})
     with pytest.raises(BundleError, match="mask of v"):
-        from_bits({"v": np.zeros(4, np.uint8)}, {"w": (8, 4)})
+        mask_from_bits({"v": np.zeros(4, np.uint8)}, {"w": (8, 4)})
 
 
 @given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=4), st.floats(0, 1))
@@ -171,7 +185,7 @@ def test_more_than_sixteen_million_elements_are_counted_exactly() -> None:
     """Float32 can't count them: positions and sizes must be whole numbers all the way."""
     size = 2**24 + 5
     values = np.random.default_rng(0).permutation(size).astype(np.float32) / np.float32(size)
-    mask = top({"a": values[: 2**23], "b": values[2**23 :]}, 0.5)
+    mask = top_mask({"a": values[: 2**23], "b": values[2**23 :]}, 0.5)
     assert count(mask) == size // 2
     assert quantile([values], 0.75) == pytest.approx(
         float(np.partition(values, 3 * 2**22 + 3)[3 * 2**22 + 3]), abs=1e-7

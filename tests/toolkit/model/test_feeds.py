@@ -7,7 +7,7 @@ import pytest
 
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import first_step, numbers
+from fedprune.model.step_contract import first_step_feeds, number_feeds
 
 pytestmark = pytest.mark.board
 
@@ -25,7 +25,7 @@ ADAM = {step_contract.LR, step_contract.WEIGHT_DECAY, step_contract.BETA1, step_
     ],
 )
 def test_a_recipes_numbers_are_those_that_its_graph_reads(recipe: Recipe, names: set[str]) -> None:
-    feed_values = numbers(recipe)
+    feed_values = number_feeds(recipe)
     assert set(feed_values) == names
     for name, value in feed_values.items():
         assert value.shape == ()
@@ -34,11 +34,11 @@ def test_a_recipes_numbers_are_those_that_its_graph_reads(recipe: Recipe, names:
 
 
 def test_samples_are_whole_until_a_step_mixes_them() -> None:
-    assert set(numbers(Recipe(mixup=0.3))) == SGD | {step_contract.Y_SHARE}
-    assert numbers(Recipe(mixup=0.3))[step_contract.Y_SHARE] == np.float32(1)
-    assert set(numbers(Recipe(mixup=0.3, loss="mse"))) == SGD  # whose targets are mixed before they are fed
+    assert set(number_feeds(Recipe(mixup=0.3))) == SGD | {step_contract.Y_SHARE}
+    assert number_feeds(Recipe(mixup=0.3))[step_contract.Y_SHARE] == np.float32(1)
+    assert set(number_feeds(Recipe(mixup=0.3, loss="mse"))) == SGD  # whose targets are mixed before they are fed
     y = np.arange(9)
-    feed_values = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, y, 4)
+    feed_values = first_step_feeds(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, y, 4)
     assert feed_values.keys() == {step_contract.Y_SHARE, step_contract.Y_PARTNER}
     assert feed_values[step_contract.Y_SHARE] == 1
     assert feed_values[step_contract.Y_PARTNER] is y  # each is its own partner

@@ -66,9 +66,9 @@ def test_a_narrower_step_trains_the_narrower_submodel(data: st.DataObject, seed:
     axes, full = axes_of(architecture), model(architecture, seed)
     submodel = chosen.gather(full)
     axes.check(submodel, chosen.widths)
-    for plan in axes.plans(chosen.widths, densities):
-        narrow = chosen.narrowed(plan).gather(full)
-        got = axes.narrowed(submodel, chosen.widths, plan)
+    for plan in axes.step_widths(chosen.widths, densities):
+        narrow = chosen.with_widths(plan).gather(full)
+        got = axes.narrow(submodel, chosen.widths, plan)
         assert {n: v.shape for n, v in got.items()} == {n: v.shape for n, v in narrow.items()}
         assert all(np.array_equal(got[n], narrow[n]) for n in narrow)
 
@@ -78,12 +78,12 @@ def test_what_is_written_back_lands_where_it_was_taken(data: st.DataObject, seed
     architecture = data.draw(architectures() | st.just(CONCAT))
     chosen = data.draw(selections(architecture))
     axes, submodel = axes_of(architecture), chosen.gather(model(architecture, seed))
-    plan = axes.plans(chosen.widths, [0.5])[-1]
+    plan = axes.step_widths(chosen.widths, [0.5])[-1]
     assume(plan != chosen.widths)
-    trained_tensors = {n: v + 1 for n, v in axes.narrowed(submodel, chosen.widths, plan).items()}
+    trained_tensors = {n: v + 1 for n, v in axes.narrow(submodel, chosen.widths, plan).items()}
     after = {n: v.copy() for n, v in submodel.items()}
     axes.write_back(after, trained_tensors, chosen.widths, plan)
-    reread = axes.narrowed(after, chosen.widths, plan)
+    reread = axes.narrow(after, chosen.widths, plan)
     for name, value in trained_tensors.items():
         assert np.array_equal(reread[name], value)
         assert np.count_nonzero(after[name] != submodel[name]) == value.size
@@ -91,24 +91,24 @@ def test_what_is_written_back_lands_where_it_was_taken(data: st.DataObject, seed
 
 def test_plans_begin_with_the_devices_own_and_are_never_wider() -> None:
     axes = axes_of(CONCAT)
-    assert axes.plans((3, 6), [1.0, 0.5, 0.5, 0.01]) == [(3, 6), (2, 3), (1, 1)]
-    assert axes.plans((4, 6), []) == [(4, 6)]
+    assert axes.step_widths((3, 6), [1.0, 0.5, 0.5, 0.01]) == [(3, 6), (2, 3), (1, 1)]
+    assert axes.step_widths((4, 6), []) == [(4, 6)]
     # 0.7 × 10 is a hair above 7: the same widths as an extraction at that density has.
     ten = axes_of(Architecture("ten", (ChannelGroup("a", 10),), (), (), (), (1,), (1,)))
-    assert ten.plans((10,), [0.7]) == [(10,), (7,)]
+    assert ten.step_widths((10,), [0.7]) == [(10,), (7,)]
 
 
 def test_groups_that_lie_in_pieces_stay_whole() -> None:
     axes = axes_of(SHUFFLED)
-    assert axes.prefixed == {2}  # b lies whole, but where depends on how many of a's pieces are left before it
-    assert axes.plans((4, 6, 8), [0.5]) == [(4, 6, 8), (4, 6, 4)]
+    assert axes.narrowable_groups == {2}  # b lies whole, but where depends on how many of a's pieces are left before it
+    assert axes.step_widths((4, 6, 8), [0.5]) == [(4, 6, 8), (4, 6, 4)]
 
 
 def test_arrays_that_belong_to_a_tensor_are_cut_with_it() -> None:
     axes = axes_of(CONCAT)
     value = np.arange(12, dtype=np.float32).reshape(4, 3)
     fed: dict[str, Any] = {"one::momentum": value, "one::mu": np.array(2.0), "lr": np.array(0.1)}
-    got = axes.narrowed(fed, (4, 6), (2, 6))
+    got = axes.narrow(fed, (4, 6), (2, 6))
     assert np.array_equal(got["one::momentum"], value[:2])
     assert got["one::mu"] == 2
     assert got["lr"] is fed["lr"]

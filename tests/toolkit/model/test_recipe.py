@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.mixup import LEAST_MIXUP
+from fedprune.model.mixup import MIN_MIXUP
 from fedprune.model.recipe import OPTIMIZERS, SCHEDULES, Features, Recipe
 
 pytestmark = pytest.mark.board
@@ -49,7 +49,7 @@ recipes = st.builds(
     lambda recipe, blend, mixup: replace(recipe, blend=blend if recipe.average else 0.0, mixup=mixup),
     settings,
     st.floats(0, 1),
-    st.just(0.0) | st.floats(LEAST_MIXUP, 10),
+    st.just(0.0) | st.floats(MIN_MIXUP, 10),
 )
 
 FLAGS = [f.name for f in fields(Features) if f.default is False]
@@ -126,15 +126,15 @@ def test_plain_training_has_nothing_of_a_strategys() -> None:
     method = Recipe(
         lr=0.2, average=0.5, blend=0.1, validate_blend=True, mixup=0.3, mask="threshold", mask_threshold=0.1
     )
-    assert method.plain == Recipe(lr=0.2)
+    assert method.plain_training == Recipe(lr=0.2)
 
 
 def test_what_a_board_holds_beside_training_is_counted() -> None:
     settings = [Recipe(), Recipe(average=0.5), Recipe(patience=1), Recipe(average=0.5, patience=1)]
-    assert [r.own_copies for r in settings] == [0, 2, 1, 3]
-    assert Recipe(patience=1, best_epoch=False).own_copies == 0
-    assert Recipe(average=0.5, blend=0.2).own_copies == 3
-    assert [Recipe(optimizer=o, keep_optimizer_state=True).own_copies for o in OPTIMIZERS] == [1, 2, 2, 1]
+    assert [r.extra_copies for r in settings] == [0, 2, 1, 3]
+    assert Recipe(patience=1, best_epoch=False).extra_copies == 0
+    assert Recipe(average=0.5, blend=0.2).extra_copies == 3
+    assert [Recipe(optimizer=o, keep_optimizer_state=True).extra_copies for o in OPTIMIZERS] == [1, 2, 2, 1]
 
 
 @given(recipes)
@@ -150,7 +150,7 @@ def test_the_learning_rate_goes_up_and_then_down_without_a_jump(
 ) -> None:
     recipe = Recipe(lr=0.5, lr_warmup=warmup, lr_schedule=schedule, lr_rounds=rounds if schedule == "cosine" else 0)
     shares = [(s - 0.5) / steps for s in range(1, steps + 1)]
-    rates = [recipe.rate(round_, d) for d in shares]
+    rates = [recipe.learning_rate(round_, d) for d in shares]
     points = [round_ - 1 + d for d in shares]
     assert all(0 <= r <= 0.5 for r in rates)
     assert all(r > 0 for r, p in zip(rates, points, strict=True) if p < rounds - 1e-6)
@@ -158,7 +158,7 @@ def test_the_learning_rate_goes_up_and_then_down_without_a_jump(
     falling = [r for r, p in zip(rates, points, strict=True) if p >= warmup]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
-    assert recipe.rate(round_, 1.0) == pytest.approx(recipe.rate(round_ + 1, 0.0))
+    assert recipe.learning_rate(round_, 1.0) == pytest.approx(recipe.learning_rate(round_ + 1, 0.0))
     if schedule == "constant":
         assert set(falling) <= {0.5}
     elif round_ > rounds:
@@ -166,7 +166,7 @@ def test_the_learning_rate_goes_up_and_then_down_without_a_jump(
 
 
 def test_without_a_schedule_every_step_has_the_same_bits() -> None:
-    assert {Recipe(lr=0.1).rate(r, d) for r in (1, 7) for d in (0.0, 0.3, 1.0)} == {0.1}
+    assert {Recipe(lr=0.1).learning_rate(r, d) for r in (1, 7) for d in (0.0, 0.3, 1.0)} == {0.1}
 
 
 @pytest.mark.parametrize(

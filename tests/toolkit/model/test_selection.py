@@ -50,7 +50,7 @@ def test_scattering_changes_covered_coordinates_only(data: st.DataObject, seed: 
     selection, full = data.draw(selections(architecture)), model(architecture, seed)
     changed_model = selection.scatter({n: v + np.float32(1) for n, v in selection.gather(full).items()}, full)
     for name, value in full.items():
-        assert np.array_equal(changed_model[name] != value, selection.covered(name))
+        assert np.array_equal(changed_model[name] != value, selection.coverage_mask(name))
 
 
 @given(st.data(), seeds)
@@ -70,9 +70,9 @@ def test_extraction_is_the_outer_product_of_its_maps(data: st.DataObject, seed: 
 def test_narrower_selections_of_the_same_ranks_are_nested(data: st.DataObject) -> None:
     architecture = data.draw(architectures())
     wide = data.draw(selections(architecture))
-    narrow = wide.narrowed([data.draw(st.integers(1, w)) for w in wide.widths])
+    narrow = wide.with_widths([data.draw(st.integers(1, w)) for w in wide.widths])
     for spec in architecture.tensors:
-        assert not (narrow.covered(spec.name) & ~wide.covered(spec.name)).any()
+        assert not (narrow.coverage_mask(spec.name) & ~wide.coverage_mask(spec.name)).any()
         for axis in spec.axes:
             if len(axis.segments) == 1:
                 short = narrow.indices(axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, LayerRow, TensorKind, TensorSpec
 from fedprune.model.recipe import Features
 from fedprune.model.trainable import frozen_tensors, trained_tensors
 
@@ -51,7 +51,7 @@ HEADED = Architecture(
         TensorSpec("fc.weight", TensorKind.WEIGHT, (Axis.fixed(2), Axis.fixed(4))),
         TensorSpec("fc.bias", TensorKind.BIAS, (Axis.fixed(2),)),
     ),
-    (Layer("conv", "Conv", "conv.weight", 1), Layer("fc", "Gemm", "fc.weight", 1)),
+    (LayerRow("conv", "Conv", "conv.weight", 1), LayerRow("fc", "Gemm", "fc.weight", 1)),
     (),
     (2,),
     (2,),

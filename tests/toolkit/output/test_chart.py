@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.output.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip
+from fedprune.output.chart import HEIGHT, MAX_CURVE_POINTS, WIDTH, coverage_strip, lay_out_chart
 
 # As ever, but on a busy machine the first example may take its time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -21,7 +21,7 @@ def test_every_point_lies_in_the_plot_and_axes_hold_all_values(
     values: list[float | None], first: int, from_zero: bool
 ) -> None:
     x_values = [float(first + i) for i in range(len(values))]
-    drawn = chart("k", "A title", x_values, {"a": values}, "{:.6g}".format, from_zero=from_zero)
+    drawn = lay_out_chart("k", "A title", x_values, {"a": values}, "{:.6g}".format, from_zero=from_zero)
     plottable = [v for v in values if v is not None and abs(v) < 1e30]
     if not plottable:
         assert drawn is None
@@ -34,24 +34,24 @@ def test_every_point_lies_in_the_plot_and_axes_hold_all_values(
         x, y = map(float, point.split(","))
         assert 0 <= x <= WIDTH
         assert 0 <= y <= HEIGHT
-    assert len(drawn.numbers) == len(drawn.places) == len(values)
+    assert len(drawn.table_rows) == len(drawn.positions) == len(values)
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
     many = [float(i) for i in range(2000)]
-    drawn = chart("k", "t", many, {"a": many}, str)
+    drawn = lay_out_chart("k", "t", many, {"a": many}, str)
     assert drawn is not None
-    assert len(drawn.places) <= MOST_POINTS
-    assert drawn.places[-1] == "1,999"
+    assert len(drawn.positions) <= MAX_CURVE_POINTS
+    assert drawn.positions[-1] == "1,999"
     assert drawn.curves[0].values[-1] == "1999.0"
 
 
 @patient
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=12), st.integers(0, 40))
 def test_a_strip_holds_its_channels_once(channel_shares: list[tuple[int, float]], channels: int) -> None:
-    drawn = strip("g", channels, [{"channels": n, "share": s} for n, s in channel_shares])
+    drawn = coverage_strip("g", channels, [{"channels": n, "share": s} for n, s in channel_shares])
     shares = [s for n, s in channel_shares for _ in range(n)][:channels]
     levels = [run.level for run in drawn.runs for _ in range(run.width)]
     assert levels == [math.ceil(s * 10 - 1e-9) if s > 1e-9 else int(s > 0) for s in shares]
-    assert drawn.least == min(shares, default=0.0)
+    assert drawn.min_share == min(shares, default=0.0)
     assert drawn.mean == pytest.approx(sum(shares) / len(shares) if shares else 0.0)

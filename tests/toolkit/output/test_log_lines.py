@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.output.log_lines import JSON, TEXT, log_context, logged_to_stdout
+from fedprune.output.log_lines import JSON, TEXT, log_context, log_to_stdout
 
 log = logging.getLogger("fedprune.server")
 
 
 def log_output(form: str, *messages: str, verbose: bool = False) -> str:
     stream = io.StringIO()
-    with logged_to_stdout(verbose=verbose, form=form, stream=stream):
+    with log_to_stdout(verbose=verbose, form=form, stream=stream):
         for message in messages:
             log.warning("%s", message)
     return stream.getvalue()
@@ -40,7 +40,7 @@ def test_no_message_begins_a_line_of_its_own(text: str) -> None:
 @pytest.mark.parametrize("form", [TEXT, JSON])
 def test_a_traceback_cannot_pass_for_a_record(form: str) -> None:
     stream = io.StringIO()
-    with logged_to_stdout(verbose=False, form=form, stream=stream):
+    with log_to_stdout(verbose=False, form=form, stream=stream):
         try:
             raise ValueError('no\n12:00:00 all is well\n{"level": "info"}')
         except ValueError:
@@ -58,7 +58,7 @@ def test_a_record_says_what_it_is_about_and_threads_do_not_mix() -> None:
         with log_context(device="other"):
             log.info("there")
 
-    with logged_to_stdout(verbose=False, form=JSON, stream=stream):
+    with log_to_stdout(verbose=False, form=JSON, stream=stream):
         with log_context(job="leaves", round=3, trace_id=None):
             with log_context(device="pi"):
                 log.info("within")

@@ -11,10 +11,10 @@ from fedprune.output.tables import GOOD, Column, print_table
 
 COLUMNS = [
     Column("target"),
-    Column("density", right=True, drop=1),
-    Column("parity", right=True, drop=3),
-    Column("MACs", right=True, drop=2),
-    Column("why", wrap=10),
+    Column("density", is_right_aligned=True, drop_order=1),
+    Column("parity", is_right_aligned=True, drop_order=3),
+    Column("MACs", is_right_aligned=True, drop_order=2),
+    Column("why", min_width=10),
 ]
 ROWS = [
     ("raspberry-pi-zero-2w", "0.359", "3.7e-07", "7,240,704", "bound by memory"),

@@ -13,16 +13,16 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import predict
+from fedprune.planning.cost_prediction import predict_costs
 from fedprune.planning.plan import LINK, PlanSearch
 from fedprune.strategies import Strategy
-from fedprune.updates import CODECS, DOWN, Codec, encode, weights
+from fedprune.updates import CODECS, DOWNLOAD_CODECS, Codec, encode, weights
 from support.fakes.strategy_rounds import NET
 from support.fakes.tiny_job import WIDE
 
 pytestmark = pytest.mark.board
 
-PI = profile_store.find("raspberry-pi-zero-2w")
+PI = profile_store.find_profile("raspberry-pi-zero-2w")
 RECIPE = Recipe(batch_size=8)
 
 
@@ -36,7 +36,7 @@ def tensors(net: Architecture, widths: tuple[int, ...], seed: int) -> dict[str, 
 def test_no_update_is_larger_than_planned(up: str, density: float) -> None:
     widths = widths_at(NET, density)
     codec = None if up == "none" else up
-    foreseen = predict(NET, widths, PI, RECIPE, 10, codecs=(codec, None)).up_bytes
+    foreseen = predict_costs(NET, widths, PI, RECIPE, 10, codecs=(codec, None)).up_bytes
     before, after = tensors(NET, widths, 0), tensors(NET, widths, 1)
     trained = {t.name for t in NET.trainable}
     if codec is None:
@@ -45,9 +45,9 @@ def test_no_update_is_larger_than_planned(up: str, density: float) -> None:
         assert len(encode(Codec.parse(codec), after, before, trained)[0]) <= foreseen
 
 
-@pytest.mark.parametrize("down", DOWN)
+@pytest.mark.parametrize("down", DOWNLOAD_CODECS)
 def test_no_weights_are_larger_than_planned(down: str) -> None:
-    foreseen = predict(NET, NET.sizes, PI, RECIPE, 10, codecs=(None, down))
+    foreseen = predict_costs(NET, NET.sizes, PI, RECIPE, 10, codecs=(None, down))
     before, after = tensors(NET, NET.sizes, 0), tensors(NET, NET.sizes, 1)
     trained, codec = {t.name for t in NET.trainable}, Codec.parse(down)
     assert codec is not None
@@ -58,9 +58,9 @@ def test_no_weights_are_larger_than_planned(down: str) -> None:
 
 def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:
     tight = replace(
-        PI, link=replace(PI.link, bytes_per_round=predict(WIDE, WIDE.sizes, PI, RECIPE, 10).round_bytes // 2)
+        PI, link=replace(PI.link, bytes_per_round=predict_costs(WIDE, WIDE.sizes, PI, RECIPE, 10).round_bytes // 2)
     )
-    plans = {c: PlanSearch(WIDE, tight, RECIPE, 10, codecs=c).plan() for c in [(None, None), ("int8", "int8")]}
+    plans = {c: PlanSearch(WIDE, tight, RECIPE, 10, codecs=c).search() for c in [(None, None), ("int8", "int8")]}
     plain, coded = plans[None, None], plans["int8", "int8"]
     assert plain.bound == LINK
     assert coded.prediction.parameters > plain.prediction.parameters
@@ -68,12 +68,14 @@ def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:
 
 
 def test_squared_gradients_travel_too() -> None:
-    without, with_them = (predict(NET, NET.sizes, PI, replace(RECIPE, report_squares=s), 10) for s in (False, True))
+    without, with_them = (
+        predict_costs(NET, NET.sizes, PI, replace(RECIPE, report_squares=s), 10) for s in (False, True)
+    )
     assert with_them.up_bytes > without.up_bytes == with_them.down_bytes
 
 
 def test_a_strategys_codec_yields_to_element_masks_and_a_jobs_does_not() -> None:
-    masked = Strategy(inputs="sum", masks=True, compression="int8")
+    masked = Strategy(inputs="sum", uses_masks=True, compression="int8")
     assert masked.codecs(Job(), "pi", CODECS) == (None, None)
     assert masked.codecs(Job(compression="int8"), "pi", CODECS) == ("int8", None)
 

@@ -16,7 +16,7 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
@@ -39,7 +39,7 @@ def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: i
     """3×3 convolutions with batch normalisation and ReLU, each followed by a 2×2 pool; flatten; one linear layer."""
     groups = tuple(ChannelGroup(f"conv{i}", c) for i, c in enumerate(channels))
     tensors: list[TensorSpec] = []
-    layers: list[Layer] = []
+    layers: list[LayerRow] = []
     values: list[Activation] = []
     before = Axis.fixed(inputs)
     for i, count in enumerate(channels):
@@ -53,7 +53,7 @@ def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: i
             ("var", TensorKind.STAT_VAR),
         ):
             tensors.append(TensorSpec(f"bn{i}.{suffix}", kind, (axis,)))
-        layers.append(Layer(f"conv{i}", "Conv", f"conv{i}.weight", square))
+        layers.append(LayerRow(f"conv{i}", "Conv", f"conv{i}.weight", square))
         values += [
             Activation(f"conv{i}", axis, square, True),
             Activation(f"bn{i}", axis, square, False),
@@ -66,7 +66,7 @@ def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: i
     flat = Axis((Segment(last, 0, channels[-1], side * side),))
     tensors.append(TensorSpec("fc.weight", TensorKind.WEIGHT, (Axis.fixed(classes), flat)))
     tensors.append(TensorSpec("fc.bias", TensorKind.BIAS, (Axis.fixed(classes),)))
-    layers.append(Layer("fc", "Gemm", "fc.weight", 1))
+    layers.append(LayerRow("fc", "Gemm", "fc.weight", 1))
     values.append(Activation("logits", Axis.fixed(classes), 1, True))
     side = int(layers[0].positions ** 0.5)
     return Architecture(
@@ -123,7 +123,7 @@ def test_activations_of_a_small_net_by_hand() -> None:
     costs = costs_at(NET, (4, 5))
     maps = [4 * 256] * 3 + [4 * 64] + [5 * 64] * 3 + [5 * 16, 10]
     unkept = [4 * 256, 5 * 64]
-    assert workload(NET).contents((4, 5))[0] == sum(maps)
+    assert workload(NET).element_counts((4, 5))[0] == sum(maps)
     assert costs.activation_bytes == 4 * sum(maps)
     assert costs.kept_bytes == 4 * (sum(maps) - sum(unkept))
     assert costs.largest_bytes == 4 * 4 * 256
@@ -164,7 +164,7 @@ def test_masking_all_weights_of_some_channels_leaves_the_macs_of_the_narrower_mo
 ) -> None:
     widths = [data.draw(st.integers(1, n)) for n in net.sizes]
     selection = Selection.of(net, widths)
-    mask = {layer.weight: selection.covered(layer.weight) for layer in net.layers}
+    mask = {layer.weight: selection.coverage_mask(layer.weight) for layer in net.layers}
     full_macs, narrow_macs = costs_at(net, net.sizes).training_macs, costs_at(net, widths).training_macs
     assert active_macs_share(net, net.sizes, mask) == pytest.approx(narrow_macs / full_macs)
     assert active_macs_share(net, net.sizes, {}) == 1

@@ -15,14 +15,14 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
 )
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import bandwidth, latency_table, predict
+from fedprune.planning.cost_prediction import latency_table, memory_bandwidth, predict_costs
 from fedprune.planning.costs import memory_seconds
 from fedprune.planning.latency_model import GPU_LAUNCH, typical_gpu_table
 from fedprune.planning.plan import PlanSearch
@@ -31,8 +31,8 @@ from fedprune.planning.profile import TIERS, HardwareProfile
 
 pytestmark = pytest.mark.board
 
-NANO = profile_store.find("jetson-orin-nano")
-ORINS = [profile_store.find(f"jetson-{name}") for name in ("orin-nano", "thor")]
+NANO = profile_store.find_profile("jetson-orin-nano")
+ORINS = [profile_store.find_profile(f"jetson-{name}") for name in ("orin-nano", "thor")]
 RECIPE = Recipe(epochs=1, batch_size=16)
 PROBE = ProbeReport(cores=6, memory_total=7_600_000_000, memory_available=6_000_000_000, seconds=1.0)
 
@@ -49,7 +49,11 @@ def net(channels: int, map_size: int) -> Architecture:
             TensorSpec("b", TensorKind.WEIGHT, (second, first, three, three)),
             TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(10), second)),
         ),
-        (Layer("a", "Conv", "a", map_size), Layer("b", "Conv", "b", map_size), Layer("head", "Gemm", "head", 1)),
+        (
+            LayerRow("a", "Conv", "a", map_size),
+            LayerRow("b", "Conv", "b", map_size),
+            LayerRow("head", "Gemm", "head", 1),
+        ),
         (Activation("a", first, map_size, True), Activation("b", second, map_size, True)),
         (3, side, side),
         (10,),
@@ -64,14 +68,14 @@ def on_processor(profile: HardwareProfile) -> HardwareProfile:
 
 
 def step_seconds(architecture: Architecture, profile: HardwareProfile, probe: ProbeReport | None = None) -> float:
-    return predict(architecture, architecture.sizes, profile, RECIPE, 160, probe=probe).step_s
+    return predict_costs(architecture, architecture.sizes, profile, RECIPE, 160, probe=probe).step_s
 
 
 @given(st.integers(1, 256), st.sampled_from([16, 196, 3136]), st.sampled_from(ORINS))
 @settings(max_examples=30, deadline=None)
 def test_no_step_is_predicted_below_the_gpus_roofline(channels: int, map_size: int, profile: HardwareProfile) -> None:
-    architecture, unit = net(channels, map_size), profile.gpu
-    prediction = predict(architecture, architecture.sizes, profile, RECIPE, 160)
+    architecture, unit = net(channels, map_size), profile.training_gpu
+    prediction = predict_costs(architecture, architecture.sizes, profile, RECIPE, 160)
     assert prediction.step_s >= 2 * prediction.training_macs * RECIPE.batch_size / unit.peak_flops
     assert prediction.step_s >= memory_seconds(
         architecture, architecture.sizes, RECIPE.batch_size, unit.bandwidth_bytes_s
@@ -81,12 +85,12 @@ def test_no_step_is_predicted_below_the_gpus_roofline(channels: int, map_size: i
 
 @pytest.mark.parametrize("probe", [None, replace(PROBE, unit="cuda", latency=typical_gpu_table(), train_rate=1e12)])
 def test_an_energy_too_small_for_the_gpu_names_the_processor_if_that_fits(probe: ProbeReport | None) -> None:
-    full_prediction = predict(TINY, TINY.sizes, on_processor(NANO), RECIPE, 160)
+    full_prediction = predict_costs(TINY, TINY.sizes, on_processor(NANO), RECIPE, 160)
     with pytest.raises(PlanError, match="energy") as refused:
-        PlanSearch(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=2 * full_prediction.train_j).plan()
+        PlanSearch(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=2 * full_prediction.train_j).search()
     assert f'software.tier = "{TIERS[0]}"' in str(refused.value)
     with pytest.raises(PlanError) as refused:
-        PlanSearch(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=1e-9).plan()
+        PlanSearch(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=1e-9).search()
     assert "processor" not in str(refused.value)
 
 
@@ -100,12 +104,12 @@ def test_what_the_gpu_measured_replaces_the_profiles_figures() -> None:
     table = typical_gpu_table(5e11, 2e10)
     probe = replace(PROBE, unit="cuda", latency=table)
     assert latency_table(NANO, probe) is table
-    assert math.isinf(bandwidth(NANO, probe))
-    assert PlanSearch(LARGE, NANO, RECIPE, 160, probe=probe).plan().notes == ("trains on: GPU",)
+    assert math.isinf(memory_bandwidth(NANO, probe))
+    assert PlanSearch(LARGE, NANO, RECIPE, 160, probe=probe).search().notes == ("trains on: GPU",)
 
 
 def test_a_measured_gpu_that_the_profile_does_not_know_is_typical() -> None:
-    pi = profile_store.find("raspberry-pi-5")
+    pi = profile_store.find_profile("raspberry-pi-5")
     assert latency_table(pi, replace(PROBE, unit="cuda", train_rate=5e12)) == typical_gpu_table()
 
 
@@ -120,8 +124,8 @@ def test_a_measured_gpu_that_the_profile_does_not_know_is_typical() -> None:
 )
 def test_a_gpu_trains_if_it_speaks_cuda_and_its_rate_is_known(unit: dict[str, object], trains: bool) -> None:
     profile = replace(NANO, accelerator=replace(NANO.accelerator, **unit))
-    assert (profile.gpu is not None) is trains
-    assert on_processor(profile).gpu is None
-    assert bandwidth(profile, None) == (
+    assert (profile.training_gpu is not None) is trains
+    assert on_processor(profile).training_gpu is None
+    assert memory_bandwidth(profile, None) == (
         68e9 if trains and "bandwidth_bytes_s" not in unit else NANO.memory.bandwidth_bytes_s
     )

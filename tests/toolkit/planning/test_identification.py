@@ -8,17 +8,17 @@ import pytest
 
 from fedprune.core.errors import ProfileError
 from fedprune.planning import profile_store
-from fedprune.planning.identification import Facts, identify, l4t_release
+from fedprune.planning.identification import BoardFacts, identify, l4t_release
 
 pytestmark = pytest.mark.board
 
 
-def aarch64(model: str = "", *compatible: str, **facts: object) -> Facts:
-    return Facts(model, compatible, machine="aarch64", **facts)  # type: ignore[arg-type]
+def aarch64(model: str = "", *compatible: str, **facts: object) -> BoardFacts:
+    return BoardFacts(model, compatible, machine="aarch64", **facts)  # type: ignore[arg-type]
 
 
 def own(folder: Path, name: str, like: str, *changes: tuple[str, str]) -> None:
-    text = (profile_store.shipped_folder() / f"{like}.toml").read_text().replace(f'"{like}"', f'"{name}"', 1)
+    text = (profile_store.shipped_profiles_folder() / f"{like}.toml").read_text().replace(f'"{like}"', f'"{name}"', 1)
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
@@ -39,7 +39,7 @@ def test_a_board_is_known_by_its_name(model: str, name: str) -> None:
     identified = identify(aarch64(model))
 
     assert identified.profile.name == name
-    assert identified.certain
+    assert identified.is_certain
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_memory_tells_modules_of_one_processor_apart(memory: int, name: str) -> 
     identified = identify(aarch64("ACME Box", "acme,box", "nvidia,tegra234", memory_total=memory))
 
     assert identified.profile.name == name
-    assert not identified.certain
+    assert not identified.is_certain
     assert identified.evidence == ("processor: tegra234", f"memory: {memory / 1e9:.1f} GB")
 
 
@@ -68,16 +68,18 @@ def test_editions_of_one_name_are_told_apart_by_memory_and_then_by_clock(tmp_pat
 
 @pytest.mark.parametrize(("machine", "name"), [("aarch64", "generic-aarch64"), ("x86_64", "generic-x86-64")])
 def test_an_unknown_board_gets_the_generic_profile(machine: str, name: str) -> None:
-    identified = identify(Facts("Raspberry Pi 5 emulated" if machine == "x86_64" else "Banana Pi", machine=machine))
+    identified = identify(
+        BoardFacts("Raspberry Pi 5 emulated" if machine == "x86_64" else "Banana Pi", machine=machine)
+    )
 
     assert identified.profile.name == name
-    assert not identified.certain
+    assert not identified.is_certain
     assert identified.differences == ()
 
 
 def test_an_unknown_machine_has_no_profile() -> None:
     with pytest.raises(ProfileError, match=r"riscv64"):
-        identify(Facts("VisionFive", machine="riscv64"))
+        identify(BoardFacts("VisionFive", machine="riscv64"))
 
 
 def test_a_jetpack_that_is_too_old_for_a_first_tier_board_is_said() -> None:

@@ -18,7 +18,7 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
@@ -27,9 +27,9 @@ from fedprune.model.architecture import (
 )
 from fedprune.planning.costs import costs_at, memory_seconds
 from fedprune.planning.kernel_workload import FEATURES, KINDS, workload
-from fedprune.planning.latency_model import LatencyTable, Measurement, fitted, typical_table
+from fedprune.planning.latency_model import LatencyTable, Measurement, fit_latency_table, typical_table
 from fedprune.planning.plan import DENSITIES
-from fedprune.planning.width_candidates import rungs
+from fedprune.planning.width_candidates import width_candidates
 
 pytestmark = pytest.mark.board
 
@@ -51,13 +51,13 @@ def net(first: int = 32, second: int = 64, side: int = 16) -> Architecture:
             TensorSpec("fc", TensorKind.WEIGHT, (Axis.fixed(10), b)),
         ),
         (
-            Layer("conv", "Conv", "conv", maps, 0, Volume((), 3 * maps), Volume((a,), maps), 9),
-            Layer("relu", "Relu", "", 0, 0, Volume((a,), maps), Volume((a,), maps)),
-            Layer("dw", "Conv", "dw", maps, 0, Volume((a,), maps), Volume((a,), maps), 9, 1, first),
-            Layer("pw", "Conv", "pw", maps, 0, Volume((a,), maps), Volume((b,), maps)),
-            Layer("att", "MatMul", "", 0, 0, Volume((b,), maps), Volume((b,), b.length), inner=Axis.fixed(maps)),
-            Layer("mean", "GlobalAveragePool", "", 0, 0, Volume((b,), maps), Volume((b,), 1)),
-            Layer("fc", "Gemm", "fc", 1, 0, Volume((b,), 1), Volume((), 10)),
+            LayerRow("conv", "Conv", "conv", maps, 0, Volume((), 3 * maps), Volume((a,), maps), 9),
+            LayerRow("relu", "Relu", "", 0, 0, Volume((a,), maps), Volume((a,), maps)),
+            LayerRow("dw", "Conv", "dw", maps, 0, Volume((a,), maps), Volume((a,), maps), 9, 1, first),
+            LayerRow("pw", "Conv", "pw", maps, 0, Volume((a,), maps), Volume((b,), maps)),
+            LayerRow("att", "MatMul", "", 0, 0, Volume((b,), maps), Volume((b,), b.length), inner=Axis.fixed(maps)),
+            LayerRow("mean", "GlobalAveragePool", "", 0, 0, Volume((b,), maps), Volume((b,), 1)),
+            LayerRow("fc", "Gemm", "fc", 1, 0, Volume((b,), 1), Volume((), 10)),
         ),
         (),
         (3, side, side),
@@ -132,7 +132,7 @@ def measurements(table: LatencyTable, nets: list[Architecture], count: int = 30)
 
 def test_a_fit_foretells_a_net_that_it_has_not_seen() -> None:
     board = made_up()
-    fit = fitted(measurements(board, [net(32, 64, 16), net(64, 160, 8), net(48, 96, 4)]))
+    fit = fit_latency_table(measurements(board, [net(32, 64, 16), net(64, 160, 8), net(48, 96, 4)]))
     unseen_net = net(40, 120, 12)
     widths = [(7, 40), (40, 120), (24, 96), (13, 119)]
     assert fit.error < 0.02
@@ -142,17 +142,17 @@ def test_a_fit_foretells_a_net_that_it_has_not_seen() -> None:
 
 
 def test_a_fit_finds_the_block() -> None:
-    assert fitted(measurements(made_up(8), [net(32, 64, 16), net(64, 160, 8)])).block == 8
+    assert fit_latency_table(measurements(made_up(8), [net(32, 64, 16), net(64, 160, 8)])).block == 8
 
 
 def test_kinds_that_were_not_seen_are_typical_for_the_board() -> None:
     typical = typical_table(5e10)
-    slow = fitted([replace(m, seconds=10 * m.seconds) for m in measurements(typical, [NET])], typical)
+    slow = fit_latency_table([replace(m, seconds=10 * m.seconds) for m in measurements(typical, [NET])], typical)
     assert slow.training["recurrent"] == pytest.approx(typical_table(5e9).training["recurrent"], rel=0.05)
 
 
 def test_a_table_survives_json() -> None:
-    table = fitted(measurements(made_up(), [NET], 5))
+    table = fit_latency_table(measurements(made_up(), [NET], 5))
     assert LatencyTable.from_dict(json.loads(table.to_json())) == table
 
 
@@ -189,7 +189,7 @@ def test_rungs_lie_on_one_another_and_are_not_slower_than_uniform_width(seed: in
 
     uniform = [widths_at(architecture, k / 256) for k in range(1, 257)]
     macs = workload(architecture).forward_macs(uniform)
-    ladder = rungs(architecture, table, 16, DENSITIES, bandwidth)
+    ladder = width_candidates(architecture, table, 16, DENSITIES, bandwidth)
     assert ladder[0].widths == architecture.sizes
     for above, below in itertools.pairwise(ladder):
         assert all(a >= b >= 1 for a, b in zip(above.widths, below.widths, strict=True))
@@ -206,7 +206,7 @@ def test_rungs_lie_on_one_another_and_are_not_slower_than_uniform_width(seed: in
 def test_a_cliff_is_kept_to_the_cheap_side_of() -> None:
     typical = typical_table(5e10)
     dear = {k: tuple(9 * v for v in row) if k.endswith("plain") else row for k, row in typical.inference.items()}
-    ladder = rungs(NET, LatencyTable(16, typical.training, dear), 16, DENSITIES)
+    ladder = width_candidates(NET, LatencyTable(16, typical.training, dear), 16, DENSITIES)
     # The first group's channels are read by a convolution; the second's only by a linear layer.
     assert all(rung.widths[0] % 4 == 0 for rung in ladder[:-1])
     assert len(ladder) > 8

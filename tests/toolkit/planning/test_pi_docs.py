@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.security.joining import Claim
+from fedprune.security.joining import JoinClaim
 from fedprune_server.cli import main as server
 from support.paths import ROOT
 
@@ -30,5 +30,5 @@ def test_the_server_makes_the_broker_s_files_where_the_page_has_them(
         assert server.main([w.replace("/etc/mosquitto", "etc") for w in words]) == ExitCode.OK
     for link in re.findall(r"ln -s /etc/mosquitto/(\S+)", PAGE):
         assert (tmp_path / "etc" / link).is_file()
-    assert Claim.parse((tmp_path / "attic.claim").read_text())
+    assert JoinClaim.parse((tmp_path / "attic.claim").read_text())
     assert stat.S_IMODE((tmp_path / "attic.claim").stat().st_mode) == 0o600

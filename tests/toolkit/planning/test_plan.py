@@ -17,7 +17,7 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
@@ -25,11 +25,18 @@ from fedprune.model.architecture import (
 )
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
-from fedprune.planning.plan import DENSITIES, NOTHING, Plan, PlanSearch
+from fedprune.planning.cost_prediction import (
+    Correction,
+    latency_table,
+    memory_bandwidth,
+    predict_costs,
+    train_rate,
+    training_memory,
+)
+from fedprune.planning.plan import DENSITIES, NOTHING_BINDS, PlanSearch, WidthPlan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.width_candidates import rungs
+from fedprune.planning.width_candidates import width_candidates
 
 pytestmark = pytest.mark.board
 
@@ -43,15 +50,15 @@ NET = Architecture(
         TensorSpec("fc", TensorKind.WEIGHT, (HIDDEN, Axis((Segment(1, 0, 32, 256),)))),
         TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(10), HIDDEN)),
     ),
-    (Layer("conv", "Conv", "conv", 256), Layer("fc", "Gemm", "fc", 1), Layer("head", "Gemm", "head", 1)),
+    (LayerRow("conv", "Conv", "conv", 256), LayerRow("fc", "Gemm", "fc", 1), LayerRow("head", "Gemm", "head", 1)),
     (Activation("conv", MAPS, 256, True), Activation("fc", HIDDEN, 1, True)),
     (3, 16, 16),
     (10,),
 )
 RECIPE = Recipe(epochs=2, batch_size=16)
-BOARD = profile_store.find("raspberry-pi-4b")
+BOARD = profile_store.find_profile("raspberry-pi-4b")
 PROBE = ProbeReport(cores=4, memory_total=4 * 10**9, memory_available=3 * 10**9, seconds=1.0)
-FULL = predict(NET, NET.sizes, BOARD, RECIPE, 500)
+FULL = predict_costs(NET, NET.sizes, BOARD, RECIPE, 500)
 
 
 BRIEF = settings(max_examples=30, deadline=None)
@@ -67,12 +74,12 @@ def memory_of(training: float) -> HardwareProfile:
 
 
 def test_a_plan_keeps_the_least_number_of_channels_that_is_asked_for() -> None:
-    narrow = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,)).plan().widths
+    narrow = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,)).search().widths
     min_channels = max(narrow) + 1
-    assert PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=min_channels).plan().widths == (
+    assert PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=min_channels).search().widths == (
         min_channels,
     ) * len(narrow)
-    assert PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=10**6).plan().widths == NET.sizes
+    assert PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=10**6).search().widths == NET.sizes
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_a_plan_keeps_the_least_number_of_channels_that_is_asked_for() -> None:
     ],
 )
 def test_each_limit_binds(bound: str, limits: dict[str, Any]) -> None:
-    plan = PlanSearch(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **limits}).plan()
+    plan = PlanSearch(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **limits}).search()
     assert plan.bound == bound
     assert plan.widths < NET.sizes
 
@@ -113,9 +120,9 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def made_or_none(situation: dict[str, Any]) -> Plan | None:
+def made_or_none(situation: dict[str, Any]) -> WidthPlan | None:
     try:
-        return PlanSearch(NET, **situation).plan()
+        return PlanSearch(NET, **situation).search()
     except PlanError:
         return None
 
@@ -123,8 +130,8 @@ def made_or_none(situation: dict[str, Any]) -> Plan | None:
 def in_parts(widths: tuple[int, ...], profile: HardwareProfile) -> Recipe:
     """The recipe with the fewest parts of a batch that fit, else with those that need least memory."""
     tried = [replace(RECIPE, accumulate=n) for n in (1, 2, 4, 8, 16)]
-    needs = [predict(NET, widths, profile, recipe, 500).memory_bytes for recipe in tried]
-    fitting = [r for r, need in zip(tried, needs, strict=True) if need <= profile.training_bytes]
+    needs = [predict_costs(NET, widths, profile, recipe, 500).memory_bytes for recipe in tried]
+    fitting = [r for r, need in zip(tried, needs, strict=True) if need <= profile.training_memory_bytes]
     return fitting[0] if fitting else tried[needs.index(min(needs))]
 
 
@@ -135,12 +142,14 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
     assume(plan is not None)
     assert plan is not None
     assert all(limit.fits for limit in plan.limits)
-    table, memory = latency_table(situation["profile"], None), bandwidth(situation["profile"], None)
-    wider = [r.widths for r in rungs(NET, table, RECIPE.batch_size, DENSITIES, memory) if r.widths > plan.widths]
+    table, memory = latency_table(situation["profile"], None), memory_bandwidth(situation["profile"], None)
+    wider = [
+        r.widths for r in width_candidates(NET, table, RECIPE.batch_size, DENSITIES, memory) if r.widths > plan.widths
+    ]
     if not wider:
-        assert plan.bound == NOTHING
+        assert plan.bound == NOTHING_BINDS
         return
-    need = predict(NET, wider[-1], situation["profile"], in_parts(wider[-1], situation["profile"]), 500)
+    need = predict_costs(NET, wider[-1], situation["profile"], in_parts(wider[-1], situation["profile"]), 500)
     needs = {
         "memory": need.memory_bytes,
         "time": need.train_s + need.transfer_s,
@@ -170,7 +179,7 @@ def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], w
         looser["profile"] = replace(profile, link=link)
     elif situation[which] is not None:
         looser[which] = situation[which] * factor
-    after = PlanSearch(NET, **looser).plan()
+    after = PlanSearch(NET, **looser).search()
     assert plan is not None
     assert all(a >= b for a, b in zip(after.widths, plan.widths, strict=True))
 
@@ -181,7 +190,7 @@ def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
     plan = made_or_none(situation)
     assume(plan is not None)
     assert plan is not None
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert WidthPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 WIDE = replace(
@@ -195,19 +204,19 @@ NORMALISED = replace(WIDE, tensors=(*WIDE.tensors, STATISTICS))
 
 
 def need(net: Architecture, accumulate: int, **changes: Any) -> int:
-    return predict(net, net.sizes, BOARD, replace(RECIPE, accumulate=accumulate, **changes), 500).memory_bytes
+    return predict_costs(net, net.sizes, BOARD, replace(RECIPE, accumulate=accumulate, **changes), 500).memory_bytes
 
 
 def test_a_batch_is_divided_before_the_model_is() -> None:
-    plan = PlanSearch(WIDE, memory_of(need(WIDE, 4)), RECIPE, 500).plan()
-    assert (plan.widths, plan.accumulate, plan.bound) == (WIDE.sizes, 4, NOTHING)
+    plan = PlanSearch(WIDE, memory_of(need(WIDE, 4)), RECIPE, 500).search()
+    assert (plan.widths, plan.accumulate, plan.bound) == (WIDE.sizes, 4, NOTHING_BINDS)
     assert plan.prediction.memory_bytes == need(WIDE, 4)
 
 
 def test_parts_that_the_recipe_asks_for_are_the_least() -> None:
-    plan = PlanSearch(WIDE, memory_of(need(WIDE, 1)), replace(RECIPE, accumulate=3), 500).plan()
+    plan = PlanSearch(WIDE, memory_of(need(WIDE, 1)), replace(RECIPE, accumulate=3), 500).search()
     assert (plan.accumulate, plan.notes) == (3, ())
-    assert PlanSearch(WIDE, memory_of(need(WIDE, 5)), replace(RECIPE, accumulate=3), 500).plan().accumulate == 6
+    assert PlanSearch(WIDE, memory_of(need(WIDE, 5)), replace(RECIPE, accumulate=3), 500).search().accumulate == 6
 
 
 @given(
@@ -222,27 +231,27 @@ def test_more_memory_never_gives_a_narrower_model_nor_more_parts(
     net: Architecture, batch: int, share: float, factor: float, time: float | None
 ) -> None:
     recipe = replace(RECIPE, batch_size=batch)
-    full_prediction = predict(net, net.sizes, BOARD, recipe, 500)
+    full_prediction = predict_costs(net, net.sizes, BOARD, recipe, 500)
     room, deadline = full_prediction.memory_bytes * share, None if time is None else full_prediction.round_s * time
     try:
-        tight = PlanSearch(net, memory_of(room), recipe, 500, deadline_s=deadline).plan()
+        tight = PlanSearch(net, memory_of(room), recipe, 500, deadline_s=deadline).search()
     except PlanError:
         return
-    loose = PlanSearch(net, memory_of(room * factor), recipe, 500, deadline_s=deadline).plan()
+    loose = PlanSearch(net, memory_of(room * factor), recipe, 500, deadline_s=deadline).search()
     assert all(a >= b for a, b in zip(loose.widths, tight.widths, strict=True))
     assert loose.widths != tight.widths or loose.accumulate <= tight.accumulate
 
 
 def test_batch_norm_with_frozen_statistics_does_not_mind_small_parts() -> None:
     still = replace(RECIPE, frozen=("norm.*",))
-    assert PlanSearch(NORMALISED, memory_of(need(NORMALISED, 16)), still, 500).plan().accumulate == 16
+    assert PlanSearch(NORMALISED, memory_of(need(NORMALISED, 16)), still, 500).search().accumulate == 16
 
 
 def test_batch_norm_counts_the_parts_of_a_board_with_few_samples() -> None:
     """Twenty samples in parts of at most eight would be parts of seven and six."""
     recipe = replace(RECIPE, batch_size=32)
-    room = predict(NORMALISED, NORMALISED.sizes, BOARD, replace(recipe, accumulate=4), 20).memory_bytes
-    plan = PlanSearch(NORMALISED, memory_of(room), recipe, 20).plan()
+    room = predict_costs(NORMALISED, NORMALISED.sizes, BOARD, replace(recipe, accumulate=4), 20).memory_bytes
+    plan = PlanSearch(NORMALISED, memory_of(room), recipe, 20).search()
     assert plan.accumulate == 2
     assert plan.widths < NORMALISED.sizes
 
@@ -257,21 +266,21 @@ def board_of(**memory: float) -> HardwareProfile:
 
 def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -> None:
     room = need(NET, 16) - NET_WEIGHTS
-    plan = PlanSearch(NET, board_of(total_bytes=10**9 + 2 * room, training_share=0.5), RECIPE, 500).plan()
+    plan = PlanSearch(NET, board_of(total_bytes=10**9 + 2 * room, training_share=0.5), RECIPE, 500).search()
     assert plan.prediction.parameters < 0.25 * FULL.parameters
     assert f"only {plan.prediction.parameters / FULL.parameters:.1%} of the weights are kept" in plan.warning
     assert "The whole model exceeds the limit of memory: " in plan.warning
     share = float(plan.warning.partition("memory.training_share = ")[2].partition(" ")[0])
     assert (
-        PlanSearch(NET, board_of(total_bytes=10**9 + 2 * room, training_share=share), RECIPE, 500).plan().widths
+        PlanSearch(NET, board_of(total_bytes=10**9 + 2 * room, training_share=share), RECIPE, 500).search().widths
         == NET.sizes
     )
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert WidthPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 def test_own_densities_are_kept_to() -> None:
-    plan = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.25, 0.5), byte_budget=FULL.round_bytes).plan()
-    assert (plan.density, plan.bound, plan.widths) == (0.5, NOTHING, widths_at(NET, 0.5))
+    plan = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.25, 0.5), byte_budget=FULL.round_bytes).search()
+    assert (plan.density, plan.bound, plan.widths) == (0.5, NOTHING_BINDS, widths_at(NET, 0.5))
 
 
 def test_what_a_board_measured_beats_the_promise() -> None:
@@ -287,11 +296,11 @@ def test_what_a_board_measured_beats_the_promise() -> None:
 def test_a_board_with_less_memory_than_its_reserve_gets_an_error() -> None:
     probe = replace(PROBE, memory_total=10**8, memory_available=10**8)
     with pytest.raises(PlanError, match="memory"):
-        PlanSearch(NET, BOARD, RECIPE, 500, probe=probe).plan()
+        PlanSearch(NET, BOARD, RECIPE, 500, probe=probe).search()
 
 
 def test_samples_fewer_than_a_batch_cost_less_memory() -> None:
-    few = predict(NET, NET.sizes, BOARD, RECIPE, 4)
+    few = predict_costs(NET, NET.sizes, BOARD, RECIPE, 4)
     assert few.memory_bytes < FULL.memory_bytes
     assert few.steps == 2
 
@@ -299,12 +308,12 @@ def test_samples_fewer_than_a_batch_cost_less_memory() -> None:
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"byte_budget": 0}, {"deadline_s": float("nan")}])
 def test_a_limit_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=next(iter(wrong))):
-        PlanSearch(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **wrong}).plan()
+        PlanSearch(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **wrong}).search()
 
 
 def test_no_candidates_is_an_error() -> None:
     with pytest.raises(PlanError):
-        PlanSearch(NET, BOARD, RECIPE, 500, densities=()).plan()
+        PlanSearch(NET, BOARD, RECIPE, 500, densities=()).search()
 
 
 @pytest.mark.parametrize(
@@ -319,12 +328,12 @@ def test_no_candidates_is_an_error() -> None:
 )
 def test_a_damaged_plan_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(PlanError):
-        Plan.from_dict({**PlanSearch(NET, BOARD, RECIPE, 500).plan().to_dict(), **change})
+        WidthPlan.from_dict({**PlanSearch(NET, BOARD, RECIPE, 500).search().to_dict(), **change})
 
 
 def test_what_rounds_taught_is_in_all_times_and_can_be_taken_out() -> None:
-    plain = PlanSearch(NET, BOARD, RECIPE, 500).plan()
-    taught = PlanSearch(NET, BOARD, RECIPE, 500, correction=Correction(step=2.0, latency=0.5)).plan()
+    plain = PlanSearch(NET, BOARD, RECIPE, 500).search()
+    taught = PlanSearch(NET, BOARD, RECIPE, 500, correction=Correction(step=2.0, latency=0.5)).search()
     assert taught.prediction.step_s == pytest.approx(2 * plain.prediction.step_s)
     assert taught.prediction.latency_s == pytest.approx(plain.prediction.latency_s / 2)
     assert taught.widths == plain.widths
@@ -333,38 +342,38 @@ def test_what_rounds_taught_is_in_all_times_and_can_be_taken_out() -> None:
 
 
 def test_a_correction_is_learnt_from_what_was_measured() -> None:
-    learnt = Correction().after(FULL, Correction(), {"step_seconds": 1.5 * FULL.step_s})
+    learnt = Correction().corrected_by(FULL, Correction(), {"step_seconds": 1.5 * FULL.step_s})
     assert learnt.step == pytest.approx(1.5)
     assert learnt.latency == 1
-    corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=learnt)
-    corrected_twice = learnt.after(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
+    corrected = predict_costs(NET, NET.sizes, BOARD, RECIPE, 500, correction=learnt)
+    corrected_twice = learnt.corrected_by(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
     assert corrected_twice.step == pytest.approx(1.5)
 
 
 def test_a_correction_has_bounds() -> None:
-    assert Correction().after(FULL, Correction(), {"step_seconds": 1e6}).step == 5
-    assert Correction().after(FULL, Correction(), {"latency_seconds": 1e-12}).latency == 0.2
+    assert Correction().corrected_by(FULL, Correction(), {"step_seconds": 1e6}).step == 5
+    assert Correction().corrected_by(FULL, Correction(), {"latency_seconds": 1e-12}).latency == 0.2
 
 
 @pytest.mark.parametrize(("peak", "learnt"), [(1.2, 0.2), (1e3, 1.0), (0.1, -0.25)])
 def test_measured_memory_corrects_predictions_within_bounds(peak: float, learnt: float) -> None:
     full_memory = FULL.memory_bytes
-    first = Correction().after(FULL, Correction(), {"peak_memory_bytes": peak * full_memory})
+    first = Correction().corrected_by(FULL, Correction(), {"peak_memory_bytes": peak * full_memory})
     assert first.memory == pytest.approx(learnt * full_memory)
-    corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=first)
+    corrected = predict_costs(NET, NET.sizes, BOARD, RECIPE, 500, correction=first)
     assert corrected.memory_bytes == pytest.approx((1 + learnt) * full_memory, abs=1)
-    assert first.after(corrected, first, {"peak_memory_bytes": peak * full_memory}).memory == pytest.approx(
+    assert first.corrected_by(corrected, first, {"peak_memory_bytes": peak * full_memory}).memory == pytest.approx(
         first.memory, abs=1
     )
 
 
 def test_a_board_that_measured_more_memory_gets_a_narrower_model() -> None:
     board = memory_of(FULL.memory_bytes * 1.01)
-    assert PlanSearch(NET, board, RECIPE, 500).plan().widths == NET.sizes
+    assert PlanSearch(NET, board, RECIPE, 500).search().widths == NET.sizes
     learnt = Correction(memory=0.05 * FULL.memory_bytes)
-    plan = PlanSearch(NET, board, RECIPE, 500, correction=learnt).plan()
+    plan = PlanSearch(NET, board, RECIPE, 500, correction=learnt).search()
     assert plan.widths < NET.sizes or plan.accumulate > 1
-    assert plan.prediction.memory_bytes <= board.training_bytes
+    assert plan.prediction.memory_bytes <= board.training_memory_bytes
 
 
 def test_energy_limits_only_boards_whose_power_is_known() -> None:
@@ -372,8 +381,8 @@ def test_energy_limits_only_boards_whose_power_is_known() -> None:
         (None, "power.idle_w and power.load_w"),
         (replace(BOARD.power, idle_w=None), "power.idle_w"),
     ):
-        plan = PlanSearch(NET, replace(BOARD, power=power), RECIPE, 500, energy_budget=1e-3).plan()
+        plan = PlanSearch(NET, replace(BOARD, power=power), RECIPE, 500, energy_budget=1e-3).search()
         assert plan.density == 1
         assert "energy" not in {limit.name for limit in plan.limits}
         assert plan.warning == f"energy isn't limited: {BOARD.name} has no {missing}."
-        assert PlanSearch(NET, replace(BOARD, power=power), RECIPE, 500).plan().warning == ""
+        assert PlanSearch(NET, replace(BOARD, power=power), RECIPE, 500).search().warning == ""

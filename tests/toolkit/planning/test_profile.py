@@ -24,19 +24,19 @@ DELETED = "(deleted)"
 
 
 def body() -> dict[str, Any]:
-    return deepcopy(profile_store.find("jetson-orin-nano").to_dict())
+    return deepcopy(profile_store.find_profile("jetson-orin-nano").to_dict())
 
 
-@pytest.mark.parametrize("name", profile_store.shipped())
+@pytest.mark.parametrize("name", profile_store.shipped_profile_names())
 def test_every_figure_of_a_shipped_profile_has_a_source(name: str) -> None:
-    profile = profile_store.find(name)
+    profile = profile_store.find_profile(name)
     assert set(profile.sources) == set(profile.figures())
 
 
-@pytest.mark.parametrize("name", profile_store.shipped())
+@pytest.mark.parametrize("name", profile_store.shipped_profile_names())
 def test_a_shipped_profile_leaves_room_for_training(name: str) -> None:
-    profile = profile_store.find(name)
-    assert 0 < profile.training_bytes < profile.memory.total_bytes - profile.memory.reserve_bytes
+    profile = profile_store.find_profile(name)
+    assert 0 < profile.training_memory_bytes < profile.memory.total_bytes - profile.memory.reserve_bytes
 
 
 CHANGES: list[tuple[str, Any, str]] = [
@@ -126,7 +126,7 @@ def test_anything_in_place_of_a_value_is_a_profile_error_or_fine(data: st.DataOb
 
 def own(folder: Path, name: str, title: str) -> Path:
     folder.mkdir(exist_ok=True)
-    text = (profile_store.shipped_folder() / "raspberry-pi-4b.toml").read_text()
+    text = (profile_store.shipped_profiles_folder() / "raspberry-pi-4b.toml").read_text()
     path = folder / f"{name}.toml"
     path.write_text(text.replace('"raspberry-pi-4b"', f'"{name}"').replace("Raspberry Pi 4 Model B (2 GB)", title))
     return path
@@ -134,26 +134,30 @@ def own(folder: Path, name: str, title: str) -> Path:
 
 def test_a_file_is_read_by_its_path_or_in_a_folder_by_its_name(tmp_path: Path) -> None:
     path = own(tmp_path, "my-board", "Mine")
-    assert profile_store.find(str(path)).title == profile_store.find("my-board", [tmp_path]).title == "Mine"
-    assert "my-board" in profile_store.names([tmp_path])
+    assert (
+        profile_store.find_profile(str(path)).title
+        == profile_store.find_profile("my-board", [tmp_path]).title
+        == "Mine"
+    )
+    assert "my-board" in profile_store.profile_names([tmp_path])
 
 
 def test_json_is_read_like_toml(tmp_path: Path) -> None:
-    profile = profile_store.find("raspberry-pi-5")
+    profile = profile_store.find_profile("raspberry-pi-5")
     path = tmp_path / "board.json"
     path.write_text(profile.to_json())
-    assert profile_store.find(path) == profile
+    assert profile_store.find_profile(path) == profile
 
 
 def test_own_folders_win_over_shipped_profiles(tmp_path: Path) -> None:
     own(tmp_path, "raspberry-pi-5", "Mine")
-    assert profile_store.find("raspberry-pi-5", [tmp_path]).title == "Mine"
+    assert profile_store.find_profile("raspberry-pi-5", [tmp_path]).title == "Mine"
 
 
 def test_a_file_is_named_like_its_profile(tmp_path: Path) -> None:
     own(tmp_path, "my-board", "Mine").rename(tmp_path / "other.toml")
     with pytest.raises(ProfileError, match=r"other\.toml: name") as caught:
-        profile_store.find("other", [tmp_path])
+        profile_store.find_profile("other", [tmp_path])
     assert caught.value.got == "'my-board'"
 
 
@@ -167,17 +171,17 @@ def test_what_is_no_profile_is_named(
     (tmp_path / "boards").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ProfileError, match=subject):
-        profile_store.chosen(name, [Path(folder)])
+        profile_store.find_typed_profile(name, [Path(folder)])
 
 
 def test_a_folder_does_not_hide_a_profile_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "raspberry-pi-5").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert profile_store.chosen("raspberry-pi-5") == profile_store.find("raspberry-pi-5")
+    assert profile_store.find_typed_profile("raspberry-pi-5") == profile_store.find_profile("raspberry-pi-5")
 
 
 def test_a_profile_has_one_text_however_it_was_made() -> None:
-    for name in profile_store.names():
-        profile = profile_store.find(name)
+    for name in profile_store.profile_names():
+        profile = profile_store.find_profile(name)
         read = HardwareProfile.from_json(profile.to_json())
         assert profile.to_json() == read.to_json() == replace(profile).to_json()

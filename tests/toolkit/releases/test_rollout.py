@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.releases.rollout import (
-    CAREFUL,
+    CAREFUL_STAGES,
     Fate,
     Give,
     Rollout,
@@ -19,7 +19,7 @@ from fedprune.releases.rollout import (
     RolloutPhase,
     RolloutPlan,
     Stage,
-    Wake,
+    TickAt,
     Withdraw,
 )
 
@@ -29,7 +29,7 @@ NAMES = [f"board-{i:02}" for i in range(40)]
 
 
 def plan(*stages: Stage, **changes: Any) -> RolloutPlan:
-    return RolloutPlan("release", "7", stages or CAREFUL, **changes)
+    return RolloutPlan("release", "7", stages or CAREFUL_STAGES, **changes)
 
 
 def given_by(commands: list[RolloutCommand]) -> list[str]:
@@ -37,80 +37,80 @@ def given_by(commands: list[RolloutCommand]) -> list[str]:
 
 
 def wake(commands: list[RolloutCommand]) -> float:
-    return next(c.at for c in commands if isinstance(c, Wake))
+    return next(c.at for c in commands if isinstance(c, TickAt))
 
 
 def test_one_board_then_a_tenth_then_all() -> None:
-    rollout = Rollout.of(plan(), NAMES)
+    rollout = Rollout.for_boards(plan(), NAMES)
     first = given_by(rollout.tick(0))
     assert len(first) == 1
-    second = given_by(rollout.well(first[0], 10))
+    second = given_by(rollout.report_success(first[0], 10))
     assert len(second) == 3, "four of forty are a tenth"
     third: list[str] = []
     for name in second:
-        third += given_by(rollout.well(name, 20))
+        third += given_by(rollout.report_success(name, 20))
     assert sorted([*first, *second, *third]) == NAMES
     for name in third:
-        rollout.well(name, 30)
+        rollout.report_success(name, 30)
     assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
 
 
 def test_a_rollback_on_the_first_board_stops_all_and_says_why() -> None:
-    rollout = Rollout.of(plan(), NAMES)
+    rollout = Rollout.for_boards(plan(), NAMES)
     first = given_by(rollout.tick(0))[0]
-    assert rollout.failed(first, "onnxruntime kills\nthe process (SIGILL)", 5) == []
+    assert rollout.report_failure(first, "onnxruntime kills\nthe process (SIGILL)", 5) == []
     assert rollout.phase is RolloutPhase.STOPPED
     assert rollout.why == f"stage 1: 1 of 1 board failed ({first}: onnxruntime kills the process (SIGILL))"
     assert rollout.tick(10**9) == []
-    assert rollout.well(first, 6) == []
+    assert rollout.report_success(first, 6) == []
 
 
 def test_a_board_that_says_nothing_has_failed_at_its_deadline() -> None:
-    rollout = Rollout.of(plan(board_seconds=60), NAMES)
+    rollout = Rollout.for_boards(plan(board_seconds=60), NAMES)
     commands = rollout.tick(100)
     first = given_by(commands)[0]
     assert wake(commands) == 160
     assert wake(rollout.tick(159.9)) == 160
-    rollout.well(first, 160)
+    rollout.report_success(first, 160)
     assert rollout.failures() == {first: "said nothing until its deadline"}
     assert rollout.phase is RolloutPhase.STOPPED
 
 
 def test_boards_that_come_later_are_in_the_last_stage() -> None:
-    rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b"])
+    rollout = Rollout.for_boards(plan(Stage(0.5), Stage(1)), ["a", "b"])
     first = given_by(rollout.tick(0))[0]
-    assert given_by(rollout.join("c", 1)) == []
-    assert set(given_by(rollout.well(first, 2))) == {"a", "b", "c"} - {first}
-    assert given_by(rollout.join("d", 3)) == ["d"]
-    assert rollout.join("d", 3) == []
+    assert given_by(rollout.add_board("c", 1)) == []
+    assert set(given_by(rollout.report_success(first, 2))) == {"a", "b", "c"} - {first}
+    assert given_by(rollout.add_board("d", 3)) == ["d"]
+    assert rollout.add_board("d", 3) == []
 
 
 def test_boards_that_leave_count_neither_way() -> None:
-    rollout = Rollout.of(plan(Stage(1, success=1, errors=0)), ["a", "b", "c"])
+    rollout = Rollout.for_boards(plan(Stage(1, success=1, errors=0)), ["a", "b", "c"])
     rollout.tick(0)
-    rollout.well("a", 1)
-    assert given_by(rollout.without(["b", "stranger"], 2)) == []
+    rollout.report_success("a", 1)
+    assert given_by(rollout.remove_boards(["b", "stranger"], 2)) == []
     assert (rollout.phase, rollout.failures()) == (RolloutPhase.RUNNING, {})
-    rollout.well("b", 3)
+    rollout.report_success("b", 3)
     assert rollout.boards["b"].fate is Fate.GONE
-    rollout.well("c", 4)
+    rollout.report_success("c", 4)
     assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
-    assert rollout.without(["a"], 5) == []
+    assert rollout.remove_boards(["a"], 5) == []
     assert rollout.boards["a"].fate is Fate.WELL
 
 
 def test_a_board_that_left_and_is_let_in_again_is_a_new_one() -> None:
-    rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b"])
+    rollout = Rollout.for_boards(plan(Stage(0.5), Stage(1)), ["a", "b"])
     first = given_by(rollout.tick(0))[0]
-    second = given_by(rollout.without([first], 1))[0]
+    second = given_by(rollout.remove_boards([first], 1))[0]
     assert {first, second} == {"a", "b"}
-    rollout.join(first, 2)
+    rollout.add_board(first, 2)
     assert (rollout.boards[first].fate, rollout.boards[first].stage) == (Fate.WAITING, 1)
-    assert given_by(rollout.well(second, 3)) == [first]
+    assert given_by(rollout.report_success(second, 3)) == [first]
 
 
 def test_somebody_can_stop_it() -> None:
-    rollout = Rollout.of(plan(Stage(1)), ["a", "b"])
+    rollout = Rollout.for_boards(plan(Stage(1)), ["a", "b"])
     rollout.tick(0)
     assert rollout.stop("the wrong\nfile") == [Withdraw("a"), Withdraw("b")]
     assert rollout.why == "stopped: the wrong file"
@@ -136,8 +136,8 @@ def play(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutComm
     if kind == "tick":
         return rollout.tick(now)
     if kind == "without":
-        return rollout.without([name], now)
-    return rollout.failed(name, "went back", now) if kind == "failed" else getattr(rollout, kind)(name, now)  # type: ignore[no-any-return]
+        return rollout.remove_boards([name], now)
+    return rollout.report_failure(name, "went back", now) if kind == "failed" else getattr(rollout, kind)(name, now)  # type: ignore[no-any-return]
 
 
 @settings(max_examples=200, deadline=None)
@@ -145,7 +145,7 @@ def play(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutComm
 def test_whatever_is_reported_no_stage_begins_before_the_last_one_did_well(
     chosen: RolloutPlan, size: int, events: list[tuple[str, int, float]]
 ) -> None:
-    rollout, now, had, left = Rollout.of(chosen, NAMES[:size]), 0.0, set[str](), set[str]()
+    rollout, now, had, left = Rollout.for_boards(chosen, NAMES[:size]), 0.0, set[str](), set[str]()
     commands = rollout.tick(now)
     for kind, number, seconds in [*events, *[("tick", 0, 600.0)] * (len(chosen.stages) + 2)]:
         for name in given_by(commands):
@@ -191,46 +191,46 @@ def test_groups_are_every_board_once_whatever_order_they_come_in(names: set[str]
 
 
 def test_a_board_that_is_on_its_way_gets_more_time_but_never_beyond_its_stage() -> None:
-    rollout = Rollout.of(plan(Stage(1.0, seconds=1000), board_seconds=100), NAMES[:2])
+    rollout = Rollout.for_boards(plan(Stage(1.0, seconds=1000), board_seconds=100), NAMES[:2])
     rollout.tick(0)
-    rollout.heard(NAMES[0], 90, 100)
+    rollout.report_progress(NAMES[0], 90, 100)
     rollout.tick(100)
     assert rollout.failures() == {NAMES[1]: "said nothing until its deadline"}
-    rollout = Rollout.of(plan(Stage(1.0, seconds=1000), board_seconds=100), NAMES[:1])
+    rollout = Rollout.for_boards(plan(Stage(1.0, seconds=1000), board_seconds=100), NAMES[:1])
     rollout.tick(0)
     for now in range(50, 1000, 50):
-        assert wake(rollout.heard(NAMES[0], now, 100)) == min(now + 100, 1000)
-    rollout.heard(NAMES[0], 1000, 100)
+        assert wake(rollout.report_progress(NAMES[0], now, 100)) == min(now + 100, 1000)
+    rollout.report_progress(NAMES[0], 1000, 100)
     assert rollout.failures() == {NAMES[0]: "its stage's time is over"}
-    rollout.heard(NAMES[0], 1001, 100)
+    rollout.report_progress(NAMES[0], 1001, 100)
     assert rollout.phase is RolloutPhase.STOPPED
 
 
 def test_boards_get_their_time_anew_after_nobody_could_listen() -> None:
-    rollout = Rollout.of(plan(Stage(0.5, success=0.5, seconds=1000), Stage(1.0), board_seconds=100), NAMES[:4])
+    rollout = Rollout.for_boards(plan(Stage(0.5, success=0.5, seconds=1000), Stage(1.0), board_seconds=100), NAMES[:4])
     first = given_by(rollout.tick(0))
-    rollout.well(first[0], 10)
-    assert wake(rollout.resumed(5000)) == 5100
+    rollout.report_success(first[0], 10)
+    assert wake(rollout.restore_deadlines(5000)) == 5100
     assert rollout.failures() == {}
     rollout.tick(5100)
     assert len(rollout.failures()) == 3
     before = rollout.to_dict()
-    assert rollout.resumed(9000) == []
+    assert rollout.restore_deadlines(9000) == []
     assert rollout.to_dict() == before, "what is over stays over"
 
 
 def test_a_paused_rollout_gives_nothing_further_and_what_is_under_way_ends() -> None:
-    rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b", "c", "d"])
+    rollout = Rollout.for_boards(plan(Stage(0.5), Stage(1)), ["a", "b", "c", "d"])
     first = given_by(rollout.tick(0))
     rollout.pause("a storm\nis coming", 1)
     assert (rollout.phase, rollout.why) == (RolloutPhase.PAUSED, "paused: a storm is coming")
     rollout = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
     for name in first:
-        assert given_by(rollout.well(name, 2)) == []
-    assert rollout.join("e", 3) == [Wake(float("inf"))]
+        assert given_by(rollout.report_success(name, 2)) == []
+    assert rollout.add_board("e", 3) == [TickAt(float("inf"))]
     assert given_by(rollout.tick(10**6)) == []
     assert rollout.failures() == {}
-    assert sorted(given_by(rollout.go_on(10**6))) == sorted({"a", "b", "c", "d", "e"} - set(first))
+    assert sorted(given_by(rollout.resume(10**6))) == sorted({"a", "b", "c", "d", "e"} - set(first))
     assert (rollout.phase, rollout.why) == (RolloutPhase.RUNNING, "")
 
 
@@ -244,20 +244,20 @@ steps = st.lists(
 @settings(max_examples=80, deadline=None)
 @given(steps)
 def test_whatever_happens_nothing_is_given_while_it_is_paused(events: list[tuple[str, str]]) -> None:
-    rollout = Rollout.of(plan(Stage(0.4, 0.5, 0.5), Stage(1, 0.5, 0.5)), NAMES[:6])
+    rollout = Rollout.for_boards(plan(Stage(0.4, 0.5, 0.5), Stage(1, 0.5, 0.5)), NAMES[:6])
     for now, (what, name) in enumerate(events):
         paused = rollout.phase is RolloutPhase.PAUSED
         commands: list[RolloutCommand] = {
-            "pause": lambda now=now: rollout.pause("x", now), "go_on": lambda now=now: rollout.go_on(now),
-            "tick": lambda now=now: rollout.tick(now), "join": lambda now=now: rollout.join(f"new-{now}", now),
-            "well": lambda now=now, name=name: rollout.well(name, now),
-            "failed": lambda now=now, name=name: rollout.failed(name, "bad", now),
-            "without": lambda now=now, name=name: rollout.without([name], now),
+            "pause": lambda now=now: rollout.pause("x", now), "go_on": lambda now=now: rollout.resume(now),
+            "tick": lambda now=now: rollout.tick(now), "join": lambda now=now: rollout.add_board(f"new-{now}", now),
+            "well": lambda now=now, name=name: rollout.report_success(name, now),
+            "failed": lambda now=now, name=name: rollout.report_failure(name, "bad", now),
+            "without": lambda now=now, name=name: rollout.remove_boards([name], now),
         }[what]()  # fmt: skip
         assert not (paused and what != "go_on" and given_by(commands))
         assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout
-    if rollout.phase.under_way:
-        rollout.go_on(100)
+    if rollout.phase.is_under_way:
+        rollout.resume(100)
         waiting = [n for n, b in rollout.boards.items() if b.fate is Fate.WAITING and b.stage <= rollout.stage]
         assert waiting == []
 
@@ -265,13 +265,13 @@ def test_whatever_happens_nothing_is_given_while_it_is_paused(events: list[tuple
 def apply_step(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:
     match kind:
         case "well":
-            return rollout.well(name, now)
+            return rollout.report_success(name, now)
         case "failed":
-            return rollout.failed(name, "bad", now)
+            return rollout.report_failure(name, "bad", now)
         case "join":
-            return rollout.join(name, now)
+            return rollout.add_board(name, now)
         case "without":
-            return rollout.without([name], now)
+            return rollout.remove_boards([name], now)
     return rollout.tick(now)
 
 
@@ -280,16 +280,16 @@ def apply_step(rollout: Rollout, kind: str, name: str, now: float) -> list[Rollo
 def test_what_is_counted_along_is_what_counting_anew_gives(
     plan: RolloutPlan, count: int, events: list[tuple[str, int, float]]
 ) -> None:
-    rollout, now = Rollout.of(plan, NAMES[:count]), 0.0
-    rollout.settle()
+    rollout, now = Rollout.for_boards(plan, NAMES[:count]), 0.0
+    rollout.mark_saved()
     saved = {name: board.to_dict() for name, board in rollout.boards.items()}
     for kind, number, seconds in events:
         name, now = f"board-{number:02}", now + seconds
         anew = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
         assert apply_step(rollout, kind, name, now) == apply_step(anew, kind, name, now)
         assert rollout == anew
-        assert (rollout.stages, rollout.given.keys()) == (anew.stages, anew.given.keys())
+        assert (rollout.stage_count, rollout.busy_boards.keys()) == (anew.stage_count, anew.busy_boards.keys())
         # The rows of those that have changed are enough to save.
-        saved |= {name: rollout.boards[name].to_dict() for name in rollout.changed}
-        rollout.settle()
-        assert Rollout.from_dict({**rollout.head(), "boards": saved}) == rollout
+        saved |= {name: rollout.boards[name].to_dict() for name in rollout.changed_boards}
+        rollout.mark_saved()
+        assert Rollout.from_dict({**rollout.to_dict_without_boards(), "boards": saved}) == rollout

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ExitCode
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, WEIGHTS, manifest, open_bundle
+from fedprune.runtime.bundle import COMPLETE_FOLDER, FILES, MANIFEST, WEIGHTS, manifest_text, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 
 pytestmark = pytest.mark.board
@@ -28,7 +28,7 @@ ARCHITECTURE = Architecture(
     "toy",
     (ChannelGroup("g0", 4),),
     (TensorSpec("w", TensorKind.WEIGHT, (GROUP, Axis.fixed(3))),),
-    (Layer("w", "Gemm", "w", 1),),
+    (LayerRow("w", "Gemm", "w", 1),),
     (),
     (3,),
     (1,),
@@ -48,7 +48,7 @@ def write(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
-    (folder / MANIFEST).write_text(manifest(files, selection, Recipe(lr=0.5), "raspberry-pi-5", ("a", "b")))
+    (folder / MANIFEST).write_text(manifest_text(files, selection, Recipe(lr=0.5), "raspberry-pi-5", ("a", "b")))
     return folder
 
 
@@ -58,7 +58,7 @@ def with_plan(folder: Path, plan: bytes, **extra_files: bytes) -> Path:
     body = json.loads((folder / MANIFEST).read_text())
     for name, raw in {"engine.json": plan, **extra_files}.items():
         (folder / name).write_bytes(raw)
-        body["files"][name] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
+        body["files"][name] = {"size": len(raw), "sha256": tensorfile.sha256_hex(raw)}
     (folder / MANIFEST).write_text(json.dumps(body))
     return folder
 
@@ -141,7 +141,7 @@ def test_tensors_of_another_width_or_type_are_refused(
     raw = b"" if tensors is None else tensorfile.encode(tensors)
     (folder / WEIGHTS).write_bytes(raw)
     body = json.loads((folder / MANIFEST).read_text())
-    body["files"][WEIGHTS] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
+    body["files"][WEIGHTS] = {"size": len(raw), "sha256": tensorfile.sha256_hex(raw)}
     (folder / MANIFEST).write_text(json.dumps(body))
 
     with pytest.raises(BundleError, match=got.replace("[", r"\[")):
@@ -150,7 +150,7 @@ def test_tensors_of_another_width_or_type_are_refused(
 
 def test_a_bundle_that_is_complete_and_not_in_its_place_yet_counts(tmp_path: Path) -> None:
     folder = write(tmp_path / "b")
-    new = write(folder / COMPLETE)
+    new = write(folder / COMPLETE_FOLDER)
     (folder / WEIGHTS).write_bytes(b"a file of another")
     assert open_bundle(folder).path(WEIGHTS) == new / WEIGHTS
     (new / MANIFEST).unlink()

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.disk import locked
+from fedprune.core.disk import file_lock
 from fedprune.core.errors import BundleError, BusyError, StorageError, StorageFullError
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
-from fedprune.runtime.bundle_folder import check_folder, is_bundle, write_bundle
+from fedprune.runtime.bundle import COMPLETE_FOLDER, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
+from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle, write_bundle
 from support.faults.failing_disk import fault
 from support.faults.power_cuts import EACH_KIND, TURNS, CutError, cuts, power
 
@@ -28,7 +28,7 @@ ARCHITECTURE = Architecture(
     "toy",
     (ChannelGroup("g0", 4),),
     (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),),
-    (Layer("w", "Gemm", "w", 1),),
+    (LayerRow("w", "Gemm", "w", 1),),
     (),
     (3,),
     (1,),
@@ -55,7 +55,7 @@ def bundle_in(folder: Path) -> float | None:
         return None
     bundle = open_bundle(folder)
     assert bundle.path(TRAINING).read_text() == f"training {bundle.recipe.lr}"
-    assert float(tensorfile.load(bundle.path(WEIGHTS))["w"][0, 0]) == bundle.recipe.lr
+    assert float(tensorfile.load_tensors(bundle.path(WEIGHTS))["w"][0, 0]) == bundle.recipe.lr
     return bundle.recipe.lr
 
 
@@ -171,7 +171,7 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_second_export_at_once_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "b"
     begin(folder, True)
-    with locked(folder / ".bundle.lock", "", ""), pytest.raises(BusyError, match="another export writes to"):
+    with file_lock(folder / ".bundle.lock", "", ""), pytest.raises(BusyError, match="another export writes to"):
         export(folder, NEW)
     assert bundle_in(folder) == OLD
     export(folder, NEW)
@@ -203,7 +203,7 @@ def test_another_board_s_bundle_that_is_not_in_its_place_yet_is_not_replaced(tmp
         export(tmp_path / "a", OLD)
     with power(supply.names.index("rename") + 3), pytest.raises(CutError):
         export(tmp_path / "b", OLD)
-    assert (tmp_path / "b" / COMPLETE).exists()
+    assert (tmp_path / "b" / COMPLETE_FOLDER).exists()
     with pytest.raises(BundleError, match="jetson"):
         export(tmp_path / "b", NEW, "jetson-orin-nano")
     assert bundle_in(tmp_path / "b") == OLD
@@ -223,4 +223,4 @@ def test_a_folder_with_files_but_no_bundle_is_left_as_it_is(tmp_path: Path, name
 def test_a_file_in_the_folders_way_is_refused(tmp_path: Path, inside: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(BundleError, match="file is not a folder"):
-        check_folder(tmp_path / "file" / inside, TARGET)
+        check_bundle_folder(tmp_path / "file" / inside, TARGET)

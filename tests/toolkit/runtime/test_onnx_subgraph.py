@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import first_step
-from fedprune.runtime.onnx_subgraph import GraphParts, metadata_of, part_for
-from fedprune.runtime.session import Session
+from fedprune.model.step_contract import first_step_feeds
+from fedprune.runtime.onnx_subgraph import Subgraphs, metadata_of, subgraph_for
+from fedprune.runtime.session import OnnxSession
 from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board
@@ -34,16 +34,16 @@ RECIPES = {
 }
 
 
-def feeds_for(name: str) -> tuple[bytes, Session, dict[str, Any]]:
+def feeds_for(name: str) -> tuple[bytes, OnnxSession, dict[str, Any]]:
     raw = (GRAPHS / f"{name}.onnx").read_bytes()
-    session = Session(raw, training=True)
+    session = OnnxSession(raw, training=True)
     rng = np.random.default_rng(3)
     tensors = {}
     for tensor, (_, shape) in session.inputs.items():
-        if tensor not in step_contract.RESERVED and "::" not in tensor:
+        if tensor not in step_contract.RESERVED_NAMES and "::" not in tensor:
             sizes = [d if isinstance(d, int) else 8 for d in shape]
             tensors[tensor] = np.abs(rng.standard_normal(sizes)).astype(np.float32)
-    feeds = first_step(RECIPES[name], tensors, session.inputs, np.zeros(12, np.int64), 3)
+    feeds = first_step_feeds(RECIPES[name], tensors, session.inputs, np.zeros(12, np.int64), 3)
     feeds |= {"x": rng.standard_normal((12, 6)).astype(np.float32), "y": rng.integers(0, 3, 12)}
     return raw, session, feeds
 
@@ -51,38 +51,40 @@ def feeds_for(name: str) -> tuple[bytes, Session, dict[str, Any]]:
 @pytest.mark.parametrize("name", ["narrow", "masked"])
 def test_statistics_need_the_forward_pass_alone(name: str) -> None:
     raw, session, _ = feeds_for(name)
-    statistics = [o for o in session.outputs if o in (step_contract.following("mean"), step_contract.following("var"))]
-    subgraph = Session(part_for(raw, statistics), training=True)
+    statistics = [o for o in session.outputs if o in (step_contract.next_name("mean"), step_contract.next_name("var"))]
+    subgraph = OnnxSession(subgraph_for(raw, statistics), training=True)
     assert set(subgraph.outputs) == set(statistics)
     assert {"y", "lr", "w2", "b2", "w1::momentum"}.isdisjoint(subgraph.inputs)
     assert {"x", "w1", "mean", "var"} <= set(subgraph.inputs)
     assert subgraph.metadata == session.metadata
-    assert len(part_for(raw, statistics)) < len(raw) / 2
+    assert len(subgraph_for(raw, statistics)) < len(raw) / 2
 
 
 def test_with_all_outputs_it_is_the_same_file() -> None:
     raw, session, _ = feeds_for("narrow")
-    assert part_for(raw, session.outputs) == raw
+    assert subgraph_for(raw, session.outputs) == raw
 
 
 def test_a_part_that_the_next_round_needs_again_is_not_cut_again() -> None:
     raw, _, _ = feeds_for("plain")
-    subgraphs, read = GraphParts(), Mock(return_value=raw)
-    first, second = (subgraphs.part_for(read, ["loss"]) for _ in range(2))
-    assert first == second == part_for(raw, ["loss"])
+    subgraphs, read = Subgraphs(), Mock(return_value=raw)
+    first, second = (subgraphs.subgraph_for(read, ["loss"]) for _ in range(2))
+    assert first == second == subgraph_for(raw, ["loss"])
     read.assert_called_once()
-    assert subgraphs.part_for(read, ["loss"], given=["logits"]) == part_for(raw, ["loss"], given=["logits"])
+    assert subgraphs.subgraph_for(read, ["loss"], given_values=["logits"]) == subgraph_for(
+        raw, ["loss"], given_values=["logits"]
+    )
 
 
 def test_an_output_that_is_not_there_is_named() -> None:
     raw, _, _ = feeds_for("plain")
     with pytest.raises(ModelError, match="lacks outputs: got accuracy"):
-        part_for(raw, ["loss", "accuracy"])
+        subgraph_for(raw, ["loss", "accuracy"])
 
 
 def error_of(raw: bytes, outputs: list[str]) -> str:
     try:
-        part_for(raw, outputs)
+        subgraph_for(raw, outputs)
     except ModelError as error:
         return str(error)
     return ""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.runtime.precision import LEAST_SAME, MOST_ERROR, MOST_LOST, agreement
+from fedprune.runtime.precision import MAX_ACCURACY_LOSS, MAX_RELATIVE_ERROR, MIN_SAME_SHARE, compare_outputs
 
 pytestmark = pytest.mark.board
 
@@ -22,10 +22,10 @@ def test_the_share_of_other_decisions_decides(n: int, data: st.DataObject) -> No
     reference = classes([0] * n)
     outputs = classes([1] * changed_count + [0] * (n - changed_count))
 
-    verdict = agreement("cross_entropy", reference, outputs)
+    verdict = compare_outputs("cross_entropy", reference, outputs)
 
     assert verdict.same == pytest.approx(1 - changed_count / n)
-    assert (verdict.refusal == "") == (changed_count <= max(1, (1 - LEAST_SAME) * n + 1e-6))
+    assert (verdict.refusal == "") == (changed_count <= max(1, (1 - MIN_SAME_SHARE) * n + 1e-6))
 
 
 @given(st.integers(100, 1000), st.integers(0, 30))
@@ -33,10 +33,10 @@ def test_lost_answers_decide(n: int, lost: int) -> None:
     y = np.zeros(n, np.int64)
     outputs = classes([1] * lost + [0] * (n - lost))
 
-    verdict = agreement("cross_entropy", classes([0] * n), outputs, y)
+    verdict = compare_outputs("cross_entropy", classes([0] * n), outputs, y)
 
     assert verdict.right == pytest.approx((1.0, 1 - lost / n))
-    assert (verdict.refusal == "") == (lost <= max(1, MOST_LOST * n + 1e-6))
+    assert (verdict.refusal == "") == (lost <= max(1, MAX_ACCURACY_LOSS * n + 1e-6))
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber"])
@@ -44,9 +44,9 @@ def test_lost_answers_decide(n: int, lost: int) -> None:
 def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) -> None:
     reference = np.array([[-1.0], [1.0]] * 10) + 40
 
-    verdict = agreement(loss, reference, reference + share * MOST_ERROR, None)
+    verdict = compare_outputs(loss, reference, reference + share * MAX_RELATIVE_ERROR, None)
 
-    assert verdict.error == pytest.approx(share * MOST_ERROR)
+    assert verdict.error == pytest.approx(share * MAX_RELATIVE_ERROR)
     assert (verdict.refusal == "") == (share < 1)
     assert verdict.same is None
 
@@ -56,9 +56,9 @@ def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) 
 def test_numbers_that_do_not_spread_are_compared_with_their_size(n: int, share: float) -> None:
     reference = np.full((n, 1), -40.0)
 
-    verdict = agreement("mse", reference, reference + share * MOST_ERROR * 40 / 100)
+    verdict = compare_outputs("mse", reference, reference + share * MAX_RELATIVE_ERROR * 40 / 100)
 
-    assert verdict.error == pytest.approx(share * MOST_ERROR)
+    assert verdict.error == pytest.approx(share * MAX_RELATIVE_ERROR)
     assert (verdict.refusal == "") == (share < 1)
 
 
@@ -67,7 +67,7 @@ def test_what_is_not_finite_never_serves(loss: str) -> None:
     outputs = classes([0, 1])
     outputs[0, 3] = np.nan
 
-    verdict = agreement(loss, classes([0, 1]), outputs)
+    verdict = compare_outputs(loss, classes([0, 1]), outputs)
 
     assert "not finite" in verdict.refusal
 
@@ -78,7 +78,7 @@ def test_what_was_compared_on_nothing_never_serves(loss: str, labels: bool) -> N
     none = np.zeros((0, 4), np.float32)
     y = np.zeros(0, np.int64) if loss == "cross_entropy" else none
 
-    verdict = agreement(loss, none, none, y if labels else None)
+    verdict = compare_outputs(loss, none, none, y if labels else None)
 
     assert "no samples" in verdict.refusal
     assert verdict.samples == 0

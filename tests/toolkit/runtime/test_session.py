@@ -14,7 +14,7 @@ import pytest
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.placed_runs import GpuLostError
-from fedprune.runtime.session import Session, load_graph
+from fedprune.runtime.session import OnnxSession, load_graph
 from support.fakes.cuda_runtime import CudaRuntime
 from support.paths import GRAPHS, ROOT
 
@@ -50,12 +50,12 @@ def test_a_file_that_is_no_graph_is_one_clear_error(tmp_path: Path) -> None:
     path.write_bytes(b"nothing of the kind")
 
     with pytest.raises(ModelError, match=r"bad\.onnx"):
-        Session(path)
+        OnnxSession(path)
 
 
 def test_feeds_that_do_not_fit_are_one_clear_error() -> None:
     with pytest.raises(ModelError, match="couldn't run"):
-        Session(GRAPH).run({"x": np.zeros(3, np.float32)})
+        OnnxSession(GRAPH).run({"x": np.zeros(3, np.float32)})
 
 
 ROWS = [2, 200_000]
@@ -64,7 +64,7 @@ ROWS = [2, 200_000]
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_outputs_are_written_into_given_arrays(small: Path, rows: int) -> None:
-    session = Session(small)
+    session = OnnxSession(small)
     feeds = {n: np.asfortranarray(v) if n == "x" else v for n, v in feeds_of(session, rows).items()}
     expected = session.run(feeds)
     name = session.outputs[0]
@@ -80,7 +80,7 @@ def test_outputs_are_written_into_given_arrays(small: Path, rows: int) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("change", ["shape", "type", "order", "read only", "name"])
 def test_an_array_that_an_output_does_not_fit_is_one_clear_error(small: Path, rows: int, change: str) -> None:
-    session = Session(small)
+    session = OnnxSession(small)
     feeds, name = feeds_of(session, rows), session.outputs[0]
     right = session.run(feeds)[name]
     buffer = {
@@ -102,7 +102,7 @@ def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == []
 
 
-def feeds_of(session: Session, rows: int = 2) -> dict[str, Any]:
+def feeds_of(session: OnnxSession, rows: int = 2) -> dict[str, Any]:
     kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
     return {
         n: np.full([d if isinstance(d, int) else rows for d in shape], 1, kinds[kind])
@@ -131,15 +131,15 @@ def test_the_cpu_computes_where_cuda_doesnt_work(
     small: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, reason: str
 ) -> None:
     double = install_runtime(monkeypatch, CudaRuntime(**{lacks: False}))
-    session = Session(small, cuda=True)
+    session = OnnxSession(small, cuda=True)
     assert session.provider == "cpu"
-    assert reason in session.reason
+    assert reason in session.cpu_reason
     session.run(feeds_of(session))
     assert double.runs == ["cpu"]
 
 
 def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, runtime: CudaRuntime) -> None:
-    session = Session(small, cuda=True)
+    session = OnnxSession(small, cuda=True)
     feeds = feeds_of(session)
     before = session.run(feeds)
     with pytest.raises(ModelError, match="couldn't run"):
@@ -148,7 +148,7 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, runtime: CudaR
     runtime.fails = True
     after = session.run(feeds)
     assert session.provider == "cpu"
-    assert "out of memory" in session.reason
+    assert "out of memory" in session.cpu_reason
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
     session.run(feeds)
@@ -156,7 +156,7 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, runtime: CudaR
 
 
 def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, runtime: CudaRuntime) -> None:
-    session = Session(small, cuda=True)
+    session = OnnxSession(small, cuda=True)
     feeds = session.place(feeds_of(session), "feeds")
     expected = session.run(feeds)
     name = session.outputs[0]
@@ -168,7 +168,7 @@ def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, runtime
 
 
 def test_what_is_lost_with_the_gpu_is_said(small: Path, runtime: CudaRuntime) -> None:
-    session = Session(small, cuda=True)
+    session = OnnxSession(small, cuda=True)
     feeds = feeds_of(session)
     placed = session.place(feeds, "feeds")
     runtime.fails = runtime.loses = True
@@ -180,7 +180,7 @@ def test_what_is_lost_with_the_gpu_is_said(small: Path, runtime: CudaRuntime) ->
 
 def placed_runs(small: Path, runs: int) -> None:
     """Runs on samples of two sizes in turn, whose outputs have two places in turn."""
-    session, plain = Session(small, cuda=True, training=True), Session(small)
+    session, plain = OnnxSession(small, cuda=True, training=True), OnnxSession(small)
     name = session.outputs[0]
     rng = np.random.default_rng(0)
     for number in range(runs):

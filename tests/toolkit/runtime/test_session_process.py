@@ -17,7 +17,7 @@ import pytest
 from fedprune.core.errors import FedpruneError, ModelError, RuntimeUnavailableError
 from fedprune.runtime import session as sessions
 from fedprune.runtime import session_process
-from fedprune.runtime.session import PROGRAM, Session, run_by_child_process
+from fedprune.runtime.session import CHILD_PROGRAM, OnnxSession, run_by_child_process
 from fedprune.runtime.session_process import SessionProcess
 from support.paths import ROOT
 from support.waiting import until
@@ -35,7 +35,7 @@ def run_child_process() -> Iterator[SessionProcess]:
     assert sessions._process is None
 
 
-def feeds(session: Session) -> dict[str, np.ndarray]:
+def feeds(session: OnnxSession) -> dict[str, np.ndarray]:
     chance = np.random.default_rng(0)
     arrays = {}
     for name, (kind, shape) in session.inputs.items():
@@ -50,10 +50,10 @@ def pid(process: SessionProcess) -> int:
 
 
 def test_it_computes_the_same_bits_and_describes_a_graph_as_here() -> None:
-    here = Session(GRAPH)
+    here = OnnxSession(GRAPH)
     expected = here.run(feeds(here))
     with run_by_child_process():
-        there = Session(GRAPH)
+        there = OnnxSession(GRAPH)
         outputs = there.run(feeds(here))
         assert (there.inputs, there.outputs, there.metadata) == (here.inputs, here.outputs, here.metadata)
         assert (there.provider, here.provider) == ("cpu", "cpu")
@@ -65,14 +65,14 @@ def test_it_computes_the_same_bits_and_describes_a_graph_as_here() -> None:
 
 def test_errors_are_those_of_a_session_here(process: SessionProcess) -> None:
     with pytest.raises(ModelError, match="doesn't load it"):
-        Session(b"nothing of the kind")
+        OnnxSession(b"nothing of the kind")
     with pytest.raises(ModelError, match="couldn't run the graph"):
-        Session(GRAPH).run({"x": np.zeros(3, np.float32)})
+        OnnxSession(GRAPH).run({"x": np.zeros(3, np.float32)})
     assert pid(process)  # which has outlived both
 
 
 def test_one_that_was_killed_or_has_ended_by_itself_is_replaced() -> None:
-    with SessionProcess(PROGRAM, idle_s=0.2) as process:
+    with SessionProcess(CHILD_PROGRAM, idle_s=0.2) as process:
         session = process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
         first = pid(process)
         os.kill(first, signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_one_that_was_killed_or_has_ended_by_itself_is_replaced() -> None:
     ],
 )
 def test_one_that_ends_again_and_again_is_an_error(process: SessionProcess, program: str, message: str) -> None:
-    session = Session(GRAPH)
+    session = OnnxSession(GRAPH)
     process._program = program
     os.kill(pid(process), signal.SIGKILL)
     with pytest.raises(RuntimeUnavailableError, match=message) as raised:
@@ -118,7 +118,7 @@ def asking_thread(process: SessionProcess, graph: Path | bytes = GRAPH) -> tuple
 
 @pytest.mark.parametrize("graph", [GRAPH, bytes(2**23)], ids=["without an answer", "while it is sent megabytes"])
 def test_one_that_hangs_is_killed(graph: Path | bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_process, "_LONGEST", struct.pack("@ll", 0, 100_000))
+    monkeypatch.setattr(session_process, "_REQUEST_TIMEOUT", struct.pack("@ll", 0, 100_000))
     with SessionProcess(HANGS) as process:
         asking, failed = asking_thread(process, graph)
         asking.join(30.0)
@@ -143,14 +143,14 @@ def test_closing_ends_a_request_of_another_thread_at_once(tmp_path: Path) -> Non
 
 
 def test_feeds_that_are_kept_outlast_the_process(process: SessionProcess) -> None:
-    session = Session(GRAPH)
+    session = OnnxSession(GRAPH)
     all_feeds = feeds(session)
     expected = session.run(all_feeds)
     (first, value), *remaining_feeds = all_feeds.items()
     kept_feeds = session.keep(dict(remaining_feeds))
-    runs = [session.run({first: value}, kept=kept_feeds) for _ in range(2)]
+    runs = [session.run({first: value}, kept_feeds=kept_feeds) for _ in range(2)]
     os.kill(pid(process), signal.SIGKILL)
-    runs.append(session.run({first: value}, kept=kept_feeds))
+    runs.append(session.run({first: value}, kept_feeds=kept_feeds))
     for outputs in runs:
         assert {n: v.tobytes() for n, v in outputs.items()} == {n: v.tobytes() for n, v in expected.items()}
 
@@ -159,7 +159,7 @@ def test_it_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch:
     (tmp_path / "numpy.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
     with run_by_child_process():
-        assert Session(GRAPH).inputs
+        assert OnnxSession(GRAPH).inputs
 
 
 def test_it_ends_with_the_process_that_started_it_and_this_one_loads_no_onnxruntime() -> None:

@@ -14,9 +14,9 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ProtocolError
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
-from fedprune.secure_aggregation.grid import CODES, Grid, MaskedForm, TensorGrid, VectorForm, step_exponent
+from fedprune.secure_aggregation.grid import MAX_CODE, CohortGrid, MaskedForm, TensorGrid, VectorForm, step_exponent
 from fedprune.secure_aggregation.masks import Vector
-from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.session import SecureSumSession
 from support.fakes.masked_cohort import NAMES, MaskedCohort, summed
 from support.nets.drawn_models import architectures, model, seeds, selections, trained
 from support.nets.two_groups import ARCHITECTURE, TRAINED
@@ -24,12 +24,12 @@ from support.nets.two_groups import ARCHITECTURE, TRAINED
 pytestmark = pytest.mark.board
 
 
-def exact(fold: Fold, selection: Selection, boards: int) -> Grid:
-    return Grid(selection, {t.name: TensorGrid(fold.span(t.name)) for t in fold.shared}, boards)
+def exact(fold: Fold, selection: Selection, boards: int) -> CohortGrid:
+    return CohortGrid(selection, {t.name: TensorGrid(fold.sum_range(t.name)) for t in fold.shared}, boards)
 
 
-def total(grid: Grid, vectors: list[Vector]) -> Vector:
-    return summed(vectors, Session(b"x", 2, 2, grid.narrow, grid.wide))
+def total(grid: CohortGrid, vectors: list[Vector]) -> Vector:
+    return summed(vectors, SecureSumSession(b"x", 2, 2, grid.narrow, grid.wide))
 
 
 def alike(plain: Fold, masked: Fold) -> None:
@@ -61,7 +61,7 @@ def test_cohorts_give_the_bits_of_a_plain_fold(
     for selection, updates in several:
         grid, sent = exact(masked, selection, 4), selection.gather(base)
         vectors = [grid.form.encode(tensors, sent)[0] for tensors in updates]
-        masked.take([grid.sums(total(grid, vectors), len(updates), sent)])
+        masked.add_partial_sums([grid.partial_sums(total(grid, vectors), len(updates), sent)])
         for tensors in updates:
             plain.add(selection, tensors, 1)
     alike(plain, masked)
@@ -72,22 +72,22 @@ def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
     selection = Selection.of(ARCHITECTURE, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 2, 4, 3]))
     plain, masked = Fold(ARCHITECTURE, base, excluded=["head"]), Fold(ARCHITECTURE, base, excluded=["head"])
     grid, sent = exact(masked, selection, 8), selection.gather(base)
-    session = Session(b"grid", 8, 5, grid.narrow, grid.wide)
+    session = SecureSumSession(b"grid", 8, 5, grid.narrow, grid.wide)
     cohort, names = MaskedCohort(session, NAMES[:8]), NAMES[:8]
     updates = {name: trained(selection, base, i) for i, name in enumerate(names)}
     vectors = {name: grid.form.encode(tensors, sent)[0] for name, tensors in updates.items()}
     board_sum = cohort.carry_out(vectors, {"mask": {names[1]}, "unmask": {names[4]}})
-    masked.take([grid.sums(board_sum, len(cohort.collector.boards), sent)])
+    masked.add_partial_sums([grid.partial_sums(board_sum, len(cohort.collector.boards), sent)])
     for name in cohort.collector.boards:
         plain.add(selection, updates[name], 1)
     assert plain.updates == 7
     alike(plain, masked)
 
 
-def coded_grid(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, Grid]:
+def coded_grid(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, CohortGrid]:
     fold = Fold(ARCHITECTURE, base)
-    tensors = {t.name: TensorGrid(fold.span(t.name), steps.get(t.name)) for t in fold.shared}
-    return fold, Grid(Selection.full(ARCHITECTURE), tensors, boards)
+    tensors = {t.name: TensorGrid(fold.sum_range(t.name), steps.get(t.name)) for t in fold.shared}
+    return fold, CohortGrid(Selection.full(ARCHITECTURE), tensors, boards)
 
 
 @given(seeds, st.integers(1, 5), st.integers(-20, -5))
@@ -96,7 +96,7 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
     base = model(ARCHITECTURE, seed)
     masked, grid = coded_grid(base, dict.fromkeys(TRAINED, step), boards)
     assert grid.narrow == sum(base[n].size for n in TRAINED)
-    plain = {n: FixedSum(base[n].shape, masked.span(n)) for n in TRAINED}
+    plain = {n: FixedSum(base[n].shape, masked.sum_range(n)) for n in TRAINED}
     vectors = []
     for i in range(boards):
         new = trained(Selection.full(ARCHITECTURE), base, seed + i, scale=2.0**step * 40)
@@ -104,13 +104,13 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
         vectors.append(vector)
         for name in TRAINED:
             difference = new[name].astype(np.float64) - base[name]
-            codes = np.clip(np.rint(difference / 2.0**step), -CODES, CODES)
+            codes = np.clip(np.rint(difference / 2.0**step), -MAX_CODE, MAX_CODE)
             assert np.allclose(left[name], difference - codes * 2.0**step, atol=1e-7 * 2.0**step)
             plain[name].add(base[name].astype(np.float64) + codes * 2.0**step, 1)
-    sums = grid.sums(total(grid, vectors), boards, base)
+    sums = grid.partial_sums(total(grid, vectors), boards, base)
     for name in TRAINED:
         assert sums.arrays["value", name, 0].tobytes() == plain[name].limbs[0].tobytes()
-    masked.take([sums])
+    masked.add_partial_sums([sums])
     assert masked.weight == boards
 
 
@@ -139,11 +139,11 @@ def test_the_largest_codes_of_the_most_boards_fit() -> None:
         new = {n: v if n == "a.var" else np.float32(sign) * v for n, v in far.items()}
         vector, _ = grid.form.encode(new, base)
         boards = Vector(vector.narrow * np.uint32(MAX_WEIGHT), vector.wide * np.uint64(MAX_WEIGHT))
-        sums = grid.sums(boards, MAX_WEIGHT, base)
+        sums = grid.partial_sums(boards, MAX_WEIGHT, base)
         assert sums.weight == MAX_WEIGHT
         for name in TRAINED:
-            per_board = CODES * 2.0**-5 if steps else 8.0
-            units = round(per_board / fold.span(name).unit)
+            per_board = MAX_CODE * 2.0**-5 if steps else 8.0
+            units = round(per_board / fold.sum_range(name).unit)
             assert np.array_equal(sums.arrays["value", name, 0], np.full(base[name].shape, sign * MAX_WEIGHT * units))
 
 
@@ -195,13 +195,13 @@ def test_tensors_that_stay_on_boards_enter_the_sum_as_they_were_sent() -> None:
     base = model(ARCHITECTURE, 1)
     masked, plain = Fold(ARCHITECTURE, base), Fold(ARCHITECTURE, base)
     selection, stays = Selection.of(ARCHITECTURE, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 2, 4, 3])), {"head", "a.mean"}
-    travels = {t.name: TensorGrid(masked.span(t.name)) for t in masked.shared if t.name not in stays}
-    grid = Grid(selection, travels, 2, {name: masked.span(name) for name in stays})
+    travels = {t.name: TensorGrid(masked.sum_range(t.name)) for t in masked.shared if t.name not in stays}
+    grid = CohortGrid(selection, travels, 2, {name: masked.sum_range(name) for name in stays})
     sent = selection.gather(base)
     updates = [{**trained(selection, base, i), **{n: sent[n] for n in stays}} for i in range(2)]
     vectors = [grid.form.encode(update, sent)[0] for update in updates]
     assert not stays & set(grid.form.tensors)
-    masked.take([grid.sums(total(grid, vectors), 2, sent)])
+    masked.add_partial_sums([grid.partial_sums(total(grid, vectors), 2, sent)])
     for update in updates:
         plain.add(selection, update, 1)
     alike(plain, masked)
@@ -211,10 +211,10 @@ def test_sums_that_can_be_no_cohort_s_are_refused() -> None:
     base = model(ARCHITECTURE, 1)
     _, grid = coded_grid(base, {"a": -8}, 2)
     good = total(grid, [grid.form.encode(base, base)[0]] * 2)
-    assert grid.sums(good, 2, base).weight == 2
+    assert grid.partial_sums(good, 2, base).weight == 2
     heavy, coarse, wide = good.copy(), good.copy(), good.copy()
     heavy.wide[0] = 3
-    coarse.narrow[0] = 2 * CODES + 1
+    coarse.narrow[0] = 2 * MAX_CODE + 1
     wide.wide[1] = np.uint64(2**63)
     for wrong, boards, problem in (
         (heavy, 2, "updates in the sum of a cohort"),
@@ -224,7 +224,7 @@ def test_sums_that_can_be_no_cohort_s_are_refused() -> None:
         (Vector(good.narrow[1:], good.wide), 2, "sum of a cohort"),
     ):
         with pytest.raises(ProtocolError, match=problem):
-            grid.sums(wrong, boards, base)
+            grid.partial_sums(wrong, boards, base)
 
 
 def test_grids_that_could_overflow_or_round_are_refused() -> None:
@@ -236,14 +236,14 @@ def test_grids_that_could_overflow_or_round_are_refused() -> None:
         TensorGrid(Range(24, 2), 0)
     selection = Selection.full(ARCHITECTURE)
     with pytest.raises(ProtocolError, match="none for statistics"):
-        Grid(selection, {"a.mean": TensorGrid(span, -8)}, 2)
+        CohortGrid(selection, {"a.mean": TensorGrid(span, -8)}, 2)
     with pytest.raises(ProtocolError, match="got x"):
-        Grid(selection, {"x": TensorGrid(span)}, 2)
+        CohortGrid(selection, {"x": TensorGrid(span)}, 2)
     with pytest.raises(ProtocolError, match="boards of a cohort"):
-        Grid(selection, {"a": TensorGrid(span)}, MAX_WEIGHT + 1)
+        CohortGrid(selection, {"a": TensorGrid(span)}, MAX_WEIGHT + 1)
 
 
 @given(st.floats(1e-9, 1e3))
 def test_a_step_reaches_the_largest_difference_and_no_further_than_needed(largest: float) -> None:
     step = step_exponent(largest)
-    assert CODES * 2.0**step >= largest > CODES * 2.0 ** (step - 1)
+    assert MAX_CODE * 2.0**step >= largest > MAX_CODE * 2.0 ** (step - 1)

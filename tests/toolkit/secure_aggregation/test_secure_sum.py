@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import FedpruneError, ProtocolError, SignatureError
-from fedprune.secure_aggregation.keys import ADVERTISEMENT, SEALED, pair_mask_key, restored_mask_key
+from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, pair_mask_key, restored_mask_key
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import encode_bits
 from fedprune.secure_aggregation.participant import Participant
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import SHARE
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.security.keys import transcript
 from support.fakes.masked_cohort import (
     DIRECTORY,
@@ -32,7 +32,7 @@ from support.fakes.masked_cohort import (
 
 pytestmark = pytest.mark.board
 
-SMALL = Session(b"job 1, round 2", 4, 3, 5, 3)
+SMALL = SecureSumSession(b"job 1, round 2", 4, 3, 5, 3)
 SIX = NAMES[:6]
 
 
@@ -40,15 +40,15 @@ def same_vector(first: Vector, second: Vector) -> bool:
     return first.to_bytes() == second.to_bytes()
 
 
-def vectors(session: Session, names: Iterable[str], seed: int = 0) -> dict[str, Vector]:
+def vectors(session: SecureSumSession, names: Iterable[str], seed: int = 0) -> dict[str, Vector]:
     return {name: drawn(session, seed + i) for i, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
 class Case:
-    session: Session
+    session: SecureSumSession
     names: tuple[str, ...]
-    absent: dict[str, set[str]]
+    has_absent_device: dict[str, set[str]]
     seed: int
 
 
@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
     half = draw(st.integers(1, 5))
     threshold = draw(st.integers(half + 1, 2 * half))
     names = NAMES[: draw(st.integers(threshold + 1, 12))]
-    session = Session(b"drawn", 2 * half, threshold, draw(st.integers(0, 3)), draw(st.integers(1, 3)))
+    session = SecureSumSession(b"drawn", 2 * half, threshold, draw(st.integers(0, 3)), draw(st.integers(1, 3)))
     leaves = draw(st.sampled_from([0, 1, 1, 2, 3, 12]))
     absent: dict[str, set[str]] = {step: set() for step in STEPS}
     for name in draw(st.permutations(names))[:leaves]:
@@ -88,16 +88,16 @@ def test_the_sum_is_the_survivors_or_there_is_none(case: Case) -> None:
     inputs = vectors(case.session, case.names, case.seed)
     there, present = set(case.names), {}
     for step in STEPS:
-        there -= case.absent[step]
+        there -= case.has_absent_device[step]
         present[step] = set(there)
     if len(present["advertise"]) <= case.session.threshold:
         with pytest.raises(ProtocolError, match="boards of a secure sum"):
-            cohort.carry_out(inputs, case.absent)
+            cohort.carry_out(inputs, case.has_absent_device)
         assert not cohort.transcript.answers["mask"]
         return
     total, lost = None, ""
     try:
-        total = cohort.carry_out(inputs, case.absent)
+        total = cohort.carry_out(inputs, case.has_absent_device)
     except ProtocolError as error:
         lost = str(error)
     view = ServerView(case.session, cohort.transcript)
@@ -169,7 +169,7 @@ def _explaining(
 
 
 def test_masked_vectors_look_uniform_and_independent_of_what_is_masked() -> None:
-    session = Session(b"uniform", 4, 3, 40_000, 20_000)
+    session = SecureSumSession(b"uniform", 4, 3, 40_000, 20_000)
     nothing = {name: Vector.zeros(session) for name in SIX}
     first, second = MaskedCohort(session, SIX), MaskedCohort(session, SIX)
     for cohort in (first, second):
@@ -216,7 +216,7 @@ def test_no_board_hands_out_both_shares_of_another() -> None:
         asked = cohort.transcript.requests["unmask"][name]
         answer = cohort.transcript.answers["unmask"][name]
         assert board.unmask(asked) == answer
-        assert len(answer) == SHARE * len(around)  # one share for each neighbour
+        assert len(answer) == SHARE_BYTES * len(around)  # one share for each neighbour
         for dropped in around:
             with pytest.raises(ProtocolError, match="the same as before"):
                 board.unmask(encode_bits(around, set(around) - {dropped}))
@@ -235,7 +235,7 @@ def join_cohort() -> tuple[MaskedCohort, dict[str, bytes], dict[str, bytes]]:
 
 
 def test_keys_of_another_board_or_another_sum_are_refused() -> None:
-    cohort, foreign_session = MaskedCohort(SMALL, SIX), Session(b"job 1, round 3", 4, 3, 5, 3)
+    cohort, foreign_session = MaskedCohort(SMALL, SIX), SecureSumSession(b"job 1, round 3", 4, 3, 5, 3)
     advertised = {name: board.advertise() for name, board in cohort.boards.items()}
     with pytest.raises(SignatureError):
         cohort.collector.add_advertisement(SIX[0], advertised[SIX[1]])
@@ -250,7 +250,7 @@ def test_keys_of_another_board_or_another_sum_are_refused() -> None:
     first = 1 + len(SIX[1])
     for wrong in (advertised[SIX[2]], stale):
         with pytest.raises(SignatureError):
-            board.share(roster[:first] + wrong + roster[first + ADVERTISEMENT :])
+            board.share(roster[:first] + wrong + roster[first + ADVERTISEMENT_BYTES :])
     unknown = Participant(SMALL, SIX[0], IDENTITIES[SIX[0]], {n: DIRECTORY[n] for n in SIX[:2]})
     with pytest.raises(ProtocolError, match="identity key is known"):
         unknown.share(roster)
@@ -284,13 +284,13 @@ def test_the_server_refuses_a_key_of_small_order_that_its_owner_signed(point: in
 
 def test_a_roster_below_the_threshold_or_out_of_order_is_refused() -> None:
     _, rosters, _ = join_cohort()
-    entry = 1 + len(SIX[0]) + ADVERTISEMENT
+    entry = 1 + len(SIX[0]) + ADVERTISEMENT_BYTES
     roster = rosters[SIX[0]]
     entries = [roster[at : at + entry] for at in range(0, len(roster), entry)]
     for wrong, problem in (
         (b"", "from 3 to 4, got 0"),
         (b"".join(entries[:2]), "from 3 to 4, got 2"),
-        (b"".join([*entries, b"\x04zzzz" + bytes(ADVERTISEMENT)]), "from 3 to 4, got 5"),
+        (b"".join([*entries, b"\x04zzzz" + bytes(ADVERTISEMENT_BYTES)]), "from 3 to 4, got 5"),
         (b"".join([entries[1], entries[0], *entries[2:]]), "names in order"),
         (b"".join([entries[0], *entries]), "names in order"),
         (roster[:-1], "bytes of an advertisement"),
@@ -315,7 +315,7 @@ def test_another_roster_a_second_vector_and_steps_out_of_order_are_refused() -> 
     with pytest.raises(ProtocolError, match="a delivery of shares before"):
         board.unmask(b"\x0f")
     with pytest.raises(ProtocolError, match="bytes of a vector"):
-        board.mask(deliveries[name], Vector.zeros(Session(b"x", 4, 3, 1, 1)))
+        board.mask(deliveries[name], Vector.zeros(SecureSumSession(b"x", 4, 3, 1, 1)))
     board.mask(deliveries[name], Vector.zeros(SMALL))
     with pytest.raises(ProtocolError, match="after the roster"):
         board.mask(deliveries[name], Vector.zeros(SMALL))
@@ -336,7 +336,10 @@ def test_damaged_shares_and_too_few_of_them_are_refused_before_anything_is_sent(
     changed[-1] ^= 1
     for wrong, problem in (
         (bytes(changed), "don't decrypt"),
-        (bytes([0b0011]) + delivery[1 : 1 + 2 * SEALED], "neighbours that have shared: expected 3 or more, got 2"),
+        (
+            bytes([0b0011]) + delivery[1 : 1 + 2 * SEALED_BYTES],
+            "neighbours that have shared: expected 3 or more, got 2",
+        ),
         (bytes([0b10111]) + delivery[1:], "bits of neighbours that have shared"),
         (delivery[:-1], "bytes of sealed shares"),
         (b"", "bits of neighbours"),
@@ -361,7 +364,7 @@ def test_a_sum_of_too_few_survivors_or_of_boards_that_never_shared_is_refused() 
         board.unmask(encode_bits(view, view[2:]))
     with pytest.raises(ProtocolError, match=f"boards that had shared, got {absent}"):
         board.unmask(encode_bits(view, view))
-    assert len(board.unmask(encode_bits(view, set(view) - {absent}))) == 3 * SHARE
+    assert len(board.unmask(encode_bits(view, set(view) - {absent}))) == 3 * SHARE_BYTES
 
 
 # What the server refuses
@@ -394,9 +397,9 @@ def test_messages_of_other_steps_and_other_boards_are_refused_and_repeated_ones_
         for wrong in (answer[:-1], bytes([0xFF]) * len(answer)):
             with pytest.raises(ProtocolError):
                 collector.add_unmasking(name, wrong)
-        assert not collector.ready or name != min(asked)
+        assert not collector.is_ready or name != min(asked)
         collector.add_unmasking(name, answer)
-    assert collector.ready
+    assert collector.is_ready
     assert same_vector(collector.total(), summed([drawn(SMALL, i) for i in range(6)], SMALL))
     with pytest.raises(ProtocolError, match="nothing more"):
         collector.add_advertisement(NAMES[7], cohort.boards[SIX[0]].advertise())

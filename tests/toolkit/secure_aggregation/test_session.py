@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ProtocolError
-from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.session import SecureSumSession
 
 pytestmark = pytest.mark.board
 
@@ -21,7 +21,7 @@ def member_names(count: int) -> tuple[str, ...]:
 @given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 1000))
 @settings(deadline=None)
 def test_neighbours_are_mutual_and_as_many_as_the_degree(count: int, half: int, seed: int) -> None:
-    session = Session(b"x", 2 * half, half + 1, 1, 0)
+    session = SecureSumSession(b"x", 2 * half, half + 1, 1, 0)
     if count <= session.threshold:
         with pytest.raises(ProtocolError, match=f"expected more than {session.threshold}, got {count}"):
             session.neighbours(member_names(count), Random(seed))
@@ -36,7 +36,7 @@ def test_neighbours_are_mutual_and_as_many_as_the_degree(count: int, half: int, 
 
 def test_the_graph_stays_connected_until_as_many_boards_as_its_degree_are_removed() -> None:
     """All sets of removed boards, of a circle of 9 with 4 neighbours each."""
-    graph = Session(b"x", 4, 3, 1, 0).neighbours(member_names(9), Random(1))
+    graph = SecureSumSession(b"x", 4, 3, 1, 0).neighbours(member_names(9), Random(1))
     for removed in itertools.combinations(graph, 3):
         assert _connected(graph, set(graph) - set(removed))
     assert not all(_connected(graph, set(graph) - set(removed)) for removed in itertools.combinations(graph, 4))
@@ -52,10 +52,10 @@ def _connected(graph: dict[str, tuple[str, ...]], left: set[str]) -> bool:
 
 
 def test_a_chosen_degree_grows_slowly_and_holds_what_it_promises() -> None:
-    degrees = [Session.choose(b"x", boards, 1, 0).degree for boards in (100, 1000, 10_000)]
+    degrees = [SecureSumSession.choose(b"x", boards, 1, 0).degree for boards in (100, 1000, 10_000)]
     assert degrees == sorted(degrees)
     assert degrees[2] < 4 * degrees[0]
-    session, random = Session.choose(b"x", 100, 1, 0), Random(3)
+    session, random = SecureSumSession.choose(b"x", 100, 1, 0), Random(3)
     for _ in range(200):
         graph = session.neighbours(member_names(100), random)
         absent = set(random.sample(member_names(100), 20))
@@ -64,9 +64,9 @@ def test_a_chosen_degree_grows_slowly_and_holds_what_it_promises() -> None:
 
 def test_no_degree_is_enough_where_half_may_drop_out() -> None:
     with pytest.raises(ConfigError, match="50 may drop out"):
-        Session.choose(b"x", 100, 1, 0, dropping=0.5)
+        SecureSumSession.choose(b"x", 100, 1, 0, dropping=0.5)
     with pytest.raises(ConfigError, match="collude"):
-        Session.choose(b"x", 100, 1, 0, colluding=0.6)
+        SecureSumSession.choose(b"x", 100, 1, 0, colluding=0.6)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_no_degree_is_enough_where_half_may_drop_out() -> None:
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any], problem: str) -> None:
     good = {"context": b"x", "degree": 4, "threshold": 3, "narrow": 1, "wide": 1}
-    Session(**good)
+    SecureSumSession(**good)
     with pytest.raises(ProtocolError, match=problem):
-        Session(**{**good, **change})
+        SecureSumSession(**{**good, **change})
 
 
 def test_any_other_setting_is_another_session() -> None:
-    first = Session(b"x", 4, 3, 1, 1)
+    first = SecureSumSession(b"x", 4, 3, 1, 1)
     variants = [(b"y", 4, 3, 1, 1), (b"x", 6, 4, 1, 1), (b"x", 4, 4, 1, 1), (b"x", 4, 3, 2, 1), (b"x", 4, 3, 1, 2)]
-    assert len({first.digest, *(Session(*variant).digest for variant in variants)}) == 6
+    assert len({first.digest, *(SecureSumSession(*variant).digest for variant in variants)}) == 6

@@ -16,7 +16,7 @@ from fedprune.core.errors import IdentityError, ProtocolError
 from fedprune.security import authority as subject
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import common_name, make_request, make_tls_key, read_certificate
-from fedprune.security.tls import BUILT, TrustedTime
+from fedprune.security.tls import BUILD_TIME, TrustedTime
 
 pytestmark = pytest.mark.board
 
@@ -41,7 +41,7 @@ def openssl(*arguments: str | Path, ok: bool = True) -> str:
 def openssl_verify(authority: Authority, pem: str, *options: str, ok: bool = True) -> str:
     path = authority.crl_path.parent / "leaf.pem"
     path.write_text(pem)
-    arguments = ("-CAfile", authority.crl_path.parent / subject.CERTIFICATE, "-x509_strict", *options)
+    arguments = ("-CAfile", authority.crl_path.parent / subject.AUTHORITY_CERTIFICATE_FILE, "-x509_strict", *options)
     return openssl("verify", *arguments, path, ok=ok)
 
 
@@ -75,23 +75,23 @@ def test_a_board_in_1970_and_one_in_2050_believe_the_authority(authority: Author
     pem = authority.issue_broker(["broker.example"], csr("x"))
 
     openssl_verify(authority, pem, "-attime", "60")
-    assert "has expired" in openssl_verify(authority, pem, "-attime", str(BUILT + 20 * 365 * DAY), ok=False)
+    assert "has expired" in openssl_verify(authority, pem, "-attime", str(BUILD_TIME + 20 * 365 * DAY), ok=False)
 
 
 def test_openssl_believes_the_list_of_the_revoked_and_follows_it(authority: Authority) -> None:
     good, bad = (authority.issue_device("lab", name, csr(name)) for name in ("pi-1", "pi-2"))
-    ca = authority.crl_path.parent / subject.CERTIFICATE
+    ca = authority.crl_path.parent / subject.AUTHORITY_CERTIFICATE_FILE
     crl = ("-crl_check", "-CRLfile", str(authority.crl_path))
     openssl_verify(authority, bad, *crl)  # an empty list is one, too
 
-    authority.list_revoked({serial_of(bad): BUILT})
+    authority.write_revocation_list({serial_of(bad): BUILD_TIME})
 
     assert "verify OK" in openssl("crl", "-in", authority.crl_path, "-CAfile", ca, "-noout")
     text = openssl("crl", "-in", authority.crl_path, "-noout", "-text")
     assert f"{serial_of(bad):X}" in text.replace("Serial Number: 0", "Serial Number: ")
     openssl_verify(authority, good, *crl)
     assert "certificate revoked" in openssl_verify(authority, bad, *crl, ok=False)
-    for at in ("60", str(BUILT + 10 * 365 * DAY)):  # neither too new for a broker in 1970 nor ever out of date
+    for at in ("60", str(BUILD_TIME + 10 * 365 * DAY)):  # neither too new for a broker in 1970 nor ever out of date
         assert "CRL" not in openssl_verify(authority, good, *crl, "-attime", at, ok=at == "60")
 
 
@@ -99,7 +99,7 @@ def test_a_server_whose_clock_says_1970_issues_no_certificate_that_is_over(tmp_p
     authority = Authority.make(tmp_path / "identity", "lab", clock=lambda: 0.0)
     issued = read_certificate(authority.issue_device("lab", "pi-1", csr(), days=10), "certificate")
 
-    assert issued.not_valid_after_utc.timestamp() == BUILT + 10 * DAY
+    assert issued.not_valid_after_utc.timestamp() == BUILD_TIME + 10 * DAY
 
 
 @pytest.mark.parametrize("name", ["fedprune-server", "all", "", "a/b", "+", "#", "..", "x" * 65, "a\nb"])
@@ -146,38 +146,38 @@ def test_a_second_authority_does_not_take_the_first_one_s_place(authority: Autho
 
 
 def test_the_time_floor_only_rises_survives_a_restart_and_stays_below_the_certificate_s_end(tmp_path: Path) -> None:
-    path, latest = tmp_path / "time", BUILT + 100 * DAY
+    path, latest = tmp_path / "time", BUILD_TIME + 100 * DAY
     time = TrustedTime(path, lambda: latest)
-    assert time.floor == BUILT
-    time.learn(0)
-    time.learn(BUILT + 5)
-    assert time.floor == BUILT + 5
+    assert time.floor == BUILD_TIME
+    time.note_time(0)
+    time.note_time(BUILD_TIME + 5)
+    assert time.floor == BUILD_TIME + 5
     assert not path.exists()  # a few seconds are not worth a write
-    time.learn(BUILT + 3 * DAY)
-    time.learn(BUILT + 2 * DAY)
-    assert time.floor == TrustedTime(path, lambda: latest).floor == BUILT + 3 * DAY
-    time.learn(2**40)
+    time.note_time(BUILD_TIME + 3 * DAY)
+    time.note_time(BUILD_TIME + 2 * DAY)
+    assert time.floor == TrustedTime(path, lambda: latest).floor == BUILD_TIME + 3 * DAY
+    time.note_time(2**40)
     assert time.floor == latest
-    assert TrustedTime(path, lambda: BUILT + 4 * DAY).floor == BUILT + 4 * DAY
+    assert TrustedTime(path, lambda: BUILD_TIME + 4 * DAY).floor == BUILD_TIME + 4 * DAY
 
 
 @pytest.mark.parametrize("content", [b"", b'{"floor": "x"}'])
 def test_a_damaged_time_counts_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "time").write_bytes(content)
-    assert TrustedTime(tmp_path / "time", lambda: 2**40).floor == BUILT
+    assert TrustedTime(tmp_path / "time", lambda: 2**40).floor == BUILD_TIME
 
 
 def test_a_list_of_another_authority_or_of_other_certificates_is_not_taken_for_right(
     authority: Authority, tmp_path: Path
 ) -> None:
-    revoked = {serial_of(authority.issue_device("lab", "pi-1", csr())): BUILT}
-    assert authority.has_listed({})
-    assert not authority.has_listed(revoked)
+    revoked = {serial_of(authority.issue_device("lab", "pi-1", csr())): BUILD_TIME}
+    assert authority.is_list_current({})
+    assert not authority.is_list_current(revoked)
     second = Authority.make(tmp_path / "other", "lab")
-    second.list_revoked(revoked)
+    second.write_revocation_list(revoked)
     authority.crl_path.write_bytes(second.crl_path.read_bytes())
-    assert not authority.has_listed(revoked)
-    authority.list_revoked(revoked)
-    assert authority.has_listed(revoked)
+    assert not authority.is_list_current(revoked)
+    authority.write_revocation_list(revoked)
+    assert authority.is_list_current(revoked)
     authority.crl_path.unlink()
-    assert not Authority(tmp_path / "identity").has_listed(revoked)
+    assert not Authority(tmp_path / "identity").is_list_current(revoked)

@@ -12,22 +12,22 @@ from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request as make_csr
 from fedprune.security.certificates import make_tls_key
 from fedprune.security.joining import (
-    ID,
-    PIN,
-    SECRET,
-    Claim,
-    answer_text,
+    CLAIM_ID_BYTES,
+    CLAIM_SECRET_BYTES,
+    PIN_BYTES,
+    JoinClaim,
     check_answer,
     check_request,
-    digest_of,
+    claim_mac,
     holds_claim,
-    mac,
-    make_request,
-    same,
+    is_same,
+    make_join_request,
+    request_digest,
+    signed_answer_bytes,
 )
 from fedprune.security.keys import SigningKey, transcript
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
-from fedprune.wire.messages import parse
+from fedprune.wire.messages import parse_message
 
 pytestmark = pytest.mark.board
 
@@ -41,8 +41,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.fixture
-def claim(authority: Authority) -> Claim:
-    return Claim.make(authority.pin)
+def claim(authority: Authority) -> JoinClaim:
+    return JoinClaim.make(authority.pin)
 
 
 def genuine_answer(
@@ -50,33 +50,35 @@ def genuine_answer(
 ) -> JoinAnswer:
     """A genuine answer; `replaced_fields` replaces fields before it is signed."""
     certificate = authority.issue_device("lab", request.device, request.csr) if status == APPROVED else None
-    key = SERVER.verifying.hex if status == APPROVED else None
+    key = SERVER.verifying_key.hex if status == APPROVED else None
     body = {
-        "request": digest_of(request), "status": status, "reason": "", "time": authority.now(),
+        "request": request_digest(request), "status": status, "reason": "", "time": authority.now(),
         "authority": authority.pem, "certificate": certificate, "server_key": key, **replaced_fields,
     }  # fmt: skip
-    return JoinAnswer(**body, signature=authority.sign(answer_text(**body)).hex())  # type: ignore[arg-type]
+    return JoinAnswer(**body, signature=authority.sign(signed_answer_bytes(**body)).hex())  # type: ignore[arg-type]
 
 
-def test_with_nothing_but_a_claim_device_and_server_know_each_other(authority: Authority, claim: Claim) -> None:
-    request = parse(make_request("lab", "pi-1", KEY, CSR, Claim.parse(claim.text)).to_bytes())
+def test_with_nothing_but_a_claim_device_and_server_know_each_other(authority: Authority, claim: JoinClaim) -> None:
+    request = parse_message(make_join_request("lab", "pi-1", KEY, CSR, JoinClaim.parse(claim.text)).to_bytes())
     assert isinstance(request, JoinRequest)
 
-    assert check_request(request) == KEY.verifying
+    assert check_request(request) == KEY.verifying_key
     assert holds_claim(request, claim.key)
     assert claim.secret.hex() not in request.to_bytes().decode()
-    answer = parse(genuine_answer(authority, request).to_bytes())
+    answer = parse_message(genuine_answer(authority, request).to_bytes())
     assert isinstance(answer, JoinAnswer)
     admission = check_answer(answer, request, claim.pin)
     assert admission is not None
-    assert admission.server == SERVER.verifying
+    assert admission.server == SERVER.verifying_key
     assert admission.authority == authority.pem
 
 
 @pytest.mark.parametrize("with_claim", [True, False])
-def test_no_part_of_a_request_can_be_changed_by_somebody_in_between(claim: Claim, with_claim: bool) -> None:
-    request = make_request("lab", "pi-1", KEY, CSR, claim if with_claim else None)
-    thief = make_request("lab", "pi-2", SigningKey.make(), make_csr(make_tls_key(), "pi-2"), Claim.make(claim.pin))
+def test_no_part_of_a_request_can_be_changed_by_somebody_in_between(claim: JoinClaim, with_claim: bool) -> None:
+    request = make_join_request("lab", "pi-1", KEY, CSR, claim if with_claim else None)
+    thief = make_join_request(
+        "lab", "pi-2", SigningKey.make(), make_csr(make_tls_key(), "pi-2"), JoinClaim.make(claim.pin)
+    )
     for field in fields(JoinRequest):
         changes = {field.name: getattr(thief, field.name)}
         if field.name == "site":
@@ -88,37 +90,37 @@ def test_no_part_of_a_request_can_be_changed_by_somebody_in_between(claim: Claim
     check_request(request)
 
 
-def test_a_claim_can_t_be_used_for_another_s_key_though_that_one_signs_well(claim: Claim) -> None:
-    mine = make_request("lab", "pi-1", KEY, CSR, claim)
+def test_a_claim_can_t_be_used_for_another_s_key_though_that_one_signs_well(claim: JoinClaim) -> None:
+    mine = make_join_request("lab", "pi-1", KEY, CSR, claim)
     thief = SigningKey.make()
-    stolen = make_request("lab", "pi-1", thief, CSR, Claim.make(claim.pin))
+    stolen = make_join_request("lab", "pi-1", thief, CSR, JoinClaim.make(claim.pin))
     stolen = replace(stolen, claim=mine.claim, mac=mine.mac, nonce=mine.nonce)
     assert not holds_claim(stolen, claim.key)
     with pytest.raises(SignatureError):
         check_request(stolen)
 
 
-def test_a_claim_comes_with_its_proof(claim: Claim) -> None:
-    request = make_request("lab", "pi-1", KEY, CSR, claim)
+def test_a_claim_comes_with_its_proof(claim: JoinClaim) -> None:
+    request = make_join_request("lab", "pi-1", KEY, CSR, claim)
     for field_name in ("claim", "mac"):
         with pytest.raises(ProtocolError, match="both or neither"):
             check_request(replace(request, **{field_name: None}))
 
 
-def test_no_part_of_an_answer_can_be_changed(authority: Authority, claim: Claim) -> None:
-    request = make_request("lab", "pi-1", KEY, CSR, claim)
+def test_no_part_of_an_answer_can_be_changed(authority: Authority, claim: JoinClaim) -> None:
+    request = make_join_request("lab", "pi-1", KEY, CSR, claim)
     answer = genuine_answer(authority, request)
     for change in (
         {"request": "ab" * 32}, {"status": WAITING}, {"status": REFUSED}, {"reason": "x"}, {"time": answer.time + 1},
-        {"certificate": None}, {"certificate": authority.pem}, {"server_key": KEY.verifying.hex},
+        {"certificate": None}, {"certificate": authority.pem}, {"server_key": KEY.verifying_key.hex},
         {"signature": answer.signature[:-2] + ("00" if answer.signature[-2:] != "00" else "01")},
     ):  # fmt: skip
         with pytest.raises(SignatureError):
             check_answer(replace(answer, **change), request, claim.pin)
 
 
-def test_another_server_can_t_answer(authority: Authority, claim: Claim, tmp_path: Path) -> None:
-    request = make_request("lab", "pi-1", KEY, CSR, claim)
+def test_another_server_can_t_answer(authority: Authority, claim: JoinClaim, tmp_path: Path) -> None:
+    request = make_join_request("lab", "pi-1", KEY, CSR, claim)
     foreign = Authority.make(tmp_path / "foreign", "lab")
     with pytest.raises(SignatureError, match="comes from another server"):
         check_answer(genuine_answer(foreign, request), request, claim.pin)
@@ -127,8 +129,8 @@ def test_another_server_can_t_answer(authority: Authority, claim: Claim, tmp_pat
         check_answer(posing, request, claim.pin)
 
 
-def test_what_an_authority_signs_must_make_sense(authority: Authority, claim: Claim, tmp_path: Path) -> None:
-    request = make_request("lab", "pi-1", KEY, CSR, claim)
+def test_what_an_authority_signs_must_make_sense(authority: Authority, claim: JoinClaim, tmp_path: Path) -> None:
+    request = make_join_request("lab", "pi-1", KEY, CSR, claim)
     foreign_certificate = authority.issue_device("lab", "pi-9", make_csr(make_tls_key(), "pi-9"))
     foreign = Authority.make(tmp_path / "foreign", "lab").issue_device("lab", "pi-1", CSR)
     named = authority.issue_device("lab", "pi-3", (csr := make_csr(make_tls_key(), "x")))
@@ -138,58 +140,59 @@ def test_what_an_authority_signs_must_make_sense(authority: Authority, claim: Cl
         (request, {"certificate": foreign_certificate}, "for another key"),
         (request, {"certificate": foreign}, "not by the server's authority"),
         (request, {"certificate": "nonsense"}, "a certificate in PEM"),
-        (make_request("lab", "pi-1", KEY, csr, claim), {"certificate": named}, "expected pi-1"),
+        (make_join_request("lab", "pi-1", KEY, csr, claim), {"certificate": named}, "expected pi-1"),
     ]
     for asked, change, match in cases:
         body = {
-            "request": digest_of(asked), "status": APPROVED, "reason": "", "time": 1, "authority": authority.pem,
-            "certificate": foreign_certificate, "server_key": SERVER.verifying.hex, **change,
+            "request": request_digest(asked), "status": APPROVED, "reason": "", "time": 1, "authority": authority.pem,
+            "certificate": foreign_certificate, "server_key": SERVER.verifying_key.hex, **change,
         }  # fmt: skip
-        answer = JoinAnswer(**body, signature=authority.sign(answer_text(**body)).hex())  # type: ignore[arg-type]
+        answer = JoinAnswer(**body, signature=authority.sign(signed_answer_bytes(**body)).hex())  # type: ignore[arg-type]
         with pytest.raises(FedpruneError, match=match):
             check_answer(answer, asked, claim.pin)
 
 
 claims = st.builds(
-    Claim, st.binary(min_size=ID, max_size=ID), st.binary(min_size=SECRET, max_size=SECRET),
-    st.binary(min_size=PIN, max_size=PIN),
+    JoinClaim, st.binary(min_size=CLAIM_ID_BYTES, max_size=CLAIM_ID_BYTES),
+    st.binary(min_size=CLAIM_SECRET_BYTES, max_size=CLAIM_SECRET_BYTES),
+    st.binary(min_size=PIN_BYTES, max_size=PIN_BYTES),
 )  # fmt: skip
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 
 
 @given(claims)
 @settings(deadline=None)
-def test_a_claim_is_read_back_however_it_is_typed(claim: Claim) -> None:
+def test_a_claim_is_read_back_however_it_is_typed(claim: JoinClaim) -> None:
     assert len(claim.text) == 66
     for typed in (claim.text, claim.text.lower(), claim.text.replace("-", ""), claim.text.replace("-", " ") + "\n"):
-        assert Claim.parse(typed) == claim
-    assert Claim.parse("FP1" + claim.text[3:].replace("O", "0").replace("B", "8")) == claim
+        assert JoinClaim.parse(typed) == claim
+    assert JoinClaim.parse("FP1" + claim.text[3:].replace("O", "0").replace("B", "8")) == claim
 
 
 @given(claims, st.data())
 @settings(deadline=None)
-def test_one_wrong_character_or_two_that_are_swapped_are_noticed(claim: Claim, data: st.DataObject) -> None:
+def test_one_wrong_character_or_two_that_are_swapped_are_noticed(claim: JoinClaim, data: st.DataObject) -> None:
     text = claim.text
     at = data.draw(st.sampled_from([i for i in range(4, len(text)) if text[i] != "-"]))
     replacement = data.draw(st.sampled_from(ALPHABET.replace(text[at], "")))
     for wrong in (text[:at] + replacement + text[at + 1 :], text[:at] + text[at + 1 :], text + replacement):
         with pytest.raises(JoinError, match="the claim is mistyped"):
-            Claim.parse(wrong)
+            JoinClaim.parse(wrong)
 
 
 @pytest.mark.parametrize("text", ["", "FP2-AAAA", "FP1", "FP1-" + "1" * 56])
 def test_what_is_no_claim_is_one_clear_error(text: str) -> None:
     with pytest.raises(JoinError, match="claim"):
-        Claim.parse(text)
+        JoinClaim.parse(text)
 
 
 def test_a_claim_keeps_its_secret_where_it_is_logged_and_its_key_is_another_thing() -> None:
-    one, two = Claim.make(bytes(PIN)), Claim.make(bytes(PIN))
+    one, two = JoinClaim.make(bytes(PIN_BYTES)), JoinClaim.make(bytes(PIN_BYTES))
 
     assert repr(one.secret) not in repr(one)
     assert one.key not in (one.secret, two.key)
-    assert Claim(two.id, one.secret, one.pin).key != one.key
-    assert not same(mac(one.key, b"x"), mac(two.key, b"x"))
+    assert JoinClaim(two.id, one.secret, one.pin).key != one.key
+    assert not is_same(claim_mac(one.key, b"x"), claim_mac(two.key, b"x"))
 
 
 field_lists = st.lists(st.none() | st.integers() | st.text(max_size=5) | st.binary(max_size=5), max_size=4)

@@ -24,11 +24,11 @@ KEY = SigningKey.make()
 def test_a_signature_is_its_key_s_and_nobody_else_s(data: bytes) -> None:
     signature = KEY.sign(data)
 
-    KEY.verifying.verify(signature, data)
+    KEY.verifying_key.verify(signature, data)
     with pytest.raises(SignatureError, match="changed in transit"):
-        SigningKey.make().verifying.verify(signature, data)
+        SigningKey.make().verifying_key.verify(signature, data)
     with pytest.raises(SignatureError):
-        KEY.verifying.verify(signature, data + b"x")
+        KEY.verifying_key.verify(signature, data + b"x")
 
 
 def test_a_saved_key_is_read_back_by_us_and_by_openssl_and_by_no_other_user(tmp_path: Path) -> None:
@@ -36,12 +36,12 @@ def test_a_saved_key_is_read_back_by_us_and_by_openssl_and_by_no_other_user(tmp_
     KEY.save(path)
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert SigningKey.load(path).verifying == KEY.verifying
+    assert SigningKey.load(path).verifying_key == KEY.verifying_key
     assert "PRIVATE" not in repr(KEY)
     der = subprocess.run(
         ["openssl", "pkey", "-in", path, "-pubout", "-outform", "DER"], check=True, capture_output=True
     ).stdout
-    assert der[-32:] == KEY.verifying.raw
+    assert der[-32:] == KEY.verifying_key.raw
 
 
 def test_a_leftover_that_others_may_read_does_not_open_the_next_key_to_them(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_a_key_that_belongs_to_another_user_is_not_ours_unless_that_is_root(
     path = tmp_path / "device.key"
     KEY.save(path)
     if os.geteuid() == 0:
-        assert SigningKey.load(path).verifying == KEY.verifying
+        assert SigningKey.load(path).verifying_key == KEY.verifying_key
         os.chown(path, 4712, -1)
-        assert SigningKey.load(path).verifying == KEY.verifying  # root reads any user's
+        assert SigningKey.load(path).verifying_key == KEY.verifying_key  # root reads any user's
     owner = path.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
 
@@ -110,7 +110,7 @@ def test_a_key_of_another_kind_a_link_a_folder_and_nothing_are_refused(tmp_path:
 
 
 def test_verifying_keys_travel_as_hex_and_people_compare_fingerprints() -> None:
-    key = KEY.verifying
+    key = KEY.verifying_key
 
     assert VerifyingKey.from_hex(key.hex) == key
     assert len(key.fingerprint) == 24
@@ -133,4 +133,4 @@ def test_a_full_disk_leaves_the_old_key(tmp_path: Path) -> None:
         with pytest.raises(StorageFullError, match="No space"):
             SigningKey.make().save(folder / "device.key")
 
-        assert SigningKey.load(folder / "device.key").verifying == KEY.verifying
+        assert SigningKey.load(folder / "device.key").verifying_key == KEY.verifying_key

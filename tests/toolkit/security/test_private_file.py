@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.core.errors import StorageError
 from fedprune.security import private_file
-from fedprune.security.private_file import give_to_owner_of
+from fedprune.security.private_file import share_owner
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_file_of_roots_gets_the_owner_of_the_other(tmp_path: Path, chown_calls
     new, old = tmp_path / "new", tmp_path / "old"
     new.write_bytes(b"secret")
     old.touch()
-    give_to_owner_of(new, old)
+    share_owner(new, old)
     assert chown_calls == [(old.stat().st_uid, old.stat().st_gid)]
 
 
@@ -54,5 +54,5 @@ def test_what_the_folders_user_put_in_its_place_is_not_given_away(
     else:
         new.mkdir()
     with pytest.raises(StorageError):
-        give_to_owner_of(new, old)
+        share_owner(new, old)
     assert chown_calls == []

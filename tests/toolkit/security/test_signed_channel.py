@@ -14,21 +14,21 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from fedprune.core.errors import ProtocolError, ReplayError, SignatureError, StaleEpochError, StorageError
 from fedprune.security.keys import SigningKey
 from fedprune.security.signed_channel import (
-    HEADER,
-    MAX_NUMBER,
+    HEADER_BYTES,
+    MAX_EPOCH,
     MAX_STREAMS,
-    WINDOW,
-    Envelope,
+    WINDOW_LENGTH,
     EpochFile,
     Opener,
+    ReplayWindow,
     Sealer,
-    Window,
+    SignedEnvelope,
     seal,
     stream_of,
     unseal,
 )
-from fedprune.wire.fields import MAX_MESSAGE
-from fedprune.wire.messages import Hello, parse
+from fedprune.wire.fields import MAX_MESSAGE_BYTES
+from fedprune.wire.messages import Hello, parse_message
 from fedprune.wire.topics import Topics
 
 pytestmark = pytest.mark.board
@@ -44,12 +44,12 @@ class Conversation(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.epoch = self.counter = 0
-        self.window = Window()
+        self.next_window = ReplayWindow()
         self.floor = -1
         self.closed = -1  # epochs up to this one are over since the receiver's restart
         self.taken: list[tuple[int, int]] = []
 
-    @rule(target=sent, jump=st.sampled_from([0, 0, 0, 0, 1, 7, WINDOW - 1, WINDOW, 10**15]))
+    @rule(target=sent, jump=st.sampled_from([0, 0, 0, 0, 1, 7, WINDOW_LENGTH - 1, WINDOW_LENGTH, 10**15]))
     def send(self, jump: int) -> tuple[int, int]:
         number = (self.epoch, self.counter + jump)
         self.counter += jump + 1
@@ -61,7 +61,7 @@ class Conversation(RuleBasedStateMachine):
 
     @rule()
     def receiver_restarts(self) -> None:
-        self.window = Window.after(self.floor)
+        self.next_window = ReplayWindow.after(self.floor)
         self.closed = self.floor
 
     @rule(number=sent)
@@ -69,14 +69,14 @@ class Conversation(RuleBasedStateMachine):
         epoch, counter = number
         newest = max((e for e, _ in self.taken), default=-1)
         top = max((c for e, c in self.taken if e == epoch), default=-1)
-        fresh = number not in self.taken and epoch >= newest and epoch > self.closed and counter > top - WINDOW
+        fresh = number not in self.taken and epoch >= newest and epoch > self.closed and counter > top - WINDOW_LENGTH
         if not fresh:
             over = epoch < newest or epoch <= self.closed
             with pytest.raises(ReplayError) as caught:
-                self.window.accept(epoch, counter)
+                self.next_window.accept(epoch, counter)
             assert isinstance(caught.value, StaleEpochError) == over
             return
-        assert self.window.accept(epoch, counter) == (epoch > newest)
+        assert self.next_window.accept(epoch, counter) == (epoch > newest)
         self.taken.append(number)
         self.floor = max(self.floor, epoch)
 
@@ -90,8 +90,8 @@ TestConversation = Conversation.TestCase
 
 
 def test_a_message_may_be_overtaken_by_a_window_s_length_and_no_more() -> None:
-    window = Window()
-    window.accept(1, WINDOW)
+    window = ReplayWindow()
+    window.accept(1, WINDOW_LENGTH)
     window.accept(1, 1)
     with pytest.raises(ReplayError, match="too old"):
         window.accept(1, 0)
@@ -138,10 +138,10 @@ def test_streams_are_counted_apart_and_epochs_are_written_down_before_a_message_
     clock = lambda: 0.0  # noqa: E731  a board's
     sealer = Sealer(KEY, EpochFile(tmp_path / "epoch", clock))
     written: dict[str, int] = {}
-    opener = Opener(KEY.verifying, {}, written.__setitem__)
+    opener = Opener(KEY.verifying_key, {}, written.__setitem__)
     mine, all_ = "fedprune/1/lab/pi-1/job/down", "fedprune/1/lab/all/-/down"
     hello = sealer.seal(all_, b"hello")
-    for _ in range(3 * WINDOW):
+    for _ in range(3 * WINDOW_LENGTH):
         sealer.seal("fedprune/1/lab/pi-2/job/down", b"others")
     offers = [sealer.seal(mine, f"{i}".encode()) for i in range(3)]
 
@@ -152,10 +152,10 @@ def test_streams_are_counted_apart_and_epochs_are_written_down_before_a_message_
     with pytest.raises(ReplayError, match="before"):
         opener.open(mine, offers[2])
 
-    restarted = Opener(KEY.verifying, written, written.__setitem__)
+    restarted = Opener(KEY.verifying_key, written, written.__setitem__)
     with pytest.raises(StaleEpochError):
         restarted.open(mine, offers[1])
-    sealer.renew(mine)
+    sealer.begin_epoch(mine)
     assert restarted.open(mine, sealer.seal(mine, b"new")) == b"new"
     assert written[stream_of(mine)] == 4
 
@@ -168,7 +168,7 @@ def test_an_epoch_that_can_t_be_written_down_has_not_begun(tmp_path: Path) -> No
         if full[0]:
             raise StorageError("full")
 
-    opener = Opener(KEY.verifying, {}, fail_when_full)
+    opener = Opener(KEY.verifying_key, {}, fail_when_full)
     raw = sealer.seal("a/b/c/d/e", b"x")
     with pytest.raises(StorageError, match="full"):
         opener.open("a/b/c/d/e", raw)
@@ -178,7 +178,7 @@ def test_an_epoch_that_can_t_be_written_down_has_not_begun(tmp_path: Path) -> No
 
 def test_a_sender_has_a_bounded_number_of_streams(tmp_path: Path) -> None:
     sealer = Sealer(KEY, EpochFile(tmp_path / "epoch"))
-    opener = Opener(KEY.verifying, {}, lambda _stream, _epoch: None)
+    opener = Opener(KEY.verifying_key, {}, lambda _stream, _epoch: None)
     for i in range(MAX_STREAMS):
         opener.open(f"{i}", sealer.seal(f"{i}", b""))
     with pytest.raises(ReplayError, match="too many streams"):
@@ -186,14 +186,14 @@ def test_a_sender_has_a_bounded_number_of_streams(tmp_path: Path) -> None:
 
 
 TOPICS = Topics("lab")
-numbers = st.integers(0, MAX_NUMBER)
+numbers = st.integers(0, MAX_EPOCH)
 topics = st.text(max_size=100)
 
 
 @given(topics, numbers, numbers, st.binary(max_size=300))
 @settings(deadline=None)
 def test_what_is_sealed_is_opened_on_its_topic(topic: str, epoch: int, counter: int, body: bytes) -> None:
-    envelope = unseal(KEY.verifying, topic, seal(KEY, topic, epoch, counter, body))
+    envelope = unseal(KEY.verifying_key, topic, seal(KEY, topic, epoch, counter, body))
 
     assert (envelope.epoch, envelope.counter, envelope.body) == (epoch, counter, body)
 
@@ -206,18 +206,18 @@ def test_no_bit_of_it_can_be_changed(data: st.DataObject) -> None:
     raw[bit // 8] ^= 1 << bit % 8
 
     with pytest.raises(ProtocolError):
-        unseal(KEY.verifying, "a/b", bytes(raw))
+        unseal(KEY.verifying_key, "a/b", bytes(raw))
 
 
-@given(st.integers(0, HEADER + 20))
+@given(st.integers(0, HEADER_BYTES + 20))
 @settings(deadline=None)
 def test_nothing_of_it_can_be_left_out_or_added(end: int) -> None:
     raw = seal(KEY, "a/b", 3, 7, b"x" * 20)
     if end < len(raw):
         with pytest.raises(ProtocolError):
-            unseal(KEY.verifying, "a/b", raw[:end])
+            unseal(KEY.verifying_key, "a/b", raw[:end])
     with pytest.raises(SignatureError):
-        unseal(KEY.verifying, "a/b", raw + bytes(end + 1))
+        unseal(KEY.verifying_key, "a/b", raw + bytes(end + 1))
 
 
 @given(topics, topics, st.binary(max_size=30), st.integers(0, 30))
@@ -228,57 +228,57 @@ def test_it_means_nothing_on_another_topic_wherever_the_border_is(
     raw = seal(KEY, topic, 1, 1, body)
     if second_topic != topic:
         with pytest.raises(SignatureError):
-            unseal(KEY.verifying, second_topic, raw)
-    head, rest = raw[:HEADER], raw[HEADER:]
+            unseal(KEY.verifying_key, second_topic, raw)
+    head, rest = raw[:HEADER_BYTES], raw[HEADER_BYTES:]
     shifted_topic = topic + rest[:cut].decode("latin-1")
     if cut and rest:
         with pytest.raises(SignatureError):
-            unseal(KEY.verifying, shifted_topic, head + rest[cut:])
+            unseal(KEY.verifying_key, shifted_topic, head + rest[cut:])
 
 
 def test_another_s_key_is_not_taken_even_where_it_names_the_right_one() -> None:
     foreign_key = SigningKey.make()
     raw = seal(foreign_key, "a", 1, 1, b"{}")
     with pytest.raises(SignatureError, match="signed by another key"):
-        unseal(KEY.verifying, "a", raw)
+        unseal(KEY.verifying_key, "a", raw)
 
-    forged = raw[:4] + KEY.verifying.id + raw[12:]
+    forged = raw[:4] + KEY.verifying_key.id + raw[12:]
     with pytest.raises(SignatureError, match="key"):
-        unseal(KEY.verifying, "a", forged)
+        unseal(KEY.verifying_key, "a", forged)
 
 
-@given(st.binary(max_size=2 * HEADER))
+@given(st.binary(max_size=2 * HEADER_BYTES))
 @settings(deadline=None)
 def test_any_bytes_are_refused_with_an_error_of_ours(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
-        unseal(KEY.verifying, "a", raw)
+        unseal(KEY.verifying_key, "a", raw)
 
 
 def test_the_longest_message_fits_and_a_longer_one_is_not_looked_at() -> None:
-    body = bytes(MAX_MESSAGE)
+    body = bytes(MAX_MESSAGE_BYTES)
     raw = seal(KEY, "a", 1, 1, body)
 
-    assert unseal(KEY.verifying, "a", raw).body == body
+    assert unseal(KEY.verifying_key, "a", raw).body == body
     with pytest.raises(ProtocolError, match="too long"):
-        Envelope.parse(raw + b"x")
+        SignedEnvelope.parse(raw + b"x")
     with pytest.raises(ProtocolError, match="too long"):
         seal(KEY, "a", 1, 1, body + b"x")
 
 
-@pytest.mark.parametrize(("epoch", "counter"), [(-1, 0), (0, MAX_NUMBER + 1)])
+@pytest.mark.parametrize(("epoch", "counter"), [(-1, 0), (0, MAX_EPOCH + 1)])
 def test_numbers_out_of_range_are_refused_by_sender_and_receiver(epoch: int, counter: int) -> None:
     with pytest.raises(ProtocolError, match="of a signed message"):
         seal(KEY, "a", epoch, counter, b"")
     raw = bytearray(seal(KEY, "a", 1, 1, b""))
     raw[12:20] = (2**63).to_bytes(8, "little")
     with pytest.raises(ProtocolError, match="epoch of a signed message"):
-        Envelope.parse(bytes(raw))
+        SignedEnvelope.parse(bytes(raw))
 
 
 def test_a_message_to_one_device_is_not_one_to_another() -> None:
     raw = seal(KEY, TOPICS.down("pi-1", "job"), 1, 0, Hello().to_bytes())
 
-    assert parse(unseal(KEY.verifying, TOPICS.down("pi-1", "job"), raw).body) == Hello()
+    assert parse_message(unseal(KEY.verifying_key, TOPICS.down("pi-1", "job"), raw).body) == Hello()
     for topic in (TOPICS.down("pi-2", "job"), TOPICS.broadcast(), TOPICS.up("pi-1", "job"), TOPICS.down("pi-1")):
         with pytest.raises(SignatureError):
-            unseal(KEY.verifying, topic, raw)
+            unseal(KEY.verifying_key, topic, raw)

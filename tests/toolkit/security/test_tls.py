@@ -16,8 +16,8 @@ from fedprune.core.errors import ConfigError, IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.tls import BUILT, check_peer, insecure_allowed, pinned_context, unpinned_context
-from fedprune.wire.link import failure
+from fedprune.security.tls import BUILD_TIME, check_local_host, check_peer, pinned_context, unpinned_context
+from fedprune.wire.link import connection_failure
 
 pytestmark = pytest.mark.board
 
@@ -54,7 +54,7 @@ class Peer:
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    return Authority.make(tmp_path / "authority", "lab", clock=lambda: float(BUILT))
+    return Authority.make(tmp_path / "authority", "lab", clock=lambda: float(BUILD_TIME))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_the_machine_s_clock_is_not_asked_and_the_time_floor_is(
 ) -> None:
     """The broker's certificate ended a day after this software was built: long ago for any right clock."""
     ca = authority.crl_path.parent / "authority.pem"
-    port, now = serve("broker"), [BUILT]
+    port, now = serve("broker"), [BUILD_TIME]
     with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
         greeting(ssl.create_default_context(cafile=str(ca)), port)
     context = pinned_context(ca, None, None, lambda: now[0])
@@ -102,26 +102,26 @@ def test_the_machine_s_clock_is_not_asked_and_the_time_floor_is(
     now[0] += 2 * DAY
     with pytest.raises(ssl.SSLCertVerificationError, match="its certificate ended on 2026-11-02") as caught:
         greeting(context, port)
-    assert failure(caught.value) == "TLS failed (its certificate ended on 2026-11-02)"
+    assert connection_failure(caught.value) == "TLS failed (its certificate ended on 2026-11-02)"
 
 
 def test_all_else_is_checked(authority: Authority, serve: Callable[[str], int], tmp_path: Path) -> None:
     ca = authority.crl_path.parent / "authority.pem"
     port = serve("broker")
-    context = pinned_context(ca, None, None, lambda: BUILT)
+    context = pinned_context(ca, None, None, lambda: BUILD_TIME)
     with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)hostname mismatch") as caught:
         greeting(context, port, "other.example")
-    assert "--ca" not in failure(caught.value), "another authority can't help"
-    assert "another address" in failure(caught.value)
+    assert "--ca" not in connection_failure(caught.value), "another authority can't help"
+    assert "another address" in connection_failure(caught.value)
     foreign_authority = Authority.make(tmp_path / "other", "lab").crl_path.parent / "authority.pem"
     with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)verify failed") as caught:
-        greeting(pinned_context(foreign_authority, None, None, lambda: BUILT), port)
-    assert "--ca" in failure(caught.value)
+        greeting(pinned_context(foreign_authority, None, None, lambda: BUILD_TIME), port)
+    assert "--ca" in connection_failure(caught.value)
     assert greeting(unpinned_context(), port) == b"hello"  # for joining alone: the answer proves itself
 
 
 def test_a_device_can_t_pose_as_the_broker(authority: Authority, serve: Callable[[str], int]) -> None:
-    context = pinned_context(authority.crl_path.parent / "authority.pem", None, None, lambda: BUILT)
+    context = pinned_context(authority.crl_path.parent / "authority.pem", None, None, lambda: BUILD_TIME)
     context.check_hostname = False  # so that its purpose alone is what is wrong
     with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)unsuitable certificate purpose|unsupported"):
         greeting(context, serve("device"))
@@ -143,10 +143,10 @@ def test_missing_and_unfit_files_are_named(authority: Authority, tmp_path: Path)
 
 def test_without_tls_nothing_leaves_the_machine() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
-        insecure_allowed(host)
+        check_local_host(host)
     for host in ("192.0.2.1", "broker.example", "localhost.example", ""):
         with pytest.raises(ConfigError, match="without TLS"):
-            insecure_allowed(host)
+            check_local_host(host)
 
 
 def test_a_board_says_that_its_broker_is_another_server_s(serve: Callable[[str], int], tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_board_says_that_its_broker_is_another_server_s(serve: Callable[[str],
     shutil.copy(board_authority, board.folder / "authority.pem")
     with pytest.raises(ssl.SSLCertVerificationError) as caught:
         greeting(board.context(certificate=False), port)
-    assert "another server's" in failure(caught.value)
+    assert "another server's" in connection_failure(caught.value)
     with pytest.raises(ssl.SSLCertVerificationError) as caught:
         greeting(board.context(board_authority, certificate=False), port)
-    assert "another server's" not in failure(caught.value), "with --ca the authority may be the wrong one"
+    assert "another server's" not in connection_failure(caught.value), "with --ca the authority may be the wrong one"

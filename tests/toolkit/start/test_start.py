@@ -36,7 +36,7 @@ def test_what_a_command_needs_comes_with_its_extra() -> None:
     sources = packages_distributions()
     for name, command in fedprune_start._COMMANDS.items():
         extra = {Requirement(text).name.lower() for text in project["optional-dependencies"][command.extra]}
-        assert {source.lower() for package in command.needs for source in sources[package]} <= extra, name
+        assert {source.lower() for package in command.packages for source in sources[package]} <= extra, name
 
 
 def test_a_wrong_subcommand_is_one_line_that_says_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.jobs.state import Device, State, Task
-from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, natural
-from fedprune.strategies.growth import Recovery, TimeDriven, balanced
+from fedprune.jobs.state import DeviceTask, JobDevice, State
+from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, natural_sort_key
+from fedprune.strategies.growth import Recovery, TimeDriven, balanced_density
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board
@@ -22,7 +22,7 @@ SECONDS = st.floats(0.1, 1000)
 def fleet_of(allocator: Allocator, *names: str, samples: int = 10) -> Fleet:
     fleet = Fleet(JOB, ARCHITECTURE, State("m", round=1))
     for name in names:
-        fleet.state.devices[name] = Device(1, True, {}, None, samples)
+        fleet.state.devices[name] = JobDevice(1, True, {}, None, samples)
     for name in names:
         allocator.admit(fleet, name, None)
     return fleet
@@ -34,7 +34,7 @@ def densities(fleet: Fleet) -> list[float]:
 
 def deliver(allocator: Allocator, fleet: Fleet, name: str, seconds: float | None, **metrics: float) -> None:
     device = fleet.state.devices[name]
-    allocator.learn(fleet, name, Task(1, device.widths, device.density, metrics=metrics), seconds)
+    allocator.learn(fleet, name, DeviceTask(1, device.widths, device.density, metrics=metrics), seconds)
 
 
 def test_tiers_are_dealt_in_the_order_of_names() -> None:
@@ -43,7 +43,7 @@ def test_tiers_are_dealt_in_the_order_of_names() -> None:
     fleet = fleet_of(tiers, *names)
     tiers.open(fleet)
     assert [fleet.state.devices[n].density for n in names] == [1.0] * 2 + [0.5] * 2 + [0.25] * 6
-    assert sorted(names, key=natural) == names
+    assert sorted(names, key=natural_sort_key) == names
 
 
 @given(st.permutations(list("abcdef")))
@@ -58,9 +58,9 @@ def test_the_order_of_announcements_makes_no_tiers(order: list[str]) -> None:
 @given(DENSITIES, st.floats(0.001, 1000.0))
 def test_equal_times_are_the_fixed_point(density: float, ratio: float) -> None:
     for power in (1.0, 2.0):
-        got = balanced(density, ratio, power)
+        got = balanced_density(density, ratio, power)
         assert got == pytest.approx(density if abs(1 - ratio) <= 0.05 else density * ratio ** (1 / power))
-        assert balanced(density, 1.0, power) == density
+        assert balanced_density(density, 1.0, power) == density
 
 
 @given(st.lists(st.tuples(DENSITIES, SECONDS), min_size=2, max_size=6), st.floats(0.05, 0.5))
@@ -89,7 +89,7 @@ def test_times_of_another_density_say_nothing() -> None:
         deliver(allocator, fleet, name, seconds)
     assert allocator.review(fleet, {})
     assert densities(fleet) == [1.0, 0.25]
-    old = Task(1, ARCHITECTURE.sizes, 1.0)
+    old = DeviceTask(1, ARCHITECTURE.sizes, 1.0)
     allocator.learn(fleet, "b", old, 60.0)
     fleet.state.round = 4
     assert not allocator.review(fleet, {}), "b has shown nothing at its new density yet"
@@ -147,7 +147,7 @@ def test_whoever_returns_has_what_it_had() -> None:
     allocator.review(fleet, {})
     assert densities(fleet) == [1.0, 0.5]
     earlier_device = fleet.state.devices["b"]
-    fleet.state.devices["b"] = Device(2, True, {}, None, 10, allocation=earlier_device.allocation)
+    fleet.state.devices["b"] = JobDevice(2, True, {}, None, 10, allocation=earlier_device.allocation)
     allocator.admit(fleet, "b", earlier_device)
     assert densities(fleet) == [1.0, 0.5]
     assert fleet.state.devices["b"].widths == earlier_device.widths
@@ -178,7 +178,7 @@ def test_a_devices_place_is_that_of_a_sort(coming: list[str]) -> None:
     """However devices come, one by one or many unseen, and whether or not the same ones come again."""
     fleet = Fleet(JOB, ARCHITECTURE, State("m"))
     for i, name in enumerate(coming):
-        fleet.state.devices[name] = Device(1, True, {}, None, 10)
+        fleet.state.devices[name] = JobDevice(1, True, {}, None, 10)
         if i % 3:
-            ordered = sorted(fleet.state.devices, key=lambda n: (natural(n), n))
-            assert [fleet.place(n) for n in ordered] == list(range(len(ordered)))
+            ordered = sorted(fleet.state.devices, key=lambda n: (natural_sort_key(n), n))
+            assert [fleet.position(n) for n in ordered] == list(range(len(ordered)))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
 from fedprune.strategies import compose
-from fedprune.strategies.channel_ranking import Ranked
-from fedprune.strategies.element_masks import Masked
+from fedprune.strategies.channel_ranking import RankedChannels
+from fedprune.strategies.element_masks import MaskedElements
 from fedprune.strategies.growth import TimeDriven
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
@@ -28,7 +28,7 @@ def strategy_of(name: str, **options: Any) -> Strategy:
 
 
 def turn_in(number: int, last: int = 0) -> Turn:
-    return Turn(0, number, "a", ARCHITECTURE.sizes, last=last)
+    return Turn(0, number, "a", ARCHITECTURE.sizes, last_counted_round=last)
 
 
 def reporting_offers(strategy: Strategy, offers: Iterable[int]) -> list[int]:
@@ -43,12 +43,12 @@ def reporting_offers(strategy: Strategy, offers: Iterable[int]) -> list[int]:
 
 def test_pr_fl_by_elements_and_by_channels() -> None:
     elements, channels = strategy_of("pr-fl"), strategy_of("pr-fl", masks="channels")
-    assert isinstance(elements, Masked)
-    assert isinstance(channels, Ranked)
+    assert isinstance(elements, MaskedElements)
+    assert isinstance(channels, RankedChannels)
     assert isinstance(elements.allocator, TimeDriven)
     assert isinstance(channels.allocator, TimeDriven)
-    assert elements.allocator.start.elements
-    assert not channels.allocator.start.elements
+    assert elements.allocator.start.masks_elements
+    assert not channels.allocator.start.masks_elements
     recipe = JOB.recipe
     assert reporting_offers(elements, range(1, 101)) == [1, *range(46, 51), 51, *range(96, 101)]
     assert reporting_offers(strategy_of("pr-fl", reported=1.0, interval=7), range(1, 15)) == [*range(1, 15)]

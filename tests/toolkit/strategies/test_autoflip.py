@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
-from fedprune.model.element_mask import gathered
+from fedprune.model.element_mask import gather_mask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.element_masks import Masked, global_mask
+from fedprune.strategies.element_masks import MaskedElements, global_mask
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
@@ -24,7 +24,7 @@ from support.nets.drawn_models import model, seeds
 
 pytestmark = pytest.mark.board
 
-DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=2, absent=frozenset({3}))}
+DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=2, has_absent_device=frozenset({3}))}
 RANKED = ("first.weight", "second.weight", "second.bias", "head.weight", "head.bias")
 
 
@@ -81,7 +81,7 @@ def test_norms_and_statistics_are_never_masked() -> None:
 
 def damped_fedavg(beta: float) -> Strategy:
     """FedAvg with damped momentum that sleeps in the first round."""
-    return Masked(inputs="updates", aggregator=Mean(server_momentum=beta, damped=True), explores=1)
+    return MaskedElements(inputs="updates", aggregator=Mean(server_momentum=beta, damped=True), exploration_rounds=1)
 
 
 def test_without_pruning_it_is_fedavg_with_damped_momentum_bit_for_bit() -> None:
@@ -91,7 +91,7 @@ def test_without_pruning_it_is_fedavg_with_damped_momentum_bit_for_bit() -> None
 
 def test_what_the_first_mask_prunes_is_0_from_the_start_and_later_masks_take_the_rest_there() -> None:
     """With w_k = 0 where masked: v ← β·v + (1 − β)·(0 − w), w ← w + v (AutoFLIP, B6)."""
-    fleet = {"a": Device(), "b": Device(absent=frozenset({2}))}
+    fleet = {"a": Device(), "b": Device(has_absent_device=frozenset({2}))}
     play = Play(autoflip(server_momentum=0.8), model(NET, 1), fleet)
     play.play(2)
     first = ~masks(play, "a")["second.weight"]
@@ -152,9 +152,9 @@ def test_channels_without_weights_are_cut_by_default_and_come_back_as_they_were_
     assert sent.mask
     mask = global_mask(uncut.reports["a"].cut)
     assert mask
-    for name, bits in gathered(mask, sent.selection).items():
+    for name, bits in gather_mask(mask, sent.selection).items():
         np.testing.assert_array_equal(sent.mask[name], bits)
-    assert full.selection.whole
+    assert full.selection.is_full
     assert identical(cut.model, uncut.model)
 
 

@@ -18,7 +18,13 @@ from fedprune.model.selection import Selection
 from fedprune.strategies import compose
 from fedprune.strategies.channel_ranking import EVIDENCE
 from fedprune.strategies.importance.gradient_stats import Evidence
-from fedprune.strategies.importance.scoring import channel_sums, curvature, movement, random_ranks, ranks
+from fedprune.strategies.importance.scoring import (
+    channel_sums,
+    curvature_scores,
+    movement_scores,
+    random_ranks,
+    rank_channels,
+)
 from fedprune.strategies.methods.ca_hfp import ca_hfp
 from fedprune.strategies.methods.fedavg import fedavg
 from fedprune.strategies.strategy import Strategy
@@ -42,7 +48,7 @@ def a_round(current_scene: Scene, scorer: Strategy, density: float, seed: int) -
     architecture = current_scene.architecture
     selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(current_scene).ranks)
     update = report(current_scene, selection, trained(selection, dict(current_scene.model), seed), 5, steps=3)
-    _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=scorer.observes)
+    _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=scorer.observes_movement)
     return scorer.learn(current_scene, fold, lambda: iter([update])), selection
 
 
@@ -83,11 +89,11 @@ def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, 
     for t in range(1, 60):
         current_scene = scene(architecture, base, memory, round=t)
         evidence = memory.get(EVIDENCE)
-        complete = evidence is not None and Evidence.from_tensors(architecture, evidence).complete
+        complete = evidence is not None and Evidence.from_tensors(architecture, evidence).is_complete
         ranking = scorer.rank(current_scene).ranks
         if complete:
             settled = Evidence.from_tensors(architecture, memory[EVIDENCE])
-            expected = ranks(curvature(architecture, base, settled))
+            expected = rank_channels(curvature_scores(architecture, base, settled))
         else:
             expected = random_ranks(architecture, 0, t)
         assert all(np.array_equal(a, b) for a, b in zip(ranking, expected, strict=True))
@@ -108,7 +114,7 @@ def test_what_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int)
     after, selection = a_round(current_scene, scorer, 0.5, seed + 1)
     before, now = (Evidence.from_tensors(architecture, m[EVIDENCE]) for m in (memory, after))
     for spec in architecture.trainable:
-        out = ~selection.covered(spec.name)
+        out = ~selection.coverage_mask(spec.name)
         for kind in ("gradient", "curvature", "trained"):
             assert getattr(now, kind)[spec.name][out].tobytes() == getattr(before, kind)[spec.name][out].tobytes()
 
@@ -131,10 +137,11 @@ def test_delta_w_ranks_by_how_far_weights_moved() -> None:
         lambda n: np.abs(trained_tensors[n].astype(np.float64) - base[n]),
         [t.kind for t in architecture.trainable],
     )
-    assert all(np.array_equal(a, b) for a, b in zip(ranking, ranks(channel_moves), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(ranking, rank_channels(channel_moves), strict=True))
     evidence = Evidence.from_tensors(architecture, memory[EVIDENCE])
     assert all(
-        np.allclose(a, 10 * b, rtol=1e-4) for a, b in zip(movement(architecture, evidence), channel_moves, strict=True)
+        np.allclose(a, 10 * b, rtol=1e-4)
+        for a, b in zip(movement_scores(architecture, evidence), channel_moves, strict=True)
     )
 
 
@@ -147,7 +154,7 @@ def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job
     base, full_selection, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job)
     current_scene = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75, batch_size=16, epochs=2))
     update = report(current_scene, full_selection, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
-    _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=scorer.observes)
+    _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=scorer.observes_movement)
     got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(current_scene, fold, lambda: iter([update]))[EVIDENCE])
     slope = 0.06 / 1.265625 / 0.8
     assert all(np.allclose(v, slope, rtol=1e-4) for v in got.gradient.values())
@@ -159,4 +166,4 @@ def test_scores_that_learn_need_sgd() -> None:
     for score in ("curvature", "delta_w"):
         with pytest.raises(ConfigError, match="SGD"):
             ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": score}))
-    assert ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": "l1"})).observes is False
+    assert ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": "l1"})).observes_movement is False

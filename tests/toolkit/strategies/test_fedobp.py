@@ -19,8 +19,12 @@ from support.nets.drawn_models import model, seeds
 
 pytestmark = pytest.mark.board
 
-DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=1, absent=frozenset({1}))}
-MIXED = {"a": Device((6, 4), weight=3), "b": Device((4, 2), weight=5), "c": Device((2, 3), absent=frozenset({1, 3}))}
+DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=1, has_absent_device=frozenset({1}))}
+MIXED = {
+    "a": Device((6, 4), weight=3),
+    "b": Device((4, 2), weight=5),
+    "c": Device((2, 3), has_absent_device=frozenset({1, 3})),
+}
 TRAINED = [t.name for t in NET.trainable]
 SIZE = sum(int(np.prod(t.shape)) for t in NET.trainable)
 
@@ -79,5 +83,5 @@ def test_a_submodel_is_compared_where_old_and_new_one_overlap(seed: int, q: floa
     overlap = sum(int(np.prod(narrow.shapes()[n])) for n in TRAINED)
     assert sum(int(own_mask[n].sum()) for n in TRAINED) == overlap - 1 - int(q * (overlap - 1))
     for name in TRAINED:
-        overlap_mask = past.selection.covered(name)[np.ix_(*play.sent["a"].selection.maps(name))]
+        overlap_mask = past.selection.coverage_mask(name)[np.ix_(*play.sent["a"].selection.maps(name))]
         assert not own_mask[name][~overlap_mask].any()

@@ -14,11 +14,11 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind, widths_at
-from fedprune.model.nested_widths import nested
+from fedprune.model.nested_widths import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
-from fedprune.strategies.importance.scoring import magnitude, ranks
+from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.values import Memories, Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
@@ -42,7 +42,9 @@ def test_ranks_are_those_of_the_first_model_whatever_follows(data: st.DataObject
     memory = strategy.learn(first, Fold(architecture, start), lambda: iter(()))
     later = Scene(architecture, 0, 2, model(architecture, seed + 1), memory)
 
-    assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(architecture, start)), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(chosen, rank_channels(magnitude_scores(architecture, start)), strict=True)
+    )
     assert all(np.array_equal(a, b) for a, b in zip(strategy.rank(later).ranks, chosen, strict=True))
     assert strategy.learn(later, Fold(architecture, start), lambda: iter(())) == {}
     Selection.of(
@@ -58,7 +60,7 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
     architecture, start = first_model(data, seed, trained=trained)
 
     def nest(*densities: float) -> Tensors:
-        return nested(architecture, start, [widths_at(architecture, d) for d in densities])
+        return nest_widths(architecture, start, [widths_at(architecture, d) for d in densities])
 
     silent = nest(0.25, 0.5, 0.75)
 
@@ -76,7 +78,9 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
     assert same(starting_model(densities=[0.5]), start if trained else nest(0.5)), "all boards are alike"
     assert starting_model(MSE) is start, "the core is known when boards are"
     chosen = compose(job()).rank(Scene(architecture, 0, 1, start)).ranks
-    first = ranks(magnitude(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
+    first = (
+        rank_channels(magnitude_scores(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
+    )
     assert all(np.array_equal(a, b) for a, b in zip(chosen, first, strict=True))
     always = compose(job({"ranking": "nested"})).rank(Scene(architecture, 0, 1, start)).ranks
     assert all(np.array_equal(a, np.arange(len(a))) for a in always)
@@ -102,7 +106,7 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
         model: Tensors = strategy.close(fold, scene, 1.0, lambda: iter(())).model
         return model
 
-    silent = nested(architecture, start, [core])
+    silent = nest_widths(architecture, start, [core])
     assert same_but_for_sums(model_after_round(), start if trained else silent)
     assert same_but_for_sums(model_after_round(ranking="nested"), silent)
     for ranking in ("ordered", "magnitude"):
@@ -181,11 +185,11 @@ def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> N
 
     assert core(MSE) == core(Recipe(metric="perplexity")) == SharedCore(0.75)
     assert core(Recipe(), core=0.5) == SharedCore(0.5)
-    assert core(MSE, core=0) == core(Recipe(), core=0) == SharedCore(until=0.0, work=1)
-    assert core(Recipe()) == SharedCore(0.75, evenness=0.85, nearness=0.75)
+    assert core(MSE, core=0) == core(Recipe(), core=0) == SharedCore(until_share=0.0, max_work=1)
+    assert core(Recipe()) == SharedCore(0.75, min_evenness=0.85, min_nearness=0.75)
     for named in ({"dropout": [0.5]}, {"dropout": []}, {"mixup": 0.0}):
-        assert core(Recipe(), **named) == SharedCore(until=0.0, work=1)
-    assert core(Recipe(ordered_dropout=(0.5,))) == core(Recipe(mixup=0.2)) == SharedCore(until=0.0, work=1)
+        assert core(Recipe(), **named) == SharedCore(until_share=0.0, max_work=1)
+    assert core(Recipe(ordered_dropout=(0.5,))) == core(Recipe(mixup=0.2)) == SharedCore(until_share=0.0, max_work=1)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,7 @@ def test_ranks_of_another_description_of_the_model_are_settled_anew(data: st.Dat
     upgraded = Scene(new, 0, 2, start, memory)
     chosen = strategy.rank(upgraded).ranks
 
-    assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(new, start)), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(chosen, rank_channels(magnitude_scores(new, start)), strict=True))
     relearnt = strategy.learn(upgraded, Fold(new, start), lambda: iter(()))
     later = Scene(new, 0, 3, model(new, seed + 1), memory | relearnt)
     assert all(np.array_equal(a, b) for a, b in zip(strategy.rank(later).ranks, chosen, strict=True))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.rng import keyed
-from fedprune.model.selection import Active, Tensors, mesh
+from fedprune.core.rng import keyed_generator
+from fedprune.model.selection import ElementMask, Tensors, mesh
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.methods.pr_fl import Importance, PrFl
 from fedprune.strategies.strategy import Strategy
@@ -25,7 +25,7 @@ NAMES = prunable(NET)
 Arrays = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 
 
-def is_submask(inner: Active, outer: Active) -> bool:
+def is_submask(inner: ElementMask, outer: ElementMask) -> bool:
     return all(not (bits & ~outer[n]).any() for n, bits in inner.items())
 
 
@@ -37,7 +37,7 @@ def squares(submodel: Submodel, device: str, round_: int) -> Tensors:
     """Squared gradients of what is trained, 0 where masked and, by chance, elsewhere."""
     out = {}
     for spec in NET.trainable:
-        random = keyed(2, device, round_, spec.name)
+        random = keyed_generator(2, device, round_, spec.name)
         value = random.standard_normal(spec.shape) ** 2 * (random.random(spec.shape) < 0.6)
         value = value[mesh(submodel.selection.maps(spec.name))].astype(np.float32)
         if spec.name in submodel.mask:

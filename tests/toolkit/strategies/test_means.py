@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.schedule import Arrival, Schedule, Staleness
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import head_axes
@@ -30,7 +30,7 @@ NET = Architecture(
         TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(5), CHANNELS)),
         TensorSpec("head.bias", TensorKind.BIAS, (Axis.fixed(5),)),
     ),
-    (Layer("body", "Gemm", "body.weight", 1), Layer("head", "Gemm", "head.weight", 1)),
+    (LayerRow("body", "Gemm", "body.weight", 1), LayerRow("head", "Gemm", "head.weight", 1)),
     (),
     (3,),
     (5,),
@@ -114,7 +114,7 @@ def test_label_rows_count_only_where_they_were_trained(decay: float) -> None:
     full_selection = Selection.full(NET)
     one, two = rows_of([0, 1], base, 1, decay=decay), rows_of([1, 2], base, 2, decay=decay)
     reports = [report(current_scene, full_selection, one, 1), report(current_scene, full_selection, two, 3)]
-    got = close(Mean(changed="rows"), current_scene, reports).model
+    got = close(Mean(only_changed="rows"), current_scene, reports).model
     for name in ("head.weight", "head.bias"):
         assert np.allclose(got[name][0], one[name][0], atol=1e-6)
         assert np.allclose(got[name][1], (one[name][1] + 3 * two[name][1]) / 4, atol=1e-6)
@@ -151,7 +151,7 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
                     gain * eta / 2 * (k + 1) ** -0.5 * (trained_tensors[n] - earlier_scene.model[n].astype(np.float64))
                 )
         current_scene = scene(NET, past[-1], memory, round=t)
-        closing = close(aggregator, current_scene, reports, rate=schedule.step(arrivals, [], uniform=True))
+        closing = close(aggregator, current_scene, reports, rate=schedule.step_size(arrivals, [], uniform=True))
         for n in expected:
             expected[n] += velocity[n]
             assert np.allclose(closing.model[n], expected[n], rtol=0, atol=1e-5), (t, n)

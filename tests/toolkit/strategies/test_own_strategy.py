@@ -19,10 +19,10 @@ from fedprune.core.errors import (
     ProtocolError,
     StorageError,
     StrategyError,
-    meant,
+    did_you_mean,
 )
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, State
+from fedprune.jobs.state import JobDevice, State
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies import Strategy, compose
@@ -194,7 +194,7 @@ def test_an_allocator_is_looked_at_too(mine: Any) -> None:
     mine(ALLOCATOR)
     allocator = strategy().allocator
     assert allocator is not None
-    fleet = Fleet(Job(), NET, State(model="", devices={"a": Device(1, True, {}, None, 10)}))
+    fleet = Fleet(Job(), NET, State(model="", devices={"a": JobDevice(1, True, {}, None, 10)}))
     with pytest.raises(StrategyError, match=r"admit .*mine.py:\d+: .*widths"):
         allocator.admit(fleet, "a", None)
     with pytest.raises(StrategyError, match=r"open .*mine.py:\d+: .*None"):
@@ -247,9 +247,9 @@ def test_what_a_method_of_ones_own_does_is_not_taken_for_the_shipped_one(mine: A
 
 
 def test_names_that_were_meant() -> None:
-    assert meant("fedprun", ["fedavg", "fedprune"]) == " (did you mean 'fedprune'?)"
-    assert meant("FedAvg", ["fedavg", "fedprune"]) == " (did you mean 'fedavg'?)"
-    assert meant("learning_rate", ["epochs", "lr"]) == " (did you mean 'lr'?)"
-    assert meant(3, ["epochs", "lr"]) == ""
-    assert meant("xyzzy", ["epochs", "lr"]) == ""
-    assert meant("a" * 10_000, ["a" * 9_999]) == ""
+    assert did_you_mean("fedprun", ["fedavg", "fedprune"]) == " (did you mean 'fedprune'?)"
+    assert did_you_mean("FedAvg", ["fedavg", "fedprune"]) == " (did you mean 'fedavg'?)"
+    assert did_you_mean("learning_rate", ["epochs", "lr"]) == " (did you mean 'lr'?)"
+    assert did_you_mean(3, ["epochs", "lr"]) == ""
+    assert did_you_mean("xyzzy", ["epochs", "lr"]) == ""
+    assert did_you_mean("a" * 10_000, ["a" * 9_999]) == ""

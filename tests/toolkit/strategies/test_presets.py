@@ -14,16 +14,16 @@ from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import applied
+from fedprune.model.element_mask import apply_mask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Fixed, Tiers
 from fedprune.strategies.methods.fedper import History
 from fedprune.strategies.methods.heterofl import LEVELS, FedRolex
-from fedprune.strategies.methods.robust import Robust
+from fedprune.strategies.methods.robust import RobustAggregator
 from fedprune.strategies.methods.subflot import SubFlot
 from fedprune.strategies.presets import PRESETS, compose
-from fedprune.strategies.values import Cut, Past, Submodel, Turn
+from fedprune.strategies.values import Cut, PastUpdate, Submodel, Turn
 from support.fakes.strategy_reports import scene
 from support.fakes.strategy_rounds import identical
 from support.fakes.tiny_job import ARCHITECTURE
@@ -46,7 +46,7 @@ def turn(density: float = 1.0, round_: int = 1) -> Turn:
 def test_every_preset_composes_and_takes_robust_means(name: str) -> None:
     strategy = compose(job(name, robust={"centre": "median"}))
     assert strategy.name == name
-    assert isinstance(strategy.aggregator, Robust)
+    assert isinstance(strategy.aggregator, RobustAggregator)
     assert strategy.aggregator.inner == compose(job(name)).aggregator
 
 
@@ -125,13 +125,13 @@ def test_history_mixes_where_both_hold_a_coordinate(data: st.DataObject, seed: i
     at = scene(architecture, now)
     selection, before = data.draw(selections(architecture)), data.draw(selections(architecture))
     history_model = model(architecture, seed + 1)
-    past = Past(before, before.gather(history_model), round=1)
+    past = PastUpdate(before, before.gather(history_model), round=1)
     cut = Cut(at, turn(), selection, past=past)
     offered = Submodel(selection, selection.gather(now))
     history = History(alpha=alpha, inputs="updates")
     got = history.extract(cut)
     for name, value in got.tensors.items():
-        both = selection.gather({n: before.covered(n).astype(np.float32) for n in now})[name] > 0
+        both = selection.gather({n: before.coverage_mask(n).astype(np.float32) for n in now})[name] > 0
         mixed = alpha * offered.tensors[name] + (1 - alpha) * selection.gather(history_model)[name]
         assert np.allclose(value[both], mixed[both], atol=1e-6)
         assert value[~both].tobytes() == offered.tensors[name][~both].tobytes()
@@ -146,11 +146,11 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     bits = np.random.default_rng(seed)
     shapes = {t.name: selection.shapes()[t.name] for t in architecture.trainable}
     mask = {n: bits.random(shape) < 0.5 for n, shape in shapes.items()}
-    past = Past(selection, applied(mask, selection.gather(model(architecture, seed + 1))), mask)
+    past = PastUpdate(selection, apply_mask(mask, selection.gather(model(architecture, seed + 1))), mask)
     cut = Cut(scene(architecture, now), turn(), selection, past=past)
     offered = Submodel(selection, selection.gather(now))
     subflot, history = SubFlot(inputs="updates"), History(alpha=0.0, inputs="updates")
-    got = subflot.resized(past, cut) if transported else history.extract(cut).tensors
+    got = subflot.resize_history(past, cut) if transported else history.extract(cut).tensors
     for name, value in got.items():
         active = mask.get(name, np.ones(value.shape, np.bool_))
         np.testing.assert_allclose(value, np.where(active, past.tensors[name], offered.tensors[name]), atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedprune.jobs.state import Device, State
+from fedprune.jobs.state import JobDevice, State
 from fedprune.strategies.growth import Recovery
 
 pytestmark = pytest.mark.board
@@ -17,7 +17,7 @@ ANYTHING = st.floats(allow_nan=True, allow_infinity=True)
 def suspects_after(recovery: Recovery, state: State, scores: dict[str, float], samples: dict[str, int]) -> set[str]:
     """One check in which devices report these accuracies; returns who grows."""
     for name, accuracy in scores.items():
-        device = state.devices.setdefault(name, Device(1, True, {}, None, samples.get(name, 10), widths=(1,)))
+        device = state.devices.setdefault(name, JobDevice(1, True, {}, None, samples.get(name, 10), widths=(1,)))
         device.density = 0.5
         recovery.learn(device, {"accuracy_validation": accuracy})
     return set(recovery.review(state, 0.5))
@@ -31,7 +31,7 @@ def test_no_number_stops_a_check(accuracies: list[float], losses: list[float]) -
     for _ in accuracies:
         suspects_after(recovery, state, {str(i): a for i, a in enumerate(accuracies)}, {})
         for i, loss in enumerate(losses):
-            recovery.learn(state.devices.setdefault(str(i), Device(1, True, {}, None, 1)), {"loss_validation": loss})
+            recovery.learn(state.devices.setdefault(str(i), JobDevice(1, True, {}, None, 1)), {"loss_validation": loss})
         recovery.review(state, 0.5)
         assert State.from_json(state.to_json()) == state
 
@@ -50,7 +50,7 @@ def test_one_inflated_score_makes_nobody_else_grow(boards: int) -> None:
 
 def test_whose_score_only_falls_grows_at_every_check_but_the_first() -> None:
     recovery, state = Recovery(patience=1, delta=0.1), State("m")
-    device = state.devices["a"] = Device(1, True, {}, None, 10, widths=(1,), density=0.1)
+    device = state.devices["a"] = JobDevice(1, True, {}, None, 10, widths=(1,), density=0.1)
     for check in range(1, 6):
         recovery.learn(device, {"accuracy_validation": 0.9 - 0.05 * check})
         grows = recovery.review(state, 0.1)

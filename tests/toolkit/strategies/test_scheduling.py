@@ -34,7 +34,7 @@ def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
     still = kind == "sync" and strategy.schedule is None
     with (
         nullcontext()
-        if still or (moves and not strategy.explores)
+        if still or (moves and not strategy.exploration_rounds)
         else pytest.raises(ConfigError, match="keeps its own")
     ):
         assert (compose(job_of(kind, name)).schedule is None) == (kind == "sync")

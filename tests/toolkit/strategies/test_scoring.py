@@ -18,14 +18,14 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
 )
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.gradient_stats import Evidence
-from fedprune.strategies.importance.scoring import curvature, magnitude, ranks
+from fedprune.strategies.importance.scoring import curvature_scores, magnitude_scores, rank_channels
 from support.nets.drawn_models import architectures, model, seeds, trained
 
 pytestmark = pytest.mark.board
@@ -43,7 +43,7 @@ NET = Architecture(
         TensorSpec("mean", TensorKind.STAT_MEAN, (GROUP,)),
         TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(0, 0, 3, 2),)))),
     ),
-    (Layer("conv", "Conv", "conv", 4), Layer("head", "Gemm", "head", 1)),
+    (LayerRow("conv", "Conv", "conv", 4), LayerRow("head", "Gemm", "head", 1)),
     (),
     (2, 2, 2),
     (2,),
@@ -85,7 +85,7 @@ def test_magnitude_sums_the_weights_that_make_a_channel(data: st.DataObject, see
     full = model(architecture, seed)
     weights = {t.name: full[t.name].astype(np.float64) for t in architecture.tensors if t.kind is TensorKind.WEIGHT}
     l1 = by_channel(architecture, {n: np.abs(w) for n, w in weights.items()})
-    for got, expected in zip(magnitude(architecture, full), l1, strict=True):
+    for got, expected in zip(magnitude_scores(architecture, full), l1, strict=True):
         assert np.allclose(got, expected)
 
 
@@ -104,7 +104,7 @@ def test_curvature_sums_its_formula_over_the_coordinates_that_make_a_channel(
         t.name: formula(*(x[t.name].astype(np.float64) for x in (full, g)), np.abs(h[t.name].astype(np.float64)))
         for t in architecture.trainable
     }
-    got = curvature(architecture, full, evidence_of(architecture, g, h), form)
+    got = curvature_scores(architecture, full, evidence_of(architecture, g, h), form)
     for a, b in zip(got, by_channel(architecture, coordinate_scores), strict=True):
         assert np.allclose(a, b)
 
@@ -113,22 +113,22 @@ def test_a_transposed_weight_is_scored_over_its_output_axis() -> None:
     turned = replace(
         NET,
         tensors=(TensorSpec("w", TensorKind.WEIGHT, (Axis.fixed(2), GROUP)),),
-        layers=(Layer("w", "MatMul", "w", 1, output_axis=1),),
+        layers=(LayerRow("w", "MatMul", "w", 1, output_axis=1),),
     )
     weight = np.array([[1, 2, 3], [4, 5, -6]], np.float32)
-    assert magnitude(turned, {"w": weight})[0].tolist() == [5, 7, 9]
+    assert magnitude_scores(turned, {"w": weight})[0].tolist() == [5, 7, 9]
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=20))
 def test_ranks_go_down_and_ties_go_by_channel(values: list[int]) -> None:
-    (order,) = ranks([np.array(values, np.float64)])
+    (order,) = rank_channels([np.array(values, np.float64)])
     assert order.tolist() == sorted(range(len(values)), key=lambda c: (-values[c], c))
 
 
 @pytest.mark.parametrize("tensors", [{}, {**model(NET, 0), "conv": np.zeros((3, 2), np.float32)}])
 def test_a_model_that_does_not_fit_is_refused(tensors: Tensors) -> None:
     with pytest.raises(BundleError, match="tensor conv"):
-        magnitude(NET, tensors)
+        magnitude_scores(NET, tensors)
 
 
 @given(st.data(), seeds)
@@ -155,11 +155,11 @@ def test_the_first_round_gives_the_mean_gradient(data: st.DataObject, seed: int)
 
 def test_warm_up_ends_when_every_channel_was_trained() -> None:
     evidence, base = Evidence.empty(NET), model(NET, 0)
-    assert not evidence.complete
+    assert not evidence.is_complete
     evidence.update(one_round(base, Selection.of(NET, (2,), [[2, 0, 1]])), LR)
     assert evidence.trained_channels()[0].tolist() == [True, False, True]
     evidence.update(one_round(base, Selection.of(NET, (1,), [[1, 0, 2]])), LR)
-    assert evidence.complete
+    assert evidence.is_complete
 
 
 @given(st.data(), seeds)

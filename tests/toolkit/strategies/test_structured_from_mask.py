@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import applied, gathered
-from fedprune.model.selection import Active, Selection, Tensors
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import apply_mask, gather_mask
+from fedprune.model.selection import ElementMask, Selection, Tensors
 from fedprune.strategies.importance.element_ranking import prunable
-from fedprune.strategies.importance.structured_from_mask import surviving, survivors
+from fedprune.strategies.importance.structured_from_mask import surviving_selection, survivors
 from support.nets.drawn_models import architectures, model, seeds, selections
 
 pytestmark = pytest.mark.board
@@ -29,7 +29,7 @@ NET = Architecture(
         TensorSpec("bias", TensorKind.BIAS, (B,)),
         TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), FLAT)),
     ),
-    tuple(Layer(n, "Gemm", n, 1) for n in ("first", "branch", "second", "head")),
+    tuple(LayerRow(n, "Gemm", n, 1) for n in ("first", "branch", "second", "head")),
     (),
     (3,),
     (2,),
@@ -46,7 +46,7 @@ def run(
     return np.repeat(h, 2, axis=1) @ weights["head"].T
 
 
-def random_rows_mask(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -> Active:
+def random_rows_mask(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -> ElementMask:
     """A random mask in which some whole rows and columns are masked as well."""
     random = np.random.default_rng(seed)
     active = {}
@@ -65,11 +65,11 @@ def test_the_cut_masked_net_is_the_masked_net(seed: int, share: float) -> None:
     mask, weights = random_rows_mask(seed, share), model(NET, seed)
     weights["bias"] = np.zeros(4, np.float32)
     alive = survivors(NET, mask)
-    selection = surviving(Selection.full(NET), alive)
+    selection = surviving_selection(Selection.full(NET), alive)
     assert selection.widths == tuple(int(a.sum()) for a in alive)
     x = np.random.default_rng(seed).standard_normal((6, 3))
-    masked_output = run(applied(mask, weights), x)
-    cut = run(applied(gathered(mask, selection), selection.gather(weights)), x)
+    masked_output = run(apply_mask(mask, weights), x)
+    cut = run(apply_mask(gather_mask(mask, selection), selection.gather(weights)), x)
     np.testing.assert_allclose(cut, masked_output, atol=1e-12)
 
 
@@ -82,10 +82,10 @@ def test_what_nothing_reads_is_lost_without_a_trace_in_spite_of_its_bias(seed: i
     unread = ~mask["head"].reshape(2, 4, 2).any(axis=(0, 2))
     if not unread.all():
         np.testing.assert_array_equal(alive[1], ~unread)
-    selection = surviving(Selection.full(NET), alive)
+    selection = surviving_selection(Selection.full(NET), alive)
     x = np.random.default_rng(seed).standard_normal((6, 3))
-    cut = run(applied(gathered(mask, selection), selection.gather(weights)), x)
-    np.testing.assert_allclose(cut, run(applied(mask, weights), x), atol=1e-12)
+    cut = run(apply_mask(gather_mask(mask, selection), selection.gather(weights)), x)
+    np.testing.assert_allclose(cut, run(apply_mask(mask, weights), x), atol=1e-12)
 
 
 def test_a_channel_is_lost_when_all_layers_that_make_it_are_masked() -> None:
@@ -107,7 +107,7 @@ def test_every_group_keeps_a_channel_and_more_masked_means_fewer(
     strict = survivors(architecture, active)
     assert all(s[a].all() or a.sum() == 1 for s, a in zip(strict, alive, strict=True))
     selection: Selection = data.draw(selections(architecture))
-    left = surviving(selection, alive)
+    left = surviving_selection(selection, alive)
     for group, (rank, width) in enumerate(zip(left.ranks, left.widths, strict=True)):
         assert width <= selection.widths[group]
         assert alive[group][rank[:width]].all()
@@ -117,7 +117,7 @@ def test_every_group_keeps_a_channel_and_more_masked_means_fewer(
 
 def test_a_mask_of_everything_loses_nothing_and_one_of_nothing_all_but_one() -> None:
     full = {n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)}
-    assert surviving(Selection.full(NET), survivors(NET, full)).whole
+    assert surviving_selection(Selection.full(NET), survivors(NET, full)).is_full
     assert all(a.all() for a in survivors(NET, {}))
     empty = {n: np.zeros(NET.by_name[n].shape, np.bool_) for n in prunable(NET)}
-    assert surviving(Selection.full(NET), survivors(NET, empty)).widths == (1, 1)
+    assert surviving_selection(Selection.full(NET), survivors(NET, empty)).widths == (1, 1)

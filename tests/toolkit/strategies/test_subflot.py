@@ -19,7 +19,7 @@ from fedprune.strategies.methods.subflot import SubFlot
 from fedprune.strategies.optimal_transport import aggregate, align, prune
 from fedprune.strategies.presets import compose
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Past, Turn
+from fedprune.strategies.values import Cut, PastUpdate, Turn
 from support.fakes.strategy_reports import report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections
@@ -29,8 +29,8 @@ pytest.importorskip("scipy")
 
 FLEET = {
     "a": Device(weight=3),
-    "b": Device((3, 2), density=0.5, weight=5, absent=frozenset({2, 3})),
-    "c": Device((5, 3), density=0.75, weight=1, absent=frozenset({1})),
+    "b": Device((3, 2), density=0.5, weight=5, has_absent_device=frozenset({2, 3})),
+    "c": Device((5, 3), density=0.75, weight=1, has_absent_device=frozenset({1})),
 }
 
 
@@ -73,7 +73,7 @@ def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_la
             assert sent.selection.digest == selection.digest
             plain = selection.gather(before)
             past = pasts.get(name)
-            assert (past is None) == (round_ == min(r for r in range(1, 6) if r not in FLEET[name].absent))
+            assert (past is None) == (round_ == min(r for r in range(1, 6) if r not in FLEET[name].has_absent_device))
             expected = plain if past is None else prune(before, past.tensors, selection, 0.5)
             assert identical(sent.tensors, expected)
             assert identical(sent.tensors, plain) == (past is None)
@@ -114,7 +114,9 @@ def test_alpha_0_is_the_history(data: st.DataObject, seed: int) -> None:
     selection = data.draw(selections(architecture))
     global_model, history = model(architecture, seed), selection.gather(model(architecture, seed + 1))
     strategy = SubFlot(inputs="updates", alpha=0)
-    sent = strategy.extract(Cut(scene(architecture, global_model), turn(0.5), selection, past=Past(selection, history)))
+    sent = strategy.extract(
+        Cut(scene(architecture, global_model), turn(0.5), selection, past=PastUpdate(selection, history))
+    )
     assert identical(sent.tensors, history)
 
 
@@ -125,8 +127,8 @@ def test_a_history_takes_the_widths_that_its_device_has_now(data: st.DataObject,
         Selection.of(architecture, [data.draw(st.integers(1, n)) for n in architecture.sizes]) for _ in range(2)
     )
     global_model, history = model(architecture, seed), old.gather(model(architecture, seed + 1))
-    cut = Cut(scene(architecture, global_model), turn(0.5), new, past=Past(old, history))
-    resized = SubFlot(inputs="updates").resized(Past(old, history), cut)
+    cut = Cut(scene(architecture, global_model), turn(0.5), new, past=PastUpdate(old, history))
+    resized = SubFlot(inputs="updates").resize_history(PastUpdate(old, history), cut)
     assert {n: v.shape for n, v in resized.items()} == new.shapes()
     assert {n: v.shape for n, v in SubFlot(inputs="updates").extract(cut).tensors.items()} == new.shapes()
     # Reference: the history over the global model, cut anew; all of the history led onto that where nothing is added.
@@ -143,11 +145,15 @@ def test_a_history_that_shrinks_has_a_share_of_every_channel_and_one_that_grows_
     wide, narrow = Selection.full(NET), Selection.of(NET, (a, b))
     global_model, all_of_it = model(NET, seed), model(NET, seed + 1)
     vectors = [t.name for t in NET.tensors if len(t.axes) == 1 and t.axes[0].groups]
-    shrunk = SubFlot(inputs="updates").resized(Past(wide, all_of_it), Cut(scene(NET, global_model), turn(0.5), narrow))
+    shrunk = SubFlot(inputs="updates").resize_history(
+        PastUpdate(wide, all_of_it), Cut(scene(NET, global_model), turn(0.5), narrow)
+    )
     for name in vectors:  # plans with uniform marginals keep the mean over channels
         assert np.allclose(shrunk[name].mean(), all_of_it[name].mean(), atol=1e-5), name
     history = narrow.gather(all_of_it)
-    grown = SubFlot(inputs="updates").resized(Past(narrow, history), Cut(scene(NET, global_model), turn(1.0), wide))
+    grown = SubFlot(inputs="updates").resize_history(
+        PastUpdate(narrow, history), Cut(scene(NET, global_model), turn(1.0), wide)
+    )
     for name in vectors:
         k = len(history[name])
         assert grown[name].tobytes() == np.concatenate([history[name], global_model[name][k:]]).tobytes()

@@ -56,7 +56,7 @@ def test_plans_cost_what_pot_s_cost_and_have_uniform_marginals(kind: str, n: int
 @pytest.mark.parametrize("kind", ["far", "slice", "ties"])
 @pytest.mark.parametrize("shape", [(256, 192), (300, 100), (200, 200)])
 def test_large_plans_are_exact_and_need_no_dense_solver(kind: str, shape: tuple[int, int]) -> None:
-    assert shape[0] * shape[1] > solver.SMALL
+    assert shape[0] * shape[1] > solver.SMALL_PAIRS
     cost = costs(kind, *shape, seed=shape[0])
     check_plan(cost, exact_plan(cost))
 
@@ -101,7 +101,7 @@ def test_couplings_act_as_their_matrices(n: int, m: int, before: int, after: int
     plan = exact_plan(rng.random((n, m)))
     if averaged:
         second_plan = exact_plan(rng.random((n, m)))
-        mean = plan.averaged(second_plan)
+        mean = plan.average_with(second_plan)
         np.testing.assert_allclose(mean.dense, (plan.dense + second_plan.dense) / 2, atol=1e-12)
         plan = mean
     x = rng.normal(size=(before, n, after)).astype(np.float32)

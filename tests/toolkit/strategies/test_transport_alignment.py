@@ -15,7 +15,7 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    Layer,
+    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
@@ -148,8 +148,10 @@ def residual_net() -> Architecture:
         if name != "head":
             kinds = (TensorKind.NORM_SCALE, TensorKind.NORM_BIAS, TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
             tensors += [TensorSpec(f"{name}.{kind.value}", kind, (axes[0],)) for kind in kinds]
-    layers = [Layer(n, "Conv", f"{n}.weight", 9) for n in weights if n != "depth"]
-    depth = Layer("depth", "Conv", "depth.weight", 9, reads=Volume((b,), 9), makes=Volume((b,), 9), groups=4)
+    layers = [LayerRow(n, "Conv", f"{n}.weight", 9) for n in weights if n != "depth"]
+    depth = LayerRow(
+        "depth", "Conv", "depth.weight", 9, input_volume=Volume((b,), 9), output_volume=Volume((b,), 9), groups=4
+    )
     layers.insert(2, depth)
     architecture = Architecture(
         "doubled", (ChannelGroup("a", 6), ChannelGroup("b", 4)), tuple(tensors), tuple(layers), (), (2, 3, 3), (3,)
@@ -217,7 +219,7 @@ def embedded() -> Architecture:
         TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), axis)),
     )
     return Architecture(
-        "words", (ChannelGroup("a", 4),), tensors, (Layer("head", "Gemm", "head.weight", 1),), (), (7,), (3,)
+        "words", (ChannelGroup("a", 4),), tensors, (LayerRow("head", "Gemm", "head.weight", 1),), (), (7,), (3,)
     )
 
 

@@ -15,9 +15,19 @@ from hypothesis.extra import numpy as nst
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ProtocolError
-from fedprune.updates import CODECS, DOWN, Codec, agreed, bound, decode, encode, packing, weights
-from fedprune.updates.remap import relocated, relocation
-from fedprune.updates.update import ROW
+from fedprune.updates import (
+    CODECS,
+    DOWNLOAD_CODECS,
+    Codec,
+    agreed_codec,
+    decode,
+    encode,
+    max_update_bytes,
+    packing,
+    weights,
+)
+from fedprune.updates.remap import relocate, relocation
+from fedprune.updates.update import MIN_SCALED_ROW
 from support.nets.drawn_models import architectures, selections
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -93,7 +103,7 @@ def test_statistics_beside_few_steps_keep_12_bits(mean: Any) -> None:
 
 
 def test_long_rows_have_steps_of_their_own() -> None:
-    sent = {"w": np.zeros((3, ROW), np.float32), "short": np.zeros((3, ROW - 1), np.float32)}
+    sent = {"w": np.zeros((3, MIN_SCALED_ROW), np.float32), "short": np.zeros((3, MIN_SCALED_ROW - 1), np.float32)}
     trained = {n: v + np.float32([[1e-4], [1.0], [100.0]]) for n, v in sent.items()}
     raw, left = encode(codec("int8"), trained, sent, {*sent})
     assert np.abs(left["w"]).max(axis=1) == pytest.approx([0, 0, 0], abs=1e-5)
@@ -106,7 +116,7 @@ def test_what_arrives_and_what_is_left_are_what_was_trained(seed: int, text: str
     raw, left = encode(codec(text), trained, sent, TRAINED)
     decoded = decode(codec(text), raw, sent, TRAINED)
     assert {n: v.shape for n, v in decoded.items()} == SHAPES
-    assert len(raw) <= bound(codec(text), SHAPES, TRAINED)
+    assert len(raw) <= max_update_bytes(codec(text), SHAPES, TRAINED)
     for name, value in decoded.items():
         if name not in TRAINED and text == "int4":
             assert value == pytest.approx(trained[name], rel=2.0**-11)
@@ -138,7 +148,7 @@ def test_over_rounds_nothing_is_lost(seed: int, text: str, rounds: int) -> None:
 @given(nst.arrays(np.float32, st.integers(1, 300), elements=st.floats(-9, 9, width=16)), st.floats(0.01, 1))
 def test_top_k_keeps_the_largest(values: Any, share: float) -> None:
     count = max(1, int(share * values.size))
-    kept_indices = packing.largest(values, count)
+    kept_indices = packing.largest_indices(values, count)
     assert len(kept_indices) == count
     assert (np.diff(kept_indices) > 0).all()
     out = np.setdiff1d(np.arange(values.size), kept_indices)
@@ -159,11 +169,11 @@ def test_indices_come_back_from_either_form(indices: list[int], tail_length: int
 
 def test_sorted_bytes_shrink_and_noise_stays_as_it_is() -> None:
     _, trained = pair(1)
-    assert len(packing.pack(trained)) < 0.95 * len(tensorfile.encode(trained))
+    assert len(packing.pack_tensors(trained)) < 0.95 * len(tensorfile.encode(trained))
     noise = {"x": np.frombuffer(np.random.default_rng(0).bytes(2_000_000), np.uint8)}
-    raw = packing.pack(noise)
-    assert len(raw) == packing.HEAD + len(tensorfile.encode(noise))
-    assert packing.unpack(raw, len(raw))["x"].tobytes() == noise["x"].tobytes()
+    raw = packing.pack_tensors(noise)
+    assert len(raw) == packing.ENVELOPE_HEADER_BYTES + len(tensorfile.encode(noise))
+    assert packing.unpack_tensors(raw, len(raw))["x"].tobytes() == noise["x"].tobytes()
 
 
 def test_squared_gradients_travel_as_they_are() -> None:
@@ -181,13 +191,13 @@ def envelope(coded_tensors: Tensors, size: int | None = None, packing_: int = 1)
     """An envelope with whatever is in it."""
     file = tensorfile.encode(coded_tensors)
     size = len(file) if size is None else size
-    body = packing.pack(coded_tensors)[packing.HEAD :] if packing_ == 1 else file
+    body = packing.pack_tensors(coded_tensors)[packing.ENVELOPE_HEADER_BYTES :] if packing_ == 1 else file
     return b"FPU\x01" + bytes([packing_, 0, 0, 0]) + size.to_bytes(8, "little") + body
 
 
 def honest(text: str) -> Tensors:
     sent, trained = pair(1)
-    return packing.unpack(encode(codec(text), trained, sent, TRAINED)[0], 10**6)
+    return packing.unpack_tensors(encode(codec(text), trained, sent, TRAINED)[0], 10**6)
 
 
 HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
@@ -262,7 +272,7 @@ def test_differences_that_cannot_be_coded_are_an_error_and_no_warning() -> None:
 # -- weights that devices are sent ------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 50), st.sampled_from(DOWN), st.booleans())
+@given(st.integers(0, 50), st.sampled_from(DOWNLOAD_CODECS), st.booleans())
 def test_weights_are_read_in_the_order_of_their_file(seed: int, text: str, based: bool) -> None:
     base, new = pair(seed)
     receiver_base = base if based else None
@@ -296,9 +306,9 @@ def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
     full_model = {
         t.name: np.arange(1, np.prod(t.shape) + 1, dtype=np.float32).reshape(t.shape) for t in architecture.tensors
     }
-    relocated_tensors = relocated(before.gather(full_model), relocation(before, now), 10**6)
+    relocated_tensors = relocate(before.gather(full_model), relocation(before, now), 10**6)
     for name, value in now.gather(full_model).items():
-        there = before.covered(name)[np.ix_(*now.maps(name))] if value.ndim else np.True_
+        there = before.coverage_mask(name)[np.ix_(*now.maps(name))] if value.ndim else np.True_
         assert np.array_equal(relocated_tensors[name], np.where(there, value, 0))
 
 
@@ -315,7 +325,7 @@ def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
 )
 def test_a_relocation_that_does_not_fit_is_refused(coded_tensors: Tensors) -> None:
     with pytest.raises(ProtocolError, match="relocation"):
-        relocated({"w": np.zeros((20, 70), np.float32)}, packing.pack(coded_tensors), 10**6)
+        relocate({"w": np.zeros((20, 70), np.float32)}, packing.pack_tensors(coded_tensors), 10**6)
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -334,8 +344,8 @@ def test_another_setting_is_refused(text: object) -> None:
 
 
 def test_a_device_gets_no_codec_that_it_does_not_know() -> None:
-    assert agreed("int8", CODECS) == "int8"
-    assert agreed("top-k", ["top-k"]) == "top-k:0.05"
-    assert agreed("int8", ["int4", "newer"]) is None
-    assert agreed("int8", ()) is None
-    assert agreed("none", CODECS) is None
+    assert agreed_codec("int8", CODECS) == "int8"
+    assert agreed_codec("top-k", ["top-k"]) == "top-k:0.05"
+    assert agreed_codec("int8", ["int4", "newer"]) is None
+    assert agreed_codec("int8", ()) is None
+    assert agreed_codec("none", CODECS) is None

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import TrainingError
 from fedprune.model.selection import Selection, Tensors
-from fedprune.updates.privacy import GaussianNoise, delta, epsilon, most_cost, noised, norm
+from fedprune.updates.privacy import GaussianNoise, add_noise, delta_for, epsilon_for, max_cost, update_norm
 from support.nets.two_groups import ARCHITECTURE, TRAINED
 
 pytestmark = pytest.mark.board
 
-NONE = GaussianNoise.keyed("unused")
+NONE = GaussianNoise.from_key("unused")
 
 
 def tensors(seed: int, scale: float = 0.1, widths: tuple[int, ...] = ARCHITECTURE.sizes) -> Tensors:
@@ -33,7 +33,7 @@ def distance(update: Tensors, received: Tensors) -> float:
 
 def test_nothing_to_clip_and_no_noise_leaves_every_bit() -> None:
     update, received = tensors(1), tensors(2)
-    out = noised(update, received, TRAINED, 1e6, 0.0, NONE)
+    out = add_noise(update, received, TRAINED, 1e6, 0.0, NONE)
     assert list(out) == list(update)
     for name in update:
         assert out[name].tobytes() == (update if name in TRAINED else received)[name].tobytes(), name
@@ -42,7 +42,7 @@ def test_nothing_to_clip_and_no_noise_leaves_every_bit() -> None:
 @given(st.integers(0, 2**31), st.floats(1e-3, 1e3), st.floats(1e-2, 1e2))
 def test_what_is_too_long_is_as_long_as_the_bound_and_points_the_same_way(seed: int, clip: float, scale: float) -> None:
     update, received = tensors(seed, scale), tensors(seed + 1)
-    before, after = distance(update, received), noised(update, received, TRAINED, clip, 0.0, NONE)
+    before, after = distance(update, received), add_noise(update, received, TRAINED, clip, 0.0, NONE)
     rounding = 1e-6 * scale * math.sqrt(sum(v.size for v in update.values()))
     assert distance(after, received) <= clip + rounding
     for name in TRAINED:
@@ -54,7 +54,7 @@ def test_what_is_too_long_is_as_long_as_the_bound_and_points_the_same_way(seed: 
 def test_a_norm_is_never_said_to_be_smaller_than_it_is(values: list[float]) -> None:
     after = {"a": np.array(values, np.float32)}
     exact = math.sqrt(math.fsum(float(v) ** 2 for v in after["a"]))
-    upper_norm = norm(after, {"a": np.zeros(len(values), np.float32)}, ["a"])
+    upper_norm = update_norm(after, {"a": np.zeros(len(values), np.float32)}, ["a"])
     assert exact <= upper_norm <= exact * (1 + 1e-8)
 
 
@@ -71,13 +71,13 @@ def test_a_board_changes_a_rounds_sum_by_no_more_than_the_bound(data: st.DataObj
     base = tensors(seed)
     folds = [Fold(ARCHITECTURE, base, rule=rule), Fold(ARCHITECTURE, base, rule=rule)]
     for place, board_widths in enumerate(widths):
-        selection = full_selection.narrowed(board_widths)
+        selection = full_selection.with_widths(board_widths)
         received = {n: np.ascontiguousarray(v) for n, v in selection.gather(base).items()}
         trained = {
             n: v + u
             for (n, v), u in zip(received.items(), tensors(seed + place + 1, 0.5, board_widths).values(), strict=True)
         }
-        update = noised(trained, received, TRAINED, clip, 0.0, NONE)
+        update = add_noise(trained, received, TRAINED, clip, 0.0, NONE)
         folds[0].add(selection, update, 1)
         folds[1].add(selection, received if place == 0 else update, 1)  # the first board has no samples
     models = [fold.close()[0] for fold in folds]
@@ -95,8 +95,8 @@ def test_noise_is_added_to_every_element_as_strong_as_asked() -> None:
     size = 300_000
     received: dict[str, Any] = {"a": np.linspace(-1, 1, size, dtype=np.float32)}
     trained = {"a": received["a"] + np.float32(0.01)}
-    out = noised(trained, received, {"a"}, 1.0, 0.25, GaussianNoise.keyed("strength"))
-    noise = out["a"].astype(np.float64) - received["a"] - 0.01 / norm(trained, received, ["a"])
+    out = add_noise(trained, received, {"a"}, 1.0, 0.25, GaussianNoise.from_key("strength"))
+    noise = out["a"].astype(np.float64) - received["a"] - 0.01 / update_norm(trained, received, ["a"])
     assert abs(noise.mean()) < 5 * 0.25 / math.sqrt(size)
     assert abs(noise.std() / 0.25 - 1) < 5 / math.sqrt(2 * size)
     ordered = np.sort(noise[::10] / 0.25)
@@ -110,11 +110,11 @@ def test_an_update_that_is_not_finite_is_refused() -> None:
     for wrong in (np.nan, np.inf):
         update["a"][0, 0] = wrong
         with pytest.raises(TrainingError, match="finite"):
-            noised(update, received, TRAINED, 1.0, 1.0, NONE)
+            add_noise(update, received, TRAINED, 1.0, 1.0, NONE)
 
 
 MANY = 200_000
-DRAWN = GaussianNoise.keyed("the tests' own").draw(MANY)
+DRAWN = GaussianNoise.from_key("the tests' own").draw(MANY)
 
 
 def test_its_distribution_is_a_standard_normals() -> None:
@@ -131,10 +131,10 @@ def test_deviates_are_not_correlated() -> None:
 
 
 def test_a_key_gives_the_same_deviates_and_another_one_others() -> None:
-    assert np.array_equal(GaussianNoise.keyed(1, "a").draw(9), GaussianNoise.keyed(1, "a").draw(9))
-    assert not np.array_equal(GaussianNoise.keyed(1, "a").draw(9), GaussianNoise.keyed(1, "b").draw(9))
-    assert not np.array_equal(GaussianNoise.secret().draw(9), GaussianNoise.secret().draw(9))
-    source = GaussianNoise.keyed(2)
+    assert np.array_equal(GaussianNoise.from_key(1, "a").draw(9), GaussianNoise.from_key(1, "a").draw(9))
+    assert not np.array_equal(GaussianNoise.from_key(1, "a").draw(9), GaussianNoise.from_key(1, "b").draw(9))
+    assert not np.array_equal(GaussianNoise.from_system().draw(9), GaussianNoise.from_system().draw(9))
+    source = GaussianNoise.from_key(2)
     assert not np.array_equal(source.draw(9), source.draw(9))
 
 
@@ -149,7 +149,7 @@ def test_a_short_key_is_refused() -> None:
 @pytest.mark.parametrize("target_delta", [0.1, 1e-9])
 def test_it_says_what_dp_accounting_says(cost: float, target_delta: float) -> None:
     library = pytest.importorskip("dp_accounting", exc_type=ImportError)
-    assert epsilon(cost, target_delta) == pytest.approx(
+    assert epsilon_for(cost, target_delta) == pytest.approx(
         library.get_epsilon_gaussian(cost**-0.5, target_delta), rel=1e-6, abs=1e-12
     )
 
@@ -159,7 +159,7 @@ def test_it_says_what_dp_accounting_says(cost: float, target_delta: float) -> No
 def test_where_floats_end_it_says_too_much_and_not_too_little(cost: float) -> None:
     library = pytest.importorskip("dp_accounting", exc_type=ImportError)
     exact = library.get_epsilon_gaussian(cost**-0.5, 1e-5)
-    assert exact <= epsilon(cost, 1e-5) <= exact + 1
+    assert exact <= epsilon_for(cost, 1e-5) <= exact + 1
 
 
 def test_it_is_below_the_bounds_by_moments_that_are_published() -> None:
@@ -170,17 +170,17 @@ def test_it_is_below_the_bounds_by_moments_that_are_published() -> None:
         renyi = min(
             a * cost / 2 + math.log1p(-1 / a) - (math.log(1e-5) + math.log(a)) / (a - 1) for a in orders if a > 1
         )
-        assert 0.7 * renyi < epsilon(cost, 1e-5) <= renyi + 1e-9
+        assert 0.7 * renyi < epsilon_for(cost, 1e-5) <= renyi + 1e-9
 
 
 @given(st.floats(1e-6, 1e5), st.floats(1e-12, 0.5))
 def test_what_it_says_is_promised_and_grows_with_what_is_spent(cost: float, target_delta: float) -> None:
-    epsilon_bound = epsilon(cost, target_delta)
-    assert delta(cost, epsilon_bound) <= target_delta
-    assert epsilon(1.01 * cost, target_delta) >= epsilon_bound
+    epsilon_bound = epsilon_for(cost, target_delta)
+    assert delta_for(cost, epsilon_bound) <= target_delta
+    assert epsilon_for(1.01 * cost, target_delta) >= epsilon_bound
 
 
 @given(st.floats(1e-3, 1e4), st.floats(1e-12, 0.1))
 def test_a_budget_is_a_cost_and_back(budget: float, target_delta: float) -> None:
-    max_cost = most_cost(budget, target_delta)
-    assert epsilon(max_cost, target_delta) <= budget < epsilon(max_cost * (1 + 1e-6) + 1e-12, target_delta)
+    cost_limit = max_cost(budget, target_delta)
+    assert epsilon_for(cost_limit, target_delta) <= budget < epsilon_for(cost_limit * (1 + 1e-6) + 1e-12, target_delta)

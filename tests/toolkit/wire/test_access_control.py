@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.link import Link
+from fedprune.wire.link import BrokerLink
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from support.paths import ROOT
@@ -30,8 +30,8 @@ def url(start_mosquitto: Callable[..., Any], tmp_path: Path) -> Iterator[str]:
     return start_mosquitto(0, settings).url.replace("//", "//{}:x@")
 
 
-def connect(url: str, user: str, topics: list[str]) -> closing[Link]:
-    link = Link(url.format(user), user)
+def connect(url: str, user: str, topics: list[str]) -> closing[BrokerLink]:
+    link = BrokerLink(url.format(user), user)
     link.subscribe(topics)
     link.start()
     assert link.get(5) == ConnectionUp()

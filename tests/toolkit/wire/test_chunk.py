@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.chunk import HEADER, Chunk, leaves_per_chunk
+from fedprune.wire.chunk import HEADER_STRUCT, Chunk, leaves_per_chunk
 from fedprune.wire.topics import Topics
 
 pytestmark = pytest.mark.board
@@ -20,7 +20,7 @@ def test_what_was_sent_is_what_is_read(sha256: str, blob_part: str, first: int, 
     chunk = Chunk(sha256, blob_part, first, payload)
 
     assert Chunk.parse(chunk.to_bytes()) == chunk
-    assert len(chunk.to_bytes()) == HEADER.size + len(payload) == 44 + len(payload)
+    assert len(chunk.to_bytes()) == HEADER_STRUCT.size + len(payload) == 44 + len(payload)
 
 
 @given(
@@ -42,13 +42,13 @@ def test_any_bytes_raise_nothing_but_protocol_errors(raw: bytes) -> None:
 def test_chunks_stay_below_a_broker_s_packet_limit(limit: int, leaves: int) -> None:
     assert leaves_per_chunk(limit) == leaves
     topic = Topics("s" * 64).down_blob("d" * 64, "j" * 64)
-    chunk = Chunk(DIGEST, "data", 0, bytes(leaves * LEAF)).to_bytes()
+    chunk = Chunk(DIGEST, "data", 0, bytes(leaves * LEAF_BYTES)).to_bytes()
 
     packet = 1 + 4 + 2 + len(topic) + 2 + len(chunk)  # type, length, topic, packet id, payload
     assert packet <= limit
 
 
-@given(first=st.integers(0, 50), size=st.integers(1, 6 * LEAF), wanted_leaves=st.sets(st.integers(0, 60)))
+@given(first=st.integers(0, 50), size=st.integers(1, 6 * LEAF_BYTES), wanted_leaves=st.sets(st.integers(0, 60)))
 def test_runs_are_the_wanted_leaves_with_what_is_consecutive_in_one(
     first: int, size: int, wanted_leaves: set[int]
 ) -> None:
@@ -59,7 +59,9 @@ def test_runs_are_the_wanted_leaves_with_what_is_consecutive_in_one(
 
     read_leaves: dict[int, bytes] = {}
     for start, payload in runs:
-        read_leaves |= {start + at // LEAF: bytes(payload[at : at + LEAF]) for at in range(0, len(payload), LEAF)}
+        read_leaves |= {
+            start + at // LEAF_BYTES: bytes(payload[at : at + LEAF_BYTES]) for at in range(0, len(payload), LEAF_BYTES)
+        }
     assert read_leaves == {i: bytes(leaf) for i, leaf in leaves.items() if i in wanted_leaves}
     assert all(start - 1 not in read_leaves for start, _ in runs)
 

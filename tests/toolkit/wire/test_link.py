@@ -14,7 +14,7 @@ import pytest
 from fedprune.core.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
 from fedprune.wire import queues
-from fedprune.wire.link import Link, tls_context
+from fedprune.wire.link import BrokerLink, tls_context
 from fedprune.wire.queues import ConnectionDown, ConnectionUp, Inbox
 from support.waiting import attempts, until
 
@@ -23,11 +23,11 @@ Start = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "MAX_DELAY", 0.2)
+    monkeypatch.setattr(link_module, "MAX_RECONNECT_PAUSE_S", 0.2)
 
 
-def connect(url: str, name: str, topics: list[str] | None = None, **options: Any) -> closing[Link]:
-    link = Link(url, name, **options)
+def connect(url: str, name: str, topics: list[str] | None = None, **options: Any) -> closing[BrokerLink]:
+    link = BrokerLink(url, name, **options)
     link.subscribe(topics or [])
     link.start()
     assert link.get(30) == ConnectionUp()
@@ -41,12 +41,12 @@ def connect(url: str, name: str, topics: list[str] | None = None, **options: Any
 )
 def test_what_is_no_broker_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="broker URL"):
-        Link(url, "x")
+        BrokerLink(url, "x")
 
 
 @pytest.mark.board
 def test_passwords_are_not_shown() -> None:
-    link = Link("mqtt://user:secret@127.0.0.1:1", "x")
+    link = BrokerLink("mqtt://user:secret@127.0.0.1:1", "x")
 
     with pytest.raises(BrokerError) as caught:
         link.start()
@@ -59,12 +59,12 @@ def test_a_server_that_is_no_broker_is_given_up() -> None:
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(BrokerError, match=r"no answer within 0\.5 s"),
     ):
-        Link(f"mqtt://127.0.0.1:{silent.getsockname()[1]}", "x").start(timeout=0.5)
+        BrokerLink(f"mqtt://127.0.0.1:{silent.getsockname()[1]}", "x").start(timeout=0.5)
 
 
 @pytest.mark.board
 def test_publishing_while_offline_is_declined() -> None:
-    link = Link("mqtt://127.0.0.1:1", "x")
+    link = BrokerLink("mqtt://127.0.0.1:1", "x")
     link.start(patient=True)
 
     assert not link.publish("a", b"b")
@@ -125,11 +125,11 @@ class TestWithMosquitto:
             began = time.monotonic()
             guest.leave(1.0)
             assert guest.get(30) == ConnectionDown("away for 1 s")
-            assert guest.away
+            assert guest.is_away
             assert not guest.publish("x", b"lost")
             assert guest.get(30) == ConnectionUp()
             assert time.monotonic() - began >= 1
-            assert not guest.away
+            assert not guest.is_away
             assert guest.publish("x", b"again")
             assert [watcher.get(30), watcher.get(30)] == [("x", b"last"), ("x", b"again")]
             guest.leave(3600)
@@ -178,8 +178,8 @@ class TestWithMosquitto:
             for _ in range(30):
                 sender.publish("x", bytes(1000))
             sender.flush(30)
-            until(lambda: receiver.dropped >= 20)
-            assert receiver.dropped == 20
+            until(lambda: receiver.dropped_count >= 20)
+            assert receiver.dropped_count == 20
             assert [receiver.get() for _ in range(10)] == [("x", bytes(1000))] * 10
 
     def test_a_wrong_password_is_told_from_a_broker_that_is_not_there(
@@ -189,7 +189,7 @@ class TestWithMosquitto:
         broker = start_mosquitto(0, f"listener {{port}} 127.0.0.1\npassword_file {tmp_path}/passwords\n")
 
         with pytest.raises(BrokerError, match="user name"):
-            Link(broker.url.replace("//", "//user:wrong@"), "a").start()
+            BrokerLink(broker.url.replace("//", "//user:wrong@"), "a").start()
 
     # paho leaves the socket of a failed handshake to the garbage collector.
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -203,7 +203,7 @@ class TestWithMosquitto:
             link.publish("x", bytes(300_000))
             assert link.get(30) == ("x", bytes(300_000))
         with pytest.raises(BrokerError, match="TLS failed"):
-            Link(url, "b").start()
+            BrokerLink(url, "b").start()
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(sta
             stranger.publish("a/b/c/flood/-/join", b"x", 0)
         stranger.publish("elsewhere", b"", 1)
         assert stranger.flush(30)  # the broker has passed the whole flood on
-        until(lambda: listener.dropped)  # nothing is read until the inbox is full
+        until(lambda: listener.dropped_count)  # nothing is read until the inbox is full
         heard = []
         for _ in attempts("another connection", pause_s=0.0):
             heard.append(listener.get(1))
@@ -258,8 +258,8 @@ def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(sta
                 break
         assert any(isinstance(item, ConnectionDown) for item in heard)
         assert sum(isinstance(item, tuple) for item in heard) <= 100
-        assert listener.overflowed == "a/b/c/flood"
-        assert listener.dropped
+        assert listener.flooding_prefix == "a/b/c/flood"
+        assert listener.dropped_count
         assert woken
         hello, item = ("a/b/c/board/-/join", b"hello"), None
         for _ in attempts("a greeting", pause_s=0.0):  # the flood's end may close the connection once more

@@ -33,13 +33,13 @@ def transfer(folder: Path, size: int, *, passes: int, from_s: float = 0.0) -> tu
     for now in (n / 2 for n in range(120)):
         follow_ups: list[BlobRequest] = []
         for want in wants:
-            noticed += [now] if pieces.note(want, now) else []
+            noticed += [now] if pieces.note_request(want, now) else []
             answer = sender.answer(want)
             for raw in answer if not isinstance(answer, BlobRequest) else ():
                 if len(raw) <= passes or now < from_s:
                     follow_ups += pull.on_chunk(Chunk.parse(raw), now)
         wants = [*follow_ups, *pull.on_tick(now)]
-    return noticed, pull.done
+    return noticed, pull.is_done
 
 
 def test_pieces_that_are_longer_than_the_broker_allows_are_noticed_within_twenty_seconds(tmp_path: Path) -> None:

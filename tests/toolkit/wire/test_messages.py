@@ -11,12 +11,12 @@ from msgspec.structs import fields, replace
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.messages import (
-    MAX_MESSAGE,
+    MAX_MESSAGE_BYTES,
     Birth,
     Message,
     Offer,
-    Update,
-    parse,
+    UpdateAnnouncement,
+    parse_message,
 )
 from support.fakes.messages import DIGEST, EXAMPLES, REF, messages
 
@@ -32,7 +32,7 @@ def altered_bytes(message: Message, **values: Any) -> bytes:
 def attempt(raw: bytes) -> tuple[Message | None, str]:
     """The message, or what the protocol error says."""
     try:
-        return parse(raw), ""
+        return parse_message(raw), ""
     except ProtocolError as error:
         return None, str(error)
 
@@ -40,7 +40,7 @@ def attempt(raw: bytes) -> tuple[Message | None, str]:
 @given(messages)
 @settings(max_examples=150, deadline=None)
 def test_what_was_sent_is_what_is_read(message: Message) -> None:
-    assert parse(message.to_bytes()) == message
+    assert parse_message(message.to_bytes()) == message
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
@@ -49,12 +49,12 @@ def test_bytes_are_canonical(message: Message) -> None:
 
     body = json.loads(raw)
     assert list(body) == sorted(body)
-    assert parse(raw).to_bytes() == raw
+    assert parse_message(raw).to_bytes() == raw
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
 def test_unknown_keys_are_ignored(message: Message) -> None:
-    assert parse(altered_bytes(message, surprise=[1, 2])) == message
+    assert parse_message(altered_bytes(message, surprise=[1, 2])) == message
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
@@ -84,11 +84,13 @@ def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
     assert b'"loss":0.5' in raw
 
     with pytest.raises(ProtocolError):
-        parse(raw.replace(b'"loss":0.5', b'"loss":' + number.encode()))
+        parse_message(raw.replace(b'"loss":0.5', b'"loss":' + number.encode()))
     with pytest.raises(ProtocolError):
         Birth("pi-1", 1, "p", 1, "s", {"cpu": [float("nan")]})
     with pytest.raises(ProtocolError):
-        Update("pi-1", "j", 1, 0, REF.sha256, REF, 1, 1, {"loss": float(number.replace("1e999", "inf"))}).to_bytes()
+        UpdateAnnouncement(
+            "pi-1", "j", 1, 0, REF.sha256, REF, 1, 1, {"loss": float(number.replace("1e999", "inf"))}
+        ).to_bytes()
 
 
 @pytest.mark.parametrize(
@@ -102,13 +104,13 @@ def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
         b'{"time":1}',
         b'{"type":"eval"}',
         b'{"type":["hello"]}',
-        b'{"type":"hello","pad":"' + b"x" * MAX_MESSAGE + b'"}',
+        b'{"type":"hello","pad":"' + b"x" * MAX_MESSAGE_BYTES + b'"}',
     ],
     ids=lambda raw: repr(raw[:30]),
 )
 def test_what_is_no_message_is_refused_with_a_short_error(raw: bytes) -> None:
     with pytest.raises(ProtocolError) as caught:
-        parse(raw)
+        parse_message(raw)
     assert len(str(caught.value)) < 500
 
 
@@ -127,21 +129,21 @@ def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, da
         position = data.draw(st.integers(0, len(raw) - 1))
         raw[position : position + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
     read, _ = attempt(bytes(raw))
-    assert read is None or parse(read.to_bytes()) == read
+    assert read is None or parse_message(read.to_bytes()) == read
 
 
 def test_an_address_of_blobs_comes_in_one_form() -> None:
-    offer = parse(altered_bytes(OFFER, blobs_at="https://Models.example:443/lab/"))
+    offer = parse_message(altered_bytes(OFFER, blobs_at="https://Models.example:443/lab/"))
     assert offer == replace(OFFER, blobs_at="https://models.example/lab")
     for wrong in ("http://models.example", "https://models.example?x"):
         with pytest.raises(ProtocolError, match="offer: blobs_at"):
-            parse(altered_bytes(OFFER, blobs_at=wrong))
+            parse_message(altered_bytes(OFFER, blobs_at=wrong))
 
 
 def test_weights_that_can_be_decoded_from_something_shorter_are_not_pulled() -> None:
     short, base = BlobRef("3" * 64, 9, "4" * 64), "5" * 64
     coded = replace(OFFER, weights=BlobRef("6" * 64, 9, "7" * 64), coded=short, held=base)
-    assert coded.shorter({base}.__contains__) == (REF, REF, short)
-    assert coded.shorter(set().__contains__) == coded.blobs()
-    assert coded.shorter({base, coded.weights.sha256}.__contains__) == coded.blobs()
-    assert OFFER.shorter({base}.__contains__) == OFFER.blobs()
+    assert coded.blobs_to_pull({base}.__contains__) == (REF, REF, short)
+    assert coded.blobs_to_pull(set().__contains__) == coded.blobs()
+    assert coded.blobs_to_pull({base, coded.weights.sha256}.__contains__) == coded.blobs()
+    assert OFFER.blobs_to_pull({base}.__contains__) == OFFER.blobs()

@@ -9,11 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest
-from fedprune.wire.transfer import MAX_PATIENCE, PATIENCE, BlobSender, Pull, ResponseTime, SeenRequests, with_request_id
+from fedprune.wire.transfer import (
+    MAX_PATIENCE_S,
+    PATIENCE_S,
+    BlobSender,
+    Pull,
+    ResponseTime,
+    SeenRequests,
+    with_request_id,
+)
 
 pytestmark = pytest.mark.board
 
@@ -26,30 +34,30 @@ def stores(tmp_path: Path) -> tuple[BlobStore, BlobStore]:
 def test_an_answer_to_one_of_two_askings_says_nothing_about_the_time(stores: tuple[BlobStore, BlobStore]) -> None:
     there, here = stores
     answers = ResponseTime()
-    ref = there.put(b"c" * LEAF)
+    ref = there.put(b"c" * LEAF_BYTES)
     pull = Pull(ref, here.partial(ref), answers=answers)
     pull.start(0.0)
-    (want,) = pull.on_tick(PATIENCE + 1)
+    (want,) = pull.on_tick(PATIENCE_S + 1)
     answer = BlobSender(there).answer(want)
     for raw in answer:  # type: ignore[union-attr]
-        pull.on_chunk(Chunk.parse(raw), PATIENCE + 1.01)
-    assert pull.done
-    assert answers.slowest == 0.0
+        pull.on_chunk(Chunk.parse(raw), PATIENCE_S + 1.01)
+    assert pull.is_done
+    assert answers.slowest_s == 0.0
 
 
 def test_a_server_that_says_that_it_is_there_is_reminded_of_what_is_overdue_alone(
     stores: tuple[BlobStore, BlobStore],
 ) -> None:
     there, here = stores
-    ref = there.put(b"d" * LEAF)
+    ref = there.put(b"d" * LEAF_BYTES)
     slow, quick = ResponseTime(), ResponseTime()
-    slow.connected(4.0)
-    quick.connected(0.01)
+    slow.note_connection(4.0)
+    quick.note_connection(0.01)
     for answers, expected in ((slow, 0), (quick, 1)):
         pull = Pull(ref, here.partial(ref), answers=answers)
         pull.start(0.0)
-        assert len(pull.remind(3.0)) == expected
-        assert len(pull.remind(100.0)) == 1
+        assert len(pull.repeat_due(3.0)) == expected
+        assert len(pull.repeat_due(100.0)) == 1
 
 
 @given(st.lists(st.one_of(st.floats(0, 1e6), st.floats(0, 1e6).map(lambda x: -x - 1)), max_size=30))
@@ -58,12 +66,12 @@ def test_patience_has_bounds_and_covers_the_last_answer(took: list[float]) -> No
     answers = ResponseTime()
     for seconds in took:
         if seconds < 0:
-            answers.connected(-seconds - 1)
-            answers.told(-seconds - 1)
+            answers.note_connection(-seconds - 1)
+            answers.note_peer_measurement(-seconds - 1)
         else:
-            answers.came(seconds)
-            assert answers.patience(PATIENCE) >= min(2 * seconds, MAX_PATIENCE)
-    assert PATIENCE <= answers.patience(PATIENCE) <= MAX_PATIENCE
+            answers.note_response(seconds)
+            assert answers.patience(PATIENCE_S) >= min(2 * seconds, MAX_PATIENCE_S)
+    assert PATIENCE_S <= answers.patience(PATIENCE_S) <= MAX_PATIENCE_S
     assert answers.patience(500.0) == 500.0
 
 

@@ -13,32 +13,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, ChunkLimit, leaves_per_chunk
-from fedprune.wire.link import Link
-from fedprune.wire.messages import BlobRequest, Offer, Update, parse
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, PACKET_OVERHEAD_BYTES, Chunk, ChunkLimit, leaves_per_chunk
+from fedprune.wire.link import BrokerLink
+from fedprune.wire.messages import BlobRequest, Offer, UpdateAnnouncement, parse_message
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.s3_sync import BucketSync
-from fedprune_server.transfer.upload_place import Arrived
+from fedprune_server.transfer.upload_place import ArrivedUpdate
 from fedprune_server.transfer.uploads import Uploads
 from support.waiting import attempts
 
 TOPICS = Topics("lab")
-USUAL = leaves_per_chunk(MAX_PACKET)
+USUAL = leaves_per_chunk(DEFAULT_MAX_PACKET)
 DIGEST = "ab" * 32
 
 
-def chunks(serve: BlobSender, want: BlobRequest, max_packet: int = MAX_PACKET) -> list[Chunk]:
+def chunks(serve: BlobSender, want: BlobRequest, max_packet: int = DEFAULT_MAX_PACKET) -> list[Chunk]:
     answer = serve.answer(want, max_packet)
     assert isinstance(answer, Iterator)
     return [Chunk.parse(raw) for raw in answer]
@@ -47,12 +47,12 @@ def chunks(serve: BlobSender, want: BlobRequest, max_packet: int = MAX_PACKET) -
 @given(limit=st.integers(1, USUAL), first_leaves=st.integers(1, USUAL))
 def test_a_limit_is_found_out_by_halving(limit: int, first_leaves: int) -> None:
     """A broker that lets through chunks of `limit` leaves; nothing of what is larger comes."""
-    chunk_limit = ChunkLimit(first_leaves * LEAF + PACKET_OVERHEAD)
+    chunk_limit = ChunkLimit(first_leaves * LEAF_BYTES + PACKET_OVERHEAD_BYTES)
     for _ in range(10):
         if chunk_limit.leaves <= limit:
-            chunk_limit.arrived(chunk_limit.leaves)
+            chunk_limit.note_arrival(chunk_limit.leaves)
         else:
-            chunk_limit.silent()
+            chunk_limit.note_silence()
     assert min(first_leaves, max(1, limit // 2)) <= chunk_limit.leaves <= min(first_leaves, limit)
 
 
@@ -60,11 +60,11 @@ def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_o
     store, target = (BlobStore(tmp_path / name, durable=False) for name in "ab")
     limit, now, stalls = ChunkLimit(), 0.0, []
     for seed in range(2):
-        ref = store.put(bytes([seed]) * (50 * LEAF))
+        ref = store.put(bytes([seed]) * (50 * LEAF_BYTES))
         pull = Pull(ref, target.partial(ref), limit=limit)
         wants, count = pull.start(now), 0
-        while not pull.done:
-            arrived = [c for w in wants for c in chunks(BlobSender(store), w) if len(c.payload) <= LEAF]
+        while not pull.is_done:
+            arrived = [c for w in wants for c in chunks(BlobSender(store), w) if len(c.payload) <= LEAF_BYTES]
             wants = [w for c in arrived for w in pull.on_chunk(c, now)]
             if not arrived:
                 now += 6
@@ -92,9 +92,9 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
     weights, graph = here.put(bytes(range(256)) * 8000), here.put(b"graph")
     trained = there.put(bytes(range(255)) * 8000)
     offer = Offer("job", 1, 1, 0, DIGEST, DIGEST, (1,), 2, weights, graph, graph, {})
-    update = Update("pi", "job", 1, 1, DIGEST, trained, 1, 1)
+    update = UpdateAnnouncement("pi", "job", 1, 1, DIGEST, trained, 1, 1)
     with ExitStack() as stack:
-        server, board = Link(broker.url, "server"), Link(broker.url, "pi")
+        server, board = BrokerLink(broker.url, "server"), BrokerLink(broker.url, "pi")
         server.subscribe(TOPICS.server_subscriptions())
         board.subscribe(TOPICS.device_subscriptions("pi"))
         for link in (server, board):
@@ -108,11 +108,11 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             registry,
             Downloads(BlobSender(here)),
         )
-        connection = Connection(board, Channel("pi", TOPICS.site))
+        connection = BoardConnection(board, MessageChannel("pi", TOPICS.site))
         outbox = Uplink(connection, there)
         uploads = Uploads(BucketSync(here))
         pulls = Downloader(there, connection, outbox)
-        pulls.begin(offer, time.monotonic(), asks=False)
+        pulls.begin(offer, time.monotonic(), is_connected=False)
         arrived: list[Any] = []
         for _ in attempts("the pull", pause_s=0.0):
             if pulls.offer is None and arrived:
@@ -120,32 +120,32 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             now = time.monotonic()
             item = server.get(0.01)
             if isinstance(item, ConnectionUp):
-                uploads.interrupted(now)
+                uploads.on_reconnect(now)
             elif isinstance(item, tuple) and item[0].endswith("/blob"):
-                post.ask(uploads.chunk("pi", Chunk.parse(item[1]), now))
+                post.send_requests(uploads.on_chunk("pi", Chunk.parse(item[1]), now))
             elif isinstance(item, tuple):
-                message = parse(item[1])
+                message = parse_message(item[1])
                 if isinstance(message, BlobRequest):
-                    post.fetched("pi", message, {weights.sha256, graph.sha256})
-                elif isinstance(message, Update):
-                    post.ask(uploads.add("pi", 1, 1, message.weights, now))
-            post.ask(uploads.tick(now))
+                    post.serve_request("pi", message, {weights.sha256, graph.sha256})
+                elif isinstance(message, UpdateAnnouncement):
+                    post.send_requests(uploads.add("pi", 1, 1, message.weights, now))
+            post.send_requests(uploads.on_tick(now))
             post.deliver()
             post.send_chunks()
-            arrived += [o for o in uploads.outcomes() if isinstance(o, Arrived)]
+            arrived += [o for o in uploads.take_outcomes() if isinstance(o, ArrivedUpdate)]
             item = board.get(0.01)
             if isinstance(item, ConnectionUp):
-                outbox.hurry(now)
-                pulls.connected(now)
+                outbox.announce_soon(now)
+                pulls.on_connect(now)
             elif isinstance(item, ConnectionDown):
                 outbox.drop_chunks()
                 uploads.drop("pi")  # as at the board's death
             elif isinstance(item, tuple) and item[0].endswith("/blob"):
-                pulls.chunk(Chunk.parse(item[1]), now)
+                pulls.on_chunk(Chunk.parse(item[1]), now)
             elif isinstance(item, tuple):
-                request = parse(item[1])
+                request = parse_message(item[1])
                 assert isinstance(request, BlobRequest)
-                outbox.answer(request, update, now)
+                outbox.on_blob_request(request, update, now)
             pulls.turn(now)
             outbox.send_chunks()
             if pulls.offer is None:

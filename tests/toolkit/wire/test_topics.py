@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.topics import Address, Topics
+from fedprune.wire.topics import TopicParts, Topics
 
 pytestmark = pytest.mark.board
 
@@ -23,7 +23,7 @@ def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, de
         (topics.down(device, job), "down"),
         (topics.down_blob(device, job), "down/blob"),
     ]:
-        assert topics.parse(topic) == Address(device, job, channel)
+        assert topics.parse(topic) == TopicParts(device, job, channel)
         listeners = [topics.server_subscriptions(), *map(topics.device_subscriptions, (device, second_device))]
         heard = [any(topic_matches_sub(s, topic) for s in subscriptions) for subscriptions in listeners]
         assert heard == [channel.startswith("up"), channel.startswith("down"), False]
@@ -32,7 +32,7 @@ def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, de
 @given(names, names, st.from_regex(r"[0-9a-f]{32}", fullmatch=True))
 def test_requests_to_join_are_heard_by_who_lets_in_and_answers_by_who_asked(site: str, device: str, nonce: str) -> None:
     topics = Topics(site)
-    asked, answered = topics.join(nonce), topics.joined(nonce)
+    asked, answered = topics.join_request(nonce), topics.join_answer(nonce)
 
     assert topics.parse_join(asked) == nonce
     assert topic_matches_sub(topics.join_subscription(), asked)
@@ -58,7 +58,7 @@ def test_a_broadcast_reaches_every_device_and_not_the_server() -> None:
     topics = Topics("lab")
 
     assert topics.broadcast() == "fedprune/1/lab/all/-/down"
-    assert topics.parse(topics.broadcast()) == Address("all", "-", "down")
+    assert topics.parse(topics.broadcast()) == TopicParts("all", "-", "down")
     assert any(topic_matches_sub(s, topics.broadcast()) for s in topics.device_subscriptions("pi-1"))
     assert not any(topic_matches_sub(s, topics.broadcast()) for s in topics.server_subscriptions())
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse_message
 from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, BlobSender, Pull
 
 pytestmark = pytest.mark.board
@@ -40,7 +40,7 @@ class Network:
 
     serve: BlobSender
     loss: float = 0.0
-    repeat: float = 0.0
+    repeat_offers: float = 0.0
     reorder: float = 0.0
     damage: float = 0.0
     max_packet: int = 256 * 1024
@@ -57,7 +57,7 @@ class Network:
         in_flight: list[bytes] = []
         self._send(pull.start(self.now), in_flight, rng)
         for _ in range(steps):
-            if pull.done:
+            if pull.is_done:
                 return
             if in_flight:
                 at = rng.randrange(len(in_flight)) if rng.random() < self.reorder else 0
@@ -74,7 +74,7 @@ class Network:
             self.asked += rows
             self.missing.update(rows)
             self.widest = max(self.widest, len(self.missing))
-            read = parse(want.to_bytes())
+            read = parse_message(want.to_bytes())
             assert isinstance(read, BlobRequest)
             for _ in range(self._copies(rng)):
                 answer = self.serve.answer(read, self.max_packet)
@@ -84,7 +84,7 @@ class Network:
                     in_flight.extend([raw] * self._copies(rng))
 
     def _copies(self, rng: random.Random) -> int:
-        return 0 if rng.random() < self.loss else 2 if rng.random() < self.repeat else 1
+        return 0 if rng.random() < self.loss else 2 if rng.random() < self.repeat_offers else 1
 
     def _deliver(self, pull: Pull, raw: bytes, in_flight: list[bytes], rng: random.Random) -> None:
         sent = Chunk.parse(raw)
@@ -111,7 +111,7 @@ def attempt(network: Network, pull: Pull) -> str:
 
 
 @given(
-    size=st.integers(0, 40 * LEAF),
+    size=st.integers(0, 40 * LEAF_BYTES),
     window=st.integers(1, 12),
     chunk=st.integers(1, 12),
     loss=st.sampled_from([0.0, 0.02, 0.3]),
@@ -154,7 +154,7 @@ def test_a_blob_arrives_whole_through_a_bad_network_and_never_asks_for_more_than
 @given(leaves=st.integers(2, 60), window=st.integers(1, 16), chunk=st.integers(1, 16))
 @settings(max_examples=30, deadline=None)
 def test_on_a_good_network_nothing_is_asked_for_twice(leaves: int, window: int, chunk: int) -> None:
-    data = noise(leaves * LEAF - 5)
+    data = noise(leaves * LEAF_BYTES - 5)
     with tempfile.TemporaryDirectory() as folder:
         source, target = BlobStore(Path(folder, "a"), durable=False), BlobStore(Path(folder, "b"), durable=False)
         ref = source.put(data)
@@ -166,7 +166,7 @@ def test_on_a_good_network_nothing_is_asked_for_twice(leaves: int, window: int, 
 
 
 def test_a_leaf_table_of_several_pieces_is_pulled_in_pieces(tmp_path: Path) -> None:
-    data = bytes(1100 * LEAF)
+    data = bytes(1100 * LEAF_BYTES)
     source, target = BlobStore(tmp_path / "a", durable=False), BlobStore(tmp_path / "b", durable=False)
     ref = source.put(data)
     network = Network(BlobSender(source), loss=0.1, reorder=0.5, max_packet=64 * 1024, seed=4)
@@ -188,7 +188,7 @@ def target(tmp_path: Path) -> BlobStore:
 
 
 def test_an_interrupted_pull_asks_only_for_what_is_missing(source: BlobStore, target: BlobStore) -> None:
-    data = noise(20 * LEAF)
+    data = noise(20 * LEAF_BYTES)
     ref = source.put(data)
     first = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=4)
     serve, wants = BlobSender(source), first.start(0)
@@ -205,11 +205,11 @@ def test_an_interrupted_pull_asks_only_for_what_is_missing(source: BlobStore, ta
 
 
 def test_a_slow_link_is_not_taken_for_a_broken_one(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(noise(64 * LEAF))
+    ref = source.put(noise(64 * LEAF_BYTES))
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=8, patience_s=5)
     serve, now, asked = BlobSender(source), 0.0, []
     queue = pull.start(now)
-    while not pull.done:  # every leaf takes 4 s, so that it waits behind seven others for 28 s
+    while not pull.is_done:  # every leaf takes 4 s, so that it waits behind seven others for 28 s
         want = queue.pop(0)
         asked.append(want)
         for raw in list(serve.answer(want, 64 * 1024)):  # type: ignore[arg-type]
@@ -223,7 +223,7 @@ def test_a_slow_link_is_not_taken_for_a_broken_one(source: BlobStore, target: Bl
 
 
 def test_where_leaves_come_at_once_the_window_grows_and_a_few_wants_do(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(noise(600 * LEAF))
+    ref = source.put(noise(600 * LEAF_BYTES))
     network = Network(BlobSender(source))
 
     network.run(Pull(ref, target.partial(ref)))
@@ -233,7 +233,7 @@ def test_where_leaves_come_at_once_the_window_grows_and_a_few_wants_do(source: B
 
 
 def test_where_leaves_are_long_on_their_way_the_window_stays_small(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(noise(200 * LEAF))
+    ref = source.put(noise(200 * LEAF_BYTES))
     pull, serve, now = Pull(ref, target.partial(ref)), BlobSender(source), 0.0
     queue = pull.start(now)
     while queue:
@@ -242,11 +242,11 @@ def test_where_leaves_are_long_on_their_way_the_window_stays_small(source: BlobS
             queue += pull.on_chunk(chunk, now)
             assert pull.outstanding <= WINDOW_LEAVES
 
-    assert pull.done
+    assert pull.is_done
 
 
 def test_a_lost_leaf_that_others_have_overtaken_does_not_wait_for_a_stall(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(noise(64 * LEAF))
+    ref = source.put(noise(64 * LEAF_BYTES))
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=4, patience_s=5)
     serve, now, lost_at, again_at = BlobSender(source), 0.0, None, None
     queue = pull.start(now)
@@ -264,11 +264,11 @@ def test_a_lost_leaf_that_others_have_overtaken_does_not_wait_for_a_stall(source
 
     assert lost_at is not None
     assert again_at - lost_at < 15
-    assert not pull.done
+    assert not pull.is_done
 
 
 def test_the_repetition_of_an_overtaken_leaf_gets_the_whole_patience(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(noise(4 * LEAF))
+    ref = source.put(noise(4 * LEAF_BYTES))
     pull, serve = Pull(ref, target.partial(ref), patience_s=5), BlobSender(source)
     (table,) = chunks(serve.answer(pull.start(0.0)[0]))
     (want,) = pull.on_chunk(table, 0.0)
@@ -284,7 +284,7 @@ def test_the_repetition_of_an_overtaken_leaf_gets_the_whole_patience(source: Blo
 
 
 def test_what_was_not_asked_for_is_ignored(source: BlobStore, target: BlobStore) -> None:
-    data = noise(8 * LEAF)
+    data = noise(8 * LEAF_BYTES)
     ref = source.put(data)
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=2)
     (want,) = pull.start(0)
@@ -292,12 +292,12 @@ def test_what_was_not_asked_for_is_ignored(source: BlobStore, target: BlobStore)
     pull.on_chunk(table, 0)
 
     def leaf(index: int) -> Chunk:
-        return Chunk(ref.sha256, "data", index, data[index * LEAF : (index + 1) * LEAF])
+        return Chunk(ref.sha256, "data", index, data[index * LEAF_BYTES : (index + 1) * LEAF_BYTES])
 
     for foreign in (
         leaf(7),
         table,
-        Chunk("ab" * 32, "data", 0, data[:LEAF]),
+        Chunk("ab" * 32, "data", 0, data[:LEAF_BYTES]),
         Chunk(ref.sha256, "data", 2**32 - 1, b"x"),
     ):
         assert pull.on_chunk(foreign, 0) == []
@@ -308,9 +308,9 @@ def test_what_was_not_asked_for_is_ignored(source: BlobStore, target: BlobStore)
 
 
 def test_a_leaf_that_stays_damaged_ends_the_pull(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(noise(4 * LEAF))
+    ref = source.put(noise(4 * LEAF_BYTES))
     with source.path(ref.sha256).open("r+b") as file:
-        file.seek(2 * LEAF)
+        file.seek(2 * LEAF_BYTES)
         file.write(b"damaged")
 
     with pytest.raises(ProtocolError, match=f"leaf 2 of blob .* damaged {MAX_TRIES} times"):
@@ -319,7 +319,7 @@ def test_a_leaf_that_stays_damaged_ends_the_pull(source: BlobStore, target: Blob
 
 
 def test_a_wrong_leaf_table_ends_the_pull(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(noise(4 * LEAF))
+    ref = source.put(noise(4 * LEAF_BYTES))
 
     lie = BlobRef(ref.sha256, ref.size, "ab" * 32)
     with pytest.raises(ProtocolError, match=f"leaf table of blob .* damaged {MAX_TRIES} times"):
@@ -327,7 +327,7 @@ def test_a_wrong_leaf_table_ends_the_pull(source: BlobStore, target: BlobStore) 
 
 
 def test_a_blob_deleted_between_two_wants_is_gone(source: BlobStore) -> None:
-    ref = source.put(noise(4 * LEAF))
+    ref = source.put(noise(4 * LEAF_BYTES))
     serve = BlobSender(source)
     answer = serve.answer(BlobRequest(ref.sha256, "data", 0, 4), 64 * 1024)
     assert not isinstance(answer, BlobNotFound)
@@ -335,13 +335,13 @@ def test_a_blob_deleted_between_two_wants_is_gone(source: BlobStore) -> None:
     source.delete(ref.sha256)
 
     got += answer  # the file is open: what was being sent is sent
-    assert b"".join(bytes(Chunk.parse(raw).payload) for raw in got) == noise(4 * LEAF)
+    assert b"".join(bytes(Chunk.parse(raw).payload) for raw in got) == noise(4 * LEAF_BYTES)
     assert serve.answer(BlobRequest(ref.sha256, "data", 0, 4)) == BlobNotFound(ref.sha256)
 
 
 @pytest.mark.parametrize("blob_part", ["data", "leaves"])
 def test_wants_beyond_the_end_get_what_there_is(source: BlobStore, blob_part: str) -> None:
-    ref = source.put(noise(4 * LEAF + 9))
+    ref = source.put(noise(4 * LEAF_BYTES + 9))
     serve = BlobSender(source)
 
     assert sum(len(c.payload) for c in chunks(serve.answer(BlobRequest(ref.sha256, blob_part, 0, 1000)))) == (
@@ -371,7 +371,7 @@ PULLING = """
 
 @pytest.mark.system
 def test_a_process_killed_in_the_middle_of_a_pull_resumes_where_it_was(source: BlobStore, target: BlobStore) -> None:
-    data = noise(200 * LEAF + 1)
+    data = noise(200 * LEAF_BYTES + 1)
     ref = source.put(data)
     arguments = [sys.executable, "-c", textwrap.dedent(PULLING), str(source.root), str(target.root), ref.sha256]
     leaf_count = 0

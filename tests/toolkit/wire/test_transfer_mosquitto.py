@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import Link
-from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
+from fedprune.wire.link import BrokerLink
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse_message
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
@@ -29,8 +29,8 @@ READING_S = 0.002
 MB = 1_000_000
 
 
-def connect(url: str, name: str, topics: list[str]) -> closing[Link]:
-    link = Link(url, name)
+def connect(url: str, name: str, topics: list[str]) -> closing[BrokerLink]:
+    link = BrokerLink(url, name)
     link.subscribe(topics)
     link.start()
     assert link.get(5) == ConnectionUp()
@@ -50,7 +50,7 @@ def serving(request: pytest.FixtureRequest, mosquitto: Any, tmp_path: Path) -> I
                 item = link.get(0.05)
                 if not isinstance(item, tuple):
                     continue
-                want = parse(item[1])
+                want = parse_message(item[1])
                 assert isinstance(want, BlobRequest)
                 answer = server.answer(want, 64 * 1024)
                 assert not isinstance(answer, BlobNotFound)
@@ -78,7 +78,7 @@ def test_a_slow_reader_gets_a_blob_whole_and_the_broker_never_holds_more_than_ab
     with connect(mosquitto.url, "pi", TOPICS.device_subscriptions("pi")) as link:
         wants = pull.start(time.monotonic())
         for _ in attempts("the pull", pause_s=0.0):
-            if pull.done:
+            if pull.is_done:
                 break
             for want in wants:
                 assert link.publish(TOPICS.up("pi"), want.to_bytes())
@@ -92,4 +92,4 @@ def test_a_slow_reader_gets_a_blob_whole_and_the_broker_never_holds_more_than_ab
 
     assert target.read(ref.sha256) == data
     assert count == ref.leaf_count + 1  # one leaf per message at a limit of 64 KiB, and the table: nothing came twice
-    assert mosquitto.memory("VmHWM") - before < 2 * window * LEAF + 2 * MB
+    assert mosquitto.memory("VmHWM") - before < 2 * window * LEAF_BYTES + 2 * MB

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, check_range, magnitude
-from fedprune.core.errors import BundleError, ProtocolError, shown
-from fedprune.core.validation import is_whole, whole
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, check_range, largest_magnitude
+from fedprune.core.errors import BundleError, ProtocolError, value_text
+from fedprune.core.validation import check_whole, is_whole
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.selection import Active, Selection, Tensors, mesh
+from fedprune.model.selection import ElementMask, Selection, Tensors, mesh
 
 # No recipe has more steps: a larger count is a mistake or a lie, and evidence divides by it.
 MAX_STEPS = 2**31 - 1
 
 
-def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+def check_fold_base(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
     """The tensors that a fold begins with. Raises `BundleError`, which names one that is missing, not float32, of
     another shape or not finite."""
     tensors: Tensors = {}
@@ -35,7 +35,7 @@ def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.fl
         flat = value.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
             square = float(np.dot(flat, flat))  # a quarter of what looking at every value costs
-        if not math.isfinite(square) and not math.isfinite(magnitude(value)):
+        if not math.isfinite(square) and not math.isfinite(largest_magnitude(value)):
             raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
         tensors[spec.name] = value
     return tensors
@@ -94,7 +94,7 @@ def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]],
     shapes = selection.shapes()
     largest = float(np.finfo(np.float32).max)
     for name, value in sorted(squares.items()):
-        what = f"squared gradients of {shown(name)}"
+        what = f"squared gradients of {value_text(name)}"
         if name not in reported:
             raise ProtocolError(f"update holds {what}, which was not requested")
         if value.dtype != np.float32:
@@ -114,7 +114,7 @@ def check_counts(weight: object, steps: object, max_weight: int) -> None:
             expected=f"a whole number from 1 to {max_weight} (a fold takes {MAX_WEIGHT} in all)",
             got=repr(weight),
         )
-    whole("steps of an update", steps, 1, MAX_STEPS, error=ProtocolError)
+    check_whole("steps of an update", steps, 1, MAX_STEPS, error=ProtocolError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +132,11 @@ class ClientUpdate:
     tensors: Mapping[str, npt.NDArray[np.float32]]
     weight: int
     steps: int = 1
-    mask: Active = field(default_factory=dict)
+    mask: ElementMask = field(default_factory=dict)
     sent: Mapping[str, npt.NDArray[np.float32]] | None = None
 
 
-def rebased(
+def rebase_update(
     architecture: Architecture,
     selection: Selection,
     trained: Mapping[str, npt.NDArray[np.float32]],

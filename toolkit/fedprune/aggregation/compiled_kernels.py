@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 # Numbers of a model from which on compiling is worth its few seconds and 180 MB.
-WORTH = 2**22
+MIN_COMPILED_NUMBERS = 2**22
 
 # Sums that a scatter works on at once: 1 MiB.
-_CACHED = 131_072
+_MAX_SCATTERED_SUMS = 131_072
 # float64 holds every whole number up to this magnitude.
-_EXACT = 2**53
-# How many updates `add` takes at once: with eight it is no faster, where the sums are too large for the cache.
-_TOGETHER = 4
+_MAX_EXACT_INTEGER = 2**53
+# How many updates `add_rows` takes at once: with eight it is no faster, where the sums are too large for the cache.
+_ROWS_AT_ONCE = 4
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _tried = False
 _compiled: dict[str, Kernel] = {}
 
 
-def load(numbers: int = WORTH) -> bool:
+def load_kernels(numbers: int = MIN_COMPILED_NUMBERS) -> bool:
     """Compile kernels for the folds of this process, once, if a model has enough numbers for it.
 
     Returns whether there are kernels now: a model was large enough, numba is installed, and it may and can compile
@@ -49,28 +49,28 @@ def load(numbers: int = WORTH) -> bool:
     global _tried
     with _lock:
         # Tried once: what fails here fails again, and would cost each job its seconds.
-        if numbers >= WORTH and not _tried:
+        if numbers >= MIN_COMPILED_NUMBERS and not _tried:
             _tried = True
             if importlib.util.find_spec("numba") is not None:
                 _load()
-        return in_use()
+        return has_kernels()
 
 
-def use(kernels: Mapping[str, Kernel]) -> None:
+def use_kernels(kernels: Mapping[str, Kernel]) -> None:
     """Work with these kernels from now on; with none, numpy does everything."""
     global _compiled
     _compiled = dict(kernels)
 
 
-def kernels() -> Mapping[str, Kernel]:
+def current_kernels() -> Mapping[str, Kernel]:
     return _compiled
 
 
-def in_use() -> bool:
+def has_kernels() -> bool:
     return bool(_compiled)
 
 
-def magnitude(values: npt.NDArray[Any]) -> float | None:
+def compiled_magnitude(values: npt.NDArray[Any]) -> float | None:
     """The largest |value| of some float32s, NaN if any is; None if nothing is compiled for them."""
     kernel = _compiled.get("largest")
     if kernel is None or values.dtype != np.float32 or not values.flags.c_contiguous:
@@ -78,7 +78,7 @@ def magnitude(values: npt.NDArray[Any]) -> float | None:
     return float(kernel(values.reshape(-1).view(np.int32)))
 
 
-def scale(total: npt.NDArray[np.int64], factor: float, out: npt.NDArray[np.float32]) -> bool:
+def scale_sums(total: npt.NDArray[np.int64], factor: float, out: npt.NDArray[np.float32]) -> bool:
     """Put sums times a factor, rounded once to float64 and once to float32, into `out`, which has their shape."""
     kernel = _compiled.get("scale")
     if kernel is None or total.shape != out.shape or not (total.flags.c_contiguous and out.flags.c_contiguous):
@@ -87,17 +87,17 @@ def scale(total: npt.NDArray[np.int64], factor: float, out: npt.NDArray[np.float
     return True
 
 
-def add(
+def add_rows(
     total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int, bits: int
 ) -> bool:
     """Add Σ weight · round(values · 2^scale) to `total` in place, one weight per row; scaled values are at most 2^bits
     in magnitude. Not done for products that float64 can't hold, of boards with very many samples."""
-    kernel, max_weight = _compiled.get("add"), _EXACT >> bits
+    kernel, max_weight = _compiled.get("add"), _MAX_EXACT_INTEGER >> bits
     if kernel is None or not total.size or any(r.dtype != np.float32 or r.shape != total.shape for r in rows):
         return False
     if max(weights) > max_weight:
         return False
-    lines = _lines([total, *rows])
+    lines = _memory_lines([total, *rows])
     if lines is None:
         return False
     count, width, (stride, step, *steps) = lines
@@ -107,15 +107,15 @@ def add(
         _memory(array, count, width, by) for array, by in zip((total, *rows), (stride, step, *steps), strict=True)
     )
     factor = np.float32(math.ldexp(1.0, scale))
-    for first, run in runs(weights, max_weight, _TOGETHER):
-        run_rows, lacking = memories[first : first + len(run)], _TOGETHER - len(run)
+    for first, run in weight_runs(weights, max_weight, _ROWS_AT_ONCE):
+        run_rows, lacking = memories[first : first + len(run)], _ROWS_AT_ONCE - len(run)
         # The rows that are lacking have the weight 0, and their numbers are in the cache.
         padded = np.array([*run, *[0] * lacking], np.float64)
         kernel(target, stride, (*run_rows, *run_rows[:1] * lacking), step, count, width, padded, factor)
     return True
 
 
-class Scattered(NamedTuple):
+class ScatteredRows(NamedTuple):
     """Values that belong to rows and columns of sums.
 
     Attributes:
@@ -131,7 +131,7 @@ class Scattered(NamedTuple):
     weight: int
 
 
-def scatter(total: npt.NDArray[np.int64], scattered: Sequence[Scattered], scale: int) -> bool:
+def scatter_rows(total: npt.NDArray[np.int64], scattered: Sequence[ScatteredRows], scale: int) -> bool:
     """Add weight · round(values · 2^scale) at rows and columns of sums [rows, columns, numbers side by side], in
     place."""
     kernel = _compiled.get("scatter")
@@ -148,9 +148,9 @@ def scatter(total: npt.NDArray[np.int64], scattered: Sequence[Scattered], scale:
     # The sums are traversed in memory order, and a block of them gets all values while it is in the cache.
     orders = [(np.argsort(item.rows), np.argsort(item.columns)) for item in scattered]
     ordered = [(item.rows[r], item.columns[c]) for item, (r, c) in zip(scattered, orders, strict=True)]
-    if not all(_inside(rows, len(total)) and _inside(columns, across) for rows, columns in ordered):
+    if not all(_are_within(rows, len(total)) and _are_within(columns, across) for rows, columns in ordered):
         return False
-    step = max(1, _CACHED // (across * inner))
+    step = max(1, _MAX_SCATTERED_SUMS // (across * inner))
     for start in range(0, total.shape[0], step):
         for item, (by_row, by_column), (rows, columns) in zip(scattered, orders, ordered, strict=True):
             first, last = np.searchsorted(rows, (start, start + step))
@@ -160,7 +160,7 @@ def scatter(total: npt.NDArray[np.int64], scattered: Sequence[Scattered], scale:
     return True
 
 
-def close(
+def close_sums(
     total: npt.NDArray[np.int64],
     share: npt.NDArray[np.float64],
     factor: float,
@@ -186,13 +186,13 @@ def close(
     )
     if kernel is None or not shapes_match or not all(array.flags.c_contiguous for array in (total, share, base, out)):
         return False
-    if not (_inside(np.sort(rows), len(total)) and _inside(np.sort(columns), total.shape[1])):
+    if not (_are_within(np.sort(rows), len(total)) and _are_within(np.sort(columns), total.shape[1])):
         return False
     kernel(total.reshape(-1), share, factor, total.shape[2], rows, columns, base.reshape(-1), out.reshape(-1))
     return True
 
 
-def runs(weights: Sequence[int], max_sum: int, max_count: int) -> Iterator[tuple[int, list[int]]]:
+def weight_runs(weights: Sequence[int], max_sum: int, max_count: int) -> Iterator[tuple[int, list[int]]]:
     """Runs of weights that are added at once: where each begins, and its weights.
 
     A run has at most `max_count` weights, and a sum of at most `max_sum`; a larger weight has a run of its own.
@@ -204,12 +204,12 @@ def runs(weights: Sequence[int], max_sum: int, max_count: int) -> Iterator[tuple
             first = i
 
 
-def _inside(indices: npt.NDArray[np.int64], length: int) -> bool:
+def _are_within(indices: npt.NDArray[np.int64], length: int) -> bool:
     """Whether ascending indices are within an axis: a kernel doesn't check them."""
     return not indices.size or 0 <= int(indices[0]) <= int(indices[-1]) < length
 
 
-def _lines(arrays: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | None:
+def _memory_lines(arrays: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | None:
     """The memory of arrays of one shape as lines of neighbouring numbers.
 
     Returns:
@@ -307,12 +307,12 @@ def _add(total: Any, stride: int, rows: Any, step: int, count: int, width: int, 
 
 
 def _load() -> None:
-    if not _may_run_what_it_wrote():
+    if not _may_execute_written_memory():
         _LOG.info("numba is installed, but this process may not run code that it compiles: numpy sums updates")
         return
     start = time.perf_counter()
     try:
-        use(_compile())
+        use_kernels(_compile())
     except Exception as error:  # noqa: BLE001  numpy does the same work, whatever numba's reason is
         reason = str(error).split("\n", 1)[0]
         _LOG.warning("numba can't compile the loops that sum updates, numpy does it: %s", reason)
@@ -320,7 +320,7 @@ def _load() -> None:
         _LOG.info("compiled the loops that sum updates in %.1f s", time.perf_counter() - start)
 
 
-def _may_run_what_it_wrote() -> bool:
+def _may_execute_written_memory() -> bool:
     """Whether memory that was written to may become code, which systemd's MemoryDenyWriteExecute forbids; numba doesn't
     check, and would end the process."""
     if sys.platform != "linux":
@@ -346,7 +346,7 @@ def _compile() -> dict[str, Kernel]:
         compiled: Kernel = numba.njit(returns(*argument_types), nogil=True, fastmath={"contract"})(kernel)
         return compiled
 
-    sums, indices, rows = int64[::1], read_only_array(int64), types.UniTuple(read_only_array(float32), _TOGETHER)
+    sums, indices, rows = int64[::1], read_only_array(int64), types.UniTuple(read_only_array(float32), _ROWS_AT_ONCE)
     return {
         "largest": compile_kernel(_largest, float32, read_only_array(types.int32)),
         "scale": compile_kernel(_scale, types.void, sums, float64, float32[::1]),

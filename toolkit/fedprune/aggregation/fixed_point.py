@@ -32,20 +32,22 @@ VALUE_BITS = 38
 
 # Doublings above the largest magnitude of what a range is made for: devices agree on the range before they train, and
 # weights grow while they do.
-_HEADROOM = 3
+_HEADROOM_DOUBLINGS = 3
 
-_BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
-_LONGEST = 32_768  # numbers of one row at once
+_BLOCK_NUMBERS = (
+    262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
+)
+_MAX_ROW_NUMBERS = 32_768  # numbers of one row at once
 # The largest weight of several rows that are added by one product in float64: 2^38 times it is 2^53, up to which
 # float64 holds every whole number.
-_LIGHT = 2 ** (53 - VALUE_BITS)
+_MAX_PRODUCT_WEIGHT = 2 ** (53 - VALUE_BITS)
 
-_CHECKED = 131_072  # squares added at once at most: many hide what a call costs
-_CHECKED_LEAST = 8_192  # few enough that the squares of usual weights don't add up to the bound's
+_MAX_CHECKED = 131_072  # squares added at once at most: many hide what a call costs
+_MIN_CHECKED = 8_192  # few enough that the squares of usual weights don't add up to the bound's
 
 Index = tuple[Any, ...]
 
-_OWN = threading.local()
+_THREAD_SCRATCH = threading.local()
 
 
 @dataclass(frozen=True)
@@ -70,29 +72,32 @@ class Range:
         return math.ldexp(1.0, self.exponent - VALUE_BITS * self.limbs)
 
     @classmethod
-    def around(cls, reference: npt.NDArray[Any], *, least: int = 3, limbs: int = 1) -> Range:
+    def around(cls, reference: npt.NDArray[Any], *, min_exponent: int = 3, limbs: int = 1) -> Range:
         """A range with room above the largest magnitude of `reference`, the same wherever it is computed.
 
         Args:
             reference: Finite values that all parties agree on, such as the round's base tensor.
-            least: The exponent isn't smaller than this.
+            min_exponent: The exponent isn't smaller than this.
         """
-        largest = magnitude(reference)
-        return cls(max(least, math.frexp(largest)[1] + _HEADROOM) if math.isfinite(largest) else least, limbs)
+        largest = largest_magnitude(reference)
+        return cls(
+            max(min_exponent, math.frexp(largest)[1] + _HEADROOM_DOUBLINGS) if math.isfinite(largest) else min_exponent,
+            limbs,
+        )
 
 
-def weight_in(samples: int, total: int, devices: int) -> int:
+def weight_in_round(samples: int, total: int, devices: int) -> int:
     """A device's weight in a round with these totals of devices and samples, whose sums hold at most `MAX_WEIGHT`."""
     if total <= MAX_WEIGHT:
         return max(1, samples)
     return max(1, samples * (MAX_WEIGHT - devices) // total)
 
 
-def magnitude(values: npt.NDArray[Any]) -> float:
+def largest_magnitude(values: npt.NDArray[Any]) -> float:
     """The largest |value|; NaN or infinite where a value is."""
     if not values.size:
         return 0.0
-    compiled = compiled_kernels.magnitude(values)
+    compiled = compiled_kernels.compiled_magnitude(values)
     if compiled is not None:
         return compiled
     low, high = float(values.min()), float(values.max())
@@ -103,30 +108,30 @@ def magnitude(values: npt.NDArray[Any]) -> float:
 def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
     """Check that all values are finite and within a bound. Raises `ProtocolError`, which names the tensor, the bound
     and the value."""
-    compiled = compiled_kernels.magnitude(values)
+    compiled = compiled_kernels.compiled_magnitude(values)
     if compiled is not None and compiled <= bound:
         return
     flat = values.reshape(-1)
     # The sum of squares bounds every square and costs half of what minimum and maximum do; only where it is large (or
     # not finite) do we look closer, and take fewer at a time from there on. The tenth leaves room for its own rounding.
     limit = 0.9 * bound * bound
-    start, step = 0, _CHECKED_LEAST
+    start, step = 0, _MIN_CHECKED
     with np.errstate(over="ignore", invalid="ignore"):
         while start < flat.size:
             block = flat[start : start + step]
             square = float(np.dot(block, block))
-            if not square <= limit and step > _CHECKED_LEAST:
+            if not square <= limit and step > _MIN_CHECKED:
                 step //= 2
                 continue
             if not square <= limit:
                 _check_block(name, block, bound)
             start += step
             if square <= 0.45 * limit:
-                step = min(2 * step, _CHECKED)
+                step = min(2 * step, _MAX_CHECKED)
 
 
 def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
-    largest = magnitude(block)
+    largest = largest_magnitude(block)
     if not largest <= bound:
         error_class = OutOfRangeError if math.isfinite(largest) else ProtocolError
         raise error_class(
@@ -153,20 +158,20 @@ class FixedSum:
             weight: A whole number from 1 up; all weights together must stay within `MAX_WEIGHT`.
             index: Slices, or an open mesh of index arrays in which no index comes twice.
         """
-        self.add_all([values], [weight], index)
+        self.add_rows([values], [weight], index)
 
-    def add_all(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], index: Index = (...,)) -> None:
+    def add_rows(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], index: Index = (...,)) -> None:
         """Add several weights·values, all of one type, at one index, which reads and writes the sums once."""
         if self.span.limbs > 1:
-            self._add_limbs(rows, weights, index)
+            self._add_to_limbs(rows, weights, index)
             return
         total = self.limbs[0]
         target = total[index]
-        _add(target, rows, weights, VALUE_BITS - self.span.exponent)
+        _add_in_blocks(target, rows, weights, VALUE_BITS - self.span.exponent)
         if not np.may_share_memory(target, total):  # an open mesh gives a copy
             total[index] = target
 
-    def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], index: Index) -> None:
+    def _add_to_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], index: Index) -> None:
         remainder = np.stack([values.astype(np.float64) for values in rows])
         remainder *= np.array(weights, np.float64).reshape(-1, *[1] * rows[0].ndim)
         for i, limb in enumerate(self.limbs, start=1):
@@ -175,14 +180,14 @@ class FixedSum:
             limb[index] += rounded.astype(np.int64).sum(axis=0)
             remainder -= rounded * math.ldexp(1.0, -scale)
 
-    def scatter(self, scattered: Sequence[compiled_kernels.Scattered], inner: int) -> bool:
+    def scatter(self, scattered: Sequence[compiled_kernels.ScatteredRows], inner: int) -> bool:
         """Add weights·values at rows and columns of `inner` numbers, if that is compiled; returns whether it was
         done."""
         total = self.limbs[0]
         if self.span.limbs > 1 or not total.size:
             return False
         shaped = total.reshape(total.shape[0], -1, inner)
-        return compiled_kernels.scatter(shaped, scattered, VALUE_BITS - self.span.exponent)
+        return compiled_kernels.scatter_rows(shaped, scattered, VALUE_BITS - self.span.exponent)
 
     def close_to(
         self,
@@ -207,11 +212,11 @@ class FixedSum:
             return False
         shape = (rows.size, columns.size, inner)
         shaped = (array.reshape(shape) for array in (base, out))
-        return compiled_kernels.close(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *shaped)
+        return compiled_kernels.close_sums(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *shaped)
 
     def round_to(self, out: npt.NDArray[np.float32], factor: float) -> bool:
         """Put `value(factor)`, rounded to float32, into `out`, if that is compiled; returns whether it was done."""
-        return self.span.limbs == 1 and compiled_kernels.scale(self.limbs[0], self.span.unit * factor, out)
+        return self.span.limbs == 1 and compiled_kernels.scale_sums(self.limbs[0], self.span.unit * factor, out)
 
     def value(
         self, index: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
@@ -229,12 +234,14 @@ class FixedSum:
         return total
 
 
-def _add(total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int) -> None:
-    """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
+def _add_in_blocks(
+    total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int
+) -> None:
+    """Add Σ weight · round(values · 2^scale) to `weighted` in place, in blocks that stay in the cache.
 
     Rows are of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
     """
-    if compiled_kernels.add(total, rows, weights, scale, VALUE_BITS):
+    if compiled_kernels.add_rows(total, rows, weights, scale, VALUE_BITS):
         return
     if total.flags.c_contiguous and all(r.flags.c_contiguous for r in rows):
         total, rows = total.reshape(-1), [r.reshape(-1) for r in rows]
@@ -243,33 +250,36 @@ def _add(total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights
     if not total.ndim:
         total, rows = total.reshape(1), [r.reshape(1) for r in rows]
     width = total.size // total.shape[0]
-    max_width = min(_LONGEST, _BLOCK // len(rows))
+    max_width = min(_MAX_ROW_NUMBERS, _BLOCK_NUMBERS // len(rows))
     if not max_width:
         # More rows than a block has room for: the order of additions is free.
         half = len(rows) // 2
-        _add(total, rows[:half], weights[:half], scale)
-        _add(total, rows[half:], weights[half:], scale)
+        _add_in_blocks(total, rows[:half], weights[:half], scale)
+        _add_in_blocks(total, rows[half:], weights[half:], scale)
     elif width > max_width and total.ndim > 1:
         for i in range(total.shape[0]):
-            _add(total[i], [r[i] for r in rows], weights, scale)
+            _add_in_blocks(total[i], [r[i] for r in rows], weights, scale)
     else:
         step = max(1, max_width // width)
-        groups = [(first, np.array(w, np.float64)) for first, w in compiled_kernels.runs(weights, _LIGHT, len(rows))]
+        groups = [
+            (first, np.array(w, np.float64))
+            for first, w in compiled_kernels.weight_runs(weights, _MAX_PRODUCT_WEIGHT, len(rows))
+        ]
         for start in range(0, total.shape[0], step):
             target = total[start : start + step]
-            rounded = _rounded([r[start : start + step] for r in rows], scale)
+            rounded = _round_rows([r[start : start + step] for r in rows], scale)
             for first, group in groups:
-                target += _weighted(rounded[first : first + group.size], group).reshape(target.shape)
+                target += _weigh_rows(rounded[first : first + group.size], group).reshape(target.shape)
 
 
-def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
+def _round_rows(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
     """Values times 2^scale as whole numbers [rows, values], in this thread's scratch memory."""
     shape, size = rows[0].shape, rows[0].size
     scratch = _scratch()
-    rounded = scratch.whole[: len(rows) * size].reshape(len(rows), size)
+    rounded = scratch.rounded[: len(rows) * size].reshape(len(rows), size)
     # Scaling by a power of two and rounding to whole numbers are exact in float32, too, at half the cost.
     narrow = rows[0].dtype == np.float32
-    scaled: npt.NDArray[Any] = scratch.narrow[: len(rows) * size].reshape(len(rows), size) if narrow else rounded
+    scaled: npt.NDArray[Any] = scratch.scaled[: len(rows) * size].reshape(len(rows), size) if narrow else rounded
     factor = scaled.dtype.type(math.ldexp(1.0, scale))
     for values, row in zip(rows, scaled, strict=True):
         np.multiply(values, factor, out=row.reshape(shape))
@@ -279,12 +289,12 @@ def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.flo
     return rounded
 
 
-def _weighted(rounded: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _weigh_rows(rounded: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Σ weight · rounded [values], in this thread's scratch memory."""
-    if weights.sum() > _LIGHT:  # one weight alone
+    if weights.sum() > _MAX_PRODUCT_WEIGHT:  # one weight alone
         product: npt.NDArray[np.int64] = rounded[0].astype(np.int64) * int(weights[0])
         return product
-    total = _scratch().total[: rounded.shape[1]]
+    total = _scratch().weighted[: rounded.shape[1]]
     if len(weights) == 1:
         np.multiply(rounded[0], weights[0], out=total)
     else:
@@ -298,13 +308,13 @@ class _Scratch:
     """A thread's own memory: fresh one would cost a page fault per 512 numbers."""
 
     def __init__(self) -> None:
-        self.narrow = np.empty(_BLOCK, np.float32)
-        self.whole = np.empty(_BLOCK, np.float64)
-        self.total = np.empty(_LONGEST, np.float64)
+        self.scaled = np.empty(_BLOCK_NUMBERS, np.float32)
+        self.rounded = np.empty(_BLOCK_NUMBERS, np.float64)
+        self.weighted = np.empty(_MAX_ROW_NUMBERS, np.float64)
 
 
 def _scratch() -> _Scratch:
-    scratch: _Scratch | None = getattr(_OWN, "scratch", None)
+    scratch: _Scratch | None = getattr(_THREAD_SCRATCH, "scratch", None)
     if scratch is None:
-        scratch = _OWN.scratch = _Scratch()
+        scratch = _THREAD_SCRATCH.scratch = _Scratch()
     return scratch

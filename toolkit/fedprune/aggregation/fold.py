@@ -29,14 +29,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.client_update import ClientUpdate, check_counts, check_model, check_submodel, rebased
+from fedprune.aggregation.client_update import (
+    ClientUpdate,
+    check_counts,
+    check_fold_base,
+    check_submodel,
+    rebase_update,
+)
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, Range
-from fedprune.aggregation.layout import partly_active, to_global
+from fedprune.aggregation.layout import partial_masks, to_global
 from fedprune.aggregation.round_means import ServerStep
-from fedprune.aggregation.update_sums import PartialSums, UpdateSums, check_parts
+from fedprune.aggregation.update_sums import PartialSums, UpdateSums, check_partial_sums
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, TensorSpec
-from fedprune.model.selection import ALL, Active, Selection, Tensors
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, Tensors
 
 Rule = Literal["coverage", "fill", "zero"]
 
@@ -80,13 +86,13 @@ class Fold:
         if unknown:
             raise BundleError(f"the model has no tensor {unknown[0]!r} to exclude")
         self.architecture = architecture
-        self.base = check_model(architecture, base)
+        self.base = check_fold_base(architecture, base)
         self.rule: Rule = rule
         self.evidence, self.momentum = evidence, momentum
         self.excluded = frozenset(excluded)
         self._collected: list[ClientUpdate] | None = None
         self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
-        self._spans = {t.name: _span(t, self.base[t.name]) for t in architecture.tensors}
+        self._ranges = {t.name: _sum_range(t, self.base[t.name]) for t in architecture.tensors}
         self.clear()
 
     def clear(self) -> None:
@@ -95,13 +101,13 @@ class Fold:
             self.architecture,
             self.base,
             self._shared,
-            self._spans,
+            self._ranges,
             evidence=self.evidence,
             momentum=self.momentum,
         )
 
     @contextmanager
-    def collecting(self) -> Iterator[list[ClientUpdate]]:
+    def collect_updates(self) -> Iterator[list[ClientUpdate]]:
         """Collect updates in a list instead of adding them. The sums and their weight stay as they are."""
         collected: list[ClientUpdate] = []
         self._collected = collected
@@ -110,7 +116,7 @@ class Fold:
         finally:
             self._collected = None
 
-    def narrowed(self, names: Collection[str]) -> Fold:
+    def narrow_to(self, names: Collection[str]) -> Fold:
         """An empty fold of the same kind for some of the tensors, as a part of a fold that is split over processes."""
         fold = copy.copy(self)
         fold.excluded = self.excluded | {t.name for t in self.architecture.tensors if t.name not in names}
@@ -123,29 +129,29 @@ class Fold:
     def shared(self) -> tuple[TensorSpec, ...]:
         return self._shared
 
-    def partial(self) -> PartialSums:
-        """The sums so far, for `take`; the fold must not be added to any more. Raises `BundleError` if nothing
-        was added, or masks of single elements."""
-        self._sums.settle()
+    def partial_sums(self) -> PartialSums:
+        """The sums so far, for `add_partial_sums`; the fold must not be added to any more. Raises `BundleError` if
+        nothing was added, or masks of single elements."""
+        self._sums.add_waiting()
         coverage = self._sums.coverage
         shares = coverage.shares()
         # Masks have a count per coordinate, which a process would have to send along for every tensor.
         if shares is None:
             raise BundleError("sums of masked elements can't be split")
         names = frozenset(t.name for t in self._shared)
-        return PartialSums(names, coverage.expect_layout, shares, self.updates, self._sums.arrays())
+        return PartialSums(names, coverage.required_layout, shares, self.updates, self._sums.arrays())
 
-    def take(self, partial_sums: Sequence[PartialSums]) -> None:
+    def add_partial_sums(self, partial_sums: Sequence[PartialSums]) -> None:
         """Add what narrowed folds have summed of the same updates, which together hold all tensors.
 
         Raises `BundleError` if they don't, or are of another architecture, of different updates, or of other sums than
         these, and `ProtocolError` if the total weight would be too large.
         """
-        check_parts(partial_sums, self.architecture, (t.name for t in self._shared))
+        check_partial_sums(partial_sums, self.architecture, (t.name for t in self._shared))
         weight = partial_sums[0].weight
         if self.weight + weight > MAX_WEIGHT:
             raise ProtocolError("total weight of sums", expected=f"up to {MAX_WEIGHT}", got=self.weight + weight)
-        self._sums.take(partial_sums)
+        self._sums.add_partial_sums(partial_sums)
         self.updates += partial_sums[0].updates
 
     @property
@@ -160,17 +166,17 @@ class Fold:
         shares = self._sums.coverage.shares() or ()
         return tuple(map(max, zip(*(s.widths for s, _ in shares), strict=True))) or self.architecture.sizes
 
-    def span(self, name: str) -> Range:
+    def sum_range(self, name: str) -> Range:
         """The bound and the resolution of a tensor's sum."""
-        return self._spans[name]
+        return self._ranges[name]
 
-    def bound(self, name: str) -> float:
+    def max_value(self, name: str) -> float:
         """The largest magnitude that values of a tensor may have in an update."""
-        return self._spans[name].bound
+        return self._ranges[name].bound
 
     def check(self, selection: Selection, submodel: Mapping[str, npt.NDArray[Any]]) -> None:
         """Check an update before any of it is added: sums can't be taken back. Raises as `check_submodel`."""
-        bounds = {name: span.bound for name, span in self._spans.items()}
+        bounds = {name: span.bound for name, span in self._ranges.items()}
         check_submodel(self.architecture, selection, submodel, bounds, self.excluded)
 
     def add(
@@ -180,7 +186,7 @@ class Fold:
         weight: int,
         steps: int = 1,
         *,
-        mask: Active = ALL,
+        mask: ElementMask = ALL_ACTIVE,
         sent: Mapping[str, npt.NDArray[np.float32]] | None = None,
         checked: bool = False,
     ) -> None:
@@ -202,7 +208,7 @@ class Fold:
         if not checked:
             for tensors in (submodel,) if sent is None else (submodel, sent):
                 self.check(selection, tensors)
-        active = partly_active(self.architecture, selection, mask, self.excluded)
+        active = partial_masks(self.architecture, selection, mask, self.excluded)
         # Copies don't wait to be added together: with many waiting they would take as much memory as the sums.
         is_copied = sent is not None or bool(active)
         update = ClientUpdate(selection, submodel, weight, steps, mask, sent)
@@ -211,8 +217,8 @@ class Fold:
             return
         values: Mapping[str, npt.NDArray[Any]] = submodel
         if sent is not None:
-            bounds = {name: span.bound for name, span in self._spans.items()}
-            values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
+            bounds = {name: span.bound for name, span in self._ranges.items()}
+            values = rebase_update(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
         self._sums.add(selection, values, weight, steps, active, copied=is_copied)
         self.updates += 1
 
@@ -253,16 +259,16 @@ class Fold:
             # An empty fold: the model stays as it is, and so does what moves it.
             elif self._sums.coverage.layout is None:
                 model[spec.name] = self.base[spec.name].copy()
-                if server_momentum and spec.kind.trainable:
+                if server_momentum and spec.kind.is_trainable:
                     next_velocity[spec.name] = (
                         np.zeros(spec.shape, np.float32)
                         if former_velocity is None
                         else former_velocity.astype(np.float32)
                     )
-            elif server_momentum and spec.kind.trainable:
-                model[spec.name], next_velocity[spec.name] = means.moving(spec, step, former_velocity)
+            elif server_momentum and spec.kind.is_trainable:
+                model[spec.name], next_velocity[spec.name] = means.next_tensor_and_velocity(spec, step, former_velocity)
             else:
-                model[spec.name] = means.following(spec, step)
+                model[spec.name] = means.next_tensor(spec, step)
         return model, next_velocity if server_momentum else None
 
     def mass(self, name: str) -> npt.NDArray[np.int64]:
@@ -285,7 +291,7 @@ class Fold:
             √steps_k·u_k at ±1/4), and whether any device trained it.
         """
         spec = self.architecture.by_name.get(name)
-        if not self.evidence or spec is None or not spec.kind.trainable:
+        if not self.evidence or spec is None or not spec.kind.is_trainable:
             raise BundleError(f"the fold keeps no movement of {name}", hint="Make it with evidence=True.")
         mass = self.mass(name)
         layout = self._sums.coverage.layout
@@ -296,9 +302,9 @@ class Fold:
         return first / divisor, second / divisor, mass > 0
 
 
-def _span(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
+def _sum_range(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
     """The range of a tensor's sum. Weights may be up to 8, or 8 times the base's largest, and at most twice as much.
     Statistics follow the data's scale and have no natural bound: up to 2^24 or more, in two limbs."""
-    if spec.kind.trainable:
+    if spec.kind.is_trainable:
         return Range.around(base)
-    return Range.around(base, least=24, limbs=2)
+    return Range.around(base, min_exponent=24, limbs=2)

@@ -3,7 +3,7 @@
 Sums are laid out by the ranks of the first update: along every axis, segment by segment, the most important channel
 first. A submodel of the same ranks is a prefix of each segment, so that slices do; others need index arrays.
 
-`Coverage` is the weight behind every coordinate. Where updates hold whole channels, their selections suffice, and
+`UpdateCoverage` is the weight behind every coordinate. Where updates hold whole channels, their selections suffice, and
 nothing is counted per coordinate until a round closes. Where an update's mask is made of single elements, its tensor
 gets an array of counts of its own.
 """
@@ -21,23 +21,23 @@ import numpy.typing as npt
 from fedprune.aggregation.fixed_point import Index
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import FIXED, Architecture, Axis, TensorSpec
-from fedprune.model.selection import Active, Indices, Selection, mesh
+from fedprune.model.selection import ElementMask, Indices, Selection, mesh
 
 # Numbers of a run of rows: 512 KiB of int64 sums stay in a core's cache while they are worked on.
-_CHUNK = 65_536
+_MAX_BLOCK_NUMBERS = 65_536
 
 
-def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterator[tuple[Index, Index]]:
+def index_pairs(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterator[tuple[Index, Index]]:
     """Pairs of an index into the sums of a tensor and an index into a submodel's tensor.
 
     A submodel of the layout's ranks is a prefix of each segment, so that its pairs are slices, and views of the sums.
     Others get one open mesh of index arrays, which copies.
     """
-    if all(_same_ranks(layout, selection, axis) for axis in spec.axes):
+    if all(_has_same_ranks(layout, selection, axis) for axis in spec.axes):
         if all(selection.widths[g] == layout.widths[g] for axis in spec.axes for g in axis.groups):
             yield (...,), (...,)
             return
-        for pairs in itertools.product(*(_pieces(axis, selection) for axis in spec.axes)):
+        for pairs in itertools.product(*(_axis_runs(axis, selection) for axis in spec.axes)):
             yield tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
         return
     sum_indices = [
@@ -47,7 +47,7 @@ def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterato
     yield mesh(sum_indices), (...,)
 
 
-class Grid(NamedTuple):
+class RowColumnMap(NamedTuple):
     """Coordinates of one tensor's numbers in another, if only the first two axes are permuted.
 
     Compiled kernels take these alone: in convolutions and dense layers channels are on the first two axes.
@@ -61,34 +61,34 @@ class Grid(NamedTuple):
     inner: int
 
 
-def into_sums(layout: Selection, spec: TensorSpec, selection: Selection) -> Grid | None:
+def map_into_sums(layout: Selection, spec: TensorSpec, selection: Selection) -> RowColumnMap | None:
     """Coordinates of a submodel's tensor in the sums; None where further axes are permuted or cut."""
     orders, selected = layout.maps(spec.name), selection.maps(spec.name)
-    if not _as_they_are(orders[2:]) or not _as_they_are(selected[2:]) or not orders:
+    if not _are_identities(orders[2:]) or not _are_identities(selected[2:]) or not orders:
         return None
     if any(a.size != b.size for a, b in zip(orders[2:], selected[2:], strict=True)):
         return None
-    return _grid(
+    return _row_column_map(
         spec, [np.argsort(order)[own_order] for order, own_order in zip(orders[:2], selected[:2], strict=True)]
     )
 
 
-def into_model(layout: Selection, spec: TensorSpec) -> Grid | None:
+def map_into_model(layout: Selection, spec: TensorSpec) -> RowColumnMap | None:
     """Coordinates of a tensor of the sums in the global model's; None where further axes are permuted."""
     orders = layout.maps(spec.name)
-    return _grid(spec, orders) if orders and _as_they_are(orders[2:]) else None
+    return _row_column_map(spec, orders) if orders and _are_identities(orders[2:]) else None
 
 
-def _as_they_are(orders: Sequence[Indices]) -> bool:
-    return all(_identity(order) for order in orders)
+def _are_identities(orders: Sequence[Indices]) -> bool:
+    return all(_is_identity(order) for order in orders)
 
 
-def _grid(spec: TensorSpec, orders: Sequence[Indices]) -> Grid:
+def _row_column_map(spec: TensorSpec, orders: Sequence[Indices]) -> RowColumnMap:
     columns = orders[1] if len(orders) > 1 else np.zeros(1, np.int64)
-    return Grid(orders[0], columns, math.prod(spec.shape[2:]))
+    return RowColumnMap(orders[0], columns, math.prod(spec.shape[2:]))
 
 
-def in_order(layout: Selection, selection: Selection) -> bool:
+def has_layout_ranks(layout: Selection, selection: Selection) -> bool:
     """Whether a submodel's channels are the first ones of the layout, so that slices are enough."""
     return layout.ranks is selection.ranks or all(
         a is b or np.array_equal(a, b) for a, b in zip(layout.ranks, selection.ranks, strict=True)
@@ -126,67 +126,72 @@ class Expansion:
             indices = indices[order]
             source_indices.append(indices)
             last_permuted = last_permuted if np.array_equal(indices, positions) else i
-        self._first = source_indices[0]
-        self._rest: npt.NDArray[np.int64] | None = None
+        self._source_rows = source_indices[0]
+        self._offsets_in_row: npt.NDArray[np.int64] | None = None
         if last_permuted:
             flat, missing = np.zeros((), np.int64), np.zeros((), np.bool_)
             for i, indices in enumerate(source_indices[1 : last_permuted + 1], start=1):
                 flat = flat[..., None] + indices * math.prod(value.shape[i + 1 : last_permuted + 1])
                 missing = missing[..., None] | (indices < 0)
-            self._rest = np.where(missing, -1, flat).reshape(-1)
+            self._offsets_in_row = np.where(missing, -1, flat).reshape(-1)
         self._value = np.ascontiguousarray(value)
         self._shape = spec.shape
         self._absent = absent_value
-        self._side_by_side = math.prod(value.shape[last_permuted + 1 :])
-        self._row: npt.NDArray[Any] = np.empty(0, value.dtype)
-        self._places: npt.NDArray[np.int64] = np.empty((0, 0), np.int64)
+        self._run_length = math.prod(value.shape[last_permuted + 1 :])
+        self._row_buffer: npt.NDArray[Any] = np.empty(0, value.dtype)
+        self._sources: npt.NDArray[np.int64] = np.empty((0, 0), np.int64)
 
     def rows(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Rows from `start` to before `stop` of the whole tensor; `out` is where they may be put, C-contiguous [stop −
         start, ...]."""
-        source_rows, shape = self._first[start:stop], (stop - start, *self._shape[1:])
-        if self._rest is None and source_rows.size and _identity(source_rows - source_rows[0]) and source_rows[0] >= 0:
+        source_rows, shape = self._source_rows[start:stop], (stop - start, *self._shape[1:])
+        if (
+            self._offsets_in_row is None
+            and source_rows.size
+            and _is_identity(source_rows - source_rows[0])
+            and source_rows[0] >= 0
+        ):
             return self._value[source_rows[0] : source_rows[0] + source_rows.size].reshape(shape)
         out = np.empty(shape, self._value.dtype) if out is None else out
         if not self._value.size:
             out[...] = self._absent
             return out
         flat = self._value.reshape(len(self._value), -1)
-        if self._rest is None:
+        if self._offsets_in_row is None:
             flat.take(source_rows, axis=0, mode="clip", out=out.reshape(len(source_rows), -1))
         else:
-            self._spread(flat, source_rows, out)
+            self._take_runs(flat, source_rows, out)
         missing = np.flatnonzero(source_rows < 0)
         if missing.size:
             out[missing] = self._absent
         return out
 
-    def _spread(self, flat: npt.NDArray[Any], source_rows: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+    def _take_runs(self, flat: npt.NDArray[Any], source_rows: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         """Take whole rows first, then the numbers within them, whole runs of neighbours at a time.
 
         Absent numbers are taken from a run of the absent value that lies before the rows.
         """
-        offsets, run = self._rest, self._side_by_side
+        offsets, run = self._offsets_in_row, self._run_length
         if offsets is None:
             return
-        if len(source_rows) > len(self._places):
-            self._row = np.full(run + len(source_rows) * flat.shape[1], self._absent, flat.dtype)
+        if len(source_rows) > len(self._sources):
+            self._row_buffer = np.full(run + len(source_rows) * flat.shape[1], self._absent, flat.dtype)
             row_starts = 1 + np.arange(len(source_rows)) * (flat.shape[1] // run)
-            self._places = np.where(offsets < 0, 0, row_starts[:, None] + offsets)
-        rows = self._row[run : run + len(source_rows) * flat.shape[1]].reshape(len(source_rows), -1)
+            self._sources = np.where(offsets < 0, 0, row_starts[:, None] + offsets)
+        rows = self._row_buffer[run : run + len(source_rows) * flat.shape[1]].reshape(len(source_rows), -1)
         flat.take(source_rows, axis=0, mode="clip", out=rows)
-        sources = self._places[: len(source_rows)].reshape(-1)
-        self._row.reshape(-1, run).take(sources, axis=0, mode="clip", out=out.reshape(-1, run))
+        sources = self._sources[: len(source_rows)].reshape(-1)
+        self._row_buffer.reshape(-1, run).take(sources, axis=0, mode="clip", out=out.reshape(-1, run))
 
 
-def mass_in(
+def coverage_mass(
     layout: Selection, spec: TensorSpec, shares: Collection[tuple[Selection, int]]
 ) -> npt.NDArray[np.int64] | None:
     """Per coordinate of a tensor, in the layout, the weight of the updates (`shares`: by selection) that hold it.
 
     Axes that every update holds as a whole have length 1; None where every update holds the whole tensor.
     """
-    if all(selection.whole for selection, _ in shares):
+    if all(selection.is_full for selection, _ in shares):
         return None
     weights = np.array([n for _, n in shares], np.float64)  # sums of at most 2^24 are exact
     shape, letters, memberships = [1] * len(spec.axes), "", []
@@ -216,7 +221,7 @@ def mass_in(
 def to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
     """A tensor of the global model, in the layout."""
     for axis, order in enumerate(layout.maps(spec.name)):
-        if not _identity(order):
+        if not _is_identity(order):
             value = value.take(order, axis=axis)
     return value
 
@@ -224,7 +229,7 @@ def to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> n
 def to_global(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
     """The result of `to_layout`, back in the model's order."""
     for axis, order in enumerate(layout.maps(spec.name)):
-        if not _identity(order):
+        if not _is_identity(order):
             value = value.take(np.argsort(order), axis=axis)
     return value
 
@@ -234,18 +239,18 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Index]:
     if not shape:
         yield (...,)
         return
-    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    rows = max(1, _MAX_BLOCK_NUMBERS // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
         yield (slice(start, min(shape[0], start + rows)),)
 
 
-def _same_ranks(first: Selection, second: Selection, axis: Axis) -> bool:
+def _has_same_ranks(first: Selection, second: Selection, axis: Axis) -> bool:
     return first.ranks is second.ranks or all(
         first.ranks[g] is second.ranks[g] or np.array_equal(first.ranks[g], second.ranks[g]) for g in axis.groups
     )
 
 
-def _pieces(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
+def _axis_runs(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
     """Runs of a submodel's axis: slices of the whole axis in rank order and of its own.
 
     Neighbouring runs are joined: the fewer slices, the larger the blocks that are added at once.
@@ -271,82 +276,85 @@ def _pieces(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
     return [(slice(a, a + n), slice(b, b + n)) for a, b, n in runs]
 
 
-def _identity(order: npt.NDArray[np.int64]) -> bool:
+def _is_identity(order: npt.NDArray[np.int64]) -> bool:
     return bool(np.array_equal(order, np.arange(order.size)))
 
 
 Mass = npt.NDArray[np.int64]
 
 
-class Coverage:
+class UpdateCoverage:
     """The weight of the updates that hold each coordinate, in the layout of the first one's ranks."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self.layout: Selection | None = None
         self.weight = 0
-        self._known: dict[str, Selection] = {}
-        self._shares: dict[tuple[str, frozenset[str]], tuple[Selection, int]] = {}
-        self._single: dict[str, Mass] = {}
+        self._shared_selections: dict[str, Selection] = {}
+        self._weight_of_selection: dict[tuple[str, frozenset[str]], tuple[Selection, int]] = {}
+        self._masked_mass: dict[str, Mass] = {}
 
     @property
-    def expect_layout(self) -> Selection:
+    def required_layout(self) -> Selection:
         """The layout. Raises `BundleError` if nothing was added yet."""
         if self.layout is None:
             raise BundleError("the fold is empty")
         return self.layout
 
-    def settle(self, selection: Selection) -> Selection:
+    def settle_layout(self, selection: Selection) -> Selection:
         """The layout, which the first selection decides."""
         if self.layout is None:
-            self.layout = selection.narrowed(self.architecture.sizes)
+            self.layout = selection.with_widths(self.architecture.sizes)
         return self.layout
 
-    def known(self, selection: Selection) -> Selection:
+    def shared_selection(self, selection: Selection) -> Selection:
         """A selection equal to this one, the same object for all updates. If its ranks are the layout's, it has their
         arrays, so that comparing them costs nothing."""
-        layout, shared = self.settle(selection), self._known.get(selection.digest)
+        layout, shared = self.settle_layout(selection), self._shared_selections.get(selection.digest)
         if shared is None:
             shared = selection
-            if in_order(layout, selection):
-                shared = layout if selection.widths == layout.widths else layout.narrowed(selection.widths)
-            self._known[selection.digest] = shared
+            if has_layout_ranks(layout, selection):
+                shared = layout if selection.widths == layout.widths else layout.with_widths(selection.widths)
+            self._shared_selections[selection.digest] = shared
         return shared
 
-    def add(self, selection: Selection, weight: int, active: Active) -> None:
+    def add(self, selection: Selection, weight: int, active: ElementMask) -> None:
         """Count an update of this weight; `active` is, per tensor that it holds only in part, which elements."""
-        layout = self.settle(selection)
+        layout = self.settle_layout(selection)
         for name, mask in active.items():
             spec = self.architecture.by_name[name]
-            if name not in self._single:
-                self._single[name] = np.zeros(spec.shape, np.int64)
-            for sum_index, update_index in places(layout, spec, selection):
-                self._single[name][sum_index] += weight * mask[update_index]
+            if name not in self._masked_mass:
+                self._masked_mass[name] = np.zeros(spec.shape, np.int64)
+            for sum_index, update_index in index_pairs(layout, spec, selection):
+                self._masked_mass[name][sum_index] += weight * mask[update_index]
         key = (selection.digest, frozenset(active))
-        _, before = self._shares.get(key, (selection, 0))
-        self._shares[key] = (selection, before + weight)
+        _, before = self._weight_of_selection.get(key, (selection, 0))
+        self._weight_of_selection[key] = (selection, before + weight)
         self.weight += weight
 
     def mass(self, spec: TensorSpec) -> Mass | None:
         """Weight per coordinate of a tensor, in the layout; None where every update holds the whole tensor. Axes that
         every update holds as a whole may be 1 long."""
-        layout = self.expect_layout
-        shares = [share for (_, single), share in self._shares.items() if spec.name not in single]
-        selected_mass = mass_in(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
-        if spec.name not in self._single:
+        layout = self.required_layout
+        shares = [share for (_, single), share in self._weight_of_selection.items() if spec.name not in single]
+        selected_mass = coverage_mass(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
+        if spec.name not in self._masked_mass:
             return selected_mass
-        return self._single[spec.name] + (sum(w for _, w in shares) if selected_mass is None else selected_mass)
+        return self._masked_mass[spec.name] + (sum(w for _, w in shares) if selected_mass is None else selected_mass)
 
     def shares(self) -> tuple[tuple[Selection, int], ...] | None:
         """Selections and the weight of all updates of each; None where masks of single elements were counted."""
-        if self._single:
+        if self._masked_mass:
             return None
-        return tuple((selection.narrowed(selection.widths), weight) for selection, weight in self._shares.values())
+        return tuple(
+            (selection.with_widths(selection.widths), weight)
+            for selection, weight in self._weight_of_selection.values()
+        )
 
 
-def partly_active(
-    architecture: Architecture, selection: Selection, mask: Active, left_out: Collection[str] = ()
-) -> Active:
+def partial_masks(
+    architecture: Architecture, selection: Selection, mask: ElementMask, left_out: Collection[str] = ()
+) -> ElementMask:
     """The masks, in the submodel's coordinates, that leave something out of their tensor. Whole tensors need no counts
     per coordinate.
 
@@ -355,7 +363,7 @@ def partly_active(
     active_masks = {}
     for name, active in mask.items():
         spec = architecture.by_name.get(name)
-        if spec is None or not spec.kind.trainable:
+        if spec is None or not spec.kind.is_trainable:
             raise ProtocolError(f"mask of {name}", expected="masks of tensors that are trained")
         shape = architecture.shape(name, selection.widths)
         if active.shape != shape or active.dtype != np.bool_:

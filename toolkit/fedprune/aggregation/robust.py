@@ -19,9 +19,9 @@ from fedprune.model.selection import Selection, Tensors, mesh
 
 Centre = Literal["median", "trimmed"]
 
-_BLOCK = 131_072  # float32s of all devices together, 512 KiB: they stay in the cache
+_BLOCK_NUMBERS = 131_072  # float32s of all devices together, 512 KiB: they stay in the cache
 # Devices up to which a network of exchanges is faster than sorting: it has more steps, but vector instructions.
-_NETWORK = 256
+_MAX_NETWORK_DEVICES = 256
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
         yield batch
 
 
-def rows_of(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Selection) -> npt.NDArray[np.float32]:
+def update_rows(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Selection) -> npt.NDArray[np.float32]:
     """An update's values w_t + Δ_k in a slab: infinite where it holds none.
 
     Args:
@@ -68,7 +68,7 @@ def rows_of(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Sel
     """
     spec, selection = slab.spec, update.selection
     value = update.tensors[spec.name]
-    if spec.kind.trainable:
+    if spec.kind.is_trainable:
         if update.sent is not None:
             base_value = base[spec.name][mesh(selection.maps(spec.name))]
             value = (value.astype(np.float64) - update.sent[spec.name] + base_value).astype(np.float32)
@@ -79,7 +79,7 @@ def rows_of(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Sel
     return Expansion(full_selection, spec, selection, value, np.inf).rows(slab.start, slab.stop)
 
 
-def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> npt.NDArray[np.float32]:
+def robust_mean(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> npt.NDArray[np.float32]:
     """The median or the trimmed mean of devices' values, per coordinate over those that hold it; infinite where none
     does.
 
@@ -92,7 +92,7 @@ def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> 
     devices = len(values)
     flat = values.reshape(devices, -1)
     out = np.empty(flat.shape[1], np.float32)
-    step = max(64, _BLOCK // devices)
+    step = max(64, _BLOCK_NUMBERS // devices)
     for start in range(0, flat.shape[1], step):
         block = flat[:, start : start + step]
         # Where all devices hold all coordinates, none needs to be counted.
@@ -101,15 +101,17 @@ def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> 
         else:
             holders = np.add.reduce(np.isfinite(block), axis=0, dtype=np.int32)
             counts = np.flatnonzero(np.bincount(holders)).tolist()
-        rows = _ordered(block, devices if kind != "median" else counts[-1] // 2 + 1)
+        rows = _sorted_rows(block, devices if kind != "median" else counts[-1] // 2 + 1)
         target = out[start : start + step]
         for count in counts:
             indices: Any = ... if holders is None else np.flatnonzero(holders == count)
-            target[indices] = np.inf if not count else _middle([rows[i][indices] for i in _counted(count, kind, trim)])
+            target[indices] = (
+                np.inf if not count else _mean_of_rows([rows[i][indices] for i in _averaged_indices(count, kind, trim)])
+            )
     return out.reshape(values.shape[1:])
 
 
-def _counted(count: int, kind: Centre, trim: float) -> range:
+def _averaged_indices(count: int, kind: Centre, trim: float) -> range:
     """Indices of the ordered values that are averaged, of `count` devices."""
     if kind == "median":
         return range((count - 1) // 2, count // 2 + 1)
@@ -118,7 +120,7 @@ def _counted(count: int, kind: Centre, trim: float) -> range:
     return range(cut, count - cut)
 
 
-def _middle(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+def _mean_of_rows(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
     total = rows[0].astype(np.float64)
     for row in rows[1:]:
         total += row
@@ -126,16 +128,16 @@ def _middle(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
     return total
 
 
-def _ordered(block: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.float32]]:
+def _sorted_rows(block: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.float32]]:
     """The columns of [devices, numbers] in ascending order, as rows from the lowest on: at least the first `count`.
 
     A network of exchanges (Batcher 1968) does whole rows at a time, in the cache; from many devices on, sorting takes
     fewer steps.
     """
-    if len(block) > _NETWORK:
+    if len(block) > _MAX_NETWORK_DEVICES:
         return list(np.sort(block, axis=0))
     rows, buffer = list(block), np.empty(block.shape[1], np.float32)
-    for i, j in _exchanges(len(block), count):
+    for i, j in _exchange_pairs(len(block), count):
         low, high = rows[i], rows[j]
         np.minimum(low, high, out=buffer)
         np.maximum(low, high, out=high)
@@ -144,7 +146,7 @@ def _ordered(block: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.
 
 
 @lru_cache(maxsize=256)
-def _exchanges(size: int, count: int) -> tuple[tuple[int, int], ...]:
+def _exchange_pairs(size: int, count: int) -> tuple[tuple[int, int], ...]:
     """Batcher's odd-even merge sort, without exchanges on which the lowest `count` values don't depend."""
     pairs = []
     run_length = 1

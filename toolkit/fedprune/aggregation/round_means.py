@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index
-from fedprune.aggregation.layout import Coverage, into_model, row_blocks, to_global, to_layout
+from fedprune.aggregation.layout import UpdateCoverage, map_into_model, row_blocks, to_global, to_layout
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import TensorSpec
 
@@ -43,7 +43,7 @@ class ServerStep:
         if not 0 < self.rate <= MAX_RATE:
             raise BundleError("server rate", expected=f"above 0 and at most {MAX_RATE:g}", got=self.rate)
 
-    def towards(self, base: npt.NDArray[Any], mean: Float64s, *, measured: bool) -> Float64s:
+    def step_towards(self, base: npt.NDArray[Any], mean: Float64s, *, measured: bool) -> Float64s:
         """w_t + rate·(w̄ − w_t); w̄ itself at a rate of 1.
 
         Statistics (`measured`) never go beyond the mean: a variance could become negative.
@@ -54,7 +54,7 @@ class ServerStep:
         out: Float64s = base + rate * (mean - base)
         return out
 
-    def moving(
+    def step_with_momentum(
         self, base: npt.NDArray[Any], mean: Float64s, velocity: npt.NDArray[np.float32]
     ) -> tuple[Float64s, Float64s]:
         """w_t + v, and v.
@@ -68,16 +68,16 @@ class ServerStep:
         return following, speed
 
 
-class Rows(NamedTuple):
+class MeanRows(NamedTuple):
     """Some rows of a tensor's mean, in the fold's layout, valid until the next rows are asked for.
 
-    `held` is which coordinates any update holds (None for all), `base` the base's rows, where they were asked for or
+    `covered` is which coordinates any update holds (None for all), `base` the base's rows, where they were asked for or
     needed.
     """
 
     rows: Index
     mean: Float64s
-    held: npt.NDArray[np.bool_] | None
+    covered: npt.NDArray[np.bool_] | None
     base: npt.NDArray[np.float32] | None
 
 
@@ -95,7 +95,7 @@ class RoundMeans:
         self,
         base: Mapping[str, npt.NDArray[np.float32]],
         rule: str,
-        coverage: Coverage,
+        coverage: UpdateCoverage,
         sums: Mapping[str, FixedSum],
     ) -> None:
         self._base = base
@@ -103,19 +103,19 @@ class RoundMeans:
         self._coverage = coverage
         self._sums = sums
 
-    def following(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
+    def next_tensor(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
         """A tensor of the next model, without momentum."""
-        layout = self._coverage.expect_layout
+        layout = self._coverage.required_layout
         out = np.empty(spec.shape, np.float32)
-        mass = self._mass(spec)
+        mass = self._divisor(spec)
         # The mean itself needs no base, and compiled kernels can write it in one pass.
         if step.rate == 1:
             if mass is None and self._sums[spec.name].round_to(out, 1.0 / self._coverage.weight):
                 return to_global(out, spec, layout)
-            if mass is not None and self._close_to(out, spec, mass):
+            if mass is not None and self._close_compiled(out, spec, mass):
                 return out
         for rows, mean, covered, base in self._by_rows(spec, mass, follows=step.rate != 1):
-            next_rows = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
+            next_rows = mean if base is None else step.step_towards(base, mean, measured=not spec.kind.is_trainable)
             if covered is None or base is None:
                 out[rows] = next_rows
             else:
@@ -123,17 +123,17 @@ class RoundMeans:
                 np.copyto(out[rows], next_rows, where=covered, casting="same_kind")
         return to_global(out, spec, layout)
 
-    def moving(
+    def next_tensor_and_velocity(
         self, spec: TensorSpec, step: ServerStep, velocity: npt.NDArray[np.float32] | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """A trained tensor of the next model, and its velocity, from that of the round before (None for zero)."""
-        layout = self._coverage.expect_layout
+        layout = self._coverage.required_layout
         base = to_layout(self._base[spec.name], spec, layout)
         former_velocity = np.zeros(spec.shape, np.float32) if velocity is None else velocity
         moving = np.array(to_layout(former_velocity, spec, layout), np.float32)
         out = np.empty(spec.shape, np.float32)
-        for rows, mean, covered, _ in self._by_rows(spec, self._mass(spec), follows=False):
-            following, speed = step.moving(base[rows], mean, moving[rows])
+        for rows, mean, covered, _ in self._by_rows(spec, self._divisor(spec), follows=False):
+            following, speed = step.step_with_momentum(base[rows], mean, moving[rows])
             if covered is None:
                 out[rows], moving[rows] = following, speed
             else:
@@ -141,12 +141,16 @@ class RoundMeans:
                 moving[rows] = np.where(covered, speed, moving[rows])
         return to_global(out, spec, layout), to_global(moving, spec, layout)
 
-    def _close_to(self, out: npt.NDArray[np.float32], spec: TensorSpec, mass: npt.NDArray[np.int64]) -> bool:
+    def _close_compiled(self, out: npt.NDArray[np.float32], spec: TensorSpec, mass: npt.NDArray[np.int64]) -> bool:
         """Put a tensor that not all updates hold entirely into `out`, in the model's order, if that is compiled.
 
         Returns whether it was done: `fill` adds the base's own weight, and further cut axes have no kernel.
         """
-        grid = into_model(self._coverage.expect_layout, spec) if compiled_kernels.in_use() and mass.size else None
+        grid = (
+            map_into_model(self._coverage.required_layout, spec)
+            if compiled_kernels.has_kernels() and mass.size
+            else None
+        )
         if grid is None or self._rule == "fill" or mass.size > mass.shape[0] * math.prod(mass.shape[1:2]):
             return False
         row_mass = mass.reshape(mass.shape[0], -1)
@@ -155,23 +159,23 @@ class RoundMeans:
         base = np.ascontiguousarray(self._base[spec.name])
         return self._sums[spec.name].close_to(out, base, full_share, *grid)
 
-    def _mass(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
+    def _divisor(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
         """The divisor of a tensor's sums; None for all weight."""
         # Zero filling divides by all weight, whichever updates hold a coordinate.
-        return None if self._rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
+        return None if self._rule == "zero" and spec.kind.is_trainable else self._coverage.mass(spec)
 
-    def _by_rows(self, spec: TensorSpec, mass: npt.NDArray[np.int64] | None, *, follows: bool) -> Iterator[Rows]:
+    def _by_rows(self, spec: TensorSpec, mass: npt.NDArray[np.int64] | None, *, follows: bool) -> Iterator[MeanRows]:
         """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed.
 
         By runs, float64 temporaries stay in the cache and don't double the memory of a large tensor.
         """
         sums, weight = self._sums[spec.name], self._coverage.weight
-        fill = self._rule == "fill" and spec.kind.trainable and mass is not None
+        fill = self._rule == "fill" and spec.kind.is_trainable and mass is not None
         # Where each coordinate is held by some update, none keeps the base's value, and the base isn't read.
         everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
         base = None
         if follows or fill or not everywhere:
-            base = to_layout(self._base[spec.name], spec, self._coverage.expect_layout)
+            base = to_layout(self._base[spec.name], spec, self._coverage.required_layout)
         share = None if mass is None or fill else np.broadcast_to(1.0 / np.maximum(mass, 1), spec.shape)
         mass = None if mass is None else np.broadcast_to(mass, spec.shape)
         buffer: Float64s | None = None
@@ -190,4 +194,4 @@ class RoundMeans:
                 mean = sums.value(rows, 1.0 / weight if share is None else 1.0, buffer[: size[0]] if size else buffer)
                 if share is not None:
                     mean *= share[rows]
-            yield Rows(rows, mean, covered, base_rows)
+            yield MeanRows(rows, mean, covered, base_rows)

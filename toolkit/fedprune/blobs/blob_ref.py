@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fedprune.core.errors import ProtocolError
-from fedprune.core.records import Digest, convert, within
+from fedprune.core.records import Digest, convert_record, number_range
 
 # Bytes of a leaf; the last one of a blob may be shorter. A leaf fits into a message of every broker, hosted ones
 # included, so that chunks are whole leaves and are verified on arrival.
-LEAF = 32 * 1024
+LEAF_BYTES = 32 * 1024
 
 # Bytes of a leaf's digest in the leaf table.
-DIGEST = 32
+DIGEST_BYTES = 32
 
 # The suffix of a leaf table's file after its blob's name.
-SUFFIX = ".leaves"
+TABLE_SUFFIX = ".leaves"
 
 # Size that no reference may exceed; a store's own limit is usually far lower.
-MAX_BLOB = 2**40
+MAX_BLOB_BYTES = 2**40
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BlobRef:
     """A blob's name (the hex sha256 of all bytes), size, and the sha256 of its leaf table."""
 
     sha256: Digest
-    size: Annotated[int, within(0, MAX_BLOB)]
+    size: Annotated[int, number_range(0, MAX_BLOB_BYTES)]
     leaves: Digest
 
     @classmethod
@@ -44,15 +44,15 @@ class BlobRef:
     @property
     def leaf_count(self) -> int:
         """Number of leaves; an empty blob has none."""
-        return -(-self.size // LEAF)
+        return -(-self.size // LEAF_BYTES)
 
     @property
     def piece_count(self) -> int:
         """Number of pieces of at most 32 KiB in which the leaf table travels."""
-        return -(-self.leaf_count * DIGEST // LEAF)
+        return -(-self.leaf_count * DIGEST_BYTES // LEAF_BYTES)
 
     def leaf_size(self, index: int) -> int:
-        return min(LEAF, self.size - index * LEAF)
+        return min(LEAF_BYTES, self.size - index * LEAF_BYTES)
 
     def to_dict(self) -> dict[str, Any]:
         return {"sha256": self.sha256, "size": self.size, "leaves": self.leaves}
@@ -60,7 +60,7 @@ class BlobRef:
     @classmethod
     def from_dict(cls, body: object) -> BlobRef:
         """Read and check; unknown keys are ignored. Raises `ProtocolError`."""
-        return convert(cls, body, "blob reference", ProtocolError)
+        return convert_record(cls, body, "blob reference", ProtocolError)
 
 
 def table_file(table: bytes) -> bytes:
@@ -73,16 +73,18 @@ def table_file(table: bytes) -> bytes:
 
 def read_table_file(raw: bytes, leaf_count: int) -> bytes | None:
     """The leaf table in the bytes of a `table_file`; None if they are damaged or of another length."""
-    digest, table = raw[:DIGEST], raw[DIGEST:]
-    return table if len(table) == leaf_count * DIGEST and hashlib.sha256(table).digest() == digest else None
+    digest, table = raw[:DIGEST_BYTES], raw[DIGEST_BYTES:]
+    return table if len(table) == leaf_count * DIGEST_BYTES and hashlib.sha256(table).digest() == digest else None
 
 
 def leaf_table(data: bytes | memoryview) -> bytes:
     """Digests of the leaves of `data`, one after the other."""
     view = memoryview(data)
-    return b"".join(hashlib.sha256(view[start : start + LEAF]).digest() for start in range(0, len(view), LEAF))
+    return b"".join(
+        hashlib.sha256(view[start : start + LEAF_BYTES]).digest() for start in range(0, len(view), LEAF_BYTES)
+    )
 
 
-def digests(table: bytes) -> list[bytes]:
+def leaf_digests(table: bytes) -> list[bytes]:
     """The digests of a leaf table."""
-    return [table[start : start + DIGEST] for start in range(0, len(table), DIGEST)]
+    return [table[start : start + DIGEST_BYTES] for start in range(0, len(table), DIGEST_BYTES)]

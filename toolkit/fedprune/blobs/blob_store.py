@@ -15,22 +15,32 @@ from functools import partial
 from io import RawIOBase
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, SUFFIX, BlobRef, leaf_table, read_table_file, table_file
+from fedprune.blobs.blob_ref import (
+    DIGEST_BYTES,
+    LEAF_BYTES,
+    TABLE_SUFFIX,
+    BlobRef,
+    leaf_table,
+    read_table_file,
+    table_file,
+)
 from fedprune.blobs.partial_blob import BlobFolder, PartialBlob, process_name
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.validation import is_digest
 
 # Default limit of one blob's size.
-MAX_SIZE = 2**30
+DEFAULT_MAX_BYTES = 2**30
 
 # Default number of bytes that stay free on the disk.
-RESERVE = 1024 * 1024
+DEFAULT_RESERVE_BYTES = 1024 * 1024
 
 # The key and size of an object in a bucket, by the digest of its blob.
-Objects = Mapping[str, tuple[str, int]]
+BucketObjects = Mapping[str, tuple[str, int]]
 
-_LOST = "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
+_MISSING_BLOB_HINT = (
+    "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
+)
 
 
 class MissingBlobError(StorageError):
@@ -51,25 +61,25 @@ class BlobStore(BlobFolder):
         self,
         root: Path,
         *,
-        max_size: int = MAX_SIZE,
-        reserve: int = RESERVE,
+        max_size: int = DEFAULT_MAX_BYTES,
+        reserve: int = DEFAULT_RESERVE_BYTES,
         durable: bool = True,
         sweep: bool = True,
     ) -> None:
         super().__init__(root, max_size, reserve, durable=durable)
-        self._checked: dict[str, tuple[int, int, int]] = {}
+        self._verified_states: dict[str, tuple[int, int, int]] = {}
         if sweep:
-            self._sweep()
+            self._remove_dead_files()
 
     def put(self, data: bytes | memoryview) -> BlobRef:
         """Store these bytes, unless the store has them already. Raises `StorageFullError` if the disk is full, or the
         blob is larger than the store allows."""
         table = leaf_table(data)
         ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
-        if not self._whole(ref):
+        if not self._is_complete(ref):
             self.check_room(ref.size)
             self.write_file(self.path(ref.sha256), data)
-            self._keep_table(ref.sha256, table)
+            self._store_table(ref.sha256, table)
         return ref
 
     def ref(self, sha256: str) -> BlobRef:
@@ -82,7 +92,7 @@ class BlobStore(BlobFolder):
         try:
             return self.path(sha256).stat().st_size
         except FileNotFoundError as error:
-            raise self._missing(sha256) from error
+            raise self._missing_error(sha256) from error
 
     def read(self, sha256: str) -> bytes:
         """A blob's bytes, checked against its name. Raises `MissingBlobError` if it is not here, and `StorageError` if
@@ -92,8 +102,8 @@ class BlobStore(BlobFolder):
             with storage_errors(f"can't read {path}", missing=True):
                 data = read_file(path)
         except FileNotFoundError as error:
-            raise self._missing(sha256) from error
-        self._expect(sha256, data)
+            raise self._missing_error(sha256) from error
+        self._check_digest(sha256, data)
         return data
 
     def map(self, sha256: str) -> memoryview:
@@ -107,15 +117,15 @@ class BlobStore(BlobFolder):
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b"")
         # Who can write to the folder can also forge a time stamp: this finds failing disks, not attackers.
         file_state = (status.st_ino, status.st_size, status.st_mtime_ns)
-        if self._checked.get(sha256) != file_state:
-            self._expect(sha256, view)
-            self._checked[sha256] = file_state
+        if self._verified_states.get(sha256) != file_state:
+            self._check_digest(sha256, view)
+            self._verified_states[sha256] = file_state
         return view
 
-    def _missing(self, sha256: str) -> MissingBlobError:
-        return MissingBlobError(f"blob {sha256} is not in {self.root}", hint=_LOST)
+    def _missing_error(self, sha256: str) -> MissingBlobError:
+        return MissingBlobError(f"blob {sha256} is not in {self.root}", hint=_MISSING_BLOB_HINT)
 
-    def _expect(self, sha256: str, data: bytes | memoryview) -> None:
+    def _check_digest(self, sha256: str, data: bytes | memoryview) -> None:
         """Raise `StorageError` if these bytes don't have the digest that is the blob's name."""
         path = self.path(sha256)
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -136,12 +146,12 @@ class BlobStore(BlobFolder):
         """The bytes of `count` leaves from leaf `first` on, as far as the blob goes, without verification. Raises
         `StorageError` if the blob is not here or can't be read."""
         with self.open(sha256) as file, storage_errors(f"can't read {self.path(sha256)}"):
-            return os.pread(file.fileno(), count * LEAF, first * LEAF)
+            return os.pread(file.fileno(), count * LEAF_BYTES, first * LEAF_BYTES)
 
     def table(self, sha256: str) -> bytes:
         """The leaf table of a blob that is here, computed again if its file is missing or damaged. Raises
         `StorageError` if the blob is not here or can't be read."""
-        count = -(-self.size(sha256) // LEAF)
+        count = -(-self.size(sha256) // LEAF_BYTES)
         path = self._table_path(sha256)
         with suppress(FileNotFoundError), storage_errors(f"can't read {path}", missing=True):
             # A blob of one leaf has no table file: the digest of its leaf is its own name.
@@ -149,7 +159,7 @@ class BlobStore(BlobFolder):
             if stored_table is not None:
                 return stored_table
         table = leaf_table(self.read(sha256))
-        self._keep_table(sha256, table)
+        self._store_table(sha256, table)
         return table
 
     def partial(self, ref: BlobRef, *, vouched: bool = False) -> PartialBlob:
@@ -159,7 +169,7 @@ class BlobStore(BlobFolder):
     def delete(self, sha256: str) -> None:
         """Delete a blob, whole or partial, if it is in the store. Raises `StorageError` if the disk fails."""
         path = self.path(sha256)
-        self._checked.pop(sha256, None)
+        self._verified_states.pop(sha256, None)
         with storage_errors(f"can't delete {path}"):
             path.unlink(missing_ok=True)
             self._table_path(sha256).unlink(missing_ok=True)
@@ -168,7 +178,7 @@ class BlobStore(BlobFolder):
     def drop_partial(self, sha256: str) -> None:
         """Delete the leaves of a blob that is not complete. Raises `StorageError` if the disk fails."""
         with storage_errors(f"can't tidy {self.root / 'partial'}"):
-            for name in (sha256, sha256 + SUFFIX):
+            for name in (sha256, sha256 + TABLE_SUFFIX):
                 (self.root / "partial" / name).unlink(missing_ok=True)
 
     def drop_partials(self, kept_digests: AbstractSet[str]) -> None:
@@ -176,7 +186,7 @@ class BlobStore(BlobFolder):
         folder = self.root / "partial"
         with storage_errors(f"can't tidy {folder}"):
             for path in folder.iterdir():
-                if path.name.removesuffix(SUFFIX) not in kept_digests:
+                if path.name.removesuffix(TABLE_SUFFIX) not in kept_digests:
                     path.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
@@ -209,49 +219,49 @@ class BlobStore(BlobFolder):
         damaged."""
 
     @property
-    def away(self) -> bool:
+    def is_unreachable(self) -> bool:
         """Whether the place can't be used at the moment, so that updates wait."""
         return False
 
-    def learn(self, news: Objects) -> None:
+    def note_objects(self, news: BucketObjects) -> None:
         """Note blobs that a worker process has stored in the place."""
 
-    def news(self) -> Objects:
-        """The blobs stored since the last call, for another process's `learn`."""
+    def take_new_objects(self) -> BucketObjects:
+        """The blobs stored since the last call, for another process's `note_objects`."""
         return {}
 
     def url_for(self, ref: BlobRef, seconds: int) -> tuple[str, str] | None:
         """Key and URL of a new object as which a device may upload a blob for some seconds; None if it can't."""
         return None
 
-    def adopt(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
+    def adopt_upload(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
         """Verify what a device has uploaded as this blob, and keep it if it is genuine; returns whether it is."""
         return self.has(ref.sha256)
 
-    def clear(self, keys: Iterable[str]) -> None:
+    def delete_objects(self, keys: Iterable[str]) -> None:
         """Delete, in the background, objects that are not known to be blobs."""
 
     def close(self) -> None:
         """Wait for work in the background, for some seconds at most."""
 
-    def _whole(self, ref: BlobRef) -> bool:
+    def _is_complete(self, ref: BlobRef) -> bool:
         """Whether the blob is here with the right length. A file that a failing disk cut short is written again."""
         try:
             return self.path(ref.sha256).stat().st_size == ref.size
         except FileNotFoundError:
             return False
 
-    def _keep_table(self, sha256: str, table: bytes) -> None:
+    def _store_table(self, sha256: str, table: bytes) -> None:
         """Store a leaf table next to its blob if there is room; a missing one is computed again."""
-        if len(table) > DIGEST:
+        if len(table) > DIGEST_BYTES:
             with suppress(StorageError):
                 self.write_file(self._table_path(sha256), table_file(table), flush=False)
 
     def _table_path(self, sha256: str) -> Path:
         path = self.path(sha256)
-        return path.with_name(path.name + SUFFIX)
+        return path.with_name(path.name + TABLE_SUFFIX)
 
-    def _sweep(self) -> None:
+    def _remove_dead_files(self) -> None:
         """Remove the temporary files of processes that have ended."""
         for path in (self.root / "tmp").iterdir():
             name = path.name.split("-")[0]

@@ -15,8 +15,16 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, SUFFIX, BlobRef, leaf_table, read_table_file, table_file
-from fedprune.core.disk import make_private_folder, storage_errors, sync_folder, write_all
+from fedprune.blobs.blob_ref import (
+    DIGEST_BYTES,
+    LEAF_BYTES,
+    TABLE_SUFFIX,
+    BlobRef,
+    leaf_table,
+    read_table_file,
+    table_file,
+)
+from fedprune.core.disk import flush_folder, make_private_folder, storage_errors, write_all
 from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
 
@@ -76,13 +84,13 @@ class BlobFolder:
                 hint="Free some space; nothing was written.",
             )
 
-    def temporary(self) -> Path:
+    def temporary_path(self) -> Path:
         """A new path for an unfinished file, whose name tells a later process whether this one still runs."""
         return self.root / "tmp" / f"{process_name(os.getpid())}-{secrets.token_hex(8)}"
 
     def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
         """Write a file so that it appears whole or not at all; without `flush` a power cut may leave an empty one."""
-        temporary = self.temporary()
+        temporary = self.temporary_path()
         try:
             with storage_errors(f"can't write {path}"):
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -102,7 +110,7 @@ class BlobFolder:
         target.parent.mkdir(mode=0o700, exist_ok=True)
         source.replace(target)
         if self.durable and flush:
-            sync_folder(target.parent)
+            flush_folder(target.parent)
 
 
 # Bytes between flushes of a download, so that the last flush has little left to write.
@@ -128,37 +136,40 @@ class PartialBlob:
         self.store = store
         self.ref = ref
         self.table: bytes | None = None
-        self.present = bytearray(ref.leaf_count)
-        self.count = 0
-        self._vouched = vouched
-        self._whole, self._hashed = hashlib.sha256(), 0  # of the leaves before the first gap, and how many they are
-        self._flushed = 0  # bytes whose write-back the kernel was asked to start
-        self._data = store.root / "partial" / ref.sha256
-        self._leaves = store.root / "partial" / (ref.sha256 + SUFFIX)
-        if self.complete:
-            self.present = bytearray(b"\1" * ref.leaf_count)
-            self.count = ref.leaf_count
+        self.present_leaves = bytearray(ref.leaf_count)
+        self.present_count = 0
+        self._is_vouched = vouched
+        self._hasher, self._hashed_leaves = (
+            hashlib.sha256(),
+            0,
+        )  # of the leaves before the first gap, and how many they are
+        self._flushed_bytes = 0  # bytes whose write-back the kernel was asked to start
+        self._data_path = store.root / "partial" / ref.sha256
+        self._table_path = store.root / "partial" / (ref.sha256 + TABLE_SUFFIX)
+        if self.is_complete:
+            self.present_leaves = bytearray(b"\1" * ref.leaf_count)
+            self.present_count = ref.leaf_count
             return
         self._resume()
-        if self.count < ref.leaf_count:
-            store.check_room(ref.size - self.count * LEAF)
+        if self.present_count < ref.leaf_count:
+            store.check_room(ref.size - self.present_count * LEAF_BYTES)
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return self.store.has(self.ref.sha256)
 
     def set_table(self, table: bytes) -> bool:
         """Keep the leaf table if it is the one that the reference names; returns whether it is."""
-        if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
+        if len(table) != self.ref.leaf_count * DIGEST_BYTES or hashlib.sha256(table).hexdigest() != self.ref.leaves:
             return False
         # Not flushed: its digest is checked when the partial is opened again, and it is small enough to be pulled
         # again.
         if self.ref.leaf_count > 1:
-            self.store.write_file(self._leaves, table_file(table), flush=False)
+            self.store.write_file(self._table_path, table_file(table), flush=False)
         if self.table is None:
             self.table = table
-            with storage_errors(f"can't read {self._data}"):
-                self._look()
+            with storage_errors(f"can't read {self._data_path}"):
+                self._find_stored_leaves()
         return True
 
     def write(self, index: int, leaf: bytes | memoryview) -> bool:
@@ -168,32 +179,38 @@ class PartialBlob:
     def write_leaves(self, first: int, payload: bytes | memoryview) -> list[int]:
         """Keep those of some consecutive leaves that match the table; returns the indices of those that don't."""
         view = memoryview(payload)
-        indices = range(first, first + max(1, -(-len(view) // LEAF)))
-        mismatches = self._wrong(indices, view)
-        new = [i for i in indices if i not in mismatches and not self.present[i]]
-        with storage_errors(f"can't write {self._data}"):
-            for start, end in _runs(new):
-                self._write_run(start, end, view[(start - first) * LEAF : (end - first) * LEAF])
+        indices = range(first, first + max(1, -(-len(view) // LEAF_BYTES)))
+        mismatches = self._mismatches(indices, view)
+        new = [i for i in indices if i not in mismatches and not self.present_leaves[i]]
+        with storage_errors(f"can't write {self._data_path}"):
+            for start, end in _index_runs(new):
+                self._write_run(start, end, view[(start - first) * LEAF_BYTES : (end - first) * LEAF_BYTES])
         return mismatches
 
     def _write_run(self, start: int, end: int, data: memoryview) -> None:
         """Write verified leaves, from `start` up to `end`."""
-        write_all(self._open(), data, start * LEAF)
-        self.present[start:end] = b"\1" * (end - start)
-        self.count += end - start
-        if start == self._hashed and not self._vouched:
-            self._whole.update(data)
-            self._hashed = end
-        self._hash_on()
-        if end * LEAF - self._flushed >= _FLUSH_BYTES:
-            _begin_to_flush(self._open(), self._flushed, end * LEAF)
-            self._flushed = end * LEAF
+        write_all(self._open_file(), data, start * LEAF_BYTES)
+        self.present_leaves[start:end] = b"\1" * (end - start)
+        self.present_count += end - start
+        if start == self._hashed_leaves and not self._is_vouched:
+            self._hasher.update(data)
+            self._hashed_leaves = end
+        self._hash_contiguous()
+        if end * LEAF_BYTES - self._flushed_bytes >= _FLUSH_BYTES:
+            _start_write_back(self._open_file(), self._flushed_bytes, end * LEAF_BYTES)
+            self._flushed_bytes = end * LEAF_BYTES
 
-    def _hash_on(self) -> None:
+    def _hash_contiguous(self) -> None:
         """Hash the leaves after a gap that has just closed; they are read back from the disk."""
-        while not self._vouched and self._hashed < len(self.present) and self.present[self._hashed]:
-            self._whole.update(os.pread(self._open(), self.ref.leaf_size(self._hashed), self._hashed * LEAF))
-            self._hashed += 1
+        while (
+            not self._is_vouched
+            and self._hashed_leaves < len(self.present_leaves)
+            and self.present_leaves[self._hashed_leaves]
+        ):
+            self._hasher.update(
+                os.pread(self._open_file(), self.ref.leaf_size(self._hashed_leaves), self._hashed_leaves * LEAF_BYTES)
+            )
+            self._hashed_leaves += 1
 
     def finish(self) -> None:
         """Verify the whole blob, unless its reference is vouched for, and give it its name.
@@ -203,16 +220,16 @@ class PartialBlob:
                 is deleted.
             StorageError: Leaves are missing.
         """
-        if self.complete:
+        if self.is_complete:
             self.close()
             return
-        if self.count < self.ref.leaf_count or self.table is None:
+        if self.present_count < self.ref.leaf_count or self.table is None:
             raise StorageError(f"blob {self.ref.sha256} is not complete yet")
-        with storage_errors(f"can't finish {self._data}"):
-            descriptor = self._open()
+        with storage_errors(f"can't finish {self._data_path}"):
+            descriptor = self._open_file()
             os.ftruncate(descriptor, self.ref.size)
-            self._hash_on()
-            digest = self.ref.sha256 if self._vouched else self._whole.hexdigest()
+            self._hash_contiguous()
+            digest = self.ref.sha256 if self._is_vouched else self._hasher.hexdigest()
             if digest != self.ref.sha256:
                 self.discard()
                 raise ProtocolError("blob's leaves don't make up the blob", expected=self.ref.sha256, got=digest)
@@ -222,24 +239,24 @@ class PartialBlob:
             self.close()
             target = self.store.path(self.ref.sha256)
             with suppress(FileNotFoundError):  # another partial of the same blob was faster
-                if not os.path.samestat(written_status, self._data.stat()):  # deleted, and begun again by another
-                    raise StorageError(f"{self._data} was replaced while it was being finished")
-                if self._leaves.is_file():
-                    self.store.move(self._leaves, target.with_name(target.name + SUFFIX), flush=False)
-                self.store.move(self._data, target)
-            self._leaves.unlink(missing_ok=True)
-        if not self.complete:
-            raise StorageError(f"{self._data} has vanished while it was being finished")
+                if not os.path.samestat(written_status, self._data_path.stat()):  # deleted, and begun again by another
+                    raise StorageError(f"{self._data_path} was replaced while it was being finished")
+                if self._table_path.is_file():
+                    self.store.move(self._table_path, target.with_name(target.name + TABLE_SUFFIX), flush=False)
+                self.store.move(self._data_path, target)
+            self._table_path.unlink(missing_ok=True)
+        if not self.is_complete:
+            raise StorageError(f"{self._data_path} has vanished while it was being finished")
 
     def discard(self) -> None:
         """Delete all leaves that have arrived."""
         self.close()
-        self._data.unlink(missing_ok=True)
-        self._leaves.unlink(missing_ok=True)
+        self._data_path.unlink(missing_ok=True)
+        self._table_path.unlink(missing_ok=True)
         self.table = None
-        self.present = bytearray(self.ref.leaf_count)
-        self.count = 0
-        self._whole, self._hashed = hashlib.sha256(), 0
+        self.present_leaves = bytearray(self.ref.leaf_count)
+        self.present_count = 0
+        self._hasher, self._hashed_leaves = hashlib.sha256(), 0
 
     def close(self) -> None:
         """Close the file; leaves that have arrived stay on the disk."""
@@ -248,8 +265,8 @@ class PartialBlob:
             self._descriptor = None
 
     def _resume(self) -> None:
-        with storage_errors(f"can't read {self._data}"):
-            raw = self._leaves.read_bytes() if self._leaves.is_file() else b""
+        with storage_errors(f"can't read {self._data_path}"):
+            raw = self._table_path.read_bytes() if self._table_path.is_file() else b""
             table = read_table_file(raw, self.ref.leaf_count)
             if table is None or hashlib.sha256(table).hexdigest() != self.ref.leaves:
                 if self.ref.leaf_count > 1:
@@ -263,54 +280,60 @@ class PartialBlob:
                         got=self.ref.leaves,
                     )
             self.table = table
-            self._look()
+            self._find_stored_leaves()
 
-    def _look(self) -> None:
+    def _find_stored_leaves(self) -> None:
         """Find the leaves that are on the disk already. Needs the table."""
-        if not self._data.is_file():
+        if not self._data_path.is_file():
             return
-        descriptor = self._open()
+        descriptor = self._open_file()
         length = os.fstat(descriptor).st_size
-        for index in range(min(len(self.present), -(-length // LEAF))):
-            leaf = os.pread(descriptor, self.ref.leaf_size(index), index * LEAF)
+        for index in range(min(len(self.present_leaves), -(-length // LEAF_BYTES))):
+            leaf = os.pread(descriptor, self.ref.leaf_size(index), index * LEAF_BYTES)
             if self._matches(index, leaf):
-                self.present[index] = 1
-                self.count += 1
-                if index == self._hashed and not self._vouched:
-                    self._whole.update(leaf)
-                    self._hashed += 1
+                self.present_leaves[index] = 1
+                self.present_count += 1
+                if index == self._hashed_leaves and not self._is_vouched:
+                    self._hasher.update(leaf)
+                    self._hashed_leaves += 1
 
-    def _wrong(self, indices: range, view: memoryview) -> list[int]:
+    def _mismatches(self, indices: range, view: memoryview) -> list[int]:
         """The indices of those of some consecutive leaves that don't match the table."""
         # One comparison for all of them: leaves are wrong only on a damaged link or by an attacker.
         first, end = indices.start, indices.stop
-        is_full_length = len(view) == min(end * LEAF, self.ref.size) - first * LEAF
-        if first >= 0 and is_full_length and leaf_table(view) == (self.table or b"")[first * DIGEST : end * DIGEST]:
+        is_full_length = len(view) == min(end * LEAF_BYTES, self.ref.size) - first * LEAF_BYTES
+        if (
+            first >= 0
+            and is_full_length
+            and leaf_table(view) == (self.table or b"")[first * DIGEST_BYTES : end * DIGEST_BYTES]
+        ):
             return []
-        return [i for i in indices if not self._matches(i, view[(i - first) * LEAF : (i - first + 1) * LEAF])]
+        return [
+            i for i in indices if not self._matches(i, view[(i - first) * LEAF_BYTES : (i - first + 1) * LEAF_BYTES])
+        ]
 
     def _matches(self, index: int, leaf: bytes | memoryview) -> bool:
         table = self.table or b""
-        expected = table[index * DIGEST : (index + 1) * DIGEST] if index >= 0 else b""
+        expected = table[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] if index >= 0 else b""
         return len(leaf) == self.ref.leaf_size(index) and hashlib.sha256(leaf).digest() == expected
 
-    def _open(self) -> int:
+    def _open_file(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self._data, os.O_RDWR | os.O_CREAT, 0o600)
+            self._descriptor = os.open(self._data_path, os.O_RDWR | os.O_CREAT, 0o600)
         return self._descriptor
 
     def __del__(self) -> None:
         self.close()
 
 
-def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
+def _index_runs(indices: list[int]) -> Iterator[tuple[int, int]]:
     """Split ascending indices into runs of consecutive ones, as (first, end)."""
     for _, pairs in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
         indices_of_run = [index for _, index in pairs]
         yield indices_of_run[0], indices_of_run[-1] + 1
 
 
-def _begin_to_flush(descriptor: int, start: int, end: int) -> None:
+def _start_write_back(descriptor: int, start: int, end: int) -> None:
     """Let Linux start writing a file's new pages to the disk, without waiting: the advice does that first."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):

@@ -6,7 +6,7 @@ import hashlib
 import os
 from types import TracebackType
 
-from fedprune.blobs.blob_ref import LEAF, SUFFIX, BlobRef, table_file
+from fedprune.blobs.blob_ref import LEAF_BYTES, TABLE_SUFFIX, BlobRef, table_file
 from fedprune.blobs.partial_blob import BlobFolder
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import ProtocolError
@@ -29,12 +29,12 @@ class StreamedBlob:
     def __init__(self, store: BlobFolder, ref: BlobRef, *, cached: bool = False) -> None:
         store.check_room(ref.size)
         self.ref = ref
-        self._cached = cached
-        self.size = 0  # bytes that have arrived
+        self._is_cached = cached
+        self.received_bytes = 0  # bytes that have arrived
         self._store = store
-        self._whole, self._leaf = hashlib.sha256(), hashlib.sha256()
+        self._hasher, self._leaf_hasher = hashlib.sha256(), hashlib.sha256()
         self._table = bytearray()
-        self._path = store.temporary()
+        self._path = store.temporary_path()
         with storage_errors(f"can't write {self._path}"):
             self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
@@ -48,44 +48,44 @@ class StreamedBlob:
         self._path.unlink(missing_ok=True)
 
     @property
-    def missing(self) -> int:
+    def missing_bytes(self) -> int:
         """Bytes that are still to come."""
-        return self.ref.size - self.size
+        return self.ref.size - self.received_bytes
 
     def write(self, data: bytes) -> None:
         """Append the next bytes. Raises `ProtocolError` if they are more than are missing, and `StorageError` if the
         disk fails."""
-        if self._descriptor is None or len(data) > self.missing:
-            raise ProtocolError("bytes of a blob", expected=f"at most {self.missing} more", got=len(data))
+        if self._descriptor is None or len(data) > self.missing_bytes:
+            raise ProtocolError("bytes of a blob", expected=f"at most {self.missing_bytes} more", got=len(data))
         with storage_errors(f"can't write {self._path}"):
-            write_all(self._descriptor, data, self.size)
-        self._whole.update(data)
+            write_all(self._descriptor, data, self.received_bytes)
+        self._hasher.update(data)
         view = memoryview(data)
         while view:
-            chunk = view[: LEAF - self.size % LEAF]
-            self._leaf.update(chunk)
-            self.size += len(chunk)
+            chunk = view[: LEAF_BYTES - self.received_bytes % LEAF_BYTES]
+            self._leaf_hasher.update(chunk)
+            self.received_bytes += len(chunk)
             view = view[len(chunk) :]
-            if self.size % LEAF == 0 or not self.missing:
-                self._table += self._leaf.digest()
-                self._leaf = hashlib.sha256()
+            if self.received_bytes % LEAF_BYTES == 0 or not self.missing_bytes:
+                self._table += self._leaf_hasher.digest()
+                self._leaf_hasher = hashlib.sha256()
 
     def finish(self) -> None:
         """Verify the blob and give it its name. Raises `ProtocolError` if it is not what the reference names, and
         `StorageError` if the disk fails."""
-        table, digest = bytes(self._table), self._whole.hexdigest()
+        table, digest = bytes(self._table), self._hasher.hexdigest()
         is_genuine = digest == self.ref.sha256 and hashlib.sha256(table).hexdigest() == self.ref.leaves
         if self._descriptor is None or not is_genuine:
             raise ProtocolError("what was sent is not the blob", expected=self.ref.sha256, got=digest)
         target = self._store.path(self.ref.sha256)
         with storage_errors(f"can't write {target}"):
-            if self._store.durable and not self._cached:
+            if self._store.durable and not self._is_cached:
                 os.fsync(self._descriptor)
             self._close()
             # The table before the blob: from the moment that the blob has its name others may ask for its leaves.
-            if self.ref.leaf_count > 1 and not self._cached:
-                self._store.write_file(target.with_name(target.name + SUFFIX), table_file(table), flush=False)
-            self._store.move(self._path, target, flush=not self._cached)
+            if self.ref.leaf_count > 1 and not self._is_cached:
+                self._store.write_file(target.with_name(target.name + TABLE_SUFFIX), table_file(table), flush=False)
+            self._store.move(self._path, target, flush=not self._is_cached)
 
     def _close(self) -> None:
         if self._descriptor is not None:

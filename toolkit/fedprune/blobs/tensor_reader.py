@@ -11,11 +11,11 @@ import mmap
 import os
 from collections.abc import Collection
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.tensorfile import Array, array_at, header_length, offsets
+from fedprune.core.tensorfile import Array, array_at, header_length, tensor_offsets
 
 
 def read_tensors(store: BlobStore, ref: BlobRef, names: Collection[str] | None = None) -> dict[str, Array]:
@@ -28,38 +28,38 @@ def read_tensors(store: BlobStore, ref: BlobRef, names: Collection[str] | None =
         StorageError: The blob isn't here, or what was read of it is damaged.
         BundleError: It isn't a tensor file.
     """
-    view = _checked(store, ref)
-    view.expect(0, 8)  # the header's length, which tells how much of the file the header takes
-    view.expect(0, 8 + header_length(view.bytes))
+    view = _map_blob(store, ref)
+    view.verify(0, 8)  # the header's length, which tells how much of the file the header takes
+    view.verify(0, 8 + header_length(view.bytes))
     tensors = {}
-    for name, (code, shape, start, end) in offsets(view.bytes).items():
+    for name, (code, shape, start, end) in tensor_offsets(view.bytes).items():
         if names is None or name in names:
-            view.expect(start, end)
+            view.verify(start, end)
             tensors[name] = array_at(view.bytes, code, shape, start, end)
     return tensors
 
 
-class _Leaves:
+class _VerifiedBytes:
     """A blob's bytes, each leaf of which is verified once, when it is first needed."""
 
     def __init__(self, data: memoryview, table: bytes, path: str) -> None:
         self.bytes = data
         self._table = table
         self._path = path
-        self._good: set[int] = set()
+        self._verified_leaves: set[int] = set()
 
-    def expect(self, start: int, end: int) -> None:
+    def verify(self, start: int, end: int) -> None:
         """Raise `StorageError` if the leaves of these bytes don't match the table."""
-        for leaf in range(start // LEAF, -(-min(end, len(self.bytes)) // LEAF)):
-            if leaf in self._good:
+        for leaf in range(start // LEAF_BYTES, -(-min(end, len(self.bytes)) // LEAF_BYTES)):
+            if leaf in self._verified_leaves:
                 continue
-            digest = hashlib.sha256(self.bytes[leaf * LEAF : (leaf + 1) * LEAF]).digest()
-            if digest != self._table[leaf * DIGEST : (leaf + 1) * DIGEST]:
+            digest = hashlib.sha256(self.bytes[leaf * LEAF_BYTES : (leaf + 1) * LEAF_BYTES]).digest()
+            if digest != self._table[leaf * DIGEST_BYTES : (leaf + 1) * DIGEST_BYTES]:
                 raise StorageError(f"blob {self._path} is damaged in leaf {leaf}")
-            self._good.add(leaf)
+            self._verified_leaves.add(leaf)
 
 
-def _checked(store: BlobStore, ref: BlobRef) -> _Leaves:
+def _map_blob(store: BlobStore, ref: BlobRef) -> _VerifiedBytes:
     """Map a blob's file, with the leaf table that its reference names."""
     path, table = store.path(ref.sha256), store.table(ref.sha256)
     with storage_errors(f"can't read {path}"), path.open("rb") as file:
@@ -67,4 +67,4 @@ def _checked(store: BlobStore, ref: BlobRef) -> _Leaves:
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
     if size != ref.size or hashlib.sha256(table).hexdigest() != ref.leaves:
         raise StorageError(f"blob {path} is damaged, or its leaf table is", expected=f"{ref.size} bytes", got=size)
-    return _Leaves(view, table, str(path))
+    return _VerifiedBytes(view, table, str(path))

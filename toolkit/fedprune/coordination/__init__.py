@@ -14,10 +14,10 @@ from fedprune.jobs.state import Phase, State
 from fedprune.model.architecture import Architecture
 from fedprune.strategies import compose
 
-__all__ = ["AsynchronousCoordinator", "Coordinator", "Phase", "State", "SynchronousCoordinator", "coordinate"]
+__all__ = ["AsynchronousCoordinator", "Coordinator", "Phase", "State", "SynchronousCoordinator", "make_coordinator"]
 
 
-def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Coordinator:
+def make_coordinator(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Coordinator:
     """The coordinator of a job: asynchronous if its strategy's schedule is, else synchronous, with updates as they are
     or masked. Raises `ConfigError` if the job's strategy or its options are wrong."""
     schedule = compose(job).schedule

@@ -16,16 +16,16 @@ from msgspec import convert
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.availability import Availability
+from fedprune.coordination.availability import DeviceIndex
 from fedprune.coordination.base import Commands, Coordinator
-from fedprune.coordination.job_end import spent_total
-from fedprune.coordination.staleness import UpdateWeights, plain
-from fedprune.coordination.stragglers import LATE
-from fedprune.core.rng import keyed
+from fedprune.coordination.job_end import spent_total_reason
+from fedprune.coordination.staleness import UpdateWeights, plain_json
+from fedprune.coordination.stragglers import DEADLINE_PASSED
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Phase, Progress, State, Task
+from fedprune.jobs.state import DeviceTask, Phase, Progress, State
 from fedprune.model.architecture import Architecture
 
 
@@ -40,177 +40,185 @@ class AsynchronousCoordinator(Coordinator):
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
         concurrent = self.schedule.concurrent
-        self._availability = Availability(state, self.privacy_budget.may, self._turn if concurrent else None)
-        self._weights = UpdateWeights(state, self.schedule, job, uniform=self.uniform)
+        self._device_index = DeviceIndex(
+            state, self.privacy_budget.may_be_offered, self._queue_number if concurrent else None
+        )
+        self._update_weights = UpdateWeights(state, self.schedule, job, uniform=self.weighs_uniformly)
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        return super().handle(event, now) + self._wake(now)
+        return super().handle(event, now) + self._request_wake(now)
 
     def resume(self, now: float) -> Commands:
         commands = super().resume(now)
-        return self._resumed_parts(now) + commands + self._wake(now)
+        return self._resume_parts(now) + commands + self._request_wake(now)
 
     def _resume_round(self, now: float) -> Commands:
         """Continue a round after a restart; its window starts again, since the former shell's clock is gone."""
         state = self.state
         if state.phase is Phase.SCORING:
-            return [self._score()]
+            return [self._score_command()]
         if state.phase is Phase.WAITING:
             return self._finish_if_over()
         state.opened_at = now
-        return self._folds() + self._close_if_due(now)
+        return self._fold_stored_updates() + self._close_if_due(now)
 
     # A round begins.
 
-    def _go_on_again(self, now: float) -> Commands:
-        return self._open_if_able(now) if self.state.phase is Phase.WAITING else self._offers(now)
+    def _begin_pending(self, now: float) -> Commands:
+        return self._open_if_able(now) if self.state.phase is Phase.WAITING else self._begin_idle_parts(now)
 
     def _open_if_able(self, now: float) -> Commands:
         state = self.state
-        return [] if state.paused or state.devices.count(True) < self.job.devices else self._open(now)
+        return [] if state.paused or state.devices.count(True) < self.job.devices else self._open_round(now)
 
-    def _open(self, now: float) -> Commands:
+    def _open_round(self, now: float) -> Commands:
         state = self.state
         densities_changed = self._begin_round(now)
         state.opened_at = state.deadline = None
         is_due = densities_changed or (state.round - 1) % self.schedule.score_every == 0
         if state.ranking is not None and not is_due:
-            return self._collect(now)
+            return self._begin_parts(now)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
-        return [self._score()]
+        return [self._score_command()]
 
-    def _score(self) -> do.Score:
+    def _score_command(self) -> do.Score:
         state = self.state
-        ready = self._ready.names(self._ready.places())
+        ready = self._ready_devices.names(self._ready_devices.places())
         return do.Score(state.round, state.model, dict(state.memory), tuple(ready))
 
-    def _collect(self, now: float) -> Commands:
+    def _begin_parts(self, now: float) -> Commands:
         """Cancel parts that have become too stale, and add the updates that wait for a round."""
         state = self.state
         state.phase, state.opened_at = Phase.TRAINING, now
         commands: Commands = []
         for name, task in sorted(state.tasks.items()) if self.schedule.max_staleness else ():
-            if task.progress is not Progress.REFUSED and not self.schedule.fits(state.round - state.round_of(task)):
+            if task.progress is not Progress.REFUSED and not self.schedule.accepts_staleness(
+                state.round - state.round_of(task)
+            ):
                 if task.progress in (Progress.OFFERED, Progress.PULLING):
-                    commands.append(do.Cancel(name, state.round_of(task), task.attempt, self._stale))
-                task.refuse(self._stale, FailureKind.STALE)
+                    commands.append(do.Cancel(name, state.round_of(task), task.attempt, self._stale_reason))
+                task.refuse(self._stale_reason, FailureKind.STALE)
                 task.deadline = None
-        return commands + self._folds() + self._offers(now) + self._close_if_due(now)
+        return commands + self._fold_stored_updates() + self._begin_idle_parts(now) + self._close_if_due(now)
 
     @property
-    def _stale(self) -> str:
+    def _stale_reason(self) -> str:
         return f"the model has moved more than {self.schedule.max_staleness} times since"
 
-    def _offers(self, now: float) -> Commands:
+    def _begin_idle_parts(self, now: float) -> Commands:
         """Begin parts of the current model for idle devices, as many as may work at a time."""
         state = self.state
         if state.phase is not Phase.TRAINING or state.paused:
             return []
         free_turns = len(state.devices)
         if self.schedule.concurrent:
-            free_turns = self.schedule.concurrent - self._availability.busy
+            free_turns = self.schedule.concurrent - self._device_index.working_count
         if free_turns <= 0:
             return []
-        idle = self._availability.first(free_turns)
+        idle = self._device_index.first_idle(free_turns)
         if not idle:
             budget_is_spent = (
-                not self._availability.at_work and not self._availability.arrivals and self.privacy_budget.barred()
+                not self._device_index.may_bring_update
+                and not self._device_index.arrival_times
+                and self.privacy_budget.no_device_may_be_offered()
             )
             return self._finish_budget_spent(state.round - 1) if budget_is_spent else []
         # The part keeps what it was cut from: the model moves while its device trains.
-        basis = plain(self._basis())
+        basis = plain_json(self._current_basis())
         for name in idle:
             device, former_task = state.devices[name], state.tasks.get(name)
             is_repeated = former_task is not None and state.round_of(former_task) == state.round
             attempt = former_task.attempt + 1 if former_task is not None and is_repeated else 1
             state.tasks[name] = self._new_task(device, attempt, basis=basis)
-        return self._extracts(idle)
+        return self._extract_commands(idle)
 
-    def _turn(self, name: str) -> float:
+    def _queue_number(self, name: str) -> float:
         """A device's number in the queue for offers: the round of its last offer, plus a lot among those of that round.
 
         By names alone the last ones would starve where few devices may work at a time. The number stays as it is while
         the device waits.
         """
         offered_round = self.state.devices[name].last_offered_round
-        return offered_round + keyed(self.job.seed, offered_round, name, "turn").random()
+        return offered_round + keyed_generator(self.job.seed, offered_round, name, "turn").random()
 
-    def _extracted(self, event: on.Extracted, now: float) -> Commands:
-        task = self._task(event, Progress.EXTRACTING)
+    def _on_extracted(self, event: on.Extracted, now: float) -> Commands:
+        task = self._awaited_task(event, Progress.EXTRACTING)
         if task is None:
             return []
         self.state.devices[event.device].last_offered_round = event.round
-        return [self._offer(task, event, now, now + self.job.deadline_s)]
+        return [self._send_offer(task, event, now, now + self.job.deadline_s)]
 
     # Updates come in.
 
-    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+    def _on_update_stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._store_update(event, now)
         if task is None:
             return []
         task.arrived_at, task.deadline = now, None
         commands: Commands = [do.Acknowledge(event.device, event.round, event.attempt, event.weights)]
         if self.state.phase is Phase.TRAINING:
-            commands.append(self._fold_again(event.device, task))
+            commands.append(self._weighted_fold_command(event.device, task))
         return commands
 
-    def _fold_again(self, name: str, task: Task) -> do.Fold:
-        return self._fold(name, task, self._weights.weight(name))
+    def _weighted_fold_command(self, name: str, task: DeviceTask) -> do.FoldUpdate:
+        return self._fold_command(name, task, self._update_weights.weight(name))
 
-    def _folds(self) -> Commands:
+    def _fold_stored_updates(self) -> Commands:
         """Add updates that came while no sums were open."""
-        return [self._fold_again(n, t) for n, t in self._availability.stored()]
+        return [self._weighted_fold_command(n, t) for n, t in self._device_index.unchecked_updates()]
 
-    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
-        task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)
+    def _on_update_rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+        task = self._awaited_task(event, Progress.PULLING) or self._awaited_task(event, Progress.STORED)
         return self._give_up(task, event, now)
 
-    def _give_up(self, task: Task | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
+    def _give_up(self, task: DeviceTask | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
         """Give a failed part its deadline, when the device is asked again: at once it would fail in the same way."""
         if task is not None:
             task.deadline = task.deadline or now + self.job.deadline_s
         return super()._give_up(task, event, now)
 
-    def _go_on(self, now: float) -> Commands:
-        return self._close_if_due(now) + self._offers(now)
+    def _continue_round(self, now: float) -> Commands:
+        return self._close_if_due(now) + self._begin_idle_parts(now)
 
     # Time.
 
-    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+    def _on_ticked(self, event: on.Ticked, now: float) -> Commands:
         state = self.state
         if state.phase in (Phase.WAITING, Phase.FINISHED):
             return []
         if state.wake_times and now < min(state.wake_times):
-            return [do.Wake(min(state.wake_times))]  # a clock was set back
+            return [do.WakeAt(min(state.wake_times))]  # a clock was set back
         state.wake_times = [at for at in state.wake_times if at > now]
         late_attempts: dict[str, tuple[int, int]] = {}
-        for name in self._availability.late(now):
+        for name in self._device_index.late_devices(now):
             task = state.tasks[name]
             task.deadline = None
             if task.progress is not Progress.REFUSED:
                 late_attempts[name] = (state.round_of(task), task.attempt)
-                task.refuse(LATE, FailureKind.LATE)
-        commands = self._go_on(now)
+                task.refuse(DEADLINE_PASSED, FailureKind.LATE)
+        commands = self._continue_round(now)
         # A device that is asked for the same again gets an offer instead of a cancellation: it continues.
         names_asked_again = {c.part.device for c in commands if isinstance(c, do.Extract)}
         names_asked_again = {n for n in names_asked_again if n in late_attempts and late_attempts[n][0] == state.round}
         cancels: Commands = [
-            do.Cancel(n, number, a, LATE) for n, (number, a) in late_attempts.items() if n not in names_asked_again
+            do.Cancel(n, number, a, DEADLINE_PASSED)
+            for n, (number, a) in late_attempts.items()
+            if n not in names_asked_again
         ]
         return cancels + commands
 
-    def _wake(self, now: float) -> Commands:
+    def _request_wake(self, now: float) -> Commands:
         """Ask for the next time at which something is due, unless an earlier one is asked for already."""
         state = self.state
         if state.phase is Phase.FINISHED:
             return []
-        times = [self._availability.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
+        times = [self._device_index.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
         due_at = min((at for at in times if at is not None), default=None)
         if due_at is None or any(at <= due_at for at in state.wake_times):
             return []
         state.wake_times = [*state.wake_times, due_at]
-        return [do.Wake(due_at)]
+        return [do.WakeAt(due_at)]
 
     # A round ends.
 
@@ -218,21 +226,23 @@ class AsynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase is not Phase.TRAINING or state.opened_at is None:
             return []
-        arrivals = self._availability.arrivals
-        at_work = self._availability.at_work
-        state.deadline = self.schedule.closes_at(state.opened_at, arrivals, at_work or self._availability.absent, now)
+        arrivals = self._device_index.arrival_times
+        at_work = self._device_index.may_bring_update
+        state.deadline = self.schedule.closes_at(
+            state.opened_at, arrivals, at_work or self._device_index.has_absent_device, now
+        )
         if state.deadline is None and arrivals and not at_work:
             # Devices that are away had time to come back.
             state.deadline = state.opened_at + self.job.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
-        fresh = self._availability.done()[: self.schedule.arrivals or None]
+        fresh = self._device_index.checked_updates()[: self.schedule.arrivals or None]
         # Saved with the state: after a restart the same updates enter with the same weights.
-        state.closing = self._weights.entering(dict(fresh))
+        state.closing = self._update_weights.closing_record(dict(fresh))
         state.phase, state.deadline = Phase.CLOSING, None
-        return [self._close()]
+        return [self._close_command()]
 
-    def _close(self) -> do.Close:
+    def _close_command(self) -> do.Close:
         state = self.state
         closing = state.closing or {}
         contributions, fresh_names = [], set(closing["fresh"])
@@ -245,7 +255,7 @@ class AsynchronousCoordinator(Coordinator):
         fresh = tuple(closing["fresh"])  # those whose updates have not been seen before
         return do.Close(state.round, state.model, dict(state.memory), fresh, tuple(contributions), closing["rate"])
 
-    def _closed(self, event: on.Closed, now: float) -> Commands:
+    def _on_closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is None:
             return []
@@ -260,28 +270,28 @@ class AsynchronousCoordinator(Coordinator):
                 task = state.tasks[name]
                 task.reason = event.limited.get(name, "")
                 contribution = self._contribution(name, task, weight)
-                state.devices[name].buffer = self._weights.buffer(task, plain(contribution))
+                state.devices[name].buffer = self._update_weights.buffer_record(task, plain_json(contribution))
                 self._keep_past(name, task)
         if state.closing["weights"].keys() <= event.rejected.keys():
             # No update is left: the round continues collecting, and its devices are asked again, but not at once.
             for name in state.closing["fresh"]:
                 state.tasks[name].deadline = now + self.job.deadline_s
             state.closing = None
-            return self._collect(now)
+            return self._begin_parts(now)
         state.model, state.memory = event.model, dict(event.memory)
         skips_evaluation = state.round % self.schedule.evaluate_every and state.round < self.job.rounds
         # The last round is evaluated always, and so is any that may turn out to be the last.
-        if skips_evaluation and not self.job.privacy.epsilon_budget and not spent_total(self.job, state, now):
-            return self._end({}, now)
+        if skips_evaluation and not self.job.privacy.epsilon_budget and not spent_total_reason(self.job, state, now):
+            return self._end_round({}, now)
         state.phase = Phase.EVALUATING
-        return [self._evaluate()]
+        return [self._evaluate_command()]
 
-    def _end(self, metrics: dict[str, float], now: float) -> Commands:
+    def _end_round(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state
         number = state.round
         fresh_names = set((state.closing or {}).get("fresh", ()))
         ended_tasks = {
-            n: state.tasks[n] for n in sorted(fresh_names | self._availability.refused()) if n in state.tasks
+            n: state.tasks[n] for n in sorted(fresh_names | self._device_index.failed_devices()) if n in state.tasks
         }
         new_tasks = {n: t for n, t in ended_tasks.items() if not t.in_summary}
         timings = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in new_tasks.items()}
@@ -296,7 +306,7 @@ class AsynchronousCoordinator(Coordinator):
         state.closing = None
         if self.allocator.review(self.fleet, metrics):
             state.ranking = state.order = None
-        if not self._last():
-            return self._open(now)
+        if not self._is_last_round():
+            return self._open_round(now)
         state.phase, state.tasks, state.wake_times = Phase.FINISHED, TrackedDict(), []
-        return [self._finish()]
+        return [self._finish_command()]

@@ -11,13 +11,13 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
-from fedprune.jobs.state import Progress, State, Task
+from fedprune.jobs.state import DeviceTask, Progress, State
 
 # The device has something to do, or is about to get it.
-WORKING = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
+WORKING_PROGRESS = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 
 
-class _Queue:
+class _NumberQueue:
     """Names in the order of a number that each has.
 
     It is a heap. A pair whose name has another number by now, or none, is dropped when it comes to the front: to find
@@ -54,95 +54,95 @@ class _Queue:
         return [name for _, name in pairs]
 
 
-class Availability:
+class DeviceIndex:
     """Sets of devices by what they do. It reads the state, and never changes it.
 
     Args:
-        may: Whether a device may be offered anything at all, by its entry in the state.
-        turn: Orders devices in the queue for offers; by default they are in the order of their names. It may change
-            only with the device's entry in the state.
+        may_be_offered: Whether a device may be offered anything at all, by its entry in the state.
+        queue_number: Orders devices in the queue for offers; by default they are in the order of their names. It may
+            change only with the device's entry in the state.
     """
 
     def __init__(
         self,
         state: State,
-        may: Callable[[str], bool],
-        turn: Callable[[str], float] | None = None,
+        may_be_offered: Callable[[str], bool],
+        queue_number: Callable[[str], float] | None = None,
     ) -> None:
-        self._state, self._may, self._turn = state, may, turn
+        self._state, self._may_be_offered, self._queue_number = state, may_be_offered, queue_number
         self._changed = (state.devices.watch(), state.tasks.watch())
-        self._idle, self._deadlines = _Queue(), _Queue()
-        self._done: dict[str, float] = {}
-        self._arrivals: list[float] = []
-        self._away, self._stored, self._refused = set[str](), set[str](), set[str]()
+        self._idle_queue, self._deadline_queue = _NumberQueue(), _NumberQueue()
+        self._arrival_of_device: dict[str, float] = {}
+        self._sorted_arrivals: list[float] = []
+        self._absent_devices, self._unchecked_devices, self._failed_devices = set[str](), set[str](), set[str]()
 
     @property
-    def busy(self) -> int:
+    def working_count(self) -> int:
         """How many devices work."""
-        return self._state.tasks.count(*WORKING)
+        return self._state.tasks.count(*WORKING_PROGRESS)
 
     @property
-    def at_work(self) -> bool:
+    def may_bring_update(self) -> bool:
         """Whether any device may still bring an update: it works or is idle, or its update isn't checked yet."""
-        return bool(self._state.tasks.count(*WORKING, Progress.STORED)) or self.idle > 0
+        return bool(self._state.tasks.count(*WORKING_PROGRESS, Progress.STORED)) or self.idle_count > 0
 
     @property
-    def absent(self) -> bool:
+    def has_absent_device(self) -> bool:
         """Whether a device is away that has no part to finish."""
         self._refresh()
-        return bool(self._away)
+        return bool(self._absent_devices)
 
     @property
-    def idle(self) -> int:
+    def idle_count(self) -> int:
         """How many devices may be offered something."""
         self._refresh()
-        return len(self._idle.numbers)
+        return len(self._idle_queue.numbers)
 
     @property
-    def arrivals(self) -> list[float]:
+    def arrival_times(self) -> list[float]:
         """When the checked updates came, sorted."""
         self._refresh()
-        return self._arrivals
+        return self._sorted_arrivals
 
     @property
     def next_deadline(self) -> float | None:
         """The earliest deadline of any part."""
         self._refresh()
-        return next((self._deadlines.numbers[n] for n in self._deadlines.first(1)), None)
+        return next((self._deadline_queue.numbers[n] for n in self._deadline_queue.first(1)), None)
 
-    def first(self, count: int) -> list[str]:
+    def first_idle(self, count: int) -> list[str]:
         """Names of idle devices, sorted; where there are more than `count`, those whose turn comes first."""
         self._refresh()
-        return sorted(self._idle.first(count))
+        return sorted(self._idle_queue.first(count))
 
-    def late(self, now: float) -> list[str]:
+    def late_devices(self, now: float) -> list[str]:
         """Names of devices whose deadline has passed, sorted."""
         self._refresh()
-        return sorted(self._deadlines.first(until=now))
+        return sorted(self._deadline_queue.first(until=now))
 
-    def done(self) -> list[tuple[str, Task]]:
+    def checked_updates(self) -> list[tuple[str, DeviceTask]]:
         """Checked updates, in the order in which they came."""
         self._refresh()
-        return [(n, self._state.tasks[n]) for _, n in sorted((at, n) for n, at in self._done.items())]
+        return [(n, self._state.tasks[n]) for _, n in sorted((at, n) for n, at in self._arrival_of_device.items())]
 
-    def stored(self) -> list[tuple[str, Task]]:
+    def unchecked_updates(self) -> list[tuple[str, DeviceTask]]:
         """Updates that are not checked yet, by name."""
         self._refresh()
-        return [(n, self._state.tasks[n]) for n in sorted(self._stored)]
+        return [(n, self._state.tasks[n]) for n in sorted(self._unchecked_devices)]
 
-    def refused(self) -> set[str]:
+    def failed_devices(self) -> set[str]:
         """Names of devices whose part has failed."""
         self._refresh()
-        return set(self._refused)
+        return set(self._failed_devices)
 
     def _refresh(self) -> None:
         names = set().union(*self._changed)
         for changed in self._changed:
             changed.clear()
         for name in names:
-            self._list(name)
+            self._list_device(name)
 
-    def _list(self, name: str) -> None:
+    def _list_device(self, name: str) -> None:
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
         progress = None if task is None else task.progress
         is_idle = is_away = False
@@ -150,19 +150,21 @@ class Availability:
             # A device that refused waits for its deadline; without one it may be asked at once.
             is_waiting = task is not None and task.deadline is not None
             is_away = not device.online and progress in (None, Progress.REFUSED)
-            is_idle = device.online and progress in (None, Progress.REFUSED) and not is_waiting and self._may(name)
-        turn = 0.0 if self._turn is None or not is_idle else self._turn(name)
-        self._idle.put(name, turn if is_idle else None)
-        self._deadlines.put(name, None if task is None else task.deadline)
-        if name in self._done:
-            del self._arrivals[bisect_left(self._arrivals, self._done.pop(name))]
+            is_idle = (
+                device.online and progress in (None, Progress.REFUSED) and not is_waiting and self._may_be_offered(name)
+            )
+        turn = 0.0 if self._queue_number is None or not is_idle else self._queue_number(name)
+        self._idle_queue.put(name, turn if is_idle else None)
+        self._deadline_queue.put(name, None if task is None else task.deadline)
+        if name in self._arrival_of_device:
+            del self._sorted_arrivals[bisect_left(self._sorted_arrivals, self._arrival_of_device.pop(name))]
         if task is not None and progress is Progress.FOLDED:
-            self._done[name] = task.arrived_at or 0.0
-            insort(self._arrivals, self._done[name])
+            self._arrival_of_device[name] = task.arrived_at or 0.0
+            insort(self._sorted_arrivals, self._arrival_of_device[name])
         memberships = (
-            (self._away, is_away),
-            (self._stored, progress is Progress.STORED),
-            (self._refused, progress is Progress.REFUSED),
+            (self._absent_devices, is_away),
+            (self._unchecked_devices, progress is Progress.STORED),
+            (self._failed_devices, progress is Progress.REFUSED),
         )
         for names, is_member in memberships:
             (names.add if is_member else names.discard)(name)

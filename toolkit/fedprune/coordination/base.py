@@ -13,17 +13,17 @@ from msgspec import convert
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.grants import Grants
-from fedprune.coordination.job_end import EPSILON_NEXT, early_end, spent_total
-from fedprune.coordination.privacy_budget import PrivacyBudget
+from fedprune.coordination.job_end import EPSILON_NEXT, early_end_reason, spent_total_reason
+from fedprune.coordination.privacy_budget import JobPrivacyBudget
 from fedprune.coordination.ready_devices import ReadyDevices
-from fedprune.coordination.stragglers import TO_COME
+from fedprune.coordination.stragglers import BEFORE_OFFER
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
-from fedprune.core.metrics import believable
+from fedprune.core.metrics import credible_metrics
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import SYNCHRONOUS
-from fedprune.jobs.state import Device, Phase, Progress, State, Task
+from fedprune.jobs.schedule import SYNCHRONOUS_SCHEDULE
+from fedprune.jobs.state import DeviceTask, JobDevice, Phase, Progress, State
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
@@ -57,16 +57,16 @@ class Coordinator(ABC):
         self.architecture = architecture
         self.state = state
         self.strategy = compose(job)
-        self.schedule = self.strategy.schedule or SYNCHRONOUS
+        self.schedule = self.strategy.schedule or SYNCHRONOUS_SCHEDULE
         self.allocator: Allocator = self.strategy.allocator or PlannedWidths(
             WidthPlanner(job, self.strategy, architecture, frozen)
         )
-        self.fleet = Fleet(job, architecture, state, self.strategy.least_channels)
+        self.fleet = Fleet(job, architecture, state, self.strategy.min_channels)
         self.grants = Grants(job, self.strategy, architecture, state, asks_alike=self.is_masked)
-        self.privacy_budget = PrivacyBudget(state, job.privacy)
-        self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
-        self._ready = ReadyDevices(state, self.privacy_budget.may)
-        if self.strategy.explores and self.schedule.asynchronous:
+        self.privacy_budget = JobPrivacyBudget(state, job.privacy)
+        self._shared_codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
+        self._ready_devices = ReadyDevices(state, self.privacy_budget.may_be_offered)
+        if self.strategy.exploration_rounds and self.schedule.asynchronous:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
                 expected="a synchronous schedule",
@@ -86,36 +86,36 @@ class Coordinator(ABC):
         """
         match event:
             case on.DeviceBorn():
-                return self._born(event, now)
+                return self._on_device_born(event, now)
             case on.DeviceDied():
-                return self._died(event)
+                return self._on_device_died(event)
             case on.Scored():
-                return self._scored(event, now)
+                return self._on_scored(event, now)
             case on.Extracted():
-                return self._extracted(event, now)
+                return self._on_extracted(event, now)
             case on.UpdateAnnounced():
-                return self._announced(event, now)
+                return self._on_update_announced(event, now)
             case on.UpdateStored():
-                return self._stored(event, now)
+                return self._on_update_stored(event, now)
             case on.UpdateRejected():
-                return self._rejected(event, now)
+                return self._on_update_rejected(event, now)
             case on.OfferRefused():
                 # One whose update is being pulled has lost it, and can't make another.
-                task = self._task(event, Progress.OFFERED) or self._task(event, Progress.PULLING)
+                task = self._awaited_task(event, Progress.OFFERED) or self._awaited_task(event, Progress.PULLING)
                 return self._give_up(task, event, now)
             case on.Folded():
-                return self._folded(event, now)
+                return self._on_folded(event, now)
             case on.Closed():
                 # A crash may lose bytes that were counted after the last save: what a round has seen stays spent.
                 self.state.spent_bytes = max(self.state.spent_bytes, event.spent_bytes)
                 self.state.spent_macs = max(self.state.spent_macs, event.spent_macs)
-                return self._closed(event, now)
+                return self._on_closed(event, now)
             case on.Evaluated():
-                return self._evaluated(event, now)
+                return self._on_evaluated(event, now)
             case on.Ticked():
-                return self._ticked(event, now)
+                return self._on_ticked(event, now)
             case on.Paused():
-                return self._paused(event, now)
+                return self._on_paused(event, now)
             case on.Resumed():
                 return self.resume(now)
         raise TypeError(f"unknown event {type(event).__name__}")
@@ -128,38 +128,38 @@ class Coordinator(ABC):
         more rounds.
         """
         state = self.state
-        state.keep_to(asynchronous=self.schedule.asynchronous, masked=self.is_masked)
+        state.drop_incompatible_parts(asynchronous=self.schedule.asynchronous, masked=self.is_masked)
         self._mark_all_offline()
-        if state.phase is Phase.FINISHED and not self._last():
+        if state.phase is Phase.FINISHED and not self._is_last_round():
             state.phase = Phase.WAITING
         state.wake_times = []
         match state.phase:
             case Phase.CLOSING:
-                return [self._close()]
+                return [self._close_command()]
             case Phase.EVALUATING:
-                return [self._evaluate()]
+                return [self._evaluate_command()]
             case Phase.FINISHED:
-                return [self._finish()]
+                return [self._finish_command()]
         return self._resume_round(now)
 
     @property
-    def uniform(self) -> bool:
+    def weighs_uniformly(self) -> bool:
         """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another, and
         in sums weights would tell of single updates."""
-        return self.job.privacy.on or self.is_masked or self.strategy.aggregator.weighting == "uniform"
+        return self.job.privacy.is_on or self.is_masked or self.strategy.aggregator.weighting == "uniform"
 
     # What a coordinator's rounds are.
 
     @abstractmethod
-    def _collect(self, now: float) -> Commands:
+    def _begin_parts(self, now: float) -> Commands:
         """Begin the parts of a round whose channels are ranked."""
 
     @abstractmethod
-    def _extracted(self, event: on.Extracted, now: float) -> Commands:
+    def _on_extracted(self, event: on.Extracted, now: float) -> Commands:
         """Offer a part that is ready, and set its deadline or the round's."""
 
     @abstractmethod
-    def _close(self) -> do.Command:
+    def _close_command(self) -> do.Command:
         """The command that turns sums into the next model."""
 
     @abstractmethod
@@ -171,73 +171,73 @@ class Coordinator(ABC):
         return False
 
     @abstractmethod
-    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+    def _on_update_stored(self, event: on.UpdateStored, now: float) -> Commands:
         """Acknowledge an update that is on the disk, so that the device may delete it, and add it while sums are
         open."""
 
     @abstractmethod
-    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+    def _on_update_rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         """Give up the part of a device whose update was pulled or added, but doesn't count."""
 
     @abstractmethod
-    def _go_on(self, now: float) -> Commands:
+    def _continue_round(self, now: float) -> Commands:
         """React to the end of a part, whatever its outcome."""
 
     @abstractmethod
-    def _closed(self, event: on.Closed, now: float) -> Commands:
+    def _on_closed(self, event: on.Closed, now: float) -> Commands:
         """Note whose updates are in the next model, and have it evaluated; repeat the round if none is."""
 
     @abstractmethod
-    def _end(self, metrics: dict[str, float], now: float) -> Commands:
+    def _end_round(self, metrics: dict[str, float], now: float) -> Commands:
         """Add a round to the history, and begin the next one or finish."""
 
     @abstractmethod
-    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+    def _on_ticked(self, event: on.Ticked, now: float) -> Commands:
         """Give up what is late; where a clock was set back, ask again to be woken."""
 
     @abstractmethod
-    def _go_on_again(self, now: float) -> Commands:
+    def _begin_pending(self, now: float) -> Commands:
         """Begin what can begin now that the job is resumed or devices have come."""
 
     # What they have in common.
 
-    def _resumed_parts(self, now: float) -> Commands:
+    def _resume_parts(self, now: float) -> Commands:
         """Commands for parts that were under way."""
         commands: Commands = []
         for name, task in sorted(self.state.tasks.items()):
             task.offered_at = None  # on the clock of the shell that has ended
             task.deadline = None if task.deadline is None else now + self.job.deadline_s
             if task.progress is Progress.EXTRACTING:
-                commands.append(self._extract(name, task))
+                commands.append(self._extract_command(name, task))
             elif task.progress is Progress.PULLING and task.update is not None:
                 # The announcement will be repeated, too; pulling is resumed from what is on disk.
                 commands.append(do.PullUpdate(name, self.state.round_of(task), task.attempt, task.update))
         return commands
 
-    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+    def _on_update_announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         """Answer a device that has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
         task, is_late = self.state.tasks.get(event.device), self._is_late(event)
         is_of_round = task is not None and event.round == self.state.round_of(task)
-        if task is not None and is_of_round and event.attempt == task.attempt and based(event, task):
+        if task is not None and is_of_round and event.attempt == task.attempt and is_based_on_offer(event, task):
             if task.progress in (Progress.STORED, Progress.FOLDED):
                 return [self._settle_announcement(event, task)]
             if task.progress is Progress.REFUSED:
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
             if not is_late:
-                return [self._pull(event, task)]
-        if task is not None and is_of_round and task.progress in TO_COME:
+                return [self._pull_command(event, task)]
+        if task is not None and is_of_round and task.progress in BEFORE_OFFER:
             return []  # the offer that it gets in a moment says whether this update still counts
         reason = "the round is over" if is_late or task is None else "another offer took this one's place"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
-    def _offer(self, task: Task, event: on.Extracted, now: float, deadline: float | None) -> do.SendOffer:
+    def _send_offer(self, task: DeviceTask, event: on.Extracted, now: float, deadline: float | None) -> do.SendOffer:
         """Offer a part that is ready."""
-        self.privacy_budget.offered(event.device)
+        self.privacy_budget.count_offer(event.device)
         task.offer, task.progress = event.offer, Progress.OFFERED
         task.offered_at, task.deadline = now, deadline
         return do.SendOffer(event.device, event.round, event.attempt, event.offer)
 
-    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
+    def _on_device_born(self, event: on.DeviceBorn, now: float) -> Commands:
         """Add or renew a device, and give it what it has missed; with enough devices a job begins."""
         former = self.state.devices.get(event.device)
         if not self._admit(event):
@@ -245,21 +245,21 @@ class Coordinator(ABC):
         if self.state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, self.state.model)]
         commands = self._resume_part(event.device, former)
-        return commands if event.more else commands + self._go_on_again(now)
+        return commands if event.more_follow else commands + self._begin_pending(now)
 
-    def _paused(self, event: on.Paused, now: float) -> Commands:
+    def _on_paused(self, event: on.Paused, now: float) -> Commands:
         was_paused, self.state.paused = self.state.paused, event.paused
-        return self._go_on_again(now) if was_paused and not event.paused else []
+        return self._begin_pending(now) if was_paused and not event.paused else []
 
-    def _scored(self, event: on.Scored, now: float) -> Commands:
+    def _on_scored(self, event: on.Scored, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.SCORING or event.round != state.round:
             return []
         state.ranking, state.order = event.ranking, event.order
-        return self._collect(now)
+        return self._begin_parts(now)
 
-    def _folded(self, event: on.Folded, now: float) -> Commands:
-        task = self._task(event, Progress.STORED)
+    def _on_folded(self, event: on.Folded, now: float) -> Commands:
+        task = self._awaited_task(event, Progress.STORED)
         if task is None:
             return []
         task.progress = Progress.FOLDED
@@ -267,36 +267,36 @@ class Coordinator(ABC):
         # Failures count in a row: an update that passes its checks ends the row.
         device.failures = 0
         # The device continues from these channels in its next part, so that their order must be known then.
-        if self._is_continued(offer):
+        if self._is_continued_from(offer):
             weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
             device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
         self.allocator.learn(self.fleet, event.device, task, task.seconds)
-        return self._go_on(now)
+        return self._continue_round(now)
 
-    def _is_continued(self, offer: Mapping[str, Any]) -> bool:
+    def _is_continued_from(self, offer: Mapping[str, Any]) -> bool:
         """Whether what a device keeps of its part belongs to the channels that it was sent."""
         keeps = bool(offer.get("recipe", {}).get("keep_optimizer_state"))
         return keeps or bool({"codec", "weights_codec"} & offer.keys())
 
-    def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
+    def _on_evaluated(self, event: on.Evaluated, now: float) -> Commands:
         if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
             return []
-        return self._end(dict(event.metrics), now)
+        return self._end_round(dict(event.metrics), now)
 
-    def _give_up(self, task: Task | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
+    def _give_up(self, task: DeviceTask | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
         """Record that a device's part has failed, if it was awaited, and continue with the others."""
         if task is None:
             return []
-        self._fail(task, event)
-        return self._go_on(now)
+        self._record_failure(task, event)
+        return self._continue_round(now)
 
-    def _task(
+    def _awaited_task(
         self,
         event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
         progress: Progress,
-    ) -> Task | None:
+    ) -> DeviceTask | None:
         """The task that an event is about, if it is still awaited and has this progress."""
-        task = self.state.part(event.device, event.round, event.attempt)
+        task = self.state.task_at(event.device, event.round, event.attempt)
         if task is None or not self.state.awaits(task):
             return None
         return task if task.progress is progress else None
@@ -311,8 +311,8 @@ class Coordinator(ABC):
         if former is not None and former.online and event.session < former.session:
             return False
         shared_codecs = tuple(c for c in CODECS if c in event.codecs)  # others would be kept for ever
-        codecs = self._codecs.setdefault(shared_codecs, list(shared_codecs))
-        device = Device(
+        codecs = self._shared_codecs.setdefault(shared_codecs, list(shared_codecs))
+        device = JobDevice(
             session=event.session,
             online=True,
             profile=event.profile,
@@ -334,10 +334,10 @@ class Coordinator(ABC):
         self.allocator.admit(self.fleet, event.device, former)
         return True
 
-    def _extracts(self, names: Iterable[str]) -> Commands:
-        return [self._extract(name, self.state.tasks[name]) for name in names]
+    def _extract_commands(self, names: Iterable[str]) -> Commands:
+        return [self._extract_command(name, self.state.tasks[name]) for name in names]
 
-    def _resume_part(self, name: str, former: Device | None) -> Commands:
+    def _resume_part(self, name: str, former: JobDevice | None) -> Commands:
         """Commands for the part of a device that has connected again, before its update is here: the offer or a pull.
 
         On the same connection it still has what it announced: that is pulled once more, which changes nothing while it
@@ -353,30 +353,30 @@ class Coordinator(ABC):
             return [do.PullUpdate(name, number, task.attempt, task.update)]
         return [do.SendOffer(name, number, task.attempt, task.offer, is_announced)]
 
-    def _pull(self, event: on.UpdateAnnounced, task: Task) -> do.PullUpdate:
+    def _pull_command(self, event: on.UpdateAnnounced, task: DeviceTask) -> do.PullUpdate:
         """Pull what a device announces; another update than before replaces that one, which the device has no more."""
         if task.progress is Progress.OFFERED or task.update != event.weights:
             task.progress, task.update = Progress.PULLING, event.weights
-            task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
+            task.steps, task.metrics = counted_steps(event, task), credible_metrics(event.metrics)
         return do.PullUpdate(event.device, event.round, event.attempt, event.weights)
 
-    def _store_update(self, event: on.UpdateStored, now: float) -> Task | None:
+    def _store_update(self, event: on.UpdateStored, now: float) -> DeviceTask | None:
         """Record in its part that an update is here. Returns the part; None if it doesn't wait for this update."""
-        task = self._task(event, Progress.PULLING)
+        task = self._awaited_task(event, Progress.PULLING)
         if task is None or event.weights != (task.update or {}).get("sha256"):  # another update has replaced that one
             return None
         task.progress, task.weights = Progress.STORED, event.weights
         task.seconds = None if task.offered_at is None else now - task.offered_at
         return task
 
-    def _settle_announcement(self, event: on.UpdateAnnounced, task: Task) -> do.Acknowledge | do.Cancel:
+    def _settle_announcement(self, event: on.UpdateAnnounced, task: DeviceTask) -> do.Acknowledge | do.Cancel:
         """The answer to a device whose update is here. If it has trained once more meanwhile, without its storage, the
         first update counts: an acknowledgement of that one would leave it announcing the second."""
         if event.weights.get("sha256") != task.weights:
             return do.Cancel(event.device, event.round, event.attempt, "an earlier update of this offer is here")
         return do.Acknowledge(event.device, event.round, event.attempt, task.weights)
 
-    def _died(self, event: on.DeviceDied) -> Commands:
+    def _on_device_died(self, event: on.DeviceDied) -> Commands:
         device = self.state.devices.get(event.device)
         if device is not None and device.session == event.session:
             device.online = False
@@ -388,11 +388,11 @@ class Coordinator(ABC):
             device.online, device.excluded, device.excluded_by = False, "", ""
             self.allocator.admit(self.fleet, name, None)
 
-    def _new_task(self, device: Device, attempt: int, **settings: Any) -> Task:
+    def _new_task(self, device: JobDevice, attempt: int, **settings: Any) -> DeviceTask:
         """A device's part of the present round."""
-        return Task(
+        return DeviceTask(
             attempt,
-            **self.grants.of(device)._asdict(),
+            **self.grants.grant_of(device)._asdict(),
             samples=device.samples,
             past=device.past,
             last_counted_round=device.last_counted_round,
@@ -400,26 +400,26 @@ class Coordinator(ABC):
             **settings,
         )
 
-    def _basis(self) -> do.Basis:
+    def _current_basis(self) -> do.Basis:
         state = self.state
         return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
 
-    def _extract(self, name: str, task: Task) -> do.Extract:
+    def _extract_command(self, name: str, task: DeviceTask) -> do.Extract:
         device = self.state.devices[name]
-        received = convert(device.held, do.Held | None)
+        received = convert(device.held, do.ReceivedWeights | None)
         coding = do.Coding(*self.strategy.codecs(self.job, device.profile.get("name"), device.codecs), received)
-        part = part_of(name, task)
+        part = device_part(name, task)
         return do.Extract(self._basis_of(task), part, coding, task.accumulate, (device.probe or {}).get("unit", ""))
 
-    def _basis_of(self, task: Task) -> do.Basis:
-        return self._basis() if task.basis is None else convert(task.basis, do.Basis)
+    def _basis_of(self, task: DeviceTask) -> do.Basis:
+        return self._current_basis() if task.basis is None else convert(task.basis, do.Basis)
 
-    def _contribution(self, name: str, task: Task, weight: int) -> do.Contribution:
+    def _contribution(self, name: str, task: DeviceTask, weight: int) -> do.Contribution:
         offer = task.offer or {}
         mask = offer.get("mask")
         return do.Contribution(
             basis=self._basis_of(task),
-            part=part_of(name, task),
+            part=device_part(name, task),
             sent=offer["weights"]["sha256"],
             mask=mask["sha256"] if mask else None,
             weights=task.weights,
@@ -430,11 +430,11 @@ class Coordinator(ABC):
             codec=offer.get("codec"),
         )
 
-    def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
+    def _fold_command(self, name: str, task: DeviceTask, weight: int) -> do.FoldUpdate:
         state = self.state
-        return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
+        return do.FoldUpdate(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
 
-    def _keep_past(self, name: str, task: Task) -> None:
+    def _keep_past(self, name: str, task: DeviceTask) -> None:
         """Record the round of a device's counted update and, if the strategy continues from it, the update."""
         self.state.devices[name].last_counted_round = self.state.round_of(task)
         if self.strategy.keeps_past:
@@ -442,7 +442,7 @@ class Coordinator(ABC):
             contribution = self._contribution(name, task, task.weight)
             ranking, widths = contribution.ranking or contribution.basis.ranking, contribution.widths or task.widths
             sent_weights = contribution.sent if contribution.codec else None
-            past = do.Past(
+            past = do.LastCountedUpdate(
                 round=contribution.basis.round,
                 weights=task.weights,
                 ranking=ranking,
@@ -453,7 +453,7 @@ class Coordinator(ABC):
             )
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
-    def _fail(self, task: Task, event: on.UpdateRejected | on.OfferRefused) -> None:
+    def _record_failure(self, task: DeviceTask, event: on.UpdateRejected | on.OfferRefused) -> None:
         """Record that a device's part came to nothing; exclude the device after `MAX_FAILURES` in a row."""
         device = self.state.devices[event.device]
         device.failures += 1
@@ -467,7 +467,7 @@ class Coordinator(ABC):
         """End a job of which no device may be asked once more; its result is the model of its last round."""
         self.state.round, self.state.phase = number, Phase.FINISHED
         self.state.tasks, self.state.deadline = TrackedDict(), None
-        return [self._finish()]
+        return [self._finish_command()]
 
     def _begin_round(self, now: float) -> bool:
         """Count a round, and decide what devices can hold and train in it. Returns whether densities have changed."""
@@ -478,48 +478,55 @@ class Coordinator(ABC):
         self.grants.begin_round()
         return densities_changed
 
-    def _finish(self) -> do.Finish:
-        return do.Finish(self.state.model, early_end(self.job, self.state))
+    def _finish_command(self) -> do.Finish:
+        return do.Finish(self.state.model, early_end_reason(self.job, self.state))
 
     def _finish_if_over(self) -> Commands:
         """End a job that is between two rounds and may have no other: a restart may have lowered what it may have, also
         within its first round, if updates were sent that couldn't be used."""
-        is_over = self._last() if self.state.history else bool(spent_total(self.job, self.state))
+        is_over = self._is_last_round() if self.state.history else bool(spent_total_reason(self.job, self.state))
         if not is_over:
             return []
         self.state.phase = Phase.FINISHED
-        return [self._finish()]
+        return [self._finish_command()]
 
-    def _last(self) -> bool:
+    def _is_last_round(self) -> bool:
         """Whether the job ends with the round that has just ended."""
-        is_spent = self._exhausted() or bool(spent_total(self.job, self.state))
+        is_spent = self._is_privacy_exhausted() or bool(spent_total_reason(self.job, self.state))
         return self.state.round >= self.job.rounds or is_spent or self.allocator.done(self.fleet)
 
-    def _exhausted(self) -> bool:
+    def _is_privacy_exhausted(self) -> bool:
         """Whether another round would take a device beyond the budget of privacy."""
         budget, history = self.job.privacy.epsilon_budget, self.state.history
         exhausted_account = self.state.spent_under or {}  # seen when a round closed, not before
-        if budget and self.job.privacy.account.items() <= exhausted_account.items():
+        if budget and self.job.privacy.account_settings.items() <= exhausted_account.items():
             return True
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
 
-    def _evaluate(self) -> do.Evaluate:
+    def _evaluate_command(self) -> do.Evaluate:
         """The command that measures the model. Where the fleet shares a core, only the core is measured: channels
         beside it are untrained, and answer by chance."""
         state, budget = self.state, self.privacy_budget
         widths = self.grants.core if state.ranking else ()
-        return do.Evaluate(state.round, state.model, budget.spent(), budget.foreseen(), state.ranking or "", widths)
+        return do.Evaluate(
+            state.round,
+            state.model,
+            budget.largest_cost(),
+            budget.largest_cost_after_next(),
+            state.ranking or "",
+            widths,
+        )
 
 
-def part_of(name: str, task: Task) -> do.Part:
+def device_part(name: str, task: DeviceTask) -> do.DevicePart:
     """A part as the worker needs to know it."""
-    return do.Part(
+    return do.DevicePart(
         device=name,
         attempt=task.attempt,
         widths=task.widths,
         density=task.density,
         samples=task.samples,
-        past=convert(task.past, do.Past | None),
+        past=convert(task.past, do.LastCountedUpdate | None),
         last_counted_round=task.last_counted_round,
         work=task.work,
         mixed=task.mixed,
@@ -527,13 +534,13 @@ def part_of(name: str, task: Task) -> do.Part:
     )
 
 
-def based(event: on.UpdateAnnounced, task: Task) -> bool:
+def is_based_on_offer(event: on.UpdateAnnounced, task: DeviceTask) -> bool:
     """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
     # Round and attempt begin at 1 again in a job that was started anew, so that they can't tell the runs apart.
     return task.offer is not None and event.base == task.offer["weights"]["sha256"]
 
 
-def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
+def counted_steps(event: on.UpdateAnnounced, task: DeviceTask) -> int:
     """Optimiser steps behind an update: as many as it reports, at most those of its recipe."""
     recipe = Recipe.from_dict((task.offer or {})["recipe"])
     # More steps than the recipe has are not believed: evidence divides movements by their number.

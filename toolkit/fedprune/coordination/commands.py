@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Past:
+class LastCountedUpdate:
     """A device's last counted update, by digest.
 
     Attributes:
@@ -64,7 +64,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Part:
+class DevicePart:
     """One device's part, as the worker needs to know it.
 
     Attributes:
@@ -83,7 +83,7 @@ class Part:
     widths: tuple[int, ...]
     density: float
     samples: int
-    past: Past | None
+    past: LastCountedUpdate | None
     last_counted_round: int = 0
     work: int = 1
     mixed: bool = True
@@ -91,7 +91,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Held:
+class ReceivedWeights:
     """The weights that a device received for its last counted update, and still has.
 
     Attributes:
@@ -113,12 +113,12 @@ class Coding:
     Attributes:
         update: The codec of its update, or None.
         weights: That of the weights that it is sent, or None.
-        held: What it continues from; None for nothing, or where the server doesn't know.
+        received: What it continues from; None for nothing, or where the server doesn't know.
     """
 
     update: str | None = None
     weights: str | None = None
-    held: Held | None = None
+    received: ReceivedWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Extract:
     """
 
     basis: Basis
-    part: Part
+    part: DevicePart
     coding: Coding = Coding()
     accumulate: int = 1
     unit: str = ""
@@ -144,14 +144,14 @@ class SendOffer:
     """Offer a device its round; answered, sooner or later or never, by `UpdateAnnounced` or `OfferRefused`.
 
     Attributes:
-        again: Whether the device has announced an update of this offer before, which it may have lost since.
+        was_announced: Whether the device has announced an update of this offer before, which it may have lost since.
     """
 
     device: str
     round: int
     attempt: int
     offer: dict[str, Any]
-    again: bool = False
+    was_announced: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Contribution:
     """
 
     basis: Basis
-    part: Part
+    part: DevicePart
     sent: str
     mask: str | None
     weights: str
@@ -219,7 +219,7 @@ class Contribution:
 
 
 @dataclass(frozen=True)
-class Fold:
+class FoldUpdate:
     """Check a stored update and add it to a round's sums; answered by `Folded` or `UpdateRejected`.
 
     Attributes:
@@ -303,7 +303,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Wake:
+class WakeAt:
     """Send `Ticked` at this time (seconds on the shell's clock)."""
 
     at: float
@@ -332,11 +332,11 @@ Command = (
     | PullUpdate
     | Acknowledge
     | Cancel
-    | Fold
+    | FoldUpdate
     | SumMasked
     | Close
     | Evaluate
-    | Wake
+    | WakeAt
     | Finish
     | TellFinished
 )

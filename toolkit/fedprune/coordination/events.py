@@ -18,7 +18,7 @@ class DeviceBorn:
         probe: What it measured of itself, as JSON.
         codecs: Names of the codecs that it knows.
         effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
-        more: Whether events of further devices follow: a round doesn't begin before the last of them.
+        more_follow: Whether events of further devices follow: a round doesn't begin before the last of them.
     """
 
     device: str
@@ -27,7 +27,7 @@ class DeviceBorn:
     samples: int
     probe: dict[str, Any] | None = None
     codecs: tuple[str, ...] = ()
-    more: bool = False
+    more_follow: bool = False
     effective_classes: int | None = None
 
 

@@ -22,33 +22,33 @@ class JobDemand:
 
     Attributes:
         weight: Its share in comparison with the others'; 0 for a job that is paused.
-        least: Devices that it needs to go on.
-        most: How many it can use now; 0 where it is in the middle of a round.
-        holds: Devices that work for it.
+        min_devices: Devices that it needs to go on.
+        max_devices: How many it can use now; 0 where it is in the middle of a round.
+        devices_at_work: Devices that work for it.
     """
 
     job: str
     weight: float
-    least: int
-    most: int
-    holds: int = 0
+    min_devices: int
+    max_devices: int
+    devices_at_work: int = 0
 
-    def able(self, takers: int) -> bool:
+    def has_share(self, takers: int) -> bool:
         """Whether it has a share, given the number of present devices that can take part in it."""
-        return self.weight > 0 and takers >= max(1, self.least)
+        return self.weight > 0 and takers >= max(1, self.min_devices)
 
 
 # Tells whether a job can give a device something to do, by the names of the job and the device.
-Fits = Callable[[str, str], bool]
+JobDevicePredicate = Callable[[str, str], bool]
 
 
 class FairScheduler:
     """Accounts for devices' time, and assigns the free ones. Does no I/O and reads no clock."""
 
     def __init__(self) -> None:
-        self._used = defaultdict[str, float](float)
-        self._worked = defaultdict[tuple[str, str], float](float)
-        self._turns = Counter[tuple[str, str]]()
+        self._job_seconds = defaultdict[str, float](float)
+        self._device_seconds = defaultdict[tuple[str, str], float](float)
+        self._assignment_counts = Counter[tuple[str, str]]()
         self._queue: frozenset[str] = frozenset()
 
     def charge(self, at_work: Mapping[str, str], seconds: float) -> None:
@@ -58,76 +58,80 @@ class FairScheduler:
             at_work: For which job each device has worked.
         """
         for device, job in at_work.items():
-            self._used[job] += seconds
-            self._worked[job, device] += seconds
+            self._job_seconds[job] += seconds
+            self._device_seconds[job, device] += seconds
 
-    def used(self, job: str) -> float:
+    def charged_seconds(self, job: str) -> float:
         """Seconds of devices' time that a job is charged with, more than it had if it was away from the line: a job
         can't save up time."""
-        return self._used[job]
+        return self._job_seconds[job]
 
-    def able(self, borrowers: Sequence[JobDemand], present: Collection[str], takes: Fits) -> list[JobDemand]:
+    def sharing_jobs(
+        self, demands: Sequence[JobDemand], present: Collection[str], can_take_part: JobDevicePredicate
+    ) -> list[JobDemand]:
         """The jobs among which devices are shared: those that enough devices are there for.
 
         Args:
-            borrowers: Jobs that are not finished.
+            demands: Jobs that are not finished.
             present: All devices that are there, free or at work.
-            takes: Which of them can take part in which job.
+            can_take_part: Which of them can take part in which job.
         """
-        return [b for b in borrowers if b.able(sum(takes(b.job, d) for d in present))]
+        return [b for b in demands if b.has_share(sum(can_take_part(b.job, d) for d in present))]
 
     def assign(
         self,
-        borrowers: Sequence[JobDemand],
+        demands: Sequence[JobDemand],
         free: Collection[str],
         present: Collection[str],
-        takes: Fits,
-        fits: Fits | None = None,
-        able: Sequence[JobDemand] | None = None,
+        can_take_part: JobDevicePredicate,
+        has_work_for: JobDevicePredicate | None = None,
+        sharing: Sequence[JobDemand] | None = None,
     ) -> dict[str, list[str]]:
         """Share the free devices out.
 
         Args:
-            borrowers: Jobs that are not finished; the order decides where nothing else does.
+            demands: Jobs that are not finished; the order decides where nothing else does.
             free: Devices of which nothing is awaited.
             present: All devices that are there.
-            takes: Which of them can take part in which job.
-            fits: Which of them a job would give something to do now; all of those by default.
-            able: The result of `able`, if it is known.
+            can_take_part: Which of them can take part in which job.
+            has_work_for: Which of them a job would give something to do now; all of those by default.
+            sharing: The result of `able`, if it is known.
 
         Returns:
             Which devices each job gets now; jobs that get none are left out.
         """
-        fits = fits or takes
-        able = self.able(borrowers, present, takes) if able is None else able
-        self._enter(able)
-        total = sum(b.weight for b in able)
+        has_work_for = has_work_for or can_take_part
+        sharing = self.sharing_jobs(demands, present, can_take_part) if sharing is None else sharing
+        self._charge_newcomers(sharing)
+        total = sum(b.weight for b in sharing)
         unassigned, assignments = set(free), dict[str, list[str]]()
-        for demand in sorted((b for b in able if b.most > 0), key=self._served):
+        for demand in sorted((b for b in sharing if b.max_devices > 0), key=self._seconds_per_weight):
             job = demand.job
             # 1e-9: a share that is a whole number must not be rounded up by a floating-point error.
-            share = math.ceil(len(present) * demand.weight / total - 1e-9) - demand.holds
-            count = min(max(0 if demand.holds else demand.least, share, 0), demand.most)
+            share = math.ceil(len(present) * demand.weight / total - 1e-9) - demand.devices_at_work
+            count = min(max(0 if demand.devices_at_work else demand.min_devices, share, 0), demand.max_devices)
             if not count:
                 continue
             # Those that have worked least for a job come first: it is to learn from all devices.
-            fitting_devices = (d for d in unassigned if fits(job, d))
-            candidates = sorted(fitting_devices, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
-            if len(candidates) >= demand.least:
+            fitting_devices = (d for d in unassigned if has_work_for(job, d))
+            candidates = sorted(
+                fitting_devices, key=lambda d: (self._device_seconds[job, d], self._assignment_counts[job, d], d)
+            )
+            if len(candidates) >= demand.min_devices:
                 assignments[job] = candidates[:count]
-                self._turns.update((job, d) for d in assignments[job])
+                self._assignment_counts.update((job, d) for d in assignments[job])
             # Where they are too few, they wait for the job all the same: it would starve if jobs behind it took them.
             unassigned.difference_update(candidates[:count])
         return {job: devices for job, devices in assignments.items() if devices}
 
-    def _enter(self, able: Sequence[JobDemand]) -> None:
+    def _charge_newcomers(self, able: Sequence[JobDemand]) -> None:
         """Charge jobs that are new, or come back to the line, with as much time as the one that has had least: they
         have no claim on what the others have had meanwhile."""
-        least_served = min((self._served(b) for b in able if b.job in self._queue), default=0.0)
+        least_served = min((self._seconds_per_weight(b) for b in able if b.job in self._queue), default=0.0)
         for demand in able:
             if demand.job not in self._queue:
-                self._used[demand.job] = max(self._used[demand.job], least_served * demand.weight)
+                self._job_seconds[demand.job] = max(self._job_seconds[demand.job], least_served * demand.weight)
         self._queue = frozenset(b.job for b in able)
 
-    def _served(self, demand: JobDemand) -> float:
-        return self._used[demand.job] / demand.weight
+    def _seconds_per_weight(self, demand: JobDemand) -> float:
+        return self._job_seconds[demand.job] / demand.weight

@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fedprune.coordination.job_end import spent_after
-from fedprune.coordination.width_planner import forget_first, predict_round
+from fedprune.coordination.job_end import spent_share_after_round
+from fedprune.coordination.width_planner import forget_oldest, predict_round
 from fedprune.core.errors import ProfileError
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, State
+from fedprune.jobs.state import JobDevice, State
 from fedprune.model.architecture import Architecture, kept_share
 from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import costs_at
-from fedprune.planning.plan import Plan
+from fedprune.planning.plan import WidthPlan
 from fedprune.strategies import Strategy
 from fedprune.strategies.shared_core import SharedCore
 
@@ -28,14 +28,14 @@ Widths = tuple[int, ...]
 
 # The share of the whole model's MACs that narrower boards are to spend: at half the channels twice the epochs, with
 # which a core learns as much in a round as FedAvg does.
-WORK_SHARE = 0.5
+NARROW_WORK_SHARE = 0.5
 
 # The most epochs that a recipe accepts.
-MOST_EPOCHS = 10_000
+MAX_EPOCHS = 10_000
 
 # How often the planned training must fit a board's time before steps may all be as wide as the board. Plans count the
 # shorter steps of ordered dropout: whole ones take longer, but less than this many times.
-WHOLE_STEPS = 2.0
+MIN_REPEATS_FOR_WHOLE_STEPS = 2.0
 
 
 class Grant(NamedTuple):
@@ -69,12 +69,12 @@ class Grants:
         self._asks_alike = asks_alike
         self._job, self._strategy, self._architecture, self._state = job, strategy, architecture, state
         self._core = strategy.core
-        self._recipe = job.training  # made anew whenever a job is asked, and needed for every device of a round
+        self._recipe = job.training_recipe  # made anew whenever a job is asked, and needed for every device of a round
         # Asynchronous jobs begin with few of their boards, which say little of the others.
         self._sees_fleet = strategy.schedule is None or not strategy.schedule.asynchronous
-        self._macs: dict[Widths, int] = {}
-        self._steps: dict[tuple[str, Widths], tuple[Mapping[str, Any], float]] = {}
-        self._repeats: dict[tuple[Mapping[str, Any], Widths], float] = {}
+        self._macs_by_widths: dict[Widths, int] = {}
+        self._step_seconds: dict[tuple[str, Widths], tuple[Mapping[str, Any], float]] = {}
+        self._repeats_by_plan: dict[tuple[Mapping[str, Any], Widths], float] = {}
 
     def begin_round(self) -> None:
         """Decide what the fleet trains in the round that begins, of number `State.round`.
@@ -84,21 +84,21 @@ class Grants:
         up before that round where no width holds another, or where a core comes first.
         """
         core, state = self._core, self._state
-        if core is not None and core.evenness and state.suits_core is None:
+        if core is not None and core.min_evenness and state.suits_core is None:
             is_first = state.round == 1 and state.untrained
             state.suits_core = is_first and self._suits_core(core)
         state.untrained = self._is_shared
-        self._decide()
+        self._decide_for_fleet()
         plain_model, state.plain_model = state.plain_model, ""
         if plain_model and (self._has_core or not state.mixed):
             state.model = plain_model
 
-    def of(self, device: Device) -> Grant:
+    def grant_of(self, device: JobDevice) -> Grant:
         """What a device trains in the present round."""
         if self._core is None:
             return Grant(device.widths, device.density)
-        widths, density = self._least(device.widths, device.density)
-        return Grant(widths, density, self._work(device, widths), self._state.mixed, self._has_core)
+        widths, density = self._narrow_to_core(device.widths, device.density)
+        return Grant(widths, density, self._work_of(device, widths), self._state.mixed, self._has_core)
 
     @property
     def core(self) -> Widths:
@@ -123,7 +123,7 @@ class Grants:
     def _has_core(self) -> bool:
         """Whether the fleet shares a core, or has grown from one."""
         core = self._core
-        return core is not None and (core.unconditional or (core.until > 0 and bool(self._state.suits_core)))
+        return core is not None and (core.is_unconditional or (core.until_share > 0 and bool(self._state.suits_core)))
 
     @property
     def _is_shared(self) -> bool:
@@ -131,28 +131,28 @@ class Grants:
         core, state = self._core, self._state
         if core is None or not self._has_core or not state.untrained:
             return False
-        return core.shared_in(state.round, self._job.rounds, spent_after(self._job, state))
+        return core.is_shared_in(state.round, self._job.rounds, spent_share_after_round(self._job, state))
 
     @property
-    def _devices(self) -> list[Device]:
+    def _planned_devices(self) -> list[JobDevice]:
         return [d for d in self._state.devices.values() if d.widths and not d.excluded]
 
-    def _decide(self) -> None:
+    def _decide_for_fleet(self) -> None:
         """Decide, by what the fleet's devices can hold, on the core and whether boards train different widths."""
         state = self._state
         state.core_widths, state.core_density, state.mixed, state.longest_s = [], 1.0, True, 0.0
         if self._core is None:
             return
-        devices = self._devices
+        devices = self._planned_devices
         width_counts = Counter((d.density, d.widths) for d in devices)
         if self._is_shared and width_counts:
-            state.core_density, core = self._core.of(width_counts)
+            state.core_density, core = self._core.choose_core(width_counts)
             state.core_widths = list(core)
-        trained = {self._least(widths, density)[0] for density, widths in width_counts}
+        trained = {self._narrow_to_core(widths, density)[0] for density, widths in width_counts}
         trains_alike = len(trained) == 1 and self._sees_fleet
         state.mixed = not (trains_alike and self._fit_whole_steps(devices))
         if self._has_core:
-            state.longest_s = self._longest(devices)
+            state.longest_s = self._slowest_round_s(devices)
 
     def _suits_core(self, core: SharedCore) -> bool:
         """Whether a core is better than ordered dropout for classifiers.
@@ -161,25 +161,25 @@ class Grants:
         worth at least the share `evenness` of all classes, or of as many as the board has samples. Boards that don't
         report that count as worth none.
         """
-        devices = self._devices
-        if self._job.privacy.on or self._asks_alike or not self._sees_fleet:
+        devices = self._planned_devices
+        if self._job.privacy.is_on or self._asks_alike or not self._sees_fleet:
             return False
         width_counts = Counter((d.density, d.widths) for d in devices)
         # Boards of one width hold all that any holds: there is nothing beside a core.
         if len(width_counts) < 2 or not self._fit_whole_steps(devices):
             return False
         (narrowest, _), (widest, _) = min(width_counts), max(width_counts)
-        if core.nearness and narrowest >= core.nearness * widest - 1e-9:
+        if core.min_nearness and narrowest >= core.min_nearness * widest - 1e-9:
             return True
         classes = self._architecture.classes
         shares = [(d.effective_classes or 0) / max(1, min(classes, d.samples)) for d in devices]
-        return statistics.median(shares) >= core.evenness
+        return statistics.median(shares) >= core.min_evenness
 
-    def _fit_whole_steps(self, devices: Iterable[Device]) -> bool:
+    def _fit_whole_steps(self, devices: Iterable[JobDevice]) -> bool:
         """Whether all boards have time for steps as wide as themselves."""
-        return all(self._fits(d, d.widths) >= WHOLE_STEPS for d in devices)
+        return all(self._planned_repeats(d, d.widths) >= MIN_REPEATS_FOR_WHOLE_STEPS for d in devices)
 
-    def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
+    def _narrow_to_core(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The smaller of what a device can hold and the core, group by group."""
         core = self.core
         narrowed = tuple(map(min, widths, core)) if core else widths
@@ -187,66 +187,66 @@ class Grants:
             return widths, density
         return narrowed, self._state.core_density if narrowed == core else kept_share(self._architecture, narrowed)
 
-    def _work(self, device: Device, widths: Widths) -> int:
+    def _work_of(self, device: JobDevice, widths: Widths) -> int:
         if self._core is None or not self._has_core or not widths or self._asks_alike:
             return 1
-        whole_steps = WHOLE_STEPS if self._core.evenness else 1.0
+        whole_steps = MIN_REPEATS_FOR_WHOLE_STEPS if self._core.min_evenness else 1.0
         epochs_for_share = round(
-            WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths)
+            NARROW_WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths)
         )
-        max_work = min(self._core.work, epochs_for_share, MOST_EPOCHS // self._recipe.epochs)
+        max_work = min(self._core.max_work, epochs_for_share, MAX_EPOCHS // self._recipe.epochs)
         if max_work <= 1:
             return 1
-        seconds, longest = self._seconds(device, widths), self._state.longest_s
+        seconds, longest = self._training_s(device, widths), self._state.longest_s
         work_in_time = round(min(max_work, longest / seconds)) if seconds and longest else max_work
-        return max(1, math.floor(min(work_in_time, self._fits(device, widths) / whole_steps)))
+        return max(1, math.floor(min(work_in_time, self._planned_repeats(device, widths) / whole_steps)))
 
-    def _fits(self, device: Device, widths: Widths) -> float:
+    def _planned_repeats(self, device: JobDevice, widths: Widths) -> float:
         """How many times the training at these widths fits the time and energy of a device's plan."""
         if device.plan is None:
             return math.inf
         key = (device.plan, widths)
-        if key not in self._repeats:
+        if key not in self._repeats_by_plan:
             share = 1.0
             if widths != device.widths:
-                share = self._predicted(device, widths).train_s / self._predicted(device, device.widths).train_s
-            self._repeats[key] = Plan.from_dict(device.plan).repeats(share)
-            forget_first(self._repeats)
-        return self._repeats[key]
+                share = self._prediction(device, widths).train_s / self._prediction(device, device.widths).train_s
+            self._repeats_by_plan[key] = WidthPlan.from_dict(device.plan).repeats(share)
+            forget_oldest(self._repeats_by_plan)
+        return self._repeats_by_plan[key]
 
-    def _longest(self, devices: Iterable[Device]) -> float:
+    def _slowest_round_s(self, devices: Iterable[JobDevice]) -> float:
         """Seconds that a round of the whole model would take the slowest board, as in FedAvg.
 
         It limits the work of narrower boards: where steps of a small net take as long at any width, more of them would
         make rounds longer than FedAvg's.
         """
-        return max((self._seconds(d, self._architecture.sizes) for d in devices), default=0.0)
+        return max((self._training_s(d, self._architecture.sizes) for d in devices), default=0.0)
 
-    def _seconds(self, device: Device, widths: Widths) -> float:
+    def _training_s(self, device: JobDevice, widths: Widths) -> float:
         """Seconds of the recipe's training at these widths on a board of the device's kind, by its profile; 0 where
         there is no such profile. Boards' own measurements are left out: reading them all would take a large fleet
         longer than it gains."""
         key = (str(device.profile.get("name")), widths)
-        profile, step_s = self._steps.get(key, (None, 0.0))
+        profile, step_s = self._step_seconds.get(key, (None, 0.0))
         if profile != device.profile:
             # A step of a whole batch, whatever samples the device has: boards of a kind are alike in any order.
-            typical_device = Device(
+            typical_device = JobDevice(
                 session=0, online=True, profile=device.profile, probe=None, samples=self._recipe.batch_size
             )
             try:
-                step_s = self._predicted(typical_device, widths).step_s
+                step_s = self._prediction(typical_device, widths).step_s
             except ProfileError:
                 step_s = 0.0
-            self._steps[key] = (device.profile, step_s)
-            forget_first(self._steps)
+            self._step_seconds[key] = (device.profile, step_s)
+            forget_oldest(self._step_seconds)
         return step_s * self._recipe.steps(device.samples)
 
-    def _predicted(self, device: Device, widths: Widths) -> Prediction:
+    def _prediction(self, device: JobDevice, widths: Widths) -> Prediction:
         density = kept_share(self._architecture, widths)
         return predict_round(self._job, self._strategy, self._architecture, "", device, widths, density, device.samples)
 
     def _training_macs(self, widths: Widths) -> int:
-        if widths not in self._macs:
-            self._macs[widths] = max(1, costs_at(self._architecture, widths).training_macs)
-            forget_first(self._macs)
-        return self._macs[widths]
+        if widths not in self._macs_by_widths:
+            self._macs_by_widths[widths] = max(1, costs_at(self._architecture, widths).training_macs)
+            forget_oldest(self._macs_by_widths)
+        return self._macs_by_widths[widths]

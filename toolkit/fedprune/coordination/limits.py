@@ -39,11 +39,11 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
-from fedprune.strategies.values import Memories, Report, Scene, Submodel
+from fedprune.strategies.values import Memories, Scene, Submodel, UpdateReport
 
 # Key of the references in a job's memory: per tensor its reference and its scale. They outlive a round, since a single
 # round's median is whatever its boards say.
-MEMORY = "move_reference"
+REFERENCES_MEMORY = "move_reference"
 
 # Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do.
 TENSOR_FACTOR = 2.0
@@ -52,34 +52,34 @@ TENSOR_FACTOR = 2.0
 REJECT_FACTOR = 8.0
 
 # Fewest updates that have an honest majority if one of them is hostile.
-_MAJORITY = 3
+_MIN_MAJORITY_UPDATES = 3
 # Largest factor by which a reference grows in a round, and by which a round's median counts as longer than it.
-_GROWTH = 2.0
-# Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_GROWTH`.
-_FALL = 2.0 ** (1 / 20)
+_MAX_GROWTH = 2.0
+# Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_MAX_GROWTH`.
+_MAX_FALL = 2.0 ** (1 / 20)
 # Lower end of a reference, as a multiple of its tensor's scale.
-_LEAST = 2.0**-10
+_MIN_REFERENCE = 2.0**-10
 # Numbers of a tensor that are squared at once: 256 KiB of float64, which stay in a core's own cache.
-_BLOCK = 2**15
+_BLOCK_SIZE = 2**15
 # Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not.
-_DIGITS = 6
+_LENGTH_DIGITS = 6
 # An update is reported if less than this share of it counts. An honest board with many samples takes more steps, and
 # moves a few times as far as others.
-_NOTED = 0.25
+_REPORTED_SHARE = 0.25
 
 # The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights.
-_NOTED_STATISTICS = 0.1
+_REPORTED_STATISTICS_SHARE = 0.1
 
 # Key of all trained tensors together.
-WHOLE = ""
+ALL_TRAINED = ""
 
-# Root mean square of an update's change: by tensor of the whole model, and under `WHOLE` over all trained tensors.
-# Elements of channels that the board doesn't hold count as unchanged; a mask's inactive ones are left out of the
-# mean.
-Lengths = Mapping[str, float]
+# Root mean square of an update's change: by tensor of the whole model, and under `ALL_TRAINED` over all trained
+# tensors. Elements of channels that the board doesn't hold count as unchanged; a mask's inactive ones are left out of
+# the mean.
+UpdateLengths = Mapping[str, float]
 
 
-def lengths(report: Report) -> Lengths:
+def measure_update(report: UpdateReport) -> UpdateLengths:
     """How far an update moves each tensor, and all trained ones together."""
     sent, trained = report.sent.tensors, report.trained
     tensor_lengths: dict[str, float] = {}
@@ -92,21 +92,23 @@ def lengths(report: Report) -> Lengths:
             # The mean divides an element by the updates whose mask holds it: what is masked must not dilute the length.
             if mask is not None:
                 size *= max(1, int(np.count_nonzero(mask))) / value.size
-            square_sum = _squared(value.reshape(-1), sent_value.reshape(-1), None if mask is None else mask.reshape(-1))
-            tensor_lengths[spec.name] = _rounded(math.sqrt(square_sum / size))
+            square_sum = _sum_of_squares(
+                value.reshape(-1), sent_value.reshape(-1), None if mask is None else mask.reshape(-1)
+            )
+            tensor_lengths[spec.name] = _round_length(math.sqrt(square_sum / size))
         # Statistics have limits of their own: they follow the data's scale, which says nothing of training.
-        if spec.kind.trainable:
+        if spec.kind.is_trainable:
             all_squares, count = all_squares + square_sum, count + size
-    return tensor_lengths | {WHOLE: _rounded(math.sqrt(all_squares / max(1.0, count)))}
+    return tensor_lengths | {ALL_TRAINED: _round_length(math.sqrt(all_squares / max(1.0, count)))}
 
 
-def _squared(
+def _sum_of_squares(
     values: npt.NDArray[np.float32], sent_values: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None
 ) -> float:
     """Sum of squares of a change, block by block in the cache."""
     total = 0.0
-    for start in range(0, values.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
+    for start in range(0, values.size, _BLOCK_SIZE):
+        block = slice(start, start + _BLOCK_SIZE)
         change = np.subtract(values[block], sent_values[block], dtype=np.float64)
         if active is not None:
             change *= active[block]
@@ -115,76 +117,84 @@ def _squared(
 
 
 @dataclass(frozen=True)
-class Bounds:
+class RoundLimits:
     """The limits of a round, applied to its updates.
 
     Attributes:
         rejected: Reasons by device whose update is rejected.
         shares: By other device, then by tensor, the share of its change that counts; only tensors with a share below 1.
         reasons: By device, why much less counts than it sent.
-        reference: The renewed references, for `MEMORY`.
+        references: The renewed references, for `REFERENCES_MEMORY`.
     """
 
     rejected: Mapping[str, str]
     shares: Mapping[str, Mapping[str, float]]
     reasons: Mapping[str, str]
-    reference: dict[str, npt.NDArray[np.float64]]
+    references: dict[str, npt.NDArray[np.float64]]
 
 
-def bounds(
-    updates: Mapping[str, Lengths],
+def limit_round(
+    updates: Mapping[str, UpdateLengths],
     references: Mapping[str, npt.NDArray[np.float64]],
     architecture: Architecture,
     model: Tensors,
-    times: float,
-) -> Bounds:
+    move_limit: float,
+) -> RoundLimits:
     """Apply the limits to a round.
 
     Args:
         updates: Lengths by device.
         references: References of the round before, empty in the first.
         model: The global model; in the first round the initial one, from which the scales are taken.
-        times: Limit of a whole update, as a multiple of the median.
+        move_limit: Limit of a whole update, as a multiple of the median.
     """
     # The first round has no references: its limits are the medians alone.
     trained = {t.name for t in architecture.trainable}
-    scaled = trained | {WHOLE}
-    rejected = _rejected(updates, times, float(references[WHOLE][0]) if WHOLE in references else 0.0)
+    scaled = trained | {ALL_TRAINED}
+    rejected = _rejection_reasons(
+        updates, move_limit, float(references[ALL_TRAINED][0]) if ALL_TRAINED in references else 0.0
+    )
     accepted = {device: lengths_of_device for device, lengths_of_device in updates.items() if device not in rejected}
     usual_lengths, reference = {}, {}
-    for name in sorted({name for lengths_of_device in updates.values() for name in lengths_of_device} | {WHOLE}):
-        reference_before, scale = map(float, references.get(name, (0.0, _scale(name, trained, model))))
-        upper, max_fall, lower = (scale, _FALL, reference_before) if name in scaled else (math.inf, _GROWTH, 0.0)
-        nonzero_lengths = _moved(name, updates)
+    for name in sorted({name for lengths_of_device in updates.values() for name in lengths_of_device} | {ALL_TRAINED}):
+        reference_before, scale = map(float, references.get(name, (0.0, _tensor_scale(name, trained, model))))
+        upper, max_fall, lower = (
+            (scale, _MAX_FALL, reference_before) if name in scaled else (math.inf, _MAX_GROWTH, 0.0)
+        )
+        nonzero_lengths = _nonzero_lengths(name, updates)
         reference[name] = np.array(
-            [_renewed(reference_before, nonzero_lengths, scale * _LEAST, upper, max_fall), scale]
+            [_next_reference(reference_before, nonzero_lengths, scale * _MIN_REFERENCE, upper, max_fall), scale]
         )
         # All updates renew the reference, also rejected ones; the limits of this round go by those that are left.
-        usual_length = _typical(reference_before, _moved(name, accepted), majority=len(nonzero_lengths) >= _MAJORITY)
+        usual_length = _usual_length(
+            reference_before, _nonzero_lengths(name, accepted), majority=len(nonzero_lengths) >= _MIN_MAJORITY_UPDATES
+        )
         usual_lengths[name] = min(max(usual_length, lower), upper)
     # No tensor is held to less than what is usual over all of them: a median near 0 would forbid any move.
-    limits = {n: times * TENSOR_FACTOR * max(v, usual_lengths[WHOLE]) for n, v in usual_lengths.items()} | {
-        WHOLE: times * usual_lengths[WHOLE]
+    limits = {n: move_limit * TENSOR_FACTOR * max(v, usual_lengths[ALL_TRAINED]) for n, v in usual_lengths.items()} | {
+        ALL_TRAINED: move_limit * usual_lengths[ALL_TRAINED]
     }
     shares, reasons = {}, {}
     for device, lengths_of_device in sorted(accepted.items()):
-        update_share = _share(lengths_of_device[WHOLE], limits[WHOLE])
-        tensor_shares = {n: _share(v, limits[n]) for n, v in lengths_of_device.items() if n != WHOLE}
+        update_share = _counted_share(lengths_of_device[ALL_TRAINED], limits[ALL_TRAINED])
+        tensor_shares = {n: _counted_share(v, limits[n]) for n, v in lengths_of_device.items() if n != ALL_TRAINED}
         # One share for all trained tensors keeps an update's direction; a single wild tensor is shortened further.
         tensor_shares = {n: min(s, update_share) if n in trained else s for n, s in tensor_shares.items()}
-        smallest = min(tensor_shares, key=lambda n: tensor_shares[n], default=WHOLE)
+        smallest = min(tensor_shares, key=lambda n: tensor_shares[n], default=ALL_TRAINED)
         shares[device] = {n: s for n, s in tensor_shares.items() if s < 1}
-        if smallest and tensor_shares[smallest] < (_NOTED if smallest in trained else _NOTED_STATISTICS):
-            name = WHOLE if smallest in trained and tensor_shares[smallest] == update_share else smallest
+        if smallest and tensor_shares[smallest] < (
+            _REPORTED_SHARE if smallest in trained else _REPORTED_STATISTICS_SHARE
+        ):
+            name = ALL_TRAINED if smallest in trained and tensor_shares[smallest] == update_share else smallest
             subject = f"tensor {name}: " if name else ""
-            distance = _far(lengths_of_device[name], usual_lengths[name])
+            distance = _distance_text(lengths_of_device[name], usual_lengths[name])
             reasons[device] = (
                 f"its update stands out: {subject}{distance}; {tensor_shares[smallest]:.2g} of that counted"
             )
-    return Bounds(rejected, shares, reasons, {**references, **reference})
+    return RoundLimits(rejected, shares, reasons, {**references, **reference})
 
 
-def shortened(report: Report, shares: Mapping[str, float]) -> Report:
+def shorten_update(report: UpdateReport, shares: Mapping[str, float]) -> UpdateReport:
     """The update with only a share of each tensor's change; tensors without a share stay bit for bit the same."""
     tensors = dict(report.trained.tensors)
     for name in shares.keys() & tensors.keys():
@@ -193,45 +203,49 @@ def shortened(report: Report, shares: Mapping[str, float]) -> Report:
     return replace(report, trained=Submodel(report.trained.selection, tensors, report.trained.mask))
 
 
-def capped(samples: Mapping[str, int], times: float, absolute: int = 0) -> dict[str, int]:
+def capped_weights(samples: Mapping[str, int], median_multiple: float, absolute: int = 0) -> dict[str, int]:
     """Weights of devices: their samples, up to `times` the median and up to `absolute` (0 for no limit)."""
-    limit = weight_limit(samples.values(), times, absolute)
+    limit = weight_limit(samples.values(), median_multiple, absolute)
     return {name: min(count, limit) for name, count in samples.items()}
 
 
-def weight_limit(samples: Iterable[int], times: float, absolute: int = 0) -> int:
-    """Largest weight of a device; arguments as for `capped`."""
-    return limit_of(Counter(samples), times, absolute)
+def weight_limit(samples: Iterable[int], median_multiple: float, absolute: int = 0) -> int:
+    """Largest weight of a device; arguments as for `capped_weights`."""
+    return weight_limit_of_counts(Counter(samples), median_multiple, absolute)
 
 
-def limit_of(counts: Mapping[int, int], times: float, absolute: int = 0) -> int:
+def weight_limit_of_counts(counts: Mapping[int, int], median_multiple: float, absolute: int = 0) -> int:
     """The largest weight of a device, from the number of devices that have each number of samples."""
     limit, devices = absolute or 2**62, sum(counts.values())  # more samples than 2^62 no job accepts
-    if times and devices >= _MAJORITY:
+    if median_multiple and devices >= _MIN_MAJORITY_UPDATES:
         sample_counts = sorted(counts)
         devices_up_to = accumulate(counts[n] for n in sample_counts)
         median = next(n for n, end in zip(sample_counts, devices_up_to, strict=True) if 2 * end >= devices)
-        limit = min(limit, math.ceil(times * max(1, median)))
+        limit = min(limit, math.ceil(median_multiple * max(1, median)))
     return limit
 
 
-def _rejected(updates: Mapping[str, Lengths], times: float, reference: float) -> dict[str, str]:
+def _rejection_reasons(updates: Mapping[str, UpdateLengths], move_limit: float, reference: float) -> dict[str, str]:
     """Reasons by device whose update is too long to count; fewer than half of the updates, as the median is one."""
-    nonzero_lengths = _moved(WHOLE, updates)
-    if len(nonzero_lengths) < _MAJORITY:
+    nonzero_lengths = _nonzero_lengths(ALL_TRAINED, updates)
+    if len(nonzero_lengths) < _MIN_MAJORITY_UPDATES:
         return {}
     # The higher of two medians, and never less than the reference: in a quiet round no honest board is to stand out.
     usual = max(statistics.median_high(nonzero_lengths), reference)
-    too_long = {device: row[WHOLE] for device, row in updates.items() if row[WHOLE] > REJECT_FACTOR * times * usual}
-    return {device: f"its update stands out: {_far(length, usual)}" for device, length in too_long.items()}
+    too_long = {
+        device: row[ALL_TRAINED]
+        for device, row in updates.items()
+        if row[ALL_TRAINED] > REJECT_FACTOR * move_limit * usual
+    }
+    return {device: f"its update stands out: {_distance_text(length, usual)}" for device, length in too_long.items()}
 
 
-def _moved(name: str, updates: Mapping[str, Lengths]) -> list[float]:
+def _nonzero_lengths(name: str, updates: Mapping[str, UpdateLengths]) -> list[float]:
     """Lengths of a tensor's changes, sorted, without those that are 0."""
     return sorted(lengths_of_device[name] for lengths_of_device in updates.values() if lengths_of_device.get(name))
 
 
-def _typical(reference: float, nonzero_lengths: Sequence[float], *, majority: bool) -> float:
+def _usual_length(reference: float, nonzero_lengths: Sequence[float], *, majority: bool) -> float:
     """The length of which limits are multiples."""
     if not nonzero_lengths:
         return reference
@@ -239,44 +253,46 @@ def _typical(reference: float, nonzero_lengths: Sequence[float], *, majority: bo
         return reference or nonzero_lengths[-1]
     # The lower of two medians: of an even number of updates half may be hostile and long.
     median = statistics.median_low(nonzero_lengths)
-    return min(median, _GROWTH * reference) if reference else median
+    return min(median, _MAX_GROWTH * reference) if reference else median
 
 
-def _renewed(reference: float, nonzero_lengths: Sequence[float], lower: float, upper: float, max_fall: float) -> float:
+def _next_reference(
+    reference: float, nonzero_lengths: Sequence[float], lower: float, upper: float, max_fall: float
+) -> float:
     """The next reference; 0 as long as no update has changed the tensor."""
     if not nonzero_lengths:
         return reference
     # Without a majority the reference moves only as far as the nearest update is from it.
     nearest_low, nearest_high = (
         (statistics.median_low(nonzero_lengths),) * 2
-        if len(nonzero_lengths) >= _MAJORITY
+        if len(nonzero_lengths) >= _MIN_MAJORITY_UPDATES
         else (nonzero_lengths[0], nonzero_lengths[-1])
     )
     renewed = min(max(reference or nearest_low, nearest_low), nearest_high)
     if reference:
-        renewed = min(max(renewed, reference / max_fall), reference * _GROWTH)
+        renewed = min(max(renewed, reference / max_fall), reference * _MAX_GROWTH)
     return min(max(renewed, lower), upper)
 
 
-def _far(length: float, usual: float) -> str:
+def _distance_text(length: float, usual: float) -> str:
     factor = length / usual if usual > 0 else math.inf
     return f"it moved {factor:.3g} times as far as is usual"
 
 
-def _scale(name: str, trained: Collection[str], model: Tensors) -> float:
-    if name == WHOLE:
-        return max((_scale(n, trained, model) for n in trained), default=1.0)
+def _tensor_scale(name: str, trained: Collection[str], model: Tensors) -> float:
+    if name == ALL_TRAINED:
+        return max((_tensor_scale(n, trained, model) for n in trained), default=1.0)
     flat = model[name].astype(np.float64).reshape(-1)
-    return max(1.0, _rounded(math.sqrt(float(np.dot(flat, flat)) / max(1, flat.size))))
+    return max(1.0, _round_length(math.sqrt(float(np.dot(flat, flat)) / max(1, flat.size))))
 
 
-def _share(length: float, limit: float) -> float:
+def _counted_share(length: float, limit: float) -> float:
     return 1.0 if length <= limit else limit / length
 
 
-def _rounded(length: float) -> float:
+def _round_length(length: float) -> float:
 
-    return float(f"{length:.{_DIGITS}g}")
+    return float(f"{length:.{_LENGTH_DIGITS}g}")
 
 
 @dataclass(frozen=True)
@@ -290,28 +306,28 @@ class RoundUpdate:
         samples: Training samples that the client reports.
         read: Reads and decodes it; all is checked that doesn't depend on the round's sums.
         shares: By tensor the share of its change that counts, where that is less than all of it.
-        checked: Whether it is in memory and has passed `Round.check`, so that it isn't checked again.
+        is_checked: Whether it is in memory and has passed `Round.check`, so that it isn't checked again.
     """
 
     device: str
     key: Hashable
     weight: int
     samples: int
-    read: Callable[[], Report] = field(compare=False)
+    read: Callable[[], UpdateReport] = field(compare=False)
     shares: Mapping[str, float] = field(default_factory=dict)
-    checked: bool = field(default=False, compare=False)
+    is_checked: bool = field(default=False, compare=False)
 
-    def report(self) -> Report:
+    def report(self) -> UpdateReport:
         """Read the update, with the share of its change that counts."""
         report = replace(self.read(), weight=self.weight)
-        return shortened(report, self.shares) if self.shares else report
+        return shorten_update(report, self.shares) if self.shares else report
 
 
 _LOG = logging.getLogger(__name__)
 
 # A device is named that reports more samples than this multiple of its limit: honest boards have a few times the
 # median.
-_REPORTED = 8
+_REPORTED_SAMPLES_FACTOR = 8
 
 
 @dataclass(frozen=True)
@@ -345,44 +361,46 @@ class UpdateLimits:
         self._job = job
         self._uniform = uniform
         # The noise that boards share out is accounted for sums in which updates don't depend on one another.
-        self._times = 0.0 if job.privacy.on and not job.privacy.local else job.move_limit
-        self._lengths: dict[Hashable, Lengths] = {}
+        self._move_limit = 0.0 if job.privacy.is_on and not job.privacy.is_local else job.move_limit
+        self._lengths_by_key: dict[Hashable, UpdateLengths] = {}
 
-    def learn(self, update: RoundUpdate, measured: Report | Lengths) -> None:
+    def note_lengths(self, update: RoundUpdate, measured: UpdateReport | UpdateLengths) -> None:
         """Note how far an update moved, from its checked report or from its lengths."""
-        if self._times and update.key not in self._lengths:
-            self._lengths[update.key] = lengths(measured) if isinstance(measured, Report) else measured
+        if self._move_limit and update.key not in self._lengths_by_key:
+            self._lengths_by_key[update.key] = (
+                measure_update(measured) if isinstance(measured, UpdateReport) else measured
+            )
 
-    def apply(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
+    def limit_updates(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Apply the limits to all updates of a round; those that can't be read are left as they are."""
-        heavy_devices, reasons = self._heavy(updates)
-        if not self._times or not updates:
+        heavy_devices, reasons = self._overweight_devices(updates)
+        if not self._move_limit or not updates:
             return LimitedUpdates(tuple(updates), {}, reasons, {}, heavy_devices)
         for update in updates:
-            if update.key not in self._lengths:
+            if update.key not in self._lengths_by_key:
                 try:
-                    self.learn(update, update.read())
+                    self.note_lengths(update, update.read())
                 except (StorageError, MemoryError):
                     raise
                 except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
                     _LOG.debug("length of the update of %s", update.device, exc_info=True)
         # Lengths of updates that are not in this round any more would pile up over a job.
-        self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
-        measured = [u for u in updates if u.key in self._lengths]
-        limits = bounds(
-            {u.device: self._lengths[u.key] for u in measured},
-            scene.memory.get(MEMORY, {}),
+        self._lengths_by_key = {u.key: self._lengths_by_key[u.key] for u in updates if u.key in self._lengths_by_key}
+        measured = [u for u in updates if u.key in self._lengths_by_key]
+        limits = limit_round(
+            {u.device: self._lengths_by_key[u.key] for u in measured},
+            scene.memory.get(REFERENCES_MEMORY, {}),
             scene.architecture,
             scene.model,
-            self._times,
+            self._move_limit,
         )
         accepted = [u for u in updates if u.device not in limits.rejected]
         limited = tuple(replace(u, shares=limits.shares.get(u.device, {})) for u in accepted)
         reduced = heavy_devices.union(u.device for u in limited if u.shares) - limits.rejected.keys()
         reasons = {**reasons, **limits.reasons}
-        return LimitedUpdates(limited, limits.rejected, reasons, {MEMORY: limits.reference}, reduced)
+        return LimitedUpdates(limited, limits.rejected, reasons, {REFERENCES_MEMORY: limits.references}, reduced)
 
-    def _heavy(self, updates: Sequence[RoundUpdate]) -> tuple[frozenset[str], dict[str, str]]:
+    def _overweight_devices(self, updates: Sequence[RoundUpdate]) -> tuple[frozenset[str], dict[str, str]]:
         """Devices that count for much less than the samples that they report, and why."""
         if self._uniform:
             return frozenset(), {}
@@ -391,6 +409,6 @@ class UpdateLimits:
         reasons = {
             device: f"it reports {count} samples and counts for {limit}, the most that one device may"
             for device, count in samples.items()
-            if count > math.ceil(_REPORTED * limit)
+            if count > math.ceil(_REPORTED_SAMPLES_FACTOR * limit)
         }
         return frozenset(reasons), reasons

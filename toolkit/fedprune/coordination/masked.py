@@ -14,19 +14,19 @@ from msgspec import convert
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.base import Commands, based, steps_of
-from fedprune.coordination.stragglers import TO_COME
+from fedprune.coordination.base import Commands, counted_steps, is_based_on_offer
+from fedprune.coordination.stragglers import BEFORE_OFFER
 from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.coordination.synchronous import SynchronousCoordinator
-from fedprune.core.metrics import believable
-from fedprune.core.rng import keyed
-from fedprune.core.text import quantity, some
+from fedprune.core.metrics import credible_metrics
+from fedprune.core.rng import keyed_generator
+from fedprune.core.text import first_few, quantity
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Phase, Progress
-from fedprune.secure_aggregation.grid import SECURE, MaskedForm
+from fedprune.secure_aggregation.grid import SECURE_FIELD, MaskedForm
 from fedprune.secure_aggregation.session import task_digest
 
-_LEFT_OUT = "it was left out of this round's sums, to find out which board has spoilt one"
+_LEFT_OUT_REASON = "it was left out of this round's sums, to find out which board has spoilt one"
 
 
 class MaskedCoordinator(SynchronousCoordinator):
@@ -36,7 +36,7 @@ class MaskedCoordinator(SynchronousCoordinator):
 
     def handle(self, event: on.Event, now: float) -> Commands:
         if isinstance(event, on.Unmasked):
-            return self._unmasked(event, now) + self._look_again(now)
+            return self._on_unmasked(event, now) + self._request_next_look(now)
         return super().handle(event, now)
 
     def _admit(self, event: on.DeviceBorn) -> bool:
@@ -46,18 +46,22 @@ class MaskedCoordinator(SynchronousCoordinator):
         return admitted
 
     @property
-    def _least(self) -> int:
+    def _min_devices(self) -> int:
         # A board that spoils sums is out for good: that must not stop the job.
-        return max(1, super()._least - len(self.state.at_fault))
+        return max(1, super()._min_devices - len(self.state.at_fault))
 
-    def _is_continued(self, offer: Mapping[str, Any]) -> bool:
-        return super()._is_continued(offer) or MaskedForm.from_json(offer[SECURE]).coded
+    def _is_continued_from(self, offer: Mapping[str, Any]) -> bool:
+        return super()._is_continued_from(offer) or MaskedForm.from_json(offer[SECURE_FIELD]).has_codes
 
-    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+    def _on_update_announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         """Count a device that has an update to mask as part of the round's sum."""
         state, task = self.state, self.state.tasks.get(event.device)
-        if task is None or (event.round, event.attempt) != (state.round, task.attempt) or not based(event, task):
-            if task is not None and event.round == state.round and task.progress in TO_COME:
+        if (
+            task is None
+            or (event.round, event.attempt) != (state.round, task.attempt)
+            or not is_based_on_offer(event, task)
+        ):
+            if task is not None and event.round == state.round and task.progress in BEFORE_OFFER:
                 return []  # the offer that it gets in a moment says whether this update still counts
             return [do.Cancel(event.device, event.round, event.attempt, "the round is over")]
         if task.progress is Progress.FOLDED and state.phase in (Phase.TRAINING, Phase.CLOSING):
@@ -65,41 +69,41 @@ class MaskedCoordinator(SynchronousCoordinator):
         if task.progress is not Progress.OFFERED or state.phase is not Phase.TRAINING:
             return [do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")]
         task.seconds = None if task.offered_at is None else now - task.offered_at
-        task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
+        task.steps, task.metrics = counted_steps(event, task), credible_metrics(event.metrics)
         # Its update is not here, but settled: it is in the round's sum unless the device drops out of that.
         task.progress = Progress.STORED
-        return self._folded(on.Folded(event.device, event.round, event.attempt), now)
+        return self._on_folded(on.Folded(event.device, event.round, event.attempt), now)
 
-    def _close(self) -> do.Close | do.SumMasked:
+    def _close_command(self) -> do.Close | do.SumMasked:
         """The command that sums the masked updates or, once their sums are known, closes the round."""
         closing = self.state.closing or {}
         if "sums" in closing:
             return self._close_with(convert(closing["sums"], tuple[do.CohortSum, ...]))
         # Divided once and stored: a second division, after a restart, would leave out more boards, since those that
         # the first has left out are no longer among the done.
-        self.state.closing = closing or {"division": self._cohorts(self._done())}
+        self.state.closing = closing or {"division": self._divide_into_cohorts(self._counted_tasks())}
         return do.SumMasked(self.state.round, tuple(map(tuple, self.state.closing["division"])))
 
-    def _cohorts(self, names: Iterable[str]) -> list[list[str]]:
+    def _divide_into_cohorts(self, names: Iterable[str]) -> list[list[str]]:
         """Cohorts of devices that were asked for the same; those that are left out of all of them lose their part."""
         state = self.state
         groups: dict[str, list[str]] = {}
         for name in names:
             offer = state.tasks[name].offer or {}
-            digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[SECURE])
+            digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[SECURE_FIELD])
             # Boards sign this digest, so that no sum can hold boards that were asked for something else.
             groups.setdefault(digest, []).append(name)
         cohorts: list[list[str]] = []
         for digest, members in sorted(groups.items()):
             attempt = max(state.tasks[name].attempt for name in members)
-            rng = keyed(self.job.seed, state.round, "cohorts", attempt, digest)
+            rng = keyed_generator(self.job.seed, state.round, "cohorts", attempt, digest)
             divided, left_out = divide_into_cohorts(members, state.suspects, rng)
             cohorts += map(list, divided)
             for name in left_out:
-                state.tasks[name].refuse(_LEFT_OUT, FailureKind.LEFT_OUT)
+                state.tasks[name].refuse(_LEFT_OUT_REASON, FailureKind.LEFT_OUT)
         return cohorts
 
-    def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
+    def _on_unmasked(self, event: on.Unmasked, now: float) -> Commands:
         """Close the round with the sums of masked updates; without any, start it again."""
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or "sums" in (state.closing or {}):
@@ -111,12 +115,12 @@ class MaskedCoordinator(SynchronousCoordinator):
                 event.dropped[name], FailureKind.LOST if name in lost_devices else FailureKind.OTHER
             )
         if not event.sums:
-            retry_at_once = self._suspect((), event.false)
-            return self._again(now) if retry_at_once else self._restart_after_unusable_updates(now)
+            retry_at_once = self._update_suspects((), event.false)
+            return self._repeat_round(now) if retry_at_once else self._restart_after_unusable_updates(now)
         state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
-        return [self._close()]
+        return [self._close_command()]
 
-    def _judge_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
+    def _judge_cohort_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
         closing = self.state.closing or {}
         false_cohorts: list[list[str]] = [[*cohort] for cohort in closing.get("false", ())]
         true_cohorts: list[list[str]] = []
@@ -125,13 +129,15 @@ class MaskedCoordinator(SynchronousCoordinator):
             is_spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in members)
             (false_cohorts if is_spoilt else true_cohorts).append(members)
         self.state.closing = {"cohorts": closing["cohorts"]} if closing.get("cohorts") else None  # for the summary
-        return true_cohorts, self._suspect(true_cohorts, false_cohorts)
+        return true_cohorts, self._update_suspects(true_cohorts, false_cohorts)
 
-    def _summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
+    def _round_summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
         reports = (self.state.closing or {}).get("cohorts", ())
-        return {**super()._summary(metrics, now), "notes": [sum_line(report) for report in reports]}
+        return {**super()._round_summary(metrics, now), "notes": [cohort_sum_line(report) for report in reports]}
 
-    def _suspect(self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]) -> bool:
+    def _update_suspects(
+        self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]
+    ) -> bool:
         """Learn from a round's sums which devices may have spoilt one. Returns whether fewer are suspected than before,
         so that the next attempt needs no pause."""
         state, former_suspects = self.state, self.state.suspects
@@ -149,7 +155,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         )
 
 
-def sum_line(report: Mapping[str, Any]) -> str:
+def cohort_sum_line(report: Mapping[str, Any]) -> str:
     """How the sum of a cohort went (`events.Unmasked`), as one line."""
-    lost = "".join(f"; lost at the step of {step}: {some(names)}" for step, names in report["lost"].items())
+    lost = "".join(f"; lost at the step of {step}: {first_few(names)}" for step, names in report["lost"].items())
     return f"secure sum of {quantity(report['boards'], 'board')}: {report['summed']} summed{lost}"

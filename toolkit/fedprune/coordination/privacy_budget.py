@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedprune.core.errors import ConfigError
-from fedprune.jobs.state import State, Task
-from fedprune.updates.privacy import Privacy, most_cost
+from fedprune.jobs.state import DeviceTask, State
+from fedprune.updates.privacy import Privacy, max_cost
 
 
-class PrivacyBudget:
+class JobPrivacyBudget:
     """The ledger of a job's releases, by device.
 
     Raises `ConfigError` if the job has begun with noise and would continue without, or the other way round.
@@ -34,13 +34,13 @@ class PrivacyBudget:
         self._state = state
         self._privacy = privacy
         # Clipping without noise promises nothing, so that there is nothing to count.
-        self._keeps = privacy.on and privacy.noise_multiplier > 0
-        has_limit = self._keeps and privacy.epsilon_budget
-        self._most = most_cost(privacy.epsilon_budget, privacy.delta) if has_limit else None
+        self._is_counted = privacy.is_on and privacy.noise_multiplier > 0
+        has_limit = self._is_counted and privacy.epsilon_budget
+        self._max_cost = max_cost(privacy.epsilon_budget, privacy.delta) if has_limit else None
         # A job without a round or release may still choose; afterwards a change would void what was promised.
         if state.round == 0 and not any(d.releases for d in state.devices.values()):
-            state.private = self._keeps
-        elif self._keeps != state.private:
+            state.private = self._is_counted
+        elif self._is_counted != state.private:
             raise ConfigError(
                 ("job", "privacy", "noise_multiplier"),
                 expected="above 0 from a job's first round to its last, or 0 in all of them",
@@ -50,25 +50,25 @@ class PrivacyBudget:
                 hint="Start again in another folder.",
             )
 
-    def offered(self, device: str) -> None:
+    def count_offer(self, device: str) -> None:
         """Count an offer to a device as a release, where noise is local."""
-        if self._keeps and self._privacy.local:
-            self._add(device, self._privacy.noise_multiplier)
+        if self._is_counted and self._privacy.is_local:
+            self._add_release(device, self._privacy.noise_multiplier)
 
-    def may(self, device: str) -> bool:
+    def may_be_offered(self, device: str) -> bool:
         """Whether a device may be offered one more part: with local noise, whether that is within the budget.
 
         What shared noise costs is known when a round ends, not before: see `release`.
         """
-        if self._most is None or not self._privacy.local:
+        if self._max_cost is None or not self._privacy.is_local:
             return True
-        return spent(self._state.devices[device].releases) + self._privacy.noise_multiplier**-2 <= self._most
+        return release_cost(self._state.devices[device].releases) + self._privacy.noise_multiplier**-2 <= self._max_cost
 
-    def barred(self) -> bool:
+    def no_device_may_be_offered(self) -> bool:
         """Whether no device at all may be offered one more part."""
-        return bool(self._state.devices) and not any(self.may(name) for name in self._state.devices)
+        return bool(self._state.devices) and not any(self.may_be_offered(name) for name in self._state.devices)
 
-    def release(self, tasks: Mapping[str, Task], cohorts: Sequence[Sequence[str]] = ()) -> bool:
+    def release(self, tasks: Mapping[str, DeviceTask], cohorts: Sequence[Sequence[str]] = ()) -> bool:
         """Count a round's sums as released, unless that overdraws a budget of shared noise.
 
         Args:
@@ -78,48 +78,48 @@ class PrivacyBudget:
         Returns:
             Whether they may be released; if not, nothing is counted.
         """
-        if not self._keeps or self._privacy.local:
+        if not self._is_counted or self._privacy.is_local:
             return True
         # The multiplier at which a round's sums tell of each device.
         noise, boards = self._privacy.noise_multiplier, self._privacy.boards
-        holders_of_device = {name: len(cohort) for cohort in cohorts for name in cohort} or holding(tasks)
+        holders_of_device = {name: len(cohort) for cohort in cohorts for name in cohort} or count_holders(tasks)
         effective_multipliers = {
             name: noise * math.sqrt(max(1, holders - 1) / boards) for name, holders in holders_of_device.items()
         }
         devices = self._state.devices
         # All or nothing: a sum can't be published for some of its devices.
-        if self._most is not None and any(
-            spent(devices[n].releases) + z**-2 > self._most for n, z in effective_multipliers.items()
+        if self._max_cost is not None and any(
+            release_cost(devices[n].releases) + z**-2 > self._max_cost for n, z in effective_multipliers.items()
         ):
             return False
         for name, multiplier in effective_multipliers.items():
-            self._add(name, multiplier)
+            self._add_release(name, multiplier)
         return True
 
-    def spent(self) -> float | None:
+    def largest_cost(self) -> float | None:
         """The largest sum of 1/z² of any device; None where nothing is promised."""
-        if not self._keeps:
+        if not self._is_counted:
             return None
-        return max((spent(d.releases) for d in self._state.devices.values()), default=0.0)
+        return max((release_cost(d.releases) for d in self._state.devices.values()), default=0.0)
 
-    def foreseen(self) -> float | None:
+    def largest_cost_after_next(self) -> float | None:
         """`spent` after one more release, as costly as the costliest so far; None where nothing is promised."""
-        if not self._keeps:
+        if not self._is_counted:
             return None
         smallest = min((float(z) for d in self._state.devices.values() for z in d.releases), default=None)
-        return (self.spent() or 0.0) + float(smallest or self._privacy.noise_multiplier) ** -2
+        return (self.largest_cost() or 0.0) + float(smallest or self._privacy.noise_multiplier) ** -2
 
-    def _add(self, device: str, multiplier: float) -> None:
+    def _add_release(self, device: str, multiplier: float) -> None:
         device_state, key = self._state.devices[device], repr(multiplier)
         device_state.releases = device_state.releases | {key: device_state.releases.get(key, 0) + 1}
 
 
-def spent(row: Mapping[str, int]) -> float:
+def release_cost(row: Mapping[str, int]) -> float:
     """Σ 1/z² of a device's releases."""
     return math.fsum(count * float(multiplier) ** -2 for multiplier, count in row.items())
 
 
-def holding(tasks: Mapping[str, Task]) -> dict[str, int]:
+def count_holders(tasks: Mapping[str, DeviceTask]) -> dict[str, int]:
     """By device, the number of devices whose submodels hold all channels of its own, itself among them.
 
     Submodels of one ranking hold one another where no width is larger; of those of different rankings nothing is said.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.jobs.state import Device, State
+from fedprune.jobs.state import JobDevice, State
 
 Integers = npt.NDArray[np.int64]
 
@@ -23,12 +23,12 @@ class ReadyDevices:
     It reads the state, and never changes it.
 
     Args:
-        may: Whether a device may be offered anything at all, by its entry in the state.
+        may_be_offered: Whether a device may be offered anything at all, by its entry in the state.
     """
 
-    def __init__(self, state: State, may: Callable[[str], bool]) -> None:
+    def __init__(self, state: State, may_be_offered: Callable[[str], bool]) -> None:
         self._state = state
-        self._may = may
+        self._may_be_offered = may_be_offered
         self._changed = state.devices.watch()
         self._names: list[str] = []
         self._ready = np.zeros(0, bool)
@@ -53,12 +53,12 @@ class ReadyDevices:
             self._names = sorted([*self._names, *new_names])
         for name in changed:
             if (place := self._place(name)) is not None:
-                self._note(place, devices.get(name))
+                self._update_place(place, devices.get(name))
         self._changed.clear()
 
-    def _note(self, place: int, device: Device | None) -> None:
+    def _update_place(self, place: int, device: JobDevice | None) -> None:
         can_start = device is not None and device.online and not device.excluded
-        self._ready[place] = can_start and self._may(self._names[place])
+        self._ready[place] = can_start and self._may_be_offered(self._names[place])
 
     def _place(self, name: str) -> int | None:
         place = bisect_left(self._names, name)

@@ -18,16 +18,16 @@ from fedprune.aggregation.update_sums import PartialSums
 from fedprune.coordination.limits import LimitedUpdates, RoundUpdate, UpdateLimits
 from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.core.text import one_line
-from fedprune.jobs.failure_kind import Failure, FailureKind, of_update
+from fedprune.jobs.failure_kind import Failure, FailureKind, kind_of_update_error
 from fedprune.model.selection import Tensors
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Report, Scene, Submodel
+from fedprune.strategies.values import Memories, Scene, Submodel, UpdateReport
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class RoundResult:
+class RoundOutcome:
     """The end of a round.
 
     Attributes:
@@ -65,22 +65,22 @@ class Round:
     @property
     def fold(self) -> Fold:
         if self._fold is None:
-            self._fold = self._strategy.aggregator.fold(self.scene, evidence=self._strategy.observes)
+            self._fold = self._strategy.aggregator.fold(self.scene, evidence=self._strategy.observes_movement)
         return self._fold
 
     def reset(self) -> None:
         self._fold, self.included = None, {}
 
-    def receive(self, update: RoundUpdate) -> Failure | None:
+    def add_update(self, update: RoundUpdate) -> Failure | None:
         """Read, check and add an update; returns why it can't count, or None if it was added or was in the sums
         already. Raises `StorageError` if it can't be read from the disk."""
-        self._make_room(update.weight)
-        return self._add(update)
+        self._reset_if_full(update.weight)
+        return self._check_and_add(update)
 
-    def check(self, update: RoundUpdate) -> Report:
+    def check(self, update: RoundUpdate) -> UpdateReport:
         """Read an update, and check it without adding it. Raises `FedpruneError` if it can't count."""
         report = update.report()
-        if not update.checked:
+        if not update.is_checked:
             self.fold.check(report.trained.selection, report.trained.tensors)
         return report
 
@@ -89,13 +89,13 @@ class Round:
         `BundleError` if these are not the sums of these updates, of all tensors."""
         # All or nothing: sums of which a part was added could never be told from whole ones.
         weight = sum(u.weight for u in updates)
-        self._make_room(weight)
+        self._reset_if_full(weight)
         if any(u.device in self.included for u in updates):
             raise BundleError("partial sums hold an update that is in the sums already")
         if not sums or sums[0].updates != len(updates) or sums[0].weight != weight:
             raise BundleError("partial sums", expected=f"{len(updates)} updates of weight {weight}")
         try:
-            self.fold.take(sums)
+            self.fold.add_partial_sums(sums)
         except FedpruneError:
             raise  # raised before anything is added
         except BaseException:
@@ -103,13 +103,13 @@ class Round:
             raise
         self.included |= {u.device: u for u in updates}
 
-    def limited(self, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
+    def limit_updates(self, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Updates under the job's limits, as `close` applies them."""
-        return self._limits.apply(self.scene, updates)
+        return self._limits.limit_updates(self.scene, updates)
 
     def close(
         self, updates: Sequence[RoundUpdate], rate: float = 1.0, participants: tuple[str, ...] = ()
-    ) -> RoundResult:
+    ) -> RoundOutcome:
         """Close the round with exactly these updates, sorted by device; those that aren't in the sums yet are added.
 
         An update that passed when it arrived may fail now: its limits depend on all updates, and a scorer reads it for
@@ -122,15 +122,15 @@ class Round:
         while True:
             # Leaving one update out changes the medians, and with them what counts of the others: all limits are
             # applied again.
-            limited = self.limited([u for u in updates if u.device not in at_fault])
-            failures = _outliers(limited.rejected) or self._include_exactly(limited.updates)
+            limited = self.limit_updates([u for u in updates if u.device not in at_fault])
+            failures = _outlier_failures(limited.rejected) or self._include_exactly(limited.updates)
             if not failures:
                 try:
-                    result = self._finish(limited, replace(self.scene, participants=participants), rate)
+                    result = self._apply_strategy(limited, replace(self.scene, participants=participants), rate)
                     break
                 except _AtFaultError as error:
                     failures = {error.device: error.failure}
-                    by_strategy += error.read
+                    by_strategy += error.is_read
             at_fault |= failures
             # One update may be to blame for a strategy's error, but not all of them: the strategy is wrong, and the
             # job must stop.
@@ -142,23 +142,23 @@ class Round:
         reasons = {device: reason for device, reason in limited.reasons.items() if device not in rejected}
         return replace(result, rejected=rejected, limited=reasons, reduced=len(limited.reduced - rejected.keys()))
 
-    def close_sums(self, sums: Sequence[PartialSums], participants: tuple[str, ...]) -> RoundResult:
+    def close_sums(self, sums: Sequence[PartialSums], participants: tuple[str, ...]) -> RoundOutcome:
         """Close the round with sums of which no single update is known, as of masked ones. Raises `ProtocolError` or
         `BundleError` if they don't fit."""
         self.reset()
         scene = replace(self.scene, participants=participants)
         for addend in sums:
-            self.fold.take([addend])
+            self.fold.add_partial_sums([addend])
         closing = self._strategy.close(self.fold, scene, 1.0, lambda: iter(()))
         observations = self._strategy.learn(scene, self.fold, lambda: iter(()))
         self.reset()
-        return RoundResult(closing.model, {**closing.memories, **observations})
+        return RoundOutcome(closing.model, {**closing.memories, **observations})
 
-    def lifted(self, report: Report) -> Submodel:
+    def lift_update(self, report: UpdateReport) -> Submodel:
         """A trained submodel as it enters the sums: in the channels of the global model, as the strategy maps them."""
         return self._strategy.reconstruct(report)
 
-    def _make_room(self, weight: int) -> None:
+    def _reset_if_full(self, weight: int) -> None:
         """Start again where the sums can't hold more weight: weights are provisional until a round closes."""
         if self._fold is not None and self._fold.weight + weight > MAX_WEIGHT:
             self.reset()
@@ -168,60 +168,64 @@ class Round:
         updates_by_device = {u.device: u for u in updates}
         if any(updates_by_device.get(device) != update for device, update in self.included.items()):
             self.reset()
-        outcomes = {u.device: self._add(u) for u in updates}
+        outcomes = {u.device: self._check_and_add(u) for u in updates}
         return {device: failure for device, failure in outcomes.items() if failure}
 
-    def _add(self, update: RoundUpdate) -> Failure | None:
+    def _check_and_add(self, update: RoundUpdate) -> Failure | None:
         if update.device in self.included:
             return None
         try:
             report = self.check(update)
-            self._limits.learn(update, report)
-            self._strategy.aggregator.add(self.fold, report, self.lifted(report))
+            self._limits.note_lengths(update, report)
+            self._strategy.aggregator.add(self.fold, report, self.lift_update(report))
         except Exception as error:  # noqa: BLE001 - what our checks overlooked must cost this update only
-            return self._failure(update.device, error)
+            return self._failure_of(update.device, error)
         self.included[update.device] = update
         return None
 
-    def _finish(self, limited: LimitedUpdates, scene: Scene, rate: float) -> RoundResult:
+    def _apply_strategy(self, limited: LimitedUpdates, scene: Scene, rate: float) -> RoundOutcome:
         if not limited.updates:
-            return RoundResult()
+            return RoundOutcome()
         strategy, rejected = self._strategy, dict[str, Failure]()
 
-        def reports(current: _Current) -> Iterator[Report]:
+        def reports(current: _CurrentUpdate) -> Iterator[UpdateReport]:
             for update in limited.updates:
                 if update.device not in rejected:
-                    current.device, current.read = update.device, False
+                    current.device, current.is_read = update.device, False
                     report = update.report()
-                    current.read = True
+                    current.is_read = True
                     yield report
             current.device = ""
 
-        with self._blaming() as folded:
-            closing = strategy.close(self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports(folded)))
-        rejected |= _outliers(closing.rejected)
-        with self._blaming() as observed:  # after the rejections, so that a scorer learns only from what counts
+        with self._blame_current_device() as folded:
+            closing = strategy.close(
+                self.fold, scene, rate, lambda: ((r, self.lift_update(r)) for r in reports(folded))
+            )
+        rejected |= _outlier_failures(closing.rejected)
+        with (
+            self._blame_current_device() as observed
+        ):  # after the rejections, so that a scorer learns only from what counts
             observations = strategy.learn(scene, self.fold, lambda: reports(observed))
         # Rounds of exploration collect evidence; whether they also move the model, the strategy decides.
-        if scene.round <= strategy.explores and not strategy.explorers_count:
-            return RoundResult(None, {**limited.memories, **observations}, limited.updates, rejected)
+        if scene.round <= strategy.exploration_rounds and not strategy.exploration_updates_model:
+            return RoundOutcome(None, {**limited.memories, **observations}, limited.updates, rejected)
         memories = {**limited.memories, **closing.memories, **observations}
-        return RoundResult(closing.model, memories, limited.updates, rejected)
+        return RoundOutcome(closing.model, memories, limited.updates, rejected)
 
     @contextmanager
-    def _blaming(self) -> Iterator[_Current]:
+    def _blame_current_device(self) -> Iterator[_CurrentUpdate]:
         """Attribute an error to the device whose update the strategy has at that moment."""
-        current = _Current()
+        current = _CurrentUpdate()
         try:
             yield current
         except Exception as error:
             if not current.device:
                 raise
-            failure = self._failure(current.device, error)
+            failure = self._failure_of(current.device, error)
             self.reset()
-            raise _AtFaultError(current.device, failure, read=current.read) from error
+            raise _AtFaultError(current.device, failure, is_read=current.is_read) from error
 
-    def _failure(self, device: str, error: Exception) -> Failure:
+    def _failure_of(self, device: str, error: Exception) -> Failure:
         """Why an update can't count; errors of this machine are raised again.
 
         After an unexpected error the sums start again: part of the update may be in them.
@@ -229,7 +233,7 @@ class Round:
         if isinstance(error, (StorageError, MemoryError)):
             raise error
         if isinstance(error, FedpruneError) and not isinstance(error, StrategyError):
-            return Failure(of_update(error), one_line(str(error)))
+            return Failure(kind_of_update_error(error), one_line(str(error)))
         _LOG.warning("update of %s in round %d: an unexpected error", device, self.scene.round, exc_info=error)
         self.reset()
         if isinstance(error, StrategyError):
@@ -238,23 +242,23 @@ class Round:
         return Failure(FailureKind.MALFORMED, reason)
 
 
-def _outliers(rejected: Mapping[str, str]) -> dict[str, Failure]:
+def _outlier_failures(rejected: Mapping[str, str]) -> dict[str, Failure]:
     return {device: Failure(FailureKind.OUTLIER, reason) for device, reason in rejected.items()}
 
 
 @dataclass
-class _Current:
+class _CurrentUpdate:
     """The update that a strategy is reading: its device, empty for none, and whether it could be read."""
 
     device: str = ""
-    read: bool = False
+    is_read: bool = False
 
 
 class _AtFaultError(Exception):
-    """An update that can't count after all; `read` if the strategy fails on it, and not its reading."""
+    """An update that can't count after all; `is_read` if the strategy fails on it, and not its reading."""
 
-    def __init__(self, device: str, failure: Failure, *, read: bool) -> None:
+    def __init__(self, device: str, failure: Failure, *, is_read: bool) -> None:
         super().__init__(device, failure.reason)
         self.device = device
         self.failure = failure
-        self.read = read
+        self.is_read = is_read

@@ -34,7 +34,7 @@ def divide_into_cohorts(
     shuffled = [devices[i] for i in rng.permutation(len(devices)).tolist()]
     groups = [[name for name in shuffled if name in group] for group in suspects]
     unsuspected = [name for name in shuffled if not any(name in group for group in groups)]
-    halves = [half for group in groups for half in _split_in_halves(group)]
+    halves = [half for group in groups for half in _nonempty_halves(group)]
     if not halves:
         return [tuple(devices)], []
     cohorts: list[list[str]] = []
@@ -87,6 +87,6 @@ def narrow_suspects(
     return groups, at_fault
 
 
-def _split_in_halves(group: list[str]) -> list[list[str]]:
+def _nonempty_halves(group: list[str]) -> list[list[str]]:
     middle = (len(group) + 1) // 2
     return [half for half in (group[:middle], group[middle:]) if half]

@@ -13,22 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.aggregation.fixed_point import weight_in
+from fedprune.aggregation.fixed_point import weight_in_round
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator
-from fedprune.coordination.limits import capped
+from fedprune.coordination.limits import capped_weights
 from fedprune.coordination.ready_devices import Integers
-from fedprune.coordination.stragglers import ENOUGH, LATE, LOOKS, TO_COME, Stragglers, beyond, places
-from fedprune.core.rng import keyed
+from fedprune.coordination.stragglers import (
+    BEFORE_OFFER,
+    DEADLINE_PASSED,
+    ENOUGH_UPDATES,
+    LOOKS_PER_DEADLINE,
+    Stragglers,
+    asked_devices,
+    needed_devices,
+)
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Phase, Progress, State, Task
+from fedprune.jobs.state import DeviceTask, Phase, Progress, State
 from fedprune.model.architecture import Architecture
 
 # A round that all devices refuse first pauses for this part of the deadline: with the usual 600 s, 1 minute.
-PAUSES = 10
+FIRST_PAUSE_PARTS = 10
 
 
 class SynchronousCoordinator(Coordinator):
@@ -51,87 +59,93 @@ class SynchronousCoordinator(Coordinator):
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
         self._stragglers = Stragglers(state)
-        self._queue: WaitQueue | None = None
+        self._wait_queue: WaitQueue | None = None
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        return super().handle(event, now) + self._look_again(now)
+        return super().handle(event, now) + self._request_next_look(now)
 
     def _resume_round(self, now: float) -> Commands:
         state = self.state
         if state.phase is Phase.SCORING:
             return self._rescore(now)
         if state.phase is Phase.WAITING:
-            return self._begin(now)
+            return self._begin_next_round(now)
         state.deadline = None
-        commands = self._start_clock(now) + self._resumed_parts(now)
+        commands = self._start_deadline(now) + self._resume_parts(now)
         if not self.is_masked:
             stored = (Progress.STORED, Progress.FOLDED)
-            commands += [self._fold(n, t, t.weight) for n, t in sorted(state.tasks.items()) if t.progress in stored]
-        return commands + self._next_turns(self._tally()) + self._look_again(now)
+            commands += [
+                self._fold_command(n, t, t.weight) for n, t in sorted(state.tasks.items()) if t.progress in stored
+            ]
+        return commands + self._begin_waiting_parts(self._progress_counts()) + self._request_next_look(now)
 
     def extend(self, now: float) -> Commands:
         """Begin the next round of a finished job that has been given more rounds, as if it had never finished."""
-        if self.state.phase is not Phase.FINISHED or self._last():
+        if self.state.phase is not Phase.FINISHED or self._is_last_round():
             return []
         self.state.phase = Phase.WAITING
-        return self._begin(now) + self._look_again(now)
+        return self._begin_next_round(now) + self._request_next_look(now)
 
     # A round begins.
 
-    def _go_on_again(self, now: float) -> Commands:
-        return self._begin(now) if self.state.phase is Phase.WAITING else self._next_turns(self._tally())
+    def _begin_pending(self, now: float) -> Commands:
+        return (
+            self._begin_next_round(now)
+            if self.state.phase is Phase.WAITING
+            else self._begin_waiting_parts(self._progress_counts())
+        )
 
-    def _begin(self, now: float) -> Commands:
+    def _begin_next_round(self, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.WAITING:
             return []
         if finish := self._finish_if_over():
             return finish
-        if state.paused or state.devices.count(True) < self._least:
+        if state.paused or state.devices.count(True) < self._min_devices:
             return []
-        if self.privacy_budget.barred():
+        if self.privacy_budget.no_device_may_be_offered():
             return self._finish_budget_spent(state.round)
-        ready = self._ready.places()
+        ready = self._ready_devices.places()
         if not len(ready):  # who is here has spent its budget of privacy, and who hasn't is away
             return []
         self._begin_round(now)
-        state.tasks = self._tasks(self._draw(ready, state.round, attempt=1), attempt=1)
+        state.tasks = self._new_tasks(self._draw_devices(ready, state.round, attempt=1), attempt=1)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
         state.deadline = None
-        return self._score()
+        return self._score_command()
 
     @property
-    def _least(self) -> int:
+    def _min_devices(self) -> int:
         """Devices with which a round begins."""
         return self.job.devices
 
-    def _draw(self, ready: Integers, number: int, attempt: int) -> list[str]:
+    def _draw_devices(self, ready: Integers, number: int, attempt: int) -> list[str]:
         """Names of the devices that round `number` asks: a keyed share of those that are ready; sorted."""
         share = self.schedule.participation or self.job.participation
-        if number <= self.strategy.explores:
+        if number <= self.strategy.exploration_rounds:
             share = 1.0
-        count = places(share, len(ready))
-        count_asked = beyond(count, self.job.over_selection, len(ready))
+        count = needed_devices(share, len(ready))
+        count_asked = asked_devices(count, self.job.over_selection, len(ready))
         # A round that no device finished isn't offered to the same silent devices for ever.
         lot_key = ("participation",) if attempt == 1 else ("participation", attempt)
-        drawn = ready[keyed(self.job.seed, number, *lot_key).permutation(len(ready))]
+        drawn = ready[keyed_generator(self.job.seed, number, *lot_key).permutation(len(ready))]
         self.state.target_updates = count if count < count_asked else 0
-        return self._ready.names(np.sort(drawn[:count_asked]))
+        return self._ready_devices.names(np.sort(drawn[:count_asked]))
 
-    def _tasks(self, asked: list[str], attempt: int) -> TrackedDict[Task]:
+    def _new_tasks(self, asked: list[str], attempt: int) -> TrackedDict[DeviceTask]:
         """Parts for these devices, each with its widths and weight of now."""
         devices = {n: self.state.devices[n] for n in asked}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
-        counts = {n: 1 if self.uniform else d.samples for n, d in devices.items()}
-        counts = capped(counts, self.job.weight_limit, self.job.most_samples)
+        counts = {n: 1 if self.weighs_uniformly else d.samples for n, d in devices.items()}
+        counts = capped_weights(counts, self.job.weight_limit, self.job.most_samples)
         total = sum(counts.values())
-        tasks = TrackedDict[Task]()
+        tasks = TrackedDict[DeviceTask]()
         for name, device in devices.items():
-            tasks[name] = self._new_task(device, attempt, weight=weight_in(counts[name], total, len(devices)))
+            tasks[name] = self._new_task(device, attempt, weight=weight_in_round(counts[name], total, len(devices)))
         return tasks
 
-    def _score(self) -> Commands:
+    def _score_command(self) -> Commands:
         state = self.state
         return [do.Score(state.round, state.model, dict(state.memory), tuple(sorted(state.tasks)))]
 
@@ -141,104 +155,104 @@ class SynchronousCoordinator(Coordinator):
         for name, task in list(state.tasks.items()):
             device = state.devices[name]
             # The job's settings, and with them the plans, may have changed since the round began.
-            task.widths, task.density, task.work, task.mixed, task.core = self.grants.of(device)
+            task.widths, task.density, task.work, task.mixed, task.core = self.grants.grant_of(device)
             task.accumulate = device.accumulate
             if not task.widths:
                 del state.tasks[name]
         if state.tasks:
-            return self._score()
+            return self._score_command()
         # The round has not begun for anybody: its number is used again.
         state.round -= 1
         state.phase = Phase.WAITING
-        return self._begin(now)
+        return self._begin_next_round(now)
 
-    def _collect(self, now: float) -> Commands:
+    def _begin_parts(self, now: float) -> Commands:
         state = self.state
         state.phase = Phase.TRAINING
         if self.job.in_flight:
             for task in state.tasks.values():
                 task.progress = Progress.QUEUED
-            self._queue = None
-            return self._next_turns(self._tally())
-        return self._extracts(sorted(state.tasks))
+            self._wait_queue = None
+            return self._begin_waiting_parts(self._progress_counts())
+        return self._extract_commands(sorted(state.tasks))
 
-    def _next_turns(self, tally: Counter[Progress]) -> Commands:
+    def _begin_waiting_parts(self, tally: Counter[Progress]) -> Commands:
         """Begin the parts of devices that waited, as many as may work at a time."""
         tasks = self.state.tasks
         if not tally[Progress.QUEUED] or self.state.paused:
             return []
         free_turns = self.job.in_flight or len(tasks)
         free_turns -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
-        self._queue = self._queue or WaitQueue(self.state)
-        names = self._queue.next(free_turns)
+        self._wait_queue = self._wait_queue or WaitQueue(self.state)
+        names = self._wait_queue.next_devices(free_turns)
         for name in names:
             tasks[name].progress = Progress.EXTRACTING
-        return self._extracts(names)
+        return self._extract_commands(names)
 
-    def _tally(self) -> Counter[Progress]:
+    def _progress_counts(self) -> Counter[Progress]:
         """Numbers of the round's parts by progress."""
         return self.state.tasks.counts
 
-    def _extracted(self, event: on.Extracted, now: float) -> Commands:
-        task = self._task(event, Progress.EXTRACTING)
+    def _on_extracted(self, event: on.Extracted, now: float) -> Commands:
+        task = self._awaited_task(event, Progress.EXTRACTING)
         if task is None:
             return []
         deadline = now + self.job.deadline_s if self.job.in_flight else None
-        return [self._offer(task, event, now, deadline), *self._start_clock(now)]
+        return [self._send_offer(task, event, now, deadline), *self._start_deadline(now)]
 
-    def _start_clock(self, now: float) -> Commands:
+    def _start_deadline(self, now: float) -> Commands:
         """Set the round's deadline once all parts have been offered: a slow extraction must not cost devices time."""
         state = self.state
-        if state.deadline is not None or state.tasks.count(*TO_COME):
+        if state.deadline is not None or state.tasks.count(*BEFORE_OFFER):
             return []
         state.deadline = now + self.job.deadline_s
-        return [do.Wake(state.deadline)]
+        return [do.WakeAt(state.deadline)]
 
     # Updates come in.
 
     def _is_late(self, event: on.UpdateAnnounced) -> bool:
         return event.round != self.state.round or self.state.phase not in (Phase.SCORING, Phase.TRAINING)
 
-    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+    def _on_update_stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._store_update(event, now)
         if task is None:
             return []
         return [
             do.Acknowledge(event.device, event.round, event.attempt, event.weights),
-            self._fold(event.device, task, task.weight),
+            self._fold_command(event.device, task, task.weight),
         ]
 
-    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+    def _on_update_rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = (
-            self._task(event, Progress.STORED)
-            or self._task(event, Progress.FOLDED)
-            or self._task(event, Progress.PULLING)
+            self._awaited_task(event, Progress.STORED)
+            or self._awaited_task(event, Progress.FOLDED)
+            or self._awaited_task(event, Progress.PULLING)
         )
         return self._give_up(task, event, now)
 
     # A round ends.
 
-    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+    def _on_ticked(self, event: on.Ticked, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.TRAINING:
             return []
         is_over = state.deadline is not None and now >= state.deadline
         if not is_over and not self.job.in_flight:
-            return [] if state.deadline is None else [do.Wake(state.deadline)]  # a clock was set back
-        late_tasks, number = self._stragglers.late(now, over=is_over), state.round
+            return [] if state.deadline is None else [do.WakeAt(state.deadline)]  # a clock was set back
+        late_tasks, number = self._stragglers.late_tasks(now, is_over=is_over), state.round
         for name, task in late_tasks:
-            self._stragglers.let_go(name, task, LATE)
-        commands = self._go_on(now)
+            self._stragglers.stop_waiting(name, task, DEADLINE_PASSED)
+        commands = self._continue_round(now)
         # A device that is asked again gets an offer instead of a cancellation: the same work continues.
-        names_asked_again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
+        names_asked_again = {n for n, t in state.tasks.items() if t.progress in BEFORE_OFFER}
         return [
-            *(do.Cancel(n, number, t.attempt, LATE) for n, t in late_tasks if n not in names_asked_again),
+            *(do.Cancel(n, number, t.attempt, DEADLINE_PASSED) for n, t in late_tasks if n not in names_asked_again),
             *commands,
         ]
 
-    def _look_again(self, now: float) -> Commands:
+    def _request_next_look(self, now: float) -> Commands:
         """Ask to be woken for the next look at deadlines of single devices, unless that was asked for."""
-        state, next_look = self.state, now + self.job.deadline_s / LOOKS
+        state, next_look = self.state, now + self.job.deadline_s / LOOKS_PER_DEADLINE
         if (
             not self.job.in_flight
             or state.phase is not Phase.TRAINING
@@ -246,36 +260,36 @@ class SynchronousCoordinator(Coordinator):
         ):
             return []
         state.wake_times = [next_look]
-        return [do.Wake(next_look)]
+        return [do.WakeAt(next_look)]
 
-    def _folded(self, event: on.Folded, now: float) -> Commands:
-        if self._task(event, Progress.STORED) is not None:
+    def _on_folded(self, event: on.Folded, now: float) -> Commands:
+        if self._awaited_task(event, Progress.STORED) is not None:
             self.state.devices[event.device].missed_rounds = 0
-        return super()._folded(event, now)
+        return super()._on_folded(event, now)
 
-    def _go_on(self, now: float) -> Commands:
-        state, tally = self.state, self._tally()
+    def _continue_round(self, now: float) -> Commands:
+        state, tally = self.state, self._progress_counts()
         cancels: Commands = []
-        for name, task in (dispensable := self._stragglers.rest(tally)):
-            self._stragglers.let_go(name, task, ENOUGH)
-            cancels.append(do.Cancel(name, state.round, task.attempt, ENOUGH))
-        if not dispensable and not all(p.over for p, count in tally.items() if count):
-            return self._next_turns(tally)
+        for name, task in (dispensable := self._stragglers.dispensable_tasks(tally)):
+            self._stragglers.stop_waiting(name, task, ENOUGH_UPDATES)
+            cancels.append(do.Cancel(name, state.round, task.attempt, ENOUGH_UPDATES))
+        if not dispensable and not all(p.is_over for p, count in tally.items() if count):
+            return self._begin_waiting_parts(tally)
         # Whatever is in the sums counts: a round with one update closes, too.
         if tally[Progress.FOLDED]:
             state.phase = Phase.CLOSING
-            return [*cancels, self._close()]
-        return self._again_soon(now)
+            return [*cancels, self._close_command()]
+        return self._repeat_after_pause(now)
 
     def _restart_after_unusable_updates(self, now: float) -> Commands:
         """Start the round again after its deadline, as none of the updates in the sums could be used."""
         state = self.state
         state.phase = Phase.TRAINING
         if state.deadline is None or now < state.deadline:
-            return self._start_clock(now) or [do.Wake(state.deadline or now)]
-        return self._again(now)
+            return self._start_deadline(now) or [do.WakeAt(state.deadline or now)]
+        return self._repeat_round(now)
 
-    def _again_soon(self, now: float) -> Commands:
+    def _repeat_after_pause(self, now: float) -> Commands:
         """Start a round again in which all devices refused, after a pause and at its deadline at the latest.
 
         The pause gives devices that refused time to recover, and keeps a fault that all have from making rounds spin:
@@ -283,90 +297,90 @@ class SynchronousCoordinator(Coordinator):
         """
         state = self.state
         if state.deadline is not None and now >= state.deadline:
-            return self._again(now)
+            return self._repeat_round(now)
         attempt = max((task.attempt for task in state.tasks.values()), default=1)
-        retry = now + self.job.deadline_s * min(1.0, 2.0 ** min(attempt - 1, 8) / PAUSES)
+        retry = now + self.job.deadline_s * min(1.0, 2.0 ** min(attempt - 1, 8) / FIRST_PAUSE_PARTS)
         state.deadline = retry if state.deadline is None else min(state.deadline, retry)
-        return [do.Wake(state.deadline)]
+        return [do.WakeAt(state.deadline)]
 
-    def _again(self, now: float) -> Commands:
+    def _repeat_round(self, now: float) -> Commands:
         """Start the round again with the devices that are present; wait for more if they are too few.
 
         If these are others than in the last attempt, channels are ranked again: scorers may go by who takes part.
         """
         state = self.state
         state.deadline = None
-        ready = self._ready.places()
+        ready = self._ready_devices.places()
         former_devices, attempt = set(state.tasks), 1 + max((t.attempt for t in state.tasks.values()), default=0)
-        is_able = len(ready) >= self._least and not state.paused
-        asked = self._draw(ready, state.round, attempt) if is_able else []
+        is_able = len(ready) >= self._min_devices and not state.paused
+        asked = self._draw_devices(ready, state.round, attempt) if is_able else []
         if not asked:
             state.tasks = TrackedDict()
             state.round -= 1
             state.phase = Phase.WAITING
-            if self.privacy_budget.barred():
+            if self.privacy_budget.no_device_may_be_offered():
                 return self._finish_budget_spent(state.round)
             return self._finish_if_over()
-        state.tasks = self._tasks(asked, attempt)
+        state.tasks = self._new_tasks(asked, attempt)
         # The ranking was made for these devices, and still fits them.
         if set(state.tasks) == former_devices:
-            return self._collect(now)
+            return self._begin_parts(now)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
-        return self._score()
+        return self._score_command()
 
-    def _done(self) -> dict[str, Task]:
+    def _counted_tasks(self) -> dict[str, DeviceTask]:
         """The parts whose updates count."""
         return {n: t for n, t in sorted(self.state.tasks.items()) if t.progress is Progress.FOLDED}
 
-    def _close(self) -> do.Command:
+    def _close_command(self) -> do.Command:
         return self._close_with(())
 
     def _close_with(self, sums: tuple[do.CohortSum, ...]) -> do.Close:
-        state, tasks = self.state, self._done()
+        state, tasks = self.state, self._counted_tasks()
         contributions = tuple(self._contribution(n, t, t.weight) for n, t in tasks.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(tasks), contributions, sums=sums)
 
-    def _judge_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
+    def _judge_cohort_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
         """The cohorts whose updates are known by their sum alone; and whether the next attempt at the round needs no
         pause, since fewer devices are suspected of having spoilt a sum."""
         return [], False
 
-    def _closed(self, event: on.Closed, now: float) -> Commands:
+    def _on_closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
-        cohorts, retry_at_once = self._judge_sums(event)
+        cohorts, retry_at_once = self._judge_cohort_sums(event)
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
-        counted = self._done()
+        counted = self._counted_tasks()
         if not counted:
             state.closing = None
-            return self._again(now) if retry_at_once else self._restart_after_unusable_updates(now)
+            return self._repeat_round(now) if retry_at_once else self._restart_after_unusable_updates(now)
         if not self.privacy_budget.release(counted, cohorts):  # too few delivered: their sum is not published
-            state.spent_under, state.closing = self.job.privacy.account, None
+            state.spent_under, state.closing = self.job.privacy.account_settings, None
             return self._finish_budget_spent(state.round - 1)
         for name, task in counted.items():
             self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING
-        return [self._evaluate()]
+        return [self._evaluate_command()]
 
-    def _end(self, metrics: dict[str, float], now: float) -> Commands:
+    def _end_round(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state
-        state.history.append(self._summary(metrics, now))
+        state.history.append(self._round_summary(metrics, now))
         state.closing = None
         # After the history has the round, and before the next one is planned.
         self.allocator.review(self.fleet, metrics)
-        if self._last():
+        if self._is_last_round():
             state.phase = Phase.FINISHED
-            return [self._finish()]
+            return [self._finish_command()]
         state.phase = Phase.WAITING
-        return self._begin(now)
+        return self._begin_next_round(now)
 
-    def _summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
+    def _round_summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
         state = self.state
         return {
             "round": state.round,
@@ -387,19 +401,19 @@ class WaitQueue:
     def __init__(self, state: State) -> None:
         self._state = state
         names = sorted(n for n, t in state.tasks.items() if t.progress is Progress.QUEUED)
-        self._here, self._away = deque(names), deque[str]()
+        self._present, self._absent = deque(names), deque[str]()
 
-    def next(self, count: int) -> list[str]:
+    def next_devices(self, count: int) -> list[str]:
         """The next devices; fewer where no more wait."""
         names: list[str] = []
-        while len(names) < count and (self._here or self._away):
-            waiting = self._here or self._away
+        while len(names) < count and (self._present or self._absent):
+            waiting = self._present or self._absent
             name = waiting.popleft()
             task = self._state.tasks.get(name)
             if task is None or task.progress is not Progress.QUEUED:
                 continue
-            if waiting is self._here and not self._state.devices[name].online:
-                self._away.append(name)
+            if waiting is self._present and not self._state.devices[name].online:
+                self._absent.append(name)
             else:
                 names.append(name)
         return names

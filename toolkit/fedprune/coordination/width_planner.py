@@ -10,11 +10,11 @@ from typing import Any
 from fedprune.core.errors import FedpruneError, PlanError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
-from fedprune.jobs.state import Device, Task
-from fedprune.model.architecture import Architecture, kept_share, widths_at, widths_with_least
+from fedprune.jobs.state import DeviceTask, JobDevice
+from fedprune.model.architecture import Architecture, kept_share, widths_at, widths_at_least
 from fedprune.model.recipe import Recipe
-from fedprune.planning.cost_prediction import NO_CORRECTION, Correction, Prediction, predict
-from fedprune.planning.plan import MEMORY, Plan, PlanSearch
+from fedprune.planning.cost_prediction import NO_CORRECTION, Correction, Prediction, predict_costs
+from fedprune.planning.plan import MEMORY, PlanSearch, WidthPlan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
@@ -22,11 +22,11 @@ from fedprune.strategies.allocation import Allocator, Fleet
 
 # Plans that are remembered. Boards of one kind with as many samples share a plan, unless they have measured themselves;
 # a fleet whose boards all have would otherwise fill the memory.
-PLANS = 4096
+MAX_CACHED = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class _Made:
+class _SharedPlan:
     """A plan that devices share, or the error of planning it.
 
     Attributes:
@@ -48,15 +48,17 @@ class WidthPlanner:
         self.strategy = strategy
         self.architecture = architecture
         self.frozen = frozen
-        self._fixed: tuple[int, ...] = ()
+        self._fixed_widths: tuple[int, ...] = ()
         if job.density:
-            self._fixed = widths_with_least(architecture, widths_at(architecture, job.density), strategy.least_channels)
+            self._fixed_widths = widths_at_least(
+                architecture, widths_at(architecture, job.density), strategy.min_channels
+            )
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
-        self._plans: dict[Hashable, _Made] = {}
-        self._read: dict[Mapping[str, Any], Plan] = {}
+        self._plans: dict[Hashable, _SharedPlan] = {}
+        self._plans_by_body: dict[Mapping[str, Any], WidthPlan] = {}
         self._predictions: dict[Hashable, Prediction] = {}
 
-    def plan(self, name: str, device: Device) -> None:
+    def plan(self, name: str, device: JobDevice) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
 
         What a device's rounds taught never excludes it. One that looks too slow for any width is planned without the
@@ -68,18 +70,20 @@ class WidthPlanner:
             self._recipe(name, device, self.architecture.sizes)
         try:
             if self.job.density:
-                device.widths, device.density = self._fixed, self.job.density
+                device.widths, device.density = self._fixed_widths, self.job.density
                 return
             correction = Correction(**device.correction)
-            self._give(device, self._planned(name, device, correction, correction.of_memory(), NO_CORRECTION))
+            self._assign(
+                device, self._first_plan_that_fits(name, device, correction, correction.without_times(), NO_CORRECTION)
+            )
         except StrategyError:  # no device's fault
             raise
         except FedpruneError as error:
             device.excluded = str(error)
 
-    def replace(self, name: str, former: Device | None, device: Device) -> None:
+    def plan_again(self, name: str, former: JobDevice | None, device: JobDevice) -> None:
         """Plan a device that announced itself, keeping what still holds of its former plan and correction."""
-        if former is not None and former.profile == device.profile and _as_fast(former, device):
+        if former is not None and former.profile == device.profile and _has_same_latency(former, device):
             device.correction = former.correction
         inputs = (device.profile, device.probe, device.samples, device.codecs)
         former_inputs = None if former is None else (former.profile, former.probe, former.samples, former.codecs)
@@ -88,30 +92,37 @@ class WidthPlanner:
         else:
             self.plan(name, device)
 
-    def learn(self, name: str, device: Device, task: Task) -> None:
+    def learn(self, name: str, device: JobDevice, task: DeviceTask) -> None:
         """Correct a device's predicted times and memory by a round's measured ones; plan again where they were far
         off."""
         # A round in other parts of a batch says nothing of the memory that this plan takes.
         if device.plan is None or device.accumulate != task.accumulate:
             return
-        former_plan = self._plan_of(device.plan)
-        room = former_plan.limit(MEMORY).limit
+        former_plan = self._read_plan(device.plan)
+        room = former_plan.limit_of(MEMORY).limit
         expected = (
-            former_plan.prediction if device.widths == task.widths else self._predicted(name, device, task, former_plan)
+            former_plan.prediction
+            if device.widths == task.widths
+            else self._prediction_for_task(name, device, task, former_plan)
         )
-        correction = Correction(**device.correction).after(expected, former_plan.correction, task.metrics, room)
+        correction = Correction(**device.correction).corrected_by(expected, former_plan.correction, task.metrics, room)
         device.correction = vars(correction)
         overran = task.metrics.get("peak_memory_bytes", 0.0) > room and correction != former_plan.correction
-        if not overran and not correction.moved(former_plan.correction, former_plan.prediction):
+        if not overran and not correction.differs_from(former_plan.correction, former_plan.prediction):
             return
         try:
-            self._give(device, self._planned(name, device, correction, *([correction.of_memory()] if overran else [])))
+            self._assign(
+                device,
+                self._first_plan_that_fits(
+                    name, device, correction, *([correction.without_times()] if overran else [])
+                ),
+            )
         except StrategyError:
             raise
         except FedpruneError:  # too slow at any width: it delivered all the same, and continues as it is
             return
 
-    def _predicted(self, name: str, device: Device, task: Task, plan: Plan) -> Prediction:
+    def _prediction_for_task(self, name: str, device: JobDevice, task: DeviceTask, plan: WidthPlan) -> Prediction:
         """The prediction that a device's plan would have made for the widths of a task, where these are others."""
         key = (device.plan, task.widths, task.samples)
         if key not in self._predictions:
@@ -128,45 +139,47 @@ class WidthPlanner:
                 correction=plan.correction,
                 frozen=self.frozen,
             )
-            forget_first(self._predictions)
+            forget_oldest(self._predictions)
         return self._predictions[key]
 
-    def _plan_of(self, body: Mapping[str, Any]) -> Plan:
+    def _read_plan(self, body: Mapping[str, Any]) -> WidthPlan:
         """A plan read from its JSON, which devices share."""
-        if body not in self._read:
-            self._read[body] = Plan.from_dict(body)
-            forget_first(self._read)
-        return self._read[body]
+        if body not in self._plans_by_body:
+            self._plans_by_body[body] = WidthPlan.from_dict(body)
+            forget_oldest(self._plans_by_body)
+        return self._plans_by_body[body]
 
-    def _give(self, device: Device, shared_plan: _Made) -> None:
+    def _assign(self, device: JobDevice, shared_plan: _SharedPlan) -> None:
         """Set a device's plan, and with it widths and density: strategies go by the latter, too (a pull, a scaler)."""
         device.plan, device.widths, device.density = shared_plan.plan, shared_plan.widths, shared_plan.density
 
-    def _recipe(self, name: str, device: Device, widths: tuple[int, ...]) -> Recipe:
+    def _recipe(self, name: str, device: JobDevice, widths: tuple[int, ...]) -> Recipe:
         """The device's recipe at these widths."""
         return self.strategy.planned_recipe(
             self.job, name, widths, kept_share(self.architecture, widths), device.samples
         )
 
-    def _planned(self, name: str, device: Device, correction: Correction, *fallbacks: Correction) -> _Made:
+    def _first_plan_that_fits(
+        self, name: str, device: JobDevice, correction: Correction, *fallbacks: Correction
+    ) -> _SharedPlan:
         """The plan by the first of the corrections with which a width fits. Raises the last error if none does."""
-        shared_plan = self._remembered(name, device, correction)
+        shared_plan = self._cached_plan(name, device, correction)
         if shared_plan.error is None:
             return shared_plan
         if isinstance(shared_plan.error, PlanError) and set(fallbacks) - {correction}:
-            return self._planned(name, device, *fallbacks)
+            return self._first_plan_that_fits(name, device, *fallbacks)
         # The error is kept for other devices; a traceback would keep the frames of this call alive with it.
         raise shared_plan.error.with_traceback(None)
 
-    def _remembered(self, name: str, device: Device, correction: Correction) -> _Made:
+    def _cached_plan(self, name: str, device: JobDevice, correction: Correction) -> _SharedPlan:
         """The plan of another device like this one whose recipes agree, for the whole model and as planned."""
         device.profile, profile = self._profile(device.profile)
         key = (id(profile), device.probe, device.samples, tuple(device.codecs), correction)
         shared_plan = self._plans.pop(key, None)
         if shared_plan is None or any(self._recipe(name, device, w) != r for w, r in shared_plan.recipes.items()):
-            shared_plan = self._made(name, device, profile, correction)
+            shared_plan = self._search_plan(name, device, profile, correction)
         self._plans[key] = shared_plan
-        forget_first(self._plans)
+        forget_oldest(self._plans)
         return shared_plan
 
     def _profile(self, body: dict[str, Any]) -> tuple[dict[str, Any], HardwareProfile]:
@@ -178,7 +191,9 @@ class WidthPlanner:
             self._plans.clear()
         return shared_profile
 
-    def _made(self, name: str, device: Device, profile: HardwareProfile, correction: Correction) -> _Made:
+    def _search_plan(
+        self, name: str, device: JobDevice, profile: HardwareProfile, correction: Correction
+    ) -> _SharedPlan:
         full_widths = self.architecture.sizes
         try:
             plan = PlanSearch(
@@ -192,15 +207,15 @@ class WidthPlanner:
                 probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
                 correction=correction,
                 frozen=self.frozen,
-                least_channels=self.strategy.least_channels,
+                least_channels=self.strategy.min_channels,
                 codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
-            ).plan()
+            ).search()
         except StrategyError:
             raise
         except FedpruneError as error:
-            return _Made({full_widths: self._recipe(name, device, full_widths)}, error=error)
+            return _SharedPlan({full_widths: self._recipe(name, device, full_widths)}, error=error)
         recipes = {w: self._recipe(name, device, w) for w in (full_widths, plan.widths)}
-        return _Made(
+        return _SharedPlan(
             recipes,
             plan=PackedJson(plan.to_dict()),
             widths=plan.widths,
@@ -214,14 +229,14 @@ class PlannedWidths(Allocator):
     def __init__(self, planner: WidthPlanner) -> None:
         self._planner = planner
 
-    def admit(self, fleet: Fleet, name: str, former: Device | None) -> None:
-        self._planner.replace(name, former, fleet.state.devices[name])
+    def admit(self, fleet: Fleet, name: str, former: JobDevice | None) -> None:
+        self._planner.plan_again(name, former, fleet.state.devices[name])
 
-    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
+    def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:
         self._planner.learn(name, fleet.state.devices[name], task)
 
 
-def _as_fast(former: Device, device: Device) -> bool:
+def _has_same_latency(former: JobDevice, device: JobDevice) -> bool:
     """Whether the measurement that a correction belongs to is the same."""
     if former.probe == device.probe:
         return True
@@ -233,7 +248,7 @@ def predict_round(
     strategy: Strategy,
     architecture: Architecture,
     name: str,
-    device: Device,
+    device: JobDevice,
     widths: tuple[int, ...],
     density: float,
     samples: int,
@@ -253,11 +268,11 @@ def predict_round(
         frozen: Tensors that the model's author froze.
     """
     profile = HardwareProfile.from_dict(device.profile)
-    return predict(
+    return predict_costs(
         architecture,
         widths,
         profile,
-        strategy.planned_recipe(job, name, widths, density, samples).in_parts(accumulate),
+        strategy.planned_recipe(job, name, widths, density, samples).with_micro_batches(accumulate),
         samples,
         probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
         correction=correction,
@@ -266,7 +281,7 @@ def predict_round(
     )
 
 
-def forget_first(remembered: dict[Any, Any]) -> None:
-    """Forget the oldest entry of a cache that has more than `PLANS`: dictionaries keep the order of insertion."""
-    if len(remembered) > PLANS:
+def forget_oldest(remembered: dict[Any, Any]) -> None:
+    """Forget the oldest entry of a cache that has more than `MAX_CACHED`: dictionaries keep the order of insertion."""
+    if len(remembered) > MAX_CACHED:
         del remembered[next(iter(remembered))]

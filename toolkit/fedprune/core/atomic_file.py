@@ -12,16 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.disk import storage_errors, sync_file, sync_folder
+from fedprune.core.disk import flush_file, flush_folder, storage_errors
 from fedprune.core.errors import StorageError
 
 # A file is written as `.name.partial` beside its path: a rename is atomic only within one disk. The name is fixed, so
 # that leftovers can be swept; each path has one writer at a time.
-_PARTIAL = ".partial"
+_PARTIAL_SUFFIX = ".partial"
 
 
 @contextmanager
-def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[Path]:
     """Write a file atomically; yields the path to write to.
 
     Args:
@@ -29,7 +29,7 @@ def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterat
         private: Let only this user read the file, from its first byte on.
         sync: Make the write survive a power cut, too.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial = path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
     with storage_errors(f"can't write {path}"):
         try:
             if private:
@@ -38,7 +38,7 @@ def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterat
             yield partial
             if sync:
                 # The content before the name: else a power cut can leave the new name with an empty file.
-                sync_file(partial)
+                flush_file(partial)
             partial.replace(path)
         except BaseException:
             # Suppressed, so that the error of the write is raised and not that of the clean-up.
@@ -46,18 +46,18 @@ def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterat
                 partial.unlink(missing_ok=True)
             raise
         if sync:
-            sync_folder(path.parent)
+            flush_folder(path.parent)
 
 
-def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False, sync: bool = True) -> None:
-    """Replace a file's content as `appearing` does."""
-    with appearing(path, private=private, sync=sync) as partial:
+def write_atomically(path: Path, data: bytes | memoryview, *, private: bool = False, sync: bool = True) -> None:
+    """Replace a file's content as `atomic_write` does."""
+    with atomic_write(path, private=private, sync=sync) as partial:
         partial.write_bytes(data)
 
 
-def place(source: Path, path: Path, *, sync: bool = True) -> None:
+def link_or_copy(source: Path, path: Path, *, sync: bool = True) -> None:
     """Give a file that never changes a second path: a hard link where the disk has them, else an atomic copy."""
-    with appearing(path, sync=False) as partial:
+    with atomic_write(path, sync=False) as partial:
         partial.unlink(missing_ok=True)
         try:
             os.link(source, partial)
@@ -67,24 +67,24 @@ def place(source: Path, path: Path, *, sync: bool = True) -> None:
                 raise
             shutil.copyfile(source, partial)
             if sync:
-                sync_file(partial)
+                flush_file(partial)
     if sync:
         with storage_errors(f"can't write {path}"):
-            sync_folder(path.parent)
+            flush_folder(path.parent)
 
 
-def move(source: Path, path: Path) -> None:
+def move_durably(source: Path, path: Path) -> None:
     """Rename a file within a disk, durably. Raises `StorageError` if the disk fails, or `source` is missing."""
     with storage_errors(f"can't write {path}"):
         source.replace(path)
-        sync_folder(path.parent)
+        flush_folder(path.parent)
 
 
-def remove(path: Path) -> None:
+def remove_durably(path: Path) -> None:
     """Delete a file durably, if it exists. Raises `StorageError` if the disk fails."""
     with storage_errors(f"can't write {path}"):
         path.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def write_document(path: Path, body: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def write_document(path: Path, body: dict[str, Any]) -> None:
     # The body is a string within the document, so that the digest is of bytes and not of one encoder's formatting.
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     document = {"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_whole(path, json.dumps(document).encode(), private=True)
+    write_atomically(path, json.dumps(document).encode(), private=True)
 
 
 def read_document(path: Path) -> dict[str, Any] | None:
@@ -115,11 +115,11 @@ def read_document(path: Path) -> dict[str, Any] | None:
     return body
 
 
-def sweep(folder: Path, name: str = "*") -> None:
+def remove_partial_files(folder: Path, name: str = "*") -> None:
     """Delete the unfinished files that a killed process left in a folder, or only those of the file `name`.
 
     No process may be writing these files. Raises `StorageError` if the disk fails.
     """
     with storage_errors(f"can't write {folder}"):
-        for path in folder.glob(f".{name}{_PARTIAL}"):
+        for path in folder.glob(f".{name}{_PARTIAL_SUFFIX}"):
             path.unlink(missing_ok=True)

@@ -21,8 +21,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from fedprune.core.command_parser import DEBUG, CommandParser, print_error
-from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
+from fedprune.core.command_parser import DEBUG_VARIABLE, CommandParser, print_error
+from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, did_you_mean, path_remedy
 from fedprune.core.text import sentences
 from fedprune.core.validation import MAX_INT
 
@@ -38,7 +38,7 @@ _MAX_SECONDS = 1e6
 _MAX_HOURS = 100 * 365 * 24.0
 
 # A quota that is used up looks like a full disk to whoever has to solve it.
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def run_command(prog: str, build_parser: Callable[[], CommandParser], argv: Sequence[str] | None = None) -> int:
@@ -50,44 +50,44 @@ def run_command(prog: str, build_parser: Callable[[], CommandParser], argv: Sequ
         sys.stdout.flush()  # a pipe that is closed fails here, inside the try, and not when the interpreter ends
         return code
     except BrokenPipeError as error:
-        if not _reader_gone():
-            return _internal(prog, error)
+        if not _has_reader_ended():
+            return _report_internal_error(prog, error)
         # The reader has ended (`| head`). The buffered rest goes nowhere: else the interpreter's own flush would fail
         # again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.OK)
     except KeyboardInterrupt as error:  # no error: the user wanted it
-        return _interrupted(error)
+        return _report_interrupt(error)
     except FedpruneError as error:
-        if (interruption := _interruption(error)) is not None:
-            return _interrupted(interruption)
+        if (interruption := _interrupt_behind(error)) is not None:
+            return _report_interrupt(interruption)
         print_error(str(error))
         return int(error.exit_code)
     except ImportError as error:
         # If a module of fedprune is missing, pip is changing the installation; any other import error is unexpected.
         if not (error.name or "").startswith("fedprune"):
-            return _internal(prog, error)
+            return _report_internal_error(prog, error)
         print_error(
             f"fedprune's installation is incomplete ({error}). If pip is at work on it, run the command again when "
             "that is done; else install fedprune again."
         )
         return int(ExitCode.INTERNAL)
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            print_error(f"no room left on the disk{_where(error)}. Free some and run the command again.")
+        if error.errno in _DISK_FULL_ERRNOS:
+            print_error(f"no room left on the disk{_path_suffix(error)}. Free some and run the command again.")
             return int(ExitCode.STORAGE_FULL)
         if error.strerror is None:  # raised by a library, not by the operating system
-            return _internal(prog, error)
-        print_error(sentences(f"{error.strerror}{_where(error)}", remedy(error)))
+            return _report_internal_error(prog, error)
+        print_error(sentences(f"{error.strerror}{_path_suffix(error)}", path_remedy(error)))
         return int(ExitCode.STORAGE)
     except MemoryError:
         print_error("not enough memory on this machine")
         return int(ExitCode.INTERNAL)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
-        return _internal(prog, error)
+        return _report_internal_error(prog, error)
 
 
-def _reader_gone() -> bool:
+def _has_reader_ended() -> bool:
     """Whether the reader of stdout or stderr has ended; if not, another pipe broke, which is an error."""
     output = select.poll()
     for descriptor in (1, 2):
@@ -95,12 +95,12 @@ def _reader_gone() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
-def _interrupted(error: KeyboardInterrupt) -> int:
+def _report_interrupt(error: KeyboardInterrupt) -> int:
     print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
     return int(ExitCode.INTERRUPTED)
 
 
-def _interruption(error: BaseException) -> KeyboardInterrupt | None:
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
     """The Ctrl-C that caused an error, if any: compiled modules turn one during their import into an ImportError."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -130,26 +130,26 @@ def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, *
     return kind(**{**{name: value for name, value in vars(arguments).items() if name in field_names}, **extra_fields})
 
 
-def add_json(parser: argparse.ArgumentParser, text: str = "as JSON, for programs") -> None:
+def add_json_option(parser: argparse.ArgumentParser, text: str = "as JSON, for programs") -> None:
     """Give a command that prints a result the option `--json`."""
     parser.add_argument("--json", action="store_true", help=text)
 
 
 def print_json(value: Any) -> None:
     """Print JSON with its keys in their given order. NaN and infinities, which JSON lacks, become null."""
-    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+    print(json.dumps(_without_infinities(value), indent=2, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def _without_infinities(value: Any) -> Any:
     """A value for JSON with None in place of numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_infinities(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def whole_number(text: str) -> int:
+def positive_integer(text: str) -> int:
     """A number of an option: whole and above 0."""
     try:
         value = int(text)
@@ -212,27 +212,27 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
     """A time of an option: above 0, and no longer than any call of the system waits."""
-    return _above_zero(text, "seconds", _MAX_SECONDS)
+    return _positive_number(text, "seconds", _MAX_SECONDS)
 
 
-def hours(text: str) -> float:
+def positive_hours(text: str) -> float:
     """A time of an option: above 0, and no longer than dates reach."""
-    return _above_zero(text, "hours", _MAX_HOURS)
+    return _positive_number(text, "hours", _MAX_HOURS)
 
 
-def joules(text: str) -> float:
+def positive_joules(text: str) -> float:
     """An energy of an option: finite and above 0."""
-    return _above_zero(text, "joules")
+    return _positive_number(text, "joules")
 
 
-def rate(text: str) -> float:
+def positive_rate(text: str) -> float:
     """A learning rate of an option: finite and above 0."""
-    return _above_zero(text, "")
+    return _positive_number(text, "")
 
 
-def _above_zero(text: str, unit: str, upper_limit: float = sys.float_info.max) -> float:
+def _positive_number(text: str, unit: str, upper_limit: float = sys.float_info.max) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -245,7 +245,7 @@ def _above_zero(text: str, unit: str, upper_limit: float = sys.float_info.max) -
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
+def signals_as_interrupts() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, with all cleanup."""
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set signal handlers
         yield
@@ -267,19 +267,19 @@ def check_command(word: str, commands: Iterable[str], hint: str) -> None:
 
     Commands whose first word is a file would otherwise report that the file `statsu` is missing.
     """
-    suggestion = meant(word, commands)
+    suggestion = did_you_mean(word, commands)
     if suggestion and word not in commands and not Path(word).exists():
         raise UsageError(f"there is no command {word[:60]}{suggestion}", hint=hint)
 
 
-def _internal(prog: str, error: Exception) -> int:
+def _report_internal_error(prog: str, error: Exception) -> int:
     kind = type(error).__name__
     print_error(
         f"{prog} failed with an unexpected error ({kind}: {error}). "
-        f"Please report it, with the output of the same command under {DEBUG}=1."
+        f"Please report it, with the output of the same command under {DEBUG_VARIABLE}=1."
     )
     return int(ExitCode.INTERNAL)
 
 
-def _where(error: OSError) -> str:
+def _path_suffix(error: OSError) -> str:
     return f": {error.filename}" if error.filename else ""

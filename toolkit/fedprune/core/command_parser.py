@@ -11,21 +11,21 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fedprune.core.errors import ExitCode, UsageError, meant
+from fedprune.core.errors import ExitCode, UsageError, did_you_mean
 from fedprune.core.validation import MAX_INT
 from fedprune.output.examples import examples_of
 
 # Environment variable: with the value 1 errors show their traceback, too.
-DEBUG = "FEDPRUNE_DEBUG"
+DEBUG_VARIABLE = "FEDPRUNE_DEBUG"
 
 # argparse's message for an invalid choice. It has no error class per problem, so messages are told apart by their text;
 # one that another version of Python words differently is shown as it is.
-_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
+_INVALID_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
 
 # argparse's message for text that is no number: it names Python's types, which mean nothing to a user.
-_NUMBER = re.compile(r"invalid (int|float) value: (.*)$", re.DOTALL)
+_INVALID_NUMBER = re.compile(r"invalid (int|float) value: (.*)$", re.DOTALL)
 
-_KINDS = {"int": "whole number", "float": "number"}
+_NUMBER_NOUNS = {"int": "whole number", "float": "number"}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -36,7 +36,9 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": _Lines, **options})  # --round is no --rounds
+        super().__init__(
+            **{"allow_abbrev": False, "formatter_class": _ParagraphFormatter, **options}
+        )  # --round is no --rounds
         self.register("type", int, _bounded_int)
         self.register("type", float, _finite_float)
         self.register("action", "parsers", _Subcommands)
@@ -56,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help() + ("\nexamples:\n" + "".join(f"  {line}\n" for line in lines) if lines else "")
 
     def error(self, message: str) -> NoReturn:
-        print_error(f"{_reworded(message)}. See `{self.prog} --help`.")
+        print_error(f"{_plain_message(message)}. See `{self.prog} --help`.")
         raise SystemExit(int(ExitCode.USAGE))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -92,7 +94,7 @@ class CommandParser(argparse.ArgumentParser):
             option = word.partition("=")[0]
             if option.startswith("--") and option not in option_names:
                 raise UsageError(
-                    f"there is no option {option[:60]}{meant(option, option_names)}",
+                    f"there is no option {option[:60]}{did_you_mean(option, option_names)}",
                     hint=f"See `{parser.prog} --help`.",
                 )
 
@@ -106,7 +108,7 @@ class _Subcommands(argparse._SubParsersAction):  # type: ignore[type-arg]
         return super().add_parser(name, **options)
 
 
-class _Lines(argparse.HelpFormatter):
+class _ParagraphFormatter(argparse.HelpFormatter):
     """Wraps help as usual, except for paragraphs that have lines of their own."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -138,20 +140,20 @@ def _finite_float(text: str) -> float:
     return value
 
 
-def _reworded(message: str) -> str:
+def _plain_message(message: str) -> str:
     """argparse's error for people: no names of types, and a suggestion in place of the list of all choices."""
-    if (number := _NUMBER.search(message)) is not None:
-        return f"{message[: number.start()]}expected a {_KINDS[number[1]]}, got {number[2]}"
-    choice = _CHOICE.search(message)
+    if (number := _INVALID_NUMBER.search(message)) is not None:
+        return f"{message[: number.start()]}expected a {_NUMBER_NOUNS[number[1]]}, got {number[2]}"
+    choice = _INVALID_CHOICE.search(message)
     if choice is None:
         return message
-    suggestion = meant(choice[1], [name.strip(" '") for name in choice[2].split(",")])
+    suggestion = did_you_mean(choice[1], [name.strip(" '") for name in choice[2].split(",")])
     return f"{message[: choice.start()]}invalid choice: {choice[1]!r}{suggestion}" if suggestion else message
 
 
 def print_error(message: str) -> None:
-    """Write one line to stderr, after the traceback where `DEBUG` asks for it."""
-    if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] is not None:
+    """Write one line to stderr, after the traceback where `DEBUG_VARIABLE` asks for it."""
+    if os.environ.get(DEBUG_VARIABLE) == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     word = "\x1b[1;31merror:\x1b[0m" if colour else "error:"

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from fedprune.core.errors import BusyError, StorageError, StorageFullError, remedy
+from fedprune.core.errors import BusyError, StorageError, StorageFullError, path_remedy
 
 # The largest file that is read into memory: a protocol buffer, such as an ONNX model, can't be larger.
-MOST_BYTES = 2**31 - 1
+MAX_READ_BYTES = 2**31 - 1
 
 # EFBIG too: FAT and `ulimit -f` limit the size of one file.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def is_there(path: Path, *, file: bool = False) -> bool:
+def path_exists(path: Path, *, file: bool = False) -> bool:
     """Whether a path that a user gave exists, also where no file can have that name; `file` requires a regular file."""
     try:
         return path.is_file() if file else path.exists()
@@ -40,12 +40,12 @@ def open_file(path: Path | str) -> BinaryIO:
     return file
 
 
-def read_file(path: Path | str, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. Raises `OSError` as `open_file`, or if it has more than `most` bytes."""
+def read_file(path: Path | str, max_bytes: int = MAX_READ_BYTES) -> bytes:
+    """The bytes of a regular file. Raises `OSError` as `open_file`, or if it has more than `max_bytes` bytes."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise OSError(errno.EINVAL, f"it has {size} bytes, more than {most}", str(path))
+        if size > max_bytes:
+            raise OSError(errno.EINVAL, f"it has {size} bytes, more than {max_bytes}", str(path))
         return file.read()
 
 
@@ -62,17 +62,17 @@ def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
     except FileNotFoundError as error:
         if missing:
             raise
-        raise StorageError(f"{what}: {error.strerror}", hint=remedy(error)) from error
+        raise StorageError(f"{what}: {error.strerror}", hint=path_remedy(error)) from error
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in _DISK_FULL_ERRNOS:
             raise StorageFullError(
                 f"{what}: {error.strerror}", hint="Free some space; what was there before is untouched."
             ) from error
-        raise StorageError(f"{what}: {error.strerror}", hint=remedy(error)) from error
+        raise StorageError(f"{what}: {error.strerror}", hint=path_remedy(error)) from error
 
 
 @contextmanager
-def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
+def file_lock(path: Path, busy_message: str, hint: str) -> Iterator[None]:
     """Hold a file's lock, which the kernel releases however the process ends. Raises `BusyError` with these texts if
     another process holds it."""
     # flock and not fcntl's record locks: those are lost as soon as any code of this process closes the file.
@@ -82,18 +82,18 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BusyError(busy, hint=hint) from error
+            raise BusyError(busy_message, hint=hint) from error
         except OSError as error:
             raise StorageError(f"can't lock {path}: {error.strerror}") from error
         if not os.fstat(descriptor).st_nlink:  # its last holder has deleted it: the next process would lock a new file
-            raise BusyError(busy, hint=hint)
+            raise BusyError(busy_message, hint=hint)
         yield
     finally:
         os.close(descriptor)
 
 
-def held(path: Path) -> bool:
-    """Whether a process holds a file's lock (`locked`). Raises `StorageError` if the file exists and can't be
+def has_lock_holder(path: Path) -> bool:
+    """Whether a process holds a file's lock (`file_lock`). Raises `StorageError` if the file exists and can't be
     opened."""
     with storage_errors(f"can't open {path}"):
         try:
@@ -128,7 +128,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync_file(path: Path) -> None:
+def flush_file(path: Path) -> None:
     """Make a file's content survive a power cut. Raises `OSError` if the file can't be opened, or the disk fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -137,9 +137,9 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make renames and deletions in a folder survive a power cut: a file's own flush doesn't cover its name."""
-    sync_file(folder)
+    flush_file(folder)
 
 
 def make_private_folder(path: Path) -> None:

@@ -17,13 +17,13 @@ from fedprune.core.text import sentences
 from fedprune.output.extras import install_command
 
 # Longer names are not compared for misspellings: difflib takes time by the square, and the name may be received text.
-_LONGEST_NAME = 60
+_MAX_COMPARED_NAME = 60
 
 # Characters of each part of a message: received input may be long, and errors end up in logs.
-_LONGEST_PART = 1000
+_MAX_PART_LENGTH = 1000
 
 # `difflib`'s ratio from which a name may be a misspelling: with its default of 0.6 shop resembles shape.
-_ALIKE = 0.75
+_MIN_SIMILARITY = 0.75
 
 
 # TOML's bare keys; other keys are shown quoted, so that a key with a dot in it isn't taken for two.
@@ -45,7 +45,7 @@ class ExitCode(IntEnum):
     MISSING_EXTRA = 3
     INTERRUPTED = 4
     CLAIM = 5
-    FOUND = 6
+    FINDINGS = 6
     MODEL = 10
     BUNDLE = 11
     PROFILE = 12
@@ -89,20 +89,20 @@ class FedpruneError(Exception):
         self, what: Subject, *, path: KeyPath = (), expected: object = None, got: object = None, hint: str = ""
     ) -> None:
         self.path = path or (what if isinstance(what, tuple) else ())
-        self.words = what if isinstance(what, str) else ""
-        self.what = what = ": ".join(text for text in (dotted(self.path), self.words) if text)
+        self.description = what if isinstance(what, str) else ""
+        self.what = what = ": ".join(text for text in (dotted_path(self.path), self.description) if text)
         self.expected = expected
         self.got = got
         self.hint = hint
-        clauses = [_brief(what)]
+        clauses = [_short_text(what)]
         if expected is not None:
-            clauses.append(f"expected {_brief(expected)}")
+            clauses.append(f"expected {_short_text(expected)}")
         if got is not None:
-            clauses.append(f"got {_brief(got)}")
+            clauses.append(f"got {_short_text(got)}")
         message = ": ".join(clauses[:1]) + (": " + ", ".join(clauses[1:]) if clauses[1:] else "")
         super().__init__(sentences(message, hint))
 
-    def named(self, what: str, path: KeyPath = ()) -> FedpruneError:
+    def with_subject(self, what: str, path: KeyPath = ()) -> FedpruneError:
         """The same error about a thing under another name, or a setting with another path."""
         # Subclasses have initialisers of their own, whose further arguments are attributes by now.
         error = type(self).__new__(type(self))
@@ -111,23 +111,24 @@ class FedpruneError(Exception):
         return error
 
 
-def dotted(path: KeyPath) -> str:
+def dotted_path(path: KeyPath) -> str:
     """A path as messages show it, such as `job.recipe.lr` or `devices[1].profile`."""
     keys = (
-        f"[{key}]" if isinstance(key, int) else f".{key if _BARE_KEY.fullmatch(key) else shown(key)}" for key in path
+        f"[{key}]" if isinstance(key, int) else f".{key if _BARE_KEY.fullmatch(key) else value_text(key)}"
+        for key in path
     )
     return "".join(keys).removeprefix(".")
 
 
-def _brief(value: object) -> str:
+def _short_text(value: object) -> str:
     try:
         text = str(value)
     except ValueError:  # an integer with more digits than Python converts
-        text = shown(value)
-    return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}..."
+        text = value_text(value)
+    return text if len(text) <= _MAX_PART_LENGTH else f"{text[:_MAX_PART_LENGTH]}..."
 
 
-def shown(value: object) -> str:
+def value_text(value: object) -> str:
     """A received value as an error shows it: short, on one line, without control characters."""
     # Python refuses to print integers of more than some 4,300 digits; received ones may have them.
     if isinstance(value, int) and value.bit_length() > 200:
@@ -145,7 +146,7 @@ def shape_text(*sizes: object) -> str:
     return f"[{', '.join(map(str, sizes))}]"
 
 
-def reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """The first line of another library's error, shortened, without terminal escape codes."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
     return "".join(c if c.isprintable() else " " for c in text.splitlines()[0][:200]).strip()
@@ -162,16 +163,17 @@ _SYNONYMS = {
 }
 
 
-def meant(name: object, candidates: Iterable[str]) -> str:
+def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     """A suggestion for an unknown name, as " (did you mean 'x'?)"; empty if no known name is similar."""
     if not isinstance(name, str):
         return ""
     names = list(candidates)
     near = [_SYNONYMS[name]] if _SYNONYMS.get(name) in names else []
-    if len(name) <= _LONGEST_NAME:
+    if len(name) <= _MAX_COMPARED_NAME:
         names_by_lower_case = {known_name.lower(): known_name for known_name in names}
         near = near or [
-            names_by_lower_case[match] for match in get_close_matches(name.lower(), names_by_lower_case, 1, _ALIKE)
+            names_by_lower_case[match]
+            for match in get_close_matches(name.lower(), names_by_lower_case, 1, _MIN_SIMILARITY)
         ]
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -188,17 +190,17 @@ _REMEDIES = {
 }
 
 
-def looked_for(path: Path | str) -> str:
+def search_location(path: Path | str) -> str:
     """A sentence with the absolute path of a missing file or folder, after a space; empty if the path is absolute."""
     return "" if Path(path).is_absolute() else f" It was looked for at {Path(path).absolute()}."
 
 
-def remedy(error: OSError | EOFError, hint: str = "") -> str:
+def path_remedy(error: OSError | EOFError, hint: str = "") -> str:
     """The remedy for a path that the operating system refuses: `hint`, or the usual one; empty if there is none."""
     advice = hint or _REMEDIES.get(getattr(error, "errno", None) or 0, "")
     path = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)):
-        return f"{advice}{looked_for(path)}"
+        return f"{advice}{search_location(path)}"
     return advice
 
 
@@ -396,7 +398,7 @@ class ReleaseError(FedpruneError):
     exit_code = ExitCode.RELEASE
 
 
-class BoardError(FedpruneError):
+class BoardSetupError(FedpruneError):
     """A board is not the one that was meant, or its service doesn't run."""
 
     exit_code = ExitCode.BOARD

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 
-def own_module(name: str) -> ModuleType:
+def import_user_module(name: str) -> ModuleType:
     """Import a user's module from the current folder or the module path; raises any error of the module, or
     `ImportError`.
 

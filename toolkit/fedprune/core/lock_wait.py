@@ -23,20 +23,20 @@ _LOG = logging.getLogger("fedprune")
 _HOOK: ContextVar[Callable[[], object] | None] = ContextVar("fedprune_wait_hook", default=None)
 
 # Shorter waits are normal and not logged: each of two processes holds the lock for one transaction.
-SAID_AFTER_S = 1.0
+FIRST_LOG_AFTER_S = 1.0
 
 # Interval of looking up the holder and calling the hook: there may be many attempts in a second.
-ASKED_EVERY_S = 1.0
+LOOKUP_INTERVAL_S = 1.0
 
 _REASON: ContextVar[str] = ContextVar("fedprune_wait_reason", default="")
 
 # All locks on files, where the kernel is Linux.
-LOCKS = Path("/proc/locks")
+LOCK_LIST = Path("/proc/locks")
 
 # A wait that lasts is logged once a minute: often enough to be seen, too seldom to fill a log overnight.
-_SAID_AGAIN_S = 60.0
+_LOG_INTERVAL_S = 60.0
 # Characters of a command line in a log line, so that the sentence around it stays readable.
-_MAX_COMMAND = 120
+_MAX_COMMAND_LENGTH = 120
 
 
 @contextmanager
@@ -69,8 +69,8 @@ def wait_reason() -> str:
 
 
 class LockWait:
-    """One wait for a lock. Its owner calls `note` after each attempt that failed, and `done` after the one that
-    succeeded.
+    """One wait for a lock. Its owner calls `note_failure` after each attempt that failed, and `note_success` after the
+    one that succeeded.
 
     Args:
         what: What is locked.
@@ -79,30 +79,32 @@ class LockWait:
 
     def __init__(self, what: str, holders: Callable[[], Sequence[str]]) -> None:
         self._what, self._holders = what, holders
-        self._since: float | None = None
-        self._asked_at = 0.0
-        self._said_at: float | None = None
+        self._waiting_since: float | None = None
+        self._looked_up_at = 0.0
+        self._logged_at: float | None = None
 
-    def note(self) -> None:
+    def note_failure(self) -> None:
         """Log whom this waits for, first after a second and then once a minute; raises what the hook raises."""
         now = time.monotonic()
-        if self._since is not None and now - self._asked_at < ASKED_EVERY_S:
+        if self._waiting_since is not None and now - self._looked_up_at < LOOKUP_INTERVAL_S:
             return
-        self._asked_at = now
+        self._looked_up_at = now
         holders = " and ".join(self._holders()) or "another process"
-        if self._since is None:
-            self._since = now
-        elif now - self._since >= SAID_AFTER_S and (self._said_at is None or now - self._said_at >= _SAID_AGAIN_S):
-            self._said_at = now
+        if self._waiting_since is None:
+            self._waiting_since = now
+        elif now - self._waiting_since >= FIRST_LOG_AFTER_S and (
+            self._logged_at is None or now - self._logged_at >= _LOG_INTERVAL_S
+        ):
+            self._logged_at = now
             _LOG.warning(
                 "waiting for %s, which is locked by %s; waited %.0f s so far, nothing is lost",
-                self._what, holders, now - self._since,
+                self._what, holders, now - self._waiting_since,
             )  # fmt: skip
         call_wait_hook(f"{self._what} is locked by {holders}")
 
-    def done(self) -> None:
-        if self._said_at is not None and self._since is not None:
-            _LOG.info("%s is free again after %.0f s", self._what, time.monotonic() - self._since)
+    def note_success(self) -> None:
+        if self._logged_at is not None and self._waiting_since is not None:
+            _LOG.info("%s is free again after %.0f s", self._what, time.monotonic() - self._waiting_since)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def lock_holders(*paths: Path) -> list[LockHolder]:
         file_keys.add(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}")
     inodes = {file_key.rpartition(":")[2] for file_key in file_keys}
     try:
-        lines = LOCKS.read_text().splitlines()
+        lines = LOCK_LIST.read_text().splitlines()
     except OSError:
         return []
     holder_pids, same_inode_pids = set[int](), set[int]()
@@ -192,14 +194,14 @@ def command_text(arguments: Sequence[str]) -> str:
     secret, and so are values after words like `password=`.
     """
     words = [_without_secrets(word) for argument in arguments if (word := one_line(argument, len(argument)))]
-    if len(text := " ".join(words)) <= _MAX_COMMAND:
+    if len(text := " ".join(words)) <= _MAX_COMMAND_LENGTH:
         return text
     for i in range(min(2, len(words) - 1)):
         words[i] = words[i].rpartition("/")[2] if words[i].startswith("/") else words[i]
-    first_words = [one_line(words.pop(0), _MAX_COMMAND // 2)]
-    while words and len(" ".join([*first_words, words[0]])) <= _MAX_COMMAND // 3:
+    first_words = [one_line(words.pop(0), _MAX_COMMAND_LENGTH // 2)]
+    while words and len(" ".join([*first_words, words[0]])) <= _MAX_COMMAND_LENGTH // 3:
         first_words.append(words.pop(0))
-    room, last_words = _MAX_COMMAND - len(" ".join(first_words)), list[str]()
+    room, last_words = _MAX_COMMAND_LENGTH - len(" ".join(first_words)), list[str]()
     while words and len(words[-1]) < room:
         last_words.insert(0, words.pop())
         room -= len(last_words[0]) + 1

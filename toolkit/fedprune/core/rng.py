@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 
-def keyed(seed: int, *key: object) -> np.random.Generator:
+def keyed_generator(seed: int, *key: object) -> np.random.Generator:
     """A Philox generator that depends on nothing but `seed` and `key`, on every platform.
 
     The key names the purpose of the numbers, such as (round, device, "batches"); each part is taken as text.

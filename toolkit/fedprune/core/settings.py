@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject
 
-_LIMITS, _CHOICES = "limits", "choices"
+_RANGE_KEY, _CHOICES_KEY = "limits", "choices"
 
 
 @dataclass(frozen=True)
-class Limits:
+class NumberRange:
     """A range of numbers; `above` and `below` exclude its ends, `or_zero` allows 0 as well."""
 
     low: float
@@ -29,15 +29,17 @@ class Limits:
     below: bool = False
     or_zero: bool = False
 
-    def check(self, what: Subject, value: object, *, whole: bool, error: type[FedpruneError]) -> None:
+    def check(self, what: Subject, value: object, *, is_whole: bool, error: type[FedpruneError]) -> None:
         """Raise `error` for another value."""
         if self.or_zero and validation.is_number(value, 0, 0):
             return
         try:
-            if whole:
-                validation.whole(what, value, int(self.low), int(self.high), error=error)
+            if is_whole:
+                validation.check_whole(what, value, int(self.low), int(self.high), error=error)
             else:
-                validation.number(what, value, self.low, self.high, above=self.above, below=self.below, error=error)
+                validation.check_number(
+                    what, value, self.low, self.high, above=self.above, below=self.below, error=error
+                )
         except error as refused:
             if not self.or_zero:
                 raise
@@ -58,50 +60,50 @@ def bounded(
 
     `dataclasses.MISSING` for a field without a default; `metadata` is the field's further metadata.
     """
-    return field(default=default, metadata={**metadata, _LIMITS: Limits(low, high, above, below, or_zero)})
+    return field(default=default, metadata={**metadata, _RANGE_KEY: NumberRange(low, high, above, below, or_zero)})
 
 
-def one_of(default: str, choices: Iterable[str], *, metadata: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def choice_of(default: str, choices: Iterable[str], *, metadata: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """One of a few words; `metadata` is the field's further metadata."""
-    return field(default=default, metadata={**metadata, _CHOICES: tuple(choices)})
+    return field(default=default, metadata={**metadata, _CHOICES_KEY: tuple(choices)})
 
 
 def check_fields(settings: Any, path: KeyPath, error: type[FedpruneError] = ConfigError) -> None:
     """Check all fields of a dataclass that declare their values; `path` is the table's. Raises `error`, which names the
     field."""
-    for name, rule in _declared(settings.__class__).items():
+    for name, rule in _field_rules(settings.__class__).items():
         value, what = getattr(settings, name), (*path, name)
-        if value is None and rule.optional:
+        if value is None and rule.is_optional:
             continue
-        if rule.words:
-            validation.word(what, value, rule.words, error=error)
+        if rule.choices:
+            validation.check_word(what, value, rule.choices, error=error)
         elif rule.kind is bool:
-            validation.truth(what, value, error=error)
+            validation.check_bool(what, value, error=error)
         elif rule.limits is not None:
             is_tuple = get_origin(rule.kind) is tuple and isinstance(value, tuple)
             for entry in value if is_tuple else (value,):
-                rule.limits.check(what, entry, whole=rule.whole, error=error)
+                rule.limits.check(what, entry, is_whole=rule.is_whole, error=error)
 
 
-class _Declared(NamedTuple):
+class _FieldRule(NamedTuple):
     """The values that a field accepts, by its annotation and metadata."""
 
     kind: Any
-    whole: bool
-    optional: bool
-    limits: Limits | None
-    words: tuple[str, ...]
+    is_whole: bool
+    is_optional: bool
+    limits: NumberRange | None
+    choices: tuple[str, ...]
 
 
 # Cached, because resolving annotations is slow, and a class doesn't change.
 @cache
-def _declared(cls: Any) -> Mapping[str, _Declared]:
+def _field_rules(cls: Any) -> Mapping[str, _FieldRule]:
     hints, rules = get_type_hints(cls), {}
     for f in fields(cls):
         kind, optional = hints[f.name], False
         # `int | None` is checked as `int`, with None allowed. The two spellings of a union have different origins.
         if get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind):
             kind, optional = get_args(kind)[0], True
-        words = get_args(kind) if get_origin(kind) is Literal else f.metadata.get(_CHOICES, ())
-        rules[f.name] = _Declared(kind, int in (kind, *get_args(kind)), optional, f.metadata.get(_LIMITS), words)
+        words = get_args(kind) if get_origin(kind) is Literal else f.metadata.get(_CHOICES_KEY, ())
+        rules[f.name] = _FieldRule(kind, int in (kind, *get_args(kind)), optional, f.metadata.get(_RANGE_KEY), words)
     return rules

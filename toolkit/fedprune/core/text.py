@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Mapping, Sequence
 
 # Characters that end a sentence, after which no full stop is added.
-_ENDS = (".", "!", "?", "…")
+_SENTENCE_ENDS = (".", "!", "?", "…")
 
 
 def quantity(number: int, noun: str, *, form: str = "") -> str:
@@ -26,7 +26,7 @@ def sentences(*texts: str) -> str:
     Texts of other programs and boards may end in one already.
     """
     *all_but_last, last = [text for text in texts if text] or [""]
-    return " ".join([*(text if text.endswith(_ENDS) else f"{text}." for text in all_but_last), last])
+    return " ".join([*(text if text.endswith(_SENTENCE_ENDS) else f"{text}." for text in all_but_last), last])
 
 
 def decode_text(raw: bytes) -> str:
@@ -43,9 +43,9 @@ def encoding_of(first_bytes: bytes) -> str:
     return "utf-16" if first_bytes in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
-def some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+def first_few(names: Sequence[str], separator: str = ", ", max_names: int = 5) -> str:
     """The first few names, and how many more there are."""
-    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return separator.join(names[:max_names]) + (f" and {len(names) - max_names} more" if len(names) > max_names else "")
 
 
 def amount(value: float, unit: str) -> str:

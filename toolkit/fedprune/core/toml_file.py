@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.disk import read_file
-from fedprune.core.errors import FedpruneError, MissingExtraError, remedy
+from fedprune.core.errors import FedpruneError, MissingExtraError, path_remedy
 
 # The largest TOML file: enough for a table of some ten thousand boards. Parsers in Python take seconds for more.
-_MOST_BYTES = 4 * 2**20
+_MAX_FILE_BYTES = 4 * 2**20
 
 # Parts of a dotted key: parsers walk all earlier parts for each, which takes time by the square.
-_MOST_PARTS = 100
+_MAX_KEY_PARTS = 100
 
 
 def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
@@ -22,9 +22,9 @@ def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
     and `MissingExtraError` for Python 3.10 without the package tomli."""
     _parser()
     try:
-        raw = read_file(path, _MOST_BYTES)
+        raw = read_file(path, _MAX_FILE_BYTES)
     except OSError as cause:
-        raise error(f"can't read {path}: {cause.strerror}", hint=remedy(cause)) from cause
+        raise error(f"can't read {path}: {cause.strerror}", hint=path_remedy(cause)) from cause
     try:
         return parse_toml(raw.decode("utf-8-sig"))  # editors of Windows put a mark first
     except UnicodeDecodeError as cause:
@@ -33,15 +33,15 @@ def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
     except ValueError as cause:  # the parser's own error is one, and names the line
         position = re.search(r"at line (\d+), column (\d+)", str(cause))
         where = "" if position is None else f":{position[1]}:{position[2]}"
-        raise error(f"{path}{where}: this is not TOML ({_told(cause)})") from cause
+        raise error(f"{path}{where}: this is not TOML ({_readable_error(cause)})") from cause
 
 
-_TUPLE = re.compile(r"\((?:'[^']*'(?:, |,)?)+\)")
+_NAME_TUPLE = re.compile(r"\((?:'[^']*'(?:, |,)?)+\)")
 
 
-def _told(cause: ValueError) -> str:
+def _readable_error(cause: ValueError) -> str:
     """A parser's message for people: the parser shows a table's name as a Python tuple."""
-    return _TUPLE.sub(lambda match: "[" + ".".join(re.findall("'([^']*)'", match[0])) + "]", str(cause))
+    return _NAME_TUPLE.sub(lambda match: "[" + ".".join(re.findall("'([^']*)'", match[0])) + "]", str(cause))
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -65,17 +65,17 @@ _QUOTED = re.compile(
 
 
 def _check_keys(text: str) -> None:
-    """Raise `ValueError` for a dotted key of more than `_MOST_PARTS` parts."""
+    """Raise `ValueError` for a dotted key of more than `_MAX_KEY_PARTS` parts."""
     # Nearly every file ends here: counting dots is cheaper than finding its strings.
-    if text.count(".") < _MOST_PARTS:
+    if text.count(".") < _MAX_KEY_PARTS:
         return
     unquoted = _QUOTED.sub(lambda match: '""' + "\n" * match[0].count("\n"), text)
     for number, line in enumerate(unquoted.split("\n"), 1):
-        if line.count(".") < _MOST_PARTS:
+        if line.count(".") < _MAX_KEY_PARTS:
             continue
         for key in re.split(r"[=,\[\]{}#]", line):
-            if sum(bool(name.strip()) for name in key.split(".")) > _MOST_PARTS:
-                raise ValueError(f"a key of more than {_MOST_PARTS} parts at line {number}, column 1")
+            if sum(bool(name.strip()) for name in key.split(".")) > _MAX_KEY_PARTS:
+                raise ValueError(f"a key of more than {_MAX_KEY_PARTS} parts at line {number}, column 1")
 
 
 def _parser() -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeGuard
 
-from fedprune.core.errors import ConfigError, FedpruneError, Subject, meant, shown
+from fedprune.core.errors import ConfigError, FedpruneError, Subject, did_you_mean, value_text
 
 # What databases, arrays and clocks take; Python's own integers have no end.
 MAX_INT = 2**63 - 1
@@ -22,12 +22,12 @@ MAX_INT = 2**63 - 1
 _PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]*")
 
 # A regular expression for a sha256 in hex; Ed25519 keys have the same length.
-DIGEST = "[0-9a-f]{64}"
+DIGEST_PATTERN = "[0-9a-f]{64}"
 
 # As many digits as `MAX_INT` has.
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 
-Error = type[FedpruneError]
+ErrorClass = type[FedpruneError]
 
 
 def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[float]:
@@ -46,10 +46,10 @@ def is_whole(value: object, low: int = 0, high: int = MAX_INT) -> TypeGuard[int]
 
 
 def is_digest(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and re.fullmatch(DIGEST, value) is not None
+    return isinstance(value, str) and re.fullmatch(DIGEST_PATTERN, value) is not None
 
 
-def number(
+def check_number(
     what: Subject,
     value: object,
     low: float = -math.inf,
@@ -57,7 +57,7 @@ def number(
     *,
     above: bool = False,
     below: bool = False,
-    error: Error = ConfigError,
+    error: ErrorClass = ConfigError,
 ) -> float:
     """A finite number from `low` to `high`; `above` and `below` exclude these ends."""
     if is_number(value, low, high) and not (above and value == low) and not (below and value == high):
@@ -70,86 +70,93 @@ def number(
     else:
         upper_end = "up" if math.isinf(high) else f"to below {high:g}" if below else f"to {high:g}"
         expected = f"a number from {low:g} {upper_end}"
-    raise error(what, expected=expected, got=shown(value))
+    raise error(what, expected=expected, got=value_text(value))
 
 
-def whole(what: Subject, value: object, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
+def check_whole(
+    what: Subject, value: object, low: int = 0, high: int = MAX_INT, *, error: ErrorClass = ConfigError
+) -> int:
     if is_whole(value, low, high):
         return value
-    raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
+    raise error(what, expected=f"a whole number from {low} to {high}", got=value_text(value))
 
 
-def whole_text(what: str, value: str, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
+def parse_whole(what: str, value: str, low: int = 0, high: int = MAX_INT, *, error: ErrorClass = ConfigError) -> int:
     """A whole number in a text, such as a part of a web address."""
     # The length first: parsing millions of digits takes seconds.
     if _DECIMAL.fullmatch(value) and is_whole(number := int(value), low, high):
         return number
-    raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
+    raise error(what, expected=f"a whole number from {low} to {high}", got=value_text(value))
 
 
-def word(what: Subject, value: Any, allowed: Sequence[str], *, error: Error = ConfigError) -> str:
+def check_word(what: Subject, value: Any, allowed: Sequence[str], *, error: ErrorClass = ConfigError) -> str:
     if value in allowed:
         return str(value)
-    raise error(what, expected=" or ".join(allowed), got=shown(value))
+    raise error(what, expected=" or ".join(allowed), got=value_text(value))
 
 
-def instance(
-    what: Subject, value: object, kinds: type[Any] | tuple[type[Any], ...], expected: str, *, error: Error = ConfigError
+def check_instance(
+    what: Subject,
+    value: object,
+    kinds: type[Any] | tuple[type[Any], ...],
+    expected: str,
+    *,
+    error: ErrorClass = ConfigError,
 ) -> None:
     """Refuse a value of another type, as callers from Python may pass; `expected` describes the right ones."""
     if not isinstance(value, kinds):
-        raise error(what, expected=expected, got=f"{type(value).__name__} {shown(value)}")
+        raise error(what, expected=expected, got=f"{type(value).__name__} {value_text(value)}")
 
 
-def texts(what: Subject, value: object, *, error: Error = ConfigError) -> tuple[str, ...]:
+def check_texts(what: Subject, value: object, *, error: ErrorClass = ConfigError) -> tuple[str, ...]:
     """A list or tuple of texts. A single text is refused: its letters would be taken for the entries."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise error(what, expected="a list of texts", got=f"{type(value).__name__} {shown(value)}")
+        raise error(what, expected="a list of texts", got=f"{type(value).__name__} {value_text(value)}")
     entries = tuple(value)
     for entry in entries:
-        instance(f"{what}: an entry", entry, str, "a text", error=error)
+        check_instance(f"{what}: an entry", entry, str, "a text", error=error)
     return entries
 
 
-def truth(what: Subject, value: object, *, error: Error = ConfigError) -> bool:
+def check_bool(what: Subject, value: object, *, error: ErrorClass = ConfigError) -> bool:
     if isinstance(value, bool):
         return value
-    raise error(what, expected="true or false", got=shown(value))
+    raise error(what, expected="true or false", got=value_text(value))
 
 
-def text(what: Subject, value: object, most: int, *, error: Error = ConfigError) -> str:
+def check_text(what: Subject, value: object, max_length: int, *, error: ErrorClass = ConfigError) -> str:
     """Printable text of at most `most` characters; it may have line ends and tabs."""
-    if isinstance(value, str) and len(value) <= most and _PRINTABLE.fullmatch(value):
+    if isinstance(value, str) and len(value) <= max_length and _PRINTABLE.fullmatch(value):
         return value
-    raise error(what, expected=f"text of at most {most} printable characters", got=shown(value))
+    raise error(what, expected=f"text of at most {max_length} printable characters", got=value_text(value))
 
 
-def matching(
-    what: Subject, value: object, pattern: re.Pattern[str], expected: str, *, error: Error = ConfigError
+def check_pattern(
+    what: Subject, value: object, pattern: re.Pattern[str], expected: str, *, error: ErrorClass = ConfigError
 ) -> str:
     """Text that a pattern matches as a whole."""
     if isinstance(value, str) and pattern.fullmatch(value):
         return value
-    raise error(what, expected=expected, got=shown(value))
+    raise error(what, expected=expected, got=value_text(value))
 
 
-def items(
-    what: Subject, value: object, most: int, noun: str, *, least: int = 0, error: Error = ConfigError
+def check_items(
+    what: Subject, value: object, max_items: int, noun: str, *, min_items: int = 0, error: ErrorClass = ConfigError
 ) -> Sequence[Any]:
-    """A list of `least` to `most` items, which are not checked themselves; `noun` is their plural."""
-    if isinstance(value, (list, tuple)) and least <= len(value) <= most:
+    """A list of `min_items` to `most` items, which are not checked themselves; `noun` is their plural."""
+    if isinstance(value, (list, tuple)) and min_items <= len(value) <= max_items:
         return value
-    expected = f"a list of {f'{least} to' if least else 'at most'} {most} {noun}"
-    raise error(what, expected=expected, got=shown(value))
+    expected = f"a list of {f'{min_items} to' if min_items else 'at most'} {max_items} {noun}"
+    raise error(what, expected=expected, got=value_text(value))
 
 
-def only(
+def check_keys(
     allowed: Iterable[str],
     body: Mapping[str, Any],
     where: Subject,
     noun: str = "key",
     *,
-    error: Error = ConfigError,
+    error: ErrorClass = ConfigError,
 ) -> None:
     """Refuse a table with a key that isn't allowed; the error names the first one."""
     names = tuple(allowed)
@@ -157,14 +164,14 @@ def only(
         if key not in names:
             expected = f"one of {', '.join(names)}"
             if isinstance(where, str):
-                raise error(f"{where}: unknown {noun} {shown(key)}{meant(key, names)}", expected=expected)
-            raise error(f"unknown {noun}{meant(key, names)}", path=(*where, key), expected=expected)
+                raise error(f"{where}: unknown {noun} {value_text(key)}{did_you_mean(key, names)}", expected=expected)
+            raise error(f"unknown {noun}{did_you_mean(key, names)}", path=(*where, key), expected=expected)
 
 
-def known(kind: type[Any], body: object, where: Subject) -> dict[str, Any]:
+def check_table(kind: type[Any], body: object, where: Subject) -> dict[str, Any]:
     """A copy of a table, if all its keys are fields of a dataclass. Raises `ConfigError`, which names the first other
     key."""
     if not isinstance(body, Mapping):
-        raise ConfigError(where, expected="a table of settings", got=shown(body))
-    only((f.name for f in fields(kind)), body, where)
+        raise ConfigError(where, expected="a table of settings", got=value_text(body))
+    check_keys((f.name for f in fields(kind)), body, where)
     return dict(body)

@@ -9,15 +9,15 @@ from typing import BinaryIO
 from fedprune.core.errors import FedpruneError
 
 # Limits of an unpacked member: its bytes, and its ratio to the packed bytes once it is larger than that.
-MOST_INFLATED, MOST_RATIO = 2**30, 100
+MAX_INFLATED_BYTES, MAX_INFLATION = 2**30, 100
 
 # Without bzip2 and LZMA: `zipfile` unpacks a whole block of them at once, however large it becomes.
-PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+SUPPORTED_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
-Refuse = type[FedpruneError]
+ErrorClass = type[FedpruneError]
 
 
-def check_members(file: BinaryIO, what: str, refuse: Refuse) -> None:
+def check_members(file: BinaryIO, what: str, refuse: ErrorClass) -> None:
     """Check the members of a file if it is a zip archive, without moving its position.
 
     Raises `refuse` if it would fill the memory, or is packed in a way that is read nowhere here, and any error of
@@ -30,37 +30,37 @@ def check_members(file: BinaryIO, what: str, refuse: Refuse) -> None:
     file.seek(0)
 
 
-def check_sizes(members: list[zipfile.ZipInfo], what: str, refuse: Refuse) -> None:
+def check_sizes(members: list[zipfile.ZipInfo], what: str, refuse: ErrorClass) -> None:
     """Make sure that members of an archive can be unpacked together; errors are those of `check_members`."""
     packed_bytes, unpacked_bytes = (
         sum(member.compress_size for member in members),
         sum(member.file_size for member in members),
     )
-    if unpacked_bytes > max(MOST_INFLATED, MOST_RATIO * packed_bytes):
+    if unpacked_bytes > max(MAX_INFLATED_BYTES, MAX_INFLATION * packed_bytes):
         raise refuse(
             f"{what}: size when it is unpacked",
-            expected=f"at most {MOST_INFLATED} bytes, or {MOST_RATIO} times what it takes in the file",
+            expected=f"at most {MAX_INFLATED_BYTES} bytes, or {MAX_INFLATION} times what it takes in the file",
             got=unpacked_bytes,
             hint="Write arrays with numpy.savez: then they take no less room in the file.",
         )
-    if any(member.compress_type not in PLAIN for member in members):
+    if any(member.compress_type not in SUPPORTED_METHODS for member in members):
         raise refuse(f"{what}: how it is packed", expected="deflate, or not at all")
 
 
-def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int, refuse: Refuse) -> bytes:
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, max_bytes: int, refuse: ErrorClass) -> bytes:
     """Read a small member, whatever size its header claims. Raises as `check_members`, and `refuse` if it has more than
-    `most` bytes."""
-    if member.compress_type not in PLAIN:
+    `max_bytes` bytes."""
+    if member.compress_type not in SUPPORTED_METHODS:
         raise refuse(f"{member.filename[:200]!r}: how it is packed", expected="deflate, or not at all")
     with archive.open(member) as source:
         # One byte more than allowed: without a limit `zipfile` would unpack all of it, whatever size the header claims.
-        content = source.read(most + 1)
-    if len(content) > most:
-        raise refuse(f"{member.filename[:200]!r}", expected=f"at most {most} bytes", got="more")
+        content = source.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise refuse(f"{member.filename[:200]!r}", expected=f"at most {max_bytes} bytes", got="more")
     return content
 
 
-def why_unreadable(error: Exception) -> str:
+def unreadable_reason(error: Exception) -> str:
     """numpy's or zipfile's error about a file of arrays in brackets, without advice to allow pickles; may be empty."""
     text = str(error)
     if "Object arrays" in text:

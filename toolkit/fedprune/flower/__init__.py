@@ -13,8 +13,8 @@ except ImportError as error:
         extra="flower",
     ) from error
 
-from fedprune.flower.client import Part, answer
+from fedprune.flower.client import NodePart, answer
 from fedprune.flower.presets import PRESETS
 from fedprune.flower.strategy import FedpruneStrategy
 
-__all__ = ["PRESETS", "FedpruneStrategy", "Part", "answer"]
+__all__ = ["PRESETS", "FedpruneStrategy", "NodePart", "answer"]

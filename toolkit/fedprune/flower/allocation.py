@@ -8,9 +8,9 @@ from functools import partial
 from typing import cast
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, ProtocolError, meant, shown
+from fedprune.core.errors import ConfigError, ProtocolError, did_you_mean, value_text
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, State
+from fedprune.jobs.state import JobDevice, State
 from fedprune.model.architecture import Architecture, kept_share, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
@@ -26,7 +26,7 @@ DensityOrProfile = float | str
 Densities = float | str | Sequence[float] | Mapping[int, DensityOrProfile] | Callable[[int], DensityOrProfile] | None
 
 # Every node is asked for its own share.
-ASK = "ask"
+ASK_NODES = "ask"
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,42 @@ class NodeShare:
     accumulate: int = 1
 
 
-class Allocation:
+class FlowerAllocation:
     """Decides on nodes' shares, and remembers what nodes answered. Raises `ConfigError` if a density is not above 0 and
     at most 1, or there is no such profile."""
 
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, wishes: Densities = None) -> None:
         self._job, self._strategy, self._architecture = job, strategy, architecture
-        self._said: dict[int, NodeShare] = {}
-        self._by_node: Callable[[int], DensityOrProfile] | None = None
+        self._share_of_node: dict[int, NodeShare] = {}
+        self._wish_of_node: Callable[[int], DensityOrProfile] | None = None
         self._fleet = Fleet(job, architecture, State(model=""))
         self._allocator: Allocator | None = None
         if wishes is None:
             self._allocator = strategy.allocator
         elif isinstance(wishes, str):
-            if wishes != ASK:
-                self._by_node = lambda node: wishes
+            if wishes != ASK_NODES:
+                self._wish_of_node = lambda node: wishes
                 # A profile that doesn't exist or fit shows now, not in the first round.
-                self.of(wishes, 1)
+                self.share_of(wishes, 1)
         elif isinstance(wishes, Mapping):
-            self._by_node = _named(dict(wishes))
+            self._wish_of_node = _wish_by_node(dict(wishes))
         elif callable(wishes):
-            self._by_node = wishes
+            self._wish_of_node = wishes
         elif isinstance(wishes, Sequence):
             self._allocator = Tiers(tuple(cast(Sequence[float], wishes)))
         else:
             self._allocator = Fixed(wishes)
 
     @property
-    def asks(self) -> bool:
+    def asks_nodes(self) -> bool:
         """Whether nodes are asked."""
-        return self._allocator is None and self._by_node is None
+        return self._allocator is None and self._wish_of_node is None
 
-    def unknown(self, nodes: Sequence[int]) -> list[int]:
+    def nodes_to_ask(self, nodes: Sequence[int]) -> list[int]:
         """The nodes that are to be asked: those that haven't answered yet."""
-        return [n for n in nodes if n not in self._said] if self.asks else []
+        return [n for n in nodes if n not in self._share_of_node] if self.asks_nodes else []
 
-    def heard(self, node: int, density: object, profile: object, samples: object) -> None:
+    def note_answer(self, node: int, density: object, profile: object, samples: object) -> None:
         """Note the share that a node asks for by its answer.
 
         Raises:
@@ -87,33 +87,35 @@ class Allocation:
             PlanError: No width fits that profile.
         """
         if isinstance(profile, str) and density is None:
-            available = profile_store.shipped()  # names only: text from a node never names a file here
+            available = profile_store.shipped_profile_names()  # names only: text from a node never names a file here
             if profile not in available:
-                raise ProtocolError(f"a node's profile {shown(profile)}{meant(profile, available)} isn't known here")
+                raise ProtocolError(
+                    f"a node's profile {value_text(profile)}{did_you_mean(profile, available)} isn't known here"
+                )
             count = samples if isinstance(samples, int) and 1 <= samples <= 10**9 else 1
-            self._said[node] = self.of(profile, count)
+            self._share_of_node[node] = self.share_of(profile, count)
             return
-        checked = validation.number("a node's density", density, 0, 1, above=True, error=ProtocolError)
-        self._said[node] = self.of(checked, 1)
+        checked = validation.check_number("a node's density", density, 0, 1, above=True, error=ProtocolError)
+        self._share_of_node[node] = self.share_of(checked, 1)
 
-    def deal(self, nodes: Sequence[int], round_: int) -> dict[int, NodeShare]:
+    def share_out(self, nodes: Sequence[int], round_: int) -> dict[int, NodeShare]:
         """The shares of a round's nodes; without those that were asked and haven't answered. Raises `ConfigError` if
         nothing is known of a node."""
-        if self._by_node is not None:
-            return {n: self.of(self._by_node(n), 1) for n in nodes}
+        if self._wish_of_node is not None:
+            return {n: self.share_of(self._wish_of_node(n), 1) for n in nodes}
         if self._allocator is None:
-            return {n: self._said[n] for n in nodes if n in self._said}
+            return {n: self._share_of_node[n] for n in nodes if n in self._share_of_node}
         state = self._fleet.state
         state.round = round_
         for node in sorted(nodes):
             if str(node) not in state.devices:
-                state.devices[str(node)] = Device(session=0, online=True, profile={}, probe=None, samples=1)
+                state.devices[str(node)] = JobDevice(session=0, online=True, profile={}, probe=None, samples=1)
                 self._allocator.admit(self._fleet, str(node), None)
         self._allocator.open(self._fleet)
         devices = {n: state.devices[str(n)] for n in nodes}
         return {n: NodeShare(d.widths, d.density) for n, d in devices.items()}
 
-    def of(self, wish: DensityOrProfile, samples: int) -> NodeShare:
+    def share_of(self, wish: DensityOrProfile, samples: int) -> NodeShare:
         """The share of a density, or the one that is planned for a profile.
 
         Raises:
@@ -123,7 +125,7 @@ class Allocation:
         """
         if isinstance(wish, str):
             recipe = partial(self._recipe, wish, samples)
-            plan = PlanSearch(self._architecture, profile_store.find(wish), recipe, samples).plan()
+            plan = PlanSearch(self._architecture, profile_store.find_profile(wish), recipe, samples).search()
             return NodeShare(plan.widths, kept_share(self._architecture, plan.widths), plan.accumulate)
         check_density("density of a node", wish)
         return NodeShare(widths_at(self._architecture, wish), float(wish))
@@ -133,7 +135,7 @@ class Allocation:
         return self._strategy.planned_recipe(self._job, name, widths, kept_share(self._architecture, widths), samples)
 
 
-def _named(wishes: dict[int, DensityOrProfile]) -> Callable[[int], DensityOrProfile]:
+def _wish_by_node(wishes: dict[int, DensityOrProfile]) -> Callable[[int], DensityOrProfile]:
     def of(node: int) -> DensityOrProfile:
         if node not in wishes:
             raise ConfigError(

@@ -13,13 +13,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError
 from fedprune.core.tensorfile import float32_array
-from fedprune.flower.messages import FORMAT, RECORD, STEPS, check_format
+from fedprune.flower.messages import FORMAT, RECORD_NAME, STEPS_METRIC, check_format
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class NodePart:
     """The input of a node, for training or evaluation.
 
     Attributes:
@@ -52,10 +52,10 @@ class Part:
     message: Message
 
     @classmethod
-    def of(cls, message: Message) -> Part:
+    def of(cls, message: Message) -> NodePart:
         """The part that a message of `FedpruneStrategy` describes. Raises `ProtocolError` if it is no such message."""
         content = message.content
-        record = content.get(RECORD)
+        record = content.get(RECORD_NAME)
         check_format(record)
         try:
             # Names of records are settings of the server's strategy, so that they travel in the message.
@@ -80,7 +80,7 @@ class Part:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ProtocolError(
-                f"record {RECORD!r} of a message is damaged ({type(error).__name__}: {error})"
+                f"record {RECORD_NAME!r} of a message is damaged ({type(error).__name__}: {error})"
             ) from error
 
     def reply(self, tensors: Mapping[str, Any], *, samples: int, steps: int = 1, **metrics: float) -> Message:
@@ -98,20 +98,20 @@ class Part:
         for name, sent in self.tensors.items():
             if name not in tensors:
                 raise ConfigError(f"the reply lacks tensor {name}", expected=f"float32 {sent.shape}")
-            array = _array(tensors[name])
+            array = _float32_values(tensors[name])
             if array.shape != sent.shape:
                 raise ConfigError(f"shape of {name} in the reply", expected=sent.shape, got=array.shape)
             arrays[name] = Array(array)
-        key = str(self.message.content[RECORD]["arrays"])
-        return self._said({key: ArrayRecord(arrays)}, samples, {STEPS: int(steps), **metrics})
+        key = str(self.message.content[RECORD_NAME]["arrays"])
+        return self._reply({key: ArrayRecord(arrays)}, samples, {STEPS_METRIC: int(steps), **metrics})
 
-    def evaluated(self, *, samples: int, **metrics: float) -> Message:
+    def reply_to_evaluation(self, *, samples: int, **metrics: float) -> Message:
         """The answer to a message that asked for evaluation."""
-        return self._said({}, samples, metrics)
+        return self._reply({}, samples, metrics)
 
-    def _said(self, records: dict[str, Any], samples: int, metrics: Mapping[str, float]) -> Message:
+    def _reply(self, records: dict[str, Any], samples: int, metrics: Mapping[str, float]) -> Message:
         # Flower averages metrics by the record that the server's strategy names.
-        weight = str(self.message.content[RECORD]["weight"])
+        weight = str(self.message.content[RECORD_NAME]["weight"])
         metric_record = MetricRecord(
             {weight: int(samples), **{k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}}
         )
@@ -134,10 +134,10 @@ def answer(
         raise ConfigError("what a node carries", expected="a density or a profile", got=(density, profile))
     body = {"format": FORMAT, "density": density, "profile": profile, "samples": samples}
     record = ConfigRecord({k: v for k, v in body.items() if v is not None})
-    return Message(RecordDict({RECORD: record}), reply_to=message)
+    return Message(RecordDict({RECORD_NAME: record}), reply_to=message)
 
 
-def _array(value: Any) -> npt.NDArray[np.float32]:
+def _float32_values(value: Any) -> npt.NDArray[np.float32]:
     """An array, or the values of a torch tensor on any device."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()

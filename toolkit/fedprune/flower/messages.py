@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from fedprune.core.errors import ProtocolError, shown
+from fedprune.core.errors import ProtocolError, value_text
 
 # The record's name in a message's content.
-RECORD = "fedprune"
+RECORD_NAME = "fedprune"
 
 FORMAT = "fedprune.flower/1"
 
 # The type of the message in which a node is asked what it carries; its app answers `@app.query("fedprune")`.
-ASKING = "query.fedprune"
+ASKING_TYPE = "query.fedprune"
 
 # Metric: the optimiser steps behind an update.
-STEPS = "num-steps"
+STEPS_METRIC = "num-steps"
 
 
 def check_format(record: object) -> None:
@@ -21,8 +21,8 @@ def check_format(record: object) -> None:
     format_name = record.get("format") if hasattr(record, "get") else None
     if format_name != FORMAT:
         raise ProtocolError(
-            f"record {RECORD!r} of a message",
+            f"record {RECORD_NAME!r} of a message",
             expected=FORMAT,
-            got="nothing" if format_name is None else shown(format_name),
+            got="nothing" if format_name is None else value_text(format_name),
             hint="Does the ServerApp use FedpruneStrategy of the same version?",
         )

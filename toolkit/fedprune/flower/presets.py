@@ -16,22 +16,24 @@ from fedprune.strategies.values import Turn
 PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
 
 
-def composed(job: Job) -> Strategy:
+def compose_for_flower(job: Job) -> Strategy:
     """A job's strategy, if Flower's rounds can run it. Raises `ConfigError` if there is no such strategy, its options
     are wrong, or it needs what Flower's nodes don't have."""
     strategy = compose(job)
     recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))  # a device's of full width
     reasons = {
-        "it estimates gradients from movements of plain SGD, which a node's own loop doesn't report": strategy.observes,
+        "it estimates gradients from movements of plain SGD, which a node's own loop doesn't report": (
+            strategy.observes_movement
+        ),
         "it continues from a device's last update, which fedprune's own server keeps": strategy.keeps_past,
-        "devices train under masks of elements": strategy.masks or recipe.mask != "none",
+        "devices train under masks of elements": strategy.uses_masks or recipe.mask != "none",
         "a part of the model stays on the device, which a node of Flower doesn't keep": bool(recipe.personal),
         "the optimiser's state stays on the device, which a node of Flower doesn't keep": recipe.keep_optimizer_state,
         "its learning rate falls over all rounds, whose number Flower alone knows (set lr_rounds)": (
             recipe.lr_schedule != "constant" and not recipe.lr_rounds
         ),
         "its updates come in whenever they are ready, while Flower's rounds wait": strategy.schedule is not None,
-        "its first rounds explore": strategy.explores > 0,
+        "its first rounds explore": strategy.exploration_rounds > 0,
         "its updates are masked by fedprune's own boards; Flower has secure aggregation of its own": (
             job.secure_aggregation
         ),

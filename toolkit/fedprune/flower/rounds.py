@@ -12,27 +12,27 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.client_update import check_counts, check_model
+from fedprune.aggregation.client_update import check_counts, check_fold_base
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
-from fedprune.coordination.limits import RoundUpdate, UpdateLimits, capped
+from fedprune.coordination.limits import RoundUpdate, UpdateLimits, capped_weights
 from fedprune.coordination.round import Round
 from fedprune.core import tensorfile
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import is_there
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import path_exists
 from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
 from fedprune.flower.allocation import NodeShare
-from fedprune.flower.presets import composed
+from fedprune.flower.presets import compose_for_flower
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors
-from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Memories, Scene, Submodel, Turn, UpdateReport
 
 FORMAT = "fedprune.flower-state/1"
 
 # The tensor that holds the state's head as JSON: one file, so that it is replaced in one step.
-_HEAD = "fedprune"
+_HEAD_TENSOR = "fedprune"
 
 _LOG = logging.getLogger("flwr.fedprune")
 
@@ -53,7 +53,7 @@ class WholeModel(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class NodeTask:
     """The message to a node."""
 
     cut: Cut
@@ -62,7 +62,7 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
+class NodeUpdate:
     """A node's result, not yet checked."""
 
     tensors: Mapping[str, npt.NDArray[Any]]
@@ -71,7 +71,7 @@ class Update:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class FlowerRoundOutcome:
     """The result of a round.
 
     Attributes:
@@ -85,7 +85,7 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-class Rounds:
+class FlowerRounds:
     """Runs the roles of a strategy, round by round.
 
     Raises `ConfigError` if the strategy doesn't work under Flower, or its options are wrong.
@@ -98,14 +98,14 @@ class Rounds:
     """
 
     def __init__(self, model: WholeModel, job: Job) -> None:
-        self.job, self.architecture, self.strategy = job, model.architecture, composed(job)
+        self.job, self.architecture, self.strategy = job, model.architecture, compose_for_flower(job)
         self.model: Tensors = dict(model.tensors)
         self.number = 0
         self._frozen = model.frozen
         self._memory: Memories = {}
-        self._samples: dict[str, int] = {}
-        self._last: dict[str, int] = {}
-        self._tasks: dict[str, Task] = {}
+        self._samples_of_node: dict[str, int] = {}
+        self._last_counted_round: dict[str, int] = {}
+        self._tasks: dict[str, NodeTask] = {}
         self._scene: Scene | None = None
 
     def begin(self, model: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
@@ -116,7 +116,7 @@ class Rounds:
         Args:
             model: What Flower continues from: what the user began with, as long as no round has given anything.
         """
-        base = check_model(self.architecture, model)
+        base = check_fold_base(self.architecture, model)
         if self.number == 0 and (first_model := self.strategy.begin(self.architecture, base)) is not base:
             frozen = self._frozen_by(self.job.recipe)
             # A strategy's own start must not move what the author froze.
@@ -124,7 +124,7 @@ class Rounds:
         self.model = base
         return base
 
-    def open(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
+    def open(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, NodeTask]:
         """Begin a round.
 
         Args:
@@ -134,19 +134,19 @@ class Rounds:
         Returns:
             What each is sent. Those of equal shares are sent the same tensors, which are the same objects.
         """
-        self._scene = self._at(round_, tuple(sorted(shares)))
-        self._tasks = self._made(self._scene, shares)
+        self._scene = self._scene_of_round(round_, tuple(sorted(shares)))
+        self._tasks = self._tasks_of(self._scene, shares)
         return self._tasks
 
-    def task(self, node: str) -> Task:
+    def task(self, node: str) -> NodeTask:
         """The message sent to a node of the open round. Raises `KeyError` if it is not in it."""
         return self._tasks[node]
 
-    def serving(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
+    def evaluation_tasks(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, NodeTask]:
         """The submodels of the present model for evaluation; the open round stays as it is."""
-        return self._made(self._at(max(1, round_), ()), shares)
+        return self._tasks_of(self._scene_of_round(max(1, round_), ()), shares)
 
-    def close(self, updates: Iterable[tuple[str, Update]]) -> Outcome:
+    def close(self, updates: Iterable[tuple[str, NodeUpdate]]) -> FlowerRoundOutcome:
         """End the open round: fold what came into the next model.
 
         The next model's bits don't depend on the order of updates. A node's first update counts, no further one.
@@ -156,7 +156,7 @@ class Rounds:
         """
         scene = self._scene
         if scene is None or not self._tasks:
-            return Outcome(self.model, ())
+            return FlowerRoundOutcome(self.model, ())
         uniform = self.strategy.aggregator.weighting == "uniform"
         round_ = Round(self.strategy, scene, UpdateLimits(self.job, uniform=uniform))
         refused, received = dict[str, str](), dict[str, RoundUpdate]()
@@ -165,15 +165,15 @@ class Rounds:
                 _LOG.warning("round %d: node %s answered twice; its first answer counts", scene.round, node)
                 continue
             try:
-                round_update = self._received(node, update)
+                round_update = self._round_update(node, update)
                 round_.check(round_update)
-                received[node] = replace(round_update, checked=True)
+                received[node] = replace(round_update, is_checked=True)
                 refused.pop(node, None)
             except FedpruneError as error:
                 refused[node] = str(error)
         samples = {node: 1 if uniform else update.samples for node, update in received.items()}
         # Weights are decided when all updates are in, so that their order doesn't matter.
-        weights = capped(samples, self.job.weight_limit, self.job.most_samples)
+        weights = capped_weights(samples, self.job.weight_limit, self.job.most_samples)
         weighted = [replace(received[node], weight=weights[node]) for node in sorted(received)]
         result = round_.close(weighted, 1.0, scene.participants)
         # Closed: a late answer finds no open round.
@@ -184,16 +184,16 @@ class Rounds:
         for node, reason in sorted(result.limited.items()):
             _LOG.warning("round %d: the update of node %s is limited: %s", scene.round, node, reason)
         if result.model is None:
-            return Outcome(self.model, (), refused)
+            return FlowerRoundOutcome(self.model, (), refused)
         memory = {**self._memory, **result.memories}
         self._memory = {name: tensors for name, tensors in memory.items() if tensors}
         frozen = self._frozen_by(self.job.recipe)
         self.model = {**result.model, **{n: v for n, v in scene.model.items() if n in frozen}}
         counted = tuple(n for n in sorted(received) if n not in refused)
-        self._samples |= {node: received[node].samples for node in counted}
-        self._last |= dict.fromkeys(counted, scene.round)
+        self._samples_of_node |= {node: received[node].samples for node in counted}
+        self._last_counted_round |= dict.fromkeys(counted, scene.round)
         self.number = scene.round
-        return Outcome(self.model, counted, refused)
+        return FlowerRoundOutcome(self.model, counted, refused)
 
     def save(self, path: Path) -> None:
         """Write all that the next round continues from. Raises `StorageError` if the disk fails; what was there before
@@ -203,25 +203,25 @@ class Rounds:
             "architecture": self.architecture.digest,
             "strategy": self.job.strategy,
             "round": self.number,
-            "samples": self._samples,
-            "last": self._last,
+            "samples": self._samples_of_node,
+            "last": self._last_counted_round,
             "memory": list(self._memory),
         }
         text = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
-        tensors: dict[str, npt.NDArray[Any]] = {_HEAD: text}
+        tensors: dict[str, npt.NDArray[Any]] = {_HEAD_TENSOR: text}
         tensors |= {f"model/{n}": v for n, v in self.model.items()}
         for number, tensors_of_memory in enumerate(self._memory.values()):
             tensors |= {f"memory/{number}/{key}": np.asarray(v) for key, v in tensors_of_memory.items()}
-        write_whole(path, tensorfile.encode(tensors))
+        write_atomically(path, tensorfile.encode(tensors))
 
     def restore(self, path: Path) -> bool:
         """Continue from what `save` wrote; False if there is no file. Raises `StorageError` if it is damaged, or of
         another model or strategy."""
-        if not is_there(path, file=True):
+        if not path_exists(path, file=True):
             return False
         try:
             stored = tensorfile.decode(path.read_bytes())
-            head = json.loads(stored.pop(_HEAD).tobytes())
+            head = json.loads(stored.pop(_HEAD_TENSOR).tobytes())
             kinds = {"format": str, "architecture": str, "strategy": str, "round": int, "samples": dict, "last": dict}
             kinds |= {"memory": list}
             if {k: type(head[k]) for k in kinds} != kinds:
@@ -235,7 +235,7 @@ class Rounds:
             for key, value in expected.items():
                 if head[key] != value:
                     raise StorageError(f"{path}: {key} of the state", expected=value[:24], got=repr(head[key])[:24])
-            self.model = check_model(self.architecture, model)
+            self.model = check_fold_base(self.architecture, model)
         except StorageError:
             raise
         except (FedpruneError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -244,41 +244,41 @@ class Rounds:
                 hint="Name another file, or start again without it.",
             ) from error
         self._memory, self.number = memory, head["round"]
-        self._samples, self._last = head["samples"], head["last"]
+        self._samples_of_node, self._last_counted_round = head["samples"], head["last"]
         return True
 
-    def _at(self, round_: int, participants: tuple[str, ...]) -> Scene:
+    def _scene_of_round(self, round_: int, participants: tuple[str, ...]) -> Scene:
         return Scene(self.architecture, self.job.seed, round_, self.model, self._memory, self.job.recipe, participants)
 
-    def _made(self, scene: Scene, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
+    def _tasks_of(self, scene: Scene, shares: Mapping[str, NodeShare]) -> dict[str, NodeTask]:
         ranking = self.strategy.rank(scene)
         full_selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
         selections: dict[tuple[int, ...], Selection] = {}
         submodel_of_share: dict[tuple[tuple[int, ...], float], Submodel] = {}
-        tasks: dict[str, Task] = {}
+        tasks: dict[str, NodeTask] = {}
         for node, share in sorted(shares.items()):
             key = (share.widths, share.density)
-            selection = selections.setdefault(share.widths, full_selection.narrowed(share.widths))
+            selection = selections.setdefault(share.widths, full_selection.with_widths(share.widths))
             turn = Turn(
                 seed=scene.seed,
                 round=scene.round,
                 device=node,
                 widths=share.widths,
                 density=share.density,
-                samples=self._samples.get(node, 1),
-                last=self._last.get(node, 0),
+                samples=self._samples_of_node.get(node, 1),
+                last_counted_round=self._last_counted_round.get(node, 0),
             )
             cut = Cut(scene, turn, selection, ranking.order)
             # Of equal shares the strategy makes equal submodels, unless it looks at the device: then each has its own.
-            submodel = submodel_of_share.get(key) if self.strategy.device_independent else None
+            submodel = submodel_of_share.get(key) if self.strategy.is_device_independent else None
             if submodel is None:
                 submodel = self.strategy.extract(cut)
                 submodel_of_share[key] = submodel
             recipe = self.strategy.recipe(scene.recipe, turn)
-            tasks[node] = Task(cut, submodel, recipe.in_parts(share.accumulate))
+            tasks[node] = NodeTask(cut, submodel, recipe.with_micro_batches(share.accumulate))
         return tasks
 
-    def _received(self, node: str, update: Update) -> RoundUpdate:
+    def _round_update(self, node: str, update: NodeUpdate) -> RoundUpdate:
         """A node's update, for the open round. Raises `ProtocolError` if the node has no part in the round, or a count
         is out of range."""
         if node not in self._tasks:
@@ -291,7 +291,7 @@ class Rounds:
         tensors = {**update.tensors, **{n: v for n, v in task.submodel.tensors.items() if n in frozen}}
         cut = replace(task.cut, turn=replace(task.cut.turn, samples=update.samples))
         trained = Submodel(task.submodel.selection, tensors)
-        report = Report(cut, trained, 1, update.steps, lambda: task.submodel)
+        report = UpdateReport(cut, trained, 1, update.steps, lambda: task.submodel)
         return RoundUpdate(node, node, 1, update.samples, lambda: report)
 
     def _frozen_by(self, recipe: Recipe) -> frozenset[str]:

@@ -17,21 +17,21 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, ProtocolError
 from fedprune.core.tensorfile import float32_array
-from fedprune.flower.allocation import Allocation, Densities, NodeShare
-from fedprune.flower.messages import ASKING, FORMAT, RECORD, STEPS, check_format
-from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
+from fedprune.flower.allocation import Densities, FlowerAllocation, NodeShare
+from fedprune.flower.messages import ASKING_TYPE, FORMAT, RECORD_NAME, STEPS_METRIC, check_format
+from fedprune.flower.rounds import FlowerRounds, NodeTask, NodeUpdate, WholeModel
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
 from fedprune.model.recipe import Features, Recipe
 from fedprune.model.selection import Tensors
 
 # Seconds that nodes have to answer for their share; late ones are asked again in the next round.
-_ASK_S = 60.0
+_ANSWER_TIMEOUT_S = 60.0
 
 # Names that torch's batch norms have in a state dict.
-_COUNTER = "num_batches_tracked"
+_COUNTER_SUFFIX = "num_batches_tracked"
 
-_VAR = "running_var"
+_VARIANCE_SUFFIX = "running_var"
 
 _LOG = logging.getLogger("flwr.fedprune")
 
@@ -88,20 +88,20 @@ class FedpruneStrategy(FedAvg):
             seed=seed,
             weight_limit=WEIGHT_LIMIT,
         )
-        self._rounds = Rounds(model, job)
-        self._allocation = Allocation(job, self._rounds.strategy, model.architecture, density)
+        self._rounds = FlowerRounds(model, job)
+        self._allocation = FlowerAllocation(job, self._rounds.strategy, model.architecture, density)
         self._training = training
         self._graphs: dict[str, bytes] = {}
         self._state = None if state is None else Path(state)
         restored = self._state is not None and self._rounds.restore(self._state)
         self._offset = self._rounds.number if restored else 0
-        self._beside: dict[str, Array] = _counters(self._rounds)
+        self._other_arrays: dict[str, Array] = _batch_norm_counters(self._rounds)
         self._group = ""
 
     @property
     def arrays(self) -> ArrayRecord:
         """The global model, as `start` wants it for a beginning; that of the state, if there was one."""
-        return self._record(self._rounds.model)
+        return self._array_record(self._rounds.model)
 
     @property
     def rounds(self) -> int:
@@ -114,9 +114,9 @@ class FedpruneStrategy(FedAvg):
         """A message with a submodel for every sampled node. Raises `ConfigError` if the arrays are not the model's, or
         no node says what it carries."""
         nodes = [m.metadata.dst_node_id for m in super().configure_train(server_round, ArrayRecord(), config, grid)]
-        self._rounds.begin(self._read(arrays))
+        self._rounds.begin(self._read_model(arrays))
         number = self._offset + server_round
-        tasks = self._rounds.open(number, self._dealt(nodes, number, grid))
+        tasks = self._rounds.open(number, self._share_out(nodes, number, grid))
         self._group = f"fedprune-{number}"
         return self._messages(tasks, MessageType.TRAIN, config, self._group)
 
@@ -126,14 +126,14 @@ class FedpruneStrategy(FedAvg):
         """The next model, of all usable answers; None without any."""
         contents: dict[str, RecordDict] = {}
 
-        def updates() -> Iterable[tuple[str, Update]]:
+        def updates() -> Iterable[tuple[str, NodeUpdate]]:
             for reply in replies:
                 node = str(reply.metadata.src_node_id)
                 if reply.has_error():
                     _LOG.warning("node %s failed: %s", node, reply.error.reason)
                     continue
                 try:
-                    update = self._update(node, reply)
+                    update = self._read_update(node, reply)
                 except FedpruneError as error:
                     _LOG.warning("the answer of node %s is refused: %s", node, error)
                     continue
@@ -145,7 +145,7 @@ class FedpruneStrategy(FedAvg):
             return None, None
         if self._state is not None:
             self._rounds.save(self._state)
-        metrics = self._averaged([contents[n] for n in outcome.counted], self.train_metrics_aggr_fn)
+        metrics = self._average_metrics([contents[n] for n in outcome.counted], self.train_metrics_aggr_fn)
         return self.arrays, metrics
 
     def configure_evaluate(
@@ -156,9 +156,9 @@ class FedpruneStrategy(FedAvg):
         nodes = [m.metadata.dst_node_id for m in super().configure_evaluate(server_round, ArrayRecord(), config, grid)]
         if not nodes:
             return []
-        self._rounds.begin(self._read(arrays))
+        self._rounds.begin(self._read_model(arrays))
         number = self._offset + server_round
-        tasks = self._rounds.serving(number, self._dealt(nodes, number, grid))
+        tasks = self._rounds.evaluation_tasks(number, self._share_out(nodes, number, grid))
         return self._messages(tasks, MessageType.EVALUATE, config, f"fedprune-{number}")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -169,7 +169,7 @@ class FedpruneStrategy(FedAvg):
                 _LOG.warning("node %s failed: %s", reply.metadata.src_node_id, reply.error.reason)
                 continue
             contents.append(reply.content)
-        return self._averaged(contents, self.evaluate_metrics_aggr_fn)
+        return self._average_metrics(contents, self.evaluate_metrics_aggr_fn)
 
     def summary(self) -> None:
         """Say what is run."""
@@ -182,9 +182,9 @@ class FedpruneStrategy(FedAvg):
         `StorageError` if the disk fails; what was there before is untouched."""
         self._rounds.save(Path(path))
 
-    def _dealt(self, nodes: list[int], number: int, grid: Grid) -> dict[str, NodeShare]:
-        self._ask(self._allocation.unknown(nodes), grid)
-        shares = self._allocation.deal(nodes, number)
+    def _share_out(self, nodes: list[int], number: int, grid: Grid) -> dict[str, NodeShare]:
+        self._ask(self._allocation.nodes_to_ask(nodes), grid)
+        shares = self._allocation.share_out(nodes, number)
         if nodes and not shares:
             raise ConfigError(
                 "no node says what it carries",
@@ -197,41 +197,41 @@ class FedpruneStrategy(FedAvg):
         """Ask nodes what they carry; who doesn't answer is left out, and asked again when its turn comes."""
         if not nodes:
             return
-        question = RecordDict({RECORD: ConfigRecord({"format": FORMAT})})
-        messages = [Message(question, node, ASKING) for node in nodes]
-        for reply in grid.send_and_receive(messages, timeout=_ASK_S):
+        question = RecordDict({RECORD_NAME: ConfigRecord({"format": FORMAT})})
+        messages = [Message(question, node, ASKING_TYPE) for node in nodes]
+        for reply in grid.send_and_receive(messages, timeout=_ANSWER_TIMEOUT_S):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 _LOG.warning("node %s doesn't say what it carries: %s", node, reply.error.reason)
                 continue
             try:
-                record = reply.content.get(RECORD)
+                record = reply.content.get(RECORD_NAME)
                 check_format(record)
-                self._allocation.heard(node, record.get("density"), record.get("profile"), record.get("samples"))
+                self._allocation.note_answer(node, record.get("density"), record.get("profile"), record.get("samples"))
             except (ProtocolError, PlanError) as error:
                 _LOG.warning("node %s is excluded: %s", node, error)
 
-    def _messages(self, tasks: Mapping[str, Task], kind: str, config: ConfigRecord, group: str) -> list[Message]:
+    def _messages(self, tasks: Mapping[str, NodeTask], kind: str, config: ConfigRecord, group: str) -> list[Message]:
         records: dict[int, ArrayRecord] = {}
         messages = []
         for node, task in tasks.items():
             tensors = task.submodel.tensors
             # Nodes of equal shares get the same tensors: they are encoded once.
             if id(tensors) not in records:
-                records[id(tensors)] = self._record(tensors)
-            body = self._words(node, task)
+                records[id(tensors)] = self._array_record(tensors)
+            body = self._message_body(node, task)
             if kind == MessageType.TRAIN and self._training is not None:
-                body["graph"] = self._graph(task.recipe.features)
-            content = {self.arrayrecord_key: records[id(tensors)], self.configrecord_key: config, RECORD: body}
+                body["graph"] = self._training_graph(task.recipe.features)
+            content = {self.arrayrecord_key: records[id(tensors)], self.configrecord_key: config, RECORD_NAME: body}
             messages.append(Message(RecordDict(content), int(node), kind, group_id=group))
         return messages
 
-    def _graph(self, features: Features) -> bytes:
+    def _training_graph(self, features: Features) -> bytes:
         if features.key not in self._graphs and self._training is not None:
             self._graphs[features.key] = self._training(features)
         return self._graphs[features.key]
 
-    def _words(self, node: str, task: Task) -> ConfigRecord:
+    def _message_body(self, node: str, task: NodeTask) -> ConfigRecord:
         turn = task.cut.turn
         return ConfigRecord(
             {
@@ -250,12 +250,12 @@ class FedpruneStrategy(FedAvg):
             }
         )
 
-    def _record(self, tensors: Tensors) -> ArrayRecord:
+    def _array_record(self, tensors: Tensors) -> ArrayRecord:
         """Tensors as Flower sends them, with the counters that a module's state dict also has."""
         arrays = {n: Array(np.ascontiguousarray(v)) for n, v in tensors.items()}
-        return ArrayRecord({**arrays, **self._beside})
+        return ArrayRecord({**arrays, **self._other_arrays})
 
-    def _read(self, arrays: ArrayRecord) -> Tensors:
+    def _read_model(self, arrays: ArrayRecord) -> Tensors:
         """The model in an ArrayRecord; what else is in it goes along with every message. Raises `ConfigError` if a
         tensor is missing or has another type or shape, or one goes by several names."""
         architecture = self._rounds.architecture
@@ -281,10 +281,10 @@ class FedpruneStrategy(FedAvg):
                         expected="each once",
                         hint="Start with strategy.arrays.",
                     )
-        self._beside = other_arrays or self._beside
+        self._other_arrays = other_arrays or self._other_arrays
         return tensors
 
-    def _update(self, node: str, reply: Message) -> Update:
+    def _read_update(self, node: str, reply: Message) -> NodeUpdate:
         """An answer's tensors and counts; `Rounds.close` checks them further. Raises `ProtocolError` if it isn't one of
         this round, or not what an update is."""
         if reply.metadata.group_id != self._group:
@@ -306,14 +306,17 @@ class FedpruneStrategy(FedAvg):
             if name not in arrays:
                 raise ProtocolError(f"update lacks tensor {name}")
             tensors[name] = float32_array(arrays[name].data, shape, f"tensor {name} in an update")
-        samples, steps = _whole(metric_record.get(self.weighted_by_key)), _whole(metric_record.get(STEPS, 1))
-        return Update(tensors, samples, steps)
+        samples, steps = (
+            _whole_count(metric_record.get(self.weighted_by_key)),
+            _whole_count(metric_record.get(STEPS_METRIC, 1)),
+        )
+        return NodeUpdate(tensors, samples, steps)
 
-    def _averaged(
+    def _average_metrics(
         self, contents: list[RecordDict], average: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
         """Metrics of answers that name the same ones: the most frequent kind, so that no single one is in the way."""
-        kinds = [_kind(content, self.weighted_by_key) for content in contents]
+        kinds = [_metric_names(content, self.weighted_by_key) for content in contents]
         counts = Counter(s for s in kinds if s is not None)
         if not counts:
             return None
@@ -324,18 +327,22 @@ class FedpruneStrategy(FedAvg):
         return average(counted, self.weighted_by_key)
 
 
-def _counters(rounds: Rounds) -> dict[str, Array]:
+def _batch_norm_counters(rounds: FlowerRounds) -> dict[str, Array]:
     """Counters that torch's batch norms have in their state dict, so that it can be loaded as a whole."""
-    names = [t.name for t in rounds.architecture.tensors if t.kind is TensorKind.STAT_VAR and t.name.endswith(_VAR)]
-    return {n.removesuffix(_VAR) + _COUNTER: Array(np.zeros((), np.int64)) for n in names}
+    names = [
+        t.name
+        for t in rounds.architecture.tensors
+        if t.kind is TensorKind.STAT_VAR and t.name.endswith(_VARIANCE_SUFFIX)
+    ]
+    return {n.removesuffix(_VARIANCE_SUFFIX) + _COUNTER_SUFFIX: Array(np.zeros((), np.int64)) for n in names}
 
 
-def _whole(value: object) -> Any:
+def _whole_count(value: object) -> Any:
     """A count, which Flower's users also give as 120.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _kind(content: RecordDict, weight: str) -> tuple[tuple[str, int], ...] | None:
+def _metric_names(content: RecordDict, weight: str) -> tuple[tuple[str, int], ...] | None:
     """Which metrics an answer names, with the lengths of those that are lists; None without its weight."""
     records = list(content.metric_records.values())
     value = records[0].get(weight) if len(records) == 1 else None

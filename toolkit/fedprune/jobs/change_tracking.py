@@ -41,7 +41,7 @@ class TrackedEntry:
         object.__setattr__(self, "saved", hash(text))
 
     @property
-    def counted_as(self) -> Hashable:
+    def count_kind(self) -> Hashable:
         """The kind under which the dictionary counts the entry."""
         return None
 
@@ -56,9 +56,9 @@ class TrackedEntry:
         former = getattr(self, name)
         object.__setattr__(self, name, value)
         if former is not value and (type(former) is not type(value) or former != value):
-            self._owner.note(self._name)
+            self._owner.record_change(self._name)
 
-    def put_away(self, names: Iterable[str]) -> None:
+    def evict(self, names: Iterable[str]) -> None:
         """Drop these attributes from memory, except those that are None; they are saved, and the dictionary's `fetch`
         gives them back when one of them is read."""
         for name in names:
@@ -83,7 +83,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         entries: Its first entries; all of them count as changed.
 
     Attributes:
-        changed: Names of entries that were put, replaced, changed or taken away since `settle`.
+        changed: Names of entries that were put, replaced, changed or taken away since `mark_saved`.
         counts: How many entries are of each kind.
         fetch: Gives the saved attributes of an entry, by its name, that were put away.
     """
@@ -105,7 +105,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         self._watches.append(set(self))
         return self._watches[-1]
 
-    def follow(self, former: TrackedDict[E]) -> None:
+    def take_over(self, former: TrackedDict[E]) -> None:
         """Take another dictionary's place: entries of both count as changed, and the other's watches continue here."""
         self.changed |= former.keys() | former.changed
         for names in former._watches:
@@ -113,21 +113,21 @@ class TrackedDict(dict[str, E], Generic[E]):
         self._watches += former._watches
         self.fetch = self.fetch or former.fetch
 
-    def settle(self) -> None:
+    def mark_saved(self) -> None:
         """Forget the recorded changes, which are saved now."""
         self.changed = set()
 
-    def note(self, name: str) -> None:
+    def record_change(self, name: str) -> None:
         """Record that an entry has changed, or was added or removed."""
         for names in (self.changed, *self._watches):
             names.add(name)
         entry = self.get(name)
-        if entry is not None and entry.counted_as != entry._kind:
-            self._count(entry, -1)
-            object.__setattr__(entry, "_kind", entry.counted_as)
-            self._count(entry, 1)
+        if entry is not None and entry.count_kind != entry._kind:
+            self._add_to_count(entry, -1)
+            object.__setattr__(entry, "_kind", entry.count_kind)
+            self._add_to_count(entry, 1)
 
-    def _count(self, entry: E, change: int) -> None:
+    def _add_to_count(self, entry: E, change: int) -> None:
         self.counts[entry._kind] += change
 
     def __setitem__(self, name: str, entry: E) -> None:
@@ -135,23 +135,23 @@ class TrackedDict(dict[str, E], Generic[E]):
         is_equal = former is not None and former == entry
         if former is not None:
             name = former._name  # the key's own object: a second copy of each name would take as much as the row
-            self._count(former, -1)
+            self._add_to_count(former, -1)
             object.__setattr__(entry, "saved", former.saved)
         super().__setitem__(name, entry)
         object.__setattr__(entry, "_name", name)
         object.__setattr__(entry, "_owner", self)
-        object.__setattr__(entry, "_kind", entry.counted_as)
-        self._count(entry, 1)
+        object.__setattr__(entry, "_kind", entry.count_kind)
+        self._add_to_count(entry, 1)
         if not is_equal:
-            self.note(name)
+            self.record_change(name)
 
     def __delitem__(self, name: str) -> None:
         entry = self[name]
         object.__setattr__(entry, "_owner", None)
         object.__setattr__(entry, "saved", None)
-        self._count(entry, -1)
+        self._add_to_count(entry, -1)
         super().__delitem__(name)
-        self.note(name)
+        self.record_change(name)
 
     # By the two methods above: a dictionary's own methods would bypass them.
     update = MutableMapping.update

@@ -36,7 +36,7 @@ class FailureKind(str, Enum):
 
 
 # Kinds of failure of a device that delivered nothing; nothing of it was refused.
-ABSENT = (FailureKind.LATE, FailureKind.LOST, FailureKind.GONE)
+UNDELIVERED_KINDS = (FailureKind.LATE, FailureKind.LOST, FailureKind.GONE)
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Failure:
     reason: str
 
 
-_OF_CODE: dict[int, FailureKind] = {
+_KIND_OF_EXIT_CODE: dict[int, FailureKind] = {
     ExitCode.DIVERGED: FailureKind.DIVERGED,
     ExitCode.STORAGE_FULL: FailureKind.NO_ROOM,
     ExitCode.DATA: FailureKind.DATA,
 }
 
 
-def of_exit_code(code: int) -> FailureKind:
+def kind_of_exit_code(code: int) -> FailureKind:
     """The kind of a failure on a board, by the exit code of its error."""
-    return _OF_CODE.get(code, FailureKind.OTHER)
+    return _KIND_OF_EXIT_CODE.get(code, FailureKind.OTHER)
 
 
-def of_update(error: FedpruneError) -> FailureKind:
+def kind_of_update_error(error: FedpruneError) -> FailureKind:
     """The kind of an error that reading or checking an update has raised."""
     if isinstance(error, OutOfRangeError):
         return FailureKind.DIVERGED

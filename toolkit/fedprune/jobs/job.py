@@ -8,20 +8,20 @@ from typing import Any, get_args
 
 from fedprune.aggregation.fold import Rule
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, KeyPath, shown
-from fedprune.core.settings import bounded, check_fields, one_of
+from fedprune.core.errors import ConfigError, KeyPath, value_text
+from fedprune.core.settings import bounded, check_fields, choice_of
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.precision_files import SERVED
-from fedprune.updates.codecs import AUTO, DOWN, PLAIN, Codec
-from fedprune.updates.privacy import WRITTEN, Privacy
+from fedprune.runtime.precision_files import FLEET_PRECISIONS
+from fedprune.updates.codecs import AUTO, DOWNLOAD_CODECS, PLAIN, Codec
+from fedprune.updates.privacy import WRITTEN_SETTINGS, Privacy
 from fedprune.wire.topics import check_job
 
-RULES = get_args(Rule)
+AGGREGATION_RULES = get_args(Rule)
 
 SCORERS = ("ordered", "magnitude", "curvature")
 
 # Settings that only the plain strategy reads: another one would ignore them, so that a job that has both is refused.
-_PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
+_PLAIN_STRATEGY_SETTINGS = ("scorer", "warmup_rounds", "rule", "server_momentum")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Job:
     strategy: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
     density: float = bounded(0.0, 0, 1)
-    scorer: str = one_of("magnitude", SCORERS)
+    scorer: str = choice_of("magnitude", SCORERS)
     warmup_rounds: int = bounded(0, 0, 10**6)
     rule: Rule = "coverage"
     server_momentum: float = bounded(0.0, 0, 0.999)
@@ -100,7 +100,7 @@ class Job:
     precision: tuple[str, ...] = ()
     compression: str = AUTO
     compression_of: dict[str, str] = field(default_factory=dict)
-    compression_down: str = one_of(AUTO, (AUTO, PLAIN, *DOWN))
+    compression_down: str = choice_of(AUTO, (AUTO, PLAIN, *DOWNLOAD_CODECS))
     privacy: Privacy = field(default_factory=Privacy)
     secure_aggregation: bool = False
     weight_limit: float = bounded(1.0, 1, 1e6, or_zero=True)
@@ -112,13 +112,15 @@ class Job:
         for name in ("schedule", "options", "compression_of"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-                raise ConfigError(("job", name), expected="a table of settings", got=shown(value))
+                raise ConfigError(("job", name), expected="a table of settings", got=value_text(value))
         check_job(self.name, ("job", "name"), error=ConfigError)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
-            raise ConfigError(("job", "strategy"), expected="a name", got=shown(self.strategy))
-        if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(SERVED):
+            raise ConfigError(("job", "strategy"), expected="a name", got=value_text(self.strategy))
+        if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(FLEET_PRECISIONS):
             raise ConfigError(
-                ("job", "precision"), expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
+                ("job", "precision"),
+                expected=f"a list of some of {', '.join(FLEET_PRECISIONS)}",
+                got=value_text(self.precision),
             )
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
         compressions: dict[KeyPath, object] = {("job", "compression"): self.compression}
@@ -126,19 +128,19 @@ class Job:
         for path, compression in compressions.items():
             if compression != AUTO:
                 Codec.parse(compression, path)
-        written_elsewhere = dict.fromkeys(WRITTEN, "[job.privacy], which says what it is")
+        written_elsewhere = dict.fromkeys(WRITTEN_SETTINGS, "[job.privacy], which says what it is")
         for name, right_place in (written_elsewhere | {"secure_aggregation": "secure_aggregation in [job]"}).items():
             if getattr(self.recipe, name):
                 raise ConfigError(("job", "recipe", name), expected=right_place, got=getattr(self.recipe, name))
-        self.privacy.asked_of(self.training)  # what doesn't go with privacy or rounds is better known now
-        self._check_ranked()
+        self.privacy.private_recipe(self.training_recipe)  # what doesn't go with privacy or rounds is better known now
+        self._check_plain_settings()
         for name in ("byte_budget", "energy_budget") if self.density else ():
             if getattr(self, name):
                 raise ConfigError(
                     f"with density {self.density:g}",
                     path=("job", name),
                     expected="one of the two",
-                    got=shown(getattr(self, name)),
+                    got=value_text(getattr(self, name)),
                     hint="The planner keeps to budgets, and with a density it plans nothing: density = 0 lets it plan.",
                 )
         # Other optimisers scale moves by their own state, so that gradients can't be computed from them.
@@ -150,7 +152,7 @@ class Job:
                 got=repr(self.recipe.optimizer),
             )
 
-    def _check_ranked(self) -> None:
+    def _check_plain_settings(self) -> None:
         """Refuse keys of the plain strategy together with another one, which would ignore them."""
         if self.strategy == "plain":
             # All other settings of the plain strategy are keys of the job itself.
@@ -163,16 +165,16 @@ class Job:
                 )
             return
         for f in fields(self):
-            if f.name in _PLAIN and getattr(self, f.name) != f.default:
+            if f.name in _PLAIN_STRATEGY_SETTINGS and getattr(self, f.name) != f.default:
                 raise ConfigError(
-                    f"with strategy {shown(self.strategy)}",
+                    f"with strategy {value_text(self.strategy)}",
                     path=("job", f.name),
                     expected="only the strategy's own [job.options]",
-                    got=shown(getattr(self, f.name)),
+                    got=value_text(getattr(self, f.name)),
                 )
 
     @property
-    def training(self) -> Recipe:
+    def training_recipe(self) -> Recipe:
         """The recipe with the rounds over which its learning rate falls, and whether updates are masked."""
         has_own_rounds = self.recipe.lr_schedule == "constant" or self.recipe.lr_rounds
         # A falling rate needs an end: by default that of the job, which a recipe alone doesn't know.
@@ -180,10 +182,10 @@ class Job:
         return replace(self.recipe, lr_rounds=rounds, secure_aggregation=self.secure_aggregation)
 
     @property
-    def sums_alone(self) -> bool:
+    def uses_sums_only(self) -> bool:
         """Whether the server may make nothing of single updates, only of their sum: they are masked, or the noise that
         protects them is shared by all boards."""
-        return self.secure_aggregation or (self.privacy.on and not self.privacy.local)
+        return self.secure_aggregation or (self.privacy.is_on and not self.privacy.is_local)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -194,9 +196,9 @@ class Job:
     def from_dict(cls, body: Mapping[str, Any]) -> Job:
         """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
         of range."""
-        values = validation.known(cls, body, ("job",))
+        values = validation.check_table(cls, body, ("job",))
         if "recipe" in values:
-            validation.instance(("job", "recipe"), values["recipe"], Mapping, "a table of settings")
+            validation.check_instance(("job", "recipe"), values["recipe"], Mapping, "a table of settings")
             values["recipe"] = Recipe.from_dict(values["recipe"])
         if "privacy" in values:
             values["privacy"] = Privacy.from_dict(values["privacy"])

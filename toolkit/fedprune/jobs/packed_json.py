@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 # Objects that are kept as they were read. Boards of one kind share them, so that a fleet needs few.
-_READ = 512
+_MAX_PARSED = 512
 
 
 class PackedJson(Mapping[str, Any]):
@@ -30,13 +30,13 @@ class PackedJson(Mapping[str, Any]):
         return zlib.decompress(self.raw).decode()
 
     def __getitem__(self, key: str) -> Any:
-        return _read(self.raw)[key]
+        return _parse(self.raw)[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_read(self.raw))
+        return iter(_parse(self.raw))
 
     def __len__(self) -> int:
-        return len(_read(self.raw))
+        return len(_parse(self.raw))
 
     def __eq__(self, other: object) -> bool:
         return self.raw == other.raw if isinstance(other, PackedJson) else super().__eq__(other)
@@ -45,7 +45,7 @@ class PackedJson(Mapping[str, Any]):
         return hash(self.raw)
 
 
-@lru_cache(maxsize=_READ)
-def _read(raw: bytes) -> dict[str, Any]:
+@lru_cache(maxsize=_MAX_PARSED)
+def _parse(raw: bytes) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(zlib.decompress(raw))
     return body

@@ -15,13 +15,13 @@ x_i − w_{r_i}, the move away from what was sent, for those that average moves.
 |---|---|---|
 | `damped` | p_i·s_i | η·Σ p_i·s_i / Σ p_i |
 | `normalised` | p_i·s_i | η |
-| `share` | p_i·s_i | η·Σ p_i·s_i / Σ over all devices of p_j·s_j |
+| `staleness_share` | p_i·s_i | η·Σ p_i·s_i / Σ over all devices of p_j·s_j |
 | `unbiased` | p_i·ceil(τ_i / Δt) | η·Σ p_i·ceil(τ_i / Δt) / Σ over all devices of p_j |
 
 `damped` is FedAsync's (Xie et al. 2019, Alg. 1: one update at a time, models) and FedBuff's (Nguyen et al. 2022, Alg.
 1: K at a time, moves). `normalised` is PR-FL's: stale updates count for less than fresh ones, and the step stays whole.
-`share` is PR-FL's reading of FedAsync and FedFix, and `unbiased` FedFix's own (Fraboni et al. 2022): whose rounds take
-τ_i comes in every ceil(τ_i / Δt)-th window.
+`staleness_share` is PR-FL's reading of FedAsync and FedFix, and `unbiased` FedFix's own (Fraboni et al. 2022): whose
+rounds take τ_i comes in every ceil(τ_i / Δt)-th window.
 
 s is at least 2^-50 and ρ at most 1000, so that a round can be closed whatever the configuration and the devices.
 
@@ -46,13 +46,13 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError
 from fedprune.core.settings import bounded, check_fields
 
-Kind = Literal["synchronous", "asynchronous"]
+ScheduleKind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
 Mixing = Literal["damped", "normalised", "share", "unbiased"]
 
 # The least that staleness leaves of an update's weight. Large powers are rounded to 0, and a round of such updates
 # alone could not be closed.
-_LEAST_SHARE = 2.0**-50
+_MIN_SHARE = 2.0**-50
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Staleness:
         """
         k = max(0, k)
         if self.decay == "polynomial":
-            return max(_LEAST_SHARE, float((k + 1.0) ** -self.a))
+            return max(_MIN_SHARE, float((k + 1.0) ** -self.a))
         if self.decay == "hinge":
-            return 1.0 if k <= self.b else max(_LEAST_SHARE, 1.0 / (self.a * (k - self.b) + 1.0))
+            return 1.0 if k <= self.b else max(_MIN_SHARE, 1.0 / (self.a * (k - self.b) + 1.0))
         return 1.0
 
 
@@ -121,15 +121,15 @@ class Schedule:
         staleness: What stale updates count for.
         max_staleness: Updates staler than this don't count, and devices that are so late get a new offer; 0 for none.
         mixing: What an update's share of the next model is. `damped`: less where it is stale, and the step is shorter
-            by as much. `normalised`: less where it is stale, at whole steps. `share`: its share of all devices'
-            weights. `unbiased`: by how many windows its device takes.
+            by as much. `normalised`: less where it is stale, at whole steps. `staleness_share`: its share of all
+            devices' weights. `unbiased`: by how many windows its device takes.
         rate: η, the server's rate: FedAsync's α, FedBuff's and FedFix's η_g.
         concurrent: How many devices work at a time; 0 for all.
         score_every: Rounds between rankings of channels and elements, unless the allocator asks for one earlier.
         evaluate_every: Rounds between evaluations of the model, which also follow the last round.
     """
 
-    kind: Kind = "synchronous"
+    kind: ScheduleKind = "synchronous"
     participation: float = bounded(0.0, 0, 1)
     arrivals: int = bounded(0, 0, 10**6)
     window_s: float = bounded(0.0, 0, 1e8)
@@ -168,7 +168,7 @@ class Schedule:
         return self.kind == "asynchronous"
 
     @property
-    def compares(self) -> bool:
+    def step_needs_all_devices(self) -> bool:
         """Whether a step depends on the devices whose updates don't enter the sums."""
         return self.mixing in ("share", "unbiased")
 
@@ -180,9 +180,9 @@ class Schedule:
     def from_dict(cls, body: Mapping[str, Any]) -> Schedule:
         """Read what `to_dict` or a person wrote. Raises `ConfigError` for an unknown key or a wrong value; the message
         names it."""
-        values = validation.known(cls, body, ("schedule",))
+        values = validation.check_table(cls, body, ("schedule",))
         if isinstance(values.get("staleness"), Mapping):
-            staleness = validation.known(Staleness, values["staleness"], ("schedule", "staleness"))
+            staleness = validation.check_table(Staleness, values["staleness"], ("schedule", "staleness"))
             values["staleness"] = Staleness(**staleness)
         return cls(**values)
 
@@ -216,13 +216,13 @@ class Schedule:
 
     # What counts for how much.
 
-    def share(self, arrival: Arrival) -> float:
+    def staleness_share(self, arrival: Arrival) -> float:
         """s(k) of an update, above 0 and at most 1; what it keeps where staleness is frozen."""
         if self.staleness.frozen and arrival.share > 0:
             return arrival.share
         return self.staleness(arrival.staleness)
 
-    def fits(self, staleness: int) -> bool:
+    def accepts_staleness(self, staleness: int) -> bool:
         """Whether an update of this staleness still counts."""
         return not self.max_staleness or staleness <= self.max_staleness
 
@@ -235,9 +235,9 @@ class Schedule:
                 how finely shares are resolved.
             uniform: Devices count alike, whatever their samples.
         """
-        factors = [self._factor(a) * (1 if uniform else max(1, a.samples)) for a in arrivals]
-        is_exact = self.mixing == "unbiased" or all(self.share(a) == 1 for a in arrivals)
-        scale = 2.0 ** min(0 if is_exact else math.inf, _exponent(total))
+        factors = [self._weight_factor(a) * (1 if uniform else max(1, a.samples)) for a in arrivals]
+        is_exact = self.mixing == "unbiased" or all(self.staleness_share(a) == 1 for a in arrivals)
+        scale = 2.0 ** min(0 if is_exact else math.inf, _scale_exponent(total))
         weights = [max(1, round(f * scale)) for f in factors]
         # Rounding each share up to 1 may exceed the sums' limit, where many devices have few samples.
         while sum(weights) > MAX_WEIGHT:
@@ -245,7 +245,7 @@ class Schedule:
             weights = [max(1, round(f * scale)) for f in factors]
         return weights
 
-    def fit(self, unbiased_weight: int, count: int, total: int) -> bool:
+    def weights_fit(self, unbiased_weight: int, count: int, total: int) -> bool:
         """Whether `unbiased` shares certainly stay within `MAX_WEIGHT`, so that none depends on the others.
 
         Args:
@@ -253,14 +253,16 @@ class Schedule:
             count: Their number, by which rounding may enlarge the sum.
             total: As in `weights`.
         """
-        return unbiased_weight * 2.0 ** min(0, _exponent(total)) + count <= MAX_WEIGHT
+        return unbiased_weight * 2.0 ** min(0, _scale_exponent(total)) + count <= MAX_WEIGHT
 
-    def windows(self, arrival: Arrival) -> int:
+    def window_count(self, arrival: Arrival) -> int:
         """ceil(τ_i / Δt), at least 1."""
         # 1e-9: a round that ends with its window must not count as two by a floating-point error.
         return max(1, math.ceil(arrival.seconds / self.window_s - 1e-9))
 
-    def step(self, arrivals: Sequence[Arrival], other_arrivals: Sequence[Arrival], *, uniform: bool = False) -> float:
+    def step_size(
+        self, arrivals: Sequence[Arrival], other_arrivals: Sequence[Arrival], *, uniform: bool = False
+    ) -> float:
         """ρ: the share of the way to the sums' mean that the model moves, above 0 and at most
         `aggregation.round_means.MAX_RATE`.
 
@@ -278,25 +280,25 @@ class Schedule:
 
         if self.mixing == "normalised" or not arrivals:
             return self.rate
-        entering = math.fsum(importance(a) * self._factor(a) for a in arrivals)
+        entering = math.fsum(importance(a) * self._weight_factor(a) for a in arrivals)
         if self.mixing == "damped":
             total = math.fsum(importance(a) for a in arrivals)
         elif self.mixing == "share":
-            total = math.fsum(importance(a) * self._factor(a) for a in (*arrivals, *other_arrivals))
+            total = math.fsum(importance(a) * self._weight_factor(a) for a in (*arrivals, *other_arrivals))
         else:
             total = math.fsum(importance(a) for a in (*arrivals, *other_arrivals))
         return min(max(self.rate * entering / total, sys.float_info.min), MAX_RATE)
 
-    def _factor(self, arrival: Arrival) -> float:
+    def _weight_factor(self, arrival: Arrival) -> float:
         if self.mixing == "unbiased":
-            return float(self.windows(arrival))
-        return self.share(arrival)
+            return float(self.window_count(arrival))
+        return self.staleness_share(arrival)
 
 
-def _exponent(total: int) -> int:
+def _scale_exponent(total: int) -> int:
     """The largest power of two with which a whole fleet's shares stay within `MAX_WEIGHT`."""
     return math.floor(math.log2(MAX_WEIGHT / max(1, total)))
 
 
 # The schedule of strategies without one: synchronous rounds, as the job's own keys describe them.
-SYNCHRONOUS = Schedule()
+SYNCHRONOUS_SCHEDULE = Schedule()

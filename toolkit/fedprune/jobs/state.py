@@ -12,7 +12,7 @@ from typing import Any, cast
 from fedprune.core.errors import StorageError
 from fedprune.core.metrics import METRICS
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
-from fedprune.jobs.failure_kind import ABSENT, FailureKind
+from fedprune.jobs.failure_kind import UNDELIVERED_KINDS, FailureKind
 from fedprune.jobs.packed_json import PackedJson
 
 # A state of another format is refused: fields have other meanings in it, and a round would continue wrongly.
@@ -20,10 +20,10 @@ FORMAT = "fedprune.state/3"
 
 # Attributes of a device that only its next connection or part needs. They are most of its size, and stay in the
 # database between a large fleet's rounds.
-PUT_AWAY = ("plan", "probe")
+EVICTED_ATTRIBUTES = ("plan", "probe")
 
 # Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place.
-_NOTHING: dict[str, Any] = {}
+_EMPTY: dict[str, Any] = {}
 
 
 class Phase(str, Enum):
@@ -49,18 +49,18 @@ class Progress(str, Enum):
     REFUSED = "refused"
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether nothing more is awaited."""
         return self in (Progress.FOLDED, Progress.REFUSED)
 
 
 def outcome(progress: str, kind: str) -> str:
     """A part's progress as a word for people: `late`, `lost` or `gone` where a device delivered nothing."""
-    return kind if progress == Progress.REFUSED and kind in ABSENT else progress
+    return kind if progress == Progress.REFUSED and kind in UNDELIVERED_KINDS else progress
 
 
 @dataclass(slots=True)
-class Device(TrackedEntry):
+class JobDevice(TrackedEntry):
     """A device as the job knows it.
 
     Attributes:
@@ -77,7 +77,7 @@ class Device(TrackedEntry):
         correction: What its rounds taught about its predicted times (`fedprune.planning.cost_prediction.Correction`).
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
             channels that they keep.
-        past: Its last counted update (`fedprune.coordination.commands.Past`), if the strategy needs it.
+        past: Its last counted update (`fedprune.coordination.commands.LastCountedUpdate`), if the strategy needs it.
         last_counted_round: The round of the offer behind its last counted update; 0 before the first.
         last_offered_round: The last round that it was offered; before the first offer, the round during which it
             joined.
@@ -87,7 +87,7 @@ class Device(TrackedEntry):
             schedule keeps that, and what it counted for.
         codecs: Names of the codecs that it knows.
         held: The state that it continues from, if updates or weights are encoded, or its optimiser's state is kept
-            (`fedprune.coordination.commands.Held`).
+            (`fedprune.coordination.commands.ReceivedWeights`).
         releases: Under differential privacy, how many releases contain its samples, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
         effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
@@ -103,32 +103,32 @@ class Device(TrackedEntry):
     excluded: str = ""
     excluded_by: str = ""
     failures: int = 0
-    correction: dict[str, float] = field(default_factory=lambda: _NOTHING)
+    correction: dict[str, float] = field(default_factory=lambda: _EMPTY)
     density: float = 1.0
     past: dict[str, Any] | None = None
     last_counted_round: int = 0
     last_offered_round: int = 0
     missed_rounds: int = 0
-    allocation: dict[str, Any] = field(default_factory=lambda: _NOTHING)
+    allocation: dict[str, Any] = field(default_factory=lambda: _EMPTY)
     buffer: dict[str, Any] | None = None
     codecs: list[str] = field(default_factory=list)
     held: dict[str, Any] | None = None
-    releases: dict[str, int] = field(default_factory=lambda: _NOTHING)
+    releases: dict[str, int] = field(default_factory=lambda: _EMPTY)
     effective_classes: int | None = None
 
     @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Device:
+    def from_dict(cls, body: Mapping[str, Any]) -> JobDevice:
         """Rebuild from JSON. Raises `TypeError` or `KeyError` if an attribute is wrong."""
         return cls(**{**body, "widths": tuple(body["widths"])})
 
     def __post_init__(self) -> None:
-        for name in PUT_AWAY:
+        for name in EVICTED_ATTRIBUTES:
             if (value := getattr(self, name)) is not None and not isinstance(value, PackedJson):
                 setattr(self, name, PackedJson(value))
 
     def __getattr__(self, name: str) -> Any:
         """Read an attribute that was put away; it stays in memory until it is put away again."""
-        if name not in PUT_AWAY:
+        if name not in EVICTED_ATTRIBUTES:
             raise AttributeError(f"device: {name}")
         if self._owner is None or self._owner.fetch is None:
             raise StorageError(
@@ -144,7 +144,7 @@ class Device(TrackedEntry):
         return TrackedEntry.to_dict(self) | packed  # a dataclass with slots doesn't know itself as `super`
 
     @property
-    def counted_as(self) -> bool:
+    def count_kind(self) -> bool:
         """Whether it could take part in a round now."""
         return self.online and not self.excluded
 
@@ -158,12 +158,12 @@ class Device(TrackedEntry):
         return (
             update_digests(self.held)
             | update_digests(self.past)
-            | _contributed((self.buffer or {}).get("contribution"))
+            | _contribution_digests((self.buffer or {}).get("contribution"))
         )
 
 
 @dataclass(slots=True)
-class Task(TrackedEntry):
+class DeviceTask(TrackedEntry):
     """One device's task: in the current round or, in an asynchronous job, in the round in which it was offered.
 
     Attributes:
@@ -223,18 +223,18 @@ class Task(TrackedEntry):
     kind: str = ""
 
     @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Task:
+    def from_dict(cls, body: Mapping[str, Any]) -> DeviceTask:
         """Rebuild from JSON. Raises `TypeError`, `KeyError` or `ValueError` if an attribute is wrong."""
         return cls(**{**body, "widths": tuple(body["widths"]), "progress": Progress(body["progress"])})
 
     @property
-    def counted_as(self) -> Progress:
+    def count_kind(self) -> Progress:
         return self.progress
 
     def references(self) -> set[str]:
         """Digests of the blobs that it needs."""
         digests = {self.weights, (self.offer or {}).get("ranking")}
-        digests |= update_digests(self.past) | basis_digests(self.basis) | named_in(self.offer or {})
+        digests |= update_digests(self.past) | basis_digests(self.basis) | offer_digests(self.offer or {})
         return {d for d in digests if d}
 
     def refuse(self, reason: str, kind: str) -> None:
@@ -307,8 +307,8 @@ class State:
     model: str
     round: int = 0
     phase: Phase = Phase.WAITING
-    devices: TrackedDict[Device] = field(default_factory=TrackedDict)
-    tasks: TrackedDict[Task] = field(default_factory=TrackedDict)
+    devices: TrackedDict[JobDevice] = field(default_factory=TrackedDict)
+    tasks: TrackedDict[DeviceTask] = field(default_factory=TrackedDict)
     ranking: str | None = None
     order: str | None = None
     memory: dict[str, str] = field(default_factory=dict)
@@ -342,15 +342,15 @@ class State:
             former: TrackedDict[Any] = self.__dict__.get(name, TrackedDict())
             value = value if isinstance(value, TrackedDict) else TrackedDict(cast(dict[str, Any], value))
             if value is not former:
-                value.follow(former)
+                value.take_over(former)
         object.__setattr__(self, name, value)
 
-    def settle(self) -> None:
+    def mark_saved(self) -> None:
         """Mark all changes of devices and tasks as saved."""
-        self.devices.settle()
-        self.tasks.settle()
+        self.devices.mark_saved()
+        self.tasks.mark_saved()
 
-    def slim(self, kept_summaries: int) -> None:
+    def drop_old_summaries(self, kept_summaries: int) -> None:
         """Drop the device summaries of finished rounds except the latest; the rounds' results stay."""
         for summary in reversed(self.history):
             kept_summaries -= len(summary["devices"])
@@ -366,30 +366,30 @@ class State:
 
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""
-        digests = self.own_references()
+        digests = self.state_references()
         for entry in chain[TrackedEntry](self.devices.values(), self.tasks.values()):
             digests |= entry.references()
         return digests
 
-    def own_references(self) -> set[str]:
+    def state_references(self) -> set[str]:
         """Digests of the blobs that the state itself needs, without those of its devices and tasks."""
         totals = [cohort_sum["total"] for cohort_sum in (self.closing or {}).get("sums", ())]
         return {
             d for d in (self.model, self.plain_model, self.ranking, self.order, *self.memory.values(), *totals) if d
         }
 
-    def round_of(self, task: Task) -> int:
+    def round_of(self, task: DeviceTask) -> int:
         """The round that a part was offered in."""
         return self.round if task.basis is None else int(task.basis["round"])
 
-    def part(self, device: str, round_: int, attempt: int) -> Task | None:
+    def task_at(self, device: str, round_: int, attempt: int) -> DeviceTask | None:
         """A device's part, if it is of this round and attempt; None if the job has gone on."""
         task = self.tasks.get(device)
         if task is None or (self.round_of(task), task.attempt) != (round_, attempt):
             return None
         return task
 
-    def awaits(self, task: Task) -> bool:
+    def awaits(self, task: DeviceTask) -> bool:
         """Whether a part may still bring something: in this phase of a round or, in an asynchronous job, in any."""
         return self.phase is Phase.TRAINING or (task.basis is not None and self.phase is not Phase.FINISHED)
 
@@ -414,7 +414,7 @@ class State:
             self.tasks = TrackedDict(
                 (
                     n,
-                    Task(
+                    DeviceTask(
                         t.attempt + 1,
                         t.widths,
                         t.density,
@@ -430,7 +430,7 @@ class State:
                 for n, t in self.tasks.items()
             )
 
-    def keep_to(self, *, asynchronous: bool, masked: bool = False) -> None:
+    def drop_incompatible_parts(self, *, asynchronous: bool, masked: bool = False) -> None:
         """Drop parts that were made under another kind of schedule, or offered with other masks, as after a change of
         settings; a round that has begun with them starts again.
 
@@ -468,9 +468,10 @@ class State:
             body["phase"] = Phase(body["phase"])
             shared: dict[str, Any] = {}
             body["devices"] = TrackedDict(
-                (k, Device.from_dict(_sharing(v, shared))) for k, v in chain(body["devices"].items(), devices)
+                (k, JobDevice.from_dict(_share_common_values(v, shared)))
+                for k, v in chain(body["devices"].items(), devices)
             )
-            body["tasks"] = TrackedDict((k, Task.from_dict(v)) for k, v in chain(body["tasks"].items(), tasks))
+            body["tasks"] = TrackedDict((k, DeviceTask.from_dict(v)) for k, v in chain(body["tasks"].items(), tasks))
             return cls(**body)
         except StorageError:
             raise
@@ -481,7 +482,7 @@ class State:
             ) from error
 
 
-def _sharing(device: Mapping[str, Any], shared: dict[str, Any]) -> Mapping[str, Any]:
+def _share_common_values(device: Mapping[str, Any], shared: dict[str, Any]) -> Mapping[str, Any]:
     """A device's JSON, sharing the profile and codecs of another device of its kind if they are equal: a profile takes
     10 kB, which a large fleet has no memory for."""
     profile, codecs = device["profile"], device["codecs"]
@@ -498,7 +499,7 @@ def update_digests(update: Mapping[str, Any] | None) -> set[str]:
     return {update[k] for k in ("weights", "ranking", "mask", "sent") if update.get(k)} if update else set()
 
 
-def named_in(offer: Mapping[str, Any]) -> set[str]:
+def offer_digests(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the blobs that an offer names: in a field of their own, in a list, or in a table, as by precision."""
     references = [v for v in offer.values() if isinstance(v, dict)]
     references += [v for named in references for v in named.values() if isinstance(v, dict)]
@@ -513,7 +514,7 @@ def basis_digests(basis: Mapping[str, Any] | None) -> set[str]:
     return {d for d in (basis["model"], basis["ranking"], basis["order"], *basis["memory"].values()) if d}
 
 
-def _contributed(update: dict[str, Any] | None) -> set[str]:
+def _contribution_digests(update: dict[str, Any] | None) -> set[str]:
     """Digests of the blobs that a kept contribution refers to."""
     if update is None:
         return set()

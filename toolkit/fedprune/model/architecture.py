@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.errors import BundleError, shown
-from fedprune.model.axis import FIXED, MAX_SIZE, Activation, Axis, Layer, Segment, Volume, whole
+from fedprune.core.errors import BundleError, value_text
+from fedprune.model.axis import FIXED, MAX_SIZE, Activation, Axis, LayerRow, Segment, Volume, json_int
 
 __all__ = [
     "FIXED",
@@ -27,14 +27,14 @@ __all__ = [
     "Architecture",
     "Axis",
     "ChannelGroup",
-    "Layer",
+    "LayerRow",
     "Segment",
     "TensorKind",
     "TensorSpec",
     "Volume",
     "kept_share",
     "widths_at",
-    "widths_with_least",
+    "widths_at_least",
 ]
 
 FORMAT = "fedprune.architecture/3"
@@ -54,7 +54,7 @@ class TensorKind(str, Enum):
     STAT_VAR = "stat_var"
 
     @property
-    def trainable(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether an optimiser changes it; batch-norm statistics are pooled by counts instead."""
         return self not in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
 
@@ -122,7 +122,7 @@ class Architecture:
     name: str
     groups: tuple[ChannelGroup, ...]
     tensors: tuple[TensorSpec, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerRow, ...]
     activations: tuple[Activation, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
@@ -149,11 +149,11 @@ class Architecture:
 
     @cached_property
     def trainable(self) -> tuple[TensorSpec, ...]:
-        return tuple(t for t in self.tensors if t.kind.trainable)
+        return tuple(t for t in self.tensors if t.kind.is_trainable)
 
     @cached_property
     def statistics(self) -> tuple[TensorSpec, ...]:
-        return tuple(t for t in self.tensors if not t.kind.trainable)
+        return tuple(t for t in self.tensors if not t.kind.is_trainable)
 
     def shape(self, name: str, widths: Sequence[int]) -> tuple[int, ...]:
         return tuple(a.size(widths, self.sizes) for a in self.by_name[name].axes)
@@ -242,20 +242,23 @@ class Architecture:
             body = json.loads(text)
             if body["format"] != FORMAT:
                 raise BundleError(
-                    "architecture format", expected=FORMAT, got=shown(body["format"]), hint="Export the model again."
+                    "architecture format",
+                    expected=FORMAT,
+                    got=value_text(body["format"]),
+                    hint="Export the model again.",
                 )
             architecture = cls(
                 name=str(body["name"]),
-                groups=tuple(ChannelGroup(str(n), whole(s)) for n, s in body["groups"]),
+                groups=tuple(ChannelGroup(str(n), json_int(s)) for n, s in body["groups"]),
                 tensors=tuple(
                     TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(Axis.from_rows, t["axes"])))
                     for t in body["tensors"]
                 ),
-                layers=tuple(map(Layer.from_row, body["layers"])),
+                layers=tuple(map(LayerRow.from_row, body["layers"])),
                 activations=tuple(map(Activation.from_row, body["activations"])),
-                input_shape=tuple(whole(d) for d in body["input_shape"]),
-                output_shape=tuple(whole(d) for d in body["output_shape"]),
-                base=tuple(BaseSpec(str(n), str(c), tuple(map(whole, s))) for n, c, s in body.get("base", [])),
+                input_shape=tuple(json_int(d) for d in body["input_shape"]),
+                output_shape=tuple(json_int(d) for d in body["output_shape"]),
+                base=tuple(BaseSpec(str(n), str(c), tuple(map(json_int, s))) for n, c, s in body.get("base", [])),
             )
         except BundleError:
             raise
@@ -297,7 +300,7 @@ class Architecture:
         for layer in self.layers:
             self._check_layer(layer)
 
-    def _check_layer(self, layer: Layer) -> None:
+    def _check_layer(self, layer: LayerRow) -> None:
         axes = 0
         if layer.weight:
             if layer.weight not in self.by_name:
@@ -307,10 +310,10 @@ class Architecture:
             axes = len(self.by_name[layer.weight].axes)
         if not 0 <= layer.output_axis < max(1, axes):
             raise BundleError(f"architecture: output axis of layer {layer.name}", got=layer.output_axis)
-        numbers = (layer.positions, layer.reads.positions, layer.makes.positions)
+        numbers = (layer.positions, layer.input_volume.positions, layer.output_volume.positions)
         if min(numbers) < 0 or min(layer.kernel, layer.stride, layer.groups) < 1:
             raise BundleError(f"architecture: a number of layer {layer.name} is out of range", got=layer.name)
-        for volume in (layer.reads, layer.makes):
+        for volume in (layer.input_volume, layer.output_volume):
             if len(volume.axes) > _MAX_RANK:
                 raise BundleError(f"architecture: axes of layer {layer.name}", expected=f"up to {_MAX_RANK}")
             for axis in volume.axes:
@@ -350,9 +353,9 @@ def widths_at(architecture: Architecture, density: float) -> tuple[int, ...]:
     return architecture.check_widths(widths)
 
 
-def widths_with_least(architecture: Architecture, widths: Sequence[int], least: int) -> tuple[int, ...]:
-    """Widths with at least `least` channels of every group, or all channels of a group that has fewer."""
-    return tuple(max(width, min(size, least)) for width, size in zip(widths, architecture.sizes, strict=True))
+def widths_at_least(architecture: Architecture, widths: Sequence[int], min_width: int) -> tuple[int, ...]:
+    """Widths with at least `min_width` channels of every group, or all channels of a group that has fewer."""
+    return tuple(max(width, min(size, min_width)) for width, size in zip(widths, architecture.sizes, strict=True))
 
 
 def kept_share(architecture: Architecture, widths: Sequence[int]) -> float:

@@ -55,7 +55,7 @@ class Axis:
     def from_rows(cls, rows: Sequence[Sequence[Any]]) -> Axis:
         """Read what `to_rows` gave; `Architecture.validate` checks its meaning. Raises `ValueError` or `TypeError` if
         it has another form."""
-        return cls(tuple(Segment(whole(g), whole(s), whole(c), whole(i)) for g, s, c, i in rows))
+        return cls(tuple(Segment(json_int(g), json_int(s), json_int(c), json_int(i)) for g, s, c, i in rows))
 
     def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
         """Its length at these widths; `sizes` are the groups' full widths."""
@@ -85,13 +85,13 @@ class Volume:
 
 
 # Of a row of the cost table that reads or writes no data.
-NOTHING = Volume()
+NO_VOLUME = Volume()
 
 # Of a row of the cost table without an inner axis.
 NO_AXIS = Axis(())
 
 
-def whole(value: object) -> int:
+def json_int(value: object) -> int:
     """A whole JSON number of at most `MAX_SIZE`. Raises `ValueError` if it is something else."""
     if type(value) is not int or abs(value) > MAX_SIZE:
         raise ValueError(f"{str(value)[:40]!r} is not a whole number up to {MAX_SIZE}")
@@ -99,7 +99,7 @@ def whole(value: object) -> int:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRow:
     """A row of the cost table: a node that computes, and what its cost depends on.
 
     Attributes:
@@ -108,8 +108,8 @@ class Layer:
         weight: Name of its weight tensor; empty where it multiplies by none.
         positions: How often each weight is used per sample (output height × width for a convolution).
         output_axis: The weight's axis that makes output channels; a channel's score is taken over it.
-        reads: The input that it reads for one sample, without weights.
-        makes: The output that it writes for one sample.
+        input_volume: The input that it reads for one sample, without weights.
+        output_volume: The output that it writes for one sample.
         kernel: Elements of its window.
         stride: Product of its strides.
         groups: Groups of a convolution at full width.
@@ -121,8 +121,8 @@ class Layer:
     weight: str
     positions: int
     output_axis: int = 0
-    reads: Volume = NOTHING
-    makes: Volume = NOTHING
+    input_volume: Volume = NO_VOLUME
+    output_volume: Volume = NO_VOLUME
     kernel: int = 1
     stride: int = 1
     groups: int = 1
@@ -130,12 +130,12 @@ class Layer:
 
     def to_row(self) -> list[Any]:
         row: list[Any] = [self.name, self.op, self.weight, self.positions, self.output_axis]
-        for volume in (self.reads, self.makes):
+        for volume in (self.input_volume, self.output_volume):
             row += [[a.to_rows() for a in volume.axes], volume.positions]
         return [*row, self.kernel, self.stride, self.groups, self.inner.to_rows()]
 
     @classmethod
-    def from_row(cls, row: Sequence[Any]) -> Layer:
+    def from_row(cls, row: Sequence[Any]) -> LayerRow:
         """Read what `to_row` gave. Raises `ValueError, TypeError` if it is something else."""
         name, op, weight, positions, axis, read_axes, read_positions, made_axes, made_positions, *numbers, inner = row
         kernel, stride, groups = numbers
@@ -143,13 +143,13 @@ class Layer:
             str(name),
             str(op),
             str(weight),
-            whole(positions),
-            whole(axis),
-            Volume(tuple(map(Axis.from_rows, read_axes)), whole(read_positions)),
-            Volume(tuple(map(Axis.from_rows, made_axes)), whole(made_positions)),
-            whole(kernel),
-            whole(stride),
-            whole(groups),
+            json_int(positions),
+            json_int(axis),
+            Volume(tuple(map(Axis.from_rows, read_axes)), json_int(read_positions)),
+            Volume(tuple(map(Axis.from_rows, made_axes)), json_int(made_positions)),
+            json_int(kernel),
+            json_int(stride),
+            json_int(groups),
             Axis.from_rows(inner),
         )
 
@@ -162,19 +162,19 @@ class Activation:
         name: The value's name.
         channels: The channel axis.
         positions: Elements per channel and sample.
-        kept: Whether the backward pass reads it, so that it lives through the whole step.
+        is_kept: Whether the backward pass reads it, so that it lives through the whole step.
     """
 
     name: str
     channels: Axis
     positions: int
-    kept: bool
+    is_kept: bool
 
     def to_row(self) -> list[Any]:
-        return [self.name, self.channels.to_rows(), self.positions, int(self.kept)]
+        return [self.name, self.channels.to_rows(), self.positions, int(self.is_kept)]
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Activation:
         """Read what `to_row` gave. Raises `ValueError, TypeError` if it is something else."""
         name, channels, positions, is_kept = row
-        return cls(str(name), Axis.from_rows(channels), whole(positions), bool(whole(is_kept)))
+        return cls(str(name), Axis.from_rows(channels), json_int(positions), bool(json_int(is_kept)))

@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import TrainingError, shown
-from fedprune.core.rng import keyed
+from fedprune.core.errors import TrainingError, value_text
+from fedprune.core.rng import keyed_generator
 from fedprune.core.validation import is_number
-from fedprune.model.step_contract import DROPOUT, is_dropout_mask
+from fedprune.model.step_contract import DROPOUT_METADATA, is_dropout_mask
 
 Array = npt.NDArray[Any]
 Shape = Sequence[int | str | None]
 
 BATCH = "N"  # the name of the batch in a training graph's shapes
 
-_WHOLE = re.compile("-?[0-9]{1,10}")
+_INTEGER = re.compile("-?[0-9]{1,10}")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ class DropoutMasks:
         doesn't give the ratio of each."""
         names = [name for name in inputs if is_dropout_mask(name)]
         try:
-            ratios = json.loads(metadata.get(DROPOUT, "{}"))
+            ratios = json.loads(metadata.get(DROPOUT_METADATA, "{}"))
         except (ValueError, RecursionError):
             ratios = None
         if not isinstance(ratios, dict) or not all(is_number(ratios.get(name), 0, 1) for name in names):
             raise TrainingError(
-                f"metadata {DROPOUT}", expected=f"a ratio from 0 to 1 for {names}", got=shown(metadata.get(DROPOUT))
+                f"metadata {DROPOUT_METADATA}",
+                expected=f"a ratio from 0 to 1 for {names}",
+                got=value_text(metadata.get(DROPOUT_METADATA)),
             )
         return cls({name: float(ratios[name]) for name in names}, {name: shape for name, (_, shape) in inputs.items()})
 
@@ -66,25 +68,25 @@ class DropoutMasks:
         `arrays`: the other inputs by name, whose shapes give the widths.
         """
         masks: dict[str, Array] = {}
-        for name, shape in self._sized(arrays, samples).items():
+        for name, shape in self._mask_shapes(arrays, samples).items():
             ratio = self.ratios[name]
-            is_kept = keyed(seed, *key, name).random(shape, np.float32) >= ratio
+            is_kept = keyed_generator(seed, *key, name).random(shape, np.float32) >= ratio
             masks[name] = is_kept * np.float32(1 / (1 - ratio) if ratio < 1 else 0)
         return masks
 
     def ones(self, arrays: Mapping[str, Array], samples: int) -> dict[str, Array]:
         """Masks that drop nothing."""
-        return {name: np.ones(shape, np.float32) for name, shape in self._sized(arrays, samples).items()}
+        return {name: np.ones(shape, np.float32) for name, shape in self._mask_shapes(arrays, samples).items()}
 
-    def _sized(self, arrays: Mapping[str, Array], samples: int) -> dict[str, tuple[int, ...]]:
+    def _mask_shapes(self, arrays: Mapping[str, Array], samples: int) -> dict[str, tuple[int, ...]]:
         return mask_shapes(self.shapes, arrays, samples) if self.ratios else {}
 
 
 def mask_shapes(shapes: Mapping[str, Shape], arrays: Mapping[str, Array], samples: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a graph's masks for a batch, by the graph's input shapes and what is fed to it."""
     fed_shapes = {name: array.shape for name, array in arrays.items() if name in shapes and "::" not in name}
-    sizes = solved_sizes({name: (shapes[name], shape) for name, shape in fed_shapes.items()}) | {BATCH: samples}
-    return {name: sized(shape, sizes) for name, shape in shapes.items() if is_dropout_mask(name)}
+    sizes = solve_sizes({name: (shapes[name], shape) for name, shape in fed_shapes.items()}) | {BATCH: samples}
+    return {name: shape_in_numbers(shape, sizes) for name, shape in shapes.items() if is_dropout_mask(name)}
 
 
 def dropout_ones(
@@ -95,15 +97,17 @@ def dropout_ones(
     return {name: np.ones(shape, np.float32) for name, shape in mask_shapes(shapes, arrays, samples).items()}
 
 
-def sized(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def shape_in_numbers(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A shape of a training graph in numbers. Raises `TrainingError` if it has a name that `sizes` doesn't explain."""
-    values = [d if isinstance(d, int) else _value(_terms(str(d)), sizes) for d in shape]
+    values = [d if isinstance(d, int) else _sum_value(_terms(str(d)), sizes) for d in shape]
     if None in values:
-        raise TrainingError("a size in the training graph", expected=f"made of {', '.join(sizes)}", got=shown(shape))
+        raise TrainingError(
+            "a size in the training graph", expected=f"made of {', '.join(sizes)}", got=value_text(shape)
+        )
     return tuple(v for v in values if v is not None)
 
 
-def solved_sizes(pairs: Mapping[str, tuple[Shape, Sequence[int]]]) -> dict[str, int]:
+def solve_sizes(pairs: Mapping[str, tuple[Shape, Sequence[int]]]) -> dict[str, int]:
     """Solve for the names in shapes, from arrays of these shapes, as far as the equations can be solved one by one.
 
     Each dimension is linear in every name: with all others known, its values at 0 and 1 give the name's size.
@@ -117,7 +121,7 @@ def solved_sizes(pairs: Mapping[str, tuple[Shape, Sequence[int]]]) -> dict[str, 
             unknown = [f for factors, _ in terms for f in factors if f not in solved]
             if len(unknown) != 1:
                 continue
-            offset, at_one = (_value(terms, {**solved, unknown[0]: n}) or 0 for n in (0, 1))
+            offset, at_one = (_sum_value(terms, {**solved, unknown[0]: n}) or 0 for n in (0, 1))
             if at_one != offset:
                 solved[unknown[0]] = (size - offset) // (at_one - offset)
         if len(solved) == count_before:
@@ -132,12 +136,12 @@ def _terms(text: str) -> Terms:
     terms: Terms = []
     for term in text.split("+"):
         factors = term.split("*")
-        numbers = [int(f) for f in factors if _WHOLE.fullmatch(f)]
-        terms.append(([f for f in factors if not _WHOLE.fullmatch(f)], math.prod(numbers)))
+        numbers = [int(f) for f in factors if _INTEGER.fullmatch(f)]
+        terms.append(([f for f in factors if not _INTEGER.fullmatch(f)], math.prod(numbers)))
     return terms
 
 
-def _value(terms: Terms, sizes: Mapping[str, int]) -> int | None:
+def _sum_value(terms: Terms, sizes: Mapping[str, int]) -> int | None:
     if any(f not in sizes for factors, _ in terms for f in factors):
         return None
     return sum(times * math.prod(sizes[f] for f in factors) for factors, times in terms)

@@ -9,21 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
-from fedprune.model.selection import Active, Selection, Tensors, mesh
+from fedprune.model.selection import ElementMask, Selection, Tensors, mesh
 
 
-def gathered(mask: Active, selection: Selection) -> Active:
+def gather_mask(mask: ElementMask, selection: Selection) -> ElementMask:
     """The mask of a submodel, gathered from that of the whole model."""
     return {name: bits[mesh(selection.maps(name))] for name, bits in mask.items()}
 
 
-def pack(mask: Active, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+def pack_active(mask: ElementMask, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
     """Tensors with masked ones reduced to their active values [n_active], in C order."""
     return {n: v[mask[n]] if n in mask else v for n, v in tensors.items()}
 
 
-def unpack(mask: Active, packed: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-    """The inverse of `pack`, with 0 where masked. Raises `BundleError` if a masked tensor has another number of
+def unpack_active(mask: ElementMask, packed: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+    """The inverse of `pack_active`, with 0 where masked. Raises `BundleError` if a masked tensor has another number of
     values than the mask has active elements, or another type."""
     tensors: Tensors = dict(packed)
     for name in mask.keys() & packed.keys():
@@ -37,13 +37,13 @@ def unpack(mask: Active, packed: Mapping[str, npt.NDArray[np.float32]]) -> Tenso
     return tensors
 
 
-def to_bits(mask: Active) -> dict[str, npt.NDArray[np.uint8]]:
+def mask_to_bits(mask: ElementMask) -> dict[str, npt.NDArray[np.uint8]]:
     """Packed bits [ceil(n / 8)] by tensor name, for a tensor file."""
     return {n: np.packbits(m.reshape(-1)) for n, m in mask.items()}
 
 
-def from_bits(packed: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> Active:
-    """Read the bits that `to_bits` wrote for tensors of these shapes. Raises `BundleError` if a tensor is
+def mask_from_bits(packed: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> ElementMask:
+    """Read the bits that `mask_to_bits` wrote for tensors of these shapes. Raises `BundleError` if a tensor is
     unknown, or its bits are of another number or type, or not 0 behind the last one."""
     mask = {}
     for name, bits in packed.items():
@@ -63,7 +63,7 @@ def from_bits(packed: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple
     return mask
 
 
-def applied(mask: Active, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+def apply_mask(mask: ElementMask, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
     """Tensors with 0 where masked; those that the mask doesn't name are the same arrays."""
     zero = np.float32(0)
     return {n: np.where(mask[n], v, zero) if n in mask else v for n, v in tensors.items()}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, FedpruneError, Subject, shape_text, shown
-from fedprune.core.validation import whole
+from fedprune.core.errors import DataError, FedpruneError, Subject, shape_text, value_text
+from fedprune.core.validation import check_whole
 from fedprune.model.axis import MAX_SIZE
 
 # The padding of float32: its largest finite number, since NaN and infinity would spread through sums and checks.
@@ -25,7 +25,7 @@ PADDING = float(np.finfo(np.float32).max)
 ID_PADDING = 2**31 - 1
 
 # Key of a graph's metadata that holds the axis of one sample whose length varies, and its least length.
-LENGTH = "fedprune.length"
+LENGTH_METADATA = "fedprune.length"
 
 _RANGE = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
 
@@ -36,14 +36,14 @@ Array = npt.NDArray[Any]
 class Lengths:
     """The bounds of a length, as a size of a shape; written `400:16000`."""
 
-    least: int
-    most: int
+    lower: int
+    upper: int
 
     def __str__(self) -> str:
-        return f"{self.least}:{self.most}"
+        return f"{self.lower}:{self.upper}"
 
     def __contains__(self, size: int) -> bool:
-        return self.least <= size <= self.most
+        return self.lower <= size <= self.upper
 
     @classmethod
     def parse(cls, text: str, error: type[FedpruneError], where: Subject = "the bounds of a length") -> Lengths:
@@ -51,7 +51,7 @@ class Lengths:
         match = _RANGE.fullmatch(text)
         lower, upper = map(int, match.groups()) if match else (0, 0)
         if not 1 <= lower <= upper <= MAX_SIZE:
-            raise error(where, expected="bounds of a length from 1 up, such as 400:16000", got=shown(text))
+            raise error(where, expected="bounds of a length from 1 up, such as 400:16000", got=value_text(text))
         return cls(lower, upper)
 
 
@@ -61,25 +61,27 @@ Shape = tuple[int | str | Lengths | None, ...]
 
 def with_lengths(shape: Sequence[int | str | None], metadata: Mapping[str, str], error: type[FedpruneError]) -> Shape:
     """A graph's input shape, without the batch, with the bounds from its metadata; raises `error` if they don't fit."""
-    if LENGTH not in metadata:
+    if LENGTH_METADATA not in metadata:
         return tuple(shape)
     try:
-        axis, lower = json.loads(metadata[LENGTH])
+        axis, lower = json.loads(metadata[LENGTH_METADATA])
     except (ValueError, TypeError, RecursionError) as cause:
-        raise error(f"metadata {LENGTH}", expected="[axis, length]", got=shown(metadata[LENGTH])) from cause
-    axis = whole(f"metadata {LENGTH}: axis", axis, 0, len(shape) - 1, error=error)
-    upper = whole("size of the input's axis whose length varies", shape[axis], 1, error=error)
-    lower = whole(f"metadata {LENGTH}: length", lower, 1, upper, error=error)
+        raise error(
+            f"metadata {LENGTH_METADATA}", expected="[axis, length]", got=value_text(metadata[LENGTH_METADATA])
+        ) from cause
+    axis = check_whole(f"metadata {LENGTH_METADATA}: axis", axis, 0, len(shape) - 1, error=error)
+    upper = check_whole("size of the input's axis whose length varies", shape[axis], 1, error=error)
+    lower = check_whole(f"metadata {LENGTH_METADATA}: length", lower, 1, upper, error=error)
     return (*shape[:axis], Lengths(lower, upper), *shape[axis + 1 :])
 
 
-def written(shape: Shape) -> list[int | str | None]:
+def shape_to_json(shape: Shape) -> list[int | str | None]:
     """A shape as plain JSON types, with bounds of a length as text."""
     return [str(size) if isinstance(size, Lengths) else size for size in shape]
 
 
-def read(sizes: Sequence[object]) -> Shape:
-    """The inverse of `written`. Raises `DataError` for malformed bounds."""
+def shape_from_json(sizes: Sequence[object]) -> Shape:
+    """The inverse of `shape_to_json`. Raises `DataError` for malformed bounds."""
     return tuple(
         Lengths.parse(size, DataError) if isinstance(size, str) and ":" in size
         else size if isinstance(size, (int, str)) else None
@@ -92,12 +94,12 @@ def free_axis(shape: Sequence[object]) -> int | None:
     return next((axis for axis, size in enumerate(shape) if isinstance(size, Lengths)), None)
 
 
-def at_most(shape: Shape) -> tuple[int | str | None, ...]:
+def upper_shape(shape: Shape) -> tuple[int | str | None, ...]:
     """A shape with the upper bound of a length as its size."""
-    return tuple(size.most if isinstance(size, Lengths) else size for size in shape)
+    return tuple(size.upper if isinstance(size, Lengths) else size for size in shape)
 
 
-def fits(sample_shape: Sequence[int], shape: Sequence[int | str | Lengths | None]) -> bool:
+def fits_shape(sample_shape: Sequence[int], shape: Sequence[int | str | Lengths | None]) -> bool:
     """Whether a sample of shape `sample_shape` fits a model's input shape."""
     return len(sample_shape) == len(shape) and all(
         length in size if isinstance(size, Lengths) else not isinstance(size, int) or size == length
@@ -105,7 +107,7 @@ def fits(sample_shape: Sequence[int], shape: Sequence[int | str | Lengths | None
     )
 
 
-def padded(x: Array, shape: Shape, lengths: Array | None = None) -> Array:
+def pad_to_bound(x: Array, shape: Shape, lengths: Array | None = None) -> Array:
     """Pad samples [n, ...] to a model's upper bound, beyond the array and beyond each of the `lengths` [n]. Raises
     `DataError` if the array's shape doesn't fit the model, or a length is out of bounds."""
     if lengths is not None:
@@ -118,23 +120,23 @@ def padded(x: Array, shape: Shape, lengths: Array | None = None) -> Array:
     other_sizes = (*x.shape[1:x_axis], *x.shape[x_axis + 1 :])
     if (
         not isinstance(bounds, Lengths)
-        or own_length > bounds.most
-        or not fits(other_sizes, (*shape[:axis], *shape[x_axis:]))
+        or own_length > bounds.upper
+        or not fits_shape(other_sizes, (*shape[:axis], *shape[x_axis:]))
     ):
         raise DataError("shape of one sample", expected=shape_text(*shape), got=shape_text(*x.shape[1:]))
     sample_lengths = np.full(len(x), own_length) if lengths is None else lengths
-    if len(sample_lengths) and not bounds.least <= sample_lengths.min() <= sample_lengths.max() <= own_length:
-        wrong_length = int(sample_lengths.min() if sample_lengths.min() < bounds.least else sample_lengths.max())
+    if len(sample_lengths) and not bounds.lower <= sample_lengths.min() <= sample_lengths.max() <= own_length:
+        wrong_length = int(sample_lengths.min() if sample_lengths.min() < bounds.lower else sample_lengths.max())
         raise DataError(
-            "length of a sample", expected=f"{bounds.least} to {min(own_length, bounds.most)}", got=wrong_length
+            "length of a sample", expected=f"{bounds.lower} to {min(own_length, bounds.upper)}", got=wrong_length
         )
-    if own_length == bounds.most and lengths is None:
+    if own_length == bounds.upper and lengths is None:
         return x
-    padded_x = np.full((*x.shape[:x_axis], bounds.most, *x.shape[x_axis + 1 :]), mark(x.dtype), x.dtype)
+    padded_x = np.full((*x.shape[:x_axis], bounds.upper, *x.shape[x_axis + 1 :]), padding_value(x.dtype), x.dtype)
     np.moveaxis(padded_x, x_axis, 1)[:, :own_length] = np.moveaxis(x, x_axis, 1)
     if lengths is not None:
-        is_padding = np.arange(bounds.most) >= sample_lengths[:, None]
-        np.moveaxis(padded_x, x_axis, 1)[is_padding] = mark(x.dtype)
+        is_padding = np.arange(bounds.upper) >= sample_lengths[:, None]
+        np.moveaxis(padded_x, x_axis, 1)[is_padding] = padding_value(x.dtype)
     return padded_x
 
 
@@ -149,9 +151,9 @@ def lengths_of(x: Array, axis: int) -> npt.NDArray[np.int64]:
     """Lengths [n] of padded samples [n, ...] along an axis of one sample."""
     # One number per position is enough: a position is padded in all of its numbers, or in none.
     numbers = np.moveaxis(x, axis + 1, 1).reshape(len(x), x.shape[axis + 1], -1)[:, :, 0]
-    return np.asarray((numbers < mark(x.dtype)).sum(1), np.int64)
+    return np.asarray((numbers < padding_value(x.dtype)).sum(1), np.int64)
 
 
-def mark(dtype: npt.DTypeLike) -> float | int:
+def padding_value(dtype: npt.DTypeLike) -> float | int:
     """The number that pads arrays of this type."""
     return ID_PADDING if np.dtype(dtype).kind in "iu" else PADDING

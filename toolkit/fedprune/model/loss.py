@@ -1,7 +1,7 @@
 """The interface of a loss for recipes, planners and the compiler. Each loss is a file of `fedprune.model.losses`.
 
-Losses write themselves into training graphs through `GraphWriter`. So a loss is one file, although boards, which have
-no compiler, need its labels and its setting.
+Losses write themselves into training graphs through `LossGraphWriter`. So a loss is one file, although boards, which
+have no compiler, need its labels and its setting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LABEL_SMOOTHING = "label_smoothing"
 HITS = "hits"
 
 
-class GraphWriter(Protocol):
+class LossGraphWriter(Protocol):
     """The compiler's training graph, to which a loss adds operators; values are known by their names."""
 
     def emit(self, op: str, *inputs: str, attrs: Mapping[str, Any] | None = None, out: str | None = None) -> str:
@@ -97,7 +97,7 @@ class Loss:
     """
 
     labels: str
-    write: Callable[[GraphWriter, str, Shape, LossTerms], LossParts]
+    write: Callable[[LossGraphWriter, str, Shape, LossTerms], LossParts]
     value: Callable[[Outputs, Feeds], float] | None = None
     copies: float = 0.0
     reads_logits: bool = False
@@ -106,24 +106,24 @@ class Loss:
     can_mix: bool = True
 
 
-def along_classes(g: GraphWriter, vector: str, outputs: Shape) -> str:
+def along_classes(g: LossGraphWriter, vector: str, outputs: Shape) -> str:
     """A vector over classes [K] as [K, 1, ...], which broadcasts along axis 1 of the outputs."""
     trailing_axes = range(1, len(outputs))
     return g.emit("Unsqueeze", vector, g.ints(*trailing_axes)) if trailing_axes else vector
 
 
-def class_numbers(g: GraphWriter, outputs: Shape) -> str:
+def class_numbers(g: LossGraphWriter, outputs: Shape) -> str:
     """The class numbers 0 to K − 1 along axis 1 of the outputs."""
     return g.constant(np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
 
 
-def sample_means(g: GraphWriter, losses: str, slope: str, outputs: Shape) -> LossParts:
+def sample_means(g: LossGraphWriter, losses: str, slope: str, outputs: Shape) -> LossParts:
     """A loss that is the mean over each sample's outputs, from the loss of each output and its derivative."""
     row = g.emit("ReduceMean", losses, attrs={"axes": list(range(1, len(outputs) + 1)), "keepdims": 1})
     return LossParts(row, partial(g.emit, "Mul", g.emit("Mul", slope, g.scalar(1 / math.prod(outputs)))))
 
 
-def count_hits(g: GraphWriter, is_right: str) -> None:
+def count_hits(g: LossGraphWriter, is_right: str) -> None:
     """Add an output with the number of correct labels."""
     g.emit("ReduceSum", g.emit("Cast", is_right, attrs={"to": 7}), attrs={"keepdims": 0}, out=HITS)
     g.add_output(HITS, (), np.int64)

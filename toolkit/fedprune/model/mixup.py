@@ -10,22 +10,22 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.core.settings import bounded
 from fedprune.model.loss import Array
-from fedprune.model.rule import Rule
+from fedprune.model.rule import SettingRule
 
 # With a smaller α hardly any draw would mix anything; with the smallest floats 1/α overflows, and drawing fails.
-LEAST_MIXUP = 1e-3
+MIN_MIXUP = 1e-3
 
 _HINT = "Only labels that all count, and are classes or values but not a teacher's outputs, can be mixed."
 
 RULES = (
-    Rule("mixup", "ignore_label", lambda recipe: recipe.ignore_label is None, "one of the two", _HINT),
-    Rule("mixup", "loss", lambda recipe: recipe.can_mix, "one of the two", _HINT),
+    SettingRule("mixup", "ignore_label", lambda recipe: recipe.ignore_label is None, "one of the two", _HINT),
+    SettingRule("mixup", "loss", lambda recipe: recipe.can_mix, "one of the two", _HINT),
 )
 
-Make = Callable[[], Array]
+MakeSamples = Callable[[], Array]
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Mixup:
             ids can't be mixed: where a model reads them, training continues without.
     """
 
-    mixup: float = bounded(0.0, LEAST_MIXUP, 10, or_zero=True)
+    mixup: float = bounded(0.0, MIN_MIXUP, 10, or_zero=True)
 
     @property
     def mixes_samples(self) -> bool:
         """Whether a step's samples are mixed with each other."""
         return self.mixup > 0
 
-    def mixed(
-        self, batches: Sequence[tuple[Make, Array]], seed: int, round_: int, device: str, step: int
-    ) -> tuple[list[tuple[Make, Array, Array | None]], npt.NDArray[np.float32]]:
+    def mix_batch(
+        self, batches: Sequence[tuple[MakeSamples, Array]], seed: int, round_: int, device: str, step: int
+    ) -> tuple[list[tuple[MakeSamples, Array, Array | None]], npt.NDArray[np.float32]]:
         """Mix the samples of a batch within each micro-batch, when its samples are requested.
 
         As in the authors' code: one λ per batch, whose samples are paired with a permutation of themselves. Numbers to
@@ -61,17 +61,17 @@ class Mixup:
             sample itself.
         """
         # Keyed by device and step, so that a resumed round and a simulation mix the same samples.
-        rng = keyed(seed, round_, device, "mixup", step)
+        rng = keyed_generator(seed, round_, device, "mixup", step)
         share = np.float32(rng.beta(self.mixup, self.mixup))
-        mixed_batches: list[tuple[Make, Array, Array | None]] = []
+        mixed_batches: list[tuple[MakeSamples, Array, Array | None]] = []
         for make, y in batches:
             order = rng.permutation(len(y))
             labels = (y, y[order]) if y.dtype.kind == "i" else (_mix(y, order, share), None)
-            mixed_batches.append((partial(_mix_made, make, order, share), *labels))
+            mixed_batches.append((partial(_make_mixed, make, order, share), *labels))
         return mixed_batches, np.asarray(share)
 
 
-def _mix_made(make: Make, order: npt.NDArray[np.int64], share: np.float32) -> Array:
+def _make_mixed(make: MakeSamples, order: npt.NDArray[np.int64], share: np.float32) -> Array:
     return _mix(make(), order, share)
 
 

@@ -3,9 +3,9 @@
 Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
 narrower widths trains that prefix; the rest of weights and optimiser state stays as it is for that step.
 
-`nested` makes a wide model that computes the same as the narrow ones within it. Channels that no device has trained yet
-still have their random initial weights. As long as trained channels read from these, the wide model is the narrow one
-with added noise.
+`nest_widths` makes a wide model that computes the same as the narrow ones within it. Channels that no device has
+trained yet still have their random initial weights. As long as trained channels read from these, the wide model is the
+narrow one with added noise.
 """
 
 from __future__ import annotations
@@ -44,10 +44,15 @@ class TensorAxes:
             body = json.loads(text)
             if body["format"] != _FORMAT:
                 raise BundleError("axes of a training graph", expected=_FORMAT, got=repr(body["format"])[:80])
-            sizes = tuple(_whole(n, 1) for n in body["sizes"])
+            sizes = tuple(_checked_int(n, 1) for n in body["sizes"])
             axes = {
                 str(name): tuple(
-                    Axis(tuple(Segment(_whole(g, FIXED), _whole(s), _whole(c), _whole(i, 1)) for g, s, c, i in rows))
+                    Axis(
+                        tuple(
+                            Segment(_checked_int(g, FIXED), _checked_int(s), _checked_int(c), _checked_int(i, 1))
+                            for g, s, c, i in rows
+                        )
+                    )
                     for rows in axes_rows
                 )
                 for name, axes_rows in body["axes"].items()
@@ -61,7 +66,7 @@ class TensorAxes:
         return cls(sizes, axes)
 
     @cached_property
-    def prefixed(self) -> frozenset[int]:
+    def narrowable_groups(self) -> frozenset[int]:
         """The groups that can be narrowed, because their first channels are a prefix of each of their runs.
 
         If a group's channels are in several runs (shuffled or split channels), only the ranks would tell how many of
@@ -73,19 +78,19 @@ class TensorAxes:
                 groups.difference_update(axis.groups)
         return frozenset(groups)
 
-    def plans(self, widths: Sequence[int], densities: Sequence[float]) -> list[tuple[int, ...]]:
+    def step_widths(self, widths: Sequence[int], densities: Sequence[float]) -> list[tuple[int, ...]]:
         """The widths at which a device's steps train: its own first, then those of the densities, none wider.
 
         A density is a share of the whole model; groups that can't be narrowed stay at the device's width. Raises
         `BundleError` if the widths don't fit.
         """
-        self._fit(widths)
+        self._check_widths(widths)
         plans = [tuple(widths)]
         for density in densities:
             # As in `widths_at`: rounding to just above a whole number must not add a channel.
             density_widths = [max(1, -int(-(density * n - 1e-9) // 1)) for n in self.sizes]
             plan = tuple(
-                min(density_width, own_width) if group in self.prefixed else own_width
+                min(density_width, own_width) if group in self.narrowable_groups else own_width
                 for group, (density_width, own_width) in enumerate(zip(density_widths, widths, strict=True))
             )
             if plan not in plans:  # equal widths would be trained twice as often as others
@@ -94,10 +99,10 @@ class TensorAxes:
 
     def shapes(self, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors at some widths. Raises `BundleError` if the widths don't fit."""
-        self._fit(widths)
+        self._check_widths(widths)
         return {n: tuple(a.size(widths, self.sizes) for a in axes) for n, axes in self.axes.items()}
 
-    def _fit(self, widths: Sequence[int]) -> None:
+    def _check_widths(self, widths: Sequence[int]) -> None:
         if len(widths) != len(self.sizes) or any(not 1 <= w <= n for w, n in zip(widths, self.sizes, strict=True)):
             raise BundleError("widths don't fit the training graph", expected=f"up to {self.sizes}", got=tuple(widths))
 
@@ -110,7 +115,7 @@ class TensorAxes:
                     f"shape of {name} at these widths", expected=shape or "no such tensor", got=value.shape
                 )
 
-    def narrowed(self, arrays: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]) -> dict[str, Array]:
+    def narrow(self, arrays: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]) -> dict[str, Array]:
         """The arrays of a submodel, which are prefixes and may be views.
 
         Arrays of a tensor's shape that belong to it (`name::momentum`) are cut as it is. Numbers, and arrays that
@@ -135,9 +140,9 @@ class TensorAxes:
             onto[name][self._prefix(self.axes[name.partition("::")[0]], widths, narrower)] = value
 
     def _prefix(self, axes: Sequence[Axis], widths: Sequence[int], narrower: Sequence[int]) -> tuple[Any, ...]:
-        return mesh([self._kept(axis, widths, narrower) for axis in axes])
+        return mesh([self._kept_indices(axis, widths, narrower) for axis in axes])
 
-    def _kept(self, axis: Axis, widths: Sequence[int], narrower: Sequence[int]) -> Indices:
+    def _kept_indices(self, axis: Axis, widths: Sequence[int], narrower: Sequence[int]) -> Indices:
         """The indices of an axis at `widths` that remain at narrower ones."""
         if all(widths[g] == narrower[g] for g in axis.groups):
             return np.arange(axis.size(widths, self.sizes), dtype=np.int64)
@@ -160,14 +165,14 @@ def axes_json(architecture: Architecture) -> str:
     return json.dumps({"format": _FORMAT, "sizes": architecture.sizes, "axes": axes}, separators=(",", ":"))
 
 
-def _whole(value: object, low: int = 0) -> int:
+def _checked_int(value: object, low: int = 0) -> int:
     if type(value) is not int or not low <= value <= _MAX_SIZE:
         raise ValueError(f"{str(value)[:40]!r} is not a whole number from {low} to {_MAX_SIZE}")
     return value
 
 
 # The initial values of norms in all frameworks. Scales are 0 in residual blocks that start as the identity.
-_AS_MADE = {
+_INITIAL_VALUES = {
     TensorKind.NORM_SCALE: (1.0, 0.0),
     TensorKind.NORM_BIAS: (0.0,),
     TensorKind.STAT_MEAN: (0.0,),
@@ -175,35 +180,35 @@ _AS_MADE = {
 }
 
 
-_DRAWN = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_DRAWN_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 # Weights from which the largest one comes near the bound of the distribution that they were drawn from.
-_FEW = 256
+_MIN_DRAWN_WEIGHTS = 256
 
 
-def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:
+def is_untrained(architecture: Architecture, model: Mapping[str, Array]) -> bool:
     """Whether a model has never been trained.
 
     Training changes every number of a normalisation, so these decide. In a model without normalisations the layers'
     weights decide if they look as torch initialises them: 0, or uniform within ±1 / √(inputs), a bound that training
     exceeds. All other models count as trained, because nothing of a trained model may be lost.
     """
-    norm_tensors = [s for s in architecture.tensors if s.kind in _AS_MADE]
+    norm_tensors = [s for s in architecture.tensors if s.kind in _INITIAL_VALUES]
     if norm_tensors:
-        return all(np.isin(model[s.name], _AS_MADE[s.kind]).all() for s in norm_tensors)
-    layers = [layer for layer in architecture.layers if layer.weight in model and layer.op in _DRAWN]
-    return any(model[n.weight].size >= _FEW for n in layers) and all(
-        _as_drawn(model[n.weight], 0 if n.op == "ConvTranspose" else n.output_axis) for n in layers
+        return all(np.isin(model[s.name], _INITIAL_VALUES[s.kind]).all() for s in norm_tensors)
+    layers = [layer for layer in architecture.layers if layer.weight in model and layer.op in _DRAWN_OPERATORS]
+    return any(model[n.weight].size >= _MIN_DRAWN_WEIGHTS for n in layers) and all(
+        _is_as_drawn(model[n.weight], 0 if n.op == "ConvTranspose" else n.output_axis) for n in layers
     )
 
 
-def _as_drawn(weights: Array, output_axis: int) -> bool:
+def _is_as_drawn(weights: Array, output_axis: int) -> bool:
     largest = float(np.abs(weights).max(initial=0.0))
     relative_bound = largest * math.sqrt(weights.size / weights.shape[output_axis])
-    return largest == 0 or (relative_bound <= 1 + 1e-6 and (relative_bound > 0.98 or weights.size < _FEW))
+    return largest == 0 or (relative_bound <= 1 + 1e-6 and (relative_bound > 0.98 or weights.size < _MIN_DRAWN_WEIGHTS))
 
 
-def nested(
+def nest_widths(
     architecture: Architecture, model: Mapping[str, Array], widths_list: Iterable[Sequence[int]]
 ) -> dict[str, Array]:
     """The model with 0 for all weights by which a channel reads one that only wider models have.
@@ -216,7 +221,7 @@ def nested(
     selections = [Selection.of(architecture, widths, own_order) for widths in widths_list]
     model_copy = dict(model)
     for spec in architecture.trainable:
-        axes = _into_and_from(architecture, spec)
+        axes = _weight_axes(architecture, spec)
         if axes is None:
             continue
         model_copy[spec.name] = np.array(model[spec.name])
@@ -227,7 +232,7 @@ def nested(
     return model_copy
 
 
-def _into_and_from(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:
+def _weight_axes(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:
     """The axes of a weight's output channels and of its input channels; None if they are not certain.
 
     They aren't for a tensor that several layers read in different ways, for several heads' weights in one tensor, and

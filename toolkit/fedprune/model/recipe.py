@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, value_text
 from fedprune.core.metrics import ACCURACY, LOSS, METRICS, SCORE
-from fedprune.core.settings import bounded, check_fields, one_of
+from fedprune.core.settings import bounded, check_fields, choice_of
 from fedprune.core.validation import is_number
 from fedprune.model import augmentation, mixup
 from fedprune.model.losses import LOSSES
-from fedprune.model.rule import Rule, check_rules
+from fedprune.model.rule import SettingRule, check_rules
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ class Features:
 
     def target_shape(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
         """One sample's labels for outputs of this shape; a model's own loss may take others."""
-        return outputs[1:] if self.counts else outputs
+        return outputs[1:] if self.has_class_labels else outputs
 
     @property
-    def counts(self) -> bool:
+    def has_class_labels(self) -> bool:
         """Whether labels of a built-in loss are whole numbers."""
         return labels_of(self.loss) == "classes"
 
     @property
-    def scores(self) -> bool:
+    def counts_hits(self) -> bool:
         """Whether labels are right or wrong, so that hits are counted."""
-        return labels_of(self.loss) in JUDGED
+        return labels_of(self.loss) in JUDGED_LABELS
 
     @property
     def key(self) -> str:
@@ -104,27 +104,27 @@ class Features:
 
 
 # The model's own loss, a graph of outputs and labels.
-CUSTOM = "custom"
+CUSTOM_LOSS = "custom"
 
 # The loss whose labels are a teacher's outputs.
-DISTILL = "distill"
+DISTILL_LOSS = "distill"
 
 # Labels of 0 or 1 for every class.
-MULTI = "multi"
+MULTI_LABELS = "multi"
 
 # Kinds of labels about which outputs are right or wrong, so that they have an accuracy.
-JUDGED = ("classes", MULTI)
+JUDGED_LABELS = ("classes", MULTI_LABELS)
 
 
 def labels_of(loss: str) -> str:
     """The labels that a loss compares with. Raises `ConfigError` if there is no such loss."""
-    validation.word(("recipe", "loss"), loss, tuple(LOSSES))
+    validation.check_word(("recipe", "loss"), loss, tuple(LOSSES))
     return LOSSES[loss].labels
 
 
 # Metrics besides accuracy and loss, by kind of labels; `custom` for the model's own.
 METRICS_OF = {
-    kind: (*(name for name, metric in METRICS.items() if kind in metric.labels), CUSTOM)
+    kind: (*(name for name, metric in METRICS.items() if kind in metric.labels), CUSTOM_LOSS)
     for kind in dict.fromkeys(loss.labels for loss in LOSSES.values())
 }
 
@@ -136,13 +136,13 @@ SCHEDULES = ("constant", "cosine")
 
 MASKS = ("none", "hard", "threshold")
 
-_MOST = 1000
+_MAX_ENTRIES = 1000
 # Entries of a list of patterns or densities, and letters of a pattern.
-_LONGEST = 1000
+_MAX_PATTERN_LENGTH = 1000
 
 # Checked settings by the given ones, because every round repeats the recipes of the round before.
-_CHECKED: dict[tuple[object, ...], dict[str, Any]] = {}
-_MOST_CHECKED = 256
+_CHECKED_SETTINGS: dict[tuple[object, ...], dict[str, Any]] = {}
+_MAX_CHECKED_SETTINGS = 256
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,10 @@ class PlainTraining:
     momentum: float = bounded(0.9, 0, 1, below=True)
     weight_decay: float = bounded(0.0, 0, 1_000)
     max_steps: int = bounded(0, 0, 10**9)
-    loss: str = one_of("cross_entropy", tuple(LOSSES))
+    loss: str = choice_of("cross_entropy", tuple(LOSSES))
     label_smoothing: float = bounded(0.0, 0, 1)
     huber_delta: float = bounded(1.0, 1e-6, 1e6)
-    optimizer: str = one_of("sgd", OPTIMIZERS)
+    optimizer: str = choice_of("sgd", OPTIMIZERS)
     beta1: float = bounded(0.9, 0, 1, below=True)
     beta2: float = bounded(0.999, 0, 1, below=True)
     epsilon: float = bounded(1e-8, 1e-16, 1)
@@ -224,7 +224,7 @@ class PlainTraining:
     distill_temperature: float = bounded(2.0, 0.01, 1_000)
     keep_optimizer_state: bool = False
     lr_warmup: float = bounded(0.0, 0, 10**6)
-    lr_schedule: str = one_of("constant", SCHEDULES)
+    lr_schedule: str = choice_of("constant", SCHEDULES)
     lr_rounds: int = bounded(0, 0, 10**6)
     augment: tuple[str, ...] = ()
     update_clip: float = bounded(0.0, 0, 1e6)
@@ -277,7 +277,7 @@ class LocalMethod(mixup.Mixup):
     calibrate: bool = False
     personal: tuple[str, ...] = ()
     scale: float = bounded(1.0, 1e-3, 1e3)
-    mask: str = one_of("none", MASKS)
+    mask: str = choice_of("none", MASKS)
     mask_threshold: float = bounded(0.0, 0, 1e6)
     patience: int = bounded(0, 0, 10_000)
     report_squares: bool = False
@@ -290,18 +290,18 @@ class Recipe(LocalMethod, PlainTraining):
     def __post_init__(self) -> None:
         # With types: 1 and numpy's 1 may have the same text, and True equals 1.
         settings_key = repr(vars(self)), *map(type, vars(self).values())
-        checked = _CHECKED.get(settings_key)  # one look-up, since another thread may clear them in between
+        checked = _CHECKED_SETTINGS.get(settings_key)  # one look-up, since another thread may clear them in between
         if checked is None:
             self._check()
-            if len(_CHECKED) >= _MOST_CHECKED:
-                _CHECKED.clear()
-            checked = _CHECKED[settings_key] = dict(vars(self))
+            if len(_CHECKED_SETTINGS) >= _MAX_CHECKED_SETTINGS:
+                _CHECKED_SETTINGS.clear()
+            checked = _CHECKED_SETTINGS[settings_key] = dict(vars(self))
         vars(self).update(checked)
 
     def _check(self) -> None:
         check_fields(self, ("recipe",))
         if self.metric:
-            validation.word(("recipe", "metric"), self.metric, METRICS_OF[labels_of(self.loss)])
+            validation.check_word(("recipe", "metric"), self.metric, METRICS_OF[labels_of(self.loss)])
         for name in ("frozen", "trainable", "personal"):
             patterns = _entries(
                 name, getattr(self, name), "patterns of tensor names, such as ['layer1.*']", _is_pattern
@@ -310,10 +310,10 @@ class Recipe(LocalMethod, PlainTraining):
         dropout, expected = self.ordered_dropout, "densities above 0 and up to 1"
         dropout = _entries("ordered_dropout", dropout, expected, lambda share: is_number(share, 0, 1) and share > 0)
         object.__setattr__(self, "ordered_dropout", tuple(map(float, dropout)))
-        object.__setattr__(self, "augment", augmentation.checked(self.augment))
+        object.__setattr__(self, "augment", augmentation.check_augmentations(self.augment))
         check_rules(self, RULES, ("recipe",))
 
-    def rate(self, round_: int, done_share: float) -> float:
+    def learning_rate(self, round_: int, done_share: float) -> float:
         """The learning rate at a point of a job: `done_share`, a share from 0 to 1, of round `round_`, from 1.
 
         A step takes that of its middle, so that neither the first one nor the last one is lost.
@@ -332,7 +332,7 @@ class Recipe(LocalMethod, PlainTraining):
         return LOSSES[self.loss].can_mix and self.ignore_label is None
 
     @property
-    def plain(self) -> Recipe:
+    def plain_training(self) -> Recipe:
         """The same training without the settings that strategies add."""
         return replace(self, **vars(LocalMethod()))
 
@@ -369,7 +369,7 @@ class Recipe(LocalMethod, PlainTraining):
         )
 
     @property
-    def own_files(self) -> int:
+    def extra_files(self) -> int:
         """Files of a model's size that a board stores in addition to those of every round, at the peak.
 
         These are a served model that differs from the update, and three records of the board's average, personal
@@ -382,7 +382,7 @@ class Recipe(LocalMethod, PlainTraining):
         return int(serves) + 3 * records + self.report_squares
 
     @property
-    def own_copies(self) -> int:
+    def extra_copies(self) -> int:
         """Copies of all weights that a board holds in memory besides those of training.
 
         Those are the average as it was and as it is, the received weights that are blended into what serves, the best
@@ -401,7 +401,7 @@ class Recipe(LocalMethod, PlainTraining):
         """The maximum number of samples that are in memory at once."""
         return -(-self.batch_size // self.accumulate)
 
-    def part_sizes(self, samples: int) -> list[int]:
+    def micro_batch_sizes(self, samples: int) -> list[int]:
         """The sizes of a full batch's micro-batches, largest first, which differ by one at most. Fewer local samples
         make a smaller batch."""
         batch = min(self.batch_size, samples)
@@ -409,7 +409,7 @@ class Recipe(LocalMethod, PlainTraining):
         smallest, larger_count = divmod(batch, count)
         return [smallest + 1] * larger_count + [smallest] * (count - larger_count)
 
-    def in_parts(self, accumulate: int) -> Recipe:
+    def with_micro_batches(self, accumulate: int) -> Recipe:
         """The recipe with at least this many micro-batches, as far as a batch has that many samples."""
         count = min(max(self.accumulate, accumulate), self.batch_size)
         return self if count == self.accumulate else replace(self, accumulate=count)
@@ -435,34 +435,42 @@ class Recipe(LocalMethod, PlainTraining):
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
         """Read and check; missing settings have their default. Raises `ConfigError` for an unknown key, a wrong type or
         a number out of range."""
-        return cls(**validation.known(cls, body, ("recipe",)))
+        return cls(**validation.check_table(cls, body, ("recipe",)))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
-def _of_losses(setting: str) -> Rule:
+def _loss_rule(setting: str) -> SettingRule:
     """The rule of a setting that only some losses support."""
     losses = [name for name, loss in LOSSES.items() if setting in loss.terms]
-    return Rule(setting, "loss", lambda r: r.loss in losses, f"loss {' or '.join(losses)}")
+    return SettingRule(setting, "loss", lambda r: r.loss in losses, f"loss {' or '.join(losses)}")
 
 
-_TOLD = "A board would tell {}, which no noise covers."
+_REVEALS_HINT = "A board would tell {}, which no noise covers."
 
 # Settings that exclude each other, or mean nothing without another one.
 RULES = (
-    *map(_of_losses, sorted(frozenset().union(*(loss.terms for loss in LOSSES.values())))),
+    *map(_loss_rule, sorted(frozenset().union(*(loss.terms for loss in LOSSES.values())))),
     *mixup.RULES,
-    Rule("lr_rounds", "lr_schedule", lambda r: r.lr_schedule != "constant", "lr_schedule 'cosine'"),
-    Rule("lr_warmup", "lr_rounds", lambda r: not r.lr_rounds or r.lr_warmup < r.lr_rounds, "fewer rounds than that"),
-    Rule("accumulate", "batch_size", lambda r: r.accumulate <= r.batch_size, "at most batch_size parts"),
-    Rule("mask_threshold", "mask", lambda r: r.mask == "threshold", "mask 'threshold'"),
-    Rule("blend", "average", lambda r: r.average > 0, "average above 0", "Received weights are blended into it."),
-    Rule("validate_blend", "blend", lambda r: r.blend > 0, "blend above 0"),
-    Rule("update_noise", "update_clip", lambda r: r.update_clip > 0, "update_clip above 0"),
-    Rule("report_squares", "update_clip", lambda r: not r.update_clip, "none", _TOLD.format("squared gradients")),
-    Rule("patience", "update_clip", lambda r: not r.update_clip, "none", _TOLD.format("when its loss was lowest")),
-    Rule(
+    SettingRule("lr_rounds", "lr_schedule", lambda r: r.lr_schedule != "constant", "lr_schedule 'cosine'"),
+    SettingRule(
+        "lr_warmup", "lr_rounds", lambda r: not r.lr_rounds or r.lr_warmup < r.lr_rounds, "fewer rounds than that"
+    ),
+    SettingRule("accumulate", "batch_size", lambda r: r.accumulate <= r.batch_size, "at most batch_size parts"),
+    SettingRule("mask_threshold", "mask", lambda r: r.mask == "threshold", "mask 'threshold'"),
+    SettingRule(
+        "blend", "average", lambda r: r.average > 0, "average above 0", "Received weights are blended into it."
+    ),
+    SettingRule("validate_blend", "blend", lambda r: r.blend > 0, "blend above 0"),
+    SettingRule("update_noise", "update_clip", lambda r: r.update_clip > 0, "update_clip above 0"),
+    SettingRule(
+        "report_squares", "update_clip", lambda r: not r.update_clip, "none", _REVEALS_HINT.format("squared gradients")
+    ),
+    SettingRule(
+        "patience", "update_clip", lambda r: not r.update_clip, "none", _REVEALS_HINT.format("when its loss was lowest")
+    ),
+    SettingRule(
         "ordered_dropout",
         "mask",
         lambda r: r.mask == "none",
@@ -476,8 +484,8 @@ def judged_by(recipe: Mapping[str, Any]) -> str:
     """The name of the metric by which a recipe's models are judged; missing settings have their default."""
     metric = recipe.get("metric", Recipe.metric)
     if metric:
-        return SCORE if metric == CUSTOM else str(metric)
-    return (ACCURACY if labels_of(recipe.get("loss", Recipe.loss)) in JUDGED else LOSS).name
+        return SCORE if metric == CUSTOM_LOSS else str(metric)
+    return (ACCURACY if labels_of(recipe.get("loss", Recipe.loss)) in JUDGED_LABELS else LOSS).name
 
 
 def judging_metric(job: Mapping[str, Any]) -> str:
@@ -498,12 +506,12 @@ def _entries(name: str, value: object, kind: str, fits: Callable[[Any], bool]) -
     if (
         not isinstance(value, Sequence)
         or isinstance(value, str)
-        or len(value) > _MOST
+        or len(value) > _MAX_ENTRIES
         or not all(fits(entry) for entry in value)
     ):
-        raise ConfigError(("recipe", name), expected=f"a list of up to {_MOST} {kind}", got=shown(value))
+        raise ConfigError(("recipe", name), expected=f"a list of up to {_MAX_ENTRIES} {kind}", got=value_text(value))
     return tuple(value)
 
 
 def _is_pattern(entry: object) -> bool:
-    return isinstance(entry, str) and 0 < len(entry) <= _LONGEST
+    return isinstance(entry, str) and 0 < len(entry) <= _MAX_PATTERN_LENGTH

@@ -23,30 +23,30 @@ from fedprune.model.architecture import FIXED, Architecture, Axis
 Tensors = dict[str, npt.NDArray[np.float32]]
 
 Indices = npt.NDArray[np.int64]
-Bits = npt.NDArray[np.bool_]
+BoolArray = npt.NDArray[np.bool_]
 
 # The active elements of tensors, as arrays of their shapes; tensors without an entry are active as a whole.
-Active = Mapping[str, Bits]
+ElementMask = Mapping[str, BoolArray]
 
 # Every element of every tensor.
-ALL: Active = {}
+ALL_ACTIVE: ElementMask = {}
 
 
-def check_mask(mask: Active, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_mask(mask: ElementMask, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise `BundleError` if a mask names a tensor that isn't among these, or has another shape."""
     for name, bits in mask.items():
         if shapes.get(name) != bits.shape:
             raise BundleError(f"mask of {name}", expected=shapes.get(name, "no such tensor"), got=bits.shape)
 
 
-class _Piece(NamedTuple):
+class _GatherPlan(NamedTuple):
     """The plan for gathering a tensor: slices for axes that hold a run, indices for the others."""
 
     name: str
-    whole: tuple[int, ...]
+    full_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    cut: tuple[Any, ...]
-    rows: tuple[tuple[int, Indices], ...]
+    slices: tuple[Any, ...]
+    taken_indices: tuple[tuple[int, Indices], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +82,12 @@ class Selection:
         """The whole model in its own order."""
         return cls.of(architecture, architecture.sizes)
 
-    def narrowed(self, widths: Sequence[int]) -> Selection:
+    def with_widths(self, widths: Sequence[int]) -> Selection:
         """The same ranks at other widths."""
         return Selection(self.architecture, self.ranks, self.architecture.check_widths(widths))
 
     @property
-    def whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether every channel is kept (in whatever order)."""
         return self.widths == self.architecture.sizes
 
@@ -125,24 +125,24 @@ class Selection:
     def gather(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
         """Extract the submodel's tensors from the full model's. Raises `BundleError` if a tensor is missing or has
         another shape than the architecture says."""
-        plans = self._pieces
-        full_tensors = [_expect(tensors, plan.name, plan.whole) for plan in plans]
+        plans = self._gather_plans
+        full_tensors = [_checked_tensor(tensors, plan.name, plan.full_shape) for plan in plans]
         submodel: Tensors = {}
         for full, plan in zip(full_tensors, plans, strict=True):
             submodel_tensor = submodel[plan.name] = np.empty(plan.shape, np.float32)
-            _take(full[plan.cut], plan.rows, submodel_tensor)
+            _take(full[plan.slices], plan.taken_indices, submodel_tensor)
         return submodel
 
     @cached_property
-    def _pieces(self) -> tuple[_Piece, ...]:
+    def _gather_plans(self) -> tuple[_GatherPlan, ...]:
         """The plans for gathering every tensor, in the architecture's order."""
         plans, shapes = [], self.shapes()
         for spec in self.architecture.tensors:
             maps = self.maps(spec.name)
-            runs = [_run(m) for m in maps]
+            runs = [_as_slice(m) for m in maps]
             cut = (*(slice(None) if r is None else r for r in runs), ...)
             rows = tuple((axis, maps[axis]) for axis, r in enumerate(runs) if r is None)
-            plans.append(_Piece(spec.name, spec.shape, shapes[spec.name], cut, rows))
+            plans.append(_GatherPlan(spec.name, spec.shape, shapes[spec.name], cut, rows))
         return tuple(plans)
 
     def scatter(
@@ -153,13 +153,13 @@ class Selection:
         shapes = self.shapes()
         tensors: Tensors = {}
         for spec in self.architecture.tensors:
-            submodel_tensor = _expect(submodel, spec.name, shapes[spec.name])
-            full_tensor = _expect(onto, spec.name, spec.shape).copy()
+            submodel_tensor = _checked_tensor(submodel, spec.name, shapes[spec.name])
+            full_tensor = _checked_tensor(onto, spec.name, spec.shape).copy()
             full_tensor[mesh(self.maps(spec.name))] = submodel_tensor
             tensors[spec.name] = full_tensor
         return tensors
 
-    def covered(self, name: str) -> npt.NDArray[np.bool_]:
+    def coverage_mask(self, name: str) -> npt.NDArray[np.bool_]:
         """A mask of the full tensor's elements that the submodel holds."""
         spec = self.architecture.by_name[name]
         mask = np.zeros(spec.shape, np.bool_)
@@ -210,13 +210,13 @@ def mesh(maps: Sequence[Indices]) -> tuple[Any, ...]:
     Trailing axes whose rows are runs become slices, which are copied as blocks: with index arrays every kernel position
     would be gathered by itself, in twenty times the time.
     """
-    runs = [_run(m) for m in maps]
+    runs = [_as_slice(m) for m in maps]
     last_irregular = max((i for i, r in enumerate(runs) if r is None), default=-1)
     arrays = np.ix_(*maps[: last_irregular + 1]) if last_irregular >= 0 else ()
     return (*arrays, *(r for r in runs[last_irregular + 1 :] if r is not None), ...)
 
 
-def _run(row: Indices) -> slice | None:
+def _as_slice(row: Indices) -> slice | None:
     """The slice that a row of indices is, if it is one."""
     if not row.size:
         return slice(0, 0)
@@ -236,7 +236,7 @@ def _take(source: npt.NDArray[np.float32], rows: Sequence[tuple[int, Indices]], 
     np.take(source, row, axis=axis, out=out, mode="clip")
 
 
-def _expect(
+def _checked_tensor(
     tensors: Mapping[str, npt.NDArray[np.float32]], name: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
     value = tensors.get(name)

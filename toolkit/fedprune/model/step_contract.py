@@ -28,8 +28,8 @@ Inputs:
         gradients).
     Per dropout of the model a mask (`keep`): 0 where a number is dropped, 1 / (1 − ratio) elsewhere; its size is 1
         along axes on which numbers are dropped together (`fedprune.model.dropout`).
-    On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold` θ (shape [], 0 for none), the
-        gradients so far of this batch (`sum`).
+    On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold_name` θ (shape [], 0 for none),
+        the gradients so far of this batch (`sum`).
 
 Outputs:
     `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
@@ -39,7 +39,7 @@ Outputs:
         as 1). With `mse` and `huber` there is none.
     Per trained tensor its next value and its next state; per statistic that isn't frozen its next value. A frozen
         tensor has no output, because it stays as it is.
-    On demand: per trained tensor `gradient` (of the whole objective and, with accumulation, of the batch so far;
+    On demand: per trained tensor `gradient_name` (of the whole objective and, with accumulation, of the batch so far;
         without weight decay, before clipping), the next `sum`.
 
 All state is zero at the beginning of a round, and `step_number` begins at 1, unless the recipe keeps the optimiser's
@@ -88,7 +88,7 @@ LOSS = "loss"
 LOGITS = "logits"
 
 # Inputs with an entry for every sample.
-OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
+SAMPLE_INPUTS = frozenset({X, Y, Y_PARTNER})
 
 
 @dataclass(frozen=True)
@@ -135,124 +135,124 @@ NUMBERS = OPTIMIZER_NUMBERS | {
 INPUTS = frozenset({X, Y, Y_PARTNER, Y_SHARE, *NUMBERS, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK})
 
 # Names that no tensor of a model may have; the importer renames such tensors.
-RESERVED = INPUTS | {LOSS, HITS, LOGITS}
+RESERVED_NAMES = INPUTS | {LOSS, HITS, LOGITS}
 
 # Key of a training graph's metadata that holds the class of labels that count for nothing, if there is one.
-IGNORED = "fedprune.ignored"
+IGNORED_METADATA = "fedprune.ignored"
 
 # Key of a training graph's metadata that holds, on demand, a metric: an ONNX file in base64.
 #
 # Its inputs are `logits` and `y`; its outputs `SUMS` [k] (float32), which add up over the parts of a set, and `VALUE`
 # (float32 []), which is computed from `SUMS` alone.
-METRIC = "fedprune.metric"
+METRIC_METADATA = "fedprune.metric"
 
 SUMS, VALUE = "sums", "value"
 
 # Key of a training graph's metadata that holds, on demand, how samples are augmented, and labels that are places of
 # them (`fedprune.model.augmentation.AugmentPlan`, as JSON).
-AUGMENT = "fedprune.augment"
+AUGMENT_METADATA = "fedprune.augment"
 
 # Key of a training graph's metadata that holds the ratio of each dropout, by the name of its mask, as JSON.
-DROPOUT = "fedprune.dropout"
+DROPOUT_METADATA = "fedprune.dropout"
 
 # Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes.
-AXES = "fedprune.axes"
+AXES_METADATA = "fedprune.axes"
 
 
-def buffer(name: str) -> str:
+def momentum_name(name: str) -> str:
     """Momentum buffer of a tensor, with Adam and Lion its mean of gradients (input)."""
     return f"{name}::momentum"
 
 
-def second(name: str) -> str:
+def second_moment_name(name: str) -> str:
     """Adam's mean of squared gradients of a tensor (input)."""
     return f"{name}::second"
 
 
-def anchor(name: str) -> str:
+def anchor_name(name: str) -> str:
     """The proximal term's anchor of a tensor (input)."""
     return f"{name}::anchor"
 
 
-def strength(name: str) -> str:
+def strength_name(name: str) -> str:
     """Proximal strength µ of a tensor (input)."""
     return f"{name}::mu"
 
 
-def mask(name: str) -> str:
+def mask_name(name: str) -> str:
     """Element mask of a tensor (input)."""
     return f"{name}::mask"
 
 
-def threshold(name: str) -> str:
+def threshold_name(name: str) -> str:
     """Magnitude θ below which elements of a tensor count as 0 (input)."""
     return f"{name}::threshold"
 
 
-def total(name: str) -> str:
+def gradient_sum_name(name: str) -> str:
     """Gradients of a tensor summed over the parts of this batch so far (input)."""
     return f"{name}::sum"
 
 
-def squares(name: str) -> str:
+def squares_name(name: str) -> str:
     """Squared gradients of a tensor in an update."""
     return f"{name}::squares"
 
 
-def base(name: str) -> str:
+def base_name(name: str) -> str:
     """A frozen tensor in the precision in which it is stored (input)."""
     return f"{name}::base"
 
 
-def base_scale(name: str) -> str:
+def base_scale_name(name: str) -> str:
     """Scales of a frozen tensor that is stored as int8, one per output channel (input)."""
     return f"{name}::scale"
 
 
-def dropout_mask(name: str) -> str:
+def dropout_mask_name(name: str) -> str:
     """The mask of a dropout (input)."""
     return f"{name}::keep"
 
 
 def is_dropout_mask(name: str) -> bool:
     """Whether an input is the mask of a dropout."""
-    return name.endswith(dropout_mask(""))
+    return name.endswith(dropout_mask_name(""))
 
 
-def following(name: str) -> str:
+def next_name(name: str) -> str:
     """The next value of a tensor or of an array that belongs to one (output)."""
     return f"{name}::next"
 
 
-def gradient(name: str) -> str:
+def gradient_name(name: str) -> str:
     """Gradient of a tensor (output)."""
     return f"{name}::gradient"
 
 
-def states(optimizer: str) -> tuple[Callable[[str], str], ...]:
+def state_names(optimizer: str) -> tuple[Callable[[str], str], ...]:
     """The optimiser state per trained tensor: functions from its name to the arrays' names."""
-    return (buffer, second)[: OPTIMIZERS[optimizer]]
+    return (momentum_name, second_moment_name)[: OPTIMIZERS[optimizer]]
 
 
 Array = npt.NDArray[Any]
 
 
-def numbers(recipe: Recipe) -> dict[str, Array]:
+def number_feeds(recipe: Recipe) -> dict[str, Array]:
     """The numbers that a recipe sets. They are the same in every step, except for λ where samples are mixed."""
     read_numbers = {name: n for name, n in NUMBERS.items() if n.setting and n.is_read(recipe.features)}
     out: dict[str, Array] = {name: np.array(getattr(recipe, n.setting), n.dtype) for name, n in read_numbers.items()}
     return out | ({Y_SHARE: np.array(1, np.float32)} if recipe.features.label_pairs else {})
 
 
-def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
+def anchor_feeds(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
     """The anchors, if the recipe has a proximal term: the trained tensors as they are now."""
     if not recipe.features.proximal:
         return {}
-    out: dict[str, Array] = {anchor(n): np.asarray(tensors[n], order="C") for n in trained}
-    return out | {strength(n): np.array(recipe.proximal, np.float32) for n in trained}
+    out: dict[str, Array] = {anchor_name(n): np.asarray(tensors[n], order="C") for n in trained}
+    return out | {strength_name(n): np.array(recipe.proximal, np.float32) for n in trained}
 
 
-def weight_of(y: Array, ignored: int | None = None, class_weight: Array | None = None) -> float:
+def divisor_share(y: Array, ignored: int | None = None, class_weight: Array | None = None) -> float:
     """The contribution of labels to the divisor of their batch's loss: class labels by their weights, others 1 each."""
     if y.dtype.kind != "i":
         return float(len(y))
@@ -260,24 +260,24 @@ def weight_of(y: Array, ignored: int | None = None, class_weight: Array | None =
     return float(counted_labels.size if class_weight is None else class_weight[counted_labels].sum(dtype=np.float64))
 
 
-def first_step(
+def first_step_feeds(
     recipe: Recipe, tensors: Mapping[str, Array], inputs: Collection[str], y: Array, classes: int
 ) -> dict[str, Array]:
     """The feeds of a round's first step on labels `y`, except samples and labels, with equal class weights; only those
     that `inputs` names."""
-    trained = [n for n in tensors if buffer(n) in inputs]
+    trained = [n for n in tensors if momentum_name(n) in inputs]
     inputs_by_name: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
-    inputs_by_name |= numbers(recipe) | anchors(recipe, tensors, trained)
+    inputs_by_name |= number_feeds(recipe) | anchor_feeds(recipe, tensors, trained)
     inputs_by_name[STEP_NUMBER] = np.array(1, np.int64)
     inputs_by_name[OUTPUT_SCALE] = inputs_by_name[Y_SHARE] = np.array(1, np.float32)
     inputs_by_name[Y_PARTNER] = y
-    weight = weight_of(y, recipe.ignore_label) if recipe.features.scores else len(y)
+    weight = divisor_share(y, recipe.ignore_label) if recipe.features.counts_hits else len(y)
     inputs_by_name[DIVISOR] = np.array(weight, np.float32)
     inputs_by_name[LOGIT_OFFSET] = np.zeros(classes, np.float32)
     inputs_by_name[CLASS_WEIGHT] = inputs_by_name[CLASS_MASK] = np.ones(classes, np.float32)
     for name in trained:
-        inputs_by_name[mask(name)] = np.ones_like(inputs_by_name[name])
-        inputs_by_name[threshold(name)] = np.array(0, np.float32)
-        for array in (*states(recipe.optimizer), total):
+        inputs_by_name[mask_name(name)] = np.ones_like(inputs_by_name[name])
+        inputs_by_name[threshold_name(name)] = np.array(0, np.float32)
+        for array in (*state_names(recipe.optimizer), gradient_sum_name):
             inputs_by_name[array(name)] = np.zeros_like(inputs_by_name[name])
     return {n: v for n, v in inputs_by_name.items() if n in inputs}

@@ -11,7 +11,7 @@ from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.model.recipe import Features
 
 # In lists of patterns: the last layer's tensors, whatever their names are.
-HEAD = "@head"
+HEAD_PATTERN = "@head"
 
 
 def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dict[str, int]:
@@ -47,12 +47,14 @@ def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dic
     )
 
 
-def spelt(patterns: Collection[str], architecture: Architecture, setting: KeyPath = ("recipe",)) -> tuple[str, ...]:
+def expand_head(
+    patterns: Collection[str], architecture: Architecture, setting: KeyPath = ("recipe",)
+) -> tuple[str, ...]:
     """Patterns of tensors with the last layer's tensors in place of `@head`. Raises as `head_axes` if they are
     needed."""
     names: list[str] = []
     for pattern in patterns:
-        names += [escape(n) for n in head_axes(architecture, setting)] if pattern == HEAD else [pattern]
+        names += [escape(n) for n in head_axes(architecture, setting)] if pattern == HEAD_PATTERN else [pattern]
     return tuple(names)
 
 
@@ -67,8 +69,8 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
     names = [t.name for t in architecture.tensors]
     frozen_names = set(frozen).intersection(names)
     if features.trainable:
-        frozen_names = set(names) - matching(architecture, features.trainable, ("recipe", "trainable"))
-    frozen_names |= matching(architecture, features.frozen, ("recipe", "frozen"))
+        frozen_names = set(names) - matching_tensors(architecture, features.trainable, ("recipe", "trainable"))
+    frozen_names |= matching_tensors(architecture, features.frozen, ("recipe", "frozen"))
     if architecture.trainable and frozen_names.issuperset(t.name for t in architecture.trainable):
         raise ConfigError(
             "every tensor is frozen",
@@ -87,11 +89,11 @@ def trained_tensors(
     return tuple(t for t in architecture.trainable if t.name not in frozen_names)
 
 
-def matching(architecture: Architecture, patterns: Collection[str], setting: KeyPath) -> frozenset[str]:
+def matching_tensors(architecture: Architecture, patterns: Collection[str], setting: KeyPath) -> frozenset[str]:
     """Names of the tensors that match some pattern: `*` stands for any letters, `@head` for the last layer. Raises as
     `frozen_tensors`; the message names `setting`."""
     names = [t.name for t in architecture.tensors]
-    patterns = spelt(patterns, architecture, setting)
+    patterns = expand_head(patterns, architecture, setting)
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in names):
             raise ConfigError(

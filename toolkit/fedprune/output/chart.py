@@ -22,39 +22,39 @@ WIDTH = 1000
 HEIGHT = 100
 
 # Points of a curve; longer ones are thinned evenly. A screen shows few more, and a page with many charts stays small.
-MOST_POINTS = 500
+MAX_CURVE_POINTS = 500
 
 # Rows of the table of values, which has the latest ones.
-MOST_NUMBERS = 60
+MAX_TABLE_ROWS = 60
 
 # Curves whose values under the pointer fit on the line above the chart; those of more curves are in a box.
-MOST_SAID = 3
+MAX_INLINE_CURVES = 3
 
 # Tiles of a strip: more would be narrower than a dot of the screen.
-MOST_TILES = 140
+MAX_TILES = 140
 
 # Curves up to which a chart has a table of values: a wider one is unreadable on any screen.
-MOST_COLUMNS = 12
+MAX_TABLE_CURVES = 12
 
 # Entries from which a legend or list has a search field.
-SEARCHED = 20
+SEARCH_THRESHOLD = 20
 
 # Steps of the heat map's scale above zero.
 LEVELS = 10
 
 # Larger values are left out, as NaN is: one diverged round would press all others onto the axis.
-_DRAWABLE = 1e30
+_MAX_DRAWN_VALUE = 1e30
 
-_STYLES = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+_COLOUR_CLASSES = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
-def style(i: int) -> str:
+def series_classes(i: int) -> str:
     """The CSS classes of the i-th series: eight colours, then the same ones with other dashes."""
-    colour, repetition = _STYLES[i % len(_STYLES)], i // len(_STYLES)
+    colour, repetition = _COLOUR_CLASSES[i % len(_COLOUR_CLASSES)], i // len(_COLOUR_CLASSES)
     return colour if not repetition else f"{colour} again-{1 + (repetition - 1) % 3}"
 
 
-def text(content: str) -> str:
+def html_text(content: str) -> str:
     """Text as HTML: escaped, without control characters and lone surrogates, which no file of a page can hold."""
     return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in content))
 
@@ -84,38 +84,38 @@ class Chart:
     Attributes:
         key: Part of its HTML ids.
         summary: A sentence with the latest values, for screen readers.
-        along: Name of the x axis, such as `round`.
-        places: Positions on the x axis, as text; `at` has them in units of the plot.
+        x_title: Name of the x axis, such as `round`.
+        positions: Positions on the x axis, as text; `plot_x` has them in units of the plot.
         marks_x: Labels of the x axis, at equal distances.
         marks_y: Labels of the y axis, at equal distances from the top.
-        rules: Heights of the grid lines, in units of the plot.
+        grid_lines: Heights of the grid lines, in units of the plot.
     """
 
     key: str
     title: str
     summary: str
-    along: str
-    places: tuple[str, ...]
-    at: tuple[float, ...]
+    x_title: str
+    positions: tuple[str, ...]
+    plot_x: tuple[float, ...]
     marks_x: tuple[str, ...]
     marks_y: tuple[str, ...]
-    rules: tuple[float, ...]
+    grid_lines: tuple[float, ...]
     curves: tuple[Curve, ...]
 
     @property
     def values(self) -> list[list[str]]:
         """Per place the value of every curve."""
-        return [[c.values[i] for c in self.curves] for i in range(len(self.places))]
+        return [[c.values[i] for c in self.curves] for i in range(len(self.positions))]
 
     @property
-    def numbers(self) -> list[tuple[str, list[str]]]:
+    def table_rows(self) -> list[tuple[str, list[str]]]:
         """Rows of the table of values, the latest first."""
-        rows = list(zip(self.places, self.values, strict=True))
-        return rows[: -MOST_NUMBERS - 1 : -1]
+        rows = list(zip(self.positions, self.values, strict=True))
+        return rows[: -MAX_TABLE_ROWS - 1 : -1]
 
 
 @dataclass(frozen=True)
-class Run:
+class ChannelRun:
     """Neighbouring channels of one level of the heat map's scale."""
 
     x: int
@@ -129,12 +129,12 @@ class Strip:
 
     name: str
     channels: int
-    runs: tuple[Run, ...]
-    least: float
+    runs: tuple[ChannelRun, ...]
+    min_share: float
     mean: float
 
 
-def chart(
+def lay_out_chart(
     key: str,
     title: str,
     positions: Sequence[float],
@@ -142,11 +142,11 @@ def chart(
     format_value: Callable[[float], str],
     *,
     unit: tuple[float, str] = (1.0, ""),
-    along: str = "round",
+    x_title: str = "round",
     top: float | None = None,
     from_zero: bool = False,
-    bridged: bool = False,
-    amounts: bool = False,
+    bridges_gaps: bool = False,
+    is_amount_axis: bool = False,
 ) -> Chart | None:
     """Lay out curves; None if there is no value to show.
 
@@ -156,15 +156,17 @@ def chart(
         said: Formats a value.
         unit: Size and name of the y axis' unit.
         top: The largest possible value, such as 1 for shares.
-        bridged: Whether a curve goes straight over positions at which it has no value, rather than breaking there.
-        amounts: Whether the x axis begins at zero and has round labels, as for bytes and seconds.
+        bridges_gaps: Whether a curve goes straight over positions at which it has no value, rather than breaking there.
+        is_amount_axis: Whether the x axis begins at zero and has round labels, as for bytes and seconds.
     """
     # Counted from the end, so that the latest point is always among those that stay.
-    thinning = max(1, math.ceil(len(positions) / MOST_POINTS))
+    thinning = max(1, math.ceil(len(positions) / MAX_CURVE_POINTS))
     shown_indices = [i for i in range(len(positions)) if (len(positions) - 1 - i) % thinning == 0]
     positions = [positions[i] for i in shown_indices]
     series = {name: [values[i] for i in shown_indices] for name, values in series.items()}
-    series = {name: [v if v is not None and abs(v) < _DRAWABLE else None for v in vs] for name, vs in series.items()}
+    series = {
+        name: [v if v is not None and abs(v) < _MAX_DRAWN_VALUE else None for v in vs] for name, vs in series.items()
+    }
     present_values = [v for values in series.values() for v in values if v is not None]
     if not present_values:
         return None
@@ -172,12 +174,12 @@ def chart(
         present_values.append(0.0)
     ticks = [unit[0] * t for t in _ticks(min(present_values) / unit[0], max(present_values) / unit[0], top)]
     low, high = ticks[0], ticks[-1]
-    if amounts:
+    if is_amount_axis:
         marks = _ticks(0.0, max(positions[-1], 0.0), None)
         axis_start, axis_end, marks_x = 0.0, marks[-1], tuple(f"{t:,.6g}" for t in marks)
     else:
-        axis_start, axis_end, steps = _axis(positions[0], positions[-1])
-        marks_x = _marks(axis_start, axis_end, steps)
+        axis_start, axis_end, steps = _whole_number_axis(positions[0], positions[-1])
+        marks_x = _axis_labels(axis_start, axis_end, steps)
     span = axis_end - axis_start
     plot_x = tuple(round(WIDTH * (x - axis_start) / span, 1) if span > 0 else WIDTH / 2 for x in positions)
     curves = []
@@ -185,94 +187,102 @@ def chart(
         points = [
             (x, None if v is None else round(HEIGHT * (high - v) / (high - low), 2))
             for x, v in zip(plot_x, values, strict=True)
-            if v is not None or not bridged
+            if v is not None or not bridges_gaps
         ]
         paths, dots = _stretches(points)
-        curves.append(Curve(name, style(i), paths, dots, tuple("" if v is None else format_value(v) for v in values)))
-    latest = ", ".join(f"{c.name} {_last(c.values)}" for c in curves[:MOST_COLUMNS])
+        curves.append(
+            Curve(name, series_classes(i), paths, dots, tuple("" if v is None else format_value(v) for v in values))
+        )
+    latest = ", ".join(f"{c.name} {_last_value(c.values)}" for c in curves[:MAX_TABLE_CURVES])
     return Chart(
         key=key,
         title=title,
-        summary=f"{title} by {along}, {along} {_whole(axis_start)} to {_whole(positions[-1])}. Latest: {latest}.",
-        along=along,
-        places=tuple(_whole(x) for x in positions),
-        at=plot_x,
+        summary=f"{title} by {x_title}, {x_title} {_number_text(axis_start)} to {_number_text(positions[-1])}. "
+        f"Latest: {latest}.",
+        x_title=x_title,
+        positions=tuple(_number_text(x) for x in positions),
+        plot_x=plot_x,
         marks_x=marks_x,
         marks_y=tuple(f"{round(t / unit[0], 9):,.7g}{unit[1]}" for t in reversed(ticks)),
-        rules=tuple(round(HEIGHT * (high - t) / (high - low), 2) for t in ticks[1:]),
+        grid_lines=tuple(round(HEIGHT * (high - t) / (high - low), 2) for t in ticks[1:]),
         curves=tuple(curves),
     )
 
 
-def tiles(name: str, shares: Sequence[float] | npt.NDArray[np.float64]) -> Strip:
+def share_strip(name: str, shares: Sequence[float] | npt.NDArray[np.float64]) -> Strip:
     """A strip of one share per channel, from 0 to 1; of many channels a tile shows the mean of some."""
     values = np.clip(np.asarray(shares, np.float64), 0, 1)
-    count = min(MOST_TILES, values.size)
+    count = min(MAX_TILES, values.size)
     edges = np.linspace(0, values.size, count + 1).round().astype(np.int64)
     means = np.add.reduceat(values, edges[:-1]) / np.diff(edges) if count else values
-    return strip(name, count, [{"channels": 1, "share": float(share)} for share in means])
+    return coverage_strip(name, count, [{"channels": 1, "share": float(share)} for share in means])
 
 
-def together(
+def merge_curves(
     curves: Mapping[str, Sequence[tuple[float, float | None]]],
 ) -> tuple[list[float], dict[str, list[float | None]]]:
-    """Merge curves with positions of their own into the positions and series of one chart, to be drawn `bridged`."""
+    """Merge curves with positions of their own into the positions and series of one chart, to be drawn
+    `bridges_gaps`."""
     positions = sorted({x for points in curves.values() for x, _ in points})
     values_by_curve = {name: dict(points) for name, points in curves.items()}
     return positions, {name: [values.get(x) for x in positions] for name, values in values_by_curve.items()}
 
 
-def figure(chart: Chart, *, legend: bool = True) -> str:
+def chart_html(chart: Chart, *, legend: bool = True) -> str:
     """A chart as HTML, with a legend of its own if asked for."""
-    is_inline = len(chart.curves) <= MOST_SAID
+    is_inline = len(chart.curves) <= MAX_INLINE_CURVES
     latest = ", ".join(
-        f"{c.name} {_last(c.values)}" if len(chart.curves) > 1 else _last(c.values) for c in chart.curves
+        f"{c.name} {_last_value(c.values)}" if len(chart.curves) > 1 else _last_value(c.values) for c in chart.curves
     )
-    keys_html = legend_of([(c.name, c.style) for c in chart.curves]) if legend and len(chart.curves) > 1 else ""
-    heading = f"{chart.along} {chart.places[-1]}" if chart.along == "round" else f"{chart.places[-1]} {chart.along}"
-    latest_html = text(f"{heading}: {latest}")
+    keys_html = legend_html([(c.name, c.style) for c in chart.curves]) if legend and len(chart.curves) > 1 else ""
+    heading = (
+        f"{chart.x_title} {chart.positions[-1]}"
+        if chart.x_title == "round"
+        else f"{chart.positions[-1]} {chart.x_title}"
+    )
+    latest_html = html_text(f"{heading}: {latest}")
     output = f'<output aria-hidden="true">{latest_html}</output>' if is_inline else ""
-    plot_html = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in chart.rules)
+    plot_html = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in chart.grid_lines)
     for i, curve in enumerate(chart.curves):
         shapes = "".join(f'<polyline class="{curve.style}" points="{points}"/>' for points in curve.paths)
         shapes += "".join(f'<path class="{curve.style} dot" d="{d}"/>' for d in curve.dots)
         plot_html += f'<g data-curve="{i}">{shapes}</g>'
     data = {
-        "along": chart.along,
+        "along": chart.x_title,
         "names": [c.name for c in chart.curves],
         "styles": [c.style for c in chart.curves],
-        "at": chart.at,
-        "places": chart.places,
+        "at": chart.plot_x,
+        "places": chart.positions,
         "values": chart.values,
     }
     serialised = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in data.items()}
-    attributes = " ".join(f'data-{k}="{text(v)}"' for k, v in serialised.items())
+    attributes = " ".join(f'data-{k}="{html_text(v)}"' for k, v in serialised.items())
     return (
-        f'<figure id="chart-{text(chart.key)}"{" data-charts" * legend}>'
+        f'<figure id="chart-{html_text(chart.key)}"{" data-charts" * legend}>'
         f'<div class="keys">{keys_html}{output}</div><div class="chart">'
-        f'<div class="ys" aria-hidden="true">{_spans(chart.marks_y)}</div><div class="plot" {attributes}>'
+        f'<div class="ys" aria-hidden="true">{_label_spans(chart.marks_y)}</div><div class="plot" {attributes}>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{text(chart.summary)}">{plot_html}</svg></div>'
-        f'<div class="xs" aria-hidden="true">{_spans(chart.marks_x)}</div></div>{_numbers(chart)}</figure>'
+        f'aria-label="{html_text(chart.summary)}">{plot_html}</svg></div>'
+        f'<div class="xs" aria-hidden="true">{_label_spans(chart.marks_x)}</div></div>{_value_table(chart)}</figure>'
     )
 
 
-def legend_of(entries: Sequence[tuple[str, str]]) -> str:
+def legend_html(entries: Sequence[tuple[str, str]]) -> str:
     """A legend whose entries (name and CSS classes) hide and show their curves; a long one has a search field."""
     keys = "".join(
         f'<button type="button" class="key {style}" aria-pressed="true" data-key-of="{i}" title="Hide or show">'
-        f"{text(name)}</button>"
+        f"{html_text(name)}</button>"
         for i, (name, style) in enumerate(entries)
     )
-    if len(entries) <= SEARCHED:
+    if len(entries) <= SEARCH_THRESHOLD:
         return keys
-    field = search("Search the legend")
+    field = search_field("Search the legend")
     return f'{field}<div class="many" tabindex="0" role="group" aria-label="Legend">{keys}</div>'
 
 
-def search(label: str) -> str:
+def search_field(label: str) -> str:
     """A field that hides the entries after it that don't contain its text."""
-    name = text(label)
+    name = html_text(label)
     return f'<input type="search" class="filter" data-search aria-label="{name}" placeholder="{name}">'
 
 
@@ -285,42 +295,43 @@ def strip_svg(strip: Strip) -> str:
     )
 
 
-def scale(lowest: str = "none", highest: str = "all") -> str:
+def heat_scale(lowest: str = "none", highest: str = "all") -> str:
     """The heat map's scale, with what its ends stand for."""
     steps = "".join(f'<rect class="h{i}" x="{i}" width="1" height="1"/>' for i in range(LEVELS + 1))
     return (
-        f'<div class="scale"><span>{text(lowest)}</span><svg viewBox="0 0 {LEVELS + 1} 1" preserveAspectRatio="none" '
-        f'aria-hidden="true">{steps}</svg><span>{text(highest)}</span></div>'
+        f'<div class="scale"><span>{html_text(lowest)}</span><svg viewBox="0 0 {LEVELS + 1} 1" '
+        f'preserveAspectRatio="none" aria-hidden="true">{steps}</svg><span>{html_text(highest)}</span></div>'
     )
 
 
-def _numbers(chart: Chart) -> str:
+def _value_table(chart: Chart) -> str:
     """The table of values below a chart; empty if it would have too many columns."""
-    if len(chart.curves) > MOST_COLUMNS:
+    if len(chart.curves) > MAX_TABLE_CURVES:
         return ""
-    name = text(f"{chart.title} as numbers")
-    head = "".join(f'<th scope="col" class="num">{text(c.name)}</th>' for c in chart.curves)
+    name = html_text(f"{chart.title} as numbers")
+    head = "".join(f'<th scope="col" class="num">{html_text(c.name)}</th>' for c in chart.curves)
     rows = "".join(
-        f'<tr><th scope="row">{text(place)}</th>'
-        + "".join(f'<td class="num">{text(v) or "–"}</td>' for v in values)
+        f'<tr><th scope="row">{html_text(place)}</th>'
+        + "".join(f'<td class="num">{html_text(v) or "–"}</td>' for v in values)
         + "</tr>"
-        for place, values in chart.numbers
+        for place, values in chart.table_rows
     )
     return (
-        f'<details class="numbers" id="numbers-{text(chart.key)}"><summary>{name}</summary>'
+        f'<details class="numbers" id="numbers-{html_text(chart.key)}"><summary>{name}</summary>'
         f'<div class="table" tabindex="0" role="region" aria-label="{name}"><table><thead><tr>'
-        f'<th scope="col">{text(chart.along)}</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
+        f'<th scope="col">{html_text(chart.x_title)}</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></details>"
     )
 
 
-def _spans(texts: Sequence[str]) -> str:
-    return "".join(f"<span>{text(t)}</span>" for t in texts)
+def _label_spans(texts: Sequence[str]) -> str:
+    return "".join(f"<span>{html_text(t)}</span>" for t in texts)
 
 
-def strip(name: str, channels: int, channel_runs: Iterable[Mapping[str, Any]]) -> Strip:
+def coverage_strip(name: str, channels: int, channel_runs: Iterable[Mapping[str, Any]]) -> Strip:
     """Lay out one group of the coverage; `channel_runs` are runs that the same share of the devices (or updates)
     holds."""
-    runs: list[Run] = []
+    runs: list[ChannelRun] = []
     start, share_sum, min_share = 0, 0.0, 1.0
     for run in channel_runs:
         count, share = min(int(run["channels"]), channels - start), float(run["share"])
@@ -329,9 +340,9 @@ def strip(name: str, channels: int, channel_runs: Iterable[Mapping[str, Any]]) -
         # Level 0 is for channels that nobody holds, so that a gap in the coverage never looks like a small share.
         level = max(1, math.ceil(share * LEVELS - 1e-9)) if share > 0 else 0
         if runs and runs[-1].level == level:
-            runs[-1] = Run(runs[-1].x, runs[-1].width + count, level)
+            runs[-1] = ChannelRun(runs[-1].x, runs[-1].width + count, level)
         else:
-            runs.append(Run(start, count, level))
+            runs.append(ChannelRun(start, count, level))
         start, share_sum, min_share = start + count, share_sum + count * share, min(min_share, share)
     return Strip(name, channels, tuple(runs), min_share if start else 0.0, share_sum / start if start else 0.0)
 
@@ -343,15 +354,15 @@ def _stretches(points: Sequence[tuple[float, float | None]]) -> tuple[tuple[str,
     stretch: list[str] = []
     for x, y in points:
         if y is None:
-            _close(stretch, paths, dots)
+            _end_stretch(stretch, paths, dots)
             stretch = []
         else:
             stretch.append(f"{x:g},{y:g}")
-    _close(stretch, paths, dots)
+    _end_stretch(stretch, paths, dots)
     return tuple(paths), tuple(dots)
 
 
-def _close(points: list[str], paths: list[str], dots: list[str]) -> None:
+def _end_stretch(points: list[str], paths: list[str], dots: list[str]) -> None:
     if len(points) == 1:
         dots.append(f"M{points[0]}h0")
     elif points:
@@ -376,7 +387,7 @@ def _ticks(low: float, high: float, top: float | None) -> list[float]:
     return [k * step for k in range(first, max(last, first + 1) + 1)]
 
 
-def _axis(first: float, last: float) -> tuple[float, float, int]:
+def _whole_number_axis(first: float, last: float) -> tuple[float, float, int]:
     """Start, end and number of equal steps of an axis of whole numbers, which ends as soon after `last` as it can."""
     span = last - first
     if span < 3 or not float(span).is_integer():
@@ -385,15 +396,15 @@ def _axis(first: float, last: float) -> tuple[float, float, int]:
     return first, last + -span % steps, steps
 
 
-def _marks(first: float, last: float, steps: int) -> tuple[str, ...]:
+def _axis_labels(first: float, last: float, steps: int) -> tuple[str, ...]:
     if last <= first:
-        return ("", _whole(first), "")
-    return tuple(_whole(first + (last - first) * k / steps) for k in range(steps + 1))
+        return ("", _number_text(first), "")
+    return tuple(_number_text(first + (last - first) * k / steps) for k in range(steps + 1))
 
 
-def _whole(x: float) -> str:
+def _number_text(x: float) -> str:
     return f"{x:,.1f}" if not float(x).is_integer() else f"{int(x):,}"
 
 
-def _last(values: Sequence[str]) -> str:
+def _last_value(values: Sequence[str]) -> str:
     return next((v for v in reversed(values) if v), "unknown")

@@ -6,7 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedprune.output import tables
-from fedprune.output.page import Bar, bars, boxes, details, document, items, paragraph, section, table
+from fedprune.output.page import (
+    Bar,
+    bars_html,
+    colour_legend,
+    details_html,
+    list_html,
+    page_html,
+    paragraph_html,
+    section_html,
+    table_html,
+)
 from fedprune.output.tables import Column
 
 
@@ -28,7 +38,7 @@ class Table:
         tables.print_table(self.columns, self.rows)
 
     def to_markdown(self) -> str:
-        return "\n".join(_markdown(self))
+        return "\n".join(_block_markdown(self))
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,14 @@ class Bars:
 
     Attributes:
         legend: Names of the colours, if bars have several.
-        listed: Whether Markdown lists their texts, because no table has them.
+        is_listed: Whether Markdown lists their texts, because no table has them.
     """
 
     rows: Sequence[Bar]
     label: str
     legend: Sequence[str] = ()
     caption: str = ""
-    listed: bool = False
+    is_listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,55 +83,59 @@ class Document:
 
     def to_html(self) -> str:
         sections_html = [
-            section(title, *map(_html, blocks)) if title else "".join(map(_html, blocks))
+            section_html(title, *map(_block_html, blocks)) if title else "".join(map(_block_html, blocks))
             for title, blocks in self.sections.items()
         ]
-        return document(self.title, sections_html, self.facts)
+        return page_html(self.title, sections_html, self.facts)
 
     def to_markdown(self) -> str:
         facts = ", ".join(f"{name}: {value}" for name, value in self.facts.items() if value)
         paragraphs = [f"# {self.title}", facts]
         for title, blocks in self.sections.items():
-            texts = ["\n".join(_markdown(block)) for block in blocks]
+            texts = ["\n".join(_block_markdown(block)) for block in blocks]
             if any(texts):
                 paragraphs += [f"## {title}" if title else "", *texts]
         return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
-def _html(block: Block) -> str:
+def _block_html(block: Block) -> str:
     if isinstance(block, str):
-        return paragraph(block, "warning" if block.startswith("warning: ") else "") if block else ""
+        return paragraph_html(block, "warning" if block.startswith("warning: ") else "") if block else ""
     if isinstance(block, Drawing):
         return block.html
     if isinstance(block, Bars):
-        head = (paragraph(block.caption) if block.caption else "") + (boxes(block.legend) if block.legend else "")
-        return head + bars(block.rows, block.label) if block.rows else ""
+        head = (paragraph_html(block.caption) if block.caption else "") + (
+            colour_legend(block.legend) if block.legend else ""
+        )
+        return head + bars_html(block.rows, block.label) if block.rows else ""
     if isinstance(block, Table):
-        text_columns = [i for i, column in enumerate(block.columns) if i and not column.right]
+        text_columns = [i for i, column in enumerate(block.columns) if i and not column.is_right_aligned]
         titles = [column.title for column in block.columns]
-        table_markup = table(titles, block.rows, words=text_columns, label=block.label) if block.rows else ""
-        return details(block.summary, table_markup) if table_markup and block.summary else table_markup
-    return items(block)
+        table_markup = table_html(titles, block.rows, words=text_columns, label=block.label) if block.rows else ""
+        return details_html(block.summary, table_markup) if table_markup and block.summary else table_markup
+    return list_html(block)
 
 
-def _markdown(block: Block) -> Iterator[str]:
+def _block_markdown(block: Block) -> Iterator[str]:
     if isinstance(block, str):
-        yield _line(block)
+        yield _single_line(block)
     elif isinstance(block, Bars):
-        yield from (f"- {_line(bar.title or f'{bar.name}: {bar.note}')}" for bar in block.rows if block.listed)
+        yield from (
+            f"- {_single_line(bar.title or f'{bar.name}: {bar.note}')}" for bar in block.rows if block.is_listed
+        )
     elif isinstance(block, Table):
         if block.rows:
-            yield _row([column.title for column in block.columns])
-            yield _row(["---:" if column.right else "---" for column in block.columns])
-            yield from map(_row, block.rows)
+            yield _markdown_row([column.title for column in block.columns])
+            yield _markdown_row(["---:" if column.is_right_aligned else "---" for column in block.columns])
+            yield from map(_markdown_row, block.rows)
     elif not isinstance(block, Drawing):
-        yield from (f"- {_line(item)}" for item in block)
+        yield from (f"- {_single_line(item)}" for item in block)
 
 
-def _row(cells: Sequence[str]) -> str:
+def _markdown_row(cells: Sequence[str]) -> str:
     # An unescaped bar would begin another cell.
-    return "| " + " | ".join(_line(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_single_line(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _line(text: str) -> str:
+def _single_line(text: str) -> str:
     return " ".join(text.split())

@@ -13,7 +13,7 @@ def install_command(extra: str) -> str:
     It names the clone or wheel of this installation. If neither is known or still there, it is for any clone and says
     so.
     """
-    source, editable = _source()
+    source, editable = _installed_from()
     # With the constraints, so that an extra doesn't bring other versions than the tests have seen.
     if source is not None and source.is_dir() and (source / "constraints.txt").is_file():
         mode = "-e " if editable else ""
@@ -23,7 +23,7 @@ def install_command(extra: str) -> str:
     return f"pip install -c constraints.txt '.[{extra}]' (in a clone of fedprune)"
 
 
-def _source() -> tuple[Path | None, bool]:
+def _installed_from() -> tuple[Path | None, bool]:
     """The clone or wheel that pip installed fedprune from, and whether it is installed in place."""
     from importlib.metadata import PackageNotFoundError, distribution  # boards start faster without it
 

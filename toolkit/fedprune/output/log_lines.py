@@ -46,7 +46,7 @@ def current_log_context() -> Mapping[str, object]:
     return context if trace_id is None else {**context, "trace_id": trace_id}
 
 
-class OneLine(logging.Formatter):
+class OneLineFormatter(logging.Formatter):
     """Plain text: a record is one line, whatever its words hold; a traceback follows, indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
@@ -58,7 +58,7 @@ class OneLine(logging.Formatter):
         return "\n".join(f"    {printable(line)}" for line in text.splitlines())
 
 
-class JsonLines(logging.Formatter):
+class JsonLinesFormatter(logging.Formatter):
     """A JSON object for each record: `at`, `level`, `message`, and `job`, `round`, `device`, `trace_id` where known."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -81,7 +81,7 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def logged_to_stdout(*, verbose: bool, form: str = TEXT, stream: TextIO | None = None) -> Iterator[None]:
+def log_to_stdout(*, verbose: bool, form: str = TEXT, stream: TextIO | None = None) -> Iterator[None]:
     """Write fedprune's log to stdout, and to nothing else.
 
     Args:
@@ -92,7 +92,9 @@ def logged_to_stdout(*, verbose: bool, form: str = TEXT, stream: TextIO | None =
     logger = logging.getLogger("fedprune")
     before = (logger.handlers[:], logger.level, logger.propagate)
     handler = logging.StreamHandler(stream or sys.stdout)
-    handler.setFormatter(JsonLines() if form == JSON else OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        JsonLinesFormatter() if form == JSON else OneLineFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+    )
     # No propagation: with a handler of the root logger, as tests and notebooks set one, each line would appear twice.
     logger.handlers[:], logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import
 GOOD, BUSY, ATTENTION, BAD = "green", "cyan", "yellow", "red"
 
 # Spaces between two columns.
-_GAP = 2
+_COLUMN_GAP = 2
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Column:
     """A column of a table.
 
     Attributes:
-        right: Whether cells are aligned to the right, as numbers are.
-        drop: Where a terminal is too narrow, columns are kept in ascending order of this number as far as they fit; one
-            with 0 always stays.
-        wrap: The fewest characters to which a column of longer texts may be wrapped; 0 for one that never wraps.
+        is_right_aligned: Whether cells are aligned to the right, as numbers are.
+        drop_order: Where a terminal is too narrow, columns are kept in ascending order of this number as far as they
+            fit; one with 0 always stays.
+        min_width: The fewest characters to which a column of longer texts may be wrapped; 0 for one that never wraps.
     """
 
     title: str
-    right: bool = False
-    drop: int = 0
-    wrap: int = 0
+    is_right_aligned: bool = False
+    drop_order: int = 0
+    min_width: int = 0
 
 
 # A text, or a text and its style.
@@ -57,7 +57,7 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, st
     from rich.console import Console
 
     console = Console(file=stream)
-    table, dropped = fitted(columns, rows, console.width)
+    table, dropped = fit_table(columns, rows, console.width)
     console.print(table)
     if dropped:
         left_out = ", ".join(dropped)
@@ -67,7 +67,7 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, st
         )  # fmt: skip
 
 
-def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> tuple[Table, tuple[str, ...]]:
+def fit_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> tuple[Table, tuple[str, ...]]:
     """A table no wider than a terminal, and the titles of the columns for which there was no room."""
     from rich.box import SIMPLE_HEAD
     from rich.cells import cell_len
@@ -75,13 +75,13 @@ def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int
     from rich.text import Text
 
     natural = [max([cell_len(c.title), *(cell_len(_text(row[i])) for row in rows)]) for i, c in enumerate(columns)]
-    widths = [min(n, c.wrap or n) for n, c in zip(natural, columns, strict=True)]
+    widths = [min(n, c.min_width or n) for n, c in zip(natural, columns, strict=True)]
     # Every column is followed by a gap of two spaces, of which the last one lacks one at the end of a line.
     spare_width, kept_columns = width + 1, []
-    for i in sorted(range(len(columns)), key=lambda i: columns[i].drop):
-        if not columns[i].drop or widths[i] + _GAP <= spare_width:
+    for i in sorted(range(len(columns)), key=lambda i: columns[i].drop_order):
+        if not columns[i].drop_order or widths[i] + _COLUMN_GAP <= spare_width:
             kept_columns.append(i)
-            spare_width -= widths[i] + _GAP
+            spare_width -= widths[i] + _COLUMN_GAP
     kept_columns.sort()
     narrowed_columns = sorted((i for i in kept_columns if widths[i] < natural[i]), key=lambda i: natural[i] - widths[i])
     # The columns that lack least come first, so that what they leave unused goes to the others.
@@ -92,8 +92,8 @@ def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int
     for i in kept_columns:
         table.add_column(
             Text(columns[i].title),
-            justify="right" if columns[i].right else "left",
-            no_wrap=not columns[i].wrap,
+            justify="right" if columns[i].is_right_aligned else "left",
+            no_wrap=not columns[i].min_width,
             overflow="fold",
             width=widths[i],
         )
@@ -142,14 +142,14 @@ def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
 
 
 # Reports that this many more bytes are done.
-Advance = Callable[[int], None]
+AdvanceBar = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Advance]:
+def byte_progress(title: str, total: int) -> Iterator[AdvanceBar]:
     """Show a progress bar of `total` bytes on stderr, on a terminal only."""
     if not sys.stderr.isatty():
-        yield silent
+        yield ignore_progress
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -161,4 +161,4 @@ def byte_progress(title: str, total: int) -> Iterator[Advance]:
         yield lambda count: bar.advance(task, count)
 
 
-def silent(count: int) -> None: ...
+def ignore_progress(count: int) -> None: ...

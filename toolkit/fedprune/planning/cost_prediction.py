@@ -28,26 +28,26 @@ from fedprune.planning.costs import (
 from fedprune.planning.latency_model import LatencyTable, typical_gpu_table, typical_table
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.updates import NO_CODECS, WHOLE, Codec, Codecs, bound
+from fedprune.updates import HALF_CODEC, NO_CODECS, Codec, Codecs, max_update_bytes
 
 # How far a measured time may correct a predicted one: beyond that something else is wrong.
-BOUNDS = 0.2, 5.0
+TIME_CORRECTION_BOUNDS = 0.2, 5.0
 
 # Limits of the correction of memory, which a faulty measurement must not turn into a plan that ends the process.
 # The first: the smallest corrected prediction, as a share of the uncorrected one.
 # The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever
 # is more.
-MEMORY_BOUNDS = 0.75, 2.0
+MEMORY_CORRECTION_BOUNDS = 0.75, 2.0
 
 # How far a measured time may be from the predicted one before a device is planned for again: plans that follow every
 # measurement would change widths in every few rounds.
-OFF = 1.25
+MAX_TIME_ERROR = 1.25
 
 # The same for memory, where too much ends the process.
-MEMORY_OFF = 1.1
+MAX_MEMORY_ERROR = 1.1
 
 # How far predicted memory may be below the measured one (docs/planner.md).
-TOO_LOW = 0.05
+MEMORY_UNDERESTIMATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Correction:
     overrun: float = 0.0
     overrun_at: float = 0.0
 
-    def after(
+    def corrected_by(
         self, prediction: Prediction, applied: Correction, measured: Mapping[str, float], room: float = math.inf
     ) -> Correction:
         """The correction after another round.
@@ -134,7 +134,7 @@ class Correction:
             measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as the board measured them.
             room: Bytes that training may take.
         """
-        low, high = BOUNDS
+        low, high = TIME_CORRECTION_BOUNDS
         correction = self
         for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
             seconds = measured.get(f"{name}_seconds", 0.0)
@@ -142,10 +142,10 @@ class Correction:
                 factor = min(high, max(low, getattr(applied, name) * seconds / predicted))
                 correction = replace(correction, **{name: factor})
         peak = measured.get("peak_memory_bytes", 0.0)
-        return correction._after_peak(prediction.memory, peak, room) if peak > 0 else correction
+        return correction._corrected_by_peak(prediction.memory, peak, room) if peak > 0 else correction
 
-    def _after_peak(self, memory: MemoryBreakdown, peak: float, room: float) -> Correction:
-        low, high = MEMORY_BOUNDS
+    def _corrected_by_peak(self, memory: MemoryBreakdown, peak: float, room: float) -> Correction:
+        low, high = MEMORY_CORRECTION_BOUNDS
         bound = high * (max(memory.uncorrected, room) if math.isfinite(room) else memory.uncorrected)
         excess, memory_at = min(bound, max(low * memory.uncorrected, peak)) - memory.uncorrected, float(memory.of_width)
         if peak <= room:
@@ -161,7 +161,7 @@ class Correction:
             else replace(with_overrun, memory=excess, memory_at=memory_at)
         )
 
-    def of_memory(self) -> Correction:
+    def without_times(self) -> Correction:
         """The same without the times."""
         return replace(self, step=1.0, latency=1.0)
 
@@ -177,22 +177,25 @@ class Correction:
             slope = (self.overrun - self.memory) / (self.overrun_at - self.memory_at)
             # Bytes that depend on the width are all that differs between plans of one board.
             excess += slope * (memory.of_width - self.memory_at)
-        return math.ceil(max(excess, (MEMORY_BOUNDS[0] - 1) * memory.uncorrected))
+        return math.ceil(max(excess, (MEMORY_CORRECTION_BOUNDS[0] - 1) * memory.uncorrected))
 
-    def moved(self, earlier: Correction, prediction: Prediction) -> bool:
+    def differs_from(self, earlier: Correction, prediction: Prediction) -> bool:
         """Whether predictions differ so much from those with an earlier correction that a plan made with it is out of
         date."""
         time_ratios = (self.step / earlier.step, self.latency / earlier.latency)
         memory = prediction.memory
         memory_ratio = (memory.uncorrected + self.memory_beyond(memory)) / memory.total
-        return not all(1 / OFF < t < OFF for t in time_ratios) or not 1 / MEMORY_OFF < memory_ratio < MEMORY_OFF
+        return (
+            not all(1 / MAX_TIME_ERROR < t < MAX_TIME_ERROR for t in time_ratios)
+            or not 1 / MAX_MEMORY_ERROR < memory_ratio < MAX_MEMORY_ERROR
+        )
 
 
 # Nothing was measured yet.
 NO_CORRECTION = Correction()
 
 
-def predict(
+def predict_costs(
     architecture: Architecture,
     widths: Sequence[int],
     profile: HardwareProfile,
@@ -218,16 +221,16 @@ def predict(
     # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
     trained_widths = np.array(_trained_widths(architecture, widths, recipe))
     step_s = 0.0
-    for size, count in Counter(recipe.part_sizes(samples)).items():
+    for size, count in Counter(recipe.micro_batch_sizes(samples)).items():
         times = np.maximum(
             table.step_seconds(architecture, trained_widths, size),
-            memory_seconds(architecture, trained_widths, size, bandwidth(profile, probe)),
+            memory_seconds(architecture, trained_widths, size, memory_bandwidth(profile, probe)),
         )
         step_s += count * float(times.mean())
     latency_s = float(table.latency_seconds(architecture, widths)[0])
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
-    first_bytes, down_bytes, up_bytes = _travels(architecture, widths, costs.wire_bytes, recipe, codecs)
+    first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs)
     # Two transfers, each announced and acknowledged: a round trip before, one after.
     transfer_s = down_bytes / link.down_bytes_s + up_bytes / link.up_bytes_s + 4 * link.latency_s
     # Without both figures nothing is said of energy: a guess would limit or exclude boards.
@@ -242,7 +245,7 @@ def predict(
         wire_bytes=costs.wire_bytes,
         memory_bytes=memory.total,
         inference_bytes=costs.inference_bytes(1, None if probe is None else probe.process_bytes),
-        storage_bytes=costs.storage_bytes(recipe.own_files),
+        storage_bytes=costs.storage_bytes(recipe.extra_files),
         step_s=step_s,
         steps=steps,
         train_s=steps * step_s,
@@ -258,21 +261,26 @@ def predict(
     )
 
 
-def _travels(
+def _transfer_bytes(
     architecture: Architecture, widths: Sequence[int], plain_bytes: int, recipe: Recipe, codecs: Codecs
 ) -> tuple[int, int, int]:
     """The most bytes of whole weights, of weights that are coded as a difference, and of an update; `plain_bytes` is
     the size of the weights' own file."""
     up_codec, down_codec = (None if text is None else Codec.parse(text) for text in codecs)
-    whole_codec = None if down_codec is None else WHOLE
+    whole_codec = None if down_codec is None else HALF_CODEC
     if up_codec is down_codec is whole_codec is None and not recipe.report_squares:
         return plain_bytes, plain_bytes, plain_bytes
     trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)
-    sizes = {c: plain_bytes if c is None else bound(c, weights, trained) for c in {whole_codec, down_codec, up_codec}}
+    sizes = {
+        c: plain_bytes if c is None else max_update_bytes(c, weights, trained)
+        for c in {whole_codec, down_codec, up_codec}
+    }
     update_bytes = sizes[up_codec]
     if recipe.report_squares:
-        update_shapes = weights | {step_contract.squares(n): s for n, s in weights.items() if n in trained}
-        update_bytes = file_bytes(update_shapes) if up_codec is None else bound(up_codec, update_shapes, trained)
+        update_shapes = weights | {step_contract.squares_name(n): s for n, s in weights.items() if n in trained}
+        update_bytes = (
+            file_bytes(update_shapes) if up_codec is None else max_update_bytes(up_codec, update_shapes, trained)
+        )
     return sizes[whole_codec], sizes[down_codec], update_bytes
 
 
@@ -281,7 +289,7 @@ def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: R
     if not recipe.ordered_dropout:
         return [tuple(widths)]
     axes = TensorAxes(architecture.sizes, {t.name: t.axes for t in architecture.tensors})
-    return axes.plans(widths, recipe.ordered_dropout)
+    return axes.step_widths(widths, recipe.ordered_dropout)
 
 
 def memory_use(
@@ -295,13 +303,13 @@ def memory_use(
     probe: ProbeReport | None = None,
     correction: Correction = NO_CORRECTION,
 ) -> MemoryBreakdown:
-    """Peak memory of a training process; arguments are those of `predict`, and the costs at these widths."""
-    trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
-    batch, process = recipe.part_sizes(samples)[0], None if probe is None else probe.process_bytes
-    memory = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
+    """Peak memory of a training process; arguments are those of `predict_costs`, and the costs at these widths."""
+    trained = _trained_share(architecture, widths, recipe, costs.parameters, frozen)
+    batch, process = recipe.micro_batch_sizes(samples)[0], None if probe is None else probe.process_bytes
+    memory = costs.training_memory(batch, recipe.features, samples, trained, recipe.extra_copies, process)
     # Where labels are numbers, they are held as they were read, and as float32; one class per sample hardly counts.
     size = math.prod(recipe.features.target_shape(architecture.output_shape))
-    labels = 0 if size == 1 and recipe.features.scores else 2 * FLOAT * samples * size
+    labels = 0 if size == 1 and recipe.features.counts_hits else 2 * FLOAT * samples * size
     outputs = 0 if len(architecture.output_shape) == 1 else batch * math.prod(architecture.output_shape)
     losses = int(FLOAT * outputs * LOSSES[recipe.loss].copies)
     copies = AUGMENT_COPIES + NOISE_COPIES * any(a.startswith("noise") for a in recipe.augment) if recipe.augment else 0
@@ -310,7 +318,7 @@ def memory_use(
     return replace(memory, learnt=correction.memory_beyond(memory))
 
 
-def _trained(
+def _trained_share(
     architecture: Architecture, widths: Sequence[int], recipe: Recipe, parameters: int, frozen: Collection[str]
 ) -> float:
     """Share of the parameters that a recipe trains."""
@@ -321,32 +329,32 @@ def _trained(
     return sum(math.prod(architecture.shape(t.name, widths)) for t in moved_tensors) / max(1, parameters)
 
 
-def trains_on(profile: HardwareProfile, probe: ProbeReport | None) -> str:
+def training_unit(profile: HardwareProfile, probe: ProbeReport | None) -> str:
     """The unit that trains: the one that the board measured (its processor where its GPU doesn't work), else the one
     that the profile promises."""
     if probe is not None:
         return probe.unit
-    return CPU if profile.gpu is None else CUDA
+    return CPU if profile.training_gpu is None else CUDA
 
 
 def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> LatencyTable:
     """Times of kernels on the unit that trains: measured, else typical of its rate."""
     if probe is not None and probe.latency is not None:
         return probe.latency
-    if trains_on(profile, probe) != CUDA:
+    if training_unit(profile, probe) != CUDA:
         return typical_table(train_rate(profile, probe))
-    gpu = profile.gpu
+    gpu = profile.training_gpu
     if gpu is None or gpu.peak_flops is None:  # a GPU that the board measured and its profile doesn't know
         return typical_gpu_table()
-    return typical_gpu_table(gpu.peak_flops, bandwidth(profile, probe))
+    return typical_gpu_table(gpu.peak_flops, memory_bandwidth(profile, probe))
 
 
-def bandwidth(profile: HardwareProfile, probe: ProbeReport | None) -> float:
+def memory_bandwidth(profile: HardwareProfile, probe: ProbeReport | None) -> float:
     """Bytes per second of the memory of the unit that trains, which bound a step; infinite if measured layer times
     include it already."""
     if probe is not None and probe.latency is not None:
         return math.inf
-    gpu = profile.gpu if trains_on(profile, probe) == CUDA else None
+    gpu = profile.training_gpu if training_unit(profile, probe) == CUDA else None
     return (gpu and gpu.bandwidth_bytes_s) or profile.memory.bandwidth_bytes_s
 
 
@@ -363,7 +371,7 @@ def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
 def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
     """Bytes that training may take: of the memory that is really there, and no more than was free."""
     if probe is None:
-        return profile.training_bytes
+        return profile.training_memory_bytes
     # What was free at the probe is a limit, too: applications of the user's run beside the board's training.
     free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
     return round(max(0, free) * profile.memory.training_share)

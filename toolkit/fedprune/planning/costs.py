@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.model import step_contract as step
-from fedprune.model.architecture import Architecture, Layer
+from fedprune.model.architecture import Architecture, LayerRow
 from fedprune.model.recipe import Features
-from fedprune.model.selection import Active, check_mask
+from fedprune.model.selection import ElementMask, check_mask
 from fedprune.planning.kernel_workload import ArchitectureKey, workload
 
 Numbers = npt.NDArray[np.float64]
@@ -37,7 +37,7 @@ ROUND_BYTES = 10_900_000
 VALUE_BYTES = 131_000
 
 # Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn.
-HELD_BYTES = 4 * 2**20
+MAX_SAMPLES_IN_MEMORY = 4 * 2**20
 
 # Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
 # and after the step, and what remains of gradients and temporaries of the update.
@@ -60,7 +60,7 @@ KEPT_COPIES = 1.5
 UNROLLED_COPIES = 1.26
 
 # Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer.
-TRANSIENTS = 1.94
+TRANSIENT_COPIES = 1.94
 
 # Arrays of the size of the samples of a step (or of a part of it) that augmentation needs, and how many more with
 # noise. Measured with batches of 64 colour images of 224 × 224.
@@ -68,10 +68,10 @@ AUGMENT_COPIES, NOISE_COPIES = 3.0, 2.0
 
 # Memory of activations in steps of several parts, over that in steps of one: sums and statistics of a part come and
 # go in the allocator's memory, and leave more gaps.
-GAPS_OF_PARTS = 1.12
+SPLIT_GAPS = 1.12
 
 # Area of a map that is one line, longest line that stays whole, and blocks of longer ones, as in training graphs.
-_TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
+_MAX_ONE_LINE_AREA, _MAX_WHOLE_LINE, _LINE_BLOCK = 16, 64, 16
 
 # How often a training step moves its activations through main memory where caches don't help.
 ACTIVATION_PASSES = 12
@@ -80,7 +80,7 @@ ACTIVATION_PASSES = 12
 WEIGHT_PASSES = 6
 
 # Bytes that a process which only predicts saves: the MQTT client and the agent.
-AGENT_BYTES = 17_200_000
+AGENT_PROCESS_BYTES = 17_200_000
 
 # Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and
 # recurrent layers (`_LAID_OUT`), which onnxruntime lays out again while the former arrays still exist.
@@ -187,31 +187,31 @@ class Costs:
 
         Args:
             batch: Samples that are worked on at once.
-            samples: Local samples; of many only `HELD_BYTES` are held in memory.
+            samples: Local samples; of many only `MAX_SAMPLES_IN_MEMORY` are held in memory.
             trained: Share of the parameters that are trained; the others are only held.
             own_copies: Further copies of all weights that it holds (`Recipe.own_copies`).
             process: What the process takes before it trains, as the board measured it; None for a typical one.
         """
         extra_copies = 2 * (features.proximal + features.element_mask + features.threshold)
         # Each is there twice: what goes into a step, and what comes out of it.
-        extra_copies += 2 * (len(step.states(features.optimizer)) - 1)
+        extra_copies += 2 * (len(step.state_names(features.optimizer)) - 1)
         extra_copies += features.gradients + features.accumulate
         copies = own_copies + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + extra_copies)
         frozen = self.base_bytes > 0
         sample = KEPT_COPIES * self.kept_bytes if frozen else ACTIVATION_COPIES * self.activation_bytes
-        sample += UNROLLED_COPIES * self.unrolled_bytes + TRANSIENTS * self.largest_bytes
+        sample += UNROLLED_COPIES * self.unrolled_bytes + TRANSIENT_COPIES * self.largest_bytes
         base = self.base_bytes + int(DEQUANTISED_COPIES * self.dequantised_bytes)
         return MemoryBreakdown(
             process=(PROCESS_BYTES if process is None else process) + ROUND_BYTES,
             graph=VALUE_BYTES * (self.kept_values if frozen else self.values),
             weights=int(copies * self.parameter_bytes) + base,
-            activations=int(batch * (GAPS_OF_PARTS if features.accumulate else 1.0) * sample),
-            samples=min(samples * self.sample_bytes, HELD_BYTES),
+            activations=int(batch * (SPLIT_GAPS if features.accumulate else 1.0) * sample),
+            samples=min(samples * self.sample_bytes, MAX_SAMPLES_IN_MEMORY),
         )
 
     def inference_bytes(self, batch: int, process: int | None = None) -> int:
         """Peak memory of a process that predicts `batch` samples at a time; `process` is as for `training_memory`."""
-        fixed = max(0, (PROCESS_BYTES if process is None else process) - AGENT_BYTES)
+        fixed = max(0, (PROCESS_BYTES if process is None else process) - AGENT_PROCESS_BYTES)
         weights = INFERENCE_COPIES * (self.parameter_bytes - self.kernel_bytes)
         weights += INFERENCE_KERNEL_COPIES * self.kernel_bytes
         weights += self.base_bytes + DEQUANTISED_COPIES * self.dequantised_bytes
@@ -226,7 +226,7 @@ class Costs:
 
 def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Exact size of a plain file of float32 tensors."""
-    head = tensorfile.header((name, "F32", shape) for name, shape in shapes.items())
+    head = tensorfile.header_for_specs((name, "F32", shape) for name, shape in shapes.items())
     return len(head) + FLOAT * sum(map(prod, shapes.values()))
 
 
@@ -252,7 +252,7 @@ def _costs_at(key: ArchitectureKey, widths: tuple[int, ...]) -> Costs:
     forward = sum(macs)
     sizes = architecture.sizes
     values = [FLOAT * v.positions * v.channels.size(widths, sizes) for v in architecture.activations]
-    kept_bytes = [b for v, b in zip(architecture.activations, values, strict=True) if v.kept]
+    kept_bytes = [b for v, b in zip(architecture.activations, values, strict=True) if v.is_kept]
     parameters = sum(prod(shape) for shape in shapes.values())
     kernels = {r.weight for r in architecture.layers if r.op in _LAID_OUT and r.weight}
     return Costs(
@@ -278,7 +278,7 @@ def _costs_at(key: ArchitectureKey, widths: tuple[int, ...]) -> Costs:
     )
 
 
-def active_macs_share(architecture: Architecture, widths: Sequence[int], mask: Active) -> float:
+def active_macs_share(architecture: Architecture, widths: Sequence[int], mask: ElementMask) -> float:
     """Share of a training step's MACs whose weight is active: what kernels that skip masked weights would compute.
 
     A board's kernels skip none. Raises `BundleError` if widths or mask don't fit the architecture.
@@ -302,44 +302,44 @@ def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int
         widths: Kept channels per group, [n, groups] or [groups].
         bandwidth: Bytes per second of main memory, read plus write; may be infinite.
     """
-    elements, parameters = workload(architecture).contents(widths)
+    elements, parameters = workload(architecture).element_counts(widths)
     moved_bytes: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_PASSES * parameters)
     return moved_bytes / bandwidth
 
 
 def layer_macs(
-    architecture: Architecture, layer: Layer, widths: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
+    architecture: Architecture, layer: LayerRow, widths: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
     """MACs of one sample's forward pass in one row of the cost table, where tensors have these shapes."""
     if layer.weight:
         return prod(shapes[layer.weight]) * layer.positions
     # A product of two values: every number that it makes sums over the inner axis.
     inner = layer.inner.size(widths, architecture.sizes)
-    return inner * layer.makes.size(widths, architecture.sizes) if inner else 0
+    return inner * layer.output_volume.size(widths, architecture.sizes) if inner else 0
 
 
-def unrolled_elements(layer: Layer, channels: int, kernel: Sequence[int]) -> int:
+def unrolled_elements(layer: LayerRow, channels: int, kernel: Sequence[int]) -> int:
     """Elements of the lines that the outputs of a depthwise or grouped convolution read, for one sample.
 
     A training graph multiplies these lines by matrices (`fedprune_export.autodiff.depthwise_convolution`) and keeps
-    them for the gradient of the kernel. Lines up to `_WHOLE_LINE` are whole; longer ones are cut into blocks, and a
+    them for the gradient of the kernel. Lines up to `_MAX_WHOLE_LINE` are whole; longer ones are cut into blocks, and a
     block of outputs reads all blocks that its window touches. Rows of the cost table have areas, so that maps are
     taken as square. `channels` are those of the input, `kernel` the sizes of the window.
     """
-    areas = layer.reads.positions, layer.positions, layer.stride
+    areas = layer.input_volume.positions, layer.positions, layer.stride
     size, made_size, stride = (round(math.pow(n, 1 / len(kernel))) for n in areas)
-    if layer.reads.positions <= _TINY_MAP or not made_size:
-        return channels * layer.reads.positions
+    if layer.input_volume.positions <= _MAX_ONE_LINE_AREA or not made_size:
+        return channels * layer.input_volume.positions
     lines = channels * prod(kernel[:-1]) * layer.positions // made_size
-    if size <= _WHOLE_LINE:
+    if size <= _MAX_WHOLE_LINE:
         return lines * size
-    step = max(_BLOCK // stride, 1)
+    step = max(_LINE_BLOCK // stride, 1)
     blocks = ((step - 1) * stride + kernel[-1] - 1) // (step * stride) + 1
     return lines * blocks * -(-made_size // step) * step * stride
 
 
-def _unrolled_bytes(layer: Layer, widths: Sequence[int], architecture: Architecture, kernel: Sequence[int]) -> int:
-    if layer.op != "Conv" or layer.groups == 1 or not layer.reads.positions:
+def _unrolled_bytes(layer: LayerRow, widths: Sequence[int], architecture: Architecture, kernel: Sequence[int]) -> int:
+    if layer.op != "Conv" or layer.groups == 1 or not layer.input_volume.positions:
         return 0
-    channels = layer.reads.size(widths, architecture.sizes) // layer.reads.positions
+    channels = layer.input_volume.size(widths, architecture.sizes) // layer.input_volume.positions
     return FLOAT * unrolled_elements(layer, channels, kernel)

@@ -18,8 +18,8 @@ from fedprune.core.errors import ProfileError
 from fedprune.planning import profile_store
 from fedprune.planning.profile import HardwareProfile
 
-_RELEASE = re.compile(r"#?\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*(\d{1,3}(?:\.\d{1,3}){0,2})(?![.\d])")
-_NUMBER = re.compile(r"\d{1,3}(\.\d{1,3}){0,3}")
+_RELEASE_PATTERN = re.compile(r"#?\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*(\d{1,3}(?:\.\d{1,3}){0,2})(?![.\d])")
+_NUMBER_PATTERN = re.compile(r"\d{1,3}(\.\d{1,3}){0,3}")
 _RUNTIME_PYTHON = (3, 10)
 
 
@@ -33,7 +33,7 @@ class JetPack:
     tensorrt: str
 
     @property
-    def runs_the_runtime(self) -> bool:
+    def can_run_the_runtime(self) -> bool:
         """Whether its Python is new enough for what boards run."""
         return tuple(int(n) for n in self.python.split(".")) >= _RUNTIME_PYTHON
 
@@ -44,7 +44,7 @@ class JetPack:
 # https://github.com/pytorch/TensorRT/pull/3453 (6.1, 6.2), https://github.com/roboflow/inference/pull/2531 (7.2),
 # https://developer.nvidia.com/embedded/jetpack/downloads/archive-7.1.md (7.0, 7.1).
 # Ascending by L4T release.
-RELEASES = (
+JETPACK_RELEASES = (
     JetPack("4.6", (32, 6), "3.6", "8.0"),
     JetPack("4.6.1", (32, 7), "3.6", "8.2"),
     JetPack("5.1", (35, 2), "3.8", "8.5"),
@@ -59,17 +59,17 @@ RELEASES = (
 
 def l4t_release(text: str) -> str:
     """The release in the first line of /etc/nv_tegra_release, such as "36.4.3"; empty where it names none."""
-    match = _RELEASE.match(text.strip())
+    match = _RELEASE_PATTERN.match(text.strip())
     return f"{match[1]}.{match[2]}" if match else ""
 
 
-def jetpack(l4t: str) -> JetPack | None:
+def jetpack_of_release(l4t: str) -> JetPack | None:
     """The JetPack release of an L4T release: the newest of the same line that isn't newer; None for an unknown line.
     Raises `ProfileError` if this is no number of a release."""
-    if not _NUMBER.fullmatch(l4t):
+    if not _NUMBER_PATTERN.fullmatch(l4t):
         raise ProfileError("L4T release", expected="numbers with dots, such as 36.4.3", got=repr(l4t[:40]))
     number = tuple(int(n) for n in l4t.split("."))
-    fitting = [r for r in RELEASES if r.l4t[0] == number[0] and r.l4t <= number]
+    fitting = [r for r in JETPACK_RELEASES if r.l4t[0] == number[0] and r.l4t <= number]
     return fitting[-1] if fitting else None
 
 
@@ -80,7 +80,7 @@ _CLOCK_SLACK = 0.05
 
 
 @dataclass(frozen=True)
-class Facts:
+class BoardFacts:
     """What a board's system says of the board.
 
     Attributes:
@@ -110,7 +110,7 @@ class Identification:
     jetpack: JetPack | None
 
     @property
-    def certain(self) -> bool:
+    def is_certain(self) -> bool:
         """Whether the board's own name was known, and not just its processor or architecture."""
         return bool(self.profile.identify) and any(e.startswith("device tree: ") for e in self.evidence)
 
@@ -120,7 +120,7 @@ class Identification:
             "title": self.profile.title,
             "support": self.profile.support,
             "advice": self.profile.advice,
-            "certain": self.certain,
+            "certain": self.is_certain,
             "evidence": list(self.evidence),
             "differences": list(self.differences),
             "jetpack": self.jetpack.name if self.jetpack is not None else None,
@@ -135,7 +135,7 @@ class Identification:
         return "\n".join(lines)
 
 
-def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
+def identify(facts: BoardFacts, folders: Sequence[Path] = ()) -> Identification:
     """The profile that fits a board best, of a user's own folders or the shipped ones.
 
     The longest text of `identify` that occurs in the model or in an entry of `compatible` decides. Failing that, the
@@ -143,8 +143,8 @@ def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
     fits, then the one whose clock fits is taken; where nothing tells them apart, the one with less memory. Raises
     `ProfileError` if no profile fits and there is no generic one, or the L4T release is no number.
     """
-    jetpack_release = jetpack(facts.l4t) if facts.l4t else None
-    profiles = [profile_store.find(name, folders) for name in profile_store.names(folders)]
+    jetpack_release = jetpack_of_release(facts.l4t) if facts.l4t else None
+    profiles = [profile_store.find_profile(name, folders) for name in profile_store.profile_names(folders)]
     profiles = [p for p in profiles if p.arch == facts.machine]
     texts = (facts.model, *facts.compatible)
     matches = [(len(t), p, t) for p in profiles for t in p.identify if any(t in text for text in texts)]
@@ -156,9 +156,9 @@ def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
     elif fitting := [p for p in profiles if p.soc and any(c.rpartition(",")[2] == p.soc for c in facts.compatible)]:
         evidence = [f"processor: {fitting[0].soc}"]
     else:
-        fitting = [_generic(facts, folders)]
+        fitting = [_generic_profile(facts, folders)]
         evidence = [f"architecture: {facts.machine}"]
-    profile = min(fitting, key=lambda p: (*_distance(p, facts), p.memory.total_bytes, p.name))
+    profile = min(fitting, key=lambda p: (*_profile_distance(p, facts), p.memory.total_bytes, p.name))
     if len(fitting) > 1:
         if facts.memory_total is not None:
             evidence.append(f"memory: {facts.memory_total / 1e9:.1f} GB")
@@ -170,22 +170,22 @@ def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
             + (f": JetPack {jetpack_release.name}" if jetpack_release else ", which is not known here")
         )
     return Identification(
-        profile, tuple(evidence), tuple(_differences(profile, facts, jetpack_release)), jetpack_release
+        profile, tuple(evidence), tuple(_difference_texts(profile, facts, jetpack_release)), jetpack_release
     )
 
 
-def _generic(facts: Facts, folders: Sequence[Path]) -> HardwareProfile:
+def _generic_profile(facts: BoardFacts, folders: Sequence[Path]) -> HardwareProfile:
     name = f"generic-{facts.machine.replace('_', '-')}"
-    if name not in profile_store.names(folders):
+    if name not in profile_store.profile_names(folders):
         raise ProfileError(
             f"no hardware profile fits a {facts.machine} board",
             got=repr(facts.model),
             hint="Write one (docs/add-a-board.md) and name it.",
         )
-    return profile_store.find(name, folders)
+    return profile_store.find_profile(name, folders)
 
 
-def _distance(profile: HardwareProfile, facts: Facts) -> tuple[float, float]:
+def _profile_distance(profile: HardwareProfile, facts: BoardFacts) -> tuple[float, float]:
     """How far memory and clock are from the profile's, as magnitudes of ratios; 0 where they aren't known or fit."""
     distances = []
     for measured, promised, slack in (
@@ -197,9 +197,9 @@ def _distance(profile: HardwareProfile, facts: Facts) -> tuple[float, float]:
     return distances[0], distances[1]
 
 
-def _differences(profile: HardwareProfile, facts: Facts, release: JetPack | None) -> list[str]:
+def _difference_texts(profile: HardwareProfile, facts: BoardFacts, release: JetPack | None) -> list[str]:
     differences = []
-    memory, clock = _distance(profile, facts)
+    memory, clock = _profile_distance(profile, facts)
     if memory and facts.memory_total and profile.identify:
         differences.append(
             f"it has {facts.memory_total / 1e9:.1f} GB of memory, not {profile.memory.total_bytes / 1e9:.1f}"
@@ -212,7 +212,7 @@ def _differences(profile: HardwareProfile, facts: Facts, release: JetPack | None
         promised = profile.software.tensorrt
         if promised is not None and promised != release.tensorrt:
             differences.append(f"JetPack {release.name} has TensorRT {release.tensorrt}, not {promised}")
-        if not release.runs_the_runtime and profile.support == "full":
+        if not release.can_run_the_runtime and profile.support == "full":
             differences.append(
                 f"JetPack {release.name} has Python {release.python}, and the runtime needs 3.10: flash a newer one"
             )

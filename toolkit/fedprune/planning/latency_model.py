@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ProfileError
-from fedprune.core.records import convert, items, within
+from fedprune.core.records import convert_record, item_count, number_range
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import ACTIVATION_PASSES, FLOAT, WEIGHT_PASSES
 from fedprune.planning.kernel_workload import BLOCKS, FEATURES, KINDS, workload
@@ -47,23 +47,25 @@ GPU_PEAK, GPU_BANDWIDTH = 1.31e12, 68e9
 _OPERATORS = 30
 
 # Kinds of which training moves more elements than of others.
-_DEAR = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0}
+_MOVE_FACTOR_OF_KIND = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0}
 
 # How strongly a fit holds on to what is typical, where measurements say little.
-_TRUST = 0.01
+_PRIOR_WEIGHT = 0.01
 
 # Sweeps of coordinate descent in a fit: enough for tables of this size to settle.
-_SWEEPS = 300
+_DESCENT_SWEEPS = 300
 _MAX_SECONDS = 1e3
 # The least time, whatever a received table says of some kinds: times are divided by one another.
-_LEAST_SECONDS = 1e-9
+_MIN_SECONDS = 1e-9
 
-Row = Annotated[tuple[Annotated[float, within(0, _MAX_SECONDS)], ...], items(len(FEATURES), len(FEATURES))]
+UnitSeconds = Annotated[
+    tuple[Annotated[float, number_range(0, _MAX_SECONDS)], ...], item_count(len(FEATURES), len(FEATURES))
+]
 # Seconds per unit (`FEATURES`) by kind of kernel.
-Rows = Mapping[str, Row]
+UnitSecondsByKind = Mapping[str, UnitSeconds]
 
 _DIGITS = 5
-_STEPS, _PREDICTIONS = "training", "inference"
+_TRAINING, _INFERENCE = "training", "inference"
 
 
 @dataclass(frozen=True)
@@ -90,32 +92,32 @@ class LatencyTable:
     """
 
     block: int
-    training: Rows = field(hash=False)
-    inference: Rows = field(hash=False)
-    error: Annotated[float, within(0)] = math.nan
-    points: Annotated[int, within(0, 10**6)] = 0
+    training: UnitSecondsByKind = field(hash=False)
+    inference: UnitSecondsByKind = field(hash=False)
+    error: Annotated[float, number_range(0)] = math.nan
+    points: Annotated[int, number_range(0, 10**6)] = 0
 
     def __post_init__(self) -> None:
         if self.block not in BLOCKS:
             raise ProfileError("latency table: block", expected=f"one of {BLOCKS}", got=repr(self.block)[:80])
-        for name in (_STEPS, _PREDICTIONS):
+        for name in (_TRAINING, _INFERENCE):
             if not any(row[0] > 0 for row in getattr(self, name).values()):
                 raise ProfileError(f"latency table: {name}", expected="a time of a call or run", got="none above 0")
 
     def step_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int) -> Numbers:
         """Times of training steps, [n]; `widths` are [n, groups] or [groups]."""
-        return np.maximum(_LEAST_SECONDS, workload(architecture).training(widths, batch) @ _vector(self.training))
+        return np.maximum(_MIN_SECONDS, workload(architecture).training(widths, batch) @ _vector_of(self.training))
 
     def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike) -> Numbers:
         """Time of predictions of one sample, as `step_seconds` gives it."""
         work = workload(architecture).inference(widths, 1, self.block)
-        return np.maximum(_LEAST_SECONDS, work @ _vector(self.inference))
+        return np.maximum(_MIN_SECONDS, work @ _vector_of(self.inference))
 
     def to_dict(self) -> dict[str, Any]:
         body: dict[str, Any] = {"block": self.block, "points": self.points}
         if math.isfinite(self.error):
             body["error"] = self.error
-        for name in (_STEPS, _PREDICTIONS):
+        for name in (_TRAINING, _INFERENCE):
             body[name] = {kind: list(row) for kind, row in getattr(self, name).items()}
         return body
 
@@ -126,12 +128,12 @@ class LatencyTable:
         if not isinstance(body, Mapping):
             raise ProfileError("latency table", expected="a table", got=type(body).__name__)
         tables = {}
-        for name in (_STEPS, _PREDICTIONS):
+        for name in (_TRAINING, _INFERENCE):
             if not isinstance(rows := body.get(name), Mapping):
                 raise ProfileError(f"latency table: {name}", expected="a table", got=type(rows).__name__)
             typical = getattr(typical_table(), name)
             tables[name] = {kind: rows.get(kind, typical[kind]) for kind in KINDS}
-        return convert(cls, {**body, **tables}, "latency table", ProfileError)
+        return convert_record(cls, {**body, **tables}, "latency table", ProfileError)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
@@ -143,7 +145,7 @@ def typical_table(rate: float = TYPICAL_RATE) -> LatencyTable:
     slower = TYPICAL_RATE / rate
     training, inference = {}, {}
     for kind in KINDS:
-        move_factor = _DEAR.get(kind, 1.0)
+        move_factor = _MOVE_FACTOR_OF_KIND.get(kind, 1.0)
         training[kind] = tuple(slower * v * (move_factor if f == "move" else 1.0) for f, v in TYPICAL_TRAINING.items())
         inference[kind] = tuple(slower * v for v in TYPICAL_INFERENCE.values())
     return LatencyTable(16, training, inference)
@@ -156,11 +158,13 @@ def typical_gpu_table(peak: float = GPU_PEAK, bandwidth: float = GPU_BANDWIDTH) 
     mac, number = 2 / (GPU_SHARE * peak), FLOAT / bandwidth
     # What one row makes the next one reads, so that each activation is counted twice.
     move, weight = ACTIVATION_PASSES / 2 * number, WEIGHT_PASSES * number
-    training = {k: (_OPERATORS * GPU_LAUNCH, 0.0, 3 * mac, _DEAR.get(k, 1.0) * move, weight) for k in KINDS}
+    training = {
+        k: (_OPERATORS * GPU_LAUNCH, 0.0, 3 * mac, _MOVE_FACTOR_OF_KIND.get(k, 1.0) * move, weight) for k in KINDS
+    }
     return LatencyTable(1, training, dict.fromkeys(KINDS, (GPU_LAUNCH, 0.0, mac, number, number)))
 
 
-def fitted(measured: Sequence[Measurement], typical: LatencyTable | None = None) -> LatencyTable:
+def fit_latency_table(measured: Sequence[Measurement], typical: LatencyTable | None = None) -> LatencyTable:
     """The table that explains measurements best (least squares of relative errors, no negative times).
 
     Kinds that were not seen are guessed from the table `typical`, by default `typical_table()`, scaled. Raises
@@ -171,11 +175,11 @@ def fitted(measured: Sequence[Measurement], typical: LatencyTable | None = None)
         raise ProfileError("latency table: measurements", expected="training steps and predictions")
     typical = typical or typical_table()
     work = np.concatenate([workload(m.architecture).training(m.widths, m.batch) for m in steps])
-    training, training_errors = _fit(work, steps, typical.training)
+    training, training_errors = _fit_seconds_per_unit(work, steps, typical.training)
     best: tuple[float, int, Numbers, Numbers] | None = None
     for block in BLOCKS:
         work = np.concatenate([workload(m.architecture).inference(m.widths, m.batch, block) for m in predictions])
-        seconds_per_unit, errors = _fit(work, predictions, typical.inference)
+        seconds_per_unit, errors = _fit_seconds_per_unit(work, predictions, typical.inference)
         score = float(np.sqrt(np.mean(errors**2)))
         # A smaller block must explain clearly more: without blocked kernels all of them say the same.
         if best is None or score < 0.98 * best[0]:
@@ -183,32 +187,36 @@ def fitted(measured: Sequence[Measurement], typical: LatencyTable | None = None)
     if best is None:
         raise ProfileError("latency table: no block was tried")
     error = float(np.median(np.abs(np.concatenate([training_errors, best[3]]))))
-    return LatencyTable(best[1], _rows(training), _rows(best[2]), round(error, 4), len(measured))
+    return LatencyTable(
+        best[1], _unit_seconds_by_kind(training), _unit_seconds_by_kind(best[2]), round(error, 4), len(measured)
+    )
 
 
-def _fit(work: Numbers, measured: Sequence[Measurement], typical: Rows) -> tuple[Numbers, Numbers]:
+def _fit_seconds_per_unit(
+    work: Numbers, measured: Sequence[Measurement], typical: UnitSecondsByKind
+) -> tuple[Numbers, Numbers]:
     """Seconds per unit, and the relative error of every measurement."""
     seconds = np.array([m.seconds for m in measured])
-    prior = _vector(typical)
+    prior = _vector_of(typical)
     prior = prior * max(1e-12, float(np.median(seconds / (work @ prior))))
     # In multiples of what is typical, so that all unknowns are near 1 and are held there alike.
     scaled = work / seconds[:, None] * prior
     square = scaled.T @ scaled
     used_columns = np.flatnonzero(scaled.any(0))
-    target = scaled.sum(0) + _TRUST
-    square[np.diag_indices_from(square)] += _TRUST
+    target = scaled.sum(0) + _PRIOR_WEIGHT
+    square[np.diag_indices_from(square)] += _PRIOR_WEIGHT
     factor = np.ones(len(prior))
     # Coordinate descent: each factor's best value given the others, cut off at 0, since no kernel takes negative time.
-    for _ in range(_SWEEPS):
+    for _ in range(_DESCENT_SWEEPS):
         for j in used_columns:
             factor[j] = max(0.0, factor[j] - (square[j] @ factor - target[j]) / square[j, j])
     return prior * factor, scaled @ factor - 1
 
 
-def _vector(rows: Rows) -> Numbers:
+def _vector_of(rows: UnitSecondsByKind) -> Numbers:
     return np.array([v for kind in KINDS for v in rows[kind]])
 
 
-def _rows(vector: Numbers) -> Rows:
+def _unit_seconds_by_kind(vector: Numbers) -> UnitSecondsByKind:
     table = vector.reshape(len(KINDS), len(FEATURES))
     return {k: tuple(float(f"{v:.{_DIGITS}g}") for v in row) for k, row in zip(KINDS, table.tolist(), strict=True)}

@@ -9,33 +9,33 @@ from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from fedprune.core.errors import PlanError
-from fedprune.core.records import convert
+from fedprune.core.records import convert_record
 from fedprune.core.text import amount
-from fedprune.model.architecture import Architecture, widths_at, widths_with_least
+from fedprune.model.architecture import Architecture, widths_at, widths_at_least
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.cost_prediction import (
     NO_CORRECTION,
     Correction,
     Prediction,
-    bandwidth,
     latency_table,
+    memory_bandwidth,
     memory_use,
-    predict,
+    predict_costs,
     training_memory,
-    trains_on,
+    training_unit,
 )
 from fedprune.planning.costs import MemoryBreakdown, costs_at
 from fedprune.planning.probe_report import CPU, ProbeReport
-from fedprune.planning.profile import TIERS, HardwareProfile, Power
-from fedprune.planning.width_candidates import Rung, rungs
+from fedprune.planning.profile import TIERS, HardwareProfile, PowerFigures
+from fedprune.planning.width_candidates import WidthCandidate, width_candidates
 from fedprune.updates import NO_CODECS, Codecs
 
 # Candidates, widest first: from the whole model down to a sixteenth of every group.
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 
 # Stands for the binding limit of a plan that nothing limits.
-NOTHING = "nothing"
+NOTHING_BINDS = "nothing"
 
 MEMORY = "memory"
 TIME = "time"
@@ -43,18 +43,18 @@ LINK = "link"
 BYTES = "bytes"
 ENERGY = "energy"
 STORAGE = "storage"
-LIMITS = (MEMORY, TIME, LINK, BYTES, ENERGY, STORAGE)
+LIMIT_NAMES = (MEMORY, TIME, LINK, BYTES, ENERGY, STORAGE)
 
 # Fewest samples in a part of a full batch where batch norm takes its statistics from each part. Smaller parts make
 # noisy statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them.
-NORMALISED_SAMPLES = 8
+MIN_NORMALISED_SAMPLES = 8
 
 
 # A plan that keeps a smaller share of the weights warns.
-LITTLE = 0.25
+MIN_KEPT_WEIGHTS = 0.25
 
 # Per limit of a job the setting that raises it.
-JOB_SETTINGS: Mapping[str, str] = {
+SETTING_OF_LIMIT: Mapping[str, str] = {
     MEMORY: "recipe.accumulate = {}",
     TIME: "deadline_s = {}",
     BYTES: "byte_budget = {}",
@@ -63,11 +63,11 @@ JOB_SETTINGS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Limit:
+class PlanLimit:
     """One limit of a board or job, and what a submodel would use of it.
 
     Attributes:
-        name: One of `LIMITS`.
+        name: One of `LIMIT_NAMES`.
         value: What the submodel uses.
         limit: What it may use.
         unit: `bytes`, `s` or `J`.
@@ -92,7 +92,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WidthPlan:
     """How wide a board's model is, and why.
 
     Attributes:
@@ -109,7 +109,7 @@ class Plan:
     widths: tuple[int, ...]
     density: float
     prediction: Prediction
-    limits: tuple[Limit, ...]
+    limits: tuple[PlanLimit, ...]
     bound: str
     correction: Correction = NO_CORRECTION
     accumulate: int = 1
@@ -131,7 +131,7 @@ class Plan:
             latency_j=None if p.latency_j is None else p.latency_j / c.latency,
         )
 
-    def limit(self, name: str) -> Limit:
+    def limit_of(self, name: str) -> PlanLimit:
         """The limit of that name. Raises `KeyError` if this plan has no such limit."""
         return next(limit for limit in self.limits if limit.name == name)
 
@@ -148,27 +148,27 @@ class Plan:
         return min(repeats, default=math.inf)
 
     def describe(self, full_parameters: int | None = None) -> str:
-        """Lines for people: `summary`, every limit with the binding one marked, and the notes."""
-        lines = self.summary(full_parameters)
+        """Lines for people: `summary_lines`, every limit with the binding one marked, and the notes."""
+        lines = self.summary_lines(full_parameters)
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
             if limit.name == MEMORY:
                 free = amount(limit.limit - limit.value, "bytes")
-                lines.append(f"    {_terms(self.prediction.memory)}, {free} left")
-        if unbound := self.unbound():
+                lines.append(f"    {_memory_terms(self.prediction.memory)}, {free} left")
+        if unbound := self.unbound_line():
             lines.append(f"  {unbound}")
         return "\n".join([*lines, *self.notes])
 
-    def unbound(self) -> str:
+    def unbound_line(self) -> str:
         """A line that says that no limit binds; empty where one does."""
-        if self.bound != NOTHING:
+        if self.bound != NOTHING_BINDS:
             return ""
         # The whole model is always tried first, unless the density was not the planner's to choose.
         reason = "the whole model fits" if self.density == 1 else f"density {self.density:.3g}, as asked"
         return f"nothing binds: {reason}"
 
-    def summary(self, full_parameters: int | None = None) -> list[str]:
+    def summary_lines(self, full_parameters: int | None = None) -> list[str]:
         """Lines on the width, the costs and what was learnt.
 
         With the parameters of the whole model they say which share of the weights is kept, which is less than the
@@ -183,7 +183,7 @@ class Plan:
         lines = [
             f"density {self.density:.3g} ({weights_text} parameters, {p.forward_macs:,} MACs per sample)",
             f"a round: {p.steps} steps of {amount(p.step_s, 's')}, {amount(p.transfer_s, 's')} on the link",
-            f"a prediction: {amount(p.latency_s, 's')}{self._energy()}",
+            f"a prediction: {amount(p.latency_s, 's')}{self._energy_text()}",
         ]
         if self.correction != NO_CORRECTION:
             correction, learnt_bytes = self.correction, p.memory.learnt
@@ -193,7 +193,7 @@ class Plan:
             lines.append(f"learnt from its rounds: {times}{memory}")
         return lines
 
-    def _energy(self) -> str:
+    def _energy_text(self) -> str:
         p = self.prediction
         if p.step_j is None or p.train_j is None or p.latency_j is None:
             return ""
@@ -211,11 +211,15 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, body: object) -> Plan:
+    def from_dict(cls, body: object) -> WidthPlan:
         """Read and check what `to_dict` writes. Raises `PlanError` if it is not what `to_dict` writes."""
-        plan = convert(cls, body, "plan", PlanError)
+        plan = convert_record(cls, body, "plan", PlanError)
         names, units = {limit.name for limit in plan.limits}, {limit.unit for limit in plan.limits}
-        if not names <= set(LIMITS) or not units <= {"bytes", "s", "J"} or plan.bound not in (*LIMITS, NOTHING):
+        if (
+            not names <= set(LIMIT_NAMES)
+            or not units <= {"bytes", "s", "J"}
+            or plan.bound not in (*LIMIT_NAMES, NOTHING_BINDS)
+        ):
             raise PlanError("plan: an unknown limit or unit", got=(sorted(names), sorted(units), plan.bound))
         if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths) or plan.accumulate < 1:
             got = (plan.density, plan.widths, plan.accumulate)
@@ -228,13 +232,13 @@ class _Candidate:
     """A candidate's costs: the recipe as asked for, and with as many parts of a batch as memory needs."""
 
     widths: tuple[int, ...]
-    asked: Recipe
+    requested_recipe: Recipe
     recipe: Recipe
     prediction: Prediction
-    limits: tuple[Limit, ...]
+    limits: tuple[PlanLimit, ...]
 
     @property
-    def worst(self) -> Limit:
+    def worst_limit(self) -> PlanLimit:
         """The limit that it breaks by most."""
         return max((m for m in self.limits if not m.fits), key=lambda m: m.overshoot)
 
@@ -261,7 +265,7 @@ class PlanSearch:
         frozen: Tensors that the model's author froze.
         margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
         codecs: As in `predict`.
-        names: What the settings of `JOB_SETTINGS` are called where the user has them.
+        names: What the settings of `SETTING_OF_LIMIT` are called where the user has them.
         least_channels: How many channels every group keeps, or all where it has less.
     """
 
@@ -279,7 +283,7 @@ class PlanSearch:
     frozen: Collection[str] = ()
     margin: float = 0.0
     codecs: Codecs = NO_CODECS
-    names: Mapping[str, str] = field(default_factory=lambda: JOB_SETTINGS)
+    names: Mapping[str, str] = field(default_factory=lambda: SETTING_OF_LIMIT)
     least_channels: int = 1
 
     def __post_init__(self) -> None:
@@ -289,53 +293,53 @@ class PlanSearch:
                 raise PlanError(name, expected="a number above 0", got=value)
 
     @property
-    def room(self) -> int:
+    def available_bytes(self) -> int:
         """Bytes that training may take."""
         return round(training_memory(self.profile, self.probe) * (1 - self.margin))
 
-    def plan(self) -> Plan:
+    def search(self) -> WidthPlan:
         """The plan. Raises `PlanError` if not even the narrowest candidate fits, or there is no candidate."""
-        widest_rung: Rung | None = None
+        widest_rung: WidthCandidate | None = None
         wider_widths: tuple[int, ...] | None = None
         for rung in self._candidates():
             widest_rung = widest_rung or rung
             # Memory is looked at first: it takes a fraction of the time that a prediction takes.
-            if not self._in_parts(rung.widths, self._asked(rung.widths))[1]:
+            if not self._split_to_fit(rung.widths, self._requested_recipe(rung.widths))[1]:
                 wider_widths = rung.widths
                 continue
-            candidate = self._predicted(rung.widths)
+            candidate = self._candidate_at(rung.widths)
             if all(limit.fits for limit in candidate.limits):
-                widest_candidate = candidate if wider_widths is None else self._predicted(widest_rung.widths)
+                widest_candidate = candidate if wider_widths is None else self._candidate_at(widest_rung.widths)
                 kept_weights = candidate.prediction.parameters / widest_candidate.prediction.parameters
                 explanation = (
                     ""
                     if wider_widths is None or tuple(self.densities) != DENSITIES
-                    else self._missing(widest_candidate)
+                    else self._full_model_explanation(widest_candidate)
                 )
-                warns = kept_weights < LITTLE and explanation
-                return self._made(
+                warns = kept_weights < MIN_KEPT_WEIGHTS and explanation
+                return self._plan_of(
                     candidate,
                     rung.density,
-                    bound=self._predicted(wider_widths).worst.name if wider_widths else NOTHING,
+                    bound=self._candidate_at(wider_widths).worst_limit.name if wider_widths else NOTHING_BINDS,
                     notes=(explanation,) if explanation and not warns else (),
                     warning=f"only {kept_weights:.1%} of the weights are kept. {explanation}" if warns else "",
                 )
             wider_widths = rung.widths
         if widest_rung is None:
             raise PlanError("there is no density to choose from")
-        narrowest = self._predicted(rung.widths)
-        worst, memory = narrowest.worst, narrowest.prediction.memory
+        narrowest = self._candidate_at(rung.widths)
+        worst, memory = narrowest.worst_limit, narrowest.prediction.memory
         # A board that has trained can train: memory that its rounds measured never excludes it.
-        if [m.name for m in narrowest.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.room:
+        if [m.name for m in narrowest.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.available_bytes:
             measured = "the narrowest model takes more memory than the board has, by what its rounds measured"
-            return self._made(narrowest, rung.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}")
-        raise self._nothing_fits(narrowest)
+            return self._plan_of(narrowest, rung.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}")
+        raise self._no_fit_error(narrowest)
 
-    def _nothing_fits(self, narrowest: _Candidate) -> PlanError:
-        worst, name, target = narrowest.worst, self.architecture.name, self.profile.name
+    def _no_fit_error(self, narrowest: _Candidate) -> PlanError:
+        worst, name, target = narrowest.worst_limit, self.architecture.name, self.profile.name
         other_limits = [m.describe() for m in narrowest.limits if not m.fits and m is not worst]
         others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
-        memory_text = f"Memory is for: {_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
+        memory_text = f"Memory is for: {_memory_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
         remedies = self._remedies(narrowest) or "No setting of the recipe or the board frees enough."
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
@@ -343,55 +347,55 @@ class PlanSearch:
             else f"{name} at density {max(self.densities):.3g} doesn't fit {target}: it breaks {worst.name}",
             expected=f"at most {amount(worst.limit, worst.unit)}",
             got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
-            hint=f"{others_text}{memory_text}{remedies} {_HINTS[worst.name]}{self._processor_fits()}",
+            hint=f"{others_text}{memory_text}{remedies} {_HINT_OF_LIMIT[worst.name]}{self._processor_hint()}",
         )
 
-    def _processor_fits(self) -> str:
+    def _processor_hint(self) -> str:
         """A sentence if the model fits the board's processor, but not its GPU; else empty."""
-        if self._unit == CPU:
+        if self._training_unit == CPU:
             return ""
         try:
-            plan = self._on_processor().plan()
+            plan = self._search_on_processor().search()
         except PlanError:
             return ""
         tier = f'software.tier = "{TIERS[0]}" in its profile, fedprune-device run --tier {TIERS[0]} on the board'
         return f" Or train on its processor, which fits (density {plan.density:.3g}): {tier}."
 
-    def _on_processor(self) -> PlanSearch:
+    def _search_on_processor(self) -> PlanSearch:
         """The same search for the board's processor, by its profile. Of what rounds on the GPU taught, only memory
         holds there."""
         probe = self.probe and replace(self.probe, unit=CPU, latency=None, train_rate=None, infer_rate=None)
         profile = replace(self.profile, software=replace(self.profile.software, tier=TIERS[0]))
-        return replace(self, profile=profile, probe=probe, correction=self.correction.of_memory())
+        return replace(self, profile=profile, probe=probe, correction=self.correction.without_times())
 
-    def _candidates(self) -> Iterator[Rung]:
+    def _candidates(self) -> Iterator[WidthCandidate]:
         """Candidates, widest first. Of the planner's own the whole model is the first, and is yielded before the others
         are computed: most boards that can hold all of it need no more."""
         if tuple(self.densities) == DENSITIES:
-            yield Rung(1.0, self.architecture.sizes, 1)
-            batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
-            table, rate = latency_table(self.profile, self.probe), bandwidth(self.profile, self.probe)
-            narrower = rungs(self.architecture, table, batch, self.densities, rate)[1:]
+            yield WidthCandidate(1.0, self.architecture.sizes, 1)
+            batch = min(self._requested_recipe(self.architecture.sizes).batch_size, self.samples)
+            table, rate = latency_table(self.profile, self.probe), memory_bandwidth(self.profile, self.probe)
+            narrower = width_candidates(self.architecture, table, batch, self.densities, rate)[1:]
             yield from dict.fromkeys(replace(rung, widths=self._with_least(rung.widths)) for rung in narrower)
             return
-        rung_of_widths: dict[tuple[int, ...], Rung] = {}
+        rung_of_widths: dict[tuple[int, ...], WidthCandidate] = {}
         for density in sorted(set(self.densities), reverse=True):
             widths = self._with_least(widths_at(self.architecture, density))
-            rung_of_widths.setdefault(widths, Rung(density, widths, 1))
+            rung_of_widths.setdefault(widths, WidthCandidate(density, widths, 1))
         yield from rung_of_widths.values()
 
     def _with_least(self, widths: tuple[int, ...]) -> tuple[int, ...]:
-        return widths_with_least(self.architecture, widths, self.least_channels)
+        return widths_at_least(self.architecture, widths, self.least_channels)
 
     @property
-    def _unit(self) -> str:
-        return trains_on(self.profile, self.probe)
+    def _training_unit(self) -> str:
+        return training_unit(self.profile, self.probe)
 
-    def _asked(self, widths: tuple[int, ...]) -> Recipe:
+    def _requested_recipe(self, widths: tuple[int, ...]) -> Recipe:
         return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(widths)
 
-    def _prediction(self, widths: tuple[int, ...], recipe: Recipe) -> Prediction:
-        return predict(
+    def _predict(self, widths: tuple[int, ...], recipe: Recipe) -> Prediction:
+        return predict_costs(
             self.architecture,
             widths,
             self.profile,
@@ -403,31 +407,33 @@ class PlanSearch:
             codecs=self.codecs,
         )
 
-    def _predicted(self, widths: tuple[int, ...]) -> _Candidate:
-        asked = self._asked(widths)
-        recipe = self._in_parts(widths, asked)[0]
-        prediction = self._prediction(widths, recipe)
-        return _Candidate(widths, asked, recipe, prediction, self._limits(prediction))
+    def _candidate_at(self, widths: tuple[int, ...]) -> _Candidate:
+        asked = self._requested_recipe(widths)
+        recipe = self._split_to_fit(widths, asked)[0]
+        prediction = self._predict(widths, recipe)
+        return _Candidate(widths, asked, recipe, prediction, self._limits_of(prediction))
 
-    def _limits(self, prediction: Prediction) -> tuple[Limit, ...]:
-        limits = [Limit(MEMORY, prediction.memory_bytes, self.room, "bytes")]
+    def _limits_of(self, prediction: Prediction) -> tuple[PlanLimit, ...]:
+        limits = [PlanLimit(MEMORY, prediction.memory_bytes, self.available_bytes, "bytes")]
         if self.deadline_s is not None:
-            limits.append(Limit(TIME, prediction.round_s, self.deadline_s, "s"))
-        limits.append(Limit(LINK, prediction.round_bytes, self.profile.link.bytes_per_round, "bytes"))
+            limits.append(PlanLimit(TIME, prediction.round_s, self.deadline_s, "s"))
+        limits.append(PlanLimit(LINK, prediction.round_bytes, self.profile.link.bytes_per_round, "bytes"))
         if self.byte_budget is not None:
-            limits.append(Limit(BYTES, prediction.round_bytes, self.byte_budget, "bytes"))
+            limits.append(PlanLimit(BYTES, prediction.round_bytes, self.byte_budget, "bytes"))
         if self.energy_budget is not None and prediction.train_j is not None:
-            limits.append(Limit(ENERGY, prediction.train_j, self.energy_budget, "J"))
-        limits.append(Limit(STORAGE, prediction.storage_bytes, self.profile.storage.budget_bytes, "bytes"))
+            limits.append(PlanLimit(ENERGY, prediction.train_j, self.energy_budget, "J"))
+        limits.append(PlanLimit(STORAGE, prediction.storage_bytes, self.profile.storage.budget_bytes, "bytes"))
         return tuple(limits)
 
-    def _in_parts(self, widths: tuple[int, ...], recipe: Recipe, min_samples: int | None = None) -> tuple[Recipe, bool]:
+    def _split_to_fit(
+        self, widths: tuple[int, ...], recipe: Recipe, min_samples: int | None = None
+    ) -> tuple[Recipe, bool]:
         """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory;
         and whether it does. Parts have at least `min_samples` samples, by default as many as don't harm training."""
         costs = costs_at(self.architecture, widths)
         best, least_bytes = recipe, math.inf
-        for part_count in _parts(recipe, self.samples, min_samples or self._smallest(recipe)):
-            split_recipe = recipe.in_parts(part_count)
+        for part_count in _part_counts(recipe, self.samples, min_samples or self._min_part_samples(recipe)):
+            split_recipe = recipe.with_micro_batches(part_count)
             needed = memory_use(
                 self.architecture,
                 widths,
@@ -440,20 +446,20 @@ class PlanSearch:
             ).total
             if needed < least_bytes:
                 best, least_bytes = split_recipe, needed
-            if needed <= self.room:
+            if needed <= self.available_bytes:
                 return split_recipe, True
         return best, False
 
-    def _smallest(self, recipe: Recipe) -> int:
+    def _min_part_samples(self, recipe: Recipe) -> int:
         """Fewest samples of a part of a batch that don't harm training. Mixing takes two samples."""
-        if normalises(self.architecture, recipe, self.frozen):
-            return NORMALISED_SAMPLES
+        if has_batch_statistics(self.architecture, recipe, self.frozen):
+            return MIN_NORMALISED_SAMPLES
         return 2 if recipe.mixes_samples else 1
 
-    def _made(
+    def _plan_of(
         self, candidate: _Candidate, density: float, *, bound: str, notes: tuple[str, ...] = (), warning: str = ""
-    ) -> Plan:
-        return Plan(
+    ) -> WidthPlan:
+        return WidthPlan(
             widths=candidate.widths,
             density=density,
             prediction=candidate.prediction,
@@ -461,50 +467,51 @@ class PlanSearch:
             bound=bound,
             correction=self.correction,
             accumulate=candidate.recipe.accumulate,
-            notes=(*self._on_gpu(candidate), *self._notes(candidate), *notes),
-            warning=" ".join(filter(None, (warning, self._unlimited(candidate.prediction)))),
+            notes=(*self._gpu_notes(candidate), *self._split_notes(candidate), *notes),
+            warning=" ".join(filter(None, (warning, self._unlimited_energy_warning(candidate.prediction)))),
         )
 
-    def _unlimited(self, prediction: Prediction) -> str:
+    def _unlimited_energy_warning(self, prediction: Prediction) -> str:
         """A warning if energy is to be limited, but the profile doesn't say the board's power; else empty."""
         if self.energy_budget is None or prediction.train_j is not None:
             return ""
-        power = self.profile.power or Power()
+        power = self.profile.power or PowerFigures()
         missing_figures = " and ".join(f"power.{n}" for n in ("idle_w", "load_w") if getattr(power, n) is None)
         return f"energy isn't limited: {self.profile.name} has no {missing_figures}."
 
-    def _on_gpu(self, candidate: _Candidate) -> tuple[str, ...]:
+    def _gpu_notes(self, candidate: _Candidate) -> tuple[str, ...]:
         """Notes for a board that trains on its GPU: whether its processor would take less time, by its profile."""
-        if self._unit == CPU:
+        if self._training_unit == CPU:
             return ()
-        on_processor = self._on_processor()._prediction(candidate.widths, candidate.recipe)
+        on_processor = self._search_on_processor()._predict(candidate.widths, candidate.recipe)
         if on_processor.step_s >= candidate.prediction.step_s:
             return ("trains on: GPU",)
         step_text = f"{amount(on_processor.step_s, 's')} per step instead of {amount(candidate.prediction.step_s, 's')}"
         return (f"trains on: GPU; its processor would take {step_text} (fedprune-device run --tier {TIERS[0]})",)
 
-    def _notes(self, candidate: _Candidate) -> tuple[str, ...]:
+    def _split_notes(self, candidate: _Candidate) -> tuple[str, ...]:
         """Notes for a batch that is split into more parts than the recipe asks for: why, and what that changes."""
         recipe = candidate.recipe
-        if recipe.accumulate == candidate.asked.accumulate:
+        if recipe.accumulate == candidate.requested_recipe.accumulate:
             return ()
         reason = (
             f"batches of {min(recipe.batch_size, self.samples)} are split into parts of "
-            f"{recipe.part_sizes(self.samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
+            f"{recipe.micro_batch_sizes(self.samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the "
+            "memory"
         )
-        if not normalises(self.architecture, recipe, self.frozen):
+        if not has_batch_statistics(self.architecture, recipe, self.frozen):
             return (reason,)
         statistics = (
             "batch norm takes its statistics from each part, not from the whole batch: "
-            f"parts of full batches have at least {NORMALISED_SAMPLES} samples; "
+            f"parts of full batches have at least {MIN_NORMALISED_SAMPLES} samples; "
             "GroupNorm or LayerNorm would not depend on that"
         )
         return reason, statistics
 
-    def _missing(self, widest: _Candidate) -> str:
+    def _full_model_explanation(self, widest: _Candidate) -> str:
         """Sentences on why the whole model doesn't fit, and what would make it fit."""
         broken_limits = [
-            f"{m.describe()}: {_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
+            f"{m.describe()}: {_memory_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
             for m in widest.limits
             if not m.fits
         ]
@@ -524,18 +531,18 @@ class PlanSearch:
                     return ""
                 settings.append(", or ".join(remedies))
             else:
-                settings.append(self._setting(limit.name, _enough(limit)))
+                settings.append(self._setting_text(limit.name, _sufficient_setting(limit)))
         return f"It fits with {'; and with '.join(settings)}."
 
-    def _setting(self, limit: str, value: object) -> str:
-        return _SETTINGS[limit].format(self.names.get(limit, "{}").format(value))
+    def _setting_text(self, limit: str, value: object) -> str:
+        return _REMEDY_OF_LIMIT[limit].format(self.names.get(limit, "{}").format(value))
 
-    def _memory_remedies(self, candidate: _Candidate, limit: Limit) -> list[str]:
+    def _memory_remedies(self, candidate: _Candidate, limit: PlanLimit) -> list[str]:
         """Settings each of which would make a candidate fit the memory, the least harmful first."""
         remedies: list[str] = []
-        split_recipe, fits = self._in_parts(candidate.widths, candidate.asked, min_samples=1)
+        split_recipe, fits = self._split_to_fit(candidate.widths, candidate.requested_recipe, min_samples=1)
         if fits:
-            remedies.append(self._setting(MEMORY, split_recipe.accumulate))
+            remedies.append(self._setting_text(MEMORY, split_recipe.accumulate))
         share = self.profile.memory.training_share * limit.overshoot
         if share <= 1:
             share = math.ceil(100 * share) / 100
@@ -545,7 +552,7 @@ class PlanSearch:
         return remedies
 
 
-def _parts(recipe: Recipe, samples: int, min_samples: int) -> list[int]:
+def _part_counts(recipe: Recipe, samples: int, min_samples: int) -> list[int]:
     """Numbers of parts of a batch to choose from, fewest first: the recipe's own, and its doubles until parts
     would get too small."""
     batch, batch_samples = recipe.batch_size, min(recipe.batch_size, samples)
@@ -559,19 +566,19 @@ def _parts(recipe: Recipe, samples: int, min_samples: int) -> list[int]:
     return counts + [max_parts] * (max_parts > counts[-1])
 
 
-def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[str] = ()) -> bool:
+def has_batch_statistics(architecture: Architecture, recipe: Recipe, frozen: Collection[str] = ()) -> bool:
     """Whether a batch norm of the model takes its statistics from the samples that are worked on at once."""
     statistics = {t.name for t in architecture.statistics}
     return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
 
 
-def _terms(use: MemoryBreakdown) -> str:
-    terms = sorted(((getattr(use, name), title) for name, title in _TERMS.items()), key=lambda term: -term[0])
+def _memory_terms(use: MemoryBreakdown) -> str:
+    terms = sorted(((getattr(use, name), title) for name, title in _TITLE_OF_TERM.items()), key=lambda term: -term[0])
     return ", ".join(f"{title} {amount(count, 'bytes')}" for count, title in terms if count)
 
 
 # Titles of the terms of `MemoryBreakdown`.
-_TERMS = {
+_TITLE_OF_TERM = {
     "samples": "samples",
     "activations": "activations",
     "weights": "weights and optimiser state",
@@ -581,7 +588,7 @@ _TERMS = {
 }
 
 
-def _enough(limit: Limit) -> str:
+def _sufficient_setting(limit: PlanLimit) -> str:
     """The least setting with which a value fits: whole bytes, other units rounded up to three digits."""
     if limit.unit == "bytes":
         return str(math.ceil(limit.value))
@@ -589,7 +596,7 @@ def _enough(limit: Limit) -> str:
 
 
 # Per limit what raises it: a setting that `names` has a name for, or one of the profile.
-_SETTINGS = {
+_REMEDY_OF_LIMIT = {
     MEMORY: "smaller parts of a batch ({})",
     TIME: "a longer deadline ({})",
     LINK: "link.bytes_per_round = {} in the board's profile",
@@ -598,7 +605,7 @@ _SETTINGS = {
     STORAGE: "storage.budget_bytes = {} in the board's profile",
 }
 
-_HINTS = {
+_HINT_OF_LIMIT = {
     MEMORY: "Use a smaller batch, or a smaller model.",
     TIME: "Allow more time, or fewer epochs or steps.",
     LINK: "Raise link.bytes_per_round of the profile, or use a smaller model.",

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fedprune.core.errors import ProfileError
-from fedprune.core.records import convert, one_of, text, within
+from fedprune.core.records import convert_record, number_range, printable_text, word_of
 from fedprune.planning.latency_model import LatencyTable
 
-_MAX_TEXT = 200
+_MAX_TEXT_LENGTH = 200
 
 # Units that compute, by the names that `Session.provider` has for them.
 CPU, CUDA = UNITS = ("cpu", "cuda")
 
-Rate = Annotated[float, within(1, 1e17)]
+Rate = Annotated[float, number_range(1, 1e17)]
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ class ProbeReport:
         unit: What the rates and `latency` were measured on, one of `UNITS`.
     """
 
-    cores: Annotated[int, within(1, 4096)]
-    memory_total: Annotated[int, within(2**20, 2**50)]
-    memory_available: Annotated[int, within(0, 2**50)]
-    seconds: Annotated[float, within(0, 1e6)]
-    onnxruntime: Annotated[str, text(_MAX_TEXT)] = ""
-    board: Annotated[str, text(_MAX_TEXT)] = ""
-    clock_hz: Annotated[int, within(10**6, 10**11)] | None = None
+    cores: Annotated[int, number_range(1, 4096)]
+    memory_total: Annotated[int, number_range(2**20, 2**50)]
+    memory_available: Annotated[int, number_range(0, 2**50)]
+    seconds: Annotated[float, number_range(0, 1e6)]
+    onnxruntime: Annotated[str, printable_text(_MAX_TEXT_LENGTH)] = ""
+    board: Annotated[str, printable_text(_MAX_TEXT_LENGTH)] = ""
+    clock_hz: Annotated[int, number_range(10**6, 10**11)] | None = None
     train_rate: Rate | None = None
     infer_rate: Rate | None = None
-    temperature_c: Annotated[float, within(-80, 200)] | None = None
+    temperature_c: Annotated[float, number_range(-80, 200)] | None = None
     throttled: bool = False
     latency: LatencyTable | None = None
-    process_bytes: Annotated[int, within(2**20, 2**40)] | None = None
-    unit: Annotated[str, one_of(UNITS)] = CPU
+    process_bytes: Annotated[int, number_range(2**20, 2**40)] | None = None
+    unit: Annotated[str, word_of(UNITS)] = CPU
 
     def __post_init__(self) -> None:
         if self.memory_available > self.memory_total:
@@ -74,4 +74,4 @@ class ProbeReport:
         the wrong type or out of range."""
         if isinstance(body, Mapping) and body.get("latency") is not None:
             body = {**body, "latency": LatencyTable.from_dict(body["latency"])}
-        return convert(cls, body, "probe report", ProfileError)
+        return convert_record(cls, body, "probe report", ProfileError)

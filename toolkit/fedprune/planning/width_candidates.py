@@ -26,22 +26,22 @@ from fedprune.planning.latency_model import LatencyTable
 MULTIPLES = (16, 8, 4)
 
 # Multiples that a group must have room for.
-_PER_GROUP = 4
+_MIN_MULTIPLES = 4
 
 # Shares of uniform width among which the one of equal work is searched.
-_FINE = 256
+_UNIFORM_SHARES = 256
 
 # How much longer a candidate may take, step and latency together, than the fastest of the same density.
-_ABOUT = 1.1
+_MAX_TIME_FACTOR = 1.1
 
 # Times that differ by a smaller factor are equal: they are sums of many terms, whose rounding errors differ.
-_EQUAL = 1 + 1e-9
+_EQUAL_TIME_FACTOR = 1 + 1e-9
 
 Times = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Rung:
+class WidthCandidate:
     """Widths near a share of every group.
 
     Attributes:
@@ -55,30 +55,30 @@ class Rung:
     multiple: int
 
 
-def rungs(
+def width_candidates(
     architecture: Architecture,
     table: LatencyTable,
     batch: int,
     densities: Sequence[float],
     bandwidth: float = math.inf,
-) -> tuple[Rung, ...]:
+) -> tuple[WidthCandidate, ...]:
     """The candidates of a model on a board, widest first: at most one for each share.
 
     Args:
         table: What the board's kernels take.
         bandwidth: Bytes per second of main memory, where that bounds a step beyond the table's times.
     """
-    model = _Model(architecture, table, table.to_json(), batch, bandwidth)
-    return _rungs(model, tuple(sorted(set(densities), reverse=True)))
+    model = _TimeModel(architecture, table, table.to_json(), batch, bandwidth)
+    return _search_candidates(model, tuple(sorted(set(densities), reverse=True)))
 
 
-def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[int, ...]:
+def widths_in_multiples(architecture: Architecture, density: float, multiple: int) -> tuple[int, ...]:
     """Widths near a share of every group that are multiples of a power of two; those of a small group, of a smaller
     one."""
     widths = []
     for group in architecture.groups:
         group_multiple = multiple
-        while group_multiple > 1 and group.size < _PER_GROUP * group_multiple:
+        while group_multiple > 1 and group.size < _MIN_MULTIPLES * group_multiple:
             group_multiple //= 2
         # The whole group is as good as a multiple: a kernel pads it no more than the whole model's.
         nearest = max(group_multiple, round(density * group.size / group_multiple) * group_multiple)
@@ -87,18 +87,18 @@ def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[
 
 
 @dataclass(frozen=True)
-class _Uniform:
+class _UniformWidths:
     """Uniform widths, sorted by their MACs: what candidates are compared with."""
 
-    rungs: tuple[Rung, ...]
+    rungs: tuple[WidthCandidate, ...]
     macs: tuple[float, ...]
 
-    def covering(self, macs: float) -> int:
+    def index_covering(self, macs: float) -> int:
         """The index of the narrowest widths with at least as many MACs."""
         return min(bisect_left(self.macs, macs), len(self.macs) - 1)
 
 
-class _Model:
+class _TimeModel:
     """Computes times of steps and predictions. Two are equal if their digests are, so that results can be cached."""
 
     def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int, bandwidth: float) -> None:
@@ -115,39 +115,43 @@ class _Model:
         return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Model) and self.key == other.key
+        return isinstance(other, _TimeModel) and self.key == other.key
 
 
 @lru_cache(maxsize=8)
-def _uniform(key: ArchitectureKey) -> _Uniform:
+def _uniform_widths(key: ArchitectureKey) -> _UniformWidths:
     density_of_widths: dict[tuple[int, ...], float] = {}
-    for k in range(1, _FINE + 1):
-        density_of_widths.setdefault(widths_at(key.architecture, k / _FINE), k / _FINE)
+    for k in range(1, _UNIFORM_SHARES + 1):
+        density_of_widths.setdefault(widths_at(key.architecture, k / _UNIFORM_SHARES), k / _UNIFORM_SHARES)
     widths = list(density_of_widths)
     macs = workload(key.architecture).forward_macs(widths)
     order = np.argsort(macs, kind="stable")
-    return _Uniform(tuple(Rung(density_of_widths[widths[i]], widths[i], 1) for i in order), tuple(macs[order].tolist()))
+    return _UniformWidths(
+        tuple(WidthCandidate(density_of_widths[widths[i]], widths[i], 1) for i in order), tuple(macs[order].tolist())
+    )
 
 
 @lru_cache(maxsize=8)
-def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
-    architecture, uniform = model.architecture, _uniform(ArchitectureKey(model.architecture))
+def _search_candidates(model: _TimeModel, densities: tuple[float, ...]) -> tuple[WidthCandidate, ...]:
+    architecture, uniform = model.architecture, _uniform_widths(ArchitectureKey(model.architecture))
     times = model.times([r.widths for r in uniform.rungs])
-    chosen_rungs: list[Rung] = []
+    chosen_rungs: list[WidthCandidate] = []
     widths_above = architecture.sizes
     for density in densities:
         uniform_widths = widths_at(architecture, density)
         multiple_of_widths = {uniform_widths: 1}
         if density < 1:
             for m in MULTIPLES:
-                multiple_of_widths.setdefault(snapped(architecture, density, m), m)
+                multiple_of_widths.setdefault(widths_in_multiples(architecture, density, m), m)
         # Clipped to the rung above, so that rungs nest.
         candidates = list(
-            dict.fromkeys(Rung(density, tuple(map(min, w, widths_above)), m) for w, m in multiple_of_widths.items())
+            dict.fromkeys(
+                WidthCandidate(density, tuple(map(min, w, widths_above)), m) for w, m in multiple_of_widths.items()
+            )
         )
-        gains, macs = _gains(model, candidates, uniform, times, widths_above)
+        gains, macs = _time_per_mac(model, candidates, uniform, times, widths_above)
         # Of those that are about as fast the widest: coarse steps would leave a board's room unused.
-        nearly_fastest = [i for i in range(len(candidates)) if gains[i] <= _ABOUT * min(gains)]
+        nearly_fastest = [i for i in range(len(candidates)) if gains[i] <= _MAX_TIME_FACTOR * min(gains)]
         index = max(nearly_fastest, key=lambda i: (candidates[i].widths != widths_above, macs[i]))
         if density == densities[-1]:
             index = 0  # what the smallest board can hold is no question of speed
@@ -159,8 +163,12 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
     return tuple(chosen_rungs)
 
 
-def _gains(
-    model: _Model, candidates: Sequence[Rung], uniform: _Uniform, uniform_s: Times, above: Sequence[int]
+def _time_per_mac(
+    model: _TimeModel,
+    candidates: Sequence[WidthCandidate],
+    uniform: _UniformWidths,
+    uniform_s: Times,
+    above: Sequence[int],
 ) -> tuple[list[float], Times]:
     """By candidate, the product of step time and latency, each per MAC (less is better), and its MACs.
 
@@ -172,7 +180,7 @@ def _gains(
     times = model.times(widths)
     gains = []
     for i in range(len(candidates)):
-        relative = times[:, i] / uniform_s[:, uniform.covering(float(macs[i]))]
-        fast = bool((relative <= _EQUAL).all() and (times[:, i] <= _EQUAL * times[:, -1]).all())
+        relative = times[:, i] / uniform_s[:, uniform.index_covering(float(macs[i]))]
+        fast = bool((relative <= _EQUAL_TIME_FACTOR).all() and (times[:, i] <= _EQUAL_TIME_FACTOR * times[:, -1]).all())
         gains.append(float(times[:, i].prod() / macs[i] ** 2) if fast else math.inf)
     return gains, macs

@@ -12,39 +12,39 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fedprune.core import records
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ReleaseError, SignatureError
-from fedprune.core.records import Digest, items, matching, text, within
+from fedprune.core.records import Digest, item_count, number_range, pattern_text, printable_text
 from fedprune.core.text import one_line
-from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
+from fedprune.security.keys import SIGNATURE_BYTES as SIGNATURE_BYTES
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.wire.fleet_messages import MAX_FILES, MAX_MANIFEST, MAX_NUMBER
+from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES, MAX_RELEASE_FILES, MAX_RELEASE_NUMBER
 
 # Names in a release's folder.
 MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
 
-MAX_FILE = 2**30
+MAX_FILE_BYTES = 2**30
 MAX_BYTES = 2**31
 # Limits of a release: bytes of a file, of all files, and of all unpacked files. A board checks them before it pulls a
 # byte, so that a wrong manifest can't fill its disk.
-MAX_UNPACKED = 2**32
+MAX_UNPACKED_BYTES = 2**32
 
 # Domain of the signature, so that signatures for other purposes are invalid here.
-_PURPOSE = b"fedprune release 1\n"
+_SIGNATURE_PURPOSE = b"fedprune release 1\n"
 
-Label = Annotated[str, text(64)]
-Module = Annotated[str, matching(r"[A-Za-z_][A-Za-z0-9_]{0,63}", "the name of a package")]
-_PART = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
+Label = Annotated[str, printable_text(64)]
+Module = Annotated[str, pattern_text(r"[A-Za-z_][A-Za-z0-9_]{0,63}", "the name of a package")]
+_NAME_PART = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 
 
 @dataclass(frozen=True)
 class ReleaseFile:
     """A wheel of a release, stored under its digest."""
 
-    name: Annotated[str, matching(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.whl", "the name of a wheel")]
+    name: Annotated[str, pattern_text(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.whl", "the name of a wheel")]
     sha256: Digest
-    size: Annotated[int, within(1, MAX_FILE)]
+    size: Annotated[int, number_range(1, MAX_FILE_BYTES)]
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class Release:
         system: Packages of the board's own Python that it uses, such as JetPack's onnxruntime.
     """
 
-    number: Annotated[int, within(1, MAX_NUMBER)]
+    number: Annotated[int, number_range(1, MAX_RELEASE_NUMBER)]
     version: Label
-    python: Annotated[str, matching("cp3[0-9]{1,2}", "a Python such as cp311")]
-    machine: Annotated[str, matching("[a-z0-9_]{1,32}", "a processor such as aarch64")]
-    entry: Annotated[str, matching(rf"{_PART}(?:\.{_PART}){{0,7}}:{_PART}", "module:function")]
-    unpacked: Annotated[int, within(0, MAX_UNPACKED)]
-    files: Annotated[tuple[ReleaseFile, ...], items(MAX_FILES, least=1)]
+    python: Annotated[str, pattern_text("cp3[0-9]{1,2}", "a Python such as cp311")]
+    machine: Annotated[str, pattern_text("[a-z0-9_]{1,32}", "a processor such as aarch64")]
+    entry: Annotated[str, pattern_text(rf"{_NAME_PART}(?:\.{_NAME_PART}){{0,7}}:{_NAME_PART}", "module:function")]
+    unpacked: Annotated[int, number_range(0, MAX_UNPACKED_BYTES)]
+    files: Annotated[tuple[ReleaseFile, ...], item_count(MAX_RELEASE_FILES, least=1)]
     contents: Digest
-    launcher: Annotated[int, within(1, MAX_NUMBER)] = 1
+    launcher: Annotated[int, number_range(1, MAX_RELEASE_NUMBER)] = 1
     created: Label = ""
-    system: Annotated[tuple[Module, ...], items(32)] = ()
+    system: Annotated[tuple[Module, ...], item_count(32)] = ()
     format: Literal["fedprune.release/1"] = "fedprune.release/1"
 
     @property
@@ -84,16 +84,16 @@ class Release:
 
     def to_bytes(self) -> bytes:
         """The manifest, as it is signed."""
-        return records.write(self)
+        return records.encode_record(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Release:
         """Read a manifest and check all of it. Raises `ReleaseError` if it is too long, not a manifest, or a field
         is invalid."""
         what = "a release's manifest"
-        if len(data) > MAX_MANIFEST:
-            raise ReleaseError(what, expected=f"at most {MAX_MANIFEST} bytes", got=len(data))
-        release = records.read(cls, data, what, ReleaseError)
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ReleaseError(what, expected=f"at most {MAX_MANIFEST_BYTES} bytes", got=len(data))
+        release = records.decode_record(cls, data, what, ReleaseError)
         files = release.files
         # Files are stored by digest and installed by name: neither may stand for two of them.
         if len({f.name for f in files}) < len(files) or len({f.sha256 for f in files}) < len(files):
@@ -104,23 +104,23 @@ class Release:
         return replace(release, version=one_line(release.version), created=one_line(release.created))
 
 
-def signed(manifest: bytes, key: SigningKey) -> bytes:
-    return key.sign(_PURPOSE + manifest)
+def sign_manifest(manifest: bytes, key: SigningKey) -> bytes:
+    return key.sign(_SIGNATURE_PURPOSE + manifest)
 
 
 def is_signed(manifest: bytes, signature: bytes, key: VerifyingKey) -> bool:
     """Whether a manifest's detached signature is this key's; the manifest is not parsed."""
     try:
-        key.verify(signature, _PURPOSE + manifest)
+        key.verify(signature, _SIGNATURE_PURPOSE + manifest)
     except SignatureError:
         return False
     return True
 
 
-def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
+def verified_release(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
     """The release of a manifest that the server has signed. Raises `ReleaseError` if the signature isn't the server's,
     or the manifest is invalid."""
-    if len(manifest) > MAX_MANIFEST or not is_signed(manifest, signature, key):
+    if len(manifest) > MAX_MANIFEST_BYTES or not is_signed(manifest, signature, key):
         raise ReleaseError(
             "the release's signature is not the server's",
             hint=f"This board takes releases of key {key.fingerprint} alone. Have the release made again there.",
@@ -133,9 +133,9 @@ def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes
     """Read a release's folder, verifying its signature and all files; returns the release, its manifest and the
     signature. Raises `ReleaseError` if the signature isn't this key's, or a file is missing or different."""
     with storage_errors(f"can't read the release in {folder}"):
-        manifest = _read(folder / MANIFEST, MAX_MANIFEST)
-        signature = _read(folder / SIGNATURE, SIGNATURE_BYTES)
-        release = opened(manifest, signature, key)
+        manifest = _read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES)
+        signature = _read_limited(folder / SIGNATURE, SIGNATURE_BYTES)
+        release = verified_release(manifest, signature, key)
         for file in release.files:
             path = folder / FILES / file.sha256
             if not path.is_file() or path.stat().st_size != file.size or file_digest(path) != file.sha256:
@@ -156,34 +156,36 @@ def write_release(
         files = []
         for wheel in sorted(wheels, key=lambda w: w.name):
             file = ReleaseFile(wheel.name, file_digest(wheel), wheel.stat().st_size)
-            write_whole(folder / FILES / file.sha256, wheel.read_bytes())
+            write_atomically(folder / FILES / file.sha256, wheel.read_bytes())
             files.append(file)
-    return _sign_into(folder, release(tuple(files)), key)
+    return _write_manifest(folder, release(tuple(files)), key)
 
 
-def write_again(folder: Path, old: Path, key: SigningKey, *, number: int, version: str = "", created: str) -> Release:
+def rewrite_release(
+    folder: Path, old: Path, key: SigningKey, *, number: int, version: str = "", created: str
+) -> Release:
     """Make an earlier release again under a new number, to go back to it; the version is the earlier one's by default.
     Raises `ReleaseError` if the earlier release, signed by the same key, is not whole, or the number is not above its
     own."""
-    earlier, _, _ = read_release(old, key.verifying)
+    earlier, _, _ = read_release(old, key.verifying_key)
     if number <= earlier.number:
         raise ReleaseError("number of a release", expected=f"above {earlier.number}, as of {old}", got=number)
     with storage_errors(f"can't make a release in {folder}"):
         (folder / FILES).mkdir(parents=True, exist_ok=True)
         for file in earlier.files:
-            write_whole(folder / FILES / file.sha256, (old / FILES / file.sha256).read_bytes())
+            write_atomically(folder / FILES / file.sha256, (old / FILES / file.sha256).read_bytes())
     release = replace(earlier, number=number, version=version or earlier.version, created=created)
-    return _sign_into(folder, release, key)
+    return _write_manifest(folder, release, key)
 
 
-def _sign_into(folder: Path, release: Release, key: SigningKey) -> Release:
+def _write_manifest(folder: Path, release: Release, key: SigningKey) -> Release:
     # Read back as boards read it: a release that they would refuse must not be signed.
     checked = Release.from_bytes(release.to_bytes())
-    write_whole(folder / MANIFEST, checked.to_bytes())
-    write_whole(folder / SIGNATURE, signed(checked.to_bytes(), key))
+    write_atomically(folder / MANIFEST, checked.to_bytes())
+    write_atomically(folder / SIGNATURE, sign_manifest(checked.to_bytes(), key))
     return checked
 
 
-def _read(path: Path, limit: int) -> bytes:
+def _read_limited(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         return file.read(limit + 1)

@@ -20,8 +20,8 @@ from enum import Enum
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, StorageError, shown
-from fedprune.core.records import convert
+from fedprune.core.errors import ConfigError, StorageError, value_text
+from fedprune.core.records import convert_record
 from fedprune.core.settings import bounded, check_fields
 from fedprune.core.text import one_line, quantity
 
@@ -29,10 +29,10 @@ FORMAT = "fedprune.rollout/1"
 # More stages than anybody plans by hand; a report looks at all that have begun.
 MAX_STAGES = 32
 MAX_SECONDS = 366 * 86_400.0
-KINDS = ("release", "model", "bundle")
+ROLLOUT_KINDS = ("release", "model", "bundle")
 
 # Outdated deadlines that may stay in the heap of a small rollout; in that of a large one, as many as boards are busy.
-_FORMER_DEADLINES = 64
+_MAX_OUTDATED_DEADLINES = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stage:
 
 
 # One board, a tenth of the fleet, all.
-CAREFUL = (Stage(1e-9), Stage(0.1, success=0.9, errors=0.1), Stage(1.0, success=0.9, errors=0.1))
+CAREFUL_STAGES = (Stage(1e-9), Stage(0.1, success=0.9, errors=0.1), Stage(1.0, success=0.9, errors=0.1))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RolloutPlan:
     """A rollout's subject and stages.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: One of `ROLLOUT_KINDS`.
         subject: The release's number, or the digest of a model or bundle.
         stages: In order; the last one is all boards.
         board_seconds: After which a board that was given it and reported nothing has failed.
@@ -75,16 +75,18 @@ class RolloutPlan:
 
     kind: str
     subject: str
-    stages: tuple[Stage, ...] = CAREFUL
+    stages: tuple[Stage, ...] = CAREFUL_STAGES
     board_seconds: float = bounded(3600.0, 0, MAX_SECONDS, above=True)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, ("rollout",))
-        validation.word("kind of a rollout", self.kind, KINDS)
+        validation.check_word("kind of a rollout", self.kind, ROLLOUT_KINDS)
         shares = [s.share for s in self.stages]
         if not 1 <= len(shares) <= MAX_STAGES or shares != sorted(set(shares)) or shares[-1] != 1:
-            raise ConfigError("stages of a rollout", expected="shares that grow, the last one 1", got=shown(shares))
+            raise ConfigError(
+                "stages of a rollout", expected="shares that grow, the last one 1", got=value_text(shares)
+            )
 
     def groups(self, boards: Iterable[str]) -> list[list[str]]:
         """The boards of each stage: in an order that depends on the seed and nothing else."""
@@ -119,7 +121,7 @@ class RolloutPhase(str, Enum):
     STOPPED = "stopped"
 
     @property
-    def under_way(self) -> bool:
+    def is_under_way(self) -> bool:
         return self in (RolloutPhase.RUNNING, RolloutPhase.PAUSED)
 
 
@@ -157,13 +159,13 @@ class Withdraw:
 
 
 @dataclass(frozen=True)
-class Wake:
+class TickAt:
     """Call `tick` at this time."""
 
     at: float
 
 
-RolloutCommand = Give | Withdraw | Wake
+RolloutCommand = Give | Withdraw | TickAt
 
 
 @dataclass
@@ -176,8 +178,8 @@ class Rollout:
         stage_ends: For each stage that has begun, the time after which its boards have failed.
         why: The reason why it stopped or is paused.
         now: The last time that it was given: after a restart the clock continues from there.
-        given: Boards that were given the subject and haven't reported an end, in the order in which they got it.
-        changed: Boards whose parts have changed since `settle`.
+        busy_boards: Boards that were given the subject and haven't reported an end, in the order in which they got it.
+        changed_boards: Boards whose parts have changed since `mark_saved`.
     """
 
     plan: RolloutPlan
@@ -187,8 +189,8 @@ class Rollout:
     phase: RolloutPhase = RolloutPhase.RUNNING
     why: str = ""
     now: float = 0.0
-    given: dict[str, None] = field(init=False, repr=False, compare=False, default_factory=dict)
-    changed: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
+    busy_boards: dict[str, None] = field(init=False, repr=False, compare=False, default_factory=dict)
+    changed_boards: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self._counts = [Counter[Fate]() for _ in self.plan.stages]
@@ -196,11 +198,11 @@ class Rollout:
         for name, board in self.boards.items():
             self._counts[board.stage][board.fate] += 1
             if board.fate is Fate.GIVEN:
-                self.given[name] = None
+                self.busy_boards[name] = None
         self._sort_deadlines()
 
     @classmethod
-    def of(cls, plan: RolloutPlan, boards: Iterable[str]) -> Rollout:
+    def for_boards(cls, plan: RolloutPlan, boards: Iterable[str]) -> Rollout:
         """A rollout to some boards, which `tick` begins. Raises `ConfigError` if there are no boards."""
         groups = plan.groups(boards)
         fates = {board: BoardFate(number) for number, group in enumerate(groups) for board in group}
@@ -209,79 +211,79 @@ class Rollout:
         return cls(plan, fates)
 
     def tick(self, now: float) -> list[RolloutCommand]:
-        if not self.phase.under_way:
+        if not self.phase.is_under_way:
             return []
         self.now = now
         while (first := self._next_deadline()) is not None and first[0] <= now:
             self._fail(first[1], "said nothing until its deadline")
         ended = {n for n, end in enumerate(self.stage_ends) if now >= end and self._counts[n][Fate.GIVEN]}
-        for name in [n for n in self.given if self.boards[n].stage in ended] if ended else ():
+        for name in [n for n in self.busy_boards if self.boards[n].stage in ended] if ended else ():
             self._fail(name, "its stage's time is over")
-        return self._onward(now)
+        return self._advance(now)
 
-    def well(self, name: str, now: float) -> list[RolloutCommand]:
+    def report_success(self, name: str, now: float) -> list[RolloutCommand]:
         """Count a board's report of success; it is ignored if the board wasn't given anything, or reports too late."""
         board = self.boards.get(name)
-        if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
+        if not self.phase.is_under_way or board is None or board.fate is not Fate.GIVEN:
             return []
         if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
             self._change(name, Fate.WELL)
         return self.tick(now)
 
-    def failed(self, name: str, reason: str, now: float) -> list[RolloutCommand]:
+    def report_failure(self, name: str, reason: str, now: float) -> list[RolloutCommand]:
         """Count a board's report of a rollback, also after its success."""
         board = self.boards.get(name)
-        if not self.phase.under_way or board is None or board.fate not in (Fate.GIVEN, Fate.WELL):
+        if not self.phase.is_under_way or board is None or board.fate not in (Fate.GIVEN, Fate.WELL):
             return []
         self._fail(name, one_line(reason, 300) or "without a reason")
         return self.tick(now)
 
     @property
-    def stages(self) -> int:
+    def stage_count(self) -> int:
         """The number of stages up to the last that has boards, or has begun."""
         return 1 + max([0, self.stage, *(n for n, counts in enumerate(self._counts) if counts.total())])
 
-    def heard(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
+    def report_progress(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
         """Count a board's report of progress: it fails unless it reports again within this many seconds."""
         board = self.boards.get(name)
-        if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
+        if not self.phase.is_under_way or board is None or board.fate is not Fate.GIVEN:
             return []
         if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
             self._change(name, Fate.GIVEN, now + seconds)
         return self.tick(now)
 
-    def resumed(self, now: float) -> list[RolloutCommand]:
+    def restore_deadlines(self, now: float) -> list[RolloutCommand]:
         """Give busy boards their full time again, since they couldn't report for a while, as when the server was
         down."""
-        if not self.phase.under_way:
+        if not self.phase.is_under_way:
             return []
         until = now + self.plan.board_seconds
-        for name in self.given:
+        for name in self.busy_boards:
             if (deadline := self.boards[name].deadline) is not None and deadline < until:
                 self._change(name, Fate.GIVEN, until)
         self.stage_ends = [max(end, until) for end in self.stage_ends]
         return self.tick(now)
 
-    def join(self, name: str, now: float) -> list[RolloutCommand]:
+    def add_board(self, name: str, now: float) -> list[RolloutCommand]:
         """Add a board to the last stage: a new one, or one that had left the fleet."""
         former = self.boards.get(name)
-        if not self.phase.under_way or (former is not None and former.fate is not Fate.GONE):
+        if not self.phase.is_under_way or (former is not None and former.fate is not Fate.GONE):
             return []
         if former is not None:
             self._counts[former.stage][former.fate] -= 1
         self.boards[name] = BoardFate(len(self.plan.stages) - 1)
         self._counts[-1][Fate.WAITING] += 1
-        self.changed.add(name)
+        self.changed_boards.add(name)
         may_begin = self.phase is RolloutPhase.RUNNING and self.stage == len(self.plan.stages) - 1
-        commands = [self._give(name, now)] if may_begin else []
+        commands = [self._give_to(name, now)] if may_begin else []
         return [*commands, *self.tick(now)]
 
-    def without(self, names: Iterable[str], now: float) -> list[RolloutCommand]:
+    def remove_boards(self, names: Iterable[str], now: float) -> list[RolloutCommand]:
         """Remove boards that left the fleet: finished ones still count, the others count neither way.
 
         A stage that has lost all its boards gets one of a later stage, so that no stage passes without a board.
         """
-        if not self.phase.under_way:
+        if not self.phase.is_under_way:
             return []
         for name in names:
             board = self.boards.get(name)
@@ -289,19 +291,19 @@ class Rollout:
                 self._change(name, Fate.GONE)
         commands = []
         for number in range(max(self.stage, 0), len(self.plan.stages) - 1):
-            waiting = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage > number]
-            if waiting and not self._size(number):
+            waiting = [n for n in sorted(self.boards) if self._is_waiting(n) and self.boards[n].stage > number]
+            if waiting and not self._stage_size(number):
                 heir = min(waiting, key=lambda n: self.boards[n].stage)
                 self._counts[self.boards[heir].stage][Fate.WAITING] -= 1
                 self._counts[number][Fate.WAITING] += 1
                 self.boards[heir].stage = number
-                self.changed.add(heir)
+                self.changed_boards.add(heir)
                 may_begin = self.phase is RolloutPhase.RUNNING and number == self.stage
-                commands += [self._give(heir, now)] if may_begin else []
+                commands += [self._give_to(heir, now)] if may_begin else []
         return [*commands, *self.tick(now)]
 
     def stop(self, reason: str) -> list[RolloutCommand]:
-        return self._halt(f"stopped: {one_line(reason, 300)}") if self.phase.under_way else []
+        return self._halt(f"stopped: {one_line(reason, 300)}") if self.phase.is_under_way else []
 
     def pause(self, reason: str, now: float) -> list[RolloutCommand]:
         """Pause the rollout: boards that were given it finish, and no others begin."""
@@ -309,66 +311,66 @@ class Rollout:
             self.phase, self.why = RolloutPhase.PAUSED, f"paused: {one_line(reason, 300)}"
         return self.tick(now)
 
-    def go_on(self, now: float) -> list[RolloutCommand]:
+    def resume(self, now: float) -> list[RolloutCommand]:
         """Continue a paused rollout; boards that joined its stage meanwhile have all of the stage's time."""
         if self.phase is not RolloutPhase.PAUSED:
             return self.tick(now)
         self.phase, self.why = RolloutPhase.RUNNING, ""
         # Boards that joined while the rollout was paused, or were left when it paused.
-        late_boards = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage <= self.stage]
+        late_boards = [n for n in sorted(self.boards) if self._is_waiting(n) and self.boards[n].stage <= self.stage]
         if late_boards:
             self.stage_ends[self.stage] = max(self.stage_ends[self.stage], now + self.plan.stages[self.stage].seconds)
-        return [*(self._give(name, now) for name in late_boards), *self.tick(now)]
+        return [*(self._give_to(name, now) for name in late_boards), *self.tick(now)]
 
     def failures(self) -> dict[str, str]:
         return {n: b.reason for n, b in sorted(self.boards.items()) if b.fate is Fate.FAILED}
 
-    def _onward(self, now: float) -> list[RolloutCommand]:
+    def _advance(self, now: float) -> list[RolloutCommand]:
         commands: list[RolloutCommand] = []
         # All stages that have begun: a board may report a rollback after the next stage has begun.
         for number in range(self.stage + 1):
-            trouble = self._trouble(number)
+            trouble = self._stop_reason_of_stage(number)
             if trouble:
                 return self._halt(trouble)
-        while self.phase is RolloutPhase.RUNNING and (self.stage < 0 or self._passed(self.stage)):
+        while self.phase is RolloutPhase.RUNNING and (self.stage < 0 or self._has_passed(self.stage)):
             if self.stage == len(self.plan.stages) - 1:
                 break
             self.stage += 1
             self.stage_ends.append(now + self.plan.stages[self.stage].seconds)
-            commands += [self._give(name, now) for name in self._of(self.stage)]
+            commands += [self._give_to(name, now) for name in self._boards_of_stage(self.stage)]
         waiting = any(counts[Fate.WAITING] for counts in self._counts)
-        if not self.given and self.stage == len(self.plan.stages) - 1 and not waiting:
+        if not self.busy_boards and self.stage == len(self.plan.stages) - 1 and not waiting:
             self.phase, self.why = RolloutPhase.DONE, ""
             return commands
         times = [end for n, end in enumerate(self.stage_ends) if self._counts[n][Fate.GIVEN]]
         if (first := self._next_deadline()) is not None:
             times.append(first[0])
-        return [*commands, Wake(min(times, default=math.inf))]  # a paused one may have nothing to wait for
+        return [*commands, TickAt(min(times, default=math.inf))]  # a paused one may have nothing to wait for
 
-    def _trouble(self, number: int) -> str:
+    def _stop_reason_of_stage(self, number: int) -> str:
         """Why a stage stops the rollout; empty if it doesn't."""
-        size = self._size(number)
+        size = self._stage_size(number)
         if self._counts[number][Fate.FAILED] <= self.plan.stages[number].errors * size + 1e-9:
             return ""
-        failed_boards = [n for n in self._of(number) if self.boards[n].fate is Fate.FAILED]
+        failed_boards = [n for n in self._boards_of_stage(number) if self.boards[n].fate is Fate.FAILED]
         reasons = "; ".join(f"{n}: {self.boards[n].reason}" for n in failed_boards[:20])
         more_text = f"; and {len(failed_boards) - 20} more" if len(failed_boards) > 20 else ""
         return f"stage {number + 1}: {len(failed_boards)} of {quantity(size, 'board')} failed ({reasons}{more_text})"
 
-    def _passed(self, number: int) -> bool:
-        return self._counts[number][Fate.WELL] >= self.plan.stages[number].success * self._size(number) - 1e-9
+    def _has_passed(self, number: int) -> bool:
+        return self._counts[number][Fate.WELL] >= self.plan.stages[number].success * self._stage_size(number) - 1e-9
 
-    def _size(self, number: int) -> int:
+    def _stage_size(self, number: int) -> int:
         """The number of boards of a stage that count."""
         return self._counts[number].total() - self._counts[number][Fate.GONE]
 
-    def _of(self, number: int) -> list[str]:
+    def _boards_of_stage(self, number: int) -> list[str]:
         return sorted(n for n, b in self.boards.items() if b.stage == number and b.fate is not Fate.GONE)
 
-    def _waits(self, name: str) -> bool:
+    def _is_waiting(self, name: str) -> bool:
         return self.boards[name].fate is Fate.WAITING
 
-    def _give(self, name: str, now: float) -> RolloutCommand:
+    def _give_to(self, name: str, now: float) -> RolloutCommand:
         self._change(name, Fate.GIVEN, now + self.plan.board_seconds)
         return Give(name)
 
@@ -379,7 +381,7 @@ class Rollout:
     def _halt(self, reason: str) -> list[RolloutCommand]:
         self.phase, self.why = RolloutPhase.STOPPED, reason
         # Offers are withdrawn in the order of names, so that the same events give the same commands.
-        withdrawn = sorted(self.given)
+        withdrawn = sorted(self.busy_boards)
         for name in withdrawn:
             self._change(name, Fate.WAITING)
         return [Withdraw(name) for name in withdrawn]
@@ -390,41 +392,44 @@ class Rollout:
         counts[board.fate] -= 1
         counts[fate] += 1
         board.fate, board.deadline = fate, deadline
-        self.changed.add(name)
+        self.changed_boards.add(name)
         if fate is not Fate.GIVEN:
-            self.given.pop(name, None)
+            self.busy_boards.pop(name, None)
             return
-        self.given[name] = None
+        self.busy_boards[name] = None
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, name))
-        if len(self._deadlines) > 2 * len(self.given) + _FORMER_DEADLINES:
+        if len(self._deadlines) > 2 * len(self.busy_boards) + _MAX_OUTDATED_DEADLINES:
             self._sort_deadlines()
 
     def _sort_deadlines(self) -> None:
         """Make the heap anew, without outdated deadlines."""
-        deadlines = ((self.boards[name].deadline, name) for name in self.given)
+        deadlines = ((self.boards[name].deadline, name) for name in self.busy_boards)
         self._deadlines = [(deadline, name) for deadline, name in deadlines if deadline is not None]
         heapq.heapify(self._deadlines)
 
     def _next_deadline(self) -> tuple[float, str] | None:
         while self._deadlines:
             deadline, name = self._deadlines[0]
-            if name in self.given and self.boards[name].deadline == deadline:
+            if name in self.busy_boards and self.boards[name].deadline == deadline:
                 return deadline, name
             heapq.heappop(self._deadlines)
         return None
 
-    def settle(self) -> None:
+    def mark_saved(self) -> None:
         """Forget the recorded changes, which are saved now."""
-        self.changed.clear()
+        self.changed_boards.clear()
 
-    def head(self) -> dict[str, Any]:
+    def to_dict_without_boards(self) -> dict[str, Any]:
         """The record without the boards, which are saved one by one."""
         body = {"stage": self.stage, "stage_ends": list(self.stage_ends), "phase": self.phase.value, "why": self.why}
         return {"format": FORMAT, "plan": asdict(self.plan), **body, "now": self.now}
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.head(), "boards": {name: board.to_dict() for name, board in sorted(self.boards.items())}}
+        return {
+            **self.to_dict_without_boards(),
+            "boards": {name: board.to_dict() for name, board in sorted(self.boards.items())},
+        }
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Rollout:
@@ -432,7 +437,7 @@ class Rollout:
         try:
             if body["format"] != FORMAT:
                 raise ValueError(body["format"])
-            plan: RolloutPlan = convert(RolloutPlan, body["plan"], "plan", StorageError)
+            plan: RolloutPlan = convert_record(RolloutPlan, body["plan"], "plan", StorageError)
             boards = {str(n): BoardFate(**{**b, "fate": Fate(b["fate"])}) for n, b in body["boards"].items()}
             stage, stage_ends = int(body["stage"]), [float(e) for e in body["stage_ends"]]
             if not -1 <= stage < len(plan.stages) or len(stage_ends) != stage + 1:

@@ -18,19 +18,19 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.errors import FedpruneError, error_reason
 from fedprune.core.zip_limits import read_member
 
 # This project's package, whose extra names a board's requirements.
-OWN = "fedprune"
+OWN_PACKAGE = "fedprune"
 
 # Bytes of a wheel's metadata; it is read whole, also from archives that lie about their size.
-_MAX_METADATA = 4 * 2**20
+_MAX_METADATA_BYTES = 4 * 2**20
 
-Refuse = type[FedpruneError]
+ErrorClass = type[FedpruneError]
 
 
-def parsed(wheel: Path, refuse: Refuse) -> tuple[str, Version, frozenset[Tag]]:
+def parse_wheel_name(wheel: Path, refuse: ErrorClass) -> tuple[str, Version, frozenset[Tag]]:
     """Name, version and tags in a wheel's file name. Raises `FedpruneError` as `refuse`: it is no such name."""
     try:
         name, version, _, tags = parse_wheel_filename(wheel.name)
@@ -39,14 +39,14 @@ def parsed(wheel: Path, refuse: Refuse) -> tuple[str, Version, frozenset[Tag]]:
     return name, version, tags
 
 
-def supported(minor: int, platforms: Sequence[str]) -> frozenset[Tag]:
+def installable_tags(minor: int, platforms: Sequence[str]) -> frozenset[Tag]:
     """Tags of wheels that run on a CPython 3.`minor` of some platforms."""
     return frozenset(cpython_tags((3, minor), platforms=platforms)) | frozenset(
         compatible_tags((3, minor), f"cp3{minor}", platforms)
     )
 
 
-def environment(minor: int, machine: str) -> dict[str, str]:
+def marker_environment(minor: int, machine: str) -> dict[str, str]:
     """The environment of markers on Linux with CPython 3.`minor` and a processor as of `uname -m`."""
     markers = {str(k): str(v) for k, v in default_environment().items()}
     markers.update(
@@ -62,20 +62,20 @@ def environment(minor: int, machine: str) -> dict[str, str]:
     return markers
 
 
-def unmet(
-    wheels: Sequence[Path], markers: dict[str, str], extra: str, provided: Callable[[str], bool], refuse: Refuse
+def unmet_requirements(
+    wheels: Sequence[Path], markers: dict[str, str], extra: str, provided: Callable[[str], bool], refuse: ErrorClass
 ) -> Iterator[tuple[Path, Requirement, Version | None]]:
     """The missing requirements of wheels: the requiring wheel, the requirement, and the version found instead.
 
     Args:
-        markers: What `environment` gives.
+        markers: What `marker_environment` gives.
         provided: Whether the machine has a package, by its canonical name, without a wheel.
         refuse: What is raised where one is no wheel, or requires something that can't be read.
     """
-    versions = {name: version for name, version, _ in (parsed(wheel, refuse) for wheel in wheels)}
+    versions = {name: version for name, version, _ in (parse_wheel_name(wheel, refuse) for wheel in wheels)}
     for wheel in wheels:
-        environment_of_wheel = markers | {"extra": extra if parsed(wheel, refuse)[0] == OWN else ""}
-        for line in required(wheel, refuse):
+        environment_of_wheel = markers | {"extra": extra if parse_wheel_name(wheel, refuse)[0] == OWN_PACKAGE else ""}
+        for line in wheel_requirements(wheel, refuse):
             try:
                 requirement = Requirement(line)
             except InvalidRequirement as error:
@@ -89,17 +89,17 @@ def unmet(
                 yield wheel, requirement, version
 
 
-def required(wheel: Path, refuse: Refuse) -> list[str]:
+def wheel_requirements(wheel: Path, refuse: ErrorClass) -> list[str]:
     """A wheel's requirements, by its metadata. Raises `refuse` if the file is not a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
             if len(names) != 1:
                 raise refuse(f"{wheel.name} is no wheel", expected="one METADATA", got=len(names))
-            raw = read_member(archive, archive.getinfo(names[0]), _MAX_METADATA, refuse)
+            raw = read_member(archive, archive.getinfo(names[0]), _MAX_METADATA_BYTES, refuse)
             text = raw.decode("utf-8", "replace")
     except refuse:
         raise
     except Exception as error:  # what is damaged makes zipfile and zlib raise many things
-        raise refuse(f"{wheel.name} is no wheel ({reason(error)})") from error
+        raise refuse(f"{wheel.name} is no wheel ({error_reason(error)})") from error
     return [str(line) for line in HeaderParser().parsestr(text).get_all("Requires-Dist", [])]

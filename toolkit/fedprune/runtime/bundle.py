@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.disk import file_digest, read_file
-from fedprune.core.errors import BundleError, ConfigError, remedy, shape_text, shown
+from fedprune.core.errors import BundleError, ConfigError, path_remedy, shape_text, value_text
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
@@ -43,10 +43,10 @@ TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
 # Subfolder with a complete new bundle whose files are still being moved into place, see `files_folder`.
-COMPLETE = ".bundle.complete"
-_AGAIN = "Copy or export the bundle again."
+COMPLETE_FOLDER = ".bundle.complete"
+_COPY_HINT = "Copy or export the bundle again."
 # Characters of a manifest's value in a message: a list of widths may have thousands.
-_LONGEST = 200
+_MAX_SHOWN_VALUE = 200
 
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
 
@@ -82,13 +82,13 @@ class Bundle:
         """The file of its frozen weights in low precision; None where it has none."""
         return self.path(BASE) if self.architecture.base else None
 
-    def frozen(self) -> dict[str, npt.NDArray[Any]]:
+    def frozen_weights(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays of the file `base` by name, mapped, as the training graph takes them; empty without such a
         file."""
-        return {} if self.base is None else tensorfile.mapped(self.base)
+        return {} if self.base is None else tensorfile.map_tensors(self.base)
 
 
-def manifest(
+def manifest_text(
     files: Mapping[str, bytes], selection: Selection, recipe: Recipe, target: str, class_names: tuple[str, ...] = ()
 ) -> str:
     """The manifest of these files, as JSON text."""
@@ -101,18 +101,18 @@ def manifest(
         "classes": selection.architecture.classes,
         "class_names": list(class_names),
         "recipe": recipe.to_dict(),
-        "files": {n: {"size": len(raw), "sha256": tensorfile.digest(raw)} for n, raw in sorted(files.items())},
+        "files": {n: {"size": len(raw), "sha256": tensorfile.sha256_hex(raw)} for n, raw in sorted(files.items())},
     }
     return json.dumps(body, indent=2) + "\n"
 
 
 def files_folder(folder: Path) -> Path:
-    """The folder that holds a bundle's files: its own, or `COMPLETE` within it after an export was cut off.
+    """The folder that holds a bundle's files: its own, or `COMPLETE_FOLDER` within it after an export was cut off.
 
     An export writes a whole bundle before it touches the one that is there. From the moment when the new one is
     complete until its last file is in its place, the folder itself may hold files of both.
     """
-    complete = folder / COMPLETE
+    complete = folder / COMPLETE_FOLDER
     try:
         return complete if (complete / MANIFEST).exists() else folder
     except OSError:  # the reader of the manifest reports why
@@ -137,7 +137,7 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
     if selection.digest != body["selection"]:
         raise BundleError(f"{folder}: the manifest names another selection", expected=body["selection"])
-    _check_claims(folder / MANIFEST, body, selection)
+    _check_agreement(folder / MANIFEST, body, selection)
     _check_tensors(folder / WEIGHTS, {name: ("F32", shape) for name, shape in selection.shapes().items()})
     if architecture.base:
         _check_file(folder / BASE, body["files"].get(BASE))
@@ -153,14 +153,14 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         recipe,
         str(body["target"]),
         tuple(map(str, body["class_names"])),
-        _engine(folder, body["files"]),
+        _load_engine_plan(folder, body["files"]),
         precisions,
     )
 
 
-def _engine(folder: Path, files: Mapping[str, Any]) -> EnginePlan | None:
+def _load_engine_plan(folder: Path, files: Mapping[str, Any]) -> EnginePlan | None:
     """The plan of an engine, if the manifest lists one; the graph that it names is checked, too."""
-    path = folder / tensorrt_config.NAME
+    path = folder / tensorrt_config.ENGINE_PLAN_FILE
     if path.name not in files:
         return None
     _check_file(path, files[path.name])
@@ -177,7 +177,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         body = json.loads(read_file(path))
     except OSError as error:
         raise BundleError(
-            f"can't read {path}: {error.strerror}", hint=remedy(error, "Is this a bundle's folder?")
+            f"can't read {path}: {error.strerror}", hint=path_remedy(error, "Is this a bundle's folder?")
         ) from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged", hint="Export the bundle again.") from error
@@ -190,7 +190,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> None:
+def _check_agreement(path: Path, body: Mapping[str, Any], selection: Selection) -> None:
     """Check that the manifest agrees with the files, because some readers read only the manifest."""
     architecture = selection.architecture
     facts = {
@@ -203,7 +203,7 @@ def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> 
             raise BundleError(
                 f"{path}: {key} differs from that of the files",
                 expected=fact,
-                got=str(body.get(key))[:_LONGEST],
+                got=str(body.get(key))[:_MAX_SHOWN_VALUE],
                 hint="Export the bundle again.",
             )
 
@@ -213,23 +213,23 @@ def _check_tensors(path: Path, expected_tensors: Mapping[str, tuple[str, tuple[i
     try:
         # Mapped, because on boards a copy of all weights is memory that they may not have.
         raw: memoryview = np.memmap(path, np.uint8, "r").data
-        stored_tensors = {name: (code, shape) for name, (code, shape, _, _) in tensorfile.offsets(raw).items()}
+        stored_tensors = {name: (code, shape) for name, (code, shape, _, _) in tensorfile.tensor_offsets(raw).items()}
     except (BundleError, ValueError) as error:  # numpy maps no empty file
         raise BundleError(f"{path}: {error}") from error
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error, _AGAIN)) from error
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=path_remedy(error, _COPY_HINT)) from error
     # In the order of the model, so that the message names the first wrong tensor; then those that are too many.
     for name in (*expected_tensors, *stored_tensors):
         if stored_tensors.get(name) != expected_tensors.get(name):
             raise BundleError(
-                f"{path}: tensor {shown(name)} doesn't have the widths given by {SUBMODEL} and the manifest",
-                expected=_described(expected_tensors.get(name)),
-                got=_described(stored_tensors.get(name)),
+                f"{path}: tensor {value_text(name)} doesn't have the widths given by {SUBMODEL} and the manifest",
+                expected=_tensor_text(expected_tensors.get(name)),
+                got=_tensor_text(stored_tensors.get(name)),
                 hint="Export the bundle again.",
             )
 
 
-def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+def _tensor_text(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "no such tensor" if tensor is None else f"{tensor[0]} {shape_text(*tensor[1])}"
 
 
@@ -247,15 +247,15 @@ def _check_file(path: Path, entry: object) -> None:
                 f"{path} is cut short or too long",
                 expected=f"{entry['size']} bytes",
                 got=f"{size} bytes",
-                hint=_AGAIN,
+                hint=_COPY_HINT,
             )
         digest = file_digest(path)
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error, _AGAIN)) from error
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=path_remedy(error, _COPY_HINT)) from error
     if digest != entry["sha256"]:
         raise BundleError(
             f"{path} has changed since it was exported",
             expected=f"sha256 {entry['sha256'][:16]}",
             got=digest[:16],
-            hint=_AGAIN,
+            hint=_COPY_HINT,
         )

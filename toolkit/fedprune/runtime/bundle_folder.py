@@ -20,30 +20,30 @@ from typing import cast
 
 import numpy as np
 
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked, storage_errors, sync_folder
-from fedprune.core.errors import BundleError, StorageError, remedy, shown
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import file_lock, flush_folder, storage_errors
+from fedprune.core.errors import BundleError, StorageError, path_remedy, value_text
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.bundle import (
     BASE,
-    COMPLETE,
+    COMPLETE_FOLDER,
     FILES,
     MANIFEST,
     Bundle,
     files_folder,
-    manifest,
+    manifest_text,
     open_bundle,
 )
 from fedprune.runtime.precision_files import files_of
 
 # Subfolder in which a new bundle is written; whoever holds the lock may delete it.
-PARTIAL = ".bundle.partial"
-_LOCK = ".bundle.lock"
+PARTIAL_FOLDER = ".bundle.partial"
+_LOCK_FILE = ".bundle.lock"
 # Subfolder with a second name (hard link) of every file, which is moved into place. That needs no room on the disk, and
 # the new bundle stays readable under the first names all the while.
-_PLACES = "places"
+_TARGETS_FOLDER = "places"
 
 # The export's report of the bundle.
 REPORTS = ("report.json", "report.md", "report.html")
@@ -54,7 +54,7 @@ def is_bundle(folder: Path) -> bool:
     return (files_folder(folder) / MANIFEST).exists()
 
 
-def check_folder(folder: Path, target: str) -> None:
+def check_bundle_folder(folder: Path, target: str) -> None:
     """Refuse to write a bundle among other files, or over the bundle of another board.
 
     Leftovers of an export that was cut off don't count as other files.
@@ -70,18 +70,18 @@ def check_folder(folder: Path, target: str) -> None:
         if (
             folder.is_dir()
             and not is_bundle(folder)
-            and {p.name for p in folder.iterdir()} - {_LOCK, PARTIAL, COMPLETE}
+            and {p.name for p in folder.iterdir()} - {_LOCK_FILE, PARTIAL_FOLDER, COMPLETE_FOLDER}
         ):
             raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
     if not os.access(nearest, os.W_OK | os.X_OK):  # better refused before hours of training than after
         denial = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        raise StorageError(f"can't write a bundle to {folder}: {denial.strerror}", hint=remedy(denial))
-    present_target = _target(files_folder(folder) / MANIFEST)
+        raise StorageError(f"can't write a bundle to {folder}: {denial.strerror}", hint=path_remedy(denial))
+    present_target = _manifest_target(files_folder(folder) / MANIFEST)
     if present_target not in ("", target):
         raise BundleError(
             f"{folder} holds the bundle of another board",
             expected=f"one of {target}",
-            got=f"one of {shown(present_target)}",
+            got=f"one of {value_text(present_target)}",
             hint="Give each board its own --out; or name all in one --target, which makes a folder each. To replace "
             "it, delete the folder.",
         )
@@ -97,18 +97,18 @@ def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
         with storage_errors(f"can't write a bundle to {folder}"):
             if is_new:
                 folder.mkdir(parents=True, exist_ok=True)
-                sync_folder(folder.parent)
+                flush_folder(folder.parent)
             elif not folder.is_dir():
                 raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
-            with _alone(folder):
-                check_folder(folder, target)  # under the lock: no other export can end in between
-                _place(folder)
-                _sweep(folder)
-                _check_places(folder, files)
-                _write(folder, files)
-                _place(folder)
+            with _exclusive_access(folder):
+                check_bundle_folder(folder, target)  # under the lock: no other export can end in between
+                _move_into_place(folder)
+                _remove_leftovers(folder)
+                _check_replaceable(folder, files)
+                _write_complete(folder, files)
+                _move_into_place(folder)
                 with suppress(OSError):  # the next export deletes what is left
-                    _sweep(folder)
+                    _remove_leftovers(folder)
     except BaseException:
         if is_new:
             with suppress(OSError):  # fails if the folder isn't empty, and then it must stay
@@ -142,14 +142,14 @@ def write_bundle(
     if base is not None:  # as a mapping: boards have no memory for a copy
         with storage_errors(f"can't read {base}"):
             files = {**files, BASE: cast("bytes", np.memmap(base, np.uint8, "r").data)}
-    manifest_bytes = manifest(files, selection, recipe, target, class_names).encode()
+    manifest_bytes = manifest_text(files, selection, recipe, target, class_names).encode()
     put_bundle(folder, {**files, MANIFEST: manifest_bytes}, target)
     return open_bundle(folder)
 
 
 def read_files(bundle: Bundle) -> dict[str, bytes]:
     """The files of a bundle by name, and the export's reports, without the manifest and the frozen base."""
-    engine = () if bundle.engine is None else (tensorrt_config.NAME,)
+    engine = () if bundle.engine is None else (tensorrt_config.ENGINE_PLAN_FILE,)
     precision_files = (name for precision in bundle.precisions for name in files_of(precision))
     names = (*FILES, *engine, *precision_files)
     reports = (name for name in REPORTS if bundle.path(name).is_file())
@@ -158,10 +158,10 @@ def read_files(bundle: Bundle) -> dict[str, bytes]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive_access(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, and delete its file afterwards: users copy these folders."""
-    lock = folder / _LOCK
-    with locked(lock, f"another export writes to {folder}", "Wait until it is done, or give another --out."):
+    lock = folder / _LOCK_FILE
+    with file_lock(lock, f"another export writes to {folder}", "Wait until it is done, or give another --out."):
         try:
             yield
         finally:
@@ -169,44 +169,44 @@ def _alone(folder: Path) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
 
 
-def _check_places(folder: Path, files: Mapping[str, bytes]) -> None:
+def _check_replaceable(folder: Path, files: Mapping[str, bytes]) -> None:
     """Refuse a folder in the place of a file, which a rename can't replace."""
     for name in files:
         if (folder / name).is_dir():
             raise BundleError(f"{folder / name} is a folder", expected="a file of a bundle", hint="Give another --out.")
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+def _write_complete(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a bundle next to the present one, and make it the valid one with one rename."""
-    partial = folder / PARTIAL
+    partial = folder / PARTIAL_FOLDER
     try:
-        targets = partial / _PLACES
+        targets = partial / _TARGETS_FOLDER
         targets.mkdir(parents=True)
         for name, raw in files.items():
-            write_whole(partial / name, raw)
+            write_atomically(partial / name, raw)
             try:
                 os.link(partial / name, targets / name)
             except OSError:  # not every disk has hard links
-                write_whole(targets / name, raw)
-        sync_folder(targets)
-        partial.rename(folder / COMPLETE)
+                write_atomically(targets / name, raw)
+        flush_folder(targets)
+        partial.rename(folder / COMPLETE_FOLDER)
     except BaseException:
         with suppress(OSError):  # the next export deletes what is left
             shutil.rmtree(partial)
         raise
 
 
-def _place(folder: Path) -> None:
+def _move_into_place(folder: Path) -> None:
     """Move the files of a complete bundle into place; readers see that bundle all the while."""
-    complete = folder / COMPLETE
+    complete = folder / COMPLETE_FOLDER
     if not (complete / MANIFEST).exists():
         return
     try:
-        sync_folder(folder)
+        flush_folder(folder)
         # The manifest last: without it the folder is no bundle, and with it every file has to be there.
-        for path in sorted((complete / _PLACES).iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
+        for path in sorted((complete / _TARGETS_FOLDER).iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
             path.replace(folder / path.name)
-        sync_folder(folder)
+        flush_folder(folder)
     except OSError as error:
         raise StorageError(
             f"can't put the new bundle of {folder} into its place: {error.strerror}",
@@ -214,19 +214,19 @@ def _place(folder: Path) -> None:
         ) from error
 
 
-def _sweep(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Delete the subfolders of a bundle that is in place, and of exports that were cut off."""
-    partial, complete = folder / PARTIAL, folder / COMPLETE
+    partial, complete = folder / PARTIAL_FOLDER, folder / COMPLETE_FOLDER
     if partial.exists():
         shutil.rmtree(partial)
     if complete.exists():
         # Renamed first, since deleting takes many steps: a reader must never find a part of it.
         complete.rename(partial)
-        sync_folder(folder)
+        flush_folder(folder)
         shutil.rmtree(partial)
 
 
-def _target(path: Path) -> str:
+def _manifest_target(path: Path) -> str:
     """The target that a manifest names; empty if it can't be read."""
     try:
         target = json.loads(path.read_bytes())["target"]

@@ -40,51 +40,53 @@ _TENSOR_NAME = 8
 _TYPE, _TENSOR_TYPE, _ELEMENT_TYPE, _FLOAT32 = 2, 1, 1, 1
 
 # Levels of loops and branches within each other: a limit for the recursion. Exporters write two or three.
-_DEEPEST = 32
+_MAX_DEPTH = 32
 
 
-def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()) -> bytes:
+def subgraph_for(model: bytes, outputs: Collection[str], given_values: Collection[str] = ()) -> bytes:
     """The graph (without external data) with only these outputs, and the inputs, constants and operators that they
     need.
 
     Raises `ModelError` if it is not an ONNX file, or has no such output or value.
 
     Args:
-        given: Float32 values that become inputs of the subgraph instead of being computed in it.
+        given_values: Float32 values that become inputs of the subgraph instead of being computed in it.
     """
 
     def cut(graph: bytes) -> bytes:
-        return _cut(graph, set(outputs), frozenset(given))
+        return _cut_graph(graph, set(outputs), frozenset(given_values))
 
     try:
-        fields = list(_fields(model))
-        return b"".join(_field(n, k, cut(v) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in fields)
+        fields = list(_decode_fields(model))
+        return b"".join(_encode_field(n, k, cut(v) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in fields)
     except (IndexError, ValueError) as error:
         raise _unreadable(error) from error
 
 
-class GraphParts:
+class Subgraphs:
     """The subgraphs of one graph, each of which is cut once.
 
     A board needs the same three or four in every round, and each cut reads the whole graph.
     """
 
     def __init__(self) -> None:
-        self._parts = dict[tuple[frozenset[str], frozenset[str]], bytes]()
+        self._subgraphs = dict[tuple[frozenset[str], frozenset[str]], bytes]()
 
-    def part_for(self, read: Callable[[], bytes], outputs: Collection[str], given: Collection[str] = ()) -> bytes:
-        """As `part_for`; `read` gives the graph's bytes if they are needed."""
-        key = frozenset(outputs), frozenset(given)
-        if key not in self._parts:
-            self._parts[key] = part_for(read(), outputs, given)
-        return self._parts[key]
+    def subgraph_for(
+        self, read: Callable[[], bytes], outputs: Collection[str], given_values: Collection[str] = ()
+    ) -> bytes:
+        """As `subgraph_for`; `read` gives the graph's bytes if they are needed."""
+        key = frozenset(outputs), frozenset(given_values)
+        if key not in self._subgraphs:
+            self._subgraphs[key] = subgraph_for(read(), outputs, given_values)
+        return self._subgraphs[key]
 
 
 def metadata_of(model: bytes) -> dict[str, str]:
     """The metadata of a graph. Raises `ModelError` if it is not an ONNX file."""
     try:
-        entries = [v for n, k, v in _fields(model) if (n, k) == (_METADATA, _BYTES)]
-        return {_text(entry, _KEY): _text(entry, _VALUE) for entry in entries}
+        entries = [v for n, k, v in _decode_fields(model) if (n, k) == (_METADATA, _BYTES)]
+        return {_field_text(entry, _KEY): _field_text(entry, _VALUE) for entry in entries}
     except (IndexError, ValueError) as error:
         raise _unreadable(error) from error
 
@@ -93,9 +95,9 @@ def _unreadable(error: Exception) -> ModelError:
     return ModelError(f"the graph can't be read as an ONNX file ({type(error).__name__}: {error})")
 
 
-def _cut(graph: bytes, output_names: set[str], replaced: frozenset[str]) -> bytes:
-    rows = list(_fields(graph))
-    missing = output_names - {_text(v, _NAME) for n, _, v in rows if n == _OUTPUT}
+def _cut_graph(graph: bytes, output_names: set[str], replaced: frozenset[str]) -> bytes:
+    rows = list(_decode_fields(graph))
+    missing = output_names - {_field_text(v, _NAME) for n, _, v in rows if n == _OUTPUT}
     if missing:
         raise ModelError("the graph lacks outputs", got=", ".join(sorted(missing)[:5]))
     kept_rows, needed_values, replaced_here = set(), set(output_names), set[str]()
@@ -104,73 +106,73 @@ def _cut(graph: bytes, output_names: set[str], replaced: frozenset[str]) -> byte
         number, _, value = rows[index]
         if number != _NODE:
             continue
-        node_outputs = set(_texts(value, _NODE_OUTPUT))
+        node_outputs = set(_field_texts(value, _NODE_OUTPUT))
         replaced_here |= node_outputs & replaced
         if needed_values.isdisjoint(node_outputs - replaced):
             continue
         kept_rows.add(index)
-        needed_values.update(_reads(value))
+        needed_values.update(_values_read(value))
         # The name of absent optional inputs, which absent optional outputs of other operators share.
         needed_values.discard("")
     if replaced - replaced_here:
         raise ModelError("the graph lacks values", got=", ".join(sorted(replaced - replaced_here)[:5]))
-    kept_fields = [_field(_INPUT, _BYTES, _float_input(name)) for name in sorted(replaced)]
+    kept_fields = [_encode_field(_INPUT, _BYTES, _float_input(name)) for name in sorted(replaced)]
     for index, (number, kind, value) in enumerate(rows):
         if number == _NODE and index not in kept_rows:
             continue
-        if number == _OUTPUT and _text(value, _NAME) not in output_names:
+        if number == _OUTPUT and _field_text(value, _NAME) not in output_names:
             continue
-        if number in (_INPUT, _VALUE_INFO) and _text(value, _NAME) not in needed_values:
+        if number in (_INPUT, _VALUE_INFO) and _field_text(value, _NAME) not in needed_values:
             continue
-        if number == _INITIALIZER and _text(value, _TENSOR_NAME) not in needed_values:
+        if number == _INITIALIZER and _field_text(value, _TENSOR_NAME) not in needed_values:
             continue
-        kept_fields.append(_field(number, kind, value))
+        kept_fields.append(_encode_field(number, kind, value))
     return b"".join(kept_fields)
 
 
 def _float_input(name: str) -> bytes:
     """A float32 input of any shape."""
-    tensor = _field(_ELEMENT_TYPE, _VARINT, _number(_FLOAT32))
-    kind = _field(_TENSOR_TYPE, _BYTES, tensor)
-    return _field(_NAME, _BYTES, name.encode()) + _field(_TYPE, _BYTES, kind)
+    tensor = _encode_field(_ELEMENT_TYPE, _VARINT, _encode_varint(_FLOAT32))
+    kind = _encode_field(_TENSOR_TYPE, _BYTES, tensor)
+    return _encode_field(_NAME, _BYTES, name.encode()) + _encode_field(_TYPE, _BYTES, kind)
 
 
-def _reads(node: bytes, depth: int = 0) -> Iterator[str]:
+def _values_read(node: bytes, depth: int = 0) -> Iterator[str]:
     """Names of the values that an operator reads, also inside its loops and branches."""
-    if depth > _DEEPEST:
+    if depth > _MAX_DEPTH:
         raise ValueError("loops are nested too deeply")
-    yield from _texts(node, _NODE_INPUT)
-    for number, kind, attribute in _fields(node):
+    yield from _field_texts(node, _NODE_INPUT)
+    for number, kind, attribute in _decode_fields(node):
         if (number, kind) != (_NODE_ATTRIBUTE, _BYTES):
             continue
-        for field, wire_type, body in _fields(attribute):
+        for field, wire_type, body in _decode_fields(attribute):
             if field not in _ATTRIBUTE_GRAPHS or wire_type != _BYTES:
                 continue
-            for n, k, value in _fields(body):
+            for n, k, value in _decode_fields(body):
                 if (n, k) == (_NODE, _BYTES):
-                    yield from _reads(value, depth + 1)
+                    yield from _values_read(value, depth + 1)
                 elif (n, k) == (_OUTPUT, _BYTES):
-                    yield _text(value, _NAME)  # a branch may hand an outer value through
+                    yield _field_text(value, _NAME)  # a branch may hand an outer value through
 
 
-def _texts(message: bytes, number: int) -> list[str]:
-    return [v.decode() for n, k, v in _fields(message) if (n, k) == (number, _BYTES)]
+def _field_texts(message: bytes, number: int) -> list[str]:
+    return [v.decode() for n, k, v in _decode_fields(message) if (n, k) == (number, _BYTES)]
 
 
-def _text(message: bytes, number: int) -> str:
-    return next(iter(_texts(message, number)), "")
+def _field_text(message: bytes, number: int) -> str:
+    return next(iter(_field_texts(message, number)), "")
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
+def _decode_fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Fields of a protocol buffer: number, wire type and bytes, those of nested messages without their length."""
     position, end = 0, len(message)
     while position < end:
-        tag, position = _varint(message, position)
+        tag, position = _read_varint(message, position)
         number, kind = tag >> 3, tag & 7
         if kind == _VARINT:
-            _, field_end = _varint(message, position)
+            _, field_end = _read_varint(message, position)
         elif kind == _BYTES:
-            length, position = _varint(message, position)
+            length, position = _read_varint(message, position)
             field_end = position + length
         elif kind in (_FIXED64, _FIXED32):
             field_end = position + (8 if kind == _FIXED64 else 4)
@@ -182,7 +184,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
         position = field_end
 
 
-def _varint(message: bytes, position: int) -> tuple[int, int]:
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = message[position]
@@ -195,12 +197,12 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
             raise ValueError("a number is too long")
 
 
-def _field(number: int, kind: int, value: bytes) -> bytes:
-    head = _number(number << 3 | kind)
-    return head + _number(len(value)) + value if kind == _BYTES else head + value
+def _encode_field(number: int, kind: int, value: bytes) -> bytes:
+    head = _encode_varint(number << 3 | kind)
+    return head + _encode_varint(len(value)) + value if kind == _BYTES else head + value
 
 
-def _number(value: int) -> bytes:
+def _encode_varint(value: int) -> bytes:
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)

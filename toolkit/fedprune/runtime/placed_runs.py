@@ -22,16 +22,16 @@ Array = npt.NDArray[Any]
 
 # Of one session, each with a copy of its inputs on the GPU. A trainer's steps alternate between two places of the
 # state, and an epoch's last batch may be smaller, so that each width of a simulation's boards needs four.
-MOST_RECORDINGS = 16
+MAX_RECORDINGS = 16
 
 # Equal runs before one is recorded: recording takes as long as three runs, so fewer repetitions gain nothing.
-_REPEATS = 3
+_MIN_REPETITIONS = 3
 
 # Counted runs; if so many differ, as with images of all sizes, the counts start again instead of growing.
-_MOST_SIGNATURES = 64
+_MAX_SIGNATURES = 64
 
 # onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed.
-_GRAPH_ID, _UNRECORDED = "gpu_graph_id", "-1"
+_GRAPH_ID_OPTION, _NO_GRAPH_ID = "gpu_graph_id", "-1"
 
 
 class GpuLostError(FedpruneError):
@@ -69,8 +69,8 @@ class PlacedRuns:
         self.session, self._runtime = session, runtime
         self._lock = threading.Lock()
         # Further arguments of a run that must not be recorded.
-        self.unrecorded: tuple[Any, ...] = (self._options(_UNRECORDED),) if records else ()
-        self._records = records
+        self.unrecorded_options: tuple[Any, ...] = (self._options(_NO_GRAPH_ID),) if records else ()
+        self._can_record = records
         self._placed: dict[tuple[Hashable, ...], PlacedArray] = {}
         self._counts = Counter[Hashable]()
         self._recordings: dict[Hashable, _Recording] = {}
@@ -106,17 +106,17 @@ class PlacedRuns:
                     if recording.has_run:
                         raise
                     self._stop_recording()
-            outputs = run_bound(self.session, names, feeds, into, self.unrecorded)
-            if self._records and all(isinstance(array, PlacedArray) for array in into.values()):
-                self._count(signature, feeds, outputs)
+            outputs = run_bound(self.session, names, feeds, into, self.unrecorded_options)
+            if self._can_record and all(isinstance(array, PlacedArray) for array in into.values()):
+                self._count_run(signature, feeds, outputs)
             return outputs
 
-    def _count(self, signature: Hashable, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    def _count_run(self, signature: Hashable, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Count a run that could be recorded, and prepare its recording where it repeats."""
-        if len(self._counts) > _MOST_SIGNATURES:
+        if len(self._counts) > _MAX_SIGNATURES:
             self._counts.clear()
         self._counts[signature] += 1
-        if self._counts[signature] < _REPEATS or len(self._recordings) >= MOST_RECORDINGS:
+        if self._counts[signature] < _MIN_REPETITIONS or len(self._recordings) >= MAX_RECORDINGS:
             return
         options, binding = self._options(str(1 + len(self._recordings))), self.session.io_binding()
         try:
@@ -126,7 +126,7 @@ class PlacedRuns:
 
     def _stop_recording(self) -> None:
         """Record nothing from now on, and forget all recordings."""
-        self._records = False
+        self._can_record = False
         self._recordings.clear()
 
     def _put(self, array: Array) -> PlacedArray:
@@ -135,7 +135,7 @@ class PlacedRuns:
 
     def _options(self, graph: str) -> Any:
         options = self._runtime.RunOptions()
-        options.add_run_config_entry(_GRAPH_ID, graph)
+        options.add_run_config_entry(_GRAPH_ID_OPTION, graph)
         return options
 
 
@@ -193,7 +193,7 @@ class _Recording:
         placed = {n: v for n, v in feeds.items() if isinstance(v, PlacedArray)}
         self._inputs = {n: put(np.asarray(v, order="C")) for n, v in feeds.items() if n not in placed}
         self._outputs = {n: v if isinstance(v, PlacedArray) else put(np.zeros_like(v)) for n, v in outputs.items()}
-        self._copied = [n for n, v in outputs.items() if not isinstance(v, PlacedArray)]
+        self._copied_names = [n for n, v in outputs.items() if not isinstance(v, PlacedArray)]
         self._kept_inputs = placed  # the addresses that were recorded must stay theirs
         for name, value in {**placed, **self._inputs}.items():
             binding.bind_ortvalue_input(name, value.value)
@@ -205,4 +205,4 @@ class _Recording:
             value.value.update_inplace(np.asarray(feeds[name], order="C"))
         self._session.run_with_iobinding(self._binding, self._options)
         self.has_run = True
-        return {**self._outputs, **{name: np.array(self._outputs[name]) for name in self._copied}}
+        return {**self._outputs, **{name: np.array(self._outputs[name]) for name in self._copied_names}}

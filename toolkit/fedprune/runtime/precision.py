@@ -15,18 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, ModelError, shown
+from fedprune.core.errors import BundleError, ModelError, value_text
 from fedprune.core.text import quantity
-from fedprune.model.recipe import JUDGED, labels_of
+from fedprune.model.recipe import JUDGED_LABELS, labels_of
 from fedprune.model.step_contract import X
 from fedprune.runtime.precision_files import (
     INT8,
     calibrate_file,
-    graphs_of,
+    precision_graphs,
     prepare_file,
     weights_file,
 )
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import OnnxSession
 
 Array = npt.NDArray[Any]
 
@@ -38,10 +38,10 @@ RANGES = "~ranges"
 CALIBRATION_SAMPLES = 256
 
 # Samples of a batch: ranges are means over batches, so that one outlier doesn't stretch the scale of all.
-_AT_ONCE = 32
+_BATCH_SIZE = 32
 
 
-def measured_ranges(calibrate: Session, x: Array) -> Array:
+def measure_ranges(calibrate: OnnxSession, x: Array) -> Array:
     """Ranges of activations, float32 [activations, 2]: the mean over batches of the least and the largest numbers.
 
     `x` are samples [n, ...], of which at most `CALIBRATION_SAMPLES` are used. Raises `ModelError` if there are none,
@@ -50,14 +50,14 @@ def measured_ranges(calibrate: Session, x: Array) -> Array:
     x = x[:CALIBRATION_SAMPLES]
     if not len(x):
         raise ModelError("ranges of activations can't be measured without samples")
-    batches = np.array_split(x, -(-len(x) // _AT_ONCE))
-    batch_ranges = [checked_ranges(calibrate.run({X: batch}, [RANGES])[RANGES]) for batch in batches]
+    batches = np.array_split(x, -(-len(x) // _BATCH_SIZE))
+    batch_ranges = [check_ranges(calibrate.run({X: batch}, [RANGES])[RANGES]) for batch in batches]
     if any(ranges.shape != batch_ranges[0].shape for ranges in batch_ranges):
         raise ModelError("ranges of activations", expected="as many for every batch")
     return np.asarray(np.mean(batch_ranges, axis=0, dtype=np.float64), np.float32)
 
 
-def checked_ranges(ranges: Array) -> Array:
+def check_ranges(ranges: Array) -> Array:
     """Ranges that a model can be prepared with. Raises `ModelError` if they are not float32 [n, 2], not finite, or
     upside down."""
     if ranges.dtype != np.float32 or ranges.ndim != 2 or ranges.shape[1] != 2:
@@ -67,7 +67,7 @@ def checked_ranges(ranges: Array) -> Array:
     return ranges
 
 
-def prepare(graph: Session, tensors: Mapping[str, Array], ranges: Array | None = None) -> dict[str, Array]:
+def prepare_tensors(graph: OnnxSession, tensors: Mapping[str, Array], ranges: Array | None = None) -> dict[str, Array]:
     """The tensors of a model at lower precision, in the order of its file, with `ranges` if there are any.
 
     Args:
@@ -82,7 +82,7 @@ def prepare(graph: Session, tensors: Mapping[str, Array], ranges: Array | None =
     if RANGES in graph.inputs:
         if ranges is None:
             raise ModelError("this precision needs ranges of activations", expected=f"the tensor {RANGES}")
-        feeds[RANGES] = checked_ranges(ranges)
+        feeds[RANGES] = check_ranges(ranges)
     missing = sorted(graph.inputs.keys() - feeds.keys())
     if missing:
         raise ModelError("a lowered model can't be prepared: weights are missing", got=", ".join(missing[:5]))
@@ -93,17 +93,19 @@ def prepare(graph: Session, tensors: Mapping[str, Array], ranges: Array | None =
     return {n: np.asarray(v) for n, v in prepared.items()} | ({} if ranges is None else {RANGES: feeds[RANGES]})
 
 
-def packed(graphs: Mapping[str, bytes]) -> bytes:
+def pack_graphs(graphs: Mapping[str, bytes]) -> bytes:
     """Pack the graphs of a precision into the tensor file in which they travel to a board."""
     return tensorfile.encode({n: np.frombuffer(raw, np.uint8) for n, raw in graphs.items()})
 
 
-def unpacked(raw: bytes, precision: str) -> dict[str, bytes]:
-    """Unpack the graphs of a precision, by file name, from a file that `packed` wrote. Raises `BundleError` if the file
-    is damaged, or holds other graphs."""
+def unpack_graphs(raw: bytes, precision: str) -> dict[str, bytes]:
+    """Unpack the graphs of a precision, by file name, from a file that `pack_graphs` wrote. Raises `BundleError` if the
+    file is damaged, or holds other graphs."""
     graphs = tensorfile.decode(raw)
-    if graphs.keys() != set(graphs_of(precision)) or any(v.dtype != np.uint8 for v in graphs.values()):
-        raise BundleError(f"graphs of {precision}", expected=", ".join(graphs_of(precision)), got=shown(sorted(graphs)))
+    if graphs.keys() != set(precision_graphs(precision)) or any(v.dtype != np.uint8 for v in graphs.values()):
+        raise BundleError(
+            f"graphs of {precision}", expected=", ".join(precision_graphs(precision)), got=value_text(sorted(graphs))
+        )
     return {n: v.tobytes() for n, v in graphs.items()}
 
 
@@ -116,32 +118,32 @@ def lowered_weights(folder: Path, precision: str, tensors: Mapping[str, Array], 
         x: Samples to measure ranges on; without any, those of the weights file that is there are kept.
 
     Raises:
-        ModelError: As `prepare`; a graph can't be loaded or run; or there are neither samples nor ranges.
+        ModelError: As `prepare_tensors`; a graph can't be loaded or run; or there are neither samples nor ranges.
         BundleError: There are no samples, and the weights file that is there is damaged.
     """
     ranges = None
     if precision == INT8 and x is not None and len(x):
-        ranges = measured_ranges(Session(folder / calibrate_file(precision)), x)
+        ranges = measure_ranges(OnnxSession(folder / calibrate_file(precision)), x)
     elif precision == INT8:
-        ranges = tensorfile.load(folder / weights_file(precision)).get(RANGES)
-    return tensorfile.encode(prepare(Session(folder / prepare_file(precision)), tensors, ranges))
+        ranges = tensorfile.load_tensors(folder / weights_file(precision)).get(RANGES)
+    return tensorfile.encode(prepare_tensors(OnnxSession(folder / prepare_file(precision)), tensors, ranges))
 
 
 # Samples on which both precisions are compared, at most: they resolve the limits below, and a board waits for them.
-SAMPLES = 512
+MAX_COMPARED_SAMPLES = 512
 
 # Share of decisions that must be the same as in float32.
-LEAST_SAME = 0.95
+MIN_SAME_SHARE = 0.95
 
 # Share of right answers that may be lost: one point of accuracy.
-MOST_LOST = 0.01
+MAX_ACCURACY_LOSS = 0.01
 
 # Of a model that predicts numbers: how far its outputs may be from float32's, in standard deviations of those.
-MOST_ERROR = 0.1
+MAX_RELATIVE_ERROR = 0.1
 
 # The least spread that outputs count with, as a share of the largest: equal outputs don't spread at all. A tenth of it
 # is allowed, which is twice the rounding error of float16.
-_LEAST_SPREAD = 1e-2
+_MIN_RELATIVE_SPREAD = 1e-2
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,14 @@ class Agreement:
         one_decision = 1 / self.samples
         if not np.isfinite(self.error):
             return "its outputs are not finite"
-        if self.same is None and self.error > MOST_ERROR:
-            return f"its outputs are off by {self.error:.2g} of their spread, {MOST_ERROR:g} is allowed"
-        if self.same is not None and 1 - self.same > max(1 - LEAST_SAME, one_decision) + 1e-9:
+        if self.same is None and self.error > MAX_RELATIVE_ERROR:
+            return f"its outputs are off by {self.error:.2g} of their spread, {MAX_RELATIVE_ERROR:g} is allowed"
+        if self.same is not None and 1 - self.same > max(1 - MIN_SAME_SHARE, one_decision) + 1e-9:
             return (
-                f"it decides {self.same:.1%} of {self.samples} samples as float32 does, {LEAST_SAME:.0%} is asked for"
+                f"it decides {self.same:.1%} of {self.samples} samples as float32 does, "
+                f"{MIN_SAME_SHARE:.0%} is asked for"
             )
-        if self.right is not None and self.right[0] - self.right[1] > max(MOST_LOST, one_decision) + 1e-9:
+        if self.right is not None and self.right[0] - self.right[1] > max(MAX_ACCURACY_LOSS, one_decision) + 1e-9:
             reference_accuracy, own_accuracy = self.right
             accuracies = f"{own_accuracy:.1%}, that of float32 is {reference_accuracy:.1%}"
             return f"its accuracy on {self.samples} samples is {accuracies}"
@@ -194,7 +197,7 @@ class Agreement:
         return {**asdict(self), "right": None if self.right is None else list(self.right)}
 
 
-def agreement(loss: str, reference: Array, outputs: Array, y: Array | None = None) -> Agreement:
+def compare_outputs(loss: str, reference: Array, outputs: Array, y: Array | None = None) -> Agreement:
     """Compare outputs [n, K] with float32's (`reference`). Raises `ModelError` if they have another shape.
 
     Args:
@@ -206,9 +209,11 @@ def agreement(loss: str, reference: Array, outputs: Array, y: Array | None = Non
     if not reference.size:
         return Agreement(0, None, 0.0)
     rms_difference = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2))
-    spread = max(float(np.std(reference, dtype=np.float64)), _LEAST_SPREAD * float(np.abs(reference).max()), 1e-30)
+    spread = max(
+        float(np.std(reference, dtype=np.float64)), _MIN_RELATIVE_SPREAD * float(np.abs(reference).max()), 1e-30
+    )
     error = float(rms_difference / spread)
-    if labels_of(loss) not in JUDGED:
+    if labels_of(loss) not in JUDGED_LABELS:
         return Agreement(len(reference), None, error)
     decisions = [o.argmax(1) if loss == "cross_entropy" else o > 0 for o in (reference, outputs)]
     same = float(np.mean(decisions[0] == decisions[1]))

@@ -9,12 +9,12 @@ PRECISIONS = ("folded", "float16", INT8)
 
 # The precisions at which boards of a fleet may serve. Not `folded`: onnxruntime folds norms of float32 graphs by
 # itself.
-SERVED = ("float16", INT8)
+FLEET_PRECISIONS = ("float16", INT8)
 
 FASTEST = "fastest"
 
 # Values of a board's option `serve`: a precision, or the fastest of them.
-SERVE = (FLOAT32, *SERVED, FASTEST)
+SERVE_CHOICES = (FLOAT32, *FLEET_PRECISIONS, FASTEST)
 
 
 def graph_file(precision: str) -> str:
@@ -45,9 +45,9 @@ def served_files(precision: str) -> tuple[str, str]:
 
 def files_of(precision: str) -> tuple[str, ...]:
     """The files of a bundle that a precision consists of."""
-    return (*graphs_of(precision), weights_file(precision))
+    return (*precision_graphs(precision), weights_file(precision))
 
 
-def graphs_of(precision: str) -> tuple[str, ...]:
+def precision_graphs(precision: str) -> tuple[str, ...]:
     graphs = (graph_file(precision), prepare_file(precision))
     return (*graphs, calibrate_file(precision)) if precision == INT8 else graphs

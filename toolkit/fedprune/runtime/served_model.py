@@ -29,7 +29,7 @@ def is_board_state(folder: Path) -> bool:
     return (folder / _FOLDER / _POINTER).is_file()
 
 
-def served_model(state: Path) -> ServedModel:
+def load_served_model(state: Path) -> ServedModel:
     """The newest model of a board's state folder whose files are intact. The board may be running. Raises
     `StorageError` if the folder has no such model."""
     pointer = state / _FOLDER / _POINTER
@@ -39,7 +39,7 @@ def served_model(state: Path) -> ServedModel:
             folder = state / _FOLDER / str(row["slot"])
             model = ServedModel(folder, str(row["job"]), int(row["round"]))
             # Only the board's own two slots: the file is input, and must not lead elsewhere on the disk.
-            if row["slot"] in _SLOTS and _intact(folder, row["files"]):
+            if row["slot"] in _SLOTS and _is_intact(folder, row["files"]):
                 return model
     except OSError as error:
         raise StorageError(f"can't read {pointer}: {error.strerror}") from error
@@ -48,7 +48,7 @@ def served_model(state: Path) -> ServedModel:
     raise StorageError(f"{state} has no model that is intact", hint="Let the board finish another round first.")
 
 
-def _intact(folder: Path, files: dict[str, str]) -> bool:
+def _is_intact(folder: Path, files: dict[str, str]) -> bool:
     try:
         return all(file_digest(folder / name) == files[name] for name in (INFERENCE, WEIGHTS))
     except OSError:

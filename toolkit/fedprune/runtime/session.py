@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
 from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns, run_bound
-from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve
+from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve_sessions
 
 Array = npt.NDArray[Any]
 
@@ -28,13 +28,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _LOG = logging.getLogger("fedprune.runtime.session")
 
 # The causes for computing on the CPU that this process has logged, each once: it opens a session for every width.
-_SAID: set[str] = set()
+_LOGGED_CAUSES: set[str] = set()
 
 # Causes that hold addresses or sizes differ every time; after so many the log has said enough.
-_MOST_SAID = 20
+_MAX_LOGGED_CAUSES = 20
 
 # Bytes of output arrays from which binding them takes less time than copying the outputs into them.
-_BOUND_FROM = 1 << 20
+_MIN_BOUND_BYTES = 1 << 20
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -48,7 +48,7 @@ CUDA_OPTIONS = {
 }
 
 
-class Runs(Protocol):
+class RunsGraph(Protocol):
     """Anything that runs a loaded graph: a session of onnxruntime, or an engine in its place."""
 
     @property
@@ -63,7 +63,7 @@ class Runs(Protocol):
         """Arrays by output name; see `Session.run`."""
 
 
-class Session:
+class OnnxSession:
     """A loaded graph, on the CPU unless CUDA is asked for and works.
 
     Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin (a
@@ -83,7 +83,7 @@ class Session:
         inputs: Type and shape by input name.
         outputs: Names of the outputs.
         metadata: What the graph's maker wrote into it.
-        reason: Why it is the CPU although CUDA was asked for; empty else.
+        cpu_reason: Why it is the CPU although CUDA was asked for; empty else.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -100,11 +100,11 @@ class Session:
         records: bool = True,
         exact: bool = False,
     ) -> None:
-        self._open = partial(_loaded, model, threads, training, exact=exact)
-        self.reason = ""
+        self._open = partial(_load, model, threads, training, exact=exact)
+        self.cpu_reason = ""
         self._lock = threading.Lock()
         self._placed: PlacedRuns | None = None
-        self._session: Any = self._opened_on_cuda(records=training and records) if cuda else None
+        self._session: Any = self._open_on_cuda(records=training and records) if cuda else None
         if self._session is None:
             self._session = self._open(_CPU)
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
@@ -119,10 +119,10 @@ class Session:
     @property
     def provider(self) -> str:
         """The provider: `cpu` or `cuda`."""
-        return "cuda" if _on_cuda(self._session) else "cpu"
+        return "cuda" if _is_on_cuda(self._session) else "cpu"
 
     def keep(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Feeds of several runs, for the argument `kept` of `run`: a child process receives them once."""
+        """Feeds of several runs, for the argument `kept_feeds` of `run`: a child process receives them once."""
         return self._session.keep(feeds) if isinstance(self._session, RemoteSession) else feeds
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Session:
     def leave_gpu(self, error: Exception) -> None:
         """Compute on the CPU from now on, because of an error."""
         with self._lock:
-            if _on_cuda(self._session):
+            if _is_on_cuda(self._session):
                 self._leave_cuda(self._open(_CPU), error)
 
     def run(
@@ -150,7 +150,7 @@ class Session:
         feeds: Mapping[str, Any],
         outputs: Sequence[str] | None = None,
         into: Mapping[str, Any] | None = None,
-        kept: Mapping[str, Array] | None = None,
+        kept_feeds: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Run the graph once.
 
@@ -160,7 +160,7 @@ class Session:
             into: By output name the array to write it into: writeable, in C order, of the output's type and shape, or
             one
                 of `place`. None may be a feed, because an operator may still read it after the output was written.
-            kept: Further feeds, from `keep`.
+            kept_feeds: Further feeds, from `keep`.
 
         Raises:
             GpuLostError: The GPU has failed, and arrays in its memory can't be read.
@@ -168,11 +168,11 @@ class Session:
             ModelError: Feeds or arrays don't fit the graph, or an operator fails on them.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
-        runs, into, kept = self._placed, into or {}, kept or {}
+        runs, into, kept_feeds = self._placed, into or {}, kept_feeds or {}
         session = self._session if runs is None else runs.session  # another thread may replace it
         placed = any(isinstance(v, PlacedArray) for v in (*feeds.values(), *into.values()))
         if placed and runs is None:  # the GPU has failed since
-            feeds, into = {n: np.asarray(v) for n, v in feeds.items()}, _in_memory(into)
+            feeds, into = {n: np.asarray(v) for n, v in feeds.items()}, _host_arrays(into)
         for name, array in into.items():
             # The array's memory is written by address, so its layout has to be right.
             if name not in names or not (isinstance(array, PlacedArray) or array.flags.carray):
@@ -181,25 +181,25 @@ class Session:
                     expected="an output that is computed, and a writeable array in C order",
                     got="another output" if name not in names else "another kind of array",
                 )
-        all_feeds = {**feeds, **kept}
+        all_feeds = {**feeds, **kept_feeds}
         try:
             if isinstance(session, RemoteSession):
-                values: list[Array] = session.run(names, feeds, kept)
+                values: list[Array] = session.run(names, feeds, kept_feeds)
             elif runs is not None:
                 if placed:
                     return runs.run(names, all_feeds, into)
-                values = session.run(names, all_feeds, *runs.unrecorded)
-            elif sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not _on_cuda(session):
+                values = session.run(names, all_feeds, *runs.unrecorded_options)
+            elif sum(array.nbytes for array in into.values()) >= _MIN_BOUND_BYTES and not _is_on_cuda(session):
                 return run_bound(session, names, all_feeds, into)
             else:
                 values = session.run(names, all_feeds)
         except Exception as error:
-            if not _on_cuda(session):
+            if not _is_on_cuda(session):
                 if isinstance(error, RuntimeUnavailableError):
                     raise
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
-            values = self._again(session, names, all_feeds, error)
-            into = _in_memory(into)
+            values = self._run_on_cpu(session, names, all_feeds, error)
+            into = _host_arrays(into)
         arrays_by_name = dict(zip(names, map(np.asarray, values), strict=True))
         for name, array in into.items():
             value = arrays_by_name[name]
@@ -210,9 +210,9 @@ class Session:
             arrays_by_name[name] = array
         return arrays_by_name
 
-    def _opened_on_cuda(self, *, records: bool) -> Any:
+    def _open_on_cuda(self, *, records: bool) -> Any:
         if _CUDA not in _onnxruntime().get_available_providers():
-            self._without(f"onnxruntime {version()} has no CUDA provider")
+            self._log_no_cuda(f"onnxruntime {onnxruntime_version()} has no CUDA provider")
             return None
         records = records and _process is None
         try:
@@ -220,11 +220,11 @@ class Session:
             records = session is not None
             session = session or self._open((_CUDA, CUDA_OPTIONS), _CPU)
         except ModelError as error:
-            self._without(str(error))
+            self._log_no_cuda(str(error))
             return None
         # Where a library of CUDA is missing, onnxruntime doesn't fail but leaves the provider out.
-        if not _on_cuda(session):
-            self._without("onnxruntime's CUDA provider can't be loaded")
+        if not _is_on_cuda(session):
+            self._log_no_cuda("onnxruntime's CUDA provider can't be loaded")
             return None
         if _process is None:
             self._placed = PlacedRuns(session, _onnxruntime(), records=records)
@@ -237,7 +237,9 @@ class Session:
         except ModelError:
             return None
 
-    def _again(self, failed_session: Any, names: list[str], feeds: Mapping[str, Any], error: Exception) -> list[Array]:
+    def _run_on_cpu(
+        self, failed_session: Any, names: list[str], feeds: Mapping[str, Any], error: Exception
+    ) -> list[Array]:
         """Repeat a failed run on the CPU, and stay there if it succeeds: otherwise the GPU is not to blame."""
         with self._lock:
             session = self._open(_CPU) if self._session is failed_session else self._session
@@ -258,23 +260,25 @@ class Session:
         return values
 
     def _leave_cuda(self, session: Any, error: Exception) -> None:
-        self._without(_first_line(error))
+        self._log_no_cuda(_first_line(error))
         self._session, self._placed = session, None
         del self._open
 
-    def _without(self, reason: str) -> None:
-        self.reason = reason
-        if reason not in _SAID and len(_SAID) < _MOST_SAID:  # a process opens a session for every width
-            _SAID.add(reason)
+    def _log_no_cuda(self, reason: str) -> None:
+        self.cpu_reason = reason
+        if (
+            reason not in _LOGGED_CAUSES and len(_LOGGED_CAUSES) < _MAX_LOGGED_CAUSES
+        ):  # a process opens a session for every width
+            _LOGGED_CAUSES.add(reason)
             _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
 
 
-def _in_memory(arrays: Mapping[str, Any]) -> dict[str, Array]:
+def _host_arrays(arrays: Mapping[str, Any]) -> dict[str, Array]:
     """Those of some arrays that are not in a GPU's memory."""
     return {n: v for n, v in arrays.items() if not isinstance(v, PlacedArray)}
 
 
-def _on_cuda(session: Any) -> bool:
+def _is_on_cuda(session: Any) -> bool:
     return _CUDA in session.get_providers()
 
 
@@ -282,7 +286,7 @@ def _on_cuda(session: Any) -> bool:
 def run_by_child_process() -> Iterator[None]:
     """Let a child process load and run the graphs of all sessions (`session_process`)."""
     global _process
-    with SessionProcess(PROGRAM) as _process:
+    with SessionProcess(CHILD_PROGRAM) as _process:
         try:
             yield
         finally:
@@ -292,19 +296,19 @@ def run_by_child_process() -> Iterator[None]:
 _process: SessionProcess | None = None
 
 # Code of the child process.
-PROGRAM = f"from {__name__} import main; main()"
+CHILD_PROGRAM = f"from {__name__} import main; main()"
 
 
 def main() -> None:
-    serve(load_graph)
+    serve_sessions(load_graph)
 
 
-def _loaded(*graph: Any, exact: bool = False) -> Any:
+def _load(*graph: Any, exact: bool = False) -> Any:
     return load_graph(*graph, exact=exact) if _process is None else _process.load(*graph, exact=exact)
 
 
 def load_graph(model: Path | bytes, threads: int, training: bool, *providers: Any, exact: bool = False) -> Any:
-    """onnxruntime's own session, in this process. Raises as `Session`."""
+    """onnxruntime's own session, in this process. Raises as `OnnxSession`."""
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -334,7 +338,7 @@ def load_graph(model: Path | bytes, threads: int, training: bool, *providers: An
         raise ModelError(f"{where}: onnxruntime doesn't load it ({_first_line(error)})") from error
 
 
-def version() -> str:
+def onnxruntime_version() -> str:
     """Version of the installed onnxruntime. Raises `MissingExtraError` if it is not installed."""
     return str(_onnxruntime().__version__)
 

@@ -19,19 +19,19 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
-from fedprune.core.closing import Closing
-from fedprune.core.errors import FedpruneError, RuntimeUnavailableError, reason
+from fedprune.core.closeable import Closeable
+from fedprune.core.errors import FedpruneError, RuntimeUnavailableError, error_reason
 from fedprune.core.imports import program_code
 
 # Longer than the pauses between the requests of a round. The next round starts another process, in half a second.
 IDLE_S = 20.0
 
 # For the process to end by itself, once its connection is closed, before it is killed.
-_STOP_S = 5.0
+_STOP_TIMEOUT_S = 5.0
 
 # A process that reads and writes nothing for an hour during a request hangs. In the form of setsockopt(2): seconds and
 # microseconds, as 64-bit systems have them.
-_LONGEST = struct.pack("@ll", 3600, 0)
+_REQUEST_TIMEOUT = struct.pack("@ll", 3600, 0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Port:
 
 
 @dataclass(frozen=True)
-class _Described:
+class _GraphDescription:
     """A loaded graph's own description, as `onnxruntime.InferenceSession` gives it."""
 
     inputs: tuple[_Port, ...]
@@ -51,11 +51,11 @@ class _Described:
     custom_metadata_map: dict[str, str] = field(default_factory=dict)
 
 
-class SessionProcess(Closing):
+class SessionProcess(Closeable):
     """The child process, which is started when it is needed. Requests of several threads wait for each other.
 
     Args:
-        program: Python code for the child process, which calls `serve`.
+        program: Python code for the child process, which calls `serve_sessions`.
         idle_s: Seconds without a request after which the process ends.
     """
 
@@ -64,15 +64,15 @@ class SessionProcess(Closing):
         self._lock, self._numbers = threading.Lock(), count()
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._held: set[int] = set()
-        self._dropped: list[int] = []
+        self._held_numbers: set[int] = set()
+        self._dropped_numbers: list[int] = []
         self._closed = False
 
     def load(self, *graph: Any, exact: bool) -> RemoteSession:
         """A session in the child process; the arguments are those of `fedprune.runtime.session.load_graph`."""
         return RemoteSession(self, graph, exact)
 
-    def number(self) -> int:
+    def next_number(self) -> int:
         """A number for a new object that the process will hold."""
         return next(self._numbers)
 
@@ -103,7 +103,7 @@ class SessionProcess(Closing):
     def drop(self, number: int) -> None:
         """Let the process drop an object, with the next request."""
         # Not at once: finalisers run on any thread, even within a request that holds the lock.
-        self._dropped.append(number)
+        self._dropped_numbers.append(number)
 
     def close(self) -> None:
         self._closed = True
@@ -114,34 +114,34 @@ class SessionProcess(Closing):
             self._end()
 
     def _answer(self, kind: str, objects: Sequence[_RemoteObject], values: tuple[Any, ...]) -> Any:
-        connection = self._started()
-        while self._dropped:
-            number = self._dropped.pop()
-            self._held.discard(number)
+        connection = self._connect()
+        while self._dropped_numbers:
+            number = self._dropped_numbers.pop()
+            self._held_numbers.discard(number)
             connection.send(("drop", [number]))
         for item in objects:
-            if item.number not in self._held:
-                request_kind, *contents = item.given
-                _asked(connection, request_kind, [item.number], *contents)
-                self._held.add(item.number)
-        return _asked(connection, kind, [item.number for item in objects], *values)
+            if item.number not in self._held_numbers:
+                request_kind, *contents = item.creation_request
+                _exchange(connection, request_kind, [item.number], *contents)
+                self._held_numbers.add(item.number)
+        return _exchange(connection, kind, [item.number for item in objects], *values)
 
     def _end(self) -> int | None:
         """End the process; returns its exit code."""
         child, connection = self._child, self._connection
         self._child = self._connection = None
-        self._held.clear()
+        self._held_numbers.clear()
         if connection is not None:
             connection.close()
         if child is None:
             return None
         try:
-            return child.wait(0.0 if self._closed else _STOP_S)
+            return child.wait(0.0 if self._closed else _STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             child.kill()
             return child.wait()
 
-    def _started(self) -> Connection:
+    def _connect(self) -> Connection:
         if self._child is not None and self._child.poll() is not None:
             self._end()
         if self._connection is None and not self._closed:
@@ -149,7 +149,7 @@ class SessionProcess(Closing):
                 parent_end, child_end = socket.socketpair()
                 with parent_end, child_end:
                     for limit in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                        parent_end.setsockopt(socket.SOL_SOCKET, limit, _LONGEST)
+                        parent_end.setsockopt(socket.SOL_SOCKET, limit, _REQUEST_TIMEOUT)
                     command = [
                         sys.executable,
                         "-c",
@@ -163,7 +163,7 @@ class SessionProcess(Closing):
                     self._connection = Connection(parent_end.detach())
             except OSError as error:
                 raise RuntimeUnavailableError(
-                    f"the process in which onnxruntime runs can't be started ({reason(error)})"
+                    f"the process in which onnxruntime runs can't be started ({error_reason(error)})"
                 ) from error
             # Somebody has to wait for the process when it ends by itself, or it stays as a zombie.
             threading.Thread(target=child.wait, name="fedprune-onnxruntime", daemon=True).start()
@@ -177,11 +177,11 @@ class _RemoteObject:
     process.
 
     Attributes:
-        given: The request that sends it.
+        creation_request: The request that sends it.
     """
 
     def __init__(self, process: SessionProcess, *creation_request: Any) -> None:
-        self._process, self.number, self.given = process, process.number(), creation_request
+        self._process, self.number, self.creation_request = process, process.next_number(), creation_request
 
     def __del__(self) -> None:
         self._process.drop(self.number)
@@ -192,19 +192,19 @@ class RemoteSession(_RemoteObject):
 
     def __init__(self, process: SessionProcess, graph: tuple[Any, ...], exact: bool) -> None:
         super().__init__(process, "load", graph, exact)
-        self._described: _Described = process.ask("describe", [self])
+        self._description: _GraphDescription = process.ask("describe", [self])
 
     def get_inputs(self) -> Sequence[_Port]:
-        return self._described.inputs
+        return self._description.inputs
 
     def get_outputs(self) -> Sequence[_Port]:
-        return self._described.outputs
+        return self._description.outputs
 
     def get_providers(self) -> Sequence[str]:
-        return self._described.providers
+        return self._description.providers
 
-    def get_modelmeta(self) -> _Described:
-        return self._described
+    def get_modelmeta(self) -> _GraphDescription:
+        return self._description
 
     def keep(self, feeds: Mapping[str, Any]) -> RemoteFeeds:
         return RemoteFeeds(self._process, feeds)
@@ -230,7 +230,7 @@ class RemoteFeeds(dict[str, Any], _RemoteObject):
         _RemoteObject.__init__(self, process, "keep", dict(feeds))
 
 
-def _asked(connection: Connection, *request: Any) -> Any:
+def _exchange(connection: Connection, *request: Any) -> Any:
     connection.send(request)
     answer = connection.recv()
     if isinstance(answer, FedpruneError):
@@ -238,7 +238,7 @@ def _asked(connection: Connection, *request: Any) -> Any:
     return answer
 
 
-def serve(load: Callable[..., Any]) -> None:
+def serve_sessions(load: Callable[..., Any]) -> None:
     """Answer requests, in the child process, until none comes for a while or the other side has ended.
 
     Args:
@@ -263,7 +263,7 @@ def serve(load: Callable[..., Any]) -> None:
                     objects[numbers[0]] = values[0]
                 else:
                     session, *kept_feeds = (objects[number] for number in numbers)
-                    answer = _described(session) if kind == "describe" else _run(session, kept_feeds, *values)
+                    answer = _describe(session) if kind == "describe" else _run(session, kept_feeds, *values)
             except FedpruneError as error:
                 answer = error
             except Exception as error:  # noqa: BLE001 - onnxruntime's own kinds, which the other side doesn't know
@@ -277,10 +277,10 @@ def _run(session: Any, kept_feeds: Sequence[Mapping[str, Any]], names: Sequence[
     return session.run(names, feeds)
 
 
-def _described(session: Any) -> _Described:
+def _describe(session: Any) -> _GraphDescription:
     inputs, outputs = (
         tuple(_Port(p.name, p.type, tuple(p.shape)) for p in ports)
         for ports in (session.get_inputs(), session.get_outputs())
     )
     metadata = dict(session.get_modelmeta().custom_metadata_map)
-    return _Described(inputs, outputs, tuple(session.get_providers()), metadata)
+    return _GraphDescription(inputs, outputs, tuple(session.get_providers()), metadata)

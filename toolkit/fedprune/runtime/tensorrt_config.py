@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedprune.core import validation as check
-from fedprune.core.errors import ConfigError, shown
-from fedprune.core.settings import bounded, check_fields, one_of
-from fedprune.core.tensorfile import digest
+from fedprune.core.errors import ConfigError, value_text
+from fedprune.core.settings import bounded, check_fields, choice_of
+from fedprune.core.tensorfile import sha256_hex
 
-FORMAT = "fedprune.engine/1"
+ENGINE_PLAN_FORMAT = "fedprune.engine/1"
 # The name of a plan's file in a bundle.
-NAME = "engine.json"
+ENGINE_PLAN_FILE = "engine.json"
 
 # The precisions of an engine, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
 # largest output. TF32 rounds factors to 10 bits of mantissa, as float16 has, but keeps float32's range.
@@ -27,9 +27,9 @@ TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2}
 _GRAPH = re.compile(r"[a-z0-9][a-z0-9._-]{0,59}\.onnx")
 _MIB = 2**20
 # Bytes of a plan; ours have some 200. It comes from another machine.
-_LONGEST = 10_000
+_MAX_PLAN_BYTES = 10_000
 
-MOST_BATCH = 4096
+MAX_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class EnginePlan:
     """
 
     graph: str = "inference.onnx"
-    precision: str = one_of("float32", TOLERANCES)
-    batch: tuple[int, int, int] = bounded((1, 1, 64), 1, MOST_BATCH)
+    precision: str = choice_of("float32", TOLERANCES)
+    batch: tuple[int, int, int] = bounded((1, 1, 64), 1, MAX_BATCH)
     pool_bytes: int = bounded(256 * _MIB, _MIB, 64 * 2**30)
     timeout_s: float = bounded(1800.0, 1, 86_400)
     level: int = bounded(3, 0, 5)
@@ -61,10 +61,10 @@ class EnginePlan:
     def __post_init__(self) -> None:
         if not isinstance(self.graph, str) or not _GRAPH.fullmatch(self.graph):
             raise ConfigError(
-                "graph", expected="the name of an .onnx file in the folder of the weights", got=shown(self.graph)
+                "graph", expected="the name of an .onnx file in the folder of the weights", got=value_text(self.graph)
             )
         if not isinstance(self.batch, tuple) or len(self.batch) != 3:
-            raise ConfigError("batch", expected="the least, the usual and the most samples", got=shown(self.batch))
+            raise ConfigError("batch", expected="the least, the usual and the most samples", got=value_text(self.batch))
         check_fields(self, ())
         if sorted(self.batch) != list(self.batch):
             raise ConfigError("batch", expected="ascending numbers", got=", ".join(map(str, self.batch)))
@@ -76,24 +76,26 @@ class EnginePlan:
 
     @property
     def digest(self) -> str:
-        return digest(self.to_json().encode())
+        return sha256_hex(self.to_json().encode())
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True) + "\n"
+        return json.dumps({"format": ENGINE_PLAN_FORMAT, **asdict(self)}, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, raw: bytes, where: str = NAME) -> EnginePlan:
+    def from_json(cls, raw: bytes, where: str = ENGINE_PLAN_FILE) -> EnginePlan:
         """Read and check; a missing field has its default. Raises `ConfigError`, which names `where`, if it is no plan,
         of another version, or a field is unknown or out of range."""
         try:
-            if len(raw) > _LONGEST:
+            if len(raw) > _MAX_PLAN_BYTES:
                 raise ValueError(f"{len(raw)} bytes")
             body: Any = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where} is no plan of an engine", expected="a small JSON object") from error
-        if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
-            raise ConfigError(f"{where} is no plan of an engine that is known here", expected=f"format {FORMAT}")
-        fields = check.known(cls, body, where)
+        if not isinstance(body, dict) or body.pop("format", None) != ENGINE_PLAN_FORMAT:
+            raise ConfigError(
+                f"{where} is no plan of an engine that is known here", expected=f"format {ENGINE_PLAN_FORMAT}"
+            )
+        fields = check.check_table(cls, body, where)
         if isinstance(fields.get("batch"), list):
             fields["batch"] = tuple(fields["batch"])
         try:

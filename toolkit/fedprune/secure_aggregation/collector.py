@@ -23,7 +23,7 @@ from random import Random
 
 from fedprune.core.errors import ProtocolError
 from fedprune.secure_aggregation.keys import (
-    SEALED,
+    SEALED_BYTES,
     Advertisement,
     commitment_to,
     own_mask_key,
@@ -36,10 +36,10 @@ from fedprune.secure_aggregation.messages import (
     encode_bits,
     encode_delivery,
     encode_roster,
-    split,
+    split_bytes,
 )
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import join
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import join_shares
 from fedprune.security.keys import VerifyingKey
 
 
@@ -63,111 +63,116 @@ class Collector:
         random: Places boards on the circle.
     """
 
-    def __init__(self, session: Session, directory: Mapping[str, VerifyingKey], random: Random | None = None) -> None:
+    def __init__(
+        self, session: SecureSumSession, directory: Mapping[str, VerifyingKey], random: Random | None = None
+    ) -> None:
         self._session, self._directory = session, directory
         self._random = random or secrets.SystemRandom()
         self._step = _ADVERTISE
-        self._seen: dict[str, dict[str, bytes]] = {step: {} for step in _STEPS}
+        self._digests_of_step: dict[str, dict[str, bytes]] = {step: {} for step in _STEPS}
         self._keys: dict[str, Advertisement] = {}
         self._graph: dict[str, tuple[str, ...]] = {}
-        self._sealed: dict[str, dict[str, bytes]] = {}
+        self._sealed_shares: dict[str, dict[str, bytes]] = {}
         self._shares: dict[str, dict[str, bytes]] = {}
         self._sum = Vector.zeros(session)
 
     @property
     def boards(self) -> tuple[str, ...]:
         """The boards whose vectors are in the sum."""
-        return tuple(sorted(self._seen[_MASK]))
+        return tuple(sorted(self._digests_of_step[_MASK]))
 
     def add_advertisement(self, board: str, message: bytes) -> None:
         """Raises `SignatureError` if the board's identity key has not signed it. A key of small order is refused."""
-        if not self._new(_ADVERTISE, board, message, self._directory):
+        if not self._is_new(_ADVERTISE, board, message, self._directory):
             return
         keys = Advertisement.from_bytes(message)
         keys.verify(self._session, board, self._directory[board])
         # Verified before it is stored: a board that is refused can send its right advertisement later.
         self._keys[board] = keys
-        self._note(board, message)
+        self._record_message(board, message)
 
     def rosters(self) -> dict[str, bytes]:
         """End the step of keys: each board's message."""
-        self._end(_ADVERTISE)
+        self._end_step(_ADVERTISE)
         self._graph = self._session.neighbours(tuple(self._keys), self._random)
         return {
             board: encode_roster({n: self._keys[n] for n in neighbours}) for board, neighbours in self._graph.items()
         }
 
     def add_shares(self, board: str, message: bytes) -> None:
-        if not self._new(_SHARE, board, message, self._graph):
+        if not self._is_new(_SHARE, board, message, self._graph):
             return
         neighbours = self._graph[board]
-        self._sealed[board] = dict(
-            zip(neighbours, split(message, SEALED, len(neighbours), "sealed shares"), strict=True)
+        self._sealed_shares[board] = dict(
+            zip(neighbours, split_bytes(message, SEALED_BYTES, len(neighbours), "sealed shares"), strict=True)
         )
-        self._note(board, message)
+        self._record_message(board, message)
 
     def deliveries(self) -> dict[str, bytes]:
         """End the step of shares: each remaining board's message."""
-        self._end(_SHARE)
-        self._check_left(self._sealed, self._sealed)
+        self._end_step(_SHARE)
+        self._check_remaining(self._sealed_shares, self._sealed_shares)
         return {
             board: encode_delivery(
-                self._graph[board], {n: self._sealed[n][board] for n in self._graph[board] if n in self._sealed}
+                self._graph[board],
+                {n: self._sealed_shares[n][board] for n in self._graph[board] if n in self._sealed_shares},
             )
-            for board in self._sealed
+            for board in self._sealed_shares
         }
 
     def add_masked(self, board: str, message: bytes) -> None:
-        if not self._new(_MASK, board, message, self._sealed):
+        if not self._is_new(_MASK, board, message, self._sealed_shares):
             return
         # Added on arrival and not kept: memory would grow with the cohort. So a board can't be taken out of the sum
         # later.
         self._sum.add(Vector.from_bytes(message, self._session))
-        self._note(board, message)
+        self._record_message(board, message)
 
     def survivors(self) -> dict[str, bytes]:
         """End the step of masked vectors: each remaining board's message."""
-        self._end(_MASK)
-        alive = self._seen[_MASK]
-        self._check_left(self._needed(), alive)
+        self._end_step(_MASK)
+        alive = self._digests_of_step[_MASK]
+        self._check_remaining(self._boards_to_restore(), alive)
         return {board: encode_bits(self._graph[board], alive) for board in alive}
 
     def add_unmasking(self, board: str, message: bytes) -> None:
-        if not self._new(_UNMASK, board, message, self._seen[_MASK]):
+        if not self._is_new(_UNMASK, board, message, self._digests_of_step[_MASK]):
             return
-        owners = [name for name in self._graph[board] if name in self._sealed]
+        owners = [name for name in self._graph[board] if name in self._sealed_shares]
         for owner, share in decode_unmasking(message, owners).items():
             self._shares.setdefault(owner, {})[board] = share
-        self._note(board, message)
+        self._record_message(board, message)
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether enough boards have answered for `total`."""
         threshold = self._session.threshold
-        return self._step == _UNMASK and all(len(self._shares.get(b, ())) >= threshold for b in self._needed())
+        return self._step == _UNMASK and all(
+            len(self._shares.get(b, ())) >= threshold for b in self._boards_to_restore()
+        )
 
     def total(self) -> Vector:
         """The sum of the vectors of `boards`. Raises `ProtocolError`, which names a board, if too few shares of its
         secret have arrived or some are false."""
-        self._end(_UNMASK)
-        self._check_left(self._needed(), self._seen[_UNMASK])
-        alive = self._seen[_MASK]
-        masks = [key for board in self._needed() for key in self._unmasked(board, alive)]
+        self._end_step(_UNMASK)
+        self._check_remaining(self._boards_to_restore(), self._digests_of_step[_UNMASK])
+        alive = self._digests_of_step[_MASK]
+        masks = [key for board in self._boards_to_restore() for key in self._mask_keys(board, alive)]
         for key, negative in masks:
             self._sum.add_mask(key, negative=negative)
         return self._sum
 
-    def _needed(self) -> tuple[str, ...]:
+    def _boards_to_restore(self) -> tuple[str, ...]:
         """The boards of which a secret must be restored: survivors, and others with whom survivors have masked."""
-        alive = self._seen[_MASK]
-        return tuple(b for b in self._sealed if b in alive or any(n in alive for n in self._graph[b]))
+        alive = self._digests_of_step[_MASK]
+        return tuple(b for b in self._sealed_shares if b in alive or any(n in alive for n in self._graph[b]))
 
-    def _unmasked(self, board: str, alive: Collection[str]) -> list[tuple[bytes, bool]]:
+    def _mask_keys(self, board: str, alive: Collection[str]) -> list[tuple[bytes, bool]]:
         """The keys of masks that a board's restored secret gives, and whether to subtract them."""
         neighbours, keys = self._graph[board], self._keys[board]
         shares = {neighbours.index(holder) + 1: share for holder, share in self._shares[board].items()}
         try:
-            secret = join(shares, self._session.threshold)
+            secret = join_shares(shares, self._session.threshold)
             if board in alive:
                 # A wrong seed would subtract a wrong mask, and leave a sum of noise.
                 if commitment_to(self._session, board, secret) != keys.commitment:
@@ -186,7 +191,7 @@ class Collector:
             if n in alive
         ]
 
-    def _check_left(self, boards: Collection[str], remaining_boards: Collection[str]) -> None:
+    def _check_remaining(self, boards: Collection[str], remaining_boards: Collection[str]) -> None:
         """Make sure that enough neighbours of each board remain to restore its secret. Raises `ProtocolError`, and ends
         the sum, if one has too few, or no board remains."""
         for board in boards:
@@ -205,12 +210,12 @@ class Collector:
                 "boards that are left in a secure sum", expected="some", got=0, hint="Repeat the round."
             )
 
-    def _new(self, step: str, board: str, message: bytes, members: Collection[str]) -> bool:
+    def _is_new(self, step: str, board: str, message: bytes, members: Collection[str]) -> bool:
         """Whether a board's message of a step is new. Raises `ProtocolError` if it may not come, or differs from an
         earlier one."""
         if board not in members:
             raise ProtocolError(f"{step} for a secure sum", expected="a board that takes part", got=board)
-        former_digest = self._seen[step].get(board)
+        former_digest = self._digests_of_step[step].get(board)
         if former_digest is not None:
             if former_digest != hashlib.sha256(message).digest():
                 raise ProtocolError(f"{step} of {board}", expected="the same as before", got="a different message")
@@ -221,11 +226,11 @@ class Collector:
             )
         return True
 
-    def _note(self, board: str, message: bytes) -> None:
+    def _record_message(self, board: str, message: bytes) -> None:
         # By digest: a masked vector is as large as a model.
-        self._seen[self._step][board] = hashlib.sha256(message).digest()
+        self._digests_of_step[self._step][board] = hashlib.sha256(message).digest()
 
-    def _end(self, step: str) -> None:
+    def _end_step(self, step: str) -> None:
         if step != self._step:
             raise ProtocolError(f"end of the step of the {step}", expected=self._step or "nothing more", got=step)
         self._step = _STEPS[_STEPS.index(step) + 1]

@@ -27,26 +27,26 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range, check_range
-from fedprune.aggregation.layout import places
-from fedprune.aggregation.update_sums import Key, PartialSums
+from fedprune.aggregation.layout import index_pairs
+from fedprune.aggregation.update_sums import ArrayKey, PartialSums
 from fedprune.core import validation
-from fedprune.core.errors import ProtocolError, shown
-from fedprune.core.validation import whole
+from fedprune.core.errors import ProtocolError, value_text
+from fedprune.core.validation import check_whole
 from fedprune.model.selection import Selection, Tensors
 from fedprune.secure_aggregation.masks import Vector
 
 # The field of an offer that says how the update becomes a vector to be masked (`MaskedForm`).
-SECURE = "secure"
+SECURE_FIELD = "secure"
 
 # The largest code of a difference.
-CODES = 127
+MAX_CODE = 127
 
 # An offer of more tensors than any model has is refused before it is read.
-_MOST_TENSORS = 65_536
+_MAX_TENSORS = 65_536
 # A step is at least twice the fold's unit, as a power of two of the bound.
-_LEAST = 1 - VALUE_BITS
+_MIN_STEP_EXPONENT = 1 - VALUE_BITS
 # With larger steps, codes could leave the range.
-_MOST = -8
+_MAX_STEP_EXPONENT = -8
 
 Float32s = npt.NDArray[np.float32]
 
@@ -63,14 +63,14 @@ class TensorGrid:
             return
         if self.span.limbs > 1:
             raise ProtocolError("step of a tensor of several limbs", expected="none", got=self.step)
-        low, high = self.steps(self.span)
+        low, high = self.step_range(self.span)
         if not low <= self.step <= high:
             raise ProtocolError("exponent of a tensor's step", expected=f"from {low} to {high}", got=self.step)
 
     @staticmethod
-    def steps(span: Range) -> tuple[int, int]:
+    def step_range(span: Range) -> tuple[int, int]:
         """The least and the largest exponent of a step."""
-        return span.exponent + _LEAST, span.exponent + _MOST
+        return span.exponent + _MIN_STEP_EXPONENT, span.exponent + _MAX_STEP_EXPONENT
 
     @property
     def units(self) -> int:
@@ -80,7 +80,7 @@ class TensorGrid:
 
 @dataclass(frozen=True)
 class VectorForm:
-    """The tensors of a cohort's vectors, in their order: all that a board needs to know of a `Grid`."""
+    """The tensors of a cohort's vectors, in their order: all that a board needs to know of a `CohortGrid`."""
 
     tensors: Mapping[str, TensorGrid]
 
@@ -88,12 +88,16 @@ class VectorForm:
     def from_json(cls, rows: object) -> VectorForm:
         """Read what `to_json` gives. Raises `ProtocolError`."""
         grids: dict[str, TensorGrid] = {}
-        for row in validation.items("tensors of a vector", rows, _MOST_TENSORS, "rows", least=1, error=ProtocolError):
+        for row in validation.check_items(
+            "tensors of a vector", rows, _MAX_TENSORS, "rows", min_items=1, error=ProtocolError
+        ):
             if not isinstance(row, (list, tuple)) or len(row) != 4 or not isinstance(row[0], str) or row[0] in grids:
-                raise ProtocolError("tensor of a vector", expected="name, exponent, limbs and step", got=shown(row))
-            exponent = whole("exponent of a tensor's range", row[1], -1100, 1100, error=ProtocolError)
-            limbs = whole("limbs of a tensor's range", row[2], 1, 4, error=ProtocolError)
-            step = None if row[3] is None else whole("step of a tensor", row[3], -1100, 1100, error=ProtocolError)
+                raise ProtocolError(
+                    "tensor of a vector", expected="name, exponent, limbs and step", got=value_text(row)
+                )
+            exponent = check_whole("exponent of a tensor's range", row[1], -1100, 1100, error=ProtocolError)
+            limbs = check_whole("limbs of a tensor's range", row[2], 1, 4, error=ProtocolError)
+            step = None if row[3] is None else check_whole("step of a tensor", row[3], -1100, 1100, error=ProtocolError)
             grids[row[0]] = TensorGrid(Range(exponent, limbs), step)
         return cls(grids)
 
@@ -137,10 +141,12 @@ class VectorForm:
             difference = value.astype(np.float64) - sent_value
             if residual is not None and name in residual:
                 difference += residual[name]
-            codes = np.clip(np.rint(np.ldexp(difference, -grid.step)), -CODES, CODES)
+            codes = np.clip(np.rint(np.ldexp(difference, -grid.step)), -MAX_CODE, MAX_CODE)
             residuals[name] = (difference - np.ldexp(codes, grid.step)).astype(np.float32)
             narrow.append(codes.astype(np.int32).reshape(-1))
-        return Vector(_joined(narrow, np.int32).view(np.uint32), _joined(wide, np.int64).view(np.uint64)), residuals
+        return Vector(
+            _concatenated(narrow, np.int32).view(np.uint32), _concatenated(wide, np.int64).view(np.uint64)
+        ), residuals
 
 
 @dataclass(frozen=True)
@@ -161,16 +167,17 @@ class MaskedForm:
     def from_json(cls, body: object) -> MaskedForm:
         """Read what `to_json` gives. Raises `ProtocolError`, also for a weight: see the module."""
         if not isinstance(body, Mapping):
-            raise ProtocolError("secure of an offer", expected="an object", got=shown(body))
+            raise ProtocolError("secure of an offer", expected="an object", got=value_text(body))
         if body.get("weight", 1) != 1:
             raise ProtocolError(
                 "weight of an update in a secure sum",
                 expected="none: all boards count alike",
-                got=shown(body["weight"]),
+                got=value_text(body["weight"]),
                 hint="With weights of its choice a server could read single updates out of the sum.",
             )
         narrow, wide = (
-            whole(f"{key} of a vector", body.get(key), 0, 2**40, error=ProtocolError) for key in ("narrow", "wide")
+            check_whole(f"{key} of a vector", body.get(key), 0, 2**40, error=ProtocolError)
+            for key in ("narrow", "wide")
         )
         return cls(VectorForm.from_json(body.get("tensors")), narrow, wide)
 
@@ -178,12 +185,12 @@ class MaskedForm:
         return {"tensors": self.vector.to_json(), "narrow": self.narrow, "wide": self.wide}
 
     @property
-    def coded(self) -> bool:
+    def has_codes(self) -> bool:
         """Whether some tensors travel as codes, which leave something out."""
         return any(grid.step is not None for grid in self.vector.tensors.values())
 
 
-class Grid:
+class CohortGrid:
     """Turns the sum of a cohort's vectors into sums of a fold.
 
     Args:
@@ -206,31 +213,35 @@ class Grid:
         if unknown or not tensors:
             raise ProtocolError("tensors of a grid", expected="some of the model's", got=", ".join(unknown) or "none")
         for name, grid in tensors.items():
-            if grid.step is not None and not spec_of_name[name].kind.trainable:
+            if grid.step is not None and not spec_of_name[name].kind.is_trainable:
                 raise ProtocolError(f"step of {name}", expected="none for statistics", got=grid.step)
-        whole("boards of a cohort", boards, 1, MAX_WEIGHT, error=ProtocolError)
+        check_whole("boards of a cohort", boards, 1, MAX_WEIGHT, error=ProtocolError)
         self.selection = selection
         self._boards = boards
-        self._withheld = dict(withheld or {})
-        self._specs = [t for t in selection.architecture.tensors if t.name in tensors or t.name in self._withheld]
-        self._tensors = {spec.name: tensors[spec.name] for spec in self._specs if spec.name in tensors}
+        self._range_of_withheld = dict(withheld or {})
+        self._specs = [
+            t for t in selection.architecture.tensors if t.name in tensors or t.name in self._range_of_withheld
+        ]
+        self._grid_of_tensor = {spec.name: tensors[spec.name] for spec in self._specs if spec.name in tensors}
         self._sizes = {name: math.prod(shape) for name, shape in selection.shapes().items()}
 
     @property
     def form(self) -> VectorForm:
-        return VectorForm(self._tensors)
+        return VectorForm(self._grid_of_tensor)
 
     @property
     def narrow(self) -> int:
         """Numbers of 32 bits."""
-        return sum(self._sizes[n] for n, grid in self._tensors.items() if grid.step is not None)
+        return sum(self._sizes[n] for n, grid in self._grid_of_tensor.items() if grid.step is not None)
 
     @property
     def wide(self) -> int:
         """Numbers of 64 bits, the number of updates among them."""
-        return 1 + sum(self._sizes[n] * grid.span.limbs for n, grid in self._tensors.items() if grid.step is None)
+        return 1 + sum(
+            self._sizes[n] * grid.span.limbs for n, grid in self._grid_of_tensor.items() if grid.step is None
+        )
 
-    def sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
+    def partial_sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
         """The sum of a cohort's updates for `Fold.take`.
 
         Raises `ProtocolError` if it can't be the sum of that number of updates, as when a board has broken the rules.
@@ -250,20 +261,20 @@ class Grid:
         # A board that masked more or less than one update, or none, shows here, before its numbers count.
         if int(wide[0]) != boards:
             raise ProtocolError("updates in the sum of a cohort", expected=boards, got=int(wide[0]))
-        layout = self.selection.narrowed(self.selection.architecture.sizes)
-        arrays: dict[Key, npt.NDArray[np.int64]] = {}
+        layout = self.selection.with_widths(self.selection.architecture.sizes)
+        arrays: dict[ArrayKey, npt.NDArray[np.int64]] = {}
         narrow_start, wide_start = 0, 1
         for spec in self._specs:
             size, shape = self._sizes[spec.name], self.selection.shapes()[spec.name]
-            grid = self._tensors.get(spec.name)
+            grid = self._grid_of_tensor.get(spec.name)
             if grid is None or grid.step is not None:
-                sent_sum = FixedSum(shape, self._withheld[spec.name] if grid is None else grid.span)
+                sent_sum = FixedSum(shape, self._range_of_withheld[spec.name] if grid is None else grid.span)
                 sent_sum.add(np.asarray(sent[spec.name]), boards)
                 limbs = list(sent_sum.limbs)
             if grid is not None and grid.step is not None:
                 codes = narrow[narrow_start : narrow_start + size].reshape(shape).astype(np.int64)
                 narrow_start += size
-                _check_sums(spec.name, codes, CODES * boards)
+                _check_sums(spec.name, codes, MAX_CODE * boards)
                 limbs[0] = limbs[0] + codes * grid.units
             elif grid is not None:
                 limbs = []
@@ -273,7 +284,7 @@ class Grid:
                     _check_sums(spec.name, limbs[i], boards << (VALUE_BITS if not i else VALUE_BITS - 1))
             for i, limb in enumerate(limbs):
                 whole_tensor = np.zeros(spec.shape, np.int64)
-                for sum_index, limb_index in places(layout, spec, self.selection):
+                for sum_index, limb_index in index_pairs(layout, spec, self.selection):
                     whole_tensor[sum_index] = limb[limb_index]
                 arrays["value", spec.name, i] = whole_tensor
         names = frozenset(spec.name for spec in self._specs)
@@ -282,11 +293,11 @@ class Grid:
 
 def step_exponent(largest: float) -> int:
     """The least m for which codes of steps 2^m reach a difference."""
-    mantissa, exponent = math.frexp(largest / CODES)
+    mantissa, exponent = math.frexp(largest / MAX_CODE)
     return exponent - 1 if mantissa == 0.5 else exponent
 
 
-def _joined(arrays: Sequence[npt.NDArray[Any]], kind: type[np.integer[Any]]) -> npt.NDArray[Any]:
+def _concatenated(arrays: Sequence[npt.NDArray[Any]], kind: type[np.integer[Any]]) -> npt.NDArray[Any]:
     return np.concatenate(arrays) if arrays else np.zeros(0, kind)
 
 

@@ -26,19 +26,19 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedprune.core.errors import ProtocolError
-from fedprune.secure_aggregation.masks import MASK_KEY
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import SECRET, SHARE, check_share
-from fedprune.security.keys import SIGNATURE, SigningKey, VerifyingKey, transcript
+from fedprune.secure_aggregation.masks import MASK_KEY_BYTES
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import SECRET_BYTES, SHARE_BYTES, check_share
+from fedprune.security.keys import SIGNATURE_BYTES, SigningKey, VerifyingKey, transcript
 
 # Bytes of a public key, and of a commitment.
-PUBLIC = 32
+PUBLIC_KEY_BYTES = 32
 
 # Bytes of an advertisement.
-ADVERTISEMENT = 3 * PUBLIC + SIGNATURE
+ADVERTISEMENT_BYTES = 3 * PUBLIC_KEY_BYTES + SIGNATURE_BYTES
 
 # Bytes of a sealed pair of shares, with its tag.
-SEALED = 2 * SHARE + 16
+SEALED_BYTES = 2 * SHARE_BYTES + 16
 
 _NONCE = bytes(12)  # each key encrypts one message only
 
@@ -55,20 +55,25 @@ class Advertisement:
     @classmethod
     def from_bytes(cls, raw: bytes) -> Advertisement:
         """Read an advertisement without verifying it. Raises `ProtocolError` for another length."""
-        if len(raw) != ADVERTISEMENT:
-            raise ProtocolError("bytes of an advertisement", expected=ADVERTISEMENT, got=len(raw))
-        return cls(raw[:PUBLIC], raw[PUBLIC : 2 * PUBLIC], raw[2 * PUBLIC : 3 * PUBLIC], raw[3 * PUBLIC :])
+        if len(raw) != ADVERTISEMENT_BYTES:
+            raise ProtocolError("bytes of an advertisement", expected=ADVERTISEMENT_BYTES, got=len(raw))
+        return cls(
+            raw[:PUBLIC_KEY_BYTES],
+            raw[PUBLIC_KEY_BYTES : 2 * PUBLIC_KEY_BYTES],
+            raw[2 * PUBLIC_KEY_BYTES : 3 * PUBLIC_KEY_BYTES],
+            raw[3 * PUBLIC_KEY_BYTES :],
+        )
 
     def to_bytes(self) -> bytes:
         return self.channel + self.mask + self.commitment + self.signature
 
-    def verify(self, session: Session, board: str, key: VerifyingKey) -> None:
+    def verify(self, session: SecureSumSession, board: str, key: VerifyingKey) -> None:
         """Make sure that a board's identity key has signed it for this sum, and that others can agree on keys with it.
         Raises `SignatureError`, or `ProtocolError` for a public key of small order: the server must find it before the
         board's neighbours do, who would have to give up, as if it were their fault."""
-        key.verify(self.signature, _signed(session, board, self.channel, self.mask, self.commitment))
+        key.verify(self.signature, _signed_text(session, board, self.channel, self.mask, self.commitment))
         for public in (self.channel, self.mask):
-            _agreed(X25519PrivateKey.generate(), public)
+            _agree_on_secret(X25519PrivateKey.generate(), public)
 
 
 class BoardKeys:
@@ -77,54 +82,62 @@ class BoardKeys:
     def __init__(self) -> None:
         self._channel = X25519PrivateKey.generate()
         self._mask = X25519PrivateKey.generate()
-        self.seed = secrets.token_bytes(SECRET)
+        self.seed = secrets.token_bytes(SECRET_BYTES)
 
     @property
     def mask_secret(self) -> bytes:
         """The second secret of which neighbours get shares, after the seed."""
         return self._mask.private_bytes_raw()
 
-    def advertise(self, session: Session, board: str, identity: SigningKey) -> Advertisement:
+    def advertise(self, session: SecureSumSession, board: str, identity: SigningKey) -> Advertisement:
         channel, mask = (k.public_key().public_bytes_raw() for k in (self._channel, self._mask))
         commitment = commitment_to(session, board, self.seed)
         return Advertisement(
-            channel, mask, commitment, identity.sign(_signed(session, board, channel, mask, commitment))
+            channel, mask, commitment, identity.sign(_signed_text(session, board, channel, mask, commitment))
         )
 
-    def seal(self, session: Session, board: str, to: str, advertisement: Advertisement, shares: bytes) -> bytes:
+    def seal_shares(
+        self, session: SecureSumSession, board: str, to: str, advertisement: Advertisement, shares: bytes
+    ) -> bytes:
         """Shares for a neighbour, encrypted; called once per neighbour."""
         return AESGCM(self._sealing_key(session, board, to, advertisement)).encrypt(_NONCE, shares, None)
 
-    def open(self, session: Session, board: str, sender: str, advertisement: Advertisement, sealed: bytes) -> bytes:
+    def open_shares(
+        self, session: SecureSumSession, board: str, sender: str, advertisement: Advertisement, sealed: bytes
+    ) -> bytes:
         """Shares from a neighbour. Raises `ProtocolError`, which names the neighbour, if they are damaged."""
         try:
             shares = AESGCM(self._sealing_key(session, sender, board, advertisement)).decrypt(_NONCE, sealed, None)
         except InvalidTag as error:
             raise ProtocolError(f"shares from {sender} don't decrypt", hint="They were changed on the way.") from error
-        for share in (shares[:SHARE], shares[SHARE:]):
+        for share in (shares[:SHARE_BYTES], shares[SHARE_BYTES:]):
             check_share(share)
         return shares
 
-    def mask_key(self, session: Session, board: str, neighbour: str, advertisement: Advertisement) -> bytes:
+    def mask_key(self, session: SecureSumSession, board: str, neighbour: str, advertisement: Advertisement) -> bytes:
         """The key of the mask of this board and another one."""
         return pair_mask_key(session, self._mask, board, neighbour, advertisement.mask)
 
-    def _sealing_key(self, session: Session, sender: str, receiver: str, advertisement: Advertisement) -> bytes:
+    def _sealing_key(
+        self, session: SecureSumSession, sender: str, receiver: str, advertisement: Advertisement
+    ) -> bytes:
         # One key per direction: under one key, the nonce, which is constant, would be used twice.
         purpose = transcript("fedprune secure sum shares 1", session.digest, sender, receiver)
-        return _derived(_agreed(self._channel, advertisement.channel), purpose)
+        return _derive_key(_agree_on_secret(self._channel, advertisement.channel), purpose)
 
 
-def own_mask_key(session: Session, board: str, seed: bytes) -> bytes:
+def own_mask_key(session: SecureSumSession, board: str, seed: bytes) -> bytes:
     """The key of the mask that a board adds alone."""
-    return _derived(seed, transcript("fedprune secure sum own mask 1", session.digest, board))
+    return _derive_key(seed, transcript("fedprune secure sum own mask 1", session.digest, board))
 
 
-def pair_mask_key(session: Session, secret: X25519PrivateKey, board: str, neighbour: str, public: bytes) -> bytes:
+def pair_mask_key(
+    session: SecureSumSession, secret: X25519PrivateKey, board: str, neighbour: str, public: bytes
+) -> bytes:
     """The key of two boards' mask, from the secret mask key of one and the public one of the other."""
     # Both boards must get the same key, whoever computes it: the names are sorted.
     purpose = transcript("fedprune secure sum pair mask 1", session.digest, *sorted((board, neighbour)))
-    return _derived(_agreed(secret, public), purpose)
+    return _derive_key(_agree_on_secret(secret, public), purpose)
 
 
 def restored_mask_key(secret: bytes, public: bytes) -> X25519PrivateKey:
@@ -135,21 +148,21 @@ def restored_mask_key(secret: bytes, public: bytes) -> X25519PrivateKey:
     return key
 
 
-def commitment_to(session: Session, board: str, seed: bytes) -> bytes:
+def commitment_to(session: SecureSumSession, board: str, seed: bytes) -> bytes:
     """A hash that identifies a restored seed. The mask's key is derived from the seed with another domain."""
     return hashlib.sha256(transcript("fedprune secure sum commitment 1", session.digest, board, seed)).digest()
 
 
-def _agreed(secret: X25519PrivateKey, public: bytes) -> bytes:
+def _agree_on_secret(secret: X25519PrivateKey, public: bytes) -> bytes:
     try:
         return secret.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:  # a point of small order, with which every secret agrees on zeros
         raise ProtocolError("public key of a board", expected="a point of X25519", got="one of small order") from error
 
 
-def _derived(secret: bytes, purpose: bytes) -> bytes:
-    return HKDF(hashes.SHA256(), MASK_KEY, None, purpose).derive(secret)
+def _derive_key(secret: bytes, purpose: bytes) -> bytes:
+    return HKDF(hashes.SHA256(), MASK_KEY_BYTES, None, purpose).derive(secret)
 
 
-def _signed(session: Session, board: str, channel: bytes, mask: bytes, commitment: bytes) -> bytes:
+def _signed_text(session: SecureSumSession, board: str, channel: bytes, mask: bytes, commitment: bytes) -> bytes:
     return transcript("fedprune secure sum keys 1", session.digest, board, channel, mask, commitment)

@@ -13,13 +13,13 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedprune.core.errors import ProtocolError
-from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.session import SecureSumSession
 
 # Bytes of a mask's key.
-MASK_KEY = 16
+MASK_KEY_BYTES = 16
 
-_BLOCK = 65_536  # bytes: a mask is added while it is in the cache
-_ZEROS = bytes(_BLOCK)
+_BLOCK_BYTES = 65_536  # bytes: a mask is added while it is in the cache
+_ZEROS = bytes(_BLOCK_BYTES)
 
 Narrow = npt.NDArray[np.uint32]
 Wide = npt.NDArray[np.uint64]
@@ -34,11 +34,11 @@ class Vector:
         self.narrow, self.wide = narrow, wide
 
     @classmethod
-    def zeros(cls, session: Session) -> Vector:
+    def zeros(cls, session: SecureSumSession) -> Vector:
         return cls(np.zeros(session.narrow, "<u4"), np.zeros(session.wide, "<u8"))
 
     @classmethod
-    def from_bytes(cls, raw: bytes, session: Session) -> Vector:
+    def from_bytes(cls, raw: bytes, session: SecureSumSession) -> Vector:
         """Read what `to_bytes` gives, of a session's length. Raises `ProtocolError` for another length."""
         if len(raw) != session.size:
             raise ProtocolError("bytes of a masked vector", expected=session.size, got=len(raw))
@@ -67,6 +67,6 @@ class Vector:
 
     def _blocks(self) -> Iterable[npt.NDArray[np.unsignedinteger]]:
         for numbers in (self.narrow, self.wide):
-            step = _BLOCK // numbers.itemsize
+            step = _BLOCK_BYTES // numbers.itemsize
             for start in range(0, numbers.size, step):
                 yield numbers[start : start + step]

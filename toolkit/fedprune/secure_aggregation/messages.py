@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from fedprune.core.errors import ProtocolError, shown
-from fedprune.secure_aggregation.keys import ADVERTISEMENT, SEALED, Advertisement
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import SHARE, check_share
+from fedprune.core.errors import ProtocolError, value_text
+from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, Advertisement
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import SHARE_BYTES, check_share
 from fedprune.wire.topics import check_device
 
 
@@ -29,7 +29,7 @@ def encode_roster(neighbours: Mapping[str, Advertisement]) -> bytes:
     return b"".join(bytes([len(name)]) + name.encode() + advertisement.to_bytes() for name, advertisement in rows)
 
 
-def decode_roster(raw: bytes, session: Session) -> dict[str, Advertisement]:
+def decode_roster(raw: bytes, session: SecureSumSession) -> dict[str, Advertisement]:
     """A board's neighbours by name, in order, not verified. Raises `ProtocolError` if there are too few or too many, a
     name is invalid or out of order, or bytes are missing."""
     neighbours: dict[str, Advertisement] = {}
@@ -39,9 +39,9 @@ def decode_roster(raw: bytes, session: Session) -> dict[str, Advertisement]:
         name = check_device(raw[start + 1 : name_end].decode("latin-1"), "neighbour in a roster")
         # In order, no name comes twice, and both sides mean the same board by a bit.
         if name <= former_name:
-            raise ProtocolError("neighbours in a roster", expected="names in order", got=shown(name))
-        neighbours[name] = Advertisement.from_bytes(raw[name_end : name_end + ADVERTISEMENT])
-        start, former_name = name_end + ADVERTISEMENT, name
+            raise ProtocolError("neighbours in a roster", expected="names in order", got=value_text(name))
+        neighbours[name] = Advertisement.from_bytes(raw[name_end : name_end + ADVERTISEMENT_BYTES])
+        start, former_name = name_end + ADVERTISEMENT_BYTES, name
         # The sender must not decide how many keys are read.
         if len(neighbours) > session.degree:
             break
@@ -57,7 +57,7 @@ def encode_bits(names: Sequence[str], among: Iterable[str]) -> bytes:
     return bits.to_bytes(_bitmap_bytes(len(names)), "little")
 
 
-def decode_bits(raw: bytes, names: Sequence[str], session: Session, what: str) -> tuple[str, ...]:
+def decode_bits(raw: bytes, names: Sequence[str], session: SecureSumSession, what: str) -> tuple[str, ...]:
     """The marked ones of some names; `what` describes them. Raises `ProtocolError` for another length or spare bits,
     or if they are fewer than the session's threshold."""
     bits = int.from_bytes(raw, "little")
@@ -78,11 +78,11 @@ def encode_delivery(names: Sequence[str], sealed: Mapping[str, bytes]) -> bytes:
     return encode_bits(names, sealed) + b"".join(sealed[name] for name in names if name in sealed)
 
 
-def decode_delivery(raw: bytes, names: Sequence[str], session: Session) -> dict[str, bytes]:
+def decode_delivery(raw: bytes, names: Sequence[str], session: SecureSumSession) -> dict[str, bytes]:
     """The sealed shares by the neighbour that sent them. Raises as `decode_bits`, and for another length."""
     edge = _bitmap_bytes(len(names))
     senders = decode_bits(raw[:edge], names, session, "neighbours that have shared")
-    return dict(zip(senders, split(raw[edge:], SEALED, len(senders), "sealed shares"), strict=True))
+    return dict(zip(senders, split_bytes(raw[edge:], SEALED_BYTES, len(senders), "sealed shares"), strict=True))
 
 
 def decode_unmasking(raw: bytes, owners: Sequence[str]) -> dict[str, bytes]:
@@ -91,13 +91,13 @@ def decode_unmasking(raw: bytes, owners: Sequence[str]) -> dict[str, bytes]:
     Args:
         owners: The sender's neighbours that had shared, in order.
     """
-    shares = split(raw, SHARE, len(owners), "shares")
+    shares = split_bytes(raw, SHARE_BYTES, len(owners), "shares")
     for share in shares:
         check_share(share)
     return dict(zip(owners, shares, strict=True))
 
 
-def split(raw: bytes, size: int, count: int, what: str) -> list[bytes]:
+def split_bytes(raw: bytes, size: int, count: int, what: str) -> list[bytes]:
     """Bytes in parts of equal size. Raises `ProtocolError`, which names `what`, for another length."""
     if len(raw) != size * count:
         raise ProtocolError(f"bytes of {what}", expected=size * count, got=len(raw))

@@ -21,8 +21,8 @@ from fedprune.core.errors import ProtocolError
 from fedprune.secure_aggregation.keys import Advertisement, BoardKeys, own_mask_key
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_bits, decode_delivery, decode_roster
-from fedprune.secure_aggregation.session import Session
-from fedprune.secure_aggregation.shamir import SHARE, split
+from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.shamir import SHARE_BYTES, split_secret
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.topics import check_device
 
@@ -40,13 +40,13 @@ class Participant:
     """
 
     def __init__(
-        self, session: Session, name: str, identity: SigningKey, directory: Mapping[str, VerifyingKey]
+        self, session: SecureSumSession, name: str, identity: SigningKey, directory: Mapping[str, VerifyingKey]
     ) -> None:
         self._session, self._name, self._directory = session, check_device(name), directory
         self._keys = BoardKeys()
         self._advertisement = self._keys.advertise(session, name, identity)
         self._neighbours: dict[str, Advertisement] = {}
-        self._received: dict[str, bytes] | None = None
+        self._received_shares: dict[str, bytes] | None = None
         self._answers: dict[str, tuple[bytes, bytes]] = {}
 
     def advertise(self) -> bytes:
@@ -60,7 +60,7 @@ class Participant:
             ProtocolError: The roster is damaged, has too few neighbours, one whose identity key the board doesn't know
                 or an invalid key, or is another one than before.
         """
-        former_answer = self._answered("roster", roster)
+        former_answer = self._former_answer("roster", roster)
         if former_answer is not None:
             return former_answer
         neighbours = decode_roster(roster, self._session)
@@ -74,14 +74,16 @@ class Participant:
             advertisement.verify(self._session, name, key)
         holders, threshold = len(neighbours), self._session.threshold
         pairs = zip(
-            split(self._keys.seed, holders, threshold), split(self._keys.mask_secret, holders, threshold), strict=True
+            split_secret(self._keys.seed, holders, threshold),
+            split_secret(self._keys.mask_secret, holders, threshold),
+            strict=True,
         )
         answer = b"".join(
-            self._keys.seal(self._session, self._name, name, advertisement, seed + mask)
+            self._keys.seal_shares(self._session, self._name, name, advertisement, seed + mask)
             for (name, advertisement), (seed, mask) in zip(neighbours.items(), pairs, strict=True)
         )
         self._neighbours = neighbours
-        return self._answer("roster", roster, answer)
+        return self._record_answer("roster", roster, answer)
 
     def mask(self, delivery: bytes, vector: Vector) -> bytes:
         """The board's vector, masked in place.
@@ -89,7 +91,7 @@ class Participant:
         Raises `ProtocolError` if shares are damaged or too few, the vector has another size, or it isn't the time: a
         second vector under the same masks would give away the difference.
         """
-        if not self._neighbours or self._received is not None:
+        if not self._neighbours or self._received_shares is not None:
             raise ProtocolError("a delivery of shares", expected="one, after the roster", got="another")
         if (vector.narrow.size, vector.wide.size) != (self._session.narrow, self._session.wide):
             raise ProtocolError("bytes of a vector", expected=self._session.size, got=len(vector.to_bytes()))
@@ -97,10 +99,10 @@ class Participant:
         received, keys = {}, {}
         for name, raw in sealed.items():
             advertisement = self._neighbours[name]
-            received[name] = self._keys.open(self._session, self._name, name, advertisement, raw)
+            received[name] = self._keys.open_shares(self._session, self._name, name, advertisement, raw)
             keys[name] = self._keys.mask_key(self._session, self._name, name, advertisement)
         # Set before any mask is added: from here on a second vector is refused.
-        self._received = received
+        self._received_shares = received
         vector.add_mask(own_mask_key(self._session, self._name, self._keys.seed))
         for name, key in keys.items():
             vector.add_mask(key, negative=name < self._name)
@@ -112,27 +114,28 @@ class Participant:
         Raises `ProtocolError` if too few survived, a survivor had not shared, the board itself has not sent its vector,
         or other survivors were named before: both shares of a board would unmask its update.
         """
-        former_answer = self._answered("survivors", survivors)
+        former_answer = self._former_answer("survivors", survivors)
         if former_answer is not None:
             return former_answer
-        if self._received is None:
+        if self._received_shares is None:
             raise ProtocolError("survivors of a secure sum", expected="a delivery of shares before", got="none")
         alive = decode_bits(survivors, tuple(self._neighbours), self._session, "neighbours that survived")
         # Of one that had not shared there is nothing to answer with, and no honest server names it.
-        strangers = set(alive) - set(self._received)
+        strangers = set(alive) - set(self._received_shares)
         if strangers:
             raise ProtocolError("survivors of a secure sum", expected="boards that had shared", got=min(strangers))
         answer = b"".join(
-            shares[:SHARE] if name in alive else shares[SHARE:] for name, shares in self._received.items()
+            shares[:SHARE_BYTES] if name in alive else shares[SHARE_BYTES:]
+            for name, shares in self._received_shares.items()
         )
-        return self._answer("survivors", survivors, answer)
+        return self._record_answer("survivors", survivors, answer)
 
-    def _answered(self, what: str, message: bytes) -> bytes | None:
+    def _former_answer(self, what: str, message: bytes) -> bytes | None:
         former_message, answer = self._answers.get(what, (message, None))
         if former_message != message:
             raise ProtocolError(f"{what} of a secure sum", expected="the same as before", got="a different message")
         return answer
 
-    def _answer(self, what: str, message: bytes, answer: bytes) -> bytes:
+    def _record_answer(self, what: str, message: bytes, answer: bytes) -> bytes:
         self._answers[what] = (message, answer)
         return answer

@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.core.errors import ConfigError, ProtocolError, value_text
 from fedprune.core.json_file import decode_json
-from fedprune.core.validation import whole
+from fedprune.core.validation import check_whole
 from fedprune.security.keys import transcript
 
 # Fewest boards of a sum: of two boards, each knows the other's update.
@@ -34,22 +34,22 @@ MIN_BOARDS = 3
 
 MAX_BOARDS = 100_000
 # Bytes of a context.
-MAX_CONTEXT = 1024
+MAX_CONTEXT_BYTES = 1024
 
 # Words of a vector.
 MAX_WORDS = 2**31
 
 # Characters of a sha256 in hexadecimal.
-_MAX_TASK = 64
+_MAX_TASK_LENGTH = 64
 _DOMAIN = "fedprune secure sum 1"
 # Probability that colluding and absent boards are placed so that the server learns more than the sum.
-_PRIVATE = 2.0**-40
+_MAX_EXPOSURE_PROBABILITY = 2.0**-40
 # Probability that absent boards are placed so that the sum is lost.
-_RELIABLE = 2.0**-20
+_MAX_LOSS_PROBABILITY = 2.0**-20
 
 
 @dataclass(frozen=True)
-class Session:
+class SecureSumSession:
     """The settings of one secure sum, which all parties know before it begins.
 
     Attributes:
@@ -72,15 +72,15 @@ class Session:
 
     def __post_init__(self) -> None:
         subject = "secure sum: {}".format
-        whole(subject("bytes of the context"), len(self.context), 1, MAX_CONTEXT, error=ProtocolError)
-        whole(subject("degree"), self.degree, 2, MAX_BOARDS - 1, error=ProtocolError)
+        check_whole(subject("bytes of the context"), len(self.context), 1, MAX_CONTEXT_BYTES, error=ProtocolError)
+        check_whole(subject("degree"), self.degree, 2, MAX_BOARDS - 1, error=ProtocolError)
         if self.degree % 2:
             raise ProtocolError(subject("degree"), expected="an even number", got=self.degree)
-        whole(subject("threshold"), self.threshold, self.degree // 2 + 1, self.degree, error=ProtocolError)
+        check_whole(subject("threshold"), self.threshold, self.degree // 2 + 1, self.degree, error=ProtocolError)
         for name in ("narrow", "wide"):
-            whole(subject(f"{name} numbers"), getattr(self, name), 0, MAX_WORDS, error=ProtocolError)
-        if not isinstance(self.task, str) or len(self.task) > _MAX_TASK:
-            raise ProtocolError(subject("task"), expected="a digest", got=shown(self.task))
+            check_whole(subject(f"{name} numbers"), getattr(self, name), 0, MAX_WORDS, error=ProtocolError)
+        if not isinstance(self.task, str) or len(self.task) > _MAX_TASK_LENGTH:
+            raise ProtocolError(subject("task"), expected="a digest", got=value_text(self.task))
 
     @classmethod
     def choose(
@@ -93,7 +93,7 @@ class Session:
         task: str = "",
         dropping: float = 0.2,
         colluding: float = 0.1,
-    ) -> Session:
+    ) -> SecureSumSession:
         """The session of least degree for a number of boards, with a threshold of just over half of it.
 
         Raises `ConfigError` if no degree suffices: fewer than three boards, or too many that drop out or collude.
@@ -102,18 +102,21 @@ class Session:
             dropping: Share of boards that may drop out after the keys are known.
             colluding: Share of boards that may tell the server all that they know.
         """
-        whole("boards of a secure sum", boards, MIN_BOARDS, MAX_BOARDS)
+        check_whole("boards of a secure sum", boards, MIN_BOARDS, MAX_BOARDS)
         dropouts, colluders = math.ceil(dropping * boards), math.ceil(colluding * boards)
         for degree in range(2, boards + 1, 2):
             threshold, neighbours = degree // 2 + 1, min(degree, boards - 1)
             if neighbours < threshold:
                 continue
             # Union bounds: any of the boards may be the one whose neighbours drop out or collude.
-            loss_probability = boards * _at_least(neighbours - threshold + 1, boards - 1, dropouts, neighbours)
-            exposure_probability = boards * _at_least(threshold, boards - 1, colluders, neighbours)
+            loss_probability = boards * _probability_of_marked(
+                neighbours - threshold + 1, boards - 1, dropouts, neighbours
+            )
+            exposure_probability = boards * _probability_of_marked(threshold, boards - 1, colluders, neighbours)
             if (
-                loss_probability <= _RELIABLE
-                and exposure_probability + _divided(boards, dropouts + colluders, neighbours) <= _PRIVATE
+                loss_probability <= _MAX_LOSS_PROBABILITY
+                and exposure_probability + _division_probability(boards, dropouts + colluders, neighbours)
+                <= _MAX_EXPOSURE_PROBABILITY
             ):
                 return cls(context, degree, threshold, narrow, wide, task)
         raise ConfigError(
@@ -128,13 +131,15 @@ class Session:
         return json.dumps({**asdict(self), "context": self.context.hex()}, sort_keys=True).encode()
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> Session:
+    def from_bytes(cls, raw: bytes) -> SecureSumSession:
         """Read what `to_bytes` gives. Raises `ProtocolError`."""
         try:
             body = decode_json(raw)
             return cls(**{**body, "context": bytes.fromhex(body["context"])})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ProtocolError("settings of a secure sum", expected="JSON of its settings", got=shown(raw)) from error
+            raise ProtocolError(
+                "settings of a secure sum", expected="JSON of its settings", got=value_text(raw)
+            ) from error
 
     @property
     def digest(self) -> bytes:
@@ -174,7 +179,7 @@ def task_digest(selection: str, weights: str, recipe: Mapping[str, Any], secure:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _at_least(min_marked: int, population: int, marked: int, drawn: int) -> float:
+def _probability_of_marked(min_marked: int, population: int, marked: int, drawn: int) -> float:
     """The probability that at least `min_marked` of `drawn` boards are marked, if `marked` of the `population` are
     (hypergeometric)."""
     favourable = sum(
@@ -184,7 +189,7 @@ def _at_least(min_marked: int, population: int, marked: int, drawn: int) -> floa
     return favourable / math.comb(population, drawn)
 
 
-def _divided(boards: int, removed: int, degree: int) -> float:
+def _division_probability(boards: int, removed: int, degree: int) -> float:
     """A bound of the probability that removed boards cut the circle in two: for this they fill two arcs of k/2 each."""
     if removed < degree or boards <= degree + 1:
         return 0.0

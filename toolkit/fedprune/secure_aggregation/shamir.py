@@ -15,16 +15,16 @@ from fedprune.core.errors import ProtocolError
 PRIME = 2**256 + 297
 
 # Bytes of a secret.
-SECRET = 32
+SECRET_BYTES = 32
 
 # Bytes of a share: an element of the field, big-endian.
-SHARE = 33
+SHARE_BYTES = 33
 
 
-def split(secret: bytes, holders: int, threshold: int) -> list[bytes]:
+def split_secret(secret: bytes, holders: int, threshold: int) -> list[bytes]:
     """Shares of a secret of 32 bytes for holders 1, 2, ..., any `threshold` of which give it back."""
     coefficients = [int.from_bytes(secret, "big"), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
-    return [_value(coefficients, x).to_bytes(SHARE, "big") for x in range(1, holders + 1)]
+    return [_polynomial_value(coefficients, x).to_bytes(SHARE_BYTES, "big") for x in range(1, holders + 1)]
 
 
 def check_share(share: bytes) -> None:
@@ -33,7 +33,7 @@ def check_share(share: bytes) -> None:
         raise ProtocolError("share of a secret", expected="a number below the field's prime", got="a larger one")
 
 
-def join(shares: Mapping[int, bytes], threshold: int) -> bytes:
+def join_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
     """The secret of checked shares by holder; the first `threshold` of them are used.
 
     Raises `ProtocolError` if there are fewer, or they are of no secret of 32 bytes, as when one was forged.
@@ -52,12 +52,12 @@ def join(shares: Mapping[int, bytes], threshold: int) -> bytes:
         total += int.from_bytes(shares[x], "big") * numerator * pow(denominator, -1, PRIME)
     secret = total % PRIME
     # Only some forged shares show here: most give a wrong secret, which callers compare with what the board has signed.
-    if secret >> (8 * SECRET):
+    if secret >> (8 * SECRET_BYTES):
         raise ProtocolError("shares of a secret", expected="shares of one secret", got="a share that was changed")
-    return secret.to_bytes(SECRET, "big")
+    return secret.to_bytes(SECRET_BYTES, "big")
 
 
-def _value(coefficients: list[int], x: int) -> int:
+def _polynomial_value(coefficients: list[int], x: int) -> int:
     total = 0
     for coefficient in reversed(coefficients):
         total = (total * x + coefficient) % PRIME

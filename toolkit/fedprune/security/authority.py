@@ -33,32 +33,32 @@ from fedprune.security.certificates import (
     Signer,
     TlsKey,
     common_name,
+    datetime_of,
     device_uri,
-    host_name,
     load_certificate,
     load_tls_key,
     make_tls_key,
-    moment_of,
     pem_of,
     pin_of,
     request_key,
     save_tls_key,
     seconds_of,
+    subject_host,
 )
 from fedprune.security.private_file import write_public
-from fedprune.security.tls import BUILT
-from fedprune.wire.topics import check_device, check_name
+from fedprune.security.tls import BUILD_TIME
+from fedprune.wire.topics import check_device, check_topic_name
 
-KEY, CERTIFICATE, CRL = "authority.key", "authority.pem", "crl.pem"
+AUTHORITY_KEY_FILE, AUTHORITY_CERTIFICATE_FILE, CRL_FILE = "authority.key", "authority.pem", "crl.pem"
 
 # Common name of the server's own certificate: brokers know the server by it, so no device may have it.
-SERVER = "fedprune-server"
+SERVER_COMMON_NAME = "fedprune-server"
 
 # A device renews its own certificate. A broker's is often replaced by hand, so it lasts longer; the authority's can't
 # be replaced without letting every board join again, so it has to outlive them.
 AUTHORITY_DAYS, DEVICE_DAYS, BROKER_DAYS = 30 * 365, 2 * 365, 5 * 365
 _DAY = 24 * 3600
-_LONGEST_DAYS = 30 * 365
+_MAX_DAYS = 30 * 365
 
 
 class Authority:
@@ -72,26 +72,28 @@ class Authority:
         self._clock = clock
         self._signer = _load_signer(folder)
         self.certificate = self._signer.certificate
-        self.crl_path = folder / CRL
+        self.crl_path = folder / CRL_FILE
 
     @classmethod
     def make(cls, folder: Path, site: str, clock: Callable[[], float] = time.time) -> Authority:
         """A new authority in a folder that has none. Raises `IdentityError` if there is one already, and
         `ProtocolError` if the site's name is invalid."""
-        check_name(site, "site")
-        if (folder / CERTIFICATE).exists():
+        check_topic_name(site, "site")
+        if (folder / AUTHORITY_CERTIFICATE_FILE).exists():
             raise IdentityError(f"{folder} has an authority already")
         with storage_errors(f"can't write {folder}"):
             make_private_folder(folder)
         key = make_tls_key()
-        certificate = _self_signed(key, _subject(site), clock)
-        save_tls_key(key, folder / KEY)
-        write_public(folder / CRL, _revocation_list(Signer(key, certificate), {}))
-        write_public(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
+        certificate = _self_signed_certificate(key, _authority_name(site), clock)
+        save_tls_key(key, folder / AUTHORITY_KEY_FILE)
+        write_public(folder / CRL_FILE, _revocation_list(Signer(key, certificate), {}))
+        write_public(
+            folder / AUTHORITY_CERTIFICATE_FILE, pem_of(certificate).encode()
+        )  # last: with it the authority is there
         return cls(folder, clock)
 
     @property
-    def ends(self) -> int:
+    def valid_until(self) -> int:
         """The end of the authority's own certificate, in seconds since 1970."""
         return seconds_of(self.certificate.not_valid_after_utc)
 
@@ -109,11 +111,11 @@ class Authority:
 
     def now(self) -> int:
         """The time in seconds since 1970, but never before this software was built: the clock may be unset."""
-        return int(max(self._clock(), BUILT))
+        return int(max(self._clock(), BUILD_TIME))
 
-    def made_for(self, site: str) -> bool:
+    def is_for_site(self, site: str) -> bool:
         """Whether it was made for this site, as far as its certificate tells: that has only a name's beginning."""
-        return self.certificate.subject == _subject(site)
+        return self.certificate.subject == _authority_name(site)
 
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
         """A client certificate for a device (PEM). Of the request (`csr`) only the key is used.
@@ -122,17 +124,17 @@ class Authority:
             IdentityError: The name is reserved.
             ProtocolError: The request or name is invalid.
         """
-        check_name(site, "site")
+        check_topic_name(site, "site")
         check_device(device)
-        if device == SERVER:
-            raise IdentityError(f"no device may be called {SERVER!r}", hint="Give it another name.")
+        if device == SERVER_COMMON_NAME:
+            raise IdentityError(f"no device may be called {SERVER_COMMON_NAME!r}", hint="Give it another name.")
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(device_uri(site, device))])
         return self._issue(device, request_key(csr), days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
 
     def issue_server(self, csr: str) -> str:
         """A certificate for the server itself to connect with, named `fedprune-server`. Raises `ProtocolError` if
         the request is invalid."""
-        return self._issue(SERVER, request_key(csr), DEVICE_DAYS, ExtendedKeyUsageOID.CLIENT_AUTH, None)
+        return self._issue(SERVER_COMMON_NAME, request_key(csr), DEVICE_DAYS, ExtendedKeyUsageOID.CLIENT_AUTH, None)
 
     def issue_broker(self, hosts: Iterable[str], csr: str, days: int = BROKER_DAYS) -> str:
         """A certificate for a broker that boards and server reach by these names and addresses.
@@ -141,14 +143,14 @@ class Authority:
             IdentityError: No host, or one that is neither name nor address.
             ProtocolError: The request is invalid.
         """
-        names = [host_name(h) for h in hosts]
+        names = [subject_host(h) for h in hosts]
         if not names:
             raise IdentityError("a broker's certificate needs a host", expected="a name or an address", got="none")
         alternatives = x509.SubjectAlternativeName(names)
         subject_name = str(names[0].value)[:64]  # X.509 allows a common name no more characters
         return self._issue(subject_name, request_key(csr), days, ExtendedKeyUsageOID.SERVER_AUTH, alternatives)
 
-    def has_listed(self, revoked: Mapping[int, int]) -> bool:
+    def is_list_current(self, revoked: Mapping[int, int]) -> bool:
         """Whether the list on the disk is this authority's and has exactly these certificates (revocation times by
         serial number)."""
         try:
@@ -158,12 +160,12 @@ class Authority:
             return False
         return is_genuine and {r.serial_number for r in crl} == set(revoked)
 
-    def list_revoked(self, revoked: Mapping[int, int]) -> None:
-        """Write the list unless it is up to date; `revoked` is as for `has_listed`.
+    def write_revocation_list(self, revoked: Mapping[int, int]) -> None:
+        """Write the list unless it is up to date; `revoked` is as for `is_list_current`.
 
         When it takes effect is up to each broker, which has to load it again.
         """
-        if not self.has_listed(revoked):
+        if not self.is_list_current(revoked):
             write_public(self.crl_path, _revocation_list(self._signer, revoked))
 
     def _issue(
@@ -174,15 +176,15 @@ class Authority:
         purpose: x509.ObjectIdentifier,
         alternatives: x509.SubjectAlternativeName | None,
     ) -> str:
-        if not 1 <= days <= _LONGEST_DAYS:
-            raise IdentityError("days of a certificate", expected=f"1 to {_LONGEST_DAYS}", got=days)
+        if not 1 <= days <= _MAX_DAYS:
+            raise IdentityError("days of a certificate", expected=f"1 to {_MAX_DAYS}", got=days)
         signer = self._signer
         # Clients check the chain: a certificate that outlives its authority's would be refused from then on anyway.
-        valid_until = min(moment_of(self.now() + days * _DAY), signer.certificate.not_valid_after_utc)
+        valid_until = min(datetime_of(self.now() + days * _DAY), signer.certificate.not_valid_after_utc)
         serial = x509.random_serial_number()
-        usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
+        usage = dict.fromkeys(_KEY_USAGES, False) | {"digital_signature": True}
         builder = (
-            _builder(common_name(name), signer.certificate.subject, key, valid_until, serial)
+            _certificate_builder(common_name(name), signer.certificate.subject, key, valid_until, serial)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.KeyUsage(**usage), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -205,28 +207,29 @@ def _revocation_list(signer: Signer, revoked: Mapping[int, int]) -> bytes:
         .add_extension(issuer, critical=False)
     )
     for serial, revoked_at in revoked.items():
-        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment_of(revoked_at)).build()
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(datetime_of(revoked_at)).build()
         builder = builder.add_revoked_certificate(entry)
     return builder.sign(signer.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def _load_signer(folder: Path) -> Signer:
-    path = folder / KEY
-    certificate = load_certificate(folder / CERTIFICATE, "the authority's certificate")
+    path = folder / AUTHORITY_KEY_FILE
+    certificate = load_certificate(folder / AUTHORITY_CERTIFICATE_FILE, "the authority's certificate")
     key = load_tls_key(path, "the authority's key")
     if key.public_key() != certificate.public_key():
         raise IdentityError(
-            f"{path} and {folder / CERTIFICATE} don't belong together", hint="Restore both from the same backup."
+            f"{path} and {folder / AUTHORITY_CERTIFICATE_FILE} don't belong together",
+            hint="Restore both from the same backup.",
         )
     return Signer(key, certificate)
 
 
-def _self_signed(key: TlsKey, name: x509.Name, clock: Callable[[], float]) -> x509.Certificate:
-    valid_until = moment_of(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
-    usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
+def _self_signed_certificate(key: TlsKey, name: x509.Name, clock: Callable[[], float]) -> x509.Certificate:
+    valid_until = datetime_of(max(clock(), BUILD_TIME) + AUTHORITY_DAYS * _DAY)
+    usage = dict.fromkeys(_KEY_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     return (
-        _builder(name, name, key.public_key(), valid_until, x509.random_serial_number())
+        _certificate_builder(name, name, key.public_key(), valid_until, x509.random_serial_number())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(**usage), critical=True)
         .add_extension(identifier, critical=False)
@@ -234,13 +237,13 @@ def _self_signed(key: TlsKey, name: x509.Name, clock: Callable[[], float]) -> x5
     )
 
 
-_USAGES = (
+_KEY_USAGES = (
     "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
     "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
 )  # fmt: skip
 
 
-def _builder(
+def _certificate_builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, valid_until: datetime, serial: int
 ) -> x509.CertificateBuilder:
     return (
@@ -254,5 +257,5 @@ def _builder(
     )
 
 
-def _subject(site: str) -> x509.Name:
+def _authority_name(site: str) -> x509.Name:
     return common_name(f"fedprune {site[:40]} authority")

@@ -17,21 +17,21 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedprune.core.errors import IdentityError, ProtocolError, remedy, shown
+from fedprune.core.errors import IdentityError, ProtocolError, path_remedy, value_text
 from fedprune.security.private_file import read_private, write_private
 
 # Bytes of an authority's pin: with 96 bits a second authority with the same one can't be made.
-PIN = 12
+PIN_BYTES = 12
 
 # Bytes of a certificate or request; ours have about 1,000. The limit bounds what a stranger can make the parser read.
-MAX_PEM = 8192
+MAX_PEM_BYTES = 8192
 
 # What the clock of a board shows before it has the time; certificates have to be valid by then.
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 TlsKey = ec.EllipticCurvePrivateKey
 # What the package cryptography raises for damaged input: which of them depends on the damaged field.
-_BROKEN = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)
+_PARSE_ERRORS = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_tls_key(path: Path, what: str = "TLS key") -> TlsKey:
     raw = read_private(path, what)
     try:
         key = serialization.load_pem_private_key(raw, None)
-    except _BROKEN as error:
+    except _PARSE_ERRORS as error:
         raise IdentityError(f"{what} {path}", expected="an ECDSA key in PEM", got="something else") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise IdentityError(f"{what} {path}", expected="an ECDSA key on P-256", got=type(key).__name__)
@@ -87,35 +87,35 @@ def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKe
     signed by its key, or has no P-256 key.
     """
     what = "certificate request"
-    if len(pem) > MAX_PEM:
-        raise ProtocolError(what, expected=f"at most {MAX_PEM} characters", got=len(pem))
+    if len(pem) > MAX_PEM_BYTES:
+        raise ProtocolError(what, expected=f"at most {MAX_PEM_BYTES} characters", got=len(pem))
     try:
         request = x509.load_pem_x509_csr(pem.encode())
         key = request.public_key()
         is_genuine, subject = request.is_signature_valid, request.subject
-    except (*_BROKEN, InvalidSignature) as error:
-        raise ProtocolError(what, expected="PKCS #10 in PEM", got=shown(pem)) from error
+    except (*_PARSE_ERRORS, InvalidSignature) as error:
+        raise ProtocolError(what, expected="PKCS #10 in PEM", got=value_text(pem)) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ProtocolError(f"{what}: key", expected="ECDSA on P-256", got=type(key).__name__)
     if not is_genuine:
         raise ProtocolError(f"{what} is not signed by its own key")
-    if device is not None and _name(subject) != device:
-        raise ProtocolError(f"{what}: common name", expected=device, got=shown(_name(subject)))
+    if device is not None and _common_name_of(subject) != device:
+        raise ProtocolError(f"{what}: common name", expected=device, got=value_text(_common_name_of(subject)))
     return key
 
 
 def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
     """Read a certificate without verifying it. Raises `ProtocolError` if it is invalid or too long."""
     raw = pem.encode() if isinstance(pem, str) else pem
-    if len(raw) > MAX_PEM:
-        raise ProtocolError(what, expected=f"at most {MAX_PEM} bytes", got=len(raw))
+    if len(raw) > MAX_PEM_BYTES:
+        raise ProtocolError(what, expected=f"at most {MAX_PEM_BYTES} bytes", got=len(raw))
     try:
         certificate = x509.load_pem_x509_certificate(raw)
         # The package parses these on access, which would be long after anybody expects an error.
         certificate.public_key(), certificate.subject, certificate.not_valid_after_utc
         return certificate
-    except _BROKEN as error:
-        raise ProtocolError(what, expected="a certificate in PEM", got=shown(raw)) from error
+    except _PARSE_ERRORS as error:
+        raise ProtocolError(what, expected="a certificate in PEM", got=value_text(raw)) from error
 
 
 def load_certificate(path: Path, what: str) -> x509.Certificate:
@@ -123,12 +123,12 @@ def load_certificate(path: Path, what: str) -> x509.Certificate:
     try:
         return read_certificate(path.read_bytes(), f"{what} {path}")
     except OSError as error:
-        raise IdentityError(f"{what}: can't read {path} ({error.strerror})", hint=remedy(error)) from error
+        raise IdentityError(f"{what}: can't read {path} ({error.strerror})", hint=path_remedy(error)) from error
     except ProtocolError as error:
         raise IdentityError(error.what, expected=error.expected, got=error.got) from error
 
 
-def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError):
@@ -152,15 +152,15 @@ def key_digest(key: object) -> bytes:
 def pin_of(authority: x509.Certificate) -> bytes:
     """The fingerprint of an authority in claims: the first 12 bytes of its key's sha256. Raises `ProtocolError` if its
     key is of another kind."""
-    return key_digest(authority.public_key())[:PIN]
+    return key_digest(authority.public_key())[:PIN_BYTES]
 
 
-def name_of(certificate: x509.Certificate) -> str:
+def certificate_name(certificate: x509.Certificate) -> str:
     """The common name of a certificate; empty if it has none or several."""
-    return _name(certificate.subject)
+    return _common_name_of(certificate.subject)
 
 
-def _name(subject: x509.Name) -> str:
+def _common_name_of(subject: x509.Name) -> str:
     attributes = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(attributes[0].value) if len(attributes) == 1 else ""
 
@@ -170,19 +170,19 @@ def device_uri(site: str, device: str) -> str:
     return f"fedprune://{site}/{device}"
 
 
-def host_name(host: str) -> x509.GeneralName:
+def subject_host(host: str) -> x509.GeneralName:
     """A host as a broker's certificate names it. Raises `IdentityError` if it is neither name nor address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
     except ValueError:
         pass
     labels = host.rstrip(".").split(".")
-    if not 1 <= len(host) <= 253 or not all(_label(label) for label in labels):
-        raise IdentityError("host of a broker", expected="a DNS name or an IP address", got=shown(host))
+    if not 1 <= len(host) <= 253 or not all(_is_dns_label(label) for label in labels):
+        raise IdentityError("host of a broker", expected="a DNS name or an IP address", got=value_text(host))
     return x509.DNSName(host.rstrip("."))
 
 
-def _label(label: str) -> bool:
+def _is_dns_label(label: str) -> bool:
     return 1 <= len(label) <= 63 and label.isascii() and label.replace("-", "").isalnum() and label.strip("-") == label
 
 
@@ -190,6 +190,6 @@ def seconds_of(when: datetime) -> int:
     return int(when.timestamp())
 
 
-def moment_of(seconds: float) -> datetime:
+def datetime_of(seconds: float) -> datetime:
     """A time in seconds since 1970 as a `datetime` in whole seconds, the precision of certificates."""
     return EPOCH + timedelta(seconds=int(seconds))

@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import make_private_folder, storage_errors, sync_folder
-from fedprune.core.errors import IdentityError, JoinError, ProtocolError, SignatureError, StorageError, remedy
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import flush_folder, make_private_folder, storage_errors
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, SignatureError, StorageError, path_remedy
 from fedprune.security.certificates import (
     key_digest,
     load_certificate,
@@ -36,25 +36,30 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.security.joining import Admission, Claim, check_answer
-from fedprune.security.joining import make_request as make_join_request
+from fedprune.security.joining import Admission, JoinClaim, check_answer
+from fedprune.security.joining import make_join_request as make_join_request
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.private_file import write_public
-from fedprune.security.signed_channel import MAX_NUMBER, EpochFile
+from fedprune.security.signed_channel import MAX_EPOCH, EpochFile
 from fedprune.security.tls import PinnedContext, TrustedTime, pinned_context
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
-from fedprune.wire.messages import parse
+from fedprune.wire.messages import parse_message
 
-_SIGNING, _EPOCH, _REQUEST, _NEW_KEY = "signing.key", "epoch", "request.json", "tls.key.new"
-_KEY, _CERTIFICATE, _AUTHORITY, _SERVER = "tls.key", "device.pem", "authority.pem", "server.pub"
-_ADMITTED, _TIME, _HEARD = "admitted", "time", "heard"
+_SIGNING_KEY_FILE, _EPOCH_FILE, _REQUEST_FILE, _NEW_TLS_KEY_FILE = "signing.key", "epoch", "request.json", "tls.key.new"
+_TLS_KEY_FILE, _CERTIFICATE_FILE, _AUTHORITY_FILE, _SERVER_KEY_FILE = (
+    "tls.key",
+    "device.pem",
+    "authority.pem",
+    "server.pub",
+)
+_ADMISSION_TIME_FILE, _TIME_FLOOR_FILE, _SERVER_EPOCHS_FILE = "admitted", "time", "heard"
 
 # Share of a certificate's lifetime after which it is renewed: as with ACME clients, the last third is for failed
 # attempts.
-RENEW_AT = 2 / 3
+RENEWAL_SHARE = 2 / 3
 
 # A board's own authority vouches for the broker that the fleet's server runs or configures, and for no other.
-_FOREIGN_BROKER = (
+_FOREIGN_BROKER_MESSAGE = (
     "its certificate is another server's: another server answers at this address, or `fedprune-server init` was run "
     "again. Connect to this fleet's server, or join the other one: docs/runbook.md#another-server-answers. "
     "A broker with a certificate of another authority, such as a hosted one, needs --ca"
@@ -72,42 +77,45 @@ class DeviceIdentity:
         self.site, self.device = site, device
         with storage_errors(f"can't use {folder}"):
             make_private_folder(folder)
-        path = folder / _SIGNING
+        path = folder / _SIGNING_KEY_FILE
         if not path.exists():
             SigningKey.make().save(path)
         self.key = SigningKey.load(path)
-        self.epochs = EpochFile(folder / _EPOCH, clock)
-        self._finish()
-        self._time: TrustedTime | None = None
+        self.epochs = EpochFile(folder / _EPOCH_FILE, clock)
+        self._adopt_new_tls_key()
+        self._trusted_time: TrustedTime | None = None
 
     @property
-    def joined(self) -> bool:
+    def has_joined(self) -> bool:
         """Whether it has a certificate and knows its server."""
-        return all((self.folder / name).exists() for name in (_CERTIFICATE, _KEY, _AUTHORITY, _SERVER))
+        return all(
+            (self.folder / name).exists()
+            for name in (_CERTIFICATE_FILE, _TLS_KEY_FILE, _AUTHORITY_FILE, _SERVER_KEY_FILE)
+        )
 
     @property
     def server(self) -> VerifyingKey:
         """The server's verifying key. Raises `IdentityError` if the device hasn't joined, or the file is damaged."""
         try:
-            return VerifyingKey.from_hex((self.folder / _SERVER).read_text().strip(), "the server's key")
+            return VerifyingKey.from_hex((self.folder / _SERVER_KEY_FILE).read_text().strip(), "the server's key")
         except (OSError, UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
 
-    def request(self, claim: Claim | None = None) -> JoinRequest:
+    def request(self, claim: JoinClaim | None = None) -> JoinRequest:
         """A request to join or, once joined, for a new certificate. It stays the same until it is answered; a claim
         replaces a request that waits for the operator."""
-        pending = self._pending()
+        pending = self._pending_request()
         if pending is not None and (claim is None or pending.claim == claim.id.hex()):
             return pending
         tls_key = make_tls_key()
         request = make_join_request(self.site, self.device, self.key, make_request(tls_key, self.device), claim)
         # The key before the request: a request without its key could never be used once it is answered.
-        save_tls_key(tls_key, self.folder / _NEW_KEY)
-        write_whole(self.folder / _REQUEST, request.to_bytes())
+        save_tls_key(tls_key, self.folder / _NEW_TLS_KEY_FILE)
+        write_atomically(self.folder / _REQUEST_FILE, request.to_bytes())
         return request
 
     def admit(self, answer: JoinAnswer, pin: bytes) -> Admission | None:
-        """Accept an answer to the pending request, after which the device has `joined`.
+        """Accept an answer to the pending request, after which the device has `has_joined`.
 
         Args:
             pin: The authority's pin: of the claim, configured, or `pin` of a joined device.
@@ -119,17 +127,17 @@ class DeviceIdentity:
             SignatureError: The answer is not to the pending request, not by the authority, or names another server.
             JoinError: The device is refused; the next request is a new one.
         """
-        pending = self._pending()
+        pending = self._pending_request()
         if pending is None:
             raise IdentityError(f"{self.device} has no pending request")
         try:
             admission = check_answer(answer, pending, pin)
         except JoinError:
-            self._forget()
+            self._drop_request()
             raise
         if admission is None:
             return None
-        if self.joined and self.server != admission.server:  # a server has one key, so that this isn't this server
+        if self.has_joined and self.server != admission.server:  # a server has one key, so that this isn't this server
             raise SignatureError(
                 "the answer names another key than this board's server has",
                 expected=self.server.fingerprint,
@@ -137,62 +145,67 @@ class DeviceIdentity:
                 hint="If its identity was replaced, let the board join again: fedprune-device join --new-key.",
             )
         # The certificate is written last: from then on the device has joined, and needs the other files.
-        write_public(self.folder / _AUTHORITY, admission.authority.encode())
-        write_public(self.folder / _SERVER, admission.server.hex.encode())
-        write_whole(self.folder / _ADMITTED, str(admission.time).encode())
-        write_public(self.folder / _CERTIFICATE, admission.certificate.encode())
-        self._finish()
-        self.times.learn(admission.time)
+        write_public(self.folder / _AUTHORITY_FILE, admission.authority.encode())
+        write_public(self.folder / _SERVER_KEY_FILE, admission.server.hex.encode())
+        write_atomically(self.folder / _ADMISSION_TIME_FILE, str(admission.time).encode())
+        write_public(self.folder / _CERTIFICATE_FILE, admission.certificate.encode())
+        self._adopt_new_tls_key()
+        self.trusted_time.note_time(admission.time)
         return admission
 
     @property
-    def times(self) -> TrustedTime:
+    def trusted_time(self) -> TrustedTime:
         """Its time floor. Raises `IdentityError` if it hasn't joined yet."""
-        if self._time is None:
-            self._time = TrustedTime(self.folder / _TIME, self._ends)
-        return self._time
+        if self._trusted_time is None:
+            self._trusted_time = TrustedTime(self.folder / _TIME_FLOOR_FILE, self._certificate_end)
+        return self._trusted_time
 
-    def _ends(self) -> int:
+    def _certificate_end(self) -> int:
         """The end of its certificate, in seconds since 1970."""
-        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+        certificate = load_certificate(self.folder / _CERTIFICATE_FILE, "the device's certificate")
         return seconds_of(certificate.not_valid_after_utc)
 
     @property
     def pin(self) -> bytes:
         """The authority's pin. Raises `IdentityError` if the device has none yet."""
-        return pin_of(load_certificate(self.folder / _AUTHORITY, "the authority's certificate"))
+        return pin_of(load_certificate(self.folder / _AUTHORITY_FILE, "the authority's certificate"))
 
-    def heard(self) -> dict[str, int]:
+    def server_epochs(self) -> dict[str, int]:
         """The latest epoch of its server by stream (`fedprune.security.signed_channel`), as stored on the disk. Raises
         `StorageError` if it can't be read or is damaged."""
-        path = self.folder / _HEARD
+        path = self.folder / _SERVER_EPOCHS_FILE
         try:
             body = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+            raise StorageError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
         except (ValueError, RecursionError):
             body = None
-        if not isinstance(body, dict) or not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in body.values()):
+        if not isinstance(body, dict) or not all(type(n) is int and 0 <= n <= MAX_EPOCH for n in body.values()):
             raise StorageError(
                 f"{path} is damaged",
                 hint="Without it earlier messages of the server could be replayed. To accept that, delete it.",
             )
         return body
 
-    def hear(self, stream: str, epoch: int) -> None:
+    def store_server_epoch(self, stream: str, epoch: int) -> None:
         """Store that an epoch of the server has begun."""
-        write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
+        write_atomically(
+            self.folder / _SERVER_EPOCHS_FILE,
+            json.dumps(self.server_epochs() | {stream: epoch}, sort_keys=True).encode(),
+        )
 
-    def renewal_due(self) -> bool:
+    def needs_renewal(self) -> bool:
         """Whether the certificate is to be renewed, judged by the time floor: the clock may be wrong."""
-        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+        certificate = load_certificate(self.folder / _CERTIFICATE_FILE, "the device's certificate")
         try:
-            admitted_at = int((self.folder / _ADMITTED).read_text())
+            admitted_at = int((self.folder / _ADMISSION_TIME_FILE).read_text())
         except (OSError, ValueError):
             return True
-        return self.times.floor >= admitted_at + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - admitted_at)
+        return self.trusted_time.floor >= admitted_at + RENEWAL_SHARE * (
+            seconds_of(certificate.not_valid_after_utc) - admitted_at
+        )
 
     def context(self, authority: Path | None = None, *, certificate: bool = True) -> PinnedContext:
         """A TLS context for connections to a broker of `authority`, by default the fleet's.
@@ -200,43 +213,45 @@ class DeviceIdentity:
         Without the certificate only a renewal is possible. Raises `IdentityError` if the device hasn't joined, or a
         file is damaged.
         """
-        certificate_path, key_path = (self.folder / _CERTIFICATE, self.folder / _KEY) if certificate else (None, None)
-        context = pinned_context(
-            authority or self.folder / _AUTHORITY, certificate_path, key_path, lambda: self.times.floor
+        certificate_path, key_path = (
+            (self.folder / _CERTIFICATE_FILE, self.folder / _TLS_KEY_FILE) if certificate else (None, None)
         )
-        context.foreign = "" if authority else _FOREIGN_BROKER
+        context = pinned_context(
+            authority or self.folder / _AUTHORITY_FILE, certificate_path, key_path, lambda: self.trusted_time.floor
+        )
+        context.foreign_message = "" if authority else _FOREIGN_BROKER_MESSAGE
         return context
 
-    def _pending(self) -> JoinRequest | None:
+    def _pending_request(self) -> JoinRequest | None:
         try:
-            request = parse((self.folder / _REQUEST).read_bytes())
-            key = load_tls_key(self.folder / _NEW_KEY)
+            request = parse_message((self.folder / _REQUEST_FILE).read_bytes())
+            key = load_tls_key(self.folder / _NEW_TLS_KEY_FILE)
             is_own_key = isinstance(request, JoinRequest) and key.public_key() == request_key(request.csr)
         except (OSError, ProtocolError, IdentityError):
             return None  # no request, or a power cut before it was complete, so that it was not sent
-        if not isinstance(request, JoinRequest) or not is_own_key or request.key != self.key.verifying.hex:
+        if not isinstance(request, JoinRequest) or not is_own_key or request.key != self.key.verifying_key.hex:
             return None
         return request if (request.site, request.device) == (self.site, self.device) else None
 
-    def _forget(self) -> None:
+    def _drop_request(self) -> None:
         with storage_errors(f"can't write {self.folder}"):
-            for name in (_REQUEST, _NEW_KEY):
+            for name in (_REQUEST_FILE, _NEW_TLS_KEY_FILE):
                 (self.folder / name).unlink(missing_ok=True)
-            sync_folder(self.folder)
+            flush_folder(self.folder)
 
-    def _finish(self) -> None:
+    def _adopt_new_tls_key(self) -> None:
         """Put the new TLS key in its place if the certificate is for it; also called at the start, after a power
         cut."""
-        new_key_path = self.folder / _NEW_KEY
-        if not new_key_path.exists() or not (self.folder / _CERTIFICATE).exists():
+        new_key_path = self.folder / _NEW_TLS_KEY_FILE
+        if not new_key_path.exists() or not (self.folder / _CERTIFICATE_FILE).exists():
             return
-        certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
+        certificate = load_certificate(self.folder / _CERTIFICATE_FILE, "the device's certificate")
         try:
             is_own_key = key_digest(load_tls_key(new_key_path).public_key()) == key_digest(certificate.public_key())
         except IdentityError:
             return
         if is_own_key:
             with storage_errors(f"can't write {self.folder}"):
-                new_key_path.replace(self.folder / _KEY)
-                (self.folder / _REQUEST).unlink(missing_ok=True)
-                sync_folder(self.folder)
+                new_key_path.replace(self.folder / _TLS_KEY_FILE)
+                (self.folder / _REQUEST_FILE).unlink(missing_ok=True)
+                flush_folder(self.folder)

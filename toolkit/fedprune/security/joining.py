@@ -28,19 +28,19 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedprune.core.errors import JoinError, ProtocolError, SignatureError
 from fedprune.core.text import one_line
 from fedprune.security.certificates import (
-    PIN,
-    issued_by,
+    PIN_BYTES,
+    certificate_name,
+    is_issued_by,
     key_digest,
-    name_of,
     pem_of,
     pin_of,
     read_certificate,
     request_key,
 )
-from fedprune.security.keys import SigningKey, VerifyingKey, grouped, transcript
+from fedprune.security.keys import SigningKey, VerifyingKey, grouped_digits, transcript
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest
 
-_REQUEST, _PROOF, _ANSWER = "fedprune join 1", "fedprune join proof 1", "fedprune joined 1"
+_REQUEST_DOMAIN, _PROOF_DOMAIN, _ANSWER_DOMAIN = "fedprune join 1", "fedprune join proof 1", "fedprune joined 1"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Admission:
     time: int
 
 
-def make_request(site: str, device: str, key: SigningKey, csr: str, claim: Claim | None = None) -> JoinRequest:
+def make_join_request(site: str, device: str, key: SigningKey, csr: str, claim: JoinClaim | None = None) -> JoinRequest:
     """A request to join, or, with a member's key, for a new certificate.
 
     Args:
@@ -62,10 +62,10 @@ def make_request(site: str, device: str, key: SigningKey, csr: str, claim: Claim
     """
     nonce = secrets.token_hex(16)
     claim_id = claim.id.hex() if claim is not None else None
-    body = _request_text(site, device, key.verifying.hex, csr, nonce, claim_id)
-    proof = mac(claim.key, body) if claim is not None else None
-    signature = key.sign(transcript(_PROOF, body, proof)).hex()
-    return JoinRequest(site, device, key.verifying.hex, csr, nonce, claim_id, proof, signature)
+    body = _request_text(site, device, key.verifying_key.hex, csr, nonce, claim_id)
+    proof = claim_mac(claim.key, body) if claim is not None else None
+    signature = key.sign(transcript(_PROOF_DOMAIN, body, proof)).hex()
+    return JoinRequest(site, device, key.verifying_key.hex, csr, nonce, claim_id, proof, signature)
 
 
 def check_request(request: JoinRequest) -> VerifyingKey:
@@ -81,26 +81,28 @@ def check_request(request: JoinRequest) -> VerifyingKey:
     if (request.claim is None) != (request.mac is None):
         raise ProtocolError("join: claim and mac", expected="both or neither", got="one")
     key = VerifyingKey.from_hex(request.key, "join: field key")
-    key.verify(bytes.fromhex(request.signature), transcript(_PROOF, _body(request), request.mac))
+    key.verify(bytes.fromhex(request.signature), transcript(_PROOF_DOMAIN, _request_body(request), request.mac))
     request_key(request.csr, request.device)
     return key
 
 
 def holds_claim(request: JoinRequest, key: bytes) -> bool:
     """Whether the request's sender knows a claim's secret; in constant time."""
-    return same(mac(key, _body(request)), request.mac or "")
+    return is_same(claim_mac(key, _request_body(request)), request.mac or "")
 
 
-def digest_of(request: JoinRequest) -> str:
+def request_digest(request: JoinRequest) -> str:
     """The sha256 of a request, by which the server recognises repetitions and the answer names the request."""
-    return hashlib.sha256(transcript(_REQUEST, _body(request), request.mac, request.signature)).hexdigest()
+    return hashlib.sha256(
+        transcript(_REQUEST_DOMAIN, _request_body(request), request.mac, request.signature)
+    ).hexdigest()
 
 
-def answer_text(
+def signed_answer_bytes(
     request: str, status: str, reason: str, time: int, authority: str, certificate: str | None, server_key: str | None
 ) -> bytes:
     """The signed bytes of an answer, from the fields of `JoinAnswer`."""
-    return transcript(_ANSWER, request, status, reason, time, authority, certificate, server_key)
+    return transcript(_ANSWER_DOMAIN, request, status, reason, time, authority, certificate, server_key)
 
 
 def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admission | None:
@@ -114,17 +116,17 @@ def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admiss
         JoinError: The device is refused.
         ProtocolError: The answer is invalid.
     """
-    if not same(answer.request, digest_of(request)):
+    if not is_same(answer.request, request_digest(request)):
         raise SignatureError("the answer is to another request")
     authority = read_certificate(answer.authority, "the authority's certificate")
-    if not same(pin_of(authority), pin):
+    if not is_same(pin_of(authority), pin):
         raise SignatureError(
             "the answer comes from another server than the claim's",
-            expected=f"an authority with pin {grouped(pin.hex())}",
-            got=grouped(pin_of(authority).hex()),
+            expected=f"an authority with pin {grouped_digits(pin.hex())}",
+            got=grouped_digits(pin_of(authority).hex()),
             hint="The connection is intercepted, or the claim is another server's.",
         )
-    signed = answer_text(
+    signed = signed_answer_bytes(
         answer.request,
         answer.status,
         answer.reason,
@@ -154,35 +156,37 @@ def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admiss
 
 
 def _check_certificate(certificate: x509.Certificate, authority: x509.Certificate, request: JoinRequest) -> None:
-    if not issued_by(certificate, authority):
+    if not is_issued_by(certificate, authority):
         raise ProtocolError("the device's certificate is not by the server's authority")
     if key_digest(certificate.public_key()) != key_digest(request_key(request.csr)):
         raise ProtocolError("the device's certificate is for another key")
-    if name_of(certificate) != request.device:
-        raise ProtocolError("name in the device's certificate", expected=request.device, got=repr(name_of(certificate)))
+    if certificate_name(certificate) != request.device:
+        raise ProtocolError(
+            "name in the device's certificate", expected=request.device, got=repr(certificate_name(certificate))
+        )
 
 
 def _request_text(site: str, device: str, key: str, csr: str, nonce: str, claim: str | None) -> bytes:
-    return transcript(_REQUEST, site, device, key, csr, nonce, claim)
+    return transcript(_REQUEST_DOMAIN, site, device, key, csr, nonce, claim)
 
 
-def _body(request: JoinRequest) -> bytes:
+def _request_body(request: JoinRequest) -> bytes:
     return _request_text(request.site, request.device, request.key, request.csr, request.nonce, request.claim)
 
 
-PREFIX = "FP1"
+CLAIM_PREFIX = "FP1"
 # Bytes of a claim's parts other than the pin. With 120 bits a secret can't be guessed, and three bytes of check miss
 # one mistyped claim in 16 million; with the pin that makes 56 base32 characters, seven groups of eight.
-ID, SECRET, CHECK = 5, 15, 3
+CLAIM_ID_BYTES, CLAIM_SECRET_BYTES, CLAIM_CHECK_BYTES = 5, 15, 3
 
-_GROUP = 8
+_GROUP_LENGTH = 8
 # A claim has 66 characters with its dashes, to which people may have added spaces.
-_LONGEST = 200
-_SLIPS = str.maketrans("08", "OB")  # base32 lacks these digits, which look like letters
+_MAX_TEXT_LENGTH = 200
+_LOOKALIKES = str.maketrans("08", "OB")  # base32 lacks these digits, which look like letters
 
 
 @dataclass(frozen=True)
-class Claim:
+class JoinClaim:
     """The parts of a claim: its id at the server, the secret that its holder shares with the server, and the pin of the
     server's authority."""
 
@@ -191,48 +195,52 @@ class Claim:
     pin: bytes
 
     @classmethod
-    def make(cls, pin: bytes) -> Claim:
+    def make(cls, pin: bytes) -> JoinClaim:
         """A new claim, from the operating system's random numbers."""
-        return cls(secrets.token_bytes(ID), secrets.token_bytes(SECRET), pin)
+        return cls(secrets.token_bytes(CLAIM_ID_BYTES), secrets.token_bytes(CLAIM_SECRET_BYTES), pin)
 
     @classmethod
-    def parse(cls, text: str, where: str = "the given text") -> Claim:
+    def parse(cls, text: str, where: str = "the given text") -> JoinClaim:
         """Read a claim in upper or lower case, with any spaces and dashes; `where` names the text in messages. Raises
         `JoinError` if it is no claim, several, or mistyped."""
-        count = sum(line.strip().upper().startswith(PREFIX) for line in text.splitlines())
+        count = sum(line.strip().upper().startswith(CLAIM_PREFIX) for line in text.splitlines())
         if count > 1:
             raise JoinError(
                 f"{where} holds {count} claims", expected="one", got=count,
                 hint="Give every board a file with one of them.",
             )  # fmt: skip
-        compact = re.sub(r"[\s-]", "", text[:_LONGEST]).upper()
-        if not compact.startswith(PREFIX):
+        compact = re.sub(r"[\s-]", "", text[:_MAX_TEXT_LENGTH]).upper()
+        if not compact.startswith(CLAIM_PREFIX):
             raise JoinError(
                 "claim",
-                expected=f"a text that begins with {PREFIX}-",
+                expected=f"a text that begins with {CLAIM_PREFIX}-",
                 got="something else",
                 hint="`fedprune-server claim` makes one.",
             )
-        body = compact[len(PREFIX) :].translate(_SLIPS)
-        length = (ID + SECRET + PIN + CHECK) * 8 // 5
+        body = compact[len(CLAIM_PREFIX) :].translate(_LOOKALIKES)
+        length = (CLAIM_ID_BYTES + CLAIM_SECRET_BYTES + PIN_BYTES + CLAIM_CHECK_BYTES) * 8 // 5
         try:
             raw = base64.b32decode(body) if len(body) == length else b""
         except ValueError:
             raw = b""
-        if not raw or raw[-CHECK:] != _check(raw[:-CHECK]):
+        if not raw or raw[-CLAIM_CHECK_BYTES:] != _checksum(raw[:-CLAIM_CHECK_BYTES]):
             raise JoinError(
                 "the claim is mistyped",
-                expected=f"{length} characters after {PREFIX} whose check is right",
+                expected=f"{length} characters after {CLAIM_PREFIX} whose check is right",
                 got=f"{len(body)} characters",
                 hint="Copy it again; it has the letters A to Z and the digits 2 to 7.",
             )
-        return cls(raw[:ID], raw[ID : ID + SECRET], raw[ID + SECRET : -CHECK])
+        return cls(
+            raw[:CLAIM_ID_BYTES],
+            raw[CLAIM_ID_BYTES : CLAIM_ID_BYTES + CLAIM_SECRET_BYTES],
+            raw[CLAIM_ID_BYTES + CLAIM_SECRET_BYTES : -CLAIM_CHECK_BYTES],
+        )
 
     @property
     def text(self) -> str:
         raw = self.id + self.secret + self.pin
-        body = base64.b32encode(raw + _check(raw)).decode()
-        return "-".join([PREFIX, *(body[i : i + _GROUP] for i in range(0, len(body), _GROUP))])
+        body = base64.b32encode(raw + _checksum(raw)).decode()
+        return "-".join([CLAIM_PREFIX, *(body[i : i + _GROUP_LENGTH] for i in range(0, len(body), _GROUP_LENGTH))])
 
     @property
     def key(self) -> bytes:
@@ -240,15 +248,15 @@ class Claim:
         return HKDF(hashes.SHA256(), 32, salt=self.id, info=b"fedprune claim 1").derive(self.secret)
 
 
-def mac(key: bytes, data: bytes) -> str:
+def claim_mac(key: bytes, data: bytes) -> str:
     """HMAC-SHA256 as hex, by a claim's key."""
     return hmac.new(key, data, hashlib.sha256).hexdigest()
 
 
-def same(left: str | bytes, right: str | bytes) -> bool:
+def is_same(left: str | bytes, right: str | bytes) -> bool:
     """Whether two texts or two byte strings are equal, in constant time: it tells nothing about a secret."""
     return hmac.compare_digest(*(v.encode() if isinstance(v, str) else v for v in (left, right)))
 
 
-def _check(raw: bytes) -> bytes:
-    return hashlib.sha256(b"fedprune claim text\0" + raw).digest()[:CHECK]
+def _checksum(raw: bytes) -> bytes:
+    return hashlib.sha256(b"fedprune claim text\0" + raw).digest()[:CLAIM_CHECK_BYTES]

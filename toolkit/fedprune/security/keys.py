@@ -11,18 +11,18 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, shown
-from fedprune.core.validation import Error, is_digest
+from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, value_text
+from fedprune.core.validation import ErrorClass, is_digest
 from fedprune.security.private_file import read_private, write_private
 
 # Bytes of a verifying key.
-KEY = 32
+KEY_BYTES = 32
 
 # Bytes of a signature.
-SIGNATURE = 64
+SIGNATURE_BYTES = 64
 
 # Bytes by which a message names its sender's key. They only select a key, whose signature is then verified.
-KEY_ID = 8
+KEY_ID_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class VerifyingKey:
     raw: bytes
 
     def __post_init__(self) -> None:
-        if len(self.raw) != KEY:
-            raise ProtocolError("verifying key", expected=f"{KEY} bytes", got=len(self.raw))
+        if len(self.raw) != KEY_BYTES:
+            raise ProtocolError("verifying key", expected=f"{KEY_BYTES} bytes", got=len(self.raw))
 
     @classmethod
-    def from_hex(cls, text: object, what: str = "verifying key", *, error: Error = ProtocolError) -> VerifyingKey:
+    def from_hex(cls, text: object, what: str = "verifying key", *, error: ErrorClass = ProtocolError) -> VerifyingKey:
         """Read 64 lower-case hex digits; raises `error`, which names `what`, for anything else."""
         if is_digest(text):
             return cls(bytes.fromhex(text))
-        raise error(what, expected="64 hex digits", got=shown(text))
+        raise error(what, expected="64 hex digits", got=value_text(text))
 
     @property
     def hex(self) -> str:
@@ -49,12 +49,12 @@ class VerifyingKey:
     @property
     def id(self) -> bytes:
         """The key's id in a message's header: the beginning of its sha256."""
-        return hashlib.sha256(self.raw).digest()[:KEY_ID]
+        return hashlib.sha256(self.raw).digest()[:KEY_ID_BYTES]
 
     @property
     def fingerprint(self) -> str:
         """For people: the first 80 bits of the key's sha256 as five groups of four hex digits."""
-        return grouped(hashlib.sha256(self.raw).hexdigest()[:20])
+        return grouped_digits(hashlib.sha256(self.raw).hexdigest()[:20])
 
     def verify(self, signature: bytes, data: bytes) -> None:
         """Make sure that the key's owner signed it. Raises `SignatureError` if the owner did not."""
@@ -72,7 +72,7 @@ class SigningKey:
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
-        self.verifying = VerifyingKey(key.public_key().public_bytes_raw())
+        self.verifying_key = VerifyingKey(key.public_key().public_bytes_raw())
 
     @classmethod
     def make(cls) -> SigningKey:
@@ -105,10 +105,10 @@ class SigningKey:
         return self._key.sign(data)
 
     def __repr__(self) -> str:
-        return f"SigningKey({self.verifying.fingerprint})"
+        return f"SigningKey({self.verifying_key.fingerprint})"
 
 
-def grouped(digits: str) -> str:
+def grouped_digits(digits: str) -> str:
     """Hex digits in groups of four, for people."""
     return "-".join(digits[i : i + 4] for i in range(0, len(digits), 4))
 

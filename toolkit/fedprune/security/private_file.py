@@ -6,29 +6,29 @@ import os
 import stat
 from pathlib import Path
 
-from fedprune.core.atomic_file import appearing, write_whole
+from fedprune.core.atomic_file import atomic_write, write_atomically
 from fedprune.core.disk import make_private_folder, storage_errors
-from fedprune.core.errors import IdentityError, StorageError, remedy
+from fedprune.core.errors import IdentityError, StorageError, path_remedy
 
 # Bytes of a file with a secret: a key in PEM has some 200, a password less.
-MAX_SECRET = 16 * 1024
+MAX_SECRET_BYTES = 16 * 1024
 
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a secret atomically with mode 0600; a missing folder is made with mode 0700."""
     with storage_errors(f"can't write {path}"):
         make_private_folder(path.parent)
-    write_whole(path, data, private=True)
+    write_atomically(path, data, private=True)
 
 
 def write_public(path: Path, data: bytes) -> None:
     """Write a public file atomically with mode 0644 under any umask: root may write it for a service's user."""
-    with appearing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(data)
         partial.chmod(0o644)
 
 
-def give_to_owner_of(path: Path, reference: Path) -> None:
+def share_owner(path: Path, reference: Path) -> None:
     """Give a file that root made to the owner of another file, whose user is to read it.
 
     That user may write to the folder, and could put a link to any file of root there: only a regular file of root with
@@ -52,14 +52,14 @@ def read_private(path: Path, what: str) -> bytes:
     """Read a secret that only this user or root can have read or written; root reads any user's.
 
     Raises `IdentityError` if it is missing, a link or no plain file, another user's, open to other users, or larger
-    than `MAX_SECRET`.
+    than `MAX_SECRET_BYTES`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise IdentityError(f"{what} is missing: there is no {path}", hint=remedy(error)) from error
+        raise IdentityError(f"{what} is missing: there is no {path}", hint=path_remedy(error)) from error
     except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -80,9 +80,9 @@ def read_private(path: Path, what: str) -> bytes:
                 got=f"0{mode:o}",
                 hint="chmod 600 it, and replace it if another user may have read it.",
             )
-        if status.st_size > MAX_SECRET:
-            raise IdentityError(f"{what} {path}", expected=f"at most {MAX_SECRET} bytes", got=status.st_size)
+        if status.st_size > MAX_SECRET_BYTES:
+            raise IdentityError(f"{what} {path}", expected=f"at most {MAX_SECRET_BYTES} bytes", got=status.st_size)
         with storage_errors(f"can't read {path}"):
-            return os.read(descriptor, MAX_SECRET)
+            return os.read(descriptor, MAX_SECRET_BYTES)
     finally:
         os.close(descriptor)

@@ -23,8 +23,8 @@ from typing import Any
 
 from cryptography import x509
 
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.errors import ConfigError, IdentityError, StorageError, remedy
+from fedprune.core.atomic_file import write_atomically
+from fedprune.core.errors import ConfigError, IdentityError, StorageError, path_remedy
 from fedprune.core.validation import is_whole
 from fedprune.security.certificates import seconds_of
 
@@ -33,18 +33,18 @@ NO_CHECK_TIME = 0x200000
 
 # OpenSSL's X509_V_ERR_* for a chain that ends at no trusted authority. An authority of the same name and another key,
 # as `fedprune-server init` makes one when it is run again, shows as a wrong signature (7) or key identifier (30).
-_FOREIGN = frozenset({2, 7, 18, 19, 20, 21, 30})
+_FOREIGN_ERROR_CODES = frozenset({2, 7, 18, 19, 20, 21, 30})
 
 
 class PinnedContext(ssl.SSLContext):
     """A client's context that trusts one authority. Made by `pinned_context`.
 
     Attributes:
-        foreign: What a certificate of another authority means, in words; empty to say that it isn't trusted.
+        foreign_message: What a certificate of another authority means, in words; empty to say that it isn't trusted.
     """
 
     floor: Callable[[], int]
-    foreign: str = ""
+    foreign_message: str = ""
 
 
 class _CheckedSocket(ssl.SSLSocket):
@@ -53,8 +53,12 @@ class _CheckedSocket(ssl.SSLSocket):
         try:
             super().do_handshake(block)
         except ssl.SSLCertVerificationError as error:
-            if isinstance(context, PinnedContext) and context.foreign and error.verify_code in _FOREIGN:
-                raise _refused(context.foreign) from error
+            if (
+                isinstance(context, PinnedContext)
+                and context.foreign_message
+                and error.verify_code in _FOREIGN_ERROR_CODES
+            ):
+                raise _verification_error(context.foreign_message) from error
             raise
         if isinstance(context, PinnedContext):
             try:
@@ -72,7 +76,7 @@ def peer_name(connection: ssl.SSLSocket) -> str:
 
 
 # In place of an authority's path: trust all authorities that the system trusts, for hosted brokers.
-SYSTEM = Path("system")
+SYSTEM_AUTHORITIES = Path("system")
 
 
 def pinned_context(
@@ -83,7 +87,7 @@ def pinned_context(
     Raises `IdentityError` if a file is missing or damaged, or key and certificate don't belong together.
 
     Args:
-        authority: The certificate of the only trusted authority; `SYSTEM` for the system's authorities.
+        authority: The certificate of the only trusted authority; `SYSTEM_AUTHORITIES` for the system's authorities.
         certificate: The client's certificate; None to join without one.
         floor: Returns the time floor in seconds since 1970.
     """
@@ -93,7 +97,7 @@ def pinned_context(
     context.sslsocket_class = _CheckedSocket
     context.floor = floor
     try:
-        if authority == SYSTEM:
+        if authority == SYSTEM_AUTHORITIES:
             context.load_default_certs()
         else:
             context.load_verify_locations(cafile=str(authority))
@@ -120,7 +124,7 @@ def unpinned_context() -> ssl.SSLContext:
     return context
 
 
-def insecure_allowed(host: str, setting: str = "") -> None:
+def check_local_host(host: str, setting: str = "") -> None:
     """Raise `ConfigError` if a connection without TLS, or without an identity, would leave this machine.
 
     Args:
@@ -142,22 +146,22 @@ def check_peer(der: bytes | None, floor: int) -> None:
     OpenSSL has verified everything else about it.
     """
     if der is None:
-        raise _refused("it has no certificate")
+        raise _verification_error("it has no certificate")
     certificate = x509.load_der_x509_certificate(der)
     ended_at = seconds_of(certificate.not_valid_after_utc)
     if ended_at < floor:
         day = certificate.not_valid_after_utc.date().isoformat()
-        raise _refused(f"its certificate ended on {day}")
+        raise _verification_error(f"its certificate ended on {day}")
 
 
-def _refused(reason: str) -> ssl.SSLCertVerificationError:
+def _verification_error(reason: str) -> ssl.SSLCertVerificationError:
     error = ssl.SSLCertVerificationError(reason)
-    error.reason = reason  # shown by `fedprune.wire.link.failure`
+    error.reason = reason  # shown by `fedprune.wire.link.connection_failure`
     return error
 
 
 # Build time in seconds since 1970: 1 November 2026, raised with every release. The true time can't be earlier.
-BUILT = 1_793_491_200
+BUILD_TIME = 1_793_491_200
 
 # The floor is written once a day at most: boards' cards wear out, and a certificate's end has no finer meaning.
 _DAY = 24 * 3600
@@ -172,9 +176,9 @@ class TrustedTime:
 
     def __init__(self, path: Path, latest: Callable[[], int]) -> None:
         self._path = path
-        self._latest = latest
-        self._written = _read(path, latest())
-        self._floor = max(BUILT, self._written)
+        self._time_limit = latest
+        self._written = _read_floor(path, latest())
+        self._floor = max(BUILD_TIME, self._written)
         self._lock = threading.Lock()
 
     @property
@@ -182,23 +186,23 @@ class TrustedTime:
         """Seconds since 1970; the true time is not before it."""
         return self._floor
 
-    def learn(self, seconds: int) -> None:
+    def note_time(self, seconds: int) -> None:
         """Raise the floor to the time in a verified message of the server. On a full disk it counts until the next
         restart."""
         with self._lock:  # the board's loop and its renewal both learn
-            self._floor = max(self._floor, min(seconds, self._latest()))
-            if self._floor >= max(self._written, BUILT) + _DAY:
-                write_whole(self._path, json.dumps({"v": 1, "floor": self._floor}).encode())
+            self._floor = max(self._floor, min(seconds, self._time_limit()))
+            if self._floor >= max(self._written, BUILD_TIME) + _DAY:
+                write_atomically(self._path, json.dumps({"v": 1, "floor": self._floor}).encode())
                 self._written = self._floor
 
 
-def _read(path: Path, latest: int) -> int:
+def _read_floor(path: Path, latest: int) -> int:
     try:
         floor = json.loads(path.read_bytes())["floor"]
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError):
         return 0
     return min(floor, latest) if is_whole(floor, 1) else 0

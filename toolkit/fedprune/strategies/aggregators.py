@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.compiled_kernels import load
+from fedprune.aggregation.compiled_kernels import load_kernels
 from fedprune.aggregation.fold import Fold, Rule
-from fedprune.model.selection import Active, Selection, Tensors
-from fedprune.model.trainable import head_axes, matching
-from fedprune.strategies.values import Closing, Report, Scene, Submodel
+from fedprune.model.selection import ElementMask, Selection, Tensors
+from fedprune.model.trainable import head_axes, matching_tensors
+from fedprune.strategies.values import RoundClosing, Scene, Submodel, UpdateReport
 
 WEIGHTINGS = ("samples", "uniform")
 
@@ -22,7 +22,7 @@ WEIGHTINGS = ("samples", "uniform")
 VELOCITY = "velocity"
 
 # A row whose change is this small a share of it across its own direction has only decayed.
-_PARALLEL = 1e-5
+_PARALLEL_TOLERANCE = 1e-5
 
 
 class Aggregator(ABC):
@@ -34,7 +34,7 @@ class Aggregator(ABC):
         return "samples"
 
     @property
-    def by_tensor(self) -> bool:
+    def is_per_tensor(self) -> bool:
         """Whether a tensor's sums depend on that tensor of the updates alone, so that they can be made in parts."""
         return False
 
@@ -43,13 +43,13 @@ class Aggregator(ABC):
         """Empty sums for a round."""
 
     @abstractmethod
-    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+    def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
         """Add a reconstructed update: all of it or, if this raises, nothing."""
 
     @abstractmethod
     def close(
-        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
-    ) -> Closing:
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
+    ) -> RoundClosing:
         """The next model; arguments as for `Strategy.close`."""
 
 
@@ -62,9 +62,9 @@ class Mean(Aggregator):
         server_momentum: β of FedAvgM, from 0 to below 1.
         weighting: `samples`, or `uniform`: all devices count alike (HeteroFL).
         damped: v ← β·v + (1 − β)·Δ instead of v ← β·v + Δ.
-        changed: What of an update counts only if the device has changed it. `rows`: rows of the last layer. One that
-            comes back as it was sent, or has only shrunk by weight decay, is of a class that the device has no sample
-            of (HeteroFL's label rows: with `mask_absent_classes` such rows have no gradient). `elements`: single
+        only_changed: What of an update counts only if the device has changed it. `rows`: rows of the last layer. One
+            that comes back as it was sent, or has only shrunk by weight decay, is of a class that the device has no
+            sample of (HeteroFL's label rows: with `mask_absent_classes` such rows have no gradient). `elements`: single
             elements of all trained tensors (FIARSE divides by the devices with a change). Empty: all counts.
         excluded: Patterns of tensors that stay on the boards (FedPer): they keep their value.
     """
@@ -73,12 +73,12 @@ class Mean(Aggregator):
     server_momentum: float = 0.0
     weighting: str = "samples"
     damped: bool = False
-    changed: Literal["", "rows", "elements"] = ""
+    only_changed: Literal["", "rows", "elements"] = ""
     excluded: tuple[str, ...] = ()
 
     @property
-    def by_tensor(self) -> bool:
-        return not self.changed  # which rows changed depends on other tensors
+    def is_per_tensor(self) -> bool:
+        return not self.only_changed  # which rows changed depends on other tensors
 
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
         """Empty sums for a round.
@@ -88,35 +88,35 @@ class Mean(Aggregator):
             ConfigError: A pattern of `excluded` matches no tensor.
         """
         # Compiled sums pay only for large models: the size decides whether they are loaded.
-        load(sum(tensor.size for tensor in scene.model.values()))
+        load_kernels(sum(tensor.size for tensor in scene.model.values()))
         return Fold(
             scene.architecture,
             scene.model,
             rule=self.rule,
             evidence=evidence,
             momentum=scene.recipe.momentum,
-            excluded=matching(scene.architecture, self.excluded, ("job", "options", "personal")),
+            excluded=matching_tensors(scene.architecture, self.excluded, ("job", "options", "personal")),
         )
 
-    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+    def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
         """Add an update: all of it or, where it raises, nothing. Raises `BundleError` or `ProtocolError` as
         `Fold.add`."""
-        check(fold, report, lifted)
-        mask = self._counted(report, lifted)
+        check_reconstruction(fold, report, lifted)
+        mask = self._counted_elements(report, lifted)
         fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask, checked=True)
 
     def close(
-        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
-    ) -> Closing:
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
+    ) -> RoundClosing:
         velocity_before = scene.memory.get(VELOCITY) if self.server_momentum else None
         model, velocity = fold.close(self.server_momentum, velocity_before, rate=rate, damped=self.damped)
-        return Closing(model, {} if velocity is None else {VELOCITY: velocity})
+        return RoundClosing(model, {} if velocity is None else {VELOCITY: velocity})
 
-    def _counted(self, report: Report, lifted: Submodel) -> Active:
-        if not self.changed:
+    def _counted_elements(self, report: UpdateReport, lifted: Submodel) -> ElementMask:
+        if not self.only_changed:
             return lifted.mask
-        sent_weights = origin(report, lifted)
-        if self.changed == "rows":
+        sent_weights = starting_weights(report, lifted)
+        if self.only_changed == "rows":
             changed_elements = changed_rows(lifted, sent_weights, decays=report.cut.scene.recipe.weight_decay > 0)
         else:
             names = [t.name for t in lifted.selection.architecture.trainable]
@@ -132,30 +132,30 @@ class DeltaMean(Mean):
     synchronous rounds it is `Mean`, bit for bit. Batch-norm statistics, which are measured, are averaged as they are.
     """
 
-    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+    def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
         """Add an update's move: all of it or, where it raises, nothing. Raises `BundleError` or `ProtocolError` as
         `Fold.add`."""
-        check(fold, report, lifted)
+        check_reconstruction(fold, report, lifted)
         fold.add(
             lifted.selection,
             lifted.tensors,
             report.weight,
             report.steps,
-            mask=self._counted(report, lifted),
-            sent=origin(report, lifted),
+            mask=self._counted_elements(report, lifted),
+            sent=starting_weights(report, lifted),
             checked=True,
         )
 
 
-def check(fold: Fold, report: Report, lifted: Submodel) -> None:
+def check_reconstruction(fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
     """Check the reconstruction of an update, which itself was checked before. Raises `BundleError` or `ProtocolError`
-    as `Fold.check`."""
+    as `Fold.check_reconstruction`."""
     # A strategy without `reconstruct` hands back the same tensors: checking a large model twice costs a pass over it.
     if lifted.tensors is not report.trained.tensors:
         fold.check(lifted.selection, lifted.tensors)
 
 
-def origin(report: Report, lifted: Submodel) -> Tensors:
+def starting_weights(report: UpdateReport, lifted: Submodel) -> Tensors:
     """The weights that an update started from, in the coordinates of its reconstruction.
 
     That is what the device was sent; where reconstruction led it to other coordinates (optimal transport), the model
@@ -175,7 +175,7 @@ def same_coordinates(first: Selection, second: Selection) -> bool:
     )
 
 
-def intersection(first: Active, second: Active) -> Active:
+def intersection(first: ElementMask, second: ElementMask) -> ElementMask:
     """Elements that are active in two masks."""
     return {**first, **{name: bits & first[name] if name in first else bits for name, bits in second.items()}}
 
@@ -197,7 +197,7 @@ def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[s
     is_changed = (trained_values != sent_values).reshape(len(trained_values), -1).any(axis=1)
     if decays:
         # Only weights decay, so the bias says nothing here: its row is judged by the weight's.
-        is_changed &= ~_shrunk(
+        is_changed &= ~_only_decayed(
             trained_values.reshape(len(trained_values), -1), sent_values.reshape(len(sent_values), -1)
         )
     else:
@@ -211,7 +211,7 @@ def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[s
     return masks
 
 
-def _shrunk(trained_rows: npt.NDArray[np.float32], sent_rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def _only_decayed(trained_rows: npt.NDArray[np.float32], sent_rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Whether each row is c times what it was, with 0 < c ≤ 1."""
     trained64, sent64 = trained_rows.astype(np.float64), sent_rows.astype(np.float64)
     # Above 0, so that a row of zeros doesn't divide by 0.
@@ -219,5 +219,7 @@ def _shrunk(trained_rows: npt.NDArray[np.float32], sent_rows: npt.NDArray[np.flo
     # Least squares: the c for which c times the old row is nearest to the new one.
     factor = (trained64 * sent64).sum(axis=1) / squared_norms
     residual = np.sqrt(((trained64 - factor[:, None] * sent64) ** 2).sum(axis=1))
-    only_shrunk: npt.NDArray[np.bool_] = (residual <= _PARALLEL * np.sqrt(squared_norms)) & (factor > 0) & (factor <= 1)
+    only_shrunk: npt.NDArray[np.bool_] = (
+        (residual <= _PARALLEL_TOLERANCE * np.sqrt(squared_norms)) & (factor > 0) & (factor <= 1)
+    )
     return only_shrunk

@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, Subject, shown
+from fedprune.core.errors import ConfigError, Subject, value_text
 from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, State, Task
-from fedprune.model.architecture import Architecture, widths_at, widths_with_least
+from fedprune.jobs.state import DeviceTask, JobDevice, State
+from fedprune.model.architecture import Architecture, widths_at, widths_at_least
 
-_Key = list[tuple[int, int, str]]
+_SortKey = list[tuple[int, int, str]]
 
 # Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density.
 TIMES = "times"
@@ -39,43 +39,45 @@ class Fleet:
         architecture: The global model's architecture.
         state: The coordinator's state: its devices' `density`, `widths` and `allocation`, and its own `allocation`, are
             the allocator's to replace (never to change in place); the rest is to be read.
-        least_channels: As of the strategy.
+        min_channels: As of the strategy.
     """
 
     job: Job
     architecture: Architecture
     state: State
-    least_channels: int = 1
-    _order: list[tuple[_Key, str]] = field(default_factory=list, init=False, repr=False)
+    min_channels: int = 1
+    _sorted_names: list[tuple[_SortKey, str]] = field(default_factory=list, init=False, repr=False)
 
-    def place(self, name: str) -> int:
+    def position(self, name: str) -> int:
         """The position of a device among all, in the order of names; numbers in them count as numbers.
 
         The order is stored, since thousands of devices may announce themselves one after the other.
         """
-        entry = (natural(name), name)
-        index = bisect_left(self._order, entry)
-        if index == len(self._order) or self._order[index] != entry:
-            self._order.insert(index, entry)
-        if len(self._order) != len(self.state.devices):  # devices came or went without `place`, as at a restart
-            self._order[:] = sorted((natural(n), n) for n in self.state.devices)
-            index = bisect_left(self._order, entry)
+        entry = (natural_sort_key(name), name)
+        index = bisect_left(self._sorted_names, entry)
+        if index == len(self._sorted_names) or self._sorted_names[index] != entry:
+            self._sorted_names.insert(index, entry)
+        if len(self._sorted_names) != len(
+            self.state.devices
+        ):  # devices came or went without `position`, as at a restart
+            self._sorted_names[:] = sorted((natural_sort_key(n), n) for n in self.state.devices)
+            index = bisect_left(self._sorted_names, entry)
         return index
 
-    def grant(self, name: str, density: float, *, elements: bool) -> bool:
+    def grant(self, name: str, density: float, *, masks_elements: bool) -> bool:
         """Give a device a share of the model; times that it took for another one are forgotten.
 
         Args:
             density: The share, above 0 and at most 1.
-            elements: Whether masks are made of elements: the device keeps all channels.
+            masks_elements: Whether masks are made of elements: the device keeps all channels.
 
         Returns:
             Whether that is another share than it had.
         """
         device = self.state.devices[name]
         # An element mask keeps the shape of every tensor, so the board holds the whole model.
-        widths = self.architecture.sizes if elements else widths_at(self.architecture, density)
-        widths = widths_with_least(self.architecture, widths, self.least_channels)
+        widths = self.architecture.sizes if masks_elements else widths_at(self.architecture, density)
+        widths = widths_at_least(self.architecture, widths, self.min_channels)
         if (device.density, device.widths) == (density, widths):
             return False
         device.density, device.widths = density, widths
@@ -89,12 +91,12 @@ class Allocator(ABC):
     """Decides on densities; by default they don't change with time. Asked twice, it gives the same answer."""
 
     @property
-    def elements(self) -> bool:
+    def masks_elements(self) -> bool:
         """Whether densities are those of element masks over all channels."""
         return False
 
     @abstractmethod
-    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
+    def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
         """Give a device that announced itself density and widths, or the reason why it takes no part (`excluded`).
 
         Args:
@@ -106,7 +108,7 @@ class Allocator(ABC):
         """A round is about to begin, of number `fleet.state.round`; returns whether densities have changed."""
         return False
 
-    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:  # noqa: B027 - may stay empty
+    def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:  # noqa: B027 - may stay empty
         """An update of a device counts.
 
         Args:
@@ -132,17 +134,17 @@ class Fixed(Allocator):
 
     Attributes:
         density: Above 0 and at most 1.
-        elements: Whether masks are made of elements.
+        masks_elements: Whether masks are made of elements.
     """
 
     density: float = 1.0
-    elements: bool = False
+    masks_elements: bool = False
 
     def __post_init__(self) -> None:
         check_density(("allocator", "density"), self.density)
 
-    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
-        fleet.grant(name, self.density, elements=self.elements)
+    def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
+        fleet.grant(name, self.density, masks_elements=self.masks_elements)
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,12 @@ class Tiers(Allocator):
     Attributes:
         densities: One per tier, in the order in which they are dealt.
         shares: Share of the fleet in each tier; empty for equal ones.
-        elements: Whether masks are made of elements.
+        masks_elements: Whether masks are made of elements.
     """
 
     densities: tuple[float, ...]
     shares: tuple[float, ...] = ()
-    elements: bool = False
+    masks_elements: bool = False
 
     def __post_init__(self) -> None:
         if not self.densities:
@@ -171,23 +173,25 @@ class Tiers(Allocator):
             validation.is_number(s, 0) for s in self.shares
         )
         if self.shares and not (shares_are_valid and 0 < sum(self.shares) < math.inf):
-            raise ConfigError(("allocator", "shares"), expected="one per density, of 0 or more", got=shown(self.shares))
+            raise ConfigError(
+                ("allocator", "shares"), expected="one per density, of 0 or more", got=value_text(self.shares)
+            )
         check_fields(self, ("allocator",))
 
-    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
-        fleet.grant(name, self._density(fleet, name), elements=self.elements)
+    def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
+        fleet.grant(name, self._density(fleet, name), masks_elements=self.masks_elements)
 
     def open(self, fleet: Fleet) -> bool:
         """Deal again: devices may have come since the last round."""
         changed = False
         for name, device in sorted(fleet.state.devices.items()):
             if not device.excluded:
-                changed |= fleet.grant(name, self._density(fleet, name), elements=self.elements)
+                changed |= fleet.grant(name, self._density(fleet, name), masks_elements=self.masks_elements)
         return changed
 
     def _density(self, fleet: Fleet, name: str) -> float:
         # The middle of the device's share of the fleet, so that no device lies on the border of two tiers.
-        position = (fleet.place(name) + 0.5) / len(fleet.state.devices)
+        position = (fleet.position(name) + 0.5) / len(fleet.state.devices)
         shares = self.shares or (1.0,) * len(self.densities)
         cumulative_share = 0.0
         for density, share in zip(self.densities, shares, strict=True):
@@ -198,17 +202,17 @@ class Tiers(Allocator):
         return self.densities[-1]
 
 
-def natural(name: str) -> _Key:
+def natural_sort_key(name: str) -> _SortKey:
     """A key that sorts `device-2` before `device-10`."""
     return [(1, 0, run) if not run.isdigit() else (0, int(run), run) for run in re.split(r"(\d+)", name) if run]
 
 
 def check_density(what: Subject, value: object) -> None:
     """Check a density. Raises `ConfigError` if it is not a number above 0 and at most 1."""
-    validation.number(what, value, 0, 1, above=True)
+    validation.check_number(what, value, 0, 1, above=True)
 
 
-def dealt(job: Job, densities: Sequence[float], *, default: Sequence[float] = ()) -> Allocator | None:
+def density_allocator(job: Job, densities: Sequence[float], *, default: Sequence[float] = ()) -> Allocator | None:
     """The allocator of a strategy's option `densities`, the job's `density` or a default; None for the planner.
 
     Args:

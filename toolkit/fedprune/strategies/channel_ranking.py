@@ -9,23 +9,23 @@ from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
 from fedprune.strategies.importance.gradient_stats import Evidence
 from fedprune.strategies.importance.scoring import (
-    Form,
+    CurvatureForm,
     Scores,
-    curvature,
-    movement,
+    channel_scores,
+    curvature_scores,
+    movement_scores,
     random_ranks,
-    ranks,
-    score,
+    rank_channels,
 )
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Ranking, Report, Scene
+from fedprune.strategies.values import Memories, Ranking, Scene, UpdateReport
 
 # Memory: what scores that observe know of gradient and curvature.
 EVIDENCE = "evidence"
 
 
 @dataclass(frozen=True)
-class Ranked(Strategy):
+class RankedChannels(Strategy):
     """Channels ranked by a score.
 
     Attributes:
@@ -33,28 +33,28 @@ class Ranked(Strategy):
             moved, or `random`, ranks that are drawn in every round.
         warmup_rounds: Rounds of random ranks before it. Scorers that learn from updates (`curvature`, `movement`) start
             no earlier than the round in which every channel has been trained (CA-HFP, Sec. III-B).
-        form: Of the curvature score (`fedprune.strategies.importance.scoring.curvature`).
+        form: Of the curvature score (`fedprune.strategies.importance.scoring.curvature_scores`).
     """
 
     scorer: str = "ordered"
     warmup_rounds: int = 0
-    form: Form = "abs"
+    form: CurvatureForm = "abs"
 
     @property
-    def observes(self) -> bool:
+    def observes_movement(self) -> bool:
         return self.scorer in ("curvature", "movement")
 
     def rank(self, scene: Scene) -> Ranking:
-        evidence = self._evidence(scene) if self.observes else None
-        is_untrained = evidence is not None and not evidence.complete
+        evidence = self._evidence(scene) if self.observes_movement else None
+        is_untrained = evidence is not None and not evidence.is_complete
         # Until every channel was trained once, the score of an untrained one is 0, and ranks by it would keep it
         # untrained.
         if self.scorer == "random" or scene.round <= self.warmup_rounds or is_untrained:
             return Ranking(random_ranks(scene.architecture, scene.seed, scene.round))
-        return Ranking(ranks(self._scores(scene, evidence)))
+        return Ranking(rank_channels(self._scores(scene, evidence)))
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        if not self.observes:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
+        if not self.observes_movement:
             return {}
         evidence = self._evidence(scene)
         recipe = scene.recipe
@@ -62,16 +62,16 @@ class Ranked(Strategy):
         # first.
         samples_per_step = recipe.batch_size / (1 if recipe.max_steps else recipe.epochs)
         # The rate in the middle of the round stands for all of its steps.
-        evidence.update(fold, recipe.rate(scene.round, 0.5), samples_per_step)
+        evidence.update(fold, recipe.learning_rate(scene.round, 0.5), samples_per_step)
         return {EVIDENCE: evidence.to_tensors()}
 
     def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:
         architecture, model = scene.architecture, scene.model
         if evidence is None:
-            return score(self.scorer, architecture, model)
+            return channel_scores(self.scorer, architecture, model)
         if self.scorer == "movement":
-            return movement(architecture, evidence)
-        return curvature(architecture, model, evidence, self.form)
+            return movement_scores(architecture, evidence)
+        return curvature_scores(architecture, model, evidence, self.form)
 
     def _evidence(self, scene: Scene) -> Evidence:
         stored = scene.memory.get(EVIDENCE)
@@ -80,7 +80,7 @@ class Ranked(Strategy):
         return Evidence.from_tensors(scene.architecture, stored)
 
 
-def places_of(architecture: Architecture) -> list[str]:
+def group_keys(architecture: Architecture) -> list[str]:
     """Keys of what is remembered of channel groups.
 
     The digest makes them void once another version of the compiler finds other groups.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprune.model.element_mask import applied, gathered
-from fedprune.model.selection import ALL, Active, Selection
-from fedprune.strategies.importance.element_ranking import top
+from fedprune.model.element_mask import apply_mask, gather_mask
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection
+from fedprune.strategies.importance.element_ranking import top_mask
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Submodel
 
 
 @dataclass(frozen=True)
-class Masked(Strategy):
+class MaskedElements(Strategy):
     """The ranking's first channels, of which the most important elements of the whole model are active.
 
     The turn's density is the active share, if the device has all channels. The masks of a round lie inside each other
@@ -20,27 +20,27 @@ class Masked(Strategy):
     """
 
     @property
-    def device_independent(self) -> bool:
-        return type(self).extract is Masked.extract
+    def is_device_independent(self) -> bool:
+        return type(self).extract is MaskedElements.extract
 
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with 0 where masked. Raises `BundleError` if the order holds something that is
         no number."""
-        return masked(cut, cut.selection, global_mask(cut))
+        return masked_submodel(cut, cut.selection, global_mask(cut))
 
 
-def global_mask(cut: Cut) -> Active:
+def global_mask(cut: Cut) -> ElementMask:
     """The mask of the whole model that a turn's density makes at full width."""
     if cut.order is None:
-        return ALL
+        return ALL_ACTIVE
     # A device of fewer channels has its density in them already.
     is_full_width = cut.turn.widths == cut.scene.architecture.sizes
-    mask = top(cut.order, cut.turn.density if is_full_width else 1.0)
+    mask = top_mask(cut.order, cut.turn.density if is_full_width else 1.0)
     # A mask that keeps everything is none: then nothing is packed, and the board computes an ordinary step.
-    return ALL if all(bits.all() for bits in mask.values()) else mask
+    return ALL_ACTIVE if all(bits.all() for bits in mask.values()) else mask
 
 
-def masked(cut: Cut, selection: Selection, mask: Active) -> Submodel:
+def masked_submodel(cut: Cut, selection: Selection, mask: ElementMask) -> Submodel:
     """A slice of the global model under a mask of the whole model."""
-    local_mask = gathered(mask, selection)
-    return Submodel(selection, applied(local_mask, selection.gather(cut.scene.model)), local_mask)
+    local_mask = gather_mask(mask, selection)
+    return Submodel(selection, apply_mask(local_mask, selection.gather(cut.scene.model)), local_mask)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedprune.core.metrics import believable, leading
+from fedprune.core.metrics import credible_metrics, primary_metric
 from fedprune.core.settings import bounded, check_fields
-from fedprune.jobs.state import Device, State, Task
+from fedprune.jobs.state import DeviceTask, JobDevice, State
 from fedprune.strategies.allocation import TIMES, Allocator, Fixed, Fleet, Tiers
 
 # Entry of `Device.allocation`: the device's last score.
@@ -27,7 +27,7 @@ FLOOR = "floor"
 _WATCH, _GRANTED, _FROZEN, _DONE = "watch", "granted", "frozen", "done"
 
 # Times that are within this share of the wanted one are equal to it.
-BAND = 0.05
+TIME_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Recovery:
     def __post_init__(self) -> None:
         check_fields(self, ("recovery",))
 
-    def grown(self, density: float) -> float:
+    def next_density(self, density: float) -> float:
         """The next density, 1 at most."""
         # Rounded, so that 0.1 + 0.2 is 0.3 and not a density of its own.
         return min(1.0, round(density + self.delta, 9))
 
-    def learn(self, device: Device, metrics: Mapping[str, float]) -> None:
+    def learn(self, device: JobDevice, metrics: Mapping[str, float]) -> None:
         """Keep the score of an update, if it brought one."""
-        new_score = score(metrics, "_validation")
+        new_score = score_of_metrics(metrics, "_validation")
         if new_score is not None:
             device.allocation = {**device.allocation, SCORE: new_score}
 
@@ -79,18 +79,20 @@ class Recovery:
             return {}
         new_densities: dict[str, float] = {}
         for name, device in members.items():
-            watch_state, fired = watch(device.allocation.get(_WATCH, {}), device.allocation.get(SCORE), self.patience)
+            watch_state, fired = watch_score(
+                device.allocation.get(_WATCH, {}), device.allocation.get(SCORE), self.patience
+            )
             device.allocation = {**device.allocation, _WATCH: watch_state}
             if fired and device.density < 1:
-                new_densities[name] = self.grown(device.density)
-        floor = self._review_whole(state, members, min_density)
+                new_densities[name] = self.next_density(device.density)
+        floor = self._review_fleet(state, members, min_density)
         for name, device in members.items():
             # Whoever grows by its own score above the floor keeps that density.
             if max(device.density, new_densities.get(name, 0.0)) < floor:
                 new_densities[name] = floor
         return new_densities
 
-    def _review_whole(self, state: State, members: Mapping[str, Device], min_density: float) -> float:
+    def _review_fleet(self, state: State, members: Mapping[str, JobDevice], min_density: float) -> float:
         """Check the mean score, and return the floor.
 
         It rises from the sparsest device's density: otherwise no device's density would follow.
@@ -101,16 +103,18 @@ class Recovery:
         # The code has 8·P, 5·P and 2·P by how ρ_min came to be 1; one patience, the longest, serves all
         # (docs/strategies/pr-fl.md).
         patience = self.patience if sparsest < 1 else 8 * self.patience
-        watch_state, fired = watch(allocation.get(_WATCH, {}), _mean_score(members), patience)
+        watch_state, fired = watch_score(allocation.get(_WATCH, {}), _mean_score(members), patience)
         if fired and sparsest >= 1:
             allocation[_DONE] = True
         elif fired:
-            floor = self.grown(sparsest)
+            floor = self.next_density(sparsest)
         state.allocation = {**allocation, FLOOR: floor, _WATCH: watch_state}
         return floor
 
 
-def watch(previous_state: Mapping[str, Any], new_score: float | None, patience: int) -> tuple[dict[str, Any], bool]:
+def watch_score(
+    previous_state: Mapping[str, Any], new_score: float | None, patience: int
+) -> tuple[dict[str, Any], bool]:
     """Check a score once for early stopping.
 
     Args:
@@ -137,16 +141,22 @@ def watch(previous_state: Mapping[str, Any], new_score: float | None, patience: 
     return {"best": best_score, "last": last_score, "count": count}, fired
 
 
-def score(metrics: Mapping[str, float], suffix: str = "") -> float | None:
+def score_of_metrics(metrics: Mapping[str, float], suffix: str = "") -> float | None:
     """The leading metric as a score, of which more is better; None without one.
 
     The sign of a metric of which less is better is turned.
     """
-    leading_metric = leading(believable(metrics), suffix)
-    return None if leading_metric is None else leading_metric[1] if leading_metric[0].higher else -leading_metric[1]
+    leading_metric = primary_metric(credible_metrics(metrics), suffix)
+    return (
+        None
+        if leading_metric is None
+        else leading_metric[1]
+        if leading_metric[0].higher_is_better
+        else -leading_metric[1]
+    )
 
 
-def _mean_score(members: Mapping[str, Device]) -> float | None:
+def _mean_score(members: Mapping[str, JobDevice]) -> float | None:
     """The mean of the middle scores, by samples: no single board's score or number of samples can move it far."""
     weighted_scores = sorted(
         (d.allocation[SCORE], max(1, d.samples)) for d in members.values() if SCORE in d.allocation
@@ -160,7 +170,7 @@ def _mean_score(members: Mapping[str, Device]) -> float | None:
 
 
 # What devices begin with.
-Start = Fixed | Tiers
+StartAllocator = Fixed | Tiers
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,7 @@ class TimeDriven(Allocator):
             Densities would else overshoot, and swing to and fro.
     """
 
-    start: Start = field(default_factory=Fixed)
+    start: StartAllocator = field(default_factory=Fixed)
     recovery: Recovery | None = field(default_factory=Recovery)
     interval: int = bounded(50, 1, 10**6)
     floor: float = bounded(0.1, 0, 1, above=True)
@@ -193,10 +203,10 @@ class TimeDriven(Allocator):
         check_fields(self, ("allocator",))
 
     @property
-    def elements(self) -> bool:
-        return self.start.elements
+    def masks_elements(self) -> bool:
+        return self.start.masks_elements
 
-    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
+    def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
         """Grant the density that the device had, or its initial one, and no less than the current minimum."""
         device = fleet.state.devices[name]
         # A device that announces itself again has its earned density, not the start's: links break often.
@@ -204,17 +214,17 @@ class TimeDriven(Allocator):
         if granted_density is None:
             self.start.admit(fleet, name, previous)
             granted_density = device.density
-        self._grant(fleet, name, max(float(granted_density), self._least(fleet)))
+        self._grant(fleet, name, max(float(granted_density), self._density_floor(fleet)))
 
     def open(self, fleet: Fleet) -> bool:
         """Deal densities by the devices' names before the first round; later nothing changes here."""
         if fleet.state.round > 1 or not self.start.open(fleet):
             return False
         for name, device in fleet.state.devices.items():
-            self._grant(fleet, name, max(device.density, self._least(fleet)))
+            self._grant(fleet, name, max(device.density, self._density_floor(fleet)))
         return True
 
-    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
+    def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:
         """Keep the device's validation score, and its time if that was measured at the present density."""
         device = fleet.state.devices[name]
         if self.recovery is not None:
@@ -231,7 +241,7 @@ class TimeDriven(Allocator):
         if state.round % self.interval:
             return False
         if self.recovery is not None:
-            for name, density in self.recovery.review(state, self._lowest(fleet)).items():
+            for name, density in self.recovery.review(state, self._growth_floor(fleet)).items():
                 grown |= self._grant(fleet, name, density)
         if grown and not state.allocation.get(_FROZEN):
             # From the first growth on, balancing rests: it would take away what early stopping gives.
@@ -256,11 +266,11 @@ class TimeDriven(Allocator):
             False,
         )
         for name, seconds in means.items():
-            density = balanced(current_densities[name], full_model_time / seconds, self.power)
-            changed |= self._grant(fleet, name, min(1.0, max(density, self._least(fleet))))
+            density = balanced_density(current_densities[name], full_model_time / seconds, self.power)
+            changed |= self._grant(fleet, name, min(1.0, max(density, self._density_floor(fleet))))
         return changed
 
-    def _lowest(self, fleet: Fleet) -> float:
+    def _growth_floor(self, fleet: Fleet) -> float:
         """The density from which all devices grow: the least of them, once one has grown, and ρ_min before that.
 
         Before the first growth, balancing may still lower any density to ρ_min.
@@ -270,7 +280,7 @@ class TimeDriven(Allocator):
         densities = (d.density for d in fleet.state.devices.values() if d.widths and not d.excluded)
         return max(self.floor, min(densities, default=0.0))
 
-    def _least(self, fleet: Fleet) -> float:
+    def _density_floor(self, fleet: Fleet) -> float:
         """The floor of all densities. A density that has grown needs none: from then on none falls."""
         return max(self.floor, float(fleet.state.allocation.get(FLOOR, 0.0)))
 
@@ -278,13 +288,13 @@ class TimeDriven(Allocator):
         device = fleet.state.devices[name]
         if device.excluded:
             return False
-        changed = fleet.grant(name, density, elements=self.elements)
+        changed = fleet.grant(name, density, masks_elements=self.masks_elements)
         if device.allocation.get(_GRANTED) != density:
             device.allocation = {**device.allocation, _GRANTED: density}
         return changed
 
 
-def balanced(density: float, ratio: float, power: float = 1.0) -> float:
+def balanced_density(density: float, ratio: float, power: float = 1.0) -> float:
     """A density at which a device takes the wanted time (PR-FL, stage 1).
 
     Args:
@@ -293,4 +303,4 @@ def balanced(density: float, ratio: float, power: float = 1.0) -> float:
         power: Times go with the density to this power.
     """
     # The paper's gain of 1: ρ·(1 − (1 − T / t)), whose rounding is kept.
-    return density if abs(1.0 - ratio) <= BAND else density * (1.0 - (1.0 - ratio ** (1.0 / power)))
+    return density if abs(1.0 - ratio) <= TIME_TOLERANCE else density * (1.0 - (1.0 - ratio ** (1.0 / power)))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
-from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.core.errors import ConfigError, did_you_mean, value_text
 from fedprune.core.settings import check_fields
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
 
 T = TypeVar("T")
 
-_TEXT = {
+_TYPE_TEXTS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -38,19 +38,19 @@ def read_options(job: Job, kind: type[T]) -> T:
     for name, value in job.options.items():
         if name not in option_fields:
             raise ConfigError(
-                f"unknown to strategy {job.strategy!r}{meant(name, option_fields)}",
+                f"unknown to strategy {job.strategy!r}{did_you_mean(name, option_fields)}",
                 path=("job", "options", name),
                 expected=", ".join(sorted(option_fields)) or "none",
             )
         option_field = option_fields[name]
         default = option_field.default if option_field.default_factory is MISSING else option_field.default_factory()
-        values[name] = _checked(name, value, default)
+        values[name] = _converted_value(name, value, default)
     options = kind(**values)
     check_fields(options, ("job", "options"))
     return options
 
 
-def _checked(name: str, value: object, default: object) -> object:
+def _converted_value(name: str, value: object, default: object) -> object:
     kind: type = type(default)
     # None lets the strategy choose. Such an option is a number or, given as a list, several.
     if default is None:
@@ -62,5 +62,7 @@ def _checked(name: str, value: object, default: object) -> object:
         return tuple(value)
     # bool is a subclass of int: true must not pass as 1.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(("job", "options", name), expected=_TEXT.get(kind, kind.__name__), got=shown(value))
+        raise ConfigError(
+            ("job", "options", name), expected=_TYPE_TEXTS.get(kind, kind.__name__), got=value_text(value)
+        )
     return value

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.core.errors import ConfigError, did_you_mean, value_text
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.strategies.aggregators import DeltaMean, Mean
@@ -20,17 +20,17 @@ from fedprune.strategies.methods.fedper import fedper, history, local
 from fedprune.strategies.methods.fedprune import fedprune
 from fedprune.strategies.methods.fiarse import fiarse
 from fedprune.strategies.methods.heterofl import fedrolex, heterofl
-from fedprune.strategies.methods.plain import plain
+from fedprune.strategies.methods.plain import plain_strategy
 from fedprune.strategies.methods.pr_fl import pr_fl
-from fedprune.strategies.methods.robust import robust
+from fedprune.strategies.methods.robust import robust_aggregator
 from fedprune.strategies.methods.subflot import subflot
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.user_strategies import own_strategy
+from fedprune.strategies.user_strategies import user_strategy
 from fedprune.updates.codecs import AUTO, PLAIN
 from fedprune.updates.privacy import LOCAL, SHARED
 
 # The option that goes with every strategy.
-ROBUST = "robust"
+ROBUST_OPTION = "robust"
 
 # Composes a strategy from a job and its `options`.
 Preset = Callable[[Job], Strategy]
@@ -51,7 +51,7 @@ PRESETS: dict[str, Preset] = {
     "history": history,
     "local": local,
     "fedprune": fedprune,
-    "plain": plain,
+    "plain": plain_strategy,
     "pr-fl": pr_fl,
     "subflot": subflot,
 }
@@ -61,13 +61,13 @@ def compose(job: Job) -> Strategy:
     """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
 
     The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.methods.robust`). The
-    job's `schedule`, if any, replaces the strategy's own (`scheduled`). Raises `ConfigError` if there is no such
+    job's `schedule`, if any, replaces the strategy's own (`with_schedule`). Raises `ConfigError` if there is no such
     strategy, its options are wrong, or it can't keep the job's privacy.
     """
     options = dict(job.options)
-    settings = options.pop(ROBUST, None)
-    strategy = scheduled(_compose(replace(job, options=options)), job)
-    strategy = replace(strategy, aggregator=robust(strategy.aggregator, settings))
+    settings = options.pop(ROBUST_OPTION, None)
+    strategy = with_schedule(_compose(replace(job, options=options)), job)
+    strategy = replace(strategy, aggregator=robust_aggregator(strategy.aggregator, settings))
     return check_secure(job, check_private(job, strategy))
 
 
@@ -76,28 +76,28 @@ def _compose(job: Job) -> Strategy:
     if preset is not None:
         return preset(job)
     if ":" in job.strategy:
-        return own_strategy(job)
+        return user_strategy(job)
     # A user may have written package.module.function, with a dot where the colon belongs.
     module, _, function = job.strategy.rpartition(".")
     names = [*PRESETS, f"{module}:{function}"] if module else PRESETS
     raise ConfigError(
-        f"unknown name {shown(job.strategy)}{meant(job.strategy, names)}",
+        f"unknown name {value_text(job.strategy)}{did_you_mean(job.strategy, names)}",
         path=("job", "strategy"),
         expected=f"{', '.join(sorted(PRESETS))}, or package.module:function",
     )
 
 
-KINDS = ("sync", "semi-async", "async")
+SCHEDULE_KINDS = ("sync", "semi-async", "async")
 
 # Keys of `Schedule` that both asynchronous kinds have, and those of each. Rounds in step have none.
-_EITHER = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness", "score_every", "evaluate_every")
-_OF = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
+_COMMON_KEYS = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness", "score_every", "evaluate_every")
+_KEYS_OF_KIND = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
 
 # Settings of the job that only synchronous rounds have.
-_SYNCHRONOUS_ONLY = ("over_selection", "in_flight")
+_SYNCHRONOUS_SETTINGS = ("over_selection", "in_flight")
 
 
-def scheduled(strategy: Strategy, job: Job) -> Strategy:
+def with_schedule(strategy: Strategy, job: Job) -> Strategy:
     """A strategy on the schedule that the job asks for, or on its own.
 
     `[job.schedule]` has `kind`, and keys of `fedprune.jobs.schedule.Schedule` that go with it:
@@ -112,9 +112,9 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
     device was sent, as in FedBuff (Nguyen et al. 2022). Raises `ConfigError` if the schedule's settings are wrong, the
     strategy can't be moved to it, or the job has settings that mean nothing on it.
     """
-    rescheduled = _moved(strategy, job) if job.schedule else strategy
+    rescheduled = _with_own_schedule(strategy, job) if job.schedule else strategy
     if rescheduled.schedule is not None and rescheduled.schedule.asynchronous:
-        for name in _SYNCHRONOUS_ONLY:
+        for name in _SYNCHRONOUS_SETTINGS:
             if getattr(job, name):
                 raise ConfigError(
                     ("job", name),
@@ -133,16 +133,18 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
     return rescheduled
 
 
-def _moved(strategy: Strategy, job: Job) -> Strategy:
+def _with_own_schedule(strategy: Strategy, job: Job) -> Strategy:
     schedule_table: dict[str, Any] = dict(job.schedule)
     # Before the kind, which may be the key that is misspelt.
-    validation.only(
-        ("kind", *_EITHER, *(key for keys in _OF.values() for key in keys)), schedule_table, ("job", "schedule")
+    validation.check_keys(
+        ("kind", *_COMMON_KEYS, *(key for keys in _KEYS_OF_KIND.values() for key in keys)),
+        schedule_table,
+        ("job", "schedule"),
     )
     if "kind" not in schedule_table:
-        raise ConfigError(("job", "schedule", "kind"), expected=" or ".join(KINDS), got="nothing")
+        raise ConfigError(("job", "schedule", "kind"), expected=" or ".join(SCHEDULE_KINDS), got="nothing")
     kind = schedule_table.pop("kind")
-    validation.word(("job", "schedule", "kind"), kind, KINDS)
+    validation.check_word(("job", "schedule", "kind"), kind, SCHEDULE_KINDS)
     if kind == "sync":
         # Rounds in step have no window, staleness or rate; a key here means that another kind was meant.
         if schedule_table:
@@ -155,7 +157,9 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
         if strategy.schedule is None or not strategy.schedule.asynchronous:
             return strategy
     aggregator = strategy.aggregator
-    averages_updates = type(aggregator) in (Mean, DeltaMean) and strategy.has_plain_close and not strategy.explores
+    averages_updates = (
+        type(aggregator) in (Mean, DeltaMean) and strategy.has_plain_close and not strategy.exploration_rounds
+    )
     # Who averages models on a schedule of its own does it by that schedule's arithmetic.
     if not averages_updates or (strategy.schedule is not None and type(aggregator) is Mean):
         raise ConfigError(
@@ -167,7 +171,9 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
         )
     if kind == "sync":
         return replace(strategy, schedule=None)
-    validation.only((*_EITHER, *_OF[kind]), schedule_table, ("job", "schedule"), f"key of kind {kind!r}")
+    validation.check_keys(
+        (*_COMMON_KEYS, *_KEYS_OF_KIND[kind]), schedule_table, ("job", "schedule"), f"key of kind {kind!r}"
+    )
     # As in FedBuff, whichever schedule it is: damped mixing, and (k + 1)^-½ for an update of k models ago.
     defaults: dict[str, dict[str, Any]] = {
         "semi-async": {"window_s": job.deadline_s / 10},
@@ -178,7 +184,7 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
         schedule = Schedule.from_dict({**schedule_table, "kind": "asynchronous"})
     except ConfigError as error:
         # `Schedule` names its own fields; the user wrote them below [job.schedule].
-        raise error.named(error.words, ("job", *error.path)) from error
+        raise error.with_subject(error.description, ("job", *error.path)) from error
     delta_mean = DeltaMean(**{f.name: getattr(aggregator, f.name) for f in fields(Mean)})
     return replace(strategy, schedule=schedule, aggregator=delta_mean)
 
@@ -193,7 +199,7 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
     Returns:
         The strategy.
     """
-    if not job.privacy.on:
+    if not job.privacy.is_on:
         return strategy
     if strategy.inputs == "measurements":
         raise ConfigError(
@@ -203,7 +209,7 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
             got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
-    if not job.privacy.local and (reader := _looks(job, strategy, (PLAIN,))):
+    if not job.privacy.is_local and (reader := _single_update_reader(job, strategy, (PLAIN,))):
         raise ConfigError(
             f"{SHARED!r} with strategy {job.strategy}",
             path=("job", "privacy", "noise"),
@@ -223,7 +229,7 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
     """
     if not job.secure_aggregation:
         return strategy
-    reader = _looks(job, strategy, (PLAIN, "int8"))
+    reader = _single_update_reader(job, strategy, (PLAIN, "int8"))
     if not reader and (job.compression_of or job.compression_down not in (AUTO, PLAIN)):
         reader = "compression_of or compression_down, by which boards differ"
     if not reader and (job.recipe.mask != "none" or job.recipe.report_squares):
@@ -239,7 +245,7 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
     return strategy
 
 
-def _looks(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
+def _single_update_reader(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
     """What of a job reads single updates, or more than their sum; empty if nothing does.
 
     Args:
@@ -255,11 +261,11 @@ def _looks(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
         "a robust mean, which compares single updates": "robust" in job.options,
         "an aggregator that is no mean of all": type(strategy.aggregator) is not Mean,
         "an option by which only what an update has changed counts": isinstance(strategy.aggregator, Mean)
-        and strategy.aggregator.changed != "",
-        "a ranking by how single updates moved": strategy.observes,
+        and strategy.aggregator.only_changed != "",
+        "a ranking by how single updates moved": strategy.observes_movement,
         f"compression {', '.join(sorted(codecs))}, which rounds single updates": bool(codecs),
-        "masks of single elements, which only some boards hold": strategy.masks,
-        "rounds of exploration": strategy.explores > 0,
+        "masks of single elements, which only some boards hold": strategy.uses_masks,
+        "rounds of exploration": strategy.exploration_rounds > 0,
         "updates that are kept for the next rounds": strategy.keeps_past,
     }
     return next((reader for reader, applies in readers.items() if applies), "")

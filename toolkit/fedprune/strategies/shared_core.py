@@ -19,38 +19,40 @@ class SharedCore:
 
     Attributes:
         board_share: The share of boards that can hold the core; the others train what they can hold.
-        until: The share of the job, by its rounds and its totals, after which each board trains all that it can hold; 0
-            for no core.
-        work: How many times boards repeat the recipe's epochs at most: narrow models have time for more of them.
-        evenness: The share of the classes that the median board's labels must be worth for a core; 0 for a core
+        until_share: The share of the job, by its rounds and its totals, after which each board trains all that it can
+            hold; 0 for no core.
+        max_work: How many times boards repeat the recipe's epochs at most: narrow models have time for more of them.
+        min_evenness: The share of the classes that the median board's labels must be worth for a core; 0 for a core
             whatever the labels are.
-        nearness: The share of the widest board's density that the narrowest must have for a core whatever the labels
-            are; 0 for none by widths.
+        min_nearness: The share of the widest board's density that the narrowest must have for a core whatever the
+            labels are; 0 for none by widths.
     """
 
     board_share: float = bounded(0.75, 0, 1, above=True)
-    until: float = bounded(0.8, 0, 1)
-    work: int = bounded(4, 1, 100)
-    evenness: float = bounded(0.0, 0, 1)
-    nearness: float = bounded(0.0, 0, 1)
+    until_share: float = bounded(0.8, 0, 1)
+    max_work: int = bounded(4, 1, 100)
+    min_evenness: float = bounded(0.0, 0, 1)
+    min_nearness: float = bounded(0.0, 0, 1)
 
     def __post_init__(self) -> None:
         check_fields(self, ("core",))
 
     @property
-    def unconditional(self) -> bool:
+    def is_unconditional(self) -> bool:
         """Whether fleets begin with the core whatever their labels are."""
-        return self.until > 0 and not self.evenness
+        return self.until_share > 0 and not self.min_evenness
 
-    def shared_in(self, number: int, rounds: int, spent: float) -> bool:
+    def is_shared_in(self, number: int, rounds: int, spent: float) -> bool:
         """Whether boards train the core in a round of this number, from 1; never in a job's last.
 
         `spent` is the share of the job's totals that will be spent after it, if it takes as much as those before it.
         """
         # The tolerance lets 0.8 of ten rounds be eight, whatever the product rounds to.
-        return spent <= self.until + 1e-9 and number <= min(math.ceil(self.until * rounds - 1e-9), rounds - 1)
+        return spent <= self.until_share + 1e-9 and number <= min(
+            math.ceil(self.until_share * rounds - 1e-9), rounds - 1
+        )
 
-    def of(self, counts: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
+    def choose_core(self, counts: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
         """The core, as its share of the model and its widths.
 
         Args:

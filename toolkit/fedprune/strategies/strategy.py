@@ -15,10 +15,20 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
-from fedprune.strategies.importance.scoring import ordered, ranks
+from fedprune.strategies.importance.scoring import order_scores, rank_channels
 from fedprune.strategies.shared_core import SharedCore
-from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, SelfDistillation, Submodel, Turn
-from fedprune.updates import AUTO, DOWN, PLAIN, Codecs, agreed
+from fedprune.strategies.values import (
+    Cut,
+    Memories,
+    Ranking,
+    RoundClosing,
+    Scene,
+    SelfDistillation,
+    Submodel,
+    Turn,
+    UpdateReport,
+)
+from fedprune.updates import AUTO, DOWNLOAD_CODECS, PLAIN, Codecs, agreed_codec
 
 # The data that the server needs from boards: a round's sum of updates, single updates, or measurements as well.
 Inputs = Literal["sum", "updates", "measurements"]
@@ -39,15 +49,16 @@ class Strategy:
             (`fedprune.strategies.presets`). Required, so that no strategy counts as private by omission.
         allocator: How much of the model each device gets; None leaves it to the planner, or to the job's `density`.
         schedule: When offers go out and rounds close; None for synchronous rounds.
-        explores: Number of first rounds in which every device trains and the strategy learns, but the model stays.
-        explorers_count: Whether the model moves to the aggregate of those rounds all the same.
+        exploration_rounds: Number of first rounds in which every device trains and the strategy learns, but the model
+            stays.
+        exploration_updates_model: Whether the model moves to the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept (`Cut.past`).
-        masks: Whether submodels have element masks, for which plans must leave room on boards.
+        uses_masks: Whether submodels have element masks, for which plans must leave room on boards.
         compression: The codec, both ways, of jobs whose own is `auto`: `none` or one of `fedprune.updates.DOWN`. With
             element masks, and where noise is shared, which a codec would round away, files travel plainly.
         distillation: How the server trains each new global model on unlabelled samples, if it has any; None for not at
             all.
-        least_channels: The fewest channels that a submodel has of a group, unless the whole model has fewer.
+        min_channels: The fewest channels that a submodel has of a group, unless the whole model has fewer.
         core: The width that boards train together for most of the job; None where each trains all that it can hold.
     """
 
@@ -56,26 +67,26 @@ class Strategy:
     inputs: Inputs = field(kw_only=True)
     allocator: Allocator | None = None
     schedule: Schedule | None = None
-    explores: int = 0
-    explorers_count: bool = False
+    exploration_rounds: int = 0
+    exploration_updates_model: bool = False
     keeps_past: bool = False
-    masks: bool = False
+    uses_masks: bool = False
     compression: str = PLAIN
     distillation: SelfDistillation | None = None
-    least_channels: int = 1
+    min_channels: int = 1
     core: SharedCore | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
             # A frozen dataclass sets its own fields in no other way.
             object.__setattr__(self, "name", type(self).__name__)
-        validation.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
-        validation.word(f"strategy {self.name}: compression", self.compression, (PLAIN, *DOWN))
+        validation.check_word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
+        validation.check_word(f"strategy {self.name}: compression", self.compression, (PLAIN, *DOWNLOAD_CODECS))
         weighting = self.aggregator.weighting
-        validation.word(f"strategy {self.name}: weighting of its aggregator", weighting, WEIGHTINGS)
+        validation.check_word(f"strategy {self.name}: weighting of its aggregator", weighting, WEIGHTINGS)
 
     @property
-    def observes(self) -> bool:
+    def observes_movement(self) -> bool:
         """Whether `learn` needs to know how far weights moved, so that the sums record it (`Fold(evidence=True)`)."""
         return False
 
@@ -88,9 +99,9 @@ class Strategy:
 
     def rank(self, scene: Scene) -> Ranking:
         """Rank channels, and elements where there are element masks, once a round for all devices."""
-        return Ranking(ranks(ordered(scene.architecture)))
+        return Ranking(rank_channels(order_scores(scene.architecture)))
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
         """Memories of a round that is about to close; `reports` reads the folded updates one by one."""
         return {}
 
@@ -102,7 +113,7 @@ class Strategy:
         """
         return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
 
-    def reconstruct(self, report: Report) -> Submodel:
+    def reconstruct(self, report: UpdateReport) -> Submodel:
         """The part of a trained submodel that enters the sums, in global coordinates."""
         return report.trained
 
@@ -111,8 +122,8 @@ class Strategy:
         return recipe
 
     def close(
-        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
-    ) -> Closing:
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
+    ) -> RoundClosing:
         """The next model.
 
         Args:
@@ -127,12 +138,12 @@ class Strategy:
         return type(self).close is Strategy.close
 
     @property
-    def device_independent(self) -> bool:
+    def is_device_independent(self) -> bool:
         """Whether devices of the same widths and density get the same submodel in a round, so that it is sent once."""
         return type(self).extract is Strategy.extract
 
     @property
-    def as_trained(self) -> bool:
+    def has_plain_reconstruction(self) -> bool:
         """Whether updates enter the sums as they were trained, so that sums can be made tensor by tensor."""
         return type(self).reconstruct is Strategy.reconstruct
 
@@ -144,11 +155,11 @@ class Strategy:
             supported: The codecs that it knows.
         """
         # The strategy's own codec gives way here (see `compression`); one that the job names doesn't.
-        is_plain = self.masks or job.sums_alone
+        is_plain = self.uses_masks or job.uses_sums_only
         default_codec = PLAIN if is_plain else self.compression
         settings = job.compression_of.get(str(profile), job.compression), job.compression_down
-        up, down = (agreed(default_codec if setting == AUTO else setting, supported) for setting in settings)
-        return (None if job.sums_alone else up), down
+        up, down = (agreed_codec(default_codec if setting == AUTO else setting, supported) for setting in settings)
+        return (None if job.uses_sums_only else up), down
 
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
         """The recipe by which a device's costs are predicted.
@@ -161,7 +172,7 @@ class Strategy:
             density: The share of the model that these are.
         """
         # The first round after exploration: an explorer's recipe is longer, and would make every plan too narrow.
-        turn = Turn(job.seed, self.explores + 1, device, widths, density, samples)
-        recipe = job.privacy.asked_of(self.recipe(job.training, turn))
+        turn = Turn(job.seed, self.exploration_rounds + 1, device, widths, density, samples)
+        recipe = job.privacy.private_recipe(self.recipe(job.training_recipe, turn))
         # Masks are made by importance later; the plan needs only the room that any hard mask takes.
-        return replace(recipe, mask="hard") if self.masks and recipe.mask == "none" else recipe
+        return replace(recipe, mask="hard") if self.uses_masks and recipe.mask == "none" else recipe

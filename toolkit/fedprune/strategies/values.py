@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Active, Selection, Tensors
+from fedprune.model.selection import ElementMask, Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
 
 # A job's memory between rounds: named collections of tensors, such as `velocity`. Loaded when asked for.
@@ -31,7 +31,7 @@ class Turn:
         device: The device's name; empty for a submodel that any device might get.
         widths: Its channels per group.
         density: The share of the model that it was given, above 0 and at most 1.
-        last: The round whose offer its last counted update was trained for; 0 before the first.
+        last_counted_round: The round whose offer its last counted update was trained for; 0 before the first.
         work: How often it trains the recipe's epochs; what hands out the recipe sees to that.
         mixed: Whether boards of the fleet train different widths in this round.
         core: Whether the fleet shares a core in this round, or has grown from one.
@@ -43,7 +43,7 @@ class Turn:
     widths: tuple[int, ...]
     density: float = 1.0
     samples: int = 1
-    last: int = 0
+    last_counted_round: int = 0
     work: int = 1
     mixed: bool = True
     core: bool = False
@@ -66,16 +66,16 @@ class Submodel:
 
     selection: Selection
     tensors: Tensors
-    mask: Active = field(default_factory=dict)
+    mask: ElementMask = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class Past(Submodel):
+class PastUpdate(Submodel):
     """A device's last update."""
 
     round: int = 0
 
-    def over(self, model: Tensors) -> Tensors:
+    def tensors_over(self, model: Tensors) -> Tensors:
         """Its tensors with a global model's values where it was masked, of which the device knows nothing."""
         if not self.mask:
             return self.tensors
@@ -137,11 +137,11 @@ class Cut:
     turn: Turn
     selection: Selection
     order: Tensors | None = None
-    past: Past | None = None
+    past: PastUpdate | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class UpdateReport:
     """A stored update, as it enters the sums.
 
     Attributes:
@@ -170,7 +170,7 @@ class Report:
 
 
 @dataclass(frozen=True, eq=False)
-class Closing:
+class RoundClosing:
     """The end of a round.
 
     Attributes:

@@ -4,23 +4,33 @@ Not here: messages and chunks (`wire`), and a board owner's own privacy rules (`
 """
 
 from fedprune.updates import weights
-from fedprune.updates.codecs import AUTO, CODECS, DOWN, NO_CODECS, PLAIN, WHOLE, Codec, Codecs, agreed
+from fedprune.updates.codecs import (
+    AUTO,
+    CODECS,
+    DOWNLOAD_CODECS,
+    HALF_CODEC,
+    NO_CODECS,
+    PLAIN,
+    Codec,
+    Codecs,
+    agreed_codec,
+)
 from fedprune.updates.packing import is_packed
-from fedprune.updates.update import bound, decode, encode
+from fedprune.updates.update import decode, encode, max_update_bytes
 
 __all__ = [
     "AUTO",
     "CODECS",
-    "DOWN",
+    "DOWNLOAD_CODECS",
+    "HALF_CODEC",
     "NO_CODECS",
     "PLAIN",
-    "WHOLE",
     "Codec",
     "Codecs",
-    "agreed",
-    "bound",
+    "agreed_codec",
     "decode",
     "encode",
     "is_packed",
+    "max_update_bytes",
     "weights",
 ]

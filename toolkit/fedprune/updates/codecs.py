@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, Subject, shown
+from fedprune.core.errors import ConfigError, Subject, value_text
 
 # No codec: a tensor file of float32.
 PLAIN = "none"
@@ -19,20 +19,20 @@ Codecs = tuple[str | None, str | None]
 NO_CODECS: Codecs = (None, None)
 
 # The largest code of a difference, which is a whole number times a scale.
-_STEPS = {"int8": 127, "int4": 7, "top-k": 127}
+_MAX_CODES = {"int8": 127, "int4": 7, "top-k": 127}
 
 # The codecs that a job may ask for; a device announces those that it supports in its birth.
-CODECS = tuple(_STEPS)
+CODECS = tuple(_MAX_CODES)
 
 # Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once was,
 # and an average of their weights would forget what has moved since.
-DOWN = tuple(n for n in CODECS if n != "top-k")
+DOWNLOAD_CODECS = tuple(n for n in CODECS if n != "top-k")
 
 DEFAULT_SHARE = 0.05
-LEAST_SHARE = 1e-5
+MIN_SHARE = 1e-5
 
 _EXPECTED = f"{AUTO}, {PLAIN}, {', '.join(CODECS)} or top-k with a share, such as top-k:{DEFAULT_SHARE}"
-_LONGEST = 40
+_MAX_SETTING_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -53,33 +53,35 @@ class Codec:
         """Read a setting such as `int8` or `top-k:0.05`; None for `none`. Raises `ConfigError`, which names `what`."""
         if text == PLAIN:
             return None
-        name, colon, share = text.partition(":") if isinstance(text, str) and len(text) <= _LONGEST else ("", "", "")
+        name, colon, share = (
+            text.partition(":") if isinstance(text, str) and len(text) <= _MAX_SETTING_LENGTH else ("", "", "")
+        )
         if name not in CODECS or (colon and name != "top-k"):
-            raise ConfigError(what, expected=_EXPECTED, got=shown(text))
+            raise ConfigError(what, expected=_EXPECTED, got=value_text(text))
         if name != "top-k":
             return cls(name)
         try:
             kept_share = float(share) if colon else DEFAULT_SHARE
         except ValueError:
             kept_share = 0.0
-        if not LEAST_SHARE <= kept_share <= 1:
-            raise ConfigError(what, expected=f"a share from {LEAST_SHARE} to 1", got=shown(text))
+        if not MIN_SHARE <= kept_share <= 1:
+            raise ConfigError(what, expected=f"a share from {MIN_SHARE} to 1", got=value_text(text))
         return cls(name, kept_share)
 
     @property
     def steps(self) -> int:
-        """The largest code of a difference; 0 for `WHOLE`, which has no codes."""
-        return _STEPS.get(self.name, 0)
+        """The largest code of a difference; 0 for `HALF_CODEC`, which has no codes."""
+        return _MAX_CODES.get(self.name, 0)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.share!r}" if self.share else self.name
 
 
 # Float16, for weights that are not the difference to others: coded in steps they would be too coarse to train from.
-WHOLE = Codec("half")
+HALF_CODEC = Codec("half")
 
 
-def agreed(setting: str, device_codecs: Collection[str]) -> str | None:
+def agreed_codec(setting: str, device_codecs: Collection[str]) -> str | None:
     """The codec of a device's updates as text; None if the job has none or the device doesn't support it. Raises
     `ConfigError` if the setting is wrong."""
     codec = Codec.parse(setting)

@@ -39,10 +39,10 @@ Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
 # A byte of a gap after which the gap goes on.
-_MORE = 255
+_FULL_BYTE = 255
 
 
-def largest(values: npt.NDArray[np.float32], count: int) -> Indices:
+def largest_indices(values: npt.NDArray[np.float32], count: int) -> Indices:
     """Ascending indices of the largest elements by magnitude; of equal ones the first, on any processor."""
     # By a threshold, because argpartition picks any of equal elements, by processor and version.
     magnitudes = np.abs(values)
@@ -55,16 +55,16 @@ def largest(values: npt.NDArray[np.float32], count: int) -> Indices:
 
 def to_gaps(indices: Indices) -> Bytes:
     gaps = np.diff(indices, prepend=-1) - 1
-    full_bytes = gaps // _MORE
-    encoded = np.full(int(full_bytes.sum()) + gaps.size, _MORE, np.uint8)
-    encoded[np.cumsum(full_bytes + 1) - 1] = gaps % _MORE
+    full_bytes = gaps // _FULL_BYTE
+    encoded = np.full(int(full_bytes.sum()) + gaps.size, _FULL_BYTE, np.uint8)
+    encoded[np.cumsum(full_bytes + 1) - 1] = gaps % _FULL_BYTE
     return encoded
 
 
 def from_gaps(gaps: Bytes, count: int, size: int, what: str) -> Indices:
     """The `count` indices in gaps, of a tensor with `size` elements. Raises `ProtocolError` if their number is another,
     or they reach beyond the tensor."""
-    ends = gaps != _MORE
+    ends = gaps != _FULL_BYTE
     if gaps.ndim != 1 or not gaps.size or not ends[-1] or int(ends.sum()) != count:
         raise ProtocolError(f"indices of {what}", expected=f"{count} of them", got=f"{int(ends.sum())} or cut short")
     indices: Indices = np.cumsum(gaps, dtype=np.int64)[ends] + np.arange(count)
@@ -115,11 +115,11 @@ def from_pairs(packed: Bytes, steps: int, size: int, what: str) -> npt.NDArray[n
 
 Array = npt.NDArray[Any]
 
-HEAD = 16
+ENVELOPE_HEADER_BYTES = 16
 _MAGIC = b"FPU\x01"
 _RAW, _ZLIB = 0, 1
 # zlib's default: higher levels search longer for repetitions, which numbers hardly have.
-_LEVEL = 6
+_ZLIB_LEVEL = 6
 
 
 def is_packed(raw: bytes | memoryview) -> bool:
@@ -127,16 +127,16 @@ def is_packed(raw: bytes | memoryview) -> bool:
     return bytes(raw[:4]) == _MAGIC
 
 
-def pack(tensors: Mapping[str, Array]) -> bytes:
+def pack_tensors(tensors: Mapping[str, Array]) -> bytes:
     """Tensors in an envelope, smaller where zlib can make them so. Raises `BundleError` if a tensor's type has no
     safetensors code."""
     # Filtered: numbers repeat themselves only by chance, so that Huffman codes gain more than searching for
     # repetitions.
-    compressor = zlib.compressobj(_LEVEL, strategy=zlib.Z_FILTERED)
-    header = tensorfile.header_of(tensors)
+    compressor = zlib.compressobj(_ZLIB_LEVEL, strategy=zlib.Z_FILTERED)
+    header = tensorfile.header_for_tensors(tensors)
     chunks, size = [compressor.compress(header)], len(header)
     for value in tensors.values():
-        chunks.append(compressor.compress(_sorted(value)))
+        chunks.append(compressor.compress(_group_bytes(value)))
         size += value.nbytes
     chunks.append(compressor.flush())
     packing = _ZLIB
@@ -145,28 +145,28 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
     return b"".join([_MAGIC, bytes([packing, 0, 0, 0]), size.to_bytes(8, "little"), *chunks])
 
 
-def unpack(raw: bytes, most: int) -> dict[str, Array]:
-    """The tensors of an envelope whose tensor file may have `most` bytes; no more are ever allocated. Raises
+def unpack_tensors(raw: bytes, max_bytes: int) -> dict[str, Array]:
+    """The tensors of an envelope whose tensor file may have `max_bytes` bytes; no more are ever allocated. Raises
     `ProtocolError` if it is damaged, or larger inside than is allowed or than it claims."""
-    if len(raw) < HEAD or not is_packed(raw) or raw[4] not in (_RAW, _ZLIB) or any(raw[5:8]):
+    if len(raw) < ENVELOPE_HEADER_BYTES or not is_packed(raw) or raw[4] not in (_RAW, _ZLIB) or any(raw[5:8]):
         raise ProtocolError("head of an encoded update", expected="FPU, version 1, packed by zlib or not", got=raw[:8])
-    size = int.from_bytes(raw[8:HEAD], "little")
-    if size > most:
-        raise ProtocolError("size inside an encoded update", expected=f"at most {most} bytes", got=size)
-    body = memoryview(raw)[HEAD:]
+    size = int.from_bytes(raw[8:ENVELOPE_HEADER_BYTES], "little")
+    if size > max_bytes:
+        raise ProtocolError("size inside an encoded update", expected=f"at most {max_bytes} bytes", got=size)
+    body = memoryview(raw)[ENVELOPE_HEADER_BYTES:]
     if raw[4] == _ZLIB:
-        body = memoryview(_inflated(body, size))
+        body = memoryview(_inflate(body, size))
     if len(body) != size:
         raise ProtocolError("size inside an encoded update", expected=f"{size} bytes", got=len(body))
     try:
         if raw[4] == _RAW:
             return tensorfile.decode(body)
-        return {name: _unsorted(value) for name, value in tensorfile.decode(body).items()}
+        return {name: _ungroup_bytes(value) for name, value in tensorfile.decode(body).items()}
     except BundleError as error:
         raise ProtocolError(f"encoded update: {error}") from error
 
 
-def _inflated(body: memoryview, size: int) -> bytes:
+def _inflate(body: memoryview, size: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
         # One byte more than claimed, so that a longer stream shows as too long instead of as complete.
@@ -180,7 +180,7 @@ def _inflated(body: memoryview, size: int) -> bytes:
     return inflated
 
 
-def _sorted(value: Array) -> bytes:
+def _group_bytes(value: Array) -> bytes:
     """A tensor's bytes grouped by their position within the numbers."""
     flat = np.ascontiguousarray(value).reshape(-1)
     if value.itemsize == 1 or not flat.size:
@@ -188,7 +188,7 @@ def _sorted(value: Array) -> bytes:
     return np.ascontiguousarray(flat.view(np.uint8).reshape(-1, value.itemsize).T).tobytes()
 
 
-def _unsorted(value: Array) -> Array:
+def _ungroup_bytes(value: Array) -> Array:
     if value.itemsize == 1 or not value.size:
         return value
     bytes_ = value.reshape(-1).view(np.uint8).reshape(value.itemsize, -1)

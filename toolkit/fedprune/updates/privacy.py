@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, TrainingError
-from fedprune.core.settings import bounded, check_fields, one_of
+from fedprune.core.settings import bounded, check_fields, choice_of
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 
@@ -43,10 +43,10 @@ SHARED = "shared"
 NOISES = (LOCAL, SHARED)
 
 # Settings of a recipe that are written from these. People can't set them: noise without an account promises nothing.
-WRITTEN = ("update_clip", "update_noise")
+WRITTEN_SETTINGS = ("update_clip", "update_noise")
 
 # The least noise, in units of the clip: with so little, one release costs an ε of thousands.
-LEAST_NOISE = 0.01
+MIN_NOISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Privacy:
     Attributes:
         clip: The maximum L2 norm of a board's update, over all trained tensors that it shares; 0 turns privacy off.
         noise_multiplier: σ, in units of `clip`.
-        noise: `local`: every board adds all of the noise, so that its own update is private, to the server as well.
+        noise: `is_local`: every board adds all of the noise, so that its own update is private, to the server as well.
             `shared`: every board adds a part of it, so that the sum has the noise; the server is trusted.
         boards: With `shared`, the number of boards among which the noise is divided.
         delta: δ of the promise.
@@ -64,8 +64,8 @@ class Privacy:
     """
 
     clip: float = bounded(0.0, 0, 1e6)
-    noise_multiplier: float = bounded(0.0, LEAST_NOISE, 1e4, or_zero=True)
-    noise: str = one_of(LOCAL, NOISES)
+    noise_multiplier: float = bounded(0.0, MIN_NOISE, 1e4, or_zero=True)
+    noise: str = choice_of(LOCAL, NOISES)
     boards: int = bounded(0, 0, 10**6)
     delta: float = bounded(1e-5, 0, 1, above=True, below=True)
     epsilon_budget: float = bounded(0.0, 0, 1e6)
@@ -92,12 +92,12 @@ class Privacy:
             )
 
     @property
-    def on(self) -> bool:
+    def is_on(self) -> bool:
         """Whether boards clip at all."""
         return self.clip > 0
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         """Whether every board adds all of the noise."""
         return self.noise == LOCAL
 
@@ -105,27 +105,27 @@ class Privacy:
     def noise_std(self) -> float:
         """The standard deviation of the noise that a board adds to every element of its update."""
         total_noise = self.noise_multiplier * self.clip
-        return total_noise if self.local else total_noise / math.sqrt(self.boards)
+        return total_noise if self.is_local else total_noise / math.sqrt(self.boards)
 
     @property
-    def account(self) -> dict[str, Any]:
+    def account_settings(self) -> dict[str, Any]:
         """The settings that determine what a release costs, and the budget, as plain JSON types."""
         return {k: getattr(self, k) for k in ("noise_multiplier", "noise", "boards", "delta", "epsilon_budget")}
 
-    def asked_of(self, recipe: Recipe) -> Recipe:
+    def private_recipe(self, recipe: Recipe) -> Recipe:
         """A board's recipe under these settings. Raises `ConfigError` if with it a board would reveal more than its
         update."""
-        return replace(recipe, update_clip=self.clip, update_noise=self.noise_std) if self.on else recipe
+        return replace(recipe, update_clip=self.clip, update_noise=self.noise_std) if self.is_on else recipe
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; empty if privacy is off."""
-        return asdict(self) if self.on else {}
+        return asdict(self) if self.is_on else {}
 
     @classmethod
     def from_dict(cls, body: object) -> Privacy:
         """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
         of range."""
-        return cls(**validation.known(cls, body, ("job", "privacy")))
+        return cls(**validation.check_table(cls, body, ("job", "privacy")))
 
 
 # Larger than the error of a norm: a block's sum of squares is off by 2^-37 of itself at most, and their sum is exact.
@@ -134,7 +134,7 @@ _MARGIN = 1.0 + 2.0**-30
 Array = npt.NDArray[Any]
 
 
-def noised(
+def add_noise(
     update: Mapping[str, Array],
     received: Mapping[str, Array],
     trained: Collection[str],
@@ -154,7 +154,7 @@ def noised(
         noise: s, the standard deviation of the noise on every element.
     """
     names = [n for n in update if n in trained]
-    size = norm(update, received, names)
+    size = update_norm(update, received, names)
     if not math.isfinite(size):
         raise TrainingError("the update is not finite", got=size)
     factor = 1.0 if size <= clip else clip / size
@@ -165,30 +165,34 @@ def noised(
         elif factor == 1.0 and not noise:
             private[name] = np.asarray(value)
         else:
-            private[name] = _moved(value, received[name], factor, noise, source)
+            private[name] = _clipped_with_noise(value, received[name], factor, noise, source)
     return private
 
 
-def norm(update: Mapping[str, Array], received: Mapping[str, Array], names: Collection[str]) -> float:
+def update_norm(update: Mapping[str, Array], received: Mapping[str, Array], names: Collection[str]) -> float:
     """An upper bound of |Δ| over some tensors, too large by less than a billionth."""
     # An upper bound, because a norm that is rounded down would let an update exceed what the noise is made for.
     squares = []
     with np.errstate(over="ignore", invalid="ignore"):
         for name in names:
             after, before = np.ravel(update[name]), np.ravel(received[name])
-            for start in range(0, after.size, BLOCK):
-                difference = after[start : start + BLOCK].astype(np.float64) - before[start : start + BLOCK]
+            for start in range(0, after.size, BLOCK_LENGTH):
+                difference = (
+                    after[start : start + BLOCK_LENGTH].astype(np.float64) - before[start : start + BLOCK_LENGTH]
+                )
                 squares.append(float(np.dot(difference, difference)))
     total = sum(squares)
     return math.sqrt(math.fsum(squares)) * _MARGIN if math.isfinite(total) else math.inf
 
 
-def _moved(after: Array, before: Array, factor: float, noise: float, source: GaussianNoise) -> npt.NDArray[np.float32]:
+def _clipped_with_noise(
+    after: Array, before: Array, factor: float, noise: float, source: GaussianNoise
+) -> npt.NDArray[np.float32]:
     """before + factor·(after − before) + noise, in blocks."""
     shifted = np.empty(after.shape, np.float32)
     shifted_flat, after_flat, before_flat = shifted.reshape(-1), np.ravel(after), np.ravel(before)
-    for start in range(0, shifted_flat.size, BLOCK):
-        block = slice(start, start + BLOCK)
+    for start in range(0, shifted_flat.size, BLOCK_LENGTH):
+        block = slice(start, start + BLOCK_LENGTH)
         base = before_flat[block].astype(np.float64)
         values = base + factor * (after_flat[block] - base)
         if noise:
@@ -198,7 +202,7 @@ def _moved(after: Array, before: Array, factor: float, noise: float, source: Gau
 
 
 # Deviates that are drawn at once: 512 KiB, so that a board's memory doesn't have to hold the noise of a whole tensor.
-BLOCK = 65_536
+BLOCK_LENGTH = 65_536
 
 _KEY_BYTES = 32
 _UNIT = 2.0**-53
@@ -218,17 +222,17 @@ class GaussianNoise:
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
-    def secret(cls) -> GaussianNoise:
+    def from_system(cls) -> GaussianNoise:
         """Noise with a key from the operating system's randomness, which is stored nowhere."""
         return cls(secrets.token_bytes(_KEY_BYTES))
 
     @classmethod
-    def keyed(cls, *key: object) -> GaussianNoise:
+    def from_key(cls, *key: object) -> GaussianNoise:
         """Noise that its key repeats, for simulations, whose runs must be the same every time."""
         return cls(hashlib.sha256("\x1f".join(["noise", *map(str, key)]).encode()).digest())
 
     def draw(self, count: int) -> npt.NDArray[np.float64]:
-        """The next `count` deviates, `BLOCK` at most in one go."""
+        """The next `count` deviates, `BLOCK_LENGTH` at most in one go."""
         pairs = (count + 1) // 2
         bits = np.frombuffer(self._stream.update(bytes(16 * pairs)), "<u8") >> np.uint64(11)
         first, second = bits[:pairs].astype(np.float64), bits[pairs:].astype(np.float64)
@@ -238,19 +242,19 @@ class GaussianNoise:
 
 
 # Bisections: floats run out of bits earlier, which ends the loop.
-_HALVES = 200
+_MAX_BISECTIONS = 200
 # Beyond this e^ε is too large for a float.
-_FAR = 700.0
+_MAX_EXPONENT = 700.0
 
 
-def delta(cost: float, epsilon: float) -> float:
+def delta_for(cost: float, epsilon: float) -> float:
     """δ at an ε of at least 0; `cost` is Σ 1/z², above 0."""
     mu = math.sqrt(cost)
     first, second = _tail(epsilon / mu - mu / 2), _tail(epsilon / mu + mu / 2)
-    return first - (math.exp(epsilon) * second if second and epsilon < _FAR else 0.0)
+    return first - (math.exp(epsilon) * second if second and epsilon < _MAX_EXPONENT else 0.0)
 
 
-def epsilon(cost: float, delta_: float) -> float:
+def epsilon_for(cost: float, delta_: float) -> float:
     """The least ε that holds at a δ; `cost` is Σ 1/z², 0 without a release and infinite for one without noise."""
     if cost <= 0:
         return 0.0
@@ -258,26 +262,26 @@ def epsilon(cost: float, delta_: float) -> float:
         return math.inf
     # An upper bound for any cost: zero-concentrated privacy of ρ = cost/2 (Bun and Steinke 2016, Proposition 1.3).
     low, high = 0.0, cost / 2 + math.sqrt(2 * cost * math.log(1 / delta_))
-    if delta(cost, 0.0) <= delta_:
+    if delta_for(cost, 0.0) <= delta_:
         return 0.0
-    for _ in range(_HALVES):
+    for _ in range(_MAX_BISECTIONS):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        low, high = (low, middle) if delta(cost, middle) <= delta_ else (middle, high)
+        low, high = (low, middle) if delta_for(cost, middle) <= delta_ else (middle, high)
     return high  # the upper end: rounding must not promise too much
 
 
-def most_cost(epsilon_: float, delta_: float) -> float:
-    """The largest Σ 1/z² with which ε is not exceeded; arguments are those of `epsilon`."""
+def max_cost(epsilon_: float, delta_: float) -> float:
+    """The largest Σ 1/z² with which ε is not exceeded; arguments are those of `epsilon_for`."""
     low, high = 0.0, 1.0
-    while epsilon(high, delta_) <= epsilon_:
+    while epsilon_for(high, delta_) <= epsilon_:
         low, high = high, 2 * high
-    for _ in range(_HALVES):
+    for _ in range(_MAX_BISECTIONS):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        low, high = (middle, high) if epsilon(middle, delta_) <= epsilon_ else (low, middle)
+        low, high = (middle, high) if epsilon_for(middle, delta_) <= epsilon_ else (low, middle)
     return low
 
 

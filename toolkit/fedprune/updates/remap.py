@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import ProtocolError, shown
+from fedprune.core.errors import ProtocolError, value_text
 from fedprune.model.selection import Selection
 from fedprune.updates import packing
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 Lists = Mapping[str, npt.NDArray[Any]]
 
-_AXES = "::axes"
-_NOWHERE = -1
+_AXES_SUFFIX = "::axes"
+_NO_POSITION = -1
 
 
 def relocation(before: Selection, now: Selection) -> bytes:
@@ -36,41 +36,43 @@ def relocation(before: Selection, now: Selection) -> bytes:
         list_numbers = []
         for size, old, new in zip(spec.shape, before.maps(spec.name), now.maps(spec.name), strict=True):
             if np.array_equal(old, new):
-                list_numbers.append(_NOWHERE)
+                list_numbers.append(_NO_POSITION)
                 continue
-            inverse = np.full(size, _NOWHERE, np.int32)
+            inverse = np.full(size, _NO_POSITION, np.int32)
             inverse[old] = np.arange(old.size, dtype=np.int32)
             # Many tensors have the same channels on an axis: equal lists are sent once.
             list_numbers.append(lists.setdefault(inverse[new].tobytes(), len(lists)))
-        if any(n != _NOWHERE for n in list_numbers):
-            axes_by_tensor[spec.name + _AXES] = np.array(list_numbers, np.int32)
+        if any(n != _NO_POSITION for n in list_numbers):
+            axes_by_tensor[spec.name + _AXES_SUFFIX] = np.array(list_numbers, np.int32)
     position_lists = {str(k): np.frombuffer(raw, np.int32) for raw, k in lists.items()}
-    return packing.pack({**position_lists, **axes_by_tensor})
+    return packing.pack_tensors({**position_lists, **axes_by_tensor})
 
 
-def relocated(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, most: int) -> Tensors:
+def relocate(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, max_bytes: int) -> Tensors:
     """Move tensors into the coordinates of another submodel, by the bytes of `relocation`. Raises `ProtocolError` if
     they are damaged, or not for tensors like these.
 
-    `most` bounds the unpacked bytes, and those of each tensor: a small relocation could ask for a huge one.
+    `max_bytes` bounds the unpacked bytes, and those of each tensor: a small relocation could ask for a huge one.
     """
-    lists = packing.unpack(raw, most)
-    return {name: _placed(name, value, lists, most) for name, value in tensors.items()}
+    lists = packing.unpack_tensors(raw, max_bytes)
+    return {name: _relocate_tensor(name, value, lists, max_bytes) for name, value in tensors.items()}
 
 
-def _placed(name: str, value: npt.NDArray[np.float32], lists: Lists, most: int) -> npt.NDArray[np.float32]:
-    axes = lists.get(name.partition("::")[0] + _AXES)
+def _relocate_tensor(
+    name: str, value: npt.NDArray[np.float32], lists: Lists, max_bytes: int
+) -> npt.NDArray[np.float32]:
+    axes = lists.get(name.partition("::")[0] + _AXES_SUFFIX)
     if axes is None:
         return value
     if axes.dtype != np.int32 or axes.shape != (value.ndim,):
-        raise ProtocolError(f"axes of {shown(name)} in a relocation", expected=f"{value.ndim}", got=axes.shape)
-    moved_axes = [(axis, int(k)) for axis, k in enumerate(axes) if k != _NOWHERE]
-    positions_by_axis = {axis: _places(name, k, value.shape[axis], lists) for axis, k in moved_axes}
+        raise ProtocolError(f"axes of {value_text(name)} in a relocation", expected=f"{value.ndim}", got=axes.shape)
+    moved_axes = [(axis, int(k)) for axis, k in enumerate(axes) if k != _NO_POSITION]
+    positions_by_axis = {axis: _positions(name, k, value.shape[axis], lists) for axis, k in moved_axes}
     shape = [positions_by_axis[axis].size if axis in positions_by_axis else n for axis, n in enumerate(value.shape)]
     # Before anything is allocated: the lists come from the network.
-    if 4 * math.prod(shape) > most:
+    if 4 * math.prod(shape) > max_bytes:
         raise ProtocolError(
-            f"size of {shown(name)} in a relocation", expected=f"at most {most} bytes", got=tuple(shape)
+            f"size of {value_text(name)} in a relocation", expected=f"at most {max_bytes} bytes", got=tuple(shape)
         )
     relocated_value = value
     for axis, positions in positions_by_axis.items():
@@ -79,14 +81,14 @@ def _placed(name: str, value: npt.NDArray[np.float32], lists: Lists, most: int) 
             if relocated_value.shape[axis]
             else np.zeros(shape, np.float32)
         )
-        np.moveaxis(relocated_value, axis, 0)[positions == _NOWHERE] = 0
+        np.moveaxis(relocated_value, axis, 0)[positions == _NO_POSITION] = 0
     return relocated_value
 
 
-def _places(name: str, number: int, size: int, lists: Lists) -> npt.NDArray[np.int32]:
+def _positions(name: str, number: int, size: int, lists: Lists) -> npt.NDArray[np.int32]:
     positions = lists.get(str(number))
     if positions is None or positions.dtype != np.int32 or positions.ndim != 1:
-        raise ProtocolError(f"places of {shown(name)} in a relocation", expected=f"list {number}", got="none")
-    if positions.size and not _NOWHERE <= int(positions.min()) <= int(positions.max()) < size:
-        raise ProtocolError(f"places of {shown(name)} in a relocation", expected=f"from -1 to {size - 1}")
+        raise ProtocolError(f"places of {value_text(name)} in a relocation", expected=f"list {number}", got="none")
+    if positions.size and not _NO_POSITION <= int(positions.min()) <= int(positions.max()) < size:
+        raise ProtocolError(f"places of {value_text(name)} in a relocation", expected=f"from -1 to {size - 1}")
     return positions

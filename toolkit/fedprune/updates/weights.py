@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ProtocolError
 from fedprune.updates import packing, update
-from fedprune.updates.codecs import DOWN, WHOLE, Codec
+from fedprune.updates.codecs import DOWNLOAD_CODECS, HALF_CODEC, Codec
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 
@@ -30,7 +30,7 @@ def encode(
         trained: Names of the tensors that are coded; the others travel as they are.
     """
     if base is None:
-        codec, base = WHOLE, {n: np.zeros_like(v) for n, v in weights.items()}
+        codec, base = HALF_CODEC, {n: np.zeros_like(v) for n, v in weights.items()}
     raw, _ = update.encode(codec, weights, base, trained)
     return raw
 
@@ -38,10 +38,10 @@ def encode(
 def decode(codec: Codec, raw: bytes, base: Tensors | None, size: int) -> Tensors:
     """Decode weights, in the order of their file. `size`, the bytes of that file, bounds what is unpacked. Raises
     `ProtocolError` if they are damaged, or of other weights than the base."""
-    if codec.name not in DOWN:
-        raise ProtocolError("codec of weights", expected=" or ".join(DOWN), got=codec)
-    stored = packing.unpack(raw, 2 * size + 4096)  # names may be longer than the numbers of tiny tensors
+    if codec.name not in DOWNLOAD_CODECS:
+        raise ProtocolError("codec of weights", expected=" or ".join(DOWNLOAD_CODECS), got=codec)
+    stored = packing.unpack_tensors(raw, 2 * size + 4096)  # names may be longer than the numbers of tiny tensors
     if base is None:
-        codec = WHOLE
-        base = {n.removesuffix(update.HALF): np.zeros(v.shape, np.float32) for n, v in stored.items()}
-    return update.read(codec, stored, base, {n for n in base if n not in stored})
+        codec = HALF_CODEC
+        base = {n.removesuffix(update.HALF_SUFFIX): np.zeros(v.shape, np.float32) for n, v in stored.items()}
+    return update.decode_parts(codec, stored, base, {n for n in base if n not in stored})

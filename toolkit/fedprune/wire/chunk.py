@@ -20,23 +20,23 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from io import RawIOBase
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.messages import PARTS
+from fedprune.wire.messages import BLOB_PARTS
 
-HEADER = struct.Struct("<3sBB3sI32s")
+HEADER_STRUCT = struct.Struct("<3sBB3sI32s")
 # Payload bytes that no chunk may exceed.
-MAX_PAYLOAD = 1024 * 1024
+MAX_PAYLOAD_BYTES = 1024 * 1024
 
 # Quality of service of chunks: lost ones are requested again, and the acknowledgements of QoS 1 cost up to two thirds
 # of the rate where TCP's delayed acknowledgements meet Nagle's algorithm, as in a default Mosquitto.
-QOS = 0
+CHUNK_QOS = 0
 
 # Default limit of an MQTT packet with a chunk: three leaves fit, and every known broker accepts it.
-MAX_PACKET = 128 * 1024
+DEFAULT_MAX_PACKET = 128 * 1024
 
 # Bytes of an MQTT packet for topic, packet header and chunk header.
-PACKET_OVERHEAD = 512
+PACKET_OVERHEAD_BYTES = 512
 
 _MAGIC = b"FPC"
 _VERSION = 1
@@ -54,73 +54,77 @@ class Chunk:
     def to_bytes(self) -> bytes:
         """The chunk as it is sent. Raises `ProtocolError` if the payload is empty or too long."""
         _check_payload(len(self.payload))
-        return b"".join((header(self.sha256, self.part, self.first), self.payload))
+        return b"".join((chunk_header(self.sha256, self.part, self.first), self.payload))
 
     @classmethod
     def parse(cls, raw: bytes) -> Chunk:
         """Read and check a chunk. Its payload is verified against the leaf table by the transfer (`Pull`). Raises
         `ProtocolError` if the header or the payload's length is wrong."""
-        if len(raw) < HEADER.size:
-            raise ProtocolError("chunk is cut short", expected=f"more than {HEADER.size} bytes", got=len(raw))
-        magic, version, part_number, zero, first, digest = HEADER.unpack_from(raw)
+        if len(raw) < HEADER_STRUCT.size:
+            raise ProtocolError("chunk is cut short", expected=f"more than {HEADER_STRUCT.size} bytes", got=len(raw))
+        magic, version, part_number, zero, first, digest = HEADER_STRUCT.unpack_from(raw)
         if magic != _MAGIC or version != _VERSION or zero != b"\0" * 3:
             raise ProtocolError("chunk header", expected="FPC, version 1", got=raw[:8].hex())
-        if part_number >= len(PARTS):
+        if part_number >= len(BLOB_PARTS):
             raise ProtocolError("part of a chunk", expected="0 or 1", got=part_number)
-        _check_payload(len(raw) - HEADER.size)
-        return cls(digest.hex(), PARTS[part_number], first, memoryview(raw)[HEADER.size :])
+        _check_payload(len(raw) - HEADER_STRUCT.size)
+        return cls(digest.hex(), BLOB_PARTS[part_number], first, memoryview(raw)[HEADER_STRUCT.size :])
 
     def leaves(self) -> Iterator[tuple[int, memoryview]]:
         view = memoryview(self.payload)
-        for offset in range(0, len(view), LEAF):
-            yield self.first + offset // LEAF, view[offset : offset + LEAF]
+        for offset in range(0, len(view), LEAF_BYTES):
+            yield self.first + offset // LEAF_BYTES, view[offset : offset + LEAF_BYTES]
 
     def runs(self, indices: Container[int]) -> Iterator[tuple[int, memoryview]]:
         """The leaves or pieces with these indices, as runs of consecutive ones with the index of their first."""
-        view, count = memoryview(self.payload), -(-len(self.payload) // LEAF)
+        view, count = memoryview(self.payload), -(-len(self.payload) // LEAF_BYTES)
         position = 0
         while position < count:
             end = position
             while end < count and self.first + end in indices:
                 end += 1
             if end > position:
-                yield self.first + position, view[position * LEAF : end * LEAF]
+                yield self.first + position, view[position * LEAF_BYTES : end * LEAF_BYTES]
             position = end + 1
 
 
-def header(sha256: str, part: str, first: int) -> bytes:
-    return HEADER.pack(_MAGIC, _VERSION, PARTS.index(part), b"\0" * 3, first, bytes.fromhex(sha256))
+def chunk_header(sha256: str, part: str, first: int) -> bytes:
+    return HEADER_STRUCT.pack(_MAGIC, _VERSION, BLOB_PARTS.index(part), b"\0" * 3, first, bytes.fromhex(sha256))
 
 
 def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int) -> Iterator[bytes]:
     """Encoded chunks of `step` leaves each, read from a blob's file as they are consumed: `count` leaves from `first`
     on, as far as the blob goes."""
     # One buffer for all chunks: fresh memory costs more time than reading into it.
-    buffer = bytearray(HEADER.size + step * LEAF)
+    buffer = bytearray(HEADER_STRUCT.size + step * LEAF_BYTES)
     with memoryview(buffer) as view:
         for leaf in range(first, first + count, step):
-            view[: HEADER.size] = header(sha256, "data", leaf)
-            file.seek(leaf * LEAF)
-            length = file.readinto(view[HEADER.size : HEADER.size + min(step, first + count - leaf) * LEAF])
+            view[: HEADER_STRUCT.size] = chunk_header(sha256, "data", leaf)
+            file.seek(leaf * LEAF_BYTES)
+            length = file.readinto(
+                view[HEADER_STRUCT.size : HEADER_STRUCT.size + min(step, first + count - leaf) * LEAF_BYTES]
+            )
             if not length:
                 return
-            yield bytes(view[: HEADER.size + length])
+            yield bytes(view[: HEADER_STRUCT.size + length])
 
 
 def leaves_per_chunk(max_packet: int) -> int:
     """The number of leaves that fit into an MQTT packet of `max_packet` bytes. Raises `ProtocolError` if not even
     one fits."""
-    count = min(max_packet - PACKET_OVERHEAD, MAX_PAYLOAD) // LEAF
+    count = min(max_packet - PACKET_OVERHEAD_BYTES, MAX_PAYLOAD_BYTES) // LEAF_BYTES
     if count < 1:
         raise ProtocolError(
-            "the broker's packet limit is too low", expected=f"at least {LEAF + PACKET_OVERHEAD} bytes", got=max_packet
+            "the broker's packet limit is too low",
+            expected=f"at least {LEAF_BYTES + PACKET_OVERHEAD_BYTES} bytes",
+            got=max_packet,
         )
     return count
 
 
 def _check_payload(length: int) -> None:
-    if not 0 < length <= MAX_PAYLOAD:
-        raise ProtocolError("payload of a chunk", expected=f"1 to {MAX_PAYLOAD} bytes", got=length)
+    if not 0 < length <= MAX_PAYLOAD_BYTES:
+        raise ProtocolError("payload of a chunk", expected=f"1 to {MAX_PAYLOAD_BYTES} bytes", got=length)
 
 
 class ChunkLimit:
@@ -131,21 +135,21 @@ class ChunkLimit:
     reason. `max_packet` is the largest MQTT packet, in bytes, that the broker is known to accept.
     """
 
-    def __init__(self, max_packet: int = MAX_PACKET) -> None:
-        self.leaves = self._initial = leaves_per_chunk(max_packet)
-        self._proven = 0
+    def __init__(self, max_packet: int = DEFAULT_MAX_PACKET) -> None:
+        self.leaves = self._initial_leaves = leaves_per_chunk(max_packet)
+        self._proven_leaves = 0
 
     @property
-    def wanted(self) -> int | None:
+    def requested_limit(self) -> int | None:
         """The limit to put into a request; None if the sender applies it anyway."""
-        return self.leaves if self.leaves < leaves_per_chunk(MAX_PACKET) else None
+        return self.leaves if self.leaves < leaves_per_chunk(DEFAULT_MAX_PACKET) else None
 
-    def arrived(self, leaves: int) -> None:
+    def note_arrival(self, leaves: int) -> None:
         """Note that a chunk of this many leaves has arrived."""
-        self._proven = max(self._proven, leaves)
+        self._proven_leaves = max(self._proven_leaves, leaves)
 
-    def silent(self) -> None:
+    def note_silence(self) -> None:
         """Note that several leaves were requested and none came: halve the limit, or start again from the first one."""
-        if self._proven >= self.leaves:
+        if self._proven_leaves >= self.leaves:
             return  # such chunks have come through: there is another reason
-        self.leaves = max(self.leaves // 2, self._proven) if self.leaves > 1 else self._initial
+        self.leaves = max(self.leaves // 2, self._proven_leaves) if self.leaves > 1 else self._initial_leaves

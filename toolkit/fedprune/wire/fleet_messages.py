@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, TypedDict
 
-from fedprune.core.records import Digest, hexadecimal, items, one_of, text, within
+from fedprune.core.records import Digest, hex_text, item_count, number_range, printable_text, word_of
 from fedprune.wire.fields import CheckedMessage, Count, Device, Name
 
 # States of a request to join; a board may refuse a release, too.
 APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
 
-Pem = Annotated[str, text(8192)]
+Pem = Annotated[str, printable_text(8192)]
 
 
 class JoinRequest(CheckedMessage, frozen=True, tag="join"):
@@ -25,17 +25,17 @@ class JoinRequest(CheckedMessage, frozen=True, tag="join"):
     """The fleet's site."""
     device: Device
     """The name that it asks for."""
-    key: Annotated[str, hexadecimal(64)]
+    key: Annotated[str, hex_text(64)]
     """The device's verifying key, as hex."""
-    csr: Annotated[str, text(4096)]
+    csr: Annotated[str, printable_text(4096)]
     """Certificate request (PKCS #10, PEM) with the device as common name; its other contents are ignored."""
-    nonce: Annotated[str, hexadecimal(32)]
+    nonce: Annotated[str, hex_text(32)]
     """Random; part of the topics of request and answer."""
-    claim: Annotated[str, hexadecimal(10)] | None
+    claim: Annotated[str, hex_text(10)] | None
     """Id of the claim that is used, as hex; None to wait for the operator's approval, or to renew."""
-    mac: Annotated[str, hexadecimal(64)] | None
+    mac: Annotated[str, hex_text(64)] | None
     """HMAC-SHA256 over all of the above, by a key derived from the claim's secret."""
-    signature: Annotated[str, hexadecimal(128)]
+    signature: Annotated[str, hex_text(128)]
     """Over all of the above, by `key`."""
 
 
@@ -44,36 +44,36 @@ class JoinAnswer(CheckedMessage, frozen=True, tag="joined"):
 
     request: Digest
     """sha256 of the answered request, including its signature."""
-    status: Annotated[str, one_of((APPROVED, WAITING, REFUSED))]
+    status: Annotated[str, word_of((APPROVED, WAITING, REFUSED))]
     """`approved`; `waiting` for the operator, so that the same request is to be repeated; or `refused`."""
-    reason: Annotated[str, text(4096)]
+    reason: Annotated[str, printable_text(4096)]
     """Why, in words."""
-    time: Annotated[int, within(0, 2**40)]
+    time: Annotated[int, number_range(0, 2**40)]
     """The server's time in seconds since 1970; certificates that ended before are void."""
     authority: Pem
     """The fleet's certificate authority (PEM)."""
     certificate: Pem | None
     """The device's certificate (PEM), if it is approved."""
-    server_key: Annotated[str, hexadecimal(64)] | None
+    server_key: Annotated[str, hex_text(64)] | None
     """The server's verifying key, as hex, if the device is approved."""
-    signature: Annotated[str, hexadecimal(16, 160)]
+    signature: Annotated[str, hex_text(16, 160)]
     """Over all of the above, by the authority's key: ECDSA with SHA-256, in DER, as hex."""
 
 
 DOWNLOADING, STAGED, TRIAL = "downloading", "staged", "trial"
 COMMITTED, ROLLED_BACK = "committed", "rolled back"
 # Progress of a release on a board; the last three are final.
-STATES = (DOWNLOADING, STAGED, TRIAL, COMMITTED, ROLLED_BACK, REFUSED)
+RELEASE_STATES = (DOWNLOADING, STAGED, TRIAL, COMMITTED, ROLLED_BACK, REFUSED)
 
-MAX_NUMBER = 2**31 - 1
-MAX_MANIFEST = 65_536
+MAX_RELEASE_NUMBER = 2**31 - 1
+MAX_MANIFEST_BYTES = 65_536
 # Limits of a release: its number, the bytes of its manifest, its files.
-MAX_FILES = 64
+MAX_RELEASE_FILES = 64
 
 # Attempts of a trial, and seconds of each: a release that fails must end by itself on a board that nobody can reach.
-MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
+MAX_TRIAL_ATTEMPTS, MAX_TRIAL_S = 100, 3600.0
 
-ReleaseNumber = Annotated[int, within(0, MAX_NUMBER)]
+ReleaseNumber = Annotated[int, number_range(0, MAX_RELEASE_NUMBER)]
 
 
 class ReleaseOffer(CheckedMessage, frozen=True, tag="release"):
@@ -81,16 +81,16 @@ class ReleaseOffer(CheckedMessage, frozen=True, tag="release"):
 
     number: ReleaseNumber
     """The release's number."""
-    manifest: Annotated[str, text(MAX_MANIFEST)]
+    manifest: Annotated[str, printable_text(MAX_MANIFEST_BYTES)]
     """Its manifest, as it was signed (`fedprune.releases.release.Release.to_bytes`)."""
-    signature: Annotated[str, hexadecimal(128)]
+    signature: Annotated[str, hex_text(128)]
     """The server's on it, as hex."""
-    leaves: Annotated[tuple[Digest, ...], items(MAX_FILES, least=1)]
+    leaves: Annotated[tuple[Digest, ...], item_count(MAX_RELEASE_FILES, least=1)]
     """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that the
     manifest they name the blob that the board pulls."""
-    attempts: Annotated[int, within(1, MAX_ATTEMPTS)]
+    attempts: Annotated[int, number_range(1, MAX_TRIAL_ATTEMPTS)]
     """How often it may be started until it is healthy."""
-    seconds: Annotated[float, within(1, MAX_SECONDS)]
+    seconds: Annotated[float, number_range(1, MAX_TRIAL_S)]
     """How long each attempt may take."""
 
 
@@ -99,7 +99,7 @@ class ReleaseWithdrawn(CheckedMessage, frozen=True, tag="release_withdrawn"):
 
     number: ReleaseNumber
     """The release's number."""
-    reason: Annotated[str, text(4096)]
+    reason: Annotated[str, printable_text(4096)]
     """Why, in words."""
 
 
@@ -109,9 +109,9 @@ class ReleaseReport(CheckedMessage, frozen=True, tag="release_report"):
     device: Device
     number: ReleaseNumber
     """The release's number."""
-    state: Annotated[str, one_of(STATES)]
-    """One of `STATES`."""
-    reason: Annotated[str, text(4096)]
+    state: Annotated[str, word_of(RELEASE_STATES)]
+    """One of `RELEASE_STATES`."""
+    reason: Annotated[str, printable_text(4096)]
     """Why it was refused or rolled back, or what the board waits for."""
     done: Count
     """Leaves of its files that have arrived."""
@@ -128,15 +128,15 @@ MAX_CRASH_TEXT = 1000
 # Characters of a crash's text, and its frames.
 MAX_FRAMES = 16
 
-Measured = Annotated[float, within(-1e12, 1e12)]
+MeasuredNumber = Annotated[float, number_range(-1e12, 1e12)]
 
 
-class Frame(TypedDict):
+class TracebackFrame(TypedDict):
     """A frame of a crash's traceback."""
 
-    module: Annotated[str, text(128)]
-    line: Annotated[int, within(0, 2**31 - 1)]
-    function: Annotated[str, text(128)]
+    module: Annotated[str, printable_text(128)]
+    line: Annotated[int, number_range(0, 2**31 - 1)]
+    function: Annotated[str, printable_text(128)]
 
 
 class CrashReport(CheckedMessage, frozen=True, tag="crash"):
@@ -147,19 +147,19 @@ class CrashReport(CheckedMessage, frozen=True, tag="crash"):
     """Its time in milliseconds since 1970 by the board's clock, by which the server recognises repetitions."""
     at: Count
     """Time in seconds since 1970 by the board's clock."""
-    cause: Annotated[str, text(64)]
+    cause: Annotated[str, printable_text(64)]
     """`error` (one with an exit code), `exception`, `thread`, `signal` or `killed`; others may come."""
-    text: Annotated[str, text(MAX_CRASH_TEXT)]
+    text: Annotated[str, printable_text(MAX_CRASH_TEXT)]
     """The exception or signal, for people."""
-    frames: Annotated[tuple[Frame, ...], items(MAX_FRAMES)]
+    frames: Annotated[tuple[TracebackFrame, ...], item_count(MAX_FRAMES)]
     """The traceback, innermost frame first."""
-    release: Annotated[str, text(256)]
+    release: Annotated[str, printable_text(256)]
     """The runtime that ran, with its version."""
-    slot: Annotated[str, text(64)]
+    slot: Annotated[str, printable_text(64)]
     """Which of two installed releases it was; empty without a launcher."""
-    uptime_s: Measured | None = None
+    uptime_s: MeasuredNumber | None = None
     """Seconds that it had run, or None."""
-    temperature_c: Measured | None = None
+    temperature_c: MeasuredNumber | None = None
     """The board's temperature, or None."""
     memory_available: Count | None = None
     """Bytes of memory that were free, or None."""
@@ -175,50 +175,50 @@ class CrashStored(CheckedMessage, frozen=True, tag="crash_stored"):
 
 
 # Ability of a board: it spreads its reconnects as the server says, and disconnects for a time if the server asks it to.
-RECONNECT = "reconnect"
+RECONNECT_ABILITY = "reconnect"
 
 # The longest time for which a board is sent away.
-LONGEST_AWAY_S = 7 * 86_400.0
+MAX_BOARD_AWAY_S = 7 * 86_400.0
 
 
 class Reconnect(CheckedMessage, frozen=True, tag="reconnect"):
-    """How a board connects again. Only for boards with the ability `RECONNECT`."""
+    """How a board connects again. Only for boards with the ability `RECONNECT_ABILITY`."""
 
-    spread_s: Annotated[float, within(0.0, 3600.0)]
+    spread_s: Annotated[float, number_range(0.0, 3600.0)]
     """After a lost connection, each attempt comes after a random pause of up to this many seconds, or more."""
-    away_s: Annotated[float, within(1.0, LONGEST_AWAY_S)] | None = None
+    away_s: Annotated[float, number_range(1.0, MAX_BOARD_AWAY_S)] | None = None
     """Seconds for which a board without a part disconnects now; None to stay connected."""
 
 
-Random = Annotated[str, hexadecimal(32)]
+RandomId = Annotated[str, hex_text(32)]
 
 
 class ServerQuery(CheckedMessage, frozen=True, tag="server-query"):
     """A query for the servers that serve a site."""
 
-    instance: Random
+    instance: RandomId
     """Random id of the querying process."""
-    nonce: Random
+    nonce: RandomId
     """Random; answers repeat it, so that older answers are ignored."""
     since: Count
     """As in `ServerPresence`."""
-    lease: Random | None
+    lease: RandomId | None
     """As in `ServerPresence`."""
 
 
 class ServerPresence(CheckedMessage, frozen=True, tag="server-presence"):
     """A server's answer to a `ServerQuery`: it serves this site, or begins to."""
 
-    nonce: Random
+    nonce: RandomId
     """The query's."""
-    instance: Random
+    instance: RandomId
     """Random id of the answering process."""
-    host: Annotated[str, text(256)]
+    host: Annotated[str, printable_text(256)]
     """Name of its machine."""
-    folder: Annotated[str, text(4096)]
+    folder: Annotated[str, printable_text(4096)]
     """Its state folder."""
     since: Count
     """When it began to serve, in seconds since 1970; 0 while it only begins."""
-    lease: Random | None
+    lease: RandomId | None
     """Id of the database whose lease it holds; null where that is a file of its own. Between two servers of one
     database the lease decides."""

@@ -23,15 +23,15 @@ from typing import Any
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
-from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, ConnectionUp, Event, Inbox, Unsent
+from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, ConnectionUp, Event, Inbox, UnsentMessages
 from fedprune.wire.urls import BrokerUrl
 
-_NO_TLS = "TLS failed"
+_TLS_FAILED = "TLS failed"
 
-_MISMATCHES = frozenset({62, 64})  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
-_DATES = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+_ADDRESS_ERROR_CODES = frozenset({62, 64})  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
+_DATE_ERROR_CODES = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
 
 
 def tls_context(ca: Path | None = None) -> ssl.SSLContext:
@@ -43,30 +43,30 @@ def tls_context(ca: Path | None = None) -> ssl.SSLContext:
         raise ConfigError(f"can't use the CA file {ca}: {error}") from error
 
 
-def failure(error: OSError | FedpruneError) -> str:
+def connection_failure(error: OSError | FedpruneError) -> str:
     """The reason why a broker can't be reached, for people."""
     if isinstance(error, FedpruneError):
         return str(error)
     if isinstance(error, socket.gaierror):
         return f"the host name is unknown ({error.strerror})"
     if isinstance(error, ssl.SSLCertVerificationError) and error.reason == "CERTIFICATE_VERIFY_FAILED":
-        return f"{_NO_TLS} ({_distrust(error)})"
+        return f"{_TLS_FAILED} ({_distrust_reason(error)})"
     if isinstance(error, ssl.SSLError):
-        return f"{_NO_TLS} ({error.reason or error})"
+        return f"{_TLS_FAILED} ({error.reason or error})"
     if isinstance(error, TimeoutError):
         return "no answer"
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
-def _distrust(error: ssl.SSLCertVerificationError) -> str:
+def _distrust_reason(error: ssl.SSLCertVerificationError) -> str:
     """The reason why a certificate isn't trusted, with the remedy for that reason."""
     reason = (error.verify_message or "unknown authority").rstrip(".")
-    if error.verify_code in _MISMATCHES:
+    if error.verify_code in _ADDRESS_ERROR_CODES:
         return (
             f"its certificate is for another address: {reason}. Connect to an address that it names, or give the "
             "broker a certificate for this one: docs/runbook.md#the-server-has-another-address"
         )
-    if error.verify_code in _DATES:
+    if error.verify_code in _DATE_ERROR_CODES:
         return f"{reason}: see the clock of this machine, and the certificate's dates (docs/runbook.md)"
     return f"its certificate is not trusted: {reason}; --ca names the authorities to trust"
 
@@ -81,12 +81,12 @@ class Subscriptions:
         self._awaited: dict[int, str] = {}
 
     @property
-    def awaited(self) -> bool:
+    def is_awaiting(self) -> bool:
         """Whether the broker still has to answer for a topic."""
         return bool(self._awaited)
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether this connection has requested all topics."""
         return set(self._topics) <= self._requested
 
@@ -106,11 +106,11 @@ class Subscriptions:
                 self._requested.add(topic)
                 self._awaited[mid] = topic
 
-    def answered(self, mid: int) -> str:
+    def note_answer(self, mid: int) -> str:
         """Note the broker's answer to a request; returns the topic."""
         return self._awaited.pop(mid, "")
 
-    def lost(self) -> None:
+    def clear(self) -> None:
         self._requested.clear()
         self._awaited.clear()
 
@@ -123,27 +123,27 @@ _KERNEL_BYTES = 128 * 1024
 Will = tuple[str, bytes]
 
 
-def longest_pause(failures: int, spread_s: float = 0.0) -> float:
+def max_pause(failures: int, spread_s: float = 0.0) -> float:
     """The limit, in seconds, of the random pause before a connection is tried again."""
-    return max(spread_s, min(MAX_DELAY, 0.5 * 2.0 ** min(failures, 10)))
+    return max(spread_s, min(MAX_RECONNECT_PAUSE_S, 0.5 * 2.0 ** min(failures, 10)))
 
 
-MAX_DELAY = 60.0
+MAX_RECONNECT_PAUSE_S = 60.0
 # Seconds after which a connection counts as good, so that the back-off starts again.
-_STEADY = 10.0
-_NAP = 60.0
-_POLL = 1.0
+_STEADY_S = 10.0
+_MAX_SLEEP_S = 60.0
+_POLL_S = 1.0
 # Messages that the network thread reads at most before it writes again, so that a flood doesn't stop what is sent.
-_AT_ONCE = 64
+_MAX_READS = 64
 
 _REFUSED = "it refuses the connection"
 _BAD_CREDENTIALS = 134  # return code 4 of MQTT 3.1.1, as paho numbers it
-_DROPPED = "it ends the TLS connection without an answer"
+_SILENT_END = "it ends the TLS connection without an answer"
 # Seconds that a broker may take for each answer, in addition to the time-out for connecting.
-_ANSWER_S = 5.0
+_ANSWER_TIMEOUT_S = 5.0
 
 
-class Link(Closing):
+class BrokerLink(Closeable):
     """A connection to a broker that reconnects by itself.
 
     Args:
@@ -176,11 +176,11 @@ class Link(Closing):
     ) -> None:
         self.url = BrokerUrl.parse(url)
         self.client_id = client_id
-        self.dropped = 0  # messages that didn't fit into the inbox
+        self.dropped_count = 0  # messages that didn't fit into the inbox
         # The least limit of the pause before a reconnection, in seconds: many clients share a broker.
         self.spread_s = 0.0
         # Topic prefix of the sender whose messages last filled the inbox; empty if there were many senders.
-        self.overflowed = ""
+        self.flooding_prefix = ""
         self._pause_s = pause_s
         self._wake = wake
         self._ignores = ignores
@@ -191,16 +191,18 @@ class Link(Closing):
         self._inbox = inbox or Inbox[Event]()
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
-        self._up = False
-        self._asked_at = self._heard_at = 0.0  # times of the request for this connection, and of the last answer
+        self._is_up = False
+        self._requested_at = self._last_answer_at = (
+            0.0  # times of the request for this connection, and of the last answer
+        )
         self._failure = ""
         self._reported = set[str]()  # reasons that were logged since the connection was last up
-        self._tell = False
+        self._logs_failures = False
         self._subscriptions = Subscriptions(qos)
-        self._unsent = Unsent()
-        self._paused = False
+        self._unsent = UnsentMessages()
+        self._is_flooded = False
         self._away_s: float | None = None  # seconds for which the connection is closed, or is about to be
-        self._received = 0  # messages
+        self._received_count = 0  # messages
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -210,14 +212,14 @@ class Link(Closing):
         A `patient` link returns at once and keeps trying; another one raises `BrokerError` and is closed if the first
         attempt fails.
         """
-        self._tell = patient  # otherwise the exception reports the first failure
+        self._logs_failures = patient  # otherwise the exception reports the first failure
         self._thread = threading.Thread(target=self._run, name=f"link-{self.client_id}", daemon=True)
         self._thread.start()
         if patient:
             return
         with self._state:
-            self._state.wait_for(lambda: bool(self._up or self._failure), timeout)
-            if self._up:
+            self._state.wait_for(lambda: bool(self._is_up or self._failure), timeout)
+            if self._is_up:
                 return
             reason = self._failure or f"no answer within {timeout:g} s"
         self.close()
@@ -226,25 +228,25 @@ class Link(Closing):
             hint="Is it the right broker, and do user name and password fit?"
             if reason.startswith(_REFUSED)
             else "`fedprune-server devices` lists revoked boards; if this one isn't, see the broker's log."
-            if reason.startswith(_DROPPED)
+            if reason.startswith(_SILENT_END)
             else ""
-            if reason.startswith(_NO_TLS)
+            if reason.startswith(_TLS_FAILED)
             else "Is a broker running there, is the port right, and does a firewall let it through?",
         )
 
     @property
     def connected(self) -> bool:
-        return self._up
+        return self._is_up
 
     @property
-    def away(self) -> bool:
+    def is_away(self) -> bool:
         """Whether `leave` has closed the connection for a time."""
-        return self._away_s is not None and not self._up
+        return self._away_s is not None and not self._is_up
 
     @property
     def trouble(self) -> str:
         """The reason why the connection is down; empty if it is up or the reason is unknown."""
-        return "" if self._up else self._failure
+        return "" if self._is_up else self._failure
 
     def subscribe(self, topics: Iterable[str], timeout: float = 10.0) -> None:
         """Listen to these topics, now and after every reconnection. Raises `BrokerError` if the link is connected
@@ -252,14 +254,14 @@ class Link(Closing):
         with self._state:
             new_topics = self._subscriptions.add(topics)
             client = self._client
-            if not self._up or client is None or not new_topics:
+            if not self._is_up or client is None or not new_topics:
                 return
             self._failure = ""
             self._subscriptions.request(client)
-            self._state.wait_for(lambda: self._client is not client or not self._subscriptions.awaited, timeout)
+            self._state.wait_for(lambda: self._client is not client or not self._subscriptions.is_awaiting, timeout)
             if self._client is not client:
                 return  # the connection went; the next one subscribes to everything
-            if self._subscriptions.awaited or self._failure:
+            if self._subscriptions.is_awaiting or self._failure:
                 raise BrokerError(
                     f"the MQTT broker at {self.url} doesn't grant a subscription",
                     expected=", ".join(new_topics),
@@ -274,7 +276,7 @@ class Link(Closing):
         """
         with self._state:
             client = self._client
-            if not self._up or client is None or not self.room:
+            if not self._is_up or client is None or not self.room:
                 return False
             info = client.publish(topic, payload, qos)
             if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -286,16 +288,16 @@ class Link(Closing):
     @property
     def room(self) -> bool:
         """Whether `publish` would take a message now (if connected)."""
-        return self._unsent.room
+        return self._unsent.has_room
 
     @property
     def unsent(self) -> int:
-        return self._unsent.size
+        return self._unsent.payload_bytes
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything is sent and, at QoS 1, acknowledged; returns whether that was within `timeout`."""
         with self._state:
-            self._state.wait_for(lambda: not self._unsent or not self._up, timeout)
+            self._state.wait_for(lambda: not self._unsent or not self._is_up, timeout)
             return not self._unsent
 
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
@@ -313,7 +315,7 @@ class Link(Closing):
         """Disconnect without the will being published, and connect again after this time."""
         with self._state:
             client = self._client
-            if not self._up or client is None:
+            if not self._is_up or client is None:
                 return
             self._away_s, self._failure = seconds, f"away for {seconds:.0f} s"
         client.disconnect()
@@ -334,48 +336,48 @@ class Link(Closing):
         while not self._closing.is_set():
             started_at = time.monotonic()
             try:
-                reason = self._connection()
+                reason = self._run_connection()
             except (OSError, FedpruneError) as error:
-                reason = failure(error)
+                reason = connection_failure(error)
             except Exception as error:
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
                 reason = f"{type(error).__name__}: {error}"
-            self._lost(reason)
+            self._on_connection_end(reason)
             if self._away_s is not None:
                 self._wait(self._away_s)
                 self._away_s, attempt = None, 0
                 continue
-            if self._paused:  # no failure: a flood that continues must not lengthen the pauses
-                self._paused = False
+            if self._is_flooded:  # no failure: a flood that continues must not lengthen the pauses
+                self._is_flooded = False
                 self._closing.wait(self._pause_s)
                 continue
             # Only a connection that has lasted resets the back-off: two clients of one name disconnect each other at
             # once.
-            attempt = 0 if time.monotonic() - started_at > _STEADY else attempt + 1
-            self._closing.wait(SystemRandom().uniform(0, longest_pause(attempt, self.spread_s)))
+            attempt = 0 if time.monotonic() - started_at > _STEADY_S else attempt + 1
+            self._closing.wait(SystemRandom().uniform(0, max_pause(attempt, self.spread_s)))
 
     def _wait(self, seconds: float) -> None:
         """Wait by the monotonic clock, unless the link is closed."""
         deadline = time.monotonic() + seconds
         while not self._closing.is_set() and (remaining_s := deadline - time.monotonic()) > 0:
-            self._closing.wait(min(remaining_s, _NAP))
+            self._closing.wait(min(remaining_s, _MAX_SLEEP_S))
 
-    def _connection(self) -> str:
+    def _run_connection(self) -> str:
         """Run one connection from CONNECT to its end; returns why it ended."""
         client = self._new_client()
         client.connect(self.url.host, self.url.port, self._keepalive)
         with self._state:
             self._client, self._failure = client, ""
-        self._asked_at = self._heard_at = time.monotonic()
+        self._requested_at = self._last_answer_at = time.monotonic()
         was_up, closed_at = False, 0.0
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 _acknowledge_promptly(client.socket())
-                code = self._turn(client)
-                self._settle()
-                was_up = was_up or self._up
-                if not was_up and time.monotonic() > self._heard_at + client.connect_timeout + _ANSWER_S:
+                code = self._read_packets(client)
+                self._remove_sent()
+                was_up = was_up or self._is_up
+                if not was_up and time.monotonic() > self._last_answer_at + client.connect_timeout + _ANSWER_TIMEOUT_S:
                     return self._failure or "it accepts connections but doesn't answer an MQTT CONNECT"
                 if self._closing.is_set():  # DISCONNECT is on its way and ends the loop, unless the network is stuck
                     closed_at = closed_at or time.monotonic()
@@ -388,18 +390,18 @@ class Link(Closing):
                 client.disconnect()
             if (sock := client.socket()) is not None:
                 sock.close()
-        if failure or not self.url.tls or self._heard_at > self._asked_at or self._closing.is_set():
+        if failure or not self.url.tls or self._last_answer_at > self._requested_at or self._closing.is_set():
             return failure or paho.error_string(code).rstrip(".").lower()
-        return f"{_DROPPED}, as if this client's certificate were revoked"
+        return f"{_SILENT_END}, as if this client's certificate were revoked"
 
-    def _turn(self, client: paho.Client) -> MQTTErrorCode:
+    def _read_packets(self, client: paho.Client) -> MQTTErrorCode:
         """Wait for the network, and read several packets at once: paho's `loop` polls the socket again for each."""
-        received = self._received
-        code = client.loop(_POLL)
-        for _ in range(_AT_ONCE):
-            if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._received == received:
+        received = self._received_count
+        code = client.loop(_POLL_S)
+        for _ in range(_MAX_READS):
+            if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._received_count == received:
                 break
-            received = self._received
+            received = self._received_count
             code = client.loop_read()
         return code
 
@@ -430,7 +432,7 @@ class Link(Closing):
 
     def _on_connect(self, client: paho.Client, _user: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         with self._state:
-            self._heard_at = time.monotonic()
+            self._last_answer_at = time.monotonic()
             if reason.is_failure:
                 self._failure = f"{_REFUSED} ({str(reason).lower()})"
                 if self._will_topic and reason.value != _BAD_CREDENTIALS:  # some brokers refuse wills, or this topic
@@ -438,70 +440,70 @@ class Link(Closing):
             else:
                 self._failure = ""
                 self._subscriptions.request(client)
-                if not self._subscriptions.awaited:
+                if not self._subscriptions.is_awaiting:
                     self._report_up()
 
     def _on_subscribe(self, client: paho.Client, _user: Any, mid: int, reasons: Any, _properties: Any) -> None:
         with self._state:
             is_refused = any(r.is_failure for r in reasons)
-            topic = self._subscriptions.answered(mid)
+            topic = self._subscriptions.note_answer(mid)
             if is_refused:
                 self._failure = f"it refuses the subscription to {topic}"
                 log.error("MQTT broker %s: %s", self.url, self._failure)
-            if not self._subscriptions.awaited and not self._up:
+            if not self._subscriptions.is_awaiting and not self._is_up:
                 if self._failure:
                     client.disconnect()
-                elif self._subscriptions.complete:
+                elif self._subscriptions.is_complete:
                     self._report_up()
                 else:
                     self._subscriptions.request(client)
             self._state.notify_all()
 
     def _report_up(self) -> None:
-        self._up = self._tell = True
+        self._is_up = self._logs_failures = True
         self._failure = ""
-        self._inbox.tell(ConnectionUp(time.monotonic() - self._asked_at))
+        self._inbox.put_event(ConnectionUp(time.monotonic() - self._requested_at))
         self._state.notify_all()
 
-    def _lost(self, reason: str) -> None:
+    def _on_connection_end(self, reason: str) -> None:
         with self._state:
-            was_up, self._up = self._up, False
+            was_up, self._is_up = self._is_up, False
             # The user of a connection that was up logs its end.
             is_new_reason = not was_up and reason not in self._reported
             self._reported = set() if was_up else self._reported | {reason}
             self._client, self._failure = None, reason
-            self._subscriptions.lost()
+            self._subscriptions.clear()
             self._unsent.clear()
             if was_up and not self._closing.is_set():
-                self._inbox.tell(ConnectionDown(reason))
+                self._inbox.put_event(ConnectionDown(reason))
             self._state.notify_all()
-        if is_new_reason and self._tell and not self._closing.is_set() and not self.away:
+        if is_new_reason and self._logs_failures and not self._closing.is_set() and not self.is_away:
             log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
 
     def _on_message(self, client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
-        self._received += 1
+        self._received_count += 1
         try:
             topic, payload = message.topic, bytes(message.payload)
         except UnicodeDecodeError:
             return
         if self._ignores(topic):
             return
-        if self._inbox.offer(topic, payload):
+        if self._inbox.put_message(topic, payload):
             self._wake()
             return
-        self.dropped += 1
-        if self._pause_s and not self._paused:
-            self._paused, self.overflowed = True, self._inbox.flooder()
+        self.dropped_count += 1
+        if self._pause_s and not self._is_flooded:
+            self._is_flooded, self.flooding_prefix = True, self._inbox.flooding_prefix()
             # The session is clean: messages of the flood that wait at the broker are lost with the connection.
             client.disconnect()
-        elif self.dropped == 1 and not self._pause_s:
+        elif self.dropped_count == 1 and not self._pause_s:
             log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
-    def _settle(self) -> None:
+    def _remove_sent(self) -> None:
         with self._state:
-            size_before = self._unsent.size
-            if self._unsent.settle():
-                if size_before >= LOW_WATER > self._unsent.size:
+            size_before = self._unsent.payload_bytes
+            if self._unsent.remove_sent():
+                if size_before >= LOW_WATER > self._unsent.payload_bytes:
                     self._inbox.wake()
                 self._state.notify_all()
 

@@ -16,7 +16,7 @@ from fedprune.wire.messages import BlobRequest
 STUCK_REQUESTS, STUCK_S = 3, 10.0
 
 # Blobs whose requests are remembered: an offer names three, and a few more with lower precisions.
-_BLOBS = 8
+_MAX_BLOBS = 8
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class LostPieces:
     def __init__(self) -> None:
         self._blobs: OrderedDict[str, _Frontier] = OrderedDict()
 
-    def note(self, request: BlobRequest, now: float) -> bool:
+    def note_request(self, request: BlobRequest, now: float) -> bool:
         """Note a request; returns True once per piece, when the piece seems to be dropped."""
         frontier = self._blobs.get(request.sha256)
         # After a repetition, a request beyond the window means that some pieces have arrived.
@@ -45,7 +45,7 @@ class LostPieces:
         if frontier is None or frontier.part != request.part or request.first < frontier.first or has_advanced:
             self._blobs[request.sha256] = _Frontier(request.part, request.first, request.first, now, now)
             self._blobs.move_to_end(request.sha256)
-            if len(self._blobs) > _BLOBS:
+            if len(self._blobs) > _MAX_BLOBS:
                 self._blobs.popitem(last=False)
             return False
         if request.first > frontier.last:
@@ -63,7 +63,7 @@ class LostPieces:
         return _is_stuck(frontier) and not was_stuck
 
     @property
-    def stuck(self) -> bool:
+    def is_stuck(self) -> bool:
         return any(map(_is_stuck, self._blobs.values()))
 
     def clear(self) -> None:
@@ -75,6 +75,6 @@ def _is_stuck(blob: _Frontier) -> bool:
     return blob.count >= STUCK_REQUESTS and blob.latest - blob.since >= STUCK_S
 
 
-def broker_drops(what: str) -> str:
+def dropping_broker_message(what: str) -> str:
     """The message about a broker that acknowledges something, and delivers it to nobody."""
     return f"the broker drops {what}: its rules (ACL), its limit of a message's size, or a full queue"

@@ -18,18 +18,18 @@ from msgspec.structs import force_setattr
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import records
-from fedprune.core.errors import FedpruneError, ProtocolError, UnknownMessageError, shown
-from fedprune.core.records import Digest, check_free, hexadecimal, items, one_of, text, within
+from fedprune.core.errors import FedpruneError, ProtocolError, UnknownMessageError, value_text
+from fedprune.core.records import Digest, check_free_form, hex_text, item_count, number_range, printable_text, word_of
 from fedprune.core.text import one_line
 from fedprune.wire.fields import (
-    MAX_MESSAGE,
+    MAX_MESSAGE_BYTES,
     Attempt,
     CheckedMessage,
     Count,
     Device,
     FreeObject,
-    Header,
     Job,
+    MessageHeader,
     Metrics,
     Name,
     Round,
@@ -51,13 +51,13 @@ from fedprune.wire.fleet_messages import (
 from fedprune.wire.urls import BlobUrl, UploadUrl
 
 # Rejected messages of one sender that are logged per hour; the rest is counted, so that no board can fill the log.
-MOST = 20
+MAX_LOGGED = 20
 
-AGAIN_S = 3600.0
+LOG_PERIOD_S = 3600.0
 
 
 class RejectedMessageLog:
-    """Logs the first `MOST` rejected messages of each sender in every hour, and how many followed them.
+    """Logs the first `MAX_LOGGED` rejected messages of each sender in every hour, and how many followed them.
 
     One board that sends nothing but nonsense, such as the copy of another one's card, must not hide what is wrong with
     the others. Senders that the caller doesn't know share one limit: anybody can invent names.
@@ -69,29 +69,31 @@ class RejectedMessageLog:
         self._counts: Counter[str] = Counter()
         self._since = clock()
 
-    def about(self, topic: str, error: FedpruneError, sender: str = "") -> None:
+    def note_rejection(self, topic: str, error: FedpruneError, sender: str = "") -> None:
         """Log or count a rejected message.
 
         Args:
             sender: Name of the device that sent it, if it belongs to the fleet; empty for anybody else.
         """
         now = self._clock()
-        if now - self._since >= AGAIN_S:
+        if now - self._since >= LOG_PERIOD_S:
             for name, count in sorted(self._counts.items()):
-                if count > MOST:
-                    self._log.warning("ignored %d more bad messages%s", count - MOST, f" of {name}" if name else "")
+                if count > MAX_LOGGED:
+                    self._log.warning(
+                        "ignored %d more bad messages%s", count - MAX_LOGGED, f" of {name}" if name else ""
+                    )
             self._counts.clear()
             self._since = now
         self._counts[sender] += 1
-        if self._counts[sender] > MOST:
+        if self._counts[sender] > MAX_LOGGED:
             return
         self._log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
-        if self._counts[sender] == MOST:
+        if self._counts[sender] == MAX_LOGGED:
             of_sender = f" of {sender}" if sender else ""
             self._log.warning("further bad messages%s are counted for an hour, and not shown", of_sender)
 
 
-_MOST_PRECISIONS = 8
+_MAX_PRECISIONS = 8
 
 
 class Offer(CheckedMessage, frozen=True, tag="offer"):
@@ -107,9 +109,9 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     """Digest of the architecture."""
     selection: Digest
     """Digest of the device's selection."""
-    widths: Annotated[tuple[Annotated[int, within(1, 2**24)], ...], items(65536)]
+    widths: Annotated[tuple[Annotated[int, number_range(1, 2**24)], ...], item_count(65536)]
     """Kept channels per group."""
-    classes: Annotated[int, within(1, 2**24)]
+    classes: Annotated[int, number_range(1, 2**24)]
     """Number of classes."""
     weights: BlobRef
     """The submodel's weights."""
@@ -125,12 +127,12 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     ranking: Digest | None = None
     """Digest of the order of channels that the selection is the beginning of. Selections of other widths with the same
     digest are nested. None where nothing is known of it."""
-    lowered: Annotated[dict[Name, BlobRef], items(_MOST_PRECISIONS)] | None = None
-    """By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.packed`). None where
-    there are none."""
-    codec: Annotated[str, text(256)] | None = None
+    lowered: Annotated[dict[Name, BlobRef], item_count(_MAX_PRECISIONS)] | None = None
+    """By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.pack_graphs`). None
+    where there are none."""
+    codec: Annotated[str, printable_text(256)] | None = None
     """How the update is to be encoded (`fedprune.updates.Codec`); None for a plain tensor file."""
-    weights_codec: Annotated[str, text(256)] | None = None
+    weights_codec: Annotated[str, printable_text(256)] | None = None
     """How weights come where they come encoded; a board keeps those that it has until the next offer."""
     coded: BlobRef | None = None
     """The weights so encoded: a board that has what they are the difference to may pull this instead."""
@@ -151,9 +153,9 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     """A web server that has these blobs, too (`fedprune.wire.urls`); None for MQTT alone."""
 
     def check(self) -> None:
-        check_free(self.recipe, "offer: recipe", ProtocolError)
+        check_free_form(self.recipe, "offer: recipe", ProtocolError)
         if self.secure is not None:
-            check_free(self.secure, "offer: secure", ProtocolError)
+            check_free_form(self.secure, "offer: secure", ProtocolError)
         if self.blobs_at is not None:
             # Normalised once, so that equal addresses are equal texts.
             force_setattr(self, "blobs_at", str(BlobUrl.parse(self.blobs_at, "offer: blobs_at")))
@@ -168,7 +170,7 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
         optional_blobs = [blob for blob in (self.mask, self.moved) if blob is not None]
         return (*self.graphs, self.weights, *optional_blobs)
 
-    def shorter(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
+    def blobs_to_pull(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
         """The blobs to pull, with the encoded weights in place of plain ones if these are missing and can be decoded.
 
         `has` tells whether a blob of a digest is here.
@@ -181,18 +183,18 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
 # Leaves or pieces of one `BlobRequest`: 32 MiB, far more than a window.
 MAX_REQUEST = 1024
 
-_MOST_CODECS = 64
-_MOST_ABILITIES = 64
+_MAX_CODECS = 64
+_MAX_ABILITIES = 64
 
 # Ability of a board: it uploads an update to the address that the server names.
-PUT = "put"
+PUT_ABILITY = "put"
 
 PHASES = ("download", "train", "evaluate")
-PARTS = ("data", "leaves")
+BLOB_PARTS = ("data", "leaves")
 
-ShortText = Annotated[str, text(256)]
-Reason = Annotated[str, text(4096)]
-RequestNumber = Annotated[int, within(0, 2**31 - 1)]
+ShortText = Annotated[str, printable_text(256)]
+Reason = Annotated[str, printable_text(4096)]
+RequestNumber = Annotated[int, number_range(0, 2**31 - 1)]
 
 
 class Assignment(TypedDict):
@@ -203,7 +205,7 @@ class Assignment(TypedDict):
     attempt: Count
 
 
-MAX_TROUBLE = 500
+MAX_TROUBLE_LENGTH = 500
 
 
 class Birth(CheckedMessage, frozen=True, tag="birth"):
@@ -222,21 +224,21 @@ class Birth(CheckedMessage, frozen=True, tag="birth"):
     """The board's measurements of itself."""
     held: Assignment | None = None
     """The job, round and attempt that it works on or whose update it still has to deliver."""
-    codecs: Annotated[tuple[Name, ...], items(_MOST_CODECS)] = ()
+    codecs: Annotated[tuple[Name, ...], item_count(_MAX_CODECS)] = ()
     """Names of the codecs in which it can send updates (`fedprune.updates`)."""
-    answer_s: Annotated[float, within(0.0, 3600.0)] | None = None
+    answer_s: Annotated[float, number_range(0.0, 3600.0)] | None = None
     """Its estimate of response times on its link, in seconds."""
-    abilities: Annotated[tuple[Name, ...], items(_MOST_ABILITIES)] = ()
-    """Optional parts of the protocol that it supports, such as `PUT`."""
-    trouble: Annotated[str, text(MAX_TROUBLE)] | None = None
+    abilities: Annotated[tuple[Name, ...], item_count(_MAX_ABILITIES)] = ()
+    """Optional parts of the protocol that it supports, such as `PUT_ABILITY`."""
+    trouble: Annotated[str, printable_text(MAX_TROUBLE_LENGTH)] | None = None
     """Why its program can't start, and ends after this message; None where it works."""
-    effective_classes: Annotated[int, within(1, 2**24)] | None = None
+    effective_classes: Annotated[int, number_range(1, 2**24)] | None = None
     """How many evenly shared classes its training labels are worth: exp of their entropy, rounded. None where samples
     have no class, where it isn't known before a round, and of a board with privacy."""
 
     def check(self) -> None:
         if self.probe is not None:
-            check_free(self.probe, "birth: probe", ProtocolError)
+            check_free_form(self.probe, "birth: probe", ProtocolError)
 
 
 class Death(CheckedMessage, frozen=True, tag="death"):
@@ -255,20 +257,20 @@ class Alive(CheckedMessage, frozen=True, tag="alive"):
     """Its connection."""
 
 
-class Progress(CheckedMessage, frozen=True, tag="progress"):
+class RoundProgress(CheckedMessage, frozen=True, tag="progress"):
     """Progress of a device in a round."""
 
     device: Device
     job: Job
     round: Round
     attempt: Attempt
-    phase: Annotated[str, one_of(PHASES)]
+    phase: Annotated[str, word_of(PHASES)]
     """The current phase."""
     done: Count
     """Units done in this phase."""
     total: Count
     """Units of this phase."""
-    temperature_c: Annotated[float, within(-100.0, 300.0)] | None = None
+    temperature_c: Annotated[float, number_range(-100.0, 300.0)] | None = None
     """The board's temperature, if it can be read."""
 
 
@@ -281,11 +283,11 @@ class Refusal(CheckedMessage, frozen=True, tag="refusal"):
     attempt: Attempt
     reason: Reason
     """The reason, for people."""
-    exit_code: Annotated[int, within(0, 255)]
+    exit_code: Annotated[int, number_range(0, 255)]
     """Exit code of the underlying error (`fedprune.core.errors.ExitCode`)."""
 
 
-class Update(CheckedMessage, frozen=True, tag="update"):
+class UpdateAnnouncement(CheckedMessage, frozen=True, tag="update"):
     """A device has trained; the server pulls the weights."""
 
     device: Device
@@ -305,7 +307,7 @@ class Update(CheckedMessage, frozen=True, tag="update"):
     """Measurements by name; finite numbers, at most 64."""
 
 
-class Trained(CheckedMessage, frozen=True, tag="trained"):
+class TrainingDone(CheckedMessage, frozen=True, tag="trained"):
     """A device has trained, and waits to mask its update."""
 
     device: Device
@@ -313,20 +315,20 @@ class Trained(CheckedMessage, frozen=True, tag="trained"):
     round: Round
     attempt: Attempt
     base: Digest
-    """As of `Update`."""
+    """As of `UpdateAnnouncement`."""
     samples: Count
     """Local samples that it was trained on."""
     steps: Count
     """Optimiser steps taken."""
     metrics: Metrics = msgspec.field(default_factory=dict)
-    """As of `Update`."""
+    """As of `UpdateAnnouncement`."""
 
 
 # Steps of a secure sum in their order; between delivery and survivors the device sends its masked vector as an
-# `Update`.
-STEPS = ("session", "keys", "roster", "shares", "delivery", "survivors", "unmasking")
+# `UpdateAnnouncement`.
+SECURE_STEPS = ("session", "keys", "roster", "shares", "delivery", "survivors", "unmasking")
 
-MOST_PAYLOAD = 128 * 1024
+MAX_STEP_BYTES = 128 * 1024
 
 
 class SecureStep(CheckedMessage, frozen=True, tag="secure"):
@@ -336,11 +338,11 @@ class SecureStep(CheckedMessage, frozen=True, tag="secure"):
     job: Job
     round: Round
     attempt: Attempt
-    sum: Annotated[str, hexadecimal(32)]
+    sum: Annotated[str, hex_text(32)]
     """Random number of the sum: steps of an earlier one are ignored."""
-    step: Annotated[str, one_of(STEPS)]
+    step: Annotated[str, word_of(SECURE_STEPS)]
     """The step."""
-    payload: Annotated[str, base64_text(MOST_PAYLOAD)]
+    payload: Annotated[str, base64_text(MAX_STEP_BYTES)]
     """The content of the step: `session`, the settings as JSON; `keys`, the identity key and the advertisement;
     `roster`, the number of neighbours in two bytes, their identity keys and the roster; otherwise a message of
     `fedprune.secure_aggregation.messages`."""
@@ -393,13 +395,13 @@ class BlobRequest(CheckedMessage, frozen=True, tag="want"):
 
     sha256: Digest
     """The blob."""
-    part: Annotated[str, one_of(PARTS)]
+    part: Annotated[str, word_of(BLOB_PARTS)]
     """`data` for its leaves, `leaves` for 32 KiB pieces of its leaf table."""
-    first: Annotated[int, within(0, 2**31 - 1)]
+    first: Annotated[int, number_range(0, 2**31 - 1)]
     """First leaf or piece."""
-    count: Annotated[int, within(1, MAX_REQUEST)]
+    count: Annotated[int, number_range(1, MAX_REQUEST)]
     """How many."""
-    most: Annotated[int, within(1, MAX_REQUEST)] | None = None
+    most: Annotated[int, number_range(1, MAX_REQUEST)] | None = None
     """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
     number: RequestNumber | None = None
     """Random number of the request: another delivery with the same number is a duplicate."""
@@ -413,7 +415,8 @@ class BlobNotFound(CheckedMessage, frozen=True, tag="gone"):
 
 
 class UploadRequest(CheckedMessage, frozen=True, tag="upload"):
-    """A request to PUT an update's weights to a web address. Only for boards whose births name the ability `PUT`."""
+    """A request to PUT an update's weights to a web address. Only for boards whose births name the ability
+    `PUT_ABILITY`."""
 
     sha256: Digest
     """The weights."""
@@ -434,7 +437,7 @@ class UploadResult(CheckedMessage, frozen=True, tag="uploaded"):
 
     sha256: Digest
     """The weights."""
-    reason: Annotated[str, text(400)] | None = None
+    reason: Annotated[str, printable_text(400)] | None = None
     """Why it failed, for people; None if the web server has taken it."""
 
 
@@ -442,10 +445,10 @@ FromDevice = (
     Birth
     | Death
     | Alive
-    | Progress
+    | RoundProgress
     | Refusal
-    | Update
-    | Trained
+    | UpdateAnnouncement
+    | TrainingDone
     | SecureStep
     | BlobRequest
     | BlobNotFound
@@ -475,23 +478,23 @@ Message = FromDevice | FromServer | BetweenServers
 _TYPES: dict[str, type[Message]] = {c.kind: c for c in get_args(Message)}
 
 
-def parse(raw: bytes) -> Message:
+def parse_message(raw: bytes) -> Message:
     """Read and check a message; keys that it doesn't know are ignored.
 
     Raises:
         UnknownMessageError: It is of an unknown type.
         ProtocolError: It is too long or no JSON, or a field is missing or wrong; the error names the field.
     """
-    if len(raw) > MAX_MESSAGE:
-        raise ProtocolError("message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw))
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise ProtocolError("message is too long", expected=f"at most {MAX_MESSAGE_BYTES} bytes", got=len(raw))
     # Decoded twice: the type decides the class, and messages are small.
-    kind = records.read(Header, raw, "message", ProtocolError).type
+    kind = records.decode_record(MessageHeader, raw, "message", ProtocolError).type
     cls = _TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise UnknownMessageError(
             "type of a message",
             expected=", ".join(_TYPES),
-            got=shown(kind),
+            got=value_text(kind),
             hint="Run the same version of fedprune on server and devices.",
         )
-    return records.read(cls, raw, cls.kind, ProtocolError)
+    return records.decode_record(cls, raw, cls.kind, ProtocolError)

@@ -11,15 +11,15 @@ from typing import Generic, TypeVar
 from paho.mqtt.client import MQTTMessageInfo
 
 # Limit of an inbox in bytes. Transfer windows keep the queue far below it, so that only a flood is dropped.
-BYTES = 64 * 1024 * 1024
+INBOX_BYTES = 64 * 1024 * 1024
 
 # Memory of a queued message in addition to its payload: without it a flood of empty messages would be free.
-MESSAGE_BYTES = 500
+MESSAGE_OVERHEAD_BYTES = 500
 
-# A sender with more than 1 / `_FLOOD` of the limit is flooding.
-_FLOOD = 16
+# A sender with more than 1 / `_FLOOD_DIVISOR` of the limit is flooding.
+_FLOOD_DIVISOR = 16
 
-_KEPT_BYTES = 2 * 1024 * 1024
+_KEPT_MEMORY_BYTES = 2 * 1024 * 1024
 
 E = TypeVar("E")
 
@@ -31,36 +31,36 @@ class Inbox(Generic[E]):
     half: a flooding sender stays below the middle, and the rest is free for the others.
     """
 
-    def __init__(self, limit: int = BYTES) -> None:
+    def __init__(self, limit: int = INBOX_BYTES) -> None:
         self.limit = limit
-        self.size = 0  # queued bytes
+        self.queued_bytes = 0  # queued bytes
         # No SimpleQueue: it waits forever if a signal's handler takes longer than what is left of its time-out.
         self._items: queue.Queue[tuple[str, bytes] | E | None] = queue.Queue()
         self._lock = threading.Lock()
-        self._waiting: dict[str, int] = {}
+        self._bytes_by_sender: dict[str, int] = {}
         _keep_freed_memory()
 
-    def offer(self, topic: str, payload: bytes) -> bool:
+    def put_message(self, topic: str, payload: bytes) -> bool:
         """Queue a message; returns whether there was room for it."""
-        sender, size = _sender(topic), MESSAGE_BYTES + len(payload)
+        sender, size = _sender_prefix(topic), MESSAGE_OVERHEAD_BYTES + len(payload)
         with self._lock:
-            total_bytes, sender_bytes = self.size + size, self._waiting.get(sender, 0) + size
-            senders = len(self._waiting) + (sender not in self._waiting)
+            total_bytes, sender_bytes = self.queued_bytes + size, self._bytes_by_sender.get(sender, 0) + size
+            senders = len(self._bytes_by_sender) + (sender not in self._bytes_by_sender)
             if total_bytes > self.limit or (
                 total_bytes > self.limit // 2 and sender_bytes > self.limit // 2 // senders
             ):
                 return False
-            self.size, self._waiting[sender] = total_bytes, sender_bytes
+            self.queued_bytes, self._bytes_by_sender[sender] = total_bytes, sender_bytes
         self._items.put((topic, payload))
         return True
 
-    def flooder(self) -> str:
+    def flooding_prefix(self) -> str:
         """Topic prefix of the sender with most bytes queued; empty if no sender is flooding."""
         with self._lock:
-            sender = max(self._waiting, key=lambda sender: self._waiting[sender], default="")
-            return sender if self._waiting.get(sender, 0) > self.limit // _FLOOD else ""
+            sender = max(self._bytes_by_sender, key=lambda sender: self._bytes_by_sender[sender], default="")
+            return sender if self._bytes_by_sender.get(sender, 0) > self.limit // _FLOOD_DIVISOR else ""
 
-    def tell(self, event: E) -> None:
+    def put_event(self, event: E) -> None:
         """Queue an event; there is always room for one."""
         self._items.put(event)
 
@@ -77,21 +77,21 @@ class Inbox(Generic[E]):
         except queue.Empty:
             return None
         if isinstance(item, tuple):
-            self._taken(item[0], MESSAGE_BYTES + len(item[1]))
+            self._note_removal(item[0], MESSAGE_OVERHEAD_BYTES + len(item[1]))
         return item
 
-    def _taken(self, topic: str, size: int) -> None:
-        sender = _sender(topic)
+    def _note_removal(self, topic: str, size: int) -> None:
+        sender = _sender_prefix(topic)
         with self._lock:
-            self.size -= size
-            remaining = self._waiting[sender] - size
+            self.queued_bytes -= size
+            remaining = self._bytes_by_sender[sender] - size
             if remaining:
-                self._waiting[sender] = remaining
+                self._bytes_by_sender[sender] = remaining
             else:
-                del self._waiting[sender]
+                del self._bytes_by_sender[sender]
 
 
-def _sender(topic: str) -> str:
+def _sender_prefix(topic: str) -> str:
     """The topic's prefix up to the device."""
     return "/".join(topic.split("/", 4)[:4])
 
@@ -102,7 +102,7 @@ def _keep_freed_memory() -> None:
     Freeing a large block raises the size from which glibc returns memory to twice that block's (mallopt(3),
     M_MMAP_THRESHOLD). This block is never written to, so that it takes no memory itself.
     """
-    bytes(_KEPT_BYTES)
+    bytes(_KEPT_MEMORY_BYTES)
 
 
 # Unsent bytes from which `publish` declines.
@@ -117,7 +117,7 @@ HIGH_WATER = 512 * 1024
 LOW_WATER = 256 * 1024
 
 
-class Unsent:
+class UnsentMessages:
     """Messages that wait to be sent or, at QoS 1, to be acknowledged.
 
     They are polled: for a callback paho makes two large objects per message, which takes longer than the rest of a
@@ -125,40 +125,40 @@ class Unsent:
     """
 
     def __init__(self) -> None:
-        self.size = 0  # payload bytes
+        self.payload_bytes = 0  # payload bytes
         self._waiting: tuple[deque[tuple[MQTTMessageInfo, int]], ...] = (deque(), deque())
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting))
 
     @property
-    def room(self) -> bool:
-        return self.size < OUTBOX_BYTES and len(self) < OUTBOX_MESSAGES
+    def has_room(self) -> bool:
+        return self.payload_bytes < OUTBOX_BYTES and len(self) < OUTBOX_MESSAGES
 
     def add(self, message: MQTTMessageInfo, size: int, qos: int) -> None:
         self._waiting[qos > 0].append((message, size))
-        self.size += size
+        self.payload_bytes += size
 
-    def settle(self) -> bool:
+    def remove_sent(self) -> bool:
         """Remove the messages that were sent; returns whether there were any."""
         count_before = len(self)
         for waiting in self._waiting:
             while waiting and waiting[0][0].is_published():
-                self.size -= waiting.popleft()[1]
+                self.payload_bytes -= waiting.popleft()[1]
         return len(self) < count_before
 
     def clear(self) -> None:
         for waiting in self._waiting:
             waiting.clear()
-        self.size = 0
+        self.payload_bytes = 0
 
 
 @dataclass(frozen=True)
 class ConnectionUp:
-    """The connection is up and all subscriptions are granted, `took` seconds after it was requested: two round trips,
-    more where packets were lost."""
+    """The connection is up and all subscriptions are granted, `seconds` seconds after it was requested: two round
+    trips, more where packets were lost."""
 
-    took: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

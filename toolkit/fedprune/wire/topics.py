@@ -2,7 +2,8 @@
 
 - Channels are `up` and `down` for messages, `up/blob` and `down/blob` for chunks.
 - The job is `-` for messages that belong to no job, the device is `all` for broadcasts.
-- A board that is not yet a member asks on `join` and is answered on `joined`; the nonce of its request stands for the
+- A board that is not yet a member asks on `join_request` and is answered on `join_answer`; the nonce of its request
+stands for the
   device.
 - Servers of one identity find each other on `servers`, which no device reads or writes.
 """
@@ -13,14 +14,14 @@ import re
 from typing import NamedTuple
 
 from fedprune.core.errors import ProtocolError, Subject
-from fedprune.core.validation import Error
+from fedprune.core.validation import ErrorClass
 
 # First levels of every topic; the number is the protocol's version.
-PREFIX = "fedprune/1"
+TOPIC_PREFIX = "fedprune/1"
 
 NO_JOB = "-"
 EVERYONE = "all"
-CHANNELS = ("up", "up/blob", "down", "down/blob")
+TOPIC_CHANNELS = ("up", "up/blob", "down", "down/blob")
 
 JOIN, JOINED = "join", "joined"
 SERVERS = "servers"
@@ -28,11 +29,11 @@ SERVERS = "servers"
 _NONCE = re.compile(r"[0-9a-f]{32}")
 # No slash, plus sign or hash, which MQTT reserves; no "." and "..", because names are also folders.
 NAME_PATTERN = r"(?!\.{1,2}(?![\s\S]))[A-Za-z0-9_.-]{1,64}"
-NAME_IN_WORDS = "a name of 1 to 64 letters, digits, _ . or -"
+NAME_DESCRIPTION = "a name of 1 to 64 letters, digits, _ . or -"
 _NAME = re.compile(NAME_PATTERN)
 
 
-class Address(NamedTuple):
+class TopicParts(NamedTuple):
     """The parts of a topic."""
 
     device: str
@@ -44,8 +45,8 @@ class Topics:
     """The topics of one site."""
 
     def __init__(self, site: str) -> None:
-        self.site = check_name(site, "site")
-        self._prefix = f"{PREFIX}/{site}"
+        self.site = check_topic_name(site, "site")
+        self._prefix = f"{TOPIC_PREFIX}/{site}"
 
     def up(self, device: str, job: str = NO_JOB) -> str:
         """Messages of a device to the server."""
@@ -75,11 +76,11 @@ class Topics:
         # One wildcard for all jobs: jobs begin and end while the device stays connected.
         return [f"{device_prefix}/down", f"{device_prefix}/down/blob", self.broadcast()]
 
-    def join(self, nonce: str) -> str:
+    def join_request(self, nonce: str) -> str:
         """Requests to join; the nonce is also the MQTT client id, by which brokers keep others out."""
         return f"{self._prefix}/{check_nonce(nonce)}/{NO_JOB}/{JOIN}"
 
-    def joined(self, nonce: str) -> str:
+    def join_answer(self, nonce: str) -> str:
         """Answers to a request to join."""
         return f"{self._prefix}/{check_nonce(nonce)}/{NO_JOB}/{JOINED}"
 
@@ -98,15 +99,15 @@ class Topics:
             raise ProtocolError("topic", expected=f"{self._prefix}/<nonce>/{NO_JOB}/{JOIN}", got=repr(topic[:200]))
         return check_nonce(levels[3])
 
-    def parse(self, topic: str) -> Address:
+    def parse(self, topic: str) -> TopicParts:
         """The parts of a topic of this site. Raises `ProtocolError` if it is another topic."""
         levels = topic.split("/", 5)  # no further: a channel may contain a slash
         if len(levels) != 6 or "/".join(levels[:3]) != self._prefix:
             raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
         device, job, channel = levels[3:]
-        if channel not in CHANNELS:
-            raise ProtocolError("channel of a topic", expected=", ".join(CHANNELS), got=repr(channel[:80]))
-        return Address(check_name(device, "device"), job if job == NO_JOB else check_job(job), channel)
+        if channel not in TOPIC_CHANNELS:
+            raise ProtocolError("channel of a topic", expected=", ".join(TOPIC_CHANNELS), got=repr(channel[:80]))
+        return TopicParts(check_topic_name(device, "device"), job if job == NO_JOB else check_job(job), channel)
 
     def _topic(self, device: str, job: str, channel: str) -> str:
         if job != NO_JOB:
@@ -121,28 +122,28 @@ def check_nonce(value: object) -> str:
     return value
 
 
-def check_name(value: object, what: Subject, *, error: Error = ProtocolError) -> str:
+def check_topic_name(value: object, what: Subject, *, error: ErrorClass = ProtocolError) -> str:
     """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`. Raises `error`,
     which names `what`."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise error(what, expected=NAME_IN_WORDS, got=repr(value)[:80])
+        raise error(what, expected=NAME_DESCRIPTION, got=repr(value)[:80])
     return value
 
 
-def as_name(text: str) -> str:
+def to_name(text: str) -> str:
     """A text as a valid name: cut to 64 characters, with dashes in place of forbidden ones."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:64]
 
 
-def check_device(value: object, what: Subject = "device", *, error: Error = ProtocolError) -> str:
+def check_device(value: object, what: Subject = "device", *, error: ErrorClass = ProtocolError) -> str:
     """`value`, if it is a name that a device may have: any but `all`. Raises `error` if it is not."""
     if value == EVERYONE:
         raise error(what, expected="a device's own name", got=repr(value))
-    return check_name(value, what, error=error)
+    return check_topic_name(value, what, error=error)
 
 
-def check_job(value: object, what: Subject = "job", *, error: Error = ProtocolError) -> str:
+def check_job(value: object, what: Subject = "job", *, error: ErrorClass = ProtocolError) -> str:
     """`value`, if it is a name that a job may have: any but `-`. Raises `error` if it is not."""
     if value == NO_JOB:
-        raise error(what, expected=f"{NAME_IN_WORDS}, other than '{NO_JOB}'", got=repr(value))
-    return check_name(value, what, error=error)
+        raise error(what, expected=f"{NAME_DESCRIPTION}, other than '{NO_JOB}'", got=repr(value))
+    return check_topic_name(value, what, error=error)

@@ -16,18 +16,18 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import ProtocolError, StorageError
-from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
 from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest, UploadRequest
 
 # The average below which a transfer is too slow: a board ends its download or upload, and the server's uploads make
 # room for others.
-LEAST_BYTES_PER_S = 8192
+MIN_BYTES_PER_S = 8192
 
-_REMEMBERED = 4096
+_MAX_SEEN_REQUESTS = 4096
 
 
 _Request = TypeVar("_Request", bound="BlobRequest | UploadRequest")
@@ -54,44 +54,44 @@ class SeenRequests:
         if key in self._seen:
             return True
         self._seen[key] = None
-        if len(self._seen) > _REMEMBERED:
+        if len(self._seen) > _MAX_SEEN_REQUESTS:
             self._seen.popitem(last=False)
         return False
 
 
-MAX_PATIENCE = 120.0
+MAX_PATIENCE_S = 120.0
 
-_DECAY = 0.95
+_RESPONSE_DECAY = 0.95
 # Response time, in multiples of the time for connecting, that is assumed until the first one is measured: pieces of
 # blobs are longer than the packets of a handshake, and queue behind each other.
 _ROUND_TRIPS = 2.0
 
 
 class ResponseTime:
-    """A decaying maximum of response times in seconds (`slowest`), shared by all transfers from one peer."""
+    """A decaying maximum of response times in seconds (`slowest_s`), shared by all transfers from one peer."""
 
     def __init__(self) -> None:
-        self.slowest = 0.0
+        self.slowest_s = 0.0
 
-    def connected(self, seconds: float) -> None:
+    def note_connection(self, seconds: float) -> None:
         """Note the seconds for connecting, which takes two round trips."""
-        self.slowest = max(self.slowest, min(_ROUND_TRIPS * seconds, MAX_PATIENCE))
+        self.slowest_s = max(self.slowest_s, min(_ROUND_TRIPS * seconds, MAX_PATIENCE_S))
 
-    def told(self, slowest: float) -> None:
+    def note_peer_measurement(self, slowest: float) -> None:
         """Note a response time that the peer has measured."""
-        self.slowest = max(self.slowest, min(slowest, MAX_PATIENCE))
+        self.slowest_s = max(self.slowest_s, min(slowest, MAX_PATIENCE_S))
 
-    def came(self, seconds: float) -> None:
+    def note_response(self, seconds: float) -> None:
         """Note the response time of a request that was sent only once."""
-        self.slowest = max(_DECAY * self.slowest, seconds)
+        self.slowest_s = max(_RESPONSE_DECAY * self.slowest_s, seconds)
 
     def patience(self, min_s: float) -> float:
         """Seconds, at least `least`, after which a request or its answer was very likely lost."""
-        return min(max(min_s, 2 * self.slowest), max(MAX_PATIENCE, min_s))
+        return min(max(min_s, 2 * self.slowest_s), max(MAX_PATIENCE_S, min_s))
 
 
 # The least number of leaves of a request: one full chunk.
-CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
+CHUNK_LEAVES = leaves_per_chunk(DEFAULT_MAX_PACKET)
 
 # Outstanding leaves of one blob at the beginning: 1 MiB.
 WINDOW_LEAVES = 32
@@ -99,11 +99,11 @@ WINDOW_LEAVES = 32
 # Outstanding leaves on a fast link: 4 MiB. They wait in no queue there, and a small window would leave the link idle.
 WIDE_WINDOW_LEAVES = 128
 
-_QUICK_S = 0.1
+_QUICK_RESPONSE_S = 0.1
 # Response times below which the window grows, and above which it shrinks.
-_SLOW_S = 1.0
+_SLOW_RESPONSE_S = 1.0
 
-PATIENCE = 5.0
+PATIENCE_S = 5.0
 
 # Damaged arrivals of one leaf, or of the leaf table, after which the transfer fails.
 MAX_TRIES = 8
@@ -133,7 +133,7 @@ class Pull:
         chunk_leaves: int = CHUNK_LEAVES,
         window_leaves: int = WIDE_WINDOW_LEAVES,
         limit: ChunkLimit | None = None,
-        patience_s: float = PATIENCE,
+        patience_s: float = PATIENCE_S,
         answers: ResponseTime | None = None,
         lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
@@ -142,130 +142,130 @@ class Pull:
         self._partial = partial
         self._lend = lend
         self._limit = limit or ChunkLimit()
-        self._came = False  # whether any requested leaf has
-        self._chunk = chunk_leaves
-        self._most = window_leaves
-        self._window = self._least = min(window_leaves, WINDOW_LEAVES)
+        self._has_arrivals = False  # whether any requested leaf has
+        self._chunk_leaves = chunk_leaves
+        self._max_window = window_leaves
+        self._window = self._min_window = min(window_leaves, WINDOW_LEAVES)
         self._answers = answers or ResponseTime()
-        self._base = self._patience = patience_s
+        self._base_patience = self._patience = patience_s
         # By outstanding leaf or piece the serial number and time of its request, in the order of the requests.
-        self._asked: dict[int, tuple[int, float]] = {}
-        self._twice: set[int] = set()  # those requested twice, which may come twice
+        self._outstanding: dict[int, tuple[int, float]] = {}
+        self._repeated: set[int] = set()  # those requested twice, which may come twice
         self._serial = 0
-        self._newest = 0  # highest serial number that has arrived
-        self._moved_at = 0.0
+        self._newest_serial = 0  # highest serial number that has arrived
+        self._progress_at = 0.0
         self._tries: dict[int, int] = {}
         self._cursor = 0
         self._pieces: dict[int, bytes] = {}
-        self._done = False
+        self._is_done = False
 
     @property
-    def done(self) -> bool:
-        return self._done
+    def is_done(self) -> bool:
+        return self._is_done
 
     @property
     def progress(self) -> tuple[int, int]:
         """The number of leaves that have arrived, and of all leaves."""
-        return self._partial.count, self.ref.leaf_count
+        return self._partial.present_count, self.ref.leaf_count
 
     @property
     def outstanding(self) -> int:
         """Outstanding leaves or pieces; never more than the window."""
-        return len(self._asked)
+        return len(self._outstanding)
 
     def start(self, now: float) -> list[BlobRequest]:
         """Begin, or begin again after a reconnection, which has lost all outstanding leaves. Raises
         `ProtocolError` if the reference contradicts itself."""
-        if self._partial.complete:
-            self._asked.clear()
-            self._done = True
+        if self._partial.is_complete:
+            self._outstanding.clear()
+            self._is_done = True
             return []
-        self.give_up()
-        self._moved_at = now
-        self._patience, self._window = self._answers.patience(self._base), self._least
-        self._twice.clear()
-        requests = self._again(list(self._asked), now)
+        self.note_silence()
+        self._progress_at = now
+        self._patience, self._window = self._answers.patience(self._base_patience), self._min_window
+        self._repeated.clear()
+        requests = self._request(list(self._outstanding), now)
         return requests + self._advance(now)
 
-    def remind(self, now: float) -> list[BlobRequest]:
+    def repeat_due(self, now: float) -> list[BlobRequest]:
         """Repeat the requests whose answers are due: the sender has reconnected, and may have lost all requests."""
         return self._repeat(
-            [i for i, (_, asked_at) in self._asked.items() if now - asked_at >= self._answers.slowest], now
+            [i for i, (_, asked_at) in self._outstanding.items() if now - asked_at >= self._answers.slowest_s], now
         )
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
         """Process a chunk; leaves that were not requested are ignored. Raises `ProtocolError` if a leaf or the leaf
         table arrived damaged too often, or the reference contradicts itself."""
-        if self._done or chunk.sha256 != self.ref.sha256 or chunk.part != self._part:
+        if self._is_done or chunk.sha256 != self.ref.sha256 or chunk.part != self._part:
             return []
         damaged: list[int] = []
-        self._limit.arrived(-(-len(chunk.payload) // LEAF))
-        for first, payload in chunk.runs(self._asked):
-            self._came = True
-            damaged += self._keep(first, payload, now)
-        return self._again(damaged, now) + self._advance(now)
+        self._limit.note_arrival(-(-len(chunk.payload) // LEAF_BYTES))
+        for first, payload in chunk.runs(self._outstanding):
+            self._has_arrivals = True
+            damaged += self._store(first, payload, now)
+        return self._request(damaged, now) + self._advance(now)
 
     def on_tick(self, now: float) -> list[BlobRequest]:
         """Repeat requests whose answers seem lost. Raises as `on_chunk`."""
-        if self._done or not self._asked:
+        if self._is_done or not self._outstanding:
             return []
-        if now - self._moved_at > self._patience:
-            self._window = self._least
-            self.give_up()
+        if now - self._progress_at > self._patience:
+            self._window = self._min_window
+            self.note_silence()
             self.stalls += 1
-            self._patience = min(2 * self._patience, max(MAX_PATIENCE, self._base))
-            return self._repeat(list(self._asked), now)
+            self._patience = min(2 * self._patience, max(MAX_PATIENCE_S, self._base_patience))
+            return self._repeat(list(self._outstanding), now)
         # Leaves that later requests have overtaken for longer than the patience are lost, while the rest keeps
         # arriving.
         overtaken = []
-        for index, (serial, asked_at) in self._asked.items():  # in the order of asking
-            if serial >= self._newest or now - asked_at <= self._patience:
+        for index, (serial, asked_at) in self._outstanding.items():  # in the order of asking
+            if serial >= self._newest_serial or now - asked_at <= self._patience:
                 break
             overtaken.append(index)
         return self._repeat(overtaken, now)
 
-    def give_up(self) -> None:
+    def note_silence(self) -> None:
         """Note that outstanding leaves don't come. If none has come at all, chunks may be too large for the broker, and
         smaller ones are requested next."""
-        if len(self._asked) > 1 and not self._came:
-            self._limit.silent()
-        self._came = False
+        if len(self._outstanding) > 1 and not self._has_arrivals:
+            self._limit.note_silence()
+        self._has_arrivals = False
 
     @property
     def _part(self) -> str:
         return "leaves" if self._partial.table is None else "data"
 
-    def _keep(self, first: int, payload: memoryview, now: float) -> list[int]:
+    def _store(self, first: int, payload: memoryview, now: float) -> list[int]:
         """Store consecutive requested leaves or pieces; returns the indices of damaged ones."""
-        indices = range(first, first - (-len(payload) // LEAF))
+        indices = range(first, first - (-len(payload) // LEAF_BYTES))
         if self._part == "data":
             damaged = self._partial.write_leaves(first, payload)
         else:
-            length = self.ref.leaf_count * DIGEST
-            pieces = {i: bytes(payload[(i - first) * LEAF : (i - first + 1) * LEAF]) for i in indices}
-            damaged = [i for i, piece in pieces.items() if len(piece) != min(LEAF, length - i * LEAF)]
+            length = self.ref.leaf_count * DIGEST_BYTES
+            pieces = {i: bytes(payload[(i - first) * LEAF_BYTES : (i - first + 1) * LEAF_BYTES]) for i in indices}
+            damaged = [i for i, piece in pieces.items() if len(piece) != min(LEAF_BYTES, length - i * LEAF_BYTES)]
             self._pieces.update({i: piece for i, piece in pieces.items() if i not in damaged})
         for index in indices:
             if index in damaged:
                 self._count_try(index)
                 continue
-            serial, asked_at = self._asked.pop(index)
-            self._newest = max(self._newest, serial)
-            self._progressed(None if index in self._twice else now - asked_at, now)
-            self._twice.discard(index)
+            serial, asked_at = self._outstanding.pop(index)
+            self._newest_serial = max(self._newest_serial, serial)
+            self._note_progress(None if index in self._repeated else now - asked_at, now)
+            self._repeated.discard(index)
         return damaged
 
-    def _progressed(self, response_s: float | None, now: float) -> None:
+    def _note_progress(self, response_s: float | None, now: float) -> None:
         self.stalls = 0
-        self._moved_at = now
+        self._progress_at = now
         if response_s is None:
             return  # either request may have been answered, so that the time is ambiguous (Karn's algorithm)
-        self._answers.came(response_s)
-        if response_s < _QUICK_S:
-            self._window = min(self._window + 1, self._most)
-        elif response_s > _SLOW_S:
-            self._window = self._least
-        self._patience = self._answers.patience(self._base)
+        self._answers.note_response(response_s)
+        if response_s < _QUICK_RESPONSE_S:
+            self._window = min(self._window + 1, self._max_window)
+        elif response_s > _SLOW_RESPONSE_S:
+            self._window = self._min_window
+        self._patience = self._answers.patience(self._base_patience)
 
     def _count_try(self, index: int) -> None:
         tries = self._tries[index] = self._tries.get(index, 0) + 1
@@ -278,7 +278,7 @@ class Pull:
 
     def _advance(self, now: float) -> list[BlobRequest]:
         """Request as much as fits into the window: first the leaf table, and the data once that is complete."""
-        if self._done:
+        if self._is_done:
             return []
         if self._part == "leaves":
             if len(self._pieces) < self.ref.piece_count:
@@ -290,55 +290,59 @@ class Pull:
                 self._count_try(0)
                 return self._fill(self.ref.piece_count, now)
             self._tries.clear()
-            self._came = False
+            self._has_arrivals = False
         lend, self._lend = self._lend, None
         if lend is not None:
             lend(self._partial)
-        if self._partial.count == self.ref.leaf_count:
+        if self._partial.present_count == self.ref.leaf_count:
             self._partial.finish()
-            self._done = True
+            self._is_done = True
             return []
         return self._fill(self.ref.leaf_count, now)
 
     def _fill(self, total: int, now: float) -> list[BlobRequest]:
         is_data = self._part == "data"
-        free_slots = self._window - len(self._asked)
-        if free_slots < max(self._chunk, self._window // 4) and self._asked and total - self._cursor > free_slots:
+        free_slots = self._window - len(self._outstanding)
+        if (
+            free_slots < max(self._chunk_leaves, self._window // 4)
+            and self._outstanding
+            and total - self._cursor > free_slots
+        ):
             return []  # each request costs both sides a message: wait until one can hold more
         missing_indices: list[int] = []
         while self._cursor < total and len(missing_indices) < free_slots:
             index = self._cursor
             self._cursor += 1
-            if not (self._partial.present[index] if is_data else index in self._pieces):
+            if not (self._partial.present_leaves[index] if is_data else index in self._pieces):
                 missing_indices.append(index)
-        return self._again(missing_indices, now)
+        return self._request(missing_indices, now)
 
     def _repeat(self, indices: list[int], now: float) -> list[BlobRequest]:
         """Repeat requests whose answers may still arrive; the patience starts again, so that they have time to come."""
         if indices:
-            self._moved_at = now
-        self._twice.update(indices)
-        return self._again(indices, now)
+            self._progress_at = now
+        self._repeated.update(indices)
+        return self._request(indices, now)
 
-    def _again(self, indices: Iterable[int], now: float) -> list[BlobRequest]:
+    def _request(self, indices: Iterable[int], now: float) -> list[BlobRequest]:
         requests: list[BlobRequest] = []
         first = count = 0
         for index in sorted(indices):
             self._serial += 1
-            self._asked.pop(index, None)
-            self._asked[index] = (self._serial, now)
+            self._outstanding.pop(index, None)
+            self._outstanding[index] = (self._serial, now)
             if count and index == first + count:
                 count += 1
                 continue
             if count:
-                requests.append(self._want(first, count))
+                requests.append(self._blob_request(first, count))
             first, count = index, 1
         if count:
-            requests.append(self._want(first, count))
+            requests.append(self._blob_request(first, count))
         return requests
 
-    def _want(self, first: int, count: int) -> BlobRequest:
-        return BlobRequest(self.ref.sha256, self._part, first, count, self._limit.wanted)
+    def _blob_request(self, first: int, count: int) -> BlobRequest:
+        return BlobRequest(self.ref.sha256, self._part, first, count, self._limit.requested_limit)
 
 
 class BlobSender:
@@ -347,15 +351,15 @@ class BlobSender:
     def __init__(self, *stores: BlobStore) -> None:
         self._stores = stores
 
-    def leaves(self, sha256: str) -> int:
+    def leaf_count(self, sha256: str) -> int:
         """The number of leaves of a blob; 0 if no store has it."""
         store = next((s for s in self._stores if s.has(sha256)), None)
         try:
-            return 0 if store is None else -(-store.size(sha256) // LEAF)
+            return 0 if store is None else -(-store.size(sha256) // LEAF_BYTES)
         except StorageError:
             return 0
 
-    def answer(self, request: BlobRequest, max_packet: int = MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
+    def answer(self, request: BlobRequest, max_packet: int = DEFAULT_MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
         """The requested chunks, as far as the blob goes, read while they are consumed; `BlobNotFound` if no store has
         it.
 
@@ -367,15 +371,15 @@ class BlobSender:
             return BlobNotFound(request.sha256)
         if request.part == "leaves":
             try:
-                return _pieces(request, store.table(request.sha256), step)
+                return _table_chunks(request, store.table(request.sha256), step)
             except StorageError:
                 if store.has(request.sha256):
                     raise
                 return BlobNotFound(request.sha256)  # deleted meanwhile
-        return _leaves(store, request, step)
+        return _data_chunks(store, request, step)
 
 
-def _leaves(store: BlobStore, request: BlobRequest, step: int) -> Iterator[bytes]:
+def _data_chunks(store: BlobStore, request: BlobRequest, step: int) -> Iterator[bytes]:
     # Chunks of equal size, instead of full ones and a small last one: each message costs the broker the same.
     step = -(-request.count // -(-request.count // step))
     # A blob that was deleted meanwhile ends the chunks; the next request gets `BlobNotFound`.
@@ -383,10 +387,10 @@ def _leaves(store: BlobStore, request: BlobRequest, step: int) -> Iterator[bytes
         yield from read_chunks(file, request.sha256, request.first, request.count, step)
 
 
-def _pieces(request: BlobRequest, table: bytes, step: int) -> Iterator[bytes]:
+def _table_chunks(request: BlobRequest, table: bytes, step: int) -> Iterator[bytes]:
     end = request.first + request.count
     for first in range(request.first, end, step):
-        payload = table[first * LEAF : min(first + step, end) * LEAF]
+        payload = table[first * LEAF_BYTES : min(first + step, end) * LEAF_BYTES]
         if not payload:
             return
         yield Chunk(request.sha256, "leaves", first, payload).to_bytes()

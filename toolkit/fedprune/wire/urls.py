@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from fedprune.blobs.blob_ref import SUFFIX
-from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.blobs.blob_ref import TABLE_SUFFIX
+from fedprune.core.errors import ConfigError, ProtocolError, value_text
 
 # Characters of an address of blobs.
 MAX_URL = 512
@@ -24,20 +24,20 @@ MAX_UPLOAD_URL = 4096
 # Hosts that may be reached without TLS: this machine.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-_SERVER = (
+_SERVER_PATTERN = (
     r"(?P<scheme>https?)://(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[A-Za-z0-9.-]{1,253}))"
     r"(?::(?P<port>[1-9][0-9]{0,4}))?"
 )
-_URL = re.compile(_SERVER + r"(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?")
-_UPLOAD = re.compile(
-    _SERVER + r"(?P<path>/[A-Za-z0-9._~!&'()*+,;=:@%/-]*)(?P<query>(?:\?[A-Za-z0-9._~!&'()*+,;=:@%/?-]*)?)"
+_BLOB_URL = re.compile(_SERVER_PATTERN + r"(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?")
+_UPLOAD_URL = re.compile(
+    _SERVER_PATTERN + r"(?P<path>/[A-Za-z0-9._~!&'()*+,;=:@%/-]*)(?P<query>(?:\?[A-Za-z0-9._~!&'()*+,;=:@%/?-]*)?)"
 )
 # The same patterns for JSON Schema, whose regular expressions know no named groups of Python's form.
-URL_PATTERN, UPLOAD_PATTERN = (re.sub("[?]P<[a-z]+>", "?:", url.pattern) for url in (_URL, _UPLOAD))
+URL_PATTERN, UPLOAD_PATTERN = (re.sub("[?]P<[a-z]+>", "?:", url.pattern) for url in (_BLOB_URL, _UPLOAD_URL))
 
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-_PORTS = {True: 443, False: 80}
-_EXPECTED = "https://host[:port][/path], or http:// for this machine alone, without user, query or fragment"
+_DEFAULT_PORTS = {True: 443, False: 80}
+_BLOB_URL_FORM = "https://host[:port][/path], or http:// for this machine alone, without user, query or fragment"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class WebServer:
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        port = "" if self.port == _PORTS[self.tls] else f":{self.port}"
+        port = "" if self.port == _DEFAULT_PORTS[self.tls] else f":{self.port}"
         return f"{'https' if self.tls else 'http'}://{host}{port}"
 
 
@@ -64,14 +64,14 @@ class BlobUrl(WebServer):
     def parse(cls, url: object, where: str = "address of blobs") -> BlobUrl:
         """Read https://host[:port][/path]; http:// for this machine alone. Raises `ProtocolError`, which names
         `where`."""
-        match = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
-        server = None if match is None else _server(match)
+        match = _BLOB_URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
+        server = None if match is None else _web_server(match)
         if match is None or server is None:
             shortened = url.rpartition("@")[2] if isinstance(url, str) else url  # without a password
-            what = f"{_EXPECTED}, of at most {MAX_URL} characters"
-            raise ProtocolError(where, expected=what, got=shown(shortened))
+            what = f"{_BLOB_URL_FORM}, of at most {MAX_URL} characters"
+            raise ProtocolError(where, expected=what, got=value_text(shortened))
         if not server.tls and server.host not in LOOPBACK:
-            raise ProtocolError(where, expected="https://, since it is not on this machine", got=shown(url))
+            raise ProtocolError(where, expected="https://, since it is not on this machine", got=value_text(url))
         return cls(server.host, server.port, server.tls, match["path"])
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class BlobUrl(WebServer):
         return f"{self.path}/{sha256[:2]}/{sha256}"
 
     def table(self, sha256: str) -> str:
-        return self.blob(sha256) + SUFFIX
+        return self.blob(sha256) + TABLE_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class UploadUrl(WebServer):
     def parse(cls, url: object, where: str = "address of an upload") -> UploadUrl:
         """Read https://host[:port]/path[?query]; http:// for this machine alone. Raises `ProtocolError`, which names
         `where`."""
-        match = _UPLOAD.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_UPLOAD_URL else None
-        server = None if match is None else _server(match)
+        match = _UPLOAD_URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_UPLOAD_URL else None
+        server = None if match is None else _web_server(match)
         if match is None or server is None or not (server.tls or server.host in LOOPBACK):
             what = "https://host[:port]/path, or http:// for this machine alone"
             raise ProtocolError(where, expected=f"{what}, of at most {MAX_UPLOAD_URL} characters", got="another")
@@ -108,7 +108,7 @@ class UploadUrl(WebServer):
         return self.path + self.query
 
     @property
-    def whole(self) -> str:
+    def with_query(self) -> str:
         """The address with its query, to be sent but never shown."""
         return f"{self}{self.query}"
 
@@ -116,26 +116,26 @@ class UploadUrl(WebServer):
         return f"{super().__str__()}{self.path}"
 
 
-def _server(match: re.Match[str]) -> WebServer | None:
+def _web_server(match: re.Match[str]) -> WebServer | None:
     """The server in an address of the right form; None if no server can have that host, port or path."""
     tls = match["scheme"] == "https"
-    host = _address(match["six"], 6) if match["six"] is not None else _name(match["host"].lower())
-    port = int(match["port"] or _PORTS[tls])
+    host = _ip_address(match["six"], 6) if match["six"] is not None else _host_name(match["host"].lower())
+    port = int(match["port"] or _DEFAULT_PORTS[tls])
     if host is None or port > 65_535 or any(segment in (".", "..") for segment in match["path"].split("/")):
         return None
     return WebServer(host, port, tls)
 
 
-def _name(host: str) -> str | None:
+def _host_name(host: str) -> str | None:
     """The host if it is a DNS name or an IPv4 address, else None."""
     labels = host.split(".")
     # Some programs read such a name as a number, and connect to that IPv4 address.
     if labels[-1].isdecimal() or labels[-1].startswith("0x"):
-        return _address(host, 4)
+        return _ip_address(host, 4)
     return host if all(_LABEL.fullmatch(label) for label in labels) else None
 
 
-def _address(host: str, version: int) -> str | None:
+def _ip_address(host: str, version: int) -> str | None:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -186,7 +186,7 @@ class BrokerUrl:
         )
 
     @property
-    def bare(self) -> str:
+    def without_credentials(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 

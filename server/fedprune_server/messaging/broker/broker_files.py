@@ -21,18 +21,18 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError
 from fedprune.security.certificates import make_request, make_tls_key, pem_of, tls_key_pem
 from fedprune_server.enrollment.pki import IdentityFolder
 
 TEMPLATES = {"mosquitto": ("mosquitto.conf", "acl", "acl-join"), "emqx": ("emqx.conf", "acl.conf")}
-KEY = "broker.key"
+BROKER_KEY_FILE = "broker.key"
 
 
 @dataclass(frozen=True)
-class Broker:
+class BrokerAddress:
     """A fleet's broker.
 
     Attributes:
@@ -60,7 +60,7 @@ class Broker:
             raise IdentityError("ports of the two listeners", expected="two", got=self.port)
 
 
-def write_broker(identity: IdentityFolder, kind: str, broker: Broker, out: Path) -> list[str]:
+def write_broker(identity: IdentityFolder, kind: str, broker: BrokerAddress, out: Path) -> list[str]:
     """Write configuration, access rules, and a new certificate for the broker; returns the files' names.
 
     The broker's private key has mode 0600.
@@ -73,15 +73,15 @@ def write_broker(identity: IdentityFolder, kind: str, broker: Broker, out: Path)
         "authority.pem": identity.authority.pem.encode(),
         "broker.pem": (certificate + pem_of(identity.authority.certificate)).encode(),
         "crl.pem": identity.authority.crl_path.read_bytes(),
-        **{name: configuration(name, identity.site, broker).encode() for name in TEMPLATES[kind]},
+        **{name: filled_template(name, identity.site, broker).encode() for name in TEMPLATES[kind]},
     }
-    write_whole(out / KEY, tls_key_pem(key), private=True)
+    write_atomically(out / BROKER_KEY_FILE, tls_key_pem(key), private=True)
     for name, content in contents.items():
-        write_whole(out / name, content)
-    return [KEY, *contents]
+        write_atomically(out / name, content)
+    return [BROKER_KEY_FILE, *contents]
 
 
-def configuration(name: str, site: str, broker: Broker) -> str:
+def filled_template(name: str, site: str, broker: BrokerAddress) -> str:
     """One of `TEMPLATES`, filled in."""
     template = (files(__package__) / "templates" / name).read_text(encoding="ascii")
     return Template(template).substitute(

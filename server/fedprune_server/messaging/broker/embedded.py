@@ -22,18 +22,18 @@ from contextlib import ExitStack
 from itertools import count
 from typing import IO
 
-from fedprune.core.errors import BrokerError, reason
+from fedprune.core.errors import BrokerError, error_reason
 from fedprune.core.imports import program_code
 from fedprune.security.tls import unpinned_context
-from fedprune_server.messaging.broker.programs import Program, TlsFiles, programs
+from fedprune_server.messaging.broker.programs import Program, TlsFiles, available_programs
 from fedprune_server.process.child_process import wait_or_kill
 
 log = logging.getLogger("fedprune.server")
 
 # An MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `fp`.
-_CONNECT = bytes.fromhex("100e00044d515454040200050002") + b"fp"
+_CONNECT_PACKET = bytes.fromhex("100e00044d515454040200050002") + b"fp"
 
-_TRIES = 5
+_PORT_ATTEMPTS = 5
 
 # Seconds for which a taken port may become free: a server that was killed a moment ago may have left a broker that is
 # just ending.
@@ -79,7 +79,7 @@ class EmbeddedBroker:
         """The running broker's program, once it has started."""
         self._tls = tls
         self._candidates = candidates
-        self._any_port = port == 0
+        self._takes_any_port = port == 0
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
         self._lock = threading.Lock()
@@ -95,22 +95,22 @@ class EmbeddedBroker:
         return self._process.pid if self._process is not None else None
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def start(self, timeout: float = 20.0) -> None:
         """Start, and wait until it accepts MQTT connections; does nothing if it is running. Raises `PortTakenError`, or
         `BrokerError` if no program comes up in time."""
-        if self.alive:
+        if self.is_alive:
             return
         self.stop()
         if self._candidates is None:
-            self._candidates = programs()
+            self._candidates = available_programs()
         for number, program in enumerate(self._candidates, start=1):
             problem = self._start(program, timeout)
             if not problem:
                 self.program = program
-                self._any_port = False  # a restart must come back where clients look for it
+                self._takes_any_port = False  # a restart must come back where clients look for it
                 return
             message = f"embedded broker ({program}) on {self.host}:{self.port} doesn't start ({problem})"
             if number == len(self._candidates):
@@ -144,21 +144,21 @@ class EmbeddedBroker:
         """Start a program on the port; returns the problem, empty if there is none. Raises `PortTakenError`."""
         patience_ends_at = time.monotonic() + _PORT_PATIENCE_S
         for attempt in count(1):
-            if self._any_port:
-                self.port = _bound(self.host, 0)
+            if self._takes_any_port:
+                self.port = _bindable_port(self.host, 0)
             problem = ""
-            if _bound(self.host, self.port):
+            if _bindable_port(self.host, self.port):
                 self._spawn(program)
                 problem = self._wait_for_mqtt(timeout)
                 if not problem:
                     return ""
                 self.stop()
-                if _bound(self.host, self.port):
+                if _bindable_port(self.host, self.port):
                     return problem
-            if attempt == _TRIES if self._any_port else time.monotonic() > patience_ends_at:
+            if attempt == _PORT_ATTEMPTS if self._takes_any_port else time.monotonic() > patience_ends_at:
                 break
             # Another process took the port between our check and the broker's start, or is just leaving it.
-            time.sleep(0.0 if self._any_port else _PAUSE_S)
+            time.sleep(0.0 if self._takes_any_port else _PAUSE_S)
         raise PortTakenError(
             f"embedded broker: port {self.port} of {self.host} is taken",
             hint="Use the broker that listens there (--broker URL), or another port.",
@@ -181,7 +181,9 @@ class EmbeddedBroker:
                         stdin=config, stdout=errors, stderr=errors, start_new_session=True,
                     )  # fmt: skip
             except OSError as error:
-                started.set_exception(BrokerError(f"embedded broker ({program}) can't be started ({reason(error)})"))
+                started.set_exception(
+                    BrokerError(f"embedded broker ({program}) can't be started ({error_reason(error)})")
+                )
                 return
             started.set_result(process)
             process.wait()
@@ -189,7 +191,7 @@ class EmbeddedBroker:
         threading.Thread(target=run, name="fedprune-broker", daemon=True).start()
         self._process = started.result()
 
-    def _last_words(self) -> str:
+    def _last_error_line(self) -> str:
         if self._errors is None:
             return ""
         self._errors.seek(0)
@@ -201,25 +203,25 @@ class EmbeddedBroker:
         host = self.url.partition("://")[2].rsplit(":", 1)[0].strip("[]")
         deadline = time.monotonic() + timeout
         problem = "no answer"
-        while self.alive and time.monotonic() < deadline:
+        while self.is_alive and time.monotonic() < deadline:
             try:
                 with ExitStack() as stack:
                     connection = stack.enter_context(socket.create_connection((host, self.port), timeout=2))
                     if self._tls is not None:  # unverified: only whether it answers is of interest here
                         connection = stack.enter_context(unpinned_context().wrap_socket(connection))
-                    connection.sendall(_CONNECT)
+                    connection.sendall(_CONNECT_PACKET)
                     answer = connection.recv(4)
                     connection.sendall(b"\xe0\x00")  # DISCONNECT
                 if answer == b"\x20\x02\x00\x00":
-                    return "" if self.alive else self._last_words()
+                    return "" if self.is_alive else self._last_error_line()
                 problem = f"it answers {answer.hex() or 'nothing'} to CONNECT"
             except OSError as error:
                 problem = error.strerror or str(error)
             time.sleep(0.02)
-        return problem if self.alive else self._last_words() or "it has ended"
+        return problem if self.is_alive else self._last_error_line() or "it has ended"
 
 
-def _bound(host: str, port: int) -> int:
+def _bindable_port(host: str, port: int) -> int:
     """A port that can be bound: the given one, or a free one for 0. Returns 0 if the port is taken. Raises
     `BrokerError` if the address isn't one of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -231,7 +233,7 @@ def _bound(host: str, port: int) -> int:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return 0
-            raise BrokerError(f"embedded broker: can't listen on {host}:{port} ({reason(error)})") from error
+            raise BrokerError(f"embedded broker: can't listen on {host}:{port} ({error_reason(error)})") from error
         return int(probe.getsockname()[1])
 
 
@@ -249,7 +251,7 @@ class BrokerSupervisor:
     def tick(self) -> None:
         """Begin a restart if the broker is dead and no restart is under way. A failed restart is repeated."""
         broker = self._broker
-        if broker is None or (self._thread is not None and self._thread.is_alive()) or broker.alive:
+        if broker is None or (self._thread is not None and self._thread.is_alive()) or broker.is_alive:
             return
         log.warning("the embedded broker has died and is started again")
         self._thread = threading.Thread(target=self._restart, args=(broker,), name="fedprune-broker", daemon=True)
@@ -266,4 +268,4 @@ class BrokerSupervisor:
         except BrokerError as error:
             log.error("%s", error)
         except Exception as error:
-            log.error("the embedded broker: %s: %s", type(error).__name__, reason(error), exc_info=error)
+            log.error("the embedded broker: %s: %s", type(error).__name__, error_reason(error), exc_info=error)

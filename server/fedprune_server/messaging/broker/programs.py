@@ -15,14 +15,14 @@ from fedprune.core.imports import module_code
 from fedprune.output.extras import install_command
 
 # Folders in which systems install Mosquitto, and which not every user's PATH names.
-_SYSTEM = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+_SYSTEM_PATH = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
 
-_OLDEST = (2, 0)
-_ASK_S = 10.0
+_MIN_VERSION = (2, 0)
+_VERSION_TIMEOUT_S = 10.0
 
 
 # Mosquitto's configuration for a trial, with a fleet's limits (`templates/mosquitto.conf`).
-_TRIAL = """\
+_TRIAL_CONFIG = """\
 # Started by root, Mosquitto would give up root's rights before it reads its key; for others `user` has no effect.
 # docs/run-a-fleet.md advises against root.
 user root
@@ -91,7 +91,7 @@ class Mosquitto:
 
     def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
         # Options of a listener come after its line.
-        lines = f"listener {port} {host}".rstrip() + f"\n{_TRIAL}"
+        lines = f"listener {port} {host}".rstrip() + f"\n{_TRIAL_CONFIG}"
         if tls is not None:
             lines += f"certfile {tls.certificate}\nkeyfile {tls.key}\ntls_version tlsv1.2\n"
         return Command([self.path, "-c", "/dev/stdin"], lines.encode())
@@ -120,21 +120,22 @@ class Amqtt:
 
 
 def find_mosquitto() -> Mosquitto | None:
-    """The system's Mosquitto, on PATH or in folders of `_SYSTEM`; None without one, or with one before 2.0."""
-    path = shutil.which("mosquitto") or shutil.which("mosquitto", path=_SYSTEM)
+    """The system's Mosquitto, on PATH or in folders of `_SYSTEM_PATH`; None without one, or with one before 2.0."""
+    path = shutil.which("mosquitto") or shutil.which("mosquitto", path=_SYSTEM_PATH)
     if path is None:
         return None
     try:
-        printed = subprocess.run([path, "-h"], capture_output=True, text=True, timeout=_ASK_S, check=False).stdout  # noqa: S603  # nosec B603
+        command = [path, "-h"]
+        help_run = subprocess.run(command, capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=False)  # noqa: S603  # nosec B603
     except (OSError, subprocess.SubprocessError):
         return None
-    version_match = re.search(r"mosquitto version ((\d+)\.(\d+)\S*)", printed)
-    if version_match is None or (int(version_match[2]), int(version_match[3])) < _OLDEST:
+    version_match = re.search(r"mosquitto version ((\d+)\.(\d+)\S*)", help_run.stdout)
+    if version_match is None or (int(version_match[2]), int(version_match[3])) < _MIN_VERSION:
         return None
     return Mosquitto(path, version_match[1])
 
 
-def programs() -> list[Program]:
+def available_programs() -> list[Program]:
     """The broker programs of this machine, best first; amqtt may turn out not to be installed."""
     mosquitto = find_mosquitto()
     return [Amqtt()] if mosquitto is None else [mosquitto, Amqtt()]

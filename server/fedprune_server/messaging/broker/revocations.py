@@ -19,41 +19,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import BrokerError, StorageError, reason
+from fedprune.core.errors import BrokerError, StorageError, error_reason
 from fedprune_server.config.alert_settings import OFF
 
 log = logging.getLogger("fedprune.server")
 
 # Environment variable that holds the list's path, for the command.
-VARIABLE = "FEDPRUNE_CRL"
+CRL_VARIABLE = "FEDPRUNE_CRL"
 
 # File of the state folder, if there is a command: sha256 of the list for which it succeeded last, if ever.
-NOTE = "revocations-given"
+NOTE_FILE = "revocations-given"
 
 POLL_S = 1.0
 
 # Seconds to the next attempt after a first failure, which double with each further one, and their maximum.
-RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
+FIRST_RETRY_S, MAX_RETRY_S = 30.0, 600.0
 
-TIMEOUT_S = 60.0
-_SHOWN = 500
+COMMAND_TIMEOUT_S = 60.0
+_MAX_SHOWN_OUTPUT = 500
 
 
 class RevocationCommandError(BrokerError):
     """The command failed."""
 
 
-def delivered(folder: Path, crl: Path) -> bool:
+def is_list_delivered(folder: Path, crl: Path) -> bool:
     """Whether the command has succeeded for the present list. Raises `StorageError` if one of the two files can't be
     read."""
-    with storage_errors(f"can't read {folder / NOTE}"):
-        note = folder / NOTE
-        return note.exists() and note.read_text(errors="replace").strip() == _digest(crl)
+    with storage_errors(f"can't read {folder / NOTE_FILE}"):
+        note = folder / NOTE_FILE
+        return note.exists() and note.read_text(errors="replace").strip() == _list_digest(crl)
 
 
-def deliver(command: str, folder: Path, crl: Path) -> None:
+def deliver_list(command: str, folder: Path, crl: Path) -> None:
     """Run the command for the present list, and note that it succeeded.
 
     Args:
@@ -63,43 +63,45 @@ def deliver(command: str, folder: Path, crl: Path) -> None:
         RevocationCommandError: It can't be started, fails, or takes too long.
         StorageError: The list can't be read or the note not be written.
     """
-    digest = _digest(crl)
+    digest = _list_digest(crl)
     try:
         with tempfile.TemporaryFile() as output:  # a pipe would have to wait for processes that the command leaves
             code = subprocess.call(  # noqa: S603  # nosec B603
-                shlex.split(command), env=os.environ | {VARIABLE: str(crl.resolve())}, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT_S,
+                shlex.split(command), env=os.environ | {CRL_VARIABLE: str(crl.resolve())}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, timeout=COMMAND_TIMEOUT_S,
             )  # fmt: skip
-            output.seek(max(0, output.seek(0, os.SEEK_END) - _SHOWN))
-            printed = output.read(_SHOWN).decode(errors="replace").strip()
+            output.seek(max(0, output.seek(0, os.SEEK_END) - _MAX_SHOWN_OUTPUT))
+            printed = output.read(_MAX_SHOWN_OUTPUT).decode(errors="replace").strip()
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise RevocationCommandError(f"on_revocation = {command!r}: {reason(error)}") from error
+        raise RevocationCommandError(f"on_revocation = {command!r}: {error_reason(error)}") from error
     if code:
         raise RevocationCommandError(
             f"on_revocation = {command!r}: exit code {code}{f': {printed}' if printed else ''}"
         )
-    write_whole(folder / NOTE, digest.encode())
+    write_atomically(folder / NOTE_FILE, digest.encode())
 
 
 @contextmanager
-def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
+def list_delivery(command: str, folder: Path, crl: Path) -> Iterator[None]:
     """Run the command on a thread whenever the list has changed, until the context ends.
 
     Args:
-        command: As for `deliver`; `off` for none.
+        command: As for `deliver_list`; `off` for none.
     """
-    note = folder / NOTE
+    note = folder / NOTE_FILE
     with storage_errors(f"can't write {note}"):
         if command == OFF:
             note.unlink(missing_ok=True)
         elif not note.exists():
             # Empty: a command that has never succeeded counts as one that has failed for the latest list.
-            write_whole(note, b"")
+            write_atomically(note, b"")
     if command == OFF:
         yield
         return
     closed = threading.Event()
-    thread = threading.Thread(target=_watch, args=(command, folder, crl, closed), name="revocations", daemon=True)
+    thread = threading.Thread(
+        target=_deliver_changes, args=(command, folder, crl, closed), name="revocations", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -108,22 +110,22 @@ def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
         thread.join(POLL_S)
 
 
-def _watch(command: str, folder: Path, crl: Path, closed: threading.Event) -> None:
+def _deliver_changes(command: str, folder: Path, crl: Path, closed: threading.Event) -> None:
     """Run the command for each changed list, with growing pauses while it fails."""
-    pause, retry_s, cause = 0.0, RETRY_S, ""
+    pause, retry_s, cause = 0.0, FIRST_RETRY_S, ""
     while not closed.wait(pause):
         try:
-            if not delivered(folder, crl):
-                deliver(command, folder, crl)
+            if not is_list_delivered(folder, crl):
+                deliver_list(command, folder, crl)
                 log.info("the broker was given the list of revoked certificates")
         except (RevocationCommandError, StorageError) as error:  # noqa: PERF203 - each turn waits anyway
             if str(error) != cause:
                 log.error("the broker doesn't have the latest list of revoked certificates: %s", error)
-            pause, retry_s, cause = retry_s, min(LONGEST_RETRY_S, 2 * retry_s), str(error)
+            pause, retry_s, cause = retry_s, min(MAX_RETRY_S, 2 * retry_s), str(error)
         else:
-            pause, retry_s, cause = POLL_S, RETRY_S, ""
+            pause, retry_s, cause = POLL_S, FIRST_RETRY_S, ""
 
 
-def _digest(crl: Path) -> str:
+def _list_digest(crl: Path) -> str:
     with storage_errors(f"can't read {crl}"):
         return hashlib.sha256(crl.read_bytes()).hexdigest()

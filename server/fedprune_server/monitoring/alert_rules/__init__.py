@@ -11,17 +11,17 @@ import pkgutil
 from collections.abc import Mapping
 from importlib import import_module
 
-from fedprune_server.monitoring.alerts import KINDS, RULES, SEVERITIES, Alert
+from fedprune_server.monitoring.alerts import ALERT_KINDS, ALERT_LEVELS, RULES, Alert
 from fedprune_server.monitoring.situation import Situation
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 # Under another name, because `alerts.KINDS` is empty until the rules are imported, which importing this room does.
-ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = KINDS
+ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = ALERT_KINDS
 
 
 def evaluate_alerts(situation: Situation, now: float) -> list[Alert]:
     """All alerts that a situation justifies at a time in seconds since 1970, the most severe first."""
     alerts = [alert for rule in RULES for alert in rule(situation, now)]
-    return sorted(alerts, key=lambda alert: -SEVERITIES.index(alert.severity))
+    return sorted(alerts, key=lambda alert: -ALERT_LEVELS.index(alert.severity))

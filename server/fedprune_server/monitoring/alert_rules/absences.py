@@ -12,7 +12,7 @@ from fedprune_server.monitoring.alerts import (
     WARNING,
     Alert,
     alert_rule,
-    command,
+    server_command,
     state_args,
 )
 from fedprune_server.monitoring.participation import Absence
@@ -37,9 +37,9 @@ def absent_boards(situation: Situation, now: float) -> Iterator[Alert]:
 
 def _remedy(situation: Situation, name: str, absence: Absence) -> tuple[str, str]:
     """The consequence of a board's absence, and what to do about it."""
-    crashes = command("crashes", "--device", name, *state_args(situation.folder))
-    replace = command("devices", "replace", name, *state_args(situation.folder))
-    revoke = command("devices", "revoke", name, *state_args(situation.folder))
+    crashes = server_command("crashes", "--device", name, *state_args(situation.folder))
+    replace = server_command("devices", "replace", name, *state_args(situation.folder))
+    revoke = server_command("devices", "revoke", name, *state_args(situation.folder))
     consequence = "rounds go on without what its samples would teach the model"
     match absence.kind:
         case participation.QUARANTINE:

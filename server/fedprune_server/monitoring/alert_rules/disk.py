@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedprune_server.monitoring.alerts import CRITICAL, SEVERITIES, WARNING, Alert, alert_rule, command, state_args
+from fedprune_server.monitoring.alerts import (
+    ALERT_LEVELS,
+    CRITICAL,
+    WARNING,
+    Alert,
+    alert_rule,
+    server_command,
+    state_args,
+)
 from fedprune_server.monitoring.situation import Situation
 
 # A disk is short of room below this share of it, and below this many bytes: a tenth of a large disk is plenty.
@@ -25,8 +33,8 @@ def short_disk(situation: Situation, now: float) -> Iterator[Alert]:
     free, total = situation.site.disk
 
     def is_short(severity: str, limit: tuple[float, float], min_bytes: float = 0.0) -> bool:
-        as_severe = SEVERITIES[SEVERITIES.index(severity) :]
-        factor = _DISK_RECOVERY_FACTOR if any(("disk", s) in situation.open for s in as_severe) else 1.0
+        as_severe = ALERT_LEVELS[ALERT_LEVELS.index(severity) :]
+        factor = _DISK_RECOVERY_FACTOR if any(("disk", s) in situation.open_severities for s in as_severe) else 1.0
         share, max_bytes = limit
         return free < factor * max(min_bytes, min(share * total, max_bytes))
 
@@ -37,6 +45,6 @@ def short_disk(situation: Situation, now: float) -> Iterator[Alert]:
             "disk", CRITICAL if is_critical else WARNING, now,
             f"the disk of {situation.folder} has {free / scale:.2f} of {total / scale:.0f} {unit} left",
             "a server without room ends (exit code 30); nothing is lost, but nothing goes on",
-            f"make room; {command('check', *state_args(situation.folder), '--repair')} deletes what the job no longer "
-            "needs, and a smaller --keep keeps fewer models",
+            f"make room; {server_command('check', *state_args(situation.folder), '--repair')} deletes what the job no "
+            "longer needs, and a smaller --keep keeps fewer models",
         )  # fmt: skip

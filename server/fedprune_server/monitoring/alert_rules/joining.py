@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from fedprune.wire.lost_pieces import broker_drops
-from fedprune_server.devices.quarantine import CROWDED_S
+from fedprune.wire.lost_pieces import dropping_broker_message
+from fedprune_server.devices.quarantine import JOIN_FLOOD_S
 from fedprune_server.monitoring.alerts import (
     INFO,
     MAX_ALERTS_OF_KIND,
     WARNING,
     Alert,
     alert_rule,
-    command,
+    server_command,
     state_args,
 )
 from fedprune_server.monitoring.participation import format_minute
@@ -25,12 +25,12 @@ _ANNOUNCEMENT_TIMEOUT_S, _MEASUREMENT_TIMEOUT_S = 25.0, 120.0
 
 @alert_rule("devices-wait", WARNING)
 def waiting_boards(situation: Situation, now: float) -> Iterator[Alert]:
-    waiting = {} if situation.site is None else situation.site.waiting
+    waiting = {} if situation.site is None else situation.site.waiting_keys
     for name, fingerprint in islice(waiting.items(), MAX_ALERTS_OF_KIND):
         yield Alert(
             "devices-wait", WARNING, now, f"{name} waits for approval", "until then all that it sends is dropped",
             "compare the key with what the board shows, then "
-            + command("devices", "approve", name, "--key", fingerprint, *state_args(situation.folder)),
+            + server_command("devices", "approve", name, "--key", fingerprint, *state_args(situation.folder)),
             device=name,
         )  # fmt: skip
 
@@ -38,14 +38,14 @@ def waiting_boards(situation: Situation, now: float) -> Iterator[Alert]:
 @alert_rule("device-unheard", WARNING, INFO)
 def unheard_boards(situation: Situation, now: float) -> Iterator[Alert]:
     """Boards that could join, and of which the server hears nothing else."""
-    if situation.site is None or not situation.running:
+    if situation.site is None or not situation.is_running:
         return
-    for name, joined in islice(situation.site.unannounced.items(), MAX_ALERTS_OF_KIND):
+    for name, joined in islice(situation.site.unannounced_boards.items(), MAX_ALERTS_OF_KIND):
         if now - joined >= _ANNOUNCEMENT_TIMEOUT_S:
             yield Alert(
                 "device-unheard", WARNING if now - joined >= _MEASUREMENT_TIMEOUT_S else INFO, joined,
                 f"{name} joined at {format_minute(joined)}, and its announcement has not come: it is off, still "
-                f"measures itself, or {broker_drops('what it sends')}",
+                f"measures itself, or {dropping_broker_message('what it sends')}",
                 "it takes no part until the server hears it",
                 "see the board's own log; where that says that it is connected, look at the broker's rules for its "
                 "name (docs/runbook.md#the-broker-drops-messages)",
@@ -57,7 +57,7 @@ def unheard_boards(situation: Situation, now: float) -> Iterator[Alert]:
 def join_flood(situation: Situation, now: float) -> Iterator[Alert]:
     """An alert about a flood of requests to join. Its key has no client id, because a sender can choose another one for
     each request; the text names it."""
-    client = situation.floods_joins
+    client = situation.flooding_client
     if client is None:
         return
     if client:
@@ -71,5 +71,5 @@ def join_flood(situation: Situation, now: float) -> Iterator[Alert]:
         "some are dropped, so boards may not get through with theirs; boards that have joined are not affected",
         f"{block}, which the broker's log shows; while no board is to join, close the broker's listener for joining "
         "(docs/security.md#floods)",
-        delay_s=CROWDED_S,
+        delay_s=JOIN_FLOOD_S,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from fedprune_server.monitoring.alerts import (
     HANG_THRESHOLD_S,
     Alert,
     alert_rule,
-    command,
+    server_command,
     state_args,
 )
 from fedprune_server.monitoring.situation import Situation
@@ -23,18 +23,18 @@ _BROKER_DELAY_S = 15.0
 @alert_rule("database-waits", CRITICAL)
 @alert_rule("broker", CRITICAL)
 def broken_server(situation: Situation, now: float) -> Iterator[Alert]:
-    if situation.running:
-        if situation.suspended is not None:
+    if situation.is_running:
+        if situation.suspended_process is not None:
             yield Alert(
-                "server-hangs", CRITICAL, now - (situation.turned_s or 0.0),
-                f"the server was suspended (Ctrl-Z, SIGSTOP): {situation.suspended.name}",
+                "server-hangs", CRITICAL, now - (situation.since_turn_s or 0.0),
+                f"the server was suspended (Ctrl-Z, SIGSTOP): {situation.suspended_process.name}",
                 "no message of a board is read meanwhile; nothing is lost",
-                f"continue it: `fg` in its terminal, or `kill -CONT {situation.suspended.pid}`",
+                f"continue it: `fg` in its terminal, or `kill -CONT {situation.suspended_process.pid}`",
             )  # fmt: skip
-        elif situation.turned_s is not None and situation.turned_s > HANG_THRESHOLD_S:
+        elif situation.since_turn_s is not None and situation.since_turn_s > HANG_THRESHOLD_S:
             yield Alert(
-                "server-hangs", CRITICAL, now - situation.turned_s,
-                f"the server's loop has not turned for {situation.turned_s:.0f} s",
+                "server-hangs", CRITICAL, now - situation.since_turn_s,
+                f"the server's loop has not turned for {situation.since_turn_s:.0f} s",
                 "no message of a board is read meanwhile",
                 "see the server's log and the load of its disk; stop it and start it again: it continues where it was",
             )  # fmt: skip
@@ -45,27 +45,28 @@ def broken_server(situation: Situation, now: float) -> Iterator[Alert]:
                 "continue the process that is named, or end it (docs/runbook.md#the-database-is-gone-or-locked); a "
                 "database on another machine: see that it runs and can be reached",
             )  # fmt: skip
-        elif situation.broker:
-            delay = min([_BROKER_DELAY_S, *(job.seen.deadline_s / 2 for job in situation.jobs)])
+        elif situation.broker_problem:
+            delay = min([_BROKER_DELAY_S, *(job.snapshot.deadline_s / 2 for job in situation.jobs)])
             yield Alert(
-                "broker", CRITICAL, now, situation.broker, "server and boards meet there; without it nothing moves",
+                "broker", CRITICAL, now, situation.broker_problem,
+                "server and boards meet there; without it nothing moves",
                 "see that the broker runs, that its address is right (--broker), and the firewall (docs/runbook.md)",
                 delay_s=delay,
             )  # fmt: skip
         return
     for job in situation.jobs:
-        if not job.begun:
+        if not job.has_begun:
             yield Alert(
                 "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
                 "a server that couldn't start, or was never started, gives boards nothing to do",
-                f"{command('run', *state_args(job.folder), '--model', 'MODEL')}; its messages at the start tell what "
-                "it lacks",
-                job=job.seen.name,
+                f"{server_command('run', *state_args(job.folder), '--model', 'MODEL')}; its messages at the start tell "
+                "what it lacks",
+                job=job.snapshot.name,
             )  # fmt: skip
-        elif not job.seen.finished:
+        elif not job.snapshot.is_finished:
             yield Alert(
                 "server-not-running", CRITICAL, now,
-                f"no server runs on {job.folder}, and job {job.seen.name} is in round {job.of_rounds}",
+                f"no server runs on {job.folder}, and job {job.snapshot.name} is in round {job.round_text}",
                 "boards wait for it, and train nothing meanwhile",
-                command("run", *state_args(job.folder)), job=job.seen.name,
+                server_command("run", *state_args(job.folder)), job=job.snapshot.name,
             )  # fmt: skip

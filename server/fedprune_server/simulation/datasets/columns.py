@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-ENDING = ".parquet"
+PARQUET_SUFFIX = ".parquet"
 
 
 @dataclass(frozen=True)
-class Columns:
+class ParquetColumns:
     """Which columns of a table are read.
 
     Attributes:
@@ -30,6 +30,6 @@ class Columns:
 def parquet_files_of(folder: Path) -> list[Path]:
     """Parquet files of a folder, or else of its folder `data`, sorted by name."""
     for candidate in (folder, folder / "data"):
-        if files := sorted(f for f in candidate.glob(f"*{ENDING}") if f.is_file()):
+        if files := sorted(f for f in candidate.glob(f"*{PARQUET_SUFFIX}") if f.is_file()):
             return files
     return []

@@ -18,18 +18,18 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.disk import is_there
-from fedprune.core.errors import ConfigError, DataError, shown
-from fedprune.core.rng import keyed
+from fedprune.core.disk import path_exists
+from fedprune.core.errors import ConfigError, DataError, value_text
+from fedprune.core.rng import keyed_generator
 from fedprune.core.text import quantity
-from fedprune.output.chart import scale, tiles
-from fedprune.output.page import Bar, bars, document, paragraph
+from fedprune.output.chart import heat_scale, share_strip
+from fedprune.output.page import Bar, bars_html, page_html, paragraph_html
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.datasets import partition
-from fedprune_server.simulation.datasets.columns import Columns
+from fedprune_server.simulation.datasets.columns import ParquetColumns
 from fedprune_server.simulation.datasets.samples import Preparation, Samples
-from fedprune_server.simulation.datasets.source import VARIABLE, read_samples
+from fedprune_server.simulation.datasets.source import DATA_FOLDER_VARIABLE, read_samples
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -100,20 +100,20 @@ class Federation:
     def load(self, name: str) -> LocalData:
         """Load a device's data. Raises `DataError` if samples can't be prepared, or are not usable."""
         holding = self.holdings[name]
-        validation = self._pair(holding.validation) if len(holding.validation) else ()
-        return LocalData(*self._pair(holding.train), *self._pair(holding.test), *validation)
+        validation = self._load_rows(holding.validation) if len(holding.validation) else ()
+        return LocalData(*self._load_rows(holding.train), *self._load_rows(holding.test), *validation)
 
     def evaluation(self) -> tuple[Array, Array] | None:
         """The server's samples and labels, or None."""
-        return self._pair(self.server) if len(self.server) else None
+        return self._load_rows(self.server) if len(self.server) else None
 
-    def unlabelled(self) -> Array | None:
+    def calibration_inputs(self) -> Array | None:
         """The server's samples for batch-norm statistics, or None."""
-        return self._pair(self.calibration)[0] if len(self.calibration) else None
+        return self._load_rows(self.calibration)[0] if len(self.calibration) else None
 
-    def tests(self) -> tuple[Array, Array]:
+    def pooled_tests(self) -> tuple[Array, Array]:
         """The test samples and labels of all devices together, for comparisons of global models."""
-        return self._pair(np.sort(np.concatenate([h.test for h in self.holdings.values()])))
+        return self._load_rows(np.sort(np.concatenate([h.test for h in self.holdings.values()])))
 
     def fingerprint(self, name: str) -> str:
         """Digest of a device's data: the data set, its rows and the preparation. Cheap after the first call."""
@@ -126,13 +126,13 @@ class Federation:
     def counts(self) -> npt.NDArray[np.int64]:
         """Samples per device and class, all splits together, int64 [devices, classes]."""
         rows = [h.rows for h in self.holdings.values()]
-        return partition.counts(rows, self.samples.labels, self.samples.classes)
+        return partition.counts_per_class(rows, self.samples.labels, self.samples.classes)
 
     @cached_property
     def _source(self) -> str:
         return self.samples.digest
 
-    def _pair(self, rows: Rows) -> tuple[Array, Array]:
+    def _load_rows(self, rows: Rows) -> tuple[Array, Array]:
         return self.preparation(self.samples.take(rows)), self.samples.labels[rows]
 
 
@@ -166,7 +166,7 @@ def federate(
     holdings = {}
     for name, hand in zip(device_names, hands, strict=True):
         # Keyed by the device's name, so that its split doesn't depend on the other devices.
-        test_rows, validation_rows, train_rows = partition.split(
+        test_rows, validation_rows, train_rows = partition.split_rows(
             hand, (test, (1 - test) * validation), seed=seed, device=name
         )
         holdings[name] = Holding(train_rows, validation_rows, test_rows)
@@ -187,11 +187,11 @@ def default_names(devices: int) -> list[str]:
 
 
 # Devices that a heat map shows; larger fleets are sampled evenly.
-DEVICES = 300
+MAX_MAP_DEVICES = 300
 
 
 @dataclass(frozen=True)
-class Partition:
+class FleetData:
     """The data of a fleet.
 
     Attributes:
@@ -207,7 +207,7 @@ class Partition:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def described(self) -> str:
+    def summary(self) -> str:
         """The data set's name, the partition with its own setting, and further settings that aren't defaults."""
         usual: dict[str, Any] = {f.name: f.default for f in fields(DataPlan)}
         kind = self.settings.get("partition", "")
@@ -218,13 +218,13 @@ class Partition:
         return ", ".join(filter(None, [self.data, *(f"{k} {v}" for k, v in stated_settings.items())]))
 
     @classmethod
-    def of_federation(cls, federation: Federation, data: str = "") -> Partition:
+    def of_federation(cls, federation: Federation, data: str = "") -> FleetData:
         """The partition of a data set."""
         rows = zip(federation.names, federation.counts(), strict=True)
         return cls(data, federation.samples.class_names, {name: tuple(map(int, row)) for name, row in rows})
 
     @classmethod
-    def of_devices(cls, devices: Mapping[str, LocalData], data: str = "") -> Partition:
+    def of_devices(cls, devices: Mapping[str, LocalData], data: str = "") -> FleetData:
         """The partition of loaded samples; without counts if labels are not classes."""
         labels = {n: np.concatenate([d.y_train, d.y_val, d.y_test]) for n, d in devices.items() if d.y_train.ndim == 1}
         if len(labels) < len(devices) or any(y.dtype.kind != "i" for y in labels.values()):
@@ -234,7 +234,7 @@ class Partition:
             data, (), {name: tuple(map(int, np.bincount(y, minlength=class_count))) for name, y in labels.items()}
         )
 
-    def named(self, label: int) -> str:
+    def class_name(self, label: int) -> str:
         return self.classes[label] if label < len(self.classes) else str(label)
 
     def heat_map(self) -> str:
@@ -243,21 +243,21 @@ class Partition:
             return ""
         largest_count = max(max(counts, default=0) for counts in self.counts.values()) or 1
         names = list(self.counts)
-        if len(names) > DEVICES:
-            names = [names[i * (len(names) - 1) // (DEVICES - 1)] for i in range(DEVICES)]
+        if len(names) > MAX_MAP_DEVICES:
+            names = [names[i * (len(names) - 1) // (MAX_MAP_DEVICES - 1)] for i in range(MAX_MAP_DEVICES)]
         rows = []
         for name in names:
             counts = self.counts[name]
-            classes_of = ", ".join(f"{self.named(i)}: {n:,}" for i, n in enumerate(counts) if n)
-            strip = tiles(name, [n / largest_count for n in counts])
+            classes_of = ", ".join(f"{self.class_name(i)}: {n:,}" for i, n in enumerate(counts) if n)
+            strip = share_strip(name, [n / largest_count for n in counts])
             rows.append(Bar(name, (strip,), quantity(sum(counts), "sample", form=","), f"{name}: {classes_of}"))
-        classes = ", ".join(self.named(i) for i in range(max(map(len, self.counts.values()))))
+        classes = ", ".join(self.class_name(i) for i in range(max(map(len, self.counts.values()))))
         return (
-            paragraph(
+            paragraph_html(
                 f"A row per device, a tile per class, all splits together. Classes, from left to right: {classes}."
             )
-            + scale("0", quantity(largest_count, "sample", form=","))
-            + bars(rows, "Samples per device and class")
+            + heat_scale("0", quantity(largest_count, "sample", form=","))
+            + bars_html(rows, "Samples per device and class")
         )
 
 
@@ -270,14 +270,14 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
     Returns:
         The file.
     """
-    data_partition = Partition.of_federation(federation)
+    data_partition = FleetData.of_federation(federation)
     total = sum(map(sum, data_partition.counts.values()))
     facts = {"Devices": f"{len(data_partition.counts):,}", "Samples": f"{total:,}"}
-    path.write_text(document(title, [data_partition.heat_map()], facts), encoding="utf-8")
+    path.write_text(page_html(title, [data_partition.heat_map()], facts), encoding="utf-8")
     return path
 
 
-Kind = Literal["iid", "dirichlet", "pathological", "owners"]
+PartitionKind = Literal["iid", "dirichlet", "pathological", "owners"]
 
 # The setting on which a partition's skew depends.
 _SETTING_OF: Mapping[str, str] = {"dirichlet": "alpha", "pathological": "classes"}
@@ -294,7 +294,7 @@ class DataPlan:
     y: str | None = setting(None, "Their column of labels; None for `label`.")
     owner: str | None = setting(None, "Their column that says whose sample it is; None without owners.")
     devices: int = setting(0, "Number of devices; 0 for one per owner.", within=(0, 10**6))
-    partition: Kind = setting(
+    partition: PartitionKind = setting(
         "dirichlet", "Who gets what: `pathological` devices have a few classes each, owners are people or domains."
     )
     alpha: float = setting(0.5, "Concentration of the Dirichlet shares.", within=(0, math.inf), above=True)
@@ -319,8 +319,8 @@ class DataPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
-            expected = f"a file or folder, also one under {VARIABLE}"
-            raise ConfigError(("data", "source"), expected=expected, got=shown(self.source))
+            expected = f"a file or folder, also one under {DATA_FOLDER_VARIABLE}"
+            raise ConfigError(("data", "source"), expected=expected, got=value_text(self.source))
         check_settings(self, ("data",))
         input_columns: object = self.x  # one name may be given as a text
         columns = (
@@ -331,13 +331,17 @@ class DataPlan:
             else (input_columns,)
         )
         if not all(isinstance(name, str) and name.strip() for name in columns):
-            raise ConfigError(("data", "x"), expected="a column's name, or a list of them", got=shown(input_columns))
+            raise ConfigError(
+                ("data", "x"), expected="a column's name, or a list of them", got=value_text(input_columns)
+            )
         object.__setattr__(self, "x", columns)
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
             self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))
         ):
-            raise ConfigError(("data", "size"), expected="height and width, such as [64, 64]", got=shown(self.size))
+            raise ConfigError(
+                ("data", "size"), expected="height and width, such as [64, 64]", got=value_text(self.size)
+            )
         if self.partition != "owners" and not self.devices:
             raise ConfigError(("data", "devices"), expected="1 or more", got=self.devices)
 
@@ -346,7 +350,7 @@ class DataPlan:
         """Read and check the table. Raises `ConfigError` for an unknown key or a wrong value; the message names it."""
         if folder is not None and isinstance(body, Mapping):
             source = body.get("source")
-            if isinstance(source, str) and source and is_there(folder / source):
+            if isinstance(source, str) and source and path_exists(folder / source):
                 body = {**body, "source": str(folder / source)}
         return read_table(cls, body, ("data",))
 
@@ -361,30 +365,32 @@ class DataPlan:
         size = (self.size[0], self.size[1]) if self.size else None
         columns = None
         if self.x or self.y is not None or self.owner is not None:
-            columns = Columns(self.x or Columns.x, self.y or Columns.y, self.owner or Columns.owner)
+            columns = ParquetColumns(
+                self.x or ParquetColumns.x, self.y or ParquetColumns.y, self.owner or ParquetColumns.owner
+            )
         return self.deal(read_samples(self.source, columns, size=size, colour=self.colour), seed)
 
     def deal(self, samples: Samples, seed: int = 0) -> Federation:
         """Split samples; arguments and errors as `read`."""
         split_seed = seed if self.seed is None else self.seed
-        candidates = np.arange(len(samples)) if self.pooled else np.flatnonzero(~samples.testing)
+        candidates = np.arange(len(samples)) if self.pooled else np.flatnonzero(~samples.is_test)
         if self.partition == "owners" and samples.owners is None:
             raise DataError(
                 f"owners of the samples of {self.source}",
                 expected="an array owner, subject, writer, domain or user, a column, or a folder per owner",
                 hint="Choose another partition.",
             )
-        rows = partition.chosen(candidates, self.most, seed=split_seed)
+        rows = partition.draw_rows(candidates, self.most, seed=split_seed)
         total = len(rows)
         server_rows, rows = _set_aside(rows, self.server, total, split_seed, "server")
         unlabelled, rows = _set_aside(rows, self.calibration, total, split_seed, "calibration")
         if not self.pooled:
             # The data set's own test samples are nobody's training data, so the server evaluates on them.
-            server_rows = np.sort(np.concatenate([server_rows, np.flatnonzero(samples.testing)]))
+            server_rows = np.sort(np.concatenate([server_rows, np.flatnonzero(samples.is_test)]))
         preparation = Preparation(self.pool)
         if self.standardise:
             # Not on what the server evaluates: a board's preparation can't know it either.
-            preparation = preparation.standardised(samples, rows)
+            preparation = preparation.with_scaling(samples, rows)
         hands = self._hands(samples, rows, split_seed)
         if self.ascending:
             hands.sort(key=len)
@@ -407,7 +413,9 @@ class DataPlan:
             return partition.by_owner(rows, samples.owners, self.devices, seed=seed)
         if self.partition == "pathological":
             return partition.pathological(rows, samples.labels, self.devices, classes=self.classes, seed=seed)
-        return partition.dirichlet(rows, samples.labels, self.devices, alpha=self.alpha, seed=seed, least=self.least)
+        return partition.dirichlet(
+            rows, samples.labels, self.devices, alpha=self.alpha, seed=seed, min_samples=self.least
+        )
 
     def _names(self, samples: Samples, rows: Rows, devices: int) -> list[str]:
         """The owners' names if each device is one owner and the names are valid for devices."""
@@ -423,6 +431,6 @@ def _set_aside(rows: Rows, share: float, total: int, seed: int, purpose: str) ->
     """Set aside a share of all samples for the server; returns the server's rows and the others."""
     if not share:
         return rows[:0], rows
-    order = keyed(seed, purpose).permutation(len(rows))
+    order = keyed_generator(seed, purpose).permutation(len(rows))
     count = max(1, round(share * total))
     return np.sort(rows[order[:count]]), np.sort(rows[order[count:]])

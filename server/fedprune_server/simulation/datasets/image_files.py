@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, MissingExtraError, reason, remedy
+from fedprune.core.errors import DataError, MissingExtraError, error_reason, path_remedy
 from fedprune_device.data.folder_listing import is_system_name
 from fedprune_device.data.viewer_image import viewer_image
-from fedprune_server.simulation.datasets.samples import Samples, assembled
+from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
 # Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
 
-_TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
-_MOST_SIDE = 4096
-MOST_BYTES = 2**34
+_TRAIN_NAMES, _TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
+_MAX_SIDE = 4096
+MAX_DATA_BYTES = 2**34
 
 
 def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
@@ -42,36 +42,36 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
         DataError: There are no images, one can't be read, is too large, or differs in size from the first.
         MissingExtraError: Pillow is not installed.
     """
-    subfolders = _folders(folder)
+    subfolders = _subfolders(folder)
     if not subfolders:
         raise DataError(f"{folder} holds no folders of images", expected="a folder per class")
     names = [f.name.lower() for f in subfolders]
-    if all(n in _TRAIN + _TEST for n in names):
-        if not any(n in _TRAIN for n in names):
+    if all(n in _TRAIN_NAMES + _TEST_NAMES for n in names):
+        if not any(n in _TRAIN_NAMES for n in names):
             raise DataError(f"{folder} has no folder of training images", expected="train", got=", ".join(names))
-        groups = [(f, is_test(f.name), "") for f in subfolders]
-    elif any(_folders(f) for f in subfolders):
+        groups = [(f, is_test_split(f.name), "") for f in subfolders]
+    elif any(_subfolders(f) for f in subfolders):
         groups = [(f, False, f.name) for f in subfolders]
     else:
         groups = [(folder, False, "")]
-    classes = sorted({c.name for group, _, _ in groups for c in _folders(group)})
+    classes = sorted({c.name for group, _, _ in groups for c in _subfolders(group)})
     files = [
         (path, label, testing, owner)
         for group, testing, owner in groups
         for label, name in enumerate(classes)
-        for path in _images(group / name)
+        for path in _image_paths(group / name)
     ]
     if not files:
         raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(_SUFFIXES)}")
-    x = decoded([(str(f[0]), f[0]) for f in files], size, colour)
+    x = decode_images([(str(f[0]), f[0]) for f in files], size, colour)
     y = np.array([f[1] for f in files], np.int64)
     testing = np.array([f[2] for f in files], bool)
     owners = [np.array([f[3] for f in files])] if any(f[3] for f in files) else None
-    samples = assembled([(x, y, False)], owners=owners, class_names=classes)
-    return Samples(samples.parts, samples.labels, testing, samples.owners, samples.owner_names, samples.class_names)
+    samples = assemble_samples([(x, y, False)], owners=owners, class_names=classes)
+    return Samples(samples.arrays, samples.labels, testing, samples.owners, samples.owner_names, samples.class_names)
 
 
-def decoded(
+def decode_images(
     images: Sequence[tuple[str, Path | bytes]], size: tuple[int, int] | None, colour: bool
 ) -> npt.NDArray[np.uint8]:
     """Decode images, each a file or its bytes, after the name that errors give it; arguments and errors as
@@ -86,8 +86,8 @@ def decoded(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sizes, which are looked at here, and of damaged metadata
                 with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
-                    if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
-                        raise DataError("size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
+                    if max(image.size) > _MAX_SIDE:  # before a single pixel is decoded
+                        raise DataError("size", expected=f"sides up to {_MAX_SIDE}", got=image.size)
                     image_in_colour = viewer_image(
                         image, "RGB" if colour else "L", None if size is None else (size[1], size[0])
                     )
@@ -95,11 +95,11 @@ def decoded(
             what = f"{name}: {error.what}"
             raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error
         except Exception as error:  # decoders raise whatever they meet
-            raise DataError(f"can't read the image {name} ({reason(error)})") from error
+            raise DataError(f"can't read the image {name} ({error_reason(error)})") from error
         pixels = np.asarray(image_in_colour, np.uint8)
         if pixels_of_all is None:
-            if pixels.nbytes * len(images) > MOST_BYTES:
-                raise DataError("images", expected=f"at most {MOST_BYTES} bytes", hint="Give a smaller size.")
+            if pixels.nbytes * len(images) > MAX_DATA_BYTES:
+                raise DataError("images", expected=f"at most {MAX_DATA_BYTES} bytes", hint="Give a smaller size.")
             pixels_of_all = np.empty((len(images), *pixels.shape), np.uint8)
         if pixels.shape != pixels_of_all.shape[1:]:
             raise DataError(
@@ -114,19 +114,19 @@ def decoded(
     return pixels_of_all
 
 
-def is_test(name: str) -> bool:
+def is_test_split(name: str) -> bool:
     """Whether a split of this name is test data."""
-    return name.lower() in _TEST
+    return name.lower() in _TEST_NAMES
 
 
-def _folders(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[Path]:
     try:
         return sorted((f for f in folder.iterdir() if f.is_dir() and not is_system_name(f.name)), key=lambda f: f.name)
     except OSError as error:
-        raise DataError(f"can't read {folder}: {error.strerror or error}", hint=remedy(error)) from error
+        raise DataError(f"can't read {folder}: {error.strerror or error}", hint=path_remedy(error)) from error
 
 
-def _images(folder: Path) -> Iterator[Path]:
+def _image_paths(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
         yield from sorted(
             (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file() and f.name[0] != "."),

@@ -16,21 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fedprune.core.errors import DataError, meant, reason, remedy, shape_text, shown
-from fedprune.core.text import some
-from fedprune_server.simulation.datasets.columns import Columns, parquet_files_of
-from fedprune_server.simulation.datasets.image_files import MOST_BYTES, decoded, is_test
-from fedprune_server.simulation.datasets.samples import Samples, assembled
+from fedprune.core.errors import DataError, did_you_mean, error_reason, path_remedy, shape_text, value_text
+from fedprune.core.text import first_few
+from fedprune_server.simulation.datasets.columns import ParquetColumns, parquet_files_of
+from fedprune_server.simulation.datasets.image_files import MAX_DATA_BYTES, decode_images, is_test_split
+from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 
 Array = npt.NDArray[Any]
 
 # Rows of a Parquet file that are read at once.
-_ROWS = 1024
+_BATCH_ROWS = 1024
 
 # The schema's metadata in which `datasets` keeps the features.
-_ABOUT = b"huggingface"
+_FEATURES_KEY = b"huggingface"
 
-_PLAIN = ("Value", "List", "LargeList", "Sequence", "ClassLabel", "Array2D", "Array3D", "Array4D", "Array5D")
+_PLAIN_FEATURES = ("Value", "List", "LargeList", "Sequence", "ClassLabel", "Array2D", "Array3D", "Array4D", "Array5D")
 _HINTS = {
     "Audio": "Decode it with datasets first, into lists of numbers of one length.",
     "text": "Tokenise it first with Dataset.map, into lists of whole numbers of one length.",
@@ -43,13 +43,15 @@ class _Split:
 
     testing: bool
     features: dict[str, Any] = field(default_factory=dict)
-    parts: dict[str, list[pa.Array]] = field(default_factory=dict)
+    column_chunks: dict[str, list[pa.Array]] = field(default_factory=dict)
 
     def column(self, name: str) -> pa.Array:
-        return pa.concat_arrays(self.parts[name])
+        return pa.concat_arrays(self.column_chunks[name])
 
 
-def read_parquet(path: Path, columns: Columns, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
+def read_parquet(
+    path: Path, columns: ParquetColumns, *, size: tuple[int, int] | None = None, colour: bool = True
+) -> Samples:
     """Read a data set.
 
     Args:
@@ -61,77 +63,83 @@ def read_parquet(path: Path, columns: Columns, *, size: tuple[int, int] | None =
         DataError: A file is missing or damaged, there is no such column, or it holds what can't be read.
         MissingExtraError: There are images, and Pillow is not installed.
     """
-    splits = [s for s in (_read(files, testing, columns) for files, testing in _files(path)) if s.parts]
+    splits = [
+        s
+        for s in (_read_split(files, testing, columns) for files, testing in _files_of_splits(path))
+        if s.column_chunks
+    ]
     if not splits:
         raise DataError(f"{path} holds no rows", expected="at least one sample")
     xs = [_inputs(split, columns.x, size, colour) for split in splits]
     ys, names = _labels(splits, columns.y)
     owners = None if not columns.owner else [_owners(split, columns.owner) for split in splits]
-    return assembled(
+    return assemble_samples(
         [(x, y, split.testing) for x, y, split in zip(xs, ys, splits, strict=True)], owners=owners, class_names=names
     )
 
 
-def _files(path: Path) -> Iterator[tuple[list[Path], bool]]:
+def _files_of_splits(path: Path) -> Iterator[tuple[list[Path], bool]]:
     """The files of each split, and whether the split is test data."""
     if path.is_file():
         yield [path], False
     else:
         all_files = parquet_files_of(path)
         for testing in (False, True):
-            files = [f for f in all_files if testing == any(map(is_test, re.split(r"[-_.]", f.stem)))]
+            files = [f for f in all_files if testing == any(map(is_test_split, re.split(r"[-_.]", f.stem)))]
             if files:
                 yield files, testing
 
 
-def _read(files: Sequence[Path], testing: bool, columns: Columns) -> _Split:
+def _read_split(files: Sequence[Path], testing: bool, columns: ParquetColumns) -> _Split:
     """Read the named columns of a split's files."""
     split, size = _Split(testing), 0
     for path in files:
-        with _damage_named(path):
+        with _name_damage(path):
             for batch in _batches(path, columns, split):
                 batch.validate(full=True)  # offsets beyond the data would be read otherwise
                 size += batch.nbytes
-                if size > MOST_BYTES:
+                if size > MAX_DATA_BYTES:
                     raise DataError(
-                        f"{path}: the columns {some(columns.names)}", expected=f"at most {MOST_BYTES} bytes"
+                        f"{path}: the columns {first_few(columns.names)}", expected=f"at most {MAX_DATA_BYTES} bytes"
                     )
                 for name in columns.names:
-                    split.parts.setdefault(name, []).append(batch.column(name))
+                    split.column_chunks.setdefault(name, []).append(batch.column(name))
     return split
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _name_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise DataError(f"{path} is damaged", expected="a Parquet file", got=reason(error)) from error
+        raise DataError(f"{path} is damaged", expected="a Parquet file", got=error_reason(error)) from error
     except OSError as error:
-        raise DataError(f"can't read {path}: {reason(error)}", hint=remedy(error)) from error
+        raise DataError(f"can't read {path}: {error_reason(error)}", hint=path_remedy(error)) from error
 
 
-def _batches(path: Path, columns: Columns, split: _Split) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, columns: ParquetColumns, split: _Split) -> Iterator[pa.RecordBatch]:
     """Read some rows at a time, so that a small file that unfolds to a huge one is noticed."""
     with pq.ParquetFile(path) as file:
         split.features = _features(path, file.schema_arrow, columns)
-        yield from file.iter_batches(_ROWS, columns=columns.names)
+        yield from file.iter_batches(_BATCH_ROWS, columns=columns.names)
 
 
-def _features(path: Path, schema: pa.Schema, columns: Columns) -> dict[str, Any]:
+def _features(path: Path, schema: pa.Schema, columns: ParquetColumns) -> dict[str, Any]:
     """The columns' features in `datasets`. Raises `DataError` if one of them is missing, or there twice."""
     for name in columns.names:
         if schema.names.count(name) != 1:
             raise DataError(
                 f"{path}: column {name!r}",
-                expected=f"one of {some(schema.names, most=20)}",
-                got="several" if name in schema.names else f"none{meant(name, schema.names)}",
+                expected=f"one of {first_few(schema.names, max_names=20)}",
+                got="several" if name in schema.names else f"none{did_you_mean(name, schema.names)}",
                 hint="Name the columns with x, y and owner in [data].",
             )
     try:
-        features = json.loads((schema.metadata or {}).get(_ABOUT, b"{}")).get("info", {}).get("features", {})
+        features = json.loads((schema.metadata or {}).get(_FEATURES_KEY, b"{}")).get("info", {}).get("features", {})
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: the schema's metadata", expected="features of datasets", got=reason(error)) from error
+        raise DataError(
+            f"{path}: the schema's metadata", expected="features of datasets", got=error_reason(error)
+        ) from error
     return {n: features[n] for n in columns.names if isinstance(features, dict) and isinstance(features.get(n), dict)}
 
 
@@ -139,17 +147,17 @@ def _inputs(split: _Split, names: Sequence[str], size: tuple[int, int] | None, c
     if len(names) > 1:
         columns_of_numbers = [_numbers(split.column(name), name) for name in names]
         if any(column.ndim != 1 for column in columns_of_numbers):
-            raise DataError(f"several columns of inputs ({some(names)})", expected="one number per row in each")
+            raise DataError(f"several columns of inputs ({first_few(names)})", expected="one number per row in each")
         return np.stack(columns_of_numbers, 1).astype(np.float32)
     [name] = names
     column, kind = split.column(name), str(split.features.get(name, {}).get("_type", ""))
-    if kind not in ("", "Image", *_PLAIN):
+    if kind not in ("", "Image", *_PLAIN_FEATURES):
         raise DataError(f"column {name!r}", expected="images or numbers", got=kind[:40], hint=_HINTS.get(kind, ""))
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = column.field("bytes")  # next to a path, which is never opened
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         _check_filled(column, name, "Put the images into the file: Dataset.to_parquet of the library datasets does.")
-        return decoded([(f"row {i} of {name!r}", row.as_py()) for i, row in enumerate(column)], size, colour)
+        return decode_images([(f"row {i} of {name!r}", row.as_py()) for i, row in enumerate(column)], size, colour)
     x = _numbers(column, name)
     return x if x.ndim > 1 else x[:, None]
 
@@ -203,7 +211,7 @@ def _labels(splits: Sequence[_Split], name: str) -> tuple[list[Array], tuple[str
             raise DataError(f"labels in column {name!r}", expected="whole numbers or texts", got=str(column.type))
     class_names = splits[0].features.get(name, {}).get("names")
     if class_names is not None and not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names)):
-        raise DataError(f"names of the classes of {name!r}", expected="texts", got=shown(class_names))
+        raise DataError(f"names of the classes of {name!r}", expected="texts", got=value_text(class_names))
     return [column.to_numpy(zero_copy_only=False) for column in columns], tuple(class_names or ())
 
 

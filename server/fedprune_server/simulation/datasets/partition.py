@@ -13,19 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 
 Rows = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int64]
 
-_TRIES = 100
+_MAX_DRAWS = 100
 
 
 def iid(rows: Rows, devices: int, *, seed: int) -> list[Rows]:
     """Random rows, of sizes that differ by one at most. Raises `DataError` if there are more devices than rows."""
     _check(rows, devices)
-    order = rows[keyed(seed, "iid", "order").permutation(len(rows))]
-    return _sorted(np.split(order, _cuts(len(rows), _equal(devices), 1)))
+    order = rows[keyed_generator(seed, "iid", "order").permutation(len(rows))]
+    return _sort_hands(np.split(order, _cut_points(len(rows), _equal_shares(devices), 1)))
 
 
 def dirichlet(
@@ -35,39 +35,39 @@ def dirichlet(
     *,
     alpha: float,
     seed: int,
-    least: int = 10,
+    min_samples: int = 10,
 ) -> list[Rows]:
     """Of every class, each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335).
 
-    Up to 100 draws are made until every device has `least` samples. If none succeeds (a thousand devices and a small
-    alpha), devices with too few samples take some from those with the most.
+    Up to 100 draws are made until every device has `min_samples` samples. If none succeeds (a thousand devices and a
+    small alpha), devices with too few samples take some from those with the most.
 
     Args:
         alpha: Concentration: the smaller, the more uneven the split.
-        least: Minimum samples per device.
+        min_samples: Minimum samples per device.
 
     Raises:
         DataError: alpha is not above 0, or there are too few rows.
     """
-    _check(rows, devices, max(1, least))
+    _check(rows, devices, max(1, min_samples))
     if not 0 < alpha < np.inf:
         raise DataError("alpha of the Dirichlet shares", expected="a number above 0", got=alpha)
     row_labels = labels[rows]
     classes = np.unique(row_labels)
     hands: list[Rows] = []
-    for attempt in range(_TRIES):
+    for attempt in range(_MAX_DRAWS):
         pieces_by_device: list[list[Rows]] = [[] for _ in range(devices)]
         for label in classes:
             # Keyed by class, so that a class is dealt alike whichever other classes there are.
-            rng = keyed(seed, "dirichlet", attempt, int(label))
+            rng = keyed_generator(seed, "dirichlet", attempt, int(label))
             pool = rng.permutation(rows[row_labels == label])
-            pieces = np.split(pool, _cuts(len(pool), _shares(rng, devices, alpha)))
+            pieces = np.split(pool, _cut_points(len(pool), _dirichlet_shares(rng, devices, alpha)))
             for device, piece in enumerate(pieces):
                 pieces_by_device[device].append(piece)
         hands = [np.concatenate(p) for p in pieces_by_device]
-        if min(map(len, hands)) >= least:
-            return _sorted(hands)
-    return _sorted(_mended(hands, labels, least, keyed(seed, "dirichlet", "mend")))
+        if min(map(len, hands)) >= min_samples:
+            return _sort_hands(hands)
+    return _sort_hands(_fill_small_hands(hands, labels, min_samples, keyed_generator(seed, "dirichlet", "mend")))
 
 
 def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed: int) -> list[Rows]:
@@ -92,18 +92,18 @@ def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed
             expected=f"at least {-(-len(present) // devices)}, so that each of {len(present)} goes to a device",
             hint="Take more devices, or more classes for each.",
         )
-    holders = _holders(len(present), devices, classes, keyed(seed, "pathological", "classes"))
+    holders = _classes_of_devices(len(present), devices, classes, keyed_generator(seed, "pathological", "classes"))
     pieces_by_device: list[list[Rows]] = [[] for _ in range(devices)]
     for number, label in enumerate(present):
-        rng = keyed(seed, "pathological", int(label))
+        rng = keyed_generator(seed, "pathological", int(label))
         pool = rng.permutation(rows[row_labels == label])
         class_holders = [d for d in range(devices) if number in holders[d]]
         if len(pool) < len(class_holders):
             raise DataError(f"samples of class {int(label)}", expected=f"at least {len(class_holders)}", got=len(pool))
-        pieces = np.split(pool, _cuts(len(pool), _equal(len(class_holders)), 1))
+        pieces = np.split(pool, _cut_points(len(pool), _equal_shares(len(class_holders)), 1))
         for device, piece in zip(class_holders, pieces, strict=True):
             pieces_by_device[device].append(piece)
-    return _sorted([np.concatenate(p) for p in pieces_by_device])
+    return _sort_hands([np.concatenate(p) for p in pieces_by_device])
 
 
 def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, seed: int) -> list[Rows]:
@@ -125,27 +125,27 @@ def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, see
     if devices <= len(present_owners):
         order = present_owners
         if devices < len(present_owners):
-            order = keyed(seed, "owners", "groups").permutation(present_owners)
+            order = keyed_generator(seed, "owners", "groups").permutation(present_owners)
         return [np.sort(rows[np.isin(row_owners, group)]) for group in np.array_split(order, devices)]
     hands: list[Rows] = [rows[:0]] * devices
     for number, owner in enumerate(present_owners):
-        pool = keyed(seed, "owners", int(owner)).permutation(rows[row_owners == owner])
+        pool = keyed_generator(seed, "owners", int(owner)).permutation(rows[row_owners == owner])
         owner_devices = range(number, devices, len(present_owners))
         if len(pool) < len(owner_devices):
             raise DataError(f"samples of owner {int(owner)}", expected=f"at least {len(owner_devices)}", got=len(pool))
         for device, piece in zip(owner_devices, np.array_split(pool, len(owner_devices)), strict=True):
             hands[device] = piece
-    return _sorted(hands)
+    return _sort_hands(hands)
 
 
-def chosen(rows: Rows, max_rows: int, *, seed: int) -> Rows:
+def draw_rows(rows: Rows, max_rows: int, *, seed: int) -> Rows:
     """Some of the rows at random; all of them if there are no more than `max_rows`, or that is 0."""
     if not 0 < max_rows < len(rows):
         return np.sort(rows)
-    return np.sort(rows[keyed(seed, "chosen").permutation(len(rows))[:max_rows]])
+    return np.sort(rows[keyed_generator(seed, "chosen").permutation(len(rows))[:max_rows]])
 
 
-def split(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> list[Rows]:
+def split_rows(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> list[Rows]:
     """Split a device's rows into parts, such as validation and test; the last part gets the rest.
 
     Of each share above 0 a part gets one sample at least.
@@ -158,15 +158,15 @@ def split(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> lis
     """
     if any(not 0 <= s < 1 for s in shares) or sum(shares) >= 1:
         raise DataError("shares of a split", expected="numbers of 0 or more, below 1 in all", got=list(shares))
-    order = rows[keyed(seed, "split", device).permutation(len(rows))]
+    order = rows[keyed_generator(seed, "split", device).permutation(len(rows))]
     # A share that was asked for gets a sample at least: an empty test split measures nothing.
     sizes = [max(1, round(s * len(rows))) if s else 0 for s in shares]
     if sum(sizes) >= len(rows):
         raise DataError(f"samples of {device}", expected=f"more than {sum(sizes)} to split", got=len(rows))
-    return _sorted(np.split(order, np.cumsum(sizes)))
+    return _sort_hands(np.split(order, np.cumsum(sizes)))
 
 
-def counts(hands: Sequence[Rows], labels: Labels, classes: int) -> npt.NDArray[np.int64]:
+def counts_per_class(hands: Sequence[Rows], labels: Labels, classes: int) -> npt.NDArray[np.int64]:
     """Samples per device and class, int64 [devices, classes]."""
     return np.stack([np.bincount(labels[hand], minlength=classes) for hand in hands]).astype(np.int64)
 
@@ -175,7 +175,9 @@ def _check(rows: Rows, devices: int, min_samples: int = 1) -> None:
     if devices < 1:
         raise DataError("devices that share samples", expected="one or more", got=devices)
     if min_samples * devices > len(rows):
-        per_device, smaller = ("", "") if min_samples == 1 else (f" ({min_samples} each)", ", or a smaller `least`")
+        per_device, smaller = (
+            ("", "") if min_samples == 1 else (f" ({min_samples} each)", ", or a smaller `min_samples`")
+        )
         raise DataError(
             f"samples for {devices} devices",
             expected=f"at least {min_samples * devices}{per_device}",
@@ -184,21 +186,21 @@ def _check(rows: Rows, devices: int, min_samples: int = 1) -> None:
         )
 
 
-def _sorted(hands: Sequence[Rows]) -> list[Rows]:
+def _sort_hands(hands: Sequence[Rows]) -> list[Rows]:
     return [np.sort(hand) for hand in hands]
 
 
-def _equal(count: int) -> npt.NDArray[np.float64]:
+def _equal_shares(count: int) -> npt.NDArray[np.float64]:
     return np.full(count, 1.0 / count)
 
 
-def _shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray[np.float64]:
+def _dirichlet_shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray[np.float64]:
     shares = rng.dirichlet(np.full(devices, alpha))
     # With a tiny alpha every gamma draw may underflow; one device takes all then, as in the limit.
     return shares if np.isfinite(shares).all() and shares.sum() > 0 else np.eye(devices)[rng.integers(devices)]
 
 
-def _cuts(total: int, shares: npt.NDArray[np.float64], min_items: int = 0) -> npt.NDArray[np.int64]:
+def _cut_points(total: int, shares: npt.NDArray[np.float64], min_items: int = 0) -> npt.NDArray[np.int64]:
     """Cut points that divide `total` items into parts of these shares, with at least `min_items` items each."""
     distributable = total - min_items * len(shares)
     guaranteed = min_items * np.arange(1, len(shares))
@@ -208,7 +210,7 @@ def _cuts(total: int, shares: npt.NDArray[np.float64], min_items: int = 0) -> np
     )
 
 
-def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) -> list[set[int]]:
+def _classes_of_devices(classes: int, devices: int, each: int, rng: np.random.Generator) -> list[set[int]]:
     """Draw the classes of every device. To take those with the most free places never ends in a dead end."""
     free_places = np.full(classes, devices * each // classes)
     free_places[rng.permutation(classes)[: devices * each % classes]] += 1
@@ -220,7 +222,7 @@ def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) ->
     return classes_by_device
 
 
-def _mended(hands: list[Rows], labels: Labels, min_samples: int, rng: np.random.Generator) -> list[Rows]:
+def _fill_small_hands(hands: list[Rows], labels: Labels, min_samples: int, rng: np.random.Generator) -> list[Rows]:
     """Give each device `min_samples` samples: the largest hand gives some of its most frequent class."""
     hands = list(hands)
     sizes = np.array([len(h) for h in hands])

@@ -17,9 +17,9 @@ Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 # Samples per chunk when all are read.
-_CHUNK = 4096
+_CHUNK_SAMPLES = 4096
 
-_COLOURS = (1, 3, 4)
+_CHANNEL_COUNTS = (1, 3, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,9 @@ class Samples:
     """All samples of a data set. Rows count through the parts, one after the other.
 
     Attributes:
-        parts: Inputs [n_i, ...], of one type and shape: uint8 images, floats, or integers (token ids).
+        arrays: Inputs [n_i, ...], of one type and shape: uint8 images, floats, or integers (token ids).
         labels: Classes, int64 [n].
-        testing: Marks of the data set's own test samples, bool [n].
+        is_test: Marks of the data set's own test samples, bool [n].
         owners: Index of each sample's owner (a person, a writer, a domain) in `owner_names`, int64 [n]; None without
             owners.
         class_names: Names of the classes; numbers as text if the files have no names.
@@ -38,18 +38,18 @@ class Samples:
         DataError: Lengths, types or shapes don't fit each other, or a number is out of range.
     """
 
-    parts: tuple[Array, ...]
+    arrays: tuple[Array, ...]
     labels: npt.NDArray[np.int64]
-    testing: npt.NDArray[np.bool_]
+    is_test: npt.NDArray[np.bool_]
     owners: npt.NDArray[np.int64] | None = None
     owner_names: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.parts or not len(self.labels):
+        if not self.arrays or not len(self.labels):
             raise DataError("a data set is empty", expected="at least one sample")
-        first_part = self.parts[0]
-        for array in self.parts:
+        first_part = self.arrays[0]
+        for array in self.arrays:
             if array.ndim < 2 or array.dtype.kind not in "fiu":
                 raise DataError("inputs", expected="numbers [n, ...]", got=f"{array.dtype} {shape_text(*array.shape)}")
             if array.dtype != first_part.dtype or array.shape[1:] != first_part.shape[1:]:
@@ -58,14 +58,14 @@ class Samples:
                     expected=f"{first_part.dtype} {shape_text('n', *first_part.shape[1:])}",
                     got=f"{array.dtype} {shape_text('n', *array.shape[1:])}",
                 )
-        total = sum(map(len, self.parts))
-        object.__setattr__(self, "labels", _classes(self.labels, total))
-        if self.testing.dtype != bool or self.testing.shape != (total,):
-            raise DataError("marks of test samples", expected=f"bool [{total}]", got=_kind(self.testing))
+        total = sum(map(len, self.arrays))
+        object.__setattr__(self, "labels", _checked_labels(self.labels, total))
+        if self.is_test.dtype != bool or self.is_test.shape != (total,):
+            raise DataError("marks of test samples", expected=f"bool [{total}]", got=_array_text(self.is_test))
         if self.owners is not None:
             owner_count = len(self.owner_names)
             if self.owners.dtype != np.int64 or self.owners.shape != (total,):
-                raise DataError("owners", expected=f"int64 [{total}]", got=_kind(self.owners))
+                raise DataError("owners", expected=f"int64 [{total}]", got=_array_text(self.owners))
             if int(self.owners.min()) < 0 or int(self.owners.max()) >= owner_count:
                 raise DataError("an owner", expected=f"0 to {owner_count - 1}", got=int(self.owners.max()))
         if not self.class_names:
@@ -83,21 +83,21 @@ class Samples:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample in the files."""
-        return self.parts[0].shape[1:]
+        return self.arrays[0].shape[1:]
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the inputs in the files."""
-        return self.parts[0].dtype
+        return self.arrays[0].dtype
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all inputs, labels, owners and marks. Reads everything once."""
         digest = hashlib.sha256(f"{self.dtype.str} {self.shape} {len(self)}".encode())
-        for part in self.parts:
-            for at in range(0, len(part), _CHUNK):
-                digest.update(np.ascontiguousarray(part[at : at + _CHUNK]).tobytes())
-        for array in (self.labels, self.testing, self.owners):
+        for part in self.arrays:
+            for at in range(0, len(part), _CHUNK_SAMPLES):
+                digest.update(np.ascontiguousarray(part[at : at + _CHUNK_SAMPLES]).tobytes())
+        for array in (self.labels, self.is_test, self.owners):
             digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -110,7 +110,7 @@ class Samples:
             )
         inputs = np.empty((len(row_numbers), *self.shape), self.dtype)
         part_start = 0
-        for array in self.parts:
+        for array in self.arrays:
             is_in_part = (row_numbers >= part_start) & (row_numbers < part_start + len(array))
             if is_in_part.any():
                 inputs[is_in_part] = array[row_numbers[is_in_part] - part_start]
@@ -151,9 +151,9 @@ class Preparation:
         needed, can't be divided into squares, or have another number of channels than `mean`."""
         if raw.dtype.kind in "iu" and raw.dtype != np.uint8:
             return raw.astype(np.int64)
-        x = _images(raw) if raw.dtype == np.uint8 else np.ascontiguousarray(raw, np.float32)
+        x = _image_floats(raw) if raw.dtype == np.uint8 else np.ascontiguousarray(raw, np.float32)
         if self.pool > 1:
-            x = _pooled(x, self.pool)
+            x = _shrink_images(x, self.pool)
         if self.mean:
             if len(self.mean) != x.shape[1]:
                 raise DataError("mean and deviation", expected=f"one number per channel, {x.shape[1]}", got=self.mean)
@@ -163,16 +163,16 @@ class Preparation:
             ).reshape(per_channel)
         return np.ascontiguousarray(x)
 
-    def standardised(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
+    def with_scaling(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
         """This preparation with mean and deviation per channel, by default measured on all but the data set's test
         samples. Raises `DataError` if inputs are token ids, or a channel is constant."""
         # In float64 and in chunks: a data set may not fit in memory, and squares of a million pixels lose float32's
         # digits.
         without_scaling = replace(self, mean=(), deviation=())
-        measured_rows = np.flatnonzero(~samples.testing) if rows is None else np.asarray(rows, np.int64)
+        measured_rows = np.flatnonzero(~samples.is_test) if rows is None else np.asarray(rows, np.int64)
         count, total, squares = 0, np.zeros(0), np.zeros(0)
-        for start in range(0, len(measured_rows), _CHUNK):
-            x = without_scaling(samples.take(measured_rows[start : start + _CHUNK]))
+        for start in range(0, len(measured_rows), _CHUNK_SAMPLES):
+            x = without_scaling(samples.take(measured_rows[start : start + _CHUNK_SAMPLES]))
             if x.dtype != np.float32:
                 raise DataError("token ids have no mean", got=str(samples.dtype))
             flat = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1).astype(np.float64)
@@ -190,7 +190,7 @@ class Preparation:
         return replace(self, mean=tuple(map(float, mean)), deviation=tuple(map(float, deviation)))
 
 
-def assembled(
+def assemble_samples(
     splits: Sequence[tuple[Array, Array, bool]],
     *,
     owners: Sequence[Array] | None = None,
@@ -225,9 +225,9 @@ def assembled(
     return Samples(tuple(x for x, _, _ in filled_splits), labels, testing, indices, names, tuple(class_names))
 
 
-def _classes(labels: Array, total: int) -> npt.NDArray[np.int64]:
+def _checked_labels(labels: Array, total: int) -> npt.NDArray[np.int64]:
     if labels.dtype.kind not in "iub" or labels.shape != (total,):
-        raise DataError("labels", expected=f"whole numbers [{total}]", got=_kind(labels))
+        raise DataError("labels", expected=f"whole numbers [{total}]", got=_array_text(labels))
     if int(labels.min()) < 0:
         raise DataError("a label is negative", expected="0 or more", got=int(labels.min()))
     # Counts per class are arrays as long as the largest label: an id taken for a label would fill memory.
@@ -236,16 +236,16 @@ def _classes(labels: Array, total: int) -> npt.NDArray[np.int64]:
     return np.ascontiguousarray(labels, np.int64)
 
 
-def _kind(array: Array) -> str:
+def _array_text(array: Array) -> str:
     return f"{array.dtype} {shape_text(*array.shape)}"
 
 
-def _images(raw: Array) -> Array:
+def _image_floats(raw: Array) -> Array:
     if raw.ndim == 3:
         raw = raw[:, None]
-    elif raw.ndim == 4 and raw.shape[3] in _COLOURS:
+    elif raw.ndim == 4 and raw.shape[3] in _CHANNEL_COUNTS:
         raw = raw.transpose(0, 3, 1, 2)
-    elif raw.ndim != 4 or raw.shape[1] not in _COLOURS:
+    elif raw.ndim != 4 or raw.shape[1] not in _CHANNEL_COUNTS:
         raise DataError(
             "images",
             expected="bytes [n, height, width], [n, height, width, colours] or [n, colours, height, width]",
@@ -255,7 +255,7 @@ def _images(raw: Array) -> Array:
     return np.divide(raw, 255, dtype=np.float32)
 
 
-def _pooled(x: Array, factor: int) -> Array:
+def _shrink_images(x: Array, factor: int) -> Array:
     if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
         raise DataError(
             "images to shrink", expected=f"[n, colours, height, width], divisible by {factor}", got=shape_text(*x.shape)

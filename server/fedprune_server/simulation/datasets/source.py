@@ -14,28 +14,28 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
-from fedprune.core.disk import is_there
-from fedprune.core.errors import DataError, MissingExtraError, remedy
-from fedprune.core.zip_limits import check_sizes, why_unreadable
-from fedprune_server.simulation.datasets.columns import ENDING, Columns, parquet_files_of
+from fedprune.core.disk import path_exists
+from fedprune.core.errors import DataError, MissingExtraError, path_remedy
+from fedprune.core.zip_limits import check_sizes, unreadable_reason
+from fedprune_server.simulation.datasets.columns import PARQUET_SUFFIX, ParquetColumns, parquet_files_of
 from fedprune_server.simulation.datasets.image_files import read_image_folder
-from fedprune_server.simulation.datasets.samples import Samples, assembled
+from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 
 Array = npt.NDArray[Any]
 
 # Accepted names of the array of owners.
-_OWNERS = ("owner", "subject", "writer", "domain", "user")
+_OWNER_NAMES = ("owner", "subject", "writer", "domain", "user")
 
 # Names of the arrays that are read.
-_KNOWN = frozenset(
+_ARRAY_NAMES = frozenset(
     {"x", "y", "x_train", "y_train", "x_test", "y_test", "is_test", "class_names"}
-    | {word + end for word in _OWNERS for end in ("", "_train", "_test")}
+    | {word + end for word in _OWNER_NAMES for end in ("", "_train", "_test")}
 )
 
 # A member's header inside a zip archive (APPNOTE.TXT, 4.3.7).
-_LOCAL = struct.Struct("<4s5H3I2H")
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
-_HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
+_WRITE_HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
 
 
 def read_npz(path: Path) -> Samples:
@@ -49,26 +49,26 @@ def read_npz(path: Path) -> Samples:
     Raises:
         DataError: It can't be read, an array is missing, or arrays don't fit each other.
     """
-    arrays = npz_arrays(path, _KNOWN)
-    names = _names(arrays.get("class_names"))
+    arrays = npz_arrays(path, _ARRAY_NAMES)
+    names = _class_names(arrays.get("class_names"))
     if "x_train" in arrays or "x" not in arrays:
-        _need(path, arrays, ("x_train", "y_train"))
+        _require_arrays(path, arrays, ("x_train", "y_train"))
         if ("x_test" in arrays) != ("y_test" in arrays):
-            raise DataError("test data", expected="both x_test and y_test, or neither", got=_listed(path))
+            raise DataError("test data", expected="both x_test and y_test, or neither", got=_stored_names(path))
         splits = [(arrays["x_train"], arrays["y_train"], False)]
         if "x_test" in arrays:
             splits.append((arrays["x_test"], arrays["y_test"], True))
-        owner_name = next((w for w in _OWNERS if f"{w}_train" in arrays), None)
+        owner_name = next((w for w in _OWNER_NAMES if f"{w}_train" in arrays), None)
         owners = None
         if owner_name is not None:
             owners = [arrays[f"{owner_name}_train"]]
             if "x_test" in arrays:
-                _need(path, arrays, (f"{owner_name}_test",))
+                _require_arrays(path, arrays, (f"{owner_name}_test",))
                 owners.append(arrays[f"{owner_name}_test"])
-        return assembled(splits, owners=owners, class_names=names)
-    _need(path, arrays, ("x", "y"))
-    owner_name = next((w for w in _OWNERS if w in arrays), None)
-    samples = assembled(
+        return assemble_samples(splits, owners=owners, class_names=names)
+    _require_arrays(path, arrays, ("x", "y"))
+    owner_name = next((w for w in _OWNER_NAMES if w in arrays), None)
+    samples = assemble_samples(
         [(arrays["x"], arrays["y"], False)],
         owners=None if owner_name is None else [arrays[owner_name]],
         class_names=names,
@@ -79,7 +79,7 @@ def read_npz(path: Path) -> Samples:
     if marks.dtype.kind not in "biu" or marks.shape != samples.labels.shape:
         raise DataError("is_test", expected=f"true or false [{len(samples)}]", got=f"{marks.dtype} {marks.shape}")
     return Samples(
-        samples.parts, samples.labels, np.asarray(marks) != 0, samples.owners, samples.owner_names, samples.class_names
+        samples.arrays, samples.labels, np.asarray(marks) != 0, samples.owners, samples.owner_names, samples.class_names
     )
 
 
@@ -100,28 +100,30 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
                 if names is not None and name not in names:
                     continue
                 check_sizes([member], f"{path}: {name[:80]}", DataError)
-                mapped = _mapped(path, raw, member) if member.filename.endswith(".npy") else None
+                mapped = _map_array(path, raw, member) if member.filename.endswith(".npy") else None
                 arrays[name] = file[name] if mapped is None else mapped
         return arrays
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error)) from error
     except DataError:
         raise
     except Exception as error:  # on damaged files zipfile, numpy and numpy's header parser may raise anything
-        raise DataError(f"{path} is not an .npz file of plain arrays{why_unreadable(error)}", hint=_HINT) from error
+        raise DataError(
+            f"{path} is not an .npz file of plain arrays{unreadable_reason(error)}", hint=_WRITE_HINT
+        ) from error
 
 
-def _mapped(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
+def _map_array(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
     """The array as a read-only map of the file; None if it is compressed, encrypted, tiny or of objects."""
     # A map of a few KiB costs a file descriptor, and saves nothing.
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size < 2**16:
         return None
     raw.seek(member.header_offset)
-    header = _LOCAL.unpack(raw.read(_LOCAL.size))
+    header = _LOCAL_HEADER.unpack(raw.read(_LOCAL_HEADER.size))
     if header[0] != b"PK\x03\x04":
         raise zipfile.BadZipFile("a member's header is damaged")
     # The local header's own lengths: those of the archive's directory may differ.
-    member_start = member.header_offset + _LOCAL.size + header[9] + header[10]
+    member_start = member.header_offset + _LOCAL_HEADER.size + header[9] + header[10]
     raw.seek(member_start)
     version = npy.read_magic(raw)
     if version not in ((1, 0), (2, 0)):
@@ -136,7 +138,7 @@ def _mapped(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
     return np.memmap(path, dtype, "r", data_start, shape, "F" if fortran else "C")
 
 
-def _names(array: Array | None) -> tuple[str, ...]:
+def _class_names(array: Array | None) -> tuple[str, ...]:
     if array is None:
         return ()
     if array.dtype.kind != "U" or array.ndim != 1:
@@ -144,24 +146,28 @@ def _names(array: Array | None) -> tuple[str, ...]:
     return tuple(map(str, array.tolist()))
 
 
-def _need(path: Path, arrays: dict[str, Array], names: tuple[str, ...]) -> None:
+def _require_arrays(path: Path, arrays: dict[str, Array], names: tuple[str, ...]) -> None:
     for name in names:
         if name not in arrays:
-            raise DataError(f"{path}: array {name!r} is missing", got=_listed(path), hint=_HINT)
+            raise DataError(f"{path}: array {name!r} is missing", got=_stored_names(path), hint=_WRITE_HINT)
 
 
-def _listed(path: Path) -> str:
+def _stored_names(path: Path) -> str:
     """Names of all arrays of a file."""
     with zipfile.ZipFile(path) as archive:
         return ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"
 
 
 # Environment variable with a folder in which missing sources are searched.
-VARIABLE = "FEDPRUNE_DATA"
+DATA_FOLDER_VARIABLE = "FEDPRUNE_DATA"
 
 
 def read_samples(
-    source: str | Path, columns: Columns | None = None, *, size: tuple[int, int] | None = None, colour: bool = True
+    source: str | Path,
+    columns: ParquetColumns | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    colour: bool = True,
 ) -> Samples:
     """Read a data set.
 
@@ -175,18 +181,18 @@ def read_samples(
     Raises:
         DataError: It doesn't exist, or can't be read; the message names the file.
     """
-    path = found(source)
-    with _named(path):
-        return _read(path, columns, size, colour)
+    path = find_source(source)
+    with _name_file(path):
+        return _read_path(path, columns, size, colour)
 
 
-def _read(path: Path, columns: Columns | None, size: tuple[int, int] | None, colour: bool) -> Samples:
-    if path.suffix == ENDING if path.is_file() else parquet_files_of(path):
+def _read_path(path: Path, columns: ParquetColumns | None, size: tuple[int, int] | None, colour: bool) -> Samples:
+    if path.suffix == PARQUET_SUFFIX if path.is_file() else parquet_files_of(path):
         try:
             from fedprune_server.simulation.datasets.parquet_files import read_parquet
         except ModuleNotFoundError as error:
             raise MissingExtraError(f"Parquet files need {error.name}", extra="parquet") from error
-        return read_parquet(path, columns or Columns(), size=size, colour=colour)
+        return read_parquet(path, columns or ParquetColumns(), size=size, colour=colour)
     if columns is not None:
         raise DataError("x, y or owner of [data]", expected="none: columns are those of Parquet files", got="some")
     if path.is_file():
@@ -195,7 +201,7 @@ def _read(path: Path, columns: Columns | None, size: tuple[int, int] | None, col
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _name_file(path: Path) -> Iterator[None]:
     """Add the file's name to an error that doesn't have it."""
     try:
         yield
@@ -205,18 +211,20 @@ def _named(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
-def found(source: str | Path) -> Path:
+def find_source(source: str | Path) -> Path:
     """The path of a source. Raises `DataError` if it doesn't exist; the message names the searched places."""
     path = Path(source)
     candidates = [path]
-    if not path.is_absolute() and (root := os.environ.get(VARIABLE)):
+    if not path.is_absolute() and (root := os.environ.get(DATA_FOLDER_VARIABLE)):
         candidates += [Path(root) / path, Path(root) / f"{path}.npz"]
     for candidate in candidates:
-        if is_there(candidate):
+        if path_exists(candidate):
             return candidate
     raise DataError(
         f"data {str(source)!r}",
         expected="a .npz file or a folder that exists",
         got=f"nothing at {', '.join(str(p.absolute()) for p in candidates)}",
-        hint="" if os.environ.get(VARIABLE) else f"Or set {VARIABLE} to the folder that holds it.",
+        hint=""
+        if os.environ.get(DATA_FOLDER_VARIABLE)
+        else f"Or set {DATA_FOLDER_VARIABLE} to the folder that holds it.",
     )

@@ -21,21 +21,21 @@ from fedprune.updates.privacy import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.local_state import MemoryStateStore
-from fedprune_device.training.round_runner import MEASURED, RoundRunner, TrainerCache
-from fedprune_server.executor.offers import sent
+from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner, TrainerCache
+from fedprune_server.executor.offers import device_offer
 from fedprune_server.process.pools import ProcessPool
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 
 # Devices, in addition to those that train, whose samples are in memory: the processes go on with them while this one
 # folds an update.
-_SPARE = 2
+_SPARE_DEVICES = 2
 
 
 # A device, its offer, and the round.
-Work = tuple[VirtualDevice, dict[str, Any], int]
+TrainingWork = tuple[VirtualDevice, dict[str, Any], int]
 
 # An outcome, and the digest of the board's state from then on.
-Done = tuple[Outcome, str | None]
+FinishedTraining = tuple[Outcome, str | None]
 
 
 class WorkerKilledError(TrainingError):
@@ -52,7 +52,7 @@ class DeviceRunner:
     """Trains virtual devices: one by one in this process or, with several workers, side by side in others.
 
     A training depends on its offer and the board's state alone. So other processes can compute all trainings that are
-    under way while this one goes on; the boards' states change when `carry_out` returns an outcome.
+    under way while this one goes on; the boards' states change when `train` returns an outcome.
 
     Args:
         cuda: Whether to train on an NVIDIA GPU, if that works.
@@ -65,15 +65,15 @@ class DeviceRunner:
         self.boards: dict[str, str] = {}
         self._store = store
         self._workers = workers
-        self._waiting: dict[str, Work] = {}
-        self._begun: dict[str, tuple[int, Future[Done]]] = {}
-        self._running: list[Future[Done]] = []
+        self._waiting: dict[str, TrainingWork] = {}
+        self._started: dict[str, tuple[int, Future[FinishedTraining]]] = {}
+        self._running: list[Future[FinishedTraining]] = []
         self._local: _LocalRunner | None = None
         self._pool: ProcessPool[_LocalRunner] | None = None
         if workers == 1:
             self._local = _LocalRunner(store, folder, cuda=cuda)
         else:
-            self._pool = ProcessPool(workers, partial(_runner, store, folder, cuda=cuda))
+            self._pool = ProcessPool(workers, partial(_helper_runner, store, folder, cuda=cuda))
 
     def prepare(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> None:
         """Begin a device's training ahead, where other processes train. It replaces any earlier training of the device.
@@ -91,17 +91,17 @@ class DeviceRunner:
         """Drop a device's training, of one round or of any. If a process has begun it, its outcome is dropped."""
         if device in self._waiting and number in (None, self._waiting[device][2]):
             del self._waiting[device]
-        if device in self._begun and number in (None, self._begun[device][0]):
-            self._begun.pop(device)[1].cancel()
+        if device in self._started and number in (None, self._started[device][0]):
+            self._started.pop(device)[1].cancel()
 
-    def settle(self) -> set[str]:
+    def await_started(self) -> set[str]:
         """Wait for the trainings that have begun; returns the blobs of their outcomes."""
-        futures = [future for _, future in self._begun.values()]
+        futures = [future for _, future in self._started.values()]
         wait(futures)
         results = [future.result() for future in futures if future.exception() is None]
         return {blob for outcome, board in results for blob in (outcome.weights.sha256, board) if blob}
 
-    def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
+    def train(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
         """Carry out an offer as a board does.
 
         Raises:
@@ -112,7 +112,7 @@ class DeviceRunner:
         if self._local is not None:
             outcome, board = self._local.train(device, offer, number, self.boards.get(device.name))
         else:
-            outcome, board = self._awaited(device, offer, number)
+            outcome, board = self._await_training(device, offer, number)
         if board is not None:
             self.boards[device.name] = board
         return outcome if device.tamper is None else device.tamper(outcome, offer, self._store)
@@ -121,18 +121,18 @@ class DeviceRunner:
         if self._pool is not None:
             self._pool.close(wait=True)  # they write into the folder
 
-    def _awaited(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Done:
+    def _await_training(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> FinishedTraining:
         """A training's outcome, from a process that may have begun it already."""
         self._waiting.pop(device.name, None)
-        if device.name not in self._begun:
+        if device.name not in self._started:
             self._begin((device, offer, number))
-        _, future = self._begun[device.name]
+        _, future = self._started[device.name]
         self._begin_next()
         while not future.done():
             # Whichever ends first makes room for the next: this training may be the longest of all.
             wait(self._running, return_when=FIRST_COMPLETED)
             self._begin_next()
-        del self._begun[device.name]
+        del self._started[device.name]
         try:
             return future.result()
         except BrokenExecutor as error:
@@ -141,13 +141,13 @@ class DeviceRunner:
     def _begin_next(self) -> None:
         """Begin trainings that wait, as long as processes are free for them."""
         self._running = [future for future in self._running if not future.done()]
-        free = self._workers + _SPARE - len(self._running)
+        free = self._workers + _SPARE_DEVICES - len(self._running)
         for device in list(islice(self._waiting, max(0, free))):
             self._begin(self._waiting.pop(device))
 
-    def _begin(self, work: Work) -> None:
+    def _begin(self, work: TrainingWork) -> None:
         device, offer, number = work
-        future = Future[Done]()
+        future = Future[FinishedTraining]()
         try:
             # Samples are read here, because their loader need not be picklable, and no sooner than they are needed.
             loaded_device = VirtualDevice(device.name, device.profile, device.load())
@@ -159,24 +159,24 @@ class DeviceRunner:
             raise WorkerKilledError from error
         except FedpruneError as error:  # of the samples: the board's answer
             future.set_exception(error)
-        self._begun[device.name] = number, future
+        self._started[device.name] = number, future
         self._running.append(future)
 
 
 class _LocalRunner:
     def __init__(self, store: BlobStore, folder: Path, *, cuda: bool) -> None:
         self._store = store
-        self._slots = ModelSlots(folder, lasting=False)
+        self._slots = ModelSlots(folder, durable=False)
         self._slots.prepare()
         self._trainer = TrainerCache(keep=True, cuda=cuda)
         self._agreeing: set[tuple[str, str]] = set()
 
-    def train(self, device: VirtualDevice, offer: dict[str, Any], number: int, board: str | None) -> Done:
+    def train(self, device: VirtualDevice, offer: dict[str, Any], number: int, board: str | None) -> FinishedTraining:
         state = _BlobState(self._store, board)
 
         def noise(offer: Offer) -> GaussianNoise:
             # Keyed noise, which a board never has: a simulation must give the same bits again.
-            return GaussianNoise.keyed(offer.seed, offer.round, device.name, offer.weights.sha256)
+            return GaussianNoise.from_key(offer.seed, offer.round, device.name, offer.weights.sha256)
 
         runner = RoundRunner(
             device.name,
@@ -186,13 +186,15 @@ class _LocalRunner:
             self._trainer,
             state,
             noise=noise,
-            agreeing=self._agreeing,
+            checked_graphs=self._agreeing,
         )
-        result = runner.make(Offer.from_dict({"job": "simulation", "round": number, "attempt": 0, **sent(offer)}))
-        result.keep()
+        result = runner.carry_out(
+            Offer.from_dict({"job": "simulation", "round": number, "attempt": 0, **device_offer(offer)})
+        )
+        result.commit_state()
         update = result.update
         # Times and memory of this machine differ from run to run.
-        metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
+        metrics = {name: value for name, value in update.metrics.items() if name not in MACHINE_METRICS}
         return Outcome(update.weights, update.samples, update.steps, metrics), state.digest
 
 
@@ -226,6 +228,6 @@ class _BlobState:
         self.digest = self._store.put(tensorfile.encode(records)).sha256
 
 
-def _runner(store: BlobStore, folder: Path, *, cuda: bool) -> _LocalRunner:
+def _helper_runner(store: BlobStore, folder: Path, *, cuda: bool) -> _LocalRunner:
     """A helper process's runner, with a folder of its own."""
     return _LocalRunner(store, folder / f"process-{os.getpid()}", cuda=cuda)

@@ -20,11 +20,11 @@ import numpy as np
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import validation as setting_checks
-from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject, dotted, shown
+from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject, dotted_path, value_text
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import predict
+from fedprune.planning.cost_prediction import predict_costs
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.topics import check_device
 from fedprune_device.data.array_source import load_data
@@ -33,16 +33,16 @@ from fedprune_device.data.stored_array import StoredArray
 from fedprune_server.simulation.datasets.federation import Federation
 
 # Entries of an offer that refer to blobs.
-_BLOBS = ("weights", "training", "inference", "base")
+_BLOB_ENTRIES = ("weights", "training", "inference", "base")
 
 
-def pulls(offer: Mapping[str, Any], held_digests: Collection[str]) -> dict[str, int]:
+def download_sizes(offer: Mapping[str, Any], held_digests: Collection[str]) -> dict[str, int]:
     """Bytes that a board downloads for an offer, by the digest of each blob.
 
     Args:
         held_digests: Digests that the board holds already; weights that it can decode with them travel encoded.
     """
-    refs = [offer[k] for k in (*_BLOBS, "mask", "moved") if offer.get(k)]
+    refs = [offer[k] for k in (*_BLOB_ENTRIES, "mask", "moved") if offer.get(k)]
     sizes, encoded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
     weights = offer["weights"]["sha256"]
     if encoded and offer.get("held", encoded["sha256"]) in (*held_digests, encoded["sha256"]):
@@ -64,7 +64,7 @@ class StoredData:
     def of(cls, load: Callable[[], LocalData]) -> StoredData:
         """Read the samples once, for their number and fingerprint. Raises `DataError` if it can't be read."""
         data = load()
-        return cls(data.samples, fingerprint(data), load, data.effective_classes)
+        return cls(data.samples, samples_digest(data), load, data.effective_classes)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class VirtualDevice:
 
     @cached_property
     def fingerprint(self) -> str:
-        return self.data.fingerprint if isinstance(self.data, StoredData) else fingerprint(self.data)
+        return self.data.fingerprint if isinstance(self.data, StoredData) else samples_digest(self.data)
 
     def load(self) -> LocalData:
         """Its samples. Raises `DataError` if they can't be read."""
@@ -108,10 +108,10 @@ class VirtualDevice:
 
     def train_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:
         """Seconds that the planner expects the training of a round to take."""
-        return predict(architecture, widths, self.profile, recipe, self.samples).train_s
+        return predict_costs(architecture, widths, self.profile, recipe, self.samples).train_s
 
 
-def fingerprint(data: LocalData) -> str:
+def samples_digest(data: LocalData) -> str:
     """Digest of a device's samples and labels with their types and shapes."""
     digest = hashlib.sha256()
     for field in fields(data):
@@ -126,9 +126,9 @@ def fingerprint(data: LocalData) -> str:
 MEGABYTE = 1e6
 
 # Fleets of up to this size hold their samples in memory; larger ones read them on use.
-HELD = 32
+MAX_LOADED_FLEET = 32
 
-_KEYS = ("name", "count", "profile", "data", "link", "validation")
+_ROW_KEYS = ("name", "count", "profile", "data", "link", "validation")
 _LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
 
 # Speeds in MB/s and latency in seconds that differ from the profile's.
@@ -169,11 +169,11 @@ def read_devices(
         ConfigError: A key is missing, unknown or wrong; the message names row and key.
         FedpruneError: A profile or data can't be read; the message names row and key.
     """
-    device_rows = list(_expanded(rows, federation))
+    device_rows = list(_expand_rows(rows, federation))
     rows_by_name: dict[str, KeyPath] = {}
     for row in device_rows:
         if row.name in rows_by_name:
-            expected, got = "another one for each device", f"{row.name!r} as {dotted(rows_by_name[row.name])}"
+            expected, got = "another one for each device", f"{row.name!r} as {dotted_path(rows_by_name[row.name])}"
             raise ConfigError((*row.where, "name"), expected=expected, got=got)
         rows_by_name[row.name] = row.where
     if federation is not None and len(device_rows) != len(federation.names):
@@ -186,21 +186,23 @@ def read_devices(
     devices = []
     for number, row in enumerate(device_rows):
         link = row.link or (links[number % len(links)] if links else {})
-        with named((*row.where, "profile")):
+        with name_source((*row.where, "profile")):
             profile_key = (row.profile, repr(sorted(link.items())))
             if profile_key not in profiles:
                 # Shipped profiles go by a bare name, so a name with a slash or an ending is a path.
                 file = "/" in row.profile or row.profile.endswith((".toml", ".json"))
                 source = str(folder / row.profile) if file else row.profile
-                profiles[profile_key] = with_link(profile_store.chosen(source), link)
-        with named((*row.where, "data") if federation is None else ("data", row.name)):
-            data = _samples(row, seed, folder, federation, number, check, keeps_in_memory=len(device_rows) <= HELD)
+                profiles[profile_key] = with_link(profile_store.find_typed_profile(source), link)
+        with name_source((*row.where, "data") if federation is None else ("data", row.name)):
+            data = _samples(
+                row, seed, folder, federation, number, check, keeps_in_memory=len(device_rows) <= MAX_LOADED_FLEET
+            )
         devices.append(VirtualDevice(row.name, profiles[profile_key], data))
     return tuple(devices)
 
 
 @contextmanager
-def named(source: Subject) -> Iterator[None]:
+def name_source(source: Subject) -> Iterator[None]:
     """Let an error that names no setting name this setting or file."""
     try:
         yield
@@ -208,10 +210,10 @@ def named(source: Subject) -> Iterator[None]:
         if error.path and not isinstance(source, str):
             raise
         message, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
-        raise error.named(message, path) from error
+        raise error.with_subject(message, path) from error
 
 
-def _expanded(rows: object, federation: Federation | None) -> Iterator[_Row]:
+def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
     needed = ("name", "profile", "data") if federation is None else ("profile",)
     needed_text = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
@@ -221,16 +223,16 @@ def _expanded(rows: object, federation: Federation | None) -> Iterator[_Row]:
         row_path: KeyPath = ("devices", index)
         if not isinstance(row, Mapping):
             raise ConfigError(row_path, expected=f"a table with {needed_text}", got=repr(row))
-        allowed_keys = _KEYS if federation is None else [k for k in _KEYS if k not in ("data", "validation")]
-        setting_checks.only(allowed_keys, row, row_path)
+        allowed_keys = _ROW_KEYS if federation is None else [k for k in _ROW_KEYS if k not in ("data", "validation")]
+        setting_checks.check_keys(allowed_keys, row, row_path)
         for key in needed:
             if key not in row:
                 raise ConfigError((*row_path, key), expected=needed_text, got="nothing")
         names = _names(row, row_path, federation, name_count, is_only_row=len(rows) == 1)
-        profiles = _texts(row["profile"], (*row_path, "profile"))
-        data = "" if federation is not None else _text(row["data"], (*row_path, "data"))
+        profiles = _checked_texts(row["profile"], (*row_path, "profile"))
+        data = "" if federation is not None else _checked_text(row["data"], (*row_path, "data"))
         links = _links(row.get("link", {}), (*row_path, "link"))
-        share = setting_checks.number((*row_path, "validation"), row.get("validation", 0.0), 0, 0.9)
+        share = setting_checks.check_number((*row_path, "validation"), row.get("validation", 0.0), 0, 0.9)
         for i, name in enumerate(names):
             yield _Row(row_path, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
         name_count += len(names)
@@ -242,12 +244,12 @@ def _names(
     """Names of a row's devices: its own, numbered ones, or those of the data."""
     count = row.get("count")
     if count is not None:
-        setting_checks.whole((*row_path, "count"), count, 1, 10**6)
+        setting_checks.check_whole((*row_path, "count"), count, 1, 10**6)
     if "name" not in row:
         if federation is None or (count is None and not is_only_row):
             raise ConfigError((*row_path, "name"), expected="a text", got="nothing")
         return federation.names[name_count:][: count if count is not None else None]
-    name = _text(row["name"], (*row_path, "name"))
+    name = _checked_text(row["name"], (*row_path, "name"))
     if count is None:
         return (check_device(name, (*row_path, "name"), error=ConfigError),)
     # As many digits as sorting by name needs.
@@ -264,10 +266,12 @@ def _links(value: object, path: KeyPath) -> list[LinkSettings]:
     links: list[LinkSettings] = []
     for table in tables:
         if not isinstance(table, Mapping):
-            raise ConfigError(path, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
-        setting_checks.only(_LINK_KEYS, table, path)
+            raise ConfigError(path, expected=f"a table with {', '.join(_LINK_KEYS)}", got=value_text(table))
+        setting_checks.check_keys(_LINK_KEYS, table, path)
         limits = {"latency_s": (0.0, 3600.0)}
-        links.append({k: setting_checks.number((*path, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()})
+        links.append(
+            {k: setting_checks.check_number((*path, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
+        )
     return links
 
 
@@ -306,18 +310,22 @@ def _samples(
     source = str(folder / row.data) if row.data.endswith(".npz") else row.data
     read_samples = partial(load_data, source, seed, row.name, row.validation)
     data = read_samples()
-    with named(source):
+    with name_source(source):
         check(data)
     return (
-        data if keeps_in_memory else StoredData(data.samples, fingerprint(data), read_samples, data.effective_classes)
+        data
+        if keeps_in_memory
+        else StoredData(data.samples, samples_digest(data), read_samples, data.effective_classes)
     )
 
 
-def _texts(value: object, path: KeyPath) -> list[str]:
-    return [_text(v, path) for v in value] if isinstance(value, list) and value else [_text(value, path)]
+def _checked_texts(value: object, path: KeyPath) -> list[str]:
+    return (
+        [_checked_text(v, path) for v in value] if isinstance(value, list) and value else [_checked_text(value, path)]
+    )
 
 
-def _text(value: object, path: KeyPath) -> str:
+def _checked_text(value: object, path: KeyPath) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(path, expected="a text", got=repr(value))
     return value

@@ -14,30 +14,30 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.record import Record, shown
-from fedprune_server.simulation.results.run_folder import RECORD
+from fedprune_server.simulation.results.record import Record, score_text
+from fedprune_server.simulation.results.run_folder import RECORD_FILE
 from fedprune_server.simulation.results.tables import (
-    TAIL,
+    TAIL_ROUNDS,
     final_rows,
     print_rows,
-    table,
+    result_table,
     tail_note,
-    tera_macs,
+    tera_macs_text,
     write_page,
 )
 
-PAGE = "comparison.html"
+PAGE_FILE = "comparison.html"
 
 EQUAL_COST = "At equal cost: each run's last measured round before it had spent more than the run that spent least"
 
-_MOST_VALUES = 5
+_MAX_VALUES = 5
 
 # What a run had spent at the end of each of its rounds, in all.
-_COSTS: dict[str, Callable[[Record], list[float]]] = {
+_COST_READERS: dict[str, Callable[[Record], list[float]]] = {
     "rounds": lambda run: [row.round for row in run.rounds],
     "training_macs": lambda run: list(accumulate(row.macs for row in run.rounds)),
     "bytes": lambda run: [row.down + row.up for row in run.rounds],
-    "seconds": lambda run: [row.at for row in run.rounds],
+    "seconds": lambda run: [row.elapsed_s for row in run.rounds],
 }
 
 
@@ -50,7 +50,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
     Raises:
         StorageError: There is no run, none of its rounds has ended, or they measure different things.
     """
-    runs = [(p, Record.load(p / RECORD if p.is_dir() else p)) for p in paths]
+    runs = [(p, Record.load(p / RECORD_FILE if p.is_dir() else p)) for p in paths]
     for path, run in runs:
         if not run.rounds:
             raise StorageError(f"the run in {path} has no finished round")
@@ -58,7 +58,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
             raise StorageError(f"the run in {path} measures {run.measure}", expected=runs[0][1].measure)
     titles = [run.title for _, run in runs]
     named = [
-        run if titles.count(run.title) == 1 else replace(run, title=f"{_place(path)} ({run.title})")
+        run if titles.count(run.title) == 1 else replace(run, title=f"{_folder_name(path)} ({run.title})")
         for path, run in runs
     ]
     return tuple(named)
@@ -73,7 +73,7 @@ def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, 
     for name, runs in variants.items():
         row: dict[str, Any] = {"variant": name, "runs": len(runs)}
         for side, index in (("local", 0), ("global", 1)):
-            values = [v for v in (run.final(TAIL)[index] for run in runs) if math.isfinite(v)]
+            values = [v for v in (run.final(TAIL_ROUNDS)[index] for run in runs) if math.isfinite(v)]
             key = f"{side}_{runs[0].measure}"
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -87,7 +87,7 @@ def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ..
     keys = [f"{side}_{first.measure}" for side in ("local", "global")]
 
     def cell(row: Mapping[str, Any], key: str) -> str:
-        mean, spread = (shown(row[k], first.metric) for k in (key, f"{key}_std"))
+        mean, spread = (score_text(row[k], first.metric) for k in (key, f"{key}_std"))
         return mean if row[f"{key}_std"] is None else f"{mean} ± {spread}"
 
     rows: list[tuple[str, ...]] = [("variant", "runs", *(key.replace("_", " ") for key in keys))]
@@ -97,12 +97,18 @@ def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ..
 
 def target_figures(run: Record, target: float) -> dict[str, float | None]:
     """Cost until a run's global model reached a target; all None if it never did."""
-    row = run.reached(target)
+    row = run.first_round_reaching(target)
     if row is None:
         return {"target": target, "round": None, "seconds": None, "bytes": None, "training_macs": None}
     macs = sum(r.macs for r in run.rounds if r.round <= row.round)
     spent = row.down + row.up
-    return {"target": target, "round": row.round, "seconds": row.at, "bytes": spent, "training_macs": macs or None}
+    return {
+        "target": target,
+        "round": row.round,
+        "seconds": row.elapsed_s,
+        "bytes": spent,
+        "training_macs": macs or None,
+    }
 
 
 def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
@@ -112,7 +118,7 @@ def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
     None without such a round. Costs that a run didn't count are left out.
     """
     figures = []
-    for cost, spent_by in _COSTS.items():
+    for cost, spent_by in _COST_READERS.items():
         costs = [spent_by(run) for run in runs]
         equal_cost = min(amounts[-1] for amounts in costs)
         # A cost of 0 was not counted, such as MACs on a server of real boards.
@@ -144,19 +150,19 @@ def equal_cost_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("at most", "run", "round", "spent", f"local {kind}", f"global {kind}")]
     for figures in equal_cost_figures(runs):
         number = figures["round"]
-        spent = "–" if number is None else _amount(figures["spent"], figures["cost"])
-        scores = (shown(figures[f"{side}_{kind}"], metric) for side in ("local", "global"))
-        limit = _amount(figures["amount"], figures["cost"])
+        spent = "–" if number is None else _cost_text(figures["spent"], figures["cost"])
+        scores = (score_text(figures[f"{side}_{kind}"], metric) for side in ("local", "global"))
+        limit = _cost_text(figures["amount"], figures["cost"])
         rows.append((limit, figures["run"], "none" if number is None else str(number), spent, *scores))
     return rows
 
 
-def _amount(value: float, cost: str) -> str:
+def _cost_text(value: float, cost: str) -> str:
     match cost:
         case "rounds":
             return quantity(int(value), "round")
         case "training_macs":
-            return f"{tera_macs(value)} TMACs"
+            return f"{tera_macs_text(value)} TMACs"
         case _:
             return amount(value, "bytes" if cost == "bytes" else "s")
 
@@ -182,7 +188,7 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
                 if baseline_seconds is not None and figures["seconds"]
                 else "–",
                 f"{figures['bytes'] / 1e6:,.2f}",
-                tera_macs(figures["training_macs"]),
+                tera_macs_text(figures["training_macs"]),
             )
         )
     return rows
@@ -203,7 +209,7 @@ def _comparison_tables(
 ) -> dict[str, list[tuple[str, ...]]]:
     measure = runs[0].measure
     target_tables = {
-        f"Until the global model's {measure} was {shown(t, runs[0].metric)}": target_rows(runs, t) for t in targets
+        f"Until the global model's {measure} was {score_text(t, runs[0].metric)}": target_rows(runs, t) for t in targets
     }
     variant_table = {} if not variants else {"Mean ± standard deviation of each variant's runs": variant_rows(variants)}
     equal_cost_table = {EQUAL_COST: equal_cost_rows(runs)} if len(runs) > 1 else {}
@@ -217,7 +223,7 @@ def write_comparison(
     variants: Mapping[str, Sequence[Record]] | None = None,
 ) -> Path:
     """Write `comparison.html`, a self-contained page; the first run is the baseline. Returns it."""
-    return write_page(comparison_document(runs, targets, variants), folder / PAGE)
+    return write_page(comparison_document(runs, targets, variants), folder / PAGE_FILE)
 
 
 def comparison_document(
@@ -232,20 +238,20 @@ def comparison_document(
     )
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
-        **{title: [table(rows)] for title, rows in _comparison_tables(runs, targets, variants).items()},
-        "Learning": [Drawing(charts.curves(runs))],
+        **{title: [result_table(rows)] for title, rows in _comparison_tables(runs, targets, variants).items()},
+        "Learning": [Drawing(charts.learning_curves(runs))],
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},
     }
-    return Document("Runs compared", _shared(runs), sections)
+    return Document("Runs compared", _common_facts(runs), sections)
 
 
-def _shared(runs: Sequence[Record]) -> dict[str, str]:
+def _common_facts(runs: Sequence[Record]) -> dict[str, str]:
     """The page's header: each fact with the values of all runs."""
     facts_of_runs = [run.facts() for run in runs]
     values = {key: list(dict.fromkeys(f[key] for f in facts_of_runs if f[key])) for key in facts_of_runs[0]}
-    return {k: ", ".join(v) if len(v) <= _MOST_VALUES else f"{len(v)} different" for k, v in values.items()}
+    return {k: ", ".join(v) if len(v) <= _MAX_VALUES else f"{len(v)} different" for k, v in values.items()}
 
 
-def _place(path: Path) -> str:
+def _folder_name(path: Path) -> str:
     return (path if path.suffix != ".json" else path.parent).name or str(path)

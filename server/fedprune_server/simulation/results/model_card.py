@@ -13,7 +13,7 @@ from fedprune.output.document import Block, Table
 from fedprune.output.tables import Column
 from fedprune_export.bundles.hub_repository import ModelCard
 from fedprune_server.simulation.results.record import DeviceRow, Record
-from fedprune_server.simulation.results.tables import final_rows, table
+from fedprune_server.simulation.results.tables import final_rows, result_table
 
 
 def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as the hub calls it
@@ -34,7 +34,7 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
     sections: dict[str, Sequence[Block]] = {
         "Accuracy": [
             about,
-            table(_without_seconds(final_rows([run]))),
+            result_table(_without_seconds(final_rows([run]))),
         ],
         "Plan": [_boards(run.devices)],
         "Data": [_data(run)],
@@ -65,7 +65,7 @@ def _boards(devices: Sequence[DeviceRow]) -> Table:
         sizes = _span([f"{d.parameters:,}" for d in sorted(boards_of_kind, key=lambda d: d.parameters)])
         rows.append((kind, str(len(boards_of_kind)), shares, sizes, ", ".join(bounds)))
     titles = ("boards", "number", "density", "parameters", "bound by")
-    return Table([Column(title, right=title in titles[1:4]) for title in titles], rows)
+    return Table([Column(title, is_right_aligned=title in titles[1:4]) for title in titles], rows)
 
 
 def _span(texts: Sequence[str]) -> str:

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from fedprune import __version__
 from fedprune.coordination import State
-from fedprune.coordination.job_end import early_end
+from fedprune.coordination.job_end import early_end_reason
 from fedprune.core import records
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.metrics import AVERAGED, METRICS, TRAINED, Metric
+from fedprune.core.metrics import AVERAGED_SUFFIX, METRICS, TRAINED_SUFFIX, Metric
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
@@ -28,12 +28,17 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import judged_by
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
-from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted, unit
+from fedprune_server.devices.plan_vs_actual import (
+    RoundComparison,
+    compare_device,
+    predicted_figures,
+    training_processor,
+)
 from fedprune_server.executor.accountant import EPSILON
-from fedprune_server.monitoring.round_rows import PRIVACY, RoundNotes, RoundRow, round_row
-from fedprune_server.simulation.datasets.federation import Partition
+from fedprune_server.monitoring.round_rows import PRIVACY_METRICS, RoundNotes, RoundRow, make_round_row
+from fedprune_server.simulation.datasets.federation import FleetData
 
-_RECIPE = {"learning rate": "lr", "batch size": "batch_size"}
+_RECIPE_FACTS = {"learning rate": "lr", "batch size": "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class DeviceRow:
     bound: str
     parameters: int
     excluded: str = ""
-    compared: Compared = field(default_factory=dict)
+    compared: RoundComparison = field(default_factory=dict)
     missed: int = 0
     why: str = ""
     kind: str = ""
@@ -93,7 +98,7 @@ class Record:
     rounds: tuple[RoundRow, ...]
     channels: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     measured: str = ""
-    partition: Partition = field(default_factory=Partition)
+    partition: FleetData = field(default_factory=FleetData)
     version: str = ""
     uncalibrated: bool = False
     ended_early: str = ""
@@ -105,11 +110,11 @@ class Record:
         length = f"{recipe['steps']} steps" if recipe.get("steps") else quantity(recipe.get("epochs", 0), "epoch")
         settings_of = [
             str(recipe.get("optimizer", "")),
-            *(f"{k} {recipe[n]:g}" for k, n in _RECIPE.items() if n in recipe),
+            *(f"{k} {recipe[n]:g}" for k, n in _RECIPE_FACTS.items() if n in recipe),
         ]
         return {
             "Strategy": str(job.get("strategy", "")),
-            "Data": self.partition.described,
+            "Data": self.partition.summary,
             "Recipe": ", ".join([*settings_of, length]) if recipe else "",
             "Devices": f"{len(self.devices):,}",
             "Rounds": f"{len(self.rounds):,}",
@@ -146,7 +151,7 @@ class Record:
 
     def own_means(self, metric: str) -> tuple[float | None, ...]:
         """Mean over devices of their latest value of a metric, per round; None before the first."""
-        return _running_means(row.own.get(metric, {}) for row in self.rounds)
+        return _running_means(row.device_metrics.get(metric, {}) for row in self.rounds)
 
     def measured_values(self, name: str) -> tuple[float | None, ...]:
         """A measurement of the global model per round; None where missing."""
@@ -169,10 +174,10 @@ class Record:
     def macs(self) -> int:
         return sum(r.macs for r in self.rounds)
 
-    def reached(self, target: float) -> RoundRow | None:
+    def first_round_reaching(self, target: float) -> RoundRow | None:
         """The first round whose global model reaches a target, or None."""
         for row, value in zip(self.rounds, self.global_values(), strict=True):
-            if value is not None and (value >= target if self.metric.higher else value <= target):
+            if value is not None and (value >= target if self.metric.higher_is_better else value <= target):
                 return row
         return None
 
@@ -206,11 +211,11 @@ class Record:
     @classmethod
     def from_json(cls, text: str, source: str = "record") -> Record:
         """Read the output of `to_json`. Raises `StorageError` if it is damaged or of another format."""
-        return records.read(cls, text.encode(errors="surrogatepass"), source, StorageError)
+        return records.decode_record(cls, text.encode(errors="surrogatepass"), source, StorageError)
 
     def save(self, path: Path) -> None:
         """Write the record to a file. Raises `StorageError` if the disk fails; an older file is untouched."""
-        write_whole(path, (self.to_json() + "\n").encode())
+        write_atomically(path, (self.to_json() + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Record:
@@ -220,7 +225,7 @@ class Record:
         return cls.from_json(text, str(path))
 
 
-def record_of(
+def job_record(
     title: str,
     job: Job,
     architecture: Architecture,
@@ -229,8 +234,8 @@ def record_of(
     notes: Mapping[int, RoundNotes] | None = None,
     ranking: str | bytes | None = None,
     measured: str = "",
-    began: float = 0.0,
-    partition: Partition | None = None,
+    started_at: float = 0.0,
+    partition: FleetData | None = None,
     uncalibrated: bool = False,
 ) -> Record:
     """The record of a job.
@@ -240,15 +245,16 @@ def record_of(
         notes: Bytes of each round by its number, and what else a simulation notes.
         ranking: The last round's selection as JSON, for the channel map.
         measured: Where bytes were counted.
-        began: The run's start, on the clock of the state's history.
+        started_at: The run's start, on the clock of the state's history.
         partition: The fleet's data, if known.
         uncalibrated: As in the record.
     """
     round_notes = notes or {}
     rounds = (
-        round_row(e, round_notes.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history
+        make_round_row(e, round_notes.get(e["round"], RoundNotes()), started_at, job.recipe.judged_by)
+        for e in state.history
     )
-    refusals = _missed(state)
+    refusals = _refusals_by_device(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
     devices = tuple(
         _device_row(name, job, architecture, state, refusals.get(name, [])) for name in sorted(state.devices)
@@ -261,10 +267,10 @@ def record_of(
         rounds=tuple(rounds),
         channels={} if selection is None else _channels(selection, devices),
         measured=measured,
-        partition=partition or Partition(),
+        partition=partition or FleetData(),
         version=__version__,
         uncalibrated=uncalibrated,
-        ended_early=early_end(job, state),
+        ended_early=early_end_reason(job, state),
     )
 
 
@@ -272,7 +278,7 @@ def _device_row(
     name: str, job: Job, architecture: Architecture, state: State, refusals: Sequence[tuple[str, str]]
 ) -> DeviceRow:
     device = state.devices[name]
-    prediction = predicted(name, device, job, architecture)
+    prediction = predicted_figures(name, device, job, architecture)
     reason, kind = refusals[-1] if refusals else ("", "")
     return DeviceRow(
         name=name,
@@ -284,20 +290,20 @@ def _device_row(
         bound=device.plan["bound"] if device.plan else "",
         parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
         excluded=device.excluded,
-        compared=compared(name, state, prediction),
+        compared=compare_device(name, state, prediction),
         missed=len(refusals),
         why=reason,
         kind=kind,
-        unit=unit(device),
+        unit=training_processor(device),
         train_j=(prediction or {}).get("train_j"),
         warning=device.plan["warning"] if device.plan else "",
     )
 
 
-def also_measured(runs: Sequence[Record]) -> tuple[str, ...]:
+def measured_moments(runs: Sequence[Record]) -> tuple[str, ...]:
     """The models that boards measure besides the one that they serve: as received, and as trained if averages serve."""
-    kind, metric_names = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
-    pairs = (("before", "before"), (TRAINED, AVERAGED))
+    kind, metric_names = runs[0].measure, {name for run in runs for row in run.rounds for name in row.device_metrics}
+    pairs = (("before", "before"), (TRAINED_SUFFIX, AVERAGED_SUFFIX))
     return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in metric_names)
 
 
@@ -305,17 +311,17 @@ def measured_names(runs: Sequence[Record]) -> list[str]:
     """Names of the runs' measurements of the global model that are of the leading metric's kind."""
     wants_loss = runs[0].measure == "loss"
     names = dict.fromkeys(name for run in runs for row in run.rounds for name in row.measured)
-    return [name for name in names if name not in PRIVACY and name.endswith("_loss") == wants_loss]
+    return [name for name in names if name not in PRIVACY_METRICS and name.endswith("_loss") == wants_loss]
 
 
-def shown(value: float | None, metric: Metric) -> str:
+def score_text(value: float | None, metric: Metric) -> str:
     """A share as a percentage, any other metric as a number."""
     if value is None or not math.isfinite(value):
         return "–"
-    return metric.shown(value)
+    return metric.value_text(value)
 
 
-def _missed(state: State) -> dict[str, list[tuple[str, str]]]:
+def _refusals_by_device(state: State) -> dict[str, list[tuple[str, str]]]:
     """Reasons and kinds of each device's refusals, one for each finished round that had one."""
     refusals: dict[str, list[tuple[str, str]]] = {}
     for row in state.history:

@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedprune.core.metrics import TRAINED
-from fedprune.core.text import amount, quantity, some
+from fedprune.core.metrics import TRAINED_SUFFIX
+from fedprune.core.text import amount, first_few, quantity
 from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.devices import plan_vs_actual
-from fedprune_server.executor.divergence import advice
+from fedprune_server.executor.divergence import diagnose_losses
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.record import DeviceRow, Record, shown
-from fedprune_server.simulation.results.tables import TAIL, final_rows, table, tail_note, write_page
+from fedprune_server.simulation.results.record import DeviceRow, Record, score_text
+from fedprune_server.simulation.results.tables import TAIL_ROUNDS, final_rows, result_table, tail_note, write_page
 
 # Points by which the fleet's accuracies may fall below the reference's.
-POINTS = 2.0
+MAX_LOST_POINTS = 2.0
 
 # Relative excess of the fleet's losses over the reference's, for regression.
-EXCESS = 0.05
+MAX_LOSS_EXCESS = 0.05
 
 # Devices without updates, and warnings, that are listed, at most.
-_NAMED = 10
+_MAX_LISTED = 10
 
 # Share of the reference's bytes that the fleet may use, each way.
-SHARE = 0.15
+MAX_BYTES_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,31 @@ class Claim:
 
     text: str
     measured: str
-    held: bool
+    passes: bool
 
     def __str__(self) -> str:
-        return f"{'PASS' if self.held else 'FAIL'}: {self.text} ({self.measured})"
+        return f"{'PASS' if self.passes else 'FAIL'}: {self.text} ({self.measured})"
 
 
 def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     """Claims about narrow models, relative to a reference that trains the whole model on every device."""
-    final_scores, reference_scores = run.final(TAIL), reference.final(TAIL)
-    losses = [_worse(run, a, b) for a, b in zip(final_scores, reference_scores, strict=True)]
+    final_scores, reference_scores = run.final(TAIL_ROUNDS), reference.final(TAIL_ROUNDS)
+    losses = [_shortfall(run, a, b) for a, b in zip(final_scores, reference_scores, strict=True)]
     metric = run.metric
-    limit = POINTS / 100 if metric.share else EXCESS
-    side = "below" if metric.higher else "above"
-    allowed = f"{POINTS:.0f} points {side}" if metric.share else f"{EXCESS:.0%} {side}"
+    limit = MAX_LOST_POINTS / 100 if metric.is_share else MAX_LOSS_EXCESS
+    side = "below" if metric.higher_is_better else "above"
+    allowed = f"{MAX_LOST_POINTS:.0f} points {side}" if metric.is_share else f"{MAX_LOSS_EXCESS:.0%} {side}"
     shares = [_ratio(run.last.down, reference.last.down), _ratio(run.last.up, reference.last.up)]
     return (
         Claim(
             f"mean local and global {run.measure} at most {allowed} {reference.title}",
-            f"local {_difference(run, losses[0])}, global {_difference(run, losses[1])}",
+            f"local {_shortfall_text(run, losses[0])}, global {_shortfall_text(run, losses[1])}",
             all(d <= limit for d in losses),  # NaN compares false: a claim about something unmeasured fails
         ),
         Claim(
-            f"at most {SHARE:.0%} of its bytes, down and up",
-            f"down {_percent(shares[0])}, up {_percent(shares[1])}",
-            all(s <= SHARE for s in shares),
+            f"at most {MAX_BYTES_SHARE:.0%} of its bytes, down and up",
+            f"down {_percent_text(shares[0])}, up {_percent_text(shares[1])}",
+            all(s <= MAX_BYTES_SHARE for s in shares),
         ),
     )
 
@@ -74,23 +74,33 @@ def round_table(run: Record) -> list[tuple[str, ...]]:
     columns = {
         f"global {kind}": run.global_values(),
         f"local {kind} as received": run.own_means(f"{kind}_before"),
-        f"local {kind} as trained": run.own_means(f"{kind}_{TRAINED}"),
+        f"local {kind} as trained": run.own_means(f"{kind}_{TRAINED_SUFFIX}"),
     }
     values = zip(run.rounds, *columns.values(), strict=True)
-    rows = [(str(row.round), *(shown(value, run.metric) for value in scores)) for row, *scores in values]
-    return _filled([("round", *columns), *rows])
+    rows = [(str(row.round), *(score_text(value, run.metric) for value in scores)) for row, *scores in values]
+    return _drop_empty_columns([("round", *columns), *rows])
 
 
-_PLAN = ("device", "profile", "trains on", "samples", "density", "bound by", "widths", "parameters", "energy a round")
+_PLAN_COLUMNS = (
+    "device",
+    "profile",
+    "trains on",
+    "samples",
+    "density",
+    "bound by",
+    "widths",
+    "parameters",
+    "energy a round",
+)
 
 
 def plan_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the plan table; the first is the header."""
     latest = run.latest
     gpus = any(d.unit == "GPU" for d in run.devices)
-    return _filled(
+    return _drop_empty_columns(
         [
-            (*_PLAN, f"local {run.measure}", "why not"),
+            (*_PLAN_COLUMNS, f"local {run.measure}", "why not"),
             *(
                 (
                     d.name,
@@ -102,8 +112,8 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
                     " · ".join(map(str, d.widths)),
                     f"{d.parameters:,}",
                     "–" if d.train_j is None else amount(d.train_j, "J"),
-                    shown(latest.get(d.name), run.metric),
-                    _absence(run, d),
+                    score_text(latest.get(d.name), run.metric),
+                    _absence_reason(run, d),
                 )
                 for d in run.devices
             ),
@@ -117,30 +127,30 @@ def _warnings(run: Record) -> tuple[str, ...]:
     for d in run.devices:
         if d.warning:
             devices.setdefault(d.warning, []).append(d.name)
-    return tuple(f"{some(names)}: {text}" for text, names in devices.items())[:_NAMED]
+    return tuple(f"{first_few(names)}: {text}" for text, names in devices.items())[:_MAX_LISTED]
 
 
 def absences(run: Record) -> list[str]:
     """A sentence for each device that no longer takes part, or never delivered an update that counts."""
     delivered = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
     lost = [d for d in run.devices if d.excluded or (d.missed and d.name not in delivered)]
-    sentences = [f"{d.name}: {_absence(run, d)}" for d in lost[:_NAMED]]
-    return sentences if len(lost) <= _NAMED else [*sentences, f"and {len(lost) - _NAMED:,} more devices"]
+    sentences = [f"{d.name}: {_absence_reason(run, d)}" for d in lost[:_MAX_LISTED]]
+    return sentences if len(lost) <= _MAX_LISTED else [*sentences, f"and {len(lost) - _MAX_LISTED:,} more devices"]
 
 
 def remarks(run: Record) -> list[str]:
     """Caveats about a run's figures: an early end, devices without updates, a training that diverged."""
-    return [line for line in (run.ended_early, *absences(run), diverged(run)) if line]
+    return [line for line in (run.ended_early, *absences(run), divergence_text(run)) if line]
 
 
-def diverged(run: Record) -> str:
+def divergence_text(run: Record) -> str:
     """Whether training diverged, with advice; empty if it didn't."""
     losses = [r.metrics.get("loss") for r in run.rounds if r.metrics]
     mixes_widths = run.uncalibrated and any(share < 1 for r in run.rounds for share in r.density.values())
-    return advice(losses, [d.kind for d in run.devices], run.job, mixed=mixes_widths)
+    return diagnose_losses(losses, [d.kind for d in run.devices], run.job, mixed=mixes_widths)
 
 
-def _absence(run: Record, device: DeviceRow) -> str:
+def _absence_reason(run: Record, device: DeviceRow) -> str:
     """Why a device took no part, in some rounds or all; empty if it always did."""
     if device.excluded:
         return device.excluded
@@ -148,12 +158,12 @@ def _absence(run: Record, device: DeviceRow) -> str:
     return f"{text}, lastly: {device.why}" if device.why else text
 
 
-def foresight_rows(run: Record) -> list[tuple[str, ...]]:
+def prediction_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the table of predictions and measurements; the first is the header."""
-    return _filled(plan_vs_actual.table([(d.name, d.compared) for d in run.devices if d.widths]))
+    return _drop_empty_columns(plan_vs_actual.comparison_rows([(d.name, d.compared) for d in run.devices if d.widths]))
 
 
-def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _drop_empty_columns(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Drop the empty columns of a table."""
     filled_columns = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
     return [tuple(row[i] for i in filled_columns) for row in rows]
@@ -184,18 +194,18 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
-        "Summary": [table(list(zip(*final_rows(runs), strict=True))), verdicts],  # as narrow as a phone
+        "Summary": [result_table(list(zip(*final_rows(runs), strict=True))), verdicts],  # as narrow as a phone
         "Learning": [
-            Drawing(charts.curves(runs)),
-            replace(table(round_table(run)), summary="Scores of each round"),
+            Drawing(charts.learning_curves(runs)),
+            replace(result_table(round_table(run)), summary="Scores of each round"),
         ],
-        "Devices": [Drawing(charts.devices(run, reference))],
+        "Devices": [Drawing(charts.device_score_charts(run, reference))],
         "Data of the devices": [Drawing(run.partition.heat_map())],
-        "Bytes between server and devices": [Drawing(charts.traffic(runs))],
+        "Bytes between server and devices": [Drawing(charts.traffic_bars(runs))],
         "Channels of the devices": [Drawing(charts.channel_map(run))],
         "Channels over the rounds": [Drawing(charts.coverage_map(run))],
-        "Plans": [table(plan_rows(run)), _warnings(run)],
-        "Predicted and measured": [table(foresight_rows(run))],
+        "Plans": [result_table(plan_rows(run)), _warnings(run)],
+        "Predicted and measured": [result_table(prediction_rows(run))],
     }
     return Document(run.title, run.facts(), sections)
 
@@ -223,9 +233,9 @@ def _trained_note(run: Record) -> str:
         if not phases or phases[-1][1] != share:
             phases.append((row.round, share))
     # More phases than a sentence can hold are no phases, but widths that vary.
-    if not 1 < len(phases) <= TAIL:
+    if not 1 < len(phases) <= TAIL_ROUNDS:
         return ""
-    phase_texts = some([f"{share} from round {number} on" for number, share in phases], most=TAIL)
+    phase_texts = first_few([f"{share} from round {number} on" for number, share in phases], max_names=TAIL_ROUNDS)
     return f" Boards trained these shares of the channels: {phase_texts}."
 
 
@@ -238,21 +248,21 @@ def _ratio(amount: float, total: float) -> float:
     return amount / total if total else math.nan
 
 
-def _percent(value: float) -> str:
+def _percent_text(value: float) -> str:
     return f"{value:.0%}" if math.isfinite(value) else "–"
 
 
-def _worse(run: Record, score: float, reference: float) -> float:
+def _shortfall(run: Record, score: float, reference: float) -> float:
     """How much worse a score is than the reference's: a difference of shares, a relative one of other numbers."""
-    difference = reference - score if run.metric.higher else score - reference
-    if run.metric.share:
+    difference = reference - score if run.metric.higher_is_better else score - reference
+    if run.metric.is_share:
         return difference
     # A loss has no unit: 0.1 more is much of 0.2 and little of 5.
     return difference / abs(reference) if reference else math.nan
 
 
-def _difference(run: Record, worse: float) -> str:
+def _shortfall_text(run: Record, worse: float) -> str:
     if not math.isfinite(worse):
         return "not measured"
-    change = -worse if run.metric.higher else worse
-    return f"{round(100 * change, 1) + 0:+.1f} points" if run.metric.share else f"{change:+.1%}"
+    change = -worse if run.metric.higher_is_better else worse
+    return f"{round(100 * change, 1) + 0:+.1f} points" if run.metric.is_share else f"{change:+.1%}"

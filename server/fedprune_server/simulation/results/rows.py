@@ -8,20 +8,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.atomic_file import appearing
-from fedprune_server.monitoring.round_rows import EACH_ROUND, WideRows
+from fedprune.core.atomic_file import atomic_write
+from fedprune_server.monitoring.round_rows import COMMON_COLUMNS, WideRows
 from fedprune_server.simulation.results.record import Record
 
 # Costs of a device since the previous round.
-SPENT = ("bytes_down", "bytes_up", "training_macs", "active_macs")
+COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs")
 
 
 def round_rows(record: Record) -> list[dict[str, Any]]:
     """A row per round, all with the same columns, without columns that are empty in every round."""
     rows = list(map(WideRows(record.measure).row, record.rounds))
-    own_metrics = sorted(set().union(*(r.own for r in record.rounds)))
+    own_metrics = sorted(set().union(*(r.device_metrics for r in record.rounds)))
     names = [
-        *EACH_ROUND,
+        *COMMON_COLUMNS,
         *sorted(set().union(*(r.metrics for r in record.rounds))),
         *(f"local_{record.measure}" for _ in range(any(r.local for r in record.rounds))),
         *(f"mean_{metric}" for metric in own_metrics),
@@ -32,18 +32,18 @@ def round_rows(record: Record) -> list[dict[str, Any]]:
 
 def device_rows(record: Record) -> list[dict[str, Any]]:
     """A row per round and device that received, trained or delivered something in it."""
-    metrics = sorted(set().union(*(r.own for r in record.rounds)))
+    metrics = sorted(set().union(*(r.device_metrics for r in record.rounds)))
     return [
         {
             "round": r.round,
-            "time_s": r.at,
+            "time_s": r.elapsed_s,
             "device": device,
             "density": r.density.get(device),
-            **dict(zip_longest(SPENT, r.spent.get(device, ()))),
-            **{m: r.own.get(m, {}).get(device) for m in metrics},
+            **dict(zip_longest(COST_COLUMNS, r.spent.get(device, ()))),
+            **{m: r.device_metrics.get(m, {}).get(device) for m in metrics},
         }
         for r in record.rounds
-        for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.own.values()))
+        for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.device_metrics.values()))
     ]
 
 
@@ -56,7 +56,7 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
         for row in round_rows(record)
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with appearing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

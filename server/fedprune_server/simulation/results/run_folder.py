@@ -15,22 +15,22 @@ from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 
 # Numbers and saved state in a run's folder.
-RECORD, STATE = "metrics.json", "run"
+RECORD_FILE, RUN_STATE_FOLDER = "metrics.json", "run"
 
 
-def simulate(
+def simulate_in_folder(
     experiment: Experiment,
     folder: Path | None = None,
     progress: Callable[[Simulation], None] | None = None,
     *,
-    begun: Callable[[Simulation], None] | None = None,
+    on_begin: Callable[[Simulation], None] | None = None,
 ) -> Record:
     """Run an experiment to its end, from its last saved state, and write its numbers into a folder.
 
     Args:
         folder: Folder of `metrics.json` and the saved state. None saves nothing.
         progress: Called after every training and every round.
-        begun: Called once, before the first training.
+        on_begin: Called once, before the first training.
 
     Returns:
         The run's record.
@@ -39,7 +39,7 @@ def simulate(
         StorageError: The folder holds another run, or the disk fails.
         FedpruneError: As `Simulation.run`.
     """
-    return simulate_to_model(experiment, folder, progress, begun=begun)[0]
+    return simulate_to_model(experiment, folder, progress, on_begin=on_begin)[0]
 
 
 def simulate_to_model(
@@ -47,23 +47,23 @@ def simulate_to_model(
     folder: Path | None = None,
     progress: Callable[[Simulation], None] | None = None,
     *,
-    begun: Callable[[Simulation], None] | None = None,
+    on_begin: Callable[[Simulation], None] | None = None,
 ) -> tuple[Record, Model]:
-    """Run an experiment as `simulate` does. Returns the last global model, too."""
+    """Run an experiment as `simulate_in_folder` does. Returns the last global model, too."""
     with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
-        state_folder = None if folder is None else folder / STATE
+        state_folder = None if folder is None else folder / RUN_STATE_FOLDER
         if folder is not None and state_folder is not None:
             with storage_errors(f"can't make {state_folder}"):
                 state_folder.mkdir(parents=True, exist_ok=True)
         blobs = ScratchStore((state_folder or Path(str(scratch))) / "blobs")
         simulation = Simulation(experiment, blobs, folder=state_folder)
-        simulation.run(progress, begun)
+        simulation.run(progress, on_begin)
         record = simulation.record()
         if folder is not None:
-            record.save(folder / RECORD)
-        return record, simulation.trained()
+            record.save(folder / RECORD_FILE)
+        return record, simulation.trained_model()
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, also after its state was deleted to start again."""
-    return (folder / STATE).is_dir() or (folder / RECORD).is_file()
+    return (folder / RUN_STATE_FOLDER).is_dir() or (folder / RECORD_FILE).is_file()

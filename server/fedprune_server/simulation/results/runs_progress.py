@@ -22,17 +22,17 @@ from rich.progress import (
 from rich.text import Text
 
 from fedprune.coordination import Phase
-from fedprune.core.metrics import leading
-from fedprune.core.text import some
-from fedprune_server.monitoring.display import logged_above
+from fedprune.core.metrics import primary_metric
+from fedprune.core.text import first_few
+from fedprune_server.monitoring.display import log_above
 from fedprune_server.simulation.runs import RunStatus
 from fedprune_server.simulation.simulation import Simulation
 
 # Seconds between two lines.
-LINE_S = 10.0
+LINE_INTERVAL_S = 10.0
 
 
-def watched() -> bool:
+def is_watched() -> bool:
     """Whether a person sees stderr: on a terminal, or below a notebook's cell."""
     console = Console(stderr=True)
     return console.is_terminal or console.is_jupyter
@@ -45,8 +45,8 @@ class _Lines:
         self._console, self._at = console, time.monotonic()
 
     def show(self, text: str) -> None:
-        """Print a line, unless the last one is less than `LINE_S` ago."""
-        if not self._console.is_interactive and time.monotonic() - self._at >= LINE_S:
+        """Print a line, unless the last one is less than `LINE_INTERVAL_S` ago."""
+        if not self._console.is_interactive and time.monotonic() - self._at >= LINE_INTERVAL_S:
             self._at = time.monotonic()
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -73,7 +73,7 @@ class RunDisplay:
         self._preparing = ExitStack()
 
     def __enter__(self) -> RunDisplay:
-        self._open.enter_context(logged_above(self._console))
+        self._open.enter_context(log_above(self._console))
         if self._console.is_terminal:
             self._preparing.enter_context(self._console.status(Text(f"preparing {self._title}")))
         return self
@@ -101,10 +101,10 @@ class RunDisplay:
 
     def show(self, simulation: Simulation) -> None:
         state, rounds = simulation.state, simulation.job.rounds
-        trained_share = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
+        trained_share = sum(t.progress.is_over for t in state.tasks.values()) / max(1, len(state.tasks))
         metrics = state.history[-1]["metrics"] if state.history else {}
-        leading_metric = leading(metrics)
-        note = "" if leading_metric is None else leading_metric[0].said(leading_metric[1])
+        leading_metric = primary_metric(metrics)
+        note = "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1])
         shown_rounds = min(rounds, len(state.history) + (trained_share if state.round > len(state.history) else 0))
         self._bar.update(self._rounds, completed=round(shown_rounds, 2), note=note)
         self._lines.show(f"{self._title}: {len(state.history)} of {rounds} rounds are done{note and ', '}{note}")
@@ -122,8 +122,8 @@ class SweepDisplay:
         self._lines = _Lines(console)
         self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._all = self._bars.add_task("runs", total=None, note="")
-        self._own: dict[str, TaskID] = {}
-        self._before: float | None = None
+        self._bars_by_run: dict[str, TaskID] = {}
+        self._finished_before: float | None = None
 
     def __enter__(self) -> SweepDisplay:
         self._bars.start()
@@ -136,20 +136,20 @@ class SweepDisplay:
 
     def show(self, statuses: Sequence[RunStatus]) -> None:
         finished_runs = sum(s.state in ("done", "failed") for s in statuses)
-        if self._before is None:  # runs of an earlier start are excluded from the time estimate
-            self._before = float(finished_runs)
+        if self._finished_before is None:  # runs of an earlier start are excluded from the time estimate
+            self._finished_before = float(finished_runs)
             self._bars.reset(self._all, total=len(statuses), completed=int(finished_runs))
         finished_share = finished_runs + sum(s.share for s in statuses if s.state == "running")
         failed = sum(s.state == "failed" for s in statuses)
         note = f"{finished_runs} of {len(statuses)}" + (f", {failed} failed" if failed else "")
         self._bars.update(self._all, completed=finished_share, note=note)
-        running = some([f"{s.name} {s.share:.0%}" for s in statuses if s.state == "running"])
+        running = first_few([f"{s.name} {s.share:.0%}" for s in statuses if s.state == "running"])
         self._lines.show(f"{note} runs are over" + (f"; at work: {running}" if running else ""))
         for status in statuses:
-            task = self._own.get(status.name)
+            task = self._bars_by_run.get(status.name)
             if status.state == "running":
                 if task is None:
-                    task = self._own[status.name] = self._bars.add_task(status.name, total=1.0, note="")
+                    task = self._bars_by_run[status.name] = self._bars.add_task(status.name, total=1.0, note="")
                 self._bars.update(task, completed=status.share, note=status.note)
             elif task is not None:
-                self._bars.remove_task(self._own.pop(status.name))
+                self._bars.remove_task(self._bars_by_run.pop(status.name))

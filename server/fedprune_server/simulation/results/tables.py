@@ -12,63 +12,68 @@ from fedprune.core.text import quantity
 from fedprune.output.document import Document, Table
 from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
-from fedprune_server.simulation.results.record import Record, also_measured, measured_names, shown
+from fedprune_server.simulation.results.record import Record, measured_moments, measured_names, score_text
 
 # Rounds in a final mean: single rounds of a small test set are noisy.
-TAIL = 5
+TAIL_ROUNDS = 5
 
 # Devices in a table.
-ROWS = 1000
+MAX_RESULT_ROWS = 1000
 
 # Columns of text; the others hold numbers.
-_WORDS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
+_TEXT_COLUMNS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
 
 _DROP_ORDER = {"training TMACs": 3, "rounds": 4}
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """Rows as a table, of which only the first `ROWS` are shown; the first row is the header."""
+def result_table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """Rows as a table, of which only the first `MAX_RESULT_ROWS` are shown; the first row is the header."""
     header, body = rows[0], rows[1:]
-    if len(body) > ROWS:
-        body = [*body[:ROWS], (f"and {len(body) - ROWS:,} more", *[""] * (len(header) - 1))]
+    if len(body) > MAX_RESULT_ROWS:
+        body = [*body[:MAX_RESULT_ROWS], (f"and {len(body) - MAX_RESULT_ROWS:,} more", *[""] * (len(header) - 1))]
     return Table([_column(title) for title in header], body)
 
 
 def _column(title: str) -> Column:
     """A column. A narrow terminal drops others before the run and its result."""
-    if title in _WORDS:
-        return Column(title, wrap=16 if title == "run" else 0)
+    if title in _TEXT_COLUMNS:
+        return Column(title, min_width=16 if title == "run" else 0)
     keeps_width = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
-    return Column(title, right=True, drop=0 if keeps_width else _DROP_ORDER.get(title, 1), wrap=8 if keeps_width else 0)
+    return Column(
+        title,
+        is_right_aligned=True,
+        drop_order=0 if keeps_width else _DROP_ORDER.get(title, 1),
+        min_width=8 if keeps_width else 0,
+    )
 
 
 def final_figures(run: Record) -> dict[str, str | float | None]:
     """A run's results: its costs in all, and its measures as means over the last rounds; None without a measurement."""
     kind = run.measure
-    local_score, global_score = run.final(TAIL)
+    local_score, global_score = run.final(TAIL_ROUNDS)
     best = run.best
     return {
         "run": run.title,
         "model": run.last.model,
         "rounds": len(run.rounds),
         "ended_early": run.ended_early or None,
-        "seconds": run.last.at,
+        "seconds": run.last.elapsed_s,
         "bytes_down": run.last.down,
         "bytes_up": run.last.up,
         "training_macs": run.macs() or None,
-        f"local_{kind}": finite(local_score),
-        f"global_{kind}": finite(global_score),
+        f"local_{kind}": finite_or_none(local_score),
+        f"global_{kind}": finite_or_none(global_score),
         f"best_global_{kind}": None if best is None else best.metrics[kind],
         "best_round": None if best is None else best.round,
         "best_model": None if best is None else best.model,
-        **{f"{kind}_{m}": _tail(run.own_means(f"{kind}_{m}")) for m in also_measured([run])},
-        **{name: _tail(run.measured_values(name)) for name in measured_names([run])},
+        **{f"{kind}_{m}": _tail_mean(run.own_means(f"{kind}_{m}")) for m in measured_moments([run])},
+        **{name: _tail_mean(run.measured_values(name)) for name in measured_names([run])},
         **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.private else {}),
         **dict(zip(("updates_limited", "updates"), run.count_limited, strict=True)),
     }
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """A score for JSON: None if it is not finite, which means that nothing was measured."""
     return value if math.isfinite(value) else None
 
@@ -78,29 +83,29 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     header."""
     kind, metric = runs[0].measure, runs[0].metric
     privacy_columns = (EPSILON, "delta") if any(run.private for run in runs) else ()
-    own_metrics = [f"{kind}_{m}" for m in also_measured(runs)]
+    own_metrics = [f"{kind}_{m}" for m in measured_moments(runs)]
     names = measured_names(runs)
     limits = ("updates limited",) if any(run.count_limited[0] for run in runs) else ()
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
     best = (f"best global {kind} (round)",) if any(len(run.rounds) > 1 for run in runs) else ()
     rows = [(*head, *best, *(f"local {m.partition('_')[2]}" for m in own_metrics), *names, *privacy_columns, *limits)]
     for run in runs:
-        figures: dict[str, Any] = final_figures(run) | {key: _tail(run.own_means(key)) for key in own_metrics}
+        figures: dict[str, Any] = final_figures(run) | {key: _tail_mean(run.own_means(key)) for key in own_metrics}
         measures = [
-            shown(figures.get(key), metric) for key in (f"local_{kind}", f"global_{kind}", *own_metrics, *names)
+            score_text(figures.get(key), metric) for key in (f"local_{kind}", f"global_{kind}", *own_metrics, *names)
         ]
         rows.append(
             (
                 run.title,
-                rounds_done(run),
+                rounds_text(run),
                 f"{figures['seconds']:,.0f}",
                 *(f"{figures[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
-                tera_macs(figures["training_macs"]),
+                tera_macs_text(figures["training_macs"]),
                 *measures[:2],
-                *(_best(run) for _ in best),
+                *(_best_score_text(run) for _ in best),
                 *measures[2:],
                 *("–" if (cost := figures.get(key)) is None else f"{cost:.3g}" for key in privacy_columns),
-                *(limited_part(run) for _ in limits),
+                *(limited_text(run) for _ in limits),
             )
         )
     return rows
@@ -108,27 +113,27 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
 
 def tail_note(runs: Sequence[Record]) -> str:
     """A sentence on the rounds of the means in `final_rows`."""
-    rounds = quantity(min(TAIL, max(len(run.rounds) for run in runs)), "round")
+    rounds = quantity(min(TAIL_ROUNDS, max(len(run.rounds) for run in runs)), "round")
     return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}."
 
 
-def tera_macs(macs: float | None) -> str:
+def tera_macs_text(macs: float | None) -> str:
     return f"{macs / 1e12:.3g}" if macs else "–"
 
 
-def _best(run: Record) -> str:
+def _best_score_text(run: Record) -> str:
     """The best global model's score, and its round."""
     best = run.best
-    return "–" if best is None else f"{shown(best.metrics[run.measure], run.metric)} ({best.round})"
+    return "–" if best is None else f"{score_text(best.metrics[run.measure], run.metric)} ({best.round})"
 
 
-def rounds_done(run: Record) -> str:
+def rounds_text(run: Record) -> str:
     """Number of a run's rounds, and those of its job where it ended early."""
     round_count = str(len(run.rounds))
     return f"{round_count} of {run.job['rounds']}" if run.ended_early else round_count
 
 
-def limited_part(run: Record) -> str:
+def limited_text(run: Record) -> str:
     """Number of updates that limits changed, of all; a dash where updates weren't counted."""
     limited, updates = run.count_limited
     return f"{limited:,} of {updates:,}" if updates else "–"
@@ -137,13 +142,13 @@ def limited_part(run: Record) -> str:
 def print_rows(rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table, whose first row is the header: fitted to a terminal, as Markdown elsewhere."""
     if sys.stdout.isatty():
-        table(rows).print()
+        result_table(rows).print()
     else:
-        print(table(rows).to_markdown())
+        print(result_table(rows).to_markdown())
 
 
-def _tail(values: Sequence[float | None]) -> float | None:
-    measured_values = [v for v in values[-TAIL:] if v is not None]
+def _tail_mean(values: Sequence[float | None]) -> float | None:
+    measured_values = [v for v in values[-TAIL_ROUNDS:] if v is not None]
     return sum(measured_values) / len(measured_values) if measured_values else None
 
 

@@ -12,21 +12,21 @@ from fedprune.coordination import Phase
 from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget
-from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, round_row
-from fedprune_server.monitoring.tracking import ENDS_S, MODEL, Tracking, flat
+from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, make_round_row
+from fedprune_server.monitoring.tracking import END_TIMEOUT_S, MODEL_FOLDER, Tracking, flat_parameters
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
-from fedprune_server.simulation.results.run_folder import STATE
+from fedprune_server.simulation.results.run_folder import RUN_STATE_FOLDER
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tracker import TrackedRun
 
 # Settings that trackers have already, or that are as long as the fleet.
-_LEFT_OUT = ("title", "devices")
+_EXCLUDED_SETTINGS = ("title", "devices")
 
 
 @contextmanager
-def tracked(
+def track_rounds(
     targets: Sequence[TrackTarget], experiment: Experiment, folder: Path | None = None
 ) -> Iterator[Callable[[Simulation], None]]:
     """Track a simulation. Yields a function that writes its new rounds, to be called at the start and after every
@@ -41,10 +41,10 @@ def tracked(
     if not targets:
         yield lambda simulation: None
         return
-    settings = {k: v for k, v in experiment.settings().items() if k not in _LEFT_OUT}
+    settings = {k: v for k, v in experiment.settings().items() if k not in _EXCLUDED_SETTINGS}
     facts = {"data": experiment.partition.data, "fleet": len(experiment.devices)}
-    run = TrackedRun(experiment.title, folder or Path(), flat(settings | facts))
-    tracking = Tracking(targets, run, None if folder is None else folder / STATE)
+    run = TrackedRun(experiment.title, folder or Path(), flat_parameters(settings | facts))
+    tracking = Tracking(targets, run, None if folder is None else folder / RUN_STATE_FOLDER)
     kind = experiment.job.recipe.judged_by
     rows, tracked_count = WideRows(kind), 0
 
@@ -54,7 +54,7 @@ def tracked(
         history = simulation.state.history
         for entry in history[tracked_count:]:
             notes = simulation.notes.get(entry["round"], RoundNotes())
-            row = round_row(entry, notes, 0.0, kind)
+            row = make_round_row(entry, notes, 0.0, kind)
             tracking.write(row.round, rows.row(row), time.time())
         tracked_count = len(history)
         if simulation.state.phase is Phase.FINISHED:
@@ -65,11 +65,11 @@ def tracked(
         yield write
     # An interrupted run waits a little for trackers, and then ends: they may hang on a network.
     except BaseException:
-        tracking.close(ENDS_S)
+        tracking.close(END_TIMEOUT_S)
         raise
     tracking.close()
 
 
 def _write_files(record: Record, model: Model, weights: bytes, folder: Path) -> None:
     write_report(folder, record)
-    write_model(folder / MODEL, model, weights)
+    write_model(folder / MODEL_FOLDER, model, weights)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
-from fedprune.core.records import matching
+from fedprune.core.records import pattern_text
 from fedprune.core.validation import is_digest
 
 log = logging.getLogger("fedprune.server")
@@ -25,42 +25,42 @@ log = logging.getLogger("fedprune.server")
 SCHEME = "s3://"
 
 # Value of `blobs` for blobs in the state folder.
-FOLDER = "folder"
+IN_FOLDER = "folder"
 
-BLOBS = "blobs/"
-OWNER = "job.json"
-MODEL = "model.onnx"
+BLOBS_PREFIX = "blobs/"
+OWNER_KEY = "job.json"
+MODEL_KEY = "model.onnx"
 FORMAT = "fedprune.blobs/1"
 
-# Maximum bytes of `OWNER`: a foreign object of this name may have any size.
-OWNER_LIMIT = 2**16
+# Maximum bytes of `OWNER_KEY`: a foreign object of this name may have any size.
+MAX_OWNER_BYTES = 2**16
 
-_PIECE = 2**18
+_PIECE_BYTES = 2**18
 _AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 
-_CONNECT_S, _READ_S, _TRIES = 5, 60, 3
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _MAX_ATTEMPTS = 5, 60, 3
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
-_MISSING = ("NoSuchKey", "404", "NotFound")
-_THERE, _UNKNOWN = ("PreconditionFailed", "412"), ("NotImplemented", "501")
+_MISSING_CODES = ("NoSuchKey", "404", "NotFound")
+_EXISTS_CODES, _UNSUPPORTED_CODES = ("PreconditionFailed", "412"), ("NotImplemented", "501")
 
 # Another write of the same object is under way. A repeated write meets its result.
-_MEETS = ("ConditionalRequestConflict", "409")
+_CONFLICT_CODES = ("ConditionalRequestConflict", "409")
 
-_MEETINGS = 5
+_MAX_CONFLICTS = 5
 
 # Maximum number of objects that one request may delete: S3's own limit.
-_MOST = 1000
+_MAX_DELETED_KEYS = 1000
 
-_DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+_DENIED_CODES = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 
 class BucketError(StorageError):
     """A bucket can't be used at the moment."""
 
 
-def parse(url: str) -> tuple[str, str]:
+def parse_bucket_url(url: str) -> tuple[str, str]:
     """Bucket and prefix of an address such as `s3://bucket/fleet/leaves`. Raises `ConfigError` if it is none."""
     name, _, prefix = url.removeprefix(SCHEME).partition("/")
     prefix = prefix.removesuffix("/")
@@ -68,7 +68,7 @@ def parse(url: str) -> tuple[str, str]:
     if not is_valid or ".." in url or len(prefix) > 512:
         raise ConfigError(
             ("server", "blobs"),
-            expected=f"{FOLDER!r} or {SCHEME}bucket/prefix",
+            expected=f"{IN_FOLDER!r} or {SCHEME}bucket/prefix",
             got=repr(url.partition("@")[2] or url)[:200],  # what some put before an @ is a secret
             hint="Address and credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
         )
@@ -77,22 +77,22 @@ def parse(url: str) -> tuple[str, str]:
 
 def digest_of(key: str) -> str | None:
     """The blob's digest in an object's key; None for a key that isn't ours."""
-    if not key.startswith(BLOBS):
+    if not key.startswith(BLOBS_PREFIX):
         return None
-    digest, dot, nonce = key.removeprefix(BLOBS).partition(".")
+    digest, dot, nonce = key.removeprefix(BLOBS_PREFIX).partition(".")
     return digest if is_digest(digest) and dot and len(nonce) == 16 and nonce.isalnum() else None
 
 
-_Name = Annotated[str, matching(r"[^\u0000-\u001f\u007f-\u009f]{1,200}", "1 to 200 printable characters")]
+_PrintableName = Annotated[str, pattern_text(r"[^\u0000-\u001f\u007f-\u009f]{1,200}", "1 to 200 printable characters")]
 
 
 @dataclass(frozen=True)
 class Owner:
     """The job that owns the blobs under a prefix, and the number (`id`) that its settings hold, too."""
 
-    id: _Name
-    job: _Name
-    format: Annotated[str, matching(re.escape(FORMAT), FORMAT)] = FORMAT
+    id: _PrintableName
+    job: _PrintableName
+    format: Annotated[str, pattern_text(re.escape(FORMAT), FORMAT)] = FORMAT
 
 
 class Bucket:
@@ -102,7 +102,7 @@ class Bucket:
     longer. Raises `ConfigError` if the URL is invalid, and `MissingExtraError` if boto3 isn't installed."""
 
     def __init__(self, url: str) -> None:
-        self._name, self._prefix = parse(url)
+        self._name, self._prefix = parse_bucket_url(url)
         self.url = f"{SCHEME}{self._name}/{self._prefix}".rstrip("/")
         try:
             import boto3
@@ -110,24 +110,26 @@ class Bucket:
             from botocore.config import Config
         except ImportError as error:
             raise MissingExtraError(f"blobs at {SCHEME} need the package boto3", extra="scale") from error
-        self._failed: type[Exception] = exceptions.ClientError
-        self._broken: type[Exception] = exceptions.BotoCoreError
+        self._client_error: type[Exception] = exceptions.ClientError
+        self._connection_error: type[Exception] = exceptions.BotoCoreError
         config = Config(
-            connect_timeout=_CONNECT_S,
-            read_timeout=_READ_S,
-            retries={"mode": "standard", "total_max_attempts": _TRIES},
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=_READ_TIMEOUT_S,
+            retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
             max_pool_connections=16,
             response_checksum_validation="when_required",  # readers compare the digest with the blob's name
             signature_version="s3v4",  # it also signs the headers of `upload_url`, which fix size and checksum
         )
         region = os.environ.get("AWS_REGION")  # boto3 itself only reads AWS_DEFAULT_REGION
-        with self._translated("open"):
+        with self._translate_errors("open"):
             try:
                 session = boto3.session.Session(region_name=region)
-                self._client: Any = session.client("s3", config=config)
+                self._client: Any = session.client_files("s3", config=config)
                 if self._client.meta.endpoint_url.endswith(_AMAZON) and "." not in self._name:
                     # Otherwise an upload's address names no region, and Amazon may redirect it, which boards refuse.
-                    self._client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "virtual"})))
+                    self._client = session.client_files(
+                        "s3", config=config.merge(Config(s3={"addressing_style": "virtual"}))
+                    )
             except ValueError as error:  # an endpoint that is no URL
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
         self._client.meta.events.register("before-call.s3.DeleteObjects", _with_md5)
@@ -136,7 +138,7 @@ class Bucket:
         """Keys with this prefix, with the objects' sizes."""
         options: dict[str, str] = {}
         while True:
-            with self._translated("list"):
+            with self._translate_errors("list"):
                 page = self._client.list_objects_v2(Bucket=self._name, Prefix=self._prefix + prefix, **options)
             for entry in page.get("Contents", ()):
                 yield str(entry["Key"])[len(self._prefix) :], int(entry["Size"])
@@ -150,46 +152,46 @@ class Bucket:
         """
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         request = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": checksum}
-        with self._translated("write to"):
-            for attempt in range(_MEETINGS):
+        with self._translate_errors("write to"):
+            for attempt in range(_MAX_CONFLICTS):
                 try:
                     self._client.put_object(**request, **({} if replace else {"IfNoneMatch": "*"}))
                     return
-                except self._failed as error:  # noqa: PERF203 - once, as a rule
-                    if not replace and _code(error) in _THERE:
+                except self._client_error as error:  # noqa: PERF203 - once, as a rule
+                    if not replace and _code(error) in _EXISTS_CODES:
                         return
-                    if not replace and _code(error) in _UNKNOWN:
+                    if not replace and _code(error) in _UNSUPPORTED_CODES:
                         self._client.put_object(**request)
                         return
-                    if replace or _code(error) not in _MEETS or attempt + 1 == _MEETINGS:
+                    if replace or _code(error) not in _CONFLICT_CODES or attempt + 1 == _MAX_CONFLICTS:
                         raise
 
     def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
         """Presigned URL to PUT one object of this SHA-256 and size, valid for `seconds`."""
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         signed = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": checksum}
-        with self._translated("sign an upload to"):
+        with self._translate_errors("sign an upload to"):
             return str(self._client.generate_presigned_url("put_object", Params=signed, ExpiresIn=seconds))
 
     def stream(self, key: str) -> Iterator[bytes]:
         """An object's bytes in pieces, not verified; none if it doesn't exist."""
-        with self._opened(key) as body_and_size:
+        with self._open_object(key) as body_and_size:
             if body_and_size is not None:
-                yield from body_and_size[0].iter_chunks(_PIECE)
+                yield from body_and_size[0].iter_chunks(_PIECE_BYTES)
 
     def get(self, key: str, limit: int) -> bytes | None:
         """An object's bytes, not verified; None if it doesn't exist or is larger than `limit`."""
-        with self._opened(key) as body_and_size:
+        with self._open_object(key) as body_and_size:
             return None if body_and_size is None or body_and_size[1] > limit else bytes(body_and_size[0].read())
 
     @contextmanager
-    def _opened(self, key: str) -> Iterator[tuple[Any, int] | None]:
+    def _open_object(self, key: str) -> Iterator[tuple[Any, int] | None]:
         """An object's body and size; None if it doesn't exist."""
-        with self._translated("read"):
+        with self._translate_errors("read"):
             try:
                 answer = self._client.get_object(Bucket=self._name, Key=self._prefix + key)
-            except self._failed as error:
-                if _code(error) not in _MISSING:
+            except self._client_error as error:
+                if _code(error) not in _MISSING_CODES:
                     raise
                 yield None
                 return
@@ -201,16 +203,16 @@ class Bucket:
         """Delete objects, if they exist. Raises `BucketError` if one of them can't be deleted; the others are deleted
         nevertheless, unless the bucket can't be reached."""
         failures: list[Exception] = []
-        with self._translated("delete from"):
-            for start in range(0, len(keys), _MOST):
-                objects = [{"Key": self._prefix + key} for key in keys[start : start + _MOST]]
+        with self._translate_errors("delete from"):
+            for start in range(0, len(keys), _MAX_DELETED_KEYS):
+                objects = [{"Key": self._prefix + key} for key in keys[start : start + _MAX_DELETED_KEYS]]
                 try:
                     answer = self._client.delete_objects(Bucket=self._name, Delete={"Objects": objects, "Quiet": True})
                     failures += [
-                        self._failed({"Error": entry}, "DeleteObjects") for entry in answer.get("Errors", ())[:1]
+                        self._client_error({"Error": entry}, "DeleteObjects") for entry in answer.get("Errors", ())[:1]
                     ]
-                except self._failed as error:
-                    failures += self._delete_each(objects) if _code(error) in _UNKNOWN else [error]
+                except self._client_error as error:
+                    failures += self._delete_each(objects) if _code(error) in _UNSUPPORTED_CODES else [error]
             for failure in failures[:1]:
                 raise failure
 
@@ -220,26 +222,26 @@ class Bucket:
         for each in objects:
             try:
                 self._client.delete_object(Bucket=self._name, **each)
-            except self._failed as error:  # noqa: PERF203 - each turn waits for the network anyway
+            except self._client_error as error:  # noqa: PERF203 - each turn waits for the network anyway
                 failures.append(error)
         return failures
 
     @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
+    def _translate_errors(self, action: str) -> Iterator[None]:
         try:
             yield
-        except self._failed as error:
+        except self._client_error as error:
             code = _code(error)
             hint = "See what the bucket's own log says."
             if code == "NoSuchBucket":
                 hint = "Make the bucket, or give another name."
-            elif code in _DENIED:
+            elif code in _DENIED_CODES:
                 hint = (
                     "Are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY right? They must be allowed to list the bucket, "
                     "and to get, put and delete objects."
                 )
             raise BucketError(f"can't {action} {self.url}: {_first_line(error)}", hint=hint) from error
-        except (self._broken, OSError) as error:
+        except (self._connection_error, OSError) as error:
             hint = "Is it running, and AWS_ENDPOINT_URL (or AWS_REGION) right?"
             if "redentials" in type(error).__name__:
                 hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
@@ -262,8 +264,8 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-WRITE, ADOPT = "write", "verify uploads"
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
+WRITE_WORK, ADOPT_WORK = "write", "verify uploads"
 
 _Result = TypeVar("_Result")
 
@@ -276,19 +278,19 @@ class RetryPolicy:
     """Repeats calls while the bucket can't be used; may be called from any thread.
 
     Attributes:
-        endless: Whether it waits until `stop`; otherwise an error is raised at once.
+        is_endless: Whether it waits until `stop`; otherwise an error is raised at once.
     """
 
     def __init__(self) -> None:
-        self.endless = False
+        self.is_endless = False
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._missed: frozenset[str] = frozenset()
+        self._waiting_kinds: frozenset[str] = frozenset()
 
     @property
     def holds_updates(self) -> bool:
         """Whether a write or the verification of an upload waits."""
-        return bool({WRITE, ADOPT} & self._missed)
+        return bool({WRITE_WORK, ADOPT_WORK} & self._waiting_kinds)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -301,26 +303,26 @@ class RetryPolicy:
             BucketError: The call failed, and the policy isn't endless.
             StoppedError: `stop` was called meanwhile.
         """
-        pause = PAUSE_S
+        pause = FIRST_PAUSE_S
         while True:
             try:
                 result = work()
             except BucketError as error:  # noqa: PERF203 - each turn waits anyway
-                if not self.endless:
+                if not self.is_endless:
                     raise
-                if self._note(kind, waits=True):
+                if self._note_waiting(kind, waits=True):
                     log.warning("waiting for the bucket, nothing is lost: %s", error)
                 if self._stopped.wait(pause):
                     raise StoppedError(error.what) from error
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                pause = min(2 * pause, MAX_PAUSE_S)
             else:
-                if kind in self._missed and self._note(kind, waits=False):
+                if kind in self._waiting_kinds and self._note_waiting(kind, waits=False):
                     log.info("the bucket is back: to %s goes on", kind)
                 return result
 
-    def _note(self, kind: str, *, waits: bool) -> bool:
+    def _note_waiting(self, kind: str, *, waits: bool) -> bool:
         """Note whether a kind of work waits; returns whether this has changed."""
         with self._lock:
-            has_changed = waits != (kind in self._missed)
-            self._missed = self._missed | {kind} if waits else self._missed - {kind}
+            has_changed = waits != (kind in self._waiting_kinds)
+            self._waiting_kinds = self._waiting_kinds | {kind} if waits else self._waiting_kinds - {kind}
             return has_changed

@@ -22,21 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedprune.blobs.blob_ref import SUFFIX, BlobRef, leaf_table
-from fedprune.blobs.blob_store import BlobStore, MissingBlobError, Objects
+from fedprune.blobs.blob_ref import TABLE_SUFFIX, BlobRef, leaf_table
+from fedprune.blobs.blob_store import BlobStore, BucketObjects, MissingBlobError
 from fedprune.blobs.partial_blob import process_name
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, StorageError, StorageFullError
-from fedprune.core.records import read, write
+from fedprune.core.records import decode_record, encode_record
 from fedprune.core.validation import is_digest
 from fedprune_server.storage.s3.bucket import (
-    ADOPT,
-    BLOBS,
-    MODEL,
-    OWNER,
-    OWNER_LIMIT,
-    WRITE,
+    ADOPT_WORK,
+    BLOBS_PREFIX,
+    MAX_OWNER_BYTES,
+    MODEL_KEY,
+    OWNER_KEY,
+    WRITE_WORK,
     Bucket,
     Owner,
     RetryPolicy,
@@ -50,16 +50,16 @@ class Deletions:
 
     def __init__(self, bucket: Bucket, patience: RetryPolicy) -> None:
         self._bucket = bucket
-        self._patience = patience
+        self._retry = patience
         self._lock = threading.Lock()
-        self._doomed: list[str] = []
+        self._keys: list[str] = []
         self._thread: threading.Thread | None = None
 
     def add(self, keys: Iterable[str]) -> None:
         """Delete objects soon, if they exist."""
         with self._lock:
-            self._doomed.extend(keys)
-            if self._doomed and self._thread is None:
+            self._keys.extend(keys)
+            if self._keys and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fedprune-bucket", daemon=True)
                 self._thread.start()
 
@@ -71,32 +71,32 @@ class Deletions:
             thread.join(patience_s)
 
     def _run(self) -> None:
-        while keys := self._next():
+        while keys := self._take_keys():
             try:
-                self._patience("delete", partial(self._bucket.delete, keys))
+                self._retry("delete", partial(self._bucket.delete, keys))
             except StoppedError:  # noqa: PERF203 - each turn waits for the network anyway
-                self._forget()
+                self._forget_keys()
             except StorageError:  # without endless retries these objects are left, and later ones have their turn
                 continue
 
-    def _next(self) -> list[str]:
+    def _take_keys(self) -> list[str]:
         with self._lock:
-            keys, self._doomed = self._doomed, []
+            keys, self._keys = self._keys, []
             if not keys:
                 self._thread = None
             return keys
 
-    def _forget(self) -> None:
+    def _forget_keys(self) -> None:
         with self._lock:
-            self._doomed.clear()
+            self._keys.clear()
 
 
 log = logging.getLogger("fedprune.server")
 
 # Seconds for which a used blob stays in the folder, whatever its size: a device is about to request the rest of it.
-FRESH_S = 60.0
+RECENT_USE_S = 60.0
 
-_MODEL_LIMIT = 2**31
+_MAX_MODEL_BYTES = 2**31
 
 _Result = TypeVar("_Result")
 _CACHE_PREFIX = "fedprune-blobs-"
@@ -114,24 +114,24 @@ class BucketStore(BlobStore):
         cache: Maximum bytes of the bucket's blobs that the folder holds.
         shared: Whether other processes store blobs in the bucket, too: then each blob is searched for in the bucket,
             whose objects aren't listed at first.
-        keeping: Whether fetched blobs are cached in the folder; readers leave it unchanged.
+        caching: Whether fetched blobs are cached in the folder; readers leave it unchanged.
 
     Attributes:
-        patience: Retries calls while the bucket can't be used; at first it doesn't.
+        retry: Retries calls while the bucket can't be used; at first it doesn't.
     """
 
-    def __init__(self, root: Path, url: str, *, cache: int = 2**62, keeping: bool = True, shared: bool = False) -> None:
+    def __init__(self, root: Path, url: str, *, cache: int = 2**62, caching: bool = True, shared: bool = False) -> None:
         super().__init__(root)
         self.bucket = Bucket(url)
         self.cache = cache
-        self._keeping = keeping
+        self._caches = caching
         self._shared = shared
-        self._trims = True
-        self._begin()
+        self._evicts = True
+        self._make_connections()
         self._objects: dict[str, dict[str, int]] = {}
-        self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        self._held_bytes = 0
-        for key, size in () if shared else self.bucket.list(BLOBS):
+        self._cached: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._cached_bytes = 0
+        for key, size in () if shared else self.bucket.list(BLOBS_PREFIX):
             digest = digest_of(key)
             if digest is not None:
                 self._objects.setdefault(digest, {})[key] = size
@@ -139,18 +139,18 @@ class BucketStore(BlobStore):
         for name in super().names():
             with suppress(FileNotFoundError):  # evicted by a server, while this process only reads
                 file_stat, sizes = self.path(name).stat(), self._objects.get(name)
-                if keeping and sizes and file_stat.st_size not in sizes.values():
-                    self._unlink(name)  # cached files aren't flushed: a power cut leaves them short
+                if caching and sizes and file_stat.st_size not in sizes.values():
+                    self._delete_cached(name)  # cached files aren't flushed: a power cut leaves them short
                 else:
                     cached_files.append((file_stat.st_mtime, name, file_stat.st_size))
-        self._held.update((name, (size, 0.0)) for _, name, size in sorted(cached_files))
-        self._held_bytes += sum(size for _, _, size in cached_files)
+        self._cached.update((name, (size, 0.0)) for _, name, size in sorted(cached_files))
+        self._cached_bytes += sum(size for _, _, size in cached_files)
 
-    def _begin(self) -> None:
+    def _make_connections(self) -> None:
         self._lock = threading.RLock()
-        self.patience = RetryPolicy()
-        self._deletions = Deletions(self.bucket, self.patience)
-        self._news: dict[str, tuple[str, int]] = {}
+        self.retry = RetryPolicy()
+        self._deletions = Deletions(self.bucket, self.retry)
+        self._new_objects: dict[str, tuple[str, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a worker process: without connections and work under way."""
@@ -162,11 +162,11 @@ class BucketStore(BlobStore):
         self.bucket = Bucket(state.pop("url"))
         self._objects = state.pop("objects")
         vars(self).update(state)
-        self._keeping = self._shared = True
-        self._trims = False  # the folder belongs to the parent process
-        self._checked, self._held, self._held_bytes = {}, OrderedDict(), 0
-        self._begin()
-        self.patience.endless = True
+        self._caches = self._shared = True
+        self._evicts = False  # the folder belongs to the parent process
+        self._verified_states, self._cached, self._cached_bytes = {}, OrderedDict(), 0
+        self._make_connections()
+        self.retry.is_endless = True
 
     def describe(self) -> str:
         return self.bucket.url
@@ -183,10 +183,10 @@ class BucketStore(BlobStore):
         """Check that the prefix isn't another job's; `number` is None for a job that has none yet. Raises `ConfigError`
         if it is.
         """
-        raw = self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT))
+        raw = self.retry("read", lambda: self.bucket.get(OWNER_KEY, MAX_OWNER_BYTES))
         if raw is None:
             return  # objects without an owner are those of a first start that broke off
-        owner = read(Owner, raw, f"{self.bucket.url}/{OWNER}", StorageError)
+        owner = decode_record(Owner, raw, f"{self.bucket.url}/{OWNER_KEY}", StorageError)
         if owner.id != number:
             raise ConfigError(
                 f"{self.bucket.url} has the blobs of another job, {owner.job!r}",
@@ -197,19 +197,19 @@ class BucketStore(BlobStore):
         """Mark the prefix as this job's, store the job's first model there if there is none, and from now on wait for a
         bucket that is away. Raises `ConfigError` if another job that began at the same time was faster.
         """
-        if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
-            self._lay(OWNER, write(Owner(number, job)), replace=False)
+        if self.retry("read", lambda: self.bucket.get(OWNER_KEY, MAX_OWNER_BYTES)) is None:
+            self._put_marker(OWNER_KEY, encode_record(Owner(number, job)), replace=False)
         self.check_owner(number)
-        if not any(key == MODEL for key, _ in self.patience("list", lambda: list(self.bucket.list(MODEL)))):
-            self._lay(MODEL, model)
-        self.patience.endless = True
+        if not any(key == MODEL_KEY for key, _ in self.retry("list", lambda: list(self.bucket.list(MODEL_KEY)))):
+            self._put_marker(MODEL_KEY, model)
+        self.retry.is_endless = True
 
-    def _lay(self, key: str, data: bytes, *, replace: bool = True) -> None:
+    def _put_marker(self, key: str, data: bytes, *, replace: bool = True) -> None:
         digest = hashlib.sha256(data).hexdigest()
-        self.patience(WRITE, partial(self.bucket.put, key, data, digest, replace=replace))
+        self.retry(WRITE_WORK, partial(self.bucket.put, key, data, digest, replace=replace))
 
     def first_model(self) -> bytes | None:
-        return self.patience("read", lambda: self.bucket.get(MODEL, _MODEL_LIMIT))
+        return self.retry("read", lambda: self.bucket.get(MODEL_KEY, _MAX_MODEL_BYTES))
 
     # Its blobs.
 
@@ -226,47 +226,47 @@ class BucketStore(BlobStore):
     def has(self, sha256: str) -> bool:
         if sha256 in self._objects:
             return True
-        return self._shared and is_digest(sha256) and bool(self._find(sha256))
+        return self._shared and is_digest(sha256) and bool(self._object_keys(sha256))
 
-    def learn(self, news: Objects) -> None:
+    def note_objects(self, news: BucketObjects) -> None:
         with self._lock:
             for digest, (key, size) in news.items():
                 self._objects.setdefault(digest, {})[key] = size
         for digest, (_, size) in news.items():
             if BlobStore.has(self, digest):
-                self._hold(digest, size)
+                self._note_cached(digest, size)
 
-    def news(self) -> dict[str, tuple[str, int]]:
+    def take_new_objects(self) -> dict[str, tuple[str, int]]:
         with self._lock:
-            news, self._news = self._news, {}
+            news, self._new_objects = self._new_objects, {}
         return news
 
     # Writing.
 
     def put(self, data: bytes | memoryview) -> BlobRef:
         ref = super().put(data)
-        self._ship(ref.sha256, data)
+        self._upload(ref.sha256, data)
         return ref
 
     def flush(self, sha256: str) -> None:
-        if not self._known(sha256):
-            self._ship(sha256, BlobStore.read(self, sha256))
+        if not self._is_in_bucket(sha256):
+            self._upload(sha256, BlobStore.read(self, sha256))
 
-    def _ship(self, sha256: str, data: bytes | memoryview) -> None:
+    def _upload(self, sha256: str, data: bytes | memoryview) -> None:
         """Put a blob into the bucket, unless it is there, and count its file in the folder."""
-        if not self._known(sha256):
+        if not self._is_in_bucket(sha256):
             key = _new_key(sha256)
-            self.patience(WRITE, lambda: self.bucket.put(key, data, sha256))
+            self.retry(WRITE_WORK, lambda: self.bucket.put(key, data, sha256))
             with self._lock:
                 self._objects.setdefault(sha256, {})[key] = len(data)
-                self._news[sha256] = key, len(data)
-        self._hold(sha256, len(data))
+                self._new_objects[sha256] = key, len(data)
+        self._note_cached(sha256, len(data))
 
     def url_for(self, ref: BlobRef, seconds: int) -> tuple[str, str]:
         key = _new_key(ref.sha256)
         return key, self.bucket.upload_url(key, ref.sha256, ref.size, seconds)
 
-    def adopt(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
+    def adopt_upload(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
         """Verify an object that a device has put into the bucket as this blob; returns whether it is right. Then it is
         stored in bucket and folder. All other objects with this digest are deleted.
 
@@ -274,14 +274,16 @@ class BucketStore(BlobStore):
             keys: Objects to which the device was to upload the blob. The bucket is searched only if the last of them is
                 wrong.
         """
-        return self.patience(ADOPT, partial(self._adopt, ref, keys))
+        return self.retry(ADOPT_WORK, partial(self._adopt, ref, keys))
 
     def _adopt(self, ref: BlobRef, keys: Sequence[str]) -> bool:
         right_key = next((key for key in keys[-1:] if self._verify(key, ref)), None)
         sizes = dict.fromkeys(keys, ref.size)
         if right_key is None:
             sizes = {
-                key: size for key, size in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(key) == ref.sha256
+                key: size
+                for key, size in self.bucket.list(f"{BLOBS_PREFIX}{ref.sha256}.")
+                if digest_of(key) == ref.sha256
             }
             right_key = next(
                 (key for key, size in sorted(sizes.items()) if size == ref.size and self._verify(key, ref)), None
@@ -289,10 +291,10 @@ class BucketStore(BlobStore):
         if right_key is not None:
             with self._lock:
                 self._objects.setdefault(ref.sha256, {})[right_key] = ref.size
-            self._hold(ref.sha256, ref.size)
+            self._note_cached(ref.sha256, ref.size)
         for key in sizes.keys() - {right_key}:
             self.forget(key)
-        self.clear(sizes)
+        self.delete_objects(sizes)
         return right_key is not None
 
     def _verify(self, key: str, ref: BlobRef) -> bool:
@@ -301,7 +303,7 @@ class BucketStore(BlobStore):
             with StreamedBlob(self, ref, cached=True) as blob:
                 for piece in self.bucket.stream(key):
                     blob.write(piece)
-                if ref.size and not blob.size:
+                if ref.size and not blob.received_bytes:
                     return False  # usually there is no such object: the device has used another address
                 blob.finish()
         except ProtocolError as error:
@@ -309,12 +311,12 @@ class BucketStore(BlobStore):
             return False
         return True
 
-    def clear(self, keys: Iterable[str]) -> None:
+    def delete_objects(self, keys: Iterable[str]) -> None:
         with self._lock:
             unknown = [key for key in keys if key not in self._objects.get(digest_of(key) or "", {})]
         self._deletions.add(unknown)
 
-    def _known(self, sha256: str) -> bool:
+    def _is_in_bucket(self, sha256: str) -> bool:
         return sha256 in self._objects
 
     # Reading.
@@ -326,33 +328,35 @@ class BucketStore(BlobStore):
 
     def size(self, sha256: str) -> int:
         """Size of a blob, which is fetched to the folder if that caches any."""
-        known_size = None if self._keeping else self.known_size(sha256)
+        known_size = None if self._caches else self.known_size(sha256)
         if known_size is not None:
             return known_size
-        return self._healed(sha256, lambda: BlobStore.size(self, sha256), len)
+        return self._with_repair(sha256, lambda: BlobStore.size(self, sha256), len)
 
     def read(self, sha256: str) -> bytes:
         """A blob's bytes, verified."""
-        if self._keeping:
-            return self._healed(sha256, lambda: BlobStore.read(self, sha256), bytes)
+        if self._caches:
+            return self._with_repair(sha256, lambda: BlobStore.read(self, sha256), bytes)
         if BlobStore.has(self, sha256):
             with suppress(StorageError):  # it may be evicted meanwhile, or be damaged while the bucket's is not
                 return BlobStore.read(self, sha256)
         return self.fetch(sha256)
 
     def map(self, sha256: str) -> memoryview:
-        if self._keeping:
-            return self._healed(sha256, lambda: BlobStore.map(self, sha256), lambda data: self._mapped(sha256, data))
+        if self._caches:
+            return self._with_repair(
+                sha256, lambda: BlobStore.map(self, sha256), lambda data: self._map_or_wrap(sha256, data)
+            )
         return memoryview(self.read(sha256))
 
-    def _mapped(self, sha256: str, data: bytes) -> memoryview:
+    def _map_or_wrap(self, sha256: str, data: bytes) -> memoryview:
         try:
             return BlobStore.map(self, sha256)
         except StorageError:  # evicted again
             return memoryview(data)
 
     def table(self, sha256: str) -> bytes:
-        return self._healed(sha256, lambda: BlobStore.table(self, sha256), leaf_table)
+        return self._with_repair(sha256, lambda: BlobStore.table(self, sha256), leaf_table)
 
     def fetch(self, sha256: str) -> bytes:
         """A blob's bytes from the bucket, verified; cached in the folder if that caches any.
@@ -360,23 +364,23 @@ class BucketStore(BlobStore):
         Raises `MissingBlobError` if the bucket doesn't have the blob, and `StorageError` if it has only a damaged one.
         """
         super().path(sha256)
-        if self._keeping:
+        if self._caches:
             self.check_room(self.known_size(sha256) or 0)  # before it is fetched in vain
         damaged = ""
-        for key in self._find(sha256):
-            data = self.patience("read", partial(self.bucket.get, key, self.max_size))
+        for key in self._object_keys(sha256):
+            data = self.retry("read", partial(self.bucket.get, key, self.max_size))
             if data is not None and hashlib.sha256(data).hexdigest() == sha256:
-                if self._keeping:
+                if self._caches:
                     self.check_room(len(data))
                     self.write_file(super().path(sha256), data, flush=False)
-                    self._hold(sha256, len(data))
+                    self._note_cached(sha256, len(data))
                 return data
             damaged = key if data is not None else damaged
         if damaged:
             raise StorageError(f"{self.bucket.url}/{damaged} is damaged", hint="See `fedprune-server check`.")
         raise MissingBlobError(f"blob {sha256} is not in {self.bucket.url}", hint="Restore the server's backup.")
 
-    def _healed(
+    def _with_repair(
         self, sha256: str, read_cached: Callable[[], _Result], from_fetched: Callable[[bytes], _Result]
     ) -> _Result:
         """Read a blob of the folder, which is verified, and fetch it from the bucket if it is missing or damaged.
@@ -386,27 +390,27 @@ class BucketStore(BlobStore):
             from_fetched: Makes the same result from the bytes of the fetched blob.
         """
         try:
-            if BlobStore.has(self, sha256) or not self._find(sha256):
+            if BlobStore.has(self, sha256) or not self._object_keys(sha256):
                 result = read_cached()
                 self.touch(sha256)
                 return result
         except StorageFullError:
             raise
         except StorageError as error:
-            if not self._find(sha256):
+            if not self._object_keys(sha256):
                 raise
             if BlobStore.has(self, sha256):
                 log.warning("%s: it is fetched again", error.what)
-        self._unlink(sha256)
+        self._delete_cached(sha256)
         return from_fetched(self.fetch(sha256))
 
-    def _find(self, sha256: str) -> list[str]:
+    def _object_keys(self, sha256: str) -> list[str]:
         """Keys of a blob's objects. With `shared` the bucket is asked, because other processes store blobs, too."""
         with self._lock:
             keys = list(self._objects.get(sha256, ()))
         if keys or not self._shared:
             return keys
-        listed_keys = self.patience("list", lambda: dict(self.bucket.list(f"{BLOBS}{sha256}.")))
+        listed_keys = self.retry("list", lambda: dict(self.bucket.list(f"{BLOBS_PREFIX}{sha256}.")))
         if listed_keys:
             with self._lock:
                 self._objects.setdefault(sha256, {}).update(listed_keys)
@@ -417,51 +421,51 @@ class BucketStore(BlobStore):
     def touch(self, sha256: str) -> None:
         """Mark a blob of the folder as used, so that others are evicted first."""
         with self._lock:
-            if sha256 in self._held:
-                self._held[sha256] = self._held.pop(sha256)[0], time.monotonic()
+            if sha256 in self._cached:
+                self._cached[sha256] = self._cached.pop(sha256)[0], time.monotonic()
 
-    def _hold(self, sha256: str, size: int) -> None:
+    def _note_cached(self, sha256: str, size: int) -> None:
         """Note a blob's file in the folder as used just now, and evict others if there are too many."""
         with self._lock:
-            self._let_go(sha256)
-            self._held[sha256] = size, time.monotonic()
-            self._held_bytes += size
-        self._trim()
+            self._forget_cached(sha256)
+            self._cached[sha256] = size, time.monotonic()
+            self._cached_bytes += size
+        self._evict()
 
     def check_room(self, size: int) -> None:
         try:
             super().check_room(size)
         except StorageFullError:
             self.check_size(size)
-            self._trim(size + self.reserve)
+            self._evict(size + self.reserve)
             super().check_room(size)
 
-    def _trim(self, bytes_to_free: int = 0) -> None:
+    def _evict(self, bytes_to_free: int = 0) -> None:
         """Evict the least recently used blobs that are in the bucket: at least `bytes_to_free` bytes of them."""
-        if not self._trims:
+        if not self._evicts:
             return
         with self._lock:
-            excess, now = max(self._held_bytes - self.cache, bytes_to_free), time.monotonic()
+            excess, now = max(self._cached_bytes - self.cache, bytes_to_free), time.monotonic()
             if excess <= 0:
                 return
-            for digest, (size, used_at) in list(self._held.items()):
-                if excess <= 0 or (not bytes_to_free and now - used_at < FRESH_S):
+            for digest, (size, used_at) in list(self._cached.items()):
+                if excess <= 0 or (not bytes_to_free and now - used_at < RECENT_USE_S):
                     return
                 if digest in self._objects:
-                    self._unlink(digest)
+                    self._delete_cached(digest)
                     excess -= size
 
-    def _let_go(self, sha256: str) -> None:
-        size, _ = self._held.pop(sha256, (0, 0.0))
-        self._held_bytes -= size
+    def _forget_cached(self, sha256: str) -> None:
+        size, _ = self._cached.pop(sha256, (0, 0.0))
+        self._cached_bytes -= size
 
-    def _unlink(self, sha256: str) -> None:
+    def _delete_cached(self, sha256: str) -> None:
         with self._lock, storage_errors(f"can't delete blob {sha256}"):
             path = super().path(sha256)
-            self._let_go(sha256)
-            self._checked.pop(sha256, None)
+            self._forget_cached(sha256)
+            self._verified_states.pop(sha256, None)
             path.unlink(missing_ok=True)
-            path.with_name(path.name + SUFFIX).unlink(missing_ok=True)
+            path.with_name(path.name + TABLE_SUFFIX).unlink(missing_ok=True)
 
     # Deleting.
 
@@ -469,7 +473,7 @@ class BucketStore(BlobStore):
         """Forget a blob, and delete its objects in the background."""
         with self._lock:
             super().delete(sha256)
-            self._let_go(sha256)
+            self._forget_cached(sha256)
             keys = self._objects.pop(sha256, {})
         self._deletions.add(keys)
 
@@ -484,12 +488,12 @@ class BucketStore(BlobStore):
 
     def close(self, patience_s: float = 5.0) -> None:
         """Finish deletions, for this long at most, and not while the bucket is away. The next start does the rest."""
-        self._deletions.wait(0.0 if self.away else patience_s)
-        self.patience.stop()
+        self._deletions.wait(0.0 if self.is_unreachable else patience_s)
+        self.retry.stop()
 
     @property
-    def away(self) -> bool:
-        return self.patience.holds_updates
+    def is_unreachable(self) -> bool:
+        return self.retry.holds_updates
 
 
 class LocalCopy(BlobStore):
@@ -498,7 +502,9 @@ class LocalCopy(BlobStore):
     def __init__(self, store: BucketStore) -> None:
         super().__init__(store.root, max_size=store.max_size, reserve=store.reserve, durable=store.durable)
         self._store = store
-        self._checked = store._checked  # shared: the store forgets there which evicted blobs were verified
+        self._verified_states = (
+            store._verified_states
+        )  # shared: the store forgets there which evicted blobs were verified
 
     def has(self, sha256: str) -> bool:
         is_cached = super().has(sha256)
@@ -519,7 +525,7 @@ class LocalCopy(BlobStore):
 
 
 def _new_key(sha256: str) -> str:
-    return f"{BLOBS}{sha256}.{secrets.token_hex(8)}"
+    return f"{BLOBS_PREFIX}{sha256}.{secrets.token_hex(8)}"
 
 
 def _open_shared(url: str, cache: int) -> BucketStore:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from fedprune_server.trackers.tracker import PROJECT, TrackedRun, Tracker, plain_name
 
-_ROUND = "round"
+_ROUND_METRIC = "round"
 # MLflow's server refuses more parameters in one request.
-_BATCH = 100
+_BATCH_SIZE = 100
 # Characters of a parameter's value: the limit of MLflow's oldest versions, which holds in all.
-_LONGEST = 500
+_MAX_PARAMETER_LENGTH = 500
 
 
 class MlflowTracker(Tracker):
     """A run of an MLflow server, or of a database in the run's folder."""
 
-    place = "ADDRESS"
+    destination_form = "ADDRESS"
 
     def __init__(self, destination: str) -> None:
         # Before the import, which reads them: no telemetry from a server, and no links among its log lines.
@@ -46,20 +46,25 @@ class MlflowTracker(Tracker):
         if runs:
             self._run = runs[0].info.run_id
             client.update_run(self._run, status="RUNNING")
-            return int(runs[0].data.metrics.get(_ROUND, 0))
+            return int(runs[0].data.metrics.get(_ROUND_METRIC, 0))
         self._run = client.create_run(experiment, tags={"fedprune.run": name}, run_name=run.title).info.run_id
-        params = [self._entities.Param(plain_name(key), str(value)[:_LONGEST]) for key, value in run.parameters.items()]
-        for first in range(0, len(params), _BATCH):
-            client.log_batch(self._run, params=params[first : first + _BATCH])
+        params = [
+            self._entities.Param(plain_name(key), str(value)[:_MAX_PARAMETER_LENGTH])
+            for key, value in run.parameters.items()
+        ]
+        for first in range(0, len(params), _BATCH_SIZE):
+            client.log_batch(self._run, params=params[first : first + _BATCH_SIZE])
         return 0
 
     def write(self, number: int, values: Mapping[str, float], at: float) -> None:
         metrics = [
             self._entities.Metric(plain_name(name), value, int(at * 1000), number)
-            for name, value in ({k: v for k, v in values.items() if k != _ROUND} | {_ROUND: number}).items()
+            for name, value in (
+                {k: v for k, v in values.items() if k != _ROUND_METRIC} | {_ROUND_METRIC: number}
+            ).items()
         ]
-        for first in range(0, len(metrics), _BATCH):  # the round's number comes last: then it is complete
-            self._client.log_batch(self._run, metrics=metrics[first : first + _BATCH])
+        for first in range(0, len(metrics), _BATCH_SIZE):  # the round's number comes last: then it is complete
+            self._client.log_batch(self._run, metrics=metrics[first : first + _BATCH_SIZE])
 
     def keep(self, folder: Path) -> None:
         self._client.log_artifacts(self._run, str(folder))

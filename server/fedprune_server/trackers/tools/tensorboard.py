@@ -14,7 +14,7 @@ from fedprune_server.trackers.tracker import TrackedRun, Tracker, plain_name
 class TensorBoardTracker(Tracker):
     """A folder of event files for each run, within the destination; each start writes a file of its own."""
 
-    place = "FOLDER"
+    destination_form = "FOLDER"
     takes_folder = True
 
     def __init__(self, destination: str) -> None:

@@ -12,7 +12,7 @@ from fedprune_server.trackers.tracker import PROJECT, TrackedRun, Tracker
 class WandbTracker(Tracker):
     """A run of Weights & Biases; where there is no key, one in files that `wandb sync` uploads."""
 
-    place = "[ENTITY/]PROJECT"
+    destination_form = "[ENTITY/]PROJECT"
 
     def __init__(self, destination: str) -> None:
         import wandb

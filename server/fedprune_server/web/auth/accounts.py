@@ -11,7 +11,7 @@ from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune.wire.topics import check_name
+from fedprune.wire.topics import check_topic_name
 from fedprune_server.web.auth.roles import ROLES
 from fedprune_server.web.database import ConsoleDatabase
 
@@ -42,52 +42,52 @@ class Accounts:
         self._hasher = hasher or PasswordHasher()
         self._clock = clock
         # Compared with for unknown names, so that their refusal takes as long as a wrong password's.
-        self._nobody = self._hasher.hash("nobody's password")
+        self._unmatched_hash = self._hasher.hash("nobody's password")
 
     def __len__(self) -> int:
         row = self._database.row("SELECT count(*) AS n FROM operators")
         return int(row["n"]) if row else 0
 
     def list(self) -> list[Operator]:
-        return [_operator(r) for r in self._database.rows("SELECT * FROM operators ORDER BY name")]
+        return [_read_operator(r) for r in self._database.rows("SELECT * FROM operators ORDER BY name")]
 
     def get(self, name: str) -> Operator | None:
         row = self._database.row("SELECT * FROM operators WHERE name = ?", name)
-        return None if row is None else _operator(row)
+        return None if row is None else _read_operator(row)
 
     def add(self, name: str, role: str, password: str) -> Operator:
         """Add an account. Raises `ConfigError` if name, role or password are invalid, or the name is taken."""
         self.check_new(name, role)
         check_password(name, password)
         hashed, now = self._hasher.hash(password), self._clock()
-        row_count = self._database.do(
+        row_count = self._database.execute(
             "INSERT OR IGNORE INTO operators (name, role, hash, made_at, changed_at) VALUES (?, ?, ?, ?, ?)",
             name, role, hashed, now, now,
         )  # fmt: skip
         if not row_count:
-            raise _taken(name)
+            raise _taken_error(name)
         return Operator(name, role, now, now)
 
     def check_new(self, name: str, role: str) -> None:
         """Check that an account of this name and role could be added. Raises `ConfigError` if it couldn't."""
-        check_name(name, "operator", error=ConfigError)
+        check_topic_name(name, "operator", error=ConfigError)
         if role not in ROLES:
             raise ConfigError("role of an operator", expected=", ".join(ROLES), got=role)
         if self.get(name) is not None:
-            raise _taken(name)
+            raise _taken_error(name)
 
-    def check_known(self, name: str) -> None:
+    def check_exists(self, name: str) -> None:
         """Check that an account exists. Raises `ConfigError` if it doesn't."""
         if self.get(name) is None:
-            raise _unknown(name)
+            raise _unknown_error(name)
 
     def remove(self, name: str) -> None:
         """Delete an account, and end its sessions. Raises `ConfigError` if it doesn't exist."""
         with self._database.transaction():
-            row_count = self._database.do("DELETE FROM operators WHERE name = ?", name)
-            self._database.do("DELETE FROM sessions WHERE operator = ?", name)
+            row_count = self._database.execute("DELETE FROM operators WHERE name = ?", name)
+            self._database.execute("DELETE FROM sessions WHERE operator = ?", name)
         if not row_count:
-            raise _unknown(name)
+            raise _unknown_error(name)
 
     def set_password(self, name: str, password: str) -> None:
         """Change an account's password, and end its sessions. Raises `ConfigError` if there is no such account, or the
@@ -96,22 +96,22 @@ class Accounts:
         check_password(name, password)
         hashed = self._hasher.hash(password)
         with self._database.transaction():
-            row_count = self._database.do(
+            row_count = self._database.execute(
                 "UPDATE operators SET hash = ?, changed_at = ? WHERE name = ?", hashed, self._clock(), name
             )
-            self._database.do("DELETE FROM sessions WHERE operator = ?", name)
+            self._database.execute("DELETE FROM sessions WHERE operator = ?", name)
         if not row_count:
-            raise _unknown(name)
+            raise _unknown_error(name)
 
     def hash_of(self, name: str) -> str:
         """The hash of an operator's password; for an unknown name a hash that no password fits."""
         row = self._database.row("SELECT hash FROM operators WHERE name = ?", name)
-        return self._nobody if row is None else str(row["hash"])
+        return self._unmatched_hash if row is None else str(row["hash"])
 
-    def fits(self, hashed: str, password: str) -> bool:
+    def is_password(self, hashed: str, password: str) -> bool:
         """Whether a password has this hash: slow on purpose, and safe in any thread."""
         try:
-            return self._hasher.verify(hashed, password[: MAX_PASSWORD + 1]) and hashed != self._nobody
+            return self._hasher.verify(hashed, password[: MAX_PASSWORD + 1]) and hashed != self._unmatched_hash
         except (VerificationError, InvalidHashError):
             return False
 
@@ -126,15 +126,15 @@ def check_password(name: str, password: str) -> None:
         )
 
 
-def _operator(row: dict[str, Any]) -> Operator:
+def _read_operator(row: dict[str, Any]) -> Operator:
     if row["role"] not in ROLES:
         raise StorageError(f"operator {row['name']} has a role that is none", got=row["role"])
     return Operator(row["name"], row["role"], row["made_at"], row["changed_at"])
 
 
-def _taken(name: str) -> ConfigError:
+def _taken_error(name: str) -> ConfigError:
     return ConfigError(f"there is an operator {name} already", hint="`operators password` changes a password.")
 
 
-def _unknown(name: str) -> ConfigError:
+def _unknown_error(name: str) -> ConfigError:
     return ConfigError(f"no operator is called {name!r}", hint="See `fedprune-server operators list`.")

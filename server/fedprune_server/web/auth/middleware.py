@@ -20,33 +20,33 @@ from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.web.auth.sessions import Sessions
+from fedprune_server.web.auth.sessions import OperatorSessions
 
 # Paths that need no session: logging in, and probes.
-OPEN = frozenset({"/login", "/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/login", "/healthz", "/readyz"})
 
 # The prefix of public files: scripts and styles, no data.
-STATIC = "/static/"
+STATIC_PREFIX = "/static/"
 
 # Paths whose forms work without JavaScript: they repeat the token in a field, and check it themselves. All other paths
 # take it from a header.
-FORMS = frozenset({"/login", "/logout"})
+FORM_PATHS = frozenset({"/login", "/logout"})
 
 CSRF_HEADER = "x-csrf-token"
 # An order or a form has some hundred bytes; a body is held in memory before the application sees it.
-MAX_BODY = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024
 # How long a request's body may take.
-BODY_S = 30.0
+BODY_TIMEOUT_S = 30.0
 
 MAX_PATH, MAX_QUERY = 2048, 4096
 
-_SAFE = ("GET", "HEAD")
-_POLICY = (
+_SAFE_METHODS = ("GET", "HEAD")
+_CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-HEADERS = {
-    "content-security-policy": _POLICY,
+SECURITY_HEADERS = {
+    "content-security-policy": _CONTENT_POLICY,
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "same-origin",
@@ -61,18 +61,18 @@ class Exposure:
     """How browsers reach a console.
 
     Attributes:
-        tls: Whether the console speaks TLS itself.
-        proxied: Whether a reverse proxy on this machine speaks for browsers.
+        has_tls: Whether the console speaks TLS itself.
+        has_proxy: Whether a reverse proxy on this machine speaks for browsers.
         hosts: Names that browsers may use without TLS, in addition to addresses and `localhost`.
     """
 
-    tls: bool = False
-    proxied: bool = False
+    has_tls: bool = False
+    has_proxy: bool = False
     hosts: tuple[str, ...] = ()
 
     @property
     def cookie(self) -> str:
-        return "__Host-fedprune" if self.tls else "fedprune"
+        return "__Host-fedprune" if self.has_tls else "fedprune"
 
     @property
     def login_cookie(self) -> str:
@@ -86,7 +86,7 @@ class _TooLongError(Exception):
 class SecurityMiddleware:
     """Passes requests to the application, with `session` (or None), `address` and `secure` in their state."""
 
-    def __init__(self, app: ASGIApp, sessions: Sessions, exposure: Exposure) -> None:
+    def __init__(self, app: ASGIApp, sessions: OperatorSessions, exposure: Exposure) -> None:
         self._app = app
         self._sessions = sessions
         self._exposure = exposure
@@ -100,7 +100,7 @@ class SecurityMiddleware:
         headers, path = Headers(scope=scope), scope["path"]
         state = scope.setdefault("state", {})
         state["address"], state["secure"] = self._client(scope, headers)
-        send_with_headers = _answers(scope, send, state["secure"])
+        send_with_headers = _add_headers(scope, send, state["secure"])
         try:
             refusal = await run_in_threadpool(self._refusal, scope, headers, state)  # it reads the database
         except FedpruneError:
@@ -108,24 +108,24 @@ class SecurityMiddleware:
         if refusal is not None:
             await self._refuse(send_with_headers, path, *refusal)
             return
-        if scope["method"] not in _SAFE:
+        if scope["method"] not in _SAFE_METHODS:
             try:
-                body = await asyncio.wait_for(_whole(receive), BODY_S)
+                body = await asyncio.wait_for(_read_body(receive), BODY_TIMEOUT_S)
             except _TooLongError:
-                await self._refuse(send_with_headers, path, 413, f"at most {MAX_BODY} bytes")
+                await self._refuse(send_with_headers, path, 413, f"at most {MAX_BODY_BYTES} bytes")
                 return
             except asyncio.TimeoutError:
-                await self._refuse(send_with_headers, path, 408, f"the body took longer than {BODY_S:.0f} s")
+                await self._refuse(send_with_headers, path, 408, f"the body took longer than {BODY_TIMEOUT_S:.0f} s")
                 return
-            receive = _replayed(body, receive)
+            receive = _replay_body(body, receive)
         await self._app(scope, receive, send_with_headers)
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, bool]:
         """The browser's address, and whether the connection uses TLS."""
         client = scope.get("client")
-        address, secure = (client[0] if client else "unknown"), self._exposure.tls
+        address, secure = (client[0] if client else "unknown"), self._exposure.has_tls
         ip_address = address_of(address)
-        if self._exposure.proxied and (address == "localhost" or (ip_address is not None and ip_address.is_loopback)):
+        if self._exposure.has_proxy and (address == "localhost" or (ip_address is not None and ip_address.is_loopback)):
             # Only the last entry is the proxy's; clients can send the ones before it.
             address = headers.get("x-forwarded-for", "").rpartition(",")[2].strip() or address
             secure = secure or headers.get("x-forwarded-proto", "").strip().lower() == "https"
@@ -136,33 +136,33 @@ class SecurityMiddleware:
         state["session"] = None
         if len(scope.get("raw_path") or b"") > MAX_PATH or len(scope["query_string"]) > MAX_QUERY:
             return 414, "the address is too long"
-        if not state["secure"] and not self._called_well(headers.get("host", "")):
+        if not state["secure"] and not self._is_own_host(headers.get("host", "")):
             return 421, "called by a name that is not this console's ([server] console_hosts)"
         length = headers.get("content-length")
-        if length is not None and (not length.isdecimal() or int(length[:12]) > MAX_BODY):
-            return 413, f"at most {MAX_BODY} bytes"
+        if length is not None and (not length.isdecimal() or int(length[:12]) > MAX_BODY_BYTES):
+            return 413, f"at most {MAX_BODY_BYTES} bytes"
         token = cookie_parser(headers.get("cookie", "")[:8192]).get(self._exposure.cookie)
         session = state["session"] = self._sessions.find(token)
         state["token"] = token if session is not None else None
-        if session is None and path not in OPEN and not path.startswith(STATIC):
+        if session is None and path not in OPEN_PATHS and not path.startswith(STATIC_PREFIX):
             return 401, "log in first"
-        if method in _SAFE:
+        if method in _SAFE_METHODS:
             return None
-        if not same_origin(headers):
+        if not is_same_origin(headers):
             return 403, "the request comes from another site"
-        if path in FORMS:
+        if path in FORM_PATHS:
             return None
         csrf_token = headers.get(CSRF_HEADER, "")
         if session is None or not hmac.compare_digest(csrf_token.encode(), session.csrf.encode()):
             return 403, f"the header {CSRF_HEADER} is missing or wrong"
         return None
 
-    def _called_well(self, host: str) -> bool:
+    def _is_own_host(self, host: str) -> bool:
         """Whether a browser calls the console by an address or a configured name.
 
         Another site can let any other name point here (DNS rebinding); with TLS the certificate prevents that.
         """
-        name = host_of(f"//{host}") if host and _plain(host) else None
+        name = host_of(f"//{host}") if host and _is_plain(host) else None
         return name is not None and (
             name == "localhost" or name in self._exposure.hosts or address_of(name) is not None
         )
@@ -177,7 +177,7 @@ class SecurityMiddleware:
         await send({"type": "http.response.body", "body": body})
 
 
-def same_origin(headers: Headers) -> bool:
+def is_same_origin(headers: Headers) -> bool:
     """Whether a changing request comes from this console's pages, by the browser's headers."""
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return False
@@ -207,16 +207,16 @@ def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 def safe_path(path: str | None) -> str:
     """The path to go to after the login: never another site's, which a link to the login form could name."""
-    if not path or not path.startswith("/") or path.startswith("//") or "\\" in path or not _plain(path):
+    if not path or not path.startswith("/") or path.startswith("//") or "\\" in path or not _is_plain(path):
         return "/"
     return path
 
 
-def _plain(text: str) -> bool:
+def _is_plain(text: str) -> bool:
     return len(text) <= MAX_PATH and text.isascii() and text.isprintable() and " " not in text
 
 
-async def _whole(receive: Receive) -> bytes:
+async def _read_body(receive: Receive) -> bytes:
     """Read a request's body, limited in size.
 
     It is read before the application is called, because that couldn't answer a body that is too long with 413.
@@ -228,12 +228,12 @@ async def _whole(receive: Receive) -> bytes:
             break
         body += message.get("body", b"")
         has_more = message.get("more_body", False)
-        if len(body) > MAX_BODY:
+        if len(body) > MAX_BODY_BYTES:
             raise _TooLongError
     return body
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+def _replay_body(body: bytes, receive: Receive) -> Receive:
     """A receiver that returns the buffered body first."""
     is_sent = False
 
@@ -247,15 +247,15 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return receive_body
 
 
-def _answers(scope: Scope, send: Send, secure: bool) -> Send:
+def _add_headers(scope: Scope, send: Send, secure: bool) -> Send:
     """Add the headers that every answer has."""
     # Pages show a fleet's names and an operator's token: no cache may keep them.
-    cache_values: Collection[str] = () if scope["path"].startswith(STATIC) else ("no-store",)
+    cache_values: Collection[str] = () if scope["path"].startswith(STATIC_PREFIX) else ("no-store",)
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            for name, value in HEADERS.items():
+            for name, value in SECURITY_HEADERS.items():
                 headers[name] = value
             for value in cache_values:
                 headers["cache-control"] = value

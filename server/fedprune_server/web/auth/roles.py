@@ -7,7 +7,7 @@ ROLES = ("viewer", "operator", "admin")
 
 # The role that an order needs. An admin's orders change boards in a way that nobody can undo from here: a revoked board
 # must join again, and one with a bad release may need somebody to go there.
-NEEDED = {
+ROLE_OF_ORDER = {
     "look": "viewer",
     "coverage": "viewer",
     "pause": "operator",
@@ -24,8 +24,8 @@ NEEDED = {
 }
 
 # Orders that change nothing: `console_orders = "look"` allows these alone.
-LOOKS = frozenset({"look", "coverage"})
+READING_ORDERS = frozenset({"look", "coverage"})
 
 
-def may(role: str, needed: str) -> bool:
+def has_role(role: str, needed: str) -> bool:
     return ROLES.index(role) >= ROLES.index(needed)

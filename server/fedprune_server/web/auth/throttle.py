@@ -18,32 +18,32 @@ from fedprune_server.web.database import ConsoleDatabase
 
 # Accounts and addresses whose failures are kept. Strangers can make up any number of names; of more, the ones that
 # failed longest ago are dropped.
-MOST_KEPT = 10_000
+MAX_FAILURE_KEYS = 10_000
 
-FORGOTTEN_S = 3600.0
+FAILURE_LIFETIME_S = 3600.0
 
 # How long a running console remembers from where an operator has logged in.
-KNOWN_S = 30 * 86_400.0
+LOGIN_LIFETIME_S = 30 * 86_400.0
 
 
 @dataclass
 class _Failures:
     count: int
-    at: float
-    before: float
+    last_at: float
+    previous_at: float
 
 
 @dataclass(frozen=True)
-class Limit:
-    """How failures delay logins: after `free` ones each doubles the wait, from a second up to `longest_s`."""
+class LoginLimit:
+    """How failures delay logins: after `free_failures` ones each doubles the wait, from a second up to `max_wait_s`."""
 
-    free: int
-    longest_s: float
+    free_failures: int
+    max_wait_s: float
 
 
 # An operator may mistype four times without a wait. Several people may share an address, and anybody may fail in an
 # operator's name, so that these begin later; an account waits a minute at most, since strangers could lock it.
-PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
+PAIR, ADDRESS, ACCOUNT = LoginLimit(4, 900.0), LoginLimit(20, 900.0), LoginLimit(30, 60.0)
 
 
 class Throttle:
@@ -53,7 +53,7 @@ class Throttle:
         self._database = database
         self._clock = clock
         self._failures: OrderedDict[tuple[str, ...], _Failures] = OrderedDict()
-        self._known: OrderedDict[tuple[str, ...], float] = OrderedDict()
+        self._login_times: OrderedDict[tuple[str, ...], float] = OrderedDict()
         self._lock = threading.RLock()
         for row in database.rows("SELECT * FROM throttle ORDER BY at"):
             self._failures[tuple(json.loads(row["key"]))] = _Failures(row["count"], row["at"], row["before"])
@@ -62,37 +62,37 @@ class Throttle:
         """Seconds until a login from this address to this account is allowed; 0 for now."""
         now = self._clock()
         pair, *other_keys = self._keys(account, address)
-        if now - self._known.get(pair[0], -KNOWN_S) < KNOWN_S:
+        if now - self._login_times.get(pair[0], -LOGIN_LIFETIME_S) < LOGIN_LIFETIME_S:
             other_keys = other_keys[:1]
-        return max(self._wait(key, limit, now) for key, limit in (pair, *other_keys))
+        return max(self._key_wait_s(key, limit, now) for key, limit in (pair, *other_keys))
 
-    def enter(self, account: str, address: str) -> float:
+    def admit(self, account: str, address: str) -> float:
         """Admit a login attempt, or return the seconds until one is allowed; 0 if it is admitted.
 
-        An admitted one counts as failed until `succeeded` takes that back, so that many at once can't get round the
+        An admitted one counts as failed until `reset` takes that back, so that many at once can't get round the
         limits.
         """
         with self._lock:
             wait = self.wait_s(account, address)
             if wait == 0:
-                self.failed(account, address)
+                self.count_failure(account, address)
             return wait
 
-    def failed(self, account: str, address: str) -> None:
+    def count_failure(self, account: str, address: str) -> None:
         """Count a login as failed."""
         with self._lock:
             now = self._clock()
             for key, _ in self._keys(account, address):
                 failures = self._failures.pop(key, None)
-                if failures is None or now - failures.at > FORGOTTEN_S:
+                if failures is None or now - failures.last_at > FAILURE_LIFETIME_S:
                     failures = _Failures(0, now, now)
-                failures.count, failures.at, failures.before = failures.count + 1, now, failures.at
+                failures.count, failures.last_at, failures.previous_at = failures.count + 1, now, failures.last_at
                 self._failures[key] = failures
-            while len(self._failures) > MOST_KEPT:
+            while len(self._failures) > MAX_FAILURE_KEYS:
                 self._failures.popitem(last=False)
-            self._keep(account, address)
+            self._store_changes(account, address)
 
-    def succeeded(self, account: str, address: str) -> None:
+    def reset(self, account: str, address: str) -> None:
         """Reset the account from this address after a login.
 
         Failures of the address in other names still count: an attacker may have an account, too.
@@ -102,14 +102,14 @@ class Throttle:
             self._failures.pop(pair_key, None)
             for key in other_keys:
                 if (failures := self._failures.get(key)) is not None:
-                    failures.count, failures.at = failures.count - 1, failures.before
-            self._known.pop(pair_key, None)
-            self._known[pair_key] = self._clock()
-            while len(self._known) > MOST_KEPT:
-                self._known.popitem(last=False)
-            self._keep(account, address)
+                    failures.count, failures.last_at = failures.count - 1, failures.previous_at
+            self._login_times.pop(pair_key, None)
+            self._login_times[pair_key] = self._clock()
+            while len(self._login_times) > MAX_FAILURE_KEYS:
+                self._login_times.popitem(last=False)
+            self._store_changes(account, address)
 
-    def _keep(self, account: str, address: str) -> None:
+    def _store_changes(self, account: str, address: str) -> None:
         """Store the changes; if another process is writing, the next login stores them."""
         changes: list[tuple[str, tuple[object, ...]]] = []
         for key, _ in self._keys(account, address):
@@ -117,20 +117,20 @@ class Throttle:
             if failures is None:
                 changes.append(("DELETE FROM throttle WHERE key = ?", (name,)))
             else:
-                values = name, failures.count, failures.at, failures.before
+                values = name, failures.count, failures.last_at, failures.previous_at
                 changes.append(("INSERT OR REPLACE INTO throttle VALUES (?, ?, ?, ?)", values))
-        changes.append(("DELETE FROM throttle WHERE at < ?", (self._clock() - FORGOTTEN_S,)))
-        self._database.try_to(*changes)
+        changes.append(("DELETE FROM throttle WHERE at < ?", (self._clock() - FAILURE_LIFETIME_S,)))
+        self._database.try_execute(*changes)
 
-    def _wait(self, key: tuple[str, ...], limit: Limit, now: float) -> float:
+    def _key_wait_s(self, key: tuple[str, ...], limit: LoginLimit, now: float) -> float:
         failures = self._failures.get(key)
-        if failures is None or failures.count < limit.free or now - failures.at > FORGOTTEN_S:
+        if failures is None or failures.count < limit.free_failures or now - failures.last_at > FAILURE_LIFETIME_S:
             return 0.0
-        seconds = min(limit.longest_s, 2.0 ** min(failures.count - limit.free, 16))
-        return min(seconds, max(0.0, failures.at + seconds - now))
+        seconds = min(limit.max_wait_s, 2.0 ** min(failures.count - limit.free_failures, 16))
+        return min(seconds, max(0.0, failures.last_at + seconds - now))
 
     @staticmethod
-    def _keys(account: str, address: str) -> list[tuple[tuple[str, ...], Limit]]:
+    def _keys(account: str, address: str) -> list[tuple[tuple[str, ...], LoginLimit]]:
         net = network(address)
         return [(("both", account, net), PAIR), (("address", net), ADDRESS), (("account", account), ACCOUNT)]
 

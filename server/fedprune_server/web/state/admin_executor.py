@@ -14,27 +14,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError, reason
+from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError, error_reason
 from fedprune.releases.release import MANIFEST, Release
-from fedprune.wire.fleet_messages import MAX_MANIFEST
-from fedprune.wire.topics import check_name
+from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES
+from fedprune.wire.topics import check_topic_name
 from fedprune_server.enrollment.approval import approve, deny, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import RolloutTerms, start_rollout, take_back
-from fedprune_server.ota.rollouts import order as order_rollout
+from fedprune_server.ota.rollouts import request_action as order_rollout
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
+from fedprune_server.web.state.order_queue import EXPIRED, Order, OrderAnswer
 
 log = logging.getLogger("fedprune.server")
 
 # The kinds of these orders: each reads or writes the identity or the rollouts, which takes the database's lock.
-KINDS = frozenset(
+ADMIN_ORDERS = frozenset(
     {"approve", "deny", "revoke", "rollout_start", "rollout_stop", "rollout_pause", "rollout_resume", "rollout_back"}
 )
 
 # Orders that may wait. The console refuses further ones at 100 waiting, so that more are not an operator's.
-MOST = 100
-_DIGITS = 10
+MAX_WAITING_ORDERS = 100
+_MAX_DIGITS = 10
 
 
 class AdminExecutor:
@@ -50,15 +50,15 @@ class AdminExecutor:
         self,
         state: Path,
         releases: Path | None,
-        answer: Callable[[Answer], None],
+        answer: Callable[[OrderAnswer], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._state, self._answer = state, answer
         self._clock = clock
         self._releases = releases
-        self._orders: queue.Queue[Order | None] = queue.Queue(MOST)
+        self._orders: queue.Queue[Order | None] = queue.Queue(MAX_WAITING_ORDERS)
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._is_closed = False
 
     def submit(self, order: Order) -> None:
         """Carry an order out soon; raises `ProtocolError` if too many are waiting."""
@@ -68,14 +68,16 @@ class AdminExecutor:
         try:
             self._orders.put_nowait(order)
         except queue.Full:
-            raise ProtocolError(f"{MOST} orders are waiting to be carried out") from None
+            raise ProtocolError(f"{MAX_WAITING_ORDERS} orders are waiting to be carried out") from None
 
-    def names(self) -> tuple[str, ...]:
+    def release_names(self) -> tuple[str, ...]:
         """Names of releases that can be rolled out, by their folders' time, newest first."""
         if self._releases is None:
             return ()
         try:
-            folders = [p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _named(p.name)]
+            folders = [
+                p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _is_release_name(p.name)
+            ]
             folders.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         except OSError:
             return ()
@@ -83,7 +85,7 @@ class AdminExecutor:
 
     def close(self) -> None:
         """End after the order that is being carried out."""
-        self._closed = True
+        self._is_closed = True
         with suppress(queue.Full):
             self._orders.put_nowait(None)
         if self._thread is not None:
@@ -93,9 +95,9 @@ class AdminExecutor:
         """Carry an order out; returns the result for people, or raises `FedpruneError`."""
         device, key = order.device or "", order.key
         if order.order == "rollout_start":
-            if order.release not in self.names() or self._releases is None:
+            if order.release not in self.release_names() or self._releases is None:
                 raise ReleaseError(
-                    f"no release {order.release}", expected=", ".join(self.names()) or "none is there",
+                    f"no release {order.release}", expected=", ".join(self.release_names()) or "none is there",
                     hint="It is a folder in the folder `console_releases` of [server].",
                 )  # fmt: skip
             started = start_rollout(
@@ -116,41 +118,43 @@ class AdminExecutor:
     def _rollout(self, order: Order, reason: str) -> str:
         if order.order == "rollout_back":
             left_release = order.release or ""
-            if not left_release.isdecimal() or len(left_release) > _DIGITS:
+            if not left_release.isdecimal() or len(left_release) > _MAX_DIGITS:
                 raise ReleaseError("release that boards leave", expected="its number", got=order.release)
-            return take_back(self._state, reason, release=int(left_release), above=self._highest()).told_back()
+            return take_back(
+                self._state, reason, release=int(left_release), above=self._highest_prepared()
+            ).way_back_text()
         with RolloutStore(self._state) as store:
             return order_rollout(store, order.order.removeprefix("rollout_"), reason)
 
-    def _highest(self) -> int:
+    def _highest_prepared(self) -> int:
         """The highest number of a release that can be rolled out; 0 for none. A release that takes boards back must not
         get the number of one that is only prepared."""
         numbers = [0]
-        for folder in [self._releases / name for name in self.names()] if self._releases is not None else []:
+        for folder in [self._releases / name for name in self.release_names()] if self._releases is not None else []:
             with suppress(FedpruneError, OSError), (folder / MANIFEST).open("rb") as file:
-                numbers.append(Release.from_bytes(file.read(MAX_MANIFEST + 1)).number)
+                numbers.append(Release.from_bytes(file.read(MAX_MANIFEST_BYTES + 1)).number)
         return max(numbers)
 
     def _run(self) -> None:
-        while (order := self._orders.get()) is not None and not self._closed:
+        while (order := self._orders.get()) is not None and not self._is_closed:
             done, text = self._outcome(order)
-            self._answer(Answer(order.number, ok=done, text=text))
+            self._answer(OrderAnswer(order.number, ok=done, text=text))
 
     def _outcome(self, order: Order) -> tuple[bool, str]:
-        if order.expired(self._clock()):  # it waited here while others were carried out
+        if order.is_expired(self._clock()):  # it waited here while others were carried out
             return False, EXPIRED
         try:
             return True, self.carry_out(order)
         except FedpruneError as error:
             return False, str(error)
         except Exception as error:  # noqa: BLE001 - an order must not end the thread that carries out orders
-            log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
+            log.error("an order of the console failed: %s: %s", type(error).__name__, error_reason(error))
             return False, "it failed; see the server's log"
 
 
-def _named(name: str) -> bool:
+def _is_release_name(name: str) -> bool:
     try:
-        check_name(name, "release")
+        check_topic_name(name, "release")
     except ProtocolError:
         return False
     return True

@@ -8,24 +8,24 @@ from typing import Any
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_whole
-from fedprune_server.devices.crash_store import PER_BOARD, BoardCrash, frames_of, read_crashes
+from fedprune_server.devices.crash_store import MAX_CRASHES_PER_BOARD, BoardCrash, frames_of, read_crashes
 from fedprune_server.web.state.records import BoardCrashes
-from fedprune_server.web.state.rows import number
+from fedprune_server.web.state.rows import number_or_none
 
 # The console's page shows the innermost frames; a report of a deep recursion has hundreds.
-_FRAMES = 16
+_MAX_FRAMES = 16
 
 
 def board_crashes(folder: Path, device: str) -> BoardCrashes:
     """A board's latest crashes in a state folder; none if they can't be read, which `doctor` reports."""
     try:
-        crashes = read_crashes(folder, device, most=PER_BOARD)[::-1]
+        crashes = read_crashes(folder, device, limit=MAX_CRASHES_PER_BOARD)[::-1]
     except StorageError:
         crashes = []
-    return BoardCrashes(device, tuple(map(_row, crashes)))
+    return BoardCrashes(device, tuple(map(_crash_row, crashes)))
 
 
-def _row(crash: BoardCrash) -> dict[str, Any]:
+def _crash_row(crash: BoardCrash) -> dict[str, Any]:
     body = crash.body
     return {
         "at": max(0.0, crash.at),
@@ -34,13 +34,13 @@ def _row(crash: BoardCrash) -> dict[str, Any]:
         "text": one_line(crash.text, 1000),
         "release": one_line(str(body.get("release", "")), 150),
         "slot": one_line(str(body.get("slot", "")), 64),
-        "uptime_s": number(body.get("uptime_s"), 0.0, 1e12),
-        "temperature_c": number(body.get("temperature_c"), -100.0, 300.0),
-        "memory_available": _count(body.get("memory_available")),
-        "memory_total": _count(body.get("memory_total")),
-        "frames": tuple(one_line(f, 290) for f in frames_of(crash)[:_FRAMES]),
+        "uptime_s": number_or_none(body.get("uptime_s"), 0.0, 1e12),
+        "temperature_c": number_or_none(body.get("temperature_c"), -100.0, 300.0),
+        "memory_available": _whole_or_none(body.get("memory_available")),
+        "memory_total": _whole_or_none(body.get("memory_total")),
+        "frames": tuple(one_line(f, 290) for f in frames_of(crash)[:_MAX_FRAMES]),
     }
 
 
-def _count(value: Any) -> int | None:
+def _whole_or_none(value: Any) -> int | None:
     return value if is_whole(value) else None

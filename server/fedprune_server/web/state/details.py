@@ -10,23 +10,23 @@ import numpy as np
 
 from fedprune.core.errors import BundleError, StorageError
 from fedprune.core.text import one_line
-from fedprune.jobs.state import Device, Task, outcome
+from fedprune.jobs.state import DeviceTask, JobDevice, outcome
 from fedprune.model.selection import Selection
-from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared, predicted
+from fedprune_server.devices.plan_vs_actual import QUANTITIES, compare_device, predicted_figures
 from fedprune_server.engine.job_runner import JobRunner
-from fedprune_server.web.state.records import Coverage, DeviceDetails
-from fedprune_server.web.state.rows import number
+from fedprune_server.web.state.records import ChannelCoverage, DeviceDetails
+from fedprune_server.web.state.rows import number_or_none
 
-MOST_GROUPS = 2000
+MAX_GROUPS = 2000
 # Limits on what an order may cost the server's loop: channels of a model, and bytes of a ranking. Beyond them a
 # device's map shows how many channels the device holds, and not which.
-MOST_CHANNELS = 65_536
-MOST_RANKING = 4 << 20
+MAX_CHANNELS = 65_536
+MAX_RANKING_BYTES = 4 << 20
 
-_PARTS = 20
-_ROUNDS = 60
+_MAX_PARTS = 20
+_MAX_ROUNDS = 60
 # For each figure of the page its unit and the field of the planner's prediction; `round` is the sum of two.
-_FORESEEN = {
+_PREDICTED_FIGURES = {
     "round": ("s", ""), "step": ("s", "step_s"), "train": ("s", "train_s"), "transfer": ("s", "transfer_s"),
     "latency": ("s", "latency_s"), "memory": ("bytes", "memory_bytes"), "serving_memory": ("bytes", "inference_bytes"),
     "storage": ("bytes", "storage_bytes"), "download": ("bytes", "down_bytes"), "upload": ("bytes", "up_bytes"),
@@ -34,11 +34,11 @@ _FORESEEN = {
 }  # fmt: skip
 
 # The metric of an update that measures each figure; what is missing here can't be measured on a board.
-_MEASURED = {"step": "step_seconds", "train": "train_seconds", "latency": "latency_seconds",
+_MEASURED_METRICS = {"step": "step_seconds", "train": "train_seconds", "latency": "latency_seconds",
              "memory": "peak_memory_bytes"}  # fmt: skip
 
 
-def details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetails:
+def device_details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetails:
     """A device's plan, predictions and measurements, latest rounds, and channels."""
     device = runner.state.devices.get(name)
     plan = None if device is None else device.plan
@@ -50,9 +50,9 @@ def details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetails:
         binding = "job" if device.density == runner.job.density else "strategy"
         plan_row = {"density": device.density, "binding": binding, "limits": {}}
     history: list[dict[str, Any]] = []
-    for summary in reversed(runner.state.history[-_ROUNDS:]):
+    for summary in reversed(runner.state.history[-_MAX_ROUNDS:]):
         device_part = summary["devices"].get(name)
-        if device_part is not None and len(history) < _PARTS:
+        if device_part is not None and len(history) < _MAX_PARTS:
             history.append(
                 {
                     "round": summary["round"], "at": summary["at"],
@@ -62,39 +62,45 @@ def details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetails:
                 }
             )  # fmt: skip
     return DeviceDetails(
-        name, runner.job.name, plan_row, figures(runner, name), tuple(history), held(runner, name), unix_now
+        name,
+        runner.job.name,
+        plan_row,
+        device_figures(runner, name),
+        tuple(history),
+        kept_channels(runner, name),
+        unix_now,
     )
 
 
-def figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
+def device_figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     """Predictions for a device's rounds next to its measurements at the same widths, where either is known."""
     device = runner.state.devices.get(name)
-    prediction = {} if device is None else predicted(name, device, runner.job, runner.architecture) or {}
-    comparison = compared(name, runner.state, prediction)
-    metrics = {m: number(comparison[m][1], 0.0, 1e15) for m in QUANTITIES if m in comparison}
-    metrics["train_seconds"] = number(_last_metrics(runner, name).get("train_seconds"), 0.0, 1e15)
+    prediction = {} if device is None else predicted_figures(name, device, runner.job, runner.architecture) or {}
+    comparison = compare_device(name, runner.state, prediction)
+    metrics = {m: number_or_none(comparison[m][1], 0.0, 1e15) for m in QUANTITIES if m in comparison}
+    metrics["train_seconds"] = number_or_none(_last_metrics(runner, name).get("train_seconds"), 0.0, 1e15)
     rows = []
-    for figure_name, (unit, field) in _FORESEEN.items():
-        predicted_value = number(prediction.get(field), 0.0, 1e15)
-        measured_value = metrics.get(_MEASURED.get(figure_name, ""))
+    for figure_name, (unit, field) in _PREDICTED_FIGURES.items():
+        predicted_value = number_or_none(prediction.get(field), 0.0, 1e15)
+        measured_value = metrics.get(_MEASURED_METRICS.get(figure_name, ""))
         if figure_name == "round":
-            components = [number(prediction.get(f), 0.0, 1e15) for f in ("train_s", "transfer_s")]
+            components = [number_or_none(prediction.get(f), 0.0, 1e15) for f in ("train_s", "transfer_s")]
             predicted_value = None if None in components else sum(p for p in components if p is not None)
-            measured_value = number(runner.registry[name].seconds, 0.0, 1e15)
+            measured_value = number_or_none(runner.registry[name].part_seconds, 0.0, 1e15)
         if predicted_value is not None or measured_value is not None:
             rows.append({"what": figure_name, "unit": unit, "predicted": predicted_value, "measured": measured_value})
     return tuple(rows)
 
 
-def held(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
+def kept_channels(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     """How many channels of each group a device holds and, if its ranking is stored here, which ones, as bits in hex."""
     device, task = runner.state.devices.get(name), runner.state.tasks.get(name)
     if device is None or not device.widths:
         return ()
-    ranking, widths = _cut_from(runner, device, task)
-    ranks = _ranks(runner, ranking)
+    ranking, widths = _ranking_and_widths(runner, device, task)
+    ranks = _read_ranks(runner, ranking)
     rows = []
-    for i, (group, width) in enumerate(zip(runner.architecture.groups[:MOST_GROUPS], widths, strict=False)):
+    for i, (group, width) in enumerate(zip(runner.architecture.groups[:MAX_GROUPS], widths, strict=False)):
         kept_width = min(width, group.size)
         channel_bits = None
         if ranks is not None:
@@ -105,7 +111,7 @@ def held(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-def coverage(runner: JobRunner, unix_now: float) -> Coverage:
+def job_coverage(runner: JobRunner, unix_now: float) -> ChannelCoverage:
     """The share of devices that holds each channel, in runs by rank, of the devices with a submodel.
 
     A submodel has the channels of the highest ranks, so that widths alone give the shares.
@@ -113,7 +119,7 @@ def coverage(runner: JobRunner, unix_now: float) -> Coverage:
     widths = [t.widths for t in runner.state.tasks.values() if t.widths]
     widths = widths or [d.widths for d in runner.state.devices.values() if d.widths]
     groups = []
-    for i, group in enumerate(runner.architecture.groups[:MOST_GROUPS]):
+    for i, group in enumerate(runner.architecture.groups[:MAX_GROUPS]):
         counts = Counter(min(w[i], group.size) for w in widths)
         shares, remaining_devices, first_channel = [], len(widths), 0
         for width in sorted(counts):
@@ -124,21 +130,23 @@ def coverage(runner: JobRunner, unix_now: float) -> Coverage:
         if first_channel < group.size:
             shares.append({"channels": group.size - first_channel, "share": 0.0})
         groups.append({"name": one_line(group.name, 190), "channels": group.size, "held": shares})
-    return Coverage(runner.job.name, runner.state.round, tuple(groups), unix_now)
+    return ChannelCoverage(runner.job.name, runner.state.round, tuple(groups), unix_now)
 
 
 def _last_metrics(runner: JobRunner, name: str) -> dict[str, Any]:
     """Metrics of the latest aggregated update with the device's current widths."""
     device = runner.state.devices.get(name)
     widths = [] if device is None else list(device.widths)
-    for summary in reversed(runner.state.history[-_ROUNDS:]):
+    for summary in reversed(runner.state.history[-_MAX_ROUNDS:]):
         device_part = summary["devices"].get(name)
         if device_part is not None and device_part["progress"] == "folded" and device_part.get("widths") == widths:
             return dict(device_part["metrics"])
     return {}
 
 
-def _cut_from(runner: JobRunner, device: Device, task: Task | None) -> tuple[str | None, Iterable[int]]:
+def _ranking_and_widths(
+    runner: JobRunner, device: JobDevice, task: DeviceTask | None
+) -> tuple[str | None, Iterable[int]]:
     """The ranking that a device's channels were taken from, and the widths: its offer's, else the round's."""
     offer = (task.offer if task is not None else None) or device.held or {}
     ranking = offer.get("ranking")
@@ -147,12 +155,12 @@ def _cut_from(runner: JobRunner, device: Device, task: Task | None) -> tuple[str
     return runner.state.ranking, device.widths
 
 
-def _ranks(runner: JobRunner, ranking: str | None) -> tuple[Any, ...] | None:
+def _read_ranks(runner: JobRunner, ranking: str | None) -> tuple[Any, ...] | None:
     """Channels of each group, best first; None if the ranking is not stored here or too large."""
-    if ranking is None or sum(runner.architecture.sizes) > MOST_CHANNELS:
+    if ranking is None or sum(runner.architecture.sizes) > MAX_CHANNELS:
         return None
     try:
-        if not runner.store.has(ranking) or runner.store.size(ranking) > MOST_RANKING:
+        if not runner.store.has(ranking) or runner.store.size(ranking) > MAX_RANKING_BYTES:
             return None
         return Selection.from_json(runner.store.read(ranking), runner.architecture).ranks
     except (BundleError, StorageError):  # deleted meanwhile, or of another architecture

@@ -17,10 +17,10 @@ from fedprune_server.web.state.records import LogLine
 
 # Lines that wait to be published; of more, the oldest are dropped. The server must not run out of memory if the file
 # can't be written.
-KEPT = 1000
+MAX_WAITING_LINES = 1000
 
-_DEVICE = re.compile(r"\bdevice ([A-Za-z0-9][A-Za-z0-9_.-]{0,63})")
-_LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning"}
+_DEVICE_IN_TEXT = re.compile(r"\bdevice ([A-Za-z0-9][A-Za-z0-9_.-]{0,63})")
+_LEVEL_NAMES = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning"}
 
 
 class LogTap(logging.Handler):
@@ -32,22 +32,24 @@ class LogTap(logging.Handler):
 
     def __init__(self, known: Callable[[str], bool]) -> None:
         super().__init__(logging.INFO)
-        self._known = known
-        self._lines: deque[tuple[LogLine, bool]] = deque(maxlen=KEPT)  # and whether its device is only read from it
+        self._is_device = known
+        self._lines: deque[tuple[LogLine, bool]] = deque(
+            maxlen=MAX_WAITING_LINES
+        )  # and whether its device is only read from it
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line, without control characters."""
         try:
             text = one_line(record.getMessage(), 1500)
             facts: dict[str, Any] = {n: v for n, v in current_log_context().items() if n in ("device", "job", "round")}
-            device_match = None if "device" in facts else _DEVICE.search(text)
+            device_match = None if "device" in facts else _DEVICE_IN_TEXT.search(text)
             if device_match is not None:
                 facts["device"] = device_match[1].rstrip(".")
             try:
                 check_device(facts.get("device", "x"))
             except ProtocolError:  # part of a foreign topic, which need not be a device's name
                 facts = {}
-            level = _LEVELS.get(record.levelno, "error")
+            level = _LEVEL_NAMES.get(record.levelno, "error")
             line = LogLine(max(0.0, record.created), level, text, **facts)
             self._lines.append((line, device_match is not None))
         except Exception:  # noqa: BLE001 - a line that can't be shown must not stop its author
@@ -56,6 +58,6 @@ class LogTap(logging.Handler):
     def take(self, most: int) -> list[LogLine]:
         entries = [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
         return [
-            replace(line, device=None) if is_guess and not self._known(line.device or "") else line
+            replace(line, device=None) if is_guess and not self._is_device(line.device or "") else line
             for line, is_guess in entries
         ]

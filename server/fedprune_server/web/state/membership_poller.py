@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedprune.core.errors import FedpruneError, StorageError, reason
+from fedprune.core.errors import FedpruneError, StorageError, error_reason
 from fedprune.core.text import one_line
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate
@@ -21,17 +21,17 @@ from fedprune_server.enrollment.store import APPROVED, WAITING, IdentityStore
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
 # Pause between two polls, each of which reads one number unless something has changed.
-SWEEP_S = 2.0
+POLL_INTERVAL_S = 2.0
 
 # Rollouts that the console lists; a row of one can hold the reasons of 50 boards.
-MOST_ROLLOUTS = 20
+MAX_ROLLOUTS = 20
 
 # How long `close` waits for a poll under way: each of its three steps may wait 10 s for another writer.
-_END_S = 35.0
+_END_TIMEOUT_S = 35.0
 
-_FAILURES = 50
+_MAX_FAILURES = 50
 # Failed boards that are listed of the latest rollout, and of each earlier one.
-_EARLIER_FAILURES = 3
+_MAX_EARLIER_FAILURES = 3
 
 
 class Member(NamedTuple):
@@ -50,7 +50,7 @@ class Member(NamedTuple):
 class PollResult:
     """Devices that have changed, the latest rollouts (None if unchanged), and releases that can be rolled out."""
 
-    changed: frozenset[str]
+    changed_devices: frozenset[str]
     rollouts: tuple[dict[str, Any], ...] | None
     releases: tuple[str, ...]
 
@@ -61,7 +61,7 @@ class MembershipPoller:
     Args:
         members: Memberships, through a connection of its own; None where every device may join.
         rollouts: Rollouts, likewise; None where the server gives boards no releases.
-        names: Names of releases that can be rolled out.
+        member_names: Names of releases that can be rolled out.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class MembershipPoller:
         self._versions: tuple[str | None, int | None] = (None, None)
         self._memberships: Mapping[str, Member] = {}
         self._reports: Mapping[str, dict[str, Any]] = {}  # about the latest rollout's release, by board
-        self._earlier: dict[int, str] = {}  # releases of earlier rollouts, which never change
-        self._result = threading.Lock()  # for what follows
-        self._changed: set[str] = set()
+        self._earlier_releases: dict[int, str] = {}  # releases of earlier rollouts, which never change
+        self._result_lock = threading.Lock()  # for what follows
+        self._changed_devices: set[str] = set()
         self._rows: tuple[dict[str, Any], ...] | None = None
         self._releases: tuple[str, ...] = ()
         self._has_polled = False
         self._error: FedpruneError | None = None
-        self._over = threading.Event()
+        self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
-    def names(self) -> set[str]:
+    def member_names(self) -> set[str]:
         return set(self._memberships)
 
     @property
@@ -95,7 +95,7 @@ class MembershipPoller:
     def member(self, device: str) -> Member | None:
         return Member("member") if self._members is None else self._memberships.get(device)
 
-    def update(self, device: str) -> dict[str, Any] | None:
+    def release_report(self, device: str) -> dict[str, Any] | None:
         """A board's last report about the latest rollout's release."""
         return self._reports.get(device)
 
@@ -111,69 +111,72 @@ class MembershipPoller:
         """
         if self._thread is None:
             self._poll()
-        with self._result:
+        with self._result_lock:
             error, self._error = self._error, None
             if error is not None:
                 raise error
             if not self._has_polled:
                 return None
-            result = PollResult(frozenset(self._changed), self._rows, self._releases)
-            self._changed, self._rows, self._has_polled = set(), None, False
+            result = PollResult(frozenset(self._changed_devices), self._rows, self._releases)
+            self._changed_devices, self._rows, self._has_polled = set(), None, False
             return result
 
     def close(self) -> None:
         """End the thread; a poll under way ends after the database that it is reading."""
-        self._over.set()
+        self._stopping.set()
         if self._thread is not None:
-            self._thread.join(_END_S)
+            self._thread.join(_END_TIMEOUT_S)
 
     def _run(self) -> None:
-        while not self._over.is_set():
+        while not self._stopping.is_set():
             self._poll()
-            self._over.wait(SWEEP_S)
+            self._stopping.wait(POLL_INTERVAL_S)
 
     def _poll(self) -> None:
         try:
             self._poll_members()
-            if not self._over.is_set():  # else its database may be closed by now
+            if not self._stopping.is_set():  # else its database may be closed by now
                 self._poll_rollouts()
-            with self._result:
+            with self._result_lock:
                 self._has_polled = True
         except FedpruneError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001 - it must not end the thread
-            self._error = StorageError(f"members and rollouts: {type(error).__name__}: {reason(error)}")
+            self._error = StorageError(f"members and rollouts: {type(error).__name__}: {error_reason(error)}")
 
     def _poll_members(self) -> None:
         if self._members is None or (version := self._members.version()) == self._versions[0]:
             return
         former, self._memberships = self._memberships, _memberships(self._members)
         self._versions = version, self._versions[1]
-        with self._result:  # `latest` takes the changes on another thread
-            self._changed |= _differences(former, self._memberships)
+        with self._result_lock:  # `latest` takes the changes on another thread
+            self._changed_devices |= _differences(former, self._memberships)
 
     def _poll_rollouts(self) -> None:
         if self._rollouts is None:
             return
-        version = self._rollouts.version()
+        version = self._rollouts.change_count()
         if version != self._versions[1]:
-            entries = self._rollouts.entries()[: -MOST_ROLLOUTS - 1 : -1]
-            limits = [_FAILURES] + [_EARLIER_FAILURES] * len(entries)
-            rows = tuple(_row(e, self._before(e.prior), failures=n) for e, n in zip(entries, limits, strict=False))
+            entries = self._rollouts.entries()[: -MAX_ROLLOUTS - 1 : -1]
+            limits = [_MAX_FAILURES] + [_MAX_EARLIER_FAILURES] * len(entries)
+            rows = tuple(
+                _rollout_row(e, self._release_before(e.earlier_rollout), failures=n)
+                for e, n in zip(entries, limits, strict=False)
+            )
             former, self._reports = self._reports, _reports(entries[0]) if entries else {}
             self._versions = self._versions[0], version  # only now: a failed read is repeated
-            with self._result:
+            with self._result_lock:
                 self._rows = rows
-                self._changed |= _differences(former, self._reports)
+                self._changed_devices |= _differences(former, self._reports)
         self._releases = self._names()
 
-    def _before(self, number: int | None) -> str | None:
+    def _release_before(self, number: int | None) -> str | None:
         """The release of an earlier rollout."""
         if number is None or self._rollouts is None:
             return None
-        if number not in self._earlier and (offer := self._rollouts.offer(number)) is not None:
-            self._earlier[number] = _named(offer)
-        return self._earlier.get(number)
+        if number not in self._earlier_releases and (offer := self._rollouts.offer_of(number)) is not None:
+            self._earlier_releases[number] = _release_name(offer)
+        return self._earlier_releases.get(number)
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
@@ -206,7 +209,7 @@ def _reports(entry: RolloutEntry) -> dict[str, dict[str, Any]]:
     return reports
 
 
-def _named(offer: ReleaseOffer) -> str:
+def _release_name(offer: ReleaseOffer) -> str:
     """A release's number and version."""
     try:
         release = Release.from_bytes(offer.manifest.encode())
@@ -215,13 +218,13 @@ def _named(offer: ReleaseOffer) -> str:
     return one_line(f"{release.number} ({release.version})", 190)
 
 
-def _row(entry: RolloutEntry, earlier_release: str | None, *, failures: int) -> dict[str, Any]:
+def _rollout_row(entry: RolloutEntry, earlier_release: str | None, *, failures: int) -> dict[str, Any]:
     rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
     failed = list(rollout.failures().items())[:failures]
     return {
         "name": f"rollout {entry.number}",
         "number": entry.number,
-        "release": _named(entry.offer),
+        "release": _release_name(entry.offer),
         "stage": rollout.stage,
         "stages": len(rollout.plan.stages),
         "of": len(rollout.boards) - counts[Fate.GONE],
@@ -231,9 +234,9 @@ def _row(entry: RolloutEntry, earlier_release: str | None, *, failures: int) -> 
         "waiting": counts[Fate.WAITING],
         "state": entry.state,
         "why": one_line(rollout.why, 1500),
-        "at": entry.at,
+        "at": entry.started_at,
         "failures": {n: one_line(why, 300) for n, why in failed},
         "subject": entry.offer.number,
         "before": earlier_release,
-        "leaves": entry.leaves,
+        "leaves": entry.left_release,
     }

@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedprune.core.errors import FedpruneError, ProtocolError, reason
+from fedprune.core.errors import FedpruneError, ProtocolError, error_reason
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
-from fedprune_server.web.auth.roles import LOOKS
-from fedprune_server.web.state.admin_executor import KINDS, AdminExecutor
+from fedprune_server.web.auth.roles import READING_ORDERS
+from fedprune_server.web.state.admin_executor import ADMIN_ORDERS, AdminExecutor
 from fedprune_server.web.state.crashes import board_crashes
-from fedprune_server.web.state.details import coverage, details
-from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
+from fedprune_server.web.state.details import device_details, job_coverage
+from fedprune_server.web.state.order_queue import Order, OrderAnswer, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 
 log = logging.getLogger("fedprune.server")
 
 # Orders that are taken in one turn: each may read a database or a ranking, while boards wait for the loop.
-_ORDERS = 20
+_MAX_ORDERS = 20
 
 # Coverage is computed from all devices, so at most this often for a job, however many operators look at it.
-COVERED_S = 5.0
+COVERAGE_INTERVAL_S = 5.0
 
 
 class OrderHandler:
@@ -47,15 +47,15 @@ class OrderHandler:
     ) -> None:
         self._queue, self._publisher, self._runners, self._quarantine = queue, publisher, runners, quarantine
         self._folder, self._executor, self._allowed, self._clock = folder, executor, allowed, clock
-        self._unsaved: list[Answer] = []
-        self._covered: dict[str, float] = {}
+        self._unsaved_answers: list[OrderAnswer] = []
+        self._coverage_times: dict[str, float] = {}
 
     def turn(self) -> None:
-        for answer in self._unsaved:
+        for answer in self._unsaved_answers:
             self._queue.answer(answer)
-        self._unsaved.clear()
-        for order in self._queue.take(_ORDERS):
-            self._take(order)
+        self._unsaved_answers.clear()
+        for order in self._queue.take(_MAX_ORDERS):
+            self._handle(order)
         self._queue.flush()
 
     def close(self) -> None:
@@ -65,28 +65,28 @@ class OrderHandler:
             self._executor.close()
         self._queue.flush()
 
-    def _take(self, order: Order) -> None:
+    def _handle(self, order: Order) -> None:
         try:
-            if self._allowed == "none" or (self._allowed == "look" and order.order not in LOOKS):
+            if self._allowed == "none" or (self._allowed == "look" and order.order not in READING_ORDERS):
                 raise ProtocolError("this server takes no such orders from its console")
-            if order.order in KINDS:
+            if order.order in ADMIN_ORDERS:
                 if self._executor is None:
                     raise ProtocolError("this server has no identity: every device may join, and there are no releases")
                 self._executor.submit(order)
                 return
             text = self._carry_out(order)
         except FedpruneError as error:
-            self._queue.answer(Answer(order.number, ok=False, text=str(error)))
+            self._queue.answer(OrderAnswer(order.number, ok=False, text=str(error)))
             return
         except Exception as error:  # noqa: BLE001 - the orders that were taken with it must be carried out, too
-            log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
-            self._queue.answer(Answer(order.number, ok=False, text="it failed; see the server's log"))
+            log.error("an order of the console failed: %s: %s", type(error).__name__, error_reason(error))
+            self._queue.answer(OrderAnswer(order.number, ok=False, text="it failed; see the server's log"))
             return
         # A pause is saved when the loop's turn ends. It is answered in the next one: before that a crash could undo it.
         if order.order in ("pause", "resume"):
-            self._unsaved.append(Answer(order.number, ok=True, text=text))
+            self._unsaved_answers.append(OrderAnswer(order.number, ok=True, text=text))
         else:
-            self._queue.answer(Answer(order.number, ok=True, text=text))
+            self._queue.answer(OrderAnswer(order.number, ok=True, text=text))
 
     def _carry_out(self, order: Order) -> str:
         if order.order == "coverage":
@@ -102,11 +102,11 @@ class OrderHandler:
         name = order.device or ""
         runner = self._runner_with(name)
         if order.order == "look":
-            self._publisher.add(details(runner, name, self._clock()), board_crashes(self._folder, name))
+            self._publisher.add(device_details(runner, name, self._clock()), board_crashes(self._folder, name))
             return name
         if not self._quarantine.release(name):
             raise ProtocolError(f"{name} is not in quarantine")
-        self._publisher.changed([name])
+        self._publisher.mark_changed([name])
         return f"{name} is out of quarantine"
 
     def _runner(self, job: str) -> JobRunner:
@@ -117,13 +117,13 @@ class OrderHandler:
     def _runner_with(self, device: str) -> JobRunner:
         """The job that has a device, or had it last; the first job if none had it."""
         runner = self._runners[self._publisher.job_of(device) or next(iter(self._runners))]
-        if device not in runner.state.devices and not runner.registry.admitted(device):
+        if device not in runner.state.devices and not runner.registry.is_admitted(device):
             raise ProtocolError(f"no such device takes part: {device}")
         return runner
 
     def _add_coverage(self, runner: JobRunner) -> None:
         """Publish a job's coverage soon, unless it was a moment ago."""
         name, now = runner.job.name, self._clock()
-        if now - self._covered.get(name, -COVERED_S) >= COVERED_S:
-            self._covered[name] = now
-            self._publisher.add(coverage(runner, now))
+        if now - self._coverage_times.get(name, -COVERAGE_INTERVAL_S) >= COVERAGE_INTERVAL_S:
+            self._coverage_times[name] = now
+            self._publisher.add(job_coverage(runner, now))

@@ -13,29 +13,29 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from fedprune.core.errors import ProtocolError
-from fedprune.core.records import convert, items, one_of, text, within
+from fedprune.core.records import convert_record, item_count, number_range, printable_text, word_of
 from fedprune.core.text import one_line
 from fedprune.wire.fields import Device, Job, Name
-from fedprune_server.web.auth.roles import LOOKS, NEEDED
+from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER
 from fedprune_server.web.database import ConsoleDatabase
 
 # How long an order of the console's pages waits for the server: long enough for a restart, and too short for an
 # operator to be surprised by an order of yesterday.
-EXPIRES_S = 600.0
+ORDER_LIFETIME_S = 600.0
 
 EXPIRED = "expired: the server did not take it in time, and does not carry it out"
 WITHDRAWN = "withdrawn: the server had not taken it, and does not carry it out"
 INTERRUPTED = "the server ended before it was done: see what came of it, and give the order again if need be"
 
 # The arguments of orders. Each kind has some of them; any other key refuses the order.
-FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
+ORDER_ARGUMENTS = ("job", "device", "key", "release", "groups", "devices", "reason")
 
 # Notes an order's outcome in the audit log, unless the order only looks. The same condition as in the update of the
 # order, so that neither happens twice.
-_NOTED = (
+_NOTE_OUTCOME = (
     "INSERT INTO audit (at, operator, address, action, what, outcome) "  # noqa: S608  # nosec B608  # texts of ours
     "SELECT ?, operator, address, kind, json_object('order', number), ? FROM orders "
-    f"WHERE number = ? AND state != 'done' AND kind NOT IN {tuple(sorted(LOOKS))}"
+    f"WHERE number = ? AND state != 'done' AND kind NOT IN {tuple(sorted(READING_ORDERS))}"
 )
 
 
@@ -55,23 +55,23 @@ class Order:
         until: When it expires, in seconds since 1970; None for never.
     """
 
-    number: Annotated[int, within(1)]
+    number: Annotated[int, number_range(1)]
     operator: Name
-    order: Annotated[str, one_of(tuple(NEEDED))]
+    order: Annotated[str, word_of(tuple(ROLE_OF_ORDER))]
     job: Job | None = None
     device: Device | None = None
-    key: Annotated[str, text(128)] | None = None
+    key: Annotated[str, printable_text(128)] | None = None
     release: Name | None = None
-    groups: Annotated[tuple[Annotated[float, within(0.0, 1.0)], ...], items(20)] = ()
-    devices: Annotated[tuple[Device, ...], items(100)] = ()
-    reason: Annotated[str, text(500)] = ""
-    until: Annotated[float, within(0.0)] | None = None
+    groups: Annotated[tuple[Annotated[float, number_range(0.0, 1.0)], ...], item_count(20)] = ()
+    devices: Annotated[tuple[Device, ...], item_count(100)] = ()
+    reason: Annotated[str, printable_text(500)] = ""
+    until: Annotated[float, number_range(0.0)] | None = None
 
-    def expired(self, now: float) -> bool:
+    def is_expired(self, now: float) -> bool:
         return self.until is not None and now > self.until
 
 
-class Answer(NamedTuple):
+class OrderAnswer(NamedTuple):
     order: int
     ok: bool
     text: str
@@ -86,7 +86,7 @@ class OrderQueue:
     def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
         self._database, self._clock = database, clock
         taken_rows = database.rows("SELECT number FROM orders WHERE state = 'taken'")
-        self._answers = [Answer(row["number"], ok=False, text=INTERRUPTED) for row in taken_rows]
+        self._answers = [OrderAnswer(row["number"], ok=False, text=INTERRUPTED) for row in taken_rows]
 
     def take(self, max_orders: int) -> list[Order]:
         """The next orders that have not expired; from now on they count as taken."""
@@ -97,21 +97,21 @@ class OrderQueue:
             max_orders,
         )
         change = "UPDATE orders SET state = 'taken' WHERE number = ? AND state = 'waiting'"
-        if not rows or not self._database.try_to(*((change, (r["number"],)) for r in rows)):
+        if not rows or not self._database.try_execute(*((change, (r["number"],)) for r in rows)):
             return []
         # The console may have answered some as expired or withdrawn since they were read.
         taken_numbers = {r["number"] for r in self._database.rows("SELECT number FROM orders WHERE state = 'taken'")}
-        orders = (self._checked(row) for row in rows if row["number"] in taken_numbers)
+        orders = (self._check(row) for row in rows if row["number"] in taken_numbers)
         return [order for order in orders if order is not None]
 
-    def _checked(self, row: Mapping[str, Any]) -> Order | None:
+    def _check(self, row: Mapping[str, Any]) -> Order | None:
         try:
             return read_order(row)
         except ProtocolError as error:
-            self.answer(Answer(row["number"], ok=False, text=str(error)))
+            self.answer(OrderAnswer(row["number"], ok=False, text=str(error)))
             return None
 
-    def answer(self, answer: Answer) -> None:
+    def answer(self, answer: OrderAnswer) -> None:
         """Keep an answer for the next `flush`; may be called from any thread."""
         self._answers.append(answer)
 
@@ -119,17 +119,20 @@ class OrderQueue:
         """Write the answers; they are kept if the disk fails."""
         now = self._clock()
         answers = list(self._answers)
-        statements = [s for answer in answers for s in answering(answer, now)]
-        if statements and self._database.try_to(*statements):
+        statements = [s for answer in answers for s in answer_statements(answer, now)]
+        if statements and self._database.try_execute(*statements):
             del self._answers[: len(answers)]
 
 
-def answering(answer: Answer, now: float) -> list[tuple[str, tuple[object, ...]]]:
+def answer_statements(answer: OrderAnswer, now: float) -> list[tuple[str, tuple[object, ...]]]:
     """Statements that answer an order, unless it is answered already, and note that in the audit log."""
     message = one_line(answer.text, 1500)
     outcome = message if message in (EXPIRED, WITHDRAWN) else f"{'done' if answer.ok else 'failed'}: {message}"
     update = "UPDATE orders SET state = 'done', ok = ?, text = ? WHERE number = ? AND state != 'done'"
-    return [(_NOTED, (now, one_line(outcome, 500), answer.order)), (update, (int(answer.ok), message, answer.order))]
+    return [
+        (_NOTE_OUTCOME, (now, one_line(outcome, 500), answer.order)),
+        (update, (int(answer.ok), message, answer.order)),
+    ]
 
 
 def read_order(row: Mapping[str, Any]) -> Order:
@@ -138,7 +141,7 @@ def read_order(row: Mapping[str, Any]) -> Order:
         arguments = json.loads(row["what"])
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the order is not JSON") from error
-    if not isinstance(arguments, dict) or not arguments.keys() <= set(FIELDS):
-        raise ProtocolError("what the order is about", expected=f"an object with some of {', '.join(FIELDS)}")
+    if not isinstance(arguments, dict) or not arguments.keys() <= set(ORDER_ARGUMENTS):
+        raise ProtocolError("what the order is about", expected=f"an object with some of {', '.join(ORDER_ARGUMENTS)}")
     row_fields = {"number": row["number"], "operator": row["operator"], "order": row["kind"], "until": row["until"]}
-    return convert(Order, {**arguments, **row_fields}, "order", ProtocolError)
+    return convert_record(Order, {**arguments, **row_fields}, "order", ProtocolError)

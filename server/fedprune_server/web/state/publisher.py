@@ -20,20 +20,20 @@ from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, 
 from fedprune_server.web.state import rows
 from fedprune_server.web.state.logs import LogTap
 from fedprune_server.web.state.membership_poller import Member, MembershipPoller
-from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts, Site
-from fedprune_server.web.state.status import StatusWriter, encoded
+from fedprune_server.web.state.records import AlertStatus, PublishedJob, Rollouts, Site, StatusRecord
+from fedprune_server.web.state.status import StatusWriter, encode_status
 
 # Time of the server's loop that collecting devices may take in each call: 4 % of it, at two calls a second.
-BUDGET_S = 0.02
+COLLECT_BUDGET_S = 0.02
 
-BEAT_S = 3.0
-SWEEP_S = 2.0
+BEAT_INTERVAL_S = 3.0
+SWEEP_INTERVAL_S = 2.0
 # Finished rounds of each job that are published at the start: enough for charts, and written in a moment.
 ROUNDS_PUBLISHED = 500
 
-_BATCH, _LINES = 50, 50
+_DEVICE_BATCH, _MAX_LINES = 50, 50
 # Lines of logs that are kept for the next try while the file can't be written; all else can be made again.
-_UNWRITTEN = 1000
+_MAX_UNWRITTEN_LINES = 1000
 
 
 class StatusPublisher:
@@ -59,27 +59,27 @@ class StatusPublisher:
         self._poller = poller or MembershipPoller()
         self._alerts = alerts or AlertBook()
         self._clock, self._monotonic = clock, monotonic
-        self.tap = LogTap(self._knows)
+        self.tap = LogTap(self._is_device)
         self._faults: list[str] = []
-        self._held: set[str] = set()
-        self._of: dict[str, str] = {}
+        self._quarantined: set[str] = set()
+        self._last_job_of: dict[str, str] = {}
         self._pending: dict[str, None] = {}
-        self._published: dict[str, int] = {}
-        self._statuses: dict[str, Record] = {}
+        self._published_hashes: dict[str, int] = {}
+        self._statuses: dict[str, StatusRecord] = {}
         self._open_alerts: dict[tuple[str, float], Alert] = {}  # as they were published, by key and beginning
-        self._records: list[Record] = []
-        self._unwritten: list[Record] = []
-        self._stale = True
-        self._looked = self._whole = False
+        self._records: list[StatusRecord] = []
+        self._unwritten: list[StatusRecord] = []
+        self._needs_all = True
+        self._has_polled = self._is_complete = False
         self._beat_at = self._sweep_at = 0.0
-        self._before: dict[str, tuple[float | None, tuple[int, int]]] = {}
+        self._last_rounds: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: tuple[dict[str, Any], ...] = ()
 
-    def changed(self, devices: Iterable[str]) -> None:
+    def mark_changed(self, devices: Iterable[str]) -> None:
         for name in devices:
             self._pending.setdefault(name)
 
-    def add(self, *records: Record) -> None:
+    def add(self, *records: StatusRecord) -> None:
         self._records += records
 
     def note(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
@@ -87,24 +87,24 @@ class StatusPublisher:
         name = snapshot.name
         if name not in self._jobs:
             last_round_at = snapshot.history[-1]["at"] if snapshot.history else None
-            self._before[name] = (last_round_at, (snapshot.bytes_down, snapshot.bytes_up))
-            self._stale = True
+            self._last_rounds[name] = (last_round_at, (snapshot.bytes_down, snapshot.bytes_up))
+            self._needs_all = True
         self._jobs[name], self._fleet = snapshot, snapshot.fleet
         handle_each(events, lambda event: self._handle(name, event))
 
     def _handle(self, job: str, event: TurnEvent) -> None:
-        match event.what:
+        match event.payload:
             case DevicesChanged(names):
-                self.changed(names)
+                self.mark_changed(names)
             case RoundEnded(summary, down, up):
-                last_round_at, last_bytes = self._before[job]
+                last_round_at, last_bytes = self._last_rounds[job]
                 bytes_since = max(0, down - last_bytes[0]), max(0, up - last_bytes[1])
-                self._before[job] = (summary["at"], (down, up))
-                self.add(rows.finished_round(job, summary, last_round_at, bytes_since))
+                self._last_rounds[job] = (summary["at"], (down, up))
+                self.add(rows.finished_round_record(job, summary, last_round_at, bytes_since))
 
     def job_of(self, device: str) -> str | None:
         """The job that has a device, or had it last; None if none had it."""
-        return self._fleet.jobs.get(device) or self._of.get(device)
+        return self._fleet.job_of_device.get(device) or self._last_job_of.get(device)
 
     def publish(self) -> None:
         """Write what has changed; after a failed write, everything.
@@ -113,53 +113,53 @@ class StatusPublisher:
             StorageError: The file can't be written, or some of what has changed can't.
         """
         now = self._monotonic()
-        if self._stale:
-            self._begin()
-        self._look(now)
+        if self._needs_all:
+            self._begin_again()
+        self._poll(now)
         self._collect_records()
-        records = list(self._encoded())
-        devices = self._collect_devices(now + BUDGET_S)
-        is_complete = self._looked and not self._pending and not self._whole
+        records = list(self._encode_records())
+        devices = self._collect_devices(now + COLLECT_BUDGET_S)
+        is_complete = self._has_polled and not self._pending and not self._is_complete
         if records or devices or is_complete or now >= self._beat_at:
-            self._beat_at = now + BEAT_S
+            self._beat_at = now + BEAT_INTERVAL_S
             try:
-                self._writer.write(records, devices, at=self._clock(), whole=is_complete)
+                self._writer.write(records, devices, at=self._clock(), is_complete=is_complete)
             except StorageError:
-                self._stale = True
-                self._unwritten = [r for r, _ in records if r.kind == "log"][-_UNWRITTEN:]
+                self._needs_all = True
+                self._unwritten = [r for r, _ in records if r.kind == "log"][-_MAX_UNWRITTEN_LINES:]
                 raise
             self._unwritten = []
-            self._whole = self._whole or is_complete
+            self._is_complete = self._is_complete or is_complete
         if self._faults:
             faults, self._faults = self._faults, []
             raise StorageError(f"the console doesn't show {faults[0]}")
 
-    def _begin(self) -> None:
+    def _begin_again(self) -> None:
         """Publish everything from now on."""
         self._writer.clear()
-        self._stale = self._whole = False
-        self._published.clear()
+        self._needs_all = self._is_complete = False
+        self._published_hashes.clear()
         self._statuses.clear()
         self._records = list(self._unwritten)
         self._open_alerts.clear()
         for name, job in self._jobs.items():
             last_round_at: float | None = None
             for summary in job.history[-ROUNDS_PUBLISHED:]:
-                self.add(rows.finished_round(name, summary, last_round_at, None))
+                self.add(rows.finished_round_record(name, summary, last_round_at, None))
                 last_round_at = summary["at"]
-            self.changed(job.devices)
-        self.changed(self._poller.names)
+            self.mark_changed(job.devices)
+        self.mark_changed(self._poller.member_names)
 
-    def _look(self, now: float) -> None:
+    def _poll(self, now: float) -> None:
         if now >= self._sweep_at:
-            self._sweep_at = now + SWEEP_S
-            quarantined = set(self._fleet.quarantined)
-            self.changed(quarantined | self._held)
-            self._held = quarantined
+            self._sweep_at = now + SWEEP_INTERVAL_S
+            quarantined = set(self._fleet.quarantines)
+            self.mark_changed(quarantined | self._quarantined)
+            self._quarantined = quarantined
         poll_result = self._poller.latest()
         if poll_result is not None:
-            self._looked = True
-            self.changed(poll_result.changed)
+            self._has_polled = True
+            self.mark_changed(poll_result.changed_devices)
             self._rollouts = self._rollouts if poll_result.rollouts is None else poll_result.rollouts
             if self._poller.has_releases:
                 self._add_changed("rollouts", Rollouts(self._rollouts, poll_result.releases))
@@ -168,38 +168,38 @@ class StatusPublisher:
         site = Site(**self._site, jobs=tuple(self._jobs), connected=self._fleet.broker_connected)
         self._add_changed("site", site)
         for name, job in self._jobs.items():
-            self.changed(job.with_traffic)
-            self._add_changed(f"job {name}", _job(job))
+            self.mark_changed(job.devices_with_traffic)
+            self._add_changed(f"job {name}", _published_job(job))
         self._add_alerts()
-        self.add(*self.tap.take(_LINES))
+        self.add(*self.tap.take(_MAX_LINES))
 
     def _add_alerts(self) -> None:
-        alerts = {(alert.key, alert.since): alert for alert in self._alerts.open}
+        alerts = {(alert.key, alert.since): alert for alert in self._alerts.open_alerts}
         for key in self._open_alerts.keys() - alerts.keys():
-            self.add(_alert(self._open_alerts.pop(key), self._clock()))
+            self.add(_alert_status(self._open_alerts.pop(key), self._clock()))
         for key, alert in alerts.items():  # texts may change without a change of severity
             if self._open_alerts.get(key) != alert:
                 self._open_alerts[key] = alert
-                self.add(_alert(alert))
+                self.add(_alert_status(alert))
 
-    def _knows(self, device: str) -> bool:
+    def _is_device(self, device: str) -> bool:
         """Whether a device of this name is published, or about to be."""
-        return device in self._published or device in self._pending
+        return device in self._published_hashes or device in self._pending
 
-    def _add_changed(self, name: str, record: Record) -> None:
+    def _add_changed(self, name: str, record: StatusRecord) -> None:
         if self._statuses.get(name) != record:
             self._statuses[name] = record
             self.add(record)
 
-    def _encoded(self) -> Iterator[tuple[Record, str]]:
+    def _encode_records(self) -> Iterator[tuple[StatusRecord, str]]:
         records, self._records = self._records, []
         for record in records:
-            if (text := self._text(record, f"{record.kind} {record.scope}")) is not None:
+            if (text := self._encode(record, f"{record.kind} {record.scope}")) is not None:
                 yield record, text
 
-    def _text(self, body: Record | dict[str, Any], name: str) -> str | None:
+    def _encode(self, body: StatusRecord | dict[str, Any], name: str) -> str | None:
         try:
-            return encoded(body)
+            return encode_status(body)
         except ValueError as error:
             self._faults.append(f"{name}: {error}")
             return None
@@ -208,23 +208,23 @@ class StatusPublisher:
         """JSON of changed devices' rows, as many as there is time for; None for those that are gone."""
         texts: dict[str, str | None] = {}
         while self._pending:
-            for name in list(islice(self._pending, _BATCH)):
+            for name in list(islice(self._pending, _DEVICE_BATCH)):
                 del self._pending[name]
-                row = self._row(name)
+                row = self._device_row(name)
                 if row is None:
-                    if self._published.pop(name, None) is not None:
+                    if self._published_hashes.pop(name, None) is not None:
                         texts[name] = None
                     continue
-                text = self._text(row, f"device {name}")
+                text = self._encode(row, f"device {name}")
                 # Hashes, not texts: the file has these already.
                 text_hash = hash(text)
-                if text is not None and self._published.get(name) != text_hash:
-                    self._published[name], texts[name] = text_hash, text
+                if text is not None and self._published_hashes.get(name) != text_hash:
+                    self._published_hashes[name], texts[name] = text_hash, text
             if self._monotonic() >= deadline:
                 break
         return texts
 
-    def _row(self, name: str) -> dict[str, Any] | None:
+    def _device_row(self, name: str) -> dict[str, Any] | None:
         member = self._poller.member(name)
         devices = {
             job: device for job, snapshot in self._jobs.items() if (device := snapshot.devices.get(name)) is not None
@@ -235,9 +235,13 @@ class StatusPublisher:
         if job not in devices or not devices[job].takes_part:
             job = next((j for j, device in devices.items() if device.takes_part), job)
         if job is not None:
-            self._of[name] = job
+            self._last_job_of[name] = job
         device = devices.get(job or "", next(iter(devices.values()), None)) or DeviceSnapshot(
-            name=name, takes_part=False, online=False, connected=name in self._fleet.connected, activity="unknown"
+            name=name,
+            takes_part=False,
+            online=False,
+            connected=name in self._fleet.connected_devices,
+            activity="unknown",
         )
         snapshot = self._jobs.get(job or "")
         return rows.device_row(
@@ -246,29 +250,29 @@ class StatusPublisher:
             ended=int(snapshot.history[-1]["round"]) if snapshot is not None and snapshot.history else 0,
             member=member or Member("revoked"),
             traffic=(sum(d.bytes_down for d in devices.values()), sum(d.bytes_up for d in devices.values())),
-            heard_at=max((d.heard_at for d in devices.values() if d.heard_at is not None), default=None),
-            quarantine=self._fleet.quarantined.get(name),
-            update=self._poller.update(name),
+            heard_at=max((d.last_message_at for d in devices.values() if d.last_message_at is not None), default=None),
+            quarantine=self._fleet.quarantines.get(name),
+            update=self._poller.release_report(name),
         )
 
 
-def _job(job: JobSnapshot) -> PublishedJob:
+def _published_job(job: JobSnapshot) -> PublishedJob:
     return PublishedJob(
         name=job.name,
         round=job.round,
         rounds=job.rounds,
         phase=job.phase.value,
         deadline_at=job.closes_at,
-        paused=job.paused,
+        paused=job.is_paused,
         metrics=dict(list(job.metrics.items())[:64]),
         strategy=job.strategy[:200],
         model_digest=job.model,
-        parts={k.value: n for k, n in job.parts.items() if n},
+        parts={k.value: n for k, n in job.parts_by_progress.items() if n},
         parameters=job.parameters,
     )
 
 
-def _alert(alert: Alert, closed_at: float | None = None) -> AlertStatus:
+def _alert_status(alert: Alert, closed_at: float | None = None) -> AlertStatus:
     text = one_line(alert.text, 1000)
     return AlertStatus(
         f"{alert.key[:100]}@{alert.since:.0f}", alert.since, alert.kind, alert.severity, alert.device, alert.job,

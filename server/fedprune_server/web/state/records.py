@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A device's membership; the order is that of a page's filter.
-STATUSES = ("member", "waiting", "revoked")
+MEMBER_STATUSES = ("member", "waiting", "revoked")
 
 # A device's activity, as a page filters by it: its part's progress or, without one, the reason.
 DEVICE_STATES = (
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Record:
+class StatusRecord:
     """A record; a later one of the same kind, `scope` and `key` replaces it."""
 
     kind: ClassVar[str]
@@ -42,7 +42,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Site(Record, kind="site"):
+class Site(StatusRecord, kind="site"):
     version: str
     site: str
     jobs: tuple[str, ...]
@@ -55,7 +55,7 @@ class Site(Record, kind="site"):
 
 
 @dataclass(frozen=True)
-class PublishedJob(Record, kind="job", scope="name"):
+class PublishedJob(StatusRecord, kind="job", scope="name"):
     """A job's current state. `parts` counts the devices of the round by progress."""
 
     name: str
@@ -72,7 +72,7 @@ class PublishedJob(Record, kind="job", scope="name"):
 
 
 @dataclass(frozen=True)
-class FinishedRound(Record, kind="round", scope="job", key="round"):
+class FinishedRound(StatusRecord, kind="round", scope="job", key="round"):
     """A finished round, with rejected updates by reason and bytes since the round before. None stands for what a
     restart has lost."""
 
@@ -91,7 +91,7 @@ class FinishedRound(Record, kind="round", scope="job", key="round"):
 
 
 @dataclass(frozen=True)
-class DeviceDetails(Record, kind="device", scope="name"):
+class DeviceDetails(StatusRecord, kind="device", scope="name"):
     """A device's plan, its predictions next to its measurements, its latest rounds and its channels.
 
     Attributes:
@@ -111,7 +111,7 @@ class DeviceDetails(Record, kind="device", scope="name"):
 
 
 @dataclass(frozen=True)
-class BoardCrashes(Record, kind="crashes", scope="name"):
+class BoardCrashes(StatusRecord, kind="crashes", scope="name"):
     """A board's latest crashes, newest first."""
 
     name: str
@@ -119,7 +119,7 @@ class BoardCrashes(Record, kind="crashes", scope="name"):
 
 
 @dataclass(frozen=True)
-class Coverage(Record, kind="coverage", scope="job"):
+class ChannelCoverage(StatusRecord, kind="coverage", scope="job"):
     """The share of devices that holds each channel: per group, runs of channels in the order of their rank."""
 
     job: str
@@ -129,7 +129,7 @@ class Coverage(Record, kind="coverage", scope="job"):
 
 
 @dataclass(frozen=True)
-class Rollouts(Record, kind="rollouts"):
+class Rollouts(StatusRecord, kind="rollouts"):
     """The latest rollouts, newest first, and the names of releases that can be rolled out."""
 
     rows: tuple[Row, ...]
@@ -137,7 +137,7 @@ class Rollouts(Record, kind="rollouts"):
 
 
 @dataclass(frozen=True)
-class AlertStatus(Record, kind="alert", key="id"):
+class AlertStatus(StatusRecord, kind="alert", key="id"):
     """An alert; `gone_at` is set once it is closed."""
 
     id: str
@@ -151,7 +151,7 @@ class AlertStatus(Record, kind="alert", key="id"):
 
 
 @dataclass(frozen=True)
-class LogLine(Record, kind="log", scope="device"):
+class LogLine(StatusRecord, kind="log", scope="device"):
     """A line of the server's log."""
 
     at: float

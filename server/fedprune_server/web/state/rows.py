@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from fedprune.core.metrics import leading
+from fedprune.core.metrics import primary_metric
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_number
 from fedprune.jobs.state import Progress
@@ -20,7 +20,7 @@ from fedprune_server.web.state.records import FinishedRound
 # that lengths and counts are limited here.
 _SLOT = re.compile(r"\bslot ([ab])\b(?: with release (\d{1,10})\b)?")
 _VERSION = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,39})[ /]v?(\d[A-Za-z0-9.+_-]{0,39})")
-_MOST_VERSIONS = 8
+_MAX_VERSIONS = 8
 
 
 def device_row(
@@ -45,11 +45,11 @@ def device_row(
         quarantine: When its quarantine ends, and the reason.
         update: Its last report about the latest rollout's release.
     """
-    state = _state(device, member.status)
-    slot, release = running(device.software)
+    state = _device_state(device, member.status)
+    slot, release = slot_and_release(device.software)
     if release is None and update is not None and update["state"] == COMMITTED:
         release = update["number"]
-    score, last_counted = leading(device.metrics), device.last_counted_round
+    score, last_counted = primary_metric(device.metrics), device.last_counted_round
     return {
         "name": device.name,
         "job": job,
@@ -65,10 +65,10 @@ def device_row(
         "samples": device.samples,
         "seen_at": heard_at,
         "temperature_c": device.temperature_c,
-        "versions": versions(device.software),
+        "versions": software_versions(device.software),
         "bytes_down": traffic[0],
         "bytes_up": traffic[1],
-        "seconds": number(device.seconds, 0.0, 1e12),
+        "seconds": number_or_none(device.seconds, 0.0, 1e12),
         "metrics": dict(device.metrics),
         "measured": None if score is None else score[1],
         "staleness": max(0, ended - last_counted) if last_counted else None,
@@ -79,23 +79,23 @@ def device_row(
     }  # fmt: skip
 
 
-def _state(device: DeviceSnapshot, status: str) -> str:
+def _device_state(device: DeviceSnapshot, status: str) -> str:
     if device.excluded:
         return "excluded"
     if not device.takes_part:
         return "ready" if device.connected else {"waiting": "waiting", "revoked": "revoked"}.get(status, "unknown")
     if not device.online:
         return "revoked" if status == "revoked" else ("elsewhere" if device.connected else "offline")
-    return device.part or "ready"
+    return device.part_progress or "ready"
 
 
-def versions(software: str) -> dict[str, str]:
+def software_versions(software: str) -> dict[str, str]:
     """Versions of a board's software, by name."""
     version_by_name = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", software[:500]))}
-    return dict(list(version_by_name.items())[:_MOST_VERSIONS])
+    return dict(list(version_by_name.items())[:_MAX_VERSIONS])
 
 
-def running(software: str) -> tuple[str | None, int | None]:
+def slot_and_release(software: str) -> tuple[str | None, int | None]:
     """The slot from which a board runs, and the number of its release, as it reports; None if it doesn't report one."""
     match = _SLOT.search(software[:500])
     if match is None:
@@ -103,7 +103,7 @@ def running(software: str) -> tuple[str | None, int | None]:
     return match[1], None if match[2] is None else int(match[2])
 
 
-def finished_round(
+def finished_round_record(
     job: str, summary: Mapping[str, Any], previous_end: float | None, traffic: tuple[int, int] | None
 ) -> FinishedRound:
     """The record of a finished round.
@@ -137,6 +137,6 @@ def finished_round(
     )
 
 
-def number(value: Any, low: float, high: float) -> float | None:
+def number_or_none(value: Any, low: float, high: float) -> float | None:
     """A measured number; None for anything else."""
     return float(value) if is_number(value, low, high) else None

@@ -18,22 +18,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.closing import Closing
+from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
 from fedprune_server.storage.sqlite_file import LOOP_BUSY_TIMEOUT_S, ReaderPool, connect_reader, sqlite_errors
-from fedprune_server.web.state.records import Record, Row
+from fedprune_server.web.state.records import Row, StatusRecord
 
 # Rows of a page, at most: a request for a larger one would hold a thread and memory for it.
-MAX_SIZE = 500
+MAX_PAGE_SIZE = 500
 
 # In the state folder. It holds nothing that isn't stored elsewhere, so that backups leave it out.
-FILE = "status.db"
+STATUS_FILE = "status.db"
 
 # A server that has not written for this long counts as stuck: it writes at least every 3 s.
-SILENT_S = 15.0
+SILENCE_LIMIT_S = 15.0
 
 # Fields of a device's row by which devices can be sorted: each has a column, which SQLite computes from the row's JSON.
-COLUMNS = (
+SORT_COLUMNS = (
     "name", "job", "online", "state", "profile", "slot", "release", "density", "parameters", "samples", "seen_at",
     "temperature_c", "bytes_down", "bytes_up", "seconds", "measured", "staleness", "status",
 )  # fmt: skip
@@ -43,18 +43,18 @@ _LINE_FILTERS = ("level", "device", "job")
 
 # How many records of a kind are kept; of more, the oldest are deleted, and closed alerts before open ones. Details of
 # devices are asked for one by one, and 50 are more than operators look at within a minute.
-_KEPT = {"log": 5000, "alert": 1000, "device": 50, "crashes": 50}
+_MAX_RECORDS = {"log": 5000, "alert": 1000, "device": 50, "crashes": 50}
 
 # Rounds that are kept of each job; the server's database keeps all.
-_KEPT_ROUNDS = 2000
+_MAX_ROUNDS = 2000
 
 DEVICE_TOPIC = "devices:"
 # The prefix of topics of devices' rows, and the topic for any of them: no device's name has an asterisk.
 ANY_DEVICE = f"{DEVICE_TOPIC}*"
 
-_DEVICE_COLUMNS = ", ".join(f"{c} GENERATED ALWAYS AS (json_extract(body, '$.{c}')) STORED" for c in COLUMNS[1:])
+_DEVICE_COLUMNS = ", ".join(f"{c} GENERATED ALWAYS AS (json_extract(body, '$.{c}')) STORED" for c in SORT_COLUMNS[1:])
 # `change` counts all writes, so that a reader finds what is new by one number. A device that is gone keeps its row
-# without a `body`, by which readers see that; `whole` is set once all devices are published.
+# without a `body`, by which readers see that; `is_complete` is set once all devices are published.
 _TABLES = (
     f"CREATE TABLE device_status (name TEXT PRIMARY KEY, change INTEGER NOT NULL, body TEXT, {_DEVICE_COLUMNS})",
     "CREATE INDEX device_status_by_change ON device_status (change)",
@@ -72,7 +72,7 @@ _TABLES = (
 
 
 @dataclass(frozen=True)
-class Page:
+class RecordPage:
     """Some of many rows: page number `page` of `pages`, both from 1, with `size` of `total` rows."""
 
     items: list[dict[str, Any]]
@@ -82,7 +82,7 @@ class Page:
     total: int
 
 
-class StatusWriter(Closing):
+class StatusWriter(Closeable):
     """The server's side: a new file, in place of that of an earlier start."""
 
     def __init__(self, path: Path) -> None:
@@ -115,19 +115,19 @@ class StatusWriter(Closing):
 
     def write(
         self,
-        records: Iterable[tuple[Record, str]] = (),
+        records: Iterable[tuple[StatusRecord, str]] = (),
         devices: Mapping[str, str | None] | None = None,
         *,
         at: float,
-        whole: bool = False,
+        is_complete: bool = False,
     ) -> None:
         """Write records and devices, all or none.
 
         Args:
-            records: Records, each with its JSON (`encoded`).
+            records: Records, each with its JSON (`encode_status`).
             devices: JSON of devices' rows, by name; None for those that are gone.
             at: Seconds since 1970.
-            whole: Whether all devices that the server knows are in the file now.
+            is_complete: Whether all devices that the server knows are in the file now.
         """
         kinds, scopes = set[str](), set[str]()
         with self._errors(), self._connection:
@@ -148,42 +148,42 @@ class StatusWriter(Closing):
                     "INSERT OR REPLACE INTO device_status (name, change, body) VALUES (?, ?, ?)",
                     (name, self._change, row),
                 )
-            for kind in kinds & _KEPT.keys():
+            for kind in kinds & _MAX_RECORDS.keys():
                 self._trim(kind)
             for job in scopes:
                 self._connection.execute(
                     "DELETE FROM records WHERE kind = 'round' AND scope = ? AND key <= "
                     "(SELECT max(key) FROM records WHERE kind = 'round' AND scope = ?) - ?",
-                    (job, job, _KEPT_ROUNDS),
+                    (job, job, _MAX_ROUNDS),
                 )
-            self._connection.execute("UPDATE beat SET at = ?, whole = max(whole, ?)", (at, whole))
+            self._connection.execute("UPDATE beat SET at = ?, whole = max(whole, ?)", (at, is_complete))
 
     def _trim(self, kind: str) -> None:
         order = "json_extract(body, '$.gone_at') IS NULL DESC, change DESC" if kind == "alert" else "change DESC"
         self._connection.execute(
             "DELETE FROM records WHERE rowid IN "  # noqa: S608  # nosec B608  # texts of ours
             f"(SELECT rowid FROM records WHERE kind = ? ORDER BY {order} LIMIT -1 OFFSET ?)",
-            (kind, _KEPT[kind]),
+            (kind, _MAX_RECORDS[kind]),
         )
 
     def _errors(self) -> AbstractContextManager[None]:
         return sqlite_errors(self.path, "Delete it and start the server again: it holds nothing of its own.")
 
 
-def encoded(body: Record | Row) -> str:
+def encode_status(body: StatusRecord | Row) -> str:
     """JSON of a record or a row; raises `ValueError` if a number in it is not finite."""
-    row = asdict(body) if isinstance(body, Record) else body
+    row = asdict(body) if isinstance(body, StatusRecord) else body
     return json.dumps(row, separators=(",", ":"), allow_nan=False)
 
 
-class FleetView(Closing):
+class FleetView(Closeable):
     """The console's side: pages of what the server has written. Threads may share it; only one may call `changes`."""
 
     def __init__(self, path: Path, orders: str = "all", clock: Callable[[], float] = time.time) -> None:
-        self.orders = orders
+        self.accepted_orders = orders
         self._path, self._clock = path, clock
         self._readers = ReaderPool(self._connect)
-        self._seen = self._latest()
+        self._last_change = self._max_change()
 
     def close(self) -> None:
         self._readers.close()
@@ -198,12 +198,12 @@ class FleetView(Closing):
         return max(0.0, self._clock() - float(self._rows("SELECT at FROM beat")[0][0]))
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the server has published its status and still writes."""
-        return self.site is not None and self.silent_s < SILENT_S
+        return self.site is not None and self.silent_s < SILENCE_LIMIT_S
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the server has published all devices that it knew at its start."""
         return bool(self._rows("SELECT whole FROM beat")[0][0])
 
@@ -282,13 +282,13 @@ class FleetView(Closing):
         sort: str = "name",
         q: str = "",
         only: Mapping[str, str] | None = None,
-    ) -> Page:
+    ) -> RecordPage:
         """Rows of devices.
 
         Args:
             page: From 1.
             size: Rows of a page.
-            sort: One of `COLUMNS`, with a leading `-` for descending order; rows without a value come last.
+            sort: One of `SORT_COLUMNS`, with a leading `-` for descending order; rows without a value come last.
             q: Part of the name, in any case.
             only: Values of the columns `state`, `profile`, `job`, `status` and `online` (`yes` or `no`).
 
@@ -296,8 +296,8 @@ class FleetView(Closing):
             ValueError: No such column or page.
         """
         column = sort.removeprefix("-")
-        if column not in COLUMNS:
-            raise ValueError(f"no column {column!r} to sort by: expected one of {', '.join(COLUMNS)}")
+        if column not in SORT_COLUMNS:
+            raise ValueError(f"no column {column!r} to sort by: expected one of {', '.join(SORT_COLUMNS)}")
         where, values = ["body IS NOT NULL"], list[Any]()
         for name, value in (only or {}).items():
             if name not in _FILTERS:
@@ -313,18 +313,20 @@ class FleetView(Closing):
         order = f"{column} IS NULL, {column} {direction}, name"
         return self._page("device_status", where, values, order, page, size)
 
-    def rounds(self, job: str, *, page: int = 1, size: int = 50) -> Page:
+    def rounds(self, job: str, *, page: int = 1, size: int = 50) -> RecordPage:
         """A job's rounds, newest first."""
         return self._page("records", ["kind = 'round'", "scope = ?"], [job], "key DESC", page, size)
 
-    def alerts(self, *, page: int = 1, size: int = 50, gone: bool = True, notes: bool = True) -> Page:
+    def alerts(self, *, page: int = 1, size: int = 50, gone: bool = True, notes: bool = True) -> RecordPage:
         """Alerts, newest first; without `gone` only the open ones, without `notes` none of severity info."""
         where = ["kind = 'alert'"]
         where += [] if gone else ["json_extract(body, '$.gone_at') IS NULL"]
         where += [] if notes else ["json_extract(body, '$.severity') != 'info'"]
         return self._page("records", where, [], "json_extract(body, '$.at') DESC, key", page, size)
 
-    def lines(self, *, page: int = 1, size: int = 100, q: str = "", only: Mapping[str, str] | None = None) -> Page:
+    def lines(
+        self, *, page: int = 1, size: int = 100, q: str = "", only: Mapping[str, str] | None = None
+    ) -> RecordPage:
         """Lines of logs that contain `q` in any case, newest first; `only` filters by `level`, `device` and `job`."""
         where, values = ["kind = 'log'"], list[Any]()
         for name, value in (only or {}).items():
@@ -339,15 +341,15 @@ class FleetView(Closing):
 
     def changes(self) -> set[str]:
         """Topics of what the server has written since the last call, for live pages (`fedprune_server.web.events`)."""
-        last_change, latest = self._seen, self._latest()
+        last_change, latest = self._last_change, self._max_change()
         topics: set[str] = set()
         for kind, scope in self._rows("SELECT DISTINCT kind, scope FROM records WHERE change > ?", last_change):
             topics |= {kind, f"{kind}:{scope}"} if scope else {kind}
         names = self._rows("SELECT name FROM device_status WHERE change > ?", last_change)
-        self._seen = latest  # not before all is read: what fails is read again
+        self._last_change = latest  # not before all is read: what fails is read again
         return topics | ({"devices", *(f"{DEVICE_TOPIC}{name}" for (name,) in names)} if names else set())
 
-    def _latest(self) -> int:
+    def _max_change(self) -> int:
         """The number of the latest change. Records written between this query and the next are named twice, never
         missed."""
         union = "SELECT max(change) AS change FROM records UNION SELECT max(change) FROM device_status"
@@ -357,16 +359,16 @@ class FleetView(Closing):
         rows = self._rows("SELECT body FROM records WHERE kind = ? AND scope = ?", kind, scope)
         return json.loads(rows[0][0]) if rows else None
 
-    def _page(self, table: str, where: list[str], values: list[Any], order: str, page: int, size: int) -> Page:
-        if page < 1 or not 1 <= size <= MAX_SIZE:
-            raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")
+    def _page(self, table: str, where: list[str], values: list[Any], order: str, page: int, size: int) -> RecordPage:
+        if page < 1 or not 1 <= size <= MAX_PAGE_SIZE:
+            raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_PAGE_SIZE}, got {page} and {size}")
         clause = f"FROM {table} WHERE {' AND '.join(where)}"
         total = self._rows(f"SELECT count(*) {clause}", *values)[0][0]
         pages = max(1, -(-total // size))
         page = min(page, pages)
         query = f"SELECT body {clause} ORDER BY {order} LIMIT ? OFFSET ?"
         rows = self._rows(query, *values, size, (page - 1) * size)
-        return Page([json.loads(text) for (text,) in rows], page, pages, size, total)
+        return RecordPage([json.loads(text) for (text,) in rows], page, pages, size, total)
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         with self._errors():

@@ -10,10 +10,10 @@ from typing import Any
 from fedprune.core.metrics import METRICS
 
 # The text for an unknown value: an empty cell would look like a mistake.
-NOTHING = "–"
+UNKNOWN = "–"
 
 # The class of each word's mark, whose shape differs as well as its colour: not everybody can tell the colours apart.
-MARKS = {
+STATE_MARKS = {
     # devices
     "ready": "good", "folded": "good", "stored": "good", "training": "work", "pulling": "work", "offered": "work",
     "extracting": "work", "queued": "off", "elsewhere": "off", "offline": "off", "unknown": "off", "waiting": "warn",
@@ -32,62 +32,62 @@ MARKS = {
 
 
 # States with another name on pages than in records, whose names programs compare.
-WORDS = {"folded": "aggregated", "extracting": "being cut", "stored": "uploaded", "elsewhere": "at another job"}
+STATE_WORDS = {"folded": "aggregated", "extracting": "being cut", "stored": "uploaded", "elsewhere": "at another job"}
 
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _LENGTHS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
-def word(state: str) -> str:
-    return WORDS.get(state, state)
+def state_word(state: str) -> str:
+    return STATE_WORDS.get(state, state)
 
 
-def mark(word: str) -> str:
-    return MARKS.get(word, "off")
+def state_mark(word: str) -> str:
+    return STATE_MARKS.get(word, "off")
 
 
-def size(value: float | None) -> str:
+def size_text(value: float | None) -> str:
     if value is None:
-        return NOTHING
+        return UNKNOWN
     for unit, name in _SIZES:
         if value >= unit * 0.9995:
-            return f"{_three(value / unit)} {name}"
+            return f"{_three_digits(value / unit)} {name}"
     return f"{value:.0f} B"
 
 
-def share(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1%}"
+def share_text(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.1%}"
 
 
-def decimals(value: float | None, digits: int) -> str:
-    return NOTHING if value is None else f"{value:.{digits}f}"
+def decimal_text(value: float | None, digits: int) -> str:
+    return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
-def number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
     if value is None:
-        return NOTHING
+        return UNKNOWN
     if not math.isfinite(value):
         return "not a number"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def about(value: float) -> str:
+def rounded_text(value: float) -> str:
     return f"{value:.3g}"
 
 
-def count(value: int | None) -> str:
-    return NOTHING if value is None else f"{value:,}"
+def count_text(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value:,}"
 
 
-def seconds(value: float | None) -> str:
+def seconds_text(value: float | None) -> str:
     if value is None:
-        return NOTHING
+        return UNKNOWN
     if value == 0:
         return "0 s"
     if 0 < value < 0.9995:
-        return f"{_three(value * 1e3)} ms" if value >= 9.995e-4 else f"{value * 1e6:.0f} µs"
+        return f"{_three_digits(value * 1e3)} ms" if value >= 9.995e-4 else f"{value * 1e6:.0f} µs"
     if value < 119.5:
-        return f"{_three(value)} s"
+        return f"{_three_digits(value)} s"
     if value < 600:
         return f"{value / 60:.1f} min"
     if value < 5400:
@@ -95,16 +95,16 @@ def seconds(value: float | None) -> str:
     return f"{value / 3600:.1f} h" if value < 36 * 3600 else f"{value / 86400:.1f} d"
 
 
-def energy(value: float | None) -> str:
+def energy_text(value: float | None) -> str:
     if value is None:
-        return NOTHING
-    return f"{_three(value)} J" if value >= 0.9995 or value == 0 else f"{_three(value * 1e3)} mJ"
+        return UNKNOWN
+    return f"{_three_digits(value)} J" if value >= 0.9995 or value == 0 else f"{_three_digits(value * 1e3)} mJ"
 
 
-def runs(row: Mapping[str, Any]) -> str:
+def release_text(row: Mapping[str, Any]) -> str:
     """Release number and slot that a device runs."""
     texts = [str(row[k]) for k in ("release", "slot") if row[k] is not None]
-    return "/".join(texts) or NOTHING
+    return "/".join(texts) or UNKNOWN
 
 
 def axis_of_sizes(highest: float) -> tuple[float, str]:
@@ -117,8 +117,8 @@ def axis_of_lengths(highest: float) -> tuple[float, str]:
     return next(((unit, name) for unit, name in _LENGTHS if highest >= 2 * unit), (1.0, "s"))
 
 
-def clock(at: float | None) -> str:
-    return NOTHING if at is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", _calendar(at))
+def time_text(at: float | None) -> str:
+    return UNKNOWN if at is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", _calendar(at))
 
 
 def machine_time(at: float | None) -> str:
@@ -126,10 +126,10 @@ def machine_time(at: float | None) -> str:
     return "" if at is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", _calendar(at))
 
 
-def ago(at: float | None, now: float | None = None) -> str:
+def age_text(at: float | None, now: float | None = None) -> str:
     """How long ago, or how far ahead, a time is."""
     if at is None:
-        return NOTHING
+        return UNKNOWN
     elapsed = (time.time() if now is None else now) - at
     distance = abs(elapsed)
     if distance < 1.5:
@@ -139,25 +139,25 @@ def ago(at: float | None, now: float | None = None) -> str:
     return f"{text} ago" if elapsed > 0 else f"in {text}"
 
 
-def metrics(values: Mapping[str, float]) -> list[tuple[str, str]]:
+def metric_pairs(values: Mapping[str, float]) -> list[tuple[str, str]]:
     return [
-        (METRICS[k].title, METRICS[k].shown(v)) if k in METRICS else (k, number(v))
+        (METRICS[k].title, METRICS[k].value_text(v)) if k in METRICS else (k, number_text(v))
         for k, v in sorted(values.items())
         if k != "samples"
     ]
 
 
-def versions(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in sorted(values.items())) or NOTHING
+def version_text(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in sorted(values.items())) or UNKNOWN
 
 
-def plural(n: int, word: str) -> str:
+def plural_text(n: int, word: str) -> str:
     return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
 
 
 def action_text(entry: Mapping[str, Any]) -> str:
     details, action = entry["what"], entry["action"]
-    text = _DEEDS.get(action, action.replace("_", " "))
+    text = _ACTION_TEXTS.get(action, action.replace("_", " "))
     text = text.format_map({k: details.get(k) or "–" for k in ("job", "device", "key", "release", "operator", "role")})
     if action == "rollout_start":
         boards, stages = details.get("devices") or (), details.get("groups") or ()
@@ -168,7 +168,7 @@ def action_text(entry: Mapping[str, Any]) -> str:
     return f"{text} ({details['reason']})" if details.get("reason") else text
 
 
-_DEEDS = {
+_ACTION_TEXTS = {
     "login": "log in",
     "logout": "log out",
     "pause": "pause job {job}",
@@ -189,13 +189,13 @@ _DEEDS = {
 
 # By the names that templates use.
 FILTERS: dict[str, Any] = {
-    "mark": mark, "word": word, "size": size, "share": share, "number": number, "decimals": decimals, "count": count,
-    "seconds": seconds, "clock": clock, "machine_time": machine_time, "ago": ago, "metrics": metrics,
-    "versions": versions, "plural": plural, "runs": runs, "action_text": action_text,
+    "mark": state_mark, "word": state_word, "size": size_text, "share": share_text, "number": number_text,
+    "decimals": decimal_text, "count": count_text, "seconds": seconds_text, "clock": time_text, "machine_time": machine_time, "ago": age_text, "metrics": metric_pairs,
+    "versions": version_text, "plural": plural_text, "runs": release_text, "action_text": action_text,
 }  # fmt: skip
 
 
-def _three(value: float) -> str:
+def _three_digits(value: float) -> str:
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:,.{digits}f}"
 

@@ -25,36 +25,36 @@ from starlette.types import Scope
 from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.output import chart
 from fedprune.wire.topics import check_device
-from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
+from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER, has_role
 from fedprune_server.web.context import Console, session_of
-from fedprune_server.web.database import AUDIT_KEPT
+from fedprune_server.web.database import MAX_AUDIT_LINES
 from fedprune_server.web.parameters import filters, page_number, search_text, sort_column
 from fedprune_server.web.state.orders import RefusedError
-from fedprune_server.web.state.records import LEVELS
+from fedprune_server.web.state.records import LOG_LEVELS
 from fedprune_server.web.views import formatting as phrases
 from fedprune_server.web.views import presentation
 
 # Devices, lines and entries of a page: a browser on a phone lays out a hundred rows at once.
-ROWS = 100
+ROWS_PER_PAGE = 100
 
-ROUNDS = 25
+ROUNDS_PER_PAGE = 25
 # How many alerts, boards and lines the overview shows: it fits on a screen.
-FEW = 8
+OVERVIEW_ROWS = 8
 
 # Details of a device that are older are ordered again when its page is opened; making them costs the server time.
-ASKED_AGAIN_S = 15.0
+DETAILS_LIFETIME_S = 15.0
 
-COVERAGE_AGAIN_S = 60.0
-_PATIENCE_S = 2.0
+COVERAGE_LIFETIME_S = 60.0
+_ORDER_PAUSE_S = 2.0
 
 _FILTERS = ("state", "profile", "job", "status", "online")
-_PLACES = (
+_NAVIGATION = (
     ("/", "Overview"), ("/fleet", "Fleet"), ("/rounds", "Rounds"), ("/rollouts", "Rollouts"), ("/alerts", "Alerts"),
     ("/audit", "Audit"),
 )  # fmt: skip
 
 
-class _Files(StaticFiles):
+class _StaticFiles(StaticFiles):
     """Scripts and styles, which a browser revalidates each time, so that a new version is seen."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
@@ -66,8 +66,8 @@ class _Files(StaticFiles):
 class Pages:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._asked: dict[tuple[str, str], float] = {}
-        self._asking = threading.Lock()
+        self._order_times: dict[tuple[str, str], float] = {}
+        self._order_lock = threading.Lock()
         self._templates = Environment(
             loader=PackageLoader("fedprune_server.web", "templates"),
             autoescape=True,
@@ -78,10 +78,10 @@ class Pages:
         )
         self._templates.filters.update(phrases.FILTERS)
         self._templates.filters["local_measure"] = presentation.local_measure
-        self._templates.filters["measured"] = presentation.measured
-        self._templates.filters["chart"] = lambda drawn: Markup(chart.figure(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
+        self._templates.filters["measured"] = presentation.measurements_text
+        self._templates.filters["chart"] = lambda drawn: Markup(chart.chart_html(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
         self._templates.filters["strip"] = lambda drawn: Markup(chart.strip_svg(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
-        self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
+        self._templates.globals["heat_scale"] = Markup(chart.heat_scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
 
     def draw(self, request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
         """A page for a logged-in operator: template `name`, with the values `shown` and those of every page."""
@@ -93,12 +93,12 @@ class Pages:
             status,
             operator=session.operator,
             csrf=session.csrf,
-            may=self.allowed(role),
-            orders=view.orders,
-            places=[p for p in _PLACES if p[0] != "/audit" or may(role, "admin")],
+            may=self.allowed_orders(role),
+            orders=view.accepted_orders,
+            places=[p for p in _NAVIGATION if p[0] != "/audit" or has_role(role, "admin")],
             here=f"/{request.url.path.split('/')[1]}".replace("/devices", "/fleet"),
             open_alerts=view.alerts(size=1, gone=False, notes=False).total,
-            silent=self._silent(),
+            silent=self._silence_text(),
             **values,
         )
 
@@ -106,22 +106,23 @@ class Pages:
         """The login form, which repeats `csrf` and names what was `wrong`; `next` is where to go afterwards."""
         return self._page(request, "login", 200, **values)
 
-    def allowed(self, role: str) -> frozenset[str]:
+    def allowed_orders(self, role: str) -> frozenset[str]:
         """The orders that a role may give and that the server accepts."""
-        accepted_orders = self._console.view.orders
+        accepted_orders = self._console.view.accepted_orders
         return frozenset(
             k
-            for k, needed in NEEDED.items()
-            if may(role, needed) and (accepted_orders == "all" or (accepted_orders == "look" and k in LOOKS))
+            for k, needed in ROLE_OF_ORDER.items()
+            if has_role(role, needed)
+            and (accepted_orders == "all" or (accepted_orders == "look" and k in READING_ORDERS))
         )
 
-    def ask(
+    def order_details(
         self,
         request: Request,
         kind: str,
         subject: str,
         current: Mapping[str, Any] | None,
-        again_s: float = ASKED_AGAIN_S,
+        again_s: float = DETAILS_LIFETIME_S,
     ) -> bool:
         """Order a page's details from the server, unless they are fresh. Returns whether they can be ordered.
 
@@ -130,13 +131,13 @@ class Pages:
             current: The details as they were published last; None if they never were.
         """
         session, now = session_of(request), time.time()
-        if kind not in self.allowed(session.operator.role):
+        if kind not in self.allowed_orders(session.operator.role):
             return False
         is_fresh = current is not None and now - current["at"] < again_s
-        with self._asking:
-            if is_fresh or now - self._asked.get((kind, subject), 0.0) < _PATIENCE_S:
+        with self._order_lock:
+            if is_fresh or now - self._order_times.get((kind, subject), 0.0) < _ORDER_PAUSE_S:
                 return True
-            self._asked = {k: at for k, at in self._asked.items() if 0 <= now - at < _PATIENCE_S} | {
+            self._order_times = {k: at for k, at in self._order_times.items() if 0 <= now - at < _ORDER_PAUSE_S} | {
                 (kind, subject): now
             }
         try:
@@ -157,13 +158,13 @@ class Pages:
         )
         return HTMLResponse(text, status)
 
-    def _silent(self) -> str:
+    def _silence_text(self) -> str:
         view = self._console.view
-        if view.ready:
+        if view.is_ready:
             return ""
         if view.site is None:
             return "The server has published nothing yet."
-        return f"The server has published nothing for {phrases.seconds(view.silent_s)}: this is how it was then."
+        return f"The server has published nothing for {phrases.seconds_text(view.silent_s)}: this is how it was then."
 
     def answer_invalid(self, request: Request, error: Exception) -> Response:
         """The answer to parameters that are wrong."""
@@ -179,7 +180,7 @@ class Pages:
 
     def routes(self) -> list[BaseRoute]:
         """Pages, scripts and styles."""
-        assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.output", "static")])
+        assets = _StaticFiles(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.output", "static")])
         return [*_PageRoutes(self._console, self).routes(), Mount("/static", assets, name="static")]
 
 
@@ -207,11 +208,11 @@ class _PageRoutes:
             "overview",
             counts=counts,
             total=sum(counts["online"].values()),
-            at_work=sum(counts["state"].get(s, 0) for s in presentation.AT_WORK),
+            at_work=sum(counts["state"].get(s, 0) for s in presentation.WORKING_STATES),
             jobs=presentation.job_rows(self._view.jobs),
-            alerts=self._view.alerts(size=FEW, gone=False, notes=False).items,
-            waiting=self._view.devices(size=FEW, only={"status": "waiting"}).items,
-            log=self._view.lines(size=FEW).items,
+            alerts=self._view.alerts(size=OVERVIEW_ROWS, gone=False, notes=False).items,
+            waiting=self._view.devices(size=OVERVIEW_ROWS, only={"status": "waiting"}).items,
+            log=self._view.lines(size=OVERVIEW_ROWS).items,
         )
 
     def fleet(self, request: Request) -> Response:
@@ -220,13 +221,13 @@ class _PageRoutes:
         return self._pages.draw(
             request,
             "fleet",
-            found=self._view.devices(page=page_number(request), size=ROWS, sort=sort, q=q, only=only),
+            found=self._view.devices(page=page_number(request), size=ROWS_PER_PAGE, sort=sort, q=q, only=only),
             total=sum(counts["status"].values()),
-            options={k: _options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
+            options={k: _filter_options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
             only={k: only.get(k, "") for k in _FILTERS},
             q=q,
             sort=sort,
-            link=_link("/fleet", {**only, "q": q, "sort": "" if sort == "name" else sort}),
+            link=_link_maker("/fleet", {**only, "q": q, "sort": "" if sort == "name" else sort}),
         )
 
     def device(self, request: Request) -> Response:
@@ -237,7 +238,7 @@ class _PageRoutes:
             row = None
         if row is None:
             return self._pages.draw(request, "missing", 404, what="The server knows no device of this name.")
-        asks = self._pages.ask(request, "look", name, self._view.details(name))
+        asks = self._pages.order_details(request, "look", name, self._view.details(name))
         details = self._view.details(name)
         return self._pages.draw(
             request,
@@ -245,61 +246,71 @@ class _PageRoutes:
             d=row,
             asks=asks,
             details=details,
-            plan=presentation.plan(details["plan"]) if details else None,
-            figures=presentation.figures(details),
-            map=presentation.channel_map(details),
+            plan=presentation.plan_row(details["plan"]) if details else None,
+            figures=presentation.figure_rows(details),
+            map=presentation.channel_maps(details),
             history=details["history"] if details else (),
             charts=presentation.device_charts(details["history"]) if details else [],
             reported=self._view.crashes(name),
-            log=self._view.lines(size=ROWS, only={"device": name}).items,
+            log=self._view.lines(size=ROWS_PER_PAGE, only={"device": name}).items,
         )
 
     def rounds(self, request: Request) -> Response:
         jobs = self._view.jobs
         job = self._view.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
         name = job["name"] if job else ""
-        asks = self._pages.ask(request, "coverage", name, self._view.coverage(name), COVERAGE_AGAIN_S) if job else False
+        asks = (
+            self._pages.order_details(request, "coverage", name, self._view.coverage(name), COVERAGE_LIFETIME_S)
+            if job
+            else False
+        )
         coverage = self._view.coverage(name)
         return self._pages.draw(
             request,
             "rounds",
             jobs=jobs,
             job=job,
-            parts=presentation.parts(job) if job else None,
-            charts=presentation.charts(presentation.rounds_of(self._view, name)),
+            parts=presentation.round_progress(job) if job else None,
+            charts=presentation.job_charts(presentation.rounds_of(self._view, name)),
             asks=asks,
             coverage=coverage,
-            strips=presentation.strips(coverage),
-            rounds=self._view.rounds(name, page=page_number(request), size=ROUNDS),
-            link=_link("/rounds", {"job": name if len(jobs) > 1 else ""}),
+            strips=presentation.coverage_strips(coverage),
+            rounds=self._view.rounds(name, page=page_number(request), size=ROUNDS_PER_PAGE),
+            link=_link_maker("/rounds", {"job": name if len(jobs) > 1 else ""}),
         )
 
     def rollouts(self, request: Request) -> Response:
         return self._pages.draw(request, "rollouts", rollouts=self._view.rollouts, releases=self._view.releases)
 
     def alerts(self, request: Request) -> Response:
-        all_alerts, only, q = self._view.alerts(size=ROWS).items, filters(request, "level"), search_text(request)
+        all_alerts, only, q = (
+            self._view.alerts(size=ROWS_PER_PAGE).items,
+            filters(request, "level"),
+            search_text(request),
+        )
         level = only.get("level", "")
         return self._pages.draw(
             request,
             "alerts",
-            open=self._view.alerts(size=ROWS, gone=False).items,
+            open=self._view.alerts(size=ROWS_PER_PAGE, gone=False).items,
             over=[a for a in all_alerts if a["gone_at"] is not None],
-            log=self._view.lines(page=page_number(request), size=ROWS, q=q, only=only),
-            levels=[(text, text) for text in LEVELS],
+            log=self._view.lines(page=page_number(request), size=ROWS_PER_PAGE, q=q, only=only),
+            levels=[(text, text) for text in LOG_LEVELS],
             level=level,
             q=q,
-            link=_link("/alerts", {"q": q, "level": level}),
+            link=_link_maker("/alerts", {"q": q, "level": level}),
         )
 
     def audit(self, request: Request) -> Response:
-        if not may(session_of(request).operator.role, "admin"):
+        if not has_role(session_of(request).operator.role, "admin"):
             return self._pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
-        entries = self._console.audit.page(page_number(request), ROWS)
-        return self._pages.draw(request, "audit", entries=entries, kept=f"{AUDIT_KEPT:,}", link=_link("/audit", {}))
+        entries = self._console.audit.page(page_number(request), ROWS_PER_PAGE)
+        return self._pages.draw(
+            request, "audit", entries=entries, kept=f"{MAX_AUDIT_LINES:,}", link=_link_maker("/audit", {})
+        )
 
 
-def _link(path: str, current: Mapping[str, str]) -> Callable[..., str]:
+def _link_maker(path: str, current: Mapping[str, str]) -> Callable[..., str]:
     """Makes addresses like the current one with some parameters changed."""
 
     def address(**changes: Any) -> str:
@@ -309,9 +320,9 @@ def _link(path: str, current: Mapping[str, str]) -> Callable[..., str]:
     return address
 
 
-def _options(counts: Mapping[str, int], chosen: str | None) -> list[tuple[str, str]]:
+def _filter_options(counts: Mapping[str, int], chosen: str | None) -> list[tuple[str, str]]:
     """Values to filter by, with counts; includes a chosen value that no longer exists."""
     counts_by_value = {k: n for k, n in counts.items() if k != "None"}
     if chosen and chosen not in counts_by_value:
         counts_by_value[chosen] = 0
-    return [(k, f"{phrases.word(k)} ({n:,})") for k, n in sorted(counts_by_value.items())]
+    return [(k, f"{phrases.state_word(k)} ({n:,})") for k, n in sorted(counts_by_value.items())]

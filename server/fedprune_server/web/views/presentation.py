@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedprune.core.metrics import ACCURACY, BLEND, METRICS, Metric
-from fedprune.output.chart import Chart, Strip, chart, strip
-from fedprune_server.web.state.status import MAX_SIZE, FleetView
+from fedprune.output.chart import Chart, Strip, coverage_strip, lay_out_chart
+from fedprune_server.web.state.status import MAX_PAGE_SIZE, FleetView
 from fedprune_server.web.views import formatting as phrases
 
-AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
-_OVER = ("folded", "refused")
-_PARTS = ("queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused")
-_MOST_CURVES = 4
+WORKING_STATES = ("extracting", "offered", "training", "pulling", "stored")
+_FINISHED_STATES = ("folded", "refused")
+_PROGRESS_STATES = ("queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused")
+_MAX_CURVES = 4
 # Ranges of channels that are written out for readers of the screen; more are counted, since thousands would be read.
-MOST_RANGES = 60
+MAX_RANGES = 60
 
-_FIGURES = {
+_FIGURE_TEXTS = {
     "round": "An update", "step": "A training step", "train": "All its steps", "transfer": "Transfer",
     "latency": "A prediction", "memory": "Peak memory in training", "serving_memory": "Memory to predict",
     "storage": "Storage", "download": "Download", "upload": "Upload", "step_energy": "Energy of a step",
@@ -28,13 +28,13 @@ _FIGURES = {
 Row = dict[str, Any]
 
 
-def parts(job: Row) -> Row | None:
+def round_progress(job: Row) -> Row | None:
     """Progress of a job's round: devices, finished ones, and each kind for people."""
-    counts = {k: n for k, n in job["parts"].items() if n and k in _PARTS}
+    counts = {k: n for k, n in job["parts"].items() if n and k in _PROGRESS_STATES}
     if not counts:
         return None
-    finished = sum(counts.get(k, 0) for k in _OVER)
-    texts = [(phrases.word(k), counts[k]) for k in _PARTS if k in counts]
+    finished = sum(counts.get(k, 0) for k in _FINISHED_STATES)
+    texts = [(phrases.state_word(k), counts[k]) for k in _PROGRESS_STATES if k in counts]
     return {"asked": sum(counts.values()), "over": finished, "each": texts}
 
 
@@ -43,19 +43,19 @@ def job_rows(jobs: Sequence[Row]) -> list[Row]:
     rows = []
     for job in jobs:
         done = job["rounds"] if job["phase"] == "finished" else max(0, min(job["round"] - 1, job["rounds"]))
-        now = parts(job)
-        summary = f"{now['over']:,} of {phrases.plural(now['asked'], 'client update')} finished" if now else ""
+        now = round_progress(job)
+        summary = f"{now['over']:,} of {phrases.plural_text(now['asked'], 'client update')} finished" if now else ""
         rows.append({**job, "done": done, "told": summary})
     return rows
 
 
-def plan(body: Row | None) -> Row | None:
+def plan_row(body: Row | None) -> Row | None:
     """A plan's density, its binding limit, and each limit's need, value and used share."""
     if body is None:
         return None
     limits = []
     for limit in body["limits"].values():
-        format_value = phrases.seconds if limit["unit"] == "s" else phrases.size
+        format_value = phrases.seconds_text if limit["unit"] == "s" else phrases.size_text
         used = limit["value"] / limit["limit"] if limit["limit"] > 0 else 1.0
         limits.append(
             {
@@ -69,39 +69,39 @@ def plan(body: Row | None) -> Row | None:
     return {"density": body["density"], "bound": body["binding"] or "nothing", "limits": limits}
 
 
-def figures(details: Row | None) -> list[Row]:
+def figure_rows(details: Row | None) -> list[Row]:
     """Predictions next to measurements, where either is known."""
     if details is None:
         return []
-    formats = {"s": phrases.seconds, "bytes": phrases.size, "J": phrases.energy}
+    formats = {"s": phrases.seconds_text, "bytes": phrases.size_text, "J": phrases.energy_text}
     return [
         {
-            "what": _FIGURES[f["what"]],
+            "what": _FIGURE_TEXTS[f["what"]],
             "predicted": formats[f["unit"]](f["predicted"]),
             "measured": formats[f["unit"]](f["measured"]),
             "ratio": f"{f['measured'] / f['predicted']:.2f}"
             if f["predicted"] and f["measured"] is not None
-            else phrases.NOTHING,
+            else phrases.UNKNOWN,
         }
         for f in details["figures"]
     ]
 
 
-def channel_map(details: Row | None) -> list[ChannelMap]:
+def channel_maps(details: Row | None) -> list[ChannelMap]:
     rows = () if details is None else details["widths"]
-    return [channels(w["group"], w["kept"], w["of"], w["which"]) for w in rows]
+    return [make_channel_map(w["group"], w["kept"], w["of"], w["which"]) for w in rows]
 
 
 def rounds_of(view: FleetView, job: str) -> list[Row]:
     """All published rounds of a job, oldest first."""
-    first = view.rounds(job, size=MAX_SIZE)
+    first = view.rounds(job, size=MAX_PAGE_SIZE)
     rows = list(first.items)
     for page in range(2, first.pages + 1):
-        rows += view.rounds(job, page=page, size=MAX_SIZE).items
+        rows += view.rounds(job, page=page, size=MAX_PAGE_SIZE).items
     return rows[::-1]
 
 
-def charts(rounds: Sequence[Row]) -> list[Chart]:
+def job_charts(rounds: Sequence[Row]) -> list[Chart]:
     """Curves of a job: metrics, updates, bytes, round lengths and staleness."""
     if not rounds:
         return []
@@ -116,32 +116,38 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
         format_value: Any,
         unit: tuple[float, str] = (1.0, ""),
     ) -> None:
-        drawn_charts.append(chart(key, title, round_numbers, series, format_value, unit=unit, from_zero=True))
+        drawn_charts.append(lay_out_chart(key, title, round_numbers, series, format_value, unit=unit, from_zero=True))
 
     order = {name: i for i, name in enumerate(METRICS)}
-    for i, name in enumerate(sorted(names, key=lambda n: (order.get(n, len(order)), n))[:_MOST_CURVES]):
+    for i, name in enumerate(sorted(names, key=lambda n: (order.get(n, len(order)), n))[:_MAX_CURVES]):
         values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
         title = f"Global {name if metric is None else metric.title}"
-        if metric is not None and metric.share:
+        if metric is not None and metric.is_share:
             drawn_charts.append(
-                chart(f"metric-{i}", title, round_numbers, values, phrases.share, unit=(0.01, "%"), top=100.0)
+                lay_out_chart(
+                    f"metric-{i}", title, round_numbers, values, phrases.share_text, unit=(0.01, "%"), top=100.0
+                )
             )
         else:
-            drawn_charts.append(chart(f"metric-{i}", title, round_numbers, values, phrases.number))
+            drawn_charts.append(lay_out_chart(f"metric-{i}", title, round_numbers, values, phrases.number_text))
     # Numbers from before the server's start are None.
     updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
-    add_chart("updates", "Updates", updates, phrases.number)
+    add_chart("updates", "Updates", updates, phrases.number_text)
     byte_counts = {direction: [r[f"bytes_{direction}"] for r in rounds] for direction in ("down", "up")}
     unit, name = phrases.axis_of_sizes(max((b or 0 for counts in byte_counts.values() for b in counts), default=0))
-    add_chart("bytes", "Bytes of all devices", byte_counts, phrases.size, (unit, f" {name}"))
+    add_chart("bytes", "Bytes of all devices", byte_counts, phrases.size_text, (unit, f" {name}"))
     unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
     add_chart(
-        "seconds", "Length of a round", {"length": [r["seconds"] for r in rounds]}, phrases.seconds, (unit, f" {name}")
+        "seconds",
+        "Length of a round",
+        {"length": [r["seconds"] for r in rounds]},
+        phrases.seconds_text,
+        (unit, f" {name}"),
     )
     staleness = [r["staleness"] or {} for r in rounds]
     if any(s.get("max") for s in staleness):
         series = {"mean": [s.get("mean") for s in staleness], "most": [s.get("max") for s in staleness]}
-        add_chart("staleness", "Staleness of updates, in rounds", series, phrases.about)
+        add_chart("staleness", "Staleness of updates, in rounds", series, phrases.rounded_text)
     return [c for c in drawn_charts if c is not None]
 
 
@@ -163,8 +169,16 @@ def device_charts(history: Sequence[Row]) -> list[Chart]:
             size, name = phrases.axis_of_sizes(highest) if kind == "bytes" else phrases.axis_of_lengths(highest)
             unit = size, f" {name}"
         drawn_charts.append(
-            chart(
-                key, title, round_numbers, series, format_value, unit=unit, top=top, from_zero=kind != "", bridged=True
+            lay_out_chart(
+                key,
+                title,
+                round_numbers,
+                series,
+                format_value,
+                unit=unit,
+                top=top,
+                from_zero=kind != "",
+                bridges_gaps=True,
             )
         )
     return [c for c in drawn_charts if c is not None]
@@ -178,16 +192,16 @@ def local_measure(metrics: Mapping[str, float]) -> str:
     for metric in METRICS.values():
         for suffix in ("_average", "_after", "_last", "_before", ""):
             if (value := metrics.get(metric.name + suffix)) is not None:
-                return metric.shown(value) if metric is ACCURACY else metric.said(value)
-    return phrases.NOTHING
+                return metric.value_text(value) if metric is ACCURACY else metric.titled_value(value)
+    return phrases.UNKNOWN
 
 
-def measured(metrics: Mapping[str, float]) -> str:
+def measurements_text(metrics: Mapping[str, float]) -> str:
     """Every measurement of a device's model, as one line."""
-    return ", ".join(METRICS[n].said(v) for n, v in metrics.items() if n in METRICS) or phrases.NOTHING
+    return ", ".join(METRICS[n].titled_value(v) for n, v in metrics.items() if n in METRICS) or phrases.UNKNOWN
 
 
-def _local(metric: Metric) -> tuple[str, str, dict[str, str], Any, str]:
+def _metric_chart(metric: Metric) -> tuple[str, str, dict[str, str], Any, str]:
     """The chart of a metric."""
     moments = {"received": "_before", "trained": "_after", "average": "_average", "measured": ""}
     curves = {label: metric.name + suffix for label, suffix in moments.items()}
@@ -195,25 +209,25 @@ def _local(metric: Metric) -> tuple[str, str, dict[str, str], Any, str]:
         metric.name,
         f"Local {metric.title}",
         curves,
-        phrases.share if metric.share else phrases.number,
-        "share" if metric.share else "",
+        phrases.share_text if metric.is_share else phrases.number_text,
+        "share" if metric.is_share else "",
     )
 
 
 # Charts of a device: key, title, metrics by the names of their curves, how a value is written, and its kind. A chart
 # without any value is left out, so that this lists all that boards can measure.
 _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
-    *map(_local, METRICS.values()),
-    (BLEND, "Received weights in the served model", {"share": BLEND}, phrases.share, "share"),
-    ("times", "Time of a round's training", {"training": "train_seconds"}, phrases.seconds, "s"),
+    *map(_metric_chart, METRICS.values()),
+    (BLEND, "Received weights in the served model", {"share": BLEND}, phrases.share_text, "share"),
+    ("times", "Time of a round's training", {"training": "train_seconds"}, phrases.seconds_text, "s"),
     ("step", "Time of a step and of a prediction", {"step": "step_seconds", "prediction": "latency_seconds"},
-     phrases.seconds, "s"),
-    ("memory", "Peak memory", {"peak": "peak_memory_bytes"}, phrases.size, "bytes"),
+     phrases.seconds_text, "s"),
+    ("memory", "Peak memory", {"peak": "peak_memory_bytes"}, phrases.size_text, "bytes"),
 )  # fmt: skip
 
 
-def strips(coverage: Row | None) -> list[Strip]:
-    return [strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]
+def coverage_strips(coverage: Row | None) -> list[Strip]:
+    return [coverage_strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]
 
 
 @dataclass(frozen=True)
@@ -234,22 +248,22 @@ class ChannelMap:
     words: str
 
 
-def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
+def make_channel_map(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
     """Lay out the channels of a group.
 
     Args:
         which: A bit for each, the first one highest, as hex; None, or what contradicts the numbers, if unknown.
     """
-    runs = None if which is None else list(_runs(which, of))
+    runs = None if which is None else list(_channel_runs(which, of))
     if runs is None or sum(n for _, n in runs) != kept:
-        return ChannelMap(group, kept, of, known=False, path=_path([(0, kept)] if kept else []), words="")
-    words = [f"{first}-{first + n - 1}" if n > 1 else str(first) for first, n in runs[:MOST_RANGES]]
-    if len(runs) > MOST_RANGES:
-        words.append(f"and {len(runs) - MOST_RANGES} more ranges")
-    return ChannelMap(group, kept, of, known=True, path=_path(runs), words=", ".join(words))
+        return ChannelMap(group, kept, of, known=False, path=_svg_path([(0, kept)] if kept else []), words="")
+    words = [f"{first}-{first + n - 1}" if n > 1 else str(first) for first, n in runs[:MAX_RANGES]]
+    if len(runs) > MAX_RANGES:
+        words.append(f"and {len(runs) - MAX_RANGES} more ranges")
+    return ChannelMap(group, kept, of, known=True, path=_svg_path(runs), words=", ".join(words))
 
 
-def _runs(which: str, of: int) -> Iterator[tuple[int, int]]:
+def _channel_runs(which: str, of: int) -> Iterator[tuple[int, int]]:
     """Begin and length of each run of held channels."""
     bits = "".join(f"{int(digit, 16):04b}" for digit in which)[:of]
     at = bits.find("1")
@@ -260,5 +274,5 @@ def _runs(which: str, of: int) -> Iterator[tuple[int, int]]:
         at = bits.find("1", end)
 
 
-def _path(runs: list[tuple[int, int]]) -> str:
+def _svg_path(runs: list[tuple[int, int]]) -> str:
     return "".join(f"M{at} 0h{n}v1h-{n}z" for at, n in runs)

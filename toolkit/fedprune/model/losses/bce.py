@@ -11,8 +11,8 @@ import numpy as np
 from fedprune.model.loss import (
     CLASS_WEIGHT,
     Feeds,
-    GraphWriter,
     Loss,
+    LossGraphWriter,
     LossParts,
     LossTerms,
     Outputs,
@@ -23,7 +23,7 @@ from fedprune.model.loss import (
 )
 
 
-def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
     zero, one = g.scalar(0), g.scalar(1)
     e = g.emit("Exp", g.emit("Neg", g.emit("Abs", logits)))
     one_plus_e = g.emit("Add", one, e)

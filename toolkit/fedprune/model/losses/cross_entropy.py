@@ -20,8 +20,8 @@ from fedprune.model.loss import (
     Y_SHARE,
     Array,
     Feeds,
-    GraphWriter,
     Loss,
+    LossGraphWriter,
     LossParts,
     LossTerms,
     Outputs,
@@ -33,7 +33,7 @@ from fedprune.model.loss import (
 )
 
 
-def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
     label = g.emit("Unsqueeze", Y, g.ints(1))
     is_counted = count_weight = ""
     if terms.ignore_label is not None:
@@ -64,19 +64,19 @@ def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> Los
         row = g.emit("Neg", g.emit("ReduceSum", label_log_probability, g.ints(1), attrs={"keepdims": 1}))
         return LossParts(row, partial(g.emit, "Mul", g.emit("Sub", probability, expected)), label_weight, divisor)
     if terms.label_pairs:
-        target = _mixed(g, expected, weight, outputs)
+        target = _paired_target(g, expected, weight, outputs)
         if terms.label_smoothing:
             kept_share, spread_share = _smoothing(g, outputs, terms, "")
             target = g.emit("Add", g.emit("Mul", target, kept_share), spread_share)
     else:
         kept_share, spread_share = _smoothing(g, outputs, terms, weight)
         target = g.emit("Add", g.emit("Mul", expected, kept_share), spread_share)
-    return _towards(
+    return _target_loss(
         g, g.emit("Mul", target, count_weight) if count_weight else target, probability, log_probability, divisor
     )
 
 
-def _mixed(g: GraphWriter, expected: str, weight: str, outputs: Shape) -> str:
+def _paired_target(g: LossGraphWriter, expected: str, weight: str, outputs: Shape) -> str:
     """The target distribution of two labels and their shares [N, K, ...].
 
     Args:
@@ -93,7 +93,7 @@ def _mixed(g: GraphWriter, expected: str, weight: str, outputs: Shape) -> str:
     return g.emit("Add", g.emit("Mul", expected, own_share), g.emit("Mul", mixed_in, partner_share))
 
 
-def _smoothing(g: GraphWriter, outputs: Shape, terms: LossTerms, weight: str) -> tuple[str, str]:
+def _smoothing(g: LossGraphWriter, outputs: Shape, terms: LossTerms, weight: str) -> tuple[str, str]:
     """The factor of labels, [] or with their weights [N, 1, ...], and the share of every class: [] or [K, 1, ...]."""
     g.add_input(LABEL_SMOOTHING)
     kept_share = g.emit("Sub", g.scalar(1), LABEL_SMOOTHING)
@@ -105,7 +105,7 @@ def _smoothing(g: GraphWriter, outputs: Shape, terms: LossTerms, weight: str) ->
     return kept_share, spread_share
 
 
-def _towards(g: GraphWriter, target: str, probability: str, log_probability: str, divisor: str) -> LossParts:
+def _target_loss(g: LossGraphWriter, target: str, probability: str, log_probability: str, divisor: str) -> LossParts:
     """Cross-entropy with any target distribution [N, K, ...]."""
     row = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", target, log_probability), g.ints(1), attrs={"keepdims": 1}))
     target_sum = g.emit("ReduceSum", target, g.ints(1), attrs={"keepdims": 1})

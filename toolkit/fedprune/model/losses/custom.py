@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedprune.core.errors import ModelError
-from fedprune.model.loss import GraphWriter, Loss, LossParts, LossTerms, Shape
+from fedprune.model.loss import Loss, LossGraphWriter, LossParts, LossTerms, Shape
 
 
-def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
     raise ModelError("the model brings no loss of its own", expected="one, or a built-in loss")
 
 

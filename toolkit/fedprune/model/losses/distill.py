@@ -11,12 +11,12 @@ import math
 from functools import partial
 
 from fedprune.core.errors import ModelError, shape_text
-from fedprune.model.loss import GraphWriter, Loss, LossParts, LossTerms, Shape, Y
+from fedprune.model.loss import Loss, LossGraphWriter, LossParts, LossTerms, Shape, Y
 
 _TEMPERATURE = "distill_temperature"
 
 
-def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
     if outputs[0] < 2:
         raise ModelError(
             "outputs of a model with loss distill",

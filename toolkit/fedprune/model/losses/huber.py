@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedprune.model.loss import Feeds, GraphWriter, Loss, LossParts, LossTerms, Outputs, Shape, Y, sample_means
+from fedprune.model.loss import Feeds, Loss, LossGraphWriter, LossParts, LossTerms, Outputs, Shape, Y, sample_means
 
 _DELTA = "huber_delta"
 
 
-def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
     d = g.emit("Sub", logits, Y)
     size = g.emit("Abs", d)
     c = g.emit("Min", size, _DELTA)

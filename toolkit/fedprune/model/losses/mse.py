@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedprune.model.loss import Feeds, GraphWriter, Loss, LossParts, LossTerms, Outputs, Shape, Y, sample_means
+from fedprune.model.loss import Feeds, Loss, LossGraphWriter, LossParts, LossTerms, Outputs, Shape, Y, sample_means
 
 
-def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
     d = g.emit("Sub", logits, Y)
     return sample_means(g, g.emit("Mul", d, d), g.emit("Mul", d, g.scalar(2)), outputs)
 

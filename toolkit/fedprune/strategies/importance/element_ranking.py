@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.selection import Active, Tensors
+from fedprune.model.selection import ElementMask, Tensors
 
 Floats = npt.NDArray[np.float32]
 
 # Tolerance in rounding the product of a density and a number of elements to a whole number.
-_HAIR = 1e-6
+_ROUNDING_TOLERANCE = 1e-6
 
 
 def prunable(architecture: Architecture, extra_kinds: Collection[TensorKind] = ()) -> tuple[str, ...]:
@@ -57,12 +57,14 @@ def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], shar
     for name, value in order.items():
         floored[name] = value.astype(np.float32)
         if share and value.size:
-            is_kept = _largest(np.abs(weights[name]).reshape(-1), max(1, int(share * value.size + _HAIR)))
+            is_kept = _largest_mask(
+                np.abs(weights[name]).reshape(-1), max(1, int(share * value.size + _ROUNDING_TOLERANCE))
+            )
             floored[name][is_kept.reshape(value.shape)] = np.inf
     return floored
 
 
-def top(order: Mapping[str, Floats], density: float) -> Active:
+def top_mask(order: Mapping[str, Floats], density: float) -> ElementMask:
     """The mask that keeps the most important elements of all tensors together.
 
     It has floor(density · n) of the n elements of the order, and at least one; fewer only where more than the rest is
@@ -81,8 +83,8 @@ def top(order: Mapping[str, Floats], density: float) -> Active:
         bad = next(n for n in names if np.isnan(order[n]).any())
         raise BundleError(f"importance of the elements of {bad}", expected="numbers", got="NaN")
     always, never = int(np.count_nonzero(flat == np.inf)), int(np.count_nonzero(flat == -np.inf))
-    count = max(1, int(density * flat.size + _HAIR)) if flat.size else 0
-    bits = _largest(flat, max(always, min(count, flat.size - never)))
+    count = max(1, int(density * flat.size + _ROUNDING_TOLERANCE)) if flat.size else 0
+    bits = _largest_mask(flat, max(always, min(count, flat.size - never)))
     active, offset = {}, 0
     for name in names:
         size = order[name].size
@@ -91,10 +93,10 @@ def top(order: Mapping[str, Floats], density: float) -> Active:
     return active
 
 
-def threshold(order: Mapping[str, Floats], mask: Active) -> float:
+def mask_threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
     """The least importance of an active element; 0 where none is, or where all are.
 
-    For |w| and `top`, it is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`).
+    For |w| and `top_mask`, it is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`).
     """
     # A threshold of the smallest weight would drop it as soon as it shrinks; at 0 the graph computes an ordinary step.
     if all(bits.all() for bits in mask.values()):
@@ -127,7 +129,7 @@ def quantile(value_arrays: Iterable[npt.NDArray[np.floating]], q: float) -> floa
     return below if below == above else below + (position - low) * (above - below)
 
 
-def _largest(values: Floats, count: int) -> npt.NDArray[np.bool_]:
+def _largest_mask(values: Floats, count: int) -> npt.NDArray[np.bool_]:
     """Which of the values are the `count` largest; of equal ones the first."""
     if count <= 0:
         return np.zeros(values.shape, np.bool_)

@@ -86,8 +86,8 @@ class Evidence:
                 (-mean_step / rate).astype(np.float32),
                 (samples * mean_square / rate**2).astype(np.float32),
             )
-            self.gradient[name] = _average(self.gradient[name], gradient, self.trained[name], trained_now)
-            self.curvature[name] = _average(self.curvature[name], curvature, self.trained[name], trained_now)
+            self.gradient[name] = _moving_average(self.gradient[name], gradient, self.trained[name], trained_now)
+            self.curvature[name] = _moving_average(self.curvature[name], curvature, self.trained[name], trained_now)
             self.trained[name] = self.trained[name] | trained_now
 
     def trained_channels(self) -> tuple[Bits, ...]:
@@ -97,11 +97,11 @@ class Evidence:
             flags = self.trained[spec.name]
             for axis in self.architecture.output_axes(spec.name):
                 row = flags.sum(axis=tuple(i for i in range(flags.ndim) if i != axis), dtype=np.int64)
-                collect(counts, spec.axes[axis], row)
+                add_to_channels(counts, spec.axes[axis], row)
         return tuple(count > 0 for count in counts)
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every channel was trained at least once, so that warm-up may end."""
         return all(flags.all() for flags in self.trained_channels())
 
@@ -136,7 +136,7 @@ class Evidence:
         return cls(architecture, *({name: tensors[f"{name}::{estimate}"] for name in names} for estimate in estimates))
 
 
-def collect(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any]) -> None:
+def add_to_channels(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any]) -> None:
     """Add numbers per index of an axis to those of its channels, one array per group."""
     offset = 0
     for segment in axis.segments:
@@ -148,7 +148,7 @@ def collect(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any])
         offset += segment.length
 
 
-def _average(estimate: Floats, observation: Floats, was_trained: Bits, is_observed: Bits) -> Floats:
+def _moving_average(estimate: Floats, observation: Floats, was_trained: Bits, is_observed: Bits) -> Floats:
     """Update moving averages: the old estimate where nothing was observed, the observation where there was none before,
     a mixture elsewhere."""
     average = np.float32(DECAY) * estimate + np.float32(1 - DECAY) * observation

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError, ConfigError
-from fedprune.core.rng import keyed
+from fedprune.core.rng import keyed_generator
 from fedprune.jobs.job import SCORERS
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.strategies.importance.gradient_stats import Evidence, collect
+from fedprune.strategies.importance.gradient_stats import Evidence, add_to_channels
 
 # Per group one number per channel; more is better.
 Scores = tuple[npt.NDArray[np.float64], ...]
@@ -26,10 +26,10 @@ Scores = tuple[npt.NDArray[np.float64], ...]
 # Per group its channels, best first.
 Ranks = tuple[npt.NDArray[np.int64], ...]
 
-Form = Literal["abs", "signed"]
+CurvatureForm = Literal["abs", "signed"]
 
 
-def score(
+def channel_scores(
     name: str,
     architecture: Architecture,
     tensors: Mapping[str, npt.NDArray[np.float32]],
@@ -38,28 +38,28 @@ def score(
     """Scores by a scorer's name, with its default options.
 
     Args:
-        name: `ordered`, `magnitude` or `curvature`.
-        evidence: For `curvature`; without it all channels are equal and keep their own order.
+        name: `order_scores`, `magnitude_scores` or `curvature_scores`.
+        evidence: For `curvature_scores`; without it all channels are equal and keep their own order.
 
     Raises:
         ConfigError: There is no such scorer.
         BundleError: Tensors don't fit the architecture.
     """
     if name == "ordered":
-        return ordered(architecture)
+        return order_scores(architecture)
     if name == "magnitude":
-        return magnitude(architecture, tensors)
+        return magnitude_scores(architecture, tensors)
     if name == "curvature":
-        return curvature(architecture, tensors, Evidence.empty(architecture) if evidence is None else evidence)
+        return curvature_scores(architecture, tensors, Evidence.empty(architecture) if evidence is None else evidence)
     raise ConfigError(f"no scorer is called {name!r}", expected=", ".join(SCORERS))
 
 
-def ordered(architecture: Architecture) -> Scores:
+def order_scores(architecture: Architecture) -> Scores:
     """S_c = −c: channels keep their own order (ordered prefixes; HeteroFL, Diao et al. 2021, eq. 2)."""
     return tuple(-np.arange(n, dtype=np.float64) for n in architecture.sizes)
 
 
-def magnitude(architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Scores:
+def magnitude_scores(architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Scores:
     """S_c = Σ |w| over the weights that make channel c.
 
     Filters and linear rows count, biases and norm vectors don't (Li et al. 2017, "Pruning filters for efficient
@@ -68,16 +68,16 @@ def magnitude(architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.f
     """
 
     def part(name: str) -> npt.NDArray[np.float64]:
-        return np.abs(_tensor(architecture, tensors, name))
+        return np.abs(_checked_tensor(architecture, tensors, name))
 
     return channel_sums(architecture, part, (TensorKind.WEIGHT,))
 
 
-def curvature(
+def curvature_scores(
     architecture: Architecture,
     tensors: Mapping[str, npt.NDArray[np.float32]],
     evidence: Evidence,
-    form: Form = "abs",
+    form: CurvatureForm = "abs",
 ) -> Scores:
     """S_c = Σ s_i over the coordinates that make channel c: weights, bias, γ and β (CA-HFP, eq. 15, and its ablations).
 
@@ -89,21 +89,21 @@ def curvature(
         form: `abs`: s = |g·w| + ½·h·w², the size of the second-order change of the loss (eq. 14) when a weight is
             removed; terms of opposite sign don't cancel. `signed`: s = g·w + h·w², eq. 15 to the letter.
     """
-    if form not in get_args(Form):
+    if form not in get_args(CurvatureForm):
         raise BundleError("form of the curvature score", expected="abs or signed", got=repr(form))
     if evidence.architecture.digest != architecture.digest:
         raise BundleError("evidence belongs to another architecture")
 
     def part(name: str) -> npt.NDArray[np.float64]:
-        w = _tensor(architecture, tensors, name)
+        w = _checked_tensor(architecture, tensors, name)
         second_order: npt.NDArray[np.float64] = evidence.curvature[name] * (w * w)
         first_order = evidence.gradient[name] * w
         return np.abs(first_order) + 0.5 * second_order if form == "abs" else first_order + second_order
 
-    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable))
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.is_trainable))
 
 
-def movement(architecture: Architecture, evidence: Evidence) -> Scores:
+def movement_scores(architecture: Architecture, evidence: Evidence) -> Scores:
     """S_c = Σ |Δw| over the coordinates that make channel c: CA-HFP's `Delta w` criterion (Table II).
 
     Δw is read from the estimated gradient, a moving average of −Δ / (η_eff · steps). The factor is the same for all
@@ -116,7 +116,7 @@ def movement(architecture: Architecture, evidence: Evidence) -> Scores:
     def part(name: str) -> npt.NDArray[np.float64]:
         return np.abs(evidence.gradient[name]).astype(np.float64)
 
-    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable))
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.is_trainable))
 
 
 def channel_sums(
@@ -137,11 +137,11 @@ def channel_sums(
             continue
         values = quantity(spec.name)
         for axis in axes:
-            collect(sums, spec.axes[axis], values.sum(axis=tuple(i for i in range(values.ndim) if i != axis)))
+            add_to_channels(sums, spec.axes[axis], values.sum(axis=tuple(i for i in range(values.ndim) if i != axis)))
     return sums
 
 
-def ranks(scores: Sequence[npt.NDArray[Any]]) -> Ranks:
+def rank_channels(scores: Sequence[npt.NDArray[Any]]) -> Ranks:
     """Per group its channels by descending score; equal scores by ascending channel. Raises `BundleError` if a score is
     not a number."""
     if any(np.isnan(s).any() for s in scores):
@@ -156,11 +156,12 @@ def random_ranks(architecture: Architecture, seed: int, round: int) -> Ranks:  #
     All devices of a round share them, so that masks are nested; they depend on seed and round alone.
     """
     return tuple(
-        keyed(seed, round, "ranks", g).permutation(n).astype(np.int64) for g, n in enumerate(architecture.sizes)
+        keyed_generator(seed, round, "ranks", g).permutation(n).astype(np.int64)
+        for g, n in enumerate(architecture.sizes)
     )
 
 
-def _tensor(
+def _checked_tensor(
     architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]], name: str
 ) -> npt.NDArray[np.float64]:
     value = tensors.get(name)

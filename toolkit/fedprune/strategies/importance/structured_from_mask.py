@@ -18,18 +18,18 @@ import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis, TensorKind, TensorSpec
-from fedprune.model.selection import Active, Bits, Selection, check_mask
-from fedprune.strategies.importance.gradient_stats import collect
+from fedprune.model.selection import BoolArray, ElementMask, Selection, check_mask
+from fedprune.strategies.importance.gradient_stats import add_to_channels
 
 # Per group, whether each channel is left.
-Alive = tuple[Bits, ...]
+Alive = tuple[BoolArray, ...]
 
-_HAIR = 1e-9
+_ROUNDING_TOLERANCE = 1e-9
 
 Counts = tuple[npt.NDArray[np.int64], ...]
 
 
-def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0) -> Alive:
+def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1.0) -> Alive:
     """Find the channels that a mask leaves alive.
 
     Raises `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
@@ -47,11 +47,11 @@ def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0) -
     # A channel that is lost takes weights from the next layer's channels, so the search goes on until nothing changes.
     # It ends, since channels are only lost.
     while True:
-        makers, readers = _counts(architecture, weights, mask, alive)
+        makers, readers = _weight_counts(architecture, weights, mask, alive)
         alive_after = []
         for g, alive_before in enumerate(alive):
             active_makers, all_makers = makers[0][g], makers[1][g]
-            is_lost = (all_makers > 0) & (all_makers - active_makers >= share * all_makers - _HAIR)
+            is_lost = (all_makers > 0) & (all_makers - active_makers >= share * all_makers - _ROUNDING_TOLERANCE)
             is_lost |= (readers[1][g] > 0) & (readers[0][g] == 0)
             still_alive = alive_before & ~is_lost
             if not still_alive.any():
@@ -64,7 +64,7 @@ def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0) -
         alive = tuple(alive_after)
 
 
-def surviving(selection: Selection, alive: Alive) -> Selection:
+def surviving_selection(selection: Selection, alive: Alive) -> Selection:
     """A selection without lost channels: survivors come first in its ranks, and widths count them alone.
 
     A group of which it holds no survivor keeps the best channel of the new ranks.
@@ -76,14 +76,14 @@ def surviving(selection: Selection, alive: Alive) -> Selection:
     return Selection.of(selection.architecture, widths, ranks)
 
 
-def _counts(
-    architecture: Architecture, weights: Sequence[TensorSpec], mask: Active, alive: Alive
+def _weight_counts(
+    architecture: Architecture, weights: Sequence[TensorSpec], mask: ElementMask, alive: Alive
 ) -> tuple[tuple[Counts, Counts], tuple[Counts, Counts]]:
     """Per channel, the active and all weights that make it, and that read it, among what is alive."""
     totals = [tuple(np.zeros(n, np.int64) for n in architecture.sizes) for _ in range(4)]
     for spec in weights:
         output_axes = architecture.output_axes(spec.name)
-        alive_indices = [_spread(axis, alive) for axis in spec.axes]
+        alive_indices = [_alive_indices(axis, alive) for axis in spec.axes]
         for i, axis in enumerate(spec.axes):
             if not axis.groups:
                 continue
@@ -92,14 +92,14 @@ def _counts(
                 int(alive_of_axis.sum()) for j, alive_of_axis in enumerate(alive_indices) if j != i
             )
             all_weights = np.full(axis.length, combinations, np.int64)
-            active_weights = all_weights if spec.name not in mask else _active(mask[spec.name], alive_indices, i)
+            active_weights = all_weights if spec.name not in mask else _active_counts(mask[spec.name], alive_indices, i)
             targets = totals[:2] if i in output_axes else totals[2:]
             for counts, row in zip(targets, (active_weights, all_weights), strict=True):
-                collect(counts, axis, row)
+                add_to_channels(counts, axis, row)
     return (totals[0], totals[1]), (totals[2], totals[3])
 
 
-def _active(bits: Bits, alive_indices: Sequence[Bits], axis: int) -> npt.NDArray[np.int64]:
+def _active_counts(bits: BoolArray, alive_indices: Sequence[BoolArray], axis: int) -> npt.NDArray[np.int64]:
     """Active elements per index of an axis, over the alive indices of the other axes."""
     for j, row in enumerate(alive_indices):
         if j != axis and not row.all():
@@ -108,7 +108,7 @@ def _active(bits: Bits, alive_indices: Sequence[Bits], axis: int) -> npt.NDArray
     return np.asarray(np.sum(bits, axis=other_axes, dtype=np.int64))
 
 
-def _spread(axis: Axis, alive: Alive) -> Bits:
+def _alive_indices(axis: Axis, alive: Alive) -> BoolArray:
     """Which indices of an axis belong to channels that are alive, or to none."""
     segments = [
         np.ones(s.length, np.bool_)

@@ -14,14 +14,14 @@ from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Decay, Mixing, Schedule, Staleness
 from fedprune.strategies.aggregators import Aggregator, DeltaMean, Mean
-from fedprune.strategies.allocation import dealt
+from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.methods.fedavg import FedAvg
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 
 
 @dataclass(frozen=True)
-class Options:
+class AsynchronousOptions:
     """Options of all three strategies.
 
     Attributes:
@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class OneByOne(Options):
+class FedAsyncOptions(AsynchronousOptions):
     """Options of `fedasync`, which `docs/strategies/fedasync.md` explains."""
 
     rate: float = bounded(0.6, 0, 1, above=True)
@@ -57,7 +57,7 @@ class OneByOne(Options):
 
 
 @dataclass(frozen=True)
-class Windows(Options):
+class FedFixOptions(AsynchronousOptions):
     """Options of `fedfix`, which `docs/strategies/fedfix.md` explains."""
 
     window_s: float = bounded(60.0, 1e-3, 1e8)
@@ -65,7 +65,7 @@ class Windows(Options):
 
 
 @dataclass(frozen=True)
-class Buffers(Options):
+class FedBuffOptions(AsynchronousOptions):
     """Options of `fedbuff`, which `docs/strategies/fedbuff.md` explains."""
 
     staleness: Decay = "polynomial"
@@ -75,30 +75,36 @@ class Buffers(Options):
 def fedasync(job: Job) -> Strategy:
     """The preset: every update moves the model as it comes (Xie et al. 2019, Alg. 1). Raises `ConfigError` if an option
     is unknown or out of range."""
-    options = read_options(job, OneByOne)
+    options = read_options(job, FedAsyncOptions)
     # An update is the model's only one when it counts, so its samples can't weigh against others'.
-    return _strategy(job, options, Mean(weighting="uniform"), options.mixing, arrivals=1)
+    return _asynchronous_strategy(job, options, Mean(weighting="uniform"), options.mixing, arrivals=1)
 
 
 def fedfix(job: Job) -> Strategy:
     """The preset: the model moves at the end of every window (Fraboni et al. 2022, FedFix). Raises `ConfigError` if an
     option is unknown or out of range."""
-    options = read_options(job, Windows)
+    options = read_options(job, FedFixOptions)
     kind = DeltaMean if options.mixing == "unbiased" else Mean
     aggregator = kind(rule="fill", weighting="uniform")
-    return _strategy(job, options, aggregator, options.mixing, window_s=options.window_s)
+    return _asynchronous_strategy(job, options, aggregator, options.mixing, window_s=options.window_s)
 
 
 def fedbuff(job: Job) -> Strategy:
     """The preset: the model moves by the mean of every K moves (Nguyen et al. 2022, Alg. 1). Raises `ConfigError` if an
     option is unknown or out of range."""
-    options = read_options(job, Buffers)
+    options = read_options(job, FedBuffOptions)
     aggregator = DeltaMean(rule="fill", weighting="uniform")
-    return _strategy(job, options, aggregator, "damped", arrivals=options.buffer)
+    return _asynchronous_strategy(job, options, aggregator, "damped", arrivals=options.buffer)
 
 
-def _strategy(
-    job: Job, options: Options, aggregator: Aggregator, mixing: Mixing, *, arrivals: int = 0, window_s: float = 0.0
+def _asynchronous_strategy(
+    job: Job,
+    options: AsynchronousOptions,
+    aggregator: Aggregator,
+    mixing: Mixing,
+    *,
+    arrivals: int = 0,
+    window_s: float = 0.0,
 ) -> Strategy:
     try:
         schedule = Schedule(
@@ -114,13 +120,13 @@ def _strategy(
         )
     except ConfigError as error:
         # `Schedule` names its own fields; the user set them among the options.
-        raise error.named(error.words, ("job", "options", *error.path[1:])) from error
+        raise error.with_subject(error.description, ("job", "options", *error.path[1:])) from error
     return FedAvg(
         job.strategy,
         aggregator=aggregator,
         # An option of 0 leaves the pull to the job's recipe.
         mu=options.mu or None,
         inputs="updates",
-        allocator=dealt(job, options.densities, default=(1.0,)),
+        allocator=density_allocator(job, options.densities, default=(1.0,)),
         schedule=schedule,
     )

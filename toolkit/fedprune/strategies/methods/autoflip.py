@@ -16,18 +16,18 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.element_mask import applied
+from fedprune.model.element_mask import apply_mask
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import ALL, Active, Selection, mesh
+from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, mesh
 from fedprune.strategies.aggregators import VELOCITY, Mean
-from fedprune.strategies.allocation import dealt
-from fedprune.strategies.element_masks import Masked, global_mask, masked
+from fedprune.strategies.allocation import density_allocator
+from fedprune.strategies.element_masks import MaskedElements, global_mask, masked_submodel
 from fedprune.strategies.importance.element_ranking import prunable, quantile
-from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.importance.structured_from_mask import surviving, survivors
+from fedprune.strategies.importance.scoring import order_scores, rank_channels
+from fedprune.strategies.importance.structured_from_mask import surviving_selection, survivors
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Memories, Ranking, RoundClosing, Scene, Submodel, Turn, UpdateReport
 
 NAME = "autoflip"
 
@@ -36,11 +36,11 @@ _GUIDANCE = "guidance/"
 
 _WIDTHS = "/widths"
 
-Start = Literal["init", "explored_mean"]
+WarmStart = Literal["init", "explored_mean"]
 
 
 @dataclass(frozen=True)
-class Options:
+class AutoFlipOptions:
     """Options of `autoflip`, which `docs/strategies/autoflip.md` explains."""
 
     pruned_share: float = bounded(0.3, 0, 1, below=True)
@@ -48,44 +48,44 @@ class Options:
     patience: int = bounded(40, 0, 10_000)
     server_momentum: float = bounded(0.9, 0, 1, below=True)
     lr_decay: float = bounded(0.99, 1e-3, 1)
-    warm_start: Start = "init"
+    warm_start: WarmStart = "init"
     structured: bool = True
     masked_share: float = bounded(1.0, 1e-3, 1)
     densities: tuple[float, ...] = bounded((), 0, 1, above=True)
 
 
 @dataclass(frozen=True)
-class AutoFlip(Masked):
+class AutoFlip(MaskedElements):
     """Ranks elements by how far the round's participants moved them when they explored.
 
     With the option `structured`, submodels don't have the channels that masks leave without weights.
     """
 
-    options: Options = field(default_factory=Options)
+    options: AutoFlipOptions = field(default_factory=AutoFlipOptions)
 
     @property
-    def device_independent(self) -> bool:
+    def is_device_independent(self) -> bool:
         return True
 
     def rank(self, scene: Scene) -> Ranking:
         """Rank elements by +∞ if they stay and −∞ if they are masked; channels that are left come first, in their own
         order."""
-        own_order = ranks(ordered(scene.architecture))
+        own_order = rank_channels(order_scores(scene.architecture))
         # The first round explores: there is no guidance yet.
-        mask = ALL if scene.round == 1 else self._mask(scene)
+        mask = ALL_ACTIVE if scene.round == 1 else self._round_mask(scene)
         if not mask:
             return Ranking(own_order)
         order = {n: np.where(m, np.inf, -np.inf).astype(np.float32) for n, m in mask.items()}
         if not self.options.structured:
             return Ranking(own_order, order)
         alive = survivors(scene.architecture, mask, share=self.options.masked_share)
-        return Ranking(surviving(Selection.full(scene.architecture), alive).ranks, order)
+        return Ranking(surviving_selection(Selection.full(scene.architecture), alive).ranks, order)
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
         """The explorers' guidance, in the first round."""
         if scene.round > 1:
             return {}
-        names = self._names(scene.architecture)
+        names = self._maskable_names(scene.architecture)
         return {_GUIDANCE + r.cut.turn.device: _guidance(r, names) for r in reports()}
 
     def extract(self, cut: Cut) -> Submodel:
@@ -93,12 +93,12 @@ class AutoFlip(Masked):
             return super().extract(cut)
         return without_empty_channels(cut, self.options.masked_share)
 
-    def reconstruct(self, report: Report) -> Submodel:
+    def reconstruct(self, report: UpdateReport) -> Submodel:
         """The submodel with all channels of its widths: cut ones as they were sent, masked elements as 0."""
         cut, trained = report.cut, report.trained
         if not self.options.structured or not trained.mask:
             return Submodel(trained.selection, trained.tensors)
-        sent_values = masked(cut, cut.selection, global_mask(cut)).tensors
+        sent_values = masked_submodel(cut, cut.selection, global_mask(cut)).tensors
         full_values = cut.selection.scatter(sent_values, cut.scene.model)
         return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, full_values)))
 
@@ -115,57 +115,57 @@ class AutoFlip(Masked):
             recipe, epochs=options.exploration_epochs, patience=options.patience, best_epoch=False, max_steps=0
         )
 
-    def _mask(self, scene: Scene) -> Active:
+    def _round_mask(self, scene: Scene) -> ElementMask:
         explorers = sorted(n.removeprefix(_GUIDANCE) for n in scene.memory if n.startswith(_GUIDANCE))
         if not explorers or not self.options.pruned_share:
-            return ALL
+            return ALL_ACTIVE
         # Guidance of the round's participants, as in the paper; a round without any explorer takes all explorers'.
         present_explorers = [d for d in scene.participants if d in set(explorers)]
-        guidance = _mean(scene, present_explorers or explorers, self._names(scene.architecture))
-        scaled = {n: _scaled(v) for n, v in guidance.items()}
+        guidance = _mean_guidance(scene, present_explorers or explorers, self._maskable_names(scene.architecture))
+        scaled = {n: _scaled_guidance(v) for n, v in guidance.items()}
         rankable = [v[np.isfinite(v)] for v in scaled.values()]
         if not any(v.size for v in rankable):
-            return ALL
+            return ALL_ACTIVE
         limit = quantile(rankable, self.options.pruned_share)
         return {n: v > limit for n, v in scaled.items()}
 
-    def _names(self, architecture: Architecture) -> tuple[str, ...]:
+    def _maskable_names(self, architecture: Architecture) -> tuple[str, ...]:
         return prunable(architecture, (TensorKind.BIAS,))
 
 
 @dataclass(frozen=True)
-class Damped(Mean):
+class DampedMean(Mean):
     """A mean with damped momentum. The mean of the explorers' models has none. What the first mask prunes begins at
     0."""
 
     def close(
-        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
-    ) -> Closing:
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
+    ) -> RoundClosing:
         if scene.round == 1:
             # The explorers' mean is a new start, not a move that momentum should carry on.
-            return Closing(fold.close()[0])
+            return RoundClosing(fold.close()[0])
         closing = super().close(fold, scene, rate, reports)
         # Round 2 is the first with a mask. What it prunes begins at 0 instead of decaying from its first value.
         if scene.round != 2:
             return closing
         report = next((r for r, _ in reports()), None)
         # All devices of a round have one mask, so any report tells it.
-        mask = ALL if report is None else global_mask(report.cut)
-        memories = {n: applied(mask, v) if n == VELOCITY else v for n, v in closing.memories.items()}
-        return Closing(applied(mask, closing.model), dict(memories))
+        mask = ALL_ACTIVE if report is None else global_mask(report.cut)
+        memories = {n: apply_mask(mask, v) if n == VELOCITY else v for n, v in closing.memories.items()}
+        return RoundClosing(apply_mask(mask, closing.model), dict(memories))
 
 
 def autoflip(job: Job) -> Strategy:
-    options = read_options(job, Options)
+    options = read_options(job, AutoFlipOptions)
     return AutoFlip(
         NAME,
         options=options,
-        aggregator=Damped(server_momentum=options.server_momentum, damped=True),
+        aggregator=DampedMean(server_momentum=options.server_momentum, damped=True),
         inputs="measurements",
-        allocator=dealt(job, options.densities),
-        explores=1,
-        explorers_count=options.warm_start == "explored_mean",
-        masks=True,
+        allocator=density_allocator(job, options.densities),
+        exploration_rounds=1,
+        exploration_updates_model=options.warm_start == "explored_mean",
+        uses_masks=True,
     )
 
 
@@ -178,12 +178,14 @@ def without_empty_channels(cut: Cut, share: float) -> Submodel:
     """
     mask = global_mask(cut)
     kept_channels = (
-        surviving(cut.selection, survivors(cut.scene.architecture, mask, share=share)) if mask else cut.selection
+        surviving_selection(cut.selection, survivors(cut.scene.architecture, mask, share=share))
+        if mask
+        else cut.selection
     )
-    return masked(cut, kept_channels, mask)
+    return masked_submodel(cut, kept_channels, mask)
 
 
-def _guidance(report: Report, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
+def _guidance(report: UpdateReport, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
     """G_k = (w_k^exp − w_0)² of one explorer, whose channels are its groups' first."""
     trained = report.trained
     guidance: dict[str, npt.NDArray[Any]] = {_WIDTHS: np.array(trained.selection.widths, np.int64)}
@@ -194,7 +196,7 @@ def _guidance(report: Report, names: tuple[str, ...]) -> dict[str, npt.NDArray[A
     return guidance
 
 
-def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str, npt.NDArray[np.float64]]:
+def _mean_guidance(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str, npt.NDArray[np.float64]]:
     """The mean over explorers that hold an element; NaN where none does."""
     shapes = {n: scene.architecture.by_name[n].shape for n in names}
     sums = {n: np.zeros(s) for n, s in shapes.items()}
@@ -209,7 +211,7 @@ def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str,
     return {n: np.where(counts[n] > 0, sums[n] / np.maximum(counts[n], 1), np.nan) for n in names}
 
 
-def _scaled(guidance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _scaled_guidance(guidance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """A tensor's guidance, scaled from 0 to 1. Elements that can't be compared are +∞, which no mask removes.
 
     That is where no explorer held an element, and in tensors whose elements are all alike.

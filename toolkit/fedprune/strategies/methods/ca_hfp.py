@@ -14,42 +14,42 @@ from typing import Any
 
 from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
-from fedprune.core.settings import bounded, one_of
+from fedprune.core.settings import bounded, choice_of
 from fedprune.jobs.job import Job
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.allocation import dealt
-from fedprune.strategies.channel_ranking import Ranked
-from fedprune.strategies.importance.scoring import Form
+from fedprune.strategies.allocation import density_allocator
+from fedprune.strategies.channel_ranking import RankedChannels
+from fedprune.strategies.importance.scoring import CurvatureForm
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 
 # The option's words, and what our scorer calls them.
-SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
+SCORERS_BY_OPTION = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
 
 
 @dataclass(frozen=True)
-class Options:
+class CaHfpOptions:
     """Options of `ca-hfp`, which `docs/strategies/ca-hfp.md` explains."""
 
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    score: str = one_of("curvature", SCORES)
-    form: Form = "abs"
+    score: str = choice_of("curvature", SCORERS_BY_OPTION)
+    form: CurvatureForm = "abs"
     reconstruction: Rule = "fill"
 
 
 def ca_hfp(job: Job) -> Strategy:
     """The preset. Raises `ConfigError` if an option is unknown or out of range, or devices don't train by SGD, whose
     moves are gradients."""
-    options, name = read_options(job, Options), job.strategy
-    strategy = Ranked(
+    options, name = read_options(job, CaHfpOptions), job.strategy
+    strategy = RankedChannels(
         name,
-        scorer=SCORES[options.score],
+        scorer=SCORERS_BY_OPTION[options.score],
         form=options.form,
         aggregator=Mean(rule=options.reconstruction),
         inputs="updates",
-        allocator=dealt(job, options.densities),
+        allocator=density_allocator(job, options.densities),
     )
-    if strategy.observes and job.recipe.optimizer != "sgd":
+    if strategy.observes_movement and job.recipe.optimizer != "sgd":
         raise ConfigError(
             f"{options.score!r} learns gradients from how far devices' SGD moves",
             path=("job", "options", "score"),

@@ -5,28 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedprune.core.settings import bounded, one_of
+from fedprune.core.settings import bounded, choice_of
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import WEIGHTINGS, Mean
-from fedprune.strategies.allocation import dealt
+from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 
 
 @dataclass(frozen=True)
-class Options:
+class FedAvgOptions:
     """Options of `fedavg`, which `docs/strategies/fedavg.md` explains."""
 
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    weighting: str = one_of("samples", WEIGHTINGS)
+    weighting: str = choice_of("samples", WEIGHTINGS)
     server_momentum: float = bounded(0.0, 0, 0.999)
     lr_decay: float = bounded(1.0, 1e-3, 1)
 
 
 @dataclass(frozen=True)
-class ProximalOptions(Options):
+class FedProxOptions(FedAvgOptions):
     """Options of `fedprox`, which `docs/strategies/fedavg.md` explains."""
 
     mu: float = bounded(0.01, 0, 1e6)
@@ -50,15 +50,15 @@ class FedAvg(Strategy):
 
 
 def fedavg(job: Job) -> Strategy:
-    return _mean_of_all(job, read_options(job, Options), None)
+    return _mean_strategy(job, read_options(job, FedAvgOptions), None)
 
 
 def fedprox(job: Job) -> Strategy:
-    options = read_options(job, ProximalOptions)
-    return _mean_of_all(job, options, options.mu)
+    options = read_options(job, FedProxOptions)
+    return _mean_strategy(job, options, options.mu)
 
 
-def _mean_of_all(job: Job, options: Options, mu: float | None) -> Strategy:
+def _mean_strategy(job: Job, options: FedAvgOptions, mu: float | None) -> Strategy:
     return FedAvg(
         job.strategy,
         aggregator=Mean(server_momentum=options.server_momentum, weighting=options.weighting),
@@ -66,5 +66,5 @@ def _mean_of_all(job: Job, options: Options, mu: float | None) -> Strategy:
         lr_decay=options.lr_decay,
         inputs="sum",
         # FedAvg is defined for the whole model; only a job that asks for narrower ones gets them.
-        allocator=dealt(job, options.densities, default=(1.0,)),
+        allocator=density_allocator(job, options.densities, default=(1.0,)),
     )

@@ -18,11 +18,11 @@ from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.aggregators import same_coordinates
-from fedprune.strategies.allocation import dealt
+from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.importance.element_ranking import quantile
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel
+from fedprune.strategies.values import Cut, Memories, Scene, Submodel, UpdateReport
 
 NAME = "fedobp"
 
@@ -33,7 +33,7 @@ Bits = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Options:
+class FedObpOptions:
     """Options of `fedobp`, which `docs/strategies/fedobp.md` explains."""
 
     q: float = bounded(0.9999, 0, 1)
@@ -47,7 +47,7 @@ class FedObp(Strategy):
     They are protected from being overwritten, not kept from the others: all of an update enters the sums.
     """
 
-    q: float = Options.q
+    q: float = FedObpOptions.q
 
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with θ_i^{t−1} where its score is above the quantile."""
@@ -57,7 +57,7 @@ class FedObp(Strategy):
             return submodel
         # Batch-norm statistics are always the global model's.
         names = [t.name for t in cut.scene.architecture.trainable]
-        own_tensors = {name: _own(cut, submodel, name) for name in names}
+        own_tensors = {name: _own_tensor(cut, submodel, name) for name in names}
         scores = {
             name: np.square(own_values[is_own].astype(np.float64) - submodel.tensors[name][is_own])
             for name, (own_values, is_own) in own_tensors.items()
@@ -74,7 +74,7 @@ class FedObp(Strategy):
                 tensors[name] = np.where(is_protected, own_values, tensors[name])
         return Submodel(submodel.selection, tensors, submodel.mask)
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
         """The initial model, in the first round."""
         if INITIAL in scene.memory:
             return {}
@@ -82,17 +82,17 @@ class FedObp(Strategy):
 
 
 def fedobp(job: Job) -> Strategy:
-    options = read_options(job, Options)
+    options = read_options(job, FedObpOptions)
     return FedObp(
         NAME,
         q=options.q,
         inputs="updates",
-        allocator=dealt(job, options.densities),
+        allocator=density_allocator(job, options.densities),
         keeps_past=True,
     )
 
 
-def _own(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float32], Bits]:
+def _own_tensor(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float32], Bits]:
     """A device's own tensor in a submodel's coordinates, and a mask of the elements that it has.
 
     The tensor is that of its last update or, before its first, of the initial model.

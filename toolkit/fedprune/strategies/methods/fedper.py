@@ -7,27 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.errors import ConfigError, shown
-from fedprune.core.settings import bounded, one_of
+from fedprune.core.errors import ConfigError, value_text
+from fedprune.core.settings import bounded, choice_of
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.model.trainable import HEAD, matching
+from fedprune.model.trainable import HEAD_PATTERN, matching_tensors
 from fedprune.strategies.aggregators import WEIGHTINGS, Mean
-from fedprune.strategies.allocation import dealt
+from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Inputs, Strategy
 from fedprune.strategies.values import Cut, Submodel, Turn
 
 
 @dataclass(frozen=True)
-class Options:
+class FedPerOptions:
     """Options of `fedper`, which `docs/strategies/fedper.md` explains."""
 
-    personal: tuple[Any, ...] = (HEAD,)
+    personal: tuple[Any, ...] = (HEAD_PATTERN,)
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    weighting: str = one_of("samples", WEIGHTINGS)
+    weighting: str = choice_of("samples", WEIGHTINGS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class HistoryOptions:
     alpha: float = bounded(0.5, 0, 1)
     mu: float = bounded(0.0, 0, 1e6)
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    weighting: str = one_of("samples", WEIGHTINGS)
+    weighting: str = choice_of("samples", WEIGHTINGS)
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class FedPer(Strategy):
         personal: Patterns of the tensors that stay on the boards.
     """
 
-    personal: tuple[str, ...] = (HEAD,)
+    personal: tuple[str, ...] = (HEAD_PATTERN,)
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         # Raises now, before a board is asked, if a pattern matches no tensor: that tensor would be shared by mistake.
-        matching(architecture, self.personal, ("job", "options", "personal"))
+        matching_tensors(architecture, self.personal, ("job", "options", "personal"))
         return model
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
@@ -73,7 +73,7 @@ class History(Strategy):
     Without SubFLOT's transport (arXiv 2604.06631), to tell what of its gain is memory alone.
 
     Attributes:
-        alpha: α of `fused`.
+        alpha: α of `fuse_history`.
         mu: µ of the pull at a pruning rate of 1 (SubFLOT, eq. 7 and 8).
     """
 
@@ -81,13 +81,13 @@ class History(Strategy):
     mu: float = 0.0
 
     def extract(self, cut: Cut) -> Submodel:
-        return fused(cut, super().extract(cut), self.alpha)
+        return fuse_history(cut, super().extract(cut), self.alpha)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         return replace(recipe, proximal=self.mu * turn.pruning_rate) if self.mu else recipe
 
 
-def fused(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
+def fuse_history(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
     """Mix the global model with a device's last update.
 
     w ← α·w_t + (1 − α)·w_k where that update holds the coordinate, w_t elsewhere (SubFLOT, eq. 6).
@@ -95,7 +95,7 @@ def fused(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
     if cut.past is None or alpha == 1:
         return submodel
     model = cut.scene.model
-    own_tensors = submodel.selection.gather(cut.past.selection.scatter(cut.past.over(model), model))
+    own_tensors = submodel.selection.gather(cut.past.selection.scatter(cut.past.tensors_over(model), model))
     tensors = {}
     for name, value in submodel.tensors.items():
         # w_t + (1 − α)·(w_k − w_t) in float64 leaves what the history doesn't hold as it is, bit for bit.
@@ -107,19 +107,21 @@ def fused(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
 def fedper(job: Job) -> Strategy:
     """The preset: some tensors are never shared; the others are FedAvg's. Raises `ConfigError` if an option is unknown
     or out of range."""
-    options = read_options(job, Options)
+    options = read_options(job, FedPerOptions)
     if not options.personal or not all(isinstance(p, str) and p for p in options.personal):
-        raise ConfigError(("job", "options", "personal"), expected="patterns of tensors", got=shown(options.personal))
-    return _own_parts(job, options.personal, options.densities, options.weighting, "sum")
+        raise ConfigError(
+            ("job", "options", "personal"), expected="patterns of tensors", got=value_text(options.personal)
+        )
+    return _personal_strategy(job, options.personal, options.densities, options.weighting, "sum")
 
 
 def local(job: Job) -> Strategy:
     """The preset: every board trains alone, from the job's first model on, and shares nothing. Raises `ConfigError`
     if an option is unknown or out of range."""
-    return _own_parts(job, ("*",), read_options(job, LocalOptions).densities, "samples", "updates")
+    return _personal_strategy(job, ("*",), read_options(job, LocalOptions).densities, "samples", "updates")
 
 
-def _own_parts(
+def _personal_strategy(
     job: Job, personal: tuple[str, ...], densities: tuple[float, ...], weighting: str, inputs: Inputs
 ) -> Strategy:
     return FedPer(
@@ -127,7 +129,7 @@ def _own_parts(
         personal=personal,
         aggregator=Mean(weighting=weighting, excluded=personal),
         inputs=inputs,
-        allocator=dealt(job, densities, default=(1.0,)),
+        allocator=density_allocator(job, densities, default=(1.0,)),
     )
 
 
@@ -141,6 +143,6 @@ def history(job: Job) -> Strategy:
         mu=options.mu,
         aggregator=Mean(weighting=options.weighting),
         inputs="updates",
-        allocator=dealt(job, options.densities),
+        allocator=density_allocator(job, options.densities),
         keeps_past=True,
     )

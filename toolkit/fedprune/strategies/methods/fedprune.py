@@ -34,65 +34,65 @@ import numpy as np
 
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
-from fedprune.core.settings import bounded, one_of
+from fedprune.core.settings import bounded, choice_of
 from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture, widths_at
-from fedprune.model.mixup import LEAST_MIXUP
-from fedprune.model.nested_widths import just_made, nested
+from fedprune.model.mixup import MIN_MIXUP
+from fedprune.model.nested_widths import is_untrained, nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
-from fedprune.strategies.allocation import dealt
-from fedprune.strategies.channel_ranking import places_of
-from fedprune.strategies.importance.scoring import ranks, score
+from fedprune.strategies.allocation import density_allocator
+from fedprune.strategies.channel_ranking import group_keys
+from fedprune.strategies.importance.scoring import channel_scores, rank_channels
 from fedprune.strategies.options import read_options
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import (
-    Closing,
     Memories,
     Ranking,
-    Report,
+    RoundClosing,
     Scene,
     SelfDistillation,
     Submodel,
     Turn,
+    UpdateReport,
 )
 
 # Memory: the ranks that were settled, by the architecture's digest and the group's number.
 RANKS = "ranks"
 
 # Power of 1 / density by which narrower submodels' learning rate is larger.
-NARROW_RATE = 0.6
+NARROW_RATE_POWER = 0.6
 
 # Share of the boards that can hold the core.
-CORE = 0.75
+CORE_BOARD_SHARE = 0.75
 
 # Share of the classes that the median board's labels are worth where a core is better than ordered dropout.
-EVENNESS = 0.85
+MIN_EVENNESS = 0.85
 
 # Share of the widest board's density from which the narrowest's is so near that boards lose little by training a core,
 # while steps of ordered dropout would go to widths that no board has.
-NEARNESS = 0.75
+MIN_NEARNESS = 0.75
 
 # A bottleneck as narrow as this is most of what a model knows of a sample, and next to nothing of its costs. With a
 # core alone: with ordered dropout, whose steps cut every group, it has not been tried.
-LEAST_CHANNELS = 4
+MIN_CHANNELS = 4
 
 # Widths of ordered dropout where boards whose widths differ much tell classes apart, of which each sees few.
-WIDTHS = (0.25, 0.5, 0.75)
+DROPOUT_WIDTHS = (0.25, 0.5, 0.75)
 
 # α of mixup there.
-MIXUP = 0.2
+MIXUP_ALPHA = 0.2
 
 
 @dataclass(frozen=True)
-class Options:
+class FedPruneOptions:
     """Options of `fedprune`, which `docs/strategies/fedprune.md` explains."""
 
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    ranking: str = one_of("auto", ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
+    ranking: str = choice_of("auto", ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
     adjust: bool = True
     core: float | None = bounded(None, 0, 1)
     dropout: tuple[Any, ...] | None = bounded(None, 1e-3, 1)
@@ -103,7 +103,7 @@ class Options:
     validate_blend: bool = True
     calibrate: bool = True
     clip_norm: float = bounded(1.0, 0, 1e6)
-    mixup: float | None = bounded(None, LEAST_MIXUP, 10, or_zero=True)
+    mixup: float | None = bounded(None, MIN_MIXUP, 10, or_zero=True)
     lr_decay: float = bounded(1.0, 1e-3, 1)
     arrivals: int = bounded(0, 0, 10**6)
     distill: int = bounded(40, 0, 10_000)
@@ -120,23 +120,23 @@ class FedPrune(Strategy):
 
     Attributes:
         options: The job's options.
-        widths: The widths that hold each other in a nested start; empty for the model as it was imported.
+        nested_densities: The widths that hold each other in a nested start; empty for the model as it was imported.
     """
 
-    options: Options = field(default_factory=Options)
-    widths: tuple[float, ...] = ()
+    options: FedPruneOptions = field(default_factory=FedPruneOptions)
+    nested_densities: tuple[float, ...] = ()
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         """Nest a model that was just made: what a wider width adds is silent at the start."""
         # With a core no widths are nested beforehand: `close` silences what the first round has not trained.
-        if self.widths and self._starts_anew(architecture, model):
-            nested_levels = [widths_at(architecture, density) for density in self.widths]
-            return nested(architecture, model, nested_levels)
+        if self.nested_densities and self._is_just_made(architecture, model):
+            nested_levels = [widths_at(architecture, density) for density in self.nested_densities]
+            return nest_widths(architecture, model, nested_levels)
         return model
 
     def rank(self, scene: Scene) -> Ranking:
         """The settled ranks, or those of the first round's model if none are settled."""
-        settled = self._settled(scene)
+        settled = self._settled_ranking(scene)
         if settled is not None:
             return settled
         # A nested start is made for the model's own order.
@@ -145,23 +145,23 @@ class FedPrune(Strategy):
         if scorer == "auto" and scene.ranks is not None:
             return Ranking(scene.ranks)
         if scorer == "auto":
-            scorer = "ordered" if just_made(scene.architecture, scene.model) else "magnitude"
-        return Ranking(ranks(score(scorer, scene.architecture, scene.model)))
+            scorer = "ordered" if is_untrained(scene.architecture, scene.model) else "magnitude"
+        return Ranking(rank_channels(channel_scores(scorer, scene.architecture, scene.model)))
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
         """Store the first round's ranks."""
-        if self._settled(scene) is not None:
+        if self._settled_ranking(scene) is not None:
             return {}
-        return {RANKS: dict(zip(places_of(scene.architecture), self.rank(scene).ranks, strict=True))}
+        return {RANKS: dict(zip(group_keys(scene.architecture), self.rank(scene).ranks, strict=True))}
 
     def close(
-        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
-    ) -> Closing:
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
+    ) -> RoundClosing:
         """The next model. After the first round with a core, what no board has trained is silent."""
         closing = super().close(fold, scene, rate, reports)
-        is_first_close = scene.round == 1 and self._settled(scene) is None
-        if (scene.core or self._has_core) and is_first_close and self._starts_anew(scene.architecture, scene.model):
-            return replace(closing, model=nested(scene.architecture, closing.model, [fold.widths]))
+        is_first_close = scene.round == 1 and self._settled_ranking(scene) is None
+        if (scene.core or self._has_core) and is_first_close and self._is_just_made(scene.architecture, scene.model):
+            return replace(closing, model=nest_widths(scene.architecture, closing.model, [fold.widths]))
         return closing
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
@@ -171,13 +171,13 @@ class FedPrune(Strategy):
         is_slimmed = turn.mixed and not has_core
         ema_decay = recipe.average or options.average
         blend = recipe.blend or (options.blend if ema_decay else 0.0)
-        lr_factor = turn.density**-NARROW_RATE if has_core else 1.0
-        dropout = (WIDTHS if is_slimmed else ()) if options.dropout is None else options.dropout
-        mixup = (MIXUP if is_slimmed else 0.0) if options.mixup is None else options.mixup
+        lr_factor = turn.density**-NARROW_RATE_POWER if has_core else 1.0
+        dropout = (DROPOUT_WIDTHS if is_slimmed else ()) if options.dropout is None else options.dropout
+        mixup = (MIXUP_ALPHA if is_slimmed else 0.0) if options.mixup is None else options.mixup
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1) * lr_factor,
-            logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts(recipe)),
+            logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts_logits(recipe)),
             ordered_dropout=recipe.ordered_dropout or dropout,
             average=ema_decay,
             blend=blend,
@@ -194,31 +194,31 @@ class FedPrune(Strategy):
     @property
     def _has_core(self) -> bool:
         """Whether any fleet begins with a core, and no step is narrower than its board."""
-        return self.core is not None and self.core.unconditional
+        return self.core is not None and self.core.is_unconditional
 
-    def _starts_anew(self, architecture: Architecture, model: Tensors) -> bool:
+    def _is_just_made(self, architecture: Architecture, model: Tensors) -> bool:
         ranking = self.options.ranking
-        return ranking == "nested" or (ranking == "auto" and just_made(architecture, model))
+        return ranking == "nested" or (ranking == "auto" and is_untrained(architecture, model))
 
-    def _settled(self, scene: Scene) -> Ranking | None:
-        stored_ranks, keys = scene.memory.get(RANKS, {}), places_of(scene.architecture)
+    def _settled_ranking(self, scene: Scene) -> Ranking | None:
+        stored_ranks, keys = scene.memory.get(RANKS, {}), group_keys(scene.architecture)
         # Keys carry the architecture's digest: other groups of channels make the memory void.
         return Ranking(tuple(np.asarray(stored_ranks[key]) for key in keys)) if set(stored_ranks) == set(keys) else None
 
 
-def _adjusts(recipe: Recipe) -> bool:
+def _adjusts_logits(recipe: Recipe) -> bool:
     # Perplexity judges probabilities: a model whose logits leave the labels' shares out has wrong ones.
     return recipe.loss == "cross_entropy" and recipe.metric != "perplexity"
 
 
 def fedprune(job: Job) -> Strategy:
-    options = read_options(job, Options)
+    options = read_options(job, FedPruneOptions)
     name = job.strategy
     # Without rounds devices begin with different models, of which only moves can be averaged.
     kind = DeltaMean if options.arrivals else Mean
-    core = _core(job, options)
-    widths = () if core.unconditional else _narrow_widths(job, options)
-    if options.ranking == "nested" and not core.unconditional and not widths:
+    core = _shared_core(job, options)
+    widths = () if core.is_unconditional else _narrow_widths(job, options)
+    if options.ranking == "nested" and not core.is_unconditional and not widths:
         raise ConfigError(
             ("job", "options", "ranking"),
             expected="with nested, a core or some widths below 1",
@@ -228,19 +228,19 @@ def fedprune(job: Job) -> Strategy:
     return FedPrune(
         name,
         options=options,
-        widths=widths,
+        nested_densities=widths,
         aggregator=kind(rule=options.rule, server_momentum=options.server_momentum),
         inputs="sum",
         compression="int8",
-        allocator=dealt(job, options.densities),
-        distillation=_distillation(job, options, has_core=core.unconditional),
-        schedule=_buffered(options.arrivals) if options.arrivals else None,
-        least_channels=LEAST_CHANNELS if core.unconditional else 1,
+        allocator=density_allocator(job, options.densities),
+        distillation=_distillation(job, options, has_core=core.is_unconditional),
+        schedule=_buffered_schedule(options.arrivals) if options.arrivals else None,
+        min_channels=MIN_CHANNELS if core.is_unconditional else 1,
         core=core,
     )
 
 
-def _core(job: Job, options: Options) -> SharedCore:
+def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore:
     """The core that the options ask for. By default boards that tell classes apart have one where their widths are
     near each other or their labels even, unless the job itself says how ordered dropout or mixup shall be.
 
@@ -256,26 +256,26 @@ def _core(job: Job, options: Options) -> SharedCore:
         )
     # Steps are short there, not samples: detection is at .65 with a core and .12 with ordered dropout
     # (docs/strategies/fedprune.md).
-    if board_share is None and not dropout and not _adjusts(job.recipe):
-        board_share = CORE
+    if board_share is None and not dropout and not _adjusts_logits(job.recipe):
+        board_share = CORE_BOARD_SHARE
     is_chosen_by_job = (
         (options.dropout, options.mixup) != (None, None) or job.recipe.ordered_dropout or job.recipe.mixup
     )
     if board_share is None and not is_chosen_by_job:
-        return SharedCore(CORE, evenness=EVENNESS, nearness=NEARNESS)
+        return SharedCore(CORE_BOARD_SHARE, min_evenness=MIN_EVENNESS, min_nearness=MIN_NEARNESS)
     # No core, and no repeats of epochs, which belong to one.
-    return SharedCore(board_share) if board_share else SharedCore(until=0.0, work=1)
+    return SharedCore(board_share) if board_share else SharedCore(until_share=0.0, max_work=1)
 
 
-def _narrow_widths(job: Job, options: Options) -> tuple[float, ...]:
+def _narrow_widths(job: Job, options: FedPruneOptions) -> tuple[float, ...]:
     """The narrower widths at which boards' steps train, or those of tiers; empty if the job has none."""
     # Boards of one width have no narrower models to train: steps at widths that no board has are lost.
     is_one_density = job.density or len(set(options.densities)) == 1
-    dropout = (() if is_one_density else WIDTHS) if options.dropout is None else options.dropout
+    dropout = (() if is_one_density else DROPOUT_WIDTHS) if options.dropout is None else options.dropout
     return tuple(d for d in job.recipe.ordered_dropout or dropout or options.densities if d < 1)
 
 
-def _distillation(job: Job, options: Options, *, has_core: bool) -> SelfDistillation | None:
+def _distillation(job: Job, options: FedPruneOptions, *, has_core: bool) -> SelfDistillation | None:
     """The server's own training; None if it is off, or if boards keep tensors that the server's model lacks."""
     if not options.distill or job.recipe.personal:
         return None
@@ -284,5 +284,5 @@ def _distillation(job: Job, options: Options, *, has_core: bool) -> SelfDistilla
     return SelfDistillation(options.distill, () if has_core else _narrow_widths(job, options), lr=1e-3)
 
 
-def _buffered(arrivals: int) -> Schedule:
+def _buffered_schedule(arrivals: int) -> Schedule:
     return Schedule(kind="asynchronous", arrivals=arrivals, staleness=Staleness("polynomial", a=0.5), mixing="damped")

@@ -23,7 +23,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.allocation import dealt
+from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Ranking, Scene, Turn
@@ -33,14 +33,14 @@ LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 # The narrowest width whose scaler boards take.
-NARROWEST = 1e-3
+MIN_DENSITY = 1e-3
 
 # Gradients' largest norm, as in HeteroFL's code.
 CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Options:
+class HeteroFlOptions:
     """Options of `heterofl` and `fedrolex`, which `docs/strategies/heterofl.md` explains."""
 
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
@@ -53,7 +53,7 @@ class HeteroFL(Strategy):
     """The first channels, with the aids of training narrow submodels."""
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        if isinstance(self.aggregator, Mean) and self.aggregator.changed == "rows":
+        if isinstance(self.aggregator, Mean) and self.aggregator.only_changed == "rows":
             # Raises before a board is asked if the model has no last layer whose rows are classes.
             head_axes(architecture, ("job", "options", "label_rows"))
         return model
@@ -83,18 +83,18 @@ class FedRolex(HeteroFL):
 
 
 def heterofl(job: Job) -> Strategy:
-    return _composed(job, HeteroFL)
+    return _compose_heterofl(job, HeteroFL)
 
 
 def fedrolex(job: Job) -> Strategy:
-    return _composed(job, FedRolex)
+    return _compose_heterofl(job, FedRolex)
 
 
-def _composed(job: Job, kind: type[HeteroFL]) -> Strategy:
+def _compose_heterofl(job: Job, kind: type[HeteroFL]) -> Strategy:
     """A strategy with the aggregator and the widths that its options ask for."""
-    options = read_options(job, Options)
+    options = read_options(job, HeteroFlOptions)
     for density in options.densities or ((job.density,) if job.density else ()):
-        validation.number(("job", "options", "densities"), density, NARROWEST, 1)
+        validation.check_number(("job", "options", "densities"), density, MIN_DENSITY, 1)
     counts_label_rows = options.label_rows and job.recipe.loss == "cross_entropy"
     if counts_label_rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:
         raise ConfigError(
@@ -104,7 +104,7 @@ def _composed(job: Job, kind: type[HeteroFL]) -> Strategy:
         )
     return kind(
         job.strategy,
-        aggregator=Mean(weighting="uniform", changed="rows" if counts_label_rows else ""),
+        aggregator=Mean(weighting="uniform", only_changed="rows" if counts_label_rows else ""),
         inputs="sum",
-        allocator=dealt(job, options.densities, default=() if options.planned else LEVELS),
+        allocator=density_allocator(job, options.densities, default=() if options.planned else LEVELS),
     )

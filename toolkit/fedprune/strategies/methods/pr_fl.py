@@ -15,22 +15,22 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
-from fedprune.core.errors import ConfigError, shown
-from fedprune.core.settings import bounded, check_fields, one_of
+from fedprune.core.errors import ConfigError, value_text
+from fedprune.core.settings import bounded, check_fields, choice_of
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import SYNCHRONOUS, Schedule, Staleness
+from fedprune.jobs.schedule import SYNCHRONOUS_SCHEDULE, Schedule, Staleness
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
-from fedprune.strategies.channel_ranking import Ranked
-from fedprune.strategies.element_masks import Masked
-from fedprune.strategies.growth import Recovery, Start, TimeDriven
+from fedprune.strategies.channel_ranking import RankedChannels
+from fedprune.strategies.element_masks import MaskedElements
+from fedprune.strategies.growth import Recovery, StartAllocator, TimeDriven
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, with_floors
-from fedprune.strategies.importance.scoring import ordered, ranks
+from fedprune.strategies.importance.scoring import order_scores, rank_channels
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
+from fedprune.strategies.values import Memories, Ranking, Scene, Turn, UpdateReport
 
 Floats = npt.NDArray[np.float32]
 
@@ -38,20 +38,20 @@ Floats = npt.NDArray[np.float32]
 ORDER = "order"
 
 # Memory: importances as far as they are known (0 where not).
-STORE = "importance"
+IMPORTANCE = "importance"
 
 # Memory: what devices reported since the last interval ended, and how many reported something of each element.
 SUM, COUNT = "importance/sum", "importance/count"
 
 # Memory: the round of every device's last update that was added up: buffered updates come again in later rounds.
-SEEN = "importance/seen"
+COUNTED_ROUNDS = "importance/seen"
 
 
 @dataclass(frozen=True)
-class Options:
+class PrFlOptions:
     """Options of `pr-fl`, which `docs/strategies/pr-fl.md` explains."""
 
-    masks: str = one_of("elements", ("elements", "channels"))
+    masks: str = choice_of("elements", ("elements", "channels"))
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     shares: tuple[Any, ...] = bounded((), 0, math.inf)
     interval: int = bounded(50, 1, 10**6)
@@ -71,7 +71,7 @@ class Options:
 
 
 # Options that say nothing of rounds in step.
-_ASYNCHRONOUS = ("window_s", "least", "keep", "a", "evaluate_every")
+_ASYNCHRONOUS_OPTIONS = ("window_s", "least", "keep", "a", "evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -96,38 +96,47 @@ class Importance:
 
     def rank(self, scene: Scene) -> Ranking:
         """Channels in their own order, and the order of elements that holds."""
-        return Ranking(ranks(ordered(scene.architecture)), self._order(scene))
+        return Ranking(rank_channels(order_scores(scene.architecture)), self._element_order(scene))
 
-    def learn(self, scene: Scene, reports: Callable[[], Iterator[Report]]) -> Memories:
+    def learn(self, scene: Scene, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
         """The order, if it is new, and what devices reported."""
         memories: Memories = {}
         # The order is stored, since `magnitudes` of a later model would give another one within the interval.
-        if self._begins(scene):
-            memories[ORDER] = self._order(scene)
-        sums, counts, counted_rounds = _gathered(scene, reports())
+        if self._begins_interval(scene):
+            memories[ORDER] = self._element_order(scene)
+        sums, counts, counted_rounds = _add_reports(scene, reports())
         if counted_rounds:
-            memories |= {SUM: dict(sums), COUNT: dict(counts), SEEN: dict(scene.memory.get(SEEN, {})) | counted_rounds}
+            memories |= {
+                SUM: dict(sums),
+                COUNT: dict(counts),
+                COUNTED_ROUNDS: dict(scene.memory.get(COUNTED_ROUNDS, {})) | counted_rounds,
+            }
         if scene.round % self.interval == 0:
-            memories |= {STORE: _known(scene, sums, counts), SUM: {}, COUNT: {}}
+            memories |= {IMPORTANCE: _merged_importance(scene, sums, counts), SUM: {}, COUNT: {}}
         return memories
 
-    def _begins(self, scene: Scene) -> bool:
+    def _begins_interval(self, scene: Scene) -> bool:
         """Whether a round is the first of an interval."""
         return ORDER not in scene.memory or (scene.round - 1) % self.interval == 0
 
-    def _order(self, scene: Scene) -> Tensors:
-        if not self._begins(scene):
+    def _element_order(self, scene: Scene) -> Tensors:
+        if not self._begins_interval(scene):
             return dict(scene.memory[ORDER])
-        magnitude_order, importance = magnitudes(scene.model, prunable(scene.architecture)), scene.memory.get(STORE, {})
+        magnitude_order, importance = (
+            magnitudes(scene.model, prunable(scene.architecture)),
+            scene.memory.get(IMPORTANCE, {}),
+        )
         smallest = min((float(v[v > 0].min()) for v in importance.values() if (v > 0).any()), default=1.0)
         return with_floors(
-            {n: _filled(v, importance.get(n), smallest) for n, v in magnitude_order.items()}, scene.model, self.floor
+            {n: _with_magnitudes(v, importance.get(n), smallest) for n, v in magnitude_order.items()},
+            scene.model,
+            self.floor,
         )
 
 
-def _known(scene: Scene, sums: Tensors, counts: Tensors) -> Tensors:
+def _merged_importance(scene: Scene, sums: Tensors, counts: Tensors) -> Tensors:
     """Importances at the end of an interval: its means, and what was known before where it brought nothing."""
-    importance_before = scene.memory.get(STORE, {})
+    importance_before = scene.memory.get(IMPORTANCE, {})
     importance: Tensors = {}
     for name, total in sums.items():
         # Counts of 0 have sums of 0: the mean is then 0, which means unknown.
@@ -136,7 +145,7 @@ def _known(scene: Scene, sums: Tensors, counts: Tensors) -> Tensors:
     return importance
 
 
-def _filled(magnitude: Floats, importance: Floats | None, smallest: float) -> Floats:
+def _with_magnitudes(magnitude: Floats, importance: Floats | None, smallest: float) -> Floats:
     """Importances of a tensor; where it has none, |w| times the least of the tensor or, without any, of the model."""
     if importance is None:
         return np.multiply(magnitude, smallest, dtype=np.float32)
@@ -145,7 +154,9 @@ def _filled(magnitude: Floats, importance: Floats | None, smallest: float) -> Fl
     return np.where(importance > 0, importance, magnitude * unit).astype(np.float32)
 
 
-def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors, dict[str, npt.NDArray[np.int64]]]:
+def _add_reports(
+    scene: Scene, reports: Iterator[UpdateReport]
+) -> tuple[Tensors, Tensors, dict[str, npt.NDArray[np.int64]]]:
     """Sums and counts of the interval with those of new reports, and of which rounds these are.
 
     Most updates of asynchronous rounds come again, or bring nothing: then nothing is new, and nothing need be stored.
@@ -157,7 +168,7 @@ def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors
         {n: np.array(sums_before[collection].get(n, np.zeros(shapes[n], np.float32))) for n in names}
         for collection in sums_before
     )
-    counted_before = scene.memory.get(SEEN, {})
+    counted_before = scene.memory.get(COUNTED_ROUNDS, {})
     counted_rounds: dict[str, npt.NDArray[np.int64]] = {}
     for report in reports:
         turn, maps = report.cut.turn, report.trained.selection.maps
@@ -178,7 +189,7 @@ def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors
 
 
 @dataclass(frozen=True)
-class PrFl(Masked):
+class PrFl(MaskedElements):
     """Masks of elements by importance.
 
     Some updates of every interval also bring squared gradients: those of its last rounds, which know the model best
@@ -187,33 +198,35 @@ class PrFl(Masked):
 
     Attributes:
         importance: Of elements.
-        reporting: How many of an interval's last rounds bring squared gradients.
+        reporting_rounds: How many of an interval's last rounds bring squared gradients.
     """
 
     importance: Importance = field(default_factory=Importance)
-    reporting: int = 0
+    reporting_rounds: int = 0
 
     def rank(self, scene: Scene) -> Ranking:
         return self.importance.rank(scene)
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
         return self.importance.learn(scene, reports)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         interval, round_of_interval = divmod(turn.round - 1, self.importance.interval)
-        is_first_in_interval = turn.last == 0 or (turn.last - 1) // self.importance.interval < interval
-        is_reporting_round = round_of_interval >= self.importance.interval - self.reporting
+        is_first_in_interval = (
+            turn.last_counted_round == 0 or (turn.last_counted_round - 1) // self.importance.interval < interval
+        )
+        is_reporting_round = round_of_interval >= self.importance.interval - self.reporting_rounds
         return replace(recipe, report_squares=recipe.report_squares or is_first_in_interval or is_reporting_round)
 
 
 def pr_fl(job: Job) -> Strategy:
-    options = read_options(job, Options)
+    options = read_options(job, PrFlOptions)
     name = job.strategy
-    if options.synchronous and (ignored_options := [n for n in _ASYNCHRONOUS if n in job.options]):
+    if options.synchronous and (ignored_options := [n for n in _ASYNCHRONOUS_OPTIONS if n in job.options]):
         raise ConfigError(
             ("job", "options", ignored_options[0]),
-            expected="none of " + ", ".join(_ASYNCHRONOUS) + " with synchronous = true",
-            got=shown(job.options[ignored_options[0]]),
+            expected="none of " + ", ".join(_ASYNCHRONOUS_OPTIONS) + " with synchronous = true",
+            got=value_text(job.options[ignored_options[0]]),
             hint="Rounds in step take the fresh updates of all that deliver by the job's deadline.",
         )
     elements = options.masks == "elements"
@@ -223,19 +236,19 @@ def pr_fl(job: Job) -> Strategy:
     reporting = math.ceil(options.reported * options.interval - 1e-9)
     strategy: Strategy
     if elements:
-        strategy = PrFl(name, inputs="measurements", importance=importance, reporting=reporting, masks=True)
+        strategy = PrFl(name, inputs="measurements", importance=importance, reporting_rounds=reporting, uses_masks=True)
     else:
         # The asynchronous schedule ranks every I rounds; rounds in step are ranked singly.
-        strategy = Ranked(name, inputs="measurements", scorer="magnitude")
+        strategy = RankedChannels(name, inputs="measurements", scorer="magnitude")
     return replace(
         strategy,
         aggregator=Mean(weighting="uniform"),
         allocator=_allocator(job, options, elements),
-        schedule=SYNCHRONOUS if options.synchronous else _schedule(job, options),
+        schedule=SYNCHRONOUS_SCHEDULE if options.synchronous else _schedule(job, options),
     )
 
 
-def _schedule(job: Job, options: Options) -> Schedule:
+def _schedule(job: Job, options: PrFlOptions) -> Schedule:
     return Schedule(
         "asynchronous",
         window_s=options.window_s,
@@ -248,10 +261,10 @@ def _schedule(job: Job, options: Options) -> Schedule:
     )
 
 
-def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
-    start: Start = Fixed(job.density or 1.0, elements)
+def _allocator(job: Job, options: PrFlOptions, elements: bool) -> Allocator:
+    start: StartAllocator = Fixed(job.density or 1.0, elements)
     if options.densities:
-        start = Tiers(tuple(options.densities), tuple(options.shares), elements=elements)
+        start = Tiers(tuple(options.densities), tuple(options.shares), masks_elements=elements)
     recovery = Recovery(options.patience, options.delta)
     if not options.stage1:
         return start

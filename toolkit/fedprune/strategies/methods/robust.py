@@ -12,19 +12,19 @@ import numpy.typing as npt
 from fedprune.aggregation.client_update import ClientUpdate
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.fold import Fold
-from fedprune.aggregation.robust import Centre, Slab, centre, rows_of, slabs
+from fedprune.aggregation.robust import Centre, Slab, robust_mean, slabs, update_rows
 from fedprune.core import validation
 from fedprune.core.errors import BundleError
 from fedprune.core.settings import bounded, check_fields
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import Aggregator
-from fedprune.strategies.values import Closing, Report, Scene, Submodel
+from fedprune.strategies.values import RoundClosing, Scene, Submodel, UpdateReport
 
-Reports = Callable[[], Iterator[tuple[Report, Submodel]]]
+Reports = Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
 
 # Bytes of all devices' values of a slab. A smaller budget reads every update more often.
-_BUDGET = 128 * 2**20
-_SETTING = ("job", "options", "robust")
+_BUDGET_BYTES = 128 * 2**20
+_SETTING_PATH = ("job", "options", "robust")
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,30 @@ class Robustness:
     trim: float = bounded(0.25, 0, 0.5, below=True)
 
     def __post_init__(self) -> None:
-        check_fields(self, _SETTING)
+        check_fields(self, _SETTING_PATH)
 
     @classmethod
     def from_dict(cls, body: object) -> Robustness:
         """Read what a job says. Raises `ConfigError` for an unknown key or a wrong value."""
-        return cls(**validation.known(cls, body, _SETTING))
+        return cls(**validation.check_table(cls, body, _SETTING_PATH))
 
 
 @dataclass(frozen=True)
-class Robust(Aggregator):
+class RobustAggregator(Aggregator):
     """Another aggregator, fed with one update: the median of all, or their trimmed mean.
 
-    Updates are read again when a round closes, once per `budget` bytes of them. The fold, also for evidence, then holds
-    that one update.
+    Updates are read again when a round closes, once per `budget_bytes` bytes of them. The fold, also for evidence, then
+    holds that one update.
 
     Attributes:
         inner: The aggregator.
         settings: What is done.
-        budget: Bytes of updates that are looked at together.
+        budget_bytes: Bytes of updates that are looked at together.
     """
 
     inner: Aggregator
     settings: Robustness
-    budget: int = _BUDGET
+    budget_bytes: int = _BUDGET_BYTES
 
     @property
     def weighting(self) -> str:
@@ -75,13 +75,13 @@ class Robust(Aggregator):
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
         return self.inner.fold(scene, evidence=evidence)
 
-    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+    def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
         self.inner.add(fold, report, lifted)
 
     def _additions(self, fold: Fold, reports: Reports) -> Iterator[tuple[str, ClientUpdate]]:
         """The inner aggregator's contribution of every update, without adding it."""
         for report, lifted in reports():
-            with fold.collecting() as additions:
+            with fold.collect_updates() as additions:
                 self.inner.add(fold, report, lifted)
             # An aggregator that adds an update in several pieces would give a device several votes.
             if len(additions) != 1:
@@ -89,7 +89,7 @@ class Robust(Aggregator):
                 raise BundleError(what, got=len(additions))
             yield report.cut.turn.device, additions[0]
 
-    def close(self, fold: Fold, scene: Scene, rate: float, reports: Reports) -> Closing:
+    def close(self, fold: Fold, scene: Scene, rate: float, reports: Reports) -> RoundClosing:
         """Put the median or trimmed mean into the fold as its only update, and let the aggregator continue."""
         if not fold.updates:
             return self.inner.close(fold, scene, rate, reports)
@@ -105,14 +105,14 @@ class Robust(Aggregator):
         tensors: Tensors = {t.name: np.empty(t.shape, np.float32) for t in specs}
         is_trained: dict[str, npt.NDArray[np.bool_]] = {t.name: np.empty(t.shape, np.bool_) for t in specs}
         full_selection = Selection.full(fold.architecture)
-        for slab_batch in slabs(specs, len(names), self.budget):
+        for slab_batch in slabs(specs, len(names), self.budget_bytes):
             values = [np.empty((len(names), *s.shape), np.float32) for s in slab_batch]
             for device, addition in self._additions(fold, reports):
                 for slab, value in zip(slab_batch, values, strict=True):
-                    value[row_of_device[device]] = rows_of(slab, addition, fold.base, full_selection)
+                    value[row_of_device[device]] = update_rows(slab, addition, fold.base, full_selection)
             while slab_batch:  # what was looked at makes room
-                self._settle(slab_batch.pop(0), values.pop(0), fold, tensors, is_trained)
-        active = {t.name: is_trained[t.name] for t in specs if t.kind.trainable}
+                self._fill_slab(slab_batch.pop(0), values.pop(0), fold, tensors, is_trained)
+        active = {t.name: is_trained[t.name] for t in specs if t.kind.is_trainable}
         fold.add(
             full_selection,
             tensors,
@@ -123,11 +123,11 @@ class Robust(Aggregator):
         closing = self.inner.close(fold, scene, rate, reports)
         model = dict(closing.model)
         for spec in specs:
-            if not spec.kind.trainable:
+            if not spec.kind.is_trainable:
                 model[spec.name] = np.where(is_trained[spec.name], model[spec.name], fold.base[spec.name])
         return replace(closing, model=model)
 
-    def _settle(
+    def _fill_slab(
         self,
         slab: Slab,
         values: npt.NDArray[np.float32],
@@ -139,7 +139,7 @@ class Robust(Aggregator):
         rows: Any = slice(slab.start, slab.stop) if slab.spec.axes else ...
         model_values = fold.base[name][rows]
         has_holder = None
-        if slab.spec.kind.trainable and fold.rule != "coverage":
+        if slab.spec.kind.is_trainable and fold.rule != "coverage":
             # Who doesn't hold a coordinate votes, too: for no change, or for 0.
             has_holder = np.isfinite(values).any(axis=0)
             for k in range(len(values)):
@@ -147,20 +147,20 @@ class Robust(Aggregator):
                 np.copyto(
                     device_values, model_values if fold.rule == "fill" else np.float32(0), where=np.isinf(device_values)
                 )
-        middle = centre(values, self.settings.centre, self.settings.trim)
-        fills_with_zero = fold.rule == "zero" and slab.spec.kind.trainable
+        middle = robust_mean(values, self.settings.centre, self.settings.trim)
+        fills_with_zero = fold.rule == "zero" and slab.spec.kind.is_trainable
         if has_holder is None:
             has_holder = np.isfinite(middle)
         is_trained[name][rows] = True if fills_with_zero else has_holder
         tensors[name][rows] = middle if fills_with_zero else np.where(has_holder, middle, model_values)
 
 
-def robust(aggregator: Aggregator, settings: object) -> Aggregator:
-    """An aggregator as a job's option `robust` wants it; itself where the job has none.
+def robust_aggregator(aggregator: Aggregator, settings: object) -> Aggregator:
+    """An aggregator as a job's option `robust_aggregator` wants it; itself where the job has none.
 
     Raises `ConfigError` for an unknown key or a wrong value.
 
     Args:
         settings: The option's table, or None.
     """
-    return aggregator if settings is None else Robust(aggregator, Robustness.from_dict(settings))
+    return aggregator if settings is None else RobustAggregator(aggregator, Robustness.from_dict(settings))

@@ -17,14 +17,14 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.allocation import dealt
+from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.optimal_transport import aggregate, align, check_installed, prune
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Past, Report, Submodel, Turn
+from fedprune.strategies.values import Cut, PastUpdate, Submodel, Turn, UpdateReport
 
 # The paper's widths: pruning rates 0, 1/4, 1/2 and 3/4 of every layer's channels.
-RATES = (1.0, 0.75, 0.5, 0.25)
+PAPER_DENSITIES = (1.0, 0.75, 0.5, 0.25)
 
 # The learning rate of the paper's plain SGD.
 PAPER_LR = 1e-3
@@ -33,7 +33,7 @@ SarScale = Literal["step", "literal"]
 
 
 @dataclass(frozen=True)
-class Options:
+class SubFlotOptions:
     """Options of `subflot`, which `docs/strategies/subflot.md` explains."""
 
     alpha: float = bounded(0.5, 0, 1)
@@ -66,10 +66,10 @@ class SubFlot(Strategy):
         """OTP; a slice of the global model until the device has a history."""
         if cut.past is None:
             return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
-        history = self.resized(cut.past, cut)
+        history = self.resize_history(cut.past, cut)
         return Submodel(cut.selection, prune(cut.scene.model, history, cut.selection, self.alpha))
 
-    def reconstruct(self, report: Report) -> Submodel:
+    def reconstruct(self, report: UpdateReport) -> Submodel:
         """OTA, onto the global model that the device's submodel was made of: all channels, in their own order."""
         trained, model = report.trained, report.cut.scene.model
         lifted = aggregate(trained.tensors, trained.selection, model)
@@ -89,13 +89,13 @@ class SubFlot(Strategy):
         sar = self.sar * PAPER_LR / effective_lr if needs_scaling else self.sar
         return replace(recipe, proximal=2 * sar * turn.pruning_rate)
 
-    def resized(self, past: Past, cut: Cut) -> Tensors:
+    def resize_history(self, past: PastUpdate, cut: Cut) -> Tensors:
         """A device's last model at the widths that it has now.
 
         Where channels were added, they are the global model's, next to its own. Where there are only fewer, all of
         its channels are led onto the first of them, so that none is thrown away.
         """
-        past_selection, selection, past_tensors = past.selection, cut.selection, past.over(cut.scene.model)
+        past_selection, selection, past_tensors = past.selection, cut.selection, past.tensors_over(cut.scene.model)
         # Ranks are the channels' own order, so equal widths are equal channels.
         if past_selection.widths == selection.widths:
             return past_tensors
@@ -108,7 +108,7 @@ class SubFlot(Strategy):
 def subflot(job: Job) -> Strategy:
     """The preset. Raises `ConfigError` if an option is unknown or out of range, or the recipe names frozen or personal
     tensors, which transport would mix with others."""
-    options = read_options(job, Options)
+    options = read_options(job, SubFlotOptions)
     name, recipe = job.strategy, job.recipe
     for key in ("frozen", "trainable", "personal"):
         if getattr(recipe, key):
@@ -119,13 +119,13 @@ def subflot(job: Job) -> Strategy:
                 hint="Tensors that must stay as they are go with fedavg, fedper or heterofl.",
             )
     # The paper's widths, unless the user or the planner decides.
-    densities = options.densities or (() if options.planned or job.density else RATES)
+    densities = options.densities or (() if options.planned or job.density else PAPER_DENSITIES)
     return SubFlot(
         name,
         alpha=options.alpha,
         sar=options.sar,
         sar_scale=options.sar_scale,
         inputs="updates",
-        allocator=dealt(job, densities),
+        allocator=density_allocator(job, densities),
         keeps_past=True,
     )

@@ -24,9 +24,9 @@ import numpy.typing as npt
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, TensorKind
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.optimal_transport.axis_blocks import Block, blocks, carried, channel_rows
+from fedprune.strategies.optimal_transport.axis_blocks import Block, blocks_of_axis, channel_rows, transport_axis
 from fedprune.strategies.optimal_transport.coupling import SCRATCH, Coupling
-from fedprune.strategies.optimal_transport.layer_order import Step, after_sums, steps
+from fedprune.strategies.optimal_transport.layer_order import LayerStep, after_sums, layer_steps
 from fedprune.strategies.optimal_transport.solver import exact_plan
 
 Floats = npt.NDArray[np.float32]
@@ -52,8 +52,8 @@ def align(
     """
     if source_selection.architecture.digest != target_selection.architecture.digest:
         raise BundleError("transport between models of different architectures")
-    _check(source, source_selection)
-    _check(target, target_selection)
+    _check_tensors(source, source_selection)
+    _check_tensors(target, target_selection)
     return _Alignment(source, source_selection, target, target_selection).run()
 
 
@@ -71,9 +71,9 @@ def prune(
     """
     # Nothing of the global model enters: no plan need be solved.
     if alpha == 0:
-        _check(history, selection)
+        _check_tensors(history, selection)
         return {t.name: history[t.name].copy() for t in selection.architecture.tensors}
-    return _mixed(align(model, Selection.full(selection.architecture), history, selection), history, alpha)
+    return _mix_with_history(align(model, Selection.full(selection.architecture), history, selection), history, alpha)
 
 
 def aggregate(local: Mapping[str, Floats], selection: Selection, model: Mapping[str, Floats]) -> Tensors:
@@ -89,7 +89,7 @@ def aggregate(local: Mapping[str, Floats], selection: Selection, model: Mapping[
     return align(local, selection, model, Selection.full(selection.architecture))
 
 
-def _mixed(aligned: Tensors, history: Mapping[str, Floats], alpha: float) -> Tensors:
+def _mix_with_history(aligned: Tensors, history: Mapping[str, Floats], alpha: float) -> Tensors:
     if alpha == 1:
         return aligned
     for name, value in aligned.items():
@@ -102,7 +102,7 @@ def _mixed(aligned: Tensors, history: Mapping[str, Floats], alpha: float) -> Ten
     return aligned
 
 
-def _check(tensors: Mapping[str, Floats], selection: Selection) -> None:
+def _check_tensors(tensors: Mapping[str, Floats], selection: Selection) -> None:
     for name, shape in selection.shapes().items():
         value = tensors.get(name)
         if value is None or value.shape != shape or value.dtype != np.float32:
@@ -127,26 +127,26 @@ class _Alignment:
         target: Mapping[str, Floats],
         target_selection: Selection,
     ) -> None:
-        self.source, self.source_at = source, source_selection
-        self.target, self.target_at = target, target_selection
+        self.source, self.source_selection = source, source_selection
+        self.target, self.target_selection = target, target_selection
         self.architecture: Architecture = source_selection.architecture
-        self.current: dict[int, Coupling] = {}  # by group, the plan of layers that read it now
-        self.own: dict[str, dict[int, Coupling]] = {}  # by layer and group, the layer's own plan
-        self.first: dict[int, Coupling] = {}  # by group, the plan of one that was read before it was written
-        self.streams: dict[str, dict[int, Coupling]] = {}  # by tensor and group, the average after a sum
+        self.reader_plans: dict[int, Coupling] = {}  # by group, the plan of layers that read it now
+        self.layer_plans: dict[str, dict[int, Coupling]] = {}  # by layer and group, the layer's own plan
+        self.unwritten_plans: dict[int, Coupling] = {}  # by group, the plan of one that was read before it was written
+        self.stream_plans: dict[str, dict[int, Coupling]] = {}  # by tensor and group, the average after a sum
         self._blocks: dict[tuple[Axis, bool], tuple[Block, ...]] = {}
 
     def run(self) -> Tensors:
         """Align all tensors."""
         aligned: Tensors = {}
-        order = steps(self.architecture)
+        order = layer_steps(self.architecture)
         summed = after_sums(self.architecture, order)
         for step in order:
             inner, plans = self._solve(step)
-            aligned[step.name] = self._output(step, inner, {**self.current, **plans})
+            aligned[step.name] = self._transport_outputs(step, inner, {**self.reader_plans, **plans})
             for name in summed.get(step.name, ()):
                 axes = self.architecture.by_name[name].axes
-                self.streams[name] = self._reader_plans(sorted({g for a in axes for g in a.groups}))
+                self.stream_plans[name] = self._reader_plans(sorted({g for a in axes for g in a.groups}))
         self._align_others(aligned)
         return {t.name: aligned[t.name] for t in self.architecture.tensors}
 
@@ -160,10 +160,10 @@ class _Alignment:
         vectors: dict[tuple[Axis, tuple[Coupling, ...]], list[str]] = {}
         for spec in self.architecture.tensors:
             if spec.name in aligned:
-                latest_plans.update(self.own.get(spec.name, {}))
+                latest_plans.update(self.layer_plans.get(spec.name, {}))
                 continue
             groups = sorted({g for axis in spec.axes for g in axis.groups})
-            known_plans = {**self.first, **latest_plans, **self.streams.get(spec.name, {})}
+            known_plans = {**self.unwritten_plans, **latest_plans, **self.stream_plans.get(spec.name, {})}
             couplings = {g: known_plans[g] if g in known_plans else self._reader_plan(g) for g in groups}
             if len(spec.axes) == 1 and groups:
                 vectors.setdefault((spec.axes[0], tuple(couplings.values())), []).append(spec.name)
@@ -178,24 +178,24 @@ class _Alignment:
             rows = self._transport(stacked_vectors, 1, axis, dict(zip(axis.groups, plans, strict=True)))
             aligned.update(zip(names, rows, strict=True))
 
-    def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
+    def _solve(self, step: LayerStep) -> tuple[Floats, dict[int, Coupling]]:
         """Solve for the plans of a layer; returns its weight with transported inputs, and the plans."""
-        inner = self._input(step)
+        inner = self._transport_inputs(step)
         plans: dict[int, Coupling] = {}
-        for group in step.made:
+        for group in step.planned_groups:
             squared = self._distances(step, inner, group)
             plan = plans[group] = exact_plan(np.sqrt(squared, out=squared))
-            before = self.current.get(group)
-            self.current[group] = plan if before is None else before.averaged(plan)
+            before = self.reader_plans.get(group)
+            self.reader_plans[group] = plan if before is None else before.average_with(plan)
         if plans:
-            self.own[step.name] = plans
+            self.layer_plans[step.name] = plans
         return inner, plans
 
     def _reader_plan(self, group: int) -> Coupling:
         """The plan of layers that read a group."""
-        if group not in self.current:
-            self.current[group] = self.first[group] = self._unwritten_plan(group)
-        return self.current[group]
+        if group not in self.reader_plans:
+            self.reader_plans[group] = self.unwritten_plans[group] = self._unwritten_plan(group)
+        return self.reader_plans[group]
 
     def _reader_plans(self, groups: Sequence[int]) -> dict[int, Coupling]:
         return {g: self._reader_plan(g) for g in groups}
@@ -216,16 +216,16 @@ class _Alignment:
                 source_rows = channel_rows(self.source[spec.name], axes[0], self._blocks_of(axis, source=True), group)
                 target_rows = channel_rows(self.target[spec.name], axes[0], self._blocks_of(axis, source=False), group)
                 return exact_plan(np.sqrt(squared_distances(source_rows, target_rows)))
-        return Coupling.in_order(self.source_at.widths[group], self.target_at.widths[group])
+        return Coupling.in_order(self.source_selection.widths[group], self.target_selection.widths[group])
 
-    def _input(self, step: Step) -> Floats:
+    def _transport_inputs(self, step: LayerStep) -> Floats:
         value = self.source[step.name]
         for i in step.inputs:
             axis = step.axes[i]
             value = self._transport(value, i, axis, self._reader_plans(axis.groups), buffer_name=f"input {i}")
         return value
 
-    def _output(self, step: Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
+    def _transport_outputs(self, step: LayerStep, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
         for i in step.outputs:
             axis = step.axes[i]
             if axis.groups:
@@ -233,7 +233,7 @@ class _Alignment:
                 value = self._transport(value, i, axis, output_plans)
         return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
 
-    def _distances(self, step: Step, inner: Floats, group: int) -> Floats:
+    def _distances(self, step: LayerStep, inner: Floats, group: int) -> Floats:
         """‖Ŵ_j − V_k‖² of all pairs of rows.
 
         The product Ŵ·Vᵀ = (W·T)·Vᵀ = W·(V·Tᵀ)ᵀ is taken on the side with fewer input channels.
@@ -266,20 +266,24 @@ class _Alignment:
         buffer_name: str = "",
     ) -> Floats:
         blocks_before, blocks_after = self._blocks_of(axis, source=not adjoint), self._blocks_of(axis, source=adjoint)
-        return carried(value, axis_index, blocks_before, blocks_after, couplings, adjoint=adjoint, room=buffer_name)
+        return transport_axis(
+            value, axis_index, blocks_before, blocks_after, couplings, adjoint=adjoint, buffer_name=buffer_name
+        )
 
     def _blocks_of(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
         key = (axis, source)
         axis_blocks = self._blocks.get(key)
         if axis_blocks is None:
-            axis_blocks = self._blocks[key] = blocks(axis, self.source_at if source else self.target_at)
+            axis_blocks = self._blocks[key] = blocks_of_axis(
+                axis, self.source_selection if source else self.target_selection
+            )
         return axis_blocks
 
 
 # Squared distances below this share of ‖a‖² + ‖b‖² are recomputed: cancellation leaves them too few digits.
-_NEAR = 1e-4
+_NEAR_SHARE = 1e-4
 
-_BLOCK = 1 << 20
+_BLOCK_SIZE = 1 << 20
 
 
 def squared_distances(
@@ -297,20 +301,20 @@ def squared_distances(
         Distances [n, m]: exactly 0 for equal rows, otherwise with a relative error below 1%, and far less for rows that
         differ by more than 1%.
     """
-    squared_norms_a = _norms(a) if norms is None else norms
-    squared_norms_b = _norms(b)
+    squared_norms_a = _squared_norms(a) if norms is None else norms
+    squared_norms_b = _squared_norms(b)
     out: Floats = a @ b.T if products is None else products
     out *= -2
     out += squared_norms_a[:, None]
     out += squared_norms_b
     # Rows are usually far apart: checking the smallest distance first avoids comparing each with its own bound.
-    if out.size and float(out.min()) < _NEAR * float(squared_norms_a.max() + squared_norms_b.max()):
-        near = np.flatnonzero((out < _NEAR * (squared_norms_a[:, None] + squared_norms_b)).reshape(-1))
+    if out.size and float(out.min()) < _NEAR_SHARE * float(squared_norms_a.max() + squared_norms_b.max()):
+        near = np.flatnonzero((out < _NEAR_SHARE * (squared_norms_a[:, None] + squared_norms_b)).reshape(-1))
         _recompute(out, a, b, near)
     return out
 
 
-def _norms(a: Floats) -> Floats:
+def _squared_norms(a: Floats) -> Floats:
     """‖a_j‖² of all rows, as batched row × column products, which in BLAS are bound by memory bandwidth."""
     norms: Floats = np.matmul(a[:, None], a[:, :, None]).reshape(-1)
     return norms
@@ -329,7 +333,7 @@ def _recompute(out: Floats, a: Floats, b: Floats, pairs: npt.NDArray[np.int64]) 
         out[...] = np.maximum(exact, 0)
         pairs = np.flatnonzero((exact < 1e-12 * np.abs(exact).max()).reshape(-1))
     flat = out.reshape(-1)
-    chunk_size = max(1, _BLOCK // max(1, a.shape[1]))
+    chunk_size = max(1, _BLOCK_SIZE // max(1, a.shape[1]))
     for start in range(0, pairs.size, chunk_size):
         chunk = pairs[start : start + chunk_size]
         differences = a[chunk // b.shape[0]] - b[chunk % b.shape[0]]

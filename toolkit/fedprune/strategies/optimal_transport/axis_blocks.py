@@ -25,17 +25,17 @@ class Block(NamedTuple):
         inner: Indices per channel.
         start: Its first index.
         stop: The index after its last one, if it is contiguous.
-        at: Its indices, channel by channel, if it isn't contiguous.
+        indices: Its indices, channel by channel, if it isn't contiguous.
     """
 
     group: int
     inner: int
     start: int
     stop: int
-    at: Indices | None = None
+    indices: Indices | None = None
 
 
-def blocks(axis: Axis, selection: Selection) -> tuple[Block, ...]:
+def blocks_of_axis(axis: Axis, selection: Selection) -> tuple[Block, ...]:
     """Split an axis of a submodel into its blocks.
 
     A segment that holds all channels of a group is a run, with the channels in the order of the selection. Segments
@@ -70,10 +70,10 @@ def blocks(axis: Axis, selection: Selection) -> tuple[Block, ...]:
     return tuple(axis_blocks)
 
 
-def part_of(values: Floats, axis: int, block: Block) -> Floats:
+def block_values(values: Floats, axis: int, block: Block) -> Floats:
     """A block of an array's axis, channel by channel."""
-    if block.at is not None:
-        return values.take(block.at, axis=axis)
+    if block.indices is not None:
+        return values.take(block.indices, axis=axis)
     if block.start == 0 and block.stop == values.shape[axis]:
         return values
     return values[(slice(None),) * axis + (slice(block.start, block.stop),)]
@@ -84,12 +84,12 @@ def channel_rows(values: Floats, axis: int, axis_blocks: Sequence[Block], group:
     rows = []
     for block in axis_blocks:
         if block.group == group:
-            front = np.moveaxis(part_of(values, axis, block), axis, 0)
+            front = np.moveaxis(block_values(values, axis, block), axis, 0)
             rows.append(front.reshape(front.shape[0] // block.inner, -1))
     return np.ascontiguousarray(rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1))
 
 
-def carried(
+def transport_axis(
     values: Floats,
     axis: int,
     before: Sequence[Block],
@@ -97,7 +97,7 @@ def carried(
     couplings: Mapping[int, Coupling],
     *,
     adjoint: bool = False,
-    room: str = "",
+    buffer_name: str = "",
 ) -> Floats:
     """Transport one axis of an array from one model's channels to another's.
 
@@ -107,14 +107,14 @@ def carried(
         after: Its blocks in the result.
         couplings: Per group on the axis, how (from the couplings' sources to their targets).
         adjoint: Go from the couplings' targets to their sources instead.
-        room: A name of scratch memory for the result, which then is good until the name comes again.
+        buffer_name: A name of scratch memory for the result, which then is good until the name comes again.
     """
-    length = sum(b.stop - b.start if b.at is None else b.at.size for b in after)
+    length = sum(b.stop - b.start if b.indices is None else b.indices.size for b in after)
     shape = (*values.shape[:axis], length, *values.shape[axis + 1 :])
-    result = SCRATCH.array(room, shape) if room else None
+    result = SCRATCH.array(buffer_name, shape) if buffer_name else None
 
     def run(old_block: Block, block_out: Floats | None) -> Floats:
-        array = part_of(values, axis, old_block)
+        array = block_values(values, axis, old_block)
         if old_block.group == FIXED:
             return array
         coupling = couplings[old_block.group]
@@ -127,12 +127,15 @@ def carried(
         return transported.reshape(*array.shape[:axis], size * old_block.inner, *array.shape[axis + 1 :])
 
     # One block is the whole axis: the coupling writes into the result, without a copy of its own.
-    if len(before) == 1 and before[0].group != FIXED and after[0].at is None:
+    if len(before) == 1 and before[0].group != FIXED and after[0].indices is None:
         return run(before[0], result)
     if result is None:
         result = np.empty(shape, np.float32)
     leading = (slice(None),) * axis
     for old_block, new_block in zip(before, after, strict=True):
-        target_index = (*leading, slice(new_block.start, new_block.stop) if new_block.at is None else new_block.at)
+        target_index = (
+            *leading,
+            slice(new_block.start, new_block.stop) if new_block.indices is None else new_block.indices,
+        )
         result[target_index] = run(old_block, None)
     return result

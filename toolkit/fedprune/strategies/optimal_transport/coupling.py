@@ -24,7 +24,7 @@ Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 # Numbers per block: with copies of them they fit in a core's cache.
-_CHUNK = 1 << 17
+_CHUNK_SIZE = 1 << 17
 
 
 class _Gather(NamedTuple):
@@ -76,7 +76,7 @@ class Coupling:
         """
         i, j = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
         mass = np.asarray(flow, np.float64)
-        keys, summed = _merged(j * sources + i, mass)
+        keys, summed = _merge_entries(j * sources + i, mass)
         keys, summed = keys[summed > 0], summed[summed > 0]
         common = gcd(sources, targets)
         i, j = keys % sources, keys // sources
@@ -90,7 +90,7 @@ class Coupling:
     @classmethod
     def in_order(cls, sources: int, targets: int) -> Coupling:
         """The plan that keeps channels in their own order (optimal on a line); the identity where widths are equal."""
-        return cls.of(sources, targets, *corner(sources, targets))
+        return cls.of(sources, targets, *ordered_entries(sources, targets))
 
     @cached_property
     def dense(self) -> npt.NDArray[np.float64]:
@@ -99,10 +99,10 @@ class Coupling:
         out[self.rows, self.columns] = self.shares
         return out
 
-    def averaged(self, other: Coupling) -> Coupling:
+    def average_with(self, other: Coupling) -> Coupling:
         """(T + T′)/2: what SubFLOT hands on where residual branches meet."""
         i, j = np.concatenate([self.rows, other.rows]), np.concatenate([self.columns, other.columns])
-        keys, shares = _merged(j * self.sources + i, np.concatenate([self.shares, other.shares]) / 2)
+        keys, shares = _merge_entries(j * self.sources + i, np.concatenate([self.shares, other.shares]) / 2)
         return Coupling(self.sources, self.targets, keys % self.sources, keys // self.sources, shares)
 
     def forward(self, values: Floats, out: Floats | None = None) -> Floats:
@@ -115,7 +115,7 @@ class Coupling:
         Returns:
             y [before, targets, after].
         """
-        return _run(self._forward, values, self.targets, out)
+        return _apply_gather(self._forward, values, self.targets, out)
 
     def backward(self, values: Floats, out: Floats | None = None) -> Floats:
         """The adjoint, x[:, j] = Σ_k T[j, k] · y[:, k].
@@ -127,20 +127,20 @@ class Coupling:
         Returns:
             x [before, sources, after].
         """
-        return _run(self._backward, values, self.sources, out)
+        return _apply_gather(self._backward, values, self.sources, out)
 
     @cached_property
     def _forward(self) -> _Gather:
-        return _gather(self.rows, self.columns, self.shares, self.targets, self.sources)
+        return _make_gather(self.rows, self.columns, self.shares, self.targets, self.sources)
 
     @cached_property
     def _backward(self) -> _Gather:
         order = np.argsort(self.rows, kind="stable")
-        return _gather(self.columns[order], self.rows[order], self.shares[order], self.sources, self.targets)
+        return _make_gather(self.columns[order], self.rows[order], self.shares[order], self.sources, self.targets)
 
 
 @lru_cache(maxsize=256)
-def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
+def ordered_entries(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
     """The entries of the plan that keeps channels in order: sources, targets and mass, in units of 1/lcm(n, m)."""
     common = gcd(sources, targets)
     source_mass, target_mass = targets // common, sources // common
@@ -155,7 +155,7 @@ def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
     return entries
 
 
-def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
+def _merge_entries(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
     """Keys in order, each once, with the sums of their values."""
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
@@ -163,7 +163,7 @@ def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, np
     return keys[first_entries], np.add.reduceat(values[order], first_entries)
 
 
-def _gather(
+def _make_gather(
     source_indices: Indices, target_indices: Indices, shares: npt.NDArray[np.float64], size: int, length: int
 ) -> _Gather:
     """A gather of entries that are sorted by place. Raises `MissingExtraError` if scipy is not installed, and the
@@ -182,7 +182,7 @@ def _gather(
     return _Gather((), 1.0, csr_array((shares.astype(np.float32), source_indices, row_ends), shape=(size, length)))
 
 
-def _run(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floats:
+def _apply_gather(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floats:
     """All places from all indices, in chunks that stay in the cache."""
     leading, length, trailing = values.shape
     scale = np.float32(gather.share)
@@ -195,29 +195,29 @@ def _run(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floa
     if out is None:
         out = np.empty((leading, size, trailing), np.float32)
     if leading == 1:
-        chunk_size = max(1, _CHUNK // max(1, trailing))
+        chunk_size = max(1, _CHUNK_SIZE // max(1, trailing))
         for start in range(0, size, chunk_size):
             rows = slice(start, start + chunk_size)
-            _sum(values, [takes[rows] for takes in gather.rounds], scale, out[:, rows])
+            _add_rounds(values, [takes[rows] for takes in gather.rounds], scale, out[:, rows])
         return out
     # A sparse product's result is in the cache, too, until it is swapped.
     longest_side = length if gather.matrix is None else max(length, size)
-    chunk_size = max(1, _CHUNK // max(1, longest_side * trailing))
+    chunk_size = max(1, _CHUNK_SIZE // max(1, longest_side * trailing))
     for start in range(0, leading, chunk_size):
         chunk, chunk_out = values[start : start + chunk_size], out[start : start + chunk_size]
         if gather.matrix is None:
             if chunk.size and chunk.flags.c_contiguous:
                 # Read it once in order, so that reading it in random order finds it in the cache.
                 chunk.reshape(-1)[::16].max()
-            _sum(chunk, gather.rounds, scale, chunk_out)
+            _add_rounds(chunk, gather.rounds, scale, chunk_out)
             continue
         swap_buffer = SCRATCH.array("swapped", (length, len(chunk), trailing))
-        transported = gather.matrix @ _swapped(chunk, swap_buffer).reshape(length, -1)
-        _swapped(transported.reshape(size, len(chunk), trailing), chunk_out)
+        transported = gather.matrix @ _swap_axes(chunk, swap_buffer).reshape(length, -1)
+        _swap_axes(transported.reshape(size, len(chunk), trailing), chunk_out)
     return out
 
 
-def _sum(values: Floats, rounds: Sequence[Indices], scale: np.float32, out: Floats) -> None:
+def _add_rounds(values: Floats, rounds: Sequence[Indices], scale: np.float32, out: Floats) -> None:
     # Indices are right by construction: "clip" only lets numpy write without a buffer of its own.
     np.take(values, rounds[0], axis=1, out=out, mode="clip")
     for takes in rounds[1:]:
@@ -226,7 +226,7 @@ def _sum(values: Floats, rounds: Sequence[Indices], scale: np.float32, out: Floa
         out *= scale
 
 
-def _swapped(values: Floats, out: Floats) -> Floats:
+def _swap_axes(values: Floats, out: Floats) -> Floats:
     """[a, b, c] as [b, a, c]: a sparse product runs along rows, so its axis goes to the front and back.
 
     What lies along c moves as one item: numpy would run a loop of its own over the taps of every kernel.
@@ -242,14 +242,14 @@ class Scratch(threading.local):
     """Arrays by a name, one set per thread; each grows to the largest that was asked for."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Floats] = {}
+        self._buffers: dict[str, Floats] = {}
 
     def array(self, name: str, shape: tuple[int, ...]) -> Floats:
         """An array of any content, which is good until the same name is asked for again."""
         size = prod(shape)
-        buffer = self._kept.get(name)
+        buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size:
-            buffer = self._kept[name] = np.empty(size, np.float32)
+            buffer = self._buffers[name] = np.empty(size, np.float32)
         return buffer[:size].reshape(shape)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, LayerRow, TensorKind, TensorSpec
 
-_SUMS = ("Add", "Sub", "Sum")
-_NORMS = tuple(f"{kind}Normalization" for kind in ("Batch", "Layer", "Group", "Instance", "RMS"))
+_SUM_OPERATORS = ("Add", "Sub", "Sum")
+_NORM_OPERATORS = tuple(f"{kind}Normalization" for kind in ("Batch", "Layer", "Group", "Instance", "RMS"))
 # Operators that add their bias themselves; a MatMul's bias is an addition of its own.
-_OWN_BIAS = ("Conv", "ConvTranspose", "Gemm")
+_BIAS_OPERATORS = ("Conv", "ConvTranspose", "Gemm")
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerStep:
     """A step of the alignment: the weight of one layer.
 
     Attributes:
@@ -23,24 +23,24 @@ class Step:
         axes: Its axes.
         outputs: Positions of the axes along which channels are made.
         inputs: Positions of the other axes with channels.
-        made: The groups that it writes to by a plan of its own.
+        planned_groups: The groups that it writes to by a plan of its own.
     """
 
     name: str
     axes: tuple[Axis, ...]
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
-    made: tuple[int, ...]
+    planned_groups: tuple[int, ...]
 
     @cached_property
-    def outputs_groups(self) -> tuple[int, ...]:
+    def output_groups(self) -> tuple[int, ...]:
         """The groups on its output axes."""
         return tuple(sorted({g for i in self.outputs for g in self.axes[i].groups}))
 
 
-def steps(architecture: Architecture) -> list[Step]:
+def layer_steps(architecture: Architecture) -> list[LayerStep]:
     """The layers' weights in the order of the graph."""
-    weight_steps: list[Step] = []
+    weight_steps: list[LayerStep] = []
     visited: set[str] = set()
     for layer in architecture.layers:
         # A weight that two layers share is aligned where it comes first.
@@ -51,16 +51,22 @@ def steps(architecture: Architecture) -> list[Step]:
         outputs = architecture.output_axes(layer.weight)
         inputs = tuple(i for i, a in enumerate(axes) if i not in outputs and a.groups)
         written_groups = axes[outputs[0]].groups if len(outputs) == 1 else ()
-        weight_steps.append(Step(layer.weight, axes, outputs, inputs, () if _passes(layer, inputs) else written_groups))
+        weight_steps.append(
+            LayerStep(layer.weight, axes, outputs, inputs, () if _is_depthwise(layer, inputs) else written_groups)
+        )
     return weight_steps
 
 
-def _passes(layer: Layer, inputs: Sequence[int]) -> bool:
+def _is_depthwise(layer: LayerRow, inputs: Sequence[int]) -> bool:
     """Whether a layer works on each channel by itself, so that its output channels are its input channels."""
-    return layer.groups > 1 and not inputs and bool(_groups(layer.reads.axes) & _groups(layer.makes.axes))
+    return (
+        layer.groups > 1
+        and not inputs
+        and bool(_groups_on(layer.input_volume.axes) & _groups_on(layer.output_volume.axes))
+    )
 
 
-def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, tuple[str, ...]]:
+def after_sums(architecture: Architecture, order: Sequence[LayerStep]) -> dict[str, tuple[str, ...]]:
     """Find the tensors whose channels are a sum, and not the output of the layer that wrote to their group last.
 
     Those are norms after an addition of streams (pre-activation residual networks, transformers), and biases and norms
@@ -70,40 +76,40 @@ def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, t
     follow a sum.
 
     Args:
-        order: Its `steps`.
+        order: Its `layer_steps`.
 
     Returns:
         The tensors' names, by the layer's weight that they come after.
     """
-    rows, followers = _between(architecture, {s.name for s in order})
+    rows, followers = _rows_between_weights(architecture, {s.name for s in order})
     summed: set[int] = set()
     names_after: dict[str, tuple[str, ...]] = {}
     for step in order:
-        summed = (summed - set(step.made)) | (set() if step.made else set(step.outputs_groups))
+        summed = (summed - set(step.planned_groups)) | (set() if step.planned_groups else set(step.output_groups))
         first, *rest = rows[step.name]
         specs = followers[step.name]
         after_sum = [s for s in specs if s.kind is TensorKind.BIAS and set(s.axes[-1].groups) & summed]
-        norms = _norms(specs, sum(r.op in _NORMS for r in rest))
-        adds_own_bias = first.op in _OWN_BIAS and bool(specs) and specs[0].kind is TensorKind.BIAS
+        norms = _norm_families(specs, sum(r.op in _NORM_OPERATORS for r in rest))
+        adds_own_bias = first.op in _BIAS_OPERATORS and bool(specs) and specs[0].kind is TensorKind.BIAS
         biases = [s for s in specs[adds_own_bias:] if s.kind is TensorKind.BIAS]
         for row in rest:
             biases_before_norm = [b for b in biases if not norms or specs.index(b) < specs.index(norms[0][0])]
             # A MatMul's bias is an Add in the graph: it comes before a norm, and is no sum of streams.
-            if row.op in _SUMS and biases_before_norm:
+            if row.op in _SUM_OPERATORS and biases_before_norm:
                 biases.remove(biases_before_norm[0])
-            elif row.op in _SUMS:
-                summed |= _groups(row.makes.axes)
-            elif row.op in _NORMS and norms:
-                after_sum += [s for s in norms.pop(0) if _groups(s.axes) & summed]
+            elif row.op in _SUM_OPERATORS:
+                summed |= _groups_on(row.output_volume.axes)
+            elif row.op in _NORM_OPERATORS and norms:
+                after_sum += [s for s in norms.pop(0) if _groups_on(s.axes) & summed]
         names_after[step.name] = tuple(s.name for s in after_sum)
     return names_after
 
 
-def _between(
+def _rows_between_weights(
     architecture: Architecture, weights: set[str]
-) -> tuple[dict[str, list[Layer]], dict[str, list[TensorSpec]]]:
+) -> tuple[dict[str, list[LayerRow]], dict[str, list[TensorSpec]]]:
     """The table's rows and the tensors from each layer's weight to the next; the layer's own row comes first."""
-    rows: dict[str, list[Layer]] = {}
+    rows: dict[str, list[LayerRow]] = {}
     current_weight = ""
     for layer in architecture.layers:
         current_weight = layer.weight if layer.weight and layer.weight not in rows else current_weight
@@ -119,7 +125,7 @@ def _between(
     return rows, specs
 
 
-def _norms(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
+def _norm_families(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
     """The tensors of each norm; none where their number isn't that of the rows.
 
     A scale alone may be a norm without bias or a learnt factor (LayerScale): the number of rows tells which.
@@ -140,5 +146,5 @@ def _module(spec: TensorSpec) -> str:
     return spec.name.rpartition(".")[0]
 
 
-def _groups(axes: Iterable[Axis]) -> set[int]:
+def _groups_on(axes: Iterable[Axis]) -> set[int]:
     return {g for a in axes for g in a.groups}

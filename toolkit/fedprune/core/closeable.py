@@ -8,7 +8,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-class Closing(ABC):
+class Closeable(ABC):
     """An object with `close` that is its own context manager."""
 
     @abstractmethod
