@@ -26,12 +26,12 @@ __version__ = "0.2.0"
 # The module of each public name. The imports above are the same list for type checkers, which can't run `__getattr__`.
 _MODULES = {
     "Architecture": "model.architecture",
-    "Closing": "strategies.values",
     "ExitCode": "core.errors",
     "FedpruneError": "core.errors",
     "Job": "jobs.job",
     "Ranking": "strategies.values",
     "Recipe": "model.recipe",
+    "RoundClosing": "strategies.values",
     "Selection": "model.selection",
     "Strategy": "strategies.strategy",
     "Submodel": "strategies.values",

@@ -71,7 +71,7 @@ class Release:
     machine: Annotated[str, pattern_text("[a-z0-9_]{1,32}", "a processor such as aarch64")]
     entry: Annotated[str, pattern_text(rf"{_NAME_PART}(?:\.{_NAME_PART}){{0,7}}:{_NAME_PART}", "module:function")]
     unpacked: Annotated[int, number_range(0, MAX_UNPACKED_BYTES)]
-    files: Annotated[tuple[ReleaseFile, ...], item_count(MAX_RELEASE_FILES, least=1)]
+    files: Annotated[tuple[ReleaseFile, ...], item_count(MAX_RELEASE_FILES, min_items=1)]
     contents: Digest
     launcher: Annotated[int, number_range(1, MAX_RELEASE_NUMBER)] = 1
     created: Label = ""

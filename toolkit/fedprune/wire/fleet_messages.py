@@ -85,7 +85,7 @@ class ReleaseOffer(CheckedMessage, frozen=True, tag="release"):
     """Its manifest, as it was signed (`fedprune.releases.release.Release.to_bytes`)."""
     signature: Annotated[str, hex_text(128)]
     """The server's on it, as hex."""
-    leaves: Annotated[tuple[Digest, ...], item_count(MAX_RELEASE_FILES, least=1)]
+    leaves: Annotated[tuple[Digest, ...], item_count(MAX_RELEASE_FILES, min_items=1)]
     """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that the
     manifest they name the blob that the board pulls."""
     attempts: Annotated[int, number_range(1, MAX_TRIAL_ATTEMPTS)]

@@ -190,7 +190,8 @@ _ACTION_TEXTS = {
 # By the names that templates use.
 FILTERS: dict[str, Any] = {
     "mark": state_mark, "word": state_word, "size": size_text, "share": share_text, "number": number_text,
-    "decimals": decimal_text, "count": count_text, "seconds": seconds_text, "clock": time_text, "machine_time": machine_time, "ago": age_text, "metrics": metric_pairs,
+    "decimals": decimal_text, "count": count_text, "seconds": seconds_text, "clock": time_text,
+    "machine_time": machine_time, "ago": age_text, "metrics": metric_pairs,
     "versions": version_text, "plural": plural_text, "runs": release_text, "action_text": action_text,
 }  # fmt: skip
 
