@@ -124,7 +124,7 @@ class BrokerSettings:
     """The broker, and the fleet at it."""
 
     broker: str = setting(
-        EMBEDDED, "`has_embedded_broker`, or a broker's address: `mqtts://host[:port]` or `mqtt://host[:port]`.", "URL"
+        EMBEDDED, "`embedded`, or a broker's address: `mqtts://host[:port]` or `mqtt://host[:port]`.", "URL"
     )
     ca: Path | None = setting(
         None,

@@ -237,7 +237,7 @@ class FixedSum:
 def _add_in_blocks(
     total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int
 ) -> None:
-    """Add Σ weight · round(values · 2^scale) to `weighted` in place, in blocks that stay in the cache.
+    """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
 
     Rows are of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
     """

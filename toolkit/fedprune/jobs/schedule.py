@@ -15,12 +15,12 @@ x_i − w_{r_i}, the move away from what was sent, for those that average moves.
 |---|---|---|
 | `damped` | p_i·s_i | η·Σ p_i·s_i / Σ p_i |
 | `normalised` | p_i·s_i | η |
-| `staleness_share` | p_i·s_i | η·Σ p_i·s_i / Σ over all devices of p_j·s_j |
+| `share` | p_i·s_i | η·Σ p_i·s_i / Σ over all devices of p_j·s_j |
 | `unbiased` | p_i·ceil(τ_i / Δt) | η·Σ p_i·ceil(τ_i / Δt) / Σ over all devices of p_j |
 
 `damped` is FedAsync's (Xie et al. 2019, Alg. 1: one update at a time, models) and FedBuff's (Nguyen et al. 2022, Alg.
 1: K at a time, moves). `normalised` is PR-FL's: stale updates count for less than fresh ones, and the step stays whole.
-`staleness_share` is PR-FL's reading of FedAsync and FedFix, and `unbiased` FedFix's own (Fraboni et al. 2022): whose
+`share` is PR-FL's reading of FedAsync and FedFix, and `unbiased` FedFix's own (Fraboni et al. 2022): whose
 rounds take τ_i comes in every ceil(τ_i / Δt)-th window.
 
 s is at least 2^-50 and ρ at most 1000, so that a round can be closed whatever the configuration and the devices.
@@ -121,7 +121,7 @@ class Schedule:
         staleness: What stale updates count for.
         max_staleness: Updates staler than this don't count, and devices that are so late get a new offer; 0 for none.
         mixing: What an update's share of the next model is. `damped`: less where it is stale, and the step is shorter
-            by as much. `normalised`: less where it is stale, at whole steps. `staleness_share`: its share of all
+            by as much. `normalised`: less where it is stale, at whole steps. `share`: its share of all
             devices' weights. `unbiased`: by how many windows its device takes.
         rate: η, the server's rate: FedAsync's α, FedBuff's and FedFix's η_g.
         concurrent: How many devices work at a time; 0 for all.

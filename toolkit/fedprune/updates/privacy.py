@@ -56,7 +56,7 @@ class Privacy:
     Attributes:
         clip: The maximum L2 norm of a board's update, over all trained tensors that it shares; 0 turns privacy off.
         noise_multiplier: σ, in units of `clip`.
-        noise: `is_local`: every board adds all of the noise, so that its own update is private, to the server as well.
+        noise: `local`: every board adds all of the noise, so that its own update is private, to the server as well.
             `shared`: every board adds a part of it, so that the sum has the noise; the server is trusted.
         boards: With `shared`, the number of boards among which the noise is divided.
         delta: δ of the promise.

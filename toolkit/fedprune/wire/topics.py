@@ -2,9 +2,8 @@
 
 - Channels are `up` and `down` for messages, `up/blob` and `down/blob` for chunks.
 - The job is `-` for messages that belong to no job, the device is `all` for broadcasts.
-- A board that is not yet a member asks on `join_request` and is answered on `join_answer`; the nonce of its request
-stands for the
-  device.
+- A board that is not yet a member asks on `join` and is answered on `joined`; the nonce of its request stands for
+  the device.
 - Servers of one identity find each other on `servers`, which no device reads or writes.
 """
 

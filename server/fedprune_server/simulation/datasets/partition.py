@@ -176,7 +176,7 @@ def _check(rows: Rows, devices: int, min_samples: int = 1) -> None:
         raise DataError("devices that share samples", expected="one or more", got=devices)
     if min_samples * devices > len(rows):
         per_device, smaller = (
-            ("", "") if min_samples == 1 else (f" ({min_samples} each)", ", or a smaller `min_samples`")
+            ("", "") if min_samples == 1 else (f" ({min_samples} each)", ", or a smaller `least`")
         )
         raise DataError(
             f"samples for {devices} devices",

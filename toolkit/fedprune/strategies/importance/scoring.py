@@ -38,8 +38,8 @@ def channel_scores(
     """Scores by a scorer's name, with its default options.
 
     Args:
-        name: `order_scores`, `magnitude_scores` or `curvature_scores`.
-        evidence: For `curvature_scores`; without it all channels are equal and keep their own order.
+        name: `ordered`, `magnitude` or `curvature`.
+        evidence: For `curvature`; without it all channels are equal and keep their own order.
 
     Raises:
         ConfigError: There is no such scorer.
