@@ -204,12 +204,12 @@ def main() -> None:
     options = command.parse_args()
     wanted, probed = dict(options.only).get("net"), list[Measurement]()
     chosen = {name: module for name, module in nets().items() if wanted in (None, name)}
-    measured = [measure_net(name, module, options.step_widths, probed) for name, module in chosen.items()]
+    measured = [measure_net(name, module, options.plans, probed) for name, module in chosen.items()]
     table = fit_latency_table(probed)
     rows = [result_of(net, table) for net in measured]
     worst = {w: max(r[f"{w}_s"][0] / r[f"{w}_s"][1] for n in rows for r in n["planned"]) for w in ("step", "latency")}
     shown = {"block": table.block, "points": table.points, "error": table.error}
-    body = {"setting": setting("onnxruntime"), "count": options.step_widths, "table": shown, "worst_planned": worst}
+    body = {"setting": setting("onnxruntime"), "count": options.plans, "table": shown, "worst_planned": worst}
     errors = [
         {"net": net["net"], "what": what, **{k: net[what][k] for k in ("seconds", "table", "corrected")}}
         for net in rows

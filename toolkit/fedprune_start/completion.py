@@ -77,6 +77,6 @@ def _merge_parsers(file_parser: CommandParser, command_parsers: Mapping[str, Com
 def _mark_paths(parser: CommandParser, files: object) -> None:
     for action in parser._actions:
         if action.type is Path and not action.choices:
-            action.is_complete = files  # type: ignore[attr-defined]
+            action.complete = files  # type: ignore[attr-defined]
     for command in parser.commands().values():
         _mark_paths(command, files)

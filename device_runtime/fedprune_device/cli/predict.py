@@ -72,7 +72,7 @@ def predict(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(_prediction_rows(logits, loss, arguments, class_names))
     elif arguments.output is None:
-        for line in prediction_lines(logits, loss, arguments.highest_counter, class_names):
+        for line in prediction_lines(logits, loss, arguments.top, class_names):
             print(line)
     if samples.y is not None and len(samples.y) and has_scores:
         print(quality_text(logits, samples.y, loss), file=sys.stderr)
@@ -90,7 +90,7 @@ def _prediction_rows(
     name_key, value_key = ("class", "score") if labels_of(loss) in JUDGED_LABELS else ("output", "value")
     return [
         {"sample": i, "outputs": [{name_key: names[c] if c < len(names) else c, value_key: v} for c, v in row.items()]}
-        for i, row in enumerate(ranked_outputs(logits, loss, arguments.highest_counter))
+        for i, row in enumerate(ranked_outputs(logits, loss, arguments.top))
     ]
 
 

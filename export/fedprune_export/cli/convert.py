@@ -89,13 +89,13 @@ def to_torch(arguments: argparse.Namespace) -> None:
     model = _model(arguments)
     source = _source(arguments, model)
     graph, tensors, module_source, hint = source.graph, source.tensors, None, ""
-    if arguments.input_lines is not None:
+    if arguments.into is not None:
         if source.bundle is None:
             hint = _BOARD_HINT if model is None else "A whole model's weights are in their places already."
             raise UsageError("--into is for bundles", hint=hint)
-        whole_model = read_model(arguments, arguments.input_lines, source.bundle.architecture.name)
+        whole_model = read_model(arguments, arguments.into, source.bundle.architecture.name)
         tensors = conversion.scatter_bundle(source.bundle, whole_model, keep=arguments.others == "keep")
-        graph, module_source = whole_model.graph, arguments.input_lines
+        graph, module_source = whole_model.graph, arguments.into
         hint = (
             "Channels of zeros count in a layer norm or group norm: use --others keep, or leave out --into and build "
             "the module as narrow (fedprune_export.narrowed)."
@@ -106,7 +106,7 @@ def to_torch(arguments: argparse.Namespace) -> None:
     comparison = ""
     error: float | None = None
     # With other weights in the missing channels the whole model computes something else by intention.
-    if arguments.input_lines is None or arguments.others == "zero":
+    if arguments.into is None or arguments.others == "zero":
         with tables.progress("comparing outputs"):
             module = None if module_source is None else torch_module(module_source)
             error = conversion.check_state_parity(state, graph, source.graph, module, hint)

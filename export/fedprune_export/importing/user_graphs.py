@@ -109,7 +109,7 @@ def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] 
             if value is not None:
                 sums = rows.sum(0)
                 return sums, value(sums).reshape(()).float()
-            sums = torch.module_stack([rows, torch.ones_like(rows)], 1).sum(0)
+            sums = torch.stack([rows, torch.ones_like(rows)], 1).sum(0)
             return sums, sums[0] / sums[1]
 
     returns = "one number per sample, or a row of numbers and a `value` of their sums"

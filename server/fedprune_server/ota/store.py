@@ -219,10 +219,8 @@ class RolloutStore(Closeable):
         return self._read_entries(_ROLLOUTS_BY_NUMBER.where(_UNDER_WAY))
 
     def requests(self) -> list[tuple[Any, ...]]:
-        """Number, `stop_reason` and `pause_reason` of the rollouts that have not ended."""
-        query = (
-            sql.select(_COLUMNS.number, _COLUMNS.stop_reason, _COLUMNS.hold).where(_UNDER_WAY).order_by(_COLUMNS.number)
-        )
+        """Number, `wish` and `hold` of the rollouts that have not ended."""
+        query = sql.select(_COLUMNS.number, _COLUMNS.wish, _COLUMNS.hold).where(_UNDER_WAY).order_by(_COLUMNS.number)
         return [tuple(row) for row in self._select(query)]
 
     def offer_of(self, number: int) -> ReleaseOffer | None:
@@ -275,9 +273,9 @@ class RolloutStore(Closeable):
             row.joins,
             rollout,
             reports,
-            row.stop_reason,
+            row.wish,
             row.hold,
-            row.earlier_rollout,
+            row.prior,
             row.leaves,
         )
 
@@ -325,7 +323,7 @@ def _active_rollout(connection: sql.Connection) -> tuple[int, str | None]:
     ).first()
     if row is None:
         raise ConfigError("no rollout is under way", hint="See `fedprune-server rollout status`.")
-    if row.stop_reason is not None:
+    if row.wish is not None:
         raise ConfigError(f"rollout {row.number} is to stop already", hint="See `fedprune-server rollout status`.")
     return int(row.number), row.hold
 

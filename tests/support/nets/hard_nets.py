@@ -443,7 +443,7 @@ class Spectra(nn.Module):
         self.a, self.b = nn.Conv1d(17, 8, 3, padding=1), nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        waves = torch.stft(x, 32, hop_length=16, window=self.next_window, return_complex=True)
+        waves = torch.stft(x, 32, hop_length=16, window=self.window, return_complex=True)
         return self.b(torch.relu(self.a(torch.log(waves.abs().square() + 0.01))).mean(2))
 
 

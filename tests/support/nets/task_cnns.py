@@ -67,7 +67,7 @@ class Yolo(nn.Module):
         ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         at, size, rest = torch.sigmoid(x).split((2, 2, 1 + self.kinds), 4)
         at = (at * 2 - 0.5 + torch.stack([xs, ys], 2)) / width
-        return torch.cat([at, (size * 2) ** 2 * self.fix_causes * 2**scale, rest], 4).reshape(n, -1, 5 + self.kinds)
+        return torch.cat([at, (size * 2) ** 2 * self.anchors * 2**scale, rest], 4).reshape(n, -1, 5 + self.kinds)
 
 
 class AttentionUNet(nn.Module):

@@ -31,7 +31,7 @@ class Crnn(nn.Module):
         self.to_dict_without_boards = nn.Linear(20, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        waves = torch.stft(x, 32, 16, window=self.next_window, center=True, return_complex=True)
+        waves = torch.stft(x, 32, 16, window=self.window, center=True, return_complex=True)
         x = torch.log((self.bands @ waves.abs().square()) + 1e-2).unsqueeze(1)
         x = functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
         x = functional.max_pool2d(torch.relu(self.norm2(self.conv2(x))), (2, 1))

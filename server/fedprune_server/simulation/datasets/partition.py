@@ -175,9 +175,7 @@ def _check(rows: Rows, devices: int, min_samples: int = 1) -> None:
     if devices < 1:
         raise DataError("devices that share samples", expected="one or more", got=devices)
     if min_samples * devices > len(rows):
-        per_device, smaller = (
-            ("", "") if min_samples == 1 else (f" ({min_samples} each)", ", or a smaller `least`")
-        )
+        per_device, smaller = ("", "") if min_samples == 1 else (f" ({min_samples} each)", ", or a smaller `least`")
         raise DataError(
             f"samples for {devices} devices",
             expected=f"at least {min_samples * devices}{per_device}",

@@ -124,12 +124,10 @@ class Bucket:
         with self._translate_errors("open"):
             try:
                 session = boto3.session.Session(region_name=region)
-                self._client: Any = session.client_files("s3", config=config)
+                self._client: Any = session.client("s3", config=config)
                 if self._client.meta.endpoint_url.endswith(_AMAZON) and "." not in self._name:
                     # Otherwise an upload's address names no region, and Amazon may redirect it, which boards refuse.
-                    self._client = session.client_files(
-                        "s3", config=config.merge(Config(s3={"addressing_style": "virtual"}))
-                    )
+                    self._client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "virtual"})))
             except ValueError as error:  # an endpoint that is no URL
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
         self._client.meta.events.register("before-call.s3.DeleteObjects", _with_md5)
