@@ -171,7 +171,7 @@ class _Devices(Mapping[str, DeviceSnapshot]):
             }
             if task is not None and state.awaits(task):
                 is_training = task.progress is Progress.OFFERED and contact.progress is not None
-                values["part"] = "training" if is_training else outcome(task.progress.value, task.kind)
+                values["part_progress"] = "training" if is_training else outcome(task.progress.value, task.kind)
         return DeviceSnapshot(
             name=name,
             takes_part=device is not None,
