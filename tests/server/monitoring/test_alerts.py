@@ -91,7 +91,8 @@ def without_a(kind: str) -> Situation:
 
 
 @pytest.mark.parametrize(
-    "seen", [with_job(0), with_job(0, known_devices=0), with_job(1, phase=Phase.WAITING, counted={"away": ["b"]})]
+    "seen",
+    [with_job(0), with_job(0, known_devices=0), with_job(1, phase=Phase.WAITING, counted={"away_boards": ["b"]})],
 )
 def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Situation) -> None:
     assert [
@@ -102,7 +103,7 @@ def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Si
 CASES: dict[str, tuple[Situation, str, str]] = {
     "a server that is dead": (replace(with_job(0), is_running=False), "server-not-running", "critical"),
     "a folder without a job": (
-        replace(with_job(counted={"begun": False}), is_running=False), "server-not-running", "critical",
+        replace(with_job(counted={"has_begun": False}), is_running=False), "server-not-running", "critical",
     ),
     "a loop that hangs": (replace(CALM, since_turn_s=61.0), "server-hangs", "critical"),
     "a database that is locked": (
@@ -111,13 +112,13 @@ CASES: dict[str, tuple[Situation, str, str]] = {
     "no broker": (replace(CALM, broker_problem="there is no connection to the broker"), "broker", "critical"),
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known_devices=0), "no-devices", "warning"),
-    "one board of two": (with_job(1, phase=Phase.WAITING, counted={"away": ["b"]}), "too-few-devices", "warning"),
-    "a missed deadline": (with_job(counted={"missed": 1}), "no-progress", "critical"),
-    "a round without updates": (with_job(counted={"empty": 1}), "no-progress", "critical"),
+    "one board of two": (with_job(1, phase=Phase.WAITING, counted={"away_boards": ["b"]}), "too-few-devices", "warning"),
+    "a missed deadline": (with_job(counted={"missed_deadlines": 1}), "no-progress", "critical"),
+    "a round without updates": (with_job(counted={"empty_rounds": 1}), "no-progress", "critical"),
     "a round that waits for a board that is offline": (
-        with_job(awaited={"a": NOW + 500}, counted={"offline_since": {"a": NOW - 9}}), "round-waits", "warning",
+        with_job(awaited_devices={"a": NOW + 500}, counted={"offline_since": {"a": NOW - 9}}), "round-waits", "warning",
     ),
-    "a board off its plan": (with_job(counted={"off": {"a": "memory 2 MB instead of 1 MB"}}), "prediction-off", "info"),
+    "a board off its plan": (with_job(counted={"prediction_excesses": {"a": "memory 2 MB instead of 1 MB"}}), "prediction-off", "info"),
     "a disk that fills": (with_site(disk=(ROOM // 20, ROOM)), "disk", "warning"),
     "a disk that is full": (with_site(disk=(ROOM // 100, ROOM)), "disk", "critical"),
     "a certificate near its end": (with_site(certificates=[ending(29)]), "certificate", "warning"),
@@ -133,15 +134,15 @@ CASES: dict[str, tuple[Situation, str, str]] = {
     "a board that is excluded": (without_a("device-excluded"), "device-excluded", "warning"),
     "a board whose updates don't count": (without_a("device-failing"), "device-failing", "warning"),
     "a board of which the broker drops messages": (without_a("broker-drops"), "broker-drops", "warning"),
-    "a board that has joined just now": (with_site(unannounced={"a": NOW - 26}), "device-unheard", "info"),
+    "a board that has joined just now": (with_site(unannounced_boards={"a": NOW - 26}), "device-unheard", "info"),
     "a board that has joined, and is not heard": (
-        with_site(unannounced={"a": NOW - 200}), "device-unheard", "warning",
+        with_site(unannounced_boards={"a": NOW - 200}), "device-unheard", "warning",
     ),
     "a board that is gone": (without_a("device-away"), "device-away", "warning"),
     "requests to join that flood the server": (
         replace(CALM, flooding_client="ab" * 16), "joins-flooded", "warning",
     ),
-    "a board that waits": (with_site(waiting={"a": "1234"}), "devices-wait", "warning"),
+    "a board that waits": (with_site(waiting_keys={"a": "1234"}), "devices-wait", "warning"),
     "a rollout that failed": (rollout(RolloutPhase.STOPPED, "too many", ("a",)), "rollout", "warning"),
     "a rollout that was stopped": (rollout(RolloutPhase.STOPPED, "stopped: by ann"), "rollout", "info"),
     "a rollout that is paused": (rollout(RolloutPhase.PAUSED, "paused: by ann"), "rollout-paused", "info"),
@@ -169,8 +170,8 @@ def test_every_kind_is_tried() -> None:
     [
         CALM,
         with_job(0, phase=Phase.FINISHED),
-        with_job(0, paused=True, counted={"missed": 3}),
-        with_job(paused=True, counted={"offline_since": {"a": NOW - 9}}),
+        with_job(0, is_paused=True, counted={"missed_deadlines": 3}),
+        with_job(is_paused=True, counted={"offline_since": {"a": NOW - 9}}),
         with_job(1),
         replace(CALM, since_turn_s=59.0),
         with_site(certificates=[ending(31)]),
@@ -312,7 +313,7 @@ def test_the_clock_on_the_wall_may_jump() -> None:
 
 def test_many_strangers_hide_nothing_worse() -> None:
     strangers = {f"d{i}": "key" for i in range(MAX_ALERTS_OF_KIND + 9)}
-    found = evaluate_alerts(replace(with_site(waiting=strangers), broker_problem="gone"), NOW)
+    found = evaluate_alerts(replace(with_site(waiting_keys=strangers), broker_problem="gone"), NOW)
     book = AlertBook()
     book.update(found, 0.0, NOW)
     book.update(found, 60.0, NOW)

@@ -50,7 +50,7 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCa
     lines = RoundLines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
         for number, now in ((2, 100.0), (3, 130.0), (4, 160.0), (5, 190.0), (10, 220.0)):
-            show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, paused=number == 5)
+            show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, is_paused=number == 5)
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", ", about 4 min left", ", about 3 min left", "", ""]
 

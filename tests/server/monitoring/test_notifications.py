@@ -200,7 +200,7 @@ def closing_outbox(channel: Any) -> Iterator[NotificationQueue]:
 
 def test_nobody_waits_for_a_channel_that_hangs_and_its_queue_is_bounded() -> None:
     class Hangs:
-        name, free, begun, sent = "webhook", threading.Event(), threading.Event(), 0
+        name, free, has_begun, sent = "webhook", threading.Event(), threading.Event(), 0
 
         def send(self, message: Message) -> str:
             self.has_begun.set()
