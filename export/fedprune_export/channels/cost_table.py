@@ -50,7 +50,11 @@ def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace
         work = _workload(node, values, trace, bool(weights))
         for weight, axis, positions in weights or [("", 0, 0)]:
             yield LayerRow(node.name, node.op, weight, positions, axis, **work)
-            work = {**work, "reads": Volume(), "makes": Volume()}  # a recurrent node's second weight moves nothing
+            work = {
+                **work,
+                "input_volume": Volume(),
+                "output_volume": Volume(),
+            }  # a recurrent node's second weight moves nothing
 
 
 def _is_sample_data(name: str, values: ValueAxes, trace: Trace) -> bool:
@@ -110,8 +114,8 @@ def _workload(node: Node, values: ValueAxes, trace: Trace, weighted: bool) -> di
         last = values[node.inputs[0]][-1]
         inner = last if last is not None else Axis.fixed(1)
     return {
-        "reads": _volume(data_inputs[0], values) if data_inputs else Volume(),
-        "makes": _volume(node.outputs[0], values),
+        "input_volume": _volume(data_inputs[0], values) if data_inputs else Volume(),
+        "output_volume": _volume(node.outputs[0], values),
         "kernel": max(1, math.prod(map(int, window))),
         "stride": max(1, math.prod(map(int, node.attrs.get("strides", ())))),
         "groups": max(1, int(node.attrs.get("group", 1))),
