@@ -50,11 +50,8 @@ def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace
         work = _workload(node, values, trace, bool(weights))
         for weight, axis, positions in weights or [("", 0, 0)]:
             yield LayerRow(node.name, node.op, weight, positions, axis, **work)
-            work = {
-                **work,
-                "input_volume": Volume(),
-                "output_volume": Volume(),
-            }  # a recurrent node's second weight moves nothing
+            # A recurrent node's second weight moves nothing.
+            work |= {"input_volume": Volume(), "output_volume": Volume()}
 
 
 def _is_sample_data(name: str, values: ValueAxes, trace: Trace) -> bool:
