@@ -11,7 +11,7 @@ Such a graph stays connected until k boards are removed (Harary 1962). So, where
 - while colluding and absent boards are fewer than k in all, the masks between the remaining ones join them all, and the
   server learns nothing but the sum of them all.
 
-`Session.choose` takes the smallest k at which more than these fail with negligible probability.
+`SecureSumSession.choose` takes the smallest k at which more than these fail with negligible probability.
 """
 
 from __future__ import annotations
