@@ -19,7 +19,7 @@ from fedprune.wire.urls import WebServer
 
 SILENCE_TIMEOUT_S = 10.0  # how long connecting may take, and how long the server may send nothing
 
-# How long a leaf or the beginning of an answer may take, and how far a transfer may fall behind `LEAST_BYTES_PER_S`.
+# How long a leaf or the beginning of an answer may take, and how far a transfer may fall behind `MIN_BYTES_PER_S`.
 # A fast beginning is no credit, or a server could stall for hours after it.
 STALL_TIMEOUT_S = 30.0
 

@@ -48,7 +48,7 @@ _MAX_TIME_SHARE = 0.9  # share of float32's time that a lowered model may take t
 
 
 class ReducedPrecision:
-    """Lowers staged models to a precision, one of `SERVE`."""
+    """Lowers staged models to a precision, one of `SERVE_CHOICES`."""
 
     def __init__(self, serve: str = FLOAT32, threads: int = 1) -> None:
         self._serve, self._threads = serve, threads

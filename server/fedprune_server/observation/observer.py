@@ -65,8 +65,8 @@ class TurnEnded:
 class LoopBlocked:
     """The loop waits for its database, or for a lock that another process holds.
 
-    The server lives, and goes on later. `Lazy` mappings may need the database, too, so that no observer may read one
-    now.
+    The server lives, and goes on later. Mappings of a snapshot may need the database, too, so that no observer may read
+    one now.
     """
 
 

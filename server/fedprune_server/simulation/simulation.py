@@ -231,7 +231,7 @@ class Simulation:
                 on_begin(self)
             if isinstance(self.coordinator, SynchronousCoordinator):
                 # A finished run that was given more rounds goes on; an asynchronous job has dropped its trainings by
-                # then (`Experiment.extends`).
+                # then (`Experiment.is_extendable`).
                 self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:

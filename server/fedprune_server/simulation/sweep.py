@@ -116,7 +116,7 @@ def _checked_seeds(value: object, label: str) -> list[int]:
 
 def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
     """Simulate one run of a sweep from its last saved state, and write its report. Raises `FedpruneError` as
-    `simulated_fleet.read_plan` and `run_folder.simulate`."""
+    `simulated_fleet.read_fleet_plan` and `run_folder.simulate_in_folder`."""
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
     settings = run.settings
     plan = read_fleet_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)

@@ -14,7 +14,7 @@ MAX_AWAY_IN_MEMORY = 1000
 
 
 class DevicesAway:
-    """Drops fields of saved devices that are needed only when a device comes back (`PUT_AWAY`) from memory.
+    """Drops fields of saved devices that are needed only when a device comes back (`EVICTED_ATTRIBUTES`) from memory.
 
     Active devices keep them: a device is active while it is connected, has a part, or was in the latest round.
 

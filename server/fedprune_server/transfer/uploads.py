@@ -20,7 +20,7 @@ from fedprune_server.transfer.upload_place import ArrivedUpdate, FailedUpload, O
 log = logging.getLogger("fedprune.server")
 
 # Seconds without a byte after which a transfer gives its place to a waiting one. So does a transfer that has had its
-# place for so long and was slower than `LEAST_BYTES_PER_S` on average.
+# place for so long and was slower than `MIN_BYTES_PER_S` on average.
 STALL_TIMEOUT_S = 30.0
 
 # Seconds after a request to upload in which an announcement counts as sent before the request came. A device that
@@ -284,7 +284,7 @@ class Uploads:
         self._running.discard(device)
         if upload.pull is not None:
             # The device may be gone because of our request: brokers end the connection of a client whose chunk is too
-            # large. `give_up` counts against the size of chunks.
+            # large. `note_silence` counts against the size of chunks.
             upload.pull.note_silence()
         self._stop_transfer(device, upload)
         return [upload.ref.sha256]

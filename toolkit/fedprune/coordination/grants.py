@@ -158,8 +158,8 @@ class Grants:
         """Whether a core is better than ordered dropout for classifiers.
 
         It is where boards are nearly as wide as each other, or labels are even: where the median board's labels are
-        worth at least the share `evenness` of all classes, or of as many as the board has samples. Boards that don't
-        report that count as worth none.
+        worth at least the share `min_evenness` of all classes, or of as many as the board has samples. Boards that
+        don't report that count as worth none.
         """
         devices = self._planned_devices
         if self._job.privacy.is_on or self._asks_alike or not self._sees_fleet:

@@ -280,7 +280,7 @@ class State:
             far the sums move the model. With secure aggregation: the division of the devices into cohorts, until the
             sums of masked updates are known; then these sums and, until the round's end, how they went
             (`events.Unmasked`).
-        wake_times: Times of `Wake` commands that the shell has not answered yet.
+        wake_times: Times of `WakeAt` commands that the shell has not answered yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to; empty if the caller doesn't store
             it.
@@ -495,7 +495,8 @@ def _share_common_values(device: Mapping[str, Any], shared: dict[str, Any]) -> M
 
 
 def update_digests(update: Mapping[str, Any] | None) -> set[str]:
-    """Digests of the blobs that a stored update refers to itself: `Past` and `Contribution`, as attributes or JSON."""
+    """Digests of the blobs that a stored update refers to itself: `LastCountedUpdate` and `Contribution`, as attributes
+    or JSON."""
     return {update[k] for k in ("weights", "ranking", "mask", "sent") if update.get(k)} if update else set()
 
 

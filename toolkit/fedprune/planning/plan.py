@@ -263,7 +263,7 @@ class PlanSearch:
         correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
             fits for that reason alone, the plan is the narrowest candidate, with a warning.
         frozen: Tensors that the model's author froze.
-        margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
+        margin: Share of the memory that stays free; `MEMORY_UNDERESTIMATE` where no round will correct the plan.
         codecs: As in `predict`.
         names: What the settings of `SETTING_OF_LIMIT` are called where the user has them.
         least_channels: How many channels every group keeps, or all where it has less.

@@ -122,7 +122,7 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     recipe: FreeObject
     """The recipe, as `fedprune.model.recipe.Recipe.to_offer` gives it."""
     mask: BlobRef | None = None
-    """Which elements are active (`element_mask.to_bits`): of masked tensors `weights` has the active values alone,
+    """Which elements are active (`element_mask.mask_to_bits`): of masked tensors `weights` has the active values alone,
     and so has the update. None where all are."""
     ranking: Digest | None = None
     """Digest of the order of channels that the selection is the beginning of. Selections of other widths with the same
