@@ -124,10 +124,10 @@ class Fleet:
         self._ends = np.concatenate([deaths, np.full(len(deaths), -1.0)]).astype(np.float32)
         order = np.argsort(self._times, kind="stable")
         self._times, self._who, self._ends = self._times[order], self._who[order], self._ends[order]
-        self._axis_indices = keyed_generator(0, "million", "rounds")
+        self._factors = keyed_generator(0, "million", "rounds")
         self._drawn = list[float]()
 
-    def is_geometric(self) -> Iterator[tuple[float, int, float]]:
+    def moves(self) -> Iterator[tuple[float, int, float]]:
         """Time, board, and the end of its connection, or -1 where it is that end; in order."""
         for at in range(0, len(self._times), 10_000):
             rows = (column[at : at + 10_000].tolist() for column in (self._times, self._who, self._ends))
@@ -147,7 +147,7 @@ class Fleet:
     def factor(self) -> float:
         """The next round's factor on a training time."""
         if not self._drawn:
-            self._drawn += self._axis_indices.lognormal(0, ROUND_SIGMA, 10_000).tolist()
+            self._drawn += self._factors.lognormal(0, ROUND_SIGMA, 10_000).tolist()
         return float(self._drawn.pop())
 
     def transfer_s(self, board: int, size: int, *, down: bool) -> float:
@@ -187,7 +187,7 @@ class Shell:
         self._faults = keyed_generator(0, "million", "faults")
 
     def run(self) -> None:
-        end, moves = 3600 * self.case.hours, self.fleet.is_geometric()
+        end, moves = 3600 * self.case.hours, self.fleet.moves()
         time_, board, until = next(moves)
         while min(time_, self.later[0][0] if self.later else time_) < end:
             if self.later and self.later[0][0] <= time_:

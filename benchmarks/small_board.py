@@ -114,14 +114,14 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
         run += ["--profile", BOARD, "--threads", "1", "--broker", f"mqtt://127.0.0.1:{place.port}", "--device", "zero"]
         board = place.start("zero", [*within, *run, "--data", folder / "samples.npz", "--state", folder / "zero"])
-        waited(lambda: "connected" in place.titled_value("zero"), "the board's connection")
+        waited(lambda: "connected" in place.log_text("zero"), "the board's connection")
         time.sleep(IDLE_S)
         before, _ = memory(board.pid)
         place.server(config, "--verbose")  # with every limit of the plan
         loaded = 0
-        while "is finished" not in place.titled_value("server"):
+        while "is finished" not in place.log_text("server"):
             if board.poll() is not None:
-                raise SystemExit(f"{net}: the board's agent ended: {place.titled_value('zero')[-3000:]}")
+                raise SystemExit(f"{net}: the board's agent ended: {place.log_text('zero')[-3000:]}")
             loaded = max(loaded, memory(board.pid)[1])
             time.sleep(0.1)
         time.sleep(IDLE_S)
@@ -129,7 +129,7 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         place.look()
         peak = place.watched["zero"].peak
         failed = int((GROUP / "memory.failcnt").read_text()) if within else None
-        log = place.titled_value("server").splitlines()
+        log = place.log_text("server").splitlines()
         plan = [line for line in log if "memory:" in line or "weights: " in line]
         place.stop("zero")
     return {

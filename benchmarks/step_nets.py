@@ -35,7 +35,7 @@ class Inverted(nn.Module):
     def __init__(self, before: int, after: int, stride: int, factor: int) -> None:
         super().__init__()
         wide = before * factor
-        self.adds_updates = stride == 1 and before == after
+        self.adds = stride == 1 and before == after
         layers: list[nn.Module] = []
         if factor > 1:
             layers += [nn.Conv2d(before, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()]
@@ -45,7 +45,7 @@ class Inverted(nn.Module):
     def forward(self, x: Any) -> Any:
         """[N, before, ...] to [N, after, ...]."""
         y = self.layers(x)
-        return x + y if self.adds_updates else y
+        return x + y if self.adds else y
 
 
 class Submodels(nn.Sequential):

@@ -47,7 +47,7 @@ class Acceptance:
         self.bundle, self.folder = bundle, folder
         self.plan = bundle.engine or EnginePlan()
         self.engines = folder / "engines"
-        self.add_checked = self.failed = 0
+        self.passed = self.failed = 0
 
     def run(self) -> int:
         for name, check in (
@@ -62,13 +62,13 @@ class Acceptance:
             ("training with CUDA", self.training),
         ):
             self.say(name, check)
-        print(f"{self.add_checked} of {self.add_checked + self.failed} checks passed")
+        print(f"{self.passed} of {self.passed + self.failed} checks passed")
         return 0 if not self.failed else 1
 
     def say(self, name: str, check: Callable[[], str]) -> None:
         try:
             print(f"ok    {name}: {check()}", flush=True)
-            self.add_checked += 1
+            self.passed += 1
         except (FedpruneError, AssertionError) as error:
             print(f"FAIL  {name}: {error}", flush=True)
             self.failed += 1

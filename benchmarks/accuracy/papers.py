@@ -17,7 +17,7 @@ _SUBFLOT = (
     Method("slices", "benchmarks.accuracy.compositions:slices"),
     Method("fedrolex", "fedrolex"),
     Method("subflot", "subflot"),
-    Method("fedprune", "fedprune", is_worth_keeping="average"),
+    Method("fedprune", "fedprune", served_model="average"),
 )
 
 SUBFLOT_FULL = Protocol(
@@ -161,7 +161,7 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method("fedavg", "fedavg"),
         Method("pr-fl int8", "pr-fl", ours, job=_INT8_UP),
         Method("fedasync int8", "fedasync", {**_STALE, "rate": 1.0}, job=_INT8),
-        Method("fedprune", "fedprune", {**SCARCE_LINKS, "ranking": "nested"}, job=_INT8, is_worth_keeping="average"),
+        Method("fedprune", "fedprune", {**SCARCE_LINKS, "ranking": "nested"}, job=_INT8, served_model="average"),
     )
     return tuple(replace(m, densities=False) for m in rows)
 

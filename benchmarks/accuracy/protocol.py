@@ -39,7 +39,7 @@ class Method:
         densities: Whether the strategy gets the protocol's densities.
         elements: Whether its submodels are made of elements: for densities it gets the shares of elements that weigh
             what submodels of the protocol's densities weigh (`benchmarks.accuracy.shares`).
-        serves: What a board predicts with by this method: `after`, the model that it trained last, or `average`.
+        served_model: What a board predicts with by this method: `after`, the model that it trained last, or `average`.
         samples: Whether the server has the `CALIBRATION` samples, as one with the table `[calibration]`.
     """
 
@@ -50,7 +50,7 @@ class Method:
     job: Mapping[str, Any] = field(default_factory=dict)
     densities: bool = True
     elements: bool = False
-    is_worth_keeping: str = "after"
+    served_model: str = "after"
     samples: bool = False
 
     @property
@@ -169,7 +169,7 @@ class Protocol:
             parts.pop("ends_at_target")
         parts["recipe"] = self.recipe.to_dict()
         row = asdict(method)
-        for name in ("name", "serves"):
+        for name in ("name", "served_model"):
             row.pop(name)
         boards = [{k: v for k, v in find_profile(b.profile).to_dict().items() if k != "sources"} for b in self.boards]
         trainer = "cuda" if cuda else "onnxruntime"

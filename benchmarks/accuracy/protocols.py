@@ -33,7 +33,7 @@ PATHOLOGICAL = {**POOLED, "most": 6_000, "partition": "pathological", "classes":
 def _ours(name: str, options: Mapping[str, Any] | None = None, **settings: Any) -> Method:
     """A row of fedprune's, with options for long jobs (docs/strategies/fedprune.md) and some of its own."""
     options = {"server_momentum": 0.7, "mixup": 0.4, **(options or {})}
-    return Method(name, "fedprune", options, is_worth_keeping="average", samples=True, **settings)
+    return Method(name, "fedprune", options, served_model="average", samples=True, **settings)
 
 
 FEDPRUNE = _ours("fedprune")

@@ -69,7 +69,7 @@ def _percent(value: float | None) -> float | None:
 
 def served(protocol: Protocol, run: Run, last: int = 0) -> float | None:
     """Accuracy of the models that boards serve, on their own test data, in percent."""
-    return figure(protocol, run, own(f"accuracy_{protocol.method(run['method']).is_worth_keeping}"), last)
+    return figure(protocol, run, own(f"accuracy_{protocol.method(run['method']).served_model}"), last)
 
 
 def cost(run: Run, last: int = 0) -> dict[str, float]:

@@ -14,8 +14,7 @@ from benchmarks.swarm.shelf import Arriving, Shelf
 from benchmarks.swarm.updates import Remade, device_name
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.partial_blob import PartialBlob
-from fedprune.wire.chunk import CHUNK_QOS as CHUNK_QOS
-from fedprune.wire.chunk import PACKET_OVERHEAD_BYTES, Chunk
+from fedprune.wire.chunk import CHUNK_QOS, PACKET_OVERHEAD_BYTES, Chunk
 from fedprune.wire.messages import (
     PUT_ABILITY,
     Accepted,
@@ -47,11 +46,11 @@ class Part:
     attempt: int
     base: str
     offered: float
-    announced_digests: float = 0.0
+    announced: float = 0.0
     accepted_at: float = 0.0
     weights: str = ""
-    on_accepted: list[str] = field(default_factory=list)
-    on_cancelled: list[str] = field(default_factory=list)
+    accepted: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -86,32 +85,15 @@ class Board:
     """
 
     __slots__ = (
-        "_announce_at",
-        "_is_working",
-        "_last",
-        "_offer",
-        "_on_update_announced",
-        "_pulls",
-        "_serve",
-        "_session",
-        "_update",
-        "_uploads",
-        "finished",
-        "index",
-        "link",
-        "name",
-        "on_accepted",
-        "parts",
-        "probe",
-        "profile",
-        "samples",
-        "train_s",
+        "_announce_at", "_announcement_count", "_last", "_offer", "_pulls", "_serve", "_session", "_update",
+        "_uploads", "_works", "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile",
+        "samples", "train_s",
     )  # fmt: skip
 
     def __init__(
         self, works: Works, index: int, profile: str, probe: dict[str, Any], samples: int, train_s: float
     ) -> None:
-        self._is_working = works
+        self._works = works
         self.index, self.name = index, device_name(index)
         self.profile, self.probe, self.samples, self.train_s = profile, probe, samples, train_s
         self.link: Session | None = None
@@ -123,23 +105,23 @@ class Board:
         self._pulls: dict[str, Pull] = {}
         self._update: UpdateAnnouncement | None = None
         self._last: UpdateAnnouncement | None = None
-        self._on_update_announced, self._announce_at = 0, 0.0
+        self._announcement_count, self._announce_at = 0, 0.0
         self._uploads: dict[str, asyncio.Task[None]] = {}
         self.on_accepted: Callable[[Accepted], None] | None = None
 
     def new_session(self) -> Session:
         """A connection that isn't made yet."""
-        topics = self._is_working.topics
+        topics = self._works.topics
         self._session = max(self._session + 1, time.time_ns() // 1_000_000)
         will = topics.up(self.name), Death(self.name, self._session).to_bytes()
         self.link = Session(self.name, topics.device_subscriptions(self.name), self._on_message, will)
         return self.link
 
-    def build(self) -> None:
+    def announce_birth(self) -> None:
         """Announce itself, and say again what the server may not have heard."""
         update = self._update
         held = None if update is None else {"job": update.job, "round": update.round, "attempt": update.attempt}
-        abilities = (PUT_ABILITY,) if self._is_working.put is not None else ()
+        abilities = (PUT_ABILITY,) if self._works.put is not None else ()
         birth = Birth(
             self.name, self._session, self.profile, self.samples, "swarm", self.probe, held, abilities=abilities
         )
@@ -148,14 +130,14 @@ class Board:
 
     def hurry(self) -> None:
         """Say that an update is there, and soon again: it is new, or the connection is."""
-        self._on_update_announced = 0
+        self._announcement_count = 0
         self._announce()
 
     def _announce(self) -> None:
         if self._update is not None:
             self._say(self._update, self._update.job)
-            wait = min(MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S * 2.0 ** min(self._on_update_announced, 10))
-            self._on_update_announced += 1
+            wait = min(MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S * 2.0 ** min(self._announcement_count, 10))
+            self._announcement_count += 1
             self._announce_at = time.monotonic() + wait * random.uniform(0.75, 1.25)
 
     def say_again(self) -> bool:
@@ -178,12 +160,12 @@ class Board:
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         if topic.endswith("/blob"):
-            self._chunk_leaves(Chunk.parse(payload))
+            self._on_chunk(Chunk.parse(payload))
             return
         message = parse_message(payload)
         match message:
             case Hello():
-                self.build()
+                self.announce_birth()
                 for pull in self._pulls.values():
                     for want in pull.start(time.monotonic()):
                         self._ask(want)
@@ -194,7 +176,7 @@ class Board:
             case UploadRequest():
                 self._upload(message)
             case Accepted():
-                self._acceptances(message)
+                self._on_accepted(message)
             case Cancelled():
                 self._cancelled(message)
             case Finished():
@@ -206,7 +188,7 @@ class Board:
         if known is not None and (known.round, known.attempt) == (offer.round, offer.attempt):
             self.hurry()
             return
-        shelf, now = self._is_working.shelf, time.monotonic()
+        shelf, now = self._works.shelf, time.monotonic()
         self._offer, self._update = offer, None
         self.parts[offer.round] = Part(offer.attempt, offer.weights.sha256, time.time())
         self._pulls.clear()
@@ -217,7 +199,7 @@ class Board:
             for want in pull.start(now):
                 self._ask(want)
 
-    def _chunk_leaves(self, chunk: Chunk) -> None:
+    def _on_chunk(self, chunk: Chunk) -> None:
         pull = self._pulls.get(chunk.sha256)
         if pull is None:
             return
@@ -232,15 +214,15 @@ class Board:
         offer = self._offer
         if offer is not None:
             self._say(RoundProgress(self.name, offer.job, offer.round, offer.attempt, "train", 0, 1), offer.job, qos=0)
-            self._is_working.later(self.train_s, self._trained, offer)
+            self._works.later(self.train_s, self._trained, offer)
 
     def _trained(self, offer: Offer) -> None:
         if self._offer is not offer:
             return
-        weights = self._is_working.shelf[offer.weights.sha256]
-        ref = self._is_working.updates.make(weights, self.index, offer.round)
+        weights = self._works.shelf[offer.weights.sha256]
+        ref = self._works.updates.make(weights, self.index, offer.round)
         part = self.parts[offer.round]
-        part.weights, part.announced_digests = ref.sha256, time.time()
+        part.weights, part.announced = ref.sha256, time.time()
         # The one device's accuracy is as good as another's: nothing was learnt.
         self._update = UpdateAnnouncement(
             self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256, ref, self.samples, 1
@@ -255,31 +237,31 @@ class Board:
             self._say(BlobNotFound(want.sha256))
             return
         self._announce_at = max(self._announce_at, time.monotonic() + 5 * MIN_ANNOUNCE_INTERVAL_S)
-        topic = self._is_working.topics.up_blob(self.name, job)
+        topic = self._works.topics.up_blob(self.name, job)
         for raw in answer:
             self.link.publish(topic, raw, CHUNK_QOS)
 
     def _upload(self, request: UploadRequest) -> None:
         """Put the update where the server says, unless that is under way."""
-        put, update, sha256 = self._is_working.put, self._update, request.sha256
+        put, update, sha256 = self._works.put, self._update, request.sha256
         if put is None or update is None or update.weights.sha256 != sha256 or sha256 in self._uploads:
             return
         self._announce_at = max(self._announce_at, time.monotonic() + 5 * MIN_ANNOUNCE_INTERVAL_S)
 
         async def upload() -> None:
-            failure = await put(request.url, self._is_working.updates.open(sha256).read())
+            failure = await put(request.url, self._works.updates.open(sha256).read())
             del self._uploads[sha256]
             self._say(UploadResult(sha256, failure), update.job)
 
         self._uploads[sha256] = asyncio.ensure_future(upload())
 
-    def _acceptances(self, message: Accepted) -> None:
+    def _on_accepted(self, message: Accepted) -> None:
         part = self.parts.get(message.round)
         if part is not None:
-            part.on_accepted.append(message.weights)
+            part.accepted.append(message.weights)
             part.accepted_at = part.accepted_at or time.time()
         if self._update is not None and self._update.weights.sha256 == message.weights:
-            self._is_working.updates.forget(message.weights)
+            self._works.updates.forget(message.weights)
             self._last, self._update = self._update, None
         if self.on_accepted is not None:
             self.on_accepted(message)
@@ -287,7 +269,7 @@ class Board:
     def _cancelled(self, message: Cancelled) -> None:
         part = self.parts.get(message.round)
         if part is not None:
-            part.on_cancelled.append(message.reason)
+            part.cancelled.append(message.reason)
         offer = self._offer
         if offer is not None and (offer.round, offer.attempt) == (message.round, message.attempt):
             self._offer = self._update = None
@@ -298,7 +280,7 @@ class Board:
 
     def _say(self, message: Any, job: str | None = None, qos: int = 1) -> None:
         if self.link is not None:
-            topics = self._is_working.topics
+            topics = self._works.topics
             self.link.publish(topics.up(self.name, job) if job else topics.up(self.name), message.to_bytes(), qos)
 
     def ledger(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Fleet:
             _, session = await loop.create_connection(board.new_session, self._spec["host"], self._spec["port"])
             await session.up
         session.ended = lambda _: self._lost(board)
-        board.build()
+        board.announce_birth()
 
     def _lost(self, board: Board) -> None:
         """A connection has broken: the device comes back, as a real one does."""

@@ -71,14 +71,14 @@ class Repeater:
     def __init__(self, board: Board, log: list[tuple[str, float, float]]) -> None:
         self._board, self._log = board, log
         self._asked: tuple[float, float] | None = None
-        board.on_accepted = self._acceptances
+        board.on_accepted = self._on_accepted
 
     def ask(self) -> None:
         """Ask once more, if the last question was answered and there is something to ask for."""
         if self._asked is None and self._board.say_again():
             self._asked = time.time(), time.perf_counter()
 
-    def _acceptances(self, message: Accepted) -> None:
+    def _on_accepted(self, message: Accepted) -> None:
         if self._asked is not None:
             at, began = self._asked
             self._asked = None

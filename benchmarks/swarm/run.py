@@ -142,7 +142,7 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
     for name, process in processes.items():
         process.wait(size.limit_s + _END_S)
         if process.returncode:
-            raise RuntimeError(f"{name} has failed:\n{place.titled_value(name)}")
+            raise RuntimeError(f"{name} has failed:\n{place.log_text(name)}")
     return {name: _result(place.folder, name) for name in PROCESSES}
 
 

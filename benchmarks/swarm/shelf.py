@@ -38,13 +38,13 @@ class Arriving:
     Leaves are held until the blob is whole only where the shelf hasn't got it.
     """
 
-    __slots__ = ("_leaves", "_shelf", "count", "is_complete", "present", "ref", "table")
+    __slots__ = ("_leaves", "_shelf", "is_complete", "present_count", "present_leaves", "ref", "table")
 
     def __init__(self, shelf: Shelf, ref: BlobRef) -> None:
         self._shelf, self.ref = shelf, ref
         self.table: bytes | None = bytes.fromhex(ref.sha256) if ref.leaf_count == 1 else None
-        self.present = bytearray(ref.leaf_count)
-        self.count = 0
+        self.present_leaves = bytearray(ref.leaf_count)
+        self.present_count = 0
         self.is_complete = False
         self._leaves: dict[int, bytes] = {}
 
@@ -67,9 +67,9 @@ class Arriving:
             leaf = view[(index - first) * LEAF_BYTES : (index - first + 1) * LEAF_BYTES]
             if hashlib.sha256(leaf).digest() != self.table[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
                 wrong.append(index)
-            elif not self.present[index]:
-                self.present[index] = 1
-                self.count += 1
+            elif not self.present_leaves[index]:
+                self.present_leaves[index] = 1
+                self.present_count += 1
                 if not self._shelf.has(self.ref.sha256):
                     self._leaves[index] = bytes(leaf)
         return wrong

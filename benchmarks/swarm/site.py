@@ -77,7 +77,7 @@ class Site:
         self._others: dict[str, int] = {}
         self._done = threading.Event()
         self._lock = threading.Lock()
-        self._watcher = threading.Thread(target=self._follow, daemon=True)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
     def start(self, name: str, command: Sequence[str | Path], cwd: Path | None = None) -> subprocess.Popen[bytes]:
@@ -101,7 +101,7 @@ class Site:
         until = time.monotonic() + _START_S
         while not listens(self.port):
             if process.poll() is not None or time.monotonic() > until:
-                raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.titled_value("broker"))
+                raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.log_text("broker"))
             time.sleep(0.05)
 
     def server(self, config: Path, *options: str) -> None:
@@ -113,9 +113,9 @@ class Site:
         module = ["-m", "fedprune_server.cli.main", "run", "--config", str(config), "--insecure", *options]
         process = self.start("server", [sys.executable, *module])
         until = time.monotonic() + _START_S
-        while "connected to the broker" not in self.titled_value("server"):
+        while "connected to the broker" not in self.log_text("server"):
             if process.poll() is not None or time.monotonic() > until:
-                raise FedpruneError("the server doesn't come up", hint=self.titled_value("server")[-2000:])
+                raise FedpruneError("the server doesn't come up", hint=self.log_text("server")[-2000:])
             time.sleep(0.05)
 
     def watch(self, name: str, pid: int) -> None:
@@ -124,8 +124,8 @@ class Site:
             self.watched[name] = Watch()
             self._others[name] = pid
 
-    def titled_value(self, name: str) -> str:
-        """What a process has said."""
+    def log_text(self, name: str) -> str:
+        """The output of a process so far."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def look(self) -> None:
@@ -167,7 +167,7 @@ class Site:
                         os.kill(pid, signal.SIGKILL)
             process.wait()
 
-    def _follow(self) -> None:
+    def _watch(self) -> None:
         while not self._done.wait(_EVERY_S):
             self.look()
 

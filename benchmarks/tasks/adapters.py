@@ -38,7 +38,7 @@ class Speaker(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base = trained_base().requires_grad_(False)
-        for block in self.base.block_layout:
+        for block in self.base.blocks:
             for owner, name in ((block, "qkv"), (block, "out"), (block.mlp, "0"), (block.mlp, "2")):
                 setattr(owner, name, Low(getattr(owner, name)))
 

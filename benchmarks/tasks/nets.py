@@ -32,23 +32,23 @@ class Crnn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        bins = self.next_window // 2 + 1
-        angle = 2 * np.pi * np.arange(bins)[:, None] * np.arange(self.next_window) / self.next_window
-        waves = np.concatenate([np.cos(angle), np.sin(angle)]) * np.hanning(self.next_window)
+        bins = self.window // 2 + 1
+        angle = 2 * np.pi * np.arange(bins)[:, None] * np.arange(self.window) / self.window
+        waves = np.concatenate([np.cos(angle), np.sin(angle)]) * np.hanning(self.window)
         self.register_buffer("waves", torch.tensor(waves[:, None], dtype=torch.float32))
         self.register_buffer("mel", torch.tensor(mel_matrix(self.bands, bins, 8000), dtype=torch.float32))
         self.one = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
         self.two = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2))
         self.rnn = nn.GRU(32 * (self.bands // 4), 64)
-        self.to_dict_without_boards = nn.Linear(64, 10)
+        self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         waves = functional.conv1d(x.unsqueeze(1), self.waves, stride=self.hop)
-        re, im = waves.on_chunk(2, 1)
+        re, im = waves.chunk(2, 1)
         bands = torch.log(torch.matmul(self.mel, re * re + im * im) + 1e-4)
         maps = self.two(self.one(bands.unsqueeze(1)))
         steps = maps.flatten(1, 2).permute(2, 0, 1)
-        return self.to_dict_without_boards(self.rnn(steps)[0].mean(0))
+        return self.head(self.rnn(steps)[0].mean(0))
 
 
 class UNet(nn.Module):
@@ -60,9 +60,7 @@ class UNet(nn.Module):
         super().__init__()
         whole = torch_module("timm:mobilenetv2_050")
         self.stem = nn.Sequential(whole.conv_stem, whole.bn1)
-        self.encoder = nn.ModuleList(
-            [whole.block_layout[0], whole.block_layout[1], whole.block_layout[2], whole.block_layout[3:5]]
-        )
+        self.encoder = nn.ModuleList([whole.blocks[0], whole.blocks[1], whole.blocks[2], whole.blocks[3:5]])
         below, *beside = 48, 16, 16, 8
         self.up = nn.ModuleList()
         for more, out in zip([*beside, 0], (48, 32, 24, 16), strict=True):
@@ -70,7 +68,7 @@ class UNet(nn.Module):
                 nn.Conv2d(below + more, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
             ))  # fmt: skip
             below = out
-        self.to_dict_without_boards = nn.Conv2d(16, 11, 1)
+        self.head = nn.Conv2d(16, 11, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         value, found = self.stem(x), []
@@ -81,7 +79,7 @@ class UNet(nn.Module):
         for layer, more in zip(self.up, [*beside[::-1], None], strict=True):
             value = functional.interpolate(value, scale_factor=2.0)
             value = layer(value if more is None else torch.cat([value, more], 1))
-        return self.to_dict_without_boards(value)
+        return self.head(value)
 
 
 class Detector(nn.Module):
@@ -96,10 +94,10 @@ class Detector(nn.Module):
         for after, stride in ((16, 2), (32, 2), (64, 2), (64, 1), (64, 1)):
             layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
             before = after
-        self.body, self.to_dict_without_boards = nn.Sequential(*layers), nn.Conv2d(64, 15, 1)
+        self.body, self.head = nn.Sequential(*layers), nn.Conv2d(64, 15, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_dict_without_boards(self.body(x))
+        return self.head(self.body(x))
 
 
 class Block(nn.Module):
@@ -153,16 +151,16 @@ class Patches(nn.Module):
         self.register_buffer("places", starts[:, None] + torch.arange(self.patch))
         self.embed = nn.Linear(self.patch, self.width)
         self.place = nn.Parameter(0.02 * torch.randn(len(starts), self.width))
-        self.block_layout = nn.Sequential(*(OfSeries(self.width, 4) for _ in range(2)))
+        self.blocks = nn.Sequential(*(OfSeries(self.width, 4) for _ in range(2)))
         self.norm = nn.LayerNorm(self.width)
-        self.to_dict_without_boards = nn.Linear(len(starts) * self.width, self.horizon)
+        self.head = nn.Linear(len(starts) * self.width, self.horizon)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(2, keepdim=True)
         scale = torch.sqrt(((x - mean) ** 2).mean(2, keepdim=True) + 1e-5)
         patches = ((x - mean) / scale)[:, :, self.places]
-        seen = self.norm(self.block_layout(self.embed(patches) + self.place))
-        return self.to_dict_without_boards(seen.flatten(2)) * scale + mean
+        seen = self.norm(self.blocks(self.embed(patches) + self.place))
+        return self.head(seen.flatten(2)) * scale + mean
 
 
 class Lstm(nn.Module):
@@ -173,15 +171,13 @@ class Lstm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.to_dict_without_boards = nn.LSTM(self.series, 64), nn.Linear(64, self.series * self.horizon)
+        self.rnn, self.head = nn.LSTM(self.series, 64), nn.Linear(64, self.series * self.horizon)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(2, keepdim=True)
         scale = torch.sqrt(((x - mean) ** 2).mean(2, keepdim=True) + 1e-5)
         steps = ((x - mean) / scale)[:, :, -96:].permute(2, 0, 1)
-        return (
-            self.to_dict_without_boards(self.rnn(steps)[0][-1]).unflatten(1, (self.series, self.horizon)) * scale + mean
-        )
+        return self.head(self.rnn(steps)[0][-1]).unflatten(1, (self.series, self.horizon)) * scale + mean
 
 
 class AutoEncoder(nn.Module):
@@ -211,11 +207,11 @@ class Characters(nn.Module):
     def __init__(self, vocabulary: int = 65, width: int = 96, layers: int = 2) -> None:
         super().__init__()
         self.table, self.place = nn.Embedding(vocabulary, width), nn.Parameter(0.02 * torch.randn(64, width))
-        self.block_layout = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(layers)))
-        self.norm, self.to_dict_without_boards = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        self.blocks = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_dict_without_boards(self.norm(self.block_layout(self.table(x) + self.place))).transpose(1, 2)
+        return self.head(self.norm(self.blocks(self.table(x) + self.place))).transpose(1, 2)
 
 
 class Fusion(nn.Module):
@@ -225,8 +221,8 @@ class Fusion(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_geometric, self.turns = self._branch(6), self._branch(3)
-        self.to_dict_without_boards = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 6))
+        self.moves, self.turns = self._branch(6), self._branch(3)
+        self.head = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 6))
 
     @staticmethod
     def _branch(channels: int) -> nn.Module:
@@ -236,9 +232,7 @@ class Fusion(nn.Module):
         )  # fmt: skip
 
     def forward(self, accelerometer: Tensor, gyroscope: Tensor) -> Tensor:
-        return self.to_dict_without_boards(
-            torch.cat([self.is_geometric(accelerometer).mean(2), self.turns(gyroscope).mean(2)], 1)
-        )
+        return self.head(torch.cat([self.moves(accelerometer).mean(2), self.turns(gyroscope).mean(2)], 1))
 
 
 class Embedder(nn.Module):

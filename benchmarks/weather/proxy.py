@@ -109,7 +109,7 @@ class Tally:
 class _Packet:
     raw: bytes
     due: float
-    on_chunk: tuple[str, int, int] | None = None  # blob, first leaf and length of a chunk's data
+    chunk: tuple[str, int, int] | None = None  # blob, first leaf and length of a chunk's data
     copy: bool = False
 
 
@@ -134,7 +134,7 @@ class Way:
         self._proxy, self.name, self._line = proxy, name, line
         self._queue: deque[_Packet] = deque()
         self._changed = asyncio.Event()
-        self._schedule = self._free = 0.0
+        self._due = self._free = 0.0
 
     async def take(self, reader: asyncio.StreamReader) -> None:
         """Take packets in until the sender ends."""
@@ -175,13 +175,13 @@ class Way:
         tries = int(chance.geometric(1 - weather.loss, segments).max()) if weather.loss else 1
         self._proxy.tally.events["lost"] += tries - 1
         self._free = max(self._free, now) + (len(raw) / weather.bytes_s if weather.bytes_s else 0.0)
-        self._schedule = max(self._schedule, self._free + weather.round_trip_s * (tries - 0.5))
-        packet = _Packet(raw, self._schedule)
+        self._due = max(self._due, self._free + weather.round_trip_s * (tries - 0.5))
+        packet = _Packet(raw, self._due)
         self._queue.append(packet)
         if kind == _PUBLISH:
-            chunk = packet.on_chunk = _chunk(raw)
-            if packet.on_chunk is not None:
-                self._proxy.tally.sent[self._line.board, self.name, packet.on_chunk[0]] += packet.on_chunk[2]
+            chunk = packet.chunk = _chunk(raw)
+            if packet.chunk is not None:
+                self._proxy.tally.sent[self._line.board, self.name, packet.chunk[0]] += packet.chunk[2]
             elif (want := _want(raw)) is not None:
                 key = self._line.board, "down" if self.name == "up" else "up", want.sha256
                 asked = self._proxy.tally.asked.setdefault(key, Counter())
@@ -189,19 +189,19 @@ class Way:
             before = self._queue[-2] if len(self._queue) > 1 else None
             if before is not None and before.raw[0] >> 4 == _PUBLISH and chance.random() < weather.swaps:
                 before.raw, packet.raw = packet.raw, before.raw
-                before.on_chunk, packet.on_chunk = packet.on_chunk, before.on_chunk
+                before.chunk, packet.chunk = packet.chunk, before.chunk
                 before.copy, packet.copy = packet.copy, before.copy
                 self._proxy.tally.events["swapped"] += 1
             if chance.random() < weather.repeats:
                 again = bytes((raw[0] | (_DUPLICATE if raw[0] & 6 else 0),)) + raw[1:]
-                self._queue.append(_Packet(again, self._schedule, chunk, copy=True))
+                self._queue.append(_Packet(again, self._due, chunk, copy=True))
                 self._proxy.tally.events["repeated"] += 1
         self._changed.set()
 
     def _count(self, packet: _Packet) -> None:
-        if packet.on_chunk is None:
+        if packet.chunk is None:
             return
-        sha256, first, length = packet.on_chunk
+        sha256, first, length = packet.chunk
         key = self._line.board, self.name, sha256
         if packet.copy:
             self._proxy.tally.doubled[key] += length

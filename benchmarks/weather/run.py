@@ -172,7 +172,7 @@ async def _weathered(
         if dead or lived > 4 * seconds + 600:
             who = ", ".join(dead) or f"round {done + 1}"
             raise FedpruneError(
-                f"{who} came to no good end", hint=place.titled_value(dead[0] if dead else "server")[-2000:]
+                f"{who} came to no good end", hint=place.log_text(dead[0] if dead else "server")[-2000:]
             )
     for name in (*names, "server"):
         place.stop(name)

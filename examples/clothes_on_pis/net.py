@@ -16,14 +16,14 @@ class ClothesNet(nn.Module):
         self.features = nn.Sequential(
             *self.layer(1, 32), nn.MaxPool2d(2), *self.layer(32, 64), nn.MaxPool2d(2), *self.layer(64, 128)
         )
-        self.to_dict_without_boards = nn.Linear(128, classes)
+        self.head = nn.Linear(128, classes)
 
     @staticmethod
     def layer(before: int, after: int) -> tuple[nn.Module, ...]:
         return nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.to_dict_without_boards(self.features(images).mean((2, 3)))
+        return self.head(self.features(images).mean((2, 3)))
 
 
 def clothes_net() -> ClothesNet:

@@ -14,7 +14,7 @@ class MotionNet(nn.Module):
     def __init__(self, classes: int = 6) -> None:
         super().__init__()
         self.features = nn.Sequential(*self.layer(9, 64, 9), *self.layer(64, 128, 7), *self.layer(128, 128, 5))
-        self.to_dict_without_boards = nn.Linear(128, classes)
+        self.head = nn.Linear(128, classes)
 
     @staticmethod
     def layer(before: int, after: int, kernel: int) -> tuple[nn.Module, ...]:
@@ -22,7 +22,7 @@ class MotionNet(nn.Module):
         return convolution, nn.BatchNorm1d(after), nn.ReLU(), nn.MaxPool1d(2)
 
     def forward(self, signals: Tensor) -> Tensor:
-        return self.to_dict_without_boards(self.features(signals).mean(2))
+        return self.head(self.features(signals).mean(2))
 
 
 def motion_net() -> MotionNet:

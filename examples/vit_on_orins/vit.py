@@ -52,13 +52,13 @@ class SmallViT(nn.Module):
             nn.Conv2d(3, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 3, 2, 1), nn.GELU(), nn.Conv2d(64, width, 3, 2, 1)
         )
         self.places = nn.Parameter(0.02 * torch.randn(1, 16, width))
-        self.block_layout = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.to_dict_without_boards = nn.Linear(width, classes)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.stem(4 * images - 2).flatten(2).transpose(1, 2) + self.places
-        return self.to_dict_without_boards(self.norm(self.block_layout(tokens)).mean(1))
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
 def pretrained() -> SmallViT:
