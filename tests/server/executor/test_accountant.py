@@ -25,19 +25,19 @@ PRIVACY = Privacy(clip=1.0, noise_multiplier=2.0)
 
 @pytest.mark.parametrize(("multiplier", "rounds"), [(1.0, 1), (1.0, 24), (4.0, 100), (20.0, 1000)])
 def test_equal_releases_cost_what_the_rdp_accountant_bounds(multiplier: float, rounds: int) -> None:
-    known = dp_accounting.rdp.RdpAccountant()
-    known.compose(dp_accounting.GaussianDpEvent(multiplier), rounds)
-    mine, bound = Accountant(PRIVACY).epsilon(rounds / multiplier**2), known.get_epsilon(PRIVACY.delta)
-    assert 0.8 * bound < mine <= bound
+    reference = dp_accounting.rdp.RdpAccountant()
+    reference.compose(dp_accounting.GaussianDpEvent(multiplier), rounds)
+    epsilon, bound = Accountant(PRIVACY).epsilon(rounds / multiplier**2), reference.get_epsilon(PRIVACY.delta)
+    assert 0.8 * bound < epsilon <= bound
 
 
 def test_releases_of_different_noise_cost_what_the_pld_accountant_says() -> None:
-    known = dp_accounting.pld.PLDAccountant()
+    reference = dp_accounting.pld.PLDAccountant()
     releases = {"3.0": 4, "2.5": 2, "6.0": 5}
     for multiplier, count in releases.items():
-        known.compose(dp_accounting.GaussianDpEvent(float(multiplier)), count)
+        reference.compose(dp_accounting.GaussianDpEvent(float(multiplier)), count)
     assert Accountant(PRIVACY).epsilon(release_cost(releases)) == pytest.approx(
-        known.get_epsilon(PRIVACY.delta), rel=1e-3
+        reference.get_epsilon(PRIVACY.delta), rel=1e-3
     )
 
 
@@ -81,9 +81,9 @@ def fleet() -> State:
 
 
 def test_every_boards_cost_is_known() -> None:
-    found = privacy_spending(PRIVACY, fleet())
-    assert found["epsilon"] == {"a": Accountant(PRIVACY).epsilon(1.0), "b": 0.0}
-    assert (found["delta"], found["noise"], found["clip"]) == (1e-5, "local", 1.0)
+    spending = privacy_spending(PRIVACY, fleet())
+    assert spending["epsilon"] == {"a": Accountant(PRIVACY).epsilon(1.0), "b": 0.0}
+    assert (spending["delta"], spending["noise"], spending["clip"]) == (1e-5, "local", 1.0)
     assert (
         privacy_spending(PRIVACY, None)
         == privacy_spending(Privacy(), fleet())

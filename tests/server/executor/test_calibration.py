@@ -50,18 +50,18 @@ def test_statistics_are_the_samples_whatever_share_a_step_keeps(model, keep):
 def test_frozen_statistics_stay_and_others_are_measured_behind_them(model):
     x = load_digits()[0][:50]
     out = Calibration(model, x, Features(frozen=("bn1.*", "conv1.*")))(model.tensors)
-    whole = Calibration(model, x)(model.tensors)
+    unfrozen = Calibration(model, x)(model.tensors)
     for name in model.tensors:
         assert (out[name].tobytes() == model.tensors[name].tobytes()) == ("bn1" in name or "running" not in name), name
-    assert not np.array_equal(out["bn2.running_mean"], whole["bn2.running_mean"])  # bn1 normalises by what is frozen
+    assert not np.array_equal(out["bn2.running_mean"], unfrozen["bn2.running_mean"])  # bn1 normalises by what is frozen
     head = Calibration(model, x, Features(trainable=("fc*",)))(model.tensors)
     assert all(head[n].tobytes() == v.tobytes() for n, v in model.tensors.items())
 
 
 def test_order_of_the_samples_does_not_matter(model):
     x = load_digits()[0][:70]
-    one, other = (Calibration(model, v)(model.tensors) for v in (x, x[::-1]))
-    assert all(one[n].tobytes() == other[n].tobytes() for n in one)
+    forward, reversed_order = (Calibration(model, v)(model.tensors) for v in (x, x[::-1]))
+    assert all(forward[n].tobytes() == reversed_order[n].tobytes() for n in forward)
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 9, 8), (1, 1, 8, 8), ()])

@@ -49,7 +49,7 @@ def simulate(tmp_path: Path) -> Callable[..., Simulation]:
     return make
 
 
-def uploaded(run: Simulation) -> int:
+def upload_bytes(run: Simulation) -> int:
     """Bytes that all devices sent."""
     return sum(row[1] for notes in run._run.rounds.values() for row in notes.spent.values())
 
@@ -57,14 +57,14 @@ def uploaded(run: Simulation) -> int:
 def test_every_codec_saves_bytes_and_every_update_counts(simulate: Callable[..., Simulation]) -> None:
     plain = simulate("none")
     plain.run()
-    before = uploaded(plain)
+    before = upload_bytes(plain)
     for setting in SETTINGS:
         run = simulate(setting, compression=setting)
         run.run()
         for summary in run.state.history:
             assert {p["progress"] for p in summary["devices"].values()} == {"folded"}
-        assert uploaded(run) < before
-        before = uploaded(run)
+        assert upload_bytes(run) < before
+        before = upload_bytes(run)
         assert run.state.model != plain.state.model
 
 
@@ -74,8 +74,8 @@ class KillError(Exception):
 
 def test_a_kill_between_rounds_changes_no_bit(simulate: Callable[..., Simulation]) -> None:
     """What boards keep of what was left out is part of what is saved."""
-    whole = simulate("whole", compression="top-k:0.05")
-    whole.run()
+    unkilled = simulate("whole", compression="top-k:0.05")
+    unkilled.run()
 
     def kill(run: Simulation) -> None:
         if len(run.state.history) == 2:
@@ -83,9 +83,9 @@ def test_a_kill_between_rounds_changes_no_bit(simulate: Callable[..., Simulation
 
     with pytest.raises(KillError):
         simulate("killed", compression="top-k:0.05").run(kill)
-    again = simulate("killed", compression="top-k:0.05")
-    again.run()
-    assert again.state.model == whole.state.model
+    resumed = simulate("killed", compression="top-k:0.05")
+    resumed.run()
+    assert resumed.state.model == unkilled.state.model
 
 
 def test_a_profile_may_have_a_codec_of_its_own(simulate: Callable[..., Simulation]) -> None:
@@ -96,21 +96,23 @@ def test_a_profile_may_have_a_codec_of_its_own(simulate: Callable[..., Simulatio
 
 
 @pytest.mark.parametrize(
-    ("known", "coding"),
+    ("board_codecs", "coding"),
     [
         (CODECS, do.Coding("top-k:0.1", "int8")),
         (("int8", "newer"), do.Coding(None, "int8")),
         ((), do.Coding()),
     ],
 )
-def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[str, ...], coding: do.Coding) -> None:
-    birth = Birth("pi", 1, KINDS[1], 10, "test", codecs=known)
-    said = parse_message(birth.to_bytes())
-    assert isinstance(said, Birth)
+def test_a_board_gets_no_codec_that_it_does_not_know(
+    model: Model, board_codecs: tuple[str, ...], coding: do.Coding
+) -> None:
+    birth = Birth("pi", 1, KINDS[1], 10, "test", codecs=board_codecs)
+    announced = parse_message(birth.to_bytes())
+    assert isinstance(announced, Birth)
     coordinator = make_coordinator(
         Job(compression="top-k:0.1", compression_down="int8"), model.architecture, State("0" * 64)
     )
-    coordinator.handle(on.DeviceBorn("pi", 1, find_profile(KINDS[1]).to_dict(), 10, None, said.codecs or ()), 0.0)
+    coordinator.handle(on.DeviceBorn("pi", 1, find_profile(KINDS[1]).to_dict(), 10, None, announced.codecs or ()), 0.0)
     extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
     assert [c.coding for c in extract if isinstance(c, do.Extract)] == [coding]
     with pytest.raises(ConfigError, match="compression_down"):
@@ -120,7 +122,7 @@ def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[
 # -- weights that devices are sent ------------------------------------------------------------------------------------
 
 
-def downloaded(run: Simulation, since: int) -> int:
+def download_bytes(run: Simulation, since: int) -> int:
     """Bytes that all devices were sent from a round on."""
     rounds = (notes for number, notes in run._run.rounds.items() if number >= since)
     return sum(row[0] for notes in rounds for row in notes.spent.values())
@@ -133,20 +135,20 @@ def test_weights_come_as_differences_to_those_that_a_board_holds(
     """Also where channels are ranked again in every round."""
     plain = simulate("none", scorer=scorer)
     plain.run()
-    before = downloaded(plain, 2)
+    before = download_bytes(plain, 2)
     for setting in DOWNLOAD_CODECS:
         run = simulate(setting, scorer=scorer, compression_down=setting)
         run.run()
         assert {p["progress"] for p in run.state.history[-1]["devices"].values()} == {"folded"}
-        assert downloaded(run, 2) < before
-        before = downloaded(run, 2)
+        assert download_bytes(run, 2) < before
+        before = download_bytes(run, 2)
         assert run.state.model != plain.state.model
         for name, task in run.state.tasks.items():
-            offer, held = task.offer or {}, run.state.devices[name].held
+            offer, board_model = task.offer or {}, run.state.devices[name].held
             assert offer["held"] != offer["weights"]["sha256"]
-            assert held is not None
-            assert held["weights"] == offer["weights"]["sha256"]
-            assert {held["weights"], held["ranking"]} <= run.state.references()
+            assert board_model is not None
+            assert board_model["weights"] == offer["weights"]["sha256"]
+            assert {board_model["weights"], board_model["ranking"]} <= run.state.references()
             assert ("moved" in offer) == (scorer == "magnitude")
 
 
@@ -176,24 +178,24 @@ def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Si
 # -- what is fetched and folded ---------------------------------------------------------------------------------------
 
 
-def offered(worker: Worker, device: str, codec: str | None) -> dict[str, Any]:
+def make_offer(worker: Worker, device: str, codec: str | None) -> dict[str, Any]:
     scored = worker.execute(do.Score(1, worker.put_initial_model(), {}, (device,)))
     assert isinstance(scored, on.Scored)
     basis = do.Basis(1, worker.put_initial_model(), scored.ranking)
-    of = do.DevicePart(device, 1, widths_at(worker.architecture, 0.5), 0.5, 10, None)
-    extracted = worker.execute(do.Extract(basis, of, coding=do.Coding(codec)))
+    device_part = do.DevicePart(device, 1, widths_at(worker.architecture, 0.5), 0.5, 10, None)
+    extracted = worker.execute(do.Extract(basis, device_part, coding=do.Coding(codec)))
     assert isinstance(extracted, on.Extracted)
     return extracted.offer
 
 
 def fold(worker: Worker, offer: dict[str, Any], weights: str, codec: str | None) -> on.Event:
     basis = do.Basis(1, worker.put_initial_model(), offer["ranking"])
-    of = do.DevicePart("a", 1, tuple(offer["widths"]), 0.5, 10, None)
-    found = do.Contribution(basis, of, offer["weights"]["sha256"], None, weights, 10, 1, codec=codec)
-    return worker.execute(do.FoldUpdate(1, basis.model, {}, found))
+    device_part = do.DevicePart("a", 1, tuple(offer["widths"]), 0.5, 10, None)
+    contribution = do.Contribution(basis, device_part, offer["weights"]["sha256"], None, weights, 10, 1, codec=codec)
+    return worker.execute(do.FoldUpdate(1, basis.model, {}, contribution))
 
 
-def trained(worker: Worker, offer: dict[str, Any], federation: Digits) -> tuple[dict[str, Any], dict[str, Any]]:
+def train_offer(worker: Worker, offer: dict[str, Any], federation: Digits) -> tuple[dict[str, Any], dict[str, Any]]:
     """The weights that were sent, and what training made of them."""
     start = tensorfile.decode(worker.store.read(offer["weights"]["sha256"]))
     trainer = Trainer(worker.store.read(offer["training"]["sha256"]))
@@ -205,31 +207,31 @@ def trained(worker: Worker, offer: dict[str, Any], federation: Digits) -> tuple[
 
 def test_sizes_beyond_the_bound_are_not_fetched(model: Model, federation: Digits, tmp_path: Path) -> None:
     worker = Worker(Job(), model, BlobStore(tmp_path), None)
-    offer = offered(worker, "a", "int8")
-    start, result = trained(worker, offer, federation)
+    offer = make_offer(worker, "a", "int8")
+    start, result = train_offer(worker, offer, federation)
     names = {t.name for t in model.architecture.trainable}
     codec = Codec("int8")
     assert offer[UPDATE_BOUND] == max_update_bytes(codec, {n: v.shape for n, v in start.items()}, names)
     assert len(encode(codec, result, start, names)[0]) <= offer[UPDATE_BOUND] < offer[UPDATE_SIZE]
 
-    def refused(size: int, offer: dict[str, Any] = offer) -> str:
+    def misfit(size: int, offer: dict[str, Any] = offer) -> str:
         return update_misfit(offer, BlobRef("0" * 64, size, "0" * 64))
 
-    assert not refused(offer[UPDATE_BOUND])
-    assert not refused(offer[UPDATE_SIZE])  # plainly
+    assert not misfit(offer[UPDATE_BOUND])
+    assert not misfit(offer[UPDATE_SIZE])  # plainly
     for size in (offer[UPDATE_BOUND] + 1, offer[UPDATE_SIZE] - 1, offer[UPDATE_SIZE] + 1):
-        assert "in its codec" in refused(size)
-    plain = offered(worker, "a", None)
-    assert not refused(plain[UPDATE_SIZE], plain)
-    assert refused(offer[UPDATE_BOUND], plain)
+        assert "in its codec" in misfit(size)
+    plain = make_offer(worker, "a", None)
+    assert not misfit(plain[UPDATE_SIZE], plain)
+    assert misfit(offer[UPDATE_BOUND], plain)
     assert {UPDATE_BOUND, UPDATE_SIZE}.isdisjoint(device_offer(offer))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_was_decoded_is_what_is_folded(model: Model, federation: Digits, tmp_path: Path, setting: str) -> None:
     worker = Worker(Job(), model, BlobStore(tmp_path), None)
-    offer = offered(worker, "a", setting)
-    start, result = trained(worker, offer, federation)
+    offer = make_offer(worker, "a", setting)
+    start, result = train_offer(worker, offer, federation)
     codec = Codec.parse(setting)
     assert codec is not None
     names = {t.name for t in model.architecture.trainable}
@@ -241,16 +243,18 @@ def test_what_was_decoded_is_what_is_folded(model: Model, federation: Digits, tm
         weights = fresh.store.put(update).sha256
         assert fold(fresh, offer, weights, coded) == on.Folded("a", 1, 1)
         basis = do.Basis(1, fresh.put_initial_model(), offer["ranking"])
-        of = do.DevicePart("a", 1, tuple(offer["widths"]), 0.5, 10, None)
-        part = do.Contribution(basis, of, offer["weights"]["sha256"], None, weights, 10, 1, codec=coded)
-        closed.append(fresh.execute(do.Close(1, basis.model, {}, ("a",), (part,))))
+        device_part = do.DevicePart("a", 1, tuple(offer["widths"]), 0.5, 10, None)
+        contribution = do.Contribution(
+            basis, device_part, offer["weights"]["sha256"], None, weights, 10, 1, codec=coded
+        )
+        closed.append(fresh.execute(do.Close(1, basis.model, {}, ("a",), (contribution,))))
     assert closed[0] == closed[1] == closed[2]
 
 
 def test_an_update_that_nobody_offered_a_codec_for_is_refused(model: Model, federation: Digits, tmp_path: Path) -> None:
     worker = Worker(Job(), model, BlobStore(tmp_path), None)
-    offer = offered(worker, "a", "int8")
-    start, result = trained(worker, offer, federation)
+    offer = make_offer(worker, "a", "int8")
+    start, result = train_offer(worker, offer, federation)
     raw, _ = encode(Codec("int8"), result, start, {t.name for t in model.architecture.trainable})
     weights = worker.store.put(raw).sha256
     for codec in (None, "int4", "top-k:0.05"):

@@ -23,7 +23,7 @@ from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
 from fedprune_server.simulation.digits import load_digits
 
-ASKED = SelfDistillation(20, (0.25, 0.5, 0.75), 3e-4)
+SETTINGS = SelfDistillation(20, (0.25, 0.5, 0.75), 3e-4)
 X, Y = load_digits()
 
 
@@ -42,7 +42,7 @@ class Net(nn.Module):
         return out
 
 
-def small(outputs: int = 3, *, normalised: bool = False) -> Model:
+def small_model(outputs: int = 3, *, normalised: bool = False) -> Model:
     torch.manual_seed(1)
     return fx.load(Net(outputs, normalised=normalised))
 
@@ -51,17 +51,17 @@ def inputs(count: int = 40) -> np.ndarray[Any, Any]:
     return keyed_generator(0, "inputs").standard_normal((count, 6)).astype(np.float32)
 
 
-def distiller(model: Model, x: Any, asked: SelfDistillation = ASKED, recipe: Recipe | None = None) -> Distiller:
+def distiller(model: Model, x: Any, settings: SelfDistillation = SETTINGS, recipe: Recipe | None = None) -> Distiller:
     recipe = recipe or Recipe()
-    return Distiller(model, Calibration(model, x, recipe.features), asked, recipe, 0)
+    return Distiller(model, Calibration(model, x, recipe.features), settings, recipe, 0)
 
 
-def own_order(model: Model) -> Any:
+def own_ranking(model: Model) -> Any:
     return rank_channels(order_scores(model.architecture))
 
 
-def same(one: Tensors, other: Tensors) -> bool:
-    return encode(one) == encode(other)
+def is_same(one: Tensors, another: Tensors) -> bool:
+    return encode(one) == encode(another)
 
 
 @pytest.mark.torch
@@ -71,58 +71,60 @@ def same(one: Tensors, other: Tensors) -> bool:
 )
 def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
     """At half and at full width: the mean of three widths' outputs as labels, and Adam."""
-    model, x = small(normalised=normalised), inputs()
+    model, x = small_model(normalised=normalised), inputs()
     order = np.array([3, 1, 7, 5, 0, 2, 4, 6])
-    asked = SelfDistillation(1, (0.25, 0.5), 0.01)
+    settings = SelfDistillation(1, (0.25, 0.5), 0.01)
     round_ = next(
         n for n in range(1, 100) if (8, 2, 4)[int(keyed_generator(0, n, "", "widths", 1).integers(3))] == width
     )
-    found = distiller(model, x, asked)(model.tensors, [order], round_)
+    distilled = distiller(model, x, settings)(model.tensors, [order], round_)
 
-    held = {n: torch.from_numpy(v.copy()).requires_grad_("running" not in n) for n, v in model.tensors.items()}
+    parameters = {n: torch.from_numpy(v.copy()).requires_grad_("running" not in n) for n, v in model.tensors.items()}
     samples = torch.from_numpy(x)
 
     def outputs(channels: int, *, unbiased: bool) -> torch.Tensor:
-        kept = torch.from_numpy(order[:channels])
-        hidden = samples @ held["one.weight"][kept].T + held["one.bias"][kept]
+        channel_order = torch.from_numpy(order[:channels])
+        hidden = samples @ parameters["one.weight"][channel_order].T + parameters["one.bias"][channel_order]
         if normalised:
             spread = hidden.var(0, unbiased=unbiased)
-            hidden = (hidden - hidden.mean(0)) / (spread + 1e-5).sqrt() * held["norm.weight"][kept]
-            hidden = hidden + held["norm.bias"][kept]
-        return torch.relu(hidden) @ held["two.weight"][:, kept].T + held["two.bias"]
+            hidden = (hidden - hidden.mean(0)) / (spread + 1e-5).sqrt() * parameters["norm.weight"][channel_order]
+            hidden = hidden + parameters["norm.bias"][channel_order]
+        return torch.relu(hidden) @ parameters["two.weight"][:, channel_order].T + parameters["two.bias"]
 
     with torch.no_grad():
-        aim = (sum(outputs(channels, unbiased=True) for channels in (2, 4, 8)) / 3).softmax(1)
-    trained = [v for v in held.values() if v.requires_grad]
-    loss = nn.functional.cross_entropy(outputs(width, unbiased=False), aim)
+        mean_output = (sum(outputs(channels, unbiased=True) for channels in (2, 4, 8)) / 3).softmax(1)
+    trained = [v for v in parameters.values() if v.requires_grad]
+    loss = nn.functional.cross_entropy(outputs(width, unbiased=False), mean_output)
     optimizer = torch.optim.Adam(trained, lr=0.01, eps=1e-3)
     loss.backward()
     optimizer.step()
-    for name, value in held.items():
+    for name, value in parameters.items():
         if value.requires_grad and (name != "one.bias" or not normalised):  # whose gradient is 0, up to rounding
-            np.testing.assert_allclose(found[name], value.detach().numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(distilled[name], value.detach().numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_widths_that_agree_stay_as_they_are() -> None:
     """In a nested start all widths answer alike: there is nothing to learn."""
-    model = small()
-    start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in ASKED.densities])
-    found = distiller(model, inputs())(start, own_order(model), 1)
-    moved = max(float(np.abs(found[n] - start[n]).max()) for n in start)
-    assert moved < 1e-5
-    assert not same(distiller(model, inputs())(model.tensors, own_order(model), 1), model.tensors)
+    model = small_model()
+    start = nest_widths(
+        model.architecture, model.tensors, [widths_at(model.architecture, d) for d in SETTINGS.densities]
+    )
+    distilled = distiller(model, inputs())(start, own_ranking(model), 1)
+    largest_change = max(float(np.abs(distilled[n] - start[n]).max()) for n in start)
+    assert largest_change < 1e-5
+    assert not is_same(distiller(model, inputs())(model.tensors, own_ranking(model), 1), model.tensors)
 
 
 def test_bits_depend_on_seed_and_round_alone(model: Model) -> None:
-    x, asked = X[:100], SelfDistillation(3, (0.5,), 3e-4)
-    order = own_order(model)
-    first = distiller(model, x, asked)
-    one = first(model.tensors, order, 1)
-    assert not same(first(model.tensors, order, 2), one)
-    assert same(first(model.tensors, order, 1), one)
-    assert same(distiller(model, x[::-1], asked)(model.tensors, order, 1), one)
-    other = Distiller(model, Calibration(model, x), asked, Recipe(), 1)
-    assert not same(other(model.tensors, order, 1), one)
+    x, settings = X[:100], SelfDistillation(3, (0.5,), 3e-4)
+    order = own_ranking(model)
+    distil = distiller(model, x, settings)
+    first_round = distil(model.tensors, order, 1)
+    assert not is_same(distil(model.tensors, order, 2), first_round)
+    assert is_same(distil(model.tensors, order, 1), first_round)
+    assert is_same(distiller(model, x[::-1], settings)(model.tensors, order, 1), first_round)
+    other_seed = Distiller(model, Calibration(model, x), settings, Recipe(), 1)
+    assert not is_same(other_seed(model.tensors, order, 1), first_round)
 
 
 @pytest.mark.parametrize(
@@ -134,21 +136,21 @@ def test_bits_depend_on_seed_and_round_alone(model: Model) -> None:
     ],
 )
 def test_what_is_frozen_stays(recipe: Recipe, moves: tuple[str, ...]) -> None:
-    model = small(normalised=True)
-    found = distiller(model, inputs(), recipe=recipe)(model.tensors, own_order(model), 1)
+    model = small_model(normalised=True)
+    distilled = distiller(model, inputs(), recipe=recipe)(model.tensors, own_ranking(model), 1)
     for name, value in model.tensors.items():
-        assert np.array_equal(found[name], value) != name.startswith(moves), name
+        assert np.array_equal(distilled[name], value) != name.startswith(moves), name
 
 
 def test_where_boards_share_a_core_others_of_the_strategys_widths_learn_nothing() -> None:
-    model, x = small(), inputs()
-    core, ranking = widths_at(model.architecture, 0.5), own_order(model)
+    model, x = small_model(), inputs()
+    core, ranking = widths_at(model.architecture, 0.5), own_ranking(model)
     named, shared = (distiller(model, x)(model.tensors, ranking, 1, {core}, core=c) for c in (False, True))
-    assert same(shared, model.tensors), "boards of one width have nobody to learn from"
-    assert not same(named, model.tensors)
+    assert is_same(shared, model.tensors), "boards of one width have nobody to learn from"
+    assert not is_same(named, model.tensors)
 
 
 def test_a_model_that_diverges_stays_as_it_is() -> None:
-    model = small()
+    model = small_model()
     broken = {n: v * np.float32(1e30) for n, v in model.tensors.items()}
-    assert same(distiller(model, inputs())(broken, own_order(model), 1), broken)
+    assert is_same(distiller(model, inputs())(broken, own_ranking(model), 1), broken)

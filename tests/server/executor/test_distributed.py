@@ -85,7 +85,7 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Distributed
         with suppress(ProcessLookupError):  # the pool ends the others as soon as it misses one
             os.kill(process.pid, signal.SIGKILL)
         process.join()
-    while not crew._pool._processes._connection_error:  # the pool's own thread notices
+    while not crew._pool._processes._broken:  # the pool's own thread notices
         time.sleep(0.01)
 
     crew.expect(orders)

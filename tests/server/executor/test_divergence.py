@@ -32,8 +32,8 @@ def test_a_loss_that_ends_no_higher_than_it_began_is_fine(losses: list[float], s
 
 def test_a_history_names_calibration_only_where_boards_of_several_widths_are_averaged() -> None:
     def rows(density: float) -> list[dict[str, Any]]:
-        part = {"progress": "folded", "reason": "", "density": density}
-        return [{"metrics": {"samples": 9, "loss": loss}, "devices": {"a": part}} for loss in (1.0, 9.0)]
+        task = {"progress": "folded", "reason": "", "density": density}
+        return [{"metrics": {"samples": 9, "loss": loss}, "devices": {"a": task}} for loss in (1.0, 9.0)]
 
     assert "[calibration]" in diagnose_history(rows(0.5), JOB, uncalibrated=True)
     assert "[calibration]" not in diagnose_history(rows(0.5), JOB, uncalibrated=False)
@@ -65,6 +65,6 @@ def experiment(lr: float) -> Experiment:
 
 
 def test_a_simulation_of_which_nothing_counts_any_more_says_what_to_change(tmp_path: Path) -> None:
-    said = r"standstill\. Device a \(and 1 other\): .*Training diverged: 2 of the devices.*lower lr \(now 1000;"
-    with pytest.raises(DivergedError, match=said):
+    message = r"standstill\. Device a \(and 1 other\): .*Training diverged: 2 of the devices.*lower lr \(now 1000;"
+    with pytest.raises(DivergedError, match=message):
         simulate_in_folder(experiment(1000.0), tmp_path)

@@ -19,13 +19,13 @@ from support.fakes.digits_simulation import digits_simulation
 def test_only_the_sessions_that_were_asked_for_last_stay_open(model: Model) -> None:
     sessions = ModelSessions(model, max_open=3)
     sizes = model.architecture.sizes
-    whole = sessions.session_at(sizes)
-    opened = []
+    full_session = sessions.session_at(sizes)
+    session_refs = []
     for last in range(1, 6):  # a strategy that chooses anew in every round
-        opened.append(weakref.ref(sessions.session_at((*sizes[:-1], last))))
-        assert sessions.session_at(sizes) is whole
+        session_refs.append(weakref.ref(sessions.session_at((*sizes[:-1], last))))
+        assert sessions.session_at(sizes) is full_session
     gc.collect()
-    assert [found() is not None for found in opened] == [False, False, False, True, True]
+    assert [session() is not None for session in session_refs] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(("inputs", "labels"), [(0, 0), (3, 2), (0, 3)])

@@ -17,8 +17,7 @@ from fedprune.runtime.precision import unpack_graphs
 from fedprune.runtime.precision_files import precision_graphs
 from fedprune.strategies.values import Submodel
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers
-from fedprune_server.executor.offers import offer_graphs as named_graphs
+from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers, offer_graphs
 from fedprune_server.executor.retention import BlobCollector
 
 ROUNDS = 3 * GRAPH_ROUNDS
@@ -30,7 +29,7 @@ def store(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path, durable=False)
 
 
-def named(offers: Offers, model: Model, round_: int) -> set[str]:
+def graphs_of_offer(offers: Offers, model: Model, round_: int) -> set[str]:
     """Graphs of an offer whose widths and recipe no other round has."""
     sizes = model.architecture.sizes
     widths = (*sizes[:-1], 1 + round_ % sizes[-1])
@@ -53,10 +52,10 @@ def test_boards_get_graphs_for_what_they_train_on(model: Model, store: BlobStore
 
 def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) -> None:
     offers = Offers(model, store)
-    first = named(offers, model, 1)
+    first = graphs_of_offer(offers, model, 1)
     for digest in first:
         store.delete(digest)
-    assert named(offers, model, 1) == first
+    assert graphs_of_offer(offers, model, 1) == first
     assert all(store.has(digest) for digest in first)
 
 
@@ -70,7 +69,7 @@ def test_offers_bring_the_graphs_of_lower_precisions(model: Model, store: BlobSt
     assert list(body["lowered"]) == ["float16", "int8"]
     for precision, ref in body["lowered"].items():
         assert set(unpack_graphs(store.read(ref["sha256"]), precision)) == set(precision_graphs(precision))
-        assert ref["sha256"] in offers.graph_digests() & named_graphs(body)
+        assert ref["sha256"] in offers.graph_digests() & offer_graphs(body)
     assert offers.body(submodel, Recipe(), 2)["lowered"] == body["lowered"]
     assert "lowered" not in Offers(model, store).body(submodel, Recipe(), 1)
 

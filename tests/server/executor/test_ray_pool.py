@@ -79,17 +79,17 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
         s3: S3 | None = request.getfixturevalue("ceph") if request.param == "bucket" else None
         for name, value in s3.environment.items() if s3 is not None else ():
             patch.setenv(name, value)
-        made = Cluster(
+        nodes = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
         )
-        made.two = [made.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
-        made.blobs = None if s3 is None else f"s3://{s3.bucket()}"
-        yield made
-        made.shutdown()
+        nodes.two = [nodes.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
+        nodes.blobs = None if s3 is None else f"s3://{s3.bucket()}"
+        yield nodes
+        nodes.shutdown()
 
 
-def clustered(model: Model, folder: Path, cluster: Any) -> Worker:
+def cluster_worker(model: Model, folder: Path, cluster: Any) -> Worker:
     """A worker whose blobs the cluster sees, too."""
     if cluster.blobs is None:
         return worker(model, folder)
@@ -107,28 +107,28 @@ def orders(w: Worker, count: int) -> list[do.Extract]:
     ]
 
 
-def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.FoldUpdate], do.Close]:
-    found = []
-    for k, order in enumerate(made):
-        event, dice = w.execute(order), np.random.default_rng(k)
+def round_of(w: Worker, orders: list[do.Extract]) -> tuple[list[do.FoldUpdate], do.Close]:
+    contributions = []
+    for k, order in enumerate(orders):
+        event, rng = w.execute(order), np.random.default_rng(k)
         assert isinstance(event, on.Extracted)
         sent = event.offer["weights"]["sha256"]
         tensors = tensorfile.decode(w.store.read(sent))
-        update = {n: (v + 0.1 * dice.random(v.shape)).astype(np.float32) for n, v in tensors.items()}
+        update = {n: (v + 0.1 * rng.random(v.shape)).astype(np.float32) for n, v in tensors.items()}
         stored = w.store.put(tensorfile.encode(update)).sha256
-        found.append(do.Contribution(order.basis, order.part, sent, None, stored, 10 + k, 3))
-    start = made[0].basis.model
-    names = tuple(c.part.device for c in found)
-    return [do.FoldUpdate(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
+        contributions.append(do.Contribution(order.basis, order.part, sent, None, stored, 10 + k, 3))
+    start = orders[0].basis.model
+    names = tuple(c.part.device for c in contributions)
+    return [do.FoldUpdate(1, start, {}, c) for c in contributions], do.Close(1, start, {}, names, tuple(contributions))
 
 
-def slow(w: Worker, where: str) -> str:
+def slow(w: Worker, path: str) -> str:
     """A task that says where it begins and takes its time; only the first try does."""
-    place = Path(where)
-    first = not place.exists()
-    with place.open("a") as file:
+    log_file = Path(path)
+    is_first_try = not log_file.exists()
+    with log_file.open("a") as file:
         file.write(f"{os.getpid()}\n")
-    if first:
+    if is_first_try:
         time.sleep(60)
     return "done"
 
@@ -140,14 +140,14 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
 ) -> None:
     """One after the other on one cluster, because it takes long to start."""
     caplog.set_level(logging.INFO)
-    alone = clustered(model, tmp_path, cluster)
+    alone = cluster_worker(model, tmp_path, cluster)
     many = orders(alone, 60)
     folds, close = round_of(alone, many[:12])
     events = [alone.execute(fold) for fold in folds]
     expected, offers = alone.execute(close), [alone.execute(order) for order in many]
 
     pool = RayPool(f"ray:{cluster.address}", alone, retry_s=0.5)
-    with closing(DistributedWorker(clustered(model, tmp_path, cluster), pool, block=500, batch=5)) as crew:
+    with closing(DistributedWorker(cluster_worker(model, tmp_path, cluster), pool, block=500, batch=5)) as crew:
         assert pool.size == 2
         crew.expect(many)
         assert [crew.execute(order) for order in many] == offers
@@ -164,13 +164,13 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         cluster.remove_node(raylet, allow_graceful=False)
         assert future.result(120) == "done"
         assert len(where.read_text().split()) == 2
-        assert played(crew, folds, close) == expected
+        assert play_round(crew, folds, close) == expected
         assert not [r for r in caplog.records if "itself" in r.message]
 
         # The process that talks with the cluster dies: the server does what there is to do, and is helped again later.
         assert pool._driver is not None
         os.kill(pool._driver._process.pid or 0, signal.SIGKILL)
-        assert played(crew, folds, close) == expected
+        assert play_round(crew, folds, close) == expected
         assert len([r.message for r in caplog.records if "is lost" in r.message]) == 1
         for _ in attempts("a helper's return", pause_s=0.3):
             if "is back:" in caplog.text:
@@ -190,7 +190,7 @@ def _node_of(pid: int, cluster: Any) -> Any:
     raise AssertionError(f"no node has process {pid}")
 
 
-def played(crew: DistributedWorker, folds: list[do.FoldUpdate], close: do.Close) -> on.Event:
+def play_round(crew: DistributedWorker, folds: list[do.FoldUpdate], close: do.Close) -> on.Event:
     crew.expect(folds)
     for fold in folds:
         crew.execute(fold)

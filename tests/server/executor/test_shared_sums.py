@@ -24,7 +24,7 @@ from fedprune_server.executor.worker import Worker
 from support.fakes.stored_round import STRATEGIES, Helpers, round_of, worker
 
 
-def played(w: Worker | DistributedWorker, folds: list[do.FoldUpdate], close: do.Close) -> on.Event:
+def play_round(w: Worker | DistributedWorker, folds: list[do.FoldUpdate], close: do.Close) -> on.Event:
     """The end of a round."""
     w.expect(folds)
     events = [w.execute(fold) for fold in folds]
@@ -39,13 +39,13 @@ def test_sums_of_helpers_have_the_workers_bits(
 ) -> None:
     alone = worker(model, tmp_path, settings)
     folds, close = round_of(alone)
-    expected = played(alone, folds, close)
+    expected = play_round(alone, folds, close)
     assert isinstance(expected, on.Closed)
     assert expected.model != close.model
 
     helpers = Helpers(alone)
     crew = DistributedWorker(worker(model, tmp_path, settings), helpers, block=500, batch=batch)
-    assert played(crew, folds[::-1], close) == expected
+    assert play_round(crew, folds[::-1], close) == expected
     assert helpers.count(pool_tasks.check_update) == len(folds)
     assert helpers.count(pool_tasks.add_up_updates) >= 2
 
@@ -56,7 +56,7 @@ def test_a_long_update_is_shortened_to_the_same_bits_by_whoever_adds_it(
 ) -> None:
     alone = worker(model, tmp_path, settings)
     folds, close = round_of(alone, far="d4")
-    expected = played(alone, folds, close)
+    expected = play_round(alone, folds, close)
     assert isinstance(expected, on.Closed)
     assert set(expected.limited) == {"d4"}
     assert expected.reduced >= 1
@@ -67,43 +67,43 @@ def test_a_long_update_is_shortened_to_the_same_bits_by_whoever_adds_it(
     assert worker(model, tmp_path, settings).execute(close) == expected, "a process that saw no update arrive"
 
     crew = DistributedWorker(worker(model, tmp_path, settings), Helpers(alone), block=500, batch=4)
-    assert played(crew, folds[::-1], close) == expected
+    assert play_round(crew, folds[::-1], close) == expected
 
 
 @pytest.mark.parametrize("task", [pool_tasks.check_update, pool_tasks.add_up_updates])
 def test_what_helpers_fail_at_the_worker_does(model: Model, tmp_path: Path, task: Task) -> None:
     alone = worker(model, tmp_path, {"strategy": "plain"})
     folds, close = round_of(alone)
-    expected = played(alone, folds, close)
+    expected = play_round(alone, folds, close)
 
     helpers = Helpers(alone)
     helpers.fails = lambda done, _: done is task and helpers.count(task) % 2 == 0
     crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500, batch=4)
-    assert played(crew, folds, close) == expected
+    assert play_round(crew, folds, close) == expected
 
 
-def _short(result: Any) -> Any:
+def _drop_an_update(result: Any) -> Any:
     return replace(result, updates=result.updates - 1) if isinstance(result, PartialSums) else result
 
 
-def _cut(result: Any) -> Any:
+def _cut_arrays(result: Any) -> Any:
     if not isinstance(result, PartialSums):
         return result
     return replace(result, arrays={k: v[:-1] if v.ndim else v for k, v in result.arrays.items()})
 
 
-@pytest.mark.parametrize("changed", [_short, _cut])
+@pytest.mark.parametrize("alter", [_drop_an_update, _cut_arrays])
 def test_sums_that_cannot_be_are_not_taken(
-    model: Model, tmp_path: Path, changed: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+    model: Model, tmp_path: Path, alter: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     alone = worker(model, tmp_path, {"strategy": "plain"})
     folds, close = round_of(alone)
-    expected = played(alone, folds, close)
+    expected = play_round(alone, folds, close)
     helpers = Helpers(alone)
-    helpers.changed = changed
+    helpers.changed = alter
     crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500)
     with caplog.at_level(logging.WARNING):
-        assert played(crew, folds, close) == expected
+        assert play_round(crew, folds, close) == expected
 
 
 def test_an_update_at_fault_costs_itself(model: Model, tmp_path: Path) -> None:
@@ -111,12 +111,12 @@ def test_an_update_at_fault_costs_itself(model: Model, tmp_path: Path) -> None:
     folds, close = round_of(alone, spoilt="d3")
     rejected = alone.execute(folds[3])
     assert isinstance(rejected, on.UpdateRejected)
-    expected = played(alone, folds, close)
+    expected = play_round(alone, folds, close)
 
     crew = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
     crew.expect(folds)
     assert crew.execute(folds[3]) == rejected
-    assert played(crew, folds, close) == expected
+    assert play_round(crew, folds, close) == expected
     # A round may also be told to close with it, after a restart for example.
     restarted = DistributedWorker(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500)
     assert restarted.execute(close) == worker(model, tmp_path, {"strategy": "plain"}).execute(close)
@@ -140,9 +140,11 @@ def test_only_what_counts_at_the_end_is_in_the_sums(model: Model, tmp_path: Path
 def test_what_cannot_be_split_is_left_to_the_worker(model: Model, tmp_path: Path, settings: dict[str, Any]) -> None:
     alone = worker(model, tmp_path, settings)
     folds, close = round_of(alone)
-    expected = played(alone, folds, close)
+    expected = play_round(alone, folds, close)
     helpers = Helpers(alone)
-    assert played(DistributedWorker(worker(model, tmp_path, settings), helpers, block=500), folds, close) == expected
+    assert (
+        play_round(DistributedWorker(worker(model, tmp_path, settings), helpers, block=500), folds, close) == expected
+    )
     assert not helpers.done
 
 
@@ -178,7 +180,7 @@ def test_helpers_that_hang_are_waited_for_once(
 ) -> None:
     alone = worker(model, tmp_path, STRATEGIES["plain"])
     folds, close = round_of(alone)
-    expected = played(alone, folds, close)
+    expected = play_round(alone, folds, close)
     mine = worker(model, tmp_path, STRATEGIES["plain"])
     helpers = Hanging(mine, never)
     monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: helpers.now))
@@ -186,5 +188,5 @@ def test_helpers_that_hang_are_waited_for_once(
     orders = [do.Extract(f.contribution.basis, f.contribution.part) for f in folds]
     crew.expect(orders)
     assert [crew.execute(order) for order in orders] == [alone.execute(order) for order in orders]
-    assert played(crew, folds, close) == expected
+    assert play_round(crew, folds, close) == expected
     assert helpers.now == 100.0

@@ -60,45 +60,45 @@ def test_devices_of_one_width_share_an_offer(model: Model, tmp_path: Path) -> No
     """It is made once, and again where a device trains otherwise or a blob was deleted."""
     w = worker(model, tmp_path)
     basis = do.Basis(1, w.put_initial_model(), rank(w))
-    whole, half = model.architecture.sizes, widths_at(model.architecture, 0.5)
+    full_width, half_width = model.architecture.sizes, widths_at(model.architecture, 0.5)
 
-    def offered(device: str, widths: tuple[int, ...], accumulate: int = 1) -> dict[str, Any]:
+    def offer_to(device: str, widths: tuple[int, ...], accumulate: int = 1) -> dict[str, Any]:
         event = w.execute(do.Extract(basis, part(device, widths), accumulate=accumulate))
         assert isinstance(event, on.Extracted)
         assert event.device == device
         return event.offer
 
-    first = offered("a", whole)
-    assert offered("b", whole)["recipe"] is first["recipe"], "it is the same, not made again"
-    assert offered("c", half)["weights"] != first["weights"]
-    assert offered("d", whole, accumulate=2)["recipe"]["accumulate"] == 2
+    first = offer_to("a", full_width)
+    assert offer_to("b", full_width)["recipe"] is first["recipe"], "it is the same, not made again"
+    assert offer_to("c", half_width)["weights"] != first["weights"]
+    assert offer_to("d", full_width, accumulate=2)["recipe"]["accumulate"] == 2
     w.store.delete(first["weights"]["sha256"])
-    assert offered("e", whole) == first
+    assert offer_to("e", full_width) == first
     assert w.store.has(first["weights"]["sha256"])
 
 
 def contribution(
-    basis: do.Basis, of: do.DevicePart, weights: str, weight: int = 10, steps: int = 1, sent: str = "0" * 64
+    basis: do.Basis, device_part: do.DevicePart, weights: str, weight: int = 10, steps: int = 1, sent: str = "0" * 64
 ) -> do.Contribution:
-    return do.Contribution(basis, of, sent, None, weights, weight, steps)
+    return do.Contribution(basis, device_part, sent, None, weights, weight, steps)
 
 
-def fold(found: do.Contribution) -> do.FoldUpdate:
-    return do.FoldUpdate(1, found.basis.model, {}, found)
+def fold(update: do.Contribution) -> do.FoldUpdate:
+    return do.FoldUpdate(1, update.basis.model, {}, update)
 
 
-def close(parts: list[do.Contribution]) -> do.Close:
-    names = tuple(sorted(p.part.device for p in parts))
-    return do.Close(1, parts[0].basis.model, {}, names, tuple(parts))
+def close(updates: list[do.Contribution]) -> do.Close:
+    names = tuple(sorted(p.part.device for p in updates))
+    return do.Close(1, updates[0].basis.model, {}, names, tuple(updates))
 
 
 def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> list[do.Contribution]:
     """What devices of three widths send back after one epoch."""
-    parts = []
+    updates = []
     for name in DEVICES:
         widths = widths_at(model.architecture, DENSITIES[name])
-        basis, of = do.Basis(1, w.put_initial_model(), ranking), part(name, widths)
-        extracted = w.execute(do.Extract(basis, of))
+        basis, device_part = do.Basis(1, w.put_initial_model(), ranking), part(name, widths)
+        extracted = w.execute(do.Extract(basis, device_part))
         assert isinstance(extracted, on.Extracted)
         offer = extracted.offer
         result = Trainer(w.store.read(offer["training"]["sha256"])).train(
@@ -107,18 +107,20 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> 
             TrainingTask(RECIPE, seed=0, device=name, round=1, classes=10),
         )
         weights = w.store.put(tensorfile.encode(result.tensors)).sha256
-        parts.append(contribution(basis, of, weights, result.samples, result.steps, offer["weights"]["sha256"]))
-    return parts
+        updates.append(
+            contribution(basis, device_part, weights, result.samples, result.steps, offer["weights"]["sha256"])
+        )
+    return updates
 
 
 def test_a_round_makes_the_model_better(model: Model, federation: Digits, tmp_path: Path) -> None:
     w = worker(model, tmp_path, federation)
     start = w.put_initial_model()
     ranking = rank(w)
-    parts = contributions(w, model, ranking, federation)
-    for found in parts:
-        assert w.execute(fold(found)) == on.Folded(found.part.device, 1, 1)
-    closed = w.execute(close(parts))
+    updates = contributions(w, model, ranking, federation)
+    for update in updates:
+        assert w.execute(fold(update)) == on.Folded(update.part.device, 1, 1)
+    closed = w.execute(close(updates))
     assert isinstance(closed, on.Closed)
     before, after = (w.execute(do.Evaluate(1, m)) for m in (start, closed.model))
     assert isinstance(before, on.Evaluated)
@@ -132,14 +134,14 @@ def test_a_part_of_a_model_is_measured_as_a_model_of_its_widths(
 ) -> None:
     w, half = worker(model, tmp_path, federation), widths_at(model.architecture, 0.5)
     ranking = rank(w)
-    whole, part_of_it = (
+    full_score, part_score = (
         w.execute(do.Evaluate(1, w.put_initial_model(), ranking=ranking, widths=n)) for n in ((), half)
     )
     tensors = tensorfile.decode(w.store.read(w.put_initial_model()))
-    kept = Selection.from_json(w.store.read(ranking), model.architecture).with_widths(half).gather(tensors)
-    alone = Evaluator(ModelSessions(model, 1), RECIPE, (federation.x, federation.y))(kept, half)
-    assert part_of_it == on.Evaluated(1, alone)
-    assert part_of_it != whole
+    half_tensors = Selection.from_json(w.store.read(ranking), model.architecture).with_widths(half).gather(tensors)
+    half_metrics = Evaluator(ModelSessions(model, 1), RECIPE, (federation.x, federation.y))(half_tensors, half)
+    assert part_score == on.Evaluated(1, half_metrics)
+    assert part_score != full_score
 
 
 def test_a_part_of_more_work_trains_the_recipes_epochs_as_often(model: Model, tmp_path: Path) -> None:
@@ -148,21 +150,21 @@ def test_a_part_of_more_work_trains_the_recipes_epochs_as_often(model: Model, tm
     once, thrice = (w.execute(do.Extract(basis, replace(part("a", widths), work=n))) for n in (1, 3))
     assert isinstance(once, on.Extracted)
     assert isinstance(thrice, on.Extracted)
-    epochs = [Recipe.from_dict(found.offer["recipe"]).epochs for found in (once, thrice)]
+    epochs = [Recipe.from_dict(event.offer["recipe"]).epochs for event in (once, thrice)]
     assert epochs == [RECIPE.epochs, 3 * RECIPE.epochs]
 
 
 def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Digits, tmp_path: Path) -> None:
     first = worker(model, tmp_path)
-    parts = contributions(first, model, rank(first), federation)
-    end = close(parts)
-    for found in parts:
-        first.execute(fold(found))
+    updates = contributions(first, model, rank(first), federation)
+    end = close(updates)
+    for update in updates:
+        first.execute(fold(update))
     expected = first.execute(end)
 
     shuffled = worker(model, tmp_path)
-    for found in [parts[2], parts[0], parts[2], parts[1], parts[0]]:
-        shuffled.execute(fold(found))
+    for update in [updates[2], updates[0], updates[2], updates[1], updates[0]]:
+        shuffled.execute(fold(update))
     fresh = worker(model, tmp_path)
 
     assert shuffled.execute(end) == expected
@@ -199,11 +201,11 @@ def test_any_bytes_are_an_update_or_a_rejection(model: Model, tmp_path: Path, ra
     selection = Selection.from_json(w.store.read(ranking), model.architecture).with_widths(widths)
     good = tensorfile.encode(selection.gather(model.tensors))
     if isinstance(raw, tuple):
-        at, damage = raw
-        raw = good[:at] + damage + good[at + len(damage) :]
+        offset, damage = raw
+        raw = good[:offset] + damage + good[offset + len(damage) :]
     sent = w.store.put(good).sha256
-    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256, sent=sent)
-    answer = w.execute(fold(found))
+    update = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256, sent=sent)
+    answer = w.execute(fold(update))
 
     assert isinstance(answer, (on.Folded, on.UpdateRejected))
 
@@ -212,7 +214,7 @@ def test_an_update_that_trips_our_own_code_costs_only_itself(
     model: Model, federation: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w, fresh = worker(model, tmp_path), worker(model, tmp_path)
-    good, bad, other = contributions(w, model, rank(w), federation)
+    good, bad, last = contributions(w, model, rank(w), federation)
     w.execute(fold(good))
     with monkeypatch.context() as patch:
         patch.setattr(tensorfile, "decode", lambda raw: 1 / 0)
@@ -220,17 +222,17 @@ def test_an_update_that_trips_our_own_code_costs_only_itself(
     assert isinstance(answer, on.UpdateRejected)
     assert "ZeroDivisionError" in answer.reason
 
-    end = close([good, other])
+    end = close([good, last])
     assert w.execute(end) == fresh.execute(end)
 
 
 def test_a_diverged_model_has_no_loss(model: Model, federation: Digits, tmp_path: Path) -> None:
     w = worker(model, tmp_path, federation)
     wild = {k: np.full_like(v, np.inf) for k, v in model.tensors.items()}
-    done = w.execute(do.Evaluate(1, w.store.put(tensorfile.encode(wild)).sha256))
+    event = w.execute(do.Evaluate(1, w.store.put(tensorfile.encode(wild)).sha256))
 
-    assert isinstance(done, on.Evaluated)
-    assert sorted(done.metrics) == ["accuracy", "samples"]
+    assert isinstance(event, on.Evaluated)
+    assert sorted(event.metrics) == ["accuracy", "samples"]
 
 
 def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes(model: Model, tmp_path: Path) -> None:
@@ -251,24 +253,24 @@ def test_a_pattern_of_personal_tensors_that_matches_nothing_is_refused_at_once(m
 
 def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path) -> None:
     job = Job(strategy="fedprune", options={"ranking": "nested"})
-    plain, own = worker(model, tmp_path), Worker(job, model, BlobStore(tmp_path, durable=False))
-    given, start = (tensorfile.decode(w.store.read(w.put_initial_model())) for w in (plain, own))
+    plain, nested = worker(model, tmp_path), Worker(job, model, BlobStore(tmp_path, durable=False))
+    plain_start, nested_start = (tensorfile.decode(w.store.read(w.put_initial_model())) for w in (plain, nested))
 
-    assert all(np.array_equal(given[n], v) for n, v in model.tensors.items())
+    assert all(np.array_equal(plain_start[n], v) for n, v in model.tensors.items())
     widths = [widths_at(model.architecture, density) for density in (0.25, 0.5, 0.75)]
     expected = nest_widths(model.architecture, model.tensors, widths)
-    assert any(not np.array_equal(given[n], v) for n, v in expected.items())
-    assert all(np.array_equal(start[n], v) for n, v in expected.items())
-    state = own.begin()
-    plain = tensorfile.decode(own.store.read(state.plain_model))
-    assert (state.model, worker(model, tmp_path).begin().plain_model) == (own.put_initial_model(), "")
+    assert any(not np.array_equal(plain_start[n], v) for n, v in expected.items())
+    assert all(np.array_equal(nested_start[n], v) for n, v in expected.items())
+    state = nested.begin()
+    plain = tensorfile.decode(nested.store.read(state.plain_model))
+    assert (state.model, worker(model, tmp_path).begin().plain_model) == (nested.put_initial_model(), "")
     assert all(np.array_equal(plain[n], v) for n, v in model.tensors.items())
 
 
 def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Path) -> None:
     job = Job(strategy="fedprune", options={"ranking": "nested"}, recipe=Recipe(frozen=("@head", "conv2.*")))
-    own = Worker(job, model, BlobStore(tmp_path, durable=False))
-    start = tensorfile.decode(own.store.read(own.put_initial_model()))
+    nested = Worker(job, model, BlobStore(tmp_path, durable=False))
+    start = tensorfile.decode(nested.store.read(nested.put_initial_model()))
 
     assert all(np.array_equal(start[n], model.tensors[n]) for n in ("fc.weight", "conv2.weight"))
     assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])
@@ -280,17 +282,17 @@ def test_a_round_ends_with_self_distillation_where_strategy_and_samples_allow_it
     plain = worker(model, tmp_path)
     end = close(contributions(plain, model, rank(plain), federation))
 
-    def closed(*, samples: bool, **options: object) -> str:
+    def close_with(*, samples: bool, **options: object) -> str:
         settings = {"name": "t", "recipe": RECIPE.to_dict(), "strategy": "fedprune", "options": options}
         calibration = federation.calibration if samples else None
-        found = Worker(Job.from_dict(settings), model, plain.store, None, calibration).execute(end)
-        assert isinstance(found, on.Closed)
-        return found.model
+        event = Worker(Job.from_dict(settings), model, plain.store, None, calibration).execute(end)
+        assert isinstance(event, on.Closed)
+        return event.model
 
-    distilled, measured = closed(samples=True), closed(samples=True, distill=0)
-    mean = closed(samples=False)
-    assert closed(samples=True) == distilled  # in a worker of its own
-    assert closed(samples=False, distill=0) == mean
+    distilled, measured = close_with(samples=True), close_with(samples=True, distill=0)
+    mean = close_with(samples=False)
+    assert close_with(samples=True) == distilled  # in a worker of its own
+    assert close_with(samples=False, distill=0) == mean
     assert len({distilled, measured, mean}) == 3
 
     new, old = (tensorfile.decode(plain.store.read(digest)) for digest in (distilled, measured))

@@ -53,7 +53,7 @@ def contribution(w: Worker, device: str, make: Callable[[Update], object], *, mo
     return do.Contribution(basis, part, offer["weights"]["sha256"], mask, stored, 1, 1, tuple(offer["widths"]))
 
 
-def squares(update: Update) -> None:
+def add_squares(update: Update) -> None:
     """Squared gradients of all that was trained, with a least and a greatest."""
     for name in [n for n in update if n.endswith((".weight", ".bias"))]:
         value = np.full(update[name].shape, 0.5, np.float32)
@@ -61,31 +61,31 @@ def squares(update: Update) -> None:
         update[step_contract.squares_name(name)] = value
 
 
-def swapped(update: Update) -> None:
-    squares(update)
+def swap_axes(update: Update) -> None:
+    add_squares(update)
     name = step_contract.squares_name("conv1.weight")
     value = update[name]
     update[name] = value.reshape(value.shape[1], value.shape[0], *value.shape[2:])
 
 
-def filled(number: float) -> Callable[[Update], None]:
+def fill_one(number: float) -> Callable[[Update], None]:
     def make(update: Update) -> None:
-        squares(update)
+        add_squares(update)
         update[step_contract.squares_name("conv1.weight")].reshape(-1)[1] = number
 
     return make
 
 
-def unknown(update: Update) -> None:
-    squares(update)
+def add_unknown(update: Update) -> None:
+    add_squares(update)
     update[step_contract.squares_name("nobody")] = np.zeros(3, np.float32)
 
 
 BAD = {
-    "shape": swapped,
-    "nan": filled(np.nan),
-    "negative": filled(-1.0),
-    "name": unknown,
+    "shape": swap_axes,
+    "nan": fill_one(np.nan),
+    "negative": fill_one(-1.0),
+    "name": add_unknown,
 }
 
 
@@ -98,19 +98,21 @@ def test_squares_are_checked_like_weights(model: Model, tmp_path: Path, make: Ca
 
 
 def test_good_squares_make_importances_and_unasked_ones_are_refused(model: Model, tmp_path: Path) -> None:
-    asked = worker(model, tmp_path, interval=1, reported=1.0)
-    found = contribution(asked, "a", squares)
-    assert isinstance(asked.execute(do.FoldUpdate(1, asked.put_initial_model(), {}, found)), on.Folded)
-    closed = asked.execute(do.Close(1, asked.put_initial_model(), {}, ("a",), (found,)))
+    with_squares = worker(model, tmp_path, interval=1, reported=1.0)
+    update = contribution(with_squares, "a", add_squares)
+    assert isinstance(with_squares.execute(do.FoldUpdate(1, with_squares.put_initial_model(), {}, update)), on.Folded)
+    closed = with_squares.execute(do.Close(1, with_squares.put_initial_model(), {}, ("a",), (update,)))
     assert isinstance(closed, on.Closed)
-    assert any((v > 0).any() for v in tensorfile.decode(asked.store.read(closed.memory["importance"])).values())
-    silent = worker(model, tmp_path, masks="channels")
-    answer = silent.execute(do.FoldUpdate(1, silent.put_initial_model(), {}, contribution(silent, "a", squares)))
+    assert any((v > 0).any() for v in tensorfile.decode(with_squares.store.read(closed.memory["importance"])).values())
+    without_squares = worker(model, tmp_path, masks="channels")
+    answer = without_squares.execute(
+        do.FoldUpdate(1, without_squares.put_initial_model(), {}, contribution(without_squares, "a", add_squares))
+    )
     assert isinstance(answer, on.UpdateRejected)
     assert "not requested" in answer.reason
 
 
-def largest(number: float) -> Callable[[Update], None]:
+def set_largest(number: float) -> Callable[[Update], None]:
     """Weights of a layer that are small, but for one of this size: it decides how large an update's may be."""
 
     def make(update: Update) -> None:
@@ -120,30 +122,30 @@ def largest(number: float) -> Callable[[Update], None]:
     return make
 
 
-def nothing(update: Update) -> None:
+def leave_as_sent(update: Update) -> None:
     pass
 
 
-def models(w: Worker) -> tuple[str, str]:
+def two_models(w: Worker) -> tuple[str, str]:
     """Two global models: an update of the first may hold a 9, one of the second may not."""
     stored = []
     for number in (1.01, 0.99):
         tensors = {n: v.copy() for n, v in w.model.tensors.items()}
-        largest(number)(tensors)
+        set_largest(number)(tensors)
         stored.append(w.store.put(tensorfile.encode(tensors)).sha256)
     return stored[0], stored[1]
 
 
-def nine(update: Update) -> None:
+def set_nine(update: Update) -> None:
     update["conv1.weight"].reshape(-1)[1] = 9.0
 
 
 def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: Path) -> None:
     w = worker(model, tmp_path, densities=[1.0], masks="channels")
-    first, second = models(w)
-    old = contribution(w, "old", nine, model=first)
+    first, second = two_models(w)
+    old = contribution(w, "old", set_nine, model=first)
     assert isinstance(w.execute(do.FoldUpdate(1, first, {}, old)), on.Folded)
-    fresh = contribution(w, "fresh", nothing, model=second, round_=2)
+    fresh = contribution(w, "fresh", leave_as_sent, model=second, round_=2)
     closed = w.execute(do.Close(2, second, {}, ("fresh",), (fresh, old)))
     alone = w.execute(do.Close(2, second, {}, ("fresh",), (fresh,)))
     assert isinstance(closed, on.Closed)
@@ -152,19 +154,19 @@ def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: P
     assert "conv1.weight" in closed.rejected["old"]
     assert closed.kinds == {"old": "diverged"}
     assert (closed.model, closed.memory) == (alone.model, alone.memory)
-    again = worker(model, tmp_path, densities=[1.0], masks="channels")
-    assert again.execute(do.Close(2, second, {}, ("fresh",), (fresh, old))) == closed
+    restarted = worker(model, tmp_path, densities=[1.0], masks="channels")
+    assert restarted.execute(do.Close(2, second, {}, ("fresh",), (fresh, old))) == closed
 
 
 def test_guessed_weights_that_are_too_much_together_cost_nobody_anything(model: Model, tmp_path: Path) -> None:
     w = worker(model, tmp_path, masks="channels")
-    parts = [contribution(w, name, largest(0.5)) for name in "abc"]
-    for found, guess in zip(parts, (MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT), strict=True):
+    updates = [contribution(w, name, set_largest(0.5)) for name in "abc"]
+    for update, guess in zip(updates, (MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT), strict=True):
         assert isinstance(
-            w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, replace(found, weight=guess))), on.Folded
+            w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, replace(update, weight=guess))), on.Folded
         )
     end = do.Close(
-        1, w.put_initial_model(), {}, ("a", "b", "c"), tuple(replace(p, weight=MAX_WEIGHT // 3) for p in parts)
+        1, w.put_initial_model(), {}, ("a", "b", "c"), tuple(replace(p, weight=MAX_WEIGHT // 3) for p in updates)
     )
     closed = w.execute(end)
     assert closed == worker(model, tmp_path, masks="channels").execute(end)
@@ -174,8 +176,8 @@ def test_guessed_weights_that_are_too_much_together_cost_nobody_anything(model: 
 
 def test_a_round_in_which_nobody_is_left_moves_nothing(model: Model, tmp_path: Path) -> None:
     w = worker(model, tmp_path, densities=[1.0], masks="channels")
-    first, second = models(w)
-    old = contribution(w, "old", nine, model=first)
+    first, second = two_models(w)
+    old = contribution(w, "old", set_nine, model=first)
     closed = w.execute(do.Close(2, second, {"x": first}, ("old",), (old,)))
     assert isinstance(closed, on.Closed)
     assert (closed.model, closed.memory, set(closed.rejected)) == (second, {"x": first}, {"old"})
@@ -187,9 +189,9 @@ Learn = Callable[[object, object, object, Reports], dict[str, Any]]
 
 def own_worker(model: Model, folder: Path, learn: Learn | None = None, **roles: Any) -> Worker:
     """A worker of somebody's strategy, which may have roles of its own, or a scorer that learns."""
-    own = type("Own", (Strategy,), {} if learn is None else {"learn": learn})
+    strategy_class = type("Own", (Strategy,), {} if learn is None else {"learn": learn})
     sys.modules["subject"] = module = types.ModuleType("subject")
-    module.__dict__["made"] = lambda job: own(inputs="updates", **roles)
+    module.__dict__["made"] = lambda job: strategy_class(inputs="updates", **roles)
     try:
         return Worker(Job(strategy="subject:made"), model, BlobStore(folder, durable=False))
     finally:
@@ -198,14 +200,14 @@ def own_worker(model: Model, folder: Path, learn: Learn | None = None, **roles: 
 
 def test_an_update_that_a_scorer_trips_over_costs_only_itself(model: Model, tmp_path: Path) -> None:
     def learn(self: object, scene: object, fold: object, reports: Reports) -> dict[str, Any]:
-        seen = 0
+        counted = 0
         for report in reports():
-            seen += 1 // (report.cut.turn.device != "b")
-        return {"seen": {"n": np.array([seen])}}
+            counted += 1 // (report.cut.turn.device != "b")
+        return {"seen": {"n": np.array([counted])}}
 
     w = own_worker(model, tmp_path, learn)
-    parts = tuple(contribution(w, name, nothing) for name in "abc")
-    closed = w.execute(do.Close(1, w.put_initial_model(), {}, ("a", "b", "c"), parts))
+    updates = tuple(contribution(w, name, leave_as_sent) for name in "abc")
+    closed = w.execute(do.Close(1, w.put_initial_model(), {}, ("a", "b", "c"), updates))
     assert isinstance(closed, on.Closed)
     assert set(closed.rejected) == {"b"}
     assert "ZeroDivisionError" in closed.rejected["b"]
@@ -214,7 +216,7 @@ def test_an_update_that_a_scorer_trips_over_costs_only_itself(model: Model, tmp_
 
 def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     w = worker(model, tmp_path, masks="channels")
-    found = contribution(w, "a", largest(0.9))
+    update = contribution(w, "a", set_largest(0.9))
 
     def learn(self: object, scene: object, fold: object, reports: Reports) -> dict[str, Any]:
         list(reports())
@@ -222,10 +224,10 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
 
     monkeypatch.setattr(type(w.strategy), "learn", learn)
     with pytest.raises(ZeroDivisionError):
-        w.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (found,)))
-    w.store.path(found.weights).unlink()
+        w.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (update,)))
+    w.store.path(update.weights).unlink()
     with pytest.raises(StorageError):
-        worker(model, tmp_path, masks="channels").execute(do.Close(1, w.put_initial_model(), {}, ("a",), (found,)))
+        worker(model, tmp_path, masks="channels").execute(do.Close(1, w.put_initial_model(), {}, ("a",), (update,)))
 
 
 def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(model: Model, tmp_path: Path) -> None:
@@ -234,9 +236,9 @@ def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(model: Mo
         raise KeyError("lr")
 
     w = own_worker(model, tmp_path, learn)
-    parts = tuple(contribution(w, name, nothing) for name in "abc")
+    updates = tuple(contribution(w, name, leave_as_sent) for name in "abc")
     with pytest.raises(StrategyError, match="lr"):
-        w.execute(do.Close(1, w.put_initial_model(), {}, ("a", "b", "c"), parts))
+        w.execute(do.Close(1, w.put_initial_model(), {}, ("a", "b", "c"), updates))
 
 
 class Half(Mean):
@@ -249,16 +251,16 @@ class Half(Mean):
 
 
 def test_an_update_that_somebodys_aggregator_fails_on_is_in_no_sum(model: Model, tmp_path: Path) -> None:
-    w, other = own_worker(model, tmp_path, aggregator=Half()), own_worker(model, tmp_path, aggregator=Mean())
+    w, mean_worker = own_worker(model, tmp_path, aggregator=Half()), own_worker(model, tmp_path, aggregator=Mean())
 
-    def off(update: Update) -> None:
+    def shift(update: Update) -> None:
         update["conv1.weight"] += np.float32(0.1)
 
-    a, b = contribution(w, "a", nothing), contribution(w, "b", off)
+    a, b = contribution(w, "a", leave_as_sent), contribution(w, "b", shift)
     assert isinstance(w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, a)), on.Folded)
     answer = w.execute(do.FoldUpdate(1, w.put_initial_model(), {}, b))
     assert isinstance(answer, on.UpdateRejected)
     assert "aggregator Half.add failed at" in answer.reason
     assert "test_worker_faults.py" in answer.reason
     closed = w.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (a,)))
-    assert closed == other.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (a,)))
+    assert closed == mean_worker.execute(do.Close(1, w.put_initial_model(), {}, ("a",), (a,)))
