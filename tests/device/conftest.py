@@ -42,7 +42,7 @@ def local(tmp_path: Path, graphs: Path) -> LocalBoard:
 
 
 @pytest.fixture
-def served(local: LocalBoard) -> Iterator[LocalBoard]:
+def serving_board(local: LocalBoard) -> Iterator[LocalBoard]:
     """One that serves a model."""
     local.install(1)
     with local.serving():

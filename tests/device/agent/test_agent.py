@@ -205,19 +205,23 @@ def test_training_goes_on_while_the_broker_is_away(bench: Bench) -> None:
 
 def test_it_is_quiet_only_when_a_restart_would_cost_nothing(bench: Bench) -> None:
     bench.server.plan = [bench.server.offer(1)]
-    seen: dict[str, bool] = {}
+    quiet_during: dict[str, bool] = {}
 
     def react(message: Any) -> None:
-        seen.setdefault(
+        quiet_during.setdefault(
             message.phase if isinstance(message, RoundProgress) else type(message).__name__, bench.agent.is_quiet
         )
 
     bench.server.react = react
     bench.run()
     assert bench.agent.is_quiet
-    busy = {k: v for k, v in seen.items() if k in ("BlobRequest", "Update", "download", "train", "evaluate")}
-    assert {"BlobRequest", "Update"} <= set(busy)
-    assert not any(busy.values()), seen
+    busy = {
+        k: v
+        for k, v in quiet_during.items()
+        if k in ("BlobRequest", "UpdateAnnouncement", "download", "train", "evaluate")
+    }
+    assert {"BlobRequest", "UpdateAnnouncement"} <= set(busy)
+    assert not any(busy.values()), quiet_during
 
 
 @pytest.mark.parametrize("cancelled", [True, False])

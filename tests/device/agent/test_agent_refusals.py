@@ -26,7 +26,7 @@ pytestmark = pytest.mark.board
 
 
 @pytest.mark.parametrize(
-    ("other", "code"),
+    ("changes", "code"),
     [
         ({"recipe": {"colour": 1}}, ExitCode.CONFIG),
         ({"recipe": {"proximal": 1.0}}, ExitCode.TRAINING),
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.board
         ({"weights": BlobRef("0" * 64, 2**40, "1" * 64)}, ExitCode.STORAGE_FULL),
     ],
 )
-def test_an_offer_that_cannot_be_carried_out_is_refused(bench: Bench, other: dict[str, Any], code: int) -> None:
-    bench.server.plan = [bench.server.offer(1, **other)]
+def test_an_offer_that_cannot_be_carried_out_is_refused(bench: Bench, changes: dict[str, Any], code: int) -> None:
+    bench.server.plan = [bench.server.offer(1, **changes)]
     bench.stop_on(Refusal)
     bench.run(until_finished=False)
     refusal = bench.server.of(Refusal)[0]
@@ -46,7 +46,7 @@ def test_an_offer_that_cannot_be_carried_out_is_refused(bench: Bench, other: dic
 
 @pytest.mark.parametrize(("budget", "memory"), [(100, 10**9), (10**9, 100)])
 def test_an_offer_beyond_the_profiles_limits_is_refused(bench: Bench, budget: int, memory: int) -> None:
-    limits = SimpleNamespace(name="tiny", storage=SimpleNamespace(budget_bytes=budget), training_bytes=memory)
+    limits = SimpleNamespace(name="tiny", storage=SimpleNamespace(budget_bytes=budget), training_memory_bytes=memory)
     bench.profile = limits
     bench.server.plan = [bench.server.offer(1)]
     bench.stop_on(Refusal)
@@ -56,25 +56,25 @@ def test_an_offer_beyond_the_profiles_limits_is_refused(bench: Bench, budget: in
 
 
 def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    server, seen = bench.server, list[tuple[int, int]]()
+    server, measurements = bench.server, list[tuple[int, int]]()
 
-    def look() -> None:
+    def measure_disk() -> None:
         files = [p.stat() for p in (bench.root / "state").rglob("*") if p.is_file()]
         sizes = {s.st_ino: s.st_size for s in files}.values()
-        seen.append((sum(sizes), sum(size == server.weights.size for size in sizes)))
+        measurements.append((sum(sizes), sum(size == server.weights.size for size in sizes)))
 
-    def watched(name: str) -> None:
+    def measure_after(name: str) -> None:
         plain = getattr(ModelSlots, name)
-        monkeypatch.setattr(ModelSlots, name, lambda self, *given: (plain(self, *given), look())[0])
+        monkeypatch.setattr(ModelSlots, name, lambda self, *arguments: (plain(self, *arguments), measure_disk())[0])
 
-    watched("stage")
-    watched("install")
+    measure_after("stage")
+    measure_after("install")
     server.plan = [server.offer(n) for n in (1, 2, 3, 4)]
     bench.run()
     graphs = server.graphs["plain"].size, server.graphs["inference"].size
-    assert max(weights for _, weights in seen) == WEIGHT_FILES
+    assert max(weights for _, weights in measurements) == WEIGHT_FILES
     documents = 8192
-    assert max(total for total, _ in seen) <= storage_bytes(server.weights.size, *graphs) + documents
+    assert max(total for total, _ in measurements) <= storage_bytes(server.weights.size, *graphs) + documents
 
 
 def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: ElementMask) -> Offer:
@@ -102,29 +102,31 @@ def test_what_a_board_keeps_of_its_own_is_counted(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
     """In files of the model's size, as the planner counts them; records of what is kept hold one or two."""
-    seen = list[int]()
+    file_counts = list[int]()
 
-    def look() -> None:
+    def count_files() -> None:
         paths = [p for p in (bench.root / "state").rglob("*") if p.is_file()]
         files = {p.stat().st_ino: p for p in paths if p.suffix not in (".json", ".onnx") and p.name != "lock"}
-        kept = sum(p.parent.name == "own" for p in files.values()) * ((recipe.average > 0) + bool(recipe.personal))
+        state_files = sum(p.parent.name == "own" for p in files.values()) * (
+            (recipe.average > 0) + bool(recipe.personal)
+        )
         sizes = [p.stat().st_size for p in files.values() if p.parent.name != "own"]
-        seen.append(kept + sum(round(n / weights) for n in sizes if n not in graphs))
+        file_counts.append(state_files + sum(round(n / weights) for n in sizes if n not in graphs))
 
-    def watched(owner: type, name: str) -> None:
+    def count_after(owner: type, name: str) -> None:
         plain = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda self, *given: (plain(self, *given), look())[0])
+        monkeypatch.setattr(owner, name, lambda self, *arguments: (plain(self, *arguments), count_files())[0])
 
-    watched(ModelSlots, "stage")
-    watched(ModelSlots, "install")
-    watched(FolderStateStore, "stage")
-    watched(FolderStateStore, "commit")
+    count_after(ModelSlots, "stage")
+    count_after(ModelSlots, "install")
+    count_after(FolderStateStore, "stage")
+    count_after(FolderStateStore, "commit")
     mask = {"w1": np.ones((8, 6), np.bool_)}
     offers = [hidden_offer(bench, n, recipe, mask) for n in (1, 2, 3, 4)]
     weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}
     bench.server.plan = offers
     bench.run()
-    assert 0 <= WEIGHT_FILES + recipe.extra_files - max(seen) <= 2
+    assert 0 <= WEIGHT_FILES + recipe.extra_files - max(file_counts) <= 2
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,14 @@ def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_f
             UpdateAnnouncement("d", "job", 1, 0, offer.weights.sha256, masked, trained.samples, trained.steps)
         )
     server.seen.clear()
-    again = replace(offer, attempt=1)
+    next_attempt = replace(offer, attempt=1)
 
     def react(message: Any) -> None:
         if isinstance(message, UpdateAnnouncement):
             server.say(SecureStep.of("job", 1, message.attempt, "0" * 32, "survivors", b"\1"))
         elif isinstance(message, Refusal):
-            server.plan = [again]
-            server.say(again)
+            server.plan = [next_attempt]
+            server.say(next_attempt)
         elif isinstance(message, TrainingDone) and bench.agent is not None:
             bench.agent.stop()
 

@@ -41,12 +41,12 @@ def test_a_private_board_does_not_say_how_even_its_labels_are() -> None:
     assert greeting.build(2, None, 0.0).effective_classes is None
 
 
-@pytest.mark.parametrize(("kept", "expected"), [(True, "slot b with release 12"), (False, "slot b")])
+@pytest.mark.parametrize(("has_record", "expected"), [(True, "slot b with release 12"), (False, "slot b")])
 def test_a_board_with_a_launcher_says_what_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_record: bool, expected: str
 ) -> None:
     (tmp_path / "state").mkdir()
-    if kept:
+    if has_record:
         SlotStore(tmp_path).write_record("b", SlotRecord(12, "0.2.0", "m:f", {}))
     monkeypatch.setenv("FEDPRUNE_ROOT", str(tmp_path))
     monkeypatch.setenv("FEDPRUNE_SLOT", "b")

@@ -26,19 +26,19 @@ class Rounds(Bench):
         super().__init__(root, graphs, first, data)
         self.first = first
         self.stop_on(Refusal)
-        moved = {n: (v + np.float32(0.01)).astype(np.float32) for n, v in first.items()}
-        self.raw = weights.encode(INT8, moved, first, set(first))
+        next_weights = {n: (v + np.float32(0.01)).astype(np.float32) for n, v in first.items()}
+        self.raw = weights.encode(INT8, next_weights, first, set(first))
         self.second = weights.decode(INT8, self.raw, first, 10**6)
         self.server.plan = [self.server.offer(1, weights_codec="int8"), self.offer(self.raw)]
 
     def offer(self, raw: bytes) -> Offer:
         put = self.server.blobs.put
-        held = self.server.weights.sha256
-        whole = put(tensorfile.encode(self.second))
-        return self.server.offer(2, weights=whole, weights_codec="int8", coded=put(raw), held=held)
+        base_digest = self.server.weights.sha256
+        full_weights = put(tensorfile.encode(self.second))
+        return self.server.offer(2, weights=full_weights, weights_codec="int8", coded=put(raw), held=base_digest)
 
     @property
-    def input_gradient(self) -> set[str]:
+    def pulled_blobs(self) -> set[str]:
         return {m.sha256 for m in self.server.of(BlobRequest)}
 
     def trained_on(self) -> str:
@@ -50,33 +50,35 @@ def rounds(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> R
     return Rounds(tmp_path, graphs, weights, data)
 
 
-def named(offer: Offer) -> tuple[str, str]:
+def weight_digests(offer: Offer) -> tuple[str, str]:
     """Digests of the weights and of what they can be decoded from."""
     return offer.weights.sha256, offer.coded.sha256
 
 
 def test_a_difference_is_pulled_instead_of_the_weights(rounds: Rounds) -> None:
     rounds.run()
-    whole, coded = named(rounds.server.plan[1])
-    assert coded in rounds.input_gradient
-    assert whole not in rounds.input_gradient
-    assert rounds.trained_on() == whole
+    full, coded = weight_digests(rounds.server.plan[1])
+    assert coded in rounds.pulled_blobs
+    assert full not in rounds.pulled_blobs
+    assert rounds.trained_on() == full
 
 
 def test_without_the_old_weights_the_new_ones_are_pulled(rounds: Rounds) -> None:
     rounds.server.plan = rounds.server.plan[1:]
     rounds.run()
-    whole, coded = named(rounds.server.plan[0])
-    assert whole in rounds.input_gradient
-    assert coded not in rounds.input_gradient
+    full, coded = weight_digests(rounds.server.plan[0])
+    assert full in rounds.pulled_blobs
+    assert coded not in rounds.pulled_blobs
 
 
 @pytest.mark.parametrize("what", ["rubbish", "others"])
 def test_what_leads_to_other_weights_costs_a_pull_and_no_round(rounds: Rounds, what: str) -> None:
-    other = {n: (v + np.float32(1)).astype(np.float32) for n, v in rounds.first.items()}
-    raw = b"rubbish" * 99 if what == "rubbish" else weights.encode(INT8, other, rounds.first, set(other))
+    other_weights = {n: (v + np.float32(1)).astype(np.float32) for n, v in rounds.first.items()}
+    raw = (
+        b"rubbish" * 99 if what == "rubbish" else weights.encode(INT8, other_weights, rounds.first, set(other_weights))
+    )
     rounds.server.plan[1] = rounds.offer(raw)
     rounds.run()
-    assert set(named(rounds.server.plan[1])) <= rounds.input_gradient
-    assert rounds.trained_on() == named(rounds.server.plan[1])[0]
+    assert set(weight_digests(rounds.server.plan[1])) <= rounds.pulled_blobs
+    assert rounds.trained_on() == weight_digests(rounds.server.plan[1])[0]
     assert not rounds.server.of(Refusal)

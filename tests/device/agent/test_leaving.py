@@ -15,7 +15,7 @@ pytestmark = pytest.mark.board
 
 
 def test_a_board_without_work_leaves_and_is_born_again_when_it_is_back(bench: Bench) -> None:
-    server, seen = bench.server, list[int]()
+    server, birth_counts = bench.server, list[int]()
 
     def react(message: Any) -> None:
         if not isinstance(message, Birth):
@@ -27,31 +27,31 @@ def test_a_board_without_work_leaves_and_is_born_again_when_it_is_back(bench: Be
 
     def watch() -> None:
         if server.link.left and not server.link.up and not bench.agent.status.connected:
-            seen.append(len(server.of(Birth)))
+            birth_counts.append(len(server.of(Birth)))
             server.link.restore()
 
     server.react, server.watch, server.ends = react, watch, False
     bench.run(until_finished=False)
     assert server.link.left == [3600.0]
     assert server.link.spread_s == 30.0
-    assert seen == [1]
+    assert birth_counts == [1]
     assert len(server.of(Birth)) == 2
 
 
 def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
     server = bench.server
     server.plan = [server.offer(1, LONG.to_dict() | {"epochs": 50})]
-    told = list[int]()
+    birth_counts = list[int]()
 
     def react(message: Any) -> None:
-        if isinstance(message, RoundProgress) and message.phase == "train" and not told:
-            told.append(len(server.of(Birth)))
+        if isinstance(message, RoundProgress) and message.phase == "train" and not birth_counts:
+            birth_counts.append(len(server.of(Birth)))
             server.say(Reconnect(0.0, 3600.0))
 
     server.react = react
     bench.run()
     assert server.link.left == []
-    assert len(server.of(Birth)) == told[0] + 1
+    assert len(server.of(Birth)) == birth_counts[0] + 1
     assert server.of(UpdateAnnouncement)
 
 

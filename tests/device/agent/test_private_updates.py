@@ -36,8 +36,12 @@ def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, LocalState 
     with DeviceStore(board.root) as store:
         bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.local_states)
         update = bench.commit(bench.carry_out(offer))
-        kept = [LocalState.from_bytes(r) for r in store.local_states.read().values()]
-        return store.blobs.read(update.weights.sha256), update, max(kept, key=lambda own: own.round, default=None)
+        records = [LocalState.from_bytes(r) for r in store.local_states.read().values()]
+        return (
+            store.blobs.read(update.weights.sha256),
+            update,
+            max(records, key=lambda state: state.round, default=None),
+        )
 
 
 def private(board: HiddenBoard, clip: float, noise: float, **settings: Any) -> Any:
@@ -55,9 +59,9 @@ def test_a_huge_clip_without_noise_hands_in_the_very_bits_that_were_trained(boar
 
 def test_an_update_is_as_long_as_it_may_be(board: HiddenBoard) -> None:
     _, sent, serves = private(board, 0.01, 0.0)
-    moved = {n: sent[n].astype(np.float64) - SENT[n] for n in sent if n not in STATISTICS}
-    assert math.sqrt(sum(float((v**2).sum()) for v in moved.values())) == pytest.approx(0.01, rel=1e-3)
-    assert any(np.abs(serves[n] - SENT[n]).max() > 0.01 for n in moved), "what serves is not clipped"
+    changes = {n: sent[n].astype(np.float64) - SENT[n] for n in sent if n not in STATISTICS}
+    assert math.sqrt(sum(float((v**2).sum()) for v in changes.values())) == pytest.approx(0.01, rel=1e-3)
+    assert any(np.abs(serves[n] - SENT[n]).max() > 0.01 for n in changes), "what serves is not clipped"
 
 
 def test_of_masked_tensors_the_active_elements_are_clipped_and_noised(board: HiddenBoard) -> None:
@@ -68,14 +72,14 @@ def test_of_masked_tensors_the_active_elements_are_clipped_and_noised(board: Hid
         recipe = replace(PLAIN, mask="hard", update_clip=clip, update_noise=noise)
         _, sent, serves = board.carry_out(board.offer(1, recipe, SENT, graph="masked", mask=mask))
         assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in packed.items()}
-        moved = np.concatenate([(sent[n] - packed[n]).ravel() for n in sent if n not in STATISTICS])
+        change = np.concatenate([(sent[n] - packed[n]).ravel() for n in sent if n not in STATISTICS])
         if clip > 1:
             trained = pack_active(mask, serves)
             assert all(np.array_equal(sent[n], trained[n]) for n in sent if n not in STATISTICS)
         elif not noise:
-            assert np.linalg.norm(moved) == pytest.approx(clip, rel=1e-3)
+            assert np.linalg.norm(change) == pytest.approx(clip, rel=1e-3)
         else:
-            assert 0.3 < moved.std() < 0.7
+            assert 0.3 < change.std() < 0.7
 
 
 def test_noise_is_another_one_each_time_and_not_in_what_serves(board: HiddenBoard) -> None:
@@ -92,30 +96,30 @@ def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -
     form = VectorForm({name: TensorGrid(Range(3, 1)) for name in SENT if name not in STATISTICS})
     secure = {"tensors": form.to_json(), "narrow": 0, "wide": 1 + sum(SENT[n].size for n in form.tensors)}
     recipe = replace(PLAIN, update_clip=0.1, update_noise=0.05)
-    found = []
-    for offered, own in ((recipe, None), (replace(recipe, secure_aggregation=True), secure)):
-        offer = board.offer(1, offered, SENT, graph="kept", secure=own)
+    payloads = []
+    for offered, vector_form in ((recipe, None), (replace(recipe, secure_aggregation=True), secure)):
+        offer = board.offer(1, offered, SENT, graph="kept", secure=vector_form)
         with DeviceStore(board.root) as store:
             runner = RoundRunner(
                 DEVICE, store.blobs, store.slots, board.data, noise=lambda offer: GaussianNoise.from_key(offer.round)
             )
-            found.append(store.blobs.read(runner.commit(runner.carry_out(offer)).weights.sha256))
-    noised, vector = found
+            payloads.append(store.blobs.read(runner.commit(runner.carry_out(offer)).weights.sha256))
+    noised, vector = payloads
     assert vector == form.encode(tensorfile.decode(noised), SENT)[0].to_bytes()
 
 
 @pytest.mark.parametrize("text", ["int8", "top-k:0.25"])
 def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
     recipe = replace(PLAIN, update_clip=1e-6, update_noise=0.5)
-    raw, _, own = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))
+    raw, _, state = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))
     codec = Codec.parse(text)
-    found = decode(codec, raw, SENT, set(SENT) - set(STATISTICS))
-    moved = np.concatenate([(found[n] - SENT[n]).ravel() for n in found if n not in STATISTICS])
-    left = [] if own is None else [own.residual.get(n, np.zeros(0)).ravel() for n in SENT]
+    decoded = decode(codec, raw, SENT, set(SENT) - set(STATISTICS))
+    change = np.concatenate([(decoded[n] - SENT[n]).ravel() for n in decoded if n not in STATISTICS])
+    residuals = [] if state is None else [state.residual.get(n, np.zeros(0)).ravel() for n in SENT]
     # A millionth of an update and much noise: what travels, and what is left for later, is of the noise.
-    assert 0.3 < np.sqrt((moved**2).mean()) < 0.7
-    assert all(np.abs(v).max(initial=0) < 2.5 for v in left)
-    assert any(v.any() for v in left)
+    assert 0.3 < np.sqrt((change**2).mean()) < 0.7
+    assert all(np.abs(v).max(initial=0) < 2.5 for v in residuals)
+    assert any(v.any() for v in residuals)
 
 
 def test_a_private_board_tells_nothing_that_it_measured_on_samples(board: HiddenBoard) -> None:
@@ -127,6 +131,6 @@ def test_a_private_board_tells_nothing_that_it_measured_on_samples(board: Hidden
 
 def test_an_offer_that_would_tell_more_is_refused(board: HiddenBoard) -> None:
     offer = board.offer(1, PLAIN, SENT, graph="kept")
-    told = structs.replace(offer, recipe={**offer.recipe, "update_clip": 1.0, "report_squares": True})
+    revealing_offer = structs.replace(offer, recipe={**offer.recipe, "update_clip": 1.0, "report_squares": True})
     with pytest.raises(ConfigError, match=r"recipe\.report_squares"):
-        board.carry_out(told)
+        board.carry_out(revealing_offer)

@@ -34,10 +34,10 @@ def form_of(weights: Tensors) -> VectorForm:
     return VectorForm({name: TensorGrid(Range(5, 1)) for name in weights})
 
 
-def masked_offer(bench: Bench, weights: Tensors, **other: Any) -> Offer:
+def masked_offer(bench: Bench, weights: Tensors, **fields: Any) -> Offer:
     wide = 1 + sum(value.size for value in weights.values())
     secure = {"tensors": form_of(weights).to_json(), "narrow": 0, "wide": wide}
-    return bench.server.offer(1, **{"recipe": RECIPE, "secure": secure, **other})
+    return bench.server.offer(1, **{"recipe": RECIPE, "secure": secure, **fields})
 
 
 def task_of(offer: Offer) -> str:
@@ -63,7 +63,7 @@ class Sums:
             case TrainingDone() if message.attempt != self._attempt:
                 self._begin(message.attempt)
             case SecureStep() if message.attempt == self._attempt:
-                self._answered(message.step, message.content)
+                self._on_answer(message.step, message.content)
             case UpdateAnnouncement() if message.attempt == self._attempt and self._awaits_vector:
                 self._awaits_vector = False
                 vector = self._bench.store.blobs.read(message.weights.sha256)
@@ -80,32 +80,32 @@ class Sums:
         self._directory: dict[str, VerifyingKey] = {name: key.verifying_key for name, key in keys.items()}
         session = self._session = SecureSumSession.choose(b"a test", 3, 0, self._wide, task=self.task, dropping=0.0)
         self._collector = Collector(session, self._directory)
-        self._others = {name: Participant(session, name, key, self._directory) for name, key in keys.items()}
-        for name, other in self._others.items():
-            self._collector.add_advertisement(name, other.advertise())
+        self._participants = {name: Participant(session, name, key, self._directory) for name, key in keys.items()}
+        for name, participant in self._participants.items():
+            self._collector.add_advertisement(name, participant.advertise())
         self._send("session", session.to_bytes())
 
-    def _answered(self, step: str, content: bytes) -> None:
+    def _on_answer(self, step: str, content: bytes) -> None:
         if step == "keys" and "d" not in self._directory:
             self._directory["d"] = VerifyingKey(content[:KEY_BYTES])
             self._collector.add_advertisement("d", content[KEY_BYTES:])
             rosters = self._collector.rosters()
-            for name, other in self._others.items():
-                self._collector.add_shares(name, other.share(rosters[name]))
+            for name, participant in self._participants.items():
+                self._collector.add_shares(name, participant.share(rosters[name]))
             around = b"".join(self._directory[name].raw for name in decode_roster(rosters["d"], self._session))
             self._send("roster", (len(around) // KEY_BYTES).to_bytes(2, "big") + around + rosters["d"])
         elif step == "shares" and not self._awaits_vector:
             self._collector.add_shares("d", content)
             deliveries: Mapping[str, bytes] = self._collector.deliveries()
-            for name, other in self._others.items():
-                vector = other.mask(deliveries[name], Vector.zeros(self._session))
+            for name, participant in self._participants.items():
+                vector = participant.mask(deliveries[name], Vector.zeros(self._session))
                 self._collector.add_masked(name, vector)
             self._awaits_vector = True
             self._send("delivery", deliveries["d"])
         elif step == "unmasking" and self.total is None:
             self._collector.add_unmasking("d", content)
-            for name, other in self._others.items():
-                self._collector.add_unmasking(name, other.unmask(self._survivors[name]))
+            for name, participant in self._participants.items():
+                self._collector.add_unmasking(name, participant.unmask(self._survivors[name]))
             self.total = self._collector.total()
             self._bench.server.plan = []
             self._bench.server.say(Accepted("job", 1, self._attempt, self._digest))
@@ -149,16 +149,16 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
 
 
 @pytest.mark.parametrize(
-    ("other", "expects"),
+    ("changes", "expects"),
     [
         ({"secure": None}, "present"),
         ({"recipe": replace(RECIPE, secure_aggregation=False)}, "absent"),
     ],
 )
 def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
-    bench: Bench, weights: Tensors, other: dict[str, Any], expects: str
+    bench: Bench, weights: Tensors, changes: dict[str, Any], expects: str
 ) -> None:
-    bench.server.plan = [masked_offer(bench, weights, **other)]
+    bench.server.plan = [masked_offer(bench, weights, **changes)]
     bench.stop_on(Refusal)
     bench.run(until_finished=False)
     refusal = bench.server.of(Refusal)[0]
@@ -186,20 +186,20 @@ def coarser(offer: Offer) -> Offer:
 
 
 @pytest.mark.parametrize(
-    "others",
+    "change_offer",
     [
         coarser,
         lambda offer: structs.replace(offer, recipe={**offer.recipe, "lr": 1e-12}),
     ],
 )
 def test_a_board_leaves_a_sum_whose_other_boards_are_asked_for_something_else(
-    bench: Bench, weights: Tensors, others: Callable[[Offer], Offer]
+    bench: Bench, weights: Tensors, change_offer: Callable[[Offer], Offer]
 ) -> None:
     """What the others send could be 0, and the sum this board's update."""
     offer = masked_offer(bench, weights)
     bench.server.plan, bench.server.accepts = [offer], False
     sums = Sums(bench, offer, lambda update: True)
-    sums.task = task_of(others(offer))
+    sums.task = task_of(change_offer(offer))
 
     def react(message: Any) -> None:
         sums.react(message)

@@ -28,24 +28,24 @@ NPY = "application/x-npy"
 # Predictions
 
 
-def test_a_batch_is_predicted_as_the_model_computes_it(served: LocalBoard) -> None:
-    found = served.board.predict(X)
+def test_a_batch_is_predicted_as_the_model_computes_it(serving_board: LocalBoard) -> None:
+    prediction = serving_board.board.predict(X)
     weights = weights_of(1)
-    np.testing.assert_allclose(found.probabilities, softmax(X @ weights["w"].T + weights["b"]), atol=1e-5)
-    assert found.classes == np.argmax(found.probabilities, 1).tolist()
-    assert (found.job, found.round) == ("job", 1)
-    current = served.slots.current()
-    assert found.digest == current.weights
-    assert [p["name"] for p in found.predictions] == [NAMES[c] for c in found.classes]
+    np.testing.assert_allclose(prediction.probabilities, softmax(X @ weights["w"].T + weights["b"]), atol=1e-5)
+    assert prediction.classes == np.argmax(prediction.probabilities, 1).tolist()
+    assert (prediction.job, prediction.round) == ("job", 1)
+    current = serving_board.slots.current()
+    assert prediction.digest == current.weights
+    assert [p["name"] for p in prediction.predictions] == [NAMES[c] for c in prediction.classes]
 
 
 def test_what_the_boards_own_labels_say_is_in_the_probabilities(local: LocalBoard) -> None:
     weights = local.install(1, offset=(0.0, 3.0, 0.0), present=(1.0, 1.0, 0.0))
     with local.serving():
-        found = local.board.predict(X).probabilities
+        probabilities = local.board.predict(X).probabilities
     logits = X @ weights["w"].T + weights["b"] + [0, 3, 0]
     logits[:, 2] = 0
-    np.testing.assert_allclose(found, softmax(logits), atol=1e-5)
+    np.testing.assert_allclose(probabilities, softmax(logits), atol=1e-5)
 
 
 SAFETENSORS = "application/safetensors"
@@ -86,37 +86,39 @@ def test_before_the_first_model_the_board_says_so_and_then_finds_it(local: Local
 
 def test_every_answer_is_of_one_whole_model_while_models_are_swapped(local: LocalBoard) -> None:
     rounds = range(1, 13)
-    wanted = {n: softmax(X @ weights_of(n)["w"].T + weights_of(n)["b"]) for n in rounds}
+    expected = {n: softmax(X @ weights_of(n)["w"].T + weights_of(n)["b"]) for n in rounds}
     local.install(1)
-    seen: list[list[int]] = [[], [], []]
+    rounds_by_thread: list[list[int]] = [[], [], []]
     errors: list[BaseException] = []
     done = threading.Event()
 
-    def predict(mine: list[int]) -> None:
+    def predict(served_rounds: list[int]) -> None:
         try:
             while not done.is_set():
-                found = local.board.predict(X)
-                np.testing.assert_allclose(found.probabilities, wanted[found.round], atol=1e-5)
-                mine.append(found.round)
+                prediction = local.board.predict(X)
+                np.testing.assert_allclose(prediction.probabilities, expected[prediction.round], atol=1e-5)
+                served_rounds.append(prediction.round)
         except BaseException as error:  # noqa: BLE001 - handed to the test
             errors.append(error)
 
     with local.serving():
-        threads = [threading.Thread(target=predict, args=(mine,)) for mine in seen]
+        threads = [threading.Thread(target=predict, args=(served_rounds,)) for served_rounds in rounds_by_thread]
         for thread in threads:
             thread.start()
         for n in rounds[1:]:
             local.install(n)
             local.model.poll()
-            before = sum(map(len, seen))
+            before = sum(map(len, rounds_by_thread))
             # Else all may be over before anybody has asked.
-            until(lambda before=before: sum(map(len, seen)) > before or errors)  # type: ignore[misc]
+            until(lambda before=before: sum(map(len, rounds_by_thread)) > before or errors)  # type: ignore[misc]
         done.set()
         for thread in threads:
             thread.join()
     assert not errors, errors[0]
-    assert all(mine == sorted(mine) for mine in seen)  # never back to an older model
-    assert len({n for mine in seen for n in mine}) > 1
+    assert all(
+        served_rounds == sorted(served_rounds) for served_rounds in rounds_by_thread
+    )  # never back to an older model
+    assert len({n for served_rounds in rounds_by_thread for n in served_rounds}) > 1
 
 
 def test_a_model_that_fails_its_check_does_not_answer(local: LocalBoard, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,8 +140,8 @@ def test_a_model_that_fails_its_check_does_not_answer(local: LocalBoard, caplog:
 # Samples
 
 
-def test_samples_are_handed_in_counted_labelled_and_taken_back(served: LocalBoard) -> None:
-    board = served.board
+def test_samples_are_handed_in_counted_labelled_and_taken_back(serving_board: LocalBoard) -> None:
+    board = serving_board.board
     one = board.add(X[0], label="bee")
     assert (one["label"], one["name"], one["kept"], one["duplicate"]) == (1, "bee", True, False)
     assert board.add(X[0], label=1)["duplicate"]
@@ -152,37 +154,37 @@ def test_samples_are_handed_in_counted_labelled_and_taken_back(served: LocalBoar
     board.delete(one["id"])
     board.delete(one["id"])
     assert sum(board.samples()["parts"].values()) == 1
-    with pytest.raises(BoardError, match="there already") as found:
+    with pytest.raises(BoardError, match="there already") as refusal:
         board.add(X[1], 0)
-    assert found.value.status == 409
-    with pytest.raises(BoardError, match="no sample") as found:
+    assert refusal.value.status == 409
+    with pytest.raises(BoardError, match="no sample") as refusal:
         board.label("0" * 32, 0)
-    assert found.value.status == 404
+    assert refusal.value.status == 404
 
 
 def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalBoard) -> None:
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
     with local.serving(pixels=Pixels((0.4, 0.5, 0.6), (0.2,))):
-        with pytest.raises(BoardError, match="without a model") as found:
+        with pytest.raises(BoardError, match="without a model") as refusal:
             local.board.add(image_file(pixels))
-        assert found.value.status == 503
+        assert refusal.value.status == 503
         with pytest.raises(DataError):  # an offer that finds no samples
             local.samples.snapshot((3, 5, 4), Targets("cross_entropy", 3))
         assert local.board.status()["input"] == [3, 5, 4]
         name = local.board.add(image_file(pixels))["id"]
         assert local.board.unlabelled() == [name]
-        seen = image.open(io.BytesIO(local.board.sample(name, "image/png")))
-        assert (np.asarray(seen) == pixels).all()
+        viewer_image = image.open(io.BytesIO(local.board.sample(name, "image/png")))
+        assert (np.asarray(viewer_image) == pixels).all()
         x = np.load(io.BytesIO(local.board.sample(name)))
         np.testing.assert_allclose(x, (pixels.transpose(2, 0, 1) / 255 - [[[0.4]], [[0.5]], [[0.6]]]) / 0.2, atol=1e-5)
         local.board.label(name, "bee")
         assert local.board.unlabelled() == []
         window = local.board.add(np.ones(6))["id"]
-        for wanted, status in ((window, 422), ("0" * 32, 404)):
-            with pytest.raises(BoardError) as found:
-                local.board.sample(wanted, "image/png")
-            assert found.value.status == status
+        for sample, status in ((window, 422), ("0" * 32, 404)):
+            with pytest.raises(BoardError) as refusal:
+                local.board.sample(sample, "image/png")
+            assert refusal.value.status == status
 
 
 def test_samples_are_not_shown_on_a_port(local: LocalBoard) -> None:
@@ -190,9 +192,9 @@ def test_samples_are_not_shown_on_a_port(local: LocalBoard) -> None:
         board = Board(f"127.0.0.1:{local.server.port}", tries=1)
         name = board.add(np.ones(6))["id"]
         for ask_for in (board.unlabelled, lambda: board.sample(name)):
-            with pytest.raises(BoardError, match="Unix socket") as found:
+            with pytest.raises(BoardError, match="Unix socket") as refusal:
                 ask_for()
-            assert found.value.status == 403
+            assert refusal.value.status == 403
         board.label(name, 1)
 
 
@@ -204,11 +206,11 @@ def test_a_board_with_data_of_its_own_takes_no_samples(local: LocalBoard) -> Non
         assert local.board.predict(X).round == 1
 
 
-def test_a_full_disk_is_507_and_the_next_sample_is_taken(served: LocalBoard) -> None:
+def test_a_full_disk_is_507_and_the_next_sample_is_taken(serving_board: LocalBoard) -> None:
     with fault(1, OSError(errno.ENOSPC, "No space left on device")):
-        status, _ = ask(served, request("POST", "/v1/samples?label=0", npy(X[0]), Content_Type=NPY))
+        status, _ = ask(serving_board, request("POST", "/v1/samples?label=0", npy(X[0]), Content_Type=NPY))
     assert status == 507
-    assert served.board.add(X[0], 0)["kept"]
+    assert serving_board.board.add(X[0], 0)["kept"]
 
 
 def test_a_picture_that_would_unpack_to_more_than_memory_is_refused() -> None:

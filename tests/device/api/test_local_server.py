@@ -49,16 +49,16 @@ ALLOWED = {200, 201, 400, 403, 404, 405, 409, 411, 413, 414, 415, 422, 431, 503,
 def test_what_is_no_request_of_this_interface_is_answered_with_its_status(
     open_board: LocalBoard, raw: bytes, status: int
 ) -> None:
-    found = parsed(open_board.exchange(raw))
-    assert [s for s, _ in found] == [status]
-    assert found[0][1]["error"]["what"]
+    answers = parsed(open_board.exchange(raw))
+    assert [s for s, _ in answers] == [status]
+    assert answers[0][1]["error"]["what"]
     assert ask(open_board, GOOD)[0] == 200
 
 
 def check(open_board: LocalBoard, raw: bytes) -> None:
     """Whatever is sent: whole answers with known statuses or none at all, no traceback, and then all is as before."""
-    found = parsed(open_board.exchange(raw))
-    for status, body in found:
+    answers = parsed(open_board.exchange(raw))
+    for status, body in answers:
         assert status in ALLOWED
         assert "Traceback" not in str(body)
         assert (status < 300) == ("error" not in body)
@@ -91,49 +91,51 @@ def test_a_client_that_goes_in_the_middle_does_no_harm(open_board: LocalBoard, c
 # Slow and hostile clients
 
 
-def test_clients_that_say_nothing_do_not_keep_others_out(served: LocalBoard) -> None:
-    idle = [served.connect() for _ in range(2 * http_server.MAX_CLIENTS)]
+def test_clients_that_say_nothing_do_not_keep_others_out(serving_board: LocalBoard) -> None:
+    idle = [serving_board.connect() for _ in range(2 * http_server.MAX_CLIENTS)]
     try:
         idle[-1].sendall(GOOD[:10])
         for _ in range(5):
-            assert served.board.predict(X).round == 1
+            assert serving_board.board.predict(X).round == 1
     finally:
         for connection in idle:
             connection.close()
 
 
-def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, seen = ["ann"], list[str]()
+def test_a_user_who_only_connects_keeps_no_other_user_out(
+    serving_board: LocalBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current_user, accepted_users = ["ann"], list[str]()
 
     def user(_: object) -> str:
-        seen.append(now[0])
-        return now[0]
+        accepted_users.append(current_user[0])
+        return current_user[0]
 
-    def come(who: str, number: int) -> list[socket.socket]:
-        now[0] = who
-        count = len(seen) + number
-        found = [served.connect() for _ in range(number)]
-        until(lambda: len(seen) == count)
-        return found
+    def connect_as(who: str, number: int) -> list[socket.socket]:
+        current_user[0] = who
+        count = len(accepted_users) + number
+        connections = [serving_board.connect() for _ in range(number)]
+        until(lambda: len(accepted_users) == count)
+        return connections
 
     monkeypatch.setattr(http_server, "_peer_user", user)
     raw = request("POST", "/v1/predict", npy(X), Content_Type=NPY)
-    (slow,) = come("ann", 1)
+    (slow,) = connect_as("ann", 1)
     slow.sendall(raw[:-1])
-    hostile = come("bob", 4 * http_server.MAX_CLIENTS)
+    hostile = connect_as("bob", 4 * http_server.MAX_CLIENTS)
     slow.sendall(raw[-1:])
     assert parsed(received(slow))[0][0] == 200, "bob's own places are what bob gets"
-    hostile += come("bob", 1)
-    now[0] = "ann"
-    assert served.board.predict(X).round == 1, "who has the most places makes room"
+    hostile += connect_as("bob", 1)
+    current_user[0] = "ann"
+    assert serving_board.board.predict(X).round == 1, "who has the most places makes room"
     for connection in [slow, *hostile]:
         connection.close()
 
 
-def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_sends_too_slowly_is_cut_off(serving_board: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "REQUEST_TIMEOUT_S", 0.2)
     for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
-        with served.connect() as connection:
+        with serving_board.connect() as connection:
             connection.sendall(raw)
             assert received(connection) == b""
 
@@ -158,11 +160,11 @@ def test_clients_that_never_read_lose_their_places(local: LocalBoard, monkeypatc
 # Addresses
 
 
-def test_only_user_and_group_may_use_the_socket(served: LocalBoard) -> None:
-    status = served.socket.stat()
+def test_only_user_and_group_may_use_the_socket(serving_board: LocalBoard) -> None:
+    status = serving_board.socket.stat()
     assert stat.S_ISSOCK(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o660
-    assert [p.name for p in served.root.glob("local.sock*")] == ["local.sock"]
+    assert [p.name for p in serving_board.root.glob("local.sock*")] == ["local.sock"]
 
 
 def test_a_socket_that_a_killed_process_left_is_taken_over_and_a_live_one_is_not(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def test_every_form_gives_the_same_numbers(x: Any) -> None:
 @given(arrays.arrays(np.int64, arrays.array_shapes(max_dims=3, max_side=4), elements=st.integers(0, 2**53)))
 def test_token_ids_stay_whole_numbers(x: Any) -> None:
     for body, kind in (_body(x), _body(x.tolist()), (npy(x), NPY), (npy(x.astype(np.int64)), NPY)):
-        found = read(body, kind, tokens=True)
-        assert found.dtype == np.int64
-        np.testing.assert_array_equal(found, x)
+        tokens = read(body, kind, tokens=True)
+        assert tokens.dtype == np.int64
+        np.testing.assert_array_equal(tokens, x)
     np.testing.assert_array_equal(request_batch(x, x.shape, 1, tokens=True), x[None])
 
 

@@ -52,18 +52,18 @@ def test_predictions_use_the_serving_model_and_its_offset(
     out = tmp_path / "out.npy"
     code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy"), "--output", str(out)])
     assert code == ExitCode.OK
-    wanted = data.x_test @ weights["w"].T + weights["b"] + np.array([0, 50, 0])
-    np.testing.assert_allclose(np.load(out), wanted, atol=1e-4)
+    expected = data.x_test @ weights["w"].T + weights["b"] + np.array([0, 50, 0])
+    np.testing.assert_allclose(np.load(out), expected, atol=1e-4)
 
 
 def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: LocalData, capsys: Capture) -> None:
     np.savez(tmp_path / "d.npz", x=data.x_test[:2], y=np.array([1, 0]))
     assert main.main(["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--top", "2"]) == 0
-    shown = capsys.readouterr()
-    lines = shown.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     assert [line.split()[:2] for line in lines] == [["0:", "1"], ["1:", "1"]]
     assert all(line.count(",") == 1 for line in lines)
-    assert "accuracy 0.5000 on 2 samples" in shown.err
+    assert "accuracy 0.5000 on 2 samples" in output.err
     command = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--top", "2", "--json"]
     assert main.main(command) == ExitCode.OK
     rows = json.loads(capsys.readouterr().out)
@@ -71,27 +71,27 @@ def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: Lo
     assert printed == lines
 
 
-def predicted(source: Path | str, state: Path, capsys: Capture, *more: str) -> tuple[int, str]:
+def predict_source(source: Path | str, state: Path, capsys: Capture, *options: str) -> tuple[int, str]:
     """How many samples were predicted, and what was said of them."""
-    code = main.main(["predict", "--state", str(state), "--input", str(source), *more])
-    shown = capsys.readouterr()
-    assert code == ExitCode.OK, shown.err
-    return len(shown.out.splitlines()), shown.err
+    code = main.main(["predict", "--state", str(state), "--input", str(source), *options])
+    output = capsys.readouterr()
+    assert code == ExitCode.OK, output.err
+    return len(output.out.splitlines()), output.err
 
 
 @pytest.mark.parametrize(
-    ("more", "samples", "part"),
+    ("options", "samples", "array"),
     [((), 20, "x_test"), (("--split", "train"), 70, "x_train"), (("--split", "val"), 7, "x_val")],
 )
 def test_a_file_that_trains_is_predicted(
-    tmp_path: Path, state: Path, data: LocalData, capsys: Capture, more: tuple[str, ...], samples: int, part: str
+    tmp_path: Path, state: Path, data: LocalData, capsys: Capture, options: tuple[str, ...], samples: int, array: str
 ) -> None:
     arrays = {f"{kind}_{split}": getattr(data, f"{kind}_{split}") for kind in "xy" for split in ("train", "test")}
     np.savez(tmp_path / "d.npz", **arrays, x_val=data.x_test[:7], y_val=data.y_test[:7])
-    found, said = predicted(tmp_path / "d.npz", state, capsys, *more)
-    assert found == samples
-    assert f"{part} of {tmp_path / 'd.npz'}" in said
-    assert f" on {samples} samples" in said
+    count, report = predict_source(tmp_path / "d.npz", state, capsys, *options)
+    assert count == samples
+    assert f"{array} of {tmp_path / 'd.npz'}" in report
+    assert f" on {samples} samples" in report
 
 
 def test_a_bundle_predicts_for_the_label_shares_of_given_data(
@@ -114,7 +114,7 @@ def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes:
         "--state": str(tmp_path / "state"),
         **{f"--{k}": v for k, v in changes.items()},
     }
-    return main.main(["run", *insecure, *(part for row in values.items() for part in row if row[1])])
+    return main.main(["run", *insecure, *(word for row in values.items() for word in row if row[1])])
 
 
 REPORT = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0)
@@ -128,7 +128,7 @@ class Runtime(RuntimeProcess):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[str] = []
-        made.append(self)
+        started_runtimes.append(self)
 
     def check(self) -> str:
         self._note("check")
@@ -148,16 +148,16 @@ class Runtime(RuntimeProcess):
             raise RuntimeUnavailableError("the probe failed (killed by signal 15)")
 
 
-made: list[Runtime] = []
+started_runtimes: list[Runtime] = []
 
 
 @pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch) -> list[Runtime]:
+def runtimes(monkeypatch: pytest.MonkeyPatch) -> list[Runtime]:
     """In place of the processes that check and measure: those that were started."""
-    made.clear()
+    started_runtimes.clear()
     Runtime.stops = ""
     monkeypatch.setattr("fedprune_device.board.RuntimeProcess", Runtime)
-    return made
+    return started_runtimes
 
 
 def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() -> None:
@@ -171,7 +171,7 @@ def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() 
 
 
 def test_one_process_checks_a_release_on_trial_and_measures(
-    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tmp_path: Path, runtimes: list[Runtime], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     board = set_up(tmp_path / "board", make_release(tmp_path / "1", 1))
     board.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
@@ -181,13 +181,13 @@ def test_one_process_checks_a_release_on_trial_and_measures(
     for slot, asked in (("b", ["check_model", "check", "probe"]), ("a", ["check", "probe"])):
         monkeypatch.setenv("FEDPRUNE_SLOT", slot)
         assert run(tmp_path) == ExitCode.BROKER
-        assert probed[-1].asked == asked
+        assert runtimes[-1].asked == asked
         assert "127.0.0.1:9" in capsys.readouterr().err
-    assert len(probed) == 2
+    assert len(runtimes) == 2
 
 
 @pytest.mark.parametrize("child", ["check", "probe"])
-def test_a_stop_during_a_measurement_is_no_crash(tmp_path: Path, probed: list[Runtime], child: str) -> None:
+def test_a_stop_during_a_measurement_is_no_crash(tmp_path: Path, runtimes: list[Runtime], child: str) -> None:
     Runtime.stops = child
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -209,11 +209,11 @@ def test_a_stop_during_a_measurement_is_no_crash(tmp_path: Path, probed: list[Ru
     ],
 )
 def test_bad_arguments_end_before_anything_is_measured_or_connected(
-    tmp_path: Path, changes: dict[str, str], code: int, probed: list[Runtime], capsys: Capture
+    tmp_path: Path, changes: dict[str, str], code: int, runtimes: list[Runtime], capsys: Capture
 ) -> None:
     assert run(tmp_path, insecure=() if "ca" in changes else ("--insecure",), **changes) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert not any(p.asked for p in probed)
+    assert not any(p.asked for p in runtimes)
 
 
 def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_serves(
@@ -231,7 +231,7 @@ def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_
     assert "signal 4" in done.stderr
 
 
-def test_a_password_is_never_shown(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:
+def test_a_password_is_never_shown(tmp_path: Path, runtimes: list[Runtime], capsys: Capture) -> None:
     run(tmp_path, broker="mqtt://me:geheim@127.0.0.1:9")
-    shown = capsys.readouterr()
-    assert "geheim" not in shown.out + shown.err
+    output = capsys.readouterr()
+    assert "geheim" not in output.out + output.err

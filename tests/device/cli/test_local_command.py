@@ -20,12 +20,12 @@ pytestmark = pytest.mark.board
 X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
 
 
-def start(root: Path, *more: str) -> subprocess.Popen[str]:
+def start(root: Path, *options: str) -> subprocess.Popen[str]:
     """A board whose server is away: nobody listens at port 9."""
     command = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--broker", "mqtt://127.0.0.1:9"]
     command += ["--patient", "--no-probe", "--device", "d", "--state", str(root / "state"), "--data", "local"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += ["--class-names", ",".join(NAMES), *more]
+    command += ["--class-names", ",".join(NAMES), *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -52,7 +52,7 @@ def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_pa
             assert (status["device"], status["connected"], status["phase"]) == ("d", False, "idle")
         finally:
             process.send_signal(end)
-            _, said = process.communicate(timeout=30)
+            _, log = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert "Traceback" not in said
+    assert "Traceback" not in log
     assert not socket.exists()

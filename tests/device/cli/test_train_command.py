@@ -34,8 +34,8 @@ def samples(tmp_path: Path, data: LocalData) -> Path:
     return path
 
 
-def train(bundle: Path, samples: Path | str, out: Path, *more: str) -> int:
-    return main.main(["train", "--bundle", str(bundle), "--data", str(samples), "--out", str(out), *more])
+def train(bundle: Path, samples: Path | str, out: Path, *options: str) -> int:
+    return main.main(["train", "--bundle", str(bundle), "--data", str(samples), "--out", str(out), *options])
 
 
 def accuracy(folder: Path, data: LocalData) -> float:
@@ -46,15 +46,15 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
     tmp_path: Path, bundle: Path, samples: Path, data: LocalData, weights: Tensors, capsys: Capture
 ) -> None:
     assert train(bundle, samples, tmp_path / "out", "--epochs", "3", "--set", "lr=0.1", "--threads", "1") == ExitCode.OK
-    source, made = open_bundle(bundle), open_bundle(tmp_path / "out")
-    for part in (lambda b: b.selection.digest, lambda b: b.recipe, lambda b: b.target, lambda b: b.class_names):
-        assert part(made) == part(source)
+    source, trained = open_bundle(bundle), open_bundle(tmp_path / "out")
+    for field in (lambda b: b.selection.digest, lambda b: b.recipe, lambda b: b.target, lambda b: b.class_names):
+        assert field(trained) == field(source)
     recipe = source.recipe.from_dict({**source.recipe.to_dict(), "epochs": 3, "lr": 0.1})
-    wanted = Trainer(bundle / "training.onnx").train(
+    expected = Trainer(bundle / "training.onnx").train(
         weights, data, TrainingTask(recipe, seed=0, device="", round=1, classes=3, widths=source.selection.widths)
     )
-    for name, value in tensorfile.load_tensors(made.path(WEIGHTS)).items():
-        np.testing.assert_array_equal(value, wanted.tensors[name])
+    for name, value in tensorfile.load_tensors(trained.path(WEIGHTS)).items():
+        np.testing.assert_array_equal(value, expected.tensors[name])
     before, after = accuracy(bundle, data), accuracy(tmp_path / "out", data)
     assert after > before
     assert len(capsys.readouterr().err.splitlines()) == 1, "in a pipe a line every ten seconds, and the last"
@@ -65,35 +65,37 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
     assert body["out"] == str(tmp_path / "again")
 
 
-def interrupting(monkeypatch: pytest.MonkeyPatch, when: int) -> None:
+def interrupt_training(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Press Ctrl-C once a training step is done."""
-    whole: Callable[..., Any] = Trainer.train
+    plain_train: Callable[..., Any] = Trainer.train
 
-    def interrupted(trainer: Trainer, tensors: Any, data: Any, task: TrainingTask, control: TrainingControl) -> Any:
-        def pressed(done: int, total: int) -> None:
+    def train_and_interrupt(
+        trainer: Trainer, tensors: Any, data: Any, task: TrainingTask, control: TrainingControl
+    ) -> Any:
+        def press_at_step(done: int, total: int) -> None:
             control.progress(done, total)
-            if done == when:
+            if done == step:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        return whole(trainer, tensors, data, task, replace(control, progress=pressed))
+        return plain_train(trainer, tensors, data, task, replace(control, progress=press_at_step))
 
-    monkeypatch.setattr(Trainer, "train", interrupted)
+    monkeypatch.setattr(Trainer, "train", train_and_interrupt)
 
 
 def test_an_interrupted_training_keeps_what_was_trained(
     tmp_path: Path, bundle: Path, samples: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     assert train(bundle, samples, tmp_path / "whole", "--epochs", "9", "--set", "max_steps=4") == ExitCode.OK
-    interrupting(monkeypatch, 4)
+    interrupt_training(monkeypatch, 4)
     assert train(bundle, samples, tmp_path / "out", "--epochs", "9") == ExitCode.INTERRUPTED
-    made, whole = open_bundle(tmp_path / "out"), open_bundle(tmp_path / "whole")
-    assert made.path(WEIGHTS).read_bytes() == whole.path(WEIGHTS).read_bytes()
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"interrupted: after 4 of 27 steps; {tmp_path / 'out'} holds what was trained until then"
+    interrupted, short = open_bundle(tmp_path / "out"), open_bundle(tmp_path / "whole")
+    assert interrupted.path(WEIGHTS).read_bytes() == short.path(WEIGHTS).read_bytes()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == f"interrupted: after 4 of 27 steps; {tmp_path / 'out'} holds what was trained until then"
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "said"),
+    ("options", "code", "message"),
     [
         (("--set", "optimizer=adam"), ExitCode.USAGE, "needs another training graph"),
         (("--set", "rate=1"), ExitCode.CONFIG, "rate"),
@@ -102,12 +104,12 @@ def test_an_interrupted_training_keeps_what_was_trained(
     ],
 )
 def test_what_can_not_be_trained_is_one_line_and_leaves_no_bundle(
-    tmp_path: Path, bundle: Path, samples: Path, more: tuple[str, ...], code: ExitCode, said: str, capsys: Capture
+    tmp_path: Path, bundle: Path, samples: Path, options: tuple[str, ...], code: ExitCode, message: str, capsys: Capture
 ) -> None:
-    assert train(bundle, samples, tmp_path / "out", *more) == code
+    assert train(bundle, samples, tmp_path / "out", *options) == code
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert said in error
+    assert message in error
     assert not (tmp_path / "out").exists()
 
 

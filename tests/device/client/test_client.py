@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "local-interface.md"
 
 
 def examples(language: str) -> list[str]:
-    return [str(found) for found in re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)]
+    return [str(block) for block in re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)]
 
 
 def run_curl(script: str, folder: Path) -> list[str]:
@@ -44,13 +44,13 @@ def inputs(folder: Path) -> None:
     (folder / "sample.raw").write_bytes(X[2].tobytes())
 
 
-def test_the_curl_examples_do_what_the_page_says(served: LocalBoard, tmp_path: Path) -> None:
+def test_the_curl_examples_do_what_the_page_says(serving_board: LocalBoard, tmp_path: Path) -> None:
     inputs(tmp_path)
     text, _ = examples("sh")
     assert text.count("curl ") == 10
-    found = run_curl(text.replace("SOCKET=/var/lib/fedprune/local.sock", f"SOCKET={served.socket}"), tmp_path)
-    assert len(found) == 9
-    assert served.board.samples()["classes"] == {"1": {"kept": 1, "seen": 1, "name": "bee"}}
+    answers = run_curl(text.replace("SOCKET=/var/lib/fedprune/local.sock", f"SOCKET={serving_board.socket}"), tmp_path)
+    assert len(answers) == 9
+    assert serving_board.board.samples()["classes"] == {"1": {"kept": 1, "seen": 1, "name": "bee"}}
 
 
 def test_the_curl_examples_show_and_label_a_picture_that_waits(local: LocalBoard, tmp_path: Path) -> None:
@@ -67,16 +67,16 @@ def test_the_curl_examples_show_and_label_a_picture_that_waits(local: LocalBoard
     assert (np.load(tmp_path / "sample.npy") == x).all()
 
 
-def test_the_python_example_does_what_the_page_says(served: LocalBoard, tmp_path: Path) -> None:
+def test_the_python_example_does_what_the_page_says(serving_board: LocalBoard, tmp_path: Path) -> None:
     inputs(tmp_path)
-    script = examples("python")[0].replace("unix:/var/lib/fedprune/local.sock", served.address)
+    script = examples("python")[0].replace("unix:/var/lib/fedprune/local.sock", serving_board.address)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "label: expected a whole number from 0 to 2, or a class's name, got 'dog'" in done.stdout
-    assert served.board.samples()["classes"]["2"]["kept"] == 1
+    assert serving_board.board.samples()["classes"]["2"]["kept"] == 1
 
 
-def test_the_client_needs_the_standard_library_alone(served: LocalBoard, tmp_path: Path) -> None:
+def test_the_client_needs_the_standard_library_alone(serving_board: LocalBoard, tmp_path: Path) -> None:
     """As a copy, in an interpreter that finds nothing else."""
     shutil.copy(str(client.__file__), tmp_path / "board.py")
     script = (
@@ -85,15 +85,15 @@ def test_the_client_needs_the_standard_library_alone(served: LocalBoard, tmp_pat
         "assert {m.split('.')[0] for m in sys.modules} <= {'board', '__main__', *sys.stdlib_module_names}\n"
         "print(found.round)"
     )
-    command = [sys.executable, "-I", "-S", "-c", script, str(tmp_path), served.address]
+    command = [sys.executable, "-I", "-S", "-c", script, str(tmp_path), serving_board.address]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
 def test_a_board_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(BoardError, match=r"can't be reached .*--local") as found:
+    with pytest.raises(BoardError, match=r"can't be reached .*--local") as refusal:
         Board(f"unix:{tmp_path}/none", tries=2).status()
-    assert found.value.status == 0
+    assert refusal.value.status == 0
     assert not Board(f"unix:{tmp_path}/none", tries=1).healthy()
     with pytest.raises(BoardError, match="address of the board"):
         Board("nowhere")
@@ -101,10 +101,10 @@ def test_a_board_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
         Board("unix:relative/path")
 
 
-def test_an_error_of_the_board_has_its_parts(served: LocalBoard) -> None:
-    with pytest.raises(BoardError) as found:
-        served.board.predict(np.zeros((2, 7)))
-    error = found.value
+def test_an_error_of_the_board_has_its_parts(serving_board: LocalBoard) -> None:
+    with pytest.raises(BoardError) as refusal:
+        serving_board.board.predict(np.zeros((2, 7)))
+    error = refusal.value
     assert (error.status, error.what, error.got) == (422, "shape of the input", "[2, 7]")
     assert "[6]" in error.expected
 

@@ -33,18 +33,18 @@ def test_the_split_keeps_every_sample_with_its_label(tmp_path: Path) -> None:
 
 def test_validation_samples_are_taken_from_those_that_would_be_trained_on(tmp_path: Path) -> None:
     source = save(tmp_path / "d.npz", x=X, y=Y)
-    whole, data, again, other = (
+    undivided, data, repeated, other_device = (
         load_data(source, 3, d, s) for d, s in (("a", 0), ("a", 0.25), ("a", 0.25), ("b", 0.25))
     )
     assert (data.samples, len(data.y_val), len(data.y_test)) == (12, 4, 4)
-    assert np.array_equal(data.x_test, whole.x_test)
+    assert np.array_equal(data.x_test, undivided.x_test)
     got = np.concatenate([data.x_train, data.x_val])
-    assert sorted(map(tuple, got)) == sorted(map(tuple, whole.x_train))
+    assert sorted(map(tuple, got)) == sorted(map(tuple, undivided.x_train))
     assert all(
         int(y) == int(Y[np.flatnonzero((x == X).all(1))[0]]) for x, y in zip(data.x_val, data.y_val, strict=True)
     )
-    assert np.array_equal(data.x_val, again.x_val)
-    assert not np.array_equal(data.x_val, other.x_val)
+    assert np.array_equal(data.x_val, repeated.x_val)
+    assert not np.array_equal(data.x_val, other_device.x_val)
 
 
 @pytest.mark.parametrize("arrays", [{"x": X}, {"x_train": X}, {"x": X, "y": Y[:3]}, {"x": X[:4], "x_test": X}])
@@ -95,21 +95,26 @@ def test_objects_in_a_file_are_never_unpickled(tmp_path: Path) -> None:
         load_data(source)
 
 
-@pytest.mark.parametrize("more", [{}, {"x_test": X[:4]}, {"x_test": X[:4], "x_val": X[4:6]}])
-def test_samples_without_labels_are_their_own(tmp_path: Path, more: dict[str, object]) -> None:
-    data = load_data(save(tmp_path / "d.npz", x=X, **more), validation_share=0.25)
+@pytest.mark.parametrize("arrays", [{}, {"x_test": X[:4]}, {"x_test": X[:4], "x_val": X[4:6]}])
+def test_samples_without_labels_are_their_own(tmp_path: Path, arrays: dict[str, object]) -> None:
+    data = load_data(save(tmp_path / "d.npz", x=X, **arrays), validation_share=0.25)
     assert data.is_unlabelled
     assert len(data.y_test) == 4
-    for part in ("train", "test", "val"):
-        x, y = (np.asarray(getattr(data, f"{n}_{part}")) for n in "xy")
+    for split in ("train", "test", "val"):
+        x, y = (np.asarray(getattr(data, f"{n}_{split}")) for n in "xy")
         assert len(x)
         np.testing.assert_array_equal(x, y)
     data.check(Targets("mse", 2, (2,)), (2,))
-    moved = data.with_spooled_arrays(tmp_path)
-    assert moved.is_unlabelled
-    assert moved.memory_bytes <= sum(np.asarray(getattr(data, f"x_{p}")).nbytes for p in ("train", "test", "val"))
-    whole = Targets("custom", 2, (2,), whole_numbers=True)
-    for targets in (Targets("cross_entropy", 2), Targets("cross_entropy", 2, (2,)), Targets("mse", 3, (3,)), whole):
+    spooled = data.with_spooled_arrays(tmp_path)
+    assert spooled.is_unlabelled
+    assert spooled.memory_bytes <= sum(np.asarray(getattr(data, f"x_{p}")).nbytes for p in ("train", "test", "val"))
+    integer_targets = Targets("custom", 2, (2,), whole_numbers=True)
+    for targets in (
+        Targets("cross_entropy", 2),
+        Targets("cross_entropy", 2, (2,)),
+        Targets("mse", 3, (3,)),
+        integer_targets,
+    ):
         with pytest.raises(DataError, match=r"\[n, 2\]"):
             data.check(targets, (2,))
 

@@ -116,15 +116,15 @@ def test_a_box_of_a_class_that_the_fleet_lacks_is_refused(tmp_path: Path) -> Non
 
 def test_the_parts_of_a_divided_folder_are_kept(tmp_path: Path) -> None:
     shares = SplitShares(0.5, 0.5)
-    for root, whole in ((tmp_path / "three", True), (tmp_path / "two", False)):
+    for root, has_test in ((tmp_path / "three", True), (tmp_path / "two", False)):
         for n in range(40):
             put(root, {f"train/{NAMES[n % 2]}/{n}.png": picture(n)})
         put(root, {"valid/ant/a.png": picture(50), "valid/bee/b.png": picture(51)})
-        if whole:
+        if has_test:
             put(root, {"test/ant/a.png": picture(60), "test/bee/again.png": picture(1)})
         data = snapshot(root, CLASSES, shares)
         assert seeds(data.x_val) == [50, 51]
-        if whole:
+        if has_test:
             assert seeds(data.x_test) == [1, 60]
             assert seeds(data.x_train) == [n for n in range(40) if n != 1]
         else:

@@ -53,27 +53,27 @@ def test_a_mask_is_resized_to_its_nearest_pixels(old: tuple[int, int], mode: str
     image = Image.fromarray(numbers.astype(kind))
     if mode == "P":
         image.putpalette([c for n in range(256) for c in (n, 255 - n, 7)])
-    wanted = Image.fromarray(numbers.astype(np.uint8)).resize((6, 8), Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(read_mask(image_file(image), 8, 6), np.asarray(wanted))
+    expected = Image.fromarray(numbers.astype(np.uint8)).resize((6, 8), Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(read_mask(image_file(image), 8, 6), np.asarray(expected))
 
 
 def test_masks_are_the_labels_of_images_of_the_same_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rng, wanted = np.random.default_rng(1), {}
+    rng, expected = np.random.default_rng(1), {}
     for n in range(5):
         classes = np.where(rng.random((8, 6)) < 0.2, 255, rng.integers(0, 4, (8, 6))).astype(np.uint8)
         put(tmp_path, f"images/{n}.png", picture(n))
         put(tmp_path, f"masks/{n}.png", image_file(classes))
-        wanted[x_of(picture(n))] = classes
+        expected[x_of(picture(n))] = classes
     put(tmp_path, "images/alone.png", picture(7))
     put(tmp_path, "images/wrong.png", picture(8))
     put(tmp_path, "masks/wrong.png", image_file(np.full((8, 6), 4, np.uint8)))
     put(tmp_path, "images/colours.png", picture(9))
     put(tmp_path, "masks/colours.png", picture(9))
-    found = folder(tmp_path)
-    data = found.snapshot(SHAPE, DENSE)
+    samples = folder(tmp_path)
+    data = samples.snapshot(SHAPE, DENSE)
     labels = by_image(data)
-    assert labels.keys() == wanted.keys()
-    for x, classes in wanted.items():
+    assert labels.keys() == expected.keys()
+    for x, classes in expected.items():
         np.testing.assert_array_equal(labels[x], classes)
     assert "wrong.png is left out: a label is out of range" in caplog.text
     assert "colours.png is left out: a mask: expected one number per pixel" in caplog.text
@@ -81,7 +81,7 @@ def test_masks_are_the_labels_of_images_of_the_same_name(tmp_path: Path, caplog:
     assert data.y_train.nbytes <= 16 * len(labels), "masks are held in memory"
     ignored = folder(tmp_path).snapshot(SHAPE, Targets("cross_entropy", 4, ("h", "w"), -100))
     for x, y in by_image(ignored).items():
-        np.testing.assert_array_equal(y, np.where(wanted[x] == 255, -100, wanted[x].astype(int)))
+        np.testing.assert_array_equal(y, np.where(expected[x] == 255, -100, expected[x].astype(int)))
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -89,9 +89,9 @@ def test_losses_of_a_label_for_each_output_take_masks_as_one_map_per_class(tmp_p
     classes = np.random.default_rng(0).choice([0, 1, 2, 255], (8, 6)).astype(np.uint8)
     put(tmp_path, "images/a.png", picture(1))
     put(tmp_path, "masks/a.png", image_file(classes))
-    found = np.asarray(folder(tmp_path).snapshot(SHAPE, Targets("bce", outputs, (outputs, 8, 6))).y_train)[0]
+    maps = np.asarray(folder(tmp_path).snapshot(SHAPE, Targets("bce", outputs, (outputs, 8, 6))).y_train)[0]
     for k in range(outputs):
-        np.testing.assert_array_equal(found[k], classes > 0 if outputs == 1 else classes == k)
+        np.testing.assert_array_equal(maps[k], classes > 0 if outputs == 1 else classes == k)
 
 
 def test_boxes_of_text_files_are_padded_and_an_image_without_a_file_has_none(
@@ -105,16 +105,16 @@ def test_boxes_of_text_files_are_padded_and_an_image_without_a_file_has_none(
             put(tmp_path, f"labels/{name}.txt", body)
     (tmp_path / "labels").mkdir(exist_ok=True)
     data = folder(tmp_path).snapshot(SHAPE, BOXES)
-    found, empty = by_image(data), [-1, 0, 0, 0, 0]
-    wanted = {
+    labels, empty = by_image(data), [-1, 0, 0, 0, 0]
+    expected = {
         0: [[1, 0.5, 0.5, 0.25, 0.5], [0, 0.1, 0.2, 0.1, 0.1], empty],
         1: [empty] * 3,
         2: [empty] * 3,
         4: [[n, 0.5, 0.5, (n + 1) / 10, 0.5] for n in (2, 3, 4)],
     }
-    assert found.keys() == {x_of(picture(n)) for n in wanted}
-    for n, boxes in wanted.items():
-        np.testing.assert_allclose(found[x_of(picture(n))], boxes, atol=1e-7)
+    assert labels.keys() == {x_of(picture(n)) for n in expected}
+    for n, boxes in expected.items():
+        np.testing.assert_allclose(labels[x_of(picture(n))], boxes, atol=1e-7)
     assert "torn.png is left out: line 1 of the labels: expected class cx cy w h, got 3 values" in caplog.text
     data.check(BOXES, SHAPE)
 

@@ -28,29 +28,29 @@ def put(root: Path, name: str, seed: int) -> Any:
     return pixels.transpose(2, 0, 1).astype(np.float32) / 255
 
 
-def folder(root: Path, most: int = 100, test: float = 0.0) -> SampleFolder:
-    return SampleFolder(root, (Pixels(),), SplitShares(test, device="d"), most, NAMES)
+def folder(root: Path, max_samples: int = 100, test: float = 0.0) -> SampleFolder:
+    return SampleFolder(root, (Pixels(),), SplitShares(test, device="d"), max_samples, NAMES)
 
 
 def test_images_are_samples_of_their_folders_class(tmp_path: Path) -> None:
-    wanted = {(0, put(tmp_path, "ant/a.png", 1).tobytes()), (1, put(tmp_path, "bee/b.PNG", 2).tobytes())}
-    wanted.add((1, put(tmp_path, "1/c.png", 3).tobytes()))
+    expected = {(0, put(tmp_path, "ant/a.png", 1).tobytes()), (1, put(tmp_path, "bee/b.PNG", 2).tobytes())}
+    expected.add((1, put(tmp_path, "1/c.png", 3).tobytes()))
     (tmp_path / "bee" / "notes.txt").write_text("no image")
     (tmp_path / ".trash").mkdir()
-    found = folder(tmp_path)
-    data = found.snapshot(SHAPE)
-    assert {(int(y), x.tobytes()) for x, y in zip(data.x_train, data.y_train, strict=True)} == wanted
-    assert found.samples == 3
+    samples = folder(tmp_path)
+    data = samples.snapshot(SHAPE)
+    assert {(int(y), x.tobytes()) for x, y in zip(data.x_train, data.y_train, strict=True)} == expected
+    assert samples.samples == 3
 
 
 def test_new_images_are_there_at_the_next_round(tmp_path: Path) -> None:
     put(tmp_path, "ant/a.png", 1)
-    found = folder(tmp_path)
+    samples = folder(tmp_path)
     put(tmp_path, "bee/b.png", 2)
-    assert found.samples == 1
-    assert found.snapshot(SHAPE).samples == 2
+    assert samples.samples == 1
+    assert samples.snapshot(SHAPE).samples == 2
     (tmp_path / "ant" / "a.png").unlink()
-    assert found.snapshot(SHAPE).samples == 1
+    assert samples.snapshot(SHAPE).samples == 1
 
 
 def test_a_test_image_is_never_trained_on_whatever_it_is_called(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_of_too_many_each_class_gets_a_fair_share_and_always_the_same(tmp_path: 
         put(tmp_path, f"ant/{n}.png", n)
     for n in range(3):
         put(tmp_path, f"bee/{n}.png", 100 + n)
-    data = folder(tmp_path, most=8).snapshot(SHAPE)
+    data = folder(tmp_path, max_samples=8).snapshot(SHAPE)
     assert np.bincount(data.y_train).tolist() == [5, 3]
-    np.testing.assert_array_equal(folder(tmp_path, most=8).snapshot(SHAPE).x_train, data.x_train)
+    np.testing.assert_array_equal(folder(tmp_path, max_samples=8).snapshot(SHAPE).x_train, data.x_train)
 
 
 class SmallPixels(Pixels):
@@ -122,26 +122,26 @@ def test_files_that_have_not_changed_are_not_read_again(tmp_path: Path) -> None:
     """Files of the same bytes count once, so that it is seen whether they are read."""
     root, state = tmp_path / "data", tmp_path / "state"
 
-    def opened(state: Path | None = state) -> SampleFolder:
+    def open_folder(state: Path | None = state) -> SampleFolder:
         return SampleFolder(root, (Pixels(),), SplitShares(0.0), 100, NAMES, state)
 
     for n in range(2):
         put(root, f"ant/{n}.png", n)
     first, second = (root / f"ant/{n}.png" for n in range(2))
-    found = opened()
-    wanted = np.asarray(found.snapshot(SHAPE).x_train)
+    samples = open_folder()
+    expected = np.asarray(samples.snapshot(SHAPE).x_train)
     status = second.stat()
     second.write_bytes(first.read_bytes())
     assert second.stat().st_size == status.st_size
     os.utime(second, ns=(status.st_atime_ns, status.st_mtime_ns))
-    np.testing.assert_array_equal(np.asarray(found.snapshot(SHAPE).x_train), wanted)
+    np.testing.assert_array_equal(np.asarray(samples.snapshot(SHAPE).x_train), expected)
     with (state / "images.index").open("a") as file:
         file.write('["ant/5.png", 1, 2')  # torn by a power cut
     put(root, "bee/new.png", 9)
-    assert [opened().samples for _ in range(2)] == [3, 3]
-    assert opened(None).samples == 2
+    assert [open_folder().samples for _ in range(2)] == [3, 3]
+    assert open_folder(None).samples == 2
     second.touch()
-    assert opened().samples == 2
+    assert open_folder().samples == 2
 
 
 def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
@@ -156,5 +156,5 @@ def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
     assert data.x_train.nbytes == 8 * 8  # their rows
     unlimited = folder(tmp_path).snapshot(SHAPE)
     assert len(unlimited.y_train) == 24
-    held = {x.tobytes() for x in np.asarray(unlimited.x_train)}
-    assert all(x.tobytes() in held for x in np.asarray(data.x_train))
+    images = {x.tobytes() for x in np.asarray(unlimited.x_train)}
+    assert all(x.tobytes() in images for x in np.asarray(data.x_train))

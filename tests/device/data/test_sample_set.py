@@ -29,7 +29,7 @@ ROOM = 64 * 1024
 SHARES = SplitShares(0.25, 0.25, seed=3, device="d")
 
 
-def opened(root: Path, samples: int = 40, room: int = ROOM, shares: SplitShares = SHARES) -> SampleStore:
+def open_store(root: Path, samples: int = 40, room: int = ROOM, shares: SplitShares = SHARES) -> SampleStore:
     return SampleStore(root, SampleLimits(samples, room), shares)
 
 
@@ -37,25 +37,25 @@ def x_of(number: int, size: int = 6) -> Any:
     return np.full(size, number, np.float32)
 
 
-def held(found: SampleStore) -> dict[float, int]:
+def labels_by_number(store: SampleStore) -> dict[float, int]:
     """Numbers and labels of all that would be trained or tested on."""
-    data = found.snapshot()
-    parts = [(data.x_train, data.y_train), (data.x_test, data.y_test), (data.x_val, data.y_val)]
-    return {float(x[0]): int(y) for xs, ys in parts for x, y in zip(xs, ys, strict=True)}
+    data = store.snapshot()
+    arrays = [(data.x_train, data.y_train), (data.x_test, data.y_test), (data.x_val, data.y_val)]
+    return {float(x[0]): int(y) for xs, ys in arrays for x, y in zip(xs, ys, strict=True)}
 
 
 @pytest.fixture
 def samples(tmp_path: Path) -> Iterator[SampleStore]:
-    with opened(tmp_path / "samples") as found:
-        yield found
+    with open_store(tmp_path / "samples") as store:
+        yield store
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.booleans())
 def test_a_sample_comes_out_as_it_went_in(shape: list[int], tokens: bool) -> None:
     x = np.arange(int(np.prod(shape))).reshape(shape).astype(np.int64 if tokens else np.float32)
     payload = encode_sample(x)
-    found = sample_outline(payload)
-    assert (found.dtype, found.shape) == (x.dtype, x.shape)
+    outline = sample_outline(payload)
+    assert (outline.dtype, outline.shape) == (x.dtype, x.shape)
     assert payload.endswith(x.tobytes())
     assert encode_sample(np.asfortranarray(x)) == encode_sample(x)
 
@@ -71,36 +71,36 @@ def test_what_is_no_sample_is_refused(samples: SampleStore, x: Any) -> None:
 
 def test_a_part_is_for_ever_and_as_large_as_asked_for() -> None:
     names = [f"{n:032x}" for n in range(4000)]
-    parts = [SHARES.split_of(n) for n in names]
-    assert parts == [SHARES.split_of(n) for n in names]
-    for part, share in (("test", 0.25), ("val", 0.75 * 0.25), ("train", 0.75 * 0.75)):
+    splits = [SHARES.split_of(n) for n in names]
+    assert splits == [SHARES.split_of(n) for n in names]
+    for split, share in (("test", 0.25), ("val", 0.75 * 0.25), ("train", 0.75 * 0.75)):
         deviation = (share * (1 - share) / len(names)) ** 0.5
-        assert abs(parts.count(part) / len(names) - share) < 4 * deviation
-    assert [SplitShares(0.25, 0.25, seed=4, device="d").split_of(n) for n in names] != parts
+        assert abs(splits.count(split) / len(names) - share) < 4 * deviation
+    assert [SplitShares(0.25, 0.25, seed=4, device="d").split_of(n) for n in names] != splits
 
 
 def test_a_held_out_sample_never_gets_into_training(tmp_path: Path) -> None:
-    parts: dict[float, str] = {}
-    with opened(tmp_path, samples=16) as samples:
+    splits: dict[float, str] = {}
+    with open_store(tmp_path, samples=16) as samples:
         for n in range(300):
             samples.add(x_of(n), n % 3)
             if samples.samples and n % 20 == 0:
                 data = samples.snapshot()
-                for part in ("train", "val", "test"):
-                    for x in getattr(data, f"x_{part}"):
-                        assert parts.setdefault(float(x[0]), part) == part
-    assert set(parts.values()) == {"train", "val", "test"}
+                for split in ("train", "val", "test"):
+                    for x in getattr(data, f"x_{split}"):
+                        assert splits.setdefault(float(x[0]), split) == split
+    assert set(splits.values()) == {"train", "val", "test"}
 
 
 def test_other_shares_than_the_sets_are_refused(tmp_path: Path) -> None:
-    opened(tmp_path).close()
+    open_store(tmp_path).close()
     with pytest.raises(ConfigError, match=str(tmp_path)):
-        opened(tmp_path, shares=SplitShares(0.2, 0.25, seed=3, device="d"))
+        open_store(tmp_path, shares=SplitShares(0.2, 0.25, seed=3, device="d"))
 
 
 def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    with opened(tmp_path, samples=10_000) as samples:
+    with open_store(tmp_path, samples=10_000) as samples:
         for n in range(900):
             x = rng.standard_normal(int(rng.integers(1, 250))).astype(np.float32)
             added = samples.add(x, int(rng.integers(5)) if n % 4 else None)
@@ -109,9 +109,9 @@ def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
             assert sum(p.stat().st_size for p in tmp_path.glob("segment-*")) <= ROOM
         counts = samples.counts()
     assert counts.pop("disk_bytes") > ROOM // 2
-    with opened(tmp_path, samples=10_000) as again:
-        assert again.counts().pop("disk_bytes") <= ROOM
-        assert {**again.counts(), **counts} == again.counts()
+    with open_store(tmp_path, samples=10_000) as reopened:
+        assert reopened.counts().pop("disk_bytes") <= ROOM
+        assert {**reopened.counts(), **counts} == reopened.counts()
 
 
 @given(st.lists(st.tuples(st.sampled_from("aldo"), st.integers(0, 25), st.integers(0, 3)), max_size=60))
@@ -123,21 +123,21 @@ def test_the_set_has_what_was_added_labelled_and_not_deleted_also_after_a_restar
     for room in (200, 12):
         labels: dict[int, int | None] = {}
         with tempfile.TemporaryDirectory() as root:
-            with opened(Path(root), samples=room) as samples:
+            with open_store(Path(root), samples=room) as samples:
                 for move, n, label in moves:
-                    moved(samples, labels, move, n, label)
+                    apply_move(samples, labels, move, n, label)
                     assert samples.samples == samples.counts()["parts"]["train"]
                     expected = samples.snapshot().effective_classes if samples.samples else None
                     assert samples.effective_classes == expected
                 before = samples.counts()
-            with opened(Path(root), samples=room) as again:
-                assert again.counts() == before
-                if again.samples and room == 200:
-                    assert held(again) == {n: label for n, label in labels.items() if label is not None}
-                    assert again.counts()["unlabelled"] == sum(label is None for label in labels.values())
+            with open_store(Path(root), samples=room) as reopened:
+                assert reopened.counts() == before
+                if reopened.samples and room == 200:
+                    assert labels_by_number(reopened) == {n: label for n, label in labels.items() if label is not None}
+                    assert reopened.counts()["unlabelled"] == sum(label is None for label in labels.values())
 
 
-def moved(samples: SampleStore, labels: dict[int, int | None], move: str, n: int, label: int) -> None:
+def apply_move(samples: SampleStore, labels: dict[int, int | None], move: str, n: int, label: int) -> None:
     """Add, label, delete or add without a label (`aldo`), and note in `labels` what is there then."""
     name = payload_name(encode_sample(x_of(n))).hex()
     if move == "o":  # one that has a label keeps it
@@ -157,29 +157,29 @@ def moved(samples: SampleStore, labels: dict[int, int | None], move: str, n: int
 
 
 def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:
-    with opened(tmp_path, samples=40) as samples:
+    with open_store(tmp_path, samples=40) as samples:
         for n in range(30):
             samples.add(x_of(n), n % 2)
-    with opened(tmp_path, samples=16) as again:
-        assert [c["kept"] for c in again.counts()["classes"].values()] == [6, 6]
+    with open_store(tmp_path, samples=16) as reopened:
+        assert [c["kept"] for c in reopened.counts()["classes"].values()] == [6, 6]
 
 
 def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path) -> None:
     shape, shares = (1, Lengths(2, 6)), SplitShares(0.2, 0.2, seed=3)
-    given = [np.full((1, 1 + n % 7), n, np.float32) for n in range(1, 30)]
-    with opened(tmp_path, shares=shares) as found:
-        for x in given:
-            found.add(x, 0)
-        data = found.snapshot(shape, Targets("cross_entropy", 2))
-    with opened(tmp_path, shares=shares) as again:
-        assert again.input_shape == shape
-    parts = np.concatenate([data.x_train[:], data.x_test[:], data.x_val[:]])
-    wanted = [pad_to_bound(x[None], shape)[0] for x in given if 2 <= x.shape[1] <= 6]
-    assert sorted(x.tobytes() for x in parts) == sorted(x.tobytes() for x in wanted)
+    inputs = [np.full((1, 1 + n % 7), n, np.float32) for n in range(1, 30)]
+    with open_store(tmp_path, shares=shares) as store:
+        for x in inputs:
+            store.add(x, 0)
+        data = store.snapshot(shape, Targets("cross_entropy", 2))
+    with open_store(tmp_path, shares=shares) as reopened:
+        assert reopened.input_shape == shape
+    stored = np.concatenate([data.x_train[:], data.x_test[:], data.x_val[:]])
+    expected = [pad_to_bound(x[None], shape)[0] for x in inputs if 2 <= x.shape[1] <= 6]
+    assert sorted(x.tobytes() for x in stored) == sorted(x.tobytes() for x in expected)
 
 
 def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Path) -> None:
-    with opened(tmp_path) as samples:  # a quarter of 40
+    with open_store(tmp_path) as samples:  # a quarter of 40
         names = [samples.add(x_of(n)).id for n in range(25)]
         labelled = samples.add(np.arange(4), 0).id
         assert samples.unlabelled_names(100) == names[:14:-1]
@@ -192,54 +192,54 @@ def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Pat
         assert samples.read(labelled).tolist() == [0, 1, 2, 3]
         with pytest.raises(NoSampleError):
             samples.read(names[0])
-        wanted = samples.unlabelled_names(100)
-    with opened(tmp_path) as again:
-        assert again.unlabelled_names(100) == wanted
-        assert again.counts()["unlabelled_dropped"] == 15
+        waiting = samples.unlabelled_names(100)
+    with open_store(tmp_path) as reopened:
+        assert reopened.unlabelled_names(100) == waiting
+        assert reopened.counts()["unlabelled_dropped"] == 15
 
 
 def test_a_damaged_sample_is_skipped_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with opened(tmp_path) as samples:
+    with open_store(tmp_path) as samples:
         names = [samples.add(x_of(n, 40), 0).id for n in range(12)]
-        whole = held(samples)
+        labels = labels_by_number(samples)
         path = next(tmp_path.glob("segment-*"))
         raw = bytearray(path.read_bytes())
         raw[raw.index(encode_sample(x_of(5, 40))) + 100] ^= 1
         path.write_bytes(raw)
-        assert held(samples) == {n: c for n, c in whole.items() if n != 5}
+        assert labels_by_number(samples) == {n: c for n, c in labels.items() if n != 5}
         assert f"sample {names[5]} is damaged" in caplog.text
-    with opened(tmp_path) as again:
-        assert held(again) == {n: c for n, c in whole.items() if n != 5}
+    with open_store(tmp_path) as reopened:
+        assert labels_by_number(reopened) == {n: c for n, c in labels.items() if n != 5}
 
 
 @pytest.mark.parametrize("where", range(0, 1200, 97))
 def test_a_bit_that_flips_anywhere_costs_one_sample_at_most(tmp_path: Path, where: int) -> None:
-    with opened(tmp_path) as samples:
+    with open_store(tmp_path) as samples:
         for n in range(10):
             samples.add(x_of(n), n % 2)
-        whole = held(samples)
+        before = labels_by_number(samples)
     path = next(tmp_path.glob("segment-*"))
     raw = bytearray(path.read_bytes())
     raw[where % len(raw)] ^= 0x10
     path.write_bytes(raw)
-    with opened(tmp_path) as again:
-        left = held(again)
-        assert again.add(x_of(50), 1).kept
-    assert len(left) >= len(whole) - 1
-    assert left.items() <= whole.items()
-    with opened(tmp_path) as again:
-        assert held(again).keys() >= {*left}
+    with open_store(tmp_path) as reopened:
+        after = labels_by_number(reopened)
+        assert reopened.add(x_of(50), 1).kept
+    assert len(after) >= len(before) - 1
+    assert after.items() <= before.items()
+    with open_store(tmp_path) as reopened:
+        assert labels_by_number(reopened).keys() >= {*after}
 
 
 def test_a_sample_that_looks_like_records_is_a_sample(tmp_path: Path) -> None:
     """What an application sends can't write the log, even where damage makes the reader look for the next record."""
-    with opened(tmp_path / "a") as other:
+    with open_store(tmp_path / "a") as records:
         for n in range(8):
-            other.add(x_of(n), 1)
+            records.add(x_of(n), 1)
     forged = next((tmp_path / "a").glob("segment-*")).read_bytes()
     forged += bytes(-len(forged) % 4)
     x = np.nan_to_num(np.frombuffer(forged, np.float32))  # every number finite
-    with opened(tmp_path / "b") as samples:
+    with open_store(tmp_path / "b") as samples:
         samples.add(x_of(100), 0)
         samples.add(x, 0)
         samples.add(x_of(101), 0)
@@ -247,8 +247,8 @@ def test_a_sample_that_looks_like_records_is_a_sample(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[raw.index(encode_sample(x)) - 5] ^= 1  # the head of the sample with the forged records in it
     path.write_bytes(raw)
-    with opened(tmp_path / "b") as again:
-        assert again.counts()["classes"] == {"0": {"kept": 2, "seen": 3}}
+    with open_store(tmp_path / "b") as reopened:
+        assert reopened.counts()["classes"] == {"0": {"kept": 2, "seen": 3}}
 
 
 def history(samples: SampleStore) -> Iterator[None]:
@@ -269,7 +269,7 @@ def history(samples: SampleStore) -> Iterator[None]:
 
 
 def small(root: Path) -> SampleStore:
-    return opened(root, samples=12, room=8 * 1024)
+    return open_store(root, samples=12, room=8 * 1024)
 
 
 def numbers(samples: SampleStore) -> frozenset[str]:
@@ -293,15 +293,15 @@ def test_a_power_cut_at_any_write_leaves_the_set_as_before_or_after(tmp_path: Pa
                         done += 1
             except Crash:
                 pass
-        with small(root) as again:
-            found = numbers(again)
+        with small(root) as reopened:
+            present = numbers(reopened)
             if done + 1 < len(states):
                 before, after = states[done], states[done + 1]
                 # Where the newcomer is written and what makes room for it isn't gone yet, anything may have made room.
-                assert found in (before, after) or (found < before | after and len(found) >= len(before) - 1), at
-                assert len(found) >= min(len(before), len(after)) - 1
-            again.add(x_of(1000), 0)
-            assert again.counts()["disk_bytes"] <= 8 * 1024
+                assert present in (before, after) or (present < before | after and len(present) >= len(before) - 1), at
+                assert len(present) >= min(len(before), len(after)) - 1
+            reopened.add(x_of(1000), 0)
+            assert reopened.counts()["disk_bytes"] <= 8 * 1024
 
 
 def test_a_power_cut_within_a_write_tears_nothing_that_was_there(tmp_path: Path) -> None:
@@ -313,17 +313,17 @@ def test_a_power_cut_within_a_write_tears_nothing_that_was_there(tmp_path: Path)
         size = path.stat().st_size
         samples.add(x_of(9), 1)
         after = numbers(samples)
-    whole = path.read_bytes()
-    for cut in range(size, len(whole) + 1):
+    log = path.read_bytes()
+    for cut in range(size, len(log) + 1):
         root = tmp_path / "cut"
         shutil.copytree(tmp_path / "a", root)
-        (root / path.name).write_bytes(whole[:cut])
-        with small(root) as again:
-            assert numbers(again) == (after if cut == len(whole) else before)
-            again.add(x_of(50), 1)
-            left = numbers(again)
-        with small(root) as again:
-            assert numbers(again) == left
+        (root / path.name).write_bytes(log[:cut])
+        with small(root) as reopened:
+            assert numbers(reopened) == (after if cut == len(log) else before)
+            reopened.add(x_of(50), 1)
+            repaired = numbers(reopened)
+        with small(root) as reopened:
+            assert numbers(reopened) == repaired
         shutil.rmtree(root)
 
 
@@ -331,7 +331,7 @@ def test_a_full_disk_at_any_write_changes_nothing_and_later_there_is_room_again(
     with fault(0, None) as count, small(tmp_path / "dry") as samples:
         for n in range(30):
             samples.add(x_of(n, 40), n % 3)
-        wanted = numbers(samples)
+        expected = numbers(samples)
     for at in range(8, count[0] + 1):
         root = tmp_path / str(at)
         with fault(at, OSError(errno.ENOSPC, "No space left on device")), small(root) as samples:
@@ -342,6 +342,6 @@ def test_a_full_disk_at_any_write_changes_nothing_and_later_there_is_room_again(
                 except StorageFullError:
                     assert numbers(samples) == before
                     samples.add(x_of(n, 40), n % 3)
-            assert numbers(samples) == wanted, at
-        with small(root) as again:
-            assert numbers(again) == wanted, at
+            assert numbers(samples) == expected, at
+        with small(root) as reopened:
+            assert numbers(reopened) == expected, at

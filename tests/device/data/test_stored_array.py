@@ -30,17 +30,17 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise one file's offset and checksum would be taken for another's."""
-    path, other = tmp_path / "d.npz", tmp_path / "other.npz"
+    path, replacement = tmp_path / "d.npz", tmp_path / "other.npz"
     np.savez(path, x=np.ones((9, MANY), np.float32), y=np.arange(9) % 3)
-    np.savez(other, before=np.zeros(7, np.float32), x=np.zeros((9, MANY), np.float32), y=np.arange(9) % 3)
+    np.savez(replacement, before=np.zeros(7, np.float32), x=np.zeros((9, MANY), np.float32), y=np.arange(9) % 3)
     read = zipfile.ZipExtFile.read
 
-    def replaced(stream: zipfile.ZipExtFile, n: int = -1) -> bytes:
-        if stream.name == "x.npy" and other.exists():
-            other.replace(path)
+    def replace_and_read(stream: zipfile.ZipExtFile, n: int = -1) -> bytes:
+        if stream.name == "x.npy" and replacement.exists():
+            replacement.replace(path)
         return read(stream, n)
 
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", replaced)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", replace_and_read)
     with pytest.raises(DataError, match="has changed"):
         load_data(str(path))
 
@@ -66,10 +66,12 @@ def test_training_on_samples_on_the_disk_gives_the_same_bits(
     stored = load_data(str(tmp_path / "d.npz"))
     assert isinstance(stored.x_train, StoredArray)
     assert isinstance(stored.y_train, StoredArray) == (y.ndim > 1)
-    held = LocalData(*(np.asarray(getattr(stored, f"{n}_{part}")) for part in ("train", "test") for n in "xy"))
+    in_memory = LocalData(*(np.asarray(getattr(stored, f"{n}_{split}")) for split in ("train", "test") for n in "xy"))
     task = TrainingTask(recipe, seed=0, device="d", round=1, classes=3)
-    one, other = (Trainer(GRAPHS / f"{graph}.onnx").train(weights, data, task) for data in (stored, held))
-    assert all(np.array_equal(v, other.tensors[n]) for n, v in one.tensors.items())
+    from_disk, from_memory = (
+        Trainer(GRAPHS / f"{graph}.onnx").train(weights, data, task) for data in (stored, in_memory)
+    )
+    assert all(np.array_equal(v, from_memory.tensors[n]) for n, v in from_disk.tensors.items())
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -81,11 +83,11 @@ def test_several_inputs_are_joined_on_the_disk_as_in_memory(tmp_path: Path, comp
         "y": np.arange(31),
     }
     (np.savez_compressed if compressed else np.savez)(tmp_path / "d.npz", **arrays)
-    found: Any = load_data(str(tmp_path / "d.npz"), spool=tmp_path).x_train
-    wanted = load_data(str(tmp_path / "d.npz")).x_train
-    assert isinstance(found, StoredArray)
-    assert np.array_equal(found[:], np.asarray(wanted))
-    assert found.shape == (25, 3 * 128 * 128 + 7)
+    spooled: Any = load_data(str(tmp_path / "d.npz"), spool=tmp_path).x_train
+    expected = load_data(str(tmp_path / "d.npz")).x_train
+    assert isinstance(spooled, StoredArray)
+    assert np.array_equal(spooled[:], np.asarray(expected))
+    assert spooled.shape == (25, 3 * 128 * 128 + 7)
 
 
 @pytest.mark.parametrize("bad", [-1, 3])

@@ -44,7 +44,7 @@ def parquet(path: Path, names: list[str], rows: Any) -> Path:
     return path
 
 
-def places(x: Any, rows: Any) -> list[int]:
+def window_starts(x: Any, rows: Any) -> list[int]:
     """The first row of each window [n, steps, ...], found in the table by its numbers."""
     return [int(np.flatnonzero((rows == one[0]).all(1))[0]) for one in np.asarray(x)]
 
@@ -57,24 +57,24 @@ def test_windows_and_what_follows_them_are_samples(tmp_path: Path, kind: str, fi
     make = write if kind == ".csv" else parquet
     path = make(tmp_path / f"a{kind}", ["time", "a", "b"], numbers)
 
-    def shaped(*sizes: int) -> tuple[int, ...]:
+    def layout(*sizes: int) -> tuple[int, ...]:
         return sizes[::-1] if first else sizes
 
-    targets = Targets("mse", 2, shaped(horizon, 2))
-    data = TableFile(path, SplitShares(0.3, 0.2), 1000).snapshot(shaped(steps, 2), targets)
-    data.check(targets, shaped(steps, 2), token_ids=False)
-    seen: dict[str, set[int]] = {}
-    for part in ("train", "test", "val"):
-        x, y = (np.asarray(getattr(data, f"{n}_{part}")) for n in "xy")
+    targets = Targets("mse", 2, layout(horizon, 2))
+    data = TableFile(path, SplitShares(0.3, 0.2), 1000).snapshot(layout(steps, 2), targets)
+    data.check(targets, layout(steps, 2), token_ids=False)
+    rows_by_split: dict[str, set[int]] = {}
+    for split in ("train", "test", "val"):
+        x, y = (np.asarray(getattr(data, f"{n}_{split}")) for n in "xy")
         x, y = (v.transpose(0, 2, 1) for v in (x, y)) if first else (x, y)
-        begins = places(x, rows)
+        begins = window_starts(x, rows)
         assert begins
         for begin, inputs, labels in zip(begins, x, y, strict=True):
             np.testing.assert_array_equal(inputs, rows[begin : begin + steps])
             np.testing.assert_array_equal(labels, rows[begin + steps : begin + steps + horizon])
-        seen[part] = {row for b in begins for row in range(b, b + steps + horizon)}
-    assert seen["train"].isdisjoint(seen["test"] | seen["val"])
-    assert seen["test"].isdisjoint(seen["val"])
+        rows_by_split[split] = {row for b in begins for row in range(b, b + steps + horizon)}
+    assert rows_by_split["train"].isdisjoint(rows_by_split["test"] | rows_by_split["val"])
+    assert rows_by_split["test"].isdisjoint(rows_by_split["val"])
     block = 8 * (steps + horizon)
     assert len(data.x_train) + len(data.x_test) + len(data.x_val) == 300 - (steps + horizon - 1) * -(-300 // block)
 
@@ -86,7 +86,7 @@ def test_columns_to_predict_are_no_inputs(tmp_path: Path) -> None:
         data = TableFile(path, ALL, 1000).snapshot((5, 2), Targets("mse", shape[0], shape))
         x, y = np.asarray(data.x_train), np.asarray(data.y_train)
         assert y.shape[1:] == shape
-        for begin, labels in zip(places(x, rows[:, [0, 2]]), y, strict=True):
+        for begin, labels in zip(window_starts(x, rows[:, [0, 2]]), y, strict=True):
             np.testing.assert_array_equal(labels.ravel(), rows[begin + 5 : begin + 5 + horizon, 1])
 
 
@@ -102,7 +102,7 @@ def test_a_windows_class_is_that_of_its_last_row(tmp_path: Path, names: tuple[st
     assert table.effective_classes == 3
     data = table.snapshot((2, 7), targets)
     data.check(targets, (2, 7))
-    begins = places(np.asarray(data.x_train).transpose(0, 2, 1), rows)
+    begins = window_starts(np.asarray(data.x_train).transpose(0, 2, 1), rows)
     np.testing.assert_array_equal(data.y_train, classes[np.array(begins) + 6])
 
 
@@ -120,15 +120,15 @@ def test_new_rows_are_there_at_the_next_round_and_old_ones_keep_their_part(tmp_p
     rows = series(600)
     path, targets = tmp_path / "a.csv", Targets("mse", 2, (2,))
     write(path, ["a", "b"], rows[:300])
-    found = TableFile(path, SplitShares(0.4), 10_000)
-    before = found.snapshot((4, 2), targets)
+    table = TableFile(path, SplitShares(0.4), 10_000)
+    before = table.snapshot((4, 2), targets)
     write(path, ["a", "b"], rows)
-    after = found.snapshot((4, 2), targets)
-    tested = [set(places(data.x_test, rows)) for data in (before, after)]
+    after = table.snapshot((4, 2), targets)
+    tested = [set(window_starts(data.x_test, rows)) for data in (before, after)]
     assert tested[0]
     assert tested[0] <= tested[1]
-    assert tested[0].isdisjoint(places(after.x_train, rows))
-    assert found.samples > before.samples
+    assert tested[0].isdisjoint(window_starts(after.x_train, rows))
+    assert table.samples > before.samples
 
 
 def test_errors_name_the_file_and_quote_nothing_of_it(tmp_path: Path) -> None:
@@ -142,12 +142,12 @@ def test_errors_name_the_file_and_quote_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_a_model_that_no_window_fits_is_refused(tmp_path: Path) -> None:
-    found = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(50)), ALL, 99)
+    table = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(50)), ALL, 99)
     for shape, targets in (((3, 4), Targets("mse", 2, (2,))), ((2, 8), Targets("mse", 3, (3,))), ((2, 60), None)):
         with pytest.raises(DataError):
-            found.snapshot(shape, targets)
+            table.snapshot(shape, targets)
     with pytest.raises(DataError):
-        found.snapshot((2, 8), Targets("cross_entropy", 3)).check(Targets("cross_entropy", 3), (2, 8))
+        table.snapshot((2, 8), Targets("cross_entropy", 3)).check(Targets("cross_entropy", 3), (2, 8))
 
 
 def test_a_table_takes_no_more_room_than_it_may(tmp_path: Path) -> None:
@@ -163,11 +163,11 @@ def rows_in(path: Path, text: str | bytes, names: tuple[str, ...] = ()) -> Any:
 
 
 def rows_read(path: Path, names: tuple[str, ...] = ()) -> Any:
-    with tables.open_table(path, names) as (_, parts):
-        return np.concatenate(list(parts))
+    with tables.open_table(path, names) as (_, blocks):
+        return np.concatenate(list(blocks))
 
 
-WANTED = [[20.5, 3, 1], [-1.25, 4, 0]]
+EXPECTED_ROWS = [[20.5, 3, 1], [-1.25, 4, 0]]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ WANTED = [[20.5, 3, 1], [-1.25, 4, 0]]
     ],
 )
 def test_the_dialects_of_spreadsheets_and_loggers_are_one_table(tmp_path: Path, text: str | bytes) -> None:
-    np.testing.assert_array_equal(rows_in(tmp_path / "a.csv", text, ("bad", "ok")), WANTED)
+    np.testing.assert_array_equal(rows_in(tmp_path / "a.csv", text, ("bad", "ok")), EXPECTED_ROWS)
 
 
 @pytest.mark.parametrize("begin", ['"a,b\n', "\t" * (2**20 - 4) + '"\n'])
@@ -233,10 +233,10 @@ def test_columns_of_parquet_that_are_no_numbers_are_refused_by_type(tmp_path: Pa
             pq.write_table(pa.table({"a": [1.0], name: pa.array([value], kind)}), tmp_path / "a.parquet")
             with pytest.raises(DataError) as caught:
                 rows_read(tmp_path / "a.parquet")
-            said = str(caught.value)
-            assert "column 2" in said
-            assert "secret" not in said
-            assert ("skipped" in said) == pa.types.is_temporal(kind)
+            message = str(caught.value)
+            assert "column 2" in message
+            assert "secret" not in message
+            assert ("skipped" in message) == pa.types.is_temporal(kind)
 
 
 @given(draw=st.data())
@@ -252,12 +252,12 @@ def test_damaged_tables_are_errors_of_ours_or_numbers(
         body[draw.draw(st.integers(0, len(body) - 1))] = draw.draw(st.integers(0, 255))
     path.write_bytes(body[: draw.draw(st.integers(0, len(body)))])
     try:
-        found = TableFile(path, ALL, 99).snapshot((2, 4), Targets("cross_entropy", 2**24))
+        data = TableFile(path, ALL, 99).snapshot((2, 4), Targets("cross_entropy", 2**24))
     except FedpruneError as error:
         if str(path) not in str(error):
             raise
         return
-    assert np.isfinite(np.asarray(found.x_train)).all()
+    assert np.isfinite(np.asarray(data.x_train)).all()
 
 
 def _has_pyarrow() -> bool:
@@ -269,5 +269,5 @@ def _has_pyarrow() -> bool:
 
 def test_windows_for_a_model_of_any_length_are_as_long_as_its_bound(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", ["a", "b"], series(100))
-    free, whole = (TableFile(path, ALL, 50).snapshot((2, size)) for size in (Lengths(3, 6), 6))
-    np.testing.assert_array_equal(free.x_train[:], whole.x_train[:])
+    free, fixed = (TableFile(path, ALL, 50).snapshot((2, size)) for size in (Lengths(3, 6), 6))
+    np.testing.assert_array_equal(free.x_train[:], fixed.x_train[:])

@@ -25,7 +25,7 @@ COLOURS = RNG.integers(0, 256, (12, 20, 3)).astype(np.uint8)
 GREY = COLOURS[:, :, 0]
 
 
-def seen(body: bytes, height: int = 12, width: int = 20, colours: int = 3) -> Any:
+def decode_pixels(body: bytes, height: int = 12, width: int = 20, colours: int = 3) -> Any:
     return Pixels().decode(body, ("PNG", "JPEG"), (colours, height, width))
 
 
@@ -36,7 +36,7 @@ def test_a_picture_is_turned_as_its_camera_was_held(kind: str, orientation: int)
     exif[ORIENTATION] = orientation
     body = image_file(COLOURS, kind, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(body)))
-    np.testing.assert_array_equal(seen(body, upright.height, upright.width), np.asarray(upright))
+    np.testing.assert_array_equal(decode_pixels(body, upright.height, upright.width), np.asarray(upright))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -45,7 +45,9 @@ def test_a_large_photograph_on_its_side_is_decoded_in_no_less_than_its_size(orie
     exif[ORIENTATION] = orientation
     stripes = np.zeros((64, 512, 3), np.uint8)
     stripes[:, ::2] = 255  # gone if the image is decoded at half of its size
-    wide = seen(image_file(stripes, "JPEG", exif=exif, quality=95), *((64, 512) if orientation == 1 else (512, 64)))
+    wide = decode_pixels(
+        image_file(stripes, "JPEG", exif=exif, quality=95), *((64, 512) if orientation == 1 else (512, 64))
+    )
     assert wide.std() > 100
 
 
@@ -58,8 +60,8 @@ def test_a_mask_is_turned_as_its_image() -> None:
 @pytest.mark.parametrize("colours", [1, 3])
 def test_sixteen_bits_of_grey_are_shades_from_black_to_white(colours: int) -> None:
     numbers = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
-    found = seen(image_file(numbers), colours=colours)
-    np.testing.assert_allclose(found, np.repeat(numbers[:, :, None] / 257, colours, 2), atol=0.5)
+    shades = decode_pixels(image_file(numbers), colours=colours)
+    np.testing.assert_allclose(shades, np.repeat(numbers[:, :, None] / 257, colours, 2), atol=0.5)
 
 
 def _palette() -> Any:
@@ -87,7 +89,7 @@ def test_what_is_transparent_is_drawn_on_white(body: bytes) -> None:
     numbers = np.asarray(over).astype(float)
     share = numbers[:, :, 3:] / 255
     assert (share < 1).any()
-    np.testing.assert_allclose(seen(body), numbers[:, :, :3] * share + 255 * (1 - share), atol=1)
+    np.testing.assert_allclose(decode_pixels(body), numbers[:, :, :3] * share + 255 * (1 - share), atol=1)
 
 
 def _profile(**tags: str) -> bytes:
@@ -105,13 +107,13 @@ def _profile(**tags: str) -> bytes:
 def test_colours_of_another_profile_become_those_of_srgb(kind: str) -> None:
     swapped = _profile(rXYZ="bXYZ", bXYZ="rXYZ")
     body = image_file(np.full((12, 20, 3), (255, 0, 0), np.uint8), kind, icc_profile=swapped)
-    np.testing.assert_allclose(seen(body), np.full((12, 20, 3), (0, 0, 255)), atol=6)
+    np.testing.assert_allclose(decode_pixels(body), np.full((12, 20, 3), (0, 0, 255)), atol=6)
 
 
 @pytest.mark.parametrize("profile", [_profile(), b"damaged", b""])
 def test_a_profile_that_changes_nothing_changes_nothing(profile: bytes) -> None:
-    np.testing.assert_array_equal(seen(image_file(COLOURS, icc_profile=profile)), COLOURS)
-    np.testing.assert_array_equal(seen(image_file(GREY, icc_profile=profile), colours=1)[:, :, 0], GREY)
+    np.testing.assert_array_equal(decode_pixels(image_file(COLOURS, icc_profile=profile)), COLOURS)
+    np.testing.assert_array_equal(decode_pixels(image_file(GREY, icc_profile=profile), colours=1)[:, :, 0], GREY)
 
 
 FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - COLOURS)]}
@@ -121,7 +123,7 @@ CMYK = image_file(Image.fromarray(COLOURS).convert("CMYK"), "JPEG")
 @pytest.mark.parametrize("body", [image_file(Image.fromarray(COLOURS), **FRAMES), CMYK], ids=["animation", "CMYK"])
 def test_what_viewers_show_differently_is_refused_with_a_way_out(body: bytes) -> None:
     with pytest.raises(DataError) as error:
-        seen(body)
+        decode_pixels(body)
     assert error.value.hint
 
 

@@ -31,11 +31,11 @@ def cuda_double(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What one test imports is not there for the next."""
-    kept = sys.modules.pop("tensorrt", None)
+    module = sys.modules.pop("tensorrt", None)
     yield
     sys.modules.pop("tensorrt", None)
-    if kept is not None:
-        sys.modules["tensorrt"] = kept
+    if module is not None:
+        sys.modules["tensorrt"] = module
 
 
 @pytest.fixture

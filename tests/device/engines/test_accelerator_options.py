@@ -15,9 +15,9 @@ from fedprune_device.engines.engine_selector import BoardTier, board_tier
 pytestmark = pytest.mark.board
 
 
-def asked(*options: str, profile: HardwareProfile | None = None) -> BoardTier:
-    given = main.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
-    return board_tier(given.tier, given.engine_plan, profile)
+def tier_of(*options: str, profile: HardwareProfile | None = None) -> BoardTier:
+    arguments = main.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
+    return board_tier(arguments.tier, arguments.engine_plan, profile)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,9 @@ def asked(*options: str, profile: HardwareProfile | None = None) -> BoardTier:
 def test_the_profile_says_what_computes_unless_the_command_line_does(
     tmp_path: Path, options: Any, profile: str | None, tier: str, cuda: bool, engines: bool
 ) -> None:
-    found = asked(*options, profile=None if profile is None else profile_store.find_profile(profile))
-    assert (found.name, found.cuda) == (tier, cuda)
-    selector = found.selector(tmp_path)
+    choice = tier_of(*options, profile=None if profile is None else profile_store.find_profile(profile))
+    assert (choice.name, choice.cuda) == (tier, cuda)
+    selector = choice.selector(tmp_path)
     assert (selector is not None) == engines
     assert list(tmp_path.iterdir()) == []
 
@@ -44,10 +44,10 @@ def test_the_profile_says_what_computes_unless_the_command_line_does(
 def test_a_plan_comes_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "engine.json"
     with pytest.raises(StorageError, match=r"engine\.json"):
-        asked("--engine-plan", str(path))
+        tier_of("--engine-plan", str(path))
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"engine\.json"):
-        asked("--engine-plan", str(path))
+        tier_of("--engine-plan", str(path))
     path.write_text(EnginePlan(level=1).to_json())
-    selector = asked("--engine-plan", str(path), "--tier", "tensorrt").selector(tmp_path)
+    selector = tier_of("--engine-plan", str(path), "--tier", "tensorrt").selector(tmp_path)
     assert selector.plan.level == 1

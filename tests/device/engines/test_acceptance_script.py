@@ -22,7 +22,7 @@ def run(bundle: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def promised() -> list[str]:
+def promised_lines() -> list[str]:
     """What docs/jetson.md says that it prints."""
     page = (ROOT / "docs" / "jetson.md").read_text()
     assert "**This has not run on a Jetson yet.**" in page
@@ -32,9 +32,9 @@ def promised() -> list[str]:
 def test_it_prints_what_the_page_promises(board: EngineBoard, bundle: Path) -> None:
     done = run(bundle)
     lines = done.stdout.splitlines()
-    wanted = promised()
-    assert [line[6:].partition(":")[0] for line in lines[:-1]] == [w.partition(":")[0] for w in wanted], done.stderr
-    for line, words in zip(lines, wanted, strict=False):
+    promises = promised_lines()
+    assert [line[6:].partition(":")[0] for line in lines[:-1]] == [w.partition(":")[0] for w in promises], done.stderr
+    for line, words in zip(lines, promises, strict=False):
         name = words.partition(":")[0]
         if name == "training with CUDA":
             assert line.startswith("FAIL  training with CUDA: it ran on the CPU: onnxruntime")

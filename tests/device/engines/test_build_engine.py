@@ -38,9 +38,9 @@ def state(tmp_path: Path, graphs: Path) -> Path:
 
 def test_the_engine_of_what_serves_is_built_and_reported(board: EngineBoard, state: Path, capsys: Capture) -> None:
     assert main.main(["build-engine", "--state", str(state)]) == ExitCode.OK
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in ("sm 8.7", "TensorRT 10.16.1: types of the graph", "made: build in", "check: deviation 0 from", " ms"):
-        assert words in shown
+        assert words in output
     assert (state / "engines" / "engine.plan").is_file()
 
 
@@ -90,17 +90,17 @@ def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state:
 def test_beside_a_lowered_model_engines_are_held_to_float32(
     board: EngineBoard, tmp_path: Path, graphs: Path, data: LocalData, capsys: Capture, precision: str
 ) -> None:
-    state = _lowered(tmp_path / "state", graphs, data, precision)
+    state = _lower_precision(tmp_path / "state", graphs, data, precision)
     assert main.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["deviation"] == 0
     with LiveModel(state / "serving", selector=board.selector()) as model:
         folder = model._slots.folder(model.serving_model().record)
         _look(model, f"TensorRT {board.version}, float32")
-        found = model.serving_model().predictor.predict(data.x_test)
-    np.testing.assert_allclose(found, Predictor(folder).predict(data.x_test), rtol=1e-6)
+        logits = model.serving_model().predictor.predict(data.x_test)
+    np.testing.assert_allclose(logits, Predictor(folder).predict(data.x_test), rtol=1e-6)
 
 
-def _lowered(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:
+def _lower_precision(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:
     """The state folder of a board that has done a round, and serves at lower precision."""
     hidden = HiddenBoard(root, graphs, data)
     with DeviceStore(root) as store:

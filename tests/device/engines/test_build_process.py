@@ -36,23 +36,23 @@ def cache(tmp_path: Path) -> EngineCache:
 def start(cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Starts a child that says something and ends, or sleeps."""
 
-    def started(said: str, clock: Callable[[], float] = time.monotonic, sleep: int = 0) -> BuildProcess:
+    def start_child(output: str, clock: Callable[[], float] = time.monotonic, sleep: int = 0) -> BuildProcess:
         program, ended = tmp_path / "child", tmp_path / "ended"
-        program.write_text(f"#!/bin/sh\ncat <<'.'\n{said}\n.\ntouch {ended}\nexec sleep {sleep}\n")
+        program.write_text(f"#!/bin/sh\ncat <<'.'\n{output}\n.\ntouch {ended}\nexec sleep {sleep}\n")
         program.chmod(0o700)
         monkeypatch.setattr(sys, "executable", str(program))
         making = BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json()), 60.0, clock)
         until(ended.exists)
         return making
 
-    return started
+    return start_child
 
 
 def result(making: BuildProcess) -> Any:
     """What the child comes to."""
     for _ in attempts("the child's end"):
-        if (made := making.poll()) is not None:
-            return made
+        if (outcome := making.poll()) is not None:
+            return outcome
     raise AssertionError
 
 
@@ -68,13 +68,13 @@ def test_one_that_takes_too_long_is_ended(start: Start) -> None:
 
 
 def test_what_a_child_says_last_is_what_it_made(start: Start) -> None:
-    made = result(start('Building: 1 of 2\n{"seconds": 1.5, "latency_s": 0.25}'))
-    assert (made.seconds, made.latency_s) == (1.5, 0.25)
-    np.testing.assert_array_equal(made.answers, np.ones(3))
+    outcome = result(start('Building: 1 of 2\n{"seconds": 1.5, "latency_s": 0.25}'))
+    assert (outcome.seconds, outcome.latency_s) == (1.5, 0.25)
+    np.testing.assert_array_equal(outcome.answers, np.ones(3))
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     [
         *(json.dumps({"seconds": seconds, "latency_s": 1.0}) for seconds in (np.nan, -np.inf, "soon")),
         '{"seconds": 1.0}',
@@ -82,9 +82,9 @@ def test_what_a_child_says_last_is_what_it_made(start: Start) -> None:
         "",
     ],
 )
-def test_times_that_are_none_are_not_believed(start: Start, said: str) -> None:
+def test_times_that_are_none_are_not_believed(start: Start, output: str) -> None:
     with pytest.raises(EngineError):
-        result(start(said))
+        result(start(output))
 
 
 def test_without_answers_there_is_nothing_to_check(start: Start, cache: EngineCache) -> None:

@@ -25,28 +25,28 @@ from support.waiting import until
 pytestmark = pytest.mark.board
 
 
-def agree(found: CheckedSession | None, wanted: EngineRequest) -> None:
+def agree(session: CheckedSession | None, request: EngineRequest) -> None:
     """An engine answers, and what onnxruntime answers."""
-    assert found is not None
-    predicted = Predictor(wanted.folder, session=found).predict(X)
-    np.testing.assert_allclose(predicted, wanted.predictor.predict(X), rtol=1e-6)
+    assert session is not None
+    predicted = Predictor(request.folder, session=session).predict(X)
+    np.testing.assert_allclose(predicted, request.predictor.predict(X), rtol=1e-6)
 
 
 @pytest.mark.parametrize("board", VERSIONS, indirect=True)
 def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: EngineBoard) -> None:
-    wanted, selector = board.model(1), board.selector()
-    found = board.answering(selector, wanted)
-    assert found is not None, selector.status
-    engine = Predictor(wanted.folder, session=found)
+    request, selector = board.model(1), board.selector()
+    session = board.answering(selector, request)
+    assert session is not None, selector.status
+    engine = Predictor(request.folder, session=session)
     board.set()
     before = len(board.calls())
-    np.testing.assert_allclose(engine.predict(X), wanted.predictor.predict(X), rtol=1e-6)
+    np.testing.assert_allclose(engine.predict(X), request.predictor.predict(X), rtol=1e-6)
     assert engine.predict(X[:0]).shape == (0, 3)
     assert "executed" in board.calls()[before:]
     assert selector.status == f"TensorRT {board.version}, float32"
     # New weights come the same way with every version, refitted where that is right.
-    again = board.model(2)
-    agree(board.answering(selector, again), again)
+    second_request = board.model(2)
+    agree(board.answering(selector, second_request), second_request)
     refits = board.version != "8.6.1" and not board.version.startswith("11.3.")
     assert selector.facts["way"] == (REFIT if refits else BUILD)
     assert all((" REFIT " in b) == refits for b in board.builds)
@@ -67,9 +67,9 @@ def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: E
 def test_an_engine_of_another_board_system_or_plan_is_built_anew(
     board: EngineBoard, place: dict[str, str], plan: EnginePlan | None
 ) -> None:
-    wanted = board.model(1)
-    assert board.answering(board.selector(), wanted)
-    assert board.answering(board.selector(plan, **place), wanted)
+    request = board.model(1)
+    assert board.answering(board.selector(), request)
+    assert board.answering(board.selector(plan, **place), request)
     assert len(board.builds) == 2
 
 
@@ -78,12 +78,12 @@ def test_an_engine_of_another_board_system_or_plan_is_built_anew(
 def test_each_way_is_measured_once_and_then_the_faster_one_taken(
     board: EngineBoard, refit_s: float, rebuild_s: float, way: str
 ) -> None:
-    ways = []
+    chosen_ways = []
     for seed in (1, 2, 3):
         selector = board.selector()
         assert board.answering(selector, board.model(seed)), selector.status
-        ways.append(selector.facts["way"])
-    assert ways == [BUILD, REFIT, REBUILD]
+        chosen_ways.append(selector.facts["way"])
+    assert chosen_ways == [BUILD, REFIT, REBUILD]
     assert [" REFIT " in b for b in board.builds] == [True, False]
     assert "known=1" in board.builds[1]
     record = selector.cache.read_record(str(selector.facts["key"]))
@@ -103,9 +103,9 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
     assert board.answering(selector, board.model(1))
     board.set(**{setting: True})
     for seed in (2, 3):
-        wanted = board.model(seed)
-        found = board.answering(selector, wanted)
-        agree(found, wanted)
+        request = board.model(seed)
+        session = board.answering(selector, request)
+        agree(session, request)
         assert selector.facts["way"] == REBUILD
     tries = board.calls().count("refit from a file")
     assert tries == (0 if setting == "no_refitter" else 1)
@@ -165,11 +165,11 @@ def test_without_a_tensorrt_that_loads_onnxruntime_answers(board: EngineBoard) -
 
 
 def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineBoard) -> None:
-    wanted = board.model(1)
-    assert board.answering(board.selector(), wanted)
+    request = board.model(1)
+    assert board.answering(board.selector(), request)
     board.set(wrong=True)
     selector = board.selector()
-    assert board.answering(selector, wanted) is None
+    assert board.answering(selector, request) is None
     assert "contradicts" in selector.status
 
 
@@ -187,9 +187,9 @@ def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -
 
 
 def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) -> None:
-    wanted = board.model(1)
+    request = board.model(1)
     selector = board.selector()
-    assert board.answering(selector, wanted)
+    assert board.answering(selector, request)
     with selector.cache.mark_loading(str(selector.facts["sha256"])):
         marker = (board.engines / "loading.json").read_bytes()
     assert not (board.engines / "loading.json").exists()
@@ -200,21 +200,21 @@ def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) 
     ):
         pytest.fail("it was loaded")
     # A new one, which a child process has tried, may.
-    assert board.answering(board.selector(), wanted)
+    assert board.answering(board.selector(), request)
     assert len(board.builds) + board.calls().count("refitted") == 2
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["engine.plan", "engine.json", "record.json", "timing.cache", "timing.json"])
 def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> None:
-    wanted = board.model(1)
-    assert board.answering(board.selector(), wanted)
+    request = board.model(1)
+    assert board.answering(board.selector(), request)
     path = board.engines / name
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
     path.write_bytes(raw)
-    found = board.answering(board.selector(), wanted)
-    agree(found, wanted)
+    session = board.answering(board.selector(), request)
+    agree(session, request)
 
 
 @pytest.mark.parametrize("setting", ["no_builder", "no_runtime"])
@@ -227,18 +227,18 @@ def test_what_the_bindings_raise_is_a_reason(board: EngineBoard, setting: str) -
     board.set()
     assert board.answering(selector, board.model(1))
     board.set(**{setting: True})
-    found = board.answering(board.selector(), board.model(1))
-    assert (found is None) == (setting == "no_runtime")
+    session = board.answering(board.selector(), board.model(1))
+    assert (session is None) == (setting == "no_runtime")
 
 
 @pytest.mark.parametrize("setting", ["run_fails", "run_raises"])
 def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, setting: str) -> None:
-    wanted, selector = board.model(1), board.selector()
-    found = board.answering(selector, wanted)
-    assert found is not None
+    request, selector = board.model(1), board.selector()
+    session = board.answering(selector, request)
+    assert session is not None
     board.set(**{setting: True})
-    engine = Predictor(wanted.folder, session=found)
-    np.testing.assert_array_equal(engine.predict(X), wanted.predictor.predict(X))
+    engine = Predictor(request.folder, session=session)
+    np.testing.assert_array_equal(engine.predict(X), request.predictor.predict(X))
     assert selector.status.startswith("onnxruntime (the engine failed")
     board.set()
     before = len(board.calls())
@@ -276,17 +276,17 @@ def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
     selector.turn()
     until(lambda: bool(board.builds))
     board.set()
-    wanted = board.model(2)
-    found = board.answering(selector, wanted)
-    assert found is not None
-    agree(found, wanted)
+    request = board.model(2)
+    session = board.answering(selector, request)
+    assert session is not None
+    agree(session, request)
 
 
 def test_a_model_that_is_replaced_meanwhile_gets_no_engine(board: EngineBoard) -> None:
-    wanted = board.model(1)
-    (wanted.folder / "weights.safetensors").write_bytes(tensorfile.encode({"w": X}))
+    request = board.model(1)
+    (request.folder / "weights.safetensors").write_bytes(tensorfile.encode({"w": X}))
     selector = board.selector()
-    assert board.answering(selector, wanted) is None
+    assert board.answering(selector, request) is None
     assert "replaced meanwhile" in selector.status
 
 
@@ -309,11 +309,11 @@ def test_precision_is_the_plans(board: EngineBoard, precision: str) -> None:
 
 
 def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: EngineBoard) -> None:
-    selector, wanted = board.selector(EnginePlan(batch=(2, 3, 4))), board.model(1)
-    found = board.answering(selector, wanted)
-    assert found is not None, selector.status
+    selector, request = board.selector(EnginePlan(batch=(2, 3, 4))), board.model(1)
+    session = board.answering(selector, request)
+    assert session is not None, selector.status
     assert "shapes [[2, 6], [3, 6], [4, 6]]" in board.calls()
-    expected = wanted.predictor.predict(X)
+    expected = request.predictor.predict(X)
     for count in (0, 1, 2, 4, 5, 9):
-        out = found.run({step_contract.X: X[:count]})[step_contract.LOGITS]
+        out = session.run({step_contract.X: X[:count]})[step_contract.LOGITS]
         np.testing.assert_allclose(out, expected[:count], rtol=1e-6)

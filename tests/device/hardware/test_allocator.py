@@ -49,12 +49,12 @@ print(resident() - before)
 
 @pytest.mark.parametrize("program", [LARGE, SMALL], ids=["large", "small"])
 def test_freed_blocks_are_returned_although_others_lie_between(program: str) -> None:
-    def left(tuned: bool) -> int:
+    def remaining_bytes(tuned: bool) -> int:
         command = [sys.executable, "-c", RESIDENT + program, str(tuned)]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    assert abs(left(True)) < 5e6
-    assert left(False) > 20e6
+    assert abs(remaining_bytes(True)) < 5e6
+    assert remaining_bytes(False) > 20e6
 
 
 HEAPS = """

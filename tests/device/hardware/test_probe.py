@@ -59,10 +59,10 @@ print(peak_memory() - before)
 """
 
 
-@pytest.mark.parametrize(("made_by", "kept"), [("probe", False), ("RuntimeProcess().probe", True)])
-def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, kept: bool) -> None:
+@pytest.mark.parametrize(("made_by", "keeps_peak"), [("probe", False), ("RuntimeProcess().probe", True)])
+def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, keeps_peak: bool) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK.format(made_by)], capture_output=True, text=True, check=True)
-    assert (float(done.stdout) < 10e6) is kept
+    assert (float(done.stdout) < 10e6) is keeps_peak
 
 
 def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
@@ -106,10 +106,10 @@ def test_a_process_that_hangs_is_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seconds", [20.0, 150.0])
 def test_a_slow_board_measures_every_net_and_is_done_soon_after_its_time(seconds: float) -> None:
     ticks = itertools.count()
-    found = measure_layers(seconds=seconds, clock=lambda: float(next(ticks)))
+    measurements = measure_layers(seconds=seconds, clock=lambda: float(next(ticks)))
     nets = LayerNets().points
     for training in (True, False):
-        assert len({m.architecture.digest for m in found if m.training is training}) == len(nets)
+        assert len({m.architecture.digest for m in measurements if m.training is training}) == len(nets)
     # Beyond its time it measures what has begun, and one width of each net that is left, of eight ticks each.
     assert next(ticks) <= seconds + 8 * (1 + 2 * len(nets))
 
@@ -179,9 +179,9 @@ print(held, first - second, peak_memory() - second, process_memory(), process_me
 
 def test_a_peak_can_begin_again_and_a_process_knows_what_it_takes() -> None:
     run = subprocess.run([sys.executable, "-c", PEAKS], check=True, capture_output=True, text=True)
-    held, fell, rose, first, again = map(float, run.stdout.split())
-    assert held > 50e6
-    assert fell > 45e6
-    assert 15e6 < rose < 30e6
+    peak, fall, rise, first, second = map(float, run.stdout.split())
+    assert peak > 50e6
+    assert fall > 45e6
+    assert 15e6 < rise < 30e6
     assert 30e6 < first < 200e6
-    assert abs(again - first) < 5e6
+    assert abs(second - first) < 5e6

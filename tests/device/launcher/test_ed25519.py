@@ -16,19 +16,19 @@ ORDER = 2**252 + 27742317777372353535851937790883648493
 
 @given(st.binary(max_size=300), st.integers(0, 511), st.sampled_from(["key", "signature", "data"]))
 def test_each_changed_bit_is_found_as_by_the_library(data: bytes, bit: int, where: str) -> None:
-    parts = {"key": KEY.verifying_key.raw, "signature": KEY.sign(data), "data": data}
-    assert verify_signature(**parts)
-    raw = bytearray(parts[where])
+    arguments = {"key": KEY.verifying_key.raw, "signature": KEY.sign(data), "data": data}
+    assert verify_signature(**arguments)
+    raw = bytearray(arguments[where])
     if not raw:
         return
     raw[bit // 8 % len(raw)] ^= 1 << bit % 8
-    parts[where] = bytes(raw)
+    arguments[where] = bytes(raw)
     try:
-        VerifyingKey(parts["key"]).verify(parts["signature"], parts["data"])
+        VerifyingKey(arguments["key"]).verify(arguments["signature"], arguments["data"])
         good = True
     except SignatureError:
         good = False
-    assert verify_signature(**parts) is good is False
+    assert verify_signature(**arguments) is good is False
 
 
 @pytest.mark.parametrize("length", [0, 31, 63, 65, 128])

@@ -132,9 +132,9 @@ def test_what_the_server_has_not_signed_is_not_started(
     board: ReleaseInstaller, proof: Callable[[ReleaseInstaller, str], dict[str, str]]
 ) -> None:
     take_over(board, "a", **proof(board, "a"))
-    said, code = boot(board)
+    output, code = boot(board)
     assert code == 31
-    assert "slot a: the server's key has not signed what is in it" in said
+    assert "slot a: the server's key has not signed what is in it" in output
 
 
 def test_a_slot_that_was_changed_gives_way_to_the_other(board: ReleaseInstaller, tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_a_slot_that_was_changed_gives_way_to_the_other(board: ReleaseInstaller,
 
 def test_a_damaged_key_starts_nothing(board: ReleaseInstaller) -> None:
     (board.home.root / KEY_FILE).write_text("no key")
-    said, code = boot(board)
+    output, code = boot(board)
     assert code == 31
-    assert "server.pub holds no key" in said
+    assert "server.pub holds no key" in output
 
 
 def test_without_a_key_a_slot_is_checked_for_damage_alone_and_the_launcher_says_so(board: ReleaseInstaller) -> None:
@@ -213,7 +213,7 @@ def test_the_launcher_needs_the_standard_library_only(board: ReleaseInstaller, t
 def test_a_board_without_anything_whole_ends_with_one_sentence(board: ReleaseInstaller) -> None:
     for path in board.home.folder.glob("*.json"):
         path.unlink()
-    said, code = boot(board)
+    output, code = boot(board)
     assert code == 31
-    assert said == "error: neither the launcher's state nor a slot is whole. Install the runtime again."
+    assert output == "error: neither the launcher's state nor a slot is whole. Install the runtime again."
     assert SlotStore(board.home.root).load() is None

@@ -41,25 +41,25 @@ def test_a_full_queue_does_not_block(tmp_path: Path) -> None:
 
 
 def test_a_start_that_waits_asks_for_more_time_again_and_again() -> None:
-    told: list[str] = []
+    texts: list[str] = []
     enough = threading.Event()
 
     def tell(text: str) -> None:
-        told.append(text)
-        if len(told) >= 3:
+        texts.append(text)
+        if len(texts) >= 3:
             enough.set()
 
     with extend_start("waiting for\napproval", tell, interval_s=0.001):
         assert enough.wait(30)
-    count = len(told)
+    count = len(texts)
     seconds = next(line for line in unit_text().splitlines() if line.startswith("TimeoutStartSec="))
-    more = f"EXTEND_TIMEOUT_USEC={int(seconds.partition('=')[2]) * 10**6}"
-    assert {*told} == {f"STATUS=waiting for approval\n{more}"}
-    assert not any(READY in text for text in told), "the watchdog would begin to count"
+    extension = f"EXTEND_TIMEOUT_USEC={int(seconds.partition('=')[2]) * 10**6}"
+    assert {*texts} == {f"STATUS=waiting for approval\n{extension}"}
+    assert not any(READY in text for text in texts), "the watchdog would begin to count"
     assert not [t for t in threading.enumerate() if t.name == "fedprune-starting"]
-    assert len(told) == count
+    assert len(texts) == count
 
 
-@pytest.mark.parametrize(("said", "seconds"), [("30000000", 30.0), ("0", None), ("x", None), (None, None)])
-def test_how_often_to_feed_the_watchdog(said: str | None, seconds: float | None) -> None:
-    assert watchdog_seconds({} if said is None else {"WATCHDOG_USEC": said}) == seconds
+@pytest.mark.parametrize(("interval", "seconds"), [("30000000", 30.0), ("0", None), ("x", None), (None, None)])
+def test_how_often_to_feed_the_watchdog(interval: str | None, seconds: float | None) -> None:
+    assert watchdog_seconds({} if interval is None else {"WATCHDOG_USEC": interval}) == seconds

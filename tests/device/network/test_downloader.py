@@ -51,9 +51,9 @@ class Source:
         self.requested.add(message.sha256)
         return True
 
-    def offer(self, held: str | None = None) -> Offer:
+    def offer(self, base_digest: str | None = None) -> Offer:
         plain = Offer("job", 1, 1, 7, DIGEST, DIGEST, (1,), 3, self.weights, self.graph, self.graph, {})
-        return structs.replace(plain, weights_codec="int8", coded=self.less, held=held)
+        return structs.replace(plain, weights_codec="int8", coded=self.less, held=base_digest)
 
     def chunks(self) -> Iterator[Chunk]:
         """What answers all requests so far."""
@@ -102,7 +102,7 @@ def test_nothing_is_asked_for_before_the_connection_is_there(downloader: Downloa
 
 @pytest.mark.parametrize("plainly", [False, True])
 def test_what_can_not_be_decoded_is_pulled_whole(downloader: Downloader, source: Source, plainly: bool) -> None:
-    downloader.begin(source.offer(held=None if plainly else "f" * 64), 0.0, without_codec=plainly)
+    downloader.begin(source.offer(base_digest=None if plainly else "f" * 64), 0.0, without_codec=plainly)
     source.feed(downloader)
     assert source.requested == digests(source.weights, source.graph)
 

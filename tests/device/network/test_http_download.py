@@ -36,7 +36,7 @@ EMPTY = BlobRef.of(b"")
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[WebPlace]:
-    with WebPlace(filled(tmp_path / "web")) as place:
+    with WebPlace(filled_store(tmp_path / "web")) as place:
         yield place
 
 
@@ -45,13 +45,13 @@ def store(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path / "board", durable=False)
 
 
-def filled(root: Path) -> BlobStore:
+def filled_store(root: Path) -> BlobStore:
     store = BlobStore(root, durable=False)
     assert [store.put(b) for b in (BLOB, b"a graph", b"")] == [REF, SMALL, EMPTY]
     return store
 
 
-def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpFetch:
+def run_fetch(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpFetch:
     fetch = HttpFetch(store, BlobUrl.parse(url), refs or (REF,), tls)
     for _ in attempts("the end of a fetch", pause_s=0.002):
         if not fetch.is_alive:
@@ -64,7 +64,7 @@ def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SS
 
 def test_leaves_that_another_blob_here_has_are_not_fetched(web: WebPlace, store: BlobStore) -> None:
     store.put(BLOB[: 12 * LEAF_BYTES] + b"another end")
-    fetch = fetched(store, web.url)
+    fetch = run_fetch(store, web.url)
     assert fetch.failure == ""
     assert store.read(REF.sha256) == BLOB
     assert fetch.received_bytes == len(BLOB) - 12 * LEAF_BYTES
@@ -87,7 +87,7 @@ def rest_over_mqtt(store: BlobStore, web: WebPlace) -> int:
 
 
 def test_blobs_come_whole_over_one_connection(store: BlobStore, web: WebPlace) -> None:
-    fetch = fetched(store, web.url, REF, SMALL, EMPTY)
+    fetch = run_fetch(store, web.url, REF, SMALL, EMPTY)
     assert fetch.failure == ""
     assert [store.read(r.sha256) for r in (REF, SMALL, EMPTY)] == [BLOB, b"a graph", b""]
     assert (fetch.done, fetch.total, fetch.received_bytes) == (22, 22, len(BLOB) + len(b"a graph"))
@@ -102,7 +102,7 @@ def test_only_what_is_missing_is_asked_for(store: BlobStore, web: WebPlace) -> N
     for index in (0, 1, 2, 9, 20):
         begun.write(index, BLOB[index * LEAF_BYTES : (index + 1) * LEAF_BYTES])
     begun.close()
-    fetch = fetched(store, web.url)
+    fetch = run_fetch(store, web.url)
     assert fetch.failure == ""
     assert store.read(REF.sha256) == BLOB
     assert [r for _, r in web.asked] == [
@@ -118,7 +118,7 @@ def test_who_knows_no_ranges_gives_all_of_it(store: BlobStore, web: WebPlace) ->
     begun.write(3, BLOB[3 * LEAF_BYTES : 4 * LEAF_BYTES])
     begun.close()
     web.behave = lambda handler, data: not handler.give(data, ranges=False)
-    assert fetched(store, web.url).failure == ""
+    assert run_fetch(store, web.url).failure == ""
     assert store.read(REF.sha256) == BLOB
     assert len(web.asked) == 1
 
@@ -131,7 +131,7 @@ def test_a_cut_connection_is_resumed_where_it_ended(store: BlobStore, web: WebPl
         return True
 
     web.behave = cut
-    assert fetched(store, web.url).failure == ""
+    assert run_fetch(store, web.url).failure == ""
     assert store.read(REF.sha256) == BLOB
     assert web.asked[-1][1] == f"bytes={8 * LEAF_BYTES}-{len(BLOB) - 1}"  # leaves are taken eight at a time
 
@@ -155,7 +155,7 @@ def test_what_is_wrong_ends_it_and_only_right_leaves_are_kept(
 ) -> None:
     answer, why = BAD[name]
     web.behave = lambda h, data: h.path.endswith(".leaves") is (of == "leaf table") and not answer(h, data)
-    fetch = fetched(store, web.url)
+    fetch = run_fetch(store, web.url)
     assert fetch.failure
     assert re.search(why, fetch.failure), fetch.failure
     assert "\n" not in fetch.failure
@@ -165,7 +165,7 @@ def test_what_is_wrong_ends_it_and_only_right_leaves_are_kept(
     partial.close()
     web.behave = lambda h, data: False
     assert rest_over_mqtt(store, web) == REF.leaf_count - partial.present_count
-    assert fetched(store, web.url).failure == ""
+    assert run_fetch(store, web.url).failure == ""
 
 
 def test_a_range_that_was_not_asked_for_is_not_believed(store: BlobStore, web: WebPlace) -> None:
@@ -176,7 +176,7 @@ def test_a_range_that_was_not_asked_for_is_not_believed(store: BlobStore, web: W
     web.behave = lambda h, data: (
         not h.give(data, **{"Content-Range": f"bytes 0-{len(data) - 1 - LEAF_BYTES}/{len(data)}"})
     )
-    assert "it gives 'bytes 0-" in fetched(store, web.url).failure
+    assert "it gives 'bytes 0-" in run_fetch(store, web.url).failure
     assert store.partial(REF).present_count == 1
 
 
@@ -225,7 +225,7 @@ def test_it_ends_at_once_when_it_is_stopped(store: BlobStore, web: WebPlace, mon
 def test_where_nobody_listens_it_says_so(store: BlobStore, web: WebPlace) -> None:
     url = web.url
     web.__exit__()
-    assert fetched(store, url).failure == "connection refused"
+    assert run_fetch(store, url).failure == "connection refused"
 
 
 class TestTls:
@@ -239,21 +239,21 @@ class TestTls:
         (tmp_path / "web.pem").write_text(authority.issue_broker([host], make_request(key, "web")))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tmp_path / "web.pem", tmp_path / "web.key")
-        return WebPlace(filled(tmp_path / "web"), context)
+        return WebPlace(filled_store(tmp_path / "web"), context)
 
     def trust(self, tmp_path: Path) -> Callable[[], ssl.SSLContext]:
         return lambda: pinned_context(tmp_path / "authority" / "authority.pem", None, None, lambda: BUILD_TIME)
 
     def test_blobs_come_over_tls(self, store: BlobStore, tmp_path: Path, authority: Authority) -> None:
         with self.place(tmp_path, authority) as web:
-            assert fetched(store, web.url, REF, SMALL, tls=self.trust(tmp_path)).failure == ""
+            assert run_fetch(store, web.url, REF, SMALL, tls=self.trust(tmp_path)).failure == ""
         assert store.read(REF.sha256) == BLOB
 
     def test_another_authoritys_web_server_gets_no_request(
         self, store: BlobStore, tmp_path: Path, authority: Authority
     ) -> None:
         with self.place(tmp_path, authority) as web:
-            failure = fetched(store, web.url, tls=tls_context).failure
+            failure = run_fetch(store, web.url, tls=tls_context).failure
             assert failure.startswith("TLS failed")
             assert web.asked == []
 
@@ -261,5 +261,5 @@ class TestTls:
         self, store: BlobStore, tmp_path: Path, authority: Authority
     ) -> None:
         with self.place(tmp_path, authority, "models.example") as web:
-            assert fetched(store, web.url, tls=self.trust(tmp_path)).failure.startswith("TLS failed")
+            assert run_fetch(store, web.url, tls=self.trust(tmp_path)).failure.startswith("TLS failed")
             assert web.asked == []

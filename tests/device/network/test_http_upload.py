@@ -57,7 +57,7 @@ def store(tmp_path: Path) -> BlobStore:
     return store
 
 
-def uploaded(store: BlobStore, url: str, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpUpload:
+def run_upload(store: BlobStore, url: str, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpUpload:
     upload = HttpUpload(store, UploadUrl.parse(url), REF, tls)
     until(upload.is_over)
     upload.join(60)
@@ -65,7 +65,7 @@ def uploaded(store: BlobStore, url: str, tls: Callable[[], ssl.SSLContext] = tls
 
 
 def test_it_is_sent_whole_with_length_and_digest(store: BlobStore, web: WebPlace) -> None:
-    assert uploaded(store, web.url + SIGNED).failure == ""
+    assert run_upload(store, web.url + SIGNED).failure == ""
     assert web.bodies == [UPDATE]
     ((path, head),) = web.uploads
     assert path == SIGNED
@@ -84,7 +84,7 @@ def test_any_other_answer_is_a_failure_without_the_address_s_secret(
         return True
 
     web.take = refuse
-    upload = uploaded(store, web.url + SIGNED)
+    upload = run_upload(store, web.url + SIGNED)
     assert upload.failure == f"it answers {status}" + (" (SignatureDoesNotMatch)" if status >= 400 else "")
     (record,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert record == (
@@ -105,17 +105,17 @@ def test_who_hangs_up_or_listens_nowhere_or_says_nonsense_is_a_failure(store: Bl
 
     for take in (hang_up, nonsense):
         web.take = take
-        assert uploaded(store, web.url + SIGNED).failure
-    assert "refused" in uploaded(store, "http://127.0.0.1:1/x").failure
-    assert uploaded(store, web.url.replace("http:", "https:") + SIGNED).failure  # no TLS there
+        assert run_upload(store, web.url + SIGNED).failure
+    assert "refused" in run_upload(store, "http://127.0.0.1:1/x").failure
+    assert run_upload(store, web.url.replace("http:", "https:") + SIGNED).failure  # no TLS there
     store.delete(REF.sha256)
-    assert uploaded(store, web.url + SIGNED).failure
+    assert run_upload(store, web.url + SIGNED).failure
 
 
 @pytest.mark.parametrize("stall_after", [0.3], indirect=True)
 def test_who_takes_nothing_is_left(store: BlobStore, web: WebPlace, stall_after: None) -> None:
     web.take = lambda handler: not handler.drip(b"", 600)
-    failure = uploaded(store, web.url + SIGNED).failure
+    failure = run_upload(store, web.url + SIGNED).failure
     assert "nothing more has moved" in failure or failure == "no answer"
 
 
@@ -125,8 +125,8 @@ def test_an_address_is_never_shown_whole() -> None:
     assert (url.host, url.port, url.tls, url.target) == ("models.example", 444, True, SIGNED)
     assert url.with_query == request.url
     assert str(url) == "https://models.example:444/bucket/blobs/x.0123"
-    for shown in (str(url), repr(url), str(request), repr(request)):
-        assert "secret" not in shown
+    for text in (str(url), repr(url), str(request), repr(request)):
+        assert "secret" not in text
 
 
 class Board(Bench):
@@ -169,9 +169,9 @@ class Board(Bench):
 
 @pytest.fixture
 def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData, web: WebPlace) -> Board:
-    made = Board(tmp_path, graphs, weights, data, web)
-    made.server.plan = [made.server.offer(1), made.server.offer(2)]
-    return made
+    web_board = Board(tmp_path, graphs, weights, data, web)
+    web_board.server.plan = [web_board.server.offer(1), web_board.server.offer(2)]
+    return web_board
 
 
 def test_a_board_uploads_where_the_server_wants_it(
@@ -247,15 +247,17 @@ def test_a_board_uploads_once_to_an_address_however_often_it_is_asked(
 
 
 def test_what_is_no_update_of_it_is_not_uploaded(board: Board, stall_after: None) -> None:
-    other = "ab" * 32
-    board.on_request = lambda request: [board.server.say(m) for m in (UploadRequest(other, request.url), request)]  # type: ignore[assignment,func-returns-value]
+    other_digest = "ab" * 32
+    board.on_request = lambda request: [
+        board.server.say(m) for m in (UploadRequest(other_digest, request.url), request)
+    ]  # type: ignore[assignment,func-returns-value]
     board.run()
-    assert set(board.server.of(BlobNotFound)) == {BlobNotFound(other)}
+    assert set(board.server.of(BlobNotFound)) == {BlobNotFound(other_digest)}
     assert board.results[-1] is None
 
 
 def test_an_upload_ends_with_its_offer(board: Board, stall_after: None, caplog: pytest.LogCaptureFixture) -> None:
-    first, again = board.server.offer(1), board.server.offer(1, attempt=1, seed=8)
+    first, second_attempt = board.server.offer(1), board.server.offer(1, attempt=1, seed=8)
     board.server.plan = [first]
     cut = threading.Event()
 
@@ -270,9 +272,9 @@ def test_an_upload_ends_with_its_offer(board: Board, stall_after: None, caplog: 
 
     def watch() -> None:
         if board.web.uploads and board.server.plan == [first]:
-            board.server.plan = [again]
+            board.server.plan = [second_attempt]
             board.server.say(Cancelled("job", 1, 0, "a test"))
-            board.server.say(again)
+            board.server.say(second_attempt)
 
     board.web.take = hang
     board.server.watch = watch

@@ -32,7 +32,7 @@ def blob(text: str, tail: str = "") -> bytes:
     return b"".join(LETTERS[letter] for letter in text) + tail.encode()
 
 
-def pulled(source: BlobStore, target: BlobStore, ref: BlobRef, lend: Any = None) -> list[int]:
+def pull_leaves(source: BlobStore, target: BlobStore, ref: BlobRef, lend: Any = None) -> list[int]:
     """Leaves that had to travel, in the order in which they came."""
     pull, travelled = Pull(ref, target.partial(ref), lend=lend or partial(reuse_leaves, target)), list[int]()
     wants = pull.start(0.0)
@@ -61,7 +61,7 @@ def test_only_leaves_that_nobody_has_travel(donors: list[tuple[str, str]], text:
             return
         here = {leaf for leaves, end in donors for leaf in (*leaves, end)}
         lacking = [i for i, leaf in enumerate([*text, *([tail] if tail else [])]) if leaf not in here]
-        assert pulled(source, target, ref) == lacking
+        assert pull_leaves(source, target, ref) == lacking
         assert target.read(ref.sha256) == blob(text, tail)
 
 
@@ -77,13 +77,13 @@ def test_a_leaf_that_has_rotted_in_the_donor_travels(stores: tuple[BlobStore, Bl
         file.seek(LEAF_BYTES + 7)
         file.write(b"rot")
     ref = source.put(blob("abcdefgh"))
-    assert pulled(source, target, ref) == [1, 4, 5, 6, 7]
+    assert pull_leaves(source, target, ref) == [1, 4, 5, 6, 7]
     assert target.read(ref.sha256) == blob("abcdefgh")
 
 
-def offer(number: int, weights: BlobRef, **other: Any) -> Offer:
+def offer(number: int, weights: BlobRef, **fields: Any) -> Offer:
     graph = BlobRef.of(b"graph")
-    return Offer("job", number, 1, 7, DIGEST, DIGEST, (1,), 2, weights, graph, graph, {}, **other)
+    return Offer("job", number, 1, 7, DIGEST, DIGEST, (1,), 2, weights, graph, graph, {}, **fields)
 
 
 def test_the_last_weights_stay_until_the_next_ones_are_here(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class Board(Bench):
         super().__init__(root, graphs, weights, data, web.root)
         self.web = web
 
-    def offer(self, number: int, recipe: Recipe | None = None, **other: Any) -> Offer:
-        return self.server.offer(number, recipe, **{"blobs_at": self.web.url, **other})
+    def offer(self, number: int, recipe: Recipe | None = None, **fields: Any) -> Offer:
+        return self.server.offer(number, recipe, **{"blobs_at": self.web.url, **fields})
 
     @property
     def wants(self) -> list[BlobRequest]:

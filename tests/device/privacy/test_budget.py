@@ -38,8 +38,8 @@ def train(board: HiddenBoard, offer: Any, floor: PrivacyPolicy | None = None) ->
         bench = RoundRunner(
             DEVICE, store.blobs, store.slots, board.data, states=store.local_states, noise=store.privacy.draw
         )
-        made = bench.carry_out(offer)
-        return tensorfile.decode(store.blobs.read(made.update.weights.sha256)), made
+        result = bench.carry_out(offer)
+        return tensorfile.decode(store.blobs.read(result.update.weights.sha256)), result
 
 
 def count(board: HiddenBoard) -> BoardPrivacyBudget:
@@ -52,12 +52,12 @@ def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
     assert not count(board).is_private
     offer = board.offer(1, PRIVATE, SENT, graph="kept")
     first, _ = train(board, offer)
-    again, _ = train(board, offer)
-    assert not np.array_equal(first["w1"], again["w1"])
-    found = count(board)
-    assert (found.draws, found.cost) == (2, pytest.approx(2 / 4))
-    assert found.cost >= 0.5, "rounded up"
-    assert f"{epsilon_for(found.cost, 1e-5):.4g}" in found.describe()
+    second, _ = train(board, offer)
+    assert not np.array_equal(first["w1"], second["w1"])
+    budget = count(board)
+    assert (budget.draws, budget.cost) == (2, pytest.approx(2 / 4))
+    assert budget.cost >= 0.5, "rounded up"
+    assert f"{epsilon_for(budget.cost, 1e-5):.4g}" in budget.describe()
 
 
 def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +186,9 @@ def test_noise_whose_cost_is_no_number_is_none_and_spoils_no_count(board: Hidden
             store.privacy.draw(offer)
         with pytest.raises(PrivacyError, match="private jobs alone"):
             PrivacyPolicy().check(recipe, 0.0)
-    again = count(board)
-    assert (again.draws, again.cost) == (0, 0.0)
-    again.check(PRIVATE)
+    budget = count(board)
+    assert (budget.draws, budget.cost) == (0, 0.0)
+    budget.check(PRIVATE)
 
 
 def test_training_that_runs_away_hands_in_noise_alone_and_says_nothing_of_it(
@@ -199,11 +199,11 @@ def test_training_that_runs_away_hands_in_noise_alone_and_says_nothing_of_it(
     wild = replace(calm, lr=1000.0, weight_decay=1000.0)
     with pytest.raises(DivergedError):
         train(board, board.offer(2, replace(wild, update_clip=0.0, update_noise=0.0), SENT, graph="kept"))
-    found, made = train(board, board.offer(2, wild, SENT, graph="kept"))
-    assert set(made.update.metrics) == set(fine.update.metrics)
-    assert (made.update.steps, made.update.samples) == (fine.update.steps, fine.update.samples)
-    moved = np.concatenate([(found[n] - SENT[n]).ravel() for n in found if n not in STATISTICS])
-    assert 1.4 < moved.std() < 2.6
+    update, result = train(board, board.offer(2, wild, SENT, graph="kept"))
+    assert set(result.update.metrics) == set(fine.update.metrics)
+    assert (result.update.steps, result.update.samples) == (fine.update.steps, fine.update.samples)
+    change = np.concatenate([(update[n] - SENT[n]).ravel() for n in update if n not in STATISTICS])
+    assert 1.4 < change.std() < 2.6
 
 
 # What a board tells beside its updates.

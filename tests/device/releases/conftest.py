@@ -26,7 +26,7 @@ def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def installed(fresh: Path, tmp_path: Path) -> Callable[..., Path]:
+def copy_board(fresh: Path, tmp_path: Path) -> Callable[..., Path]:
     """Make a copy of that board."""
 
     def copy(name: str = "board") -> Path:

@@ -54,7 +54,7 @@ class Board:
         self.ran: list[int] = []
         self.idle = False
 
-    def is_live(self) -> None:
+    def run_until_idle(self) -> None:
         """Boot until nothing is left to do."""
         self.idle = False
         for _ in range(40):
@@ -63,10 +63,10 @@ class Board:
             run_slots(self.home, self.run)
         raise AssertionError("the board never comes to rest")
 
-    def dispensable_tasks(self) -> None:
-        """`live`, on a disk that needn't be waited for."""
+    def run_on_fast_disk(self) -> None:
+        """`run_until_idle`, on a disk that needn't be waited for."""
         with power():
-            self.is_live()
+            self.run_until_idle()
 
     def run(self, slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
         assert versions_in(self.home.root / slot) == {f"VERSION = {record.version}"}, "two versions are mixed"
@@ -96,7 +96,7 @@ class Board:
             self.updater.arm(ATTEMPTS)
         self.idle = not later
 
-    def settled(self) -> LauncherState:
+    def settled_state(self) -> LauncherState:
         """The state, once the checks that hold for every board at rest have passed."""
         state = self.home.load()
         assert state.phase == STABLE
@@ -119,7 +119,7 @@ def stage(board: Board, release: Path, *, arm: bool = True) -> None:
 
 def operations(board: Board) -> list[str]:
     with power() as supply:
-        board.is_live()
+        board.run_until_idle()
     return supply.names
 
 
@@ -134,16 +134,16 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
     bad = BAD[how]
     calm = Board(copy_of(fresh, tmp_path / "calm"), releases, bad)
     points = operations(calm)
-    calm.settled()
+    calm.settled_state()
     assert len(points) >= 150, (
         "three kinds of cut and three of bad releases: 1,600 points and more, soaked ones included"
     )
-    for at, way in cuts(kind, points):
+    for at, cut in cuts(kind, points):
         board = Board(copy_of(fresh, tmp_path / "cut"), releases, bad)
-        with power(at, way), pytest.raises(CutError):
-            board.is_live()
-        board.dispensable_tasks()
-        state = board.settled()
+        with power(at, cut), pytest.raises(CutError):
+            board.run_until_idle()
+        board.run_on_fast_disk()
+        state = board.settled_state()
         assert (board.ran[-1], state.highest) == (2, 3)
         assert (state.outcome.version, state.outcome.result) == (3, ROLLED_BACK)
         assert bad[2] in state.outcome.reason
@@ -165,11 +165,11 @@ def test_many_cuts_in_a_row_still_end_on_a_release_that_works(
     for at, kind in cuts:
         with power(at, kind):
             try:
-                board.is_live()
+                board.run_until_idle()
             except CutError:
                 continue
-    board.dispensable_tasks()
-    state = board.settled()
+    board.run_on_fast_disk()
+    state = board.settled_state()
     assert board.ran[-1] in (1, 2), "a release that never was healthy doesn't stay"
     assert state.outcome.result == ROLLED_BACK
     assert state.outcome.reason
@@ -187,8 +187,8 @@ def test_a_release_that_power_cuts_never_let_finish_is_given_up_with_a_reason(
     for _ in range(ATTEMPTS):
         with pytest.raises(CutError):
             run_slots(board.home, cut)
-    board.dispensable_tasks()
-    state = board.settled()
+    board.run_on_fast_disk()
+    state = board.settled_state()
     assert board.ran == [1]
     assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "the last attempt ended without a message, as in a power cut")
 
@@ -197,11 +197,11 @@ def test_one_damaged_copy_of_the_state_changes_nothing(fresh: Path, releases: di
     for name in ("state.json", "copy.json"):
         for damage in (b"", b"\0" * 300, b'{"format": 1, "body": "{}", "sha256": "00"}'):
             board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
-            board.dispensable_tasks()
-            before = board.settled()
+            board.run_on_fast_disk()
+            before = board.settled_state()
             (board.home.folder / name).write_bytes(damage)
-            board.dispensable_tasks()
-            assert board.settled() == before
+            board.run_on_fast_disk()
+            assert board.settled_state() == before
             assert before.outcome == UpdateOutcome(2, COMMITTED)
             shutil.rmtree(board.home.root)
 
@@ -213,8 +213,8 @@ def test_with_both_copies_damaged_the_release_that_had_served_before_serves(
     stage(board, releases[3])
     for name in ("state.json", "copy.json"):
         (board.home.folder / name).write_bytes(b"\xff" * 64)
-    board.dispensable_tasks()
-    state = board.settled()
+    board.run_on_fast_disk()
+    state = board.settled_state()
     assert (board.ran, state.highest) == ([1], 3)
     assert "damaged" in state.outcome.reason
 
@@ -224,9 +224,9 @@ def test_a_slot_that_is_not_what_its_record_says_is_not_started(
     fresh: Path, releases: dict[int, Path], tmp_path: Path, how: str
 ) -> None:
     board = Board(copy_of(fresh, tmp_path / "board"), {2: releases[2]}, BAD["hangs at import"])
-    board.dispensable_tasks()
+    board.run_on_fast_disk()
     assert board.ran[-1] == 2
-    state = board.settled()
+    state = board.settled_state()
     victim = board.home.root / state.stable / "app" / "part.py"
     if how == "changed":
         victim.write_text("VERSION = 3\n")
@@ -236,8 +236,8 @@ def test_a_slot_that_is_not_what_its_record_says_is_not_started(
         victim.unlink()
         if how == "linked":
             victim.symlink_to(victim.with_name("__init__.py"))
-    board.dispensable_tasks()
-    after = board.settled()
+    board.run_on_fast_disk()
+    after = board.settled_state()
     assert (board.ran[-1], after.stable) == (1, state.other_slot)
     assert after.outcome.version == 2
     assert "app/" in after.outcome.reason
@@ -266,7 +266,7 @@ def test_a_staged_release_that_nobody_arms_is_dropped_in_the_end(
     board = Board(copy_of(fresh, tmp_path / "board"), {}, BAD["hangs at import"])
     stage(board, releases[2], arm=False)
     for _ in range(11):
-        board.dispensable_tasks()
-    state = board.settled()
+        board.run_on_fast_disk()
+    state = board.settled_state()
     assert set(board.ran) == {1}
     assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "staged, but not begun in time")

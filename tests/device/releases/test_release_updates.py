@@ -48,22 +48,22 @@ Make = Callable[..., Board]
 
 
 @pytest.fixture
-def board(installed: Callable[..., Path], tmp_path: Path) -> Make:
+def board(copy_board: Callable[..., Path], tmp_path: Path) -> Make:
     def make(*offered: Path, name: str = "board") -> Board:
-        return Board(installed(name), ReleaseServer(tmp_path / f"{name}-server", *offered))
+        return Board(copy_board(name), ReleaseServer(tmp_path / f"{name}-server", *offered))
 
     return make
 
 
 def states(board: Board, number: int) -> list[str]:
     """What the board said of a release, without repetitions."""
-    said = [r.state for r in board.server.reports if r.number == number]
-    return [s for i, s in enumerate(said) if i == 0 or said[i - 1] != s]
+    reported = [r.state for r in board.server.reports if r.number == number]
+    return [state for i, state in enumerate(reported) if i == 0 or reported[i - 1] != state]
 
 
 def test_a_good_release_is_pulled_tried_and_kept(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[2])
-    it.is_live()
+    it.run_until_idle()
     assert states(it, 2) == [DOWNLOADING, STAGED, TRIAL, COMMITTED]
     assert it.ran == [1, 2]
     state = it.home.load()
@@ -74,7 +74,7 @@ def test_a_good_release_is_pulled_tried_and_kept(board: Make, releases: dict[int
 
 def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[3], releases[4])
-    it.is_live()
+    it.run_until_idle()
     assert states(it, 3) == [DOWNLOADING, STAGED, TRIAL, ROLLED_BACK]
     ended = it.server.ended(3)
     assert "exit code 1" in ended.reason
@@ -83,12 +83,14 @@ def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releas
 
 def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[2], releases[3])
-    it.is_live()
+    it.run_until_idle()
     wants, it.server.reports = it.server.wants, []
-    it.server.offers_blob.insert(0, it.server.offer(releases[1]))
-    it.is_live()
-    told = list(dict.fromkeys((r.number, r.state) for r in it.server.reports))
-    assert told == [(3, ROLLED_BACK), (1, REFUSED), (2, COMMITTED)], "it runs the second, whatever came of the third"
+    it.server.offers.insert(0, it.server.offer(releases[1]))
+    it.run_until_idle()
+    reported = list(dict.fromkeys((r.number, r.state) for r in it.server.reports))
+    assert reported == [(3, ROLLED_BACK), (1, REFUSED), (2, COMMITTED)], (
+        "it runs the second, whatever came of the third"
+    )
     ended = it.server.ended(1)
     assert "expected a number above 3" in ended.reason
     assert it.server.wants == wants, "nothing is pulled again"
@@ -109,7 +111,7 @@ def test_messages_that_come_twice_or_get_lost_cost_time_alone(
         return False
 
     it.until = again
-    it.is_live()
+    it.run_until_idle()
     assert states(it, 2)[-1] == COMMITTED
     assert it.ran[-1] == 2
 
@@ -117,9 +119,9 @@ def test_messages_that_come_twice_or_get_lost_cost_time_alone(
 def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_path: Path) -> None:
     it = board(make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6))
     lives, passed, cut = 0, 0, False
-    came: list[tuple[str, str, int]] = []
+    leaves: list[tuple[str, str, int]] = []
 
-    def one(raw: bytes) -> list[bytes]:
+    def let_one_chunk_through(raw: bytes) -> list[bytes]:
         """Let one chunk through in each of the board's lives."""
         nonlocal passed, cut
         if not raw.startswith(b"FPC"):
@@ -128,16 +130,16 @@ def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_p
             cut = True
             return []
         passed, chunk = lives, Chunk.parse(raw)
-        came.extend((chunk.part, chunk.sha256, index) for index, _ in chunk.leaves())
+        leaves.extend((chunk.part, chunk.sha256, index) for index, _ in chunk.leaves())
         return [raw]
 
-    it.server.mangle, it.until = one, lambda: cut and not it.server.inbox
+    it.server.mangle, it.until = let_one_chunk_through, lambda: cut and not it.server.inbox
     while not it.server.done:
         lives, cut = lives + 1, False
         run_slots(it.home, it.run)
         assert lives < 100
     assert lives > 5
-    assert len(came) == len(set(came)) > 30, "no leaf comes twice"
+    assert len(leaves) == len(set(leaves)) > 30, "no leaf comes twice"
     assert states(it, 2)[-1] == COMMITTED
 
 
@@ -146,7 +148,7 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     it.is_quiet = lambda: False
     it.until = lambda: STAGED in states(it, 2)
     it.serve()
-    it.server.offers_blob = []
+    it.server.offers = []
     it.server.next = lambda: it.server.say(ReleaseWithdrawn(2, "too many failed"))  # type: ignore[method-assign]
     it.is_quiet, it.until = (lambda: True), (lambda: it.now > 20)
     it.now = 0
@@ -157,9 +159,9 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
 
 
-def refused(it: Board) -> str:
+def refusal_reason(it: Board) -> str:
     """Why the only release was refused; the board is as it was."""
-    it.is_live()
+    it.run_until_idle()
     (report,) = (r for r in it.server.reports if r.state == REFUSED)
     state = it.home.load()
     assert (state.phase, state.highest, it.ran) == (STABLE, 1, [1])
@@ -168,7 +170,7 @@ def refused(it: Board) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "offered", "said"),
+    ("changes", "offered", "reason"),
     [
         ({"key": SigningKey.make()}, {}, "signature"),
         ({"machine": "pdp11"}, {}, "got pdp11"),
@@ -180,11 +182,11 @@ def refused(it: Board) -> str:
     ],
 )
 def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
-    board: Make, tmp_path: Path, changes: dict[str, Any], offered: dict[str, Any], said: str
+    board: Make, tmp_path: Path, changes: dict[str, Any], offered: dict[str, Any], reason: str
 ) -> None:
     it = board(make_release(tmp_path / "release", **{"number": 2, **changes}))
-    it.server.offers_blob = [structs.replace(it.server.offers_blob[0], **offered)]
-    assert said in refused(it)
+    it.server.offers = [structs.replace(it.server.offers[0], **offered)]
+    assert reason in refusal_reason(it)
     assert it.server.wants == 0
 
 
@@ -194,7 +196,7 @@ def test_a_board_without_room_pulls_nothing(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**24))
     it = board(releases[2])
-    assert "no room" in refused(it)
+    assert "no room" in refusal_reason(it)
     assert it.server.wants == 0
 
 
@@ -202,45 +204,45 @@ def test_files_that_are_not_what_was_signed_are_refused(board: Make, tmp_path: P
     big = make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6)
     it = board(big)
     it.server.mangle = lambda raw: [raw[:-1] + bytes([raw[-1] ^ 1])] if raw.startswith(b"FPC") else [raw]
-    assert "arrived damaged" in refused(it)
+    assert "arrived damaged" in refusal_reason(it)
     it = board(big, name="table")
-    it.server.offers_blob = [structs.replace(it.server.offers_blob[0], leaves=("ab" * 32,) * 2)]
-    assert "contradicts itself" in refused(it) or "damaged" in refused(it)
+    it.server.offers = [structs.replace(it.server.offers[0], leaves=("ab" * 32,) * 2)]
+    assert "contradicts itself" in refusal_reason(it) or "damaged" in refusal_reason(it)
 
 
 def test_a_board_without_launcher_or_identity_says_so(releases: dict[int, Path], tmp_path: Path) -> None:
     assert board_installer(None, {}) == NO_LAUNCHER
     assert board_installer(None, {"FEDPRUNE_ROOT": str(tmp_path), "FEDPRUNE_SLOT": "a"}) == NO_IDENTITY
     server = ReleaseServer(tmp_path / "server", releases[2])
-    found = ReleaseAgent(BoardConnection(server, MessageChannel("d", "site")), NO_LAUNCHER)
+    agent = ReleaseAgent(BoardConnection(server, MessageChannel("d", "site")), NO_LAUNCHER)
     for _ in range(2):
-        found.on_message(server.offers_blob[0])
+        agent.on_message(server.offers[0])
     assert server.reports == 2 * [ReleaseReport("d", 2, REFUSED, NO_LAUNCHER, 0, 0)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
-    ("kind", "part"),
+    ("kind", "half"),
     [
         pytest.param(TURNS, 0, marks=pytest.mark.once),
-        *(pytest.param(kind, part, marks=pytest.mark.soak) for kind in KINDS for part in (0, 1)),
+        *(pytest.param(kind, half, marks=pytest.mark.soak) for kind in KINDS for half in (0, 1)),
     ],
 )
 def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
-    board: Make, releases: dict[int, Path], kind: str, part: int
+    board: Make, releases: dict[int, Path], kind: str, half: int
 ) -> None:
     """Every sixth write by turns; of the others every second or third, half of them in each part."""
     calm = board(releases[2], releases[3], name="calm")
     with power() as supply:
-        calm.is_live()
+        calm.run_until_idle()
     assert supply.count >= 250
-    first, step = (0, 3) if kind == TURNS else (3 * part, 6) if kind == "before" else (2 * part, 4)
+    first, step = (0, 3) if kind == TURNS else (3 * half, 6) if kind == "before" else (2 * half, 4)
     for at, how in islice(cuts(kind, supply.names), first, None, step):
         it = board(releases[2], releases[3], name="cut")
         with power(at, how), pytest.raises(CutError):
-            it.is_live()
+            it.run_until_idle()
         with power():
-            it.is_live()
+            it.run_until_idle()
         state = it.home.load()
         assert (state.phase, state.highest, it.home.checked_record(state.stable).version) == (STABLE, 3, 2)
         ended = it.server.ended(2)
@@ -263,7 +265,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _linked(file: Path) -> None:
+def _replace_by_link(file: Path) -> None:
     file.rename(file.with_name("elsewhere.txt"))
     file.symlink_to("elsewhere.txt")
 
@@ -271,7 +273,7 @@ def _linked(file: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "other text": lambda file: file.write_text(f"{SHARED}\n"),
     "missing": Path.unlink,
-    "a link": _linked,
+    "a link": _replace_by_link,
 }
 
 
@@ -286,10 +288,10 @@ def test_a_wheel_that_the_running_slot_has_is_copied_and_fetched_only_if_it_is_d
     if damaged:  # after the launcher has compared the slot with its record
         DAMAGE[damaged](it.home.root / "a" / "runtime" / "core.txt")
         it.serve()
-    it.is_live()
+    it.run_until_idle()
     assert it.home.checked_record(it.home.load().stable).version == 2
-    own = {digest_of(path) for path in (second / "wheels").iterdir()}
-    assert it.server.serve_request == own | ({digest_of(shared)} if damaged else set())
+    wheel_digests = {digest_of(path) for path in (second / "wheels").iterdir()}
+    assert it.server.requested == wheel_digests | ({digest_of(shared)} if damaged else set())
     assert it.server.ended(2).state == COMMITTED
 
 
@@ -301,5 +303,5 @@ def test_copied_files_are_checked_against_the_release(tmp_path: Path) -> None:
     record = installer.home.record("a")
     installer.home.write_record("a", replace(record, wheels={digest_of(shared): ("app/part.py",)}))
     it = Board(tmp_path / "board", ReleaseServer(tmp_path / "server", second))
-    assert refused(it)
+    assert refusal_reason(it)
     assert it.ran == [1]

@@ -42,8 +42,8 @@ GOOD = Release(7, "0.7.0", "cp311", "aarch64", "app:main", 1000, (APP,), "cd" * 
 
 
 @pytest.fixture
-def board(installed: Callable[..., Path]) -> ReleaseInstaller:
-    return ReleaseInstaller(installed(), PUBLIC)
+def board(copy_board: Callable[..., Path]) -> ReleaseInstaller:
+    return ReleaseInstaller(copy_board(), PUBLIC)
 
 
 def body(**changes: Any) -> bytes:
@@ -84,11 +84,11 @@ def test_one_changed_byte_of_manifest_or_signature_is_noticed(at: int, change: i
 
 def test_a_signature_for_another_purpose_is_worth_nothing() -> None:
     manifest = GOOD.to_bytes()
-    other = SigningKey.make()
+    other_key = SigningKey.make()
     for signature in (
         KEY.sign(b"fedprune bundle 1\n" + manifest),
         KEY.sign(manifest),
-        sign_manifest(manifest, other),
+        sign_manifest(manifest, other_key),
         b"",
     ):
         with pytest.raises(ReleaseError, match="signature"):
@@ -98,7 +98,9 @@ def test_a_signature_for_another_purpose_is_worth_nothing() -> None:
 
 
 def test_openssl_agrees_on_signatures(tmp_path: Path) -> None:
-    secret, public, raw, message, made = (tmp_path / n for n in ("key.pem", "public.pem", "raw", "message", "made"))
+    secret, public, raw, message, signature = (
+        tmp_path / n for n in ("key.pem", "public.pem", "raw", "message", "made")
+    )
 
     def openssl(*arguments: object) -> int:
         return subprocess.run(["openssl", *map(str, arguments)], capture_output=True, check=False).returncode
@@ -109,27 +111,27 @@ def test_openssl_agrees_on_signatures(tmp_path: Path) -> None:
     assert openssl("pkey", "-in", secret, "-pubout", "-outform", "DER", "-out", raw) == 0
     key, verifying = SigningKey.load(secret), VerifyingKey(raw.read_bytes()[-32:])
     message.write_bytes(b"fedprune release 1\n" + GOOD.to_bytes())
-    made.write_bytes(sign_manifest(GOOD.to_bytes(), key))
-    verify = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", message, "-sigfile", made)
+    signature.write_bytes(sign_manifest(GOOD.to_bytes(), key))
+    verify = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", message, "-sigfile", signature)
     assert openssl(*verify) == 0
-    assert openssl("pkeyutl", "-sign", "-inkey", secret, "-rawin", "-in", message, "-out", made) == 0
-    assert verified_release(GOOD.to_bytes(), made.read_bytes(), verifying) == GOOD
+    assert openssl("pkeyutl", "-sign", "-inkey", secret, "-rawin", "-in", message, "-out", signature) == 0
+    assert verified_release(GOOD.to_bytes(), signature.read_bytes(), verifying) == GOOD
 
 
 def test_an_earlier_release_comes_again_under_a_higher_number_and_no_other(tmp_path: Path) -> None:
     old = make_release(tmp_path / "old", 3)
     before, _, _ = read_release(old, PUBLIC)
-    again = rewrite_release(tmp_path / "new", old, KEY, number=9, created="2026-02-02T00:00:00Z")
-    assert again == replace(before, number=9, created="2026-02-02T00:00:00Z")
-    assert read_release(tmp_path / "new", PUBLIC)[0] == again
+    renewed = rewrite_release(tmp_path / "new", old, KEY, number=9, created="2026-02-02T00:00:00Z")
+    assert renewed == replace(before, number=9, created="2026-02-02T00:00:00Z")
+    assert read_release(tmp_path / "new", PUBLIC)[0] == renewed
     for number in (3, 2):
         with pytest.raises(ReleaseError, match="expected above 3"):
             rewrite_release(tmp_path / "no", old, KEY, number=number, created="")
     with pytest.raises(ReleaseError, match="signature"):
         rewrite_release(tmp_path / "no", old, SigningKey.make(), number=9, created="")
     victim = old / FILES / before.files[0].sha256
-    whole = victim.read_bytes()
-    for damage in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+    content = victim.read_bytes()
+    for damage in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), None):
         victim.unlink() if damage is None else victim.write_bytes(damage)
         with pytest.raises(ReleaseError, match=before.files[0].name):
             rewrite_release(tmp_path / "no", old, KEY, number=9, created="")
@@ -173,16 +175,16 @@ def unchanged(board: ReleaseInstaller) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"unpacked": 100}, "unpacked"), ({"contents": "ab" * 32}, "not those of the release")]
+    ("changes", "message"), [({"unpacked": 100}, "unpacked"), ({"contents": "ab" * 32}, "not those of the release")]
 )
 def test_what_a_release_unpacks_to_is_what_it_says(
-    board: ReleaseInstaller, tmp_path: Path, changes: dict[str, Any], said: str
+    board: ReleaseInstaller, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = make_release(tmp_path / "two", 2)
     manifest = replace(Release.from_bytes((folder / MANIFEST).read_bytes()), **changes).to_bytes()
     (folder / MANIFEST).write_bytes(manifest)
     (folder / SIGNATURE).write_bytes(sign_manifest(manifest, KEY))
-    with pytest.raises(ReleaseError, match=said):
+    with pytest.raises(ReleaseError, match=message):
         board.stage(source(folder))
     assert unchanged(board)
 
@@ -190,9 +192,9 @@ def test_what_a_release_unpacks_to_is_what_it_says(
 def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pulled(
     board: ReleaseInstaller, tmp_path: Path
 ) -> None:
-    other = SigningKey.make()
-    folder = source(make_release(tmp_path / "two", 2, key=other))
-    updater = ReleaseInstaller(board.home.root, other.verifying_key)
+    other_key = SigningKey.make()
+    folder = source(make_release(tmp_path / "two", 2, key=other_key))
+    updater = ReleaseInstaller(board.home.root, other_key.verifying_key)
     for refuse in (updater.examine, updater.stage):
         with pytest.raises(ReleaseError, match=PUBLIC.fingerprint):
             refuse(folder)
@@ -201,7 +203,7 @@ def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pul
     (board.home.root / "server.pub").write_text("no key")
     with pytest.raises(ReleaseError, match="holds no key"):
         updater.examine(folder)
-    (board.home.root / "server.pub").write_text(other.verifying_key.hex)
+    (board.home.root / "server.pub").write_text(other_key.verifying_key.hex)
     updater.stage(folder)
 
 
@@ -227,13 +229,13 @@ def test_packages_of_the_board_are_never_hidden(board: ReleaseInstaller, tmp_pat
 def test_a_file_that_is_not_what_was_signed_is_refused(board: ReleaseInstaller, tmp_path: Path) -> None:
     folder = make_release(tmp_path / "two", 2)
     victim = next((folder / "files").iterdir())
-    whole = victim.read_bytes()
-    for damage in (whole[:-1], whole + b"x", bytes(len(whole)), None):
+    content = victim.read_bytes()
+    for damage in (content[:-1], content + b"x", bytes(len(content)), None):
         victim.unlink() if damage is None else victim.write_bytes(damage)
         with pytest.raises(ReleaseError, match=r"\.whl"):
             board.stage(source(folder))
         assert unchanged(board)
-    victim.write_bytes(whole)
+    victim.write_bytes(content)
     board.stage(source(folder))
     assert list((board.home.root / "incoming").iterdir()) == [], "wheels of a folder are unpacked from there"
 
@@ -273,13 +275,13 @@ def test_links_doubles_and_damage_are_refused(tmp_path: Path) -> None:
         (tmp_path / "n.whl").write_bytes(data)
         with pytest.raises(ReleaseError, match="is no wheel"):
             Wheel(tmp_path / "n.whl", "n.whl")
-    whole = make_wheel(tmp_path / "h.whl", {"a.py": os.urandom(1000)})
-    raw = bytearray(whole.read_bytes())
+    wheel = make_wheel(tmp_path / "h.whl", {"a.py": os.urandom(1000)})
+    raw = bytearray(wheel.read_bytes())
     raw[200] ^= 255
-    whole.write_bytes(raw)
+    wheel.write_bytes(raw)
     (tmp_path / "out").mkdir()
     with pytest.raises(ReleaseError, match="damaged"):
-        list(Wheel(whole, "h.whl").unpack(tmp_path / "out"))
+        list(Wheel(wheel, "h.whl").unpack(tmp_path / "out"))
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=20), max_size=6, unique=True))

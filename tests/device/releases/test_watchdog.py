@@ -31,8 +31,8 @@ def check_model(serving: Path) -> None:
 
 
 @pytest.fixture
-def board(installed: Callable[..., Path], tmp_path: Path) -> ReleaseInstaller:
-    updater = ReleaseInstaller(installed(), PUBLIC)
+def board(copy_board: Callable[..., Path], tmp_path: Path) -> ReleaseInstaller:
+    updater = ReleaseInstaller(copy_board(), PUBLIC)
     with power():
         updater.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
         updater.arm()
@@ -49,32 +49,32 @@ def outcome(home: SlotStore) -> UpdateOutcome | None:
 
 
 def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
-    now, told = [0.0], list[str]()
-    heart = Watchdog(tell=told.append, interval=20.0, clock=lambda: now[0])
+    now, texts = [0.0], list[str]()
+    heart = Watchdog(tell=texts.append, interval=20.0, clock=lambda: now[0])
     for _ in range(100):
         heart.turn()
         now[0] += 0.5
-    assert told[:2] == ["READY=1", "WATCHDOG=1"]
-    assert told.count("WATCHDOG=1") == 20, "four times within ten seconds, the watchdog's half"
+    assert texts[:2] == ["READY=1", "WATCHDOG=1"]
+    assert texts.count("WATCHDOG=1") == 20, "four times within ten seconds, the watchdog's half"
     now[0] += 1000
-    assert told.count("WATCHDOG=1") == 20, "a loop that hangs is not alive"
+    assert texts.count("WATCHDOG=1") == 20, "a loop that hangs is not alive"
     heart.stop()
-    assert told[-1] == "STOPPING=1"
+    assert texts[-1] == "STOPPING=1"
 
 
 def test_a_release_stays_a_turn_after_the_broker_was_reached(board: ReleaseInstaller) -> None:
     choose_slot(board.home)
     trial = trial_of(board)
     assert trial is not None
-    told: list[str] = []
-    heart = Watchdog(trial, tell=told.append, interval=1.0)
+    texts: list[str] = []
+    heart = Watchdog(trial, tell=texts.append, interval=1.0)
     heart.turn()
     heart.turn()
     heart.on_connect()
     assert outcome(board.home) is None, "the loop has yet to live through it"
     heart.turn()
     assert outcome(board.home) == UpdateOutcome(2, COMMITTED)
-    assert "STATUS=connected to the broker" in told
+    assert "STATUS=connected to the broker" in texts
     assert trial_of(board) is None
 
 
@@ -117,9 +117,9 @@ def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tm
 
 
 def test_a_package_that_comes_from_outside_the_release_fails_the_check(tmp_path: Path) -> None:
-    others = [name for name in REQUIRED_MODULES if name != "safetensors"]
+    package_names = [name for name in REQUIRED_MODULES if name != "safetensors"]
     with pytest.raises(RuntimeUnavailableError, match="safetensors"):
-        check_packages(tmp_path, others)
+        check_packages(tmp_path, package_names)
     (tmp_path / "safetensors").mkdir()
     (tmp_path / "safetensors" / "__init__.py").touch()
     code = (
@@ -127,7 +127,7 @@ def test_a_package_that_comes_from_outside_the_release_fails_the_check(tmp_path:
         "from fedprune_device.releases.release_trial import check_packages\n"
         "check_packages(Path(sys.argv[1]), sys.argv[2:])"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), *others], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), *package_names], check=True)
 
 
 def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) -> None:
@@ -138,6 +138,6 @@ def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) 
     trial = trial_of(board)
     with pytest.raises(RuntimeUnavailableError):
         trial.check(trial.check_packages)
-    found = outcome(board.home)
-    assert (found.version, found.result) == (3, ROLLED_BACK)
-    assert f"{OUTSIDE[0]} is not in the release" in found.reason
+    result = outcome(board.home)
+    assert (result.version, result.result) == (3, ROLLED_BACK)
+    assert f"{OUTSIDE[0]} is not in the release" in result.reason

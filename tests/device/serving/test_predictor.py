@@ -21,8 +21,8 @@ pytestmark = pytest.mark.board
 
 
 def test_predictions_are_those_of_the_weights_beside_the_graph(model: Path, weights: Tensors, data: LocalData) -> None:
-    wanted = data.x_train @ weights["w"].T + weights["b"]
-    np.testing.assert_allclose(Predictor(model).predict(data.x_train, batch=9), wanted, atol=1e-5)
+    expected = data.x_train @ weights["w"].T + weights["b"]
+    np.testing.assert_allclose(Predictor(model).predict(data.x_train, batch=9), expected, atol=1e-5)
 
 
 class _RefusesEmptyBatches:

@@ -43,9 +43,9 @@ class Board(HiddenBoard):
             raw = {p: (self.graphs / f"hidden_half_{p}.safetensors").read_bytes() for p in precisions}
             return {p: store.blobs.put(kit) for p, kit in {**raw, **broken}.items()}
 
-    def work(self, number: int, serve: str, kits: dict[str, Any], **other: Any) -> ServingRecord:
+    def work(self, number: int, serve: str, kits: dict[str, Any], **fields: Any) -> ServingRecord:
         weights = hidden_weights(HIDDEN // 2, seed=number)
-        offer = self.offer(number, RECIPE, weights, graph="kept", lowered=kits or None, **other)
+        offer = self.offer(number, RECIPE, weights, graph="kept", lowered=kits or None, **fields)
         with DeviceStore(self.root) as store:
             bench = RoundRunner(
                 DEVICE, store.blobs, store.slots, self.data, states=store.local_states, lowering=ReducedPrecision(serve)
@@ -67,38 +67,38 @@ def board(tmp_path: Path, graphs: Path, data: LocalData) -> Board:
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_every_round_prepares_its_own_weights(board: Board, precision: str) -> None:
     kits = board.kits("float16", "int8")
-    seen = set()
+    digests = set()
     for number in (1, 2, 3):
         record = board.work(number, precision, kits)
         assert (record.round, record.precision) == (number, precision)
-        held = {p.name for p in board.slot(record).iterdir()}
-        assert held == {"inference.onnx", "weights.safetensors", *served_files(precision)}
-        left = {p.name for p in (board.root / "serving" / "next").iterdir()}
-        assert not left & {n for p in PRECISIONS for n in files_of(p)}
+        file_names = {p.name for p in board.slot(record).iterdir()}
+        assert file_names == {"inference.onnx", "weights.safetensors", *served_files(precision)}
+        leftover_names = {p.name for p in (board.root / "serving" / "next").iterdir()}
+        assert not leftover_names & {n for p in PRECISIONS for n in files_of(p)}
         with DeviceStore(board.root) as store:
             predictor, opened = store.slots.open()
         expected = logits(tensorfile.load_tensors(board.slot(record) / "weights.safetensors"), board.data.x_test)
-        found = predictor.predict(board.data.x_test)
+        outputs = predictor.predict(board.data.x_test)
         assert opened == record
-        assert 0 < np.abs(found - expected).max() < BOUNDS[precision] * np.abs(expected).max()
-        seen.add(record.files[served_files(precision)[1]])
-    assert len(seen) == 3
+        assert 0 < np.abs(outputs - expected).max() < BOUNDS[precision] * np.abs(expected).max()
+        digests.add(record.files[served_files(precision)[1]])
+    assert len(digests) == 3
 
 
 def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None:
-    class Heard:
+    class InputRecorder:
         def predict(self, x: Array, _: int) -> Array:
             self.x = x
             return np.zeros((len(x), CLASSES), np.float32)
 
-    whole: Any = Heard()
+    recorder: Any = InputRecorder()
     apart = replace(data, x_val=data.x_train[:7] + 1, y_val=data.y_train[:7])
-    PrecisionCheck(whole, apart, RECIPE, Targets("cross_entropy", CLASSES))
-    np.testing.assert_array_equal(whole.x, apart.x_val)
+    PrecisionCheck(recorder, apart, RECIPE, Targets("cross_entropy", CLASSES))
+    np.testing.assert_array_equal(recorder.x, apart.x_val)
     PrecisionCheck(
-        whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, Targets("cross_entropy", CLASSES)
+        recorder, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, Targets("cross_entropy", CLASSES)
     )
-    np.testing.assert_array_equal(whole.x, data.x_train[:512])
+    np.testing.assert_array_equal(recorder.x, data.x_train[:512])
 
 
 @pytest.mark.parametrize(
@@ -182,13 +182,13 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
     server = MemoryServer(tmp_path / "server", graphs, hidden_weights(HIDDEN // 2))
     put = server.blobs.put
     kits = {p: put((graphs / f"hidden_half_{p}.safetensors").read_bytes()) for p in ("float16", "int8")}
-    other: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "training": put((graphs / "kept.onnx").read_bytes()),
         "inference": put((graphs / "hidden_half.onnx").read_bytes()),
         "widths": (HIDDEN // 2,),
         "lowered": kits,
     }
-    server.plan = [server.offer(n, RECIPE, **other) for n in (1, 2)]
+    server.plan = [server.offer(n, RECIPE, **fields) for n in (1, 2)]
     with DeviceStore(tmp_path / "state") as store:
         agent = agent_on(store, MemoryLink(server), data, precision=serve)
         late = threading.Timer(60, agent.stop)
@@ -198,8 +198,8 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
         late.cancel()
         record = store.slots.current()
     assert (record.round, record.precision) == (2, serve)
-    asked = {m.sha256 for m in server.seen if isinstance(m, BlobRequest)}
-    assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
+    requested = {m.sha256 for m in server.seen if isinstance(m, BlobRequest)}
+    assert requested & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)

@@ -41,7 +41,7 @@ PLAIN = Recipe(epochs=1, batch_size=16)
 AVERAGE = Recipe(epochs=1, batch_size=16, average=DECAY)
 
 
-def trained(board: HiddenBoard, number: int, weights: Tensors) -> Tensors:
+def train_plainly(board: HiddenBoard, number: int, weights: Tensors) -> Tensors:
     """What plain training makes of them in a round."""
     trainer = Trainer(board.graphs / "kept.onnx")
     result = trainer.train(
@@ -54,22 +54,22 @@ def mean(old: Tensors, new: Tensors) -> Tensors:
     return {n: np.float32(DECAY) * old[n] + np.float32(1 - DECAY) * new[n] for n in new}
 
 
-def equal(one: Tensors, other: Tensors) -> bool:
-    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+def equal(tensors: Tensors, expected: Tensors) -> bool:
+    return list(tensors) == list(expected) and all(tensors[n].tobytes() == expected[n].tobytes() for n in tensors)
 
 
 # -- the moving average -----------------------------------------------------------------------------------------------
 
 
 def test_the_average_of_all_rounds_serves_and_the_update_is_what_was_trained(board: HiddenBoard) -> None:
-    wanted: Tensors = {}
+    expected: Tensors = {}
     for number in (1, 2, 4):
         weights = hidden_weights(seed=number)
         update, sent, serves = board.carry_out(board.offer(number, AVERAGE, weights, graph="kept"))
-        new = trained(board, number, weights)
-        wanted = mean(wanted, new) if wanted else new
+        new = train_plainly(board, number, weights)
+        expected = mean(expected, new) if expected else new
         assert equal(sent, new)
-        assert equal(serves, wanted)
+        assert equal(serves, expected)
         x, y = board.data.x_test, board.data.y_test
         assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
         assert update.metrics["accuracy_after"] == np.mean(logits(new, x).argmax(1) == y)
@@ -88,34 +88,34 @@ def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
         weights = hidden_weights(seed=number)
         update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
         plain, same, _ = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="kept"))
-        kept, alone = (
+        record, record_without = (
             max(
                 (LocalState.from_bytes(raw) for raw in FolderStateStore(b.root / "own").read().values()),
                 key=lambda o: o.round,
             )
             for b in (board, without)
         )
-        new = trained(board, number, weights)
+        new = train_plainly(board, number, weights)
         average = mean(average, new) if average else new
-        wanted = {n: np.float32(1 - blend) * average[n] + np.float32(blend) * v for n, v in weights.items()}
+        expected = {n: np.float32(1 - blend) * average[n] + np.float32(blend) * v for n, v in weights.items()}
         if calibrate:
-            wanted |= measured_statistics(wanted, board.data.x_train, 16)
+            expected |= measured_statistics(expected, board.data.x_train, 16)
         assert equal(sent, same)
-        assert kept.to_bytes() == alone.to_bytes()
-        assert equal(kept.average, average)
+        assert record.to_bytes() == record_without.to_bytes()
+        assert equal(record.average, average)
         for name, value in serves.items():
-            np.testing.assert_allclose(value, wanted[name], rtol=2e-6, atol=2e-6)
+            np.testing.assert_allclose(value, expected[name], rtol=2e-6, atol=2e-6)
         assert all(update.metrics[n] == plain.metrics[n] for n in ("loss_before", "loss_after"))
         assert update.metrics["loss_average"] != plain.metrics["loss_average"]
 
 
 @pytest.mark.parametrize(
-    "other", [{"job": "another"}, {"seed": 8}, {"architecture": "e" * 64}, {"selection": "e" * 64}]
+    "changes", [{"job": "another"}, {"seed": 8}, {"architecture": "e" * 64}, {"selection": "e" * 64}]
 )
-def test_the_average_of_something_else_is_none(board: HiddenBoard, other: dict[str, Any]) -> None:
+def test_the_average_of_something_else_is_none(board: HiddenBoard, changes: dict[str, Any]) -> None:
     board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
     _, sent, serves = board.carry_out(
-        board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept", ranking=None, **other)
+        board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept", ranking=None, **changes)
     )
     assert equal(serves, sent)
 
@@ -124,12 +124,12 @@ def test_the_average_of_something_else_is_none(board: HiddenBoard, other: dict[s
 def test_at_another_width_what_both_have_is_carried_over(board: HiddenBoard, first: int, second: int) -> None:
     old = board.carry_out(board.offer(1, AVERAGE, hidden_weights(first, 1), graph="kept"))[2]
     _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(second, 2), graph="kept"))
-    both, at = HIDDEN // 2, {"w2": (slice(None), slice(None, HIDDEN // 2)), "b2": (slice(None),)}
+    both, regions = HIDDEN // 2, {"w2": (slice(None), slice(None, HIDDEN // 2)), "b2": (slice(None),)}
     for name, value in serves.items():
-        part = at.get(name, (slice(None, both),))
-        wanted = sent[name].copy()
-        wanted[part] = np.float32(DECAY) * old[name][part] + np.float32(1 - DECAY) * sent[name][part]
-        np.testing.assert_array_equal(value, wanted)
+        region = regions.get(name, (slice(None, both),))
+        expected = sent[name].copy()
+        expected[region] = np.float32(DECAY) * old[name][region] + np.float32(1 - DECAY) * sent[name][region]
+        np.testing.assert_array_equal(value, expected)
 
 
 def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_begins_anew() -> None:
@@ -137,9 +137,9 @@ def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_beg
     offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (2,), 3, ref, ref, ref, {}, None, "c" * 64)  # type: ignore[arg-type]
     base = LocalState("j", 1, "a" * 64, "e" * 64, "c" * 64, (4,), 1, average={"w": np.float32([4, 4, 4, 4])})
     new = {"w": np.float32([8, 8])}
-    for parts, wanted in ((((0, 4),), [6, 6]), (((0, 2), (2, 2)), [8, 8])):
-        axes = TensorAxes((4,), {"w": (Axis(tuple(Segment(0, *part, 1) for part in parts)),)})
-        np.testing.assert_array_equal(updated_average(base, offer, new, 0.5, axes=axes)["w"], wanted)
+    for ranges, expected in ((((0, 4),), [6, 6]), (((0, 2), (2, 2)), [8, 8])):
+        axes = TensorAxes((4,), {"w": (Axis(tuple(Segment(0, *channel_range, 1) for channel_range in ranges)),)})
+        np.testing.assert_array_equal(updated_average(base, offer, new, 0.5, axes=axes)["w"], expected)
 
 
 def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> None:
@@ -163,8 +163,8 @@ def record(number: int, fill: float = 1.0) -> LocalState:
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=4))
 def test_damage_is_noticed_or_changes_nothing(at: int, junk: bytes) -> None:
     """A header's padding and the order of its keys mean nothing."""
-    whole = record(3)
-    raw = bytearray(whole.to_bytes())
+    state = record(3)
+    raw = bytearray(state.to_bytes())
     at %= len(raw)
     raw[at : at + len(junk)] = junk
     try:
@@ -172,7 +172,7 @@ def test_damage_is_noticed_or_changes_nothing(at: int, junk: bytes) -> None:
     except StorageError as error:
         assert "damaged" in error.what  # noqa: PT017 - either this or nothing
         return
-    assert read.to_bytes() == whole.to_bytes()
+    assert read.to_bytes() == state.to_bytes()
 
 
 def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board: HiddenBoard) -> None:
@@ -181,46 +181,48 @@ def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board:
     with DeviceStore(board.root) as store:
         store.accept(first)
     board.carry_out(first)
-    same, other = (board.offer(2, AVERAGE, hidden_weights(seed=1), graph="kept", **c) for c in ({}, {"seed": 99}))
+    same_run, other_run = (
+        board.offer(2, AVERAGE, hidden_weights(seed=1), graph="kept", **c) for c in ({}, {"seed": 99})
+    )
     with DeviceStore(board.root) as store:
-        assert store.reclaimable_bytes(other) > store.reclaimable_bytes(same)
-        store.accept(same)
+        assert store.reclaimable_bytes(other_run) > store.reclaimable_bytes(same_run)
+        store.accept(same_run)
         assert store.local_states.read()
     with DeviceStore(board.root) as store:
-        store.accept(other)
+        store.accept(other_run)
         assert not store.local_states.read()
 
 
 def test_a_death_at_any_write_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
-    def begun(name: str) -> Path:
-        own = FolderStateStore(tmp_path / name)
-        own.prepare()
-        own.switch_to_job("one")
+    def begin_job(name: str) -> Path:
+        states = FolderStateStore(tmp_path / name)
+        states.prepare()
+        states.switch_to_job("one")
         for record, beside in ((b"first", None), (b"second", "a")):
-            own.stage(record)
-            own.commit(beside)
+            states.stage(record)
+            states.commit(beside)
         return tmp_path / name
 
     def turn(root: Path) -> None:
-        own = FolderStateStore(root)
-        own.switch_to_job("two", "one")
-        own.stage(b"third")
-        own.commit(None)
-        own.switch_to_job("one")
+        states = FolderStateStore(root)
+        states.switch_to_job("two", "one")
+        states.stage(b"third")
+        states.commit(None)
+        states.switch_to_job("one")
 
-    root = begun("dry")
+    root = begin_job("dry")
     with fault(0, None) as writes:
         turn(root)
-    own = FolderStateStore(root)
-    own.switch_to_job("two")
-    assert own.read() == {"a": b"third"}
+    states = FolderStateStore(root)
+    states.switch_to_job("two")
+    assert states.read() == {"a": b"third"}
     for at in range(1, writes[0] + 1):
-        root = begun(str(at))
+        root = begin_job(str(at))
         with fault(at, Crash()), pytest.raises(Crash):
             turn(root)
-        own = FolderStateStore(root)
-        own.switch_to_job("one")
-        assert own.read() == {"a": b"first", "b": b"second"}
+        states = FolderStateStore(root)
+        states.switch_to_job("one")
+        assert states.read() == {"a": b"first", "b": b"second"}
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -243,10 +245,10 @@ def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
         board, offer = begin(str(at))
         with fault(at, Crash()), pytest.raises(Crash):
             board.carry_out(offer)
-        again = board.carry_out(offer)
-        assert equal(again[1], sent)
-        assert equal(again[2], serves)
-        assert again[0].metrics["accuracy_average"] == update.metrics["accuracy_average"]
+        repeated = board.carry_out(offer)
+        assert equal(repeated[1], sent)
+        assert equal(repeated[2], serves)
+        assert repeated[0].metrics["accuracy_average"] == update.metrics["accuracy_average"]
 
 
 # -- personal tensors -------------------------------------------------------------------------------------------------
@@ -254,16 +256,16 @@ def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
 
 def test_personal_tensors_stay_and_the_rest_is_the_servers(board: HiddenBoard) -> None:
     recipe = Recipe(epochs=1, batch_size=16, personal=("w2", "b2", "mean", "var"))
-    own: Tensors = {}
+    personal: Tensors = {}
     for number in (1, 2):
         weights = hidden_weights(seed=number)
-        began = weights | own
+        began = weights | personal
         update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
-        new = trained(board, number, began)
+        new = train_plainly(board, number, began)
         assert list(sent) == ["w1", "gamma", "beta"]
         assert equal(sent, {n: new[n] for n in sent})
         assert equal(serves, new)
-        own = {n: new[n] for n in ("w2", "b2", "mean", "var")}
+        personal = {n: new[n] for n in ("w2", "b2", "mean", "var")}
         x, y = board.data.x_test, board.data.y_test
         assert update.metrics["accuracy_before"] == np.mean(logits(began, x).argmax(1) == y)
 
@@ -274,7 +276,7 @@ def test_a_board_that_shares_nothing_sends_an_empty_file(board: HiddenBoard) -> 
     _, _, second = board.carry_out(board.offer(2, recipe, hidden_weights(seed=2), graph="kept"))
     assert sent == {}
     assert update.weights.size == 64
-    assert equal(second, trained(board, 2, first))
+    assert equal(second, train_plainly(board, 2, first))
 
 
 # -- statistics of the board's own samples ----------------------------------------------------------------------------
@@ -283,18 +285,18 @@ def test_a_board_that_shares_nothing_sends_an_empty_file(board: HiddenBoard) -> 
 @pytest.mark.parametrize("average", [0.0, DECAY])
 def test_what_is_evaluated_served_and_sent_is_calibrated(board: HiddenBoard, average: float) -> None:
     recipe = Recipe(epochs=1, batch_size=16, average=average, calibrate=True)
-    weights, wanted = hidden_weights(seed=1), Tensors()
+    weights, expected = hidden_weights(seed=1), Tensors()
     for number in (1, 2):
         update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
-        new = trained(board, number, weights)
-        wanted = mean(wanted, new) if wanted and average else new
-        for got, of in ((serves, wanted), (sent, new)):
-            statistics = measured_statistics(of, board.data.x_train, 16)
+        new = train_plainly(board, number, weights)
+        expected = mean(expected, new) if expected and average else new
+        for got, source in ((serves, expected), (sent, new)):
+            statistics = measured_statistics(source, board.data.x_train, 16)
             for name, value in got.items():
-                np.testing.assert_allclose(value, statistics.get(name, of[name]), rtol=2e-6, atol=2e-6)
-                assert name in statistics or np.array_equal(value, of[name])
+                np.testing.assert_allclose(value, statistics.get(name, source[name]), rtol=2e-6, atol=2e-6)
+                assert name in statistics or np.array_equal(value, source[name])
         x, y = board.data.x_test, board.data.y_test
-        for when, tensors in (("before", weights), ("after", new), ("average", wanted)):
+        for when, tensors in (("before", weights), ("after", new), ("average", expected)):
             if when == "average" and not average:
                 continue
             fresh = {n: v.astype(np.float32) for n, v in measured_statistics(tensors, board.data.x_train, 16).items()}

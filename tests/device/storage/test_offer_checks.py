@@ -37,7 +37,7 @@ def test_the_state_of_the_optimizer_counts(
     with DeviceStore(tmp_path / "state") as store:
 
         def check(memory: int) -> None:
-            profile: Any = SimpleNamespace(storage=SimpleNamespace(budget_bytes=10**9), training_bytes=memory)
+            profile: Any = SimpleNamespace(storage=SimpleNamespace(budget_bytes=10**9), training_memory_bytes=memory)
             check_offer(offer, store, profile)
 
         check(copies * offer.weights.size)

@@ -42,7 +42,7 @@ class Life:
         self.store = DeviceStore(self.root, clock=lambda: 0.0)
         return self.store
 
-    def is_live(self, watch: Callable[[DeviceStore], object] = lambda _: None) -> None:
+    def run(self, watch: Callable[[DeviceStore], object] = lambda _: None) -> None:
         store = self.open()
         watch(store)
         for step in self.steps():
@@ -64,7 +64,7 @@ class Life:
                 lambda s: s.blobs.put(self.graph),
                 lambda s, n=n: s.slots.stage(s.blobs.path(BlobRef.of(self.graph).sha256), weights_of(10 + n)),
                 lambda s, n=n: s.slots.install(self.record(n)),
-                lambda s, n=n: (s.blobs.put(weights_of(10 + n)), s.keep(self.update(n))),
+                lambda s, n=n: (s.blobs.put(weights_of(10 + n)), s.keep_update(self.update(n))),
                 lambda s: s.finish_offer(),
                 lambda s: s.forget_update(),
             ]
@@ -103,30 +103,30 @@ def fails_for_room(step: Callable[[DeviceStore], object], store: DeviceStore) ->
     return False
 
 
-def undisturbed(root: Path, graphs: Path) -> tuple[list[Snapshot], int]:
+def run_undisturbed(root: Path, graphs: Path) -> tuple[list[Snapshot], int]:
     life = Life(root, graphs)
     states: list[Snapshot] = []
     with fault(0, None) as count:
-        life.is_live(lambda s: states.append(snapshot(s)))
+        life.run(lambda s: states.append(snapshot(s)))
     life.close()
     return states, count[0]
 
 
 def test_a_death_at_any_write_leaves_the_state_before_or_after_it(tmp_path: Path, graphs: Path) -> None:
-    states, writes = undisturbed(tmp_path / "dry", graphs)
+    states, writes = run_undisturbed(tmp_path / "dry", graphs)
     assert writes > 60
     for at in range(1, writes + 1):
         life = Life(tmp_path / str(at), graphs)
         with fault(at, Crash()), pytest.raises(Crash):
-            life.is_live()
+            life.run()
         life.close()
         done = life.done
-        with DeviceStore(life.root) as again:
-            assert snapshot(again) in (states[done], states[done + 1]), (at, done)
+        with DeviceStore(life.root) as reopened:
+            assert snapshot(reopened) in (states[done], states[done + 1]), (at, done)
 
 
 def test_a_full_disk_at_any_write_loses_nothing_and_the_write_can_be_repeated(tmp_path: Path, graphs: Path) -> None:
-    states, writes = undisturbed(tmp_path / "dry", graphs)
+    states, writes = run_undisturbed(tmp_path / "dry", graphs)
     for at in range(1, writes + 1):
         life = Life(tmp_path / str(at), graphs)
         store = life.open()
@@ -145,7 +145,7 @@ def test_a_round_costs_a_card_few_syncs_however_large_its_model_is(tmp_path: Pat
     """What `docs/update-the-fleet.md` says of wear; every sync is at least one erased block somewhere."""
     life = Life(tmp_path, graphs)
     with power() as supply:
-        life.is_live()
+        life.run()
     life.close()
     assert supply.names.count("fsync") <= 2 * MOST_SYNCS
 
@@ -187,8 +187,8 @@ def test_a_damaged_file_costs_only_what_it_says(tmp_path: Path, graphs: Path, na
     before = snapshot(store)
     life.close()
     (tmp_path / name).write_bytes(damage)
-    with DeviceStore(tmp_path) as again:
-        after = snapshot(again)
+    with DeviceStore(tmp_path) as reopened:
+        after = snapshot(reopened)
     lost = ["session.json", "offer.json", "pending.json", "serving/serving.json"].index(name)
     assert after[lost] in (None, 0)
     assert [v for i, v in enumerate(after) if i != lost] == [v for i, v in enumerate(before) if i != lost]
@@ -212,10 +212,10 @@ def test_a_pending_update_without_its_weights_is_given_up_for_its_offer(tmp_path
         step(store)
     store.blobs.path(life.update(1).weights.sha256).write_bytes(b"rot")
     life.close()
-    with DeviceStore(tmp_path) as again:
-        assert again.pending is None
-        assert not again.task.done
-        assert not again.blobs.has(life.update(1).weights.sha256)
+    with DeviceStore(tmp_path) as reopened:
+        assert reopened.pending is None
+        assert not reopened.task.done
+        assert not reopened.blobs.has(life.update(1).weights.sha256)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_a_pending_update_without_its_weights_is_given_up_for_its_offer(tmp_path
     [((0.0, 0.0, 0.0), (1, 2, 3)), ((5.0, 5.0, 2.0), (5000, 5001, 5002)), ((5.0, 7.5, 9.0), (5000, 7500, 9000))],
 )
 def test_session_numbers_grow_over_restarts(tmp_path: Path, times: tuple[float, ...], numbers: tuple[int, ...]) -> None:
-    given = []
+    sessions = []
     for now in times:
         with DeviceStore(tmp_path, clock=lambda now=now: now) as store:
-            given.append(store.next_session())
-    assert tuple(given) == numbers
+            sessions.append(store.next_session())
+    assert tuple(sessions) == numbers

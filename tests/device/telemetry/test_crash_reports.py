@@ -37,10 +37,10 @@ class Wire:
     """A connection whose other end is the test."""
 
     def __init__(self) -> None:
-        self.titled_value: list[Any] = []
+        self.messages: list[Any] = []
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        self.titled_value.append(parse_message(payload))
+        self.messages.append(parse_message(payload))
         return True
 
 
@@ -55,18 +55,18 @@ class Wire:
     ],
 )
 def test_what_is_the_owners_alone_does_not_leave_the_board(text: str, secret: str) -> None:
-    told = redact(text, 500)
-    assert secret not in told
-    assert told.split()[0] == text.split()[0]
+    line = redact(text, 500)
+    assert secret not in line
+    assert line.split()[0] == text.split()[0]
 
 
 @given(st.text(), st.integers(10, 200))
 @settings(max_examples=100, deadline=None)
 def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> None:
-    told = redact(text, limit)
-    assert len(told) <= limit
-    assert told.isprintable()
-    CrashReport("pi", 1, 1, "error", told, (), "fedprune", "")
+    line = redact(text, limit)
+    assert len(line) <= limit
+    assert line.isprintable()
+    CrashReport("pi", 1, 1, "error", line, (), "fedprune", "")
 
 
 def test_modules_of_others_are_not_named() -> None:
@@ -126,7 +126,7 @@ def test_a_thread_that_dies_is_reported(tmp_path: Path) -> None:
     assert (body["cause"], body["text"]) == ("thread", "ValueError: in a thread")
 
 
-def ended(folder: Path, how: str, boot: str = "b") -> dict[str, Any] | None:
+def report_after(folder: Path, how: str, boot: str = "b") -> dict[str, Any] | None:
     """What the next run, of the boot `b`, knows of one that ended so."""
     script = (
         "import os, signal, sys\nfrom pathlib import Path\n"
@@ -140,17 +140,17 @@ def ended(folder: Path, how: str, boot: str = "b") -> dict[str, Any] | None:
 
 
 def test_a_fault_in_native_code_is_reported_at_the_next_start(tmp_path: Path) -> None:
-    body = ended(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
+    body = report_after(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
     assert (body["cause"], body["text"]) == ("signal", "Segmentation fault")
     CrashReport("pi", **body)
 
 
 def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> None:
     killed = "os.kill(os.getpid(), signal.SIGKILL)"
-    body = ended(tmp_path, killed)
+    body = report_after(tmp_path, killed)
     assert body["cause"] == "killed"
     CrashReports(tmp_path).delete_report()
-    assert ended(tmp_path, killed, boot="before the power came back") is None
+    assert report_after(tmp_path, killed, boot="before the power came back") is None
 
 
 def test_a_crash_is_told_after_a_birth_and_until_the_server_has_it(tmp_path: Path) -> None:
@@ -158,21 +158,21 @@ def test_a_crash_is_told_after_a_birth_and_until_the_server_has_it(tmp_path: Pat
     crash(tmp_path, ValueError("no" * MAX_CRASH_TEXT))
     reporter = CrashReporter(BoardConnection(wire, MessageChannel("pi", "lab")), CrashReports(tmp_path, time), time)
     reporter.turn()
-    assert wire.titled_value == []
+    assert wire.messages == []
     reporter.on_birth()
     reporter.turn()
     reporter.turn()
     time.now += 61
     reporter.turn()
-    first, again = wire.titled_value
-    assert first == again
+    first, second = wire.messages
+    assert first == second
     reporter.on_disconnect()
     time.now += 61
     reporter.turn()
-    assert len(wire.titled_value) == 2
+    assert len(wire.messages) == 2
     reporter.on_birth()
     reporter.on_stored(CrashStored(first.number))
     for _ in range(5):
         reporter.turn()
         time.now += 61
-    assert len(wire.titled_value) == 2
+    assert len(wire.messages) == 2

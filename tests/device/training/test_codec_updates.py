@@ -42,8 +42,8 @@ def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalSt
         raw = store.blobs.read(update.weights.sha256)
         record = store.slots.current()
         serves = tensorfile.load_tensors(board.root / "serving" / record.slot / "weights.safetensors")
-        kept = [LocalState.from_bytes(r) for r in store.local_states.read().values()]
-    return raw, serves, max(kept, key=lambda own: own.round, default=None)
+        records = [LocalState.from_bytes(r) for r in store.local_states.read().values()]
+    return raw, serves, max(records, key=lambda state: state.round, default=None)
 
 
 def read(raw: bytes, text: str, sent: Tensors) -> Tensors:
@@ -57,16 +57,16 @@ def test_an_update_is_encoded_as_offered_and_what_was_trained_serves(board: Hidd
     sent = hidden_weights(seed=1)
     plain, serves, _ = carry_out(board, board.offer(1, PLAIN, sent, graph="kept"))
     trained = tensorfile.decode(plain)
-    raw, serves_coded, own = carry_out(board, board.offer(1, PLAIN, sent, graph="kept", codec=text))
+    raw, serves_coded, state = carry_out(board, board.offer(1, PLAIN, sent, graph="kept", codec=text))
     assert is_packed(raw)
-    found = read(raw, text, sent)
-    assert set(found) == set(trained)
+    decoded = read(raw, text, sent)
+    assert set(decoded) == set(trained)
     for name, value in trained.items():
         assert serves_coded[name].tobytes() == serves[name].tobytes() == value.tobytes()
         if name in STATISTICS:
-            assert found[name] == pytest.approx(value, rel=2.0**-11 if text == "int4" else 0)
+            assert decoded[name] == pytest.approx(value, rel=2.0**-11 if text == "int4" else 0)
         else:
-            assert found[name] + own.residual.get(name, 0) == pytest.approx(value, abs=1e-6)
+            assert decoded[name] + state.residual.get(name, 0) == pytest.approx(value, abs=1e-6)
 
 
 def test_what_is_left_out_is_sent_with_the_next_update(board: HiddenBoard) -> None:
@@ -74,16 +74,16 @@ def test_what_is_left_out_is_sent_with_the_next_update(board: HiddenBoard) -> No
     offers = [board.offer(n, PLAIN, w, graph="kept", codec="int8") for n, w in ((1, one), (2, two))]
     _, _, first = carry_out(board, offers[0])
     raw, serves, second = carry_out(board, offers[1])
-    found = read(raw, "int8", two)
+    decoded = read(raw, "int8", two)
     for name in second.residual:
         assert np.abs(first.residual[name]).max() > 0
-        assert found[name] + second.residual[name] == pytest.approx(serves[name] + first.residual[name], abs=1e-6)
+        assert decoded[name] + second.residual[name] == pytest.approx(serves[name] + first.residual[name], abs=1e-6)
 
 
 def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) -> None:
     carry_out(board, board.offer(1, PLAIN, hidden_weights(seed=1), graph="kept", codec="top-k:0.25"))
-    again = board.offer(2, PLAIN, hidden_weights(seed=2), graph="kept", codec="top-k:0.25")
-    assert carry_out(board, again)[0] == carry_out(board, structs.replace(again, attempt=1))[0]
+    second_offer = board.offer(2, PLAIN, hidden_weights(seed=2), graph="kept", codec="top-k:0.25")
+    assert carry_out(board, second_offer)[0] == carry_out(board, structs.replace(second_offer, attempt=1))[0]
 
 
 def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard) -> None:
@@ -93,80 +93,82 @@ def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard)
     masked = apply_mask(mask, sent)
     recipe = replace(PLAIN, mask="hard")
     offer = board.offer(1, recipe, masked, graph="masked", mask=mask, codec="int8")
-    raw, serves, own = carry_out(board, offer)
-    found = unpack_active(mask, read(raw, "int8", pack_active(mask, masked)))
+    raw, serves, state = carry_out(board, offer)
+    decoded = unpack_active(mask, read(raw, "int8", pack_active(mask, masked)))
     for name in set(sent) - STATISTICS:
-        assert found[name] + own.residual[name] == pytest.approx(serves[name], abs=1e-6)
+        assert decoded[name] + state.residual[name] == pytest.approx(serves[name], abs=1e-6)
     for name, active in mask.items():
-        assert not own.residual[name][~active].any()
+        assert not state.residual[name][~active].any()
 
 
 BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])
 NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])
-WHOLE = {n: v for n, v in hidden_weights(seed=3).items() if n in ARCHITECTURE.by_name}
+ALL_CHANNELS = {n: v for n, v in hidden_weights(seed=3).items() if n in ARCHITECTURE.by_name}
 
 
 def own(selection: Selection = BEFORE) -> LocalState:
     place = (selection.digest, "c" * 64, selection.widths, 1)
-    return LocalState("job", 7, "a" * 64, *place, residual=selection.gather(WHOLE))
+    return LocalState("job", 7, "a" * 64, *place, residual=selection.gather(ALL_CHANNELS))
 
 
-def offered(board: HiddenBoard, **other: Any) -> tuple[Offer, Callable[[BlobRef], bytes]]:
+def relocating_offer(board: HiddenBoard, **fields: Any) -> tuple[Offer, Callable[[BlobRef], bytes]]:
     """An offer of another selection that says how channels have moved."""
     with DeviceStore(board.root) as store:
-        moved = store.blobs.put(relocation(BEFORE, NOW))
-    values = {"moved": moved, "moved_from": BEFORE.digest, "selection": NOW.digest, "codec": "int8", **other}
+        relocation_ref = store.blobs.put(relocation(BEFORE, NOW))
+    values = {"moved": relocation_ref, "moved_from": BEFORE.digest, "selection": NOW.digest, "codec": "int8", **fields}
     offer = board.offer(2, PLAIN, hidden_weights(), graph="kept", **values)
     return offer, lambda ref: BlobStore(board.root / "blobs").read(ref.sha256)
 
 
 def test_channels_that_have_moved_keep_what_was_left_out(board: HiddenBoard) -> None:
-    found = carried_arrays(own().residual, own(), *placed(offered(board)))
-    wanted = NOW.gather(WHOLE)
-    assert set(found) == set(wanted)
+    residual = carried_arrays(own().residual, own(), *with_selection(relocating_offer(board)))
+    expected = NOW.gather(ALL_CHANNELS)
+    assert set(residual) == set(expected)
     for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
-        new, old = np.moveaxis(found[name], axis, 0), np.moveaxis(wanted[name], axis, 0)
+        new, old = np.moveaxis(residual[name], axis, 0), np.moveaxis(expected[name], axis, 0)
         assert new[[0, 2, 3]].tobytes() == old[[0, 2, 3]].tobytes()
         assert not new[1].any()  # channel 5 wasn't there
 
 
-def placed(made: tuple[Offer, Callable[[BlobRef], bytes]]) -> tuple[Offer, Tensors, Callable[[BlobRef], bytes]]:
-    return made[0], NOW.gather(WHOLE), made[1]
+def with_selection(
+    offer: tuple[Offer, Callable[[BlobRef], bytes]],
+) -> tuple[Offer, Tensors, Callable[[BlobRef], bytes]]:
+    return offer[0], NOW.gather(ALL_CHANNELS), offer[1]
 
 
 # -- weights that come encoded ----------------------------------------------------------------------------------------
 
 
-def coded(board: HiddenBoard, text: str, held: Tensors | None, **other: Any) -> tuple[Offer, Tensors]:
+def coded_offer(board: HiddenBoard, text: str, base_weights: Tensors | None, **fields: Any) -> tuple[Offer, Tensors]:
     """An offer whose weights are not there, but what they can be decoded from; and these weights."""
     codec = Codec.parse(text)
     assert codec is not None
     new = hidden_weights(seed=4)
-    raw = weights.encode(codec, new, held, set(new) - STATISTICS)
-    there = weights.decode(codec, raw, held, 10**6)
-    offer = board.offer(2, PLAIN, there, graph="kept", weights_codec=text)
+    raw = weights.encode(codec, new, base_weights, set(new) - STATISTICS)
+    decoded = weights.decode(codec, raw, base_weights, 10**6)
+    offer = board.offer(2, PLAIN, decoded, graph="kept", weights_codec=text)
     with DeviceStore(board.root) as store:
         store.blobs.delete(offer.weights.sha256)
-        base = None if held is None else store.blobs.put(tensorfile.encode(held)).sha256
-        return structs.replace(offer, coded=store.blobs.put(other.get("raw", raw)), held=base), there
+        base_digest = None if base_weights is None else store.blobs.put(tensorfile.encode(base_weights)).sha256
+        return structs.replace(offer, coded=store.blobs.put(fields.get("raw", raw)), held=base_digest), decoded
 
 
 @pytest.mark.parametrize(("text", "based"), [("int8", False), ("int8", True), ("int4", True)])
 def test_training_goes_on_from_weights_that_were_decoded(board: HiddenBoard, text: str, based: bool) -> None:
-    offer, there = coded(board, text, hidden_weights(seed=3) if based else None)
+    offer, there = coded_offer(board, text, hidden_weights(seed=3) if based else None)
     update = tensorfile.decode(carry_out(board, offer)[0])
     plain = board.offer(2, PLAIN, there, graph="kept")
     assert plain.weights == offer.weights
-    again = tensorfile.decode(carry_out(board, plain)[0])
-    assert {n: v.tobytes() for n, v in update.items()} == {n: v.tobytes() for n, v in again.items()}
+    undecoded = tensorfile.decode(carry_out(board, plain)[0])
+    assert {n: v.tobytes() for n, v in update.items()} == {n: v.tobytes() for n, v in undecoded.items()}
 
 
 def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: HiddenBoard) -> None:
-    held = hidden_weights(seed=3)
-    right, _ = coded(board, "int8", held)
-    other = weights.encode(Codec("int8"), hidden_weights(seed=5), held, set(held) - STATISTICS)
-    for raw in (other, b"", b"rubbish", other[:-1]):
-        offer, _ = coded(board, "int8", held, raw=raw)
+    base_weights = hidden_weights(seed=3)
+    right, _ = coded_offer(board, "int8", base_weights)
+    other_update = weights.encode(Codec("int8"), hidden_weights(seed=5), base_weights, set(base_weights) - STATISTICS)
+    for raw in (other_update, b"", b"rubbish", other_update[:-1]):
+        offer, _ = coded_offer(board, "int8", base_weights, raw=raw)
         with pytest.raises(DamagedBlobError) as caught:
             carry_out(board, offer)
         assert caught.value.sha256 == offer.coded.sha256

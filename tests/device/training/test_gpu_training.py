@@ -22,62 +22,66 @@ VALIDATED = Recipe(epochs=4, batch_size=16, keep_optimizer_state=True, patience=
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> CudaRuntime:
-    made = CudaRuntime()
-    monkeypatch.setitem(sys.modules, "onnxruntime", cast("ModuleType", made))
-    return made
+    fake = CudaRuntime()
+    monkeypatch.setitem(sys.modules, "onnxruntime", cast("ModuleType", fake))
+    return fake
 
 
-def trained(board: HiddenBoard, recipe: Recipe, control: TrainingControl, *, cuda: bool) -> TrainingResult:
+def train(board: HiddenBoard, recipe: Recipe, control: TrainingControl, *, cuda: bool) -> TrainingResult:
     task = TrainingTask(recipe, CLASSES, SEED, DEVICE, 1)
     return Trainer(board.graphs / "kept.onnx", cuda=cuda).train(hidden_weights(seed=1), board.data, task, control)
 
 
-def check_equal(one: TrainingResult, other: TrainingResult) -> None:
-    for got, wanted in ((one.tensors, other.tensors), (one.moments, other.moments)):
-        assert set(got) == set(wanted)
-        for name, value in wanted.items():
+def check_equal(actual: TrainingResult, expected: TrainingResult) -> None:
+    for got, reference in ((actual.tensors, expected.tensors), (actual.moments, expected.moments)):
+        assert set(got) == set(reference)
+        for name, value in reference.items():
             assert type(got[name]) is np.ndarray
             assert got[name].tobytes() == value.tobytes()
-    assert (one.steps, one.optimizer_steps, one.loss_last) == (other.steps, other.optimizer_steps, other.loss_last)
+    assert (actual.steps, actual.optimizer_steps, actual.loss_last) == (
+        expected.steps,
+        expected.optimizer_steps,
+        expected.loss_last,
+    )
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, VALIDATED], ids=["plain", "validated"])
 def test_training_on_a_gpu(board: HiddenBoard, runtime: CudaRuntime, recipe: Recipe) -> None:
-    wanted = trained(board, recipe, TrainingControl(), cuda=False)
+    expected = train(board, recipe, TrainingControl(), cuda=False)
     runtime.runs.clear()
-    check_equal(trained(board, recipe, TrainingControl(), cuda=True), wanted)
+    check_equal(train(board, recipe, TrainingControl(), cuda=True), expected)
     assert set(runtime.runs) == {"cuda"}
 
 
 @pytest.mark.parametrize("loses", [False, True], ids=["full", "broken"])
 def test_a_gpu_that_fails_in_the_middle_costs_no_step(board: HiddenBoard, runtime: CudaRuntime, loses: bool) -> None:
     """The processor goes on with what the GPU still has, or begins the round again."""
-    wanted = trained(board, RECIPE, TrainingControl(), cuda=False)
+    expected = train(board, RECIPE, TrainingControl(), cuda=False)
 
     def progress(done: int, total: int) -> None:
         runtime.fails = done >= 3
         runtime.loses = loses and done == 3
 
     runtime.runs.clear()
-    check_equal(trained(board, RECIPE, TrainingControl(progress), cuda=True), wanted)
+    check_equal(train(board, RECIPE, TrainingControl(progress), cuda=True), expected)
     assert runtime.runs[:3] == ["cuda"] * 3
-    assert runtime.runs.count("cpu") == wanted.steps - (0 if loses else 3)
+    assert runtime.runs.count("cpu") == expected.steps - (0 if loses else 3)
 
 
 def test_a_gpu_that_fails_after_the_last_step_costs_no_round(board: HiddenBoard, runtime: CudaRuntime) -> None:
-    wanted = trained(board, RECIPE, TrainingControl(), cuda=False)
+    expected = train(board, RECIPE, TrainingControl(), cuda=False)
 
     def progress(done: int, total: int) -> None:
         runtime.loses = runtime.loses or done == total
 
-    check_equal(trained(board, RECIPE, TrainingControl(progress), cuda=True), wanted)
+    check_equal(train(board, RECIPE, TrainingControl(progress), cuda=True), expected)
 
 
 def test_a_gpu_without_room_for_the_weights_leaves_training_to_the_processor(
     board: HiddenBoard, runtime: CudaRuntime
 ) -> None:
-    wanted = trained(board, RECIPE, TrainingControl(), cuda=False)
+    expected = train(board, RECIPE, TrainingControl(), cuda=False)
     runtime.runs.clear()
     runtime.places = 2
-    check_equal(trained(board, RECIPE, TrainingControl(), cuda=True), wanted)
+    check_equal(train(board, RECIPE, TrainingControl(), cuda=True), expected)
     assert set(runtime.runs) == {"cpu"}

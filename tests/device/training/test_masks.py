@@ -47,8 +47,8 @@ def half(weights: Tensors, *names: str, seed: int = 0) -> ElementMask:
     return {n: rng.random(weights[n].shape) < 0.5 for n in names or ("w1", "w2")}
 
 
-def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **other: Any) -> TrainingResult:
-    return Trainer(graph).train(weights, data, TrainingTask(recipe, CLASSES, SEED, DEVICE, round=1, **other))
+def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **fields: Any) -> TrainingResult:
+    return Trainer(graph).train(weights, data, TrainingTask(recipe, CLASSES, SEED, DEVICE, round=1, **fields))
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
@@ -59,10 +59,10 @@ def test_masked_elements_stay_zero_and_travel_neither_down_nor_up(board: HiddenB
     mask = half(weights)
     dense = apply_mask(mask, weights)
     update, sent, serves = board.carry_out(board.offer(1, HARD, weights, graph="masked", mask=mask))
-    wanted = train(board.graphs / "masked.onnx", dense, board.data, HARD, mask=mask).tensors
+    expected = train(board.graphs / "masked.onnx", dense, board.data, HARD, mask=mask).tensors
     assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in pack_active(mask, weights).items()}
     for name, value in unpack_active(mask, sent).items():
-        np.testing.assert_array_equal(value, wanted[name])
+        np.testing.assert_array_equal(value, expected[name])
         np.testing.assert_array_equal(value, serves[name])
     for name, active in mask.items():
         assert not serves[name][~active].any()
@@ -82,9 +82,9 @@ def test_an_average_of_masked_weights_is_masked_and_follows_the_mask(board: Hidd
         new = unpack_active(mask, sent)
         for name, active in mask.items():
             assert not serves[name][~active].any()
-            kept = active & before[name] if before is not None else np.zeros_like(active)
-            wanted = np.where(kept, 0.75 * old.get(name, new[name]) + 0.25 * new[name], new[name])
-            np.testing.assert_allclose(serves[name], wanted, rtol=1e-6)
+            common = active & before[name] if before is not None else np.zeros_like(active)
+            expected = np.where(common, 0.75 * old.get(name, new[name]) + 0.25 * new[name], new[name])
+            np.testing.assert_allclose(serves[name], expected, rtol=1e-6)
         old, before = serves, mask
 
 
@@ -96,16 +96,16 @@ def test_what_is_blended_into_an_average_keeps_to_the_mask(board: HiddenBoard, m
         weights = hidden_weights(seed=number)
         active = half(weights, seed=number)
         _, _, serves = board.carry_out(board.offer(number, recipe, weights, graph=graph, mask=active))
-        own = max(
+        state = max(
             (LocalState.from_bytes(r) for r in FolderStateStore(board.root / "own").read().values()),
             key=lambda o: o.round,
         )
         for name, value in apply_mask(active, weights).items():
-            wanted = (own.average[name] + value) / 2
+            expected = (state.average[name] + value) / 2
             if name in active:
                 assert not serves[name][~active[name]].any()
-                wanted = np.where(np.abs(wanted) >= np.float32(theta), wanted, 0)
-            np.testing.assert_allclose(serves[name], wanted, rtol=1e-5, atol=1e-7)
+                expected = np.where(np.abs(expected) >= np.float32(theta), expected, 0)
+            np.testing.assert_allclose(serves[name], expected, rtol=1e-5, atol=1e-7)
 
 
 def axes(graphs: Path) -> TensorAxes:
@@ -175,11 +175,11 @@ def test_the_scaler_is_for_training_alone(board: HiddenBoard) -> None:
     for name, value in measured_statistics(weights, board.data.x_train, 70).items():
         np.testing.assert_allclose(serves[name], value, rtol=2e-6, atol=2e-6)
         np.testing.assert_array_equal(sent[name], serves[name])
-    left = train(board.graphs / "scaled.onnx", weights, board.data, recipe).tensors
+    scaled = train(board.graphs / "scaled.onnx", weights, board.data, recipe).tensors
     plain = train(board.graphs / "scaled.onnx", weights, board.data, replace(recipe, scale=1.0)).tensors
     for name, power in (("mean", 2), ("var", 4)):
-        moved = left[name] - 0.9 * weights[name]
-        np.testing.assert_allclose(moved, power * (plain[name] - 0.9 * weights[name]), rtol=1e-3, atol=1e-4)
+        change = scaled[name] - 0.9 * weights[name]
+        np.testing.assert_allclose(change, power * (plain[name] - 0.9 * weights[name]), rtol=1e-3, atol=1e-4)
 
 
 # -- squared gradients ------------------------------------------------------------------------------------------------
@@ -217,13 +217,13 @@ def test_squares_of_what_stays_on_the_board_stay_there(board: HiddenBoard) -> No
     assert list(sent) == ["w1", "gamma", "beta", "mean", "var", "w1::squares", "gamma::squares", "beta::squares"]
 
 
-def validation_loss(w: Tensors, data: LocalData, most: int) -> float:
+def validation_loss(w: Tensors, data: LocalData, max_samples: int) -> float:
     """As a training step sees it: each part normalised by its own statistics."""
     total = 0.0
-    for rows in np.array_split(np.arange(len(data.y_val)), -(-len(data.y_val) // most)):
+    for rows in np.array_split(np.arange(len(data.y_val)), -(-len(data.y_val) // max_samples)):
         h = data.x_val[rows].astype(np.float64) @ w["w1"].T
-        own = w | {"mean": h.mean(0), "var": h.var(0)}
-        z = logits(own, data.x_val[rows])
+        step_weights = w | {"mean": h.mean(0), "var": h.var(0)}
+        z = logits(step_weights, data.x_val[rows])
         z = z - z.max(1, keepdims=True)
         total += float((np.log(np.exp(z).sum(1)) - z[np.arange(len(rows)), data.y_val[rows]]).sum())
     return total / len(data.y_val)

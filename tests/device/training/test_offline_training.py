@@ -53,7 +53,7 @@ class Board:
         self.server = MemoryServer(root / "server", graphs, weights)
         self.server.ends = False
 
-    def is_live(
+    def run_agent(
         self, script: Callable[[MemoryLink, Agent], None], every: float = 0.0, guard: ThermalGuard | None = None
     ) -> None:
         """Run the agent while a script of a thread goes on; what the script raises is raised here."""
@@ -77,16 +77,16 @@ class Board:
         if raised:
             raise raised[0]
 
-    def seen_serving(self, found: list[Tensors]) -> bool:
+    def note_serving(self, served: list[Tensors]) -> bool:
         """Add what serves while the agent runs; False if it changes just then."""
         slots = ModelSlots(self.root / "state" / "serving")
         record = slots.current()
         with contextlib.suppress(FedpruneError, OSError):
-            found.append(tensorfile.decode(slots.weights(record)) if record is not None else {})
+            served.append(tensorfile.decode(slots.weights(record)) if record is not None else {})
             return True
         return False
 
-    def served_job(self) -> Tensors:
+    def serving_weights(self) -> Tensors:
         with DeviceStore(self.root / "state") as store:
             record = store.slots.current()
             assert record is not None
@@ -118,19 +118,19 @@ def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fl
     def script(link: MemoryLink, agent: Agent) -> None:
         until(lambda: 1 in board.server.updates, "round 1")
         link.drop()
-        said = len(board.server.seen)
+        sent_count = len(board.server.seen)
         until(lambda: times(board) >= 2, "training alone, twice")
-        assert len(board.server.seen) == said
-        until(lambda: board.seen_serving(served), "what serves meanwhile")
+        assert len(board.server.seen) == sent_count
+        until(lambda: board.note_serving(served), "what serves meanwhile")
         board.server.plan.append(board.server.offer(2))
         link.restore()
         until(lambda: 2 in board.server.updates, "round 2")
 
-    board.is_live(script, every=0.2)
+    board.run_agent(script, every=0.2)
     # What was trained alone is in no update: round 2 began with the weights of the server.
     assert same(board.server.result(1), expected(graphs, weights, data, 1))
     assert same(board.server.result(2), expected(graphs, weights, data, 2))
-    assert same(board.served_job(), expected(graphs, weights, data, 2))
+    assert same(board.serving_weights(), expected(graphs, weights, data, 2))
     # It served all the same.
     assert len(served) == 1
     assert not same(served[0], expected(graphs, weights, data, 1))
@@ -147,9 +147,9 @@ def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
         link.drop()
         until(lambda: times(board) >= 1)
 
-    board.is_live(script, every=0.2)
+    board.run_agent(script, every=0.2)
     board.server.accepts = True
-    board.is_live(lambda *_: until(lambda: 1 in board.server.updates, "the update"))
+    board.run_agent(lambda *_: until(lambda: 1 in board.server.updates, "the update"))
     assert same(board.server.result(1), expected(graphs, weights, data, 1))
 
 
@@ -182,7 +182,7 @@ def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
         gate.shut = False
         until(lambda: 2 in board.server.updates)
 
-    board.is_live(script, every=0.2, guard=gate)
+    board.run_agent(script, every=0.2, guard=gate)
     assert times(board) == 0
 
 
@@ -192,17 +192,17 @@ def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
 def test_threads_that_train_have_the_lowest_priority(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(round_runner, "NICENESS", NICENESS)
     board.server.plan = [board.server.offer(1)]
-    found: set[int] = set()
+    priorities: set[int] = set()
 
     class Noting(ThermalGuard):
         def pause(self, stop: Callable[[], bool]) -> bool:
-            found.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            priorities.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             return stop()
 
-    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    board.is_live(lambda *_: until(lambda: 1 in board.server.updates), guard=Noting())
-    assert found == {19}
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+    priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    board.run_agent(lambda *_: until(lambda: 1 in board.server.updates), guard=Noting())
+    assert priorities == {19}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == priority
 
 
 class Silent(MemoryLink):
@@ -222,9 +222,9 @@ class At:
         self.store = DeviceStore(root, owner=DirectoryOwner("d", "site"))
         self.wall = self.store.slots.installed_at()
         self.now = 1000.0
-        self.alone = self.made(data)
+        self.alone = self.handler_at(data)
 
-    def made(self, data: LocalData, every: float = DAY) -> OfferHandler:
+    def handler_at(self, data: LocalData, every: float = DAY) -> OfferHandler:
         return handler(self.store, data, every, lambda: self.wall)
 
     def turn(self) -> None:
@@ -254,7 +254,7 @@ def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[]
 @pytest.fixture
 def at(board: Board, data: LocalData) -> Iterator[At]:
     board.server.plan = [board.server.offer(1)]
-    board.is_live(lambda *_: until(lambda: 1 in board.server.updates))
+    board.run_agent(lambda *_: until(lambda: 1 in board.server.updates))
     at = At(board.root / "state", data)
     at.turn()
     yield at
@@ -283,7 +283,7 @@ def test_a_moment_without_a_connection_is_no_absence(at: At) -> None:
 def test_the_schedule_outlives_restarts_and_a_clock_that_was_set_back(at: At, data: LocalData) -> None:
     assert at.goes_by(DAY)
     for restart in range(3):
-        at.alone = at.made(data)
+        at.alone = at.handler_at(data)
         at.turn()
         assert at.goes_by(8 * HOUR) == (restart == 2)
     at.wall -= 1000 * DAY
@@ -292,18 +292,18 @@ def test_the_schedule_outlives_restarts_and_a_clock_that_was_set_back(at: At, da
 
 
 def test_it_never_trains_alone_unless_it_is_told_to(at: At, data: LocalData) -> None:
-    at.alone = at.made(data, 0.0)
+    at.alone = at.handler_at(data, 0.0)
     assert not at.goes_by(1000 * DAY)
 
 
 def test_only_the_model_of_the_last_offer_is_trained_on(at: At) -> None:
     task = at.store.task
-    other: list[Offer] = [
+    other_offers: list[Offer] = [
         replace(task.offer, round=2),
         replace(task.offer, job="another"),
         replace(task.offer, mask=task.offer.weights),
     ]
-    for offer in other:
+    for offer in other_offers:
         at.store.accept(offer)
         assert not at.goes_by(DAY)
     at.store.drop_offer()
@@ -315,14 +315,16 @@ def test_what_validation_samples_call_worse_does_not_serve(
 ) -> None:
     before = at.store.slots.current()
     wrong = LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, (data.y_train + 1) % 3)
-    at.alone = at.made(wrong)
+    at.alone = at.handler_at(wrong)
     at.turn()
     with caplog.at_level("INFO"):
         assert at.goes_by(DAY)
     assert "the old model serves" in caplog.text
     assert at.store.slots.current() == before
     assert not at.goes_by(DAY / 2)
-    at.alone = at.made(LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, data.y_train))
+    at.alone = at.handler_at(
+        LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, data.y_train)
+    )
     at.turn()
     assert at.goes_by(DAY)
     assert at.store.slots.current() != before
@@ -371,7 +373,7 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model_and_the_update_that_
 ) -> None:
     board.server.plan = [board.server.offer(1)]
     board.server.accepts = False
-    board.is_live(lambda *_: until(lambda: board.server.of(UpdateAnnouncement)))
+    board.run_agent(lambda *_: until(lambda: board.server.of(UpdateAnnouncement)))
     state, cut = board.root / "state", board.root / "cut"
     old, pending, task = state_of(state)
     assert pending is not None
@@ -386,8 +388,8 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model_and_the_update_that_
             train(cut, data)
         assert state_of(cut) in [(old, pending, task), (new, pending, task)]
         train(cut, data)
-        found = state_of(cut)
-        assert found[1:] == (pending, task)
-        assert found[0] != old
+        after_cut = state_of(cut)
+        assert after_cut[1:] == (pending, task)
+        assert after_cut[0] != old
         shutil.rmtree(cut)
     assert supply.count > 20

@@ -16,18 +16,18 @@ FILE = GRAPHS / "opsets.npz"
 
 
 @pytest.fixture(scope="module")
-def held() -> dict[str, Any]:
+def opset_arrays() -> dict[str, Any]:
     with np.load(FILE, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
 @pytest.mark.parametrize("opset", range(13, 24))
 @pytest.mark.parametrize("name", ["forms", "network"])
-def test_a_graph_computes_the_same_at_every_opset(held: dict[str, Any], name: str, opset: int) -> None:
-    def part(kind: str) -> dict[str, Any]:
-        return {k.split("/", 2)[2]: v for k, v in held.items() if k.startswith(f"{name}/{kind}/")}
+def test_a_graph_computes_the_same_at_every_opset(opset_arrays: dict[str, Any], name: str, opset: int) -> None:
+    def arrays_of(kind: str) -> dict[str, Any]:
+        return {k.split("/", 2)[2]: v for k, v in opset_arrays.items() if k.startswith(f"{name}/{kind}/")}
 
-    found = OnnxSession(held[f"{name}/opset/{opset}"].tobytes()).run(part("in"))
-    for output, expected in part("out").items():
+    outputs = OnnxSession(opset_arrays[f"{name}/opset/{opset}"].tobytes()).run(arrays_of("in"))
+    for output, expected in arrays_of("out").items():
         scale = max(1e-3, float(np.abs(expected).max()))
-        np.testing.assert_allclose(found[output] / scale, expected / scale, atol=2e-6)
+        np.testing.assert_allclose(outputs[output] / scale, expected / scale, atol=2e-6)

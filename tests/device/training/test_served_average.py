@@ -22,23 +22,25 @@ CHOOSES = replace(BLENDS, validate_blend=True)
 X = np.random.default_rng(5).standard_normal((4000, FEATURES)).astype(np.float32)
 
 
-def equal(one: Tensors, other: Tensors) -> bool:
-    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+def equal(tensors: Tensors, expected: Tensors) -> bool:
+    return list(tensors) == list(expected) and all(tensors[n].tobytes() == expected[n].tobytes() for n in tensors)
 
 
 def candidates(board: HiddenBoard, root: Path, rounds: int) -> list[dict[float, Tensors]]:
     """What serves after each round with a blend and without one, whatever validation samples say."""
-    found: list[dict[float, Tensors]] = []
+    by_round: list[dict[float, Tensors]] = []
     for blend in (0.5, 0.0):
-        other = HiddenBoard(root / str(blend), board.graphs, board.data)
+        board_of_blend = HiddenBoard(root / str(blend), board.graphs, board.data)
         for number in range(1, rounds + 1):
-            offer = other.offer(number, replace(BLENDS, blend=blend), hidden_weights(seed=number), graph="kept")
-            found = found if len(found) >= number else [*found, {}]
-            found[number - 1][blend] = other.carry_out(offer)[2]
-    return found
+            offer = board_of_blend.offer(
+                number, replace(BLENDS, blend=blend), hidden_weights(seed=number), graph="kept"
+            )
+            by_round = by_round if len(by_round) >= number else [*by_round, {}]
+            by_round[number - 1][blend] = board_of_blend.carry_out(offer)[2]
+    return by_round
 
 
-def validated(board: HiddenBoard, served: dict[float, Tensors], *right: float | None) -> LocalData:
+def with_validation_samples(board: HiddenBoard, served: dict[float, Tensors], *right: float | None) -> LocalData:
     """The board's data with a validation sample for each of `right`: one that only the model with this share of the
     received weights gets right, or neither where it is None."""
     guesses = {blend: logits(w, X).argmax(1) for blend, w in served.items()}
@@ -76,7 +78,7 @@ def test_the_average_serves_alone_where_validation_samples_clearly_prefer_it(
     board: HiddenBoard, tmp_path: Path, right: list[float | None], served: float
 ) -> None:
     (either,) = candidates(board, tmp_path, 1)
-    update, serves = play(board, validated(board, either, *right), 1)
+    update, serves = play(board, with_validation_samples(board, either, *right), 1)
     assert equal(serves, either[served])
     assert not equal(either[0.0], either[0.5])
     assert update.metrics[BLEND] == served
@@ -88,20 +90,20 @@ def test_a_choice_stays_until_the_other_is_clearly_better(board: HiddenBoard, tm
     """Also over restarts, as every round opens the state directory again, and where nothing is measured."""
     rounds = candidates(board, tmp_path, 6)
 
-    def served(number: int, *right: float | None, recipe: Recipe = CHOOSES) -> float:
+    def served_blend(number: int, *right: float | None, recipe: Recipe = CHOOSES) -> float:
         either = rounds[number - 1]
-        data = validated(board, either, *right)
+        data = with_validation_samples(board, either, *right)
         update, serves = play(board, data, number, recipe)
         assert equal(serves, either[update.metrics[BLEND]])
-        again, same = play(board, data, number, recipe)
+        repeated, same = play(board, data, number, recipe)
         assert equal(serves, same)
-        assert again.metrics[BLEND] == update.metrics[BLEND]
+        assert repeated.metrics[BLEND] == update.metrics[BLEND]
         return update.metrics[BLEND]
 
     seldom = replace(CHOOSES, evaluate_every=10)
-    assert served(1, 0.0, 0.0) == 0.0
-    assert served(2, 0.5) == 0.0
-    assert served(3, 0.5, 0.5, 0.5, recipe=seldom) == 0.0
-    assert served(4, 0.0, 0.5, 0.5, 0.5) == 0.0
-    assert served(5, 0.5, 0.5) == 0.5
-    assert served(6) == 0.5
+    assert served_blend(1, 0.0, 0.0) == 0.0
+    assert served_blend(2, 0.5) == 0.0
+    assert served_blend(3, 0.5, 0.5, 0.5, recipe=seldom) == 0.0
+    assert served_blend(4, 0.0, 0.5, 0.5, 0.5) == 0.0
+    assert served_blend(5, 0.5, 0.5) == 0.5
+    assert served_blend(6) == 0.5

@@ -81,9 +81,9 @@ def wanted_of(loss: str) -> Targets:
     return Targets(loss, CLASSES, () if loss == "cross_entropy" else (CLASSES,))
 
 
-def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **other: Any) -> TrainingResult:
-    control = TrainingControl(**{name: other.pop(name) for name in ("progress", "stop", "enough") if name in other})
-    task = TrainingTask(**{"recipe": recipe, "seed": 7, "device": "d", "round": 1, "classes": CLASSES, **other})
+def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **fields: Any) -> TrainingResult:
+    control = TrainingControl(**{name: fields.pop(name) for name in ("progress", "stop", "enough") if name in fields})
+    task = TrainingTask(**{"recipe": recipe, "seed": 7, "device": "d", "round": 1, "classes": CLASSES, **fields})
     return Trainer(graph).train(weights, data, task, control)
 
 
@@ -124,18 +124,18 @@ def by_hand(weights: Tensors, data: LocalData, recipe: Recipe) -> dict[str, Arra
         weigh = class_weights(y_all, CLASSES) if recipe.loss == "cross_entropy" else positive_weights(y_all)
     for count, rows in enumerate(batches(recipe, len(y_all)), 1):
         x, y = data.x_train[rows].astype(np.float64), y_all[rows]
-        others, share = np.arange(len(rows)), 1.0
+        partners, share = np.arange(len(rows)), 1.0
         if recipe.mixup:
             rng = keyed_generator(7, 1, "d", "mixup", count)
             share = float(np.float32(rng.beta(recipe.mixup, recipe.mixup)))
-            parts = np.array_split(others, -(-len(rows) // recipe.micro_batch))
-            others = np.concatenate([p[rng.permutation(len(p))] for p in parts])
-        x = share * x + (1 - share) * x[others]
+            micro_batches = np.array_split(partners, -(-len(rows) // recipe.micro_batch))
+            partners = np.concatenate([p[rng.permutation(len(p))] for p in micro_batches])
+        x = share * x + (1 - share) * x[partners]
         z, real = (x @ w["w"].T + w["b"] + offset) * present, weigh.astype(np.float64)
         if recipe.loss == "cross_entropy":
-            dz = share * slope(recipe, z, y, real) + (1 - share) * slope(recipe, z, y[others], real)
+            dz = share * slope(recipe, z, y, real) + (1 - share) * slope(recipe, z, y[partners], real)
         else:
-            dz = slope(recipe, z, share * y.astype(np.float64) + (1 - share) * y[others], real)
+            dz = slope(recipe, z, share * y.astype(np.float64) + (1 - share) * y[partners], real)
         dz = dz * present
         gradient = {"w": dz.T @ x, "b": dz.sum(0)}
         norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
@@ -156,7 +156,7 @@ def by_hand(weights: Tensors, data: LocalData, recipe: Recipe) -> dict[str, Arra
 
 
 @pytest.fixture
-def labelled(data: LocalData) -> dict[str, LocalData]:
+def data_by_loss(data: LocalData) -> dict[str, LocalData]:
     """The same samples with labels of every kind."""
     rng = np.random.default_rng(4)
     out = {"cross_entropy": data}
@@ -175,9 +175,9 @@ def labelled(data: LocalData) -> dict[str, LocalData]:
     ],
 )
 def test_training_is_what_the_recipe_says(
-    graphs: Path, weights: Tensors, labelled: dict[str, LocalData], graph: str, recipe: Recipe
+    graphs: Path, weights: Tensors, data_by_loss: dict[str, LocalData], graph: str, recipe: Recipe
 ) -> None:
-    data = labelled[recipe.loss]
+    data = data_by_loss[recipe.loss]
     got = train(graphs / f"{graph}.onnx", weights, data, recipe)
     for name, value in by_hand(weights, data, recipe).items():
         np.testing.assert_allclose(got.tensors[name], value, atol=2e-6 if recipe.optimizer == "sgd" else 3e-6)
@@ -186,27 +186,27 @@ def test_training_is_what_the_recipe_says(
 
 
 def test_reported_losses_and_hits_are_those_of_the_batches(
-    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+    graphs: Path, weights: Tensors, data_by_loss: dict[str, LocalData]
 ) -> None:
     """At a learning rate of 0 nothing moves, so that each can be computed from the weights."""
     for graph, recipe in (("full", FULL), ("adamw", ADAMW), ("bce", BCE), ("huber", HUBER)):
-        data, loss = labelled[recipe.loss], recipe.loss
+        data, loss = data_by_loss[recipe.loss], recipe.loss
         still = Recipe.from_dict({**recipe.to_dict(), "lr": 0.0, "epochs": 1})
         got = train(graphs / f"{graph}.onnx", weights, data, still)
         y, z = wanted_of(loss)(data.y_train), data.x_train @ weights["w"].T + weights["b"]
         terms = loss_terms(y, still, CLASSES)
-        found = [data_loss(loss, z[rows], y[rows], terms) for rows in batches(still, data.samples)]
-        assert got.loss_first == pytest.approx(found[0], rel=1e-5)
-        assert got.loss_last == pytest.approx(found[-1], rel=1e-5)
+        losses = [data_loss(loss, z[rows], y[rows], terms) for rows in batches(still, data.samples)]
+        assert got.loss_first == pytest.approx(losses[0], rel=1e-5)
+        assert got.loss_last == pytest.approx(losses[-1], rel=1e-5)
         right = right_labels(loss, z, y)
         assert got.train_accuracy == (None if right is None else pytest.approx(np.mean(right)))
 
 
 def test_the_loss_at_given_weights_is_that_of_the_outputs(
-    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+    graphs: Path, weights: Tensors, data_by_loss: dict[str, LocalData]
 ) -> None:
     for graph, recipe in (("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)):
-        data = labelled[recipe.loss]
+        data = data_by_loss[recipe.loss]
         y, z = wanted_of(recipe.loss)(data.y_train), data.x_train @ weights["w"].T + weights["b"]
         loss = Trainer(graphs / f"{graph}.onnx").loss(weights, data, recipe, CLASSES, 20)
         assert loss == pytest.approx(data_loss(recipe.loss, z[:20], y[:20], loss_terms(y, recipe, CLASSES)), rel=1e-5)
@@ -215,12 +215,12 @@ def test_the_loss_at_given_weights_is_that_of_the_outputs(
 # -- steps and samples ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [{"seed": 8}, {"device": "e"}, {"round": 2}])
+@pytest.mark.parametrize("changes", [{"seed": 8}, {"device": "e"}, {"round": 2}])
 def test_seed_device_and_round_change_the_order(
-    graphs: Path, weights: Tensors, data: LocalData, other: dict[str, Any]
+    graphs: Path, weights: Tensors, data: LocalData, changes: dict[str, Any]
 ) -> None:
     one = train(graphs / "plain.onnx", weights, data, PLAIN)
-    two = train(graphs / "plain.onnx", weights, data, PLAIN, **other)
+    two = train(graphs / "plain.onnx", weights, data, PLAIN, **changes)
     assert not np.array_equal(one.tensors["w"], two.tensors["w"])
 
 
@@ -248,7 +248,7 @@ def test_training_stops_when_told(graphs: Path, weights: Tensors, data: LocalDat
 
 
 @pytest.fixture
-def hidden() -> Tensors:
+def hidden_model() -> Tensors:
     rng = np.random.default_rng(9)
     shapes = {
         "w1": (HIDDEN, FEATURES),
@@ -261,30 +261,30 @@ def hidden() -> Tensors:
     return out | {"mean": np.zeros(HIDDEN, np.float32), "var": np.ones(HIDDEN, np.float32)}
 
 
-def test_frozen_tensors_come_back_bit_by_bit(graphs: Path, hidden: Tensors, data: LocalData) -> None:
+def test_frozen_tensors_come_back_bit_by_bit(graphs: Path, hidden_model: Tensors, data: LocalData) -> None:
     trainer = Trainer(graphs / "still.onnx")
     assert (trainer.trainable, trainer.has_batch_norm) == (("beta", "w2", "b2"), False)
-    got = train(graphs / "still.onnx", hidden, data, STILL).tensors
-    assert list(got) == list(hidden)
-    for name, value in hidden.items():
+    got = train(graphs / "still.onnx", hidden_model, data, STILL).tensors
+    assert list(got) == list(hidden_model)
+    for name, value in hidden_model.items():
         assert (got[name].tobytes() == value.tobytes()) == (name not in trainer.trainable), name
 
 
 def test_with_frozen_statistics_the_training_loss_is_that_of_inference(
-    graphs: Path, hidden: Tensors, data: LocalData
+    graphs: Path, hidden_model: Tensors, data: LocalData
 ) -> None:
-    h = data.x_train[:32] @ hidden["w1"].T
-    h = np.maximum(hidden["gamma"] * h / np.sqrt(1 + 1e-5) + hidden["beta"], 0)
-    wanted = data_loss("cross_entropy", h @ hidden["w2"].T + hidden["b2"], data.y_train[:32])
-    assert Trainer(graphs / "still.onnx").loss(hidden, data, STILL, CLASSES) == pytest.approx(wanted, rel=1e-5)
+    h = data.x_train[:32] @ hidden_model["w1"].T
+    h = np.maximum(hidden_model["gamma"] * h / np.sqrt(1 + 1e-5) + hidden_model["beta"], 0)
+    expected = data_loss("cross_entropy", h @ hidden_model["w2"].T + hidden_model["b2"], data.y_train[:32])
+    assert Trainer(graphs / "still.onnx").loss(hidden_model, data, STILL, CLASSES) == pytest.approx(expected, rel=1e-5)
 
 
-def test_narrower_steps_train_prefixes_alone(graphs: Path, hidden: Tensors, data: LocalData) -> None:
+def test_narrower_steps_train_prefixes_alone(graphs: Path, hidden_model: Tensors, data: LocalData) -> None:
     """With one density the channels beyond it move in the steps at the own width alone."""
     got = {}
     for widths in ((), (0.5,)):
         recipe = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": list(widths) or [1.0]})
-        got[widths] = train(graphs / "narrow.onnx", hidden, data, recipe, widths=(HIDDEN,)).tensors
+        got[widths] = train(graphs / "narrow.onnx", hidden_model, data, recipe, widths=(HIDDEN,)).tensors
     chosen = [int(keyed_generator(7, 1, "d", "widths", n).integers(2)) for n in range(1, 16)]
     assert 0 < sum(chosen) < 15
     one, two = got.values()
@@ -292,26 +292,28 @@ def test_narrower_steps_train_prefixes_alone(graphs: Path, hidden: Tensors, data
         assert not np.array_equal(one[name], two[name])
     first = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": [0.5], "max_steps": 1})
     seed = next(s for s in range(50) if keyed_generator(s, 1, "d", "widths", 1).integers(2))
-    after = train(graphs / "narrow.onnx", hidden, data, first, widths=(HIDDEN,), seed=seed).tensors
+    after = train(graphs / "narrow.onnx", hidden_model, data, first, widths=(HIDDEN,), seed=seed).tensors
     for name, axis in {"w1": 0, "gamma": 0, "beta": 0, "w2": 1}.items():
-        moved = np.any(np.moveaxis(after[name] != hidden[name], axis, 0).reshape(HIDDEN, -1), axis=1)
-        assert moved[: HIDDEN // 2].any(), name
-        assert not moved[HIDDEN // 2 :].any(), name
-    assert np.any(after["b2"] != hidden["b2"])
+        changed = np.any(np.moveaxis(after[name] != hidden_model[name], axis, 0).reshape(HIDDEN, -1), axis=1)
+        assert changed[: HIDDEN // 2].any(), name
+        assert not changed[HIDDEN // 2 :].any(), name
+    assert np.any(after["b2"] != hidden_model["b2"])
     for statistic in ("mean", "var"):
-        np.testing.assert_array_equal(after[statistic], hidden[statistic])
+        np.testing.assert_array_equal(after[statistic], hidden_model[statistic])
 
 
-def test_a_narrower_step_is_the_step_of_the_narrower_model(graphs: Path, hidden: Tensors, data: LocalData) -> None:
+def test_a_narrower_step_is_the_step_of_the_narrower_model(
+    graphs: Path, hidden_model: Tensors, data: LocalData
+) -> None:
     seed = next(s for s in range(50) if keyed_generator(s, 1, "d", "widths", 1).integers(2))
     recipe = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": [0.5], "max_steps": 1})
-    wide = train(graphs / "narrow.onnx", hidden, data, recipe, widths=(HIDDEN,), seed=seed).tensors
-    index = {n: (slice(None),) * (n == "w2") + (slice(HIDDEN // 2),) for n in hidden if n != "b2"}
-    half = {n: v[index[n]].copy() if n in index else v for n, v in hidden.items()}
+    wide = train(graphs / "narrow.onnx", hidden_model, data, recipe, widths=(HIDDEN,), seed=seed).tensors
+    index = {n: (slice(None),) * (n == "w2") + (slice(HIDDEN // 2),) for n in hidden_model if n != "b2"}
+    half = {n: v[index[n]].copy() if n in index else v for n, v in hidden_model.items()}
     narrow = train(graphs / "narrow.onnx", half, data, recipe, widths=(HIDDEN // 2,), seed=seed).tensors
     for name in ("w1", "gamma", "beta", "w2", "b2"):
-        part = wide[name][index[name]] if name in index else wide[name]
-        assert part.tobytes() == narrow[name].tobytes(), name
+        prefix = wide[name][index[name]] if name in index else wide[name]
+        assert prefix.tobytes() == narrow[name].tobytes(), name
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------
@@ -330,9 +332,9 @@ def test_a_narrower_step_is_the_step_of_the_narrower_model(graphs: Path, hidden:
     ],
 )
 def test_a_graph_of_another_recipe_is_refused(
-    graphs: Path, weights: Tensors, labelled: dict[str, LocalData], graph: str, recipe: Recipe
+    graphs: Path, weights: Tensors, data_by_loss: dict[str, LocalData], graph: str, recipe: Recipe
 ) -> None:
-    data = labelled[recipe.loss if recipe.loss in labelled else "huber"]
+    data = data_by_loss[recipe.loss if recipe.loss in data_by_loss else "huber"]
     with pytest.raises(TrainingError, match="don't fit each other"):
         train(graphs / f"{graph}.onnx", weights, data, recipe)
 
@@ -387,28 +389,30 @@ def test_a_recipe_that_augments_needs_a_graph_that_does(graphs: Path, weights: T
 def test_the_validation_loss_is_the_recipes(
     graphs: Path,
     weights: Tensors,
-    labelled: dict[str, LocalData],
+    data_by_loss: dict[str, LocalData],
     monkeypatch: pytest.MonkeyPatch,
     graph: str,
     recipe: Recipe,
 ) -> None:
     """Over parts of any size, with class weights and smoothing; at a learning rate of 0 no epoch is better."""
-    data = labelled[recipe.loss].with_validation(0.3, 1)
-    seen, over = list[float](), EarlyStopping.ends_training
+    data = data_by_loss[recipe.loss].with_validation(0.3, 1)
+    losses, over = list[float](), EarlyStopping.ends_training
     monkeypatch.setattr(
-        EarlyStopping, "ends_training", lambda self, loss, *other: (seen.append(loss), over(self, loss, *other))[1]
+        EarlyStopping,
+        "ends_training",
+        lambda self, loss, *arguments: (losses.append(loss), over(self, loss, *arguments))[1],
     )
     still = Recipe.from_dict({**recipe.to_dict(), "lr": 0.0, "epochs": 9, "patience": 2})
     got = train(graphs / f"{graph}.onnx", weights, data, still)
     y = wanted_of(recipe.loss)(data.y_val)
     terms = loss_terms(wanted_of(recipe.loss)(data.y_train), still, CLASSES)
-    wanted = data_loss(recipe.loss, data.x_val @ weights["w"].T + weights["b"], y, terms)
-    np.testing.assert_allclose(seen, [wanted] * 3, rtol=1e-5)
+    expected = data_loss(recipe.loss, data.x_val @ weights["w"].T + weights["b"], y, terms)
+    np.testing.assert_allclose(losses, [expected] * 3, rtol=1e-5)
     assert got.steps == -(-data.samples // recipe.batch_size)
 
 
 @pytest.mark.parametrize(
-    ("graph", "recipe", "samples", "most"),
+    ("graph", "recipe", "samples", "max_samples"),
     [("plain", Recipe(batch_size=2), 70, 2), ("plain", Recipe(), 3, 3), ("adamw", ADAMW, 70, 6)],
 )
 def test_no_part_of_a_round_works_on_more_samples_than_a_step(
@@ -420,25 +424,25 @@ def test_no_part_of_a_round_works_on_more_samples_than_a_step(
     graph: str,
     recipe: Recipe,
     samples: int,
-    most: int,
+    max_samples: int,
 ) -> None:
     """The planner's memory is that of a step; evaluations and the check of a new model must do with it."""
     run, sizes = OnnxSession.run, list[int]()
 
-    def counted(session: OnnxSession, feeds: Tensors, *others: Any) -> Tensors:
+    def count_and_run(session: OnnxSession, feeds: Tensors, *arguments: Any) -> Tensors:
         sizes.append(len(feeds[step_contract.X if step_contract.X in feeds else step_contract.LOGITS]))
-        return run(session, feeds, *others)
+        return run(session, feeds, *arguments)
 
-    monkeypatch.setattr(OnnxSession, "run", counted)
+    monkeypatch.setattr(OnnxSession, "run", count_and_run)
     server = MemoryServer(tmp_path / "server", graphs, weights)
     data = LocalData(data.x_train[:samples], data.y_train[:samples], data.x_test, data.y_test)
     with DeviceStore(tmp_path / "state") as store:
         for ref in (server.weights, server.graphs["inference"]):
             store.blobs.put(server.blobs.read(ref.sha256))
         training = store.blobs.put((graphs / f"{graph}.onnx").read_bytes())
-        made = RoundRunner("d", store.blobs, store.slots, data).carry_out(server.offer(1, recipe, training=training))
-    assert made.update.samples == samples
-    assert max(sizes) == most
+        outcome = RoundRunner("d", store.blobs, store.slots, data).carry_out(server.offer(1, recipe, training=training))
+    assert outcome.update.samples == samples
+    assert max(sizes) == max_samples
 
 
 def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
@@ -458,5 +462,5 @@ def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: 
         assert record.weights != update.weights.sha256
         assert not store.blobs.has(record.weights)
         assert store.blobs.has(server.weights.sha256)
-    wanted = data.x_test @ weights["w"].T + sent["b"]
-    np.testing.assert_allclose(predictor.predict(data.x_test), wanted, atol=1e-5)
+    expected = data.x_test @ weights["w"].T + sent["b"]
+    np.testing.assert_allclose(predictor.predict(data.x_test), expected, atol=1e-5)

@@ -42,19 +42,19 @@ class ReleaseServer:
 
     def __init__(self, folder: Path, *releases: Path) -> None:
         self.store = BlobStore(folder)
-        self.offers_blob = [self.offer(r) for r in releases]
+        self.offers = [self.offer(r) for r in releases]
         self.inbox: deque[Any] = deque()
         self.reports: list[ReleaseReport] = []
         self.wants = 0
-        self.serve_request = set[str]()
+        self.requested = set[str]()
         self.mangle: Callable[[bytes], list[bytes]] = lambda raw: [raw]
 
     def offer(self, release: Path, **changes: Any) -> ReleaseOffer:
         manifest = (release / MANIFEST).read_bytes()
-        made = Release.from_bytes(manifest)
-        refs = [self.store.put((release / FILES / f.sha256).read_bytes()) for f in made.files]
+        release_manifest = Release.from_bytes(manifest)
+        refs = [self.store.put((release / FILES / f.sha256).read_bytes()) for f in release_manifest.files]
         values = {
-            "number": made.number,
+            "number": release_manifest.number,
             "manifest": manifest.decode(),
             "signature": (release / SIGNATURE).read_bytes().hex(),
             "leaves": tuple(r.leaves for r in refs),
@@ -68,7 +68,7 @@ class ReleaseServer:
 
     @property
     def done(self) -> bool:
-        return all(self.ended(o.number) for o in self.offers_blob)
+        return all(self.ended(o.number) for o in self.offers)
 
     def connect(self) -> None:
         """The board's process is another, or its connection is."""
@@ -91,7 +91,7 @@ class ReleaseServer:
             self.next()
         elif isinstance(message, BlobRequest):
             self.wants += 1
-            self.serve_request.add(message.sha256)
+            self.requested.add(message.sha256)
             answer = BlobSender(self.store).answer(message)
             if hasattr(answer, "__iter__"):
                 for chunk in answer:
@@ -101,7 +101,7 @@ class ReleaseServer:
         return True
 
     def next(self) -> None:
-        left = [o for o in self.offers_blob if not self.ended(o.number)]
+        left = [o for o in self.offers if not self.ended(o.number)]
         if left:
             self.say(left[0])
 
@@ -120,7 +120,7 @@ class Board:
         self.now = 0.0
         self.until: Callable[[], bool] = lambda: False
 
-    def is_live(self, starts: int = 40) -> None:
+    def run_until_idle(self, starts: int = 40) -> None:
         """Start the service until its server has nothing more to offer."""
         for _ in range(starts):
             run_slots(self.home, self.run)
