@@ -69,7 +69,7 @@ class AgentSettings:
     Without `profile` only the disk limits what is accepted. `train_alone_s` are the seconds after which the board
     trains without its server, 0 for never. `serve_job` is the job whose models may serve, empty for any. `max_packet`
     is the size in bytes of the MQTT packets that the broker accepts, as far as is known. The server may send the board
-    away for `most_away_s` seconds at a time, 0 for never. `updater` installs releases,
+    away for `most_away_s` seconds at a time, 0 for never. `installer` installs releases,
     or is the reason why none can be installed. By default `crashes` are those of the state directory.
     `status` is what other threads see of the agent; `stopping` ends it.
     """
@@ -87,7 +87,7 @@ class AgentSettings:
     most_away_s: float = MAX_BOARD_AWAY_S
     engine: Callable[[], str] = lambda: ""
     web: Callable[[], ssl.SSLContext] = tls_context
-    updater: ReleaseInstaller | str = NO_LAUNCHER
+    installer: ReleaseInstaller | str = NO_LAUNCHER
     trial: ReleaseTrial | None = None
     crashes: CrashReports | None = None
     status: BoardStatus | None = None
@@ -103,29 +103,21 @@ def build_agent(
     clock: Callable[[], float] = time.monotonic,
 ) -> Agent:
     """Make an agent; `clock` is monotonic, in seconds."""
-    device, profile = connection.device, settings.profile
-    store.slots.allowed_job = settings.serve_job
-    uplink = Uplink(connection, store.blobs, settings.max_packet, settings.status, settings.web)
+    device, profile, blobs, slots = connection.device, settings.profile, store.blobs, store.slots
+    slots.allowed_job = settings.serve_job
+    uplink = Uplink(connection, blobs, settings.max_packet, settings.status, settings.web)
     trainer = TrainerCache(settings.threads, cuda=settings.cuda)
     lowering = ReducedPrecision(settings.precision, settings.threads)
-    runner = RoundRunner(
-        device,
-        store.blobs,
-        store.slots,
-        data,
-        trainer,
-        states=store.local_states,
-        lowering=lowering,
-        noise=store.privacy.draw,
-    )
-    offline = RoundRunner(device, store.blobs, store.slots, data, trainer, lowering=lowering)
+    states, noise = store.local_states, store.privacy.draw
+    runner = RoundRunner(device, blobs, slots, data, trainer, states=states, lowering=lowering, noise=noise)
+    offline = RoundRunner(device, blobs, slots, data, trainer, lowering=lowering)
     offers = OfferHandler(
         store,
-        Downloader(store.blobs, connection, uplink, settings.max_packet, settings.web),
+        Downloader(blobs, connection, uplink, settings.max_packet, settings.web),
         uplink,
         runner,
         OfflineTraining(store, offline, settings.train_alone_s),
-        SecureUpdate(connection, uplink, store.blobs),
+        SecureUpdate(connection, uplink, blobs),
         profile=profile,
         guard=settings.guard,
     )
@@ -144,7 +136,7 @@ def build_agent(
         ),
         uplink,
         offers,
-        releases=ReleaseAgent(connection, settings.updater),
+        releases=ReleaseAgent(connection, settings.installer),
         crashes=CrashReporter(connection, settings.crashes or CrashReports(store.root)),
         watchdog=Watchdog(settings.trial),
         stopping=settings.stopping or threading.Event(),
@@ -236,7 +228,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
             guard=guard,
             engine=lambda: "" if selector is None else selector.status,
             web=member.web_context,
-            updater=board_installer(member.identity),
+            installer=board_installer(member.identity),
             trial=trial,
             crashes=crashes,
             status=status,

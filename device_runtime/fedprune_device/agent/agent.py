@@ -16,7 +16,7 @@ from fedprune import __version__
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.session import onnxruntime_version as onnxruntime_version
+from fedprune.runtime.session import onnxruntime_version
 from fedprune.updates import CODECS
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import RECONNECT_ABILITY, CrashStored, Reconnect, ReleaseOffer, ReleaseWithdrawn
@@ -81,8 +81,7 @@ class BirthBuilder:
         self._last_birth_at = 0.0
 
     def build(self, session: int, current_work: Offer | UpdateAnnouncement | None, now: float) -> Birth:
-        """The birth of connection `session`; `current_work` is the offer in progress or the update that waits to be
-        sent.
+        """The birth of connection `session`; `current_work` is the offer in progress or the update still to be sent.
 
         With it the server need not offer the work again that the board is at.
         """
@@ -108,9 +107,8 @@ class BirthBuilder:
 
     def is_outdated(self, now: float) -> bool:
         """Whether the last birth no longer holds; checked once a minute."""
-        return (
-            now >= self._last_birth_at + BIRTH_INTERVAL_S and (self._data.samples, self._engine()) != self._last_content
-        )
+        content = self._data.samples, self._engine()
+        return now >= self._last_birth_at + BIRTH_INTERVAL_S and content != self._last_content
 
 
 _LOG = logging.getLogger("fedprune.device")

@@ -165,14 +165,11 @@ class OfferHandler:
 
     def on_accepted(self, message: Accepted) -> None:
         task, pending = self._store.task, self._store.pending
-        if (
-            pending is None
-            or job_and_round(pending) != job_and_round(message)
-            or pending.weights.sha256 != message.weights
-        ):
+        accepted_round = job_and_round(message)
+        if pending is None or job_and_round(pending) != accepted_round or pending.weights.sha256 != message.weights:
             return
         _LOG.info("round %d of job %s: the server has the update", message.round, message.job)
-        if task is not None and job_and_round(task.offer) == job_and_round(message):
+        if task is not None and job_and_round(task.offer) == accepted_round:
             self._store.finish_offer()
             self._secure.drop()
         self._store.forget_update()

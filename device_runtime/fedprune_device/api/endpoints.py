@@ -96,18 +96,14 @@ class Endpoints:
                 expected = query_name or "nothing"
                 raise RequestError(400, "the query of the address", expected=expected, got=value_text(name_in_query))
         if match is not None:
-            return (
-                self._show_sample(request, match[1])
-                if request.method == "GET"
-                else self._change_sample(request, match[1])
-            )
+            handle_sample = self._show_sample if request.method == "GET" else self._change_sample
+            return handle_sample(request, match[1])
         if name == "/v1/samples/unlabelled":
             return self._list_unlabelled(request)
         if request.method == "POST":
             return self._predict(request) if name == "/v1/predict" else self._add_sample(request)
-        return {"/v1/samples": self._count_samples, "/v1/status": self._status_answer, "/v1/health": self._health}[
-            name
-        ]()
+        answers = {"/v1/samples": self._count_samples, "/v1/status": self._status_answer, "/v1/health": self._health}
+        return answers[name]()
 
     def _predict(self, request: Request) -> LocalAnswer:
         model = self._model.serving_model()  # the same model for the whole request
@@ -157,9 +153,8 @@ class Endpoints:
         samples = self._sample_store()
         try:
             if request.method == "POST":
-                return self._added_answer(
-                    samples.label(name, self._parse_label(json_document(request, "label")["label"])), 200
-                )
+                label = self._parse_label(json_document(request, "label")["label"])
+                return self._added_answer(samples.label(name, label), 200)
             samples.delete(name)
             return LocalAnswer({"id": name, "kept": False})
         except NoSampleError as error:
@@ -265,7 +260,6 @@ def _check_whole_number(subject: str, value: object, low: int, high: int, altern
         value = int(value)
     # JSON's true is an int in Python.
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(
-            422, subject, expected=f"a whole number from {low} to {high}{alternative}", got=value_text(value)
-        )
+        expected = f"a whole number from {low} to {high}{alternative}"
+        raise RequestError(422, subject, expected=expected, got=value_text(value))
     return value

@@ -121,9 +121,8 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if admitted:
             super().process_request(request, client_address)
             return
-        error = RequestError(
-            503, "too many requests at a time", expected=f"at most {self._max_clients}", hint="Try again."
-        )
+        expected = f"at most {self._max_clients}"
+        error = RequestError(503, "too many requests at a time", expected=expected, hint="Try again.")
         body = LocalAnswer.from_error(error).to_bytes()
         head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         with suppress(OSError):
@@ -261,9 +260,8 @@ def _peer_user(client: Any) -> int:
     """The user at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 for TCP clients."""
     with suppress(OSError):
         if client.family == socket.AF_UNIX:
-            _, user, _ = _PEER_CREDENTIALS.unpack(
-                client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-            )
+            raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+            _, user, _ = _PEER_CREDENTIALS.unpack(raw)
             return int(user)
     return -1
 

@@ -123,9 +123,8 @@ class LiveModel(Closeable):
                 self._loaded = LoadedModel(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._selector is not None:
-                    self._selector.request_engine(
-                        EngineRequest.for_serving(predictor, self._slots.folder(record), record)
-                    )
+                    request = EngineRequest.for_serving(predictor, self._slots.folder(record), record)
+                    self._selector.request_engine(request)
             self._loaded_pointer = pointer
         except FedpruneError as error:
             _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause_s, error)

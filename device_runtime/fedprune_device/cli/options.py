@@ -17,12 +17,8 @@ from fedprune.wire.topics import EVERYONE, check_device, check_topic_name, to_na
 from fedprune_device.api.address import SOCKET
 from fedprune_device.data.splits import TEST_SHARE
 
-BROKER_VARIABLE, JOIN_VARIABLE, SITE_VARIABLE, DEVICE_VARIABLE = (
-    "FEDPRUNE_BROKER",
-    "FEDPRUNE_JOIN",
-    "FEDPRUNE_SITE",
-    "FEDPRUNE_DEVICE",
-)
+BROKER_VARIABLE, JOIN_VARIABLE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN"
+SITE_VARIABLE, DEVICE_VARIABLE = "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
 PRIVACY_VARIABLE = "FEDPRUNE_PRIVACY"
 
 # Little enough for the smallest boards, whose cards hold the system, two releases and a model besides.

@@ -23,12 +23,12 @@ def update(arguments: argparse.Namespace) -> None:
     from fedprune_device.releases.installer import JETPACK_PACKAGES, ReleaseInstaller, ReleaseSource
 
     keep = JETPACK_PACKAGES if arguments.jetson else ()
-    updater = ReleaseInstaller(arguments.root, _server_key(arguments.key), keep=keep)
-    release = updater.stage(ReleaseSource.of_folder(arguments.release))
+    installer = ReleaseInstaller(arguments.root, _server_key(arguments.key), keep=keep)
+    release = installer.stage(ReleaseSource.of_folder(arguments.release))
     if arguments.stage_only:
         print(f"release {release.number} ({release.version}) is staged")
     else:
-        updater.arm(arguments.attempts, arguments.deadline)
+        installer.arm(arguments.attempts, arguments.deadline)
         print(f"release {release.number} ({release.version}) is tried when the service starts the next time")
 
 
@@ -46,10 +46,8 @@ def _server_key(option: str) -> Any:
                 hint="`fedprune-server release` shows them; the fingerprint that `init` shows is shorter.",
             )
         with storage_errors(f"can't read the server's key {path}"), path.open("rb") as file:
-            text, subject = (
-                file.read(_MAX_KEY_FILE_BYTES).decode("ascii", "replace").strip(),
-                f"the server's key {path}",
-            )
+            text = file.read(_MAX_KEY_FILE_BYTES).decode("ascii", "replace").strip()
+        subject = f"the server's key {path}"
     return VerifyingKey.from_hex(text, subject, error=ConfigError)
 
 

@@ -198,9 +198,7 @@ def _pack_inputs(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, 
                 ),
             )
         # uint8 isn't a type of token ids: models read images of whole numbers as float32.
-        dtypes = [
-            array.file_dtype if isinstance(array, StoredArray) else array.dtype for array in split_arrays.values()
-        ]
+        dtypes = [a.file_dtype if isinstance(a, StoredArray) else a.dtype for a in split_arrays.values()]
         are_whole = all(dtype.kind in "iu" and dtype != np.uint8 for dtype in dtypes)
         dtype = np.dtype(np.int64 if are_whole else np.float32)
         packed[f"x{split}"] = join_arrays([split_arrays[name] for name in names], dtype, spool)

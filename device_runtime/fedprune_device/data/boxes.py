@@ -17,9 +17,7 @@ Boxes = npt.NDArray[np.float32]
 MAX_CLASS = 2**24 - 1  # larger numbers are not exact in float32, the type of boxes
 
 _MIN_SIDE = 1e-6  # share of an image's side that a box has at least
-_EDGE_TOLERANCE = (
-    0.01  # share by which numbers may lie beyond the image, for rounding: as much as Ultralytics lets pass
-)
+_EDGE_TOLERANCE = 0.01  # share by which rounded numbers may lie beyond the image: as much as Ultralytics lets pass
 
 
 def yolo_boxes(body: bytes, classes: int = MAX_CLASS + 1) -> Boxes:

@@ -133,13 +133,7 @@ class LocalData:
         arrays = x["train"], y["train"], x["test"], y["test"], x["val"], y["val"]
         return LocalData(*arrays, rows=self.rows, spool=spool)
 
-    def check(
-        self,
-        targets: Targets,
-        shape: Shape | None = None,
-        *,
-        token_ids: bool | None = None,
-    ) -> None:
+    def check(self, targets: Targets, shape: Shape | None = None, *, token_ids: bool | None = None) -> None:
         """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""
         can_reproduce = (
             free_axis(shape or ()) is None

@@ -97,9 +97,8 @@ def read_mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
             raise DataError("a mask", expected="one number per pixel (grey, or with a palette)", got=image.mode)
         if body[_COLOUR_OFFSET] == _GREY and body[_DEPTH_OFFSET] in (2, 4):
             # Some programs write classes as they are, others pack shades of grey: 3 of 2 bits is class 3, or 255.
-            raise DataError(
-                "a grey mask", expected="1, 8 or 16 bits", got=body[_DEPTH_OFFSET], hint="Save it with 8 bits."
-            )
+            hint = "Save it with 8 bits."
+            raise DataError("a grey mask", expected="1, 8 or 16 bits", got=body[_DEPTH_OFFSET], hint=hint)
         pixels = np.asarray(upright_image(image))
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), pixels.shape, strict=True)

@@ -57,8 +57,7 @@ class _Class:
 class Reservoir:
     """The names of the kept samples. The same seed and order give the same draws.
 
-    With `unlabelled_wait`, samples without a label wait for one; otherwise they are a class like others, within their
-    quota.
+    With `unlabelled_wait`, samples without a label wait for one; otherwise they are a class within their quota.
     """
 
     unlabelled_wait = True
@@ -147,13 +146,13 @@ class Reservoir:
             evicted.append(self._draw_eviction(self._largest_class(label, evicted), name, evicted))
         return ReservoirDecision(name, label, size, seen_count, True, tuple(evicted))
 
-    def apply(self, verdict: ReservoirDecision) -> None:
-        """Evict and keep samples as a verdict says."""
-        for name in verdict.evicted:
+    def apply(self, decision: ReservoirDecision) -> None:
+        """Evict and keep samples as a decision says."""
+        for name in decision.evicted:
             self.drop(name)
-        self._classes.setdefault(verdict.label, _Class()).seen_count = verdict.seen_count
-        if verdict.is_kept:
-            self.restore(verdict.id, verdict.label, verdict.size)
+        self._classes.setdefault(decision.label, _Class()).seen_count = decision.seen_count
+        if decision.is_kept:
+            self.restore(decision.id, decision.label, decision.size)
 
     def restore(self, name: str, label: int, size: int) -> None:
         """Add a sample that is stored already, when a set is read again."""

@@ -245,9 +245,8 @@ class SampleFolder:
         return self._formats[path.suffix.lower()]
 
     def _content(self, path: Path) -> bytes:
-        return _read_file(
-            path, self._format(path).max_bytes if path.suffix.lower() in self._formats else MAX_LABEL_BYTES
-        )
+        has_sample = path.suffix.lower() in self._formats
+        return _read_file(path, self._format(path).max_bytes if has_sample else MAX_LABEL_BYTES)
 
 
 def _part_order(file: _File) -> int:

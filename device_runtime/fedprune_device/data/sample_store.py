@@ -233,9 +233,8 @@ class SampleStore(Closeable):
             ]
             positions = {name: self._positions[name] for name, _ in rows}
             segments = sorted({position.segment for position in positions.values()})
-            files = self._log.open_segments(
-                segments
-            )  # open files stay readable when their segment is reclaimed meanwhile
+            # Open files stay readable when their segment is reclaimed meanwhile.
+            files = self._log.open_segments(segments)
         stored = []
         for name, label in rows:
             position = positions[name]
@@ -248,12 +247,7 @@ class SampleStore(Closeable):
                 continue
             like = sample_outline(payload)
             stored.append(
-                StoredSample(
-                    name,
-                    label,
-                    like,
-                    FILE_STRIDE * number + position.offset + position.size - like.size * like.itemsize,
-                )
+                StoredSample(name, label, like, FILE_STRIDE * number + position.offset + position.size - like.nbytes)
             )
         samples_by_split: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
         for sample in select_one_kind(stored, shape):
@@ -278,44 +272,44 @@ class SampleStore(Closeable):
             self._log.close()
 
     def _add_new(self, name: str, label: int, payload: bytes) -> AddedSample:
-        verdict = self._reservoir.decide(name, label, HEAD_BYTES + len(payload))
-        if verdict.is_kept:
-            self._positions[name] = self._write_sample(verdict, payload)
+        decision = self._reservoir.decide(name, label, HEAD_BYTES + len(payload))
+        if decision.is_kept:
+            self._positions[name] = self._write_sample(decision, payload)
         else:
             self._declined += 1
         if self._declined >= max(_MIN_DECLINED, sum(self._reservoir.seen_counts.values()) // 100):
             self._write_counts()
-        return self._apply(verdict)
+        return self._apply(decision)
 
-    def _apply(self, verdict: ReservoirDecision) -> AddedSample:
-        self._reservoir.apply(verdict)
-        for evicted in verdict.evicted:
+    def _apply(self, decision: ReservoirDecision) -> AddedSample:
+        self._reservoir.apply(decision)
+        for evicted in decision.evicted:
             self._remove_position(evicted)
-        if verdict.is_kept and self._is_for_training(verdict.id, verdict.label):
-            self._training_labels[verdict.id] = verdict.label
-        return self._added_sample(verdict.id, verdict.label, kept=verdict.is_kept, duplicate=False)
+        if decision.is_kept and self._is_for_training(decision.id, decision.label):
+            self._training_labels[decision.id] = decision.label
+        return self._added_sample(decision.id, decision.label, kept=decision.is_kept, duplicate=False)
 
     def _relabel(self, name: str, label: int, payload: bytes) -> AddedSample:
         old, size = self._reservoir.label(name), HEAD_BYTES + len(payload)
         seen_count = self._reservoir.seen_counts[old]
         self._reservoir.drop(name, unseen=True)
-        verdict = self._reservoir.decide(name, label, size)
+        decision = self._reservoir.decide(name, label, size)
         self._reservoir.restore(name, old, size)  # until it is on the disk
         self._reservoir.set_seen_count(old, seen_count)
-        if verdict.is_kept:
-            position = self._write_sample(verdict, payload)
+        if decision.is_kept:
+            position = self._write_sample(decision, payload)
         else:
             self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
         self._reservoir.drop(name, unseen=True)
         self._remove_position(name)
-        if verdict.is_kept:
+        if decision.is_kept:
             self._positions[name] = position
-        return self._apply(verdict)
+        return self._apply(decision)
 
-    def _write_sample(self, verdict: ReservoirDecision, payload: bytes) -> RecordPosition:
+    def _write_sample(self, decision: ReservoirDecision, payload: bytes) -> RecordPosition:
         """Write a sample that is kept, and what makes room for it."""
-        dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
-        record = LogRecord(Kind.SAMPLE, bytes.fromhex(verdict.id), verdict.label, verdict.seen_count, payload)
+        dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in decision.evicted]
+        record = LogRecord(Kind.SAMPLE, bytes.fromhex(decision.id), decision.label, decision.seen_count, payload)
         # The new sample comes first: if a power cut tears the end off, there is one sample too many, not too few.
         return self._write([record, *dropped])[0]
 
@@ -366,9 +360,8 @@ class SampleStore(Closeable):
                 continue
             record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
             size += record.size
-            if batch and (
-                size > _REWRITE_BYTES or self._log.needs_new_segment(size)
-            ):  # a batch never spans two segments
+            # A batch never spans two segments.
+            if batch and (size > _REWRITE_BYTES or self._log.needs_new_segment(size)):
                 self._rewrite(batch)
                 batch, size = [], record.size
             batch.append(record)
@@ -402,10 +395,8 @@ class SampleStore(Closeable):
         self._collect_training()
 
     def _collect_training(self) -> None:
-        names_by_class = self._reservoir.names_by_class()
-        self._training_labels = {
-            n: c for c, names in names_by_class.items() for n in names if self._is_for_training(n, c)
-        }
+        classes = self._reservoir.names_by_class().items()
+        self._training_labels = {n: c for c, names in classes for n in names if self._is_for_training(n, c)}
 
     def _read_model(self) -> None:
         """Read what the model of the last round takes; if the file is damaged, it is unknown until the next round."""

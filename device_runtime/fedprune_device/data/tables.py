@@ -185,9 +185,8 @@ class _Decimals:
             if any(_DECIMAL_POINT.fullmatch(cell.replace(",", ".")) for cell in commas):
                 self._marks.add(",")
         if len(self._marks) > 1:
-            raise DataError(
-                "numbers", expected="decimals after a point, or after a comma", got="both", hint=_COMMAS_HINT
-            )
+            expected = "decimals after a point, or after a comma"
+            raise DataError("numbers", expected=expected, got="both", hint=_COMMAS_HINT)
         return column
 
 
@@ -252,16 +251,14 @@ def _open_parquet(
         begin, column_names = 1, [names[place] for place in columns.all]
         try:
             for batch in file.iter_batches(max(1, _BLOCK_CELLS // len(column_names)), columns=column_names):
-                yield _rows_of_cells(
-                    columns, [_column_cells(batch.column(name)) for name in column_names], begin, class_names
-                )
+                cells = [_column_cells(batch.column(name)) for name in column_names]
+                yield _rows_of_cells(columns, cells, begin, class_names)
                 begin += len(batch)
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise DataError(
-                "no table", expected="Parquet", got=error_reason(error)
-            ) from error  # what pyarrow can't unpack
+            # What pyarrow can't unpack.
+            raise DataError("no table", expected="Parquet", got=error_reason(error)) from error
 
     try:
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
@@ -291,11 +288,8 @@ def _check_types(schema: Any, columns: TableColumns) -> None:
             continue
         name = re.split(r"\W", str(kind))[0]
         expected = "classes, as whole numbers or texts" if place in columns.classes else "numbers"
-        hint = (
-            _TIMES_HINT
-            if types.is_temporal(kind)
-            else f"{_CONVERT_HINT}, each in a column of its own, or leave them out."
-        )
+        hint = f"{_CONVERT_HINT}, each in a column of its own, or leave them out."
+        hint = _TIMES_HINT if types.is_temporal(kind) else hint
         raise DataError(f"type of column {place + 1}", expected=expected, got=name, hint=hint)
 
 

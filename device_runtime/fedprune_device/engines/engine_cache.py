@@ -89,9 +89,8 @@ class EngineCache:
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.work.mkdir(mode=0o700)
             for name in (*_FILES.values(), *(f"{kind}.json" for kind in _FILES), RECORD):
-                atomic_file.remove_partial_files(
-                    self.root, name
-                )  # not the marker, which a process that loads an engine may write
+                # Not the marker, which a process that loads an engine may write.
+                atomic_file.remove_partial_files(self.root, name)
             try:
                 yield
             finally:

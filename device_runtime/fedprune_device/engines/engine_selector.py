@@ -300,9 +300,8 @@ class EngineSelector:
         with self.cache.mark_loading(str(numbers["sha256"])):
             engine = Engine(tensorrt, raw)
             try:
-                measured_deviation = checked_deviation(
-                    trial_outputs(engine, self._trial_inputs), self._expected_outputs, self.plan.tolerance
-                )
+                outputs = trial_outputs(engine, self._trial_inputs)
+                measured_deviation = checked_deviation(outputs, self._expected_outputs, self.plan.tolerance)
             except EngineError:
                 engine.close()
                 raise

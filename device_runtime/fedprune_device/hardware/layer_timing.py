@@ -92,7 +92,7 @@ def measure_layers(
 ) -> list[Measurement]:
     """Time the nets' training steps and predictions, at least one point per net, others while `seconds` last.
 
-    `cuda` is that of `Session`.
+    `cuda` is that of `OnnxSession`.
     """
     nets = LayerNets()
     began, measurements = clock(), list[Measurement]()

@@ -25,8 +25,7 @@ from fedprune.core.rng import keyed_generator
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, fit_latency_table, typical_gpu_table, typical_table
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
-from fedprune.runtime.session import OnnxSession
-from fedprune.runtime.session import onnxruntime_version as onnxruntime_version
+from fedprune.runtime.session import OnnxSession, onnxruntime_version
 from fedprune_device.hardware.layer_timing import (
     load_or_measure_table,
     measure_layers,

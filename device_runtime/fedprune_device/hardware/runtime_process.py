@@ -72,9 +72,8 @@ class RuntimeProcess(Closeable):
         settings = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds, "cuda": cuda}
         file = None if memory_file is None else str(memory_file)
         try:
-            report = self._request(
-                {"probe": settings, "memory_file": file}, _PROBE_TIMEOUT_S, "the probe", _NO_PROBE_HINT
-            )
+            request = {"probe": settings, "memory_file": file}
+            report = self._request(request, _PROBE_TIMEOUT_S, "the probe", _NO_PROBE_HINT)
         except RuntimeUnavailableError as error:
             if not cuda:
                 raise

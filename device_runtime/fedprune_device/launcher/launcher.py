@@ -64,8 +64,7 @@ if os.getppid() != {launcher}:
 
 @dataclass(frozen=True)
 class SlotExit:
-    """How a started release ended. `code` is the launcher's exit code if it ends, too; `was_stopped`: it was told to
-    stop."""
+    """How a started release ended. `code` is the launcher's exit code if it ends, too; `was_stopped` by a signal."""
 
     reason: str
     code: int = 1
@@ -93,9 +92,8 @@ def choose_slot(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
                 state = _save_state(home, state.roll_back(f"not what was staged: {error}"))
         if state.phase == STAGED:
             lapsed = state.left <= 0
-            state = _save_state(
-                home, state.roll_back("staged, but not begun in time") if lapsed else state.use_attempt()
-            )
+            state = state.roll_back("staged, but not begun in time") if lapsed else state.use_attempt()
+            state = _save_state(home, state)
         try:
             return state.stable, home.checked_record(state.stable), state
         except DamagedError as error:
@@ -172,8 +170,7 @@ class SlotRunner:
                 child.wait(_STOP_TIMEOUT_S)
             child.kill()
         child.wait()  # a committed release keeps running; the launcher waits for its end
-        # With the old handlers a stop ends the launcher; `_on_stop` would only remember it while the next release
-        # starts.
+        # With the old handlers a stop ends the launcher; `_on_stop` would only note it while the next release starts.
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
         code = child.returncode
@@ -225,9 +222,8 @@ def main() -> int:
     home = SlotStore(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
     try:
         if home.key() is None:
-            print(
-                f"{home.root} has no {KEY_FILE}: slots are checked for damage, not for who made them", file=sys.stderr
-            )
+            warning = f"{home.root} has no {KEY_FILE}: slots are checked for damage, not for who made them"
+            print(warning, file=sys.stderr)
         return run_slots(home, SlotRunner(home, sys.argv[1:]))
     except (DamagedError, OSError) as error:
         print(f"error: {flat_line(str(error))}. Install the runtime again.", file=sys.stderr)

@@ -17,7 +17,7 @@ READY, WATCHDOG, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
 
 START_TIMEOUT_S = 900  # how long a start may take without a message: the unit's TimeoutStartSec
 
-_EXTEND_INTERVAL_S = 60.0  # between two extensions of a start, each of which lasts START_S
+_EXTEND_INTERVAL_S = 60.0  # between two extensions of a start, each of which lasts START_TIMEOUT_S
 
 
 def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -51,9 +51,8 @@ def extend_start(
     The manager isn't told that the service is ready, because its watchdog would begin to count. After the body the
     start has nearly `START_TIMEOUT_S` seconds again.
     """
-    with repeat_call(
-        lambda: tell(f"{status_line(description)}\n{extension_line(START_TIMEOUT_S)}"), interval_s, "fedprune-starting"
-    ):
+    text = f"{status_line(description)}\n{extension_line(START_TIMEOUT_S)}"
+    with repeat_call(lambda: tell(text), interval_s, "fedprune-starting"):
         yield
 
 

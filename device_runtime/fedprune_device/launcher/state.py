@@ -72,14 +72,8 @@ class LauncherState:
         return replace(self, left=self.left - 1)
 
     def commit(self) -> LauncherState:
-        return replace(
-            self,
-            stable=self.other_slot,
-            phase=STABLE,
-            left=0,
-            trouble="",
-            outcome=UpdateOutcome(self.highest, COMMITTED),
-        )
+        outcome = UpdateOutcome(self.highest, COMMITTED)
+        return replace(self, stable=self.other_slot, phase=STABLE, left=0, trouble="", outcome=outcome)
 
     def roll_back(self, reason: str) -> LauncherState:
         outcome = UpdateOutcome(self.highest, ROLLED_BACK, flat_line(reason))

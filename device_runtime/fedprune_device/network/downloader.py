@@ -53,11 +53,8 @@ class Downloader:
 
     @property
     def progress(self) -> tuple[int, int]:
-        progresses = (
-            [self._web_fetch.progress]
-            if self._web_fetch is not None
-            else [pull.progress for pull in self._pulls.values()]
-        )
+        transfers = self._pulls.values() if self._web_fetch is None else [self._web_fetch]
+        progresses = [transfer.progress for transfer in transfers]
         return sum(done for done, _ in progresses), sum(total for _, total in progresses)
 
     def begin(self, offer: Offer, now: float, *, without_codec: bool = False, is_connected: bool = True) -> None:

@@ -33,9 +33,7 @@ JOIN_PORT = 8884  # of brokers that `fedprune-server broker-config` sets up, in 
 
 _MEMBER_PORT = 8883
 _REQUEST_INTERVAL_S = 5.0  # between two requests without an answer
-_APPROVAL_INTERVAL_S = (
-    20.0  # between two requests while an operator's approval is awaited, which takes minutes at least
-)
+_APPROVAL_INTERVAL_S = 20.0  # while an operator's approval is awaited, which takes minutes at least
 _RENEWAL_INTERVAL_S = 600.0  # between two looks at the certificate's end
 _DAY_S = 24 * 3600.0
 _RENEWAL_TIMEOUT_S = 60.0  # for one renewal; the next look tries again

@@ -21,10 +21,7 @@ from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.enrollment import Renewal, enrol, join_urls, read_claim_file
 from fedprune_device.network.signed_channel import SignedChannel
 
-IDENTITY_FOLDER, CLAIM_FILE = (
-    "identity",
-    "claim",
-)  # folder of a board's identity, and file of its claim, in its state folder
+IDENTITY_FOLDER, CLAIM_FILE = "identity", "claim"  # in a board's state folder
 
 _JOIN_TIMEOUT_S = 60.0  # how long a board that is not told to be patient waits for an answer
 
@@ -131,11 +128,7 @@ def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
 
 
 def join_first(
-    member: Membership,
-    *,
-    pin: bytes | None = None,
-    patient: bool,
-    stopped: threading.Event | None = None,
+    member: Membership, *, pin: bytes | None = None, patient: bool, stopped: threading.Event | None = None
 ) -> bool:
     """Join, if this board hasn't yet, and delete the file of its claim; False only if it was stopped.
 
@@ -155,21 +148,20 @@ def join_first(
             )
         stopped = stopped or threading.Event()
         patience = None if patient else _JOIN_TIMEOUT_S
-        _print_error_line(f"{options.device} asks to join site {options.site}")
+        _print_to_stderr(f"{options.device} asks to join site {options.site}")
         try:
             enrol(
                 identity, member.urls, claim, pin,
-                authority=options.ca, patience_s=patience, stopped=stopped, report=_print_error_line,
+                authority=options.ca, patience_s=patience, stopped=stopped, report=_print_to_stderr,
             )  # fmt: skip
         except BrokerError:
             if stopped.is_set():
                 return False
             raise
-        _print_error_line(
-            f"{options.device} is a member of site {options.site}, with key {identity.key.verifying_key.fingerprint}"
-        )
+        fingerprint = identity.key.verifying_key.fingerprint
+        _print_to_stderr(f"{options.device} is a member of site {options.site}, with key {fingerprint}")
     elif options.claim is not None:
-        _print_error_line(
+        _print_to_stderr(
             f"{options.device} is a member already, so that --claim {options.claim} is ignored. If it was revoked, "
             "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
         )
@@ -186,5 +178,5 @@ def _load_claim(option: str | None, stored_claim: Path) -> JoinClaim | None:
     return read_claim_file(stored_claim) if stored_claim.exists() else None
 
 
-def _print_error_line(line: str) -> None:
+def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

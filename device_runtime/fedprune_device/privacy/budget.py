@@ -21,9 +21,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import GaussianNoise, epsilon_for
 from fedprune.wire.messages import Offer
 
-_MIN_MULTIPLIER = (
-    1e-6  # less noise than this, in units of the clip, counts as none: 1/z² of such an update could overflow
-)
+_MIN_MULTIPLIER = 1e-6  # in units of the clip; less noise counts as none: 1/z² of such an update could overflow
 
 _OWNER_HINT = "The board's owner asks for it; the job's [job.privacy] allows less."
 

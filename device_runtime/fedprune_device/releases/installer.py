@@ -31,14 +31,7 @@ from fedprune_device.launcher import state as launcher_state
 from fedprune_device.launcher.launcher import VERSION
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, digest_and_size, files_digest
 from fedprune_device.launcher.state import MAX_ATTEMPT_S, STABLE, STAGED, TRIAL, DamagedError, LauncherState
-from fedprune_device.releases.wheel import (
-    InstalledWheel,
-    Wheel,
-    WheelFiles,
-    check_distinct,
-    install_wheels,
-    modules_of,
-)
+from fedprune_device.releases.wheel import InstalledWheel, Wheel, WheelFiles, check_distinct, install_wheels, modules_of
 
 
 @dataclass(frozen=True)
@@ -78,13 +71,7 @@ class ReleaseInstaller:
     The server's `key` must have signed them. `keep` are packages of the board's own Python that no release may hide.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        key: VerifyingKey,
-        *,
-        keep: Collection[str] = (),
-    ) -> None:
+    def __init__(self, root: Path, key: VerifyingKey, *, keep: Collection[str] = ()) -> None:
         self.home = SlotStore(root)
         self._incoming = root / "incoming"
         self._key = key

@@ -63,13 +63,16 @@ def board_installer(
 
 
 class ReleaseAgent:
-    """Installs offered releases and reports how each ends. `updater` may be the reason why none can be installed."""
+    """Installs offered releases and reports how each ends. `installer` may be the reason why none can be installed."""
 
     def __init__(
-        self, connection: BoardConnection, updater: ReleaseInstaller | str, clock: Callable[[], float] = time.monotonic
+        self,
+        connection: BoardConnection,
+        installer: ReleaseInstaller | str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
-        self._installer = updater
+        self._installer = installer
         self._clock = clock
         self._offer: ReleaseOffer | None = None
         self._download: ReleaseDownload | None = None
@@ -128,8 +131,7 @@ class ReleaseAgent:
             return
         state, reason = self._release_state(self._installer, offer.number)
         if installed_manifest(self._installer.home, offer.number) not in (None, _digest(offer.manifest)):
-            # Another release has this number on this board: `_start_download` refuses the offer before anything is
-            # fetched.
+            # Another release has this number on this board: `_start_download` refuses the offer at once.
             state = None
         if state == STAGED:
             self._offer, self._is_staged = offer, True
@@ -140,10 +142,10 @@ class ReleaseAgent:
         elif (disk := self._installer.home.load()) is None or disk.phase != on_disk.TRIAL:
             self._start_download(self._installer, offer)
 
-    def _start_download(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
+    def _start_download(self, installer: ReleaseInstaller, offer: ReleaseOffer) -> None:
         self._forget_offer()
         self._offer = offer
-        self._download = ReleaseDownload(updater, offer)
+        self._download = ReleaseDownload(installer, offer)
         release = self._download.release
         _LOG.info(
             "release %d (%s) is offered: %d bytes, of which %d are installed",
@@ -204,13 +206,13 @@ class ReleaseAgent:
         if self._is_staged and self._offer is not None and quiet:
             self._start_trial(self._installer, self._offer)
 
-    def _start_trial(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
-        state = updater.home.load()
+    def _start_trial(self, installer: ReleaseInstaller, offer: ReleaseOffer) -> None:
+        state = installer.home.load()
         if state is None or state.highest != offer.number or state.phase == on_disk.STABLE:
             self._forget_offer()  # another process of this board was faster
             return
-        delete_downloads(updater)  # again, since a power cut may have prevented it after staging
-        updater.arm(offer.attempts, offer.seconds)
+        delete_downloads(installer)  # again, since a power cut may have prevented it after staging
+        installer.arm(offer.attempts, offer.seconds)
         _LOG.info("release %d is tried now: the service restarts", offer.number)
         self._report(offer.number, TRIAL)
         self._is_leaving = True
@@ -254,9 +256,9 @@ class ReleaseAgent:
         else:
             self._report_last_release(self._installer)
 
-    def _report_last_release(self, updater: ReleaseInstaller) -> None:
+    def _report_last_release(self, installer: ReleaseInstaller) -> None:
         """Report the last release's state from the launcher's state."""
-        launcher_state = updater.home.load()
+        launcher_state = installer.home.load()
         if launcher_state is None or (launcher_state.phase == on_disk.STABLE and launcher_state.outcome is None):
             self._is_on_trial = False
             return
@@ -265,14 +267,14 @@ class ReleaseAgent:
             if launcher_state.phase != on_disk.STABLE or launcher_state.outcome is None
             else launcher_state.outcome.version
         )
-        state, reason = self._release_state(updater, number)
+        state, reason = self._release_state(installer, number)
         self._is_on_trial = state == TRIAL
         if state is not None:
             self._report(number, state, reason)
 
-    def _release_state(self, updater: ReleaseInstaller, number: int) -> tuple[str | None, str]:
+    def _release_state(self, installer: ReleaseInstaller, number: int) -> tuple[str | None, str]:
         """A release's state and its reason, from the launcher's state; None if the launcher doesn't know it."""
-        launcher_state = updater.home.load()
+        launcher_state = installer.home.load()
         if launcher_state is None:
             return REFUSED, "the launcher's state is damaged; a restart mends it"
         if launcher_state.phase != on_disk.STABLE and launcher_state.highest == number:
@@ -281,7 +283,7 @@ class ReleaseAgent:
             is_committed = launcher_state.outcome.result == on_disk.COMMITTED
             return (COMMITTED if is_committed else ROLLED_BACK), launcher_state.outcome.reason
         try:
-            is_running = updater.home.record(launcher_state.stable).version == number
+            is_running = installer.home.record(launcher_state.stable).version == number
         except on_disk.DamagedError:
             is_running = False
         return (COMMITTED, "") if is_running else (None, "")
@@ -316,10 +318,10 @@ class ReleaseDownload:
     are deleted.
     """
 
-    def __init__(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
-        self._store = updater.downloads
+    def __init__(self, installer: ReleaseInstaller, offer: ReleaseOffer) -> None:
+        self._store = installer.downloads
         self.source = ReleaseSource(offer.manifest.encode(), bytes.fromhex(offer.signature), self._store.path)
-        self.release = release = updater.examine(self.source)
+        self.release = release = installer.examine(self.source)
         if release.number != offer.number or len(release.files) != len(offer.leaves):
             raise ReleaseError(
                 f"the offer of release {offer.number}",
@@ -327,10 +329,10 @@ class ReleaseDownload:
                 got=f"{len(offer.leaves)} files",
             )
         pairs = zip(release.files, offer.leaves, strict=True)
-        installed = updater.installed_files(release)
+        installed = installer.installed_files(release)
         self._refs = [BlobRef(file.sha256, file.size, leaves) for file, leaves in pairs if file not in installed]
         self._pull: Pull | None = None
-        delete_downloads(updater, keep=release)
+        delete_downloads(installer, keep=release)
 
     @property
     def is_done(self) -> bool:
@@ -378,9 +380,9 @@ class ReleaseDownload:
 class StagingThread:
     """Installs a downloaded release in a thread, so that the loop continues and feeds the watchdog."""
 
-    def __init__(self, updater: ReleaseInstaller, download: ReleaseDownload) -> None:
+    def __init__(self, installer: ReleaseInstaller, download: ReleaseDownload) -> None:
         self.error: FedpruneError | None = ReleaseError("unpacking it ended without an error message")
-        self._installer = updater
+        self._installer = installer
         self._download = download
         self._thread = threading.Thread(target=self._run, name="fedprune-staging", daemon=True)
         self._thread.start()
@@ -413,8 +415,8 @@ def _digest(manifest: str) -> str:
     return hashlib.sha256(manifest.encode()).hexdigest()
 
 
-def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:
-    store = updater.downloads
+def delete_downloads(installer: ReleaseInstaller, keep: Release | None = None) -> None:
+    store = installer.downloads
     kept_names = set() if keep is None else {f.sha256 for f in keep.files}
     for name in store.names():
         if name not in kept_names:

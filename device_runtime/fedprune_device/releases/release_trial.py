@@ -115,9 +115,8 @@ class Watchdog:
         self._trial = trial
         self._tell = tell
         # A quarter of the manager's time, so that one slow turn doesn't restart the service.
-        self._interval_s = (
-            min(_MAX_WATCHDOG_S, (watchdog_seconds() if interval is None else interval or 0.0) or 4e9) / 4
-        )
+        watchdog_s = watchdog_seconds() if interval is None else interval
+        self._interval_s = min(_MAX_WATCHDOG_S, watchdog_s or 4e9) / 4
         self._clock = clock
         self._next_beat = 0.0
         self._ready = False

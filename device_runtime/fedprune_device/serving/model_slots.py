@@ -79,8 +79,7 @@ class ServingRecord:
 class ModelSlots:
     """The serving folder of a device. Reading needs no lock, so predictions work next to a running agent.
 
-    Staged models survive a power cut if `durable`; `allowed_job` is the only one whose models may be installed, empty
-    for any.
+    Staged models survive a power cut if `durable`. Models of `allowed_job` alone may be installed, if it isn't empty.
     """
 
     def __init__(self, root: Path, *, durable: bool = True) -> None:

@@ -74,8 +74,5 @@ def _read(root: Path) -> dict[str, object]:
 
 
 def _name_text(value: object) -> str:
-    return (
-        value
-        if isinstance(value, str) and value.isprintable() and len(value) <= _MAX_NAME_LENGTH
-        else value_text(value)
-    )
+    is_name = isinstance(value, str) and value.isprintable() and len(value) <= _MAX_NAME_LENGTH
+    return str(value) if is_name else value_text(value)

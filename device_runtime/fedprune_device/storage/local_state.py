@@ -33,9 +33,7 @@ _HEAD_TENSOR, _DIGEST_TENSOR = "record", "sha256"
 _FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round", "optimizer", "steps", "alone")
 _TENSOR_KINDS = ("average", "personal", "residual", "moments")
 _SLOTS = ("a", "b")
-_STAGED_FILE = (
-    ".staged.partial"  # what a round has left while its result may still be dropped; a new process deletes it
-)
+_STAGED_FILE = ".staged.partial"  # of a round whose result may still be dropped; a new process deletes it
 _JOB_FILE, _OTHER_JOBS_FOLDER = "job", "others"
 MAX_OTHER_JOBS = 3  # the latest jobs, in addition to the current one, whose personal state a board keeps
 
@@ -97,9 +95,8 @@ class LocalState:
         return mine is not None and mine.shape == tensor.shape
 
     def to_bytes(self) -> bytes:
-        arrays: dict[str, npt.NDArray[Any]] = {
-            f"{p}/{n}": v for p in _TENSOR_KINDS for n, v in getattr(self, p).items()
-        }
+        arrays: dict[str, npt.NDArray[Any]]
+        arrays = {f"{p}/{n}": v for p in _TENSOR_KINDS for n, v in getattr(self, p).items()}
         arrays |= {f"mask/{n}": v for n, v in mask_to_bits(self.mask).items() if n in self.average}
         head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT}
         text = json.dumps(head, sort_keys=True).encode()

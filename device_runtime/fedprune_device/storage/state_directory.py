@@ -181,11 +181,8 @@ class DeviceStore(Closeable):
     def reclaimable_bytes(self, offer: Offer) -> int:
         """Room that `delete_unneeded_blobs` would make if this offer were the current one."""
         partial = self.blobs.root / "partial"
-        paths = [
-            path
-            for name in self._unneeded_blobs(AcceptedOffer(offer))
-            for path in (self.blobs.path(name), partial / name)
-        ]
+        names = self._unneeded_blobs(AcceptedOffer(offer))
+        paths = [path for name in names for path in (self.blobs.path(name), partial / name)]
         if self._is_of_another_run(offer):
             paths += self.local_states.paths()
         total = 0

@@ -176,12 +176,8 @@ class CrashReports:
         }
 
     def _write_mark(self) -> None:
-        body = {
-            **self._run_facts(),
-            "boot": self._boot(),
-            "folder": self._folder_inode(),
-            "begun": int(self._started_at),
-        }
+        place = {"boot": self._boot(), "folder": self._folder_inode()}
+        body = {**self._run_facts(), **place, "begun": int(self._started_at)}
         body.pop("memory_available")  # the memory at the start says nothing about the end
         with contextlib.suppress(FedpruneError):
             atomic_file.write_document(self._folder / MARK_FILE, body)
@@ -191,9 +187,8 @@ class CrashReports:
 
         A copy of a running board's card or folder has the mark of a run that never ended: its inode is another one.
         """
-        return (
-            bool(mark.get("boot")) and mark.get("boot") == self._boot() and mark.get("folder") == self._folder_inode()
-        )
+        boot, folder = mark.get("boot"), mark.get("folder")
+        return bool(boot) and boot == self._boot() and folder == self._folder_inode()
 
     def _folder_inode(self) -> int:
         """The folder's inode number, which a copy of the folder doesn't have."""

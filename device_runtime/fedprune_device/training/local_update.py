@@ -263,9 +263,8 @@ class LocalUpdate:
         if not recipe.update_clip:
             return update
         received: Tensors = tensorfile.decode(read(self._offer.weights))
-        return add_noise(
-            update, received, self._trainer.trainable, recipe.update_clip, recipe.update_noise, self._noise()
-        )
+        clip, multiplier = recipe.update_clip, recipe.update_noise
+        return add_noise(update, received, self._trainer.trainable, clip, multiplier, self._noise())
 
     def _encode(self, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]) -> tuple[bytes, Tensors]:
         """The encoded update, and the remainder that encoding leaves out, with all elements in their places."""

@@ -87,9 +87,8 @@ class Objective:
         self, graph: bytes, recipe: Recipe, classes: int, *, scores: bool, subgraphs: Subgraphs | None = None
     ) -> None:
         outputs = [step_contract.LOSS, step_contract.HITS] if scores else [step_contract.LOSS]
-        self._session = OnnxSession(
-            (subgraphs or Subgraphs()).subgraph_for(lambda: graph, outputs, given_values=[step_contract.LOGITS])
-        )
+        subgraphs = subgraphs or Subgraphs()
+        self._session = OnnxSession(subgraphs.subgraph_for(lambda: graph, outputs, given_values=[step_contract.LOGITS]))
         self._outputs, self._recipe, self._classes = outputs, recipe, classes
         text = metadata_of(graph).get(step_contract.METRIC_METADATA)
         self._metric = _Metric(text) if recipe.metric and text is not None else None

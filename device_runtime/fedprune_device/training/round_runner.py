@@ -62,8 +62,7 @@ class DamagedBlobError(StorageError):
 
 @dataclass(frozen=True)
 class TrainedRound:
-    """The result of an offer, which lasts only after `RoundRunner.commit`; `round_state` is the board's own state,
-    staged."""
+    """The result of an offer, which lasts only after `RoundRunner.commit`; `round_state` is the staged local state."""
 
     update: UpdateAnnouncement
     model: ServingRecord
@@ -158,10 +157,8 @@ class RoundRunner:
         work.tensors = {}
         graphs = offer.training.sha256, offer.inference.sha256
         checks = self._checked_graphs is None or graphs not in self._checked_graphs
-        files, state = (
-            work.make_files(result, self._blobs.put, self._read_blob, evaluates=evaluates, compares=checks),
-            work.round_state,
-        )
+        files = work.make_files(result, self._blobs.put, self._read_blob, evaluates=evaluates, compares=checks)
+        state = work.round_state
         # The arrays of tensors and squares are in the loaded graph's memory, which `release` gives back.
         result = replace(result, tensors={}, last_squares={}, moments={})
         del work, trainer
@@ -179,14 +176,12 @@ class RoundRunner:
             if recipe.validate_blend:
                 evaluation.metrics[BLEND] = average.received_share
                 if files.local_state is not None:
-                    files = replace(
-                        files, local_state=replace(files.local_state, alone=average.received_share < recipe.blend)
-                    )
+                    local_state = replace(files.local_state, alone=average.received_share < recipe.blend)
+                    files = replace(files, local_state=local_state)
             del average
         if checks or evaluates:
-            self._measure(
-                evaluation, self._stage_candidate(offer, serving), loss, when if evaluates else None, checks=checks
-            )
+            candidate = self._stage_candidate(offer, serving)
+            self._measure(evaluation, candidate, loss, when if evaluates else None, checks=checks)
         if self._checked_graphs is not None:
             self._checked_graphs.add(graphs)
         model = self._lower(offer, recipe, inputs, serving)
@@ -201,9 +196,8 @@ class RoundRunner:
         # Damaged weights are found first, before a graph is loaded.
         weights = self._load_weights(offer)
         mask = None if offer.mask is None else self._read_blob(offer.mask)
-        trainer = self._trainer.of(
-            offer.training.sha256, lambda: self._read_blob(offer.training), self._base_path(offer)
-        )
+        base = self._base_path(offer)
+        trainer = self._trainer.of(offer.training.sha256, lambda: self._read_blob(offer.training), base)
         targets = trainer.targets(recipe, offer.classes)
         data = self._data.snapshot(trainer.input_shape, targets)
         work = LocalUpdate(
@@ -317,19 +311,19 @@ class RoundRunner:
     ) -> tuple[ServingAverage, bytes]:
         """The average that is to serve, and its file: the first one, unless the second one is clearly better."""
         first, *rest = averages
-        second_values = (
-            None
-            if not rest
-            else evaluation.metric_per_sample(self._stage_candidate(offer, tensorfile.encode(rest[0].tensors)))
-        )
+        if not rest:
+            return first, tensorfile.encode(first.tensors)
+        (second,) = rest
+        second_values = evaluation.metric_per_sample(self._stage_candidate(offer, tensorfile.encode(second.tensors)))
         raw = tensorfile.encode(first.tensors)
-        if second_values is None or not is_clearly_better(
-            second_values, evaluation.metric_per_sample(self._stage_candidate(offer, raw))
-        ):
+        if second_values is None:
             return first, raw
-        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, rest[0].received_share)
+        first_values = evaluation.metric_per_sample(self._stage_candidate(offer, raw))
+        if not is_clearly_better(second_values, first_values):
+            return first, raw
+        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, second.received_share)
         del raw  # a small board has memory for one
-        return rest[0], tensorfile.encode(rest[0].tensors)
+        return second, tensorfile.encode(second.tensors)
 
     def _read_blob(self, ref: BlobRef) -> bytes:
         return self._read_digest(ref.sha256)

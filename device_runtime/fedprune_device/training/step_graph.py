@@ -91,15 +91,12 @@ class StepGraph:
         self._target_shape = inputs[step_contract.Y][1][1:]
         self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
         self.optimizer_states = [f(n) for n in self.trainable for f in step_contract.state_names(optimizer)]
-        self._sums = [
-            step_contract.gradient_sum_name(n) for n in self.trainable if step_contract.gradient_sum_name(n) in inputs
-        ]
+        self._sums = [name for n in self.trainable if (name := step_contract.gradient_sum_name(n)) in inputs]
         gradients = [step_contract.gradient_name(n) for n in self.trainable]
         self.gradients = gradients if outputs.issuperset(gradients) else []
         self._base_path, self._base = base, dict[str, Array]()
-        self._base_names = {
-            n for n in inputs if n.endswith((step_contract.base_name(""), step_contract.base_scale_name("")))
-        }
+        base_endings = step_contract.base_name(""), step_contract.base_scale_name("")
+        self._base_names = {n for n in inputs if n.endswith(base_endings)}
         if self._base_names and base is None:
             raise TrainingError("the training graph reads a frozen base", expected="a file of it", got="none")
         self.dropout = DropoutMasks.of(inputs, self._session.metadata)
@@ -121,21 +118,10 @@ class StepGraph:
     def _check_complete(self) -> None:
         """Refuse a training graph with an input that nothing here feeds, or without an output that a step needs."""
         inputs, outputs = set(self._session.inputs), set(self._session.outputs)
-        of_tensors = (
-            step_contract.anchor_name,
-            step_contract.strength_name,
-            step_contract.mask_name,
-            step_contract.threshold_name,
-        )
-        fed = {
-            *step_contract.INPUTS,
-            *self.names,
-            *self.optimizer_states,
-            *self._sums,
-            *self._base_names,
-            *self.dropout.ratios,
-        }
-        fed.update(input_of(n) for n in self.trainable for input_of in of_tensors)
+        contract = step_contract
+        of_tensors = contract.anchor_name, contract.strength_name, contract.mask_name, contract.threshold_name
+        fed = {*contract.INPUTS, *self.names, *self.optimizer_states, *self._sums, *self._base_names}
+        fed |= {*self.dropout.ratios, *(input_of(n) for n in self.trainable for input_of in of_tensors)}
         if inputs - fed:
             raise TrainingError(
                 "the training graph has inputs that this device can't feed",
@@ -237,11 +223,9 @@ class StepGraph:
 
     def divisor(self, y: Array, feeds: Mapping[str, Array]) -> float:
         """A batch part's share of the loss's divisor."""
-        return (
-            divisor_share(y, self._ignored, feeds.get(step_contract.CLASS_WEIGHT))
-            if self.counts_hits
-            else float(len(y))
-        )
+        if not self.counts_hits:
+            return float(len(y))
+        return divisor_share(y, self._ignored, feeds.get(step_contract.CLASS_WEIGHT))
 
     def mask_inputs(self, tensors: Mapping[str, Array], recipe: Recipe, mask: ElementMask) -> dict[str, Array]:
         """Masks, thresholds and the scaler; those that the graph has and the recipe doesn't ask for change nothing."""

@@ -190,9 +190,8 @@ class _TrainingRun:
         micro_batches, mix_shares = self._micro_batches(number, rows)
         feeds = {**self._constants, **self._state, **mix_shares}
         # The rate at the middle of the step, so that no step of a schedule has a rate of 0 and is lost.
-        feeds[step_contract.LR] = np.array(
-            recipe.learning_rate(task.round, (number - 0.5) / self.batches.steps), np.float32
-        )
+        learning_rate = recipe.learning_rate(task.round, (number - 0.5) / self.batches.steps)
+        feeds[step_contract.LR] = np.array(learning_rate, np.float32)
         own_widths, widths = self._width_plans[0], self._step_widths(number)
         narrower_axes = None if widths == own_widths else graph.axes
         if narrower_axes is not None:
@@ -262,9 +261,8 @@ class _TrainingRun:
     def _micro_batches(self, number: int, rows: Rows) -> tuple[list[MicroBatch], dict[str, Array]]:
         """A step's samples, augmented and mixed as the recipe says, and the inputs that mixing adds."""
         graph, task, recipe = self._graph, self._task, self._task.recipe
-        micro_batches = [
-            MicroBatch.of(self._data.x_train, self._y, chunk) for chunk in self.batches.micro_batches(rows)
-        ]
+        chunks = self.batches.micro_batches(rows)
+        micro_batches = [MicroBatch.of(self._data.x_train, self._y, chunk) for chunk in chunks]
         if self._augmentation is not None:
             key = (task.round, task.device, "augment", number)
             micro_batches = [self._augmentation(m, task.seed, *key, i) for i, m in enumerate(micro_batches)]
@@ -480,9 +478,8 @@ def batch_norm_statistics(
             totals[name] += np.asarray(outputs_of_batch[step_contract.next_name(name)], np.float64)
     result: Tensors = {}
     for name in names:
-        batch_share = 1.0 - float(np.median(np.asarray(huge_outputs[step_contract.next_name(name)]))) / float(
-            _HUGE_STATISTIC
-        )
+        huge_median = float(np.median(np.asarray(huge_outputs[step_contract.next_name(name)])))
+        batch_share = 1.0 - huge_median / float(_HUGE_STATISTIC)
         mean = totals[name] / (len(batches) * batch_share) if batch_share > 0 else totals[name] * np.nan
         result[name] = np.asarray(mean if np.isfinite(mean).all() else old[name], np.float32)
     return result

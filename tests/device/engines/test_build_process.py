@@ -70,7 +70,7 @@ def test_one_that_takes_too_long_is_ended(start: Start) -> None:
 def test_what_a_child_says_last_is_what_it_made(start: Start) -> None:
     outcome = result(start('Building: 1 of 2\n{"seconds": 1.5, "latency_s": 0.25}'))
     assert (outcome.seconds, outcome.latency_s) == (1.5, 0.25)
-    np.testing.assert_array_equal(outcome.answers, np.ones(3))
+    np.testing.assert_array_equal(outcome.outputs, np.ones(3))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ LOADS = """
 import sys
 from pathlib import Path
 from fedprune_device.engines.engine_cache import EngineCache
-with EngineCache(Path(sys.argv[1])).loading("e" * 64):
+with EngineCache(Path(sys.argv[1])).mark_loading("e" * 64):
     print("loading", flush=True)
     sys.stdin.read()
 """

@@ -164,13 +164,13 @@ def test_onnxruntime_that_is_not_installed_names_the_extra(tmp_path: Path) -> No
 
 PEAKS = """
 import numpy as np
-from fedprune_device.hardware.readings import own_memory, peak_memory, restart_peak
+from fedprune_device.hardware.readings import unreclaimable_memory, peak_memory, reset_peak_memory
 from fedprune_device.hardware.probe import process_memory
 large = np.ones(50_000_000, np.uint8)
-held = own_memory()
+held = unreclaimable_memory()
 del large
 first = peak_memory()
-restart_peak()
+reset_peak_memory()
 second = peak_memory()
 np.ones(20_000_000, np.uint8)
 print(held, first - second, peak_memory() - second, process_memory(), process_memory())
