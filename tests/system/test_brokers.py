@@ -103,7 +103,7 @@ def test_a_slow_processor_behind_a_slow_line_gets_through_tls(make: Callable[...
         finally:
             over.set()
             thread.join()
-        assert line.add_checked > 3 * WEIGHTS
+        assert line.passed_bytes > 3 * WEIGHTS
 
 
 def bridge(port: int) -> str:

@@ -99,7 +99,7 @@ def break_boards(fleet: Fleet) -> None:
     copy, original = ToyDevice("copied", fleet.folder / "copy", air), devices["copied"]
     copy.session = original.session + 1
     for board in (copy, original, copy, original):
-        board.build()
+        board.send_birth()
     for _ in range(100):  # what neither can sign so that the server accepts it from both
         air.to_server(original.topics.up("copied"), b"of an epoch that is over")
     air.to_server(original.topics.up("ash"), b"{")

@@ -67,8 +67,8 @@ def test_one_board_is_not_suspected(case: str) -> None:
 
 def test_a_suspicion_is_told_once_and_settles() -> None:
     names = CloneDetector()
-    told = [names.note_birth("a", n, (PI, NANO)[n % 2], True, float(n)) for n in range(9)]
-    assert [bool(s) for s in told] == [False, True, *[False] * 7]
+    suspicions = [names.note_birth("a", n, (PI, NANO)[n % 2], True, float(n)) for n in range(9)]
+    assert [bool(s) for s in suspicions] == [False, True, *[False] * 7]
     names.expire(8.0 + SUSPICION_QUIET_S)
     assert not names.is_suspected("a")
     assert names.note_birth("a", 9, NANO, True, 1.0 + REPORT_INTERVAL_S)
@@ -84,8 +84,8 @@ def test_signs_that_come_at_once_or_seldom_are_no_proof_of_a_copy() -> None:
 
 def test_signs_that_go_on_are_told_once() -> None:
     names = CloneDetector()
-    told = [names.note_shared_key("a", 1.0 + n * OVERLAP_INTERVAL_S) for n in range(3 * MIN_OVERLAPS)]
-    assert told == [n == MIN_OVERLAPS - 1 for n in range(3 * MIN_OVERLAPS)]
+    suspicions = [names.note_shared_key("a", 1.0 + n * OVERLAP_INTERVAL_S) for n in range(3 * MIN_OVERLAPS)]
+    assert suspicions == [n == MIN_OVERLAPS - 1 for n in range(3 * MIN_OVERLAPS)]
     assert names.is_suspected("a")
     assert not names.is_suspected("b")
     names.forget("a")

@@ -29,18 +29,18 @@ def test_crashes_are_kept_once_and_answered(tmp_path: Path) -> None:
         store.add(crash("b", 4))
         assert store.save() == {"a": CrashStored(2), "b": CrashStored(4)}
         assert store.save() == {}
-    with CrashStore(tmp_path) as again:
-        again.add(crash("a", 2))
-        assert again.save() == {"a": CrashStored(2)}
-        again.add(crash("a", 5, "KeyError: yes"))
-        again.save()
-    found = read_crashes(tmp_path)
-    assert [(r.device, r.text) for r in found] == [
+    with CrashStore(tmp_path) as restarted:
+        restarted.add(crash("a", 2))
+        assert restarted.save() == {"a": CrashStored(2)}
+        restarted.add(crash("a", 5, "KeyError: yes"))
+        restarted.save()
+    crashes = read_crashes(tmp_path)
+    assert [(r.device, r.text) for r in crashes] == [
         ("a", "ValueError: no"),
         ("b", "ValueError: no"),
         ("a", "KeyError: yes"),
     ]
-    assert frames_of(found[-1]) == ["fedprune_device.agent.agent:7 in run"]
+    assert frames_of(crashes[-1]) == ["fedprune_device.agent.agent:7 in run"]
     assert [r.text for r in read_crashes(tmp_path, "a", limit=1)] == ["KeyError: yes"]
     assert (tmp_path / CRASH_FILE).stat().st_mode & 0o077 == 0
 

@@ -42,9 +42,9 @@ class VirtualFleet:
 
     def __post_init__(self) -> None:
         self.steering = PaceSteering(self.target, 7, (), self.now)
-        self.able_boards = {f"d{i}" for i in range(self.boards)}
+        self.online = {f"d{i}" for i in range(self.boards)}
         self.back: list[tuple[float, str]] = []
-        for device in sorted(self.able_boards):
+        for device in sorted(self.online):
             self.steering.on_connect(device, self.now, able=True)
 
     def run(self, until: float, demand: Callable[[VirtualFleet], Demand] = lambda fleet: fleet.demand) -> None:
@@ -53,23 +53,23 @@ class VirtualFleet:
             while self.back and self.back[0][0] <= self.now:
                 at, device = heapq.heappop(self.back)
                 if int(device[1:]) >= self.dead:
-                    self.able_boards.add(device)
+                    self.online.add(device)
                     self.arrivals.append(at)
                     self.steering.on_connect(device, self.now, able=True)
             for device, away_s in self.steering.choose_leaving(self.now, self.now, demand(self), self.works):
                 assert 1 <= away_s <= MAX_BOARD_AWAY_S
-                self.able_boards.remove(device)
+                self.online.remove(device)
                 heapq.heappush(self.back, (self.now + away_s, device))
-            self.levels.append(len(self.able_boards))
+            self.levels.append(len(self.online))
 
     def forget(self) -> None:
         self.arrivals.clear()
         self.levels.clear()
 
 
-def within(found: float, expected: float, sigmas: float = 5.0) -> bool:
+def within(count: float, expected: float, sigmas: float = 5.0) -> bool:
     """Whether a count that is a sum of independent events is near what is expected of it."""
-    return abs(found - expected) <= sigmas * math.sqrt(expected) + 1
+    return abs(count - expected) <= sigmas * math.sqrt(expected) + 1
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_job_that_waits_for_boards_keeps_those_that_are_there() -> None:
 
     def waiting(fleet: VirtualFleet) -> Demand:
         nonlocal began
-        began = began or len(fleet.able_boards) >= 100
+        began = began or len(fleet.online) >= 100
         return Demand(100, STAY_S, waiting=not began)
 
     fleet.run(fleet.now + 6 * VisitPlan(20, demand).period_s, waiting)
@@ -123,12 +123,12 @@ def test_a_board_with_a_part_stays_and_leaves_when_it_is_done(
     names = {f"d{i}" for i in busy if i < boards}
     fleet = VirtualFleet(boards, target, Demand(needed, STAY_S), works=lambda device: device in names)
     fleet.run(2 * STAY_S)
-    assert names <= fleet.able_boards
+    assert names <= fleet.online
     names.clear()
     fleet.run(fleet.now + 10)
     plan = VisitPlan(target, fleet.demand)
     late = sum(at > fleet.now - STAY_S - 20 for at in fleet.arrivals)
-    assert len(fleet.able_boards) <= (late if plan.needs_meetings else target)
+    assert len(fleet.online) <= (late if plan.needs_meetings else target)
 
 
 def returns(boards: int, outage_s: float, spread_s: float) -> Counter[int]:
@@ -148,9 +148,9 @@ def test_ten_thousand_boards_come_back_after_a_restart_of_the_broker_at_a_bounde
     steering = PaceSteering(0, 0, (), 0.0)
     for i in range(boards):
         steering.on_connect(f"d{i}", 0.0, able=True)
-    found = returns(boards, outage_s, steering.spread_s)
-    assert sum(found.values()) == boards
-    assert max(found.values()) <= MAX_RECONNECTS_PER_S + 5 * math.sqrt(MAX_RECONNECTS_PER_S)
-    assert max(found) <= outage_s + steering.spread_s
+    returns_per_s = returns(boards, outage_s, steering.spread_s)
+    assert sum(returns_per_s.values()) == boards
+    assert max(returns_per_s.values()) <= MAX_RECONNECTS_PER_S + 5 * math.sqrt(MAX_RECONNECTS_PER_S)
+    assert max(returns_per_s) <= outage_s + steering.spread_s
     if outage_s <= 1:  # what the spread is for
         assert max(returns(boards, outage_s, 0.0).values()) > boards / 2

@@ -20,12 +20,12 @@ from support.fakes import tiny_job as toy
 
 BOARD = profile_store.find_profile("raspberry-pi-5")
 JOB = Job(name="leaves", recipe=Recipe())
-MADE = PlanSearch(toy.ARCHITECTURE, BOARD, JOB.recipe, 100).search()
-METRICS = {"step_seconds": 2 * MADE.prediction.step_s, "latency_seconds": 0.5, "peak_memory_bytes": 1e8}
+PLAN = PlanSearch(toy.ARCHITECTURE, BOARD, JOB.recipe, 100).search()
+METRICS = {"step_seconds": 2 * PLAN.prediction.step_s, "latency_seconds": 0.5, "peak_memory_bytes": 1e8}
 
 
-def state(metrics: dict[str, float], widths: tuple[int, ...] = MADE.widths, **changes: Any) -> State:
-    device = JobDevice(1, True, BOARD.to_dict(), None, 100, MADE.to_dict(), MADE.widths)
+def state(metrics: dict[str, float], widths: tuple[int, ...] = PLAN.widths, **changes: Any) -> State:
+    device = JobDevice(1, True, BOARD.to_dict(), None, 100, PLAN.to_dict(), PLAN.widths)
     row = {
         "round": 1,
         "at": 1.0,
@@ -37,35 +37,37 @@ def state(metrics: dict[str, float], widths: tuple[int, ...] = MADE.widths, **ch
 
 
 def test_a_devices_predictions_stand_beside_its_measurements() -> None:
-    rows = compare_device("pi", state(METRICS), vars(MADE.prediction))
-    assert rows["step_seconds"] == (MADE.prediction.step_s, METRICS["step_seconds"])
-    assert rows["latency_seconds"] == (MADE.prediction.latency_s, 0.5)
-    assert rows["peak_memory_bytes"] == (MADE.prediction.memory_bytes, 1e8)
+    rows = compare_device("pi", state(METRICS), vars(PLAN.prediction))
+    assert rows["step_seconds"] == (PLAN.prediction.step_s, METRICS["step_seconds"])
+    assert rows["latency_seconds"] == (PLAN.prediction.latency_s, 0.5)
+    assert rows["peak_memory_bytes"] == (PLAN.prediction.memory_bytes, 1e8)
     assert "memory 100.00 MB (predicted" in comparison_text(rows, rows)
 
 
 def test_measurements_at_other_widths_are_left_out() -> None:
-    other = state(METRICS, widths=tuple(w + 1 for w in MADE.widths))
-    assert all(seen is None for _, seen in compare_device("pi", other, vars(MADE.prediction)).values())
-    assert compare_device("nobody", other, None) == {}
+    wider = state(METRICS, widths=tuple(w + 1 for w in PLAN.widths))
+    assert all(measured is None for _, measured in compare_device("pi", wider, vars(PLAN.prediction)).values())
+    assert compare_device("nobody", wider, None) == {}
 
 
 def test_a_prediction_is_the_one_before_any_round_whatever_rounds_taught() -> None:
-    learnt = NO_CORRECTION.corrected_by(MADE.prediction, NO_CORRECTION, METRICS)
-    again = PlanSearch(toy.ARCHITECTURE, BOARD, JOB.recipe, 100, correction=learnt).search()
-    device = replace(state(METRICS).devices["pi"], plan=again.to_dict())
-    first, since = (compare_device("pi", state(METRICS), vars(p)) for p in (again.before_rounds, again.prediction))
-    known, taught = (amount(p.step_s, "s") for p in (again.before_rounds, again.prediction))
-    assert f"(predicted {known}, {taught} since the rounds measured it)" in comparison_text(first, since)
-    assert again.prediction.step_s == METRICS["step_seconds"], "what a plan says now agrees by itself"
+    learnt = NO_CORRECTION.corrected_by(PLAN.prediction, NO_CORRECTION, METRICS)
+    corrected = PlanSearch(toy.ARCHITECTURE, BOARD, JOB.recipe, 100, correction=learnt).search()
+    device = replace(state(METRICS).devices["pi"], plan=corrected.to_dict())
+    first, since = (
+        compare_device("pi", state(METRICS), vars(p)) for p in (corrected.before_rounds, corrected.prediction)
+    )
+    before_rounds, taught = (amount(p.step_s, "s") for p in (corrected.before_rounds, corrected.prediction))
+    assert f"(predicted {before_rounds}, {taught} since the rounds measured it)" in comparison_text(first, since)
+    assert corrected.prediction.step_s == METRICS["step_seconds"], "what a plan says now agrees by itself"
     foretold = predicted_figures("pi", device, JOB, toy.ARCHITECTURE)
     assert foretold is not None
     for figure in ("step_s", "latency_s", "train_s", "memory_bytes"):
-        assert foretold[figure] == pytest.approx(vars(MADE.prediction)[figure]), figure
+        assert foretold[figure] == pytest.approx(vars(PLAN.prediction)[figure]), figure
 
 
 def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
     device = state(METRICS).devices["pi"]
     bare = replace(device, plan=None)
-    assert predicted_figures("pi", bare, JOB, toy.ARCHITECTURE) == vars(MADE.prediction)
+    assert predicted_figures("pi", bare, JOB, toy.ARCHITECTURE) == vars(PLAN.prediction)
     assert predicted_figures("pi", replace(bare, widths=()), JOB, toy.ARCHITECTURE) is None

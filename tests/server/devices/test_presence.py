@@ -16,7 +16,7 @@ from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB, NAMES
 
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["heard", "left", "wait", "wait", "lost", "connected"]), st.sampled_from(NAMES)),
+    st.tuples(st.sampled_from(["note_message", "forget", "wait", "wait", "lost", "connected"]), st.sampled_from(NAMES)),
     max_size=60,
 )
 
@@ -43,10 +43,10 @@ def test_who_speaks_is_never_gone_and_who_is_silent_is_asked_once_and_then_gone(
             gone.clear()
             heard.update(dict.fromkeys(NAMES, now))
         elif up:
-            getattr(presence, kind)(*((name, now) if kind == "heard" else (name,)))
+            getattr(presence, kind)(*((name, now) if kind == "note_message" else (name,)))
             heard[name] = now
             gone.discard(name)
-            if kind == "left":
+            if kind == "forget":
                 gone.add(name)
         for asked in presence.take_silent(now):
             assert now - heard[asked] >= MAX_SILENCE_S
@@ -63,7 +63,7 @@ def test_who_speaks_is_never_gone_and_who_is_silent_is_asked_once_and_then_gone(
         assert gone == set(NAMES)
 
 
-def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict[str, bool], float]:
+def run_with_silent_board(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict[str, bool], float]:
     """A fleet that waits for a device more; `c` vanishes at once, without a will.
 
     Returns:
@@ -71,7 +71,7 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
     """
     daemon = fleet.daemon()
     ghost = fleet.air.devices["c"]
-    hear, found = ghost.hear, [0.0]
+    hear, gone_at = ghost.hear, [0.0]
 
     def idle() -> None:
         if daemon.is_busy:
@@ -85,7 +85,7 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
                 if device is not ghost or now <= 100 or back(now):
                     device.say(Alive(device.name, device.session))
         if "c" in daemon.main_runner.state.devices and not daemon.main_runner.state.devices["c"].online:
-            found[0] = found[0] or now
+            gone_at[0] = gone_at[0] or now
         if now > 3000:
             daemon.stop()
 
@@ -95,7 +95,7 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
     fleet.air.on_idle = idle
     daemon.run()
     state = daemon.main_runner.state
-    return daemon, {n: d.online for n, d in state.devices.items()}, found[0]
+    return daemon, {n: d.online for n, d in state.devices.items()}, gone_at[0]
 
 
 @pytest.fixture
@@ -104,14 +104,14 @@ def waiting(tmp_path: Path) -> Fleet:
 
 
 def test_a_device_that_vanished_without_a_will_is_gone_within_a_quarter_of_an_hour_and_a_bit(waiting: Fleet) -> None:
-    _, online, found = vanished(waiting)
+    _, online, gone_at = run_with_silent_board(waiting)
     assert online == {"a": True, "b": True, "c": False}
-    assert MAX_SILENCE_S < found <= 100 + MAX_SILENCE_S + HELLO_ANSWER_S + 60
+    assert MAX_SILENCE_S < gone_at <= 100 + MAX_SILENCE_S + HELLO_ANSWER_S + 60
     hellos = [m for m in waiting.air.devices["a"].heard if isinstance(m, Hello)]
     assert len(hellos) == 1  # the one to everybody: who says that it is there is not asked
 
 
 def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
     waiting.air.lost.append(waiting.air.devices["a"].topics.broadcast())
-    _, online, _ = vanished(waiting)
+    _, online, _ = run_with_silent_board(waiting)
     assert online == {"a": True, "b": True}

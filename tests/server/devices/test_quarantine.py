@@ -61,12 +61,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 def quarantine(clock: Clock) -> Quarantine:
-    made = Quarantine(clock, wall=lambda: clock.now + 10**9)
-    made.add_known(["a", "b"])
-    return made
+    quarantine = Quarantine(clock, wall=lambda: clock.now + 10**9)
+    quarantine.add_known(["a", "b"])
+    return quarantine
 
 
-def heard(quarantine: Quarantine, device: str, messages: int, size: int = WANT, *, chunk: bool = False) -> int:
+def accepted_count(quarantine: Quarantine, device: str, messages: int, size: int = WANT, *, chunk: bool = False) -> int:
     return sum(quarantine.charge_message(device, size, chunk=chunk) for _ in range(messages))
 
 
@@ -74,9 +74,9 @@ def heard(quarantine: Quarantine, device: str, messages: int, size: int = WANT, 
 
 
 FLOODS: dict[str, Callable[[Quarantine], object]] = {
-    "too many messages": lambda q: heard(q, "a", 10_000),
-    "large messages": lambda q: heard(q, "a", 200, 256 * 1024),
-    "chunks that the server didn't ask for": lambda q: heard(q, "a", 500, 128 * 1024, chunk=True),
+    "too many messages": lambda q: accepted_count(q, "a", 10_000),
+    "large messages": lambda q: accepted_count(q, "a", 200, 256 * 1024),
+    "chunks that the server didn't ask for": lambda q: accepted_count(q, "a", 500, 128 * 1024, chunk=True),
     "announces itself": lambda q: [q.charge_birth("a") for _ in range(300)],
     "messages that make no sense": lambda q: [q.charge_invalid("a") for _ in range(200)],
     "updates in a row": lambda q: [q.note_rejected_update("a", FailureKind.MALFORMED, "x") for _ in range(MAX_STRIKES)],
@@ -91,34 +91,34 @@ def test_a_flood_ends_in_quarantine_and_the_others_are_heard(quarantine: Quarant
     assert isinstance(news, Quarantined)
     assert (news.device, news.seconds) == ("a", FIRST_QUARANTINE_S)
     assert quarantine.next_event() is None
-    assert heard(quarantine, "a", 100) == 0
-    assert heard(quarantine, "b", 100) == 100
+    assert accepted_count(quarantine, "a", 100) == 0
+    assert accepted_count(quarantine, "b", 100) == 100
     assert [quarantine.should_ignore(topic) for topic in (SITE.up("a"), SITE.up("b"), "odd")] == [True, False, False]
     clock.now += FIRST_QUARANTINE_S
     assert quarantine.next_event() == Released("a")
-    assert heard(quarantine, "a", 100) == 100
+    assert accepted_count(quarantine, "a", 100) == 100
 
 
 def test_how_much_is_heard_before_is_bounded(quarantine: Quarantine) -> None:
-    assert heard(quarantine, "a", 100_000) <= MAX_POINTS
+    assert accepted_count(quarantine, "a", 100_000) <= MAX_POINTS
     assert quarantine.rows()["a"]["dropped"] >= 100_000 - MAX_POINTS
-    assert heard(quarantine, "b", 100_000, 128 * 1024, chunk=True) * 128 * 1024 <= MAX_POINTS * 4096
+    assert accepted_count(quarantine, "b", 100_000, 128 * 1024, chunk=True) * 128 * 1024 <= MAX_POINTS * 4096
 
 
 def test_each_time_is_twice_as_long_up_to_an_hour_and_is_forgiven_after_a_day(
     quarantine: Quarantine, clock: Clock
 ) -> None:
-    found = []
+    durations = []
     for _ in range(9):
-        heard(quarantine, "a", 10_000)
+        accepted_count(quarantine, "a", 10_000)
         news = quarantine.next_event()
         assert isinstance(news, Quarantined)
-        found.append(news.seconds)
+        durations.append(news.seconds)
         clock.now += news.seconds
         assert quarantine.next_event() == Released("a")
-    assert found == [min(MAX_QUARANTINE_S, FIRST_QUARANTINE_S * 2**n) for n in range(9)]
+    assert durations == [min(MAX_QUARANTINE_S, FIRST_QUARANTINE_S * 2**n) for n in range(9)]
     clock.now += FORGIVEN_AFTER_S + 1
-    heard(quarantine, "a", 10_000)
+    accepted_count(quarantine, "a", 10_000)
     assert quarantine.next_event() == Quarantined("a", "too many messages", FIRST_QUARANTINE_S)
 
 
@@ -217,7 +217,7 @@ def fleet(tmp_path: Path) -> Fleet:
     return Fleet(tmp_path)
 
 
-def folded(state: State) -> list[list[str]]:
+def folded_devices(state: State) -> list[list[str]]:
     return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
@@ -233,8 +233,8 @@ def test_a_flood_costs_its_sender_its_part_and_nobody_else(fleet: Fleet, caplog:
     flooding.take = flood  # type: ignore[method-assign, assignment]
     state = fleet.run()
 
-    assert folded(state)[0] == ["b", "c"]
-    assert all({"b", "c"} <= set(names) for names in folded(state))
+    assert folded_devices(state)[0] == ["b", "c"]
+    assert all({"b", "c"} <= set(names) for names in folded_devices(state))
     assert state.history[0]["devices"]["a"]["reason"].startswith("it is in quarantine: too many messages")
     assert "device a is in quarantine for 60 s" in caplog.text
     assert caplog.text.count("quarantine for") < 5
@@ -271,7 +271,7 @@ def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
     quarantine.add_known(["a", "b"])
     quarantine.save()
     assert not (tmp_path / QUARANTINE_FILE).exists()
-    heard(quarantine, "a", 10_000)
+    accepted_count(quarantine, "a", 10_000)
     clock.now += 10
     quarantine.save()
     row = read_quarantine_rows(tmp_path)["a"]
@@ -284,8 +284,8 @@ def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
     assert read_quarantine_rows(tmp_path)["a"]["until"] is None
     # A server that starts anew knows of nothing, and says so.
     clock.now += 100
-    again = Quarantine(clock, tmp_path / QUARANTINE_FILE)
-    again.save()
+    restarted = Quarantine(clock, tmp_path / QUARANTINE_FILE)
+    restarted.save()
     assert read_quarantine_rows(tmp_path) == {}
 
 
@@ -310,5 +310,5 @@ def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_ov
     state = daemon.main_runner.state
     assert "3 malformed updates in a row" in caplog.text
     assert "the quarantine of device a has ended" in caplog.text
-    assert all("a" not in names for names in folded(state))
-    assert len(folded(state)) == 12
+    assert all("a" not in names for names in folded_devices(state))
+    assert len(folded_devices(state)) == 12

@@ -27,18 +27,18 @@ def test_who_is_there_was_told_and_is_not_waited_for() -> None:
 
 
 def test_who_was_away_is_waited_for_until_it_comes_or_for_good() -> None:
-    known = {"a": True, "b": False}
-    shutdown = shutdown_of(known, 0.0)
+    online = {"a": True, "b": False}
+    shutdown = shutdown_of(online, 0.0)
     assert not shutdown.is_over(MAX_WAIT_S - 0.1)
     assert shutdown.is_over(MAX_WAIT_S)
-    known["b"] = True
-    assert shutdown_of(known, 0.0).is_over(MIN_WAIT_S)
+    online["b"] = True
+    assert shutdown_of(online, 0.0).is_over(MIN_WAIT_S)
 
 
 def test_who_has_just_gone_may_come_back_in_a_moment() -> None:
-    known = {"a": True}
-    shutdown = shutdown_of(known, 0.0)
-    known["a"] = False
+    online = {"a": True}
+    shutdown = shutdown_of(online, 0.0)
+    online["a"] = False
     assert not shutdown.is_over(1.0)
     assert not shutdown.is_over(1.0 + MIN_WAIT_S - 0.1)
     assert shutdown.is_over(1.0 + MIN_WAIT_S)
@@ -52,7 +52,7 @@ def returning(air: Any, late: ToyDevice, server: Any, goes: Callable[[str, bytes
     """
     publish, ended = air.publish, list[float]()
 
-    def watched(topic: str, payload: bytes, qos: int = 1) -> bool:
+    def watch_publish(topic: str, payload: bytes, qos: int = 1) -> bool:
         if b'"finished"' in payload and not ended:
             ended.append(air.now)
         if goes(topic, payload):
@@ -60,14 +60,14 @@ def returning(air: Any, late: ToyDevice, server: Any, goes: Callable[[str, bytes
         return bool(publish(topic, payload, qos))
 
     def idle() -> None:
-        if not server.busy:
+        if not server.is_busy:
             air.now += 0.25
         if ended and late.name not in air.devices and air.now >= ended[0] + 8:
             air.devices[late.name] = late
             late.session += 1
-            late.build()
+            late.send_birth()
 
-    air.publish, air.on_idle, air.now = watched, idle, 100.0
+    air.publish, air.on_idle, air.now = watch_publish, idle, 100.0
     return ended
 
 

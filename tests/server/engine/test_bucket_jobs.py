@@ -32,7 +32,7 @@ MIDDLE = 11  # events, in the second round
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> State:
+def calm_state(tmp_path_factory: pytest.TempPathFactory) -> State:
     """What the job ends with, undisturbed and in a folder."""
     return play_job(tmp_path_factory.mktemp("calm") / "state")
 
@@ -43,18 +43,18 @@ def url(at_s3: S3) -> str:
 
 
 @pytest.fixture
-def begun(url: str, tmp_path: Path) -> Path:
+def half_done(url: str, tmp_path: Path) -> Path:
     state = tmp_path / "state"
     play_job(state, events=MIDDLE, blobs=url)
     return state
 
 
-def found(state: Path) -> list[Finding]:
+def findings(state: Path) -> list[Finding]:
     return list(check_state(state, ignore_progress, running=False))
 
 
 def wrong(state: Path) -> list[str]:
-    return [f.message for f in found(state) if f.severity is Severity.WRONG]
+    return [f.message for f in findings(state) if f.severity is Severity.WRONG]
 
 
 def keys(s3: S3, url: str) -> dict[str, str]:
@@ -74,83 +74,83 @@ def needed(state: Path) -> set[str]:
 @pytest.mark.parametrize("at_s3", ["moto", "ceph"], indirect=True)
 @pytest.mark.parametrize("events", [4, MIDDLE, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 14))])
 def test_the_database_and_the_bucket_are_enough_to_go_on(
-    url: str, tmp_path: Path, finished: State, events: int
+    url: str, tmp_path: Path, calm_state: State, events: int
 ) -> None:
     play_job(tmp_path / "one", events=events, blobs=url)
     (tmp_path / "two").mkdir()
     for name in ("server.db", "server.db-wal"):
         if (tmp_path / "one" / name).exists():
             shutil.copy(tmp_path / "one" / name, tmp_path / "two" / name)
-    assert models(play_job(tmp_path / "two", blobs=url)) == models(finished)
+    assert models(play_job(tmp_path / "two", blobs=url)) == models(calm_state)
     assert wrong(tmp_path / "two") == []
     assert main(["export-model", "--state", str(tmp_path / "two"), "--out", str(tmp_path / "x.safetensors")]) == 0
 
 
 def test_what_the_state_names_is_in_the_bucket_and_later_starts_delete_the_rest(
-    at_s3: S3, begun: Path, url: str
+    at_s3: S3, half_done: Path, url: str
 ) -> None:
-    assert needed(begun) <= keys(at_s3, url).keys()
-    play_job(begun, blobs=url)
-    state = play_job(begun, blobs=url, keep=1)
-    assert needed(begun) <= keys(at_s3, url).keys()
+    assert needed(half_done) <= keys(at_s3, url).keys()
+    play_job(half_done, blobs=url)
+    state = play_job(half_done, blobs=url, keep=1)
+    assert needed(half_done) <= keys(at_s3, url).keys()
     assert {state.history[0]["model"], state.history[1]["model"]}.isdisjoint(keys(at_s3, url))
 
 
 def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
-    at_s3: S3, url: str, tmp_path: Path, finished: State
+    at_s3: S3, url: str, tmp_path: Path, calm_state: State
 ) -> None:
     state = tmp_path / "state"
     play_job(state, events=6)
     play_job(state, events=4, blobs=url)
     assert needed(state) <= keys(at_s3, url).keys()
     shutil.rmtree(state / BLOBS_FOLDER)
-    other = f"s3://{at_s3.bucket()}"
-    play_job(state, events=4, blobs=other)
-    assert needed(state) <= keys(at_s3, other).keys()
+    second_url = f"s3://{at_s3.bucket()}"
+    play_job(state, events=4, blobs=second_url)
+    assert needed(state) <= keys(at_s3, second_url).keys()
     shutil.rmtree(state / BLOBS_FOLDER)
-    assert models(play_job(state)) == models(finished)
+    assert models(play_job(state)) == models(calm_state)
     assert wrong(state) == []
 
 
 def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
-    at_s3: S3, begun: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: State
+    at_s3: S3, half_done: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], calm_state: State
 ) -> None:
-    assert wrong(begun) == []
-    there, client, (name, prefix) = keys(at_s3, url), at_s3.client_files(), parse_bucket_url(url)
-    first, second = sorted(needed(begun))[:2]
+    assert wrong(half_done) == []
+    there, client, (name, prefix) = keys(at_s3, url), at_s3.client(), parse_bucket_url(url)
+    first, second = sorted(needed(half_done))[:2]
     client.put_object(Bucket=name, Key=there[first], Body=b"damaged")
     client.delete_object(Bucket=name, Key=there[second])
     client.put_object(Bucket=name, Key=f"{prefix}blobs/{'a' * 64}.{'0' * 16}", Body=b"nobody's")
     client.put_object(Bucket=name, Key=f"{prefix}notes.txt", Body=b"somebody's")
-    assert len(wrong(begun)) == 3  # one damaged, one missing, one damaged that nobody needs
-    assert any("notes.txt" in f.message for f in found(begun))
-    assert main(["check", "--state", str(begun)]) == ExitCode.STORAGE
-    assert main(["check", "--state", str(begun), "--repair"]) == ExitCode.OK
-    assert (begun / "damaged" / Path(there[first]).name).read_bytes() == b"damaged"
+    assert len(wrong(half_done)) == 3  # one damaged, one missing, one damaged that nobody needs
+    assert any("notes.txt" in f.message for f in findings(half_done))
+    assert main(["check", "--state", str(half_done)]) == ExitCode.STORAGE
+    assert main(["check", "--state", str(half_done), "--repair"]) == ExitCode.OK
+    assert (half_done / "damaged" / Path(there[first]).name).read_bytes() == b"damaged"
     assert "a" * 64 not in keys(at_s3, url)
     assert f"{prefix}notes.txt" in at_s3.keys(name)
     capsys.readouterr()
-    shutil.rmtree(begun / BLOBS_FOLDER)
-    assert wrong(begun) == []
-    assert models(play_job(begun, blobs=url)) == models(finished)
+    shutil.rmtree(half_done / BLOBS_FOLDER)
+    assert wrong(half_done) == []
+    assert models(play_job(half_done, blobs=url)) == models(calm_state)
 
 
 @pytest.mark.parametrize("blobs", [pytest.param("folder", marks=pytest.mark.soak), "elsewhere"])
 def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
-    at_s3: S3, begun: Path, tmp_path: Path, url: str, finished: State, blobs: str
+    at_s3: S3, half_done: Path, tmp_path: Path, url: str, calm_state: State, blobs: str
 ) -> None:
-    shutil.rmtree(begun / BLOBS_FOLDER)  # a copy; the backup takes what the bucket has
-    back_up(begun, tmp_path / "backup", ignore_progress)
-    assert not list((begun / BLOBS_FOLDER).glob("??/*"))  # and leaves nothing behind
+    shutil.rmtree(half_done / BLOBS_FOLDER)  # a copy; the backup takes what the bucket has
+    back_up(half_done, tmp_path / "backup", ignore_progress)
+    assert not list((half_done / BLOBS_FOLDER).glob("??/*"))  # and leaves nothing behind
     source = Backup(tmp_path / "backup")
     source.verify(ignore_progress)
     source.restore(tmp_path / "restored", None, ignore_progress)
-    client, (name, _) = at_s3.client_files(), parse_bucket_url(url)
+    client, (name, _) = at_s3.client(), parse_bucket_url(url)
     for key in at_s3.keys(name):
         client.delete_object(Bucket=name, Key=key)
     client.delete_bucket(Bucket=name)
     where = "folder" if blobs == "folder" else f"s3://{at_s3.bucket()}/new"
-    assert models(play_job(tmp_path / "restored", blobs=where)) == models(finished)
+    assert models(play_job(tmp_path / "restored", blobs=where)) == models(calm_state)
     assert wrong(tmp_path / "restored") == []
 
 
@@ -165,36 +165,36 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fleet(tmp_path: Path, url: str, quick: None) -> Fleet:
-    made = Fleet(tmp_path)
+    fleet = Fleet(tmp_path)
     store = BucketStore(tmp_path / "blobs", url)
     store.retry.is_endless = True
-    made.store = made.worker.store = store
-    return made
+    fleet.store = fleet.worker.store = store
+    return fleet
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> State:
+def folder_state(tmp_path_factory: pytest.TempPathFactory) -> State:
     return Fleet(tmp_path_factory.mktemp("fleet")).run()
 
 
 def test_an_update_is_acknowledged_only_when_the_bucket_has_it(
-    at_s3: S3, fleet: Fleet, url: str, expected: State
+    at_s3: S3, fleet: Fleet, url: str, folder_state: State
 ) -> None:
-    seen = []
+    in_bucket = []
     device = fleet.air.devices["a"]
     hear = device.hear
 
-    def checked(topic: str, payload: bytes) -> None:
+    def check_bucket(topic: str, payload: bytes) -> None:
         hear(topic, payload)
         if isinstance(device.heard[-1], Accepted) and not topic.endswith("blob"):
-            seen.append(device.heard[-1].weights in keys(at_s3, url))
+            in_bucket.append(device.heard[-1].weights in keys(at_s3, url))
 
-    device.hear = checked  # type: ignore[method-assign]
-    assert models(fleet.run()) == models(expected)
-    assert seen == [True] * 3
+    device.hear = check_bucket  # type: ignore[method-assign]
+    assert models(fleet.run()) == models(folder_state)
+    assert in_bucket == [True] * 3
 
 
-def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(fleet: Fleet, expected: State) -> None:
+def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(fleet: Fleet, folder_state: State) -> None:
     store = fleet.store
     assert isinstance(store, BucketStore)
     real, daemon = store.bucket.put, fleet.daemon()
@@ -224,7 +224,7 @@ def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(flee
     state = daemon.main_runner.state
     assert fleet.air.now >= 3 * JOB.deadline_s
     assert sum(pause > 0 for pause in pauses) > len(pauses) / 2  # the loop doesn't spin meanwhile
-    assert models(state) == models(expected)
+    assert models(state) == models(folder_state)
     assert [sorted(n for n, d in r["devices"].items() if d["progress"] == "folded") for r in state.history] == [
         sorted(NAMES)
     ] * 3

@@ -23,14 +23,14 @@ def report(name: str) -> CrashReport:
 
 def crashes_once(board: ToyDevice) -> None:
     """Let a toy tell a crash, twice, after its birth."""
-    birth = board.build
+    birth = board.send_birth
 
     def born() -> None:
         birth()
         for _ in range(2):
             board.say(report(board.name))
 
-    board.build = born  # type: ignore[method-assign]
+    board.send_birth = born  # type: ignore[method-assign]
 
 
 def answers(board: ToyDevice) -> set[int]:
@@ -40,16 +40,16 @@ def answers(board: ToyDevice) -> set[int]:
 @pytest.mark.parametrize("several", [False, True])
 def test_a_crash_is_stored_and_acknowledged(tmp_path: Path, several: bool) -> None:
     jobs = [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)]
-    made: Any = SeveralJobs(tmp_path / "several", jobs, "abc") if several else Fleet(tmp_path / "alone", JOB)
-    crashes_once(made.air.devices["a"])
+    fleet: Any = SeveralJobs(tmp_path / "several", jobs, "abc") if several else Fleet(tmp_path / "alone", JOB)
+    crashes_once(fleet.air.devices["a"])
     with CrashStore(tmp_path) as crashes:
         if several:
-            made.run(made.host(crashes=crashes))
+            fleet.run(fleet.host(crashes=crashes))
         else:
-            made.run(crashes=crashes)
+            fleet.run(crashes=crashes)
     assert [(r.device, r.text) for r in read_crashes(tmp_path)] == [("a", "no memory")]
-    assert answers(made.air.devices["a"]) == {7}
-    assert answers(made.air.devices["b"]) == set()
+    assert answers(fleet.air.devices["a"]) == {7}
+    assert answers(fleet.air.devices["b"]) == set()
 
 
 def test_nobody_else_tells_for_a_board_and_strangers_are_not_kept(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_watching_changes_nothing_and_counts_what_happened(tmp_path: Path) -> No
     plain = Fleet(tmp_path / "plain", JOB).run()
     metrics, fleet = Metrics(), Fleet(tmp_path / "watched", JOB)
 
-    def fail_slowly(seen: JobSnapshot, what: object) -> None:
+    def fail_slowly(snapshot: JobSnapshot, what: object) -> None:
         fleet.air.now += 0.01
         raise OSError("no place is left")
 

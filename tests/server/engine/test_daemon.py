@@ -41,11 +41,11 @@ def test_a_few_pulls_at_a_time_give_the_same_model(fleet: Fleet, expected: str) 
 def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fleet) -> None:
     device = fleet.air.devices["a"]
     hear = device.hear
-    said = []
+    announcements = []
 
     def eager(topic: str, payload: bytes) -> None:
         if b'"want"' in payload and device.pending is not None:
-            said.append(device.pending)
+            announcements.append(device.pending)
             fleet.air.to_server(Topics("default").up("a", JOB.name), device.pending.to_bytes())
         hear(topic, payload)
 
@@ -54,7 +54,7 @@ def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fle
     events = [
         body["device"] for _, _, kind, body in Storage.open_in(fleet.folder).log.events() if kind == "UpdateAnnounced"
     ]
-    assert len(said) >= 3
+    assert len(announcements) >= 3
     assert events.count("a") == 3
 
 
@@ -65,18 +65,18 @@ def test_nobody_waits_behind_a_message_to_a_device_that_is_not_let_in_any_more(f
 
 
 def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> None:
-    seen = []
+    on_disk = []
     device = fleet.air.devices["a"]
     hear = device.hear
 
-    def checked(topic: str, payload: bytes) -> None:
+    def check_disk(topic: str, payload: bytes) -> None:
         hear(topic, payload)
         if isinstance(device.heard[-1], Accepted) and not topic.endswith("blob"):
-            seen.append(fleet.store.has(device.heard[-1].weights))
+            on_disk.append(fleet.store.has(device.heard[-1].weights))
 
-    device.hear = checked  # type: ignore[method-assign]
+    device.hear = check_disk  # type: ignore[method-assign]
     fleet.run()
-    assert seen == [True] * 3
+    assert on_disk == [True] * 3
 
 
 def test_a_silent_device_is_left_behind_at_the_deadline(fleet: Fleet) -> None:
@@ -141,14 +141,14 @@ def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet) -> None:
 
 def test_parts_of_updates_that_never_came_whole_do_not_stay(fleet: Fleet) -> None:
     device, hear = fleet.air.devices["a"], fleet.air.devices["a"].hear
-    seen = []
+    cut_updates = []
 
     def cut(topic: str, payload: bytes) -> None:
         """Answers the first want for an update's leaves, then dies."""
         hear(topic, payload)
         if not topic.endswith("blob") and isinstance(device.heard[-1], BlobRequest) and device.heard[-1].part == "data":
             device.hear = lambda topic, payload: None  # type: ignore[method-assign]
-            seen.append(device.heard[-1].sha256)
+            cut_updates.append(device.heard[-1].sha256)
             device.air.inbox = deque(list(device.air.inbox)[:-1])  # of several chunks the last is lost
             device.die()
 
@@ -156,20 +156,20 @@ def test_parts_of_updates_that_never_came_whole_do_not_stay(fleet: Fleet) -> Non
     fleet.job = replace(JOB, devices=2)
     fleet.air.devices["a"].session = 1
     fleet.run()
-    assert seen
+    assert cut_updates
     assert not list((fleet.store.root / "partial").iterdir())
 
 
 def test_parts_that_a_crash_left_are_gone_on_with_or_deleted(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, durable=False)
-    wanted, old = (BlobRef.of(fill(name)) for name in ("wanted", "old"))
-    for ref in (wanted, old):
+    current, old = (BlobRef.of(fill(name)) for name in ("wanted", "old"))
+    for ref in (current, old):
         (store.root / "partial" / ref.sha256).write_bytes(b"x")
         (store.root / "partial" / f"{ref.sha256}.leaves").write_bytes(b"x")
     model = store.put(fill("model")).sha256
-    state = State(model=model, tasks={"a": DeviceTask(1, (4,), Part.PULLING, update=wanted.to_dict())})
+    state = State(model=model, tasks={"a": DeviceTask(1, (4,), Part.PULLING, update=current.to_dict())})
     sweep_blobs(store, state, 1, "accuracy")
-    assert {p.name[:64] for p in (store.root / "partial").iterdir()} == {wanted.sha256}
+    assert {p.name[:64] for p in (store.root / "partial").iterdir()} == {current.sha256}
     assert store.names() == [model]
 
 

@@ -35,9 +35,9 @@ def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(f
     odd = fleet.air.devices["a"]
     odd.profile, good = "toaster", odd.profile
     fleet.run()
-    kept = Storage.open_in(fleet.folder).unplanned_devices()
-    assert kept["a"]["profile"] == "toaster"
-    assert "no hardware profile called 'toaster'" in kept["a"]["excluded"]
+    unplanned = Storage.open_in(fleet.folder).unplanned_devices()
+    assert unplanned["a"]["profile"] == "toaster"
+    assert "no hardware profile called 'toaster'" in unplanned["a"]["excluded"]
     odd.profile = good
     fleet.restart()
     fleet.run()
@@ -46,14 +46,14 @@ def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(f
 
 def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts(fleet: Fleet) -> None:
     board = fleet.air.devices.pop("a")
-    shown = Watcher()
-    daemon = fleet.daemon(observers=[shown])
+    watcher = Watcher()
+    daemon = fleet.daemon(observers=[watcher])
     board.say(Birth("a", 1, board.profile, 0, "test", trouble="the samples can't be read"))
     board.die()
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    assert shown.devices["a"].activity.startswith("excluded")
-    assert "the samples can't be read" in shown.devices["a"].activity
+    assert watcher.devices["a"].activity.startswith("excluded")
+    assert "the samples can't be read" in watcher.devices["a"].activity
     assert fleet.storage.unplanned_devices()["a"]["cannot_start"]
     fleet.restart()
     board.session = 2
@@ -64,8 +64,8 @@ def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts
 
 
 def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
-    shown = Watcher()
-    daemon = fleet.daemon(observers=[shown])
+    watcher = Watcher()
+    daemon = fleet.daemon(observers=[watcher])
     device = fleet.air.devices["a"]
 
     def idle() -> None:
@@ -81,7 +81,7 @@ def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: py
     warnings = [r.getMessage() for r in caplog.records if "another board called a" in r.getMessage()]
     assert len(warnings) == 1
     assert "now it is a jetson-orin-nano with 7 samples" in warnings[0]
-    assert "two boards of this name?" in shown.devices["a"].activity
+    assert "two boards of this name?" in watcher.devices["a"].activity
 
 
 def test_the_end_of_one_connection_leaves_a_board_online_that_has_another(fleet: Fleet) -> None:
@@ -145,18 +145,18 @@ def test_a_refusal_is_told_on_one_line(fleet: Fleet, caplog: pytest.LogCaptureFi
 
 
 def test_profiles_of_a_folder_of_ones_own_are_found(fleet: Fleet, tmp_path: Path) -> None:
-    own = replace(find_profile("raspberry-pi-5"), name="greenhouse-pi")
-    (tmp_path / "greenhouse-pi.json").write_text(own.to_json())
+    user_profile = replace(find_profile("raspberry-pi-5"), name="greenhouse-pi")
+    (tmp_path / "greenhouse-pi.json").write_text(user_profile.to_json())
     fleet.air.devices["a"].profile = "greenhouse-pi"
     state = fleet.run(profiles=(tmp_path,))
     assert state.devices["a"].profile["name"] == "greenhouse-pi"
 
 
 def test_a_message_in_the_name_of_another_device_is_ignored(fleet: Fleet) -> None:
-    other = ToyDevice("ghost", fleet.folder / "devices", fleet.air)
-    other.topics = Topics("default")
-    other.say = lambda message: fleet.air.to_server(other.topics.up("a"), message.to_bytes())  # type: ignore[method-assign, attr-defined]
-    other.build()
+    ghost = ToyDevice("ghost", fleet.folder / "devices", fleet.air)
+    ghost.topics = Topics("default")
+    ghost.say = lambda message: fleet.air.to_server(ghost.topics.up("a"), message.to_bytes())  # type: ignore[method-assign, attr-defined]
+    ghost.send_birth()
     assert "ghost" not in fleet.run().devices
 
 

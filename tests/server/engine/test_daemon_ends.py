@@ -43,11 +43,11 @@ def test_a_total_of_bytes_ends_a_job_with_what_was_counted_before_a_crash(
     kill_at(fleet, "after saving", 30)
     with pytest.raises(KilledError):
         fleet.run()
-    before = sum(sum(ways) for ways in Storage.open_in(fleet.folder).traffic().values())
+    before = sum(sum(traffic) for traffic in Storage.open_in(fleet.folder).traffic().values())
     assert 0 < before < fleet.job.total_bytes
     fleet.restart()
     state = fleet.run()
-    spent = sum(sum(ways) for ways in fleet.storage.traffic().values())
+    spent = sum(sum(traffic) for traffic in fleet.storage.traffic().values())
     assert spent * (state.round - 1) / state.round < fleet.job.total_bytes <= state.spent_bytes <= spent
     assert f"it ended after round {state.round} of 30: " in caplog.text
     assert "total_bytes" in caplog.text
@@ -192,11 +192,11 @@ def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_whose_database_is_locked_lives_and_goes_on_once_it_is_free(fleet: Fleet, expected: str) -> None:
     def act(waits: int) -> None:
         if waits == 3:
-            other.connection.close()
+            lock.connection.close()
 
-    other = LockedDatabase(fleet, act)
-    assert fleet.run(observers=[other]).model == expected
-    assert other.waits == 3
+    lock = LockedDatabase(fleet, act)
+    assert fleet.run(observers=[lock]).model == expected
+    assert lock.waits == 3
 
 
 @pytest.mark.usefixtures("quick_locks")
@@ -205,11 +205,11 @@ def test_a_server_that_waits_for_a_lock_can_be_stopped(fleet: Fleet, expected: s
         daemon.stop()
         fleet.air.now += 1.0  # whoever has the lock gets some time to give it back
 
-    other = LockedDatabase(fleet, act)
-    daemon = fleet.daemon(observers=[other])
+    lock = LockedDatabase(fleet, act)
+    daemon = fleet.daemon(observers=[lock])
     with pytest.raises(BusyError):
         fleet.run_daemon(daemon)
-    assert other.waits > 3
-    other.connection.close()
+    assert lock.waits > 3
+    lock.connection.close()
     fleet.restart()
     assert fleet.run().model == expected

@@ -48,13 +48,13 @@ def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
         scheduler: Any = host._scheduler
         share = scheduler.share
 
-        def checked(now: float, *, finished: bool) -> None:
+        def share_and_compare(now: float, *, finished: bool) -> None:
             share(now, finished=finished)
             if not finished:
                 compare(scheduler)
             compared[0] += 1
 
-        scheduler.share = checked
+        scheduler.share = share_and_compare
         for device in several.air.devices.values():
 
             def dying(offer: Offer, device: Any = device, take: Any = device.take) -> None:
@@ -66,7 +66,7 @@ def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
                 if keeps is not None:
                     device.die()
                     device.session += 1
-                    device.build()
+                    device.send_birth()
 
             device.take = dying  # type: ignore[method-assign]
 

@@ -62,16 +62,16 @@ def test_small_jobs_run_side_by_side_each_with_its_share_and_no_device_stands_id
     assert several.clashes == []
 
 
-def stop_at_end(host: Server, job: str, seen: JobSnapshot, what: object) -> None:
+def stop_at_end(host: Server, job: str, snapshot: JobSnapshot, event: object) -> None:
     """Stop a server as one of its jobs is finished."""
-    if seen.name == job and isinstance(what, Finish):
+    if snapshot.name == job and isinstance(event, Finish):
         host.stop()
 
 
 def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None:
     jobs = [named(JOB, "one"), named(JOB, "two")]
     several = SeveralJobs(tmp_path, jobs, "abc", {"two": 0.0})
-    host = several.host(observers=[Watcher(lambda seen, what: stop_at_end(host, "one", seen, what))])
+    host = several.host(observers=[Watcher(lambda snapshot, event: stop_at_end(host, "one", snapshot, event))])
     states = several.run(host)
     assert [s.phase for s in states.values()] == [Phase.FINISHED, Phase.WAITING]
     assert states["two"].round == 0
@@ -111,7 +111,7 @@ def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path:
         died.append(offer)
         device.die()
         device.session += 1
-        device.build()
+        device.send_birth()
 
     device.take = dying  # type: ignore[method-assign]
     states = several.run()
@@ -125,9 +125,9 @@ def test_what_is_of_no_job_of_the_server_is_cancelled(tmp_path: Path) -> None:
     device = several.air.devices["a"]
     device.pending = UpdateAnnouncement("a", "third", 4, 1, "0" * 64, device.store.put(fill("old")), 10, 5)
     several.run()
-    said = [m for m in device.heard if isinstance(m, Cancelled)]
-    assert said
-    assert {(m.job, m.round) for m in said} == {("third", 4)}
+    cancellations = [m for m in device.heard if isinstance(m, Cancelled)]
+    assert cancellations
+    assert {(m.job, m.round) for m in cancellations} == {("third", 4)}
 
 
 def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,10 +145,10 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     several = SeveralJobs(tmp_path, [named(JOB, "one", devices=2), named(JOB, "two", devices=2)], "abc")
     host = several.host()
     gone = several.air.devices["c"]
-    taken = gone.take
+    take = gone.take
 
     def vanish(offer: Offer) -> None:
-        taken(offer)
+        take(offer)
         gone.hear = lambda topic, payload: None  # type: ignore[method-assign]
         several.air.inbox.extend([ConnectionDown("an outage"), ConnectionUp()])
 
@@ -169,19 +169,19 @@ def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> No
     first = ServerConfig(state=tmp_path / "state", max_devices=7, keep=5)
     file = tmp_path / "birds.toml"
     file.write_text('[job]\nname = "birds"\nrounds = 4\n[model]\npath = "m.onnx"\n[server]\nweight = 2\n')
-    (found,) = further_configs(first, [file])
-    assert (found.job.name, found.job.rounds, found.weight, found.keep) == ("birds", 4, 2, 3)
-    assert (found.state, found.max_devices, found.model) == (
+    (from_file,) = further_configs(first, [file])
+    assert (from_file.job.name, from_file.job.rounds, from_file.weight, from_file.keep) == ("birds", 4, 2, 3)
+    assert (from_file.state, from_file.max_devices, from_file.model) == (
         first.state / "jobs" / "birds",
         7,
         str(tmp_path / "m.onnx"),
     )
-    found.state.mkdir(parents=True)
+    from_file.state.mkdir(parents=True)
     (first.state / "jobs" / "nothing").mkdir()
-    with Storage.open_in(found.state) as storage:
-        storage.put_settings({"job": found.job.to_dict(), "name": "m", "server": found.server_settings()})
-    (again,) = further_configs(first, [])
-    assert again == replace(found, model=None)
+    with Storage.open_in(from_file.state) as storage:
+        storage.put_settings({"job": from_file.job.to_dict(), "name": "m", "server": from_file.server_settings()})
+    (from_folder,) = further_configs(first, [])
+    assert from_folder == replace(from_file, model=None)
     with pytest.raises(ConfigError, match="birds twice"):
         further_configs(first, [file, file])
     file.write_text('[job]\nname = "birds"\n[server]\nport = 1\n')

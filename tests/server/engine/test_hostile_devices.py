@@ -28,13 +28,13 @@ from support.fakes.tiny_job import JOB
 
 
 def test_what_a_probe_adds_is_not_kept(fleet: Fleet) -> None:
-    probe = {"cores": 4, "memory_total": 2**33, "memory_available": 2**32, "seconds": 1.0, "ballast": "x" * 60_000}
+    sent_probe = {"cores": 4, "memory_total": 2**33, "memory_available": 2**32, "seconds": 1.0, "ballast": "x" * 60_000}
     device = fleet.air.devices["a"]
-    device.build = lambda: device.say(Birth("a", 1, device.profile, 10, "test", probe))  # type: ignore[method-assign]
-    kept = fleet.run().devices["a"].probe
-    assert kept is not None
-    assert kept["cores"] == 4
-    assert "ballast" not in kept
+    device.send_birth = lambda: device.say(Birth("a", 1, device.profile, 10, "test", sent_probe))  # type: ignore[method-assign]
+    probe = fleet.run().devices["a"].probe
+    assert probe is not None
+    assert probe["cores"] == 4
+    assert "ballast" not in probe
 
 
 def test_a_probe_that_makes_no_sense_is_told_and_the_device_takes_no_part(
@@ -42,7 +42,7 @@ def test_a_probe_that_makes_no_sense_is_told_and_the_device_takes_no_part(
 ) -> None:
     fleet.job = replace(JOB, devices=2)
     device = fleet.air.devices["a"]
-    device.build = lambda: device.say(Birth("a", 1, device.profile, 10, "test", {"cores": -1}))  # type: ignore[method-assign]
+    device.send_birth = lambda: device.say(Birth("a", 1, device.profile, 10, "test", {"cores": -1}))  # type: ignore[method-assign]
     assert folded(fleet.run()) == [["b", "c"]] * 3
     assert "device a is excluded: probe report" in caplog.text
 
@@ -52,19 +52,19 @@ def test_further_devices_than_allowed_are_ignored(fleet: Fleet, caplog: pytest.L
         stranger = Birth(f"x{number}", 1, "raspberry-pi-5" if number % 2 else "toaster", 10, "test")
         fleet.air.to_server(Topics("default").up(stranger.device), stranger.to_bytes())
     fleet.job = replace(JOB, devices=5, rounds=1, deadline_s=10)
-    shown = Watcher()
-    daemon = fleet.daemon(max_devices=5, observers=[shown])
+    watcher = Watcher()
+    daemon = fleet.daemon(max_devices=5, observers=[watcher])
     state = daemon.main_runner.state
     fleet.air.on_idle = daemon.stop
     daemon.run()
     assert len(state.devices) <= 5
-    assert len(shown.devices) == 5
+    assert len(watcher.devices) == 5
     assert "at most 5 devices" in caplog.text
 
 
 def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
-    shown = Watcher()
-    daemon = fleet.daemon(observers=[shown])
+    watcher = Watcher()
+    daemon = fleet.daemon(observers=[watcher])
     up = Topics("default").up("x", JOB.name)
     for message in (
         RoundProgress("x", JOB.name, 1, 1, "train", 1, 2),
@@ -75,7 +75,7 @@ def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
     fleet.air.devices.clear()
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    assert list(shown.devices) == []
+    assert list(watcher.devices) == []
     assert list(fleet.storage.log.events()) == []
 
 
@@ -84,7 +84,7 @@ DIGESTS = st.sampled_from(["0" * 64, BlobRef.of(fill("initial")).sha256])
 REFS = st.builds(lambda n: BlobRef.of(bytes(n)), st.sampled_from([0, 1, 50_000, 100_000])) | st.builds(
     BlobRef, DIGESTS, st.sampled_from([0, 100_000, 2**40]), DIGESTS
 )
-PARTS = {"job": st.sampled_from([JOB.name, "other"]), "round": SHORT, "attempt": SHORT}
+PART_FIELDS = {"job": st.sampled_from([JOB.name, "other"]), "round": SHORT, "attempt": SHORT}
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=256)
 PROBES = st.none() | st.dictionaries(TEXTS, st.integers() | TEXTS, max_size=3).filter(
     lambda d: all(abs(v) < 2**63 for v in d.values() if isinstance(v, int))
@@ -100,9 +100,14 @@ def messages(name: str) -> st.SearchStrategy[object]:
         st.builds(Birth, device, COUNTS, profile, COUNTS, TEXTS, PROBES),
         st.builds(Death, device, COUNTS),
         st.builds(
-            RoundProgress, device, phase=st.sampled_from(["download", "train"]), done=COUNTS, total=COUNTS, **PARTS
+            RoundProgress,
+            device,
+            phase=st.sampled_from(["download", "train"]),
+            done=COUNTS,
+            total=COUNTS,
+            **PART_FIELDS,
         ),
-        st.builds(Refusal, device, reason=TEXTS, exit_code=st.integers(0, 255), **PARTS),
+        st.builds(Refusal, device, reason=TEXTS, exit_code=st.integers(0, 255), **PART_FIELDS),
         st.builds(
             UpdateAnnouncement,
             device,
@@ -111,7 +116,7 @@ def messages(name: str) -> st.SearchStrategy[object]:
             samples=COUNTS,
             steps=COUNTS,
             metrics=st.dictionaries(st.sampled_from(["accuracy_after", "x"]), st.floats(-1e308, 1e308), max_size=2),
-            **PARTS,
+            **PART_FIELDS,
         ),
         st.builds(
             BlobRequest, DIGESTS, st.sampled_from(["data", "leaves"]), COUNTS.map(lambda n: n % 2**31), st.just(1024)
@@ -128,27 +133,27 @@ def messages(name: str) -> st.SearchStrategy[object]:
     st.sampled_from([0.0, 0.5]),
 )
 def test_no_valid_message_ends_the_daemon(
-    tmp_path_factory: pytest.TempPathFactory, said: list[tuple[int, tuple[str, object]]], density: float
+    tmp_path_factory: pytest.TempPathFactory, messages: list[tuple[int, tuple[str, object]]], density: float
 ) -> None:
     fleet = Fleet(tmp_path_factory.mktemp("fuzz"), replace(JOB, devices=1, rounds=2, density=density, deadline_s=20))
-    get, taken = fleet.air.get, [0]
+    get, call_count = fleet.air.get, [0]
 
-    def interrupted(timeout: float | None = 0.0) -> object:
+    def get_or_lose_link(timeout: float | None = 0.0) -> object:
         """Each message comes after some of the others, so that it meets every phase of a round."""
-        taken[0] += 1
-        while said and taken[0] > 5 * said[-1][0]:
-            name, message = said.pop()[1]
+        call_count[0] += 1
+        while messages and call_count[0] > 5 * messages[-1][0]:
+            name, message = messages.pop()[1]
             fleet.air.to_server(Topics("default").up(name), message.to_bytes())  # type: ignore[attr-defined]
         return get(timeout)
 
-    fleet.air.get = interrupted  # type: ignore[method-assign, assignment]
+    fleet.air.get = get_or_lose_link  # type: ignore[method-assign, assignment]
     daemon = fleet.daemon()
 
     def idle() -> None:
         if daemon.is_busy:
             time.sleep(0.0005)
         fleet.air.now += 0.5
-        if fleet.air.now > 300 and not said:
+        if fleet.air.now > 300 and not messages:
             daemon.stop()  # whoever poses as a device may well keep a round from coming to its end
 
     fleet.air.on_idle = idle
@@ -158,8 +163,8 @@ def test_no_valid_message_ends_the_daemon(
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["up", "up/blob"]), st.binary(max_size=100)), max_size=10))
-def test_no_bytes_end_the_daemon(tmp_path_factory: pytest.TempPathFactory, said: list[tuple[str, bytes]]) -> None:
+def test_no_bytes_end_the_daemon(tmp_path_factory: pytest.TempPathFactory, messages: list[tuple[str, bytes]]) -> None:
     fleet = Fleet(tmp_path_factory.mktemp("fuzz"), replace(JOB, rounds=1))
-    for channel, payload in said:
+    for channel, payload in messages:
         fleet.air.to_server(f"fedprune/1/default/a/-/{channel}", payload)
     assert folded(fleet.run()) == [["a", "b", "c"]]

@@ -21,7 +21,7 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model, load_digits
 from support.fakes.opened_job import open_job
 
-OWN = """
+USER_MODULE = """
 import torch
 from torch import nn
 
@@ -53,11 +53,11 @@ def metric(outputs, labels):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+def user_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """A user's module with a net, a loss and a metric."""
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("own")
-    (folder / "own_inputs.py").write_text(OWN)
+    (folder / "own_inputs.py").write_text(USER_MODULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield importlib.import_module("own_inputs")
@@ -65,17 +65,17 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def edit(own: ModuleType) -> Iterator[Callable[[str, object], None]]:
+def edit(user_module: ModuleType) -> Iterator[Callable[[str, object], None]]:
     """Changes the user's module, which is as it was after the test."""
-    path = Path(str(own.__file__))
+    path = Path(str(user_module.__file__))
 
     def write(name: str, value: object) -> None:
-        path.write_text(f"{OWN}\n{name} = {value!r}\n")
-        importlib.reload(own)
+        path.write_text(f"{USER_MODULE}\n{name} = {value!r}\n")
+        importlib.reload(user_module)
 
     yield write
-    path.write_text(OWN)
-    importlib.reload(own)
+    path.write_text(USER_MODULE)
+    importlib.reload(user_module)
 
 
 def torch_config(**changes: Any) -> ServerConfig:
@@ -84,7 +84,7 @@ def torch_config(**changes: Any) -> ServerConfig:
 
 
 @pytest.fixture(scope="module")
-def began(own: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def began(user_module: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state folder whose job began with that module."""
     state = tmp_path_factory.mktemp("began") / "state"
     with StateFolder(state) as folder:

@@ -39,22 +39,22 @@ class Board(ToyDevice):
     fleet: PacedFleet
 
     def hear(self, topic: str, payload: bytes) -> None:
-        if self.able_boards:
+        if self.is_online:
             super().hear(topic, payload)
         if isinstance(last := self.heard[-1] if self.heard else None, Reconnect) and last.away_s is not None:
             self.heard.append(None)
             if self.busy:
-                self.build()
+                self.send_birth()
             else:
-                self.able_boards = False
+                self.is_online = False
                 self.fleet.later(last.away_s, self.back)
 
     def take(self, offer: Offer) -> None:
         self.fleet.later(TRAINING_S, lambda: super(Board, self).take(offer))
 
     def back(self) -> None:
-        self.able_boards, self.session = True, self.session + 1
-        self.build()
+        self.is_online, self.session = True, self.session + 1
+        self.send_birth()
 
 
 class PacedFleet(Fleet):
@@ -144,11 +144,11 @@ def test_a_broker_that_restarts_costs_no_part_of_a_round(
     def restart() -> None:
         fleet.air.inbox += [ConnectionDown("the broker ended"), ConnectionUp()]
         for board in fleet.boards():
-            if board.able_boards:
-                told = [m.spread_s for m in board.heard if isinstance(m, Reconnect)][-1]
-                assert told >= daemon._steering.spread_s / 2
-                board.able_boards = False
-                returned.append(float(chance.uniform(0, told)))
+            if board.is_online:
+                spread_s = [m.spread_s for m in board.heard if isinstance(m, Reconnect)][-1]
+                assert spread_s >= daemon._steering.spread_s / 2
+                board.is_online = False
+                returned.append(float(chance.uniform(0, spread_s)))
                 fleet.later(returned[-1], board.back)
 
     fleet.later(45.0, restart)

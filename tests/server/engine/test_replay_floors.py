@@ -45,29 +45,29 @@ def server(folder: Path, *sent: tuple[str, bytes], fails: bool = False) -> Itera
     """A server that is about to read these messages; the power may fail as their epochs are committed."""
     with ExitStack() as stack:
         identity = stack.enter_context(IdentityFolder(folder))
-        state = stack.enter_context(StateFolder(folder))
-        storage, worker = state.storage, ToyWorker(state.store)
+        state_folder = stack.enter_context(StateFolder(folder))
+        storage, worker = state_folder.storage, ToyWorker(state_folder.store)
         identity.use_database(storage.database)
         link = AuthenticatedLink(Inbox([ConnectionUp(), *sent]), identity)
         site = SiteLink(link, TOPICS)
-        known = storage.load() or State(model=worker.initial())
-        job = RunnableJob(JOB, ARCHITECTURE, known, storage, state.store, worker)
+        state = storage.load() or State(model=worker.initial())
+        job = RunnableJob(JOB, ARCHITECTURE, state, storage, state_folder.store, worker)
         runner = JobRunner(job, site, DeviceServices(members=identity.store.members))
         runner.open()
         stack.callback(runner.close)
-        told: list[str] = []
+        statements: list[str] = []
 
         def cut(_connection: sql.Connection) -> None:
-            if any("INTO epochs" in statement for statement in told):
+            if any("INTO epochs" in statement for statement in statements):
                 raise PowerCutError
 
         if fails:
-            sql.event.listen(storage.database.engine, "before_cursor_execute", lambda *args: told.append(args[2]))
+            sql.event.listen(storage.database.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
             sql.event.listen(storage.database.engine, "commit", cut)
         yield Server([runner], site)
 
 
-def saved(folder: Path) -> tuple[set[str], dict[str, int]]:
+def stored_devices_and_epochs(folder: Path) -> tuple[set[str], dict[str, int]]:
     """Devices that the job knows, and the epochs of the board."""
     with Storage.open_in(folder) as storage:
         state, store = storage.load(), IdentityStore(storage.database)
@@ -85,18 +85,18 @@ def test_an_epoch_is_stored_with_what_its_messages_led_to_or_not_at_all(folder: 
     birth = signed(Birth("a", 7, "raspberry-pi-5", 10, "test"), 5)
     with server(folder, birth, fails=True) as first, pytest.raises(PowerCutError):
         first._turn()
-    assert saved(folder) == (set(), {})
+    assert stored_devices_and_epochs(folder) == (set(), {})
     with server(folder, birth) as second:
         second._turn()
         assert "a" in second.connected
         second._turn()
-    assert saved(folder) == ({"a"}, {stream_of(UP): 5})
+    assert stored_devices_and_epochs(folder) == ({"a"}, {stream_of(UP): 5})
     with server(folder, birth) as third:
         third._turn()
         assert "a" not in third.connected, "it is a repetition"
 
 
 def test_an_epoch_is_stored_where_nothing_else_is(folder: Path) -> None:
-    with server(folder, signed(Alive("a", 7), 6)) as made:
-        made._turn()
-    assert saved(folder) == (set(), {stream_of(UP): 6})
+    with server(folder, signed(Alive("a", 7), 6)) as daemon:
+        daemon._turn()
+    assert stored_devices_and_epochs(folder) == (set(), {stream_of(UP): 6})

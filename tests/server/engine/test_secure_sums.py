@@ -101,7 +101,7 @@ def test_nothing_that_boards_send_holds_an_update(model: Model, tmp_path: Path) 
     fleet = SecureFleet(tmp_path, model, NAMES, secure_aggregation=True, rounds=1)
     fleet.run()
     vectors = [fleet.board(name).vector for name in NAMES]
-    sent = b"".join(payload for _, payload in fleet.titled_value)
+    sent = b"".join(payload for _, payload in fleet.published)
     for vector in vectors:
         assert all(vector[at : at + 64] not in sent for at in range(8, len(vector) - 64, 4096))
 
@@ -115,13 +115,13 @@ def test_coded_updates_travel_in_half_the_bytes_and_give_nearly_the_same_model(m
     assert len(sizes) == 3
     assert sizes[1][1] == sizes[2][1] < 0.6 * sizes[0][1]
     exact = plain(tmp_path, model, **settings)
-    one, other = (
+    one, coded = (
         tensorfile.decode(BlobStore(tmp_path / at / "blobs").read(s.model))
         for at, s in (("a", state), ("plain", exact))
     )
     for name in one:
-        moved = np.linalg.norm(other[name] - model.tensors[name])
-        assert np.linalg.norm(one[name] - other[name]) < 0.03 * moved
+        distance = np.linalg.norm(coded[name] - model.tensors[name])
+        assert np.linalg.norm(one[name] - coded[name]) < 0.03 * distance
 
 
 def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_again(model: Model, tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_again(model: Mo
     assert len({m.sum for m in fleet.of(SecureStep)}) == 2
 
 
-@pytest.mark.parametrize("way", ["up", "down"])
-def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path, direction: str) -> None:
     """Each board's first message of each step gets lost, in one direction."""
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
     to_server, publish, lost = fleet.air.to_server, fleet.air.publish, set[tuple[str, str]]()
@@ -160,33 +160,33 @@ def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path, way: 
         lost.add(step)
         return not repeated
 
-    def sent(topic: str, payload: bytes) -> None:
-        if way == "down" or not first(topic, payload):
+    def lose_uplink(topic: str, payload: bytes) -> None:
+        if direction == "down" or not first(topic, payload):
             to_server(topic, payload)
 
-    def published(topic: str, payload: bytes, qos: int = 1) -> bool:
-        return (way == "down" and first(topic, payload)) or publish(topic, payload, qos)
+    def lose_downlink(topic: str, payload: bytes, qos: int = 1) -> bool:
+        return (direction == "down" and first(topic, payload)) or publish(topic, payload, qos)
 
-    fleet.air.to_server = sent  # type: ignore[method-assign]
-    fleet.air.publish = published  # type: ignore[method-assign]
+    fleet.air.to_server = lose_uplink  # type: ignore[method-assign]
+    fleet.air.publish = lose_downlink  # type: ignore[method-assign]
     state = fleet.run()
     assert folded(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model
-    ways = {"up": {"trained", "keys", "shares", "update"}, "down": {"session", "roster", "delivery", "survivors"}}
-    assert ways[way] <= {step for _, step in lost}
-    assert len(lost) >= len(NAMES) * len(ways[way])
+    steps = {"up": {"trained", "keys", "shares", "update"}, "down": {"session", "roster", "delivery", "survivors"}}
+    assert steps[direction] <= {step for _, step in lost}
+    assert len(lost) >= len(NAMES) * len(steps[direction])
 
 
 def test_a_late_refusal_of_an_earlier_round_leaves_a_board_in_its_sum(model: Model, tmp_path: Path) -> None:
     fleet = SecureFleet(tmp_path, model, ("a", "b", "c"), secure_aggregation=True)
     late, to_server = [Refusal("c", "t", 1, 1, "too hot", ExitCode.STORAGE).to_bytes()], fleet.air.to_server
 
-    def sent(topic: str, payload: bytes) -> None:
+    def add_late_refusal(topic: str, payload: bytes) -> None:
         message = None if topic.endswith("blob") else parse_message(payload)
         of_c = isinstance(message, SecureStep) and topic.split("/")[3] == "c"
         to_server(topic, late.pop() if of_c and message.round == 2 and late else payload)
 
-    fleet.air.to_server = sent  # type: ignore[method-assign]
+    fleet.air.to_server = add_late_refusal  # type: ignore[method-assign]
     state = fleet.run()
     assert not late
     assert folded(state) == [["a", "b", "c"]] * 2
@@ -208,10 +208,12 @@ def test_a_board_that_spoils_sums_is_found_named_and_left_out(model: Model, tmp_
     assert state.devices["c"].excluded
     assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
     assert not any("c" in names for names in folded(state))
-    own = [
-        parse_message(payload) for topic, payload in fleet.titled_value if "/c/" in topic and b'"unmasking"' in payload
+    unmasking_steps = [
+        parse_message(payload) for topic, payload in fleet.published if "/c/" in topic and b'"unmasking"' in payload
     ]
-    assert len({message.sum for message in own if isinstance(message, SecureStep)}) == 4  # 8 suspects, then 4, 2, 1
+    assert (
+        len({message.sum for message in unmasking_steps if isinstance(message, SecureStep)}) == 4
+    )  # 8 suspects, then 4, 2, 1
     assert fleet.air.now < fleet.job.deadline_s  # no attempt waits for the deadline
     fleet.job = replace(fleet.job, rounds=6)
     fleet.restart()  # and stays left out
@@ -227,11 +229,11 @@ def test_a_board_that_sends_false_shares_is_found(model: Model, tmp_path: Path) 
 
     def false(topic: str, payload: bytes) -> None:
         if "/c/" in topic and b'"unmasking"' in payload:
-            said = parse_message(payload)
-            assert isinstance(said, SecureStep)
+            step = parse_message(payload)
+            assert isinstance(step, SecureStep)
             content = bytes(SHARE_BYTES)[:-1] + b"\x01"
-            shares = content * (len(said.content) // SHARE_BYTES)
-            payload = SecureStep.of(said.job, said.round, said.attempt, said.sum, said.step, shares).to_bytes()
+            shares = content * (len(step.content) // SHARE_BYTES)
+            payload = SecureStep.of(step.job, step.round, step.attempt, step.sum, step.step, shares).to_bytes()
         to_server(topic, payload)
 
     fleet.air.to_server = false  # type: ignore[method-assign]
@@ -250,8 +252,8 @@ def test_boards_that_announce_the_same_vector_end_neither_server_nor_job(model: 
 
     for name in ("a", "b"):
         fleet.board(name).spoil_vector = shared
-    parts = fleet.run().history[0]["devices"]
-    (left,) = (part for part in parts.values() if part["progress"] != "folded")
+    devices = fleet.run().history[0]["devices"]
+    (left,) = (device for device in devices.values() if device["progress"] != "folded")
     assert "as its own" in left["reason"]
 
 
@@ -293,14 +295,14 @@ def test_a_board_whose_messages_are_damaged_drops_out(model: Model, tmp_path: Pa
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
     to_server = fleet.air.to_server
 
-    def damaged(topic: str, payload: bytes) -> None:
+    def shorten_shares(topic: str, payload: bytes) -> None:
         if "/c/" in topic and b'"shares"' in payload:
-            said = parse_message(payload)
-            assert isinstance(said, SecureStep)
-            payload = SecureStep.of(said.job, said.round, said.attempt, said.sum, "shares", b"short").to_bytes()
+            step = parse_message(payload)
+            assert isinstance(step, SecureStep)
+            payload = SecureStep.of(step.job, step.round, step.attempt, step.sum, "shares", b"short").to_bytes()
         to_server(topic, payload)
 
-    fleet.air.to_server = damaged  # type: ignore[method-assign]
+    fleet.air.to_server = shorten_shares  # type: ignore[method-assign]
     state = fleet.run()
     assert folded(state) == [["a", "b", "d", "e"]]
     assert "sealed shares" in state.history[0]["devices"]["c"]["reason"]
@@ -349,9 +351,9 @@ def test_shared_noise_is_in_the_sum_and_costs_what_it_costs_without_masks(model:
     without = SecureFleet(tmp_path / "quiet", model, NAMES, secure_aggregation=True, **quiet).run()
     blobs, silent = (BlobStore(tmp_path / at / "blobs") for at in ("secure", "quiet"))
     one = tensorfile.decode(blobs.read(state.history[0]["model"]))
-    other = tensorfile.decode(silent.read(without.history[0]["model"]))
+    noiseless = tensorfile.decode(silent.read(without.history[0]["model"]))
     trainable = [spec.name for spec in model.architecture.tensors if spec.kind.is_trainable]
-    noise = np.concatenate([(one[n].astype(np.float64) - other[n]).ravel() for n in trainable]) * len(NAMES)
+    noise = np.concatenate([(one[n].astype(np.float64) - noiseless[n]).ravel() for n in trainable]) * len(NAMES)
     # The variance of n normal numbers is off by √(2/n) of itself; four times that is one test in 16,000.
     assert noise.var() == pytest.approx((SIGMA * CLIP) ** 2, rel=4 * np.sqrt(2 / noise.size))
     assert abs(noise.mean()) < 4 * SIGMA * CLIP / np.sqrt(noise.size)
@@ -371,7 +373,7 @@ def test_a_running_job_may_begin_to_mask(model: Model, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         daemon.run(until_finished=True)
     assert fleet.of(UpdateAnnouncement)
-    fleet.titled_value.clear()
+    fleet.published.clear()
     fleet.restart()
     fleet.board("a").stops_at = ""
     for name in NAMES:
@@ -385,18 +387,18 @@ def test_only_the_vector_that_a_board_has_announced_is_added(model: Model, tmp_p
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
     daemon = fleet.daemon()
     sums, board = daemon.main_runner._channel, fleet.board("c")
-    taken: list[bool] = []
+    accepted: list[bool] = []
 
     def hears(message: SecureStep) -> SecureStep:
         if message.step == "delivery":
-            other = fleet.store.put(b"masked for an earlier attempt").sha256
-            taken.append(sums.take_upload(on.UpdateStored("c", 1, message.attempt, other)))
-            taken.append(sums.take_upload(on.UpdateRejected("c", 1, message.attempt - 1, "it is too large")))
+            earlier_vector = fleet.store.put(b"masked for an earlier attempt").sha256
+            accepted.append(sums.take_upload(on.UpdateStored("c", 1, message.attempt, earlier_vector)))
+            accepted.append(sums.take_upload(on.UpdateRejected("c", 1, message.attempt - 1, "it is too large")))
         return message
 
     board.spoil = hears
     state = fleet.run_daemon(daemon)
-    assert not any(taken)
-    assert len(taken) >= 2
+    assert not any(accepted)
+    assert len(accepted) >= 2
     assert folded(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model

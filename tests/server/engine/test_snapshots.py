@@ -31,8 +31,8 @@ def maker(state: State, members: Any = None) -> SnapshotMaker:
     )  # fmt: skip
 
 
-def board(*, online: bool = True, **more: Any) -> JobDevice:
-    return JobDevice(1, online, {"name": "pi"}, None, 10, **more)
+def board(*, online: bool = True, **fields: Any) -> JobDevice:
+    return JobDevice(1, online, {"name": "pi"}, None, 10, **fields)
 
 
 class Unseen(TrackedDict[Any]):
@@ -50,23 +50,23 @@ def test_a_snapshot_looks_at_no_device_by_itself() -> None:
     def members() -> set[str]:
         raise AssertionError("a turn must not read the database")
 
-    made = maker(state, members)
+    snapshots = maker(state, members)
     state.devices = Unseen({"a": board(), "b": board(online=False)})
     state.tasks = Unseen({"a": DeviceTask(1, (2,))})
-    seen = made.snapshot(FleetSnapshot())
-    assert (seen.able_devices, seen.known_devices, seen.parts_by_progress[Progress.EXTRACTING]) == (1, 2, 1)
-    assert seen.devices["a"].part_progress == "extracting"
+    snapshot = snapshots.snapshot(FleetSnapshot())
+    assert (snapshot.able_devices, snapshot.known_devices, snapshot.parts_by_progress[Progress.EXTRACTING]) == (1, 2, 1)
+    assert snapshot.devices["a"].part_progress == "extracting"
     with pytest.raises(AssertionError):
-        len(seen.device_states)
+        len(snapshot.device_states)
 
 
 def test_devices_are_counted_by_state_and_revoked_ones_apart() -> None:
     members = [{"a", "b"}]
     devices = {"a": board(), "b": board(online=False), "c": board(online=False), "d": board(excluded="too small")}
-    made = maker(State("m" * 64, devices=TrackedDict(devices)), lambda: members[0])
+    snapshots = maker(State("m" * 64, devices=TrackedDict(devices)), lambda: members[0])
 
     def counts() -> dict[str, int]:
-        return {state: n for state, n in made.snapshot(FleetSnapshot()).device_states.items() if n}
+        return {state: n for state, n in snapshots.snapshot(FleetSnapshot()).device_states.items() if n}
 
     assert counts() == {"idle": 1, "offline": 1, "revoked": 1, "excluded": 1}
     members[0] = {"a", "b", "c", "d"}
@@ -74,8 +74,8 @@ def test_devices_are_counted_by_state_and_revoked_ones_apart() -> None:
 
 
 def test_a_device_is_offline_or_at_another_job() -> None:
-    made = maker(State("m" * 64, devices=TrackedDict({n: board(online=False) for n in "ab"})))
-    devices = made.snapshot(FleetSnapshot(connected_devices=("a",))).devices
+    snapshots = maker(State("m" * 64, devices=TrackedDict({n: board(online=False) for n in "ab"})))
+    devices = snapshots.snapshot(FleetSnapshot(connected_devices=("a",))).devices
     assert {n: (d.activity, d.connected, d.online) for n, d in devices.items()} == {
         "a": (AT_OTHER_JOB, True, False), "b": (OFFLINE, False, False),
     }  # fmt: skip
@@ -85,7 +85,7 @@ def test_a_device_is_offline_or_at_another_job() -> None:
 def test_every_round_and_the_end_of_each_job_are_shown_once_and_in_order(tmp_path: Path) -> None:
     several, watcher = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", rounds=2)], "abc"), Watcher()
     kinds: dict[str, list[str]] = {"one": [], "two": []}
-    watcher = Watcher(lambda seen, what: kinds[seen.name].append(type(what).__name__))
+    watcher = Watcher(lambda snapshot, what: kinds[snapshot.name].append(type(what).__name__))
     several.run(several.host(observers=[watcher]))
     for name, rounds in (("one", 3), ("two", 2)):
         assert (kinds[name].count("RoundEnded"), kinds[name].count("Finish")) == (rounds, 1)

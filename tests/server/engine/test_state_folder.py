@@ -107,9 +107,9 @@ def test_a_round_whose_devices_no_longer_fit_waits_for_others(tmp_path):
 
 def test_a_model_of_somebody_s_own_is_not_written_over(tmp_path):
     (tmp_path / "model.onnx").write_bytes(digits_model())
-    own = tmp_path / "models"
-    own.mkdir()
-    (own / "model.onnx").write_bytes(b"mine")
-    with StateFolder(own) as folder, pytest.raises(ConfigError, match="holds no job"):
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "model.onnx").write_bytes(b"mine")
+    with StateFolder(models) as folder, pytest.raises(ConfigError, match="holds no job"):
         open_job(folder, ServerConfig(model=str(tmp_path / "model.onnx"), job=Job()))
-    assert (own / "model.onnx").read_bytes() == b"mine"
+    assert (models / "model.onnx").read_bytes() == b"mine"

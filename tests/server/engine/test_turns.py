@@ -46,9 +46,9 @@ def test_what_is_dropped_does_not_end_a_turn(tmp_path: Path) -> None:
     assert left[0] == 0
 
 
-@pytest.mark.parametrize(("messages_wait", "most"), [(False, 100), (True, 10)])
+@pytest.mark.parametrize(("messages_wait", "max_events"), [(False, 100), (True, 10)])
 def test_the_offers_of_a_large_round_are_made_over_several_turns(
-    tmp_path: Path, messages_wait: bool, most: int
+    tmp_path: Path, messages_wait: bool, max_events: int
 ) -> None:
     """So that messages are answered in between."""
     boards = 120
@@ -76,4 +76,4 @@ def test_the_offers_of_a_large_round_are_made_over_several_turns(
     daemon = fleet.daemon(observers=(TurnWatcher(on_turn),))
     fleet.run_daemon(daemon)
     assert sum(offers) == boards
-    assert max(offers) == most
+    assert max(offers) == max_events

@@ -77,8 +77,8 @@ def claim_file(server: Server, path: Path, device: str | None = None) -> Path:
     return path
 
 
-def join(server: Server, state: Path, *more: str, device: str = "attic") -> int:
-    return main(["join", "--broker", server.url, "--site", "lab", "--device", device, "--state", str(state), *more])
+def join(server: Server, state: Path, *options: str, device: str = "attic") -> int:
+    return main(["join", "--broker", server.url, "--site", "lab", "--device", device, "--state", str(state), *options])
 
 
 def test_a_board_joins_with_the_claim_in_its_state_folder_which_is_gone_then(
@@ -140,23 +140,25 @@ def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tm
 
 
 def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:
-    with IdentityFolder.make(tmp_path / "other", "lab") as other:
-        claim = other.make_claim(None, 3600)
+    with IdentityFolder.make(tmp_path / "other", "lab") as impostor:
+        claim = impostor.make_claim(None, 3600)
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(JoinError, match="didn't count"):
-        enrol(board, [server.url], JoinClaim.parse(claim.text), patience_s=3, report=told.append)
+        enrol(board, [server.url], JoinClaim.parse(claim.text), patience_s=3, report=messages.append)
     assert not board.has_joined
-    assert any("doesn't count" in line for line in told)
+    assert any("doesn't count" in line for line in messages)
 
 
 def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(server: Server, tmp_path: Path) -> None:
     closed = f"mqtts://127.0.0.1:{free_port()}"
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    told: list[str] = []
-    assert enrol(board, [closed, server.url], server.identity.make_claim(None, 3600), patience_s=30, report=told.append)
+    messages: list[str] = []
+    assert enrol(
+        board, [closed, server.url], server.identity.make_claim(None, 3600), patience_s=30, report=messages.append
+    )
     assert board.has_joined
-    assert told == []  # what failed first is no news where the next one answers
+    assert messages == []  # what failed first is no news where the next one answers
     stopped = threading.Event()
     stopped.set()
     with pytest.raises(BrokerError):
@@ -245,20 +247,20 @@ def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, t
     assert join(server, tmp_path / "board") == ExitCode.OK
     first = DeviceIdentity(folder, "lab", "attic").key.verifying_key.hex
 
-    def kept() -> bool:
+    def has_first_key() -> bool:
         return DeviceIdentity(folder, "lab", "attic").key.verifying_key.hex == first
 
     nowhere = ["join", "--new-key", "--site", "lab", "--device", "attic", "--state", str(tmp_path / "board")]
     assert main(nowhere) == ExitCode.CONFIG
-    assert kept()
+    assert has_first_key()
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.IDENTITY  # neither claim nor pin
-    assert kept()
+    assert has_first_key()
     with DeviceStore(tmp_path / "board"):  # a service that runs
         assert join(server, tmp_path / "board", "--new-key") == ExitCode.STORAGE
-    assert kept()
+    assert has_first_key()
     claim_file(server, tmp_path / "board" / "claim", device="shed")
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.JOIN
-    assert kept()
+    assert has_first_key()
     assert not (tmp_path / "board" / "identity.old").exists()
 
 

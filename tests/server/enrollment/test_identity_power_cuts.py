@@ -35,12 +35,12 @@ class Server:
         self.heard: list[bytes] = []
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
-        given = EnrollmentService(self.identity).answer(request)
-        assert isinstance(given, JoinAnswer)
+        answer = EnrollmentService(self.identity).answer(request)
+        assert isinstance(answer, JoinAnswer)
         key = self.identity.store.key_of("attic")
         if key is not None and (self.opener is None or self.opener.key.hex != key):
             self.opener = Opener(VerifyingKey.from_hex(key), {}, lambda *_: None)
-        return given
+        return answer
 
     def hear(self, raw: bytes) -> None:
         assert self.opener is not None
@@ -59,46 +59,46 @@ class Life:
 
     def parts(self) -> Iterator[Callable[[], None]]:
         """What is done under power, with the server's answers in between."""
-        made: list[DeviceIdentity] = []
+        identities: list[DeviceIdentity] = []
         request: list[JoinRequest] = []
         raw: list[bytes] = []
 
         def start() -> None:
-            made.append(DeviceIdentity(self.folder, "lab", "attic", clock=lambda: 0.0))
-            if not made[0].has_joined:
-                request.append(made[0].request(self.server.claim))
+            identities.append(DeviceIdentity(self.folder, "lab", "attic", clock=lambda: 0.0))
+            if not identities[0].has_joined:
+                request.append(identities[0].request(self.server.claim))
 
         yield start
         if request:
             answer = self.server.answer(request[0])
-            yield lambda: self._admit(made[0], answer)
+            yield lambda: self._admit(identities[0], answer)
 
         def speak() -> None:
-            sealer = Sealer(made[0].key, made[0].epochs)
+            sealer = Sealer(identities[0].key, identities[0].epochs)
             raw.append(sealer.seal(UP, Birth("attic", len(self.sent) + 1, "", 1, "").to_bytes()))
             self.sent.append(raw[0])
 
         yield speak
         self.server.hear(raw[0])
         hello = self.server.sealer.seal(DOWN, Hello(BUILD_TIME + (2 + len(self.sent)) * DAY).to_bytes())
-        yield lambda: self._read_errors(made[0], hello)
+        yield lambda: self._listen(identities[0], hello)
 
     def _admit(self, identity: DeviceIdentity, answer: JoinAnswer) -> None:
         assert identity.admit(answer, self.server.claim.pin) is not None
 
-    def _read_errors(self, identity: DeviceIdentity, raw: bytes) -> None:
+    def _listen(self, identity: DeviceIdentity, raw: bytes) -> None:
         opener = Opener(identity.server, identity.server_epochs(), identity.store_server_epoch)
         message = parse_message(opener.open(DOWN, raw))
         self.taken.append(raw)
         assert isinstance(message, Hello)
         identity.trusted_time.note_time(message.time or 0)
 
-    def is_live(self, at: int = 0, kind: str = "before") -> list[str]:
+    def live(self, at: int = 0, kind: str = "before") -> list[str]:
         """Live all parts; with `at`, the power fails at that operation. Returns the operations that there were."""
         done: list[str] = []
-        for part in self.parts():
+        for step in self.parts():
             with power(max(0, at - len(done)), kind) as supply:
-                part()
+                step()
             done += supply.names
             if at and len(done) >= at:
                 break
@@ -113,34 +113,34 @@ def lives(folder: Path) -> tuple[Life, Server]:
 
 def test_there_is_something_to_cut(tmp_path: Path) -> None:
     life, server = lives(tmp_path / "x")
-    assert len(life.is_live()) > 30
+    assert len(life.live()) > 30
     server.identity.close()
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_board_joins_and_hears_everything_at_most_once_wherever_the_power_fails(tmp_path: Path, kind: str) -> None:
-    whole, server = lives(tmp_path / "whole")
-    operations = whole.is_live() + whole.is_live()
+    undisturbed, server = lives(tmp_path / "whole")
+    operations = undisturbed.live() + undisturbed.live()
     server.identity.close()
     for at, how in cuts(kind, operations):
         life, server = lives(tmp_path / f"{at}")
         left = at
         try:
-            left -= len(life.is_live(at, how))
+            left -= len(life.live(at, how))
             if left > 0:
-                life.is_live(left, how)
+                life.live(left, how)
         except CutError:
             pass
-        life.is_live()
-        life.is_live()
+        life.live()
+        life.live()
         identity = DeviceIdentity(life.folder, "lab", "attic")
         assert identity.has_joined
         assert server.identity.store.key_of("attic") == identity.key.verifying_key.hex
         assert identity.trusted_time.floor > BUILD_TIME + DAY
         assert len(set(server.heard)) == len(server.heard)
         # What was taken once is refused by every later life of the board.
-        again = Opener(identity.server, identity.server_epochs(), lambda *_: None)
+        opener = Opener(identity.server, identity.server_epochs(), lambda *_: None)
         for raw in life.taken:
             with pytest.raises(Exception, match=r"epoch|before"):
-                again.open(DOWN, raw)
+                opener.open(DOWN, raw)
         server.identity.close()

@@ -59,7 +59,7 @@ def identity(tmp_path: Path) -> Iterator[IdentityFolder]:
 def ask(identity: IdentityFolder) -> Ask:
     """What the server answers to a device, over the bytes that would travel."""
 
-    def asked(device: DeviceIdentity, claim: JoinClaim | None = None) -> JoinAnswer:
+    def ask_server(device: DeviceIdentity, claim: JoinClaim | None = None) -> JoinAnswer:
         request = device.request(claim)
         topic, answer = EnrollmentService(identity).receive(
             Topics("lab").join_request(request.nonce), request.to_bytes()
@@ -68,7 +68,7 @@ def ask(identity: IdentityFolder) -> Ask:
         assert parse_message(answer.to_bytes()) == answer
         return answer
 
-    return asked
+    return ask_server
 
 
 def board(folder: Path, name: str = "pi-1") -> DeviceIdentity:
@@ -80,8 +80,8 @@ def bare(claim: JoinClaim | None, name: str = "pi-1", site: str = "lab", key: Si
 
 
 def answer(identity: IdentityFolder, request: JoinRequest) -> tuple[str, str]:
-    given = EnrollmentService(identity).answer(request)
-    return given.status, given.reason
+    join_answer = EnrollmentService(identity).answer(request)
+    return join_answer.status, join_answer.reason
 
 
 def test_a_board_joins_with_a_claim_and_keeps_all_that_it_needs(
@@ -97,12 +97,12 @@ def test_a_board_joins_with_a_claim_and_keeps_all_that_it_needs(
     assert device.has_joined
     assert certificate_name(read_certificate(admission.certificate, "certificate")) == "pi-1"
     assert identity.store.key_of("pi-1") == device.key.verifying_key.hex
-    again = board(tmp_path / "board")
-    assert again.joined
-    assert again.key.verifying_key == device.key.verifying_key
-    assert again.server == identity.key.verifying_key
-    assert again.times.floor == int(NOW[0])  # a board in 1970 now knows better
-    again.context()
+    restarted = board(tmp_path / "board")
+    assert restarted.has_joined
+    assert restarted.key.verifying_key == device.key.verifying_key
+    assert restarted.server == identity.key.verifying_key
+    assert restarted.trusted_time.floor == int(NOW[0])  # a board in 1970 now knows better
+    restarted.context()
     for path in (tmp_path / "board").iterdir():
         if "key" in path.name:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -131,14 +131,14 @@ def test_a_claim_works_once_for_one_request_which_may_be_repeated(identity: Iden
     NOW[0] += 2 * DAY
 
     assert desk.answer(request) == first  # the very same answer, even after the claim's end
-    for other in (bare(claim), bare(claim, "pi-2"), bare(claim, key=SigningKey.make())):
-        assert answer(identity, other) == (
+    for second_request in (bare(claim), bare(claim, "pi-2"), bare(claim, key=SigningKey.make())):
+        assert answer(identity, second_request) == (
             REFUSED, "the claim was used by another request. Have a new one made."
         )  # fmt: skip
     assert len(serials_of(identity.path.parent, "pi-1")) == 1
 
 
-@pytest.mark.parametrize("lost", ["issue_device", "keep_answer"])
+@pytest.mark.parametrize("lost", ["issue_device", "store_answer"])
 def test_a_crash_between_use_and_answer_costs_nothing(
     identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch, lost: str, tmp_path: Path
 ) -> None:
@@ -154,26 +154,26 @@ def test_a_crash_between_use_and_answer_costs_nothing(
             EnrollmentService(identity).answer(request)
     with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as restarted:
         assert answer(restarted, bare(claim))[0] == REFUSED
-        given = EnrollmentService(restarted).answer(request)
-        assert given.status == APPROVED
-        assert EnrollmentService(restarted).answer(request) == given
+        join_answer = EnrollmentService(restarted).answer(request)
+        assert join_answer.status == APPROVED
+        assert EnrollmentService(restarted).answer(request) == join_answer
         assert len(serials_of(tmp_path / "state", "pi-1")) == 1
 
 
 def test_every_claim_that_does_not_count_says_why(identity: IdentityFolder, tmp_path: Path) -> None:
     for_two, old = identity.make_claim("pi-2", HOUR), identity.make_claim(None, 1)
-    with IdentityFolder.make(tmp_path / "other", "lab") as other:
-        foreign = other.make_claim(None, HOUR)
+    with IdentityFolder.make(tmp_path / "other", "lab") as other_site:
+        foreign = other_site.make_claim(None, HOUR)
     guessed = JoinClaim(for_two.id, bytes(15), for_two.pin)
     NOW[0] += 1
-    for claim, reason in (
+    for claim, cause in (
         (old, "the claim has expired"),
         (for_two, "the claim is for another device than pi-1"),
         (foreign, "this server doesn't know the claim"),
         (guessed, "this server doesn't know the claim"),
     ):
-        status, said = answer(identity, bare(claim))
-        assert (status, said.startswith(reason)) == (REFUSED, True)
+        status, reason = answer(identity, bare(claim))
+        assert (status, reason.startswith(cause)) == (REFUSED, True)
     assert identity.store.devices() == []
     assert answer(identity, bare(for_two, "pi-2"))[0] == APPROVED  # none of that has used it
     assert answer(identity, bare(identity.make_claim(None, HOUR), site="other"))[1].startswith(
@@ -205,12 +205,12 @@ def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(identit
     key = SigningKey.make()
     requests = [bare(identity.make_claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(MAX_ANSWERS + 1))]
     first = [EnrollmentService(identity).answer(request) for request in requests]
-    assert {given.status for given in first} == {APPROVED}
+    assert {join_answer.status for join_answer in first} == {APPROVED}
     before = len(serials_of(identity.path.parent, "pi-1"))
 
-    again = [EnrollmentService(identity).answer(request) for request in requests]
+    repeated = [EnrollmentService(identity).answer(request) for request in requests]
 
-    assert [(a.status, a.certificate) for a in again] == [(a.status, a.certificate) for a in first]
+    assert [(a.status, a.certificate) for a in repeated] == [(a.status, a.certificate) for a in first]
     assert len(serials_of(identity.path.parent, "pi-1")) == before
     NOW[0] += 2 * 365 * DAY  # they are over
     assert {answer(identity, request)[0] for request in requests[:2]} == {REFUSED}
@@ -243,8 +243,8 @@ def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certi
     request, issue = device.request(None if renewal else claim), identity.authority.issue_device
 
     def revoked_meanwhile(*arguments: str) -> str:
-        with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as other:  # another process
-            other.revoke("pi-1")
+        with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as second_process:  # another process
+            second_process.revoke("pi-1")
         return issue(*arguments)
 
     with monkeypatch.context() as patched:
@@ -261,8 +261,8 @@ def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certi
 def test_nobody_uses_up_another_s_certificate_request_and_with_it_a_claim(
     identity: IdentityFolder, ask: Ask, tmp_path: Path
 ) -> None:
-    member, own = board(tmp_path / "member", "pi-2"), identity.make_claim("pi-2", HOUR)
-    member.admit(ask(member, own), own.pin)
+    member, own_claim = board(tmp_path / "member", "pi-2"), identity.make_claim("pi-2", HOUR)
+    member.admit(ask(member, own_claim), own_claim.pin)
     victim, claim = board(tmp_path / "victim", "attic"), identity.make_claim("attic", HOUR)
     request = victim.request(claim)
 
@@ -290,8 +290,8 @@ def test_only_so_many_wait_and_an_approved_one_clears_its_name(identity: Identit
         identity.store.request_approval("pi-1", f"{n:064}", 1)
     with pytest.raises(JoinError):
         identity.store.request_approval("pi-1", "a" * 64, 1)
-    others = range(MAX_NAMESAKES, MAX_WAITING)
-    rows = [{"device": f"pi-{n}", "key": "a" * 64, "status": WAITING, "asked": 1} for n in others]
+    further_numbers = range(MAX_NAMESAKES, MAX_WAITING)
+    rows = [{"device": f"pi-{n}", "key": "a" * 64, "status": WAITING, "asked": 1} for n in further_numbers]
     with open_database(identity.path.parent) as database, database.transaction() as connection:
         connection.execute(MEMBERS.insert(), rows)
     assert answer(identity, request := bare(None, "pi-2"))[0] == REFUSED
@@ -326,15 +326,15 @@ def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(tm
         with pytest.raises(CutError), power(at, "before"):
             IdentityFolder.make(state, "lab")
         key = state / "identity" / "signing.key"
-        known = key.read_bytes() if key.exists() else None  # by boards, perhaps
+        server_key = key.read_bytes() if key.exists() else None  # by boards, perhaps
         with suppress(IdentityError):  # where the power failed after the last file
             IdentityFolder.make(state, "lab").close()
         with pytest.raises(IdentityError), IdentityFolder.make(state, "lab"):
             pass
-        with IdentityFolder(state) as again:
-            assert again.site == "lab"
-            again.tls_context()
-        assert known in (None, key.read_bytes())
+        with IdentityFolder(state) as completed:
+            assert completed.site == "lab"
+            completed.tls_context()
+        assert server_key in (None, key.read_bytes())
     folder = state / "identity"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     secret = ("authority.key", "signing.key", "server.key")
@@ -361,26 +361,26 @@ def test_the_server_s_own_certificate_is_renewed_in_its_last_third(identity: Ide
     assert stat.S_IMODE(files[1].stat().st_mode) == 0o600
 
     NOW[0] += 800 * DAY  # a server that was off until it was over
-    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
-        again.tls_context()  # key and certificate are a pair
-        assert ends(again) == second + 800 * DAY
+    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as restarted:
+        restarted.tls_context()  # key and certificate are a pair
+        assert ends(restarted) == second + 800 * DAY
 
 
 def test_the_embedded_broker_s_certificate_is_kept_until_its_last_year_or_other_hosts(identity: IdentityFolder) -> None:
-    def issued(*hosts: str) -> bytes:
+    def certificate(*hosts: str) -> bytes:
         return identity.broker_files(hosts)[0].read_bytes()
 
-    first = issued("127.0.0.1", "localhost")
+    first = certificate("127.0.0.1", "localhost")
     NOW[0] += 3 * 365 * DAY
-    assert issued("localhost", "127.0.0.1") == first
-    other = issued("localhost", "192.0.2.7")
-    assert other != first
-    assert issued("localhost", "192.0.2.7") == other
+    assert certificate("localhost", "127.0.0.1") == first
+    for_new_host = certificate("localhost", "192.0.2.7")
+    assert for_new_host != first
+    assert certificate("localhost", "192.0.2.7") == for_new_host
     save_tls_key(make_tls_key(), identity.path / "broker.key")
-    paired = issued("localhost", "192.0.2.7")
-    assert paired != other
+    paired = certificate("localhost", "192.0.2.7")
+    assert paired != for_new_host
     NOW[0] += 4 * 365 * DAY + DAY
-    assert issued("localhost", "192.0.2.7") != paired
+    assert certificate("localhost", "192.0.2.7") != paired
 
 
 def test_a_claim_s_secret_is_not_in_the_server_s_folder(identity: IdentityFolder, tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def spoil(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (damage, r"server\.db: file is not a database"),
         (reformat, r"expected fedprune\.database/2, got fedprune\.database/0"),
@@ -414,13 +414,13 @@ def spoil(file: Path) -> None:
     ],
 )
 def test_a_database_that_can_t_be_used_is_one_clear_error(
-    identity: IdentityFolder, tmp_path: Path, change: Callable[[Path], None], said: str
+    identity: IdentityFolder, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
     identity.store.request_approval("pi-1", "a" * 64, 1)
     identity.close()
     change(tmp_path / "state" / DATABASE_FILE)
-    with IdentityFolder(tmp_path / "state") as again, pytest.raises(StorageError, match=said):
-        again.store.devices()
+    with IdentityFolder(tmp_path / "state") as damaged, pytest.raises(StorageError, match=message):
+        damaged.store.devices()
 
 
 def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_answer(
@@ -485,25 +485,25 @@ def test_a_revocation_broken_off_before_the_list_was_written_is_completed(
     """The member's row alone says that its certificates are revoked."""
     certified(identity, "pi-1")
     identity.store.revoke("pi-1", 7)
-    with IdentityFolder(tmp_path / "state") as again:
-        assert again.store.revoked_certificates() == dict.fromkeys(serials_of(tmp_path / "state", "pi-1"), 7)
-        assert again.authority.is_list_current(again.store.revoked_certificates())
+    with IdentityFolder(tmp_path / "state") as restarted:
+        assert restarted.store.revoked_certificates() == dict.fromkeys(serials_of(tmp_path / "state", "pi-1"), 7)
+        assert restarted.authority.is_list_current(restarted.store.revoked_certificates())
 
 
 def test_a_member_has_so_many_certificates_and_no_more(identity: IdentityFolder) -> None:
     key = SigningKey.make()
     assert answer(identity, bare(identity.make_claim(None, HOUR), key=key))[0] == APPROVED
-    said = [answer(identity, bare(None, key=key))[0] for _ in range(MAX_CERTIFICATES)]
-    assert said == [APPROVED] * (MAX_CERTIFICATES - 1) + [REFUSED]
+    statuses = [answer(identity, bare(None, key=key))[0] for _ in range(MAX_CERTIFICATES)]
+    assert statuses == [APPROVED] * (MAX_CERTIFICATES - 1) + [REFUSED]
     NOW[0] += 2 * 365 * DAY  # they are over
     assert answer(identity, bare(None, key=key))[0] == APPROVED
 
 
 def test_of_two_servers_that_answer_a_request_at_once_both_give_one_certificate(identity: IdentityFolder) -> None:
     request = bare(identity.make_claim(None, HOUR))
-    made = [identity.authority.issue_device("lab", "pi-1", request.csr) for _ in range(2)]
-    assert made[0] != made[1]
-    assert {identity.store.add_certificate(request, pem) for pem in made} == {made[0]}
+    certificates = [identity.authority.issue_device("lab", "pi-1", request.csr) for _ in range(2)]
+    assert certificates[0] != certificates[1]
+    assert {identity.store.add_certificate(request, pem) for pem in certificates} == {certificates[0]}
 
 
 def test_a_name_that_is_taken_leaves_the_claim_for_another(identity: IdentityFolder) -> None:

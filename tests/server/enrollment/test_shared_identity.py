@@ -54,13 +54,13 @@ def join(identity: IdentityFolder, name: str) -> JoinRequest:
     return asked
 
 
-def listed(identity: IdentityFolder) -> set[int]:
+def listed_serials(identity: IdentityFolder) -> set[int]:
     """Certificates on the list that the broker gets."""
     crl = x509.load_pem_x509_crl(identity.authority.crl_path.read_bytes())
     return {r.serial_number for r in crl}
 
 
-def copied(first: Path, second: Path) -> None:
+def copy_identity(first: Path, second: Path) -> None:
     """Give another machine the identity, by hand."""
     shutil.copytree(first / "identity", second / "identity")
 
@@ -73,15 +73,15 @@ def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
     url = postgres.database()
     first, second = tmp_path / "first", tmp_path / "second"
     IdentityFolder.make(first, "lab").close()
-    copied(first, second)  # long before any board joined
+    copy_identity(first, second)  # long before any board joined
     with ExitStack() as crashed:
         identity = crashed.enter_context(IdentityFolder(first, database=url))
         folder = crashed.enter_context(StateFolder(first, url))
         identity.use_database(folder.storage.database)
-        lost, kept = join(identity, "pi-1"), join(identity, "pi-2")
+        revoked, member = join(identity, "pi-1"), join(identity, "pi-2")
         open_claim = JoinClaim.parse(identity.make_claim(None, 3600).text)
         assert EnrollmentService(identity).answer(request(open_claim, "pi-3")).status == APPROVED
-        identity.store.defer_epochs([(kept.key, STREAM, 77)])
+        identity.store.defer_epochs([(member.key, STREAM, 77)])
         identity.store._require_database().flush()
         with IdentityFolder(first, database=url) as command:  # an operator at a terminal
             command.revoke("pi-1")
@@ -90,12 +90,12 @@ def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
         with IdentityFolder(second, database=url) as identity, StateFolder(second, url, standby=True) as folder:
             identity.use_database(folder.storage.database)
             assert sorted(identity.store.members()) == ["pi-2", "pi-3"]
-            assert identity.store.latest_epochs() == {kept.key: {STREAM: 77}}
-            assert listed(identity) == serials_of(second, "pi-1", url) != set()
+            assert identity.store.latest_epochs() == {member.key: {STREAM: 77}}
+            assert listed_serials(identity) == serials_of(second, "pi-1", url) != set()
             assert len(serials_of(second, "pi-3", url)) == 1
             with pytest.raises(UsedClaimError):
                 identity.store.use_claim(request(open_claim, "pi-4"), "00" * 32, 0)
-            assert EnrollmentService(identity).answer(lost).status != APPROVED
+            assert EnrollmentService(identity).answer(revoked).status != APPROVED
 
 
 def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Postgres) -> None:
@@ -136,7 +136,7 @@ def test_a_standby_with_a_replaced_identity_is_refused_until_it_has_the_present_
     IdentityFolder.make(first, "lab").close()
     with serving(first, url) as identity:
         join(identity, "pi-1")
-    copied(first, second)
+    copy_identity(first, second)
     with serving(second, url) as identity:
         assert identity.store.members().keys() == {"pi-1"}
     with IdentityFolder(first, database=url) as identity:
@@ -147,7 +147,7 @@ def test_a_standby_with_a_replaced_identity_is_refused_until_it_has_the_present_
         with serving(first, url) as identity:
             assert identity.store.members() == {}
     shutil.rmtree(second / "identity")
-    copied(first, second)
+    copy_identity(first, second)
     with serving(second, url):
         pass
 
@@ -158,7 +158,7 @@ def test_a_server_notices_what_another_machine_changes(
     url = postgres.database()
     first, second = tmp_path / "first", tmp_path / "second"
     IdentityFolder.make(first, "lab").close()
-    copied(first, second)
+    copy_identity(first, second)
 
     def command(*words: str) -> str:
         assert main([*words, "--state", str(second), "--database", url]) == 0
@@ -178,4 +178,4 @@ def test_a_server_notices_what_another_machine_changes(
         assert link.get() is None, "it looks once a second"
         now[0] += 0.5
         assert link.get() == DeviceRevoked("pi-1")
-        assert listed(identity) == serials_of(first, "pi-1", url) != set()
+        assert listed_serials(identity) == serials_of(first, "pi-1", url) != set()

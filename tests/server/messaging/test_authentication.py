@@ -74,18 +74,18 @@ class Server:
         assert self.link.publish(topic, message.to_bytes())
         return self.end.sent[-1]
 
-    def charge_message(self, *sent: Sent) -> list[Sent]:
+    def receive(self, *sent: Sent) -> list[Sent]:
         self.end.inbox.extend(sent)
-        found = []
+        messages = []
         while (item := self.link.get()) is not None:
             if isinstance(item, tuple):
-                found.append(item)
+                messages.append(item)
             elif isinstance(item, DeviceRevoked):
                 self.shut_out.append(item.device)
             elif isinstance(item, DuplicateIdentity):
                 self.doubled.append(item.device)
         self.store._require_database().flush()  # as the loop does at the end of its turn
-        return found
+        return messages
 
 
 class Board:
@@ -94,30 +94,30 @@ class Board:
         self.end = End()
         self.channel = device_side.SignedChannel(identity, now)
         self.connection = BoardConnection(self.end, self.channel, now)
-        self._schedule_birth: Birth | None = None
+        self._last_birth: Birth | None = None
 
     def say(self, message: Birth | Death | RoundProgress) -> Sent:
         if isinstance(message, Birth):
-            self._schedule_birth = message
+            self._last_birth = message
         assert self.connection.send(message)
         return self.end.sent[-1]
 
-    def sealed(self, message: Death) -> Sent:
+    def seal_message(self, message: Death) -> Sent:
         topic = TOPICS.up(message.device)
         return topic, self.channel.seal(topic, message)
 
-    def charge_message(self, *sent: Sent) -> list[Sent]:
-        found = []
+    def receive(self, *sent: Sent) -> list[Sent]:
+        messages = []
         for topic, payload in sent:
             self.end.inbox.append((topic, payload))
             item = self.connection.receive()
             if isinstance(item, ReceivedMessage):
-                found.append((topic, item.message.to_bytes()))
+                messages.append((topic, item.message.to_bytes()))
             elif isinstance(item, Chunk):
-                found.append((topic, item.to_bytes()))
-            if self.connection.is_birth_due and self._schedule_birth is not None:  # as the agent does
-                self.connection.send(self._schedule_birth)
-        return found
+                messages.append((topic, item.to_bytes()))
+            if self.connection.is_birth_due and self._last_birth is not None:  # as the agent does
+                self.connection.send(self._last_birth)
+        return messages
 
 
 class Lab:
@@ -141,7 +141,7 @@ class Lab:
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
         """What the server says to a request to join."""
-        assert self.server.charge_message(asking(request)) == []
+        assert self.server.receive(asking(request)) == []
         topic, raw = self.server.end.sent.pop()
         answer = parse_message(raw)
         assert isinstance(answer, JoinAnswer)
@@ -180,10 +180,10 @@ def birth(name: str, session: int = 1) -> Birth:
 def test_both_hear_what_the_other_said_and_only_once(lab: Lab) -> None:
     server, pi = lab.server, lab.boards["pi-1"]
     up = pi.say(birth("pi-1"))
-    assert server.charge_message(up, up, up) == [(TOPICS.up("pi-1"), birth("pi-1").to_bytes())]
+    assert server.receive(up, up, up) == [(TOPICS.up("pi-1"), birth("pi-1").to_bytes())]
     down = server.say("pi-1", Finished("job"))
-    assert pi.charge_message(down, down, down) == [(TOPICS.down("pi-1", "job"), Finished("job").to_bytes())]
-    assert server.charge_message(up) == pi.charge_message(down) == []
+    assert pi.receive(down, down, down) == [(TOPICS.down("pi-1", "job"), Finished("job").to_bytes())]
+    assert server.receive(up) == pi.receive(down) == []
 
 
 def test_chunks_pass_as_they_are(lab: Lab) -> None:
@@ -192,22 +192,22 @@ def test_chunks_pass_as_they_are(lab: Lab) -> None:
     pi.connection.send_chunk(chunk, "job")
     lab.server.link.publish(*down)
     assert (pi.end.sent, lab.server.end.sent) == ([up], [down])
-    assert (lab.server.charge_message(up), pi.charge_message(down)) == ([up], [down])
+    assert (lab.server.receive(up), pi.receive(down)) == ([up], [down])
 
 
 def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: Lab) -> None:
     server, one, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
     up = one.say(birth("pi-1"))
-    assert server.charge_message((TOPICS.up("pi-2"), up[1])) == []
-    assert server.charge_message((TOPICS.up("pi-1", "job"), up[1])) == []
+    assert server.receive((TOPICS.up("pi-2"), up[1])) == []
+    assert server.receive((TOPICS.up("pi-1", "job"), up[1])) == []
     down = server.say("pi-1", Finished("job"))
-    assert two.charge_message((TOPICS.down("pi-2", "job"), down[1]), (TOPICS.broadcast(), down[1])) == []
+    assert two.receive((TOPICS.down("pi-2", "job"), down[1]), (TOPICS.broadcast(), down[1])) == []
     # What one device signs is not the server's word to another, nor the other's word to the server.
-    assert two.charge_message((TOPICS.down("pi-2"), two.say(birth("pi-2"))[1])) == []
-    forged = two.sealed(Death("pi-1", 1))
-    assert server.charge_message(forged) == []
-    assert one.charge_message(down) != []
-    assert server.charge_message(up) != []
+    assert two.receive((TOPICS.down("pi-2"), two.say(birth("pi-2"))[1])) == []
+    forged = two.seal_message(Death("pi-1", 1))
+    assert server.receive(forged) == []
+    assert one.receive(down) != []
+    assert server.receive(up) != []
 
 
 def test_what_is_unsigned_changed_or_nonsense_is_ignored_and_said(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
@@ -215,55 +215,55 @@ def test_what_is_unsigned_changed_or_nonsense_is_ignored_and_said(lab: Lab, capl
     topic, raw = pi.say(birth("pi-1"))
     with caplog.at_level(logging.WARNING):
         for at in range(0, len(raw), 7):
-            assert server.charge_message((topic, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])) == []
-        assert server.charge_message((topic, birth("pi-1").to_bytes()), (topic, b""), ("fedprune/1/lab/x", raw)) == []
+            assert server.receive((topic, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])) == []
+        assert server.receive((topic, birth("pi-1").to_bytes()), (topic, b""), ("fedprune/1/lab/x", raw)) == []
     # Twenty of the board, and that there will be no more of it; and one on a topic that is no board's.
     assert len(caplog.records) == 22
     assert "signature" in caplog.text
-    assert server.charge_message((topic, raw)) != []
+    assert server.receive((topic, raw)) != []
 
 
 def test_who_is_not_let_in_is_not_heard(lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with IdentityFolder.make(tmp_path / "elsewhere", "lab", clock=lambda: float(BUILD_TIME + 30 * DAY)) as other:
-        stranger = Lab(tmp_path / "strangers", other).let_in("pi-9", "pi-9")
-    assert lab.server.charge_message(stranger.say(birth("pi-9"))) == []
+    with IdentityFolder.make(tmp_path / "elsewhere", "lab", clock=lambda: float(BUILD_TIME + 30 * DAY)) as foreign:
+        stranger = Lab(tmp_path / "strangers", foreign).let_in("pi-9", "pi-9")
+    assert lab.server.receive(stranger.say(birth("pi-9"))) == []
     assert "pi-9 is not a member" in caplog.text
     assert not lab.server.link.publish(TOPICS.down("pi-9", "job"), Finished("job").to_bytes())
     hello = lab.server.say("pi-1", Hello())
-    assert stranger.charge_message((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []
+    assert stranger.receive((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []
 
 
 def test_what_was_said_before_a_restart_of_the_server_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
     old = pi.say(birth("pi-1"))
-    assert lab.server.charge_message(old) != []
+    assert lab.server.receive(old) != []
     late = pi.say(Death("pi-1", 1))  # never arrived
     server = lab.new_server()
-    assert server.charge_message(old) == []
+    assert server.receive(old) == []
     ((topic, hello),) = server.end.sent  # "I have restarted", to the board
-    assert pi.charge_message((topic, hello)) == [(TOPICS.down("pi-1"), Hello(BUILD_TIME + 30 * DAY).to_bytes())]
-    again = pi.say(birth("pi-1", 2))  # what a board answers
-    assert server.charge_message(again) != []
-    assert server.charge_message(old, again) == []
-    assert late[1] != again[1]
+    assert pi.receive((topic, hello)) == [(TOPICS.down("pi-1"), Hello(BUILD_TIME + 30 * DAY).to_bytes())]
+    new_birth = pi.say(birth("pi-1", 2))  # what a board answers
+    assert server.receive(new_birth) != []
+    assert server.receive(old, new_birth) == []
+    assert late[1] != new_birth[1]
 
 
 def test_of_a_key_with_two_names_nothing_is_heard_again_after_a_restart_of_the_server(lab: Lab) -> None:
     key = SigningKey.make()
 
-    def said(name: str, epoch: int) -> Sent:
+    def sealed_birth(name: str, epoch: int) -> Sent:
         topic = TOPICS.up(name)
         return topic, seal(key, topic, epoch, 0, birth(name).to_bytes())
 
     for name in ("attic", "barn"):
         lab.identity.store.approve(name, key.verifying_key.hex, 1)
     lab.now += 1.0
-    old = [said("attic", 5), said("barn", 5)]
-    assert len(lab.server.charge_message(*old)) == 2
+    old = [sealed_birth("attic", 5), sealed_birth("barn", 5)]
+    assert len(lab.server.receive(*old)) == 2
     server = lab.new_server()
-    assert len(server.charge_message(said("attic", 6))) == 1
-    assert server.charge_message(*old) == []
-    assert len(server.charge_message(said("barn", 6))) == 1
+    assert len(server.receive(sealed_birth("attic", 6))) == 1
+    assert server.receive(*old) == []
+    assert len(server.receive(sealed_birth("barn", 6))) == 1
 
 
 def test_a_birth_is_recognised_however_its_type_is_escaped(lab: Lab) -> None:
@@ -278,54 +278,54 @@ def test_a_birth_is_recognised_however_its_type_is_escaped(lab: Lab) -> None:
         return SignedEnvelope.parse(lab.server.say("attic", Finished("job"))[1]).epoch
 
     before = epoch()
-    assert lab.server.charge_message((topic, seal(key, topic, 5, 0, body))) == [(topic, body)]
+    assert lab.server.receive((topic, seal(key, topic, 5, 0, body))) == [(topic, body)]
     assert epoch() > before
 
 
 def test_what_was_said_before_a_restart_of_the_board_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
     old = lab.server.say("pi-1", Finished("old"))
-    assert lab.boards["pi-1"].charge_message(old) != []
+    assert lab.boards["pi-1"].receive(old) != []
     pi = lab.new_board("pi-1")
     first = pi.say(birth("pi-1", 2))
-    assert pi.charge_message(old) == []
-    again = pi.end.sent[-1]
-    assert again != first
-    assert lab.server.charge_message(first, again) != []
+    assert pi.receive(old) == []
+    new_message = pi.end.sent[-1]
+    assert new_message != first
+    assert lab.server.receive(first, new_message) != []
     new = lab.server.say("pi-1", Finished("new"))
-    assert pi.charge_message(new, old) == [(TOPICS.down("pi-1", "new"), Finished("new").to_bytes())]
+    assert pi.receive(new, old) == [(TOPICS.down("pi-1", "new"), Finished("new").to_bytes())]
 
 
 def test_old_messages_repeated_for_ever_cost_a_message_each_ten_seconds(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
     up, down = pi.say(birth("pi-1")), lab.server.say("pi-1", Finished("job"))
-    assert lab.server.charge_message(up) != []
-    assert pi.charge_message(down) != []
+    assert lab.server.receive(up) != []
+    assert pi.receive(down) != []
     server, pi = lab.new_server(), lab.new_board("pi-1")
     pi.say(birth("pi-1", 2))
     for _ in range(100):
-        assert server.charge_message(up) == pi.charge_message(down) == []
+        assert server.receive(up) == pi.receive(down) == []
     assert (len(server.end.sent), len(pi.end.sent)) == (1, 2)
     lab.now = 10.0
-    assert server.charge_message(up) == pi.charge_message(down) == []
+    assert server.receive(up) == pi.receive(down) == []
     assert (len(server.end.sent), len(pi.end.sent)) == (2, 3)
 
 
 def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is(lab: Lab) -> None:
     server, pi = lab.server, lab.boards["pi-1"]
-    assert server.charge_message(pi.say(birth("pi-1"))) != []
+    assert server.receive(pi.say(birth("pi-1"))) != []
     with IdentityFolder(lab.folder / "state") as elsewhere:  # another process: `fedprune-server devices revoke`
         elsewhere.revoke("pi-1")
     lab.now = 1.0
-    assert server.charge_message(pi.say(birth("pi-1", 2))) == []
-    assert server.charge_message((TOPICS.up_blob("pi-1", "job"), b"the rest of an update")) == []
+    assert server.receive(pi.say(birth("pi-1", 2))) == []
+    assert server.receive((TOPICS.up_blob("pi-1", "job"), b"the rest of an update")) == []
     assert server.shut_out == ["pi-1"]
     for topic in (TOPICS.down("pi-1", "job"), TOPICS.down_blob("pi-1", "job")):
         assert not server.link.publish(topic, Finished("job").to_bytes())
     assert server.link.publish(TOPICS.down("pi-2", "job"), Finished("job").to_bytes())
     replacement = lab.let_in("pi-1", "a new board")
     lab.now = 2.0
-    assert server.charge_message(replacement.say(birth("pi-1", 3))) != []
-    assert server.charge_message(pi.say(birth("pi-1", 4))) == []
+    assert server.receive(replacement.say(birth("pi-1", 3))) != []
+    assert server.receive(pi.say(birth("pi-1", 4))) == []
     with IdentityFolder(lab.folder / "state") as elsewhere:
         elsewhere.revoke("pi-1")
     lab.now = 3.0
@@ -338,17 +338,17 @@ def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
     asked = asking(device.request(claim))
     lab.now = 100.0
     before = len(lab.server.end.sent)
-    lab.server.charge_message(*[asked] * 300)
+    lab.server.receive(*[asked] * 300)
     assert len(lab.server.end.sent) - before == server_side.JOINS_PER_S
     lab.now = 100.5
-    lab.server.charge_message(*[asked] * 300)
+    lab.server.receive(*[asked] * 300)
     assert len(lab.server.end.sent) - before == 1.5 * server_side.JOINS_PER_S
 
 
 class Joining(End):
     """A connection for requests to join."""
 
-    dropped = 0
+    dropped_count = 0
     flooding_prefix = ""
 
 
@@ -359,11 +359,11 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
         server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
     )
     joining.inbox.extend((TOPICS.join_request("ab" * 16), b"x") for _ in range(30_000))
-    said = [lab.boards["pi-1"].say(RoundProgress("pi-1", "job", 1, 1, "train", n, 10)) for n in range(10)]
-    assert len(server.charge_message(*said)) == 10
+    progress = [lab.boards["pi-1"].say(RoundProgress("pi-1", "job", 1, 1, "train", n, 10)) for n in range(10)]
+    assert len(server.receive(*progress)) == 10
     assert len(joining.inbox) >= 30_000 - server_side.JOINS_PER_S
 
-    joining.dropped, joining.flooding_prefix = 1, TOPICS.join_request("ab" * 16).rpartition("/-/")[0]
+    joining.dropped_count, joining.flooding_prefix = 1, TOPICS.join_request("ab" * 16).rpartition("/-/")[0]
     lab.now += 1
     server.link.get()
     assert not joining.inbox, "honest requests would wait behind those of the flood"
@@ -407,7 +407,7 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab) -> Non
 def answers(lab: Lab, board: Board, session: int, heard: int) -> list[Sent]:
     """A board greets as often as it hears a hello among what the server said since `heard`."""
     hellos = lab.server.end.sent[heard:]
-    return [board.say(birth("pi-1", session)) for _ in board.charge_message(*hellos)]
+    return [board.say(birth("pi-1", session)) for _ in board.receive(*hellos)]
 
 
 @pytest.mark.parametrize("session", [6, 7])
@@ -416,15 +416,15 @@ def test_a_copy_of_a_board_s_disk_is_noticed_and_each_of_the_two_is_heard(lab: L
     server = lab.server
     shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
     original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
-    assert server.charge_message(original.say(birth("pi-1", 6))) != []
-    server.charge_message(copy.say(birth("pi-1", session)))
+    assert server.receive(original.say(birth("pi-1", 6))) != []
+    server.receive(copy.say(birth("pi-1", session)))
     for _ in range(3):
         lab.now += 10.0
         server.link.publish(TOPICS.down("pi-1"), Hello().to_bytes())  # as when a device comes back
         heard = len(server.end.sent) - 1
         boards = [(original, 6), (copy, session)]
         for board, number in boards if first == "original" else reversed(boards):
-            server.charge_message(*answers(lab, board, number, heard))
+            server.receive(*answers(lab, board, number, heard))
     alternating = session != 6  # that the daemon sees
     assert server.doubled or alternating
     assert set(server.doubled) <= {"pi-1"}
@@ -434,25 +434,25 @@ def test_whoever_of_two_goes_on_in_an_epoch_that_is_over_is_noticed(lab: Lab) ->
     server = lab.server
     shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
     original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
-    said = original.say(birth("pi-1", 6))
-    assert server.charge_message(said) != []
-    assert server.charge_message(copy.say(birth("pi-1", 7))) != []
-    assert server.charge_message(said) == server.doubled == []  # a repetition shows nothing
-    assert server.charge_message(original.say(RoundProgress("pi-1", "job", 1, 1, "train", 1, 2))) == []
+    message = original.say(birth("pi-1", 6))
+    assert server.receive(message) != []
+    assert server.receive(copy.say(birth("pi-1", 7))) != []
+    assert server.receive(message) == server.doubled == []  # a repetition shows nothing
+    assert server.receive(original.say(RoundProgress("pi-1", "job", 1, 1, "train", 1, 2))) == []
     assert server.doubled == ["pi-1"]
     # The copy ends; what the server then says brings the other one back.
     (answer,) = answers(lab, original, 6, len(server.end.sent) - 1)
-    assert server.charge_message(answer) != []
+    assert server.receive(answer) != []
 
 
 def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
     server = lab.server
     for session in range(1, 9):
         board, heard = lab.another_board("pi-1", "pi-1"), len(server.end.sent)
-        assert server.charge_message(board.say(birth("pi-1", session))) != []
-        for said in answers(lab, board, session, heard):
-            assert server.charge_message(said) != []
-        assert server.charge_message(board.say(birth("pi-1", session))) != []
+        assert server.receive(board.say(birth("pi-1", session))) != []
+        for message in answers(lab, board, session, heard):
+            assert server.receive(message) != []
+        assert server.receive(board.say(birth("pi-1", session))) != []
         lab.now += 10.0
     assert server.doubled == []
     assert server.link.get() is None
@@ -460,12 +460,12 @@ def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
 
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:
     server, pi, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
-    will = pi.sealed(Death("pi-1", 1))
-    assert server.charge_message(pi.say(birth("pi-1"))) != []
-    assert server.charge_message(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
-    forged = two.sealed(Death("pi-1", 1))
-    assert server.charge_message(forged) == []
-    assert lab.new_server().charge_message(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
+    will = pi.seal_message(Death("pi-1", 1))
+    assert server.receive(pi.say(birth("pi-1"))) != []
+    assert server.receive(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
+    forged = two.seal_message(Death("pi-1", 1))
+    assert server.receive(forged) == []
+    assert lab.new_server().receive(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
 
 
 def test_boards_that_are_there_hear_a_server_that_connects_anew(lab: Lab) -> None:
@@ -474,16 +474,16 @@ def test_boards_that_are_there_hear_a_server_that_connects_anew(lab: Lab) -> Non
         server.end.inbox.append(ConnectionUp())
         assert isinstance(server.link.get(), ConnectionUp)
         server.link.publish(TOPICS.broadcast(), Hello().to_bytes())
-        assert pi.charge_message(server.end.sent[-1]) == [(TOPICS.broadcast(), Hello().to_bytes())]
+        assert pi.receive(server.end.sent[-1]) == [(TOPICS.broadcast(), Hello().to_bytes())]
         server = lab.new_server()
 
 
 def test_a_board_learns_the_time_from_its_server_alone(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
     before = pi.identity.trusted_time.floor
-    assert pi.charge_message((TOPICS.broadcast(), Hello(BUILD_TIME + 300 * DAY).to_bytes())) == []
+    assert pi.receive((TOPICS.broadcast(), Hello(BUILD_TIME + 300 * DAY).to_bytes())) == []
     assert pi.identity.trusted_time.floor == before
-    assert pi.charge_message(lab.server.say("pi-1", Hello(BUILD_TIME + 60 * DAY))) != []
+    assert pi.receive(lab.server.say("pi-1", Hello(BUILD_TIME + 60 * DAY))) != []
     assert pi.identity.trusted_time.floor == BUILD_TIME + 60 * DAY
 
 
@@ -497,14 +497,14 @@ def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(lab: Lab, cap
                 f"CREATE TRIGGER full_{what} BEFORE {what} ON epochs BEGIN SELECT RAISE(FAIL, 'full'); END"
             )
         with pytest.raises(StorageError):  # a server that can't write ends, and continues where it was
-            fresh_server.charge_message(up)
+            fresh_server.receive(up)
         for what in ("INSERT", "UPDATE"):
             database.execute(f"DROP TRIGGER full_{what}")
     with fault(1, OSError(errno.ENOSPC, "the card is full")):
-        assert fresh_pi.charge_message(down) == []  # a board continues with what it has
+        assert fresh_pi.receive(down) == []  # a board continues with what it has
     assert "the card is full" in caplog.text
-    assert lab.new_server().charge_message(up) != []
-    assert Board(pi.identity, lambda: lab.now).charge_message(down) != []
+    assert lab.new_server().receive(up) != []
+    assert Board(pi.identity, lambda: lab.now).receive(down) != []
 
 
 def test_what_was_opened_of_a_board_that_is_shut_out_meanwhile_is_dropped(lab: Lab) -> None:
@@ -512,8 +512,8 @@ def test_what_was_opened_of_a_board_that_is_shut_out_meanwhile_is_dropped(lab: L
     lab.server.end.inbox.extend(births)
     assert isinstance(first := lab.server.link.get(), tuple)
     assert first[0] == births[0][0]
-    with IdentityFolder(lab.identity.path.parent) as other:
-        other.revoke("pi-1")
+    with IdentityFolder(lab.identity.path.parent) as second_process:
+        second_process.revoke("pi-1")
     lab.now += 2
     assert lab.server.link.get() == DeviceRevoked("pi-1")
     assert not isinstance(lab.server.link.get(), tuple)
@@ -524,15 +524,15 @@ def meet(server: Server, board: Board) -> None:
     board.say(birth(board.identity.device))
     while board.end.sent or server.end.sent:
         up, board.end.sent = board.end.sent, []
-        server.charge_message(*up)
+        server.receive(*up)
         down, server.end.sent = server.end.sent, []
-        board.charge_message(*(s for s in down if s[0].startswith(TOPICS.down(board.identity.device))))
+        board.receive(*(s for s in down if s[0].startswith(TOPICS.down(board.identity.device))))
 
 
 def hears_its_server(lab: Lab, board: Board) -> bool:
-    said = lab.server.say(board.identity.device, Finished("job"))
+    message = lab.server.say(board.identity.device, Finished("job"))
     lab.server.end.sent.clear()
-    return board.charge_message(said) != []
+    return board.receive(message) != []
 
 
 def test_after_its_keys_were_replaced_a_server_is_heard_by_boards_that_joined_again_alone(lab: Lab) -> None:
@@ -541,14 +541,14 @@ def test_after_its_keys_were_replaced_a_server_is_heard_by_boards_that_joined_ag
     lab.identity = lab.identity.replace()
     lab.new_server()
     for board in (one, two):
-        assert lab.server.charge_message(board.say(birth(board.identity.device))) == []  # its key is revoked
+        assert lab.server.receive(board.say(birth(board.identity.device))) == []  # its key is revoked
         assert lab.answer(board.identity.request()).status == REFUSED
     stranger = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILD_TIME))
     assert lab.answer(stranger.request(claim)).status == REFUSED  # a thief may have it
-    again = lab.let_in("pi-1", "again")
-    meet(lab.server, again)
-    assert hears_its_server(lab, again)
-    assert not one.charge_message(lab.server.say("pi-1", Finished("job")))  # signed by a key that it doesn't know
+    rejoined = lab.let_in("pi-1", "again")
+    meet(lab.server, rejoined)
+    assert hears_its_server(lab, rejoined)
+    assert not one.receive(lab.server.say("pi-1", Finished("job")))  # signed by a key that it doesn't know
     assert set(lab.identity.store.members()) == {"pi-1"}
 
 
@@ -575,6 +575,6 @@ def test_members_are_known_before_they_announce_themselves(lab: Lab) -> None:
     forged = (TOPICS.up("pi-1"), b"unsigned")
     for _ in range(int(MAX_POINTS)):
         if quarantine.charge_message("pi-1", 100):
-            server.charge_message(forged)
+            server.receive(forged)
     assert [*quarantine.sentences()] == ["pi-1"]
     assert quarantine.charge_message("pi-2", 100)

@@ -74,7 +74,7 @@ class Site:
         return device
 
     @contextmanager
-    def client_files(
+    def client(
         self, context: ssl.SSLContext, topics: list[str], *, joining: bool = False, client_id: str = "", user: str = ""
     ) -> Iterator[Client]:
         client = Client(context, topics, client_id or secrets.token_hex(12), user)
@@ -87,7 +87,7 @@ class Site:
     def refuses(self, context: ssl.SSLContext) -> bool:
         """Whether the broker takes no client with this context."""
         try:
-            with self.client_files(context, []):
+            with self.client(context, []):
                 return False
         except (OSError, TimeoutError):
             return True
@@ -104,8 +104,8 @@ class Client:
         if user:
             self.paho.username_pw_set(user)
         self.topics, self.waiting = topics, set[int]()
-        self.paho.on_connect = self._connected
-        self.paho.on_subscribe = lambda _c, _u, mid, _codes, _p: self._subscribed(mid)
+        self.paho.on_connect = self._on_connect
+        self.paho.on_subscribe = lambda _c, _u, mid, _codes, _p: self._on_subscribe(mid)
         self.paho.on_message = lambda _c, _u, m: self.got.put((m.topic, m.payload))
         self.paho.on_disconnect = lambda *_: self.gone.set()
 
@@ -116,7 +116,7 @@ class Client:
         if self.gone.is_set():
             raise ConnectionError("the broker has hung up")
 
-    def _connected(
+    def _on_connect(
         self, _client: paho.Client, _user: object, _flags: object, code: paho.ReasonCode, _p: object
     ) -> None:
         if code.is_failure:
@@ -126,7 +126,7 @@ class Client:
         if not self.topics:
             self.ready.set()
 
-    def _subscribed(self, mid: int) -> None:
+    def _on_subscribe(self, mid: int) -> None:
         self.waiting.discard(mid)
         if not self.waiting:
             self.ready.set()
@@ -134,15 +134,15 @@ class Client:
     def publish(self, topic: str, payload: bytes) -> None:
         self.paho.publish(topic, payload, 1).wait_for_publish(30)
 
-    def all(self, least: int = 0) -> list[tuple[str, bytes]]:
+    def all(self, min_count: int = 0) -> list[tuple[str, bytes]]:
         """What has come, once nothing more comes; for so many messages it waits as long as it takes."""
-        found = []
+        messages = []
         with suppress(queue.Empty):
-            while len(found) < least:
-                found.append(self.got.get(timeout=30))
+            while len(messages) < min_count:
+                messages.append(self.got.get(timeout=30))
             while True:
-                found.append(self.got.get(timeout=QUIET_S))
-        return found
+                messages.append(self.got.get(timeout=QUIET_S))
+        return messages
 
     def close(self) -> None:
         self.paho.disconnect()
@@ -171,8 +171,8 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
     listening, nonce = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()], secrets.token_hex(16)
     hearing = [*LAB.device_subscriptions("pi-1"), LAB.join_answer(nonce)]
     with (
-        site.client_files(site.identity.tls_context(), listening) as server,
-        site.client_files(pi_1.context(), hearing, client_id=nonce) as device,
+        site.client(site.identity.tls_context(), listening) as server,
+        site.client(pi_1.context(), hearing, client_id=nonce) as device,
     ):
         # A member asks for a new certificate with its own one, on the topics of those that join.
         up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job"), LAB.join_request(nonce)]
@@ -200,9 +200,9 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
         LAB.servers(),
     ]
     with (
-        site.client_files(site.identity.tls_context(), ["#"]) as server,
-        site.client_files(pi_2.context(), LAB.device_subscriptions("pi-2")) as victim,
-        site.client_files(pi_1.context(), everything) as rogue,
+        site.client(site.identity.tls_context(), ["#"]) as server,
+        site.client(pi_2.context(), LAB.device_subscriptions("pi-2")) as victim,
+        site.client(pi_1.context(), everything) as rogue,
     ):
         for topic in (
             LAB.up("pi-2"), LAB.up_blob("pi-2", "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
@@ -250,56 +250,54 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
 
 @pytest.mark.mosquitto
 def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) -> None:
-    lost, kept = site.device("stolen"), site.device("at-home")
+    lost, member = site.device("stolen"), site.device("at-home")
     assert not site.refuses(lost.context())
     reload = f'cp "$FEDPRUNE_CRL" {site.folder / "broker" / "crl.pem"} && kill -HUP {site.process.pid}'
     folder, crl = site.folder / "state", site.identity.authority.crl_path
     with list_delivery(shlex.join(["sh", "-c", reload]), folder, crl):
         site.identity.revoke("stolen")
         until(lambda: site.refuses(lost.context()))
-    assert not site.refuses(kept.context())
+    assert not site.refuses(member.context())
 
 
 @pytest.mark.mosquitto
 def test_who_wants_to_join_reaches_its_own_two_topics_only(site: Site, pi_1: DeviceIdentity) -> None:
-    mine, other = secrets.token_hex(16), secrets.token_hex(16)
+    own_nonce, foreign_nonce = secrets.token_hex(16), secrets.token_hex(16)
     everything = [
         "#",
         "fedprune/1/lab/+/-/joined",
-        LAB.join_answer(other),
+        LAB.join_answer(foreign_nonce),
         LAB.join_subscription(),
         *LAB.server_subscriptions(),
     ]
-    everything += [*LAB.device_subscriptions("pi-1"), LAB.join_answer(mine), "$SYS/#"]
+    everything += [*LAB.device_subscriptions("pi-1"), LAB.join_answer(own_nonce), "$SYS/#"]
     with (
-        site.client_files(
-            site.identity.tls_context(), [*LAB.server_subscriptions(), LAB.join_subscription()]
-        ) as server,
-        site.client_files(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
-        site.client_files(unpinned_context(), [LAB.join_answer(other)], joining=True, client_id=other) as waiting,
-        site.client_files(
-            unpinned_context(), everything, joining=True, client_id=mine, user="fedprune-server"
-        ) as rogue,
+        site.client(site.identity.tls_context(), [*LAB.server_subscriptions(), LAB.join_subscription()]) as server,
+        site.client(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
+        site.client(
+            unpinned_context(), [LAB.join_answer(foreign_nonce)], joining=True, client_id=foreign_nonce
+        ) as waiting,
+        site.client(unpinned_context(), everything, joining=True, client_id=own_nonce, user="fedprune-server") as rogue,
     ):
         for topic in (
             LAB.up("pi-1"),
             LAB.down("pi-1"),
             LAB.broadcast(),
-            LAB.join_request(other),
-            LAB.join_answer(other),
+            LAB.join_request(foreign_nonce),
+            LAB.join_answer(foreign_nonce),
             "elsewhere",
         ):
             rogue.publish(topic, b"false")
-        rogue.publish(LAB.join_request(mine), b"mine")
+        rogue.publish(LAB.join_request(own_nonce), b"mine")
         device.publish(LAB.up("pi-1"), b"1")
         server.publish(LAB.down("pi-1"), b"2")
-        server.publish(LAB.join_answer(other), b"3")
-        server.publish(LAB.join_answer(mine), b"4")
+        server.publish(LAB.join_answer(foreign_nonce), b"3")
+        server.publish(LAB.join_answer(own_nonce), b"4")
 
-        assert server.all(2) == [(LAB.join_request(mine), b"mine"), (LAB.up("pi-1"), b"1")]
+        assert server.all(2) == [(LAB.join_request(own_nonce), b"mine"), (LAB.up("pi-1"), b"1")]
         assert device.all(1) == [(LAB.down("pi-1"), b"2")]
-        assert waiting.all(1) == [(LAB.join_answer(other), b"3")]
-        assert set(rogue.all(1)) == {(LAB.join_answer(mine), b"4")}
+        assert waiting.all(1) == [(LAB.join_answer(foreign_nonce), b"3")]
+        assert set(rogue.all(1)) == {(LAB.join_answer(own_nonce), b"4")}
 
 
 def left_by_strangers(site: Site, leave: Callable[[Client, str], None], count: int = 3) -> list[tuple[str, bytes]]:
@@ -308,10 +306,10 @@ def left_by_strangers(site: Site, leave: Callable[[Client, str], None], count: i
         nonce = secrets.token_hex(16)
         with (
             suppress(OSError, TimeoutError),
-            site.client_files(unpinned_context(), [], joining=True, client_id=nonce) as stranger,
+            site.client(unpinned_context(), [], joining=True, client_id=nonce) as stranger,
         ):
             leave(stranger, nonce)
-    with site.client_files(site.identity.tls_context(), [LAB.join_subscription()]) as server:
+    with site.client(site.identity.tls_context(), [LAB.join_subscription()]) as server:
         return server.all()
 
 
@@ -343,15 +341,15 @@ class EmqxRules:
     def __init__(self, text: str) -> None:
         pattern = r'\{(allow|deny), (all|\{username, "([^"]*)"\})(?:, (publish|subscribe), \[(.*)\])?\}\.'
         lines = [line for line in text.splitlines() if not line.startswith("%%")]
-        found = [re.fullmatch(pattern, line) for line in lines]
-        assert all(found), lines
-        self.grid_lines = [m.groups() for m in found if m]
+        matches = [re.fullmatch(pattern, line) for line in lines]
+        assert all(matches), lines
+        self.rules = [m.groups() for m in matches if m]
 
     def allow(self, user: str, client_id: str, action: str, topic: str) -> bool:
-        for permission, _, whose, what, filters in self.grid_lines:
+        for permission, _, whose, what, filters in self.rules:
             if whose in (None, user) and what in (None, action):
-                wanted = [f.strip().strip('"') for f in filters.split(", ")] if filters else ["#"]
-                filled = [f.replace("${username}", user).replace("${clientid}", client_id) for f in wanted]
+                patterns = [f.strip().strip('"') for f in filters.split(", ")] if filters else ["#"]
+                filled = [f.replace("${username}", user).replace("${clientid}", client_id) for f in patterns]
                 if any(covers(f, topic) for f in filled):
                     return permission == "allow"
         return False
@@ -373,34 +371,35 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
     config = filled_template("emqx.conf", "lab", broker)
     assert {"fail_if_no_peer_cert = true", "mqtt.peer_cert_as_username = cn"} <= {*map(str.strip, config.splitlines())}
     rules = EmqxRules(filled_template("acl.conf", "lab", broker))
-    nonce, other = "ab" * 16, "cd" * 16
+    nonce, foreign_nonce = "ab" * 16, "cd" * 16
     server, device = ("fedprune-server", "fedprune-" + "1" * 24), ("pi-1", nonce)
     up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
     down = [LAB.down("pi-1"), LAB.down("pi-1", "job"), LAB.down_blob("pi-1", "job")]
     listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
-    own = [*LAB.device_subscriptions("pi-1"), LAB.join_answer(nonce)]
+    own_topics = [*LAB.device_subscriptions("pi-1"), LAB.join_answer(nonce)]
 
     for who, action, topics in (
         (server, "subscribe", listening),
         (server, "publish", [*down, LAB.broadcast(), LAB.join_answer(nonce), LAB.servers()]),
-        (device, "subscribe", own),
+        (device, "subscribe", own_topics),
         (device, "publish", [*up, LAB.join_request(nonce)]),
     ):
         assert [t for t in topics if not rules.allow(*who, action, t)] == []
-    others = [
+    foreign_topics = [
         "#", "+/#", "fedprune/1/#", LAB.up("pi-2"), LAB.down("pi-2"), *LAB.device_subscriptions("pi-2")[:2],
-        LAB.join_request(other), LAB.join_answer(other), *Topics("other").device_subscriptions("pi-1"), "elsewhere",
+        LAB.join_request(foreign_nonce), LAB.join_answer(foreign_nonce),
+        *Topics("other").device_subscriptions("pi-1"), "elsewhere",
     ]  # fmt: skip
     for who, action, topics in (
         (server, "subscribe", ["#", "fedprune/1/lab/#", *Topics("other").server_subscriptions()]),
         (server, "publish", [*up, LAB.join_request(nonce), Topics("other").down("pi-1")]),
-        (device, "subscribe", [*others, *listening, *up, LAB.join_request(nonce)]),
+        (device, "subscribe", [*foreign_topics, *listening, *up, LAB.join_request(nonce)]),
         (
             device,
             "publish",
-            [*others[3:], *down, LAB.broadcast(), LAB.join_answer(nonce), LAB.servers()],
+            [*foreign_topics[3:], *down, LAB.broadcast(), LAB.join_answer(nonce), LAB.servers()],
         ),
-        (("", nonce), "subscribe", [*own[:2], *listening]),
+        (("", nonce), "subscribe", [*own_topics[:2], *listening]),
     ):
         assert [t for t in topics if rules.allow(*who, action, t)] == []
 
@@ -419,10 +418,8 @@ def test_what_would_say_something_else_in_a_configuration_is_refused(wrong: dict
 def test_an_id_with_a_wildcard_reaches_nothing(site: Site, client_id: str) -> None:
     nonce = secrets.token_hex(16)
     with (
-        site.client_files(site.identity.tls_context(), [LAB.join_subscription()]) as server,
-        site.client_files(
-            unpinned_context(), ["#", "fedprune/1/lab/+/-/joined"], joining=True, client_id=client_id
-        ) as rogue,
+        site.client(site.identity.tls_context(), [LAB.join_subscription()]) as server,
+        site.client(unpinned_context(), ["#", "fedprune/1/lab/+/-/joined"], joining=True, client_id=client_id) as rogue,
     ):
         rogue.publish(LAB.join_request(nonce), b"false")
         server.publish(LAB.join_answer(nonce), b"secret")

@@ -54,9 +54,9 @@ def program(request: pytest.FixtureRequest) -> Program:
     if request.param == "amqtt":
         return Amqtt()
     machine.find_mosquitto()
-    found = find_mosquitto()
-    assert found is not None
-    return found
+    mosquitto = find_mosquitto()
+    assert mosquitto is not None
+    return mosquitto
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def broker(program: Program) -> Iterator[EmbeddedBroker]:
         yield broker
 
 
-def connected(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[BrokerLink]:
+def open_link(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[BrokerLink]:
     link = BrokerLink(broker.url, name)
     link.subscribe(topics)
     link.start()
@@ -75,7 +75,7 @@ def connected(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[B
 
 
 def test_a_will_is_delivered(broker: EmbeddedBroker) -> None:
-    with connected(broker, "watcher", ["wills"]) as watcher:
+    with open_link(broker, "watcher", ["wills"]) as watcher:
         mortal = BrokerLink(broker.url, "mortal", will=("wills", b"gone"))
         with closing(mortal):
             mortal.start()
@@ -98,7 +98,7 @@ def test_with_a_certificate_it_encrypts(program: Program, tmp_path: Path) -> Non
 
 
 def test_it_restarts_on_the_same_port_and_links_come_back_with_their_subscriptions(broker: EmbeddedBroker) -> None:
-    with connected(broker, "a", ["x"]) as link:
+    with open_link(broker, "a", ["x"]) as link:
         link.publish("x", b"123")
         assert link.get(30) == ("x", b"123")
         url = broker.url
@@ -116,11 +116,11 @@ def test_it_restarts_on_the_same_port_and_links_come_back_with_their_subscriptio
 
 
 def test_a_port_that_is_just_becoming_free_is_waited_for() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        threading.Timer(0.5, taken.close).start()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        threading.Timer(0.5, listener.close).start()
         with EmbeddedBroker(port=port) as broker:
             assert broker.port == port
 
@@ -141,12 +141,13 @@ def test_a_port_that_is_taken_is_named_and_so_is_a_server_of_this_identity_that_
 PARENT = """
     import os, sys, time
     from fedprune_server.messaging.broker.embedded import EmbeddedBroker
-    from fedprune_server.messaging.broker.programs import Amqtt, programs
-    from fedprune.wire.link import Link
+    from fedprune_server.messaging.broker.programs import Amqtt, available_programs
+    from fedprune.wire.link import BrokerLink
 
-    broker = EmbeddedBroker(port=int(sys.argv[2]), candidates=[Amqtt()] if sys.argv[3] == "amqtt" else programs())
+    candidates = [Amqtt()] if sys.argv[3] == "amqtt" else available_programs()
+    broker = EmbeddedBroker(port=int(sys.argv[2]), candidates=candidates)
     broker.start()
-    link = Link(broker.url, "a", will=("x", b"y"))
+    link = BrokerLink(broker.url, "a", will=("x", b"y"))
     link.subscribe(["x"])
     link.start()
     link.publish("x", bytes(100_000))
@@ -175,7 +176,7 @@ def parent(seconds: float, program: Program) -> tuple[subprocess.Popen[bytes], i
     return process, pid, port
 
 
-def gone(pid: int, timeout: float = 30) -> bool:
+def is_gone(pid: int, timeout: float = 30) -> bool:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
@@ -192,12 +193,12 @@ def test_it_dies_with_a_parent_that_is_killed_and_of_no_other_signal(program: Pr
     process, pid, port = parent(60, program)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(pid, number)
-    assert not gone(pid, 0.1)
+    assert not is_gone(pid, 0.1)
 
     process.kill()
     process.communicate()
 
-    assert gone(pid)
+    assert is_gone(pid)
     until(lambda: not listens(port))  # a process's threads may outlive its first one by a moment
 
 
@@ -207,7 +208,7 @@ def test_a_board_that_falls_silent_is_reported_by_its_will() -> None:
     machine.find_mosquitto()
     with (
         EmbeddedBroker(port=0) as broker,
-        connected(broker, "watcher", ["wills"]) as watcher,
+        open_link(broker, "watcher", ["wills"]) as watcher,
         socket.create_connection(("127.0.0.1", broker.port)) as mortal,
     ):
         # CONNECT with a clean session, a keepalive of 1 s and a will; after it not a word.
@@ -240,7 +241,7 @@ def test_amqtt_takes_the_place_of_a_mosquitto_that_does_not_start(
     broken = Mosquitto(str(script(tmp_path / "bin", "echo it has no rights >&2; exit 3")), "2.9")
     with EmbeddedBroker(port=0, candidates=[broken, Amqtt()]) as broker:
         assert broker.program == Amqtt()
-        with connected(broker, "a", ["x"]) as link:
+        with open_link(broker, "a", ["x"]) as link:
             link.publish("x", b"123")
             assert link.get(30) == ("x", b"123")
     assert "Mosquitto 2.9" in caplog.text

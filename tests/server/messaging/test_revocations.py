@@ -36,8 +36,8 @@ def crl(tmp_path: Path) -> Path:
 
 
 def test_each_list_is_given_once_also_after_a_restart(crl: Path, tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    append = command(f'cat "$FEDPRUNE_CRL" >> {told}; echo >> {told}')
+    record = tmp_path / "told"
+    append = command(f'cat "$FEDPRUNE_CRL" >> {record}; echo >> {record}')
     with list_delivery(append, tmp_path, crl):
         until(lambda: is_list_delivered(tmp_path, crl))
         crl.write_text("second")
@@ -46,7 +46,7 @@ def test_each_list_is_given_once_also_after_a_restart(crl: Path, tmp_path: Path)
     for _ in range(2):
         with list_delivery(append, tmp_path, crl):
             until(lambda: is_list_delivered(tmp_path, crl))
-    assert told.read_text().split() == ["first", "second", "third"]
+    assert record.read_text().split() == ["first", "second", "third"]
 
 
 def test_a_command_that_fails_is_told_and_tried_again(

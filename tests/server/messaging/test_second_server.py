@@ -29,7 +29,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.ends: list[End] = []
-        self.titled_value: list[bytes] = []
+        self.published: list[bytes] = []
         self.news = threading.Condition()
 
     def settle(self) -> None:
@@ -38,7 +38,7 @@ class Hub:
             assert self.news.wait_for(lambda: all(end.idle for end in self.ends if end.connected), 30)
 
     def publish(self, payload: bytes) -> None:
-        self.titled_value.append(payload)
+        self.published.append(payload)
         for end in self.ends:
             if end.connected:
                 end.put((TOPIC, payload))
@@ -96,22 +96,22 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder, self.hub = folder, Hub()
         self.now = 100.0
-        self.made: list[SecondServerGuard] = []
+        self.guards: list[SecondServerGuard] = []
 
     def server(
-        self, name: str, *, key: SigningKey = KEY, stopping: threading.Event | None = None, **more: Any
+        self, name: str, *, key: SigningKey = KEY, stopping: threading.Event | None = None, **fields: Any
     ) -> tuple[SecondServerGuard, End]:
         end = End(self.hub)
-        place = ServerInstance(self.folder / name, **more)
-        made = SecondServerGuard(end, "lab", key, place, stopping, clock=lambda: self.now)
+        instance = ServerInstance(self.folder / name, **fields)
+        guard = SecondServerGuard(end, "lab", key, instance, stopping, clock=lambda: self.now)
         # Answers are awaited until all have come, not for a time that a busy machine may exceed.
-        made._closed.wait = lambda timeout=None: bool(self.hub.settle())  # type: ignore[method-assign]
-        self.made.append(made)
-        return made, end
+        guard._closed.wait = lambda timeout=None: bool(self.hub.settle())  # type: ignore[method-assign]
+        self.guards.append(guard)
+        return guard, end
 
-    def serving(self, name: str, **more: Any) -> tuple[SecondServerGuard, End]:
+    def serving(self, name: str, **fields: Any) -> tuple[SecondServerGuard, End]:
         """A server that serves, and whose question is long past."""
-        server, end = self.server(name, **more)
+        server, end = self.server(name, **fields)
         server.enter()
         self.now += 2
         return server, end
@@ -119,13 +119,13 @@ class Lab:
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    made = Lab(tmp_path)
-    yield made
-    for server in made.made:
+    lab = Lab(tmp_path)
+    yield lab
+    for server in lab.guards:
         server.close()
 
 
-def refused(server: SecondServerGuard) -> bool:
+def is_refused(server: SecondServerGuard) -> bool:
     try:
         server.enter()
     except OtherServerError:
@@ -133,7 +133,7 @@ def refused(server: SecondServerGuard) -> bool:
     return False
 
 
-def ended(server: SecondServerGuard) -> bool:
+def has_to_end(server: SecondServerGuard) -> bool:
     try:
         server.confirm()
     except OtherServerError:
@@ -148,40 +148,40 @@ def test_a_second_server_is_refused_and_the_first_goes_on(lab: Lab) -> None:
         with pytest.raises(OtherServerError, match="first"):
             second.enter()
         end.close()
-    assert not ended(first)
+    assert not has_to_end(first)
 
 
 def test_who_only_looks_finds_a_server_and_answers_none(lab: Lab) -> None:
-    doctor, _ = lab.server("doctor", looks_only=True)
+    doctor, _ = lab.server("doctor", only_looks=True)
     lab.hub.settle()
     first, _ = lab.serving("first")
-    assert [Path(o.folder).name for o in lab.server("doctor", looks_only=True)[0].others()] == ["first"]
-    assert not ended(first)
+    assert [Path(o.folder).name for o in lab.server("doctor", only_looks=True)[0].others()] == ["first"]
+    assert not has_to_end(first)
     assert doctor.others() == []  # it asked before
 
 
 def test_at_a_server_s_own_broker_all_others_give_way(lab: Lab) -> None:
     lab.server("early")  # there before the broker's server has begun to serve
-    first, _ = lab.server("first", embedded=True)
+    first, _ = lab.server("first", owns_broker=True)
     third, _ = lab.server("third")
     first.enter()
-    assert refused(third)
+    assert is_refused(third)
     second_again, _ = lab.server("second")
-    assert refused(second_again)
-    assert not ended(first)
+    assert is_refused(second_again)
+    assert not has_to_end(first)
 
 
 def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> None:
     first, end = lab.serving("first")
     old = [
         raw
-        for raw in lab.hub.titled_value
+        for raw in lab.hub.published
         if isinstance(parse_message(unseal(KEY.verifying_key, TOPIC, raw).body), ServerQuery)
     ]
-    lab.server("asks", looks_only=True)[0].others()
+    lab.server("asks", only_looks=True)[0].others()
     answer = next(
         r
-        for r in lab.hub.titled_value
+        for r in lab.hub.published
         if isinstance(parse_message(unseal(KEY.verifying_key, TOPIC, r).body), ServerPresence)
     )
     end.close()
@@ -191,8 +191,8 @@ def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> N
     second.enter()
     lab.hub.publish(answer)
     lab.hub.settle()
-    assert not ended(second)
-    assert not ended(first)
+    assert not has_to_end(second)
+    assert not has_to_end(first)
 
 
 def test_one_that_was_cut_off_gives_way_to_the_one_that_serves(lab: Lab) -> None:
@@ -205,7 +205,7 @@ def test_one_that_was_cut_off_gives_way_to_the_one_that_serves(lab: Lab) -> None
     with pytest.raises(OtherServerError, match="second"):
         first.confirm()
     lab.hub.settle()
-    assert not ended(second)
+    assert not has_to_end(second)
 
 
 @pytest.mark.parametrize("number", range(3))  # ids are random: each may be the smaller one
@@ -216,24 +216,24 @@ def test_one_that_comes_back_while_another_begins_stays(lab: Lab, number: int) -
     lab.hub.settle()
     end.connect()
     lab.hub.settle()
-    assert refused(second)
-    assert not ended(first)
+    assert is_refused(second)
+    assert not has_to_end(first)
 
 
 def test_of_two_that_start_at_once_one_stays(lab: Lab) -> None:
     servers = [lab.server(name)[0] for name in ("first", "second")]
-    assert sorted(map(refused, servers)) == [False, True]
+    assert sorted(map(is_refused, servers)) == [False, True]
     lab.hub.settle()
-    assert not any(map(ended, servers))
+    assert not any(map(has_to_end, servers))
 
 
 def test_between_servers_of_one_database_its_lease_decides(lab: Lab) -> None:
     first, _ = lab.serving("first", lease="ab" * 16)
     second, _ = lab.serving("second", lease="ab" * 16)
     assert second.others() == []
-    assert refused(lab.server("other", lease="cd" * 16)[0])
-    assert not ended(first)
-    assert not ended(second)
+    assert is_refused(lab.server("other", lease="cd" * 16)[0])
+    assert not has_to_end(first)
+    assert not has_to_end(second)
 
 
 def test_a_server_of_another_identity_is_not_believed(lab: Lab) -> None:
@@ -242,8 +242,8 @@ def test_a_server_of_another_identity_is_not_believed(lab: Lab) -> None:
     end.connected = False
     end.connect()
     lab.hub.settle()
-    assert not ended(first)
-    assert not ended(stranger)
+    assert not has_to_end(first)
+    assert not has_to_end(stranger)
 
 
 def test_a_flood_on_the_servers_topic_costs_a_few_signature_checks_a_second(
@@ -262,8 +262,8 @@ def test_a_flood_on_the_servers_topic_costs_a_few_signature_checks_a_second(
     until(lambda: not end._items)
     assert 0 < checked.count(b"nonsense") <= 20
     lab.now += 1
-    assert refused(lab.server("other")[0])
-    assert not ended(first)
+    assert is_refused(lab.server("other")[0])
+    assert not has_to_end(first)
 
 
 def test_two_that_were_parted_without_losing_a_connection_find_each_other(lab: Lab) -> None:
@@ -272,8 +272,8 @@ def test_two_that_were_parted_without_losing_a_connection_find_each_other(lab: L
     lab.serving("second")
     end.connected = True  # as after a bridge between two brokers has come back
     lab.hub.settle()
-    assert not any(map(ended, lab.made))
+    assert not any(map(has_to_end, lab.guards))
     lab.now += ASK_INTERVAL_S
-    until(lambda: any(map(ended, lab.made)))
+    until(lambda: any(map(has_to_end, lab.guards)))
     lab.hub.settle()
-    assert sorted(map(ended, lab.made)) == [False, True]
+    assert sorted(map(has_to_end, lab.guards)) == [False, True]

@@ -47,7 +47,7 @@ def test_a_loop_turns_while_its_broker_is_started_again(tmp_path: Path) -> None:
     fleet, broker = Fleet(tmp_path), Slow()
     daemon = fleet.daemon(broker=broker)
     for device in fleet.air.devices.values():
-        device.build()
+        device.send_birth()
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     threading.Timer(2.0, broker.go.set).start()
     assert len(fleet.run().history) == fleet.job.rounds

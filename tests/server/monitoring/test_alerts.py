@@ -397,7 +397,7 @@ def test_boards_that_all_die_are_told_within_a_deadline_and_so_is_their_return(
         for device in dead.values() if seconds == 70 else ():
             fleet.air.devices[device.name] = device
             device.session += 1
-            device.build()
+            device.send_birth()
 
     changes = alarmed(tmp_path, die, come_back)
     opened = {kind: at for at, kind, is_open in changes if is_open}
@@ -420,7 +420,7 @@ def test_boards_that_bring_nothing_are_told_after_a_deadline(tmp_path: Path, kin
     def speak(fleet: Fleet, seconds: float) -> None:
         for device in fleet.air.devices.values() if seconds == 100 else ():
             device.silent = False
-            device.build()
+            device.send_birth()
 
     changes = [c for c in alarmed(tmp_path, fall_silent, speak, kind=kind) if c[1] != "device-failing"]
     assert [(what, is_open) for _, what, is_open in changes] == [("no-progress", True), ("no-progress", False)]

@@ -61,7 +61,7 @@ class Vanishing(ToyDevice):
             self.vanish()
         if self.back_at is not None and self.air.now >= self.back_at:
             self.back_at, self.vanishes_in, self.session = None, self.vanishes_in[1:], self.session + 1
-            self.build()
+            self.send_birth()
 
 
 class Watched:

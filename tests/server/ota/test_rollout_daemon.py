@@ -32,8 +32,8 @@ class Updated(ToyDevice):
         self.number = 0
         self.told: ReleaseReport | None = None
 
-    def build(self) -> None:
-        super().build()
+    def send_birth(self) -> None:
+        super().send_birth()
         if self.told is not None:
             self.say(self.told)
 

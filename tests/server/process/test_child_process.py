@@ -10,7 +10,7 @@ from fedprune_server.process.child_process import MAX_SHORT_RUNS, RESTART_BACKOF
 from support.waiting import until
 
 
-def restarted(program: str) -> RestartedProcess[bytes]:
+def restarted_process(program: str) -> RestartedProcess[bytes]:
     def read(stream: BinaryIO) -> bytes | None:
         return stream.readline() or None
 
@@ -18,7 +18,7 @@ def restarted(program: str) -> RestartedProcess[bytes]:
 
 
 def test_a_process_that_cannot_begin_is_left_alone_for_a_while() -> None:
-    child = restarted("raise SystemExit(3)")
+    child = restarted_process("raise SystemExit(3)")
     for turn in range(MAX_SHORT_RUNS):
         assert child.start(lambda: b"\n", float(turn))
         until(lambda turn=turn: (list(child.receive_all(float(turn))), not child.is_alive)[1])  # type: ignore[misc]
@@ -29,10 +29,10 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while() -> None:
 
 
 def test_a_line_goes_to_it_and_comes_back_and_it_ends_when_asked() -> None:
-    child = restarted("import sys\nfor line in sys.stdin: print(line, end='', flush=True)")
+    child = restarted_process("import sys\nfor line in sys.stdin: print(line, end='', flush=True)")
     assert child.start(lambda: b"first\n", 0.0)
-    said = until(lambda: list(child.receive_all(0.0)))
+    lines = until(lambda: list(child.receive_all(0.0)))
     pid = child.pid
     child.stop()
-    assert said == [b"first\n"]
+    assert lines == [b"first\n"]
     assert not Path(f"/proc/{pid}").exists()

@@ -30,41 +30,41 @@ def device(number: int, *, online: bool) -> JobDevice:
     return JobDevice(number, online, PROFILE, probe(number), 10, plan(number), (4, 8), codecs=CODECS)
 
 
-def held(state: State) -> set[str]:
+def devices_in_memory(state: State) -> set[str]:
     """Devices whose plan is in memory."""
-    found = set()
+    names = set()
     for name, entry in state.devices.items():
         try:
             object.__getattribute__(entry, "plan")
         except AttributeError:
             continue
-        found.add(name)
-    return found
+        names.add(name)
+    return names
 
 
 @pytest.fixture(autouse=True)
-def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def memory_limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices_away, "MAX_AWAY_IN_MEMORY", getattr(request, "param", 0))
 
 
 @pytest.fixture
 def state() -> State:
-    found = State(model="m" * 64)
-    found.devices |= {name: device(i, online=name == "here") for i, name in enumerate(("a", "b", "c", "here"))}
-    return found
+    state = State(model="m" * 64)
+    state.devices |= {name: device(i, online=name == "here") for i, name in enumerate(("a", "b", "c", "here"))}
+    return state
 
 
 def test_they_come_back_when_they_are_read(tmp_path: Path, state: State) -> None:
     with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)
-        assert held(state) == {"here"}
+        assert devices_in_memory(state) == {"here"}
         assert (dict(state.devices["b"].plan or {}), dict(state.devices["b"].probe or {})) == (plan(1), probe(1))
-        assert held(state) == {"here", "b"}
+        assert devices_in_memory(state) == {"here", "b"}
         state.devices["a"].samples = 11
         storage.save(state, (), 2.0)
-        assert held(state) == {"here"}
-        with Storage.open_in(tmp_path) as other:
-            assert other.load() == state
+        assert devices_in_memory(state) == {"here"}
+        with Storage.open_in(tmp_path) as reopened:
+            assert reopened.load() == state
 
 
 def test_changes_of_what_was_put_away_are_saved(tmp_path: Path, state: State) -> None:
@@ -74,8 +74,8 @@ def test_changes_of_what_was_put_away_are_saved(tmp_path: Path, state: State) ->
         state.devices["b"] = device(9, online=True)
         del state.devices["c"]
         storage.save(state, (), 2.0)
-        with Storage.open_in(tmp_path) as other:
-            assert other.load() == state
+        with Storage.open_in(tmp_path) as reopened:
+            assert reopened.load() == state
 
 
 def test_a_device_that_is_taken_out_of_the_state_says_what_it_lacks(tmp_path: Path, state: State) -> None:
@@ -92,14 +92,14 @@ def test_devices_of_a_round_are_put_away_once_the_next_one_is_over(tmp_path: Pat
     state.tasks["a"] = DeviceTask(1, (4, 8))
     with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)
-        assert held(state) == {"here", "a"}
+        assert devices_in_memory(state) == {"here", "a"}
         summary = {"round": 1, "at": 2.0, "model": "m" * 64, "metrics": {}}
         state.history.append({**summary, "devices": {"a": state.tasks.pop("a").summary()}})
         storage.save(state, (), 2.0)
-        assert held(state) == {"here", "a"}
+        assert devices_in_memory(state) == {"here", "a"}
         state.history.append({**summary, "round": 2, "devices": {}})
         storage.save(state, (), 3.0)
-        assert held(state) == {"here"}
+        assert devices_in_memory(state) == {"here"}
 
 
 @pytest.mark.parametrize("kept", [2], indirect=True)
@@ -108,4 +108,4 @@ def test_the_latest_that_have_left_are_kept_as_they_are(tmp_path: Path, state: S
         storage.save(state, (), 1.0)
         state.devices["here"].online = False
         storage.save(state, [on.Ticked()], 2.0)
-        assert held(state) == {"c", "here"}
+        assert devices_in_memory(state) == {"c", "here"}

@@ -97,14 +97,14 @@ def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_noth
 ) -> None:
     first = StateFolder(tmp_path / "one", url)
     save(first, 1)
-    taken: list[StateFolder] = []
-    standby = threading.Thread(target=lambda: taken.append(StateFolder(tmp_path / "two", url, standby=True)))
+    folders: list[StateFolder] = []
+    standby = threading.Thread(target=lambda: folders.append(StateFolder(tmp_path / "two", url, standby=True)))
     standby.start()
     time.sleep(2.5)
-    assert not taken  # it lives, and renews
+    assert not folders  # it lives, and renews
     hang(first)
     standby.join(60)
-    with taken[0] as second:
+    with folders[0] as second:
         save(second, 2)
         with pytest.raises(LeaseLostError, match="postgresql"):
             save(first, 3)
@@ -139,8 +139,8 @@ def test_whoever_has_a_dead_servers_folder_needs_not_wait(tmp_path: Path, url: s
     hang(first)
     first.lease._is_lost = True  # so that it gives nothing back, as after a kill
     first.close()
-    with StateFolder(tmp_path / "one", url) as again:
-        assert row(again.storage)["token"] == 2
+    with StateFolder(tmp_path / "one", url) as restarted:
+        assert row(restarted.storage)["token"] == 2
 
 
 @pytest.mark.postgresql
@@ -179,16 +179,16 @@ def test_a_lease_outlasts_a_database_that_is_started_again(tmp_path: Path, quick
 def test_sqlites_standby_waits_for_the_folder(tmp_path: Path) -> None:
     first = StateFolder(tmp_path / "one")
     save(first, 1)
-    taken: list[StateFolder] = []
-    standby = threading.Thread(target=lambda: taken.append(StateFolder(tmp_path / "one", standby=True)))
+    folders: list[StateFolder] = []
+    standby = threading.Thread(target=lambda: folders.append(StateFolder(tmp_path / "one", standby=True)))
     standby.start()
     time.sleep(0.5)
-    assert not taken
+    assert not folders
     with pytest.raises(StorageError, match="another server runs"):
         StateFolder(tmp_path / "one")
     first.close()
     standby.join(60)
-    with taken[0] as second:
+    with folders[0] as second:
         assert row(second.storage)["token"] == 2
         save(second, 2)
         assert rounds(second.storage) == [1, 2]

@@ -48,14 +48,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold a database's write lock, as a program of somebody else's does."""
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
     try:
         yield
     finally:
-        other.close()
+        connection.close()
 
 
 def after(turns: int, act: Callable[[], None]) -> Callable[[], None]:
@@ -79,7 +79,7 @@ def test_readers_wait_for_no_writer(tmp_path: Path) -> None:
         storage.put_settings({"job": {"name": "one"}})
         storage.save(State(model="m" * 64), [on.Scored(1, "r" * 64)], 1.0)
         members, rollouts = IdentityStore(storage.database), RolloutStore(tmp_path, storage.database)
-        with locked(tmp_path / DATABASE_FILE), wait_hook(fail):
+        with exclusive_lock(tmp_path / DATABASE_FILE), wait_hook(fail):
             assert storage.settings() == {"job": {"name": "one"}}
             assert storage.load() == State(model="m" * 64)
             assert [storage.rounds(), storage.devices(), storage.unplanned_devices(), storage.incomplete_rounds()] == [
@@ -100,16 +100,16 @@ def test_readers_wait_for_no_writer(tmp_path: Path) -> None:
             with Storage.open_existing(tmp_path) as reader, open_database(tmp_path) as further:
                 assert reader.settings() is not None
                 assert IdentityStore(further).is_empty
-            with Storage.open_in(tmp_path) as again:  # a start of a server has nothing to write before it begins
-                assert again.load() is not None
+            with Storage.open_in(tmp_path) as restarted:  # a start of a server has nothing to write before it begins
+                assert restarted.load() is not None
 
 
 def test_a_reader_sees_one_state_from_its_beginning_on(tmp_path: Path) -> None:
-    with Storage.open_in(tmp_path) as storage, Storage.open_in(tmp_path) as other:
+    with Storage.open_in(tmp_path) as storage, Storage.open_in(tmp_path) as writer:
         storage.put_settings({"n": 1})
         query = "SELECT value FROM meta WHERE key = 'settings'"
         with storage.database.read_transaction() as connection:
-            other.put_settings({"n": 2})
+            writer.put_settings({"n": 2})
             before = connection.exec_driver_sql(query).scalar()
         with storage.database.read_transaction() as connection:
             assert connection.exec_driver_sql(query).scalar() != before
@@ -137,7 +137,7 @@ def test_a_writer_waits_for_a_lock_as_long_as_it_takes_and_names_who_holds_it(
 @pytest.mark.usefixtures("quick")
 def test_who_waits_for_a_lock_can_be_stopped_and_has_written_nothing(tmp_path: Path) -> None:
     with Storage.open_in(tmp_path) as storage:
-        with locked(tmp_path / DATABASE_FILE), wait_hook(after(3, fail)), pytest.raises(EndedError):
+        with exclusive_lock(tmp_path / DATABASE_FILE), wait_hook(after(3, fail)), pytest.raises(EndedError):
             storage.put_settings({"n": 1})
         assert storage.settings() is None
         storage.put_settings({"n": 2})
@@ -148,22 +148,22 @@ def test_who_waits_for_a_lock_can_be_stopped_and_has_written_nothing(tmp_path: P
 def test_a_database_that_another_program_has_for_itself_is_waited_for(tmp_path: Path) -> None:
     with Storage.open_in(tmp_path) as storage:
         storage.put_settings({"n": 1})
-    other = sqlite3.connect(tmp_path / DATABASE_FILE, isolation_level=None)
-    other.execute("PRAGMA locking_mode=EXCLUSIVE")
-    other.execute("BEGIN EXCLUSIVE")  # not even readers may use it
-    with wait_hook(after(4, other.close)), Storage.open_in(tmp_path) as storage:
+    holder = sqlite3.connect(tmp_path / DATABASE_FILE, isolation_level=None)
+    holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")  # not even readers may use it
+    with wait_hook(after(4, holder.close)), Storage.open_in(tmp_path) as storage:
         assert storage.settings() == {"n": 1}
 
 
 def test_a_lock_that_ends_a_statement_is_no_damage(tmp_path: Path) -> None:
-    other = sqlite3.connect(tmp_path / DATABASE_FILE, timeout=0)
+    holder = sqlite3.connect(tmp_path / DATABASE_FILE, timeout=0)
     with (
         Storage.open_in(tmp_path),
-        locked(tmp_path / DATABASE_FILE),
+        exclusive_lock(tmp_path / DATABASE_FILE),
         pytest.raises(BusyError) as raised,
         translate_errors("sqlite:///x"),
     ):
-        other.execute("DELETE FROM meta")
+        holder.execute("DELETE FROM meta")
     assert raised.value.hint
     assert "backup" not in raised.value.hint
 
@@ -174,18 +174,18 @@ def test_a_lock_in_postgresql_is_waited_for_and_its_session_named(
     postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = postgres.database()
-    with Storage(url) as storage, Database(url) as other:
+    with Storage(url) as storage, Database(url) as database:
         storage.put_settings({"n": 1})
-        with other.engine.connect() as holder:
+        with database.engine.connect() as holder:
             session = holder.exec_driver_sql("SELECT pg_backend_pid()").scalar()
             holder.exec_driver_sql("SELECT * FROM meta FOR UPDATE")
             with caplog.at_level(logging.WARNING, logger="fedprune"), wait_hook(after(2, holder.rollback)):
                 storage.put_settings({"n": 2})
         assert storage.settings() == {"n": 2}
         assert f"session {session} " in caplog.records[0].getMessage()
-        with storage.database.read_transaction() as reader, other.read_transaction() as again:
+        with storage.database.read_transaction() as reader, database.read_transaction() as second_reader:
             assert reader.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
-            assert again.exec_driver_sql("SHOW lock_timeout").scalar() != "0"
+            assert second_reader.exec_driver_sql("SHOW lock_timeout").scalar() != "0"
 
 
 def test_who_waits_for_a_database_that_is_away_shows_that_it_lives_and_can_be_stopped() -> None:
@@ -201,11 +201,11 @@ def test_a_holder_is_named_for_sure_where_device_and_number_of_the_file_fit(
 ) -> None:
     path, locks, parent = tmp_path / "file", tmp_path / "locks", os.getppid()
     path.touch()
-    found = path.stat()
-    other = f"fff:ff:{found.st_ino}"
-    own = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    lines = [f"1: POSIX  ADVISORY  WRITE 1 {other} 0 EOF"] if sure else []
-    lines.append(f"2: POSIX  ADVISORY  WRITE {parent} {own if device == 'own' else other} 0 EOF")
+    status = path.stat()
+    other_device = f"fff:ff:{status.st_ino}"
+    own_device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    lines = [f"1: POSIX  ADVISORY  WRITE 1 {other_device} 0 EOF"] if sure else []
+    lines.append(f"2: POSIX  ADVISORY  WRITE {parent} {own_device if device == 'own' else other_device} 0 EOF")
     locks.write_text("\n".join(lines))
     monkeypatch.setattr(lock_wait, "LOCK_LIST", locks)
     (holder,) = file_lock_holders(path)

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.postgresql
 
 @pytest.fixture
 def storage(postgres: Postgres) -> Iterator[Storage]:
-    with Storage(postgres.database()) as made:
-        yield made
+    with Storage(postgres.database()) as storage:
+        yield storage
 
 
 def again(storage: Storage, *, create: bool = True) -> Storage:
@@ -66,12 +66,12 @@ def test_a_database_that_is_not_there_is_one_error_without_the_password(url: str
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
     """A PostgreSQL server that may be killed."""
-    made = Postgres()
+    postgres = Postgres()
     try:
-        made.start()
-        yield made
+        postgres.start()
+        yield postgres
     finally:
-        made.close()
+        postgres.close()
 
 
 def test_a_killed_database_loses_nothing_and_the_server_waits_for_it(own_postgres: Postgres) -> None:
@@ -140,18 +140,18 @@ class Cutting:
                 self._start(self._pump, near, far, True)
                 self._start(self._pump, far, near, False)
 
-    def _pump(self, one: socket.socket, other: socket.socket, up: bool) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, up: bool) -> None:
         with suppress(OSError):
-            while data := one.recv(65536):
+            while data := source.recv(65536):
                 if up and b"COMMIT" in data and self.cuts:
                     self.cuts -= 1
                     if self._answered:
-                        one.shutdown(socket.SHUT_RDWR)  # nobody hears the answer
-                        other.sendall(data)
+                        source.shutdown(socket.SHUT_RDWR)  # nobody hears the answer
+                        target.sendall(data)
                         time.sleep(0.2)
                     break
-                other.sendall(data)
-        for end in (one, other):
+                target.sendall(data)
+        for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 

@@ -25,13 +25,13 @@ from fedprune_server.storage.storage import Storage
 from support.fakes.asynchronous_shell import KINDS, Shell
 from support.fakes.tiny_job import JOB
 
-MADE = (on.Scored, on.Extracted, on.Folded, on.Closed, on.Evaluated)
+RESULTS = (on.Scored, on.Extracted, on.Folded, on.Closed, on.Evaluated)
 
 
 def draw(shell: Shell, data: st.DataObject) -> on.Event:
     """Anything that waits, but of what the executor answers the first: it answers in the order of its commands."""
-    made = [e for e in shell.inbox if isinstance(e, MADE)][:1]
-    event = data.draw(st.sampled_from([*made, *(e for e in shell.inbox if not isinstance(e, MADE))]))
+    events = [e for e in shell.inbox if isinstance(e, RESULTS)][:1]
+    event = data.draw(st.sampled_from([*events, *(e for e in shell.inbox if not isinstance(e, RESULTS))]))
     shell.inbox.remove(event)
     return event
 
@@ -91,11 +91,11 @@ def test_the_executor_begins_with_nothing_before_what_was_ordered_earlier_is_ans
         assert executor.collect() is None
         assert begun == [1]
         let.set()
-        found: list[on.Event] = []
+        events: list[on.Event] = []
         while executor.is_busy:
             if (event := executor.collect()) is not None:
-                found.append(event)
-        assert found == [on.Evaluated(n, {}) for n in (1, 2, 3)]
+                events.append(event)
+        assert events == [on.Evaluated(n, {}) for n in (1, 2, 3)]
     finally:
         let.set()
         executor.close()
@@ -115,7 +115,7 @@ def test_a_round_that_begins_drops_what_has_arrived_of_blobs_that_no_longer_arri
 
 
 @pytest.mark.parametrize(
-    ("judged_by", "scores", "kept"),
+    ("judged_by", "scores", "kept_rounds"),
     [
         (
             "accuracy",
@@ -128,7 +128,7 @@ def test_a_round_that_begins_drops_what_has_arrived_of_blobs_that_no_longer_arri
     ],
 )
 def test_the_best_model_stays_beside_the_latest(
-    tmp_path: Path, judged_by: str, scores: list[float | None], kept: list[int]
+    tmp_path: Path, judged_by: str, scores: list[float | None], kept_rounds: list[int]
 ) -> None:
     store, state = BlobStore(tmp_path, durable=False), State(model="")
     for number, score in enumerate(scores, 1):
@@ -141,7 +141,7 @@ def test_the_best_model_stays_beside_the_latest(
         collector.collect(state, frozenset())
 
     models = [row["model"] for row in state.history]
-    assert sorted(store.names()) == sorted(models[number - 1] for number in kept)
+    assert sorted(store.names()) == sorted(models[number - 1] for number in kept_rounds)
 
 
 def test_a_backup_needs_the_best_model_too(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_putting_twice_writes_one_object(at_s3: S3, url: str, tmp_path: Path) ->
 
 def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: Path) -> None:
     name, prefix = parse_bucket_url(url)
-    client = at_s3.client_files()
+    client = at_s3.client()
     for n in range(7):
         client.put_object(Bucket=name, Key=f"{prefix}{BLOBS_PREFIX}{digest(bytes([n]))}.{'0' * 16}", Body=bytes([n]))
     store = BucketStore(tmp_path, url)
@@ -122,12 +122,12 @@ def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: 
 
 
 def test_an_object_is_read_whole_or_in_pieces_and_not_beyond_a_limit(url: str) -> None:
-    found = Bucket(url)
-    found.put("there", b"here" * LEAF_BYTES, digest(b"here" * LEAF_BYTES))
-    assert b"".join(found.stream("there")) == found.get("there", 2**20) == b"here" * LEAF_BYTES
-    assert found.get("there", 5) is None
-    assert found.get("missing", 5) is None
-    assert not list(found.stream("missing"))
+    remote = Bucket(url)
+    remote.put("there", b"here" * LEAF_BYTES, digest(b"here" * LEAF_BYTES))
+    assert b"".join(remote.stream("there")) == remote.get("there", 2**20) == b"here" * LEAF_BYTES
+    assert remote.get("there", 5) is None
+    assert remote.get("missing", 5) is None
+    assert not list(remote.stream("missing"))
 
 
 def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_reader_fetches_what_the_folder_has_not_or_has_damaged_and_leaves_the_
     url: str, tmp_path: Path
 ) -> None:
     server = BucketStore(tmp_path, url)
-    whole, damaged, absent = blobs = [server.put(name * 100).sha256 for name in (b"a", b"b", b"c")]
+    intact, damaged, absent = blobs = [server.put(name * 100).sha256 for name in (b"a", b"b", b"c")]
     server.path(damaged).write_bytes(b"x")
     server.path(absent).unlink()
     reader = BucketStore(tmp_path, url, caching=False)
@@ -154,7 +154,7 @@ def test_a_reader_fetches_what_the_folder_has_not_or_has_damaged_and_leaves_the_
         assert watched.read == [damaged, absent]
         watched.read.clear()
     assert [reader.size(sha256) for sha256 in blobs] == [100] * 3
-    assert {sha256: BlobStore.has(server, sha256) for sha256 in blobs} == {whole: True, damaged: True, absent: False}
+    assert {sha256: BlobStore.has(server, sha256) for sha256 in blobs} == {intact: True, damaged: True, absent: False}
     assert server.path(damaged).read_bytes() == b"x"
 
 
@@ -177,16 +177,16 @@ def test_what_a_power_cut_left_of_a_cached_file_is_fetched_again(url: str, tmp_p
     BucketStore(folder, url, caching=False)  # only looks
     assert BlobStore(folder).size(refs[0].sha256) == 0
 
-    again = BucketStore(folder, url)
+    restarted = BucketStore(folder, url)
     assert BlobStore(folder).names() == sorted([refs[1].sha256, only.sha256])
-    assert again.size(refs[0].sha256) == 4 * LEAF_BYTES
-    assert again.read_leaves(refs[0].sha256, 0, 9) == b"good" * LEAF_BYTES
+    assert restarted.size(refs[0].sha256) == 4 * LEAF_BYTES
+    assert restarted.read_leaves(refs[0].sha256, 0, 9) == b"good" * LEAF_BYTES
 
 
 def test_a_damaged_object_is_an_error_and_never_in_the_folder(at_s3: S3, url: str, tmp_path: Path) -> None:
     ref = BucketStore(tmp_path / "one", url).put(b"good")
     (key,) = objects(at_s3, url)
-    at_s3.client_files().put_object(Bucket=parse_bucket_url(url)[0], Key=key, Body=b"bad!")
+    at_s3.client().put_object(Bucket=parse_bucket_url(url)[0], Key=key, Body=b"bad!")
     store = BucketStore(tmp_path / "two", url)
     with pytest.raises(StorageError, match=f"{ref.sha256}.* is damaged"):
         store.read(ref.sha256)
@@ -324,20 +324,20 @@ def test_an_address_for_an_upload_to_amazon_names_the_region(
 
 
 def test_more_objects_are_deleted_than_one_request_may_name(at_s3: S3, url: str) -> None:
-    found = Bucket(url)
+    remote = Bucket(url)
     keys = [f"{BLOBS_PREFIX}{n:04d}" for n in range(1200)]
     for key in (keys[0], keys[1100], keys[1199]):
-        found.put(key, b"x", digest(b"x"))
-    found.delete(keys[:1199])
+        remote.put(key, b"x", digest(b"x"))
+    remote.delete(keys[:1199])
     assert objects(at_s3, url) == [f"a/fleet/{keys[1199]}"]
 
 
 def test_an_object_that_can_not_be_deleted_is_named(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Bucket(url)
+    remote = Bucket(url)
     wrong = {"Key": f"a/fleet/{BLOBS_PREFIX}1", "Code": "AccessDenied", "Message": "it is locked"}
-    monkeypatch.setattr(found._client, "delete_objects", lambda **_: {"Errors": [wrong]})
+    monkeypatch.setattr(remote._client, "delete_objects", lambda **_: {"Errors": [wrong]})
     with pytest.raises(BucketError, match="it is locked"):
-        found.delete([f"{BLOBS_PREFIX}1"])
+        remote.delete([f"{BLOBS_PREFIX}1"])
 
 
 def test_a_helper_puts_what_its_parent_then_knows(at_s3: S3, url: str, tmp_path: Path) -> None:
@@ -348,24 +348,24 @@ def test_a_helper_puts_what_its_parent_then_knows(at_s3: S3, url: str, tmp_path:
     assert helper.has(before)
     assert helper.has(later)  # though it was put after the helper began
     assert not helper.has(digest(b"never"))
-    made = helper.put(b"made").sha256
-    assert not store.has(made)
-    store.note_objects(helper.news())
-    assert store.has(made)
-    assert helper.news() == {}
-    store.delete(made)
+    cached = helper.put(b"made").sha256
+    assert not store.has(cached)
+    store.note_objects(helper.take_new_objects())
+    assert store.has(cached)
+    assert helper.take_new_objects() == {}
+    store.delete(cached)
     store.close()
     assert len(objects(at_s3, url)) == 2
 
 
 @pytest.fixture
-def held(at_s3: S3) -> Iterator[S3]:
+def held_s3(at_s3: S3) -> Iterator[S3]:
     yield at_s3
     at_s3.resume()
 
 
 def test_a_bucket_that_is_away_is_waited_for_and_said_once(
-    held: S3, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    held_s3: S3, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     store = BucketStore(tmp_path, url)
@@ -389,15 +389,15 @@ def test_a_server_that_stops_waits_no_longer(url: str, tmp_path: Path) -> None:
 
 
 def test_a_bucket_that_does_not_answer_is_an_error_and_not_for_ever(
-    held: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_s3: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patient = BucketStore(tmp_path / "patient", url)
     monkeypatch.setattr(bucket, "_READ_TIMEOUT_S", 1)
     store = BucketStore(tmp_path / "store", url)
-    held.hold()
+    held_s3.hold()
     with pytest.raises(BucketError, match="AWS_ENDPOINT_URL"):
         store.put(b"x")
-    held.resume()
+    held_s3.resume()
     patient.put(b"y")  # it is back for certain
     store.put(b"x")
 
@@ -435,7 +435,7 @@ def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match="leaves"):
             store.check_owner(number)
     for body in (b"", b"[]", b"{}", b"\xff", b'{"format": "fedprune.blobs/9", "id": "1", "job": "x"}'):
-        at_s3.client_files().put_object(Bucket=parse_bucket_url(url)[0], Key="a/fleet/job.json", Body=body)
+        at_s3.client().put_object(Bucket=parse_bucket_url(url)[0], Key="a/fleet/job.json", Body=body)
         with pytest.raises(StorageError, match=r"job\.json"):
             store.check_owner("1" * 32)
 
@@ -447,10 +447,10 @@ def test_who_claims_a_prefix_a_moment_later_than_another_job_does_not_get_it(url
         looks = iter([1])
 
         def get(self, key: str, limit: int) -> bytes | None:
-            found = super().get(key, limit)
+            content = super().get(key, limit)
             for _ in self.looks:
                 one.claim("1" * 32, "first", b"model of the first")
-            return found
+            return content
 
     two.bucket = Slower(url)
     with pytest.raises(ConfigError, match="'first'"):

@@ -22,19 +22,19 @@ def test_tables_of_another_program_are_let_alone(url: str) -> None:
     engine.dispose()
 
 
-@pytest.mark.parametrize("found", ["fedprune.database/0", None])
-def test_a_database_of_another_version_is_refused_and_left_alone(url: str, found: str | None) -> None:
+@pytest.mark.parametrize("version", ["fedprune.database/0", None])
+def test_a_database_of_another_version_is_refused_and_left_alone(url: str, version: str | None) -> None:
     with Storage(url) as storage:
         storage.put_settings({"job": {"name": "job"}})
         with storage.database.transaction() as connection:
             row = META.c.key == "format"
-            change = META.delete() if found is None else META.update().values(value=found)
+            change = META.delete() if version is None else META.update().values(value=version)
             connection.execute(change.where(row))
             connection.exec_driver_sql("DROP TABLE events")
     for create in (True, False):
         with pytest.raises(StorageError) as caught:
             Storage(url, create=create)
-        assert (caught.value.expected, caught.value.got) == (FORMAT, found or "none")
+        assert (caught.value.expected, caught.value.got) == (FORMAT, version or "none")
         assert caught.value.hint
     engine = sql.create_engine(url)
     assert "events" not in sql.inspect(engine).get_table_names()

@@ -25,15 +25,15 @@ from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 @pytest.fixture
 def storage(url: str) -> Iterator[Storage]:
-    with Storage(url) as made:
-        yield made
+    with Storage(url) as storage:
+        yield storage
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Storage]:
     """A state folder's own database."""
-    with Storage.open_in(tmp_path) as made:
-        yield made
+    with Storage.open_in(tmp_path) as storage:
+        yield storage
 
 
 def test_a_state_comes_back_as_it_was(storage: Storage, url: str) -> None:
@@ -41,17 +41,17 @@ def test_a_state_comes_back_as_it_was(storage: Storage, url: str) -> None:
     storage.save(filled(), [born("a")], 1.0, {"a": (7, 8)})
     storage.put_settings({"job": JOB.to_dict()})
     storage.put_unplanned_devices({"x": {"excluded": "no profile", "session": 2}})
-    with Storage(url, create=False) as other:
-        assert other.load() == filled()
-        assert other.rounds() == filled().history
-        assert other.incomplete_rounds() == []
-        assert other.settings() == {"job": JOB.to_dict()}
-        assert other.unplanned_devices() == {"x": {"excluded": "no profile", "session": 2}}
-        assert other.traffic()["a"] == (7, 8)
-        assert other.devices()[0]["online"] is True
-        assert other.log.last_message_times() == (1.0, {"a": 1.0})
+    with Storage(url, create=False) as reopened:
+        assert reopened.load() == filled()
+        assert reopened.rounds() == filled().history
+        assert reopened.incomplete_rounds() == []
+        assert reopened.settings() == {"job": JOB.to_dict()}
+        assert reopened.unplanned_devices() == {"x": {"excluded": "no profile", "session": 2}}
+        assert reopened.traffic()["a"] == (7, 8)
+        assert reopened.devices()[0]["online"] is True
+        assert reopened.log.last_message_times() == (1.0, {"a": 1.0})
         with pytest.raises(StorageError, match=r"read-?only"):
-            other.put_settings({})
+            reopened.put_settings({})
 
 
 KILLED = """\
@@ -88,9 +88,9 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
         coordinator.handle(event, 0.0)
         changes += state.to_json() != before
         storage.save(state, [event], 0.0)
-    with Storage(storage.database.engine.url.render_as_string(hide_password=False)) as other:
-        assert other.load() == state
-        assert len(list(other.log.events())) == logged + changes
+    with Storage(storage.database.engine.url.render_as_string(hide_password=False)) as reopened:
+        assert reopened.load() == state
+        assert len(list(reopened.log.events())) == logged + changes
 
 
 def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, url: str) -> None:
@@ -98,8 +98,8 @@ def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, ur
     state = State(model="o" * 64, history=filled().history)
     state.devices["z"] = JobDevice(1, True, {"name": "board"}, None, 5)
     storage.save(state, (), 2.0)
-    with Storage(url) as other:
-        assert other.load() == state
+    with Storage(url) as reopened:
+        assert reopened.load() == state
 
 
 def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
@@ -108,15 +108,15 @@ def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
     state = filled()
     state.history += [{**state.history[0], "round": n} for n in (2, 3)]
     storage.save(state, (), 1.0)
-    whole = storage.rounds()
+    all_rounds = storage.rounds()
     state.drop_old_summaries(7)
     assert [len(r["devices"]) for r in state.history] == [0, 3, 3]
     monkeypatch.setattr("fedprune_server.storage.storage.MAX_PARTS_IN_MEMORY", 7)
-    with Storage(url) as other:
-        assert other.load() == state
+    with Storage(url) as reopened:
+        assert reopened.load() == state
         state.round = 9
-        assert other.save(state, (), 2.0)
-        assert other.rounds() == whole
+        assert reopened.save(state, (), 2.0)
+        assert reopened.rounds() == all_rounds
 
 
 def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
@@ -154,8 +154,8 @@ def test_a_full_disk_says_so_and_loses_nothing(file: Storage, tmp_path: Path) ->
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFullError, match="no room left"):
         file.save(State(model="b" * 64), [on.UpdateRejected("a", 1, 1, "x" * 100_000)], 2.0)
-    with Storage.open_in(tmp_path) as other:
-        assert other.load() == before
+    with Storage.open_in(tmp_path) as reopened:
+        assert reopened.load() == before
 
 
 @pytest.mark.parametrize("content", [b"this is no database, but a text of some length" * 100, b"\0" * 5000])

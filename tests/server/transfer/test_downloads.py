@@ -26,7 +26,7 @@ def downloads(store: BlobStore) -> Downloads:
     return Downloads(BlobSender(store), max_packet=LEAF_BYTES + 512)
 
 
-def sent(downloads: Downloads) -> list[str]:
+def chunk_order(downloads: Downloads) -> list[str]:
     """Who gets a chunk, in order, until nothing is left."""
     order = []
     while (item := downloads.next_chunk()) is not None:
@@ -38,7 +38,7 @@ def test_devices_take_turns(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x" * (3 * LEAF_BYTES)).sha256
     for device in "abc":
         downloads.add(device, BlobRequest(digest, "data", 0, 3))
-    assert sent(downloads) == list("abcabcabc")
+    assert chunk_order(downloads) == list("abcabcabc")
 
 
 def test_a_device_with_many_wants_does_not_hold_up_one_with_few(store: BlobStore, downloads: Downloads) -> None:
@@ -46,7 +46,7 @@ def test_a_device_with_many_wants_does_not_hold_up_one_with_few(store: BlobStore
     for first in range(9):
         downloads.add("greedy", BlobRequest(digest, "data", first, 1))
     downloads.add("modest", BlobRequest(digest, "data", 0, 1))
-    assert sent(downloads).index("modest") <= 2
+    assert chunk_order(downloads).index("modest") <= 2
 
 
 def test_thousands_of_devices_wait_without_a_chunk_each(store: BlobStore) -> None:
@@ -65,29 +65,31 @@ def test_thousands_of_devices_wait_without_a_chunk_each(store: BlobStore) -> Non
     downloads = Downloads(Watched(store))
     for number in range(1000):
         downloads.add(f"d{number}", BlobRequest(f"{number:064x}", "data", 0, 3))
-    most, count = 0, 0
+    max_opened, count = 0, 0
     while downloads.next_chunk() is not None:
-        most, count = max(most, len(opened)), count + 1
+        max_opened, count = max(max_opened, len(opened)), count + 1
     assert count == 2000
-    assert most <= 32
+    assert max_opened <= 32
 
 
 def test_the_same_want_is_answered_once(store: BlobStore, downloads: Downloads) -> None:
     digest = store.put(b"x" * LEAF_BYTES).sha256
     for _ in range(5):
         downloads.add("a", BlobRequest(digest, "data", 0, 1))
-    assert sent(downloads) == ["a"]
+    assert chunk_order(downloads) == ["a"]
 
 
-@pytest.mark.parametrize(("first", "count", "more"), [(1, 7, 2), (3, 5, 0), (0, 4, 3)])
+@pytest.mark.parametrize(("first", "count", "further_chunks"), [(1, 7, 2), (3, 5, 0), (0, 4, 3)])
 def test_what_is_asked_for_again_before_it_was_sent_is_sent_once(
-    store: BlobStore, downloads: Downloads, first: int, count: int, more: int
+    store: BlobStore, downloads: Downloads, first: int, count: int, further_chunks: int
 ) -> None:
     digest = store.put(b"x" * (8 * LEAF_BYTES)).sha256
     downloads.add("a", BlobRequest(digest, "data", 0, 8))
     assert [downloads.next_chunk() is not None for _ in range(3)] == [True] * 3
     downloads.add("a", BlobRequest(digest, "data", first, count))
-    assert sent(downloads) == ["a"] * (5 + more), "those that were sent may be lost, the others aren't sent twice"
+    assert chunk_order(downloads) == ["a"] * (5 + further_chunks), (
+        "those that were sent may be lost, the others aren't sent twice"
+    )
 
 
 @pytest.mark.parametrize("changed", [{"most": 2}, {"first": 8, "count": 3}, {"part": "leaves"}, {"count": 12}])
@@ -100,7 +102,7 @@ def test_other_requests_are_answered_after_the_one_under_way(
     assert downloads.next_chunk() is not None
     downloads.add("a", replace(asked, **changed))
     number = {"leaves": 1}.get(str(changed.get("part")), changed.get("count", 8))
-    assert sent(downloads) == ["a"] * (7 + number)
+    assert chunk_order(downloads) == ["a"] * (7 + number)
 
 
 def test_a_device_that_asks_again_keeps_its_turn(store: BlobStore, downloads: Downloads) -> None:
@@ -110,7 +112,7 @@ def test_a_device_that_asks_again_keeps_its_turn(store: BlobStore, downloads: Do
     downloads.add("d39", BlobRequest(digest, "data", 0, 3, number=7))  # for the same pieces
     assert downloads.next_chunk() is not None
     downloads.add("d0", BlobRequest(digest, "data", 0, 3))
-    order = sent(downloads)
+    order = chunk_order(downloads)
     assert order.index("d0") < 40
     assert len(order) == 40 * 3 - 1 + 1
 
@@ -119,7 +121,7 @@ def test_wants_beyond_the_limit_are_dropped(store: BlobStore, downloads: Downloa
     digest = store.put(b"x" * (200 * LEAF_BYTES)).sha256
     for first in range(200):
         downloads.add("a", BlobRequest(digest, "data", first, 1))
-    assert len(sent(downloads)) == MAX_QUEUED_REQUESTS
+    assert len(chunk_order(downloads)) == MAX_QUEUED_REQUESTS
 
 
 def test_a_blob_that_is_not_here_is_gone(downloads: Downloads) -> None:

@@ -137,7 +137,7 @@ def test_who_says_nothing_loses_its_place(store: BlobStore, monkeypatch: pytest.
         server.jobs = [everything(store)]
         clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]
         assert ask(server, place(REF))[:2] == (200, BLOB)  # the longest made room
-        assert sum(_ended(c) for c in clients) >= 5
+        assert sum(_is_closed(c) for c in clients) >= 5
     monkeypatch.setattr(http_server, "FIRST_REQUEST_TIMEOUT_S", 0.2)
     with (
         BlobServer("127.0.0.1", 0, None) as server,
@@ -148,7 +148,7 @@ def test_who_says_nothing_loses_its_place(store: BlobStore, monkeypatch: pytest.
             client.sendall(b"G")  # now and then a byte, so that no socket's time-out ends
 
 
-def _ended(client: socket.socket) -> bool:
+def _is_closed(client: socket.socket) -> bool:
     client.setblocking(False)
     try:
         return client.recv(1) == b""
@@ -169,10 +169,10 @@ class Fleet:
     def __init__(self, root: Path, store: BlobStore) -> None:
         self.root, self.store = root, store
         self.identity = IdentityFolder.make(root / "state", "default")
-        self.offers_blob: dict[str, set[str]] = {}
+        self.offers: dict[str, set[str]] = {}
 
     def allowed_orders(self, device: str | None, sha256: str) -> bool:
-        return sha256 in self.offers_blob.get(device or "", ())
+        return sha256 in self.offers.get(device or "", ())
 
     def certify(self, device: str) -> None:
         issued, key = certified(self.identity, device)
@@ -194,15 +194,15 @@ class Fleet:
 
 @pytest.fixture
 def fleet(tmp_path: Path, store: BlobStore) -> Iterator[Fleet]:
-    made = Fleet(tmp_path, store)
-    yield made
-    made.identity.close()
+    fleet = Fleet(tmp_path, store)
+    yield fleet
+    fleet.identity.close()
 
 
 def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, store: BlobStore) -> None:
     for device in ("attic", "cellar"):
         fleet.certify(device)
-    fleet.offers_blob = {"attic": {REF.sha256}, "cellar": {SECRET.sha256}}
+    fleet.offers = {"attic": {REF.sha256}, "cellar": {SECRET.sha256}}
     config = ServerConfig(state=fleet.root / "state", serve_blobs="0")
     with web_blobs(config, fleet.identity) as web:
         assert web.url is not None
@@ -216,10 +216,10 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
         assert fleet.fetch(None, web) != ""
         assert web.server is not None
         assert web.server.sent > len(BLOB)
-        taken = served.take_sent_bytes()
-        assert sum(taken.values()) == web.server.sent
-        assert len(BLOB) < taken["attic"] < len(BLOB) + 2 * LEAF_BYTES
-        assert 0 < taken["cellar"] < LEAF_BYTES
+        sent_bytes = served.take_sent_bytes()
+        assert sum(sent_bytes.values()) == web.server.sent
+        assert len(BLOB) < sent_bytes["attic"] < len(BLOB) + 2 * LEAF_BYTES
+        assert 0 < sent_bytes["cellar"] < LEAF_BYTES
         assert served.take_sent_bytes() == {}
         fleet.identity.revoke("attic")
         assert "answers" not in (refused := fleet.fetch("attic", web))
@@ -229,7 +229,7 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
 
 def test_a_revoked_board_resumes_no_session(fleet: Fleet, store: BlobStore) -> None:
     fleet.certify("attic")
-    fleet.offers_blob = {"attic": {REF.sha256}}
+    fleet.offers = {"attic": {REF.sha256}}
     files = fleet.root / "attic.pem", fleet.root / "attic.key"
     context = pinned_context(fleet.identity.path / "authority.pem", *files, lambda: 0)
 

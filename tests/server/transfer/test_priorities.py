@@ -125,8 +125,8 @@ def test_a_want_that_comes_twice_while_it_waits_is_answered_once(store: BlobStor
         board.send_chunks()
 
     chunks = [p for t, p in link.sent if t.endswith("blob")]
-    again = 100  # the first one is no longer waiting when it comes again
-    assert sum(len(p) - HEADER_STRUCT.size for p in chunks) <= (LEAVES + 2 * again) * LEAF_BYTES
+    return_bytes = 100  # the first one is no longer waiting when it comes again
+    assert sum(len(p) - HEADER_STRUCT.size for p in chunks) <= (LEAVES + 2 * return_bytes) * LEAF_BYTES
 
 
 def test_what_was_wanted_on_a_connection_that_is_lost_is_not_sent_on_the_next(store: BlobStore, digest: str) -> None:
@@ -147,10 +147,10 @@ def test_what_was_wanted_on_a_connection_that_is_lost_is_not_sent_on_the_next(st
     assert link.queue == []
 
 
-def asked(link: Slow) -> list[BlobRequest]:
+def take_requests(link: Slow) -> list[BlobRequest]:
     """The requests that a side has made since the last look."""
-    said, link.queue = link.queue, []
-    requests = [parse_message(payload) for topic, payload in said if not topic.endswith("blob")]
+    sent, link.queue = link.queue, []
+    requests = [parse_message(payload) for topic, payload in sent if not topic.endswith("blob")]
     assert all(isinstance(r, BlobRequest) and r.number is not None for r in requests)
     return requests  # type: ignore[return-value]
 
@@ -161,7 +161,7 @@ def test_a_request_that_the_way_has_doubled_is_answered_once_by_the_server(store
     plain = BlobRequest(digest, "data", 0, 2)
     uplink.request_chunks("job", [plain])
     uplink.request_chunks("job", [plain])
-    first, second = asked(board)
+    first, second = take_requests(board)
     chunks = []
     for device, want in (("pi", first), ("pi", first), ("pi", second), ("pi", plain), ("pi", plain), ("other", first)):
         post.serve_request(device, want, {digest})
@@ -177,7 +177,7 @@ def test_a_request_that_the_way_has_doubled_is_answered_once_by_a_device(store: 
     plain = BlobRequest(digest, "data", 0, 2)
     post.send_requests([("pi", plain), ("pi", plain)])
     post.deliver()
-    first, second = asked(server)
+    first, second = take_requests(server)
     chunks = []
     for want in (first, first, second, plain, plain):
         uplink.on_blob_request(want, update(store, digest), 0.0)

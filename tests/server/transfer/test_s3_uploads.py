@@ -47,10 +47,10 @@ def url(at_s3: S3) -> str:
 
 @pytest.fixture
 def store(tmp_path: Path, url: str) -> Iterator[BucketStore]:
-    made = BucketStore(tmp_path / "blobs", url)
-    made.retry.is_endless = True
-    yield made
-    made.close()
+    store = BucketStore(tmp_path / "blobs", url)
+    store.retry.is_endless = True
+    yield store
+    store.close()
 
 
 class Bench:
@@ -61,15 +61,15 @@ class Bench:
         self.shipping = BucketSync(store)
         self.uploads = S3Uploads(self.shipping, lambda: self.now)
 
-    def asked(self, ref: BlobRef = REF) -> UploadRequest:
+    def ask(self, ref: BlobRef = REF) -> UploadRequest:
         request = self.uploads.request_upload("pi", ref)
         assert request is not None
         return request
 
-    def asked_later(self) -> UploadRequest:
+    def ask_later(self) -> UploadRequest:
         """A request with another address: the last one is too old to be given again."""
         self.now += URL_LIFETIME_S / 2
-        return self.asked()
+        return self.ask()
 
     def end(self) -> bool:
         """Whether the update was right, once it has been looked at."""
@@ -78,15 +78,15 @@ class Bench:
         assert (end.device, end.ref) == ("pi", REF)
         return end.stored
 
-    def deleted(self) -> None:
+    def await_deletions(self) -> None:
         self.store._deletions.wait(10)
 
 
 @pytest.fixture
 def bench(store: BucketStore) -> Iterator[Bench]:
-    made = Bench(store)
-    yield made
-    made.shipping.close()
+    bench = Bench(store)
+    yield bench
+    bench.shipping.close()
 
 
 def put(request: UploadRequest, body: bytes = UPDATE) -> int:
@@ -109,7 +109,7 @@ def test_a_board_puts_its_update_into_the_bucket(
     board = BlobStore(tmp_path / "board", durable=False)
     assert board.put(UPDATE) == REF
     with caplog.at_level(logging.DEBUG):
-        upload = HttpUpload(board, UploadUrl.parse(bench.asked().url), REF, tls_context)
+        upload = HttpUpload(board, UploadUrl.parse(bench.ask().url), REF, tls_context)
         upload.join(20)
         assert upload.is_over()
         assert upload.failure == ""
@@ -125,7 +125,7 @@ def test_a_board_puts_its_update_into_the_bucket(
 
 
 def test_an_address_is_for_one_object_of_one_length_and_digest_for_a_while(bench: Bench) -> None:
-    first, second = bench.asked(), bench.asked_later()
+    first, second = bench.ask(), bench.ask_later()
     query = parse_qs(UploadUrl.parse(first.url).query.removeprefix("?"))
     assert query["X-Amz-SignedHeaders"] == ["content-length;host;x-amz-checksum-sha256"]
     assert query["X-Amz-Expires"] == [str(URL_LIFETIME_S)]
@@ -142,13 +142,13 @@ def on_ceph(test: Callable[..., None]) -> Callable[..., None]:
 
 @on_ceph
 def test_an_address_lets_nothing_else_be_put(at_s3: S3, url: str, bench: Bench) -> None:
-    request = bench.asked()
-    for other in (
+    request = bench.ask()
+    for target in (
         replace(request, sha256=BlobRef.of(b"").sha256),
         replace(request, url=request.url.replace(REF.sha256, BlobRef.of(b"").sha256)),
         replace(request, url=request.url.replace(f"Expires={URL_LIFETIME_S}", f"Expires={URL_LIFETIME_S + 1}")),
     ):
-        assert put(other) == 403
+        assert put(target) == 403
     for body in (b"", UPDATE[:-1], UPDATE + b"x"):
         assert put(request, body) == 403
     assert objects(at_s3, url) == {}
@@ -161,9 +161,9 @@ def test_an_address_lets_nothing_else_be_put(at_s3: S3, url: str, bench: Bench) 
 
 @pytest.mark.parametrize("body", [b"", UPDATE + b"x", UPDATE[:-1] + b"?"], ids=lambda b: str(len(b)))
 def test_other_bytes_are_not_counted_and_deleted(at_s3: S3, url: str, bench: Bench, body: bytes) -> None:
-    put(bench.asked(), body)
+    put(bench.ask(), body)
     assert not bench.end()
-    bench.deleted()
+    bench.await_deletions()
     assert objects(at_s3, url) == {}
     assert not bench.store.has(REF.sha256)
     assert not list((bench.store.root / "tmp").iterdir())
@@ -171,29 +171,29 @@ def test_other_bytes_are_not_counted_and_deleted(at_s3: S3, url: str, bench: Ben
 
 
 def test_who_is_asked_again_gets_the_same_address_while_it_lasts(bench: Bench) -> None:
-    first = bench.asked()
+    first = bench.ask()
     bench.now = URL_LIFETIME_S / 2 - 1
-    assert bench.asked() == first
+    assert bench.ask() == first
     bench.now = URL_LIFETIME_S / 2
-    second = bench.asked()
+    second = bench.ask()
     assert second.url.partition("?")[0] != first.url.partition("?")[0]
     bench.uploads.drop("pi")
-    assert bench.asked() != second, "what was put there is deleted soon"
-    other = BlobRef.of(b"of another round")
-    assert bench.asked(other).sha256 == other.sha256
+    assert bench.ask() != second, "what was put there is deleted soon"
+    second_ref = BlobRef.of(b"of another round")
+    assert bench.ask(second_ref).sha256 == second_ref.sha256
 
 
 def test_the_right_one_of_several_is_found_and_the_others_are_deleted(at_s3: S3, url: str, bench: Bench) -> None:
     for body in (bytes(len(UPDATE)), UPDATE, UPDATE[:7], UPDATE):
-        put(bench.asked_later(), body)
+        put(bench.ask_later(), body)
     assert bench.end()
-    bench.deleted()
+    bench.await_deletions()
     assert list(objects(at_s3, url).values()) == [len(UPDATE)]
     assert bench.store.fetch(REF.sha256) == UPDATE
 
 
 def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> None:
-    late = bench.asked()
+    late = bench.ask()
     bench.uploads.drop("pi")
     put(late)
     bench.now = float(URL_LIFETIME_S)
@@ -201,18 +201,18 @@ def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> N
     assert len(objects(at_s3, url)) == 1
     bench.now = float(s3_uploads._LATE_UPLOAD_S)
     assert bench.uploads.take_ended() == []
-    bench.deleted()
+    bench.await_deletions()
     assert objects(at_s3, url) == {}
 
 
 def test_what_counts_is_not_deleted_with_it(at_s3: S3, url: str, bench: Bench) -> None:
-    put(bench.asked())
-    bench.asked_later()
+    put(bench.ask())
+    bench.ask_later()
     assert bench.end()
     bench.uploads.drop("pi")
     bench.now = 2.0 * s3_uploads._LATE_UPLOAD_S
     bench.uploads.take_ended()
-    bench.deleted()
+    bench.await_deletions()
     assert list(objects(at_s3, url).values()) == [len(UPDATE)]
 
 
@@ -220,7 +220,7 @@ def test_what_counts_is_not_deleted_with_it(at_s3: S3, url: str, bench: Bench) -
 def test_what_an_earlier_process_let_be_put_is_not_wanted_again(
     at_s3: S3, url: str, bench: Bench, tmp_path: Path, right: bool
 ) -> None:
-    put(bench.asked(), UPDATE if right else bytes(len(UPDATE)))
+    put(bench.ask(), UPDATE if right else bytes(len(UPDATE)))
     store = BucketStore(tmp_path / "standby", url)  # which lists the bucket
     later = Bench(store)
     assert later.uploads.request_upload("pi", REF) is None
@@ -248,7 +248,7 @@ class Away(Bucket):
 
 
 def test_a_bucket_that_is_away_is_waited_for(url: str, bench: Bench) -> None:
-    put(bench.asked())
+    put(bench.ask())
     bench.store.bucket = bucket = Away(url)
     bench.uploads.on_report("pi")
     until(lambda: bench.shipping.is_stuck)
@@ -293,7 +293,7 @@ class Direct(Fleet):
         self.on_upload: Callable[[int], None] = lambda count: None
         self.open()
         for device in self.air.devices.values():
-            device.abilities, device.start_upload = (PUT_ABILITY,), self.start_upload
+            device.abilities, device.upload = (PUT_ABILITY,), self.upload
 
     def open(self) -> None:
         """The bucket, as a new process finds it."""
@@ -301,7 +301,7 @@ class Direct(Fleet):
         self.store.retry.is_endless = True
         self.worker = ToyWorker(self.store)
 
-    def start_upload(self, request: UploadRequest, body: bytes) -> str | None:
+    def upload(self, request: UploadRequest, body: bytes) -> str | None:
         status = put(request, body)
         self.digests.add(request.sha256)
         self.uploaded += 1
@@ -313,21 +313,23 @@ class Direct(Fleet):
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def expected_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Models of the job over MQTT, in a folder."""
     return models(Fleet(tmp_path_factory.mktemp("mqtt")).run())
 
 
 @pytest.fixture
 def fleet(tmp_path: Path, url: str) -> Iterator[Direct]:
-    made = Direct(tmp_path, url)
-    yield made
-    made.store.close()
+    fleet = Direct(tmp_path, url)
+    yield fleet
+    fleet.store.close()
 
 
-def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(fleet: Direct, expected: list[str]) -> None:
+def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(
+    fleet: Direct, expected_models: list[str]
+) -> None:
     state = fleet.run()
-    assert models(state) == expected
+    assert models(state) == expected_models
     assert folded(state) == [["a", "b", "c"]] * 3
     assert fleet.uploaded == 9
     ups = [up for _, up in fleet.storage.traffic().values()]
@@ -335,9 +337,9 @@ def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(fleet: 
     assert max(ups) < 4 * SIZE
 
 
-def test_boards_that_can_t_reach_the_bucket_are_pulled_from(fleet: Direct, expected: list[str]) -> None:
+def test_boards_that_can_t_reach_the_bucket_are_pulled_from(fleet: Direct, expected_models: list[str]) -> None:
     fleet.air.devices["a"].abilities = ()
-    fleet.air.devices["b"].start_upload = lambda request, body: "no route"
-    fleet.air.devices["c"].start_upload = lambda request, body: None  # but something answers there
-    assert models(fleet.run()) == expected
+    fleet.air.devices["b"].upload = lambda request, body: "no route"
+    fleet.air.devices["c"].upload = lambda request, body: None  # but something answers there
+    assert models(fleet.run()) == expected_models
     assert fleet.uploaded == 0

@@ -118,8 +118,8 @@ def test_a_replaced_update_leaves_no_pieces_on_the_disk(tmp_path: Path) -> None:
     world.answer(world.answer(world.announce("a")))
     pieces = set((world.store.root / "partial").iterdir())
     assert pieces
-    other = BlobRef.of(b"trained once more" * LEAF_BYTES)
-    world.uploads.add("a", 1, 1, other, 0.0)
+    replacement = BlobRef.of(b"trained once more" * LEAF_BYTES)
+    world.uploads.add("a", 1, 1, replacement, 0.0)
     assert not pieces & set((world.store.root / "partial").iterdir())
 
 
@@ -266,7 +266,7 @@ class Web(World):
         wants = self.uploads.on_birth(name, 1, 0.0, now, can_upload=name.islower())
         return wants + super().announce(name, now)
 
-    def stored(self, name: str) -> None:
+    def store_update(self, name: str) -> None:
         self.store.put(self.device.read(self.ref(name).sha256))
         self.place.end(UploadEnd(name, self.ref(name), stored=True))
 
@@ -284,7 +284,7 @@ def test_who_can_upload_is_asked_to_and_the_others_are_pulled_from_in_their_turn
     wants = [w for name in "aBc" for w in web.announce(name)]
     assert kinds(wants) == [("a", "upload"), ("B", "want")]
     assert list(web.place.awaited) == ["a"]
-    web.stored("a")
+    web.store_update("a")
     assert kinds(web.uploads.collect(1.0)) == [("c", "upload")]
     assert web.uploads.take_outcomes() == [ArrivedUpdate("a", 1, 1, web.ref("a").sha256)]
     assert web.uploads.collect(1.0) == []
@@ -320,7 +320,7 @@ def test_a_lost_connection_to_the_broker_stops_no_upload(web: Web) -> None:
     web.announce("B")
     web.uploads.on_reconnect(1.0)
     assert list(web.place.awaited) == ["a"]
-    web.stored("a")
+    web.store_update("a")
     web.uploads.collect(2.0)
     assert [o.device for o in web.uploads.take_outcomes()] == ["a"]
 
@@ -331,7 +331,7 @@ def test_an_upload_that_is_stuck_makes_room_for_one_that_waits(web: Web) -> None
     assert web.uploads.on_tick(STALL_TIMEOUT_S - 1) == []
     assert kinds(web.uploads.on_tick(STALL_TIMEOUT_S + 1)) == [("c", "upload"), ("a", "want")]  # a pull is resumed
     assert set(web.place.awaited) == {"c"}
-    web.stored("c")
+    web.store_update("c")
     assert kinds(web.uploads.collect(STALL_TIMEOUT_S + 2)) == [("b", "want")]
 
 
@@ -350,7 +350,7 @@ def test_what_nobody_awaits_any_more_is_not_taken(web: Web) -> None:
     web.announce("a")
     assert web.uploads.keep("a", 1, 2) == [web.ref("a").sha256]
     assert web.place.awaited == {}
-    web.stored("a")
+    web.store_update("a")
     web.uploads.collect(1.0)
     assert not any(isinstance(o, ArrivedUpdate) for o in web.uploads.take_outcomes())
 

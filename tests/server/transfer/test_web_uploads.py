@@ -43,7 +43,7 @@ from support.waiting import until
 
 UPDATE = np.random.default_rng(1).bytes(5 * LEAF_BYTES + 77)
 REF = BlobRef.of(UPDATE)
-OTHER = BlobRef.of(b"an update of another job")
+OTHER_REF = BlobRef.of(b"an update of another job")
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_other_bytes_end_it(server: BlobServer, store: BlobStore, uploads: HttpU
 def test_a_reference_that_contradicts_itself_ends_it(
     server: BlobServer, store: BlobStore, uploads: HttpUploads
 ) -> None:
-    ref = BlobRef(REF.sha256, REF.size, OTHER.leaves)
+    ref = BlobRef(REF.sha256, REF.size, OTHER_REF.leaves)
     uploads.request_upload("pi", ref)
     assert put(server) == 422
     assert uploads.take_ended() == [UploadEnd("pi", ref, stored=False)]
@@ -171,7 +171,7 @@ def test_an_encoding_beside_the_length_is_refused(server: BlobServer, store: Blo
 @pytest.mark.parametrize(
     "path",
     [
-        path_of(REF) + ".leaves", path_of(REF) + "?x", path_of(OTHER), f"/x/00/{REF.sha256}",
+        path_of(REF) + ".leaves", path_of(REF) + "?x", path_of(OTHER_REF), f"/x/00/{REF.sha256}",
         f"/%2e%2e/{REF.sha256[:2]}/{REF.sha256}", "/../../identity/signing.key",
     ],
 )  # fmt: skip
@@ -181,7 +181,7 @@ def test_nothing_else_can_be_written(server: BlobServer, store: BlobStore, uploa
     assert uploads.take_ended() == []
 
 
-def begun(server: BlobServer, sent: int = 2 * LEAF_BYTES, ref: BlobRef = REF) -> socket.socket:
+def begin_upload(server: BlobServer, sent: int = 2 * LEAF_BYTES, ref: BlobRef = REF) -> socket.socket:
     client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
     client.sendall(
         f"PUT {path_of(ref)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(UPDATE)}\r\n\r\n".encode() + UPDATE[:sent]
@@ -189,7 +189,7 @@ def begun(server: BlobServer, sent: int = 2 * LEAF_BYTES, ref: BlobRef = REF) ->
     return client
 
 
-def ended(client: socket.socket) -> bool:
+def is_closed(client: socket.socket) -> bool:
     """Whether the server hangs up."""
     client.settimeout(10)
     with suppress(ConnectionError):
@@ -201,7 +201,7 @@ def ended(client: socket.socket) -> bool:
 def test_who_hangs_up_leaves_nothing_and_may_come_again(
     server: BlobServer, store: BlobStore, uploads: HttpUploads
 ) -> None:
-    with begun(server):
+    with begin_upload(server):
         until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
     until(lambda: left_over(store) == [])
     assert uploads.take_ended() == []
@@ -212,19 +212,19 @@ def test_who_hangs_up_leaves_nothing_and_may_come_again(
 def test_a_new_connection_takes_the_place_of_the_one_before(
     server: BlobServer, store: BlobStore, uploads: HttpUploads
 ) -> None:
-    with begun(server) as first:
+    with begin_upload(server) as first:
         until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
         assert put(server) == 201
-        assert ended(first)
+        assert is_closed(first)
     until(lambda: left_over(store) == [])
     assert uploads.take_ended() == [UploadEnd("pi", REF, stored=True)]
 
 
 def test_one_that_is_dropped_in_the_middle_is_cut(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
-    with begun(server) as client:
+    with begin_upload(server) as client:
         until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
         uploads.drop("pi")
-        assert ended(client)
+        assert is_closed(client)
         assert put(server) == 404
     until(lambda: left_over(store) == [])
     assert not store.has(REF.sha256)
@@ -237,7 +237,7 @@ def test_who_sends_slowly_is_cut(
     monkeypatch.setattr(http_server, "UPLOAD_LEAF_TIMEOUT_S", 0.2)
 
     def send(pieces: Iterable[bytes], every_s: float) -> None:
-        with begun(server, 10) as client:
+        with begin_upload(server, 10) as client:
             for piece in pieces:
                 client.sendall(piece)
                 time.sleep(every_s)
@@ -273,16 +273,16 @@ def test_a_report_of_what_went_elsewhere_is_no_upload(server: BlobServer, upload
 
 def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) -> None:
     jobs = []
-    for ref in (REF, OTHER):
+    for ref in (REF, OTHER_REF):
         store = BlobStore(tmp_path / ref.sha256, durable=False)
         uploads = HttpUploads(store, f"http://127.0.0.1:{server.port}/x")
         uploads.request_upload("pi", ref)
         jobs.append(ServedJob(store, lambda device, sha256, ref=ref: sha256 == ref.sha256, uploads))  # type: ignore[misc]
     server.jobs = jobs
-    assert put(server, b"an update of another job", path_of(OTHER)) == 201
+    assert put(server, b"an update of another job", path_of(OTHER_REF)) == 201
     assert put(server) == 201
-    assert [job.store.names() for job in jobs] == [[REF.sha256], [OTHER.sha256]]
-    for ref, body in ((REF, UPDATE), (OTHER, b"an update of another job")):
+    assert [job.store.names() for job in jobs] == [[REF.sha256], [OTHER_REF.sha256]]
+    for ref, body in ((REF, UPDATE), (OTHER_REF, b"an update of another job")):
         with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
             connection.request("GET", path_of(ref))
             with connection.getresponse() as answer:
@@ -337,9 +337,9 @@ def test_without_the_setting_nothing_is_uploaded(store: BlobStore) -> None:
 # A job whose boards upload.
 
 
-def connected(server: BlobServer) -> bool:
+def is_served(server: BlobServer) -> bool:
     """Whether one that connects now is served."""
-    return put(server, path=path_of(OTHER)) == 404
+    return put(server, path=path_of(OTHER_REF)) == 404
 
 
 def test_uploads_have_connections_of_their_own(
@@ -352,24 +352,24 @@ def test_uploads_have_connections_of_their_own(
 
         def begin(*numbers: int) -> None:
             for n in numbers:
-                stack.enter_context(begun(server, ref=refs[n]))
+                stack.enter_context(begin_upload(server, ref=refs[n]))
                 until(lambda n=n: uploads.arrived_bytes(f"pi-{n}") == 2 * LEAF_BYTES)  # type: ignore[misc]
 
         server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1) for _ in range(2)]
         begin(0, 1)
-        assert connected(server)
+        assert is_served(server)
         begin(2, 3)
-        assert not connected(server)  # those that are at work are left alone
+        assert not is_served(server)  # those that are at work are left alone
         server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1000)]
         monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 5)
         begin(4)
-        assert not connected(server)
+        assert not is_served(server)
         server.jobs = [ServedJob(store, lambda device, sha256: True, None, 1000)]
         uploads.drop("pi-0")
-        assert not connected(server)
+        assert not is_served(server)
 
 
-def sent(request: UploadRequest, body: bytes) -> str | None:
+def put_update(request: UploadRequest, body: bytes) -> str | None:
     """Upload as a board does; the reason why it failed."""
     url = UploadUrl.parse(request.url)
     with closing(http.client.HTTPConnection(url.host, url.port, timeout=10)) as connection:
@@ -385,19 +385,19 @@ class Uploading(Fleet):
         super().__init__(folder, *fleet, **settings)
         self.server = server
         for device in self.air.devices.values():
-            device.abilities, device.start_upload = (PUT_ABILITY,), sent
+            device.abilities, device.upload = (PUT_ABILITY,), put_update
 
     def daemon(self, **options: Any) -> Server:
         url = f"http://127.0.0.1:{self.server.port}"
-        made = super().daemon(
+        daemon = super().daemon(
             blobs=WebBlobs(url, self.server, lambda shipping: HttpUploads(shipping.local_store, url)), **options
         )
-        self.server.jobs = [made.main_runner.served_job]
-        return made
+        self.server.jobs = [daemon.main_runner.served_job]
+        return daemon
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def expected_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Models of the job over MQTT."""
     return models(Fleet(tmp_path_factory.mktemp("mqtt")).run())
 
@@ -419,10 +419,10 @@ def test_masked_updates_may_be_uploaded_and_nothing_else_is(tmp_path: Path, serv
 
     def upload(request: UploadRequest, body: bytes) -> str | None:
         bodies.append(body)
-        return sent(request, body)
+        return put_update(request, body)
 
     for name in names:
-        fleet.board(name).start_upload = upload
+        fleet.board(name).upload = upload
     state = fleet.run()
     assert folded(state) == [list(names)] * 2
     over_mqtt = SecureFleet(tmp_path / "mqtt", fleet.model, names, secure_aggregation=True).run()
@@ -432,17 +432,17 @@ def test_masked_updates_may_be_uploaded_and_nothing_else_is(tmp_path: Path, serv
     assert {len(body) for body in bodies} == {len(vector) for vector in vectors}
     assert not vectors & set(bodies), "an update that is not masked"
     assert not any(fleet.store.has(BlobRef.of(body).sha256) for body in bodies), "they are added, and needed no longer"
-    assert not any(topic.endswith("blob") for topic, _ in fleet.titled_value), "nothing has come over MQTT"
+    assert not any(topic.endswith("blob") for topic, _ in fleet.published), "nothing has come over MQTT"
 
 
 def test_uploads_to_the_server_are_brought_into_the_bucket(
-    tmp_path: Path, server: BlobServer, expected: list[str], at_s3: S3
+    tmp_path: Path, server: BlobServer, expected_models: list[str], at_s3: S3
 ) -> None:
     fleet = Uploading(tmp_path, server)
     fleet.store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/fleet")
     fleet.store.retry.is_endless = True
     fleet.worker = ToyWorker(fleet.store)
-    assert models(fleet.run()) == expected
+    assert models(fleet.run()) == expected_models
     assert server.received == 9
     updates = [t.update["sha256"] for t in fleet.storage.load().tasks.values() if t.update]  # type: ignore[union-attr]
     assert len(updates) == 3
@@ -450,9 +450,9 @@ def test_uploads_to_the_server_are_brought_into_the_bucket(
     fleet.store.close()
 
 
-def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, expected: list[str]) -> None:
+def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, expected_models: list[str]) -> None:
     state = fleet.run()
-    assert models(state) == expected
+    assert models(state) == expected_models
     assert folded(state) == [["a", "b", "c"]] * 3
     assert fleet.server.received == 9
     ups = [up for _, up in fleet.storage.traffic().values()]
@@ -460,45 +460,45 @@ def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, exp
     assert max(ups) < 4 * SIZE
 
 
-def test_boards_that_can_t_upload_are_pulled_from(fleet: Uploading, expected: list[str]) -> None:
+def test_boards_that_can_t_upload_are_pulled_from(fleet: Uploading, expected_models: list[str]) -> None:
     fleet.air.devices["a"].abilities = ()
-    fleet.air.devices["b"].start_upload = lambda request, body: "no route"
-    fleet.air.devices["c"].start_upload = lambda request, body: sent(request, bytes(len(body)))
-    assert models(fleet.run()) == expected
+    fleet.air.devices["b"].upload = lambda request, body: "no route"
+    fleet.air.devices["c"].upload = lambda request, body: put_update(request, bytes(len(body)))
+    assert models(fleet.run()) == expected_models
     assert fleet.server.received == 0
 
 
-def test_messages_that_come_twice_count_once(fleet: Uploading, expected: list[str]) -> None:
+def test_messages_that_come_twice_count_once(fleet: Uploading, expected_models: list[str]) -> None:
     fleet.air.doubled = True
     state = fleet.run()
-    assert models(state) == expected
+    assert models(state) == expected_models
     assert folded(state) == [["a", "b", "c"]] * 3
 
 
-def test_another_web_server_s_word_is_not_taken(fleet: Uploading, expected: list[str]) -> None:
+def test_another_web_server_s_word_is_not_taken(fleet: Uploading, expected_models: list[str]) -> None:
     for device in fleet.air.devices.values():
-        device.start_upload = lambda request, body: None  # another server answered
-    assert models(fleet.run()) == expected
+        device.upload = lambda request, body: None  # another server answered
+    assert models(fleet.run()) == expected_models
     assert fleet.server.received == 0
 
 
-def test_a_server_that_dies_with_an_update_in_hand_counts_it_once(fleet: Uploading, expected: list[str]) -> None:
+def test_a_server_that_dies_with_an_update_in_hand_counts_it_once(fleet: Uploading, expected_models: list[str]) -> None:
     uploaded = 0
 
     def upload(request: UploadRequest, body: bytes) -> str | None:
         nonlocal uploaded
         uploaded += 1
-        reason = sent(request, body)
+        reason = put_update(request, body)
         if uploaded == 4:
             raise KeyboardInterrupt
         return reason
 
     for device in fleet.air.devices.values():
-        device.start_upload = upload
+        device.upload = upload
     with pytest.raises(KeyboardInterrupt):
         fleet.run()
     fleet.restart()
     state = fleet.run()
-    assert models(state) == expected
+    assert models(state) == expected_models
     assert folded(state) == [["a", "b", "c"]] * 3
     assert uploaded == 9  # what is on the disk isn't wanted again

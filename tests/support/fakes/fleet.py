@@ -134,14 +134,14 @@ class ToyDevice:
         self.abilities: tuple[str, ...] = ()
         self.profile = "raspberry-pi-5"
         self.samples = 10
-        self.start_upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"
+        self.upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"
         """Uploads bytes; the reason why it can't."""
         self.lie: Callable[[UpdateAnnouncement], UpdateAnnouncement] = lambda update: update
 
     def say(self, message: object) -> None:
         self.air.to_server(self.topics.up(self.name), message.to_bytes())  # type: ignore[attr-defined]
 
-    def build(self) -> None:
+    def send_birth(self) -> None:
         self.say(Birth(self.name, self.session, self.profile, self.samples, "test", abilities=self.abilities))
 
     def hear(self, topic: str, payload: bytes) -> None:
@@ -155,7 +155,7 @@ class ToyDevice:
         message = parse_message(payload)
         self.heard.append(message)
         if isinstance(message, Hello):
-            self.build()
+            self.send_birth()
             self.repeat_offers()
             for pull in self.pulls.values():
                 for want in pull.start(self.air.now):
@@ -170,7 +170,7 @@ class ToyDevice:
             for raw in answer:
                 self.air.to_server(self.topics.up_blob(self.name), raw)
         elif isinstance(message, UploadRequest):
-            reason = self.start_upload(message, self.store.read(message.sha256))
+            reason = self.upload(message, self.store.read(message.sha256))
             self.say(UploadResult(message.sha256, reason))
         elif isinstance(message, Accepted):
             if self.pending is not None and self.pending.weights.sha256 == message.weights:

@@ -153,13 +153,13 @@ class SecureFleet(Fleet):
         )
         super().__init__(folder, job, ())
         self.model = model
-        self.titled_value: list[tuple[str, bytes]] = []
+        self.published: list[tuple[str, bytes]] = []
         for name in names:
             self.air.devices[name] = MaskingBoard(name, folder / "devices", self.air)
         to_server = self.air.to_server
 
         def noted(topic: str, payload: bytes) -> None:
-            self.titled_value.append((topic, payload))
+            self.published.append((topic, payload))
             to_server(topic, payload)
 
         self.air.to_server = noted  # type: ignore[method-assign]
@@ -184,7 +184,7 @@ class SecureFleet(Fleet):
         found = Transcript()
         steps = {"keys": "advertise", "shares": "share", "unmasking": "unmask"}
         asked = {"session": "advertise", "roster": "share", "delivery": "mask", "survivors": "unmask"}
-        for topic, payload in self.titled_value:
+        for topic, payload in self.published:
             message = None if topic.endswith("blob") else parse_message(payload)
             if isinstance(message, SecureStep):
                 content = message.content[32:] if message.step == "keys" else message.content
@@ -196,7 +196,7 @@ class SecureFleet(Fleet):
                     if heard.step == "roster":
                         content = content[2 + 32 * int.from_bytes(content[:2], "big") :]
                     found.requests[asked[heard.step]][name] = content
-        for topic, payload in self.titled_value:
+        for topic, payload in self.published:
             message = None if topic.endswith("blob") else parse_message(payload)
             if isinstance(message, UpdateAnnouncement):
                 found.answers["mask"][message.device] = self.board(message.device).store.read(message.weights.sha256)
@@ -204,5 +204,5 @@ class SecureFleet(Fleet):
 
     def of(self, kind: type[TrainingDone] | type[SecureStep] | type[UpdateAnnouncement] | type[Offer]) -> list[Any]:
         """Messages of a kind that boards sent."""
-        parsed = [parse_message(payload) for topic, payload in self.titled_value if not topic.endswith("blob")]
+        parsed = [parse_message(payload) for topic, payload in self.published if not topic.endswith("blob")]
         return [message for message in parsed if isinstance(message, kind)]

@@ -42,7 +42,7 @@ class JobsDevice(ToyDevice):
         self.jobs.append(offer.job)
         super().take(offer)
 
-    def build(self) -> None:
+    def send_birth(self) -> None:
         held = None
         if self.offer is not None and (self.pulls or self.pending is not None):
             held = {"job": self.offer.job, "round": self.offer.round, "attempt": self.offer.attempt}

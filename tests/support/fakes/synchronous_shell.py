@@ -20,12 +20,12 @@ class Shell(coordinator_shell.Shell):
         self.told: list[str] = []
         self.session = 0
 
-    def build(self, name: str) -> on.DeviceBorn:
+    def birth_event(self, name: str) -> on.DeviceBorn:
         return on.DeviceBorn(name, self.session, {"name": "toy"}, 10)
 
     def arrive(self) -> None:
         self.session += 1
-        self.inbox += [self.build(n) for n in NAMES]
+        self.inbox += [self.birth_event(n) for n in NAMES]
 
     def update(self, command: do.SendOffer) -> str:
         return digest(command.device, command.round)

@@ -57,7 +57,7 @@ class Power:
         self.kind = kind
         self.count = 0
         self.names: list[str] = []
-        self.prediction_excesses = False
+        self.is_off = False
         self._inside = False
         self._unsynced: dict[Path, None] = {}
         self._undo: dict[Path, list[Callable[[], None]]] = {}
@@ -65,7 +65,7 @@ class Power:
     def step(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if self._inside:  # pathlib calls os
             return function(*arguments, **named)
-        if self.prediction_excesses:
+        if self.is_off:
             raise CutError
         self.count += 1
         self.names.append(name)
@@ -73,7 +73,7 @@ class Power:
         try:
             if self.count == self.at:
                 self._cut_off(name, function, arguments)
-                self.prediction_excesses = True
+                self.is_off = True
                 raise CutError
             self._note(name, arguments, named)
             return None if name in ("fsync", "sync") else function(*arguments, **named)

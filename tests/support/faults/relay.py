@@ -27,7 +27,7 @@ class Relay:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.connections = 0
-        self.add_checked = 0
+        self.passed_bytes = 0
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -71,10 +71,10 @@ class Relay:
             while data := source.recv(4096):
                 if self._bytes_s:
                     time.sleep(len(data) / self._bytes_s)
-                while self.most is not None and self.add_checked >= self.most:
+                while self.most is not None and self.passed_bytes >= self.most:
                     time.sleep(0.01)
                 target.sendall(data)
-                self.add_checked += len(data)
+                self.passed_bytes += len(data)
         for each in (source, target):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

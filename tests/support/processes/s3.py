@@ -44,7 +44,7 @@ class S3:
         """What a process needs to know to use it."""
         return SECRETS | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
 
-    def client_files(self) -> Any:
+    def client(self) -> Any:
         """boto3's own."""
         import boto3
 
@@ -60,12 +60,12 @@ class S3:
         """Name of a new, empty bucket."""
         self._names += 1
         name = f"test-{os.getpid()}-{self._names}"
-        self.client_files().create_bucket(Bucket=name)
+        self.client().create_bucket(Bucket=name)
         return name
 
     def keys(self, bucket: str) -> dict[str, int]:
         """Keys and sizes of a bucket's objects."""
-        pages = self.client_files().get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return {o["Key"]: o["Size"] for page in pages for o in page.get("Contents", ())}
 
     def hold(self) -> None:
@@ -150,7 +150,7 @@ class Ceph(S3):
             self._run("radosgw-admin", "user", "create", *user)
             self._daemon("radosgw", "-n", "client.rgw.a")
             self._wait()
-            self.client_files().put_object(Bucket=self.bucket(), Key="first", Body=b"")  # for which it makes its pools
+            self.client().put_object(Bucket=self.bucket(), Key="first", Body=b"")  # for which it makes its pools
         except BaseException:
             self.close()
             raise

@@ -109,7 +109,7 @@ def test_an_update_on_the_disk_counts_though_the_deadline_passes_before_it_is_fo
 def test_a_round_is_not_offered_to_the_same_silent_device_for_ever() -> None:
     shell = Shell(replace(JOB, devices=1, participation=0.1))
     for name in (names := [f"d{i}" for i in range(10)]):
-        shell.feed(shell.build(name))
+        shell.feed(shell.birth_event(name))
     asked = []
     for _ in range(30):
         shell.run_silently()
