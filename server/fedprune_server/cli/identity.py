@@ -272,7 +272,7 @@ def _replace(identity: Any, arguments: argparse.Namespace) -> None:
     with _open_claims_file(arguments.out) as file:
         keys, certificates = identity.revoke(arguments.device)
         print(revocation_message(identity, arguments.device, keys, certificates), file=sys.stderr)
-        print(identity.claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
+        print(identity.make_claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
     _print_claims(arguments, arguments.device)
 
 

@@ -139,7 +139,7 @@ class JobSnapshot:
         known_devices: How many ever announced themselves.
         devices: The same by name, with those of which only bytes were counted.
         devices_with_traffic: Devices that have sent or were sent something since the job was saved.
-        device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked_devices`.
+        device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked`.
         awaited_devices: Devices whose part is under way, and when the round goes on without each; None if that is
             unknown.
         unplanned_devices: Devices that can't be planned for, or can't start, with the reason.

@@ -203,7 +203,7 @@ def take_back(
             last.offer.seconds,
         )
         rollout = Rollout.for_boards(terms.rollout_plan(renewed), boards)
-        begun = store.begin_way_back(offer, rollout, clock(), leaves=last.number, why=f"boards go back: {reason}")
+        begun = store.begin_way_back(offer, rollout, clock(), left_rollout=last.number, why=f"boards go back: {reason}")
     return StartedRollout(begun, renewed, rollout, left_release=last.offer.number, restored_release=target.number)
 
 

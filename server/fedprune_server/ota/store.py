@@ -136,9 +136,9 @@ class RolloutStore(Closeable):
 
         return self._run_transaction(write)
 
-    def begin_way_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, leaves: int, why: str) -> int:
-        """Start a rollout of an earlier release under a new number to the boards that have the last one, rollout
-        `left_release`, which ends because of `why`; returns its number.
+    def begin_way_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, left_rollout: int, why: str) -> int:
+        """Start a rollout of an earlier release under a new number to the boards of rollout `left_rollout`, the last
+        one, which ends because of `why`; returns its number.
 
         Raises `ConfigError` if another one was started meanwhile, and `ReleaseError` if a number as high as the
         release's was rolled out.
@@ -148,13 +148,13 @@ class RolloutStore(Closeable):
             latest, highest = connection.execute(
                 sql.select(sql.func.max(_COLUMNS.number), sql.func.max(_COLUMNS.release))
             ).one()
-            if latest != leaves:
+            if latest != left_rollout:
                 raise ConfigError("another rollout was begun meanwhile", hint="See `fedprune-server rollout status`.")
             if offer.number <= highest:
                 raise ReleaseError("number of a release", expected=f"above {highest}", got=offer.number)
-            left = connection.execute(sql.select(_COLUMNS.release).where(_COLUMNS.number == leaves)).scalar()
+            release = connection.execute(sql.select(_COLUMNS.release).where(_COLUMNS.number == left_rollout)).scalar()
             _update_rollouts(connection, _UNDER_WAY, wish=why)
-            return _insert_rollout(connection, offer, rollout, now, joins=False, leaves=left)
+            return _insert_rollout(connection, offer, rollout, now, joins=False, leaves=release)
 
         return self._run_transaction(write)
 

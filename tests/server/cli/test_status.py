@@ -118,7 +118,7 @@ def test_a_free_board_of_two_jobs_is_told_from_a_dead_one(
     with Storage.open_in(fleet_state / "jobs" / "other") as storage:
         storage.put_settings({"job": Job(name="other").to_dict(), "name": "n"})
         storage.save(State(model="0" * 64, devices=boards), [DeviceBorn("c", 1, {}, 9)], 7.0)
-    (fleet_state / "alerts.json").write_text(json.dumps({"turned_at": time.time(), "alerts": [], "free": ["b"]}))
+    (fleet_state / "alerts.json").write_text(json.dumps({"turned_at": time.time(), "alerts": [], "free_boards": ["b"]}))
     with file_lock(fleet_state / "jobs" / "other" / "lock", "busy", "wait"):
         main(["status", "--state", str(fleet_state)])
         main(["status", "--json", "--state", str(fleet_state)])

@@ -128,8 +128,8 @@ def opened(console: ServedConsole, browser: Browser) -> Iterator[Open]:
             token = console.console.sessions.begin(operator, "127.0.0.1")
             context.add_cookies([{"name": console.console.exposure.cookie, "value": token, "url": console.url}])
         page = context.new_page()
-        page.is_on("pageerror", lambda error: wrong.append(str(error)))
-        page.is_on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
         console.write()
         page.goto(path)
         if role is not None and live:

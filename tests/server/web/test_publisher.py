@@ -132,10 +132,10 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
     rows = {r["name"]: r for r in view.devices().items}
     assert set(rows) == set(state.devices)
     for name, row in rows.items():
-        assert (row["bytes_down"], row["bytes_up"]) == daemon.first.registry.traffic[name]
+        assert (row["bytes_down"], row["bytes_up"]) == daemon.main_runner.registry.traffic[name]
         assert row["samples"] == state.devices[name].samples
         assert row["staleness"] == 0, "a board whose round is under way is not late"
-    assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.first.registry.traffic.values())
+    assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.main_runner.registry.traffic.values())
 
 
 def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> None:
