@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import add_json_option, print_json
-from fedprune_server.cli.run import load_config, run_options
+from fedprune_server.cli.run import LoadedConfig, load_config, run_options
 from fedprune_server.config.alert_settings import shown_url
 from fedprune_server.config.layers import setting_origin, setting_value_text, without_secrets
-from fedprune_server.config.server_config import PATH_SETTINGS
+from fedprune_server.config.server_config import PATH_SETTINGS, ServerConfig
 from fedprune_server.config.tables import config_tables
 
 
@@ -57,7 +57,7 @@ _DEFAULT = "default"
 _START_FILES = (("model", "path"), ("evaluation", "data"), ("calibration", "data"))
 
 
-def setting_rows(configuration: Any) -> Iterator[dict[str, Any]]:
+def setting_rows(configuration: LoadedConfig) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
     tables = config_tables(configuration.config)
     for path, value in _flat_settings((), _with_default_values(tables, configuration.config)):
@@ -71,7 +71,7 @@ def setting_rows(configuration: Any) -> Iterator[dict[str, Any]]:
         yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown_value, "from": source, "missing": missing}
 
 
-def _with_default_values(tables: dict[str, Any], config: Any) -> dict[str, Any]:
+def _with_default_values(tables: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
     """Add the keys of [job] that `Job.to_dict` leaves out where they have their default value."""
     from dataclasses import asdict, fields
 

@@ -266,7 +266,7 @@ def _devices(arguments: argparse.Namespace) -> None:
             print(revoke(identity, arguments.device))
 
 
-def _replace(identity: Any, arguments: argparse.Namespace) -> None:
+def _replace(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
     """Revoke a device and make a claim for its name. Standard output gets the claim alone, as with `claim`."""
     # The file first: a claim that can't be written must not cost the board its membership.
     with _open_claims_file(arguments.out) as file:
@@ -276,7 +276,7 @@ def _replace(identity: Any, arguments: argparse.Namespace) -> None:
     _print_claims(arguments, arguments.device)
 
 
-def _list(identity: Any, arguments: argparse.Namespace) -> None:
+def _list(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
     ends = identity.store.certificate_ends()
     rows = [
         {
@@ -301,7 +301,7 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
         print("no device has asked yet")
 
 
-def _approve(identity: Any, arguments: argparse.Namespace) -> None:
+def _approve(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
     if arguments.key is None:
         raise UsageError(
             f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it", got="none",
