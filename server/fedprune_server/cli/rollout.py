@@ -188,11 +188,9 @@ def _list(arguments: argparse.Namespace) -> None:
         boards = f"{fates[Fate.WELL]} of {len(entry.rollout.boards) - fates[Fate.GONE]}"
         state, failed = entry.rollout.phase.value, str(fates[Fate.FAILED])
         rows.append((str(entry.number), f"{release.number} ({release.version})", state, boards, failed, begun))
-    columns = [
-        Column("rollout", is_right_aligned=True), Column("release"), Column("state"),
-        Column("updated", is_right_aligned=True), Column("failed", is_right_aligned=True, drop_order=1),
-        Column("begun (UTC)", drop_order=2),
-    ]  # fmt: skip
+    columns = [Column("rollout", is_right_aligned=True), Column("release"), Column("state"),
+               Column("updated", is_right_aligned=True), Column("failed", is_right_aligned=True, drop_order=1),
+               Column("begun (UTC)", drop_order=2)]  # fmt: skip
     print_table(columns, rows)
 
 

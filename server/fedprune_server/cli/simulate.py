@@ -221,9 +221,7 @@ def _run(options: argparse.Namespace) -> None:
             {
                 "run": final_figures(run.record),
                 "reference": None if reference is None else final_figures(reference),
-                "claims": [
-                    {"text": claim.text, "measured": claim.measured, "held": claim.passes} for claim in verdicts
-                ],
+                "claims": [{"text": c.text, "measured": c.measured, "held": c.passes} for c in verdicts],
                 "report": str(report),
             }
         )

@@ -77,10 +77,8 @@ def server_status(state: Path) -> dict[str, Any]:
     bodies = [first, *further]
     job_of_device = {d["name"]: body["job"].get("name") for body in bodies for d in body["devices"] if d["online"]}
     # Without its broker the server knows no board's state: what it stored last would pass for the present.
-    free, cut_off = (
-        recorded.free_boards if first["running"] else (),
-        any(a["kind"] == "broker" for a in first["alerts"]),
-    )
+    free = recorded.free_boards if first["running"] else ()
+    cut_off = any(a["kind"] == "broker" for a in first["alerts"])
     for body in bodies:
         for device in body["devices"]:
             if further:
@@ -184,9 +182,8 @@ def _latest_time(*times: float | None) -> float | None:
 
 def status_text(body: dict[str, Any], rounds: int = DEFAULT_ROUNDS) -> str:
     job, history = body["job"], body["rounds"]
-    lines = [
-        f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase_text(body)}" if job else "no job yet"
-    ]
+    title = f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase_text(body)}" if job else "no job yet"
+    lines = [title]
     if body["ended_early"]:
         lines.append(f"  {body['ended_early']}")
     if not body["running"]:
@@ -249,9 +246,8 @@ def _open_alerts(folder: Path, recorded: MonitorRecord, *, running: bool) -> lis
     if recorded.turned_at is None or not running:
         return []
     now = time.time()
-    situation = Situation(
-        folder, since_turn_s=max(0.0, now - recorded.turned_at), suspended_process=suspended_server(folder)
-    )
+    since_turn_s = max(0.0, now - recorded.turned_at)
+    situation = Situation(folder, since_turn_s=since_turn_s, suspended_process=suspended_server(folder))
     alerts = [*evaluate_alerts(situation, now), *recorded.current_alerts]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
     return [{key: getattr(alert, key) for key in keys} for alert in alerts]

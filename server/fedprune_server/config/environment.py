@@ -1,5 +1,4 @@
-"""Settings from environment variables: `FEDPRUNE_<TABLE>_<KEY>`, or with `_FILE_SUFFIX` the name of a file that holds
-one.
+"""Settings from environment variables: `FEDPRUNE_<TABLE>_<KEY>`, or with `_FILE` the name of a file that holds one.
 
 Texts are taken as they are; every other value is written as in TOML: `3`, `0.5`, `true`, `["float16"]`.
 """
@@ -145,7 +144,6 @@ def file_text(path: Path, where: str) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: {path}", expected="a text in UTF-8", got="other bytes") from error
     if not text or len(raw) > _MAX_FILE_BYTES or "\0" in text:
-        raise ConfigError(
-            f"{where}: {path}", expected=f"a text of 1 to {_MAX_FILE_BYTES} bytes", got=f"{len(raw)} bytes"
-        )
+        expected = f"a text of 1 to {_MAX_FILE_BYTES} bytes"
+        raise ConfigError(f"{where}: {path}", expected=expected, got=f"{len(raw)} bytes")
     return text

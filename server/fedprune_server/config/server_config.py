@@ -162,9 +162,8 @@ class BrokerSettings:
                 got=repr(without_password(self.broker)),
             )
         if self.ca not in (None, SYSTEM_AUTHORITIES) and not Path(self.ca or "").is_file():
-            raise ConfigError(
-                ("server", "ca"), expected=f"a file that exists, or {str(SYSTEM_AUTHORITIES)!r}", got=str(self.ca)
-            )
+            expected = f"a file that exists, or {str(SYSTEM_AUTHORITIES)!r}"
+            raise ConfigError(("server", "ca"), expected=expected, got=str(self.ca))
         if self.ca is not None and not self.broker.startswith("mqtts://"):
             raise ConfigError(
                 ("server", "ca"), expected="a broker at mqtts://", got=repr(without_password(self.broker))

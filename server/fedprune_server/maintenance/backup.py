@@ -194,9 +194,8 @@ def _check_target(target: Path, manifest: BackupManifest) -> None:
     if not target.is_dir():
         raise ConfigError(f"{target} is a file", expected="a folder")
     with storage_errors(f"can't read {target}"):
-        foreign_files = sorted(
-            p.name for p in target.iterdir() if p.name not in _BACKUP_FILES and not p.name.startswith(".")
-        )
+        names = (p.name for p in target.iterdir())
+        foreign_files = sorted(n for n in names if n not in _BACKUP_FILES and not n.startswith("."))
     if foreign_files:
         raise ConfigError(
             f"{target} has other things in it, such as {foreign_files[0]}", hint="Name a folder of its own for backups."

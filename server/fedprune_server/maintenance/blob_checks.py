@@ -85,9 +85,8 @@ def left_over_files(files_of_folder: BlobFiles, needs: Inventory, *, running: bo
             (files_of_folder.temporary, "temporary files"),
         ):
             if paths:
-                yield _left_over_finding(
-                    f"{what}: {quantity(len(paths), 'file')}", sum(map(size_of_file, paths)), paths
-                )
+                title = f"{what}: {quantity(len(paths), 'file')}"
+                yield _left_over_finding(title, sum(map(size_of_file, paths)), paths)
     if files_of_folder.foreign:
         files = quantity(len(files_of_folder.foreign), "file")
         yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {files_of_folder.foreign[0]}")
@@ -106,9 +105,8 @@ def check_bucket(
             f"delete {OWNER_KEY} and {MODEL_KEY} to have it write both."
         )
         yield Finding(Severity.NOTE, f"{url}/{MODEL_KEY} {what}", advice)
-    foreign_keys = [
-        key for key, _ in store.bucket.list() if key not in (OWNER_KEY, MODEL_KEY) and digest_of(key) is None
-    ]
+    keys = {key for key, _ in store.bucket.list()} - {OWNER_KEY, MODEL_KEY}
+    foreign_keys = sorted(key for key in keys if digest_of(key) is None)
     if foreign_keys:
         what = f"{len(foreign_keys)} objects that no server wrote, such as {url}/{foreign_keys[0][:100]}"
         yield Finding(Severity.NOTE, what)

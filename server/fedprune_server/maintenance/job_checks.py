@@ -227,9 +227,8 @@ def _check_coverage(case: StoredJob) -> Iterator[Finding]:
     strategy = str(case.job_settings.get("strategy", ""))
     if strategy not in _NESTED_STRATEGIES or not case.group_sizes:
         return
-    widths = [
-        d.widths for d in case.state.devices.values() if not d.excluded and len(d.widths) == len(case.group_sizes)
-    ]
+    planned = (d.widths for d in case.state.devices.values() if not d.excluded)
+    widths = [w for w in planned if len(w) == len(case.group_sizes)]
     if not widths:
         return
     widest = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.group_sizes)]

@@ -23,9 +23,8 @@ class AlertBook:
 
     def __init__(self, restored: Iterable[Alert] = ()) -> None:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
-        self._pending: dict[
-            tuple[str, str], tuple[float, float]
-        ] = {}  # by key and severity, before the delay has passed
+        # By key and severity, before the delay has passed.
+        self._pending: dict[tuple[str, str], tuple[float, float]] = {}
         self._closing_since: dict[str, float] = {}  # open alerts whose cause has gone: since when, by key
 
     @property

@@ -180,7 +180,7 @@ def state_style(state: str) -> str:
 
 def device_cells(row: DeviceSnapshot) -> tuple[str, ...]:
     """The texts of a device's row; `-` where nothing is known."""
-    score = primary_metric(row.metrics)
+    metric, value = primary_metric(row.metrics) or (None, 0.0)
     return (
         row.name,
         row.profile,
@@ -189,11 +189,7 @@ def device_cells(row: DeviceSnapshot) -> tuple[str, ...]:
         _megabytes(row.bytes_down),
         _megabytes(row.bytes_up),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
-        "-"
-        if score is None
-        else score[0].value_text(score[1])
-        if score[0] is ACCURACY
-        else score[0].titled_value(score[1]),
+        "-" if metric is None else metric.value_text(value) if metric is ACCURACY else metric.titled_value(value),
         row.activity,
     )
 

@@ -129,10 +129,8 @@ class Metrics:
         """Bytes of blobs, measured once a minute at most."""
         time_now = self.clock()
         if time_now - self._blobs_measured_at >= _BLOBS_INTERVAL_S:
-            self._blobs_measured_at, self._last_blob_bytes = (
-                time_now,
-                sum(map(_file_bytes, (folder / "blobs").rglob("*"))),
-            )
+            self._blobs_measured_at = time_now
+            self._last_blob_bytes = sum(map(_file_bytes, (folder / "blobs").rglob("*")))
         return float(self._last_blob_bytes)
 
 
@@ -194,9 +192,8 @@ class _JobMetrics:
             metrics.seconds.labels(job, "round").observe(max(0.0, at - self._round_started_at))
         self._round_started_at = at  # an asynchronous job isn't scored every time
         lasting_parts = ("train", "pull", "extract")
-        self._started_parts = {
-            k: v for k, v in self._started_parts.items() if k[0] in lasting_parts and k[1] not in summary["devices"]
-        }
+        started, devices = self._started_parts.items(), summary["devices"]
+        self._started_parts = {k: v for k, v in started if k[0] in lasting_parts and k[1] not in devices}
 
     def update_gauges(self, snapshot: JobSnapshot) -> None:
         job, metrics = self._job, self._metrics

@@ -38,11 +38,7 @@ from fedprune_server.monitoring.alerts import (
     WARNING,
     Alert,
 )
-from fedprune_server.monitoring.participation import (
-    AWAY,
-    Participation,
-    find_absent_boards,
-)
+from fedprune_server.monitoring.participation import AWAY, Participation, find_absent_boards
 from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import SiteFacts, Situation, WatchedJob
@@ -269,11 +265,10 @@ class Monitor:
             closes: Whether alerts may close. At the server's end their causes may be hidden, and aren't gone.
         """
         unix_now, now = self._clock(), self._monotonic()
-        if not waits_for and now >= self._next_free_at:  # not at every look: it takes a while with many boards
+        if not waits_for and now >= self._next_free_at:  # not at every evaluation: it takes a while with many boards
             self._next_free_at, fleet = now + FACTS_INTERVAL_S, self._fleet
-            self._free_boards = (
-                sorted(set(fleet.connected_devices) - fleet.job_of_device.keys()) if fleet.has_several_jobs else []
-            )
+            free = set(fleet.connected_devices) - fleet.job_of_device.keys() if fleet.has_several_jobs else ()
+            self._free_boards = sorted(free)
         situation = Situation(self._folder, waits_for=waits_for) if waits_for else self._situation()
         alerts = evaluate_alerts(situation, unix_now)
         if waits_for or not closes or self._site_is_unknown:
@@ -296,9 +291,8 @@ class Monitor:
             names = [job.snapshot.name for job in jobs if not job.snapshot.is_finished]
             unproven = {name for name in names if not self._watches[name].rounds_ended}
             subjects = {*unproven, None} if unproven else set()  # some are about a board, whatever its job
-            self._former_alerts = [
-                a for a in self._former_alerts if a.kind in COUNTED_KINDS and (a.job or None) in subjects
-            ]
+            counted = (a for a in self._former_alerts if a.kind in COUNTED_KINDS)
+            self._former_alerts = [a for a in counted if (a.job or None) in subjects]
         return self._former_alerts
 
     def read_site(self) -> None:

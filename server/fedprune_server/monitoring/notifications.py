@@ -251,9 +251,8 @@ class NotificationQueue:
     def put(self, message: Message) -> None:
         """Send a message soon, without waiting."""
         if len(self._waiting) == MAX_WAITING_MESSAGES:
-            log.warning(
-                "a notification is dropped: %d others wait for the %s", MAX_WAITING_MESSAGES, self._channel.name
-            )
+            text = "a notification is dropped: %d others wait for the %s"
+            log.warning(text, MAX_WAITING_MESSAGES, self._channel.name)
         self._waiting.append(message)
         self._has_messages.set()
 

@@ -84,9 +84,8 @@ class Participation:
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._absent_boards = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when
-        self._changed_devices = set(
-            snapshot.devices
-        )  # devices to look at: not in every turn, since many change in each
+        # Devices to update: not in every turn, since many change in each.
+        self._changed_devices = set(snapshot.devices)
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         self._snapshot = snapshot
@@ -162,11 +161,8 @@ class Participation:
         """Since when boards are offline, if a synchronous round waits for these alone; empty if it waits for others,
         too, or for none."""
         snapshot = self._snapshot
-        under_way = (
-            0
-            if snapshot.is_asynchronous
-            else sum(snapshot.parts_by_progress.get(progress, 0) for progress in AWAITED_PROGRESS)
-        )
+        awaited = () if snapshot.is_asynchronous else AWAITED_PROGRESS
+        under_way = sum(snapshot.parts_by_progress.get(progress, 0) for progress in awaited)
         if not 0 < under_way <= len(self.away_since):
             return {}  # decided by counts, without reading each part
         is_stalled = all(map(self._is_offline, snapshot.awaited_devices))

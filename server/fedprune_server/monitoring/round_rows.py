@@ -110,8 +110,9 @@ def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: floa
     """
     metrics, devices = entry["metrics"], entry["devices"]
     delivered_parts = {n: device_part for n, device_part in devices.items() if device_part["progress"] == "folded"}
-    served_scores = {n: served_metric(device_part["metrics"], judge) for n, device_part in delivered_parts.items()}
-    names = sorted(set().union(*(device_part["metrics"] for device_part in delivered_parts.values())) - MACHINE_METRICS)
+    measurements = {n: device_part["metrics"] for n, device_part in delivered_parts.items()}
+    served_scores = {n: served_metric(values, judge) for n, values in measurements.items()}
+    names = sorted(set().union(*measurements.values()) - MACHINE_METRICS)
     return RoundRow(
         round=entry["round"],
         elapsed_s=entry["at"] - started_at,
@@ -121,9 +122,7 @@ def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: floa
         asked=len(devices),
         down=notes.down,
         up=notes.up,
-        device_metrics={
-            m: {n: p["metrics"][m] for n, p in delivered_parts.items() if m in p["metrics"]} for m in names
-        },
+        device_metrics={m: {n: v[m] for n, v in measurements.items() if m in v} for m in names},
         density={n: device_part["density"] for n, device_part in delivered_parts.items() if "density" in device_part},
         measured={k: metrics[k] for k in PRIVACY_METRICS if k in metrics} | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.spent.items())},

@@ -148,15 +148,13 @@ class Tracking:
             yield
         except Exception as error:  # noqa: BLE001 - a library of others, and no reason to end the run
             self._targets.remove(target)
-            log.warning(
-                "track: %s fails and is left off: %s: %s", target.key, type(error).__name__, error_reason(error)
-            )
+            text = f"{type(error).__name__}: {error_reason(error)}"
+            log.warning("track: %s fails and is left off: %s", target.key, text)
 
     def _write_note(self) -> None:
         if self._state is not None:
-            notes = _read_note(self._state / NOTE_FILE) | {
-                t.key: (t.name, t.rounds, t.rounds_with_files) for t in self._targets
-            }
+            own_notes = {t.key: (t.name, t.rounds, t.rounds_with_files) for t in self._targets}
+            notes = _read_note(self._state / NOTE_FILE) | own_notes
             body = {key: {"name": name, "rounds": rounds, "kept": kept} for key, (name, rounds, kept) in notes.items()}
             # Not synced in every round: after a power cut a few rounds are written to the trackers again.
             write_atomically(self._state / NOTE_FILE, json.dumps(body, indent=1).encode(), sync=False)

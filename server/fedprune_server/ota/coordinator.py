@@ -262,9 +262,8 @@ class RolloutCoordinator:
     def _withdraw_if_ours(self, report: ReleaseReport) -> None:
         """Withdraw a superseded release. A release that was installed from a USB stick has a number that was never
         rolled out, and is left alone."""
-        if report.state in (DOWNLOADING, STAGED) and report.number in (
-            self._own_releases or self._store.release_numbers()
-        ):
+        own_numbers = self._own_releases or self._store.release_numbers()
+        if report.state in (DOWNLOADING, STAGED) and report.number in own_numbers:
             self._send(report.device, ReleaseWithdrawn(report.number, "its rollout is over"))
 
     def _fate_of(self, device: str) -> Fate | None:

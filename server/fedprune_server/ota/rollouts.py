@@ -216,9 +216,8 @@ def _last_and_earlier(entries: list[RolloutEntry], release: int | None) -> tuple
     if release is not None and release != number:
         raise ConfigError(f"release {release} isn't the one that was rolled out last", expected=number, got=release)
     if last.left_release is not None:
-        raise ConfigError(
-            f"release {number} is itself the way back from release {last.left_release}", hint=_MANUAL_HINT
-        )
+        text = f"release {number} is itself the way back from release {last.left_release}"
+        raise ConfigError(text, hint=_MANUAL_HINT)
     if not boards_with_release(entries, number):
         raise _no_board_error(number)
     before = next((e for e in entries if e.number == last.earlier_rollout), None)

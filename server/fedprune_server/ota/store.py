@@ -145,9 +145,8 @@ class RolloutStore(Closeable):
         """
 
         def write(connection: sql.Connection) -> int:
-            latest, highest = connection.execute(
-                sql.select(sql.func.max(_COLUMNS.number), sql.func.max(_COLUMNS.release))
-            ).one()
+            maxima = sql.select(sql.func.max(_COLUMNS.number), sql.func.max(_COLUMNS.release))
+            latest, highest = connection.execute(maxima).one()
             if latest != left_rollout:
                 raise ConfigError("another rollout was begun meanwhile", hint="See `fedprune-server rollout status`.")
             if offer.number <= highest:
@@ -267,16 +266,16 @@ class RolloutStore(Closeable):
         except (StorageError, ValueError, TypeError, RecursionError) as error:
             raise self._damage_error(row.number, error) from error
         return RolloutEntry(
-            row.number,
-            row.at,
-            self._read_offer(row),
-            row.joins,
-            rollout,
-            reports,
-            row.wish,
-            row.hold,
-            row.prior,
-            row.leaves,
+            number=row.number,
+            started_at=row.at,
+            offer=self._read_offer(row),
+            includes_newcomers=row.joins,
+            rollout=rollout,
+            reports=reports,
+            stop_reason=row.wish,
+            pause_reason=row.hold,
+            earlier_rollout=row.prior,
+            left_release=row.leaves,
         )
 
     def _read_offer(self, row: Any) -> ReleaseOffer:
@@ -318,9 +317,8 @@ def _check_free(connection: sql.Connection, release: int, manifest: str) -> None
 
 def _active_rollout(connection: sql.Connection) -> tuple[int, str | None]:
     """The number of the rollout that is under way and isn't to stop, and why it is to pause."""
-    row = connection.execute(
-        _ROLLOUTS_BY_NUMBER.where(_UNDER_WAY).order_by(None).order_by(_COLUMNS.number.desc())
-    ).first()
+    latest_first = _ROLLOUTS_BY_NUMBER.where(_UNDER_WAY).order_by(None).order_by(_COLUMNS.number.desc())
+    row = connection.execute(latest_first).first()
     if row is None:
         raise ConfigError("no rollout is under way", hint="See `fedprune-server rollout status`.")
     if row.wish is not None:

@@ -1,5 +1,5 @@
 """The audit log: who did what, from where, and what came of it. Lines are added, never changed; only those
-before the latest `AUDIT_KEPT` are deleted."""
+before the latest `MAX_AUDIT_LINES` are deleted."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ class Audit:
         """Note a failed login. Of many in a short time some get a line, and the next line counts the others."""
         with self._failed_lock:
             now = self._monotonic()
-            self._failed_allowance = min(
-                float(MAX_FAILED_BURST), self._failed_allowance + (now - self._failed_at) / FAILED_INTERVAL_S
-            )
+            allowance = self._failed_allowance + (now - self._failed_at) / FAILED_INTERVAL_S
+            self._failed_allowance = min(float(MAX_FAILED_BURST), allowance)
             self._failed_at = now
             if self._failed_allowance < 1:
                 self._unlisted += 1

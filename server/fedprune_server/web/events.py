@@ -68,10 +68,8 @@ class Streams:
     def enter(self, operator: str) -> Iterator[PendingTopics | None]:
         """Enter a stream, and yield its changes from now on; None if the operator may open no further one. Only for the
         event loop, where nothing runs between the check and the entry."""
-        if (
-            len(self._pending_topics) >= MAX_STREAMS
-            or sum(o == operator for o in self._pending_topics.values()) >= MAX_STREAMS_OF_OPERATOR
-        ):
+        operators = list(self._pending_topics.values())
+        if len(operators) >= MAX_STREAMS or operators.count(operator) >= MAX_STREAMS_OF_OPERATOR:
             yield None
             return
         pending = PendingTopics()
@@ -85,17 +83,18 @@ class Streams:
         for pending in self._pending_topics:
             pending.add(topics)
 
-    async def events(self, pending: PendingTopics, *, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """Server-sent events of a stream while the operator is logged in: `is_logged_in()` says so, in another
-        thread."""
+    async def events(
+        self, pending: PendingTopics, *, ready: bool, is_logged_in: Callable[[], bool]
+    ) -> AsyncIterator[str]:
+        """Server-sent events of a stream, until `is_logged_in`, which is called in another thread, says no."""
         yield event_text("hello", {"ready": ready})
-        while await run_in_threadpool(allowed):
+        while await run_in_threadpool(is_logged_in):
             try:
                 await asyncio.wait_for(pending.has_topics.wait(), self._beat_s)
             except asyncio.TimeoutError:
                 yield ": still here\n\n"
                 continue
-            if await run_in_threadpool(allowed):
+            if await run_in_threadpool(is_logged_in):
                 yield pending.take_event()
         yield event_text("ended", {})
 
@@ -109,7 +108,7 @@ class LiveStream(Response):
     def __init__(self, streams: Streams, operator: str, *, ready: bool, is_logged_in: Callable[[], bool]) -> None:
         super().__init__()
         self._streams, self._operator = streams, operator
-        self._ready, self._allowed = ready, is_logged_in
+        self._ready, self._is_logged_in = ready, is_logged_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._streams.enter(self._operator) as pending:
@@ -117,7 +116,7 @@ class LiveStream(Response):
             if pending is None:
                 answer = JSONResponse({"error": "too many streams are open"}, 429)
             else:
-                events = self._streams.events(pending, ready=self._ready, allowed=self._allowed)
+                events = self._streams.events(pending, ready=self._ready, is_logged_in=self._is_logged_in)
                 headers = {"x-accel-buffering": "no"}
                 answer = StreamingResponse(events, media_type="text/event-stream", headers=headers)
             await answer(scope, receive, send)

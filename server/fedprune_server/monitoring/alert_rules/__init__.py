@@ -17,7 +17,7 @@ from fedprune_server.monitoring.situation import Situation
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-# Under another name, because `alerts.KINDS` is empty until the rules are imported, which importing this room does.
+# Under another name: `alerts.ALERT_KINDS` is empty until the rules are imported, which importing this room does.
 ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = ALERT_KINDS
 
 

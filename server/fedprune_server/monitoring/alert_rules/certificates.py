@@ -30,6 +30,5 @@ def ending_certificates(situation: Situation, now: float) -> Iterator[Alert]:
         else:
             continue
         is_warning = not entry.error and entry.begins <= now < entry.ends
-        yield Alert(
-            "certificate", WARNING if is_warning else CRITICAL, now, what, why, entry.advice, subject=entry.path
-        )
+        severity = WARNING if is_warning else CRITICAL
+        yield Alert("certificate", severity, now, what, why, entry.advice, subject=entry.path)

@@ -66,9 +66,7 @@ def _stalled_round(situation: Situation, job: WatchedJob) -> Iterator[Alert]:
     if not job.offline_since or job.snapshot.is_paused or situation.broker_problem or not situation.able_boards:
         return
     since, until = min(job.offline_since.values()), ""
-    deadlines = [
-        deadline for deadline in map(job.snapshot.awaited_devices.get, job.offline_since) if deadline is not None
-    ]
+    deadlines = [d for d in map(job.snapshot.awaited_devices.get, job.offline_since) if d is not None]
     if len(deadlines) == len(job.offline_since):
         pronoun = "it" if len(job.offline_since) == 1 else "them"
         until = f"; the round goes on without {pronoun} at {format_minute(max(deadlines))} (deadline)"

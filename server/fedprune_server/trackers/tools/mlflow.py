@@ -48,20 +48,17 @@ class MlflowTracker(Tracker):
             client.update_run(self._run, status="RUNNING")
             return int(runs[0].data.metrics.get(_ROUND_METRIC, 0))
         self._run = client.create_run(experiment, tags={"fedprune.run": name}, run_name=run.title).info.run_id
-        params = [
-            self._entities.Param(plain_name(key), str(value)[:_MAX_PARAMETER_LENGTH])
-            for key, value in run.parameters.items()
-        ]
+        texts = ((plain_name(k), str(v)[:_MAX_PARAMETER_LENGTH]) for k, v in run.parameters.items())
+        params = [self._entities.Param(key, text) for key, text in texts]
         for first in range(0, len(params), _BATCH_SIZE):
             client.log_batch(self._run, params=params[first : first + _BATCH_SIZE])
         return 0
 
     def write(self, number: int, values: Mapping[str, float], at: float) -> None:
+        others = {k: v for k, v in values.items() if k != _ROUND_METRIC}
         metrics = [
             self._entities.Metric(plain_name(name), value, int(at * 1000), number)
-            for name, value in (
-                {k: v for k, v in values.items() if k != _ROUND_METRIC} | {_ROUND_METRIC: number}
-            ).items()
+            for name, value in {**others, _ROUND_METRIC: number}.items()
         ]
         for first in range(0, len(metrics), _BATCH_SIZE):  # the round's number comes last: then it is complete
             self._client.log_batch(self._run, metrics=metrics[first : first + _BATCH_SIZE])

@@ -75,9 +75,8 @@ class AdminExecutor:
         if self._releases is None:
             return ()
         try:
-            folders = [
-                p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _is_release_name(p.name)
-            ]
+            folders = [p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink()]
+            folders = [p for p in folders if _is_release_name(p.name)]
             folders.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         except OSError:
             return ()
@@ -120,9 +119,8 @@ class AdminExecutor:
             left_release = order.release or ""
             if not left_release.isdecimal() or len(left_release) > _MAX_DIGITS:
                 raise ReleaseError("release that boards leave", expected="its number", got=order.release)
-            return take_back(
-                self._state, reason, release=int(left_release), above=self._highest_prepared()
-            ).way_back_text()
+            highest = self._highest_prepared()
+            return take_back(self._state, reason, release=int(left_release), above=highest).way_back_text()
         with RolloutStore(self._state) as store:
             return order_rollout(store, order.order.removeprefix("rollout_"), reason)
 

@@ -33,9 +33,8 @@ class LogTap(logging.Handler):
     def __init__(self, known: Callable[[str], bool]) -> None:
         super().__init__(logging.INFO)
         self._is_device = known
-        self._lines: deque[tuple[LogLine, bool]] = deque(
-            maxlen=MAX_WAITING_LINES
-        )  # and whether its device is only read from it
+        # Lines, and whether the device of each is only read from its text.
+        self._lines: deque[tuple[LogLine, bool]] = deque(maxlen=MAX_WAITING_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line, without control characters."""

@@ -96,9 +96,8 @@ class OrderService:
             StorageError: The disk fails or is full.
         """
         if not isinstance(body, Mapping) or not set(body) <= {"order", *ORDER_ARGUMENTS}:
-            raise RefusedError(
-                422, f"expected an object with order, and of {', '.join(ORDER_ARGUMENTS)} what that needs"
-            )
+            names = ", ".join(ORDER_ARGUMENTS)
+            raise RefusedError(422, f"expected an object with order, and of {names} what that needs")
         kind = body.get("order")
         if not isinstance(kind, str) or kind not in ROLE_OF_ORDER:
             raise RefusedError(422, f"expected an order: one of {', '.join(sorted(ROLE_OF_ORDER))}")
@@ -141,10 +140,8 @@ class OrderService:
 
     def latest(self) -> list[dict[str, Any]]:
         """The latest orders, newest first."""
-        return [
-            _order_fields(r)
-            for r in self._database.rows("SELECT * FROM orders ORDER BY number DESC LIMIT ?", MAX_KEPT_ORDERS)
-        ]
+        query = "SELECT * FROM orders ORDER BY number DESC LIMIT ?"
+        return [_order_fields(r) for r in self._database.rows(query, MAX_KEPT_ORDERS)]
 
     def expire(self) -> None:
         """Answer orders that the server has not taken in time, and won't take."""
@@ -164,9 +161,8 @@ class OrderService:
                     self._database.execute(query, *values)
 
     def _check(self, session: OperatorSession, address: str, kind: str, arguments: Mapping[str, Any]) -> None:
-        if self._view.accepted_orders == "none" or (
-            self._view.accepted_orders == "look" and kind not in READING_ORDERS
-        ):
+        accepted = self._view.accepted_orders
+        if accepted == "none" or (accepted == "look" and kind not in READING_ORDERS):
             raise RefusedError(403, "this server takes no such orders from the console ([server] console_orders)")
         if not has_role(session.operator.role, ROLE_OF_ORDER[kind]):
             shortened = {key: one_line(str(value), _MAX_NOTED_LENGTH) for key, value in arguments.items()}

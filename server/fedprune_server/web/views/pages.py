@@ -259,12 +259,8 @@ class _PageRoutes:
         jobs = self._view.jobs
         job = self._view.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
         name = job["name"] if job else ""
-        asks = (
-            self._pages.order_details(request, "coverage", name, self._view.coverage(name), COVERAGE_LIFETIME_S)
-            if job
-            else False
-        )
-        coverage = self._view.coverage(name)
+        coverage, again_s = self._view.coverage(name), COVERAGE_LIFETIME_S
+        asks = job is not None and self._pages.order_details(request, "coverage", name, coverage, again_s)
         return self._pages.draw(
             request,
             "rounds",
@@ -283,11 +279,8 @@ class _PageRoutes:
         return self._pages.draw(request, "rollouts", rollouts=self._view.rollouts, releases=self._view.releases)
 
     def alerts(self, request: Request) -> Response:
-        all_alerts, only, q = (
-            self._view.alerts(size=ROWS_PER_PAGE).items,
-            filters(request, "level"),
-            search_text(request),
-        )
+        all_alerts = self._view.alerts(size=ROWS_PER_PAGE).items
+        only, q = filters(request, "level"), search_text(request)
         level = only.get("level", "")
         return self._pages.draw(
             request,
@@ -305,9 +298,8 @@ class _PageRoutes:
         if not has_role(session_of(request).operator.role, "admin"):
             return self._pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
         entries = self._console.audit.page(page_number(request), ROWS_PER_PAGE)
-        return self._pages.draw(
-            request, "audit", entries=entries, kept=f"{MAX_AUDIT_LINES:,}", link=_link_maker("/audit", {})
-        )
+        kept, link = f"{MAX_AUDIT_LINES:,}", _link_maker("/audit", {})
+        return self._pages.draw(request, "audit", entries=entries, kept=kept, link=link)
 
 
 def _link_maker(path: str, current: Mapping[str, str]) -> Callable[..., str]:

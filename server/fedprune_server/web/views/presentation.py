@@ -123,10 +123,9 @@ def job_charts(rounds: Sequence[Row]) -> list[Chart]:
         values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
         title = f"Global {name if metric is None else metric.title}"
         if metric is not None and metric.is_share:
+            shares, unit = phrases.share_text, (0.01, "%")
             drawn_charts.append(
-                lay_out_chart(
-                    f"metric-{i}", title, round_numbers, values, phrases.share_text, unit=(0.01, "%"), top=100.0
-                )
+                lay_out_chart(f"metric-{i}", title, round_numbers, values, shares, unit=unit, top=100.0)
             )
         else:
             drawn_charts.append(lay_out_chart(f"metric-{i}", title, round_numbers, values, phrases.number_text))
@@ -137,13 +136,8 @@ def job_charts(rounds: Sequence[Row]) -> list[Chart]:
     unit, name = phrases.axis_of_sizes(max((b or 0 for counts in byte_counts.values() for b in counts), default=0))
     add_chart("bytes", "Bytes of all devices", byte_counts, phrases.size_text, (unit, f" {name}"))
     unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
-    add_chart(
-        "seconds",
-        "Length of a round",
-        {"length": [r["seconds"] for r in rounds]},
-        phrases.seconds_text,
-        (unit, f" {name}"),
-    )
+    lengths = {"length": [r["seconds"] for r in rounds]}
+    add_chart("seconds", "Length of a round", lengths, phrases.seconds_text, (unit, f" {name}"))
     staleness = [r["staleness"] or {} for r in rounds]
     if any(s.get("max") for s in staleness):
         series = {"mean": [s.get("mean") for s in staleness], "most": [s.get("max") for s in staleness]}
@@ -168,19 +162,8 @@ def device_charts(history: Sequence[Row]) -> list[Chart]:
         elif kind in ("bytes", "s"):
             size, name = phrases.axis_of_sizes(highest) if kind == "bytes" else phrases.axis_of_lengths(highest)
             unit = size, f" {name}"
-        drawn_charts.append(
-            lay_out_chart(
-                key,
-                title,
-                round_numbers,
-                series,
-                format_value,
-                unit=unit,
-                top=top,
-                from_zero=kind != "",
-                bridges_gaps=True,
-            )
-        )
+        options: dict[str, Any] = {"unit": unit, "top": top, "from_zero": kind != "", "bridges_gaps": True}
+        drawn_charts.append(lay_out_chart(key, title, round_numbers, series, format_value, **options))
     return [c for c in drawn_charts if c is not None]
 
 
