@@ -56,7 +56,7 @@ class Device:
     widths: tuple[int, ...] = NET.sizes
     density: float = 1.0
     weight: int = 10
-    has_absent_device: frozenset[int] = frozenset()
+    absent_rounds: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Play:
 
     def _round(self) -> None:
         self.round += 1
-        names = sorted(n for n, d in self.devices.items() if self.round not in d.has_absent_device)
+        names = sorted(n for n, d in self.devices.items() if self.round not in d.absent_rounds)
         scene, strategy = self.scene(names), self.strategy
         ranking = strategy.rank(scene)
         fold = strategy.aggregator.fold(scene, evidence=strategy.observes_movement)

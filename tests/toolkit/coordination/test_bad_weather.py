@@ -63,7 +63,7 @@ class Weather(RuleBasedStateMachine):
         self.work: list[on.Event] = []  # the executor's answers, which are never lost
         self.air: list[on.Event] = []  # what devices say
         self.old: list[on.Event] = []  # all that devices ever said
-        self.able_boards: dict[str, int] = {}
+        self.online_sessions: dict[str, int] = {}
         self.sessions = dict.fromkeys(NAMES, 0)
         self.updates: dict[str, on.UpdateAnnounced] = {}
         self.acknowledged: set[tuple[str, int, int, str]] = set()
@@ -85,12 +85,12 @@ class Weather(RuleBasedStateMachine):
             answer = self.shell.answer(command)
             match command:
                 case do.SendOffer() if isinstance(answer, on.UpdateAnnounced):
-                    if command.device in self.able_boards and command.device != MUTE:
+                    if command.device in self.online_sessions and command.device != MUTE:
                         self.updates[command.device] = answer
                         self.air.append(answer)
                         self.old.append(answer)
                 case do.PullUpdate() if answer is not None:
-                    if command.device in self.able_boards:
+                    if command.device in self.online_sessions:
                         self.air.append(answer)
                 case do.Acknowledge():
                     self.acknowledged.add((command.device, command.round, command.attempt, command.weights))
@@ -149,7 +149,7 @@ class Weather(RuleBasedStateMachine):
     def born(self, name: str, *, forgets: bool = False, twice: bool = False) -> None:
         """It says again what it holds, as a board does, whenever that was trained."""
         self.sessions[name] = 1 if forgets else self.sessions[name] + 1
-        self.able_boards[name] = self.sessions[name]
+        self.online_sessions[name] = self.sessions[name]
         for _ in range(1 + twice):
             self.feed(on.DeviceBorn(name, self.sessions[name], {"name": "toy"}, 10))
         if forgets:
@@ -159,10 +159,10 @@ class Weather(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), earlier=st.booleans())
     def vanish(self, name: str, earlier: bool) -> None:
-        if name in self.able_boards:
-            self.feed(on.DeviceDied(name, self.able_boards[name] - earlier))
+        if name in self.online_sessions:
+            self.feed(on.DeviceDied(name, self.online_sessions[name] - earlier))
             if not earlier:
-                del self.able_boards[name]
+                del self.online_sessions[name]
 
     @rule(at=st.integers(0, 999))
     @precondition(lambda self: self.old)
@@ -242,7 +242,7 @@ class Weather(RuleBasedStateMachine):
                 break
             for name in NAMES:
                 if (
-                    name not in self.able_boards
+                    name not in self.online_sessions
                     or not self.state.devices[name].online
                     or self.state.devices[name].excluded
                 ):

@@ -35,7 +35,7 @@ class Fleet(Shell):
 
     def __init__(self, job: Job, silent: tuple[str, ...] = ()) -> None:
         super().__init__(job)
-        self.silent, self.titled_value = silent, list[do.Evaluate]()
+        self.silent, self.evaluations = silent, list[do.Evaluate]()
         self.session = 0
 
     def arrive(self) -> None:
@@ -47,7 +47,7 @@ class Fleet(Shell):
             case do.SendOffer() if command.device in self.silent:
                 return None
             case do.Evaluate():
-                self.titled_value.append(command)
+                self.evaluations.append(command)
                 return on.Evaluated(command.round, {"epsilon_next": 1e3 * (command.foreseen or 0.0)})
         return super().answer(command)
 
@@ -71,9 +71,9 @@ def test_local_noise_counts_with_every_offer(schedule: dict[str, Any]) -> None:
     job = replace(toy.JOB, strategy="fedavg", density=0.0, options={"densities": [1.0]}, schedule=schedule)
     fleet = Fleet(replace(job, privacy=LOCAL))
     fleet.run()
-    rounds = fleet.titled_value[-1].round
+    rounds = fleet.evaluations[-1].round
     assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
-    assert (fleet.titled_value[-1].spent, fleet.titled_value[-1].foreseen) == (rounds / 4, (rounds + 1) / 4)
+    assert (fleet.evaluations[-1].spent, fleet.evaluations[-1].foreseen) == (rounds / 4, (rounds + 1) / 4)
 
 
 def test_shared_noise_counts_for_who_delivered_at_the_noise_that_was_there() -> None:
@@ -127,7 +127,7 @@ def test_a_budget_ends_the_job_before_it_is_overdrawn() -> None:
     # The shell says an ε of a thousand times what was spent: 250 a round.
     fleet = Fleet(replace(toy.JOB, rounds=9, privacy=replace(LOCAL, epsilon_budget=750.0)))
     fleet.run()
-    assert [c.round for c in fleet.titled_value] == [1, 2, 3]
+    assert [c.round for c in fleet.evaluations] == [1, 2, 3]
     assert fleet.state.phase is Phase.FINISHED
     richer_job = make_coordinator(
         replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state

@@ -48,7 +48,7 @@ def vectors(session: SecureSumSession, names: Iterable[str], seed: int = 0) -> d
 class Case:
     session: SecureSumSession
     names: tuple[str, ...]
-    has_absent_device: dict[str, set[str]]
+    absent: dict[str, set[str]]
     seed: int
 
 
@@ -88,16 +88,16 @@ def test_the_sum_is_the_survivors_or_there_is_none(case: Case) -> None:
     inputs = vectors(case.session, case.names, case.seed)
     there, present = set(case.names), {}
     for step in STEPS:
-        there -= case.has_absent_device[step]
+        there -= case.absent[step]
         present[step] = set(there)
     if len(present["advertise"]) <= case.session.threshold:
         with pytest.raises(ProtocolError, match="boards of a secure sum"):
-            cohort.carry_out(inputs, case.has_absent_device)
+            cohort.carry_out(inputs, case.absent)
         assert not cohort.transcript.answers["mask"]
         return
     total, lost = None, ""
     try:
-        total = cohort.carry_out(inputs, case.has_absent_device)
+        total = cohort.carry_out(inputs, case.absent)
     except ProtocolError as error:
         lost = str(error)
     view = ServerView(case.session, cohort.transcript)

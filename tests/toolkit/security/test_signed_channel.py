@@ -44,7 +44,7 @@ class Conversation(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.epoch = self.counter = 0
-        self.next_window = ReplayWindow()
+        self.window = ReplayWindow()
         self.floor = -1
         self.closed = -1  # epochs up to this one are over since the receiver's restart
         self.taken: list[tuple[int, int]] = []
@@ -61,7 +61,7 @@ class Conversation(RuleBasedStateMachine):
 
     @rule()
     def receiver_restarts(self) -> None:
-        self.next_window = ReplayWindow.after(self.floor)
+        self.window = ReplayWindow.after(self.floor)
         self.closed = self.floor
 
     @rule(number=sent)
@@ -73,10 +73,10 @@ class Conversation(RuleBasedStateMachine):
         if not fresh:
             over = epoch < newest or epoch <= self.closed
             with pytest.raises(ReplayError) as caught:
-                self.next_window.accept(epoch, counter)
+                self.window.accept(epoch, counter)
             assert isinstance(caught.value, StaleEpochError) == over
             return
-        assert self.next_window.accept(epoch, counter) == (epoch > newest)
+        assert self.window.accept(epoch, counter) == (epoch > newest)
         self.taken.append(number)
         self.floor = max(self.floor, epoch)
 

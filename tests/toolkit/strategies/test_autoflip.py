@@ -24,7 +24,7 @@ from support.nets.drawn_models import model, seeds
 
 pytestmark = pytest.mark.board
 
-DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=2, has_absent_device=frozenset({3}))}
+DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=2, absent_rounds=frozenset({3}))}
 RANKED = ("first.weight", "second.weight", "second.bias", "head.weight", "head.bias")
 
 
@@ -91,7 +91,7 @@ def test_without_pruning_it_is_fedavg_with_damped_momentum_bit_for_bit() -> None
 
 def test_what_the_first_mask_prunes_is_0_from_the_start_and_later_masks_take_the_rest_there() -> None:
     """With w_k = 0 where masked: v ← β·v + (1 − β)·(0 − w), w ← w + v (AutoFLIP, B6)."""
-    fleet = {"a": Device(), "b": Device(has_absent_device=frozenset({2}))}
+    fleet = {"a": Device(), "b": Device(absent_rounds=frozenset({2}))}
     play = Play(autoflip(server_momentum=0.8), model(NET, 1), fleet)
     play.play(2)
     first = ~masks(play, "a")["second.weight"]

@@ -19,11 +19,11 @@ from support.nets.drawn_models import model, seeds
 
 pytestmark = pytest.mark.board
 
-DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=1, has_absent_device=frozenset({1}))}
+DEVICES = {"a": Device(weight=3), "b": Device(weight=5), "c": Device(weight=1, absent_rounds=frozenset({1}))}
 MIXED = {
     "a": Device((6, 4), weight=3),
     "b": Device((4, 2), weight=5),
-    "c": Device((2, 3), has_absent_device=frozenset({1, 3})),
+    "c": Device((2, 3), absent_rounds=frozenset({1, 3})),
 }
 TRAINED = [t.name for t in NET.trainable]
 SIZE = sum(int(np.prod(t.shape)) for t in NET.trainable)

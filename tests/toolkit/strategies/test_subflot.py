@@ -29,8 +29,8 @@ pytest.importorskip("scipy")
 
 FLEET = {
     "a": Device(weight=3),
-    "b": Device((3, 2), density=0.5, weight=5, has_absent_device=frozenset({2, 3})),
-    "c": Device((5, 3), density=0.75, weight=1, has_absent_device=frozenset({1})),
+    "b": Device((3, 2), density=0.5, weight=5, absent_rounds=frozenset({2, 3})),
+    "c": Device((5, 3), density=0.75, weight=1, absent_rounds=frozenset({1})),
 }
 
 
@@ -73,7 +73,7 @@ def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_la
             assert sent.selection.digest == selection.digest
             plain = selection.gather(before)
             past = pasts.get(name)
-            assert (past is None) == (round_ == min(r for r in range(1, 6) if r not in FLEET[name].has_absent_device))
+            assert (past is None) == (round_ == min(r for r in range(1, 6) if r not in FLEET[name].absent_rounds))
             expected = plain if past is None else prune(before, past.tensors, selection, 0.5)
             assert identical(sent.tensors, expected)
             assert identical(sent.tensors, plain) == (past is None)

@@ -40,7 +40,7 @@ class Network:
 
     serve: BlobSender
     loss: float = 0.0
-    repeat_offers: float = 0.0
+    repeat: float = 0.0
     reorder: float = 0.0
     damage: float = 0.0
     max_packet: int = 256 * 1024
@@ -84,7 +84,7 @@ class Network:
                     in_flight.extend([raw] * self._copies(rng))
 
     def _copies(self, rng: random.Random) -> int:
-        return 0 if rng.random() < self.loss else 2 if rng.random() < self.repeat_offers else 1
+        return 0 if rng.random() < self.loss else 2 if rng.random() < self.repeat else 1
 
     def _deliver(self, pull: Pull, raw: bytes, in_flight: list[bytes], rng: random.Random) -> None:
         sent = Chunk.parse(raw)

@@ -34,9 +34,8 @@ VALUE_BITS = 38
 # weights grow while they do.
 _HEADROOM_DOUBLINGS = 3
 
-_BLOCK_NUMBERS = (
-    262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
-)
+# float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call.
+_BLOCK_NUMBERS = 262_144
 _MAX_ROW_NUMBERS = 32_768  # numbers of one row at once
 # The largest weight of several rows that are added by one product in float64: 2^38 times it is 2^53, up to which
 # float64 holds every whole number.
@@ -80,10 +79,8 @@ class Range:
             min_exponent: The exponent isn't smaller than this.
         """
         largest = largest_magnitude(reference)
-        return cls(
-            max(min_exponent, math.frexp(largest)[1] + _HEADROOM_DOUBLINGS) if math.isfinite(largest) else min_exponent,
-            limbs,
-        )
+        exponent = math.frexp(largest)[1] + _HEADROOM_DOUBLINGS if math.isfinite(largest) else min_exponent
+        return cls(max(min_exponent, exponent), limbs)
 
 
 def weight_in_round(samples: int, total: int, devices: int) -> int:

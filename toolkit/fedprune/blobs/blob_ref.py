@@ -80,9 +80,7 @@ def read_table_file(raw: bytes, leaf_count: int) -> bytes | None:
 def leaf_table(data: bytes | memoryview) -> bytes:
     """Digests of the leaves of `data`, one after the other."""
     view = memoryview(data)
-    return b"".join(
-        hashlib.sha256(view[start : start + LEAF_BYTES]).digest() for start in range(0, len(view), LEAF_BYTES)
-    )
+    return b"".join(hashlib.sha256(view[i : i + LEAF_BYTES]).digest() for i in range(0, len(view), LEAF_BYTES))
 
 
 def leaf_digests(table: bytes) -> list[bytes]:

@@ -139,10 +139,7 @@ class PartialBlob:
         self.present_leaves = bytearray(ref.leaf_count)
         self.present_count = 0
         self._is_vouched = vouched
-        self._hasher, self._hashed_leaves = (
-            hashlib.sha256(),
-            0,
-        )  # of the leaves before the first gap, and how many they are
+        self._hasher, self._hashed_leaves = hashlib.sha256(), 0  # of the leaves before the first gap; their number
         self._flushed_bytes = 0  # bytes whose write-back the kernel was asked to start
         self._data_path = store.root / "partial" / ref.sha256
         self._table_path = store.root / "partial" / (ref.sha256 + TABLE_SUFFIX)
@@ -308,9 +305,7 @@ class PartialBlob:
             and leaf_table(view) == (self.table or b"")[first * DIGEST_BYTES : end * DIGEST_BYTES]
         ):
             return []
-        return [
-            i for i in indices if not self._matches(i, view[(i - first) * LEAF_BYTES : (i - first + 1) * LEAF_BYTES])
-        ]
+        return [i for i in indices if not self._matches(i, view[(i - first) * LEAF_BYTES :][:LEAF_BYTES])]
 
     def _matches(self, index: int, leaf: bytes | memoryview) -> bool:
         table = self.table or b""

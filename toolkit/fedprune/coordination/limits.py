@@ -68,7 +68,7 @@ _LENGTH_DIGITS = 6
 _REPORTED_SHARE = 0.25
 
 # The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights.
-_REPORTED_STATISTICS_SHARE = 0.1
+_REPORTED_STATISTICS = 0.1
 
 # Key of all trained tensors together.
 ALL_TRAINED = ""
@@ -151,9 +151,7 @@ def limit_round(
     # The first round has no references: its limits are the medians alone.
     trained = {t.name for t in architecture.trainable}
     scaled = trained | {ALL_TRAINED}
-    rejected = _rejection_reasons(
-        updates, move_limit, float(references[ALL_TRAINED][0]) if ALL_TRAINED in references else 0.0
-    )
+    rejected = _rejections(updates, move_limit, float(references[ALL_TRAINED][0]) if ALL_TRAINED in references else 0.0)
     accepted = {device: lengths_of_device for device, lengths_of_device in updates.items() if device not in rejected}
     usual_lengths, reference = {}, {}
     for name in sorted({name for lengths_of_device in updates.values() for name in lengths_of_device} | {ALL_TRAINED}):
@@ -182,9 +180,7 @@ def limit_round(
         tensor_shares = {n: min(s, update_share) if n in trained else s for n, s in tensor_shares.items()}
         smallest = min(tensor_shares, key=lambda n: tensor_shares[n], default=ALL_TRAINED)
         shares[device] = {n: s for n, s in tensor_shares.items() if s < 1}
-        if smallest and tensor_shares[smallest] < (
-            _REPORTED_SHARE if smallest in trained else _REPORTED_STATISTICS_SHARE
-        ):
+        if smallest and tensor_shares[smallest] < (_REPORTED_SHARE if smallest in trained else _REPORTED_STATISTICS):
             name = ALL_TRAINED if smallest in trained and tensor_shares[smallest] == update_share else smallest
             subject = f"tensor {name}: " if name else ""
             distance = _distance_text(lengths_of_device[name], usual_lengths[name])
@@ -225,7 +221,7 @@ def weight_limit_of_counts(counts: Mapping[int, int], median_multiple: float, ab
     return limit
 
 
-def _rejection_reasons(updates: Mapping[str, UpdateLengths], move_limit: float, reference: float) -> dict[str, str]:
+def _rejections(updates: Mapping[str, UpdateLengths], move_limit: float, reference: float) -> dict[str, str]:
     """Reasons by device whose update is too long to count; fewer than half of the updates, as the median is one."""
     nonzero_lengths = _nonzero_lengths(ALL_TRAINED, updates)
     if len(nonzero_lengths) < _MIN_MAJORITY_UPDATES:
@@ -256,17 +252,13 @@ def _usual_length(reference: float, nonzero_lengths: Sequence[float], *, majorit
     return min(median, _MAX_GROWTH * reference) if reference else median
 
 
-def _next_reference(
-    reference: float, nonzero_lengths: Sequence[float], lower: float, upper: float, max_fall: float
-) -> float:
+def _next_reference(reference: float, lengths: Sequence[float], lower: float, upper: float, max_fall: float) -> float:
     """The next reference; 0 as long as no update has changed the tensor."""
-    if not nonzero_lengths:
+    if not lengths:
         return reference
     # Without a majority the reference moves only as far as the nearest update is from it.
     nearest_low, nearest_high = (
-        (statistics.median_low(nonzero_lengths),) * 2
-        if len(nonzero_lengths) >= _MIN_MAJORITY_UPDATES
-        else (nonzero_lengths[0], nonzero_lengths[-1])
+        (statistics.median_low(lengths),) * 2 if len(lengths) >= _MIN_MAJORITY_UPDATES else (lengths[0], lengths[-1])
     )
     renewed = min(max(reference or nearest_low, nearest_low), nearest_high)
     if reference:
@@ -362,14 +354,12 @@ class UpdateLimits:
         self._uniform = uniform
         # The noise that boards share out is accounted for sums in which updates don't depend on one another.
         self._move_limit = 0.0 if job.privacy.is_on and not job.privacy.is_local else job.move_limit
-        self._lengths_by_key: dict[Hashable, UpdateLengths] = {}
+        self._lengths: dict[Hashable, UpdateLengths] = {}
 
     def note_lengths(self, update: RoundUpdate, measured: UpdateReport | UpdateLengths) -> None:
         """Note how far an update moved, from its checked report or from its lengths."""
-        if self._move_limit and update.key not in self._lengths_by_key:
-            self._lengths_by_key[update.key] = (
-                measure_update(measured) if isinstance(measured, UpdateReport) else measured
-            )
+        if self._move_limit and update.key not in self._lengths:
+            self._lengths[update.key] = measure_update(measured) if isinstance(measured, UpdateReport) else measured
 
     def limit_updates(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Apply the limits to all updates of a round; those that can't be read are left as they are."""
@@ -377,7 +367,7 @@ class UpdateLimits:
         if not self._move_limit or not updates:
             return LimitedUpdates(tuple(updates), {}, reasons, {}, heavy_devices)
         for update in updates:
-            if update.key not in self._lengths_by_key:
+            if update.key not in self._lengths:
                 try:
                     self.note_lengths(update, update.read())
                 except (StorageError, MemoryError):
@@ -385,10 +375,10 @@ class UpdateLimits:
                 except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
                     _LOG.debug("length of the update of %s", update.device, exc_info=True)
         # Lengths of updates that are not in this round any more would pile up over a job.
-        self._lengths_by_key = {u.key: self._lengths_by_key[u.key] for u in updates if u.key in self._lengths_by_key}
-        measured = [u for u in updates if u.key in self._lengths_by_key]
+        self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
+        measured = [u for u in updates if u.key in self._lengths]
         limits = limit_round(
-            {u.device: self._lengths_by_key[u.key] for u in measured},
+            {u.device: self._lengths[u.key] for u in measured},
             scene.memory.get(REFERENCES_MEMORY, {}),
             scene.architecture,
             scene.model,

@@ -115,7 +115,7 @@ class MaskedCoordinator(SynchronousCoordinator):
                 event.dropped[name], FailureKind.LOST if name in lost_devices else FailureKind.OTHER
             )
         if not event.sums:
-            retry_at_once = self._update_suspects((), event.false)
+            retry_at_once = self._note_suspects((), event.false)
             return self._repeat_round(now) if retry_at_once else self._restart_after_unusable_updates(now)
         state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
         return [self._close_command()]
@@ -129,15 +129,13 @@ class MaskedCoordinator(SynchronousCoordinator):
             is_spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in members)
             (false_cohorts if is_spoilt else true_cohorts).append(members)
         self.state.closing = {"cohorts": closing["cohorts"]} if closing.get("cohorts") else None  # for the summary
-        return true_cohorts, self._update_suspects(true_cohorts, false_cohorts)
+        return true_cohorts, self._note_suspects(true_cohorts, false_cohorts)
 
     def _round_summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
         reports = (self.state.closing or {}).get("cohorts", ())
         return {**super()._round_summary(metrics, now), "notes": [cohort_sum_line(report) for report in reports]}
 
-    def _update_suspects(
-        self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]
-    ) -> bool:
+    def _note_suspects(self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]) -> bool:
         """Learn from a round's sums which devices may have spoilt one. Returns whether fewer are suspected than before,
         so that the next attempt needs no pause."""
         state, former_suspects = self.state, self.state.suspects

@@ -202,9 +202,8 @@ class Round:
                 self.fold, scene, rate, lambda: ((r, self.lift_update(r)) for r in reports(folded))
             )
         rejected |= _outlier_failures(closing.rejected)
-        with (
-            self._blame_current_device() as observed
-        ):  # after the rejections, so that a scorer learns only from what counts
+        # After the rejections, so that a scorer learns only from what counts.
+        with self._blame_current_device() as observed:
             observations = strategy.learn(scene, self.fold, lambda: reports(observed))
         # Rounds of exploration collect evidence; whether they also move the model, the strategy decides.
         if scene.round <= strategy.exploration_rounds and not strategy.exploration_updates_model:

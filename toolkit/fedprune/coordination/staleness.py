@@ -32,10 +32,10 @@ class UpdateWeights:
         self._job = job
         self._uniform = uniform
         self._changed = (state.devices.watch(), state.tasks.watch())
-        self._samples_of_device: dict[str, int] = {}
+        self._samples: dict[str, int] = {}
         self._sample_counts: Counter[int] = Counter()
         self._weight_limit, self._total_samples = 0, 0
-        self._rows_by_device: dict[str, tuple[int, float, int]] = {}
+        self._rows: dict[str, tuple[int, float, int]] = {}
         self._kind_counts: Counter[tuple[int, float]] = Counter()
         self._unbiased_weight = 0
 
@@ -47,16 +47,14 @@ class UpdateWeights:
         other_arrivals: list[Arrival]
         if schedule.mixing != "unbiased":
             # All that matters of others is whether any is stale: one update of each kind suffices.
-            model_round, share, _ = self._rows_by_device[name]
+            model_round, share, _ = self._rows[name]
             kinds = (k for k, count in self._kind_counts.items() if count > (k == (model_round, share)))
             other_arrivals = [Arrival(state.round - model_round, 1, 0.0, share) for model_round, share in kinds]
         # Below the limit of the sums no weight is scaled down, so that none depends on the others.
-        elif schedule.weights_fit(self._unbiased_weight, len(self._rows_by_device), self._total_samples):
+        elif schedule.weights_fit(self._unbiased_weight, len(self._rows), self._total_samples):
             other_arrivals = []
         else:
-            other_arrivals = [
-                a for n in self._rows_by_device if n != name and (a := self._expected_arrival(n)) is not None
-            ]
+            other_arrivals = [a for n in self._rows if n != name and (a := self._expected_arrival(n)) is not None]
         return schedule.weights([arrival, *other_arrivals], self._total_samples, uniform=self._uniform)[0]
 
     def closing_record(self, fresh: dict[str, DeviceTask]) -> dict[str, Any]:
@@ -107,26 +105,24 @@ class UpdateWeights:
         new_samples = {
             name: devices[name].samples
             for name in names
-            if name in devices and self._samples_of_device.get(name) != devices[name].samples
+            if name in devices and self._samples.get(name) != devices[name].samples
         }
         if new_samples:
-            self._sample_counts.subtract(
-                self._samples_of_device[name] for name in new_samples if name in self._samples_of_device
-            )
+            self._sample_counts.subtract(self._samples[name] for name in new_samples if name in self._samples)
             self._sample_counts.update(new_samples.values())
             self._sample_counts += Counter()  # without the zeros
-            self._samples_of_device |= new_samples
+            self._samples |= new_samples
             limit = weight_limit_of_counts(self._sample_counts, self._job.weight_limit, self._job.most_samples)
             if limit != self._weight_limit:
-                names |= self._rows_by_device.keys()  # it may change what they count for
+                names |= self._rows.keys()  # it may change what they count for
             self._weight_limit = limit
             self._total_samples = sum(
                 count * (1 if self._uniform else max(1, min(samples, limit)))
                 for samples, count in self._sample_counts.items()
             )
         for name in names:
-            if name in self._rows_by_device:
-                model_round, share, unbiased_weight = self._rows_by_device.pop(name)
+            if name in self._rows:
+                model_round, share, unbiased_weight = self._rows.pop(name)
                 self._kind_counts[model_round, share] -= 1
                 self._unbiased_weight -= unbiased_weight
                 if not self._kind_counts[model_round, share]:
@@ -138,7 +134,7 @@ class UpdateWeights:
                     unbiased_weight = self._schedule.window_count(arrival) * (
                         1 if self._uniform else max(1, arrival.samples)
                     )
-                self._rows_by_device[name] = (model_round, arrival.share, unbiased_weight)
+                self._rows[name] = (model_round, arrival.share, unbiased_weight)
                 self._kind_counts[model_round, arrival.share] += 1
                 self._unbiased_weight += unbiased_weight
 

@@ -74,7 +74,7 @@ class WidthPlanner:
                 return
             correction = Correction(**device.correction)
             self._assign(
-                device, self._first_plan_that_fits(name, device, correction, correction.without_times(), NO_CORRECTION)
+                device, self._fitting_plan(name, device, correction, correction.without_times(), NO_CORRECTION)
             )
         except StrategyError:  # no device's fault
             raise
@@ -113,9 +113,7 @@ class WidthPlanner:
         try:
             self._assign(
                 device,
-                self._first_plan_that_fits(
-                    name, device, correction, *([correction.without_times()] if overran else [])
-                ),
+                self._fitting_plan(name, device, correction, *([correction.without_times()] if overran else [])),
             )
         except StrategyError:
             raise
@@ -159,7 +157,7 @@ class WidthPlanner:
             self.job, name, widths, kept_share(self.architecture, widths), device.samples
         )
 
-    def _first_plan_that_fits(
+    def _fitting_plan(
         self, name: str, device: JobDevice, correction: Correction, *fallbacks: Correction
     ) -> _SharedPlan:
         """The plan by the first of the corrections with which a width fits. Raises the last error if none does."""
@@ -167,7 +165,7 @@ class WidthPlanner:
         if shared_plan.error is None:
             return shared_plan
         if isinstance(shared_plan.error, PlanError) and set(fallbacks) - {correction}:
-            return self._first_plan_that_fits(name, device, *fallbacks)
+            return self._fitting_plan(name, device, *fallbacks)
         # The error is kept for other devices; a traceback would keep the frames of this call alive with it.
         raise shared_plan.error.with_traceback(None)
 
@@ -177,7 +175,7 @@ class WidthPlanner:
         key = (id(profile), device.probe, device.samples, tuple(device.codecs), correction)
         shared_plan = self._plans.pop(key, None)
         if shared_plan is None or any(self._recipe(name, device, w) != r for w, r in shared_plan.recipes.items()):
-            shared_plan = self._search_plan(name, device, profile, correction)
+            shared_plan = self._find_plan(name, device, profile, correction)
         self._plans[key] = shared_plan
         forget_oldest(self._plans)
         return shared_plan
@@ -191,9 +189,7 @@ class WidthPlanner:
             self._plans.clear()
         return shared_profile
 
-    def _search_plan(
-        self, name: str, device: JobDevice, profile: HardwareProfile, correction: Correction
-    ) -> _SharedPlan:
+    def _find_plan(self, name: str, device: JobDevice, profile: HardwareProfile, correction: Correction) -> _SharedPlan:
         full_widths = self.architecture.sizes
         try:
             plan = PlanSearch(

@@ -36,9 +36,8 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            **{"allow_abbrev": False, "formatter_class": _ParagraphFormatter, **options}
-        )  # --round is no --rounds
+        # Without abbreviations, since --round is no --rounds.
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _ParagraphFormatter, **options})
         self.register("type", int, _bounded_int)
         self.register("type", float, _finite_float)
         self.register("action", "parsers", _Subcommands)

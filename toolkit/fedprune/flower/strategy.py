@@ -306,10 +306,8 @@ class FedpruneStrategy(FedAvg):
             if name not in arrays:
                 raise ProtocolError(f"update lacks tensor {name}")
             tensors[name] = float32_array(arrays[name].data, shape, f"tensor {name} in an update")
-        samples, steps = (
-            _whole_count(metric_record.get(self.weighted_by_key)),
-            _whole_count(metric_record.get(STEPS_METRIC, 1)),
-        )
+        samples = _whole_count(metric_record.get(self.weighted_by_key))
+        steps = _whole_count(metric_record.get(STEPS_METRIC, 1))
         return NodeUpdate(tensors, samples, steps)
 
     def _average_metrics(

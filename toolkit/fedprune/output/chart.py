@@ -43,7 +43,7 @@ SEARCH_THRESHOLD = 20
 LEVELS = 10
 
 # Larger values are left out, as NaN is: one diverged round would press all others onto the axis.
-_MAX_DRAWN_VALUE = 1e30
+_MAX_DRAWN = 1e30
 
 _COLOUR_CLASSES = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -164,9 +164,7 @@ def lay_out_chart(
     shown_indices = [i for i in range(len(positions)) if (len(positions) - 1 - i) % thinning == 0]
     positions = [positions[i] for i in shown_indices]
     series = {name: [values[i] for i in shown_indices] for name, values in series.items()}
-    series = {
-        name: [v if v is not None and abs(v) < _MAX_DRAWN_VALUE else None for v in vs] for name, vs in series.items()
-    }
+    series = {name: [v if v is not None and abs(v) < _MAX_DRAWN else None for v in vs] for name, vs in series.items()}
     present_values = [v for values in series.values() for v in values if v is not None]
     if not present_values:
         return None
@@ -221,8 +219,7 @@ def share_strip(name: str, shares: Sequence[float] | npt.NDArray[np.float64]) ->
 def merge_curves(
     curves: Mapping[str, Sequence[tuple[float, float | None]]],
 ) -> tuple[list[float], dict[str, list[float | None]]]:
-    """Merge curves with positions of their own into the positions and series of one chart, to be drawn
-    `bridges_gaps`."""
+    """Merge curves with positions of their own into the positions and series of one chart that bridges gaps."""
     positions = sorted({x for points in curves.values() for x, _ in points})
     values_by_curve = {name: dict(points) for name, points in curves.items()}
     return positions, {name: [values.get(x) for x in positions] for name, values in values_by_curve.items()}
@@ -235,11 +232,8 @@ def chart_html(chart: Chart, *, legend: bool = True) -> str:
         f"{c.name} {_last_value(c.values)}" if len(chart.curves) > 1 else _last_value(c.values) for c in chart.curves
     )
     keys_html = legend_html([(c.name, c.style) for c in chart.curves]) if legend and len(chart.curves) > 1 else ""
-    heading = (
-        f"{chart.x_title} {chart.positions[-1]}"
-        if chart.x_title == "round"
-        else f"{chart.positions[-1]} {chart.x_title}"
-    )
+    words = (chart.x_title, chart.positions[-1])
+    heading = " ".join(words if chart.x_title == "round" else reversed(words))
     latest_html = html_text(f"{heading}: {latest}")
     output = f'<output aria-hidden="true">{latest_html}</output>' if is_inline else ""
     plot_html = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in chart.grid_lines)

@@ -118,24 +118,22 @@ def _block_html(block: Block) -> str:
 
 def _block_markdown(block: Block) -> Iterator[str]:
     if isinstance(block, str):
-        yield _single_line(block)
+        yield _one_line(block)
     elif isinstance(block, Bars):
-        yield from (
-            f"- {_single_line(bar.title or f'{bar.name}: {bar.note}')}" for bar in block.rows if block.is_listed
-        )
+        yield from (f"- {_one_line(bar.title or f'{bar.name}: {bar.note}')}" for bar in block.rows if block.is_listed)
     elif isinstance(block, Table):
         if block.rows:
             yield _markdown_row([column.title for column in block.columns])
             yield _markdown_row(["---:" if column.is_right_aligned else "---" for column in block.columns])
             yield from map(_markdown_row, block.rows)
     elif not isinstance(block, Drawing):
-        yield from (f"- {_single_line(item)}" for item in block)
+        yield from (f"- {_one_line(item)}" for item in block)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
     # An unescaped bar would begin another cell.
-    return "| " + " | ".join(_single_line(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _single_line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())

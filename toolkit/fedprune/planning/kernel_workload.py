@@ -80,7 +80,7 @@ _COPIES = frozenset({"Concat", "Transpose", "Slice", "Split", "Pad", "Gather", "
 # Activations that onnxruntime lets a convolution do as it writes.
 _FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 
-_INDEX_OF_KIND = {kind: i for i, kind in enumerate(KINDS)}
+_KIND_INDEX = {kind: i for i, kind in enumerate(KINDS)}
 
 
 class Workload:
@@ -135,7 +135,7 @@ class Workload:
         self._is_depthwise = np.array([_kind(n) == "depthwise" for n in self._layers], bool)
         # The first layer with weights reads the model's input.
         self._first_weighted = int(np.argmax(self._has_weight)) if self._has_weight.any() else -1
-        self._training_kinds = np.array([_INDEX_OF_KIND[_training_kind(n)] for n in self._layers], int)
+        self._training_kinds = np.array([_KIND_INDEX[_training_kind(n)] for n in self._layers], int)
         self._inference_kinds = np.array([_inference_kind(self._layers, i) for i in range(len(self._layers))], int)
 
     def _axis_indices(self, axes: Sequence[Axis]) -> list[int]:
@@ -157,9 +157,8 @@ class Workload:
     def element_counts(self, widths: npt.ArrayLike) -> tuple[Numbers, Numbers]:
         """Elements of one sample's activations, and of all tensors: [n] each."""
         sizes = self.sizes(widths)
-        return (sizes[:, self._activation_axes].prod(-1) * self._value_positions).sum(1), sizes[
-            :, self._tensor_axes
-        ].prod(-1).sum(1)
+        activations = sizes[:, self._activation_axes].prod(-1) * self._value_positions
+        return activations.sum(1), sizes[:, self._tensor_axes].prod(-1).sum(1)
 
     def _elements(self, sizes: Numbers) -> tuple[Numbers, Numbers, Numbers]:
         reads = sizes[:, self._read_axes].prod(-1) * self._read_positions
@@ -168,7 +167,7 @@ class Workload:
 
     def _macs(self, sizes: Numbers, reads: Numbers, makes: Numbers, weights: Numbers) -> Numbers:
         products = np.where(
-            self._training_kinds == _INDEX_OF_KIND["product"], makes * sizes[:, self._product_axes].prod(-1), 0
+            self._training_kinds == _KIND_INDEX["product"], makes * sizes[:, self._product_axes].prod(-1), 0
         )
         return np.asarray(np.where(self._has_weight, weights * self._positions, products))
 
@@ -210,7 +209,7 @@ class Workload:
         macs = self._macs(sizes, reads, makes, weights) * batch
         out, inner = sizes[:, self._out_channel_axes].prod(-1), sizes[:, self._in_channel_axes].prod(-1)
         kinds = np.broadcast_to(self._inference_kinds, macs.shape).copy()
-        plain = self._uses_plain_kernels(kinds, inner, out, block)
+        plain = self._uses_plain(kinds, inner, out, block)
         padding = _block_padding(out, block) * np.where(inner >= block, _block_padding(inner, block), 1.0)
         convolutions = np.isin(self._inference_kinds, _CONVOLUTION_KINDS)
         # A blocked kernel computes whole blocks, also of channels that aren't there.
@@ -222,26 +221,24 @@ class Workload:
         )
         # Plain kernels lay out every window of their input first.
         taps = np.where(
-            plain & (self._kernels > 1) & (kinds == _INDEX_OF_KIND["conv"]), self._kernels / self._strides, 1.0
+            plain & (self._kernels > 1) & (kinds == _KIND_INDEX["conv"]), self._kernels / self._strides, 1.0
         )
         small = self._positions < MIN_LARGE_MAP
         for blocked, plain_kind in _PLAIN_KIND_OF.items():
-            is_plain_kind = plain & (kinds == _INDEX_OF_KIND[blocked])
-            kinds[is_plain_kind & ~small] = _INDEX_OF_KIND[plain_kind]
-            kinds[is_plain_kind & small] = _INDEX_OF_KIND.get(f"{plain_kind}-small", _INDEX_OF_KIND[plain_kind])
+            is_plain_kind = plain & (kinds == _KIND_INDEX[blocked])
+            kinds[is_plain_kind & ~small] = _KIND_INDEX[plain_kind]
+            kinds[is_plain_kind & small] = _KIND_INDEX.get(f"{plain_kind}-small", _KIND_INDEX[plain_kind])
         moved_elements = (reads * taps + makes) * batch
         rows = np.stack([np.ones_like(macs), np.zeros_like(macs), macs, moved_elements, weights], -1)
         return self._sum_by_kind(np.where((kinds >= 0)[..., None], rows, 0.0), np.maximum(kinds, 0))
 
     @staticmethod
-    def _uses_plain_kernels(
-        kinds: npt.NDArray[np.int64], inner: Numbers, out: Numbers, block: int
-    ) -> npt.NDArray[np.bool_]:
+    def _uses_plain(kinds: npt.NDArray[np.int64], inner: Numbers, out: Numbers, block: int) -> npt.NDArray[np.bool_]:
         """Whether onnxruntime can't use its blocked kernels, per widths and layer."""
-        dense_kinds = np.isin(kinds, [_INDEX_OF_KIND["conv"], _INDEX_OF_KIND["conv1x1"]])
+        dense_kinds = np.isin(kinds, [_KIND_INDEX["conv"], _KIND_INDEX["conv1x1"]])
         # Less than a block of input channels (an image's) has a kernel of its own.
         misaligned = (inner >= block) & (inner % ALIGNMENT > 0)
-        misaligned_depthwise = (kinds == _INDEX_OF_KIND["depthwise"]) & (out % ALIGNMENT > 0)
+        misaligned_depthwise = (kinds == _KIND_INDEX["depthwise"]) & (out % ALIGNMENT > 0)
         return np.asarray((dense_kinds & misaligned) | misaligned_depthwise)
 
     def _sum_by_kind(self, rows: Numbers, kinds: npt.NDArray[np.int64]) -> Numbers:
@@ -255,7 +252,7 @@ class Workload:
         return sums.reshape(len(sums), -1)
 
 
-_CONVOLUTION_KINDS = [_INDEX_OF_KIND["conv"], _INDEX_OF_KIND["conv1x1"]]
+_CONVOLUTION_KINDS = [_KIND_INDEX["conv"], _KIND_INDEX["conv1x1"]]
 _PLAIN_KIND_OF = {"conv": "conv-plain", "conv1x1": "conv1x1-plain", "depthwise": "depthwise-plain"}
 
 
@@ -322,7 +319,7 @@ def _inference_kind(layers: Sequence[LayerRow], index: int) -> int:
             former_layer = layers[index - 2]
         if former_layer.op in ("Conv", "Gemm") and former_layer.output_volume == layer.output_volume:
             return -1
-    return _INDEX_OF_KIND[kind]
+    return _KIND_INDEX[kind]
 
 
 def _kind(layer: LayerRow) -> str:

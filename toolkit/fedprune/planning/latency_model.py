@@ -47,7 +47,7 @@ GPU_PEAK, GPU_BANDWIDTH = 1.31e12, 68e9
 _OPERATORS = 30
 
 # Kinds of which training moves more elements than of others.
-_MOVE_FACTOR_OF_KIND = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0}
+_MOVE_FACTORS = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0}
 
 # How strongly a fit holds on to what is typical, where measurements say little.
 _PRIOR_WEIGHT = 0.01
@@ -145,7 +145,7 @@ def typical_table(rate: float = TYPICAL_RATE) -> LatencyTable:
     slower = TYPICAL_RATE / rate
     training, inference = {}, {}
     for kind in KINDS:
-        move_factor = _MOVE_FACTOR_OF_KIND.get(kind, 1.0)
+        move_factor = _MOVE_FACTORS.get(kind, 1.0)
         training[kind] = tuple(slower * v * (move_factor if f == "move" else 1.0) for f, v in TYPICAL_TRAINING.items())
         inference[kind] = tuple(slower * v for v in TYPICAL_INFERENCE.values())
     return LatencyTable(16, training, inference)
@@ -158,9 +158,7 @@ def typical_gpu_table(peak: float = GPU_PEAK, bandwidth: float = GPU_BANDWIDTH) 
     mac, number = 2 / (GPU_SHARE * peak), FLOAT / bandwidth
     # What one row makes the next one reads, so that each activation is counted twice.
     move, weight = ACTIVATION_PASSES / 2 * number, WEIGHT_PASSES * number
-    training = {
-        k: (_OPERATORS * GPU_LAUNCH, 0.0, 3 * mac, _MOVE_FACTOR_OF_KIND.get(k, 1.0) * move, weight) for k in KINDS
-    }
+    training = {k: (_OPERATORS * GPU_LAUNCH, 0.0, 3 * mac, _MOVE_FACTORS.get(k, 1.0) * move, weight) for k in KINDS}
     return LatencyTable(1, training, dict.fromkeys(KINDS, (GPU_LAUNCH, 0.0, mac, number, number)))
 
 
@@ -187,9 +185,7 @@ def fit_latency_table(measured: Sequence[Measurement], typical: LatencyTable | N
     if best is None:
         raise ProfileError("latency table: no block was tried")
     error = float(np.median(np.abs(np.concatenate([training_errors, best[3]]))))
-    return LatencyTable(
-        best[1], _unit_seconds_by_kind(training), _unit_seconds_by_kind(best[2]), round(error, 4), len(measured)
-    )
+    return LatencyTable(best[1], _unit_seconds(training), _unit_seconds(best[2]), round(error, 4), len(measured))
 
 
 def _fit_seconds_per_unit(
@@ -217,6 +213,6 @@ def _vector_of(rows: UnitSecondsByKind) -> Numbers:
     return np.array([v for kind in KINDS for v in rows[kind]])
 
 
-def _unit_seconds_by_kind(vector: Numbers) -> UnitSecondsByKind:
+def _unit_seconds(vector: Numbers) -> UnitSecondsByKind:
     table = vector.reshape(len(KINDS), len(FEATURES))
     return {k: tuple(float(f"{v:.{_DIGITS}g}") for v in row) for k, row in zip(KINDS, table.tolist(), strict=True)}

@@ -144,11 +144,8 @@ def _search_candidates(model: _TimeModel, densities: tuple[float, ...]) -> tuple
             for m in MULTIPLES:
                 multiple_of_widths.setdefault(widths_in_multiples(architecture, density, m), m)
         # Clipped to the rung above, so that rungs nest.
-        candidates = list(
-            dict.fromkeys(
-                WidthCandidate(density, tuple(map(min, w, widths_above)), m) for w, m in multiple_of_widths.items()
-            )
-        )
+        clipped = ((tuple(map(min, w, widths_above)), m) for w, m in multiple_of_widths.items())
+        candidates = list(dict.fromkeys(WidthCandidate(density, w, m) for w, m in clipped))
         gains, macs = _time_per_mac(model, candidates, uniform, times, widths_above)
         # Of those that are about as fast the widest: coarse steps would leave a board's room unused.
         nearly_fastest = [i for i in range(len(candidates)) if gains[i] <= _MAX_TIME_FACTOR * min(gains)]

@@ -84,9 +84,7 @@ class RolloutPlan:
         validation.check_word("kind of a rollout", self.kind, ROLLOUT_KINDS)
         shares = [s.share for s in self.stages]
         if not 1 <= len(shares) <= MAX_STAGES or shares != sorted(set(shares)) or shares[-1] != 1:
-            raise ConfigError(
-                "stages of a rollout", expected="shares that grow, the last one 1", got=value_text(shares)
-            )
+            raise ConfigError("stages of a rollout", expected="growing shares, the last one 1", got=value_text(shares))
 
     def groups(self, boards: Iterable[str]) -> list[list[str]]:
         """The boards of each stage: in an order that depends on the seed and nothing else."""

@@ -143,7 +143,7 @@ MAX_RELATIVE_ERROR = 0.1
 
 # The least spread that outputs count with, as a share of the largest: equal outputs don't spread at all. A tenth of it
 # is allowed, which is twice the rounding error of float16.
-_MIN_RELATIVE_SPREAD = 1e-2
+_MIN_SPREAD_RATIO = 1e-2
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,7 @@ def compare_outputs(loss: str, reference: Array, outputs: Array, y: Array | None
     if not reference.size:
         return Agreement(0, None, 0.0)
     rms_difference = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2))
-    spread = max(
-        float(np.std(reference, dtype=np.float64)), _MIN_RELATIVE_SPREAD * float(np.abs(reference).max()), 1e-30
-    )
+    spread = max(float(np.std(reference, dtype=np.float64)), _MIN_SPREAD_RATIO * float(np.abs(reference).max()), 1e-30)
     error = float(rms_difference / spread)
     if labels_of(loss) not in JUDGED_LABELS:
         return Agreement(len(reference), None, error)

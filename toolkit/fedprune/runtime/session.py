@@ -237,26 +237,24 @@ class OnnxSession:
         except ModelError:
             return None
 
-    def _run_on_cpu(
-        self, failed_session: Any, names: list[str], feeds: Mapping[str, Any], error: Exception
-    ) -> list[Array]:
+    def _run_on_cpu(self, session: Any, names: list[str], feeds: Mapping[str, Any], error: Exception) -> list[Array]:
         """Repeat a failed run on the CPU, and stay there if it succeeds: otherwise the GPU is not to blame."""
         with self._lock:
-            session = self._open(_CPU) if self._session is failed_session else self._session
+            cpu_session = self._open(_CPU) if self._session is session else self._session
             try:
                 host_feeds = {n: np.asarray(v) for n, v in feeds.items()}
             except GpuLostError:
-                if self._session is failed_session:
-                    self._leave_cuda(session, error)
+                if self._session is session:
+                    self._leave_cuda(cpu_session, error)
                 raise
             try:
-                values: list[Array] = session.run(names, host_feeds)
+                values: list[Array] = cpu_session.run(names, host_feeds)
             except RuntimeUnavailableError:
                 raise
             except Exception as cpu_error:
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(cpu_error)})") from cpu_error
-            if self._session is failed_session:
-                self._leave_cuda(session, error)
+            if self._session is session:
+                self._leave_cuda(cpu_session, error)
         return values
 
     def _leave_cuda(self, session: Any, error: Exception) -> None:
@@ -266,9 +264,8 @@ class OnnxSession:
 
     def _log_no_cuda(self, reason: str) -> None:
         self.cpu_reason = reason
-        if (
-            reason not in _LOGGED_CAUSES and len(_LOGGED_CAUSES) < _MAX_LOGGED_CAUSES
-        ):  # a process opens a session for every width
+        # Once a reason: a process opens a session for every width.
+        if reason not in _LOGGED_CAUSES and len(_LOGGED_CAUSES) < _MAX_LOGGED_CAUSES:
             _LOGGED_CAUSES.add(reason)
             _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
 

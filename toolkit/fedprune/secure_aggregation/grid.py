@@ -92,9 +92,7 @@ class VectorForm:
             "tensors of a vector", rows, _MAX_TENSORS, "rows", min_items=1, error=ProtocolError
         ):
             if not isinstance(row, (list, tuple)) or len(row) != 4 or not isinstance(row[0], str) or row[0] in grids:
-                raise ProtocolError(
-                    "tensor of a vector", expected="name, exponent, limbs and step", got=value_text(row)
-                )
+                raise ProtocolError("tensor of a vector", expected="name, exponent, limbs, step", got=value_text(row))
             exponent = check_whole("exponent of a tensor's range", row[1], -1100, 1100, error=ProtocolError)
             limbs = check_whole("limbs of a tensor's range", row[2], 1, 4, error=ProtocolError)
             step = None if row[3] is None else check_whole("step of a tensor", row[3], -1100, 1100, error=ProtocolError)
@@ -218,28 +216,24 @@ class CohortGrid:
         check_whole("boards of a cohort", boards, 1, MAX_WEIGHT, error=ProtocolError)
         self.selection = selection
         self._boards = boards
-        self._range_of_withheld = dict(withheld or {})
-        self._specs = [
-            t for t in selection.architecture.tensors if t.name in tensors or t.name in self._range_of_withheld
-        ]
-        self._grid_of_tensor = {spec.name: tensors[spec.name] for spec in self._specs if spec.name in tensors}
+        self._withheld_spans = dict(withheld or {})
+        self._specs = [t for t in selection.architecture.tensors if t.name in tensors or t.name in self._withheld_spans]
+        self._grids = {spec.name: tensors[spec.name] for spec in self._specs if spec.name in tensors}
         self._sizes = {name: math.prod(shape) for name, shape in selection.shapes().items()}
 
     @property
     def form(self) -> VectorForm:
-        return VectorForm(self._grid_of_tensor)
+        return VectorForm(self._grids)
 
     @property
     def narrow(self) -> int:
         """Numbers of 32 bits."""
-        return sum(self._sizes[n] for n, grid in self._grid_of_tensor.items() if grid.step is not None)
+        return sum(self._sizes[n] for n, grid in self._grids.items() if grid.step is not None)
 
     @property
     def wide(self) -> int:
         """Numbers of 64 bits, the number of updates among them."""
-        return 1 + sum(
-            self._sizes[n] * grid.span.limbs for n, grid in self._grid_of_tensor.items() if grid.step is None
-        )
+        return 1 + sum(self._sizes[n] * grid.span.limbs for n, grid in self._grids.items() if grid.step is None)
 
     def partial_sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
         """The sum of a cohort's updates for `Fold.take`.
@@ -266,9 +260,9 @@ class CohortGrid:
         narrow_start, wide_start = 0, 1
         for spec in self._specs:
             size, shape = self._sizes[spec.name], self.selection.shapes()[spec.name]
-            grid = self._grid_of_tensor.get(spec.name)
+            grid = self._grids.get(spec.name)
             if grid is None or grid.step is not None:
-                sent_sum = FixedSum(shape, self._range_of_withheld[spec.name] if grid is None else grid.span)
+                sent_sum = FixedSum(shape, self._withheld_spans[spec.name] if grid is None else grid.span)
                 sent_sum.add(np.asarray(sent[spec.name]), boards)
                 limbs = list(sent_sum.limbs)
             if grid is not None and grid.step is not None:

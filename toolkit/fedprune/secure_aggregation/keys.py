@@ -100,14 +100,14 @@ class BoardKeys:
         self, session: SecureSumSession, board: str, to: str, advertisement: Advertisement, shares: bytes
     ) -> bytes:
         """Shares for a neighbour, encrypted; called once per neighbour."""
-        return AESGCM(self._sealing_key(session, board, to, advertisement)).encrypt(_NONCE, shares, None)
+        return AESGCM(self._seal_key(session, board, to, advertisement)).encrypt(_NONCE, shares, None)
 
     def open_shares(
         self, session: SecureSumSession, board: str, sender: str, advertisement: Advertisement, sealed: bytes
     ) -> bytes:
         """Shares from a neighbour. Raises `ProtocolError`, which names the neighbour, if they are damaged."""
         try:
-            shares = AESGCM(self._sealing_key(session, sender, board, advertisement)).decrypt(_NONCE, sealed, None)
+            shares = AESGCM(self._seal_key(session, sender, board, advertisement)).decrypt(_NONCE, sealed, None)
         except InvalidTag as error:
             raise ProtocolError(f"shares from {sender} don't decrypt", hint="They were changed on the way.") from error
         for share in (shares[:SHARE_BYTES], shares[SHARE_BYTES:]):
@@ -118,9 +118,7 @@ class BoardKeys:
         """The key of the mask of this board and another one."""
         return pair_mask_key(session, self._mask, board, neighbour, advertisement.mask)
 
-    def _sealing_key(
-        self, session: SecureSumSession, sender: str, receiver: str, advertisement: Advertisement
-    ) -> bytes:
+    def _seal_key(self, session: SecureSumSession, sender: str, receiver: str, advertisement: Advertisement) -> bytes:
         # One key per direction: under one key, the nonce, which is constant, would be used twice.
         purpose = transcript("fedprune secure sum shares 1", session.digest, sender, receiver)
         return _derive_key(_agree_on_secret(self._channel, advertisement.channel), purpose)

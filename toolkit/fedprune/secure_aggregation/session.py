@@ -109,10 +109,8 @@ class SecureSumSession:
             if neighbours < threshold:
                 continue
             # Union bounds: any of the boards may be the one whose neighbours drop out or collude.
-            loss_probability = boards * _probability_of_marked(
-                neighbours - threshold + 1, boards - 1, dropouts, neighbours
-            )
-            exposure_probability = boards * _probability_of_marked(threshold, boards - 1, colluders, neighbours)
+            loss_probability = boards * _tail_probability(neighbours - threshold + 1, boards - 1, dropouts, neighbours)
+            exposure_probability = boards * _tail_probability(threshold, boards - 1, colluders, neighbours)
             if (
                 loss_probability <= _MAX_LOSS_PROBABILITY
                 and exposure_probability + _division_probability(boards, dropouts + colluders, neighbours)
@@ -179,7 +177,7 @@ def task_digest(selection: str, weights: str, recipe: Mapping[str, Any], secure:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _probability_of_marked(min_marked: int, population: int, marked: int, drawn: int) -> float:
+def _tail_probability(min_marked: int, population: int, marked: int, drawn: int) -> float:
     """The probability that at least `min_marked` of `drawn` boards are marked, if `marked` of the `population` are
     (hypergeometric)."""
     favourable = sum(

@@ -87,9 +87,8 @@ class Authority:
         certificate = _self_signed_certificate(key, _authority_name(site), clock)
         save_tls_key(key, folder / AUTHORITY_KEY_FILE)
         write_public(folder / CRL_FILE, _revocation_list(Signer(key, certificate), {}))
-        write_public(
-            folder / AUTHORITY_CERTIFICATE_FILE, pem_of(certificate).encode()
-        )  # last: with it the authority is there
+        # Last: with it the authority is there.
+        write_public(folder / AUTHORITY_CERTIFICATE_FILE, pem_of(certificate).encode())
         return cls(folder, clock)
 
     @property

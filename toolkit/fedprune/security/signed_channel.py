@@ -219,9 +219,8 @@ class ReplayWindow:
         elif counter > self.highest_counter:
             ahead = counter - self.highest_counter
             # A jump beyond the window leaves nothing of it; shifting by 2^60 bits would leave nothing of the memory.
-            self._accepted_bits = (
-                (self._accepted_bits << ahead | 1) & (1 << WINDOW_LENGTH) - 1 if ahead < WINDOW_LENGTH else 1
-            )
+            accepted_bits = self._accepted_bits << ahead if ahead < WINDOW_LENGTH else 0
+            self._accepted_bits = (accepted_bits | 1) & (1 << WINDOW_LENGTH) - 1
             self.highest_counter = counter
         else:
             self._accepted_bits |= 1 << self.highest_counter - counter
@@ -350,8 +349,7 @@ class Opener:
     Args:
         floors: By stream, the latest epoch that was on this side's disk when it started.
         on_new_epoch: Called with stream and epoch before the first message of an epoch is returned. They must be on the
-            disk no later than what that message leads to: the function writes them, or the caller does for many at
-                once.
+            disk no later than what that message leads to: the function writes them, or the caller for many at once.
     """
 
     def __init__(self, key: VerifyingKey, floors: Mapping[str, int], on_new_epoch: Callable[[str, int], None]) -> None:

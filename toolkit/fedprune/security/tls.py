@@ -33,7 +33,7 @@ NO_CHECK_TIME = 0x200000
 
 # OpenSSL's X509_V_ERR_* for a chain that ends at no trusted authority. An authority of the same name and another key,
 # as `fedprune-server init` makes one when it is run again, shows as a wrong signature (7) or key identifier (30).
-_FOREIGN_ERROR_CODES = frozenset({2, 7, 18, 19, 20, 21, 30})
+_FOREIGN_CODES = frozenset({2, 7, 18, 19, 20, 21, 30})
 
 
 class PinnedContext(ssl.SSLContext):
@@ -53,11 +53,7 @@ class _CheckedSocket(ssl.SSLSocket):
         try:
             super().do_handshake(block)
         except ssl.SSLCertVerificationError as error:
-            if (
-                isinstance(context, PinnedContext)
-                and context.foreign_message
-                and error.verify_code in _FOREIGN_ERROR_CODES
-            ):
+            if isinstance(context, PinnedContext) and context.foreign_message and error.verify_code in _FOREIGN_CODES:
                 raise _verification_error(context.foreign_message) from error
             raise
         if isinstance(context, PinnedContext):

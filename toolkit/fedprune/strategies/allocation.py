@@ -57,9 +57,8 @@ class Fleet:
         index = bisect_left(self._sorted_names, entry)
         if index == len(self._sorted_names) or self._sorted_names[index] != entry:
             self._sorted_names.insert(index, entry)
-        if len(self._sorted_names) != len(
-            self.state.devices
-        ):  # devices came or went without `position`, as at a restart
+        # Devices come or go without `position`, too, as at a restart.
+        if len(self._sorted_names) != len(self.state.devices):
             self._sorted_names[:] = sorted((natural_sort_key(n), n) for n in self.state.devices)
             index = bisect_left(self._sorted_names, entry)
         return index

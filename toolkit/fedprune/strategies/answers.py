@@ -62,17 +62,15 @@ def _check_ranking(answer: Any, arguments: Sequence[Any]) -> None:
 def _check_memories(answer: Any, part: str) -> None:
     _check_type(Mapping, answer, part, "a dict of named collections of tensors")
     for name, collection in answer.items():
-        collection_path = f"{part}[{value_text(name)}]"
+        path = f"{part}[{value_text(name)}]"
         if not isinstance(name, str) or not name:
             raise UnfitError(f"{part}: a collection's name", "a text", value_text(name))
-        _check_type(Mapping, collection, collection_path, "a dict of arrays by name")
+        _check_type(Mapping, collection, path, "a dict of arrays by name")
         for key, value in collection.items():
             # Strings and objects would need pickle to be stored.
             is_numeric = isinstance(value, np.ndarray) and value.dtype.kind in _NUMBER_KINDS
             if not isinstance(key, str) or not is_numeric:
-                raise UnfitError(
-                    f"{collection_path}[{value_text(key)}]", "an array of numbers, by a text", _type_text(value)
-                )
+                raise UnfitError(f"{path}[{value_text(key)}]", "an array of numbers, by a text", _type_text(value))
 
 
 def _check_submodel(answer: Any, architecture: Architecture, *, missing: bool) -> None:

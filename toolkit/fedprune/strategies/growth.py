@@ -112,9 +112,7 @@ class Recovery:
         return floor
 
 
-def watch_score(
-    previous_state: Mapping[str, Any], new_score: float | None, patience: int
-) -> tuple[dict[str, Any], bool]:
+def watch_score(old_state: Mapping[str, Any], new_score: float | None, patience: int) -> tuple[dict[str, Any], bool]:
     """Check a score once for early stopping.
 
     Args:
@@ -125,8 +123,8 @@ def watch_score(
     Returns:
         What to remember, as JSON, and whether it fires.
     """
-    best_score, last_score = previous_state.get("best"), previous_state.get("last")
-    count = int(previous_state.get("count", 0))
+    best_score, last_score = old_state.get("best"), old_state.get("last")
+    count = int(old_state.get("count", 0))
     fired = False
     # The same score again means that no update came in between: neither better nor a failed check.
     if new_score is not None and new_score != last_score:
@@ -147,13 +145,10 @@ def score_of_metrics(metrics: Mapping[str, float], suffix: str = "") -> float | 
     The sign of a metric of which less is better is turned.
     """
     leading_metric = primary_metric(credible_metrics(metrics), suffix)
-    return (
-        None
-        if leading_metric is None
-        else leading_metric[1]
-        if leading_metric[0].higher_is_better
-        else -leading_metric[1]
-    )
+    if leading_metric is None:
+        return None
+    metric, value = leading_metric
+    return value if metric.higher_is_better else -value
 
 
 def _mean_score(members: Mapping[str, JobDevice]) -> float | None:

@@ -108,7 +108,7 @@ def _compose_unchecked(job: Job) -> tuple[Strategy, _UserCode]:
         raise
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(
-            f"{job.strategy} {_failure_text(error)}", path=("job", "strategy"), hint=_not_found_hint(error, module_name)
+            f"{job.strategy} {_failure(error)}", path=("job", "strategy"), hint=_not_found_hint(error, module_name)
         ) from error
     user_code = _UserCode(module_name, getattr(module, "__file__", None))
     try:
@@ -117,7 +117,7 @@ def _compose_unchecked(job: Job) -> tuple[Strategy, _UserCode]:
         raise
     except Exception as error:
         raise StrategyError(
-            f"{job.strategy} {_failure_text(error, user_code.error_location(error))}",
+            f"{job.strategy} {_failure(error, user_code.error_location(error))}",
             path=("job", "strategy"),
             hint=_PAGE_HINT,
         ) from error
@@ -193,7 +193,7 @@ def _guarding_method(kind: type, method: str, what: str, check: Check, origin: _
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         reader_errors: list[BaseException] = []
         passed_arguments = [
-            _error_noting_reader(argument, reader_errors) if callable(argument) else argument for argument in arguments
+            _note_errors(argument, reader_errors) if callable(argument) else argument for argument in arguments
         ]
         try:
             answer = getattr(super(type(self), self), method)(*passed_arguments, **keywords)
@@ -204,9 +204,7 @@ def _guarding_method(kind: type, method: str, what: str, check: Check, origin: _
             # What the reader raised is no fault of the user's code, even if it passed through it.
             if error in reader_errors or (isinstance(error, FedpruneError) and method in _UPDATE_METHODS):
                 raise
-            raise StrategyError(
-                f"{what} {_failure_text(error, origin.error_location(error) or definition_line)}"
-            ) from error
+            raise StrategyError(f"{what} {_failure(error, origin.error_location(error) or definition_line)}") from error
         try:
             check(answer, arguments)
         except UnfitError as unfit:
@@ -219,9 +217,7 @@ def _guarding_method(kind: type, method: str, what: str, check: Check, origin: _
     return call
 
 
-def _error_noting_reader(
-    read: Callable[[], Iterator[Any]], reader_errors: list[BaseException]
-) -> Callable[[], Iterator[Any]]:
+def _note_errors(read: Callable[[], Iterator[Any]], reader_errors: list[BaseException]) -> Callable[[], Iterator[Any]]:
     """A reader of updates that notes its own errors, which are not the caller's."""
 
     def read_and_note() -> Iterator[Any]:
@@ -234,7 +230,7 @@ def _error_noting_reader(
     return read_and_note
 
 
-def _failure_text(error: Exception, location: str = "") -> str:
+def _failure(error: Exception, location: str = "") -> str:
     kind = "" if isinstance(error, FedpruneError) else f"{type(error).__name__}: "
     return f"failed{f' at {location}' if location else ''} ({kind}{error_reason(error)})"
 

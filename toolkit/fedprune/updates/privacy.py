@@ -177,9 +177,8 @@ def update_norm(update: Mapping[str, Array], received: Mapping[str, Array], name
         for name in names:
             after, before = np.ravel(update[name]), np.ravel(received[name])
             for start in range(0, after.size, BLOCK_LENGTH):
-                difference = (
-                    after[start : start + BLOCK_LENGTH].astype(np.float64) - before[start : start + BLOCK_LENGTH]
-                )
+                block = slice(start, start + BLOCK_LENGTH)
+                difference = after[block].astype(np.float64) - before[block]
                 squares.append(float(np.dot(difference, difference)))
     total = sum(squares)
     return math.sqrt(math.fsum(squares)) * _MARGIN if math.isfinite(total) else math.inf

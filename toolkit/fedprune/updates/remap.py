@@ -55,12 +55,10 @@ def relocate(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, max_byt
     `max_bytes` bounds the unpacked bytes, and those of each tensor: a small relocation could ask for a huge one.
     """
     lists = packing.unpack_tensors(raw, max_bytes)
-    return {name: _relocate_tensor(name, value, lists, max_bytes) for name, value in tensors.items()}
+    return {name: _move_tensor(name, value, lists, max_bytes) for name, value in tensors.items()}
 
 
-def _relocate_tensor(
-    name: str, value: npt.NDArray[np.float32], lists: Lists, max_bytes: int
-) -> npt.NDArray[np.float32]:
+def _move_tensor(name: str, value: npt.NDArray[np.float32], lists: Lists, max_bytes: int) -> npt.NDArray[np.float32]:
     axes = lists.get(name.partition("::")[0] + _AXES_SUFFIX)
     if axes is None:
         return value

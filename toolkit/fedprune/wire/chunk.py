@@ -101,9 +101,7 @@ def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int)
         for leaf in range(first, first + count, step):
             view[: HEADER_STRUCT.size] = chunk_header(sha256, "data", leaf)
             file.seek(leaf * LEAF_BYTES)
-            length = file.readinto(
-                view[HEADER_STRUCT.size : HEADER_STRUCT.size + min(step, first + count - leaf) * LEAF_BYTES]
-            )
+            length = file.readinto(view[HEADER_STRUCT.size :][: min(step, first + count - leaf) * LEAF_BYTES])
             if not length:
                 return
             yield bytes(view[: HEADER_STRUCT.size + length])

@@ -182,7 +182,7 @@ MAX_BOARD_AWAY_S = 7 * 86_400.0
 
 
 class Reconnect(CheckedMessage, frozen=True, tag="reconnect"):
-    """How a board connects again. Only for boards with the ability `RECONNECT_ABILITY`."""
+    """How a board connects again. Only for boards with the ability `reconnect`."""
 
     spread_s: Annotated[float, number_range(0.0, 3600.0)]
     """After a lost connection, each attempt comes after a random pause of up to this many seconds, or more."""

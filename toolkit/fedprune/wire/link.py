@@ -192,9 +192,7 @@ class BrokerLink(Closeable):
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
         self._is_up = False
-        self._requested_at = self._last_answer_at = (
-            0.0  # times of the request for this connection, and of the last answer
-        )
+        self._requested_at = self._last_answer_at = 0.0  # of this connection's request, and of the last answer
         self._failure = ""
         self._reported = set[str]()  # reasons that were logged since the connection was last up
         self._logs_failures = False

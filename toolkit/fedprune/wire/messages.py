@@ -229,7 +229,7 @@ class Birth(CheckedMessage, frozen=True, tag="birth"):
     answer_s: Annotated[float, number_range(0.0, 3600.0)] | None = None
     """Its estimate of response times on its link, in seconds."""
     abilities: Annotated[tuple[Name, ...], item_count(_MAX_ABILITIES)] = ()
-    """Optional parts of the protocol that it supports, such as `PUT_ABILITY`."""
+    """Optional parts of the protocol that it supports, such as `put`."""
     trouble: Annotated[str, printable_text(MAX_TROUBLE_LENGTH)] | None = None
     """Why its program can't start, and ends after this message; None where it works."""
     effective_classes: Annotated[int, number_range(1, 2**24)] | None = None
@@ -415,8 +415,7 @@ class BlobNotFound(CheckedMessage, frozen=True, tag="gone"):
 
 
 class UploadRequest(CheckedMessage, frozen=True, tag="upload"):
-    """A request to PUT an update's weights to a web address. Only for boards whose births name the ability
-    `PUT_ABILITY`."""
+    """A request to PUT an update's weights to a web address. Only for boards whose births name the ability `put`."""
 
     sha256: Digest
     """The weights."""

@@ -33,7 +33,7 @@ class Inbox(Generic[E]):
 
     def __init__(self, limit: int = INBOX_BYTES) -> None:
         self.limit = limit
-        self.queued_bytes = 0  # queued bytes
+        self.queued_bytes = 0
         # No SimpleQueue: it waits forever if a signal's handler takes longer than what is left of its time-out.
         self._items: queue.Queue[tuple[str, bytes] | E | None] = queue.Queue()
         self._lock = threading.Lock()
@@ -125,7 +125,7 @@ class UnsentMessages:
     """
 
     def __init__(self) -> None:
-        self.payload_bytes = 0  # payload bytes
+        self.payload_bytes = 0
         self._waiting: tuple[deque[tuple[MQTTMessageInfo, int]], ...] = (deque(), deque())
 
     def __len__(self) -> int:

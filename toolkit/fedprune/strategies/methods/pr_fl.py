@@ -122,10 +122,8 @@ class Importance:
     def _element_order(self, scene: Scene) -> Tensors:
         if not self._begins_interval(scene):
             return dict(scene.memory[ORDER])
-        magnitude_order, importance = (
-            magnitudes(scene.model, prunable(scene.architecture)),
-            scene.memory.get(IMPORTANCE, {}),
-        )
+        magnitude_order = magnitudes(scene.model, prunable(scene.architecture))
+        importance = scene.memory.get(IMPORTANCE, {})
         smallest = min((float(v[v > 0].min()) for v in importance.values() if (v > 0).any()), default=1.0)
         return with_floors(
             {n: _with_magnitudes(v, importance.get(n), smallest) for n, v in magnitude_order.items()},

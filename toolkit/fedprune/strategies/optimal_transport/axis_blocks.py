@@ -133,9 +133,7 @@ def transport_axis(
         result = np.empty(shape, np.float32)
     leading = (slice(None),) * axis
     for old_block, new_block in zip(before, after, strict=True):
-        target_index = (
-            *leading,
-            slice(new_block.start, new_block.stop) if new_block.indices is None else new_block.indices,
-        )
-        result[target_index] = run(old_block, None)
+        target = slice(new_block.start, new_block.stop) if new_block.indices is None else new_block.indices
+        index = (*leading, target)
+        result[index] = run(old_block, None)
     return result

@@ -59,11 +59,8 @@ def layer_steps(architecture: Architecture) -> list[LayerStep]:
 
 def _is_depthwise(layer: LayerRow, inputs: Sequence[int]) -> bool:
     """Whether a layer works on each channel by itself, so that its output channels are its input channels."""
-    return (
-        layer.groups > 1
-        and not inputs
-        and bool(_groups_on(layer.input_volume.axes) & _groups_on(layer.output_volume.axes))
-    )
+    shared_groups = _groups_on(layer.input_volume.axes) & _groups_on(layer.output_volume.axes)
+    return layer.groups > 1 and not inputs and bool(shared_groups)
 
 
 def after_sums(architecture: Architecture, order: Sequence[LayerStep]) -> dict[str, tuple[str, ...]]:

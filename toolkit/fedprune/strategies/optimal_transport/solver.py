@@ -202,20 +202,17 @@ def _sinkhorn_potentials(
     # Relative to the spread, so that costs in other units give the same steps.
     width = np.float32(_SMOOTHING * max(float(np.sqrt(flat @ flat / flat.size)), 1e-30))
     exponent = np.multiply(reduced, -_EXP_FACTOR / width, out=SCRATCH.array("exponents", (n, m)))
-    np.clip(
-        exponent, -60 * _EXP_FACTOR, 40 * _EXP_FACTOR, out=exponent
-    )  # a pair that stands out must not drown all others
+    # A pair that stands out must not drown all others.
+    np.clip(exponent, -60 * _EXP_FACTOR, 40 * _EXP_FACTOR, out=exponent)
     exponent += _EXP_OFFSET
     kernel = SCRATCH.array("kernel", (n, m))
     kernel.view(np.int32)[...] = exponent
-    column_scaling = np.ones(m, np.float32)
+    column_scaling, power = np.ones(m, np.float32), np.float32(_OVER_RELAXATION)
     row_scaling = 1 / (kernel @ column_scaling)
     with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
         for _ in range(_SINKHORN_STEPS):
-            column_scaling *= (np.float32(n / m) / (column_scaling * (row_scaling @ kernel))) ** np.float32(
-                _OVER_RELAXATION
-            )
-            row_scaling *= (1 / (row_scaling * (kernel @ column_scaling))) ** np.float32(_OVER_RELAXATION)
+            column_scaling *= (np.float32(n / m) / (column_scaling * (row_scaling @ kernel))) ** power
+            row_scaling *= (1 / (row_scaling * (kernel @ column_scaling))) ** power
         step_u, step_v = width * np.log(row_scaling), width * np.log(column_scaling)
     if np.isfinite(step_u).all() and np.isfinite(step_v).all():  # long steps may go astray
         reduced -= step_u[:, None]
