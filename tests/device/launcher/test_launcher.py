@@ -31,7 +31,7 @@ from fedprune_device.launcher.slot_store import SlotStore
 
 def main():
     home = SlotStore(Path(os.environ["FEDPRUNE_ROOT"]))
-    with home.changing():
+    with home.lock_state():
         state = home.load()
         if state.phase == "trial":
             home.save(state.commit())

@@ -206,7 +206,7 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
     fetch.stop("it stalls")
     fetch.join(60)
     assert fetch.failure == "it stalls"
-    assert store.partial(REF).count == 8
+    assert store.partial(REF).present_count == 8
 
 
 def test_it_ends_at_once_when_it_is_stopped(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:

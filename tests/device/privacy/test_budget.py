@@ -61,7 +61,7 @@ def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
 
 
 def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune_device.privacy.budget.GaussianNoise.secret", lambda: 1 / 0)
+    monkeypatch.setattr("fedprune_device.privacy.budget.GaussianNoise.from_system", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(board, board.offer(1, PRIVATE, SENT, graph="kept"))
     assert count(board).draws == 1

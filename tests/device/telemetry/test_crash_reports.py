@@ -131,7 +131,7 @@ def report_after(folder: Path, how: str, boot: str = "b") -> dict[str, Any] | No
     script = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from fedprune_device.telemetry.crash_reports import CrashReports\n"
-        f"with CrashReports(Path(sys.argv[1]), boot=lambda: {boot!r}).watched():\n    {how}\n"
+        f"with CrashReports(Path(sys.argv[1]), boot=lambda: {boot!r}).watch_run():\n    {how}\n"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True, timeout=60)
     with CrashReports(folder, boot=lambda: "b").watch_run():
