@@ -69,9 +69,9 @@ class AgentSettings:
     Without `profile` only the disk limits what is accepted. `train_alone_s` are the seconds after which the board
     trains without its server, 0 for never. `serve_job` is the job whose models may serve, empty for any. `max_packet`
     is the size in bytes of the MQTT packets that the broker accepts, as far as is known. The server may send the board
-    away for `most_away_s` seconds at a time, 0 for never. `installer` installs releases,
-    or is the reason why none can be installed. By default `crashes` are those of the state directory.
-    `status` is what other threads see of the agent; `stopping` ends it.
+    away for `most_away_s` seconds at a time, 0 for never. `installer` installs releases, or is the reason why none can
+    be installed. By default `crashes` are those of the state directory. `status` is what other threads see of the
+    agent; `stopping` ends it.
     """
 
     profile: HardwareProfile | None = None

@@ -78,11 +78,9 @@ class OfferHandler:
     @property
     def is_quiet(self) -> bool:
         """Whether a restart would cost nothing: no download, no training, and no update that waits."""
-        task = self._store.task
-        idle = (
-            self._worker is None and not self._is_busy and self._store.pending is None and not self._secure.is_waiting
-        )
-        return idle and (task is None or task.done)
+        task, pending = self._store.task, self._store.pending
+        is_idle = self._worker is None and not self._is_busy and pending is None and not self._secure.is_waiting
+        return is_idle and (task is None or task.done)
 
     @property
     def current_work(self) -> Offer | UpdateAnnouncement | None:
@@ -320,10 +318,9 @@ class OfferHandler:
             seconds, self._download_seconds = self._download_seconds, None
             _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
             self._worker = TrainingThread(self._runner, task.offer, seconds, self._guard)
-        elif (
-            not self._downloader.is_fetching_from_web
-            and (offer := self._offline.due_offer(now, connected=connected)) is not None
-        ):
+        elif self._downloader.is_fetching_from_web:
+            return
+        elif (offer := self._offline.due_offer(now, connected=connected)) is not None:
             self._worker = TrainingThread(self._offline.runner, offer, guard=self._guard, offline=True)
 
     def _handle_result(self, worker: TrainingThread, now: float) -> None:

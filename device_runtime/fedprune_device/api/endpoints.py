@@ -76,7 +76,7 @@ class Endpoints:
         self._decoder = threading.Lock()  # one at a time, because a decoded image needs far more memory than its file
 
     def answer(self, request: Request) -> LocalAnswer:
-        """Answer a request; raises the errors that `Answer.of` turns into answers."""
+        """Answer a request; raises the errors that `LocalAnswer.from_error` turns into answers."""
         # A web page may send requests to this machine. Its browser then names the page in Origin, or the host name that
         # the page used in Host.
         if "origin" in request.headers:

@@ -105,9 +105,8 @@ def json_document(request: Request, *names: str) -> dict[str, Any]:
     """The body as a JSON object with exactly these entries."""
     if len(request.body) > _MAX_JSON_BYTES:
         hint = "Send safetensors, .npy or raw numbers."
-        raise RequestError(
-            413, "size of JSON", expected=f"at most {_MAX_JSON_BYTES} bytes", got=len(request.body), hint=hint
-        )
+        expected = f"at most {_MAX_JSON_BYTES} bytes"
+        raise RequestError(413, "size of JSON", expected=expected, got=len(request.body), hint=hint)
     expected = "an object with " + " and ".join(map(repr, names))
     try:
         entries = json.loads(request.body.decode(), parse_constant=_refuse_constant)

@@ -33,8 +33,8 @@ from fedprune_device.cli.options import (
     add_membership,
     add_policy_option,
     add_sample_options,
+    add_threads_option,
     add_tier_option,
-    default_threads,
     log_handler,
 )
 from fedprune_device.hardware.readings import TEGRA_RELEASE
@@ -66,9 +66,7 @@ def build_parser() -> CommandParser:
     _add_predict(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     add_json_option(probe)
-    probe.add_argument(
-        "--threads", type=positive_integer, default=default_threads(), metavar="N", help="threads for the benchmark"
-    )
+    add_threads_option(probe, "threads for the benchmark")
     add_tier_option(probe)
     probe.set_defaults(run=_command("measure", "probe_board"))
     identify = commands.add_parser("identify", help="show which hardware profile fits this board, and why")
@@ -122,9 +120,7 @@ def _add_run(commands: Any) -> None:
         help="a hardware profile's name or file (default: the profile that fits this board)",
     )
     add_accelerator_options(run)
-    run.add_argument(
-        "--threads", type=positive_integer, default=default_threads(), metavar="N", help="default: half of the cores"
-    )
+    add_threads_option(run)
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="at the start, wait for a broker that can't be reached")
     run.add_argument(
@@ -269,9 +265,7 @@ def _add_predict(commands: Any) -> None:
     out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
     out.add_argument("--top", type=positive_integer, default=1, metavar="K", help="print the K likeliest (default: 1)")
     predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
-    predict.add_argument(
-        "--threads", type=positive_integer, default=default_threads(), metavar="N", help="default: half of the cores"
-    )
+    add_threads_option(predict)
     add_json_option(predict)
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
     add_sample_options(predict.add_argument_group("images and samples"))

@@ -40,6 +40,10 @@ def default_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+def add_threads_option(parser: argparse.ArgumentParser, text: str = "default: half of the cores") -> None:
+    parser.add_argument("--threads", type=positive_integer, default=default_threads(), metavar="N", help=text)
+
+
 def add_membership(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--broker",

@@ -81,9 +81,8 @@ def _slot_lines(state: LauncherState, contents: dict[str, tuple[int, str] | str]
     lines = []
     for slot, content in contents.items():
         role = "stable" if slot == state.stable else state.phase if state.phase != STABLE else "not in use"
-        lines.append(
-            f"{slot}: {content if isinstance(content, str) else f'release {content[0]} ({content[1]})'}, {role}"
-        )
+        text = content if isinstance(content, str) else f"release {content[0]} ({content[1]})"
+        lines.append(f"{slot}: {text}, {role}")
     if state.phase == TRIAL:
         lines.append(f"trial: {state.left} attempts of {state.seconds:g} s left {state.trouble}".rstrip())
     if state.outcome is not None:

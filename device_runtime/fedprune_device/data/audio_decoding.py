@@ -162,7 +162,6 @@ def resample(recording: Samples, rate: int, target_rate: int) -> Samples:
     for begin in range(0, length, step):
         offsets, phase_indices = np.divmod(np.arange(begin, min(begin + step, length), dtype=np.int64) * down, up)
         neighbours = padded[(offsets[:, None] + taps) + half_width]
-        out[begin : begin + step] = np.einsum(
-            "ij,ij->i", neighbours, filters(phase_indices) if phases is None else phases[phase_indices]
-        )
+        weights = filters(phase_indices) if phases is None else phases[phase_indices]
+        out[begin : begin + step] = np.einsum("ij,ij->i", neighbours, weights)
     return out

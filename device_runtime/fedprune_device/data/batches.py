@@ -75,6 +75,6 @@ class Batches:
 
 
 def even_chunks(order: Rows, max_rows: int) -> list[Rows]:
-    """Rows in parts as equal as possible, of at most `most` and at least two rows."""
+    """Rows in parts as equal as possible, of at most `max_rows` and at least two rows."""
     count = -(-len(order) // max_rows)
     return np.array_split(order, max(1, min(count, len(order) // 2)))

@@ -61,11 +61,8 @@ class DecodedSamples:
             self._x, self._y = np.empty_like(x[0]), np.empty_like(y[0])  # types and shapes alone
         for array, first, what in ((x, self._x, "samples"), (y, self._y, "labels")):
             if (array.dtype, array.shape[1:]) != (first.dtype, first.shape):
-                raise DataError(
-                    f"the {what}",
-                    expected=_type_text(first.dtype, first.shape),
-                    got=_type_text(array.dtype, array.shape[1:]),
-                )
+                expected = _type_text(first.dtype, first.shape)
+                raise DataError(f"the {what}", expected=expected, got=_type_text(array.dtype, array.shape[1:]))
         if (self._count + len(x)) * self._record_bytes > self._room and self._count:
             raise self._full_error()
         records = np.empty((len(x), self._record_bytes), np.uint8)

@@ -37,7 +37,7 @@ class SampleLimits:
 class ReservoirDecision:
     """The decision on a new sample: whether it is kept, and which samples are evicted for it.
 
-    `seen` counts the samples of its class, this one included.
+    `seen_count` counts the samples of its class, this one included.
     """
 
     id: str

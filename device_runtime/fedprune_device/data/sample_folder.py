@@ -161,9 +161,8 @@ class SampleFolder:
         self, layout: Layout, file: _File, shape: Shape, targets: Targets | None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """A file's samples and labels."""
-        label = layout.label(
-            file.path, b"" if file.label_file is None else self._content(file.label_file), shape, targets
-        )
+        label_bytes = b"" if file.label_file is None else self._content(file.label_file)
+        label = layout.label(file.path, label_bytes, shape, targets)
         x = self._format(file.path).samples(self._content(file.path), shape)
         return x, np.broadcast_to(label, (len(x), *label.shape))
 

@@ -118,9 +118,8 @@ class SampleStore(Closeable):
             )
         self._segment_bytes = segment
         key = claim_folder(root, self._shares)
-        self._reservoir = Reservoir(
-            SampleLimits(limits.samples, int(limits.bytes * _LIVE_SHARE), limits.unlabelled), self._shares.seed
-        )
+        live_limits = SampleLimits(limits.samples, int(limits.bytes * _LIVE_SHARE), limits.unlabelled)
+        self._reservoir = Reservoir(live_limits, self._shares.seed)
         self._log = SegmentLog(root, key, segment)
         self._positions: dict[str, RecordPosition] = {}
         self._declined = 0
@@ -246,9 +245,8 @@ class SampleStore(Closeable):
                     self._drop_damaged(name)
                 continue
             like = sample_outline(payload)
-            stored.append(
-                StoredSample(name, label, like, FILE_STRIDE * number + position.offset + position.size - like.nbytes)
-            )
+            begin = FILE_STRIDE * number + position.offset + position.size - like.nbytes
+            stored.append(StoredSample(name, label, like, begin))
         samples_by_split: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
         for sample in select_one_kind(stored, shape):
             samples_by_split[self._shares.split_of(sample.name)].append(sample)

@@ -187,9 +187,8 @@ class StoredArray:
         )
 
 
-Inputs: TypeAlias = (
-    "Array | StoredArray"  # samples or labels in memory or on the disk: both give some as an array by `x[rows]`
-)
+# Samples or labels in memory or on the disk: both give some as an array by `x[rows]`.
+Inputs: TypeAlias = "Array | StoredArray"
 
 
 def select_rows(x: Inputs, rows: Rows) -> Inputs:

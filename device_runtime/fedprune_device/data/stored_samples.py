@@ -104,10 +104,8 @@ def local_data(
         labels = np.array([sample.label for sample in samples], np.int64)
         if shape is not None and free_axis(shape) is not None:
             padded_shape = tuple(int(size) for size in upper_shape(shape) if isinstance(size, int))
-            rows = (
-                pad_to_bound(_stored_array(files, sample.outline, positions[n : n + 1])[:], shape)
-                for n, sample in enumerate(samples)
-            )
+            raw = (_stored_array(files, sample.outline, positions[n : n + 1]) for n, sample in enumerate(samples))
+            rows = (pad_to_bound(array[:], shape) for array in raw)
             arrays += [gather_chunks(rows, (len(samples), *padded_shape), example.dtype, spool), labels]
         else:
             stored = _stored_array(files, example, positions)

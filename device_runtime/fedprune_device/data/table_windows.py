@@ -17,7 +17,7 @@ from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.stored_array import Inputs, OpenFiles, StoredArray
+from fedprune_device.data.stored_array import Inputs, OpenFiles, Rows, StoredArray
 from fedprune_device.data.tables import CLASS, CSV, PARQUET, TARGET, TableColumns, open_table
 
 Array = npt.NDArray[Any]
@@ -118,9 +118,7 @@ class TableFile:
         self._training_count = data.samples
         return data
 
-    def _labels(
-        self, x: StoredArray, first: npt.NDArray[np.int64], plan: _WindowPlan, targets: Targets | None
-    ) -> Inputs:
+    def _labels(self, x: StoredArray, first: Rows, plan: _WindowPlan, targets: Targets | None) -> Inputs:
         if targets is None or (targets.takes_whole_numbers and not self._numbers.columns.classes):
             return x
         if targets.takes_whole_numbers:  # of a window's last row
@@ -143,9 +141,8 @@ class TableFile:
         blocks_of, offsets = np.divmod(chosen, windows_per_block)
         # 1 minus the sequence: the first block then is for training, whatever the shares are.
         positions = 1 - (blocks_of * _GOLDEN_RATIO) % 1
-        return blocks_of * block + offsets, np.array(
-            [("train", "test", "val").index(self._shares.split_at(n)) for n in positions]
-        )
+        splits = [("train", "test", "val").index(self._shares.split_at(n)) for n in positions]
+        return blocks_of * block + offsets, np.array(splits)
 
     def _file_stamp(self) -> tuple[int, int, int]:
         with storage_errors(f"can't read {self._path}"):

@@ -72,9 +72,7 @@ class TableColumns:
     def of(cls, names: Sequence[str]) -> TableColumns:
         """Raises `DataError` if names are missing, twice there, or there are too many."""
         lower_names = [name.lower() for name in names]
-        used_columns = [
-            column for column, name in enumerate(lower_names) if name not in SKIPPED and not _INDEX.fullmatch(name)
-        ]
+        used_columns = [i for i, name in enumerate(lower_names) if name not in SKIPPED and not _INDEX.fullmatch(name)]
         if len(names) > _MAX_COLUMNS:
             raise DataError("columns", expected=f"at most {_MAX_COLUMNS}", got=len(names))
         for column in used_columns:
@@ -102,10 +100,11 @@ class TableColumns:
         return self.inputs + self.targets + self.classes
 
 
+_OpenTable = tuple[TableColumns, Iterator[npt.NDArray[np.float32]]]
+
+
 @contextmanager
-def open_table(
-    path: Path, class_names: tuple[str, ...]
-) -> Iterator[tuple[TableColumns, Iterator[npt.NDArray[np.float32]]]]:
+def open_table(path: Path, class_names: tuple[str, ...]) -> Iterator[_OpenTable]:
     """The columns of a file, and its rows [n, columns] in parts.
 
     Classes are numbers, names that are in `class_names` as their place there. Raises `DataError`, which names the file
@@ -131,7 +130,7 @@ def _encoding(path: Path) -> str:
         return encoding_of(file.read(2))
 
 
-def _open_csv(file: Any, class_names: tuple[str, ...]) -> tuple[TableColumns, Iterator[npt.NDArray[np.float32]]]:
+def _open_csv(file: Any, class_names: tuple[str, ...]) -> _OpenTable:
     lines = _limited_lines(file)
     first = _row_lines(lines)
     delimiter_line = _DELIMITER_LINE.fullmatch(first[0].strip())
@@ -238,9 +237,7 @@ def _check_unpacked(metadata: Any, packed: int, columns: int) -> None:
 
 
 @contextmanager
-def _open_parquet(
-    path: Path, class_names: tuple[str, ...]
-) -> Iterator[tuple[TableColumns, Iterator[npt.NDArray[np.float32]]]]:
+def _open_parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[_OpenTable]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile

@@ -32,9 +32,8 @@ def build_from_graph(
     logger = errors.logger(trt)
     builder = trt.Builder(logger)
     creation_flags = trt.NetworkDefinitionCreationFlag
-    network = builder.create_network(
-        1 << int(creation_flags.STRONGLY_TYPED if bindings.strongly_typed else creation_flags.EXPLICIT_BATCH)
-    )
+    flag = creation_flags.STRONGLY_TYPED if bindings.strongly_typed else creation_flags.EXPLICIT_BATCH
+    network = builder.create_network(1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         raise _parser_error(parser, errors, "TensorRT doesn't take the graph")

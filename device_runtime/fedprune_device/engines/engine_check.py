@@ -25,7 +25,7 @@ _MAX_TRIAL_SAMPLES = 16
 
 
 def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]], max_batch: int) -> Array:
-    """Inputs for the check: fixed noise, one sample more than fits into a batch of `most`, or 17; zeros for tokens."""
+    """Inputs for the check: fixed noise, one sample more than `max_batch`, at most 17; zeros for tokens."""
     kind, shape = inputs[step_contract.X]
     sizes = [d if isinstance(d, int) else 1 for d in shape[1:]]
     noise = keyed_generator(0, "engine").standard_normal((min(max_batch, _MAX_TRIAL_SAMPLES) + 1, *sizes))

@@ -149,7 +149,7 @@ class EngineSelector:
         result = None
         try:
             result = self._job.process.poll()
-            return None if result is None else self._accept_result(request, self._bindings, self._job, result)
+            return None if result is None else self._accept(request, self._bindings, self._job, result)
         except EngineError as error:
             self._handle_failure(request, self._bindings, self._job, error, child_succeeded=result is not None)
             return None
@@ -177,9 +177,8 @@ class EngineSelector:
                 )
         method = self._build_method(tensorrt, record, key)
         self._build_lock.enter_context(self.cache.lock_for_build())
-        self._start_build(
-            request, tensorrt, key, platform, method, refittable=method == BUILD and self._can_refit(tensorrt, record)
-        )
+        refittable = method == BUILD and self._can_refit(tensorrt, record)
+        self._start_build(request, tensorrt, key, platform, method, refittable=refittable)
         return None
 
     def _can_refit(self, tensorrt: Bindings, record: CachedEngine) -> bool:
@@ -239,7 +238,7 @@ class EngineSelector:
         self._job = _BuildJob(process, method, refittable, key, platform, timings is not None)
         _LOG.info("making an engine (%s) with %s", method, tensorrt.describe())
 
-    def _accept_result(
+    def _accept(
         self, request: EngineRequest, tensorrt: Bindings, job: _BuildJob, result: BuildResult
     ) -> CheckedSession:
         """Check what a child process made, put it into the cache and load it."""

@@ -187,9 +187,8 @@ def _timing_feeds(architecture: Architecture, widths: tuple[int, ...], batch: in
     random = keyed_generator(0, "layers", batch)
     x = random.standard_normal((batch, *architecture.input_shape)).astype(np.float32)
     trainable = [tensor.name for tensor in architecture.trainable]
-    return timed_step_feeds(
-        x, random.integers(0, architecture.classes, batch), _timing_weights(architecture, widths), trainable
-    )
+    y = random.integers(0, architecture.classes, batch)
+    return timed_step_feeds(x, y, _timing_weights(architecture, widths), trainable)
 
 
 def timed_step_feeds(x: Any, y: Any, tensors: Tensors, trainable: Iterable[str]) -> Tensors:

@@ -88,10 +88,8 @@ class LauncherState:
         return replace(self, trouble=flat_line(trouble))
 
     def fall_back(self, version: int, reason: str) -> LauncherState:
-        return replace(
-            LauncherState(self.other_slot, highest=self.highest),
-            outcome=UpdateOutcome(version, ROLLED_BACK, flat_line(reason)),
-        )
+        outcome = UpdateOutcome(version, ROLLED_BACK, flat_line(reason))
+        return LauncherState(self.other_slot, highest=self.highest, outcome=outcome)
 
     @classmethod
     def from_document(cls, body: Any) -> LauncherState:

@@ -147,13 +147,8 @@ class BoardConnection:
         if self._announced_at is None or self.clock() - self._announced_at < ANSWER_TIMEOUT_S:
             return
         self._announced_at, self._is_answered = None, True
+        advice, refusal = dropping_broker_message("what it sends or is sent"), self._channel.refusal_text
         if self._has_heard_server:
-            _LOG.warning(
-                "the server is there, and doesn't answer this board: %s",
-                dropping_broker_message("what it sends or is sent"),
-            )
+            _LOG.warning("the server is there, and doesn't answer this board: %s", advice)
         else:
-            _LOG.warning(
-                "the server doesn't answer this board: it is off, %sor %s",
-                self._channel.refusal_text, dropping_broker_message("what it sends or is sent"),
-            )  # fmt: skip
+            _LOG.warning("the server doesn't answer this board: it is off, %sor %s", refusal, advice)

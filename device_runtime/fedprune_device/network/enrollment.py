@@ -62,14 +62,10 @@ def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path |
     """The brokers and TLS settings to ask over, likeliest first. By default the fleet's own authority vouches for them,
     once it is known.
     """
-    if not identity.has_joined and authority is None:
-        return [JoinRoute(BrokerUrl.parse(url).without_credentials, unpinned_context) for url in urls]
     if not identity.has_joined:
-        return [
-            JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILD_TIME))
-            for url in urls
-            if authority
-        ]
+        if authority is None:
+            return [JoinRoute(BrokerUrl.parse(url).without_credentials, unpinned_context) for url in urls]
+        return [JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILD_TIME)) for url in urls]
     without_certificate = [JoinRoute(url, lambda: identity.context(authority, certificate=False)) for url in urls]
     # First without a certificate, since the board's own may have expired; but some brokers require one.
     return [*without_certificate, JoinRoute(urls[-1], lambda: identity.context(authority))]
@@ -86,7 +82,7 @@ def enrol(
     stopped: threading.Event | None = None,
     report: Callable[[str], None] = _LOG.info,
 ) -> Admission:
-    """Ask until an answer comes; afterwards the identity has `joined`.
+    """Ask until an answer comes; afterwards it `has_joined`.
 
     Without a claim, `pin` must be that of the fleet's authority, and an operator must approve. `patience_s` limits the
     whole wait; None waits for ever. Raises `IdentityError` without claim and pin, `JoinError` if the server refuses or
@@ -115,9 +111,8 @@ def enrol(
         for line in lines[: len(lines) - is_over] if lines != reported_lines else ():
             report(line)
         reported_lines = lines
-        last_error = next(
-            (e for e in errors if isinstance(e, ForeignAnswerError)), errors[-1] if errors else last_error
-        )
+        foreign = [error for error in errors if isinstance(error, ForeignAnswerError)]
+        last_error = foreign[0] if foreign else errors[-1] if errors else last_error
         seconds_left = math.inf if deadline is None else deadline - time.monotonic()
         stopped.wait(max(0.0, min(_REQUEST_INTERVAL_S, seconds_left)))
     raise last_error or BrokerError(f"no server was asked to let {identity.device} in")

@@ -154,11 +154,8 @@ class Uplink:
     def request_chunks(self, job: str, requests: Iterable[BlobRequest]) -> None:
         for request in requests:
             if self._lost_downloads.note_request(request, self._connection.clock()):
-                _LOG.warning(
-                    "no piece of blob %s comes: %s",
-                    request.sha256[:12],
-                    dropping_broker_message("what the server sends"),
-                )
+                advice = dropping_broker_message("what the server sends")
+                _LOG.warning("no piece of blob %s comes: %s", request.sha256[:12], advice)
             self.send(with_request_id(request), job)
 
     def on_blob_request(self, request: BlobRequest, pending: UpdateAnnouncement | None, now: float) -> None:

@@ -224,14 +224,11 @@ class ReleaseInstaller:
         return release
 
     def _check_room(self, release: Release, slot: str, download_bytes: int = 0) -> None:
-        """Raise `StorageFullError` if `coming` bytes of downloads and the unpacked release don't fit, in place of what
-        the slot has."""
+        """Raise `StorageFullError` if download and unpacked release don't fit, in place of what the slot has."""
         with storage_errors(f"can't read {self.home.root}"):
             replaced_bytes = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
-            needed_bytes, free_bytes = (
-                download_bytes + release.unpacked + _FREE_MARGIN_BYTES,
-                shutil.disk_usage(self.home.root).free + replaced_bytes,
-            )
+            free_bytes = shutil.disk_usage(self.home.root).free + replaced_bytes
+        needed_bytes = download_bytes + release.unpacked + _FREE_MARGIN_BYTES
         if needed_bytes > free_bytes:
             raise StorageFullError(
                 f"no room for release {release.number}",

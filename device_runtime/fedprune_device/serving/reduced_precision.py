@@ -83,9 +83,8 @@ class ReducedPrecision:
         try:
             for name, raw in unpack_graphs(kit, precision).items():
                 atomic_file.write_atomically(folder / name, raw, private=True)
-            model, comparison = lower_model(
-                folder, precision, tensorfile.load_tensors(folder / WEIGHTS), data, judge, self._threads
-            )
+            weights = tensorfile.load_tensors(folder / WEIGHTS)
+            model, comparison = lower_model(folder, precision, weights, data, judge, self._threads)
         except FedpruneError as error:  # a failure here must not lose a finished round
             _LOG.warning("the model doesn't serve with %s: %s", precision, error)
             clear_precision(folder, precision)

@@ -229,9 +229,8 @@ class DeviceStore(Closeable):
             _LOG.warning("%s", error)
 
     def _write_task(self, task: AcceptedOffer) -> None:
-        atomic_file.write_document(
-            self.root / "offer.json", {"message": _message_body(task.offer), "done": task.done, "donor": task.donor}
-        )
+        body = {"message": _message_body(task.offer), "done": task.done, "donor": task.donor}
+        atomic_file.write_document(self.root / "offer.json", body)
         self.task = task
 
     def _load_task(self) -> AcceptedOffer | None:
@@ -243,9 +242,8 @@ class DeviceStore(Closeable):
         return AcceptedOffer(offer, bool(body.get("done")), donor if isinstance(donor, str) else "")
 
     def _load_pending(self) -> messages.UpdateAnnouncement | None:
-        update: messages.UpdateAnnouncement | None = self._parse_message(
-            self._read("pending.json"), messages.UpdateAnnouncement, "pending.json"
-        )
+        body, kind = self._read("pending.json"), messages.UpdateAnnouncement
+        update: messages.UpdateAnnouncement | None = self._parse_message(body, kind, "pending.json")
         if update is None:
             return None
         try:

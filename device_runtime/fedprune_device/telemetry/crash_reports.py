@@ -231,9 +231,8 @@ def _exception_frames(trace: TracebackType | None) -> list[dict[str, Any]]:
     for frame, line in traceback.walk_tb(trace):
         module = module_of(str(frame.f_globals.get("__name__", "")))
         ours = module.startswith("fedprune")
-        rows.append(
-            {"module": module, "line": line if ours else 0, "function": frame.f_code.co_name[:128] if ours else ""}
-        )
+        line, function = (line, frame.f_code.co_name[:128]) if ours else (0, "")
+        rows.append({"module": module, "line": line, "function": function})
     return rows[::-1][:MAX_FRAMES]
 
 

@@ -35,7 +35,7 @@ MACHINE_METRICS = frozenset(
 
 
 class Evaluation:
-    """Measures models of one round. `own` adjusts logits to the board's own labels."""
+    """Measures models of one round. `adjustment` adapts logits to the board's own labels."""
 
     def __init__(
         self, data: LocalData, recipe: Recipe, classes: int, adjustment: LogitAdjustment, objective: Objective
@@ -77,14 +77,12 @@ class Evaluation:
         training and inference differ by design. Raises `ModelError`."""
         y = self._objective.targets(self._data.y_train)
         terms = loss_terms(y, self._recipe, self._classes)
-        model.check(
-            self._classes,
-            self._data.x_train[:PROBE_SAMPLES],
-            None
-            if loss is None
-            else (loss, lambda outputs: self._objective_in_batches(outputs, y[:PROBE_SAMPLES], terms).loss),
-            batch=self._batch,
-        )
+
+        def outputs_loss(outputs: npt.NDArray[np.float32]) -> float:
+            return self._objective_in_batches(outputs, y[:PROBE_SAMPLES], terms).loss
+
+        expected = None if loss is None else (loss, outputs_loss)
+        model.check(self._classes, self._data.x_train[:PROBE_SAMPLES], expected, batch=self._batch)
 
     def measure_latency(self, model: Predictor) -> None:
         """Median time of predicting one sample; the first prediction allocates and doesn't count."""

@@ -72,9 +72,8 @@ def carried_optimizer_state(
         for name in moments.keys() & set(map(step_contract.second_moment_name, tensors)):
             is_known = moments[name] > 0
             if is_known.any():
-                moments[name] = np.where(
-                    is_known, moments[name], moments[name][is_known].mean(dtype=np.float64).astype(np.float32)
-                )
+                mean = moments[name][is_known].mean(dtype=np.float64).astype(np.float32)
+                moments[name] = np.where(is_known, moments[name], mean)
     return moments, base.steps if moments else 0
 
 
@@ -204,14 +203,8 @@ class LocalUpdate:
         local_state = None
         if self.round_state is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
-            local_state = LocalState.of(
-                self._offer,
-                average,
-                personal,
-                self.mask if average else ALL_ACTIVE,
-                residual=residual,
-                **self._optimizer_fields(result),
-            )
+            mask, optimizer_fields = self.mask if average else ALL_ACTIVE, self._optimizer_fields(result)
+            local_state = LocalState.of(self._offer, average, personal, mask, residual=residual, **optimizer_fields)
             self.round_state.release()
         averages = tuple(self._blended_average(average, share, compares=compares) for share in shares)
         self._received = {}

@@ -91,9 +91,8 @@ class OfflineTraining:
 
     def _is_due(self, now: float, connected: bool) -> bool:
         silent = 0.0 if self._last_contact is None else now - self._last_contact
-        if silent < (self._interval_s if connected else AWAY_S) or (
-            self._last_try is not None and now - self._last_try < self._interval_s
-        ):
+        has_just_tried = self._last_try is not None and now - self._last_try < self._interval_s
+        if silent < (self._interval_s if connected else AWAY_S) or has_just_tried:
             return False
         last_trained_at = max(self._store.slots.installed_at(), self._recorded_number("at"))
         # If the clock was set back, the seconds without the server, by a monotonic clock, are used instead.

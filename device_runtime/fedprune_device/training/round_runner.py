@@ -163,10 +163,10 @@ class RoundRunner:
         result = replace(result, tensors={}, last_squares={}, moments={})
         del work, trainer
         self._trainer.release()
-        serving: BlobRef | bytes = (
-            files.update if files.trained_tensors is None else tensorfile.encode(files.trained_tensors)
-        )
-        files, loss = replace(files, trained_tensors=None), files.loss
+        trained_tensors, loss = files.trained_tensors, files.loss
+        serving: BlobRef | bytes = files.update if trained_tensors is None else tensorfile.encode(trained_tensors)
+        files = replace(files, trained_tensors=None)
+        del trained_tensors
         when = "after"
         if files.averages:
             if evaluates:

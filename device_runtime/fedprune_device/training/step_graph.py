@@ -83,9 +83,8 @@ class StepGraph:
         self._result_names = (step_contract.LOSS, step_contract.HITS) if self.counts_hits else (step_contract.LOSS,)
         self.names = tuple(n for n in inputs if n not in step_contract.RESERVED_NAMES and "::" not in n)
         self.trainable = tuple(n for n in self.names if step_contract.momentum_name(n) in inputs)
-        self.statistics = tuple(
-            n for n in self.names if n not in self.trainable and step_contract.next_name(n) in outputs
-        )
+        updated = (n for n in self.names if step_contract.next_name(n) in outputs)
+        self.statistics = tuple(n for n in updated if n not in self.trainable)
         self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
         self.input_shape = with_lengths(inputs[step_contract.X][1][1:], self._session.metadata, TrainingError)
         self._target_shape = inputs[step_contract.Y][1][1:]
@@ -259,9 +258,8 @@ class StepGraph:
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
         if step_contract.DIVISOR in self._session.inputs:
-            feeds[step_contract.DIVISOR] = np.array(
-                sum(self.divisor(p.y, feeds) for p in micro_batches) or 1.0, np.float32
-            )
+            divisor = sum(self.divisor(p.y, feeds) for p in micro_batches) or 1.0
+            feeds[step_contract.DIVISOR] = np.array(divisor, np.float32)
         feeds |= {n: np.zeros(feeds[n.partition("::")[0]].shape, np.float32) for n in self._sums}
         loss, hits = 0.0, 0
         values: dict[str, Array] = {}
@@ -297,7 +295,7 @@ class StepGraph:
         return StepResult(loss, hits, values, gradient_arrays)
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
-        """Arrays where steps are computed; see `Session.place`."""
+        """Arrays where steps are computed; see `OnnxSession.place`."""
         return self._session.place(arrays, role)
 
     def run_forward(self, feeds: dict[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:
@@ -305,12 +303,8 @@ class StepGraph:
         session = self._given or self._forward.get(tuple(outputs))
         try:
             if session is None:
-                session = OnnxSession(
-                    self._parts.subgraph_for(self._graph_bytes, outputs),
-                    threads=self._threads,
-                    training=True,
-                    cuda=self._cuda,
-                )
+                subgraph = self._parts.subgraph_for(self._graph_bytes, outputs)
+                session = OnnxSession(subgraph, threads=self._threads, training=True, cuda=self._cuda)
                 self._forward[tuple(outputs)] = session
             inputs = {**feeds, **self._mapped_base(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}
             return session.run({n: v for n, v in inputs.items() if n in session.inputs}, outputs)
