@@ -36,9 +36,11 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     """A kit without a claim, which no test may change."""
     board = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
-    own = next(wheels.glob("fedprune-*.whl"))
+    fedprune_wheel = next(wheels.glob("fedprune-*.whl"))
     out = tmp_path_factory.mktemp("kit") / "kit"
-    return build_kit(out, board, BoardTarget(HERE, platform.machine()), wheel=own, links=[wheels], signer=KEY).folder
+    return build_kit(
+        out, board, BoardTarget(HERE, platform.machine()), wheel=fedprune_wheel, links=[wheels], signer=KEY
+    ).folder
 
 
 @pytest.fixture

@@ -102,14 +102,14 @@ def make_source(tmp_path: Path) -> MakeSource:
 def offsets(image: Path) -> tuple[int, int, int]:
     """Where sfdisk sees the boot partition, its size, and the root partition, in bytes."""
     rows = [line for line in run("sfdisk", "-d", image).decode().splitlines() if "start=" in line]
-    numbers = [[int(part.split("=")[1]) for part in row.split(":")[1].split(",")[:2]] for row in rows]
+    numbers = [[int(field.split("=")[1]) for field in row.split(":")[1].split(",")[:2]] for row in rows]
     return numbers[0][0] * SECTOR, numbers[0][1] * SECTOR, numbers[1][0] * SECTOR
 
 
-def command(source: Path, out: Path, kit: Kit, key: Path, *more: str) -> list[str]:
+def command(source: Path, out: Path, kit: Kit, key: Path, *extra_words: str) -> list[str]:
     words = ["image", str(source), "--out", str(out), "--kit", str(kit.folder), "--user", "ann", "--ssh-key", str(key)]
     words += ["--signing-key", str(key.with_name("signing.key"))]
-    return [*words, "--wifi", SSID, "--wifi-country", "DE", *more]
+    return [*words, "--wifi", SSID, "--wifi-country", "DE", *extra_words]
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     source, out = make_source(scheme), tmp_path / "out.img"
     before = source.read_bytes()
     assert cli.main(command(source, out, kit, key, "--hostname", "attic-pi")) == ExitCode.OK
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     boot, size, root = offsets(out)
     fsck_fat(out, boot, size)
     run("e2fsck", "-fn", f"{out}?offset={root}")
@@ -143,8 +143,8 @@ def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     assert all(mtype(out, name, boot).decode() == BOOTS[scheme][name] for name in untouched)
     assert mtype(out, "overlays/a long name.dtbo", boot) == b"\x01" * 5000
     assert PHRASE.encode() not in after
-    assert f"Debian GNU/Linux 13 (trixie), {scheme}, /boot/firmware" in said
-    assert "for one board" in said
+    assert f"Debian GNU/Linux 13 (trixie), {scheme}, /boot/firmware" in output
+    assert "for one board" in output
     CHECKS[scheme](lambda name: mtype(out, name, boot).decode(), key.read_text().strip())
 
 
@@ -165,12 +165,12 @@ def psk() -> str:
 
 def check_cloud_init(read: Read, key: str) -> None:
     assert read("user-data").startswith("#cloud-config\n")
-    told = yaml.safe_load(read("user-data"))
-    assert told["hostname"] == "attic-pi"
-    assert told["users"][0]["name"] == "ann"
-    assert told["users"][0]["ssh_authorized_keys"] == [key]
-    assert told["users"][0]["lock_passwd"] is True
-    (words,) = told["bootcmd"]
+    user_data = yaml.safe_load(read("user-data"))
+    assert user_data["hostname"] == "attic-pi"
+    assert user_data["users"][0]["name"] == "ann"
+    assert user_data["users"][0]["ssh_authorized_keys"] == [key]
+    assert user_data["users"][0]["lock_passwd"] is True
+    (words,) = user_data["bootcmd"]
     assert words[:2] == ["sh", "-c"]
     assert "ExecStart=/bin/sh /boot/firmware/fedprune-install.sh" in words[2].splitlines()
     assert "\\u" not in read("network-config")
@@ -204,13 +204,13 @@ def check_firstrun(read: Read, key: str) -> None:
 
 
 def check_preseed(read: Read, key: str) -> None:
-    told = tomllib.loads(read("rpi-preseed.toml"))
-    assert told["config_version"] == "1.1"
-    assert told["runcmd"]["late"] == ["sh /boot/firmware/fedprune-install.sh"]
-    assert told["system"]["hostname"] == "attic-pi"
-    assert told["user"]["name"] == "ann"
-    assert (told["ssh"]["authorized_keys"], told["ssh"]["password_authentication"]) == ([key], False)
-    wireless = told["wlan"]
+    preseed = tomllib.loads(read("rpi-preseed.toml"))
+    assert preseed["config_version"] == "1.1"
+    assert preseed["runcmd"]["late"] == ["sh /boot/firmware/fedprune-install.sh"]
+    assert preseed["system"]["hostname"] == "attic-pi"
+    assert preseed["user"]["name"] == "ann"
+    assert (preseed["ssh"]["authorized_keys"], preseed["ssh"]["password_authentication"]) == ([key], False)
+    wireless = preseed["wlan"]
     assert (wireless["ssid"], wireless["password"], wireless["country"]) == (SSID, psk(), "DE")
     assert wireless["password_encrypted"] is True
 
@@ -352,13 +352,15 @@ def test_packed_images_are_unpacked_on_the_way(
     (tmp_path / f"source.img.{packed}").write_bytes(pack(source.read_bytes()))
     assert cli.main(command(source, tmp_path / "a.img", kit, key)) == ExitCode.OK
     assert cli.main(command(tmp_path / f"source.img.{packed}", tmp_path / "b.img", kit, key)) == ExitCode.OK
-    one, other = (fsck_fat(tmp_path / n, *offsets(tmp_path / n)[:2]).splitlines()[-1] for n in ("a.img", "b.img"))
-    assert one.partition(":")[2] == other.partition(":")[2]
+    first_summary, second_summary = (
+        fsck_fat(tmp_path / n, *offsets(tmp_path / n)[:2]).splitlines()[-1] for n in ("a.img", "b.img")
+    )
+    assert first_summary.partition(":")[2] == second_summary.partition(":")[2]
     assert (tmp_path / "b.img").stat().st_size == source.stat().st_size
     assert (tmp_path / "b.img").stat().st_blocks * 512 < source.stat().st_size / 2
 
 
-def refused(capsys: Capture, arguments: list[str], code: ExitCode, words: str) -> None:
+def check_refusal(capsys: Capture, arguments: list[str], code: ExitCode, words: str) -> None:
     assert cli.main(arguments) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -385,7 +387,7 @@ def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
     change, words = WRONG[wrong]
     source.write_bytes(change(source.read_bytes()))
     names = set(tmp_path.iterdir())
-    refused(capsys, command(source, tmp_path / "out.img", kit, key), ExitCode.IMAGE, words)
+    check_refusal(capsys, command(source, tmp_path / "out.img", kit, key), ExitCode.IMAGE, words)
     assert set(tmp_path.iterdir()) == names
 
 
@@ -417,7 +419,7 @@ def test_images_that_would_not_become_the_board_are_refused(
     capsys: Capture,
 ) -> None:
     source = make_source(**changes)
-    refused(capsys, command(source, tmp_path / "out.img", kit, key), code, words)
+    check_refusal(capsys, command(source, tmp_path / "out.img", kit, key), code, words)
     assert not (tmp_path / "out.img").exists()
 
 
@@ -428,7 +430,7 @@ def test_a_jetsons_kit_does_not_go_into_an_image_of_a_pi(
     shutil.copytree(wheels, links, ignore=lambda _, names: [n for n in names if n.startswith("onnxruntime")])
     kit = make_kit(target=BoardTarget(HERE, jetson=True), links=[links])
     arguments = command(make_source(), tmp_path / "out.img", kit, key)
-    refused(capsys, arguments, ExitCode.KIT, "a kit for a Jetson in an image of Debian")
+    check_refusal(capsys, arguments, ExitCode.KIT, "a kit for a Jetson in an image of Debian")
     assert not (tmp_path / "out.img").exists()
 
 
@@ -443,7 +445,7 @@ def test_settings_are_checked(
     option: str, value: str, words: str, kit: Kit, key: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     arguments = command(tmp_path / "none.img", tmp_path / "out.img", kit, key, option, value)
-    refused(capsys, arguments, ExitCode.CONFIG, words)
+    check_refusal(capsys, arguments, ExitCode.CONFIG, words)
 
 
 def test_a_passphrase_is_never_shown(
@@ -467,7 +469,7 @@ def test_only_a_kit_of_the_server_goes_into_an_image(
         ("plain", ours, ExitCode.KIT),
     ):
         words = ["image", str(source), "--out", str(out), "--kit", str(kits[name].folder)]
-        refused(capsys, [*words, *(["--signing-key", str(signing)] if signing else [])], code, "igned")
+        check_refusal(capsys, [*words, *(["--signing-key", str(signing)] if signing else [])], code, "igned")
         assert not out.exists()
     assert cli.main([*words, "--unsigned"]) == ExitCode.OK
     starter = mtype(out, "fedprune-install.sh", offsets(out)[0]).decode()

@@ -28,9 +28,9 @@ HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate, made by openssl, and its key beside it."""
     folder = tmp_path_factory.mktemp("authority")
-    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN=lab"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN=lab"
     files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.pem")]
-    subprocess.run([*made.split(), *files], check=True, capture_output=True)
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
     return folder / "ca.pem"
 
 
@@ -145,29 +145,29 @@ def test_a_file_from_a_network_that_the_lock_file_does_not_list_is_refused(
     wheel = tiny_wheels.wheel(index, "numpy", version)
     (index / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
     monkeypatch.setenv("PIP_INDEX_URL", index.parent.as_uri())
-    own = tiny_wheels.wheel(tmp_path / "own", "fedprune", "1", requires=["numpy"])
+    board_wheel = tiny_wheels.wheel(tmp_path / "own", "fedprune", "1", requires=["numpy"])
     out.mkdir()
     with pytest.raises(KitError, match=wheel.name):
-        wheelhouse.fetch_wheels(own, target, out)
+        wheelhouse.fetch_wheels(board_wheel, target, out)
 
 
 def test_all_that_a_board_installs_is_pinned() -> None:
     target = BoardTarget("3.11")
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in wheelhouse.locked_requirements(target)}
-    wanted, seen = [Requirement("fedprune[board]")], set[str]()
-    while wanted:
-        requirement = wanted.pop()
+    pending, resolved = [Requirement("fedprune[board]")], set[str]()
+    while pending:
+        requirement = pending.pop()
         name = requirement.name.lower().replace("_", "-")
-        if name in seen:
+        if name in resolved:
             continue
-        seen.add(name)
+        resolved.add(name)
         for text in requires(requirement.name) or ():
-            found = Requirement(text)
+            dependency = Requirement(text)
             extras = requirement.extras or {""}
-            if found.marker is None or any(found.marker.evaluate({"extra": extra}) for extra in extras):
-                wanted.append(found)
-    assert {"onnxruntime", "pillow", "cffi"} < seen
-    assert seen - {"fedprune"} <= pinned
+            if dependency.marker is None or any(dependency.marker.evaluate({"extra": extra}) for extra in extras):
+                pending.append(dependency)
+    assert {"onnxruntime", "pillow", "cffi"} < resolved
+    assert resolved - {"fedprune"} <= pinned
 
 
 @pytest.mark.parametrize("name", ["numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt"])
@@ -192,7 +192,7 @@ def arguments(out: Path, wheels: Path, links: Path) -> list[str]:
         "--wheel": next(wheels.glob("fedprune-*")),
         "--find-links": links,
     }
-    return ["kit", *(str(part) for row in values.items() for part in row)]
+    return ["kit", *(str(word) for row in values.items() for word in row)]
 
 
 def test_the_command_makes_a_kit(
@@ -202,9 +202,9 @@ def test_the_command_makes_a_kit(
     assert cli.main(arguments(tmp_path / "kit", wheels, wheels)) == ExitCode.OK
     kit = open_kit(tmp_path / "kit")
     assert (kit.folder / "claim.txt").read_text() == CLAIM
-    said = capsys.readouterr().out
-    assert kit.digest in said
-    assert "install.pyz --unsigned" in said
+    output = capsys.readouterr().out
+    assert kit.digest in output
+    assert "install.pyz --unsigned" in output
     monkeypatch.delenv("FEDPRUNE_CLAIM")
     KEY.save(tmp_path / "signing.key")
     signed = [*arguments(tmp_path / "signed", wheels, wheels), "--signing-key", str(tmp_path / "signing.key")]

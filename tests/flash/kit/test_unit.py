@@ -29,19 +29,19 @@ def analyze(*arguments: str) -> str:
 def test_systemd_knows_every_word_of_a_unit(tmp_path: Path, jetson: bool) -> None:
     unit = tmp_path / "fedprune.service"
     unit.write_text(unit_text(["run", "--data", "/srv/my samples%$.npz"], jetson=jetson, condition="/srv/samples.npz"))
-    said = [line for line in analyze("verify", "--man=no", str(unit)).splitlines() if "fedprune.service" in line]
-    assert [line for line in said if "is not executable" not in line] == []
+    warnings = [line for line in analyze("verify", "--man=no", str(unit)).splitlines() if "fedprune.service" in line]
+    assert [line for line in warnings if "is not executable" not in line] == []
 
 
 @analyzed
-@pytest.mark.parametrize(("jetson", "most"), [(False, 2.0), (True, 4.0)])
-def test_the_exposure_that_systemd_sees_is_low(tmp_path: Path, jetson: bool, most: float) -> None:
+@pytest.mark.parametrize(("jetson", "limit"), [(False, 2.0), (True, 4.0)])
+def test_the_exposure_that_systemd_sees_is_low(tmp_path: Path, jetson: bool, limit: float) -> None:
     unit = tmp_path / "fedprune.service"
     unit.write_text(unit_text(jetson=jetson))
-    found = re.search(
+    exposure = re.search(
         r"exposure level for fedprune\.service: ([0-9.]+)", analyze("security", "--offline=yes", str(unit))
     )
-    assert float(found[1]) <= most
+    assert float(exposure[1]) <= limit
 
 
 def test_what_would_break_out_of_its_line_is_refused() -> None:
@@ -65,10 +65,10 @@ except PermissionError:
     pass
 import numpy as np
 from pathlib import Path
-from fedprune_device.hardware.probe import _rates
+from fedprune_device.hardware.probe import _measure_rates
 from fedprune_device.hardware.runtime_process import _check_model
 _check_model(None)
-train, infer, _ = _rates(2, 0.1, cuda=False)
+train, infer, _ = _measure_rates(2, 0.1, cuda=False)
 assert train > 0 and infer > 0
 import paho.mqtt.client, cryptography.hazmat.primitives.asymmetric.ed25519 as ed
 ed.Ed25519PrivateKey.generate().sign(b"x")

@@ -25,9 +25,9 @@ GOOD = ("attic", "cellar")
 
 @pytest.fixture
 def boards(tmp_path: Path) -> Iterator[Boards]:
-    made = Boards(tmp_path, [*GOOD, "shed", "gone"])
-    yield made
-    made.stop()
+    test_boards = Boards(tmp_path, [*GOOD, "shed", "gone"])
+    yield test_boards
+    test_boards.stop()
 
 
 def play(folder: Path, inventory: Path, *options: str) -> tuple[str, dict[str, dict[str, int]]]:
@@ -61,8 +61,8 @@ def test_many_boards_are_installed_and_each_that_is_not_says_why(boards: Boards,
     board = BoardSettings("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
     here = BoardTarget(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
     signer = SigningKey.load(tmp_path / "state/identity/signing.key")
-    own = next(wheels.glob("fedprune-*.whl"))
-    kit = build_kit(tmp_path / "kit", board, here, wheel=own, links=[wheels], signer=signer).folder
+    fedprune_wheel = next(wheels.glob("fedprune-*.whl"))
+    kit = build_kit(tmp_path / "kit", board, here, wheel=fedprune_wheel, links=[wheels], signer=signer).folder
     inventory = boards.inventory(
         fedprune_kit=str(kit), fedprune_claim_command=[*server, "claim", *state], fedprune_wait=20
     )
@@ -73,14 +73,14 @@ def test_many_boards_are_installed_and_each_that_is_not_says_why(boards: Boards,
     by_name["gone"].process.terminate()
     by_name["gone"].process.wait()
 
-    said, counts = play(tmp_path, inventory, "-v")
+    output, counts = play(tmp_path, inventory, "-v")
 
-    print(said)
+    print(output)
     claims = {name: by_name[name].claim.read_text() for name in (*GOOD, "shed")}
     assert len({JoinClaim.parse(text).id for text in claims.values()}) == 3
-    assert not any(text in said for text in claims.values())
+    assert not any(text in output for text in claims.values())
     assert counts["gone"]["unreachable"] == 1
-    assert (counts["shed"]["failed"], "the service ends" in said) == (1, True)
+    assert (counts["shed"]["failed"], "the service ends" in output) == (1, True)
     for name in GOOD:
         assert counts[name]["failed"] == 0
         assert f"FEDPRUNE_DEVICE={name}\n" in (by_name[name].root / "etc/fedprune/device.env").read_text()
@@ -88,9 +88,9 @@ def test_many_boards_are_installed_and_each_that_is_not_says_why(boards: Boards,
 
     broken.unlink()
     (by_name["shed"].root / "var/cache/fedprune-kit/wheelhouse/old-1-py3-none-any.whl").touch()
-    said, counts = play(tmp_path, inventory)
+    output, counts = play(tmp_path, inventory)
 
-    print(said)
+    print(output)
     assert [counts[name]["changed"] for name in GOOD] == [0, 0]
     assert counts["shed"]["failed"] == 0
     assert {name: by_name[name].claim.read_text() for name in claims} == claims

@@ -35,18 +35,18 @@ MakeKit = Callable[..., Kit]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
+def intact_kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     """A kit with a claim, which no test may change."""
     board = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     here = BoardTarget(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
-    out = tmp_path_factory.mktemp("whole") / "kit"
-    own = next(wheels.glob("fedprune-*"))
-    return build_kit(out, board, here, wheel=own, links=[wheels], claim=CLAIM, signer=KEY).folder
+    out = tmp_path_factory.mktemp("intact") / "kit"
+    fedprune_wheel = next(wheels.glob("fedprune-*"))
+    return build_kit(out, board, here, wheel=fedprune_wheel, links=[wheels], claim=CLAIM, signer=KEY).folder
 
 
 @pytest.fixture
-def kit(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "kit"))
+def kit(intact_kit: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(intact_kit, tmp_path / "kit"))
 
 
 @pytest.fixture
@@ -115,9 +115,9 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, root: 
     assert (record.version, record.entry) == (0, "fedprune_start:device")
     assert not any(name.startswith("pip") for name in record.files)
     before = snapshot(root)
-    again = run(kit, root)
-    assert again.returncode == 0, again.stderr
-    assert "now:" not in again.stdout
+    second_run = run(kit, root)
+    assert second_run.returncode == 0, second_run.stderr
+    assert "now:" not in second_run.stdout
     assert snapshot(root) == before
 
 
@@ -129,8 +129,8 @@ def test_a_claim_comes_from_a_file_unless_the_board_has_joined(make_kit: MakeKit
     claim.unlink()
     (root / "var/lib/fedprune/identity").mkdir()
     (root / "var/lib/fedprune/identity/tls.key").touch()
-    again = run(kit, root, "--claim", str(file))
-    assert (again.returncode, "now:" in again.stdout, claim.exists()) == (0, False, False)
+    second_run = run(kit, root, "--claim", str(file))
+    assert (second_run.returncode, "now:" in second_run.stdout, claim.exists()) == (0, False, False)
 
 
 def test_what_is_no_claim_is_refused_before_anything_is_written(make_kit: MakeKit, root: Path, tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_removal_is_the_reverse_and_keeps_what_was_learnt(kit: Path, tmp_path: P
     left = snapshot(root)
     assert left.pop("var/lib/fedprune/claim")[2] == CLAIM.encode()
     assert left == before
-    again = run(kit, root, "--remove")
-    assert (again.returncode, "now:" in again.stdout) == (0, False)
+    second_run = run(kit, root, "--remove")
+    assert (second_run.returncode, "now:" in second_run.stdout) == (0, False)
     assert run(kit, root, "--remove", "--purge").returncode == 0
     assert snapshot(root) == {}
     assert run(kit, root, "--purge").returncode == ExitCode.USAGE
@@ -218,8 +218,8 @@ def test_a_kit_for_many_boards_is_given_each_board_s_name(make_kit: MakeKit, roo
         f"FEDPRUNE_{row}\n" for row in ("BROKER=mqtts://broker.example:8883", "SITE=lab", "DEVICE=cellar")
     )
     before = snapshot(root)
-    again = run(kit, root, "--device", "cellar")
-    assert (again.returncode, "now:" in again.stdout) == (0, False)
+    second_run = run(kit, root, "--device", "cellar")
+    assert (second_run.returncode, "now:" in second_run.stdout) == (0, False)
     mixed_up = run(kit, root, "--device", "shed")
     assert (mixed_up.returncode, "cellar" in mixed_up.stderr) == (ExitCode.BOARD, True)
     assert snapshot(root) == before
@@ -239,7 +239,7 @@ def test_links_in_the_slots_are_not_followed(make_kit: MakeKit, tmp_path: Path, 
     assert {p.name: p.read_text() for p in mine.iterdir()} == {"kept": "mine"}
 
 
-OTHER = SigningKey.make()
+OTHER_KEY = SigningKey.make()
 WHEEL = "wheelhouse/numpy-2.0-py3-none-any.whl"
 
 
@@ -288,28 +288,28 @@ def test_a_kit_of_another_server_is_refused_by_a_board_that_knows_its_own(
     kit: Path, tmp_path: Path, where: str
 ) -> None:
     root = tmp_path / "root"
-    known = tmp_path / "given" if where == "--key" else root / where
-    known.parent.mkdir(parents=True, exist_ok=True)
+    key_file = tmp_path / "given" if where == "--key" else root / where
+    key_file.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(exist_ok=True)
-    known.write_text(OTHER.verifying_key.hex)
-    more = ["--key", str(known)] if where == "--key" else []
+    key_file.write_text(OTHER_KEY.verifying_key.hex)
+    key_option = ["--key", str(key_file)] if where == "--key" else []
     before = snapshot(root)
-    done = run(kit, root, *more)
+    done = run(kit, root, *key_option)
     assert done.returncode == ExitCode.KIT
-    assert f"expected key {OTHER.verifying_key.fingerprint}, got key {PUBLIC.fingerprint}" in done.stderr
+    assert f"expected key {OTHER_KEY.verifying_key.fingerprint}, got key {PUBLIC.fingerprint}" in done.stderr
     assert snapshot(root) == before
-    known.write_text(PUBLIC.hex)
-    assert run(kit, root, *more).returncode == 0
+    key_file.write_text(PUBLIC.hex)
+    assert run(kit, root, *key_option).returncode == 0
     assert (root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex
 
 
 def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, root: Path) -> None:
     assert run(kit, root).returncode == 0
-    sign(kit, OTHER)
+    sign(kit, OTHER_KEY)
     assert run(kit, root).returncode == ExitCode.KIT
     assert run(kit, root, "--key", "no key").returncode == ExitCode.KIT
-    assert run(kit, root, "--key", OTHER.verifying_key.hex).returncode == 0
-    assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying_key.hex
+    assert run(kit, root, "--key", OTHER_KEY.verifying_key.hex).returncode == 0
+    assert (root / "opt/fedprune/server.pub").read_text() == OTHER_KEY.verifying_key.hex
     assert program(root, "x") == "fedprune x\n"
 
 
@@ -322,10 +322,10 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
     before.mkdir()
     assert run(make_kit("old").folder, before).returncode == 0
     kit = newer(make_kit, tmp_path, wheels)
-    sign(kit, OTHER)
+    sign(kit, OTHER_KEY)
 
     def install() -> None:
-        runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER.verifying_key.raw)
+        runtime = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable, None, OTHER_KEY.verifying_key.raw)
         if not runtime.is_laid_out:
             runtime.lay_out()
         if not runtime.is_filled:
@@ -346,22 +346,22 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
         install()
         assert program(root, "x") == "fedprune x\n", (at, how)
         assert serving(root) == KitFolder(kit).runtime
-        assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying_key.hex
+        assert (root / "opt/fedprune/server.pub").read_text() == OTHER_KEY.verifying_key.hex
 
 
 @pytest.mark.parametrize("what", ["fifo", "link"])
 def test_root_reads_no_key_through_what_the_service_put_there(kit: Path, tmp_path: Path, what: str) -> None:
-    key, held = tmp_path / "root/var/lib/fedprune/identity/server.pub", None
+    key, descriptor = tmp_path / "root/var/lib/fedprune/identity/server.pub", None
     key.parent.mkdir(parents=True)
     if what == "fifo":
         os.mkfifo(key)
-        held = os.open(key, os.O_RDWR)  # its maker may hold it open, and write nothing
+        descriptor = os.open(key, os.O_RDWR)  # its maker may hold it open, and write nothing
     else:
-        (tmp_path / "elsewhere").write_text(OTHER.verifying_key.hex)
+        (tmp_path / "elsewhere").write_text(OTHER_KEY.verifying_key.hex)
         key.symlink_to(tmp_path / "elsewhere")
     done = run(kit, tmp_path / "root")
-    if held is not None:
-        os.close(held)
+    if descriptor is not None:
+        os.close(descriptor)
     assert (done.returncode, "the server's key" in done.stderr) == (ExitCode.KIT, True)
 
 

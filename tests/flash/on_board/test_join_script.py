@@ -35,24 +35,24 @@ class Quiet(SimpleHTTPRequestHandler):
 class Endless(Quiet):
     """Sends the beginning of one file, and no more until the board has hung up."""
 
-    def __init__(self, *given: Any, stuck: str, begun: threading.Event, **more: Any) -> None:
-        self.is_stuck, self.has_begun = stuck, begun
-        super().__init__(*given, **more)
+    def __init__(self, *arguments: Any, stuck: str, begun: threading.Event, **options: Any) -> None:
+        self.stuck_file, self.begun = stuck, begun
+        super().__init__(*arguments, **options)
 
     def do_GET(self) -> None:
-        if not self.path.endswith(self.is_stuck):
+        if not self.path.endswith(self.stuck_file):
             super().do_GET()
             return
         self.send_response(200)
         self.send_header("Content-Length", "1000")
         self.end_headers()
         self.wfile.write(b"{")
-        self.has_begun.set()
+        self.begun.set()
         self.connection.recv(1)
 
 
 @contextmanager
-def served(folder: Path, handler: Callable[..., Quiet] = Quiet) -> Iterator[str]:
+def serve_folder(folder: Path, handler: Callable[..., Quiet] = Quiet) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -66,11 +66,11 @@ def served(folder: Path, handler: Callable[..., Quiet] = Quiet) -> Iterator[str]
 @pytest.fixture
 def site(tmp_path: Path, kit: Kit) -> Iterator[str]:
     """Address of the kit."""
-    with served(tmp_path) as url:
+    with serve_folder(tmp_path) as url:
         yield f"{url}/{kit.folder.name}"
 
 
-def joined(
+def run_join_script(
     root: Path,
     *words: str,
     claim: str = "",
@@ -99,23 +99,23 @@ def joined(
         signal.signal(signal.SIGINT, before)
     if stop is not None:
         threading.Thread(target=lambda: stop[0].wait(60) and os.killpg(process.pid, stop[1])).start()
-    out, said = process.communicate(SCRIPT.read_bytes() if script is None else script, timeout=120)
+    out, errors = process.communicate(SCRIPT.read_bytes() if script is None else script, timeout=120)
     assert list(temporary.iterdir()) == []
-    return subprocess.CompletedProcess(command, process.returncode, out.decode(), said.decode())
+    return subprocess.CompletedProcess(command, process.returncode, out.decode(), errors.decode())
 
 
 def test_one_line_installs_a_kit_and_leaves_the_claim_to_the_board(tmp_path: Path, kit: Kit, site: str) -> None:
     root = tmp_path / "root"
-    done = joined(root, f"{site}/", kit.digest, "--root", str(root), claim=CLAIM)
+    done = run_join_script(root, f"{site}/", kit.digest, "--root", str(root), claim=CLAIM)
     assert done.returncode == 0, done.stderr
     assert "signed with key" in done.stdout
     claim = root / "var/lib/fedprune/claim"
     assert claim.read_text() == CLAIM
     assert claim.stat().st_mode & 0o777 == 0o400
     assert (root / "etc/fedprune/device.env").exists()
-    again = joined(root, site, kit.digest, "--root", str(root))
-    assert again.returncode == 0
-    assert "now:" not in again.stdout
+    second_run = run_join_script(root, site, kit.digest, "--root", str(root))
+    assert second_run.returncode == 0
+    assert "now:" not in second_run.stdout
 
 
 def test_links_that_the_service_planted_are_not_followed(tmp_path: Path, kit: Kit, site: str) -> None:
@@ -127,7 +127,7 @@ def test_links_that_the_service_planted_are_not_followed(tmp_path: Path, kit: Ki
     state.mkdir(parents=True)
     for name in ("claim", "claim.new", ".claim.partial"):
         (state / name).symlink_to(victim)
-    done = joined(root, site, kit.digest, "--root", str(root), claim=CLAIM)
+    done = run_join_script(root, site, kit.digest, "--root", str(root), claim=CLAIM)
     assert done.returncode == 0, done.stderr
     assert (victim.read_text(), victim.stat().st_mode & 0o777) == ("root's own\n", 0o640)
     assert not (state / "claim").is_symlink()
@@ -137,9 +137,9 @@ def test_links_that_the_service_planted_are_not_followed(tmp_path: Path, kit: Ki
 @pytest.mark.parametrize("stuck", ["kit.json", "install.pyz"])
 def test_a_script_that_is_interrupted_leaves_nothing(tmp_path: Path, kit: Kit, stuck: str) -> None:
     root, begun = tmp_path / "root", threading.Event()
-    with served(tmp_path, partial(Endless, stuck=stuck, begun=begun)) as url:
+    with serve_folder(tmp_path, partial(Endless, stuck=stuck, begun=begun)) as url:
         words = (f"{url}/{kit.folder.name}", kit.digest, "--root", str(root))
-        done = joined(root, *words, claim=CLAIM, stop=(begun, signal.SIGINT))
+        done = run_join_script(root, *words, claim=CLAIM, stop=(begun, signal.SIGINT))
     assert (done.returncode, begun.is_set()) == (ExitCode.INTERRUPTED, True)
     assert list(root.iterdir()) == []
 
@@ -153,23 +153,23 @@ DAMAGE: dict[str, tuple[Damage, ExitCode, str]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "code", "said"), DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize(("damage", "code", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_nothing_that_the_digest_does_not_cover_is_run(
-    tmp_path: Path, kit: Kit, site: str, damage: Damage, code: ExitCode, said: str
+    tmp_path: Path, kit: Kit, site: str, damage: Damage, code: ExitCode, message: str
 ) -> None:
     damage(kit.folder)
     root = tmp_path / "root"
-    done = joined(root, site, kit.digest, "--root", str(root), claim=CLAIM)
+    done = run_join_script(root, site, kit.digest, "--root", str(root), claim=CLAIM)
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert not list(tmp_path.rglob("never"))
     assert list(root.iterdir()) == []
 
 
 def test_a_kit_with_a_claim_is_not_for_a_web_server(tmp_path: Path, make_kit: Callable[..., Kit]) -> None:
     kit = make_kit("claimed", claim=CLAIM)
-    with served(tmp_path) as url:
-        done = joined(tmp_path / "root", f"{url}/claimed", kit.digest)
+    with serve_folder(tmp_path) as url:
+        done = run_join_script(tmp_path / "root", f"{url}/claimed", kit.digest)
     assert (done.returncode, "has a claim" in done.stderr) == (ExitCode.KIT, True)
 
 
@@ -183,13 +183,13 @@ def test_a_kit_with_a_claim_is_not_for_a_web_server(tmp_path: Path, make_kit: Ca
     ],
 )
 def test_a_wrong_line_is_refused(tmp_path: Path, words: tuple[str, ...]) -> None:
-    assert joined(tmp_path / "root", *words).returncode == ExitCode.USAGE
+    assert run_join_script(tmp_path / "root", *words).returncode == ExitCode.USAGE
 
 
 def test_a_script_that_was_cut_off_does_nothing(tmp_path: Path, kit: Kit, site: str) -> None:
-    root, whole = tmp_path / "root", SCRIPT.read_bytes()
-    for length in (len(whole) // 4, len(whole) // 2, len(whole) - len(b'main "$@"\n')):
-        joined(root, site, kit.digest, "--root", str(root), script=whole[:length])
+    root, script = tmp_path / "root", SCRIPT.read_bytes()
+    for length in (len(script) // 4, len(script) // 2, len(script) - len(b'main "$@"\n')):
+        run_join_script(root, site, kit.digest, "--root", str(root), script=script[:length])
         assert list(root.iterdir()) == []
 
 

@@ -72,9 +72,9 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
     refuses = "import os\nif os.geteuid() == 0:\n    raise RuntimeError('loaded as root')\n"
     tiny_wheels.wheel(links, "onnxruntime", "1.31", {"onnxruntime/__init__.py": refuses})
-    own = next(links.glob("fedprune-*"))
+    fedprune_wheel = next(links.glob("fedprune-*"))
     target = BoardTarget(python, platform.machine())
-    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim=CLAIM, signer=KEY)
+    build_kit(tmp_path / "kit", board, target, wheel=fedprune_wheel, links=[links], claim=CLAIM, signer=KEY)
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/systemctl").write_text(SYSTEMCTL)
     (tmp_path / "usr/bin/systemctl").chmod(0o755)
@@ -87,18 +87,18 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     if "== mounted" not in done.stdout:
         pytest.skip("no system can be mounted here")
     assert done.returncode == 0, done.stdout + done.stderr
-    first, again, taken, rest, user, removed, purged = _parts(done.stdout)
-    for rows in (first, taken):
-        found = [row.split() for row in rows if re.fullmatch(r"\w+ \d+ /\S+", row)]
-        owners = {name: [user, mode] for user, mode, name in found}
+    first_rows, second_rows, upgrade_rows, rest, user, removed, purged = _sections(done.stdout)
+    for rows in (first_rows, upgrade_rows):
+        entries = [row.split() for row in rows if re.fullmatch(r"\w+ \d+ /\S+", row)]
+        owners = {name: [user, mode] for user, mode, name in entries}
         assert owners.pop("/opt/fedprune/launcher.pyz") == ["root", "644"]
         assert owners.pop("/opt/fedprune/server.pub") == ["root", "644"]
         assert owners.pop("/var/lib/fedprune/claim") == ["fedprune", "400"]
         assert len(owners) >= 9
         assert {owner for owner, _ in owners.values()} == {"fedprune"}
-    assert "running: fedprune.service" in first
-    assert not [row for row in again if row.startswith("now:")]
-    assert [row for row in taken if row.startswith("now:")] == [
+    assert "running: fedprune.service" in first_rows
+    assert not [row for row in second_rows if row.startswith("now:")]
+    assert [row for row in upgrade_rows if row.startswith("now:")] == [
         "now: give slots and /var/lib/fedprune to fedprune",
         "now: start fedprune.service",
     ]
@@ -111,6 +111,8 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     assert "fedprune" not in purged
 
 
-def _parts(text: str) -> list[list[str]]:
+def _sections(text: str) -> list[list[str]]:
     """Lines of each part of what the script prints."""
-    return [part.splitlines()[1:] for part in ("== installed\n" + text.partition("== mounted\n")[2]).split("== ")[1:]]
+    return [
+        section.splitlines()[1:] for section in ("== installed\n" + text.partition("== mounted\n")[2]).split("== ")[1:]
+    ]
