@@ -142,17 +142,13 @@ def build_app(
         alerts = AlertBook(read_monitor_record(config.state).alerts)
         exporters = [*_metrics_observers(stack, config, folder, alerts), *_trace_observers(stack, config)]
         jobs = _prepare_jobs(stack, config, options, folder, stopping)
-        site_connection = stack.enter_context(open_connection(config, identity))
-        if site_connection.broker is not None:
-            log.info(
-                "embedded broker: %s on %s:%d", site_connection.broker.program, config.host, site_connection.broker.port
-            )
+        connection = stack.enter_context(open_connection(config, identity))
+        if connection.broker is not None:
+            log.info("embedded broker: %s on %s:%d", connection.broker.program, config.host, connection.broker.port)
         guard = rollouts = None
         if identity is not None:
-            instance = ServerInstance(config.state, folder.lease.shared, owns_broker=site_connection.broker is not None)
-            guard = stack.enter_context(
-                second_server_guard(site_connection.url, identity, config.ca, instance, stopping)
-            )
+            instance = ServerInstance(config.state, folder.lease.shared, owns_broker=connection.broker is not None)
+            guard = stack.enter_context(second_server_guard(connection.url, identity, config.ca, instance, stopping))
             # Before the ports of blobs and console are opened: if another server of this identity has them, the error
             # says so. Until here, a copy that was started by mistake has changed nothing outside its own folder.
             guard.enter()
@@ -161,11 +157,9 @@ def build_app(
             rollouts,
             None if identity is None else identity.store.members,
             crashes,
-            stack.enter_context(web_blobs(config, identity, site_connection.link.wake)),
+            stack.enter_context(web_blobs(config, identity, connection.link.wake)),
         )
-        site = SiteLink(
-            site_connection.wire, Topics(site_connection.site), site_connection.quarantine, config.max_packet
-        )
+        site = SiteLink(connection.wire, Topics(connection.site), connection.quarantine, config.max_packet)
         runners = [
             JobRunner(
                 job.runnable(),
@@ -190,14 +184,14 @@ def build_app(
             *(_NextSteps(job, until_finished=options.until_finished) for job in jobs),
             *_tracker_observers(stack, jobs),
             stack.enter_context(monitoring(config, {job.opened.job.name: job.config.state for job in jobs}, alerts)),
-            *_console_observers(stack, config, site_connection, identity, runners, alerts),
+            *_console_observers(stack, config, connection, identity, runners, alerts),
             *observers,
         ]
-        server = Server(runners, site, site_connection.broker, stopping, config.connected, all_observers)
-        site_connection.start()
+        server = Server(runners, site, connection.broker, stopping, config.connected, all_observers)
+        connection.start()
         for job in jobs:
             job.folder.save_job(job.opened)  # only now: a broker that can't be reached is not stored for the next start
-        yield App(server, [job.folder for job in jobs], guard, site_connection, options.until_finished)
+        yield App(server, [job.folder for job in jobs], guard, connection, options.until_finished)
 
 
 @dataclass(frozen=True)
@@ -379,7 +373,7 @@ def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertB
 def _console_observers(
     stack: ExitStack,
     config: ServerConfig,
-    site_connection: ServerConnection,
+    connection: ServerConnection,
     identity: IdentityFolder | None,
     runners: Sequence[JobRunner],
     alerts: AlertBook,
@@ -410,16 +404,16 @@ def _console_observers(
     writer = stack.enter_context(status.StatusWriter(config.state / status.STATUS_FILE))
     site_facts = {
         "version": __version__,
-        "site": site_connection.site,
+        "site": connection.site,
         "started_at": time.time(),
-        "broker": without_password(site_connection.url),
+        "broker": without_password(connection.url),
         "database": without_password(config.database or "sqlite").partition("?")[0],
         "blobs": config.blobs,
         "insecure": identity is None,
     }
     publisher = StatusPublisher(site_facts, writer, poller=poller, alerts=alerts)
     handler = OrderHandler(
-        orders, publisher, {runner.job.name: runner for runner in runners}, site_connection.quarantine,
+        orders, publisher, {runner.job.name: runner for runner in runners}, connection.quarantine,
         config.state, executor, allowed=config.console_orders,
     )  # fmt: skip
     observer = ConsoleObserver(publisher, handler, ConsoleProcess(_console_settings(config, address, port)))

@@ -67,9 +67,8 @@ class CloneDetector:
         if online and session in history.superseded:
             reason = "two connections take turns"
         elif is_other_board and (online or description == history.previous):
-            reason = (
-                f"first it was a {_description_text(history.current)}, now it is a {_description_text(description)}"
-            )
+            first, current = _description_text(history.current), _description_text(description)
+            reason = f"first it was a {first}, now it is a {current}"
         elif len(history.births) == MAX_RECONNECTS and now - history.births[0] <= RECONNECT_WINDOW_S:
             reason = f"it has connected {MAX_RECONNECTS} times within {now - history.births[0]:.0f} s"
         if description != history.current:
@@ -83,11 +82,8 @@ class CloneDetector:
         signs = self._overlaps.setdefault(device, deque(maxlen=MIN_OVERLAPS))
         if not signs or now - signs[-1] >= OVERLAP_INTERVAL_S:
             signs.append(now)
-        return (
-            len(signs) == MIN_OVERLAPS
-            and now - signs[0] <= OVERLAP_WINDOW_S
-            and self._suspect(device, SHARED_KEY_REASON, now)
-        )
+        is_repeated = len(signs) == MIN_OVERLAPS and now - signs[0] <= OVERLAP_WINDOW_S
+        return is_repeated and self._suspect(device, SHARED_KEY_REASON, now)
 
     def _suspect(self, device: str, reason: str, now: float) -> bool:
         """Suspect a device; returns whether to report it, at most once an hour."""

@@ -129,9 +129,7 @@ class CrashStore(Closeable):
             self._waiting.append((message.device, message.number, message.at, now, text, json.dumps(body)))
 
     def save(self) -> dict[str, CrashStored]:
-        """Save new crashes; returns the acknowledgements by board. If the disk fails, the crashes are dropped, and
-        boards send them again.
-        """
+        """Save new crashes; returns the acknowledgements by board. If the disk fails, boards send them again."""
         if not self._acknowledgements:
             return {}
         rows, answers = list(self._waiting), self._acknowledgements

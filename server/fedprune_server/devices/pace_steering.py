@@ -122,9 +122,7 @@ class PaceSteering:
         self._visits: OrderedDict[str, float] = OrderedDict()  # when each visit began; the earliest first
         self._busy_visits: dict[str, float] = {}  # visits of boards that had a part when it was their turn to leave
         self._connected: set[str] = set()
-        self._expected_until = dict.fromkeys(
-            known_boards, now + AWAY_COUNTED_S
-        )  # until when each absent board is expected
+        self._expected_until = dict.fromkeys(known_boards, now + AWAY_COUNTED_S)  # for each absent board
         self._able_to_leave: set[str] = set()  # connected boards that can be sent away
         self._announced_spread_s = max(1.0, self.spread_s)
         self._rechecked_at = self._expired_at = now

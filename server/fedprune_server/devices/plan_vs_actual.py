@@ -38,8 +38,7 @@ def compare_device(name: str, state: State | None, predicted: Mapping[str, Any] 
 
 
 def compare_latest(state: State) -> dict[str, RoundComparison]:
-    """Comparisons for the devices that counted in the latest round; an empty one for a device that has another plan by
-    now."""
+    """Comparisons for the devices that counted in the latest round; empty for a device with another plan by now."""
     comparisons: dict[str, RoundComparison] = {}
     for name, device_summary in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
@@ -117,13 +116,9 @@ def _measured_figures(name: str, state: State | None) -> Mapping[str, Any]:
         return {}
     widths = list(state.devices[name].widths)
     for row in reversed(state.history):
-        device_summary = row["devices"].get(name)
-        if (
-            device_summary is not None
-            and device_summary["progress"] == "folded"
-            and device_summary.get("widths") == widths
-        ):
-            metrics: Mapping[str, Any] = device_summary["metrics"]
+        summary = row["devices"].get(name)
+        if summary is not None and summary["progress"] == "folded" and summary.get("widths") == widths:
+            metrics: Mapping[str, Any] = summary["metrics"]
             return metrics
     return {}
 

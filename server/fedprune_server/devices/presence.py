@@ -48,8 +48,7 @@ class Presence:
         self._unanswered_hellos.pop(device, None)
 
     def on_broker_connect(self, now: float, devices: Iterable[str]) -> None:
-        """Note that the broker is connected and every connected device is asked: the broker may have lost their wills
-        meanwhile."""
+        """Expect an answer of every connected device: a broker that was away may have lost wills."""
         self._heard_at.clear()
         sessions = ((name, self._session_of(name)) for name in devices)
         self._unanswered_hellos = OrderedDict(

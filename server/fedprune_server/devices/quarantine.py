@@ -188,14 +188,12 @@ class Quarantine:
             ledger.points = min(MAX_POINTS, ledger.points + POINTS_PER_ANSWER)
 
     def charge_request(self, device: str, sha256: str, leaves: int) -> None:
-        """Charge a request for a part of an offered blob, which has this number of leaves. All of the blob may be
-        requested a few times without cost."""
+        """Charge a request for a part of a blob with this number of leaves. A few requests of it all are free."""
         if (ledger := self._ledger(device)) is None:
             return
         used_requests = ledger.fetching.pop(sha256, 0)
-        is_free = (
-            used_requests < FREE_REQUESTS + FREE_REQUESTS_PER_LEAF * leaves
-        )  # a blob that is still coming has no leaves yet
+        # A blob that is still coming has no leaves yet.
+        is_free = used_requests < FREE_REQUESTS + FREE_REQUESTS_PER_LEAF * leaves
         if is_free:
             self._refill(ledger, self._clock())
             ledger.points = min(MAX_POINTS, ledger.points + _REQUEST_COST)
@@ -249,9 +247,7 @@ class Quarantine:
         self._flooding_client = client, now + JOIN_FLOOD_S
 
     def flooding_client(self) -> str | None:
-        """The MQTT client id that flooded the requests to join within `JOIN_FLOOD_S`; empty if only many clients
-        together did, None if none did.
-        """
+        """The MQTT client id that flooded the requests to join; empty if many clients did together, None if none."""
         now = self._clock()
         if self._flooding_client is not None and self._flooding_client[1] > now:
             return self._flooding_client[0]
@@ -364,9 +360,8 @@ class Quarantine:
         if now - ledger.quarantined_until > FORGIVEN_AFTER_S:
             ledger.past_quarantines = 0
         seconds = min(MAX_QUARANTINE_S, FIRST_QUARANTINE_S * 2.0**ledger.past_quarantines)
-        ledger.past_quarantines = min(
-            ledger.past_quarantines + 1, 16
-        )  # 2**16 is far beyond `MAX_QUARANTINE_S` and no overflow
+        # 2**16 is far beyond `MAX_QUARANTINE_S` and no overflow.
+        ledger.past_quarantines = min(ledger.past_quarantines + 1, 16)
         ledger.counts.times += 1
         ledger.quarantined_until, ledger.reason = now + seconds, reason
         ledger.points, ledger.refilled_at, ledger.credit, ledger.strikes = MAX_POINTS, now + seconds, 0, 0

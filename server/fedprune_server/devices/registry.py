@@ -109,13 +109,8 @@ class DeviceRegistry:
         self._state = state
         self._limit = limit
         self._clock = clock
-        self._contacts = {
-            name: Contact(bytes_down=bytes_down, bytes_up=bytes_up) for name, (bytes_down, bytes_up) in traffic.items()
-        }
-        self.total_traffic = (
-            sum(bytes_down for bytes_down, _ in traffic.values()),
-            sum(bytes_up for _, bytes_up in traffic.values()),
-        )
+        self._contacts = {name: Contact(bytes_down=down, bytes_up=up) for name, (down, up) in traffic.items()}
+        self.total_traffic = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
         self._plan_descriptions: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
         self.parameters_at = lru_cache(_MAX_REMEMBERED_PLANS)(partial(submodel_parameters, architecture))
         self.unsaved_traffic: dict[str, tuple[int, int]] = {}
@@ -235,11 +230,10 @@ class DeviceRegistry:
         """Texts about devices whose pieces of blobs, sent or requested, seem to be dropped by the broker."""
         reasons = {name: "gets no piece of its model: " + dropping_broker_message("what is sent to it")
                    for name, lost_pieces in self._to_devices.items() if lost_pieces.is_stuck}  # fmt: skip
+        update_reason = "announces its update, and no piece of it comes: " + dropping_broker_message("what it sends")
         for name, lost_pieces in self._from_devices.items():
             if lost_pieces.is_stuck:
-                reasons[name] = "announces its update, and no piece of it comes: " + dropping_broker_message(
-                    "what it sends"
-                )
+                reasons[name] = update_reason
         return reasons
 
     def silence_reasons(self) -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""The time for which a server stays after its jobs are finished (`--until-finished`): until all devices know it, or a
-limit has passed.
-"""
+"""The time for which a server stays after its jobs (`--until-finished`): until all know it, or a limit has passed."""
 
 from __future__ import annotations
 

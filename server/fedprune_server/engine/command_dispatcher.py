@@ -91,8 +91,7 @@ class CommandDispatcher:
         return []
 
     def offer(self, command: do.SendOffer, *, is_repetition: bool = False) -> list[on.Event]:
-        """Offer a device its part of the round. The time that it takes counts from the first offer, not from a
-        repetition."""
+        """Offer a device its part of the round. Its time counts from the first offer, not from a repetition."""
         job = self._job.name
         if command.device in self.revoked:  # revoked while the executor was making its offer
             return [
@@ -163,7 +162,6 @@ class CommandDispatcher:
         if reason := update_misfit(task.offer, ref):
             part_key = command.device, command.round, command.attempt
             return [on.UpdateRejected(*part_key, reason, FailureKind.MALFORMED)]
-        self._outbox.send_requests(
-            self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic())
-        )
+        requests = self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic())
+        self._outbox.send_requests(requests)
         return self.collect_uploads()

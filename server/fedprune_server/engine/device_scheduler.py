@@ -127,9 +127,8 @@ class DeviceScheduler:
         for device in sorted(devices_to_check):
             self._reassign(device)
         if only_able_job is not None:
-            assignments = {
-                only_able_job: sorted(device for device in self._free_devices if self._suits(only_able_job, device))
-            }
+            suitable_devices = [device for device in self._free_devices if self._suits(only_able_job, device)]
+            assignments = {only_able_job: sorted(suitable_devices)}
         else:
             self._refresh_suitability()
             demands, able_demands = self._current_demands()
@@ -141,8 +140,7 @@ class DeviceScheduler:
         return any(assignments.values())
 
     def _reassign(self, device: str) -> None:
-        """Take a device back from a job that no longer awaits its part. Mark it free, or assign it to the job that
-        awaits a part of it."""
+        """Take a device from a job that no longer awaits its part; assign it to the job that does, or mark it free."""
         self._free_devices.discard(device)
         birth, job = self._connected.get(device), self.job_of_device.get(device)
         if birth is None or (

@@ -36,19 +36,15 @@ def further_configs(first_config: ServerConfig, files: Sequence[Path]) -> list[S
     names = [first_config.job.name, *(config.job.name for config in file_configs)]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(duplicates) + " twice")
-    stored_settings = {
-        path: stored_tables(path, {}) for path in job_folders(first_config.state) if path.name not in names
-    }
+    stored_folders = [path for path in job_folders(first_config.state) if path.name not in names]
+    stored_settings = {path: stored_tables(path, {}) for path in stored_folders}
     for path, tables in stored_settings.items():
         # A database may come from somebody else's backup: code that it names is run only if the operator names it, too.
         for setting, name in code_names(tables or {}):
             hint = f"If this code is yours, give the job's file: --job FILE, with the name {path.name}."
             raise stored_code_error(setting, name, str(path), hint)
     stored_configs = {path: _stored_config(path, tables) for path, tables in stored_settings.items() if tables}
-    return [
-        *file_configs,
-        *(_with_server_settings(first_config, config, path.name) for path, config in stored_configs.items()),
-    ]
+    return file_configs + [_with_server_settings(first_config, c, path.name) for path, c in stored_configs.items()]
 
 
 def _read_config(first_config: ServerConfig, path: Path) -> ServerConfig:
@@ -56,9 +52,8 @@ def _read_config(first_config: ServerConfig, path: Path) -> ServerConfig:
     with errors_with_origin([layer]):
         check_keys([t for t in TABLES if t != "alerts"], layer.tables, (), "table of a further job")
         if isinstance(layer.tables.get("server"), dict):
-            check_keys(
-                [k for k in JOB_KEYS if k in SERVER_KEYS], layer.tables["server"], ("server",), "key of a further job"
-            )
+            allowed_keys = [key for key in JOB_KEYS if key in SERVER_KEYS]
+            check_keys(allowed_keys, layer.tables["server"], ("server",), "key of a further job")
         config = parse_config(layer.tables, path.parent)
     return _with_server_settings(first_config, config, config.job.name)
 

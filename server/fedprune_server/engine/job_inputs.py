@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, MissingExtraError, ModelError
-from fedprune.planning.profile_store import find_profile as find_profile
-from fedprune.planning.profile_store import profile_names as profile_names
+from fedprune.planning.profile_store import find_profile, profile_names
 from fedprune.strategies.user_strategies import user_code_digest
 from fedprune_export.importing import (
     ImportChoices,

@@ -155,12 +155,8 @@ class JobRunner:
         # that can't be used would take all connections.
         self.served_job = ServedJob(local_store, self.may_fetch, upload_place, job.pulls)
         stores = [local_store] if services.rollouts is None else [local_store, services.rollouts.blobs]
-        self.outbox = Outbox(
-            site,
-            self.registry,
-            Downloads(BlobSender(*stores), site.max_packet),
-            self._bucket_sync.is_coming,
-        )
+        downloads = Downloads(BlobSender(*stores), site.max_packet)
+        self.outbox = Outbox(site, self.registry, downloads, self._bucket_sync.is_coming)
         self._rollouts = (
             None
             if services.rollouts is None
@@ -181,9 +177,7 @@ class JobRunner:
             self._dispatcher,
             site.monotonic,
         )
-        self._phases_without_deadline = (
-            _PHASES_WITHOUT_DEADLINE[:2] if self._schedule.asynchronous else _PHASES_WITHOUT_DEADLINE
-        )
+        self._phases_without_deadline = _PHASES_WITHOUT_DEADLINE[: 2 if self._schedule.asynchronous else None]
         self._alarms: list[float] = []
         self._unsaved_events: list[on.Event] = []
         self._pending_commands: list[do.Command] = []

@@ -57,9 +57,8 @@ class Journal:
             StorageError: The disk fails or is full.
         """
         state = self._state
-        self._collector.mark(
-            self._dispatcher.drop_unawaited_uploads(all_devices=state.phase is not self._saved_position[1])
-        )
+        is_new_phase = state.phase is not self._saved_position[1]
+        self._collector.mark(self._dispatcher.drop_unawaited_uploads(all_devices=is_new_phase))
         self._collector.note_state(state)
         # Saved before its commands are carried out: after a crash at any point the saved state orders again what was
         # not done.
@@ -68,10 +67,8 @@ class Journal:
             self._registry.unsaved_traffic.clear()
             seconds = self._monotonic() - started_at
         self._storage.put_unplanned_devices(self._registry.unplanned_devices)
-        previous_position, self._saved_position = self._saved_position, (state.round, state.phase)
-        if state.round != previous_position[0] or (
-            state.phase is Phase.FINISHED and self._saved_position != previous_position
-        ):
+        previous_round, self._saved_position = self._saved_position[0], (state.round, state.phase)
+        if state.round != previous_round or (is_new_phase and state.phase is Phase.FINISHED):
             # No offer is being made: coordinators order them while a round collects, the executor answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
             self._collector.collect(state, self._dispatcher.arriving_digests())

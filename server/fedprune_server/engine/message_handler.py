@@ -248,9 +248,8 @@ class MessageHandler:
 
     def fetchable_digests(self, device: str) -> frozenset[str]:
         """Digests of the blobs that a device may fetch: those of its own offer and of its release."""
-        return self.offered_digests(device) | (
-            frozenset() if self._rollouts is None else self._rollouts.downloadable_files(device)
-        )
+        digests = self.offered_digests(device)
+        return digests if self._rollouts is None else digests | self._rollouts.downloadable_files(device)
 
     def offered_digests(self, device: str) -> frozenset[str]:
         """Digests of the blobs that a device's own offer names; may be called from any thread."""
@@ -270,8 +269,7 @@ def _profile_problem(error: ProfileError) -> str:
 
 
 def _checked_profile_name(profile: str) -> str:
-    """The name of a profile, checked: a text that a device sends must not become a path on this machine. Raises
-    `ProfileError` if it is no name."""
+    """The name of a profile; `ProfileError` for other texts, which must not become a path on this machine."""
     if not NAME_PATTERN.fullmatch(profile):
         raise ProfileError(
             "name of a device's hardware profile",

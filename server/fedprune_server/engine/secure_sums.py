@@ -101,8 +101,7 @@ class MaskedChannel(UpdateChannel):
             self._begin_step(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
 
     def _resend_step(self, device: str, round_: int) -> None:
-        """Send a device its current step again, if it is in this round's sum. It repeats its last message, so it may
-        have missed that step."""
+        """Send a device in this round's sum its step again: it repeats its last message, so it may have missed it."""
         cohort = self._cohort_of(device)
         if round_ != self._round:
             return
@@ -116,9 +115,8 @@ class MaskedChannel(UpdateChannel):
         cohort = self._cohort_of(device)
         is_awaited = cohort is not None and message.sum == cohort.sum_id and not cohort.pending_work
         if cohort is None or not is_awaited or message.step != _ANSWER_STEPS[cohort.step] or device in cohort.answered:
-            self._resend_step(
-                device, message.round
-            )  # the answer is of an earlier step, came twice, or is no longer needed
+            # The answer is of an earlier step, came twice, or is no longer needed.
+            self._resend_step(device, message.round)
             return
         try:
             cohort.add_answer(device, message.step, message.content)
@@ -144,9 +142,8 @@ class MaskedChannel(UpdateChannel):
         if cohort is None or not self._is_current(device, update.round, update.attempt):
             return False
         if cohort.is_over or cohort.step != "delivery":
-            self._resend_step(
-                device, update.round
-            )  # in the first steps the vector can only be masked for an earlier sum
+            # In the first steps the vector can only be masked for an earlier sum.
+            self._resend_step(device, update.round)
             return True
         if update.weights.size != cohort.session.size:
             return False
@@ -180,9 +177,8 @@ class MaskedChannel(UpdateChannel):
             cohort.answer(event.device)
             accepted = Accepted(self._job.name, event.round, event.attempt, event.weights)
             cohort.acceptances[event.device] = accepted
-            cohort.pending_work.append(
-                (event.device, self._thread.submit(self._add_vector, cohort, event.device, event.weights))
-            )
+            future = self._thread.submit(self._add_vector, cohort, event.device, event.weights)
+            cohort.pending_work.append((event.device, future))
         return True
 
     def refuse(self, device: str, round_: int, attempt: int, reason: str) -> None:
@@ -233,12 +229,8 @@ class MaskedChannel(UpdateChannel):
         has_time_left = now < cohort.step_began_at + self._job.deadline_s
         # A set's order is random, so the search meets a device that is online early, if many are.
         is_waiting = is_reconnecting or any(self._state.devices[name].online for name in cohort.awaited)
-        if (
-            has_time_left
-            and cohort.awaited
-            and is_waiting
-            and not (cohort.step == "survivors" and cohort.collector.is_ready)
-        ):
+        has_enough = cohort.step == "survivors" and cohort.collector.is_ready
+        if has_time_left and cohort.awaited and is_waiting and not has_enough:
             return
         cohort.note_missed_step(cohort.messages.keys() - cohort.answered)
         try:

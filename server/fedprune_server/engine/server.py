@@ -75,8 +75,7 @@ class Server:
             such as those about releases and crashes.
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
-        connected_target: Number of boards that are connected on average, while the others are away; 0 to keep all
-            connected.
+        connected_target: Number of boards that are connected on average; 0 to keep all connected.
         observers: Observers that see every job after each turn.
 
     Raises:
@@ -104,16 +103,14 @@ class Server:
         self._complaints = RejectedMessageLog(log, site.monotonic)
         self._connected: dict[str, Birth] = {}
         self._presence = Presence(self._session_of)
-        self._steering = PaceSteering(
-            connected_target, self.main_runner.job.seed, self.main_runner.registry.names, site.monotonic()
-        )
-        has_several_jobs = len(runners) > 1
+        known_boards = self.main_runner.registry.names
+        self._steering = PaceSteering(connected_target, self.main_runner.job.seed, known_boards, site.monotonic())
+        self._has_several_jobs = len(runners) > 1
         self._scheduler: DeviceScheduler | SingleJobScheduler = (
             DeviceScheduler(self.runners, self._connected)
-            if has_several_jobs
+            if self._has_several_jobs
             else SingleJobScheduler(self.main_runner, self._connected)
         )
-        self._has_several_jobs = has_several_jobs
         self._next_greeting_at = self._last_tick_at = self._caught_up_at = 0.0
         self._next_birth_request_at: dict[str, float] = {}
         self._needs_assignment = True
@@ -165,8 +162,7 @@ class Server:
                     self._show_observers(ServerEnding())
 
     def _on_wait(self) -> None:
-        """Show observers that the loop is alive while it waits for its database or a lock. Raises `BusyError` if the
-        server is to end."""
+        """Show observers that the loop is alive while it waits. Raises `BusyError` if the server is to end."""
         self._show_observers(LoopBlocked())
         if not self._stopping.is_set():
             return
@@ -338,9 +334,8 @@ class Server:
         if isinstance(body, (Chunk, BlobNotFound, UploadResult)):
             return list(self.runners.values())  # they name no job; each runner knows which blobs it awaits
         if isinstance(body, BlobRequest) and envelope.job == NO_JOB:
-            return [runner for runner in self.runners.values() if runner.offers_blob(device, body.sha256)][:1] or [
-                self.main_runner
-            ]
+            owners = (runner for runner in self.runners.values() if runner.offers_blob(device, body.sha256))
+            return [next(owners, self.main_runner)]
         return [self.main_runner]
 
     # Connected devices.
@@ -416,9 +411,8 @@ class Server:
         for device in self._presence.take_silent(now):
             self.main_runner.outbox.send(device, Hello(int(self._site.clock())))
         if missing := self._presence.take_gone(self._caught_up_at):
-            names = ", ".join(sorted(missing)[:_MAX_LOGGED_NAMES]) + (
-                " ..." if len(missing) > _MAX_LOGGED_NAMES else ""
-            )
+            rest = " ..." if len(missing) > _MAX_LOGGED_NAMES else ""
+            names = ", ".join(sorted(missing)[:_MAX_LOGGED_NAMES]) + rest
             log.info("%d devices don't answer and are taken for gone: %s", len(missing), names)
         for device in missing:
             self._on_disconnect(device)
@@ -459,12 +453,8 @@ class Server:
 
     def _begin_shutdown(self) -> GracefulShutdown:
         """Wait for all devices that have announced themselves, except those that are excluded from every job."""
-        known_devices = self.main_runner.registry.names | {
-            name for runner in self.runners.values() for name in runner.state.devices
-        }
-        absent = (
-            name
-            for name in known_devices - self._connected.keys()
-            if not all(runner.is_excluded(name) for runner in self.runners.values())
-        )
+        runners = self.runners.values()
+        known_devices = self.main_runner.registry.names.union(*(runner.state.devices for runner in runners))
+        absent_devices = known_devices - self._connected.keys()
+        absent = (name for name in absent_devices if not all(runner.is_excluded(name) for runner in runners))
         return GracefulShutdown(self._connected, absent, self._connected.__contains__, self._site.monotonic())

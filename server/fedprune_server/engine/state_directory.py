@@ -209,9 +209,9 @@ class StateFolder(Closeable):
             self._check_claims(hide_passwords(parse_database_url(stored_url)))
             return
         if Storage.read_settings(self.path, self.database_url) is None:
+            stored_place = hide_passwords(parse_database_url(stored_url))
             raise ConfigError(
-                f"the job of {self.path} is in {hide_passwords(parse_database_url(stored_url))}, and the given "
-                "database is empty",
+                f"the job of {self.path} is in {stored_place}, and the given database is empty",
                 hint="To move it there, use `fedprune-server backup`, and `restore --database` into a new folder.",
             )
 
@@ -243,8 +243,7 @@ class StateFolder(Closeable):
     def _read_model_file(
         self, config: ServerConfig, stored_settings: dict[str, Any] | None, state: State | None
     ) -> tuple[bytes, str]:
-        """The first model's file and its name: the configured model for a new job, else the stored one, compared with
-        it."""
+        """The first model's file and name: a new job's configured model, else the stored one, compared with it."""
         if stored_settings is None:
             if config.model is None:
                 raise ConfigError(
@@ -360,11 +359,8 @@ def _read_global_model(
         raise StorageError(f"{folder} holds no job yet")
     with storage_errors(f"can't read {folder / MODEL_FILE}"):
         raw = read_file(folder / MODEL_FILE)
-    store, digest, model = (
-        open_blobs_reader(folder, stored_settings),
-        digest or state.model,
-        import_onnx(raw, str(stored_settings["name"])),
-    )
+    store, digest = open_blobs_reader(folder, stored_settings), digest or state.model
+    model = import_onnx(raw, str(stored_settings["name"]))
     weights = store.read(digest)
     last_round = int(state.history[-1]["round"]) if state.history else 0
     try:
@@ -452,11 +448,7 @@ def _setting_changes(stored_settings: dict[str, Any] | None, settings: dict[str,
                 continue
             # Of a recipe only the keys that differ are of interest.
             if isinstance(stored_value, dict) and isinstance(new_value, dict):
-                names = [
-                    name
-                    for name in sorted({*stored_value, *new_value})
-                    if stored_value.get(name) != new_value.get(name)
-                ]
+                names = sorted(n for n in {*stored_value, *new_value} if stored_value.get(n) != new_value.get(n))
                 lines += [f"{key}.{name}: {stored_value.get(name)!r} is now {new_value.get(name)!r}" for name in names]
                 continue
             if key == "broker":  # it may contain a password

@@ -60,13 +60,8 @@ from fedprune_server.storage.storage import open_database
 log = logging.getLogger("fedprune.server")
 
 IDENTITY_FOLDER = "identity"
-_SIGNING_KEY, _EPOCH_FILE, _SERVER_KEY, _SERVER_CERTIFICATE, _SITE_FILE = (
-    "signing.key",
-    "epoch",
-    "server.key",
-    "server.pem",
-    "site",
-)
+_SIGNING_KEY, _EPOCH_FILE, _SITE_FILE = "signing.key", "epoch", "site"
+_SERVER_KEY, _SERVER_CERTIFICATE = "server.key", "server.pem"
 
 # The folder of an identity while another one is made in its place.
 _REPLACED_FOLDER = "identity.replaced"
@@ -122,16 +117,12 @@ class IdentityFolder(Closeable):
             ) from error
         except OSError as error:
             is_denied = isinstance(error, PermissionError)
-            hint = (
-                "Run the command as the server's user, who alone may read its keys."
-                if is_denied
-                else path_remedy(error)
-            )
+            as_owner = "Run the command as the server's user, who alone may read its keys."
+            hint = as_owner if is_denied else path_remedy(error)
             raise StorageError(f"can't read {self.path / _SITE_FILE}: {error.strerror}", hint=hint) from error
         except (UnicodeDecodeError, ProtocolError) as error:
-            raise IdentityError(
-                f"{self.path / _SITE_FILE} is damaged", hint="Write the site's name into it."
-            ) from error
+            problem = f"{self.path / _SITE_FILE} is damaged"
+            raise IdentityError(problem, hint="Write the site's name into it.") from error
         self._clock = clock
         self.authority = Authority(self.path, clock)
         self.key = SigningKey.load(self.path / _SIGNING_KEY)
@@ -217,11 +208,8 @@ class IdentityFolder(Closeable):
         path = state / IDENTITY_FOLDER
         if (path / _SITE_FILE).exists():
             raise IdentityError(f"{state} has an identity already", hint="Keep it: every board knows the server by it.")
-        authority = (
-            Authority(path, clock)
-            if (path / AUTHORITY_CERTIFICATE_FILE).exists()
-            else Authority.make(path, site, clock)
-        )
+        is_begun = (path / AUTHORITY_CERTIFICATE_FILE).exists()
+        authority = Authority(path, clock) if is_begun else Authority.make(path, site, clock)
         if not authority.is_for_site(site):  # boards with its certificates subscribe to the topics of that other site
             raise IdentityError(
                 f"the authority in {path} is another site's than {site}",

@@ -24,9 +24,7 @@ class EnrollmentService:
         self._topics = Topics(identity.site)
 
     def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:
-        """The topic and the answer to a message on a topic of requests. Raises `ProtocolError` if it is no valid
-        request, which gets no answer.
-        """
+        """The topic and the answer to a request on a topic. Raises `ProtocolError` for one that gets no answer."""
         nonce = self._topics.parse_join(topic)
         request = parse_message(payload)
         if not isinstance(request, JoinRequest):

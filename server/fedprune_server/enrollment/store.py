@@ -240,8 +240,7 @@ class IdentityStore:
         return str(rows[0].value) if rows else ""
 
     def latest_epochs(self) -> dict[str, dict[str, int]]:
-        """The latest epochs that `defer_epochs` stored, by sender's key and by stream
-        (`fedprune.security.signed_channel`)."""
+        """The latest epochs that `defer_epochs` stored, by sender's key and by stream (see `signed_channel`)."""
         epochs: dict[str, dict[str, int]] = {}
         for key, stream, epoch in self._rows(sql.select(EPOCHS)):
             epochs.setdefault(key, {})[stream] = int(epoch)

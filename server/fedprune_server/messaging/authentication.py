@@ -108,14 +108,10 @@ class AuthenticatedLink(Relay):
         if address.device != EVERYONE and address.device not in self._poll_members():
             return False
         if address.channel == "down":
-            if (
-                address.device != EVERYONE
-                and Hello.kind.encode() in payload
-                and isinstance(parse_message(payload), Hello)
-            ):
-                self._unanswered_hellos[address.device] = min(
-                    _MAX_UNANSWERED_HELLOS, self._unanswered_hellos.get(address.device, 0) + 1
-                )
+            is_hello = Hello.kind.encode() in payload and isinstance(parse_message(payload), Hello)
+            if is_hello and address.device != EVERYONE:
+                count = self._unanswered_hellos.get(address.device, 0) + 1
+                self._unanswered_hellos[address.device] = min(_MAX_UNANSWERED_HELLOS, count)
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
@@ -174,9 +170,8 @@ class AuthenticatedLink(Relay):
                     "--claim FILE` on the board."
                 )
                 raise SignatureError(f"{device} is not a member", hint=hint)
-            self._opened_items.append(
-                (device, item if channel != "up" else (topic, self._open_message(device, topic, payload)))
-            )
+            opened_item = item if channel != "up" else (topic, self._open_message(device, topic, payload))
+            self._opened_items.append((device, opened_item))
         except ProtocolError as error:
             self._complaints.note_rejection(topic, error, device if device in self._members else "")
 
@@ -206,9 +201,8 @@ class AuthenticatedLink(Relay):
 
     def _refill_joins(self) -> None:
         now = self._clock()
-        self._join_allowance = min(
-            JOINS_PER_S, self._join_allowance + (now - self._allowance_refilled_at) * JOINS_PER_S
-        )
+        refill = (now - self._allowance_refilled_at) * JOINS_PER_S
+        self._join_allowance = min(JOINS_PER_S, self._join_allowance + refill)
         self._allowance_refilled_at = now
 
     def _join(self, topic: str, payload: bytes) -> None:

@@ -116,12 +116,7 @@ def open_connection(config: ServerConfig, identity: IdentityFolder | None) -> It
                 wake=link.wake,
             )
             stack.callback(joins.close)
-            wire = AuthenticatedLink(
-                RateLimitedLink(link, quarantine),
-                identity,
-                joins=joins,
-                quarantine=quarantine,
-            )
+            wire = AuthenticatedLink(RateLimitedLink(link, quarantine), identity, joins=joins, quarantine=quarantine)
         stack.callback(link.close)
         yield ServerConnection(wire, link, joins, broker, site, quarantine, url)
 

@@ -41,15 +41,10 @@ class Outbox:
         downloads: Downloads,
         is_coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
-        self._link, self._topics, self._quarantine, self._clock = (
-            site.link,
-            site.topics,
-            site.quarantine,
-            site.monotonic,
-        )
-        self._max_message_bytes = (
-            MAX_MESSAGE_BYTES if site.max_packet >= DEFAULT_MAX_PACKET else site.max_packet - PACKET_OVERHEAD_BYTES
-        )
+        self._link, self._topics, self._quarantine = site.link, site.topics, site.quarantine
+        self._clock = site.monotonic
+        has_large_packets = site.max_packet >= DEFAULT_MAX_PACKET
+        self._max_message_bytes = MAX_MESSAGE_BYTES if has_large_packets else site.max_packet - PACKET_OVERHEAD_BYTES
         self._is_duplicate = SeenRequests().is_duplicate
         self._is_coming = is_coming
         self._registry, self._downloads = registry, downloads
@@ -103,9 +98,7 @@ class Outbox:
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
     def send_requests(self, requests: DeviceRequests) -> None:
-        """Request devices' updates at once, without waiting for the turn's transaction: a request doesn't depend on
-        saved state.
-        """
+        """Request devices' updates at once, not at the turn's end: a request doesn't depend on saved state."""
         for device, request in requests:
             if isinstance(request, BlobRequest):
                 self._quarantine.credit_leaves(device, request.count)

@@ -32,8 +32,7 @@ def bucket_number(settings: Mapping[str, Any] | None) -> str | None:
 
 
 def open_bucket(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore | None:
-    """The bucket that has a job's blobs, for reading; None if they are in the folder. Raises what `open_blobs`
-    raises."""
+    """The bucket that has a job's blobs, for reading; None if they are in the folder. Raises as `open_blobs`."""
     address = blobs_address(settings)
     if address == IN_FOLDER:
         return None
@@ -72,10 +71,8 @@ def move_blobs_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], n
     """Copy the blobs that a job needs into its store: from the folder (after a restore, or where they have been until
     now), or from the bucket of the stored settings. Raises `StorageError` if a blob is damaged.
     """
-    local_store, missing = (
-        BlobStore(folder / BLOBS_FOLDER),
-        [digest for digest in sorted(needed) if not store.has(digest)],
-    )
+    local_store = BlobStore(folder / BLOBS_FOLDER)
+    missing = [digest for digest in sorted(needed) if not store.has(digest)]
     copied = 0
     for digest in [digest for digest in missing if local_store.has(digest)]:
         store.put(local_store.read(digest))

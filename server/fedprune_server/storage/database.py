@@ -174,8 +174,7 @@ class Database(Closeable):
         self._deferred.clear()
 
     def defer(self, work: Callable[[sql.Connection], None]) -> None:
-        """Run `work` at the beginning of the next transaction of `fenced_transaction`, and again if that one is
-        repeated."""
+        """Run `work` at the beginning of the next `fenced_transaction`, and of each repetition of it."""
         self._deferred.append(work)
 
     def flush(self) -> None:
@@ -390,9 +389,7 @@ def _read_only_engine(url: sql.URL) -> sql.Engine:
 
 
 def read_only_uri(path: Path) -> str:
-    """The URI for reading a file, also on a read-only disk. Raises `StorageError` if the latest changes can't be read
-    there.
-    """
+    """The URI for reading a file, also on a read-only disk. Raises `StorageError` if changes would be missed."""
     _roll_back(path)
     uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))

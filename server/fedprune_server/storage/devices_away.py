@@ -24,9 +24,8 @@ class DevicesAway:
 
     def __init__(self, read: Callable[[str], Mapping[str, Any]]) -> None:
         self._read_row = read
-        self._away_in_memory: dict[
-            str, None
-        ] = {}  # absent devices that are complete in memory, the longest absent first
+        # Absent devices that are complete in memory, the longest absent first.
+        self._away_in_memory: dict[str, None] = {}
         self._away_but_active: list[str] = []  # others, which were active when their turn came
 
     def on_saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:

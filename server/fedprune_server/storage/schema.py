@@ -14,9 +14,7 @@ _FORMAT_ROW = "format"
 
 
 def has_tables(connection: sql.Connection, url: str) -> bool:
-    """Whether the tables are there; False for an empty database. Raises `StorageError` if they are of another version
-    or of another program.
-    """
+    """Whether the tables are there; False for an empty database. Raises `StorageError` for another version's."""
     if not sql.inspect(connection).has_table(META.name):
         return False
     stored_format = read_meta(connection, _FORMAT_ROW)

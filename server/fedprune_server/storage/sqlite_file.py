@@ -164,8 +164,7 @@ def is_sqlite_locked(error: BaseException) -> bool:
 
 
 def execute_unlocked(connection: sqlite3.Connection, *statements: str) -> tuple[Any, ...]:
-    """Execute statements that need a lock, repeatedly until no other process holds it; returns the first row of the
-    last statement."""
+    """Execute statements until no other process holds a lock that they need; returns the last one's first row."""
 
     def execute() -> tuple[Any, ...]:
         rows = [connection.execute(statement).fetchone() for statement in statements]

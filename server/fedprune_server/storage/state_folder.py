@@ -73,9 +73,7 @@ JOBS_FOLDER = "jobs"
 
 
 def job_folders(state: Path) -> list[Path]:
-    """Folders of a server's further jobs (`jobs/NAME` in its state folder), by name. Raises `StorageError` if they
-    can't be read.
-    """
+    """Folders of further jobs (`jobs/NAME` in the state folder), by name. Raises `StorageError` if unreadable."""
     root = state / JOBS_FOLDER
     with storage_errors(f"can't read {root}"):
         subfolders = [p for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
@@ -94,9 +92,7 @@ _LOCK_PATIENCE_S = 3.0
 
 @contextmanager
 def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
-    """Lock a state folder against other servers. Raises `StorageError` if one runs on it, unless this one stands by:
-    then it waits.
-    """
+    """Lock a state folder against other servers; raises `StorageError` if one runs. A standby waits for it instead."""
     descriptor = _take_lock(path, standby=standby)
     try:
         with suppress(OSError):  # a disk without room for these bytes doesn't keep `check` from making some

@@ -103,9 +103,8 @@ class EventLog:
         while rows:  # page by page: a long job's log is more than memory should hold
             with self._database.read_transaction() as connection:
                 rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
-            yield from (
-                (number, at, kind, read_json_column(body, self._database.url)) for number, at, kind, body in rows
-            )
+            for number, at, kind, body in rows:
+                yield number, at, kind, read_json_column(body, self._database.url)
 
     def last_at(self) -> float | None:
         """Time of the last event, in seconds since 1970; None without events."""
@@ -204,9 +203,7 @@ class Storage(Closeable):
 
     @classmethod
     def read_settings(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
-        """Read the settings of a state folder's job; None if there are none. Raises `StorageError` if its database is
-        damaged or of another version.
-        """
+        """The settings of a state folder's job; None if there are none. Raises `StorageError` as `open_database`."""
         url = database_url(folder, database)
         if url == _sqlite_url(folder) and not (folder / DATABASE_FILE).is_file():
             return None
@@ -218,9 +215,7 @@ class Storage(Closeable):
 
     @staticmethod
     def check_existing(folder: Path) -> None:
-        """Check that a server has used a folder. Raises `StorageError` if none has, if the folder is a device's, or if
-        this user may not read it.
-        """
+        """Check that a server has used a folder. Raises `StorageError` if none has, or this user may not read it."""
         path = folder / (URL_FILE if (folder / URL_FILE).is_file() else DATABASE_FILE)
         with storage_errors(f"can't read {path}"):
             is_used = has_database(folder)
@@ -374,10 +369,8 @@ class Storage(Closeable):
             columns = [c for c in DEVICES.c if c.name != "body"]
             rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(DEVICES.c.name)).mappings()]
         for row in rows:
-            row["widths"], row["plan"] = (
-                read_json_column(row["widths"], self.url),
-                read_json_column(row["plan"], self.url),
-            )
+            row["widths"] = read_json_column(row["widths"], self.url)
+            row["plan"] = read_json_column(row["plan"], self.url)
         return rows
 
     @_retry_while_away
@@ -436,14 +429,12 @@ def open_database(folder: Path, database: str | None = None, *, read_only: bool 
     Its tables are made if it is empty, unless it is only read. Raises `StorageError` if it is damaged, of another
     version or can't be opened.
     """
-    return _open_tables(
-        database_url(folder, database) if read_only else _private_url(folder, database), create=not read_only
-    )
+    url = database_url(folder, database) if read_only else _private_url(folder, database)
+    return _open_tables(url, create=not read_only)
 
 
 def _open_tables(url: str, *, create: bool, check: bool = False) -> Database:
-    """Open a database, make its tables if it is empty (`create`), and check it for damage (`check`). Raises
-    `StorageError`."""
+    """Open a database, make its tables if it is empty (`create`), and look for damage (`check`)."""
     database = Database(url, read_only=not create)
     name = str(database.file or database.url)
     try:

@@ -188,10 +188,8 @@ class DeviceRows:
         if cached is None:
             if len(self._profile_texts) >= _MAX_PROFILE_TEXTS:
                 self._profile_texts.clear()
-            cached = self._profile_texts[id(body)] = (
-                body,
-                json_column(body),
-            )  # holds the object, so that its id stays its own
+            # The entry holds the object, so that its id stays its own.
+            cached = self._profile_texts[id(body)] = body, json_column(body)
         return cached[1]
 
 

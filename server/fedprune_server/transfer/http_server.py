@@ -90,9 +90,7 @@ class _Listener(socket.socket):
         connection, address = super().accept()
         self.clients = {number: client for number, client in self.clients.items() if not client.closed}
         if len(self.clients) >= self._max_clients():
-            idle_clients = [
-                (client.deadline, number) for number, client in self.clients.items() if client.awaits_request
-            ]
+            idle_clients = [(c.deadline, number) for number, c in self.clients.items() if c.awaits_request]
             if not idle_clients:
                 connection.close()
                 raise BlockingIOError("no connection is free")  # which asyncio's loop ignores: it goes on listening
@@ -102,8 +100,7 @@ class _Listener(socket.socket):
 
 
 class _BlobResponse(Response):
-    """A mapped blob, or the requested range of it, sent from memory: waking a helper thread that reads a file takes as
-    long as sending a piece."""
+    """A mapped blob or a range of it, sent from memory: a thread that reads a file takes as long as sending a piece."""
 
     def __init__(self, blob: memoryview, range_header: str) -> None:
         size, status, headers = len(blob), HTTPStatus.OK, {"accept-ranges": "bytes"}
@@ -118,9 +115,8 @@ class _BlobResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for start in range(0, len(self._blob) if scope["method"] == "GET" else 0, _PIECE_BYTES):
-            await send(
-                {"type": "http.response.body", "body": self._blob[start : start + _PIECE_BYTES], "more_body": True}
-            )
+            piece = self._blob[start : start + _PIECE_BYTES]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body"})
 
 
@@ -217,9 +213,8 @@ class BlobServer:
 
         try:
             request = Request(scope, receive)
-            name = _BLOB_PATH_PATTERN.fullmatch(
-                scope["raw_path"].decode("ascii") + ("?" if scope["query_string"] else "")
-            )
+            path = scope["raw_path"].decode("ascii") + ("?" if scope["query_string"] else "")
+            name = _BLOB_PATH_PATTERN.fullmatch(path)
             if request.method in ("GET", "HEAD"):
                 response, serving_job = await run_in_threadpool(
                     self._blob_response, client, name, request.headers.get("range", "")

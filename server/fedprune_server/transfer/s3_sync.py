@@ -72,8 +72,7 @@ class BucketSync:
         return {a.weights for a in self._under_way}
 
     def take_stored(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """The outcomes that may be reported now: an update counts only once the bucket has it. Raises `StorageError` if
-        the folder fails."""
+        """Outcomes of updates that the bucket has by now. Raises `StorageError` if the folder fails."""
         reportable: list[Outcome] = []
         for outcome in outcomes:
             if not isinstance(outcome, ArrivedUpdate) or self.store.has(outcome.weights):

@@ -1,5 +1,4 @@
-"""Fetches devices' updates: a few at a time are pulled over MQTT or uploaded to a web server; the others wait for their
-turn."""
+"""Fetches devices' updates: a few at a time are pulled over MQTT or uploaded to a web server, others wait."""
 
 from __future__ import annotations
 
@@ -64,10 +63,8 @@ class _Upload:
     def is_slow(self, now: float) -> bool:
         """Whether nothing has arrived for a while, or too little since it got its place."""
         seconds = now - self.began_at
-        received_bytes = (self.leaves - self.leaves_at_start) * LEAF_BYTES
-        return now - self.progressed_at > STALL_TIMEOUT_S or (
-            seconds > STALL_TIMEOUT_S and received_bytes < MIN_BYTES_PER_S * seconds
-        )
+        has_little = (self.leaves - self.leaves_at_start) * LEAF_BYTES < MIN_BYTES_PER_S * seconds
+        return now - self.progressed_at > STALL_TIMEOUT_S or (seconds > STALL_TIMEOUT_S and has_little)
 
 
 class Uploads:
@@ -108,8 +105,7 @@ class Uploads:
         self._outcomes: list[Outcome] = []
 
     def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> DeviceRequests:
-        """Fetch an update. A repeated call for the one under way changes nothing. Raises `StorageError` if the store
-        fails."""
+        """Fetch an update, once for all repeated calls. Raises `StorageError` if the store fails."""
         if not self.is_fetching(device, round_, attempt, ref):
             previous = self._uploads.get(device)
             self.drop(device)
@@ -127,13 +123,10 @@ class Uploads:
         if device not in self._present_sessions:
             self._note_present(device, None)
         upload = self._uploads.get(device)
-        repeated_request: DeviceRequests = []
-        if (
-            upload is not None
-            and upload.is_requested
-            and now - max(upload.requested_at, upload.progressed_at) > REQUEST_REPEAT_S
-        ):
-            repeated_request = self._request_upload(device, upload, now)
+        if upload is None or not upload.is_requested:
+            return self._start_next(now)
+        is_overdue = now - max(upload.requested_at, upload.progressed_at) > REQUEST_REPEAT_S
+        repeated_request = self._request_upload(device, upload, now) if is_overdue else []
         return repeated_request + self._start_next(now)
 
     def on_upload_result(self, device: str, result: UploadResult, now: float) -> DeviceRequests:
@@ -163,8 +156,7 @@ class Uploads:
         return requests
 
     def on_chunk(self, device: str, chunk: Chunk, now: float) -> DeviceRequests:
-        """Handle a chunk from a device. A chunk that no transfer awaits is ignored. Raises `StorageError` if the store
-        fails."""
+        """Handle a chunk; one that no transfer awaits is ignored. Raises `StorageError` if the store fails."""
         upload = self._uploads.get(device)
         if upload is None or upload.pull is None or chunk.sha256 != upload.ref.sha256:
             return []
@@ -197,9 +189,8 @@ class Uploads:
         slow_devices = [name for name in self._running if self._uploads[name].is_slow(now)]
         for device in sorted(slow_devices) if self._waiting else ():
             upload = self._uploads[device]
-            upload.pull_only = (
-                upload.pull_only or upload.is_requested
-            )  # another upload would begin at the first byte; a pull continues
+            # Another upload would begin at the first byte; a pull continues.
+            upload.pull_only = upload.pull_only or upload.is_requested
             self._stop_transfer(device, upload)
             self._running.discard(device)
             self._queue_up(device)
@@ -258,11 +249,8 @@ class Uploads:
             return self._switch_to_upload(device, upload, now) + self._start_next(now)
         if upload is not None and upload.is_requested and not can_upload:
             return self._switch_to_pull(device, upload, now) + self._start_next(now)
-        if (
-            upload is not None
-            and previous_session not in (None, session)
-            and (upload.is_requested or upload.pull is not None)
-        ):
+        has_reconnected = previous_session not in (None, session)
+        if upload is not None and has_reconnected and (upload.is_requested or upload.pull is not None):
             upload.progressed_at = upload.began_at = now  # the request went to its earlier connection
             upload.leaves_at_start = upload.leaves
             if upload.pull is None:
@@ -316,8 +304,7 @@ class Uploads:
         return {u.ref.sha256 for u in self._uploads.values()} | self._sync.digests
 
     def take_outcomes(self) -> list[Outcome]:
-        """Outcomes since the last call, of updates only once the job's store has them. Raises `StorageError` if the
-        store fails."""
+        """Outcomes since the last call, of updates that the store has. Raises `StorageError` if the store fails."""
         ended, self._outcomes = self._outcomes, []
         return self._sync.take_stored(ended)
 
@@ -368,9 +355,8 @@ class Uploads:
         self, device: str, reason: str, now: float, kind: FailureKind = FailureKind.MALFORMED
     ) -> DeviceRequests:
         upload, reason_line = self._uploads[device], one_line(reason, 400)
-        return self._end_upload(
-            device, FailedUpload(device, upload.round, upload.attempt, reason_line, kind.value), now
-        )
+        failure = FailedUpload(device, upload.round, upload.attempt, reason_line, kind.value)
+        return self._end_upload(device, failure, now)
 
     def _end_upload(self, device: str, outcome: Outcome, now: float) -> DeviceRequests:
         self.drop(device)

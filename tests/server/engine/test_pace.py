@@ -31,11 +31,11 @@ class Board(ToyDevice):
     """A board that takes its time to train, and disconnects when it is sent away.
 
     Attributes:
-        busy: Whether it has something else to do.
-        here: Whether it is connected.
+        is_busy: Whether it has something else to do.
+        is_online: Whether it is connected.
     """
 
-    busy, here = False, True
+    is_busy, is_online = False, True
     fleet: PacedFleet
 
     def hear(self, topic: str, payload: bytes) -> None:
@@ -43,7 +43,7 @@ class Board(ToyDevice):
             super().hear(topic, payload)
         if isinstance(last := self.heard[-1] if self.heard else None, Reconnect) and last.away_s is not None:
             self.heard.append(None)
-            if self.busy:
+            if self.is_busy:
                 self.send_birth()
             else:
                 self.is_online = False
@@ -110,7 +110,7 @@ def test_rounds_go_on_with_the_target_connected_and_reach_other_boards(make: Cal
 def test_a_board_that_is_busy_says_so_and_counts_as_connected(make: Callable[..., PacedFleet]) -> None:
     fleet = make(rounds=3)
     busy = fleet.air.devices["d00"]
-    busy.busy = True  # type: ignore[attr-defined]
+    busy.is_busy = True  # type: ignore[attr-defined]
     daemon = fleet.daemon(connected=10)
     state = fleet.run_daemon(daemon)
     assert None in busy.heard

@@ -90,5 +90,5 @@ def test_every_round_and_the_end_of_each_job_are_shown_once_and_in_order(tmp_pat
     for name, rounds in (("one", 3), ("two", 2)):
         assert (kinds[name].count("RoundEnded"), kinds[name].count("Finish")) == (rounds, 1)
         assert kinds[name].index("Folded") < kinds[name].index("Closed") < kinds[name].index("RoundEnded")
-        assert kinds[name][-1] == "ServerEnds"
+        assert kinds[name][-1] == "ServerEnding"
     assert watcher.jobs["one"].fleet.has_several_jobs

@@ -181,9 +181,8 @@ class EmbeddedBroker:
                         stdin=config, stdout=errors, stderr=errors, start_new_session=True,
                     )  # fmt: skip
             except OSError as error:
-                started.set_exception(
-                    BrokerError(f"embedded broker ({program}) can't be started ({error_reason(error)})")
-                )
+                problem = f"embedded broker ({program}) can't be started ({error_reason(error)})"
+                started.set_exception(BrokerError(problem))
                 return
             started.set_result(process)
             process.wait()

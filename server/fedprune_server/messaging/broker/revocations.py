@@ -46,8 +46,7 @@ class RevocationCommandError(BrokerError):
 
 
 def is_list_delivered(folder: Path, crl: Path) -> bool:
-    """Whether the command has succeeded for the present list. Raises `StorageError` if one of the two files can't be
-    read."""
+    """Whether the command has succeeded for the present list. Raises `StorageError` if a file can't be read."""
     with storage_errors(f"can't read {folder / NOTE_FILE}"):
         note = folder / NOTE_FILE
         return note.exists() and note.read_text(errors="replace").strip() == _list_digest(crl)
@@ -99,9 +98,8 @@ def list_delivery(command: str, folder: Path, crl: Path) -> Iterator[None]:
         yield
         return
     closed = threading.Event()
-    thread = threading.Thread(
-        target=_deliver_changes, args=(command, folder, crl, closed), name="revocations", daemon=True
-    )
+    arguments = command, folder, crl, closed
+    thread = threading.Thread(target=_deliver_changes, args=arguments, name="revocations", daemon=True)
     thread.start()
     try:
         yield

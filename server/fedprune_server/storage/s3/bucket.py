@@ -247,8 +247,7 @@ class Bucket:
 
 
 def _with_md5(params: dict[str, Any], **_: Any) -> None:
-    """Add the MD5 checksum to a request that deletes several objects: older servers know none of S3's newer checksums,
-    and require one."""
+    """Add the MD5 checksum to a request that deletes objects: older servers require it, and know no newer checksum."""
     digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
     params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 

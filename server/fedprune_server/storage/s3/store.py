@@ -180,9 +180,7 @@ class BucketStore(BlobStore):
     # The owner.
 
     def check_owner(self, number: str | None) -> None:
-        """Check that the prefix isn't another job's; `number` is None for a job that has none yet. Raises `ConfigError`
-        if it is.
-        """
+        """Check that the prefix isn't another job's; `number` is None for a new job. Raises `ConfigError` if it is."""
         raw = self.retry("read", lambda: self.bucket.get(OWNER_KEY, MAX_OWNER_BYTES))
         if raw is None:
             return  # objects without an owner are those of a first start that broke off
@@ -280,14 +278,10 @@ class BucketStore(BlobStore):
         right_key = next((key for key in keys[-1:] if self._verify(key, ref)), None)
         sizes = dict.fromkeys(keys, ref.size)
         if right_key is None:
-            sizes = {
-                key: size
-                for key, size in self.bucket.list(f"{BLOBS_PREFIX}{ref.sha256}.")
-                if digest_of(key) == ref.sha256
-            }
-            right_key = next(
-                (key for key, size in sorted(sizes.items()) if size == ref.size and self._verify(key, ref)), None
-            )
+            objects = self.bucket.list(f"{BLOBS_PREFIX}{ref.sha256}.")
+            sizes = {key: size for key, size in objects if digest_of(key) == ref.sha256}
+            candidates = [key for key, size in sorted(sizes.items()) if size == ref.size]
+            right_key = next((key for key in candidates if self._verify(key, ref)), None)
         if right_key is not None:
             with self._lock:
                 self._objects.setdefault(ref.sha256, {})[right_key] = ref.size
@@ -502,9 +496,8 @@ class LocalCopy(BlobStore):
     def __init__(self, store: BucketStore) -> None:
         super().__init__(store.root, max_size=store.max_size, reserve=store.reserve, durable=store.durable)
         self._store = store
-        self._verified_states = (
-            store._verified_states
-        )  # shared: the store forgets there which evicted blobs were verified
+        # Shared: the store forgets there which evicted blobs were verified.
+        self._verified_states = store._verified_states
 
     def has(self, sha256: str) -> bool:
         is_cached = super().has(sha256)
