@@ -106,7 +106,7 @@ def outcome(record: dict[str, Any]) -> dict[str, Any]:
         "worst": min(local.values()),
         "delivered": len(local),
         "mb": (rounds[-1]["down"] + rounds[-1]["up"]) / 1e6,
-        "seconds": rounds[-1]["at"],
+        "seconds": rounds[-1]["elapsed_s"],
         "devices": [_device(device, local) for device in record["devices"]],
     }
 

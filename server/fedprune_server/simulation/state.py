@@ -27,7 +27,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 
-FORMAT = "fedprune.simulation/8"
+FORMAT = "fedprune.simulation/9"
 CONFIG_FILE = "config.json"
 STATE_FILE = "simulation.json"
 ROUNDS_FILE = "rounds.jsonl"

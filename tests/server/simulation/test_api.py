@@ -96,8 +96,8 @@ def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path)
 
     stored = tensorfile.encode(run.model.tensors)
     assert tensorfile.sha256_hex(stored) == run.record.last.model
-    again = fx.from_pretrained(saved)
-    assert tensorfile.encode(again.tensors) == stored
+    reloaded = fx.from_pretrained(saved)
+    assert tensorfile.encode(reloaded.tensors) == stored
     card = huggingface_hub.ModelCard.load(saved / "README.md")
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == pytest.approx(run.record.last.metrics, abs=1e-6)
@@ -110,7 +110,7 @@ def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "density", "kept"),
+    ("strategy", "density", "is_same_cut"),
     [
         ("fedprune", 1.0, True),  # by ordered dropout
         ("heterofl", 0.5, True),
@@ -120,7 +120,7 @@ def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path)
     ],
 )
 def test_a_trained_model_is_cut_as_its_fleet_cut_it(
-    fleet: dict[str, Any], strategy: str, density: float, kept: bool, tmp_path: Path
+    fleet: dict[str, Any], strategy: str, density: float, is_same_cut: bool, tmp_path: Path
 ) -> None:
     job = {**fleet["job"], "strategy": strategy, "density": density}
     saved = simulate({**fleet, "job": job}, rounds=1).save_pretrained(tmp_path / "saved")
@@ -134,8 +134,8 @@ def test_a_trained_model_is_cut_as_its_fleet_cut_it(
     chosen = {scorer: report.selection.digest for scorer, report in reports.items()}
 
     assert chosen["ordered"] != chosen["magnitude"]
-    assert chosen[None] == chosen["ordered" if kept else "magnitude"]
-    assert reports[None].scorer == ("the fleet that trained the model" if kept else "magnitude")
+    assert chosen[None] == chosen["ordered" if is_same_cut else "magnitude"]
+    assert reports[None].scorer == ("the fleet that trained the model" if is_same_cut else "magnitude")
 
 
 @pytest.mark.parametrize(("strategy", "density", "stay"), [("fedprune", 1.0, True), ("fedrolex", 0.5, False)])

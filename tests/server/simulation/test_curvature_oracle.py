@@ -46,7 +46,7 @@ class Trained(NamedTuple):
 
 
 @cache
-def trained() -> Trained:
+def train_reference() -> Trained:
     """Twenty rounds of one epoch on eight devices, and the Hessian's diagonal of the loss on all their samples."""
     torch.manual_seed(0)
     x, y = (torch.from_numpy(v) for v in load_digits())
@@ -54,7 +54,7 @@ def trained() -> Trained:
     shares = torch.randperm(len(x)).tensor_split(DEVICES)
     net, loss = nn.Sequential(nn.Linear(64, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10)), nn.CrossEntropyLoss()
     model = arrays(net.state_dict())
-    evidence, whole = Evidence.empty(NET), Selection.full(NET)
+    evidence, full_selection = Evidence.empty(NET), Selection.full(NET)
     for _ in range(ROUNDS):
         fold = Fold(NET, model, evidence=True, momentum=MOMENTUM)
         for share in shares:
@@ -65,7 +65,7 @@ def trained() -> Trained:
                 sgd.zero_grad()
                 loss(net(x[batch]), y[batch]).backward()
                 sgd.step()
-            fold.add(whole, arrays(net.state_dict()), len(share), len(batches))
+            fold.add(full_selection, arrays(net.state_dict()), len(share), len(batches))
         evidence.update(fold, LR, BATCH)
         model = fold.close()[0]
     return Trained(model, evidence, hessian_diagonal(net, model, x, y))
@@ -95,17 +95,17 @@ def second_order(model: Tensors, curves: Tensors) -> Any:
 
 
 def test_estimated_curvature_is_of_the_hessians_size_and_order() -> None:
-    model, evidence, hessian = trained()
+    model, evidence, hessian = train_reference()
     for name in ("0.weight", "2.weight"):
-        found, exact = evidence.curvature[name], hessian[name]
-        assert spearmanr(found.ravel(), exact.ravel()).statistic > 0.75
-        assert 1 / 3 < found.sum() / exact.sum() < 3
+        estimate, exact = evidence.curvature[name], hessian[name]
+        assert spearmanr(estimate.ravel(), exact.ravel()).statistic > 0.75
+        assert 1 / 3 < estimate.sum() / exact.sum() < 3
     ours, theirs = (second_order(model, h) for h in (evidence.curvature, hessian))
     assert spearmanr(ours, theirs).statistic > 0.8
 
 
 def test_curvature_carries_at_least_half_of_the_variance_of_scores() -> None:
-    model, evidence, _ = trained()
-    whole, second = curvature_scores(NET, model, evidence)[0], second_order(model, evidence.curvature) / 2
-    share = np.cov(second, whole)[0, 1] / whole.var(ddof=1)
+    model, evidence, _ = train_reference()
+    scores, second_order_part = curvature_scores(NET, model, evidence)[0], second_order(model, evidence.curvature) / 2
+    share = np.cov(second_order_part, scores)[0, 1] / scores.var(ddof=1)
     assert 0.5 < share <= 1

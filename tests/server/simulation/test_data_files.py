@@ -154,9 +154,9 @@ def test_an_image_is_the_same_to_a_simulation_as_to_a_board(tmp_path, kind, mode
     file.parent.mkdir()
     image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200 if mode == "I;16" else pixels[:, :, : len(mode)])
     image.save(file, kind, exif=exif)
-    found = read_image_folder(tmp_path, size=size, colour=colour).take([0])[0]
+    pixels = read_image_folder(tmp_path, size=size, colour=colour).take([0])[0]
     board = Pixels().decode(file.read_bytes(), (kind,), (3 if colour else 1, *size))
-    np.testing.assert_array_equal(found.reshape(board.shape), board)
+    np.testing.assert_array_equal(pixels.reshape(board.shape), board)
 
 
 # --- which reader, and what becomes of the samples
@@ -184,12 +184,12 @@ def test_rows_are_gathered_across_parts():
 
 def test_the_digest_tells_data_sets_apart():
     x, y = images(9, 2, 2), labels(9)
-    whole = assemble_samples([(x, y, False)])
-    assert whole.digest == Samples((x[:4], x[4:]), y, np.zeros(9, bool)).digest
-    assert whole.digest != assemble_samples([(x, y, True)]).digest
-    assert whole.digest != assemble_samples([(x, (y + 1) % 9, False)]).digest
-    assert whole.digest != assemble_samples([(x, y, False)], owners=[y]).digest
-    assert whole.digest != assemble_samples([(x ^ 1, y, False)]).digest
+    samples = assemble_samples([(x, y, False)])
+    assert samples.digest == Samples((x[:4], x[4:]), y, np.zeros(9, bool)).digest
+    assert samples.digest != assemble_samples([(x, y, True)]).digest
+    assert samples.digest != assemble_samples([(x, (y + 1) % 9, False)]).digest
+    assert samples.digest != assemble_samples([(x, y, False)], owners=[y]).digest
+    assert samples.digest != assemble_samples([(x ^ 1, y, False)]).digest
 
 
 @pytest.mark.parametrize("name", ["x", "other"])

@@ -19,7 +19,7 @@ from fedprune_server.simulation.datasets.samples import Preparation, assemble_sa
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
 
-def shuffled(counts, seed=0):
+def shuffled_labels(counts, seed=0):
     """Labels with so many samples per class, in random order."""
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int64)
 
@@ -31,7 +31,7 @@ def covers(hands, rows):
 @st.composite
 def problems(draw):
     counts = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12))
-    labels = shuffled(counts, draw(st.integers(0, 5)))
+    labels = shuffled_labels(counts, draw(st.integers(0, 5)))
     rows = np.flatnonzero(np.random.default_rng(1).random(len(labels)) < draw(st.sampled_from([1.0, 0.8])))
     devices = draw(st.integers(1, max(1, min(20, len(rows)))))
     return rows, labels, devices, draw(st.integers(0, 3))
@@ -51,14 +51,14 @@ def test_iid(problem):
 
 @settings(max_examples=25)
 @given(problems(), st.sampled_from([0.001, 0.1, 1.0, 100.0]), st.integers(0, 8))
-def test_dirichlet(problem, alpha, least):
+def test_dirichlet(problem, alpha, min_samples):
     rows, labels, devices, seed = problem
-    least = min(least, len(rows) // devices)
+    min_samples = min(min_samples, len(rows) // devices)
     if not len(rows):
         return
-    hands = partition.dirichlet(rows, labels, devices, alpha=alpha, seed=seed, min_samples=least)
+    hands = partition.dirichlet(rows, labels, devices, alpha=alpha, seed=seed, min_samples=min_samples)
     assert covers(hands, rows)
-    assert min(map(len, hands)) >= least
+    assert min(map(len, hands)) >= min_samples
 
 
 @given(problems(), st.integers(1, 4))
@@ -93,17 +93,17 @@ def test_owners_stay_together(problem, devices):
     hands = partition.by_owner(rows, owners, devices, seed=seed)
     assert covers(hands, rows)
     assert min(map(len, hands)) >= 1
-    held = [set(owners[h]) for h in hands]
+    owners_by_device = [set(owners[h]) for h in hands]
     if devices <= len(present):
-        assert sum(map(len, held)) == len(present)  # nobody is torn apart
-        assert max(map(len, held)) - min(map(len, held)) <= 1
+        assert sum(map(len, owners_by_device)) == len(present)  # nobody is torn apart
+        assert max(map(len, owners_by_device)) - min(map(len, owners_by_device)) <= 1
     else:
-        assert {len(h) for h in held} == {1}
+        assert {len(h) for h in owners_by_device} == {1}
 
 
 def test_dirichlet_shares_follow_alpha():
     """A share of a class has mean 1/N and variance (N-1) / (N² (Nα+1))."""
-    labels = shuffled([1000] * 40)
+    labels = shuffled_labels([1000] * 40)
     for alpha in (0.1, 1.0, 10.0):
         shares = np.concatenate(
             [
@@ -119,13 +119,25 @@ def test_dirichlet_shares_follow_alpha():
 
 @given(st.integers(4, 200), st.floats(0, 0.5), st.floats(0, 0.4))
 def test_splits_are_disjoint_and_complete(n, test, validation):
-    rows = np.arange(n) * 3
-    tested, validated, trained = partition.split_rows(rows, (test, validation), seed=0, device="a")
-    assert covers([tested, validated, trained], rows)
-    assert abs(len(tested) - test * n) <= 1
-    assert (len(validated) > 0) == (validation > 0)
-    other = partition.split_rows(rows, (test, validation), seed=0, device="b")
-    assert [len(p) for p in other] == [len(tested), len(validated), len(trained)]
+    rows, shares = np.arange(n) * 3, (test, validation)
+    try:
+        splits = partition.split_rows(rows, shares, seed=0, device="a")
+    except DataError:
+        # Only where rounding, by less than a sample for each of the two, may take what is left for training.
+        assert n * (1 - test - validation) < 2
+        return
+    test_rows, validation_rows, train_rows = splits
+    assert covers(splits, rows)
+    assert len(train_rows)
+    assert abs(len(test_rows) - test * n) <= 1
+    assert (len(validation_rows) > 0) == (validation > 0)
+    splits_of_b = partition.split_rows(rows, shares, seed=0, device="b")
+    assert list(map(len, splits_of_b)) == list(map(len, splits))
+
+
+def test_a_split_that_leaves_no_row_for_training_is_refused():
+    with pytest.raises(DataError, match="samples of a: expected more than 4"):
+        partition.split_rows(np.arange(4), (0.5, 0.375), seed=0, device="a")
 
 
 # --- federations
@@ -169,35 +181,37 @@ def test_a_device_gets_exactly_its_rows():
 def test_nothing_is_lost_or_dealt_twice(kind, pooled, server, calibration):
     samples = pictures(owners=True)
     federation = plan(partition=kind, pooled=pooled, server=server, calibration=calibration).deal(samples)
-    held = np.concatenate([*(h.rows for h in federation.holdings.values()), federation.server, federation.calibration])
-    unlabelled = federation.unlabelled()
-    assert (0 if unlabelled is None else len(unlabelled)) == calibration * (400 if pooled else 300)
-    assert np.array_equal(np.sort(held), np.arange(400))
+    dealt_rows = np.concatenate(
+        [*(h.rows for h in federation.holdings.values()), federation.server, federation.calibration]
+    )
+    calibration_inputs = federation.calibration_inputs()
+    assert (0 if calibration_inputs is None else len(calibration_inputs)) == calibration * (400 if pooled else 300)
+    assert np.array_equal(np.sort(dealt_rows), np.arange(400))
     if not pooled:
-        assert set(np.flatnonzero(samples.testing)) <= set(federation.server)
+        assert set(np.flatnonzero(samples.is_test)) <= set(federation.server)
     assert len(federation.server) == (0 if pooled else 100) + server * (400 if pooled else 300)
 
 
 def test_a_fingerprint_changes_with_rows_samples_and_preparation():
     samples = pictures()
     federation = plan().deal(samples)
-    other = replace(samples, parts=tuple(part.copy() for part in samples.parts))
-    other.parts[0][0] ^= 1
-    prints = {
+    changed = replace(samples, arrays=tuple(array.copy() for array in samples.arrays))
+    changed.arrays[0][0] ^= 1
+    fingerprints = {
         federation.fingerprint("device-000"),
         federation.fingerprint("device-001"),
         plan().deal(samples, seed=1).fingerprint("device-000"),
         plan(pool=2).deal(samples).fingerprint("device-000"),
-        replace(federation, samples=other).fingerprint("device-000"),
+        replace(federation, samples=changed).fingerprint("device-000"),
     }
-    assert len(prints) == 5
-    assert plan().deal(pictures()).fingerprint("device-000") in prints
+    assert len(fingerprints) == 5
+    assert plan().deal(pictures()).fingerprint("device-000") in fingerprints
 
 
 def test_standardising_does_not_look_at_the_servers_samples():
     samples = pictures()
     federation = plan(standardise=True, pooled=False).deal(samples)
-    samples.parts[1][:] = 0
+    samples.arrays[1][:] = 0
     assert plan(standardise=True, pooled=False).deal(samples).preparation == federation.preparation
 
 
@@ -216,7 +230,7 @@ def test_a_row_that_two_hold_is_refused():
 
 def test_the_table_is_read(tmp_path):
     samples = pictures()
-    np.savez(tmp_path / "a.npz", x_train=samples.parts[0], y_train=samples.labels[:300])
+    np.savez(tmp_path / "a.npz", x_train=samples.arrays[0], y_train=samples.labels[:300])
     body = {"source": "a.npz", "devices": 5, "partition": "pathological", "classes": 3, "test": 0.2}
     federation = DataPlan.from_dict(body, tmp_path).read(seed=3)
     assert len(federation.names) == 5
@@ -224,7 +238,7 @@ def test_the_table_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"sauce": 1}, "sauce: unknown key"),
         ({"source": ""}, "source"),
@@ -232,8 +246,8 @@ def test_the_table_is_read(tmp_path):
         ({"size": [8]}, "size"),
     ],
 )
-def test_a_wrong_setting_is_named(change, said):
-    with pytest.raises(ConfigError, match=rf"^data.*{said}"):
+def test_a_wrong_setting_is_named(change, message):
+    with pytest.raises(ConfigError, match=rf"^data.*{message}"):
         DataPlan.from_dict({"source": "a", "devices": 4, **change})
 
 

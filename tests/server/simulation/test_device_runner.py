@@ -65,8 +65,8 @@ def offer(store):
 def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_path):
     from support.nets.pooled import Pooled
 
-    model, own = fx.load(Pooled()), RNG.integers(3, 9, 24)
-    np.savez(tmp_path / "d.npz", x=RNG.standard_normal((24, 2, 8)).astype(np.float32), lengths=own, y=Y[:24])
+    model, lengths = fx.load(Pooled()), RNG.integers(3, 9, 24)
+    np.savez(tmp_path / "d.npz", x=RNG.standard_normal((24, 2, 8)).astype(np.float32), lengths=lengths, y=Y[:24])
     data, widths = load_data(str(tmp_path / "d.npz")), model.architecture.sizes
     graphs = {
         "weights": tensorfile.encode(model.tensors),
@@ -111,9 +111,9 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
         mask = {"w1": weights["w1"] > 0} if recipe.mask != "none" else {}
         offer = board.offer(number, recipe, weights, graph="masked" if mask else "kept", mask=mask)
         real, sent, _ = board.carry_out(offer)
-        with DeviceStore(board.root) as there:
+        with DeviceStore(board.root) as board_store:
             for ref in offer.blobs():
-                store.put(there.blobs.read(ref.sha256))
+                store.put(board_store.blobs.read(ref.sha256))
         body = {
             k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
         }
@@ -136,12 +136,12 @@ def test_weights_that_a_board_can_decode_come_encoded():
         return {"sha256": 64 * letter, "size": size}
 
     offer = {"weights": ref("a", 100), "training": ref("b", 10), "inference": ref("c", 1), "mask": None}
-    whole = {64 * "a": 100, 64 * "b": 10, 64 * "c": 1}
+    plain_sizes = {64 * "a": 100, 64 * "b": 10, 64 * "c": 1}
     coded = {**offer, "coded": ref("d", 7), "held": 64 * "e"}
-    assert download_sizes(offer, ()) == download_sizes(coded, ()) == whole
-    assert download_sizes(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
-    assert download_sizes({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
-    assert download_sizes({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}
+    assert download_sizes(offer, ()) == download_sizes(coded, ()) == plain_sizes
+    assert download_sizes(coded, [64 * "e"]) == {**plain_sizes, 64 * "a": 7}
+    assert download_sizes({**offer, "coded": ref("d", 7)}, ()) == {**plain_sizes, 64 * "a": 7}  # the difference to 0
+    assert download_sizes({**offer, "moved": ref("f", 3)}, ()) == {**plain_sizes, 64 * "f": 3}
 
 
 # Several processes.
@@ -159,33 +159,33 @@ RECIPE = Recipe(
 )
 
 
-def offers(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number: int = 1) -> list[TrainingWork]:
+def training_work(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number: int = 1) -> list[TrainingWork]:
     """Every other device has half of the channels."""
     model = digits_net()
-    arch, out = model.architecture, list[TrainingWork]()
+    architecture, work = model.architecture, list[TrainingWork]()
     training = store.put(training_graph(model, recipe.features).to_bytes()).to_dict()
     for i, device in enumerate(fleet):
-        widths = widths_at(arch, 0.5 if i % 2 else 1.0)
-        weights = Selection.of(arch, widths).gather(model.tensors)
+        widths = widths_at(architecture, 0.5 if i % 2 else 1.0)
+        weights = Selection.of(architecture, widths).gather(model.tensors)
         offer = {
             "seed": 7,
-            "architecture": arch.digest,
+            "architecture": architecture.digest,
             "selection": "b" * 64,
             "widths": widths,
-            "classes": arch.classes,
+            "classes": architecture.classes,
             "weights": store.put(tensorfile.encode(weights)).to_dict(),
             "training": training,
             "inference": store.put(inference_model(model, widths)).to_dict(),
             "recipe": recipe.to_dict(),
         }
-        out.append((device, offer, number))
-    return out
+        work.append((device, offer, number))
+    return work
 
 
-def carried_out(tested: DeviceRunner, work: list[TrainingWork]) -> list[Outcome]:
+def train_all(runner: DeviceRunner, work: list[TrainingWork]) -> list[Outcome]:
     for item in work:
-        tested.prepare(*item)
-    return [tested.train(*item) for item in work]
+        runner.prepare(*item)
+    return [runner.train(*item) for item in work]
 
 
 def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) -> None:
@@ -193,15 +193,15 @@ def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) ->
     fleet = boards_that_validate()
     try:
         for number in (1, 2):
-            work = offers(store, RECIPE, fleet, number)
-            assert carried_out(pooled, work) == carried_out(alone, work)
+            work = training_work(store, RECIPE, fleet, number)
+            assert train_all(pooled, work) == train_all(alone, work)
             assert pooled.boards == alone.boards
         work[0][1]["classes"] = 3
-        with pytest.raises(Exception, match="range") as mine:
+        with pytest.raises(Exception, match="range") as own_error:
             alone.train(*work[0])
-        with pytest.raises(type(mine.value), match="range") as theirs:
+        with pytest.raises(type(own_error.value), match="range") as pool_error:
             pooled.train(*work[0])
-        assert str(theirs.value) == str(mine.value)
+        assert str(pool_error.value) == str(own_error.value)
     finally:
         pooled.close()
 
@@ -216,23 +216,23 @@ def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal() -> None:
 
 
 def test_cancelled_trainings_are_dropped(store: BlobStore, tmp_path: Path) -> None:
-    work = offers(store, Recipe(), boards())
-    cancelled, other, _ = work
+    work = training_work(store, Recipe(), boards())
+    cancelled, of_another_round, _ = work
     with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
         for item in work:
             runner.prepare(*item)
         runner.cancel(cancelled[0].name)
-        runner.cancel(other[0].name, number=7)  # of another round
-        made = runner.await_started()
-        assert runner.train(*other).weights.sha256 in made
-        assert runner.train(*cancelled).weights.sha256 not in made
+        runner.cancel(of_another_round[0].name, number=7)  # of another round
+        trained_digests = runner.await_started()
+        assert runner.train(*of_another_round).weights.sha256 in trained_digests
+        assert runner.train(*cancelled).weights.sha256 not in trained_digests
 
 
 def test_samples_that_cannot_be_read_are_the_boards_refusal(store: BlobStore, tmp_path: Path) -> None:
     def missing() -> LocalData:
         raise DataError("the samples are gone")
 
-    [(device, offer, number)] = offers(store, Recipe(), boards()[:1])
+    [(device, offer, number)] = training_work(store, Recipe(), boards()[:1])
     broken = replace(device, data=StoredData(20, "f" * 64, missing))
     with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
         runner.prepare(broken, offer, number)

@@ -32,23 +32,23 @@ def test_digits_are_those_of_scikit_learn():
 def test_every_image_goes_to_exactly_one_place(seed, devices, alpha):
     names = NAMES[:devices] + [f"more-{i}" for i in range(devices - 6)]
     out = deal_digits(names, seed=seed, alpha=alpha, min_samples=8)
-    places = [out.x, out.calibration, *(x for d in out.devices.values() for x in (d.x_train, d.x_test))]
-    assert sorted(rows(np.concatenate(places))) == sorted(rows(load_digits()[0]))
+    image_groups = [out.x, out.calibration, *(x for d in out.devices.values() for x in (d.x_train, d.x_test))]
+    assert sorted(rows(np.concatenate(image_groups))) == sorted(rows(load_digits()[0]))
 
 
 def test_labels_stay_with_their_images():
     x, y = load_digits()
-    known = {r: set() for r in rows(x)}
+    labels_of = {r: set() for r in rows(x)}
     for r, label in zip(rows(x), y, strict=True):
-        known[r].add(int(label))
+        labels_of[r].add(int(label))
     for data in deal_digits(NAMES, seed=5).devices.values():
-        assert all(int(label) in known[r] for r, label in zip(rows(data.x_train), data.y_train, strict=True))
+        assert all(int(label) in labels_of[r] for r, label in zip(rows(data.x_train), data.y_train, strict=True))
 
 
 def test_same_seed_gives_the_same_hands_and_another_seed_others():
-    first, again, other = (deal_digits(NAMES, seed=s).devices["board-3"] for s in (1, 1, 2))
-    np.testing.assert_array_equal(first.x_train, again.x_train)
-    assert not np.array_equal(first.y_train, other.y_train)
+    first, same_seed, other_seed = (deal_digits(NAMES, seed=s).devices["board-3"] for s in (1, 1, 2))
+    np.testing.assert_array_equal(first.x_train, same_seed.x_train)
+    assert not np.array_equal(first.y_train, other_seed.y_train)
 
 
 def test_written_hand_is_read_back_by_a_device(tmp_path):

@@ -39,7 +39,7 @@ def made_up(folder: Path) -> None:
     np.savez(folder / "har", x=windows, y=activities, subject=people, is_test=np.array(people) > 21)
 
 
-def shortened(folder: Path) -> None:
+def shorten_job(folder: Path) -> None:
     """Let a job end after one round of one epoch, with few people."""
     for name in ("fleet.toml", "sweep.toml"):
         text = (folder / name).read_text().replace("count = 21", "count = 4")
@@ -77,7 +77,7 @@ def test_every_example_is_on_the_gallerys_page_and_the_other_way_round() -> None
 @pytest.mark.parametrize("example", gallery.EXAMPLES)
 def test_an_examples_commands_run_as_they_stand_there(example: str, work: Path) -> None:
     folder = gallery.copied(example, work)
-    shortened(folder)
+    shorten_job(folder)
     port = free_port()
     for block in gallery.blocks((folder / "README.md").read_text()):
         text = block.replace("fedprune-server run ", f"fedprune-server run --port {port} ")

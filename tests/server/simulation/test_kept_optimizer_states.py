@@ -34,42 +34,42 @@ FLEETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Trained:
+class Training:
     """One round of a board: where its channels were, and the optimiser's state before and after."""
 
     selection: Selection
     before: Tensors
-    taken: int
+    steps_before: int
     steps: int
     after: Tensors = field(default_factory=dict)
 
 
-def globally(selection: Selection, moments: Tensors, kind: Callable[[str], str]) -> Tensors:
+def in_full_coordinates(selection: Selection, moments: Tensors, kind: Callable[[str], str]) -> Tensors:
     """One array of every tensor, in the coordinates of the whole model, 0 where the board has no channel."""
     architecture = selection.architecture
-    nothing = {t.name: np.zeros(t.shape, np.float32) for t in architecture.tensors}
-    held = selection.gather(nothing) | {n: moments[kind(n)] for n in nothing if kind(n) in moments}
-    return selection.scatter(held, nothing)
+    zeros = {t.name: np.zeros(t.shape, np.float32) for t in architecture.tensors}
+    submodel_moments = selection.gather(zeros) | {n: moments[kind(n)] for n in zeros if kind(n) in moments}
+    return selection.scatter(submodel_moments, zeros)
 
 
 @pytest.fixture
-def rounds(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Trained]]:
+def rounds(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Training]]:
     """Every board's trainings, as they are done."""
-    found: dict[str, list[Trained]] = defaultdict(list)
+    trainings: dict[str, list[Training]] = defaultdict(list)
     train = Trainer.train
 
-    def watched(
+    def train_and_note(
         self: Trainer, tensors: Tensors, data: LocalData, task: TrainingTask, control: TrainingControl | None = None
     ) -> TrainingResult:
         result = train(self, tensors, data, task, control)
         nowhere = Selection.of(digits_net().architecture, task.widths)
         before = {n: v.copy() for n, v in task.moments.items()}
         after = {n: v.copy() for n, v in result.moments.items()}
-        found[task.device].append(Trained(nowhere, before, task.optimizer_steps, result.steps, after))
+        trainings[task.device].append(Training(nowhere, before, task.optimizer_steps, result.steps, after))
         return result
 
-    monkeypatch.setattr(Trainer, "train", watched)
-    return found
+    monkeypatch.setattr(Trainer, "train", train_and_note)
+    return trainings
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def build(tmp_path: Path) -> Callable[..., Simulation]:
 
 @pytest.mark.parametrize("name", FLEETS)
 def test_states_stay_with_their_channels(
-    build: Callable[..., Simulation], rounds: dict[str, list[Trained]], name: str
+    build: Callable[..., Simulation], rounds: dict[str, list[Training]], name: str
 ) -> None:
     selections: dict[str, list[Selection]] = defaultdict(list)
 
@@ -91,28 +91,28 @@ def test_states_stay_with_their_channels(
     simulation.run()
 
     changed = 0
-    for device, trained in rounds.items():
-        assert len(trained) == 4
-        for one, where in zip(trained, selections[device], strict=True):
-            one.selection = where
-        assert not trained[0].before
-        for last, now in pairwise(trained):
-            assert now.taken == last.taken + last.steps
-            means = globally(last.selection, last.after, step_contract.momentum_name)
-            there = now.selection.gather(means)
-            began = {
-                n: now.before[step_contract.momentum_name(n)]
-                for n in there
-                if step_contract.momentum_name(n) in now.before
+    for device, trainings in rounds.items():
+        assert len(trainings) == 4
+        for training, selection in zip(trainings, selections[device], strict=True):
+            training.selection = selection
+        assert not trainings[0].before
+        for previous, current in pairwise(trainings):
+            assert current.steps_before == previous.steps_before + previous.steps
+            means = in_full_coordinates(previous.selection, previous.after, step_contract.momentum_name)
+            expected = current.selection.gather(means)
+            started_with = {
+                n: current.before[step_contract.momentum_name(n)]
+                for n in expected
+                if step_contract.momentum_name(n) in current.before
             }
-            assert began
-            assert any(v.any() for v in began.values())
-            for tensor, value in began.items():
-                np.testing.assert_array_equal(value, there[tensor])
-            changed += last.selection.digest != now.selection.digest
+            assert started_with
+            assert any(v.any() for v in started_with.values())
+            for tensor, value in started_with.items():
+                np.testing.assert_array_equal(value, expected[tensor])
+            changed += previous.selection.digest != current.selection.digest
         states = tensorfile.decode(simulation.store.read(simulation._run.boards[device]))
-        newest = max((LocalState.from_bytes(r.tobytes()) for r in states.values()), key=lambda own: own.round)
-        assert newest.steps == trained[-1].taken + trained[-1].steps
+        newest = max((LocalState.from_bytes(r.tobytes()) for r in states.values()), key=lambda state: state.round)
+        assert newest.steps == trainings[-1].steps_before + trainings[-1].steps
     assert changed >= 3
 
 

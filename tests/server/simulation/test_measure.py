@@ -30,8 +30,8 @@ def test_samples_are_read_when_a_device_trains_and_give_the_same_bits(build):
         replace(d, data=StoredData(d.samples, d.fingerprint, lambda d=d: loads.append(d.name) or d.data))
         for d in boards()
     ]
-    held, read = build("held"), build("read", fleet=stored)
-    assert held.run() == read.run()
+    in_memory, on_demand = build("held"), build("read", fleet=stored)
+    assert in_memory.run() == on_demand.run()
     assert sorted(loads) == sorted(list(KINDS) * 2)
 
 
@@ -39,23 +39,23 @@ def test_the_global_model_is_measured_as_the_server_does(build):
     measure = ModelMeasure(DATA.x, DATA.y, densities=(1.0,), sets={"few": (DATA.x[:9], DATA.y[:9])})
     simulation = build(measure=measure)
     for row in simulation.run():
-        found = simulation.measured[row["round"]]
-        assert found["global"] == pytest.approx(row["metrics"]["accuracy"])
-        assert found["global_loss"] == pytest.approx(row["metrics"]["loss"], rel=1e-5)
-        assert found["sub@1"] == found["global"]
-        assert {"global/few", "sub@1/few_loss"} <= set(found)
-        assert not set(found) & set(row["metrics"])  # nobody decides by what is measured
+        scores = simulation.measured[row["round"]]
+        assert scores["global"] == pytest.approx(row["metrics"]["accuracy"])
+        assert scores["global_loss"] == pytest.approx(row["metrics"]["loss"], rel=1e-5)
+        assert scores["sub@1"] == scores["global"]
+        assert {"global/few", "sub@1/few_loss"} <= set(scores)
+        assert not set(scores) & set(row["metrics"])  # nobody decides by what is measured
 
 
 def test_submodels_are_those_that_devices_get(build, tmp_path):
     """At the devices' own density: what the next round's offer holds, in onnxruntime on its own."""
-    sent = []
+    offers = []
     simulation = build(measure=ModelMeasure(DATA.x, DATA.y, densities=(0.25,)))
-    simulation.run(lambda s: sent.append({n: t.offer for n, t in s.state.tasks.items() if t.offer}))
-    offer = next(iter(sent[-2].values()))  # of the second round, cut from the first one's model
+    simulation.run(lambda s: offers.append({n: t.offer for n, t in s.state.tasks.items() if t.offer}))
+    offer = next(iter(offers[-2].values()))  # of the second round, cut from the first one's model
     folder = tmp_path / "model"
     folder.mkdir()
-    build2 = build("again", measure=ModelMeasure(DATA.x, DATA.y, densities=(0.25,)))
+    interrupted = build("again", measure=ModelMeasure(DATA.x, DATA.y, densities=(0.25,)))
 
     def stop(s):
         if len(s.state.history) == 1 and any(t.offer for t in s.state.tasks.values()):
@@ -64,7 +64,7 @@ def test_submodels_are_those_that_devices_get(build, tmp_path):
             raise KillError
 
     with pytest.raises(KillError):
-        build2.run(stop)
+        interrupted.run(stop)
     session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     logits = session.run(None, {"x": DATA.x})[0]
     assert simulation.measured[1]["sub@0.25"] == pytest.approx(float(np.mean(logits.argmax(1) == DATA.y)))
@@ -73,32 +73,32 @@ def test_submodels_are_those_that_devices_get(build, tmp_path):
 def test_statistics_are_measured_anew_at_a_submodel_s_widths():
     """Statistics of the given samples, computed by numpy, whatever the submodel had."""
     model = digits_net()
-    part = Selection.of(model.architecture, widths_at(model.architecture, 0.5)).gather(model.tensors)
+    submodel = Selection.of(model.architecture, widths_at(model.architecture, 0.5)).gather(model.tensors)
     calibrate = Calibration(model, DATA.calibration)
-    found = calibrate(part)
-    weight = part["conv1.weight"].astype(np.float64)
+    calibrated = calibrate(submodel)
+    weight = submodel["conv1.weight"].astype(np.float64)
     x = np.pad(DATA.calibration.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))
     values = np.einsum("nchwij,ocij->nohw", windows, weight)
-    if "conv1.bias" in part:
-        values += part["conv1.bias"][None, :, None, None]
-    mean = next(n for n in found if n.endswith("running_mean") and found[n].shape == (len(weight),))
-    np.testing.assert_allclose(found[mean], values.mean((0, 2, 3)), atol=1e-5)
-    spoilt = {n: v + 1 if "running" in n else v for n, v in part.items()}
-    again = calibrate(spoilt)
-    assert all(np.array_equal(found[n], again[n]) for n in found)
+    if "conv1.bias" in submodel:
+        values += submodel["conv1.bias"][None, :, None, None]
+    mean = next(n for n in calibrated if n.endswith("running_mean") and calibrated[n].shape == (len(weight),))
+    np.testing.assert_allclose(calibrated[mean], values.mean((0, 2, 3)), atol=1e-5)
+    spoilt = {n: v + 1 if "running" in n else v for n, v in submodel.items()}
+    calibrated_anew = calibrate(spoilt)
+    assert all(np.array_equal(calibrated[n], calibrated_anew[n]) for n in calibrated)
 
 
 def test_measurements_may_be_any_function(build):
-    seen = []
+    moments = []
 
     def watch(moment):
-        seen.append((moment.round, moment.ranking.whole, sorted(moment.model) == sorted(simulation.model.tensors)))
+        moments.append((moment.round, moment.ranking.is_full, sorted(moment.model) == sorted(simulation.model.tensors)))
         return {"parts": len(moment.parts)}
 
     simulation = build(measure=watch)
     simulation.run()
-    assert seen == [(1, True, True), (2, True, True)]
+    assert moments == [(1, True, True), (2, True, True)]
     assert simulation.measured == {1: {"parts": 3.0}, 2: {"parts": 3.0}}
 
 
@@ -116,8 +116,8 @@ def test_what_a_round_cost_is_noted_per_device(build):
     simulation = build(rounds=2, recipe=Recipe(epochs=2, batch_size=16))
     simulation.run()
     rounds = simulation.record().rounds
-    for way, total in ((0, rounds[-1].down), (1, rounds[-1].up)):
-        assert sum(v[way] for r in rounds for v in r.spent.values()) == total
+    for direction, total in ((0, rounds[-1].down), (1, rounds[-1].up)):
+        assert sum(v[direction] for r in rounds for v in r.spent.values()) == total
     for device in boards():
         widths = simulation.state.devices[device.name].widths
         macs = costs_at(simulation.model.architecture, widths).training_macs
@@ -130,8 +130,8 @@ def test_steps_of_ordered_dropout_count_at_the_widths_that_they_trained(build):
     simulation = build(fleet=[device], rounds=1, density=1.0, recipe=recipe)
     simulation.run()
     architecture = simulation.model.architecture
-    narrow, whole = (costs_at(architecture, widths_at(architecture, d)).training_macs for d in (0.25, 1.0))
-    possible = {device.samples * (narrow * steps + whole * (9 - steps)) for steps in range(1, 9)}
+    narrow_macs, full_macs = (costs_at(architecture, widths_at(architecture, d)).training_macs for d in (0.25, 1.0))
+    possible = {device.samples * (narrow_macs * steps + full_macs * (9 - steps)) for steps in range(1, 9)}
     assert simulation.record().rounds[0].spent[device.name][2] in possible
 
 
@@ -141,5 +141,7 @@ def test_coverage_counts_the_updates_that_held_a_channel(build):
     for row in simulation.record().rounds:
         assert row.updates == 3
         for (_, size), counts in zip(simulation.record().groups, row.coverage, strict=True):
-            kept = -(-size // 4)
-            assert counts == [3] * kept + [0] * (size - kept)  # ordered: the first channels, on every device
+            kept_channels = -(-size // 4)
+            assert counts == [3] * kept_channels + [0] * (
+                size - kept_channels
+            )  # ordered: the first channels, on every device

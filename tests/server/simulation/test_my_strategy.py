@@ -26,12 +26,12 @@ def blocks() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def _strategy_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ASSETS))
     monkeypatch.delitem(sys.modules, "my_strategy", raising=False)
 
 
-def simulated(folder: Path, strategy: str = "my_strategy:energy") -> Simulation:
+def run_strategy(folder: Path, strategy: str = "my_strategy:energy") -> Simulation:
     fleet = boards(("a", "b", "c"), "raspberry-pi-5")
     simulation = digits_simulation(
         folder, kept=False, fleet=fleet, rounds=3, density=0.5, strategy=strategy, recipe=RECIPE
@@ -43,7 +43,7 @@ def simulated(folder: Path, strategy: str = "my_strategy:energy") -> Simulation:
 
 
 def test_it_learns_and_remembers(tmp_path: Path) -> None:
-    run = simulated(tmp_path)
+    run = run_strategy(tmp_path)
     state = run.state
     assert set(state.memory) == {"velocity", "energy", REFERENCES_MEMORY}
     remembered = tensorfile.decode(run.store.read(state.memory["energy"]))
@@ -55,7 +55,7 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
 def test_the_second_strategy_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "halfway.py").write_text(blocks()[1])
     monkeypatch.syspath_prepend(str(tmp_path))
-    state = simulated(tmp_path / "blobs", "halfway:halfway").state
+    state = run_strategy(tmp_path / "blobs", "halfway:halfway").state
     assert all(device.past is not None for device in state.devices.values())
-    bare = simulated(tmp_path / "plain", "plain").state
+    bare = run_strategy(tmp_path / "plain", "plain").state
     assert state.model != bare.model

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def run_notebook(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Run a notebook in a kernel of its own; the outputs of its cells of code."""
     for variable in ("MPLBACKEND", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(variable, raising=False)
@@ -42,22 +42,22 @@ def text(outputs: list[Any], kind: str = "text/plain") -> str:
 
 @pytest.mark.torch
 def test_from_a_module_to_a_tracked_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = executed("quickstart.ipynb", tmp_path, monkeypatch)
+    outputs = run_notebook("quickstart.ipynb", tmp_path, monkeypatch)
 
-    rounds = ast.literal_eval(text(shown[3]))
+    rounds = ast.literal_eval(text(outputs[3]))
     assert [row["round"] for row in rounds] == [1, 2, 3, 4, 5]
     assert rounds[-1]["accuracy"] > 0.8
-    assert text(shown[5], "image/png")
-    assert float(text(shown[6])) > 0.8
+    assert text(outputs[5], "image/png")
+    assert float(text(outputs[6])) > 0.8
     assert fx.from_pretrained(tmp_path / "digits-on-boards").architecture.name == "digits"
 
 
 def test_a_strategy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "| loudest |" in text(executed("own_strategy.ipynb", tmp_path, monkeypatch)[2])
+    assert "| loudest |" in text(run_notebook("own_strategy.ipynb", tmp_path, monkeypatch)[2])
 
 
 def test_a_board_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = executed("own_board.ipynb", tmp_path, monkeypatch)
+    outputs = run_notebook("own_board.ipynb", tmp_path, monkeypatch)
 
-    density = {name: value for name, (value, _) in ast.literal_eval(text(shown[2])).items()}
+    density = {name: value for name, (value, _) in ast.literal_eval(text(outputs[2])).items()}
     assert density["box-001"] == density["box-003"] < density["pi5"] == 1.0

@@ -37,11 +37,11 @@ def library() -> Any:
 
 
 @pytest.fixture(scope="module")
-def written(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parquet_folder(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same rows in one file, and as the hub has them."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("written")
+    folder = tmp_path_factory.mktemp("parquet")
     features = library.Features(
         {
             "image": library.Image(),
@@ -80,8 +80,8 @@ def plan(source: Path, **columns: Any) -> DataPlan:
 
 
 @pytest.mark.parametrize(("name", "tests"), [("hub", 4), ("all.parquet", 0)])
-def test_images_classes_and_splits_are_the_librarys(written: Path, name: str, tests: int) -> None:
-    read = read_samples(written / name)
+def test_images_classes_and_splits_are_the_librarys(parquet_folder: Path, name: str, tests: int) -> None:
+    read = read_samples(parquet_folder / name)
 
     assert np.array_equal(read.take(range(ROWS)), pixels())
     assert read.labels.tolist() == [0, 1] * 6
@@ -90,25 +90,25 @@ def test_images_classes_and_splits_are_the_librarys(written: Path, name: str, te
 
 
 @pytest.mark.parametrize("name", ["hub", "all.parquet"])
-def test_columns_are_chosen_by_name(written: Path, name: str) -> None:
-    maps = plan(written / name, x="maps", owner="who").read().samples
+def test_columns_are_chosen_by_name(parquet_folder: Path, name: str) -> None:
+    maps = plan(parquet_folder / name, x="maps", owner="who").read().samples
     assert np.array_equal(maps.take(range(ROWS)), np.arange(ROWS * 4, dtype=np.float32).reshape(ROWS, 1, 2, 2))
     assert maps.owners is not None
     assert [maps.owner_names[o] for o in maps.owners] == WHO * 4
 
-    tokens = plan(written / name, x="tokens", y="who").read().samples
+    tokens = plan(parquet_folder / name, x="tokens", y="who").read().samples
     assert tokens.take([0, 11]).tolist() == [[0, 1, 2], [11, 12, 13]]
     assert tokens.dtype == np.int64
     assert [tokens.class_names[label] for label in tokens.labels] == WHO * 4
 
-    several = plan(written / name, x=["heat", "wind"]).read().samples
+    several = plan(parquet_folder / name, x=["heat", "wind"]).read().samples
     assert several.dtype == np.float32
     assert several.take([11]).tolist() == [[1.0, 11.0]]
-    assert plan(written / name, x="heat").read().samples.shape == (1,)
+    assert plan(parquet_folder / name, x="heat").read().samples.shape == (1,)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "message"),
     [
         ({"x": "picture"}, "'picture'"),
         ({"x": "who"}, "'who'"),
@@ -118,10 +118,10 @@ def test_columns_are_chosen_by_name(written: Path, name: str) -> None:
         ({"y": "heat"}, "'heat'.* got float"),
     ],
 )
-def test_what_can_not_be_read_is_named(written: Path, columns: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said) as raised:
-        plan(written / "all.parquet", **columns).read()
-    assert str(written / "all.parquet") in str(raised.value)
+def test_what_can_not_be_read_is_named(parquet_folder: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        plan(parquet_folder / "all.parquet", **columns).read()
+    assert str(parquet_folder / "all.parquet") in str(raised.value)
 
 
 def test_an_images_path_is_never_opened(tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_a_small_file_that_unfolds_to_a_huge_one_is_refused(tmp_path: Path, monk
 
 
 @given(data=st.data())
-def test_damage_is_an_error_or_does_not_matter(written: Path, data: st.DataObject) -> None:
-    raw = bytearray((written / "all.parquet").read_bytes())
+def test_damage_is_an_error_or_does_not_matter(parquet_folder: Path, data: st.DataObject) -> None:
+    raw = bytearray((parquet_folder / "all.parquet").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.just(len(raw)), st.integers(0, len(raw))))
-    path = written / "damaged.parquet"
+    path = parquet_folder / "damaged.parquet"
     path.write_bytes(raw[:cut])
     try:
         plan(path, x="maps", owner="who").read()

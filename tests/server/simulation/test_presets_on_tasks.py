@@ -29,7 +29,7 @@ from support.nets.small_nets import Reader
 
 pytestmark = pytest.mark.torch
 
-TRAINED, HELD = 18, 6
+TRAIN_SAMPLES, TEST_SAMPLES = 18, 6
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,21 @@ def net_of(task: str) -> Model:
     return whole_models.imported(TASKS[task].net)
 
 
-def drawn(task: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def random_samples(task: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Random samples and labels of a task."""
-    rng, of = np.random.default_rng(seed), TASKS[task]
+    rng, task_ = np.random.default_rng(seed), TASKS[task]
     if task == "adapters":
         return rng.integers(0, 11, (count, 6)), rng.integers(0, 5, count)
-    x, outputs = whole_models.samples(of.net, count, seed), net_of(task).architecture.output_shape
-    if of.labels == "values":
+    x, outputs = whole_models.samples(task_.net, count, seed), net_of(task).architecture.output_shape
+    if task_.labels == "values":
         return x, whole_models.normal(rng, (count, *outputs))
-    if of.labels == "masks":
+    if task_.labels == "masks":
         return x, rng.integers(0, 2, (count, *outputs)).astype(np.float32)
-    if of.labels == "inputs":
+    if task_.labels == "inputs":
         return x, x
-    if of.net == "fusion" and not of.recipe:
+    if task_.net == "fusion" and not task_.recipe:
         return x, rng.integers(0, *outputs, count)
-    return x, whole_models.labels(of.net, count, seed)
+    return x, whole_models.labels(task_.net, count, seed)
 
 
 def refused(strategy: str, options: dict[str, Any], task: str) -> bool:
@@ -147,12 +147,12 @@ def simulation(tmp_path: Path, strategy: str, options: dict[str, Any], task: str
     """Two rounds, not yet begun. Raises `ConfigError` if the strategy refuses the task."""
     fleet = []
     for number, name in enumerate(KINDS):
-        x, y = drawn(task, TRAINED + HELD, number)
-        held = LocalData(x[:TRAINED], y[:TRAINED], x[TRAINED:], y[TRAINED:])
+        x, y = random_samples(task, TRAIN_SAMPLES + TEST_SAMPLES, number)
+        data = LocalData(x[:TRAIN_SAMPLES], y[:TRAIN_SAMPLES], x[TRAIN_SAMPLES:], y[TRAIN_SAMPLES:])
         fleet.append(
-            VirtualDevice(name, find_profile(name), held.with_validation(0.2 if strategy == "fedprune" else 0.0))
+            VirtualDevice(name, find_profile(name), data.with_validation(0.2 if strategy == "fedprune" else 0.0))
         )
-    evaluation = drawn(task, HELD, 9)
+    evaluation = random_samples(task, TEST_SAMPLES, 9)
     return digits_simulation(
         tmp_path, model=model_of(task), fleet=fleet, evaluation=evaluation, calibration=evaluation[0], rounds=2,
         strategy=strategy, options=options, recipe=recipe_of(task),

@@ -43,9 +43,9 @@ def build(tmp_path: Path) -> Build:
 
 
 def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(build: Build) -> None:
-    plain = final_weights(build("plain", density=1.0, scorer="ordered"))
-    got = final_weights(build("fedavg"))
-    assert all(got[n].tobytes() == plain[n].tobytes() for n in plain)
+    mean_weights = final_weights(build("plain", density=1.0, scorer="ordered"))
+    fedavg_weights = final_weights(build("fedavg"))
+    assert all(fedavg_weights[n].tobytes() == mean_weights[n].tobytes() for n in mean_weights)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(build: Build) ->
 )
 @pytest.mark.at_push(2)
 def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy: str, options: dict[str, Any]) -> None:
-    one, two = build(strategy, options=options), build(strategy, options=options)
-    assert one.state.model == two.state.model
-    assert one.state.model != build(strategy, options=options, rounds=1).state.model
-    assert one.state.history == two.state.history
-    assert all(np.isfinite(v).all() for v in final_weights(one).values())
+    first, second = build(strategy, options=options), build(strategy, options=options)
+    assert first.state.model == second.state.model
+    assert first.state.model != build(strategy, options=options, rounds=1).state.model
+    assert first.state.history == second.state.history
+    assert all(np.isfinite(v).all() for v in final_weights(first).values())
 
 
 @pytest.mark.parametrize(
@@ -88,25 +88,25 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
 def test_boards_are_planned_by_what_they_are_offered(build: Build, strategy: str, options: dict[str, Any]) -> None:
     run = build(strategy, options=options, byte_budget=100_000)
     for device in run.experiment.devices:
-        task, planned = run.state.tasks[device.name], run.state.devices[device.name].plan
+        task, plan = run.state.tasks[device.name], run.state.devices[device.name].plan
         assert task.offer, task.reason
-        assert planned
+        assert plan
         assert task.density < 1
-        asked = Recipe.from_dict(task.offer["recipe"])
+        recipe = Recipe.from_dict(task.offer["recipe"])
         codecs = ("int8", "int8") if strategy == "fedprune" else (None, None)
-        foretold = predict_costs(
-            run.model.architecture, task.widths, device.profile, asked, device.samples, codecs=codecs
+        prediction = predict_costs(
+            run.model.architecture, task.widths, device.profile, recipe, device.samples, codecs=codecs
         )
-        assert asdict(foretold) == planned["prediction"]
+        assert asdict(prediction) == plan["prediction"]
 
 
 def test_personal_heads_never_reach_the_server(build: Build) -> None:
-    got = final_weights(build("fedper"))
-    head = {n for n in got if n.startswith(_head())}
+    weights = final_weights(build("fedper"))
+    head = {n for n in weights if n.startswith(_head())}
     assert head
-    for name, value in got.items():
-        same = value.tobytes() == digits_net().tensors[name].tobytes()
-        assert same == (name in head)
+    for name, value in weights.items():
+        is_unchanged = value.tobytes() == digits_net().tensors[name].tobytes()
+        assert is_unchanged == (name in head)
 
 
 def _head() -> str:
@@ -115,43 +115,45 @@ def _head() -> str:
 
 def test_alone_nothing_is_shared(build: Build) -> None:
     simulation = build("local", rounds=3, recipe=Recipe(max_steps=8, batch_size=16))
-    got = final_weights(simulation)
-    assert all(got[n].tobytes() == digits_net().tensors[n].tobytes() for n in got)
+    weights = final_weights(simulation)
+    assert all(weights[n].tobytes() == digits_net().tensors[n].tobytes() for n in weights)
     rows = simulation.record().rounds
     first, last = ({d: m["loss_after"] for d, m in _metrics(r).items()} for r in (rows[0], rows[-1]))
     assert all(last[d] < first[d] for d in first)  # boards continue from their own weights
 
 
 def _metrics(row: Any) -> dict[str, dict[str, float]]:
-    names = {d for values in row.own.values() for d in values}
-    return {d: {k: v[d] for k, v in row.own.items() if d in v} for d in names}
+    names = {d for values in row.device_metrics.values() for d in values}
+    return {d: {k: v[d] for k, v in row.device_metrics.items() if d in v} for d in names}
 
 
 def test_rows_of_absent_labels_are_left_to_those_that_have_them(build: Build) -> None:
     """Rows of labels that nobody has keep their bits; a row of one device's own label is what that one made of it."""
-    own = [only(d, labels) for d, labels in zip(boards(), ([0, 1, 2], [1, 2, 3], [4, 5, 6]), strict=True)]
+    fleet = [with_labels(d, labels) for d, labels in zip(boards(), ([0, 1, 2], [1, 2, 3], [4, 5, 6]), strict=True)]
     for decay in (0.0, 1e-2):
         recipe = Recipe(max_steps=2, batch_size=16, weight_decay=decay)
-        got = final_weights(build("heterofl", fleet=own, options={"densities": [1.0]}, rounds=1, recipe=recipe))
-        everyone = final_weights(
-            build("heterofl", fleet=own, options={"densities": [1.0], "label_rows": False}, rounds=1, recipe=recipe)
+        by_label_rows = final_weights(
+            build("heterofl", fleet=fleet, options={"densities": [1.0]}, rounds=1, recipe=recipe)
         )
-        head = [n for n in got if n.startswith(_head())]
+        by_all = final_weights(
+            build("heterofl", fleet=fleet, options={"densities": [1.0], "label_rows": False}, rounds=1, recipe=recipe)
+        )
+        head = [n for n in by_label_rows if n.startswith(_head())]
         assert len(head) == 2
         for name in head:
             before = digits_net().tensors[name]
-            assert got[name][7:].tobytes() == before[7:].tobytes()
-            alone, diluted = (np.abs(w[name][0] - before[0]).sum() for w in (got, everyone))
+            assert by_label_rows[name][7:].tobytes() == before[7:].tobytes()
+            alone, diluted = (np.abs(w[name][0] - before[0]).sum() for w in (by_label_rows, by_all))
             assert alone > 2 * diluted
-        body = [n for n in got if n not in head]
-        assert all(got[n].tobytes() == everyone[n].tobytes() for n in body)
+        body = [n for n in by_label_rows if n not in head]
+        assert all(by_label_rows[n].tobytes() == by_all[n].tobytes() for n in body)
 
 
-def only(device: VirtualDevice, labels: list[int]) -> VirtualDevice:
+def with_labels(device: VirtualDevice, labels: list[int]) -> VirtualDevice:
     data: LocalData = device.load()
-    kept = np.isin(data.y_train, labels)
+    has_label = np.isin(data.y_train, labels)
     return VirtualDevice(
-        device.name, device.profile, replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
+        device.name, device.profile, replace(data, x_train=data.x_train[has_label], y_train=data.y_train[has_label])
     )
 
 
@@ -172,16 +174,16 @@ def elements(tmp_path: Path) -> Build:
 @pytest.mark.parametrize("densities", [[1.0], [1.0, 0.2]])
 def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(elements: Build, densities: list[float]) -> None:
     """Also in a round in which everybody holds the whole model."""
-    found: list[Submodel] = []
+    submodels: list[Submodel] = []
 
-    def look(moment: MeasuredRound) -> dict[str, float]:
-        found.append(moment.submodel(0.2))
+    def measure(moment: MeasuredRound) -> dict[str, float]:
+        submodels.append(moment.submodel(0.2))
         return {}
 
-    run = elements("fiarse", densities=densities, measure=look)
+    run = elements("fiarse", densities=densities, measure=measure)
     run.run()
-    assert len(found) == 3
-    for submodel in found:
+    assert len(submodels) == 3
+    for submodel in submodels:
         assert submodel.selection.widths == run.model.architecture.sizes
         assert submodel.mask
         assert sum(int(a.sum()) for a in submodel.mask.values()) < 0.25 * sum(a.size for a in submodel.mask.values())
@@ -194,38 +196,38 @@ def test_what_is_measured_is_what_the_strategy_would_send_to_an_unseen_device(
     elements: Build, strategy: str, factor: float
 ) -> None:
     """Nothing of it is a device's own."""
-    found: list[bool] = []
+    matches: list[bool] = []
 
-    def look(moment: MeasuredRound) -> dict[str, float]:
+    def measure(moment: MeasuredRound) -> dict[str, float]:
         submodel = moment.submodel(0.5)
         slices = submodel.selection.gather(moment.model)
-        found.append(all(np.array_equal(v, factor * slices[n]) for n, v in submodel.tensors.items()))
+        matches.append(all(np.array_equal(v, factor * slices[n]) for n, v in submodel.tensors.items()))
         return {}
 
-    elements(strategy, measure=look).run()
-    assert found == [True] * 3
+    elements(strategy, measure=measure).run()
+    assert matches == [True] * 3
 
 
-def offers(run: Simulation) -> dict[str, dict[str, Any]]:
+def latest_offers(run: Simulation) -> dict[str, dict[str, Any]]:
     run.run()
-    found = {n: t.offer for n, t in run.state.tasks.items()}
-    return {n: o for n, o in found.items() if o is not None}
+    offers_by_device = {n: t.offer for n, t in run.state.tasks.items()}
+    return {n: o for n, o in offers_by_device.items() if o is not None}
 
 
 def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> None:
     run = elements("fiarse", densities=[1.0, 0.2])
-    whole, sparse = (offers(run)[n] for n in sorted(KINDS[1:]))
-    assert "mask" not in whole
-    bits = tensorfile.decode(run.store.read(sparse["mask"]["sha256"]))
+    full_offer, sparse_offer = (latest_offers(run)[n] for n in sorted(KINDS[1:]))
+    assert "mask" not in full_offer
+    bits = tensorfile.decode(run.store.read(sparse_offer["mask"]["sha256"]))
     mask = mask_from_bits(bits, Selection.full(run.model.architecture).shapes())
-    kept = sum(int(bits.sum()) for bits in mask.values())
-    assert kept == int(0.2 * sum(bits.size for bits in mask.values()))
-    weights = tensorfile.decode(run.store.read(sparse["weights"]["sha256"]))
+    kept_count = sum(int(bits.sum()) for bits in mask.values())
+    assert kept_count == int(0.2 * sum(bits.size for bits in mask.values()))
+    weights = tensorfile.decode(run.store.read(sparse_offer["weights"]["sha256"]))
     active = np.concatenate([np.abs(weights[n]) for n in mask])
-    assert active.size == kept
-    assert sparse["recipe"]["mask_threshold"] == pytest.approx(float(active.min()))
-    assert sparse["weights"]["size"] < 0.3 * whole["weights"]["size"]
-    assert whole["recipe"]["mask"] == "threshold"
+    assert active.size == kept_count
+    assert sparse_offer["recipe"]["mask_threshold"] == pytest.approx(float(active.min()))
+    assert sparse_offer["weights"]["size"] < 0.3 * full_offer["weights"]["size"]
+    assert full_offer["recipe"]["mask"] == "threshold"
 
 
 @pytest.mark.parametrize("strategy", ["others", "emergent"])

@@ -47,9 +47,9 @@ def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any]) 
     history = simulation.run()
     for row in history:
         assert set(row["metrics"]) == {"accuracy", "loss", "samples", "epsilon", "epsilon_next"}
-        for part in row["devices"].values():
-            assert part["progress"] == "folded"
-            assert set(part["metrics"]) <= MACHINE_METRICS
+        for device_row in row["devices"].values():
+            assert device_row["progress"] == "folded"
+            assert set(device_row["metrics"]) <= MACHINE_METRICS
     rows = round_rows(simulation.record())
     assert [[row[name] for row in rows] for name in PRIVACY] == [
         [row["metrics"][name] for row in history] for name in PRIVACY
@@ -61,9 +61,9 @@ def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any]) 
             assert value.tobytes() == simulation.model.tensors[name].tobytes(), name
     figures = final_figures(simulation.record())
     assert (figures["epsilon"], figures["delta"]) == (history[-1]["metrics"]["epsilon"], 1e-5)
-    again = build("again", Privacy(clip=0.5, noise_multiplier=0.01, **noise))
-    again.run()
-    assert again.state.model == simulation.state.model  # simulations are the same every time
+    repeated = build("again", Privacy(clip=0.5, noise_multiplier=0.01, **noise))
+    repeated.run()
+    assert repeated.state.model == simulation.state.model  # simulations are the same every time
 
 
 def test_the_budget_ends_a_simulated_job(build: Build) -> None:

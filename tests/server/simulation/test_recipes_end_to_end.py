@@ -55,9 +55,9 @@ def test_a_job_of_this_recipe_learns(tmp_path: Path, recipe: dict[str, Any]) -> 
     first, last = (run.state.history[i]["metrics"] for i in (0, -1))
     assert last["loss"] < first["loss"]
     assert last["accuracy"] > first["accuracy"]
-    for part in run.state.history[-1]["devices"].values():
-        assert part["metrics"]["loss_after"] < part["metrics"]["loss_before"]
-        assert 0 < part["metrics"]["accuracy_after"] <= 1
+    for device_row in run.state.history[-1]["devices"].values():
+        assert device_row["metrics"]["loss_after"] < device_row["metrics"]["loss_before"]
+        assert 0 < device_row["metrics"]["accuracy_after"] <= 1
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber"])
@@ -66,9 +66,9 @@ def test_where_numbers_are_predicted_all_numbers_are_losses(tmp_path: Path, loss
     run.run()
     for entry in run.state.history:
         assert set(entry["metrics"]) == {"loss", "samples"}
-        for part in entry["devices"].values():
-            assert not [name for name in part["metrics"] if "accuracy" in name]
-            assert part["metrics"]["loss_after"] < part["metrics"]["loss_before"]
+        for device_row in entry["devices"].values():
+            assert not [name for name in device_row["metrics"] if "accuracy" in name]
+            assert device_row["metrics"]["loss_after"] < device_row["metrics"]["loss_before"]
     record = run.record()
     assert record.measure == "loss"
     assert record.last.local == {n: p["metrics"]["loss_after"] for n, p in entry["devices"].items()}

@@ -96,7 +96,7 @@ def rich():
             row,
             metrics={"accuracy": 0.9 - abs(row.round - 3) / 10, "loss": 0.5},
             local={"orin": 0.9},
-            own={"accuracy_before": {"orin": row.round / 10}, "accuracy_after": {"orin": row.round / 5}},
+            device_metrics={"accuracy_before": {"orin": row.round / 10}, "accuracy_after": {"orin": row.round / 5}},
             updates=2,
             limited=row.round - 1,
         )
@@ -116,8 +116,8 @@ def test_a_report_and_a_comparison_read_as_the_golden_file():
     withheld = replace(private(5.0, 7.0), title="private")
     withheld = replace(withheld, rounds=tuple(replace(row, local={}) for row in withheld.rounds))
     documents = (run_document(rich(), reference), comparison_document([rich(), withheld, reference], targets=(0.85,)))
-    parts = (closing_text(rich(), reference), *(document.to_markdown() for document in documents))
-    text = re.sub(r"Date: \S+ \S+ UTC", "Date: today", "\n\n----\n\n".join(parts))
+    texts = (closing_text(rich(), reference), *(document.to_markdown() for document in documents))
+    text = re.sub(r"Date: \S+ \S+ UTC", "Date: today", "\n\n----\n\n".join(texts))
     assert text == GOLDEN.read_text()
 
 
@@ -127,7 +127,7 @@ def spending(title, macs, down, seconds, accuracies):
     rows = [
         replace(
             row,
-            at=seconds * row.round,
+            elapsed_s=seconds * row.round,
             down=down * row.round,
             up=0,
             spent={"zero": [0, 0, macs, macs]},
@@ -141,9 +141,9 @@ def spending(title, macs, down, seconds, accuracies):
 def test_runs_are_compared_at_what_all_have_spent():
     dear = spending("dear", 10**12, 10**6, 10.0, [0.1, 0.2, 0.3])
     cheap = spending("cheap", 10**11, 10**5, 20.0, [0.4, 0.5, None, 0.7, 0.8])
-    found = {(f["cost"], f["run"]): f for f in equal_cost_figures([dear, cheap])}
-    read = {key: (f["amount"], f["round"], f["spent"], f["global_accuracy"]) for key, f in found.items()}
-    assert read == {
+    figures = {(f["cost"], f["run"]): f for f in equal_cost_figures([dear, cheap])}
+    costs = {key: (f["amount"], f["round"], f["spent"], f["global_accuracy"]) for key, f in figures.items()}
+    assert costs == {
         ("rounds", "dear"): (3, 3, 3, 0.3),
         ("rounds", "cheap"): (3, 2, 2, 0.5),  # its third round wasn't measured
         ("training_macs", "dear"): (5 * 10**11, None, None, None),  # its first round costs more
@@ -153,7 +153,7 @@ def test_runs_are_compared_at_what_all_have_spent():
         ("seconds", "dear"): (30.0, 3, 30.0, 0.3),
         ("seconds", "cheap"): (30.0, 1, 20.0, 0.4),
     }
-    assert found["rounds", "cheap"]["local_accuracy"] == pytest.approx(0.9)
+    assert figures["rounds", "cheap"]["local_accuracy"] == pytest.approx(0.9)
     rows = equal_cost_rows([dear, cheap])
     assert rows[2] == ("3 rounds", "cheap", "2", "2 rounds", "90.0%", "50.0%")
     assert rows[3] == ("0.5 TMACs", "dear", "none", "–", "–", "–")
@@ -162,9 +162,9 @@ def test_runs_are_compared_at_what_all_have_spent():
 def test_final_accuracies_are_means_of_the_last_rounds():
     rows = record(rounds=4).rounds
     rows = tuple(replace(r, metrics={"accuracy": r.round / 10}, local={"zero": r.round / 20}) for r in rows)
-    local, whole = replace(record(), rounds=rows).final(2)
-    assert local == pytest.approx((3 / 20 + 4 / 20) / 2)
-    assert whole == pytest.approx((3 / 10 + 4 / 10) / 2)
+    local_score, global_score = replace(record(), rounds=rows).final(2)
+    assert local_score == pytest.approx((3 / 20 + 4 / 20) / 2)
+    assert global_score == pytest.approx((3 / 10 + 4 / 10) / 2)
     unmeasured = tuple(replace(r, metrics={}, local={}) for r in rows)
     assert all(map(math.isnan, replace(record(), rounds=unmeasured).final(3)))
 
@@ -201,7 +201,7 @@ def test_curves_hold_the_records_values_along_rounds_bytes_and_seconds():
 
 
 @pytest.mark.parametrize(
-    ("change", "held"),
+    ("change", "passes"),
     [
         ({}, (True, False)),
         ({"local": 0.875}, (False, False)),
@@ -211,8 +211,8 @@ def test_curves_hold_the_records_values_along_rounds_bytes_and_seconds():
         ({"down": 120_000, "up": 138_000}, (True, False)),
     ],
 )
-def test_claims_look_at_both_accuracies_and_at_both_ways(change, held):
-    assert tuple(c.passes for c in claims(record(**change), record())) == held
+def test_claims_look_at_both_accuracies_and_at_both_ways(change, passes):
+    assert tuple(c.passes for c in claims(record(**change), record())) == passes
 
 
 def test_claims_about_what_was_not_measured_fail():
@@ -231,8 +231,8 @@ def test_the_best_round_is_named_beside_the_last():
     assert best == ["90.0% (2)", "80.0% (1)"]
     figures = final_figures(run)
     assert (figures["best_round"], figures["best_global_accuracy"], figures["best_model"]) == (2, 0.9, f"{2:064}")
-    silent = replace(run, rounds=tuple(replace(r, metrics={}) for r in rounds))
-    assert final_figures(silent)["best_round"] is None
+    unmeasured = replace(run, rounds=tuple(replace(r, metrics={}) for r in rounds))
+    assert final_figures(unmeasured)["best_round"] is None
 
 
 def test_page_refers_to_nothing_outside_itself(tmp_path):

@@ -80,9 +80,9 @@ def test_a_killed_run_goes_on_to_the_same_model(build: Build, calls: int) -> Non
 def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(build: Build, calls: int) -> None:
     """Averages and personal tensors of trainings that a kill has undone must not be the start of the same trainings."""
     keeping = Recipe(max_steps=1, average=0.5, calibrate=True, personal=("fc.*", "*bias"))
-    whole = assert_resumes(build, calls, recipe=keeping, rounds=3)
-    assert any("accuracy_average" in d["metrics"] for d in whole.state.history[-1]["devices"].values())
-    assert all(row.local == row.device_metrics["accuracy_average"] for row in whole.record().rounds)  # what serves
+    unkilled = assert_resumes(build, calls, recipe=keeping, rounds=3)
+    assert any("accuracy_average" in d["metrics"] for d in unkilled.state.history[-1]["devices"].values())
+    assert all(row.local == row.device_metrics["accuracy_average"] for row in unkilled.record().rounds)  # what serves
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     [pytest.param(s, id=n, marks=() if n.startswith("windows") else pytest.mark.soak) for n, s in SCHEDULES.items()],
 )
 def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, schedule: dict[str, Any]) -> None:
-    whole = assert_resumes(
+    unkilled = assert_resumes(
         build,
         2,
         7,
@@ -115,7 +115,7 @@ def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, sched
         dropouts=DropOuts(0.2, 2.0),
         availability=Availability(5.0, 0.6, 0.9),
     )
-    assert [row["round"] for row in whole.state.history] == list(range(1, 10))
+    assert [row["round"] for row in unkilled.state.history] == list(range(1, 10))
 
 
 def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
 
 @pytest.mark.soak
 def test_a_run_killed_at_any_write_or_deletion_of_a_blob_goes_on_to_the_same_model(build: Build) -> None:
-    left, count = -1, 0
+    steps_left, step_count = -1, 0
 
     class Killing(ScratchStore):
         """Ends a run just before it touches its folder for the n-th time."""
@@ -142,43 +142,43 @@ def test_a_run_killed_at_any_write_or_deletion_of_a_blob_goes_on_to_the_same_mod
             super().delete(sha256)
 
         def _step(self) -> None:
-            nonlocal left, count
-            left, count = left - 1, count + 1
-            if left == -1:
+            nonlocal steps_left, step_count
+            steps_left, step_count = steps_left - 1, step_count + 1
+            if steps_left == -1:
                 raise KillError
 
     # Saved at the end of every round and never within one, however slow the disk is: the number of steps is the same.
     settings: dict[str, Any] = {"rounds": 3, "store": Killing, "pace": SavePace(math.inf, expensive_s=math.inf)}
-    whole = build("whole", **settings)
-    whole.run()
-    names, times = set(whole.store.names()), count
-    for number in range(0, times, 3):
-        left = number
+    unkilled = build("whole", **settings)
+    unkilled.run()
+    names, last_step = set(unkilled.store.names()), step_count
+    for number in range(0, last_step, 3):
+        steps_left = number
         with pytest.raises(KillError):
             build(f"killed-{number}", **settings).run()
-        left = -1
+        steps_left = -1
         resumed = build(f"killed-{number}", **settings)
         resumed.run()
-        assert resumed.state.history == whole.state.history
+        assert resumed.state.history == unkilled.state.history
         assert {resumed.state.model} <= set(resumed.store.names()) <= names
-    assert times > 10
+    assert last_step > 10
 
 
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {tests!r}
-from test_resumed_runs import harsh
+from test_resumed_runs import run_harsh
 left = int(sys.argv[2])
 def progress(simulation):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-harsh(sys.argv[1], progress)
+run_harsh(sys.argv[1], progress)
 """
 
 
-def harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = None) -> Record:
+def run_harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = None) -> Record:
     """A run with everything in it that a kill could spoil."""
     experiment = digits_experiment(
         fleet=[replace(b, data=StoredData.of(lambda b=b: b.data)) for b in boards()],
@@ -197,18 +197,18 @@ def harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = No
 
 
 def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -> None:
-    whole = harsh(tmp_path / "whole")
+    unkilled = run_harsh(tmp_path / "whole")
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(tests=[str(TESTS), str(TESTS / "server/simulation")]))
     for trainings in (2, 3):  # the second start is killed, too
-        words = [sys.executable, str(script), str(tmp_path / "killed"), str(trainings)]
-        done = subprocess.run(words, timeout=120, check=False)
+        command = [sys.executable, str(script), str(tmp_path / "killed"), str(trainings)]
+        done = subprocess.run(command, timeout=120, check=False)
         assert done.returncode == -signal.SIGKILL
-    assert harsh(tmp_path / "killed") == whole
+    assert run_harsh(tmp_path / "killed") == unkilled
     for name in ("metrics.json", "run/config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    places = [tmp_path / run / "run" / "checkpoints" for run in ("killed", "whole")]
-    files = [sorted((str(f.relative_to(p)), f.read_bytes()) for f in p.rglob("*.*") if f.is_file()) for p in places]
+    folders = [tmp_path / run / "run" / "checkpoints" for run in ("killed", "whole")]
+    files = [sorted((str(f.relative_to(p)), f.read_bytes()) for f in p.rglob("*.*") if f.is_file()) for p in folders]
     assert files[0] == files[1]
     assert len(files[0]) == 4
 
@@ -232,18 +232,18 @@ def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: P
     """Whoever comes second is told so and has changed nothing; whoever waited takes up what was done meanwhile."""
     alone = simulate_in_folder(experiment, tmp_path / "alone")
     second = Simulation(experiment, BlobStore(tmp_path / "run" / "run" / "blobs"), folder=tmp_path / "run" / "run")
-    tried = []
+    attempts = []
 
     def meanwhile(_: Simulation) -> None:
-        if not tried:
-            tried.append(True)
+        if not attempts:
+            attempts.append(True)
             with pytest.raises(StorageError, match=str(tmp_path)):
                 simulate_in_folder(experiment, tmp_path / "run")
             with pytest.raises(StorageError, match=str(tmp_path)):
                 second.run()
 
     first = simulate_in_folder(experiment, tmp_path / "run", meanwhile)
-    assert tried
+    assert attempts
     assert first.rounds == alone.rounds
     second.run(lambda _: pytest.fail("something was trained again"))
     assert second.record().rounds == alone.rounds
@@ -261,13 +261,13 @@ def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, 
 
 @pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl", "config.json"])
 def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, tmp_path: Path, name: str) -> None:
-    whole = simulate_in_folder(experiment, tmp_path)
+    undamaged = simulate_in_folder(experiment, tmp_path)
     (tmp_path / "run" / name).write_bytes(b"{")
     with pytest.raises(StorageError, match=f"delete {tmp_path / 'run'}"):
         simulate_in_folder(experiment, tmp_path)
     shutil.rmtree(tmp_path / "run")
     assert is_run(tmp_path)  # so that the command line takes it
-    assert simulate_in_folder(experiment, tmp_path).rounds == whole.rounds
+    assert simulate_in_folder(experiment, tmp_path).rounds == undamaged.rounds
 
 
 def test_a_run_does_not_go_on_with_other_code(
@@ -277,17 +277,19 @@ def test_a_run_does_not_go_on_with_other_code(
     text = asset_bytes("my_strategy.py").decode()
     source.write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    own = replace(experiment, job=Job(rounds=3, devices=2, density=0.25, strategy="gentle:energy", recipe=JOB.recipe))
+    own_strategy = replace(
+        experiment, job=Job(rounds=3, devices=2, density=0.25, strategy="gentle:energy", recipe=JOB.recipe)
+    )
     with pytest.raises(KillError):
-        simulate_in_folder(own, tmp_path / "run", killed_after(FIRST_ROUND))
+        simulate_in_folder(own_strategy, tmp_path / "run", killed_after(FIRST_ROUND))
     source.write_text(text.replace("lr_decay: float = 0.98", "lr_decay: float = 0.5"))
     with pytest.raises(StorageError, match="strategy_code"):
-        simulate_in_folder(replace(own), tmp_path / "run")
+        simulate_in_folder(replace(own_strategy), tmp_path / "run")
     source.write_text(text)
     config = tmp_path / "run" / "run" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"fedprune": "99"}))
     with pytest.raises(StorageError, match=r"fedprune .*99"):
-        simulate_in_folder(replace(own), tmp_path / "run")
+        simulate_in_folder(replace(own_strategy), tmp_path / "run")
 
 
 def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:

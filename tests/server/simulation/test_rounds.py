@@ -33,7 +33,7 @@ def reasons(state: State, round_: int) -> dict[str, str]:
     return {n: d["reason"] for n, d in state.history[round_ - 1]["devices"].items() if d["reason"]}
 
 
-class Slow:
+class SlowDevice:
     """A device that trains for so long, and says how far it is."""
 
     def __init__(self, fleet: Fleet, name: str, seconds: float) -> None:
@@ -45,25 +45,25 @@ class Slow:
     def begin(self, offer: Offer) -> None:
         self.work = deque([(offer, self.fleet.air.now, -1)])
 
-    def is_live(self) -> None:
+    def advance(self) -> None:
         """Let time pass for it."""
         if not self.work:
             return
-        offer, begun, told = self.work.popleft()
+        offer, begun, last_progress = self.work.popleft()
         if self.device.heard and isinstance(self.device.heard[-1], Cancelled):
             return
         share = (self.fleet.air.now - begun) / self.seconds
         if share >= 1:
             self.take(offer)
             return
-        done = int(20 * share)
-        if done > told:
-            said = RoundProgress(self.device.name, offer.job, offer.round, offer.attempt, "train", done, 20)
-            self.device.say(said)
-        self.work.append((offer, begun, max(told, done)))
+        progress = int(20 * share)
+        if progress > last_progress:
+            message = RoundProgress(self.device.name, offer.job, offer.round, offer.attempt, "train", progress, 20)
+            self.device.say(message)
+        self.work.append((offer, begun, max(last_progress, progress)))
 
 
-def run(fleet: Fleet, *slow: Slow) -> State:
+def run(fleet: Fleet, *slow: SlowDevice) -> State:
     """Run a job with devices that take their time."""
     daemon = fleet.daemon()
 
@@ -74,7 +74,7 @@ def run(fleet: Fleet, *slow: Slow) -> State:
         fleet.air.now += 0.5
         assert fleet.air.now < 10_000
         for device in slow:
-            device.is_live()
+            device.advance()
 
     fleet.air.on_idle = idle
     daemon.run(until_finished=True)
@@ -83,11 +83,11 @@ def run(fleet: Fleet, *slow: Slow) -> State:
 
 def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -> None:
     fleet = fleet_of(tmp_path, participation=0.8, over_selection=0.25, rounds=2)
-    state = run(fleet, Slow(fleet, "b", 80.0))
+    state = run(fleet, SlowDevice(fleet, "b", 80.0))
     assert folded(state) == [["a", "c", "d", "e"]] * 2
     assert reasons(state, 1) == {"b": ENOUGH_UPDATES}
-    told = [m.reason for m in fleet.air.devices["b"].heard if isinstance(m, Cancelled)]
-    assert told == [ENOUGH_UPDATES] * 2
+    reasons_told = [m.reason for m in fleet.air.devices["b"].heard if isinstance(m, Cancelled)]
+    assert reasons_told == [ENOUGH_UPDATES] * 2
     assert fleet.air.now < 80
     assert state.devices["b"].failures == 0
     assert state.devices["b"].missed_rounds == 2
@@ -96,19 +96,19 @@ def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -
 def test_few_work_at_a_time_and_all_count(tmp_path: Path) -> None:
     fleet = fleet_of(tmp_path, rounds=2, in_flight=2)
     expected = fleet_of(tmp_path / "all", rounds=2).run().model
-    seen: list[int] = []
+    training_counts: list[int] = []
     save = fleet.storage.save
 
-    def watched(state: State, *rest: Any) -> None:
+    def save_and_count(state: State, *rest: Any) -> None:
         kinds = ("extracting", "offered", "pulling")
         if state.phase is Phase.TRAINING:
-            seen.append(sum(t.progress.value in kinds for t in state.tasks.values()))
+            training_counts.append(sum(t.progress.value in kinds for t in state.tasks.values()))
         save(state, *rest)
 
-    fleet.storage.save = watched  # type: ignore[method-assign]
-    state = run(fleet, *(Slow(fleet, n, 10.0) for n in NAMES))
+    fleet.storage.save = save_and_count  # type: ignore[method-assign]
+    state = run(fleet, *(SlowDevice(fleet, n, 10.0) for n in NAMES))
     assert folded(state) == [list(NAMES)] * 2
-    assert max(seen) == 2
+    assert max(training_counts) == 2
     assert state.model == expected
 
 
@@ -132,7 +132,7 @@ Simulate = Callable[..., Simulation]
 
 
 @pytest.fixture
-def simulated(tmp_path_factory: pytest.TempPathFactory) -> Simulate:
+def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulate:
     """A fleet whose links are no limit."""
     link = {"down_mb_s": 10.0, "up_mb_s": 10.0, "latency_s": 0.0}
     fleet = [replace(b, profile=with_link(b.profile, link)) for b in boards((*KINDS, "raspberry-pi-5"))]
@@ -145,9 +145,9 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Simulate:
 
 
 def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
-    simulated: Simulate,
+    simulate: Simulate,
 ) -> None:
-    run = simulated(participation=0.75, over_selection=0.34, rounds=5)
+    run = simulate(participation=0.75, over_selection=0.34, rounds=5)
     run.run()
     slowest = [r for r, c in enumerate(folded(run.state), 1) if len(c) == 4]
     assert slowest == [4]
@@ -159,9 +159,9 @@ def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
     "strategy",
     marked(["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"], soak=["fedavg", "heterofl", "fedrolex"]),
 )
-def test_strategies_go_through_a_schedule_that_is_not_their_own(simulated: Simulate, strategy: str, kind: str) -> None:
+def test_strategies_go_through_a_schedule_that_is_not_their_own(simulate: Simulate, strategy: str, kind: str) -> None:
     settings = {"strategy": strategy, "density": 0.0, "scorer": "magnitude", "deadline_s": 20.0, "rounds": 3}
-    run = simulated(schedule={"kind": kind}, **settings)
+    run = simulate(schedule={"kind": kind}, **settings)
     run.run()
     assert run.state.phase is Phase.FINISHED
     assert all(folded(run.state))

@@ -59,18 +59,20 @@ recipe = { lr = 0.01 }
 
 @pytest.mark.soak
 def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
-    one = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
-    seen: list[list[RunStatus]] = []
-    two = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: seen.append(list(s)))
-    assert [(e.name, e.error.splitlines()[-1:]) for e in one] == [(e.name, e.error.splitlines()[-1:]) for e in two]
-    assert [bool(e.error) for e in one] == [False] * 3 + [True] * 3
+    one_worker = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
+    statuses: list[list[RunStatus]] = []
+    two_workers = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: statuses.append(list(s)))
+    assert [(e.name, e.error.splitlines()[-1:]) for e in one_worker] == [
+        (e.name, e.error.splitlines()[-1:]) for e in two_workers
+    ]
+    assert [bool(e.error) for e in one_worker] == [False] * 3 + [True] * 3
     numbers = [[(tmp_path / out / run.name / "numbers.json").read_text() for run in RUNS] for out in ("one", "two")]
     assert numbers[0] == numbers[1]
-    assert "no device can take part. Try another." in one[3].error
-    assert "ZeroDivisionError: by nothing" in one[4].error
-    assert "exit code -9" in one[5].error
-    assert [s.state for s in seen[-1]] == ["done"] * 3 + ["failed"] * 3
-    assert max(sum(s.state == "running" for s in row) for row in seen) <= 2
+    assert "no device can take part. Try another." in one_worker[3].error
+    assert "ZeroDivisionError: by nothing" in one_worker[4].error
+    assert "exit code -9" in one_worker[5].error
+    assert [s.state for s in statuses[-1]] == ["done"] * 3 + ["failed"] * 3
+    assert max(sum(s.state == "running" for s in row) for row in statuses) <= 2
 
 
 def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -113,25 +115,25 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
     assert records[0].rounds[0].loss != records[1].rounds[0].loss
     assert (out / "quarter-3" / "report.html").exists()
     assert (out / "comparison.html").exists()
-    said = capsys.readouterr()
-    assert "wrong-3 failed: DataError" in said.err
-    assert "gone.npz" in said.err
-    assert f"(details: {out / 'wrong-3' / 'failed.txt'})" in said.err
-    assert "quarter-3" in said.out
+    output = capsys.readouterr()
+    assert "wrong-3 failed: DataError" in output.err
+    assert "gone.npz" in output.err
+    assert f"(details: {out / 'wrong-3' / 'failed.txt'})" in output.err
+    assert "quarter-3" in output.out
     assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(out), "--json"]) == ExitCode.TRAINING
-    found = json.loads(capsys.readouterr().out)
-    assert [row["run"] for row in found["runs"]] == ["quarter-3", "long-3"]
-    assert [(row["variant"], row["runs"]) for row in found["variants"]] == [("quarter", 1), ("long", 1)]
-    assert [row["run"] for row in found["failed"]] == ["wrong-3"]
-    assert found["report"] == str(out / "comparison.html")
+    summary = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in summary["runs"]] == ["quarter-3", "long-3"]
+    assert [(row["variant"], row["runs"]) for row in summary["variants"]] == [("quarter", 1), ("long", 1)]
+    assert [row["run"] for row in summary["failed"]] == ["wrong-3"]
+    assert summary["report"] == str(out / "comparison.html")
     alone = fleet / "alone"
     assert main(["--config", str(fleet / "fleet.toml"), "--seed", "3", "--out", str(alone)]) == ExitCode.OK
-    mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (alone, out / "quarter-3"))
-    assert mine["rounds"] == theirs["rounds"]
+    alone_record, sweep_record = (json.loads((p / "metrics.json").read_text()) for p in (alone, out / "quarter-3"))
+    assert alone_record["rounds"] == sweep_record["rounds"]
 
 
 @pytest.mark.parametrize(
-    ("tables", "said"),
+    ("tables", "message"),
     [
         ('job = { strateg = "heterofl" }', "job.strateg: unknown key"),
         ("job = { recipe = { lr = -1 } }", "job.recipe.lr"),
@@ -139,13 +141,13 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_a_variant_s_mistake_is_named_before_the_first_run(
-    fleet: Path, capsys: pytest.CaptureFixture[str], tables: str, said: str
+    fleet: Path, capsys: pytest.CaptureFixture[str], tables: str, message: str
 ) -> None:
     (fleet / "sweep.toml").write_text(SWEEP + f'[[runs]]\nname = "bad"\n{tables}\n')
     assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(fleet / "out")]) == ExitCode.CONFIG
     err = capsys.readouterr().err
     assert "sweep.toml: [[runs]] bad: " in err
-    assert said in err
+    assert message in err
     assert "fleet.toml" not in err
     assert not (fleet / "out").exists()
 

@@ -70,15 +70,15 @@ def test_profiles_and_links_take_turns(write):
         "count = 4\nlink = [{ up_mb_s = 1 }, { up_mb_s = 2, latency_s = 0.5 }, { down_mb_s = 3 }]\n"
     )
     devices = read_fleet_plan(write(text)).devices
-    known = find_profile("raspberry-pi-4b").link, find_profile("jetson-nano").link
+    links = find_profile("raspberry-pi-4b").link, find_profile("jetson-nano").link
     assert [d.profile.name for d in devices] == ["raspberry-pi-4b", "jetson-nano"] * 2
-    assert [d.profile.link.up_bytes_s for d in devices] == [1e6, 2e6, known[0].up_bytes_s, 1e6]
+    assert [d.profile.link.up_bytes_s for d in devices] == [1e6, 2e6, links[0].up_bytes_s, 1e6]
     assert [d.profile.link.down_bytes_s for d in devices][2] == 3e6
     assert [d.profile.link.latency_s for d in devices] == [
-        known[0].latency_s,
+        links[0].latency_s,
         0.5,
-        known[0].latency_s,
-        known[1].latency_s,
+        links[0].latency_s,
+        links[1].latency_s,
     ]
 
 
@@ -169,8 +169,8 @@ def run(write, tmp_path):
         DATA + "devices = 3\nserver = 0.2\n[[devices]]\nprofile = 'raspberry-pi-4b'\n[simulation]\ndensities=[0.5]\n"
     )
 
-    def make(folder, *more):
-        assert main(["--config", str(path), "--out", str(tmp_path / folder), *more]) == ExitCode.OK
+    def make(folder, *arguments):
+        assert main(["--config", str(path), "--out", str(tmp_path / folder), *arguments]) == ExitCode.OK
         return tmp_path / folder
 
     return make

@@ -28,14 +28,17 @@ def test_factors_are_means_of_log_normal_draws(draws):
 
 def test_a_factor_is_keyed_by_seed_round_device_and_way():
     weather = Weather(links_sigma=0.3, compute_sigma=0.3)
-    one = weather.link_factor(1, 2, "d", "up")
-    assert weather.link_factor(1, 2, "d", "up") == one
-    others = [
+    factor = weather.link_factor(1, 2, "d", "up")
+    assert weather.link_factor(1, 2, "d", "up") == factor
+    factors_elsewhere = [
         weather.link_factor(2, 2, "d", "up"),
         weather.link_factor(1, 3, "d", "up"),
         weather.link_factor(1, 2, "e", "up"),
     ]
-    assert len({one, *others, weather.link_factor(1, 2, "d", "down"), weather.compute_factor(1, 2, "d")}) == 6
+    assert (
+        len({factor, *factors_elsewhere, weather.link_factor(1, 2, "d", "down"), weather.compute_factor(1, 2, "d")})
+        == 6
+    )
 
 
 @given(
@@ -101,8 +104,8 @@ def test_weather_changes_times_and_not_the_model(build):
     calm.run(), stormy.run()
     assert [r["model"] for r in calm.state.history] == [r["model"] for r in stormy.state.history]
     assert stormy.clock != calm.clock
-    again = build("again", weather=Weather(0.5, 0.5, 0.2, 0.2, 3))
-    assert again.run() == stormy.state.history
+    repeated = build("again", weather=Weather(0.5, 0.5, 0.2, 0.2, 3))
+    assert repeated.run() == stormy.state.history
 
 
 def test_the_virtual_clock_follows_the_weather(build):
@@ -114,7 +117,7 @@ def test_the_virtual_clock_follows_the_weather(build):
     trained = zero.train_s(
         simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
     )
-    down, up = (weather.link_factor(3, 1, zero.name, way) for way in ("down", "up"))
+    down, up = (weather.link_factor(3, 1, zero.name, direction) for direction in ("down", "up"))
     expected = sent.down / (link.down_bytes_s * down) + sent.up / (link.up_bytes_s * up) + 2 * link.latency_s
     assert simulation.clock == pytest.approx(expected + trained / weather.compute_factor(3, 1, zero.name))
 
@@ -127,14 +130,16 @@ def test_a_device_s_own_link_takes_the_profile_s_place(build):
 
 
 def test_devices_train_in_their_windows_only(build):
-    availability, seen = Availability(40.0, 0.3, 0.6), []
-    far = [noting(on_link(d, latency_s=4), lambda name, _: seen.append((name, simulation.clock))) for d in boards()]
+    availability, trainings = Availability(40.0, 0.3, 0.6), []
+    far = [
+        noting(on_link(d, latency_s=4), lambda name, _: trainings.append((name, simulation.clock))) for d in boards()
+    ]
     simulation = build(fleet=far, rounds=6, devices=1, deadline_s=90.0, availability=availability)
     history = simulation.run()
     assert len(history) == 6
-    for name, at in seen:
-        begin, end = availability.next_window(3, name, at)
-        assert begin <= at < end
+    for name, trained_at in trainings:
+        begin, end = availability.next_window(3, name, trained_at)
+        assert begin <= trained_at < end
     assert simulation.clock > 40
 
 

@@ -35,10 +35,14 @@ def build(tmp_path):
     ids=len,
 )
 def test_the_seed_decides_bits_and_times(build, settings):
-    first, second, other = build("first", **settings), build("second", **settings), build("other", seed=4, **settings)
+    first, second, other_seed = (
+        build("first", **settings),
+        build("second", **settings),
+        build("other", seed=4, **settings),
+    )
     assert first.run() == second.run()
-    other.run()
-    assert first.state.model != other.state.model
+    other_seed.run()
+    assert first.state.model != other_seed.state.model
 
 
 @pytest.mark.parametrize(
@@ -52,34 +56,36 @@ def test_the_seed_decides_bits_and_times(build, settings):
 def test_a_total_ends_a_run_also_one_that_was_killed(build, name, spent):
     fleet = boards(("a", "b"), "raspberry-pi-5")
     settings = {"fleet": fleet, "rounds": 4, "recipe": Recipe(max_steps=1)}
-    whole = build("whole", **settings)
-    whole.run()
-    assert whole.record().ended_early == ""
-    settings[name] = spent(whole.record())
+    unlimited = build("whole", **settings)
+    unlimited.run()
+    assert unlimited.record().ended_early == ""
+    settings[name] = spent(unlimited.record())
     run_killed(build("ended", **settings), 2)
     ended = build("ended", **settings)
     ended.run()
-    assert ended.record().rounds == whole.record().rounds[:2]
+    assert ended.record().rounds == unlimited.record().rounds[:2]
     assert name in ended.record().ended_early
     assert len(build("ended", **settings).run()) == 2
 
 
 def test_a_hostile_board_counts_for_no_more_by_what_it_says_of_itself(build):
-    honest, (hostile, *others) = boards(), boards()
-    claimed, known = 10**6, StoredData.of(hostile.load)
+    honest, (hostile, *honest_others) = boards(), boards()
+    claimed, true_data = 10**6, StoredData.of(hostile.load)
 
     def tamper(outcome, offer, store):
-        sent, own = (tensorfile.decode(store.read(d)) for d in (offer["weights"]["sha256"], outcome.weights.sha256))
-        reversed_ = {name: 2 * sent[name] - own[name] for name in own if not name.endswith(("mean", "var"))}
-        return replace(outcome, weights=store.put(tensorfile.encode(own | reversed_)), steps=claimed * outcome.steps)
+        sent, trained = (tensorfile.decode(store.read(d)) for d in (offer["weights"]["sha256"], outcome.weights.sha256))
+        reversed_ = {name: 2 * sent[name] - trained[name] for name in trained if not name.endswith(("mean", "var"))}
+        return replace(
+            outcome, weights=store.put(tensorfile.encode(trained | reversed_)), steps=claimed * outcome.steps
+        )
 
-    hostile = replace(hostile, data=replace(known, samples=claimed * known.samples), tamper=tamper)
+    hostile = replace(hostile, data=replace(true_data, samples=claimed * true_data.samples), tamper=tamper)
     settings = {"rounds": 1, "recipe": Recipe(max_steps=1)}
-    attacked, quiet = build("a", fleet=[hostile, *others], **settings), build("b", fleet=honest, **settings)
+    attacked, quiet = build("a", fleet=[hostile, *honest_others], **settings), build("b", fleet=honest, **settings)
     attacked.run(), quiet.run()
     assert attacked.state.model != quiet.state.model
     weights = {name: task.weight for name, task in attacked.state.tasks.items()}
-    assert weights[hostile.name] <= max(weights[other.name] for other in others)
+    assert weights[hostile.name] <= max(weights[board.name] for board in honest_others)
     assert attacked.state.tasks[hostile.name].steps == 1
 
 
@@ -96,17 +102,17 @@ def test_a_hostile_board_counts_for_no_more_by_what_it_says_of_itself(build):
 )
 @pytest.mark.at_push(1)
 def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start(build, settings):
-    whole = build("whole", rounds=4, **settings)
-    whole.run()
+    unbroken = build("whole", rounds=4, **settings)
+    unbroken.run()
     for rounds in (1, 3):
         build(rounds=rounds, **settings).run()
     run_killed(build(rounds=4, **settings), 1)
     extended = build(rounds=4, **settings)
-    assert extended.run() == whole.state.history
-    assert extended.state.to_json() == whole.state.to_json()
-    assert extended.clock == whole.clock
-    assert extended.record() == whole.record()
-    assert set(extended.store.names()) == set(whole.store.names())
+    assert extended.run() == unbroken.state.history
+    assert extended.state.to_json() == unbroken.state.to_json()
+    assert extended.clock == unbroken.clock
+    assert extended.record() == unbroken.record()
+    assert set(extended.store.names()) == set(unbroken.store.names())
 
 
 @pytest.mark.parametrize("strategy", ["fedbuff", "own_rounds:compose"])
@@ -129,9 +135,9 @@ def leaky(slope):
 
 
 def changed_model(experiment):
-    other = leaky(0.3)
-    assert other.architecture.digest == experiment.model.architecture.digest
-    return replace(experiment, model=other)
+    another_model = leaky(0.3)
+    assert another_model.architecture.digest == experiment.model.architecture.digest
+    return replace(experiment, model=another_model)
 
 
 def changed_evaluation(experiment):
@@ -218,9 +224,9 @@ def test_bytes_are_the_blobs_that_travel(build):
 def test_blobs_of_past_rounds_are_deleted(build, tmp_path):
     simulation = build(rounds=3)
     simulation.run()
-    kept = set(simulation.store.names())
-    assert simulation.state.model in kept
-    assert simulation.state.history[0]["model"] not in kept
+    stored_digests = set(simulation.store.names())
+    assert simulation.state.model in stored_digests
+    assert simulation.state.history[0]["model"] not in stored_digests
 
 
 def with_wrong_labels(device):
@@ -228,8 +234,8 @@ def with_wrong_labels(device):
 
 
 def test_data_that_the_model_cannot_take_is_refused_and_named(build):
-    wrong, *others = boards()
-    (row,) = build(fleet=[with_wrong_labels(wrong), *others], rounds=1, evaluation=None).run()
+    wrong, *good_boards = boards()
+    (row,) = build(fleet=[with_wrong_labels(wrong), *good_boards], rounds=1, evaluation=None).run()
     assert row["devices"][wrong.name]["progress"] == "refused"
     assert "label" in row["devices"][wrong.name]["reason"]
     assert row["metrics"] == {}
@@ -252,5 +258,5 @@ def test_boards_share_a_core_where_each_knows_all_classes(build, classes, grante
     options = {"densities": [1.0, 0.5, 0.5]}
     simulation = build(strategy="fedprune", density=0.0, options=options, fleet=fleet)
     simulation.run()
-    parts = simulation.state.history[0]["devices"]
-    assert sorted((part["density"] for part in parts.values()), reverse=True) == granted
+    device_rows = simulation.state.history[0]["devices"]
+    assert sorted((device_row["density"] for device_row in device_rows.values()), reverse=True) == granted

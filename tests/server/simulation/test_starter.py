@@ -21,12 +21,12 @@ def test_its_boards_have_links_and_samples_of_their_own(tmp_path: Path) -> None:
     dealt = write_starter(tmp_path, STARTER_BOARDS, seed=3)
     sizes = []
     for board in STARTER_BOARDS:
-        own, like = (
+        profile, shipped = (
             profile_store.read_profile(tmp_path / "profiles" / f"{board.name}.toml"),
             profile_store.find_profile(board.profile),
         )
-        assert (own.name, own.link.bytes_per_round) == (board.name, board.round_bytes)
-        assert (own.cpu, own.memory, own.compute) == (like.cpu, like.memory, like.compute)
+        assert (profile.name, profile.link.bytes_per_round) == (board.name, board.round_bytes)
+        assert (profile.cpu, profile.memory, profile.compute) == (shipped.cpu, shipped.memory, shipped.compute)
         with np.load(tmp_path / f"{board.name}.npz") as file:
             np.testing.assert_array_equal(file["x_train"], dealt[board.name].x_train)
             sizes.append(len(file["y_train"]) + len(file["y_test"]))

@@ -33,13 +33,13 @@ class Shapes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.local_store = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
-        self.far = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.local = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.coarse = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
         self.out = nn.Conv2d(28, K, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        near = self.local_store(x)
-        return self.out(torch.cat([near, nn.functional.interpolate(self.far(near), scale_factor=2.0)], 1))
+        local = self.local(x)
+        return self.out(torch.cat([local, nn.functional.interpolate(self.coarse(local), scale_factor=2.0)], 1))
 
 
 def pixels(seed: int, count: int = 60) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -90,17 +90,17 @@ def test_a_loss_of_ones_own_is_lowered_by_a_fleet(tmp_path: Path) -> None:
 def test_a_fleet_trains_by_a_teachers_outputs(tmp_path: Path) -> None:
     """With all settings of the optimiser's state and rate."""
 
-    def labelled(seed: int) -> LocalData:
+    def with_teacher_outputs(seed: int) -> LocalData:
         x, y = pixels(seed)
         labels = 4 * (y[:, None] == np.arange(K)[:, None, None]).astype(np.float32) - 2
         return LocalData(x[:45], labels[:45], x[45:], labels[45:])
 
     torch.manual_seed(0)
-    test = labelled(9)
+    test = with_teacher_outputs(9)
     settings = {"optimizer": "lion", "keep_optimizer_state": True, "lr_warmup": 0.5, "lr_schedule": "cosine"}
     run = digits_simulation(
         tmp_path, model=fx.load(Shapes()),
-        fleet=[VirtualDevice(n, find_profile(n), labelled(i)) for i, n in enumerate(KINDS)],
+        fleet=[VirtualDevice(n, find_profile(n), with_teacher_outputs(i)) for i, n in enumerate(KINDS)],
         evaluation=(test.x_train, test.y_train), rounds=3, strategy="fedavg",
         recipe=Recipe.from_dict({"epochs": 3, "batch_size": 15, "lr": 0.01, "loss": "distill", **settings}),
     )  # fmt: skip
@@ -124,11 +124,11 @@ def test_a_bundle_that_labels_pixels_trains_and_predicts(tmp_path: Path, capsys:
     assert report.accuracy is not None
     source, out = str(tmp_path / "pixels.npz"), tmp_path / "trained"
     assert device(["train", "--bundle", str(tmp_path / "bundle"), "--data", source, "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "accuracy" in said.partition("after:")[2]
+    train_output = capsys.readouterr().out
+    assert "accuracy" in train_output.partition("after:")[2]
     assert device(["predict", "--bundle", str(out), "--input", str(tmp_path / "pixels.npz")]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith(f"0: {SIDE} x {SIDE} places, none ")
+    predict_lines = capsys.readouterr().out.splitlines()
+    assert predict_lines[0].startswith(f"0: {SIDE} x {SIDE} places, none ")
 
 
 def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None
     run.run()
     record = run.record()
     assert record.measure == "miou"
-    found = [value or 0.0 for value in record.global_values()]
+    scores = [value or 0.0 for value in record.global_values()]
     assert {row.updates for row in record.rounds} == {len(KINDS)}
-    assert found[-1] > found[0], found
-    most = float(np.mean(pixels(9)[1][pixels(9)[1] != VOID] == 0))
-    assert (record.last.accuracy or 0.0) > most + 0.05
-    assert found[-1] < (record.last.accuracy or 0.0), "most places are of no square"
+    assert scores[-1] > scores[0], scores
+    largest_share = float(np.mean(pixels(9)[1][pixels(9)[1] != VOID] == 0))
+    assert (record.last.accuracy or 0.0) > largest_share + 0.05
+    assert scores[-1] < (record.last.accuracy or 0.0), "most places are of no square"
     assert set(record.last.local) == set(KINDS)
     assert set(record.last.device_metrics) >= {"miou_before", "miou_after", "accuracy_after", "loss_after"}
     assert "local miou" in final_rows([record])[0]
@@ -170,8 +170,10 @@ def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path)
     holders = [4] * 2 + [3] * 2 + [2] * 4 + [1] * 8
     assert [sorted(ranks, reverse=True) for ranks in record.last.coverage] == [holders] * 3
     adapters = sum(value.nbytes for name, value in model.tensors.items() if ".lora_" in name)
-    held = {name: adapters * share for name, share in zip(names, (1, 0.5, 0.25, 0.125), strict=True)}
-    assert all(0 <= up - held[name] < 1000 for name, (_, up, *_) in record.last.spent.items()), record.last.spent
+    expected_bytes = {name: adapters * share for name, share in zip(names, (1, 0.5, 0.25, 0.125), strict=True)}
+    assert all(0 <= up - expected_bytes[name] < 1000 for name, (_, up, *_) in record.last.spent.items()), (
+        record.last.spent
+    )
 
 
 def test_a_low_base_travels_once_and_adapters_in_every_round(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ FLEET: dict[str, Any] = {
 
 
 @dataclass
-class Shown:
+class ShownRun:
     """What a tracker shows of a run."""
 
     title: str
@@ -63,11 +63,11 @@ class Shown:
 class FakeTool:
     """A tool whose runs are kept in memory; its trackers fail from `fails_at` on."""
 
-    runs: dict[str, Shown] = field(default_factory=dict)
+    runs: dict[str, ShownRun] = field(default_factory=dict)
     fails_at: int = 1_000
 
     @property
-    def only(self) -> Shown:
+    def only(self) -> ShownRun:
         [run] = self.runs.values()
         return run
 
@@ -81,7 +81,7 @@ class FakeTool:
                 self._destination = destination
 
             def open(self, run: TrackedRun, name: str, rounds: int) -> int:
-                self._run = tool.runs.setdefault(name, Shown(run.title, run.parameters))
+                self._run = tool.runs.setdefault(name, ShownRun(run.title, run.parameters))
                 return rounds
 
             def write(self, number: int, values: Mapping[str, float], at: float) -> None:
@@ -100,7 +100,7 @@ class FakeTool:
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> FakeTool:
+def tool(monkeypatch: pytest.MonkeyPatch) -> FakeTool:
     """`mlflow`, which is a fake."""
     tool, name = FakeTool(), "fedprune_server.trackers.tools.mlflow"
     monkeypatch.setitem(sys.modules, name, tool.module(name))
@@ -125,22 +125,22 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in row.items() if isinstance(v, (int, float))}
 
 
-def test_a_tracker_has_the_rows_of_the_table_and_the_files(fleet: dict[str, Any], shown: FakeTool) -> None:
+def test_a_tracker_has_the_rows_of_the_table_and_the_files(fleet: dict[str, Any], tool: FakeTool) -> None:
     run = simulate({**fleet, "simulation": {"track": "mlflow"}}, folder="out", title="mine")
 
-    found = shown.only
+    shown_run = tool.only
     rows = run.rows()
-    assert [number for number, _ in found.rounds] == [1, 2, 3]
-    assert [values for _, values in found.rounds] == [numbers(row) for row in rows]
+    assert [number for number, _ in shown_run.rounds] == [1, 2, 3]
+    assert [values for _, values in shown_run.rounds] == [numbers(row) for row in rows]
     assert {"accuracy", "local_accuracy", "total_bytes_up", "time_s", "updates"} <= rows[0].keys()
-    assert found.title == "mine"
-    assert found.parameters["job.recipe.lr"] == 0.05
-    assert (found.parameters["data"], found.parameters["fleet"]) == ("digits", 2)
-    assert {"report.html", "model/model.onnx", "model/weights.safetensors"} <= found.files
-    assert found.ends == [True]
+    assert shown_run.title == "mine"
+    assert shown_run.parameters["job.recipe.lr"] == 0.05
+    assert (shown_run.parameters["data"], shown_run.parameters["fleet"]) == ("digits", 2)
+    assert {"report.html", "model/model.onnx", "model/weights.safetensors"} <= shown_run.files
+    assert shown_run.ends == [True]
 
 
-def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown: FakeTool) -> None:
+def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], tool: FakeTool) -> None:
     def start(rounds: int) -> None:
         simulate(fleet, folder="out", rounds=rounds, track="mlflow")
 
@@ -148,29 +148,29 @@ def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown:
     start(3)
     start(3)
 
-    found = shown.only
-    assert [number for number, _ in found.rounds] == [1, 2, 3]
-    assert [values for _, values in found.rounds] == list(map(numbers, rows_in("out")))
-    assert found.ends == [True] * 3
+    shown_run = tool.only
+    assert [number for number, _ in shown_run.rounds] == [1, 2, 3]
+    assert [values for _, values in shown_run.rounds] == list(map(numbers, rows_in("out")))
+    assert shown_run.ends == [True] * 3
 
 
 def test_a_tracker_that_fails_ends_no_run_and_catches_up(
-    fleet: dict[str, Any], shown: FakeTool, caplog: pytest.LogCaptureFixture
+    fleet: dict[str, Any], tool: FakeTool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shown.fails_at = 2
+    tool.fails_at = 2
     run = simulate(fleet, folder="out", track="mlflow")
 
     assert len(run.record.rounds) == 3
-    assert [number for number, _ in shown.only.rounds] == [1]
+    assert [number for number, _ in tool.only.rounds] == [1]
     assert len([r for r in caplog.records if "no route" in r.getMessage()]) == 1
 
-    shown.fails_at = 1_000
+    tool.fails_at = 1_000
     simulate(fleet, folder="out", track="mlflow")
-    assert [number for number, _ in shown.only.rounds] == [1, 2, 3]
-    assert "report.html" in shown.only.files
+    assert [number for number, _ in tool.only.rounds] == [1, 2, 3]
+    assert "report.html" in tool.only.files
 
 
-def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], shown: FakeTool) -> None:
+def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], tool: FakeTool) -> None:
     plan = read_fleet_plan(Path("settings"), tables=fleet)
 
     def interrupt(simulation: Simulation) -> None:
@@ -183,11 +183,11 @@ def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], shown:
         track_rounds([TrackTarget("mlflow")], plan, Path("out")) as track,
     ):
         run_folder.simulate_in_folder(plan, Path("out"), interrupt)
-    assert [number for number, _ in shown.only.rounds] == [1, 2]
+    assert [number for number, _ in tool.only.rounds] == [1, 2]
 
     simulate(fleet, folder="out", track="mlflow")
-    assert [number for number, _ in shown.only.rounds] == [1, 2, 3]
-    assert shown.only.ends == [False, True]
+    assert [number for number, _ in tool.only.rounds] == [1, 2, 3]
+    assert tool.only.ends == [False, True]
 
 
 def test_a_missing_library_is_named_with_its_extra(
@@ -204,7 +204,7 @@ def test_a_missing_library_is_named_with_its_extra(
     assert not (Path("out") / "run").exists()
 
 
-def test_a_server_writes_rounds_with_its_bytes_and_continues(tmp_path: Path, shown: FakeTool) -> None:
+def test_a_server_writes_rounds_with_its_bytes_and_continues(tmp_path: Path, tool: FakeTool) -> None:
     state = State(model="m" * 64)
     coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
     for i, event in enumerate(TO_THE_SECOND_ROUND):
@@ -215,17 +215,17 @@ def test_a_server_writes_rounds_with_its_bytes_and_continues(tmp_path: Path, sho
 
     def serve(history: list[dict[str, Any]], summary: dict[str, Any], *, finished: bool) -> None:
         tracker = JobTracker([TrackTarget("mlflow")], JOB, model, tmp_path, store, history)
-        assert not shown.runs or history
+        assert not tool.runs or history
         show(tracker, RoundEnded(summary, 700, 300), *([Finish("m" * 64)] if finished else []), at=summary["at"])
         tracker.close()
 
     serve([], first, finished=False)
     serve([first], second, finished=True)
 
-    found = shown.only
-    assert [number for number, _ in found.rounds] == [1, 2]
-    assert [values["time_s"] for _, values in found.rounds] == [0.0, 50.0]
-    assert found.rounds[0][1] == {
+    shown_run = tool.only
+    assert [number for number, _ in shown_run.rounds] == [1, 2]
+    assert [values["time_s"] for _, values in shown_run.rounds] == [0.0, 50.0]
+    assert shown_run.rounds[0][1] == {
         "round": 1.0,
         "time_s": 0.0,
         "total_bytes_down": 700.0,
@@ -235,21 +235,21 @@ def test_a_server_writes_rounds_with_its_bytes_and_continues(tmp_path: Path, sho
         "accuracy": 0.5,
         "mean_loss": pytest.approx(0.1),
     }
-    assert found.files == {"model", "model/model.onnx", "model/weights.safetensors"}
-    assert found.ends == [False, True]
+    assert shown_run.files == {"model", "model/model.onnx", "model/weights.safetensors"}
+    assert shown_run.ends == [False, True]
 
 
-def test_a_server_opens_its_trackers(tmp_path: Path, shown: FakeTool) -> None:
+def test_a_server_opens_its_trackers(tmp_path: Path, tool: FakeTool) -> None:
     (tmp_path / "model.onnx").write_bytes(digits_model())
     config = ServerConfig(job=JOB, model=str(tmp_path / "model.onnx"), state=tmp_path / "state", port=0, track="mlflow")
     stopping = threading.Event()
-    stopper = Watcher(lambda seen, what: stopping.set())
+    stopper = Watcher(lambda _, what: stopping.set())
     with build_app(config, StartOptions(insecure=True), stopping, observers=[stopper]) as app:
-        assert not shown.runs
+        assert not tool.runs
         app.run()
 
-    assert shown.only.title == JOB.name
-    assert shown.only.ends == [False]
+    assert tool.only.title == JOB.name
+    assert tool.only.ends == [False]
     assert (tmp_path / "state" / tracking.NOTE_FILE).is_file()
 
 
@@ -264,8 +264,8 @@ def test_event_files_are_what_tensorboard_reads(fleet: dict[str, Any]) -> None:
     simulate(fleet, folder="out", rounds=2, track="tensorboard:events")
     simulate(fleet, folder="out", track="tensorboard:events")
 
-    [place] = Path("events").iterdir()
-    events = reader.EventAccumulator(str(place), size_guidance={reader.SCALARS: 0}).Reload()
+    [events_folder] = Path("events").iterdir()
+    events = reader.EventAccumulator(str(events_folder), size_guidance={reader.SCALARS: 0}).Reload()
     rows = rows_in("out")
     assert set(events.Tags()["scalars"]) == numbers(rows[-1]).keys()
     for name in events.Tags()["scalars"]:
@@ -287,8 +287,8 @@ def test_a_round_that_was_cut_off_is_shown_once(tmp_path: Path) -> None:
         for number in rounds:
             tracker.write(number, {"loss": 1.0 / number}, 1000.0 + number)
 
-    [place] = (tmp_path / "tensorboard").iterdir()
-    events = reader.EventAccumulator(str(place)).Reload()
+    [events_folder] = (tmp_path / "tensorboard").iterdir()
+    events = reader.EventAccumulator(str(events_folder)).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
 
 
