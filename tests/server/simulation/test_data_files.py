@@ -154,9 +154,9 @@ def test_an_image_is_the_same_to_a_simulation_as_to_a_board(tmp_path, kind, mode
     file.parent.mkdir()
     image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200 if mode == "I;16" else pixels[:, :, : len(mode)])
     image.save(file, kind, exif=exif)
-    pixels = read_image_folder(tmp_path, size=size, colour=colour).take([0])[0]
+    samples = read_image_folder(tmp_path, size=size, colour=colour).take([0])[0]
     board = Pixels().decode(file.read_bytes(), (kind,), (3 if colour else 1, *size))
-    np.testing.assert_array_equal(pixels.reshape(board.shape), board)
+    np.testing.assert_array_equal(samples.reshape(board.shape), board)
 
 
 # --- which reader, and what becomes of the samples

@@ -50,7 +50,7 @@ def test_the_seed_decides_bits_and_times(build, settings):
     [
         ("total_bytes", lambda run: run.rounds[1].down + run.rounds[1].up),
         ("total_macs", lambda run: run.rounds[0].macs + run.rounds[1].macs),
-        ("total_hours", lambda run: run.rounds[1].at / 3600),
+        ("total_hours", lambda run: run.rounds[1].elapsed_s / 3600),
     ],
 )
 def test_a_total_ends_a_run_also_one_that_was_killed(build, name, spent):
@@ -117,7 +117,7 @@ def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start
 
 @pytest.mark.parametrize("strategy", ["fedbuff", "own_rounds:compose"])
 def test_a_run_that_depends_on_its_rounds_is_not_extended(build, strategy, tmp_path, monkeypatch):
-    (tmp_path / "own_rounds.py").write_text("from fedprune.strategies.methods.plain import plain as compose\n")
+    (tmp_path / "own_rounds.py").write_text("from fedprune.strategies.methods.plain import plain_strategy as compose\n")
     monkeypatch.syspath_prepend(tmp_path)
     build(rounds=1, strategy=strategy).run()
     with pytest.raises(StorageError, match="other settings"):
