@@ -43,7 +43,7 @@ class Run:
 
     seed: int
     load: int
-    add_checked: int
+    passed: int
     failed: list[str]
     exit_code: int
     wall_s: float
@@ -74,7 +74,7 @@ def run_tests(options: Sequence[str], seed: int, load: int) -> Run:
     return Run(
         seed=seed,
         load=load,
-        add_checked=passed,
+        passed=passed,
         failed=failed,
         exit_code=exit_code,
         wall_s=round(time.monotonic() - started),
@@ -96,7 +96,7 @@ def print_summary(runs: Sequence[Run], console: Console) -> None:
     overview = Table("run", "seed", "load", "passed", "failed", "minutes")
     for number, run in enumerate(runs, 1):
         minutes = f"{run.wall_s / 60:.1f}"
-        overview.add_row(str(number), str(run.seed), str(run.load), str(run.add_checked), str(len(run.failed)), minutes)
+        overview.add_row(str(number), str(run.seed), str(run.load), str(run.passed), str(len(run.failed)), minutes)
     console.print(overview)
     times_failed = Counter(name for run in runs for name in run.failed)
     for name, times in times_failed.most_common():

@@ -25,16 +25,12 @@ class Net(nn.Module):
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(6, momentum=0.03)
-        self.to_dict_without_boards, self.norm3, self.out = (
-            nn.Linear(6, 5),
-            nn.BatchNorm1d(5, momentum=0.5),
-            nn.Linear(5, 4),
-        )
+        self.head, self.norm3, self.out = nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=0.5), nn.Linear(5, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.norm1(self.one(x)))
         x = torch.relu(x + self.norm2(self.two(x)))
-        return self.out(torch.relu(self.norm3(self.to_dict_without_boards(x.mean((2, 3))))))
+        return self.out(torch.relu(self.norm3(self.head(x.mean((2, 3))))))
 
 
 @pytest.mark.parametrize("batch", [8, 13, 50])

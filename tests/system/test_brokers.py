@@ -71,7 +71,7 @@ def make(material: Path, tmp_path: Path) -> Iterator[Callable[..., Site]]:
 def complete(site: Site) -> State:
     """Run the job to its end; everything that was trained counts."""
     site.start_all()
-    return site.is_complete()
+    return site.finish_complete()
 
 
 @pytest.mark.soak
@@ -171,7 +171,7 @@ def test_a_cluster_that_loses_a_node_changes_no_bit(make: Callable[..., Site]) -
         north.target = cluster.ports["c"]
         north.mend()
         site.let_go(2)
-        state = site.is_complete()
+        state = site.finish_complete()
         assert north.connections >= 2
     assert models(state) == models(expected)
     assert len(state.history) == 4

@@ -201,15 +201,11 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.mix, self.to_dict_without_boards = (
-            nn.Embedding(20, 8),
-            nn.Linear(8, 12),
-            nn.Linear(12, CLASSES),
-        )
+        self.words, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, CLASSES)
         self.words.weight.requires_grad_(False)
 
     def forward(self, x: Any) -> Any:
-        return self.to_dict_without_boards(torch.tanh(self.mix(self.words(x))).mean(1))
+        return self.head(torch.tanh(self.mix(self.words(x))).mean(1))
 
 
 @pytest.mark.parametrize("thawed", [False, True])

@@ -43,7 +43,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fleet_trains_with_what_travels_in_a_codec(material: Path, tmp_path: Path, setting: str, down: str) -> None:
     with Site(material, tmp_path, CONFIG.format(setting, down), DEVICES, 120, mosquitto=True) as site:
         site.start_all()
-        state = site.is_complete()
+        state = site.finish_complete()
     for task in state.tasks.values():
         assert task.offer is not None
         assert task.update is not None

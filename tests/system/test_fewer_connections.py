@@ -47,6 +47,6 @@ def test_boards_take_turns_and_a_killed_broker_costs_no_part(tmp_path: Path) -> 
         site.wait_for(lambda: len(left()) >= 2, "boards are sent away")
         site.kill("broker")
         site.wait_for(lambda: reached(20), "rounds go on")
-        state = site.is_complete()  # every board has come back, and was told that the job is finished
+        state = site.finish_complete()  # every board has come back, and was told that the job is finished
     assert len({n for summary in state.history for n in summary["devices"]}) >= 4
     assert "taken for gone" not in site.logs_in_full()

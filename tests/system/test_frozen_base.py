@@ -67,7 +67,7 @@ def run(material: Path, folder: Path, disturb: Callable[[Site, Path], None]) -> 
         digest = base["sha256"]
         disturb(site, folder / "north" / "blobs" / digest[:2] / digest)
         site.let_go(2)
-        state = site.is_complete()
+        state = site.finish_complete()
         with Storage.open_existing(site.state) as storage:
             return state, {n: down for n, (down, _) in storage.traffic().items()}, base["size"], site.logs_in_full()
 

@@ -261,5 +261,5 @@ def test_a_fleet_joins_again_after_the_keys_of_its_server_were_replaced(site: Si
         ways = [started[at : at + 2] for at in map(started.index, ("--broker", "--join", "--device", "--state"))]
         run("fedprune_device", "join", "--new-key", "--claim", str(claim), *(word for way in ways for word in way))
         site.start(name)
-    history = site.is_complete().history
+    history = site.finish_complete().history
     assert [(r["round"], r["devices"].keys()) for r in history] == [(n, set(DEVICES)) for n in (1, 2, 3)]

@@ -70,8 +70,8 @@ def browser() -> Iterator[sync_api.Browser]:
 @pytest.fixture
 def page(browser: sync_api.Browser) -> Iterator[sync_api.Page]:
     made, wrong = browser.new_page(viewport={"width": 390, "height": 800}), list[str]()
-    made.is_on("pageerror", lambda error: wrong.append(str(error)))
-    made.is_on("console", lambda said: wrong.append(said.text))
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    made.on("console", lambda said: wrong.append(said.text))
     yield made
     made.close()
     assert wrong == []

@@ -18,12 +18,12 @@ import pytest
 from fedprune.releases.release import Release, write_release
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import SlotStore
-from fedprune_device.releases.installer import LAUNCHER_FILE, ReleaseInstaller, ReleaseSource
+from fedprune_device.releases.installer import LAUNCHER_FILE
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
-from support.fakes.runtime_releases import OUTSIDE, PYTHON, make_wheel
+from support.fakes.runtime_releases import OUTSIDE, PYTHON, make_wheel, set_up
 from support.faults.relay import Relay
 from support.paths import ROOT
 from support.processes.real_site import Site, write_material
@@ -75,7 +75,7 @@ class UpdatedSite(Site):
             self.key: SigningKey = identity.key
         first = self.release(1)
         for name in BOARDS:
-            ReleaseInstaller(folder / f"{name}-home", self.key.verifying_key).install(ReleaseSource.of_folder(first))
+            set_up(folder / f"{name}-home", first, self.key.verifying_key)
 
     def release(self, number: int, *more: Path, entry: str = "fedprune_start:device") -> Path:
         def made(files: tuple[Any, ...]) -> Release:

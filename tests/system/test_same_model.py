@@ -237,11 +237,11 @@ class Halves(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.input_shape = {"lower": (4, 8), "upper": (4, 8)}
-        self.local_store, self.far = nn.Linear(32, 20), nn.Linear(32, 20)
+        self.near, self.far = nn.Linear(32, 20), nn.Linear(32, 20)
         self.kind, self.means = nn.Linear(40, 10), nn.Linear(40, 8)
 
     def forward(self, lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.cat([torch.relu(self.local_store(lower.flatten(1))), torch.relu(self.far(upper.flatten(1)))], 1)
+        both = torch.cat([torch.relu(self.near(lower.flatten(1))), torch.relu(self.far(upper.flatten(1)))], 1)
         return self.kind(both), self.means(both)
 
 

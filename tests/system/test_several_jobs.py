@@ -58,7 +58,7 @@ class SharedSite(Site):
     def second(self) -> Path:
         return self.state / "jobs" / "second"
 
-    def with_class(self, text: str) -> None:
+    def add_job(self, text: str) -> None:
         (self.folder / "second.toml").write_text(text + self.files())
 
     def saved_second(self) -> State | None:
@@ -84,7 +84,7 @@ def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
     web = f'[server]\nserve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
     made = SharedSite(material, tmp_path, FIRST + web, DEVICES, 120, secure=True, may_hold=True)
-    made.with_class(SECOND)
+    made.add_job(SECOND)
     try:
         yield made
     finally:

@@ -48,7 +48,7 @@ class Board:
         np.savez(folder / "data.npz", x=x, y=np.arange(20) % 3)
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(folder / "notify"))
-        self.titled_value: queue.Queue[str] = queue.Queue()
+        self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
@@ -56,7 +56,7 @@ class Board:
         with suppress(OSError):
             while data := self.manager.recv(4096):
                 for line in data.decode().splitlines():
-                    self.titled_value.put(line)
+                    self.lines.put(line)
 
     def release(self, number: int, *more: Path) -> Path:
         def made(files: tuple[object, ...]) -> Release:
@@ -102,7 +102,7 @@ class Board:
         """What the service manager was told until a line came."""
         lines: list[str] = []
         while line not in lines:
-            lines.append(self.titled_value.get(timeout=120))
+            lines.append(self.lines.get(timeout=120))
         return lines
 
     def until(self, seen: Callable[[LauncherState], bool]) -> LauncherState:

@@ -48,7 +48,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def over_mqtt(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     with Site(material, tmp_path_factory.mktemp("mqtt"), CONFIG, DEVICES, 120) as site:
         site.start_all()
-        return models(site.is_complete())
+        return models(site.finish_complete())
 
 
 def taken_in(site: Site) -> int:
@@ -67,7 +67,7 @@ def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Pa
     settings = f'serve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
     with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True) as site:
         site.start_all()
-        assert models(site.is_complete()) == over_mqtt
+        assert models(site.finish_complete()) == over_mqtt
         assert taken_in(site) == 4
         assert failed(site) == []
 
@@ -91,7 +91,7 @@ def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
             site.wait_for(lambda: any(partial.iterdir()), "an upload is under way")
             site.kill("server")
             relay.most = None
-            assert models(site.is_complete()) == over_mqtt
+            assert models(site.finish_complete()) == over_mqtt
             assert not any(partial.iterdir())
             assert taken_in(site) >= 3
             assert 1 <= len(failed(site)) <= 2
@@ -137,7 +137,7 @@ def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
         time.sleep(0.5)
         site.kill("server")
         s3.resume()
-        assert models(site.is_complete()) == over_mqtt
+        assert models(site.finish_complete()) == over_mqtt
         assert uploaded(site, s3) == 4
         assert taken_in(site) == 0
         assert "bytes came from https://127.0.0.1" in site.logs_in_full()

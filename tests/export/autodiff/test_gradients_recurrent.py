@@ -137,8 +137,8 @@ def test_gru_that_resets_before_its_product(case: dict[str, Any]) -> None:
         ys, last = [], []
         for i in range(len(w)):
             state = torch.zeros(x.shape[1], hidden, dtype=x.dtype) if h is None else h[i]
-            own, out = (b[i].on_chunk(6) if b is not None else [torch.zeros(hidden, dtype=x.dtype)] * 6), []
-            wz, wr, wh, rz, rr, rh = *w[i].on_chunk(3), *r[i].on_chunk(3)
+            own, out = (b[i].chunk(6) if b is not None else [torch.zeros(hidden, dtype=x.dtype)] * 6), []
+            wz, wr, wh, rz, rr, rh = *w[i].chunk(3), *r[i].chunk(3)
             backwards = case["direction"] == "reverse" or i == 1
             for step in x.flip(0) if backwards else x:
                 z = torch.sigmoid(step @ wz.T + state @ rz.T + own[0] + own[3])

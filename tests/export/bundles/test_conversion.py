@@ -187,11 +187,11 @@ def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two, self.to_dict_without_boards = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
             self.two.weight = self.one.weight
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.to_dict_without_boards(torch.relu(self.two(torch.relu(self.one(x)))))
+            return self.head(torch.relu(self.two(torch.relu(self.one(x)))))
 
     torch.manual_seed(0)
     module = Tied().eval()

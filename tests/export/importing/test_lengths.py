@@ -44,13 +44,13 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.query, self.key = nn.Conv1d(5, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.value, self.to_dict_without_boards = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.value, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         h = torch.tanh(self.first(x) * mask.unsqueeze(1)).transpose(1, 2)
         near = self.query(h) @ self.key(h).transpose(1, 2) + (mask.unsqueeze(1) - 1) * 1e9
         h = torch.tanh(h + near.softmax(-1) @ self.value(h)) * mask.unsqueeze(2)
-        out: Tensor = self.to_dict_without_boards(h.sum(1) / lengths.unsqueeze(1))
+        out: Tensor = self.head(h.sum(1) / lengths.unsqueeze(1))
         return out
 
 
@@ -62,14 +62,10 @@ class Tagger(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.gru, self.to_dict_without_boards = (
-            nn.Embedding(7, 6),
-            nn.GRU(6, 8, batch_first=True),
-            nn.Linear(8, 4),
-        )
+        self.embed, self.gru, self.head = nn.Embedding(7, 6), nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.to_dict_without_boards(self.gru(self.embed(tokens))[0]).transpose(1, 2)
+        out: Tensor = self.head(self.gru(self.embed(tokens))[0]).transpose(1, 2)
         return out
 
 
@@ -80,10 +76,10 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.to_dict_without_boards = nn.Linear(MOST, 3)
+        self.head = nn.Linear(MOST, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.to_dict_without_boards(x)
+        out: Tensor = self.head(x)
         return out
 
 

@@ -30,14 +30,14 @@ class Mixed(nn.Module):
         self.depthwise, self.group = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.GroupNorm(1, 12)
         self.point, self.prelu = nn.Conv2d(12, 12, 1), nn.PReLU(12)
         self.up = nn.ConvTranspose2d(12, 8, 2, stride=2)
-        self.hidden, self.norm, self.to_dict_without_boards = nn.Linear(8, 20), nn.LayerNorm(20), nn.Linear(20, 5)
+        self.hidden, self.norm, self.head = nn.Linear(8, 20), nn.LayerNorm(20), nn.Linear(20, 5)
         self.register_buffer("shift", torch.full((3, 1, 1), 0.5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.bn(self.stem(x - self.shift)))
         x = x + self.prelu(self.point(self.group(self.depthwise(x))))
         x = self.norm(self.hidden(self.up(x).mean((2, 3))))
-        return self.to_dict_without_boards(torch.relu(x))
+        return self.head(torch.relu(x))
 
 
 class Grouped(nn.Module):
@@ -47,14 +47,10 @@ class Grouped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.to_dict_without_boards = (
-            nn.Conv2d(3, 8, 1),
-            nn.Conv2d(8, 8, 1, groups=2),
-            nn.Linear(8, 4),
-        )
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_dict_without_boards(self.two(torch.relu(self.one(x))).mean((2, 3)))
+        return self.head(self.two(torch.relu(self.one(x))).mean((2, 3)))
 
 
 def imported(module: nn.Module) -> Model:

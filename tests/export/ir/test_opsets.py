@@ -103,7 +103,7 @@ class Everything(nn.Module):
         self.root, self.fc = nn.RMSNorm(8), nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self.group(self.conv(x)).on_chunk(2, 1)
+        a, b = self.group(self.conv(x)).chunk(2, 1)
         h = torch.cat([functional.gelu(a), functional.mish(b)], 1).flatten(2).transpose(1, 2)
         q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in (self.layer(h), self.root(h), h))
         h = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

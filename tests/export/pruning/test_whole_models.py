@@ -101,5 +101,5 @@ def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "
     half = random_selection(model, 0.5, seed=3)
     for net, selection in ((MODELS[name].make(), Selection.full(model.architecture)), (cut(model, half), half)):
         far = trained.distances(net, selection.gather(model.tensors), batches)
-        assert far.local_store, (selection.is_full, far.ours, far.torch)
-        assert far.excess(far.worst_limit) <= TENSOR, (selection.is_full, far.worst_limit)
+        assert far.is_near, (selection.is_full, far.ours, far.torch)
+        assert far.excess(far.worst_tensor) <= TENSOR, (selection.is_full, far.worst_tensor)

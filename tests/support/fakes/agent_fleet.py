@@ -137,7 +137,7 @@ class MemoryServer:
         message = parse_message(raw)
         self.seen.append(message)
         if isinstance(message, BlobRequest):
-            for chunk in self._seconds_per_weight(message):
+            for chunk in self._chunks_for(message):
                 self.link.deliver(TOPICS.down_blob("d", "job"), chunk)
         elif isinstance(message, Birth):
             self._offered_at = 0.0
@@ -169,7 +169,7 @@ class MemoryServer:
     def of(self, kind: type) -> list[Any]:
         return [m for m in self.seen if isinstance(m, kind)]
 
-    def _seconds_per_weight(self, want: BlobRequest) -> list[bytes]:
+    def _chunks_for(self, want: BlobRequest) -> list[bytes]:
         answer = BlobSender(self.blobs).answer(want)
         return [] if not hasattr(answer, "__iter__") else list(answer)
 

@@ -29,7 +29,7 @@ class Shell(ABC):
         self.now = 0.0
         self.coordinator = make_coordinator(job, ARCHITECTURE, State(model="m0"))
         self.inbox: list[on.Event] = []
-        self.on_cancelled: list[tuple[str, int, str]] = []
+        self.cancellations: list[tuple[str, int, str]] = []
         self.wakes: list[float] = []
 
     @property
@@ -96,7 +96,7 @@ class Shell(ABC):
             case do.Evaluate():
                 return on.Evaluated(command.round, {"accuracy": 0.5})
             case do.Cancel():
-                self.on_cancelled.append((command.device, command.round, command.reason))
+                self.cancellations.append((command.device, command.round, command.reason))
             case do.WakeAt():
                 self.wakes.append(command.at)
         return None

@@ -156,7 +156,7 @@ class ToyDevice:
         self.heard.append(message)
         if isinstance(message, Hello):
             self.send_birth()
-            self.repeat_offers()
+            self.resend()
             for pull in self.pulls.values():
                 for want in pull.start(self.air.now):
                     self.say(want)
@@ -180,7 +180,7 @@ class ToyDevice:
 
     def take(self, offer: Offer) -> None:
         if self.offer is not None and (self.offer.round, self.offer.attempt) == (offer.round, offer.attempt):
-            self.repeat_offers()
+            self.resend()
             return
         self.offer = offer
         self.pulls = {}
@@ -208,9 +208,9 @@ class ToyDevice:
             {"accuracy_after": 0.25},
         )
         self.pending = self.lie(update)
-        self.repeat_offers()
+        self.resend()
 
-    def repeat_offers(self) -> None:
+    def resend(self) -> None:
         if self.pending is not None:
             self.say(self.pending)
 

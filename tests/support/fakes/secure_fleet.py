@@ -100,7 +100,7 @@ class MaskingBoard(ToyDevice):
                 spoilt = self.spoil_vector(self.store.read(masked.weights.sha256))
                 masked = replace(masked, weights=self.store.put(spoilt))
             self.pending = masked
-            self.repeat_offers()
+            self.resend()
 
     def train(self) -> None:
         offer = self.offer
@@ -125,13 +125,13 @@ class MaskingBoard(ToyDevice):
         update = UpdateAnnouncement(*at, self.store.put(raw), 10, 5, {"accuracy_after": 0.25})
         if offer.secure is None:
             self.pending = update
-            self.repeat_offers()
+            self.resend()
         else:
             self.secure.keep(offer, update, self.air.now)
             self.store.delete(update.weights.sha256)
             self.secure.turn(self.air.now)
 
-    def repeat_offers(self) -> None:
+    def resend(self) -> None:
         self.announcements.restart(self.air.now)
         self.secure.resend_now(self.air.now)
         self.turn()

@@ -70,10 +70,10 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
 
     class IHostMemory:
         def __init__(self, raw: bytes) -> None:
-            self._raw_model = raw
+            self._raw = raw
 
         def __bytes__(self) -> bytes:
-            return self._raw_model
+            return self._raw
 
     class ITimingCache:
         def __init__(self, body: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ class Board:
     seconds: float = 10.0
     download_s: float = 1.0
     stalls: float = 2.0
-    able_boards: bool = True
+    is_present: bool = True
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Timed(coordinator_shell.Shell):
     def arrive(self) -> None:
         self.session += 1
         self.inbox += [
-            on.DeviceBorn(n, self.session, {"name": "toy"}, 10) for n, b in sorted(self.boards.items()) if b.able_boards
+            on.DeviceBorn(n, self.session, {"name": "toy"}, 10) for n, b in sorted(self.boards.items()) if b.is_present
         ]
 
     def weights(self, command: do.Extract) -> str:
@@ -85,7 +85,7 @@ class Timed(coordinator_shell.Shell):
         return found
 
     def _train(self, board: Board, update: on.UpdateAnnounced) -> None:
-        if not board.able_boards:
+        if not board.is_present:
             return
         if board.stalls > 1:
             self.at(self.now + board.download_s + board.seconds, update)
@@ -105,7 +105,7 @@ class Timed(coordinator_shell.Shell):
         elif self.later:
             time, _, event = heapq.heappop(self.later)
             self.now = max(self.now, time)
-            if isinstance(event, on.UpdateAnnounced) and not self.boards[event.device].able_boards:
+            if isinstance(event, on.UpdateAnnounced) and not self.boards[event.device].is_present:
                 return
             self.feed(event)
         else:

@@ -104,7 +104,7 @@ class Doomed(Site):
         """Start all processes, with what `life` gives for each."""
         self.start("broker")
         for who in ("server", *self.devices):
-            self.is_live(life(who))
+            self.run_life(life(who))
 
     def command(self, name: str) -> list[str]:
         command = super().command(name)
@@ -117,7 +117,7 @@ class Doomed(Site):
         """Where a board's ledger is."""
         return self.folder / f"{name}.notes"
 
-    def is_live(self, life: Life) -> None:
+    def run_life(self, life: Life) -> None:
         """Start a process that dies when it is time to."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if life.at:
@@ -174,7 +174,7 @@ def run(site: Doomed, kills: int, seed: int = 0) -> Kills:
             elif code is not None and code != 0:
                 raise LedgerError(f"{who} ended by itself with {code}: {site.logs()}")
             if code is not None and (code != 0 or who != "server"):
-                site.is_live(next_life(who))
+                site.run_life(next_life(who))
         if done.total < kills and now > broker_at:
             site.kill("broker")
             done.brokers += 1

@@ -35,7 +35,7 @@ class Tally:
     inputs: int = 0
     taken: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    slowest_s: tuple[float, int, int] = (0.0, -1, 0)
+    slowest: tuple[float, int, int] = (0.0, -1, 0)
     peak: tuple[int, int, int, int] = (0, 1, -1, 0)
     seconds: float = 0.0
     findings: dict[str, int] = field(default_factory=dict)
@@ -75,8 +75,8 @@ def _run(target: Target, raw: bytes, number: int, tally: Tally) -> None:
         tally.findings.setdefault(_place(error), number)
     took = time.thread_time() - begun
     tally.seconds += took
-    if took > tally.slowest_s[0]:
-        tally.slowest_s = (took, number, len(raw))
+    if took > tally.slowest[0]:
+        tally.slowest = (took, number, len(raw))
 
 
 def _memory(target: Target, raw: bytes, number: int, tally: Tally) -> None:

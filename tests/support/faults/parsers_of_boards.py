@@ -88,10 +88,10 @@ class _Client:
     """A connection whose bytes are all there."""
 
     def __init__(self, raw: bytes) -> None:
-        self._raw_model = raw
+        self._raw = raw
 
     def makefile(self, mode: str, *_: object, **__: object) -> io.BytesIO:
-        return io.BytesIO(self._raw_model) if "r" in mode else io.BytesIO()
+        return io.BytesIO(self._raw) if "r" in mode else io.BytesIO()
 
     def recv(self, _: int) -> bytes:
         return b""

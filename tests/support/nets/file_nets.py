@@ -70,11 +70,11 @@ class _Gathered(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.to_dict_without_boards = nn.Conv1d(1, 8, 16, 16), nn.Linear(8, 2)
+        self.conv, self.head = nn.Conv1d(1, 8, 16, 16), nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         there = mask[:, None, ::16]
-        out: torch.Tensor = self.to_dict_without_boards((torch.relu(self.conv(x)) * there).sum(2) / there.sum(2))
+        out: torch.Tensor = self.head((torch.relu(self.conv(x)) * there).sum(2) / there.sum(2))
         return out
 
 
@@ -86,10 +86,10 @@ class _Tagger(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.to_dict_without_boards = nn.Embedding(50, 4), nn.Linear(4, 3)
+        self.words, self.head = nn.Embedding(50, 4), nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.to_dict_without_boards(self.words(x)).transpose(1, 2)
+        out: torch.Tensor = self.head(self.words(x)).transpose(1, 2)
         return out
 
 
@@ -100,15 +100,11 @@ class _Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hear, self.see, self.to_dict_without_boards = (
-            nn.Conv1d(1, 4, 64, 64),
-            nn.Conv2d(3, 4, 8, 8),
-            nn.Linear(8, 2),
-        )
+        self.hear, self.see, self.head = nn.Conv1d(1, 4, 64, 64), nn.Conv2d(3, 4, 8, 8), nn.Linear(8, 2)
 
     def forward(self, sound: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
         both = torch.relu(self.hear(sound)).mean(2), torch.relu(self.see(view)).mean((2, 3))
-        out: torch.Tensor = self.to_dict_without_boards(torch.cat(both, 1))
+        out: torch.Tensor = self.head(torch.cat(both, 1))
         return out
 
 

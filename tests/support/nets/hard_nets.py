@@ -59,7 +59,7 @@ class Images(nn.Module):
         super().__init__()
         self.stem = conv(3, self.stem_channels)
         self.build()
-        self.to_dict_without_boards = nn.Linear(self.head_channels, 5)
+        self.head = nn.Linear(self.head_channels, 5)
 
     def build(self) -> None:
         """Make the parts of the middle."""
@@ -68,7 +68,7 @@ class Images(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_dict_without_boards(self.middle(torch.relu(self.stem(x))).mean((2, 3)))
+        return self.head(self.middle(torch.relu(self.stem(x))).mean((2, 3)))
 
 
 class Tokens(nn.Module):
@@ -82,7 +82,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.embed = nn.Linear(10, self.width)
         self.build()
-        self.to_dict_without_boards = nn.Linear(self.head_channels, 5)
+        self.head = nn.Linear(self.head_channels, 5)
 
     def build(self) -> None:
         """Make the parts of the middle."""
@@ -91,7 +91,7 @@ class Tokens(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_dict_without_boards(self.middle(self.embed(x)).mean(1))
+        return self.head(self.middle(self.embed(x)).mean(1))
 
 
 def make(name: str) -> nn.Module:
@@ -109,10 +109,10 @@ class ECA(Images):
     """A convolution along the channels: those stay."""
 
     def build(self) -> None:
-        self.x_title, self.last = nn.Conv1d(1, 1, 3, padding=1), conv(8, 8)
+        self.along, self.last = nn.Conv1d(1, 1, 3, padding=1), conv(8, 8)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.x_title(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
+        y = self.along(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
         return self.last(x * torch.sigmoid(y)[:, :, None, None])
 
 
@@ -153,7 +153,7 @@ class CrossAttention(Tokens):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         q = self.q(self.queries.expand(x.shape[0], -1, -1)).view(-1, 4, 2, 6).transpose(1, 2)
-        k, v = (part.reshape(-1, 6, 2, 6).transpose(1, 2) for part in self.kv(x).on_chunk(2, -1))
+        k, v = (part.reshape(-1, 6, 2, 6).transpose(1, 2) for part in self.kv(x).chunk(2, -1))
         return ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(-1, 4, 12)
 
 
@@ -238,7 +238,7 @@ class AdaptivePools(Images):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = functional.adaptive_avg_pool2d(torch.relu(self.stem(x)), 4)
         x = functional.adaptive_avg_pool2d(torch.relu(self.second(x)), 3)
-        return self.to_dict_without_boards(torch.relu(self.flat(x.flatten(1))))
+        return self.head(torch.relu(self.flat(x.flatten(1))))
 
 
 # -- moved channels ---------------------------------------------------------------------------------------------------
@@ -265,10 +265,10 @@ class SlicedChannels(Images):
     """A part of the channels alone, beside all of them."""
 
     def build(self) -> None:
-        self.all, self.partial_report = conv(8, 8), conv(5, 8)
+        self.all, self.some = conv(8, 8), conv(5, 8)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.all(x) + self.partial_report(x[:, 1:6]))
+        return torch.relu(self.all(x) + self.some(x[:, 1:6]))
 
 
 @hard(2)
@@ -334,15 +334,11 @@ class InstanceNorms(Images):
     """Instance norms with and without vectors."""
 
     def build(self) -> None:
-        self.plain_training, self.affine, self.last = (
-            nn.InstanceNorm2d(8),
-            nn.InstanceNorm2d(8, affine=True),
-            conv(8, 8),
-        )
+        self.plain, self.affine, self.last = nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True), conv(8, 8)
         self.second = conv(8, 8)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.second(torch.relu(self.plain_training(x)))
+        x = self.second(torch.relu(self.plain(x)))
         return self.last(torch.relu(self.affine(x)))
 
 
@@ -468,11 +464,11 @@ class Overlaps(Images):
 
     def build(self) -> None:
         self.a, self.b = conv(8, 6), conv(6, 8)
-        self.block_layout, self.waves = nn.Linear(54, 54), nn.Parameter(torch.randn(5) * 0.3)
+        self.blocks, self.waves = nn.Linear(54, 54), nn.Parameter(torch.randn(5) * 0.3)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         blocks = functional.unfold(torch.relu(self.a(x)), 3, stride=2, padding=1)
-        changed = torch.tanh(self.block_layout(blocks.transpose(1, 2))).transpose(1, 2)
+        changed = torch.tanh(self.blocks(blocks.transpose(1, 2))).transpose(1, 2)
         whole = functional.fold(changed, (8, 8), 3, stride=2, padding=1)
         waves = torch.view_as_real(torch.fft.rfft(whole)) * self.waves[:, None]
         return torch.relu(self.b(torch.fft.irfft(torch.view_as_complex(waves), n=8)))

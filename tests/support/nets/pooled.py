@@ -14,9 +14,9 @@ class Pooled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.to_dict_without_boards = nn.Conv1d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.conv, self.head = nn.Conv1d(2, 4, 3, padding=1), nn.Linear(4, 3)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         places = torch.relu(self.conv(x)) * mask.unsqueeze(1)
-        out: Tensor = self.to_dict_without_boards(places.sum(2) / mask.sum(1, keepdim=True))
+        out: Tensor = self.head(places.sum(2) / mask.sum(1, keepdim=True))
         return out

@@ -191,23 +191,19 @@ class UNet(nn.Module):
                     parts.insert(-1, nn.BatchNorm2d(after))
             return nn.Sequential(*parts)
 
-        self.taps_across_lines, self.inner, self.bottom = (
-            block(3, width),
-            block(width, 2 * width),
-            block(2 * width, 4 * width),
-        )
+        self.outer, self.inner, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
         self.up_inner = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
         self.up_outer = nn.ConvTranspose2d(2 * width, width, 2, 2)
         self.back_inner, self.back_outer = block(4 * width, 2 * width), block(2 * width, width)
-        self.to_dict_without_boards = nn.Conv2d(width, 1, 1)
+        self.head = nn.Conv2d(width, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outer = self.taps_across_lines(x)
+        outer = self.outer(x)
         inner = self.inner(torch.max_pool2d(outer, 2))
         bottom = self.bottom(torch.max_pool2d(inner, 2))
         inner = self.back_inner(torch.cat([self.up_inner(bottom), inner], 1))
         outer = self.back_outer(torch.cat([self.up_outer(inner), outer], 1))
-        return torch.flatten(self.to_dict_without_boards(outer), 1)
+        return torch.flatten(self.head(outer), 1)
 
 
 class GRUNet(nn.Module):
@@ -217,10 +213,10 @@ class GRUNet(nn.Module):
         super().__init__()
         self.input_shape = (steps, features)
         self.gru = nn.GRU(features, hidden, num_layers=2, batch_first=True)
-        self.to_dict_without_boards = nn.Linear(hidden, classes)
+        self.head = nn.Linear(hidden, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_dict_without_boards(self.gru(x)[0][:, -1])
+        return self.head(self.gru(x)[0][:, -1])
 
 
 def unet() -> nn.Module:
@@ -242,10 +238,10 @@ class LSTMNet(nn.Module):
         super().__init__()
         self.input_shape = (steps, features)
         self.lstm = nn.LSTM(features, hidden, batch_first=True, bidirectional=True)
-        self.to_dict_without_boards = nn.Linear(2 * hidden, classes)
+        self.head = nn.Linear(2 * hidden, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_dict_without_boards(self.lstm(x)[0].mean(1))
+        return self.head(self.lstm(x)[0].mean(1))
 
 
 def lstm_net() -> nn.Module:

@@ -18,11 +18,11 @@ class SmoothResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(8, momentum=0.3)
-        self.block_layout = nn.Sequential(BasicBlock(8, 8, 1, torch.tanh), BasicBlock(8, 16, 2, torch.tanh))
+        self.blocks = nn.Sequential(BasicBlock(8, 8, 1, torch.tanh), BasicBlock(8, 16, 2, torch.tanh))
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.block_layout(torch.tanh(self.bn(self.stem(x)))).mean((2, 3)))
+        return self.fc(self.blocks(torch.tanh(self.bn(self.stem(x)))).mean((2, 3)))
 
 
 def make() -> nn.Module:

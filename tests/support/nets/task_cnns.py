@@ -27,7 +27,7 @@ class Csp(nn.Module):
         self.leave = block(width + half, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        passed, value = self.enter(x).on_chunk(2, 1)
+        passed, value = self.enter(x).chunk(2, 1)
         return self.leave(torch.cat([passed, value, value + self.two(self.one(value))], 1))
 
 
@@ -82,14 +82,14 @@ class AttentionUNet(nn.Module):
         self.below = nn.ModuleList(conv_bn(n, n // 2, 1) for n in (12, 8))
         self.beside = nn.ModuleList(conv_bn(n, n // 2, 1) for n in (12, 8))
         self.gate = nn.ModuleList(conv_bn(n // 2, 1, 1) for n in (12, 8))
-        self.back_b, self.back_a, self.to_dict_without_boards = block(24, 12), block(16, 8), nn.Conv2d(8, 5, 1)
+        self.back_b, self.back_a, self.head = block(24, 12), block(16, 8), nn.Conv2d(8, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         b = self.b(functional.max_pool2d(a, 2))
         below = self.up_b(self.c(functional.max_pool2d(b, 2)))
         below = self.up_a(self.back_b(torch.cat([self.gated(0, b, below), below], 1)))
-        return self.to_dict_without_boards(self.back_a(torch.cat([self.gated(1, a, below), below], 1)))
+        return self.head(self.back_a(torch.cat([self.gated(1, a, below), below], 1)))
 
     def gated(self, i: int, beside: Tensor, below: Tensor) -> Tensor:
         both = torch.relu(self.below[i](below) + self.beside[i](beside))
@@ -104,7 +104,7 @@ class DeepLab(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.body = conv_bn(3, 12, 3, 2), conv_bn(12, 24, 3, 2)
-        self.local_store = conv_bn(24, 12, 1)
+        self.near = conv_bn(24, 12, 1)
         self.wide = nn.Sequential(nn.Conv2d(24, 12, 3, padding=2, dilation=2, bias=False), nn.BatchNorm2d(12))
         self.wider = nn.Sequential(
             nn.Conv2d(24, 24, 3, padding=3, dilation=3, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
@@ -112,17 +112,17 @@ class DeepLab(nn.Module):
         )  # fmt: skip
         self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, 12, 1), nn.ReLU())
         self.joint, self.early = conv_bn(48, 16, 1), conv_bn(12, 6, 1)
-        self.last, self.to_dict_without_boards = conv_bn(22, 16), nn.Conv2d(16, 5, 1)
+        self.last, self.head = conv_bn(22, 16), nn.Conv2d(16, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         early = torch.relu(self.stem(x))
         far = torch.relu(self.body(early))
         mean = functional.interpolate(self.mean(far), size=far.shape[2:], mode="bilinear", align_corners=False)
-        seen = [torch.relu(f(far)) for f in (self.local_store, self.wide, self.wider)]
+        seen = [torch.relu(f(far)) for f in (self.near, self.wide, self.wider)]
         far = torch.relu(self.joint(torch.cat([*seen, mean], 1)))
         far = functional.interpolate(far, size=early.shape[2:], mode="bilinear", align_corners=False)
         both = torch.cat([far, torch.relu(self.early(early))], 1)
-        out = self.to_dict_without_boards(torch.relu(self.last(both)))
+        out = self.head(torch.relu(self.last(both)))
         return functional.interpolate(out, scale_factor=2.0, mode="bilinear", align_corners=True)
 
 

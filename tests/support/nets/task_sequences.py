@@ -28,7 +28,7 @@ class Crnn(nn.Module):
         self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.conv2, self.norm2 = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
         self.rnn = nn.GRU(12 * 2, 10, bidirectional=True, batch_first=True)
-        self.to_dict_without_boards = nn.Linear(20, 5)
+        self.head = nn.Linear(20, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         waves = torch.stft(x, 32, 16, window=self.window, center=True, return_complex=True)
@@ -36,7 +36,7 @@ class Crnn(nn.Module):
         x = functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
         x = functional.max_pool2d(torch.relu(self.norm2(self.conv2(x))), (2, 1))
         x = x.permute(0, 3, 1, 2).flatten(2)
-        return self.to_dict_without_boards(self.rnn(x)[0].mean(1))
+        return self.head(self.rnn(x)[0].mean(1))
 
 
 class WaveNet(nn.Module):
@@ -50,15 +50,15 @@ class WaveNet(nn.Module):
         self.dilated = nn.ModuleList(nn.Conv1d(8, 20, 2, dilation=2**i) for i in range(4))
         self.skips = nn.ModuleList(nn.Conv1d(10, 12, 1) for _ in range(4))
         self.back = nn.ModuleList(nn.Conv1d(10, 8, 1) for _ in range(4))
-        self.last, self.to_dict_without_boards = nn.Conv1d(12, 12, 1), nn.Conv1d(12, 6, 1)
+        self.last, self.head = nn.Conv1d(12, 12, 1), nn.Conv1d(12, 6, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x, total = self.enter(x), 0
         for i, (dilated, skip, back) in enumerate(zip(self.dilated, self.skips, self.back, strict=True)):
-            wave, gate = dilated(functional.pad(x, (2**i, 0))).on_chunk(2, 1)
+            wave, gate = dilated(functional.pad(x, (2**i, 0))).chunk(2, 1)
             seen = torch.tanh(wave) * torch.sigmoid(gate)
             total, x = total + skip(seen), x + back(seen)
-        return self.to_dict_without_boards(torch.relu(self.last(torch.relu(total))))
+        return self.head(torch.relu(self.last(torch.relu(total))))
 
 
 class PatchTransformer(nn.Module):
@@ -72,11 +72,7 @@ class PatchTransformer(nn.Module):
         self.scale, self.shift = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.zeros(3, 1))
         self.embed, self.places = nn.Linear(8, width), nn.Parameter(torch.randn(7, width) * 0.1)
         self.attention, self.norm1, self.norm2 = Attention(width, heads), nn.BatchNorm1d(width), nn.BatchNorm1d(width)
-        self.fc1, self.fc2, self.to_dict_without_boards = (
-            nn.Linear(width, 24),
-            nn.Linear(24, width),
-            nn.Linear(7 * width, 6),
-        )
+        self.fc1, self.fc2, self.head = nn.Linear(width, 24), nn.Linear(24, width), nn.Linear(7 * width, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         mean, spread = x.mean(2, keepdim=True), torch.sqrt(x.var(2, keepdim=True, unbiased=False) + 1e-2)
@@ -85,7 +81,7 @@ class PatchTransformer(nn.Module):
         x = x.flatten(0, 1)
         x = self.norm1((x + self.attention(x)).transpose(1, 2)).transpose(1, 2)
         x = self.norm2((x + self.fc2(functional.gelu(self.fc1(x)))).transpose(1, 2)).transpose(1, 2)
-        x = self.to_dict_without_boards(x.flatten(1)).unflatten(0, (-1, 3))
+        x = self.head(x.flatten(1)).unflatten(0, (-1, 3))
         return (x - self.shift) / (self.scale + 1e-10) * spread + mean
 
 
@@ -129,7 +125,7 @@ class Tcn(nn.Module):
             convs = [nn.Conv1d(a, after, 3, padding=2 * 2**i, dilation=2**i) for a in (before, after)]
             self.pairs.append(nn.ModuleList(norm(conv) for conv in convs))
             self.shortcuts.append(nn.Conv1d(before, after, 1))
-        self.to_dict_without_boards = nn.Linear(16, 4)
+        self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, (pair, shortcut) in enumerate(zip(self.pairs, self.shortcuts, strict=True)):
@@ -137,7 +133,7 @@ class Tcn(nn.Module):
             for conv in pair:
                 value = torch.relu(conv(value)[:, :, : -2 * 2**i].contiguous())
             x = torch.relu(value + shortcut(x))
-        return self.to_dict_without_boards(x[:, :, -1])
+        return self.head(x[:, :, -1])
 
 
 class DLinear(nn.Module):
@@ -147,12 +143,12 @@ class DLinear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_slow, self.fast = nn.Linear(24, 8), nn.Linear(24, 8)
+        self.slow, self.fast = nn.Linear(24, 8), nn.Linear(24, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        edges = torch.cat([x[:, :, :1].repeat_offers(1, 1, 3), x, x[:, :, -1:].repeat_offers(1, 1, 3)], 2)
+        edges = torch.cat([x[:, :, :1].repeat(1, 1, 3), x, x[:, :, -1:].repeat(1, 1, 3)], 2)
         slow = functional.avg_pool1d(edges, 7, 1)
-        return self.is_slow(slow) + self.fast(x - slow)
+        return self.slow(slow) + self.fast(x - slow)
 
 
 class Llama(nn.Module):
@@ -163,16 +159,12 @@ class Llama(nn.Module):
     def __init__(self, width: int = 16, heads: int = 4, shared: int = 2) -> None:
         super().__init__()
         self.heads, self.shared, size = heads, shared, width // heads
-        self.words, self.norm, self.to_dict_without_boards = (
-            nn.Embedding(40, width),
-            nn.RMSNorm(width),
-            nn.Linear(width, 40, bias=False),
-        )
+        self.words, self.norm, self.head = nn.Embedding(40, width), nn.RMSNorm(width), nn.Linear(width, 40, bias=False)
         rates = 100.0 ** (-torch.arange(0, size, 2) / size)
         angles = torch.arange(8)[:, None] * torch.cat([rates, rates])
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        self.block_layout = nn.ModuleList(nn.ModuleDict({
+        self.blocks = nn.ModuleList(nn.ModuleDict({
             "norm1": nn.RMSNorm(width), "norm2": nn.RMSNorm(width), "q": nn.Linear(width, width, bias=False),
             "k": nn.Linear(width, shared * size, bias=False), "v": nn.Linear(width, shared * size, bias=False),
             "o": nn.Linear(width, width, bias=False), "gate": nn.Linear(width, 24, bias=False),
@@ -181,24 +173,24 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.words(x)
-        for part in self.block_layout:
+        for part in self.blocks:
             x = x + self.attend(part, part["norm1"](x))
             y = part["norm2"](x)
             x = x + part["down"](functional.silu(part["gate"](y)) * part["up"](y))
-        return self.to_dict_without_boards(self.norm(x)).transpose(1, 2)
+        return self.head(self.norm(x)).transpose(1, 2)
 
     def attend(self, part: nn.ModuleDict, x: Tensor) -> Tensor:
         n, steps, width = x.shape
-        q = self.is_reversed(part["q"](x).view(n, steps, self.heads, -1).transpose(1, 2))
-        k = self.is_reversed(part["k"](x).view(n, steps, self.shared, -1).transpose(1, 2))
+        q = self.rotate(part["q"](x).view(n, steps, self.heads, -1).transpose(1, 2))
+        k = self.rotate(part["k"](x).view(n, steps, self.shared, -1).transpose(1, 2))
         v = part["v"](x).view(n, steps, self.shared, -1).transpose(1, 2)
         times = self.heads // self.shared
         k, v = (t[:, :, None].expand(n, self.shared, times, steps, -1).reshape(q.shape) for t in (k, v))
         seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return part["o"](seen.transpose(1, 2).reshape(n, steps, width))
 
-    def is_reversed(self, x: Tensor) -> Tensor:
-        left, right = x.on_chunk(2, 3)
+    def rotate(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 3)
         return x * self.cos + torch.cat([-right, left], 3) * self.sin
 
 
@@ -256,7 +248,7 @@ class LoraReader(nn.Module):
             nn.Parameter(torch.ones(width)),
             nn.Parameter(torch.ones(24)),
         )
-        self.to_dict_without_boards = nn.Linear(width, 4)
+        self.head = nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.words(x)
@@ -264,7 +256,7 @@ class LoraReader(nn.Module):
         q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in (self.q(y), self.k(y), self.v(y) * self.values))
         x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = x + self.fc2(functional.gelu(self.fc1(self.norm2(x))) * self.inner)
-        return self.to_dict_without_boards(x.mean(1))
+        return self.head(x.mean(1))
 
 
 class AdaptedEncoder(nn.Module):
@@ -278,13 +270,13 @@ class AdaptedEncoder(nn.Module):
         self.layer = nn.TransformerEncoderLayer(width, 3, 24, 0.0, "gelu", batch_first=True, norm_first=True)
         self.requires_grad_(False)
         self.prompts = nn.Parameter(torch.randn(1, 3, width) * 0.3)
-        self.down, self.up, self.to_dict_without_boards = nn.Linear(width, 8), nn.Linear(8, width), nn.Linear(width, 5)
+        self.down, self.up, self.head = nn.Linear(width, 8), nn.Linear(8, width), nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.prompts.expand(x.shape[0], -1, -1), self.enter(x)], 1)
         x = self.layer(x)
         x = x + self.up(torch.relu(self.down(x)))
-        return self.to_dict_without_boards(x[:, 0])
+        return self.head(x[:, 0])
 
 
 class TwoTowers(nn.Module):
@@ -316,13 +308,13 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int = 12) -> None:
         super().__init__()
-        self.is_geometric, self.sees = nn.Conv1d(6, width, 5, 2, 2), nn.Conv2d(3, width, 4, 2)
+        self.moves, self.sees = nn.Conv1d(6, width, 5, 2, 2), nn.Conv2d(3, width, 4, 2)
         self.ask, self.norm = nn.MultiheadAttention(width, 3, batch_first=True), nn.LayerNorm(width)
         self.kinds, self.gate = nn.Embedding(20, width), nn.Linear(2 * width, width)
         self.what, self.where = nn.Linear(width, 5), nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 3))
 
     def forward(self, motion: Tensor, frame: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        moved = torch.relu(self.is_geometric(motion)).transpose(1, 2)
+        moved = torch.relu(self.moves(motion)).transpose(1, 2)
         seen = torch.relu(self.sees(frame.to(self.sees.weight.dtype) / 255)).flatten(2).transpose(1, 2)
         both = self.norm(moved + self.ask(moved, seen, seen, need_weights=False)[0]).mean(1)
         gate = torch.sigmoid(self.gate(torch.cat([both, self.kinds(kind)], 1)))

@@ -36,13 +36,11 @@ class GroupNormResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.GroupNorm(4, 16)
-        self.block_layout = nn.Sequential(
-            GroupNormBlock(16, 16, 1), GroupNormBlock(16, 32, 2), GroupNormBlock(32, 32, 1)
-        )
+        self.blocks = nn.Sequential(GroupNormBlock(16, 16, 1), GroupNormBlock(16, 32, 2), GroupNormBlock(32, 32, 1))
         self.fc = nn.Linear(32, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.block_layout(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
+        return self.fc(self.blocks(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
 
 
 class GatedLinearUnits(nn.Module):
@@ -190,7 +188,7 @@ class UNet(nn.Module):
         self.down1, self.down2, self.bottom = conv_bn(3, 8), conv_bn(8, 12), conv_bn(12, 16)
         self.up2, self.up1 = nn.ConvTranspose2d(16, 12, 2, 2), nn.ConvTranspose2d(12, 8, 2, 2)
         self.mix2, self.mix1 = conv_bn(24, 12), conv_bn(16, 8)
-        self.to_dict_without_boards = nn.Conv2d(8, 10, 1)
+        self.head = nn.Conv2d(8, 10, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         one = torch.relu(self.down1(x))
@@ -198,4 +196,4 @@ class UNet(nn.Module):
         x = torch.relu(self.bottom(torch.max_pool2d(two, 2)))
         x = torch.relu(self.mix2(torch.cat([self.up2(x), two], 1)))
         x = torch.relu(self.mix1(torch.cat([self.up1(x), one], 1)))
-        return self.to_dict_without_boards(x).mean((2, 3))
+        return self.head(x).mean((2, 3))

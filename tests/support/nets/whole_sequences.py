@@ -46,13 +46,13 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.token = nn.Parameter(torch.randn(1, 1, width) * 0.1)
         self.places = nn.Parameter(torch.randn(1, 17, width) * 0.1)
-        self.block_layout = nn.Sequential(Block(width, heads), Block(width, heads))
-        self.norm, self.to_dict_without_boards = nn.LayerNorm(width), nn.Linear(width, 10)
+        self.blocks = nn.Sequential(Block(width, heads), Block(width, heads))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
-        return self.to_dict_without_boards(self.norm(self.block_layout(x))[:, 0])
+        return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 class Encoder(nn.Module):
@@ -65,10 +65,10 @@ class Encoder(nn.Module):
         self.enter = nn.Linear(6, 16)
         layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.to_dict_without_boards = nn.Linear(16, 5)
+        self.head = nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_dict_without_boards(self.encoder(self.enter(x)).mean(1))
+        return self.head(self.encoder(self.enter(x)).mean(1))
 
 
 class LSTMClassifier(nn.Module):

@@ -76,7 +76,7 @@ class Distances:
     sizes: list[int] = field(default_factory=list)
 
     @property
-    def finite_metrics(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether every distance is a number."""
         each = (*self.ours_each.values(), *self.torch_each.values())
         return all(math.isfinite(d) for far in (self.ours, self.torch, *each) for d in far)
@@ -93,13 +93,13 @@ class Distances:
         return self._median(far, far)
 
     @property
-    def local_store(self) -> bool:
+    def is_near(self) -> bool:
         """Whether ours is no further off than twice torch's: by medians of the batches in which nothing flipped.
 
         No batch may be far off, and each batch size must have a batch in which nothing flipped, unless torch has none
         there: what is wrong at one size is no flip.
         """
-        if not self.finite_metrics:
+        if not self.is_finite:
             return False
         more = len(self.flipped(self.ours)) - len(self.flipped(self.torch))
         return (
@@ -130,7 +130,7 @@ class Distances:
         return {size for size, d in zip(self.sizes, far, strict=True) if self._stayed(d)}
 
     @property
-    def worst_limit(self) -> str:
+    def worst_tensor(self) -> str:
         """The tensor whose gradient is off most beside torch's."""
         return max(self.ours_each, key=self.excess)
 

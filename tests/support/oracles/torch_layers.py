@@ -165,7 +165,7 @@ def _lstm(
         c = x.new_zeros(batch, hidden) if c0 is None else c0[d]
         out: list[Tensor] = [h] * steps
         for t in _order(a, d, steps):
-            i, o, f, g = (x[t] @ w[d].T + h @ r[d].T + bias).on_chunk(4, 1)
+            i, o, f, g = (x[t] @ w[d].T + h @ r[d].T + bias).chunk(4, 1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
             out[t] = h
@@ -195,7 +195,7 @@ def _gru(
         h = x.new_zeros(batch, hidden) if h0 is None else h0[d]
         out: list[Tensor] = [h] * steps
         for t in _order(a, d, steps):
-            u, v = (x[t] @ w[d].T + first).on_chunk(3, 1), (h @ r[d].T + second).on_chunk(3, 1)
+            u, v = (x[t] @ w[d].T + first).chunk(3, 1), (h @ r[d].T + second).chunk(3, 1)
             z, reset = torch.sigmoid(u[0] + v[0]), torch.sigmoid(u[1] + v[1])
             h = (1 - z) * torch.tanh(u[2] + reset * v[2]) + z * h
             out[t] = h

@@ -279,7 +279,7 @@ def _expand(a: Mapping[str, Any], x: Tensor, shape: Tensor) -> Tensor:
 
 @operator("Tile")
 def _tile(a: Mapping[str, Any], x: Tensor, repeats: Tensor) -> Tensor:
-    return x.repeat_offers(repeats.tolist())
+    return x.repeat(repeats.tolist())
 
 
 @operator("Pad")

@@ -277,7 +277,7 @@ class Site:
         assert state is not None
         return state
 
-    def is_complete(self) -> State:
+    def finish_complete(self) -> State:
         """Wait for the end of a job in which whatever was trained counts."""
         state = self.finish()
         assert state.phase is Phase.FINISHED

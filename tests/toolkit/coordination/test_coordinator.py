@@ -68,7 +68,7 @@ def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
     shell.feed(on.Ticked())
 
     assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "c"]
-    assert ("b", 1, "the deadline has passed") in shell.on_cancelled
+    assert ("b", 1, "the deadline has passed") in shell.cancellations
 
 
 def test_a_round_that_all_refuse_starts_again_long_before_its_deadline() -> None:

@@ -207,11 +207,11 @@ def test_a_late_device_gets_a_new_offer_and_its_old_update_is_void() -> None:
     assert shell.state.round == 3
     shell.run_silently()
     shell.tick()
-    assert ("c", 1, "the deadline has passed") in shell.on_cancelled
+    assert ("c", 1, "the deadline has passed") in shell.cancellations
     shell.until(on.UpdateAnnounced, "c")
     assert ("c", 3, 1) in shell.offered
     shell.feed(old)
-    assert shell.on_cancelled[-1] == ("c", 1, "another offer took this one's place")
+    assert shell.cancellations[-1] == ("c", 1, "another offer took this one's place")
 
 
 def test_a_window_takes_what_has_come_and_what_is_kept() -> None:

@@ -47,7 +47,7 @@ def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
     shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))  # it was ready a moment too late
 
     assert {t.attempt for t in shell.state.tasks.values()} == {2}
-    assert shell.on_cancelled == []
+    assert shell.cancellations == []
 
 
 def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
@@ -59,7 +59,7 @@ def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
     shell.feed(on.Ticked())
 
     assert set(shell.state.tasks) == {"a", "c"}
-    assert [n for n, _, _ in shell.on_cancelled] == ["b"]
+    assert [n for n, _, _ in shell.cancellations] == ["b"]
 
 
 def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
@@ -69,7 +69,7 @@ def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
         shell.feed(shell.inbox.pop(0))
     shell.feed(on.UpdateAnnounced("a", 1, 1, "another start", {"sha256": "x"}, 10, 2))
 
-    assert shell.on_cancelled[-1][:2] == ("a", 1)
+    assert shell.cancellations[-1][:2] == ("a", 1)
 
 
 def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> None:

@@ -38,7 +38,7 @@ def test_more_are_asked_and_the_round_closes_with_enough() -> None:
     # The five that were quickest: the slow ones that were asked were not among them.
     assert set(counted) == set(sorted(asked, key=lambda n: shell.boards[n].seconds)[:5])
     assert shell.reasons(1) == dict.fromkeys(asked - set(counted), ENOUGH_UPDATES)
-    assert sorted(n for n, r, why in shell.on_cancelled if why == ENOUGH_UPDATES) == sorted(asked - set(counted))
+    assert sorted(n for n, r, why in shell.cancellations if why == ENOUGH_UPDATES) == sorted(asked - set(counted))
     assert shell.now < 60
 
 
