@@ -114,9 +114,9 @@ def check_bucket(
     objects = store.objects()
     yield from _missing_blobs(objects, needs, url, _REFETCH_ADVICE)
     duplicate_keys: list[str] = []
-    for digest, keys in sorted(objects.items()):
+    for digest, copies in sorted(objects.items()):
         good_copies = 0
-        for key in sorted(keys):
+        for key in sorted(copies):
             data = store.bucket.get(key, store.max_size)
             if data is None:  # deleted meanwhile
                 continue

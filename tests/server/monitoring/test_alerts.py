@@ -112,13 +112,17 @@ CASES: dict[str, tuple[Situation, str, str]] = {
     "no broker": (replace(CALM, broker_problem="there is no connection to the broker"), "broker", "critical"),
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known_devices=0), "no-devices", "warning"),
-    "one board of two": (with_job(1, phase=Phase.WAITING, counted={"away_boards": ["b"]}), "too-few-devices", "warning"),
+    "one board of two": (
+        with_job(1, phase=Phase.WAITING, counted={"away_boards": ["b"]}), "too-few-devices", "warning",
+    ),
     "a missed deadline": (with_job(counted={"missed_deadlines": 1}), "no-progress", "critical"),
     "a round without updates": (with_job(counted={"empty_rounds": 1}), "no-progress", "critical"),
     "a round that waits for a board that is offline": (
         with_job(awaited_devices={"a": NOW + 500}, counted={"offline_since": {"a": NOW - 9}}), "round-waits", "warning",
     ),
-    "a board off its plan": (with_job(counted={"prediction_excesses": {"a": "memory 2 MB instead of 1 MB"}}), "prediction-off", "info"),
+    "a board off its plan": (
+        with_job(counted={"prediction_excesses": {"a": "memory 2 MB instead of 1 MB"}}), "prediction-off", "info",
+    ),
     "a disk that fills": (with_site(disk=(ROOM // 20, ROOM)), "disk", "warning"),
     "a disk that is full": (with_site(disk=(ROOM // 100, ROOM)), "disk", "critical"),
     "a certificate near its end": (with_site(certificates=[ending(29)]), "certificate", "warning"),

@@ -123,9 +123,9 @@ def job_charts(rounds: Sequence[Row]) -> list[Chart]:
         values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
         title = f"Global {name if metric is None else metric.title}"
         if metric is not None and metric.is_share:
-            shares, unit = phrases.share_text, (0.01, "%")
+            percent = (0.01, "%")
             drawn_charts.append(
-                lay_out_chart(f"metric-{i}", title, round_numbers, values, shares, unit=unit, top=100.0)
+                lay_out_chart(f"metric-{i}", title, round_numbers, values, phrases.share_text, unit=percent, top=100.0)
             )
         else:
             drawn_charts.append(lay_out_chart(f"metric-{i}", title, round_numbers, values, phrases.number_text))
