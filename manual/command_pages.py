@@ -56,7 +56,7 @@ def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     yield "fedprune-device", device.build_parser()
     yield "fedprune-flash", flash.build_parser()
     yield "fedprune-simulate", simulate.build_parser()
-    for name, parser in simulate.simulation_parsers().items():
+    for name, parser in simulate.command_parsers().items():
         yield f"fedprune-simulate {name}", parser
 
 

@@ -54,7 +54,7 @@ def _parser_builders() -> dict[str, Callable[[], CommandParser]]:
     }
 
 
-def simulation_parsers() -> dict[str, CommandParser]:
+def command_parsers() -> dict[str, CommandParser]:
     """The grammar of each command other than the simulation."""
     return {name: build() for name, build in _parser_builders().items()}
 

@@ -224,11 +224,11 @@ def test_a_process_that_may_run_no_new_code_does_without() -> None:
 import ctypes
 from fedprune.aggregation import compiled_kernels
 REFUSE_EXEC_GAIN, SET_MDWE = 1, 65
-assert compiled_kernels._may_run_what_it_wrote()
+assert compiled_kernels._may_execute_written_memory()
 if ctypes.CDLL(None).prctl(SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0):
     print("can't be had here")
 else:
-    print(compiled_kernels.load())
+    print(compiled_kernels.load_kernels())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     if "can't" in done.stdout:

@@ -95,11 +95,11 @@ def test_boards_without_anything_new_silence_nobody() -> None:
 def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> None:
     """All boards of a round double their update each time, as those that sit at the bound do."""
     honest = limits({f"d{i}": 0.1 for i in range(boards)})
-    remembered, length = honest.reference, 0.1
+    remembered, length = honest.references, 0.1
     for _ in range(30):
         length *= 8
         influence = limits({f"d{i}": length for i in range(boards)}, remembered)
-        remembered = influence.reference
+        remembered = influence.references
     scale = max(1.0, max(float(np.sqrt(np.mean(BASE[n].astype(np.float64) ** 2))) for n in TRAINED))
     assert all(float(v[0]) <= scale * 1.001 for n, v in remembered.items() if n in TRAINED)
     for device, shares in influence.shares.items():
@@ -115,7 +115,7 @@ def round_bounds(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any
     for moves in rounds:
         device_lengths = {d: dict.fromkeys([*BASE, ALL_TRAINED], length) for d, length in moves.items()}
         out.append(bounded(device_lengths, remembered, times))
-        remembered = out[-1].reference
+        remembered = out[-1].references
     return out
 
 

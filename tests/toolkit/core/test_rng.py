@@ -34,6 +34,6 @@ def test_different_keys_give_different_numbers(
 
 
 def test_another_process_draws_the_same() -> None:
-    code = "from fedprune.core.rng import keyed; print(keyed(7, 3, 'pi', 'batches').integers(0, 2**63))"
+    code = "from fedprune.core import rng; print(rng.keyed_generator(7, 3, 'pi', 'batches').integers(0, 2**63))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(out.stdout) == keyed_generator(7, 3, "pi", "batches").integers(0, 2**63)

@@ -128,16 +128,18 @@ def plans(draw: st.DrawFn) -> RolloutPlan:
     return RolloutPlan("bundle", "ab", tuple(stages), draw(st.floats(1, 100)), draw(st.integers(0, 99)))
 
 
-KINDS = st.sampled_from(["tick", "well", "well", "well", "failed", "join", "without"])
+KINDS = st.sampled_from(["tick", "success", "success", "success", "failure", "new", "removal"])
 EVENTS = st.lists(st.tuples(KINDS, st.integers(0, 45), st.floats(0, 40)), max_size=80)
 
 
 def play(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:
     if kind == "tick":
         return rollout.tick(now)
-    if kind == "without":
+    if kind == "failure":
+        return rollout.report_failure(name, "went back", now)
+    if kind == "removal":
         return rollout.remove_boards([name], now)
-    return rollout.report_failure(name, "went back", now) if kind == "failed" else getattr(rollout, kind)(name, now)  # type: ignore[no-any-return]
+    return rollout.add_board(name, now) if kind == "new" else rollout.report_success(name, now)
 
 
 @settings(max_examples=200, deadline=None)

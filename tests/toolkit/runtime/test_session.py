@@ -95,7 +95,9 @@ def test_an_array_that_an_output_does_not_fit_is_one_clear_error(small: Path, ro
 
 
 def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from fedprune.runtime.session import Session; Session(Path({str(GRAPH)!r}))"
+    code = (
+        f"from pathlib import Path; from fedprune.runtime.session import OnnxSession; OnnxSession(Path({str(GRAPH)!r}))"
+    )
     environment = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
     subprocess.run([sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, check=True)
 

@@ -167,7 +167,7 @@ def test_it_ends_with_the_process_that_started_it_and_this_one_loads_no_onnxrunt
 import sys
 from fedprune.runtime import session
 with session.run_by_child_process():
-    session.Session({GRAPH.read_bytes()!r})
+    session.OnnxSession({GRAPH.read_bytes()!r})
     assert "onnxruntime" not in sys.modules
     print(session._process._child.pid, flush=True)
     sys.stdin.read()

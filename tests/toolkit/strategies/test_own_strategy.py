@@ -35,10 +35,10 @@ from support.nets.drawn_models import model
 SOURCE = '''
 """A user's file."""
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
-from fedprune.strategies.importance.scoring import magnitude, ranks
+from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
 from fedprune.strategies import Strategy
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.values import Closing, Ranking, Submodel
+from fedprune.strategies.values import Ranking, RoundClosing, Submodel
 import numpy as np
 
 class Aggregator(Mean):
@@ -46,7 +46,7 @@ class Aggregator(Mean):
 
 class Made(Strategy):
     def rank(self, scene):
-        return Ranking(ranks(magnitude(scene.architecture, scene.model)))
+        return Ranking(rank_channels(magnitude_scores(scene.architecture, scene.model)))
 
 PARTS = {}
 
@@ -136,7 +136,7 @@ WRONG = [
     ("Made.learn", "{'velocity': {'x': 3}}"),
     ("Made.extract", "Submodel(a[0].selection, {'head.bias': np.ones(3)})"),
     ("Made.extract", "Submodel(a[0].selection, a[0].scene.model, [])"),
-    ("Aggregator.close", "Closing(a[1].model, {'x': 1})"),
+    ("Aggregator.close", "RoundClosing(a[1].model, {'x': 1})"),
 ]
 
 
@@ -146,7 +146,7 @@ def test_answers_are_checked_for_their_shape(mine: Any, name: str, answer: str) 
 
 
 def test_a_slip_below_is_named_at_the_users_own_line(mine: Any) -> None:
-    mine(override_source("Made", "rank", "return Ranking(ranks([np.full(3, np.nan)]))"))
+    mine(override_source("Made", "rank", "return Ranking(rank_channels([np.full(3, np.nan)]))"))
     with pytest.raises(StrategyError, match=r"mine.py:\d+ .*NaN"):
         ASKED["Made.rank"](strategy())
 
@@ -238,7 +238,9 @@ def test_a_good_strategy_does_what_it_did_without_checks(mine: Any) -> None:
     assert identical(watched, bare)
 
 
-@pytest.mark.parametrize(("method", "flag"), [("extract", "device_independent"), ("reconstruct", "as_trained")])
+@pytest.mark.parametrize(
+    ("method", "flag"), [("extract", "is_device_independent"), ("reconstruct", "has_plain_reconstruction")]
+)
 def test_what_a_method_of_ones_own_does_is_not_taken_for_the_shipped_one(mine: Any, method: str, flag: str) -> None:
     mine("")
     assert getattr(strategy(), flag) is True

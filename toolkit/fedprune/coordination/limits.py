@@ -153,14 +153,14 @@ def limit_round(
     scaled = trained | {ALL_TRAINED}
     rejected = _rejections(updates, move_limit, float(references[ALL_TRAINED][0]) if ALL_TRAINED in references else 0.0)
     accepted = {device: lengths_of_device for device, lengths_of_device in updates.items() if device not in rejected}
-    usual_lengths, reference = {}, {}
+    usual_lengths, new_references = {}, {}
     for name in sorted({name for lengths_of_device in updates.values() for name in lengths_of_device} | {ALL_TRAINED}):
         reference_before, scale = map(float, references.get(name, (0.0, _tensor_scale(name, trained, model))))
         upper, max_fall, lower = (
             (scale, _MAX_FALL, reference_before) if name in scaled else (math.inf, _MAX_GROWTH, 0.0)
         )
         nonzero_lengths = _nonzero_lengths(name, updates)
-        reference[name] = np.array(
+        new_references[name] = np.array(
             [_next_reference(reference_before, nonzero_lengths, scale * _MIN_REFERENCE, upper, max_fall), scale]
         )
         # All updates renew the reference, also rejected ones; the limits of this round go by those that are left.
@@ -187,7 +187,7 @@ def limit_round(
             reasons[device] = (
                 f"its update stands out: {subject}{distance}; {tensor_shares[smallest]:.2g} of that counted"
             )
-    return RoundLimits(rejected, shares, reasons, {**references, **reference})
+    return RoundLimits(rejected, shares, reasons, {**references, **new_references})
 
 
 def shorten_update(report: UpdateReport, shares: Mapping[str, float]) -> UpdateReport:
