@@ -103,8 +103,8 @@ def test_a_flashed_image_joins_the_fleet_at_its_first_boot_and_trains(tmp_path: 
     claim, signer, disk = tmp_path / "claim", site.state / "identity/signing.key", tmp_path / "attic.img"
     claim.write_text(site.claim())
     image = make_arm_image(tmp_path / "image", site.samples)
-    told = ("--server", f"mqtts://{GATE}:{PORT}", "--site", SITE, "--device", DEVICE, "--claim-file", claim)
-    fedprune_flash("kit", "--out", tmp_path / "kit", *told, "--python", BOOKWORM.python, "--signing-key", signer)
+    settings = ("--server", f"mqtts://{GATE}:{PORT}", "--site", SITE, "--device", DEVICE, "--claim-file", claim)
+    fedprune_flash("kit", "--out", tmp_path / "kit", *settings, "--python", BOOKWORM.python, "--signing-key", signer)
     kit = ("--kit", tmp_path / "kit", "--signing-key", signer, "--scheme", scheme)
     fedprune_flash("image", image.disk, "--out", disk, *kit)
     fsck_fat(disk, 2048 * 512, BOOT_MB * 2**20)

@@ -94,23 +94,23 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
     settings = subprocess.run(asked, capture_output=True, text=True, check=False)
     index = f"index-url = {settings.stdout.strip()}\n" if settings.returncode == 0 else ""
     (work / "pip.conf").write_text(f"[global]\ncert = /run/authorities.pem\ntimeout = 120\n{index}")
-    made, archive = Buildah(work), work / "base.tar"
-    made("manifest", "create", BASE)
+    images, archive = Buildah(work), work / "base.tar"
+    images("manifest", "create", BASE)
     debian = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3-venv", TRIXIE.name, str(archive)]
     subprocess.run(debian, check=True)
-    made.add_base(PLATFORMS["server"], archive)
-    made.add_base(PLATFORMS["board"], userland(TRIXIE))
+    images.add_base(PLATFORMS["server"], archive)
+    images.add_base(PLATFORMS["board"], userland(TRIXIE))
     for target in PLATFORMS:
-        made.build(target, work / "pip.conf")
-    yield made
-    made("rmi", "--all", "--force")
+        images.build(target, work / "pip.conf")
+    yield images
+    images("rmi", "--all", "--force")
 
 
 def test_the_servers_image_runs_the_demo_as_its_user_and_exports_a_bundle(buildah: Buildah) -> None:
     with buildah.container("fedprune-server", PLATFORMS["server"]) as (name, root):
-        said = buildah("run", "--isolation", "chroot", name, "--", "sh", "-c", ON_SERVER)
+        output = buildah("run", "--isolation", "chroot", name, "--", "sh", "-c", ON_SERVER)
         assert "\nrounds " in (root / "tmp/demo.txt").read_text()
-    assert "density " in said
+    assert "density " in output
 
 
 def test_the_boards_image_finds_the_profile_of_an_emulated_board(buildah: Buildah) -> None:

@@ -63,14 +63,14 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The folders of two releases of the latest commit, made in different places, time zones and umasks."""
-    work, made = tmp_path_factory.mktemp("releases"), []
+    work, dist_folders = tmp_path_factory.mktemp("releases"), []
     for name, (zone, umask) in CLONES.items():
         folder = work / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         run("git", "clone", "-q", ROOT, folder, umask=umask)
         run("make", "release", f"PYTHON={sys.executable}", cwd=folder, environment={"TZ": zone}, umask=umask)
-        made.append(folder / "dist")
-    return made
+        dist_folders.append(folder / "dist")
+    return dist_folders
 
 
 def test_a_release_made_twice_has_the_same_bytes(releases: list[Path]) -> None:
@@ -83,21 +83,21 @@ def test_a_release_is_installed_with_hashes_in_a_bare_debian_and_runs_the_demo(
     releases: list[Path], suite: str, tmp_path: Path
 ) -> None:
     """Offline, as a plain user; a wheel with one more byte is refused there."""
-    given = tmp_path / "release"
-    given.mkdir()
+    release = tmp_path / "release"
+    release.mkdir()
     platforms = [word for tag in GLIBC for word in ("--platform", f"{tag}_{platform.machine()}")]
     locks = [word for lock in LOCKS for word in ("-r", str(lock))]
     words = [sys.executable, "-m", "pip", "download", "-q", "--only-binary", ":all:", "--require-hashes", "--no-deps"]
-    run(*words, *platforms, "--python-version", PYTHONS[suite], "-d", given / "wheels", *locks)
+    run(*words, *platforms, "--python-version", PYTHONS[suite], "-d", release / "wheels", *locks)
     (wheel,) = releases[0].glob("fedprune-*.whl")
     for path in (wheel, *LOCKS, releases[0] / "SHA256SUMS"):
-        shutil.copy(path, given)
-    shutil.copy(wheel, given / "wheels")
+        shutil.copy(path, release)
+    shutil.copy(wheel, release / "wheels")
     digest = digests(releases[0])[wheel.name]
-    (given / "own.txt").write_text(f"fedprune[board,server]=={wheel.name.split('-')[1]} --hash=sha256:{digest}\n")
-    (given / "install.sh").write_text(IN_USERLAND)
+    (release / "own.txt").write_text(f"fedprune[board,server]=={wheel.name.split('-')[1]} --hash=sha256:{digest}\n")
+    (release / "install.sh").write_text(IN_USERLAND)
     command = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3-venv", "--format=null"]
-    command += [f"--customize-hook=copy-in {given} /", '--customize-hook=chroot "$1" sh /release/install.sh']
+    command += [f"--customize-hook=copy-in {release} /", '--customize-hook=chroot "$1" sh /release/install.sh']
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    said = run(*command, suite, "/dev/null", environment={"PATH": path, "TMPDIR": str(tmp_path)})
-    assert said.count("\nPASS: ") == 2
+    output = run(*command, suite, "/dev/null", environment={"PATH": path, "TMPDIR": str(tmp_path)})
+    assert output.count("\nPASS: ") == 2

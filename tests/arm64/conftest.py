@@ -44,11 +44,18 @@ def broken_wheel() -> Path:
         # Beside it first: what is cut off must not pass for the whole.
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as place:
-            made = Path(place) / folder.name
+            partial_folder = Path(place) / folder.name
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-            command += ["-d", str(made), "--python-version", BOOKWORM.python, "--platform", "manylinux_2_28_aarch64"]
+            command += [
+                "-d",
+                str(partial_folder),
+                "--python-version",
+                BOOKWORM.python,
+                "--platform",
+                "manylinux_2_28_aarch64",
+            ]
             subprocess.run([*command, "onnxruntime==1.21.0"], check=True)
             with contextlib.suppress(OSError):  # another run was sooner
-                made.rename(folder)
+                partial_folder.rename(folder)
     (wheel,) = folder.glob("*.whl")
     return wheel

@@ -16,11 +16,13 @@ MARGIN = 0.03
 def test_no_step_takes_more_instructions_than_before() -> None:
     rows = [row(net, DENSITY) for net in NETS]
     recorded = json.loads((ROOT / "benchmarks/results/arm.json").read_text())
-    kept = {n: recorded["setting"][n] for n in ("onnxruntime", "numpy")}
-    assert kept == {n: versions()[n] for n in kept}, "other wheels: run python -m benchmarks.arm"
+    recorded_versions = {n: recorded["setting"][n] for n in ("onnxruntime", "numpy")}
+    assert recorded_versions == {n: versions()[n] for n in recorded_versions}, (
+        "other wheels: run python -m benchmarks.arm"
+    )
     before = recorded["counts"][PROCESSOR]["ours"]
     with counted_board(NETS, (DENSITY,), ("ours",)) as board:
-        found = count(replace(board, processor=PROCESSOR), "ours", rows, BATCH, 240)
-    grown = {r: found[r]["instructions"] / before[r]["instructions"] for r in rows}
-    assert max(grown.values()) <= 1 + MARGIN, grown
-    assert min(grown.values()) >= 1 - MARGIN, f"fewer: run python -m benchmarks.arm and commit its results ({grown})"
+        counts = count(replace(board, processor=PROCESSOR), "ours", rows, BATCH, 240)
+    growth = {r: counts[r]["instructions"] / before[r]["instructions"] for r in rows}
+    assert max(growth.values()) <= 1 + MARGIN, growth
+    assert min(growth.values()) >= 1 - MARGIN, f"fewer: run python -m benchmarks.arm and commit its results ({growth})"

@@ -38,8 +38,8 @@ def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wh
         claim=site.claim(),
         signer=SigningKey.load(site.state / "identity/signing.key"),
     )
-    said = install(board, kit.folder)
-    assert "make the system user fedprune" in said
+    output = install(board, kit.folder)
+    assert "make the system user fedprune" in output
     (board.root / "srv/fedprune").mkdir(parents=True)
     shutil.copyfile(site.samples, board.root / SAMPLES[1:])
     with (board.root / "etc/fedprune/device.env").open("a") as file:

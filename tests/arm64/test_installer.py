@@ -23,15 +23,20 @@ def test_a_kit_that_the_processor_can_t_run_is_refused(
 ) -> None:
     """All wheels are tiny but one, which is real, and known to crash there."""
     wheels = tmp_path / "wheels"
-    own = fleet_of_wheels(wheels)
+    own_wheel = fleet_of_wheels(wheels)
     (tiny,) = wheels.glob("onnxruntime-*.whl")
     tiny.unlink()
     shutil.copyfile(broken_wheel, wheels / broken_wheel.name)
     for name in ("coloredlogs", "flatbuffers", "packaging", "protobuf", "sympy"):
         wheel(wheels, name)
-    told = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
+    settings = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     kit = build_kit(
-        tmp_path / "kit", told, BoardTarget(BOOKWORM.python), wheel=own, links=[wheels], signer=SigningKey.make()
+        tmp_path / "kit",
+        settings,
+        BoardTarget(BOOKWORM.python),
+        wheel=own_wheel,
+        links=[wheels],
+        signer=SigningKey.make(),
     )
     board = copied(userland(BOOKWORM), tmp_path / "board", processor=processor)
     shutil.copytree(kit.folder, board.root / STICK[1:])

@@ -32,12 +32,12 @@ def unpack(wheels: Path, place: Path) -> None:
 def board(tmp_path_factory: pytest.TempPathFactory, own_wheel: Path, broken_wheel: Path) -> Board:
     """A userland with a kit's wheels, and beside them the broken one."""
     folder = tmp_path_factory.mktemp("processors")
-    made = copied(userland(BOOKWORM), folder / "board")
+    board = copied(userland(BOOKWORM), folder / "board")
     wheelhouse.fetch_wheels(own_wheel, BoardTarget(BOOKWORM.python), folder / "wheels")
-    unpack(folder / "wheels", made.root / SITE[1:])
-    unpack(broken_wheel.parent, made.root / OLD[1:])
-    (made.root / "step.py").write_bytes((TESTS / "support/processes/arm_step.py").read_bytes())
-    return made
+    unpack(folder / "wheels", board.root / SITE[1:])
+    unpack(broken_wheel.parent, board.root / OLD[1:])
+    (board.root / "step.py").write_bytes((TESTS / "support/processes/arm_step.py").read_bytes())
+    return board
 
 
 def on(board: Board, processor: str, *site: str) -> Board:
@@ -61,9 +61,9 @@ def test_a_training_step_gives_what_it_gives_here(processor: str, board: Board, 
 def test_a_wheel_that_the_processor_can_t_run_is_said_so(processor: str, board: Board) -> None:
     done = on(board, processor, OLD, SITE).run("/usr/bin/python3", "-m", "fedprune_device.cli.main", "probe")
     assert done.returncode == ExitCode.RUNTIME, done.stderr
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "onnxruntime kills the process that loads it (signal 4)" in said
-    assert "instructions that this processor lacks" in said
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "onnxruntime kills the process that loads it (signal 4)" in message
+    assert "instructions that this processor lacks" in message
     assert "Traceback" not in done.stderr
 
 

@@ -13,16 +13,16 @@ from fedprune.output.examples import EXAMPLES
 from manual.command_pages import _commands, _parsers
 
 
-def walked(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     yield parser
     for _, inner, _ in _commands(parser):
-        yield from walked(inner)
+        yield from subparsers(inner)
 
 
 TOPS = dict(_parsers())
 """The parsers that command lines begin with: a whole program's, or one command's of `fedprune-export`."""
 
-PARSERS = {inner.prog: inner for top in TOPS.values() for inner in walked(top)}
+PARSERS = {inner.prog: inner for top in TOPS.values() for inner in subparsers(top)}
 
 
 def test_every_command_has_examples() -> None:

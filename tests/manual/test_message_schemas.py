@@ -113,10 +113,10 @@ def test_what_a_schema_cannot_say_the_parser_refuses(text: str) -> None:
     kind, name = ("alive", "session") if text in ("1.0", "1e2") else ("birth", "probe")
     kind, name = ("offer", "blobs_at") if "://" in text else (kind, name)
     body = json.loads(next(m for m in EXAMPLES if m.kind == kind).to_bytes())
-    found = json.dumps({**body, name: {"a": "HERE"} if kind == "birth" else "HERE"}).replace('"HERE"', text)
+    body_text = json.dumps({**body, name: {"a": "HERE"} if kind == "birth" else "HERE"}).replace('"HERE"', text)
 
-    assert not takes_text(found)
-    assert validators()[kind].is_valid(json.loads(found))
+    assert not takes_text(body_text)
+    assert validators()[kind].is_valid(json.loads(body_text))
 
 
 def takes_text(text: str) -> bool:
@@ -148,8 +148,8 @@ def test_the_asyncapi_document_has_every_topic_and_every_message() -> None:
         *(topics.down_blob("pi", "job"), topics.broadcast()),
         *(topics.join_request("ab" * 16), topics.join_answer("ab" * 16), topics.servers()),
     ]
-    said = {"site": "lab", "device": "pi", "job": "job", "blob": DIGEST[:16], "nonce": "ab" * 16}
-    assert [c["address"].format(**said) for c in body["channels"].values()] == ours
+    address_values = {"site": "lab", "device": "pi", "job": "job", "blob": DIGEST[:16], "nonce": "ab" * 16}
+    assert [c["address"].format(**address_values) for c in body["channels"].values()] == ours
     assert {*body["components"]["messages"]} == {*message_schemas.messages(), "chunk"}
     carried = {kind for c in body["channels"].values() for kind in c["messages"]}
     assert carried == {*body["components"]["messages"]}

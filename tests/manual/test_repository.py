@@ -26,50 +26,50 @@ def read(path: Path) -> Any:
 
 
 def jobs(path: Path) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = read(path)["jobs"]
-    return found
+    jobs_by_name: dict[str, dict[str, Any]] = read(path)["jobs"]
+    return jobs_by_name
 
 
 def steps(path: Path) -> list[dict[str, Any]]:
     return [step for job in jobs(path).values() for step in job["steps"]]
 
 
-def called(path: Path) -> set[str]:
+def called_targets(path: Path) -> set[str]:
     """Targets of make that a workflow calls, also by `.ci/run`."""
-    found = set()
+    targets = set()
     for job in jobs(path).values():
         for line in (step.get("run", "") for step in job["steps"]):
-            for _, targets in MAKE.findall(line):
-                found |= set(targets.split())
+            for _, words in MAKE.findall(line):
+                targets |= set(words.split())
             if ".ci/run" in line:
                 assert line == ".ci/run ${{ matrix.target }}"
-                found |= set(job["strategy"]["matrix"]["target"])
-    return found
+                targets |= set(job["strategy"]["matrix"]["target"])
+    return targets
 
 
 def test_workflows_call_targets_that_make_has() -> None:
-    known = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    targets = {path.name: called(path) for path in WORKFLOWS}
+    make_targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = {path.name: called_targets(path) for path in WORKFLOWS}
     assert targets["ci.yml"] == {"check", "docs", "test-board", "test-dev"}
     assert targets["weekly.yml"] == {"soak", "test-arm64"}
     assert targets["release.yml"] == {"release", "notes"}
-    assert set.union(*targets.values()) <= known
+    assert set.union(*targets.values()) <= make_targets
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_a_workflow_may_do_little(path: Path) -> None:
     body = read(path)
     assert body["permissions"] == {"contents": "read"}
-    more = {name: job["permissions"] for name, job in body["jobs"].items() if "permissions" in job}
+    job_permissions = {name: job["permissions"] for name, job in body["jobs"].items() if "permissions" in job}
     expected = {"pypi": {"id-token": "write"}, "github": {"contents": "write"}} if path.stem == "release" else {}
-    assert more == expected
+    assert job_permissions == expected
     assert all(job["timeout-minutes"] <= 180 for job in body["jobs"].values())
     used = [step for step in steps(path) if "uses" in step]
     assert [step["uses"] for step in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])] == []
     checkouts = [step for step in used if step["uses"].startswith("actions/checkout@")]
     assert [step for step in checkouts if step["with"]["persist-credentials"]] == []
-    said = re.findall(r"uses: \S+@\S+(.*)", path.read_text())
-    assert [text for text in said if not re.fullmatch(r" # v\d+\.\d+\.\d+", text)] == []
+    version_comments = re.findall(r"uses: \S+@\S+(.*)", path.read_text())
+    assert [text for text in version_comments if not re.fullmatch(r" # v\d+\.\d+\.\d+", text)] == []
 
 
 def test_one_version_is_named_everywhere() -> None:
@@ -81,5 +81,5 @@ def test_one_version_is_named_everywhere() -> None:
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__  # type: ignore[index]
     for page in ("deploy", "exit-codes", "install", "join", "release"):
         text = (ROOT / "docs" / f"{page}.md").read_text()
-        shown = re.findall(r"(?:\bfedprune(?:-server|-board)?[:@-]v?|\bv)(\d+\.\d+\.\d+)", text)
-        assert set(shown) == {__version__}, page
+        versions = re.findall(r"(?:\bfedprune(?:-server|-board)?[:@-]v?|\bv)(\d+\.\d+\.\d+)", text)
+        assert set(versions) == {__version__}, page

@@ -54,5 +54,5 @@ def test_a_job_on_a_page_is_that_of_the_figures(page: Path, benchmark: Any, tmp_
     task = benchmark.TASKS[tasks_on(page)[0]]
     assert (config.job.recipe, config.job.rounds, config.job.strategy) == (task.recipe, task.rounds, "fedprune")
     named = re.findall(r'"((?:benchmarks|examples)\.\S+):(\w+)"', block)
-    wanted = set() if page.name == OWN_MODEL else {task.net, *task.own.values()}
-    assert {getattr(import_user_module(module), name) for module, name in named} == wanted
+    expected_names = set() if page.name == OWN_MODEL else {task.net, *task.own.values()}
+    assert {getattr(import_user_module(module), name) for module, name in named} == expected_names

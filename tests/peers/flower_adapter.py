@@ -65,7 +65,7 @@ def torch() -> Any:
 
 
 @contextmanager
-def refused(text: str) -> Iterator[None]:
+def refuses(text: str) -> Iterator[None]:
     """What is inside raises an error that says so."""
     try:
         yield
@@ -80,11 +80,11 @@ def noisy(message: Message, context: Context) -> Message:
     """A node that "trains" by noise of its own, keyed by node and round."""
     if message.metadata.message_type == "query.fedprune":
         return answer(message, density=0.5)
-    part = NodePart.of(message)
-    rng = np.random.default_rng([context.node_id, part.round])
-    moved = {n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) for n, v in part.tensors.items()}
-    moved = {n: np.abs(v) if n.endswith("var") else v for n, v in moved.items()}
-    return part.reply(moved, samples=context.node_id - 90, steps=3, loss=1.0)
+    node_part = NodePart.of(message)
+    rng = np.random.default_rng([context.node_id, node_part.round])
+    tensors = {n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) for n, v in node_part.tensors.items()}
+    tensors = {n: np.abs(v) if n.endswith("var") else v for n, v in tensors.items()}
+    return node_part.reply(tensors, samples=context.node_id - 90, steps=3, loss=1.0)
 
 
 def one_round(strategy: Any, nodes: int = 3, **how: Any) -> tuple[InProcess, list[Message], dict[str, np.ndarray]]:
@@ -106,8 +106,8 @@ def read(arrays: ArrayRecord) -> dict[str, np.ndarray]:
     return {n: arrays[n].numpy() for n in model().tensors}
 
 
-def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return all(np.array_equal(one[n], other[n]) for n in model().tensors)
+def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(first[n], second[n]) for n in model().tensors)
 
 
 def case_full_width_is_flowers_own_fedavg() -> None:
@@ -145,9 +145,9 @@ def case_mixed_widths_are_our_fold() -> None:
             rank_channels(channel_scores("magnitude", architecture, tensors)),
         )
         arrays = reply.content["arrays"]
-        part = {n: arrays[n].numpy() for n in tensors}
-        assert {n: v.shape for n, v in part.items()} == selection.shapes()
-        fold.add(selection, part, int(reply.content["metrics"]["num-examples"]))
+        node_part = {n: arrays[n].numpy() for n in tensors}
+        assert {n: v.shape for n, v in node_part.items()} == selection.shapes()
+        fold.add(selection, node_part, int(reply.content["metrics"]["num-examples"]))
     assert same(ours, fold.close()[0])
     untouched = ~selection.with_widths(widths_at(architecture, 0.75)).coverage_mask("conv3.weight")
     assert untouched.any()
@@ -164,7 +164,7 @@ def spoilt(reply: Message, arrays: Any = None, metrics: Any = None, **changed: A
 
 
 def case_who_fails_answers_twice_or_lies_is_left_out_alone() -> None:
-    def other(reply: Message, name: str, value: Any) -> Message:
+    def altered_reply(reply: Message, name: str, value: Any) -> Message:
         held = dict(reply.content["arrays"])
         held[name] = value if isinstance(value, Array) else Array(value)
         return spoilt(reply, ArrayRecord(held))
@@ -177,7 +177,7 @@ def case_who_fails_answers_twice_or_lies_is_left_out_alone() -> None:
         out.content["more"] = reply.content["arrays"]
         return out
 
-    def failed(reply: Message) -> Message:
+    def error_reply(reply: Message) -> Message:
         out = Message(Error(7, "out of memory"), reply_to=reply)
         out.metadata.__dict__.update(reply.metadata.__dict__)
         return out
@@ -188,17 +188,17 @@ def case_who_fails_answers_twice_or_lies_is_left_out_alone() -> None:
     )
     huge = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (10,), }".ljust(117) + b"\n"
     bad: list[Callable[[Message], Message]] = [
-        failed,
+        error_reply,
         lacking,
         two_records,
-        lambda r: other(r, "fc.bias", bias[:5]),
-        lambda r: other(r, "fc.bias", bias.astype(np.float64)),
-        lambda r: other(r, "fc.bias", bias + np.nan),
-        lambda r: other(r, "fc.bias", bias + 1e30),
-        lambda r: other(r, "bn1.running_var", np.full(16, -1, np.float32)),
-        lambda r: other(r, "fc.bias", Array("float32", (10,), "numpy.ndarray", pickled)),
-        lambda r: other(r, "fc.bias", Array("float32", (10,), "numpy.ndarray", huge)),
-        lambda r: other(r, "fc.bias", Array("float32", (10,), "numpy.ndarray", b"")),
+        lambda r: altered_reply(r, "fc.bias", bias[:5]),
+        lambda r: altered_reply(r, "fc.bias", bias.astype(np.float64)),
+        lambda r: altered_reply(r, "fc.bias", bias + np.nan),
+        lambda r: altered_reply(r, "fc.bias", bias + 1e30),
+        lambda r: altered_reply(r, "bn1.running_var", np.full(16, -1, np.float32)),
+        lambda r: altered_reply(r, "fc.bias", Array("float32", (10,), "numpy.ndarray", pickled)),
+        lambda r: altered_reply(r, "fc.bias", Array("float32", (10,), "numpy.ndarray", huge)),
+        lambda r: altered_reply(r, "fc.bias", Array("float32", (10,), "numpy.ndarray", b"")),
         lambda r: spoilt(r, group_id="fedprune-0"),
         lambda r: spoilt(r, src_node_id=999),
         *[
@@ -216,7 +216,7 @@ def case_who_fails_answers_twice_or_lies_is_left_out_alone() -> None:
     for make in bad:
         got = one_round(strategy(), change=lambda r, make=make: [r[0], make(r[1]), r[2]])[2]
         assert same(got, good), make
-    twice = one_round(strategy(), change=lambda r: [*r, other(r[0], "fc.bias", bias)])[2]
+    twice = one_round(strategy(), change=lambda r: [*r, altered_reply(r[0], "fc.bias", bias)])[2]
     assert same(twice, one_round(strategy())[2])
     nobody = strategy()
     grid = InProcess(3, noisy, change=lambda r: [lacking(x) for x in r])
@@ -234,33 +234,33 @@ def case_state_goes_on_bit_for_bit() -> None:
             strategy.start(InProcess(3, noisy), strategy.arrays, num_rounds=rounds)
             return strategy
 
-        whole = run(3)
+        full_run = run(3)
         run(2, state=path)
         last = run(1, state=path)
-        assert (whole.rounds, last.rounds) == (3, 3)
-        assert same(read(whole.arrays), read(last.arrays))
-        with refused("strategy of the state"):
+        assert (full_run.rounds, last.rounds) == (3, 3)
+        assert same(read(full_run.arrays), read(last.arrays))
+        with refuses("strategy of the state"):
             FedpruneStrategy(model(), "fedavg", state=path, **QUIET)
         raw = path.read_bytes()
         for spoilt_bytes in (raw[:-1], raw[:100], b"", raw.replace(b'"round"', b'"rounb"')):
             path.write_bytes(spoilt_bytes)
-            with refused("job.state"):
+            with refuses("job.state"):
                 FedpruneStrategy(model(), "fedprune", state=path, **QUIET)
 
 
 def case_strategies_are_taken_or_refused_by_name() -> None:
     for name in strategies.PRESETS.keys() - set(PRESETS):
-        with refused("doesn't work under Flower"):
+        with refuses("doesn't work under Flower"):
             FedpruneStrategy(model(), name, density=0.5)
     for name in PRESETS:
-        _, _, made = one_round(FedpruneStrategy(model(), name, density=[1.0, 0.5], **QUIET), 2)
-        assert all(np.isfinite(v).all() for v in made.values())
-        assert not same(made, model().tensors)
-    with refused("Flower's rounds wait"):
+        _, _, arrays = one_round(FedpruneStrategy(model(), name, density=[1.0, 0.5], **QUIET), 2)
+        assert all(np.isfinite(v).all() for v in arrays.values())
+        assert not same(arrays, model().tensors)
+    with refuses("Flower's rounds wait"):
         FedpruneStrategy(model(), "fedprune", options={"arrivals": 3})
-    with refused("stays on the device"):
+    with refuses("stays on the device"):
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(personal=("fc.*",)))
-    with refused("Flower has secure aggregation of its own"):
+    with refuses("Flower has secure aggregation of its own"):
         compose_for_flower(Job(strategy="fedavg", secure_aggregation=True))
 
 
@@ -281,13 +281,13 @@ def case_who_gets_how_much() -> None:
     assert widths("ask") == widths(None) == [half] * 3
     assert widths(None, 5, name="heterofl") == [widths_at(architecture, d) for d in (1, 0.5, 0.25, 0.125, 0.0625)]
     assert widths(None, name="fedavg") == [sizes] * 3
-    with refused("one for every node"):
+    with refuses("one for every node"):
         widths({101: 0.25})
     for wrong in (0, 1.5, [1.0, -1.0], "no-such-board"):
-        with refused("exp"):
+        with refuses("exp"):
             widths(wrong)
 
-    def said(message: Message, context: Context) -> Message:
+    def own_words(message: Message, context: Context) -> Message:
         """Four of five nodes don't answer as they should."""
         board = {"profile": "raspberry-pi-zero-2w"}
         records: list[dict[str, Any]] = [{"density": 2.0}, {"density": float("nan")}, {"profile": "/etc/passwd"}, board]
@@ -296,9 +296,9 @@ def case_who_gets_how_much() -> None:
         body = {"format": "fedprune.flower/1", **records[context.node_id - 101]}
         return Message(RecordDict({"fedprune": ConfigRecord(body)}), reply_to=message)
 
-    assert len(widths("ask", 5, said)) == 1
-    with refused("no node says what it carries"):
-        widths("ask", 2, said)
+    assert len(widths("ask", 5, own_words)) == 1
+    with refuses("no node says what it carries"):
+        widths("ask", 2, own_words)
 
 
 def case_arrays_that_are_not_the_model() -> None:
@@ -313,28 +313,28 @@ def case_arrays_that_are_not_the_model() -> None:
     Net().load_state_dict(arrays.to_torch_state_dict())
     fresh = FedpruneStrategy(model(), "fedavg", **QUIET)
     del state["fc.bias"]
-    with refused("tensor fc.bias is missing"):
+    with refuses("tensor fc.bias is missing"):
         fresh.configure_train(1, state, ConfigRecord(), grid)
     tied = fresh.arrays
     tied["head.weight"] = tied["fc.weight"]
-    with refused("several names"):
+    with refuses("several names"):
         fresh.configure_train(1, tied, ConfigRecord(), grid)
 
 
 def case_an_answer_must_fit_what_was_sent() -> None:
     def short(message: Message, context: Context) -> Message:
-        part = NodePart.of(message)
-        with refused("lacks tensor fc.weight"):
-            part.reply({n: v for n, v in part.tensors.items() if n != "fc.weight"}, samples=3)
-        with refused("shape of fc.weight"):
-            part.reply({**part.tensors, "fc.weight": np.zeros((10, 3))}, samples=3)
-        return part.reply(part.tensors, samples=3)
+        node_part = NodePart.of(message)
+        with refuses("lacks tensor fc.weight"):
+            node_part.reply({n: v for n, v in node_part.tensors.items() if n != "fc.weight"}, samples=3)
+        with refuses("shape of fc.weight"):
+            node_part.reply({**node_part.tensors, "fc.weight": np.zeros((10, 3))}, samples=3)
+        return node_part.reply(node_part.tensors, samples=3)
 
     strategy = FedpruneStrategy(model(), "fedavg", density=0.5, **QUIET)
     grid = InProcess(2, short)
     replies = list(grid.send_and_receive(strategy.configure_train(1, strategy.arrays, ConfigRecord(), grid)))
     assert not any(r.has_error() for r in replies)
-    with refused("fedprune.flower/1"):
+    with refuses("fedprune.flower/1"):
         NodePart.of(Message(RecordDict({}), 1, "train"))
 
 
@@ -352,29 +352,29 @@ def case_a_narrow_message_is_as_small_as_its_widths() -> dict[str, int]:
     return sizes
 
 
-def played(grid: InProcess, app: Any, config: dict[str, Any]) -> None:
+def run_app(grid: InProcess, app: Any, config: dict[str, Any]) -> None:
     app(grid, Context(1, 1, {}, RecordDict(), config))
 
 
 def case_the_example_learns_on_four_nodes() -> dict[str, float]:
     from submodels import client_app, server_app, task
 
-    seen: list[float] = []
+    accuracies: list[float] = []
 
     class Watched(FedpruneStrategy):
-        def start(self, *given: Any, **named: Any) -> Any:
-            out = super().start(*given, **named)
-            seen.extend(m["accuracy"] for m in out.evaluate_metrics_serverapp.values())
-            seen.append(out.evaluate_metrics_clientapp[3]["accuracy"])
+        def start(self, *arguments: Any, **named_arguments: Any) -> Any:
+            out = super().start(*arguments, **named_arguments)
+            accuracies.extend(m["accuracy"] for m in out.evaluate_metrics_serverapp.values())
+            accuracies.append(out.evaluate_metrics_clientapp[3]["accuracy"])
             return out
 
     server_app.FedpruneStrategy, task.ALPHA = Watched, 5.0
     torch().manual_seed(0)
     grid = InProcess(4, client_app.app)
-    played(grid, server_app.app, {"strategy": "fedprune", "rounds": 3})
+    run_app(grid, server_app.app, {"strategy": "fedprune", "rounds": 3})
     assert grid.kinds.count("query.fedprune") == 4
     assert (grid.kinds.count("train"), grid.kinds.count("evaluate")) == (12, 12)
-    first, *_, last, nodes = seen
+    first, *_, last, nodes = accuracies
     assert first < 0.3
     assert last > 0.5
     assert nodes > 0.4
@@ -383,8 +383,8 @@ def case_the_example_learns_on_four_nodes() -> dict[str, float]:
 
 def blocks() -> dict[str, str]:
     """The code of docs/flower.md, by its first line."""
-    parts = (ROOT / "docs" / "flower.md").read_text().split("```python\n")[1:]
-    return {code.split("\n")[0].removeprefix("# "): code for code in (p.split("```")[0] for p in parts)}
+    sections = (ROOT / "docs" / "flower.md").read_text().split("```python\n")[1:]
+    return {code.split("\n")[0].removeprefix("# "): code for code in (p.split("```")[0] for p in sections)}
 
 
 def run_block(name: str, code: str) -> Any:
@@ -398,7 +398,7 @@ def case_the_page_runs_as_it_stands() -> None:
     assert len([x for x in code["server_app.py"].splitlines() if x and not x.startswith("#")]) <= 10
     client = run_block("client_app", code["client_app.py"] + code["client_app.py, further"])
     grid = InProcess(4, client)
-    played(grid, run_block("server_app", code["server_app.py"]), {})
+    run_app(grid, run_block("server_app", code["server_app.py"]), {})
     assert grid.kinds.count("train") == grid.kinds.count("evaluate") == 12
     assert len(grid.up) == 24  # none failed
     question = Message(RecordDict({"fedprune": ConfigRecord({"format": "fedprune.flower/1"})}), 101, "query.fedprune")
@@ -416,20 +416,20 @@ def case_nodes_without_torch_train_the_graph() -> None:
 
     grid = InProcess(4, run_block("client_app", code["client_app.py, with a graph"]), change)
     server = code["server_app.py, with a graph"]
-    played(grid, run_block("server_app", server), {})
+    run_app(grid, run_block("server_app", server), {})
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]
 
 
 def main(out: str, only: tuple[str, ...] = ()) -> None:
     """Run all cases, or only some."""
-    found: dict[str, Any] = {}
+    case_results: dict[str, Any] = {}
     for name, case in list(globals().items()):
         if name.startswith("case_") and (not only or name in only):
             began = time.process_time()
             try:
                 figures = case()
-                found[name] = {"ok": True, "figures": figures, "seconds": round(time.process_time() - began, 2)}
+                case_results[name] = {"ok": True, "figures": figures, "seconds": round(time.process_time() - began, 2)}
             except Exception:  # noqa: BLE001 - another case may hold all the same
-                found[name] = {"ok": False, "error": traceback.format_exc()}
-    Path(out).write_text(json.dumps(found, indent=1))
+                case_results[name] = {"ok": False, "error": traceback.format_exc()}
+    Path(out).write_text(json.dumps(case_results, indent=1))

@@ -16,21 +16,21 @@ from flwr.server.strategy.aggregate import aggregate, aggregate_median, aggregat
 
 
 def main(source: str, target: str) -> None:
-    given = dict(np.load(source))
-    rounds, clients = given["weights"].shape
-    names = [n.partition("/")[2] for n in given if n.startswith("base/")]
+    inputs = dict(np.load(source))
+    rounds, clients = inputs["weights"].shape
+    names = [n.partition("/")[2] for n in inputs if n.startswith("base/")]
     strategy = FedAvgM(
-        server_learning_rate=float(given["rate"]),
-        server_momentum=float(given["momentum"]),
-        initial_parameters=ndarrays_to_parameters([given[f"base/{n}"] for n in names]),
+        server_learning_rate=float(inputs["rate"]),
+        server_momentum=float(inputs["momentum"]),
+        initial_parameters=ndarrays_to_parameters([inputs[f"base/{n}"] for n in names]),
     )
     out: dict[str, Any] = {}
     for r in range(rounds):
-        results = [([given[f"{r}/{k}/{n}"] for n in names], int(given["weights"][r, k])) for k in range(clients)]
-        found = {
+        results = [([inputs[f"{r}/{k}/{n}"] for n in names], int(inputs["weights"][r, k])) for k in range(clients)]
+        aggregates = {
             "mean": aggregate(results),
             "median": aggregate_median(results),
-            "trimmed": aggregate_trimmed_avg(results, float(given["trim"])),
+            "trimmed": aggregate_trimmed_avg(results, float(inputs["trim"])),
         }
         fits: Any = [
             (None, FitRes(Status(Code.OK, ""), ndarrays_to_parameters(arrays), weight, {}))
@@ -38,9 +38,9 @@ def main(source: str, target: str) -> None:
         ]
         parameters, _ = strategy.aggregate_fit(r + 1, fits, [])
         assert parameters is not None
-        found["momentum"] = parameters_to_ndarrays(parameters)
-        for way, arrays in found.items():
-            out |= {f"{way}/{r}/{n}": v for n, v in zip(names, arrays, strict=True)}
+        aggregates["momentum"] = parameters_to_ndarrays(parameters)
+        for statistic, arrays in aggregates.items():
+            out |= {f"{statistic}/{r}/{n}": v for n, v in zip(names, arrays, strict=True)}
     np.savez(target, **out)
 
 

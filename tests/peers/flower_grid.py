@@ -44,8 +44,8 @@ class InProcess(Grid):
     @property
     def run(self) -> Any: ...
 
-    def create_message(self, *given: Any, **named: Any) -> Message:
-        return Message(*given, **named)
+    def create_message(self, *arguments: Any, **named_arguments: Any) -> Message:
+        return Message(*arguments, **named_arguments)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
@@ -60,17 +60,17 @@ class InProcess(Grid):
         replies = []
         for number, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = f"{number}"
-            message.content = self._passed(message.content, self.down)
+            message.content = self._transfer(message.content, self.down)
             self.kinds.append(message.metadata.message_type)
             try:
                 reply = self.app(message, self.contexts[message.metadata.dst_node_id])
-                reply.content = self._passed(reply.content, self.up)
+                reply.content = self._transfer(reply.content, self.up)
             except Exception as error:  # noqa: BLE001 - a SuperNode answers so to any
                 reply = Message(Error(1, repr(error)), reply_to=message)
             replies.append(reply)
         return self.change(replies)
 
-    def _passed(self, content: RecordDict, sizes: list[int]) -> RecordDict:
+    def _transfer(self, content: RecordDict, sizes: list[int]) -> RecordDict:
         proto = recorddict_to_proto(content)
         raw = proto.SerializeToString()
         sizes.append(len(raw))

@@ -67,12 +67,12 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not PYTHON.exists():
         pytest.skip(f"Flower is not installed: no {PYTHON} (`make build/flower/installed`)")
     folder = tmp_path_factory.mktemp("flower")
-    given: dict[str, Any] = {"weights": WEIGHTS, "trim": TRIM, "momentum": MOMENTUM, "rate": RATE}
-    given |= {f"base/{n}": v for n, v in BASE.items()}
+    inputs: dict[str, Any] = {"weights": WEIGHTS, "trim": TRIM, "momentum": MOMENTUM, "rate": RATE}
+    inputs |= {f"base/{n}": v for n, v in BASE.items()}
     for r in range(ROUNDS):
         for k in range(CLIENTS):
-            given |= {f"{r}/{k}/{n}": v for n, v in update(r, k).items()}
-    np.savez(folder / "in.npz", **given)
+            inputs |= {f"{r}/{k}/{n}": v for n, v in update(r, k).items()}
+    np.savez(folder / "in.npz", **inputs)
     script = Path(__file__).parent / "flower_aggregates.py"
     subprocess.run(
         [PYTHON, script, folder / "in.npz", folder / "out.npz"],
@@ -84,9 +84,12 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def ours(aggregator: Aggregator, round_: int, base: Tensors = BASE, memory: Any = None, rate: float = 1.0) -> Any:
-    at, whole = scene(NET, base, memory, round=round_ + 1), Selection.full(NET)
-    reports = [report(at, whole, update(round_, k), int(WEIGHTS[round_, k]), device=f"d{k}") for k in range(CLIENTS)]
-    return close(aggregator, at, reports, rate)
+    round_scene, full_selection = scene(NET, base, memory, round=round_ + 1), Selection.full(NET)
+    reports = [
+        report(round_scene, full_selection, update(round_, k), int(WEIGHTS[round_, k]), device=f"d{k}")
+        for k in range(CLIENTS)
+    ]
+    return close(aggregator, round_scene, reports, rate)
 
 
 def size(round_: int, name: str) -> Any:
@@ -110,11 +113,11 @@ def test_means_agree(flower: dict[str, Any], aggregator: Aggregator) -> None:
 @pytest.mark.parametrize(
     ("way", "how"), [("median", Robustness(centre="median")), ("trimmed", Robustness(centre="trimmed", trim=TRIM))]
 )
-def test_medians_and_trimmed_means_agree(flower: dict[str, Any], way: str, how: Robustness) -> None:
+def test_medians_and_trimmed_means_agree(flower: dict[str, Any], statistic: str, robustness: Robustness) -> None:
     for r in range(ROUNDS):
-        got = ours(RobustAggregator(Mean(), how), r).model
+        got = ours(RobustAggregator(Mean(), robustness), r).model
         for name, value in got.items():
-            theirs = flower[f"{way}/{r}/{name}"].astype(np.float64)
+            theirs = flower[f"{statistic}/{r}/{name}"].astype(np.float64)
             assert (np.abs(value - theirs) <= (CLIENTS + 3) * UNIT * size(r, name) + 2.0**-34).all()
 
 

@@ -30,7 +30,7 @@ START = "import sys; sys.path.append(sys.argv[1]); import flower_adapter; flower
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of every case."""
     if not PYTHON.exists():
         pytest.skip(f"Flower is not installed: no {PYTHON} (`make build/flower/installed`)")
@@ -54,10 +54,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
-def test_all_cases_ran(found: dict[str, Any]) -> None:
-    assert list(found) == CASES
+def test_all_cases_ran(cases: dict[str, Any]) -> None:
+    assert list(cases) == CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c.removeprefix("case_") for c in CASES])
-def test_flower(found: dict[str, Any], case: str) -> None:
-    assert found[case]["ok"], found[case]["error"]
+def test_flower(cases: dict[str, Any], case: str) -> None:
+    assert cases[case]["ok"], cases[case]["error"]

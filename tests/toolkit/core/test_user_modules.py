@@ -36,7 +36,8 @@ def test_a_module_goes_before_an_installed_one_of_its_name_where_it_is_named(her
 def test_a_file_of_the_folder_takes_no_installed_modules_place(here: Path) -> None:
     (here / "mine.py").write_text("")
     (here / "netrc.py").write_text("raise RuntimeError('not me')\n")  # of the standard library, not imported yet
-    program = "from fedprune.core import imports; imports.import_user_module('mine'); import netrc; print(netrc.__file__)"
+    program = "from fedprune.core import imports; imports.import_user_module('mine')"
+    program += "; import netrc; print(netrc.__file__)"
     run = subprocess.run([sys.executable, "-c", program_code(program)], capture_output=True, text=True, check=True)
     assert str(here) not in run.stdout
 
