@@ -204,7 +204,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         # Before the state directory is locked and written: an error in the user's data is reported first.
         fixed_data = None if sample_options.data == LOCAL else sample_options.open(state, stack)
         store = _open_store(stack, state, owner, policy)
-        crashes = CrashReports(state, quiet=lambda: store.privacy.is_private)
+        crashes = CrashReports(state, withholds_text=lambda: store.privacy.is_private)
         stack.enter_context(crashes.watch_run())
         data = sample_options.open(state, stack) if fixed_data is None else fixed_data
         runtime.check()  # in a child process, before this process loads onnxruntime: a broken one may end its process

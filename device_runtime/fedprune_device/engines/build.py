@@ -106,7 +106,7 @@ def _set_batches(builder: Any, network: Any, config: Any, plan: EnginePlan) -> N
         raise EngineError(f"TensorRT refuses batches of {plan.batch[0]} to {plan.batch[2]} samples")
 
 
-def _monitor(trt: Any, tell: ReportProgress) -> Any:
+def _monitor(trt: Any, report: ReportProgress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -119,7 +119,7 @@ def _monitor(trt: Any, tell: ReportProgress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._steps:
-                tell(f"{phase_name}: {step} of {self._steps[phase_name]}")
+                report(f"{phase_name}: {step} of {self._steps[phase_name]}")
             return True
 
         def phase_finish(self, phase_name: str) -> None:

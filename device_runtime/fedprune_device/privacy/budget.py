@@ -164,11 +164,11 @@ class BoardPrivacyBudget:
         return GaussianNoise.from_system()
 
     def describe(self, delta: float | None = None) -> str:
-        floor = self.policy or PrivacyPolicy()
+        policy = self.policy or PrivacyPolicy()
         if self._damage:
             return f"what was spent is not known: {self._damage}"
-        budget_delta = delta or floor.delta
-        limit = f" of {floor.most_epsilon:g}" if floor.most_epsilon else ""
+        budget_delta = delta or policy.delta
+        limit = f" of {policy.most_epsilon:g}" if policy.most_epsilon else ""
         updates = f"{self.draws} update{'' if self.draws == 1 else 's'} with noise"
         return f"ε {epsilon_for(self.cost, budget_delta):.4g}{limit} at δ {budget_delta:g}, for {updates}"
 

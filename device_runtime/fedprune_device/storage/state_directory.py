@@ -91,17 +91,17 @@ class DeviceStore(Closeable):
     def close(self) -> None:
         self._lock_stack.close()
 
-    def apply_policy(self, floor: PrivacyPolicy | None) -> None:
+    def apply_policy(self, policy: PrivacyPolicy | None) -> None:
         """Apply the owner's privacy policy to every job, and drop a pending update that doesn't meet it."""
-        self.privacy.policy = floor
-        if floor is None or self.pending is None:
+        self.privacy.policy = policy
+        if policy is None or self.pending is None:
             return
         task = self.task
         try:
             if task is None or self.pending_for(task.offer) is None:
                 raise PrivacyError("it may be without noise")
             # Its privacy cost has been counted already, whether it is sent or not.
-            replace(floor, most_epsilon=0.0).check(Recipe.from_dict(task.offer.recipe), 0.0)
+            replace(policy, most_epsilon=0.0).check(Recipe.from_dict(task.offer.recipe), 0.0)
         except FedpruneError as error:
             _LOG.warning("the pending update is dropped, because the board's owner requires more privacy: %s", error)
             self.forget_update()

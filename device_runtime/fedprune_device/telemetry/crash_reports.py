@@ -45,16 +45,16 @@ _BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CrashReports:
-    """The crashes of runs. `boot` identifies the board's boot; if `quiet`, only an exception's name is reported."""
+    """The crashes of runs. `boot` identifies the boot; if `withholds_text`, only an exception's name is reported."""
 
     def __init__(
         self,
         folder: Path,
         clock: Callable[[], float] = time.time,
         boot: Callable[[], str] | None = None,
-        quiet: Callable[[], bool] = lambda: False,
+        withholds_text: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._is_quiet = quiet
+        self._withholds_text = withholds_text
         self._folder, self._clock = folder, clock
         self._boot = boot or _boot_id
         self._started_at = clock()
@@ -70,7 +70,7 @@ class CrashReports:
             return None
         if not isinstance(report, dict):
             return None
-        if self._is_quiet() and report.get("cause") not in _SAFE_CAUSES:
+        if self._withholds_text() and report.get("cause") not in _SAFE_CAUSES:
             name, words, _ = str(report.get("text", "")).partition(":")
             report["text"] = f"{name if words and name.isidentifier() else 'an error'} {WITHHELD}"
         return report
@@ -81,7 +81,7 @@ class CrashReports:
 
     def record_exception(self, error: BaseException, cause: str = "exception") -> None:
         """Write down an exception that ends the service, or a thread of it."""
-        message = f"{error_name(error)}: {WITHHELD}" if self._is_quiet() else f"{type(error).__name__}: {error}"
+        message = f"{error_name(error)}: {WITHHELD}" if self._withholds_text() else f"{type(error).__name__}: {error}"
         text = redact(message, MAX_CRASH_TEXT)
         self._write(cause, text, _exception_frames(error.__traceback__), self._clock() - self._started_at)
 

@@ -70,7 +70,7 @@ class StepGraph:
         self._threads = threads
         self._cuda = cuda
         self._given = session
-        self._parts = subgraphs or Subgraphs()
+        self._subgraphs = subgraphs or Subgraphs()
         self._session = session or OnnxSession(graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], OnnxSession] = {}
         self._objective: tuple[Recipe, int, Objective] | None = None
@@ -216,7 +216,7 @@ class StepGraph:
             self._objective = (
                 recipe,
                 classes,
-                Objective(self._graph_bytes(), recipe, classes, scores=self.counts_hits, subgraphs=self._parts),
+                Objective(self._graph_bytes(), recipe, classes, scores=self.counts_hits, subgraphs=self._subgraphs),
             )
         return self._objective[2]
 
@@ -303,7 +303,7 @@ class StepGraph:
         session = self._given or self._forward.get(tuple(outputs))
         try:
             if session is None:
-                subgraph = self._parts.subgraph_for(self._graph_bytes, outputs)
+                subgraph = self._subgraphs.subgraph_for(self._graph_bytes, outputs)
                 session = OnnxSession(subgraph, threads=self._threads, training=True, cuda=self._cuda)
                 self._forward[tuple(outputs)] = session
             inputs = {**feeds, **self._mapped_base(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}

@@ -421,16 +421,16 @@ class TrainerCache:
         self._cuda = cuda
         self._keep = keep
         self._loaded: tuple[tuple[str, Path | None], Trainer] | None = None
-        self._parts = ("", Subgraphs())
+        self._subgraphs = ("", Subgraphs())
 
     def of(self, sha256: str, read: Callable[[], bytes], base: Path | None = None) -> Trainer:
         """A trainer for a graph and the frozen base that it reads; `read` gives its bytes if they are needed."""
         key = (sha256, base)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # two loaded models are more than a small board has memory for
-            if self._parts[0] != sha256:
-                self._parts = (sha256, Subgraphs())
-            trainer = Trainer(read(), threads=self.threads, cuda=self._cuda, base=base, subgraphs=self._parts[1])
+            if self._subgraphs[0] != sha256:
+                self._subgraphs = (sha256, Subgraphs())
+            trainer = Trainer(read(), threads=self.threads, cuda=self._cuda, base=base, subgraphs=self._subgraphs[1])
             self._loaded = (key, trainer)
         return self._loaded[1]
 

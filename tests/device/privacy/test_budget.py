@@ -227,8 +227,8 @@ def test_refusals_of_private_jobs_name_the_kind_alone_but_for_what_is_of_the_off
 
 def test_of_a_private_board_a_crash_tells_its_name(tmp_path: Path) -> None:
     for early in (True, False):
-        CrashReports(tmp_path, quiet=lambda now=not early: now).record_exception(DataError(SECRET))  # type: ignore[misc]
-        report = CrashReports(tmp_path, quiet=lambda: True).report
+        CrashReports(tmp_path, withholds_text=lambda now=not early: now).record_exception(DataError(SECRET))  # type: ignore[misc]
+        report = CrashReports(tmp_path, withholds_text=lambda: True).report
         assert report["text"].startswith("DataError")
         assert "cancer" not in report["text"]
     CrashReports(tmp_path).record_exception(DataError("plain words"))
