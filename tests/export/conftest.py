@@ -25,11 +25,11 @@ def imported() -> Callable[[str], Model]:
     from fedprune_export.importing import export_torch, import_onnx
     from support.nets import published_nets as zoo
 
-    held: dict[str, Model] = {}
+    models: dict[str, Model] = {}
 
     def get(name: str) -> Model:
-        if name not in held:
-            held[name] = import_onnx(export_torch(zoo.make(name)), name)
-        return held[name]
+        if name not in models:
+            models[name] = import_onnx(export_torch(zoo.make(name)), name)
+        return models[name]
 
     return get

@@ -61,7 +61,7 @@ def test_data_of_another_label_kind_is_read_for_the_recipes_loss(digits: Path, t
     assert report.accuracy.samples == 4
 
 
-OTHER = Path(__file__)
+UNRELATED_FILE = Path(__file__)
 WRONG: dict[str, tuple[str, str, dict[str, object]]] = {
     "no shape": ("load", "input_shape", {"input_shape": 3}),
     "number for a name": ("load", "name", {"name": 3}),
@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[str, str, dict[str, object]]] = {
     "recipe of text": ("plan", "recipe", {"recipe": "sgd"}),
     "density of text": ("plan", "density", {"density": "half"}),
     "deadline": ("plan", "deadline_s", {"deadline_s": float("nan")}),
-    "model that is no model": ("export", "model", {"model": OTHER}),
+    "model that is no model": ("export", "model", {"model": UNRELATED_FILE}),
     "plan that is a name": ("export", "plan", {"plan": BOARD}),
     "data": ("export", "data", {"data": 3}),
     "numbers of classes": ("export", "class_names: an entry", {"class_names": [1, 2]}),
@@ -79,14 +79,14 @@ WRONG: dict[str, tuple[str, str, dict[str, object]]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_arguments_of_another_type_are_named_with_what_was_expected(digits: Path, tmp_path: Path, case: str) -> None:
     call, named, wrong = WRONG[case]
-    given: dict[str, object] = {}
+    arguments: dict[str, object] = {}
     if call == "load":
-        given["source"] = digits
+        arguments["source"] = digits
     else:
-        given["model"] = model = fx.load(digits)
-        given |= {"target": BOARD} if call == "plan" else {"plan": fx.plan(model, BOARD), "folder": tmp_path / "b"}
+        arguments["model"] = model = fx.load(digits)
+        arguments |= {"target": BOARD} if call == "plan" else {"plan": fx.plan(model, BOARD), "folder": tmp_path / "b"}
     with pytest.raises((ConfigError, ModelError), match=rf"{named}.*: expected .*") as error:
-        getattr(fx, call)(**given | wrong)
+        getattr(fx, call)(**arguments | wrong)
     assert "got" in str(error.value) or case == "scorer"
     assert not (tmp_path / "b").exists()
 

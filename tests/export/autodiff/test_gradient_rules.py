@@ -228,8 +228,8 @@ row(
 @st.composite
 def broadcast(draw: st.DrawFn, count: int) -> list[tuple[int, ...]]:
     full = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
-    kept = [tuple(d if draw(st.booleans()) else 1 for d in full) for _ in range(count)]
-    return [shape[draw(st.integers(0, len(full) - 1)) :] for shape in kept]
+    shapes = [tuple(d if draw(st.booleans()) else 1 for d in full) for _ in range(count)]
+    return [shape[draw(st.integers(0, len(full) - 1)) :] for shape in shapes]
 
 
 @pytest.mark.parametrize("op", BINARY)
@@ -243,10 +243,10 @@ def test_arithmetic_broadcasts(op: str, shapes: list[tuple[int, ...]]) -> None:
 @few
 @given(shapes=broadcast(3))
 def test_where_broadcasts(shapes: list[tuple[int, ...]]) -> None:
-    taken = normal(*shapes[0], seed=5) > 0
+    condition = normal(*shapes[0], seed=5) > 0
     arrays = {"a": normal(*shapes[1], seed=1), "b": normal(*shapes[2], seed=2)}
-    oracle = lambda a, b: torch.where(torch.tensor(taken), a, b)  # noqa: E731
-    check([node("Where", "t", "a", "b")], oracle, arrays, None, {"t": taken}, sums=True)
+    oracle = lambda a, b: torch.where(torch.tensor(condition), a, b)  # noqa: E731
+    check([node("Where", "t", "a", "b")], oracle, arrays, None, {"t": condition}, sums=True)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -520,7 +520,7 @@ row(
 
 
 @pytest.mark.parametrize(
-    ("op", "shapes", "attrs", "said"),
+    ("op", "shapes", "attrs", "message"),
     [
         ("Det", {"x": ("N", 2, 2)}, {}, "no gradient rule"),
         ("MatMul", {"a": ("N", "c"), "b": ("d", 5)}, {}, "every width"),
@@ -528,12 +528,12 @@ row(
         ("Mul", {"x": ("N", "c"), "k": (4,)}, {}, "constant"),
     ],
 )
-def test_what_has_no_gradient_is_refused_by_name(op: str, shapes: dict[str, Dims], attrs: Any, said: str) -> None:
+def test_what_has_no_gradient_is_refused_by_name(op: str, shapes: dict[str, Dims], attrs: Any, message: str) -> None:
     sizes = {"N": 3, "c": 4, "d": 4}
     arrays = {n: normal(*(sizes.get(str(d), d) for d in dims)) for n, dims in shapes.items()}
     data = {n: a for n, a in arrays.items() if n != "k"}
     constants = {n: a for n, a in arrays.items() if n == "k"}
-    with pytest.raises(ModelError, match=rf"the_{op}|constant k.*{said}"):
+    with pytest.raises(ModelError, match=rf"the_{op}|constant k.*{message}"):
         differentiated([node(op, *shapes, **attrs)], data, shapes, constants)
 
 

@@ -16,7 +16,7 @@ from support.oracles.differentiation import check, differentiated, node, normal
 pytestmark = pytest.mark.torch
 
 
-def sampled(x: torch.Tensor, grid: torch.Tensor, **how: Any) -> torch.Tensor:
+def sample_grid(x: torch.Tensor, grid: torch.Tensor, **how: Any) -> torch.Tensor:
     return torch.nn.functional.grid_sample(x, grid, **how)
 
 
@@ -34,7 +34,7 @@ def test_samples_of_maps_are_torchs(
     check(
         [node("GridSample", "x", "grid", **attrs)],
         # The nearest place doesn't move with the grid: torch's gradient is 0.
-        lambda x, grid: sampled(
+        lambda x, grid: sample_grid(
             x, grid.detach() if mode == "nearest" else grid, mode=mode, padding_mode=padding, align_corners=corners
         ),
         {"x": x, "grid": grid},
@@ -54,7 +54,7 @@ def test_samples_at_places_and_borders_are_torchs(padding: str, corners: bool) -
     attrs = {"mode": "bilinear", "padding_mode": padding, "align_corners": int(corners)}
     check(
         [node("GridSample", "x", "grid", **attrs)],
-        lambda x, grid: sampled(x, grid, mode="bilinear", padding_mode=padding, align_corners=corners),
+        lambda x, grid: sample_grid(x, grid, mode="bilinear", padding_mode=padding, align_corners=corners),
         {"x": normal(1, 3, 5, 4), "grid": grid},
         {"x": ("N", 3, 5, 4), "grid": ("N", *grid.shape[1:])},
         sums=True,

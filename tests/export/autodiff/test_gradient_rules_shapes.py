@@ -105,8 +105,8 @@ PADS: list[tuple[str, tuple[int, ...], Oracle]] = [
     ("constant", (0, 2, 0, 0, 0, 1, 0, 0), lambda x: F.pad(x, (0, 0, 0, 0, 2, 1))),
 ]
 for _mode, _pads, _oracle in PADS:
-    _more = {"sums": True, "narrow": {"c": 3}, "mode": _mode}
-    one(f"pad {_mode}", "Pad", _oracle, normal(3, 4, 5, 6), ("N", "c", 5, 6), {"p": ints(*_pads)}, **_more)
+    _options = {"sums": True, "narrow": {"c": 3}, "mode": _mode}
+    one(f"pad {_mode}", "Pad", _oracle, normal(3, 4, 5, 6), ("N", "c", 5, 6), {"p": ints(*_pads)}, **_options)
 row(
     "channels padded with a value",
     [node("Pad", "x", "p", "v", out="z"), node("Mul", "z", "z")],
@@ -144,8 +144,8 @@ row(
     narrow={"c": 2},
 )
 for _repeats in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
-    _oracle, _more = partial(torch.Tensor.repeat, repeats=_repeats), {"sums": True, "narrow": {"c": 2}}
-    one(f"Tile {_repeats}", "Tile", _oracle, normal(3, 5, 4), ("N", "c", 4), {"r": ints(*_repeats)}, **_more)
+    _oracle, _options = partial(torch.Tensor.repeat, repeats=_repeats), {"sums": True, "narrow": {"c": 2}}
+    one(f"Tile {_repeats}", "Tile", _oracle, normal(3, 5, 4), ("N", "c", 4), {"r": ints(*_repeats)}, **_options)
 
 for _op in ("Expand", "ConstantOfShape"):  # states of zeros, as long as there are channels
     row(
@@ -175,7 +175,7 @@ def attention_views(x: torch.Tensor, heads: int, dims: int) -> torch.Tensor:
     return (q * k.exp() + v).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
 
 
-for _cut, _width, _apart, _whole in (("heads", "3*g*6", ("g", 6), "g*6"), ("dims", "12*g", (4, "g"), "4*g")):
+for _cut, _width, _apart, _joined_axis in (("heads", "3*g*6", ("g", 6), "g*6"), ("dims", "12*g", (4, "g"), "4*g")):
     # [N, T, 3·h·d] as [N, T, 3, h, d], whether whole heads or the same positions of every head are cut.
     row(
         f"attention by {_cut}",
@@ -194,7 +194,7 @@ for _cut, _width, _apart, _whole in (("heads", "3*g*6", ("g", 6), "g*6"), ("dims
         {"x": normal(3, 5, 72)},
         {"x": ("N", 5, _width)},
         {"apart": ints(0, 5, 3, 4, 6), "ones": ints(1, 1, 1), "zero": ints(0), "merged": ints(0, 5, 24)},
-        values={"r": ("N", 5, 3, *_apart), "y": ("N", 5, _whole)},
+        values={"r": ("N", 5, 3, *_apart), "y": ("N", 5, _joined_axis)},
         narrow={"g": 2},
     )
 row(
@@ -298,16 +298,16 @@ row(
     {"x": ("N", 4, "2*g")},
     narrow={"g": 3},
 )
-for _part, (_begin, _end) in enumerate(pairwise([0, 8, 10, 15])):
+for _index, (_begin, _end) in enumerate(pairwise([0, 8, 10, 15])):
     row(
-        f"slice of whole groups {_part}",
+        f"slice of whole groups {_index}",
         [
             node("Slice", "x", "b", "e", "a", out="s"),
             node("Exp", "s", out="t"),
             node("ReduceSum", "w", out="sw", keepdims=0),
             node("Mul", "t", "sw"),
         ],
-        lambda w, x, i=_part: x.split([x.shape[1] - 2 - len(w), 2, len(w)], 1)[i].exp() * w.sum(),
+        lambda w, x, i=_index: x.split([x.shape[1] - 2 - len(w), 2, len(w)], 1)[i].exp() * w.sum(),
         {"w": normal(5, seed=1), "x": normal(3, 15, 4)},
         {"w": ("d",), "x": ("N", "2*c*2+2+d", 4)},
         {"b": ints(_begin), "e": ints(_end), "a": ints(1)},
@@ -465,18 +465,18 @@ for _reduction in ("none", "add"):
         {"i": np.array([[0, 5], [3, 2]])},
         narrow={"c": 2},
     )
-_PLACES = np.array([[0, 5], [3, 2], [1, 0]])
+_INDICES = np.array([[0, 5], [3, 2], [1, 0]])
 row(
     "ScatterElements",
     [node("ScatterElements", "x", "i", "u", axis=1)],
-    lambda x, u: x.scatter(1, torch.tensor(_PLACES), u),
+    lambda x, u: x.scatter(1, torch.tensor(_INDICES), u),
     {"x": normal(3, 6), "u": normal(3, 2, seed=1)},
     None,
-    {"i": _PLACES},
+    {"i": _INDICES},
 )
 
 
-def kept(boxes: torch.Tensor, scores: torch.Tensor, most: int, overlap: float) -> torch.Tensor:
+def kept_boxes_mask(boxes: torch.Tensor, scores: torch.Tensor, max_boxes: int, overlap: float) -> torch.Tensor:
     """1 for boxes that overlap with no better one that is kept, as a mask [N, boxes]."""
     low, high = torch.minimum(boxes[..., :2], boxes[..., 2:]), torch.maximum(boxes[..., :2], boxes[..., 2:])
     common = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
@@ -485,7 +485,7 @@ def kept(boxes: torch.Tensor, scores: torch.Tensor, most: int, overlap: float) -
     mask = torch.zeros_like(scores)
     for row, n in zip(mask, range(len(mask)), strict=True):
         for i in scores[n].argsort(descending=True):
-            if row.sum() < most and not (ratio[n, i] * row > overlap).any():
+            if row.sum() < max_boxes and not (ratio[n, i] * row > overlap).any():
                 row[i] = 1
     return mask
 
@@ -501,7 +501,7 @@ row(
         node("Sub", "b", "b", out="z"),
         node("ScatterND", "z", "p", "q"),
     ],
-    lambda b, s: b**2 * kept(b.detach(), s[:, 0].detach(), 6, 0.3)[..., None],
+    lambda b, s: b**2 * kept_boxes_mask(b.detach(), s[:, 0].detach(), 6, 0.3)[..., None],
     {"b": _BOXES, "s": normal(3, 1, 12, seed=1)},
     {"b": ("N", 12, 4), "s": ("N", 1, 12)},
     {"most": ints(6), "overlap": np.array([0.3], np.float32), "pair": ints(0, 2)},
@@ -510,8 +510,8 @@ row(
 )
 
 for _upper, _function in enumerate((torch.tril, torch.triu)):
-    _oracle, _more = partial(_function, diagonal=1), {"sums": True, "narrow": {}, "upper": _upper}
-    one(f"Trilu {_upper}", "Trilu", _oracle, normal(3, 4, 5), ("N", 4, 5), {"k": np.array(1, np.int64)}, **_more)
+    _oracle, _options = partial(_function, diagonal=1), {"sums": True, "narrow": {}, "upper": _upper}
+    one(f"Trilu {_upper}", "Trilu", _oracle, normal(3, 4, 5), ("N", 4, 5), {"k": np.array(1, np.int64)}, **_options)
 row(
     "OneHot",
     [node("OneHot", "t", "depth", "values", out="o"), node("MatMul", "o", "w")],
@@ -587,12 +587,12 @@ def places_to_channels(x: torch.Tensor) -> torch.Tensor:
 
 
 for _size in (2, 3):
-    _dims, _more = ("N", f"c*{_size**2}", 2, 3), {"narrow": {"c": 1}, "blocksize": _size, "mode": "CRD"}
+    _dims, _options = ("N", f"c*{_size**2}", 2, 3), {"narrow": {"c": 1}, "blocksize": _size, "mode": "CRD"}
     _oracle = partial(F.pixel_shuffle, upscale_factor=_size)
-    one(f"pixel shuffle {_size}", "DepthToSpace", _oracle, normal(3, 2 * _size**2, 2, 3), _dims, **_more)
-_more = {"narrow": {"c": 2}, "blocksize": 2}
-one("depth to space", "DepthToSpace", by_depth, normal(3, 12, 2, 3), ("N", "4*c", 2, 3), **_more)
-one("space to depth", "SpaceToDepth", places_to_channels, normal(3, 5, 4, 6), ("N", "c", 4, 6), **_more)
+    one(f"pixel shuffle {_size}", "DepthToSpace", _oracle, normal(3, 2 * _size**2, 2, 3), _dims, **_options)
+_options = {"narrow": {"c": 2}, "blocksize": 2}
+one("depth to space", "DepthToSpace", by_depth, normal(3, 12, 2, 3), ("N", "4*c", 2, 3), **_options)
+one("space to depth", "SpaceToDepth", places_to_channels, normal(3, 5, 4, 6), ("N", "c", 4, 6), **_options)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -660,12 +660,12 @@ REFUSED: list[tuple[str, list[Node], Dims, Arrays, Shapes]] = [
 ]
 
 
-@pytest.mark.parametrize(("said", "nodes", "dims", "constants", "values"), REFUSED)
+@pytest.mark.parametrize(("message", "nodes", "dims", "constants", "values"), REFUSED)
 def test_what_has_no_form_at_every_width_is_refused_by_name(
-    said: str, nodes: list[Node], dims: Dims, constants: Arrays, values: Shapes
+    message: str, nodes: list[Node], dims: Dims, constants: Arrays, values: Shapes
 ) -> None:
     x = normal(*({"N": 2, "c": 12, "h": 4, "d": 6}.get(str(d), d) for d in dims))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         differentiated(nodes, {"x": x}, {"x": dims}, constants, values)
 
 

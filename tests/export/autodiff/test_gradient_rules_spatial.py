@@ -181,15 +181,22 @@ def test_depthwise_convolution_of_any_width(longer: int, case: dict[str, Any]) -
 
 @pytest.mark.parametrize("cut", ["groups", "positions", "nothing"])
 @settings(max_examples=25, deadline=None)
-@given(case=convolution_cases((1, 2, 2, 3)), groups=st.integers(2, 4), taken=st.integers(1, 3), made=st.integers(1, 3))
-def test_convolution_in_groups(cut: str, case: dict[str, Any], groups: int, taken: int, made: int) -> None:
-    case = {**case, "inputs": groups * taken, "outputs": groups * made}
+@given(
+    case=convolution_cases((1, 2, 2, 3)),
+    groups=st.integers(2, 4),
+    group_inputs=st.integers(1, 3),
+    group_outputs=st.integers(1, 3),
+)
+def test_convolution_in_groups(
+    cut: str, case: dict[str, Any], groups: int, group_inputs: int, group_outputs: int
+) -> None:
+    case = {**case, "inputs": groups * group_inputs, "outputs": groups * group_outputs}
     if cut == "groups":
-        check_convolution(case, groups, f"g*{taken}", f"g*{made}", taken)
+        check_convolution(case, groups, f"g*{group_inputs}", f"g*{group_outputs}", group_inputs)
     elif cut == "positions":
         check_convolution(case, groups, f"{groups}*i", f"{groups}*o", "i")
     else:
-        check_convolution(case, groups, groups * taken, groups * made, taken)
+        check_convolution(case, groups, groups * group_inputs, groups * group_outputs, group_inputs)
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])

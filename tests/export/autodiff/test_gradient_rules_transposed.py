@@ -80,7 +80,7 @@ def check_transposed(case: dict[str, Any], groups: int, data: Any, dims: tuple[A
     check([node("ConvTranspose", *data, **attrs)], oracle, data, shapes, sums=True, narrow=narrow)
 
 
-def drawn(case: dict[str, Any], inputs: int, inside: int, groups: int) -> dict[str, np.ndarray[Any, Any]]:
+def random_arrays(case: dict[str, Any], inputs: int, inside: int, groups: int) -> dict[str, np.ndarray[Any, Any]]:
     return {
         "x": normal(3, inputs, *case["size"]),
         "w": normal(inputs, inside, *case["kernel"], seed=1),
@@ -91,7 +91,7 @@ def drawn(case: dict[str, Any], inputs: int, inside: int, groups: int) -> dict[s
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), inputs=st.integers(1, 5), outputs=st.integers(1, 5))
 def test_transposed_convolution(case: dict[str, Any], inputs: int, outputs: int) -> None:
-    check_transposed(case, 1, drawn(case, inputs, outputs, 1), ("i", "o", "o"))
+    check_transposed(case, 1, random_arrays(case, inputs, outputs, 1), ("i", "o", "o"))
 
 
 @settings(max_examples=50, deadline=None)
@@ -99,16 +99,23 @@ def test_transposed_convolution(case: dict[str, Any], inputs: int, outputs: int)
 def test_depthwise_transposed_convolution(case: dict[str, Any], channels: int, longer: int) -> None:
     *sizes, last = case["size"]
     case = {**case, "size": (*sizes, last + longer)}
-    check_transposed(case, channels, drawn(case, channels, 1, channels), ("c", 1, "c"))
+    check_transposed(case, channels, random_arrays(case, channels, 1, channels), ("c", 1, "c"))
 
 
 @pytest.mark.parametrize("cut", ["groups", "positions"])
 @settings(max_examples=25, deadline=None)
-@given(case=cases(), groups=st.integers(2, 4), taken=st.integers(1, 3), made=st.integers(1, 3))
-def test_transposed_convolution_in_groups(cut: str, case: dict[str, Any], groups: int, taken: int, made: int) -> None:
-    whole = (f"g*{taken}", made, f"g*{made}")
+@given(case=cases(), groups=st.integers(2, 4), group_inputs=st.integers(1, 3), group_outputs=st.integers(1, 3))
+def test_transposed_convolution_in_groups(
+    cut: str, case: dict[str, Any], groups: int, group_inputs: int, group_outputs: int
+) -> None:
+    axes_by_group = (f"g*{group_inputs}", group_outputs, f"g*{group_outputs}")
     inside = (f"{groups}*i", "o", f"{groups}*o")
-    check_transposed(case, groups, drawn(case, groups * taken, made, groups), whole if cut == "groups" else inside)
+    check_transposed(
+        case,
+        groups,
+        random_arrays(case, groups * group_inputs, group_outputs, groups),
+        axes_by_group if cut == "groups" else inside,
+    )
 
 
 @pytest.mark.parametrize("mode", ["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"])

@@ -28,9 +28,10 @@ def distances(model: Model, density: float, seed: int) -> Distances:
     selection = random_selection(model, density, seed)
     rng = np.random.default_rng(seed)
     shape, classes = model.architecture.input_shape, model.architecture.classes
-    least = 2 if any(n.op == "BatchNormalization" for n in model.graph.nodes) else 1
+    smallest_batch = 2 if any(n.op == "BatchNormalization" for n in model.graph.nodes) else 1
     samples = [
-        (rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (least, 3, 5) * 3
+        (rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b))
+        for b in (smallest_batch, 3, 5) * 3
     ]
     return Trained(model).distances(cut(model, selection), selection.gather(model.tensors), samples)
 
@@ -39,17 +40,17 @@ def distances(model: Model, density: float, seed: int) -> Distances:
 @given(model=mixing_nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
 def test_gradients_of_mixed_channels_are_torchs(model: Model, density: float, seed: int) -> None:
     # Every one has tanhs, and onnxruntime's is 3.6 times as far off as torch's: in a cut to one channel it is all.
-    found = distances(model, density, seed)
-    assert found.is_near, (found.ours, found.torch)
-    assert found.excess(found.worst_tensor) <= 2 * TENSOR, found.worst_tensor
+    measured = distances(model, density, seed)
+    assert measured.is_near, (measured.ours, measured.torch)
+    assert measured.excess(measured.worst_tensor) <= 2 * TENSOR, measured.worst_tensor
 
 
 @few
 @given(model=nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
 def test_gradients_of_chains_are_torchs(model: Model, density: float, seed: int) -> None:
-    found = distances(model, density, seed)
-    assert found.is_near, (found.ours, found.torch)
-    assert found.excess(found.worst_tensor) <= TENSOR, found.worst_tensor
+    measured = distances(model, density, seed)
+    assert measured.is_near, (measured.ours, measured.torch)
+    assert measured.excess(measured.worst_tensor) <= TENSOR, measured.worst_tensor
 
 
 @cache
@@ -60,6 +61,6 @@ def hard_net(name: str) -> Model:
 @pytest.mark.parametrize("density", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["SegmentSums", "SpatialTransformer", "Spectra", "PairDistances", "Overlaps"])
 def test_gradients_of_computed_places_and_waves_are_torchs(name: str, density: float) -> None:
-    found = distances(hard_net(name), density, 1)
-    assert found.is_near, (found.ours, found.torch)
-    assert found.excess(found.worst_tensor) <= TENSOR, found.worst_tensor
+    measured = distances(hard_net(name), density, 1)
+    assert measured.is_near, (measured.ours, measured.torch)
+    assert measured.excess(measured.worst_tensor) <= TENSOR, measured.worst_tensor

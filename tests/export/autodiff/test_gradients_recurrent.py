@@ -137,13 +137,13 @@ def test_gru_that_resets_before_its_product(case: dict[str, Any]) -> None:
         ys, last = [], []
         for i in range(len(w)):
             state = torch.zeros(x.shape[1], hidden, dtype=x.dtype) if h is None else h[i]
-            own, out = (b[i].chunk(6) if b is not None else [torch.zeros(hidden, dtype=x.dtype)] * 6), []
+            biases, out = (b[i].chunk(6) if b is not None else [torch.zeros(hidden, dtype=x.dtype)] * 6), []
             wz, wr, wh, rz, rr, rh = *w[i].chunk(3), *r[i].chunk(3)
             backwards = case["direction"] == "reverse" or i == 1
             for step in x.flip(0) if backwards else x:
-                z = torch.sigmoid(step @ wz.T + state @ rz.T + own[0] + own[3])
-                reset = torch.sigmoid(step @ wr.T + state @ rr.T + own[1] + own[4])
-                n = torch.tanh(step @ wh.T + (reset * state) @ rh.T + own[2] + own[5])
+                z = torch.sigmoid(step @ wz.T + state @ rz.T + biases[0] + biases[3])
+                reset = torch.sigmoid(step @ wr.T + state @ rr.T + biases[1] + biases[4])
+                n = torch.tanh(step @ wh.T + (reset * state) @ rh.T + biases[2] + biases[5])
                 state = (1 - z) * n + z * state
                 out.append(state)
             ys.append(torch.stack(out[::-1] if backwards else out))

@@ -39,7 +39,7 @@ def own_tests(names: dict[str, Any]) -> dict[str, Callable[[], None]]:
 
 
 def test_the_example_passes_its_own_tests(example: dict[str, Any]) -> None:
-    found = own_tests(example)
-    assert len(found) == 2
-    for function in found.values():
+    tests = own_tests(example)
+    assert len(tests) == 2
+    for function in tests.values():
         function()

@@ -123,8 +123,8 @@ class Points(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.points, self.heads = nn.ModuleDict(), nn.ModuleDict()
-        for name, (function, more) in TABLE.items():
-            values = torch.tensor([*COMMON, *more])
+        for name, (function, points) in TABLE.items():
+            values = torch.tensor([*COMMON, *points])
             layer, head = nn.Linear(3, len(values)), nn.Linear(len(values), CLASSES)
             with torch.no_grad():
                 layer.weight.zero_()

@@ -22,11 +22,11 @@ from support.oracles.cutting import distance
 
 @pytest.fixture(scope="module")
 def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(digits, tmp_path_factory.mktemp("bundles") / "b", "--density", "0.4")
+    return export(digits, tmp_path_factory.mktemp("bundles") / "b", "--density", "0.4")
 
 
-def exported(model: object, out: Path, *more: str) -> Path:
-    assert main([str(model), "--target", "raspberry-pi-5", "--out", str(out), *more]) == ExitCode.OK
+def export(model: object, out: Path, *words: str) -> Path:
+    assert main([str(model), "--target", "raspberry-pi-5", "--out", str(out), *words]) == ExitCode.OK
     return out
 
 
@@ -43,8 +43,8 @@ def opset_of(path: Path) -> int:
 
 @pytest.mark.parametrize("opset", [None, 13, 23])
 def test_a_bundle_as_one_file_computes_the_same(bundle: Path, tmp_path: Path, opset: int | None) -> None:
-    more = [] if opset is None else ["--opset", str(opset)]
-    assert main(["to-onnx", str(bundle), str(tmp_path / "out.onnx"), *more]) == ExitCode.OK
+    opset_option = [] if opset is None else ["--opset", str(opset)]
+    assert main(["to-onnx", str(bundle), str(tmp_path / "out.onnx"), *opset_option]) == ExitCode.OK
     assert opset_of(tmp_path / "out.onnx") == (opset or 17)
     assert not [t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if t.external_data]
     assert distance(logits(tmp_path / "out.onnx", X), logits(bundle / "inference.onnx", X)) < 1e-6
@@ -52,20 +52,20 @@ def test_a_bundle_as_one_file_computes_the_same(bundle: Path, tmp_path: Path, op
 
 def test_what_was_written_can_be_imported_again(bundle: Path, tmp_path: Path) -> None:
     main(["to-onnx", str(bundle), str(tmp_path / "out.onnx")])
-    again = import_onnx((tmp_path / "out.onnx").read_bytes(), "digits")
+    reimported = import_onnx((tmp_path / "out.onnx").read_bytes(), "digits")
     selection = open_bundle(bundle).selection
-    assert again.architecture.sizes == selection.widths
-    assert {n: v.shape for n, v in again.tensors.items()} == selection.shapes()
+    assert reimported.architecture.sizes == selection.widths
+    assert {n: v.shape for n, v in reimported.tensors.items()} == selection.shapes()
     for name, value in tensorfile.load_tensors(bundle / "weights.safetensors").items():
-        np.testing.assert_array_equal(again.tensors[name], value)
+        np.testing.assert_array_equal(reimported.tensors[name], value)
 
 
 def test_a_global_model_takes_the_weights_of_a_file(digits: Path, tmp_path: Path) -> None:
     model = import_onnx(digits.read_bytes(), "digits")
-    moved = {n: v * np.float32(1.1) for n, v in model.tensors.items()}
-    (tmp_path / "w.safetensors").write_bytes(tensorfile.encode(moved))
+    scaled = {n: v * np.float32(1.1) for n, v in model.tensors.items()}
+    (tmp_path / "w.safetensors").write_bytes(tensorfile.encode(scaled))
     graph = model.graph.copy()
-    graph.initializers.update(moved)
+    graph.initializers.update(scaled)
     code = main(["to-onnx", str(digits), str(tmp_path / "o.onnx"), "--weights", str(tmp_path / "w.safetensors")])
     assert code == ExitCode.OK
     expected = OnnxSession(graph.to_bytes()).run({"x": X})["logits"]
@@ -85,29 +85,29 @@ def test_weights_of_another_model_are_refused(
 
 def test_a_state_dict_has_the_shapes_of_the_submodel(bundle: Path, tmp_path: Path) -> None:
     assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.OK
-    found, held = (
+    state, tensors = (
         tensorfile.load_tensors(tmp_path / "s.safetensors"),
         tensorfile.load_tensors(bundle / "weights.safetensors"),
     )
-    for name, value in held.items():
-        np.testing.assert_array_equal(found[name], value)
-    assert {n for n in found if n not in held} == {f"bn{i}.num_batches_tracked" for i in (1, 2, 3)}
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(state[name], value)
+    assert {n for n in state if n not in tensors} == {f"bn{i}.num_batches_tracked" for i in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("others", ["zero", "keep"])
 def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_path: Path, others: str) -> None:
-    whole, out = import_onnx(digits.read_bytes(), "digits"), tmp_path / "s.safetensors"
+    full_model, out = import_onnx(digits.read_bytes(), "digits"), tmp_path / "s.safetensors"
     assert main(["to-torch", str(bundle), str(out), "--into", str(digits), "--others", others]) == ExitCode.OK
     selection, state = open_bundle(bundle).selection, tensorfile.load_tensors(out)
-    for name, value in whole.tensors.items():
-        kept = others == "keep" or "running" in name
+    for name, value in full_model.tensors.items():
+        is_kept = others == "keep" or "running" in name
         np.testing.assert_array_equal(
-            state[name], np.where(selection.coverage_mask(name), value, value if kept else np.float32(0))
+            state[name], np.where(selection.coverage_mask(name), value, value if is_kept else np.float32(0))
         )
-    graph = whole.graph.copy()
-    graph.initializers.update({n: state[n] for n in whole.tensors})
-    found = OnnxSession(graph.to_bytes()).run({"x": X})["logits"]
-    assert (distance(found, logits(bundle / "inference.onnx", X)) < 1e-5) == (others == "zero")
+    graph = full_model.graph.copy()
+    graph.initializers.update({n: state[n] for n in full_model.tensors})
+    full_logits = OnnxSession(graph.to_bytes()).run({"x": X})["logits"]
+    assert (distance(full_logits, logits(bundle / "inference.onnx", X)) < 1e-5) == (others == "zero")
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def board(bundle: Path, tmp_path: Path) -> Path:
     """A board's state folder whose model, of other weights than the bundle's, serves."""
     slots = ModelSlots(tmp_path / "board" / "serving")
     slots.prepare()
-    moved = {n: v * np.float32(1.1) for n, v in tensorfile.load_tensors(bundle / "weights.safetensors").items()}
-    stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(moved))
+    scaled = {n: v * np.float32(1.1) for n, v in tensorfile.load_tensors(bundle / "weights.safetensors").items()}
+    stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(scaled))
     files = {name: file_digest(stage / name) for name in ("inference.onnx", "weights.safetensors")}
     slots.install(ServingRecord("job", 7, 10, files))
     return tmp_path / "board"
@@ -133,8 +133,8 @@ def test_what_a_board_serves_goes_out(
     state = tensorfile.load_tensors(tmp_path / "s.safetensors")
     for name, value in tensorfile.load_tensors(folder / "weights.safetensors").items():
         np.testing.assert_array_equal(state[name], value)
-    said = "the board's model after round 7 of job job; its outputs equal the source's "
-    assert capsys.readouterr().out.count(said) == 2
+    line = "the board's model after round 7 of job job; its outputs equal the source's "
+    assert capsys.readouterr().out.count(line) == 2
     assert main(["to-torch", str(board), str(tmp_path / "w.pt"), "--into", str(digits)]) == ExitCode.USAGE
     assert "A board doesn't know which channels" in capsys.readouterr().err
     (folder / "weights.safetensors").write_bytes(b"damaged")
@@ -163,7 +163,7 @@ def test_a_whole_module_computes_what_the_submodel_computes(
     from support.nets import small_nets as nets
 
     source = f"support.nets.small_nets:{name}"
-    folder = exported(source, tmp_path / "b", "--density", "0.5")
+    folder = export(source, tmp_path / "b", "--density", "0.5")
     capsys.readouterr()
     assert main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", source]) == ExitCode.OK
     assert "in torch" in capsys.readouterr().out
@@ -171,8 +171,8 @@ def test_a_whole_module_computes_what_the_submodel_computes(
     module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
     x = torch.randn(3, *module.input_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = module(x).numpy()
-    assert distance(found, logits(folder / "inference.onnx", x.numpy())) < 1e-5
+        outputs = module(x).numpy()
+    assert distance(outputs, logits(folder / "inference.onnx", x.numpy())) < 1e-5
 
 
 @pytest.mark.torch
@@ -196,7 +196,7 @@ def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Tied().eval()
     (tmp_path / "m.onnx").write_bytes(export_torch(module))
-    folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
+    folder = export(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
     assert main(["to-torch", str(folder), str(tmp_path / "b.pt"), "--into", str(tmp_path / "m.onnx")]) == ExitCode.OK
     assert main(["to-torch", str(tmp_path / "m.onnx"), str(tmp_path / "m.pt")]) == ExitCode.OK
     for name in ("b.pt", "m.pt"):

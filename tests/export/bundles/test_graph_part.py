@@ -20,13 +20,13 @@ def branching() -> bytes:
     handed = helper.make_graph([helper.make_node("Identity", ["a3"], ["e"])], "else", [], [value("e", [3])])
     inner = helper.make_node("If", ["c"], ["i"], then_branch=then, else_branch=handed)
     outer = helper.make_graph([inner], "outer", [], [value("i", [3])])
-    other = helper.make_graph([helper.make_node("Neg", ["a4"], ["o"])], "other", [], [value("o", [3])])
+    else_graph = helper.make_graph([helper.make_node("Neg", ["a4"], ["o"])], "other", [], [value("o", [3])])
     nodes = [
         helper.make_node("Add", ["a", "one"], ["a2"]),
         helper.make_node("Mul", ["a", "two"], ["a3"]),
         helper.make_node("Sub", ["a", "two"], ["a4"]),
         helper.make_node("Mul", ["b", "unused"], ["b2"]),
-        helper.make_node("If", ["d"], ["y"], then_branch=outer, else_branch=other),
+        helper.make_node("If", ["d"], ["y"], then_branch=outer, else_branch=else_graph),
         helper.make_node("Neg", ["b2"], ["z"]),
     ]
     constants = [helper.make_tensor(n, TensorProto.FLOAT, [], [v]) for n, v in (("one", 1), ("two", 2), ("unused", 3))]
@@ -39,13 +39,13 @@ def branching() -> bytes:
 
 def test_what_branches_read_from_outside_is_kept() -> None:
     raw = branching()
-    whole, part = OnnxSession(raw), OnnxSession(subgraph_for(raw, ["y"]))
-    assert set(part.inputs) == {"a", "c", "d"}
+    full_session, subgraph_session = OnnxSession(raw), OnnxSession(subgraph_for(raw, ["y"]))
+    assert set(subgraph_session.inputs) == {"a", "c", "d"}
     for c in (True, False):
         for d in (True, False):
             feeds = {"a": np.float32([1, 2, 3]), "b": np.zeros(3, np.float32), "c": np.array(c), "d": np.array(d)}
-            got = part.run({n: feeds[n] for n in part.inputs}, ["y"])["y"]
-            np.testing.assert_array_equal(got, whole.run(feeds, ["y"])["y"])
+            got = subgraph_session.run({n: feeds[n] for n in subgraph_session.inputs}, ["y"])["y"]
+            np.testing.assert_array_equal(got, full_session.run(feeds, ["y"])["y"])
 
 
 def test_what_is_absent_makes_nothing_that_is_needed() -> None:
@@ -59,7 +59,7 @@ def test_what_is_absent_makes_nothing_that_is_needed() -> None:
     values = {n: value(n, TensorProto.FLOAT, s) for n, s in shapes.items()}
     ins, outs = (list(map(values.pop, names)) for names in (("x", "top", "other", "w", "r"), ("loss", "last")))
     opsets = [helper.make_opsetid("", 17)]
-    whole = helper.make_model(helper.make_graph(operators, "g", ins, outs), opset_imports=opsets)
-    part = onnx.load_from_string(subgraph_for(whole.SerializeToString(), ["loss"])).graph
-    assert [n.op_type for n in part.node] == ["Clip"]
-    assert [n.name for n in part.input] == ["x", "top"]
+    full_model = helper.make_model(helper.make_graph(operators, "g", ins, outs), opset_imports=opsets)
+    subgraph = onnx.load_from_string(subgraph_for(full_model.SerializeToString(), ["loss"])).graph
+    assert [n.op_type for n in subgraph.node] == ["Clip"]
+    assert [n.name for n in subgraph.input] == ["x", "top"]

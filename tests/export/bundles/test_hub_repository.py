@@ -71,11 +71,11 @@ def change_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 def test_a_saved_model_is_loaded_again(model: fx.Model, folder: Path) -> None:
-    again = fx.from_pretrained(folder)
+    reloaded = fx.from_pretrained(folder)
 
     assert sorted(path.name for path in folder.iterdir()) == sorted(HUB_FILES)
-    assert again.architecture.digest == model.architecture.digest
-    assert all(np.array_equal(again.tensors[name], value) for name, value in model.tensors.items())
+    assert reloaded.architecture.digest == model.architecture.digest
+    assert all(np.array_equal(reloaded.tensors[name], value) for name, value in model.tensors.items())
     assert fx.load(folder, name="other").architecture.name == "other"
 
 
@@ -119,8 +119,8 @@ def test_class_names_go_along_from_a_folder_to_bundles_and_folders(folder: Path,
     assert model.class_names == ("round", "square")
     fx.export(model, fx.plan(model, "raspberry-pi-5"), tmp_path / "bundle")
     assert open_bundle(tmp_path / "bundle").class_names == ("round", "square")
-    again = fx.save_pretrained(with_weights(model, model.tensors, "x"), tmp_path / "again")
-    assert fx.from_pretrained(again).class_names == ("round", "square")
+    saved_again = fx.save_pretrained(with_weights(model, model.tensors, "x"), tmp_path / "again")
+    assert fx.from_pretrained(saved_again).class_names == ("round", "square")
     fx.export(model, fx.plan(model, "raspberry-pi-5"), tmp_path / "bundle", class_names=("o", "x"))
     assert open_bundle(tmp_path / "bundle").class_names == ("o", "x")
 
@@ -128,20 +128,20 @@ def test_class_names_go_along_from_a_folder_to_bundles_and_folders(folder: Path,
 def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Model, tmp_path: Path) -> None:
     ranked = with_weights(model, model.tensors, "x", (np.array([2, 0, 3, 1]),))
     folder = fx.save_pretrained(ranked, tmp_path / "saved")
-    again = fx.load(folder)
-    assert [r.tolist() for r in again.ranks or ()] == [[2, 0, 3, 1]]
+    reloaded = fx.load(folder)
+    assert [r.tolist() for r in reloaded.ranks or ()] == [[2, 0, 3, 1]]
 
     proto = onnx.load(folder / HUB_GRAPH_FILE)
-    (found,) = (p for p in proto.metadata_props if p.key == RANKS_KEY)
+    (ranks_entry,) = (p for p in proto.metadata_props if p.key == RANKS_KEY)
     for rows in ([[2, 0, 3]], [[0, 0, 1, 2]], [["a", 0, 1, 2]], [], 3):
-        found.value = json.dumps({**json.loads(found.value), "ranks": rows})
+        ranks_entry.value = json.dumps({**json.loads(ranks_entry.value), "ranks": rows})
         onnx.save(proto, folder / HUB_GRAPH_FILE)
         with pytest.raises(ModelError, match=r"fedprune\.ranks"):
             fx.load(folder)
-    found.value = json.dumps({"groups": "0" * 64, "ranks": [[0, 1]]})
+    ranks_entry.value = json.dumps({"groups": "0" * 64, "ranks": [[0, 1]]})
     onnx.save(proto, folder / HUB_GRAPH_FILE)
-    other = fx.load(folder)
-    assert other.ranks is None
+    unranked = fx.load(folder)
+    assert unranked.ranks is None
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}"], ids=["written", "damaged", "without a digest"])
@@ -161,7 +161,7 @@ def test_an_edited_card_stays(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.update(evil=t["0.weight"]), r"has a tensor 'evil'.*expected weights of model\.onnx alone"),
         (lambda t: t.pop("0.weight"), r"tensor 0\.weight: expected a weight, got nothing"),
@@ -171,9 +171,9 @@ def test_an_edited_card_stays(
         ),
     ],
 )
-def test_other_weights_are_refused(folder: Path, change: Any, said: str) -> None:
+def test_other_weights_are_refused(folder: Path, change: Any, message: str) -> None:
     change_weights(folder, change)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         fx.from_pretrained(folder)
 
 
@@ -212,8 +212,8 @@ def test_the_library_sends_the_four_files_and_no_other(folder: Path, monkeypatch
         address = fx.push_to_hub(folder, "ann/shapes", private=True, message="first")
         fx.push_to_hub(folder, "ann/shapes")
     files = {name: (folder / name).read_bytes() for name in HUB_FILES}
-    assert [made["organization"] + "/" + made["name"] for made in there.made] == ["ann/shapes"] * 2
-    assert [made["visibility"] for made in there.made] == ["private", "public"]
+    assert [repository["organization"] + "/" + repository["name"] for repository in there.made] == ["ann/shapes"] * 2
+    assert [repository["visibility"] for repository in there.made] == ["private", "public"]
     assert there.commits[0] == ("ann/shapes", "first", files)
     assert there.commits[1] == ("ann/shapes", f"Upload a model of fedprune {fedprune.__version__}", files)
     assert there.cards == [files[HUB_CARD_FILE].decode()] * 2

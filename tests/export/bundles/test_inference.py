@@ -21,15 +21,15 @@ Imported = Callable[[str], Model]
 
 def test_swapping_the_weights_file_swaps_the_model(imported: Imported, tmp_path: Path) -> None:
     model = imported("resnet20_bn")
-    one, other = (random_selection(model, 0.5, seed) for seed in (1, 2))
+    first_selection, second_selection = (random_selection(model, 0.5, seed) for seed in (1, 2))
     graph, x = tmp_path / "inference.onnx", inputs(model, 3)
-    graph.write_bytes(inference_model(model, one.widths))
-    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(one.gather(model.tensors)))
+    graph.write_bytes(inference_model(model, first_selection.widths))
+    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(first_selection.gather(model.tensors)))
     first = OnnxSession(graph).run({"x": x})["logits"]
-    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(other.gather(model.tensors)))
+    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(second_selection.gather(model.tensors)))
     second = OnnxSession(graph).run({"x": x})["logits"]
-    assert distance(first, outputs(cut(model, one), x)) < 1e-6
-    assert distance(second, outputs(cut(model, other), x)) < 1e-6
+    assert distance(first, outputs(cut(model, first_selection), x)) < 1e-6
+    assert distance(second, outputs(cut(model, second_selection), x)) < 1e-6
     assert distance(first, second) > 1e-2
 
 

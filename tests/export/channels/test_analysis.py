@@ -52,11 +52,13 @@ def test_concatenated_channels_are_segments_of_their_groups(imported: Imported) 
 
 
 def test_activations_lists_what_a_backward_pass_keeps(imported: Imported) -> None:
-    kept = {a.name: (a.channels.length, a.positions) for a in imported("lenet").architecture.activations if a.is_kept}
-    assert kept["x"] == (1, 28 * 28)
-    assert (6, 24 * 24) in kept.values()
-    assert (16, 16) in kept.values()
-    assert kept.keys().isdisjoint({"logits"})
+    activations = {
+        a.name: (a.channels.length, a.positions) for a in imported("lenet").architecture.activations if a.is_kept
+    }
+    assert activations["x"] == (1, 28 * 28)
+    assert (6, 24 * 24) in activations.values()
+    assert (16, 16) in activations.values()
+    assert activations.keys().isdisjoint({"logits"})
 
 
 def test_an_operator_without_a_rule_fixes_its_channels_and_is_named() -> None:
@@ -85,11 +87,11 @@ def test_widths_that_no_shape_tells_stay() -> None:
     for name, shape in (("a", (3, 7)), ("b", (7, 2))):
         graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
     value = graph.emit("MatMul", "x", "a")
-    parts = [
+    pieces = [
         graph.emit("Slice", value, graph.ints(start), graph.ints(stop), graph.ints(1))
         for start, stop in ((3, 7), (0, 3))
     ]
-    value = graph.emit("Concat", parts[0], graph.emit("Tanh", parts[1]), attrs={"axis": 1})
+    value = graph.emit("Concat", pieces[0], graph.emit("Tanh", pieces[1]), attrs={"axis": 1})
     graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
     model = import_onnx(graph.to_bytes(), "net")
     assert [g.size for g in model.architecture.groups] == [4]

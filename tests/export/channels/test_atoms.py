@@ -53,14 +53,14 @@ def test_reshaped_rows_say_where_numpy_puts_the_elements(shapes: tuple[list[int]
     old, new = shapes
     carrier %= len(old)
     row = np.arange(1, old[carrier] + 1)
-    places = [-1 if i == carrier else 1 for i in range(len(old))]
-    elements = np.broadcast_to(row.reshape(places), old).reshape(new)
-    parts = axis_runs(old, new)
-    assert [i for olds, _ in parts for i in olds] == list(range(len(old)))
-    assert [i for _, news in parts for i in news] == list(range(len(new)))
+    row_shape = [-1 if i == carrier else 1 for i in range(len(old))]
+    elements = np.broadcast_to(row.reshape(row_shape), old).reshape(new)
+    runs = axis_runs(old, new)
+    assert [i for olds, _ in runs for i in olds] == list(range(len(old)))
+    assert [i for _, news in runs for i in news] == list(range(len(new)))
     if old[carrier] == 1:
         return
-    olds, news = next(p for p in parts if carrier in p[0])
+    olds, news = next(p for p in runs if carrier in p[0])
     run = factor_run(olds, news, old, new)
     if run is None:
         return  # such atoms are fixed
@@ -76,7 +76,7 @@ def test_reshaped_rows_say_where_numpy_puts_the_elements(shapes: tuple[list[int]
 
 @settings(deadline=None, max_examples=200)
 @given(ties=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=40), parts=st.integers(1, 5))
-def test_units_can_be_asked_for_in_between(ties: list[tuple[int, int]], parts: int) -> None:
+def test_units_can_be_asked_for_in_between(ties: list[tuple[int, int]], interval: int) -> None:
     at_once, in_parts = Atoms(), Atoms()
     at_once.fresh(30)
     in_parts.fresh(15)
@@ -85,6 +85,6 @@ def test_units_can_be_asked_for_in_between(ties: list[tuple[int, int]], parts: i
     for i, (a, b) in enumerate(ties):
         for atoms in (at_once, in_parts):
             atoms.tie(np.array([a]), np.array([b]))
-        if i % parts == 0:
+        if i % interval == 0:
             in_parts.units()
     assert in_parts.units().tolist() == at_once.units().tolist()

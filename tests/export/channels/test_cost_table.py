@@ -80,11 +80,13 @@ def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "gates", "kept"), [pytest.param(nn.GRU, 3, 4, marks=pytest.mark.soak), (nn.LSTM, 4, 6)]
+    ("kind", "gates", "kept_count"), [pytest.param(nn.GRU, 3, 4, marks=pytest.mark.soak), (nn.LSTM, 4, 6)]
 )
-def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(kind: type[nn.RNNBase], gates: int, kept: int) -> None:
-    found = import_onnx(export_torch(Sequences(kind, both=False)), "sequences").architecture
-    steps = [v for v in found.activations if "~" in v.name and v.is_kept and v.positions == 5]
-    assert len(steps) == kept
-    assert [v.positions for v in found.activations if v.name.endswith("~gates")] == [5 * gates]
+def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(
+    kind: type[nn.RNNBase], gates: int, kept_count: int
+) -> None:
+    architecture = import_onnx(export_torch(Sequences(kind, both=False)), "sequences").architecture
+    steps = [v for v in architecture.activations if "~" in v.name and v.is_kept and v.positions == 5]
+    assert len(steps) == kept_count
+    assert [v.positions for v in architecture.activations if v.name.endswith("~gates")] == [5 * gates]
     assert all(v.channels.length == 12 for v in steps)

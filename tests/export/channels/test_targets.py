@@ -49,10 +49,10 @@ def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
 ) -> None:
     out = tmp_path / "out"
     assert main([str(digits), "--target", f"{tight},raspberry-pi-5", "--out", str(out)]) == ExitCode.PLAN
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("error: tight: no width of digits fits tight")
-    assert "bundles: 1 of 2" in said.out
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("error: tight: no width of digits fits tight")
+    assert "bundles: 1 of 2" in output.out
     assert [p.name for p in out.iterdir()] == ["raspberry-pi-5"]
     open_bundle(out / "raspberry-pi-5")
 
@@ -68,7 +68,7 @@ def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "code", "said"),
+    ("targets", "code", "message"),
     [
         ("raspberry-pi-5,raspberry-pi-5", ExitCode.USAGE, "--target raspberry-pi-5 comes twice"),
         (",", ExitCode.USAGE, "--target: expected the name"),
@@ -76,11 +76,11 @@ def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
     ],
 )
 def test_targets_that_make_no_sense(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], targets: str, code: ExitCode, said: str
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], targets: str, code: ExitCode, message: str
 ) -> None:
     assert main([str(digits), "--target", targets, "--out", str(tmp_path / "o")]) == code
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o").exists()
 

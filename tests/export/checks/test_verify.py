@@ -50,13 +50,13 @@ def files(model: Model, half: Selection) -> dict[str, bytes]:
     return bundle_files(model, half, Recipe())
 
 
-def written(folder: Path, files: dict[str, bytes], half: Selection, recipe: Recipe | None = None) -> Path:
+def save_files(folder: Path, files: dict[str, bytes], half: Selection, recipe: Recipe | None = None) -> Path:
     """A bundle whose manifest agrees with its files, whatever is in them."""
     write_bundle(folder, files, half, recipe or Recipe(), "raspberry-pi-5")
     return folder
 
 
-def passed(folder: Path, model: Model | None = None) -> tuple[list[str], FedpruneError | None]:
+def passed_checks(folder: Path, model: Model | None = None) -> tuple[list[str], FedpruneError | None]:
     """The checks that were passed, and what ended them."""
     done: list[str] = []
     try:
@@ -68,8 +68,8 @@ def passed(folder: Path, model: Model | None = None) -> tuple[list[str], Fedprun
 
 
 def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
-    assert passed(written(tmp_path / "b", files, half)) == (CHECKS, None)
-    assert passed(tmp_path / "b", model) == ([*CHECKS, "model"], None)
+    assert passed_checks(save_files(tmp_path / "b", files, half)) == (CHECKS, None)
+    assert passed_checks(tmp_path / "b", model) == ([*CHECKS, "model"], None)
 
 
 @pytest.mark.parametrize(
@@ -83,22 +83,25 @@ def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: M
     ids=lambda r: r.features.key,
 )
 def test_every_recipe_can_be_tried(model: Model, half: Selection, recipe: Recipe, tmp_path: Path) -> None:
-    assert passed(written(tmp_path / "b", bundle_files(model, half, recipe), half, recipe)) == (CHECKS, None)
+    assert passed_checks(save_files(tmp_path / "b", bundle_files(model, half, recipe), half, recipe)) == (
+        CHECKS,
+        None,
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_one_changed_bit_is_found(files: dict[str, bytes], half: Selection, tmp_path: Path, name: str) -> None:
-    folder = written(tmp_path / "b", files, half)
+    folder = save_files(tmp_path / "b", files, half)
     raw = bytearray((folder / name).read_bytes())
     raw[len(raw) // 2] ^= 1
     (folder / name).write_bytes(raw)
-    done, error = passed(folder)
+    done, error = passed_checks(folder)
     assert done == []
     assert isinstance(error, BundleError)
     assert name in str(error)
 
 
-def changed(raw: bytes, change: Callable[[onnx.ModelProto], None]) -> bytes:
+def change_model(raw: bytes, change: Callable[[onnx.ModelProto], None]) -> bytes:
     proto = onnx.load_model_from_string(raw)
     change(proto)
     out: bytes = proto.SerializeToString()
@@ -124,10 +127,10 @@ def of_another_width(files: dict[str, bytes], model: Model, half: Selection) -> 
 def edits(name: str) -> Callable[[Callable[[onnx.ModelProto], None]], Damage]:
     """A damage of one graph, by what it does to the file."""
 
-    def made(change: Callable[[onnx.ModelProto], None]) -> Damage:
-        return lambda files, model, half: {name: changed(files[name], change)}
+    def damage_of(change: Callable[[onnx.ModelProto], None]) -> Damage:
+        return lambda files, model, half: {name: change_model(files[name], change)}
 
-    return made
+    return damage_of
 
 
 @edits(TRAINING)
@@ -147,7 +150,7 @@ def still(proto: onnx.ModelProto) -> None:
 
 
 @edits(INFERENCE)
-def doubled(proto: onnx.ModelProto) -> None:
+def double_logits(proto: onnx.ModelProto) -> None:
     """Logits are doubled: the graph still loads, runs and is finite."""
     for node in proto.graph.node:
         node.output[:] = ["half" if o == "logits" else o for o in node.output]
@@ -155,7 +158,7 @@ def doubled(proto: onnx.ModelProto) -> None:
 
 
 @edits(INFERENCE)
-def cropped(proto: onnx.ModelProto) -> None:
+def crop_logits(proto: onnx.ModelProto) -> None:
     for node in proto.graph.node:
         node.output[:] = ["all" if o == "logits" else o for o in node.output]
     for name, number in (("from", 0), ("to", 9), ("axis", 1)):
@@ -165,14 +168,14 @@ def cropped(proto: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "before", "kind", "said"),
+    ("damage", "before", "kind", "message"),
     [
         (not_finite, 1, BundleError, "conv2.weight has numbers that are not finite"),
         (of_another_width, 2, BundleError, ""),
-        (cropped, 2, ModelError, "expected (1, 10), got (1, 9)"),
+        (crop_logits, 2, ModelError, "expected (1, 10), got (1, 9)"),
         (still, 3, TrainingError, "a step moves no weight"),
         (uphill, 4, TrainingError, "no step, however small, lowers the loss"),
-        (doubled, 5, ModelError, "contradict each other"),
+        (double_logits, 5, ModelError, "contradict each other"),
     ],
 )
 def test_damage_that_the_manifest_agrees_with_is_found(
@@ -183,11 +186,11 @@ def test_damage_that_the_manifest_agrees_with_is_found(
     damage: Damage,
     before: int,
     kind: type[FedpruneError],
-    said: str,
+    message: str,
 ) -> None:
-    done, error = passed(written(tmp_path / "b", {**files, **damage(files, model, half)}, half))
+    done, error = passed_checks(save_files(tmp_path / "b", {**files, **damage(files, model, half)}, half))
     assert (done, type(error)) == (CHECKS[:before], kind)
-    assert said in str(error)
+    assert message in str(error)
 
 
 def test_a_step_is_tried_at_its_own_widths(files: dict[str, bytes], model: Model) -> None:
@@ -201,9 +204,9 @@ def test_a_step_is_tried_at_its_own_widths(files: dict[str, bytes], model: Model
                 node.output[0] = "narrow"
         proto.graph.node.append(onnx.helper.make_node("Add", ["narrow", "wide"], ["bn2.bias::next"]))
 
-    broken = changed(files[TRAINING], frozen)
-    whole = {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken}
-    try_step(model, Recipe(), whole)
+    broken = change_model(files[TRAINING], frozen)
+    full_files = {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken}
+    try_step(model, Recipe(), full_files)
     with pytest.raises(ModelError, match="onnxruntime"):
         try_step(model, Recipe(), {**files, TRAINING: broken})
 
@@ -212,26 +215,26 @@ def test_a_step_is_tried_at_its_own_widths(files: dict[str, bytes], model: Model
 def test_a_training_step_that_does_not_mix_labels(model: Model, half: Selection, tmp_path: Path, ignored: str) -> None:
     """A step that takes a label for its own partner, or counts the first label alone."""
 
-    def unmixed(proto: onnx.ModelProto) -> None:
+    def unmix_labels(proto: onnx.ModelProto) -> None:
         proto.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "all of it"))
-        other = step_contract.Y if ignored == step_contract.Y_PARTNER else "all of it"
+        replacement = step_contract.Y if ignored == step_contract.Y_PARTNER else "all of it"
         for node in proto.graph.node:
-            node.input[:] = [other if i == ignored else i for i in node.input]
+            node.input[:] = [replacement if i == ignored else i for i in node.input]
 
     recipe = Recipe(mixup=0.3)
     files = bundle_files(model, half, recipe)
-    folder = written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], unmixed)}, half, recipe)
-    done, error = passed(folder)
+    folder = save_files(tmp_path / "b", {**files, TRAINING: change_model(files[TRAINING], unmix_labels)}, half, recipe)
+    done, error = passed_checks(folder)
     assert (done, type(error)) == (CHECKS[:5], ModelError)
     assert "contradict" in str(error)
 
 
 def test_another_model_is_told_apart(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
-    folder = written(tmp_path / "b", files, half)
+    folder = save_files(tmp_path / "b", files, half)
     graph = model.graph.copy()
     graph.initializers["fc.weight"] = graph.initializers["fc.weight"] + np.float32(0.01)
-    moved = Model(graph, model.architecture, model.notes, model.values)
-    done, error = passed(folder, moved)
+    scaled_model = Model(graph, model.architecture, model.notes, model.values)
+    done, error = passed_checks(folder, scaled_model)
     assert (done, type(error)) == (CHECKS, BundleError)
     assert "other weights than the model: expected 17 equal tensors, got 1 others, such as fc.weight" in str(error)
 
@@ -239,37 +242,37 @@ def test_another_model_is_told_apart(files: dict[str, bytes], half: Selection, m
 def test_the_command_speaks_json_also_of_what_is_wrong(
     files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = written(tmp_path / "b", files, half)
+    folder = save_files(tmp_path / "b", files, half)
     assert main(["verify", str(folder), "--json"]) == ExitCode.OK
     good = json.loads(capsys.readouterr().out)
     (folder / ARCHITECTURE).write_text("{}")
     assert main(["verify", str(folder), "--json"]) == ExitCode.BUNDLE
-    said = capsys.readouterr()
-    bad = json.loads(said.out)
+    output = capsys.readouterr()
+    bad = json.loads(output.out)
     assert (good["ok"], [c["check"] for c in good["passed"]]) == (True, CHECKS)
     assert (bad["ok"], bad["passed"]) == (False, [])
     assert ARCHITECTURE in bad["error"]
-    assert said.err.count("\n") == 1
+    assert output.err.count("\n") == 1
 
 
 def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None:
     """A bundle whose embedding is wrong in its last row only is told from the model."""
     model = import_onnx(token_net(9), "tokens")
-    whole = Selection.full(model.architecture)
-    files = bundle_files(model, whole, Recipe())
-    assert passed(written(tmp_path / "good", files, whole), model) == ([*CHECKS, "model"], None)
-    assert check_parity(model, whole, files) < 1e-6
+    full = Selection.full(model.architecture)
+    files = bundle_files(model, full, Recipe())
+    assert passed_checks(save_files(tmp_path / "good", files, full), model) == ([*CHECKS, "model"], None)
+    assert check_parity(model, full, files) < 1e-6
     tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
     tensors["table"][-1] += 1
     with pytest.raises(ModelError, match="masked"):
-        check_parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
+        check_parity(model, full, {**files, WEIGHTS: tensorfile.encode(tensors)})
 
 
 def test_damage_that_the_manifest_agrees_with_never_surprises(
     files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Random changes of graphs, weights and tables end in an error of ours, or in none; nothing is printed."""
-    folder = written(tmp_path / "b", files, half)
+    folder = save_files(tmp_path / "b", files, half)
     random = np.random.default_rng(7)
     for round_ in range(60):
         name = FILES[round_ % len(FILES)]
@@ -284,9 +287,9 @@ def test_damage_that_the_manifest_agrees_with_never_surprises(
             name,
             round_,
         )
-    said = capsys.readouterr()
-    assert {line.partition(":")[0] for line in said.out.splitlines()} <= set(CHECKS)
-    assert {line.partition(":")[0] for line in said.err.splitlines()} == {"error"}
+    output = capsys.readouterr()
+    assert {line.partition(":")[0] for line in output.out.splitlines()} <= set(CHECKS)
+    assert {line.partition(":")[0] for line in output.err.splitlines()} == {"error"}
 
 
 def linear(outputs: int) -> Model:
@@ -317,4 +320,4 @@ def test_a_step_that_learns_nothing_is_no_fine_export(tmp_path: Path) -> None:
 def test_what_is_exported_is_verified(loss: str, outputs: int, tmp_path: Path) -> None:
     model = linear(outputs)
     fx.export(model, fx.plan(model, "raspberry-pi-5", recipe=Recipe(loss=loss)), tmp_path / "b")
-    assert passed(tmp_path / "b", model) == ([*CHECKS, "model"], None)
+    assert passed_checks(tmp_path / "b", model) == ([*CHECKS, "model"], None)

@@ -30,8 +30,8 @@ def lenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def export(model: object, out: Path, *more: str, target: str = "raspberry-pi-5") -> int:
-    return main([str(model), "--target", target, "--out", str(out), *more])
+def export(model: object, out: Path, *words: str, target: str = "raspberry-pi-5") -> int:
+    return main([str(model), "--target", target, "--out", str(out), *words])
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -48,10 +48,10 @@ def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pyt
     assert bundle.selection.widths == (3, 8, 60, 42)
     assert bundle.target == "raspberry-pi-5"
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST, *REPORTS])
-    kept = (3 * 25 + 3) + (8 * 3 * 25 + 8) + (60 * 8 * 16 + 60) + (42 * 60 + 42) + (10 * 42 + 10)
-    said = capsys.readouterr().out
-    assert f"44,426 -> {kept:,}" in said
-    assert "replaced" not in said
+    parameter_count = (3 * 25 + 3) + (8 * 3 * 25 + 8) + (60 * 8 * 16 + 60) + (42 * 60 + 42) + (10 * 42 + 10)
+    output = capsys.readouterr().out
+    assert f"44,426 -> {parameter_count:,}" in output
+    assert "replaced" not in output
     assert export(lenet_file, tmp_path / "b", "--density", "0.5") == ExitCode.OK
     assert f"replaced: the bundle that was in {tmp_path / 'b'}\n" in capsys.readouterr().out
 
@@ -102,13 +102,13 @@ def test_a_board_with_little_memory_gets_parts_of_a_batch(
     batches = ("--set", "batch_size=256", "--samples", "256")
     board = str(small_board(tmp_path, 110 * 10**6))
     assert export(lenet_file, tmp_path / "b", *batches, target=board) == ExitCode.OK
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     bundle, plan = open_bundle(tmp_path / "b"), json.loads((tmp_path / "b" / "report.json").read_text())["plan"]
     assert plan["density"] == 1
     assert plan["accumulate"] == bundle.recipe.accumulate > 1
     assert sum(plan["prediction"]["memory"].values()) == plan["prediction"]["memory_bytes"] <= 110 * 10**6
-    assert f"(accumulate = {bundle.recipe.accumulate})" in said
-    assert "weights and optimiser state" in said
+    assert f"(accumulate = {bundle.recipe.accumulate})" in output
+    assert "weights and optimiser state" in output
     assert b"::sum" in (tmp_path / "b" / "training.onnx").read_bytes()
     assert main(["verify", str(tmp_path / "b")]) == ExitCode.OK
 
@@ -122,7 +122,7 @@ def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("model", "words", "code", "said"),
+    ("model", "words", "code", "message"),
     [
         ("none.onnx", (), ExitCode.MODEL, "No such file"),
         ("", ("--target", "toaster"), ExitCode.PROFILE, "toaster"),
@@ -139,11 +139,11 @@ def test_what_can_not_be_exported_is_one_line(
     model: str,
     words: tuple[str, ...],
     code: ExitCode,
-    said: str,
+    message: str,
 ) -> None:
-    given = ["--target", "raspberry-pi-5"] if "--target" not in words else []
-    assert main([model or str(lenet_file), *given, "--out", str(tmp_path / "b"), *words]) == code
-    assert said in one_line(capsys)
+    target = ["--target", "raspberry-pi-5"] if "--target" not in words else []
+    assert main([model or str(lenet_file), *target, "--out", str(tmp_path / "b"), *words]) == code
+    assert message in one_line(capsys)
     assert not (tmp_path / "b").exists()
 
 

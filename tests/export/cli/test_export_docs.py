@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def printed(folder: Path) -> dict[str, list[str]]:
+def command_outputs(folder: Path) -> dict[str, list[str]]:
     """What every command of the page prints, run in the page's order in one folder."""
     out: dict[str, list[str]] = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -66,5 +66,5 @@ def printed(folder: Path) -> dict[str, list[str]]:
     return out
 
 
-def test_all_commands_of_the_page_run(printed: dict[str, list[str]]) -> None:
-    assert {c.split()[0] for c in printed} >= {"digits.onnx", *COMMANDS}
+def test_all_commands_of_the_page_run(command_outputs: dict[str, list[str]]) -> None:
+    assert {c.split()[0] for c in command_outputs} >= {"digits.onnx", *COMMANDS}

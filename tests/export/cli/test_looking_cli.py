@@ -32,5 +32,5 @@ def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixtu
     assert {n for n, r in rows.items() if r["gradient"]} == set(GRADIENTS)
     assert list(rows) == sorted(rows)
     for row in rows.values():
-        for said in (row["channels"], row["gradient"], row["forms"]):
-            assert said is None or (said.strip() and "\n" not in said)
+        for text in (row["channels"], row["gradient"], row["forms"]):
+            assert text is None or (text.strip() and "\n" not in text)

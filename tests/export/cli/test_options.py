@@ -56,8 +56,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert merged == Recipe(loss="huber", lr=0.4, frozen=("b.*",), epochs=3)
 
 
-def export(model: Path, out: Path, *more: str) -> int:
-    return main([str(model), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(out), *more])
+def export(model: Path, out: Path, *words: str) -> int:
+    return main([str(model), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(out), *words])
 
 
 def test_the_bundle_holds_the_recipe_of_the_flags(digits: Path, tmp_path: Path) -> None:
@@ -71,15 +71,15 @@ def test_the_bundle_holds_the_recipe_of_the_flags(digits: Path, tmp_path: Path) 
 
 def test_the_inference_graph_is_written_at_the_opset_that_is_asked_for(digits: Path, tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((3, 1, 8, 8)).astype(np.float32)
-    found = []
+    logits = []
     for opset in (13, 17, 21):
         assert export(digits, tmp_path / str(opset), "--opset", str(opset)) == ExitCode.OK
         graph = tmp_path / str(opset) / "inference.onnx"
         assert [o.version for o in onnx.load(graph, load_external_data=False).opset_import] == [opset]
         assert main(["verify", str(tmp_path / str(opset))]) == ExitCode.OK
-        found.append(OnnxSession(graph).run({"x": x})["logits"])
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found[2], found[1], rtol=1e-5, atol=1e-6)
+        logits.append(OnnxSession(graph).run({"x": x})["logits"])
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits[2], logits[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["conv1.weight\n# a remark\n\nconv3.weight\n", '["conv1.weight", "conv3.weight"]'])
@@ -94,7 +94,7 @@ def test_a_model_ends_and_trains_where_it_is_said(digits: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "said"),
+    ("text", "code", "message"),
     [
         ("none.such\n", ExitCode.MODEL, "none.such"),
         ("[1, 2]", ExitCode.CONFIG, "a list of tensor names"),
@@ -102,16 +102,16 @@ def test_a_model_ends_and_trains_where_it_is_said(digits: Path, tmp_path: Path, 
     ],
 )
 def test_parameters_that_can_not_be_used(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, code: ExitCode, said: str
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, code: ExitCode, message: str
 ) -> None:
     if text is not None:
         (tmp_path / "names.txt").write_text(text)
     assert export(digits, tmp_path / "b", "--parameters", str(tmp_path / "names.txt")) == code
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (("--set", "speed=1"), ExitCode.CONFIG, "recipe.speed: unknown key"),
         (("--freeze", "nothing.*"), ExitCode.CONFIG, "no tensor is called 'nothing.*'"),
@@ -122,11 +122,16 @@ def test_parameters_that_can_not_be_used(
     ],
 )
 def test_flags_that_make_no_sense_are_one_line(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: ExitCode, said: str
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    code: ExitCode,
+    message: str,
 ) -> None:
     assert export(digits, tmp_path / "b", *words) == code
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "b").exists()
 
@@ -146,8 +151,10 @@ def test_a_probe_of_a_gpu_is_of_a_board_that_may_have_one(
     (tmp_path / "probe.json").write_text(json.dumps(measured))
     options = ("--target", target, "--out", str(tmp_path / "b"), "--probe", str(tmp_path / "probe.json"))
     assert main([str(digits), *options]) == code
-    said = "the probe was measured on another board: expected unit cpu: raspberry-pi-5 has no GPU that trains, got cuda"
-    assert (said in capsys.readouterr().err) is (code != ExitCode.OK)
+    message = (
+        "the probe was measured on another board: expected unit cpu: raspberry-pi-5 has no GPU that trains, got cuda"
+    )
+    assert (message in capsys.readouterr().err) is (code != ExitCode.OK)
 
 
 def test_a_probe_beats_the_profile(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

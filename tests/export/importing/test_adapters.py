@@ -54,11 +54,11 @@ def with_low(net: Reader, rank: int = RANK, scale: float = 1.0) -> Reader:
 
 def with_values(module: nn.Module, model: fx.Model) -> nn.Module:
     """A module of `with_low` with a model's adapters."""
-    held = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, value in model.tensors.items():
             if ".lora_" in name:
-                held[name.replace(".weight", ".default.weight")].copy_(torch.tensor(value))
+                parameters[name.replace(".weight", ".default.weight")].copy_(torch.tensor(value))
     return module
 
 
@@ -91,7 +91,7 @@ def test_the_first_model_computes_what_the_base_does() -> None:
     x, _ = samples()
     assert np.array_equal(outputs(base.graph, x), outputs(adapted.graph, x))
     assert {n for n in adapted.tensors if n not in base.tensors} == {
-        f"{w.removesuffix('.weight')}.{part}.weight" for w in ADAPTED for part in ("lora_A", "lora_B")
+        f"{w.removesuffix('.weight')}.{factor}.weight" for w in ADAPTED for factor in ("lora_A", "lora_B")
     }
     assert adapted.tensors["wide.lora_A.weight"].shape == (RANK, 16)
     assert adapted.tensors["wide.lora_B.weight"].shape == (24, RANK)
@@ -109,8 +109,8 @@ def test_ranks_are_the_only_channels() -> None:
 
 def test_adapters_of_peft_are_known() -> None:
     module = with_low(net())
-    model, own = fx.load(module), fx.load(net(), lora=fx.Lora(RANK))
-    assert model.architecture.sizes == own.architecture.sizes
+    model, ours = fx.load(module), fx.load(net(), lora=fx.Lora(RANK))
+    assert model.architecture.sizes == ours.architecture.sizes
     assert set(model.frozen) == {n for n, p in module.named_parameters() if not p.requires_grad}
 
 
@@ -140,7 +140,7 @@ def test_boards_train_adapters_as_torch_does_and_leave_the_base(width: int) -> N
             if ".lora_" in name:
                 module.get_parameter(name.replace(".weight", ".default.weight")).copy_(torch.tensor(value))
     recipe = Recipe(batch_size=N, lr=0.1, momentum=0.0, epochs=3)
-    found = Trainer(training_graph(model, recipe.features).to_bytes(), threads=1).train(
+    result = Trainer(training_graph(model, recipe.features).to_bytes(), threads=1).train(
         tensors, LocalData(x, y, x[:1], y[:1]), TrainingTask(recipe, 5, 0, "a", 1)
     )
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
@@ -150,18 +150,18 @@ def test_boards_train_adapters_as_torch_does_and_leave_the_base(width: int) -> N
         optimizer.step()
     for name, value in tensors.items():
         if ".lora_" in name:
-            wanted = module.get_parameter(name.replace(".weight", ".default.weight"))
-            assert np.allclose(found.tensors[name], wanted.detach(), atol=1e-5), name
-            assert not np.array_equal(found.tensors[name], value), name
+            expected = module.get_parameter(name.replace(".weight", ".default.weight"))
+            assert np.allclose(result.tensors[name], expected.detach(), atol=1e-5), name
+            assert not np.array_equal(result.tensors[name], value), name
         else:
-            assert np.array_equal(found.tensors[name], value), name
+            assert np.array_equal(result.tensors[name], value), name
 
 
 def test_a_recipe_trains_more_than_adapters() -> None:
     model = fx.load(net(), lora="2:q.weight")
     recipe = Recipe(trainable=("*.lora_*", "out.*"))
-    made = {o.name for o in training_graph(model, recipe.features).outputs}
-    trained = {t.name for t in model.architecture.tensors if next_name(t.name) in made}
+    output_names = {o.name for o in training_graph(model, recipe.features).outputs}
+    trained = {t.name for t in model.architecture.tensors if next_name(t.name) in output_names}
     assert trained == {"q.lora_A.weight", "q.lora_B.weight", "out.weight", "out.bias"}
 
 
@@ -171,14 +171,14 @@ def test_a_file_with_adapters_is_read_again(tmp_path: Path) -> None:
     assert raw == read_source(tmp_path / "net.onnx", ImportChoices(lora=fx.Lora(4, ("q.weight", "v.*"))))
     model = import_onnx(raw, "net")
     assert model.architecture.sizes == (4, 4)
-    again = import_onnx(model.graph.to_bytes(), "net")
-    assert again.architecture.digest == model.architecture.digest
-    assert again.frozen == model.frozen
+    reloaded = import_onnx(model.graph.to_bytes(), "net")
+    assert reloaded.architecture.digest == model.architecture.digest
+    assert reloaded.frozen == model.frozen
     with pytest.raises(ModelError, match=r"q\.weight"):
-        fx.load(_saved(tmp_path / "adapted.onnx", raw), lora="2:q.weight")
+        fx.load(_save(tmp_path / "adapted.onnx", raw), lora="2:q.weight")
 
 
-def _saved(path: Path, raw: bytes) -> Path:
+def _save(path: Path, raw: bytes) -> Path:
     path.write_bytes(raw)
     return path
 
@@ -201,12 +201,12 @@ def test_a_board_steps_beside_a_low_base_as_torch_does_in_float64(base: str, tmp
     model = random(fx.load(net(), lora=fx.Lora(RANK, alpha=2 * RANK), base=base))
     assert set(model.tensors) == {n for n in model.graph.initializers if ".lora_" in n}
     module = with_low(net(), scale=2.0).double()
-    held = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
     with torch.no_grad():
-        for name in (n for n in held if ".lora_" not in n):
+        for name in (n for n in parameters if ".lora_" not in n):
             stored = model.graph.initializers[name.replace(".base_layer.", ".")]
-            assert np.abs(stored - held[name].numpy()).max() <= np.abs(stored).max() / 200, name
-            held[name].copy_(torch.tensor(stored))
+            assert np.abs(stored - parameters[name].numpy()).max() <= np.abs(stored).max() / 200, name
+            parameters[name].copy_(torch.tensor(stored))
     with_values(module, model)
     (tmp_path / "base").write_bytes(model.base_file or b"")
     (x, y), recipe = samples(), Recipe(batch_size=N, lr=0.1, momentum=0.0, epochs=1)
@@ -214,22 +214,22 @@ def test_a_board_steps_beside_a_low_base_as_torch_does_in_float64(base: str, tmp
     assert {n.op for n in graph.nodes} >= ({"Cast"} if base == "float16" else {"Cast", "DequantizeLinear"})
     trainer = Trainer(graph.to_bytes(), threads=1, base=tmp_path / "base")
     assert set(trainer.names) == set(model.tensors)
-    found = trainer.train(model.tensors, LocalData(x, y, x[:1], y[:1]), TrainingTask(recipe, 5, 0, "a", 1))
+    result = trainer.train(model.tensors, LocalData(x, y, x[:1], y[:1]), TrainingTask(recipe, 5, 0, "a", 1))
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
     nn.functional.cross_entropy(module(torch.tensor(x)), torch.tensor(y)).backward()
     optimizer.step()
     for name, value in model.tensors.items():
-        wanted = held[name.replace(".weight", ".default.weight")].detach().numpy()
-        assert np.linalg.norm(found.tensors[name] - wanted) <= 1e-5 * np.linalg.norm(wanted - value) + 1e-6, name
-        assert not np.array_equal(found.tensors[name], value), name
+        expected = parameters[name.replace(".weight", ".default.weight")].detach().numpy()
+        assert np.linalg.norm(result.tensors[name] - expected) <= 1e-5 * np.linalg.norm(expected - value) + 1e-6, name
+        assert not np.array_equal(result.tensors[name], value), name
 
 
 @pytest.mark.parametrize("base", ["float16", "int8"])
 def test_a_low_base_stays_the_same_bytes_through_files(base: str, tmp_path: Path) -> None:
     model = fx.load(with_low(net()), base=base)
-    again = import_onnx(model.graph.to_bytes(), model.architecture.name)
-    assert again.architecture.digest == model.architecture.digest
-    assert again.base_file == model.base_file
+    reloaded = import_onnx(model.graph.to_bytes(), model.architecture.name)
+    assert reloaded.architecture.digest == model.architecture.digest
+    assert reloaded.base_file == model.base_file
     plan = fx.plan(model, "raspberry-pi-5", recipe=Recipe(batch_size=2), density=0.5)
     fx.export(model, plan, tmp_path / "out")
     bundle = open_bundle(tmp_path / "out")
@@ -241,15 +241,15 @@ def test_a_low_base_stays_the_same_bytes_through_files(base: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "error"),
+    ("options", "error"),
     [
         ({"base": "float8", "lora": "4"}, "base: expected float16 or int8"),
         ({"base": "int8"}, "base 'int8': expected a model with frozen weights"),
     ],
 )
-def test_wrong_bases_are_refused(given: dict[str, Any], error: str) -> None:
+def test_wrong_bases_are_refused(options: dict[str, Any], error: str) -> None:
     with pytest.raises(ModelError, match=error):
-        fx.load(net(), **given)
+        fx.load(net(), **options)
 
 
 def test_weights_beyond_float16_are_refused() -> None:

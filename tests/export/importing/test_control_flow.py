@@ -23,7 +23,7 @@ STEPS, WIDTH = 5, 6
 START = "zero = Constant<value_int=0>() start = Gather<axis=1>(x, zero)"
 
 
-def parsed(body: str, opset: int = 17) -> bytes:
+def model_bytes(body: str, opset: int = 17) -> bytes:
     """A model of `x` [N, 5, 6] whose body makes `h` [N, 6] with weights `w` and `u` [6, 6]."""
     model = onnx.parser.parse_model(
         f'<ir_version: 8, opset_import: ["" : {opset}]> net (float[N,{STEPS},{WIDTH}] x) => (float[N,3] y)'
@@ -68,7 +68,7 @@ def test_a_loop_of_known_length_is_its_turns(opset: int, of_shape: bool) -> None
         body = f"""{start} {trips} yes = Constant<value = int64 {{1}}>() on = Cast<to=9>(yes)
             first = Constant<value = int64[1] {{0}}>()
             last, rows = Loop(trips, {on}, start){TURN} total = {total} h = Add(last, total)"""
-        model = same(parsed(body, opset))
+        model = same(model_bytes(body, opset))
         assert count(model, "Tanh") == (STEPS if of_shape else 4)
         assert sorted(t.name for t in model.architecture.tensors) == ["u", "v", "w"]
 
@@ -76,7 +76,7 @@ def test_a_loop_of_known_length_is_its_turns(opset: int, of_shape: bool) -> None
 def test_a_loop_of_no_turns_passes_its_states() -> None:
     turn = TURN.replace(", float[N,6] row)", ")").replace("row = MatMul(t, u)", "")
     body = f'{START} none = Constant<value_int=0>() last = Loop(none, "", start){turn} r = Relu(last) h = MatMul(r, u)'
-    assert count(same(parsed(body)), "Tanh") == 0
+    assert count(same(model_bytes(body)), "Tanh") == 0
 
 
 def test_control_flow_within_a_loop_may_depend_on_its_turn() -> None:
@@ -88,7 +88,7 @@ def test_control_flow_within_a_loop_may_depend_on_its_turn() -> None:
                       else_branch = b () => (float[N,6] q) { r = Relu(s) q = MatMul(r, u) }>""",
     )
     body = f'{START} trips = Constant<value_int=5>() h, rows = Loop(trips, "", start){turn}'
-    assert count(same(parsed(body)), "Relu") == 3
+    assert count(same(model_bytes(body)), "Relu") == 3
 
 
 @pytest.mark.parametrize("attrs", ["", ", scan_input_directions=[1], scan_output_directions=[1]"])
@@ -100,7 +100,7 @@ def test_a_scan_of_a_known_axis_is_its_steps(attrs: str, axis: int) -> None:
     # Rows that are weighted by their place tell a turned order.
     body = f"""{START} last, rows = {scan}(start, x) weights = Constant<value = float[5,1] {{1, 2, 3, 4, 5}}>()
         weighed = Mul(rows, weights) total = ReduceMean<axes=[1], keepdims=0>(weighed) h = Add(last, total)"""
-    model = same(parsed(body))
+    model = same(model_bytes(body))
     assert count(model, "Tanh") == STEPS
     assert sorted(t.name for t in model.architecture.tensors) == ["u", "v", "w"]
 
@@ -110,7 +110,7 @@ def test_a_branch_by_a_size_is_taken() -> None:
         m = MatMul(start, w)
         h = If(is)<then_branch = a () => (float[N,6] p) {{ p = Relu(m) }},
                    else_branch = b () => (float[N,6] q) {{ q = Tanh(m) }}>"""
-    model = same(parsed(body))
+    model = same(model_bytes(body))
     assert (count(model, "Tanh"), count(model, "Relu")) == (1, 0)
 
 
@@ -134,14 +134,14 @@ BY_BATCH = "sizes = Shape(x) trips = Gather(sizes, zero)"
 )
 def test_loops_that_depend_on_the_data_or_are_too_long_are_named(body: str, text: str) -> None:
     with pytest.raises(ModelError, match=text):
-        import_onnx(parsed(body), "net")
+        import_onnx(model_bytes(body), "net")
 
 
 def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     body = f"""{START} yes = Constant<value_int=1>() is = Cast<to=9>(yes) m = MatMul(start, w)
         h = If(is)<then_branch = a () => (float[N,6] p) {{ p = Relu(m) }},
                    else_branch = b () => (float[N,6] q) {{ q = Tanh(m) }}>"""
-    raw = parsed(body)
+    raw = model_bytes(body)
     same(raw)
 
     def mistaken(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -150,7 +150,7 @@ def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPat
             node.op_type = "Tanh" if node.op_type == "Relu" else node.op_type
         return out
 
-    monkeypatch.setattr(importlib.import_module("fedprune_export.importing.load"), "prepared", mistaken)
+    monkeypatch.setattr(importlib.import_module("fedprune_export.importing.load"), "inline_model", mistaken)
     with pytest.raises(ModelError, match="outputs differ"):
         import_onnx(raw, "net")
 
@@ -163,13 +163,13 @@ def test_names_that_are_constructed_clash_with_none_of_the_file() -> None:
     turn = """<body = turn (int64 i, bool on, float[N,6] s) => (bool go, float[N,6] out1) {
         go = Identity(on) out0 = Sin(s) out1 = Cos(out0) }>"""
     names = ["c.ka", "c.ka_", "l.0.out0", "l.0.out1", "l.1.out0", "l.0.turn", "l.0.on"]
-    others = " ".join(f'"{name}" = Add(m, m)' for name in names)
+    additions = " ".join(f'"{name}" = Add(m, m)' for name in names)
     sums = "h = Sum(c, l, " + ", ".join(f'"{name}"' for name in names) + ")"
     plain = {name: f"v{i}" for i, name in enumerate(names)}
     for old, new in plain.items():
-        others, sums = others.replace(f'"{old}"', new), sums.replace(f'"{old}"', new)
-    body = f'{START} {steps} m = MatMul(start, w) {others} {choice} l = Loop(trips, "", m){turn} {sums}'
-    proto = onnx.load_model_from_string(parsed(body))
+        additions, sums = additions.replace(f'"{old}"', new), sums.replace(f'"{old}"', new)
+    body = f'{START} {steps} m = MatMul(start, w) {additions} {choice} l = Loop(trips, "", m){turn} {sums}'
+    proto = onnx.load_model_from_string(model_bytes(body))
     for node in proto.graph.node:
         for values in (node.input, node.output):
             values[:] = [next((old for old, new in plain.items() if new == value), value) for value in values]
@@ -188,7 +188,7 @@ def test_a_malformed_scan_is_named(change: Callable[[onnx.NodeProto], None]) -> 
     body = f"""{START} h, rows = Scan<num_scan_inputs=1, scan_input_axes=[1], body = turn
         (float[N,6] s, float[N,6] r) => (float[N,6] t, float[N,6] o)
         {{ m = MatMul(s, w) t = Add(m, r) o = Tanh(t) }}>(start, x)"""
-    proto = onnx.load_model_from_string(parsed(body))
+    proto = onnx.load_model_from_string(model_bytes(body))
     node = next(n for n in proto.graph.node if n.op_type == "Scan")
     same(proto.SerializeToString())
     change(node)
@@ -201,4 +201,4 @@ def test_a_loop_without_operators_is_not_turned_for_ever() -> None:
     body = f"""{START} trips = Constant<value_int=1000000000000>() last = Loop(trips, "", start)<body = turn
         (int64 i, bool on, float[N,6] s) => (bool on, float[N,6] s) {{ }}> h = MatMul(last, w)"""
     with pytest.raises(ModelError, match="unrolled"):
-        import_onnx(parsed(body), "net")
+        import_onnx(model_bytes(body), "net")

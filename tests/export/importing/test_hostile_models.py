@@ -30,9 +30,9 @@ def model(
     tensors: Tensors, nodes: Nodes | None = None, shape: Shape = ("N", 6), classes: int = 4, listed: str | None = None
 ) -> bytes:
     """A model; by default one matrix product with the first of its tensors."""
-    made = nodes or [helper.make_node("Gemm", ["x", next(iter(tensors))], ["y"])]
+    operators = nodes or [helper.make_node("Gemm", ["x", next(iter(tensors))], ["y"])]
     graph = helper.make_graph(
-        made,
+        operators,
         "g",
         [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, list(shape))],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", classes])],
@@ -55,7 +55,7 @@ def _with(value: float) -> np.ndarray[Any, Any]:
     return out
 
 
-def _shifted(constant: float) -> Nodes:
+def _shift_nodes(constant: float) -> Nodes:
     filled = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.full(6, constant, np.float32)))
     return [filled, helper.make_node("Max", ["x", "c"], ["s"]), helper.make_node("Gemm", ["s", "w"], ["y"])]
 
@@ -65,8 +65,8 @@ def _shifted(constant: float) -> Nodes:
     [
         (lambda: model({"w": _with(np.nan)}), "tensor w: expected finite numbers, got NaN"),
         (lambda: model({"w": _with(np.inf)}), "tensor w: expected finite numbers, got an infinite"),
-        (lambda: model({"w": W}, _shifted(np.nan)), "expected finite numbers, got NaN"),
-        (lambda: model({"w": W}, _shifted(np.inf)), "output is not finite"),
+        (lambda: model({"w": W}, _shift_nodes(np.nan)), "expected finite numbers, got NaN"),
+        (lambda: model({"w": W}, _shift_nodes(np.inf)), "output is not finite"),
         (lambda: model({"w": W}, shape=("N", -6)), "size of input x"),
         (lambda: model({"w": W}, _flat(), shape=("N", 10**6, 10**6)), "size of input x"),
         (lambda: model({"w": W[:, :0]}, classes=0), "the model's output"),
@@ -101,10 +101,10 @@ def _growing(op: str) -> bytes:
         ],
         "product": [helper.make_node("Expand", ["x", "wide"], ["a"]), helper.make_node("MatMul", ["a", "b"], ["c"])],
     }[op]
-    more: Tensors = {"wide": np.array([2**20, 1, 1], np.int64), "b": np.zeros((6, 4096), np.float32)}
+    weights: Tensors = {"wide": np.array([2**20, 1, 1], np.int64), "b": np.zeros((6, 4096), np.float32)}
     total = [helper.make_node("ReduceMean", ["c"], ["m"], keepdims=0)]
     scaled = [helper.make_node("Mul", ["x", "m"], ["t"]), helper.make_node("Gemm", ["t", "w"], ["y"])]
-    return model({"w": W, **ints, **zero, **scales, **more}, [*make, *total, *scaled])
+    return model({"w": W, **ints, **zero, **scales, **weights}, [*make, *total, *scaled])
 
 
 @pytest.mark.parametrize("op", ["ConstantOfShape", "Range", "Resize", "product"])
@@ -135,17 +135,18 @@ def test_a_claim_of_endless_work_is_refused() -> None:
 
 
 def test_a_size_that_data_decide_is_refused() -> None:
-    most = [helper.make_node("ReduceMax", ["x"], ["a"], keepdims=0), helper.make_node("Cast", ["a"], ["b"], to=7)]
+    maximum = [helper.make_node("ReduceMax", ["x"], ["a"], keepdims=0), helper.make_node("Cast", ["a"], ["b"], to=7)]
     grown = [helper.make_node("Reshape", ["b", "one"], ["n"]), helper.make_node("ConstantOfShape", ["n"], ["c"])]
     total = [helper.make_node("ReduceSum", ["c"], ["m"], keepdims=0), helper.make_node("Add", ["x", "m"], ["t"])]
     raw = model(
-        {"w": W, "one": np.array([1], np.int64)}, [*most, *grown, *total, helper.make_node("Gemm", ["t", "w"], ["y"])]
+        {"w": W, "one": np.array([1], np.int64)},
+        [*maximum, *grown, *total, helper.make_node("Gemm", ["t", "w"], ["y"])],
     )
     with pytest.raises(ModelError, match="ConstantOfShape 'c'"):
         import_onnx(raw, "net")
 
 
-def _edited(change: Callable[[onnx.ModelProto], object]) -> bytes:
+def _edit_model(change: Callable[[onnx.ModelProto], object]) -> bytes:
     """A sound model of two layers, changed."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="first"), helper.make_node("Relu", ["h"], ["y"])]
     proto = onnx.load_model_from_string(model({"w": W}, nodes))
@@ -181,12 +182,12 @@ def _nested(proto: onnx.ModelProto) -> None:
 )
 def test_a_broken_structure_is_one_error(change: Callable[[onnx.ModelProto], object], message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
-        import_onnx(_edited(change), "net")
+        import_onnx(_edit_model(change), "net")
     assert len(str(caught.value)) < 700
 
 
 def test_a_name_that_is_not_text_is_refused() -> None:
-    raw = _edited(lambda p: p.graph.node[0].__setattr__("name", "FIRST"))
+    raw = _edit_model(lambda p: p.graph.node[0].__setattr__("name", "FIRST"))
     with pytest.raises(ModelError):
         import_onnx(raw.replace(b"FIRST", b"\xed\xa0\x80ab"), "net")  # half of a surrogate pair
 
@@ -240,25 +241,25 @@ def test_too_many_operators_are_refused_at_once() -> None:
 
 
 def test_functions_that_call_each_other_for_ever_are_refused() -> None:
-    made = [
+    functions = [
         helper.make_function(
             "own",
             name,
             ["a"],
             ["b"],
-            [helper.make_node(other, ["a"], ["b"], domain="own")],
+            [helper.make_node(callee, ["a"], ["b"], domain="own")],
             [helper.make_opsetid("own", 1)],
         )
-        for name, other in (("F", "G"), ("G", "F"))
+        for name, callee in (("F", "G"), ("G", "F"))
     ]
 
     def change(proto: onnx.ModelProto) -> None:
-        proto.functions.extend(made)
+        proto.functions.extend(functions)
         proto.opset_import.append(helper.make_opsetid("own", 1))
         proto.graph.node[1].CopyFrom(helper.make_node("F", ["h"], ["y"], domain="own"))
 
     with pytest.raises(ModelError, match="local functions"):
-        import_onnx(_edited(change), "net")
+        import_onnx(_edit_model(change), "net")
 
 
 def test_functions_that_grow_beyond_measure_are_refused() -> None:
@@ -276,7 +277,7 @@ def test_functions_that_grow_beyond_measure_are_refused() -> None:
         proto.graph.node[1].CopyFrom(helper.make_node("F0", ["h"], ["y"], domain="own"))
 
     with pytest.raises(ModelError, match="number of operators"):
-        import_onnx(_edited(change), "net")
+        import_onnx(_edit_model(change), "net")
 
 
 def _external(folder: Path, location: str) -> Path:

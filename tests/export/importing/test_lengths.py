@@ -31,15 +31,15 @@ from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
 
-LEAST, MOST = 4, 12
-OWN = np.array([12, 4, 7, 9, 5, 11])
+MIN_LENGTH, MAX_LENGTH = 4, 12
+LENGTHS = np.array([12, 4, 7, 9, 5, 11])
 Array = npt.NDArray[Any]
 
 
 class Attention(nn.Module):
     """A layer of self-attention over the places of a sample, and the mean over them: one class per sample."""
 
-    input_shape = (5, f"{LEAST}:{MOST}")
+    input_shape = (5, f"{MIN_LENGTH}:{MAX_LENGTH}")
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 class Tagger(nn.Module):
     """A class for every step: token ids, an embedding, and a recurrent layer."""
 
-    input_shape = (f"{LEAST}:{MOST}",)
+    input_shape = (f"{MIN_LENGTH}:{MAX_LENGTH}",)
     input_dtype = torch.int64
 
     def __init__(self) -> None:
@@ -72,11 +72,11 @@ class Tagger(nn.Module):
 class Plain(nn.Module):
     """Reads neither mask nor lengths."""
 
-    input_shape = (f"{LEAST}:{MOST}",)
+    input_shape = (f"{MIN_LENGTH}:{MAX_LENGTH}",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Linear(MOST, 3)
+        self.head = nn.Linear(MAX_LENGTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(x)
@@ -98,12 +98,12 @@ def run_step(module: nn.Module, recipe: Recipe, data: LocalData) -> tuple[float,
     return result.loss_first, {n: (weights[n] - result.tensors[n]) / recipe.lr for n in trainer.trainable}
 
 
-def check_gradients(module: nn.Module, loss: Tensor, found: dict[str, Array]) -> None:
+def check_gradients(module: nn.Module, loss: Tensor, gradients: dict[str, Array]) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     for name, value in module.named_parameters():
         assert value.grad is not None
-        wanted = value.grad.numpy()
-        assert np.abs(found[name] - wanted).max() < 2e-4 * max(1e-2, np.abs(wanted).max()), name
+        expected = value.grad.numpy()
+        assert np.abs(gradients[name] - expected).max() < 2e-4 * max(1e-2, np.abs(expected).max()), name
 
 
 def one(module: nn.Module, x: Array, length: int, *extra: Any) -> Tensor:
@@ -113,47 +113,54 @@ def one(module: nn.Module, x: Array, length: int, *extra: Any) -> Tensor:
     return out
 
 
-def recipe(**more: Any) -> Recipe:
-    return Recipe(**{"epochs": 1, "batch_size": len(OWN), "lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, **more})
+def recipe(**settings: Any) -> Recipe:
+    return Recipe(
+        **{"epochs": 1, "batch_size": len(LENGTHS), "lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, **settings}
+    )
 
 
 def test_attention_with_a_mask_learns_as_from_samples_of_their_own_length() -> None:
     torch.manual_seed(0)
-    module, x, y = Attention(), floats(len(OWN), 5, MOST), np.arange(len(OWN)) % 3
-    data = load_arrays({"x": x, "lengths": OWN, "y": y})
+    module, x, y = Attention(), floats(len(LENGTHS), 5, MAX_LENGTH), np.arange(len(LENGTHS)) % 3
+    data = load_arrays({"x": x, "lengths": LENGTHS, "y": y})
     loss, gradients = run_step(module, recipe(), data)
     exact = copy.deepcopy(module).double()
-    outputs = [one(exact, x[i], n, torch.ones(1, n).double(), torch.tensor([n])) for i, n in enumerate(OWN)]
-    wanted = functional.cross_entropy(torch.cat(outputs), torch.tensor(y))
-    assert abs(loss - float(wanted.detach())) < 1e-5
-    check_gradients(exact, wanted, gradients)
+    outputs = [one(exact, x[i], n, torch.ones(1, n).double(), torch.tensor([n])) for i, n in enumerate(LENGTHS)]
+    expected = functional.cross_entropy(torch.cat(outputs), torch.tensor(y))
+    assert abs(loss - float(expected.detach())) < 1e-5
+    check_gradients(exact, expected, gradients)
 
 
 def test_labels_of_padded_steps_count_for_nothing() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
-    module, x, y = Tagger(), rng.integers(0, 7, (len(OWN), MOST)), rng.integers(0, 4, (len(OWN), MOST))
-    loss, gradients = run_step(module, recipe(ignore_label=-1), load_arrays({"x": x, "lengths": OWN, "y": y}))
+    module, x, y = (
+        Tagger(),
+        rng.integers(0, 7, (len(LENGTHS), MAX_LENGTH)),
+        rng.integers(0, 4, (len(LENGTHS), MAX_LENGTH)),
+    )
+    loss, gradients = run_step(module, recipe(ignore_label=-1), load_arrays({"x": x, "lengths": LENGTHS, "y": y}))
     exact = copy.deepcopy(module).double()
-    outputs = [one(exact, x[i], n)[0].T for i, n in enumerate(OWN)]
-    labels = torch.cat([torch.tensor(y[i, :n]) for i, n in enumerate(OWN)])
-    wanted = functional.cross_entropy(torch.cat(outputs), labels)
-    assert abs(loss - float(wanted.detach())) < 1e-5
-    check_gradients(exact, wanted, gradients)
+    outputs = [one(exact, x[i], n)[0].T for i, n in enumerate(LENGTHS)]
+    labels = torch.cat([torch.tensor(y[i, :n]) for i, n in enumerate(LENGTHS)])
+    expected = functional.cross_entropy(torch.cat(outputs), labels)
+    assert abs(loss - float(expected.detach())) < 1e-5
+    check_gradients(exact, expected, gradients)
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(LEAST, MOST), min_size=1, max_size=5))
-def test_what_is_in_the_padding_changes_nothing(seed: int, own: list[int]) -> None:
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(MIN_LENGTH, MAX_LENGTH), min_size=1, max_size=5))
+def test_what_is_in_the_padding_changes_nothing(seed: int, sample_lengths: list[int]) -> None:
     session, rng = SESSION(), np.random.default_rng(seed)
-    x, lengths = rng.normal(size=(len(own), 5, MOST)).astype(np.float32), np.array(own)
-    other = x.copy()
-    for row, n in zip(other, own, strict=True):
-        row[:, n:] = rng.normal(scale=1e6, size=(5, MOST - n))
+    x, lengths = rng.normal(size=(len(sample_lengths), 5, MAX_LENGTH)).astype(np.float32), np.array(sample_lengths)
+    repadded = x.copy()
+    for row, n in zip(repadded, sample_lengths, strict=True):
+        row[:, n:] = rng.normal(scale=1e6, size=(5, MAX_LENGTH - n))
     first, second = (
-        session.run({"x": pad_to_bound(some, (5, Lengths(LEAST, MOST)), lengths)})["logits"] for some in (x, other)
+        session.run({"x": pad_to_bound(some, (5, Lengths(MIN_LENGTH, MAX_LENGTH)), lengths)})["logits"]
+        for some in (x, repadded)
     )
     assert np.array_equal(first, second)
-    assert np.array_equal(lengths_of(pad_to_bound(x, (5, Lengths(LEAST, MOST)), lengths), 1), lengths)
+    assert np.array_equal(lengths_of(pad_to_bound(x, (5, Lengths(MIN_LENGTH, MAX_LENGTH)), lengths), 1), lengths)
 
 
 _SESSIONS: list[OnnxSession] = []
@@ -170,41 +177,43 @@ def load_arrays(arrays: dict[str, Array], folder: Path | None = None) -> LocalDa
     """A board's data from arrays, all of it for training."""
     from fedprune_device.data.array_source import _assemble
 
-    empty = {"x_test": arrays["x"][:0], "y_test": arrays["y"][:0], "lengths_test": OWN[:0]}
+    empty = {"x_test": arrays["x"][:0], "y_test": arrays["y"][:0], "lengths_test": LENGTHS[:0]}
     return _assemble({f"{n}_train": v for n, v in arrays.items()} | empty, 0, "", folder)
 
 
 def test_a_file_with_lengths_is_padded_to_the_bound(tmp_path: Path) -> None:
     x = floats(40, 5, 10)
-    own = np.random.default_rng(3).integers(LEAST, 11, 40)
-    np.savez(tmp_path / "d.npz", x=x, lengths=own, y=np.zeros(40, np.int64))
-    shape = (5, Lengths(LEAST, MOST))
+    lengths = np.random.default_rng(3).integers(MIN_LENGTH, 11, 40)
+    np.savez(tmp_path / "d.npz", x=x, lengths=lengths, y=np.zeros(40, np.int64))
+    shape = (5, Lengths(MIN_LENGTH, MAX_LENGTH))
     data = load_data(str(tmp_path / "d.npz"), validation_share=0.2).snapshot(shape)
-    found = np.concatenate([data.x_train, data.x_test, data.x_val])
-    assert found.shape == (40, 5, MOST)
-    wanted = pad_to_bound(x, shape, own)
-    assert sorted(r.tobytes() for r in found) == sorted(r.tobytes() for r in wanted)
-    assert np.array_equal(load_inputs(str(tmp_path / "d.npz"), shape), wanted)
+    rows = np.concatenate([data.x_train, data.x_test, data.x_val])
+    assert rows.shape == (40, 5, MAX_LENGTH)
+    expected = pad_to_bound(x, shape, lengths)
+    assert sorted(r.tobytes() for r in rows) == sorted(r.tobytes() for r in expected)
+    assert np.array_equal(load_inputs(str(tmp_path / "d.npz"), shape), expected)
 
 
 @pytest.mark.parametrize(
     ("lengths", "x"),
     [
-        (np.full(8, LEAST - 1), floats(8, 5, MOST)),
-        (np.full(8, MOST + 1), floats(8, 5, MOST + 2)),
-        (np.full(7, LEAST), floats(8, 5, MOST)),
-        (np.full(8, LEAST), floats(8, 4, MOST)),
+        (np.full(8, MIN_LENGTH - 1), floats(8, 5, MAX_LENGTH)),
+        (np.full(8, MAX_LENGTH + 1), floats(8, 5, MAX_LENGTH + 2)),
+        (np.full(7, MIN_LENGTH), floats(8, 5, MAX_LENGTH)),
+        (np.full(8, MIN_LENGTH), floats(8, 4, MAX_LENGTH)),
     ],
 )
 def test_lengths_out_of_bounds_or_of_another_shape_are_refused(lengths: Array, x: Array) -> None:
     with pytest.raises(DataError):
-        load_arrays({"x": x, "lengths": lengths, "y": np.zeros(8, np.int64)}).snapshot((5, Lengths(LEAST, MOST)))
+        load_arrays({"x": x, "lengths": lengths, "y": np.zeros(8, np.int64)}).snapshot(
+            (5, Lengths(MIN_LENGTH, MAX_LENGTH))
+        )
 
 
 def test_padded_places_need_a_label_that_counts_for_nothing() -> None:
-    x, y = np.zeros((6, MOST), np.int64), np.zeros((6, MOST), np.int64)
+    x, y = np.zeros((6, MAX_LENGTH), np.int64), np.zeros((6, MAX_LENGTH), np.int64)
     with pytest.raises(DataError):
-        run_step(Tagger(), recipe(), load_arrays({"x": x, "lengths": OWN, "y": y}))
+        run_step(Tagger(), recipe(), load_arrays({"x": x, "lengths": LENGTHS, "y": y}))
 
 
 @pytest.mark.parametrize("bad", ["0:4", "5:4", "4:"])
@@ -220,8 +229,8 @@ class Pair(nn.Module):
         super().__init__()
         self.net = Plain()
 
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        out: Tensor = self.net(x) + other.sum(1, keepdim=True)
+    def forward(self, x: Tensor, rest: Tensor) -> Tensor:
+        out: Tensor = self.net(x) + rest.sum(1, keepdim=True)
         return out
 
 
@@ -245,17 +254,17 @@ def dynamic_file(path: Path) -> Attention:
 
 
 def test_an_onnx_file_with_a_free_axis_computes_what_the_module_does(tmp_path: Path) -> None:
-    module, x = dynamic_file(tmp_path / "net.onnx"), floats(len(OWN), 5, MOST)
+    module, x = dynamic_file(tmp_path / "net.onnx"), floats(len(LENGTHS), 5, MAX_LENGTH)
     model = fx.load(tmp_path / "net.onnx", input_shape=Attention.input_shape)
-    assert model.architecture.input_shape == (5, MOST)
+    assert model.architecture.input_shape == (5, MAX_LENGTH)
     assert model.architecture.sizes == fx.load(module).architecture.sizes
-    rows = pad_to_bound(x, (5, Lengths(LEAST, MOST)), OWN)
-    found = OnnxSession(model.graph.to_bytes()).run({"x": rows})["logits"]
+    rows = pad_to_bound(x, (5, Lengths(MIN_LENGTH, MAX_LENGTH)), LENGTHS)
+    logits = OnnxSession(model.graph.to_bytes()).run({"x": rows})["logits"]
     with torch.no_grad():
-        for i, n in enumerate(OWN):
-            wanted = module(torch.tensor(x[i : i + 1, :, :n]), torch.ones(1, n), torch.tensor([n]))
-            assert np.abs(found[i] - wanted.numpy()).max() < 1e-6
-    for shape in ((5, MOST), (4, "4:12"), (5, 5, "4:12"), ("4:12", 9)):
+        for i, n in enumerate(LENGTHS):
+            expected = module(torch.tensor(x[i : i + 1, :, :n]), torch.ones(1, n), torch.tensor([n]))
+            assert np.abs(logits[i] - expected.numpy()).max() < 1e-6
+    for shape in ((5, MAX_LENGTH), (4, "4:12"), (5, 5, "4:12"), ("4:12", 9)):
         with pytest.raises(ModelError):
             fx.load(tmp_path / "net.onnx", input_shape=shape)
 
@@ -266,24 +275,24 @@ def test_a_predictor_takes_samples_of_any_length_within_the_bounds(tmp_path: Pat
     model = fx.load(module)
     report = fx.export(model, fx.plan(model, "raspberry-pi-5", density=1.0, recipe=recipe(ignore_label=-1)), tmp_path)
     assert report
-    predictor, x = Predictor(tmp_path), np.random.default_rng(1).integers(0, 7, (3, MOST))
-    assert predictor.input_shape == (Lengths(LEAST, MOST),)
-    for n in (LEAST, 7, MOST):
+    predictor, x = Predictor(tmp_path), np.random.default_rng(1).integers(0, 7, (3, MAX_LENGTH))
+    assert predictor.input_shape == (Lengths(MIN_LENGTH, MAX_LENGTH),)
+    for n in (MIN_LENGTH, 7, MAX_LENGTH):
         with torch.no_grad():
-            wanted = module(torch.tensor(x[:, :n])).numpy()
-        found = predictor.predict(x[:, :n])
-        assert found.shape == wanted.shape
-        assert np.abs(found - wanted).max() < 1e-5
-    for n in (LEAST - 1, MOST + 1):
+            expected = module(torch.tensor(x[:, :n])).numpy()
+        outputs = predictor.predict(x[:, :n])
+        assert outputs.shape == expected.shape
+        assert np.abs(outputs - expected).max() < 1e-5
+    for n in (MIN_LENGTH - 1, MAX_LENGTH + 1):
         with pytest.raises(DataError) as error:
             predictor.predict(np.zeros((3, n), np.int64))
-        assert f"{LEAST}:{MOST}" in str(error.value.expected)
+        assert f"{MIN_LENGTH}:{MAX_LENGTH}" in str(error.value.expected)
 
 
 def test_a_cut_model_keeps_its_bounds() -> None:
     model = fx.load(Attention())
     widths = tuple(max(1, size // 2) for size in model.architecture.sizes)
     some = cut(model, Selection.of(model.architecture, widths))
-    x = pad_to_bound(floats(len(OWN), 5, MOST), (5, Lengths(LEAST, MOST)), OWN)
+    x = pad_to_bound(floats(len(LENGTHS), 5, MAX_LENGTH), (5, Lengths(MIN_LENGTH, MAX_LENGTH)), LENGTHS)
     assert np.isfinite(OnnxSession(some.to_bytes()).run({"x": x})["logits"]).all()
     assert "fedprune.length" in some.metadata

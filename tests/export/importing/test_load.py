@@ -38,8 +38,8 @@ def lenet_bytes() -> bytes:
 @pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
 def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
     model = imported(name)
-    again = import_onnx(model.graph.to_bytes(), name)
-    assert again.architecture.digest == model.architecture.digest
+    reimported = import_onnx(model.graph.to_bytes(), name)
+    assert reimported.architecture.digest == model.architecture.digest
 
 
 def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +107,8 @@ def test_a_parameter_that_the_forward_pass_never_uses_is_left_out_with_a_note() 
     note = next(n for n in model.notes if "unused" in n)
     assert note == "The forward pass doesn't use unused.weight, unused.bias: left as they are, and in no bundle."
     assert all(p.requires_grad for p in module.parameters())
-    again = import_onnx(model.graph.to_bytes(), "spare")
-    assert note in again.notes
+    reimported = import_onnx(model.graph.to_bytes(), "spare")
+    assert note in reimported.notes
 
 
 def test_a_parameter_that_the_export_loses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def _port(*shape: int | str) -> list[Port]:
     return [Port("x", F32, shape)]
 
 
-def _refused(inputs: list[Port], op: str, shape: tuple[int, ...] = ()) -> bytes:
+def _single_node_model(inputs: list[Port], op: str, shape: tuple[int, ...] = ()) -> bytes:
     graph = Graph(inputs=inputs, initializers={"w": np.ones(shape, np.float32)} if shape else {})
     reads = [p.name for p in inputs] + (["w"] if shape else [])
     graph.outputs = [Port(graph.emit(op, *reads), inputs[0].dtype, ("N", 2))]
@@ -188,19 +188,22 @@ def _refused(inputs: list[Port], op: str, shape: tuple[int, ...] = ()) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
-        (_refused(_port(1, 3), "MatMul", (3, 2)), r"fixed batch.*dynamic batch"),
-        (_refused(_port("N", 3, "H", "W"), "Conv", (2, 3, 1, 1)), "free dimensions besides the batch"),
+        (_single_node_model(_port(1, 3), "MatMul", (3, 2)), r"fixed batch.*dynamic batch"),
+        (_single_node_model(_port("N", 3, "H", "W"), "Conv", (2, 3, 1, 1)), "free dimensions besides the batch"),
         (
-            _refused([Port("a", F32, ("N", 3)), Port("b", F32, (1, 3))], "Add"),
+            _single_node_model([Port("a", F32, ("N", 3)), Port("b", F32, (1, 3))], "Add"),
             r"input 'b': expected .*float32.*with a free batch and fixed sizes behind it, got float32 \[1, 3\]",
         ),
-        (_refused([Port("x", np.dtype(np.int32), ("N", 3))], "Abs"), "type of input x: expected float32, or int64"),
+        (
+            _single_node_model([Port("x", np.dtype(np.int32), ("N", 3))], "Abs"),
+            "type of input x: expected float32, or int64",
+        ),
     ],
 )
-def test_inputs_and_outputs_of_another_form_are_refused(raw: bytes, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_inputs_and_outputs_of_another_form_are_refused(raw: bytes, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         import_onnx(raw, "net")
 
 
@@ -214,7 +217,7 @@ def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
         "model = load(sys.argv[1])\n"
         "print(model.architecture.digest, hashlib.sha256(model.graph.to_bytes()).hexdigest())\n"
     )
-    seen = {
+    digests = {
         subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "net.onnx")],
             env={**os.environ, "PYTHONHASHSEED": seed},
@@ -225,4 +228,4 @@ def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
         ).stdout
         for seed in ("1", "2", "3")
     }
-    assert len(seen) == 1
+    assert len(digests) == 1

@@ -53,7 +53,7 @@ class Grouped(nn.Module):
         return self.head(self.two(torch.relu(self.one(x))).mean((2, 3)))
 
 
-def imported(module: nn.Module) -> Model:
+def import_module(module: nn.Module) -> Model:
     return import_onnx(export_torch(module), "net")
 
 
@@ -61,7 +61,7 @@ def imported(module: nn.Module) -> Model:
                                   lambda: nets.seeded(Mixed())],
                          ids=["lenet", "resnet20", "concat", "mixed"])  # fmt: skip
 def test_it_computes_what_the_cut_graph_computes(make) -> None:  # type: ignore[no-untyped-def]
-    model = imported(make())
+    model = import_module(make())
     for seed, density in enumerate((0.6, 0.25)):
         selection = random_selection(model, density, seed)
         module = narrowed(make(), selection.gather(model.tensors)).eval()
@@ -71,23 +71,23 @@ def test_it_computes_what_the_cut_graph_computes(make) -> None:  # type: ignore[
         assert distance(got, outputs(cut(model, selection), x)) < 1e-5
         sent = {n: tuple(v.shape) for n, v in module.state_dict().items()}
         assert {n: sent[n] for n in selection.shapes()} == selection.shapes()
-        for part in module.modules():
-            if isinstance(part, nn.Conv2d):
-                assert part.weight.shape[:2] == (part.out_channels, part.in_channels // part.groups)
-            if isinstance(part, nn.Linear):
-                assert part.weight.shape == (part.out_features, part.in_features)
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                assert layer.weight.shape[:2] == (layer.out_channels, layer.in_channels // layer.groups)
+            if isinstance(layer, nn.Linear):
+                assert layer.weight.shape == (layer.out_features, layer.in_features)
 
 
 def test_what_cant_be_narrowed_is_named_and_untouched() -> None:
-    model = imported(Grouped())
-    whole = Selection.full(model.architecture)
-    narrow = whole.with_widths([max(1, n // 2) for n in whole.widths])
+    model = import_module(Grouped())
+    full = Selection.full(model.architecture)
+    narrow = full.with_widths([max(1, n // 2) for n in full.widths])
     module = Grouped()
     with pytest.raises(ModelError, match="two: a Conv2d like this"):
         narrowed(module, narrow.gather(model.tensors))
     assert module.one.weight.shape[0] == 8
-    narrowed(module, whole.gather(model.tensors))
-    tensors = whole.gather(model.tensors)
+    narrowed(module, full.gather(model.tensors))
+    tensors = full.gather(model.tensors)
     with pytest.raises(ModelError, match=r"one\.weight"):
         narrowed(Grouped(), {**tensors, "one.weight": np.zeros((9, 3, 1, 1), np.float32)})
     with pytest.raises(ModelError, match=r"no tensor 'other'"):
@@ -118,10 +118,10 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
-@pytest.mark.parametrize("way", ["class", "instance"])
-def test_a_layer_that_computes_in_a_way_of_its_own_is_refused(way: str) -> None:
-    conv = Standardised(3, 8, 3) if way == "class" else nn.Conv2d(3, 8, 3)
-    if way == "instance":
+@pytest.mark.parametrize("override", ["class", "instance"])
+def test_a_layer_that_computes_in_a_way_of_its_own_is_refused(override: str) -> None:
+    conv = Standardised(3, 8, 3) if override == "class" else nn.Conv2d(3, 8, 3)
+    if override == "instance":
         conv.forward = lambda x: nn.Conv2d.forward(conv, x) * 2  # type: ignore[method-assign]
     module = nn.Sequential(conv, nn.Conv2d(8, 4, 1))
     tensors = {n: v.numpy() for n, v in nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)).state_dict().items()}

@@ -50,9 +50,9 @@ def test_reserved_names_are_renamed(name: str) -> None:
         return linear(graph, graph.emit("Relu", hidden, out="y" if name != "y" else "lr"), 4, 2, "last")
 
     model, graph = model_of(build, 3)
-    held = {*model.tensors, *(o for n in model.graph.nodes for o in n.outputs)}
-    assert not (held - {"logits"}) & RESERVED_NAMES
-    assert not any("::" in n for n in held)
+    value_names = {*model.tensors, *(o for n in model.graph.nodes for o in n.outputs)}
+    assert not (value_names - {"logits"}) & RESERVED_NAMES
+    assert not any("::" in n for n in value_names)
     assert any(name in note for note in model.notes)
     assert same(model, graph)
 

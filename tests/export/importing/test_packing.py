@@ -35,14 +35,14 @@ class Fusion(nn.Module):
         super().__init__()
         self.input_shape = {"motion": (3, STEPS), "place": (), "frame": (2, 4, 4)}
         self.input_dtype = {"place": "int64", "frame": torch.uint8}
-        self.is_geometric, self.sees = nn.Conv1d(3, 8, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
+        self.moves, self.sees = nn.Conv1d(3, 8, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
         self.places, self.joint = nn.Embedding(5, 4), nn.Linear(18, 16)
         self.kind, self.path = nn.Linear(16, 3), nn.Linear(16, 4)
 
     def forward(self, motion: Tensor, place: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-        seen = torch.tanh(self.sees(frame.float() / 255)).mean((2, 3))
-        moved = torch.tanh(self.is_geometric(motion)).mean(2)
-        both = torch.tanh(self.joint(torch.cat([moved, seen, self.places(place)], 1)))
+        frame_features = torch.tanh(self.sees(frame.float() / 255)).mean((2, 3))
+        motion_features = torch.tanh(self.moves(motion)).mean(2)
+        both = torch.tanh(self.joint(torch.cat([motion_features, frame_features, self.places(place)], 1)))
         return self.kind(both), self.path(both).unflatten(1, (2, 2))
 
 
@@ -78,52 +78,52 @@ def of_torch(module: nn.Module, arrays: dict[str, np.ndarray[Any, Any]]) -> list
 
 
 @pytest.fixture
-def made() -> tuple[fx.Model, Fusion]:
+def fusion() -> tuple[fx.Model, Fusion]:
     torch.manual_seed(0)
     module = Fusion()
     return fx.load(module, loss=loss, metric=score), module
 
 
-def test_rows_hold_inputs_by_name_and_outputs_in_order(made: tuple[fx.Model, Fusion], tmp_path: Path) -> None:
-    model, module = made
+def test_rows_hold_inputs_by_name_and_outputs_in_order(fusion: tuple[fx.Model, Fusion], tmp_path: Path) -> None:
+    model, module = fusion
     assert model.architecture.input_shape == (2 * 4 * 4 + 3 * STEPS + 1,)
     assert model.architecture.output_shape == (7,)
-    said = " ".join(model.notes)
-    assert "frame [n, 2, 4, 4], motion [n, 3, 10], place [n] are parts of one row of 63 numbers" in said
-    assert "[n, 3]" in said
-    assert "[n, 2, 2] are parts of one row of 7 numbers" in said
+    notes = " ".join(model.notes)
+    assert "frame [n, 2, 4, 4], motion [n, 3, 10], place [n] are parts of one row of 63 numbers" in notes
+    assert "[n, 3]" in notes
+    assert "[n, 2, 2] are parts of one row of 7 numbers" in notes
     arrays = samples()
     np.savez(tmp_path / "own.npz", **arrays)
     x = load_inputs(str(tmp_path / "own.npz"))
-    wanted = torch.cat([o.flatten(1) for o in of_torch(module, arrays)], 1)
+    expected = torch.cat([o.flatten(1) for o in of_torch(module, arrays)], 1)
     for one in (model, import_onnx(model.graph.to_bytes(), "again")):
-        found = OnnxSession(one.graph.to_bytes()).run({"x": np.asarray(x)}, ["logits"])["logits"]
-        assert np.allclose(found, wanted.detach(), atol=1e-5)
+        outputs = OnnxSession(one.graph.to_bytes()).run({"x": np.asarray(x)}, ["logits"])["logits"]
+        assert np.allclose(outputs, expected.detach(), atol=1e-5)
 
 
-def test_boards_train_what_torch_trains(made: tuple[fx.Model, Fusion], tmp_path: Path) -> None:
-    model, module = made
+def test_boards_train_what_torch_trains(fusion: tuple[fx.Model, Fusion], tmp_path: Path) -> None:
+    model, module = fusion
     arrays = samples()
-    held = {f"{n}_test": a[:2] for n, a in arrays.items()}
-    np.savez(tmp_path / "own.npz", **{f"{n}_train": a for n, a in arrays.items()}, **held)
+    test_arrays = {f"{n}_test": a[:2] for n, a in arrays.items()}
+    np.savez(tmp_path / "own.npz", **{f"{n}_train": a for n, a in arrays.items()}, **test_arrays)
     data = load_data(str(tmp_path / "own.npz"))
     assert data.samples == N
     recipe = Recipe(loss="custom", metric="custom", batch_size=N, lr=0.1, momentum=0.0, epochs=3)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes(), threads=1)
-    found = trainer.train(model.tensors, data, TrainingTask(recipe, 7, 0, "a", 1))
+    result = trainer.train(model.tensors, data, TrainingTask(recipe, 7, 0, "a", 1))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         loss(*of_torch(module, arrays), torch.tensor(arrays["y"])).mean().backward()
         optimizer.step()
     for name, tensor in module.state_dict().items():
-        assert np.allclose(found.tensors[name], tensor, atol=1e-5), name
+        assert np.allclose(result.tensors[name], tensor, atol=1e-5), name
 
 
-def test_a_cut_model_takes_the_same_rows(made: tuple[fx.Model, Fusion]) -> None:
-    model, _ = made
-    whole = Selection.full(model.architecture)
-    graph = cut(model, whole.with_widths([size // 2 for size in model.architecture.sizes]))
+def test_a_cut_model_takes_the_same_rows(fusion: tuple[fx.Model, Fusion]) -> None:
+    model, _ = fusion
+    full = Selection.full(model.architecture)
+    graph = cut(model, full.with_widths([size // 2 for size in model.architecture.sizes]))
     x = np.random.default_rng(0).normal(size=(3, 63)).astype(np.float32)
     x[:, -1] = [0, 1, 4]
     assert OnnxSession(graph.to_bytes()).run({"x": x}, ["logits"])["logits"].shape == (3, 7)
@@ -171,9 +171,9 @@ def two_inputs(count: int = 40) -> dict[str, np.ndarray[Any, Any]]:
 def test_an_export_is_measured_on_named_arrays(tmp_path: Path, ending: str) -> None:
     module, arrays = Two(), two_inputs()
     np.savez(tmp_path / "two.npz", **{f"{n}{ending}": v for n, v in arrays.items()})
-    found = load_scored_data(tmp_path / "two.npz", fx.load(module), Recipe())
+    scored = load_scored_data(tmp_path / "two.npz", fx.load(module), Recipe())
     logits = module(torch.tensor(arrays["b"], dtype=torch.float32), torch.tensor(arrays["a"]))
-    assert found.full_score == float(np.mean(logits.argmax(1).numpy() == arrays["y"]))
+    assert scored.full_score == float(np.mean(logits.argmax(1).numpy() == arrays["y"]))
 
 
 class NamedX(nn.Module):
@@ -209,11 +209,11 @@ def test_named_arrays_that_dont_fit_are_named(tmp_path: Path, name: str, value: 
 def test_a_state_dict_has_the_authors_names() -> None:
     module = Two()
     model = fx.load(module)
-    again = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
-    for found in (model, again):
-        state = state_dict(found.tensors, found.graph)
+    reloaded = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
+    for candidate in (model, reloaded):
+        state = state_dict(candidate.tensors, candidate.graph)
         assert set(state) == {n for n, _ in module.named_parameters()}
-        assert check_state_parity(state, found.graph, found.graph) == 0
+        assert check_state_parity(state, candidate.graph, candidate.graph) == 0
     module.load_state_dict({n: torch.tensor(v) for n, v in state.items()})
     half = {n: np.ones_like(v) for n, v in model.tensors.items()}
     assert torch.equal(fx.narrowed(module, half).lr, torch.ones(5))

@@ -23,7 +23,7 @@ def random(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def imported(build: Build, shape: tuple[int, ...] = SHAPE) -> Model:
+def import_built(build: Build, shape: tuple[int, ...] = SHAPE) -> Model:
     """The import of a layer between a product per channel and a matrix; its numbers are compared."""
     graph = Graph(inputs=[Port("image", F32, ("batch", *shape))], opset=18)
     graph.initializers.update(
@@ -40,7 +40,7 @@ def imported(build: Build, shape: tuple[int, ...] = SHAPE) -> Model:
 
 def ops(build: Build, shape: tuple[int, ...] = SHAPE) -> list[str]:
     """The operators between the first and the last two."""
-    return [n.op for n in imported(build, shape).graph.nodes][1:-2]
+    return [n.op for n in import_built(build, shape).graph.nodes][1:-2]
 
 
 def root(g: Graph, x: str, *, inverse: bool, axes: tuple[int, ...] = (-1,), power: bool = False) -> str:
@@ -52,23 +52,23 @@ def root(g: Graph, x: str, *, inverse: bool, axes: tuple[int, ...] = (-1,), powe
     return g.emit("Reciprocal", value) if inverse else value
 
 
-def centred(g: Graph, x: str, axes: tuple[int, ...] = (-1,)) -> str:
+def centre(g: Graph, x: str, axes: tuple[int, ...] = (-1,)) -> str:
     return g.emit("Sub", x, g.emit("ReduceMean", x, g.ints(*axes)))
 
 
 def rms(inverse: bool, power: bool) -> Build:
     def build(g: Graph, x: str) -> str:
-        found = root(g, x, inverse=inverse, power=power)
-        return g.emit("Mul", "t", g.emit("Mul" if inverse else "Div", x, found))
+        root_mean_square = root(g, x, inverse=inverse, power=power)
+        return g.emit("Mul", "t", g.emit("Mul" if inverse else "Div", x, root_mean_square))
 
     return build
 
 
 def layer(inverse: bool, power: bool) -> Build:
     def build(g: Graph, x: str) -> str:
-        c = centred(g, x)
-        found = root(g, c, inverse=inverse, power=power)
-        scaled = g.emit("Mul", g.emit("Mul" if inverse else "Div", c, found), "t")
+        c = centre(g, x)
+        deviation = root(g, c, inverse=inverse, power=power)
+        scaled = g.emit("Mul", g.emit("Mul" if inverse else "Div", c, deviation), "t")
         return g.emit("Add", scaled, "u")
 
     return build
@@ -78,14 +78,14 @@ def layer(inverse: bool, power: bool) -> Build:
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("make", "op"), [(rms, "RMSNormalization"), (layer, "LayerNormalization")])
 def test_norms_over_the_last_axis(make: Callable[[bool, bool], Build], op: str, inverse: bool, power: bool) -> None:
-    model = imported(make(inverse, power))
+    model = import_built(make(inverse, power))
     assert [n.op for n in model.graph.nodes] == ["Tanh", op, "Flatten", "MatMul"]
     assert {t.name: t.kind for t in model.architecture.tensors}["t"] == "norm_scale"
 
 
 def test_a_norm_over_channels_stands_between_transposes() -> None:
     def build(g: Graph, x: str) -> str:
-        c = centred(g, x, (1,))
+        c = centre(g, x, (1,))
         value = g.emit("Div", c, root(g, c, inverse=False, axes=(1,)))
         return g.emit("Mul", value, g.emit("Unsqueeze", "s", g.ints(1, 2)))
 
@@ -93,14 +93,12 @@ def test_a_norm_over_channels_stands_between_transposes() -> None:
 
 
 def test_a_norm_without_vectors_gets_ones() -> None:
-    assert ops(lambda g, x: g.emit("Div", centred(g, x), root(g, centred(g, x), inverse=False))) == [
-        "LayerNormalization"
-    ]
+    assert ops(lambda g, x: g.emit("Div", centre(g, x), root(g, centre(g, x), inverse=False))) == ["LayerNormalization"]
 
 
 def test_a_variance_that_a_reshape_gives_its_axis_back() -> None:
     def build(g: Graph, x: str) -> str:
-        c = centred(g, x)
+        c = centre(g, x)
         mean = g.emit("ReduceMean", g.emit("Mul", c, c), g.ints(3), attrs={"keepdims": 0})
         batch = g.emit("Gather", g.emit("Shape", x), g.ints(0), attrs={"axis": 0})
         variance = g.emit("Reshape", mean, g.emit("Concat", batch, g.ints(6, 4, 1), attrs={"axis": 0}))
@@ -122,11 +120,11 @@ def test_group_norm_as_exporters_write_it(groups: int, affine: bool) -> None:
         value = g.emit("Mul", value, g.emit("Unsqueeze", "s", g.ints(1, 2)))
         return g.emit("Add", value, "c")
 
-    found = imported(build)
-    (node,) = [n for n in found.graph.nodes if n.op == "GroupNormalization"]
+    model = import_built(build)
+    (node,) = [n for n in model.graph.nodes if n.op == "GroupNormalization"]
     assert node.attrs["num_groups"] == groups
-    assert {"s", "c"} <= set(found.tensors) if affine else True
-    assert not {"InstanceNormalization", "Mul", "Add"} & {n.op for n in found.graph.nodes}
+    assert {"s", "c"} <= set(model.tensors) if affine else True
+    assert not {"InstanceNormalization", "Mul", "Add"} & {n.op for n in model.graph.nodes}
 
 
 def gelu(g: Graph, x: str, half_first: bool, divide: bool) -> str:
@@ -155,7 +153,7 @@ def test_gelu_by_tanh(factored: bool) -> None:
         curve = g.emit("Tanh", g.emit("Mul", g.scalar(math.sqrt(2 / math.pi)), inner))
         return g.emit("Mul", g.emit("Mul", g.scalar(0.5), x), g.emit("Add", g.scalar(1), curve))
 
-    (node,) = [n for n in imported(build).graph.nodes if n.op == "Gelu"]
+    (node,) = [n for n in import_built(build).graph.nodes if n.op == "Gelu"]
     assert node.attrs["approximate"] == "tanh"
 
 
@@ -183,7 +181,7 @@ def _unlike(change: str) -> Build:
             mean = g.emit("Sqrt", g.emit("ReduceMean", g.emit("Mul", x, x), g.ints(-1)))
             return g.emit("Div", x, g.emit("Add", mean, g.scalar(1e-5)))
         if change == "other axes":
-            return g.emit("Div", centred(g, x, (2,)), root(g, centred(g, x, (2,)), inverse=False, axes=(3,)))
+            return g.emit("Div", centre(g, x, (2,)), root(g, centre(g, x, (2,)), inverse=False, axes=(3,)))
         soft = g.emit("Where", g.emit("Greater", x, g.scalar(0.5)), x, g.emit("Softplus", x))
         return g.emit("Mul", x, g.emit("Tanh", soft))
 
@@ -194,14 +192,14 @@ def _unlike(change: str) -> Build:
     "change", ["other root", "other factor", "other operand", "sum", "epsilon outside", "other axes", "early linear"]
 )
 def test_what_is_nearly_a_pattern_stays(change: str) -> None:
-    found = set(ops(_unlike(change)))
-    assert not found & {"Gelu", "Mish", "GroupNormalization"}
-    assert not found & {"LayerNormalization", "RMSNormalization"} or change == "other axes"
+    operators = set(ops(_unlike(change)))
+    assert not operators & {"Gelu", "Mish", "GroupNormalization"}
+    assert not operators & {"LayerNormalization", "RMSNormalization"} or change == "other axes"
 
 
 def test_a_value_within_a_pattern_that_something_else_reads() -> None:
     def build(g: Graph, x: str) -> str:
-        c = centred(g, x)
+        c = centre(g, x)
         return g.emit("Add", g.emit("Div", c, root(g, c, inverse=False)), c)
 
     assert sorted(ops(build)) == ["Add", "LayerNormalization", "ReduceMean", "Sub"]

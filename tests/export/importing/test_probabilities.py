@@ -19,13 +19,13 @@ F32 = np.dtype(np.float32)
 Build = Callable[[Graph, str], str]
 
 
-def raw(build: Build, shape: tuple[int | None, ...] = (4,), places: int = 0) -> bytes:
+def raw(build: Build, shape: tuple[int | None, ...] = (4,), length: int = 0) -> bytes:
     """A model whose logits `l`, of 4 classes, go through what is built."""
     rng = np.random.default_rng(0)
-    inputs = (10, places) if places else (10,)
-    weight = rng.standard_normal((4, 10, 1) if places else (10, 4)).astype(np.float32)
+    inputs = (10, length) if length else (10,)
+    weight = rng.standard_normal((4, 10, 1) if length else (10, 4)).astype(np.float32)
     graph = Graph(inputs=[Port("image", F32, ("batch", *inputs))], initializers={"w": weight})
-    logits = graph.emit("Conv" if places else "MatMul", "image", "w", out="l")
+    logits = graph.emit("Conv" if length else "MatMul", "image", "w", out="l")
     graph.outputs = [Port(build(graph, logits), F32, ("batch", *shape))]
     return graph.to_bytes()
 
@@ -34,11 +34,11 @@ def softmax(g: Graph, logits: str, axis: int = 1) -> str:
     return g.emit("Softmax", logits, attrs={"axis": axis})
 
 
-def clipped(g: Graph, logits: str) -> str:
+def clip(g: Graph, logits: str) -> str:
     return g.emit("Clip", softmax(g, logits), g.scalar(1e-7), g.scalar(1 - 1e-7))
 
 
-def turned(g: Graph, logits: str) -> str:
+def transpose(g: Graph, logits: str) -> str:
     last = softmax(g, g.emit("Transpose", logits, attrs={"perm": [0, 2, 1]}), -1)
     return g.emit("Transpose", last, attrs={"perm": [0, 2, 1]})
 
@@ -47,20 +47,20 @@ REMOVED: dict[str, tuple[Build, tuple[int | None, ...], int]] = {
     "reshape": (lambda g, x: g.emit("Reshape", softmax(g, x), g.ints(-1, 4)), (4,), 0),
     "cast": (lambda g, x: g.emit("Cast", softmax(g, x), attrs={"to": 1}), (4,), 0),
     "unsqueeze": (lambda g, x: g.emit("Unsqueeze", softmax(g, x), g.ints(2)), (4, 1), 0),
-    "clip": (clipped, (4,), 0),
+    "clip": (clip, (4,), 0),
     "places": (softmax, (4, 6), 6),
-    "turned": (turned, (4, 6), 6),
+    "turned": (transpose, (4, 6), 6),
     "log": (lambda g, x: g.emit("Identity", g.emit("LogSoftmax", x, attrs={"axis": 1})), (4,), 0),
 }
 
 
 @pytest.mark.parametrize("name", REMOVED)
 def test_a_softmax_before_what_passes_it_on_is_removed_and_said(name: str) -> None:
-    build, shape, places = REMOVED[name]
-    model = import_onnx(raw(build, shape, places), "net")
+    build, shape, length = REMOVED[name]
+    model = import_onnx(raw(build, shape, length), "net")
     assert len(model.notes) == 1
-    x = np.random.default_rng(1).standard_normal((3, 10, places) if places else (3, 10)).astype(np.float32)
-    plain = OnnxSession(raw(lambda g, logits: logits, (4,), places)).run({"image": x})["l"]
+    x = np.random.default_rng(1).standard_normal((3, 10, length) if length else (3, 10)).astype(np.float32)
+    plain = OnnxSession(raw(lambda g, logits: logits, (4,), length)).run({"image": x})["l"]
     assert distance(outputs(model.graph, x).reshape(plain.shape), plain) < 1e-6
 
 

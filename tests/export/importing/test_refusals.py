@@ -38,7 +38,7 @@ def raw(
     return graph.to_bytes()
 
 
-def refused(file: bytes, *texts: str) -> None:
+def check_refusal(file: bytes, *texts: str) -> None:
     with pytest.raises(ModelError) as caught:
         import_onnx(file, "net")
     for text in texts:
@@ -86,7 +86,7 @@ def test_an_output_of_whole_numbers_or_truths_is_named(op: str) -> None:
 
     kind = np.bool_ if op == "Greater" else np.int64
     file = raw(build, {"w": random(6, 4)}, out=("N", 1 if op == "ArgMax" else 4), kind=kind)
-    refused(file, op, "--output l ")
+    check_refusal(file, op, "--output l ")
     training_graph(import_onnx(file, "net", ImportChoices(output="l")), Features())
 
 
@@ -104,7 +104,7 @@ def test_a_reshape_that_fixes_the_batch_is_named(name: str) -> None:
         return FIXED[name][0](g)
 
     tensors = {"w": random(6, 6), "last": random(6, 4), "pair": random(2, 4)}
-    refused(raw(build, tensors, out=(None,) * (3 if name == "all sizes" else 2)), "Reshape", "batch")
+    check_refusal(raw(build, tensors, out=(None,) * (3 if name == "all sizes" else 2)), "Reshape", "batch")
 
 
 @pytest.mark.parametrize("op", ["RandomNormalLike", "RandomUniformLike", "Bernoulli"])
@@ -113,14 +113,14 @@ def test_random_numbers_are_named(op: str) -> None:
         h = g.emit("MatMul", "image", "w")
         return g.emit("Add", h, g.emit(op, g.emit("Sigmoid", h) if op == "Bernoulli" else h))
 
-    refused(raw(build, {"w": random(6, 4)}), op)
+    check_refusal(raw(build, {"w": random(6, 4)}), op)
 
 
 def test_weights_of_8_bits_are_named() -> None:
     def build(g: Graph) -> str:
         return g.emit("MatMul", "image", g.emit("DequantizeLinear", "low", g.scalar(0.05), g.constant(0, np.int8)))
 
-    refused(raw(build, {"low": np.ones((6, 4), np.int8)}), "quantised", "DequantizeLinear")
+    check_refusal(raw(build, {"low": np.ones((6, 4), np.int8)}), "quantised", "DequantizeLinear")
 
 
 def test_weights_in_constant_nodes_are_trained() -> None:
@@ -130,9 +130,9 @@ def test_weights_in_constant_nodes_are_trained() -> None:
             {"w": random(6, 5), "b": random(5), "v": random(5, 4)},
         )
     )
-    held = list(proto.graph.initializer)
+    initializers = list(proto.graph.initializer)
     del proto.graph.initializer[:]
-    for tensor in held:
+    for tensor in initializers:
         proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
     model = import_onnx(proto.SerializeToString(), "net")
     assert set(model.tensors) == {"w", "b", "v"}
@@ -151,7 +151,7 @@ def test_weights_that_are_stored_in_half_are_trained_in_float32() -> None:
 
 
 def test_a_model_without_weights_says_what_it_holds() -> None:
-    refused(raw(lambda g: g.emit("Softplus", "image"), {}, out=("N", 6)), "trainable")
+    check_refusal(raw(lambda g: g.emit("Softplus", "image"), {}, out=("N", 6)), "trainable")
 
 
 def test_it_is_said_why_nothing_can_be_cut() -> None:
@@ -174,9 +174,9 @@ def test_some_weights_in_constant_nodes_are_named_and_can_be_listed() -> None:
             {"w": random(6, 5), "v": random(5, 4)},
         )
     )
-    (held,) = [t for t in proto.graph.initializer if t.name == "w"]
-    proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=held))
-    proto.graph.initializer.remove(held)
+    (initializer,) = [t for t in proto.graph.initializer if t.name == "w"]
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=initializer))
+    proto.graph.initializer.remove(initializer)
     model = import_onnx(proto.SerializeToString(), "net")
     assert set(model.tensors) == {"v"}
     assert any(": w." in note for note in model.notes)

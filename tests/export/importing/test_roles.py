@@ -47,15 +47,15 @@ class Functional(nn.Module):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.how, self.window, self.fc = how, nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(8, 4)
+        self.how, self.w, self.fc = how, nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.how == "scaled":
-            kernel = self.window * 0.3
+            kernel = self.w * 0.3
         elif self.how == "squashed":
-            kernel = torch.tanh(self.window)
+            kernel = torch.tanh(self.w)
         else:
-            kernel = self.window - self.window.mean((1, 2, 3), keepdim=True)
+            kernel = self.w - self.w.mean((1, 2, 3), keepdim=True)
         return self.fc(torch.conv2d(x, kernel).relu().mean((2, 3)))
 
 
@@ -72,7 +72,7 @@ class Odd(nn.Module):
         return self.fc(self.use(x, self.odd)[:, :6])
 
 
-def imported(module: nn.Module) -> Model:
+def import_module(module: nn.Module) -> Model:
     torch.manual_seed(0)
     return import_onnx(export_torch(module), "net")
 
@@ -82,14 +82,14 @@ def kinds(model: Model) -> dict[str, str]:
 
 
 def test_parameters_behind_other_operators_are_trained() -> None:
-    model = imported(Gated())
+    model = import_module(Gated())
     assert {"gate": "norm_scale", "shift": "bias"}.items() <= kinds(model).items()
     assert {"gate", "shift"} <= {p.name for p in training_graph(model, Features()).inputs}
 
 
 @pytest.mark.parametrize("how", ["scaled", "squashed", "centred"])
 def test_a_computed_kernel_is_a_weight_and_a_layer(how: str) -> None:
-    model = imported(Functional(how))
+    model = import_module(Functional(how))
     assert kinds(model)["w"] == "weight"
     assert [(n.weight, n.output_axis) for n in model.architecture.layers if n.weight] == [("w", 0), ("fc.weight", 0)]
     for i in range(len(model.architecture.groups)):
@@ -102,7 +102,7 @@ def test_a_computed_kernel_is_a_weight_and_a_layer(how: str) -> None:
     ids=["concat", "pow", "exp"],
 )
 def test_a_listed_parameter_is_never_lost(use: Any) -> None:
-    assert {"odd", "fc.weight", "fc.bias"} == set(kinds(imported(Odd(use))))
+    assert {"odd", "fc.weight", "fc.bias"} == set(kinds(import_module(Odd(use))))
 
 
 def graph_of(odd: np.ndarray[Any, Any]) -> Graph:

@@ -75,10 +75,10 @@ def test_what_has_several_names_is_one_tensor_with_the_first(two_names: tuple[Tw
 
 def test_frozen_parameters_are_known_also_after_a_round_trip(two_names: tuple[TwoNames, Model]) -> None:
     _, model = two_names
-    again = import_onnx(model.graph.to_bytes(), "net")
-    assert model.frozen == again.frozen == ("first.bias",)
+    reloaded = import_onnx(model.graph.to_bytes(), "net")
+    assert model.frozen == reloaded.frozen == ("first.bias",)
     assert "first.bias" in model.tensors
-    assert again.architecture.digest == model.architecture.digest
+    assert reloaded.architecture.digest == model.architecture.digest
 
 
 def test_a_frozen_parameter_that_is_renamed() -> None:
@@ -156,18 +156,18 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.takes_tokens, self.places = nn.Embedding(37, 16), nn.Embedding(6, 16)
+        self.tokens, self.places = nn.Embedding(37, 16), nn.Embedding(6, 16)
         self.hidden, self.out = nn.Linear(16, 8), nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.relu(self.hidden(self.takes_tokens(x) + self.places(torch.arange(6)))).mean(1))
+        return self.out(torch.relu(self.hidden(self.tokens(x) + self.places(torch.arange(6)))).mean(1))
 
 
 @pytest.mark.parametrize("example", [False, True])
 def test_identifiers_as_input(example: bool) -> None:
     module = Tokens()
-    made = (module, torch.zeros((1, 6), dtype=torch.int64)) if example else module
-    model = import_onnx(export_torch(made), "tokens")
+    source = (module, torch.zeros((1, 6), dtype=torch.int64)) if example else module
+    model = import_onnx(export_torch(source), "tokens")
     x = np.random.default_rng(0).integers(0, 37, (7, 6))
     assert model.graph.inputs[0].dtype == np.int64
     assert model.architecture.input_shape == (6,)

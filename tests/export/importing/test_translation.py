@@ -29,7 +29,7 @@ def random(*shape: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def imported(build: Build, shape: tuple[int, ...], size: int, opset: int) -> Model:
+def import_built(build: Build, shape: tuple[int, ...], size: int, opset: int) -> Model:
     """The import of an operator before a matrix that takes `size` numbers; its numbers are compared."""
     graph = Graph(inputs=[Port("image", F32, ("batch", *shape))], opset=opset)
     value = build(graph)
@@ -43,7 +43,7 @@ def imported(build: Build, shape: tuple[int, ...], size: int, opset: int) -> Mod
 
 
 def ops(build: Build, shape: tuple[int, ...], size: int, opset: int) -> list[str]:
-    return [n.op for n in imported(build, shape, size, opset).graph.nodes][:-2]
+    return [n.op for n in import_built(build, shape, size, opset).graph.nodes][:-2]
 
 
 def attention(*further: str, **attrs: Any) -> Build:
@@ -64,14 +64,14 @@ def attention(*further: str, **attrs: Any) -> Build:
     [((), {"scale": 0.3}), ((), {"is_causal": 1}), (("bias",), {}), (("mask",), {}), ((), {"softcap": 2.0})],
 )
 def test_attention_is_products_whose_heads_can_be_cut(further: tuple[str, ...], attrs: dict[str, Any]) -> None:
-    model = imported(attention(*further, **attrs), (5, 8), 40, 23)
+    model = import_built(attention(*further, **attrs), (5, 8), 40, 23)
     assert [group.size for group in model.groups] == [2]
     training_graph(model, Features())
 
 
 def test_a_crop_is_its_definition() -> None:
-    found = ops(lambda g: g.emit("CenterCropPad", "image", g.ints(2, 7), attrs={"axes": [1, 2]}), (5, 4), 14, 18)
-    assert set(found) <= {"Pad", "Slice"}
+    operators = ops(lambda g: g.emit("CenterCropPad", "image", g.ints(2, 7), attrs={"axes": [1, 2]}), (5, 4), 14, 18)
+    assert set(operators) <= {"Pad", "Slice"}
 
 
 @pytest.mark.parametrize(("opset", "size"), [(18, 2), (20, 2), (21, 4), (23, 4)])
@@ -81,12 +81,12 @@ def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None
     value = graph.emit("GroupNormalization", "image", "s", "b", attrs={"num_groups": 2})
     graph.outputs = [Port(graph.emit("MatMul", graph.emit("Flatten", value), "last"), F32, ("batch", 3))]
     x = random(7, 4, 3, 3)
-    found = outputs(import_onnx(graph.to_bytes(), "net").graph, x)
-    parts = x.reshape(7, 2, -1)
-    normal = (parts - parts.mean(2, keepdims=True)) / np.sqrt(parts.var(2, keepdims=True) + 1e-5)
+    logits = outputs(import_onnx(graph.to_bytes(), "net").graph, x)
+    groups = x.reshape(7, 2, -1)
+    normal = (groups - groups.mean(2, keepdims=True)) / np.sqrt(groups.var(2, keepdims=True) + 1e-5)
     scale, bias = (np.repeat(graph.initializers[n], 4 // size)[:, None, None] for n in "sb")
     expected = (normal.reshape(x.shape) * scale + bias).reshape(7, -1) @ graph.initializers["last"]
-    assert distance(found, expected) < 1e-5
+    assert distance(logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_seldom_pools_and_norms_are_primitives(op: str, attrs: dict[str, Any], s
         g.initializers["scale"] = random(4, 1, 1)
         return g.emit(op, g.emit("Mul", g.emit("Relu", "image"), "scale"), attrs=attrs)
 
-    model = imported(build, (4, 4, 5), size, 17)
+    model = import_built(build, (4, 4, 5), size, 17)
     assert op not in {n.op for n in model.graph.nodes}
     step = OnnxSession(training_graph(model, Features()).to_bytes(), training=True)
     x, y = np.zeros((2, 4, 4, 5), np.float32), np.zeros(2, np.int64)
@@ -113,16 +113,16 @@ def test_seldom_pools_and_norms_are_primitives(op: str, attrs: dict[str, Any], s
     assert all(np.isfinite(value).all() for value in following.values())
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_equal_parts_get_sizes(parts: int) -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_equal_parts_get_sizes(count: int) -> None:
     def build(g: Graph) -> str:
-        made = g.emit_many("Split", "image", outputs=parts, attrs={"num_outputs": parts, "axis": 1})
-        return g.emit("Concat", *made[::-1], attrs={"axis": 1})
+        pieces = g.emit_many("Split", "image", outputs=count, attrs={"num_outputs": count, "axis": 1})
+        return g.emit("Concat", *pieces[::-1], attrs={"axis": 1})
 
-    model = imported(build, (7,), 7, 18)
+    model = import_built(build, (7,), 7, 18)
     (node,) = [n for n in model.graph.nodes if n.op == "Split"]
     assert "num_outputs" not in node.attrs
-    assert len(model.graph.initializers[node.inputs[1]]) == parts
+    assert len(model.graph.initializers[node.inputs[1]]) == count
 
 
 @pytest.mark.parametrize(("mode", "opset"), [("constant", 18), ("reflect", 18), ("edge", 18), ("wrap", 19)])
@@ -143,7 +143,7 @@ def test_pads_of_some_axes(mode: str, opset: int) -> None:
 )
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_resizing_some_axes_is_by_scales_of_all(inputs: Callable[[Graph], list[str]], size: int, mode: str) -> None:
-    model = imported(
+    model = import_built(
         lambda g: g.emit("Resize", "image", *inputs(g), attrs={"axes": [2, 3], "mode": mode}), (3, 5, 5), size, 19
     )
     (node,) = [n for n in model.graph.nodes if n.op == "Resize"]
@@ -158,12 +158,12 @@ def test_resizing_some_axes_is_by_scales_of_all(inputs: Callable[[Graph], list[s
 @pytest.mark.parametrize("mode", ["linear", "cubic"])
 @pytest.mark.parametrize("amounts", [(3, 4), (1.5, 2.0)])
 def test_resizing_in_new_ways_is_two_products(attrs: dict[str, Any], mode: str, amounts: tuple[float, float]) -> None:
-    whole = isinstance(amounts[0], int)
-    size = 3 * math.prod(n if whole else int(old * n) for n, old in zip(amounts, (5, 6), strict=True))
+    by_sizes = isinstance(amounts[0], int)
+    size = 3 * math.prod(n if by_sizes else int(old * n) for n, old in zip(amounts, (5, 6), strict=True))
     chosen = {"axes": [2, 3], "mode": mode, **attrs}
 
     def build(g: Graph) -> str:
-        further = ["", "", g.constant(amounts, np.int64)] if whole else ["", g.constant(amounts, np.float32)]
+        further = ["", "", g.constant(amounts, np.int64)] if by_sizes else ["", g.constant(amounts, np.float32)]
         return g.emit("Resize", "image", *further, attrs=chosen)
 
     assert ops(build, (3, 5, 6), size, 19) == ["MatMul", "MatMul"]
@@ -185,18 +185,18 @@ def test_resizing_before_opset_11_keeps_its_numbers(opset: int, mode: str, scale
             return g.emit("Resize" if opset == 10 else "Upsample", "image", amounts, attrs={"mode": mode})
         return g.emit("Upsample", "image", attrs={"mode": mode, "scales": [1.0, 1.0, *scales]})
 
-    model = imported(build, (3, 8, 8), 3 * math.prod(sizes), opset)
+    model = import_built(build, (3, 8, 8), 3 * math.prod(sizes), opset)
     training_graph(model, Features())
 
 
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
 def test_reductions_over_axes_of_an_input(op: str) -> None:
-    model = imported(lambda g: g.emit(op, "image", g.ints(-1), attrs={"keepdims": 0}), (3, 5), 3, 20)
+    model = import_built(lambda g: g.emit(op, "image", g.ints(-1), attrs={"keepdims": 0}), (3, 5), 3, 20)
     assert model.graph.nodes[0].attrs["axes"] == [-1]
 
 
 def _raw(
-    nodes: list[onnx.NodeProto], tensors: dict[str, Any], shape: tuple[int, ...], opset: int, **more: Any
+    nodes: list[onnx.NodeProto], tensors: dict[str, Any], shape: tuple[int, ...], opset: int, **options: Any
 ) -> bytes:
     graph = helper.make_graph(
         nodes,
@@ -206,7 +206,7 @@ def _raw(
         [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()],
     )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
-    raw: bytes = helper.make_model(graph, opset_imports=imports, ir_version=8, **more).SerializeToString()
+    raw: bytes = helper.make_model(graph, opset_imports=imports, ir_version=8, **options).SerializeToString()
     return raw
 
 
@@ -261,11 +261,11 @@ def test_sequences_are_tensors(name: str, opset: int) -> None:
 
 
 def test_local_functions_are_written_out() -> None:
-    made = helper.make_function(
+    function = helper.make_function(
         "own", "Twice", ["a"], ["b"], [node("Relu", "a", "r"), node("Add", "r r", "b")], [helper.make_opsetid("", 17)]
     )
     nodes = [helper.make_node("Twice", ["x"], ["h"], domain="own"), node("Gemm", "h w", "y")]
-    model = _same(_raw(nodes, {"w": random(6, 2)}, (6,), 17, functions=[made]), (6,))
+    model = _same(_raw(nodes, {"w": random(6, 2)}, (6,), 17, functions=[function]), (6,))
     assert [n.op for n in model.graph.nodes] == ["Relu", "Add", "Gemm"]
 
 
@@ -341,9 +341,9 @@ def test_a_transform_is_a_product(
     count = shape[axis - 1] if length is None else length
     count = count // 2 + 1 if attrs.get("onesided") else count
     size = 2 * count * math.prod(shape[:-1]) // shape[axis - 1]
-    found = ops(dft(opset, axis, length=length, **attrs), shape, size, opset)
-    assert "MatMul" in found
-    assert set(found) <= {"MatMul", "Reshape", "Transpose"}
+    operators = ops(dft(opset, axis, length=length, **attrs), shape, size, opset)
+    assert "MatMul" in operators
+    assert set(operators) <= {"MatMul", "Reshape", "Transpose"}
 
 
 @pytest.mark.parametrize(("count", "length"), [(7, None), (7, 13), (2, None), (1, 1)])
@@ -378,27 +378,29 @@ def test_blocks_are_folded_by_a_convolution(
         for i, (n, b) in enumerate(zip(image, block, strict=True))
     ]
     shape = (3 * math.prod(block), math.prod(counts))
-    found = ops(
+    operators = ops(
         lambda g: g.emit("Col2Im", "image", g.ints(*image), g.ints(*block), attrs=attrs),
         shape,
         3 * math.prod(image),
         18,
     )
-    assert found.count("ConvTranspose") == 1
+    assert operators.count("ConvTranspose") == 1
 
 
-@pytest.mark.parametrize(("parts", "onesided"), [(1, 0), (1, 1), (2, 0), (0, 1)])
+@pytest.mark.parametrize(("components", "onesided"), [(1, 0), (1, 1), (2, 0), (0, 1)])
 @pytest.mark.parametrize("window", [True, False])
-def test_a_transform_of_frames_is_a_convolution(parts: int, onesided: int, window: bool) -> None:
+def test_a_transform_of_frames_is_a_convolution(components: int, onesided: int, window: bool) -> None:
     def build(g: Graph) -> str:
         hann = g.constant(np.hanning(16), np.float32) if window else ""
         length = "" if window else g.constant(16, np.int64)
         return g.emit("STFT", "image", g.constant(6, np.int64), hann, length, attrs={"onesided": onesided})
 
     size = (1 + (100 - 16) // 6) * 2 * (9 if onesided else 16)
-    found = ops(build, (100, parts) if parts else (100,), size, 17)  # onnxruntime and torch leave out one part
-    assert found.count("Conv") == 1
-    assert set(found) <= {"Conv", "Reshape", "Transpose", "Unsqueeze"}
+    operators = ops(
+        build, (100, components) if components else (100,), size, 17
+    )  # onnxruntime and torch leave out one part
+    assert operators.count("Conv") == 1
+    assert set(operators) <= {"Conv", "Reshape", "Transpose", "Unsqueeze"}
 
 
 @pytest.mark.parametrize(
@@ -412,12 +414,12 @@ def test_transforms_that_are_no_constant_product_are_named(
     shape: tuple[int, ...], attrs: dict[str, int], size: int, text: str
 ) -> None:
     with pytest.raises(ModelError, match=text):
-        imported(lambda g: g.emit("DFT", "image", attrs=attrs), shape, size, 17)
+        import_built(lambda g: g.emit("DFT", "image", attrs=attrs), shape, size, 17)
 
 
 def test_a_transform_back_from_other_frequencies_is_named() -> None:
     with pytest.raises(ModelError, match=r"9 samples: .*5 frequencies, got 7"):
-        imported(dft(20, 1, length=9, inverse=1, onesided=1), (7, 2), 9, 20)
+        import_built(dft(20, 1, length=9, inverse=1, onesided=1), (7, 2), 9, 20)
 
 
 # -- rotary embeddings ------------------------------------------------------------------------------------------------
@@ -435,10 +437,10 @@ def test_rotary_embeddings_are_products(flat: bool, table: bool, attrs: dict[str
         batch = g.emit("Shape", "image", attrs={"start": 0, "end": 1})
         further = []
         if table:
-            places = g.emit(
+            positions = g.emit(
                 "Expand", g.constant([[0, 3, 4, 8, 1]], np.int64), g.emit("Concat", batch, g.ints(5), attrs={"axis": 0})
             )
-            further = [places]
+            further = [positions]
         else:
             rows = g.emit("Concat", batch, g.ints(5, pairs), attrs={"axis": 0})
             cosines, sines = (
@@ -449,9 +451,9 @@ def test_rotary_embeddings_are_products(flat: bool, table: bool, attrs: dict[str
         if not flat:
             apart = g.emit("Reshape", value, g.ints(0, 5, 2, 8))
             value = g.emit("Transpose", apart, attrs={"perm": [0, 2, 1, 3]})
-        more = {"num_heads": 2} if flat else {}
-        return g.emit("RotaryEmbedding", value, cosines, sines, *further, attrs={**attrs, **more})
+        head_attrs = {"num_heads": 2} if flat else {}
+        return g.emit("RotaryEmbedding", value, cosines, sines, *further, attrs={**attrs, **head_attrs})
 
-    model = imported(build, (5, 6), 80, 23)
+    model = import_built(build, (5, 6), 80, 23)
     assert "RotaryEmbedding" not in {n.op for n in model.graph.nodes}
     assert [t.name for t in model.architecture.tensors] == ["wq", "last"]

@@ -71,7 +71,7 @@ def numbers(architecture: Architecture, seed: int) -> Tensors:
     return {t.name: np.abs(rng.standard_normal(t.shape)).astype(np.float32) for t in architecture.tensors}
 
 
-def led(value: Floats, plan: Floats) -> Floats:
+def follow_plan(value: Floats, plan: Floats) -> Floats:
     """W·T along the input axis."""
     return np.moveaxis(np.tensordot(value.astype(np.float64), plan, (1, 0)), -1, 1)
 
@@ -82,12 +82,12 @@ def plan_of(a: Floats, b: Floats) -> Floats:
     return np.asarray(plan / plan.sum(0))
 
 
-def check(got: Tensors, whole: Tensors, plans: dict[str, Floats]) -> None:
+def check(got: Tensors, source: Tensors, plans: dict[str, Floats]) -> None:
     """Every tensor but the named layers' weights is Tᵀ·v by the map that is said of its module."""
     for name, value in got.items():
         plan = plans.get(name, plans.get(name.rpartition(".")[0]))
         if plan is not None:
-            want = np.tensordot(plan.T, whole[name].astype(np.float64), 1)
+            want = np.tensordot(plan.T, source[name].astype(np.float64), 1)
             np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -96,39 +96,39 @@ def test_a_norm_after_a_sum_goes_by_the_average(back: bool) -> None:
     net = import_onnx(export_torch(PreActivation(), input_shape=(3, 8, 8)), "pre").architecture
     full, small = Selection.full(net), Selection.of(net, [n // 2 for n in net.sizes])
     ends = [(numbers(net, 0), full), (small.gather(numbers(net, 1)), small)]
-    (whole, source_at), (own, target_at) = ends[::-1] if back else ends
-    got = align(whole, source_at, own, target_at)
-    stem = plan_of(whole["stem.weight"], own["stem.weight"])
-    inner = plan_of(led(whole["conv1.weight"], stem), own["conv1.weight"])
-    branch = plan_of(led(whole["conv2.weight"], inner), own["conv2.weight"])
+    (source, source_at), (target, target_at) = ends[::-1] if back else ends
+    got = align(source, source_at, target, target_at)
+    stem = plan_of(source["stem.weight"], target["stem.weight"])
+    inner = plan_of(follow_plan(source["conv1.weight"], stem), target["conv1.weight"])
+    branch = plan_of(follow_plan(source["conv2.weight"], inner), target["conv2.weight"])
     stream = (stem + branch) / 2
     assert np.abs(stream - branch).max() > 0.1
     after = {"bn3": stream, "depth": stream, "bn4": stream}
-    check(got, whole, {"stem": stem, "bn1": stem, "bn2": inner, "conv2.bias": branch, **after})
-    np.testing.assert_allclose(got["fc.weight"], led(whole["fc.weight"], stream), rtol=1e-4, atol=1e-5)
+    check(got, source, {"stem": stem, "bn1": stem, "bn2": inner, "conv2.bias": branch, **after})
+    np.testing.assert_allclose(got["fc.weight"], follow_plan(source["fc.weight"], stream), rtol=1e-4, atol=1e-5)
 
 
 def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None:
     raw = export_torch((Words(), torch.zeros(2, 7, dtype=torch.int64)))
     net = import_onnx(raw, "words").architecture
     small = Selection.of(net, [n // 2 for n in net.sizes])
-    whole, own = numbers(net, 0), small.gather(numbers(net, 1))
-    got = align(whole, Selection.full(net), own, small)
-    table = plan_of(whole["table.weight"].T, own["table.weight"].T)
-    up = plan_of(led(whole["up.weight"], table), own["up.weight"])
-    down = plan_of(led(whole["down.weight"], up), own["down.weight"])
-    check(got, whole, {"norm1": table, "up.bias": up, "down.bias": down, "norm2": (table + down) / 2})
-    np.testing.assert_allclose(got["table.weight"], whole["table.weight"] @ table, rtol=1e-4, atol=1e-5)
+    source, target = numbers(net, 0), small.gather(numbers(net, 1))
+    got = align(source, Selection.full(net), target, small)
+    table = plan_of(source["table.weight"].T, target["table.weight"].T)
+    up = plan_of(follow_plan(source["up.weight"], table), target["up.weight"])
+    down = plan_of(follow_plan(source["down.weight"], up), target["down.weight"])
+    check(got, source, {"norm1": table, "up.bias": up, "down.bias": down, "norm2": (table + down) / 2})
+    np.testing.assert_allclose(got["table.weight"], source["table.weight"] @ table, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "expected"),
     [
         ("padded_shortcuts", set()),
         ("tied_language_model", {"norm2", "norm"}),
     ],
 )
-def test_what_follows_a_sum_is_found_in_the_table_of_layers(name: str, found: set[str]) -> None:
+def test_what_follows_a_sum_is_found_in_the_table_of_layers(name: str, expected: set[str]) -> None:
     net = whole_models.imported(name).architecture
     after = [n for names in after_sums(net, layer_steps(net)).values() for n in names]
-    assert {n.rpartition(".")[0] for n in after} == found
+    assert {n.rpartition(".")[0] for n in after} == expected

@@ -34,11 +34,11 @@ def run(graph: Graph, feeds: dict[str, Any], opset: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_opset_gives_the_same_numbers(name: str, opset: int) -> None:
     graph, feeds = GRAPHS[name]
-    expected, found = run(graph, feeds, 17), run(graph, feeds, opset)
-    assert list(found) == [p.name for p in graph.outputs]
+    expected, lowered = run(graph, feeds, 17), run(graph, feeds, opset)
+    assert list(lowered) == [p.name for p in graph.outputs]
     for output, value in expected.items():
         scale = max(1e-3, float(np.abs(value).max()))
-        np.testing.assert_allclose(found[output] / scale, value / scale, atol=2e-6)
+        np.testing.assert_allclose(lowered[output] / scale, value / scale, atol=2e-6)
 
 
 NATIVE = {"Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23, "LayerNormalization": 17}
@@ -87,9 +87,9 @@ def test_composites_are_what_torch_computes(case: int, opset: int) -> None:
     graph.outputs = [Port(graph.emit(op, "x", *("s", "b")[:vectors], attrs=attrs), F32, ("N", 6, 6))]
     rng = np.random.default_rng(0)
     feeds = {"x": rng.standard_normal((4, 6, 6)), "s": rng.standard_normal(6), "b": rng.standard_normal(6)}
-    found = OnnxSession(graph.to_bytes(opset=opset)).run({k: v.astype(np.float32) for k, v in feeds.items()})
+    outputs = OnnxSession(graph.to_bytes(opset=opset)).run({k: v.astype(np.float32) for k, v in feeds.items()})
     expected = oracle(*(torch.from_numpy(v) for v in feeds.values())).numpy()
-    np.testing.assert_allclose(found[graph.outputs[0].name], expected, atol=2e-6)
+    np.testing.assert_allclose(outputs[graph.outputs[0].name], expected, atol=2e-6)
 
 
 class Everything(nn.Module):
@@ -105,7 +105,7 @@ class Everything(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.group(self.conv(x)).chunk(2, 1)
         h = torch.cat([functional.gelu(a), functional.mish(b)], 1).flatten(2).transpose(1, 2)
-        q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in (self.layer(h), self.root(h), h))
+        q, k, v = (projection.unflatten(2, (2, 4)).transpose(1, 2) for projection in (self.layer(h), self.root(h), h))
         h = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.fc(h.mean(1))
 
@@ -122,7 +122,7 @@ def test_what_torch_exports_at_any_opset_is_the_same_graph(opset: int) -> None:
     graph = import_onnx(program.model_proto.SerializeToString(), "net").graph
     x = torch.randn(7, 8, 6, 6)
     ops = [n.op for n in graph.nodes]
-    found = OnnxSession(graph.to_bytes()).run({"x": x.numpy()})["logits"]
+    logits = OnnxSession(graph.to_bytes()).run({"x": x.numpy()})["logits"]
     assert {"GroupNormalization", "Gelu", "Mish", "LayerNormalization", "RMSNormalization", "Split"} <= set(ops)
     assert not {"InstanceNormalization", "Attention", "SplitToSequence", "Softplus", "Reciprocal"} & set(ops)
-    np.testing.assert_allclose(found, module(x).detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(logits, module(x).detach().numpy(), atol=1e-5)

@@ -87,16 +87,16 @@ ALONE = ("waves", "transformer")
 BOUNDS = {"folded": 1e-5, "float16": 5e-3, "int8": 5e-2}
 DENSITIES = (1.0, 0.5, 0.25)
 
-_HELD: dict[str, tuple[nn.Module, Model]] = {}
+_IMPORTED: dict[str, tuple[nn.Module, Model]] = {}
 
 
 def net(name: str) -> tuple[nn.Module, Model]:
-    if name not in _HELD:
+    if name not in _IMPORTED:
         with torch.random.fork_rng():
             torch.manual_seed(3)
             module = NETS[name]()
-        _HELD[name] = module, import_onnx(export_torch(module, name=name), name)
-    return _HELD[name]
+        _IMPORTED[name] = module, import_onnx(export_torch(module, name=name), name)
+    return _IMPORTED[name]
 
 
 def bundle(folder: Path, model: Model, selection: Selection, precision: str, x: Array) -> Lowered:
@@ -118,7 +118,7 @@ def logits_of(path: Path, x: Array) -> Array:
     return OnnxSession(path, exact=saturates()).run({"x": x})["logits"]
 
 
-def unoptimised(path: Path, x: Array) -> Array:
+def run_unoptimised(path: Path, x: Array) -> Array:
     """What a graph says when onnxruntime runs it as it is written."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -165,8 +165,8 @@ def test_every_precision_says_what_float32_says(name: str, precision: str, densi
     model = net(name)[1]
     x = inputs(model, 32)
     bundle(tmp_path, model, random_selection(model, density, seed=1), precision, x)
-    mine = unoptimised(tmp_path / graph_file(precision), x)
-    assert distance(mine, unoptimised(tmp_path / "inference.onnx", x)) < BOUNDS[precision]
+    mine = run_unoptimised(tmp_path / graph_file(precision), x)
+    assert distance(mine, run_unoptimised(tmp_path / "inference.onnx", x)) < BOUNDS[precision]
     assert distance(logits_of(tmp_path / graph_file(precision), x), mine) < 2e-2
 
 
@@ -228,8 +228,8 @@ def test_new_weights_need_no_new_graph(name: str, precision: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet"])
 def test_one_prepare_graph_serves_every_width(name: str, precision: str) -> None:
     model = net(name)[1]
-    made = {lower(model, random_selection(model, d, seed=1).widths, precision).prepare for d in DENSITIES}
-    assert len(made) == 1
+    prepare_graphs = {lower(model, random_selection(model, d, seed=1).widths, precision).prepare for d in DENSITIES}
+    assert len(prepare_graphs) == 1
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,9 @@ def test_onnxruntime_fuses_all_layers(name: str, expected: dict[str, int], tmp_p
     model = net(name)[1]
     x = inputs(model, 16)
     bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "int8", x)
-    found = operators(tmp_path / "int8.onnx", tmp_path / "optimised.onnx")
-    assert {op: found[op] for op in expected} == expected
-    assert not found.keys() & {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Clip"}
+    counts = operators(tmp_path / "int8.onnx", tmp_path / "optimised.onnx")
+    assert {op: counts[op] for op in expected} == expected
+    assert not counts.keys() & {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Clip"}
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet20", "mobilenet"])
@@ -266,25 +266,25 @@ def test_int8_tensors_are_those_of_the_formulas(tmp_path: Path) -> None:
     x = inputs(model, 64)
     selection = Selection.of(model.architecture, model.architecture.sizes)
     bundle(tmp_path, model, selection, "int8", x)
-    held, w = tensorfile.load_tensors(tmp_path / "int8.safetensors"), model.tensors
+    tensors, w = tensorfile.load_tensors(tmp_path / "int8.safetensors"), model.tensors
     factor = w["norm.weight"] / np.sqrt(w["norm.running_var"] + 1e-5)
     weight = w["first.weight"] * factor[:, None]
     bias = (w["first.bias"] - w["norm.running_mean"]) * factor + w["norm.bias"]
     hidden = np.maximum(x @ weight.T + bias, 0)
     low = np.mean([p.min() for p in np.split(x, 2)])
     high = np.mean([p.max() for p in np.split(x, 2)])
-    stem = next(n for n in held if n.endswith("~weight") and held[n].shape == (16, 12)).removesuffix("~weight")
-    assert held[RANGES] == pytest.approx(
+    stem = next(n for n in tensors if n.endswith("~weight") and tensors[n].shape == (16, 12)).removesuffix("~weight")
+    assert tensors[RANGES] == pytest.approx(
         np.array([[low, high], [0, np.mean([p.max() for p in np.split(hidden, 2)])]]), rel=1e-5, abs=1e-6
     )
     scale = (high - low) / 255
-    assert held["x~scale"] == pytest.approx(scale, rel=1e-6)
-    assert held["x~zero"] == round(-low / scale)
+    assert tensors["x~scale"] == pytest.approx(scale, rel=1e-6)
+    assert tensors["x~zero"] == round(-low / scale)
     scales = np.abs(weight).max(1) / 127
-    assert held[f"{stem}~scales"] == pytest.approx(scales, rel=1e-5)
-    assert np.abs(held[f"{stem}~weight"] - np.round(weight / scales[:, None])).max() <= 1
-    assert np.abs(held[f"{stem}~bias"] - bias / (scales * scale)).max() <= 2
-    assert {held[f"{stem}~weight"].dtype, held[f"{stem}~bias"].dtype} == {np.dtype(np.int8), np.dtype(np.int32)}
+    assert tensors[f"{stem}~scales"] == pytest.approx(scales, rel=1e-5)
+    assert np.abs(tensors[f"{stem}~weight"] - np.round(weight / scales[:, None])).max() <= 1
+    assert np.abs(tensors[f"{stem}~bias"] - bias / (scales * scale)).max() <= 2
+    assert {tensors[f"{stem}~weight"].dtype, tensors[f"{stem}~bias"].dtype} == {np.dtype(np.int8), np.dtype(np.int32)}
 
 
 def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ def test_float16_says_the_type_of_every_value(name: str, tmp_path: Path) -> None
     x = inputs(model, 4)
     lowered = bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "float16", x)
     proto = onnx.load(tmp_path / "float16.onnx")
-    known = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    types = {v.name: v.type.tensor_type.elem_type for v in (*known.graph.value_info, *known.graph.output)}
+    typed = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    types = {v.name: v.type.tensor_type.elem_type for v in (*typed.graph.value_info, *typed.graph.output)}
     halves = {n.op_type for n in proto.graph.node if types.get(n.output[0]) == onnx.TensorProto.FLOAT16}
     assert {v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)} == {onnx.TensorProto.FLOAT}
     assert halves & {"Conv", "Gemm", "MatMul"}
@@ -345,15 +345,15 @@ def test_ranges_are_means_over_batches(tmp_path: Path) -> None:
     x = inputs(model, 64)
     bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), "int8", x)
     calibrate = OnnxSession(tmp_path / "calibrate-int8.onnx")
-    found = measure_ranges(calibrate, x)
+    ranges = measure_ranges(calibrate, x)
     halves = [calibrate.run({"x": p})[RANGES] for p in (x[:32], x[32:])]
-    assert found == pytest.approx((halves[0] + halves[1]) / 2, rel=1e-6)
-    assert found[0] == pytest.approx(
+    assert ranges == pytest.approx((halves[0] + halves[1]) / 2, rel=1e-6)
+    assert ranges[0] == pytest.approx(
         [np.mean([p.min() for p in (x[:32], x[32:])]), np.mean([p.max() for p in (x[:32], x[32:])])]
     )
     many = inputs(model, CALIBRATION_SAMPLES)
-    more = np.concatenate([many, 1000 + many[:1]])
-    np.testing.assert_array_equal(measure_ranges(calibrate, more), measure_ranges(calibrate, many))
+    longer = np.concatenate([many, 1000 + many[:1]])
+    np.testing.assert_array_equal(measure_ranges(calibrate, longer), measure_ranges(calibrate, many))
     with pytest.raises(ModelError, match="without samples"):
         measure_ranges(calibrate, x[:0])
 

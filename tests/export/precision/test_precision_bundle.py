@@ -31,9 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def export(root: Path, out: str, precision: str, *more: str) -> int:
+def export(root: Path, out: str, precision: str, *words: str) -> int:
     options = ("--target", "raspberry-pi-5", "--density", "0.5", "--precision", precision)
-    data = () if "--no-data" in more else ("--data", str(root / "eval.npz"))
+    data = () if "--no-data" in words else ("--data", str(root / "eval.npz"))
     return main([str(root / "digits.onnx"), *options, *data, "--out", str(root / out)])
 
 
@@ -79,13 +79,13 @@ def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_board_predicts_with_a_precision(folder: Path, precision: str, tmp_path: Path) -> None:
-    found = {}
-    for name, more in (("float32", ()), (precision, ("--precision", precision))):
+    outputs = {}
+    for name, words in (("float32", ()), (precision, ("--precision", precision))):
         out = tmp_path / f"{name}.npy"
         options = ("--bundle", str(folder / "bundle"), "--input", str(folder / "eval.npz"), "--output", str(out))
-        assert device(["predict", *options, *more]) == ExitCode.OK
-        found[name] = np.load(out)
-    far = np.abs(found[precision] - found["float32"]).max() / np.abs(found["float32"]).max()
+        assert device(["predict", *options, *words]) == ExitCode.OK
+        outputs[name] = np.load(out)
+    far = np.abs(outputs[precision] - outputs["float32"]).max() / np.abs(outputs["float32"]).max()
     assert far < {"folded": 1e-5, "float16": 5e-3, "int8": 5e-2}[precision]
 
 
@@ -140,9 +140,9 @@ def test_int8_wants_samples(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_frozen_weights_in_low_precision_are_named_before_anything_is_run(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--lora", "2:*", "--base-precision", "int8")
+    adapter_words = ("--lora", "2:*", "--base-precision", "int8")
     out = tmp_path / "bundle"
-    command = [str(folder / "digits.onnx"), "--target", "raspberry-pi-5", *more, "--precision", "float16"]
+    command = [str(folder / "digits.onnx"), "--target", "raspberry-pi-5", *adapter_words, "--precision", "float16"]
     assert main([*command, "--out", str(out)]) == ModelError.exit_code
     message = capsys.readouterr().err
     assert "--base-precision" in message

@@ -70,7 +70,7 @@ def test_gradients_are_as_exact_as_torchs(module: Plain, model: Model) -> None:
     assert Trained(model).distances(module, model.tensors, [(x, y)]).is_near
 
 
-def _scaled(scale: list[float], shift: list[float]) -> Model:
+def _scaled_model(scale: list[float], shift: list[float]) -> Model:
     """A network whose norm has these constants."""
     rng = np.random.default_rng(0)
     graph = Graph(inputs=[Port("image", F32, ("N", 5))])
@@ -86,7 +86,7 @@ def _scaled(scale: list[float], shift: list[float]) -> Model:
 
 
 def test_constants_that_are_equal_are_shortened() -> None:
-    model = _scaled([2.0] * 4, [0.3] * 4)
+    model = _scaled_model([2.0] * 4, [0.3] * 4)
     graph = at_widths(model, [1, 6])
     (norm,) = [n for n in graph.nodes if n.op == "BatchNormalization"]
     assert [graph.initializers[i].tolist() for i in norm.inputs[1:3]] == [[2.0], [np.float32(0.3)]]
@@ -94,7 +94,7 @@ def test_constants_that_are_equal_are_shortened() -> None:
 
 
 def test_constants_that_differ_fix_their_channels_and_are_named() -> None:
-    model = _scaled([1.0, 2.0, 3.0, 4.0], [0.0] * 4)
+    model = _scaled_model([1.0, 2.0, 3.0, 4.0], [0.0] * 4)
     assert [g.size for g in model.architecture.groups] == [6]
     assert any("constant for each channel" in note for note in model.notes)
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5

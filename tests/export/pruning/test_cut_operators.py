@@ -70,18 +70,18 @@ def batch(graph: Graph, value: str) -> str:
 
 
 def model(name: str) -> Model:
-    made = NETS[name]
-    graph = Graph(inputs=[Port("image", F32, ("batch", 3, SIDE, SIDE))], opset=made.opset)
+    recipe = NETS[name]
+    graph = Graph(inputs=[Port("image", F32, ("batch", 3, SIDE, SIDE))], opset=recipe.opset)
     value = graph.emit("Relu", conv(graph, "image", "first", 3, CHANNELS))
-    value = made.build(graph, value)
-    if not made.features:
-        value = conv(graph, value, "last", made.width, 6)
+    value = recipe.build(graph, value)
+    if not recipe.features:
+        value = conv(graph, value, "last", recipe.width, 6)
         value = graph.emit("Reshape", value, graph.ints(0, 6, -1))
     # From opset 18 on the axes are an input.
-    axes = {} if made.opset >= 18 else {"axes": [2]}
-    inputs = [value, graph.ints(2)] if made.opset >= 18 else [value]
+    axes = {} if recipe.opset >= 18 else {"axes": [2]}
+    inputs = [value, graph.ints(2)] if recipe.opset >= 18 else [value]
     pooled = graph.emit("ReduceMean", *inputs, attrs={**axes, "keepdims": 0})
-    out = graph.emit("MatMul", pooled, weight(graph, "head", made.width if made.features else 6, 4))
+    out = graph.emit("MatMul", pooled, weight(graph, "head", recipe.width if recipe.features else 6, 4))
     graph.outputs = [Port(out, F32, ("batch", 4))]
     return import_onnx(graph.to_bytes(), name)
 
@@ -212,8 +212,8 @@ def boxes_that_are_kept(graph: Graph, value: str) -> str:
     scores = graph.emit(
         "Transpose", graph.emit("MatMul", rows, weight(graph, "to_score", 8, 1)), attrs={"perm": [0, 2, 1]}
     )
-    kept = graph.emit("NonMaxSuppression", boxes, scores, graph.ints(9), graph.constant([0.5], np.float32))
-    place = graph.emit("Gather", kept, graph.ints(0, 2), attrs={"axis": 1})
+    picks = graph.emit("NonMaxSuppression", boxes, scores, graph.ints(9), graph.constant([0.5], np.float32))
+    place = graph.emit("Gather", picks, graph.ints(0, 2), attrs={"axis": 1})
     none = graph.emit("Mul", boxes, graph.scalar(0))
     chosen = graph.emit("ScatterND", none, place, graph.emit("GatherND", boxes, place))
     back = graph.emit("MatMul", chosen, weight(graph, "from_boxes", 4, 8))
@@ -236,10 +236,12 @@ def energy_of_channels(graph: Graph, value: str) -> str:
 
 @net(8, 6)
 def comparisons(graph: Graph, value: str) -> str:
-    other = graph.emit("Tanh", conv(graph, value, "other", 8, 8))
-    either = graph.emit("Or", graph.emit("Less", value, other), graph.emit("Not", graph.emit("Greater", value, other)))
+    second = graph.emit("Tanh", conv(graph, value, "other", 8, 8))
+    either = graph.emit(
+        "Or", graph.emit("Less", value, second), graph.emit("Not", graph.emit("Greater", value, second))
+    )
     both = graph.emit("And", either, graph.emit("GreaterOrEqual", value, graph.scalar(0.1)))
-    return graph.emit("Where", both, graph.emit("Mod", value, graph.scalar(0.7), attrs={"fmod": 1}), other)
+    return graph.emit("Where", both, graph.emit("Mod", value, graph.scalar(0.7), attrs={"fmod": 1}), second)
 
 
 def steps(graph: Graph, value: str) -> str:
@@ -249,16 +251,18 @@ def steps(graph: Graph, value: str) -> str:
 
 def recurrent(graph: Graph, value: str, op: str, gates: int, **attrs: object) -> str:
     """A recurrent layer of 5 units over the places, its output as (batch, units of all directions, places)."""
-    ways = 2 if attrs.get("direction") == "bidirectional" else 1
+    directions = 2 if attrs.get("direction") == "bidirectional" else 1
     tensors = [
-        weight(graph, "w", ways, gates * 5, 8),
-        weight(graph, "r", ways, gates * 5, 5),
-        weight(graph, "b", ways, gates * 10),
+        weight(graph, "w", directions, gates * 5, 8),
+        weight(graph, "r", directions, gates * 5, 5),
+        weight(graph, "b", directions, gates * 10),
     ]
     if attrs.pop("peepholes", False):
-        tensors += ["", "", "", weight(graph, "p", ways, 15)]
+        tensors += ["", "", "", weight(graph, "p", directions, 15)]
     y = graph.emit(op, steps(graph, value), *tensors, attrs={"hidden_size": 5, **attrs})
-    return graph.emit("Reshape", graph.emit("Transpose", y, attrs={"perm": [2, 1, 3, 0]}), graph.ints(-1, ways * 5, 36))
+    return graph.emit(
+        "Reshape", graph.emit("Transpose", y, attrs={"perm": [2, 1, 3, 0]}), graph.ints(-1, directions * 5, 36)
+    )
 
 
 @net(6)
@@ -312,12 +316,12 @@ def case(request: pytest.FixtureRequest) -> tuple[str, Model]:
 
 
 def test_the_groups_are_found(case: tuple[str, Model]) -> None:
-    name, found = case
-    assert [g.size for g in found.architecture.groups] == NETS[name].groups, found.notes
+    name, imported = case
+    assert [g.size for g in imported.architecture.groups] == NETS[name].groups, imported.notes
 
 
 def test_cuts_equal_the_masked_original(case: tuple[str, Model]) -> None:
-    _, found = case
+    _, imported = case
     for density in (0.25, 0.5, 0.75, 0.001):
         for size in (2, 7):
-            assert cut_error(found, random_selection(found, density, seed=size), size) < 1e-5
+            assert cut_error(imported, random_selection(imported, density, seed=size), size) < 1e-5

@@ -56,8 +56,8 @@ def test_the_cut_net_predicts_what_the_masked_one_does(model: Model, seed: int) 
     mask, weights = masked(model, seed)
     selection = surviving_selection(Selection.full(model.architecture), survivors(model.architecture, mask))
     assert sum(selection.widths) < sum(model.architecture.sizes)
-    whole, x = with_weights(model, weights), inputs(model, 5)
-    assert distance(outputs(cut(whole, selection), x), outputs(whole.graph, x)) < 1e-5
+    full, x = with_weights(model, weights), inputs(model, 5)
+    assert distance(outputs(cut(full, selection), x), outputs(full.graph, x)) < 1e-5
 
 
 def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
@@ -73,10 +73,10 @@ def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
         got = session.run(fed)
         return {n: got[step_contract.next_name(n)] for n in tensors} | {"loss": got[step_contract.LOSS]}
 
-    whole = after(weights, mask)
+    stepped = after(weights, mask)
     small = after(selection.gather(weights), gather_mask(mask, selection))
-    assert small.pop("loss") == pytest.approx(float(whole.pop("loss")), rel=1e-5)
-    for name, value in selection.gather(whole).items():
+    assert small.pop("loss") == pytest.approx(float(stepped.pop("loss")), rel=1e-5)
+    for name, value in selection.gather(stepped).items():
         np.testing.assert_allclose(small[name], value, atol=1e-6, err_msg=name)
     for name, bits in mask.items():
-        assert not whole[name][~bits].any()
+        assert not stepped[name][~bits].any()

@@ -36,19 +36,19 @@ NAMES = marked(hard_nets.NETS, soak=LONG)
 
 
 @cache
-def exported(name: str) -> bytes:
+def export_net(name: str) -> bytes:
     return export_torch(hard_nets.make(name))
 
 
 @cache
-def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
-    return import_onnx(exported(name), name, ImportChoices(prefer=prefer))
+def import_net(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
+    return import_onnx(export_net(name), name, ImportChoices(prefer=prefer))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.at_push(9)
 def test_the_import_computes_what_torch_computes(name: str) -> None:
-    model = imported(name)
+    model = import_net(name)
     x = inputs(model, 4)
     with torch.no_grad():
         expected = hard_nets.make(name)(torch.from_numpy(x)).numpy()
@@ -57,21 +57,21 @@ def test_the_import_computes_what_torch_computes(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_can_be_cut_is_found(name: str) -> None:
-    model = imported(name)
+    model = import_net(name)
     assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.001])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
-    model = imported(name)
+    model = import_net(name)
     for batch in (2, 7):
         assert cut_error(model, random_selection(model, density, seed=int(density * 100) + batch), batch) < 1e-5
 
 
 @pytest.mark.parametrize("name", marked(FINE, soak=["CrossAttention"]))
 def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
-    model = imported(name, "fine")
+    model = import_net(name, "fine")
     assert [g.size for g in model.architecture.groups] == FINE[name]
     for density, batch in ((0.25, 2), (0.5, 7), (0.75, 2), (0.001, 7)):
         assert cut_error(model, random_selection(model, density, seed=batch), batch) < 1e-5

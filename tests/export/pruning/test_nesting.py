@@ -27,7 +27,7 @@ Imported = Callable[[str], Model]
 WIDTHS = (0.25, 0.5, 0.75)
 
 
-def started(model: Model) -> Model:
+def start_nested(model: Model) -> Model:
     """The model with a nested start."""
     graph, tensors = (
         model.graph,
@@ -46,14 +46,14 @@ def first_channels(model: Model, density: float) -> Selection:
 
 @pytest.mark.parametrize("name", zoo.MARKED)
 def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -> None:
-    given, model = imported(name), started(imported(name))
+    original, model = imported(name), start_nested(imported(name))
     x = inputs(model, 3)
-    whole = outputs(cut(model, first_channels(model, 1.0)), x)
+    full_outputs = outputs(cut(model, first_channels(model, 1.0)), x)
     for density in WIDTHS:
-        assert distance(outputs(cut(model, first_channels(model, density)), x), whole) < 1e-5
+        assert distance(outputs(cut(model, first_channels(model, density)), x), full_outputs) < 1e-5
     # Without such a start they don't; and the narrowest is as it was.
-    assert distance(outputs(cut(given, first_channels(given, 0.25)), x), outputs(given.graph, x)) > 1e-2
-    assert distance(outputs(cut(given, first_channels(given, 0.25)), x), whole) < 1e-5
+    assert distance(outputs(cut(original, first_channels(original, 0.25)), x), outputs(original.graph, x)) > 1e-2
+    assert distance(outputs(cut(original, first_channels(original, 0.25)), x), full_outputs) < 1e-5
 
 
 @pytest.mark.parametrize("name", zoo.MARKED)
@@ -96,12 +96,12 @@ class Reads(nn.Module):
     ],
 )
 def test_what_is_silent_is_an_input_of_a_sum_and_nothing_else(layer: Callable[[], nn.Module], silent: bool) -> None:
-    model = described(nets.seeded(Reads(layer())))
+    model = import_module(nets.seeded(Reads(layer())))
     start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
     name = "layer.weight"
     assert np.array_equal(start[name], model.tensors[name]) is not silent
-    made = architecture_axis(model, name)
-    quiet = ~start[name].any(axis=tuple(i for i in range(start[name].ndim) if i != made))
+    output_axis = architecture_axis(model, name)
+    quiet = ~start[name].any(axis=tuple(i for i in range(start[name].ndim) if i != output_axis))
     assert not quiet.any(), "every channel hears something"
 
 
@@ -112,12 +112,12 @@ def architecture_axis(model: Model, name: str) -> int:
 def learnt(net: nn.Module, steps: int) -> nn.Module:
     """The net after some steps on four blobs of pixels."""
     torch.manual_seed(1)
-    places = torch.randn(4, *net.input_shape)  # type: ignore[arg-type]
+    centres = torch.randn(4, *net.input_shape)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     net.train()
     for _ in range(steps):
         y = torch.randint(4, (32,))
-        loss = nn.functional.cross_entropy(net(places[y] + torch.randn(32, *places.shape[1:])), y)
+        loss = nn.functional.cross_entropy(net(centres[y] + torch.randn(32, *centres.shape[1:])), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -130,7 +130,7 @@ def fresh(kind: Any) -> nn.Module:
     return net
 
 
-def described(net: nn.Module) -> Model:
+def import_module(net: nn.Module) -> Model:
     return import_onnx(export_torch(net), "net")
 
 
@@ -139,7 +139,7 @@ def described(net: nn.Module) -> Model:
 )
 @pytest.mark.parametrize("steps", [0, 1])
 def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int) -> None:
-    model = described(learnt(fresh(kind), steps))
+    model = import_module(learnt(fresh(kind), steps))
     start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
     assert is_untrained(model.architecture, model.tensors) == (steps == 0)
     assert is_untrained(model.architecture, start) == (steps == 0), "its own start changes nothing of that"
@@ -147,5 +147,5 @@ def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int
 
 @pytest.mark.parametrize("steps", [0, 1, 30])
 def test_without_normalisations_the_bounds_of_drawn_weights_tell_whether_a_model_was_just_made(steps: int) -> None:
-    model = described(learnt(fresh(nets.LeNet), steps))
+    model = import_module(learnt(fresh(nets.LeNet), steps))
     assert is_untrained(model.architecture, model.tensors) == (steps == 0)

@@ -141,10 +141,10 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
 @pytest.mark.parametrize("name", DIFFERENT)
 @pytest.mark.at_push(3)
 def test_differences_are_the_known_ones(name: str) -> None:
-    module, known = MODELS[name].make(), DIFFERENT[name]
+    module, expected = MODELS[name].make(), DIFFERENT[name]
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
-    assert lines(ours - theirs) == sorted(known.ours)
-    assert lines(theirs - ours) == sorted(known.theirs)
+    assert lines(ours - theirs) == sorted(expected.ours)
+    assert lines(theirs - ours) == sorted(expected.theirs)
 
 
 def test_whole_groups_of_a_normalisation_pruned_by_hand_are_our_cut() -> None:
@@ -152,13 +152,13 @@ def test_whole_groups_of_a_normalisation_pruned_by_hand_are_our_cut() -> None:
     name = "group_norm_resnet"
     model, x = whole_models.imported(name), whole_models.samples(name, 6)
     selection = random_selection(model, 0.5, seed=9)
-    found = outputs(cut(model, selection), x)
+    logits = outputs(cut(model, selection), x)
     module = prune(MODELS[name].make(), selection)
-    assert distance(found, outputs_of(module, x)) > 1e-2
-    for part in module.modules():
-        if isinstance(part, torch.nn.GroupNorm):
-            part.num_groups //= 2
-    assert distance(found, outputs_of(module, x)) < 1e-5
+    assert distance(logits, outputs_of(module, x)) > 1e-2
+    for module_layer in module.modules():
+        if isinstance(module_layer, torch.nn.GroupNorm):
+            module_layer.num_groups //= 2
+    assert distance(logits, outputs_of(module, x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", marked(UNSEEN, soak=["encoder"]))

@@ -64,20 +64,20 @@ def test_a_cut_equals_the_masked_original(name: str) -> None:
     model = whole_models.imported(name)
     for density in DENSITIES:
         selection = random_selection(model, density, seed=int(density * 100))
-        small, whole = cut(model, selection), masked_graph(model, selection)
+        small, full = cut(model, selection), masked_graph(model, selection)
         for batch in BATCHES:
             x = whole_models.samples(name, batch)
-            assert distance(outputs(small, x), outputs(whole, x)) < BOUND, (density, batch)
+            assert distance(outputs(small, x), outputs(full, x)) < BOUND, (density, batch)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_so_much_can_be_cut(name: str) -> None:
     """A rule that is lost fixes channels, which is never wrong, but never right either."""
-    model, least = whole_models.imported(name), MODELS[name]
+    model, bound = whole_models.imported(name), MODELS[name]
     half = random_selection(model, 0.5, seed=1).gather(model.tensors)
-    kept = sum(v.size for v in half.values()) / sum(v.size for v in model.tensors.values())
-    assert len(model.architecture.groups) >= least.groups
-    assert kept <= least.kept
+    kept_share = sum(v.size for v in half.values()) / sum(v.size for v in model.tensors.values())
+    assert len(model.architecture.groups) >= bound.groups
+    assert kept_share <= bound.kept
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from fedprune_server.simulation.digits import load_digits
 from support.nets.token_net import token_net
 
 
-def export(model: Path, out: Path, *more: str) -> int:
-    return main([str(model), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(out), *more])
+def export(model: Path, out: Path, *words: str) -> int:
+    return main([str(model), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(out), *words])
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +33,24 @@ def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
     layers = [r for r in json.loads((bundle / "report.json").read_text())["layers"] if r["weight"]]
     small = tensorfile.load_tensors(bundle / "weights.safetensors")
-    whole = {t.name: tuple(t.dims) for t in onnx.load(digits).graph.initializer}
+    full_shapes = {t.name: tuple(t.dims) for t in onnx.load(digits).graph.initializer}
     assert [r["weight"] for r in layers] == ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
     for row in layers:
         assert tuple(row["after"]["shape"]) == small[row["weight"]].shape
-        assert tuple(row["before"]["shape"]) == whole[row["weight"]]
+        assert tuple(row["before"]["shape"]) == full_shapes[row["weight"]]
         assert row["after"]["parameters"] == small[row["weight"]].size
 
 
 def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
     """Every row's bytes are those of the value that its node makes of one sample, as onnxruntime makes it."""
     proto = onnx.load(bundle / "inference.onnx")
-    made = {n.name: n.output[0] for n in proto.graph.node}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in made.values() if v != "logits")
+    output_names = {n.name: n.output[0] for n in proto.graph.node}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in output_names.values() if v != "logits")
     out = OnnxSession(proto.SerializeToString()).run({"x": np.zeros((1, 1, 8, 8), np.float32)})
     rows = json.loads((bundle / "report.json").read_text())["layers"]
     assert len(rows) > 4
     for row in rows:
-        assert row["after"]["activation_bytes"] == out[made[row["name"]]].nbytes
+        assert row["after"]["activation_bytes"] == out[output_names[row["name"]]].nbytes
 
 
 def test_figures_add_up_and_predictions_are_the_plans(bundle: Path) -> None:
@@ -86,21 +86,21 @@ def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> 
 def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the whole model's own answers as labels it is right always; the bundle is right where they agree."""
     x, _ = load_digits()
-    own = OnnxSession(digits).run({"x": x})["logits"].argmax(axis=1)
-    np.savez(tmp_path / "data.npz", x=x, y=own)
+    answers = OnnxSession(digits).run({"x": x})["logits"].argmax(axis=1)
+    np.savez(tmp_path / "data.npz", x=x, y=answers)
     assert export(digits, tmp_path / "b", "--data", str(tmp_path / "data.npz")) == ExitCode.OK
     mine = OnnxSession(tmp_path / "b" / "inference.onnx").run({"x": x})["logits"].argmax(axis=1)
-    found = json.loads((tmp_path / "b" / "report.json").read_text())["accuracy"]
-    assert found == {
+    accuracy = json.loads((tmp_path / "b" / "report.json").read_text())["accuracy"]
+    assert accuracy == {
         "measure": "accuracy",
         "samples": len(x),
         "before": 1.0,
-        "after": pytest.approx(np.mean(mine == own), abs=1e-9),
+        "after": pytest.approx(np.mean(mine == answers), abs=1e-9),
     }
-    said = f"accuracy on 1,797 samples, before local training: 100.0% -> {found['after']:.1%}"
-    assert said in capsys.readouterr().out
+    line = f"accuracy on 1,797 samples, before local training: 100.0% -> {accuracy['after']:.1%}"
+    assert line in capsys.readouterr().out
     for name in ("report.md", "report.html"):
-        assert f"{found['after']:.1%}" in (tmp_path / "b" / name).read_text()
+        assert f"{accuracy['after']:.1%}" in (tmp_path / "b" / name).read_text()
 
 
 def test_a_test_split_is_taken_first(digits: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ HOLED[2, 0, 1, 5] = np.inf
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ({"x": X}, "expected arrays x_test and y_test, or x and y, got x"),
         ({"x": X[:, :, :7], "y": Y}, r"shape of x: expected \[n, 1, 8, 8\], got \[4, 1, 7, 8\]"),
@@ -130,11 +130,11 @@ HOLED[2, 0, 1, 5] = np.inf
     ],
 )
 def test_data_that_does_not_fit_is_refused(
-    digits: Path, tmp_path: Path, arrays: dict[str, np.ndarray], said: str
+    digits: Path, tmp_path: Path, arrays: dict[str, np.ndarray], message: str
 ) -> None:
     np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
     architecture = import_onnx(digits.read_bytes(), "d").architecture
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         labelled_data.read_labelled_data(tmp_path / "data.npz", architecture, np.float32)
 
 
@@ -167,10 +167,10 @@ def test_identifiers_are_whole_numbers_that_the_model_knows(
         for name in ("good", "float", "far")
     ]
     assert codes == [ExitCode.OK, ExitCode.DATA, ExitCode.DATA]
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert "type of x: expected whole numbers" in said[0]
-    assert "the model doesn't take the samples of --data" in said[1]
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "type of x: expected whole numbers" in errors[0]
+    assert "the model doesn't take the samples of --data" in errors[1]
 
 
 def test_labels_of_every_kind_are_scored(digits: Path, tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ class Several(nn.Module):
         self.conv, self.table = nn.Conv2d(3, 6, 1), nn.Embedding(7, 4)
         self.out = nn.Linear(10 + math.prod(self.input_shape["other"]), K)
 
-    def forward(self, image: torch.Tensor, words: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        rows = [self.conv(image).mean((2, 3)), self.table(words).mean(1), other.flatten(1)]
+    def forward(self, image: torch.Tensor, words: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        rows = [self.conv(image).mean((2, 3)), self.table(words).mean(1), rest.flatten(1)]
         return self.out(torch.cat(rows, 1))
 
 
@@ -107,7 +107,7 @@ def plan_of(model: str, *augment: str, **recipe: Any) -> AugmentPlan:
     return AugmentPlan.from_json(training_graph(model_of(model), features).metadata[AUGMENT_METADATA])
 
 
-def drawn(shape: tuple[int, ...], plan: AugmentPlan, seed: int, n: int = 7) -> tuple[Array, Array]:
+def draw_samples(shape: tuple[int, ...], plan: AugmentPlan, seed: int, n: int = 7) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
     return rng.standard_normal((n, *shape)).astype(np.float32), rng.random((n, plan.random_count), np.float32)
 
@@ -123,8 +123,8 @@ def crop(x: Array, u: Array, p: int = 2, fill: float = 0) -> Array:
 
 
 def shift(x: Array, u: Array, share: float = 0.25, fill: float = 0) -> Array:
-    most = max(1, round(share * x.shape[-1]))
-    by, out = int(u[0] * (2 * most + 1)) - most, np.full_like(x, fill)
+    max_shift = max(1, round(share * x.shape[-1]))
+    by, out = int(u[0] * (2 * max_shift + 1)) - max_shift, np.full_like(x, fill)
     for t in range(x.shape[-1]):
         if 0 <= t + by < x.shape[-1]:
             out[..., t] = x[..., t + by]
@@ -148,8 +148,8 @@ def noise(x: Array, u: Array) -> Array:
 
 def specaugment(x: Array, u: Array) -> Array:
     out = x.copy()
-    for axis, most, (width, begin) in ((-2, 2, u[:2]), (-1, 3, u[2:])):
-        w = int(width * (most + 1))
+    for axis, max_width, (width, begin) in ((-2, 2, u[:2]), (-1, 3, u[2:])):
+        w = int(width * (max_width + 1))
         f0 = int(begin * (x.shape[axis] - w))
         np.moveaxis(out, axis, 0)[f0 : f0 + w] = x.mean()
     return out
@@ -169,15 +169,15 @@ ORACLES: list[tuple[str, str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("entry", "model", "wanted"), ORACLES)
+@pytest.mark.parametrize(("entry", "model", "formula"), ORACLES)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_a_step_computes_what_its_formula_says(entry: str, model: str, wanted: Any, seed: int) -> None:
+def test_a_step_computes_what_its_formula_says(entry: str, model: str, formula: Any, seed: int) -> None:
     plan = plan_of(model, entry)
-    x, u = drawn(model_of(model).architecture.input_shape, plan, seed)
+    x, u = draw_samples(model_of(model).architecture.input_shape, plan, seed)
     got = augment_samples(plan, x, u)
     assert (got.shape, got.dtype) == (x.shape, np.float32)
-    for one, numbers, found in zip(x, u, got, strict=True):
-        np.testing.assert_allclose(found, wanted(one.astype(np.float64), numbers), rtol=1e-5, atol=5e-6)
+    for one, numbers, augmented in zip(x, u, got, strict=True):
+        np.testing.assert_allclose(augmented, formula(one.astype(np.float64), numbers), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_step_computes_what_its_formula_says(entry: str, model: str, wanted: A
 )
 def test_neutral_numbers_change_no_bit(entry: str, neutral: float) -> None:
     plan = plan_of("whole", entry)
-    x, u = drawn(IMAGE, plan, 0)
+    x, u = draw_samples(IMAGE, plan, 0)
     assert augment_samples(plan, x, np.full_like(u, neutral)).tobytes() == x.tobytes()
     assert augment_samples(plan, x, u).tobytes() != x.tobytes()
 
@@ -198,45 +198,47 @@ def test_neutral_numbers_change_no_bit(entry: str, neutral: float) -> None:
 def test_entries_follow_each_other_in_the_recipes_order(seed: int) -> None:
     """What a crop has cut off, a shift doesn't bring back; noise before a crop is none where the crop pads."""
     plan = plan_of("whole", "crop:2", "noise:0.5", "flip", "crop:2", "shift:0.25")
-    x, u = drawn(IMAGE, plan, seed)
-    for one, numbers, found in zip(x, u, augment_samples(plan, x, u), strict=True):
+    x, u = draw_samples(IMAGE, plan, seed)
+    for one, numbers, augmented in zip(x, u, augment_samples(plan, x, u), strict=True):
         v, at = crop(one.astype(np.float64), numbers[:2]), 2 + one.size
         v = flip(noise(v, numbers[2:at]), numbers[at : at + 1])
         v = shift(crop(v, numbers[at + 1 : at + 3]), numbers[at + 3 :])
-        np.testing.assert_allclose(found, v, rtol=1e-5, atol=5e-6)
+        np.testing.assert_allclose(augmented, v, rtol=1e-5, atol=5e-6)
 
 
 @given(seed=st.integers(0, 2**32 - 1), masks=st.booleans())
 def test_labels_move_with_the_pixels_that_they_describe(seed: int, masks: bool) -> None:
     """An image whose values are its labels stays one; places from outside count for nothing."""
     recipe: dict[str, Any] = {"loss": "bce"} if masks else {"ignore_label": VOID}
-    found = plan_of("pixels", "flip", "crop:2", "brightness:0.1", "shift:0.2", **recipe)
+    plan = plan_of("pixels", "flip", "crop:2", "brightness:0.1", "shift:0.2", **recipe)
     alone = plan_of("pixels", "flip", "crop:2", "shift:0.2", **recipe)
     rng = np.random.default_rng(seed)
     y = rng.integers(1, 4, (5, H, W))
     x, u = np.repeat(y[:, None], 3, 1).astype(np.float32), rng.random((5, 4), np.float32)
     labels = (y[:, None] == np.arange(K)[:, None, None]).astype(np.float32) if masks else y
-    moved = augment_samples(alone, x, u)[:, 0]
+    levels = augment_samples(alone, x, u)[:, 0]
     got = augment_labels(alone, labels, u)
     assert (got.dtype, got.shape) == (labels.dtype, labels.shape)
     if masks:
-        wanted = (moved[:, None] == np.arange(K)[:, None, None]) & (moved[:, None] > 0)
-        assert np.array_equal(got, wanted.astype(np.float32))
+        expected = (levels[:, None] == np.arange(K)[:, None, None]) & (levels[:, None] > 0)
+        assert np.array_equal(got, expected.astype(np.float32))
     else:
-        assert np.array_equal(got, np.where(moved == 0, VOID, moved))
-    more = np.concatenate([u[:, :3], rng.random((5, 1), np.float32), u[:, 3:]], 1)  # a number for brightness
-    assert np.array_equal(augment_labels(found, labels, more), got)
+        assert np.array_equal(got, np.where(levels == 0, VOID, levels))
+    brightness_draws = np.concatenate(
+        [u[:, :3], rng.random((5, 1), np.float32), u[:, 3:]], 1
+    )  # a number for brightness
+    assert np.array_equal(augment_labels(plan, labels, brightness_draws), got)
 
 
 def test_labels_of_steps_move_in_time() -> None:
-    found = plan_of("steps", "shift:0.25", ignore_label=VOID)
+    plan = plan_of("steps", "shift:0.25", ignore_label=VOID)
     y = np.arange(16).reshape(2, 8) % 8
     u = np.array([[0.1], [0.9]], np.float32)
-    moved = augment_labels(found, y, u)
-    assert np.array_equal(moved[0], [VOID, VOID, 0, 1, 2, 3, 4, 5])
-    assert np.array_equal(moved[1], [2, 3, 4, 5, 6, 7, VOID, VOID])
+    shifted = augment_labels(plan, y, u)
+    assert np.array_equal(shifted[0], [VOID, VOID, 0, 1, 2, 3, 4, 5])
+    assert np.array_equal(shifted[1], [2, 3, 4, 5, 6, 7, VOID, VOID])
     x = np.repeat(y[:, None], 2, 1).astype(np.float32)
-    assert np.array_equal(augment_samples(found, x, u)[:, 0], np.where(moved == VOID, 0, moved))
+    assert np.array_equal(augment_samples(plan, x, u)[:, 0], np.where(shifted == VOID, 0, shifted))
 
 
 @pytest.mark.parametrize(
@@ -244,11 +246,11 @@ def test_labels_of_steps_move_in_time() -> None:
 )
 def test_of_several_inputs_one_is_augmented(model: str, entry: str) -> None:
     plan = plan_of(model, entry)
-    x, u = drawn(model_of(model).architecture.input_shape, plan, 0)
+    x, u = draw_samples(model_of(model).architecture.input_shape, plan, 0)
     u[:] = 0.6
     image = np.s_[:, : math.prod(IMAGE)]
-    other = np.s_[:, math.prod(IMAGE) : -5]
-    got, changed = augment_samples(plan, x, u), other if "@" in entry else image
+    middle = np.s_[:, math.prod(IMAGE) : -5]
+    got, changed = augment_samples(plan, x, u), middle if "@" in entry else image
     still = np.ones(x.shape, bool)
     still[changed] = False
     assert np.array_equal(got[still], x[still])
@@ -311,7 +313,7 @@ def test_a_board_trains_on_augmented_samples_and_labels(accumulate: int) -> None
     net = Pixels(whole=False)
     net.load_state_dict({n: torch.tensor(v) for n, v in tensors.items()})
     outputs = net(torch.tensor(np.concatenate(samples)))
-    wanted = functional.cross_entropy(outputs, torch.tensor(np.concatenate(labels)), ignore_index=VOID)
-    assert got.loss_first == pytest.approx(float(wanted.detach()), rel=1e-5)
+    expected = functional.cross_entropy(outputs, torch.tensor(np.concatenate(labels)), ignore_index=VOID)
+    assert got.loss_first == pytest.approx(float(expected.detach()), rel=1e-5)
     plain = Trainer(graph.to_bytes()).loss(tensors, data, recipe, K)
     assert plain != pytest.approx(got.loss_first, rel=1e-5)  # measured on samples as they are

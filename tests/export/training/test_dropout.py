@@ -79,7 +79,7 @@ class Rows(nn.Module):
         self.fc = nn.Linear(width, CLASSES)
 
     def forward(self, x: torch.Tensor, masks: Masks = None) -> torch.Tensor:
-        q, k, v = (part(x)[:, None] for part in (self.q, self.k, self.v))
+        q, k, v = (layer(x)[:, None] for layer in (self.q, self.k, self.v))
         if masks is None:
             y = nn.functional.scaled_dot_product_attention(q, k, v, None, 0.3 if self.training else 0.0, scale=0.4)
         else:
@@ -134,8 +134,8 @@ def test_gradients_are_torchs_with_the_same_masks_at_every_width(kind: str, widt
 
     module = net(width)
     module.load_state_dict({n: torch.tensor(v) for n, v in tensors.items()})
-    given = [torch.tensor(m) for m in drawn.values()]
-    loss = nn.functional.cross_entropy(module(torch.tensor(x), given), torch.tensor(y))
+    torch_masks = [torch.tensor(m) for m in drawn.values()]
+    loss = nn.functional.cross_entropy(module(torch.tensor(x), torch_masks), torch.tensor(y))
     loss.backward()
     np.testing.assert_allclose(out[step_contract.LOSS], loss.item(), rtol=1e-5)
     for name, value in module.named_parameters():
@@ -174,12 +174,12 @@ def test_training_drops_by_seed_round_and_device_and_measures_without() -> None:
     recipe = Recipe(epochs=2, batch_size=8, lr=0.05, accumulate=2)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
 
-    def trained(round_: int = 1, device: str = "a") -> dict[str, Array]:
+    def train_round(round_: int = 1, device: str = "a") -> dict[str, Array]:
         task = TrainingTask(recipe, CLASSES, 3, device, round_)
         return dict(trainer.train(model.tensors, data, task).tensors)
 
-    first, again, later = trained(), trained(), trained(2)
-    assert all(np.array_equal(first[n], again[n]) for n in first)
+    first, repeated, later = train_round(), train_round(), train_round(2)
+    assert all(np.array_equal(first[n], repeated[n]) for n in first)
     assert any(not np.array_equal(first[n], later[n]) for n in first)
     logits = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
     expected = nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(y)).item()
@@ -197,9 +197,9 @@ def test_narrower_steps_have_narrower_masks() -> None:
 
 def test_dropouts_survive_a_file() -> None:
     model = model_of("spatial")
-    again = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
+    reloaded = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
     shapes = {n: s for n, (_, s) in step_of(model).inputs.items() if step_contract.is_dropout_mask(n)}
-    assert {n: s for n, (_, s) in step_of(again).inputs.items() if step_contract.is_dropout_mask(n)} == shapes
+    assert {n: s for n, (_, s) in step_of(reloaded).inputs.items() if step_contract.is_dropout_mask(n)} == shapes
 
 
 class Noisy(nn.Module):
@@ -320,30 +320,30 @@ class Attention(nn.Module):
 
     input_shape = (4, 6)
 
-    def __init__(self, way: str) -> None:
+    def __init__(self, method: str) -> None:
         super().__init__()
-        self.method, self.fc = way, nn.Linear(6, CLASSES)
+        self.method, self.fc = method, nn.Linear(6, CLASSES)
         self.heads = nn.MultiheadAttention(6, 2, dropout=0.3, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ratio, parts = 0.3 if self.training else 0.0, x.unflatten(2, (2, 3)).transpose(1, 2)
+        ratio, heads = 0.3 if self.training else 0.0, x.unflatten(2, (2, 3)).transpose(1, 2)
         near = torch.ones(4, 4).tril(1)
         if self.method == "heads":
             return self.fc(self.heads(x, x, x, attn_mask=near.log())[0].mean(1))
         attend = nn.functional.scaled_dot_product_attention
         if self.method == "causal":
-            y = attend(parts, parts, parts, dropout_p=ratio, is_causal=True)
+            y = attend(heads, heads, heads, dropout_p=ratio, is_causal=True)
         elif self.method == "shared":
-            y = attend(parts, parts[:, :1], parts[:, 1:], dropout_p=ratio, enable_gqa=True)
+            y = attend(heads, heads[:, :1], heads[:, 1:], dropout_p=ratio, enable_gqa=True)
         else:
-            y = attend(parts, parts, parts, near.bool() if self.method == "truths" else near.log(), ratio)
+            y = attend(heads, heads, heads, near.bool() if self.method == "truths" else near.log(), ratio)
         return self.fc(y.transpose(1, 2).flatten(2).mean(1))
 
 
-@pytest.mark.parametrize("way", ["heads", "causal", "shared", "truths", "numbers"])
-def test_attention_with_dropout_is_exported_as_torch_computes_it(way: str) -> None:
-    module = Attention(way)
-    model = import_onnx(export_torch(module), way)
+@pytest.mark.parametrize("method", ["heads", "causal", "shared", "truths", "numbers"])
+def test_attention_with_dropout_is_exported_as_torch_computes_it(method: str) -> None:
+    module = Attention(method)
+    model = import_onnx(export_torch(module), method)
     x, _ = samples_of(model)
     logits = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
     np.testing.assert_allclose(logits, module.eval()(torch.tensor(x)).detach().numpy(), atol=1e-5)

@@ -77,9 +77,9 @@ def oracle(model: Model, trained: set[str], moving: set[str], fed: Arrays, dtype
     """One step of torch.optim.SGD on the trained tensors; norms whose statistics don't move are in evaluation mode."""
     net = deep().to(dtype)
     net.train()
-    for name, part in net.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.train(f"{name}.running_mean" in moving)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(f"{name}.running_mean" in moving)
     leaves = {n: p for n, p in net.named_parameters() if n in trained}
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -109,8 +109,8 @@ FREEZES = {
 
 def scopes(model: Model, features: Features) -> tuple[set[str], set[str]]:
     trained = {t.name for t in trained_tensors(model.architecture, features)}
-    made = {p.name for p in training_graph(model, features).outputs}
-    return trained, {t.name for t in model.architecture.statistics if step_contract.next_name(t.name) in made}
+    output_names = {p.name for p in training_graph(model, features).outputs}
+    return trained, {t.name for t in model.architecture.statistics if step_contract.next_name(t.name) in output_names}
 
 
 @pytest.mark.parametrize("name", FREEZES)
@@ -135,10 +135,10 @@ def test_what_is_trained_moves_as_in_torch(model: Model, name: str) -> None:
         return float(np.linalg.norm(np.asarray(value, np.float64).ravel()))
 
     # A bias before a normalisation has no gradient but rounding: that is measured by all gradients' size.
-    whole = max(size(v) for k, v in exact.items() if k.endswith("::gradient"))
+    largest = max(size(v) for k, v in exact.items() if k.endswith("::gradient"))
 
     def error(a: Any, b: Any) -> float:
-        return size(a - b) / (size(b) if size(b) > 1e-10 * whole else whole)
+        return size(a - b) / (size(b) if size(b) > 1e-10 * largest else largest)
 
     for key, value in exact.items():
         assert error(got[key], value) <= max(1e-6, 2 * max(error(u[key], value) for u in usual)), key
@@ -150,8 +150,8 @@ def test_frozen_tensors_bring_nothing_and_give_nothing(model: Model, name: str) 
     graph = training_graph(model, features)
     trained, moving = scopes(model, features)
     assert {p.name for p in graph.inputs if "::" in p.name} == {step_contract.momentum_name(n) for n in trained}
-    made = {p.name.partition("::")[0] for p in graph.outputs} - {step_contract.LOSS, step_contract.HITS}
-    assert made == trained | moving
+    tensor_names = {p.name.partition("::")[0] for p in graph.outputs} - {step_contract.LOSS, step_contract.HITS}
+    assert tensor_names == trained | moving
     assert {t.name for t in model.architecture.tensors} <= {p.name for p in graph.inputs}
 
 

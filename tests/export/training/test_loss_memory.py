@@ -35,7 +35,7 @@ folder, loss, classes, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]),
 x = np.zeros((batch, 3, 64, 96), np.float32)
 y = np.zeros((batch, 64, 96), np.uint8) if loss == "cross_entropy" else np.zeros((batch, classes, 64, 96), np.float32)
 task = TrainingTask(Recipe(loss=loss, batch_size=batch, epochs=3), classes, 0, "a", 1)
-weights = tensorfile.load(folder / "weights.safetensors")
+weights = tensorfile.load_tensors(folder / "weights.safetensors")
 Trainer(folder / "training.onnx").train(weights, LocalData(x, y, x[:0], y[:0]), task)
 print(peak_memory())
 """

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.torch
 Array = np.ndarray[Any, Any]
 K = 4
 IGNORED = 255
-PLACES: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
+POSITIONS: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
 """Shapes of what a model says of each sample: one row of outputs, or one at each place."""
 
 LOSSES = {
@@ -50,11 +50,11 @@ LOSSES = {
 
 
 @cache
-def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> OnnxSession:
+def session(name: str, accumulates: bool = False, positions: tuple[int, ...] = ()) -> OnnxSession:
     """The loss alone, with the gradient by the logits."""
-    outputs = (K, *places)
+    outputs = (K, *positions)
     asked = LOSSES[name]
-    features = Features(**{**asked.__dict__, "accumulate": parts})
+    features = Features(**{**asked.__dict__, "accumulate": accumulates})
     g = Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), port(step_contract.Y, *target_shape(features, outputs))]
     g.outputs = [port(step_contract.LOSS, ())]
@@ -77,8 +77,8 @@ def numbers(seed: int) -> dict[str, Array]:
     }
 
 
-def labels(features: Features, batch: int, seed: int, places: tuple[int, ...] = ()) -> Array:
-    rng, shape = np.random.default_rng([seed, batch]), (batch, *features.target_shape((K, *places)))
+def labels(features: Features, batch: int, seed: int, positions: tuple[int, ...] = ()) -> Array:
+    rng, shape = np.random.default_rng([seed, batch]), (batch, *features.target_shape((K, *positions)))
     if features.loss == "cross_entropy":
         y = rng.integers(0, K, shape)
         if features.ignore_label is not None:
@@ -110,11 +110,11 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
     partner = torch.tensor(extra[step_contract.Y_PARTNER]) if features.label_pairs else target
     if features.loss == "cross_entropy":
         smooth = float(extra[step_contract.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
-        own, other = (
+        own_mean, partner_mean = (
             functional.cross_entropy(x, t, weight, ignore_index=ignored, label_smoothing=smooth)
             for t in (target, partner)
         )
-        mean = share * own + (1 - share) * other
+        mean = share * own_mean + (1 - share) * partner_mean
     else:
         of_sample = {
             "bce": lambda: functional.binary_cross_entropy_with_logits(
@@ -128,13 +128,13 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
         mean = of_sample[features.loss]().mean()
     mean.backward()
     assert leaf.grad is not None
-    found = {step_contract.LOSS: mean, "dz": leaf.grad}
+    outputs = {step_contract.LOSS: mean, "dz": leaf.grad}
     if features.loss == "cross_entropy":
         meant = target if share >= 0.5 else partner
-        found[step_contract.HITS] = ((x.argmax(1) == meant) & (meant != ignored)).sum()
+        outputs[step_contract.HITS] = ((x.argmax(1) == meant) & (meant != ignored)).sum()
     if labels_of(features.loss) == MULTI_LABELS:
-        found[step_contract.HITS] = ((x > 0) == (target > 0.5)).sum()
-    return {k: v.detach().numpy() for k, v in found.items()}
+        outputs[step_contract.HITS] = ((x > 0) == (target > 0.5)).sum()
+    return {k: v.detach().numpy() for k, v in outputs.items()}
 
 
 def error(got: Array, want: Array) -> float:
@@ -143,18 +143,18 @@ def error(got: Array, want: Array) -> float:
 
 numbers_near_and_far = st.floats(-90, 90, width=32) | st.floats(-2, 2, width=32)
 logits = st.integers(1, 9).flatmap(lambda n: arrays.arrays(np.float32, (n, K), elements=numbers_near_and_far))
-places_and_logits = st.tuples(st.sampled_from(PLACES), st.integers(1, 5)).flatmap(
+positions_and_logits = st.tuples(st.sampled_from(POSITIONS), st.integers(1, 5)).flatmap(
     lambda drawn: arrays.arrays(np.float32, (drawn[1], K, *drawn[0]), elements=numbers_near_and_far)
 )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=60, deadline=None)
-@given(z=places_and_logits, seed=st.integers(0, 99))
+@given(z=positions_and_logits, seed=st.integers(0, 99))
 def test_a_loss_and_its_gradient_are_torchs(name: str, z: Array, seed: int) -> None:
-    places = z.shape[2:]
-    features, run = LOSSES[name], session(name, places=places)
-    y, extra = labels(features, len(z), seed, places), numbers(seed)
+    positions = z.shape[2:]
+    features, run = LOSSES[name], session(name, positions=positions)
+    y, extra = labels(features, len(z), seed, positions), numbers(seed)
     extra[step_contract.Y_PARTNER] = partners(y, seed)
     exact, usual = (oracle(features, z, y, extra, t) for t in (torch.float64, torch.float32))
     got = run.run({k: v for k, v in {"z": z, step_contract.Y: y, **extra}.items() if k in run.inputs})
@@ -166,30 +166,32 @@ def test_a_loss_and_its_gradient_are_torchs(name: str, z: Array, seed: int) -> N
         assert off <= floor or error(got[key], value) <= max(1e-6, 2 * error(usual[key], value)), key
 
 
-@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str, places: tuple[int, ...]) -> None:
+def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str, positions: tuple[int, ...]) -> None:
     features = LOSSES[name]
     rng = np.random.default_rng(5)
     z, y, extra = (
-        rng.standard_normal((11, K, *places)).astype(np.float32), labels(features, 11, 5, places), numbers(5),
+        rng.standard_normal((11, K, *positions)).astype(np.float32), labels(features, 11, 5, positions), numbers(5),
     )  # fmt: skip
     weights = extra[step_contract.CLASS_WEIGHT] if features.class_weight else None
     extra[step_contract.DIVISOR] = np.array(divisor_share(y, features.ignore_label, weights), np.float32)
     split = np.array_split(np.arange(11), 3)
     partner = np.concatenate([partners(y[rows], 5) for rows in split])
     run, exact = (
-        session(name, True, places),
+        session(name, True, positions),
         oracle(features, z, y, {**extra, step_contract.Y_PARTNER: partner}, torch.float64),
     )
-    found = []
+    results = []
     for rows in split:
         fed = {"z": z[rows], step_contract.Y: y[rows], step_contract.Y_PARTNER: partner[rows], **extra}
-        found.append(run.run({k: v for k, v in fed.items() if k in run.inputs}))
-    assert sum(float(f[step_contract.LOSS]) for f in found) == pytest.approx(float(exact[step_contract.LOSS]), rel=1e-6)
-    assert error(np.concatenate([f["dz"] for f in found]), exact["dz"]) < 1e-6
+        results.append(run.run({k: v for k, v in fed.items() if k in run.inputs}))
+    assert sum(float(f[step_contract.LOSS]) for f in results) == pytest.approx(
+        float(exact[step_contract.LOSS]), rel=1e-6
+    )
+    assert error(np.concatenate([f["dz"] for f in results]), exact["dz"]) < 1e-6
     if step_contract.HITS in exact:
-        assert sum(int(f[step_contract.HITS]) for f in found) == exact[step_contract.HITS]
+        assert sum(int(f[step_contract.HITS]) for f in results) == exact[step_contract.HITS]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -205,7 +207,7 @@ def test_extreme_outputs_give_finite_losses(name: str) -> None:
 @pytest.mark.parametrize("name", ["ignore", "ignore with all"])
 def test_a_batch_whose_labels_all_count_for_nothing_has_no_loss_and_no_gradient(name: str) -> None:
     z, y = np.ones((2, K, 3), np.float32), np.full((2, 3), IGNORED)
-    run = session(name, places=(3,))
+    run = session(name, positions=(3,))
     got = run.run({k: v for k, v in {"z": z, step_contract.Y: y, **numbers(1)}.items() if k in run.inputs})
     assert {k: float(np.abs(v).max()) for k, v in got.items()} == dict.fromkeys(got, 0.0)
 

@@ -31,21 +31,21 @@ K, VOID = 4, 9
 Array = np.ndarray[Any, Any]
 
 
-class Places(nn.Module):
+class PositionNet(nn.Module):
     """A row of `K` numbers for each of some places."""
 
-    def __init__(self, *places: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.input_shape = (3, *places)
-        self.layer = nn.Conv2d(3, K, 1) if places else nn.Linear(3, K)
+        self.input_shape = (3, *shape)
+        self.layer = nn.Conv2d(3, K, 1) if shape else nn.Linear(3, K)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
 
 
 @functools.cache
-def model_of(places: tuple[int, ...]) -> Model:
-    return fx.load(Places(*places))
+def model_of(shape: tuple[int, ...]) -> Model:
+    return fx.load(PositionNet(*shape))
 
 
 @functools.lru_cache
@@ -58,20 +58,20 @@ def objective_of(model: Model, recipe: Recipe) -> Objective:
     return Objective(graph, recipe, K, scores=recipe.features.counts_hits)
 
 
-def measured(judge: Objective, outputs: Array, labels: Array, parts: int = 1) -> dict[str, float]:
+def metrics_of(judge: Objective, outputs: Array, labels: Array, batches: int = 1) -> dict[str, float]:
     """What boards and servers make of outputs that come in several parts."""
     y = judge.targets(labels)
-    found = [judge(o, t) for o, t in zip(np.array_split(outputs, parts), np.array_split(y, parts), strict=True)]
-    return judge.metrics(BatchMeasure.combine(found))
+    measures = [judge(o, t) for o, t in zip(np.array_split(outputs, batches), np.array_split(y, batches), strict=True)]
+    return judge.metrics(BatchMeasure.combine(measures))
 
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(3, 40)
-places = st.sampled_from([(), (2, 3)])
+shapes = st.sampled_from([(), (2, 3)])
 
 
-@given(seeds, sizes, places, st.integers(1, 3))
-def test_mean_iou_is_that_of_scikit_learn(seed: int, n: int, shape: tuple[int, ...], parts: int) -> None:
+@given(seeds, sizes, shapes, st.integers(1, 3))
+def test_mean_iou_is_that_of_scikit_learn(seed: int, n: int, shape: tuple[int, ...], batches: int) -> None:
     rng = np.random.default_rng(seed)
     outputs = rng.normal(size=(n, K, *shape)).astype(np.float32)
     labels = rng.choice([0, 1, 3, VOID], (n, *shape))  # no place is of class 2, but some are taken for it
@@ -80,25 +80,25 @@ def test_mean_iou_is_that_of_scikit_learn(seed: int, n: int, shape: tuple[int, .
     counted = labels != VOID
     right, guess = labels[counted], outputs.argmax(1)[counted]
     present = np.unique(np.concatenate([right, guess]))
-    wanted = jaccard_score(right, guess, labels=present, average="macro", zero_division=0)
-    assert measured(objective(shape, recipe), outputs, labels, parts)["miou"] == pytest.approx(wanted, rel=1e-5)
+    expected = jaccard_score(right, guess, labels=present, average="macro", zero_division=0)
+    assert metrics_of(objective(shape, recipe), outputs, labels, batches)["miou"] == pytest.approx(expected, rel=1e-5)
 
 
-@given(seeds, sizes, places, st.integers(1, 3))
-def test_perplexity_is_torchs_mean_likelihood(seed: int, n: int, shape: tuple[int, ...], parts: int) -> None:
+@given(seeds, sizes, shapes, st.integers(1, 3))
+def test_perplexity_is_torchs_mean_likelihood(seed: int, n: int, shape: tuple[int, ...], batches: int) -> None:
     rng = np.random.default_rng(seed)
     outputs = rng.normal(size=(n, K, *shape)).astype(np.float32)
     labels = rng.choice([0, 1, 2, 3, VOID], (n, *shape))
     labels.flat[0] = 1
     recipe = Recipe(metric="perplexity", ignore_label=VOID)
-    wanted = functional.cross_entropy(torch.tensor(outputs).double(), torch.tensor(labels), ignore_index=VOID).exp()
-    found = measured(objective(shape, recipe), outputs, labels, parts)["perplexity"]
-    assert found == pytest.approx(float(wanted), rel=1e-5)
+    expected = functional.cross_entropy(torch.tensor(outputs).double(), torch.tensor(labels), ignore_index=VOID).exp()
+    perplexity = metrics_of(objective(shape, recipe), outputs, labels, batches)["perplexity"]
+    assert perplexity == pytest.approx(float(expected), rel=1e-5)
 
 
-@given(seeds, sizes, places, st.integers(1, 3))
+@given(seeds, sizes, shapes, st.integers(1, 3))
 def test_average_precision_is_scikit_learns_of_binned_scores(
-    seed: int, n: int, shape: tuple[int, ...], parts: int
+    seed: int, n: int, shape: tuple[int, ...], batches: int
 ) -> None:
     rng = np.random.default_rng(seed)
     bins = rng.integers(0, BINS, (n, K, *shape))
@@ -107,30 +107,30 @@ def test_average_precision_is_scikit_learns_of_binned_scores(
     labels = (rng.random(outputs.shape) < 0.4).astype(np.float32)
     rows = [(labels[:, k].ravel(), bins[:, k].ravel()) for k in range(K)]
     each = [average_precision_score(y, b) for y, b in rows if y.any()]
-    found = measured(objective(shape, Recipe(loss="bce", metric="ap")), outputs, labels, parts)
-    assert found.get("ap", math.nan) == pytest.approx(np.mean(each) if each else math.nan, rel=1e-5, nan_ok=True)
+    metrics = metrics_of(objective(shape, Recipe(loss="bce", metric="ap")), outputs, labels, batches)
+    assert metrics.get("ap", math.nan) == pytest.approx(np.mean(each) if each else math.nan, rel=1e-5, nan_ok=True)
 
 
-@given(seeds, sizes, places, st.integers(1, 3))
-def test_errors_of_numbers(seed: int, n: int, shape: tuple[int, ...], parts: int) -> None:
+@given(seeds, sizes, shapes, st.integers(1, 3))
+def test_errors_of_numbers(seed: int, n: int, shape: tuple[int, ...], batches: int) -> None:
     rng = np.random.default_rng(seed)
     outputs, labels = rng.normal(size=(2, n, K, *shape)).astype(np.float32)
     d = outputs.astype(np.float64) - labels
-    for name, wanted in (("rmse", np.sqrt(np.mean(d**2))), ("mae", np.mean(np.abs(d)))):
-        found = measured(objective(shape, Recipe(loss="mse", metric=name)), outputs, labels, parts)
-        assert found[name] == pytest.approx(wanted, rel=1e-5)
+    for name, expected in (("rmse", np.sqrt(np.mean(d**2))), ("mae", np.mean(np.abs(d)))):
+        metrics = metrics_of(objective(shape, Recipe(loss="mse", metric=name)), outputs, labels, batches)
+        assert metrics[name] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_set_without_any_label_that_counts_has_no_metric() -> None:
     outputs, labels = np.zeros((3, K), np.float32), np.full(3, VOID)
     for name in ("miou", "perplexity"):
-        assert measured(objective((), Recipe(metric=name, ignore_label=VOID)), outputs, labels) == {}
+        assert metrics_of(objective((), Recipe(metric=name, ignore_label=VOID)), outputs, labels) == {}
 
 
 def test_metrics_are_refused_where_labels_are_of_another_kind() -> None:
     with pytest.raises(ConfigError, match=r"recipe\.metric: .*'miou'"):
         Recipe(loss="mse", metric="miou")
-    model = fx.load(Places(), loss=lambda outputs, labels: (outputs - labels).abs().sum(1))
+    model = fx.load(PositionNet(), loss=lambda outputs, labels: (outputs - labels).abs().sum(1))
     for name in METRICS_OF["classes"][:-1]:
         with pytest.raises(ConfigError, match=f"recipe.metric: {name!r} with this loss.*classes"):
             training_graph(model, Recipe(loss="custom", metric=name).features)
@@ -158,18 +158,18 @@ def test_a_metric_of_ones_own_is_computed_without_torch(tmp_path: Path) -> None:
     outputs, labels = rng.normal(size=(2, 30, K)).astype(np.float32)
     recipe = Recipe(loss="mse", metric="custom")
     file = tmp_path / "model.onnx"
-    for metric, wanted in (
+    for metric, expected in (
         (near, (np.abs(outputs - labels) < 0.5).mean()),
         (Determination, 1 - ((outputs - labels) ** 2).sum() / ((labels - labels.mean()) ** 2).sum()),
     ):
-        model = fx.load(Places(), metric=metric)
-        for parts in (1, 4):
-            assert measured(objective_of(model, recipe), outputs, labels, parts)["score"] == pytest.approx(
-                wanted, rel=1e-4
+        model = fx.load(PositionNet(), metric=metric)
+        for batches in (1, 4):
+            assert metrics_of(objective_of(model, recipe), outputs, labels, batches)["score"] == pytest.approx(
+                expected, rel=1e-4
             )
         file.write_bytes(model.graph.to_bytes())
-        again = import_onnx(read_source(file), "again")  # it travels in the model's file
-        assert measured(objective_of(again, recipe), outputs, labels)["score"] == pytest.approx(wanted, rel=1e-4)
+        reloaded = import_onnx(read_source(file), "again")  # it travels in the model's file
+        assert metrics_of(objective_of(reloaded, recipe), outputs, labels)["score"] == pytest.approx(expected, rel=1e-4)
 
 
 def rows(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -199,7 +199,7 @@ class Leaking(nn.Module):
 @pytest.mark.at_push(2)
 def test_wrong_metrics_are_one_clear_error(metric: object, error: str) -> None:
     with pytest.raises(ModelError, match=error):
-        fx.load(Places(), metric=metric)
+        fx.load(PositionNet(), metric=metric)
 
 
 def test_a_recipe_asks_for_a_metric_that_the_model_lacks() -> None:
@@ -213,6 +213,6 @@ def test_average_precision_of_a_diverged_model_is_not_a_number() -> None:
     outputs[2, 1] = np.nan
     labels = np.eye(5, K, dtype=np.float32)
 
-    found = measured(objective((), Recipe(loss="bce", metric="ap")), outputs, labels)
+    metrics = metrics_of(objective((), Recipe(loss="bce", metric="ap")), outputs, labels)
 
-    assert math.isnan(found.get("ap", math.nan))
+    assert math.isnan(metrics.get("ap", math.nan))

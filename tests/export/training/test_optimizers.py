@@ -44,8 +44,8 @@ class Lion(torch.optim.Optimizer):
             (first, second), lr, decay = group["betas"], group["lr"], group["weight_decay"]
             for leaf in group["params"]:
                 mean = self.state[leaf]["exp_avg"]
-                way = torch.lerp(leaf.grad, mean, first).sign()
-                leaf -= lr * (way + decay * leaf)
+                direction = torch.lerp(leaf.grad, mean, first).sign()
+                leaf -= lr * (direction + decay * leaf)
                 self.state[leaf]["exp_avg"] = torch.lerp(leaf.grad, mean, second)
 
 
@@ -80,13 +80,13 @@ def start(run: OnnxSession) -> Arrays:
 
 def steps(run: OnnxSession, numbers: Arrays, gradients: list[Arrays]) -> list[Arrays]:
     """Every step's tensors and state."""
-    state, found = start(run), []
+    state, states = start(run), []
     for count, gradient in enumerate(gradients, 1):
         fed = {**numbers, **state, **gradient, step_contract.STEP_NUMBER: np.array(count, np.int64)}
         out = run.run({k: v for k, v in fed.items() if k in run.inputs})
         state = {n: out[step_contract.next_name(n)] for n in state}
-        found.append(state)
-    return found
+        states.append(state)
+    return states
 
 
 def gradients(count: int, seed: int, sizes: float) -> list[Arrays]:
@@ -113,30 +113,34 @@ def oracle(
     leaves = {n: torch.tensor(state[n], dtype=dtype).requires_grad_() for n in SHAPES}
     get = {k: float(v) for k, v in numbers.items()}
     if optimizer == "sgd":
-        made: torch.optim.Optimizer = torch.optim.SGD(
+        torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(
             leaves.values(), get["lr"], get["momentum"], weight_decay=get["weight_decay"]
         )
         names = {"momentum_buffer": step_contract.momentum_name}
     elif optimizer == "lion":
-        made = Lion(leaves.values(), get["lr"], (get["beta1"], get["beta2"]), get["weight_decay"])
+        torch_optimizer = Lion(leaves.values(), get["lr"], (get["beta1"], get["beta2"]), get["weight_decay"])
         names = {"exp_avg": step_contract.momentum_name}
     else:
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
         betas = (get["beta1"], get["beta2"])
-        made = kind(leaves.values(), get["lr"], betas, get["epsilon"], get["weight_decay"])
+        torch_optimizer = kind(leaves.values(), get["lr"], betas, get["epsilon"], get["weight_decay"])
         names = {"exp_avg": step_contract.momentum_name, "exp_avg_sq": step_contract.second_moment_name}
     for name, leaf in leaves.items():
         leaf.grad = torch.tensor(gradient[f"d{name}"], dtype=dtype)
-        made.state[leaf] = {key: torch.tensor(state[array(name)], dtype=dtype) for key, array in names.items()}
+        torch_optimizer.state[leaf] = {
+            key: torch.tensor(state[array(name)], dtype=dtype) for key, array in names.items()
+        }
         if optimizer in ("adam", "adamw"):
-            made.state[leaf]["step"] = torch.tensor(count - 1.0)
+            torch_optimizer.state[leaf]["step"] = torch.tensor(count - 1.0)
     if clip:
         torch.nn.utils.clip_grad_norm_(leaves.values(), clip)
-    made.step()
+    torch_optimizer.step()
     out = {n: w.detach().numpy() for n, w in leaves.items()}
     if not get.get("momentum", 1):
         return out  # torch keeps no buffer then
-    return out | {array(n): made.state[w][key].numpy() for n, w in leaves.items() for key, array in names.items()}
+    return out | {
+        array(n): torch_optimizer.state[w][key].numpy() for n, w in leaves.items() for key, array in names.items()
+    }
 
 
 def error(got: Arrays, want: Arrays) -> float:
@@ -249,8 +253,8 @@ def test_pull_and_mask_act_with_every_optimizer(optimizer: str) -> None:
         np.testing.assert_allclose(got[step_contract.gradient_name(name)], pulled[f"d{name}"], rtol=1e-5, atol=1e-7)
         expected = np.where(masks[name] > 0, want[name], state[name])
         np.testing.assert_allclose(got[step_contract.next_name(name)], expected, rtol=1e-5, atol=1e-6)
-        held = np.broadcast_to(masks[name] == 0, SHAPES[name])
-        np.testing.assert_array_equal(got[step_contract.next_name(name)][held], state[name][held])
+        masked = np.broadcast_to(masks[name] == 0, SHAPES[name])
+        np.testing.assert_array_equal(got[step_contract.next_name(name)][masked], state[name][masked])
 
 
 def test_sums_are_those_of_the_data_loss_alone() -> None:
@@ -260,17 +264,19 @@ def test_sums_are_those_of_the_data_loss_alone() -> None:
     numbers = scalars(lr=0.1, weight_decay=0.3, clip_norm=0.1, momentum=0.0)
     extra = {step_contract.anchor_name(n): np.full(s, 2, np.float32) for n, s in SHAPES.items()}
     extra |= {step_contract.strength_name(n): np.array(3, np.float32) for n in SHAPES}
-    part = run.run({**numbers, **state, **extra, **first})
+    first_part = run.run({**numbers, **state, **extra, **first})
     sums = {
-        step_contract.gradient_sum_name(n): part[step_contract.next_name(step_contract.gradient_sum_name(n))]
+        step_contract.gradient_sum_name(n): first_part[step_contract.next_name(step_contract.gradient_sum_name(n))]
         for n in SHAPES
     }
-    whole = run.run({**numbers, **state, **extra, **second, **sums})
+    last_part = run.run({**numbers, **state, **extra, **second, **sums})
     for name in SHAPES:
         total = first[f"d{name}"] + second[f"d{name}"]
         np.testing.assert_array_equal(sums[step_contract.gradient_sum_name(name)], first[f"d{name}"])
-        np.testing.assert_array_equal(whole[step_contract.next_name(step_contract.gradient_sum_name(name))], total)
-        np.testing.assert_allclose(whole[step_contract.gradient_name(name)], total + 3 * (state[name] - 2), rtol=1e-6)
+        np.testing.assert_array_equal(last_part[step_contract.next_name(step_contract.gradient_sum_name(name))], total)
+        np.testing.assert_allclose(
+            last_part[step_contract.gradient_name(name)], total + 3 * (state[name] - 2), rtol=1e-6
+        )
 
 
 class Linear(torch.nn.Linear):
@@ -304,13 +310,13 @@ def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(
 
     leaves = {n: torch.tensor(v, dtype=torch.float64).requires_grad_() for n, v in starts[0].items()}
     decay, betas = recipe.weight_decay, (recipe.beta1, recipe.beta2)
-    made: dict[str, Any] = {
+    factories: dict[str, Any] = {
         "sgd": lambda w: torch.optim.SGD(w, recipe.lr, recipe.momentum, weight_decay=decay),
         "adam": lambda w: torch.optim.Adam(w, recipe.lr, betas, recipe.epsilon, decay),
         "adamw": lambda w: torch.optim.AdamW(w, recipe.lr, betas, recipe.epsilon, decay),
         "lion": lambda w: Lion(w, recipe.lr, betas, decay),
     }
-    torchs = made[optimizer](list(leaves.values()))
+    torchs = factories[optimizer](list(leaves.values()))
     if optimizer == "lion":
         for leaf in leaves.values():
             torchs.state[leaf]["exp_avg"] = torch.zeros_like(leaf)
@@ -326,13 +332,13 @@ def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(
             torch.nn.functional.cross_entropy(outputs, torch.tensor(y)).backward()
             torchs.step()
         result = trainer.train(start, LocalData(x, y, x[:0], y[:0]), task)
-        wanted = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
-        assert error(result.tensors, wanted) < 1e-6
+        expected = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
+        assert error(result.tensors, expected) < 1e-6
         assert {n: v.shape for n, v in result.tensors.items()} == {n: v.shape for n, v in start.items()}
         task = TrainingTask(recipe, 3, 0, "a", 2, moments=result.moments, optimizer_steps=result.optimizer_steps)
     assert result.optimizer_steps == 6
     fresh = trainer.train(starts[1], LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", 2))
-    assert error(fresh.tensors, wanted) > 1e-3
+    assert error(fresh.tensors, expected) > 1e-3
 
 
 @pytest.mark.parametrize("warmup", [0, 1.5])
@@ -368,5 +374,5 @@ def test_rates_of_a_schedule_are_torchs(warmup: float) -> None:
             torchs.step()
         result = trainer.train(tensors, LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", round_))
         tensors = result.tensors
-        wanted = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
-        assert error(tensors, wanted) < 1e-6
+        expected = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
+        assert error(tensors, expected) < 1e-6

@@ -52,15 +52,15 @@ def session(name: str, outputs: tuple[int, ...]) -> OnnxSession:
 def agrees(name: str, z: Array, y: Array) -> None:
     got = session(name, z.shape[1:]).run({"z": z, step_contract.Y: y})
     oracle = getattr(torch_losses, name.partition("_")[0])
-    found = []
+    results = []
     for dtype in (torch.float64, torch.float32):
         leaf = torch.tensor(z, dtype=dtype, requires_grad=True)
         each = oracle(leaf, torch.tensor(y, dtype=dtype if y.dtype.kind == "f" else None))
         each.mean().backward()
         assert leaf.grad is not None
         values = {step_contract.LOSS: each.mean(), "dz": leaf.grad}
-        found.append({k: v.detach().numpy() for k, v in values.items()})
-    exact, usual = found
+        results.append({k: v.detach().numpy() for k, v in values.items()})
+    exact, usual = results
     floor = 2e-7 * (1 + float(np.abs(z).max()))
     for key, value in exact.items():
         off = float(np.max(np.abs(got[key] - value)))
@@ -99,10 +99,10 @@ def test_losses_of_batches_are_torchs(name: str, batch: int, width: int, labels:
     size=sizes, kind=st.sampled_from(["none", "all", "some", "shares"]), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_losses_of_masks_are_torchs(
-    name: str, batch: int, places: tuple[int, ...], size: float, kind: str, seed: int
+    name: str, batch: int, shape: tuple[int, ...], size: float, kind: str, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    z = (size * rng.standard_normal((batch, 2, *places))).astype(np.float32)
+    z = (size * rng.standard_normal((batch, 2, *shape))).astype(np.float32)
     y = rng.random(z.shape)
     masks = {"none": 0 * y, "all": 0 * y + 1, "some": y < 0.3, "shares": y}
     agrees(name, z, masks[kind].astype(np.float32))
@@ -132,8 +132,8 @@ def test_a_board_trains_by_an_examples_loss() -> None:
     x = np.random.default_rng(3).standard_normal((16, 6)).astype(np.float32)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
     task = TrainingTask(recipe, model.architecture.classes, 0, "a", 1)
-    found = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), task)
-    assert found.loss_last < 0.75 * found.loss_first
+    result = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), task)
+    assert result.loss_last < 0.75 * result.loss_first
     with pytest.raises(DataError, match="expected whole numbers"):
         trainer.train(model.tensors, LocalData(x, y.astype(np.float32), x[:0], y[:0]), task)
 
@@ -151,8 +151,8 @@ def test_a_board_learns_a_teachers_outputs() -> None:
     shares = functional.kl_div((exact / 3).log_softmax(1), (aim / 3).log_softmax(1), reduction="none", log_target=True)
     assert before.loss == pytest.approx(float(9 * shares.sum(1).mean()), rel=1e-5)
     assert before.accuracy is None
-    found = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 4, 0, "a", 1))
-    assert found.loss_last < 0.2 * found.loss_first
+    result = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 4, 0, "a", 1))
+    assert result.loss_last < 0.2 * result.loss_first
 
 
 class Regressor(nn.Linear):

@@ -228,14 +228,14 @@ def test_a_step_is_torchs(kind: type[nn.Module], features: Features, batch: int)
 @pytest.mark.parametrize("features", [Features(threshold=True, gradients=True), Features(scale=True, gradients=True)])
 def test_a_threshold_of_0_and_a_scale_of_1_change_no_bit(model: Model, features: Features, size: float) -> None:
     """Not even where weights are 0, or so small that their squares are."""
-    plain, other = (
+    plain, with_threshold = (
         OnnxSession(training_graph(model, f).to_bytes(), training=True) for f in (Features(gradients=True), features)
     )
     fed = feeds(model, features, 6)
     fed["conv2.weight"] = np.where(np.arange(9).reshape(3, 3) % 2, fed["conv2.weight"], np.float32(size))
     neutral = {n: np.array(0, np.float32) for n in fed if n.endswith("::threshold")}
     neutral |= {step_contract.OUTPUT_SCALE: np.array(1, np.float32)} if features.scale else {}
-    got, want = other.run(fed | neutral), plain.run({n: v for n, v in fed.items() if n in plain.inputs})
+    got, want = with_threshold.run(fed | neutral), plain.run({n: v for n, v in fed.items() if n in plain.inputs})
     assert set(want) == set(got)
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
@@ -246,8 +246,8 @@ def test_below_the_threshold_nothing_counts_and_nothing_is_learnt(model: Model) 
     session = OnnxSession(training_graph(model, features).to_bytes(), training=True)
     fed = feeds(model, features, 8)
     below = np.abs(fed["conv2.weight"]) < THETA
-    other = fed | {"conv2.weight": np.where(below, fed["conv2.weight"] / 3, fed["conv2.weight"]).astype(np.float32)}
-    got, changed = session.run(fed), session.run(other)
+    smaller = fed | {"conv2.weight": np.where(below, fed["conv2.weight"] / 3, fed["conv2.weight"]).astype(np.float32)}
+    got, changed = session.run(fed), session.run(smaller)
     assert got[step_contract.LOSS] == changed[step_contract.LOSS]
     assert not got[step_contract.gradient_name("conv2.weight")][below].any()
     assert got[step_contract.gradient_name("conv2.weight")][~below].any()
@@ -346,10 +346,10 @@ class Repeated(Normalised):
 @pytest.mark.parametrize(("first", "second"), [(0.1, 1.0), (0.0, 0.3)])
 def test_statistics_move_by_the_modules_momentum(first: float, second: float, kind: type[Normalised]) -> None:
     net = seeded(kind(first, second)).double().train()
-    normalised = import_onnx(export_torch(seeded(kind(first, second))), "normalised")
-    net.load_state_dict({n: torch.tensor(v) for n, v in normalised.tensors.items()}, strict=False)
-    fed = feeds(normalised, Features(), 7)
-    got = OnnxSession(training_graph(normalised, Features()).to_bytes(), training=True).run(fed)
+    normalised_model = import_onnx(export_torch(seeded(kind(first, second))), "normalised")
+    net.load_state_dict({n: torch.tensor(v) for n, v in normalised_model.tensors.items()}, strict=False)
+    fed = feeds(normalised_model, Features(), 7)
+    got = OnnxSession(training_graph(normalised_model, Features()).to_bytes(), training=True).run(fed)
     net(torch.tensor(fed[step_contract.X], dtype=torch.float64))
     for name, value in net.named_buffers():
         if not name.endswith("num_batches_tracked"):
@@ -359,13 +359,13 @@ def test_statistics_move_by_the_modules_momentum(first: float, second: float, ki
 
 
 @pytest.fixture(scope="module")
-def normalised() -> bytes:
+def normalised_model() -> bytes:
     return export_torch(seeded(Normalised(0.1, 0.1)))
 
 
 @pytest.mark.parametrize("momentum", [-0.5, float("nan")])
-def test_a_momentum_that_is_no_share_is_refused(normalised: bytes, momentum: float) -> None:
-    proto = onnx.load_model_from_string(normalised)
+def test_a_momentum_that_is_no_share_is_refused(normalised_model: bytes, momentum: float) -> None:
+    proto = onnx.load_model_from_string(normalised_model)
     norm = next(n for n in proto.graph.node if n.op_type == "BatchNormalization")
     next(a for a in norm.attribute if a.name == "momentum").f = momentum
     with pytest.raises(ModelError, match="momentum of batch normalisation"):

@@ -45,7 +45,7 @@ class Pixels(nn.Module):
         return self.out(torch.tanh(self.hidden(x)))
 
 
-def labelled(shape: tuple[int, ...], dtype: str = "float32") -> Callable[[Loss], Loss]:
+def with_labels(shape: tuple[int, ...], dtype: str = "float32") -> Callable[[Loss], Loss]:
     def note(loss: Loss) -> Loss:
         loss.target_shape, loss.target_dtype = shape, dtype  # type: ignore[attr-defined]
         return loss
@@ -53,25 +53,25 @@ def labelled(shape: tuple[int, ...], dtype: str = "float32") -> Callable[[Loss],
     return note
 
 
-@labelled((SIDE, SIDE), "int64")
+@with_labels((SIDE, SIDE), "int64")
 def likelihood(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(outputs, labels, reduction="none", ignore_index=0).flatten(1).mean(1)
 
 
-@labelled((SIDE, SIDE), "int64")
+@with_labels((SIDE, SIDE), "int64")
 def weighted(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     weight = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=outputs.dtype)
     return functional.nll_loss(outputs.log_softmax(1), labels, weight, reduction="none").flatten(1).sum(1)
 
 
-@labelled((2,))
+@with_labels((2,))
 def of_means(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Labels of another shape than the outputs."""
     means = outputs.mean((2, 3))
     return ((means[:, :2] - labels) ** 2).sum(1) + (means[:, 2:] - 1).abs().mean(1)
 
 
-def detached(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def detached_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Weights that follow the outputs and aren't learnt."""
     far = (outputs > labels).detach()
     return ((outputs - labels).abs().detach() * (outputs - labels) ** 2 + far * outputs).flatten(1).mean(1)
@@ -89,7 +89,7 @@ class Scaled(nn.Module):
 
 
 LOSSES: dict[str, Any] = {
-    **{f.__name__: f for f in (likelihood, weighted, of_means, detached)},
+    **{f.__name__: f for f in (likelihood, weighted, of_means, detached_loss)},
     "module": Scaled(),
 }
 
@@ -132,35 +132,39 @@ class Likely(Pixels):
 def test_a_softmax_at_the_end_stays_if_a_loss_of_ones_own_takes_its_outputs() -> None:
     torch.manual_seed(3)
     net, x = Likely(), torch.randn(5, *Pixels.input_shape)
-    own, usual = fx.load(net, loss=lambda outputs, labels: -(outputs * labels).sum(1)), fx.load(net)
+    custom, usual = fx.load(net, loss=lambda outputs, labels: -(outputs * labels).sum(1)), fx.load(net)
     with torch.no_grad():
-        whole, logits = net(x).numpy(), Pixels.forward(net, x).mean((2, 3)).numpy()
-    np.testing.assert_allclose(outputs(own.graph, x.numpy()), whole, atol=1e-6)
+        probabilities, logits = net(x).numpy(), Pixels.forward(net, x).mean((2, 3)).numpy()
+    np.testing.assert_allclose(outputs(custom.graph, x.numpy()), probabilities, atol=1e-6)
     np.testing.assert_allclose(outputs(usual.graph, x.numpy()), logits, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"),
+    ("name", "micro_batches"),
     [
-        pytest.param(name, parts, marks=() if name != "likelihood" and parts == 1 + 2 * (row % 2) else pytest.mark.soak)
+        pytest.param(
+            name,
+            micro_batches,
+            marks=() if name != "likelihood" and micro_batches == 1 + 2 * (row % 2) else pytest.mark.soak,
+        )
         for row, name in enumerate(LOSSES)
-        for parts in (1, 3)
+        for micro_batches in (1, 3)
     ],
 )
 @pytest.mark.at_push(3)
-def test_a_loss_that_is_a_graph_and_its_gradients_are_torchs(net: Pixels, name: str, parts: int) -> None:
+def test_a_loss_that_is_a_graph_and_its_gradients_are_torchs(net: Pixels, name: str, micro_batches: int) -> None:
     loss = LOSSES[name]
-    data, recipe = samples(loss), replace(CUSTOM, accumulate=parts)
+    data, recipe = samples(loss), replace(CUSTOM, accumulate=micro_batches)
     model = fx.load(net, loss=loss)
     weights = {n: v.copy() for n, v in model.tensors.items()}
     graph = training_graph(model, recipe.features).to_bytes()
 
-    found = Trainer(graph).train(weights, data, TrainingTask(recipe, K, 0, "a", 1))
+    result = Trainer(graph).train(weights, data, TrainingTask(recipe, K, 0, "a", 1))
 
-    usual, wanted = (by_torch(net, loss, data, dtype) for dtype in (torch.float32, torch.float64))
-    assert found.loss_first == pytest.approx(wanted[0], rel=1e-5)
-    for tensor, gradient in wanted[1].items():
-        ours = (weights[tensor].astype(np.float64) - found.tensors[tensor]) / recipe.lr
+    usual, exact = (by_torch(net, loss, data, dtype) for dtype in (torch.float32, torch.float64))
+    assert result.loss_first == pytest.approx(exact[0], rel=1e-5)
+    for tensor, gradient in exact[1].items():
+        ours = (weights[tensor].astype(np.float64) - result.tensors[tensor]) / recipe.lr
         size = np.linalg.norm(gradient)
         far = np.linalg.norm(usual[1][tensor] - gradient) / size
         # The step itself is rounded to float32: a weight of 1 loses 6e-8 of it.
@@ -168,7 +172,7 @@ def test_a_loss_that_is_a_graph_and_its_gradients_are_torchs(net: Pixels, name: 
         assert np.linalg.norm(ours - gradient) / size <= max(1e-6, 2 * far) + rounding, tensor
     measured = Trainer(graph).objective(recipe, K)
     outputs = net.float()(torch.tensor(data.x_train)).detach().numpy()
-    assert measured(outputs, data.y_train).loss == pytest.approx(wanted[0], rel=1e-5)
+    assert measured(outputs, data.y_train).loss == pytest.approx(exact[0], rel=1e-5)
     assert measured(outputs, data.y_train).accuracy is None
 
 
@@ -183,9 +187,9 @@ def test_a_model_keeps_its_loss_in_its_file(net: Pixels, tmp_path: Path, monkeyp
         model = import_onnx(read_source(tmp_path / "net.onnx", ImportChoices(loss=source)), "net")
         assert model.loss is not None
         assert operator in {n.op for n in model.loss.graph.nodes}
-        again = import_onnx(model.graph.to_bytes(), "net")
-        assert again.loss is not None
-        assert again.loss.graph.to_bytes() == model.loss.graph.to_bytes()
+        reloaded = import_onnx(model.graph.to_bytes(), "net")
+        assert reloaded.loss is not None
+        assert reloaded.loss.graph.to_bytes() == model.loss.graph.to_bytes()
     assert import_onnx(read_source(tmp_path / "net.onnx"), "net").loss is None
 
 
@@ -205,19 +209,19 @@ def ruleless(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.linalg.det(outputs[:, :, :4, 0]) + labels.flatten(1).mean(1)
 
 
-@labelled((SIDE, SIDE), "int64")
-def averaged(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+@with_labels((SIDE, SIDE), "int64")
+def mean_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(outputs, labels) + outputs.mean((1, 2, 3))
 
 
-def counted(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def count_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(outputs, labels, reduction="none").flatten(1).mean(1)
 
 
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        (counted, r"own loss: .*Its labels are float32 \[n, 4, 6, 6\].*target_dtype"),
+        (count_loss, r"own loss: .*Its labels are float32 \[n, 4, 6, 6\].*target_dtype"),
         (
             scalar,
             r"what a loss returns: expected one number per sample \[n\], got one number for the.*flatten\(1\)\.mean",
@@ -225,7 +229,7 @@ def counted(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         (blind, r"blind: torch can't export this loss .*takes outputs \[n, 4, 6, 6\] and labels"),
         (flat, "doesn't depend on its outputs .*argmax"),
         (ruleless, r"own loss: .*\(Det\) has no gradient rule"),
-        (averaged, r"makes one number of the whole batch: expected reduction 'none'"),
+        (mean_loss, r"makes one number of the whole batch: expected reduction 'none'"),
         ("nowhere_at_all:loss", "can't import nowhere_at_all"),
         ("missing.onnx", r"can't read missing\.onnx"),
     ],
