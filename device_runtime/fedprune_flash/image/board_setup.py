@@ -66,8 +66,7 @@ class Wifi:
 
 @dataclass(frozen=True)
 class FirstBoot:
-    """A board's settings at its first boot. `user` logs in by `parse_ssh_keys`, with sudo; None keeps the image's
-    users."""
+    """A board's settings at its first boot. `user` logs in by `ssh_keys`, with sudo; None keeps the image's users."""
 
     hostname: str
     user: str | None = None

@@ -190,16 +190,13 @@ class Installation:
         self.runtime.check()
 
     def _check_name(self) -> None:
-        """Raise `BoardError` if the board has another name: an operator of many may have mixed up their addresses."""
+        """Raise `BoardSetupError` if the board has another name: its address may be that of another board."""
         if self.device is None:
             return
         check_device(self.device, "--device", error=UsageError)
         environment = self.system.path_of(SETTINGS_FOLDER) / ENVIRONMENT_FILE
-        name = (
-            _DEVICE_LINE.search(environment.read_text(encoding="utf-8", errors="replace"))
-            if environment.exists()
-            else None
-        )
+        text = environment.read_text(encoding="utf-8", errors="replace") if environment.exists() else ""
+        name = _DEVICE_LINE.search(text)
         if name is not None and name[1] != self.device:
             raise BoardSetupError(
                 "this board is installed under another name", expected=self.device, got=name[1],
@@ -258,18 +255,8 @@ class Installation:
         self._has_changed = True
 
     def _add_user(self) -> None:
-        run_command_line(
-            [
-                "useradd",
-                "--system",
-                "--no-create-home",
-                "--home-dir",
-                STATE_FOLDER,
-                "--shell",
-                "/usr/sbin/nologin",
-                SERVICE_USER,
-            ]
-        )
+        options = ("--system", "--no-create-home", "--home-dir", STATE_FOLDER, "--shell", "/usr/sbin/nologin")
+        run_command_line(["useradd", *options, SERVICE_USER])
 
     def restart_service(self) -> None:
         """After a failure: start the service again if it was stopped here, with the slot that is whole."""

@@ -84,10 +84,9 @@ class RuntimeSlot:
         """Whether a release of the server's is installed, so that the kit's runtime is left out."""
         state = self._state()
         with suppress(DamagedError):
-            return (
-                state is not None
-                and self.slot_store.checked_record(state.stable, key=self._key).version > KIT_RELEASE_NUMBER
-            )
+            if state is None:
+                return False
+            return self.slot_store.checked_record(state.stable, key=self._key).version > KIT_RELEASE_NUMBER
         return False
 
     def check(self) -> None:
@@ -153,11 +152,8 @@ class RuntimeSlot:
         state = self._state()
         if state is None:
             return SLOTS[0]
-        return (
-            state.other_slot
-            if self._is_startable(state.stable) or not self._is_startable(state.other_slot)
-            else state.stable
-        )
+        prefers_other = self._is_startable(state.stable) or not self._is_startable(state.other_slot)
+        return state.other_slot if prefers_other else state.stable
 
     def _is_startable(self, slot: str) -> bool:
         with suppress(DamagedError):

@@ -49,7 +49,7 @@ class ServiceControl:
         return self.state().get("ActiveState") not in (None, "inactive", "failed")
 
     def wait_until_active(self, seconds: float, samples: str) -> None:
-        """Wait until the service runs; raises `BoardError` with its last error, `DataError` if it lacks its samples."""
+        """Wait for the service. Raises `BoardSetupError` with its last error, `DataError` if it lacks its samples."""
         deadline = time.monotonic() + seconds
         while True:
             state = self.state()

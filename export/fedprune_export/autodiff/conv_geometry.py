@@ -191,10 +191,7 @@ class ColumnConvolution:
         large = math.prod(w.output) > MAX_COLUMNS_AREA
         self.operator_groups = number if large and isinstance(number, int) else 0
         self.group_inputs, self.group_outputs = lengths
-        self.inputs, self.outputs = (
-            tape.product([number, self.group_inputs]),
-            tape.product([number, self.group_outputs]),
-        )
+        self.inputs, self.outputs = (tape.product([number, length]) for length in lengths)
         self.rank = len(w.sizes)
         self.area, self.positions, self.taps = map(math.prod, (w.sizes, w.output, w.kernel))
         self.read_positions = flat_read_indices(w)
@@ -238,9 +235,8 @@ class ColumnConvolution:
     def back_by_gathering(self, dy: str) -> str:
         """Columns of dy times the kernel with inputs and outputs swapped: for stride 1."""
         g, tape = self.g, self.tape
-        columns = self.gather_patches(
-            dy, self.outputs, self.group_outputs, inverse_reads(self.read_positions, self.area), self.positions
-        )
+        reads = inverse_reads(self.read_positions, self.area)
+        columns = self.gather_patches(dy, self.outputs, self.group_outputs, reads, self.positions)
         shape = (self.groups, self.group_outputs, self.group_inputs, self.taps)
         kernel = tape.reshape(self.kernel, self.shape, shape)
         kernel = g.emit("Transpose", kernel, attrs={"perm": [0, 2, 1, 3]})
@@ -257,10 +253,8 @@ class ColumnConvolution:
         spread = tape.reshape(
             product, (self.groups, rows, width), (self.inputs, self.taps * self.positions, self.batch)
         )
-        readers = [
-            np.flatnonzero(row >= 0) * self.positions + row[row >= 0]
-            for row in inverse_reads(self.read_positions, self.area)
-        ]
+        reads = inverse_reads(self.read_positions, self.area)
+        readers = [np.flatnonzero(row >= 0) * self.positions + row[row >= 0] for row in reads]
         # Positions at the border are in fewer windows: an index of -1 adds a zero, so that one Gather serves all.
         max_readers = max(map(len, readers))
         padded_readers = np.stack([np.pad(p, (0, max_readers - len(p)), constant_values=-1) for p in readers], axis=1)

@@ -140,12 +140,8 @@ class Depthwise:
     def back(self, dy: str, bias: list[str]) -> str:
         """The transposed convolution of dy."""
         g, cut = self.g, self.products
-        spread = _gather_lines(
-            g,
-            self.split_into_lines(dy, cut.output_lines),
-            inverse_reads(cut.reads, cut.input_lines.count),
-            cut.output_lines,
-        )
+        lines, reads = self.split_into_lines(dy, cut.output_lines), inverse_reads(cut.reads, cut.input_lines.count)
+        spread = _gather_lines(g, lines, reads, cut.output_lines)
         x = g.emit("MatMul", spread, self.banded_kernel(cut.band.transpose(0, 1, 3, 2)))
         return add_bias(g, _from_lines(g, x, cut.input_lines), bias, len(self.window.sizes))
 

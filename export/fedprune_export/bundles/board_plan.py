@@ -117,9 +117,7 @@ def plan(
         if value is not None:
             check_number(name, value, 0, 1 if name == "density" else math.inf, above=True)
     profile = (
-        target
-        if isinstance(target, HardwareProfile)
-        else profile_store.find_typed_profile(target, tuple(map(Path, profiles)))
+        profile_store.find_typed_profile(target, tuple(map(Path, profiles))) if isinstance(target, str) else target
     )
     if probe is not None and probe.unit == CUDA and profile.identify and not profile.has_cuda:
         raise ProfileError(

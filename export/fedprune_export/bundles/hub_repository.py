@@ -214,11 +214,8 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
 def _download(repository: str, revision: str | None) -> Path:
     hub = _hub()
     try:
-        return Path(
-            hub.snapshot_download(
-                repository, revision=revision, allow_patterns=[HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE]
-            )
-        )
+        file_names = [HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE]
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=file_names))
     except Exception as error:  # the library lets through whatever its client for HTTP raises
         hint = "If it is a folder of this machine, it isn't there; else see whether the hub has it, and is reachable."
         raise ModelError(f"can't get {repository} from the hub ({error_reason(error)})", hint=hint) from error

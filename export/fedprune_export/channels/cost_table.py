@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -47,11 +46,11 @@ def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace
         weights = [] if node.domain else list(_weights_of(node, parameters, producers, trace))
         if not weights and (node.op in _UNCOUNTED or not _is_sample_data(node.outputs[0], values, trace)):
             continue
-        work = _workload(node, values, trace, bool(weights))
+        row = _unweighted_row(node, values, trace, bool(weights))
         for weight, axis, positions in weights or [("", 0, 0)]:
-            yield LayerRow(node.name, node.op, weight, positions, axis, **work)
-            # A recurrent node's second weight moves nothing.
-            work |= {"input_volume": Volume(), "output_volume": Volume()}
+            yield replace(row, weight=weight, positions=positions, output_axis=axis)
+            # A recurrent node's second weight moves no data: its first row has the node's input and output.
+            row = replace(row, input_volume=Volume(), output_volume=Volume())
 
 
 def _is_sample_data(name: str, values: ValueAxes, trace: Trace) -> bool:
@@ -100,7 +99,7 @@ def _source_weights(name: str, parameters: Mapping[str, str], producers: Mapping
     return list(dict.fromkeys(w for input_name in inputs for w in _source_weights(input_name, parameters, producers)))
 
 
-def _workload(node: Node, values: ValueAxes, trace: Trace, weighted: bool) -> dict[str, Any]:
+def _unweighted_row(node: Node, values: ValueAxes, trace: Trace, weighted: bool) -> LayerRow:
     """A row of the table without its weight."""
     data_inputs = [i for i in node.inputs if i and _is_sample_data(i, values, trace)]
     window = node.attrs.get("kernel_shape", ())
@@ -110,14 +109,18 @@ def _workload(node: Node, values: ValueAxes, trace: Trace, weighted: bool) -> di
     if node.op == "MatMul" and not weighted and data_inputs:
         last = values[node.inputs[0]][-1]
         inner = last if last is not None else Axis.fixed(1)
-    return {
-        "input_volume": _volume(data_inputs[0], values) if data_inputs else Volume(),
-        "output_volume": _volume(node.outputs[0], values),
-        "kernel": max(1, math.prod(map(int, window))),
-        "stride": max(1, math.prod(map(int, node.attrs.get("strides", ())))),
-        "groups": max(1, int(node.attrs.get("group", 1))),
-        "inner": inner,
-    }
+    return LayerRow(
+        node.name,
+        node.op,
+        weight="",
+        positions=0,
+        input_volume=_volume(data_inputs[0], values) if data_inputs else Volume(),
+        output_volume=_volume(node.outputs[0], values),
+        kernel=max(1, math.prod(map(int, window))),
+        stride=max(1, math.prod(map(int, node.attrs.get("strides", ())))),
+        groups=max(1, int(node.attrs.get("group", 1))),
+        inner=inner,
+    )
 
 
 def _volume(name: str, values: ValueAxes) -> Volume:

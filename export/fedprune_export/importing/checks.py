@@ -50,9 +50,8 @@ def check_nodes(graph: Graph) -> None:
 def check_indices(graph: Graph, trace: Trace) -> None:
     """Make sure that constant indices are within range; raises `ModelError` if one isn't."""
     for node in graph.nodes:
-        indices = (
-            graph.initializers.get(node.inputs[1]) if node.op in _INDEXED_OPERATORS and len(node.inputs) > 1 else None
-        )
+        has_indices = node.op in _INDEXED_OPERATORS and len(node.inputs) > 1
+        indices = graph.initializers.get(node.inputs[1]) if has_indices else None
         if indices is None or not indices.size or node.domain:
             continue
         dims, axis = trace.dims(node.inputs[0]), int(node.attrs.get("axis", 0))

@@ -172,9 +172,8 @@ def file_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for tensor in bare.graph.initializer:
-        if (
-            len(tensor.raw_data) > _MAX_SIZE_TENSOR_BYTES
-        ):  # shape inference reads a tensor's values only if they are sizes
+        # Shape inference reads a tensor's values only if they are sizes.
+        if len(tensor.raw_data) > _MAX_SIZE_TENSOR_BYTES:
             tensor.ClearField("raw_data")
     try:
         graph = onnx.shape_inference.infer_shapes(bare).graph

@@ -15,12 +15,8 @@ from fedprune.core.json_file import read_json
 from fedprune_export.importing import metadata
 from fedprune_export.importing.model_file import parse_model, read_model_file
 
-HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE, HUB_CARD_FILE = (
-    "model.onnx",
-    "model.safetensors",
-    "config.json",
-    "README.md",
-)
+HUB_GRAPH_FILE, HUB_WEIGHTS_FILE = "model.onnx", "model.safetensors"
+HUB_CONFIG_FILE, HUB_CARD_FILE = "config.json", "README.md"
 # Files of a repository on the hub: the graph, torch's state dict, facts for programs, and the model card.
 HUB_FILES = (HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE, HUB_CARD_FILE)
 

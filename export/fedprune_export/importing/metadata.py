@@ -120,11 +120,9 @@ def tied_names(texts: Mapping[str, str]) -> dict[str, list[str]]:
 def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
     """A note on tensors that had several names."""
     sentences = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
-    return (
-        [f"Tensors that have several names are one tensor each: {first_few(sentences, max_names=3)}."]
-        if sentences
-        else []
-    )
+    if not sentences:
+        return []
+    return [f"Tensors that have several names are one tensor each: {first_few(sentences, max_names=3)}."]
 
 
 def ranks_text(architecture: Architecture, ranks: Ranks) -> str:

@@ -62,9 +62,8 @@ from fedprune_export.ir.trace import Trace, check_batch, refuse_fixed_batch, sam
 Array = npt.NDArray[Any]
 
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
-_PROBABILITY_MARGIN = (
-    1e-5  # bounds of probabilities this near to 0 and 1 guard a logarithm; well below checks._TOLERANCE
-)
+# Bounds of probabilities this near to 0 and 1 guard a logarithm; well below checks._TOLERANCE.
+_PROBABILITY_MARGIN = 1e-5
 
 
 @dataclass

@@ -18,9 +18,8 @@ from fedprune_export.ir.composites import GELU_CUBE
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
-_CONSTANT_TOLERANCE = (
-    1e-6  # how far a constant may be from its definition, relative to it: the rounding of float32 and a bit
-)
+# How far a constant may be from its definition, relative to it: the rounding of float32 and a bit.
+_CONSTANT_TOLERANCE = 1e-6
 
 
 _SOFTPLUS_LINEAR_FROM = 17.0  # from here on softplus(x) and x are the same number in float32
@@ -140,11 +139,8 @@ def _match_gelu(expressions: Expressions, values: Counter[str], number: float) -
         if node is None:
             continue
         inside, scale = expressions.factors(node.inputs[0])
-        if (
-            node.op == "Erf"
-            and inside == Counter([x])
-            and math.isclose(scale, math.sqrt(0.5), rel_tol=_CONSTANT_TOLERANCE)
-        ):
+        is_halved = math.isclose(scale, math.sqrt(0.5), rel_tol=_CONSTANT_TOLERANCE)
+        if node.op == "Erf" and inside == Counter([x]) and is_halved:
             return "Gelu", x, {"approximate": "none"}
         curved = node.op == "Tanh" and math.isclose(scale, math.sqrt(2 / math.pi), rel_tol=_CONSTANT_TOLERANCE)
         if curved and _is_cubic(expressions, inside, x):

@@ -79,11 +79,8 @@ def check_not_quantised(graph: Graph) -> None:
     for node in graph.nodes:
         # A model may quantise weights that it stores as float32; it is refused only if its outputs jump.
         stored = [graph.initializers[i] for i in node.inputs if i in graph.initializers]
-        if (
-            node.op in _QUANTISING_OPERATORS
-            and not node.domain
-            and any(v.size > 1 and v.dtype.itemsize == 1 for v in stored)
-        ):
+        has_int8_weights = any(v.size > 1 and v.dtype.itemsize == 1 for v in stored)
+        if node.op in _QUANTISING_OPERATORS and not node.domain and has_int8_weights:
             raise ModelError(f"the model is quantised: {_label(node)} reads weights of 8 bits", hint=_FLOAT_MODEL_HINT)
 
 

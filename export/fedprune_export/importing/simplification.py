@@ -208,7 +208,7 @@ def _copy_for_reader(graph: Graph, node: Node, reader: Node) -> Node:
     return Node(node.op, list(node.inputs), outputs, dict(node.attrs), outputs[0])
 
 
-_REDUCTIONS_WITH_KEEPDIMS = frozenset(
+_KEEPDIMS_REDUCTIONS = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 )
 # Ends from here on mean the end of the axis: exporters write 2^31 − 1 or 2^63 − 1.
@@ -331,12 +331,7 @@ def _keep_reduced_axes(graph: Graph, trace: Trace) -> None:
         if node.domain or node.op not in ("Reshape", "Unsqueeze") or node.outputs[0] not in trace.shapes:
             continue
         before = makers.get(node.inputs[0])
-        if (
-            before is None
-            or before.domain
-            or before.op not in _REDUCTIONS_WITH_KEEPDIMS
-            or before.attrs.get("keepdims", 1)
-        ):
+        if before is None or before.domain or before.op not in _KEEPDIMS_REDUCTIONS or before.attrs.get("keepdims", 1):
             continue
         axes = before.attrs.get("axes")
         if before.op == "ReduceSum" and len(before.inputs) > 1 and before.inputs[1] in graph.initializers:

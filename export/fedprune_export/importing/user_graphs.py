@@ -46,11 +46,8 @@ class _Labels:
         """Read a function's attributes; by default labels are shaped as outputs. Raises `ModelError` if invalid."""
         shape = getattr(function, "target_shape", tuple(outputs))
         dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
-        if (
-            dtype not in _LABEL_DTYPES
-            or not isinstance(shape, (tuple, list))
-            or not all(isinstance(d, int) for d in shape)
-        ):
+        is_shape = isinstance(shape, (tuple, list)) and all(isinstance(d, int) for d in shape)
+        if dtype not in _LABEL_DTYPES or not is_shape:
             raise ModelError(
                 f"{name}: target_shape and target_dtype",
                 expected="one sample's labels, such as (32, 32), and float32 or int64",

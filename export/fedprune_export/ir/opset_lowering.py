@@ -24,10 +24,8 @@ REDUCTIONS = frozenset(
     }
 )
 
-_GRID_SAMPLE_MODES = {
-    "bilinear": "linear",
-    "bicubic": "cubic",
-}  # names that GridSample gives its modes from opset 20 on
+# Names that GridSample gives its modes from opset 20 on.
+_GRID_SAMPLE_MODES = {"bilinear": "linear", "bicubic": "cubic"}
 
 _Rule = Callable[[Draft, Node], None]
 _Draft = TypeVar("_Draft", bound=Draft)

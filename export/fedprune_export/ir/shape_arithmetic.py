@@ -20,18 +20,8 @@ Marks = npt.NDArray[np.bool_]  # per element of a value, whether it follows one 
 
 SIZE_OPERATORS = ("Shape", "Size")  # where shape arithmetic begins
 
-_POSITIONWISE = ELEMENTWISE | {
-    "Where",
-    "Equal",
-    "Less",
-    "Greater",
-    "LessOrEqual",
-    "GreaterOrEqual",
-    "Not",
-    "And",
-    "Or",
-    "Mod",
-}
+_LOGIC = {"Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Not", "And", "Or"}
+_POSITIONWISE = ELEMENTWISE | _LOGIC | {"Where", "Mod"}
 _RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 
 

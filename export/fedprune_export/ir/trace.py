@@ -21,10 +21,8 @@ from fedprune_export.ir.shape_inference import InferredShapes, ShapeError, infer
 
 Array = npt.NDArray[Any]
 
-TRACE_BATCHES = (
-    3,
-    5,
-)  # the first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed
+# The first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed.
+TRACE_BATCHES = (3, 5)
 
 # Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of.
 BATCH_EXTENT = 1_000_003
@@ -32,9 +30,8 @@ BATCH_EXTENT = 1_000_003
 # More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even.
 _EXTRA_BATCHES = (1, 8)
 
-_MAX_SAMPLE_ELEMENTS = (
-    2**24
-)  # numbers of one sample, of which several batches are made: four times what a camera's picture has
+# Of a sample several batches are made. A camera's picture has a quarter of these numbers.
+_MAX_SAMPLE_ELEMENTS = 2**24
 
 # Shape arithmetic has one number per axis, and rarely a few for each.
 _MAX_TRACED_INTEGERS = 64

@@ -191,13 +191,11 @@ def choice(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         if tape.needs_gradient(left):
-            tape.add_gradient(
-                left, tape.sum_to_shape(g.emit("Where", chosen, dy, g.scalar(0)), shape, tape.shape(left))
-            )
+            left_gradient = g.emit("Where", chosen, dy, g.scalar(0))
+            tape.add_gradient(left, tape.sum_to_shape(left_gradient, shape, tape.shape(left)))
         if tape.needs_gradient(right):
-            tape.add_gradient(
-                right, tape.sum_to_shape(g.emit("Where", chosen, g.scalar(0), dy), shape, tape.shape(right))
-            )
+            right_gradient = g.emit("Where", chosen, g.scalar(0), dy)
+            tape.add_gradient(right, tape.sum_to_shape(right_gradient, shape, tape.shape(right)))
 
     return pull
 

@@ -156,6 +156,10 @@ class Direction:
     activation: str
     forward_values: dict[str, str] = field(default_factory=dict)
 
+    def run_steps(self, projection: str, step: Step) -> tuple[list[str], list[str]]:
+        """Take the step for each index of the projected input, from the last one on in a reversed direction."""
+        return scan(self.g, self.states, [projection], step, backwards=self.is_reversed)
+
     def input_projection(self, x: str, *, both: bool = True) -> str:
         """The gates' part that depends on the input, with its bias; `both` adds the recurrence's bias as well."""
         g = self.g
@@ -193,9 +197,7 @@ def _lstm_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
         h = body.emit("Mul", o, t)
         return [h, c], [h, c, i, o, f, n, t]
 
-    last, sequences = scan(
-        direction.g, direction.states, [direction.input_projection(x)], step, backwards=direction.is_reversed
-    )
+    last, sequences = direction.run_steps(direction.input_projection(x), step)
     direction.forward_values = dict(zip("hciofnt", sequences, strict=True))
     return sequences[0], last
 
@@ -249,13 +251,7 @@ def _gru_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
         after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
         return [after], [after, z, r, n, recurrent_gates[2]]
 
-    last, sequences = scan(
-        direction.g,
-        direction.states,
-        [direction.input_projection(x, both=False)],
-        step,
-        backwards=direction.is_reversed,
-    )
+    last, sequences = direction.run_steps(direction.input_projection(x, both=False), step)
     direction.forward_values = dict(zip("hzrnq", sequences, strict=True))
     return sequences[0], last
 
@@ -299,9 +295,7 @@ def _gru_early_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
         after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
         return [after], [after, z, r, n]
 
-    last, sequences = scan(
-        direction.g, direction.states, [direction.input_projection(x)], step, backwards=direction.is_reversed
-    )
+    last, sequences = direction.run_steps(direction.input_projection(x), step)
     direction.forward_values = dict(zip("hzrn", sequences, strict=True))
     return sequences[0], last
 
@@ -347,9 +341,7 @@ def _plain_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
         h = body.emit(direction.activation, total)
         return [h], [h, total]
 
-    last, (h, total) = scan(
-        direction.g, direction.states, [direction.input_projection(x)], step, backwards=direction.is_reversed
-    )
+    last, (h, total) = direction.run_steps(direction.input_projection(x), step)
     direction.forward_values = {"h": h, "total": total}
     return h, last
 

@@ -30,9 +30,8 @@ def resample_channels(channels: Channels, node: Node) -> None:
     resized = node.op == "Resize" and node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     passed = [i < 2 and not resized and row.size == n for i, (row, n) in enumerate(zip(x, shape, strict=True))]
     channels.fix([row for row, passes in zip(x, passed, strict=True) if not passes])
-    channels.set_output(
-        node, [row if passes else fixed_row(n) for row, n, passes in zip(x, shape, passed, strict=True)]
-    )
+    rows = [row if passes else fixed_row(n) for row, n, passes in zip(x, shape, passed, strict=True)]
+    channels.set_output(node, rows)
 
 
 @channel_rule("DepthToSpace")

@@ -129,9 +129,8 @@ def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     node.inputs[1:] = [graph.ints(*starts), graph.ints(*stops), graph.ints(*remaining), graph.ints(*steps)]
 
 
-_MAX_GATHERS = (
-    4  # up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix
-)
+# Up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix.
+_MAX_GATHERS = 4
 
 
 @gradient_rule("Slice")

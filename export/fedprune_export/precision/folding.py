@@ -9,12 +9,8 @@ from __future__ import annotations
 from fedprune_export.ir.graph import Node
 from fedprune_export.precision.weight_prep import LoweredPair
 
-_CHANNEL_AXES = {
-    "Conv": 0,
-    "ConvTranspose": 1,
-    "Gemm": 1,
-    "MatMul": 1,
-}  # axis of a weight that its output channels are on
+# The axis of a weight that its output channels are on.
+_CHANNEL_AXES = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 
 
 def channel_axis(node: Node) -> int:

@@ -85,12 +85,10 @@ class _Float16Writer:
             make = self._pair.prepare
             # Numbers that are too large become the largest, not infinite; whether that harms, the trial of the
             # finished model shows.
-            bounded = make.emit(
-                "Clip", self._pair.prepared_value(name), make.scalar(-_MAX_FLOAT16), make.scalar(_MAX_FLOAT16)
-            )
-            self._pair.define_tensor(
-                half_name, make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16}), np.float16
-            )
+            value = self._pair.prepared_value(name)
+            bounded = make.emit("Clip", value, make.scalar(-_MAX_FLOAT16), make.scalar(_MAX_FLOAT16))
+            half = make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16})
+            self._pair.define_tensor(half_name, half, np.float16)
         else:
             self._graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=half_name)
         return half_name

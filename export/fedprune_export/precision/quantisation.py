@@ -98,12 +98,8 @@ def plan_quantisation(pair: LoweredPair, keep: Collection[str] = ()) -> Quantisa
         reads = [i for i in node.inputs if i and not pair.is_tensor(i) and i not in graph.initializers]
         reads_quantised = bool(reads) and not node.domain and set(reads) <= plan.scales.keys()
         floats = [i for i in node.inputs if i and pair.is_float(i)]
-        if (
-            reads_quantised
-            and node.op in _REARRANGING_OPERATORS
-            and len(node.outputs) == 1
-            and node.outputs[0] not in output_names
-        ):
+        is_inner = len(node.outputs) == 1 and node.outputs[0] not in output_names
+        if reads_quantised and node.op in _REARRANGING_OPERATORS and is_inner:
             plan.scales[node.outputs[0]] = plan.scales[reads[0]]
             continue
         if reads_quantised and node.op in _QUANTISED_OPERATORS and set(floats) == set(reads):

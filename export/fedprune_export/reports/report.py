@@ -56,9 +56,7 @@ _MAX_MEMBERS = 40
 
 _COST_COLUMNS = (
     Column(""),
-    Column("whole model", is_right_aligned=True),
-    Column("this bundle", is_right_aligned=True),
-    Column("kept", is_right_aligned=True),
+    *(Column(title, is_right_aligned=True) for title in ("whole model", "this bundle", "kept")),
 )
 _GROUP_COLUMNS = (
     Column("group"),

@@ -28,9 +28,7 @@ def augment_plan(model: Model, labels: Port, features: Features) -> AugmentPlan:
     # Several inputs travel as one row of floats per sample; token ids among them must not be augmented.
     all_inputs = packed or (Piece(model_input.name, tuple(sample_sizes(model_input))),)
     whole_number_inputs = {
-        p.name
-        for p in all_inputs
-        if model_input.dtype.kind != "f" or (packed and _holds_whole_numbers(model.graph, p.name))
+        p.name for p in all_inputs if model_input.dtype.kind != "f" or (packed and _holds_integers(model.graph, p.name))
     }
     steps: list[AugmentStep] = []
     for text in features.augment:
@@ -40,7 +38,7 @@ def augment_plan(model: Model, labels: Port, features: Features) -> AugmentPlan:
     return AugmentPlan(tuple(steps), _fill_label(moving, labels, features))
 
 
-def _holds_whole_numbers(graph: Graph, name: str) -> bool:
+def _holds_integers(graph: Graph, name: str) -> bool:
     """Whether an input that is part of a row of numbers is read as whole numbers."""
     producer = graph.producers().get(name)
     # TensorProto types: 1 is float, 10 is float16.

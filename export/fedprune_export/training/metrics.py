@@ -20,7 +20,7 @@ BINS = 200
 
 
 def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
-    """The measurement of a model's outputs against labels, by the contract of `step_contract.METRIC`.
+    """The measurement of a model's outputs against labels, by the contract of `step_contract.METRIC_METADATA`.
 
     Raises `ConfigError` if the model brings no metric, or the metric compares with labels of another kind.
 

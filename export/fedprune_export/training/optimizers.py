@@ -72,9 +72,8 @@ def add_inputs(g: Graph, tensors: Sequence[TrainedTensor], features: Features) -
     arrays += [step_contract.gradient_sum_name] * features.accumulate
     for tensor in tensors:
         g.inputs += [port(array(tensor.name), tensor.shape) for array in arrays]
-        scalars = [step_contract.strength_name] * features.proximal + [
-            step_contract.threshold_name
-        ] * features.threshold
+        scalars = [step_contract.strength_name] * features.proximal
+        scalars += [step_contract.threshold_name] * features.threshold
         g.inputs += [port(scalar(tensor.name), ()) for scalar in scalars]
 
 
