@@ -229,8 +229,8 @@ class Pair(nn.Module):
         super().__init__()
         self.net = Plain()
 
-    def forward(self, x: Tensor, rest: Tensor) -> Tensor:
-        out: Tensor = self.net(x) + rest.sum(1, keepdim=True)
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        out: Tensor = self.net(x) + other.sum(1, keepdim=True)
         return out
 
 

@@ -68,8 +68,8 @@ class Several(nn.Module):
         self.conv, self.table = nn.Conv2d(3, 6, 1), nn.Embedding(7, 4)
         self.out = nn.Linear(10 + math.prod(self.input_shape["other"]), K)
 
-    def forward(self, image: torch.Tensor, words: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        rows = [self.conv(image).mean((2, 3)), self.table(words).mean(1), rest.flatten(1)]
+    def forward(self, image: torch.Tensor, words: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        rows = [self.conv(image).mean((2, 3)), self.table(words).mean(1), other.flatten(1)]
         return self.out(torch.cat(rows, 1))
 
 
