@@ -20,8 +20,7 @@ from fedprune.coordination import commands as do
 from fedprune.core.errors import MissingExtraError
 from fedprune.core.text import amount
 from fedprune.output.log_lines import JSON
-from fedprune.planning.profile_store import find_profile as find_profile
-from fedprune.planning.profile_store import profile_names as names_of_profiles
+from fedprune.planning.profile_store import find_profile, profile_names
 from fedprune.wire.topics import Topics
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ReportSettings, ServerConfig, without_password
@@ -268,7 +267,7 @@ def _checked_profile_folders(config: ServerConfig) -> tuple[Path, ...]:
     """Folders of hardware profiles in addition to the shipped ones. Raises `ProfileError` if a profile is broken: that
     ends the start, not a round in which a board needs it."""
     folders = () if config.profiles is None else (config.profiles,)
-    for name in names_of_profiles(folders) if folders else ():
+    for name in profile_names(folders) if folders else ():
         find_profile(name, folders)
     return folders
 

@@ -16,8 +16,7 @@ from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import JobDevice
-from fedprune.jobs.state import Progress as TaskProgress
+from fedprune.jobs.state import JobDevice, Progress
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import WidthPlan
@@ -207,7 +206,7 @@ class DeviceRegistry:
         state = self._state
         names = []
         for name, task in state.tasks.items():
-            if task.progress is not TaskProgress.OFFERED or now - self[name].heard_at < patience_s:
+            if task.progress is not Progress.OFFERED or now - self[name].heard_at < patience_s:
                 continue
             device = state.devices.get(name)
             if state.awaits(task) and device is not None and device.online:

@@ -15,7 +15,7 @@ from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Progress as TaskProgress
+from fedprune.jobs.state import Progress
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.offers import device_offer, update_misfit
@@ -130,7 +130,7 @@ class CommandDispatcher:
             if self._awaits_upload(device):
                 continue
             task = state.tasks.get(device)
-            if task is None or task.progress is not TaskProgress.PULLING or not state.awaits(task):
+            if task is None or task.progress is not Progress.PULLING or not state.awaits(task):
                 dropped += self._uploads.drop(device)
             else:
                 dropped += self._uploads.keep(device, state.round_of(task), task.attempt)

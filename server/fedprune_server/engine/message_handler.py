@@ -14,7 +14,7 @@ from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileErro
 from fedprune.core.metrics import credible_metrics, served_metrics
 from fedprune.core.text import one_line, sentences
 from fedprune.jobs.failure_kind import Failure, kind_of_exit_code
-from fedprune.jobs.state import Progress as TaskProgress
+from fedprune.jobs.state import Progress
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME_PATTERN
 from fedprune.planning.profile_store import find_profile
@@ -156,9 +156,9 @@ class MessageHandler:
         events: list[on.Event] = [self.on_disconnect(device, device_state.session)]
         if task is not None:
             part_fields = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind
-            if task.progress is TaskProgress.OFFERED:
+            if task.progress is Progress.OFFERED:
                 events.append(on.OfferRefused(*part_fields))
-            if task.progress is TaskProgress.PULLING:
+            if task.progress is Progress.PULLING:
                 events.append(on.UpdateRejected(*part_fields))
         return events
 

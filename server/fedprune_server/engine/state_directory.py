@@ -44,8 +44,14 @@ from fedprune_server.storage.blob_place import (
 )
 from fedprune_server.storage.database import hide_passwords, parse_database_url
 from fedprune_server.storage.lease import Lease
-from fedprune_server.storage.state_folder import DATABASE_FILE, MODEL_FILE, database_url, folder_lock, has_database
-from fedprune_server.storage.state_folder import store_url as keep_place
+from fedprune_server.storage.state_folder import (
+    DATABASE_FILE,
+    MODEL_FILE,
+    database_url,
+    folder_lock,
+    has_database,
+    store_url,
+)
 from fedprune_server.storage.storage import Storage, open_database
 
 log = logging.getLogger("fedprune.server")
@@ -111,7 +117,7 @@ class StateFolder(Closeable):
             if database is not None:
                 self._check_database_moved()
             if standby and Storage.read_settings(path, database) is not None:
-                keep_place(path, self.database_url)  # so that `status` and `doctor` find the job while this one waits
+                store_url(path, self.database_url)  # so that `status` and `doctor` find the job while this one waits
             self.lease = Lease(self.database_url, path, stopping)
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
@@ -184,7 +190,7 @@ class StateFolder(Closeable):
         """Store a job and its settings for the next start. Raises `StorageError` if the disk fails or is full."""
         if open_job.unsaved_model is not None:
             self.store.write_file(self.path / MODEL_FILE, open_job.unsaved_model)
-        keep_place(self.path, self.database_url)
+        store_url(self.path, self.database_url)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(open_job.settings)
         self.store.claim(open_job.settings[NUMBER_KEY], open_job.job.name, self._raw_model)

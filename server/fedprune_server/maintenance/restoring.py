@@ -20,8 +20,7 @@ from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import DATABASE, NAME, BackupEntry, BackupManifest, record_restore
 from fedprune_server.maintenance.inventory import read_inventory
 from fedprune_server.storage.copying import fill_database
-from fedprune_server.storage.state_folder import database_url
-from fedprune_server.storage.state_folder import store_url as keep_place
+from fedprune_server.storage.state_folder import database_url, store_url
 from fedprune_server.storage.storage import Storage
 
 # An entry has some 200 bytes, so that this is enough for 300,000 files; a larger file is no manifest.
@@ -99,7 +98,7 @@ class Backup:
         if database is not None:
             with self._database() as copy:
                 fill_database(database_url(folder, database), copy, self.manifest.digest())
-            keep_place(folder, database_url(folder, database))
+            store_url(folder, database_url(folder, database))
         with storage_errors(f"can't write {folder}"):
             flush_folder(folder)
 

@@ -15,8 +15,7 @@ from fedprune.wire.queues import Inbox
 from fedprune.wire.topics import Topics
 from fedprune.wire.urls import BrokerUrl
 from fedprune_server.config.server_config import LOOPBACK_HOSTS, BrokerSettings, ServerConfig
-from fedprune_server.devices.quarantine import QUARANTINE_FILE as QUARANTINE
-from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.devices.quarantine import QUARANTINE_FILE, Quarantine
 from fedprune_server.enrollment.host_names import listener_names
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER, IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
@@ -95,7 +94,7 @@ def open_connection(config: ServerConfig, identity: IdentityFolder | None) -> It
                         guard.enter()
                 raise
             url = broker.url
-        quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
+        quarantine, joins = Quarantine(path=config.state / QUARANTINE_FILE), None
         if identity is None:
             link = BrokerLink(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.should_ignore, qos=0)
             wire: Wire = RateLimitedLink(link, quarantine)

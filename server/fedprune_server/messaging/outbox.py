@@ -7,8 +7,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.chunk import CHUNK_QOS as CHUNK_QOS
-from fedprune.wire.chunk import DEFAULT_MAX_PACKET, PACKET_OVERHEAD_BYTES
+from fedprune.wire.chunk import CHUNK_QOS, DEFAULT_MAX_PACKET, PACKET_OVERHEAD_BYTES
 from fedprune.wire.fields import MAX_MESSAGE_BYTES
 from fedprune.wire.fleet_messages import Reconnect, ReleaseOffer
 from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer, SecureStep

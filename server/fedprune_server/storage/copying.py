@@ -8,8 +8,7 @@ import sqlalchemy as sql
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.storage.database import COMMIT_ROW, Database, copy_sqlite, translate_errors
-from fedprune_server.storage.lease import DATABASE_ID_ROW
-from fedprune_server.storage.lease import LEASE_ROW as LEASE
+from fedprune_server.storage.lease import DATABASE_ID_ROW, LEASE_ROW
 from fedprune_server.storage.storage import Storage
 from fedprune_server.storage.tables import ANSWERS, EVENTS, META, ROLLOUTS, TABLES, put_meta, read_meta
 
@@ -17,7 +16,7 @@ from fedprune_server.storage.tables import ANSWERS, EVENTS, META, ROLLOUTS, TABL
 RESTORED_ROW = "restored"
 
 # Rows of `meta` that belong to one database and its server, not to the job, and so are not copied.
-_OWN_ROWS = (COMMIT_ROW, LEASE, DATABASE_ID_ROW)
+_OWN_ROWS = (COMMIT_ROW, LEASE_ROW, DATABASE_ID_ROW)
 
 # Rows that are read and written together: a large table is more than memory should hold.
 _BATCH_ROWS = 500

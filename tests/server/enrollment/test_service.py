@@ -23,8 +23,7 @@ from fedprune.security.certificates import (
     seconds_of,
 )
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import JoinClaim
-from fedprune.security.joining import make_join_request as make_join_request
+from fedprune.security.joining import JoinClaim, make_join_request
 from fedprune.security.keys import SigningKey
 from fedprune.security.tls import BUILD_TIME
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest

@@ -102,7 +102,7 @@ def test_devices_of_a_round_are_put_away_once_the_next_one_is_over(tmp_path: Pat
         assert devices_in_memory(state) == {"here"}
 
 
-@pytest.mark.parametrize("kept", [2], indirect=True)
+@pytest.mark.parametrize("memory_limit", [2], indirect=True)
 def test_the_latest_that_have_left_are_kept_as_they_are(tmp_path: Path, state: State) -> None:
     with Storage.open_in(tmp_path) as storage:
         storage.save(state, (), 1.0)

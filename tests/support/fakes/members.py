@@ -7,7 +7,7 @@ from pathlib import Path
 import sqlalchemy as sql
 
 from fedprune.security.certificates import TlsKey, make_request, make_tls_key
-from fedprune.security.joining import make_join_request as make_join_request
+from fedprune.security.joining import make_join_request
 from fedprune.security.keys import SigningKey
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
