@@ -92,9 +92,8 @@ def add_devices(devices: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
     devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
-    devices.add_argument(
-        "--hours", type=positive_hours, default=72, metavar="H", help="of the claim to replace it with"
-    )
+    hours_text = "of the claim to replace it with"
+    devices.add_argument("--hours", type=positive_hours, default=72, metavar="H", help=hours_text)
     devices.add_argument(
         "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
     )
@@ -132,7 +131,7 @@ def _port(text: str) -> int:
 def name_type(what: str) -> Callable[[str], str]:
     """An argument type for names: `what` is `site` or `device`."""
 
-    def checked(text: str) -> str:
+    def parse_name(text: str) -> str:
         from fedprune.wire.topics import check_device, check_topic_name
 
         try:
@@ -140,7 +139,7 @@ def name_type(what: str) -> Callable[[str], str]:
         except ProtocolError as error:
             raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
 
-    return checked
+    return parse_name
 
 
 def _init(arguments: argparse.Namespace) -> None:

@@ -124,9 +124,8 @@ def _add_setting_options(parser: argparse.ArgumentParser) -> None:
         if f.name in _JOB_OPTIONS:
             metavar, text = _JOB_OPTIONS[f.name]
             read = setting_of(type(f.default))
-            add_option(
-                ("job", f.name), partial(_add_option, place=("job", f.name), type=read, metavar=metavar, help=text)
-            )
+            place = ("job", f.name)
+            add_option(place, partial(_add_option, place=place, type=read, metavar=metavar, help=text))
     text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
     schedule = ("job", "schedule", "kind")
     add_option(schedule, partial(_add_option, place=schedule, metavar="KIND", help=text))
@@ -183,18 +182,16 @@ def load_config(arguments: argparse.Namespace, environment: Mapping[str, str] = 
     return LoadedConfig(config, layers)
 
 
-def _check_stored_code(
-    last_start: SettingsLayer, upper_layers: Sequence[SettingsLayer], tables: Mapping[str, Any]
-) -> None:
+def _check_stored_code(start: SettingsLayer, upper: Sequence[SettingsLayer], tables: Mapping[str, Any]) -> None:
     """Raise `ConfigError` if code would be called that only the database of the last start names.
 
     Whoever can write the state folder could otherwise choose what this process runs.
     """
-    stored = dict(code_names(last_start.tables))
+    stored = dict(code_names(start.tables))
     for path, name in code_names(tables):
-        if stored.get(path) == name and not any(layer.has(path) for layer in upper_layers):
+        if stored.get(path) == name and not any(layer.has(path) for layer in upper):
             hint = f"If this code is yours, add --{_option_name(path)} {name}, or give the configuration as --config."
-            raise stored_code_error(path, name, last_start.name, hint)
+            raise stored_code_error(path, name, start.name, hint)
 
 
 def _add_option(parser: Any, place: tuple[str, ...], **details: Any) -> None:

@@ -69,11 +69,8 @@ def server_status(state: Path) -> dict[str, Any]:
     first = job_status(state)
     recorded = read_running_monitor(state) if first["running"] else read_monitor_record(state)
     first["alerts"] = _open_alerts(state, recorded, running=first["running"])
-    further = [
-        job_status(folder, state)
-        for folder in job_folders(state)
-        if (folder / DATABASE_FILE).exists() or stored_url(folder)
-    ]
+    folders = [f for f in job_folders(state) if (f / DATABASE_FILE).exists() or stored_url(f)]
+    further = [job_status(folder, state) for folder in folders]
     bodies = [first, *further]
     job_of_device = {d["name"]: body["job"].get("name") for body in bodies for d in body["devices"] if d["online"]}
     # Without its broker the server knows no board's state: what it stored last would pass for the present.

@@ -81,9 +81,8 @@ def anchor_paths(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         values = anchored_tables.get(table)
         text = values.get(key) if isinstance(values, dict) else None
         if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM_AUTHORITIES)):
-            anchored_tables[table][key] = (
-                _anchor_source(text, folder) if (table, key) in source_keys else str(folder / text)
-            )
+            is_source = (table, key) in source_keys
+            anchored_tables[table][key] = _anchor_source(text, folder) if is_source else str(folder / text)
     server = anchored_tables.get("server")
     if isinstance(server, dict) and isinstance(server.get("track"), str):
         server["track"] = anchor_track_folders(server["track"], folder, ("server", "track"))

@@ -105,8 +105,8 @@ def check_bucket(
             f"delete {OWNER_KEY} and {MODEL_KEY} to have it write both."
         )
         yield Finding(Severity.NOTE, f"{url}/{MODEL_KEY} {what}", advice)
-    keys = {key for key, _ in store.bucket.list()} - {OWNER_KEY, MODEL_KEY}
-    foreign_keys = sorted(key for key in keys if digest_of(key) is None)
+    blob_keys = {key for key, _ in store.bucket.list()} - {OWNER_KEY, MODEL_KEY}
+    foreign_keys = sorted(key for key in blob_keys if digest_of(key) is None)
     if foreign_keys:
         what = f"{len(foreign_keys)} objects that no server wrote, such as {url}/{foreign_keys[0][:100]}"
         yield Finding(Severity.NOTE, what)
@@ -143,9 +143,8 @@ def check_bucket(
                 keys=left_over_keys,
             )
     for digest, path in cached_files.blobs.items():
-        yield from check_blob_file(
-            digest, path, cached_files.tables.get(digest), ignore_progress, needed=False, cached=True
-        )
+        table = cached_files.tables.get(digest)
+        yield from check_blob_file(digest, path, table, ignore_progress, needed=False, cached=True)
 
 
 def size_of_file(path: Path) -> int:

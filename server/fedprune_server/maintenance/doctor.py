@@ -179,9 +179,8 @@ def _database_finding(folder: Path, error: FedpruneError) -> Finding:
         advice = "see that it runs, that this machine reaches it, and who has locked it; a server goes on by itself"
     else:
         advice = f"{server_command('check', *state_args(folder))}, or restore a backup"
-    return wrong_finding(
-        "database", f"the database of {folder} can't be read: {error}", "it holds all that the job is", advice
-    )
+    message = f"the database of {folder} can't be read: {error}"
+    return wrong_finding("database", message, "it holds all that the job is", advice)
 
 
 def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedSite) -> Iterator[Finding]:
@@ -189,9 +188,8 @@ def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedS
     try:
         yield from check(site)
     except FedpruneError as error:
-        yield wrong_finding(
-            "unreadable", str(error), "it couldn't be looked at", server_command("check", *state_args(site.folder))
-        )
+        advice = server_command("check", *state_args(site.folder))
+        yield wrong_finding("unreadable", str(error), "it couldn't be looked at", advice)
 
 
 def run_within(seconds: float, work: Callable[[], _T]) -> _T:

@@ -234,10 +234,8 @@ def _check_coverage(case: StoredJob) -> Iterator[Finding]:
     widest = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.group_sizes)]
     uncovered = [(i, width, size) for i, width, size in widest if width < size]
     if uncovered:
-        shares = [
-            f"{case.group_names[i] if i < len(case.group_names) else i}: {width} of {size}"
-            for i, width, size in uncovered
-        ]
+        names = dict(enumerate(case.group_names))
+        shares = [f"{names.get(i, i)}: {width} of {size}" for i, width, size in uncovered]
         yield note_finding(
             "uncovered-channels",
             f"in {quantity(len(uncovered), 'channel group')} of job {case.name} no device trains all channels "

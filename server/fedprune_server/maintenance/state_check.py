@@ -43,9 +43,8 @@ def blob_bytes(folder: Path) -> int:
     if store is not None:
         objects = sum(size for keys in store.objects().values() for size in keys.values())
         return objects + sum(size_of_file(p) for p in find_files(folder / RELEASES).blobs.values())
-    return sum(
-        size_of_file(p) for root in (folder / BLOBS_FOLDER, folder / RELEASES) for p in find_files(root).blobs.values()
-    )
+    roots = (folder / BLOBS_FOLDER, folder / RELEASES)
+    return sum(size_of_file(p) for root in roots for p in find_files(root).blobs.values())
 
 
 def check_state(

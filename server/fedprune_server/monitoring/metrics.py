@@ -93,14 +93,12 @@ class Metrics:
         self.refused = counter(
             "updates_refused", "Parts of finished rounds without an update that counted", "job", "reason"
         )
-        self.stale = histogram(
-            "staleness_rounds", "Rounds between an update's offer and its use", _STALENESS_BUCKETS, "job"
-        )
+        stale_text = "Rounds between an update's offer and its use"
+        self.stale = histogram("staleness_rounds", stale_text, _STALENESS_BUCKETS, "job")
         self.seconds = histogram("round_part_seconds", "Seconds of a round's parts", _PART_BUCKETS, "job", "part")
         self.save = histogram("database_save_seconds", "Seconds that saving a turn's events took", _TURN_BUCKETS, "job")
-        self.turn = histogram(
-            "loop_turn_seconds", "Seconds of a turn of the loop, without waiting", _TURN_BUCKETS, "job"
-        )
+        turn_text = "Seconds of a turn of the loop, without waiting"
+        self.turn = histogram("loop_turn_seconds", turn_text, _TURN_BUCKETS, "job")
         self.totals: dict[str, tuple[int, int]] = {}
         self._jobs: dict[str, _JobMetrics] = {}
         self.registry.register(_Totals(self))
@@ -159,9 +157,8 @@ class _JobMetrics:
                 self._started_parts.setdefault(timed_part, at)
             else:
                 self._started_parts[timed_part] = at
-        elif (timed_part := finished_part(event)) is not None and (
-            begun_at := self._started_parts.pop(timed_part, None)
-        ) is not None:
+        elif (timed_part := finished_part(event)) in self._started_parts and timed_part is not None:
+            begun_at = self._started_parts.pop(timed_part)
             self._metrics.seconds.labels(self._job, timed_part[0]).observe(max(0.0, at - begun_at))
         match event:
             case on.UpdateRejected() | on.OfferRefused():

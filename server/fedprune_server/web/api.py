@@ -99,9 +99,8 @@ class Api:
 
     def alerts(self, request: Request) -> Response:
         page_bounds, includes_closed = paging(request), filters(request, "gone").get("gone") != "no"
-        return _page_response(
-            self._view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed)
-        )
+        alerts = self._view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed)
+        return _page_response(alerts)
 
     def logs(self, request: Request) -> Response:
         only = filters(request, "level", "device", "job")
@@ -144,9 +143,8 @@ class Api:
         def is_logged_in() -> bool:
             return self._console.sessions.find(token, used=False) is not None
 
-        return LiveStream(
-            self._console.streams, session.operator.name, ready=self._view.is_ready, is_logged_in=is_logged_in
-        )
+        name, ready = session.operator.name, self._view.is_ready
+        return LiveStream(self._console.streams, name, ready=ready, is_logged_in=is_logged_in)
 
 
 def _page_response(page: RecordPage, **further_fields: Any) -> Response:

@@ -16,12 +16,8 @@ MAX_SEARCH_LENGTH = 100
 _MAX_FORM_FIELDS = 20
 _YES_NO = ("yes", "no")
 _FILTER_VALUES = {
-    "state": DEVICE_STATES,
-    "status": MEMBER_STATUSES,
-    "online": _YES_NO,
-    "gone": _YES_NO,
-    "level": LOG_LEVELS,
-}
+    "state": DEVICE_STATES, "status": MEMBER_STATUSES, "online": _YES_NO, "gone": _YES_NO, "level": LOG_LEVELS,
+}  # fmt: skip
 _SORTS = (*SORT_COLUMNS, *(f"-{column}" for column in SORT_COLUMNS))
 
 

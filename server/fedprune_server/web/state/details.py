@@ -61,15 +61,8 @@ def device_details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetai
                     "metrics": device_part["metrics"], "reason": one_line(device_part["reason"], 300),
                 }
             )  # fmt: skip
-    return DeviceDetails(
-        name,
-        runner.job.name,
-        plan_row,
-        device_figures(runner, name),
-        tuple(history),
-        kept_channels(runner, name),
-        unix_now,
-    )
+    figures, channels = device_figures(runner, name), kept_channels(runner, name)
+    return DeviceDetails(name, runner.job.name, plan_row, figures, tuple(history), channels, unix_now)
 
 
 def device_figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:

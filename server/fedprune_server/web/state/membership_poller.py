@@ -61,16 +61,16 @@ class MembershipPoller:
     Args:
         members: Memberships, through a connection of its own; None where every device may join.
         rollouts: Rollouts, likewise; None where the server gives boards no releases.
-        member_names: Names of releases that can be rolled out.
+        release_names: Returns the names of releases that can be rolled out.
     """
 
     def __init__(
         self,
         members: IdentityStore | None = None,
         rollouts: RolloutStore | None = None,
-        names: Callable[[], tuple[str, ...]] = tuple,
+        release_names: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
-        self._members, self._rollouts, self._names = members, rollouts, names
+        self._members, self._rollouts, self._release_names = members, rollouts, release_names
         self._versions: tuple[str | None, int | None] = (None, None)
         self._memberships: Mapping[str, Member] = {}
         self._reports: Mapping[str, dict[str, Any]] = {}  # about the latest rollout's release, by board
@@ -159,16 +159,14 @@ class MembershipPoller:
         if version != self._versions[1]:
             entries = self._rollouts.entries()[: -MAX_ROLLOUTS - 1 : -1]
             limits = [_MAX_FAILURES] + [_MAX_EARLIER_FAILURES] * len(entries)
-            rows = tuple(
-                _rollout_row(e, self._release_before(e.earlier_rollout), failures=n)
-                for e, n in zip(entries, limits, strict=False)
-            )
+            befores = [self._release_before(e.earlier_rollout) for e in entries]
+            rows = tuple(_rollout_row(e, b, failures=n) for e, b, n in zip(entries, befores, limits, strict=False))
             former, self._reports = self._reports, _reports(entries[0]) if entries else {}
             self._versions = self._versions[0], version  # only now: a failed read is repeated
             with self._result_lock:
                 self._rows = rows
                 self._changed_devices |= _differences(former, self._reports)
-        self._releases = self._names()
+        self._releases = self._release_names()
 
     def _release_before(self, number: int | None) -> str | None:
         """The release of an earlier rollout."""

@@ -129,10 +129,8 @@ def answer_statements(answer: OrderAnswer, now: float) -> list[tuple[str, tuple[
     message = one_line(answer.text, 1500)
     outcome = message if message in (EXPIRED, WITHDRAWN) else f"{'done' if answer.ok else 'failed'}: {message}"
     update = "UPDATE orders SET state = 'done', ok = ?, text = ? WHERE number = ? AND state != 'done'"
-    return [
-        (_NOTE_OUTCOME, (now, one_line(outcome, 500), answer.order)),
-        (update, (int(answer.ok), message, answer.order)),
-    ]
+    note = (_NOTE_OUTCOME, (now, one_line(outcome, 500), answer.order))
+    return [note, (update, (int(answer.ok), message, answer.order))]
 
 
 def read_order(row: Mapping[str, Any]) -> Order:

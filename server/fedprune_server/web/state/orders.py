@@ -166,9 +166,8 @@ class OrderService:
             raise RefusedError(403, "this server takes no such orders from the console ([server] console_orders)")
         if not has_role(session.operator.role, ROLE_OF_ORDER[kind]):
             shortened = {key: one_line(str(value), _MAX_NOTED_LENGTH) for key, value in arguments.items()}
-            self._audit.note(
-                session.operator.name, address, kind, shortened, f"refused: needs the role {ROLE_OF_ORDER[kind]}"
-            )
+            outcome = f"refused: needs the role {ROLE_OF_ORDER[kind]}"
+            self._audit.note(session.operator.name, address, kind, shortened, outcome)
             raise RefusedError(403, f"{kind} needs the role {ROLE_OF_ORDER[kind]}, yours is {session.operator.role}")
         if not self._view.is_ready:
             raise RefusedError(503, "the server does not respond at the moment")

@@ -121,14 +121,12 @@ def job_charts(rounds: Sequence[Row]) -> list[Chart]:
     order = {name: i for i, name in enumerate(METRICS)}
     for i, name in enumerate(sorted(names, key=lambda n: (order.get(n, len(order)), n))[:_MAX_CURVES]):
         values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
-        title = f"Global {name if metric is None else metric.title}"
+        key, title = f"metric-{i}", f"Global {name if metric is None else metric.title}"
         if metric is not None and metric.is_share:
-            percent = (0.01, "%")
-            drawn_charts.append(
-                lay_out_chart(f"metric-{i}", title, round_numbers, values, phrases.share_text, unit=percent, top=100.0)
-            )
+            shares = phrases.share_text
+            drawn_charts.append(lay_out_chart(key, title, round_numbers, values, shares, unit=(0.01, "%"), top=100.0))
         else:
-            drawn_charts.append(lay_out_chart(f"metric-{i}", title, round_numbers, values, phrases.number_text))
+            drawn_charts.append(lay_out_chart(key, title, round_numbers, values, phrases.number_text))
     # Numbers from before the server's start are None.
     updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
     add_chart("updates", "Updates", updates, phrases.number_text)
