@@ -32,16 +32,16 @@ def fleet_of(folder, boards, rounds=12, **recipe):
 
 
 @pytest.fixture
-def advised(tmp_path, monkeypatch, capsys):
+def advise(tmp_path, monkeypatch, capsys):
     """Gives advice on runs of these curves of the global model, by variant and seed, instead of training."""
 
-    def curves_of(boards, curves, *arguments, usual=(0.5,), sent=None, more="", **recipe):
+    def curves_of(boards, curves, *arguments, usual=(0.5,), sent=None, further="", **recipe):
         path = fleet_of(tmp_path / "fleet", boards, **recipe)
-        path.write_text(path.read_text() + more)
+        path.write_text(path.read_text() + further)
 
         job = read_fleet_plan(path).job.to_dict()
 
-        def finished(work, runs, out, **_):
+        def finish_runs(work, runs, out, **_):
             for run in runs:
                 variant, _, seed = run.name.rpartition("-")
                 curve = (curves.get(variant) or [usual] * 2)[int(seed)]
@@ -54,7 +54,7 @@ def advised(tmp_path, monkeypatch, capsys):
             return [RunEnd(run.name) for run in runs]
 
         metric = recipe.get("metric", "accuracy")
-        monkeypatch.setattr(simulated_runs, "do_runs", finished)
+        monkeypatch.setattr(simulated_runs, "do_runs", finish_runs)
         command = ["advise", "--config", str(path), "--out", str(tmp_path / "out"), "--json", *arguments]
         assert main(command) == ExitCode.OK
         return json.loads(capsys.readouterr().out)
@@ -82,14 +82,14 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
         assert row["macs_share"] == pytest.approx(runs[name].macs() / runs["fedavg"].macs())
         assert row["global_accuracy"] == last.accuracy
     assert {d.density for d in runs["fedavg"].devices} == {1.0}, "the reference trains what these boards couldn't"
-    taken = advice["advice"]["taken"]
-    for key, value in tomllib.loads(taken["toml"])["job"].items():
-        assert getattr(Job.from_dict(runs[taken["variant"]].job), key) == value
+    best_variant = advice["advice"]["taken"]
+    for key, value in tomllib.loads(best_variant["toml"])["job"].items():
+        assert getattr(Job.from_dict(runs[best_variant["variant"]].job), key) == value
 
     assert main(command) == ExitCode.OK
-    said = capsys.readouterr().out
-    assert advice["advice"]["reason"] in said
-    assert taken["toml"] in said
+    output = capsys.readouterr().out
+    assert advice["advice"]["reason"] in output
+    assert best_variant["toml"] in output
     assert (out / "comparison.html").exists()
 
 
@@ -105,37 +105,37 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
         ),
     ],
 )
-def test_variants_that_come_to_the_same_are_tried_once(advised, boards, names, misfits):
-    rows = advised(boards, {})["variants"]
+def test_variants_that_come_to_the_same_are_tried_once(advise, boards, names, misfits):
+    rows = advise(boards, {})["variants"]
     assert [row["variant"] for row in rows] == names
     assert [row["variant"] for row in rows if row["why_not"]] == misfits
     cores = [compose(Job(**row["job"])).core for row in rows]
     assert len({(row["job"]["strategy"], str(core)) for row, core in zip(rows, cores, strict=True)}) == len(names) - 1
 
 
-def test_the_best_is_taken_that_all_boards_can_train(advised):
+def test_the_best_is_taken_that_all_boards_can_train(advise):
     curves = {"fedavg": [(0.9,), (0.91,)], "one-width": [(0.8,), (0.82,)], "fedprune": [(0.6,), (0.61,)]}
     sent = {"one-width": 1000}
-    advice = advised(ONE_NARROW, curves, rounds=1, sent=sent)["advice"]
+    advice = advise(ONE_NARROW, curves, rounds=1, sent=sent)["advice"]
     assert advice["taken"]["variant"] == "one-width"
     assert advice["doubts"] == []
 
 
 @pytest.mark.parametrize(("rounds", "doubts"), [(4, 0), (12, 1)])
-def test_advice_is_doubted_where_a_job_goes_on_and_another_variant_rises(advised, rounds, doubts):
+def test_advice_is_doubted_where_a_job_goes_on_and_another_variant_rises(advise, rounds, doubts):
     curves = {
         "fedavg": [(0.1, 0.2, 0.3, 0.4)] * 2,
         "fedavg-int8": [(0.1, 0.2, 0.3, 0.4)] * 2,
         "fedprune": [(0.5, 0.5, 0.5, 0.5)] * 2,
     }
-    advice = advised(WIDE, curves, "--rounds", "4", rounds=rounds)["advice"]
+    advice = advise(WIDE, curves, "--rounds", "4", rounds=rounds)["advice"]
     assert advice["taken"]["variant"] == "fedprune"
     assert len(advice["doubts"]) == doubts
 
 
-def test_a_variant_that_the_jobs_settings_refuse_is_left_out_and_said(advised):
+def test_a_variant_that_the_jobs_settings_refuse_is_left_out_and_said(advise):
     private = '\n[job.privacy]\nclip = 1.0\nnoise_multiplier = 1.0\nnoise = "shared"\nboards = 1\n'
-    advice = advised(WIDE, {"fedavg": [(0.9,), (0.9,)]}, rounds=1, more=private)
+    advice = advise(WIDE, {"fedavg": [(0.9,), (0.9,)]}, rounds=1, further=private)
     assert [row["variant"] for row in advice["variants"]] == ["fedavg"]
     assert [row["variant"] for row in advice["refused"]] == ["fedavg-int8", "fedprune", "fedprune-core", "one-width"]
     assert all("compression" in row["why"] for row in advice["refused"])

@@ -63,8 +63,8 @@ def state(model: Path, tmp_path: Path) -> Path:
     """A state folder with a job that has begun and moved its weights."""
     with StateFolder(tmp_path / "state") as folder:
         opened = open_job(folder, ServerConfig(job=Job(name="leaves", rounds=5), model=str(model)))
-        moved = {n: v + 1 for n, v in opened.model.tensors.items()}
-        opened.state.model = folder.store.put(tensorfile.encode(moved)).sha256
+        changed_tensors = {n: v + 1 for n, v in opened.model.tensors.items()}
+        opened.state.model = folder.store.put(tensorfile.encode(changed_tensors)).sha256
         opened.state.round = 1
         opened.state.history.append(
             {
@@ -82,9 +82,9 @@ def state(model: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port on which nobody listens."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        yield listener.getsockname()[1]
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -112,18 +112,18 @@ def test_a_start_that_fails_ends_with_one_clear_error(
 ) -> None:  # fmt: skip
     (tmp_path / "wrong.onnx").write_bytes(b"not onnx")
     np.savez(tmp_path / "e.npz", x=np.zeros((4, 9), np.float32), y=np.zeros(4, np.int64))
-    known = {"model": model, "folder": tmp_path, "port": closed_port}
-    filled = [option.format(**known) for option in options]
+    placeholders = {"model": model, "folder": tmp_path, "port": closed_port}
+    filled = [option.format(**placeholders) for option in options]
     assert main(["run", "--insecure", "--state", str(tmp_path / "s"), *filled]) == code
-    assert words.format(**known) in one_line(capsys)
+    assert words.format(**placeholders) in one_line(capsys)
 
 
 def test_another_model_is_refused_by_a_folder_that_has_one(
     state: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = onnx.load(model)
-    other.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((6, 4), np.float32), "w1"))
-    onnx.save(other, tmp_path / "other.onnx")
+    other_model = onnx.load(model)
+    other_model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((6, 4), np.float32), "w1"))
+    onnx.save(other_model, tmp_path / "other.onnx")
     assert (
         main(["run", "--insecure", "--model", str(tmp_path / "other.onnx"), "--state", str(state)]) == ExitCode.CONFIG
     )
@@ -131,14 +131,14 @@ def test_another_model_is_refused_by_a_folder_that_has_one(
 
 
 def test_a_start_that_failed_is_not_remembered(state: Path, closed_port: int) -> None:
-    def stored() -> object:
+    def stored_settings() -> object:
         with StateFolder(state) as folder:
             return folder.storage.settings()
 
-    before = stored()
+    before = stored_settings()
     command = ["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"]
     assert main([*command, "--rounds", "9"]) == ExitCode.BROKER
-    assert stored() == before
+    assert stored_settings() == before
 
 
 @pytest.mark.parametrize(("option", "value"), [("--name", "trees"), ("--model", "nets:make")])
@@ -236,10 +236,10 @@ def test_all_blobs_of_an_offer_are_there_after_a_second_start(model: Path, tmp_p
 
 def test_more_rounds_wake_a_finished_job(state: Path) -> None:
     with StateFolder(state) as folder:
-        known = folder.storage.load()
-        assert known is not None
-        known.phase = Phase.FINISHED
-        folder.storage.save(known, (), 2.0)
+        stored_state = folder.storage.load()
+        assert stored_state is not None
+        stored_state.phase = Phase.FINISHED
+        folder.storage.save(stored_state, (), 2.0)
         opened = open_job(folder, ServerConfig(job=Job(name="leaves", rounds=9)))
     make_coordinator(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
     assert opened.state.phase is Phase.WAITING
@@ -271,8 +271,8 @@ def test_a_model_is_exported_in_the_layout_of_the_hub(
     body = json.loads(capsys.readouterr().out)
     assert (body["file"], body["bytes"]) == (str(out), sum(path.stat().st_size for path in out.iterdir()))
     with StateFolder(state) as folder:
-        found = tensorfile.encode(load(out).tensors)
-        assert tensorfile.sha256_hex(found) == folder.storage.load().model  # type: ignore[union-attr]
+        exported = tensorfile.encode(load(out).tensors)
+        assert tensorfile.sha256_hex(exported) == folder.storage.load().model  # type: ignore[union-attr]
     card = (out / "README.md").read_text()
     assert (
         '"dataset": {"type": "own-data", "name": "own data"}, "metrics": [{"type": "accuracy", "value": 0.5}]' in card
@@ -361,11 +361,11 @@ def test_torch_loads_the_exported_weights(state: Path, tmp_path: Path) -> None:
 
     for name in ("w.pt", "w.safetensors"):
         assert main(["export-model", "--state", str(state), "--out", str(tmp_path / name)]) == ExitCode.OK
-    found = torch.load(tmp_path / "w.pt", weights_only=True)
+    exported = torch.load(tmp_path / "w.pt", weights_only=True)
     expected = tensorfile.load_tensors(tmp_path / "w.safetensors")
-    assert list(found) == list(expected)
+    assert list(exported) == list(expected)
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name].numpy(), value)
+        np.testing.assert_array_equal(exported[name].numpy(), value)
 
 
 @pytest.mark.parametrize(

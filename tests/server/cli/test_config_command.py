@@ -54,31 +54,31 @@ def test_each_setting_comes_from_the_highest_layer_that_has_it(
         monkeypatch.setenv(f"FEDPRUNE_{name}", value)
     assert main(["config", "check", str(file), "--rounds", "9", "--json"]) == ExitCode.OK
     out = capsys.readouterr().out
-    found = rows(out)
-    assert found["job.name"] == ("leaves", str(file))
-    assert found["job.recipe.lr"] == (0.1, str(file))
-    assert found["server.keep"] == (7, "environment variable FEDPRUNE_SERVER_KEEP")
-    assert found["job.rounds"] == (9, "command line, --rounds")
-    assert found["server.broker"] == ("mqtts://bob:***@there", "environment variable FEDPRUNE_SERVER_BROKER_FILE")
-    assert found["server.state"] == (str(file.parent / "state"), str(file))
-    assert found["server.pulls"] == (4, "default")
+    settings = rows(out)
+    assert settings["job.name"] == ("leaves", str(file))
+    assert settings["job.recipe.lr"] == (0.1, str(file))
+    assert settings["server.keep"] == (7, "environment variable FEDPRUNE_SERVER_KEEP")
+    assert settings["job.rounds"] == (9, "command line, --rounds")
+    assert settings["server.broker"] == ("mqtts://bob:***@there", "environment variable FEDPRUNE_SERVER_BROKER_FILE")
+    assert settings["server.state"] == (str(file.parent / "state"), str(file))
+    assert settings["server.pulls"] == (4, "default")
     assert "secret" not in out
     assert "other" not in out
 
 
 @pytest.mark.parametrize(
-    ("schedule", "kind", "found"),
+    ("schedule", "kind", "expected"),
     [
         ('{ kind = "async", window_s = 3 }', "sync", {"kind": "sync"}),
         ('{ kind = "semi-async", window_s = 3.0 }', "semi-async", {"kind": "semi-async", "window_s": 3.0}),
     ],
 )
 def test_another_kind_of_schedule_replaces_the_files_and_the_same_keeps_its_keys(
-    file: Path, schedule: str, kind: str, found: dict[str, object]
+    file: Path, schedule: str, kind: str, expected: dict[str, object]
 ) -> None:
     file.write_text(f"[job]\nschedule = {schedule}\n")
     arguments = build_parser().parse_args(["run", "--config", str(file), "--schedule", kind])
-    assert load_config(arguments, {}).config.job.schedule == found
+    assert load_config(arguments, {}).config.job.schedule == expected
 
 
 @pytest.mark.parametrize("command", [["config", "check"], ["run", "--config"]], ids=" ".join)
@@ -87,9 +87,9 @@ def test_a_total_that_a_server_does_not_count_is_refused_where_it_stands(
 ) -> None:
     file.write_text("[job]\nrounds = 4\ntotal_macs = 1_000_000\n")
     assert main([*command, str(file)]) == ExitCode.CONFIG
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"{file}: job.total_macs: " in said
-    assert "total_bytes" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{file}: job.total_macs: " in message
+    assert "total_bytes" in message
 
 
 def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
@@ -106,10 +106,10 @@ def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
         open_job(folder, ran)
     monkeypatch.setenv("FEDPRUNE_JOB_ROUNDS", "6")
     assert main(["config", "show", "--json", "--workers", "2"]) == ExitCode.OK
-    found = rows(capsys.readouterr().out)
-    assert found["server.keep"] == (9, "the last start")
-    assert found["job.rounds"] == (6, "environment variable FEDPRUNE_JOB_ROUNDS")
-    assert found["server.workers"] == (2, "command line, --workers")
+    settings = rows(capsys.readouterr().out)
+    assert settings["server.keep"] == (9, "the last start")
+    assert settings["job.rounds"] == (6, "environment variable FEDPRUNE_JOB_ROUNDS")
+    assert settings["server.workers"] == (2, "command line, --workers")
 
 
 @pytest.mark.parametrize("url", ["mysql://ann:secret@db/x"])

@@ -42,13 +42,13 @@ def asks(state: str, folder: Path, name: str, claim: JoinClaim | None = None) ->
     return device, answer.status
 
 
-def listed(state: str, capsys: Captured) -> dict[str, list[str]]:
+def statuses_by_device(state: str, capsys: Captured) -> dict[str, list[str]]:
     capsys.readouterr()
     assert main(["devices", "--state", state, "--json"]) == ExitCode.OK
-    found: dict[str, list[str]] = {}
+    statuses: dict[str, list[str]] = {}
     for row in json.loads(capsys.readouterr().out):
-        found.setdefault(row["device"], []).append(row["status"])
-    return found
+        statuses.setdefault(row["device"], []).append(row["status"])
+    return statuses
 
 
 def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: Path, capsys: Captured) -> None:
@@ -60,15 +60,15 @@ def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: P
     assert asks(state, tmp_path / "1", "pi-1", claims[0])[1] == "approved"
     assert asks(state, tmp_path / "2", "cellar", claims[3])[1] == "refused"
     assert asks(state, tmp_path / "3", "attic", claims[3])[1] == "approved"
-    assert listed(state, capsys) == {"attic": ["approved"], "pi-1": ["approved"]}
+    assert statuses_by_device(state, capsys) == {"attic": ["approved"], "pi-1": ["approved"]}
 
 
-@pytest.mark.parametrize("given", ["file", "init"])
+@pytest.mark.parametrize("source", ["file", "init"])
 def test_members_are_in_the_database_that_is_named(
-    state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, given: str
+    state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
-    if given == "file":
+    if source == "file":
         (tmp_path / "url").write_text(f"{url}\n")
         monkeypatch.setenv("FEDPRUNE_SERVER_DATABASE_FILE", str(tmp_path / "url"))
     else:
@@ -120,8 +120,8 @@ def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path
     out = tmp_path / "claims"
     capsys.readouterr()
     assert main(["claim", "--state", state, "--count", "2", "--hours", "24", "--out", str(out)]) == ExitCode.OK
-    said = capsys.readouterr().out
-    assert said.startswith(f"{out}: 2 claims for any name that is free, valid until ")
+    output = capsys.readouterr().out
+    assert output.startswith(f"{out}: 2 claims for any name that is free, valid until ")
     assert len({JoinClaim.parse(line).id for line in out.read_text().splitlines()}) == 2
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert main(["claim", "--state", state, "--out", str(out)]) == ExitCode.USAGE
@@ -141,7 +141,7 @@ def test_the_operator_lets_in_the_board_whose_fingerprint_is_right(
 
     assert main([*approve, "--key", right.key.verifying_key.fingerprint.upper()]) == ExitCode.OK
 
-    assert listed(state, capsys) == {"pi-1": ["approved"]}
+    assert statuses_by_device(state, capsys) == {"pi-1": ["approved"]}
     assert asks(state, tmp_path / "1", "pi-1")[1] == "approved"
     assert main([*approve, "--key", right.key.verifying_key.fingerprint]) == ExitCode.JOIN
 
@@ -155,7 +155,7 @@ def test_nobody_is_let_in_before_the_fingerprint_was_compared(state: str, tmp_pa
     captured = capsys.readouterr()
     assert "--key FINGERPRINT, as the board shows it" in captured.err
     assert waits.key.verifying_key.fingerprint not in captured.out + captured.err  # nothing to copy without looking
-    assert listed(state, capsys) == {"pi-1": ["waiting"]}
+    assert statuses_by_device(state, capsys) == {"pi-1": ["waiting"]}
 
 
 def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path, capsys: Captured) -> None:
@@ -166,13 +166,13 @@ def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path,
     assert main(["devices", "--state", state, "replace", "pi-1"]) == ExitCode.OK
     printed = capsys.readouterr()
     text = printed.out.strip()
-    said, where = printed.err.splitlines()
-    assert said == "pi-1: 1 key and 1 certificate revoked."
+    message, where = printed.err.splitlines()
+    assert message == "pi-1: 1 key and 1 certificate revoked."
     assert "crl.pem" in where
     assert asks(state, tmp_path / "1", "pi-1")[1] == "refused"
     assert asks(state, tmp_path / "2", "pi-1", JoinClaim.parse(text))[1] == "approved"
     assert main(["devices", "revoke", "pi-1", "--state", state]) == ExitCode.OK
-    assert listed(state, capsys) == {"pi-1": ["revoked", "revoked"]}
+    assert statuses_by_device(state, capsys) == {"pi-1": ["revoked", "revoked"]}
     assert main(["devices", "--state", state, "revoke", "pi-1"]) == ExitCode.JOIN
     assert "pi-1 is revoked already" in capsys.readouterr().err
     assert main(["devices", "--state", state, "list", "pi-2"]) == ExitCode.JOIN
@@ -195,7 +195,7 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, capsys: Captur
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["claim", "--count", "2", "--device", "x"], ExitCode.USAGE, "--count and --device"),
         (["claim", "--device", "fedprune-server"], ExitCode.JOIN, "no device may be called 'fedprune-server'"),
@@ -205,7 +205,7 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, capsys: Captur
     ],
 )
 def test_what_makes_no_sense_is_one_clear_line(
-    state: str, tmp_path: Path, capsys: Captured, arguments: list[str], code: ExitCode, said: str
+    state: str, tmp_path: Path, capsys: Captured, arguments: list[str], code: ExitCode, message: str
 ) -> None:
     full = [a.replace("{out}", str(tmp_path / "out")) for a in arguments]
     assert (
@@ -213,30 +213,30 @@ def test_what_makes_no_sense_is_one_clear_line(
         == code
     )
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 
 def test_keys_and_authority_are_replaced_while_no_server_runs(state: str, tmp_path: Path, capsys: Captured) -> None:
-    def shown(*words: str) -> str:
+    def output_of(*words: str) -> str:
         capsys.readouterr()
         assert main([*words, "--state", state]) == ExitCode.OK
         return capsys.readouterr().out
 
-    assert asks(state, tmp_path / "1", "pi-1", JoinClaim.parse(claimed(state, capsys)))[1] == "approved"
-    before, left = shown("identity"), claimed(state, capsys)
+    assert asks(state, tmp_path / "1", "pi-1", JoinClaim.parse(new_claim(state, capsys)))[1] == "approved"
+    before, left = output_of("identity"), new_claim(state, capsys)
     with folder_lock(Path(state)):
         assert main(["identity", "replace", "--state", state]) == ExitCode.STORAGE
-    assert shown("identity") == before
-    said = shown("identity", "replace")
-    assert "back the identity up" in said
-    assert "fedprune-device join --new-key" in said
-    assert shown("identity") != before
+    assert output_of("identity") == before
+    output = output_of("identity", "replace")
+    assert "back the identity up" in output
+    assert "fedprune-device join --new-key" in output
+    assert output_of("identity") != before
     assert stat.S_IMODE((Path(state) / "identity" / "signing.key").stat().st_mode) == 0o600
     assert not list(Path(state).glob("identity.*")), "a copy of the old keys was left"
-    assert shown("devices").split()[:2] == ["pi-1", "revoked"]
+    assert output_of("devices").split()[:2] == ["pi-1", "revoked"]
     assert asks(state, tmp_path / "2", "pi-2", JoinClaim.parse(left))[1] == "refused"
-    assert asks(state, tmp_path / "3", "pi-1", JoinClaim.parse(claimed(state, capsys)))[1] == "approved"
+    assert asks(state, tmp_path / "3", "pi-1", JoinClaim.parse(new_claim(state, capsys)))[1] == "approved"
 
 
 def test_where_the_power_fails_while_an_identity_is_replaced_another_try_completes_it(state: str) -> None:
@@ -258,7 +258,7 @@ def identity_of(state: str) -> tuple[str, str]:
         return identity.key.verifying_key.hex, identity.authority.pin.hex()
 
 
-def claimed(state: str, capsys: Captured) -> str:
+def new_claim(state: str, capsys: Captured) -> str:
     capsys.readouterr()
     assert main(["claim", "--state", state]) == ExitCode.OK
     return capsys.readouterr().out.strip()
@@ -267,13 +267,13 @@ def claimed(state: str, capsys: Captured) -> str:
 def test_a_file_of_claims_is_whole_or_not_there(
     state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, made = IdentityFolder.make_claim, []
+    make_claim, claims = IdentityFolder.make_claim, []
 
     def claim(*arguments: Any) -> JoinClaim:
-        if made:
+        if claims:
             raise OSError(errno.ENOSPC, "No space left on device")
-        made.append(whole(*arguments))
-        return made[0]
+        claims.append(make_claim(*arguments))
+        return claims[0]
 
     monkeypatch.setattr(IdentityFolder, "make_claim", claim)
     out = tmp_path / "claims"

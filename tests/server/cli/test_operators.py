@@ -45,12 +45,12 @@ def orders(tmp_path: Path, database: ConsoleDatabase) -> Iterator[OrderService]:
         yield OrderService(view, Audit(database), database)
 
 
-def ordered(orders: OrderService, kind: str = "pause") -> int:
+def send_order(orders: OrderService, kind: str = "pause") -> int:
     session = OperatorSession(Operator("ann", "operator", 0.0, 0.0), "", "")
     return orders.give(session, "terminal", {"order": kind, "job": "trial"}, 30.0)
 
 
-def waited(orders: OrderService, number: int, while_it_sleeps: Callable[[], None]) -> dict[str, Any] | None:
+def wait_past_limit(orders: OrderService, number: int, while_it_sleeps: Callable[[], None]) -> dict[str, Any] | None:
     """The answer to an order, on a clock that passes the limit during the first sleep."""
     clock = [0.0]
 
@@ -101,25 +101,25 @@ def test_a_server_without_a_console_takes_no_orders(tmp_path: Path, capsys: pyte
     assert "console" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "said"), [("pause", "job trial is paused"), ("resume", "job trial goes on")])
+@pytest.mark.parametrize(("kind", "message"), [("pause", "job trial is paused"), ("resume", "job trial goes on")])
 def test_a_job_is_paused_at_the_terminal_as_at_the_console(
-    tmp_path: Path, database: ConsoleDatabase, kind: str, said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, database: ConsoleDatabase, kind: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def serve() -> None:
-        with ConsoleDatabase(tmp_path / CONSOLE_FILE) as own:
-            queue = OrderQueue(own)
+        with ConsoleDatabase(tmp_path / CONSOLE_FILE) as server_database:
+            queue = OrderQueue(server_database)
             (order,) = until(lambda: queue.take(1))
             assert (order.order, order.job) == (kind, "trial")
-            queue.answer(OrderAnswer(order.number, True, said))
+            queue.answer(OrderAnswer(order.number, True, message))
             queue.flush()
 
     server = threading.Thread(target=serve)
     server.start()
     assert main([kind, "--state", str(tmp_path)]) == ExitCode.OK
     server.join()
-    assert capsys.readouterr().out == f"{said}\n"
+    assert capsys.readouterr().out == f"{message}\n"
     (entry,) = Audit(database).page().items
-    assert (entry["address"], entry["action"], entry["outcome"]) == ("terminal", kind, f"done: {said}")
+    assert (entry["address"], entry["action"], entry["outcome"]) == ("terminal", kind, f"done: {message}")
     assert main([kind, "--job", "other", "--state", str(tmp_path)]) == ExitCode.CONFIG
     assert "no job other" in capsys.readouterr().err
 
@@ -128,12 +128,12 @@ def test_a_job_is_paused_at_the_terminal_as_at_the_console(
 def test_an_order_that_the_server_does_not_take_in_time_is_withdrawn(
     database: ConsoleDatabase, orders: OrderService, interrupted: bool
 ) -> None:
-    number = ordered(orders)
+    number = send_order(orders)
     if interrupted:
         with pytest.raises(KeyboardInterrupt, match=WITHDRAWN):
-            waited(orders, number, interrupt)
+            wait_past_limit(orders, number, interrupt)
     else:
-        answer = waited(orders, number, lambda: None)
+        answer = wait_past_limit(orders, number, lambda: None)
         assert answer is not None
         assert answer["text"] == WITHDRAWN
     assert OrderQueue(database).take(1) == []
@@ -145,7 +145,7 @@ def test_an_order_that_the_server_does_not_take_in_time_is_withdrawn(
 def test_an_order_that_the_server_has_taken_is_not_withdrawn(
     database: ConsoleDatabase, orders: OrderService, interrupted: bool
 ) -> None:
-    queue, number = OrderQueue(database), ordered(orders)
+    queue, number = OrderQueue(database), send_order(orders)
 
     def take() -> None:
         assert len(queue.take(1)) == 1
@@ -154,9 +154,9 @@ def test_an_order_that_the_server_has_taken_is_not_withdrawn(
 
     if interrupted:
         with pytest.raises(KeyboardInterrupt, match="taken"):
-            waited(orders, number, take)
+            wait_past_limit(orders, number, take)
     else:
-        answer = waited(orders, number, take)
+        answer = wait_past_limit(orders, number, take)
         assert answer is not None
         assert answer["state"] != "done"
     queue.answer(OrderAnswer(1, True, "job trial is paused"))
@@ -168,7 +168,7 @@ def test_an_order_that_the_server_has_taken_is_not_withdrawn(
 def test_an_order_of_a_terminal_that_was_killed_expires(
     tmp_path: Path, database: ConsoleDatabase, orders: OrderService
 ) -> None:
-    ordered(orders)
+    send_order(orders)
     (row,) = database.rows("SELECT at, until, state FROM orders")
     assert (row["until"] - row["at"], row["state"]) == (pytest.approx(30.0), "waiting")
     later = row["at"] + 31.0

@@ -30,9 +30,9 @@ def test_its_file_is_one_configuration_with_everything_that_it_promises(
     for name in ("model.onnx", "server.npz", "calibration.npz"):
         (tmp_path / name).touch()
     assert server.main(["config", "check", str(tmp_path / "fleet.toml")]) == ExitCode.OK
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for key in ("console", "metrics", "webhook", "webhook_secret", "heartbeat"):
-        assert re.search(rf'^{key} = ".*fleet.toml:|^{key} = ".+"', shown, re.MULTILINE), key
+        assert re.search(rf'^{key} = ".*fleet.toml:|^{key} = ".+"', output, re.MULTILINE), key
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -124,14 +124,14 @@ def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
     state: Path, release: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with IdentityFolder(state) as identity:
-        other = make_release(tmp_path / "other", 8, key=identity.key)
+        other_release = make_release(tmp_path / "other", 8, key=identity.key)
     put, codes = BlobStore.put, []
 
     def meanwhile(self: BlobStore, data: bytes) -> BlobRef:
         ref = put(self, data)
         if not codes:
             codes.append(-1)
-            codes.append(main(["rollout", "start", str(other), "--state", str(state)]))
+            codes.append(main(["rollout", "start", str(other_release), "--state", str(state)]))
         return ref
 
     monkeypatch.setattr(BlobStore, "put", meanwhile)
@@ -143,7 +143,7 @@ def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
         assert entry.offer.number == 7
         files = Release.from_bytes(entry.offer.manifest.encode()).files
         assert store.blobs.names() == sorted(f.sha256 for f in files)
-    assert "is under way" in read("start", other, code=14)
+    assert "is under way" in read("start", other_release, code=14)
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_kept(
@@ -176,6 +176,6 @@ def test_a_server_without_identity_or_boards_rolls_nothing_out(
     assert not (tmp_path / "none").exists()
     IdentityFolder.make(tmp_path / "new", "lab").close()
     with IdentityFolder(tmp_path / "new") as identity:
-        own = make_release(tmp_path / "own", 1, key=identity.key)
-    assert main(["rollout", "start", str(own), "--state", str(tmp_path / "new")]) == 14
+        own_release = make_release(tmp_path / "own", 1, key=identity.key)
+    assert main(["rollout", "start", str(own_release), "--state", str(tmp_path / "new")]) == 14
     assert "no board has joined yet" in capsys.readouterr().err

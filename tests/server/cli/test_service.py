@@ -26,11 +26,11 @@ def analyze(*arguments: str) -> str:
 def test_systemd_knows_every_word_and_sees_a_low_exposure(tmp_path: Path) -> None:
     path = tmp_path / UNIT.name
     path.write_text(re.sub("^(ExecStart=)[^ ]+", r"\1/usr/bin/env", UNIT.read_text(), flags=re.MULTILINE))
-    said = [line for line in analyze("verify", "--man=no", str(path)).splitlines() if path.name in line]
-    assert said == []
-    found = re.search(r"exposure level for \S+: ([0-9.]+)", analyze("security", "--offline=yes", str(path)))
-    assert found is not None
-    assert float(found[1]) <= 2.0
+    warnings = [line for line in analyze("verify", "--man=no", str(path)).splitlines() if path.name in line]
+    assert warnings == []
+    exposure = re.search(r"exposure level for \S+: ([0-9.]+)", analyze("security", "--offline=yes", str(path)))
+    assert exposure is not None
+    assert float(exposure[1]) <= 2.0
 
 
 def test_its_command_is_one_of_the_program_and_errors_that_last_dont_restart_it() -> None:

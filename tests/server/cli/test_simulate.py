@@ -92,23 +92,23 @@ def test_the_strategy_is_said_on_the_command_line(config, tmp_path, capsys):
 def test_results_are_json_on_request(config, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["--config", config(), "--out", str(out), "--reference", "--json"]) == ExitCode.OK
-    found = json.loads(capsys.readouterr().out)
+    results = json.loads(capsys.readouterr().out)
     run, reference = (Record.load(out / name) for name in ("metrics.json", "reference/metrics.json"))
-    assert found["report"] == str(out / "report.html")
-    assert found["claims"] == []
-    assert (found["run"]["run"], found["run"]["rounds"], found["run"]["model"]) == ("yard", 2, run.last.model)
-    assert found["run"]["bytes_up"] == run.last.up < found["reference"]["bytes_up"] == reference.last.up
-    assert found["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
+    assert results["report"] == str(out / "report.html")
+    assert results["claims"] == []
+    assert (results["run"]["run"], results["run"]["rounds"], results["run"]["model"]) == ("yard", 2, run.last.model)
+    assert results["run"]["bytes_up"] == run.last.up < results["reference"]["bytes_up"] == reference.last.up
+    assert results["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
 
     reference = str(out / "reference")
     compared = ["compare", str(out), reference, "--out", str(tmp_path / "both"), "--target", "0", "--target", "1.5"]
     assert main([*compared, "--json", "--csv", str(tmp_path / "both.csv")]) == ExitCode.OK
-    found = json.loads(capsys.readouterr().out)
+    results = json.loads(capsys.readouterr().out)
     first = run.rounds[0]
-    assert found["report"] == str(tmp_path / "both" / "comparison.html")
-    assert [row["rounds"] for row in found["runs"]] == [2, 2]
-    assert {row["cost"] for row in found["equal_cost"]} == {"rounds", "training_macs", "bytes", "seconds"}
-    reached, never = found["runs"][0]["targets"]
+    assert results["report"] == str(tmp_path / "both" / "comparison.html")
+    assert [row["rounds"] for row in results["runs"]] == [2, 2]
+    assert {row["cost"] for row in results["equal_cost"]} == {"rounds", "training_macs", "bytes", "seconds"}
+    reached, never = results["runs"][0]["targets"]
     assert (reached["round"], reached["seconds"], reached["bytes"]) == (1, first.elapsed_s, first.down + first.up)
     assert (never["target"], never["round"]) == (1.5, None)
     with (tmp_path / "both.csv").open(newline="") as file:
@@ -120,13 +120,13 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
 
 def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, tmp_path, capsys):
     trained = []
-    whole = DeviceRunner.train
+    train = DeviceRunner.train
 
     def carry_out(bench, device, offer, round_):
         trained.append((device.name, round_))
         if len(trained) == 4:
             signal.raise_signal(signal.SIGTERM)
-        return whole(bench, device, offer, round_)
+        return train(bench, device, offer, round_)
 
     out, arguments = tmp_path / "out", ["--config", config(), "--rounds", "3", "--out"]
     with pytest.MonkeyPatch.context() as patch:
@@ -137,8 +137,8 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
     assert "yard: continues after round 1 of 3\n" in capsys.readouterr().err
     assert [r for _, r in trained].count(1) == 2
     assert main([*arguments, str(tmp_path / "whole")]) == ExitCode.OK
-    run, other = (Record.load(f / "metrics.json") for f in (out, tmp_path / "whole"))
-    assert run == other
+    run, uninterrupted = (Record.load(f / "metrics.json") for f in (out, tmp_path / "whole"))
+    assert run == uninterrupted
 
 
 @pytest.mark.parametrize(("line", "devices"), [("devices = 1\n", 1), ("devices = 5\n", 2)])
@@ -181,13 +181,13 @@ def test_what_is_wrong_is_named(config, tmp_path, capsys, old, new, code, named)
 
 
 def test_data_that_the_model_cannot_take_is_named_before_the_first_round(config, tmp_path, capsys):
-    file, out, said = config(), tmp_path / "out", "shape of one sample: "
+    file, out, message = config(), tmp_path / "out", "shape of one sample: "
     with np.load(tmp_path / "dock.npz") as hand:
         x, y = hand["x_train"].transpose(0, 2, 3, 1), hand["y_train"]
     np.savez(tmp_path / "dock.npz", x=x, y=y)
     assert main(["--config", file, "--out", str(out)]) == ExitCode.DATA
     err = capsys.readouterr().err
-    assert f"devices[1].data: {tmp_path / 'dock.npz'}: {said}" in err
+    assert f"devices[1].data: {tmp_path / 'dock.npz'}: {message}" in err
     assert err.count("\n") == 1
     assert not out.exists()
     np.savez(tmp_path / "all.npz", x=x, y=y)
@@ -195,7 +195,7 @@ def test_data_that_the_model_cannot_take_is_named_before_the_first_round(config,
         '[data]\nsource = "all.npz"\ndevices = 3\npartition = "iid"\n[[devices]]\nprofile = "jetson-orin-nano"\n'
     )
     assert main(["--config", config(dealt), "--out", str(out)]) == ExitCode.DATA
-    assert f"fleet.toml: data.device-000: {said}" in capsys.readouterr().err
+    assert f"fleet.toml: data.device-000: {message}" in capsys.readouterr().err
 
 
 def test_a_device_that_is_lost_on_the_way_is_told_of(config, tmp_path, capsys):
@@ -203,10 +203,10 @@ def test_a_device_that_is_lost_on_the_way_is_told_of(config, tmp_path, capsys):
     with np.load(tmp_path / "dock.npz") as hand:
         np.savez(tmp_path / "dock.npz", **{**hand, "x_train": hand["x_train"] * np.float32(1e30)})
     assert main(["--config", file, "--out", str(tmp_path / "out")]) == ExitCode.OK
-    said = capsys.readouterr()
-    assert said.err.count("device dock refuses round ") == 2
-    assert "\ndock: " in said.out
-    assert "barn:" not in said.out
+    printed = capsys.readouterr()
+    assert printed.err.count("device dock refuses round ") == 2
+    assert "\ndock: " in printed.out
+    assert "barn:" not in printed.out
     assert Record.load(tmp_path / "out" / "metrics.json").devices[1].missed == 2
 
 

@@ -14,20 +14,20 @@ from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state_option import STATE_VARIABLE
 
-OTHERWISE = {"alerts", "run", "config", "restore"}
+OTHER_COMMANDS = {"alerts", "run", "config", "restore"}
 """Commands that read settings in layers or make a new folder."""
 
 
 def defaults() -> dict[str, object]:
-    def found(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, object]]:
+    def default_states(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, object]]:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 for inner, choice in action.choices.items():
-                    yield from found(f"{name} {inner}".strip(), choice)
-            elif "--state" in action.option_strings and name.split()[0] not in OTHERWISE:
+                    yield from default_states(f"{name} {inner}".strip(), choice)
+            elif "--state" in action.option_strings and name.split()[0] not in OTHER_COMMANDS:
                 yield name, action.default
 
-    return dict(found("", build_parser()))
+    return dict(default_states("", build_parser()))
 
 
 def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(

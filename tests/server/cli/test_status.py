@@ -124,10 +124,10 @@ def test_a_free_board_of_two_jobs_is_told_from_a_dead_one(
         main(["status", "--json", "--state", str(fleet_state)])
     text, _, body = capsys.readouterr().out.partition("\n{\n")
     lines = text.partition("job other")[2].splitlines()
-    seen = [line.partition(": ")[2].partition(",")[0] for line in lines if line.startswith("  device")]
-    assert seen == ["at work for other", "free", "offline"]
-    other = json.loads("{" + body)["jobs"][0]["devices"]
-    assert [(d["online"], d["job"]) for d in other] == [(True, "other"), (True, None), (False, None)]
+    activities = [line.partition(": ")[2].partition(",")[0] for line in lines if line.startswith("  device")]
+    assert activities == ["at work for other", "free", "offline"]
+    other_devices = json.loads("{" + body)["jobs"][0]["devices"]
+    assert [(d["online"], d["job"]) for d in other_devices] == [(True, "other"), (True, None), (False, None)]
 
 
 def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
@@ -182,9 +182,9 @@ def test_a_private_job_says_what_it_has_cost_whom(
         state.devices["good"].releases = {"2.0": 4}
         storage.put_settings({"job": job.to_dict(), "name": "n"})
         storage.save(state, (), 1.0)
-    found = job_status(stopped_state)["privacy"]["epsilon"]
-    assert found["full"] == found["off"] == 0.0
-    assert found["good"] == pytest.approx(4.3772, rel=1e-4)  # one release at multiplier 1
+    epsilon = job_status(stopped_state)["privacy"]["epsilon"]
+    assert epsilon["full"] == epsilon["off"] == 0.0
+    assert epsilon["good"] == pytest.approx(4.3772, rel=1e-4)  # one release at multiplier 1
     assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
     text = capsys.readouterr().out
     assert "  private: ε at most 4.38 (good) at δ 1e-05, budget 9; local noise of 2 times the clip 0.5\n" in text
@@ -195,10 +195,10 @@ def test_a_private_job_says_what_it_has_cost_whom(
 
 
 def test_status_names_the_best_round_beside_the_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    part = {"progress": "folded", "reason": "", "metrics": {"accuracy_before": 0.25, "accuracy_after": 0.5}}
+    device_part = {"progress": "folded", "reason": "", "metrics": {"accuracy_before": 0.25, "accuracy_after": 0.5}}
     scores = [{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.75}, {"accuracy": 0.625}, {}]
     rows = [
-        {"round": n, "at": float(n), "model": f"{n:064}", "metrics": metrics, "devices": {"a": part}}
+        {"round": n, "at": float(n), "model": f"{n:064}", "metrics": metrics, "devices": {"a": device_part}}
         for n, metrics in enumerate(scores, 1)
     ]
     with Storage.open_in(tmp_path) as storage:

@@ -28,8 +28,8 @@ ANYTHING = {"host", "state", "database"}
 def settings() -> list[tuple[str, str]]:
     kinds = {"job": Job, "job.privacy": Privacy, "job.recipe": Recipe, "server": ServerConfig, "alerts": AlertSettings}
     left = {"job", "privacy", "recipe", "alerts"} | FREE
-    found = [(t, f.name) for t, kind in kinds.items() for f in fields(kind) if f.name not in left]  # type: ignore[arg-type]
-    return [(t, k) for t, k in found if t != "server" or k not in TABLE_KEYS]  # which are in tables of their own
+    keys = [(t, f.name) for t, kind in kinds.items() for f in fields(kind) if f.name not in left]  # type: ignore[arg-type]
+    return [(t, k) for t, k in keys if t != "server" or k not in TABLE_KEYS]  # which are in tables of their own
 
 
 @pytest.mark.parametrize(("table", "key"), settings())
@@ -45,7 +45,7 @@ def test_a_wrong_value_is_named_with_the_path_of_its_setting(table: str, key: st
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[server]\nprt = 1\n", "server.prt: unknown key (did you mean 'port'?)"),
         ("[model]\n[sever]\n", "sever: unknown table (did you mean 'server'?)"),
@@ -57,12 +57,12 @@ def test_a_wrong_value_is_named_with_the_path_of_its_setting(table: str, key: st
         ("[job.schedule]\nkind='async'\nwindow_s = 3\n", "job.schedule.window_s: "),
     ],
 )  # fmt: skip
-def test_other_mistakes_are_named_with_theirs(text: str, said: str, tmp_path: Path) -> None:
+def test_other_mistakes_are_named_with_theirs(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         read_config(path)
-    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).startswith(f"{path}: {message}")
 
 
 def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({"FEDPRUNE_SERVER_KEPT": "3"}, "FEDPRUNE_SERVER_KEPT (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
         ({"FEDPRUNE_SEVER_KEEP": "3"}, "FEDPRUNE_SEVER_KEEP (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
@@ -126,12 +126,12 @@ def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
         ({"FEDPRUNE_SERVER_SITE": "a", "FEDPRUNE_SERVER_SITE_FILE": "b"}, "SITE_FILE: expected this or the variable"),
     ],
 )
-def test_a_variable_that_makes_no_sense_is_named(environment: dict[str, str], said: str) -> None:
+def test_a_variable_that_makes_no_sense_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         environment_layer(environment)
     assert str(caught.value).startswith("environment variable FEDPRUNE_")
     assert caught.value.exit_code == ConfigError.exit_code
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["FEDPRUNE_SEVER_SERVICE_HOST", "FEDPRUNE_JOBS_PORT_53_UDP_PROTO", "FEDPRUNE_SEVER"])
@@ -157,15 +157,15 @@ def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("mqtts://ann:se:c@ret@broker:8883", "mqtts://ann:***@broker:8883"),
         ("postgresql+psycopg://ann@db/x?password=secret&sslmode=require", "postgresql+psycopg://ann@db/x?password=***&sslmode=require"),
         ("mqtts://ann@broker", "mqtts://ann@broker"),
     ],
 )  # fmt: skip
-def test_no_password_is_shown(text: str, shown: str) -> None:
-    assert without_secrets(text) == shown
+def test_no_password_is_shown(text: str, expected: str) -> None:
+    assert without_secrets(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,11 +183,11 @@ def test_no_error_has_a_password(environment: dict[str, str]) -> None:
 
 
 def test_every_setting_has_a_variable_of_its_own() -> None:
-    known = setting_variables()
-    paths = {path for path, _ in known.values()}
-    assert len(paths) == len(known)
+    variables = setting_variables()
+    paths = {path for path, _ in variables.values()}
+    assert len(paths) == len(variables)
     assert {(*t.split("."), k) for t, k in settings()} <= paths
-    assert not any(name.endswith("_FILE") for name in known)  # which says where a secret is
-    assert known["FEDPRUNE_SERVER_DATABASE"] == (("server", "database"), True)
-    assert known["FEDPRUNE_MODEL_LOSS"] == (("model", "loss"), True)
-    assert known["FEDPRUNE_JOB_RECIPE_LR"] == (("job", "recipe", "lr"), False)
+    assert not any(name.endswith("_FILE") for name in variables)  # which says where a secret is
+    assert variables["FEDPRUNE_SERVER_DATABASE"] == (("server", "database"), True)
+    assert variables["FEDPRUNE_MODEL_LOSS"] == (("model", "loss"), True)
+    assert variables["FEDPRUNE_JOB_RECIPE_LR"] == (("job", "recipe", "lr"), False)

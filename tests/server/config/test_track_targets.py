@@ -14,14 +14,14 @@ from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_tables
 
 
 def test_each_tracker_may_have_a_destination() -> None:
-    found = track_targets("tensorboard, mlflow:http://here:5000/path,wandb:us/ours", "track")
+    targets = track_targets("tensorboard, mlflow:http://here:5000/path,wandb:us/ours", "track")
 
-    assert found == (
+    assert targets == (
         TrackTarget("tensorboard"),
         TrackTarget("mlflow", "http://here:5000/path"),
         TrackTarget("wandb", "us/ours"),
     )
-    assert [str(target) for target in found] == ["tensorboard", "mlflow:http://here:5000/path", "wandb:us/ours"]
+    assert [str(target) for target in targets] == ["tensorboard", "mlflow:http://here:5000/path", "wandb:us/ours"]
     assert track_targets("off", "track") == ()
 
 

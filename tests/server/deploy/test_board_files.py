@@ -58,7 +58,7 @@ def test_the_board_s_container_runs_the_program_s_command() -> None:
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
 
 
-def started(tmp_path: Path, **environment: str) -> tuple[int, list[str], str]:
+def run_start_script(tmp_path: Path, **environment: str) -> tuple[int, list[str], str]:
     """What balena's start runs: the exit code, the program's arguments, and what it reads on standard input."""
     python = tmp_path / "python3"
     python.write_text(
@@ -66,26 +66,28 @@ def started(tmp_path: Path, **environment: str) -> tuple[int, list[str], str]:
     )
     python.chmod(0o755)
     out = tmp_path / "out"
-    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(out), **environment}
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(out), **environment}
     command = ["sh", str(BALENA / "start.sh")]
-    done = subprocess.run(command, env=given, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     lines = out.read_text().splitlines() if out.exists() else [done.stderr.decode()]
     return done.returncode, lines, out.with_suffix(".in").read_text() if out.exists() else ""
 
 
 def test_balena_s_variables_become_the_program_s_command(tmp_path: Path) -> None:
-    said = {
+    expected = {
         "FEDPRUNE_BROKER": "mqtts://fleet.example",
         "FEDPRUNE_PROFILE": "raspberry-pi-4b",
         "BALENA_DEVICE_UUID": "ab" * 16,
     }
-    code, (device, claim, *words), read = started(tmp_path, **said)
+    code, (device, claim, *words), read = run_start_script(tmp_path, **expected)
     assert (code, device, claim, read) == (0, "ab" * 16, "unset", "")
     assert words[:2] == ["-m", "fedprune_device.cli.main"]
     arguments = build_parser().parse_args(words[2:])
     assert (arguments.profile, arguments.claim) == ("raspberry-pi-4b", None)
     volumes = [text.split(":")[1] for text in bodies()["balena"]["services"]["board"]["volumes"]]
     assert {str(arguments.state), str(Path(arguments.data).parent)} == set(volumes)
-    code, (device, claim, *words), read = started(tmp_path, **said, FEDPRUNE_DEVICE="attic", FEDPRUNE_CLAIM=CLAIM)
+    code, (device, claim, *words), read = run_start_script(
+        tmp_path, **expected, FEDPRUNE_DEVICE="attic", FEDPRUNE_CLAIM=CLAIM
+    )
     assert (code, device, claim, read) == (0, "attic", "unset", f"{CLAIM}\n"), "no claim is in a process list"
     assert build_parser().parse_args(words[2:]).claim == "-"

@@ -16,8 +16,8 @@ TEXT = (ROOT / "docs" / "deploy.md").read_text()
 
 def commands(text: str) -> list[list[str]]:
     """The command lines of fedprune-server, in blocks and in sentences."""
-    found = re.findall(r"fedprune-server ((?:run|init|claim|config|backup|status|check|broker-config) [^`\n]*)", text)
-    return [shlex.split(line.partition("#")[0]) for line in found]
+    matches = re.findall(r"fedprune-server ((?:run|init|claim|config|backup|status|check|broker-config) [^`\n]*)", text)
+    return [shlex.split(line.partition("#")[0]) for line in matches]
 
 
 @pytest.mark.parametrize("words", commands(TEXT), ids=" ".join)

@@ -33,15 +33,15 @@ def manifests() -> dict[tuple[str, str], dict[str, Any]]:
     folder = DEPLOY / "kubernetes"
     body = yaml.safe_load((folder / "kustomization.yaml").read_text())
     names, maps = body["resources"], body["configMapGenerator"]
-    files = {file for made in maps for file in made["files"]}
+    files = {file for config_map in maps for file in config_map["files"]}
     assert {*names, *files, "kustomization.yaml"} == {p.name for p in folder.iterdir()}
-    parts = [p for name in names for p in yaml.safe_load_all((folder / name).read_text())]
-    for made in maps:
-        data = {file: (folder / file).read_text() for file in made["files"]}
-        parts.append({"kind": "ConfigMap", "metadata": {"name": made["name"]}, "data": data})
-    found = {(p["kind"], p["metadata"]["name"]): p for p in parts}
-    assert len(found) == len(parts)
-    return found
+    documents = [p for name in names for p in yaml.safe_load_all((folder / name).read_text())]
+    for config_map in maps:
+        data = {file: (folder / file).read_text() for file in config_map["files"]}
+        documents.append({"kind": "ConfigMap", "metadata": {"name": config_map["name"]}, "data": data})
+    manifest_by_name = {(p["kind"], p["metadata"]["name"]): p for p in documents}
+    assert len(manifest_by_name) == len(documents)
+    return manifest_by_name
 
 
 def pods() -> list[tuple[str, dict[str, Any]]]:
@@ -56,15 +56,15 @@ def containers() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield name, pod, container
 
 
-def check_environment(given: dict[str, str]) -> None:
+def check_environment(environment: dict[str, str]) -> None:
     """Every variable of ours is a setting, or one that the image is told."""
-    ours = {n.removesuffix("_FILE") for n in given if n.startswith("FEDPRUNE_")} - {
+    ours = {n.removesuffix("_FILE") for n in environment if n.startswith("FEDPRUNE_")} - {
         "FEDPRUNE_HOST",
         "FEDPRUNE_SITE",
         PULSE,
     }
     assert ours <= setting_variables().keys()
-    environment_layer({k: v for k, v in given.items() if not k.endswith("_FILE")})
+    environment_layer({k: v for k, v in environment.items() if not k.endswith("_FILE")})
 
 
 def test_the_commands_of_containers_are_commands_of_the_program() -> None:
@@ -100,8 +100,8 @@ def test_a_container_may_do_little() -> None:
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
-        own = container["securityContext"]
-        assert (own["allowPrivilegeEscalation"], own["readOnlyRootFilesystem"], own["capabilities"]) == (
+        security = container["securityContext"]
+        assert (security["allowPrivilegeEscalation"], security["readOnlyRootFilesystem"], security["capabilities"]) == (
             False,
             True,
             {"drop": ["ALL"]},
@@ -112,7 +112,7 @@ def test_a_container_may_do_little() -> None:
         check_environment({e["name"]: e["value"] for e in container.get("env", [])})
 
 
-def kustomized(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def kustomize(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """What kubectl makes of a folder, by kind and name; of a name that a digest makes unique, the name alone."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -121,34 +121,34 @@ def kustomized(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     if "patch.StrategicMerge" in done.stderr:
         pytest.skip("kubectl is older than 1.21, and its kustomize takes no patch with a target")
     assert done.returncode == 0, done.stderr
-    parts = list(yaml.safe_load_all(done.stdout))
-    found = {(p["kind"], re.sub(r"-[a-z0-9]{10}$", "", p["metadata"]["name"])): p for p in parts}
-    assert len(found) == len(parts)
-    return found
+    documents = list(yaml.safe_load_all(done.stdout))
+    manifest_by_name = {(p["kind"], re.sub(r"-[a-z0-9]{10}$", "", p["metadata"]["name"])): p for p in documents}
+    assert len(manifest_by_name) == len(documents)
+    return manifest_by_name
 
 
 def elsewhere(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The page's fleet, whose broker, database and bucket are elsewhere."""
     shutil.copytree(DEPLOY / "kubernetes", folder / "fedprune" / "deploy" / "kubernetes")
-    own = folder / "own"
-    own.mkdir()
+    own_folder = folder / "own"
+    own_folder.mkdir()
     page = (DEPLOY.parent / "docs" / "deploy.md").read_text()
     kustomization, changes = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    (own / "kustomization.yaml").write_text(kustomization)
-    (own / "changes.yaml").write_text(changes)
-    (own / "fleet.toml").write_text('[job]\nname = "leaves"\n')
-    return kustomized(own)
+    (own_folder / "kustomization.yaml").write_text(kustomization)
+    (own_folder / "changes.yaml").write_text(changes)
+    (own_folder / "fleet.toml").write_text('[job]\nname = "leaves"\n')
+    return kustomize(own_folder)
 
 
 @pytest.mark.soak
 def test_kubectl_takes_them() -> None:
-    assert kustomized(DEPLOY / "kubernetes").keys() == manifests().keys()
+    assert kustomize(DEPLOY / "kubernetes").keys() == manifests().keys()
 
 
 @pytest.mark.soak  # its package is of 108 MB
 def test_the_schemas_of_kubernetes_know_every_word(tmp_path: Path) -> None:
     schemas = pytest.importorskip("kubernetes_validate")
-    for manifest in [*kustomized(DEPLOY / "kubernetes").values(), *elsewhere(tmp_path).values()]:
+    for manifest in [*kustomize(DEPLOY / "kubernetes").values(), *elsewhere(tmp_path).values()]:
         for version in ("1.28", schemas.latest_version()):
             schemas.validate(manifest, version, strict=True)
     policy = manifests()["NetworkPolicy", "server"]

@@ -43,13 +43,13 @@ class Lock:
         return TARGETS[[python for python, _ in TARGETS].index(self.oldest) :]
 
 
-def listed() -> tuple[str, ...]:
+def makefile_extras() -> tuple[str, ...]:
     (row,) = re.findall(r"^EXTRAS \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     return tuple(row.split(","))
 
 
 FILES = [
-    Lock(VERSIONS, listed(), hashed=False),
+    Lock(VERSIONS, makefile_extras(), hashed=False),
     Lock(LOCKS / "server.txt", IMAGE, LOCKS / "server.in"),
     Lock(LOCKS / "build.txt", (), LOCKS / "build.in"),
     Lock(BOARD, ("board",), oldest="3.10"),
@@ -80,36 +80,36 @@ def holds(marker: Marker | None, python: str, machine: str, extra: str = "") -> 
 
 def pins(lines: Iterable[str], python: str, machine: str) -> dict[str, str]:
     """Versions by package for a Python and processor; no package has two."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for line in lines:
         pin = Requirement(line.partition(" --hash")[0])
         if holds(pin.marker, python, machine):
             (only,) = pin.specifier
             assert only.operator == "=="
-            assert canonicalize_name(pin.name) not in found, pin.name
-            found[canonicalize_name(pin.name)] = only.version
-    return found
+            assert canonicalize_name(pin.name) not in versions, pin.name
+            versions[canonicalize_name(pin.name)] = only.version
+    return versions
 
 
-def wanted(extras: Sequence[str], python: str, machine: str) -> list[Requirement]:
+def requirements_of(extras: Sequence[str], python: str, machine: str) -> list[Requirement]:
     """What pyproject.toml requires with these extras, those that they name included."""
     project = parse_toml((ROOT / "pyproject.toml").read_text())["project"]
-    found = [Requirement(text) for text in project["dependencies"]]
+    requirements = [Requirement(text) for text in project["dependencies"]]
     for extra in extras:
         for requirement in map(Requirement, project["optional-dependencies"][extra]):
             if requirement.name == "fedprune":
-                found += wanted(sorted(requirement.extras), python, machine)
+                requirements += requirements_of(sorted(requirement.extras), python, machine)
             else:
-                found.append(requirement)
-    return [requirement for requirement in found if holds(requirement.marker, python, machine)]
+                requirements.append(requirement)
+    return [requirement for requirement in requirements if holds(requirement.marker, python, machine)]
 
 
 @every_lock
 def test_a_lock_has_what_is_required(lock: Lock) -> None:
-    given = [Requirement(row) for row in rows(lock.given)] if lock.given else []
+    constraints = [Requirement(row) for row in rows(lock.given)] if lock.given else []
     for target in lock.targets:
         locked = pins(rows(lock.path), *target)
-        required = [*given, *(wanted(lock.extras, *target) if lock.extras else [])]
+        required = [*constraints, *(requirements_of(lock.extras, *target) if lock.extras else [])]
         missing = [r for r in required if not r.specifier.contains(locked.get(canonicalize_name(r.name), "0"))]
         assert len(required) > 2
         assert missing == [], "make pins"
@@ -134,10 +134,10 @@ def test_every_package_of_a_lock_has_a_sha256(lock: Lock) -> None:
 
 def test_the_image_of_a_server_has_the_versions_that_a_release_lists() -> None:
     for target in FILES[0].targets:
-        known = pins(rows(VERSIONS), *target)
-        assert pins(rows(LOCKS / "server.txt"), *target).items() <= known.items(), "make pins"
+        pinned = pins(rows(VERSIONS), *target)
+        assert pins(rows(LOCKS / "server.txt"), *target).items() <= pinned.items(), "make pins"
 
 
 def test_a_release_lists_every_extra_of_users() -> None:
     extras = parse_toml((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(listed()) == extras.keys() - NOT_LISTED
+    assert set(makefile_extras()) == extras.keys() - NOT_LISTED

@@ -35,13 +35,13 @@ from support.processes.postgres import Postgres
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> State:
+def final_state(tmp_path_factory: pytest.TempPathFactory) -> State:
     """What the job ends with."""
     return play_job(tmp_path_factory.mktemp("calm") / "state")
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def job_in_round_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job in its second round, with identity and rollouts."""
     state = tmp_path_factory.mktemp("begun") / "state"
     play_job(state, events=11)
@@ -59,22 +59,22 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def state(begun: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(begun, tmp_path / "state")
+def state(job_in_round_two: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(job_in_round_two, tmp_path / "state")
 
 
-def restored(backup: Path, target: Path, database: str | None = None) -> Path:
+def restore(backup: Path, target: Path, database: str | None = None) -> Path:
     source = Backup(backup)
     source.verify(ignore_progress)
     source.restore(target, database, ignore_progress)
     return target
 
 
-def saved(state: Path) -> State:
+def stored_state(state: Path) -> State:
     with Storage.open_existing(state) as storage:
-        found = storage.load()
-        assert found is not None
-        return found
+        stored = storage.load()
+        assert stored is not None
+        return stored
 
 
 def rows(state: Path) -> tuple[object, ...]:
@@ -101,7 +101,7 @@ def test_operators_come_back_and_nobody_is_logged_in(state: Path, tmp_path: Path
     with ConsoleDatabase(state / CONSOLE):  # a console runs
         back_up(state, tmp_path / "backup", ignore_progress)
     assert not any(b"a digest of a token" in content for content in files(tmp_path / "backup").values())
-    new = restored(tmp_path / "backup", tmp_path / "new")
+    new = restore(tmp_path / "backup", tmp_path / "new")
     assert (new / CONSOLE).stat().st_mode & 0o777 == 0o600
     with ConsoleDatabase(new / CONSOLE) as console:
         assert [(r["name"], r["role"], r["hash"]) for r in console.rows("SELECT * FROM operators")] == [
@@ -114,9 +114,9 @@ def test_operators_come_back_and_nobody_is_logged_in(state: Path, tmp_path: Path
     assert wrong(new) == []
 
 
-def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, finished: State) -> None:
+def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, final_state: State) -> None:
     back_up(state, tmp_path / "backup", ignore_progress)
-    new = restored(tmp_path / "backup", tmp_path / "new")
+    new = restore(tmp_path / "backup", tmp_path / "new")
     assert rows(new) == rows(state)
     assert wrong(new) == []
     for path in (
@@ -131,7 +131,7 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, finishe
     with RolloutStore(new) as rollouts, RolloutStore(state) as old:
         assert rollouts.blobs.names() == old.blobs.names() != []
     end = play_job(new)
-    assert [r["model"] for r in end.history] == [r["model"] for r in finished.history]
+    assert [r["model"] for r in end.history] == [r["model"] for r in final_state.history]
 
 
 def test_further_jobs_are_restored_with_the_first(state: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_nobody_else_can_read_what_is_private(state: Path, tmp_path: Path) -> No
     back_up(state, tmp_path / "backup", ignore_progress)
     assert (tmp_path / "backup").stat().st_mode & 0o777 == 0o700
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "backup" / "files").iterdir()} <= {0o600, 0o644}
-    new = restored(tmp_path / "backup", tmp_path / "new")
+    new = restore(tmp_path / "backup", tmp_path / "new")
     private = [p for p in (new / "identity").iterdir() if p.name != "epoch"]
     for path in (new / DATABASE_FILE, *private):
         assert path.stat().st_mode & 0o777 == 0o600, path
@@ -158,13 +158,13 @@ def test_nobody_else_can_read_what_is_private(state: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("events", range(1, 24, 3))
 def test_a_job_goes_on_to_the_same_models_from_a_backup_of_any_moment(
-    tmp_path: Path, events: int, finished: State
+    tmp_path: Path, events: int, final_state: State
 ) -> None:
     play_job(tmp_path / "state", events=events)
     back_up(tmp_path / "state", tmp_path / "backup", ignore_progress)
-    new = restored(tmp_path / "backup", tmp_path / "new")
+    new = restore(tmp_path / "backup", tmp_path / "new")
     assert wrong(new) == []
-    assert [r["model"] for r in play_job(new).history] == [r["model"] for r in finished.history]
+    assert [r["model"] for r in play_job(new).history] == [r["model"] for r in final_state.history]
 
 
 def test_the_next_backup_adds_what_is_new_and_lets_go_of_what_is_not_needed(state: Path, tmp_path: Path) -> None:
@@ -172,21 +172,21 @@ def test_the_next_backup_adds_what_is_new_and_lets_go_of_what_is_not_needed(stat
     back_up(state, backup, ignore_progress)
     times = {p: p.stat().st_mtime_ns for p in backup.rglob("*") if p.is_file()}
     play_job(state, events=9)
-    made = back_up(state, backup, ignore_progress)
-    kept = [p for p, at in times.items() if p.is_file() and p.stat().st_mtime_ns == at]
-    assert any(p.parent.parent == backup / "blobs" for p in kept)
-    named = {backup / e.backup_path for e in made.entries}
+    manifest = back_up(state, backup, ignore_progress)
+    untouched = [p for p, at in times.items() if p.is_file() and p.stat().st_mtime_ns == at]
+    assert any(p.parent.parent == backup / "blobs" for p in untouched)
+    named = {backup / e.backup_path for e in manifest.entries}
     assert {p for p in backup.rglob("*") if p.is_file()} == named | {backup / "manifest.json", backup / "lock"}
-    assert rows(restored(backup, tmp_path / "new")) == rows(state)
+    assert rows(restore(backup, tmp_path / "new")) == rows(state)
 
 
 def test_what_is_damaged_in_a_backup_is_written_again_by_the_next(state: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    made = back_up(state, backup, ignore_progress)
-    for entry in made.entries:
+    manifest = back_up(state, backup, ignore_progress)
+    for entry in manifest.entries:
         (backup / entry.backup_path).write_bytes(b"x" * entry.size)
     back_up(state, backup, ignore_progress)
-    assert rows(restored(backup, tmp_path / "new")) == rows(state)
+    assert rows(restore(backup, tmp_path / "new")) == rows(state)
 
 
 def test_backups_of_a_job_that_goes_on_are_each_of_one_moment(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_backups_of_a_job_that_goes_on_are_each_of_one_moment(tmp_path: Path) ->
         while not over.is_set() or not number:
             number += 1
             rounds.add(back_up(state, tmp_path / f"backup{number % 2}", ignore_progress).round)
-            new = restored(tmp_path / f"backup{number % 2}", tmp_path / f"new{number}")
+            new = restore(tmp_path / f"backup{number % 2}", tmp_path / f"new{number}")
             assert wrong(new) == []
     finally:
         player.join()
@@ -221,14 +221,14 @@ def dying(work: Callable[[], object], at: int) -> bool:
     if child == 0:
         flush, count = os.fsync, 0
 
-        def counted(descriptor: int) -> None:
+        def flush_or_die(descriptor: int) -> None:
             nonlocal count
             count += 1
             if count == at:
                 os._exit(9)
             flush(descriptor)
 
-        os.fsync = counted
+        os.fsync = flush_or_die
         try:
             work()
         except BaseException:  # noqa: BLE001 - the child of a test must not continue as one
@@ -246,21 +246,21 @@ def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path:
     play_job(state, events=9)
     after, at = rows(state), 1
     assert before != after
-    kept = tmp_path / "kept"
-    shutil.copytree(backup, kept)
+    copy = tmp_path / "kept"
+    shutil.copytree(backup, copy)
     while dying(lambda: back_up(state, backup, ignore_progress), at):
-        assert rows(restored(backup, tmp_path / f"new{at}")) in (before, after)
+        assert rows(restore(backup, tmp_path / f"new{at}")) in (before, after)
         shutil.rmtree(backup)
-        shutil.copytree(kept, backup)
+        shutil.copytree(copy, backup)
         at += 1
     assert at > 20
-    assert rows(restored(backup, tmp_path / "last")) == after
+    assert rows(restore(backup, tmp_path / "last")) == after
 
 
 def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_path: Path) -> None:
     backup, new, at = tmp_path / "backup", tmp_path / "place" / "new", 1
     back_up(state, backup, ignore_progress)
-    while dying(lambda: restored(backup, new), at):
+    while dying(lambda: restore(backup, new), at):
         if new.exists():
             assert rows(new) == rows(state)
             shutil.rmtree(new)
@@ -273,11 +273,11 @@ def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_pat
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_backup_is_refused_before_anything_is_written(
-    begun: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    job_in_round_two: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     place = tmp_path_factory.mktemp("damaged")
     backup = place / "backup"
-    back_up(begun, backup, ignore_progress)
+    back_up(job_in_round_two, backup, ignore_progress)
     paths = [p for p in sorted(backup.rglob("*")) if p.is_file() and p.name != "lock"]
     path = data.draw(st.sampled_from(paths))
     raw = bytearray(path.read_bytes())
@@ -291,7 +291,7 @@ def test_a_damaged_backup_is_refused_before_anything_is_written(
         raw[at] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(raw)
     with pytest.raises(StorageError):
-        restored(backup, place / "new")
+        restore(backup, place / "new")
     assert not (place / "new").exists()
 
 
@@ -337,9 +337,9 @@ def test_another_jobs_backup_is_not_replaced(state: Path, tmp_path: Path) -> Non
     backup = tmp_path / "backup"
     back_up(state, backup, ignore_progress)
     with Storage.open_in(state) as storage:
-        known = storage.settings()
-        assert known is not None
-        storage.put_settings(known | {"job": known["job"] | {"name": "other"}})
+        settings = storage.settings()
+        assert settings is not None
+        storage.put_settings(settings | {"job": settings["job"] | {"name": "other"}})
     with pytest.raises(ConfigError, match="another job, job"):
         back_up(state, backup, ignore_progress)
 
@@ -369,7 +369,7 @@ def test_what_is_no_manifest_is_an_error(raw: bytes) -> None:
 def test_a_damaged_blob_is_not_backed_up(state: Path, tmp_path: Path) -> None:
     back_up(state, tmp_path / "backup", ignore_progress)
     store = BlobStore(state / BLOBS_FOLDER)
-    path = store.path(saved(state).model)
+    path = store.path(stored_state(state).model)
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(StorageError, match="damaged"):
         back_up(state, tmp_path / "other", ignore_progress)
@@ -383,7 +383,7 @@ def test_a_restored_servers_epochs_are_later_than_all_that_the_old_one_used(stat
     back_up(state, tmp_path / "backup", ignore_progress)
     with IdentityFolder(state) as old:
         used = [old.epochs.next() for _ in range(600)]
-    new = restored(tmp_path / "backup", tmp_path / "new")
+    new = restore(tmp_path / "backup", tmp_path / "new")
     with IdentityFolder(new) as identity:
         assert identity.epochs.next() > max(used)
 
@@ -392,7 +392,7 @@ def test_a_restored_servers_epochs_are_later_than_all_that_the_old_one_used(stat
 
 
 @pytest.mark.postgresql
-def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, finished: State) -> None:
+def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, final_state: State) -> None:
     here = tmp_path / "state"
     play_job(here, events=7)
     with IdentityFolder.make(here, "default") as identity:
@@ -400,19 +400,19 @@ def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, finis
         identity.store.store_answer("aa", "attic", b"the first")
     back_up(here, tmp_path / "one", ignore_progress)
     url = postgres.database()
-    there = restored(tmp_path / "one", tmp_path / "there", url)
+    there = restore(tmp_path / "one", tmp_path / "there", url)
     assert not (there / DATABASE_FILE).exists()
     assert rows(there) == rows(here)
     with IdentityFolder(there) as identity:
         identity.store.store_answer("bb", "attic", b"the second")  # under a number that is free
     play_job(there, events=6)
     back_up(there, tmp_path / "two", ignore_progress)
-    back = restored(tmp_path / "two", tmp_path / "back")
+    back = restore(tmp_path / "two", tmp_path / "back")
     assert rows(back) == rows(there)
     with IdentityFolder(back) as identity:
         assert identity.store.members() == {"attic": "ab" * 32}
         assert [identity.store.stored_answer(name) for name in ("aa", "bb")] == [b"the first", b"the second"]
-    assert [r["model"] for r in play_job(back).history] == [r["model"] for r in finished.history]
+    assert [r["model"] for r in play_job(back).history] == [r["model"] for r in final_state.history]
     with pytest.raises(ConfigError, match="holds a job already"):
-        restored(tmp_path / "two", tmp_path / "other", url)
+        restore(tmp_path / "two", tmp_path / "other", url)
     assert not (tmp_path / "other").exists()

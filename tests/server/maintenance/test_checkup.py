@@ -30,7 +30,7 @@ from support.processes.postgres import Postgres
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job in its third round, with identity and rollouts."""
     state = tmp_path_factory.mktemp("kept") / "state"
     play_job(state, events=17)
@@ -41,23 +41,23 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def state(kept: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(kept, tmp_path / "state")
+def state(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "state")
 
 
 def run(*arguments: object) -> int:
     return main(["check", *map(str, arguments)])
 
 
-def found(state: Path, *, running: bool = False) -> list[Finding]:
+def findings_of(state: Path, *, running: bool = False) -> list[Finding]:
     return list(check_state(state, ignore_progress, running=running))
 
 
 def wrong(state: Path) -> list[str]:
-    return [f.message for f in found(state) if f.severity is Severity.WRONG]
+    return [f.message for f in findings_of(state) if f.severity is Severity.WRONG]
 
 
-def saved(state: Path) -> tuple[str, dict[str, str]]:
+def model_and_references(state: Path) -> tuple[str, dict[str, str]]:
     """Of all that is there, the state, and the digests of the blobs that it refers to."""
     with Storage.open_existing(state) as storage:
         loaded = storage.load()
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_healthy_folder_has_nothing_and_nothing_is_written(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(state)
-    assert found(state) == []
+    assert findings_of(state) == []
     assert run("--state", state) == ExitCode.OK
     assert capsys.readouterr().out == f"{state}: all that its job needs is there and whole\n"
     after = contents(state)
@@ -87,8 +87,8 @@ def test_a_healthy_folder_has_nothing_and_nothing_is_written(state: Path, capsys
 )
 def test_a_job_is_healthy_after_each_of_its_events(tmp_path: Path, events: int) -> None:
     play_job(tmp_path / "state", events=events)
-    assert [f for f in found(tmp_path / "state") if f.severity is Severity.WRONG] == []
-    assert not any("log" in f.message for f in found(tmp_path / "state"))
+    assert [f for f in findings_of(tmp_path / "state") if f.severity is Severity.WRONG] == []
+    assert not any("log" in f.message for f in findings_of(tmp_path / "state"))
     play_job(tmp_path / "state")
     assert wrong(tmp_path / "state") == []
 
@@ -98,8 +98,8 @@ def test_a_folder_whose_database_is_elsewhere_is_checked_too(tmp_path: Path, pos
     database = postgres.database()
     play_job(tmp_path / "state", events=9, database=database)
     play_job(tmp_path / "state", events=0, database=database)
-    assert found(tmp_path / "state") == []
-    BlobStore(tmp_path / "state" / BLOBS_FOLDER).delete(saved(tmp_path / "state")[0])
+    assert findings_of(tmp_path / "state") == []
+    BlobStore(tmp_path / "state" / BLOBS_FOLDER).delete(model_and_references(tmp_path / "state")[0])
     assert len(wrong(tmp_path / "state")) == 1
 
 
@@ -131,7 +131,10 @@ LOG_SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "model blob gone": (lambda s: BlobStore(s / BLOBS_FOLDER).delete(saved(s)[0]), "blob [0-9a-f]{64} is missing"),
+    "model blob gone": (
+        lambda s: BlobStore(s / BLOBS_FOLDER).delete(model_and_references(s)[0]),
+        "blob [0-9a-f]{64} is missing",
+    ),
     "model file damaged": (lambda s: flip(s / "model.onnx"), r"model\.onnx is damaged"),
     "a participant gone": (
         lambda s: edit(
@@ -171,7 +174,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_an_identity_lacks_is_named_with_what_to_do(state: Path, name: str, advice: str) -> None:
     (state / "identity" / name).unlink()
     before = contents(state)
-    lines = [str(f) for f in found(state) if f.severity is Severity.WRONG]
+    lines = [str(f) for f in findings_of(state) if f.severity is Severity.WRONG]
     assert len(lines) == 1
     assert re.search(rf"/{re.escape(name)} is missing\. .*{advice}", lines[0])
     assert {k for k in contents(state) if k.startswith("identity")} == {k for k in before if k.startswith("identity")}
@@ -216,7 +219,7 @@ def test_what_is_wrong_is_named(state: Path, name: str, capsys: pytest.CaptureFi
 def test_a_log_that_leads_elsewhere_is_noted(state: Path, name: str) -> None:
     spoil, words = LOG_SPOILS[name]
     spoil(state)
-    assert [f.severity for f in found(state) if re.search(words, f.message)] == [Severity.NOTE]
+    assert [f.severity for f in findings_of(state) if re.search(words, f.message)] == [Severity.NOTE]
 
 
 def test_a_damaged_database_is_one_error(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,8 +245,8 @@ def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path)
     lonely.parent.mkdir(exist_ok=True)
     lonely.with_name(lonely.name + TABLE_SUFFIX).write_bytes(b"x" * 32)
     (store.root / "notes.txt").write_text("mine")
-    before, needed = contents(state / BLOBS_FOLDER), saved(state)[1]
-    texts = " ".join(f.message for f in found(state))
+    before, needed = contents(state / BLOBS_FOLDER), model_and_references(state)[1]
+    texts = " ".join(f.message for f in findings_of(state))
     for words in (
         "what nothing refers to",
         "without a blob",
@@ -258,7 +261,7 @@ def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path)
     assert not store.has(orphan)
     assert (store.root / "notes.txt").exists()
     assert needed.keys() <= set(store.names())
-    assert [f.message for f in found(state) if "notes" not in f.message] == []
+    assert [f.message for f in findings_of(state) if "notes" not in f.message] == []
 
 
 def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
@@ -266,7 +269,7 @@ def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
 ) -> None:
     with StateFolder(state) as folder:
         folder.store.put(b"not yet saved")
-        assert found(state, running=True) == []
+        assert findings_of(state, running=True) == []
         assert run("--state", state) == ExitCode.OK
         assert run("--state", state, "--repair") == ExitCode.STORAGE
         assert "another server runs" in capsys.readouterr().err
@@ -275,10 +278,10 @@ def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_what_is_lost(
-    kept: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    original: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    state = shutil.copytree(kept, tmp_path_factory.mktemp("copy") / "state")
-    store, whole = BlobStore(state / BLOBS_FOLDER), BlobStore(kept / BLOBS_FOLDER)
+    state = shutil.copytree(original, tmp_path_factory.mktemp("copy") / "state")
+    store, intact = BlobStore(state / BLOBS_FOLDER), BlobStore(original / BLOBS_FOLDER)
     files = sorted(p for p in store.root.glob("??/*"))
     for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=4, unique=True)):
         if data.draw(st.booleans()):
@@ -287,16 +290,16 @@ def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_w
             path.write_bytes(path.read_bytes()[:-1])
         else:
             path.unlink()
-    needed = set(saved(state)[1])
+    needed = set(model_and_references(state)[1])
     hurt = {d for d in needed if not readable(store, d)}
-    named = {f.blob for f in found(state) if f.severity is Severity.WRONG}
+    named = {f.blob for f in findings_of(state) if f.severity is Severity.WRONG}
     assert hurt <= named
     assert run("--state", state, "--repair") == (ExitCode.STORAGE if hurt else ExitCode.OK)
     assert {d for d in needed if readable(store, d)} == needed - hurt
-    assert run("--state", state, "--repair", "--from", kept) == ExitCode.OK
+    assert run("--state", state, "--repair", "--from", original) == ExitCode.OK
     for digest in needed:
-        assert store.read(digest) == whole.read(digest)
-        assert store.ref(digest) == whole.ref(digest)
+        assert store.read(digest) == intact.read(digest)
+        assert store.ref(digest) == intact.ref(digest)
     with StateFolder(state) as folder:
         assert folder.storage.load() is not None
 

@@ -56,8 +56,8 @@ def board(**values: Any) -> JobDevice:
     return JobDevice(**{**usual, **values})
 
 
-def row(number: int, parts: dict[str, tuple[str, str, str]], **metrics: float) -> dict[str, Any]:
-    devices = {n: {"progress": p, "reason": r, "kind": k, "metrics": {}} for n, (p, r, k) in parts.items()}
+def row(number: int, parts_by_device: dict[str, tuple[str, str, str]], **metrics: float) -> dict[str, Any]:
+    devices = {n: {"progress": p, "reason": r, "kind": k, "metrics": {}} for n, (p, r, k) in parts_by_device.items()}
     return {"round": number, "at": NOW, "model": "0" * 64, "metrics": metrics, "devices": devices}
 
 
@@ -104,12 +104,12 @@ SICK: dict[str, StoredJob] = {
 
 def found_in(case: StoredJob) -> list[Finding]:
     """The doctor's findings on a job, by its own checks and by the alert rules."""
-    seen = Situation(case.folder, [case.watched_job], case.watched_job.snapshot.able_devices, case.is_running)
-    return [*job_findings(case), *map(alert_finding, evaluate_alerts(seen, NOW))]
+    situation = Situation(case.folder, [case.watched_job], case.watched_job.snapshot.able_devices, case.is_running)
+    return [*job_findings(case), *map(alert_finding, evaluate_alerts(situation, NOW))]
 
 
-def kinds(found: Iterable[Finding]) -> set[str]:
-    return {a.kind for a in found}
+def kinds(findings: Iterable[Finding]) -> set[str]:
+    return {a.kind for a in findings}
 
 
 def test_a_healthy_job_has_nothing() -> None:
@@ -118,18 +118,18 @@ def test_a_healthy_job_has_nothing() -> None:
 
 @pytest.mark.parametrize("kind", SICK)
 def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
-    found = found_in(SICK[kind])
-    assert [a.kind for a in found] == [kind]
-    assert all(found[0].to_dict().values())
+    findings = found_in(SICK[kind])
+    assert [a.kind for a in findings] == [kind]
+    assert all(findings[0].to_dict().values())
 
 
-def scored(
+def job_of_scores(
     rounds: Iterable[tuple[float, float, float]], metric: str = "accuracy", *, risen: bool = False, **settings: Any
 ) -> StoredJob:
     """A job by the scores of its rounds: the global model's, then means of boards before and after training."""
     history = []
-    for number, (whole, before, after) in enumerate(rounds, 1):
-        scores = {"loss": float(number) if risen else 1.0, metric: whole}
+    for number, (global_score, before, after) in enumerate(rounds, 1):
+        scores = {"loss": float(number) if risen else 1.0, metric: global_score}
         entry = row(number, {"a": ("folded", "", ""), "b": ("folded", "", "")}, samples=9, **scores)
         for name, shift in (("a", 0.01), ("b", -0.01)) if not math.isnan(before) else ():
             entry["devices"][name]["metrics"] = {f"{metric}_before": before + shift, f"{metric}_after": after + shift}
@@ -143,13 +143,13 @@ REGRESSION = {"recipe": Recipe(loss="mse").to_dict()}
 @pytest.mark.parametrize(
     ("case", "cause"),
     [
-        (scored([(0.1, 0.1, 0.11)] * 6), "learn nothing"),
-        (scored([(0.11, 0.1, 0.8)] * 6), "aggregation"),
-        (scored([(4.0, 4.0, 0.5)] * 6, "loss", **REGRESSION), "aggregation"),
-        (scored([(0.1, r / 10, r / 9) for r in range(1, 9)]), "evaluation"),
-        (scored([(0.1, 0.97, 0.98)] * 6), "evaluation"),  # a model that was good when the job began
+        (job_of_scores([(0.1, 0.1, 0.11)] * 6), "learn nothing"),
+        (job_of_scores([(0.11, 0.1, 0.8)] * 6), "aggregation"),
+        (job_of_scores([(4.0, 4.0, 0.5)] * 6, "loss", **REGRESSION), "aggregation"),
+        (job_of_scores([(0.1, r / 10, r / 9) for r in range(1, 9)]), "evaluation"),
+        (job_of_scores([(0.1, 0.97, 0.98)] * 6), "evaluation"),  # a model that was good when the job began
         # Samples on another scale: a lucky round, and a loss that rises because a good model is surely wrong there.
-        (scored([(0.5 if r == 3 else 0.1, r / 10, r / 9) for r in range(1, 10)], risen=True), "evaluation"),
+        (job_of_scores([(0.5 if r == 3 else 0.1, r / 10, r / 9) for r in range(1, 10)], risen=True), "evaluation"),
     ],
 )
 def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: StoredJob, cause: str) -> None:
@@ -161,14 +161,16 @@ def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: StoredJ
 
 
 HEALTHY_SCORES = {
-    "too few rounds": scored([(0.1, 0.1, 0.1)] * 5),
-    "converged far below what is good": scored([(0.3, 0.1, 0.3), *[(0.62, 0.6, 0.7), (0.6, 0.6, 0.7)] * 4]),
-    "converged, by its loss": scored([(max(0.5, 4 / r), 4 / r, 3 / r) for r in range(1, 15)], "loss", **REGRESSION),
-    "boards with few classes score higher": scored(
+    "too few rounds": job_of_scores([(0.1, 0.1, 0.1)] * 5),
+    "converged far below what is good": job_of_scores([(0.3, 0.1, 0.3), *[(0.62, 0.6, 0.7), (0.6, 0.6, 0.7)] * 4]),
+    "converged, by its loss": job_of_scores(
+        [(max(0.5, 4 / r), 4 / r, 3 / r) for r in range(1, 15)], "loss", **REGRESSION
+    ),
+    "boards with few classes score higher": job_of_scores(
         [(min(0.6, 0.2 + r / 10), min(0.85, 0.5 + r / 10), 0.95) for r in range(14)]
     ),
-    "parts stay on the boards": scored([(0.1, 0.9, 0.95)] * 8, strategy="fedper"),
-    "private": scored([(0.1, math.nan, math.nan)] * 8),
+    "parts stay on the boards": job_of_scores([(0.1, 0.9, 0.95)] * 8, strategy="fedper"),
+    "private": job_of_scores([(0.1, math.nan, math.nan)] * 8),
 }
 
 
@@ -198,9 +200,9 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path, "lab") as identity:
         assert look(time.time()) == []
         identity.store.request_approval("pi-1", SigningKey.make().verifying_key.hex, 5)
-        [found] = look(time.time())
-        assert (found.kind, found.device) == ("devices-wait", "pi-1")
-        advice = found.todo[found.todo.index("fedprune-server devices approve") :]
+        [finding] = look(time.time())
+        assert (finding.kind, finding.device) == ("devices-wait", "pi-1")
+        advice = finding.todo[finding.todo.index("fedprune-server devices approve") :]
         assert main(shlex.split(advice)[1:]) == 0  # what it says can be done as it stands
         assert set(identity.store.members()) == {"pi-1"}
     later = time.time() + 300 * 365 * 86_400
@@ -223,9 +225,11 @@ def test_crashes(tmp_path: Path) -> None:
     assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW + 3 * 86_400))) == set()
 
 
-@pytest.mark.parametrize(("running", "answers", "others"), [(True, 1, 0), (True, 2, 1), (False, 1, 1), (False, 0, 0)])
+@pytest.mark.parametrize(
+    ("running", "answers", "wrong_count"), [(True, 1, 0), (True, 2, 1), (False, 1, 1), (False, 0, 0)]
+)
 def test_a_server_on_a_copy_of_this_disk_is_another_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: bool, answers: int, others: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: bool, answers: int, wrong_count: int
 ) -> None:
     class Asking:
         def others(self) -> list[ServerPresence]:
@@ -234,12 +238,12 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
 
     IdentityFolder.make(tmp_path, "lab").close()
     monkeypatch.setattr(doctor, "second_server_guard", lambda *_, **__: nullcontext(Asking()))
-    found = list(
+    findings = list(
         doctor.check_other_servers(
             CheckedSite(folder=tmp_path, settings={"broker": "mqtts://broker.example"}, is_running=running)
         )
     )
-    assert [(f.kind, "copy of this disk" in f.message) for f in found] == [("second-server", True)] * others
+    assert [(f.kind, "copy of this disk" in f.message) for f in findings] == [("second-server", True)] * wrong_count
 
 
 _SERVER = """
@@ -285,14 +289,14 @@ def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path)
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         server = {"broker": f"mqtt://anna:hunter2@127.0.0.1:{port}"}
-        [found] = broker_findings(tmp_path, server)
-        assert found.kind == "broker"
-        assert "hunter2" not in str(found)
-        own = {"broker": "embedded", "port": port}
-        assert kinds(broker_findings(tmp_path, own)) == {"broker"}
-        assert kinds(broker_findings(tmp_path, own, is_running=False)) == set()
+        [finding] = broker_findings(tmp_path, server)
+        assert finding.kind == "broker"
+        assert "hunter2" not in str(finding)
+        embedded = {"broker": "embedded", "port": port}
+        assert kinds(broker_findings(tmp_path, embedded)) == {"broker"}
+        assert kinds(broker_findings(tmp_path, embedded, is_running=False)) == set()
         listening.listen()
-        assert kinds(broker_findings(tmp_path, own)) == set()
+        assert kinds(broker_findings(tmp_path, embedded)) == set()
         assert kinds(broker_findings(tmp_path, server, timeout_s=0.3)) == {"broker"}
 
 
@@ -347,7 +351,7 @@ def test_the_command_says_what_why_and_what_to_do(folder: Path, capsys: pytest.C
 def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(turned_at: float) -> list[str]:
+    def finding_kinds(turned_at: float) -> list[str]:
         alert = Alert("no-progress", "critical", turned_at, "nothing comes", "why", "todo", job="leaves")
         (folder / ALERTS_FILE).write_text(json.dumps({"turned_at": turned_at, "alerts": [asdict(alert)]}))
         assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
@@ -355,14 +359,14 @@ def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
 
     with running(folder):
         (folder / "quarantine.json").write_text(json.dumps({"a": {"until": time.time() + 50, "reason": "too many"}}))
-        assert told(time.time()) == ["quarantine", "no-progress"]
+        assert finding_kinds(time.time()) == ["quarantine", "no-progress"]
         (folder / "quarantine.json").unlink()
-        assert told(time.time() - 100) == ["server-hangs", "no-progress"]
+        assert finding_kinds(time.time() - 100) == ["server-hangs", "no-progress"]
         assert main(["status", "--state", str(folder)]) == ExitCode.OK
-        shown = capsys.readouterr().out
-        assert "critical: nothing comes. To do: todo" in shown
-        assert "the server's loop has not turned for" in shown
-    assert told(time.time() - 100) == ["server-not-running"], "what a dead server had open is past"
+        output = capsys.readouterr().out
+        assert "critical: nothing comes. To do: todo" in output
+        assert "the server's loop has not turned for" in output
+    assert finding_kinds(time.time() - 100) == ["server-not-running"], "what a dead server had open is past"
     assert main(["status", "--state", str(folder), "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["alerts"] == []
 
@@ -376,9 +380,9 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
     before = [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
     (folder / "database").write_text("postgresql+psycopg://fedprune@127.0.0.1:1/none\n")  # where nobody listens
     assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
-    found = json.loads(capsys.readouterr().out)["findings"]
-    assert [f["kind"] for f in found].count("database") == 1
-    assert {f["kind"] for f in found} - {"database"} <= set(before)
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [f["kind"] for f in findings].count("database") == 1
+    assert {f["kind"] for f in findings} - {"database"} <= set(before)
 
 
 HOLDER = """

@@ -17,7 +17,7 @@ from support.fakes.opened_job import open_job
 from support.fakes.recorded_job import JOB, play_job
 
 
-def ordered(state: Path, database: str | None, *, paused: bool) -> None:
+def die_after_order(state: Path, database: str | None, *, paused: bool) -> None:
     """A server that is told to pause, or to go on, and is killed once that is on the disk."""
     with StateFolder(state, database) as folder:
         opened = open_job(folder, ServerConfig(job=JOB))
@@ -37,12 +37,12 @@ def test_a_pause_survives_restarts_and_the_log_leads_to_it(
     calm = play_job(tmp_path / "calm" / "state")
     state = tmp_path / "state"
     play_job(state, events=9, database=database)
-    ordered(state, database, paused=True)
+    die_after_order(state, database, paused=True)
     for _ in range(2):  # whatever comes, and whenever it is started again
-        held = play_job(state, database=database)
-        assert (held.paused, held.phase) == (True, Phase.WAITING)
-        assert len(held.history) < JOB.rounds
-    ordered(state, database, paused=False)
+        paused_state = play_job(state, database=database)
+        assert (paused_state.paused, paused_state.phase) == (True, Phase.WAITING)
+        assert len(paused_state.history) < JOB.rounds
+    die_after_order(state, database, paused=False)
     end = play_job(state, database=database)
     assert (end.paused, end.phase) == (False, Phase.FINISHED)
     assert [r["model"] for r in end.history] == [r["model"] for r in calm.history]

@@ -14,7 +14,7 @@ from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
 @pytest.fixture
-def played() -> Callable[[Observer], State]:
+def play_two_rounds() -> Callable[[Observer], State]:
     """Lets somebody look on while a job gets into its second round, a second for each event."""
 
     def play(observer: Observer) -> State:

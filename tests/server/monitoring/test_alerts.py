@@ -91,12 +91,12 @@ def without_a(kind: str) -> Situation:
 
 
 @pytest.mark.parametrize(
-    "seen",
+    "situation",
     [with_job(0), with_job(0, known_devices=0), with_job(1, phase=Phase.WAITING, counted={"away_boards": ["b"]})],
 )
-def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Situation) -> None:
+def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(situation: Situation) -> None:
     assert [
-        a.kind for a in evaluate_alerts(replace(seen, broker_problem="there is no connection to the broker"), NOW)
+        a.kind for a in evaluate_alerts(replace(situation, broker_problem="there is no connection to the broker"), NOW)
     ] == ["broker"]
 
 
@@ -156,13 +156,13 @@ CASES: dict[str, tuple[Situation, str, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_trouble_is_one_alert_with_a_remedy(case: str) -> None:
-    seen, kind, severity = CASES[case]
-    (found,) = evaluate_alerts(seen, NOW)
-    assert (found.kind, found.severity) == (kind, severity)
+    situation, kind, severity = CASES[case]
+    (alert,) = evaluate_alerts(situation, NOW)
+    assert (alert.kind, alert.severity) == (kind, severity)
     assert severity in ALERT_SEVERITIES[kind]
-    assert all((found.what, found.why, found.todo))
-    assert found.delay_s <= LEAVES.deadline_s / 2
-    assert found.since <= NOW
+    assert all((alert.what, alert.why, alert.todo))
+    assert alert.delay_s <= LEAVES.deadline_s / 2
+    assert alert.since <= NOW
 
 
 def test_every_kind_is_tried() -> None:
@@ -203,11 +203,11 @@ FLEET = FleetSnapshot(connected_devices=("a", "c"))
 def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(tmp_path: Path) -> None:
     now = [NOW]
     # c is at another job, d was revoked
-    seen = replace(SEEN, devices=boards("a", "bcd"), revoked_devices=("d",), fleet=FLEET)
+    snapshot = replace(SEEN, devices=boards("a", "bcd"), revoked_devices=("d",), fleet=FLEET)
 
-    def away(rounds: int, seen: JobSnapshot = seen, *events: Any) -> dict[str | None, float]:
+    def away(rounds: int, snapshot: JobSnapshot = snapshot, *events: Any) -> dict[str | None, float]:
         now[0] += 60
-        show(monitor, *events, *[ROUND] * rounds, seen=seen)
+        show(monitor, *events, *[ROUND] * rounds, seen=snapshot)
         return {a.device: a.since for a in monitor.book.open_alerts if a.kind == "device-away"}
 
     monitor = watching(tmp_path, now=lambda: now[0], away_rounds=2)
@@ -215,15 +215,15 @@ def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(
     assert away(1) == {"b": NOW + 60}
     monitor = watching(tmp_path, *monitor.book.open_alerts, now=lambda: now[0], away_rounds=2)
     assert away(0) == {"b": NOW + 60}, "a restart doesn't close it"
-    assert away(1, replace(seen, is_paused=True)) == {}
+    assert away(1, replace(snapshot, is_paused=True)) == {}
     assert away(0) == {"b": NOW + 60}
-    assert away(3, replace(seen, devices=boards("ab", "cd")), DevicesChanged(frozenset("b"))) == {}
+    assert away(3, replace(snapshot, devices=boards("ab", "cd")), DevicesChanged(frozenset("b"))) == {}
 
 
 def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
     clones = {"a": "it has two voices", "b": "it has two voices"}
-    seen = replace(SEEN, is_paused=True, revoked_devices=("b",), cloned_devices=clones)
-    assert Participation(seen, 2, {}, lambda: NOW).absences().keys() == {"a"}
+    snapshot = replace(SEEN, is_paused=True, revoked_devices=("b",), cloned_devices=clones)
+    assert Participation(snapshot, 2, {}, lambda: NOW).absences().keys() == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -232,17 +232,17 @@ def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
 )
 def test_a_board_that_others_keep_from_counting_is_not_failing(kind: FailureKind, failing: set[str]) -> None:
     watch = Participation(SEEN, 2, {}, lambda: NOW)
-    part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
+    device_part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
     for number in (1, 2, 3):
-        show(watch, RoundEnded({"round": number, "devices": {"a": part}}), devices=boards("a"))
+        show(watch, RoundEnded({"round": number, "devices": {"a": device_part}}), devices=boards("a"))
     assert watch.absences().keys() == failing
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
-    seen = with_site(disk=(ROOM * 11 // 100, ROOM))
-    assert evaluate_alerts(seen, NOW) == []
+    situation = with_site(disk=(ROOM * 11 // 100, ROOM))
+    assert evaluate_alerts(situation, NOW) == []
     for severity in ("warning", "critical"):
-        opened = replace(seen, open_severities=frozenset({("disk", severity)}))
+        opened = replace(situation, open_severities=frozenset({("disk", severity)}))
         assert [(a.kind, a.severity) for a in evaluate_alerts(opened, NOW)] == [("disk", "warning")]
 
 
@@ -250,20 +250,20 @@ def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
     ("free", "severity"), [(26e9, None), (9e9, "warning"), (1.9e9, "critical"), (11.9e9, "warning")]
 )
 def test_a_small_share_of_a_large_disk_is_room_enough(free: float, severity: str | None) -> None:
-    seen = with_site(disk=(int(free), 2 * 10**12))
+    situation = with_site(disk=(int(free), 2 * 10**12))
     if free == 11.9e9:
-        seen = replace(seen, open_severities=frozenset({("disk", "warning")}))
-    assert [a.severity for a in evaluate_alerts(seen, NOW)] == ([severity] if severity else [])
+        situation = replace(situation, open_severities=frozenset({("disk", "warning")}))
+    assert [a.severity for a in evaluate_alerts(situation, NOW)] == ([severity] if severity else [])
 
 
-def raised(**values: Any) -> Alert:
+def make_alert(**values: Any) -> Alert:
     return Alert(
         **{"kind": "broker", "severity": "critical", "since": NOW, "what": "w", "why": "y", "todo": "t"} | values
     )
 
 
 def test_an_alert_opens_once_and_closes_once_and_does_not_flap() -> None:
-    book, slow = AlertBook(), raised(delay_s=10.0)
+    book, slow = AlertBook(), make_alert(delay_s=10.0)
     opened = [len(book.update([slow], 0.0 + t, NOW + t)) for t in range(12)]
     assert opened == [0] * 10 + [1, 0]
     for t in range(12, 40):  # away for less than its delay, again and again
@@ -276,7 +276,7 @@ def test_an_alert_opens_once_and_closes_once_and_does_not_flap() -> None:
 
 
 def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
-    book, mild, bad = AlertBook(), raised(severity="warning", delay_s=10.0), raised(delay_s=10.0)
+    book, mild, bad = AlertBook(), make_alert(severity="warning", delay_s=10.0), make_alert(delay_s=10.0)
     alerts = [mild] * 20 + [bad] * 20 + [mild] * 20
     changes = [(t, c) for t, alert in enumerate(alerts) for c in book.update([alert], float(t), NOW + t)]
     assert [(t, c.alert.severity, c.closed_at) for t, c in changes] == [
@@ -309,7 +309,7 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
 
 
 def test_the_clock_on_the_wall_may_jump() -> None:
-    book, slow = AlertBook(), raised(delay_s=10.0)
+    book, slow = AlertBook(), make_alert(delay_s=10.0)
     book.update([slow], 0.0, NOW)
     assert book.update([slow], 1.0, NOW + 9 * DAY) == []
     assert len(book.update([slow], 10.0, NOW - 9 * DAY)) == 1
@@ -317,19 +317,19 @@ def test_the_clock_on_the_wall_may_jump() -> None:
 
 def test_many_strangers_hide_nothing_worse() -> None:
     strangers = {f"d{i}": "key" for i in range(MAX_ALERTS_OF_KIND + 9)}
-    found = evaluate_alerts(replace(with_site(waiting_keys=strangers), broker_problem="gone"), NOW)
+    alerts = evaluate_alerts(replace(with_site(waiting_keys=strangers), broker_problem="gone"), NOW)
     book = AlertBook()
-    book.update(found, 0.0, NOW)
-    book.update(found, 60.0, NOW)
+    book.update(alerts, 0.0, NOW)
+    book.update(alerts, 60.0, NOW)
     assert (book.counts()["devices-wait", "warning"], book.counts()["broker", "critical"]) == (MAX_ALERTS_OF_KIND, 1)
 
 
 def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None:
-    left = raised(delay_s=10.0)
+    left = make_alert(delay_s=10.0)
     (tmp_path / ALERTS_FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
     assert read_monitor_record(tmp_path) == MonitorRecord(NOW, [left])
     book = AlertBook([left])
-    assert book.update([raised(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
+    assert book.update([make_alert(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
     assert [a.since for a in book.open_alerts] == [NOW]
     for damaged in ("", "[]", '{"turned_at": 1, "alerts": [{}]}', '{"turned_at": 1, "alerts": [{"kind": "x"}]}'):
         (tmp_path / ALERTS_FILE).write_text(damaged)
@@ -340,7 +340,7 @@ Changes = list[tuple[float, str, bool]]
 """When something opened or closed, in seconds after the trouble; what; and whether it opened."""
 
 
-def alarmed(
+def alert_changes(
     folder: Path, act: Callable[[Fleet], None], then: Callable[[Fleet, float], None] | None = None, kind: str = "sync"
 ) -> Changes:
     """What a server reports of a fleet in memory, for 200 s of virtual time after something happens to it.
@@ -356,7 +356,7 @@ def alarmed(
     changes: Changes = []
     kinds: set[str] = set()
 
-    def note(seen: JobSnapshot, what: object) -> None:
+    def note(snapshot: JobSnapshot, what: object) -> None:
         if isinstance(what, RoundEnded) and what.summary["round"] == 3:
             began_at.append(fleet.air.now)
             act(fleet)
@@ -403,7 +403,7 @@ def test_boards_that_all_die_are_told_within_a_deadline_and_so_is_their_return(
             device.session += 1
             device.send_birth()
 
-    changes = alarmed(tmp_path, die, come_back)
+    changes = alert_changes(tmp_path, die, come_back)
     opened = {kind: at for at, kind, is_open in changes if is_open}
     closed = {kind: at for at, kind, is_open in changes if not is_open}
     assert {"no-devices"} <= set(opened) == set(closed)
@@ -426,7 +426,7 @@ def test_boards_that_bring_nothing_are_told_after_a_deadline(tmp_path: Path, kin
             device.silent = False
             device.send_birth()
 
-    changes = [c for c in alarmed(tmp_path, fall_silent, speak, kind=kind) if c[1] != "device-failing"]
+    changes = [c for c in alert_changes(tmp_path, fall_silent, speak, kind=kind) if c[1] != "device-failing"]
     assert [(what, is_open) for _, what, is_open in changes] == [("no-progress", True), ("no-progress", False)]
     assert 30 <= changes[0][0] <= 32
     assert 100 <= changes[1][0] <= 132
@@ -439,7 +439,7 @@ def test_a_round_that_all_boards_refuse_is_told_at_once(tmp_path: Path) -> None:
                 Refusal(name, offer.job, offer.round, offer.attempt, "no room", 30)
             )
 
-    changes = alarmed(tmp_path, refuse)
+    changes = alert_changes(tmp_path, refuse)
     assert changes[0][1:] == ("no-progress", True)
     assert changes[0][0] < 15
 
@@ -448,7 +448,7 @@ def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
     def poison(fleet: Fleet) -> None:
         fleet.worker.poison = set(fleet.air.devices)
 
-    changes = alarmed(tmp_path, poison)
+    changes = alert_changes(tmp_path, poison)
     assert [(kind, is_open) for _, kind, is_open in changes][:1] == [("no-progress", True)]
 
 
@@ -488,16 +488,16 @@ def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
 
 
 def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_over(tmp_path: Path, disk: Disk) -> None:
-    disk.free, now, seen = 0.05, [0.0], replace(SEEN, fleet=FleetSnapshot())
+    disk.free, now, snapshot = 0.05, [0.0], replace(SEEN, fleet=FleetSnapshot())
     monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
-    show(monitor, seen=seen)
-    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=seen)):
+    show(monitor, seen=snapshot)
+    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=snapshot)):
         for now[0] in (1.0, 12.0):
             call_wait_hook("the database is locked by process 7")
     assert kinds_of(monitor) == {"database-waits", "disk"}
     disk.free = 0.0
-    show(monitor, ServerEnding(), seen=seen)
+    show(monitor, ServerEnding(), seen=snapshot)
     monitor.close()
     assert {(a.kind, a.severity) for a in monitor.book.open_alerts} == {
         ("database-waits", "critical"),
@@ -506,30 +506,30 @@ def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_ov
 
     monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
-    show(monitor, seen=seen)
+    show(monitor, seen=snapshot)
     monitor.close()
     assert kinds_of(monitor) == {"disk"}
 
 
 def test_alerts_about_a_job_are_over_when_it_is_finished_though_the_server_ends_at_once(tmp_path: Path) -> None:
-    monitor, seen = watching(tmp_path, now=lambda: 10.0), replace(SEEN, fleet=FleetSnapshot())
-    show(monitor, SendOffer("a", 1, 1, {}), at=10.0, seen=seen)
-    show(monitor, Ticked(), Finish("m"), at=1e6, seen=seen)
+    monitor, snapshot = watching(tmp_path, now=lambda: 10.0), replace(SEEN, fleet=FleetSnapshot())
+    show(monitor, SendOffer("a", 1, 1, {}), at=10.0, seen=snapshot)
+    show(monitor, Ticked(), Finish("m"), at=1e6, seen=snapshot)
     assert kinds_of(monitor) == {"no-progress"}
-    show(monitor, Finish("m"), seen=seen, phase=Phase.FINISHED)
-    show(monitor, ServerEnding(), seen=seen, phase=Phase.FINISHED)
+    show(monitor, Finish("m"), seen=snapshot, phase=Phase.FINISHED)
+    show(monitor, ServerEnding(), seen=snapshot, phase=Phase.FINISHED)
     assert kinds_of(monitor) == set()
 
 
 def test_a_start_closes_no_alert_that_only_its_last_run_had_counted_before_a_round_has_ended(tmp_path: Path) -> None:
     stuck = Alert("no-progress", "critical", NOW, "nothing comes", "why", "todo", job=JOB.name)
-    now, seen = [0.0], replace(SEEN, fleet=FleetSnapshot())
+    now, snapshot = [0.0], replace(SEEN, fleet=FleetSnapshot())
     monitor = watching(tmp_path, stuck, now=lambda: now[0])
     monitor.read_site()
-    show(monitor, seen=seen)
+    show(monitor, seen=snapshot)
     assert kinds_of(monitor) == {"no-progress"}
     now[0] += 1
-    show(monitor, ROUND, seen=seen)
+    show(monitor, ROUND, seen=snapshot)
     assert kinds_of(monitor) == set()
 
 
@@ -559,18 +559,18 @@ def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Pa
 
 
 def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
-    now, seen = [0.0], replace(SEEN, fleet=FleetSnapshot())
+    now, snapshot = [0.0], replace(SEEN, fleet=FleetSnapshot())
     monitor = watching(tmp_path, now=lambda: now[0])
-    show(monitor, seen=seen)
+    show(monitor, seen=snapshot)
     now[0] = 59.0
     assert not monitor.hangs
     assert monitor.open_alerts() == []
     now[0] = 61.0
     assert [a.kind for a in monitor.open_alerts()] == ["server-hangs"]
-    show(monitor, seen=seen)
+    show(monitor, seen=snapshot)
     assert monitor.open_alerts() == []
     now[0] = 130.0
-    show(monitor, LoopBlocked(), seen=seen)  # for its database, or a lock
+    show(monitor, LoopBlocked(), seen=snapshot)  # for its database, or a lock
     assert monitor.open_alerts() == []
 
 
@@ -578,13 +578,13 @@ def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) ->
 def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
     tmp_path: Path, connected: bool, able: int
 ) -> None:
-    now, seen = [0.0], replace(SEEN, able_devices=able, fleet=FleetSnapshot(broker_connected=connected))
+    now, snapshot = [0.0], replace(SEEN, able_devices=able, fleet=FleetSnapshot(broker_connected=connected))
     monitor = watching(tmp_path, now=lambda: now[0])
     for now[0] in (0.0, 8.0) if connected else (0.0, 16.0):
-        show(monitor, seen=seen)
+        show(monitor, seen=snapshot)
     before = [] if connected else ["broker"]
     assert [a.kind for a in monitor.book.open_alerts] == before
-    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=seen)):
+    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=snapshot)):
         for now[0] in (17.0, 28.0, 60.0):
             call_wait_hook("the database is locked by process 7")
     assert [a.kind for a in monitor.book.open_alerts] == [*before, "database-waits"]

@@ -57,17 +57,17 @@ def values(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], fl
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
 
 
-def test_a_played_job_is_counted(played: Callable[[Observer], State], tmp_path: Path) -> None:
+def test_a_played_job_is_counted(play_two_rounds: Callable[[Observer], State], tmp_path: Path) -> None:
     (tmp_path / "blobs" / "ab").mkdir(parents=True)
     (tmp_path / "blobs" / "ab" / "abc").write_bytes(bytes(123))
     metrics = Metrics(tmp_path, lambda: {("quarantine", "warning"): 3, ("broker", "critical"): 0}, Steps())
-    state = played(metrics)
+    state = play_two_rounds(metrics)
     show(metrics, TurnSaved(0.01), TurnEnded(0.02), at=2000.0)
-    found = values(metrics)
+    metric_values = values(metrics)
     job = ("job", "toy")
 
     def value(name: str, **labels: str) -> float:
-        return found[f"fedprune_{name}", tuple(sorted([job, *labels.items()]))]
+        return metric_values[f"fedprune_{name}", tuple(sorted([job, *labels.items()]))]
 
     counted = sum(p["progress"] == "folded" for p in state.history[0]["devices"].values())
     assert value("updates_counted_total") == counted == 3
@@ -84,22 +84,22 @@ def test_a_played_job_is_counted(played: Callable[[Observer], State], tmp_path: 
     assert value("database_save_seconds_count") == 1
     done = {"score": 2, "extract": 6, "train": 3, "pull": 3, "aggregate": 3, "close": 1, "evaluate": 1, "round": 1}
     assert {p: value("round_part_seconds_count", part=p) for p in ROUND_PARTS} == done
-    assert found["fedprune_blobs_bytes", ()] == 123
-    alerts = {dict(labels)["kind"]: n for (name, labels), n in found.items() if name == "fedprune_alerts"}
+    assert metric_values["fedprune_blobs_bytes", ()] == 123
+    alerts = {dict(labels)["kind"]: n for (name, labels), n in metric_values.items() if name == "fedprune_alerts"}
     assert alerts == {"quarantine": 3, "broker": 0}
 
 
 def test_refused_parts_are_counted_by_kinds_that_are_few() -> None:
     metrics = Metrics()
-    parts = {
+    parts_by_device = {
         "a": {"progress": "refused", "reason": "x", "kind": "diverged"},
         "b": {"progress": "refused", "reason": "x", "kind": "late"},
         "c": {"progress": "refused", "reason": "zzz"},
     }
-    show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {}, "devices": parts}))
-    found = values(metrics)
+    show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {}, "devices": parts_by_device}))
+    metric_values = values(metrics)
     for kind in ("diverged", "late", "other"):
-        assert found["fedprune_updates_refused_total", (("job", "toy"), ("reason", kind))] == 1
+        assert metric_values["fedprune_updates_refused_total", (("job", "toy"), ("reason", kind))] == 1
 
 
 def test_an_event_that_cannot_be_counted_takes_no_other_event_with_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +180,7 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
         pass
 
 
-def exposed() -> set[str]:
+def exposed_names() -> set[str]:
     metrics = Metrics(Path("/nowhere"), AlertBook().counts)
     show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}), TurnEnded(0.1))
     families = text_string_to_metric_families(metrics.text().decode())
@@ -193,7 +193,7 @@ def asked_for(expression: str) -> set[str]:
 
 def test_the_dashboard_asks_for_figures_that_there_are() -> None:
     board = json.loads((DOCS / "grafana" / "fedprune.json").read_text())
-    names = exposed()
+    names = exposed_names()
     targets = [t["expr"] for panel in board["panels"] for t in panel.get("targets", [])]
     assert len(targets) >= 10
     for expression in targets:
@@ -206,7 +206,7 @@ def test_the_alerts_ask_for_figures_that_there_are() -> None:
     yaml = pytest.importorskip("yaml")
     groups = yaml.safe_load((DOCS / "prometheus" / "alerts.yml").read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    names = exposed()
+    names = exposed_names()
     assert len(rules) >= 6
     kinds = {kind for rule in rules for kind in re.findall(r'fedprune_alerts\{kind="([\w-]+)"', rule["expr"])}
     assert kinds

@@ -90,11 +90,11 @@ def web(*codes: int) -> Iterator[tuple[str, list[tuple[str, dict[str, str], byte
 
 
 def test_an_alert_is_sent_once_and_its_end_is_sent() -> None:
-    due, told = NotificationSchedule(AlertSettings(), "lab"), []
+    due, sent = NotificationSchedule(AlertSettings(), "lab"), []
     for minute in range(150):
         opened = [alert()] if minute < 140 else []
-        told += [(minute, m.event) for m in due.due_messages(opened, 60.0 * minute, NOON)]
-    assert told == [(0, "opened"), (140, "resolved")]
+        sent += [(minute, m.event) for m in due.due_messages(opened, 60.0 * minute, NOON)]
+    assert sent == [(0, "opened"), (140, "resolved")]
 
 
 def test_what_is_not_severe_enough_is_not_told_and_its_end_neither() -> None:
@@ -240,13 +240,13 @@ def test_an_address_that_no_service_has_is_not_shown(tmp_path: Path) -> None:
 
 def test_a_notifier_tells_by_all_ways_and_beats_while_the_server_works(tmp_path: Path) -> None:
     opened = [alert()]
-    with web() as (url, got), web() as (service, taken), web() as (beat, beats):
+    with web() as (url, got), web() as (service, service_requests), web() as (beat, beats):
         (tmp_path / "services").write_text(service.replace("http", "json", 1))
         settings = AlertSettings(webhook=url, services=tmp_path / "services", heartbeat=beat)
         with closing(Notifier(settings, "lab", lambda: opened, lambda: True)):
-            until(lambda: got and taken and beats)
+            until(lambda: got and service_requests and beats)
             opened.clear()
-            until(lambda: len(got) == len(taken) == 2)
+            until(lambda: len(got) == len(service_requests) == 2)
         before = len(beats)
         with closing(Notifier(AlertSettings(heartbeat=beat), "lab", list, lambda: False)):
             pass
@@ -265,8 +265,8 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_not_again(tmp_path: Pa
         run(url, [alert("broker")])
         run(url, [alert("broker")])
         run(url, [alert("broker"), alert("disk")])
-    told = [[a["kind"] for a in json.loads(raw)["alerts"]] for _, _, raw in got]
-    assert told == [["broker"], ["disk"]]
+    kinds_sent = [[a["kind"] for a in json.loads(raw)["alerts"]] for _, _, raw in got]
+    assert kinds_sent == [["broker"], ["disk"]]
 
 
 # Settings and the command.

@@ -20,17 +20,17 @@ from support.fakes.shown_jobs import show
 
 
 @pytest.fixture
-def traced() -> tuple[Traces, InMemorySpanExporter]:
+def traces_and_spans() -> tuple[Traces, InMemorySpanExporter]:
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     return Traces(provider.get_tracer("test")), exporter
 
 
 def test_a_round_is_a_tree_of_spans(
-    traced: tuple[Traces, InMemorySpanExporter], played: Callable[[Observer], State]
+    traces_and_spans: tuple[Traces, InMemorySpanExporter], play_two_rounds: Callable[[Observer], State]
 ) -> None:
-    observer, exporter = traced
-    played(observer)
+    observer, exporter = traces_and_spans
+    play_two_rounds(observer)
     with log_context(job="toy"):
         assert "trace_id" in current_log_context(), "of the round that is under way"
         show(observer, ServerEnding())
@@ -61,8 +61,8 @@ def parent(span: ReadableSpan, spans: dict[int, ReadableSpan]) -> ReadableSpan |
     return None if span.parent is None else spans[span.parent.span_id]
 
 
-def test_a_refusal_is_an_error_and_ends_what_is_open(traced: tuple[Traces, InMemorySpanExporter]) -> None:
-    observer, exporter = traced
+def test_a_refusal_is_an_error_and_ends_what_is_open(traces_and_spans: tuple[Traces, InMemorySpanExporter]) -> None:
+    observer, exporter = traces_and_spans
     show(observer, do.Score(1, "m", {}, ("a",)), do.SendOffer("a", 1, 1, {}), at=1.0)
     show(observer, on.OfferRefused("a", 1, 1, "disk full"), at=3.0)
     show(observer, do.Finish("m"), at=4.0)

@@ -49,7 +49,9 @@ def is_of_a(topic: str, payload: bytes) -> bool:
     return "/a/" in topic
 
 
-def opened(folder: Path, spoil: Callable[[Dropping], None], seconds: float) -> dict[str, tuple[set[str | None], float]]:
+def alerts_after(
+    folder: Path, spoil: Callable[[Dropping], None], seconds: float
+) -> dict[str, tuple[set[str | None], float]]:
     """The boards that the alerts named, by kind, and after how many seconds they opened."""
     fleet = Fleet(folder, replace(JOB, deadline_s=1000.0), ())
     fleet.air = air = Dropping()
@@ -61,14 +63,14 @@ def opened(folder: Path, spoil: Callable[[Dropping], None], seconds: float) -> d
 
     monitor = Monitor(folder, {}, {JOB.name: folder}, clock=clock, monotonic=clock)
     daemon = fleet.daemon(observers=[monitor])
-    found: dict[str, tuple[set[str | None], float]] = {}
+    alerts_by_kind: dict[str, tuple[set[str | None], float]] = {}
 
     def idle() -> None:
         if daemon.is_busy:
             time.sleep(0.0005)  # the worker's thread is real
             return
         for alert in monitor.book.open_alerts:
-            found.setdefault(alert.kind, (set(), air.now))[0].add(alert.device)
+            alerts_by_kind.setdefault(alert.kind, (set(), air.now))[0].add(alert.device)
         air.now += 0.5
         for device in air.devices.values():
             device.turn()
@@ -78,7 +80,7 @@ def opened(folder: Path, spoil: Callable[[Dropping], None], seconds: float) -> d
     spoil(air)
     air.on_idle = idle
     daemon.run()
-    return found
+    return alerts_by_kind
 
 
 def limit_down(air: Dropping) -> None:
@@ -112,11 +114,11 @@ def silence_a_after_its_birth(air: Dropping) -> None:
 def test_a_board_whose_messages_are_dropped_is_named_within_half_a_minute(
     tmp_path: Path, spoil: Callable[[Dropping], None], kind: str, names: set[str]
 ) -> None:
-    alerts = opened(tmp_path, spoil, 40.0)
+    alerts = alerts_after(tmp_path, spoil, 40.0)
     assert alerts.keys() == {kind}
     assert alerts[kind][0] == names
     assert alerts[kind][1] <= 30
 
 
 def test_a_broker_that_drops_nothing_is_not_accused(tmp_path: Path) -> None:
-    assert opened(tmp_path, lambda air: None, 40.0) == {}
+    assert alerts_after(tmp_path, lambda air: None, 40.0) == {}

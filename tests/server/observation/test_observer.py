@@ -105,13 +105,13 @@ def test_an_observer_that_waits_itself_is_not_called_within_its_own_call() -> No
 
 
 def test_what_is_lazy_is_made_once_and_only_if_somebody_looks() -> None:
-    made: list[int] = []
+    calls: list[int] = []
 
     def make() -> dict[str, int]:
-        made.append(1)
+        calls.append(1)
         return {"a": 1}
 
     lazy = LazyMapping(make)
-    assert made == []
+    assert calls == []
     assert (dict(lazy), len(lazy), lazy.get("b")) == ({"a": 1}, 1, None)
-    assert made == [1]
+    assert calls == [1]

@@ -52,7 +52,7 @@ class Field:
     def release(self, number: int) -> Path:
         return make_release(self.folder / f"release-{number}", number, key=self.key)
 
-    def made(self, number: int) -> Release:
+    def release_of(self, number: int) -> Release:
         return Release.from_bytes((self.folder / f"release-{number}" / MANIFEST).read_bytes())
 
     def server(self) -> None:
@@ -90,29 +90,29 @@ class Field:
                 self.desk.on_report(answer)
             self.desk.tick()
 
-    def ordered(self, what: Callable[[RolloutStore], Any]) -> Any:
-        with RolloutStore(self.state) as other:  # the command line is another process
-            return what(other)
+    def request(self, what: Callable[[RolloutStore], Any]) -> Any:
+        with RolloutStore(self.state) as store:  # the command line is another process
+            return what(store)
 
     @property
     def entry(self) -> RolloutEntry:
-        found = self.store.latest_entry()
-        assert found is not None
-        return found
+        entry = self.store.latest_entry()
+        assert entry is not None
+        return entry
 
     def numbers(self) -> dict[int, int]:
         """How many boards have which release."""
-        found = [r.number for r in self.has.values()]
-        return {n: found.count(n) for n in set(found)}
+        numbers = [r.number for r in self.has.values()]
+        return {n: numbers.count(n) for n in set(numbers)}
 
 
 @pytest.fixture
 def field(tmp_path: Path) -> Field:
-    made = Field(tmp_path)
-    start_rollout(made.state, made.release(1), RolloutTerms((1.0,)))
-    made.is_live()
-    assert made.numbers() == {1: 10}
-    return made
+    field = Field(tmp_path)
+    start_rollout(field.state, field.release(1), RolloutTerms((1.0,)))
+    field.is_live()
+    assert field.numbers() == {1: 10}
+    return field
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -120,7 +120,7 @@ def test_a_pause_lets_no_further_board_begin_until_it_is_resumed(field: Field, r
     start_rollout(field.state, field.release(2), HALF)
     field.silent = set(NAMES)
     field.is_live(2)
-    field.ordered(lambda s: s.pause("a storm"))
+    field.request(lambda s: s.pause("a storm"))
     field.silent = set()
     for _ in range(20):
         if restart:
@@ -129,7 +129,7 @@ def test_a_pause_lets_no_further_board_begin_until_it_is_resumed(field: Field, r
     assert field.entry.rollout.phase is RolloutPhase.PAUSED
     assert field.entry.rollout.why == "paused: a storm"
     assert field.numbers() == {1: 5, 2: 5}, "those at it end, and the next stage waits"
-    field.ordered(lambda s: s.resume())
+    field.request(lambda s: s.resume())
     if restart:
         field.desk = None
     field.is_live()
@@ -142,8 +142,8 @@ def test_boards_go_back_to_what_they_had_under_a_number_that_none_has_seen(field
     took = {n for n, r in field.has.items() if r.number == 2}
     assert len(took) == 5
     begun = take_back(field.state, "it is hot", release=2, above=6)
-    told = "rollout 3: back from release 2 to what release 1 (0.1.0) holds, as release 7, for"
-    assert begun.way_back_text() == f"{told} {len(begun.rollout.boards)} boards"
+    message = "rollout 3: back from release 2 to what release 1 (0.1.0) holds, as release 7, for"
+    assert begun.way_back_text() == f"{message} {len(begun.rollout.boards)} boards"
     field.is_live()
     entries = field.store.entries()
     assert [e.rollout.phase for e in entries] == [RolloutPhase.DONE, RolloutPhase.STOPPED, RolloutPhase.DONE]
@@ -157,9 +157,9 @@ def test_boards_go_back_to_what_they_had_under_a_number_that_none_has_seen(field
         take_back(field.state, "once more", release=7)
     with pytest.raises(ReleaseError, match="release 3"):
         start_rollout(field.state, field.release(3), HALF)
-    other = make_release(field.folder / "other", 7, key=field.key)
+    other_release = make_release(field.folder / "other", 7, key=field.key)
     with pytest.raises(ReleaseError, match="release 7"):
-        start_rollout(field.state, other, HALF)
+        start_rollout(field.state, other_release, HALF)
 
 
 def test_a_server_that_dies_at_any_message_takes_all_back_all_the_same(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_nothing_is_taken_back_without_something_to_go_back_to(field: Field, tmp
     field.is_live()
     with pytest.raises(ReleaseError, match="above 2"):
         take_back(field.state, "x", number=2)
-    field.store.blobs.delete(field.made(1).files[0].sha256)
+    field.store.blobs.delete(field.release_of(1).files[0].sha256)
     with pytest.raises(ReleaseError, match=r"release 1 "):
         take_back(field.state, "x")
     assert field.entry.number == 2, "what was refused has changed nothing"

@@ -77,20 +77,20 @@ class UpdatedFleet(Fleet):
         super().__init__(folder)
         self.updated = {n: Updated(n, folder / "updated", self.air) for n in NAMES}
         self.air.devices.update(self.updated)
-        made, manifest, signature = read_release(release, KEY.verifying_key)
+        contents, manifest, signature = read_release(release, KEY.verifying_key)
         with RolloutStore(folder) as store:
-            leaves = tuple(store.blobs.put((release / FILES / f.sha256).read_bytes()).leaves for f in made.files)
+            leaves = tuple(store.blobs.put((release / FILES / f.sha256).read_bytes()).leaves for f in contents.files)
             offer = ReleaseOffer(7, manifest.decode(), signature.hex(), leaves, 3, 600.0)
             store.begin(offer, Rollout.for_boards(RolloutPlan("release", "7", stages), NAMES), 0.0, joins=True)
-        self.files = [f.sha256 for f in made.files]
+        self.files = [f.sha256 for f in contents.files]
 
     def until_over(self, folder: Path, **options: object) -> Rollout:
         """Run a daemon until both job and rollout are over."""
-        with RolloutStore(folder) as store, RolloutStore(folder) as seen:
+        with RolloutStore(folder) as store, RolloutStore(folder) as reader:
             daemon = self.daemon(rollouts=store, **options)
 
             def rollout() -> Rollout:
-                entry = seen.latest_entry()
+                entry = reader.latest_entry()
                 assert entry is not None
                 return entry.rollout
 
@@ -128,8 +128,8 @@ def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> Non
     fleet.air.now = 1.0
     rollout = fleet.until_over(tmp_path)
     (first,) = rollout.failures()
-    others = [d for n, d in fleet.updated.items() if n != first]
-    assert all(d.told is None for d in others)
+    other_boards = [d for n, d in fleet.updated.items() if n != first]
+    assert all(d.told is None for d in other_boards)
     fleet.restart()
     for device in fleet.updated.values():
         device.heard.clear()

@@ -64,13 +64,13 @@ class Site:
             self.store.blobs.put((release / FILES / file.sha256).read_bytes())
 
     def offer(self, number: int = 7) -> ReleaseOffer:
-        made, manifest, signature = read_release(self.release, KEY.verifying_key)
-        return ReleaseOffer(number, manifest.decode(), signature.hex(), ("ab" * 32,) * len(made.files), 3, 600.0)
+        contents, manifest, signature = read_release(self.release, KEY.verifying_key)
+        return ReleaseOffer(number, manifest.decode(), signature.hex(), ("ab" * 32,) * len(contents.files), 3, 600.0)
 
     def begin(self, *stages: Stage, number: int = 7, joins: bool = True, names: list[str] = NAMES) -> int:
         plan = RolloutPlan("release", str(number), stages or CAREFUL_STAGES, board_seconds=3600.0)
-        with RolloutStore(self.folder) as other:  # the command line is another process
-            return other.begin(self.offer(number), Rollout.for_boards(plan, names), self.wall, joins=joins)
+        with RolloutStore(self.folder) as store:  # the command line is another process
+            return store.begin(self.offer(number), Rollout.for_boards(plan, names), self.wall, joins=joins)
 
     def start(self) -> RolloutCoordinator:
         """A daemon comes up."""
@@ -135,9 +135,9 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, release: Path) -> Site:
-    made = Site(tmp_path, release)
-    made.start()
-    return made
+    site = Site(tmp_path, release)
+    site.start()
+    return site
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -225,8 +225,8 @@ def test_somebody_stops_it_and_boards_that_are_at_it_hear_of_that(site: Site) ->
     site.begin(Stage(0.5), Stage(1.0))
     site.usual = HANGS
     site.is_live(hours=3 / 60)
-    with RolloutStore(site.folder) as other:
-        other.stop("it is Friday")
+    with RolloutStore(site.folder) as store:
+        store.stop("it is Friday")
     site.is_live(hours=2 / 60)
     assert (site.rollout.phase, site.rollout.why) == (RolloutPhase.STOPPED, "stopped: it is Friday")
     assert sorted(site.withdrawn) == sorted(site.offered) == site.stage(0)
@@ -346,13 +346,13 @@ def test_one_rollout_at_a_time_and_never_a_lower_number(site: Site) -> None:
         site.store.stop("nothing")
 
 
-said = st.tuples(
+reports = st.tuples(
     st.sampled_from([*NAMES, "stranger"]), st.sampled_from([*GOOD, ROLLED_BACK, REFUSED]), st.integers(6, 8)
 )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(said | st.floats(1, 5000) | st.just("restart") | st.just("stop"), max_size=40))
+@given(st.lists(reports | st.floats(1, 5000) | st.just("restart") | st.just("stop"), max_size=40))
 def test_whatever_is_said_in_whatever_order_the_disk_knows_it_and_no_stage_is_skipped(
     release: Path, tmp_path_factory: pytest.TempPathFactory, events: list[Any]
 ) -> None:
@@ -364,8 +364,8 @@ def test_whatever_is_said_in_whatever_order_the_disk_knows_it_and_no_stage_is_sk
         if event == "restart":
             site.start()
         elif event == "stop":
-            with RolloutStore(site.folder) as other, suppress(ConfigError):
-                other.stop("enough")
+            with RolloutStore(site.folder) as store, suppress(ConfigError):
+                store.stop("enough")
         elif isinstance(event, float):
             site.now += event
             site.coordinator.tick()

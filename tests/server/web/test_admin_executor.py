@@ -44,12 +44,12 @@ def state(tmp_path: Path) -> Path:
 @pytest.fixture
 def executor(state: Path, tmp_path: Path) -> Iterator[AdminExecutor]:
     (tmp_path / "releases").mkdir()
-    made = AdminExecutor(state, tmp_path / "releases", ANSWERS.put)
-    yield made
-    made.close()
+    executor = AdminExecutor(state, tmp_path / "releases", ANSWERS.put)
+    yield executor
+    executor.close()
 
 
-def ordered(executor: AdminExecutor, kind: str, **fields: str) -> OrderAnswer:
+def send_order(executor: AdminExecutor, kind: str, **fields: str) -> OrderAnswer:
     """The answer to an order."""
     executor.submit(Order(1, "ann", kind, **fields))  # type: ignore[arg-type]
     return ANSWERS.get(timeout=30)
@@ -66,29 +66,29 @@ def asks(state: Path, device: str) -> VerifyingKey:
 def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
     state: Path, executor: AdminExecutor
 ) -> None:
-    key, other = asks(state, "attic"), asks(state, "attic")
+    key, other_key = asks(state, "attic"), asks(state, "attic")
     with open_database(state, read_only=True) as database:
         store = IdentityStore(database)
         poller = MembershipPoller(store)
         assert poller.latest() == PollResult(frozenset({"attic"}), None, ())
-        wrong = ordered(executor, "approve", device="attic", key="0000-0000-0000-0000")
+        wrong = send_order(executor, "approve", device="attic", key="0000-0000-0000-0000")
         assert (wrong.ok, "no key with this fingerprint waits as attic" in wrong.text) == (False, True)
         assert store.members() == {}
-        right = ordered(executor, "approve", device="attic", key=f" {key.fingerprint.upper()}")
+        right = send_order(executor, "approve", device="attic", key=f" {key.fingerprint.upper()}")
         assert (right.ok, right.text) == (True, f"attic is approved with key {key.fingerprint}")
         assert set(store.members()) == {"attic"}
         poller.latest()
         assert poller.member("attic") == Member("member")
-    assert not ordered(executor, "approve", device="attic", key=key.fingerprint).ok, "it waits no longer"
-    assert other.fingerprint != key.fingerprint
+    assert not send_order(executor, "approve", device="attic", key=key.fingerprint).ok, "it waits no longer"
+    assert other_key.fingerprint != key.fingerprint
 
 
 def test_a_board_is_turned_away_and_one_that_is_in_stays(state: Path, executor: AdminExecutor) -> None:
     key = asks(state, "attic")
-    assert ordered(executor, "approve", device="attic", key=key.fingerprint).ok
+    assert send_order(executor, "approve", device="attic", key=key.fingerprint).ok
     asks(state, "attic")
-    assert ordered(executor, "deny", device="attic").text == "attic: 1 key turned away"
-    assert not ordered(executor, "deny", device="attic").ok
+    assert send_order(executor, "deny", device="attic").text == "attic: 1 key turned away"
+    assert not send_order(executor, "deny", device="attic").ok
     with IdentityFolder(state) as identity:
         assert set(identity.store.members()) == {"attic"}
 
@@ -96,22 +96,22 @@ def test_a_board_is_turned_away_and_one_that_is_in_stays(state: Path, executor: 
 def test_a_board_that_is_shut_out_has_no_key_and_no_certificate_any_more(state: Path, executor: AdminExecutor) -> None:
     with IdentityFolder(state) as identity:
         certified(identity, "attic")
-    told = ordered(executor, "revoke", device="attic")
-    assert (told.ok, told.text.startswith("attic: 1 key and 1 certificate revoked")) == (True, True)
+    answer = send_order(executor, "revoke", device="attic")
+    assert (answer.ok, answer.text.startswith("attic: 1 key and 1 certificate revoked")) == (True, True)
     with IdentityFolder(state) as identity:
         assert identity.store.members() == {}
         assert identity.store.revoked_certificates().keys() == serials_of(state, "attic")
         assert identity.authority.is_list_current(identity.store.revoked_certificates())
-    assert not ordered(executor, "revoke", device="nobody").ok
+    assert not send_order(executor, "revoke", device="nobody").ok
 
 
 def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor: AdminExecutor, tmp_path: Path) -> None:
     key = asks(state, "attic")
-    assert ordered(executor, "approve", device="attic", key=key.fingerprint).ok
+    assert send_order(executor, "approve", device="attic", key=key.fingerprint).ok
     with IdentityFolder(state) as identity:
         for number in (1, 2, 8):
             make_release(tmp_path / "releases" / f"release-{number}", number, key=identity.key)
-    with RolloutStore(state) as store, RolloutStore(state) as seen:
+    with RolloutStore(state) as store, RolloutStore(state) as reader:
 
         def alerts() -> list[tuple[str, str]]:
             facts = replace(site_facts(state, {}), disk=None, certificates=())
@@ -121,37 +121,37 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
             """What is told, once a server that was restarted has looked."""
             if server:
                 RolloutCoordinator(store, lambda *_: None).on_connection_change(True)
-            told = MembershipPoller(rollouts=seen).latest()
-            assert told is not None
-            found, *_ = told.rollouts or ()
-            return found
+            answer = MembershipPoller(rollouts=reader).latest()
+            assert answer is not None
+            latest, *_ = answer.rollouts or ()
+            return latest
 
         def has(number: int) -> None:
             desk = RolloutCoordinator(store, lambda *_: None)
             desk.on_connection_change(True)
             desk.on_report(ReleaseReport("attic", number, COMMITTED, "", 0, 0))
 
-        assert ordered(executor, "rollout_start", release="release-1").ok
+        assert send_order(executor, "rollout_start", release="release-1").ok
         has(1)
-        assert ordered(executor, "rollout_start", release="release-2").ok
-        assert ordered(executor, "rollout_pause").ok
+        assert send_order(executor, "rollout_start", release="release-2").ok
+        assert send_order(executor, "rollout_pause").ok
         assert row()["state"] == "pausing"
         assert (row(server=True)["state"], row()["why"]) == ("paused", "paused: by ann")
         assert alerts() == [("rollout-paused", "the rollout of release 2 is paused: by ann")]
-        assert ordered(executor, "rollout_resume").ok
+        assert send_order(executor, "rollout_resume").ok
         assert row()["state"] == "resuming"
-        assert not ordered(executor, "rollout_resume").ok
+        assert not send_order(executor, "rollout_resume").ok
         assert row(server=True)["state"] == "running"
         assert alerts() == []
         has(2)
         assert (row()["state"], row()["before"], row()["subject"]) == ("done", "1 (0.1.0)", 2)
         for release in ("1", "release-2", "2" * 30):
-            assert not ordered(executor, "rollout_back", release=release).ok
-        told = ordered(executor, "rollout_back", release="2")
-        assert (told.ok, "as release 9, for 1 board" in told.text) == (True, True), "release-8 keeps its number"
+            assert not send_order(executor, "rollout_back", release=release).ok
+        answer = send_order(executor, "rollout_back", release="2")
+        assert (answer.ok, "as release 9, for 1 board" in answer.text) == (True, True), "release-8 keeps its number"
         assert (row()["leaves"], row()["before"]) == (2, None)
-        assert not ordered(executor, "rollout_back", release="2").ok, "clicked twice"
-        assert ordered(executor, "rollout_stop").ok
+        assert not send_order(executor, "rollout_back", release="2").ok, "clicked twice"
+        assert send_order(executor, "rollout_stop").ok
         assert (row()["state"], row(server=True)["state"]) == ("stopping", "stopped")
         assert [kind for kind, _ in alerts()] == ["rollout"]
 

@@ -34,7 +34,7 @@ def settings(folder: Path) -> ConsoleSettings:
     return ConsoleSettings("127.0.0.1", 0, str(folder), None, None, "all", (), False, os.getpid())
 
 
-def fetched(url: str) -> tuple[int, Any]:
+def fetch(url: str) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310
             return answer.status, json.loads(answer.read() or b"null")
@@ -52,11 +52,11 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
     try:
         until(lambda: process.turn(0.0) or process.url)
         url = process.url
-        assert fetched(url + "readyz")[0] == 503
+        assert fetch(url + "readyz")[0] == 503
         ConsoleFleet(5, 1).publish(writer, at=time.time() + 3600)  # else, in a slow test, the server seems to be silent
-        until(lambda: fetched(url + "readyz")[0] == 200)
-        assert fetched(url + "healthz") == (200, {"ok": True})
-        assert fetched(url + "api/v1/site")[0] == 401
+        until(lambda: fetch(url + "readyz")[0] == 200)
+        assert fetch(url + "healthz") == (200, {"ok": True})
+        assert fetch(url + "api/v1/site")[0] == 401
         with socket.create_connection(("127.0.0.1", int(url.split(":")[2].strip("/")))) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n")
             assert b" 421 " in raw.recv(4096)
@@ -67,7 +67,7 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
         until(lambda: (process.turn(1.0), not process.is_alive)[1])
         until(lambda: process.turn(2.0) or process.url)
         assert process.pid != pid
-        assert fetched(process.url + "readyz")[0] == 200, "what was published is still there"
+        assert fetch(process.url + "readyz")[0] == 200, "what was published is still there"
         pid = process.pid
         os.kill(pid, signal.SIGSTOP)
         until(lambda: (process.turn(2.0), list(process._child.receive_all(2.0)))[1] == [])
@@ -95,9 +95,9 @@ def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatc
     for name in ("FEDPRUNE_SERVER_DATABASE", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "CREDENTIALS_DIRECTORY"):
         monkeypatch.setenv(name, "secret")
     out = tmp_path / "environment"
-    part = tmp_path / "part"
+    draft = tmp_path / "part"
     program = (
-        f"import os; open({str(part)!r}, 'w').write(repr(dict(os.environ))); os.rename({str(part)!r}, {str(out)!r})"
+        f"import os; open({str(draft)!r}, 'w').write(repr(dict(os.environ))); os.rename({str(draft)!r}, {str(out)!r})"
     )
     child = ConsoleProcess(settings(tmp_path), [sys.executable, "-c", program])
     child.turn(0.0)
@@ -145,7 +145,7 @@ def test_half_requests_of_strangers_keep_nobody_out(tmp_path: Path) -> None:
             start = b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\n"
             raw.sendall(start + length if n % 2 else start)
             strangers.append(raw)
-        assert fetched(process.url + "healthz") == (200, {"ok": True})
+        assert fetch(process.url + "healthz") == (200, {"ok": True})
     finally:
         for raw in strangers:
             raw.close()
@@ -184,13 +184,13 @@ def test_nobody_waits_for_another_process_that_writes(tmp_path: Path) -> None:
     now = [1e9]
     here = trial(tmp_path, clock=lambda: now[0])
     browser = here.browser("viewer")
-    other = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    writer = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
     now[0] += 600  # so that the session's last use would be written
     answers: list[int] = []
     asking = threading.Thread(target=lambda: answers.append(browser.get("/").status), daemon=True)
     asking.start()
     until(lambda: answers)  # the lock is held all the while
-    other.execute("ROLLBACK")
-    other.close()
+    writer.execute("ROLLBACK")
+    writer.close()
     assert answers == [200]

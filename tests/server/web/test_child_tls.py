@@ -54,14 +54,14 @@ def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
         assert all(c.startswith("__Host-fedprune") and "; Secure" in c and "HttpOnly" in c for c in cookies)
         with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
             urllib.request.urlopen(process.url + "healthz", timeout=10, context=ssl.create_default_context())  # noqa: S310
-        said = b""
+        received = b""
         with socket.create_connection(("127.0.0.1", int(process.url.split(":")[2].strip("/"))), 10) as plain:
             plain.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             try:
-                said = plain.recv(100)
+                received = plain.recv(100)
             except ConnectionResetError:
-                said = b""
-        assert b"HTTP" not in said
+                received = b""
+        assert b"HTTP" not in received
     finally:
         process.stop()
 
@@ -76,9 +76,9 @@ def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> 
     done = subprocess.run(
         command, input=settings(tmp_path, certificate, key).to_json(), capture_output=True, timeout=60
     )
-    (said,) = done.stderr.decode().splitlines()
-    assert (done.returncode, said.startswith("the console ends: ")) == (1, True)
-    assert str(key) in said
+    (line,) = done.stderr.decode().splitlines()
+    assert (done.returncode, line.startswith("the console ends: ")) == (1, True)
+    assert str(key) in line
 
 
 def test_a_server_refuses_a_key_that_is_none_and_a_certificate_that_has_ended(
@@ -92,24 +92,25 @@ def test_a_server_refuses_a_key_that_is_none_and_a_certificate_that_has_ended(
     now = dt.datetime.now(dt.timezone.utc)
     server = {"console": "8470", "console_certificate": str(certificate)}
 
-    def seen() -> list[tuple[str, str]]:
+    def alert_kinds() -> list[tuple[str, str]]:
         facts = replace(site_facts(tmp_path, server), disk=None)
         return [(a.kind, a.severity) for a in evaluate_alerts(Situation(tmp_path, site=facts), time.time())]
 
-    for since, days, sound, told in ((-60, 60, True, []), (-60, 20, True, ["warning"]), (-60, -1, False, ["critical"]),
-                                     (1, 60, True, ["critical"])):  # fmt: skip
-        made = x509.CertificateBuilder().subject_name(common_name("console")).issuer_name(common_name("console"))
-        made = made.not_valid_before(now + dt.timedelta(days=since)).serial_number(7)
-        made = made.not_valid_after(now + dt.timedelta(days=days)).public_key(private.public_key())
-        certificate.write_bytes(made.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-        assert seen() == [("certificate", severity) for severity in told]
+    for since, days, sound, severities in (
+        (-60, 60, True, []), (-60, 20, True, ["warning"]), (-60, -1, False, ["critical"]), (1, 60, True, ["critical"]),
+    ):  # fmt: skip
+        builder = x509.CertificateBuilder().subject_name(common_name("console")).issuer_name(common_name("console"))
+        builder = builder.not_valid_before(now + dt.timedelta(days=since)).serial_number(7)
+        builder = builder.not_valid_after(now + dt.timedelta(days=days)).public_key(private.public_key())
+        certificate.write_bytes(builder.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        assert alert_kinds() == [("certificate", severity) for severity in severities]
         assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
         caplog.clear()
         if sound:
             with caplog.at_level(logging.ERROR):
                 check_tls(config)
-            said = [f"console_certificate: {certificate} counts from" in message for message in caplog.messages]
-            assert said == [True] * (since > 0)  # the clock may be wrong: it is said, and fleets train
+            warnings = [f"console_certificate: {certificate} counts from" in message for message in caplog.messages]
+            assert warnings == [True] * (since > 0)  # the clock may be wrong: it is said, and fleets train
             continue
         with pytest.raises(ConfigError, match=str(certificate)) as no:
             check_tls(config)
@@ -123,4 +124,4 @@ def test_a_server_refuses_a_key_that_is_none_and_a_certificate_that_has_ended(
     certificate.write_text("none")
     with pytest.raises(ConfigError, match=str(certificate)):
         check_tls(config)
-    assert seen() == [("certificate", "critical")]
+    assert alert_kinds() == [("certificate", "critical")]

@@ -49,14 +49,14 @@ def test_a_map_shows_the_channels_that_are_held_and_no_other(bits: list[bool]) -
     ).hex()  # fmt: skip
     drawn = make_channel_map("g", sum(bits), len(bits), which)
     assert drawn.known
-    shown = [False] * len(bits)
+    is_drawn = [False] * len(bits)
     for piece in drawn.path.split("M")[1:]:
         at, count = piece.split(" 0h")[0], piece.split("0h")[1].split("v")[0]
         for c in range(int(at), int(at) + int(count)):
-            shown[c] = True
-    assert shown == bits
-    said = [p.split("-") for p in drawn.words.split(", ") if p]
-    assert {c for p in said for c in range(int(p[0]), int(p[-1]) + 1)} == {i for i, b in enumerate(bits) if b}
+            is_drawn[c] = True
+    assert is_drawn == bits
+    ranges = [p.split("-") for p in drawn.words.split(", ") if p]
+    assert {c for p in ranges for c in range(int(p[0]), int(p[-1]) + 1)} == {i for i, b in enumerate(bits) if b}
 
 
 def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
     runner = daemon.main_runner
-    found = device_details(runner, "a", 1e9)
-    assert json.loads(encode_status(found))["widths"]
+    details = device_details(runner, "a", 1e9)
+    assert json.loads(encode_status(details))["widths"]
     sizes = runner.architecture.sizes
     chance = random.Random(0)
     ranks = [chance.sample(range(n), n) for n in sizes]
@@ -79,7 +79,7 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
         assert row["kept"] == width
     state.ranking = "0" * 64
     assert {row["which"] for row in kept_channels(runner, "a")} == {None}
-    names = [f["what"] for f in found.figures]
+    names = [f["what"] for f in details.figures]
     assert len(names) == len(set(names))
     assert {"round", "step", "train", "transfer", "latency", "memory", "download"} <= set(names)
     assert device_details(runner, "nobody", 1e9).figures == ()
@@ -89,12 +89,12 @@ HOSTILE = "12:00:00 job finished <script>alert(1)</script> {{ 7 * 7 }} é\u4e2d"
 STEERS = "x\n12:00:00 job finished\x1b[2J\u202e"
 
 
-def crash(number: int, **more: Any) -> CrashReport:
+def crash(number: int, **changes: Any) -> CrashReport:
     frames = ({"module": HOSTILE[:128], "line": 7, "function": "f"},) * 16
     fields: dict[str, Any] = {"at": 5, "cause": HOSTILE[:64], "text": HOSTILE, "frames": frames,
                               "release": HOSTILE[:256], "slot": HOSTILE[:64], "uptime_s": -5.0, "temperature_c": 1e9,
                               "memory_available": 2**63 - 1, "memory_total": None}  # fmt: skip
-    return CrashReport("a", number, **{**fields, **more})
+    return CrashReport("a", number, **{**fields, **changes})
 
 
 def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
         file.execute("UPDATE crashes SET text = ?, at = -1, received = -1 WHERE number = 1", (f"1 {STEERS * 100}",))
     writer, view = StatusWriter(tmp_path / STATUS_FILE), FleetView(tmp_path / STATUS_FILE)
     write(writer, board_crashes(tmp_path, "a"), board_crashes(tmp_path, "nobody"))
-    found = view.crashes("a")
-    assert found is not None
-    assert [c["text"].split()[0] for c in found["crashes"]] == [str(n) for n in range(10, 0, -1)]
-    texts = [t for c in found["crashes"] for t in (c["text"], c["cause"], c["release"], c["slot"], *c["frames"])]
+    published = view.crashes("a")
+    assert published is not None
+    assert [c["text"].split()[0] for c in published["crashes"]] == [str(n) for n in range(10, 0, -1)]
+    texts = [t for c in published["crashes"] for t in (c["text"], c["cause"], c["release"], c["slot"], *c["frames"])]
     assert all(t.isprintable() for t in texts)
-    (worst,) = {(c["uptime_s"], c["temperature_c"], c["memory_available"]) for c in found["crashes"]}
+    (worst,) = {(c["uptime_s"], c["temperature_c"], c["memory_available"]) for c in published["crashes"]}
     assert worst == (None, None, 2**63 - 1)
     assert view.crashes("nobody") == {"name": "nobody", "crashes": []}
 
@@ -130,6 +130,6 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
     page, table = (here.browser("viewer").get(path).body.decode() for path in ("/devices/board-0006", "/fleet"))
     assert "MemoryError: &lt;i&gt;no room&lt;/i&gt; for 12 MB" in page
     assert "<i>no room" not in page
-    held = {k: v for k, v in here.fleet.details("board-0006").widths[0].items() if k != "group"}
-    assert make_channel_map("g", **held).words in page
+    kept = {k: v for k, v in here.fleet.details("board-0006").widths[0].items() if k != "group"}
+    assert make_channel_map("g", **kept).words in page
     assert '5/a <span class="mark work">trial</span>' in table

@@ -64,9 +64,9 @@ def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_fail
         slow.ready.set()
         with pytest.raises(StorageError, match="busy"):
             until(poller.latest)
-        seen = until(poller.latest)
-        assert seen is not None
-        assert (seen.changed_devices, seen.rollouts) == ({"board-1", "board-2"}, ())
+        poll = until(poller.latest)
+        assert poll is not None
+        assert (poll.changed_devices, poll.rollouts) == ({"board-1", "board-2"}, ())
     finally:
         poller.close()
     assert not any(t.name == "fedprune-members" for t in threading.enumerate())

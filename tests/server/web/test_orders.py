@@ -104,18 +104,20 @@ def test_a_number_in_an_address_that_is_none_is_refused(tmp_path: Path, number: 
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({"order": "pause", "job": "trail"}, "no job trail"),
         ({"order": "look", "device": "board-001"}, "no device board-001"),
         ({"order": "rollout_start", "release": "release-5", "devices": ["board-0001", "nobody"]}, "no device nobody"),
     ],
 )
-def test_an_order_about_what_is_not_there_is_refused_by_name(tmp_path: Path, body: dict[str, Any], said: str) -> None:
+def test_an_order_about_what_is_not_there_is_refused_by_name(
+    tmp_path: Path, body: dict[str, Any], message: str
+) -> None:
     here = trial(tmp_path)
     reply = here.browser("admin").order(**body)
     assert (reply.status, here.orders) == (404, [])
-    assert reply.json["error"].startswith(said)
+    assert reply.json["error"].startswith(message)
 
 
 def test_the_server_answers_for_boards_that_may_not_be_published_yet(tmp_path: Path) -> None:
@@ -140,8 +142,8 @@ def test_the_answer_to_an_order_is_shown_and_noted(tmp_path: Path) -> None:
     here.answer(number, True, "job trial is paused")
     here.answer(number, False, "answered twice")
     here.answer(999, True, "of no order")
-    found = browser.get(f"/api/v1/orders/{number}").json
-    assert (found["state"], found["ok"], found["text"]) == ("done", True, "job trial is paused")
+    answer = browser.get(f"/api/v1/orders/{number}").json
+    assert (answer["state"], answer["ok"], answer["text"]) == ("done", True, "job trial is paused")
     assert (here.console.audit.changes(), here.console.audit.changes()) == ({"audit"}, set())
     page = here.console.audit.page(operator="operator")
     rows = [(r["address"], action_text(r), r["outcome"]) for r in page.items if r["action"] != "login"]
@@ -158,17 +160,17 @@ def test_an_order_that_was_answered_as_the_server_looked_is_not_carried_out(tmp_
         """Its first answer comes after the orders in it have expired."""
 
         def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
-            found = super().rows(query, *values)
+            rows = super().rows(query, *values)
             if "'waiting'" in query:
                 now[0] += ORDER_LIFETIME_S + 60
                 here.console.orders.expire()
-            return found
+            return rows
 
     with Late(here.database.path) as late:
         assert OrderQueue(late, lambda: 1e9).take(9) == []
-    shown = here.console.orders.get(number)
-    assert shown is not None
-    assert (shown["state"], shown["ok"], shown["text"]) == ("done", False, EXPIRED)
+    order = here.console.orders.get(number)
+    assert order is not None
+    assert (order["state"], order["ok"], order["text"]) == ("done", False, EXPIRED)
 
 
 def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
@@ -181,23 +183,23 @@ def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
     now[0] += ORDER_LIFETIME_S + 1
     assert OrderQueue(here.database, lambda: now[0]).take(9) == []
     desk.expire()
-    assert {found["state"] for n in numbers if (found := desk.get(n))} == {"waiting"}, "the server may be taking them"
+    assert {orders["state"] for n in numbers if (orders := desk.get(n))} == {"waiting"}, "the server may be taking them"
     now[0] += 60
     desk.expire()
     desk.expire()
     here.answer(numbers[0], True, "job trial is paused")  # was taken in time, and took long
     here.answer(numbers[1], True, "too late")
-    found = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
-    assert found == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED)]
-    told = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:2]]
-    assert told == [("resume", EXPIRED), ("pause", "done: job trial is paused")]
+    orders = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
+    assert orders == [("done", True, "job trial is paused"), ("done", False, EXPIRED), ("done", False, EXPIRED)]
+    entries = [(r["action"], r["outcome"]) for r in here.console.audit.page().items[:2]]
+    assert entries == [("resume", EXPIRED), ("pause", "done: job trial is paused")]
 
 
 def test_orders_are_rationed(tmp_path: Path) -> None:
     here = trial(tmp_path)
     browser = here.browser("viewer")
-    found = [browser.order(order="look", device="board-0001").status for _ in range(62)]
-    assert found == [202] * 60 + [429] * 2
+    statuses = [browser.order(order="look", device="board-0001").status for _ in range(62)]
+    assert statuses == [202] * 60 + [429] * 2
 
 
 def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:

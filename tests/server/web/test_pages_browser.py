@@ -51,11 +51,11 @@ class Fleet(ConsoleFleet):
 
     def carry(self, order: Order) -> Carried:
         """Do what is ordered, and publish what follows."""
-        records = list(self._carried(order))
+        records = list(self._status_records(order))
         rows = {order.device: status.encode_status(self.rows[order.device])} if order.device in self.rows else {}
         return records, rows, f"did {order.order}"
 
-    def _carried(self, order: Order) -> Iterator[StatusRecord]:
+    def _status_records(self, order: Order) -> Iterator[StatusRecord]:
         if order.order in ("look", "coverage"):
             yield from self.answer(order)
         if order.order in ("approve", "revoke"):
@@ -112,7 +112,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def opened(console: ServedConsole, browser: Browser) -> Iterator[Open]:
+def open_console(console: ServedConsole, browser: Browser) -> Iterator[Open]:
     """Opens a page as somebody who is logged in; at the end no script has failed, and no policy was broken."""
     contexts: list[BrowserContext] = []
     wrong: list[str] = []
@@ -129,7 +129,7 @@ def opened(console: ServedConsole, browser: Browser) -> Iterator[Open]:
             context.add_cookies([{"name": console.console.exposure.cookie, "value": token, "url": console.url}])
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+        page.on("console", lambda line: wrong.append(line.text) if "Content Security Policy" in line.text else None)
         console.write()
         page.goto(path)
         if role is not None and live:
@@ -146,8 +146,8 @@ def orders(console: ServedConsole, kind: str) -> list[Order]:
     return [o for o in console.orders if o.order == kind]
 
 
-def test_logging_in_and_out(opened: Open) -> None:
-    page = opened("/rounds", None)
+def test_logging_in_and_out(open_console: Open) -> None:
+    page = open_console("/rounds", None)
     expect(page).to_have_title(re.compile("Log in"))
     page.get_by_label("Name").fill("operator")
     page.get_by_label("Password").fill("not that one at all")
@@ -164,8 +164,8 @@ def test_logging_in_and_out(opened: Open) -> None:
     expect(page).to_have_title(re.compile("Log in"))
 
 
-def test_finding_a_device_and_reading_its_plan(opened: Open, console: ServedConsole) -> None:
-    page = opened("/fleet")
+def test_finding_a_device_and_reading_its_plan(open_console: Open, console: ServedConsole) -> None:
+    page = open_console("/fleet")
     page.get_by_label("Name").fill("BOARD-000")
     expect(page.locator("#found")).to_have_text("10 devices of 240")
     assert page.evaluate("location.search") == "?q=BOARD-000"
@@ -180,42 +180,42 @@ def test_finding_a_device_and_reading_its_plan(opened: Open, console: ServedCons
     expect(page.get_by_role("row", name="Peak memory in training")).to_contain_text("84.1 MB")
     expect(page.locator(".facts", has_text="Runs")).to_contain_text("release 6 in slot b")
     expect(page.locator("svg.strip")).to_have_count(8)
-    held = page.get_by_role("row", name="layer7.conv").first
-    expect(held).to_contain_text("128 of 512")
+    layer_row = page.get_by_role("row", name="layer7.conv").first
+    expect(layer_row).to_contain_text("128 of 512")
     page.get_by_text("Channels as numbers").click()
     expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
 
 
-def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, console: ServedConsole) -> None:
-    def shown() -> list[str]:
+def test_the_table_is_sorted_filtered_and_paged_by_the_server(open_console: Open, console: ServedConsole) -> None:
+    def device_names() -> list[str]:
         return page.locator("#devices tbody th").all_inner_texts()
 
     def names(**asked: Any) -> list[str]:
         return [r["name"] for r in console.console.view.devices(size=100, **asked).items]
 
-    page = opened("/fleet")
-    assert shown() == names()
+    page = open_console("/fleet")
+    assert device_names() == names()
     page.get_by_role("link", name="Density").click()
     expect(page.get_by_role("columnheader", name="Density")).to_have_attribute("aria-sort", "ascending")
     page.get_by_role("link", name="Density").click()
     expect(page.get_by_role("columnheader", name="Density")).to_have_attribute("aria-sort", "descending")
-    assert shown() == names(sort="-density")
+    assert device_names() == names(sort="-density")
     page.get_by_role("link", name="Next").click()
     expect(page.locator(".pages")).to_contain_text("page 2 of 3")
-    assert shown() == names(sort="-density", page=2)
+    assert device_names() == names(sort="-density", page=2)
     page.get_by_label("State").select_option("excluded")
     expect(page.locator("#found")).to_contain_text("of 240")
-    wanted = names(sort="-density", only={"state": "excluded"})
-    expect(page.locator("#devices tbody tr")).to_have_count(len(wanted))
-    assert shown() == wanted
+    expected = names(sort="-density", only={"state": "excluded"})
+    expect(page.locator("#devices tbody tr")).to_have_count(len(expected))
+    assert device_names() == expected
     page.go_back()
     expect(page.locator("#found")).to_have_text("240 devices")
     page.goto("/fleet?q=nobody-has-this")
     expect(page.locator("main")).to_contain_text("No device matches")
 
 
-def test_the_table_stays_live_and_keeps_what_people_do(opened: Open, console: ServedConsole) -> None:
-    page = opened("/fleet?q=board-0002")
+def test_the_table_stays_live_and_keeps_what_people_do(open_console: Open, console: ServedConsole) -> None:
+    page = open_console("/fleet?q=board-0002")
     link = page.get_by_role("link", name="board-0002")
     link.focus()
     row = {**console.fleet.rows["board-0002"], "temperature_c": 99.5, "profile": "<img src=x onerror=alert(1)>"}
@@ -225,8 +225,8 @@ def test_the_table_stays_live_and_keeps_what_people_do(opened: Open, console: Se
     expect(link).to_be_focused()
 
 
-def test_who_turns_a_page_is_not_held_up_by_news(opened: Open) -> None:
-    page = opened("/fleet")
+def test_who_turns_a_page_is_not_held_up_by_news(open_console: Open) -> None:
+    page = open_console("/fleet")
     script = """async () => {
       const { go, show } = await import("/static/swap.js");
       const going = go("/fleet?page=2");
@@ -238,8 +238,8 @@ def test_who_turns_a_page_is_not_held_up_by_news(opened: Open) -> None:
     expect(page.locator(".pages")).to_contain_text("page 2 of 3")
 
 
-def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> None:
-    page = opened("/", "operator")
+def test_approving_a_board_that_waits(open_console: Open, console: ServedConsole) -> None:
+    page = open_console("/", "operator")
     page.get_by_role("region", name="Waiting for approval").get_by_role("link", name="board-0013").click()
     expect(page.locator(".notice")).to_contain_text("ab12-cd34-ef56-7890")
     page.get_by_role("button", name="Approve").click()
@@ -258,8 +258,8 @@ def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> N
     assert (order.device, order.key, order.operator) == ("board-0013", "ab12-cd34-ef56-7890", "operator")
 
 
-def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: ServedConsole) -> None:
-    page = opened("/devices/board-0008")
+def test_revoking_a_board_needs_its_name_and_an_admin(open_console: Open, console: ServedConsole) -> None:
+    page = open_console("/devices/board-0008")
     page.get_by_role("button", name="Revoke").click()
     dialog = page.get_by_role("dialog")
     yes = dialog.get_by_role("button", name="Revoke")
@@ -271,17 +271,17 @@ def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: Ser
     expect(page.locator("#said")).to_contain_text("did revoke")
     expect(page.locator(".notice.bad")).to_contain_text("This board was revoked")
     assert [o.device for o in orders(console, "revoke")] == ["board-0008"]
-    for role, places in (("operator", ["/devices/board-0009"]), ("viewer", ["/rollouts"])):
-        for place in places:
-            page = opened(place, role)
+    for role, paths in (("operator", ["/devices/board-0009"]), ("viewer", ["/rollouts"])):
+        for place in paths:
+            page = open_console(place, role)
             expect(page.locator("[data-order*=revoke]")).to_have_count(0)
             if role == "viewer":
                 expect(page.locator("[data-order], #start-open")).to_have_count(0)
 
 
 @pytest.mark.usefixtures("first_rollout")
-def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: ServedConsole) -> None:
-    page = opened("/rollouts")
+def test_a_rollout_is_stopped_and_another_one_started(open_console: Open, console: ServedConsole) -> None:
+    page = open_console("/rollouts")
     page.get_by_role("button", name="Stop rollout 2").click()
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("Boards that have it keep it")
@@ -302,8 +302,8 @@ def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: Ser
     )  # fmt: skip
 
 
-def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
-    page = opened("/alerts", "viewer")
+def test_an_alert_is_seen_at_once(open_console: Open, console: ServedConsole) -> None:
+    page = open_console("/alerts", "viewer")
     before = console.console.view.alerts(size=1, gone=False).total
     expect(page.locator("#nav .count")).to_have_text(f"{before} open")
     text = "the disk is full <script>alert(1)</script>"
@@ -316,8 +316,8 @@ def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     expect(page.locator("#found")).to_have_text("1 line")
 
 
-def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) -> None:
-    page = opened("/rounds", "viewer")
+def test_a_round_under_way_and_its_curves(open_console: Open, console: ServedConsole) -> None:
+    page = open_console("/rounds", "viewer")
     expect(page.get_by_role("img", name=re.compile("Global accuracy by round"))).to_be_visible()
     expect(page.get_by_role("row", name="layer0.conv").locator("svg rect").first).to_have_class("h10")
     numbers = page.locator("details", has_text="Global loss as numbers")
@@ -337,8 +337,8 @@ def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) 
     assert numbers.evaluate("d => d.open")
 
 
-def test_a_lost_connection_is_said_and_mended(opened: Open) -> None:
-    page = opened("/fleet")
+def test_a_lost_connection_is_said_and_mended(open_console: Open) -> None:
+    page = open_console("/fleet")
     page.context.set_offline(True)
     expect(page.get_by_role("alert")).to_contain_text("Connection lost")
     expect(page.locator("#live")).to_have_text("not live")
@@ -347,8 +347,8 @@ def test_a_lost_connection_is_said_and_mended(opened: Open) -> None:
     expect(page.locator("#live")).to_have_text("live")
 
 
-def test_pages_can_be_read_without_scripts(opened: Open) -> None:
-    page = opened("/fleet", live=False, java_script_enabled=False)
+def test_pages_can_be_read_without_scripts(open_console: Open) -> None:
+    page = open_console("/fleet", live=False, java_script_enabled=False)
     page.get_by_role("link", name="Density").click()
     expect(page.get_by_role("columnheader", name="Density")).to_have_attribute("aria-sort", "ascending")
     page.get_by_label("Name").fill("board-0004")
@@ -362,15 +362,15 @@ def _axe() -> Any:
 
 
 @pytest.mark.parametrize("place", ["login", *PLACES])
-def test_everybody_can_use_the_page(opened: Open, place: str) -> None:
+def test_everybody_can_use_the_page(open_console: Open, place: str) -> None:
     """axe finds nothing in light or dark, and a phone's width shows all of it."""
     axe = _axe()
-    page = opened(PLACES.get(place, "/login"), None if place == "login" else "admin", color_scheme="light")
+    page = open_console(PLACES.get(place, "/login"), None if place == "login" else "admin", color_scheme="light")
     page.evaluate("document.querySelector('details')?.setAttribute('open', '')")
-    found = axe.run(page)
-    assert found.violations_count == 0, found.generate_report()
+    results = axe.run(page)
+    assert results.violations_count == 0, results.generate_report()
     page.emulate_media(color_scheme="dark")
-    found = axe.run(page, options={"runOnly": {"type": "rule", "values": ["color-contrast"]}})
-    assert found.violations_count == 0, found.generate_report()
+    results = axe.run(page, options={"runOnly": {"type": "rule", "values": ["color-contrast"]}})
+    assert results.violations_count == 0, results.generate_report()
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

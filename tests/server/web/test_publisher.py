@@ -49,10 +49,10 @@ SITE = {
 class Console:
     """A server's console without its process: the files, the server's side of them, and a view."""
 
-    def __init__(self, folder: Path, air: Air, allowed: str = "all", **more: Any) -> None:
+    def __init__(self, folder: Path, air: Air, allowed: str = "all", **options: Any) -> None:
         self._air, clock = air, lambda: air.now
         self.writer = StatusWriter(folder / STATUS_FILE)
-        self.publisher = StatusPublisher(SITE, self.writer, **{"clock": clock, "monotonic": clock, **more})
+        self.publisher = StatusPublisher(SITE, self.writer, **{"clock": clock, "monotonic": clock, **options})
         self.database = ConsoleDatabase(folder / "console.db")
         self.queue = OrderQueue(self.database, clock)
         self.quarantine = Quarantine(clock)
@@ -75,9 +75,9 @@ class Console:
         values = (self._air.now, until, "ann", "::1", kind, json.dumps(what))
         query = "INSERT INTO orders (at, until, operator, address, kind, what) VALUES (?, ?, ?, ?, ?, ?)"
         self.database.execute(query, *values)
-        found = self.database.row("SELECT max(number) AS n FROM orders")
-        assert found is not None
-        return int(found["n"])
+        latest = self.database.row("SELECT max(number) AS n FROM orders")
+        assert latest is not None
+        return int(latest["n"])
 
     def answer(self, number: int) -> tuple[bool, str] | None:
         row = self.database.row("SELECT * FROM orders WHERE number = ?", number)
@@ -92,16 +92,16 @@ class Console:
             self._observers.show([(r.snapshot(fleet), r.take_events()) for r in self.runners.values()])
 
 
-def watched(fleet: Fleet, *observers: Observer, **more: Any) -> tuple[Server, Console]:
+def watched_server(fleet: Fleet, *observers: Observer, **options: Any) -> tuple[Server, Console]:
     """A server of a fleet, and its console."""
-    console = Console(fleet.folder, fleet.air, **more)
+    console = Console(fleet.folder, fleet.air, **options)
     return console.serve(fleet.daemon(observers=[console.observer, *observers], quarantine=console.quarantine)), console
 
 
-def finished(folder: Path) -> tuple[Any, Any, Console]:
+def run_job(folder: Path) -> tuple[Any, Any, Console]:
     """A job that is run to its end with a console: its server, its last state and the console."""
     fleet = Fleet(folder, JOB)
-    daemon, console = watched(fleet)
+    daemon, console = watched_server(fleet)
     state = fleet.run_daemon(daemon)
     console.flush()
     return daemon, state, console
@@ -121,7 +121,7 @@ MANY: Any = Many()
 
 
 def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
-    daemon, state, console = finished(tmp_path)
+    daemon, state, console = run_job(tmp_path)
     view = console.view
     job = view.job(JOB.name)
     assert job is not None
@@ -139,34 +139,34 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
 
 
 def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> None:
-    daemon, _, console = finished(tmp_path)
+    daemon, _, console = run_job(tmp_path)
 
-    def shown(view: FleetView) -> list[Any]:
+    def published_rows(view: FleetView) -> list[Any]:
         return [view.devices().items, view.jobs, [r["round"] for r in view.rounds(JOB.name).items]]
 
-    before = shown(console.view)
-    again = Console(tmp_path, console._air)
-    again.serve(daemon)
-    again.flush(3)
-    found = shown(again.view)
-    for row in (*before[0], *found[0]):
+    before = published_rows(console.view)
+    restarted = Console(tmp_path, console._air)
+    restarted.serve(daemon)
+    restarted.flush(3)
+    published = published_rows(restarted.view)
+    for row in (*before[0], *published[0]):
         row["seen_at"] = None  # nobody knows any more
-    assert found == before
-    assert again.view.is_complete
+    assert published == before
+    assert restarted.view.is_complete
 
 
 def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tmp_path: Path) -> None:
     fleet, moments = Fleet(tmp_path, JOB), iter(range(10_000))
     # Of a clock that leaps there is time for one batch in each call.
-    _, console = watched(fleet, poller=MembershipPoller(MANY), monotonic=lambda: 60.0 * next(moments))
-    whole = []
+    _, console = watched_server(fleet, poller=MembershipPoller(MANY), monotonic=lambda: 60.0 * next(moments))
+    completeness = []
     for _ in range(8):
         console.flush()
         console.publisher.mark_changed(["board-0000"])
-        whole.append((console.view.is_complete, len(console.view.device_names) >= 120))
-    assert all(heard for done, heard in whole if done)
-    assert whole[0] == (False, False)
-    assert whole[-1] == (True, True)
+        completeness.append((console.view.is_complete, len(console.view.device_names) >= 120))
+    assert all(heard for done, heard in completeness if done)
+    assert completeness[0] == (False, False)
+    assert completeness[-1] == (True, True)
 
 
 def test_a_row_that_is_wrong_costs_no_other(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
 
     slow: Any = Slow()
     poller = MembershipPoller(slow)
-    _, console = watched(Fleet(tmp_path, JOB), poller=poller)
+    _, console = watched_server(Fleet(tmp_path, JOB), poller=poller)
     poller.start()
     console.flush(10)
     assert (console.view.is_ready, console.view.is_complete) == (True, False)
@@ -198,7 +198,7 @@ def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
 
 
 def test_where_nothing_has_changed_nothing_is_published_but_that_the_server_runs(tmp_path: Path) -> None:
-    _, _, console = finished(tmp_path)
+    _, _, console = run_job(tmp_path)
     console.flush()
     console.view.changes()
     console.flush(20)
@@ -208,7 +208,7 @@ def test_where_nothing_has_changed_nothing_is_published_but_that_the_server_runs
 
 def test_what_could_not_be_written_is_published_once_it_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fleet = Fleet(tmp_path, JOB)
-    daemon, console = watched(fleet)
+    daemon, console = watched_server(fleet)
     write, full = console.writer.write, StorageError("the disk is full")
 
     def fail(*_: Any, **__: Any) -> None:
@@ -226,7 +226,7 @@ def test_what_could_not_be_written_is_published_once_it_can(tmp_path: Path, capl
 
 
 def test_no_reader_and_no_hanging_console_holds_up_the_server(tmp_path: Path) -> None:
-    _, _, console = finished(tmp_path)
+    _, _, console = run_job(tmp_path)
     reader = sqlite3.connect(f"file:{tmp_path / STATUS_FILE}?mode=ro", uri=True, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM records").fetchone()
@@ -245,19 +245,19 @@ def test_no_reader_and_no_hanging_console_holds_up_the_server(tmp_path: Path) ->
 
 def test_an_order_that_an_earlier_start_has_taken_is_not_carried_out_again(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet)
-    taken, waits = console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)
-    assert [o.number for o in console.queue.take(1)] == [taken]
-    _, again = watched(fleet)
-    again.flush(2)
-    assert (again.answer(taken), again.answer(waits)) == ((False, INTERRUPTED), (True, "coverage"))
+    _, console = watched_server(fleet)
+    pause, waits = console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)
+    assert [o.number for o in console.queue.take(1)] == [pause]
+    _, restarted = watched_server(fleet)
+    restarted.flush(2)
+    assert (restarted.answer(pause), restarted.answer(waits)) == ((False, INTERRUPTED), (True, "coverage"))
 
 
 def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path) -> None:
     expected = Fleet(tmp_path / "alone", JOB).run().model
     fleet = Fleet(tmp_path / "watched", JOB)
 
-    def act(seen: JobSnapshot, what: object) -> None:
+    def act(snapshot: JobSnapshot, what: object) -> None:
         if fleet.air.now > 120.0 and len(numbers) == 1:
             assert daemon.main_runner.state.phase is Phase.WAITING
             assert daemon.main_runner.state.paused
@@ -266,7 +266,7 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
             assert job["paused"]
             numbers.append(console.order("resume", job=JOB.name))
 
-    daemon, console = watched(fleet, Watcher(act))
+    daemon, console = watched_server(fleet, Watcher(act))
     numbers = [console.order("pause", job=JOB.name)]
     assert fleet.run_daemon(daemon).model == expected
     assert [(console.answer(n) or (False,))[0] for n in numbers] == [True, True]
@@ -275,7 +275,7 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
 def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fedprune.server")
     fleet = Fleet(tmp_path, JOB)
-    daemon, console = watched(fleet)
+    daemon, console = watched_server(fleet)
     number = console.order("pause", job=JOB.name)
     console.flush()
     assert console.answer(number) is None
@@ -284,17 +284,17 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplo
     assert console.answer(number) == (True, f"job {JOB.name} is paused")
     console.order("resume", job=JOB.name)
     console.flush()
-    said = [r.getMessage() for r in caplog.records if ", as ann ordered" in r.getMessage()]
-    assert said == [f"job {JOB.name} {end}, as ann ordered" for end in ("is paused", "goes on")]
-    again = console.order("resume", job=JOB.name)
+    messages = [r.getMessage() for r in caplog.records if ", as ann ordered" in r.getMessage()]
+    assert messages == [f"job {JOB.name} {end}, as ann ordered" for end in ("is paused", "goes on")]
+    resume = console.order("resume", job=JOB.name)
     console.flush()
     daemon.main_runner._commit()
     console.flush()
-    assert console.answer(again) == (True, f"job {JOB.name} is not paused")
+    assert console.answer(resume) == (True, f"job {JOB.name} is not paused")
 
 
 def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(tmp_path: Path) -> None:
-    _, _, console = finished(tmp_path)
+    _, _, console = run_job(tmp_path)
     broken: Any = SimpleNamespace(job=JOB, state=None)
     runners, folder = {**console.runners, "broken": broken}, tmp_path
     orders = OrderHandler(console.queue, console.publisher, runners, console.quarantine, folder, None)
@@ -306,7 +306,7 @@ def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(tmp_pat
 
 
 def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(tmp_path: Path) -> None:
-    _, _, console = finished(tmp_path)
+    _, _, console = run_job(tmp_path)
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(AdminExecutor):
@@ -328,7 +328,7 @@ def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(tmp_path: P
 
 def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet)
+    _, console = watched_server(fleet)
     numbers = [
         console.order("pause", job="nobodys"), console.order("look", device="nobody"),
         console.order("approve", device="a", key="x"), console.order("release_quarantine", device="nobody"),
@@ -344,7 +344,7 @@ def test_a_server_carries_out_only_the_orders_that_it_allows(
     tmp_path: Path, allowed: str, expected: list[bool]
 ) -> None:
     fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet, allowed=allowed)
+    _, console = watched_server(fleet, allowed=allowed)
     numbers = [console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)]
     console.flush()
     assert [(console.answer(n) or (None,))[0] for n in numbers] == expected
@@ -353,7 +353,7 @@ def test_a_server_carries_out_only_the_orders_that_it_allows(
 def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     book, clock = AlertBook(), lambda: fleet.air.now
-    daemon, console = watched(fleet, alerts=book)
+    daemon, console = watched_server(fleet, alerts=book)
     monitor = Monitor(tmp_path, {}, {JOB.name: tmp_path}, book=book, clock=clock, monotonic=clock)
 
     def look() -> None:
@@ -375,13 +375,13 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     console.order("coverage", job=JOB.name)
     for _ in range(4):
         look()
-    row, found = console.view.device("a"), console.view.details("a")
+    row, details = console.view.device("a"), console.view.details("a")
     assert row is not None
     assert row["quarantine"] is None
     assert console.view.alerts(gone=False).items == []
-    assert found is not None
-    assert [h["round"] for h in found["history"]] == [3, 2, 1]
-    assert [w["kept"] for w in found["widths"]] == list(state.devices["a"].widths)
+    assert details is not None
+    assert [h["round"] for h in details["history"]] == [3, 2, 1]
+    assert [w["kept"] for w in details["widths"]] == list(state.devices["a"].widths)
     covered = console.view.coverage(JOB.name)
     assert covered is not None
     for group in covered["groups"]:
@@ -392,15 +392,15 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
 
 def test_an_alert_is_shown_with_its_present_text_and_closes_whatever_that_is(tmp_path: Path) -> None:
     fleet, book = Fleet(tmp_path, JOB), AlertBook()
-    _, console = watched(fleet, alerts=book)
+    _, console = watched_server(fleet, alerts=book)
     first = Alert("rollout", "warning", 5.0, "it waits for a and b", "why", "wait")
-    shown: list[tuple[str, bool]] = []
+    changes: list[tuple[str, bool]] = []
     for second, alerts in enumerate([[first], [replace(first, what="it waits for b")], [], [first]]):
         book.update(alerts, float(second), 5.0 + second)
         console.flush()
         (row,) = console.view.alerts().items
-        shown.append((row["text"].partition(".")[0], row["gone_at"] is None))
-    assert shown == [
+        changes.append((row["text"].partition(".")[0], row["gone_at"] is None))
+    assert changes == [
         ("it waits for a and b", True), ("it waits for b", True), ("it waits for b", False),
         ("it waits for a and b", True),
     ]  # fmt: skip
@@ -423,7 +423,7 @@ def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_pat
 
 def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet)
+    _, console = watched_server(fleet)
     log = logging.getLogger("fedprune.server.trial")
     log.addHandler(console.publisher.tap)
     try:
@@ -439,8 +439,8 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
         log.removeHandler(console.publisher.tap)
     console.publisher.mark_changed(["b"])
     console.flush()
-    found = [(x["text"], x["job"], x["round"], x["device"]) for x in console.view.lines().items]
-    assert found == [
+    lines = [(x["text"], x["job"], x["round"], x["device"]) for x in console.view.lines().items]
+    assert lines == [
         ("device b. is known, device c is not asked for", None, None, "b"),
         ("no device has ever announced itself", None, None, None),
         ("a foreign topic", None, None, None), ("no word", JOB.name, 3, "b"), ("the disk is slow", JOB.name, 3, None),
@@ -449,7 +449,7 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
 
 def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet)
+    _, console = watched_server(fleet)
     log = logging.getLogger("fedprune.server.trial")
     log.addHandler(console.publisher.tap)
     try:
@@ -458,6 +458,6 @@ def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Pa
         log.removeHandler(console.publisher.tap)
     console.publisher.mark_changed(["a"])
     console.flush()
-    (found,) = console.view.lines(only={"device": "a"}).items
-    assert found["text"].isprintable()
-    assert len(found["text"]) < 1600
+    (line,) = console.view.lines(only={"device": "a"}).items
+    assert line["text"].isprintable()
+    assert len(line["text"]) < 1600

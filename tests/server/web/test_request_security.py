@@ -17,7 +17,7 @@ JSON = {"content-type": "application/json"}
 
 def test_no_route_but_the_open_ones_is_reached_without_a_session(tmp_path: Path) -> None:
     here = trial(tmp_path)
-    seen = 0
+    route_count = 0
     for route in make_routes(here.console).routes:
         if isinstance(route, Mount):
             assert route.path + "/" == STATIC_PREFIX
@@ -29,8 +29,8 @@ def test_no_route_but_the_open_ones_is_reached_without_a_session(tmp_path: Path)
             reply = here.browser().ask(method, path)
             assert reply.status in ((401,) if path.startswith("/api/") else (303,)), (method, path)
             assert b"board-" not in reply.body
-            seen += 1
-    assert seen >= 15
+            route_count += 1
+    assert route_count >= 15
     for path in ("/", "/fleet", "/nowhere", "/api/v1/nowhere", "/docs", "/openapi.json", "/login/", "//login"):
         assert here.browser().get(path).status in (303, 401), path
 
@@ -58,9 +58,9 @@ def test_cookies_are_kept_from_scripts_and_other_sites(tmp_path: Path) -> None:
     here.console.exposure = Exposure(has_tls=True)
 
     browser = Browser(make_app(here.console), secure=True)
-    found = browser.login(here.console, "viewer").cookies()
-    assert found
-    assert all("Secure" in c and "HttpOnly" in c and "Path=/" in c and c.startswith("__Host-") for c in found)
+    cookies = browser.login(here.console, "viewer").cookies()
+    assert cookies
+    assert all("Secure" in c and "HttpOnly" in c and "Path=/" in c and c.startswith("__Host-") for c in cookies)
 
 
 def test_an_order_needs_the_token_and_this_site(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_sessions_end_with_time_password_and_account(tmp_path: Path) -> None:
 def test_guessing_passwords_is_slowed_and_noted(tmp_path: Path) -> None:
     here = trial(tmp_path)
     attacker = here.browser(address="203.0.113.5")
-    found = [attacker.login(here.console, "admin", f"guess number {i}").status for i in range(12)]
-    assert found[:4] == [401] * 4
-    assert 429 in found[4:6]
+    statuses = [attacker.login(here.console, "admin", f"guess number {i}").status for i in range(12)]
+    assert statuses[:4] == [401] * 4
+    assert 429 in statuses[4:6]
     assert attacker.login(here.console, "admin").status == 429  # the right one, too
     assert here.browser(address="198.51.100.7").login(here.console, "admin").status == 303
     failed = [r for r in here.console.audit.page().items if r["outcome"] == "failed"]
@@ -199,8 +199,8 @@ def test_no_path_leads_out_of_the_static_files(tmp_path: Path, path: str) -> Non
 def test_a_name_that_was_made_to_point_here_is_refused(tmp_path: Path, host: str) -> None:
     here = trial(tmp_path, around=Exposure(hosts=("fleet.example",)))
     assert here.browser(host=host).get("/login").status == 421
-    for known in ("fleet.example:8470", "localhost:8470", "192.0.2.7", "[::1]:8470"):
-        assert here.browser(host=known).get("/login").status == 200
+    for own_host in ("fleet.example:8470", "localhost:8470", "192.0.2.7", "[::1]:8470"):
+        assert here.browser(host=own_host).get("/login").status == 200
 
 
 def test_a_proxy_is_believed_only_where_there_is_one(tmp_path: Path) -> None:
@@ -218,9 +218,9 @@ def test_a_proxy_is_believed_only_where_there_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("next_path", "expected"),
     [("/fleet", "/fleet"), ("//evil.example", "/"), ("https://evil.example", "/"), ("/\\evil.example", "/"),
      ("/a\nb", "/"), ("", "/"), (None, "/"), ("javascript:alert(1)", "/"), ("/devices/a?q=1", "/devices/a?q=1")],
 )  # fmt: skip
-def test_after_the_login_nobody_is_sent_elsewhere(given: str | None, expected: str) -> None:
-    assert safe_path(given) == expected
+def test_after_the_login_nobody_is_sent_elsewhere(next_path: str | None, expected: str) -> None:
+    assert safe_path(next_path) == expected

@@ -21,7 +21,7 @@ from support.paths import ROOT
 FLEET_PAGE = ROOT / "server" / "fedprune_server" / "web" / "templates" / "fleet.html"
 
 
-def published(folder: Path, devices: int) -> tuple[FleetView, ConsoleFleet]:
+def publish_fleet(folder: Path, devices: int) -> tuple[FleetView, ConsoleFleet]:
     writer, fleet = StatusWriter(folder / STATUS_FILE), ConsoleFleet(devices, 2)
     fleet.publish(writer)
     writer.close()
@@ -37,7 +37,7 @@ def test_every_sortable_header_of_the_fleet_page_is_a_column() -> None:
 @pytest.mark.parametrize("column", ["name", "online", "density", "seen_at"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_pages_in_any_order_hold_every_device_once(tmp_path: Path, column: str, backward: bool) -> None:
-    view, fleet = published(tmp_path, 130)
+    view, fleet = publish_fleet(tmp_path, 130)
     rows: list[dict[str, Any]] = []
     for number in range(1, 5):
         page = view.devices(page=number, size=40, sort=f"{'-' if backward else ''}{column}")
@@ -51,7 +51,7 @@ def test_pages_in_any_order_hold_every_device_once(tmp_path: Path, column: str, 
 
 
 def test_filters_keep_what_they_say_and_counts_are_of_all(tmp_path: Path) -> None:
-    view, fleet = published(tmp_path, 200)
+    view, fleet = publish_fleet(tmp_path, 200)
     for column in ("state", "profile", "job", "status"):
         for value, count in view.counts[column].items():
             page = view.devices(size=500, only={column: value})
@@ -61,7 +61,7 @@ def test_filters_keep_what_they_say_and_counts_are_of_all(tmp_path: Path) -> Non
 
 
 def test_a_revoked_board_is_not_counted_as_offline(tmp_path: Path) -> None:
-    view, fleet = published(tmp_path, 20)
+    view, fleet = publish_fleet(tmp_path, 20)
     before = view.counts["online"]
     row = next(r for r in fleet.rows.values() if not r["online"] and r["status"] == "member")
     writer = StatusWriter(tmp_path / "later.db")
@@ -77,25 +77,25 @@ def test_a_revoked_board_is_not_counted_as_offline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"page": 0}, {"size": 0}, {"size": 501}, {"sort": "key"}, {"only": {"name": "a"}}])
 def test_a_page_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"expected|no "):
-        published(tmp_path, 3)[0].devices(**wrong)
+        publish_fleet(tmp_path, 3)[0].devices(**wrong)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 7), st.booleans(), st.booleans()), max_size=40))
 def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int, bool, bool]]) -> None:
     rows = list(ConsoleFleet(8, 0).rows.values())
-    known: dict[str, bool] = {}
+    is_online: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as folder:
         writer, view = StatusWriter(Path(folder) / STATUS_FILE), FleetView(Path(folder) / STATUS_FILE)
         for number, gone, online in changes:
             row = {**rows[number], "online": online}
             write(writer, rows={row["name"]: None if gone else encode_status(row)})
-            known[row["name"]] = online
+            is_online[row["name"]] = online
             if gone:
-                del known[row["name"]]
-        assert view.counts["online"] == {"yes": sum(known.values()), "no": len(known) - sum(known.values())}
-        assert view.devices().total == sum(view.counts["profile"].values()) == len(known)
-        assert view.device_names == known.keys()
+                del is_online[row["name"]]
+        assert view.counts["online"] == {"yes": sum(is_online.values()), "no": len(is_online) - sum(is_online.values())}
+        assert view.devices().total == sum(view.counts["profile"].values()) == len(is_online)
+        assert view.device_names == is_online.keys()
         named = {f"devices:{rows[number]['name']}" for number, _, _ in changes}
         assert view.changes() == (named | {"devices"} if named else set())
         writer.close()
@@ -127,6 +127,6 @@ def test_a_stream_names_few_of_many_and_no_text_begins_another_event() -> None:
     pending = PendingTopics()
     pending.add([f"devices:b{i}" for i in range(MAX_DEVICES + 1)])
     pending.add(["devices", "log:x\n\nevent: ended\ndata: {}\n\n"])
-    (text,) = [part for part in pending.take_event().split("\n\n") if part]
+    (text,) = [event for event in pending.take_event().split("\n\n") if event]
     assert text.startswith('event: changed\ndata: ["devices","devices:*","log:')
     assert pending.take_event() == event_text("changed", [])

@@ -33,11 +33,11 @@ def console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trial, set
             threads.add(threading.get_ident())
             return super().execute(*arguments)
 
-    monkeypatch.setattr(sqlite3, "connect", lambda *given, **more: connect(*given, factory=Connection, **more))
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **options: connect(*given, factory=Connection, **options))
     return trial(tmp_path), threads
 
 
-def asked(browser: Browser, *paths: str) -> None:
+def check_paths(browser: Browser, *paths: str) -> None:
     for path in paths:
         assert browser.get(path).status == 200, path
 
@@ -47,11 +47,11 @@ def test_no_request_runs_a_query_on_the_event_loop(console: tuple[Trial, set[int
     browser = here.browser("admin")
     job = here.console.view.job_names[0]
     threads.clear()
-    asked(browser, *PATHS)
-    asked(browser, "/api/v1/devices?q=7&sort=-samples", "/fleet?q=7", "/api/v1/audit?operator=admin")
+    check_paths(browser, *PATHS)
+    check_paths(browser, "/api/v1/devices?q=7&sort=-samples", "/fleet?q=7", "/api/v1/audit?operator=admin")
     assert browser.get("/nowhere").status == 404
     number = browser.order(order="pause", job=job).json["order"]
-    asked(browser, f"/api/v1/orders/{number}")
+    check_paths(browser, f"/api/v1/orders/{number}")
     assert browser.form("/login", name="viewer", password="x" * 12, csrf="y").status == 403
     nonce = browser.cookies[here.console.exposure.login_cookie]
     token = here.console.sessions.login_token(nonce)

@@ -78,8 +78,8 @@ def test_a_restart_forgets_no_failure(tmp_path: Path) -> None:
     watch.fail(PAIR.free_failures + 3)
     expected = watch.wait()
     watch.database.close()
-    again = Watch(tmp_path)
-    assert again.wait() == expected > 0
-    again.log_in()
-    again.database.close()
+    restarted = Watch(tmp_path)
+    assert restarted.wait() == expected > 0
+    restarted.log_in()
+    restarted.database.close()
     assert Watch(tmp_path).wait() == 0
