@@ -77,7 +77,5 @@ def privacy_spending(privacy: Privacy, state: State | None) -> dict[str, Any]:
     except MissingExtraError:
         epsilons = dict.fromkeys(sorted(state.devices))
     else:
-        epsilons = {
-            name: accountant.epsilon(release_cost(device.releases)) for name, device in sorted(state.devices.items())
-        }
+        epsilons = {n: accountant.epsilon(release_cost(d.releases)) for n, d in sorted(state.devices.items())}
     return privacy.to_dict() | {"epsilon": epsilons}

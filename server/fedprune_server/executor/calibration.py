@@ -63,9 +63,8 @@ class Calibration:
         for node in graph.nodes:
             if node.op == "BatchNormalization":
                 node.attrs["momentum"] = 0.0  # The batch's statistics alone, whatever share a training step keeps.
-        self._session = OnnxSession(
-            training_graph(replace(model, graph=graph), frozen_features).to_bytes(), training=True
-        )
+        batch_graph = training_graph(replace(model, graph=graph), frozen_features)
+        self._session = OnnxSession(batch_graph.to_bytes(), training=True)
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """The same model with statistics of these samples; weights stay as they are, bit for bit. Raises `ModelError`

@@ -73,20 +73,15 @@ class DistributedWorker:
         if self._pool.adds_updates:
             # On a cluster a task costs a round trip, which several small submodels share; and each helper gets some
             # tasks, so that a slow one doesn't hold up the round.
-            group = max(
-                1,
-                min(_MAX_TASK_SUBMODELS, math.ceil(len(extracts) / (_MIN_TASKS_PER_HELPER * max(1, self._pool.size)))),
-            )
+            tasks = _MIN_TASKS_PER_HELPER * max(1, self._pool.size)
+            group = max(1, min(_MAX_TASK_SUBMODELS, math.ceil(len(extracts) / tasks)))
         for start in range(0, len(extracts), group):
             chunk = tuple(extracts[start : start + group])
             future = self._pool.submit(pool_tasks.extract_submodels, chunk)
             self._expected |= {_key(c): (c, future, i) for i, c in enumerate(chunk)}
+        sums = self._shared_sums
         for command in commands:
-            if (
-                isinstance(command, do.FoldUpdate)
-                and self._shared_sums is not None
-                and self._shared_sums.accepts(command)
-            ):
+            if isinstance(command, do.FoldUpdate) and sums is not None and sums.accepts(command):
                 self._expected[_key(command)] = (command, self._pool.submit(pool_tasks.check_update, command), 0)
 
     def _offer_key(self, command: do.Extract) -> Hashable:
@@ -209,9 +204,7 @@ class SharedSums:
     than it adds; otherwise (optimal transport) it is split by updates.
     """
 
-    def __init__(
-        self, worker: Worker, pool: TaskPool[Worker], block: int = BLOCK_SIZE, batch: int = BATCH_UPDATES
-    ) -> None:
+    def __init__(self, worker: Worker, pool: TaskPool[Worker], block: int, batch: int) -> None:
         strategy = worker.strategy
         self._worker = worker
         self._pool = pool
@@ -283,13 +276,8 @@ class SharedSums:
         self, command: do.Close, updates: Sequence[do.Contribution], name_blocks: Sequence[frozenset[str]], refs: Any
     ) -> _Batch:
         addition = do.Close(command.round, command.model, command.memory, (), tuple(updates))
-        return _Batch(
-            addition.contributions,
-            [
-                self._pool.submit(pool_tasks.add_up_updates, pool_tasks.Addition(addition, names, refs))
-                for names in name_blocks
-            ],
-        )
+        tasks = [pool_tasks.Addition(addition, names, refs) for names in name_blocks]
+        return _Batch(addition.contributions, [self._pool.submit(pool_tasks.add_up_updates, task) for task in tasks])
 
     def _collect(self, command: do.FoldUpdate | do.Close, *, wait: bool) -> None:
         """Merge the sums of batches that are done; hanging helpers together cost their patience once."""

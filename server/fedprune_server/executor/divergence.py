@@ -70,10 +70,8 @@ def diagnose_losses(
         rise = f"from {first_loss:.4g} after the first round to {last_loss:.4g} after the last"
         symptom = f"the global model's loss rose, {rise}"
         if mixed and _has_noise(job):
-            return (
-                f"training diverged: {symptom}. {divergence_remedy(job)} "
-                f"If the loss rises then, too, look at {_CALIBRATION_ADVICE}"
-            )
+            advice = f"{divergence_remedy(job)} If the loss rises then, too, look at {_CALIBRATION_ADVICE}"
+            return f"training diverged: {symptom}. {advice}"
         if mixed:
             symptom = f"{symptom}. The most likely cause is {_CALIBRATION_ADVICE} If the loss still rises:"
             return f"training diverged: {symptom} {divergence_remedy(job)}"

@@ -53,18 +53,15 @@ class MaskedSums(RoundCloser):
         sums, rejected = list[PartialSums](), dict[str, Failure]()
         for cohort_sum in command.sums:
             try:
-                sums.append(
-                    self._cohort_sums(round_, cohort_sum, [contributions[device] for device in cohort_sum.devices])
-                )
+                members = [contributions[device] for device in cohort_sum.devices]
+                sums.append(self._cohort_sums(round_, cohort_sum, members))
             except (ProtocolError, BundleError) as error:  # noqa: PERF203 - a false sum must not cost the others
                 failure = Failure(FailureKind.FALSE_SUM, one_line(f"the sum of masked updates is false: {error}"))
                 rejected |= dict.fromkeys(cohort_sum.devices, failure)
         if rejected and not sums:
             return RoundOutcome(rejected=rejected)
         try:
-            counted = tuple(
-                self._updates.round_update(c) for device, c in contributions.items() if device not in rejected
-            )
+            counted = tuple(self._updates.round_update(c) for name, c in contributions.items() if name not in rejected)
             result = replace(round_.close_sums(sums, command.participants), updates=counted, rejected=rejected)
         except (ProtocolError, BundleError) as error:
             failure = Failure(FailureKind.OTHER, one_line(f"the sums of masked updates don't fit the round: {error}"))

@@ -135,7 +135,7 @@ class Offers:
             recipe: How it trains.
             unit: What it trains on.
             coding: What of it travels encoded.
-            before: The selection of what the device continues from; None where nothing is known.
+            previous_selection: That of what the device continues from; None where nothing is known.
 
         Raises:
             ModelError: The model can't be trained by this recipe.
@@ -154,10 +154,8 @@ class Offers:
         body[UPDATE_SIZE] = file_bytes(shapes)
         update_codec = None if coding.update is None else updates.Codec.parse(coding.update)
         if update_codec is not None:
-            body |= {
-                "codec": coding.update,
-                UPDATE_BOUND: updates.max_update_bytes(update_codec, shapes, self._trained),
-            }
+            bound = updates.max_update_bytes(update_codec, shapes, self._trained)
+            body |= {"codec": coding.update, UPDATE_BOUND: bound}
         if self._model.base is not None:
             body["base"] = self._graph_ref("base", round_, lambda: self._model.base_file or b"")
         if self._precisions:
@@ -179,13 +177,11 @@ class Offers:
     def lowered_refs(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
         """The graphs of lower precisions at some widths, named in a round. Raises `ModelError` if nothing of the model
         can be computed with 8 bits, where that is asked for; and `StorageError` if the disk fails or is full."""
-        return {
-            p: self._graph_ref(f"{p} {widths}", round_, partial(self._lower_graphs, widths, p))
-            for p in self._precisions
-        }
 
-    def _lower_graphs(self, widths: tuple[int, ...], precision: str) -> bytes:
-        return lower(self._model, widths, precision).packed
+        def make(precision: str) -> bytes:
+            return lower(self._model, widths, precision).packed
+
+        return {p: self._graph_ref(f"{p} {widths}", round_, partial(make, p)) for p in self._precisions}
 
     def note(self, graphs: Iterable[str], round_: int) -> None:
         """Note graphs that an offer of a round names, and drop those that none has named for long."""
@@ -247,9 +243,8 @@ class Offers:
         fields["weights_codec"] = str(weights_codec)
         try:
             encoded = updates.weights.encode(weights_codec, packed, held_weights, self._trained)
-            decoded = updates.weights.decode(
-                weights_codec, encoded, held_weights, sum(v.nbytes for v in packed.values())
-            )
+            decoded_bytes = sum(v.nbytes for v in packed.values())
+            decoded = updates.weights.decode(weights_codec, encoded, held_weights, decoded_bytes)
         except ProtocolError as error:
             _LOG.warning("weights are sent plainly: %s", error)
             return packed, fields

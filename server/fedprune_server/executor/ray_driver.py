@@ -102,9 +102,8 @@ class _Cluster:
         # In a list it isn't read before every task.
         self._settings = [ray.put(settings)]
         self._token = probe
-        self._remote_task = self._ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(
-            _do_task
-        )
+        as_remote = self._ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")
+        self._remote_task = as_remote(_do_task)
         self._tasks: dict[Any, int] = {}
         self._alive_at = self._updated_at = time.monotonic()
         self._size = -1
@@ -119,9 +118,8 @@ class _Cluster:
             if self._tasks:
                 open_refs = list(self._tasks)
                 # A few at a time, so that new tasks are passed on between results.
-                finished_refs, _ = self._ray.wait(
-                    open_refs, num_returns=min(len(open_refs), 8), timeout=_POLL_INTERVAL_S
-                )
+                count = min(len(open_refs), 8)
+                finished_refs, _ = self._ray.wait(open_refs, num_returns=count, timeout=_POLL_INTERVAL_S)
                 for ref in finished_refs:
                     self._send_answer(ref, self._tasks.pop(ref))
             now = time.monotonic()

@@ -118,9 +118,8 @@ class StoredUpdates:
         recipe = self.recipe(cut.turn)
         withheld = self._withheld(recipe)
         withheld_tensors = _gather_named(selection, cut.scene.model, withheld)
-        tensors, squares = split_update(
-            self.archive.update(contribution.weights, contribution.codec, contribution.sent), mask
-        )
+        update = self.archive.update(contribution.weights, contribution.codec, contribution.sent)
+        tensors, squares = split_update(update, mask)
 
         def read_sent() -> Submodel:
             offered, _ = split_update(self.archive.sent_weights(contribution.sent), mask)
@@ -144,9 +143,8 @@ class StoredUpdates:
         tensors |= {n: v for n, v in withheld_tensors.items() if n in names}
         read_sent = partial(self._read_sent, selection, contribution.sent, refs, names)
         trained = Submodel(selection, tensors)
-        report = UpdateReport(
-            Cut(scene, turn, round_selection), trained, contribution.weight, contribution.steps, read_sent
-        )
+        cut = Cut(scene, turn, round_selection)
+        report = UpdateReport(cut, trained, contribution.weight, contribution.steps, read_sent)
         return shorten_update(report, contribution.shares) if contribution.shares else report
 
     def _read_sent(

@@ -142,8 +142,8 @@ class Worker:
         return recipe
 
     def execute(self, command: HeavyCommand) -> on.Event:
-        """Carry out one command and return its result. Raises `FedpruneError` if it can't be done. A `Fold` of a faulty
-        update is answered by `UpdateRejected` instead, and a `Close` leaves such updates out."""
+        """Carry out one command and return its result. Raises `FedpruneError` if it can't be done. A `FoldUpdate` of a
+        faulty update is answered by `UpdateRejected` instead, and a `Close` leaves such updates out."""
         match command:
             case do.Score():
                 return self._score(command)
@@ -189,18 +189,12 @@ class Worker:
         """The key of an offer: devices of equal keys get the same one. None for an offer that only its device gets."""
         if not self.strategy.is_device_independent:
             return None
-        return (
-            _basis_key(command),
-            _submodel_key(command),
-            command.coding,
-            self._recipe(command),
-            command.unit or self._unit,
-        )
+        unit = command.unit or self._unit
+        return _basis_key(command), _submodel_key(command), command.coding, self._recipe(command), unit
 
     def _recipe(self, command: do.Extract) -> Recipe:
-        return self.updates.recipe(self.updates.turn(command.basis, command.part)).with_micro_batches(
-            command.accumulate
-        )
+        recipe = self.updates.recipe(self.updates.turn(command.basis, command.part))
+        return recipe.with_micro_batches(command.accumulate)
 
     def _extract(self, command: do.Extract) -> on.Extracted:
         device_part, key = command.part, self.shared_key(command)

@@ -60,10 +60,8 @@ class Variant:
     def toml(self) -> str:
         """The lines for the job's file."""
         options = self.job.get("options", {})
-        lines = [
-            "[job]",
-            *(f"{key} = {setting_value_text(value)}" for key, value in self.job.items() if key != "options"),
-        ]
+        lines = ["[job]"]
+        lines += [f"{key} = {setting_value_text(value)}" for key, value in self.job.items() if key != "options"]
         lines += ["", "[job.options]"] if options else []
         return "\n".join([*lines, *(f"{key} = {setting_value_text(value)}" for key, value in options.items())])
 

@@ -138,9 +138,8 @@ def _differing_pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, 
     old, new = _keyed_by_name(old), _keyed_by_name(new)
     if isinstance(old, Mapping) and isinstance(new, Mapping) and name not in _IRRELEVANT_SETTINGS:
         for key in (*old, *(k for k in new if k not in old)):
-            yield from _differing_pairs(
-                f"{name}.{key}" if name else key, old.get(key, _MISSING), new.get(key, _MISSING)
-            )
+            path = f"{name}.{key}" if name else key
+            yield from _differing_pairs(path, old.get(key, _MISSING), new.get(key, _MISSING))
     elif old != new:
         yield name, old, new
 

@@ -254,9 +254,8 @@ class RoundRecorder:
         per_epoch = -(-samples // recipe.batch_size)
         if not recipe.ordered_dropout:
             epochs, remaining_steps = divmod(steps, per_epoch)
-            return self._macs_per_sample(widths) * (
-                epochs * samples + min(remaining_steps * recipe.batch_size, samples)
-            )
+            trained_samples = epochs * samples + min(remaining_steps * recipe.batch_size, samples)
+            return self._macs_per_sample(widths) * trained_samples
         plans = self._axes.step_widths(widths, recipe.ordered_dropout)
         total = 0
         for step in range(1, steps + 1):

@@ -101,9 +101,8 @@ def do_runs(
     """
     names = [r.name for r in runs]
     if len(set(names)) < len(names):
-        raise ConfigError(
-            "runs", expected="a name for each", got=value_text(next(n for n in names if names.count(n) > 1))
-        )
+        repeated = next(n for n in names if names.count(n) > 1)
+        raise ConfigError("runs", expected="a name for each", got=value_text(repeated))
     with storage_errors(f"can't make {out}"):
         out.mkdir(parents=True, exist_ok=True)
     hint = "Wait for its end and give the command again, or give another folder."

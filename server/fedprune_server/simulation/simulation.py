@@ -80,9 +80,8 @@ class StallDetector:
         """Note a connection. Raises `PlanError` if devices connected too often without any training."""
         self._births += 1
         if self._births > MAX_IDLE_CONNECTIONS * self._devices:
-            raise PlanError(
-                "devices connect and disconnect, and none of them ever trains", hint=standstill_reason(state)
-            )
+            what = "devices connect and disconnect, and none of them ever trains"
+            raise PlanError(what, hint=standstill_reason(state))
 
     def on_offered(self, command: do.SendOffer, state: State, refusal: str) -> None:
         """Note an offer to a device.
@@ -427,9 +426,7 @@ class Simulation:
         previous_table, leaf_table = self._run.tables.get(name), self.store.table(weights.sha256)
         self._run.tables[name] = self.store.put(leaf_table).sha256
         previous_leaves = set() if previous_table is None else set(leaf_digests(self.store.read(previous_table)))
-        return sum(
-            weights.leaf_size(i) for i, digest in enumerate(leaf_digests(leaf_table)) if digest in previous_leaves
-        )
+        return sum(weights.leaf_size(i) for i, d in enumerate(leaf_digests(leaf_table)) if d in previous_leaves)
 
     def _train(self, item: TrainingEnd) -> on.Event:
         device = self._devices[item.device]

@@ -76,9 +76,8 @@ class StarterBoard:
 
     def own_profile(self) -> str:
         """The shipped profile under the board's name, as TOML. Raises `ProfileError` if it is missing."""
-        text = (
-            profile_store.shipped_profiles_folder() / f"{profile_store.find_profile(self.profile).name}.toml"
-        ).read_text("utf-8")
+        name = profile_store.find_profile(self.profile).name
+        text = (profile_store.shipped_profiles_folder() / f"{name}.toml").read_text("utf-8")
         # Lines are replaced rather than parsed and written: the copy keeps the profile's comments and sources.
         text = re.sub(r"(?m)^name = .*", f'name = "{self.name}"', text, count=1)
         if self.round_bytes:

@@ -304,9 +304,8 @@ class SavedRun:
             return
         started_at = time.monotonic()
         if not self._configured:
-            write_atomically(
-                self._folder / CONFIG_FILE, (json.dumps(self._experiment.settings(), indent=1) + "\n").encode()
-            )
+            config = json.dumps(self._experiment.settings(), indent=1) + "\n"
+            write_atomically(self._folder / CONFIG_FILE, config.encode())
             self._configured = True
         # Rounds first: the state names how many of their lines count, so that a kill in between leaves lines that the
         # next save cuts off.
@@ -376,8 +375,7 @@ def _finished_rounds(path: Path, count: int, length: int) -> tuple[list[dict[str
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}", hint=_restart_hint(path.parent)) from error
     if len(lines) != count:
-        raise StorageError(
-            f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_restart_hint(path.parent)
-        )
+        hint = _restart_hint(path.parent)
+        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=hint)
     rows = [json.loads(line) for line in lines]
     return [row for row, _ in rows], {int(row["round"]): RoundNotes(**notes) for row, notes in rows}

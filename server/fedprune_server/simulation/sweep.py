@@ -126,10 +126,8 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
         history = simulation.state.history
         metrics = history[-1]["metrics"] if history else {}
         leading_metric = primary_metric(metrics)
-        report(
-            len(history) / plan.job.rounds,
-            "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1]),
-        )
+        note = "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1])
+        report(len(history) / plan.job.rounds, note)
 
     with track_rounds(plan.track, plan, folder) as track:
         record = simulate_in_folder(plan, folder, progress, on_begin=track)

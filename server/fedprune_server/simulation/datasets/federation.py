@@ -331,17 +331,15 @@ class DataPlan:
             else (input_columns,)
         )
         if not all(isinstance(name, str) and name.strip() for name in columns):
-            raise ConfigError(
-                ("data", "x"), expected="a column's name, or a list of them", got=value_text(input_columns)
-            )
+            expected = "a column's name, or a list of them"
+            raise ConfigError(("data", "x"), expected=expected, got=value_text(input_columns))
         object.__setattr__(self, "x", columns)
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
             self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))
         ):
-            raise ConfigError(
-                ("data", "size"), expected="height and width, such as [64, 64]", got=value_text(self.size)
-            )
+            expected = "height and width, such as [64, 64]"
+            raise ConfigError(("data", "size"), expected=expected, got=value_text(self.size))
         if self.partition != "owners" and not self.devices:
             raise ConfigError(("data", "devices"), expected="1 or more", got=self.devices)
 
@@ -365,9 +363,8 @@ class DataPlan:
         size = (self.size[0], self.size[1]) if self.size else None
         columns = None
         if self.x or self.y is not None or self.owner is not None:
-            columns = ParquetColumns(
-                self.x or ParquetColumns.x, self.y or ParquetColumns.y, self.owner or ParquetColumns.owner
-            )
+            usual = ParquetColumns()
+            columns = ParquetColumns(self.x or usual.x, self.y or usual.y, self.owner or usual.owner)
         return self.deal(read_samples(self.source, columns, size=size, colour=self.colour), seed)
 
     def deal(self, samples: Samples, seed: int = 0) -> Federation:
@@ -413,9 +410,8 @@ class DataPlan:
             return partition.by_owner(rows, samples.owners, self.devices, seed=seed)
         if self.partition == "pathological":
             return partition.pathological(rows, samples.labels, self.devices, classes=self.classes, seed=seed)
-        return partition.dirichlet(
-            rows, samples.labels, self.devices, alpha=self.alpha, seed=seed, min_samples=self.least
-        )
+        labels, least = samples.labels, self.least
+        return partition.dirichlet(rows, labels, self.devices, alpha=self.alpha, seed=seed, min_samples=least)
 
     def _names(self, samples: Samples, rows: Rows, devices: int) -> list[str]:
         """The owners' names if each device is one owner and the names are valid for devices."""

@@ -63,11 +63,8 @@ def read_parquet(
         DataError: A file is missing or damaged, there is no such column, or it holds what can't be read.
         MissingExtraError: There are images, and Pillow is not installed.
     """
-    splits = [
-        s
-        for s in (_read_split(files, testing, columns) for files, testing in _files_of_splits(path))
-        if s.column_chunks
-    ]
+    splits = [_read_split(files, testing, columns) for files, testing in _files_of_splits(path)]
+    splits = [split for split in splits if split.column_chunks]
     if not splits:
         raise DataError(f"{path} holds no rows", expected="at least one sample")
     xs = [_inputs(split, columns.x, size, colour) for split in splits]

@@ -108,9 +108,8 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
     except DataError:
         raise
     except Exception as error:  # on damaged files zipfile, numpy and numpy's header parser may raise anything
-        raise DataError(
-            f"{path} is not an .npz file of plain arrays{unreadable_reason(error)}", hint=_WRITE_HINT
-        ) from error
+        what = f"{path} is not an .npz file of plain arrays{unreadable_reason(error)}"
+        raise DataError(what, hint=_WRITE_HINT) from error
 
 
 def _map_array(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:

@@ -188,9 +188,8 @@ class _LocalRunner:
             noise=noise,
             checked_graphs=self._agreeing,
         )
-        result = runner.carry_out(
-            Offer.from_dict({"job": "simulation", "round": number, "attempt": 0, **device_offer(offer)})
-        )
+        header = {"job": "simulation", "round": number, "attempt": 0}
+        result = runner.carry_out(Offer.from_dict({**header, **device_offer(offer)}))
         result.commit_state()
         update = result.update
         # Times and memory of this machine differ from run to run.

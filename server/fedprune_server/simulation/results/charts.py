@@ -168,9 +168,8 @@ def _curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]
         title = f"Local {kind} as {'received' if moment == 'before' else 'trained'}"
         rows.append((title, metric, partial(Record.own_means, metric=f"{kind}_{moment}")))
     suffix = "_loss" if kind == "loss" else ""
-    names = sorted(measured_names(runs), key=lambda name: "/" in name)[
-        :MAX_MEASUREMENT_CURVES
-    ]  # further sets of samples last
+    # Further sets of samples last.
+    names = sorted(measured_names(runs), key=lambda name: "/" in name)[:MAX_MEASUREMENT_CURVES]
     rows += [
         (f"Measured: {name.removesuffix(suffix)}", metric, partial(Record.measured_values, name=name)) for name in names
     ]

@@ -102,13 +102,8 @@ def target_figures(run: Record, target: float) -> dict[str, float | None]:
         return {"target": target, "round": None, "seconds": None, "bytes": None, "training_macs": None}
     macs = sum(r.macs for r in run.rounds if r.round <= row.round)
     spent = row.down + row.up
-    return {
-        "target": target,
-        "round": row.round,
-        "seconds": row.elapsed_s,
-        "bytes": spent,
-        "training_macs": macs or None,
-    }
+    costs = {"seconds": row.elapsed_s, "bytes": spent, "training_macs": macs or None}
+    return {"target": target, "round": row.round, **costs}
 
 
 def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
