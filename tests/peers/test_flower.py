@@ -111,7 +111,8 @@ def test_means_agree(flower: dict[str, Any], aggregator: Aggregator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "how"), [("median", Robustness(centre="median")), ("trimmed", Robustness(centre="trimmed", trim=TRIM))]
+    ("statistic", "robustness"),
+    [("median", Robustness(centre="median")), ("trimmed", Robustness(centre="trimmed", trim=TRIM))],
 )
 def test_medians_and_trimmed_means_agree(flower: dict[str, Any], statistic: str, robustness: Robustness) -> None:
     for r in range(ROUNDS):

@@ -95,7 +95,7 @@ class FairScheduler:
             present: All devices that are there.
             can_take_part: Which of them can take part in which job.
             has_work_for: Which of them a job would give something to do now; all of those by default.
-            sharing: The result of `able`, if it is known.
+            sharing: The result of `sharing_jobs`, if it is known.
 
         Returns:
             Which devices each job gets now; jobs that get none are left out.

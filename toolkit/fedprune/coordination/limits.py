@@ -200,7 +200,7 @@ def shorten_update(report: UpdateReport, shares: Mapping[str, float]) -> UpdateR
 
 
 def capped_weights(samples: Mapping[str, int], median_multiple: float, absolute: int = 0) -> dict[str, int]:
-    """Weights of devices: their samples, up to `times` the median and up to `absolute` (0 for no limit)."""
+    """Weights of devices: their samples, up to that multiple of the median and up to `absolute` (0 for no limit)."""
     limit = weight_limit(samples.values(), median_multiple, absolute)
     return {name: min(count, limit) for name, count in samples.items()}
 

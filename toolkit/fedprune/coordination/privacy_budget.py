@@ -103,7 +103,7 @@ class JobPrivacyBudget:
         return max((release_cost(d.releases) for d in self._state.devices.values()), default=0.0)
 
     def largest_cost_after_next(self) -> float | None:
-        """`spent` after one more release, as costly as the costliest so far; None where nothing is promised."""
+        """`largest_cost` after one more release, as costly as the costliest so far; None where nothing is promised."""
         if not self._is_counted:
             return None
         smallest = min((float(z) for d in self._state.devices.values() for z in d.releases), default=None)

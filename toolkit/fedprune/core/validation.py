@@ -125,7 +125,7 @@ def check_bool(what: Subject, value: object, *, error: ErrorClass = ConfigError)
 
 
 def check_text(what: Subject, value: object, max_length: int, *, error: ErrorClass = ConfigError) -> str:
-    """Printable text of at most `most` characters; it may have line ends and tabs."""
+    """Printable text of at most `max_length` characters; it may have line ends and tabs."""
     if isinstance(value, str) and len(value) <= max_length and _PRINTABLE.fullmatch(value):
         return value
     raise error(what, expected=f"text of at most {max_length} printable characters", got=value_text(value))
@@ -143,7 +143,7 @@ def check_pattern(
 def check_items(
     what: Subject, value: object, max_items: int, noun: str, *, min_items: int = 0, error: ErrorClass = ConfigError
 ) -> Sequence[Any]:
-    """A list of `min_items` to `most` items, which are not checked themselves; `noun` is their plural."""
+    """A list of `min_items` to `max_items` items, which are not checked themselves; `noun` is their plural."""
     if isinstance(value, (list, tuple)) and min_items <= len(value) <= max_items:
         return value
     expected = f"a list of {f'{min_items} to' if min_items else 'at most'} {max_items} {noun}"

@@ -495,8 +495,7 @@ def _share_common_values(device: Mapping[str, Any], shared: dict[str, Any]) -> M
 
 
 def update_digests(update: Mapping[str, Any] | None) -> set[str]:
-    """Digests of the blobs that a stored update refers to itself: `LastCountedUpdate` and `Contribution`, as attributes
-    or JSON."""
+    """Digests of the blobs that a stored update refers to itself: a `LastCountedUpdate` or `Contribution`, as JSON."""
     return {update[k] for k in ("weights", "ranking", "mask", "sent") if update.get(k)} if update else set()
 
 

@@ -264,7 +264,7 @@ class PlanSearch:
             fits for that reason alone, the plan is the narrowest candidate, with a warning.
         frozen: Tensors that the model's author froze.
         margin: Share of the memory that stays free; `MEMORY_UNDERESTIMATE` where no round will correct the plan.
-        codecs: As in `predict`.
+        codecs: As in `predict_costs`.
         names: What the settings of `SETTING_OF_LIMIT` are called where the user has them.
         least_channels: How many channels every group keeps, or all where it has less.
     """

@@ -188,7 +188,7 @@ class _RemoteObject:
 
 
 class RemoteSession(_RemoteObject):
-    """A graph in the child process, with the methods of `onnxruntime.InferenceSession` that `Session` uses."""
+    """A graph in the child process, with the methods of `onnxruntime.InferenceSession` that `OnnxSession` uses."""
 
     def __init__(self, process: SessionProcess, graph: tuple[Any, ...], exact: bool) -> None:
         super().__init__(process, "load", graph, exact)

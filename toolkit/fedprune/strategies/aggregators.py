@@ -149,7 +149,7 @@ class DeltaMean(Mean):
 
 def check_reconstruction(fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
     """Check the reconstruction of an update, which itself was checked before. Raises `BundleError` or `ProtocolError`
-    as `Fold.check_reconstruction`."""
+    as `Fold.check`."""
     # A strategy without `reconstruct` hands back the same tensors: checking a large model twice costs a pass over it.
     if lifted.tensors is not report.trained.tensors:
         fold.check(lifted.selection, lifted.tensors)

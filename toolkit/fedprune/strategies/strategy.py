@@ -54,8 +54,9 @@ class Strategy:
         exploration_updates_model: Whether the model moves to the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept (`Cut.past`).
         uses_masks: Whether submodels have element masks, for which plans must leave room on boards.
-        compression: The codec, both ways, of jobs whose own is `auto`: `none` or one of `fedprune.updates.DOWN`. With
-            element masks, and where noise is shared, which a codec would round away, files travel plainly.
+        compression: The codec, both ways, of jobs whose own is `auto`: `none` or one of
+            `fedprune.updates.DOWNLOAD_CODECS`. With element masks, and where noise is shared, which a codec would round
+            away, files travel plainly.
         distillation: How the server trains each new global model on unlabelled samples, if it has any; None for not at
             all.
         min_channels: The fewest channels that a submodel has of a group, unless the whole model has fewer.

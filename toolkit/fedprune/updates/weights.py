@@ -25,7 +25,7 @@ def encode(
     """Encode weights, in the order of their file. Raises `ProtocolError` if they can't be coded.
 
     Args:
-        codec: One of `DOWN`, for differences.
+        codec: One of `DOWNLOAD_CODECS`, for differences.
         base: What the device holds, with the same names and shapes; None if the weights travel whole.
         trained: Names of the tensors that are coded; the others travel as they are.
     """

@@ -156,7 +156,7 @@ class RobustAggregator(Aggregator):
 
 
 def robust_aggregator(aggregator: Aggregator, settings: object) -> Aggregator:
-    """An aggregator as a job's option `robust_aggregator` wants it; itself where the job has none.
+    """An aggregator as a job's option `robust` wants it; itself where the job has none.
 
     Raises `ConfigError` for an unknown key or a wrong value.
 
