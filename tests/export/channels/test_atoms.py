@@ -75,7 +75,7 @@ def test_reshaped_rows_say_where_numpy_puts_the_elements(shapes: tuple[list[int]
 
 
 @settings(deadline=None, max_examples=200)
-@given(ties=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=40), parts=st.integers(1, 5))
+@given(ties=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=40), interval=st.integers(1, 5))
 def test_units_can_be_asked_for_in_between(ties: list[tuple[int, int]], interval: int) -> None:
     at_once, in_parts = Atoms(), Atoms()
     at_once.fresh(30)
