@@ -95,7 +95,7 @@ def test_losses_of_batches_are_torchs(name: str, batch: int, width: int, labels:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    name=st.sampled_from(["dice", "focal"]), batch=st.integers(1, 5), places=st.sampled_from([(3,), (2, 3)]),
+    name=st.sampled_from(["dice", "focal"]), batch=st.integers(1, 5), shape=st.sampled_from([(3,), (2, 3)]),
     size=sizes, kind=st.sampled_from(["none", "all", "some", "shares"]), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_losses_of_masks_are_torchs(
