@@ -73,10 +73,8 @@ def test_nothing_that_steers_a_terminal_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_loop_goes_on_while_another_program_locks_the_file(tmp_path: Path) -> None:
-    with (
-        CrashStore(tmp_path) as store,
-        closing(sqlite3.connect(tmp_path / CRASH_FILE, isolation_level=None)) as program,
-    ):
+    path = tmp_path / CRASH_FILE
+    with CrashStore(tmp_path) as store, closing(sqlite3.connect(path, isolation_level=None)) as program:
         program.execute("BEGIN IMMEDIATE")
         for _ in range(MAX_CRASHES_PER_BOARD + 1):  # what comes again and again counts once
             store.add(crash("a", 1))

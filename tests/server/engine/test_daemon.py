@@ -51,9 +51,8 @@ def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fle
 
     device.hear = eager  # type: ignore[method-assign]
     fleet.run()
-    events = [
-        body["device"] for _, _, kind, body in Storage.open_in(fleet.folder).log.events() if kind == "UpdateAnnounced"
-    ]
+    log = Storage.open_in(fleet.folder).log
+    events = [body["device"] for _, _, kind, body in log.events() if kind == "UpdateAnnounced"]
     assert len(announcements) >= 3
     assert events.count("a") == 3
 

@@ -164,10 +164,8 @@ def test_other_samples_of_the_server_are_taken_and_said(tmp_path: Path) -> None:
         np.savez(source, x=x[:20], y=y[1:21])
         assert [line.partition(":")[0] for line in open_job(folder, config).setting_changes] == ["evaluation"]
         np.savez(source, x=x[1:21], y=y[1:21])
-        assert [line.partition(":")[0] for line in open_job(folder, config).setting_changes] == [
-            "evaluation",
-            "calibration",
-        ]
+        changes = open_job(folder, config).setting_changes
+        assert [line.partition(":")[0] for line in changes] == ["evaluation", "calibration"]
         assert open_job(folder, config).setting_changes == []
         lines = open_job(folder, replace(config, calibration=None)).setting_changes
         assert [line.partition(":")[0] for line in lines] == ["calibration"]

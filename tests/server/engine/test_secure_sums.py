@@ -208,12 +208,10 @@ def test_a_board_that_spoils_sums_is_found_named_and_left_out(model: Model, tmp_
     assert state.devices["c"].excluded
     assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
     assert not any("c" in names for names in folded(state))
-    unmasking_steps = [
-        parse_message(payload) for topic, payload in fleet.published if "/c/" in topic and b'"unmasking"' in payload
-    ]
-    assert (
-        len({message.sum for message in unmasking_steps if isinstance(message, SecureStep)}) == 4
-    )  # 8 suspects, then 4, 2, 1
+    payloads = [payload for topic, payload in fleet.published if "/c/" in topic and b'"unmasking"' in payload]
+    messages = [parse_message(payload) for payload in payloads]
+    # Of 8 suspects, then 4, 2 and 1.
+    assert len({message.sum for message in messages if isinstance(message, SecureStep)}) == 4
     assert fleet.air.now < fleet.job.deadline_s  # no attempt waits for the deadline
     fleet.job = replace(fleet.job, rounds=6)
     fleet.restart()  # and stays left out

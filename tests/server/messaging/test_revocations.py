@@ -74,9 +74,8 @@ def test_a_command_that_is_missing_or_hangs_is_an_error(
 
 
 def test_a_command_that_leaves_a_process_behind_has_succeeded(crl: Path, tmp_path: Path) -> None:
-    deliver_list(
-        command(f"sleep 600 & echo $! > {tmp_path}/pid"), tmp_path, crl
-    )  # it holds the command's standard output
+    # The process in the background holds the command's standard output.
+    deliver_list(command(f"sleep 600 & echo $! > {tmp_path}/pid"), tmp_path, crl)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert is_list_delivered(tmp_path, crl)
 

@@ -13,7 +13,7 @@ import pytest
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.signed_channel import SignedEnvelope, unseal
 from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
-from fedprune.wire.messages import parse_message
+from fedprune.wire.messages import Message, parse_message
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_server.messaging import second_server
@@ -125,6 +125,10 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         server.close()
 
 
+def opened_message(raw: bytes) -> Message:
+    return parse_message(unseal(KEY.verifying_key, TOPIC, raw).body)
+
+
 def is_refused(server: SecondServerGuard) -> bool:
     try:
         server.enter()
@@ -173,17 +177,9 @@ def test_at_a_server_s_own_broker_all_others_give_way(lab: Lab) -> None:
 
 def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> None:
     first, end = lab.serving("first")
-    old = [
-        raw
-        for raw in lab.hub.published
-        if isinstance(parse_message(unseal(KEY.verifying_key, TOPIC, raw).body), ServerQuery)
-    ]
+    old = [raw for raw in lab.hub.published if isinstance(opened_message(raw), ServerQuery)]
     lab.server("asks", only_looks=True)[0].others()
-    answer = next(
-        r
-        for r in lab.hub.published
-        if isinstance(parse_message(unseal(KEY.verifying_key, TOPIC, r).body), ServerPresence)
-    )
+    answer = next(raw for raw in lab.hub.published if isinstance(opened_message(raw), ServerPresence))
     end.close()
     second, _ = lab.server("second")
     for raw in (answer, *old):  # repeated by a listener

@@ -72,13 +72,8 @@ def test_a_blob_its_table_and_parts_of_them(server: BlobServer, store: BlobStore
     assert ask(server, place(REF))[:2] == (200, BLOB)
     table = ask(server, place(REF, ".leaves"))
     assert table[:2] == (200, store.path(REF.sha256).with_name(f"{REF.sha256}.leaves").read_bytes())
-    for first, last in (
-        (0, 0),
-        (1, LEAF_BYTES),
-        (LEAF_BYTES - 1, LEAF_BYTES),
-        (5, len(BLOB) - 1),
-        (len(BLOB) - 1, len(BLOB) + 7),
-    ):
+    size = len(BLOB)
+    for first, last in ((0, 0), (1, LEAF_BYTES), (LEAF_BYTES - 1, LEAF_BYTES), (5, size - 1), (size - 1, size + 7)):
         status, body, headers = ask(server, place(REF), Range=f"bytes={first}-{last}")
         assert (status, body) == (206, BLOB[first : last + 1])
         assert headers["Content-Range"] == f"bytes {first}-{min(last, len(BLOB) - 1)}/{len(BLOB)}"

@@ -296,9 +296,8 @@ def test_what_can_t_be_uploaded_is_pulled_in_the_same_place(web: Web, reason: st
     wants = web.uploads.on_upload_result("a", UploadResult(web.ref("a").sha256, reason), 1.0)
     assert kinds(wants) == [("a", "want")]
     assert web.place.awaited == {}
-    assert (
-        web.uploads.on_birth("a", 2, 0.0, 2.0, can_upload=True)[0][1].kind == "want"
-    )  # and not asked to upload it again
+    (_, request), *_ = web.uploads.on_birth("a", 2, 0.0, 2.0, can_upload=True)
+    assert request.kind == "want"  # and not asked to upload it again
     finish(web, wants)
     assert [o.device for o in web.uploads.take_outcomes()] == ["a"]
     assert kinds(web.uploads.add("a", 2, 1, web.ref("b"), 3.0)) == [("a", "upload")]  # but the next one
