@@ -98,11 +98,7 @@ def _no_crash_text(exclusions: _Exclusions, name: str) -> str:
             hint="`fedprune-server status` and `fedprune-server devices` list boards.",
         )
     reason = exclusions.reasons[name]
-    return sentences(
-        f"{name} has reported no crash",
-        f"It takes no part: {reason}" if reason else "",
-        _BOARD_LOG_HINT,
-    )
+    return sentences(f"{name} has reported no crash", f"It takes no part: {reason}" if reason else "", _BOARD_LOG_HINT)
 
 
 def _print_crashes(crashes: Sequence[BoardCrash], *, as_json: bool) -> None:

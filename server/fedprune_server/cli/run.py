@@ -239,10 +239,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 )
             # The other server may have been started with other settings meanwhile.
             config = load_config(arguments).config
-        with (
-            build_app(config, options, stopping, folder, [pulse]) as app,
-            _stop_on_signals(stopping) as signals,
-        ):
+        with build_app(config, options, stopping, folder, [pulse]) as app, _stop_on_signals(stopping) as signals:
             app.run()
         interrupted = bool(signals) and not app.server.is_finished
         if interrupted:

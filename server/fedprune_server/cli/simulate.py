@@ -22,13 +22,7 @@ from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.cli.advise import build_advise_parser
-from fedprune_server.cli.sweep_runs import (
-    continuation_hint,
-    failure_rows,
-    output_folder,
-    print_remarks,
-    run_variants,
-)
+from fedprune_server.cli.sweep_runs import continuation_hint, failure_rows, output_folder, print_remarks, run_variants
 
 PROG = "fedprune-simulate"
 COMPARE = "compare"

@@ -108,14 +108,8 @@ class StoredJob:
 
 def job_findings(case: StoredJob) -> Iterator[Finding]:
     if case.state.phase is not Phase.FINISHED and case.has_begun:
-        for check in (
-            _check_pause,
-            _check_exclusions,
-            _check_deadline,
-            _check_refusals,
-            _check_outliers,
-            _check_coverage,
-        ):
+        checks = (_check_pause, _check_exclusions, _check_deadline, _check_refusals, _check_outliers, _check_coverage)
+        for check in checks:
             yield from check(case)
     if case.state.phase is Phase.FINISHED or case.has_begun:
         # A stall explains a loss that rises on the server's samples alone, which would pass for training that diverges.

@@ -95,13 +95,7 @@ class RolloutStore(Closeable):
         blobs: The files of the release that is under way; not with `read_only`.
     """
 
-    def __init__(
-        self,
-        state: Path,
-        database: Database | str | None = None,
-        *,
-        read_only: bool = False,
-    ) -> None:
+    def __init__(self, state: Path, database: Database | str | None = None, *, read_only: bool = False) -> None:
         self._lock = state / FOLDER / _START_LOCK
         self._is_shared_database = isinstance(database, Database)
         self._database = (

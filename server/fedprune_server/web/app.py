@@ -41,11 +41,7 @@ def make_routes(console: Console) -> Starlette:
     """The application's routes. Without the security middleware nothing protects them."""
     pages = Pages(console)
     app = Starlette(
-        routes=[
-            *_EntryRoutes(console, pages).routes(),
-            *Api(console).routes(),
-            *pages.routes(),
-        ],
+        routes=[*_EntryRoutes(console, pages).routes(), *Api(console).routes(), *pages.routes()],
         exception_handlers={
             404: pages.answer_missing,
             HTTPException: answer_refusal,

@@ -19,10 +19,7 @@ def ending_certificates(situation: Situation, now: float) -> Iterator[Alert]:
         if entry.error:
             what, why = entry.error, "connections that need it fail"
         elif entry.begins > now:
-            what, why = (
-                f"{entry.path} is valid from {format_minute(entry.begins)} only",
-                "clients refuse to connect",
-            )
+            what, why = f"{entry.path} is valid from {format_minute(entry.begins)} only", "clients refuse to connect"
         elif remaining_s <= 0:
             what, why = f"{entry.path} expired on {format_minute(entry.ends)}", "clients refuse to connect"
         elif remaining_s <= _CERTIFICATE_NOTICE_S:

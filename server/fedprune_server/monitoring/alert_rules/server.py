@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedprune_server.monitoring.alerts import (
-    CRITICAL,
-    HANG_THRESHOLD_S,
-    Alert,
-    alert_rule,
-    server_command,
-    state_args,
-)
+from fedprune_server.monitoring.alerts import CRITICAL, HANG_THRESHOLD_S, Alert, alert_rule, server_command, state_args
 from fedprune_server.monitoring.situation import Situation
 
 # The broker may be away for this long before an alert opens: one that restarts is back within seconds.

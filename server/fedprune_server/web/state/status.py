@@ -275,13 +275,7 @@ class FleetView(Closeable):
         return self._record("coverage", job)
 
     def devices(
-        self,
-        *,
-        page: int = 1,
-        size: int = 50,
-        sort: str = "name",
-        q: str = "",
-        only: Mapping[str, str] | None = None,
+        self, *, page: int = 1, size: int = 50, sort: str = "name", q: str = "", only: Mapping[str, str] | None = None
     ) -> RecordPage:
         """Rows of devices.
 

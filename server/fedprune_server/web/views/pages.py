@@ -151,10 +151,7 @@ class Pages:
         # A browser without a login isn't told the site's name.
         site = self._console.view.site if request.state.session is not None else None
         text = self._templates.get_template(f"{name}.html").render(
-            site=site,
-            site_name=site["site"] if site else "console",
-            now=time.time(),
-            **values,
+            site=site, site_name=site["site"] if site else "console", now=time.time(), **values
         )
         return HTMLResponse(text, status)
 
