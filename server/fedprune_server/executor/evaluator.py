@@ -51,13 +51,13 @@ class ModelSessions:
 
     def __init__(self, model: Model, max_open: int) -> None:
         self.model = model
-        self._most = max_open
+        self._max_open = max_open
         self._opened: dict[tuple[int, ...], OnnxSession] = {}
 
     def session_at(self, widths: tuple[int, ...]) -> OnnxSession:
         session = self._opened.pop(widths, None)
         if session is None:
-            while len(self._opened) >= self._most:
+            while len(self._opened) >= self._max_open:
                 del self._opened[next(iter(self._opened))]  # the one that was asked for longest ago
             graph = at_widths(self.model, widths)
             shapes = self.model.architecture.shapes(widths)

@@ -27,7 +27,7 @@ class StoredUpdates:
     """Reads the scenes, submodels and updates that commands name.
 
     Args:
-        withheld_names: By recipe, the tensors that no update carries.
+        withheld: By recipe, the tensors that no update carries.
     """
 
     def __init__(
