@@ -90,7 +90,6 @@ def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
             raise ConfigError(
                 "no passphrase for the wireless network", hint=f"Set {_WIFI_VARIABLE} or use --wifi-password-file."
             )
-        wifi = Wifi.from_passphrase(
-            arguments.wifi, passphrase, arguments.wifi_country or "", hidden=arguments.wifi_hidden
-        )
+        country = arguments.wifi_country or ""
+        wifi = Wifi.from_passphrase(arguments.wifi, passphrase, country, hidden=arguments.wifi_hidden)
     return FirstBoot(arguments.hostname or device, arguments.user, keys, wifi)

@@ -152,9 +152,8 @@ def _unmet_requirements(
     wheels: Sequence[Path], target: BoardTarget
 ) -> Iterator[tuple[Path, Requirement, Version | None]]:
     """Requirements on the target that no wheel meets; the installer checks the board's own packages."""
-    return unmet_requirements(
-        wheels, _marker_environment(target), target.extra, lambda name: name in target.system_packages, KitError
-    )
+    environment, is_present = _marker_environment(target), target.system_packages.__contains__
+    return unmet_requirements(wheels, environment, target.extra, is_present, KitError)
 
 
 def _marker_environment(target: BoardTarget) -> dict[str, str]:

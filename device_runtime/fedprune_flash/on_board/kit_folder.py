@@ -105,9 +105,9 @@ class KitFolder:
 
         Names that begin with a dot are ignored: operating systems leave them on sticks, and no kit has any.
         """
-        expected_names = (
-            self.file_names | {MANIFEST_FILE} | ({CLAIM_FILE} if self.manifest.get("claim") is not None else set())
-        )
+        expected_names = self.file_names | {MANIFEST_FILE}
+        if self.manifest.get("claim") is not None:
+            expected_names |= {CLAIM_FILE}
         for path in sorted(self.folder.rglob("*")):
             name = str(path.relative_to(self.folder))
             if any(step.startswith(".") for step in name.split("/")):

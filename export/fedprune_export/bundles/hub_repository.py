@@ -137,9 +137,8 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
     text = card.to_markdown(model).encode()
     edited = _is_edited(folder)
     # Loaders such as transformers' refuse a file that doesn't name its format.
-    write_atomically(
-        folder / HUB_WEIGHTS_FILE, tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"})
-    )
+    weights = tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"})
+    write_atomically(folder / HUB_WEIGHTS_FILE, weights)
     write_atomically(folder / HUB_GRAPH_FILE, graph)
     if edited:
         _LOG.warning(

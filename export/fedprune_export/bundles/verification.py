@@ -195,9 +195,8 @@ class _Trial:
         if value is not None:
             # In float64, so that the reference is more exact than the graph.
             return value(logits.astype(np.float64), self.feeds())
-        objective = OnnxSession(
-            subgraph_for(self.bundle.path(TRAINING).read_bytes(), [step.LOSS], given_values=[step.LOGITS])
-        )
+        training = self.bundle.path(TRAINING).read_bytes()
+        objective = OnnxSession(subgraph_for(training, [step.LOSS], given_values=[step.LOGITS]))
         feeds = {n: v for n, v in self.feeds().items() if n in objective.inputs}
         return float(objective.run({**feeds, step.LOGITS: logits})[step.LOSS])
 

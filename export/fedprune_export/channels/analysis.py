@@ -69,9 +69,8 @@ def form_groups(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) ->
         # Which channels a node takes can only be judged once all widths can be read.
         if rejected_group is None:
             reason = "a node such as Gather or Slice takes different parts of different channels"
-            rejected_group = _find_uneven_pick(
-                candidate, [Pick(unit[p.source], p.indices, unit[p.atoms]) for p in picks]
-            )
+            unit_picks = [Pick(unit[p.source], p.indices, unit[p.atoms]) for p in picks]
+            rejected_group = _find_uneven_pick(candidate, unit_picks)
         if rejected_group is None:
             break
         stay_counts[reason] = stay_counts.get(reason, 0) + candidate.sizes[rejected_group]
@@ -93,9 +92,8 @@ def _find_uneven_pick(grouping: Grouping, picks: Sequence[Pick]) -> int | None:
         groups = grouping.group_of[pick.atoms]
         if not (groups != FIXED).any():
             continue
-        pairs = np.stack(
-            [_channel_offsets(grouping.axis(pick.atoms)), _channel_offsets(grouping.axis(pick.source))[pick.indices]]
-        )
+        offsets, source_offsets = (_channel_offsets(grouping.axis(atoms)) for atoms in (pick.atoms, pick.source))
+        pairs = np.stack([offsets, source_offsets[pick.indices]])
         pairs = np.unique(pairs[:, groups != FIXED], axis=1)
         target_offsets, count = np.unique(pairs[0], return_counts=True)
         if (count > 1).any():

@@ -100,9 +100,8 @@ def load_scored_data(path: Path, model: Model, recipe: Recipe) -> LabelledData:
     dtype = model.graph.inputs[0].dtype
     shape = with_lengths(model.architecture.input_shape, model.graph.metadata, ModelError)
     inputs = read_packing(model.graph.metadata, INPUTS_KEY)
-    data = read_labelled_data(
-        path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label, shape, inputs
-    )
+    labels = labels_of(recipe.loss)
+    data = read_labelled_data(path, model.architecture, dtype, labels, recipe.ignore_label, shape, inputs)
     return replace(data, full_score=data.score_of(model.graph))
 
 

@@ -105,9 +105,8 @@ def _fill_weights(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) 
     initializers = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, set(initializers))
     # A state dict has tied tensors under each name, and parameters that the forward pass does not use.
-    further_names = {name for names in metadata.tied_names(texts).values() for name in names} | set(
-        metadata.unused_parameters(texts)
-    )
+    further_names = {name for names in metadata.tied_names(texts).values() for name in names}
+    further_names.update(metadata.unused_parameters(texts))
     for name, value in tensors.items():
         if name not in initializers:
             if name in further_names or name.rpartition(".")[2] == BATCH_COUNTER:

@@ -27,9 +27,8 @@ def dropout(tape: Tape, node: Node) -> Pull:
     mask = dropout_mask_name(node.name or node.outputs[0])
     graph.add_input(mask, dims)
     # The board draws the masks; it finds their names and ratios here.
-    graph.metadata[DROPOUT_METADATA] = json.dumps(
-        {**json.loads(graph.metadata.get(DROPOUT_METADATA, "{}")), mask: ratio}
-    )
+    ratios = json.loads(graph.metadata.get(DROPOUT_METADATA, "{}"))
+    graph.metadata[DROPOUT_METADATA] = json.dumps({**ratios, mask: ratio})
     tape.shapes_written[mask] = dims
     tape.enter(node.outputs[0], graph.emit("Mul", x, mask), shape)
     return lambda dy, *_: tape.add_gradient(name, graph.emit("Mul", dy, mask))

@@ -459,9 +459,8 @@ class _Recurrent:
                 self.inputs[0], g.emit("Add", *input_gradients) if len(input_gradients) > 1 else input_gradients[0]
             )
         if tape.needs_gradient(self.inputs[1]):
-            tape.add_gradient(
-                self.inputs[1], self.stack_directions([self.weight_gradient(b.inputs, x) for b in backs], 0)
-            )
+            gradients = [self.weight_gradient(b.inputs, x) for b in backs]
+            tape.add_gradient(self.inputs[1], self.stack_directions(gradients, 0))
         if tape.needs_gradient(self.inputs[2]):
             products = [[self.weight_gradient(gates, h) for gates, h in b.recurrent] for b in backs]
             tape.add_gradient(self.inputs[2], self.stack_directions([self.concat(p, 0) for p in products], 0))

@@ -85,8 +85,8 @@ class _Float16Writer:
             make = self._pair.prepare
             # Numbers that are too large become the largest, not infinite; whether that harms, the trial of the
             # finished model shows.
-            full_value = self._pair.prepared_value(name)
-            bounded = make.emit("Clip", full_value, make.scalar(-_MAX_FLOAT16), make.scalar(_MAX_FLOAT16))
+            prepared_name = self._pair.prepared_value(name)
+            bounded = make.emit("Clip", prepared_name, make.scalar(-_MAX_FLOAT16), make.scalar(_MAX_FLOAT16))
             half = make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16})
             self._pair.define_tensor(half_name, half, np.float16)
         else:
