@@ -103,7 +103,7 @@ class MemoryServer:
         self._lock = threading.RLock()
 
     def offer(
-        self, number: int, recipe: Recipe | dict[str, Any] | None = None, graph: str = "plain", **other: Any
+        self, number: int, recipe: Recipe | dict[str, Any] | None = None, graph: str = "plain", **changes: Any
     ) -> Offer:
         if not isinstance(recipe, dict):
             recipe = (recipe or Recipe(epochs=2, batch_size=16)).to_dict()
@@ -121,7 +121,7 @@ class MemoryServer:
             "inference": self.graphs["inference"],
             "recipe": recipe,
         }
-        return Offer(**{**values, **other})
+        return Offer(**{**values, **changes})
 
     def say(self, message: Any) -> None:
         self.link.deliver(TOPICS.down("d", getattr(message, "job", "-")), message.to_bytes())

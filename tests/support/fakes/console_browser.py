@@ -84,15 +84,15 @@ class Browser:
         pieces: list[bytes] | None = None,
     ) -> Reply:
         """The same among other requests of one event loop."""
-        given = {"host": self.host, **(headers or {})}
+        sent_headers = {"host": self.host, **(headers or {})}
         if self.cookies:
-            given["cookie"] = "; ".join(f"{k}={v}" for k, v in self.cookies.items())
+            sent_headers["cookie"] = "; ".join(f"{k}={v}" for k, v in self.cookies.items())
         plain, _, query = path.partition("?")
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
             "scheme": "https" if self.secure else "http", "path": plain, "raw_path": plain.encode(),
             "query_string": query.encode(), "root_path": "", "client": (self.address, 5), "server": ("127.0.0.1", 8470),
-            "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in given.items()],
+            "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in sent_headers.items()],
         }  # fmt: skip
         sent: list[Any] = []
         left = list(pieces if pieces is not None else [body])
@@ -108,8 +108,8 @@ class Browser:
 
         await self.app(scope, receive, send)
         start = next(m for m in sent if m["type"] == "http.response.start")
-        found = [(k.decode().lower(), v.decode("latin-1")) for k, v in start.get("headers", [])]
-        reply = Reply(start["status"], found, b"".join(m.get("body", b"") for m in sent))
+        response_headers = [(k.decode().lower(), v.decode("latin-1")) for k, v in start.get("headers", [])]
+        reply = Reply(start["status"], response_headers, b"".join(m.get("body", b"") for m in sent))
         for text in reply.cookies():
             for name, morsel in SimpleCookie(text).items():
                 self.cookies[name] = morsel.value
@@ -149,10 +149,10 @@ class Trial:
     clock: Callable[[], float]
 
     def browser(self, name: str = "", **more: Any) -> Browser:
-        made = Browser(self.app, **more)
+        browser = Browser(self.app, **more)
         if name:
-            assert made.login(self.console, name).status == 303
-        return made
+            assert browser.login(self.console, name).status == 303
+        return browser
 
     @property
     def orders(self) -> list[Order]:

@@ -97,11 +97,11 @@ class ConsoleFleet:
             yield self.coverage(order.job or self._jobs[0])
 
     def job(self, name: str) -> PublishedJob:
-        parts = {s: sum(r["state"] == s for r in self.rows.values()) for s in _STATES}
+        state_counts = {s: sum(r["state"] == s for r in self.rows.values()) for s in _STATES}
         metrics = self._metrics(self._round)
         return PublishedJob(
             name, self._round, 100, "training", self._now + 240, False, metrics, "fedprune", "a" * 64,
-            parts, 11_173_962,
+            state_counts, 11_173_962,
         )  # fmt: skip
 
     def round(self, job: str, number: int) -> FinishedRound:
@@ -178,11 +178,11 @@ class ConsoleFleet:
     def coverage(self, job: str) -> ChannelCoverage:
         groups = []
         for i in range(8):
-            channels, share, held = 64 * (i + 1), 1.0, []
+            channels, share, groups_held = 64 * (i + 1), 1.0, []
             for _ in range(8):
-                held.append({"channels": channels // 8, "share": round(share, 3)})
+                groups_held.append({"channels": channels // 8, "share": round(share, 3)})
                 share *= 0.5 + self._chance.random() / 2
-            groups.append({"name": f"layer{i}.conv", "channels": channels, "held": held})
+            groups.append({"name": f"layer{i}.conv", "channels": channels, "held": groups_held})
         return ChannelCoverage(job, self._round, tuple(groups), time.time())
 
     def _metrics(self, number: int) -> dict[str, float]:
@@ -190,11 +190,11 @@ class ConsoleFleet:
 
     def _measured(self, number: int) -> dict[str, float]:
         """A board's metrics of a round."""
-        whole = self._metrics(number)
+        metrics = self._metrics(number)
         return {
-            "accuracy_before": whole["accuracy"], "accuracy_after": min(1.0, whole["accuracy"] * 1.05),
-            "loss_before": whole["loss"], "loss_after": whole["loss"] * 0.9, "loss_first": whole["loss"],
-            "loss_last": whole["loss"] * 0.8, "train_accuracy": whole["accuracy"], "step_seconds": 0.127,
+            "accuracy_before": metrics["accuracy"], "accuracy_after": min(1.0, metrics["accuracy"] * 1.05),
+            "loss_before": metrics["loss"], "loss_after": metrics["loss"] * 0.9, "loss_first": metrics["loss"],
+            "loss_last": metrics["loss"] * 0.8, "train_accuracy": metrics["accuracy"], "step_seconds": 0.127,
             "latency_seconds": 0.0194, "peak_memory_bytes": 84.1e6, "train_seconds": 37.5 + number % 3,
             "download_seconds": 1.9, "evaluate_seconds": 0.8,
         }  # fmt: skip

@@ -16,8 +16,8 @@ from fedprune.secure_aggregation.grid import SECURE_FIELD, MaskedForm, TensorGri
 from support.fakes.tiny_job import ARCHITECTURE
 
 
-def digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def digest(*inputs: object) -> str:
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
 class Shell(ABC):
@@ -89,8 +89,8 @@ class Shell(ABC):
             case do.PullUpdate():
                 return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
             case do.FoldUpdate():
-                found = command.contribution
-                return on.Folded(found.part.device, found.basis.round, found.part.attempt)
+                contribution = command.contribution
+                return on.Folded(contribution.part.device, contribution.basis.round, contribution.part.attempt)
             case do.Close():
                 return on.Closed(command.round, self.model(command))
             case do.Evaluate():

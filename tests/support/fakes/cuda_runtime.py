@@ -91,8 +91,8 @@ class CudaRuntime:
                 if options is not None and options.graph != "-1":
                     if double.unrecordable:
                         raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
-                    known = double.recordings.setdefault((id(self), options.graph), binding)
-                    assert known is binding, "what was recorded reads and writes other addresses"
+                    recorded = double.recordings.setdefault((id(self), options.graph), binding)
+                    assert recorded is binding, "what was recorded reads and writes other addresses"
                     double.replays += 1
                 real.run_with_iobinding(binding)
 

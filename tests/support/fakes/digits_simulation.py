@@ -68,11 +68,11 @@ def _with_validation(d: LocalData) -> LocalData:
 def digits_experiment(fleet: Sequence[VirtualDevice] | None = None, **settings: Any) -> Experiment:
     """An experiment of these boards; settings are those of the job and of the experiment, by name."""
     fleet, data = boards() if fleet is None else fleet, digits()
-    given: dict[str, Any] = {"title": "x", "model": digits_net(), "evaluation": (data.x, data.y)}
+    experiment_fields: dict[str, Any] = {"title": "x", "model": digits_net(), "evaluation": (data.x, data.y)}
     job: dict[str, Any] = {"seed": 3, "rounds": 2, "devices": len(fleet)}
     for name, value in settings.items():
-        (given if name in _OF_EXPERIMENT else job)[name] = value
-    return Experiment(job=Job(**job), devices=fleet, **given)
+        (experiment_fields if name in _OF_EXPERIMENT else job)[name] = value
+    return Experiment(job=Job(**job), devices=fleet, **experiment_fields)
 
 
 def digits_simulation(
@@ -126,13 +126,13 @@ def assert_resumes(
     Returns:
         The run that was not killed.
     """
-    whole = build("whole", **settings)
-    whole.run()
+    uninterrupted = build("whole", **settings)
+    uninterrupted.run()
     for calls in kills:
         run_killed(build("killed", **settings), calls)
     resumed = build("killed", **settings)
-    assert resumed.run() == whole.state.history
-    assert resumed.record() == whole.record()
-    left, expected = set(resumed.store.names()), set(whole.store.names())
+    assert resumed.run() == uninterrupted.state.history
+    assert resumed.record() == uninterrupted.record()
+    left, expected = set(resumed.store.names()), set(uninterrupted.store.names())
     assert left == expected if same_blobs else left <= expected
-    return whole
+    return uninterrupted

@@ -51,9 +51,9 @@ from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
 SIZE = 100_000  # bytes of a device's weights: four leaves, in two chunks
 
 
-def fill(*parts: object, size: int = SIZE) -> bytes:
+def fill(*inputs: object, size: int = SIZE) -> bytes:
     """Bytes that depend on `parts` alone."""
-    return hashlib.shake_256(repr(parts).encode()).digest(size)
+    return hashlib.shake_256(repr(inputs).encode()).digest(size)
 
 
 class ToyWorker:
@@ -281,16 +281,18 @@ def quick(folder: Path) -> Storage:
 
 def server_of(jobs: list[tuple[RunnableJob, dict[str, Any]]], air: Any, clock: Callable[[], float]) -> Server:
     """A server of jobs, each with options for its runner, for the connection or for the server."""
-    options = {k: v for _, own in jobs for k, v in own.items()}
+    options = {k: v for _, job_options in jobs for k, v in job_options.items()}
     quarantine = options.get("quarantine") or Quarantine(lambda: air.now)
     link = air if "quarantine" in options else RateLimitedLink(air, quarantine)
     packet = {k: options[k] for k in ("max_packet",) if k in options}
     site = SiteLink(link, Topics("default"), quarantine, clock=clock, monotonic=lambda: air.now, **packet)
     runners = []
-    for job, own in jobs:
-        services = DeviceServices(**{k: own[k] for k in ("rollouts", "members", "crashes", "blobs") if k in own})
-        kept = {k: own[k] for k in ("profiles", "max_devices") if k in own}
-        runners.append(JobRunner(job, site, services, **kept))
+    for job, job_options in jobs:
+        services = DeviceServices(
+            **{k: job_options[k] for k in ("rollouts", "members", "crashes", "blobs") if k in job_options}
+        )
+        runner_options = {k: job_options[k] for k in ("profiles", "max_devices") if k in job_options}
+        runners.append(JobRunner(job, site, services, **runner_options))
     return Server(
         runners, site, options.get("broker"), connected_target=options.get("connected", 0),
         observers=options.get("observers", (RoundLines(),)),

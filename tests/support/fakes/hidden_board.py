@@ -57,10 +57,10 @@ def logits(w: Tensors, x: Array) -> Array:
 def measured_statistics(w: Tensors, x: Array, batch: int) -> dict[str, Array]:
     """Mean over batches of what each says: its mean and its unbiased variance."""
     order = keyed_generator(SEED, "calibration", DEVICE).permutation(len(x))
-    parts = [x[rows].astype(np.float64) @ w["w1"].T for rows in np.array_split(order, -(-len(x) // batch))]
+    activations = [x[rows].astype(np.float64) @ w["w1"].T for rows in np.array_split(order, -(-len(x) // batch))]
     return {
-        "mean": np.mean([p.mean(0) for p in parts], axis=0),
-        "var": np.mean([p.var(0, ddof=1) for p in parts], axis=0),
+        "mean": np.mean([p.mean(0) for p in activations], axis=0),
+        "var": np.mean([p.var(0, ddof=1) for p in activations], axis=0),
     }
 
 
@@ -70,9 +70,9 @@ class HiddenBoard:
     def __init__(self, root: Path, graphs: Path, data: LocalData) -> None:
         self.root, self.graphs, self.data = root, graphs, data
 
-    def offer(self, number: int, recipe: Recipe, weights: Tensors, **other: Any) -> Offer:
-        graph, width = other.pop("graph", "narrow"), len(weights["gamma"])
-        mask: ElementMask = other.pop("mask", ALL_ACTIVE)
+    def offer(self, number: int, recipe: Recipe, weights: Tensors, **changes: Any) -> Offer:
+        graph, width = changes.pop("graph", "narrow"), len(weights["gamma"])
+        mask: ElementMask = changes.pop("mask", ALL_ACTIVE)
         inference = "hidden" if width == HIDDEN else "hidden_half"
         with DeviceStore(self.root) as store:
             put = store.blobs.put
@@ -85,7 +85,7 @@ class HiddenBoard:
                 "recipe": recipe.to_offer(),
                 "mask": put(tensorfile.encode(mask_to_bits(mask))) if mask else None,
             }  # fmt: skip
-        return Offer(**{**values, **other})
+        return Offer(**{**values, **changes})
 
     def carry_out(self, offer: Offer) -> tuple[UpdateAnnouncement, Tensors, Tensors]:
         """The update, its tensors, and the tensors that serve afterwards."""

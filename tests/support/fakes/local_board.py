@@ -51,14 +51,14 @@ class LocalBoard:
         self.samples: SampleStore | None = None
         self.server: LocalServer
 
-    def install(self, number: int, **other: Any) -> dict[str, Any]:
+    def install(self, number: int, **fields: Any) -> dict[str, Any]:
         """Let a model serve whose round and seed are the number."""
         weights = weights_of(number)
         raw = tensorfile.encode(weights)
         self.slots.stage(self.graph, raw)
         graph = tensorfile.sha256_hex(self.graph.read_bytes())
         files = {"inference.onnx": graph, "weights.safetensors": tensorfile.sha256_hex(raw)}
-        self.slots.install(ServingRecord("job", number, 3, files, **other))
+        self.slots.install(ServingRecord("job", number, 3, files, **fields))
         return weights
 
     @contextmanager
@@ -86,10 +86,10 @@ class LocalBoard:
                 self.samples.close()
 
     def connect(self, timeout: float = 10.0) -> socket.socket:
-        found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        found.settimeout(timeout)
-        found.connect(str(self.socket))
-        return found
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(timeout)
+        connection.connect(str(self.socket))
+        return connection
 
     def exchange(self, raw: bytes, timeout: float = 10.0) -> bytes:
         """Send bytes and the end of all bytes; everything that comes back, until the connection is closed."""
@@ -103,18 +103,18 @@ class LocalBoard:
 
 
 def received(connection: socket.socket) -> bytes:
-    found = b""
+    data_read = b""
     try:
         while data := connection.recv(65_536):
-            found += data
+            data_read += data
     except ConnectionResetError:
         pass
-    return found
+    return data_read
 
 
 def parsed(raw: bytes) -> list[tuple[int, dict[str, Any]]]:
     """Statuses and bodies of answers, one after the other; each must be whole."""
-    found = []
+    answers = []
     while raw:
         head, separator, rest = raw.partition(b"\r\n\r\n")
         assert separator, raw
@@ -128,9 +128,9 @@ def parsed(raw: bytes) -> list[tuple[int, dict[str, Any]]]:
         size = int(headers["Content-Length"])
         assert headers["Content-Type"] == "application/json"
         assert len(rest) >= size
-        found.append((int(status), json.loads(rest[:size])))
+        answers.append((int(status), json.loads(rest[:size])))
         raw = rest[size:]
-    return found
+    return answers
 
 
 def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
@@ -142,9 +142,9 @@ def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
 
 def ask(board: LocalBoard, raw: bytes) -> tuple[int, dict[str, Any]]:
     """The one answer to a request."""
-    found = parsed(board.exchange(raw))
-    assert len(found) == 1, found
-    return found[0]
+    answers = parsed(board.exchange(raw))
+    assert len(answers) == 1, answers
+    return answers[0]
 
 
 def npy(x: Any) -> bytes:

@@ -117,9 +117,9 @@ class ServerView:
             for owner, share in decode_unmasking(raw, [n for n in around if n in self.shared]).items():
                 kind = self.seed_shares if owner in alive else self.key_shares
                 kind.setdefault(owner, {})[self.graph[owner].index(holder) + 1] = share
-        least = session.threshold
-        self.seeds = {n: join_shares(s, least) for n, s in self.seed_shares.items() if len(s) >= least}
-        self.mask_keys = {n: join_shares(s, least) for n, s in self.key_shares.items() if len(s) >= least}
+        threshold = session.threshold
+        self.seeds = {n: join_shares(s, threshold) for n, s in self.seed_shares.items() if len(s) >= threshold}
+        self.mask_keys = {n: join_shares(s, threshold) for n, s in self.key_shares.items() if len(s) >= threshold}
 
     def links(self, board: str) -> list[str]:
         """The neighbours with which a board has a mask that the server can't compute."""
@@ -147,9 +147,9 @@ class ServerView:
         out = self.arrived[board].copy()
         if board in self.seeds:
             out.add_mask(own_mask_key(self.session, board, self.seeds[board]), negative=True)
-        for other in self.graph[board]:
-            if other in self.mask_keys:
-                secret = restored_mask_key(self.mask_keys[other], self.keys[other].mask)
-                key = pair_mask_key(self.session, secret, other, board, self.keys[board].mask)
-                out.add_mask(key, negative=other > board)
+        for neighbour in self.graph[board]:
+            if neighbour in self.mask_keys:
+                secret = restored_mask_key(self.mask_keys[neighbour], self.keys[neighbour].mask)
+                key = pair_mask_key(self.session, secret, neighbour, board, self.keys[board].mask)
+                out.add_mask(key, negative=neighbour > board)
         return out

@@ -48,30 +48,30 @@ def play_job(
     model = state.parent / "model.onnx"
     if not model.exists():
         model.write_bytes(digits_model())
-    known = (state / "model.onnx").exists() or (state / "server.db").exists()
-    config = ServerConfig(model=None if known else str(model), job=JOB, keep=keep, blobs=blobs)
+    exists = (state / "model.onnx").exists() or (state / "server.db").exists()
+    config = ServerConfig(model=None if exists else str(model), job=JOB, keep=keep, blobs=blobs)
     with StateFolder(state, database) as folder:
         opened = open_job(folder, config)
         coordinator = make_coordinator(opened.job, opened.model.architecture, opened.state)
         session = opened.state.devices["a"].session + 1 if "a" in opened.state.devices else 1
-        told: list[on.Event] = [on.Resumed()] if known else []
-        told.append(on.DeviceBorn("a", session, BOARD, 50))
+        queue: list[on.Event] = [on.Resumed()] if exists else []
+        queue.append(on.DeviceBorn("a", session, BOARD, 50))
         count = 0
-        while told and count < events:
-            event, count = told.pop(0), count + 1
+        while queue and count < events:
+            event, count = queue.pop(0), count + 1
             commands = coordinator.handle(event, float(count))
             folder.storage.save(coordinator.state, [event], float(count))
             for command in commands:
                 if isinstance(command, do.SendOffer):
                     weights = BlobRef.of(trained(folder, command.offer, command.round)).to_dict()
                     known_by = (command.offer["weights"]["sha256"], weights, 50, 2)
-                    told.append(on.UpdateAnnounced("a", command.round, command.attempt, *known_by))
+                    queue.append(on.UpdateAnnounced("a", command.round, command.attempt, *known_by))
                 elif isinstance(command, do.PullUpdate):
                     offer = coordinator.state.tasks["a"].offer or {}
                     folder.store.put(trained(folder, offer, command.round))
-                    told.append(on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"]))
+                    queue.append(on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"]))
                 elif isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close, do.Evaluate)):
-                    told.append(opened.worker.execute(command))
+                    queue.append(opened.worker.execute(command))
         return coordinator.state
 
 

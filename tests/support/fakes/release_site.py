@@ -168,6 +168,6 @@ class Board:
                 time.sleep(0.0002)  # the thread that unpacks is real
             if releases.turn(quiet=self.is_quiet()) or self.until():
                 return
-            if self.server.done and (found := self.home.load()) is not None and found.phase == STABLE:
+            if self.server.done and (state := self.home.load()) is not None and state.phase == STABLE:
                 return
         raise AssertionError(f"the process never ends: {self.server.reports[-3:]}")

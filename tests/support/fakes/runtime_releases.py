@@ -50,17 +50,21 @@ def make_release(
     **changes: object,
 ) -> Path:
     """A release of two wheels; its first lines say `VERSION = number`. `shared` is a further wheel."""
-    said = f"VERSION = {number}\n"
+    version_line = f"VERSION = {number}\n"
     wheels = [
         make_wheel(
             folder / "wheels" / f"app-{number}-py3-none-any.whl",
-            {"app/__init__.py": said + app, "app/part.py": said, f"app-{number}.dist-info/METADATA": said},
+            {
+                "app/__init__.py": version_line + app,
+                "app/part.py": version_line,
+                f"app-{number}.dist-info/METADATA": version_line,
+            },
         ),
         make_wheel(
             folder / "wheels" / f"library-{number}-py3-none-any.whl",
             {
-                f"library-{number}.data/purelib/library/__init__.py": said,
-                "library/deep/er/data.txt": said * 50,
+                f"library-{number}.data/purelib/library/__init__.py": version_line,
+                "library/deep/er/data.txt": version_line * 50,
                 **(more or {}),
             },
         ),

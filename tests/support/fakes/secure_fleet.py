@@ -165,10 +165,10 @@ class SecureFleet(Fleet):
         self.air.to_server = noted  # type: ignore[method-assign]
 
     def board(self, name: str) -> MaskingBoard:
-        found = self.air.devices[name]
-        if not isinstance(found, MaskingBoard):
+        device = self.air.devices[name]
+        if not isinstance(device, MaskingBoard):
             raise TypeError(name)
-        return found
+        return device
 
     def daemon(self, **options: Any) -> Server:
         worker = Worker(self.job, self.model, BlobStore(self.folder / "blobs", durable=False))
@@ -181,26 +181,28 @@ class SecureFleet(Fleet):
 
     def transcript(self) -> Transcript:
         """The last sum's messages, as the server saw them."""
-        found = Transcript()
+        transcript = Transcript()
         steps = {"keys": "advertise", "shares": "share", "unmasking": "unmask"}
         asked = {"session": "advertise", "roster": "share", "delivery": "mask", "survivors": "unmask"}
         for topic, payload in self.published:
             message = None if topic.endswith("blob") else parse_message(payload)
             if isinstance(message, SecureStep):
                 content = message.content[32:] if message.step == "keys" else message.content
-                found.answers[steps[message.step]][topic.split("/")[3]] = content
+                transcript.answers[steps[message.step]][topic.split("/")[3]] = content
         for name in self.air.devices:
             for heard in self.board(name).heard:
                 if isinstance(heard, SecureStep):
                     content = heard.content
                     if heard.step == "roster":
                         content = content[2 + 32 * int.from_bytes(content[:2], "big") :]
-                    found.requests[asked[heard.step]][name] = content
+                    transcript.requests[asked[heard.step]][name] = content
         for topic, payload in self.published:
             message = None if topic.endswith("blob") else parse_message(payload)
             if isinstance(message, UpdateAnnouncement):
-                found.answers["mask"][message.device] = self.board(message.device).store.read(message.weights.sha256)
-        return found
+                transcript.answers["mask"][message.device] = self.board(message.device).store.read(
+                    message.weights.sha256
+                )
+        return transcript
 
     def of(self, kind: type[TrainingDone] | type[SecureStep] | type[UpdateAnnouncement] | type[Offer]) -> list[Any]:
         """Messages of a kind that boards sent."""

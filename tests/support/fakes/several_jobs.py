@@ -43,10 +43,10 @@ class JobsDevice(ToyDevice):
         super().take(offer)
 
     def send_birth(self) -> None:
-        held = None
+        assignment = None
         if self.offer is not None and (self.pulls or self.pending is not None):
-            held = {"job": self.offer.job, "round": self.offer.round, "attempt": self.offer.attempt}
-        self.say(Birth(self.name, self.session, self.profile, 10, "test", held=held, abilities=self.abilities))
+            assignment = {"job": self.offer.job, "round": self.offer.round, "attempt": self.offer.attempt}
+        self.say(Birth(self.name, self.session, self.profile, 10, "test", held=assignment, abilities=self.abilities))
 
     def hear(self, topic: str, payload: bytes) -> None:
         pending = self.pending
@@ -83,10 +83,10 @@ class SeveralJobs:
                 state = State(model=worker.initial())
                 storage.save(state, (), 0.0)
             weight = self.weights.get(job.name, 1.0)
-            made = RunnableJob(
+            runnable = RunnableJob(
                 job, ARCHITECTURE, state, storage, store, worker, keep=100, weight=weight, prefix=f"{job.name}: "
             )
-            jobs.append((made, {"blobs": self.web, **({} if jobs else first)}))
+            jobs.append((runnable, {"blobs": self.web, **({} if jobs else first)}))
         server = server_of(jobs, self.air, lambda: self.air.now)
         self.runners = server.runners
         return server

@@ -80,7 +80,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.FoldUp
     scored = w.execute(do.Score(1, start, {}, names))
     assert isinstance(scored, on.Scored)
     basis = do.Basis(1, start, scored.ranking, scored.order)
-    found = []
+    contributions = []
     for k, name in enumerate(names):
         part = do.DevicePart(name, 1, widths_at(w.architecture, DENSITIES[k]), DENSITIES[k], 10 + k, None)
         extracted = w.execute(do.Extract(basis, part))
@@ -100,5 +100,5 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.FoldUp
         stored = w.store.put(tensorfile.encode(update)).sha256
         sent, mask = offer["weights"]["sha256"], offer["mask"]["sha256"] if "mask" in offer else None
         widths = tuple(offer["widths"])
-        found.append(do.Contribution(basis, part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"]))
-    return [do.FoldUpdate(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
+        contributions.append(do.Contribution(basis, part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"]))
+    return [do.FoldUpdate(1, start, {}, c) for c in contributions], do.Close(1, start, {}, names, tuple(contributions))

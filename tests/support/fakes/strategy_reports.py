@@ -58,9 +58,9 @@ def close_fold(
     aggregator: Aggregator, at: Scene, reports: Iterable[UpdateReport], rate: float = 1.0, *, evidence: bool = False
 ) -> tuple[RoundClosing, Fold]:
     """The same, with the sums."""
-    given = list(reports)
+    all_reports = list(reports)
     fold = aggregator.fold(at, evidence=evidence)
-    for each in given:
+    for each in all_reports:
         aggregator.add(fold, each, each.trained)
-    again: Callable[[], Iterator[tuple[UpdateReport, Submodel]]] = lambda: ((r, r.trained) for r in given)  # noqa: E731
+    again: Callable[[], Iterator[tuple[UpdateReport, Submodel]]] = lambda: ((r, r.trained) for r in all_reports)  # noqa: E731
     return aggregator.close(fold, at, rate, again), fold

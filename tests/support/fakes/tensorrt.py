@@ -355,8 +355,8 @@ def unpacked(raw: bytes) -> tuple[dict[str, Any], bytes, bytes]:
 
 def weights_name(graph: bytes) -> str:
     """The file that a graph's weights lie in."""
-    found = re.search(rb"[a-z0-9]+\.safetensors", graph)
-    return found[0].decode() if found else "weights.safetensors"
+    match = re.search(rb"[a-z0-9]+\.safetensors", graph)
+    return match[0].decode() if match else "weights.safetensors"
 
 
 LIBRARY = r"""

@@ -73,16 +73,16 @@ class Timed(coordinator_shell.Shell):
         heapq.heappush(self.later, (time, self.order, event))
 
     def answer(self, command: do.Command) -> on.Event | None:
-        found = super().answer(command)
+        event = super().answer(command)
         match command:
             case do.SendOffer():
-                assert isinstance(found, on.UpdateAnnounced)
+                assert isinstance(event, on.UpdateAnnounced)
                 self.offered.append((command.round, command.device, self.now))
-                self._train(self.boards[command.device], found)
+                self._train(self.boards[command.device], event)
                 return None
             case do.WakeAt():
                 self.at(command.at, on.Ticked())
-        return found
+        return event
 
     def _train(self, board: Board, update: on.UpdateAnnounced) -> None:
         if not board.is_present:

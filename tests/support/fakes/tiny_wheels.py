@@ -41,7 +41,7 @@ def wheel(
 
 def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
     """A folder with all that a tiny kit needs; returns fedprune's own wheel, which lies in it."""
-    own = wheel(
+    fleet_wheel = wheel(
         folder,
         "fedprune",
         "0.1.0",
@@ -54,4 +54,4 @@ def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
     wheel(folder, "pillow", "10.0")
     if not jetson:
         wheel(folder, "onnxruntime", "1.31")
-    return own
+    return fleet_wheel

@@ -51,17 +51,17 @@ class Handler(BaseHTTPRequestHandler):
             self.say(200, data, until=until, **headers)
             return
         first, last = int(asked[1]), int(asked[2])
-        said = f"bytes {first}-{last}/{len(data)}"
-        self.say(206, data[first : last + 1], until=until, **{"Content-Range": said, **headers})
+        content_range = f"bytes {first}-{last}/{len(data)}"
+        self.say(206, data[first : last + 1], until=until, **{"Content-Range": content_range, **headers})
 
     def say(self, status: int, body: bytes, *, until: int | None = None, **headers: str) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        part = body if until is None else body[:until]
-        self.wfile.write(part)
-        self.server.sent += len(part)
+        sent_body = body if until is None else body[:until]
+        self.wfile.write(sent_body)
+        self.server.sent += len(sent_body)
         if until is not None:
             self.close_connection = True
 

@@ -56,7 +56,7 @@ def _at(raw: bytes, rng: random.Random) -> int:
     return len(raw) - rng.randrange(min(len(raw), 128) + 1) if near < 0.55 else rng.randrange(len(raw) + 1)
 
 
-def _damaged_bytes(raw: bytes, other: bytes, rng: random.Random) -> bytes:
+def _damaged_bytes(raw: bytes, donor: bytes, rng: random.Random) -> bytes:
     """Bytes changed, added, left out, repeated or moved, a number at its extreme, or the end of another input."""
     at, elsewhere, size = _at(raw, rng), _at(raw, rng), rng.choice((1, 1, 2, 4, 8, 64, 1000))
     before, piece, after = raw[:at], raw[at : at + size], raw[at + size :]
@@ -72,7 +72,7 @@ def _damaged_bytes(raw: bytes, other: bytes, rng: random.Random) -> bytes:
             before + piece * rng.choice((2, 3, 50)) + after,
             before + number.to_bytes(width, rng.choice(("little", "big"))) + raw[at + width :],
             raw[:elsewhere] + piece + raw[elsewhere + len(piece) :],
-            before + other[_at(other, rng) :],
+            before + donor[_at(donor, rng) :],
         )
     )
 
@@ -81,10 +81,10 @@ def _damaged_text(raw: bytes, rng: random.Random) -> bytes:
     """A number or a word replaced, or what a parser knows put in between."""
     at = _at(raw, rng)
     kind, value = rng.choice(((b"-?[0-9]+", rng.choice(_NUMBERS)), (b"[A-Za-z_./-]+", rng.choice(_NAMES)), (b"", None)))
-    places = list(re.finditer(kind, raw[:50_000])) if kind else []
-    if not places:
+    matches = list(re.finditer(kind, raw[:50_000])) if kind else []
+    if not matches:
         return raw[:at] + rng.choice(_TOKENS) + raw[at:]
-    place = rng.choice(places)
+    place = rng.choice(matches)
     text = "1" + "0" * 400 if value == 10**400 else str(value)
     return raw[: place.start()] + text.encode("utf-8", "surrogatepass") + raw[place.end() :]
 
@@ -96,8 +96,8 @@ class Pairs(list[tuple[str, Any]]):
 def _damaged_json(raw: bytes, rng: random.Random) -> bytes:
     root: Any = [json.loads(raw, object_pairs_hook=Pairs)]
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        places = _places(root)
-        holder, index = rng.choice(places)
+        containers = _places(root)
+        holder, index = rng.choice(containers)
         _damage(holder, index, rng)
     text = "".join(_written(root[0], rng.random() < 0.5)) if root else ""
     return text.encode("utf-8", "surrogatepass")
@@ -105,17 +105,17 @@ def _damaged_json(raw: bytes, rng: random.Random) -> bytes:
 
 def _places(root: list[Any]) -> list[tuple[Any, int]]:
     """All values of a document, as the container that holds each and its index there; of long lists only some."""
-    found: list[tuple[Any, int]] = []
+    containers: list[tuple[Any, int]] = []
     todo: list[Any] = [root]
-    while todo and len(found) < 5000:
+    while todo and len(containers) < 5000:
         holder = todo.pop()
         step = max(1, len(holder) // 50)
         for index in range(0, len(holder), step):
-            found.append((holder, index))
+            containers.append((holder, index))
             value = holder[index][1] if isinstance(holder, Pairs) else holder[index]
             if isinstance(value, list):
                 todo.append(value)
-    return found or [(root, 0)]
+    return containers or [(root, 0)]
 
 
 def _damage(holder: Any, index: int, rng: random.Random) -> None:
@@ -173,18 +173,18 @@ def _written(value: Any, ascii_only: bool) -> list[str]:
     if isinstance(value, Raw):
         return [str(value)]
     if isinstance(value, Pairs):
-        parts = ["{"]
+        chunks = ["{"]
         for number, (key, item) in enumerate(value):
-            parts += [
+            chunks += [
                 ", " if number else "",
                 json.dumps(key, ensure_ascii=ascii_only),
                 ":",
                 *_written(item, ascii_only),
             ]
-        return [*parts, "}"]
+        return [*chunks, "}"]
     if isinstance(value, list):
-        parts = ["["]
+        chunks = ["["]
         for number, item in enumerate(value):
-            parts += [", " if number else "", *_written(item, ascii_only)]
-        return [*parts, "]"]
+            chunks += [", " if number else "", *_written(item, ascii_only)]
+        return [*chunks, "]"]
     return [json.dumps(value, ensure_ascii=ascii_only)]

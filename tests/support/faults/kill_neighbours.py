@@ -76,7 +76,7 @@ def strike(site: DoomedNeighbours, kills: int, seed: int, *, database: Postgres 
     wait_for_rounds(site, 1)
     while done.killed.total() < kills:
         time.sleep(chance.uniform(0.05, 0.8))
-        found = _helpers(site) if database is None else []
+        helpers = _helpers(site) if database is None else []
         if database is not None and chance.random() < 0.5:
             strike_down(database)
             done.killed[POSTMASTER] += 1
@@ -85,7 +85,7 @@ def strike(site: DoomedNeighbours, kills: int, seed: int, *, database: Postgres 
         elif database is not None:
             done.killed[BACKEND] += _kill(chance, database.backends())
         else:
-            done.killed[HELPER] += _kill(chance, found)
+            done.killed[HELPER] += _kill(chance, helpers)
         for who in ("server", *BOARDS):
             if (code := site.processes[who].poll()) is not None:
                 raise LedgerError(f"{who} ended with {code} after {done.killed.total()} kills: {site.logs()}")
@@ -97,10 +97,10 @@ def strike(site: DoomedNeighbours, kills: int, seed: int, *, database: Postgres 
 
 def strike_down(database: Postgres) -> None:
     """kill -9 of the first process; one that is started while others of the old ones live would spoil the data."""
-    others = database.children()
+    children = database.children()
     database.kill()
     until = time.monotonic() + 30
-    while any(Path("/proc", str(pid)).exists() for pid in others):
+    while any(Path("/proc", str(pid)).exists() for pid in children):
         if time.monotonic() > until:
             raise LedgerError("processes of a database whose first one was killed don't end")
         time.sleep(0.01)
@@ -117,9 +117,9 @@ def _kill(chance: random.Random, pids: list[int]) -> int:
 
 def _helpers(site: DoomedNeighbours) -> list[int]:
     """The processes of a server that make submodels."""
-    server, found = site.processes["server"].pid, []
+    server, helpers = site.processes["server"].pid, []
     for path in Path(f"/proc/{server}/task").glob("*/children"):
         with suppress(OSError):
             for pid in path.read_text().split():
-                found += [int(pid)] if b"spawn_main" in Path("/proc", pid, "cmdline").read_bytes() else []
-    return sorted(found)
+                helpers += [int(pid)] if b"spawn_main" in Path("/proc", pid, "cmdline").read_bytes() else []
+    return sorted(helpers)

@@ -162,7 +162,7 @@ def run(site: Doomed, kills: int, seed: int = 0) -> Kills:
         return Life(who, (next_at[who] + 1) // 2, after=next_at[who] % 2 == 0)
 
     site.live_all(next_life)
-    moved, last, calm_from, broker_at = time.monotonic(), -1, None, time.monotonic() + 5
+    progress_at, last, calm_from, broker_at = time.monotonic(), -1, None, time.monotonic() + 5
     while True:
         time.sleep(0.02)
         now = time.monotonic()
@@ -179,9 +179,9 @@ def run(site: Doomed, kills: int, seed: int = 0) -> Kills:
             site.kill("broker")
             done.brokers += 1
             broker_at = now + chance.uniform(2.0, 20.0)
-        if now - moved > 0.5 or site.processes["server"].poll() == 0:
+        if now - progress_at > 0.5 or site.processes["server"].poll() == 0:
             done.rounds = len(finished_rounds(site))
-            moved, last, stuck = now, done.rounds, now - moved > site.patience_s and last == done.rounds
+            progress_at, last, stuck = now, done.rounds, now - progress_at > site.patience_s and last == done.rounds
             if stuck:
                 raise LedgerError(f"no round has ended for {site.patience_s} s: {site.logs()}")
             if done.total >= kills:
@@ -207,15 +207,15 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
     Raises:
         LedgerError: They contradict each other.
     """
-    found, expected = finished_rounds(site), finished_rounds(calm)
-    if len(found) < rounds:
-        raise LedgerError(f"{len(found)} rounds were finished, not {rounds}")
+    finished, expected = finished_rounds(site), finished_rounds(calm)
+    if len(finished) < rounds:
+        raise LedgerError(f"{len(finished)} rounds were finished, not {rounds}")
     counted = _counted(site)
     notes = {name: _notes(site.notes(name)) for name in site.devices}
-    for summary, other in zip(found, expected, strict=False):
+    for summary, calm_summary in zip(finished, expected, strict=False):
         number = summary["round"]
-        if summary["model"] != other["model"]:
-            raise LedgerError(f"round {number}: model {summary['model']} instead of {other['model']}")
+        if summary["model"] != calm_summary["model"]:
+            raise LedgerError(f"round {number}: model {summary['model']} instead of {calm_summary['model']}")
         for name in site.devices:
             if summary["devices"][name]["progress"] != "folded":
                 raise LedgerError(f"round {number}: the update of {name} does not count")
@@ -224,8 +224,8 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
                 raise LedgerError(f"round {number}: {name} never sent {digest}")
             if strange := {n[3] for n in notes[name] if n[:2] == ["accepted", number]} - {digest}:
                 raise LedgerError(f"round {number}: {name} was told that {strange} count, and {digest} does")
-    said = Counter(n[0] for lines in notes.values() for n in lines)
-    return {"rounds": len(found), "counted": len(found) * len(site.devices), **said}
+    note_counts = Counter(n[0] for lines in notes.values() for n in lines)
+    return {"rounds": len(finished), "counted": len(finished) * len(site.devices), **note_counts}
 
 
 def _notes(path: Path) -> list[list[Any]]:
@@ -276,10 +276,10 @@ def undisturbed(site: Doomed, rounds: int = 0) -> None:
 
 def wait_for_rounds(site: Doomed, rounds: int) -> None:
     """Wait until this many rounds are over. Raises `LedgerError` if none has ended for the site's patience."""
-    seen, moved = 0, time.monotonic()
-    while (found := len(finished_rounds(site))) < rounds:
-        if found > seen:
-            seen, moved = found, time.monotonic()
-        if time.monotonic() > moved + site.patience_s:
+    latest, progress_at = 0, time.monotonic()
+    while (finished := len(finished_rounds(site))) < rounds:
+        if finished > latest:
+            latest, progress_at = finished, time.monotonic()
+        if time.monotonic() > progress_at + site.patience_s:
             raise LedgerError(f"no round has ended for {site.patience_s} s: {site.logs()}")
         time.sleep(0.05)

@@ -75,23 +75,23 @@ def _rename(proto: onnx.ModelProto, rng: Rng) -> None:
 
 
 def _drop(proto: onnx.ModelProto, rng: Rng) -> None:
-    part = _any([proto.graph.node, proto.graph.initializer, proto.graph.input, proto.graph.output], rng)
-    if len(part):
-        del part[rng.integers(len(part))]
+    items = _any([proto.graph.node, proto.graph.initializer, proto.graph.input, proto.graph.output], rng)
+    if len(items):
+        del items[rng.integers(len(items))]
 
 
 def _repeat(proto: onnx.ModelProto, rng: Rng) -> None:
-    part = _any([proto.graph.node, proto.graph.initializer, proto.graph.output], rng)
-    if len(part):
-        part.add().CopyFrom(part[rng.integers(len(part))])
+    items = _any([proto.graph.node, proto.graph.initializer, proto.graph.output], rng)
+    if len(items):
+        items.add().CopyFrom(items[rng.integers(len(items))])
 
 
 def _swap(proto: onnx.ModelProto, rng: Rng) -> None:
     a, b = (int(rng.integers(len(proto.graph.node))) for _ in "ab")
-    held = onnx.NodeProto()
-    held.CopyFrom(proto.graph.node[a])
+    spare = onnx.NodeProto()
+    spare.CopyFrom(proto.graph.node[a])
     proto.graph.node[a].CopyFrom(proto.graph.node[b])
-    proto.graph.node[b].CopyFrom(held)
+    proto.graph.node[b].CopyFrom(spare)
 
 
 def _operator(proto: onnx.ModelProto, rng: Rng) -> None:
@@ -185,13 +185,13 @@ def _insert(proto: onnx.ModelProto, rng: Rng) -> None:
         return
     extra = _any([[], ["zero"], [_any(_names(proto), rng)], ["", ""]], rng)
     fresh = f"new{at}"
-    made = helper.make_node(_any(_OPERATORS, rng), [n.input[0], *extra], [fresh])
+    node = helper.make_node(_any(_OPERATORS, rng), [n.input[0], *extra], [fresh])
     n.input[0] = fresh
     rest = [onnx.NodeProto() for _ in proto.graph.node]
     for copy, old in zip(rest, proto.graph.node, strict=True):
         copy.CopyFrom(old)
     del proto.graph.node[:]
-    proto.graph.node.extend([*rest[:at], made, *rest[at:]])
+    proto.graph.node.extend([*rest[:at], node, *rest[at:]])
 
 
 _Change = Callable[[onnx.ModelProto, Rng], None]

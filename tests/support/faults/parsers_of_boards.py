@@ -149,8 +149,8 @@ def _document(body: bytes) -> bytes:
 
 def _slot(body: bytes) -> bytes:
     text = body.decode("utf-8", "replace")
-    whole = {"format": 1, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return json.dumps(whole).encode()
+    record = {"format": 1, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(record).encode()
 
 
 def _kept() -> tuple[Target, ...]:

@@ -287,9 +287,9 @@ def zipped(names: dict[str, bytes]) -> bytes:
 def _wheels() -> tuple[Target, ...]:
     from fedprune_device.releases.wheel import Wheel
 
-    made = wheel(scratch() / "wheels", "fedprune", requires=["numpy>=1"]).read_bytes()
+    wheel_bytes = wheel(scratch() / "wheels", "fedprune", requires=["numpy>=1"]).read_bytes()
     small = make_wheel(scratch() / "small.whl", {"app/__init__.py": "x = 1\n" * 50, "app-1.dist-info/METADATA": "a"})
-    seeds = (made, small.read_bytes())
+    seeds = (wheel_bytes, small.read_bytes())
 
     def unpacked(path: Path) -> object:
         folder = scratch() / "slot"

@@ -97,14 +97,14 @@ PROBE = {
 @cache
 def wire_targets() -> tuple[Target, ...]:
     """All of them."""
-    told = tuple(message.to_bytes() for message in _messages())
+    messages = tuple(message.to_bytes() for message in _messages())
     chunks = (
         Chunk(REF.sha256, "data", 0, BLOB[:LEAF_BYTES]).to_bytes(),
         Chunk(REF.sha256, "data", 2, BLOB[2 * LEAF_BYTES :]).to_bytes(),
         Chunk(SMALL.sha256, "leaves", 1, b"x").to_bytes(),
     )
     return (
-        Target("wire.message", m.parse_message, told, text=True, share=6),
+        Target("wire.message", m.parse_message, messages, text=True, share=6),
         Target("wire.order", as_text(_order), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
@@ -113,7 +113,7 @@ def wire_targets() -> tuple[Target, ...]:
         Target("wire.blobs' address", as_text(BlobUrl.parse), _web_urls(), text=True, share=2),
         Target("wire.upload's address", as_text(UploadUrl.parse), _upload_urls(), text=True, share=2),
         Target("wire.array", lambda raw: float32_array(raw, (2, 3), "it"), _arrays(), constant=2**20),
-        *_signed(told),
+        *_signed(messages),
         *_joining(),
         *_blobs(),
         *_secure_sums(),
@@ -249,8 +249,8 @@ def _pulled(raw: bytes) -> object:
     return wants
 
 
-def _signed(told: tuple[bytes, ...]) -> tuple[Target, ...]:
-    small = [raw for raw in told if len(raw) < 4000]
+def _signed(messages: tuple[bytes, ...]) -> tuple[Target, ...]:
+    small = [raw for raw in messages if len(raw) < 4000]
     envelopes = tuple(seal(KEY, TOPIC, 1000 + i, i, raw) for i, raw in enumerate(small))
     manifest = _release().to_bytes()
     return (

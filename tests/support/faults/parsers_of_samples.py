@@ -47,14 +47,14 @@ def sample_targets() -> tuple[Target, ...]:
 
 def to_predict(path: Path) -> object:
     """The samples that `fedprune-device predict --input` reads."""
-    others = {"class_names": (), "device": "", "seed": 0, "validation_share": 0.0}
-    return samples_to_predict(Namespace(input=path, split=None, **others), (4,), ())
+    defaults = {"class_names": (), "device": "", "seed": 0, "validation_share": 0.0}
+    return samples_to_predict(Namespace(input=path, split=None, **defaults), (4,), ())
 
 
 def _files() -> tuple[Target, ...]:
     x, y = np.zeros((4, *_SHAPE), np.float32), np.arange(4)
     sets = npz(x=x, y=y), npz(np.savez, x_train=x, y_train=y, x_test=x, y_test=y)
-    places = npz(np.savez, x=x, y=y.repeat(4).reshape(4, 2, 2)), npz(x=x, y=x[:, 0])
+    label_maps = npz(np.savez, x=x, y=y.repeat(4).reshape(4, 2, 2)), npz(x=x, y=x[:, 0])
     several = npz(sound=x, sight=x[:, 0], y=y), npz(np.savez, a_train=x, b_train=x, y_train=y)
     npy = io.BytesIO()
     np.save(npy, x)
@@ -73,7 +73,7 @@ def _files() -> tuple[Target, ...]:
         arrays("npz", read_arrays, sets),
         arrays("data", lambda path: load_data(str(path)), sets),
         arrays("several inputs", lambda path: load_data(str(path)), several),
-        arrays("streamed", streamed, (*sets, *places)),
+        arrays("streamed", streamed, (*sets, *label_maps)),
         arrays("to predict", to_predict, (sets[0], npy.getvalue())),
         Target(
             "samples.recording",
@@ -120,7 +120,7 @@ def _parquet() -> tuple[bytes, ...]:
 def _folders() -> tuple[Target, ...]:
     image, grey, sound = picture("PNG"), picture("PNG", "L"), wav(b"\0\1" * 99)
     box = b"0 .5 .5 .25 .5\n"
-    classes, places = Targets("cross_entropy", 2), Targets("cross_entropy", 256, (8, 8))
+    classes, pixel_targets = Targets("cross_entropy", 2), Targets("cross_entropy", 256, (8, 8))
     boxes, itself = Targets("mse", 2, (3, 5)), Targets("mse", 1, _SHAPE)
     jpegs = picture("JPEG"), picture("JPEG", "L")
     images = {"images/a.png": jpegs[0], "images/b.png": image}
@@ -155,7 +155,7 @@ def _folders() -> tuple[Target, ...]:
         folder("images", "0/a.png", {"1/b.png": image}, classes, (picture("PNG"), *jpegs)),
         folder("recordings", "0/a.wav", {"1/b.wav": sound}, classes, sounds),
         folder("unlabelled", "a.png", {"b.png": image}, itself, (picture("PNG"),)),
-        folder("masks", "masks/a.png", {**images, "masks/b.png": grey}, places, (grey,)),
+        folder("masks", "masks/a.png", {**images, "masks/b.png": grey}, pixel_targets, (grey,)),
         folder("boxes", "labels/a.txt", {**images, "labels/b.txt": box}, boxes, (box,)),
     )
 

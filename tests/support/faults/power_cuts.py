@@ -30,10 +30,10 @@ It is no other Python that loses what a disk has not kept.
 
 def cuts(kind: str, names: Sequence[str]) -> Iterator[tuple[int, str]]:
     """Operations, and how to cut there: all in one way, or by turns every second of a name, each in the next way."""
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for at, name in enumerate(names, 1):
-        turn, skipped = divmod(seen[name], 2)
-        seen[name] += 1
+        turn, skipped = divmod(counts[name], 2)
+        counts[name] += 1
         if kind != TURNS:
             yield at, kind
         elif not skipped:
@@ -92,9 +92,9 @@ class Power:
             self._undo.clear()
         elif name == "replace":
             source, target = Path(arguments[0]), Path(arguments[1])
-            moved, old = _content(source), _content(target)
+            source_content, old = _content(source), _content(target)
             self._later(target, lambda: _put(target, old))
-            self._later(source, lambda: _put(source, moved))
+            self._later(source, lambda: _put(source, source_content))
             if source in self._unsynced:
                 del self._unsynced[source]
                 self._unsynced[target] = None

@@ -118,9 +118,9 @@ def trained(selection: Selection, base: Tensors, seed: int, scale: float = 0.1) 
     random = np.random.default_rng(seed)
     out: Tensors = {}
     for name, value in selection.gather(base).items():
-        moved = np.asarray(value + random.normal(size=value.shape) * scale, np.float32).reshape(value.shape)
+        new_value = np.asarray(value + random.normal(size=value.shape) * scale, np.float32).reshape(value.shape)
         kind = selection.architecture.by_name[name].kind
-        out[name] = np.asarray(np.abs(moved)) if kind is TensorKind.STAT_VAR else moved
+        out[name] = np.asarray(np.abs(new_value)) if kind is TensorKind.STAT_VAR else new_value
     return out
 
 
@@ -133,8 +133,8 @@ def rounds(draw: st.DrawFn, whole: bool = False, most: int = 5) -> tuple[Archite
     updates = []
     for _ in range(draw(st.integers(1, most))):
         order = draw(ranks(architecture)) if draw(st.integers(0, 3)) == 0 else common
-        kept = architecture.sizes if whole else draw(widths(architecture))
-        selection = Selection.of(architecture, kept, order)
+        sizes = architecture.sizes if whole else draw(widths(architecture))
+        selection = Selection.of(architecture, sizes, order)
         weight, steps = draw(st.integers(1, 10_000)), draw(st.integers(1, 50))
         updates.append((selection, trained(selection, base, draw(seeds)), weight, steps))
     return architecture, base, updates

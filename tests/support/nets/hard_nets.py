@@ -404,8 +404,8 @@ class SpatialTransformer(Images):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.a(x))
-        moved = self.where(x.mean((2, 3))) * 0.3 + torch.tensor([1.0, 0, 0, 0, 1, 0])
-        grid = functional.affine_grid(moved.reshape(-1, 2, 3), list(x.shape), align_corners=False)
+        theta = self.where(x.mean((2, 3))) * 0.3 + torch.tensor([1.0, 0, 0, 0, 1, 0])
+        grid = functional.affine_grid(theta.reshape(-1, 2, 3), list(x.shape), align_corners=False)
         smaller = functional.interpolate(x, size=(5, 6), mode="bilinear", antialias=True)
         return torch.relu(self.b(functional.grid_sample(smaller, grid, align_corners=False)))
 
@@ -454,8 +454,8 @@ class PairDistances(Tokens):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.coder(x))
-        own = torch.cdist(x, self.own.expand(x.shape[0], 5, 8), p=1.0)
-        return torch.cat([torch.cdist(x, x), own], 2) * 0.1
+        distances = torch.cdist(x, self.own.expand(x.shape[0], 5, 8), p=1.0)
+        return torch.cat([torch.cdist(x, x), distances], 2) * 0.1
 
 
 @hard(1)
@@ -469,8 +469,8 @@ class Overlaps(Images):
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         blocks = functional.unfold(torch.relu(self.a(x)), 3, stride=2, padding=1)
         changed = torch.tanh(self.blocks(blocks.transpose(1, 2))).transpose(1, 2)
-        whole = functional.fold(changed, (8, 8), 3, stride=2, padding=1)
-        waves = torch.view_as_real(torch.fft.rfft(whole)) * self.waves[:, None]
+        image = functional.fold(changed, (8, 8), 3, stride=2, padding=1)
+        waves = torch.view_as_real(torch.fft.rfft(image)) * self.waves[:, None]
         return torch.relu(self.b(torch.fft.irfft(torch.view_as_complex(waves), n=8)))
 
 

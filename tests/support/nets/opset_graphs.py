@@ -87,12 +87,12 @@ def checked(graph: Graph, opset: int) -> bytes:
 
 
 def main() -> None:
-    held: Arrays = {}
+    arrays: Arrays = {}
     for name, (graph, feeds) in graphs().items():
-        held |= {f"{name}/in/{k}": v for k, v in feeds.items()}
-        held |= {f"{name}/out/{k}": v for k, v in OnnxSession(graph.to_bytes()).run(feeds).items()}
-        held |= {f"{name}/opset/{o}": np.frombuffer(checked(graph, o), np.uint8) for o in WRITABLE_OPSETS}
-    np.savez_compressed(FILE, **held)
+        arrays |= {f"{name}/in/{k}": v for k, v in feeds.items()}
+        arrays |= {f"{name}/out/{k}": v for k, v in OnnxSession(graph.to_bytes()).run(feeds).items()}
+        arrays |= {f"{name}/opset/{o}": np.frombuffer(checked(graph, o), np.uint8) for o in WRITABLE_OPSETS}
+    np.savez_compressed(FILE, **arrays)
 
 
 if __name__ == "__main__":

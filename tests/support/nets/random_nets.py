@@ -92,7 +92,7 @@ def mixing_nets(draw: st.DrawFn) -> Model:
     values = [graph.emit("Tanh", conv("data", 2, 12))]
     for step in draw(st.lists(st.sampled_from(MIXING), min_size=1, max_size=7)):
         value = values[draw(st.integers(max(0, len(values) - 3), len(values) - 1))]
-        other = values[draw(st.integers(0, len(values) - 1))]
+        second = values[draw(st.integers(0, len(values) - 1))]
         if step == "conv":
             value = graph.emit("Tanh", conv(value, 12, 12))
         elif step == "grouped":
@@ -121,22 +121,22 @@ def mixing_nets(draw: st.DrawFn) -> Model:
             rows = graph.emit("Transpose", rows, attrs={"perm": [0, 2, 1, 3, 4]})
             value = graph.emit("Reshape", rows, graph.ints(-1, 12, 4, 4))
         elif step == "gate":
-            value = graph.emit("Mul", value, graph.emit("Sigmoid", conv(other, 12, draw(st.sampled_from([1, 12])))))
+            value = graph.emit("Mul", value, graph.emit("Sigmoid", conv(second, 12, draw(st.sampled_from([1, 12])))))
         elif step == "glu":
             a, b = halves(value)
             value = conv(graph.emit("Mul", a, graph.emit("Sigmoid", b)), 6, 12)
         elif step == "slice":
             start = draw(st.integers(0, 6))
             some = graph.emit("Slice", value, graph.ints(start), graph.ints(start + 6), graph.ints(1))
-            value = graph.emit("Add", conv(some, 6, 12), other)
+            value = graph.emit("Add", conv(some, 6, 12), second)
         elif step == "every second":
             first = draw(st.integers(0, 1))
             some = graph.emit("Slice", value, graph.ints(first), graph.ints(12), graph.ints(1), graph.ints(2))
             value = conv(some, 6, 12)
         elif step == "add":
-            value = graph.emit("Add", value, other)
+            value = graph.emit("Add", value, second)
         elif step == "concat":
-            value = conv(graph.emit("Concat", value, other, attrs={"axis": 1}), 24, 12)
+            value = conv(graph.emit("Concat", value, second, attrs={"axis": 1}), 24, 12)
         elif step == "twice":
             value = conv(graph.emit("Tile", value, graph.ints(1, 2, 1, 1)), 24, 12)
         elif step == "heads":

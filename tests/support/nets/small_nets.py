@@ -135,9 +135,9 @@ class Reader(nn.Module):
         self.wide, self.out = nn.Linear(16, 24), nn.Linear(24, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seen = self.norm(self.words(x))
-        looks = (self.q(seen) @ seen.transpose(1, 2) / 4).softmax(-1) @ self.v(seen)
-        return self.out(torch.relu(self.wide(looks.mean(1)))) + (seen.mean(1) @ self.words.weight.T)[:, :5]
+        hidden = self.norm(self.words(x))
+        looks = (self.q(hidden) @ hidden.transpose(1, 2) / 4).softmax(-1) @ self.v(hidden)
+        return self.out(torch.relu(self.wide(looks.mean(1)))) + (hidden.mean(1) @ self.words.weight.T)[:, :5]
 
 
 def seeded(module: nn.Module, seed: int = 0) -> nn.Module:

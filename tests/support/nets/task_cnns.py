@@ -118,8 +118,8 @@ class DeepLab(nn.Module):
         early = torch.relu(self.stem(x))
         far = torch.relu(self.body(early))
         mean = functional.interpolate(self.mean(far), size=far.shape[2:], mode="bilinear", align_corners=False)
-        seen = [torch.relu(f(far)) for f in (self.near, self.wide, self.wider)]
-        far = torch.relu(self.joint(torch.cat([*seen, mean], 1)))
+        branches = [torch.relu(f(far)) for f in (self.near, self.wide, self.wider)]
+        far = torch.relu(self.joint(torch.cat([*branches, mean], 1)))
         far = functional.interpolate(far, size=early.shape[2:], mode="bilinear", align_corners=False)
         both = torch.cat([far, torch.relu(self.early(early))], 1)
         out = self.head(torch.relu(self.last(both)))

@@ -56,8 +56,8 @@ class WaveNet(nn.Module):
         x, total = self.enter(x), 0
         for i, (dilated, skip, back) in enumerate(zip(self.dilated, self.skips, self.back, strict=True)):
             wave, gate = dilated(functional.pad(x, (2**i, 0))).chunk(2, 1)
-            seen = torch.tanh(wave) * torch.sigmoid(gate)
-            total, x = total + skip(seen), x + back(seen)
+            gated = torch.tanh(wave) * torch.sigmoid(gate)
+            total, x = total + skip(gated), x + back(gated)
         return self.head(torch.relu(self.last(torch.relu(total))))
 
 
@@ -105,8 +105,8 @@ class NBeats(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, total = x, torch.zeros_like(x[:, :8])
         for layers, code, basis in zip(self.layers, self.codes, (self.trend, self.season, None), strict=True):
-            told = code(layers(left))
-            both = self.any(told) if basis is None else told @ basis
+            forecast = code(layers(left))
+            both = self.any(forecast) if basis is None else forecast @ basis
             back, ahead = both.split((24, 8), 1)
             left, total = left - back, total + ahead
         return total
@@ -173,21 +173,21 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.words(x)
-        for part in self.blocks:
-            x = x + self.attend(part, part["norm1"](x))
-            y = part["norm2"](x)
-            x = x + part["down"](functional.silu(part["gate"](y)) * part["up"](y))
+        for block in self.blocks:
+            x = x + self.attend(block, block["norm1"](x))
+            y = block["norm2"](x)
+            x = x + block["down"](functional.silu(block["gate"](y)) * block["up"](y))
         return self.head(self.norm(x)).transpose(1, 2)
 
-    def attend(self, part: nn.ModuleDict, x: Tensor) -> Tensor:
+    def attend(self, block: nn.ModuleDict, x: Tensor) -> Tensor:
         n, steps, width = x.shape
-        q = self.rotate(part["q"](x).view(n, steps, self.heads, -1).transpose(1, 2))
-        k = self.rotate(part["k"](x).view(n, steps, self.shared, -1).transpose(1, 2))
-        v = part["v"](x).view(n, steps, self.shared, -1).transpose(1, 2)
+        q = self.rotate(block["q"](x).view(n, steps, self.heads, -1).transpose(1, 2))
+        k = self.rotate(block["k"](x).view(n, steps, self.shared, -1).transpose(1, 2))
+        v = block["v"](x).view(n, steps, self.shared, -1).transpose(1, 2)
         times = self.heads // self.shared
         k, v = (t[:, :, None].expand(n, self.shared, times, steps, -1).reshape(q.shape) for t in (k, v))
-        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return part["o"](seen.transpose(1, 2).reshape(n, steps, width))
+        context = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return block["o"](context.transpose(1, 2).reshape(n, steps, width))
 
     def rotate(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 3)
@@ -215,8 +215,8 @@ class Alibi(nn.Module):
         q, k, v = self.qkv(y).split((16, 4, 4), 2)
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
         weights = (q @ k.unsqueeze(1).transpose(2, 3) / 2 + self.bias).softmax(-1)
-        seen = (weights @ v.unsqueeze(1)).transpose(1, 2).flatten(2)
-        x = x + self.out(seen) + self.fc2(functional.gelu(self.fc1(y), approximate="tanh"))
+        context = (weights @ v.unsqueeze(1)).transpose(1, 2).flatten(2)
+        x = x + self.out(context) + self.fc2(functional.gelu(self.fc1(y), approximate="tanh"))
         return (self.last(x) @ self.words.weight.T).transpose(1, 2)
 
 

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 def token_net(vocabulary: int) -> bytes:
     """A net that reads three identifiers below `vocabulary` and tells 5 classes apart."""
     random = np.random.default_rng(1)
-    held = {"table": (vocabulary, 6), "hidden": (18, 8), "head": (8, 5)}
+    shapes = {"table": (vocabulary, 6), "hidden": (18, 8), "head": (8, 5)}
     nodes = [
         helper.make_node("Gather", ["table", "x"], ["e"]),
         helper.make_node("Flatten", ["e"], ["f"]),
@@ -23,7 +23,7 @@ def token_net(vocabulary: int) -> bytes:
         "tokens",
         [helper.make_tensor_value_info("x", onnx.TensorProto.INT64, ["N", 3])],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 5])],
-        [numpy_helper.from_array(random.standard_normal(v).astype(np.float32), n) for n, v in held.items()],
+        [numpy_helper.from_array(random.standard_normal(v).astype(np.float32), n) for n, v in shapes.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     raw: bytes = model.SerializeToString()

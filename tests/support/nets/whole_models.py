@@ -64,16 +64,16 @@ def scattered(module: nn.Module, seed: int = 1) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for part in module.parameters():
-            first = part.reshape(-1)[0]
-            if not part.is_floating_point() or not bool((part == first).all()):
+        for parameter in module.parameters():
+            first = parameter.reshape(-1)[0]
+            if not parameter.is_floating_point() or not bool((parameter == first).all()):
                 continue
             if abs(float(first)) < 1e-8:
-                part.copy_(0.1 * torch.randn(part.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             elif abs(float(first)) < 0.05:
-                part.copy_(0.1 + 0.4 * torch.rand(part.shape, generator=generator))
+                parameter.copy_(0.1 + 0.4 * torch.rand(parameter.shape, generator=generator))
             else:
-                part.copy_(first * (0.5 + torch.rand(part.shape, generator=generator)))
+                parameter.copy_(first * (0.5 + torch.rand(parameter.shape, generator=generator)))
     return module
 
 
@@ -83,7 +83,7 @@ def settled(module: nn.Module, seed: int = 2) -> nn.Module:
     With statistics that don't fit, a deep network's values grow from layer to layer until float32 says nothing. The
     same happens where a variance is next to nothing, so none is.
     """
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     generator = torch.Generator().manual_seed(seed)
     module.eval()
@@ -172,9 +172,9 @@ MODELS: dict[str, Whole] = {**OURS, **TASKS, **PUBLISHED}
 @functools.cache
 def exported(name: str) -> bytes:
     """One of `MODELS` as ONNX; each only once."""
-    whole = MODELS[name]
-    module = whole.make()
-    if whole.vocabulary and not hasattr(module, "input_dtype"):
+    entry = MODELS[name]
+    module = entry.make()
+    if entry.vocabulary and not hasattr(module, "input_dtype"):
         return export_torch((module, torch.zeros((2, *module.input_shape), dtype=torch.int64)), name=name)
     return export_torch(module, name=name)
 
@@ -191,24 +191,24 @@ def _imported(name: str, prefer: Literal["coarse", "fine"]) -> Model:
     return import_onnx(exported(name), name, ImportChoices(prefer=prefer))
 
 
-def squared(*given: torch.Tensor) -> torch.Tensor:
+def squared(*tensors: torch.Tensor) -> torch.Tensor:
     """The loss of values: mean squares, over all outputs together."""
-    *outputs, labels = given
+    *outputs, labels = tensors
     return (torch.cat([o.flatten(1) for o in outputs], 1) - labels.flatten(1)).square().mean(1)
 
 
 def samples(name: str, batch: int, seed: int = 5) -> np.ndarray[Any, Any]:
     """Random samples for one of `MODELS`."""
     rng = np.random.default_rng(seed)
-    whole, model = MODELS[name], imported(name)
-    parts = read_packing(model.graph.metadata, INPUTS_KEY)
-    if not parts:
+    entry, model = MODELS[name], imported(name)
+    packing = read_packing(model.graph.metadata, INPUTS_KEY)
+    if not packing:
         shape = (batch, *model.architecture.input_shape)
-        return rng.integers(0, whole.vocabulary, shape) if whole.vocabulary else normal(rng, shape)
-    kinds = getattr(whole.make(), "input_dtype", {})
+        return rng.integers(0, entry.vocabulary, shape) if entry.vocabulary else normal(rng, shape)
+    kinds = getattr(entry.make(), "input_dtype", {})
     rows = [
-        rng.integers(0, whole.vocabulary, (batch, part.size)) if part.name in kinds else normal(rng, (batch, part.size))
-        for part in parts
+        rng.integers(0, entry.vocabulary, (batch, part.size)) if part.name in kinds else normal(rng, (batch, part.size))
+        for part in packing
     ]
     return np.concatenate(rows, 1).astype(np.float32)
 

@@ -76,8 +76,8 @@ class Symbols:
 
 def _runs(dim: str) -> list[tuple[int, str, int]]:
     out = []
-    for part in dim.split("+"):
-        factors = part.split("*")
+    for run in dim.split("+"):
+        factors = run.split("*")
         at = next((i for i, f in enumerate(factors) if not f.isdigit()), len(factors))
         before, after = ([int(f) for f in fs] for fs in (factors[:at], factors[at + 1 :]))
         group = factors[at] if at < len(factors) else ""
@@ -196,8 +196,8 @@ def check(
             positive = {k: abs(v) if v.dtype.kind == "f" else v for k, v in fed.items()}
             sizes = reference(oracle, positive, torch.float64, abs(dy))
         for name, value in exact.items():
-            whole = float(np.linalg.norm(sizes[name])) if sums else 0.0
-            cancelled = 3e-7 * whole / max(float(np.linalg.norm(value)), 1e-30)
+            total_norm = float(np.linalg.norm(sizes[name])) if sums else 0.0
+            cancelled = 3e-7 * total_norm / max(float(np.linalg.norm(value)), 1e-30)
             assert error(got[name], value) <= max(1e-6, cancelled, 2 * error(usual[name], value)), name
 
 

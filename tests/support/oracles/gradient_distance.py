@@ -101,9 +101,9 @@ class Distances:
         """
         if not self.is_finite:
             return False
-        more = len(self.flipped(self.ours)) - len(self.flipped(self.torch))
+        extra_flips = len(self.flipped(self.ours)) - len(self.flipped(self.torch))
         return (
-            more <= SPARE_FLIPS
+            extra_flips <= SPARE_FLIPS
             and max(self.ours) <= max(CAP, 2 * max(self.torch))
             and self._calm_sizes(self.ours) >= self._calm_sizes(self.torch)
             and self.calm(self.ours) <= max(FLOOR, 2 * self.calm(self.torch))
@@ -164,26 +164,28 @@ class Trained:
 
     def distances(self, net: torch.nn.Module | Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
         """Distances from float64 over some batches of samples and labels."""
-        found = Distances()
+        distances = Distances()
         for x, y in samples:
             exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64, self.loss)
             usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32, self.loss)
-            self._add(found, (self.gradients(tensors, x, y), exact), (usual, exact), len(x))
-        return found
+            self._add(distances, (self.gradients(tensors, x, y), exact), (usual, exact), len(x))
+        return distances
 
-    def _add(self, found: Distances, ours: tuple[Arrays, Arrays], torchs: tuple[Arrays, Arrays], size: int) -> None:
+    def _add(self, distances: Distances, ours: tuple[Arrays, Arrays], torchs: tuple[Arrays, Arrays], size: int) -> None:
         """One batch's distances, from gradients and their exact values."""
-        found.sizes.append(size)
+        distances.sizes.append(size)
         for (result, exact), far, each in (
-            (ours, found.ours, found.ours_each),
-            (torchs, found.torch, found.torch_each),
+            (ours, distances.ours, distances.ours_each),
+            (torchs, distances.torch, distances.torch_each),
         ):
-            whole = norm(exact.values())
+            exact_norm = norm(exact.values())
             apart = {n: difference(result[n], exact[n]) for n in self.names}
-            far.append(norm(apart.values()) / whole)
+            far.append(norm(apart.values()) / exact_norm)
             for n in self.names:
                 length = norm([exact[n]])
-                each.setdefault(n, []).append(norm([apart[n]]) / (length if length > NOTHING * whole else whole))
+                each.setdefault(n, []).append(
+                    norm([apart[n]]) / (length if length > NOTHING * exact_norm else exact_norm)
+                )
 
 
 def torchs_gradients(
@@ -225,9 +227,9 @@ def of_rows(net: torch.nn.Module, x: torch.Tensor, state: dict[str, torch.Tensor
 def only_norms_train(module: torch.nn.Module) -> torch.nn.Module:
     """The module in evaluation mode, but batch normalisations take the batch's statistics."""
     module.eval()
-    for part in module.modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            part.train()
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.train()
     return module
 
 

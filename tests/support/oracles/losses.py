@@ -44,8 +44,8 @@ def cross_entropy(logits: npt.NDArray[np.float32], y: npt.NDArray[np.int64], ter
     z = z - z.max(axis=1, keepdims=True)
     lost = np.log(np.exp(z).sum(axis=1, keepdims=True)) - z
     weights = np.asarray(terms.get(step_contract.CLASS_WEIGHT, np.ones(z.shape[1])), np.float64)
-    own = lost[np.arange(len(y)), y] * weights[y]
+    target_loss = lost[np.arange(len(y)), y] * weights[y]
     smoothing = float(terms.get(step_contract.LABEL_SMOOTHING, 0.0))
     if smoothing:
-        own = (1 - smoothing) * own + smoothing / z.shape[1] * (lost @ weights)
-    return float(own.sum() / weights[y].sum())
+        target_loss = (1 - smoothing) * target_loss + smoothing / z.shape[1] * (lost @ weights)
+    return float(target_loss.sum() / weights[y].sum())

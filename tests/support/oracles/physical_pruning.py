@@ -27,7 +27,7 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 def our_groups(architecture: Architecture, module: nn.Module) -> Counter[LayerGroup]:
     """Per channel group the sides of convolutions and dense layers that it touches, and its size."""
     layers = {n: part for n, part in module.named_modules() if isinstance(part, LAYERS)}
-    found: Counter[LayerGroup] = Counter()
+    groups: Counter[LayerGroup] = Counter()
     for i, group in enumerate(architecture.groups):
         sides = set()
         for tensor in architecture.tensors:
@@ -36,8 +36,8 @@ def our_groups(architecture: Architecture, module: nn.Module) -> Counter[LayerGr
                 continue
             out = 1 if isinstance(layers[layer], TRANSPOSED) else 0
             sides |= {(layer, "out" if axis == out else "in") for axis in (0, 1) if i in tensor.axes[axis].groups}
-        found[frozenset(sides), group.size] += 1
-    return found
+        groups[frozenset(sides), group.size] += 1
+    return groups
 
 
 def dependency_graph(module: nn.Module, **options: Any) -> tuple[Any, Any]:
@@ -56,14 +56,14 @@ def their_groups(module: nn.Module) -> Counter[LayerGroup]:
 
 def _groups(module: nn.Module) -> Iterator[tuple[LayerGroup, Any]]:
     _, graph = dependency_graph(module)
-    names = {part: name for name, part in module.named_modules()}
-    last = [n for n, part in module.named_modules() if isinstance(part, LAYERS)][-1]
+    names = {layer: name for name, layer in module.named_modules()}
+    last = [n for n, layer in module.named_modules() if isinstance(layer, LAYERS)][-1]
     for group in graph.get_all_groups(root_module_types=LAYERS):
         sides = set()
         for item in group:
-            part = item.dep.target.module
-            if isinstance(part, LAYERS):
-                sides.add((names[part], "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"))
+            layer = item.dep.target.module
+            if isinstance(layer, LAYERS):
+                sides.add((names[layer], "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"))
         if frozenset(sides) != frozenset({(last, "out")}):
             yield (frozenset(sides), len(group[0].idxs)), group
 
@@ -83,29 +83,29 @@ def prune(module: nn.Module, selection: Selection) -> nn.Module:
         before = gone.setdefault(layer, [])
         rows = sorted(row - sum(b < row for b in before) for row in lost)
         before += lost
-        part = modules[layer]
-        if isinstance(part, nn.Linear):
+        target = modules[layer]
+        if isinstance(target, nn.Linear):
             function = tp.prune_linear_out_channels
-        elif getattr(part, "groups", 1) > 1:
+        elif getattr(target, "groups", 1) > 1:
             function = tp.prune_depthwise_conv_out_channels
         else:
             function = tp.prune_conv_out_channels
         if rows:
-            graph.get_pruning_group(part, function, idxs=rows).prune()
+            graph.get_pruning_group(target, function, idxs=rows).prune()
     return module
 
 
 def maker(architecture: Architecture, modules: dict[str, Any], group: int) -> tuple[str, str, int]:
     """A layer that makes a group's channels (alone, if there is one), its weight, and the axis of its outputs."""
-    found = []
+    groups = []
     for tensor in architecture.tensors:
         layer = tensor.name.rpartition(".")[0]
         if tensor.kind is TensorKind.WEIGHT and isinstance(modules.get(layer), LAYERS):
             out = 1 if isinstance(modules[layer], TRANSPOSED) else 0
             if group in tensor.axes[out].groups:
-                found.append((len(tensor.axes[out].groups), layer, tensor.name, out))
-    assert found, f"no layer makes group {group}"
-    return min(found, key=lambda f: f[0])[1:]
+                groups.append((len(tensor.axes[out].groups), layer, tensor.name, out))
+    assert groups, f"no layer makes group {group}"
+    return min(groups, key=lambda f: f[0])[1:]
 
 
 def lines(groups: Counter[LayerGroup]) -> list[str]:

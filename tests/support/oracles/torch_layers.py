@@ -127,13 +127,13 @@ def _resize(
     sizes: Tensor | None = None,
 ) -> Tensor:
     target = [int(n) for n in (sizes if sizes is not None else torch.floor(torch.tensor(x.shape) * scales)).tolist()]
-    mode, places = a.get("mode", "nearest"), a.get("coordinate_transformation_mode", "half_pixel")
+    mode, coordinate_mode = a.get("mode", "nearest"), a.get("coordinate_transformation_mode", "half_pixel")
     if mode == "nearest":
         for axis in range(2, x.ndim):
             n, m = x.shape[axis], target[axis]
             at = torch.arange(m, dtype=torch.float64)
             ratio = m / n if scales is None else float(scales[axis])
-            at = (at + 0.5) / ratio - 0.5 if places.endswith("half_pixel") else at / ratio
+            at = (at + 0.5) / ratio - 0.5 if coordinate_mode.endswith("half_pixel") else at / ratio
             rounding = a.get("nearest_mode", "round_prefer_floor")
             at = {"floor": at.floor(), "ceil": at.ceil(), "round_prefer_ceil": (at + 0.5).floor()}.get(
                 rounding, (at - 0.5).ceil()
@@ -141,7 +141,9 @@ def _resize(
             x = x.index_select(axis, at.to(torch.int64).clamp(0, n - 1))
         return x
     kinds = {("linear", 3): "linear", ("linear", 4): "bilinear", ("linear", 5): "trilinear", ("cubic", 4): "bicubic"}
-    return functional.interpolate(x, target[2:], mode=kinds[mode, x.ndim], align_corners=places == "align_corners")
+    return functional.interpolate(
+        x, target[2:], mode=kinds[mode, x.ndim], align_corners=coordinate_mode == "align_corners"
+    )
 
 
 @operator("LSTM")

@@ -31,9 +31,9 @@ def infonce(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     rows, labels = functional.normalize(z.reshape(len(z) * views, -1), dim=1), y.repeat_interleave(views)
     each = []
     for i in range(len(rows)):
-        others = [j for j in range(len(rows)) if j != i]
-        aims = [k for k, j in enumerate(others) if labels[j] == labels[i]]
-        scores = (rows[others] @ rows[i] / 0.1)[None]
+        negatives = [j for j in range(len(rows)) if j != i]
+        aims = [k for k, j in enumerate(negatives) if labels[j] == labels[i]]
+        scores = (rows[negatives] @ rows[i] / 0.1)[None]
         losses = [functional.cross_entropy(scores, torch.tensor([k])) for k in aims]
         each.append(torch.stack(losses).mean() if losses else 0 * rows[i].sum())
     return torch.stack(each).reshape(len(z), views).mean(1)
@@ -43,13 +43,13 @@ def triplet(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     each = []
     for i in range(len(z)):
         same = [(z[i] - z[j]).norm() for j in range(len(z)) if j != i and y[j] == y[i]]
-        other = [(z[i] - z[j]).norm() for j in range(len(z)) if y[j] != y[i]]
-        both = same and other
-        each.append(functional.softplus(max(same) - min(other)) if both else 0 * z[i].sum())
+        negative_distances = [(z[i] - z[j]).norm() for j in range(len(z)) if y[j] != y[i]]
+        both = same and negative_distances
+        each.append(functional.softplus(max(same) - min(negative_distances)) if both else 0 * z[i].sum())
     return torch.stack(each)
 
 
 def distill(outputs: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    own, aim = ((v / temperature).log_softmax(1) for v in (outputs, teacher))
-    each = functional.kl_div(own, aim, reduction="none", log_target=True).sum(1)
+    student, aim = ((v / temperature).log_softmax(1) for v in (outputs, teacher))
+    each = functional.kl_div(student, aim, reduction="none", log_target=True).sum(1)
     return temperature**2 * each.reshape(len(outputs), -1).mean(1)

@@ -83,11 +83,11 @@ class Board:
             start_new_session=True,
         ) as process:
             try:
-                said, errors = process.communicate(timeout=timeout)
+                output, errors = process.communicate(timeout=timeout)
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)  # proot's end alone would leave what it follows
                 raise
-        return subprocess.CompletedProcess(command, process.returncode, said, errors)
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     @contextmanager
     def running(self, words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:

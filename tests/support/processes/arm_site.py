@@ -82,8 +82,8 @@ class Headquarters:
         done = subprocess.run(
             [*_PROGRAM, "status", "--state", str(self.state), "--json"], capture_output=True, text=True, check=False
         )
-        found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
-        return found
+        status: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+        return status
 
     def members(self) -> dict[str, str]:
         """Who asked to be let in, and what became of it."""

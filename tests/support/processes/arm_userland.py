@@ -60,10 +60,10 @@ JAMMY = System(
 
 def tool(name: str, package: str) -> str:
     """Where a program is; skips the test where it isn't installed."""
-    found = shutil.which(name, path=_SBIN)
-    if found is None:
+    path = shutil.which(name, path=_SBIN)
+    if path is None:
         pytest.skip(f"{name} is not installed (apt install {package})")
-    return found
+    return path
 
 
 def userland(system: System, packages: Sequence[str] = ()) -> Path:
@@ -73,8 +73,8 @@ def userland(system: System, packages: Sequence[str] = ()) -> Path:
         system: Which.
         packages: What is wanted beside Python and what a runtime needs.
     """
-    wanted = sorted({*_PACKAGES, *packages})
-    key = hashlib.sha256(f"1 {system} {wanted}".encode()).hexdigest()[:12]
+    packages_needed = sorted({*_PACKAGES, *packages})
+    key = hashlib.sha256(f"1 {system} {packages_needed}".encode()).hexdigest()[:12]
     place = CACHE / f"{system.name}-{key}"
     if place.is_dir():
         return place
@@ -88,7 +88,7 @@ def userland(system: System, packages: Sequence[str] = ()) -> Path:
         mode = "root" if os.geteuid() == 0 else "fakechroot"
         command = [program, "--quiet", f"--mode={mode}", "--arch=arm64", "--variant=extract", f"--hook-dir={_HOOKS}"]
         command += [f"--keyring={system.keyring}"] if system.keyring else []
-        command += [f"--include={','.join(wanted)}", system.name, str(new), system.mirror]
+        command += [f"--include={','.join(packages_needed)}", system.name, str(new), system.mirror]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": _SBIN, "TMPDIR": folder}
         )

@@ -48,18 +48,18 @@ def mounts(body: Mapping[str, Any], service: str, folder: Path) -> dict[str, Pat
         service: The service.
         folder: The file's folder, as a user has it.
     """
-    found = {}
-    told = body["services"][service]
-    for text in told.get("volumes", []):
+    targets = {}
+    service_body = body["services"][service]
+    for text in service_body.get("volumes", []):
         source, target = text.split(":")[:2]
-        found[target] = folder / source if source.startswith(".") else folder / "volumes" / source
-    for name in told.get("secrets", []):
-        found[f"/run/secrets/{name}"] = folder / body["secrets"][name]["file"]
-    for text in told.get("tmpfs", []):
+        targets[target] = folder / source if source.startswith(".") else folder / "volumes" / source
+    for name in service_body.get("secrets", []):
+        targets[f"/run/secrets/{name}"] = folder / body["secrets"][name]["file"]
+    for text in service_body.get("tmpfs", []):
         target = text.split(":")[0]
         if target != "/tmp":
-            found[target] = folder / "tmpfs" / service / target.strip("/")
-    return found
+            targets[target] = folder / "tmpfs" / service / target.strip("/")
+    return targets
 
 
 def remapped(value: Any, places: Mapping[str, str]) -> Any:

@@ -41,20 +41,20 @@ class Operator:
 
     def login(self, password: str) -> None:
         """Fill the form in."""
-        found = re.search(r'name="csrf" value="([^"]+)"', self.ask("/login"))
-        self.secrets.add(found[1])
-        self.ask("/login", urlencode({"csrf": found[1], "name": "ann", "password": password}).encode())
+        match = re.search(r'name="csrf" value="([^"]+)"', self.ask("/login"))
+        self.secrets.add(match[1])
+        self.ask("/login", urlencode({"csrf": match[1], "name": "ann", "password": password}).encode())
 
     def order(self, **body: str) -> str:
         """Give an order, which the console takes."""
-        more = {"x_csrf_token": self.csrf, "content_type": "application/json"}
-        said = self.ask("/api/v1/orders", json.dumps(body).encode(), **more)
-        number = json.loads(said).get("order")
-        assert isinstance(number, int), said
+        headers = {"x_csrf_token": self.csrf, "content_type": "application/json"}
+        answer = self.ask("/api/v1/orders", json.dumps(body).encode(), **headers)
+        number = json.loads(answer).get("order")
+        assert isinstance(number, int), answer
         while json.loads(outcome := self.ask(f"/api/v1/orders/{number}"))["state"] == "waiting":
             time.sleep(0.05)
         assert json.loads(outcome)["ok"], outcome
-        return said + outcome
+        return answer + outcome
 
     def come(self) -> str:
         """Log in at the second try, and pause the job; returns what the console says."""
@@ -77,11 +77,11 @@ class Operator:
 
     def look_round(self) -> list[str]:
         """Look at everything; returns what the console says but its own tokens."""
-        said = [self.order(order="look", device="north")]
-        said += [
+        answers = [self.order(order="look", device="north")]
+        answers += [
             self.ask(f"/api/v1/{name}") for name in ("site", "devices", "devices/north", "orders", "logs", "audit")
         ]
-        audit = [(row["action"], row["outcome"]) for row in json.loads(said[-1])["items"]]
+        audit = [(row["action"], row["outcome"]) for row in json.loads(answers[-1])["items"]]
         assert {("login", "failed"), ("login", "done")} <= set(audit)
-        said += [self.ask(page).replace(self.csrf, "") for page in ("/", "/fleet", "/devices/north", "/audit")]
-        return said
+        answers += [self.ask(page).replace(self.csrf, "") for page in ("/", "/fleet", "/devices/north", "/audit")]
+        return answers

@@ -16,10 +16,10 @@ _SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 def tool(name: str) -> str:
     """Where a program is, /usr/sbin included; skips the test where it isn't installed."""
-    found = shutil.which(name, path=_SBIN)
-    if found is None:
+    program = shutil.which(name, path=_SBIN)
+    if program is None:
         pytest.skip(f"{name} is not installed")
-    return found
+    return program
 
 
 def run(name: str, *arguments: str | Path, text: bytes | None = None, unless: bytes = b"\0") -> bytes:
@@ -33,17 +33,17 @@ def run(name: str, *arguments: str | Path, text: bytes | None = None, unless: by
 
 def fsck_fat(path: Path, start: int = 0, size: int | None = None) -> str:
     """Let fsck.fat look at a FAT file system; it must find nothing to mend."""
-    part = path
+    partition = path
     if start or size:
-        part = path.with_suffix(".part")
-        with path.open("rb") as source, part.open("wb") as out:
+        partition = path.with_suffix(".part")
+        with path.open("rb") as source, partition.open("wb") as out:
             source.seek(start)
             left = size or 0
             while left > 0:
                 piece = source.read(min(2**20, left))
                 out.write(piece)
                 left -= len(piece)
-    return run("fsck.fat", "-n", "-v", part).decode()
+    return run("fsck.fat", "-n", "-v", partition).decode()
 
 
 def mtype(path: Path, name: str, start: int = 0) -> bytes:

@@ -17,22 +17,22 @@ import pytest
 
 def find_mosquitto() -> str:
     """Path of the broker; Debian keeps it where not every user looks."""
-    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
-    if found is None:
+    program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    if program is None:
         if os.environ.get("CI") == "true":
             pytest.fail("CI must have mosquitto")
         pytest.skip("mosquitto is not installed")
-    return found
+    return program
 
 
 def find_chromium() -> str:
     """Path of a Chromium that playwright can drive."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
         if os.environ.get("CI") == "true":
             pytest.fail("CI must have chromium")
         pytest.skip("chromium is not installed")
-    return found
+    return program
 
 
 def embedded_broker(server: int) -> int | None:

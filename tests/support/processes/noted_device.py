@@ -23,13 +23,13 @@ def _note(descriptor: int, topic: str, payload: bytes) -> None:
         message = parse_message(payload)
     except ProtocolError:
         return
-    said: list[Any] = []
+    entry: list[Any] = []
     if isinstance(message, UpdateAnnouncement):
-        said = ["sent", message.round, message.attempt, message.weights.sha256]
+        entry = ["sent", message.round, message.attempt, message.weights.sha256]
     elif isinstance(message, Accepted):
-        said = ["accepted", message.round, message.attempt, message.weights]
-    if said:
-        os.write(descriptor, json.dumps(said).encode() + b"\n")
+        entry = ["accepted", message.round, message.attempt, message.weights]
+    if entry:
+        os.write(descriptor, json.dumps(entry).encode() + b"\n")
 
 
 def main(path: str) -> int:

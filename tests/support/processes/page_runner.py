@@ -59,17 +59,17 @@ class Step:
 
 def steps(page: Path) -> list[Step]:
     """What a page asks its reader to do."""
-    found: list[Step] = []
+    page_steps: list[Step] = []
     for match in _FENCE.finditer(page.read_text(encoding="utf-8")):
         if match["names"]:
-            found.append(Step(waits=[name.strip() for name in match["names"].split(",")]))
+            page_steps.append(Step(waits=[name.strip() for name in match["names"].split(",")]))
         elif match["kind"] == "sh":
-            found.append(Step(match["body"], match["said"] or ""))
+            page_steps.append(Step(match["body"], match["said"] or ""))
         elif match["mark"] == "output":
-            found[-1].examples += 1
+            page_steps[-1].examples += 1
         else:
-            found[-1].shown = match["body"]
-    return found
+            page_steps[-1].shown = match["body"]
+    return page_steps
 
 
 class Reader:
@@ -184,7 +184,7 @@ def _missing(shown: str, output: str) -> str | None:
     """The first line of what a page shows that doesn't come in the output, after those before it."""
     lines: Iterator[str] = iter(output.splitlines())
     for line in shown.splitlines():
-        wanted = re.compile(r"\s+".join(".*".join(map(re.escape, word.split("..."))) for word in line.split()))
-        if line.strip() and not any(wanted.fullmatch(found.strip()) for found in lines):
+        pattern = re.compile(r"\s+".join(".*".join(map(re.escape, word.split("..."))) for word in line.split()))
+        if line.strip() and not any(pattern.fullmatch(line_text.strip()) for line_text in lines):
             return line
     return None

@@ -23,8 +23,8 @@ USER = "fedprune"
 
 def find_programs() -> Path:
     """The folder of initdb and postgres; Debian keeps them where nobody looks."""
-    found = shutil.which("initdb")
-    folders = [Path(found).resolve().parent] if found else []
+    initdb = shutil.which("initdb")
+    folders = [Path(initdb).resolve().parent] if initdb else []
     folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     for folder in folders:
         if (folder / "initdb").exists() and (folder / "postgres").exists():
@@ -106,12 +106,12 @@ class Postgres:
 
     def backends(self) -> list[int]:
         """Those of them that serve a connection of ours."""
-        found = []
+        pids = []
         for pid in self.children():
             with suppress(OSError):
                 if f"postgres: {USER} ".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return found
+                    pids.append(pid)
+        return pids
 
     def stop(self) -> None:
         """End it at once, but in order."""

@@ -46,8 +46,8 @@ class RabbitMQ:
     """
 
     def __init__(self) -> None:
-        found = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))
-        if not found or shutil.which("epmd") is None:
+        programs = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))
+        if not programs or shutil.which("epmd") is None:
             pytest.skip("RabbitMQ is not installed")
         self._folder = Path(tempfile.mkdtemp(prefix="fedprune-rabbit-"))
         self.ports = {node: free_port() for node in NODES}
@@ -63,32 +63,32 @@ class RabbitMQ:
         cookie.write_text("fedprune")
         cookie.chmod(0o400)
         (self._folder / "definitions.json").write_text(json.dumps(_DEFINITIONS))
-        self._nodes = {node: self._start(found[-1], node) for node in NODES}
+        self._nodes = {node: self._start(programs[-1], node) for node in NODES}
         until = time.monotonic() + 120
         while not all(map(listens, self.ports.values())):
             assert time.monotonic() < until, self.logs()
             time.sleep(0.2)
 
     def _start(self, program: Path, node: str) -> subprocess.Popen[bytes]:
-        own = self._folder / node
-        own.mkdir()
-        (own / "plugins").write_text("[rabbitmq_mqtt].")
+        node_folder = self._folder / node
+        node_folder.mkdir()
+        (node_folder / "plugins").write_text("[rabbitmq_mqtt].")
         peers = "".join(
             f"cluster_formation.classic_config.nodes.{n} = {name}@localhost\n" for n, name in enumerate(NODES)
         )
-        (own / "rabbitmq.conf").write_text(
+        (node_folder / "rabbitmq.conf").write_text(
             _SETTINGS.format(free_port(), self.ports[node], self._folder / "definitions.json") + peers
         )
         environment = self._environment | {
             "RABBITMQ_NODENAME": f"{node}@localhost",
             "RABBITMQ_DIST_PORT": str(free_port()),
-            "RABBITMQ_MNESIA_BASE": str(own / "mnesia"),
-            "RABBITMQ_LOG_BASE": str(own / "log"),
-            "RABBITMQ_PID_FILE": str(own / "pid"),
-            "RABBITMQ_ENABLED_PLUGINS_FILE": str(own / "plugins"),
-            "RABBITMQ_CONFIG_FILE": str(own / "rabbitmq.conf"),
+            "RABBITMQ_MNESIA_BASE": str(node_folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(node_folder / "log"),
+            "RABBITMQ_PID_FILE": str(node_folder / "pid"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(node_folder / "plugins"),
+            "RABBITMQ_CONFIG_FILE": str(node_folder / "rabbitmq.conf"),
         }
-        with (own / "log.txt").open("ab") as log:
+        with (node_folder / "log.txt").open("ab") as log:
             return subprocess.Popen([program], stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def kill(self, node: str) -> None:

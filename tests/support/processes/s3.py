@@ -137,8 +137,8 @@ class Ceph(S3):
             certificate, key, self.authority = identity.web_files(("127.0.0.1",))
         secure = free_port()
         self.secure_endpoint = f"https://127.0.0.1:{secure}"
-        places = (self._folder, self.port, secure, certificate, key)
-        self._settings.write_text(_CEPH.format(uuid.uuid4(), monitor, *places))
+        fields = (self._folder, self.port, secure, certificate, key)
+        self._settings.write_text(_CEPH.format(uuid.uuid4(), monitor, *fields))
         osd = str(uuid.uuid4())
         try:
             self._run("ceph-mon", "-i", "a", "--mkfs", "--public-addr", f"v2:127.0.0.1:{monitor}")

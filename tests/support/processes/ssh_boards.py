@@ -56,14 +56,14 @@ Subsystem sftp internal-sftp
 
 def sshd() -> str:
     """The program, by its full name, which it insists on."""
-    found = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    if found is None or shutil.which("ssh") is None:
+    program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if program is None or shutil.which("ssh") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("CI must have sshd and ssh")
         pytest.skip("sshd (openssh-server) is not installed")
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where Debian's sshd gives up its rights
-    return found
+    return program
 
 
 @dataclass
