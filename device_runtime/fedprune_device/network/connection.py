@@ -13,8 +13,7 @@ from functools import cached_property
 
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.security.keys import SigningKey
-from fedprune.wire.chunk import CHUNK_QOS as CHUNK_QOS
-from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk import CHUNK_QOS, Chunk
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.lost_pieces import dropping_broker_message
 from fedprune.wire.messages import Birth, Death, Message, RejectedMessageLog, parse_message

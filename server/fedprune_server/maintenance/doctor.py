@@ -46,8 +46,7 @@ from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation, suspended_server
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translate_errors
 from fedprune_server.storage.lease import leader_elsewhere
-from fedprune_server.storage.s3.bucket import IN_FOLDER as IN_FOLDER
-from fedprune_server.storage.s3.bucket import Bucket
+from fedprune_server.storage.s3.bucket import IN_FOLDER, Bucket
 from fedprune_server.storage.sqlite_file import sqlite_lock_holders, write_lock_holders
 from fedprune_server.storage.state_folder import DATABASE_FILE, LOCK_FILE, MODEL_FILE, job_folders
 from fedprune_server.storage.storage import Storage

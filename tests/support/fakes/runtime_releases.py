@@ -13,8 +13,7 @@ from fedprune.releases.release import Release, write_release
 from fedprune.security.certificates import PIN_BYTES
 from fedprune.security.joining import JoinClaim
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune_device.launcher.slot_store import KEY_FILE as KEY_FILE
-from fedprune_device.launcher.slot_store import write_file
+from fedprune_device.launcher.slot_store import KEY_FILE, write_file
 from fedprune_device.launcher.state import SLOTS, LauncherState
 from fedprune_device.releases.installer import LAUNCHER_FILE, ReleaseInstaller, ReleaseSource, launcher_archive
 from fedprune_device.releases.release_trial import REQUIRED_MODULES

@@ -17,8 +17,7 @@ from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ReleaseError, SignatureError
 from fedprune.core.records import Digest, item_count, number_range, pattern_text, printable_text
 from fedprune.core.text import one_line
-from fedprune.security.keys import SIGNATURE_BYTES as SIGNATURE_BYTES
-from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.security.keys import SIGNATURE_BYTES, SigningKey, VerifyingKey
 from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES, MAX_RELEASE_FILES, MAX_RELEASE_NUMBER
 
 # Names in a release's folder.

@@ -36,8 +36,7 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.security.joining import Admission, JoinClaim, check_answer
-from fedprune.security.joining import make_join_request as make_join_request
+from fedprune.security.joining import Admission, JoinClaim, check_answer, make_join_request
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.private_file import write_public
 from fedprune.security.signed_channel import MAX_EPOCH, EpochFile
