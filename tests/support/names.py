@@ -56,7 +56,7 @@ class Limits:
 
 
 PRODUCT = Limits(1, 2.5, shared_names=60, min_comments_per_1000=25)
-TESTS = Limits(3.5, 10.5)
+TESTS = Limits(2, 5)
 
 # Each tree with its folders.
 TREES = (
