@@ -20,7 +20,7 @@ from secrets import SystemRandom
 from typing import Any
 from urllib.parse import quote
 
-_MAX_ANSWER_BYTES = 64 * 2**20  # of an answer
+_MAX_ANSWER_BYTES = 64 * 2**20
 _MAX_WAIT_S = 5.0  # seconds between two tries
 
 

@@ -50,4 +50,4 @@ def test_a_planned_offer_is_within_the_storage_that_was_planned(tmp_path, name):
 
 
 def profile(budget: int) -> Any:
-    return cast("Any", SimpleNamespace(storage=SimpleNamespace(budget_bytes=budget), training_bytes=10**12))
+    return cast("Any", SimpleNamespace(storage=SimpleNamespace(budget_bytes=budget), training_memory_bytes=10**12))

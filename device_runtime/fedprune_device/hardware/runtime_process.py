@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _START_TIMEOUT_S = 120.0
 _CHECK_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 1800.0
-_NO_PROBE_HINT = "Start without the probe (`--no-probe`): the profile's figures are believed then."
+_NO_PROBE_HINT = "Start without the probe (`--no-probe`): then the profile's figures are used."
 
 
 class RuntimeProcess(Closeable):

@@ -48,8 +48,8 @@ sys.argv[0] = module
 sys.exit(getattr(import_module(module), function)())
 """
 
-# Begins the process of a release on trial: it ends with its launcher, however that ends. An orphan would hold the state
-# directory's lock, so that a launcher that is started again could run no release.
+# Runs first in the process of a release on trial: the process ends when its launcher ends, also if that is killed. An
+# orphan would hold the state directory's lock, and a launcher that is started again could run no release.
 _END_WITH_LAUNCHER_CODE = """
 import os, signal
 try:

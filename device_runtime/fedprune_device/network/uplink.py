@@ -75,8 +75,8 @@ class Backoff:
 
 
 class BoardStatus:
-    """The status that the board's local interface shows. One thread writes it; others read it, so that each part is
-    replaced as a whole."""
+    """The status that the board's local interface shows. One thread writes it and others read it, so its dictionaries
+    are replaced, never changed."""
 
     def __init__(self) -> None:
         self.connected = False
@@ -253,7 +253,7 @@ class Uplink:
         """Announce an update, if it is time to, ever less often."""
         self.status.set_announcing(update)
         if self._upload is not None and self._announcements.count > 0:
-            return  # during an upload once for each server and connection that asks who is there
+            return  # during an upload only the first announcement after `announce_soon` is sent
         if self._announcements.take_if_due(now):
             self.send(update, update.job)
 

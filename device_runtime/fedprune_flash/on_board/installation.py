@@ -143,8 +143,8 @@ def trusted_key(kit: KitFolder, system: BoardSystem, option: str | None, *, unsi
 class Installation:
     """A kit and the board that it is installed on.
 
-    `key` is the trusted one, None for a kit that is not signed. `claim` is one that didn't come with the kit. `device`
-    is the board's name, None for the kit's.
+    `key` is the trusted key, or None for a kit that is not signed. `claim` is one that was given apart from the kit.
+    `device` is a name for the board, or None to keep the kit's name for it.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class Installation:
         """Do all steps that aren't done yet, in an order in which a power cut leaves nothing half trusted."""
         system, runtime = self.system, self.runtime
         if runtime.has_newer_release:
-            print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
+            print("already: a release from the server is installed; it is newer than the kit's and stays", flush=True)
         if system.is_live and system.owner is None:
             self._report_step("make the system user fedprune")
             self._add_user()
@@ -238,7 +238,7 @@ class Installation:
                 self._report_step(f"write {SETTINGS_FOLDER}/{name}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, self._settings_file(name))
-        if not self._has_no_claim_left():
+        if self._has_claim_to_hand_over():
             self._report_step(
                 f"hand the claim over to {STATE_FOLDER}/claim{', and delete it here' if self.claim is None else ''}"
             )
@@ -276,10 +276,10 @@ class Installation:
             content = _DEVICE_LINE.sub(f"FEDPRUNE_DEVICE={self.device}", content.decode()).encode()
         return content
 
-    def _has_no_claim_left(self) -> bool:
-        """Whether no claim is left to hand over: there is none, or the board has joined and needs none."""
+    def _has_claim_to_hand_over(self) -> bool:
+        """Whether a claim must be handed over or deleted: the kit's, or a given one if the board has not joined."""
         joined = os.path.lexists(self.system.path_of(_JOINED_FILE))
-        return not self.kit.has_claim and not self.kit.has_spent_claim and (self.claim is None or joined)
+        return self.kit.has_claim or self.kit.has_spent_claim or (self.claim is not None and not joined)
 
     def _hand_over(self) -> None:
         claim = self.kit.read(CLAIM_FILE) if self.kit.has_claim else self.claim

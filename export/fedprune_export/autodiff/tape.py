@@ -70,7 +70,7 @@ class Tape(StaticInfo):
     """A training graph in the making.
 
     Args:
-        is_frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
+        frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
             statistics are frozen normalises by them.
         scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
 

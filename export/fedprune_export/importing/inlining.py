@@ -109,7 +109,7 @@ def _expand_definitions(model: onnx.ModelProto) -> onnx.ModelProto:
     names = [("", name) for name in BY_DEFINITION]
     try:
         typed = onnx.shape_inference.infer_shapes(model)
-        # The inliner looks for types among values alone, and inference writes none of tensors.
+        # The inliner reads types only from `value_info`, and inference doesn't write those of tensors there.
         for tensor in model.graph.initializer:
             typed.graph.value_info.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         out: onnx.ModelProto = inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
@@ -130,7 +130,7 @@ def _expand_definitions(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _replace_old_group_norms(graph: onnx.GraphProto) -> None:
-    """Write GroupNormalization of opsets 18 to 20 as an instance norm: it scales by group, and was withdrawn later."""
+    """Write GroupNormalization of opsets 18 to 20, which scales by group and was withdrawn, as an instance norm."""
     nodes, names = list[onnx.NodeProto](), Names(graph)
     for node in graph.node:
         attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}

@@ -42,8 +42,7 @@ from fedprune_export.importing.user_graphs import (
 )
 from fedprune_export.ir.dropout import DROPOUT_AXES_KEY
 from fedprune_export.ir.graph import Graph
-from fedprune_export.pruning.frozen_base import check_precision
-from fedprune_export.pruning.frozen_base import freeze_base as chosen_base
+from fedprune_export.pruning.frozen_base import check_precision, freeze_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
 __all__ = [
@@ -313,7 +312,7 @@ def _build_model(raw: bytes, name: str, own_loss: bool) -> Model:
         notes += ("The recorded ranks are of other groups of channels, and don't count.",)
     architecture, base = analysis.architecture, None
     if precision is not None:
-        base, architecture = chosen_base(normal.graph, architecture, frozen_names, precision)
+        base, architecture = freeze_base(normal.graph, architecture, frozen_names, precision)
         normal.graph.metadata[metadata.BASE_KEY] = precision
     loss, metric = _import_user_graphs(texts, analysis.architecture.output_shape)
     model = Model(normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, ranks=ranks)

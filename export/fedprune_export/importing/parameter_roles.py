@@ -85,7 +85,7 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
             if value is None or name in constants or value.dtype != np.float32:
                 continue
             uses[name] = uses.get(name, 0) + 1
-            # A slope of all channels is one number for a user, too, who applies it again and again.
+            # A PRelu slope with one number is one parameter for the model's author, too: several layers may use it.
             slope = node.op == "PRelu" and value.size == 1
             if uses[name] > 1 and not slope and np.all(value == value.reshape(-1)[0]):
                 clone = f"{name}_{uses[name]}"
@@ -100,9 +100,9 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
 def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
     """The role of every parameter, by its use; all other initialisers are constants.
 
-    Statistics of batch norms always count. Vectors that scale a norm's output do unless they are known constants. What
-    is added to the model's input or multiplied by it normalises data: it is a constant. Raises `ModelError` if a
-    parameter is not float32.
+    Statistics of batch norms are always parameters. Vectors that scale a norm's output are parameters unless they are
+    known constants. A tensor that is added to the model's input, or multiplied by it, normalises data: a constant.
+    Raises `ModelError` if a parameter is not float32.
 
     Args:
         listed: The parameters, where the source knows them: then each counts, scalars and those of unknown use too.

@@ -211,8 +211,8 @@ def _copy_for_reader(graph: Graph, node: Node, reader: Node) -> Node:
 _KEEPDIMS_REDUCTIONS = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 )
-# Ends from here on mean the end of the axis: exporters write 2^31 − 1 or 2^63 − 1.
-_MIN_OPEN_END = 2**31 - 1  # where slices end that go to the end of any axis
+# A slice with an end from here on goes to the end of its axis: exporters write 2^31 − 1 or 2^63 − 1.
+_MIN_OPEN_END = 2**31 - 1
 
 # The neutral second operand of an operator; also the first, if the operator is commutative.
 _NEUTRAL_OPERANDS = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}

@@ -267,7 +267,8 @@ _RULES: dict[str, _Rule] = {
     "Split": _split,
 }
 
-TRANSLATED = frozenset(_RULES)  # operators whose later forms, or which themselves, are written in the forms of opset 17
+# Operators that `translate` rewrites: some only in their later forms, some always.
+TRANSLATED = frozenset(_RULES)
 
 # The rewriting of operators, before any rule reads them.
 REWRITTEN_AS = {

@@ -105,7 +105,7 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     before, after = sizes.full_sizes(node.outputs[0]), sizes.cut_sizes(node.outputs[0])
     if before == after:
         return
-    # One entry of a reshape can be −1; further ones are read from the target as it was.
+
     batch_axes = [i for i, n in enumerate(after) if n is None]
     if len(batch_axes) <= 1 and node.op == "Reshape":
         node.inputs[index] = graph.ints(*(-1 if n is None else n for n in after))

@@ -160,7 +160,7 @@ def _define_scales(pair: LoweredPair, plan: QuantisationPlan) -> None:
     make = pair.prepare
     make.inputs.append(Port(RANGES, np.dtype(np.float32), (len(plan.values), 2)))
     zero = make.scalar(0)
-    # 0 must be exact, and so in every range: borders are padded with it, and clamps end there.
+    # Every range must contain 0, and 0 must be exact: borders are padded with it, and clamps end there.
     low = make.emit("Min", make.emit("Gather", RANGES, make.constant(0, np.int64), attrs={"axis": 1}), zero)
     high = make.emit("Max", make.emit("Gather", RANGES, make.constant(1, np.int64), attrs={"axis": 1}), zero)
     span = make.emit("Div", make.emit("Sub", high, low), make.scalar(255))

@@ -65,5 +65,5 @@ def _stored_config(path: Path, tables: dict[str, Any]) -> ServerConfig:
 
 def _with_server_settings(first_config: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:
     """A further job's configuration, with the server's settings of the first job's."""
-    job_settings = {name: getattr(config, name) for name in JOB_KEYS}
+    job_settings = {key: getattr(config, key) for key in JOB_KEYS}
     return replace(first_config, **job_settings, state=first_config.state / JOBS_FOLDER / name)

@@ -85,7 +85,7 @@ class DistributedWorker:
                 self._expected[_key(command)] = (command, self._pool.submit(pool_tasks.check_update, command), 0)
 
     def _offer_key(self, command: do.Extract) -> Hashable:
-        """The key of an offer for helpers: of those with equal keys one is made, and the worker gives it to all."""
+        """The key of an offer for helpers. For equal keys one offer is made, and the worker gives it to all devices."""
         try:
             return self._worker.shared_key(command) or _key(command)
         except Exception:  # noqa: BLE001 - raised again where the command is carried out
@@ -111,10 +111,10 @@ class DistributedWorker:
         return self._worker.execute(command)
 
     def _extract(self, command: do.Extract) -> on.Event:
-        events = self._result(command)
-        if isinstance(events, on.Extracted) and self._is_usable(command, events):
-            self._worker.note_offer(command, events)
-            return events
+        event = self._result(command)
+        if isinstance(event, on.Extracted) and self._is_usable(command, event):
+            self._worker.note_offer(command, event)
+            return event
         return self._worker.execute(command)
 
     def _is_usable(self, command: do.Extract, event: on.Extracted) -> bool:
@@ -200,8 +200,8 @@ class SharedSums:
     finds out which of them is at fault.
 
     A strategy whose aggregator reads whole updates (robust means), or counts single elements, is left to the worker. If
-    updates enter the sums as they were trained, the work is split by blocks of tensors, of which a helper reads no more
-    than it adds; otherwise (optimal transport) it is split by updates.
+    updates are summed as they were trained, each helper sums one block of tensors of all updates, and reads only that
+    block. Otherwise (optimal transport) each helper sums whole updates, some of them.
     """
 
     def __init__(self, worker: Worker, pool: TaskPool[Worker], block: int, batch: int) -> None:
@@ -228,7 +228,7 @@ class SharedSums:
             self._round, self._checked_updates, self._batches = (command.round, command.model), [], []
         devices = {c.part.device for c in (*self._checked_updates, *(c for b in self._batches for c in b.updates))}
         if command.contribution.part.device in devices:
-            return  # as the worker does: whether it is the one that counts is seen as the round closes
+            return  # as in the worker: which of a device's updates counts is decided when the round closes
         self._checked_updates.append(command.contribution)
         if len(self._checked_updates) >= self._batch:
             close = do.Close(command.round, command.model, command.memory, (), ())

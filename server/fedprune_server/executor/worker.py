@@ -126,7 +126,7 @@ class Worker:
         model = self.strategy.begin(self.architecture, self.model.tensors)
         recipe = self.check_recipe(1)
         if model is not self.model.tensors:
-            # What isn't trained must be as it was given: nothing else would ever come of it.
+            # Frozen tensors keep the values of the given model: training never changes them.
             frozen_names = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
             model = {**model, **{n: v for n, v in self.model.tensors.items() if n in frozen_names}}
         return self.store.put(tensorfile.encode(model)).sha256
@@ -157,7 +157,7 @@ class Worker:
                 return self._evaluate(command)
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Do nothing ahead: only helpers can (`DistributedWorker`)."""
+        """Do nothing: only a worker with helpers can begin with commands in advance (`DistributedWorker`)."""
 
     def graph_digests(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
@@ -277,7 +277,7 @@ class Worker:
         self._logged_limits = set(result.limited.values())
 
     def _put_model(self, command: do.Close, result: RoundOutcome) -> str:
-        """Store the next model; tensors that don't travel keep their bits, which sums would round."""
+        """Store the next model. Tensors that aren't sent keep their exact bits: summing would round them."""
         if result.model is None:
             return command.model
         previous_tensors, withheld_names = self.updates.archive.model(command.model), set[str]()

@@ -169,7 +169,7 @@ class SimulationState:
         strings: set[str] = {*self.boards.values(), *self.tables.values()}
         for _, item in self.queue.values():
             if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, WindowEnd)):
-                # Rather too many than one too few: a string that is no digest keeps nothing.
+                # All strings are taken: one that isn't a digest does no harm, but a missing digest loses its blob.
                 strings |= all_strings(vars(item))
         for event in self.unsent.values():
             strings |= all_strings(event.weights)
@@ -185,7 +185,8 @@ class SavePace:
 
     Attributes:
         interval_s: Seconds between two saves within a round.
-        share: Saving takes at most 1 / `share` of the time, except at the ends of short rounds.
+        share: A save waits for at least this many times the duration of the last one (20: saving takes at most 1/20 of
+            the time), except at the ends of short rounds.
         expensive_s: Duration of a save above which the ends of rounds are skipped, too.
     """
 

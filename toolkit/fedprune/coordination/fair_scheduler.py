@@ -1,11 +1,11 @@
 """Which of several jobs a device works for: one at a time, and every job in its turn.
 
-A device is free when nothing of a round is awaited of it. A job that could begin a round waits in a queue, as does an
-asynchronous one that has fewer devices at work than its share. First in line is the job that has had the least of the
-devices' time for its weight. It gets the free devices that have worked least for it: as many as its round needs at
-least, and at most its share of all that are there. It doesn't wait for a device at work for another job. Where too few
-are free, those that fit it wait for it: no job behind it in the line takes one, so that none starves. A job that needs
-more devices than are there is passed over and holds none.
+A device is free when nothing of a round is awaited of it. A job that could begin a round waits in a queue, and so does
+an asynchronous job with fewer devices at work than its share. The first job in the queue is the one that has had the
+least device time for its weight. It gets the free devices that have worked least for it: at least as many as its round
+needs, at most its share of all present devices. It doesn't wait for a device that works for another job. If too few are
+free, the free ones that fit are reserved for it: no later job in the queue takes them, so that no job starves. A job
+that needs more devices than are present is skipped and reserves none.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class FairScheduler:
             self._device_seconds[job, device] += seconds
 
     def charged_seconds(self, job: str) -> float:
-        """Seconds of devices' time that a job is charged with, more than it had if it was away from the line: a job
-        can't save up time."""
+        """Seconds of device time that a job is charged with. This is more than it really had if it was not in the
+        queue for some time: a job can't save up time."""
         return self._job_seconds[job]
 
     def sharing_jobs(

@@ -1,8 +1,8 @@
 """How many devices a synchronous round asks, and those that it stops waiting for.
 
-Devices are drawn, keyed by the job's seed and the round. With `over_selection` more are asked than the round needs, and
-the slowest are dropped. So that this is not always the same ones, a device that was dropped in `MAX_MISSED_ROUNDS`
-rounds in a row is waited for in its next one, up to the deadline.
+Devices are drawn, keyed by the job's seed and the round. With `over_selection` a round asks more devices than it needs,
+and the slowest are dropped. To avoid dropping the same devices each time, a device that was dropped in
+`MAX_MISSED_ROUNDS` rounds in a row is waited for in its next round, up to the deadline.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import DeviceTask, Progress, State
 
-# Rounds in a row that may close before a device is done; its next one waits for it.
+# Rounds in a row in which a device may be dropped; the round after them waits for it.
 MAX_MISSED_ROUNDS = 3
 
 ENOUGH_UPDATES = "enough updates are in"
@@ -74,7 +74,7 @@ class Stragglers:
         """Stop waiting for a device. This is no failure of it; how often it was dropped in a row is counted."""
         device = self._state.devices[name]
         if reason != ENOUGH_UPDATES:
-            device.missed_rounds = 0  # it had all the time that anybody has
+            device.missed_rounds = 0  # it had the whole time until its deadline
         elif device.online and task.progress not in BEFORE_OFFER:
             device.missed_rounds += 1
         task.refuse(reason, FailureKind.LATE)

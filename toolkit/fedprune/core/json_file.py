@@ -11,10 +11,10 @@ from fedprune.core.disk import MAX_READ_BYTES, read_file
 from fedprune.core.errors import FedpruneError, error_reason, path_remedy
 from fedprune.core.validation import MAX_INT
 
-# Characters of `MAX_INT` with a sign. Longer integers are not parsed: that takes quadratic time.
+# Characters of `MAX_INT` with a sign. A longer integer is read as infinity: parsing it would take quadratic time.
 _MAX_INT_DIGITS = 20
 
-# Longer integers are refused instead of read as infinity: no float64 has more than 309 digits before its point.
+# An integer with more digits than this is refused: no float64 has more than 309 digits before its point.
 _MAX_NUMBER_DIGITS = 1000
 
 

@@ -109,7 +109,7 @@ class FlowerRounds:
         self._scene: Scene | None = None
 
     def begin(self, model: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """The model that the next round starts from; before the first has closed, the strategy's own start made of it.
+        """The model that the next round starts from; until a round has closed, the strategy's `begin` of `model`.
 
         Raises `BundleError` if it is not this architecture's.
 
@@ -152,7 +152,7 @@ class FlowerRounds:
         The next model's bits don't depend on the order of updates. A node's first update counts, no further one.
 
         Args:
-            updates: By node, as they came; one that can't be used is refused, and takes nothing else with it.
+            updates: By node, in order of arrival. One that can't be used is refused; the others still count.
         """
         scene = self._scene
         if scene is None or not self._tasks:

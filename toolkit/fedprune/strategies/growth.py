@@ -40,7 +40,7 @@ class Recovery:
 
     The mean is over devices' validation samples, each device by its samples, without the quarter with the lowest and
     the quarter with the highest scores (one of three devices, none of two), so that no board's word alone decides when
-    all grow. A score that is the same as at the last check is none: too little was learnt to say.
+    all grow. A score that equals the one of the last check is ignored: no update came in between.
 
     Attributes:
         patience: P, in checks.
@@ -116,7 +116,7 @@ def watch_score(old_state: Mapping[str, Any], new_score: float | None, patience:
     """Check a score once for early stopping.
 
     Args:
-        previous_state: What the last check returned; empty at first.
+        old_state: What the last check returned; empty at first.
         new_score: The score, more is better; None without one.
         patience: After this many checks without a better score it fires, and starts to count again.
 
@@ -174,9 +174,9 @@ class TimeDriven(Allocator):
 
     Every I rounds ρ_i ← clip(ρ_i·T / t_i, ρ_min, 1), with t_i the mean of the last I times from offer to update at
     the present density, and T = min_j t_j / ρ_j: what the fastest would take for the whole model. That is the paper's
-    min_j t_j / t_i, of times as they would be without pruning. Whoever is faster than T gets more of the model again,
-    so that a density comes back when a slow link has recovered, and the fastest has all of it, however small they have
-    all become. Equal times are the fixed point. Once a density has grown, times change none any more.
+    min_j t_j / t_i, of times as they would be without pruning. A device that is faster than T gets more of the model.
+    So a density rises again when a slow link has recovered, and the fastest device always has the whole model. When
+    all times are equal, no density changes. After the first growth (stage 2), times no longer change densities.
 
     Attributes:
         start: What devices begin with.
@@ -185,7 +185,7 @@ class TimeDriven(Allocator):
         floor: ρ_min: no density goes below it.
         power: Times go with ρ to this power, at most: 1 where elements are masked, 2 where channels are left out, whose
             work and weights are products of two widths. Then T = min_j t_j / ρ_j², and the root of T / t_i counts.
-            Densities would else overshoot, and swing to and fro.
+            Otherwise densities would overshoot and oscillate.
     """
 
     start: StartAllocator = field(default_factory=Fixed)
@@ -256,10 +256,8 @@ class TimeDriven(Allocator):
         if not means:
             return False
         current_densities = {name: fleet.state.devices[name].density for name in means}
-        full_model_time, changed = (
-            min(seconds / current_densities[name] ** self.power for name, seconds in means.items()),
-            False,
-        )
+        full_model_time = min(seconds / current_densities[name] ** self.power for name, seconds in means.items())
+        changed = False
         for name, seconds in means.items():
             density = balanced_density(current_densities[name], full_model_time / seconds, self.power)
             changed |= self._grant(fleet, name, min(1.0, max(density, self._density_floor(fleet))))

@@ -86,7 +86,7 @@ def _move_tensor(name: str, value: npt.NDArray[np.float32], lists: Lists, max_by
 def _positions(name: str, number: int, size: int, lists: Lists) -> npt.NDArray[np.int32]:
     positions = lists.get(str(number))
     if positions is None or positions.dtype != np.int32 or positions.ndim != 1:
-        raise ProtocolError(f"places of {value_text(name)} in a relocation", expected=f"list {number}", got="none")
+        raise ProtocolError(f"positions of {value_text(name)} in a relocation", expected=f"list {number}", got="none")
     if positions.size and not _NO_POSITION <= int(positions.min()) <= int(positions.max()) < size:
-        raise ProtocolError(f"places of {value_text(name)} in a relocation", expected=f"from -1 to {size - 1}")
+        raise ProtocolError(f"positions of {value_text(name)} in a relocation", expected=f"from -1 to {size - 1}")
     return positions

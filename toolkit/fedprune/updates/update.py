@@ -51,7 +51,7 @@ HALF_SUFFIX, _CODES_SUFFIX, _SCALES_SUFFIX, _GAPS_SUFFIX, _BITMAP_SUFFIX = (
     "::bitmap",
 )
 _TYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8}
-# The codec with two codes per byte: the last bits of other numbers would be a sizeable share of its file.
+# The codec with two codes per byte. It also shortens other numbers, which would be a large part of its file.
 _PAIRED_CODEC = "int4"
 
 

@@ -40,7 +40,7 @@ class WandbTracker(Tracker):
 
     def keep(self, folder: Path) -> None:
         artifact = self._wandb.Artifact(f"run-{self._run.id}", type="model")
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):  # add_dir prints a line
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):  # not `add_dir`, which prints a line
             artifact.add_file(str(path), path.relative_to(folder).as_posix())
         self._run.log_artifact(artifact)
 

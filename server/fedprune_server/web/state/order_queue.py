@@ -25,7 +25,7 @@ ORDER_LIFETIME_S = 600.0
 
 EXPIRED = "expired: the server did not take it in time, and does not carry it out"
 WITHDRAWN = "withdrawn: the server had not taken it, and does not carry it out"
-INTERRUPTED = "the server ended before it was done: see what came of it, and give the order again if need be"
+INTERRUPTED = "the server ended before it was done: check its effect, and give the order again if necessary"
 
 # The arguments of orders. Each kind has some of them; any other key refuses the order.
 ORDER_ARGUMENTS = ("job", "device", "key", "release", "groups", "devices", "reason")
@@ -80,7 +80,7 @@ class OrderAnswer(NamedTuple):
 class OrderQueue:
     """The server's side of the orders: it takes them and answers them.
 
-    Neither waits for the console's process: while that one writes, nothing is taken, and answers are kept.
+    Neither waits for the console's process: while the console writes, no order is taken, and answers are kept.
     """
 
     def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:

@@ -35,8 +35,8 @@ class Robustness:
         centre: `median` or `trimmed`: per coordinate over the devices that hold it, without weights, before the
             aggregator's rule, momentum and rate are applied. With the rule `fill`, devices that don't hold a coordinate
             vote for no change.
-        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5, rounded down: that many hostile
-            ones are withstood.
+        trim: Share of devices that a trimmed mean leaves out at each end, below 0.5. The number of devices is rounded
+            down; a trimmed mean withstands that many hostile devices.
     """
 
     centre: Centre = "median"
@@ -55,8 +55,8 @@ class Robustness:
 class RobustAggregator(Aggregator):
     """Another aggregator, fed with one update: the median of all, or their trimmed mean.
 
-    Updates are read again when a round closes, once per `budget_bytes` bytes of them. The fold, also for evidence, then
-    holds that one update.
+    Updates are read again when a round closes, once per `budget_bytes` bytes of them. After that the fold holds only
+    this one update; curvature scores (evidence) are made from it, too.
 
     Attributes:
         inner: The aggregator.
