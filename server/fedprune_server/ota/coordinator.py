@@ -228,8 +228,8 @@ class RolloutCoordinator:
         commands = step(rollout, self._now())
         wakes = [c.at for c in commands if isinstance(c, TickAt)]
         self._wake_at = min(wakes, default=self._wake_at)
-        # Failures are saved in the step in which they happen: `rollout.changed_boards` then has none of an earlier step,
-        # and no board is told twice that its release is withdrawn.
+        # Failures are saved in the step in which they happen: `rollout.changed_boards` then has none of an earlier
+        # step, and no board is told twice that its release is withdrawn.
         failed_boards = {name for name in rollout.changed_boards if rollout.boards[name].fate is Fate.FAILED}
         if keep or failed_boards or any(not isinstance(c, TickAt) for c in commands):
             self._store.save(entry.number, rollout, entry.reports, self._unsaved_reports)
