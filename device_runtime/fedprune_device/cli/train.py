@@ -55,18 +55,18 @@ def train(arguments: argparse.Namespace) -> None:
 
 def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool: Path) -> None:
     samples = options_of(SampleOptions, arguments).fixed(bundle.class_names, spool)
-    number = arguments.threads or default_threads()
-    trainer = Trainer(bundle.path(TRAINING), threads=number, base=bundle.base)
+    threads = arguments.threads or default_threads()
+    trainer = Trainer(bundle.path(TRAINING), threads=threads, base=bundle.base)
     data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
     try:
-        training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
+        training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, threads)
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
     # The only reference left is the training's, which drops it when the new model needs the memory.
     del trainer
     report: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
     report(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
-    before = training.measure(Predictor(bundle.folder, threads=number), "before")
+    before = training.measure(Predictor(bundle.folder, threads=threads), "before")
     report(f"before: {_metrics_text(before)}")
     with _interruptible() as interrupted, _progress() as progress:
         result = training.train(progress, interrupted.is_set)

@@ -31,9 +31,9 @@ class LocalData:
 
     Attributes:
         x_train: Inputs [n, ...]: float32, or int64 for token ids; large ones may be stored on the disk.
-        y_train: Labels: classes as whole numbers [n], or [n, ...] of places; or float32 [n] or [n, ...], 0 or 1 per
-            class or numbers to predict. Those of places may be stored on the disk.
-            The inputs themselves, the same object, where samples have no labels.
+        y_train: Labels: classes as whole numbers, one per sample [n] or one per place, such as a pixel [n, ...], which
+            may be stored on the disk; or float32 [n] or [n, ...]: 0 or 1 per class, or numbers to predict.
+            Without labels the same object as `x_train`.
         x_test: Inputs that are never trained on; may be empty. What is measured on them is reported alone.
         y_test: Their labels.
         x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.

@@ -24,7 +24,7 @@ CSV, PARQUET = ".csv", ".parquet"
 CLASS = "class"  # the column of classes
 CLASSES = (CLASS, "label")  # its names, in any case
 TARGET = "target"  # what names of columns to predict begin with, in any case
-SKIPPED = ("", "time", "timestamp", "date", "datetime")  # columns of no numbers: when a row was measured, its number
+SKIPPED = ("", "time", "timestamp", "date", "datetime")  # names of columns with times, or with the rows' numbers
 
 _INDEX = re.compile(r"unnamed: 0|__index_level_\d+__")  # an index without a name, as pandas writes it
 

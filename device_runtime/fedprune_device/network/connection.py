@@ -47,8 +47,8 @@ class MessageChannel:
         return SigningKey.make()
 
     @property
-    def refusal_text(self) -> str:
-        """A reason why a server that is online may ignore this board: a part of a sentence that ends with a comma."""
+    def ignored_reason(self) -> str:
+        """Why a server that is online may ignore this board, as a clause that ends with a comma; empty if unknown."""
         return ""
 
     @property
@@ -146,8 +146,8 @@ class BoardConnection:
         if self._announced_at is None or self.clock() - self._announced_at < ANSWER_TIMEOUT_S:
             return
         self._announced_at, self._is_answered = None, True
-        advice, refusal = dropping_broker_message("what it sends or is sent"), self._channel.refusal_text
+        advice, reason = dropping_broker_message("what it sends or is sent"), self._channel.ignored_reason
         if self._has_heard_server:
             _LOG.warning("the server is there, and doesn't answer this board: %s", advice)
         else:
-            _LOG.warning("the server doesn't answer this board: it is off, %sor %s", refusal, advice)
+            _LOG.warning("the server doesn't answer this board: it is off, %sor %s", reason, advice)

@@ -1,4 +1,7 @@
-"""Signed messages in both directions. Chunks need no signature, because signed messages name their digests."""
+"""Signed messages in both directions. Chunks need no signature, because signed messages name their digests.
+
+What an epoch is, and when a board's birth and the server's hello are repeated: `fedprune.security.signed_channel`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class SignedChannel(MessageChannel):
         self._sealer = Sealer(identity.key, identity.epochs)
         self._opener = Opener(identity.server, identity.server_epochs(), identity.store_server_epoch)
         self._clock = clock
-        self._has_sent_birth = self._is_doubted = False
+        self._has_sent_birth = self._needs_birth = False
         self._next_birth_at, self._pause_s = 0.0, _FIRST_PAUSE_S
 
     @cached_property
@@ -39,13 +42,13 @@ class SignedChannel(MessageChannel):
 
     @property
     def is_birth_due(self) -> bool:
-        """Whether the server has restarted or doubts this board."""
-        return self._has_sent_birth and self._is_doubted
+        """Whether to send a birth again: a server's message was of an old epoch, so one of both has restarted."""
+        return self._has_sent_birth and self._needs_birth
 
     def seal(self, topic: str, message: Message) -> bytes:
         """A signed payload; a birth begins a new epoch. Raises `StorageError` if that can't be written."""
         if isinstance(message, Birth):
-            self._is_doubted = False
+            self._needs_birth = False
             # The server may have restarted: only an epoch that is new to it is sure to count.
             self._sealer.begin_epoch(topic)
             self._has_sent_birth = True
@@ -56,7 +59,7 @@ class SignedChannel(MessageChannel):
         try:
             body = self._opener.open(topic, payload)
         except StaleEpochError:
-            self._note_doubt()
+            self._note_stale_epoch()
             raise
         message = parse_message(body)
         if isinstance(message, Hello):
@@ -64,7 +67,7 @@ class SignedChannel(MessageChannel):
         return message
 
     @property
-    def refusal_text(self) -> str:
+    def ignored_reason(self) -> str:
         return (
             "this board was revoked (`fedprune-server devices` says so; then let it join again: fedprune-device join "
             "--new-key --claim FILE, with the same --broker and --state), "
@@ -72,8 +75,8 @@ class SignedChannel(MessageChannel):
 
     def _on_hello(self, topic: str, hello: Hello) -> None:
         if topic == self.topics.down(self.device):
-            # A hello to this board alone asks for its next messages, which must count even if the server has heard a
-            # copy of its disk meanwhile.
+            # With a hello to this board only, the server asks for a new epoch. It must be later than any epoch that a
+            # copy of this board's disk may have used: the server rejects earlier ones.
             self._sealer.skip_block()
         if (seconds := hello.time) is not None:
             try:
@@ -81,7 +84,7 @@ class SignedChannel(MessageChannel):
             except FedpruneError as error:  # the server repeats it
                 _LOG.warning("%s", error)
 
-    def _note_doubt(self) -> None:
+    def _note_stale_epoch(self) -> None:
         """Note, at most once per pause, that the server may not know of this board's restart, or of its own."""
         now = self._clock()
         if not self._has_sent_birth or now < self._next_birth_at:
@@ -89,4 +92,4 @@ class SignedChannel(MessageChannel):
         if now >= self._next_birth_at + _MAX_PAUSE_S:  # after a long quiet time the pauses begin anew
             self._pause_s = _FIRST_PAUSE_S
         self._next_birth_at, self._pause_s = now + self._pause_s, min(_MAX_PAUSE_S, 2 * self._pause_s)
-        self._is_doubted = True
+        self._needs_birth = True

@@ -54,6 +54,7 @@ class RuntimeSlot:
 
     @property
     def is_laid_out(self) -> bool:
+        """Whether the folders and this kit's launcher are there."""
         with suppress(OSError):
             same = (self.slot_store.root / LAUNCHER_FILE).read_bytes() == self._kit.read(LAUNCHER_FILE)
             return same and all(f.is_dir() for f in self.folders)

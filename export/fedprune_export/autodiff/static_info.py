@@ -55,7 +55,7 @@ class StaticInfo(Dimensions):
         return axes[index] if axes is not None else None
 
     def kept_prefix(self, axis: Axis, index: int) -> Dim | None:
-        """The number of the first `index` indices that a cut leaves, as a size; None where it follows from no width."""
+        """How many of an axis's first `index` indices a submodel keeps, as a size; None if widths don't say."""
         sizes: list[Dim] = []
         for s in axis.segments:
             if index <= 0:
@@ -70,6 +70,7 @@ class StaticInfo(Dimensions):
         return self.total(sizes)
 
     def is_tensor(self, name: str) -> bool:
+        """Whether a name is that of a weight or statistic of the model, and not of a constant."""
         return name in self._architecture.by_name
 
     def is_number(self, name: str) -> bool:
@@ -91,10 +92,10 @@ class StaticInfo(Dimensions):
 
         Raises `ModelError` if the input is computed from data, or depends on the batch.
         """
-        number = self._traced_constant(node, index)
-        if number is None:
+        traced = self._traced_constant(node, index)
+        if traced is None:
             return None
-        constant, changing = number
+        constant, changing = traced
         if changing.any():
             raise ModelError(
                 f"{describe(node)}: input {index} depends on the batch",
@@ -108,10 +109,10 @@ class StaticInfo(Dimensions):
 
         Raises `ModelError` if the input is computed from data, or depends on the batch other than as a multiple.
         """
-        number = self._traced_constant(node, index)
-        if number is None:
+        traced = self._traced_constant(node, index)
+        if traced is None:
             return None
-        target, changing = number
+        target, changing = traced
         if not changing.any():
             return target
         # The trace ran with two batch sizes, both primes: an entry that is the same multiple of both follows the batch.

@@ -139,11 +139,11 @@ def _match_gelu(expressions: Expressions, values: Counter[str], number: float) -
         if node is None:
             continue
         inside, scale = expressions.factors(node.inputs[0])
-        is_halved = math.isclose(scale, math.sqrt(0.5), rel_tol=_CONSTANT_TOLERANCE)
-        if node.op == "Erf" and inside == Counter([x]) and is_halved:
+        is_erf_scale = math.isclose(scale, math.sqrt(0.5), rel_tol=_CONSTANT_TOLERANCE)
+        if node.op == "Erf" and inside == Counter([x]) and is_erf_scale:
             return "Gelu", x, {"approximate": "none"}
-        curved = node.op == "Tanh" and math.isclose(scale, math.sqrt(2 / math.pi), rel_tol=_CONSTANT_TOLERANCE)
-        if curved and _is_cubic(expressions, inside, x):
+        is_tanh_form = node.op == "Tanh" and math.isclose(scale, math.sqrt(2 / math.pi), rel_tol=_CONSTANT_TOLERANCE)
+        if is_tanh_form and _is_cubic(expressions, inside, x):
             return "Gelu", x, {"approximate": "tanh"}
     return None
 
@@ -360,9 +360,10 @@ def _replace_norm(expressions: Expressions, norm: _NormMatch) -> None:
 def _following_vector(
     expressions: Expressions, norm: _NormMatch, value: str, op: str, shape: tuple[int, ...], nodes: list[Node]
 ) -> tuple[str, Node] | None:
-    """The scale or bias that is applied to a value, in the norm's shape, and the node that applies it.
+    """The scale or bias that is applied to a value, in the norm's shape, and the node that applies it; else None.
 
-    The value must have no other reader: else the norm would be computed twice.
+    `op` applies it: Mul or Add. A reshape to the norm's shape, if one is needed, is appended to `nodes`. The value must
+    have no other reader: else the norm would be computed twice.
     """
     readers = [n for n in expressions.graph.nodes if value in n.inputs]
     if len(readers) != 1 or readers[0].op != op or readers[0].domain or Counter(readers[0].inputs)[value] != 1:
@@ -388,9 +389,8 @@ def _following_vector(
     if trace.shapes[operand] == shape:
         return operand, readers[0]
     if operand in expressions.constants:
-        return expressions.graph.constant(expressions.graph.initializers[operand].reshape(shape), np.float32), readers[
-            0
-        ]
+        array = expressions.graph.initializers[operand].reshape(shape)
+        return expressions.graph.constant(array, np.float32), readers[0]
     if len(shape) != 1:
         return None
     flat = expressions.graph.fresh("Reshape")

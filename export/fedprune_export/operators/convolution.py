@@ -79,7 +79,7 @@ def _tie_groups(
     outputs = written_row.reshape(groups, -1) if written_row is not None else np.tile(inside, (groups, 1))
     # Depthwise: groups of one channel have no positions to choose from.
     options = [GROUPS] if blocks.shape[1] == outputs.shape[1] == 1 else [GROUPS, POSITIONS]
-    # Positions of a group of one channel read would keep all channels that are read.
+    # Where each group reads one channel, cutting positions would cut no channel that is read: groups are tried first.
     option = channels.choices.next_option(node.outputs[0], options, ranked=blocks.shape[1] == 1)
     if option == GROUPS:
         first_of_group = blocks[:, :1]
@@ -141,7 +141,7 @@ class Convolution(Protocol):
 
 
 def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[Dim, Dim]) -> Convolution:
-    """The fastest formulation of a layer on its unit, by the size of its map and its groups."""
+    """The fastest implementation of a layer for its processor, feature map size and number of groups."""
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
         if tape.graph.unit == CUDA:

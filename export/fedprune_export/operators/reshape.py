@@ -1,4 +1,7 @@
-"""Reshape, Flatten, Squeeze and Unsqueeze: axes are split into factors, and factors are merged into axes."""
+"""Reshape, Flatten, Squeeze and Unsqueeze: axes are split into factors, and factors are merged into axes.
+
+Atoms are explained in `channels.atoms`, runs and factors in `channels.factors`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 @channel_rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape_channels(channels: Channels, node: Node) -> None:
-    """Carry the atoms of each old axis along with its factors."""
+    """Find which new axis the channels (atoms) of each old axis end up on, as `channels.factors` splits the axes."""
     x, target = channels.input_rows(node, 0), channels.shape(node.outputs[0])
     out: list[AtomRow] = [fixed_row(n) for n in target]
     if any(row.any() for row in x):
@@ -48,6 +51,7 @@ def _carry_atoms(
     if run is None:
         _fix_mixed_channels(channels, node, [x[i] for i in olds])
         return
+    # The factors' sizes in the traced arrays: multiples of `BATCH_EXTENT` stand for multiples of the batch.
     sizes = [f // BATCH_EXTENT * TRACE_BATCHES[0] if f % BATCH_EXTENT == 0 else f for f in run.factors]
     grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.old_axes, run.old_factors, strict=True)]
     options = assignments(run, grids, free)
@@ -72,7 +76,8 @@ def _carry_atoms(
             channels.atoms.fix(grid.reshape(-1))
             continue
         target = run.new_factors[run.new_axes.index(to)]
-        # Channels go to one new axis. Along the other factors of the old axis they must be equal, so these are tied.
+        # The atoms go to one new axis. Factors of the old axis that this axis lacks can't tell atoms apart any more, so
+        # atoms that differ only along them are tied: kept or cut together.
         dropped = tuple(axis for axis, f in enumerate(span) if f not in target)
         reduced = grid
         for axis in dropped:

@@ -2,6 +2,8 @@
 
 At inference a batch norm is y = a · x + b per channel, with a = scale / √(var + ε) and b = bias − a · mean. After a
 layer y = W x + c that is the layer with the weights a · W and the bias a · c + b.
+
+A `LoweredPair` (`weight_prep`) is the graph that a board runs and the graph that prepares its tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ def channel_axis(node: Node) -> int:
 
 
 def fold(pair: LoweredPair) -> None:
-    """Fold every batch norm that follows a layer of weights alone; others stay."""
+    """Fold every batch norm that alone reads the output of a layer with weights; others stay."""
     nodes: list[Node] = []
     producers, consumers = pair.graph.producers(), pair.graph.consumers()
     for node in pair.graph.nodes:

@@ -3,6 +3,8 @@
 Which type an operator computes in is written into the graph (it is strongly typed), so that every runtime computes the
 same. Operators that add many numbers up or take exponentials stay in float32, and so do all that aren't known to be
 safe.
+
+A `LoweredPair` (`weight_prep`) is the graph that a board runs and the graph that prepares its tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _FLOAT16_OPERATORS = frozenset(
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
-def halve(pair: LoweredPair) -> list[str]:
+def use_float16(pair: LoweredPair) -> list[str]:
     """Let a graph compute in float16. Returns the nodes that stay in float32."""
     halving = _Float16Writer(pair)
     nodes, pair.graph.nodes = pair.graph.nodes, []

@@ -7,6 +7,8 @@ instructions on Arm (https://onnxruntime.ai/docs/performance/model-optimizations
 
 Layers with weights are quantised first. Operators between two of them are quantised if all their inputs are already;
 everything else stays in float32.
+
+A `LoweredPair` (`weight_prep`) is the graph that a board runs and the graph that prepares its tensors.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ def calibration_graph(model: Model, widths: Sequence[int], plan: QuantisationPla
     rows = []
     for name in plan.values:
         bounds = [graph.emit(op, name, attrs={"keepdims": 0}) for op in ("ReduceMin", "ReduceMax")]
-        pair = graph.emit("Concat", *(graph.emit("Unsqueeze", e, graph.ints(0)) for e in bounds), attrs={"axis": 0})
-        rows.append(graph.emit("Unsqueeze", pair, graph.ints(0)))
+        row = graph.emit("Concat", *(graph.emit("Unsqueeze", b, graph.ints(0)) for b in bounds), attrs={"axis": 0})
+        rows.append(graph.emit("Unsqueeze", row, graph.ints(0)))
     graph.emit("Concat", *rows, out=RANGES, attrs={"axis": 0})
     graph.outputs = [Port(RANGES, np.dtype(np.float32), (len(rows), 2))]
     graph.prune()

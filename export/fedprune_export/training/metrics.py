@@ -71,7 +71,7 @@ def _class_labels(g: Graph, outputs: tuple[int, ...], features: Features) -> tup
     """Whether each label is a class [N, K, ...], and whether it counts [N, 1, ...]; one that doesn't is no class."""
     classes = g.constant(np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
     label = g.emit("Unsqueeze", Y, g.ints(1))
-    counted = g.emit("Equal", label, label)
+    counted = g.emit("Equal", label, label)  # true everywhere: without `ignore_label` every label counts
     if features.ignore_label is not None:
         counted = g.emit("Not", g.emit("Equal", label, g.constant(features.ignore_label, np.int64)))
     return g.emit("And", g.emit("Equal", label, classes), counted), counted

@@ -16,8 +16,8 @@ from fedprune.core.cli import Command, run_command, with_extra
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode
 
-# For each command, the module of this room with its options, and its help text. Modules are named as texts: a command
-# imports its own alone, since some take a second.
+# By command: the module of this package that has its options, and its help text. Modules are named, not imported: a
+# command imports only its own, since some take a second.
 COMMANDS = {
     "run": ("run", "run a job, or continue with one after a stop or crash"),
     "status": ("status", "show devices and rounds of a state folder"),
@@ -94,11 +94,11 @@ def build_parser(arguments: Sequence[str] | None = None) -> CommandParser:
 
 
 def _option_adder(name: str, parser: argparse.ArgumentParser) -> Command:
-    def fill(_: argparse.Namespace) -> None:
+    def add_options(_: argparse.Namespace) -> None:
         module = importlib.import_module(f"fedprune_server.cli.{COMMANDS[name][0]}")
         getattr(module, f"add_{name.replace('-', '_')}")(parser)
 
-    return fill
+    return add_options
 
 
 def _run(arguments: argparse.Namespace) -> int | None:

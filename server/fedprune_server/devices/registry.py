@@ -115,8 +115,8 @@ class DeviceRegistry:
         self.unsaved_traffic: dict[str, tuple[int, int]] = {}
         self.prefix = prefix
         self.clones = CloneDetector()
-        self._to_devices = defaultdict[str, LostPieces](LostPieces)
-        self._from_devices = defaultdict[str, LostPieces](LostPieces)
+        self._lost_downloads = defaultdict[str, LostPieces](LostPieces)
+        self._lost_uploads = defaultdict[str, LostPieces](LostPieces)
         self.crashes: dict[str, str] = {}
         self._silent_since_offer = set[str]()  # devices of which nothing has come since their offer
         self.unplanned_devices: dict[str, dict[str, Any]] = {}
@@ -189,7 +189,7 @@ class DeviceRegistry:
         contact = self[device]
         contact.heard_at, contact.progress = now, progress or contact.progress
         if progress is not None and progress.phase != _DOWNLOAD:
-            self._to_devices.pop(device, None)
+            self._lost_downloads.pop(device, None)
         if progress is not None and progress.temperature_c is not None:
             contact.temperature_c = progress.temperature_c
 
@@ -215,22 +215,22 @@ class DeviceRegistry:
                 self._silent_since_offer.add(name)
         return sorted(names)
 
-    def note_request_of(self, device: str, want: BlobRequest, now: float) -> None:
+    def note_download_request(self, device: str, request: BlobRequest, now: float) -> None:
         """Note that a device requests pieces of a blob, which it is sent."""
         if device in self._contacts:
-            self._to_devices[device].note_request(want, now)
+            self._lost_downloads[device].note_request(request, now)
 
-    def note_request_to(self, device: str, want: BlobRequest, now: float) -> None:
+    def note_upload_request(self, device: str, request: BlobRequest, now: float) -> None:
         """Note that pieces of its update are requested from a device."""
         if device in self._contacts:
-            self._from_devices[device].note_request(want, now)
+            self._lost_uploads[device].note_request(request, now)
 
     def drop_reasons(self) -> dict[str, str]:
         """Texts about devices whose pieces of blobs, sent or requested, seem to be dropped by the broker."""
         reasons = {name: "gets no piece of its model: " + dropping_broker_message("what is sent to it")
-                   for name, lost_pieces in self._to_devices.items() if lost_pieces.is_stuck}  # fmt: skip
+                   for name, lost_pieces in self._lost_downloads.items() if lost_pieces.is_stuck}  # fmt: skip
         update_reason = "announces its update, and no piece of it comes: " + dropping_broker_message("what it sends")
-        for name, lost_pieces in self._from_devices.items():
+        for name, lost_pieces in self._lost_uploads.items():
             if lost_pieces.is_stuck:
                 reasons[name] = update_reason
         return reasons
@@ -294,8 +294,8 @@ class DeviceRegistry:
 
     def forget_transfers(self, device: str) -> None:
         """Forget the requests under way to and from a device: their pieces can no longer be missed."""
-        self._from_devices.pop(device, None)
-        self._to_devices.pop(device, None)
+        self._lost_uploads.pop(device, None)
+        self._lost_downloads.pop(device, None)
 
     def note_disconnect(self, device: str) -> None:
         """Note that a device has disconnected."""
@@ -305,7 +305,7 @@ class DeviceRegistry:
             self._note_seen(device)
 
     def _note_seen(self, device: str) -> None:
-        """Store when a device was last heard that has no part in the job's events."""
+        """Store with an excluded device when its last message came: no event of the job tells it."""
         if (at := self[device].last_message_at) is not None:
             self.unplanned_devices[device]["seen_at"] = at
 
@@ -328,13 +328,13 @@ class DeviceRegistry:
         if plan_hash not in self._plan_descriptions:
             if len(self._plan_descriptions) >= _MAX_REMEMBERED_PLANS:
                 self._plan_descriptions.clear()
-            self._plan_descriptions[plan_hash] = self._describe(device)
+            self._plan_descriptions[plan_hash] = self._log_plan(device)
         elif device.plan is not None or device.density != self._job.density:
             log.info("  %s", self._plan_descriptions[plan_hash][0])
         if warning := self._plan_descriptions[plan_hash][1]:
             log.warning("%sdevice %s: %s", self.prefix, name, warning)
 
-    def _describe(self, device: JobDevice) -> tuple[str, str]:
+    def _log_plan(self, device: JobDevice) -> tuple[str, str]:
         """Log a plan that no other device has had. Returns its first line and warning, for devices that share it."""
         if device.plan is None:
             kept_share = costs_at(self._architecture, device.widths).parameters / self.model_parameters

@@ -29,7 +29,7 @@ from fedprune_export.importing import (
     with_choices,
 )
 from fedprune_server.config.server_config import JobSettings, ServerConfig
-from fedprune_server.executor.evaluator import Evaluation
+from fedprune_server.executor.evaluator import LabelledSamples
 
 log = logging.getLogger("fedprune.server")
 
@@ -133,7 +133,7 @@ def _read_configured_model(config: JobSettings, raw: bytes) -> bytes | None:
 
 
 def input_digests(
-    config: ServerConfig, evaluation: Evaluation | None, calibration: npt.NDArray[Any] | None
+    config: ServerConfig, evaluation: LabelledSamples | None, calibration: npt.NDArray[Any] | None
 ) -> dict[str, str]:
     """Digests of the inputs that may change between two starts, by the setting that names them; empty for none.
 

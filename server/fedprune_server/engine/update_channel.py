@@ -62,7 +62,7 @@ class UpdateChannel:
         """Begin to sum updates that devices hold, without receiving any single one."""
 
     def contributions(self, now: float) -> on.Event | None:
-        """The event with these sums, once they are ready."""
+        """The event with the sums that `begin_sums` began, or None if they aren't ready."""
         return None
 
     def close(self) -> None:

@@ -29,11 +29,11 @@ MAX_SAMPLES = 512
 
 
 class Calibration:
-    """Measures statistics.
+    """Measures the batch-norm statistics of a model on fixed samples; call it with the model's tensors.
 
     Args:
         model: The model; its architecture and graph are used, not its weights.
-        x: Samples, as the model takes them, in any order; of more than 512 as many are used.
+        x: Samples, as the model takes them, in any order; of more than `MAX_SAMPLES`, evenly spaced ones are used.
         features: What of the model is frozen: such statistics stay as they are.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The server's own samples, and measurements of global models and their submodels on samples."""
+"""Loads the server's own samples, and measures global models and submodels on them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
 
 # Inputs and labels, as `LocalData` has them.
-Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+LabelledSamples = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 _BATCH_SIZE = 256
 
 
-def check_samples(samples: Evaluation) -> None:
+def check_samples(samples: LabelledSamples) -> None:
     """Check that there are samples to measure on. Raises `ConfigError` if there are none, or too few labels."""
     x, y = samples
     if not 0 < len(x) == len(y):
@@ -79,7 +79,7 @@ class Evaluator:
         DataError: The labels are not what the loss takes.
     """
 
-    def __init__(self, sessions: ModelSessions, recipe: Recipe, samples: Evaluation) -> None:
+    def __init__(self, sessions: ModelSessions, recipe: Recipe, samples: LabelledSamples) -> None:
         check_samples(samples)
         self._sessions = sessions
         model = sessions.model
@@ -105,7 +105,7 @@ class Evaluator:
         return {"samples": float(len(self._x)), **self._objective.metrics(BatchMeasure.combine(measures))}
 
 
-def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
+def load_evaluation(source: str, model: Model, recipe: Recipe) -> LabelledSamples:
     """The server's own samples: `x_test` and `y_test` where a file has them, else all samples.
 
     Args:
@@ -117,7 +117,7 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
     """
     data = load_data(source)
     try:
-        data = check_data(data, model, recipe)
+        data = fit_data(data, model, recipe)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     if len(data.y_test) and _has_test_split(Path(source)):
@@ -127,7 +127,7 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
 
 
-def check_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
+def fit_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     """Check samples and labels against a model; returns them in the form that the model takes. Raises `DataError` if
     labels don't fit the loss or the number of classes, or samples have another shape or type."""
     architecture = model.architecture

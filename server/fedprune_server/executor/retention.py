@@ -35,7 +35,7 @@ class BlobCollector:
         self._uses = Counter[str]()  # how many of these refer to a blob
 
     def note_state(self, state: State) -> None:
-        """Mark what the state no longer refers to. Call it before `state.settle()`, which forgets what has changed."""
+        """Mark what the state no longer refers to. Call it before `State.mark_saved()`, which forgets the changes."""
         has_references = bool(self._references)
         self._note_references("state", "", state.state_references())
         entries: tuple[tuple[str, TrackedDict[Any]], ...] = (("device", state.devices), ("task", state.tasks))

@@ -1,4 +1,4 @@
-"""The ranks by which a job's fleet trained narrower models; they are stored with the trained model."""
+"""Finds the channel ranking that a finished model is stored with, so that it can be cut for boards."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import HeavyCommand
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
-from fedprune_server.executor.evaluator import Evaluation, Evaluator, ModelSessions
+from fedprune_server.executor.evaluator import Evaluator, LabelledSamples, ModelSessions
 from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.executor.offers import Offers, offer_blobs, offer_graphs
 from fedprune_server.executor.round_closer import RoundCloser
@@ -71,7 +71,7 @@ class Worker:
         job: Job,
         model: Model,
         store: BlobStore,
-        evaluation: Evaluation | None = None,
+        evaluation: LabelledSamples | None = None,
         calibration: npt.NDArray[np.float32] | None = None,
         *,
         unit: str = CPU,

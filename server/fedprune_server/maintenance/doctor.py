@@ -138,28 +138,28 @@ def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
     leader = ""
     with suppress(FedpruneError):  # here, too
         leader = run_within(timeout_s, lambda: leader_elsewhere(folder))
-    cases: list[StoredJob] = []
+    jobs: list[StoredJob] = []
     events: list[float] = []
     alerted = frozenset(a.device for a in monitor_record.current_alerts if a.device is not None)
     for job_folder in (folder, *job_folders(folder)):
         load = partial(_load_stored_job, job_folder, revoked_boards, leader)
         try:
-            case, event_at = run_within(timeout_s, load)
+            job, event_at = run_within(timeout_s, load)
         except FedpruneError as error:
             yield _database_finding(job_folder, error)
             has_identity = has_identity and job_folder != folder  # members are in the same database
             continue
         events += [] if event_at is None else [event_at]
-        cases.append(replace(case, boards_with_alerts=alerted))
-        yield from job_findings(cases[-1])
+        jobs.append(replace(job, boards_with_alerts=alerted))
+        yield from job_findings(jobs[-1])
     yield from identity_findings
     site = CheckedSite(
         folder=folder,
-        settings=cases[0].settings.get("server", {}) if cases else {},
+        settings=jobs[0].settings.get("server", {}) if jobs else {},
         is_running=has_lock_holder(folder / LOCK_FILE) and not leader,
         leader=leader,
         has_identity=has_identity,
-        jobs=cases,
+        jobs=jobs,
         last_event_at=max(events, default=None),
         monitor_record=monitor_record,
         timeout_s=timeout_s,
@@ -220,12 +220,12 @@ def _load_stored_job(folder: Path, revoked_boards: frozenset[str], leader: str) 
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last_event_at = storage.unplanned_devices(), storage.log.last_at()
     running = has_lock_holder(folder / LOCK_FILE) or bool(leader)
-    case = StoredJob(folder, settings, state or State(model=""), outsiders, running, revoked_devices=revoked_boards)
+    job = StoredJob(folder, settings, state or State(model=""), outsiders, running, revoked_devices=revoked_boards)
     if (model := _load_model(folder)) is None:
-        return case, last_event_at
-    architecture, recipe = model.architecture, Recipe.from_dict(case.job_settings.get("recipe", {}))
+        return job, last_event_at
+    architecture, recipe = model.architecture, Recipe.from_dict(job.job_settings.get("recipe", {}))
     return replace(
-        case,
+        job,
         group_sizes=tuple(architecture.sizes),
         group_names=tuple(g.name for g in architecture.groups),
         is_uncalibrated=is_uncalibrated(architecture, recipe, settings.get("calibration"), model.frozen),
@@ -247,7 +247,7 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     record = site.monitor_record
     rows = sorted(read_quarantine_rows(site.folder).items()) if site.is_running else []
     absences = {n: quarantine_absence(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
-    jobs = [case.watched_job for case in site.jobs]
+    jobs = [job.watched_job for job in site.jobs]
     situation = Situation(
         site.folder,
         jobs,

@@ -106,79 +106,79 @@ class StoredJob:
         )
 
 
-def job_findings(case: StoredJob) -> Iterator[Finding]:
-    if case.state.phase is not Phase.FINISHED and case.has_begun:
+def job_findings(job: StoredJob) -> Iterator[Finding]:
+    if job.state.phase is not Phase.FINISHED and job.has_begun:
         checks = (_check_pause, _check_exclusions, _check_deadline, _check_refusals, _check_outliers, _check_coverage)
         for check in checks:
-            yield from check(case)
-    if case.state.phase is Phase.FINISHED or case.has_begun:
-        # A stall explains a loss that rises on the server's samples alone, which would pass for training that diverges.
-        yield from tuple(_check_stall(case)) or _check_divergence(case)
+            yield from check(job)
+    if job.state.phase is Phase.FINISHED or job.has_begun:
+        # A stall is reported instead of a divergence: it explains a loss that rises only on the server's samples.
+        yield from tuple(_check_stall(job)) or _check_divergence(job)
 
 
-def _check_pause(case: StoredJob) -> Iterator[Finding]:
-    if case.state.paused:
+def _check_pause(job: StoredJob) -> Iterator[Finding]:
+    if job.state.paused:
         yield note_finding(
             "paused",
-            f"job {case.name} is paused",
+            f"job {job.name} is paused",
             "no board is asked for anything until it continues",
-            f"{server_command('resume', *state_args(case.folder))}, or in the console (docs/console.md)",
+            f"{server_command('resume', *state_args(job.folder))}, or in the console (docs/console.md)",
         )
 
 
-def _check_exclusions(case: StoredJob) -> Iterator[Finding]:
-    reasons = {n: d.excluded for n, d in case.state.devices.items() if d.excluded}
-    reasons |= {n: str(b.get("excluded", "")) for n, b in case.unplanned_devices.items()}
-    reasons = {n: reason for n, reason in reasons.items() if n not in case.boards_with_alerts}
+def _check_exclusions(job: StoredJob) -> Iterator[Finding]:
+    reasons = {n: d.excluded for n, d in job.state.devices.items() if d.excluded}
+    reasons |= {n: str(b.get("excluded", "")) for n, b in job.unplanned_devices.items()}
+    reasons = {n: reason for n, reason in reasons.items() if n not in job.boards_with_alerts}
     for reason, names in _names_by_reason(reasons).items():
         yield note_finding(
             "excluded-devices",
-            f"{quantity(len(names), 'device')} of job {case.name} are excluded ({first_few(names)}): {reason}",
+            f"{quantity(len(names), 'device')} of job {job.name} are excluded ({first_few(names)}): {reason}",
             "what they could learn is missing from the model",
-            f"see {server_command('status', *state_args(case.folder))}; docs/add-a-board.md lists what a board needs",
+            f"see {server_command('status', *state_args(job.folder))}; docs/add-a-board.md lists what a board needs",
         )
 
 
-def _check_deadline(case: StoredJob) -> Iterator[Finding]:
-    limit = float(case.job_settings.get("deadline_s", math.inf))
+def _check_deadline(job: StoredJob) -> Iterator[Finding]:
+    limit = float(job.job_settings.get("deadline_s", math.inf))
     slow = {
         n: seconds
-        for n, d in case.state.devices.items()
+        for n, d in job.state.devices.items()
         if not d.excluded and (seconds := _predicted_seconds(d.plan)) is not None and seconds > limit
     }
     if slow:
         slowest = max(slow, key=lambda n: slow[n])
         yield wrong_finding(
             "deadline-too-short",
-            f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
+            f"the deadline of job {job.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
             f"their plans: {first_few(sorted(slow))}, {slowest} {slow[slowest]:.0f} s",
             "their updates come too late, and after a few such rounds they are excluded",
-            _longer_deadline_advice(case, 1.5 * slow[slowest]),
+            _longer_deadline_advice(job, 1.5 * slow[slowest]),
         )
         return
-    for row in case.state.history[-1:]:
+    for row in job.state.history[-1:]:
         late = sorted(n for n, device_part in row["devices"].items() if _is_late(device_part))
         if len(row["devices"]) > 1 and len(late) >= _MAX_LATE_SHARE * len(row["devices"]):
             yield wrong_finding(
                 "deadline-too-short",
-                f"in round {row['round']} of job {case.name} {len(late)} of {len(row['devices'])} devices were late "
+                f"in round {row['round']} of job {job.name} {len(late)} of {len(row['devices'])} devices were late "
                 f"for the deadline of {limit:g} s: {first_few(late)}",
                 "what they trained didn't count",
-                _longer_deadline_advice(case, 2 * limit),
+                _longer_deadline_advice(job, 2 * limit),
             )
 
 
-def _longer_deadline_advice(case: StoredJob, seconds: float) -> str:
+def _longer_deadline_advice(job: StoredJob, seconds: float) -> str:
     # `run` with options continues the stored job with a changed setting; a running server has to be stopped first.
-    words = (*state_args(case.folder), "--deadline", math.ceil(seconds))
-    return restart_advice(*words) if case.is_running else server_command("run", *words)
+    words = (*state_args(job.folder), "--deadline", math.ceil(seconds))
+    return restart_advice(*words) if job.is_running else server_command("run", *words)
 
 
-def _check_refusals(case: StoredJob) -> Iterator[Finding]:
-    recent_rounds = [r for r in case.state.history[-_RECENT_ROUNDS:] if r["devices"]]
+def _check_refusals(job: StoredJob) -> Iterator[Finding]:
+    recent_rounds = [r for r in job.state.history[-_RECENT_ROUNDS:] if r["devices"]]
     device_parts = [p for r in recent_rounds for p in r["devices"].values()]
     if not device_parts:
-        refused = (t for t in case.state.tasks.values() if t.progress is Progress.REFUSED)
+        refused = (t for t in job.state.tasks.values() if t.progress is Progress.REFUSED)
         device_parts = [{"progress": t.progress.value, "reason": t.reason, "kind": t.kind} for t in refused]
     if not device_parts or any(p["progress"] == Progress.FOLDED.value for p in device_parts):
         return
@@ -189,16 +189,16 @@ def _check_refusals(case: StoredJob) -> Iterator[Finding]:
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
     yield wrong_finding(
         "all-updates-refused",
-        f"none of the last {quantity(len(device_parts), 'update')} of job {case.name} counted ({kinds}), such as: "
+        f"none of the last {quantity(len(device_parts), 'update')} of job {job.name} counted ({kinds}), such as: "
         f"{one_line(example)}",
         "the model doesn't move",
-        f"see each board's reason: {server_command('status', *state_args(case.folder), '--rounds', _RECENT_ROUNDS)}; "
+        f"see each board's reason: {server_command('status', *state_args(job.folder), '--rounds', _RECENT_ROUNDS)}; "
         f"and its log, on the board: {BOARD_LOG_COMMAND}",
     )
 
 
-def _check_outliers(case: StoredJob) -> Iterator[Finding]:
-    recent = [r for r in case.state.history[-_RECENT_ROUNDS:] if r["devices"]]
+def _check_outliers(job: StoredJob) -> Iterator[Finding]:
+    recent = [r for r in job.state.history[-_RECENT_ROUNDS:] if r["devices"]]
     reasons_by_device: dict[str, list[str]] = {}
     for row in recent:
         for name, device_part in sorted(row["devices"].items()):
@@ -209,59 +209,59 @@ def _check_outliers(case: StoredJob) -> Iterator[Finding]:
         yield note_finding(
             "outlying-device",
             f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(recent), 'round')} of job "
-            f"{case.name}: {one_line(reasons[-1])}",
+            f"{job.name}: {one_line(reasons[-1])}",
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
             f"look at its samples and, on the board, at its log ({BOARD_LOG_COMMAND}); if it is not to be "
-            f"trusted: {server_command('devices', 'revoke', name, *state_args(case.folder))}",
+            f"trusted: {server_command('devices', 'revoke', name, *state_args(job.folder))}",
         )
 
 
-def _check_coverage(case: StoredJob) -> Iterator[Finding]:
-    strategy = str(case.job_settings.get("strategy", ""))
-    if strategy not in _NESTED_STRATEGIES or not case.group_sizes:
+def _check_coverage(job: StoredJob) -> Iterator[Finding]:
+    strategy = str(job.job_settings.get("strategy", ""))
+    if strategy not in _NESTED_STRATEGIES or not job.group_sizes:
         return
-    planned = (d.widths for d in case.state.devices.values() if not d.excluded)
-    widths = [w for w in planned if len(w) == len(case.group_sizes)]
+    planned = (d.widths for d in job.state.devices.values() if not d.excluded)
+    widths = [w for w in planned if len(w) == len(job.group_sizes)]
     if not widths:
         return
-    widest = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.group_sizes)]
+    widest = [(i, max(w[i] for w in widths), size) for i, size in enumerate(job.group_sizes)]
     uncovered = [(i, width, size) for i, width, size in widest if width < size]
     if uncovered:
-        names = dict(enumerate(case.group_names))
+        names = dict(enumerate(job.group_names))
         shares = [f"{names.get(i, i)}: {width} of {size}" for i, width, size in uncovered]
         yield note_finding(
             "uncovered-channels",
-            f"in {quantity(len(uncovered), 'channel group')} of job {case.name} no device trains all channels "
+            f"in {quantity(len(uncovered), 'channel group')} of job {job.name} no device trains all channels "
             f"({first_few(shares)})",
             "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
-            f"take a larger board in, give boards more (docs/planner.md), or take out a narrower model; "
-            f"{server_command('status', *state_args(case.folder))} says which limit binds each board",
+            f"add a larger board, raise the boards' limits (docs/planner.md), or export a narrower model; "
+            f"{server_command('status', *state_args(job.folder))} says which limit binds each board",
         )
 
 
-def _check_divergence(case: StoredJob) -> Iterator[Finding]:
-    trouble = diagnose_history(case.state.history, case.job_settings, uncalibrated=case.is_uncalibrated)
+def _check_divergence(job: StoredJob) -> Iterator[Finding]:
+    trouble = diagnose_history(job.state.history, job.job_settings, uncalibrated=job.is_uncalibrated)
     if trouble:
         what, _, todo = trouble.partition(". ")
-        yield wrong_finding("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)
+        yield wrong_finding("training-diverges", f"job {job.name}: {what}", "the model gets worse, not better", todo)
 
 
-def _check_stall(case: StoredJob) -> Iterator[Finding]:
+def _check_stall(job: StoredJob) -> Iterator[Finding]:
     """A finding on the part of a fleet that fails where the global model no longer improves."""
-    scores = stall_scores(case.job_settings, case.state.history)
+    scores = stall_scores(job.job_settings, job.state.history)
     cause = None if scores is None else stall_cause(scores)
-    if scores is None or cause is None or (cause.in_training and any(_check_divergence(case))):
+    if scores is None or cause is None or (cause.in_training and any(_check_divergence(job))):
         return
-    metric, status = scores.metric, server_command("status", *state_args(case.folder))
+    metric, status = scores.metric, server_command("status", *state_args(job.folder))
     yield note_finding(
         "model-stalls",
-        f"the global model of job {case.name} has not improved for {STALL_ROUNDS} rounds: "
+        f"the global model of job {job.name} has not improved for {STALL_ROUNDS} rounds: "
         f"{metric.titled_value(scores.now)} (at best {metric.value_text(scores.best)}), while boards score "
         f"{metric.value_text(scores.received)} on their own test data with the models that they receive, and "
         f"{metric.value_text(scores.trained)} after training: {cause.sentence}",
         "further rounds like these cost time and bytes, and change nothing",
-        cause.advice.format(status=status, lr=case.job_settings.get("recipe", {}).get("lr")),
+        cause.advice.format(status=status, lr=job.job_settings.get("recipe", {}).get("lr")),
     )
 
 

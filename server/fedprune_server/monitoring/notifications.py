@@ -300,7 +300,7 @@ class Notifier:
     Args:
         opened: Returns the open alerts; called on the notifier's thread.
         works: Whether the server's loop turns; called on the notifier's thread.
-        notified_alerts: Alerts of which an earlier run sent a notification.
+        notified: Alerts of which an earlier run sent a notification.
         clock: Seconds since 1970.
 
     Raises:

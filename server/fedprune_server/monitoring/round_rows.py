@@ -50,6 +50,7 @@ class RoundRow:
         model: Digest of the global model.
         metrics: Measurements of the global model on the server's data, such as accuracy and loss.
         local: Score of each delivering device's served model on its own test data, by the run's metric.
+        asked: Number of devices that were asked to train.
         down: Bytes from server to devices since the start.
         up: Bytes from devices to server since the start.
         device_metrics: Other measurements of delivering devices, per metric and device.
@@ -175,11 +176,11 @@ class WideRows:
     Means are over each device's latest value: over the devices of a round alone they would jump with the draw.
 
     Args:
-        kind: The metric by which models are judged, such as `accuracy`.
+        judge: The metric by which models are judged, such as `accuracy`.
     """
 
-    def __init__(self, kind: str) -> None:
-        self._judge = kind
+    def __init__(self, judge: str) -> None:
+        self._judge = judge
         self._latest: dict[str, dict[str, float]] = {}
 
     def row(self, r: RoundRow) -> dict[str, Any]:

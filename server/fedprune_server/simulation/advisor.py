@@ -115,7 +115,7 @@ def _misfit_reason(devices: Mapping[str, JobDevice]) -> str:
 
 
 def _training_key(strategy: Strategy, devices: Mapping[str, JobDevice], *, trained_before: bool) -> object:
-    """A key of what boards train by a strategy that may have a core: equal for strategies that train the same."""
+    """A key of what boards train, equal for equal trainings. A core is the width that most boards train together."""
     core, kinds = strategy.core, Counter((d.density, d.widths) for d in devices.values() if d.widths)
     if core is None or strategy.allocator is not None or not kinds:
         return core

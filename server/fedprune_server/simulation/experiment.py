@@ -18,7 +18,7 @@ from fedprune.jobs.job import Job
 from fedprune.strategies import compose
 from fedprune.strategies.user_strategies import user_code_digest
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.evaluator import Evaluation
+from fedprune_server.executor.evaluator import LabelledSamples
 from fedprune_server.simulation.datasets.federation import FleetData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import MeasurementHook, measure_settings
@@ -57,7 +57,7 @@ class Experiment:
     job: Job
     model: Model
     devices: Sequence[VirtualDevice]
-    evaluation: Evaluation | None = None
+    evaluation: LabelledSamples | None = None
     calibration: npt.NDArray[np.float32] | None = None
     dropouts: DropOuts = field(default_factory=DropOuts)
     weather: Weather = field(default_factory=Weather)

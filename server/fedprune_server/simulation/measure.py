@@ -33,7 +33,7 @@ from fedprune.strategies.values import Cut, Memory, Scene, Submodel, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 from fedprune_server.executor.calibration import Calibration
-from fedprune_server.executor.evaluator import Evaluation, Evaluator, ModelSessions, check_samples
+from fedprune_server.executor.evaluator import Evaluator, LabelledSamples, ModelSessions, check_samples
 from fedprune_server.monitoring.round_rows import RoundNotes
 
 Array = npt.NDArray[Any]
@@ -136,7 +136,7 @@ class ModelMeasure:
     densities: tuple[float, ...] = ()
     calibration: Array | None = None
     every: int = 1
-    sets: Mapping[str, Evaluation] = field(default_factory=dict)
+    sets: Mapping[str, LabelledSamples] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(0 < d <= 1 for d in self.densities) or self.every < 1:

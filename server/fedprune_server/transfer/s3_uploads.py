@@ -1,4 +1,4 @@
-"""Updates that boards upload to the bucket itself: signed addresses for them, and their verification."""
+"""Updates that boards upload straight into the S3 bucket: a signed URL for each, and removal of late ones."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class S3Uploads(UploadPlace):
 
     accepts_uploads = is_direct = True
 
-    def __init__(self, shipping: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, bucket_sync: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._bucket_sync, self._store, self._clock = shipping, shipping.store, clock
+        self._bucket_sync, self._store, self._clock = bucket_sync, bucket_sync.store, clock
         self._awaited: dict[str, _AwaitedObject] = {}
         self._keys_to_delete: deque[tuple[float, str]] = deque()
         example = self._store.url_for(_EXAMPLE, URL_LIFETIME_S)

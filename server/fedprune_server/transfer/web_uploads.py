@@ -89,7 +89,7 @@ class HttpUploads(UploadPlace):
             awaited.connection.cut()
 
     def on_report(self, device: str) -> None:
-        """Handle a success that this server has not seen: another server has answered, and the update is pulled."""
+        """Handle a reported success that isn't here: the upload went to another server, so pull the update instead."""
         awaited = self._awaited.get(device)
         if awaited is not None:
             self._ends.put(UploadEnd(device, awaited.ref, stored=False))

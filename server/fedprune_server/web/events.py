@@ -1,7 +1,7 @@
 """Live pages: server-sent events that name the topics of changes, which are polled twice a second.
 
-A page asks for itself again when a topic of its own is named. A topic is a kind of record of `status.db`, alone or with
-what it is about, such as `job:leaves`; `devices` and `devices:attic` for rows of devices, `audit` for the audit log.
+A page loads its content again when one of its topics is named. A topic is a kind of record in `status.db`, or a kind
+and a name, such as `job:leaves`; `devices` and `devices:attic` for rows of devices, `audit` for the audit log.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def test_pieces_of_a_transfer_that_is_over_are_not_missed(end: str) -> None:
     registry.admit("a", "test", 0)
     want = BlobRequest("b" * 64, "data", 0, 1)
     for now in (0.0, 5.0, 15.0):
-        registry.note_request_to("a", want, now)
-        registry.note_request_of("a", want, now)
+        registry.note_upload_request("a", want, now)
+        registry.note_download_request("a", want, now)
     assert registry.drop_reasons().keys() == {"a"}
     if end == "gone":
         registry.note_disconnect("a")

@@ -58,8 +58,8 @@ class Bench:
 
     def __init__(self, store: BucketStore) -> None:
         self.store, self.now = store, 0.0
-        self.shipping = BucketSync(store)
-        self.uploads = S3Uploads(self.shipping, lambda: self.now)
+        self.bucket_sync = BucketSync(store)
+        self.uploads = S3Uploads(self.bucket_sync, lambda: self.now)
 
     def ask(self, ref: BlobRef = REF) -> UploadRequest:
         request = self.uploads.request_upload("pi", ref)
@@ -86,7 +86,7 @@ class Bench:
 def bench(store: BucketStore) -> Iterator[Bench]:
     bench = Bench(store)
     yield bench
-    bench.shipping.close()
+    bench.bucket_sync.close()
 
 
 def put(request: UploadRequest, body: bytes = UPDATE) -> int:
@@ -226,7 +226,7 @@ def test_what_an_earlier_process_let_be_put_is_not_wanted_again(
     assert later.uploads.request_upload("pi", REF) is None
     assert later.end() is right
     assert store.has(REF.sha256) is right
-    later.shipping.close()
+    later.bucket_sync.close()
     store.close()
     assert len(objects(at_s3, url)) == right
 
@@ -251,14 +251,14 @@ def test_a_bucket_that_is_away_is_waited_for(url: str, bench: Bench) -> None:
     put(bench.ask())
     bench.store.bucket = bucket = Away(url)
     bench.uploads.on_report("pi")
-    until(lambda: bench.shipping.is_stuck)
-    assert bench.shipping.has_work
-    assert bench.shipping.digests == {REF.sha256}
+    until(lambda: bench.bucket_sync.is_stuck)
+    assert bench.bucket_sync.has_work
+    assert bench.bucket_sync.digests == {REF.sha256}
     assert bench.uploads.request_upload("pi", REF) is None  # it is there, as far as is known
     bucket.away = False
     assert bench.end()
-    assert not bench.shipping.has_work
-    assert not bench.shipping.is_stuck
+    assert not bench.bucket_sync.has_work
+    assert not bench.bucket_sync.is_stuck
 
 
 def test_without_credentials_updates_are_pulled(url: str, bench: Bench) -> None:

@@ -139,7 +139,7 @@ def test_the_first_round_gives_the_mean_gradient(data: st.DataObject, seed: int)
     fold, evidence = Fold(architecture, base, evidence=True, momentum=MOMENTUM), Evidence.empty(architecture)
     for tensors, weight, steps in updates:
         fold.add(full_selection, tensors, weight, steps)
-    evidence.update(fold, LR, samples=8)
+    evidence.update(fold, LR, samples_per_step=8)
     for spec in architecture.trainable:
         free = [sum(1 - MOMENTUM**j for j in range(1, s + 1)) for _, _, s in updates]
         moves = [

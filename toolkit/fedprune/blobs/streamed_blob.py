@@ -18,8 +18,7 @@ class StreamedBlob:
     Args:
         ref: Named by the sender, so that all of it is verified.
         cached: Whether the folder is a cache. Then the file isn't flushed, and its leaf table isn't kept: it is
-        computed
-            when somebody asks for it.
+            computed when somebody asks for it.
 
     Raises:
         StorageError: The disk fails.

@@ -48,7 +48,7 @@ class RoundOutcome:
 
 
 class Round:
-    """The sums of one round.
+    """Adds up the updates of one round, and closes it with the next global model.
 
     Attributes:
         scene: What the round began with.
@@ -254,7 +254,7 @@ class _CurrentUpdate:
 
 
 class _AtFaultError(Exception):
-    """An update that can't count after all; `is_read` if the strategy fails on it, and not its reading."""
+    """An update fails while the round closes. `is_read`: it could be read, so that the strategy failed on it."""
 
     def __init__(self, device: str, failure: Failure, *, is_read: bool) -> None:
         super().__init__(device, failure.reason)

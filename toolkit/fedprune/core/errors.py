@@ -25,7 +25,6 @@ _MAX_PART_LENGTH = 1000
 # `difflib`'s ratio from which a name may be a misspelling: with its default of 0.6 shop resembles shape.
 _MIN_SIMILARITY = 0.75
 
-
 # TOML's bare keys; other keys are shown quoted, so that a key with a dot in it isn't taken for two.
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 

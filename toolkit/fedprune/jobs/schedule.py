@@ -1,4 +1,4 @@
-"""When updates become the next model, and what each of them counts for.
+"""A job's schedule: when a round closes, and how much each update weighs in the next model.
 
 Synchronous rounds ask a share of the devices and wait for all of them, up to a deadline. In an asynchronous job every
 idle device is offered the current model at once, and the server moves whenever enough has arrived, or at the end of a
@@ -50,7 +50,7 @@ ScheduleKind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
 Mixing = Literal["damped", "normalised", "share", "unbiased"]
 
-# The least that staleness leaves of an update's weight. Large powers are rounded to 0, and a round of such updates
+# Lower bound of s(k). A large exponent would round it to 0, and a round of such updates
 # alone could not be closed.
 _MIN_SHARE = 2.0**-50
 
@@ -188,28 +188,28 @@ class Schedule:
 
     # When a round closes.
 
-    def closes_at(self, opened_at: float, arrivals: Sequence[float], is_awaited: bool, now: float) -> float | None:
+    def closes_at(self, opened_at: float, arrival_times: Sequence[float], is_awaited: bool, now: float) -> float | None:
         """The time at which the round that collects updates closes.
 
         It waits for no more than can come: a device trains a model once, so if none is at work no update follows.
 
         Args:
             opened_at: When it began.
-            arrivals: When its updates came, sorted; some may have come before it began.
+            arrival_times: When its updates came, sorted; some may have come before it began.
             is_awaited: Whether an update of any device is still awaited.
             now: The present.
 
         Returns:
             A time, not after `now` where it is time to close; None where that depends on what is still to come.
         """
-        if not arrivals:
+        if not arrival_times:
             return None
         if self.arrivals:
-            return now if len(arrivals) >= self.arrivals or not is_awaited else None
+            return now if len(arrival_times) >= self.arrivals or not is_awaited else None
         end = opened_at + self.window_s
-        if len(arrivals) < self.least:
+        if len(arrival_times) < self.least:
             return None if is_awaited else end
-        last_needed = arrivals[self.least - 1]
+        last_needed = arrival_times[self.least - 1]
         if last_needed <= end or not is_awaited:
             return max(end, last_needed)
         return last_needed + (self.extension_s or self.window_s)

@@ -1,4 +1,4 @@
-"""Ordered dropout inside a device (FjORD, Horvath et al., arXiv:2102.13451): narrower steps of the same model.
+"""Narrower training steps within one device's model: ordered dropout (FjORD, arXiv:2102.13451).
 
 Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
 narrower widths trains that prefix; the rest of weights and optimiser state stays as it is for that step.
@@ -211,9 +211,9 @@ def _is_as_drawn(weights: Array, output_axis: int) -> bool:
 def nest_widths(
     architecture: Architecture, model: Mapping[str, Array], widths_list: Iterable[Sequence[int]]
 ) -> dict[str, Array]:
-    """The model with 0 for all weights by which a channel reads one that only wider models have.
+    """A copy of the model in which no channel reads one that only wider models have: such weights are 0.
 
-    So the whole model, and its first channels at any of the widths in `held`, answer alike, as long as nothing but
+    So the whole model, and its first channels at any of the widths in `widths_list`, agree, as long as nothing but
     weights mixes channels (a softmax or a norm over channels does, too). The weights that are 0 are trained like all
     others wherever both of their channels exist. Raises `BundleError` if widths don't fit.
     """

@@ -189,7 +189,7 @@ class Costs:
             batch: Samples that are worked on at once.
             samples: Local samples; of many only `MAX_SAMPLES_IN_MEMORY` are held in memory.
             trained: Share of the parameters that are trained; the others are only held.
-            own_copies: Further copies of all weights that it holds (`Recipe.own_copies`).
+            own_copies: Further copies of all weights that it holds (`Recipe.extra_copies`).
             process: What the process takes before it trains, as the board measured it; None for a typical one.
         """
         extra_copies = 2 * (features.proximal + features.element_mask + features.threshold)
@@ -219,7 +219,7 @@ class Costs:
 
     def storage_bytes(self, own_files: int = 0) -> int:
         """Bytes on a board's disk for rounds of this submodel, with further files that the recipe makes the board keep
-        (`Recipe.own_files`)."""
+        (`Recipe.extra_files`)."""
         graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
         return storage_bytes(self.wire_bytes, *graphs, own_files) + self.base_bytes
 
@@ -234,7 +234,7 @@ def storage_bytes(weights: int, training: int, inference: int, own_files: int = 
     """Most bytes that a board's state directory takes for a submodel, from the sizes of its three files.
 
     Rounds leave and overwrite files of the size of the weights; `own_files` is the number of further ones
-    (`Recipe.own_files`).
+    (`Recipe.extra_files`).
     """
     return (WEIGHT_FILES + own_files) * weights + training + INFERENCE_FILES * inference
 

@@ -23,10 +23,10 @@ from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES, MAX_RELEASE_FILES, 
 # Names in a release's folder.
 MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
 
-MAX_FILE_BYTES = 2**30
-MAX_BYTES = 2**31
 # Limits of a release: bytes of a file, of all files, and of all unpacked files. A board checks them before it pulls a
 # byte, so that a wrong manifest can't fill its disk.
+MAX_FILE_BYTES = 2**30
+MAX_BYTES = 2**31
 MAX_UNPACKED_BYTES = 2**32
 
 # Domain of the signature, so that signatures for other purposes are invalid here.
@@ -146,7 +146,7 @@ def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes
 
 
 def write_release(
-    folder: Path, release: Callable[[tuple[ReleaseFile, ...]], Release], wheels: Iterable[Path], key: SigningKey
+    folder: Path, make_release: Callable[[tuple[ReleaseFile, ...]], Release], wheels: Iterable[Path], key: SigningKey
 ) -> Release:
     """Make a release's folder: the manifest, its signature, and the wheels by digest. Raises `ReleaseError` if the
     release makes no sense."""
@@ -157,7 +157,7 @@ def write_release(
             file = ReleaseFile(wheel.name, file_digest(wheel), wheel.stat().st_size)
             write_atomically(folder / FILES / file.sha256, wheel.read_bytes())
             files.append(file)
-    return _write_manifest(folder, release(tuple(files)), key)
+    return _write_manifest(folder, make_release(tuple(files)), key)
 
 
 def rewrite_release(

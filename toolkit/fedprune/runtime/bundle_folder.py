@@ -43,7 +43,7 @@ PARTIAL_FOLDER = ".bundle.partial"
 _LOCK_FILE = ".bundle.lock"
 # Subfolder with a second name (hard link) of every file, which is moved into place. That needs no room on the disk, and
 # the new bundle stays readable under the first names all the while.
-_TARGETS_FOLDER = "places"
+_LINKS_FOLDER = "places"
 
 # The export's report of the bundle.
 REPORTS = ("report.json", "report.md", "report.html")
@@ -180,15 +180,15 @@ def _write_complete(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a bundle next to the present one, and make it the valid one with one rename."""
     partial = folder / PARTIAL_FOLDER
     try:
-        targets = partial / _TARGETS_FOLDER
-        targets.mkdir(parents=True)
+        links = partial / _LINKS_FOLDER
+        links.mkdir(parents=True)
         for name, raw in files.items():
             write_atomically(partial / name, raw)
             try:
-                os.link(partial / name, targets / name)
+                os.link(partial / name, links / name)
             except OSError:  # not every disk has hard links
-                write_atomically(targets / name, raw)
-        flush_folder(targets)
+                write_atomically(links / name, raw)
+        flush_folder(links)
         partial.rename(folder / COMPLETE_FOLDER)
     except BaseException:
         with suppress(OSError):  # the next export deletes what is left
@@ -204,7 +204,7 @@ def _move_into_place(folder: Path) -> None:
     try:
         flush_folder(folder)
         # The manifest last: without it the folder is no bundle, and with it every file has to be there.
-        for path in sorted((complete / _TARGETS_FOLDER).iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
+        for path in sorted((complete / _LINKS_FOLDER).iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
             path.replace(folder / path.name)
         flush_folder(folder)
     except OSError as error:

@@ -11,9 +11,9 @@ were sent, from −127 to 127 as in the codec `int8`, but with one step for all 
 (error feedback). The sum is that of a plain fold of w_sent + c·2^m, bit for bit: 2^m is an even number of the fold's
 units, so that c·2^m neither is rounded nor turns a tie.
 
-All boards count alike. Weights of their own would tell of single boards: a sum of whole numbers with the weights 1000,
-1000 and 1 is, modulo 1000, the third board's number. So neither the server nor a board chooses any, and the number of
-updates travels masked, too.
+All boards count alike, because a weighted sum would reveal single updates: a sum of whole numbers with the weights
+1000, 1000 and 1 is, modulo 1000, the third board's number. So neither the server nor a board chooses a weight, and the
+number of updates is a masked number of the vector, too.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Strategy:
         """The submodel to send to a device: the ranking's first channels (HeteroFL, Diao et al. 2021, eq. 2).
 
         With other channels than the cut's or a prefix of them the offer carries a ranking of its own, to which
-        `Report.trained` then refers.
+        `UpdateReport.trained` then refers.
         """
         return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
 

@@ -48,7 +48,7 @@ _PAGE_HINT = "docs/write-a-strategy.md describes what each method takes and retu
 
 
 def user_strategy(job: Job) -> Strategy:
-    """Compose a user's own strategy; what the user wrote of it is checked as it is called. Raises `ConfigError` if
+    """Compose a user's own strategy, whose answers are checked at every call. Raises `ConfigError` if
     there is no such function, it fails, or it returns no strategy; or an option is wrong."""
     strategy, user_code = _compose_unchecked(job)
     return _guard_strategy(strategy, job.strategy, user_code)

@@ -113,8 +113,8 @@ class Privacy:
         return {k: getattr(self, k) for k in ("noise_multiplier", "noise", "boards", "delta", "epsilon_budget")}
 
     def private_recipe(self, recipe: Recipe) -> Recipe:
-        """A board's recipe under these settings. Raises `ConfigError` if with it a board would reveal more than its
-        update."""
+        """A board's recipe under these settings. Raises `ConfigError`, by the recipe's own rules, if a setting of the
+        recipe would let a board reveal more than its update."""
         return replace(recipe, update_clip=self.clip, update_noise=self.noise_std) if self.is_on else recipe
 
     def to_dict(self) -> dict[str, Any]:

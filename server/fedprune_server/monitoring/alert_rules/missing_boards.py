@@ -35,9 +35,8 @@ def _missing_boards(situation: Situation, job: WatchedJob, now: float) -> Iterat
         yield Alert(
             "no-devices", WARNING, now, f"no device has announced itself to job {job.snapshot.name} yet",
             "a round can't begin without boards",
-            f"{claim}"
-            "fedprune-device join, and fedprune-device run. A board that has joined measures itself first; its log "
-            "has the reason if it doesn't connect. If it says that it is connected, "
+            f"{claim}fedprune-device join, and fedprune-device run. A board that has joined measures itself first; its "
+            "log has the reason if it doesn't connect. If it says that it is connected, "
             f"{dropping_broker_message('what it sends')} (docs/runbook.md#the-broker-drops-messages)",
             job=job.snapshot.name, delay_s=job.delay_s,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import job_with_changes, parse_config
 from fedprune_server.config.track_targets import TrackTarget, anchor_track_folders, track_targets
-from fedprune_server.executor.evaluator import check_data, load_calibration, load_evaluation
+from fedprune_server.executor.evaluator import fit_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.federation import DataPlan, Federation, FleetData
 from fedprune_server.simulation.digits import DIGITS_TITLE, deal_digits, digits_model
 from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg_job
@@ -179,7 +179,7 @@ def _build_plan(
             )  # fmt: skip
             source_model = read_source(config.model, choices)
             model = import_onnx(source_model, Path(config.model).stem)
-    check_samples = partial(check_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
+    check_samples = partial(fit_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
     devices = read_devices(
         fleet_tables.body.get("devices"), job.seed, path.parent, federation, fleet_tables.links, check=check_samples
     )
@@ -229,10 +229,10 @@ _COLOUR_SETTINGS = {1: "false", 3: "true"}
 
 
 def _check_dealt(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
-    """Check samples of [data] as `check_data`; an error about colours or sizes of images names the keys for them."""
+    """Check samples of [data] as `fit_data`; an error about colours or sizes of images names the keys for them."""
     expected_shape, shape = model.architecture.input_shape, data.x_train.shape[1:]
     try:
-        return check_data(data, model, recipe)
+        return fit_data(data, model, recipe)
     except DataError as error:
         if not (
             len(expected_shape) == len(shape) == 3

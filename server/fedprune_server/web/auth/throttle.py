@@ -63,7 +63,7 @@ class Throttle:
         now = self._clock()
         pair, *other_keys = self._keys(account, address)
         if now - self._login_times.get(pair[0], -LOGIN_LIFETIME_S) < LOGIN_LIFETIME_S:
-            other_keys = other_keys[:1]
+            other_keys = other_keys[:1]  # not the account: strangers can't hold back who has logged in from here
         return max(self._key_wait_s(key, limit, now) for key, limit in (pair, *other_keys))
 
     def admit(self, account: str, address: str) -> float:

@@ -18,13 +18,13 @@ from fedprune_server.web.state.records import ChannelCoverage, DeviceDetails
 from fedprune_server.web.state.rows import number_or_none
 
 MAX_GROUPS = 2000
-# Limits on what an order may cost the server's loop: channels of a model, and bytes of a ranking. Beyond them a
-# device's map shows how many channels the device holds, and not which.
+# Limits on what one request of the console may cost the server's loop: channels of a model, and bytes of a ranking.
+# Beyond them a device's page shows how many channels the device holds, and not which.
 MAX_CHANNELS = 65_536
 MAX_RANKING_BYTES = 4 << 20
 
-_MAX_PARTS = 20
-_MAX_ROUNDS = 60
+_MAX_ROWS = 20  # latest rounds of a device that are shown
+_MAX_ROUNDS = 60  # latest rounds of the job that are searched for them
 # For each figure of the page its unit and the field of the planner's prediction; `round` is the sum of two.
 _PREDICTED_FIGURES = {
     "round": ("s", ""), "step": ("s", "step_s"), "train": ("s", "train_s"), "transfer": ("s", "transfer_s"),
@@ -52,7 +52,7 @@ def device_details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetai
     history: list[dict[str, Any]] = []
     for summary in reversed(runner.state.history[-_MAX_ROUNDS:]):
         device_part = summary["devices"].get(name)
-        if device_part is not None and len(history) < _MAX_PARTS:
+        if device_part is not None and len(history) < _MAX_ROWS:
             history.append(
                 {
                     "round": summary["round"], "at": summary["at"],
@@ -105,7 +105,7 @@ def kept_channels(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
 
 
 def job_coverage(runner: JobRunner, unix_now: float) -> ChannelCoverage:
-    """The share of devices that holds each channel, in runs by rank, of the devices with a submodel.
+    """For each run of channels (by rank), the share of devices that hold it, among devices with a submodel.
 
     A submodel has the channels of the highest ranks, so that widths alone give the shares.
     """

@@ -84,7 +84,7 @@ class Pages:
         self._templates.globals["heat_scale"] = Markup(chart.heat_scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
 
     def draw(self, request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """A page for a logged-in operator: template `name`, with the values `shown` and those of every page."""
+        """A page for a logged-in operator: template `name`, with `values` and the values of every page."""
         session, view = session_of(request), self._console.view
         role = session.operator.role
         return self._page(

@@ -62,7 +62,7 @@ class Evidence:
             evidence.trained[spec.name] = np.zeros(spec.shape, np.bool_)
         return evidence
 
-    def update(self, fold: Fold, lr: float, samples: float = 1.0) -> None:
+    def update(self, fold: Fold, lr: float, samples_per_step: float = 1.0) -> None:
         """Take in one round (the formulas are the module's).
 
         Raises `BundleError` if the fold is of another architecture or without evidence, or the rates are out of range.
@@ -70,12 +70,12 @@ class Evidence:
         Args:
             fold: The round's fold, made with `evidence=True` and the devices' momentum; open or closed.
             lr: The devices' learning rate, in the middle of the round where it changes.
-            samples: Different samples per step: the batch size, divided by the number of epochs.
+            samples_per_step: Different samples per step: the batch size, divided by the number of epochs.
         """
         if fold.architecture.digest != self.architecture.digest:
             raise BundleError("evidence and fold belong to different architectures")
-        if not lr >= 0 or not samples > 0:
-            raise BundleError("rates of evidence", expected="lr from 0 up, samples above 0", got=(lr, samples))
+        if not lr >= 0 or not samples_per_step > 0:
+            raise BundleError("rates of evidence", expected="lr from 0 up, samples above 0", got=(lr, samples_per_step))
         rate = lr / (1 - fold.momentum)
         if rate == 0:
             return  # nothing moved because of a gradient
@@ -84,7 +84,7 @@ class Evidence:
             mean_step, mean_square, trained_now = fold.movement(name)
             gradient, curvature = (
                 (-mean_step / rate).astype(np.float32),
-                (samples * mean_square / rate**2).astype(np.float32),
+                (samples_per_step * mean_square / rate**2).astype(np.float32),
             )
             self.gradient[name] = _moving_average(self.gradient[name], gradient, self.trained[name], trained_now)
             self.curvature[name] = _moving_average(self.curvature[name], curvature, self.trained[name], trained_now)

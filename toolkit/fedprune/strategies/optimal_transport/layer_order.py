@@ -1,4 +1,4 @@
-"""The order in which layers are aligned, and the tensors that follow a sum of residual streams."""
+"""Plans the alignment of a model: its layers in order, and the tensors that come after a residual sum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LayerStep:
         axes: Its axes.
         outputs: Positions of the axes along which channels are made.
         inputs: Positions of the other axes with channels.
-        planned_groups: The groups that it writes to by a plan of its own.
+        planned_groups: The channel groups for which a transport plan is solved at this layer.
     """
 
     name: str

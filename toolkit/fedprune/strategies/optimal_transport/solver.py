@@ -4,9 +4,9 @@ The plan is POT's (`ot.emd`, network simplex; SubFLOT, arXiv 2604.06631, Eq. 4),
 An optimal plan uses fewer than n + m of the n·m pairs, so the simplex is first given the cheapest few of every channel.
 Its dual potentials u, v then say for all other pairs whether they could help: where C_jk ≥ u_j + v_k everywhere, the
 plan is optimal for the whole matrix, by linear programming duality; pairs that break it are added, and the simplex runs
-again. It is given costs less the potentials of Sinkhorn's algorithm, which move the cost of every plan by the same: its
-pivots go by reduced costs, so that it begins near its end. Small problems, and those for which that does not end soon,
-go to the dense solvers.
+again. It gets the costs minus potentials from a few steps of Sinkhorn's algorithm. These shift the cost of every plan
+by the same amount, so that the best plan stays the best, but the simplex begins close to it. Small problems, and those
+for which this doesn't end soon, go to the dense solvers.
 """
 
 from __future__ import annotations
