@@ -146,19 +146,19 @@ def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
     architecture, rows = bench.architecture, []
     ladder = width_candidates(architecture, table, BATCH, DENSITIES)
     for share in SHARES:
-        rung = min(ladder, key=lambda r: abs(r.density - share))
-        uniform = equal_work(architecture, rung.widths)
-        both = (rung.widths, uniform)
+        candidate = min(ladder, key=lambda r: abs(r.density - share))
+        uniform = equal_work(architecture, candidate.widths)
+        both = (candidate.widths, uniform)
         step_s = medians([bench.step(w) for w in both], STEPS + 2)
         latency_s = medians([bench.prediction(w) for w in both], 2 * PREDICTIONS)
         macs = workload(architecture).forward_macs(both)
         predicted = predictions(table, architecture, both)
         rows.append(
             {
-                "density": rung.density,
-                "multiple": rung.multiple,
+                "density": candidate.density,
+                "multiple": candidate.multiple,
                 "macs": float(macs[0] / macs[1]),
-                "same": rung.widths == uniform,
+                "same": candidate.widths == uniform,
                 "step_s": step_s,
                 "latency_s": latency_s,
                 "predicted_step_s": predicted[0],

@@ -360,7 +360,7 @@ def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertB
     monitor = Monitor(config.state, config.server_settings(), folders, book=alerts, away_rounds=away_rounds)
     with ExitStack() as stack:
         notified = read_monitor_record(config.state).notified_alerts
-        notifier = Notifier(config.alerts, config.site, monitor.open_alerts, lambda: not monitor.hangs, notified)
+        notifier = Notifier(config.alerts, config.site, monitor.open_alerts, lambda: not monitor.is_hanging, notified)
         monitor.notified_alerts = notifier.notified_alerts
         # Closed in reverse order: the monitor records the notifier's last messages.
         stack.callback(monitor.close)

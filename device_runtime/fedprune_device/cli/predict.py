@@ -86,7 +86,9 @@ def _prediction_rows(
     Raises `UsageError` for outputs per position: as JSON they would be too long, `--output` writes them.
     """
     if logits.ndim > 2:
-        raise UsageError("--json with a model that predicts places", hint="Write the outputs to a file: --output.")
+        raise UsageError(
+            "--json with a model that predicts every position", hint="Write the outputs to a file: --output."
+        )
     name_key, value_key = ("class", "score") if labels_of(loss) in JUDGED_LABELS else ("output", "value")
     return [
         {"sample": i, "outputs": [{name_key: names[c] if c < len(names) else c, value_key: v} for c, v in row.items()]}

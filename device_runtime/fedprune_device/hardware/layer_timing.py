@@ -108,7 +108,7 @@ def measure_layers(
 
 
 def load_or_measure_table(path: Path, conditions: str, make: Callable[[], LatencyTable]) -> LatencyTable:
-    """The table of an earlier start, valid while `about` (board, versions, threads) and the nets stay the same.
+    """Load the table of an earlier start, or measure one if `conditions` (board, versions, threads) or nets changed.
 
     The table is not stored if `path`'s folder doesn't exist yet.
     """

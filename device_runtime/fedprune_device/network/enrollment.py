@@ -66,9 +66,11 @@ def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path |
         if authority is None:
             return [JoinRoute(BrokerUrl.parse(url).without_credentials, unpinned_context) for url in urls]
         return [JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILD_TIME)) for url in urls]
-    without_certificate = [JoinRoute(url, lambda: identity.context(authority, certificate=False)) for url in urls]
+    without_certificate = [
+        JoinRoute(url, lambda: identity.tls_context(authority, with_certificate=False)) for url in urls
+    ]
     # First without a certificate, since the board's own may have expired; but some brokers require one.
-    return [*without_certificate, JoinRoute(urls[-1], lambda: identity.context(authority))]
+    return [*without_certificate, JoinRoute(urls[-1], lambda: identity.tls_context(authority))]
 
 
 def enrol(

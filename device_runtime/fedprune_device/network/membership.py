@@ -56,13 +56,13 @@ class Membership:
             channel = MessageChannel(device, site)
             link = BrokerLink(broker, f"fedprune-{site}-{device}", will=lambda: channel.will(next_session()))
         else:
-            identity.context(authority)  # an error in it is reported better now than when the board connects
+            identity.tls_context(authority)  # an error in it is reported better now than when the board connects
             channel = SignedChannel(identity)
             link = BrokerLink(
                 broker,
                 f"fedprune-{secrets.token_hex(12)}",
                 will=lambda: channel.will(next_session()),
-                tls=lambda: identity.context(authority),
+                tls=lambda: identity.tls_context(authority),
             )
         link.subscribe(channel.topics.device_subscriptions(device))
         return BoardConnection(link, channel)
@@ -74,7 +74,7 @@ class Membership:
         """
         if self.identity is None:
             return tls_context()
-        context = self.identity.context()
+        context = self.identity.tls_context()
         context.foreign_message = ""  # these are no brokers
         context.load_default_certs()
         if self.options.ca not in (None, SYSTEM_AUTHORITIES):

@@ -60,7 +60,8 @@ class Predictor:
     def predict(self, x: Inputs, batch: int = 64) -> npt.NDArray[np.float32]:
         """Logits of every sample [n, ...], `batch` per run; raises `DataError` if the samples don't fit the model.
 
-        Samples whose length may vary are padded; where a model predicts each of their places, it does so for theirs.
+        Samples of variable length are padded to the upper bound. A model that predicts every position gives as many
+        positions as the samples have.
         """
         shape = self.input_shape
         if not fits_shape(x.shape[1:], shape):
@@ -77,8 +78,8 @@ class Predictor:
         ]
         logits = np.concatenate([np.asarray(p) for p in outputs]).astype(np.float32, copy=False)
         axis = free_axis(shape)
-        has_free_places = axis is not None and logits.ndim == 3 and logits.shape[2] == upper_shape(shape)[axis]
-        return logits[:, :, : x.shape[axis + 1]] if has_free_places and axis is not None else logits
+        is_positionwise = axis is not None and logits.ndim == 3 and logits.shape[2] == upper_shape(shape)[axis]
+        return logits[:, :, : x.shape[axis + 1]] if is_positionwise and axis is not None else logits
 
     def check(
         self,
@@ -104,14 +105,14 @@ class Predictor:
         if not np.isfinite(logits).all():
             raise ModelError("the new model's logits are not finite")
         if loss is not None:
-            theirs, compute = loss
-            mine = compute(logits)
+            training_loss, compute_loss = loss
+            inference_loss = compute_loss(logits)
             # Both graphs compute in float32, but add up in different orders, so that their losses differ a little.
-            if not abs(mine - theirs) <= 1e-3 * (1 + abs(theirs)):
+            if not abs(inference_loss - training_loss) <= 1e-3 * (1 + abs(training_loss)):
                 raise ModelError(
                     "the new model's predictions contradict its training graph",
-                    expected=f"a loss of {theirs:.6g}",
-                    got=f"{mine:.6g}",
+                    expected=f"a loss of {training_loss:.6g}",
+                    got=f"{inference_loss:.6g}",
                     hint="Inference graph, weights or training graph don't belong together.",
                 )
 
@@ -119,11 +120,11 @@ class Predictor:
 def prediction_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str] = ()) -> Iterator[str]:
     """One line per sample of outputs [n, K]: the `top` likeliest classes or labels, or all predicted numbers.
 
-    Of outputs for each place [n, K, ...] it is the share of places of the `top` most frequent classes or labels, or the
-    range of the numbers.
+    Of outputs for each position [n, K, ...] it is the share of positions of the `top` most frequent classes or labels,
+    or the range of the numbers.
     """
     if outputs.ndim > 2:
-        yield from _place_lines(outputs, loss, top, names)
+        yield from _position_lines(outputs, loss, top, names)
         return
     digits = ".4f" if labels_of(loss) in JUDGED_LABELS else ".6g"
     for i, row in enumerate(ranked_outputs(outputs, loss, top)):
@@ -133,14 +134,14 @@ def prediction_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, name
 
 def ranked_outputs(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:
     """Per sample of outputs [n, K] the `top` likeliest classes or labels with their shares, or all predicted numbers by
-    their places."""
+    their positions."""
     for row in likelihoods(loss, outputs.astype(np.float64)):
         best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED_LABELS else range(len(row))
         yield {int(c): float(row[c]) for c in best}
 
 
-def _place_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
-    shape = f"{' x '.join(map(str, outputs.shape[2:]))} places"
+def _position_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
+    shape = f"{' x '.join(map(str, outputs.shape[2:]))} positions"
     for i, row in enumerate(outputs.reshape(*outputs.shape[:2], -1)):
         if labels_of(loss) not in JUDGED_LABELS:
             yield f"{i}: {len(row)} x {shape}, {row.min():.6g} to {row.max():.6g}"
@@ -158,11 +159,11 @@ def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None 
 
 
 def quality_text(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
-    """A text that says how well outputs [n, K, ...] predict labels; places whose label is no class don't count."""
+    """A text that says how well outputs [n, K, ...] predict labels; positions whose label is no class don't count."""
     if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
         is_counted = (y >= 0) & (y < outputs.shape[1])
         share = np.mean((outputs.argmax(1) == y)[is_counted]) if is_counted.any() else 0.0
-        return f"accuracy {share:.4f} on {quantity(int(is_counted.sum()), 'place')} of {quantity(len(y), 'sample')}"
+        return f"accuracy {share:.4f} on {quantity(int(is_counted.sum()), 'position')} of {quantity(len(y), 'sample')}"
     labels = np.asarray(targets_of(outputs, loss)(y))
     is_right = right_labels(loss, outputs, labels)
     if is_right is None:

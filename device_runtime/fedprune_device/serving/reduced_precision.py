@@ -59,17 +59,17 @@ class ReducedPrecision:
         return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
 
     def lower_staged(
-        self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets
+        self, folder: Path, packed_graphs: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets
     ) -> str:
-        """Lower a staged float32 model by the graphs `kits`; returns the precision that is to serve.
+        """Lower a staged float32 model by the graphs `packed_graphs`; returns the precision that is to serve.
 
         The files of that precision are next to float32's; those of the others are deleted.
         """
-        if not kits:
+        if not packed_graphs:
             return FLOAT32
         float32_model = Predictor(folder, threads=self._threads)
-        judge = PrecisionCheck(float32_model, data, recipe, targets)
-        models = {p: self._try_precision(folder, p, kit, data, judge) for p, kit in kits.items()}
+        check = PrecisionCheck(float32_model, data, recipe, targets)
+        models = {p: self._try_precision(folder, p, packed, data, check) for p, packed in packed_graphs.items()}
         candidates = {FLOAT32: float32_model} | {p: model for p, model in models.items() if model is not None}
         chosen = self._choose_precision(candidates, data)
         for precision in candidates.keys() - {FLOAT32, chosen}:
@@ -77,14 +77,14 @@ class ReducedPrecision:
         return chosen
 
     def _try_precision(
-        self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: PrecisionCheck
+        self, folder: Path, precision: str, packed: bytes, data: LocalData, check: PrecisionCheck
     ) -> Predictor | None:
         """Write a precision's files into the folder; returns their model, or None if it may not serve."""
         try:
-            for name, raw in unpack_graphs(kit, precision).items():
+            for name, raw in unpack_graphs(packed, precision).items():
                 atomic_file.write_atomically(folder / name, raw, private=True)
             weights = tensorfile.load_tensors(folder / WEIGHTS)
-            model, comparison = lower_model(folder, precision, weights, data, judge, self._threads)
+            model, comparison = lower_model(folder, precision, weights, data, check, self._threads)
         except FedpruneError as error:  # a failure here must not lose a finished round
             _LOG.warning("the model doesn't serve with %s: %s", precision, error)
             clear_precision(folder, precision)
@@ -125,7 +125,7 @@ class PrecisionCheck:
 
 
 def lower_model(
-    folder: Path, precision: str, tensors: Mapping[str, Any], data: LocalData, judge: PrecisionCheck, threads: int = 1
+    folder: Path, precision: str, tensors: Mapping[str, Any], data: LocalData, check: PrecisionCheck, threads: int = 1
 ) -> tuple[Predictor, Agreement]:
     """Write float32's `tensors` at a precision next to its graphs; returns their model, and how it compares.
 
@@ -134,7 +134,7 @@ def lower_model(
     raw = lowered_weights(folder, precision, tensors, data.x_train[:CALIBRATION_SAMPLES])
     atomic_file.write_atomically(folder / weights_file(precision), raw, private=True)
     model = Predictor(folder / graph_file(precision), threads=threads)
-    comparison = judge.compare(model)
+    comparison = check.compare(model)
     if comparison.refusal:
         raise ModelError(comparison.refusal)
     return model, comparison

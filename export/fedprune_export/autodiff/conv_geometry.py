@@ -143,7 +143,7 @@ def flat_read_indices(w: Window) -> Indices:
 
 
 def inverse_reads(read: Indices, positions: int) -> Indices:
-    """The inverse of `read_positions`: which output each position goes to by each kernel element, -1 for none.
+    """Invert reads: which output each position goes to by each kernel element, [positions, elements], -1 for none.
 
     One kernel element brings a position to one output at most.
 
@@ -178,7 +178,7 @@ MAX_COLUMNS_AREA = 16
 
 
 class ColumnConvolution:
-    """A convolution in one group, or in groups of any length (see `convolutions.Convolution`).
+    """A convolution in one group, or in groups of any length (see `fedprune_export.operators.convolution.Convolution`).
 
     Values are gathered with the batch as their last axis, so that each index copies a run of memory.
     """

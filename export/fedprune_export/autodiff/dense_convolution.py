@@ -1,7 +1,7 @@
 """Convolution in one group.
 
 The gradients of a layer have several formulations each that give the same numbers; which one is fast depends on the
-layer's shape. `formulation` chooses.
+layer's shape. `choose_formulation` chooses.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _MAX_IMAGE_CHANNELS = 3
 ON_CUDA = Formulation("transposed", "convolution")
 
 
-def formulation(w: Window, channels: int) -> Formulation:
-    """The formulation for a layer."""
+def choose_formulation(w: Window, channels: int) -> Formulation:
+    """Choose the fastest formulation for a layer with this window and number of input channels."""
     area, elements = math.prod(w.output), math.prod(w.kernel)
     large = elements >= _MIN_LARGE_KERNEL_ELEMENTS
     if large and channels <= _MAX_IMAGE_CHANNELS:
@@ -54,8 +54,8 @@ def formulation(w: Window, channels: int) -> Formulation:
     return Formulation("flipped" if w.has_flipped_gradient and not large else "transposed", weight)
 
 
-class Dense:
-    """A convolution in one group (see `convolutions.Convolution`)."""
+class DenseConvolution:
+    """A convolution in one group (see `fedprune_export.operators.convolution.Convolution`)."""
 
     def __init__(self, g: Graph, w: Window, kernel: str, form: Formulation) -> None:
         self.g, self.window, self.kernel, self.form = g, w, kernel, form

@@ -122,7 +122,7 @@ def _band(read: Indices, size: int) -> Band:
 
 
 class Depthwise:
-    """One input and one output channel per group (see `convolutions.Convolution`)."""
+    """One input and one output channel per group (see `fedprune_export.operators.convolution.Convolution`)."""
 
     def __init__(self, g: Graph, w: Window, kernel: str) -> None:
         self.g, self.window, self.products = g, w, divide_into_lines(w)

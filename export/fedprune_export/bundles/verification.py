@@ -237,7 +237,7 @@ class _Trial:
 
 
 def check_model(bundle: Bundle, model: Model) -> str:
-    """Check that a bundle's outputs are those of the whole model with the lost channels masked.
+    """Check that a bundle's outputs are those of the whole model with the pruned channels masked.
 
     Raises:
         BundleError: The bundle is of another architecture, or its weights are not the model's.
@@ -259,4 +259,4 @@ def check_model(bundle: Bundle, model: Model) -> str:
         bundle.selection,
         {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS, *([BASE] if bundle.base else []))},
     )
-    return f"equal to the whole model with the lost channels masked to {error:.1e}"
+    return f"equals the whole model with the pruned channels masked, within a relative error of {error:.1e}"

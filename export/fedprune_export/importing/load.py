@@ -23,7 +23,6 @@ from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.hub_folder import class_names, model_name, read_hub_folder
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.lengths import bind_length, read_shape
-from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model, read_model_file
 from fedprune_export.importing.normalise import Normalised, normalise
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, read_packing
@@ -46,14 +45,14 @@ from fedprune_export.pruning.frozen_base import check_precision, freeze_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
 __all__ = [
-    "PARAMETERS_KEY",
     "ImportChoices",
     "check_input",
-    "export_torch",
     "import_onnx",
+    "is_factory_source",
     "load",
     "read_source",
     "torch_module",
+    "with_choices",
 ]
 
 Prefer = Literal["coarse", "fine"]

@@ -14,7 +14,7 @@ from fedprune.core.errors import ModelError
 from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff import conv_geometry
 from fedprune_export.autodiff.conv_geometry import Window, window
-from fedprune_export.autodiff.dense_convolution import ON_CUDA, Dense, formulation
+from fedprune_export.autodiff.dense_convolution import ON_CUDA, DenseConvolution, choose_formulation
 from fedprune_export.autodiff.depthwise_convolution import Depthwise
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
@@ -145,10 +145,10 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
         if tape.graph.unit == CUDA:
-            return Dense(tape.graph, w, kernel, ON_CUDA)
+            return DenseConvolution(tape.graph, w, kernel, ON_CUDA)
         # On small maps one product of columns is faster than a convolution.
         if math.prod(w.output) > conv_geometry.MAX_COLUMNS_AREA:
-            return Dense(tape.graph, w, kernel, formulation(w, tape.extent(shape[1])))
+            return DenseConvolution(tape.graph, w, kernel, choose_formulation(w, tape.extent(shape[1])))
     elif lengths == (1, 1):
         return Depthwise(tape.graph, w, kernel)
     return conv_geometry.ColumnConvolution(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])

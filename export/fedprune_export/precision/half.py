@@ -29,11 +29,11 @@ _FLOAT16_OPERATORS = frozenset(
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
-def use_float16(pair: LoweredPair) -> list[str]:
+def convert_to_float16(pair: LoweredPair) -> list[str]:
     """Let a graph compute in float16. Returns the nodes that stay in float32."""
-    halving = _Float16Writer(pair)
+    writer = _Float16Writer(pair)
     nodes, pair.graph.nodes = pair.graph.nodes, []
-    return [node_text(n) for n in nodes if not halving.add_node(n)]
+    return [node_text(n) for n in nodes if not writer.add_node(n)]
 
 
 def node_text(node: Node) -> str:
@@ -51,7 +51,7 @@ class _Float16Writer:
         self._computed_in_half: set[str] = set()
 
     def add_node(self, node: Node) -> bool:
-        """Append a node with the casts that it needs; returns whether it computes in float16, or without floats."""
+        """Append a node with the casts that it needs; returns False if it computes floats in float32."""
         floats = [self._pair.is_float(o) for o in node.outputs if o]
         reads = [i for i in node.inputs if i and self._is_float(i)]
         if node.op not in _FLOAT16_OPERATORS or node.domain or not reads or not floats or not all(floats):

@@ -12,7 +12,7 @@ from fedprune.runtime.precision import RANGES, pack_graphs, prepare_tensors
 from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.precision.folding import fold
-from fedprune_export.precision.half import use_float16
+from fedprune_export.precision.half import convert_to_float16
 from fedprune_export.precision.quantisation import calibration_graph, plan_quantisation, quantise, use_quantisable_forms
 from fedprune_export.precision.weight_prep import LoweredPair
 from fedprune_export.pruning.model import Model
@@ -73,7 +73,7 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
     stays: list[str] = []
     calibrate, layers = None, []
     if precision == "float16":
-        stays = use_float16(pair)
+        stays = convert_to_float16(pair)
     elif precision == "int8":
         use_quantisable_forms(pair)
         plan = plan_quantisation(pair, keep)

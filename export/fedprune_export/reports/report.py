@@ -70,7 +70,7 @@ _LAYER_COLUMNS = (
     *(Column(title, is_right_aligned=True) for what in ("weight", "MACs", "activations") for title in (what, "as cut")),
 )
 _PARITY_TEXT = (
-    "On {} random inputs the bundle differs from the whole model with the lost channels masked by at most {:.1e} of "
+    "On {} random inputs the bundle differs from the whole model with the pruned channels masked by at most {:.1e} of "
     "the largest output."
 )
 _CHANNEL_BARS = "One bar per channel group, its channels in the model's own order: filled ones are kept."
@@ -122,7 +122,7 @@ class Report:
 
     Attributes:
         plan: The widths with their reasons, and how the board trains.
-        parity: Largest difference between the bundle's outputs and those of the whole model with the lost channels
+        parity: Largest difference between the bundle's outputs and those of the whole model with the pruned channels
             masked, relative to the largest output.
         trials: The lower precisions that the bundle has, too.
     """

@@ -29,7 +29,7 @@ class SingleJobScheduler:
     def on_disconnect(self, device: str, session: int) -> None:
         self._runner.unassign(device, session)
 
-    def share(self, now: float, *, finished: bool) -> None:
+    def share_devices(self, now: float, *, finished: bool) -> None:
         """Do nothing: no device waits for a job."""
 
 
@@ -78,7 +78,7 @@ class DeviceScheduler:
         if job is not None:
             self._runners[job].unassign(device, session)
 
-    def share(self, now: float, *, finished: bool) -> None:
+    def share_devices(self, now: float, *, finished: bool) -> None:
         """Take devices back and assign free ones until nothing changes; `finished` once all jobs are done."""
         if self._charged_at is not None:
             self._scheduler.charge(self._working_devices, max(0.0, now - self._charged_at))
@@ -99,7 +99,7 @@ class DeviceScheduler:
                 self._working_devices.pop(device, None)
 
     def _refresh_suitability(self) -> set[str]:
-        """Note anew which jobs the changed devices suit; returns those devices."""
+        """Update which jobs suit the changed devices; returns those devices."""
         for runner in self._runners.values():
             self._devices_to_check |= runner.take_changes()
         for device in self._devices_to_check:
@@ -116,7 +116,10 @@ class DeviceScheduler:
         return demands, [demand for demand in demands if demand.has_share(len(self._suitable_devices[demand.job]))]
 
     def _share_once(self, checked_devices: set[str]) -> bool:
-        """Share out free devices; returns whether a job got any."""
+        """Reassign changed devices and assign free ones; returns whether a job got any.
+
+        Adds the devices that it looked at to `checked_devices`.
+        """
         devices_to_check = self._refresh_suitability()
         _, able_demands = self._current_demands()
         only_able_job = able_demands[0].job if len(able_demands) == 1 else None

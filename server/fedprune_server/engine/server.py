@@ -445,7 +445,7 @@ class Server:
 
     def _share_devices(self, now: float) -> None:
         """Share devices among the jobs; once all are finished, begin the end."""
-        self._scheduler.share(now, finished=self.is_finished)
+        self._scheduler.share_devices(now, finished=self.is_finished)
         if self.is_finished and self._shutdown is None:
             self._shutdown = self._begin_shutdown()
             for runner in self.runners.values():

@@ -40,7 +40,7 @@ class EnrollmentService:
         stored_answer = self._identity.store.stored_answer(digest)
         try:
             # Checked before a stored answer is sent again: the device may have been revoked since.
-            if not self._is_approved(request, digest):
+            if not self._approve(request, digest):
                 return self._sign_answer(digest, WAITING, "the operator must approve this device")
             if stored_answer is not None:
                 answer = parse_message(stored_answer)
@@ -69,15 +69,20 @@ class EnrollmentService:
             raise JoinError(f"{request.device} is approved no more")
         return certificate
 
-    def _is_approved(self, request: JoinRequest, digest: str) -> bool:
-        """Whether a device is approved; False if it must wait. Raises `JoinError` if it is refused, and `IdentityError`
-        if the authority would issue no certificate, in which case no claim is used."""
+    def _approve(self, request: JoinRequest, digest: str) -> bool:
+        """Approve a device by its claim, which is used up, or look up the operator's decision; False if it must wait.
+
+        Raises:
+            JoinError: The device is refused.
+            IdentityError: The authority would issue no certificate; the claim stays unused.
+        """
         if request.site != self._identity.site:
             raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
         if request.device == SERVER_COMMON_NAME:
             raise JoinError(f"no device may be called {SERVER_COMMON_NAME!r}", hint="Choose another name.")
         now = self._identity.authority.now()
         if request.claim is not None:
+            # For its errors alone: a claim must not be used up for a device that gets no certificate.
             self._identity.store.certificate(request, now)
             self._identity.store.use_claim(request, digest, now)
             return True

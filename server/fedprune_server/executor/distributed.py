@@ -53,7 +53,8 @@ class DistributedWorker:
 
     Args:
         worker: Does everything else, and what a helper fails at, so that errors are its own.
-        block: Numbers of a model that are worth a task, where helpers sum updates.
+        block: Numbers of a model from which on summing them is worth a task of its own.
+        batch: Updates that are summed together as they arrive.
     """
 
     def __init__(
@@ -280,7 +281,7 @@ class SharedSums:
         return _Batch(addition.contributions, [self._pool.submit(pool_tasks.add_up_updates, task) for task in tasks])
 
     def _collect(self, command: do.FoldUpdate | do.Close, *, wait: bool) -> None:
-        """Merge the sums of batches that are done; hanging helpers together cost their patience once."""
+        """Merge the sums of finished batches; if `wait`, of all, within one `patience_s` for all helpers together."""
         unfinished = []
         patience = self._pool.patience_s
         until = None if patience is None else time.monotonic() + patience

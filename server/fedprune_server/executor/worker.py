@@ -54,8 +54,8 @@ class Worker:
     Args:
         model: The imported model; its weights are where the job starts.
         store: Where blobs are read and put.
-        evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and
-            there is no accuracy where numbers are predicted.
+        evaluation: The server's test set; without it `Evaluated` carries no metrics. Metrics that aren't finite are
+            left out, and a model that predicts numbers has no accuracy.
         calibration: Samples on which every global model is distilled, if the strategy asks for it, and its batch-norm
             statistics are measured again; None for neither.
         unit: The processing unit of devices that have not measured theirs.

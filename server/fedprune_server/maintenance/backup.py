@@ -24,7 +24,7 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import AdvanceBar
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, BackupEntry, BackupManifest
-from fedprune_server.maintenance.inventory import Inventory, find_files, read_inventory
+from fedprune_server.maintenance.inventory import JobNeeds, find_blob_files, read_job_needs
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import open_blobs_reader
 from fedprune_server.storage.copying import write_snapshot
@@ -94,7 +94,7 @@ class _BackupContent:
         with Storage.open_existing(state) as storage:
             write_snapshot(storage, scratch / DATABASE)
         with Storage(f"sqlite:///{scratch / DATABASE}", create=False) as database_copy:
-            needs = read_inventory(database_copy)
+            needs = read_job_needs(database_copy)
         self._store = open_blobs_reader(state, needs.settings)  # a bucket is looked through after the copy was made
         self._add(DATABASE, scratch / DATABASE)
         self._add(MODEL_FILE, state / MODEL_FILE)
@@ -102,7 +102,7 @@ class _BackupContent:
             self._add_if_present(state, scratch, f"{IDENTITY}/{name}")
         self._add_if_present(state, scratch, CONSOLE)
         if (state / RELEASES).is_dir():
-            for digest, path in find_files(state / RELEASES).blobs.items():
+            for digest, path in find_blob_files(state / RELEASES).blobs.items():
                 self._add(f"{RELEASES}/{digest[:2]}/{digest}", path)
         for digest in sorted(self._blobs_to_copy(needs)):
             self._add_blob(digest)
@@ -125,7 +125,7 @@ class _BackupContent:
             raise StateChangedError(f"{path} changes all the time")
         return data
 
-    def _blobs_to_copy(self, needs: Inventory) -> set[str]:
+    def _blobs_to_copy(self, needs: JobNeeds) -> set[str]:
         stored_digests = set(self._store.names())
         return set(needs.references | (needs.models & stored_digests))
 

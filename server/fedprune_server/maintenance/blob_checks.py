@@ -12,7 +12,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import AdvanceBar, ignore_progress
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
-from fedprune_server.maintenance.inventory import BlobFiles, Inventory
+from fedprune_server.maintenance.inventory import BlobFiles, JobNeeds
 from fedprune_server.storage.s3.bucket import MODEL_KEY, OWNER_KEY, digest_of
 from fedprune_server.storage.s3.store import BucketStore
 
@@ -21,7 +21,7 @@ _REFETCH_ADVICE = "`--repair` looks for it in the state folder and, with `--from
 _REPAIR_ADVICE = "`--repair` mends it."
 
 
-def check_blob_folder(files: BlobFiles, needs: Inventory, advance: AdvanceBar) -> Iterator[Finding]:
+def check_blob_folder(files: BlobFiles, needs: JobNeeds, advance: AdvanceBar) -> Iterator[Finding]:
     """Check the blobs of a folder; `advance` is called with the bytes that were read."""
     yield from _missing_blobs(files.blobs, needs, "", _RESTORE_ADVICE)
     for digest, path in files.blobs.items():
@@ -56,7 +56,7 @@ def check_blob_file(
         yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
 
 
-def left_over_files(files_of_folder: BlobFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
+def left_over_files(files_of_folder: BlobFiles, needs: JobNeeds, *, running: bool, cache: bool) -> Iterator[Finding]:
     """Findings on files that the job doesn't need; a cache may hold any blob of its bucket."""
     # A running server writes files that no saved state refers to yet.
     if not running:
@@ -93,7 +93,7 @@ def left_over_files(files_of_folder: BlobFiles, needs: Inventory, *, running: bo
 
 
 def check_bucket(
-    store: BucketStore, cached_files: BlobFiles, needs: Inventory, advance: AdvanceBar, *, running: bool
+    store: BucketStore, cached_files: BlobFiles, needs: JobNeeds, advance: AdvanceBar, *, running: bool
 ) -> Iterator[Finding]:
     """Check the blobs of a bucket, and the folder that has copies of some of them."""
     url = store.bucket.url
@@ -154,7 +154,7 @@ def size_of_file(path: Path) -> int:
         return 0
 
 
-def _missing_blobs(stored: Container[str], needs: Inventory, bucket: str, advice: str) -> Iterator[Finding]:
+def _missing_blobs(stored: Container[str], needs: JobNeeds, bucket: str, advice: str) -> Iterator[Finding]:
     for digest in sorted(d for d in needs.references if d not in stored):
         what = f"blob {digest} is missing{f' from {bucket}' if bucket else ''}"
         yield Finding(Severity.WRONG, what, advice, Repair.FETCH, blob=digest)

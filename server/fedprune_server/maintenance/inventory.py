@@ -18,8 +18,8 @@ from fedprune_server.storage.storage import Storage
 
 
 @dataclass(frozen=True)
-class Inventory:
-    """The needs of a job.
+class JobNeeds:
+    """The blobs that a job needs, with its settings and state.
 
     Attributes:
         references: Digests without which it can't go on.
@@ -39,7 +39,7 @@ class Inventory:
         return self.references | self.models | self.expected_updates
 
 
-def read_inventory(storage: Storage) -> Inventory:
+def read_job_needs(storage: Storage) -> JobNeeds:
     """The needs of a database's job; raises `StorageError` if it has none or is damaged."""
     settings, state = storage.settings(), storage.load()
     if settings is None or state is None:
@@ -50,7 +50,7 @@ def read_inventory(storage: Storage) -> Inventory:
         raise StorageError(f"{storage.url}: its settings are damaged", expected="a whole number keep", got=repr(keep))
     updates = frozenset(str(t.update["sha256"]) for t in state.tasks.values() if t.update)
     models = frozenset(kept_models(state, keep, judging_metric(settings.get("job", {}))))
-    return Inventory(settings, state, frozenset(state.references()), models, updates)
+    return JobNeeds(settings, state, frozenset(state.references()), models, updates)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class BlobFiles:
     foreign: tuple[Path, ...]
 
 
-def find_files(root: Path) -> BlobFiles:
+def find_blob_files(root: Path) -> BlobFiles:
     """The files of a folder of blobs. Reads it without `BlobStore`, which makes missing folders and deletes files."""
     blobs, tables = dict[str, Path](), dict[str, Path]()
     partial, temporary, foreign = list[Path](), list[Path](), list[Path]()

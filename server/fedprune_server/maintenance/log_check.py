@@ -19,14 +19,14 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
-from fedprune_server.maintenance.inventory import Inventory
+from fedprune_server.maintenance.inventory import JobNeeds
 from fedprune_server.storage.state_folder import MODEL_FILE
 from fedprune_server.storage.storage import Storage
 
 _EVENT_TYPES: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}
 
 
-def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collection[str] = ()) -> Iterator[Finding]:
+def check_log(folder: Path, storage: Storage, needs: JobNeeds, allowed: Collection[str] = ()) -> Iterator[Finding]:
     """Replay a job's log in a new coordinator, and report the parts of the state that differ.
 
     Workers' results are taken from the log, so that this is quick and needs no updates; it proves only that log and
@@ -54,14 +54,14 @@ def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collect
         return
     if different_keys:
         advice = (
-            "That is so once the job's settings, as the log of a start says, or this program's version have changed. "
-            "If neither ever did, restore a backup."
+            "This is expected if the job's settings or fedprune's version have changed since the job began; the server "
+            "logs changed settings when it starts. If neither has changed, restore a backup."
         )
         yield Finding(Severity.NOTE, f"the log ends in another state: {', '.join(different_keys)}", advice)
 
 
 def _different_keys(
-    folder: Path, needs: Inventory, job: Job, log: Iterator[tuple[int, float, str, dict[str, Any]]] | chain[Any]
+    folder: Path, needs: JobNeeds, job: Job, log: Iterator[tuple[int, float, str, dict[str, Any]]] | chain[Any]
 ) -> list[str]:
     path = folder / MODEL_FILE
     with storage_errors(f"can't read {path}"):

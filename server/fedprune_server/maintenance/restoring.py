@@ -18,7 +18,7 @@ from fedprune.output.tables import AdvanceBar
 from fedprune.security.signed_channel import EpochFile
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import DATABASE, NAME, BackupEntry, BackupManifest, record_restore
-from fedprune_server.maintenance.inventory import read_inventory
+from fedprune_server.maintenance.inventory import read_job_needs
 from fedprune_server.storage.copying import fill_database
 from fedprune_server.storage.state_folder import database_url, store_url
 from fedprune_server.storage.storage import Storage
@@ -44,7 +44,7 @@ class Backup:
             self._copy(entry)
             advance(entry.size)
         with self._database() as copy, Storage(f"sqlite:///{copy}") as storage:
-            needs = read_inventory(storage)
+            needs = read_job_needs(storage)
         missing = needs.references - {e.sha256 for e in self.manifest.entries if e.is_blob}
         if missing:
             raise StorageError(f"the backup {self._path} lacks what its job needs: blob {min(missing)} is missing")

@@ -26,7 +26,7 @@ from fedprune_server.maintenance.blob_checks import (
 )
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
-from fedprune_server.maintenance.inventory import Inventory, find_files, read_inventory
+from fedprune_server.maintenance.inventory import JobNeeds, find_blob_files, read_job_needs
 from fedprune_server.maintenance.log_check import check_log
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.ota.store import RolloutStore
@@ -42,9 +42,9 @@ def blob_bytes(folder: Path) -> int:
     store = open_bucket(folder, settings)
     if store is not None:
         objects = sum(size for keys in store.objects().values() for size in keys.values())
-        return objects + sum(size_of_file(p) for p in find_files(folder / RELEASES).blobs.values())
+        return objects + sum(size_of_file(p) for p in find_blob_files(folder / RELEASES).blobs.values())
     roots = (folder / BLOBS_FOLDER, folder / RELEASES)
-    return sum(size_of_file(p) for root in roots for p in find_files(root).blobs.values())
+    return sum(size_of_file(p) for root in roots for p in find_blob_files(root).blobs.values())
 
 
 def check_state(
@@ -62,17 +62,17 @@ def check_state(
     """
     with Storage.open_existing(folder) as storage:
         _check_database(storage)
-        needs = read_inventory(storage)
+        needs = read_job_needs(storage)
         yield from _check_rows(storage, needs)
         yield from _check_model_file(folder, needs)
-        files = find_files(folder / BLOBS_FOLDER)
+        files = find_blob_files(folder / BLOBS_FOLDER)
         store = open_bucket(folder, needs.settings)
         if store is not None:
             blob_findings = list(check_bucket(store, files, needs, advance, running=running))
         else:
             blob_findings = list(check_blob_folder(files, needs, advance))
         if running:  # the server may have ended a round meanwhile, and deleted what it no longer needs
-            needs = read_inventory(storage)
+            needs = read_job_needs(storage)
             store_now = open_blobs_reader(folder, needs.settings)
             blob_findings = [
                 f
@@ -96,7 +96,7 @@ def _check_database(storage: Storage) -> None:
         raise StorageError(f"{storage.url} is damaged ({'; '.join(reports)})", hint="Restore the server's backup.")
 
 
-def _check_rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
+def _check_rows(storage: Storage, needs: JobNeeds) -> Iterator[Finding]:
     numbers = [r.get("round") for r in storage.rounds()]
     if numbers != list(range(1, len(numbers) + 1)):
         yield Finding(Severity.WRONG, f"{storage.url}: the rounds are not 1 to {len(numbers)}", "Restore a backup.")
@@ -116,7 +116,7 @@ def _check_rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
         last_number = number
 
 
-def _check_model_file(folder: Path, needs: Inventory) -> Iterator[Finding]:
+def _check_model_file(folder: Path, needs: JobNeeds) -> Iterator[Finding]:
     path = folder / MODEL_FILE
     try:
         with storage_errors(f"can't read {path}"):
@@ -136,7 +136,7 @@ def _check_other_files(folder: Path, advance: AdvanceBar) -> Iterator[Finding]:
     except StorageError as error:
         yield Finding(Severity.WRONG, error.what, "Restore a backup; boards that have a rollout's release keep it.")
     if (folder / RELEASES).is_dir():
-        files = find_files(folder / RELEASES)
+        files = find_blob_files(folder / RELEASES)
         for digest, path in files.blobs.items():
             for finding in check_blob_file(digest, path, files.tables.get(digest), advance, needed=True):
                 advice = finding.advice if finding.repair is Repair.DELETE else "Stop the rollout and begin it again."

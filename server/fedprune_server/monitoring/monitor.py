@@ -123,8 +123,10 @@ class JobWatch:
         """The job as the rules see it."""
         self.participation.update()
         snapshot, away_since = self._snapshot, self.participation.away_since
-        is_short = snapshot.phase is Phase.WAITING or not snapshot.able_devices
-        missing_boards = (name for name in away_since if name not in snapshot.revoked_devices) if is_short else iter(())
+        needs_boards = snapshot.phase is Phase.WAITING or not snapshot.able_devices
+        missing_boards = (
+            (name for name in away_since if name not in snapshot.revoked_devices) if needs_boards else iter(())
+        )
         return WatchedJob(
             snapshot=snapshot,
             folder=self._folder,
@@ -187,7 +189,7 @@ class Monitor:
         self._fleet = FleetSnapshot()
         self._away_rounds = away_rounds
         self._free_boards: list[str] = []
-        self._next_free_at = 0.0
+        self._next_free_boards_at = 0.0
         self.notified_alerts: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(read_monitor_record(folder).alerts) if book is None else book
@@ -198,18 +200,19 @@ class Monitor:
         self._next_at = 0.0
         self._waits_since: float | None = None  # for the database, within a turn of the loop
         self._next_log_at: float | None = None
+        # The loop's last turn, by both clocks: the file's readers need a date, `is_hanging` a clock that never jumps.
         self._turned_at, self._observed_at = clock(), monotonic()
         self._stopping, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
-    def hangs(self) -> bool:
+    def is_hanging(self) -> bool:
         """Whether the loop hangs; may be called from any thread."""
         return self._monotonic() - self._observed_at > HANG_THRESHOLD_S
 
     def open_alerts(self) -> list[Alert]:
         """All open alerts, including a hanging loop; may be called from any thread."""
-        if not self.hangs:
+        if not self.is_hanging:
             return self.book.open_alerts
         hanging = Situation(self._folder, since_turn_s=self._monotonic() - self._observed_at)
         return [*evaluate_alerts(hanging, self._clock()), *self.book.open_alerts]
@@ -265,8 +268,9 @@ class Monitor:
             closes: Whether alerts may close. At the server's end their causes may be hidden, and aren't gone.
         """
         unix_now, now = self._clock(), self._monotonic()
-        if not waits_for and now >= self._next_free_at:  # not at every evaluation: it takes a while with many boards
-            self._next_free_at, fleet = now + FACTS_INTERVAL_S, self._fleet
+        # Not at every evaluation: it takes a while with many boards.
+        if not waits_for and now >= self._next_free_boards_at:
+            self._next_free_boards_at, fleet = now + FACTS_INTERVAL_S, self._fleet
             free = set(fleet.connected_devices) - fleet.job_of_device.keys() if fleet.has_several_jobs else ()
             self._free_boards = sorted(free)
         situation = Situation(self._folder, waits_for=waits_for) if waits_for else self._situation()

@@ -119,7 +119,8 @@ class RolloutCoordinator:
             self._logged_failures[device] = report  # it is repeated at every birth
             log.warning("device %s: release %d is %s: %s", device, report.number, report.state, reason)
         if entry is not None and report.number == entry.left_release and report.state in (TRIAL, COMMITTED):
-            # It installed the release that boards go back from after the way back began, or had been taken for failed.
+            # The board installed the release that is being rolled back, after the rollback began or after it was
+            # counted as failed: it must be rolled back, too.
             if self._members is None or device in self._members():
                 self._take_step(entry, lambda r, now: r.add_board(device, now))
             return

@@ -131,7 +131,7 @@ class BucketSync:
     def _order(self, order: ArrivedUpdate | Adoption | str) -> None:
         if len(self._threads) < _MAX_THREADS:
             # Daemon threads: the process must be able to end while the bucket is away.
-            thread = threading.Thread(target=self._run, name="fedprune-shipping", daemon=True)
+            thread = threading.Thread(target=self._run, name="fedprune-bucket-sync", daemon=True)
             self._threads.append(thread)
             thread.start()
         self._orders.put(order)

@@ -201,7 +201,7 @@ def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(flee
 
     def away(key: str, data: bytes, sha256: str) -> None:
         # One update waits: offers go out and others' updates count, so that the round could end at its deadline.
-        ships = threading.current_thread().name == "fedprune-shipping"
+        ships = threading.current_thread().name == "fedprune-bucket-sync"
         if ships and fleet.air.now < 3 * JOB.deadline_s and late in ([], [sha256]):
             late[:] = [sha256]
             raise BucketError("the bucket is away")

@@ -46,7 +46,7 @@ def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
         several.air.devices["d"].profile = "unknown-board" if strange else several.air.devices["d"].profile
         host = several.host()
         scheduler: Any = host._scheduler
-        share = scheduler.share
+        share = scheduler.share_devices
 
         def share_and_compare(now: float, *, finished: bool) -> None:
             share(now, finished=finished)
@@ -54,7 +54,7 @@ def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
                 compare(scheduler)
             compared[0] += 1
 
-        scheduler.share = share_and_compare
+        scheduler.share_devices = share_and_compare
         for device in several.air.devices.values():
 
             def dying(offer: Offer, device: Any = device, take: Any = device.take) -> None:

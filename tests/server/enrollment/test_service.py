@@ -101,7 +101,7 @@ def test_a_board_joins_with_a_claim_and_keeps_all_that_it_needs(
     assert restarted.key.verifying_key == device.key.verifying_key
     assert restarted.server == identity.key.verifying_key
     assert restarted.trusted_time.floor == int(NOW[0])  # a board in 1970 now knows better
-    restarted.context()
+    restarted.tls_context()
     for path in (tmp_path / "board").iterdir():
         if "key" in path.name:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -196,7 +196,7 @@ def test_a_certificate_is_renewed_with_a_new_key_by_who_is_let_in_alone(
     new = (tmp_path / "board" / "device.pem").read_text()
     assert new != old
     assert not device.needs_renewal()
-    device.context()  # certificate and key are a pair
+    device.tls_context()  # certificate and key are a pair
     assert answer(identity, bare(None))[0] == WAITING  # another key of that name has to wait
 
 

@@ -172,7 +172,7 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
     hearing = [*LAB.device_subscriptions("pi-1"), LAB.join_answer(nonce)]
     with (
         site.client(site.identity.tls_context(), listening) as server,
-        site.client(pi_1.context(), hearing, client_id=nonce) as device,
+        site.client(pi_1.tls_context(), hearing, client_id=nonce) as device,
     ):
         # A member asks for a new certificate with its own one, on the topics of those that join.
         up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job"), LAB.join_request(nonce)]
@@ -201,8 +201,8 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
     ]
     with (
         site.client(site.identity.tls_context(), ["#"]) as server,
-        site.client(pi_2.context(), LAB.device_subscriptions("pi-2")) as victim,
-        site.client(pi_1.context(), everything) as rogue,
+        site.client(pi_2.tls_context(), LAB.device_subscriptions("pi-2")) as victim,
+        site.client(pi_1.tls_context(), everything) as rogue,
     ):
         for topic in (
             LAB.up("pi-2"), LAB.up_blob("pi-2", "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
@@ -240,7 +240,7 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
     over = past.issue_device("lab", "pi-1", make_request(key, "pi-1"), days=1)
     broker = ours.issue_broker(["pi-1"], make_request(key, "x"))  # a certificate for brokers lets nobody in
 
-    assert not site.refuses(pi_1.context())
+    assert not site.refuses(pi_1.tls_context())
     assert site.refuses(with_certificate(foreign))
     assert site.refuses(with_certificate(over))
     assert site.refuses(with_certificate(broker))
@@ -251,13 +251,13 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
 @pytest.mark.mosquitto
 def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) -> None:
     lost, member = site.device("stolen"), site.device("at-home")
-    assert not site.refuses(lost.context())
+    assert not site.refuses(lost.tls_context())
     reload = f'cp "$FEDPRUNE_CRL" {site.folder / "broker" / "crl.pem"} && kill -HUP {site.process.pid}'
     folder, crl = site.folder / "state", site.identity.authority.crl_path
     with list_delivery(shlex.join(["sh", "-c", reload]), folder, crl):
         site.identity.revoke("stolen")
-        until(lambda: site.refuses(lost.context()))
-    assert not site.refuses(member.context())
+        until(lambda: site.refuses(lost.tls_context()))
+    assert not site.refuses(member.tls_context())
 
 
 @pytest.mark.mosquitto
@@ -273,7 +273,7 @@ def test_who_wants_to_join_reaches_its_own_two_topics_only(site: Site, pi_1: Dev
     everything += [*LAB.device_subscriptions("pi-1"), LAB.join_answer(own_nonce), "$SYS/#"]
     with (
         site.client(site.identity.tls_context(), [*LAB.server_subscriptions(), LAB.join_subscription()]) as server,
-        site.client(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
+        site.client(pi_1.tls_context(), LAB.device_subscriptions("pi-1")) as device,
         site.client(
             unpinned_context(), [LAB.join_answer(foreign_nonce)], joining=True, client_id=foreign_nonce
         ) as waiting,

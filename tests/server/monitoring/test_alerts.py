@@ -563,7 +563,7 @@ def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) ->
     monitor = watching(tmp_path, now=lambda: now[0])
     show(monitor, seen=snapshot)
     now[0] = 59.0
-    assert not monitor.hangs
+    assert not monitor.is_hanging
     assert monitor.open_alerts() == []
     now[0] = 61.0
     assert [a.kind for a in monitor.open_alerts()] == ["server-hangs"]

@@ -20,7 +20,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.background import BackgroundExecutor, HeavyCommand
 from fedprune_server.executor.retention import BlobCollector, sweep_blobs
-from fedprune_server.maintenance.inventory import read_inventory
+from fedprune_server.maintenance.inventory import read_job_needs
 from fedprune_server.storage.storage import Storage
 from support.fakes.asynchronous_shell import KINDS, Shell
 from support.fakes.tiny_job import JOB
@@ -152,4 +152,4 @@ def test_a_backup_needs_the_best_model_too(tmp_path: Path) -> None:
     with Storage.open_in(tmp_path) as storage:
         storage.put_settings({"job": JOB.to_dict(), "server": {"keep": 1}})
         storage.save(State(model=rows[-1]["model"], round=3, history=rows), (), 1.0)
-        assert read_inventory(storage).models == {f"{1:064}", f"{3:064}"}
+        assert read_job_needs(storage).models == {f"{1:064}", f"{3:064}"}

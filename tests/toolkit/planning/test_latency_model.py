@@ -194,9 +194,9 @@ def test_rungs_lie_on_one_another_and_are_not_slower_than_uniform_width(seed: in
     for above, below in itertools.pairwise(ladder):
         assert all(a >= b >= 1 for a, b in zip(above.widths, below.widths, strict=True))
         assert above.widths != below.widths
-    for rung in ladder[:-1]:
-        equal_work = uniform[int(np.argmax(macs >= workload(architecture).forward_macs(rung.widths)[0]))]
-        for mine, its in zip(times(rung.widths), times(equal_work), strict=True):
+    for candidate in ladder[:-1]:
+        equal_work = uniform[int(np.argmax(macs >= workload(architecture).forward_macs(candidate.widths)[0]))]
+        for mine, its in zip(times(candidate.widths), times(equal_work), strict=True):
             assert mine <= its * (1 + 1e-9)
     # What the smallest board can hold is no question of speed.
     narrowest = widths_at(architecture, DENSITIES[-1])
@@ -208,5 +208,5 @@ def test_a_cliff_is_kept_to_the_cheap_side_of() -> None:
     dear = {k: tuple(9 * v for v in row) if k.endswith("plain") else row for k, row in typical.inference.items()}
     ladder = width_candidates(NET, LatencyTable(16, typical.training, dear), 16, DENSITIES)
     # The first group's channels are read by a convolution; the second's only by a linear layer.
-    assert all(rung.widths[0] % 4 == 0 for rung in ladder[:-1])
+    assert all(candidate.widths[0] % 4 == 0 for candidate in ladder[:-1])
     assert len(ladder) > 8

@@ -156,8 +156,8 @@ def test_a_board_says_that_its_broker_is_another_server_s(serve: Callable[[str],
     board_authority = Authority.make(tmp_path / "own", "lab").crl_path.parent / "authority.pem"
     shutil.copy(board_authority, board.folder / "authority.pem")
     with pytest.raises(ssl.SSLCertVerificationError) as caught:
-        greeting(board.context(certificate=False), port)
+        greeting(board.tls_context(with_certificate=False), port)
     assert "another server's" in connection_failure(caught.value)
     with pytest.raises(ssl.SSLCertVerificationError) as caught:
-        greeting(board.context(board_authority, certificate=False), port)
+        greeting(board.tls_context(board_authority, with_certificate=False), port)
     assert "another server's" not in connection_failure(caught.value), "with --ca the authority may be the wrong one"

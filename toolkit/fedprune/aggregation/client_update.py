@@ -85,8 +85,8 @@ def check_submodel(
                 raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{smallest:g}")
 
 
-def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]], reported: Collection[str]) -> None:
-    """Make sure that tensors are squared gradients of a submodel, of those that the recipe has reported.
+def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]], requested: Collection[str]) -> None:
+    """Check the squared gradients of an update: only those that the recipe requests, in the submodel's shapes.
 
     Raises `ProtocolError`, which names a tensor that was not asked for, is not float32, has another shape than the
     selection says, or holds values that are negative or not finite.
@@ -95,7 +95,7 @@ def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]],
     largest = float(np.finfo(np.float32).max)
     for name, value in sorted(squares.items()):
         what = f"squared gradients of {value_text(name)}"
-        if name not in reported:
+        if name not in requested:
             raise ProtocolError(f"update holds {what}, which was not requested")
         if value.dtype != np.float32:
             raise ProtocolError(f"type of {what}", expected="float32", got=value.dtype)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedprune.coordination.job_end import spent_share_after_round
-from fedprune.coordination.width_planner import forget_oldest, predict_round
+from fedprune.coordination.width_planner import drop_oldest, predict_round
 from fedprune.core.errors import ProfileError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice, State
@@ -211,7 +211,7 @@ class Grants:
             if widths != device.widths:
                 share = self._prediction(device, widths).train_s / self._prediction(device, device.widths).train_s
             self._repeats_by_plan[key] = WidthPlan.from_dict(device.plan).repeats(share)
-            forget_oldest(self._repeats_by_plan)
+            drop_oldest(self._repeats_by_plan)
         return self._repeats_by_plan[key]
 
     def _slowest_round_s(self, devices: Iterable[JobDevice]) -> float:
@@ -238,7 +238,7 @@ class Grants:
             except ProfileError:
                 step_s = 0.0
             self._step_seconds[key] = (device.profile, step_s)
-            forget_oldest(self._step_seconds)
+            drop_oldest(self._step_seconds)
         return step_s * self._recipe.steps(device.samples)
 
     def _prediction(self, device: JobDevice, widths: Widths) -> Prediction:
@@ -248,5 +248,5 @@ class Grants:
     def _training_macs(self, widths: Widths) -> int:
         if widths not in self._macs_by_widths:
             self._macs_by_widths[widths] = max(1, costs_at(self._architecture, widths).training_macs)
-            forget_oldest(self._macs_by_widths)
+            drop_oldest(self._macs_by_widths)
         return self._macs_by_widths[widths]

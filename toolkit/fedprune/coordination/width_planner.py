@@ -61,9 +61,11 @@ class WidthPlanner:
     def plan(self, name: str, device: JobDevice) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
 
-        What a device's rounds taught never excludes it. One that looks too slow for any width is planned without the
-        times that they taught; one whose memory looks too small for any gets the narrowest. Raises `ConfigError` if the
-        job's recipe has settings that don't go with its strategy's, which is no fault of a device.
+        Measured rounds never exclude a device. If it is too slow at every width, it is planned without the measured
+        times; if its memory is too small at every width, it gets the narrowest.
+
+        Raises:
+            ConfigError: The job's recipe has settings that don't go with its strategy's.
         """
         device.plan, device.widths, device.density, device.excluded = None, (), 1.0, ""
         if not self.job.density:
@@ -99,21 +101,25 @@ class WidthPlanner:
         if device.plan is None or device.accumulate != task.accumulate:
             return
         former_plan = self._read_plan(device.plan)
-        room = former_plan.limit_of(MEMORY).limit
+        memory_limit = former_plan.limit_of(MEMORY).limit
         expected = (
             former_plan.prediction
             if device.widths == task.widths
             else self._prediction_for_task(name, device, task, former_plan)
         )
-        correction = Correction(**device.correction).corrected_by(expected, former_plan.correction, task.metrics, room)
+        correction = Correction(**device.correction).corrected_by(
+            expected, former_plan.correction, task.metrics, memory_limit
+        )
         device.correction = vars(correction)
-        overran = task.metrics.get("peak_memory_bytes", 0.0) > room and correction != former_plan.correction
-        if not overran and not correction.differs_from(former_plan.correction, former_plan.prediction):
+        exceeds_memory = task.metrics.get("peak_memory_bytes", 0.0) > memory_limit and (
+            correction != former_plan.correction
+        )
+        if not exceeds_memory and not correction.differs_from(former_plan.correction, former_plan.prediction):
             return
         try:
             self._assign(
                 device,
-                self._fitting_plan(name, device, correction, *([correction.without_times()] if overran else [])),
+                self._fitting_plan(name, device, correction, *([correction.without_times()] if exceeds_memory else [])),
             )
         except StrategyError:
             raise
@@ -137,14 +143,14 @@ class WidthPlanner:
                 correction=plan.correction,
                 frozen=self.frozen,
             )
-            forget_oldest(self._predictions)
+            drop_oldest(self._predictions)
         return self._predictions[key]
 
     def _read_plan(self, body: Mapping[str, Any]) -> WidthPlan:
         """A plan read from its JSON, which devices share."""
         if body not in self._plans_by_body:
             self._plans_by_body[body] = WidthPlan.from_dict(body)
-            forget_oldest(self._plans_by_body)
+            drop_oldest(self._plans_by_body)
         return self._plans_by_body[body]
 
     def _assign(self, device: JobDevice, shared_plan: _SharedPlan) -> None:
@@ -177,11 +183,11 @@ class WidthPlanner:
         if shared_plan is None or any(self._recipe(name, device, w) != r for w, r in shared_plan.recipes.items()):
             shared_plan = self._find_plan(name, device, profile, correction)
         self._plans[key] = shared_plan
-        forget_oldest(self._plans)
+        drop_oldest(self._plans)
         return shared_plan
 
     def _profile(self, body: dict[str, Any]) -> tuple[dict[str, Any], HardwareProfile]:
-        """A profile as JSON and checked; devices of one kind share both, since a fleet's own copies fill a memory."""
+        """A profile's JSON and the parsed profile, shared by devices of one kind: copies would fill the memory."""
         shared_profile = self._profiles.get(str(body.get("name")))
         if shared_profile is None or shared_profile[0] != body:
             shared_profile = self._profiles[str(body.get("name"))] = (body, HardwareProfile.from_dict(body))
@@ -277,7 +283,7 @@ def predict_round(
     )
 
 
-def forget_oldest(remembered: dict[Any, Any]) -> None:
-    """Forget the oldest entry of a cache that has more than `MAX_CACHED`: dictionaries keep the order of insertion."""
-    if len(remembered) > MAX_CACHED:
-        del remembered[next(iter(remembered))]
+def drop_oldest(cache: dict[Any, Any]) -> None:
+    """Drop the oldest entry of a cache with more than `MAX_CACHED`: dictionaries keep the order of insertion."""
+    if len(cache) > MAX_CACHED:
+        del cache[next(iter(cache))]

@@ -1,8 +1,8 @@
 """Records: dataclasses whose annotations say which values their fields may have.
 
-`Annotated[int, number_range(0, 100)]` is a whole number in a range, `Annotated[str, printable_text(256)]` printable
-text. msgspec checks them as it reads JSON or plain values, and makes their JSON Schema; what it refuses becomes an
-error of ours, which names the field. Unknown keys are ignored.
+`Annotated[int, number_range(0, 100)]` is a whole number from 0 to 100, `Annotated[str, printable_text(256)]` text of
+at most 256 printable characters. msgspec checks them as it reads JSON or plain values, and makes their JSON Schema;
+what it refuses becomes an error of ours, which names the field. Unknown keys are ignored.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class JetPack:
     tensorrt: str
 
     @property
-    def can_run_the_runtime(self) -> bool:
+    def has_supported_python(self) -> bool:
         """Whether its Python is new enough for what boards run."""
         return tuple(int(n) for n in self.python.split(".")) >= _RUNTIME_PYTHON
 
@@ -212,7 +212,7 @@ def _difference_texts(profile: HardwareProfile, facts: BoardFacts, release: JetP
         promised = profile.software.tensorrt
         if promised is not None and promised != release.tensorrt:
             differences.append(f"JetPack {release.name} has TensorRT {release.tensorrt}, not {promised}")
-        if not release.can_run_the_runtime and profile.support == "full":
+        if not release.has_supported_python and profile.support == "full":
             differences.append(
                 f"JetPack {release.name} has Python {release.python}, and the runtime needs 3.10: flash a newer one"
             )

@@ -46,11 +46,11 @@ KINDS = (
     "batch-norm",
     "norm",
     "cheap",
-    "dear",
+    "dear",  # all other operators, such as Exp
     "pool",
     "reduce",
     "copy",
-    "run",
+    "run",  # the whole graph, once: what a run costs besides its layers
 )
 
 # Positions of a map from which, and up to which, a training graph's convolutions are formulated in their own way.
@@ -99,20 +99,20 @@ class Workload:
         shapes = {t.name: t.axes for t in architecture.tensors}
         # A product of two activations sums over `inner` what each of its outputs needs.
         self._layers = architecture.layers
-        reads, makes, weights, outs, weight_inners, product_inners = [], [], [], [], [], []
+        inputs, outputs, weights, out_channels, weight_inners, product_inners = [], [], [], [], [], []
         for layer in self._layers:
-            reads.append(self._axis_indices(layer.input_volume.axes))
-            makes.append(self._axis_indices(layer.output_volume.axes))
+            inputs.append(self._axis_indices(layer.input_volume.axes))
+            outputs.append(self._axis_indices(layer.output_volume.axes))
             axes = shapes.get(layer.weight, ())
             weights.append(self._axis_indices(axes))
             output_axes = axes[layer.output_axis : layer.output_axis + 1]
-            outs.append(self._axis_indices(output_axes))
+            out_channels.append(self._axis_indices(output_axes))
             other_axes = [a for i, a in enumerate(axes) if i != layer.output_axis]
             weight_inners.append(self._axis_indices(other_axes[:1]))
             product_inners.append(self._axis_indices((layer.inner,) if layer.inner.segments else ()))
-        self._read_axes, self._output_axes, self._weight_axes = map(_axis_table, (reads, makes, weights))
+        self._input_axes, self._output_axes, self._weight_axes = map(_axis_table, (inputs, outputs, weights))
         self._out_channel_axes, self._in_channel_axes, self._product_axes = map(
-            _axis_table, (outs, weight_inners, product_inners)
+            _axis_table, (out_channels, weight_inners, product_inners)
         )
         self._tensor_axes = _axis_table([self._axis_indices(t.axes) for t in architecture.tensors])
         self._activation_axes = _axis_table([self._axis_indices((v.channels,)) for v in architecture.activations])
@@ -125,8 +125,8 @@ class Workload:
                     self._fixed_lengths[index] += s.length
                 else:
                     self._slopes[s.group, index] += s.length / architecture.groups[s.group].size
-        self._read_positions = np.array([n.input_volume.positions for n in self._layers], float)
-        self._make_positions = np.array([n.output_volume.positions for n in self._layers], float)
+        self._input_positions = np.array([n.input_volume.positions for n in self._layers], float)
+        self._output_positions = np.array([n.output_volume.positions for n in self._layers], float)
         self._positions = np.array([n.positions for n in self._layers], float)
         self._value_positions = np.array([v.positions for v in architecture.activations], float)
         self._kernels = np.array([n.kernel for n in self._layers], float)
@@ -161,13 +161,14 @@ class Workload:
         return activations.sum(1), sizes[:, self._tensor_axes].prod(-1).sum(1)
 
     def _elements(self, sizes: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-        reads = sizes[:, self._read_axes].prod(-1) * self._read_positions
-        makes = sizes[:, self._output_axes].prod(-1) * self._make_positions
-        return reads, makes, np.where(self._has_weight, sizes[:, self._weight_axes].prod(-1), 0)
+        """Elements of each row's input, output and weight: [n, rows] each."""
+        inputs = sizes[:, self._input_axes].prod(-1) * self._input_positions
+        outputs = sizes[:, self._output_axes].prod(-1) * self._output_positions
+        return inputs, outputs, np.where(self._has_weight, sizes[:, self._weight_axes].prod(-1), 0)
 
-    def _macs(self, sizes: Numbers, reads: Numbers, makes: Numbers, weights: Numbers) -> Numbers:
+    def _macs(self, sizes: Numbers, inputs: Numbers, outputs: Numbers, weights: Numbers) -> Numbers:
         products = np.where(
-            self._training_kinds == _KIND_INDEX["product"], makes * sizes[:, self._product_axes].prod(-1), 0
+            self._training_kinds == _KIND_INDEX["product"], outputs * sizes[:, self._product_axes].prod(-1), 0
         )
         return np.asarray(np.where(self._has_weight, weights * self._positions, products))
 
@@ -187,8 +188,8 @@ class Workload:
 
     def _training_work(self, widths: npt.ArrayLike, batch: int) -> Numbers:
         sizes = self.sizes(widths)
-        reads, makes, weights = self._elements(sizes)
-        macs = self._macs(sizes, reads, makes, weights)
+        inputs, outputs, weights = self._elements(sizes)
+        macs = self._macs(sizes, inputs, outputs, weights)
         if self._first_weighted >= 0:
             macs[:, self._first_weighted] *= 2 / 3  # the gradient of the model's input isn't needed
         # Every output reads a window of its input: an element goes in once per tap, and less often by the stride.
@@ -200,13 +201,13 @@ class Workload:
         parts = np.where(self._has_weight, batch * np.where(large_maps, self._kernels, 1.0), 0.0)
         parts = np.broadcast_to(parts, macs.shape)
         ones = np.ones_like(macs)
-        rows = np.stack([ones, parts, macs * batch, (reads * taps + makes) * batch, weights], -1)
+        rows = np.stack([ones, parts, macs * batch, (inputs * taps + outputs) * batch, weights], -1)
         return self._sum_by_kind(rows, np.broadcast_to(self._training_kinds, macs.shape))
 
     def _inference_work(self, widths: npt.ArrayLike, batch: int, block: int) -> Numbers:
         sizes = self.sizes(widths)
-        reads, makes, weights = self._elements(sizes)
-        macs = self._macs(sizes, reads, makes, weights) * batch
+        inputs, outputs, weights = self._elements(sizes)
+        macs = self._macs(sizes, inputs, outputs, weights) * batch
         out, inner = sizes[:, self._out_channel_axes].prod(-1), sizes[:, self._in_channel_axes].prod(-1)
         kinds = np.broadcast_to(self._inference_kinds, macs.shape).copy()
         plain = self._uses_plain(kinds, inner, out, block)
@@ -228,7 +229,7 @@ class Workload:
             is_plain_kind = plain & (kinds == _KIND_INDEX[blocked])
             kinds[is_plain_kind & ~small] = _KIND_INDEX[plain_kind]
             kinds[is_plain_kind & small] = _KIND_INDEX.get(f"{plain_kind}-small", _KIND_INDEX[plain_kind])
-        moved_elements = (reads * taps + makes) * batch
+        moved_elements = (inputs * taps + outputs) * batch
         rows = np.stack([np.ones_like(macs), np.zeros_like(macs), macs, moved_elements, weights], -1)
         return self._sum_by_kind(np.where((kinds >= 0)[..., None], rows, 0.0), np.maximum(kinds, 0))
 

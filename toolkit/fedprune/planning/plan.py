@@ -299,17 +299,19 @@ class PlanSearch:
 
     def search(self) -> WidthPlan:
         """The plan. Raises `PlanError` if not even the narrowest candidate fits, or there is no candidate."""
-        widest_rung: WidthCandidate | None = None
+        widest_width_candidate: WidthCandidate | None = None
         wider_widths: tuple[int, ...] | None = None
-        for rung in self._candidates():
-            widest_rung = widest_rung or rung
+        for width_candidate in self._candidates():
+            widest_width_candidate = widest_width_candidate or width_candidate
             # Memory is looked at first: it takes a fraction of the time that a prediction takes.
-            if not self._split_to_fit(rung.widths, self._requested_recipe(rung.widths))[1]:
-                wider_widths = rung.widths
+            if not self._split_to_fit(width_candidate.widths, self._requested_recipe(width_candidate.widths))[1]:
+                wider_widths = width_candidate.widths
                 continue
-            candidate = self._candidate_at(rung.widths)
+            candidate = self._candidate_at(width_candidate.widths)
             if all(limit.fits for limit in candidate.limits):
-                widest_candidate = candidate if wider_widths is None else self._candidate_at(widest_rung.widths)
+                widest_candidate = (
+                    candidate if wider_widths is None else self._candidate_at(widest_width_candidate.widths)
+                )
                 kept_weights = candidate.prediction.parameters / widest_candidate.prediction.parameters
                 explanation = (
                     ""
@@ -319,20 +321,22 @@ class PlanSearch:
                 warns = kept_weights < MIN_KEPT_WEIGHTS and explanation
                 return self._plan_of(
                     candidate,
-                    rung.density,
+                    width_candidate.density,
                     bound=self._candidate_at(wider_widths).worst_limit.name if wider_widths else NOTHING_BINDS,
                     notes=(explanation,) if explanation and not warns else (),
                     warning=f"only {kept_weights:.1%} of the weights are kept. {explanation}" if warns else "",
                 )
-            wider_widths = rung.widths
-        if widest_rung is None:
+            wider_widths = width_candidate.widths
+        if widest_width_candidate is None:
             raise PlanError("there is no density to choose from")
-        narrowest = self._candidate_at(rung.widths)
+        narrowest = self._candidate_at(width_candidate.widths)
         worst, memory = narrowest.worst_limit, narrowest.prediction.memory
         # A board that has trained can train: memory that its rounds measured never excludes it.
         if [m.name for m in narrowest.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.available_bytes:
             measured = "the narrowest model takes more memory than the board has, by what its rounds measured"
-            return self._plan_of(narrowest, rung.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}")
+            return self._plan_of(
+                narrowest, width_candidate.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}"
+            )
         raise self._no_fit_error(narrowest)
 
     def _no_fit_error(self, narrowest: _Candidate) -> PlanError:
@@ -376,13 +380,16 @@ class PlanSearch:
             batch = min(self._requested_recipe(self.architecture.sizes).batch_size, self.samples)
             table, rate = latency_table(self.profile, self.probe), memory_bandwidth(self.profile, self.probe)
             narrower = width_candidates(self.architecture, table, batch, self.densities, rate)[1:]
-            yield from dict.fromkeys(replace(rung, widths=self._with_least(rung.widths)) for rung in narrower)
+            yield from dict.fromkeys(
+                replace(width_candidate, widths=self._with_least(width_candidate.widths))
+                for width_candidate in narrower
+            )
             return
-        rung_of_widths: dict[tuple[int, ...], WidthCandidate] = {}
+        candidate_of_widths: dict[tuple[int, ...], WidthCandidate] = {}
         for density in sorted(set(self.densities), reverse=True):
             widths = self._with_least(widths_at(self.architecture, density))
-            rung_of_widths.setdefault(widths, WidthCandidate(density, widths, 1))
-        yield from rung_of_widths.values()
+            candidate_of_widths.setdefault(widths, WidthCandidate(density, widths, 1))
+        yield from candidate_of_widths.values()
 
     def _with_least(self, widths: tuple[int, ...]) -> tuple[int, ...]:
         return widths_at_least(self.architecture, widths, self.least_channels)

@@ -90,7 +90,7 @@ def widths_in_multiples(architecture: Architecture, density: float, multiple: in
 class _UniformWidths:
     """Uniform widths, sorted by their MACs: what candidates are compared with."""
 
-    rungs: tuple[WidthCandidate, ...]
+    candidates: tuple[WidthCandidate, ...]
     macs: tuple[float, ...]
 
     def index_covering(self, macs: float) -> int:
@@ -99,7 +99,7 @@ class _UniformWidths:
 
 
 class _TimeModel:
-    """Computes times of steps and predictions. Two are equal if their digests are, so that results can be cached."""
+    """Computes times of steps and predictions. Compared by its inputs, so that results can be cached."""
 
     def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int, bandwidth: float) -> None:
         self.architecture, self.table, self.batch, self.bandwidth = architecture, table, batch, bandwidth
@@ -134,8 +134,8 @@ def _uniform_widths(key: ArchitectureKey) -> _UniformWidths:
 @lru_cache(maxsize=8)
 def _search_candidates(model: _TimeModel, densities: tuple[float, ...]) -> tuple[WidthCandidate, ...]:
     architecture, uniform = model.architecture, _uniform_widths(ArchitectureKey(model.architecture))
-    times = model.times([r.widths for r in uniform.rungs])
-    chosen_rungs: list[WidthCandidate] = []
+    times = model.times([c.widths for c in uniform.candidates])
+    chosen_candidates: list[WidthCandidate] = []
     widths_above = architecture.sizes
     for density in densities:
         uniform_widths = widths_at(architecture, density)
@@ -143,21 +143,21 @@ def _search_candidates(model: _TimeModel, densities: tuple[float, ...]) -> tuple
         if density < 1:
             for m in MULTIPLES:
                 multiple_of_widths.setdefault(widths_in_multiples(architecture, density, m), m)
-        # Clipped to the rung above, so that rungs nest.
+        # Clipped to the wider candidate chosen before, so that candidates nest.
         clipped = ((tuple(map(min, w, widths_above)), m) for w, m in multiple_of_widths.items())
         candidates = list(dict.fromkeys(WidthCandidate(density, w, m) for w, m in clipped))
-        gains, macs = _time_per_mac(model, candidates, uniform, times, widths_above)
-        # Of those that are about as fast the widest: coarse steps would leave a board's room unused.
-        nearly_fastest = [i for i in range(len(candidates)) if gains[i] <= _MAX_TIME_FACTOR * min(gains)]
+        time_costs, macs = _time_per_mac(model, candidates, uniform, times, widths_above)
+        # Of those that are about as fast the widest: coarse steps would leave a board's memory unused.
+        nearly_fastest = [i for i in range(len(candidates)) if time_costs[i] <= _MAX_TIME_FACTOR * min(time_costs)]
         index = max(nearly_fastest, key=lambda i: (candidates[i].widths != widths_above, macs[i]))
         if density == densities[-1]:
             index = 0  # what the smallest board can hold is no question of speed
-        elif gains[index] == math.inf:
+        elif time_costs[index] == math.inf:
             continue
-        if candidates[index].widths != widths_above or not chosen_rungs:
-            chosen_rungs.append(candidates[index])
+        if candidates[index].widths != widths_above or not chosen_candidates:
+            chosen_candidates.append(candidates[index])
             widths_above = candidates[index].widths
-    return tuple(chosen_rungs)
+    return tuple(chosen_candidates)
 
 
 def _time_per_mac(
@@ -167,17 +167,19 @@ def _time_per_mac(
     uniform_s: Times,
     above: Sequence[int],
 ) -> tuple[list[float], Times]:
-    """By candidate, the product of step time and latency, each per MAC (less is better), and its MACs.
+    """Per candidate, (step time per MAC) × (latency per MAC), where less is better, and its MACs.
 
-    The former is infinite where uniform widths of equal work are faster, or where the candidate is slower than the
-    wider one above it.
+    The product is infinite if uniform widths of equal work are faster, or if the candidate is slower than the wider
+    one above it.
     """
     widths = [*(c.widths for c in candidates), tuple(above)]
     macs = workload(model.architecture).forward_macs(widths)
     times = model.times(widths)
-    gains = []
+    time_costs = []
     for i in range(len(candidates)):
         relative = times[:, i] / uniform_s[:, uniform.index_covering(float(macs[i]))]
-        fast = bool((relative <= _EQUAL_TIME_FACTOR).all() and (times[:, i] <= _EQUAL_TIME_FACTOR * times[:, -1]).all())
-        gains.append(float(times[:, i].prod() / macs[i] ** 2) if fast else math.inf)
-    return gains, macs
+        is_fast_enough = bool(
+            (relative <= _EQUAL_TIME_FACTOR).all() and (times[:, i] <= _EQUAL_TIME_FACTOR * times[:, -1]).all()
+        )
+        time_costs.append(float(times[:, i].prod() / macs[i] ** 2) if is_fast_enough else math.inf)
+    return time_costs, macs

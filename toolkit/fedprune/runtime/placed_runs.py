@@ -20,8 +20,8 @@ from fedprune.core.errors import ExitCode, FedpruneError
 
 Array = npt.NDArray[Any]
 
-# Of one session, each with a copy of its inputs on the GPU. A trainer's steps alternate between two places of the
-# state, and an epoch's last batch may be smaller, so that each width of a simulation's boards needs four.
+# Recordings of one session; each holds a copy of its inputs on the GPU. A trainer's steps alternate between two
+# places of the state, and an epoch's last batch may be smaller, so that each width of a simulation needs four.
 MAX_RECORDINGS = 16
 
 # Equal runs before one is recorded: recording takes as long as three runs, so fewer repetitions gain nothing.

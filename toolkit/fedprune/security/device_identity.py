@@ -206,14 +206,14 @@ class DeviceIdentity:
             seconds_of(certificate.not_valid_after_utc) - admitted_at
         )
 
-    def context(self, authority: Path | None = None, *, certificate: bool = True) -> PinnedContext:
+    def tls_context(self, authority: Path | None = None, *, with_certificate: bool = True) -> PinnedContext:
         """A TLS context for connections to a broker of `authority`, by default the fleet's.
 
         Without the certificate only a renewal is possible. Raises `IdentityError` if the device hasn't joined, or a
         file is damaged.
         """
         certificate_path, key_path = (
-            (self.folder / _CERTIFICATE_FILE, self.folder / _TLS_KEY_FILE) if certificate else (None, None)
+            (self.folder / _CERTIFICATE_FILE, self.folder / _TLS_KEY_FILE) if with_certificate else (None, None)
         )
         context = pinned_context(
             authority or self.folder / _AUTHORITY_FILE, certificate_path, key_path, lambda: self.trusted_time.floor

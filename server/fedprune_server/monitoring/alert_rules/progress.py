@@ -40,9 +40,9 @@ def bad_predictions(situation: Situation, now: float) -> Iterator[Alert]:
 def _lost_rounds(situation: Situation, job: WatchedJob, now: float) -> Iterator[Alert]:
     if job.snapshot.is_paused or not (job.missed_deadlines or job.empty_rounds):
         return
-    loss = f"{quantity(job.missed_deadlines, 'deadline')} of {job.snapshot.deadline_s:g} s passed without an update"
+    cause = f"{quantity(job.missed_deadlines, 'deadline')} of {job.snapshot.deadline_s:g} s passed without an update"
     if not job.missed_deadlines:
-        loss = f"{quantity(job.empty_rounds, 'round')} closed without a usable update"
+        cause = f"{quantity(job.empty_rounds, 'round')} closed without a usable update"
     todo = (
         f"see each board's reason: {server_command('status', *state_args(job.folder))}, and "
         f"{server_command('crashes', *state_args(job.folder))}; if boards need longer: "
@@ -55,7 +55,7 @@ def _lost_rounds(situation: Situation, job: WatchedJob, now: float) -> Iterator[
         )
     yield Alert(
         "no-progress", CRITICAL, now,
-        f"job {job.snapshot.name} makes no progress in round {job.round_text}: {loss}",
+        f"job {job.snapshot.name} makes no progress in round {job.round_text}: {cause}",
         "the model doesn't move", todo, job=job.snapshot.name,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""TensorBoard: files of events, without its writer, which needs more of it."""
+"""TensorBoard's event files, written without its `SummaryWriter`, which imports more of the package."""
 
 from __future__ import annotations
 
