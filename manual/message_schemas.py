@@ -82,7 +82,19 @@ def page() -> str:
 
 def written(body: Schema) -> str:
     """A document as it lies in a file."""
-    return json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_with_plain_numbers(body), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _with_plain_numbers(value: Any) -> Any:
+    """A document with 3600 for 3600.0.
+
+    `typing` keeps one of two equal annotations, so whether a bound is an integer depends on what was imported first.
+    """
+    if isinstance(value, dict):
+        return {key: _with_plain_numbers(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_with_plain_numbers(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def _used(part: Any, definitions: dict[str, Schema]) -> dict[str, Schema]:
