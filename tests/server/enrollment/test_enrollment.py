@@ -177,7 +177,7 @@ def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server,
     after = (tmp_path / "board" / "device.pem").read_bytes()
     old, new = (read_certificate(pem, "certificate") for pem in (before, after))
     assert old.public_key() != new.public_key()
-    with BrokerLink(server.url, "board", tls=board.context) as link:
+    with BrokerLink(server.url, "board", tls=board.tls_context) as link:
         link.start()
     server.identity.revoke("attic")
     with pytest.raises(JoinError):

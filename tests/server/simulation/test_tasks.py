@@ -128,7 +128,7 @@ def test_a_bundle_that_labels_pixels_trains_and_predicts(tmp_path: Path, capsys:
     assert "accuracy" in train_output.partition("after:")[2]
     assert device(["predict", "--bundle", str(out), "--input", str(tmp_path / "pixels.npz")]) == 0
     predict_lines = capsys.readouterr().out.splitlines()
-    assert predict_lines[0].startswith(f"0: {SIDE} x {SIDE} places, none ")
+    assert predict_lines[0].startswith(f"0: {SIDE} x {SIDE} positions, none ")
 
 
 def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None:
