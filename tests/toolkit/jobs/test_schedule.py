@@ -13,7 +13,8 @@ from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.round_means import ServerStep
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import Arrival, Decay, Mixing, Schedule, Staleness
+from fedprune.jobs.schedule import Decay, Mixing, Schedule, Staleness
+from fedprune.jobs.update_weights import Arrival, staleness_share, step_size, update_weights
 from fedprune.strategies import compose
 
 pytestmark = pytest.mark.board
@@ -44,15 +45,15 @@ def test_what_is_staler_never_counts_for_more(decay: str, a: float, b: int, k: i
 def test_one_update_at_a_time_is_mixed_as_in_fedasync() -> None:
     schedule = Schedule("asynchronous", arrivals=1, mixing="damped", rate=0.6, staleness=Staleness("polynomial", a=0.5))
     update = Arrival(staleness=3, samples=17)
-    assert schedule.step_size([update], [], uniform=False) == pytest.approx(0.6 * 4**-0.5, rel=1e-15)
+    assert step_size(schedule, [update], [], uniform=False) == pytest.approx(0.6 * 4**-0.5, rel=1e-15)
 
 
 def test_a_buffer_is_averaged_as_in_fedbuff() -> None:
     """w ← w + η·(1/K)·Σ s(k_i)·Δ_i: shares times step are η·s_i / K."""
     schedule = replace(BUFFER, rate=0.7, staleness=Staleness("polynomial", a=0.5))
     updates = [Arrival(k, 5) for k in (0, 1, 8)]
-    weights = schedule.weights(updates, 3, uniform=True)
-    step = schedule.step_size(updates, [], uniform=True)
+    weights = update_weights(schedule, updates, 3, uniform=True)
+    step = step_size(schedule, updates, [], uniform=True)
     for update, weight in zip(updates, weights, strict=True):
         share = step * weight / sum(weights)
         assert share == pytest.approx(0.7 * (update.staleness + 1) ** -0.5 / 3, rel=3 * 3 * 2**-24)
@@ -60,14 +61,14 @@ def test_a_buffer_is_averaged_as_in_fedbuff() -> None:
 
 def test_all_that_is_normalised_goes_the_whole_way() -> None:
     schedule = Schedule("asynchronous", window_s=1.0, staleness=Staleness("hinge", a=1, b=2))
-    assert schedule.step_size([Arrival(9, 10), Arrival(0, 10)], [Arrival(30, 99)]) == 1.0
+    assert step_size(schedule, [Arrival(9, 10), Arrival(0, 10)], [Arrival(30, 99)]) == 1.0
 
 
 def test_frozen_staleness_is_that_of_the_arrival() -> None:
     schedule = replace(WINDOW, staleness=Staleness("polynomial", a=1))
     arrival = Arrival(5, 10, share=0.5)
-    assert schedule.staleness_share(arrival) == pytest.approx(1 / 6)
-    assert replace(schedule, staleness=Staleness("polynomial", a=1, frozen=True)).staleness_share(arrival) == 0.5
+    assert staleness_share(schedule, arrival) == pytest.approx(1 / 6)
+    assert staleness_share(replace(schedule, staleness=Staleness("polynomial", a=1, frozen=True)), arrival) == 0.5
 
 
 @given(
@@ -86,7 +87,7 @@ def test_weights_fit_the_sums_and_keep_the_shares(
         if uniform
         else sum(n for _, n in arrival_pairs) + sum(buffered_samples)
     )
-    weights = schedule.weights(arrivals, total, uniform=uniform)
+    weights = update_weights(schedule, arrivals, total, uniform=uniform)
     assert min(weights) >= 1
     assert sum(weights) <= MAX_WEIGHT
     if len({k for k, _ in arrival_pairs}) == 1 and uniform:
@@ -156,5 +157,5 @@ def test_every_step_of_a_schedule_is_one_that_the_server_takes(
 ) -> None:
     schedule = Schedule("asynchronous", window_s=0.1, staleness=Staleness(decay, a), mixing=mixing, rate=rate)
     for uniform in (False, True):
-        ServerStep(schedule.step_size(arrivals, buffered_arrivals, uniform=uniform))
-        assert all(w >= 1 for w in schedule.weights(arrivals, 1, uniform=uniform))
+        ServerStep(step_size(schedule, arrivals, buffered_arrivals, uniform=uniform))
+        assert all(w >= 1 for w in update_weights(schedule, arrivals, 1, uniform=uniform))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ConfigError
-from fedprune.jobs.schedule import Arrival, Schedule, Staleness
+from fedprune.jobs.schedule import Schedule, Staleness
+from fedprune.jobs.update_weights import Arrival, step_size, update_weights
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
@@ -141,7 +142,7 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
     for t, stale in enumerate([(0, 0), (1, 0), (0, 2), (3, 3)], 1):
         arrivals = [Arrival(k, 1) for k in stale]
         reports = []
-        for i, (k, weight) in enumerate(zip(stale, schedule.weights(arrivals, 2, uniform=True), strict=True)):
+        for i, (k, weight) in enumerate(zip(stale, update_weights(schedule, arrivals, 2, uniform=True), strict=True)):
             earlier_scene = scene(NET, past[t - 1 - k], round=t - k)
             trained_tensors = trained(full_selection, earlier_scene.model, 10 * t + i)
             reports.append(report(earlier_scene, full_selection, trained_tensors, weight, device=f"d{i}"))
@@ -151,7 +152,7 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
                     gain * eta / 2 * (k + 1) ** -0.5 * (trained_tensors[n] - earlier_scene.model[n].astype(np.float64))
                 )
         current_scene = scene(NET, past[-1], memory, round=t)
-        closing = close(aggregator, current_scene, reports, rate=schedule.step_size(arrivals, [], uniform=True))
+        closing = close(aggregator, current_scene, reports, rate=step_size(schedule, arrivals, [], uniform=True))
         for n in expected:
             expected[n] += velocity[n]
             assert np.allclose(closing.model[n], expected[n], rtol=0, atol=1e-5), (t, n)

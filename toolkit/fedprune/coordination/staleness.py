@@ -10,8 +10,16 @@ from typing import Any
 from fedprune.coordination import commands as do
 from fedprune.coordination.limits import weight_limit_of_counts
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import Arrival, Schedule
+from fedprune.jobs.schedule import Schedule
 from fedprune.jobs.state import DeviceTask, Progress, State
+from fedprune.jobs.update_weights import (
+    Arrival,
+    staleness_share,
+    step_size,
+    update_weights,
+    weights_fit,
+    window_count,
+)
 
 
 class UpdateWeights:
@@ -51,11 +59,11 @@ class UpdateWeights:
             kinds = (k for k, count in self._kind_counts.items() if count > (k == (model_round, share)))
             other_arrivals = [Arrival(state.round - model_round, 1, 0.0, share) for model_round, share in kinds]
         # Below the limit of the sums no weight is scaled down, so that none depends on the others.
-        elif schedule.weights_fit(self._unbiased_weight, len(self._rows), self._total_samples):
+        elif weights_fit(self._unbiased_weight, len(self._rows), self._total_samples):
             other_arrivals = []
         else:
             other_arrivals = [a for n in self._rows if n != name and (a := self._expected_arrival(n)) is not None]
-        return schedule.weights([arrival, *other_arrivals], self._total_samples, uniform=self._uniform)[0]
+        return update_weights(schedule, [arrival, *other_arrivals], self._total_samples, uniform=self._uniform)[0]
 
     def closing_record(self, fresh: dict[str, DeviceTask]) -> dict[str, Any]:
         """The addends of the sums: these updates and, if the schedule keeps them, the other devices' last ones.
@@ -78,8 +86,8 @@ class UpdateWeights:
                 other_arrivals.append(kept_arrival or Arrival(0, min(device.samples, self._weight_limit)))
         names = sorted(entering)
         arrivals = [entering[n] for n in names]
-        weights = schedule.weights(arrivals, self._total_samples, uniform=self._uniform)
-        rate = schedule.step_size(arrivals, other_arrivals, uniform=self._uniform)
+        weights = update_weights(schedule, arrivals, self._total_samples, uniform=self._uniform)
+        rate = step_size(schedule, arrivals, other_arrivals, uniform=self._uniform)
         return {"rate": rate, "fresh": sorted(fresh), "weights": dict(zip(names, weights, strict=True))}
 
     def buffer_record(self, task: DeviceTask, contribution: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +101,7 @@ class UpdateWeights:
             "round": self._state.round_of(task),
             "samples": task.samples,
             "seconds": task.seconds,
-            "share": self._schedule.staleness_share(self._arrival_of_task(task)),
+            "share": staleness_share(self._schedule, self._arrival_of_task(task)),
             "contribution": contribution if self._schedule.keep else None,
         }
 
@@ -131,7 +139,7 @@ class UpdateWeights:
             if arrival is not None:
                 model_round, unbiased_weight = self._state.round - arrival.staleness, 0
                 if self._schedule.mixing == "unbiased":
-                    unbiased_weight = self._schedule.window_count(arrival) * (
+                    unbiased_weight = window_count(self._schedule, arrival) * (
                         1 if self._uniform else max(1, arrival.samples)
                     )
                 self._rows[name] = (model_round, arrival.share, unbiased_weight)

@@ -1,7 +1,7 @@
 """FedAsync (Xie et al. 2019), FedFix (Fraboni et al. 2022) and FedBuff (Nguyen et al. 2022): no device waits.
 
 All three train the whole model everywhere, unless `densities` or the job's `density` say otherwise. They differ in when
-the model moves and by what: `fedprune.jobs.schedule` has the arithmetic.
+the model moves and by what: `fedprune.jobs.update_weights` has the formulas.
 """
 
 from __future__ import annotations
