@@ -16,8 +16,9 @@ from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import CHUNK_QOS, Chunk
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.lost_pieces import dropping_broker_message
-from fedprune.wire.messages import Birth, Death, Message, RejectedMessageLog, parse_message
+from fedprune.wire.messages import Birth, Death, Message, parse_message
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
+from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import ResponseTime
 

@@ -20,17 +20,9 @@ from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import RECONNECT_ABILITY, Reconnect
-from fedprune.wire.messages import (
-    Alive,
-    Birth,
-    BlobNotFound,
-    BlobRequest,
-    Death,
-    Hello,
-    RejectedMessageLog,
-    UploadResult,
-)
+from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello, UploadResult
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
+from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.topics import NO_JOB
 from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence

@@ -19,8 +19,9 @@ from fedprune.security.keys import VerifyingKey
 from fedprune.security.signed_channel import Opener, Sealer, unseal
 from fedprune.wire.fleet_messages import APPROVED
 from fedprune.wire.link import BrokerLink
-from fedprune.wire.messages import Birth, Death, Hello, RejectedMessageLog, parse_message
+from fedprune.wire.messages import Birth, Death, Hello, parse_message
 from fedprune.wire.queues import ConnectionUp
+from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedprune.core.lock_wait import LockHolder, lock_holders
+from fedprune.core.lock_holders import LockHolder, lock_holders
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.monitoring.participation import Absence
 from fedprune_server.observation.snapshot import JobSnapshot

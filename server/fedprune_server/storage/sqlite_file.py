@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BusyError, StorageError, StorageFullError
-from fedprune.core.lock_wait import LockWait, file_lock_holders
+from fedprune.core.lock_holders import file_lock_holders
+from fedprune.core.lock_wait import LockWait
 
 _Result = TypeVar("_Result")
 

@@ -23,7 +23,7 @@ import pytest
 from fedprune.coordination import Phase, State
 from fedprune.core.disk import file_lock
 from fedprune.core.errors import ExitCode
-from fedprune.core.lock_wait import LOCK_LIST
+from fedprune.core.lock_holders import LOCK_LIST
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice
 from fedprune.model.recipe import Recipe

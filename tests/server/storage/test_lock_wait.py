@@ -15,9 +15,10 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.core import lock_wait
+from fedprune.core import lock_holders, lock_wait
 from fedprune.core.errors import BusyError
-from fedprune.core.lock_wait import command_text, file_lock_holders, wait_hook
+from fedprune.core.lock_holders import command_text, file_lock_holders
+from fedprune.core.lock_wait import wait_hook
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage import database
@@ -203,7 +204,7 @@ def test_a_holder_is_named_for_sure_where_device_and_number_of_the_file_fit(
     lines = [f"1: POSIX  ADVISORY  WRITE 1 {other_device} 0 EOF"] if sure else []
     lines.append(f"2: POSIX  ADVISORY  WRITE {parent} {own_device if device == 'own' else other_device} 0 EOF")
     locks.write_text("\n".join(lines))
-    monkeypatch.setattr(lock_wait, "LOCK_LIST", locks)
+    monkeypatch.setattr(lock_holders, "LOCK_LIST", locks)
     (holder,) = file_lock_holders(path)
     assert f"process {parent}" in holder
     assert holder.startswith("process") is sure

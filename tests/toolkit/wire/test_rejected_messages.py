@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.messages import LOG_PERIOD_S, MAX_LOGGED, RejectedMessageLog
+from fedprune.wire.rejected_messages import LOG_PERIOD_S, MAX_LOGGED, RejectedMessageLog
 
 pytestmark = pytest.mark.board
 

@@ -1,15 +1,14 @@
 """Records: dataclasses whose annotations say which values their fields may have.
 
 `Annotated[int, number_range(0, 100)]` is a whole number from 0 to 100, `Annotated[str, printable_text(256)]` text of
-at most 256 printable characters. msgspec checks them as it reads JSON or plain values, and makes their JSON Schema;
-what it refuses becomes an error of ours, which names the field. Unknown keys are ignored.
+at most 256 printable characters. msgspec checks them as it reads JSON or plain values, and makes their JSON Schema.
+A refused value becomes an error of the caller's class, which names the field. Unknown keys are ignored.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
@@ -20,6 +19,7 @@ from msgspec import Meta
 
 from fedprune.core import validation
 from fedprune.core.errors import FedpruneError, error_reason, value_text
+from fedprune.core.refusal_text import PATTERN_WORDS, refusal_error
 from fedprune.core.validation import MAX_INT
 
 Record = TypeVar("Record")
@@ -32,28 +32,11 @@ MAX_DEPTH = 8
 
 _MAX_TEXT_LENGTH = 65_536
 
-# msgspec tells what it refuses only in words, so its messages are parsed. What doesn't match is passed on as it is.
-_REFUSAL = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
-_MISSING_FIELD = re.compile(r"Object missing required field `(?P<name>.*)`")
-_PATTERN_MISMATCH = re.compile(r"Expected `str` matching regex ['\"](?P<pattern>.*)['\"]", re.DOTALL)
-_TYPE_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-    "null": "nothing",
-}
-
-# Words for a pattern, by the pattern: msgspec's error has nothing but the regular expression.
-_PATTERN_WORDS: dict[str, str] = {}
-
 
 def pattern_text(pattern: str, words: str, max_length: int | None = None, *, description: str | None = None) -> Meta:
     """Text that a regular expression matches as a whole; `words` say so in errors."""
     full_pattern = f"^(?:{pattern}){TEXT_END}"
-    _PATTERN_WORDS[full_pattern] = words
+    PATTERN_WORDS[full_pattern] = words
     return Meta(pattern=full_pattern, max_length=max_length, description=description)
 
 
@@ -122,7 +105,7 @@ def decode_record(kind: type[Record], raw: bytes, what: str, error: type[Fedprun
         record: Record = _decoder(cast("Hashable", kind)).decode(raw)
         return record
     except msgspec.ValidationError as refused:
-        raise _refusal(refused, raw, what, error) from None
+        raise refusal_error(refused, raw, what, error) from None
     except RecursionError as cause:
         raise error(f"{what} is nested too deeply") from cause
     except ValueError as cause:
@@ -144,36 +127,6 @@ def record_schemas(kinds: list[type[Any]]) -> tuple[list[dict[str, Any]], dict[s
     """References to the JSON Schemas (draft 2020-12) of records, and the definitions that they refer to, by name."""
     references, definitions = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
     return list(references), definitions
-
-
-def _refusal(refused: msgspec.ValidationError, raw: bytes, what: str, error: type[FedpruneError]) -> FedpruneError:
-    """msgspec's refusal as our error: the field, what it may be, and what it is."""
-    match = _REFUSAL.fullmatch(str(refused))
-    problem, path = (match["what"], match["path"] or "") if match else (str(refused), "")
-    if missing_field := _MISSING_FIELD.fullmatch(problem):
-        return error(f"{what}: {(path + '.' + missing_field['name']).lstrip('.')}", expected="a value", got="nothing")
-    expected = problem.partition(", got ")[0].removeprefix("Expected ")
-    if mismatch := _PATTERN_MISMATCH.fullmatch(problem):
-        expected = _PATTERN_WORDS.get(mismatch["pattern"].replace("\\\\", "\\"), expected)
-    elif problem == "Number out of range":
-        expected = "a number of 64 bits"
-    else:
-        expected = re.sub(
-            r"`([^`]*)`", lambda m: " or ".join(_TYPE_WORDS.get(w, w) for w in m[1].split(" | ")), expected
-        )
-    where = ": ".join(name for name in (what, path.lstrip(".")) if name)
-    return error(where, expected=expected, got=None if match and match["key"] else _value_at(raw, path))
-
-
-def _value_at(raw: bytes, path: str) -> str | None:
-    """The refused value, as errors show it; None where the path doesn't lead to one, as in an object's keys."""
-    try:
-        value = msgspec.json.decode(raw)
-        for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
-            value = value[int(index)] if index else value[key]
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return None
-    return None if "[...]" in path else value_text(value)
 
 
 def _plain_value(value: object) -> object:

@@ -7,9 +7,6 @@ Unknown keys are ignored; an unknown type is an error. Any message may arrive tw
 from __future__ import annotations
 
 import base64
-import logging
-import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, TypedDict, get_args
 
@@ -18,9 +15,8 @@ from msgspec.structs import force_setattr
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import records
-from fedprune.core.errors import FedpruneError, ProtocolError, UnknownMessageError, value_text
+from fedprune.core.errors import ProtocolError, UnknownMessageError, value_text
 from fedprune.core.records import Digest, check_free_form, hex_text, item_count, number_range, printable_text, word_of
-from fedprune.core.text import one_line
 from fedprune.wire.fields import (
     MAX_MESSAGE_BYTES,
     Attempt,
@@ -49,49 +45,6 @@ from fedprune.wire.fleet_messages import (
     ServerQuery,
 )
 from fedprune.wire.urls import BlobUrl, UploadUrl
-
-# Rejected messages of one sender that are logged per hour; the rest is counted, so that no board can fill the log.
-MAX_LOGGED = 20
-
-LOG_PERIOD_S = 3600.0
-
-
-class RejectedMessageLog:
-    """Logs the first `MAX_LOGGED` rejected messages of each sender in every hour, and how many followed them.
-
-    One board that sends nothing but nonsense, such as the copy of another one's card, must not hide what is wrong with
-    the others. Senders that the caller doesn't know share one limit: anybody can invent names.
-    """
-
-    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
-        self._log = log
-        self._clock = clock
-        self._counts: Counter[str] = Counter()
-        self._since = clock()
-
-    def note_rejection(self, topic: str, error: FedpruneError, sender: str = "") -> None:
-        """Log or count a rejected message.
-
-        Args:
-            sender: Name of the device that sent it, if it belongs to the fleet; empty for anybody else.
-        """
-        now = self._clock()
-        if now - self._since >= LOG_PERIOD_S:
-            for name, count in sorted(self._counts.items()):
-                if count > MAX_LOGGED:
-                    self._log.warning(
-                        "ignored %d more bad messages%s", count - MAX_LOGGED, f" of {name}" if name else ""
-                    )
-            self._counts.clear()
-            self._since = now
-        self._counts[sender] += 1
-        if self._counts[sender] > MAX_LOGGED:
-            return
-        self._log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
-        if self._counts[sender] == MAX_LOGGED:
-            of_sender = f" of {sender}" if sender else ""
-            self._log.warning("further bad messages%s are counted for an hour, and not shown", of_sender)
-
 
 _MAX_PRECISIONS = 8
 
