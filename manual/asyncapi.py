@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
-from fedprune.security.signed_channel import HEADER_BYTES as ENVELOPE
+from fedprune.security.signed_envelope import HEADER_BYTES as ENVELOPE
 from fedprune.wire.chunk import HEADER_STRUCT, MAX_PAYLOAD_BYTES
 from fedprune.wire.fields import CheckedMessage
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import HEADER_BYTES, seal
+from fedprune.security.signed_envelope import HEADER_BYTES, seal
 from fedprune.security.tls import unpinned_context
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.messages import Finished, Offer, UpdateAnnouncement, parse_message

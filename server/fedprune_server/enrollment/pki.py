@@ -45,10 +45,10 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
+from fedprune.security.epoch_file import EpochFile
 from fedprune.security.joining import JoinClaim
 from fedprune.security.keys import SigningKey
 from fedprune.security.private_file import share_owner, write_public
-from fedprune.security.signed_channel import EpochFile
 from fedprune.security.tls import PinnedContext, pinned_context
 from fedprune.wire.topics import check_device, check_topic_name
 from fedprune_device.storage.directory_owner import check_unowned

@@ -8,8 +8,8 @@ from pathlib import Path
 from fedprune.core.errors import FedpruneError, IdentityError
 from fedprune.security.authority import AUTHORITY_CERTIFICATE_FILE, AUTHORITY_KEY_FILE, CRL_FILE, Authority
 from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
+from fedprune.security.epoch_file import EpochFile
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import EpochFile
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER, IdentityFolder
 from fedprune_server.enrollment.store import REVOKED
 from fedprune_server.maintenance.finding import Finding, Severity

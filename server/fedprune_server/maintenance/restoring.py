@@ -15,7 +15,7 @@ from fedprune.core.atomic_file import atomic_write
 from fedprune.core.disk import file_lock, flush_folder, make_private_folder, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import AdvanceBar
-from fedprune.security.signed_channel import EpochFile
+from fedprune.security.epoch_file import EpochFile
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import DATABASE, NAME, BackupEntry, BackupManifest, record_restore
 from fedprune_server.maintenance.inventory import read_job_needs

@@ -16,7 +16,8 @@ from functools import partial
 
 from fedprune.core.errors import ProtocolError, SignatureError, StaleEpochError, TwoSignersError
 from fedprune.security.keys import VerifyingKey
-from fedprune.security.signed_channel import Opener, Sealer, unseal
+from fedprune.security.signed_channel import Opener, Sealer
+from fedprune.security.signed_envelope import unseal
 from fedprune.wire.fleet_messages import APPROVED
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.messages import Birth, Death, Hello, parse_message

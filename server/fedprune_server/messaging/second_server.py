@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fedprune.core.errors import ExitCode, FedpruneError, ProtocolError
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import seal, unseal
+from fedprune.security.signed_envelope import seal, unseal
 from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.messages import parse_message

@@ -11,7 +11,8 @@ import sqlalchemy as sql
 
 from fedprune.coordination import State
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import seal, stream_of
+from fedprune.security.signed_channel import stream_of
+from fedprune.security.signed_envelope import seal
 from fedprune.wire.messages import Alive, Birth
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics

@@ -19,7 +19,7 @@ from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.joining import JoinClaim, signed_answer_bytes
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import SignedEnvelope, seal
+from fedprune.security.signed_envelope import SignedEnvelope, seal
 from fedprune.security.tls import BUILD_TIME
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest

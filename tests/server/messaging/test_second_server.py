@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.security.signed_channel import SignedEnvelope, unseal
+from fedprune.security.signed_envelope import SignedEnvelope, unseal
 from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
 from fedprune.wire.messages import Message, parse_message
 from fedprune.wire.queues import ConnectionUp, Event

@@ -54,7 +54,8 @@ from fedprune.security.joining import (
     signed_answer_bytes,
 )
 from fedprune.security.keys import VerifyingKey
-from fedprune.security.signed_channel import Opener, SignedEnvelope, seal
+from fedprune.security.signed_channel import Opener
+from fedprune.security.signed_envelope import SignedEnvelope, seal
 from fedprune.updates import Codec, decode, encode
 from fedprune.wire import messages as m
 from fedprune.wire.chunk import Chunk

@@ -12,21 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from fedprune.core.errors import ProtocolError, ReplayError, SignatureError, StaleEpochError, StorageError
+from fedprune.security.epoch_file import EpochFile
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import (
-    HEADER_BYTES,
-    MAX_EPOCH,
-    MAX_STREAMS,
-    WINDOW_LENGTH,
-    EpochFile,
-    Opener,
-    ReplayWindow,
-    Sealer,
-    SignedEnvelope,
-    seal,
-    stream_of,
-    unseal,
-)
+from fedprune.security.replay_window import WINDOW_LENGTH, ReplayWindow
+from fedprune.security.signed_channel import MAX_STREAMS, Opener, Sealer, stream_of
+from fedprune.security.signed_envelope import HEADER_BYTES, MAX_EPOCH, SignedEnvelope, seal, unseal
 from fedprune.wire.fields import MAX_MESSAGE_BYTES
 from fedprune.wire.messages import Hello, parse_message
 from fedprune.wire.topics import Topics
