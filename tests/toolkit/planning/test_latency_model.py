@@ -26,7 +26,8 @@ from fedprune.model.architecture import (
     widths_at,
 )
 from fedprune.planning.costs import costs_at, memory_seconds
-from fedprune.planning.kernel_workload import FEATURES, KINDS, workload
+from fedprune.planning.kernel_kinds import FEATURES, KINDS
+from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fit_latency_table, typical_table
 from fedprune.planning.plan import DENSITIES
 from fedprune.planning.width_candidates import width_candidates

@@ -1,65 +1,38 @@
-"""Workload of a model's kernels at any widths: the work of a step or a prediction, by kind of layer.
+"""Counts the work of a model's training step or prediction at any widths, by kind of kernel.
 
-Rows of the cost table become a few numbers each (calls, MACs, elements moved, weights touched) under the
-name of a *kind* of kernel. What a board takes for one such unit is its `LatencyTable`'s to say
-(`fedprune.planning.latency_model`).
+The architecture has a table of layers, with a row for each operator. Every row becomes a few numbers (calls, MACs,
+elements moved, weights read) under a *kind* of kernel (`fedprune.planning.kernel_kinds`). What a board takes for one
+such unit is in its `LatencyTable` (`fedprune.planning.latency_model`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.model.architecture import Architecture, LayerRow
-from fedprune.model.axis import Axis
-
-Numbers = npt.NDArray[np.float64]
-
-# The units of a kernel's work: calls, parts into which a call falls (samples × taps), MACs, elements that go in and
-# out, and weights.
-FEATURES = ("call", "part", "mac", "move", "weight")
-
-# Kinds of kernels. In training convolutions differ by the size of their map (which decides their formulation); in
-# inference by whether onnxruntime computes them with channels in blocks or, "plain", without.
-KINDS = (
-    "conv",
-    "conv1x1",
-    "conv-small",
-    "conv1x1-small",
-    "conv-tiny",
-    "conv-plain",
-    "conv1x1-plain",
-    "conv-plain-small",
-    "conv1x1-plain-small",
-    "depthwise",
-    "depthwise-small",
-    "depthwise-plain",
-    "grouped",
-    "transposed",
-    "linear",
-    "product",
-    "recurrent",
-    "batch-norm",
-    "norm",
-    "cheap",
-    "dear",  # all other operators, such as Exp
-    "pool",
-    "reduce",
-    "copy",
-    "run",  # the whole graph, once: what a run costs besides its layers
+from fedprune.model.architecture import Architecture
+from fedprune.model.axis import FIXED, Axis
+from fedprune.planning.kernel_kinds import (
+    CONVOLUTION_KINDS,
+    FEATURES,
+    KIND_INDEX,
+    KINDS,
+    MIN_LARGE_MAP,
+    PLAIN_KIND_OF,
+    inference_kind,
+    kind_of,
+    training_kind,
 )
 
-# Positions of a map from which, and up to which, a training graph's convolutions are formulated in their own way.
-MIN_LARGE_MAP, MAX_TINY_MAP = 64, 4
+Numbers = npt.NDArray[np.float64]
 
 # Channels that onnxruntime's blocked kernels want a multiple of; with others it falls back to plain ones.
 ALIGNMENT = 4
 
-# Channels of a block that processors use, as far as known (1: no blocks).
+# Channels that blocked kernels of the known processors compute at once (1: no blocks).
 BLOCKS = (1, 4, 8, 16)
 
 # Counts that a workload remembers; each is some hundred float64s.
@@ -68,19 +41,31 @@ _MAX_CACHED_COUNTS = 256
 # Columns that a matrix product computes at once: a product of fewer columns takes as long.
 TILE_COLUMNS = 32
 
-# Operators of one pass over their input: arithmetic that costs no more than moving the numbers.
-_CHEAP = frozenset(
-    {"Relu", "Clip", "Add", "Sub", "Mul", "Neg", "Abs", "LeakyRelu", "Max", "Min", "Sum", "Mean", "PRelu", "Where"}
-)
-# Normalisations by statistics of each sample; batch norm has a kind of its own.
-_NORMS = frozenset({"LayerNormalization", "GroupNormalization", "RMSNormalization", "InstanceNormalization"})
-_POOLS = frozenset({"MaxPool", "AveragePool", "LpPool", "Resize"})
-# Operators that move numbers without computing any.
-_COPIES = frozenset({"Concat", "Transpose", "Slice", "Split", "Pad", "Gather", "Expand", "DepthToSpace", "Tile"})
-# Activations that onnxruntime lets a convolution do as it writes.
-_FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 
-_KIND_INDEX = {kind: i for i, kind in enumerate(KINDS)}
+class _AxisTables:
+    """Tables of the axes of layers or tensors: a row each, an index for each axis, and the axes' lengths."""
+
+    def __init__(self) -> None:
+        # An axis of length 1 fills up the shorter rows.
+        self._indices: dict[Axis, int] = {Axis.fixed(1): 0}
+
+    def add(self, rows: Iterable[Sequence[Axis]]) -> npt.NDArray[np.int64]:
+        """A table of axis indices: [rows, most axes of a row]."""
+        indices = [[self._indices.setdefault(a, len(self._indices)) for a in axes] for axes in rows]
+        width = max((len(r) for r in indices), default=0) or 1
+        return np.array([r + [0] * (width - len(r)) for r in indices], np.int64).reshape(len(indices), width)
+
+    def lengths(self, architecture: Architecture) -> tuple[Numbers, Numbers]:
+        """Slopes [groups, axes] and constants [axes]: an axis's length is linear in the groups' widths, so that one
+        product gives all lengths at many widths."""
+        slopes, constants = np.zeros((len(architecture.groups), len(self._indices))), np.zeros(len(self._indices))
+        for axis, index in self._indices.items():
+            for s in axis.segments:
+                if s.group == FIXED:
+                    constants[index] += s.length
+                else:
+                    slopes[s.group, index] += s.length / architecture.groups[s.group].size
+        return slopes, constants
 
 
 class Workload:
@@ -91,55 +76,37 @@ class Workload:
     """
 
     def __init__(self, architecture: Architecture) -> None:
-        self._architecture = architecture
         self._cached_count = lru_cache(maxsize=_MAX_CACHED_COUNTS)(self._count)
-        # Each axis of the model has an index. That of length 1 is 0, which fills up the shorter rows of the tables
-        # below.
-        self._index_of_axis: dict[Axis, int] = {Axis.fixed(1): 0}
-        shapes = {t.name: t.axes for t in architecture.tensors}
-        # A product of two activations sums over `inner` what each of its outputs needs.
-        self._layers = architecture.layers
-        inputs, outputs, weights, out_channels, weight_inners, product_inners = [], [], [], [], [], []
-        for layer in self._layers:
-            inputs.append(self._axis_indices(layer.input_volume.axes))
-            outputs.append(self._axis_indices(layer.output_volume.axes))
-            axes = shapes.get(layer.weight, ())
-            weights.append(self._axis_indices(axes))
-            output_axes = axes[layer.output_axis : layer.output_axis + 1]
-            out_channels.append(self._axis_indices(output_axes))
-            other_axes = [a for i, a in enumerate(axes) if i != layer.output_axis]
-            weight_inners.append(self._axis_indices(other_axes[:1]))
-            product_inners.append(self._axis_indices((layer.inner,) if layer.inner.segments else ()))
-        self._input_axes, self._output_axes, self._weight_axes = map(_axis_table, (inputs, outputs, weights))
-        self._out_channel_axes, self._in_channel_axes, self._product_axes = map(
-            _axis_table, (out_channels, weight_inners, product_inners)
+        layers = architecture.layers
+        axes_of_tensor = {t.name: t.axes for t in architecture.tensors}
+        weights = [axes_of_tensor.get(n.weight, ()) for n in layers]
+        tables = _AxisTables()
+        self._input_axes = tables.add(n.input_volume.axes for n in layers)
+        self._output_axes = tables.add(n.output_volume.axes for n in layers)
+        self._weight_axes = tables.add(weights)
+        self._out_channel_axes = tables.add(
+            w[n.output_axis : n.output_axis + 1] for n, w in zip(layers, weights, strict=True)
         )
-        self._tensor_axes = _axis_table([self._axis_indices(t.axes) for t in architecture.tensors])
-        self._activation_axes = _axis_table([self._axis_indices((v.channels,)) for v in architecture.activations])
-        # An axis's length is linear in the groups' widths, so that one product gives all lengths at many widths.
-        self._slopes = np.zeros((len(architecture.groups), len(self._index_of_axis)))
-        self._fixed_lengths = np.zeros(len(self._index_of_axis))
-        for axis, index in self._index_of_axis.items():
-            for s in axis.segments:
-                if s.group < 0:
-                    self._fixed_lengths[index] += s.length
-                else:
-                    self._slopes[s.group, index] += s.length / architecture.groups[s.group].size
-        self._input_positions = np.array([n.input_volume.positions for n in self._layers], float)
-        self._output_positions = np.array([n.output_volume.positions for n in self._layers], float)
-        self._positions = np.array([n.positions for n in self._layers], float)
+        self._in_channel_axes = tables.add(
+            [a for i, a in enumerate(w) if i != n.output_axis][:1] for n, w in zip(layers, weights, strict=True)
+        )
+        # A product of two activations sums over `inner` what each of its outputs needs.
+        self._product_axes = tables.add((n.inner,) if n.inner.segments else () for n in layers)
+        self._tensor_axes = tables.add(t.axes for t in architecture.tensors)
+        self._activation_axes = tables.add((v.channels,) for v in architecture.activations)
+        self._slopes, self._fixed_lengths = tables.lengths(architecture)
+        self._input_positions = np.array([n.input_volume.positions for n in layers], float)
+        self._output_positions = np.array([n.output_volume.positions for n in layers], float)
+        self._positions = np.array([n.positions for n in layers], float)
         self._value_positions = np.array([v.positions for v in architecture.activations], float)
-        self._kernels = np.array([n.kernel for n in self._layers], float)
-        self._strides = np.array([n.stride for n in self._layers], float)
-        self._has_weight = np.array([bool(n.weight) for n in self._layers], bool)
-        self._is_depthwise = np.array([_kind(n) == "depthwise" for n in self._layers], bool)
+        self._kernels = np.array([n.kernel for n in layers], float)
+        self._strides = np.array([n.stride for n in layers], float)
+        self._has_weight = np.array([bool(n.weight) for n in layers], bool)
+        self._is_depthwise = np.array([kind_of(n) == "depthwise" for n in layers], bool)
         # The first layer with weights reads the model's input.
         self._first_weighted = int(np.argmax(self._has_weight)) if self._has_weight.any() else -1
-        self._training_kinds = np.array([_KIND_INDEX[_training_kind(n)] for n in self._layers], int)
-        self._inference_kinds = np.array([_inference_kind(self._layers, i) for i in range(len(self._layers))], int)
-
-    def _axis_indices(self, axes: Sequence[Axis]) -> list[int]:
-        return [self._index_of_axis.setdefault(a, len(self._index_of_axis)) for a in axes]
+        self._training_kinds = np.array([KIND_INDEX[training_kind(n)] for n in layers], int)
+        self._inference_kinds = np.array([inference_kind(layers, i) for i in range(len(layers))], int)
 
     def sizes(self, widths: npt.ArrayLike) -> Numbers:
         """Lengths of all axes, [n, axes], at widths [n, groups]."""
@@ -168,7 +135,7 @@ class Workload:
 
     def _macs(self, sizes: Numbers, inputs: Numbers, outputs: Numbers, weights: Numbers) -> Numbers:
         products = np.where(
-            self._training_kinds == _KIND_INDEX["product"], outputs * sizes[:, self._product_axes].prod(-1), 0
+            self._training_kinds == KIND_INDEX["product"], outputs * sizes[:, self._product_axes].prod(-1), 0
         )
         return np.asarray(np.where(self._has_weight, weights * self._positions, products))
 
@@ -212,7 +179,7 @@ class Workload:
         kinds = np.broadcast_to(self._inference_kinds, macs.shape).copy()
         plain = self._uses_plain(kinds, inner, out, block)
         padding = _block_padding(out, block) * np.where(inner >= block, _block_padding(inner, block), 1.0)
-        convolutions = np.isin(self._inference_kinds, _CONVOLUTION_KINDS)
+        convolutions = np.isin(self._inference_kinds, CONVOLUTION_KINDS)
         # A blocked kernel computes whole blocks, also of channels that aren't there.
         padding_factor = np.where(plain, 1.0, np.where(convolutions, padding, _block_padding(out, block)))
         positions = np.maximum(self._positions, 1)
@@ -221,14 +188,12 @@ class Workload:
             convolutions, macs * padding_factor * tile_factor, np.where(self._is_depthwise, macs * padding_factor, macs)
         )
         # Plain kernels lay out every window of their input first.
-        taps = np.where(
-            plain & (self._kernels > 1) & (kinds == _KIND_INDEX["conv"]), self._kernels / self._strides, 1.0
-        )
+        taps = np.where(plain & (self._kernels > 1) & (kinds == KIND_INDEX["conv"]), self._kernels / self._strides, 1.0)
         small = self._positions < MIN_LARGE_MAP
-        for blocked, plain_kind in _PLAIN_KIND_OF.items():
-            is_plain_kind = plain & (kinds == _KIND_INDEX[blocked])
-            kinds[is_plain_kind & ~small] = _KIND_INDEX[plain_kind]
-            kinds[is_plain_kind & small] = _KIND_INDEX.get(f"{plain_kind}-small", _KIND_INDEX[plain_kind])
+        for blocked, plain_kind in PLAIN_KIND_OF.items():
+            is_plain_kind = plain & (kinds == KIND_INDEX[blocked])
+            kinds[is_plain_kind & ~small] = KIND_INDEX[plain_kind]
+            kinds[is_plain_kind & small] = KIND_INDEX.get(f"{plain_kind}-small", KIND_INDEX[plain_kind])
         moved_elements = (inputs * taps + outputs) * batch
         rows = np.stack([np.ones_like(macs), np.zeros_like(macs), macs, moved_elements, weights], -1)
         return self._sum_by_kind(np.where((kinds >= 0)[..., None], rows, 0.0), np.maximum(kinds, 0))
@@ -236,10 +201,10 @@ class Workload:
     @staticmethod
     def _uses_plain(kinds: npt.NDArray[np.int64], inner: Numbers, out: Numbers, block: int) -> npt.NDArray[np.bool_]:
         """Whether onnxruntime can't use its blocked kernels, per widths and layer."""
-        dense_kinds = np.isin(kinds, [_KIND_INDEX["conv"], _KIND_INDEX["conv1x1"]])
+        dense_kinds = np.isin(kinds, [KIND_INDEX["conv"], KIND_INDEX["conv1x1"]])
         # Less than a block of input channels (an image's) has a kernel of its own.
         misaligned = (inner >= block) & (inner % ALIGNMENT > 0)
-        misaligned_depthwise = (kinds == _KIND_INDEX["depthwise"]) & (out % ALIGNMENT > 0)
+        misaligned_depthwise = (kinds == KIND_INDEX["depthwise"]) & (out % ALIGNMENT > 0)
         return np.asarray((dense_kinds & misaligned) | misaligned_depthwise)
 
     def _sum_by_kind(self, rows: Numbers, kinds: npt.NDArray[np.int64]) -> Numbers:
@@ -251,10 +216,6 @@ class Workload:
                 sums[:, k] = np.where(mask[..., None], rows, 0.0).sum(1)
         sums[:, -1, 0] = 1
         return sums.reshape(len(sums), -1)
-
-
-_CONVOLUTION_KINDS = [_KIND_INDEX["conv"], _KIND_INDEX["conv1x1"]]
-_PLAIN_KIND_OF = {"conv": "conv-plain", "conv1x1": "conv1x1-plain", "depthwise": "depthwise-plain"}
 
 
 def _block_padding(channels: Numbers, block: int) -> Numbers:
@@ -287,64 +248,3 @@ def _cached_workload(key: ArchitectureKey) -> Workload:
 
 def _hashable_widths(widths: npt.ArrayLike) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, np.atleast_2d(np.asarray(widths, float)).tolist()))
-
-
-def _axis_table(rows: list[list[int]]) -> npt.NDArray[np.int64]:
-    """Rows of axis numbers, filled up with axis 0, which is 1 long."""
-    width = max((len(r) for r in rows), default=0) or 1
-    return np.array([r + [0] * (width - len(r)) for r in rows], np.int64).reshape(len(rows), width)
-
-
-def _training_kind(layer: LayerRow) -> str:
-    kind = _kind(layer)
-    if kind == "conv":
-        if layer.positions <= MAX_TINY_MAP and layer.kernel > 1:
-            return "conv-tiny"
-        kind = "conv" if layer.kernel > 1 else "conv1x1"
-    if kind in ("conv", "conv1x1", "depthwise"):
-        return kind if layer.positions >= MIN_LARGE_MAP else f"{kind}-small"
-    return kind
-
-
-def _inference_kind(layers: Sequence[LayerRow], index: int) -> int:
-    """The kind's index in `KINDS`; -1 for a layer that onnxruntime fuses into the convolution before it."""
-    layer = layers[index]
-    kind = _kind(layer)
-    if kind == "conv" and layer.kernel == 1:
-        kind = "conv1x1"
-    former_layer = layers[index - 1] if index else None
-    if layer.op == "BatchNormalization" and former_layer is not None and former_layer.op == "Conv":
-        return -1
-    if layer.op in _FUSED and former_layer is not None:
-        if former_layer.op == "BatchNormalization" and index > 1:
-            former_layer = layers[index - 2]
-        if former_layer.op in ("Conv", "Gemm") and former_layer.output_volume == layer.output_volume:
-            return -1
-    return _KIND_INDEX[kind]
-
-
-def _kind(layer: LayerRow) -> str:
-    op = layer.op
-    if op == "Conv":
-        if layer.groups == 1:
-            return "conv"
-        return "depthwise" if prod([a.length for a in layer.output_volume.axes]) == layer.groups else "grouped"
-    if op == "ConvTranspose":
-        return "transposed"
-    if op in ("LSTM", "GRU", "RNN"):
-        return "recurrent"
-    if layer.weight:
-        return "linear"
-    if op in ("MatMul", "Einsum"):
-        return "product"
-    if op == "BatchNormalization":
-        return "batch-norm"
-    if op in _NORMS:
-        return "norm"
-    if op in _POOLS:
-        return "pool"
-    if op.startswith(("Reduce", "Global")):
-        return "reduce"
-    if op in _COPIES:
-        return "copy"
-    return "cheap" if op in _CHEAP else "dear"

@@ -22,7 +22,8 @@ from fedprune.core.errors import ProfileError
 from fedprune.core.records import convert_record, item_count, number_range
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import ACTIVATION_PASSES, FLOAT, WEIGHT_PASSES
-from fedprune.planning.kernel_workload import BLOCKS, FEATURES, KINDS, workload
+from fedprune.planning.kernel_kinds import FEATURES, KINDS
+from fedprune.planning.kernel_workload import BLOCKS, workload
 
 Numbers = npt.NDArray[np.float64]
 
