@@ -23,7 +23,7 @@ from fedprune.coordination.round import Round, RoundOutcome
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import State
-from fedprune.model.nested_widths import is_untrained
+from fedprune.model.initial_values import is_untrained
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors

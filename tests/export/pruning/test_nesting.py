@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fedprune.model.architecture import TensorKind, widths_at
-from fedprune.model.nested_widths import is_untrained, nest_widths
+from fedprune.model.initial_values import is_untrained
+from fedprune.model.nesting import nest_widths
 from fedprune.model.selection import Selection
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph

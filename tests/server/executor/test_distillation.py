@@ -13,7 +13,7 @@ import fedprune_export as fx
 from fedprune.core.rng import keyed_generator
 from fedprune.core.tensorfile import encode
 from fedprune.model.architecture import widths_at
-from fedprune.model.nested_widths import nest_widths
+from fedprune.model.nesting import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.importance.scoring import order_scores, rank_channels

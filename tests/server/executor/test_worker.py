@@ -19,7 +19,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
-from fedprune.model.nested_widths import nest_widths
+from fedprune.model.nesting import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune_device.training.trainer import Trainer, TrainingTask

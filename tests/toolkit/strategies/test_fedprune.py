@@ -14,7 +14,7 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind, widths_at
-from fedprune.model.nested_widths import nest_widths
+from fedprune.model.nesting import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose

@@ -1,18 +1,15 @@
 """Narrower training steps within one device's model: ordered dropout (FjORD, arXiv:2102.13451).
 
-Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
-narrower widths trains that prefix; the rest of weights and optimiser state stays as it is for that step.
-
-`nest_widths` makes a wide model that computes the same as the narrow ones within it. Channels that no device has
-trained yet still have their random initial weights. As long as trained channels read from these, the wide model is the
-narrow one with added noise.
+Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels (channels that
+lie one after the other on an axis). A step at narrower widths trains that prefix; the rest of weights and optimiser
+state stays as it is for that step. `TensorAxes` says which part of each tensor the prefix is. It travels as text in the
+training graph's metadata, because a board has no `Architecture`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import FIXED, Architecture, Axis, Segment, TensorKind, TensorSpec
-from fedprune.model.selection import Indices, Selection, mesh
+from fedprune.model.architecture import FIXED, Architecture, Axis, Segment
+from fedprune.model.selection import Indices, mesh
 
 Array = npt.NDArray[Any]
 
@@ -169,85 +166,3 @@ def _checked_int(value: object, low: int = 0) -> int:
     if type(value) is not int or not low <= value <= _MAX_SIZE:
         raise ValueError(f"{str(value)[:40]!r} is not a whole number from {low} to {_MAX_SIZE}")
     return value
-
-
-# The initial values of norms in all frameworks. Scales are 0 in residual blocks that start as the identity.
-_INITIAL_VALUES = {
-    TensorKind.NORM_SCALE: (1.0, 0.0),
-    TensorKind.NORM_BIAS: (0.0,),
-    TensorKind.STAT_MEAN: (0.0,),
-    TensorKind.STAT_VAR: (1.0,),
-}
-
-
-_DRAWN_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
-# Weights from which the largest one comes near the bound of the distribution that they were drawn from.
-_MIN_DRAWN_WEIGHTS = 256
-
-
-def is_untrained(architecture: Architecture, model: Mapping[str, Array]) -> bool:
-    """Whether a model has never been trained.
-
-    Training changes every number of a normalisation, so these decide. In a model without normalisations the layers'
-    weights decide if they look as torch initialises them: 0, or uniform within ±1 / √(inputs), a bound that training
-    exceeds. All other models count as trained, because nothing of a trained model may be lost.
-    """
-    norm_tensors = [s for s in architecture.tensors if s.kind in _INITIAL_VALUES]
-    if norm_tensors:
-        return all(np.isin(model[s.name], _INITIAL_VALUES[s.kind]).all() for s in norm_tensors)
-    layers = [layer for layer in architecture.layers if layer.weight in model and layer.op in _DRAWN_OPERATORS]
-    return any(model[n.weight].size >= _MIN_DRAWN_WEIGHTS for n in layers) and all(
-        _is_as_drawn(model[n.weight], 0 if n.op == "ConvTranspose" else n.output_axis) for n in layers
-    )
-
-
-def _is_as_drawn(weights: Array, output_axis: int) -> bool:
-    largest = float(np.abs(weights).max(initial=0.0))
-    relative_bound = largest * math.sqrt(weights.size / weights.shape[output_axis])
-    return largest == 0 or (relative_bound <= 1 + 1e-6 and (relative_bound > 0.98 or weights.size < _MIN_DRAWN_WEIGHTS))
-
-
-def nest_widths(
-    architecture: Architecture, model: Mapping[str, Array], widths_list: Iterable[Sequence[int]]
-) -> dict[str, Array]:
-    """A copy of the model in which no channel reads one that only wider models have: such weights are 0.
-
-    So the whole model, and its first channels at any of the widths in `widths_list`, agree, as long as nothing but
-    weights mixes channels (a softmax or a norm over channels does, too). The weights that are 0 are trained like all
-    others wherever both of their channels exist. Raises `BundleError` if widths don't fit.
-    """
-    own_order = [np.arange(n) for n in architecture.sizes]
-    selections = [Selection.of(architecture, widths, own_order) for widths in widths_list]
-    model_copy = dict(model)
-    for spec in architecture.trainable:
-        axes = _weight_axes(architecture, spec)
-        if axes is None:
-            continue
-        model_copy[spec.name] = np.array(model[spec.name])
-        weights = np.moveaxis(model_copy[spec.name], axes, (0, 1))
-        for selection in selections:
-            outputs, inputs = (selection.maps(spec.name)[axis] for axis in axes)
-            weights[np.ix_(outputs, np.setdiff1d(np.arange(weights.shape[1]), inputs))] = 0
-    return model_copy
-
-
-def _weight_axes(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:
-    """The axes of a weight's output channels and of its input channels; None if they are not certain.
-
-    They aren't for a tensor that several layers read in different ways, for several heads' weights in one tensor, and
-    for grouped transposed convolutions, whose first axis is of inputs and outputs at once.
-    """
-    axis_pairs = set()
-    for layer in architecture.layers:
-        if layer.weight != spec.name or spec.kind is not TensorKind.WEIGHT:
-            continue
-        if layer.op == "Conv":
-            input_axis = 1
-        elif layer.op == "ConvTranspose":
-            input_axis = 0 if layer.groups == 1 else layer.output_axis
-        else:
-            input_axis = 1 - layer.output_axis if len(spec.axes) == 2 else layer.output_axis
-        axis_pairs.add((layer.output_axis, input_axis))
-    output_axis, input_axis = axis_pairs.pop() if len(axis_pairs) == 1 else (0, 0)
-    return None if output_axis == input_axis else (output_axis, input_axis)

@@ -6,7 +6,7 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
   dropout can make the ranking true, and a trained model is cut where it hurts least;
 - a nested start: in a model that was just made, as its normalisations or the bounds of its weights tell, no channel
   listens to one that only wider models have, so that what a width adds is silent until it has learnt
-  (`fedprune.model.nested_widths`);
+  (`fedprune.model.nesting`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
 - ordered dropout, so that wide boards train the narrow models, too (FjORD, Horvath et al. 2021, Alg. 1), where boards
@@ -38,8 +38,9 @@ from fedprune.core.settings import bounded, choice_of
 from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.initial_values import is_untrained
 from fedprune.model.mixup import MIN_MIXUP
-from fedprune.model.nested_widths import is_untrained, nest_widths
+from fedprune.model.nesting import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean

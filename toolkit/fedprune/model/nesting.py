@@ -1,0 +1,63 @@
+"""Makes a wide model compute the same as the narrower models that are its first channels.
+
+Channels that no device has trained yet still have their random initial weights. As long as trained channels read from
+these, the wide model is the narrow one with added noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
+from fedprune.model.selection import Selection
+
+Array = npt.NDArray[Any]
+
+
+def nest_widths(
+    architecture: Architecture, model: Mapping[str, Array], widths_list: Iterable[Sequence[int]]
+) -> dict[str, Array]:
+    """A copy of the model in which no channel reads one that only wider models have: such weights are 0.
+
+    So the whole model, and its first channels at any of the widths in `widths_list`, agree, as long as nothing but
+    weights mixes channels (a softmax or a norm over channels does, too). The weights that are 0 are trained like all
+    others wherever both of their channels exist. Raises `BundleError` if widths don't fit.
+    """
+    own_order = [np.arange(n) for n in architecture.sizes]
+    selections = [Selection.of(architecture, widths, own_order) for widths in widths_list]
+    model_copy = dict(model)
+    for spec in architecture.trainable:
+        axes = _weight_axes(architecture, spec)
+        if axes is None:
+            continue
+        model_copy[spec.name] = np.array(model[spec.name])
+        weights = np.moveaxis(model_copy[spec.name], axes, (0, 1))
+        for selection in selections:
+            outputs, inputs = (selection.maps(spec.name)[axis] for axis in axes)
+            weights[np.ix_(outputs, np.setdiff1d(np.arange(weights.shape[1]), inputs))] = 0
+    return model_copy
+
+
+def _weight_axes(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:
+    """The axes of a weight's output channels and of its input channels; None if they are not certain.
+
+    They aren't for a tensor that several layers read in different ways, for several heads' weights in one tensor, and
+    for grouped transposed convolutions, whose first axis is of inputs and outputs at once.
+    """
+    axis_pairs = set()
+    for layer in architecture.layers:
+        if layer.weight != spec.name or spec.kind is not TensorKind.WEIGHT:
+            continue
+        if layer.op == "Conv":
+            input_axis = 1
+        elif layer.op == "ConvTranspose":
+            input_axis = 0 if layer.groups == 1 else layer.output_axis
+        else:
+            input_axis = 1 - layer.output_axis if len(spec.axes) == 2 else layer.output_axis
+        axis_pairs.add((layer.output_axis, input_axis))
+    output_axis, input_axis = axis_pairs.pop() if len(axis_pairs) == 1 else (0, 0)
+    return None if output_axis == input_axis else (output_axis, input_axis)
