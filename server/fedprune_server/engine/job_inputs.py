@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, MissingExtraError, ModelError
 from fedprune.planning.profile_store import find_profile, profile_names
-from fedprune.strategies.user_strategies import user_code_digest
+from fedprune.strategies.user_code_digest import user_code_digest
 from fedprune_export.importing import (
     ImportChoices,
     compare_models,

@@ -16,7 +16,7 @@ from fedprune.core.errors import value_text
 from fedprune.core.text import first_few
 from fedprune.jobs.job import Job
 from fedprune.strategies import compose
-from fedprune.strategies.user_strategies import user_code_digest
+from fedprune.strategies.user_code_digest import user_code_digest
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import LabelledSamples
 from fedprune_server.simulation.datasets.federation import FleetData

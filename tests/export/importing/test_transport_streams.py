@@ -13,7 +13,8 @@ from torch import nn
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.optimal_transport import align
-from fedprune.strategies.optimal_transport.layer_order import after_sums, layer_steps
+from fedprune.strategies.optimal_transport.layer_order import layer_steps
+from fedprune.strategies.optimal_transport.residual_sums import after_sums
 from fedprune_export.importing import export_torch, import_onnx
 from support.nets import whole_models
 from support.oracles.pot_plans import pot

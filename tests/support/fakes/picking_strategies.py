@@ -11,7 +11,7 @@ from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Fixed
 from fedprune.strategies.channel_ranking import RankedChannels
 from fedprune.strategies.methods.autoflip import without_empty_channels
-from fedprune.strategies.methods.fedper import fuse_history
+from fedprune.strategies.methods.history import fuse_history
 from fedprune.strategies.methods.pr_fl import Importance
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Ranking, Scene, Submodel

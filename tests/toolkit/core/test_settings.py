@@ -20,7 +20,6 @@ from fedprune.releases.rollout import RolloutPlan, Stage
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Tiers
-from fedprune.strategies.growth import Recovery, TimeDriven
 from fedprune.strategies.methods import (
     asynchronous,
     autoflip,
@@ -35,6 +34,8 @@ from fedprune.strategies.methods import (
     robust,
     subflot,
 )
+from fedprune.strategies.recovery import Recovery
+from fedprune.strategies.time_driven import TimeDriven
 from fedprune.updates.privacy import Privacy
 
 pytestmark = pytest.mark.board

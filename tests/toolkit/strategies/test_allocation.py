@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedprune.jobs.state import DeviceTask, JobDevice, State
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, natural_sort_key
-from fedprune.strategies.growth import Recovery, TimeDriven, balanced_density
+from fedprune.strategies.recovery import Recovery
+from fedprune.strategies.time_driven import TimeDriven, balanced_density
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board

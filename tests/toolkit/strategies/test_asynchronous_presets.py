@@ -15,8 +15,8 @@ from fedprune.core.errors import ConfigError
 from fedprune.strategies import compose
 from fedprune.strategies.channel_ranking import RankedChannels
 from fedprune.strategies.element_masks import MaskedElements
-from fedprune.strategies.growth import TimeDriven
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.time_driven import TimeDriven
 from fedprune.strategies.values import Turn
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 

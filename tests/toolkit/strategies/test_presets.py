@@ -18,8 +18,8 @@ from fedprune.model.element_mask import apply_mask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Fixed, Tiers
-from fedprune.strategies.methods.fedper import History
 from fedprune.strategies.methods.heterofl import LEVELS, FedRolex
+from fedprune.strategies.methods.history import History
 from fedprune.strategies.methods.robust import RobustAggregator
 from fedprune.strategies.methods.subflot import SubFlot
 from fedprune.strategies.presets import PRESETS, compose

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedprune.jobs.state import JobDevice, State
-from fedprune.strategies.growth import Recovery
+from fedprune.strategies.recovery import Recovery
 
 pytestmark = pytest.mark.board
 

@@ -46,7 +46,7 @@ class Strategy:
         name: Shown to people; by default the class's name.
         aggregator: Sums updates, and makes the next global model of the sums.
         inputs: What the server needs of boards; decides whether a job with privacy is accepted
-            (`fedprune.strategies.presets`). Required, so that no strategy counts as private by omission.
+            (`fedprune.strategies.privacy_checks`). Required, so that no strategy counts as private by omission.
         allocator: How much of the model each device gets; None leaves it to the planner, or to the job's `density`.
         schedule: When offers go out and rounds close; None for synchronous rounds.
         exploration_rounds: Number of first rounds in which every device trains and the strategy learns, but the model

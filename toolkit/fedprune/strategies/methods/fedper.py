@@ -1,11 +1,9 @@
-"""Personal models: FedPer (Arivazhagan et al. 2019), `local`, in which nothing is shared, and `history`."""
+"""Personal models: boards keep some tensors (`fedper`, Arivazhagan et al. 2019) or all of them (`local`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from fedprune.core.errors import ConfigError, value_text
 from fedprune.core.settings import bounded, choice_of
@@ -18,7 +16,7 @@ from fedprune.strategies.aggregators import WEIGHTINGS, Mean
 from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Inputs, Strategy
-from fedprune.strategies.values import Cut, Submodel, Turn
+from fedprune.strategies.values import Turn
 
 
 @dataclass(frozen=True)
@@ -38,18 +36,8 @@ class LocalOptions:
 
 
 @dataclass(frozen=True)
-class HistoryOptions:
-    """Options of `history`, which `docs/strategies/fedper.md` explains."""
-
-    alpha: float = bounded(0.5, 0, 1)
-    mu: float = bounded(0.0, 0, 1e6)
-    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    weighting: str = choice_of("samples", WEIGHTINGS)
-
-
-@dataclass(frozen=True)
 class FedPer(Strategy):
-    """Keep some tensors on the device; the others are FedAvg's.
+    """Some tensors stay on the device; the others are averaged as in FedAvg.
 
     Attributes:
         personal: Patterns of the tensors that stay on the boards.
@@ -64,44 +52,6 @@ class FedPer(Strategy):
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         return replace(recipe, personal=self.personal)
-
-
-@dataclass(frozen=True)
-class History(Strategy):
-    """Start a device from a mixture of the global model and its own last one, coordinate by coordinate.
-
-    Without SubFLOT's transport (arXiv 2604.06631), to tell what of its gain is memory alone.
-
-    Attributes:
-        alpha: α of `fuse_history`.
-        mu: µ of the pull at a pruning rate of 1 (SubFLOT, eq. 7 and 8).
-    """
-
-    alpha: float = 0.5
-    mu: float = 0.0
-
-    def extract(self, cut: Cut) -> Submodel:
-        return fuse_history(cut, super().extract(cut), self.alpha)
-
-    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        return replace(recipe, proximal=self.mu * turn.pruning_rate) if self.mu else recipe
-
-
-def fuse_history(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
-    """Mix the global model with a device's last update.
-
-    w ← α·w_t + (1 − α)·w_k where that update holds the coordinate, w_t elsewhere (SubFLOT, eq. 6).
-    """
-    if cut.past is None or alpha == 1:
-        return submodel
-    model = cut.scene.model
-    own_tensors = submodel.selection.gather(cut.past.selection.scatter(cut.past.tensors_over(model), model))
-    tensors = {}
-    for name, value in submodel.tensors.items():
-        # w_t + (1 − α)·(w_k − w_t) in float64 leaves what the history doesn't hold as it is, bit for bit.
-        mixture = value + (1 - alpha) * (own_tensors[name].astype(np.float64) - value)
-        tensors[name] = mixture.astype(np.float32)
-    return Submodel(submodel.selection, tensors, submodel.mask)
 
 
 def fedper(job: Job) -> Strategy:
@@ -130,19 +80,4 @@ def _personal_strategy(
         aggregator=Mean(weighting=weighting, excluded=personal),
         inputs=inputs,
         allocator=density_allocator(job, densities, default=(1.0,)),
-    )
-
-
-def history(job: Job) -> Strategy:
-    """The preset: nested slices whose devices remember their own last model. Raises `ConfigError` if an option is
-    unknown or out of range."""
-    options = read_options(job, HistoryOptions)
-    return History(
-        job.strategy,
-        alpha=options.alpha,
-        mu=options.mu,
-        aggregator=Mean(weighting=options.weighting),
-        inputs="updates",
-        allocator=density_allocator(job, options.densities),
-        keeps_past=True,
     )

@@ -25,11 +25,12 @@ from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
 from fedprune.strategies.channel_ranking import RankedChannels
 from fedprune.strategies.element_masks import MaskedElements
-from fedprune.strategies.growth import Recovery, StartAllocator, TimeDriven
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, with_floors
 from fedprune.strategies.importance.scoring import order_scores, rank_channels
 from fedprune.strategies.options import read_options
+from fedprune.strategies.recovery import Recovery
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.time_driven import StartAllocator, TimeDriven
 from fedprune.strategies.values import Memories, Ranking, Scene, Turn, UpdateReport
 
 Floats = npt.NDArray[np.float32]

@@ -26,7 +26,8 @@ from fedprune.model.architecture import Architecture, Axis, TensorKind
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.optimal_transport.axis_blocks import Block, blocks_of_axis, channel_rows, transport_axis
 from fedprune.strategies.optimal_transport.coupling import SCRATCH, Coupling
-from fedprune.strategies.optimal_transport.layer_order import LayerStep, after_sums, layer_steps
+from fedprune.strategies.optimal_transport.layer_order import LayerStep, layer_steps
+from fedprune.strategies.optimal_transport.residual_sums import after_sums
 from fedprune.strategies.optimal_transport.solver import exact_plan
 
 Floats = npt.NDArray[np.float32]

@@ -1,0 +1,94 @@
+"""Checks that a strategy fits a job's privacy: noise on the boards' updates, or sums of masked updates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.strategy import Strategy
+from fedprune.updates.codecs import AUTO, PLAIN
+from fedprune.updates.privacy import LOCAL, SHARED
+
+
+def check_private(job: Job, strategy: Strategy) -> Strategy:
+    """Check that a job's privacy can be kept by its strategy.
+
+    With local noise a board releases its update, so that no use of it by the server costs more; the board must not send
+    other measurements. With shared noise only the sum is released, so that a strategy that uses single updates is
+    refused. Raises `ConfigError` if it can't; the message names the strategy and says why.
+
+    Returns:
+        The strategy.
+    """
+    if not job.privacy.is_on:
+        return strategy
+    if strategy.inputs == "measurements":
+        raise ConfigError(
+            f"with strategy {job.strategy}",
+            path=("job", "privacy"),
+            expected="a strategy whose boards send updates alone",
+            got="one that also uses what boards measure on their samples, which no noise covers",
+            hint="fedprune, fedavg and heterofl are some that can be private.",
+        )
+    if not job.privacy.is_local and (reader := _single_update_reader(job, strategy, (PLAIN,))):
+        raise ConfigError(
+            f"{SHARED!r} with strategy {job.strategy}",
+            path=("job", "privacy", "noise"),
+            expected="a job in which nothing is made of single updates",
+            got=reader,
+            hint=f"With noise = {LOCAL!r} every update is private by itself.",
+        )
+    return strategy
+
+
+def check_secure(job: Job, strategy: Strategy) -> Strategy:
+    """Check that a job with secure aggregation needs no more than sums of masked updates. Raises `ConfigError`, which
+    says what does.
+
+    Returns:
+        The strategy.
+    """
+    if not job.secure_aggregation:
+        return strategy
+    reader = _single_update_reader(job, strategy, (PLAIN, "int8"))
+    if not reader and (job.compression_of or job.compression_down not in (AUTO, PLAIN)):
+        reader = "compression_of or compression_down, by which boards differ"
+    if not reader and (job.recipe.mask != "none" or job.recipe.report_squares):
+        reader = "a recipe with element masks or squared gradients, which boards have of their own"
+    if reader:
+        raise ConfigError(
+            f"with strategy {job.strategy}",
+            path=("job", "secure_aggregation"),
+            expected="a job in which nothing is made of single updates",
+            got=reader,
+            hint="fedavg, and heterofl with label_rows = false, are some that go with it; compression may be int8.",
+        )
+    return strategy
+
+
+def _single_update_reader(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
+    """What of a job reads single updates, or more than their sum; empty if nothing does.
+
+    Args:
+        allowed: Codecs that don't.
+    """
+    # AUTO is the strategy's own codec, which is checked with the strategy.
+    codecs = {job.compression, *job.compression_of.values()} - {AUTO, *allowed}
+    readers = {
+        "a composition of your own, which may read anything": ":" in job.strategy,
+        "a strategy that uses single updates": strategy.inputs != "sum",
+        "a schedule on which updates are released one by one": strategy.schedule is not None
+        and strategy.schedule.asynchronous,
+        "a robust mean, which compares single updates": "robust" in job.options,
+        "an aggregator that is no mean of all": type(strategy.aggregator) is not Mean,
+        "an option by which only what an update has changed counts": isinstance(strategy.aggregator, Mean)
+        and strategy.aggregator.only_changed != "",
+        "a ranking by how single updates moved": strategy.observes_movement,
+        f"compression {', '.join(sorted(codecs))}, which rounds single updates": bool(codecs),
+        "masks of single elements, which only some boards hold": strategy.uses_masks,
+        "rounds of exploration": strategy.exploration_rounds > 0,
+        "updates that are kept for the next rounds": strategy.keeps_past,
+    }
+    return next((reader for reader, applies in readers.items() if applies), "")
