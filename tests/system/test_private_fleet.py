@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.updates.privacy import epsilon_for
+from fedprune.updates.privacy_cost import epsilon_for
 from fedprune_device.privacy.budget import BoardPrivacyBudget
 from fedprune_server.cli.status import job_status, status_text
 from support.processes.real_site import Site, write_material

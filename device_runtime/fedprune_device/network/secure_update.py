@@ -9,11 +9,11 @@ from msgspec.structs import replace
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
 from fedprune.model.recipe import Recipe
-from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.participant import Participant
 from fedprune.secure_aggregation.session import SecureSumSession, task_digest
+from fedprune.secure_aggregation.vector_form import MaskedForm
 from fedprune.security.keys import KEY_BYTES, VerifyingKey
 from fedprune.wire.messages import Offer, SecureStep, TrainingDone, UpdateAnnouncement
 from fedprune_device.network.connection import BoardConnection

@@ -18,7 +18,8 @@ from fedprune.core import atomic_file, validation
 from fedprune.core.errors import ConfigError, PrivacyError, StorageError
 from fedprune.core.toml_file import read_toml
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy import GaussianNoise, epsilon_for
+from fedprune.updates.clipped_noise import GaussianNoise
+from fedprune.updates.privacy_cost import epsilon_for
 from fedprune.wire.messages import Offer
 
 _MIN_MULTIPLIER = 1e-6  # in units of the clip; less noise counts as none: 1/z² of such an update could overflow

@@ -19,9 +19,9 @@ from fedprune.model.element_mask import apply_mask, mask_from_bits, pack_active,
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, ElementMask, Tensors
-from fedprune.secure_aggregation.grid import MaskedForm
+from fedprune.secure_aggregation.vector_form import MaskedForm
 from fedprune.updates import Codec, encode, weights
-from fedprune.updates.privacy import GaussianNoise, add_noise
+from fedprune.updates.clipped_noise import GaussianNoise, add_noise
 from fedprune.updates.remap import relocate
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData

@@ -22,7 +22,7 @@ from fedprune.core.metrics import BLEND
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import served_files
-from fedprune.updates.privacy import GaussianNoise
+from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.labels import LogitAdjustment, Targets

@@ -21,9 +21,9 @@ from fedprune.coordination.masked import cohort_sum_line
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, SignatureError
 from fedprune.core.text import one_line
 from fedprune.secure_aggregation.collector import Collector, FalseSharesError
-from fedprune.secure_aggregation.grid import SECURE_FIELD, MaskedForm
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.session import MIN_BOARDS, SecureSumSession, task_digest
+from fedprune.secure_aggregation.vector_form import SECURE_FIELD, MaskedForm
 from fedprune.security.keys import KEY_BYTES, VerifyingKey
 from fedprune.wire.messages import Accepted, SecureStep, TrainingDone, UpdateAnnouncement
 from fedprune_server.engine.command_dispatcher import DeviceTraffic

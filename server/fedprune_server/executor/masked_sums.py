@@ -18,8 +18,9 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection, Tensors
-from fedprune.secure_aggregation.grid import SECURE_FIELD, CohortGrid, MaskedForm, TensorGrid, step_exponent
+from fedprune.secure_aggregation.grid import CohortGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.vector_form import SECURE_FIELD, MaskedForm, TensorGrid
 from fedprune_server.executor.round_closer import RoundCloser
 from fedprune_server.executor.stored_updates import StoredUpdates
 

@@ -13,7 +13,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
+from fedprune.secure_aggregation.vector_form import TensorGrid, VectorForm
 from fedprune.wire.messages import (
     Birth,
     BlobNotFound,

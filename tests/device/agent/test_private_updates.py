@@ -15,9 +15,9 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.model.element_mask import pack_active
 from fedprune.model.recipe import Recipe
-from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
+from fedprune.secure_aggregation.vector_form import TensorGrid, VectorForm
 from fedprune.updates import Codec, decode
-from fedprune.updates.privacy import GaussianNoise
+from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore

@@ -15,11 +15,11 @@ from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.secure_aggregation.collector import Collector
-from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.participant import Participant
 from fedprune.secure_aggregation.session import SecureSumSession, task_digest
+from fedprune.secure_aggregation.vector_form import TensorGrid, VectorForm
 from fedprune.security.keys import KEY_BYTES, SigningKey, VerifyingKey
 from fedprune.wire.messages import Accepted, Offer, Refusal, SecureStep, TrainingDone, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData

@@ -13,7 +13,7 @@ from msgspec import structs
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy import epsilon_for
+from fedprune.updates.privacy_cost import epsilon_for
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.privacy.budget import BUDGET_FILE, BoardPrivacyBudget, PrivacyPolicy, read_policy
 from fedprune_device.privacy.redaction import error_name, refusal_reason

@@ -12,7 +12,7 @@ from fedprune.coordination import State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
-from fedprune.secure_aggregation.grid import SECURE_FIELD, MaskedForm, TensorGrid, VectorForm
+from fedprune.secure_aggregation.vector_form import SECURE_FIELD, MaskedForm, TensorGrid, VectorForm
 from support.fakes.tiny_job import ARCHITECTURE
 
 

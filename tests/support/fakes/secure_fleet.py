@@ -15,8 +15,8 @@ from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
-from fedprune.secure_aggregation.grid import MaskedForm
-from fedprune.updates.privacy import GaussianNoise, add_noise
+from fedprune.secure_aggregation.vector_form import MaskedForm
+from fedprune.updates.clipped_noise import GaussianNoise, add_noise
 from fedprune.wire.messages import (
     Accepted,
     Cancelled,

@@ -19,7 +19,8 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.model.selection import Selection
-from fedprune.updates.privacy import Privacy, epsilon_for
+from fedprune.updates.privacy import Privacy
+from fedprune.updates.privacy_cost import epsilon_for
 from support.fakes import tiny_job as toy
 from support.fakes.coordinator_shell import MaskingShell, Shell
 from support.nets.two_groups import ARCHITECTURE, TRAINED

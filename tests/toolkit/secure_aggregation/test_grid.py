@@ -14,9 +14,10 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ProtocolError
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
-from fedprune.secure_aggregation.grid import MAX_CODE, CohortGrid, MaskedForm, TensorGrid, VectorForm, step_exponent
+from fedprune.secure_aggregation.grid import CohortGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import SecureSumSession
+from fedprune.secure_aggregation.vector_form import MAX_CODE, MaskedForm, TensorGrid, VectorForm
 from support.fakes.masked_cohort import NAMES, MaskedCohort, summed
 from support.nets.drawn_models import architectures, model, seeds, selections, trained
 from support.nets.two_groups import ARCHITECTURE, TRAINED

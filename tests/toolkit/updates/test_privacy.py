@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import TrainingError
 from fedprune.model.selection import Selection, Tensors
-from fedprune.updates.privacy import GaussianNoise, add_noise, delta_for, epsilon_for, max_cost, update_norm
+from fedprune.updates.clipped_noise import GaussianNoise, add_noise, update_norm
+from fedprune.updates.privacy_cost import delta_for, epsilon_for, max_cost
 from support.nets.two_groups import ARCHITECTURE, TRAINED
 
 pytestmark = pytest.mark.board

@@ -23,8 +23,8 @@ from fedprune.core.rng import keyed_generator
 from fedprune.core.text import first_few, quantity
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Phase, Progress
-from fedprune.secure_aggregation.grid import SECURE_FIELD, MaskedForm
 from fedprune.secure_aggregation.session import task_digest
+from fedprune.secure_aggregation.vector_form import SECURE_FIELD, MaskedForm
 
 _LEFT_OUT_REASON = "it was left out of this round's sums, to find out which board has spoilt one"
 

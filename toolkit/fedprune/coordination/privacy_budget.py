@@ -21,7 +21,8 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.state import DeviceTask, State
-from fedprune.updates.privacy import Privacy, max_cost
+from fedprune.updates.privacy import Privacy
+from fedprune.updates.privacy_cost import max_cost
 
 
 class JobPrivacyBudget:

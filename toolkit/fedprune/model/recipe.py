@@ -194,7 +194,7 @@ class PlainTraining:
             `crop:PIXELS` (after padding with zeros), `brightness:SHARE`, `contrast:SHARE`, `noise:DEVIATION`,
             `shift:SHARE` (in time) or `specaugment:FREQUENCIES:STEPS` (Park et al. 2019). Classes of pixels and masks
             move along; other labels with places are refused.
-        update_clip: The most that the whole update may be long (`fedprune.updates.privacy`); 0 leaves it as
+        update_clip: The most that the whole update may be long (`fedprune.updates.clipped_noise`); 0 leaves it as
             it is. Above 0, batch-norm statistics aren't uploaded, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
         secure_aggregation: The update leaves the board masked, and never otherwise.

@@ -10,8 +10,10 @@
     collector.add_unmasking(board, message)
     collector.total()
 
-The server ends each of the four steps when it likes; boards that haven't answered by then have dropped out. Those that
-had shared before are restored from their neighbours' shares, and those that drop out earlier have no part in it.
+Each board masks its vector with its neighbours, and gives them shares of its secrets (`SecureSumSession` says who is
+whose neighbour). The server ends each of the four steps when it likes; boards that haven't answered by then have
+dropped out. If a board drops out after it has shared, its neighbours' shares restore its secret, so that its masks can
+be taken out of the sum. Boards that drop out earlier have no part in the sum.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class Collector:
 
     Args:
         directory: The boards' identity keys.
-        random: Places boards on the circle.
+        random: Decides which boards are neighbours.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Collector:
         self._step = _ADVERTISE
         self._digests_of_step: dict[str, dict[str, bytes]] = {step: {} for step in _STEPS}
         self._keys: dict[str, Advertisement] = {}
-        self._graph: dict[str, tuple[str, ...]] = {}
+        self._neighbours: dict[str, tuple[str, ...]] = {}
         self._sealed_shares: dict[str, dict[str, bytes]] = {}
         self._shares: dict[str, dict[str, bytes]] = {}
         self._sum = Vector.zeros(session)
@@ -94,15 +96,13 @@ class Collector:
     def rosters(self) -> dict[str, bytes]:
         """End the step of keys: each board's message."""
         self._end_step(_ADVERTISE)
-        self._graph = self._session.neighbours(tuple(self._keys), self._random)
-        return {
-            board: encode_roster({n: self._keys[n] for n in neighbours}) for board, neighbours in self._graph.items()
-        }
+        self._neighbours = self._session.neighbours(tuple(self._keys), self._random)
+        return {b: encode_roster({n: self._keys[n] for n in neighbours}) for b, neighbours in self._neighbours.items()}
 
     def add_shares(self, board: str, message: bytes) -> None:
-        if not self._is_new(_SHARE, board, message, self._graph):
+        if not self._is_new(_SHARE, board, message, self._neighbours):
             return
-        neighbours = self._graph[board]
+        neighbours = self._neighbours[board]
         self._sealed_shares[board] = dict(
             zip(neighbours, split_bytes(message, SEALED_BYTES, len(neighbours), "sealed shares"), strict=True)
         )
@@ -114,8 +114,8 @@ class Collector:
         self._check_remaining(self._sealed_shares, self._sealed_shares)
         return {
             board: encode_delivery(
-                self._graph[board],
-                {n: self._sealed_shares[n][board] for n in self._graph[board] if n in self._sealed_shares},
+                self._neighbours[board],
+                {n: self._sealed_shares[n][board] for n in self._neighbours[board] if n in self._sealed_shares},
             )
             for board in self._sealed_shares
         }
@@ -131,14 +131,14 @@ class Collector:
     def survivors(self) -> dict[str, bytes]:
         """End the step of masked vectors: each remaining board's message."""
         self._end_step(_MASK)
-        alive = self._digests_of_step[_MASK]
-        self._check_remaining(self._boards_to_restore(), alive)
-        return {board: encode_bits(self._graph[board], alive) for board in alive}
+        survivors = self._digests_of_step[_MASK]
+        self._check_remaining(self._boards_to_restore(), survivors)
+        return {board: encode_bits(self._neighbours[board], survivors) for board in survivors}
 
     def add_unmasking(self, board: str, message: bytes) -> None:
         if not self._is_new(_UNMASK, board, message, self._digests_of_step[_MASK]):
             return
-        owners = [name for name in self._graph[board] if name in self._sealed_shares]
+        owners = [name for name in self._neighbours[board] if name in self._sealed_shares]
         for owner, share in decode_unmasking(message, owners).items():
             self._shares.setdefault(owner, {})[board] = share
         self._record_message(board, message)
@@ -156,24 +156,25 @@ class Collector:
         secret have arrived or some are false."""
         self._end_step(_UNMASK)
         self._check_remaining(self._boards_to_restore(), self._digests_of_step[_UNMASK])
-        alive = self._digests_of_step[_MASK]
-        masks = [key for board in self._boards_to_restore() for key in self._mask_keys(board, alive)]
+        survivors = self._digests_of_step[_MASK]
+        # All keys first: if a board's shares are false, the sum stays as it is.
+        masks = [key for board in self._boards_to_restore() for key in self._mask_keys(board, survivors)]
         for key, negative in masks:
             self._sum.add_mask(key, negative=negative)
         return self._sum
 
     def _boards_to_restore(self) -> tuple[str, ...]:
         """The boards of which a secret must be restored: survivors, and others with whom survivors have masked."""
-        alive = self._digests_of_step[_MASK]
-        return tuple(b for b in self._sealed_shares if b in alive or any(n in alive for n in self._graph[b]))
+        survivors = self._digests_of_step[_MASK]
+        return tuple(b for b in self._sealed_shares if not survivors.keys().isdisjoint((b, *self._neighbours[b])))
 
-    def _mask_keys(self, board: str, alive: Collection[str]) -> list[tuple[bytes, bool]]:
+    def _mask_keys(self, board: str, survivors: Collection[str]) -> list[tuple[bytes, bool]]:
         """The keys of masks that a board's restored secret gives, and whether to subtract them."""
-        neighbours, keys = self._graph[board], self._keys[board]
+        neighbours, keys = self._neighbours[board], self._keys[board]
         shares = {neighbours.index(holder) + 1: share for holder, share in self._shares[board].items()}
         try:
             secret = join_shares(shares, self._session.threshold)
-            if board in alive:
+            if board in survivors:
                 # A wrong seed would subtract a wrong mask, and leave a sum of noise.
                 if commitment_to(self._session, board, secret) != keys.commitment:
                     raise ProtocolError("restored seed", expected="the board's own", got="another one")
@@ -188,14 +189,14 @@ class Collector:
         return [
             (pair_mask_key(self._session, key, board, n, self._keys[n].mask), board > n)
             for n in neighbours
-            if n in alive
+            if n in survivors
         ]
 
     def _check_remaining(self, boards: Collection[str], remaining_boards: Collection[str]) -> None:
         """Make sure that enough neighbours of each board remain to restore its secret. Raises `ProtocolError`, and ends
         the sum, if one has too few, or no board remains."""
         for board in boards:
-            remaining = sum(n in remaining_boards for n in self._graph[board])
+            remaining = sum(n in remaining_boards for n in self._neighbours[board])
             if remaining < self._session.threshold:
                 self._step = _END
                 raise ProtocolError(

@@ -98,8 +98,8 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     """Digest of the selection that those were sent in."""
     secure: FreeObject | None = None
     """How the update becomes the vector that the board masks: `tensors`
-    (`fedprune.secure_aggregation.grid.VectorForm`) and its size. None where updates aren't masked; the recipe says so,
-    too, so that a board that doesn't know of masks refuses."""
+    (`fedprune.secure_aggregation.vector_form.VectorForm`) and its size. None where updates aren't masked; the recipe
+    says so, too, so that a board that doesn't know of masks refuses."""
     base: BlobRef | None = None
     """Frozen weights in low precision, which both graphs read and no round changes. None where there are none."""
     blobs_at: WebAddress | None = None

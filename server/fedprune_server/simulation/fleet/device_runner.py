@@ -17,7 +17,7 @@ import numpy as np
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, TrainingError
-from fedprune.updates.privacy import GaussianNoise
+from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.local_state import MemoryStateStore
