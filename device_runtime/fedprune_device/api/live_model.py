@@ -19,7 +19,8 @@ from fedprune_device.api.request import RequestError
 from fedprune_device.data.dataset import Array
 from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
 from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
-from fedprune_device.serving.predictor import Predictor, likelihoods
+from fedprune_device.serving.prediction_text import likelihoods
+from fedprune_device.serving.predictor import Predictor
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -20,15 +20,16 @@ from fedprune.model.recipe import JUDGED_LABELS, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.data.array_source import load_data, read_arrays
-from fedprune_device.data.dataset import checked_inputs, checked_samples
 from fedprune_device.data.labels import LogitAdjustment, Targets
 from fedprune_device.data.layouts import IGNORED_CLASS, Unlabelled, layout_of
+from fedprune_device.data.sample_checks import checked_inputs, checked_samples
 from fedprune_device.data.sequences import LENGTHS
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.serving.predictor import Predictor, prediction_lines, quality_text, ranked_outputs, targets_of
+from fedprune_device.serving.prediction_text import prediction_lines, quality_text, ranked_outputs, targets_of
+from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.directory_owner import OWNER_FILE
 
 # Folders of boards that an error names.

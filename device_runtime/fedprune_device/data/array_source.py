@@ -14,7 +14,8 @@ from fedprune.core.imports import import_user_module
 from fedprune.core.rng import keyed_generator
 from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.lengths import Shape
-from fedprune_device.data.dataset import SPLITS, LocalData, check_shape, check_type, checked_inputs, checked_samples
+from fedprune_device.data.dataset import SPLITS, LocalData
+from fedprune_device.data.sample_checks import check_shape, check_type, checked_inputs, checked_samples
 from fedprune_device.data.sequences import LENGTHS, PaddedRows, describe_rows, pad_samples
 from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.stored_array import (

@@ -1,11 +1,11 @@
-"""The samples that the application adds: a bounded set on the disk, and the board's training data.
+"""Stores the samples that an application adds, in a folder of bounded size: they are the board's training data.
 
-samples/set.json            what the set was made with, and its key
-samples/model.json          what the model of the last round takes
+samples/set.json            the set's key, and the shares of samples for training, tests and validation
+samples/model.json          the input shape of the last round's model
 samples/segment-*.log       the samples (`data.segment_log`)
 
-The reservoir decides which samples stay. A keyed hash of a sample's name, and nothing else, decides which of them are
-held out, so that a sample never moves from one part to another.
+`Reservoir` decides which samples stay. Only a keyed hash of a sample's name decides which samples are held out, so that
+a sample never moves from one split to another.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fedprune_device.data.segment_log import (
     payload_name,
 )
 from fedprune_device.data.splits import SplitShares, claim_folder
-from fedprune_device.data.stored_array import FILE_STRIDE
+from fedprune_device.data.stored_array import FILE_STRIDE, OpenFiles
 from fedprune_device.data.stored_samples import (
     StoredSample,
     encode_sample,
@@ -60,17 +60,14 @@ _LOG = logging.getLogger("fedprune.device")
 
 _MODEL_FILE = "model.json"
 
-# Segments that the room on the disk is divided into: reclaiming one rewrites at most this share of the samples.
+# Segments that the space on the disk is divided into: reclaiming one rewrites at most this share of the samples.
 _SEGMENTS = 16
-# Share of the room that samples take; the rest is for records that no longer count, and for reclaiming a segment.
+# Share of the space that samples take; the rest is for records that no longer count, and for reclaiming a segment.
 _LIVE_SHARE = 5 / 8
-
 # Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small samples is fast.
 _REWRITE_BYTES = 256 * 1024
-
 # At least this many different labels are allowed, or as many as samples: a count is kept of each label for ever.
 _MIN_LABEL_LIMIT = 1000
-
 # Declined samples (or a hundredth of all) after which the counts are written: a flood of samples wears no card.
 _MIN_DECLINED = 64
 
@@ -85,7 +82,7 @@ class NoSampleError(DataError):
 
 @dataclass(frozen=True)
 class AddedSample:
-    """The fate of a sample. `id` is a digest of type, shape and numbers, `part` is `train`, `val` or `test`."""
+    """A sample after its addition. `id` is a digest of type, shape and numbers, `part` is `train`, `val` or `test`."""
 
     id: str
     kept: bool
@@ -105,7 +102,7 @@ class SampleStore(Closeable):
     """The set of samples on the disk. All methods may be called from any thread.
 
     `input_shape` is the shape that the model of the last round takes, also if that round found nothing to train on;
-    None before the first round. Raises `ConfigError` if the set was made with other shares, or its room is too small.
+    None before the first round. Raises `ConfigError` if the set was made with other shares, or its space is too small.
     """
 
     def __init__(self, root: Path, limits: SampleLimits, shares: SplitShares | None = None) -> None:
@@ -219,48 +216,51 @@ class SampleStore(Closeable):
 
         A model whose outputs are compared with its inputs takes all samples, without their labels.
         """
-        itself = targets is not None and shape is not None and reproduces_inputs(targets, shape)
+        reproduces = targets is not None and shape is not None and reproduces_inputs(targets, shape)
         with self._lock:
             if targets is not None and shape is not None:
-                self._write_model(tuple(shape), itself)
-            names_by_class = self._reservoir.names_by_class()
-            rows = [
-                (name, label)
-                for label, names in names_by_class.items()
-                if label != UNLABELLED or itself
-                for name in names
-            ]
-            positions = {name: self._positions[name] for name, _ in rows}
+                self._write_model(tuple(shape), reproduces)
+            classes = self._reservoir.names_by_class().items()
+            labels = {name: label for label, names in classes if label != UNLABELLED or reproduces for name in names}
+            positions = {name: self._positions[name] for name in labels}
             segments = sorted({position.segment for position in positions.values()})
             # Open files stay readable when their segment is reclaimed meanwhile.
             files = self._log.open_segments(segments)
         stored = []
-        for name, label in rows:
-            position = positions[name]
-            number = segments.index(position.segment)
-            with storage_errors(f"can't read {self._root}"):
-                payload = os.pread(files.descriptors[number], position.size, position.offset)
-            if payload_name(payload).hex() != name:
-                with self._lock:
-                    self._drop_damaged(name)
-                continue
-            like = sample_outline(payload)
-            begin = FILE_STRIDE * number + position.offset + position.size - like.nbytes
-            stored.append(StoredSample(name, label, like, begin))
+        for name, label in labels.items():
+            sample = self._read_stored(name, label, positions[name], files, segments.index(positions[name].segment))
+            if sample is not None:
+                stored.append(sample)
         samples_by_split: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
-        for sample in select_one_kind(stored, shape):
+        fitting = select_one_kind(stored, shape)
+        for sample in fitting:
             samples_by_split[self._shares.split_of(sample.name)].append(sample)
-        fitting = sum(map(len, samples_by_split.values()))
-        if fitting < len(stored):
-            _LOG.warning("%d samples have another shape than the rest, or the model: left out", len(stored) - fitting)
+        if len(fitting) < len(stored):
+            left_out = len(stored) - len(fitting)
+            _LOG.warning("%d samples have another shape than the rest, or the model: left out", left_out)
         if not samples_by_split["train"]:
             raise DataError(
                 "there is nothing to train on yet",
-                expected="samples" if itself else "samples with labels",
-                got=f"{fitting}, none of them for training",
-                hint="Add some: POST /v1/samples" + ("" if itself else "?label=..., or label those that wait."),
+                expected="samples" if reproduces else "samples with labels",
+                got=f"{len(fitting)}, none of them for training",
+                hint="Add some: POST /v1/samples" + ("" if reproduces else "?label=..., or label those that wait."),
             )
-        return local_data(list(samples_by_split.values()), files, shape, itself=itself, spool=self._root)
+        splits = list(samples_by_split.values())
+        return local_data(splits, files, shape, inputs_are_labels=reproduces, spool=self._root)
+
+    def _read_stored(
+        self, name: str, label: int, position: RecordPosition, files: OpenFiles, file_index: int
+    ) -> StoredSample | None:
+        """The shape and place of a sample in the open files; None, and the sample is dropped, if it is damaged."""
+        with storage_errors(f"can't read {self._root}"):
+            payload = os.pread(files.descriptors[file_index], position.size, position.offset)
+        if payload_name(payload).hex() != name:
+            with self._lock:
+                self._drop_damaged(name)
+            return None
+        outline = sample_outline(payload)
+        end = FILE_STRIDE * file_index + position.offset + position.size
+        return StoredSample(name, label, outline, end - outline.nbytes)
 
     def close(self) -> None:
         """Note what was seen, and close the files."""
@@ -333,7 +333,7 @@ class SampleStore(Closeable):
             _LOG.warning("can't note how many samples were seen: %s", error)
 
     def _make_room(self, need: int) -> None:
-        """Reclaim the oldest segments until the log stays within its room."""
+        """Reclaim the oldest segments until the log, with `need` more bytes, stays within its limit."""
         for _ in range(4 * _SEGMENTS):
             segments = self._log.segments
             if len(segments) < 2 or self._log.size + need + self._segment_bytes <= self._limits.bytes:
@@ -386,7 +386,7 @@ class SampleStore(Closeable):
                     self._reservoir.set_seen_count(record.label, record.seen_count)
                 self._reservoir.restore(name, record.label, HEAD_BYTES + position.size)
                 self._positions[name] = position
-        # After a torn end, lost bits, or with a smaller room than before there are more samples than may be.
+        # After a torn end, lost bits, or with a smaller limit than before there are more samples than may be.
         while (surplus := self._reservoir.surplus()) is not None:
             self._reservoir.drop(surplus)
             del self._positions[surplus]
@@ -397,7 +397,7 @@ class SampleStore(Closeable):
         self._training_labels = {n: c for c, names in classes for n in names if self._is_for_training(n, c)}
 
     def _read_model(self) -> None:
-        """Read what the model of the last round takes; if the file is damaged, it is unknown until the next round."""
+        """Read the input shape of the last model; if the file is damaged, it is unknown until the next round."""
         try:
             body = atomic_file.read_document(self._root / _MODEL_FILE) or {"input": None, "unlabelled": False}
             shape, unlabelled = body["input"], body["unlabelled"] is True
@@ -407,7 +407,7 @@ class SampleStore(Closeable):
             _LOG.warning("what the last model takes is unknown until the next round (%s)", error)
 
     def _write_model(self, shape: Shape, unlabelled: bool) -> None:
-        """Keep what the model of a round takes: the number of its training samples is reported before the next one."""
+        """Keep the input shape of a round's model: the number of its training samples is reported before the next."""
         if (shape, not unlabelled) == (self.input_shape, self._reservoir.unlabelled_wait):
             return
         atomic_file.write_document(self._root / _MODEL_FILE, {"input": shape_to_json(shape), "unlabelled": unlabelled})

@@ -1,4 +1,7 @@
-"""The bytes in which the sample store keeps a sample, and the arrays that a model takes."""
+"""Encodes samples for the sample store (`data.sample_store`), and reads stored samples as the arrays of a model.
+
+A stored sample is a head (kind of numbers, number of dimensions, shape) and its numbers, little-endian.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,12 @@ _MAX_RANK = 8  # the most dimensions of a sample
 
 @dataclass(frozen=True, eq=False)
 class StoredSample:
-    """A sample on the disk: `outline` is an array of its type and shape, `position` the place of its numbers."""
+    """A sample on the disk.
+
+    Attributes:
+        outline: An array of the sample's type and shape, which takes no memory (see `sample_outline`).
+        position: Where its numbers begin: bytes, plus `FILE_STRIDE` times the index of the file.
+    """
 
     name: str
     label: int
@@ -61,9 +69,9 @@ def _sample_head(code: int, x: Array) -> bytes:
 
 
 def select_one_kind(samples: list[StoredSample], shape: Shape | None) -> list[StoredSample]:
-    """The samples that fit the model's shape, and of those the ones of the most frequent shape and type.
+    """The samples that a model of this input shape can train on together: those of the most frequent type and shape.
 
-    Where the length of samples may vary, all that fit are of one shape.
+    If the length of samples may vary, all shapes that fit the model count as one.
     """
     samples = [sample for sample in samples if shape is None or fits_shape(sample.outline.shape, shape)]
     varies = shape is not None and free_axis(shape) is not None
@@ -85,21 +93,21 @@ def reproduces_inputs(targets: Targets, shape: Shape) -> bool:
 
 
 def local_data(
-    samples_by_part: Sequence[Sequence[StoredSample]],
+    samples_by_split: Sequence[Sequence[StoredSample]],
     files: OpenFiles,
     shape: Shape | None,
     *,
-    itself: bool,
+    inputs_are_labels: bool,
     spool: Path,
 ) -> LocalData:
-    """Samples of one kind for training, testing and validation, with labels unless they are their own (`itself`).
+    """Samples of one kind for training, testing and validation; a model may reproduce its inputs instead of labels.
 
-    Large ones stay in `files`; those of different lengths are padded, in a file in `spool` if they are large.
+    Large samples stay in `files`. Samples of different lengths are padded, in a file in `spool` if they are large.
     """
-    example = samples_by_part[0][0].outline
-    fits_memory = example.size * 4 * sum(map(len, samples_by_part)) <= MAX_SAMPLES_IN_MEMORY
+    example = samples_by_split[0][0].outline
+    fits_memory = example.size * 4 * sum(map(len, samples_by_split)) <= MAX_SAMPLES_IN_MEMORY
     arrays: list[Any] = []
-    for samples in samples_by_part:
+    for samples in samples_by_split:
         positions = np.array([sample.position for sample in samples], np.int64)
         labels = np.array([sample.label for sample in samples], np.int64)
         if shape is not None and free_axis(shape) is not None:
@@ -110,10 +118,9 @@ def local_data(
         else:
             stored = _stored_array(files, example, positions)
             inputs = stored[:] if fits_memory else stored
-            arrays += [inputs, inputs if itself else labels]
+            arrays += [inputs, inputs if inputs_are_labels else labels]
     return LocalData(*arrays)
 
 
-def _stored_array(files: OpenFiles, like: Array, positions: npt.NDArray[np.int64]) -> StoredArray:
-    """Samples of a type and shape, at these places."""
-    return StoredArray.at_positions(files, positions, like.dtype, like.shape)
+def _stored_array(files: OpenFiles, outline: Array, positions: npt.NDArray[np.int64]) -> StoredArray:
+    return StoredArray.at_positions(files, positions, outline.dtype, outline.shape)

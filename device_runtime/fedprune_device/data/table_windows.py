@@ -18,7 +18,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Inputs, OpenFiles, Rows, StoredArray
-from fedprune_device.data.tables import CLASS, CSV, PARQUET, TARGET, TableColumns, open_table
+from fedprune_device.data.table_columns import CLASS, TARGET, TableColumns
+from fedprune_device.data.tables import CSV, PARQUET, open_table
 
 Array = npt.NDArray[Any]
 

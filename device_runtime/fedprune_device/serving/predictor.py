@@ -1,8 +1,8 @@
-"""The model that a device serves predictions with."""
+"""Loads an inference graph with its weights and predicts with it; checks a new model before a device serves it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,11 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, ModelError, shape_text
 from fedprune.core.rng import keyed_generator
-from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
 from fedprune.model.lengths import fits_shape, free_axis, pad_to_bound, upper_shape, with_lengths
-from fedprune.model.recipe import JUDGED_LABELS, MULTI_LABELS, labels_of
 from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.precision_files import FLOAT32, served_files
 from fedprune.runtime.session import OnnxSession, RunsGraph
-from fedprune_device.data.labels import Targets, right_labels
 from fedprune_device.data.stored_array import Inputs
 
 Array = npt.NDArray[Any]
@@ -89,15 +86,18 @@ class Predictor:
         *,
         batch: int = 64,
     ) -> None:
-        """The numeric check before a model may serve, on inputs `x`, or on fixed noise (the first token) without them.
+        """Check the numbers that a model predicts before it may serve.
 
-        `loss` is the training graph's for these samples, and what computes it of outputs. A model with batch-norm
-        statistics has none: training and inference differ there by design. Raises `ModelError` if logits have another
-        number of classes, are not finite, or contradict that loss.
+        Raises `ModelError` if logits have another number of classes, are not finite, or contradict the loss.
+
+        Args:
+            x: Inputs; without them fixed noise, or the first token.
+            loss: The training graph's loss for these inputs, and the function that computes it from logits. None for a
+                model with batch-norm statistics: training and inference differ there by design.
         """
         if x is None:
-            free = [d if isinstance(d, int) else 1 for d in upper_shape(self.input_shape)]
-            noise = keyed_generator(0, "check").standard_normal((4, *free))
+            sizes = [size if isinstance(size, int) else 1 for size in upper_shape(self.input_shape)]
+            noise = keyed_generator(0, "check").standard_normal((4, *sizes))
             x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
         logits = self.predict(x, batch)
         if logits.shape[:2] != (len(x), classes):
@@ -115,68 +115,3 @@ class Predictor:
                     got=f"{inference_loss:.6g}",
                     hint="Inference graph, weights or training graph don't belong together.",
                 )
-
-
-def prediction_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str] = ()) -> Iterator[str]:
-    """One line per sample of outputs [n, K]: the `top` likeliest classes or labels, or all predicted numbers.
-
-    Of outputs for each position [n, K, ...] it is the share of positions of the `top` most frequent classes or labels,
-    or the range of the numbers.
-    """
-    if outputs.ndim > 2:
-        yield from _position_lines(outputs, loss, top, names)
-        return
-    digits = ".4f" if labels_of(loss) in JUDGED_LABELS else ".6g"
-    for i, row in enumerate(ranked_outputs(outputs, loss, top)):
-        labels = [f"{names[c] if c < len(names) else c} " if outputs.shape[1] > 1 else "" for c in row]
-        yield f"{i}: " + ", ".join(f"{name}{v:{digits}}" for name, v in zip(labels, row.values(), strict=True))
-
-
-def ranked_outputs(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:
-    """Per sample of outputs [n, K] the `top` likeliest classes or labels with their shares, or all predicted numbers by
-    their positions."""
-    for row in likelihoods(loss, outputs.astype(np.float64)):
-        best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED_LABELS else range(len(row))
-        yield {int(c): float(row[c]) for c in best}
-
-
-def _position_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
-    shape = f"{' x '.join(map(str, outputs.shape[2:]))} positions"
-    for i, row in enumerate(outputs.reshape(*outputs.shape[:2], -1)):
-        if labels_of(loss) not in JUDGED_LABELS:
-            yield f"{i}: {len(row)} x {shape}, {row.min():.6g} to {row.max():.6g}"
-            continue
-        chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
-        shares = chosen.mean(1)
-        best = np.argsort(-shares, kind="stable")[:top]
-        shares_text = (f"{names[c] if c < len(names) else c} {shares[c]:.1%}" for c in best if shares[c])
-        yield f"{i}: {shape}, {', '.join(shares_text) or 'nothing'}"
-
-
-def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None = None) -> Targets:
-    """The labels that outputs [n, K, ...] are compared with."""
-    return Targets(loss, outputs.shape[1], outputs.shape[2 if loss == "cross_entropy" else 1 :], ignored)
-
-
-def quality_text(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
-    """A text that says how well outputs [n, K, ...] predict labels; positions whose label is no class don't count."""
-    if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
-        is_counted = (y >= 0) & (y < outputs.shape[1])
-        share = np.mean((outputs.argmax(1) == y)[is_counted]) if is_counted.any() else 0.0
-        return f"accuracy {share:.4f} on {quantity(int(is_counted.sum()), 'position')} of {quantity(len(y), 'sample')}"
-    labels = np.asarray(targets_of(outputs, loss)(y))
-    is_right = right_labels(loss, outputs, labels)
-    if is_right is None:
-        error = np.sqrt(np.mean((outputs.astype(np.float64) - labels) ** 2))
-        return f"root of the mean squared error {error:.6g} on {quantity(len(y), 'sample')}"
-    return f"accuracy {np.mean(is_right):.4f} on {quantity(len(y), 'sample')}"
-
-
-def likelihoods(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Softmax over classes with cross-entropy, sigmoid per label with bce, else the numbers, [n, K]."""
-    if loss == "cross_entropy":
-        shares = np.exp(z - z.max(axis=1, keepdims=True))
-        return np.asarray(shares / shares.sum(axis=1, keepdims=True))
-    if labels_of(loss) == MULTI_LABELS:
-        return np.asarray(np.exp(-np.logaddexp(0, -z)))
-    return z

@@ -1,0 +1,89 @@
+"""Reads Parquet files in blocks of rows, by pyarrow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, error_reason
+from fedprune.core.zip_limits import MAX_INFLATED_BYTES, MAX_INFLATION
+from fedprune_device.data.table_cells import BLOCK_CELLS, CONVERT_HINT, TIMES_HINT, rows_of_cells
+from fedprune_device.data.table_columns import OpenTable, TableColumns
+
+_BUFFER_BYTES = 2**16  # bytes of a column of a Parquet file that are read at once; otherwise all of a row group are
+
+
+@contextmanager
+def open_parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[OpenTable]:
+    """Read the columns of a file, and return its rows as an iterator, which reads while the context is open."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Parquet files need pyarrow", extra="parquet") from error
+
+    try:
+        with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            columns = TableColumns.of([name.strip() for name in file.schema_arrow.names])
+            _check_types(file.schema_arrow, columns)
+            _check_unpacked(file.metadata, path.stat().st_size, len(columns.all))
+            yield columns, _blocks(file, columns, class_names)
+    except (FedpruneError, OSError):
+        raise
+    except (ArrowException, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        raise DataError("no table", expected="Parquet", got=error_reason(error)) from error
+
+
+def _blocks(file: Any, columns: TableColumns, class_names: tuple[str, ...]) -> Iterator[npt.NDArray[np.float32]]:
+    number, names = 1, [file.schema_arrow.names[i] for i in columns.all]
+    try:
+        for batch in file.iter_batches(max(1, BLOCK_CELLS // len(names)), columns=names):
+            yield rows_of_cells(columns, [_column_cells(batch.column(name)) for name in names], number, class_names)
+            number += len(batch)
+    except OSError as error:
+        # pyarrow raises this without an errno for what it can't unpack.
+        if error.errno is not None:
+            raise
+        raise DataError("no table", expected="Parquet", got=error_reason(error)) from error
+
+
+def _check_unpacked(metadata: Any, packed: int, columns: int) -> None:
+    """Refuse a file that would unpack to far more than its size: a few bytes can hold a billion equal rows."""
+    groups = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    unpacked = max(groups, 4 * columns * metadata.num_rows)
+    if unpacked > max(MAX_INFLATED_BYTES, MAX_INFLATION * packed):
+        expected = f"at most {MAX_INFLATED_BYTES} bytes, or {MAX_INFLATION} times what it takes in the file"
+        raise DataError("size when it is unpacked", expected=expected, got=unpacked)
+
+
+def _check_types(schema: Any, columns: TableColumns) -> None:
+    """Refuse columns that are neither numbers nor texts. The server may get the message: it names no column."""
+    from pyarrow import types
+
+    is_accepted = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
+    for i in columns.all:
+        kind = schema.field(i).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if any(test(kind) for test in is_accepted) or str(kind) in ("string", "large_string", "string_view"):
+            continue
+        name = re.split(r"\W", str(kind))[0]
+        expected = "classes, as whole numbers or texts" if i in columns.classes else "numbers"
+        hint = f"{CONVERT_HINT}, each in a column of its own, or leave them out."
+        hint = TIMES_HINT if types.is_temporal(kind) else hint
+        raise DataError(f"type of column {i + 1}", expected=expected, got=name, hint=hint)
+
+
+def _column_cells(column: Any) -> Any:
+    """The cells of a Parquet file's column: numbers, or texts, and None where one is empty."""
+    from pyarrow import float64, types
+
+    column = column.dictionary_decode() if types.is_dictionary(column.type) else column
+    if types.is_boolean(column.type) or types.is_decimal(column.type):
+        column = column.cast(float64(), safe=False)  # true is 1
+    return column.to_pylist() if column.null_count else column.to_numpy(zero_copy_only=False)

@@ -1,0 +1,109 @@
+"""Turns the cells of CSV and Parquet files into numbers, and explains which cell can't be turned into one.
+
+Errors may be sent to the server, so that they quote neither a cell nor the name of a column.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError
+from fedprune_device.data.table_columns import CLASS, SKIPPED, TableColumns, is_number
+
+_MAX_ROUNDING = 1.0  # of a number in float32; seconds since 1970, and keys of databases, change by more
+BLOCK_CELLS = 2**14  # cells of a file that are held at once: as a Python string each takes some 60 bytes
+_DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d{1,2}:\d{2}")
+_TRUTH = {"true": "1", "false": "0"}
+_EMPTY = ("", "na", "n/a", "#n/a", "nan", "null", "none", "-", "?")  # what programs write for a missing number
+CONVERT_HINT = "A net takes numbers: write them as such"
+TIMES_HINT = (
+    f"{CONVERT_HINT}, for example the hour of the day. A column that tells when a row was measured is skipped if it "
+    f"is called {SKIPPED[1]}."
+)
+COMMAS_HINT = "Write numbers with a point before the decimals and nothing between thousands."
+_LARGE_HINT = (
+    "Scale the column, as a net takes small numbers, such as value / 1e6. A column that tells when a row was measured "
+    f"is skipped if it is called {SKIPPED[1]}."
+)
+_GAPS_HINT = "Fill the gaps, or leave such rows out."
+_TEXTS_HINT = f"{CONVERT_HINT}, call the column {CLASS} if it has the classes, or leave it out."
+_NAMES_HINT = "Give the classes' names in the order that all boards share: --class-names A,B,C."
+
+
+def rows_of_cells(
+    columns: TableColumns,
+    cells: Sequence[Any],
+    first_row: int,
+    class_names: tuple[str, ...],
+    decimals: Callable[[list[str]], list[str]] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Cells by column as rows [n, columns] of numbers. Raises `DataError` for the first cell that is no number.
+
+    `first_row` is the number of the first row, for errors; `decimals` writes the numbers of a column with a point.
+    """
+    rows = np.empty((len(cells[0]), len(cells)), np.float32)
+    for position, (index, column) in enumerate(zip(columns.all, cells, strict=True)):
+        is_class = index in columns.classes
+        texts = _class_numbers(column, class_names) if is_class else column if decimals is None else decimals(column)
+        values = _cell_numbers(texts)
+        with np.errstate(all="ignore"):
+            rows[:, position] = values
+            is_valid = np.isfinite(rows[:, position]) & (np.abs(rows[:, position] - values) < _MAX_ROUNDING)
+            is_valid &= not is_class or ((values >= 0) & (values < 2**24) & (values % 1 == 0))
+        if not is_valid.all():
+            bad = int(np.argmin(is_valid))
+            names_only = first_row + bad == 1 and not any(is_number(column[0]) for column in cells)
+            where = f"row {first_row + bad}, column {index + 1}"
+            raise _cell_error(where, column[bad], class_names, is_class=is_class, names_only=names_only)
+    return rows
+
+
+def _cell_error(where: str, cell: Any, class_names: tuple[str, ...], *, is_class: bool, names_only: bool) -> DataError:
+    """The error for a cell, with a hint that loses no data. `names_only`: the file's first row has no number."""
+    cell = cell.strip().lower() if isinstance(cell, str) else cell
+    got, hint = "something else", _TEXTS_HINT
+    if cell is None or cell != cell or cell in _EMPTY:  # NaN is unequal to itself
+        got, hint = "an empty cell", _GAPS_HINT
+    elif is_class:
+        hint = _NAMES_HINT
+    elif is_number(cell):
+        got, hint = "one that changes in float32", _LARGE_HINT
+    elif not isinstance(cell, str):
+        hint = _GAPS_HINT
+    elif _DATE.match(cell):
+        hint = TIMES_HINT
+    elif "," in cell and any(map(str.isdigit, cell)):
+        hint = COMMAS_HINT
+    elif names_only:
+        hint = "Names of columns are one row: leave a second one, such as of units, out."
+    expected = (" or ".join(class_names) or "a whole number from 0") if is_class else "a number"
+    return DataError(where, expected=expected, got=got, hint=hint)
+
+
+def _cell_numbers(cells: Any) -> npt.NDArray[np.float64]:
+    """The numbers of cells, NaN for a cell that has none."""
+    try:
+        values = np.asarray(cells, np.float64)
+        texts = isinstance(cells, list) or cells.dtype == object
+        if texts and any("_" in cell for cell in cells if isinstance(cell, str)):
+            raise ValueError  # Python reads 1_2 as 12
+        return values
+    except (ValueError, TypeError):
+        return np.array([_cell_number(cell) for cell in cells], np.float64)
+
+
+def _cell_number(cell: Any) -> float:
+    if isinstance(cell, str):
+        cell = _TRUTH.get(cell.strip().lower(), cell)
+    return float(cell) if is_number(cell) else np.nan
+
+
+def _class_numbers(column: Any, class_names: tuple[str, ...]) -> list[Any]:
+    numbers = {name: number for number, name in enumerate(class_names)}
+    cells = (cell.strip() if isinstance(cell, str) else cell for cell in column)
+    return [numbers.get(cell, cell) for cell in cells]

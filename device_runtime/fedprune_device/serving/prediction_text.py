@@ -1,0 +1,78 @@
+"""Writes predictions as text: the likeliest classes of each sample, and how many predictions are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.text import quantity
+from fedprune.model.recipe import JUDGED_LABELS, MULTI_LABELS, labels_of
+from fedprune_device.data.labels import Targets, right_labels
+
+
+def prediction_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str] = ()) -> Iterator[str]:
+    """One line per sample of outputs [n, K]: the `top` likeliest classes or labels, or all predicted numbers.
+
+    If there are outputs for each position [n, K, ...], a line has the shares of the `top` most frequent classes or
+    labels among the positions, or the range of the numbers.
+    """
+    if outputs.ndim > 2:
+        yield from _position_lines(outputs, loss, top, names)
+        return
+    digits = ".4f" if labels_of(loss) in JUDGED_LABELS else ".6g"
+    for i, row in enumerate(ranked_outputs(outputs, loss, top)):
+        labels = [f"{names[c] if c < len(names) else c} " if outputs.shape[1] > 1 else "" for c in row]
+        yield f"{i}: " + ", ".join(f"{name}{v:{digits}}" for name, v in zip(labels, row.values(), strict=True))
+
+
+def ranked_outputs(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:
+    """Per sample of outputs [n, K] the `top` likeliest classes or labels with their shares, or all predicted numbers by
+    their positions."""
+    for row in likelihoods(loss, outputs.astype(np.float64)):
+        best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED_LABELS else range(len(row))
+        yield {int(c): float(row[c]) for c in best}
+
+
+def _position_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
+    shape = f"{' x '.join(map(str, outputs.shape[2:]))} positions"
+    for i, row in enumerate(outputs.reshape(*outputs.shape[:2], -1)):
+        if labels_of(loss) not in JUDGED_LABELS:
+            yield f"{i}: {len(row)} x {shape}, {row.min():.6g} to {row.max():.6g}"
+            continue
+        chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
+        shares = chosen.mean(1)
+        best = np.argsort(-shares, kind="stable")[:top]
+        shares_text = (f"{names[c] if c < len(names) else c} {shares[c]:.1%}" for c in best if shares[c])
+        yield f"{i}: {shape}, {', '.join(shares_text) or 'nothing'}"
+
+
+def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None = None) -> Targets:
+    """The labels that outputs [n, K, ...] are compared with."""
+    return Targets(loss, outputs.shape[1], outputs.shape[2 if loss == "cross_entropy" else 1 :], ignored)
+
+
+def quality_text(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
+    """A text that says how well outputs [n, K, ...] predict labels; positions whose label is no class don't count."""
+    if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
+        is_counted = (y >= 0) & (y < outputs.shape[1])
+        share = np.mean((outputs.argmax(1) == y)[is_counted]) if is_counted.any() else 0.0
+        return f"accuracy {share:.4f} on {quantity(int(is_counted.sum()), 'position')} of {quantity(len(y), 'sample')}"
+    labels = np.asarray(targets_of(outputs, loss)(y))
+    is_right = right_labels(loss, outputs, labels)
+    if is_right is None:
+        error = np.sqrt(np.mean((outputs.astype(np.float64) - labels) ** 2))
+        return f"root of the mean squared error {error:.6g} on {quantity(len(y), 'sample')}"
+    return f"accuracy {np.mean(is_right):.4f} on {quantity(len(y), 'sample')}"
+
+
+def likelihoods(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Softmax over classes with cross-entropy, sigmoid per label with bce, otherwise the numbers, [n, K]."""
+    if loss == "cross_entropy":
+        shares = np.exp(z - z.max(axis=1, keepdims=True))
+        return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+    if labels_of(loss) == MULTI_LABELS:
+        return np.asarray(np.exp(-np.logaddexp(0, -z)))
+    return z
