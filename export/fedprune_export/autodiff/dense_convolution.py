@@ -1,7 +1,7 @@
-"""Convolution in one group.
+"""Convolution in one group, by whichever of several algorithms is fastest for the layer's shape.
 
-The gradients of a layer have several formulations each that give the same numbers; which one is fast depends on the
-layer's shape. `choose_formulation` chooses.
+The gradients of a layer can be computed by several algorithms that give the same numbers; `choose_algorithms` picks
+them. A *tap* is one element of the kernel, and the numbers of the input that it is multiplied by.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedprune_export.autodiff.conv_geometry import Window, leftover_rows, operator_attrs
+from fedprune_export.autodiff.sliding_window import Window
 from fedprune_export.ir.graph import Graph
 
-KernelForm = Literal["taps", "columns", "convolution"]
+WeightGradient = Literal["taps", "columns", "convolution"]
 
 
 @dataclass(frozen=True)
-class Formulation:
-    """The operators by which a convolution's gradients are computed.
+class Algorithms:
+    """The algorithms of a convolution's gradients.
 
-    `input_gradient`: a convolution with the flipped kernel, or a transposed convolution; `weight_gradient`: a product
-    per kernel element and sample ("taps"), one over columns (all windows of the whole batch), or a convolution with dy
-    as its kernel.
+    Attributes:
+        input_gradient: A convolution with the flipped kernel, or a transposed convolution.
+        weight_gradient: A product per tap and sample, one product with columns (all windows of the whole batch), or a
+            convolution with dy as its kernel.
     """
 
     input_gradient: Literal["flipped", "transposed"]
-    weight_gradient: KernelForm
+    weight_gradient: WeightGradient
 
 
-# Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`).
+# Where one algorithm overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`).
 # The area of the output from which a product per tap is faster than columns.
 _MIN_TAPS_AREA = 64
 # The elements of a kernel from which products per tap are too many.
@@ -38,40 +39,42 @@ _MIN_LARGE_KERNEL_ELEMENTS = 25
 # A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution.
 _MAX_IMAGE_CHANNELS = 3
 
+# On a GPU each launch costs more than its arithmetic: the algorithms with the fewest operators.
+CUDA_ALGORITHMS = Algorithms("transposed", "convolution")
 
-# On a GPU each launch costs more than its arithmetic: the formulation with the fewest operators.
-ON_CUDA = Formulation("transposed", "convolution")
 
-
-def choose_formulation(w: Window, channels: int) -> Formulation:
-    """Choose the fastest formulation for a layer with this window and number of input channels."""
+def choose_algorithms(w: Window, channels: int) -> Algorithms:
+    """Choose the fastest algorithms for a layer with this window and number of input channels."""
     area, elements = math.prod(w.output), math.prod(w.kernel)
     large = elements >= _MIN_LARGE_KERNEL_ELEMENTS
     if large and channels <= _MAX_IMAGE_CHANNELS:
-        weight: KernelForm = "convolution"
+        weight: WeightGradient = "convolution"
     else:
         weight = "taps" if area >= _MIN_TAPS_AREA else "columns"
-    return Formulation("flipped" if w.has_flipped_gradient and not large else "transposed", weight)
+    return Algorithms("flipped" if w.has_flipped_gradient and not large else "transposed", weight)
 
 
 class DenseConvolution:
-    """A convolution in one group (see `fedprune_export.operators.convolution.Convolution`)."""
+    """A convolution in one group (see `convolutions.Convolution`)."""
 
-    def __init__(self, g: Graph, w: Window, kernel: str, form: Formulation) -> None:
-        self.g, self.window, self.kernel, self.form = g, w, kernel, form
+    def __init__(self, g: Graph, w: Window, kernel: str, algorithms: Algorithms) -> None:
+        self.g, self.window, self.kernel, self.algorithms = g, w, kernel, algorithms
         self.rank = len(w.sizes)
 
     def apply(self, x: str, bias: list[str]) -> str:
-        return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.window))
+        return self.g.emit("Conv", x, self.kernel, *bias, attrs=self.window.conv_attrs())
 
-    def back(self, dy: str, bias: list[str]) -> str:
-        """The transposed convolution of dy."""
-        gradient: str = getattr(self, f"back_by_{self.form.input_gradient}")(dy, bias)
-        return gradient
+    def apply_transposed(self, dy: str, bias: list[str]) -> str:
+        if self.algorithms.input_gradient == "transposed":
+            return self.g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=self.window.transposed_attrs())
+        return self.g.emit("Conv", dy, self.flipped_kernel(), *bias, attrs=self.transposed_window().conv_attrs())
 
     def kernel_gradient(self, x: str, dy: str) -> str:
-        gradient: str = getattr(self, f"kernel_by_{self.form.weight_gradient}")(x, dy)
-        return gradient
+        if self.algorithms.weight_gradient == "taps":
+            return self.kernel_by_taps(x, dy)
+        if self.algorithms.weight_gradient == "columns":
+            return self.kernel_by_columns(x, dy)
+        return self.kernel_by_convolution(x, dy)
 
     # -- input gradient ---------------------------------------------------------------------------------------------
 
@@ -86,25 +89,14 @@ class DenseConvolution:
         ones = [-1] * len(flip)
         return g.emit("Slice", kernel, g.ints(*ones), g.ints(*[-(2**31)] * len(flip)), g.ints(*flip), g.ints(*ones))
 
-    def back_window(self) -> Window:
-        """The window of the convolution that gives the input's gradient (stride 1)."""
+    def transposed_window(self) -> Window:
+        """The window of the convolution with the flipped kernel, which gives the input's gradient (stride 1)."""
         w = self.window
         pads = tuple(
             (d * (k - 1) - before, d * (k - 1) - after)
             for (before, after), d, k in zip(w.pads, w.dilations, w.kernel, strict=True)
         )
-        return Window(
-            sizes=w.output, kernel=w.kernel, strides=w.strides, dilations=w.dilations, pads=pads, output=w.sizes
-        )
-
-    def back_by_flipped(self, dy: str, bias: list[str]) -> str:
-        """A convolution of dy with the flipped kernel."""
-        return self.g.emit("Conv", dy, self.flipped_kernel(), *bias, attrs=operator_attrs(self.back_window()))
-
-    def back_by_transposed(self, dy: str, bias: list[str]) -> str:
-        """A transposed convolution, for strides."""
-        attrs = {**operator_attrs(self.window), "output_padding": leftover_rows(self.window)}
-        return self.g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=attrs)
+        return Window(w.output, w.kernel, w.strides, w.dilations, pads, output=w.sizes)
 
     # -- weight gradient --------------------------------------------------------------------------------------------
 
@@ -115,7 +107,7 @@ class DenseConvolution:
         # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
         x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
         products = []
-        for tap in tap_slices(g, _pad_spatial(g, x, w, first=1), w, first=1):
+        for tap in tap_slices(g, x, w):
             flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
             product = g.emit("MatMul", rows, flat)
             products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
@@ -150,7 +142,7 @@ class DenseConvolution:
         # Batch and channels swap roles: the sum over the batch is the convolution's sum over its input channels.
         swapped = g.emit("Conv", _channels_first(g, x, self.rank), _channels_first(g, dy, self.rank), attrs=attrs)
         # Input rows that no window reaches let the convolution slide further: it gives elements beyond the kernel's.
-        if any(rest >= d for rest, d in zip(leftover_rows(w), w.dilations, strict=True)):
+        if any(rest >= d for rest, d in zip(w.leftover_rows, w.dilations, strict=True)):
             axes = range(2, self.rank + 2)
             swapped = g.emit("Slice", swapped, g.ints(*[0] * self.rank), g.ints(*w.kernel), g.ints(*axes))
         return _channels_first(g, swapped, self.rank)
@@ -158,15 +150,18 @@ class DenseConvolution:
 
 def window_columns(g: Graph, x: str, w: Window) -> str:
     """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
-    padded = _pad_spatial(g, _batch_last(g, x, len(w.sizes)), w, first=1)
-    slices = [g.emit("Unsqueeze", t, g.ints(1)) for t in tap_slices(g, padded, w, first=1)]
+    slices = [g.emit("Unsqueeze", t, g.ints(1)) for t in tap_slices(g, _batch_last(g, x, len(w.sizes)), w)]
     stacked = g.emit("Concat", *slices, attrs={"axis": 1}) if len(slices) > 1 else slices[0]
     return g.emit("Flatten", stacked, attrs={"axis": 2})
 
 
-def tap_slices(g: Graph, padded: str, w: Window, first: int) -> list[str]:
-    """The slice of a padded input under each kernel element, whose spatial axes start at `first`."""
-    axes = range(first, first + len(w.sizes))
+def tap_slices(g: Graph, x: str, w: Window) -> list[str]:
+    """The slice under each tap of an input whose spatial axes are all but the first and the last."""
+    if any(w.flat_pads):
+        # ONNX order: all begins, then all ends.
+        begins, ends = ([0, *(p[k] for p in w.pads), 0] for k in (0, 1))
+        x = g.emit("Pad", x, g.ints(*begins, *ends))
+    axes = range(1, 1 + len(w.sizes))
     slices = []
     for position in itertools.product(*map(range, w.kernel)):
         starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
@@ -177,20 +172,11 @@ def tap_slices(g: Graph, padded: str, w: Window, first: int) -> list[str]:
             for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
         )
         if is_everything:
-            slices.append(padded)
+            slices.append(x)
             continue
         steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
-        slices.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
+        slices.append(g.emit("Slice", x, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
     return slices
-
-
-def _pad_spatial(g: Graph, x: str, w: Window, first: int) -> str:
-    """Zeros around the spatial axes, which start at `first`; two axes in all are not spatial."""
-    if not any(w.flat_pads):
-        return x
-    # ONNX order: all begins, then all ends.
-    begins, ends = ([0] * first + [p[k] for p in w.pads] + [0] * (2 - first) for k in (0, 1))
-    return g.emit("Pad", x, g.ints(*begins, *ends))
 
 
 def _channels_first(g: Graph, value: str, rank: int) -> str:

@@ -1,28 +1,22 @@
-"""Depthwise convolution for any number of channels.
+"""Depthwise convolution for any number of channels, as products with banded matrices.
 
 The operator's group count would have to be a number. Instead every channel multiplies a matrix of its own: lines of the
 map are stacked ([channels, lines, elements of a line]), and the kernel is a banded matrix that maps the input lines it
 reads to one line of the output. These are several times more MACs than needed, but as matrix products over the whole
-batch, and far less memory moves than with one pass per kernel element.
+batch, and far less memory moves than with one pass per tap (one element of the kernel).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune_export.autodiff.conv_geometry import (
-    Indices,
-    Window,
-    add_bias,
-    inverse_reads,
-    product_indices,
-    read_indices,
-)
+from fedprune_export.autodiff.column_convolution import add_bias
+from fedprune_export.autodiff.sliding_window import Indices, Window, inverse_reads, product_indices, read_indices
 from fedprune_export.ir.graph import Graph
 
 Band = npt.NDArray[np.float32]
@@ -56,8 +50,8 @@ class BandedProducts:
 
     Attributes:
         reads: Which lines of the input each line of the output reads; -1 for zeros: [lines, lines read].
-        band: Where a kernel element leads from an input to an output, as 1:
-            [kernel elements inside a line, blocks of a line, elements of an input's line, elements of an output's].
+        band: Where a tap leads from an input to an output, as 1:
+            [taps inside a line, blocks of a line, elements of an input's line, elements of an output's].
     """
 
     reads: Indices
@@ -67,62 +61,74 @@ class BandedProducts:
 
 
 def divide_into_lines(w: Window) -> BandedProducts:
-    """The division of a window's maps into lines."""
-    last_axis = len(w.sizes) - 1
+    """Divide a window's maps into lines: a tiny map is one, long lines of large maps are cut into blocks."""
     if math.prod(w.sizes) <= _MAX_TINY_MAP_AREA:
-        # The band of several axes is the Kronecker product of the bands of each.
-        bands = [_band(read_indices(w, axis), w.sizes[axis]) for axis in range(last_axis + 1)]
-        band = bands[0]
-        for axis_band in bands[1:]:
-            product = np.einsum("kio,lpq->klipoq", band, axis_band)
-            band = product.reshape([a * b for a, b in zip(band.shape, axis_band.shape, strict=True)])
-        sides = [LineLayout(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
-        return BandedProducts(np.zeros((1, 1), np.int64), band[:, None], *sides)
-    size, output, kernel = w.sizes[last_axis], w.output[last_axis], w.kernel[last_axis]
-    stride, dilation = w.strides[last_axis], w.dilations[last_axis]
-    leading_positions = [math.prod(s[:last_axis]) for s in (w.sizes, w.output)]
-    if size <= _MAX_WHOLE_LINE_LENGTH:
-        band = _band(read_indices(w, last_axis), size)[:, None]
-        into, out = LineLayout(w.sizes, leading_positions[0], size), LineLayout(w.output, leading_positions[1], output)
-        block_reads = np.zeros((1, 1), np.int64)
+        return _map_as_line(w)
+    last_axis = len(w.sizes) - 1
+    input_lines, output_lines = (math.prod(s[:last_axis]) for s in (w.sizes, w.output))
+    if w.sizes[last_axis] <= _MAX_WHOLE_LINE_LENGTH:
+        row = BandedProducts(
+            np.zeros((1, 1), np.int64),
+            _band(read_indices(w, last_axis), w.sizes[last_axis])[:, None],
+            LineLayout(w.sizes, 1, w.sizes[last_axis]),
+            LineLayout(w.output, 1, w.output[last_axis]),
+        )
     else:
-        # A block of outputs reads as many inputs times the stride, and those of later blocks that the kernel reaches.
-        block_outputs = max(_BLOCK_LENGTH // stride, 1)
-        block_inputs, pad_before = block_outputs * stride, w.pads[last_axis][0]
-        blocks = ((block_outputs - 1) * stride + dilation * (kernel - 1)) // block_inputs + 1
-        band = np.zeros((kernel, blocks * block_inputs, block_outputs), np.float32)
-        for tap, element in itertools.product(range(kernel), range(block_outputs)):
-            band[tap, element * stride + tap * dilation, element] = 1
-        band = band.reshape(kernel, blocks, block_inputs, block_outputs)
-        input_blocks, output_blocks = -(-(size + pad_before) // block_inputs), -(-output // block_outputs)
-        into = LineLayout(
-            w.sizes,
-            leading_positions[0] * input_blocks,
-            block_inputs,
-            (pad_before, input_blocks * block_inputs - size - pad_before),
-        )
-        out = LineLayout(
-            w.output, leading_positions[1] * output_blocks, block_outputs, (0, output_blocks * block_outputs - output)
-        )
-        block_reads = np.arange(output_blocks)[:, None] + np.arange(blocks)
-        # The last blocks of the output reach beyond the last block of the input: there are zeros.
-        block_reads = np.where(block_reads < input_blocks, block_reads, -1)
-    leading_reads = np.zeros((1, 1), np.int64)
+        row = _row_in_blocks(w)
+    reads = np.zeros((1, 1), np.int64)
     for axis in range(last_axis):
-        leading_reads = product_indices(leading_reads, read_indices(w, axis), w.sizes[axis])
+        reads = product_indices(reads, read_indices(w, axis), w.sizes[axis])
     return BandedProducts(
-        product_indices(leading_reads, block_reads, into.count // leading_positions[0]), band, into, out
+        product_indices(reads, row.reads, row.input_lines.count),
+        row.band,
+        replace(row.input_lines, count=input_lines * row.input_lines.count),
+        replace(row.output_lines, count=output_lines * row.output_lines.count),
+    )
+
+
+def _map_as_line(w: Window) -> BandedProducts:
+    """A whole map as one line."""
+    # The band of several axes is the Kronecker product of the bands of each.
+    bands = [_band(read_indices(w, axis), size) for axis, size in enumerate(w.sizes)]
+    band = bands[0]
+    for axis_band in bands[1:]:
+        product = np.einsum("kio,lpq->klipoq", band, axis_band)
+        band = product.reshape([a * b for a, b in zip(band.shape, axis_band.shape, strict=True)])
+    sides = [LineLayout(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
+    return BandedProducts(np.zeros((1, 1), np.int64), band[:, None], *sides)
+
+
+def _row_in_blocks(w: Window) -> BandedProducts:
+    """A row of a map along its last axis, cut into blocks."""
+    size, output, kernel = w.sizes[-1], w.output[-1], w.kernel[-1]
+    stride, dilation, pad_before = w.strides[-1], w.dilations[-1], w.pads[-1][0]
+    # A block of outputs reads as many inputs times the stride, and those of later blocks that the kernel reaches.
+    block_outputs = max(_BLOCK_LENGTH // stride, 1)
+    block_inputs = block_outputs * stride
+    blocks = ((block_outputs - 1) * stride + dilation * (kernel - 1)) // block_inputs + 1
+    band = np.zeros((kernel, blocks * block_inputs, block_outputs), np.float32)
+    for tap, element in itertools.product(range(kernel), range(block_outputs)):
+        band[tap, element * stride + tap * dilation, element] = 1
+    input_blocks, output_blocks = -(-(size + pad_before) // block_inputs), -(-output // block_outputs)
+    reads = np.arange(output_blocks)[:, None] + np.arange(blocks)
+    pads = (pad_before, input_blocks * block_inputs - size - pad_before)
+    return BandedProducts(
+        # The last blocks of the output reach beyond the last block of the input: there are zeros.
+        np.where(reads < input_blocks, reads, -1),
+        band.reshape(kernel, blocks, block_inputs, block_outputs),
+        LineLayout(w.sizes, input_blocks, block_inputs, pads),
+        LineLayout(w.output, output_blocks, block_outputs, (0, output_blocks * block_outputs - output)),
     )
 
 
 def _band(read: Indices, size: int) -> Band:
-    """1 where a kernel element leads from an input to an output: [elements, inputs, outputs]."""
+    """1 where a tap leads from an input to an output: [taps, inputs, outputs]."""
     band: Band = (read[None] == np.arange(size)[:, None, None]).transpose(2, 0, 1).astype(np.float32)
     return band
 
 
-class Depthwise:
-    """One input and one output channel per group (see `fedprune_export.operators.convolution.Convolution`)."""
+class DepthwiseConvolution:
+    """A convolution with one input and one output channel per group (see `convolutions.Convolution`)."""
 
     def __init__(self, g: Graph, w: Window, kernel: str) -> None:
         self.g, self.window, self.products = g, w, divide_into_lines(w)
@@ -137,18 +143,20 @@ class Depthwise:
         y = self.g.emit("MatMul", self.gather_lines(x), self.banded_kernel(self.products.band))
         return add_bias(self.g, _from_lines(self.g, y, self.products.output_lines), bias, len(self.window.sizes))
 
-    def back(self, dy: str, bias: list[str]) -> str:
-        """The transposed convolution of dy."""
-        g, cut = self.g, self.products
-        lines, reads = self.split_into_lines(dy, cut.output_lines), inverse_reads(cut.reads, cut.input_lines.count)
-        spread = _gather_lines(g, lines, reads, cut.output_lines)
-        x = g.emit("MatMul", spread, self.banded_kernel(cut.band.transpose(0, 1, 3, 2)))
-        return add_bias(g, _from_lines(g, x, cut.input_lines), bias, len(self.window.sizes))
+    def apply_transposed(self, dy: str, bias: list[str]) -> str:
+        g, parts = self.g, self.products
+        lines, reads = (
+            self.split_into_lines(dy, parts.output_lines),
+            inverse_reads(parts.reads, parts.input_lines.count),
+        )
+        spread = _gather_lines(g, lines, reads, parts.output_lines)
+        x = g.emit("MatMul", spread, self.banded_kernel(parts.band.transpose(0, 1, 3, 2)))
+        return add_bias(g, _from_lines(g, x, parts.input_lines), bias, len(self.window.sizes))
 
     def kernel_gradient(self, x: str, dy: str) -> str:
         """The gradients of the bands, whose elements are summed."""
         g, out = self.g, self.products.output_lines
-        # Of the two factors the smaller one is transposed.
+        # Of the two factors the smaller is transposed.
         side = g.emit("Reshape", self.split_into_lines(dy, out), g.ints(0, -1, out.length))
         side = g.emit("Transpose", side, attrs={"perm": [0, 2, 1]})
         products = g.emit(
@@ -202,7 +210,7 @@ def _from_lines(g: Graph, value: str, side: LineLayout) -> str:
 
 
 def _gather_lines(g: Graph, value: str, read: Indices, side: LineLayout) -> str:
-    """The lines of `lines_read`, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
+    """The lines that are read, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
     if read.shape[1] > 1 or not np.array_equal(read[:, 0], np.arange(side.count)):
         if (read < 0).any():
             value = g.emit("Pad", value, g.ints(0, 0, 0, 0, 0, 0, 1, 0))

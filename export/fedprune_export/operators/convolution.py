@@ -1,22 +1,17 @@
-"""Convolutions and transposed convolutions.
+"""Conv and ConvTranspose: their channels, their form in a cut, and their gradients.
 
-Each is the gradient of the other with respect to its input, so both use the same three maps in different roles.
+Each is the gradient of the other with respect to its input, so that both use the same three maps in different roles
+(`autodiff.convolutions`).
 """
 
 from __future__ import annotations
 
-import math
-from typing import Protocol
-
 import numpy as np
 
-from fedprune.core.errors import ModelError
-from fedprune.planning.probe_report import CUDA
-from fedprune_export.autodiff import conv_geometry
-from fedprune_export.autodiff.conv_geometry import Window, window
-from fedprune_export.autodiff.dense_convolution import ON_CUDA, DenseConvolution, choose_formulation
-from fedprune_export.autodiff.depthwise_convolution import Depthwise
-from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
+from fedprune_export.autodiff.column_convolution import ChannelGroups
+from fedprune_export.autodiff.convolutions import choose_convolution
+from fedprune_export.autodiff.sliding_window import transposed_window, window
+from fedprune_export.autodiff.tape import Dim, Pull, Tape, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
@@ -123,37 +118,6 @@ def mask_contracted(masks: MaskWriter, node: Node) -> None:
     masks.apply(node, 0, [1])
 
 
-class Convolution(Protocol):
-    """A convolution with its window and kernel: three maps, each linear in what it is given.
-
-    x is what a window slides over, [N, inputs, ...]; y has one element per position of the window, [N, outputs, ...].
-    A bias is a list of one vector, or empty.
-    """
-
-    def apply(self, x: str, bias: list[str]) -> str:
-        """y = x ∗ kernel + bias."""
-
-    def back(self, dy: str, bias: list[str]) -> str:
-        """The gradient of x, which is a transposed convolution, + bias."""
-
-    def kernel_gradient(self, x: str, dy: str) -> str:
-        """The gradient of the kernel."""
-
-
-def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[Dim, Dim]) -> Convolution:
-    """The fastest implementation of a layer for its processor, feature map size and number of groups."""
-    kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
-    if int(node.attrs.get("group", 1)) == 1:
-        if tape.graph.unit == CUDA:
-            return DenseConvolution(tape.graph, w, kernel, ON_CUDA)
-        # On small maps one product of columns is faster than a convolution.
-        if math.prod(w.output) > conv_geometry.MAX_COLUMNS_AREA:
-            return DenseConvolution(tape.graph, w, kernel, choose_formulation(w, tape.extent(shape[1])))
-    elif lengths == (1, 1):
-        return Depthwise(tape.graph, w, kernel)
-    return conv_geometry.ColumnConvolution(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
-
-
 @gradient_rule("Conv")
 def conv(tape: Tape, node: Node) -> Pull:
     """y = x ∗ w + b in one or more dimensions, in any number of groups.
@@ -162,9 +126,9 @@ def conv(tape: Tape, node: Node) -> Pull:
     """
     data, weight = node.inputs[:2]
     w = window(tape, node, tape.static(node, tape.shape(weight)[2:]))
-    number, in_length = _groups(tape, node, data, 1)
-    _, out_length = _groups(tape, node, weight, 0)
-    layer = convolution(tape, node, w, number, (in_length, out_length))
+    number, inputs = _groups(tape, node, data, 1)
+    _, outputs = _groups(tape, node, weight, 0)
+    layer = choose_convolution(tape, node, w, ChannelGroups(number, inputs, outputs))
     x, bias = tape.value(data), _bias(tape, node)
     y = layer.apply(x, bias)
     tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.shape(weight)[0], *w.output))
@@ -174,7 +138,7 @@ def conv(tape: Tape, node: Node) -> Pull:
         if tape.needs_gradient(weight):
             tape.add_gradient(weight, layer.kernel_gradient(x, dy))
         if tape.needs_gradient(data):
-            tape.add_gradient(data, layer.back(dy, []))
+            tape.add_gradient(data, layer.apply_transposed(dy, []))
 
     return pull
 
@@ -187,12 +151,13 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
     """
     data, weight = node.inputs[:2]
     w = transposed_window(tape, node)
-    number, out_length = _groups(tape, node, data, 1)
-    in_length = tape.shape(weight)[1]
-    layer = convolution(tape, node, w, number, (in_length, out_length))
+    # The roles are swapped: what this node reads is the output of the convolution that it reverses.
+    number, outputs = _groups(tape, node, data, 1)
+    inputs = tape.shape(weight)[1]
+    layer = choose_convolution(tape, node, w, ChannelGroups(number, inputs, outputs))
     x, bias = tape.value(data), _bias(tape, node)
-    y = layer.back(x, bias)
-    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.product([number, in_length]), *w.sizes))
+    y = layer.apply_transposed(x, bias)
+    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.product([number, inputs]), *w.sizes))
 
     def pull(dy: str) -> None:
         _add_bias_gradient(tape, node, dy)
@@ -202,49 +167,6 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
             tape.add_gradient(data, layer.apply(dy, []))
 
     return pull
-
-
-def transposed_window(tape: Tape, node: Node) -> Window:
-    """The window of the convolution that a transposed one reverses: it slides over the node's output.
-
-    Raises `ModelError` if the input's spatial sizes vary, or nothing would be left of them.
-    """
-    output = tape.static(node, tape.shape(node.inputs[0])[2:])
-    kernel = tape.static(node, tape.shape(node.inputs[1])[2:])
-    rank = len(output)
-
-    def numbers(name: str, default: int) -> list[int]:
-        return [int(v) for v in node.attrs.get(name, [default] * rank)]
-
-    strides, dilations, rests = numbers("strides", 1), numbers("dilations", 1), numbers("output_padding", 0)
-    full_sizes = [
-        s * (n - 1) + d * (k - 1) + 1 + rest
-        for s, n, d, k, rest in zip(strides, output, dilations, kernel, rests, strict=True)
-    ]
-    mode = str(node.attrs.get("auto_pad", "NOTSET"))
-    pads: list[tuple[int, int]]
-    if "output_shape" in node.attrs or mode in ("SAME_UPPER", "SAME_LOWER"):
-        output_shape = [int(v) for v in node.attrs.get("output_shape", [])][-rank:]
-        target_sizes = output_shape or [n * s for n, s in zip(output, strides, strict=True)]
-        pads = []
-        for size, target in zip(full_sizes, target_sizes, strict=True):
-            total = max(size - target, 0)
-            # ONNX puts the odd one at the end for SAME_UPPER, at the start for SAME_LOWER.
-            small, large = total // 2, total - total // 2
-            pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
-    else:
-        target_sizes = full_sizes
-        flat = [int(p) for p in node.attrs.get("pads", [0] * (2 * rank))] if mode == "NOTSET" else [0] * (2 * rank)
-        pads = list(zip(flat[:rank], flat[rank:], strict=True))
-    sizes = tuple(size - sum(pad) for size, pad in zip(full_sizes, pads, strict=True))
-    if min(sizes) < 1 or any(rest >= s for rest, s in zip(rests, strides, strict=True)):
-        # onnxruntime doesn't run the second kind either.
-        raise ModelError(
-            f"{describe(node)}: padding of its output",
-            expected="at least one, added ones fewer than the stride",
-            got=list(sizes),
-        )
-    return Window(sizes, kernel, tuple(strides), tuple(dilations), tuple(pads), output)
 
 
 def _groups(tape: Tape, node: Node, name: str, axis: int) -> tuple[Dim, Dim]:

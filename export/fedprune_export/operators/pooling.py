@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.conv_geometry import Window, leftover_rows, operator_attrs, window
+from fedprune_export.autodiff.sliding_window import Window, window
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
@@ -52,12 +52,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
     x, shape = tape.value(name), tape.shape(name)
     w = window(tape, node, _kernel(node))
     g = tape.graph
-    attrs = {
-        "kernel_shape": list(w.kernel),
-        "strides": list(w.strides),
-        "pads": w.flat_pads,
-        "dilations": list(w.dilations),
-    }
+    attrs = w.attrs
     out: Shape = (*shape[:2], *w.output)
     if not tape.needs_gradient(name):
         tape.enter(node.outputs[0], g.emit("MaxPool", x, attrs=attrs), out)
@@ -166,7 +161,7 @@ def _spread(tape: Tape, w: Window, x: str, share: str) -> str:
     # Channels join the batch: one kernel of ones then serves any number of them.
     rows = g.emit("Reshape", share, g.ints(-1, 1, *w.output))
     ones = g.constant(np.ones((1, 1, *w.kernel)), np.float32)
-    spread = g.emit("ConvTranspose", rows, ones, attrs={**operator_attrs(w), "output_padding": leftover_rows(w)})
+    spread = g.emit("ConvTranspose", rows, ones, attrs=w.transposed_attrs())
     return g.emit("Reshape", spread, tape.shape_of(x))
 
 
