@@ -34,7 +34,7 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, BlobSender, Pull
-from fedprune_device.network.uplink import MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S
+from fedprune_device.network.backoff import MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S
 
 _MAX_PACKET = CHUNK_LEAVES * LEAF_BYTES + PACKET_OVERHEAD_BYTES
 

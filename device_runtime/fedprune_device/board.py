@@ -22,7 +22,8 @@ from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET
 from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 from fedprune.wire.link import tls_context
-from fedprune_device.agent.agent import Agent, BirthBuilder
+from fedprune_device.agent.agent import Agent
+from fedprune_device.agent.births import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.api.address import LocalAddress
 from fedprune_device.api.http_server import serve_local_interface
@@ -34,6 +35,7 @@ from fedprune_device.hardware.readings import condition_text, read_board_facts
 from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.launcher.sd_notify import extend_start
+from fedprune_device.network.board_status import BoardStatus
 from fedprune_device.network.connection import BoardConnection
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.membership import (
@@ -45,7 +47,8 @@ from fedprune_device.network.membership import (
 )
 from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.start_failure import report_start_failure
-from fedprune_device.network.uplink import BoardStatus, Uplink
+from fedprune_device.network.update_sender import UpdateSender
+from fedprune_device.network.uplink import Uplink
 from fedprune_device.privacy.budget import PrivacyPolicy, read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import NO_LAUNCHER, ReleaseAgent, board_installer
@@ -105,7 +108,8 @@ def build_agent(
     """Make an agent; `clock` is monotonic, in seconds."""
     device, profile, blobs, slots = connection.device, settings.profile, store.blobs, store.slots
     slots.allowed_job = settings.serve_job
-    uplink = Uplink(connection, blobs, settings.max_packet, settings.status, settings.web)
+    uplink = Uplink(connection, settings.status)
+    sender = UpdateSender(connection, uplink, blobs, settings.max_packet, settings.web)
     trainer = TrainerCache(settings.threads, cuda=settings.cuda)
     lowering = ReducedPrecision(settings.precision, settings.threads)
     states, noise = store.local_states, store.privacy.draw
@@ -115,6 +119,7 @@ def build_agent(
         store,
         Downloader(blobs, connection, uplink, settings.max_packet, settings.web),
         uplink,
+        sender,
         runner,
         OfflineTraining(store, offline, settings.train_alone_s),
         SecureUpdate(connection, uplink, blobs),
@@ -135,6 +140,7 @@ def build_agent(
             private=lambda: store.privacy.is_private,
         ),
         uplink,
+        sender,
         offers,
         releases=ReleaseAgent(connection, settings.installer),
         crashes=CrashReporter(connection, settings.crashes or CrashReports(store.root)),

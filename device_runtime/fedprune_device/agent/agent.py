@@ -7,23 +7,15 @@ before it is announced to the server, and is sent again until the server has ans
 from __future__ import annotations
 
 import logging
-import platform
 import threading
 import time
 from collections.abc import Callable
 
-from fedprune import __version__
 from fedprune.core.errors import FedpruneError
-from fedprune.core.text import one_line
-from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.session import onnxruntime_version
-from fedprune.updates import CODECS
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fleet_messages import RECONNECT_ABILITY, CrashStored, Reconnect, ReleaseOffer, ReleaseWithdrawn
+from fedprune.wire.fleet_messages import CrashStored, Reconnect, ReleaseOffer, ReleaseWithdrawn
 from fedprune.wire.messages import (
-    PUT_ABILITY,
     Accepted,
-    Birth,
     BlobNotFound,
     BlobRequest,
     Cancelled,
@@ -32,84 +24,19 @@ from fedprune.wire.messages import (
     Hello,
     Offer,
     SecureStep,
-    UpdateAnnouncement,
     UploadRequest,
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
+from fedprune_device.agent.births import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
-from fedprune_device.data.dataset import SampleSource
-from fedprune_device.launcher.slot_store import running_slot_text
+from fedprune_device.network.board_status import BoardStatus
 from fedprune_device.network.connection import BoardConnection, ReceivedMessage
-from fedprune_device.network.uplink import BoardStatus, Uplink
+from fedprune_device.network.update_sender import UpdateSender
+from fedprune_device.network.uplink import Uplink
 from fedprune_device.releases.release_agent import ReleaseAgent
 from fedprune_device.releases.release_trial import Watchdog
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reporter import CrashReporter
-
-# Births are for what changes rarely: a source whose samples grow by the second must not send one for each.
-BIRTH_INTERVAL_S = 60.0
-# The protocol takes so many characters for the description of the software.
-_MAX_SOFTWARE_LENGTH = 256
-# Characters of the predicting engine's description, so that the versions before it always fit.
-_MAX_ENGINE_LENGTH = 150
-
-
-class BirthBuilder:
-    """Builds births, and notices when the last one is outdated. `engine` describes the engine that predicts.
-
-    `may_leave`: whether the server may send the board away for a time. `private`: whether births must leave out
-    whatever is measured on samples.
-    """
-
-    def __init__(
-        self,
-        connection: BoardConnection,
-        data: SampleSource,
-        profile_name: str = "",
-        probe: ProbeReport | None = None,
-        engine: Callable[[], str] = lambda: "",
-        *,
-        may_leave: bool = True,
-        private: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._connection, self._data, self._engine, self._is_private = connection, data, engine, private
-        self._abilities = (PUT_ABILITY, RECONNECT_ABILITY) if may_leave else (PUT_ABILITY,)
-        self._profile_name, self._probe = profile_name, probe
-        slot = running_slot_text()
-        self._slot = f", {slot}" if slot else ""
-        self._last_content = 0, ""
-        self._last_birth_at = 0.0
-
-    def build(self, session: int, current_work: Offer | UpdateAnnouncement | None, now: float) -> Birth:
-        """The birth of connection `session`; `current_work` is the offer in progress or the update still to be sent.
-
-        With it the server need not offer the work again that the board is at.
-        """
-        samples, engine = self._last_content = self._data.samples, self._engine()
-        self._last_birth_at = now
-        engine_text = f", predicts with {one_line(engine, _MAX_ENGINE_LENGTH)}" if engine else ""
-        return Birth(
-            device=self._connection.device,
-            session=session,
-            profile=self._profile_name,
-            samples=samples,
-            software=f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
-            f"{self._slot}{engine_text}"[:_MAX_SOFTWARE_LENGTH],
-            probe=self._probe.to_dict() if self._probe is not None else None,
-            held=None
-            if current_work is None
-            else {"job": current_work.job, "round": current_work.round, "attempt": current_work.attempt},
-            codecs=CODECS,
-            answer_s=round(self._connection.response_time.slowest_s, 3) or None,
-            abilities=self._abilities,
-            effective_classes=None if self._is_private() else self._data.effective_classes,
-        )
-
-    def is_outdated(self, now: float) -> bool:
-        """Whether the last birth no longer holds; checked once a minute."""
-        content = self._data.samples, self._engine()
-        return now >= self._last_birth_at + BIRTH_INTERVAL_S and content != self._last_content
-
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -132,6 +59,7 @@ class Agent:
         store: DeviceStore,
         births: BirthBuilder,
         uplink: Uplink,
+        sender: UpdateSender,
         offers: OfferHandler,
         *,
         releases: ReleaseAgent,
@@ -141,7 +69,8 @@ class Agent:
         max_away_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._connection, self._store, self._births, self._uplink = connection, store, births, uplink
+        self._connection, self._store, self._births = connection, store, births
+        self._uplink, self._sender = uplink, sender
         self._offers, self._releases, self._crashes, self._watchdog = offers, releases, crashes, watchdog
         self._stopping, self._max_away_s, self._clock = stopping, max_away_s, clock
         self._job_finished = False
@@ -212,7 +141,7 @@ class Agent:
                 self.status.connected = False
                 self._watchdog.on_disconnect(reason)
                 self._crashes.on_disconnect()
-                self._uplink.drop_chunks()
+                self._sender.drop_chunks()
 
     def _dispatch(self, received: ReceivedMessage, now: float) -> None:
         match received.message:
@@ -249,7 +178,7 @@ class Agent:
     def _leave(self, seconds: float, now: float) -> None:
         """Disconnect for a time. A board with work in progress announces itself instead, and stays."""
         seconds = min(seconds, self._max_away_s)
-        if self.is_quiet and self._releases.is_idle and not self._uplink.is_uploading:
+        if self.is_quiet and self._releases.is_idle and not self._sender.is_uploading:
             _LOG.info("the server asks this board to come back in %.0f s", seconds)
             self._connection.disconnect_for(seconds)
         else:
@@ -258,7 +187,7 @@ class Agent:
     def _send_birth(self, now: float) -> None:
         self._uplink.send(self._births.build(self._store.session, self._offers.current_work, now))
         self._crashes.on_birth()
-        self._uplink.announce_soon(now)
+        self._sender.announce_soon(now)
         self._releases.on_birth()
 
     def _turn(self) -> None:
@@ -266,7 +195,7 @@ class Agent:
         self._crashes.turn()
         if self._releases.turn(quiet=self.is_quiet):
             self.stop()
-        self._uplink.send_chunks()
+        self._sender.send_chunks()
         self._offers.turn(now, connected=self.status.connected)
         is_idle = self._offers.report_progress(now)
         if self.status.connected:

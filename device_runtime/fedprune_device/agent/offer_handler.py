@@ -30,6 +30,7 @@ from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.offer_checks import attempt_of, check_offer, fits_disk, is_same_work, job_and_round
 from fedprune_device.network.secure_update import SecureUpdate
+from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.offline_training import OfflineTraining
@@ -56,6 +57,7 @@ class OfferHandler:
         store: DeviceStore,
         downloader: Downloader,
         uplink: Uplink,
+        sender: UpdateSender,
         runner: RoundRunner,
         offline: OfflineTraining,
         secure: SecureUpdate,
@@ -63,7 +65,7 @@ class OfferHandler:
         profile: HardwareProfile | None = None,
         guard: ThermalGuard | None = None,
     ) -> None:
-        self._store, self._downloader, self._uplink = store, downloader, uplink
+        self._store, self._downloader, self._uplink, self._sender = store, downloader, uplink, sender
         self._runner, self._offline, self._secure = runner, offline, secure
         self._profile, self._guard = profile, guard
         self._download_seconds: float | None = None  # the download's seconds, when an offer waits for the worker
@@ -73,7 +75,7 @@ class OfferHandler:
 
     @property
     def is_working(self) -> bool:
-        return self._worker is not None or self._downloader.offer is not None or self._uplink.is_uploading
+        return self._worker is not None or self._downloader.offer is not None or self._sender.is_uploading
 
     @property
     def is_quiet(self) -> bool:
@@ -108,10 +110,10 @@ class OfferHandler:
         self._offline.note_contact(now)
 
     def on_blob_request(self, request: BlobRequest, now: float) -> None:
-        self._uplink.on_blob_request(request, self._store.pending, now)
+        self._sender.on_blob_request(request, self._store.pending, now)
 
     def on_upload_request(self, request: UploadRequest) -> None:
-        self._uplink.start_upload(request, self._store.pending)
+        self._sender.start_upload(request, self._store.pending)
 
     def on_offer(self, offer: Offer, now: float) -> None:
         offer = self._runner.lowering.needed_graphs(offer)
@@ -150,7 +152,7 @@ class OfferHandler:
                 self._store.forget_update()
             if masked_update is not None:
                 self._store.keep_update(masked_update)
-                self._uplink.announce_soon(now)
+                self._sender.announce_soon(now)
         except FedpruneError as error:
             self._refuse(task.offer, error)
 
@@ -231,9 +233,9 @@ class OfferHandler:
         if self._worker is None:
             self._train(now, connected=connected)
         self._secure.turn(now)
-        self._uplink.continue_upload(self._store.pending, now)
+        self._sender.continue_upload(self._store.pending, now)
         if self._store.pending is not None:
-            self._uplink.announce(self._store.pending, now)
+            self._sender.announce(self._store.pending, now)
 
     def report_progress(self, now: float) -> bool:
         if self._downloader.offer is not None:
@@ -253,7 +255,7 @@ class OfferHandler:
         if self._worker is not None:
             self._worker.join(timeout)
         self._downloader.join(timeout)
-        self._uplink.stop_upload(timeout)
+        self._sender.stop_upload(timeout)
 
     @property
     def _is_busy(self) -> bool:
@@ -272,10 +274,10 @@ class OfferHandler:
         self._downloader.renumber(offer)
         if self._worker is not None and not self._worker.offline:
             self._worker.offer = offer
-        self._uplink.announce_soon(now)
+        self._sender.announce_soon(now)
 
     def _resend_now(self, now: float) -> None:
-        self._uplink.announce_soon(now)
+        self._sender.announce_soon(now)
         self._secure.resend_now(now)
 
     def _start(self, offer: Offer, now: float) -> None:
@@ -354,7 +356,7 @@ class OfferHandler:
         update = replace(worker.runner.commit(result), attempt=offer.attempt)
         if offer.secure is None:
             self._store.keep_update(update)
-            self._uplink.announce_soon(now)
+            self._sender.announce_soon(now)
         else:
             self._secure.keep(offer, update, now)
         metrics_text = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))

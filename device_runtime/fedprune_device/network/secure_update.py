@@ -16,8 +16,10 @@ from fedprune.secure_aggregation.session import SecureSumSession, task_digest
 from fedprune.secure_aggregation.vector_form import MaskedForm
 from fedprune.security.keys import KEY_BYTES, VerifyingKey
 from fedprune.wire.messages import Offer, SecureStep, TrainingDone, UpdateAnnouncement
+from fedprune_device.network.backoff import Backoff
 from fedprune_device.network.connection import BoardConnection
-from fedprune_device.network.uplink import Backoff, Uplink
+from fedprune_device.network.offer_checks import attempt_of
+from fedprune_device.network.uplink import Uplink
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -99,7 +101,7 @@ class SecureUpdate:
             StorageError: The masked vector can't be written.
         """
         update = self._update
-        if update is None or (message.job, message.round, message.attempt) != _attempt_key(update):
+        if update is None or attempt_of(message) != attempt_of(update):
             return None
         if message.step == "session" and message.sum not in self._abandoned_sums:
             self._join_sum(message, now)
@@ -126,7 +128,7 @@ class SecureUpdate:
             return
         self._participation = None
         self._last_message = TrainingDone(
-            update.device, *_attempt_key(update), update.base, update.samples, update.steps, metrics=update.metrics
+            update.device, *attempt_of(update), update.base, update.samples, update.steps, metrics=update.metrics
         )
         self._backoff.restart(now)
 
@@ -182,7 +184,3 @@ class _Participation:
         masked = self.participant.mask(delivery, Vector.from_bytes(vector, self._session).copy())
         self.is_masked = True
         return masked
-
-
-def _attempt_key(update: UpdateAnnouncement) -> tuple[str, int, int]:
-    return update.job, update.round, update.attempt

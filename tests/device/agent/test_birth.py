@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedprune.wire.messages import Birth, parse_message
-from fedprune_device.agent.agent import BIRTH_INTERVAL_S, BirthBuilder
+from fedprune_device.agent.births import BIRTH_INTERVAL_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fedprune_device.network.uplink import MIN_ANNOUNCE_INTERVAL_S, Backoff
+from fedprune_device.network.backoff import MIN_ANNOUNCE_INTERVAL_S, Backoff
 
 pytestmark = pytest.mark.board
 

@@ -89,7 +89,7 @@ def store(tmp_path: Path) -> BlobStore:
 @pytest.fixture
 def downloader(source: Source, store: BlobStore) -> Downloader:
     connection = BoardConnection(source, MessageChannel("d", Topics("site").site))
-    return Downloader(store, connection, Uplink(connection, store))
+    return Downloader(store, connection, Uplink(connection))
 
 
 def test_nothing_is_asked_for_before_the_connection_is_there(downloader: Downloader, source: Source) -> None:

@@ -26,6 +26,7 @@ from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.secure_update import SecureUpdate
+from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
@@ -244,11 +245,12 @@ class At:
 
 def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[], float] = time.time) -> OfferHandler:
     connection = BoardConnection(Silent(), MessageChannel("d", "site"))
-    uplink, runner = Uplink(connection, store.blobs), RoundRunner("d", store.blobs, store.slots, data)
+    uplink, runner = Uplink(connection), RoundRunner("d", store.blobs, store.slots, data)
     offline = OfflineTraining(store, runner, every, wall)
     downloader = Downloader(store.blobs, connection, uplink)
     secure = SecureUpdate(connection, uplink, store.blobs)
-    return OfferHandler(store, downloader, uplink, runner, offline, secure)
+    sender = UpdateSender(connection, uplink, store.blobs)
+    return OfferHandler(store, downloader, uplink, sender, runner, offline, secure)
 
 
 @pytest.fixture

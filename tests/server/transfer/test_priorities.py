@@ -16,6 +16,7 @@ from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import BoardConnection, MessageChannel
+from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
@@ -106,8 +107,9 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
     assert link.leaves() == {(device, i) for device in devices for i in range(LEAVES)}
 
 
-def outbox(link: Slow, store: BlobStore) -> Uplink:
-    return Uplink(BoardConnection(link, MessageChannel("pi", TOPICS.site)), store)
+def outbox(link: Slow, store: BlobStore) -> UpdateSender:
+    connection = BoardConnection(link, MessageChannel("pi", TOPICS.site))
+    return UpdateSender(connection, Uplink(connection), store)
 
 
 def update(store: BlobStore, digest: str) -> UpdateAnnouncement:
@@ -157,7 +159,8 @@ def take_requests(link: Slow) -> list[BlobRequest]:
 
 def test_a_request_that_the_way_has_doubled_is_answered_once_by_the_server(store: BlobStore, digest: str) -> None:
     board, server = Slow(), Slow()
-    uplink, post = outbox(board, store), outbox_of_server(server, store)
+    uplink = Uplink(BoardConnection(board, MessageChannel("pi", TOPICS.site)))
+    post = outbox_of_server(server, store)
     plain = BlobRequest(digest, "data", 0, 2)
     uplink.request_chunks("job", [plain])
     uplink.request_chunks("job", [plain])
@@ -173,14 +176,14 @@ def test_a_request_that_the_way_has_doubled_is_answered_once_by_the_server(store
 
 def test_a_request_that_the_way_has_doubled_is_answered_once_by_a_device(store: BlobStore, digest: str) -> None:
     board, server = Slow(), Slow()
-    uplink, post = outbox(board, store), outbox_of_server(server, store)
+    sender, post = outbox(board, store), outbox_of_server(server, store)
     plain = BlobRequest(digest, "data", 0, 2)
     post.send_requests([("pi", plain), ("pi", plain)])
     post.deliver()
     first, second = take_requests(server)
     chunks = []
     for want in (first, first, second, plain, plain):
-        uplink.on_blob_request(want, update(store, digest), 0.0)
+        sender.on_blob_request(want, update(store, digest), 0.0)
         chunks.append(len(board.queue))
         board.queue.clear()
     assert chunks == [1, 0, 1, 1, 1]

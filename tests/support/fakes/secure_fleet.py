@@ -26,9 +26,10 @@ from fedprune.wire.messages import (
     UpdateAnnouncement,
     parse_message,
 )
+from fedprune_device.network.backoff import Backoff
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.secure_update import SecureUpdate
-from fedprune_device.network.uplink import Backoff, Uplink
+from fedprune_device.network.uplink import Uplink
 from fedprune_export.pruning.model import Model
 from fedprune_server.engine.job_runner import RunnableJob
 from fedprune_server.engine.server import Server
@@ -52,7 +53,7 @@ class MaskingBoard(ToyDevice):
     def __init__(self, name: str, folder: Path, air: Air) -> None:
         super().__init__(name, folder, air)
         connection = BoardConnection(self, MessageChannel(name, "default"))  # type: ignore[arg-type]
-        self.secure = SecureUpdate(connection, Uplink(connection, self.store), self.store)
+        self.secure = SecureUpdate(connection, Uplink(connection), self.store)
         self.announcements = Backoff()
         self.residual: Tensors = {}
         self.vector = b""

@@ -24,6 +24,7 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.downloader import Downloader
+from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
@@ -109,9 +110,10 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             Downloads(BlobSender(here)),
         )
         connection = BoardConnection(board, MessageChannel("pi", TOPICS.site))
-        outbox = Uplink(connection, there)
+        uplink = Uplink(connection)
+        outbox = UpdateSender(connection, uplink, there)
         uploads = Uploads(BucketSync(here))
-        pulls = Downloader(there, connection, outbox)
+        pulls = Downloader(there, connection, uplink)
         pulls.begin(offer, time.monotonic(), is_connected=False)
         arrived: list[Any] = []
         for _ in attempts("the pull", pause_s=0.0):

@@ -1,0 +1,84 @@
+"""A board's births: its announcements of itself, which it sends after it has connected and when their content changes.
+
+A birth names the board's profile, software and number of samples, so that the server can plan for it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+from fedprune import __version__
+from fedprune.core.text import one_line
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.runtime.session import onnxruntime_version
+from fedprune.updates import CODECS
+from fedprune.wire.fleet_messages import RECONNECT_ABILITY
+from fedprune.wire.messages import PUT_ABILITY, Birth, Offer, UpdateAnnouncement
+from fedprune_device.data.dataset import SampleSource
+from fedprune_device.launcher.slot_store import running_slot_text
+from fedprune_device.network.connection import BoardConnection
+
+# Births are for what changes rarely: a source whose samples grow by the second must not send one for each.
+BIRTH_INTERVAL_S = 60.0
+# The protocol takes so many characters for the description of the software.
+_MAX_SOFTWARE_LENGTH = 256
+# Characters of the predicting engine's description, so that the versions before it always fit.
+_MAX_ENGINE_LENGTH = 150
+
+
+class BirthBuilder:
+    """Builds births, and notices when the last one is outdated. `engine` describes the engine that predicts.
+
+    `may_leave`: whether the server may send the board away for a time. `private`: whether births must leave out
+    whatever is measured on samples.
+    """
+
+    def __init__(
+        self,
+        connection: BoardConnection,
+        data: SampleSource,
+        profile_name: str = "",
+        probe: ProbeReport | None = None,
+        engine: Callable[[], str] = lambda: "",
+        *,
+        may_leave: bool = True,
+        private: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._connection, self._data, self._engine, self._is_private = connection, data, engine, private
+        self._abilities = (PUT_ABILITY, RECONNECT_ABILITY) if may_leave else (PUT_ABILITY,)
+        self._profile_name, self._probe = profile_name, probe
+        slot = running_slot_text()
+        self._slot = f", {slot}" if slot else ""
+        self._last_content = 0, ""
+        self._last_birth_at = 0.0
+
+    def build(self, session: int, current_work: Offer | UpdateAnnouncement | None, now: float) -> Birth:
+        """The birth of connection `session`; `current_work` is the offer in progress or the update still to be sent.
+
+        With it the server need not offer the work again that the board is at.
+        """
+        samples, engine = self._last_content = self._data.samples, self._engine()
+        self._last_birth_at = now
+        engine_text = f", predicts with {one_line(engine, _MAX_ENGINE_LENGTH)}" if engine else ""
+        return Birth(
+            device=self._connection.device,
+            session=session,
+            profile=self._profile_name,
+            samples=samples,
+            software=f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
+            f"{self._slot}{engine_text}"[:_MAX_SOFTWARE_LENGTH],
+            probe=self._probe.to_dict() if self._probe is not None else None,
+            held=None
+            if current_work is None
+            else {"job": current_work.job, "round": current_work.round, "attempt": current_work.attempt},
+            codecs=CODECS,
+            answer_s=round(self._connection.response_time.slowest_s, 3) or None,
+            abilities=self._abilities,
+            effective_classes=None if self._is_private() else self._data.effective_classes,
+        )
+
+    def is_outdated(self, now: float) -> bool:
+        """Whether the last birth no longer holds; checked once a minute."""
+        content = self._data.samples, self._engine()
+        return now >= self._last_birth_at + BIRTH_INTERVAL_S and content != self._last_content
