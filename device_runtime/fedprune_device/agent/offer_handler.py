@@ -41,8 +41,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 # Damaged blobs of one offer that are pulled again before the offer is refused: a disk that fails would never end.
 _MAX_DAMAGED_BLOBS = 3
-# Offers remembered, to recognise repetitions: of a few jobs, several attempts each.
-_MAX_RECENT_OFFERS = 32
+_MAX_RECENT_OFFERS = 32  # offers remembered, to recognise repetitions: of a few jobs, several attempts each
 
 
 class OfferHandler:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from fedprune.core.errors import ConfigError, StorageError, path_remedy
 
-# The board's user and its group may connect.
-SOCKET_MODE = 0o660
+SOCKET_MODE = 0o660  # the board's user and its group may connect
 # Linux takes 107 bytes for the path of a unix socket (unix(7)); a temporary name is longer by the process's id.
 _MAX_PATH_BYTES = 100
 

@@ -30,10 +30,8 @@ from fedprune_device.data.dataset import Array
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample_store import MAX_LABEL, AddedSample, NoSampleError, SampleConflictError, SampleStore
 
-# Samples of one prediction: it holds the model's lock, and other requests wait for it.
-MAX_BATCH = 64
-# Names of samples in one answer.
-MAX_LISTED = 1000
+MAX_BATCH = 64  # samples of one prediction: it holds the model's lock, and other requests wait for it
+MAX_LISTED = 1000  # names of samples in one answer
 
 _SAMPLE_PATH = re.compile(r"/v1/samples/([0-9a-f]{32})(/label)?")
 _LOCAL_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?", re.IGNORECASE)

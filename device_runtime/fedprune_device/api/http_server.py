@@ -41,16 +41,11 @@ _LOG = logging.getLogger("fedprune.device")
 MAX_CLIENTS = 8
 
 MAX_BODY_BYTES = 8 * 2**20
-# A request may take so long to arrive.
-REQUEST_TIMEOUT_S = 20.0
-# A client may be silent, or read nothing of its answer, for so long.
-SOCKET_TIMEOUT_S = 10.0
-# struct ucred (unix(7)): process, user, group.
-_PEER_CREDENTIALS = struct.Struct("3i")
-# When the board ends, requests that are being answered get so long.
-_CLOSE_TIMEOUT_S = 5.0
-# Unread input is drained for so long after an early answer.
-_LINGER_S = 1.0
+REQUEST_TIMEOUT_S = 20.0  # a request may take so long to arrive
+SOCKET_TIMEOUT_S = 10.0  # a client may be silent, or read nothing of its answer, for so long
+_PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred (unix(7)): process, user, group
+_CLOSE_TIMEOUT_S = 5.0  # when the board ends, requests that are being answered get so long
+_LINGER_S = 1.0  # unread input is drained for so long after an early answer
 
 
 @dataclass

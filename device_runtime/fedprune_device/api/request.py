@@ -93,8 +93,7 @@ NPY = "application/x-npy"
 RAW = "application/octet-stream"
 KINDS = (JSON, SAFETENSORS, NPY, RAW)
 
-# Parsing JSON numbers takes about thirty times their size in memory.
-_MAX_JSON_BYTES = 2**20
+_MAX_JSON_BYTES = 2**20  # parsing JSON numbers takes about thirty times their size in memory
 
 # numpy evaluates a header as a Python literal, which takes far more memory than its text; a real one has 128 bytes.
 _MAX_HEADER_BYTES = 4096

@@ -24,8 +24,7 @@ from fedprune_device.engines.engine_selector import (
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
-# A build takes minutes; the progress line is fluent enough at this pace.
-_POLL_INTERVAL_S = 0.2
+_POLL_INTERVAL_S = 0.2  # a build takes minutes; the progress line is fluent enough at this pace
 
 
 def build_engine(arguments: argparse.Namespace) -> None:

@@ -41,11 +41,8 @@ from fedprune_device.hardware.readings import TEGRA_RELEASE
 from fedprune_device.hardware.thermal_guard import PAUSE_ABOVE_C, RESUME_BELOW_C
 
 RUNTIME_ROOT = Path("/opt/fedprune")
-# Where a board that has joined keeps its server's key.
-_SERVER_KEY = Path("/var/lib/fedprune/identity/server.pub")
-
-# A year.
-_MAX_HOURS = 8760.0
+_SERVER_KEY = Path("/var/lib/fedprune/identity/server.pub")  # where a board that has joined keeps its server's key
+_MAX_HOURS = 8760.0  # a year
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,8 +32,7 @@ from fedprune_device.serving.prediction_text import prediction_lines, quality_te
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.directory_owner import OWNER_FILE
 
-# Folders of boards that an error names.
-_MAX_NAMED_FOLDERS = 10
+_MAX_NAMED_FOLDERS = 10  # folders of boards that an error names
 
 
 def predict(arguments: argparse.Namespace) -> None:

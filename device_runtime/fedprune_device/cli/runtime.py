@@ -15,8 +15,7 @@ from fedprune.core.validation import is_digest
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 
-# A key is 64 hex digits; another file need not be read whole to say so.
-_MAX_KEY_FILE_BYTES = 200
+_MAX_KEY_FILE_BYTES = 200  # a key is 64 hex digits; another file need not be read whole to say so
 
 
 def update(arguments: argparse.Namespace) -> None:

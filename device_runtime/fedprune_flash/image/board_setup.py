@@ -28,8 +28,7 @@ _SSH_KEY_KINDS = (
     "sk-ssh-ed25519@openssh.com",
     "sk-ecdsa-sha2-nistp256@openssh.com",
 )
-# They become words of one shell command at the first boot.
-_MAX_SSH_KEYS = 20
+_MAX_SSH_KEYS = 20  # they become words of one shell command at the first boot
 
 
 @dataclass(frozen=True)

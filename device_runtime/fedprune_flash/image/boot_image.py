@@ -27,12 +27,10 @@ from fedprune_flash.image.first_boot import CMDLINE_FILE, KIT_FOLDER, Scheme, fi
 from fedprune_flash.image.partitions import Partitions, read_partitions
 from fedprune_flash.kit.kit import Kit
 
-# No card is larger: a stream that unpacks for ever must end.
-MAX_IMAGE_BYTES = 2**40
+MAX_IMAGE_BYTES = 2**40  # no card is larger: a stream that unpacks for ever must end
 # Bytes that are unpacked at a time; a block of zeros becomes a hole in the file, and larger ones are rarely all zeros.
 _READ_BYTES = 4 * 2**20
-# Where an ISO 9660 file system has its identifier, CD001.
-_ISO_MAGIC_OFFSET = 32_769
+_ISO_MAGIC_OFFSET = 32_769  # where an ISO 9660 file system has its identifier, CD001
 # Magic numbers of packed images, and of files that users take for images.
 _PACKINGS = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
 _UNSUPPORTED_FILES = {
@@ -107,8 +105,7 @@ def _read_block(stream: BinaryIO, source: Path) -> bytes:
 
 
 _MOUNTS = ("/boot/firmware", "/boot")
-# e_machine of ELF.
-_MACHINES = {0xB7: "aarch64", 0x28: "armhf", 0x3E: "x86_64"}
+_MACHINES = {0xB7: "aarch64", 0x28: "armhf", 0x3E: "x86_64"}  # e_machine of ELF
 # For systems whose /usr/bin/python3 can't be read.
 _PYTHONS = {"debian 12": "3.11", "debian 13": "3.13", "ubuntu 22.04": "3.10", "ubuntu 24.04": "3.12"}
 # Keys in no template of cloud-init (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files): a file that has
@@ -119,8 +116,7 @@ _USER_KEYS = {
     "meta-data": (),
 }
 
-# Clusters for folders, in addition to those of files.
-_SPARE_CLUSTERS = 64
+_SPARE_CLUSTERS = 64  # clusters for folders, in addition to those of files
 
 
 @dataclass(frozen=True)

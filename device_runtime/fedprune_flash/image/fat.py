@@ -15,10 +15,8 @@ from fedprune_flash.image.programs import ProgramOutput, run_program
 # A user's settings may name drives. Cards have no geometry, which mtools would check.
 _ENVIRONMENT = {"MTOOLSRC": os.devnull, "MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
 _FREE_SPACE = re.compile(r"([0-9][0-9 ]*) bytes free")
-# Bytes of a boot sector, up to the fields of the clusters' size.
-_BOOT_SECTOR_BYTES = 64
-# Bytes of a listing: a FAT's root folder of 65,536 names takes a third of that.
-_MAX_LISTING = 2**24
+_BOOT_SECTOR_BYTES = 64  # bytes of a boot sector, up to the fields of the clusters' size
+_MAX_LISTING = 2**24  # bytes of a listing: a FAT's root folder of 65,536 names takes a third of that
 
 
 class Fat:

@@ -12,14 +12,12 @@ from typing import BinaryIO
 
 from fedprune.core.errors import ImageError
 
-# The unit of the table's numbers.
-SECTOR = 512
+SECTOR = 512  # the unit of the table's numbers
 FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
 LINUX_TYPE = 0x83
 # A disk with a GUID partition table has one entry of this type in its master boot record, which protects the rest.
 _GPT_TYPE = 0xEE
-# Where the entries begin in the first sector.
-_ENTRIES_OFFSET = 446
+_ENTRIES_OFFSET = 446  # where the entries begin in the first sector
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,8 @@ from typing import IO, cast
 from fedprune.core.errors import MissingExtraError
 
 _PACKAGES = {"mtools": ("mdir", "mcopy", "mtype", "mmd"), "e2fsprogs": ("debugfs",)}
-# Bytes of a program's error output, of which a message shows a line.
-_MAX_ERROR_BYTES = 2000
-# Listing or reading takes far less; a damaged file system can make a program loop.
-_TIMEOUT_S = 60.0
+_MAX_ERROR_BYTES = 2000  # bytes of a program's error output, of which a message shows a line
+_TIMEOUT_S = 60.0  # listing or reading takes far less; a damaged file system can make a program loop
 
 
 @dataclass(frozen=True)

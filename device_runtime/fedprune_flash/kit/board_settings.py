@@ -23,8 +23,7 @@ from fedprune_flash.kit.unit import HIDDEN_FOLDERS
 # The default place of a board's samples.
 DEFAULT_SAMPLES_PATH = "/srv/fedprune/samples.npz"
 
-# Bytes: room for some hundred certificates.
-MAX_AUTHORITIES_BYTES = 256 * 1024
+MAX_AUTHORITIES_BYTES = 256 * 1024  # bytes: room for some hundred certificates
 
 _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
 _URL = re.compile(rf"mqtts?://{_HOST}(?::[0-9]{{1,5}})?")

@@ -52,8 +52,7 @@ from fedprune_flash.on_board.kit_folder import (
 )
 from fedprune_flash.on_board.runtime_slot import ENTRY_POINT, KIT_RELEASE_NUMBER
 
-# A boot partition holds less.
-MAX_KIT_BYTES = 2**31
+MAX_KIT_BYTES = 2**31  # a boot partition holds less
 
 
 def server_signer(key: Path | None, *, unsigned: bool) -> SigningKey | None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from fedprune.core.errors import ConfigError, value_text
 from fedprune.core.validation import check_word
 
-# Those of JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13.
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # those of JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13
 
 ARCHITECTURES = ("aarch64", "x86_64")
 

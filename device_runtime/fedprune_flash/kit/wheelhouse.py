@@ -37,8 +37,7 @@ JETPACK_PROJECTS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", 
 BOARD_WHEELS_LOCK = Path(__file__).with_name("board_wheels.txt")
 
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
-# Lines of pip's error output that a message quotes: the last ones name the reason.
-_MAX_ERROR_LINES = 3
+_MAX_ERROR_LINES = 3  # lines of pip's error output that a message quotes: the last ones name the reason
 # Downloads until no requirement is missing: each one may bring wheels with requirements of their own.
 _MAX_DOWNLOADS = 5
 

@@ -36,8 +36,7 @@ _MAX_CLAIM_BYTES = 400
 _JOINED_FILE = f"{STATE_FOLDER}/identity/tls.key"
 _UNITS_FOLDER = "/etc/systemd/system"
 _WANTS_FOLDER = f"{_UNITS_FOLDER}/multi-user.target.wants"
-# The board's name in its environment.
-_DEVICE_LINE = re.compile(r"^FEDPRUNE_DEVICE=(.*)$", re.MULTILINE)
+_DEVICE_LINE = re.compile(r"^FEDPRUNE_DEVICE=(.*)$", re.MULTILINE)  # the board's name in its environment
 _PYTHON_VERSION_PROGRAM = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 

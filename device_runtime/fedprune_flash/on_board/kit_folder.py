@@ -26,10 +26,8 @@ SERVICE_NAME = "fedprune.service"
 
 KIT_VERSION = 4
 
-# A wheelhouse has some tens of files.
-_MAX_FILES = 500
-# Bytes of a file that is read as a whole: any but wheels.
-_MAX_READ_BYTES = 2**22
+_MAX_FILES = 500  # a wheelhouse has some tens of files
+_MAX_READ_BYTES = 2**22  # bytes of a file that is read as a whole: any but wheels
 
 
 class KitFolder:

@@ -21,8 +21,7 @@ ENTRY_POINT = "fedprune_start:device"
 # The release number of every kit. Those of a server are higher, so that a kit never replaces one.
 KIT_RELEASE_NUMBER = 0
 
-# Bytes that stay free.
-SPARE_BYTES = 64 * 2**20
+SPARE_BYTES = 64 * 2**20  # bytes that stay free
 
 _FOLDERS = ("state", "incoming", *SLOTS)
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,80}")

@@ -10,10 +10,8 @@ from pathlib import Path
 from fedprune.core.errors import BoardSetupError, DataError, StorageError, error_reason
 from fedprune_flash.on_board.kit_folder import SERVICE_NAME
 
-# Between two looks at a service that starts.
-_POLL_INTERVAL_S = 0.5
-# systemctl stop waits for the agent, which saves its state before it ends.
-_CALL_TIMEOUT_S = 120.0
+_POLL_INTERVAL_S = 0.5  # between two looks at a service that starts
+_CALL_TIMEOUT_S = 120.0  # systemctl stop waits for the agent, which saves its state before it ends
 
 
 class ServiceControl:

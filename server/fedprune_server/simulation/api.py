@@ -31,8 +31,7 @@ from fedprune_server.simulation.results.tables import final_rows, result_table, 
 from fedprune_server.simulation.results.tracked_rounds import track_rounds
 from fedprune_server.simulation.simulation import Simulation
 
-# Pixels of a page in a notebook.
-_PAGE_HEIGHT_PX = 620
+_PAGE_HEIGHT_PX = 620  # pixels of a page in a notebook
 
 
 @dataclass(frozen=True, repr=False)

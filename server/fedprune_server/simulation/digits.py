@@ -21,14 +21,9 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.splits import TEST_SHARE
 
 CLASS_COUNT = 10
-# Concentration of the Dirichlet shares: the smaller, the more uneven the split.
-ALPHA = 0.5
-
-# Share of all images on which the server evaluates the global model.
-SERVER_SHARE = 0.25
-
-# Share on which the server measures batch-norm statistics; its labels are not used.
-CALIBRATION_SHARE = 0.05
+ALPHA = 0.5  # concentration of the Dirichlet shares: the smaller, the more uneven the split
+SERVER_SHARE = 0.25  # share of all images on which the server evaluates the global model
+CALIBRATION_SHARE = 0.05  # share on which the server measures batch-norm statistics; its labels are not used
 
 _MAX_PIXEL = 16
 _MAX_DRAWS = 1000

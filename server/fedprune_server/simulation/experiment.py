@@ -30,8 +30,7 @@ REFERENCE = "FedAvg"
 # Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples.
 _IRRELEVANT_SETTINGS = ("title", "checkpoints", "data")
 
-# Settings that a message names; with more of them another run is meant anyway.
-_MAX_DIFFERENCES = 5
+_MAX_DIFFERENCES = 5  # settings that a message names; with more of them another run is meant anyway
 _MAX_VALUE_LENGTH = 40  # characters of a setting that errors show whole
 
 _MISSING = object()

@@ -189,8 +189,7 @@ class ModelMeasure:
         return measurements
 
 
-# Approximate number of rounds whose channel coverage is recorded.
-_MAX_MAPS = 100
+_MAX_MAPS = 100  # approximate number of rounds whose channel coverage is recorded
 
 
 class RoundRecorder:

@@ -19,8 +19,7 @@ from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.config.track_targets import TRACK_TEXT, track_targets
 from fedprune_server.simulation.fleet.virtual_device import MEGABYTE, LinkSettings
 
-# End of a window that never closes.
-NEVER_CLOSES = math.inf
+NEVER_CLOSES = math.inf  # end of a window that never closes
 
 
 @dataclass(frozen=True)

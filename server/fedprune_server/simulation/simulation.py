@@ -53,11 +53,8 @@ from fedprune_server.simulation.state import (
     WindowEnd,
 )
 
-# Attempts after which a round that no device has finished is given up.
-MAX_ATTEMPTS = 20
-
-# Connections per device, without any training, after which the simulation ends.
-MAX_IDLE_CONNECTIONS = 200
+MAX_ATTEMPTS = 20  # attempts after which a round that no device has finished is given up
+MAX_IDLE_CONNECTIONS = 200  # connections per device, without any training, after which the simulation ends
 
 
 class StallDetector:

@@ -18,8 +18,7 @@ from fedprune_server.simulation.digits import asset_bytes, deal_digits, digits_m
 
 FLEET_FILE, STRATEGY_FILE = "fleet.toml", "my_strategy.py"
 
-# Files of the server's own samples, whose names no board may have.
-_SERVER_FILES = ("server", "calibration")
+_SERVER_FILES = ("server", "calibration")  # files of the server's own samples, whose names no board may have
 
 _FLEET_TEMPLATE = """\
 # A fleet to begin with: change what is yours. Paths count from this file's folder.

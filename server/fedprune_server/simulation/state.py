@@ -63,8 +63,7 @@ _ITEM_TYPES: dict[str, type[Any]] = {
     )
 }  # fmt: skip
 
-# Items that belong to a device's part in a round.
-_WORK_TYPES = (TrainingEnd, on.UpdateAnnounced, on.UpdateStored)
+_WORK_TYPES = (TrainingEnd, on.UpdateAnnounced, on.UpdateStored)  # items that belong to a device's part in a round
 
 # Attributes that are saved as they are.
 _PLAIN_ATTRIBUTES = (

@@ -34,8 +34,7 @@ from fedprune_server.simulation.runs import Progress, RunSpec
 from fedprune_server.simulation.simulation import Simulation
 
 _SWEEP_KEYS = ("config", "seeds", "runs")
-# Keys of a variant that are not tables of `fleet.toml`.
-_RUN_KEYS = ("name", "seeds")
+_RUN_KEYS = ("name", "seeds")  # keys of a variant that are not tables of `fleet.toml`
 
 _MAX_SEEDS = 1000
 

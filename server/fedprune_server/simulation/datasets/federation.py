@@ -186,8 +186,7 @@ def default_names(devices: int) -> list[str]:
     return [f"device-{i:0{digits}}" for i in range(devices)]
 
 
-# Devices that a heat map shows; larger fleets are sampled evenly.
-MAX_MAP_DEVICES = 300
+MAX_MAP_DEVICES = 300  # devices that a heat map shows; larger fleets are sampled evenly
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from fedprune_server.simulation.datasets.samples import Samples, assemble_sample
 
 Array = npt.NDArray[Any]
 
-# Rows of a Parquet file that are read at once.
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 1024  # rows of a Parquet file that are read at once
 
 # The schema's metadata in which `datasets` keeps the features.
 _FEATURES_KEY = b"huggingface"

@@ -16,8 +16,7 @@ from fedprune.core.errors import DataError, shape_text
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
-# Samples per chunk when all are read.
-_CHUNK_SAMPLES = 4096
+_CHUNK_SAMPLES = 4096  # samples per chunk when all are read
 
 _CHANNEL_COUNTS = (1, 3, 4)
 

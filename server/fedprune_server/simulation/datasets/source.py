@@ -23,8 +23,7 @@ from fedprune_server.simulation.datasets.samples import Samples, assemble_sample
 
 Array = npt.NDArray[Any]
 
-# Accepted names of the array of owners.
-_OWNER_NAMES = ("owner", "subject", "writer", "domain", "user")
+_OWNER_NAMES = ("owner", "subject", "writer", "domain", "user")  # accepted names of the array of owners
 
 # Names of the arrays that are read.
 _ARRAY_NAMES = frozenset(
@@ -32,8 +31,7 @@ _ARRAY_NAMES = frozenset(
     | {word + end for word in _OWNER_NAMES for end in ("", "_train", "_test")}
 )
 
-# A member's header inside a zip archive (APPNOTE.TXT, 4.3.7).
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # a member's header inside a zip archive (APPNOTE.TXT, 4.3.7)
 
 _WRITE_HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
 

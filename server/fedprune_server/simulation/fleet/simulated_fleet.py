@@ -42,8 +42,7 @@ from fedprune_server.simulation.network_model import (
 
 DEMO_ROUNDS = 24
 DEMO_QUICK_ROUNDS = 2
-# Bytes per device and round, both ways, that the fleet's job allows.
-DEMO_BYTE_BUDGET = 195_000
+DEMO_BYTE_BUDGET = 195_000  # bytes per device and round, both ways, that the fleet's job allows
 
 _DEADLINE_S = 60.0
 

@@ -32,8 +32,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_server.simulation.datasets.federation import Federation
 
-# Entries of an offer that refer to blobs.
-_BLOB_ENTRIES = ("weights", "training", "inference", "base")
+_BLOB_ENTRIES = ("weights", "training", "inference", "base")  # entries of an offer that refer to blobs
 
 
 def download_sizes(offer: Mapping[str, Any], held_digests: Collection[str]) -> dict[str, int]:
@@ -125,8 +124,7 @@ def samples_digest(data: LocalData) -> str:
 
 MEGABYTE = 1e6
 
-# Fleets of up to this size hold their samples in memory; larger ones read them on use.
-MAX_LOADED_FLEET = 32
+MAX_LOADED_FLEET = 32  # fleets of up to this size hold their samples in memory; larger ones read them on use
 
 _ROW_KEYS = ("name", "count", "profile", "data", "link", "validation")
 _LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")

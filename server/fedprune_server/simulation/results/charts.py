@@ -18,23 +18,12 @@ from fedprune_server.simulation.results.record import Record, measured_moments, 
 
 T = TypeVar("T")
 
-# Channel groups next to each other in a row.
-MAX_MAP_GROUPS = 12
-
-# Devices that a list shows; of larger fleets these many, evenly spread.
-MAX_LISTED_DEVICES = 300
-
-# Devices up to which each has a curve.
-MAX_DEVICE_CURVES = 100
-
-# Devices from which there is a histogram, too.
-MAX_DEVICES_WITHOUT_HISTOGRAM = 24
-
-# Rows of the map of channels over rounds.
-MAX_MAP_ROUNDS = 40
-
-# Measurements of a simulation that get curves.
-MAX_MEASUREMENT_CURVES = 6
+MAX_MAP_GROUPS = 12  # channel groups next to each other in a row
+MAX_LISTED_DEVICES = 300  # devices that a list shows; of larger fleets these many, evenly spread
+MAX_DEVICE_CURVES = 100  # devices up to which each has a curve
+MAX_DEVICES_WITHOUT_HISTOGRAM = 24  # devices from which there is a histogram, too
+MAX_MAP_ROUNDS = 40  # rows of the map of channels over rounds
+MAX_MEASUREMENT_CURVES = 6  # measurements of a simulation that get curves
 
 _EPSILON_METRIC = Metric(EPSILON, "ε", higher_is_better=False, is_share=False)
 

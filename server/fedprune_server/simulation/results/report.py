@@ -16,17 +16,10 @@ from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import DeviceRow, Record, score_text
 from fedprune_server.simulation.results.tables import TAIL_ROUNDS, final_rows, result_table, tail_note, write_page
 
-# Points by which the fleet's accuracies may fall below the reference's.
-MAX_LOST_POINTS = 2.0
-
-# Relative excess of the fleet's losses over the reference's, for regression.
-MAX_LOSS_EXCESS = 0.05
-
-# Devices without updates, and warnings, that are listed, at most.
-_MAX_LISTED = 10
-
-# Share of the reference's bytes that the fleet may use, each way.
-MAX_BYTES_SHARE = 0.15
+MAX_LOST_POINTS = 2.0  # points by which the fleet's accuracies may fall below the reference's
+MAX_LOSS_EXCESS = 0.05  # relative excess of the fleet's losses over the reference's, for regression
+_MAX_LISTED = 10  # devices without updates, and warnings, that are listed, at most
+MAX_BYTES_SHARE = 0.15  # share of the reference's bytes that the fleet may use, each way
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from fedprune.core.atomic_file import atomic_write
 from fedprune_server.monitoring.round_rows import COMMON_COLUMNS, WideRows
 from fedprune_server.simulation.results.record import Record
 
-# Costs of a device since the previous round.
-COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs")
+COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs")  # costs of a device since the previous round
 
 
 def round_rows(record: Record) -> list[dict[str, Any]]:

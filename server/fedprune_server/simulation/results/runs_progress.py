@@ -28,8 +28,7 @@ from fedprune_server.monitoring.display import log_above
 from fedprune_server.simulation.runs import RunStatus
 from fedprune_server.simulation.simulation import Simulation
 
-# Seconds between two lines.
-LINE_INTERVAL_S = 10.0
+LINE_INTERVAL_S = 10.0  # seconds between two lines
 
 
 def is_watched() -> bool:

@@ -14,11 +14,8 @@ from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.results.record import Record, measured_moments, measured_names, score_text
 
-# Rounds in a final mean: single rounds of a small test set are noisy.
-TAIL_ROUNDS = 5
-
-# Devices in a table.
-MAX_RESULT_ROWS = 1000
+TAIL_ROUNDS = 5  # rounds in a final mean: single rounds of a small test set are noisy
+MAX_RESULT_ROWS = 1000  # devices in a table
 
 # Columns of text; the others hold numbers.
 _TEXT_COLUMNS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")

@@ -21,8 +21,7 @@ from fedprune_server.simulation.results.run_folder import RUN_STATE_FOLDER
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tracker import TrackedRun
 
-# Settings that trackers have already, or that are as long as the fleet.
-_EXCLUDED_SETTINGS = ("title", "devices")
+_EXCLUDED_SETTINGS = ("title", "devices")  # settings that trackers have already, or that are as long as the fleet
 
 
 @contextmanager
