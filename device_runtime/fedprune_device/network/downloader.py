@@ -24,10 +24,7 @@ class Downloader:
     """Downloads the blobs of one offer at a time, in parallel. No call waits for the network.
 
     Weights are downloaded in their shorter encoded form if there is one, and plainly if the server no longer has it.
-    They are decoded later, by the round that uses them.
-
-    Attributes:
-        offer: What is being downloaded; None if nothing is.
+    They are decoded later, by the round that uses them. `offer` is being downloaded; it is None if nothing is.
     """
 
     def __init__(

@@ -29,8 +29,7 @@ _CONNECTION_ERRORS = (BrokerError, IdentityError, JoinError)
 def report_start_failure(options: MembershipOptions, error: Exception, profile: str, policy: Path | None) -> None:
     """Send the reason to the server, if this board has taken part before and nothing else uses its state directory.
 
-    Args:
-        policy: The file of the owner's privacy policy, which says whether the error's own words may leave the board.
+    `policy` is the file of the owner's privacy policy, which says whether the error's own words may leave the board.
     """
     owner = DirectoryOwner(options.device, options.site)
     if isinstance(error, _CONNECTION_ERRORS) or not owner.owns(options.state):

@@ -55,15 +55,13 @@ def digits_model() -> bytes:
 def deal_digits(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, min_samples: int = 0) -> Digits:
     """Split the digits among devices, with Dirichlet shares of each class (Hsu et al., arXiv:1909.06335).
 
-    A fifth of each device's samples is its own test data.
+    A fifth of each device's samples is its own test data. Raises `DataError` if there are too many devices for the
+    images, or names repeat.
 
     Args:
         alpha: Concentration of the shares.
         min_samples: Minimum samples per device, test data included; half of a fair share by default. Splits are redrawn
             until it holds.
-
-    Raises:
-        DataError: There are too many devices for the images, or names repeat.
     """
     if not devices or len(set(devices)) != len(devices):
         raise DataError("devices to deal digits to", expected="one or more different names", got=list(devices))

@@ -82,10 +82,7 @@ class MeasuredRound:
         """The submodel that the strategy would cut from the new model for an unseen device.
 
         It keeps the same share of each channel group or, if the strategy's densities count elements, that share of
-        elements.
-
-        Args:
-            density: Kept share, above 0 and at most 1.
+        elements. `density` is the kept share, above 0 and at most 1.
         """
         sizes = self.architecture.sizes
         strategy = compose(self.job)
@@ -121,14 +118,13 @@ def measure_settings(measure: MeasurementHook | None) -> Mapping[str, Any] | str
 class ModelMeasure:
     """Evaluates the global model and its submodels.
 
+    Raises `ConfigError` if a density or `every` is out of range, or a set has no samples.
+
     Attributes:
         densities: Densities of submodels, in addition to the whole model.
         calibration: Samples to re-estimate batch-norm statistics at each width; None keeps them.
         every: Rounds between two measurements; the last round is always measured.
         sets: Further inputs and labels, by name.
-
-    Raises:
-        ConfigError: A density or `every` is out of range, or a set has no samples.
     """
 
     x: Array
@@ -193,11 +189,7 @@ _MAX_MAPS = 100  # approximate number of rounds whose channel coverage is record
 
 
 class RoundRecorder:
-    """Records a round's notes while its blobs exist.
-
-    Args:
-        measure: Measures the global model, or None.
-    """
+    """Records a round's notes while its blobs exist."""
 
     def __init__(self, job: Job, model: Model, store: BlobStore, measure: MeasurementHook | None) -> None:
         self._job = job
@@ -213,12 +205,11 @@ class RoundRecorder:
     ) -> None:
         """Record a closed round.
 
+        Raises `FedpruneError` if the measurement fails.
+
         Args:
             basis: Source of the last submodels, for a round without updates.
             before: The clock at the previous round's end; 0 in the first round.
-
-        Raises:
-            FedpruneError: The measurement fails.
         """
         contributions = [c for c in command.contributions if c.part.device not in event.rejected]
         notes.updates, notes.limited = len(contributions), event.reduced

@@ -133,7 +133,8 @@ class Weather:
 def transfer_end(now: float, free: float, size: int, rate: float, limit: float) -> tuple[float, float]:
     """Transfer bytes over the server's link, first come first served, and over a device's link (PR-FL's simulation).
 
-    While a slow device still receives the end of one transfer, the server's link already serves the next.
+    While a slow device still receives the end of one transfer, the server's link already serves the next. Returns the
+    time of arrival of the last byte, and the new time at which the server's link is free.
 
     Args:
         now: Time at which the bytes are ready, in seconds.
@@ -141,9 +142,6 @@ def transfer_end(now: float, free: float, size: int, rate: float, limit: float) 
         size: Bytes.
         rate: Capacity of the device's link, in bytes/s.
         limit: Capacity of the server's link, in bytes/s.
-
-    Returns:
-        Time of arrival of the last byte, and the new time at which the server's link is free.
     """
     starts_at = max(now, free)
     return starts_at + size / min(rate, limit), starts_at + size / limit

@@ -86,13 +86,12 @@ def do_runs(
 ) -> list[RunEnd]:
     """Do runs, each in a process of its own.
 
+    Returns how they ended, in the order of `runs`.
+
     Args:
         out: Folder of the runs' folders. On a cluster all machines must share it.
         workers: Number of processes; on an existing Ray cluster its cores decide.
         watch: Called periodically with the status of all runs.
-
-    Returns:
-        How they ended, in the order of `runs`.
 
     Raises:
         ConfigError: Two runs have the same name.

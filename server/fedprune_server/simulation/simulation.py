@@ -84,13 +84,9 @@ class StallDetector:
         """Note an offer to a device.
 
         An asynchronous job counts attempts per device, and a device may see many while the round is open for others.
-        There only offers count between which no update arrived, while the round has no deadline.
-
-        Args:
-            refusal: Reason of the last refusal of an offer; empty without any.
-
-        Raises:
-            PlanError: The round was offered `MAX_ATTEMPTS` times in vain.
+        There only offers count between which no update arrived, while the round has no deadline. `refusal` is the
+        reason of the last refusal of an offer, empty without any. Raises `PlanError` if the round was offered
+        `MAX_ATTEMPTS` times in vain.
         """
         task = state.tasks.get(command.device)
         # Synchronous rounds count attempts per round: the command knows them.
@@ -199,8 +195,7 @@ class Simulation:
     ) -> list[dict[str, Any]]:
         """Run the job to its end, from its last saved state. A finished job that was given more rounds continues.
 
-        Returns:
-            The coordinator's history: a summary per round.
+        Returns the coordinator's history: a summary per round.
 
         Raises:
             StorageError: Another process uses the folder, or the disk fails.

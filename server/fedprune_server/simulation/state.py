@@ -200,8 +200,7 @@ SAVE_PACE = SavePace()
 class SavedRun:
     """Saves and loads a simulation's state and the coordinator's, and locks their folder.
 
-    Args:
-        folder: The folder; None keeps nothing.
+    Without a folder nothing is kept.
     """
 
     def __init__(self, folder: Path | None, experiment: Experiment, pace: SavePace) -> None:
@@ -268,11 +267,8 @@ class SavedRun:
     def lock(self) -> Iterator[bool]:
         """Hold the folder's lock.
 
-        Yields:
-            Whether any process has saved there since `load`.
-
-        Raises:
-            StorageError: Another process holds it, or the disk fails.
+        Yields whether any process has saved there since `load`. Raises `StorageError` if another process holds it, or
+        the disk fails.
         """
         if self._folder is None:
             yield False

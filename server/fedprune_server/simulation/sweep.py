@@ -57,13 +57,12 @@ def read_sweep(path: Path) -> list[RunSpec]:
 def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], label: str) -> list[RunSpec]:
     """The runs of variants of a `fleet.toml`: each with each seed.
 
+    Raises `ConfigError` if a key is missing, unknown or wrong, or two runs have the same name.
+
     Args:
         rows: Tables as [[runs]] of a sweep's file has them.
         seeds: Those of variants without seeds of their own.
         label: The name of the rows in errors.
-
-    Raises:
-        ConfigError: A key is missing, unknown or wrong, or two runs have the same name.
     """
     runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, config, label)]
     names = [r.name for r in runs]

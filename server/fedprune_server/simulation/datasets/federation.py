@@ -59,14 +59,13 @@ class Holding:
 class Federation:
     """A data set and its split.
 
+    Raises `DataError` if there are no devices, two of them hold the same row, or a device has no training rows.
+
     Attributes:
         holdings: Every device's rows, by its name.
         server: The server's rows, for evaluation; may be empty.
         preparation: Conversion of inputs when they are loaded.
         calibration: The server's rows for batch-norm statistics; may be empty.
-
-    Raises:
-        DataError: There are no devices, two of them hold the same row, or a device has no training rows.
     """
 
     samples: Samples
@@ -150,15 +149,14 @@ def federate(
 ) -> Federation:
     """Split each device's rows into training, validation and test rows.
 
+    Raises `DataError` if names repeat or are too few, or a device has too few samples to split.
+
     Args:
         test: Share of a device's rows for tests.
         validation: Share of the remaining rows for validation.
         server: Rows of the server, for evaluation.
         calibration: Rows of the server, for batch-norm statistics.
         preparation: Conversion of inputs when they are loaded.
-
-    Raises:
-        DataError: Names repeat or are too few, or a device has too few samples to split.
     """
     device_names = list(names) if names is not None else default_names(len(hands))
     if len(device_names) != len(hands) or len(set(device_names)) != len(device_names):
@@ -261,14 +259,7 @@ class FleetData:
 
 
 def draw_partition(federation: Federation, path: Path, title: str = "Data of the devices") -> Path:
-    """Write the heat map of a partition as a self-contained page.
-
-    Args:
-        path: An `.html` file.
-
-    Returns:
-        The file.
-    """
+    """Write the heat map of a partition as a self-contained page."""
     data_partition = FleetData.of_federation(federation)
     total = sum(map(sum, data_partition.counts.values()))
     facts = {"Devices": f"{len(data_partition.counts):,}", "Samples": f"{total:,}"}

@@ -29,14 +29,11 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
 
     Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
     where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
-    every machine.
+    every machine. Inputs are uint8 [n, height, width, 3], or [n, height, width] if grey.
 
     Args:
         size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
         colour: Three channels, else grey.
-
-    Returns:
-        Inputs uint8 [n, height, width, 3], or [n, height, width] if grey.
 
     Raises:
         DataError: There are no images, one can't be read, is too large, or differs in size from the first.

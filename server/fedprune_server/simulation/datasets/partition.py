@@ -40,14 +40,12 @@ def dirichlet(
     """Of every class, each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335).
 
     Up to 100 draws are made until every device has `min_samples` samples. If none succeeds (a thousand devices and a
-    small alpha), devices with too few samples take some from those with the most.
+    small alpha), devices with too few samples take some from those with the most. Raises `DataError` if alpha is not
+    above 0, or there are too few rows.
 
     Args:
         alpha: Concentration: the smaller, the more uneven the split.
         min_samples: Minimum samples per device.
-
-    Raises:
-        DataError: alpha is not above 0, or there are too few rows.
     """
     _check(rows, devices, max(1, min_samples))
     if not 0 < alpha < np.inf:
@@ -73,13 +71,8 @@ def dirichlet(
 def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed: int) -> list[Rows]:
     """Every device sees samples of `classes` different classes (McMahan et al., arXiv:1602.05629).
 
-    Every class goes to the same number of devices, plus or minus one, and is split evenly among them.
-
-    Args:
-        classes: Classes per device.
-
-    Raises:
-        DataError: There are fewer classes, a class would go to no device, or a class has too few samples.
+    Every class goes to the same number of devices, plus or minus one, and is split evenly among them. Raises
+    `DataError` if there are fewer classes, a class would go to no device, or a class has too few samples.
     """
     _check(rows, devices)
     row_labels = labels[rows]
@@ -110,13 +103,8 @@ def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, see
     """Keep the samples of a person, writer or domain together.
 
     0 devices are one per owner, in the owners' order. With fewer devices than owners each gets several owners at
-    random; with more, owner k's samples are split among the devices k, k + owners, ...
-
-    Args:
-        owners: Owners of all samples, [n].
-
-    Raises:
-        DataError: An owner has fewer samples than devices.
+    random; with more, owner k's samples are split among the devices k, k + owners, ... Raises `DataError` if an owner
+    has fewer samples than devices.
     """
     row_owners = owners[rows]
     present_owners = np.unique(row_owners)
@@ -148,13 +136,8 @@ def draw_rows(rows: Rows, max_rows: int, *, seed: int) -> Rows:
 def split_rows(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> list[Rows]:
     """Split a device's rows into parts, such as validation and test; the last part gets the rest.
 
-    Of each share above 0 a part gets one sample at least.
-
-    Args:
-        device: The device's name, which keys the split.
-
-    Raises:
-        DataError: A share is negative, they sum to 1 or more, or nothing is left for the last part.
+    Of each share above 0 a part gets one sample at least. The device's name keys the split. Raises `DataError` if a
+    share is negative, they sum to 1 or more, or nothing is left for the last part.
     """
     if any(not 0 <= s < 1 for s in shares) or sum(shares) >= 1:
         raise DataError("shares of a split", expected="numbers of 0 or more, below 1 in all", got=list(shares))

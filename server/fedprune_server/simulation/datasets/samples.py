@@ -25,6 +25,8 @@ _CHANNEL_COUNTS = (1, 3, 4)
 class Samples:
     """All samples of a data set. Rows count through the parts, one after the other.
 
+    Raises `DataError` if lengths, types or shapes don't fit each other, or a number is out of range.
+
     Attributes:
         arrays: Inputs [n_i, ...], of one type and shape: uint8 images, floats, or integers (token ids).
         labels: Classes, int64 [n].
@@ -32,9 +34,6 @@ class Samples:
         owners: Index of each sample's owner (a person, a writer, a domain) in `owner_names`, int64 [n]; None without
             owners.
         class_names: Names of the classes; numbers as text if the files have no names.
-
-    Raises:
-        DataError: Lengths, types or shapes don't fit each other, or a number is out of range.
     """
 
     arrays: tuple[Array, ...]
@@ -122,15 +121,12 @@ class Preparation:
     """Conversion of inputs for a model, applied only to the samples in use.
 
     Images (uint8 with 1, 3 or 4 channels last, first or omitted) become float32 [n, channels, height, width] from 0 to
-    1. Floats become float32, integers int64 (token ids).
+    1. Floats become float32, integers int64 (token ids). Raises `DataError` if a number is out of range.
 
     Attributes:
         pool: Factor by which images shrink, by averages over squares.
         mean: Subtracted afterwards, one number per channel (the first axis of a sample); empty for none.
         deviation: Divisors after that, one number per channel.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     pool: int = 1

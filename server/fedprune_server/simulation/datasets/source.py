@@ -39,13 +39,12 @@ _WRITE_HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=
 def read_npz(path: Path) -> Samples:
     """Read a data set.
 
+    Raises `DataError` if it can't be read, an array is missing, or arrays don't fit each other.
+
     Args:
         path: A file with x_train, y_train, x_test and y_test; or with x, y and optionally is_test, where nonzero marks
             test samples. Optional are `owner` (also subject, writer, domain, user; `owner_train` and `owner_test` in
             the first form) and `class_names`. Other arrays are ignored.
-
-    Raises:
-        DataError: It can't be read, an array is missing, or arrays don't fit each other.
     """
     arrays = npz_arrays(path, _ARRAY_NAMES)
     names = _class_names(arrays.get("class_names"))
@@ -84,11 +83,8 @@ def read_npz(path: Path) -> Samples:
 def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
     """Arrays of a file, memory-mapped read-only where they are not compressed. Nothing is unpickled.
 
-    Args:
-        names: Arrays to read, if present; None for all. Others are not unpacked.
-
-    Raises:
-        DataError: It can't be read, is not an `.npz` file of plain arrays, or a compressed array exceeds the limits.
+    Only arrays of these `names` are unpacked; None means all. Raises `DataError` if it can't be read, is not an `.npz`
+    file of plain arrays, or a compressed array exceeds the limits.
     """
     try:
         arrays: dict[str, Array] = {}
@@ -168,15 +164,14 @@ def read_samples(
 ) -> Samples:
     """Read a data set.
 
+    Raises `DataError` if it doesn't exist, or can't be read; the message names the file.
+
     Args:
         source: A `.npz` or Parquet file, or a folder of Parquet files or of images in a folder per class. A path that
             doesn't exist is searched in `FEDPRUNE_DATA`, also with the extension `.npz`.
         columns: Columns of a Parquet file.
         size: Height and width to which images are scaled.
         colour: Whether images are read in colour.
-
-    Raises:
-        DataError: It doesn't exist, or can't be read; the message names the file.
     """
     path = find_source(source)
     with _name_file(path):

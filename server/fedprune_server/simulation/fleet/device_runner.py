@@ -52,13 +52,9 @@ class DeviceRunner:
     """Trains virtual devices: one by one in this process or, with several workers, side by side in others.
 
     A training depends on its offer and the board's state alone. So other processes can compute all trainings that are
-    under way while this one goes on; the boards' states change when `train` returns an outcome.
-
-    Args:
-        cuda: Whether to train on an NVIDIA GPU, if that works.
-
-    Attributes:
-        boards: Digest of each board's state between rounds, a blob of the store; the simulation saves this.
+    under way while this one goes on; the boards' states change when `train` returns an outcome. With `cuda` it trains
+    on an NVIDIA GPU, if that works. `boards` are digests of the boards' states between rounds, blobs of the store; the
+    simulation saves them.
     """
 
     def __init__(self, store: BlobStore, folder: Path, *, workers: int = 1, cuda: bool = False) -> None:
@@ -78,8 +74,7 @@ class DeviceRunner:
     def prepare(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> None:
         """Begin a device's training ahead, where other processes train. It replaces any earlier training of the device.
 
-        Raises:
-            WorkerKilledError: A process was killed.
+        Raises `WorkerKilledError` if a process was killed.
         """
         if self._pool is not None:
             # A newer offer replaces an older one, as on a board.
@@ -200,8 +195,7 @@ class _LocalRunner:
 class _BlobState:
     """A board's state between its rounds (`fedprune_device.storage.local_state.StateStore`), in one blob.
 
-    Args:
-        digest: The blob; None if nothing was kept yet.
+    `digest` is the blob, None if nothing was kept yet.
     """
 
     def __init__(self, store: BlobStore, digest: str | None) -> None:

@@ -317,11 +317,7 @@ def _data_plan(body: object, devices: object, folder: Path) -> DataPlan:
 def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: int | None = None) -> FleetPlan:
     """The fleet of `fedprune-server demo`, and FedAvg on the same devices.
 
-    Args:
-        strategy: Replaces the demo's; the reference stays FedAvg.
-
-    Raises:
-        ConfigError: One of them is wrong.
+    `strategy` replaces the demo's; the reference stays FedAvg. Raises `ConfigError` if one of them is wrong.
     """
     data = deal_digits([b.name for b in DEMO_BOARDS], seed=seed or 0)
     job = _override_job(demo_job(seed or 0), strategy, seed, rounds)

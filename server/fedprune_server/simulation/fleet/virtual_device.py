@@ -38,8 +38,7 @@ _BLOB_ENTRIES = ("weights", "training", "inference", "base")  # entries of an of
 def download_sizes(offer: Mapping[str, Any], held_digests: Collection[str]) -> dict[str, int]:
     """Bytes that a board downloads for an offer, by the digest of each blob.
 
-    Args:
-        held_digests: Digests that the board holds already; weights that it can decode with them travel encoded.
+    `held_digests` are those of blobs that the board has already; weights that it can decode with them travel encoded.
     """
     refs = [offer[k] for k in (*_BLOB_ENTRIES, "mask", "moved") if offer.get(k)]
     sizes, encoded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")

@@ -41,8 +41,7 @@ RoundValues = Callable[[Record], "Sequence[float | None]"]
 def learning_curves(runs: Sequence[Record]) -> str:
     """Curves of the global and local models' leading metric and of the privacy cost, by rounds, bytes and time.
 
-    Args:
-        runs: Runs laid over each other; their titles tell them apart.
+    The runs are laid over each other; their titles tell them apart.
     """
     all_charts = [
         _curve(f"curve-{i}-{label}", f"{title}, by {label}", runs, values, metric, label, along)

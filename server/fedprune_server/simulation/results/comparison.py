@@ -44,11 +44,8 @@ _COST_READERS: dict[str, Callable[[Record], list[float]]] = {
 def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
     """Runs from their folders or `metrics.json` files; equal titles are distinguished by path.
 
-    Args:
-        paths: Folders or files; of a folder with a reference only the run itself is read.
-
-    Raises:
-        StorageError: There is no run, none of its rounds has ended, or they measure different things.
+    Of a folder with a reference only the run itself is read. Raises `StorageError` if there is no run, none of its
+    rounds has ended, or they measure different things.
     """
     runs = [(p, Record.load(p / RECORD_FILE if p.is_dir() else p)) for p in paths]
     for path, run in runs:

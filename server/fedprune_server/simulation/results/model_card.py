@@ -19,11 +19,8 @@ from fedprune_server.simulation.results.tables import final_rows, result_table
 def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as the hub calls it
     """The card of a run's last global model.
 
-    Args:
-        license: Its identifier on the hub; empty for a placeholder.
-
-    Raises:
-        StorageError: The run has no finished round.
+    `license` is its identifier on the hub; empty for a placeholder. Raises `StorageError` if the run has no finished
+    round.
     """
     measured = {name: value for name, value in run.last.metrics.items() if math.isfinite(value)}
     about = (

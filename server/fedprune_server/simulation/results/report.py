@@ -171,11 +171,7 @@ def closing_text(run: Record, reference: Record | None = None, *, judged: bool =
 def run_document(run: Record, reference: Record | None = None, *, judged: bool = True) -> Document:
     """A run's report.
 
-    Args:
-        judged: Whether the comparison tests the claims.
-
-    Raises:
-        StorageError: The run has no finished round.
+    `judged`: whether the comparison tests the claims. Raises `StorageError` if the run has no finished round.
     """
     runs = [run] + ([reference] if reference is not None else [])
     intro = (

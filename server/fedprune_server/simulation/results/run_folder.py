@@ -32,9 +32,6 @@ def simulate_in_folder(
         progress: Called after every training and every round.
         on_begin: Called once, before the first training.
 
-    Returns:
-        The run's record.
-
     Raises:
         StorageError: The folder holds another run, or the disk fails.
         FedpruneError: As `Simulation.run`.

@@ -31,11 +31,8 @@ def track_rounds(
     """Track a simulation. Yields a function that writes its new rounds, to be called at the start and after every
     round.
 
-    Args:
-        folder: The run's folder; None for the current one, and for a run that is never continued.
-
-    Raises:
-        MissingExtraError: A tracker's library is not installed.
+    `folder` is the run's, None for the current one and for a run that is never continued. Raises `MissingExtraError` if
+    a tracker's library is not installed.
     """
     if not targets:
         yield lambda simulation: None
