@@ -29,7 +29,7 @@ from fedprune_export.importing import (
     with_choices,
 )
 from fedprune_server.config.server_config import JobSettings, ServerConfig
-from fedprune_server.executor.evaluator import LabelledSamples
+from fedprune_server.executor.server_samples import LabelledSamples
 
 log = logging.getLogger("fedprune.server")
 

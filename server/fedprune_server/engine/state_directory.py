@@ -29,8 +29,8 @@ from fedprune_server.config.server_config import EMBEDDED, SERVER_KEYS, UNSTORED
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.engine.job_inputs import check_job_model, input_changes, input_digests, read_job_model
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep_blobs
+from fedprune_server.executor.server_samples import load_calibration, load_evaluation
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.blob_place import (

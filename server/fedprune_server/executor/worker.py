@@ -36,10 +36,11 @@ from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import HeavyCommand
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
-from fedprune_server.executor.evaluator import Evaluator, LabelledSamples, ModelSessions
+from fedprune_server.executor.evaluator import Evaluator, ModelSessions
 from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.executor.offers import Offers, offer_blobs, offer_graphs
 from fedprune_server.executor.round_closer import RoundCloser
+from fedprune_server.executor.server_samples import LabelledSamples
 from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")

@@ -18,7 +18,7 @@ from fedprune.jobs.job import Job
 from fedprune.strategies import compose
 from fedprune.strategies.user_code_digest import user_code_digest
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.evaluator import LabelledSamples
+from fedprune_server.executor.server_samples import LabelledSamples
 from fedprune_server.simulation.datasets.federation import FleetData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import MeasurementHook, measure_settings

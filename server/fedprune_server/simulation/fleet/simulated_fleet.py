@@ -26,7 +26,7 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import job_with_changes, parse_config
 from fedprune_server.config.track_targets import TrackTarget, anchor_track_folders, track_targets
-from fedprune_server.executor.evaluator import fit_data, load_calibration, load_evaluation
+from fedprune_server.executor.server_samples import fit_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.federation import DataPlan, Federation, FleetData
 from fedprune_server.simulation.digits import DIGITS_TITLE, deal_digits, digits_model
 from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg_job

@@ -1,0 +1,85 @@
+"""Loads the server's own samples, for evaluation and calibration, and checks that they fit the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ConfigError, DataError, ModelError
+from fedprune.model import step_contract
+from fedprune.model.lengths import Shape, with_lengths
+from fedprune.model.recipe import Recipe
+from fedprune_device.data.array_source import load_data, load_inputs
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import Targets
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_step
+
+# Inputs and labels, as `LocalData` has them.
+LabelledSamples = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+
+
+def check_samples(samples: LabelledSamples) -> None:
+    """Check that there are samples to measure on. Raises `ConfigError` if there are none, or too few labels."""
+    x, y = samples
+    if not 0 < len(x) == len(y):
+        raise ConfigError(
+            "samples to measure on", expected="one or more, each with a label", got=f"{len(x)}, and {len(y)} labels"
+        )
+
+
+def load_evaluation(source: str, model: Model, recipe: Recipe) -> LabelledSamples:
+    """The server's own samples: `x_test` and `y_test` where a file has them, else all samples.
+
+    The source is a `.npz` file or `package.module:function`, as devices' data. Raises `DataError` if the data can't be
+    read or doesn't fit the model.
+    """
+    data = load_data(source)
+    try:
+        data = fit_data(data, model, recipe)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    if len(data.y_test) and _has_test_split(Path(source)):
+        return np.asarray(data.x_test), np.asarray(data.y_test)
+    if not len(data.y_test):
+        return np.asarray(data.x_train), np.asarray(data.y_train)
+    return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
+
+
+def fit_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
+    """Check samples and labels against a model; returns them in the form that the model takes. Raises `DataError` if
+    labels don't fit the loss or the number of classes, or samples have another shape or type."""
+    architecture = model.architecture
+    label_port = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
+    shape = tuple(d if isinstance(d, int) else None for d in label_port.shape[1:])
+    targets = Targets.of(recipe, architecture.classes, shape, whole_numbers=label_port.dtype.kind == "i")
+    data = data.snapshot(_shape(model), targets)
+    data.check(targets, _shape(model), token_ids=_takes_token_ids(model))
+    return data
+
+
+def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:
+    """Samples for batch-norm statistics: `x_test` where the source has it, else all of `x`; labels are not needed.
+
+    The source is one as for `load_evaluation`. Raises `DataError` if the samples can't be read or don't fit the model.
+    """
+    return np.asarray(load_inputs(source, _shape(model), token_ids=_takes_token_ids(model)))
+
+
+def _shape(model: Model) -> Shape:
+    return with_lengths(model.architecture.input_shape, model.graph.metadata, ModelError)
+
+
+def _takes_token_ids(model: Model) -> bool:
+    return model.graph.inputs[0].dtype.kind == "i"
+
+
+def _has_test_split(path: Path) -> bool:
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return "x_test" in file.files
+    except Exception:  # noqa: BLE001 - a damaged file raises anything; the reader of the samples reports it
+        return False
