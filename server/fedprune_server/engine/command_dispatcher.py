@@ -18,7 +18,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.executor.offers import device_offer, update_misfit
+from fedprune_server.executor.offer_entries import device_offer, update_misfit
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.transfer.upload_place import ArrivedUpdate
 from fedprune_server.transfer.uploads import Uploads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileErro
 from fedprune.core.metrics import credible_metrics, served_metrics
 from fedprune.core.text import one_line, sentences
 from fedprune.jobs.failure_kind import Failure, kind_of_exit_code
-from fedprune.jobs.state import Progress
+from fedprune.jobs.state import Progress, offer_digests
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME_PATTERN
 from fedprune.planning.profile_store import find_profile
@@ -254,9 +254,7 @@ class MessageHandler:
     def offered_digests(self, device: str) -> frozenset[str]:
         """Digests of the blobs that a device's own offer names; may be called from any thread."""
         task = self._state.tasks.get(device)
-        offer: Mapping[str, Any] = (task.offer if task else None) or {}
-        offered_values = [*offer.values(), *offer.get("lowered", {}).values()]
-        return frozenset(value["sha256"] for value in offered_values if isinstance(value, dict) and "sha256" in value)
+        return frozenset(offer_digests((task.offer if task else None) or {}))
 
 
 def _profile_problem(error: ProfileError) -> str:

@@ -21,7 +21,7 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import FedpruneError, error_reason
 from fedprune_server.executor import pool_tasks
 from fedprune_server.executor.background import HeavyCommand
-from fedprune_server.executor.offers import offer_blobs
+from fedprune_server.executor.offer_entries import blobs_of_offer
 from fedprune_server.executor.shared_sums import BATCH_UPDATES, BLOCK_SIZE, SharedSums
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.pools import TaskPool
@@ -83,7 +83,7 @@ class DistributedWorker:
     def _offer_key(self, command: do.Extract) -> Hashable:
         """The key of an offer for helpers. For equal keys one offer is made, and the worker gives it to all devices."""
         try:
-            return self._worker.shared_key(command) or _key(command)
+            return self._worker.offers.shared_key(command) or _key(command)
         except Exception:  # noqa: BLE001 - raised again where the command is carried out
             return _key(command)
 
@@ -109,7 +109,7 @@ class DistributedWorker:
     def _extract(self, command: do.Extract) -> on.Event:
         event = self._helper_answer(command)
         if isinstance(event, on.Extracted) and self._is_usable(command, event):
-            self._worker.note_offer(command, event)
+            self._worker.offers.note(command, event)
             return event
         return self._worker.execute(command)
 
@@ -118,7 +118,7 @@ class DistributedWorker:
         device_part = command.part
         if (event.device, event.round, event.attempt) != (device_part.device, command.basis.round, device_part.attempt):
             return False
-        return all(self._worker.store.has(digest) for digest in offer_blobs(event.offer))
+        return all(self._worker.store.has(digest) for digest in blobs_of_offer(event.offer))
 
     def _helper_answer(self, command: do.Extract | do.FoldUpdate) -> on.Event | None:
         """A helper's answer; None if no helper was asked, or it failed."""

@@ -1,4 +1,4 @@
-"""Garbage collection of blobs: which ones a job no longer needs, and when it is safe to delete them."""
+"""Garbage collection of blobs: which blobs a job no longer needs, and when it is safe to delete them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,45 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.state import offer_digests
-from fedprune_server.executor.offers import LatestGraphs, offer_graphs
+from fedprune_server.executor.offer_entries import blobs_of_offer, offer_graphs
+
+# Rounds after which a graph that no offer names is dropped; it is made again when it is needed.
+GRAPH_ROUNDS = 10
+
+
+class LatestGraphs:
+    """The graphs that recent offers name, which are kept: the executor may offer them again.
+
+    A graph that any offer names counts as named in the latest round, even if the offer belongs to an earlier round.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self._round = 0
+
+    def note_named(self, graphs: Iterable[str], round_: int) -> None:
+        """Note the digests of graphs that an offer of a round names."""
+        self._round = max(self._round, round_)
+        self._last |= dict.fromkeys(graphs, self._round)
+
+    def drop_unnamed(self, round_: int) -> set[str]:
+        """Drop graphs that no offer has named for `GRAPH_ROUNDS` rounds before this one. Returns their digests."""
+        self._round = max(self._round, round_)
+        unnamed = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
+        for digest in unnamed:
+            del self._last[digest]
+        return unnamed
+
+    def digests(self) -> set[str]:
+        """Digests of the graphs that were named and not dropped."""
+        return set(self._last)
 
 
 class BlobCollector:
     """Mark and sweep of a job's blobs: candidates are marked while a round runs, and swept when the next one begins.
 
-    A blob becomes a candidate when one of its references is removed. `collect` deletes the candidates that nothing else
-    refers to; the others stay candidates.
+    A blob becomes a candidate when one of its references is removed. `collect` deletes the candidates without any other
+    reference; the others stay candidates.
 
     Args:
         keep: How many of the latest global models stay.
@@ -66,7 +96,7 @@ class BlobCollector:
     def note_offer(self, offer: Mapping[str, Any], round_: int) -> None:
         """Keep a new offer's graphs, and mark its other blobs: its device may have been dropped while it was made."""
         self.keep_graphs(offer_graphs(offer), round_)
-        self.mark(offer_digests(offer) | ({offer["ranking"]} if offer.get("ranking") else set()))
+        self.mark(blobs_of_offer(offer))
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
         """Sweep: delete the candidates that nothing refers to, and partial files.

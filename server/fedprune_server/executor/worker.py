@@ -1,16 +1,17 @@
-"""The worker: does the heavy work that the coordinator asks for, on blobs.
+"""The worker of a job: carries out the heavy commands of the coordinator (score, extract, fold, close, evaluate).
 
-Daemon and simulator use it alike. Every command is answered from blobs and settings alone, so it can be repeated at
-any time, in another process, with the same bits. The job's strategy decides what is done.
+Server and simulator both use it. Commands name blobs, and the result is an event. It follows from blobs and settings
+only, so that a command can be repeated at any time, in another process, with the same bits. In commands, a *part* is a
+device's participation in a round, a *basis* the global model and ranking from which its submodel was cut, and a
+*contribution* its stored update. To *fold* is to add an update to the running sum of a round.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,7 @@ from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune.strategies import compose
-from fedprune.strategies.importance.element_ranking import magnitudes, mask_threshold
-from fedprune.strategies.values import Cut, Memories, Submodel, Turn
+from fedprune.strategies.values import Memories, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import HeavyCommand
@@ -38,15 +38,13 @@ from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
 from fedprune_server.executor.evaluator import Evaluator, ModelSessions
 from fedprune_server.executor.masked_sums import MaskedSums
-from fedprune_server.executor.offers import Offers, offer_blobs, offer_graphs
+from fedprune_server.executor.offer_blobs import OfferBlobs
+from fedprune_server.executor.offer_maker import OfferMaker
 from fedprune_server.executor.round_closer import RoundCloser
 from fedprune_server.executor.server_samples import LabelledSamples
 from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
-
-# Latest bases of submodels whose offers are kept for further devices.
-_KEPT_BASES = 2
 
 
 class Worker:
@@ -55,16 +53,16 @@ class Worker:
     Args:
         model: The imported model; its weights are where the job starts.
         store: Where blobs are read and put.
-        evaluation: The server's test set; without it `Evaluated` carries no metrics. Metrics that aren't finite are
+        evaluation: The server's test samples; without it `Evaluated` carries no metrics. Metrics that aren't finite are
             left out, and a model that predicts numbers has no accuracy.
-        calibration: Samples on which every global model is distilled, if the strategy asks for it, and its batch-norm
-            statistics are measured again; None for neither.
+        calibration: Samples on which the batch-norm statistics of every global model are measured again, and on which
+            it is distilled if the strategy asks for it; None for neither.
         unit: The processing unit of devices that have not measured theirs.
         prefix: Begins log lines about devices' updates, to tell several jobs apart.
 
     Raises:
-        ConfigError: The job's strategy or its options are wrong, or the server's set is empty.
-        DataError: The labels of the server's set are not what the recipe's loss takes.
+        ConfigError: The job's strategy or its options are wrong, or there are no test samples.
+        DataError: The recipe's loss can't take the labels of the test samples.
     """
 
     def __init__(
@@ -89,21 +87,24 @@ class Worker:
         distillation, self._distiller = self.strategy.distillation, None
         if self._calibration is not None and distillation is not None and model.base is None:
             self._distiller = Distiller(model, self._calibration, distillation, job.recipe, job.seed)
-        self._offers = Offers(model, store, job.precision)
-        self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld, model.ranks)
+        self._offer_blobs = OfferBlobs(model, store, job.precision)
+        self.updates = StoredUpdates(
+            job, model.architecture, self.strategy, store, self._offer_blobs.withheld, model.ranks
+        )
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None
         self._closer = RoundCloser(self.updates, self.round_of)
         if job.secure_aggregation:
             self._closer = MaskedSums(job, self.updates, store, self.round_of)
-        self._shared_offers: dict[Hashable, dict[Hashable, dict[str, Any]]] = {}
+        self.offers = OfferMaker(
+            job, self.architecture, self.strategy, store, self.updates, self._offer_blobs, self._closer, unit
+        )
         self._logged_limits: set[str] = set()
 
     @cached_property
     def accountant(self) -> Accountant | None:
-        """The accountant of the job's privacy; None without a guarantee. Helpers have no need of it. Raises
-        `ConfigError` if the job's budget of privacy is not enough for a round, and `MissingExtraError` if dp-accounting
-        is not installed."""
+        """The accountant of the job's privacy; None if the job promises none. Raises `ConfigError` if the budget is not
+        enough for a round, and `MissingExtraError` if dp-accounting is not installed."""
         privacy = self.job.privacy
         return Accountant(privacy) if privacy.is_on and privacy.noise_multiplier else None
 
@@ -119,10 +120,8 @@ class Worker:
     def put_initial_model(self) -> str:
         """Put the job's first model into the store and return its digest.
 
-        Raises:
-            StrategyError: A user's `begin` has failed.
-            ModelError: The model can't be trained, which is better known before the first device is there.
-            ConfigError: The strategy's `begin` can't use it, or a pattern of the recipe matches no tensor.
+        Raises `StrategyError` if a user's `begin` has failed, `ConfigError` if the strategy's can't use the model, and
+        as `check_recipe`: that is better known before the first device is there.
         """
         model = self.strategy.begin(self.architecture, self.model.tensors)
         recipe = self.check_recipe(1)
@@ -133,23 +132,22 @@ class Worker:
         return self.store.put(tensorfile.encode(model)).sha256
 
     def check_recipe(self, round_: int) -> Recipe:
-        """Make the graphs that a board of full width needs in a round, before the first device is there, and return its
-        recipe. Raises `ModelError` if the model can't be trained by it, and `ConfigError` if one of its patterns
-        matches no tensor."""
+        """Make the graphs that a board of full width needs in a round, and return its recipe. Raises `ModelError` if
+        the model can't be trained by the recipe, and `ConfigError` if a pattern of it matches no tensor."""
         recipe = self.updates.recipe(Turn(self.job.seed, round_, "", self.architecture.sizes))
-        self._offers.training_ref(recipe, round_, self._unit)
-        self._offers.lowered_refs(self.architecture.sizes, round_)
-        self._offers.withheld(recipe)
+        self._offer_blobs.training_ref(recipe, round_, self._unit)
+        self._offer_blobs.lowered_refs(self.architecture.sizes, round_)
+        self._offer_blobs.withheld(recipe)
         return recipe
 
     def execute(self, command: HeavyCommand) -> on.Event:
-        """Carry out one command and return its result. Raises `FedpruneError` if it can't be done. A `FoldUpdate` of a
-        faulty update is answered by `UpdateRejected` instead, and a `Close` leaves such updates out."""
+        """Carry out one command and return its result. A `FoldUpdate` of a faulty update results in `UpdateRejected`,
+        and a `Close` leaves such updates out. Raises `FedpruneError` if the command fails for another reason."""
         match command:
             case do.Score():
                 return self._score(command)
             case do.Extract():
-                return self._extract(command)
+                return self.offers.make(command)
             case do.FoldUpdate():
                 return self._receive_update(command)
             case do.Close():
@@ -162,20 +160,7 @@ class Worker:
 
     def graph_digests(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
-        return self._offers.graph_digests()
-
-    def note_offer(self, command: do.Extract, event: on.Extracted) -> None:
-        """Note a new offer, perhaps of a helper: its graphs, and that other devices may get the same one."""
-        self._offers.note(offer_graphs(event.offer), event.round)
-        key = self.shared_key(command)
-        if key is not None:
-            basis = _basis_key(command)
-            if basis not in self._shared_offers:
-                # Devices of an asynchronous job may still ask for the basis before.
-                self._shared_offers = dict([*self._shared_offers.items(), (basis, {})][-_KEPT_BASES:])
-            self._shared_offers[basis].setdefault(key, dict(event.offer))
-
-    # A round begins.
+        return self._offer_blobs.graph_digests()
 
     def _score(self, command: do.Score) -> on.Scored:
         ranking = self.strategy.rank(
@@ -186,64 +171,10 @@ class Worker:
         order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
         return on.Scored(command.round, ranking_digest, order)
 
-    def shared_key(self, command: do.Extract) -> Hashable:
-        """The key of an offer: devices of equal keys get the same one. None for an offer that only its device gets."""
-        if not self.strategy.is_device_independent:
-            return None
-        unit = command.unit or self._unit
-        return _basis_key(command), _submodel_key(command), command.coding, self._recipe(command), unit
-
-    def _recipe(self, command: do.Extract) -> Recipe:
-        recipe = self.updates.recipe(self.updates.turn(command.basis, command.part))
-        return recipe.with_micro_batches(command.accumulate)
-
-    def _extract(self, command: do.Extract) -> on.Extracted:
-        device_part, key = command.part, self.shared_key(command)
-        offer = self._shared_offers.get(_basis_key(command), {}).get(key)
-        # Blobs may have been swept since the offer was made.
-        if offer is None or not all(map(self.store.has, offer_blobs(offer))):
-            offer = self._offer(command)
-        event = on.Extracted(command.basis.round, device_part.device, device_part.attempt, dict(offer))
-        self.note_offer(command, event)
-        return event
-
-    def _offer(self, command: do.Extract) -> dict[str, Any]:
-        cut = self.updates.cut(command.basis, command.part)
-        submodel = self.strategy.extract(cut)
-        recipe = _mask_recipe(self._recipe(command), submodel)
-        held_submodel = command.coding.received
-        previous_selection = None
-        if held_submodel is not None and self.store.has(held_submodel.ranking):
-            previous_selection = self.updates.archive.selection(held_submodel.ranking, held_submodel.widths)
-        return {
-            **self._closer.offer_fields(command.basis, command.part, submodel.selection),
-            "seed": self.job.seed,
-            "architecture": self.architecture.digest,
-            "selection": submodel.selection.digest,
-            "ranking": self._ranking(command.basis, cut, submodel.selection),
-            "widths": list(submodel.selection.widths),
-            "classes": self.architecture.classes,
-            **self._offers.body(
-                submodel, recipe, command.basis.round, command.unit or self._unit, command.coding, previous_selection
-            ),
-        }
-
-    def _ranking(self, basis: do.Basis, cut: Cut, selection: Selection) -> str:
-        """The ranking whose first channels a submodel has: the round's, or one of its own.
-
-        The update is folded by this ranking, so that a strategy may extract any channels.
-        """
-        if selection is cut.selection or selection.digest == cut.selection.with_widths(selection.widths).digest:
-            return basis.ranking
-        return self.store.put(selection.with_widths(self.architecture.sizes).to_json().encode()).sha256
-
-    # Updates come in, and a round ends.
-
     def round_of(self, command: do.FoldUpdate | do.Close | do.Basis) -> Round:
         """The round of a command; a new one if the command before belonged to another."""
         key = (command.round, command.model, command.memory)
-        # An asynchronous job's commands may belong to another basis than those before: sums of one model are no sums of
-        # another.
+        # The next command of an asynchronous job may belong to another model, whose sums are separate.
         if self._round is None or self._round[0] != key:
             core = any(device_part.core for device_part in _device_parts(command))
             scene = replace(self.updates.scene(command.round, command.model, command.memory), core=core)
@@ -272,7 +203,7 @@ class Worker:
         for device, failure in result.rejected.items():
             log.warning("%sthe update of %s doesn't count in round %d: %s", self.prefix, device, round_, failure.reason)
         for device, reason in result.limited.items():
-            # The samples that a board reports stay as they are: once is enough.
+            # A board reports the same number of samples in each round, so that one warning is enough.
             level = logging.DEBUG if reason in self._logged_limits else logging.WARNING
             log.log(level, "%sthe update of %s is limited in round %d: %s", self.prefix, device, round_, reason)
         self._logged_limits = set(result.limited.values())
@@ -293,7 +224,7 @@ class Worker:
             trained = {contribution.part.widths for contribution in command.contributions}
             tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round, trained, core=core)
         if self._calibration is not None:
-            # Last of all: weights that are distilled have other statistics.
+            # Last: distillation changes the weights, and so the statistics.
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
 
@@ -313,36 +244,14 @@ class Worker:
         model, widths = self.updates.archive.model(command.model), command.widths or self.architecture.sizes
         if widths != self.architecture.sizes:
             model = self.updates.archive.selection(command.ranking, widths).gather(model)
-            # Statistics of the whole model fit no narrower one.
+            # Statistics of the whole model fit no submodel.
             model = model if self._calibration is None else self._calibration(model)
         metrics = self._evaluator(model, widths)
         return on.Evaluated(command.round, metrics | privacy_metrics)
 
 
 def _device_parts(command: do.FoldUpdate | do.Close | do.Basis) -> tuple[do.DevicePart, ...]:
-    """The devices' parts whose updates a command names."""
+    """The parts in a round whose updates a command names."""
     if isinstance(command, do.FoldUpdate):
         return (command.contribution.part,)
     return () if isinstance(command, do.Basis) else tuple(contribution.part for contribution in command.contributions)
-
-
-def _mask_recipe(recipe: Recipe, submodel: Submodel) -> Recipe:
-    """The recipe of a masked submodel, whose mask stays as it is or follows a threshold of magnitudes."""
-    if not submodel.mask:
-        return recipe
-    if recipe.mask == "threshold":
-        smallest = mask_threshold(magnitudes(submodel.tensors, submodel.mask), submodel.mask)
-        return replace(recipe, mask_threshold=smallest)
-    return replace(recipe, mask="hard")
-
-
-def _basis_key(command: do.Extract) -> Hashable:
-    """The key of what the submodels of a round are cut from."""
-    basis = command.basis
-    return basis.round, basis.model, basis.ranking, basis.order
-
-
-def _submodel_key(command: do.Extract) -> Hashable:
-    """The key of a device's submodel; density is a part of it only with element masks."""
-    device_part = command.part
-    return device_part.widths, device_part.density if command.basis.order is not None else 1.0

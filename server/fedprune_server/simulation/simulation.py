@@ -34,7 +34,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.divergence import diagnose_losses, is_uncalibrated
 from fedprune_server.executor.helpers import with_helpers
-from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, update_misfit
+from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE, update_misfit
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes

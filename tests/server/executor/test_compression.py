@@ -25,7 +25,7 @@ from fedprune.wire.messages import Birth, Offer, parse_message
 from fedprune_device.training.local_update import decode_weights
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, device_offer, update_misfit
+from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE, device_offer, update_misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Digits, deal_digits
 from fedprune_server.simulation.simulation import Simulation

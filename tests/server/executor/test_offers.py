@@ -17,8 +17,9 @@ from fedprune.runtime.precision import unpack_graphs
 from fedprune.runtime.precision_files import precision_graphs
 from fedprune.strategies.values import Submodel
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers, offer_graphs
-from fedprune_server.executor.retention import BlobCollector
+from fedprune_server.executor.offer_blobs import OfferBlobs
+from fedprune_server.executor.offer_entries import offer_graphs
+from fedprune_server.executor.retention import GRAPH_ROUNDS, BlobCollector
 
 ROUNDS = 3 * GRAPH_ROUNDS
 GRAPHS = ("training", "inference")
@@ -29,7 +30,7 @@ def store(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path, durable=False)
 
 
-def graphs_of_offer(offers: Offers, model: Model, round_: int) -> set[str]:
+def graphs_of_offer(offers: OfferBlobs, model: Model, round_: int) -> set[str]:
     """Graphs of an offer whose widths and recipe no other round has."""
     sizes = model.architecture.sizes
     widths = (*sizes[:-1], 1 + round_ % sizes[-1])
@@ -41,7 +42,7 @@ def graphs_of_offer(offers: Offers, model: Model, round_: int) -> set[str]:
 
 
 def test_boards_get_graphs_for_what_they_train_on(model: Model, store: BlobStore) -> None:
-    offers = Offers(model, store)
+    offers = OfferBlobs(model, store)
     graphs = {unit: offers.training_ref(Recipe(), 1, unit)["sha256"] for unit in UNITS}
     assert len(set(graphs.values())) == 2
     selection = Selection.of(model.architecture, model.architecture.sizes)
@@ -51,7 +52,7 @@ def test_boards_get_graphs_for_what_they_train_on(model: Model, store: BlobStore
 
 
 def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) -> None:
-    offers = Offers(model, store)
+    offers = OfferBlobs(model, store)
     first = graphs_of_offer(offers, model, 1)
     for digest in first:
         store.delete(digest)
@@ -60,7 +61,7 @@ def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) 
 
 
 def test_offers_bring_the_graphs_of_lower_precisions(model: Model, store: BlobStore) -> None:
-    offers = Offers(model, store, ("float16", "int8"))
+    offers = OfferBlobs(model, store, ("float16", "int8"))
     selection = Selection.of(model.architecture, model.architecture.sizes)
     submodel = Submodel(selection, selection.gather(model.tensors))
 
@@ -71,7 +72,7 @@ def test_offers_bring_the_graphs_of_lower_precisions(model: Model, store: BlobSt
         assert set(unpack_graphs(store.read(ref["sha256"]), precision)) == set(precision_graphs(precision))
         assert ref["sha256"] in offers.graph_digests() & offer_graphs(body)
     assert offers.body(submodel, Recipe(), 2)["lowered"] == body["lowered"]
-    assert "lowered" not in Offers(model, store).body(submodel, Recipe(), 1)
+    assert "lowered" not in OfferBlobs(model, store).body(submodel, Recipe(), 1)
 
 
 def task(progress: Progress, basis: int, **offer: Any) -> DeviceTask:

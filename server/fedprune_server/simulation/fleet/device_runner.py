@@ -22,7 +22,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.local_state import MemoryStateStore
 from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner, TrainerCache
-from fedprune_server.executor.offers import device_offer
+from fedprune_server.executor.offer_entries import device_offer
 from fedprune_server.process.pools import ProcessPool
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 

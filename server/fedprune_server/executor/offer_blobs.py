@@ -1,14 +1,13 @@
-"""The blobs of an offer: weights, masks and graphs, put into the blob store once and referred to by digest."""
+"""Makes the blobs that an offer names (weights, masks, graphs), and puts each into the blob store once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from fedprune import updates
-from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
@@ -26,88 +25,19 @@ from fedprune_export.bundles.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
-
-# Rounds after which a graph that no offer names is dropped; it is made again when it is needed.
-GRAPH_ROUNDS = 10
-
-# Entry of an offer that isn't sent: bytes of the update that answers it.
-UPDATE_SIZE = "update_size"
-
-# The same: the most bytes that the update has in the offered codec.
-UPDATE_BOUND = "update_bound"
+from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE
+from fedprune_server.executor.retention import LatestGraphs
 
 _MAX_WITHHELD = 64
 
 _LOG = logging.getLogger("fedprune.server")
 
 
-class LatestGraphs:
-    """The graphs that recent offers name: the one rule by which graphs are made, kept and deleted.
-
-    A graph that any offer names counts as of the latest round, also if the offer belongs to an earlier one: it is in
-    use now.
-    """
-
-    def __init__(self) -> None:
-        self._last: dict[str, int] = {}
-        self._round = 0
-
-    def note_named(self, graphs: Iterable[str], round_: int) -> None:
-        """Note the digests of graphs that an offer of a round names."""
-        self._round = max(self._round, round_)
-        self._last |= dict.fromkeys(graphs, self._round)
-
-    def drop_unnamed(self, round_: int) -> set[str]:
-        """Drop graphs that no offer has named for `GRAPH_ROUNDS` rounds before this one. Returns their digests."""
-        self._round = max(self._round, round_)
-        unnamed = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
-        for digest in unnamed:
-            del self._last[digest]
-        return unnamed
-
-    def digests(self) -> set[str]:
-        """Digests of the graphs that were named and not dropped."""
-        return set(self._last)
-
-
-def offer_graphs(offer: Mapping[str, Any]) -> set[str]:
-    """Digests of the graphs that an offer names."""
-    refs = [offer[name] for name in ("training", "inference", "base") if name in offer]
-    return {ref["sha256"] for ref in (*refs, *offer.get("lowered", {}).values())}
-
-
-def offer_blobs(offer: Mapping[str, Any]) -> set[str]:
-    """Digests of all that an offer names."""
-    refs = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
-    ranking = {offer["ranking"]} if "ranking" in offer else set()
-    return offer_graphs(offer) | {ref["sha256"] for ref in refs} | ranking
-
-
-def device_offer(offer: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of an offer that its device is sent."""
-    return {k: v for k, v in offer.items() if k not in (UPDATE_SIZE, UPDATE_BOUND)}
-
-
-def update_misfit(offer: Mapping[str, Any] | None, ref: BlobRef) -> str:
-    """Why an update of this size can't answer an offer; empty if it can.
-
-    An update is as large as the offered weights without those that are frozen; an update of another size isn't fetched.
-    With a codec it may also be smaller, since a device may send it either way.
-    """
-    offer = offer or {}
-    expected = offer.get(UPDATE_SIZE, offer.get("weights", {}).get("size"))
-    bound = offer.get(UPDATE_BOUND)
-    if ref.size == expected or (bound is not None and ref.size <= bound):
-        return ""
-    alternative = "" if bound is None else f", or at most {bound} in its codec"
-    return f"size of the update: expected {expected} bytes{alternative}, got {ref.size}"
-
-
-class Offers:
-    """Make the blobs that offers name, and put them into a store.
+class OfferBlobs:
+    """Makes the blobs that offers name, and puts them into a store.
 
     Args:
-        precisions: At which lower precisions boards may serve, too.
+        precisions: The lower precisions at which boards may serve, too.
     """
 
     def __init__(self, model: Model, store: BlobStore, precisions: Sequence[str] = ()) -> None:
@@ -128,14 +58,12 @@ class Offers:
         coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
         previous_selection: Selection | None = None,
     ) -> dict[str, Any]:
-        """The entries of an offer that follow from what a device is sent and how it trains.
+        """The entries of an offer that follow from the device's submodel and recipe.
 
         Args:
-            submodel: What it is sent.
-            recipe: How it trains.
-            unit: What it trains on.
-            coding: What of it travels encoded.
-            previous_selection: That of what the device continues from; None where nothing is known.
+            unit: The processing unit on which the device trains.
+            coding: The codecs of weights and update, and the weights that the device has.
+            previous_selection: The selection of these weights; None if it is unknown.
 
         Raises:
             ModelError: The model can't be trained by this recipe.
@@ -184,7 +112,7 @@ class Offers:
         return {p: self._graph_ref(f"{p} {widths}", round_, partial(make, p)) for p in self._precisions}
 
     def note(self, graphs: Iterable[str], round_: int) -> None:
-        """Note graphs that an offer of a round names, and drop those that none has named for long."""
+        """Note graphs that an offer of a round names, and drop graphs that no offer has named for long."""
         if self._latest.drop_unnamed(round_):
             current = self._latest.digests()
             self._graphs = {k: ref for k, ref in self._graphs.items() if ref["sha256"] in current}
@@ -221,10 +149,10 @@ class Offers:
     def _encode_weights(
         self, packed: Tensors, coding: do.Coding, submodel: Submodel, previous_selection: Selection | None
     ) -> tuple[Tensors, dict[str, Any]]:
-        """Encode weights. Returns them as the device will decode them, and the entries of its offer.
+        """Encode weights. Returns the weights as the device will decode them, and the entries of its offer.
 
-        The server continues from these, so that both have the same bits. What coding leaves out is in the difference
-        to the next weights, and so never adds up.
+        The server continues from the decoded weights, so that both have the same bits. What coding leaves out is part
+        of the difference to the next weights, and so never adds up.
         """
         fields: dict[str, Any] = {}
         relocation_blob = b""
