@@ -41,7 +41,8 @@ from fedprune_server.messaging.second_server import SecondServerGuard, ServerIns
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.display import RoundLines, make_display
-from fedprune_server.monitoring.monitor import Monitor, read_monitor_record
+from fedprune_server.monitoring.monitor import Monitor
+from fedprune_server.monitoring.monitor_record import read_monitor_record
 from fedprune_server.monitoring.notifications import Notifier, notification_channels
 from fedprune_server.observation.observer import Observer, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot

@@ -27,7 +27,8 @@ from fedprune.wire.messages import Birth, Offer, Refusal
 from fedprune_server.cli.status import server_status, status_text
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.maintenance.doctor import diagnose
-from fedprune_server.monitoring.monitor import DATABASE_WAIT_LIMIT_S, Monitor, read_monitor_record
+from fedprune_server.monitoring.monitor import DATABASE_WAIT_LIMIT_S, Monitor
+from fedprune_server.monitoring.monitor_record import read_monitor_record
 from fedprune_server.monitoring.notifications import Notifier
 from fedprune_server.observation.observer import LoopBlocked, RoundEnded
 from fedprune_server.storage import database

@@ -1,4 +1,12 @@
-"""A strategy of one's own, in `fleet.toml`: [job] strategy = "my_strategy:energy" and [job.options] momentum = 0.5."""
+"""A strategy of your own, chosen in `fleet.toml`: [job] strategy = "my_strategy:energy", [job.options] momentum = 0.5.
+
+The server calls the methods below at fixed moments of each round. Their arguments:
+
+    scene    the round as a strategy sees it: architecture, global model, round number, and `memory`
+    fold     the running sum of the updates that boards have sent in this round
+    reports  returns these updates one by one
+    turn     one device's part in the round: the device's name, the round's number, its widths
+"""
 
 from dataclasses import dataclass, replace
 
@@ -12,20 +20,20 @@ from fedprune.strategies.importance.scoring import channel_sums, rank_channels
 
 @dataclass(frozen=True)
 class Energy(Strategy):
-    """Ranks channels by the energy of the weights that make them, averaged over the rounds."""
+    """Ranks channels by the energy (sum of squares) of the weights that make them, averaged over the rounds."""
 
     lr_decay: float = 0.98
 
-    def rank(self, scene):
+    def rank(self, scene):  # once at a round's beginning: boards get the first channels of this ranking
         return Ranking(rank_channels(self.average(scene)))
 
-    def learn(self, scene, fold, reports):
-        return {"energy": dict(zip(self.names(scene), self.average(scene), strict=True))}  # the next round's memory
+    def learn(self, scene, fold, reports):  # when all updates have arrived: `scene.memory` of the next round
+        return {"energy": dict(zip(self.names(scene), self.average(scene), strict=True))}
 
-    def close(self, fold, scene, rate, reports):  # the first three rounds go only a part of the way
+    def close(self, fold, scene, rate, reports):  # then: the next global model; smaller steps in the first three rounds
         return super().close(fold, scene, rate * min(1, scene.round / 4), reports)
 
-    def recipe(self, recipe, turn):
+    def recipe(self, recipe, turn):  # before each offer: how the device trains
         return replace(recipe, logit_adjustment=True, lr=recipe.lr * self.lr_decay ** (turn.round - 1))
 
     def average(self, scene):

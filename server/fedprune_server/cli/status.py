@@ -28,7 +28,7 @@ from fedprune_server.maintenance.identity_check import find_revoked_devices
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import INFO
 from fedprune_server.monitoring.display import board_texts, metric_texts
-from fedprune_server.monitoring.monitor import MonitorRecord, read_monitor_record, read_running_monitor
+from fedprune_server.monitoring.monitor_record import MonitorRecord, read_monitor_record, read_running_monitor
 from fedprune_server.monitoring.situation import Situation, suspended_server
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import DATABASE_FILE, LOCK_FILE, job_folders, stored_url

@@ -11,8 +11,9 @@ from fedprune.core import tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import AdvanceBar, ignore_progress
+from fedprune_server.maintenance.blob_files import BlobFiles
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
-from fedprune_server.maintenance.inventory import BlobFiles, JobNeeds
+from fedprune_server.maintenance.job_needs import JobNeeds
 from fedprune_server.storage.s3.bucket import MODEL_KEY, OWNER_KEY, digest_of
 from fedprune_server.storage.s3.store import BucketStore
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import Phase
 from fedprune.core.text import first_few, one_line, quantity
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
-from fedprune_server.devices.plan_vs_actual import compare_latest
 from fedprune_server.executor.divergence import diagnose_history
 from fedprune_server.maintenance.finding import Finding, note_finding, wrong_finding
 from fedprune_server.maintenance.stall import STALL_ROUNDS, stall_cause, stall_scores
+from fedprune_server.maintenance.stored_job import StoredJob
 from fedprune_server.monitoring.alerts import (
     BOARD_LOG_COMMAND,
     MAX_NAMES_SHOWN,
@@ -24,9 +22,6 @@ from fedprune_server.monitoring.alerts import (
     server_command,
     state_args,
 )
-from fedprune_server.monitoring.monitor import prediction_excesses
-from fedprune_server.monitoring.situation import WatchedJob
-from fedprune_server.observation.snapshot import JobSnapshot
 
 # Recent rounds that are judged: one alone may be bad by chance, and older ones may have had other boards.
 _RECENT_ROUNDS = 3
@@ -38,72 +33,6 @@ _MAX_LATE_SHARE = 0.5
 _NESTED_STRATEGIES = frozenset(
     {"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"}
 )
-
-
-@dataclass(frozen=True)
-class StoredJob:
-    """A job as it is stored.
-
-    Attributes:
-        settings: The settings of the last start, as the database has them.
-        unplanned_devices: Devices that can't be planned for.
-        is_running: Whether a server runs on it.
-        group_sizes: Channels of each group of the model; empty if unknown.
-        group_names: Names of the groups.
-        revoked_devices: Revoked devices without another key.
-        is_uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
-        boards_with_alerts: Boards that an open alert of the running server names.
-    """
-
-    folder: Path
-    settings: Mapping[str, Any]
-    state: State
-    unplanned_devices: Mapping[str, Mapping[str, Any]]
-    is_running: bool
-    group_sizes: Sequence[int] = ()
-    group_names: Sequence[str] = ()
-    revoked_devices: frozenset[str] = frozenset()
-    is_uncalibrated: bool = False
-    boards_with_alerts: frozenset[str] = frozenset()
-
-    @property
-    def job_settings(self) -> Mapping[str, Any]:
-        job: Mapping[str, Any] = self.settings.get("job", {})
-        return job
-
-    @property
-    def name(self) -> str:
-        return str(self.job_settings.get("name", "?"))
-
-    @property
-    def has_begun(self) -> bool:
-        return bool(self.job_settings) or self.is_running
-
-    @property
-    def watched_job(self) -> WatchedJob:
-        """The job as the alert rules see it."""
-        job, state = self.job_settings, self.state
-        snapshot = JobSnapshot(
-            name=self.name,
-            rounds=int(job.get("rounds", 0)),
-            min_devices=int(job.get("devices", 1)),
-            deadline_s=float(job.get("deadline_s", 600.0)),
-            round=state.round,
-            phase=state.phase,
-            is_paused=state.paused,
-            able_devices=state.devices.count(True) if self.is_running else 0,
-            known_devices=len(state.devices) + len(self.unplanned_devices),
-            revoked_devices=self.revoked_devices & state.devices.keys(),
-            comparisons=compare_latest(state),
-        )
-        away_devices = sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked_devices)
-        return WatchedJob(
-            snapshot=snapshot,
-            folder=self.folder,
-            has_begun=self.has_begun,
-            away_boards=away_devices,
-            prediction_excesses=prediction_excesses(snapshot),
-        )
 
 
 def job_findings(job: StoredJob) -> Iterator[Finding]:

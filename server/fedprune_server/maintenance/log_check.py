@@ -19,7 +19,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
-from fedprune_server.maintenance.inventory import JobNeeds
+from fedprune_server.maintenance.job_needs import JobNeeds
 from fedprune_server.storage.state_folder import MODEL_FILE
 from fedprune_server.storage.storage import Storage
 

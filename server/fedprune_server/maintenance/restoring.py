@@ -18,7 +18,7 @@ from fedprune.output.tables import AdvanceBar
 from fedprune.security.epoch_file import EpochFile
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import DATABASE, NAME, BackupEntry, BackupManifest, record_restore
-from fedprune_server.maintenance.inventory import read_job_needs
+from fedprune_server.maintenance.job_needs import read_job_needs
 from fedprune_server.storage.copying import fill_database
 from fedprune_server.storage.state_folder import database_url, store_url
 from fedprune_server.storage.storage import Storage

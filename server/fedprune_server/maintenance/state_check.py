@@ -24,9 +24,10 @@ from fedprune_server.maintenance.blob_checks import (
     left_over_files,
     size_of_file,
 )
+from fedprune_server.maintenance.blob_files import find_blob_files
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
-from fedprune_server.maintenance.inventory import JobNeeds, find_blob_files, read_job_needs
+from fedprune_server.maintenance.job_needs import JobNeeds, read_job_needs
 from fedprune_server.maintenance.log_check import check_log
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.ota.store import RolloutStore

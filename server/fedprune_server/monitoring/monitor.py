@@ -1,7 +1,7 @@
-"""The running server's alerts: it looks once a second, logs what opens and closes, and keeps the open ones in a file.
+"""Evaluates a running server's alerts once a second, logs those that open or close, and writes the open ones to a file.
 
-The loop's thread looks at the jobs and evaluates. A thread of the monitor's own reads databases and certificates, and
-writes `alerts.json`, from which `fedprune-server doctor` sees the open alerts and when the loop turned last.
+The server's loop calls `Monitor.observe`, which counts and evaluates. A thread of the monitor's own reads databases and
+certificates, and writes the file (`monitor_record`).
 """
 
 from __future__ import annotations
@@ -10,46 +10,27 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
-from fedprune.coordination import events as on
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import has_lock_holder
-from fedprune.core.errors import FedpruneError, StorageError, error_reason
+from fedprune.core.errors import FedpruneError, error_reason
 from fedprune.core.lock_wait import wait_reason
-from fedprune.core.records import decode_record, encode_record
-from fedprune.core.text import amount
-from fedprune.jobs.state import Progress
-from fedprune_server.devices.plan_vs_actual import QUANTITIES
+from fedprune.core.records import encode_record
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
-from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES, evaluate_alerts
-from fedprune_server.monitoring.alerts import (
-    COUNTED_KINDS,
-    CRITICAL,
-    HANG_THRESHOLD_S,
-    INFO,
-    MAX_NAMES_SHOWN,
-    WARNING,
-    Alert,
-)
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
+from fedprune_server.monitoring.alerts import COUNTED_KINDS, CRITICAL, HANG_THRESHOLD_S, INFO, WARNING, Alert
+from fedprune_server.monitoring.job_watch import JobWatch
+from fedprune_server.monitoring.monitor_record import ALERTS_FILE, MonitorRecord, read_monitor_record
 from fedprune_server.monitoring.participation import AWAY, Participation, find_absent_boards
-from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import SiteFacts, Situation, WatchedJob
-from fedprune_server.observation.observer import LoopBlocked, RoundEnded, ServerEnding, TurnEvent, handle_each
+from fedprune_server.observation.observer import LoopBlocked, ServerEnding, TurnEvent
 from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
-from fedprune_server.storage.state_folder import LOCK_FILE, run_id
+from fedprune_server.storage.state_folder import run_id
 
 log = logging.getLogger("fedprune.server")
-
-# In the state folder: `doctor` and `status` are other processes, and must work while the server hangs.
-ALERTS_FILE = "alerts.json"
 
 # How often alerts are evaluated: their delays are seconds to minutes.
 EVALUATION_INTERVAL_S = 1.0
@@ -64,97 +45,7 @@ DATABASE_WAIT_LIMIT_S = 10.0
 
 # An error that lasts is logged once a minute.
 _LOG_INTERVAL_S = 60.0
-# Ticks come at a deadline, which floats may put a little before it.
-_ROUNDING_S = 1e-3
 _LOG_LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
-
-# The ratio of measurement to prediction that is an alert. Time may double while another program runs on a board; memory
-# doesn't depend on other programs, and a board that needs more than it has is killed.
-_EXCESS_LIMITS = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}
-
-
-class JobWatch:
-    """Counts the events of a job from which its alerts derive.
-
-    Attributes:
-        rounds_ended: How many rounds have ended since the start.
-    """
-
-    def __init__(self, snapshot: JobSnapshot, folder: Path, participation: Participation) -> None:
-        self._snapshot, self._folder, self.participation = snapshot, folder, participation
-        self._missed_deadlines = self._empty_rounds = self._closing_updates = self.rounds_ended = 0
-        self._asked_at: float | None = None  # the first offer since an update counted
-        self._round_times = RoundTimes()
-        self._excesses: Mapping[str, str] = prediction_excesses(snapshot)
-
-    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        self._snapshot = snapshot
-        self.participation.observe(snapshot, events)
-        handle_each(events, lambda event: self._count(event.payload, event.happened_at))
-        # Once for all events of a turn: the snapshot is of its end.
-        has_refusals = any(isinstance(event.payload, (on.OfferRefused, on.UpdateRejected)) for event in events)
-        if has_refusals and snapshot.phase is Phase.TRAINING and not snapshot.is_asynchronous:
-            refused = snapshot.parts_by_progress.get(Progress.REFUSED, 0)
-            self._empty_rounds += 0 < refused == sum(snapshot.parts_by_progress.values())
-
-    def _count(self, event: object, now: float) -> None:
-        snapshot = self._snapshot
-        match event:
-            case do.Close():
-                self._closing_updates = len(event.contributions)
-            case do.SendOffer() if self._asked_at is None:
-                self._asked_at = now
-            case on.Folded() | on.Paused():
-                self._missed_deadlines = 0
-                self._asked_at = now if snapshot.is_asynchronous else None  # others are being asked meanwhile
-            case on.Closed() if self._closing_updates and len(event.rejected) >= self._closing_updates:
-                self._empty_rounds += 1
-            case on.Ticked() if self._asked_at is not None:
-                missed = int((now - self._asked_at + _ROUNDING_S) // snapshot.deadline_s)
-                self._missed_deadlines = max(self._missed_deadlines, missed)
-            case RoundEnded(summary):
-                has_counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
-                self._empty_rounds = 0 if has_counted else self._empty_rounds + 1
-                self.rounds_ended += 1
-                self._round_times.note_end(summary["round"], now)
-                self._excesses = prediction_excesses(snapshot, self._excesses)
-
-    def watched_job(self) -> WatchedJob:
-        """The job as the rules see it."""
-        self.participation.update()
-        snapshot, away_since = self._snapshot, self.participation.away_since
-        needs_boards = snapshot.phase is Phase.WAITING or not snapshot.able_devices
-        missing_boards = (
-            (name for name in away_since if name not in snapshot.revoked_devices) if needs_boards else iter(())
-        )
-        return WatchedJob(
-            snapshot=snapshot,
-            folder=self._folder,
-            away_boards=tuple(islice(missing_boards, MAX_NAMES_SHOWN + 1)),
-            missed_deadlines=self._missed_deadlines,
-            empty_rounds=self._empty_rounds,
-            prediction_excesses=self._excesses,
-            offline_since=self.participation.offline_since(),
-            usual_round_s=self._round_times.usual_s(),
-        )
-
-
-def prediction_excesses(snapshot: JobSnapshot, earlier: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """Boards whose time or memory exceeded the prediction by far in their latest round, and by how much.
-
-    Args:
-        earlier: The same after the round before. These boards stay until half of the excess is gone.
-    """
-    excesses = {name: text for name, text in earlier.items() if name in snapshot.devices}
-    for name, comparison in snapshot.comparisons.items():
-        excesses.pop(name, None)
-        for metric, (expected, measured) in comparison.items():
-            limit = (1.0 + _EXCESS_LIMITS[metric]) / 2 if name in earlier else _EXCESS_LIMITS[metric]
-            if expected and measured and measured > limit * expected:
-                title, _, unit = QUANTITIES[metric]
-                text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
-                excesses[name] = f"{excesses[name]}, {text}" if name in excesses else text
-    return excesses
 
 
 class Monitor:
@@ -196,7 +87,8 @@ class Monitor:
         self._former_alerts = self.book.open_alerts
         self._away_since = {a.device: a.since for a in self.book.open_alerts if a.kind == AWAY and a.device is not None}
         self._site: SiteFacts | None = None
-        self._site_is_unknown = False  # it couldn't be read: alerts about it may have begun before, and don't close
+        # It couldn't be read: alerts about it may have begun before, and don't close.
+        self._site_is_unknown = False
         self._next_at = 0.0
         self._waits_since: float | None = None  # for the database, within a turn of the loop
         self._next_log_at: float | None = None
@@ -218,7 +110,7 @@ class Monitor:
         return [*evaluate_alerts(hanging, self._clock()), *self.book.open_alerts]
 
     def start(self) -> None:
-        """Read the site's facts, and start the thread that reads them again and again and writes the open alerts."""
+        """Read the site's facts, and start the thread that reads them every few seconds and writes the open alerts."""
         self.read_site()  # before the first evaluation, which would close the earlier run's alerts about the site
         self._thread = threading.Thread(target=self._run, name="fedprune-alerts", daemon=True)
         self._thread.start()
@@ -245,7 +137,7 @@ class Monitor:
             self._next_at = 0.0  # at once: alerts about the job are over, and the server may end with it
         if len(self._watches) < len(self._folders):
             return
-        if ServerEnding in kinds:  # what ends the server (a full disk, a successor) is an alert, too
+        if ServerEnding in kinds:  # the cause of the end (a full disk, a successor) is an alert, too
             self.read_site()
             self.evaluate(closes=False)
         elif LoopBlocked in kinds:
@@ -263,8 +155,8 @@ class Monitor:
         """Evaluate the alerts.
 
         Args:
-            waits_for: What the loop waits for. Then nothing else is read, since that would wait for the same database,
-                so that no other alert opens or closes.
+            waits_for: What the loop waits for. Then nothing else is read, since that would wait for the same database:
+                no other alert opens or closes.
             closes: Whether alerts may close. At the server's end their causes may be hidden, and aren't gone.
         """
         unix_now, now = self._clock(), self._monotonic()
@@ -334,11 +226,11 @@ class Monitor:
 
     def _write(self) -> None:
         book, free = self.book, frozenset(self._free_boards)
-        recorded = MonitorRecord(
+        record = MonitorRecord(
             self._turned_at, book.open_alerts, self.notified_alerts(), free, self._run_id, book.closing_keys
         )
         try:
-            write_atomically(self._folder / ALERTS_FILE, encode_record(recorded), private=True)
+            write_atomically(self._folder / ALERTS_FILE, encode_record(record), private=True)
         except (FedpruneError, OSError) as error:
             self._log_failure(error)
 
@@ -348,49 +240,6 @@ class Monitor:
             self._next_log_at = now + _LOG_INTERVAL_S
             text = error if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error_reason(error)}"
             log.error("alerts can't be worked out or written: %s", text)
-
-
-@dataclass(frozen=True)
-class MonitorRecord:
-    """The last record of the monitor of a folder's server, as `alerts.json` has it.
-
-    Attributes:
-        run_id: Which run of the server it was (`storage.state_folder.run_id`).
-        turned_at: The last turn of the server's loop, in seconds since 1970; None if nothing was written, or the file
-            is damaged.
-        alerts: Its open alerts.
-        notified_alerts: Alerts whose opening was notified, but not their end.
-        free_boards: The boards that are connected and at none of its jobs.
-        closing_keys: Keys of open alerts whose cause has gone, and which close unless it comes again.
-    """
-
-    turned_at: float | None = None
-    alerts: Sequence[Alert] = ()
-    notified_alerts: Sequence[Alert] = ()
-    free_boards: frozenset[str] = frozenset()
-    run_id: str = ""
-    closing_keys: frozenset[str] = frozenset()
-
-    @property
-    def current_alerts(self) -> list[Alert]:
-        """Open alerts whose cause lasts, for those who ask what is wrong now."""
-        return [alert for alert in self.alerts if alert.key not in self.closing_keys]
-
-
-def read_running_monitor(folder: Path) -> MonitorRecord:
-    """The record of a running server's monitor, some seconds old; empty if none runs, or it is still starting."""
-    recorded = read_monitor_record(folder) if has_lock_holder(folder / LOCK_FILE) else MonitorRecord()
-    return recorded if recorded.run_id == run_id(folder) else MonitorRecord()
-
-
-def read_monitor_record(folder: Path) -> MonitorRecord:
-    """The last record of a folder's monitor, which is old if its server has ended."""
-    try:
-        recorded = decode_record(MonitorRecord, (folder / ALERTS_FILE).read_bytes(), ALERTS_FILE, StorageError)
-    except (OSError, StorageError):
-        return MonitorRecord()
-    known_alerts = [a for a in recorded.alerts if a.severity in ALERT_SEVERITIES.get(a.kind, ())]
-    return replace(recorded, alerts=known_alerts)
 
 
 def _log_change(change: AlertChange) -> None:

@@ -1,33 +1,38 @@
-"""Finished rounds as rows of numbers: for experiment trackers, and for the records and tables of simulations."""
+"""Finished rounds as rows of numbers: for experiment trackers, and for the records and tables of simulations.
+
+entry of a job's history, RoundNotes  --make_round_row-->  RoundRow  --WideRows.row-->  columns of a table
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune.coordination.job_end import EPSILON_NEXT
-from fedprune.core.metrics import METRICS, TRAINED_SUFFIX, served_metric
+from fedprune.core.metrics import METRICS, served_metric
 from fedprune_device.training.round_runner import MACHINE_METRICS
 from fedprune_server.executor.accountant import EPSILON
 
-# The privacy cost of a private job: coordinators record it among a round's measurements, and it is none of the model's.
+# The privacy cost of a private job: coordinators record it among a round's measurements, but it doesn't rate the model.
 PRIVACY_METRICS = (EPSILON, EPSILON_NEXT)
+
+# Places in the list of a device's costs (`RoundNotes.spent`): bytes down, bytes up, training MACs, and these below.
+_MACS, _ACTIVE_MACS = 2, 3
 
 
 @dataclass
 class RoundNotes:
-    """Notes of a round.
+    """What a job's history doesn't have of a round; a server notes only the bytes, a simulation all.
 
     Attributes:
         down: Bytes sent to devices since the start.
         up: Bytes sent by devices since the start.
-        spent: Bytes down, bytes up, training MACs and those of active weights of each device since the previous
-            round.
-        measured: Measurements of the global model.
+        spent: Costs of each device since the previous round: bytes down, bytes up, training MACs and, of these, the
+            MACs whose weight an element mask leaves active.
+        measured: A simulation's measurements of the global model, by name.
         updates: Number of aggregated updates.
-        limited: Number of those that counted for less than they were, by the job's limits.
+        limited: Number of updates that the job's limits reduced.
         coverage: Number of updates that held each channel, per group; empty if not recorded.
     """
 
@@ -42,7 +47,7 @@ class RoundNotes:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One finished round.
+    """One finished round: its entry in the job's history, and the fields of its `RoundNotes`.
 
     Attributes:
         round: Its number, from 1.
@@ -51,17 +56,9 @@ class RoundRow:
         metrics: Measurements of the global model on the server's data, such as accuracy and loss.
         local: Score of each delivering device's served model on its own test data, by the run's metric.
         asked: Number of devices that were asked to train.
-        down: Bytes from server to devices since the start.
-        up: Bytes from devices to server since the start.
         device_metrics: Other measurements of delivering devices, per metric and device.
         density: Share of the model of each delivering device.
-        measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon` and
-            `epsilon_next`.
-        spent: Bytes down, bytes up, training MACs and, of these, the MACs of active weights of each device since the
-            previous round; in simulations.
-        updates: Number of aggregated updates; in simulations.
-        limited: Number of those that counted for less than they were, by the job's limits; in simulations.
-        coverage: Number of updates that held each channel, per group; empty if not recorded.
+        measured: As in the notes; for a private job also its `epsilon` and `epsilon_next`.
     """
 
     round: int
@@ -93,12 +90,12 @@ class RoundRow:
     @property
     def macs(self) -> int:
         """Training MACs since the previous round."""
-        return sum(spent[2] for spent in self.spent.values())
+        return sum(costs[_MACS] for costs in self.spent.values())
 
     @property
     def active_macs(self) -> int:
         """Training MACs whose weight an element mask leaves active, since the previous round."""
-        return sum(spent[3] for spent in self.spent.values())
+        return sum(costs[_ACTIVE_MACS] for costs in self.spent.values())
 
 
 def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, judge: str) -> RoundRow:
@@ -110,8 +107,9 @@ def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: floa
         judge: The metric by which models are judged.
     """
     metrics, devices = entry["metrics"], entry["devices"]
-    delivered_parts = {n: device_part for n, device_part in devices.items() if device_part["progress"] == "folded"}
-    measurements = {n: device_part["metrics"] for n, device_part in delivered_parts.items()}
+    # "folded": added to the round's sum of updates.
+    delivered = {n: device for n, device in devices.items() if device["progress"] == "folded"}
+    measurements = {n: device["metrics"] for n, device in delivered.items()}
     served_scores = {n: served_metric(values, judge) for n, values in measurements.items()}
     names = sorted(set().union(*measurements.values()) - MACHINE_METRICS)
     return RoundRow(
@@ -124,43 +122,13 @@ def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: floa
         down=notes.down,
         up=notes.up,
         device_metrics={m: {n: v[m] for n, v in measurements.items() if m in v} for m in names},
-        density={n: device_part["density"] for n, device_part in delivered_parts.items() if "density" in device_part},
+        density={n: device["density"] for n, device in delivered.items() if "density" in device},
         measured={k: metrics[k] for k in PRIVACY_METRICS if k in metrics} | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.spent.items())},
         updates=notes.updates,
         limited=notes.limited,
         coverage=notes.coverage,
     )
-
-
-@dataclass(frozen=True)
-class RoundScores:
-    """A round's scores by one metric; NaN where nothing was measured.
-
-    Attributes:
-        global_model: The new global model's, on the server's samples.
-        received: Mean over delivering boards of the scores of the models that they received, each on the board's own
-            test samples.
-        trained: The same of the models that they made of these by training.
-    """
-
-    global_model: float
-    received: float
-    trained: float
-
-
-def round_scores(entry: Mapping[str, Any], metric: str) -> RoundScores:
-    """The scores of a round in a job's history, by the metric of this name."""
-    folded = [
-        device_part.get("metrics", {})
-        for device_part in entry["devices"].values()
-        if device_part["progress"] == "folded"
-    ]
-    before, after = f"{metric}_before", f"{metric}_{TRAINED_SUFFIX}"
-    # Means over the same boards, so that their difference is what training changed.
-    pairs = [(m[before], m[after]) for m in folded if before in m and after in m] or [(math.nan, math.nan)]
-    received, trained = (math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True))
-    return RoundScores(entry["metrics"].get(metric, math.nan), received, trained)
 
 
 # Columns that every round has, in the order of the table; measurements follow, which differ between jobs.
@@ -171,9 +139,9 @@ COMMON_COLUMNS = (
 
 
 class WideRows:
-    """Makes the wide table's rows, one round after the other.
+    """Makes a table with one row per round and one column per measurement; call `row` for each round, in order.
 
-    Means are over each device's latest value: over the devices of a round alone they would jump with the draw.
+    Means are over each device's latest value: means over only the devices of a round would jump with the draw.
 
     Args:
         judge: The metric by which models are judged, such as `accuracy`.

@@ -32,15 +32,16 @@ from fedprune.wire.fleet_messages import CrashReport, ServerPresence
 from fedprune_server.cli.main import main
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.maintenance import doctor
+from fedprune_server.maintenance import connection_checks, doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
-from fedprune_server.maintenance.doctor import CheckedSite
+from fedprune_server.maintenance.checked_site import CheckedSite
 from fedprune_server.maintenance.finding import Finding, alert_finding
-from fedprune_server.maintenance.job_checks import StoredJob, job_findings
+from fedprune_server.maintenance.job_checks import job_findings
+from fedprune_server.maintenance.stored_job import StoredJob
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.monitoring.monitor import ALERTS_FILE
+from fedprune_server.monitoring.monitor_record import ALERTS_FILE
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation
 from fedprune_server.storage.storage import Storage
@@ -237,9 +238,9 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
             return [ServerPresence("ab" * 16, f"{n:032x}", *place, None) for n in range(answers)]
 
     IdentityFolder.make(tmp_path, "lab").close()
-    monkeypatch.setattr(doctor, "second_server_guard", lambda *_, **__: nullcontext(Asking()))
+    monkeypatch.setattr(connection_checks, "second_server_guard", lambda *_, **__: nullcontext(Asking()))
     findings = list(
-        doctor.check_other_servers(
+        connection_checks.check_other_servers(
             CheckedSite(folder=tmp_path, settings={"broker": "mqtts://broker.example"}, is_running=running)
         )
     )
@@ -281,7 +282,7 @@ def broker_findings(
     folder: Path, settings: dict[str, Any], *, is_running: bool = True, timeout_s: float = 1.0
 ) -> list[Finding]:
     site = CheckedSite(folder=folder, settings=settings, is_running=is_running, timeout_s=timeout_s)
-    return list(doctor.check_broker(site))
+    return list(connection_checks.check_broker(site))
 
 
 def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.maintenance import doctor
+from fedprune_server.maintenance.checked_site import CheckedSite
+from fedprune_server.maintenance.connection_checks import check_revocations
 from fedprune_server.messaging.broker import revocations
 from fedprune_server.messaging.broker.revocations import (
     RevocationCommandError,
@@ -81,18 +82,18 @@ def test_a_command_that_leaves_a_process_behind_has_succeeded(crl: Path, tmp_pat
 
 
 def test_the_doctor_says_that_the_broker_has_an_older_list(crl: Path, tmp_path: Path) -> None:
-    assert list(doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))) == []  # no command does that here
+    assert list(check_revocations(CheckedSite(folder=tmp_path))) == []  # no command does that here
     deliver_list("true", tmp_path, crl)
-    assert list(doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))) == []
+    assert list(check_revocations(CheckedSite(folder=tmp_path))) == []
     crl.write_text("second")
-    assert [a.kind for a in doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))] == ["revocations"]
+    assert [a.kind for a in check_revocations(CheckedSite(folder=tmp_path))] == ["revocations"]
 
 
 def test_the_doctor_says_that_the_command_never_worked_until_there_is_none(crl: Path, tmp_path: Path) -> None:
     with list_delivery("/no/such/program", tmp_path, crl):
-        assert [a.kind for a in doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))] == ["revocations"]
+        assert [a.kind for a in check_revocations(CheckedSite(folder=tmp_path))] == ["revocations"]
     with list_delivery("off", tmp_path, crl):
-        assert list(doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))) == []
+        assert list(check_revocations(CheckedSite(folder=tmp_path))) == []
 
 
 @pytest.mark.parametrize("wrong", ["", "  ", "a 'b"])

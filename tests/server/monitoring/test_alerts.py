@@ -31,13 +31,9 @@ from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES, evaluate_alerts
 from fedprune_server.monitoring.alerts import MAX_ALERTS_OF_KIND, Alert
-from fedprune_server.monitoring.monitor import (
-    ALERTS_FILE,
-    Monitor,
-    MonitorRecord,
-    prediction_excesses,
-    read_monitor_record,
-)
+from fedprune_server.monitoring.job_watch import prediction_excesses
+from fedprune_server.monitoring.monitor import Monitor
+from fedprune_server.monitoring.monitor_record import ALERTS_FILE, MonitorRecord, read_monitor_record
 from fedprune_server.monitoring.participation import Absence, Participation
 from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts, Situation, WatchedJob
 from fedprune_server.observation.observer import DevicesChanged, LoopBlocked, RoundEnded, ServerEnding

@@ -23,7 +23,7 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.setting import read_table
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.monitoring.monitor import read_monitor_record
+from fedprune_server.monitoring.monitor_record import read_monitor_record
 from fedprune_server.monitoring.notifications import (
     MAX_ALERTS_LISTED,
     MAX_TRIES,

@@ -20,7 +20,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.background import BackgroundExecutor, HeavyCommand
 from fedprune_server.executor.retention import BlobCollector, sweep_blobs
-from fedprune_server.maintenance.inventory import read_job_needs
+from fedprune_server.maintenance.job_needs import read_job_needs
 from fedprune_server.storage.storage import Storage
 from support.fakes.asynchronous_shell import KINDS, Shell
 from support.fakes.tiny_job import JOB

@@ -1,0 +1,108 @@
+"""Counts a running job's troubles for the alert rules: missed deadlines, empty rounds, wrong predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+
+from fedprune.coordination import Phase
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.text import amount
+from fedprune.jobs.state import Progress
+from fedprune_server.devices.plan_vs_actual import QUANTITIES
+from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN
+from fedprune_server.monitoring.participation import Participation
+from fedprune_server.monitoring.round_times import RoundTimes
+from fedprune_server.monitoring.situation import WatchedJob
+from fedprune_server.observation.observer import RoundEnded, TurnEvent, handle_each
+from fedprune_server.observation.snapshot import JobSnapshot
+
+# Ticks come at a deadline, which floats may put a little before it.
+_ROUNDING_S = 1e-3
+
+# The ratio of measurement to prediction that is an alert. Time may double while another program runs on a board; memory
+# doesn't depend on other programs, and a board that needs more than it has is killed.
+_EXCESS_LIMITS = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}
+
+
+class JobWatch:
+    """Counts the events of one job, and shows the counts to the alert rules as a `WatchedJob`."""
+
+    def __init__(self, snapshot: JobSnapshot, folder: Path, participation: Participation) -> None:
+        self._snapshot, self._folder, self.participation = snapshot, folder, participation
+        self._missed_deadlines = self._empty_rounds = self._closing_updates = 0
+        self.rounds_ended = 0  # since the server's start
+        self._asked_at: float | None = None  # the first offer since an update counted
+        self._round_times = RoundTimes()
+        self._excesses: Mapping[str, str] = prediction_excesses(snapshot)
+
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self._snapshot = snapshot
+        self.participation.observe(snapshot, events)
+        handle_each(events, lambda event: self._count(event.payload, event.happened_at))
+        # Once for all events of a turn of the server's loop: the snapshot is of its end.
+        has_refusals = any(isinstance(event.payload, (on.OfferRefused, on.UpdateRejected)) for event in events)
+        if has_refusals and snapshot.phase is Phase.TRAINING and not snapshot.is_asynchronous:
+            refused = snapshot.parts_by_progress.get(Progress.REFUSED, 0)
+            self._empty_rounds += 0 < refused == sum(snapshot.parts_by_progress.values())
+
+    def _count(self, event: object, now: float) -> None:
+        snapshot = self._snapshot
+        match event:
+            case do.Close():
+                self._closing_updates = len(event.contributions)
+            case do.SendOffer() if self._asked_at is None:
+                self._asked_at = now
+            case on.Folded() | on.Paused():
+                self._missed_deadlines = 0
+                self._asked_at = now if snapshot.is_asynchronous else None  # others are being asked meanwhile
+            case on.Closed() if self._closing_updates and len(event.rejected) >= self._closing_updates:
+                self._empty_rounds += 1
+            case on.Ticked() if self._asked_at is not None:
+                missed = int((now - self._asked_at + _ROUNDING_S) // snapshot.deadline_s)
+                self._missed_deadlines = max(self._missed_deadlines, missed)
+            case RoundEnded(summary):
+                has_counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
+                self._empty_rounds = 0 if has_counted else self._empty_rounds + 1
+                self.rounds_ended += 1
+                self._round_times.note_end(summary["round"], now)
+                self._excesses = prediction_excesses(snapshot, self._excesses)
+
+    def watched_job(self) -> WatchedJob:
+        """The job as the rules see it."""
+        self.participation.update()
+        snapshot, away_since = self._snapshot, self.participation.away_since
+        needs_boards = snapshot.phase is Phase.WAITING or not snapshot.able_devices
+        missing_boards = (
+            (name for name in away_since if name not in snapshot.revoked_devices) if needs_boards else iter(())
+        )
+        return WatchedJob(
+            snapshot=snapshot,
+            folder=self._folder,
+            away_boards=tuple(islice(missing_boards, MAX_NAMES_SHOWN + 1)),
+            missed_deadlines=self._missed_deadlines,
+            empty_rounds=self._empty_rounds,
+            prediction_excesses=self._excesses,
+            offline_since=self.participation.offline_since(),
+            usual_round_s=self._round_times.usual_s(),
+        )
+
+
+def prediction_excesses(snapshot: JobSnapshot, earlier: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Boards whose time or memory exceeded the prediction by far in their latest round, and by how much.
+
+    Boards in `earlier`, the result after the previous round, stay until half of the excess is gone.
+    """
+    excesses = {name: text for name, text in earlier.items() if name in snapshot.devices}
+    for name, comparison in snapshot.comparisons.items():
+        excesses.pop(name, None)
+        for metric, (expected, measured) in comparison.items():
+            limit = (1.0 + _EXCESS_LIMITS[metric]) / 2 if name in earlier else _EXCESS_LIMITS[metric]
+            if expected and measured and measured > limit * expected:
+                title, _, unit = QUANTITIES[metric]
+                text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
+                excesses[name] = f"{excesses[name]}, {text}" if name in excesses else text
+    return excesses
