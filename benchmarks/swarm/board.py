@@ -14,6 +14,7 @@ from benchmarks.swarm.shelf import Arriving, Shelf
 from benchmarks.swarm.updates import Remade, device_name
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import CHUNK_QOS, PACKET_OVERHEAD_BYTES, Chunk
 from fedprune.wire.messages import (
     PUT_ABILITY,
@@ -33,7 +34,7 @@ from fedprune.wire.messages import (
     parse_message,
 )
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import CHUNK_LEAVES, BlobSender, Pull
+from fedprune.wire.transfer import CHUNK_LEAVES, Pull
 from fedprune_device.network.backoff import MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S
 
 _MAX_PACKET = CHUNK_LEAVES * LEAF_BYTES + PACKET_OVERHEAD_BYTES

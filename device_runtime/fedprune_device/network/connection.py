@@ -19,8 +19,8 @@ from fedprune.wire.lost_pieces import dropping_broker_message
 from fedprune.wire.messages import Birth, Death, Message, parse_message
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.rejected_messages import RejectedMessageLog
+from fedprune.wire.response_time import ResponseTime
 from fedprune.wire.topics import NO_JOB, Topics
-from fedprune.wire.transfer import ResponseTime
 
 _LOG = logging.getLogger("fedprune.device")
 

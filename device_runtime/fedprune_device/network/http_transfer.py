@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
-from fedprune.wire.link import connection_failure, send_promptly
+from fedprune.wire.connection_failure import connection_failure
+from fedprune.wire.link import send_promptly
 from fedprune.wire.transfer import MIN_BYTES_PER_S
 from fedprune.wire.urls import WebServer
 

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from msgspec.structs import replace
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET
 from fedprune.wire.link import tls_context
 from fedprune.wire.lost_pieces import LostPieces, dropping_broker_message
 from fedprune.wire.messages import BlobNotFound, BlobRequest, UpdateAnnouncement, UploadRequest, UploadResult
 from fedprune.wire.queues import HIGH_WATER
+from fedprune.wire.request_numbers import SeenRequests
 from fedprune.wire.topics import NO_JOB
-from fedprune.wire.transfer import BlobSender, SeenRequests
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.backoff import MIN_ANNOUNCE_INTERVAL_S, Backoff
 from fedprune_device.network.connection import BoardConnection

@@ -12,8 +12,8 @@ from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.core.text import one_line
 from fedprune.wire.lost_pieces import LostPieces, dropping_broker_message
 from fedprune.wire.messages import Alive, BlobRequest, Message, Offer, Refusal, RoundProgress
+from fedprune.wire.request_numbers import with_request_id
 from fedprune.wire.topics import NO_JOB
-from fedprune.wire.transfer import with_request_id
 from fedprune_device.hardware.readings import temperature_c
 from fedprune_device.network.board_status import BoardStatus
 from fedprune_device.network.connection import BoardConnection

@@ -18,7 +18,8 @@ from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import UsageError
 from fedprune.core.text import first_few, quantity
 from fedprune.output.tables import Column, print_table
-from fedprune.releases.rollout import CAREFUL_STAGES, Fate
+from fedprune.releases.rollout import Fate
+from fedprune.releases.rollout_plan import CAREFUL_STAGES
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_TRIAL_ATTEMPTS, MAX_TRIAL_S
 from fedprune_server.cli.state_option import add_database, add_state, chosen_database
 from fedprune_server.enrollment.pki import IdentityFolder

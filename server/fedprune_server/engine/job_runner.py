@@ -29,8 +29,8 @@ from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
 from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.messages import PUT_ABILITY, Birth, Finished
-from fedprune.wire.transfer import BlobSender
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic

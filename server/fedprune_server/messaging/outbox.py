@@ -12,7 +12,7 @@ from fedprune.wire.fields import MAX_MESSAGE_BYTES
 from fedprune.wire.fleet_messages import Reconnect, ReleaseOffer
 from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer, SecureStep
 from fedprune.wire.queues import HIGH_WATER
-from fedprune.wire.transfer import SeenRequests, with_request_id
+from fedprune.wire.request_numbers import SeenRequests, with_request_id
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads

@@ -16,7 +16,8 @@ from pathlib import Path
 from fedprune.core.errors import ConfigError, ReleaseError, StorageError
 from fedprune.core.text import quantity
 from fedprune.releases.release import FILES, Release, read_release, sign_manifest
-from fedprune.releases.rollout import CAREFUL_STAGES, Fate, Rollout, RolloutPlan, Stage
+from fedprune.releases.rollout import Fate, Rollout
+from fedprune.releases.rollout_plan import CAREFUL_STAGES, RolloutPlan, Stage
 from fedprune.wire.fleet_messages import COMMITTED, MAX_RELEASE_NUMBER, STAGED, TRIAL, ReleaseOffer
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.store import RolloutEntry, RolloutStore

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, HEADER_STRUCT
 from fedprune.wire.messages import BlobNotFound, BlobRequest
-from fedprune.wire.transfer import BlobSender
 
 # Maximum number of devices that are answered in turn while others wait: each answer takes the memory of a chunk.
 _MAX_CONCURRENT_ANSWERS = 32

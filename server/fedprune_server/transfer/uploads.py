@@ -12,7 +12,8 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
-from fedprune.wire.transfer import MIN_BYTES_PER_S, Pull, ResponseTime
+from fedprune.wire.response_time import ResponseTime
+from fedprune.wire.transfer import MIN_BYTES_PER_S, Pull
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import ArrivedUpdate, FailedUpload, Outcome, UploadPlace
 

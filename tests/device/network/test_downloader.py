@@ -14,10 +14,10 @@ from msgspec import structs
 from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobNotFound, BlobRequest, Offer, parse_message
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import Uplink

@@ -17,9 +17,10 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import BUILD_TIME, pinned_context
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import tls_context
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network import http_transfer
 from fedprune_device.network.http_download import HttpFetch

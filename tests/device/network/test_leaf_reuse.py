@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 from fedprune_device.network.leaf_reuse import reuse_leaves
 from fedprune_device.storage.state_directory import DeviceStore
 

@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.failure_kind import FailureKind
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import (
-    MAX_REQUEST,
-    Death,
-    RoundProgress,
-)
+from fedprune.wire.messages import MAX_REQUEST, Death, RoundProgress
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 from fedprune_server.devices.quarantine import (
     FIRST_QUARANTINE_S,
     FORGIVEN_AFTER_S,

@@ -10,7 +10,8 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import Phase
 from fedprune.releases.release import FILES, Release, read_release
-from fedprune.releases.rollout import Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.releases.rollout import Rollout, RolloutPhase
+from fedprune.releases.rollout_plan import RolloutPlan, Stage
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse_message

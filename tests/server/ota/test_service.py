@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ReleaseError
 from fedprune.releases.release import FILES, Release, read_release
-from fedprune.releases.rollout import CAREFUL_STAGES, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.releases.rollout import Fate, Rollout, RolloutPhase
+from fedprune.releases.rollout_plan import CAREFUL_STAGES, RolloutPlan, Stage
 from fedprune.wire.fleet_messages import (
     COMMITTED,
     DOWNLOADING,

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.messages import BlobNotFound, BlobRequest
-from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.downloads import MAX_QUEUED_REQUESTS, Downloads
 
 

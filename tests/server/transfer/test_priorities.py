@@ -10,11 +10,11 @@ import pytest
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, HEADER_STRUCT, Chunk
 from fedprune.wire.messages import BlobRequest, Cancelled, UpdateAnnouncement, parse_message
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
-from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import ArrivedUpdate, FailedUpload, UploadEnd, UploadPlace
 from fedprune_server.transfer.uploads import REQUEST_REPEAT_S, STALL_TIMEOUT_S, Uploads

@@ -14,11 +14,12 @@ import numpy as np
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Accepted, Birth, BlobRequest, Finished, Offer, UpdateAnnouncement, parse_message
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 
 TOPICS = Topics("site")
 SPEED = 50.0  # how much faster the agent's clock goes, so that lost messages cost little time

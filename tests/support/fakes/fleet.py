@@ -18,6 +18,7 @@ from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import (
     Accepted,
@@ -36,7 +37,7 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
 from fedprune_server.engine.server import Server

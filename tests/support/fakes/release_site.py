@@ -11,12 +11,12 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse_message
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender
 from fedprune_device.launcher.launcher import SlotExit, run_slots
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import STABLE, LauncherState

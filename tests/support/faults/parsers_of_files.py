@@ -25,7 +25,8 @@ from fedprune.model.nested_widths import TensorAxes, axes_json
 from fedprune.model.selection import Selection
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import shipped_profiles_folder
-from fedprune.releases.rollout import Rollout, RolloutPlan
+from fedprune.releases.rollout import Rollout
+from fedprune.releases.rollout_plan import RolloutPlan
 from fedprune.releases.wheels import parse_wheel_name, wheel_requirements
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan

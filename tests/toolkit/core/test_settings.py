@@ -16,7 +16,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.releases.rollout import RolloutPlan, Stage
+from fedprune.releases.rollout_plan import RolloutPlan, Stage
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Tiers

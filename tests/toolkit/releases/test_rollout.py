@@ -10,18 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.releases.rollout import (
-    CAREFUL_STAGES,
-    Fate,
-    Give,
-    Rollout,
-    RolloutCommand,
-    RolloutPhase,
-    RolloutPlan,
-    Stage,
-    TickAt,
-    Withdraw,
-)
+from fedprune.releases.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, TickAt, Withdraw
+from fedprune.releases.rollout_plan import CAREFUL_STAGES, RolloutPlan, Stage
 
 pytestmark = pytest.mark.board
 

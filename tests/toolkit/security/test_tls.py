@@ -17,7 +17,7 @@ from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.tls import BUILD_TIME, check_local_host, check_peer, pinned_context, unpinned_context
-from fedprune.wire.link import connection_failure
+from fedprune.wire.connection_failure import connection_failure
 
 pytestmark = pytest.mark.board
 

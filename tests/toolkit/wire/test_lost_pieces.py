@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.lost_pieces import LostPieces
 from fedprune.wire.messages import BlobRequest
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 
 pytestmark = pytest.mark.board
 

@@ -11,17 +11,12 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest
-from fedprune.wire.transfer import (
-    MAX_PATIENCE_S,
-    PATIENCE_S,
-    BlobSender,
-    Pull,
-    ResponseTime,
-    SeenRequests,
-    with_request_id,
-)
+from fedprune.wire.request_numbers import SeenRequests, with_request_id
+from fedprune.wire.response_time import MAX_PATIENCE_S, ResponseTime
+from fedprune.wire.transfer import PATIENCE_S, Pull
 
 pytestmark = pytest.mark.board
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, PACKET_OVERHEAD_BYTES, Chunk, ChunkLimit, leaves_per_chunk
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.messages import BlobRequest, Offer, UpdateAnnouncement, parse_message
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.update_sender import UpdateSender

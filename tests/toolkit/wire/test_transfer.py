@@ -18,9 +18,10 @@ from msgspec.structs import replace
 from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse_message
-from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, BlobSender, Pull
+from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, Pull
 
 pytestmark = pytest.mark.board
 
@@ -355,7 +356,8 @@ PULLING = """
     from pathlib import Path
     from fedprune.blobs.blob_store import BlobStore
     from fedprune.wire.chunk import Chunk
-    from fedprune.wire.transfer import Pull, BlobSender
+    from fedprune.wire.blob_sender import BlobSender
+    from fedprune.wire.transfer import Pull
 
     source, target = BlobStore(Path(sys.argv[1])), BlobStore(Path(sys.argv[2]))
     ref = source.ref(sys.argv[3])

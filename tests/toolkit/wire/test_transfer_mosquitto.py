@@ -14,12 +14,13 @@ import pytest
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse_message
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.transfer import Pull
 from support.waiting import attempts
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]

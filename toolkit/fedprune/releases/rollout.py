@@ -1,101 +1,32 @@
-"""The state machine of a staged rollout: to one board, then to some, then to all, as long as they succeed.
+"""Decides which boards get a new release, model or bundle next: one board, then some, then all, while they succeed.
 
-It serves releases of the runtime, models and bundles. Like the coordinator it does no I/O: events come with the time,
-commands are returned, and the state is plain data. A board that reports a rollback, or nothing until its deadline, has
-failed; a stage with too many failures stops the rollout, which names the boards and reasons.
+`releases.rollout_plan` has the stages. `Rollout` does no I/O, as the coordinator does none: methods take an event and
+the time, and return commands for the server (offer the *subject*, which is the release, model or bundle, to a board).
+Its state is plain data. A board has failed if it reports a rollback, or nothing until its deadline. Too many failures
+in a stage stop the rollout, with a message that names the boards and reasons.
 
-A report costs the same in a fleet of 20,000 boards as in one of ten: boards are counted by stage and fate, and those
+A report takes as long in a fleet of 20,000 boards as in a fleet of ten: boards are counted by stage and fate, and boards
 that were given the subject are in a heap by their deadlines.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from fedprune.core import validation
-from fedprune.core.errors import ConfigError, StorageError, value_text
+from fedprune.core.errors import ConfigError, StorageError
 from fedprune.core.records import convert_record
-from fedprune.core.settings import bounded, check_fields
 from fedprune.core.text import one_line, quantity
+from fedprune.releases.rollout_plan import RolloutPlan
 
 FORMAT = "fedprune.rollout/1"
-# More stages than anybody plans by hand; a report looks at all that have begun.
-MAX_STAGES = 32
-MAX_SECONDS = 366 * 86_400.0
-ROLLOUT_KINDS = ("release", "model", "bundle")
-
 # Outdated deadlines that may stay in the heap of a small rollout; in that of a large one, as many as boards are busy.
 _MAX_OUTDATED_DEADLINES = 64
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a rollout.
-
-    Attributes:
-        share: Share of the fleet that has it when this stage is over, above 0; at least one board more than before.
-        success: Share of the stage's boards that must do well before the next stage begins.
-        errors: Share of the stage's boards that may fail; one more stops the rollout.
-        seconds: After which boards of the stage that said nothing have failed.
-    """
-
-    share: float = bounded(MISSING, 0, 1, above=True)
-    success: float = bounded(1.0, 0, 1, above=True)
-    errors: float = bounded(0.0, 0, 1, below=True)
-    seconds: float = bounded(86_400.0, 0, MAX_SECONDS, above=True)
-
-    def __post_init__(self) -> None:
-        check_fields(self, ("stage",))
-        if self.success + self.errors > 1 + 1e-9:
-            raise ConfigError("a stage's success and errors", expected="at most 1 together", got=self)
-
-
-# One board, a tenth of the fleet, all.
-CAREFUL_STAGES = (Stage(1e-9), Stage(0.1, success=0.9, errors=0.1), Stage(1.0, success=0.9, errors=0.1))
-
-
-@dataclass(frozen=True)
-class RolloutPlan:
-    """A rollout's subject and stages.
-
-    Attributes:
-        kind: One of `ROLLOUT_KINDS`.
-        subject: The release's number, or the digest of a model or bundle.
-        stages: In order; the last one is all boards.
-        board_seconds: After which a board that was given it and reported nothing has failed.
-        seed: Decides which boards are early.
-    """
-
-    kind: str
-    subject: str
-    stages: tuple[Stage, ...] = CAREFUL_STAGES
-    board_seconds: float = bounded(3600.0, 0, MAX_SECONDS, above=True)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, ("rollout",))
-        validation.check_word("kind of a rollout", self.kind, ROLLOUT_KINDS)
-        shares = [s.share for s in self.stages]
-        if not 1 <= len(shares) <= MAX_STAGES or shares != sorted(set(shares)) or shares[-1] != 1:
-            raise ConfigError("stages of a rollout", expected="growing shares, the last one 1", got=value_text(shares))
-
-    def groups(self, boards: Iterable[str]) -> list[list[str]]:
-        """The boards of each stage: in an order that depends on the seed and nothing else."""
-        order = sorted(set(boards), key=lambda b: hashlib.sha256(f"{self.seed}/{b}".encode()).digest())
-        groups, start = [], 0
-        for stage in self.stages:
-            # 1e-9: a share that is a whole number of boards must not be rounded up by a floating-point error.
-            end = max(math.ceil(stage.share * len(order) - 1e-9), min(start + 1, len(order)))
-            groups.append(order[start:end])
-            start = end
-        return groups
 
 
 class Fate(str, Enum):
@@ -221,12 +152,7 @@ class Rollout:
 
     def report_success(self, name: str, now: float) -> list[RolloutCommand]:
         """Count a board's report of success; it is ignored if the board wasn't given anything, or reports too late."""
-        board = self.boards.get(name)
-        if not self.phase.is_under_way or board is None or board.fate is not Fate.GIVEN:
-            return []
-        if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
-            self._change(name, Fate.WELL)
-        return self.tick(now)
+        return self._accept_report(name, now, Fate.WELL)
 
     def report_failure(self, name: str, reason: str, now: float) -> list[RolloutCommand]:
         """Count a board's report of a rollback, also after its success."""
@@ -243,12 +169,7 @@ class Rollout:
 
     def report_progress(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
         """Count a board's report of progress: it fails unless it reports again within this many seconds."""
-        board = self.boards.get(name)
-        if not self.phase.is_under_way or board is None or board.fate is not Fate.GIVEN:
-            return []
-        if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
-            self._change(name, Fate.GIVEN, now + seconds)
-        return self.tick(now)
+        return self._accept_report(name, now, Fate.GIVEN, now + seconds)
 
     def restore_deadlines(self, now: float) -> list[RolloutCommand]:
         """Give busy boards their full time again, since they couldn't report for a while, as when the server was
@@ -322,6 +243,14 @@ class Rollout:
 
     def failures(self) -> dict[str, str]:
         return {n: b.reason for n, b in sorted(self.boards.items()) if b.fate is Fate.FAILED}
+
+    def _accept_report(self, name: str, now: float, fate: Fate, deadline: float | None = None) -> list[RolloutCommand]:
+        board = self.boards.get(name)
+        if not self.phase.is_under_way or board is None or board.fate is not Fate.GIVEN:
+            return []
+        if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
+            self._change(name, fate, deadline)
+        return self.tick(now)
 
     def _advance(self, now: float) -> list[RolloutCommand]:
         commands: list[RolloutCommand] = []

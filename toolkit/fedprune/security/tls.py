@@ -152,7 +152,7 @@ def check_peer(der: bytes | None, floor: int) -> None:
 
 def _verification_error(reason: str) -> ssl.SSLCertVerificationError:
     error = ssl.SSLCertVerificationError(reason)
-    error.reason = reason  # shown by `fedprune.wire.link.connection_failure`
+    error.reason = reason  # shown by `fedprune.wire.connection_failure.connection_failure`
     return error
 
 

@@ -1,8 +1,8 @@
-"""The connection to the broker: paho-mqtt behind one thread-safe inbox.
+"""The connection to the broker: paho-mqtt behind one thread-safe queue of what has arrived, the inbox.
 
-The network thread only enqueues: `get` returns messages and connection events in the order in which they happened.
-Sessions are clean: devices and server repeat what must not be lost, so that every connection starts from nothing. It is
-reported as up once its subscriptions are granted.
+A network thread fills the inbox: `get` returns messages and connection events in the order in which they happened.
+Sessions are clean: devices and server repeat what must not be lost, so that every connection starts from nothing. A
+connection is reported as up once its subscriptions are granted.
 
 The protocol is MQTT 3.1.1: nothing here needs more, every broker speaks it, and some never answer a version 5 CONNECT.
 """
@@ -25,13 +25,10 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from fedprune.core.closeable import Closeable
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
+from fedprune.wire.connection_failure import REFUSED_CONNECTION, SILENT_END, connection_failure, connection_remedy
 from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, ConnectionUp, Event, Inbox, UnsentMessages
+from fedprune.wire.subscriptions import Subscriptions
 from fedprune.wire.urls import BrokerUrl
-
-_TLS_FAILED = "TLS failed"
-
-_ADDRESS_ERROR_CODES = frozenset({62, 64})  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
-_DATE_ERROR_CODES = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
 
 
 def tls_context(ca: Path | None = None) -> ssl.SSLContext:
@@ -41,78 +38,6 @@ def tls_context(ca: Path | None = None) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
     except OSError as error:
         raise ConfigError(f"can't use the CA file {ca}: {error}") from error
-
-
-def connection_failure(error: OSError | FedpruneError) -> str:
-    """The reason why a broker can't be reached, for people."""
-    if isinstance(error, FedpruneError):
-        return str(error)
-    if isinstance(error, socket.gaierror):
-        return f"the host name is unknown ({error.strerror})"
-    if isinstance(error, ssl.SSLCertVerificationError) and error.reason == "CERTIFICATE_VERIFY_FAILED":
-        return f"{_TLS_FAILED} ({_distrust_reason(error)})"
-    if isinstance(error, ssl.SSLError):
-        return f"{_TLS_FAILED} ({error.reason or error})"
-    if isinstance(error, TimeoutError):
-        return "no answer"
-    return (error.strerror or str(error) or type(error).__name__).lower()
-
-
-def _distrust_reason(error: ssl.SSLCertVerificationError) -> str:
-    """The reason why a certificate isn't trusted, with the remedy for that reason."""
-    reason = (error.verify_message or "unknown authority").rstrip(".")
-    if error.verify_code in _ADDRESS_ERROR_CODES:
-        return (
-            f"its certificate is for another address: {reason}. Connect to an address that it names, or give the "
-            "broker a certificate for this one: docs/runbook.md#the-server-has-another-address"
-        )
-    if error.verify_code in _DATE_ERROR_CODES:
-        return f"{reason}: see the clock of this machine, and the certificate's dates (docs/runbook.md)"
-    return f"its certificate is not trusted: {reason}; --ca names the authorities to trust"
-
-
-class Subscriptions:
-    """The topics to subscribe to, and the state of this connection's requests for them; not thread-safe."""
-
-    def __init__(self, qos: int) -> None:
-        self._qos = qos
-        self._topics: list[str] = []
-        self._requested: set[str] = set()
-        self._awaited: dict[int, str] = {}
-
-    @property
-    def is_awaiting(self) -> bool:
-        """Whether the broker still has to answer for a topic."""
-        return bool(self._awaited)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether this connection has requested all topics."""
-        return set(self._topics) <= self._requested
-
-    def add(self, topics: Iterable[str]) -> list[str]:
-        """Add topics; returns the new ones."""
-        new_topics = [t for t in topics if t not in self._topics]
-        self._topics += new_topics
-        return new_topics
-
-    def request(self, client: paho.Client) -> None:
-        """Subscribe to the topics that this connection hasn't requested yet."""
-        for topic in self._topics:
-            if topic in self._requested:
-                continue
-            code, mid = client.subscribe(topic, qos=self._qos)
-            if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
-                self._requested.add(topic)
-                self._awaited[mid] = topic
-
-    def note_answer(self, mid: int) -> str:
-        """Note the broker's answer to a request; returns the topic."""
-        return self._awaited.pop(mid, "")
-
-    def clear(self) -> None:
-        self._requested.clear()
-        self._awaited.clear()
 
 
 log = logging.getLogger(__name__)
@@ -136,9 +61,7 @@ _POLL_S = 1.0
 # Messages that the network thread reads at most before it writes again, so that a flood doesn't stop what is sent.
 _MAX_READS = 64
 
-_REFUSED = "it refuses the connection"
 _BAD_CREDENTIALS = 134  # return code 4 of MQTT 3.1.1, as paho numbers it
-_SILENT_END = "it ends the TLS connection without an answer"
 # Seconds that a broker may take for each answer, in addition to the time-out for connecting.
 _ANSWER_TIMEOUT_S = 5.0
 
@@ -155,9 +78,8 @@ class BrokerLink(Closeable):
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
         wake: Called in the network thread for each received message.
         ignores: Whether to drop a topic's messages at once; called in the network thread.
-        qos: Quality of service of received messages. With clean sessions, messages in flight are lost with the
-        connection
-            at 1, too; at 0 this side acknowledges nothing.
+        qos: Quality of service of received messages. As sessions are clean, messages in flight are lost with the
+            connection at 1, too; at 0 this side acknowledges nothing.
     """
 
     def __init__(
@@ -223,13 +145,7 @@ class BrokerLink(Closeable):
         self.close()
         raise BrokerError(
             f"can't connect to the MQTT broker at {self.url}: {reason}",
-            hint="Is it the right broker, and do user name and password fit?"
-            if reason.startswith(_REFUSED)
-            else "`fedprune-server devices` lists revoked boards; if this one isn't, see the broker's log."
-            if reason.startswith(_SILENT_END)
-            else ""
-            if reason.startswith(_TLS_FAILED)
-            else "Is a broker running there, is the port right, and does a firewall let it through?",
+            hint=connection_remedy(reason),
         )
 
     @property
@@ -390,7 +306,7 @@ class BrokerLink(Closeable):
                 sock.close()
         if failure or not self.url.tls or self._last_answer_at > self._requested_at or self._closing.is_set():
             return failure or paho.error_string(code).rstrip(".").lower()
-        return f"{_SILENT_END}, as if this client's certificate were revoked"
+        return f"{SILENT_END}, as if this client's certificate were revoked"
 
     def _read_packets(self, client: paho.Client) -> MQTTErrorCode:
         """Wait for the network, and read several packets at once: paho's `loop` polls the socket again for each."""
@@ -432,7 +348,7 @@ class BrokerLink(Closeable):
         with self._state:
             self._last_answer_at = time.monotonic()
             if reason.is_failure:
-                self._failure = f"{_REFUSED} ({str(reason).lower()})"
+                self._failure = f"{REFUSED_CONNECTION} ({str(reason).lower()})"
                 if self._will_topic and reason.value != _BAD_CREDENTIALS:  # some brokers refuse wills, or this topic
                     self._failure += f"; it must allow a will on {self._will_topic}"
             else:

@@ -1,4 +1,4 @@
-"""Detection of a broker that drops pieces of blobs: requests for the same piece are repeated, and there are no others.
+"""Detects a broker that drops pieces of blobs: requests for one piece are repeated, and no other piece is requested.
 
 No broker of MQTT 3.1.1 says what it drops. It acknowledges a message that its rules forbid, that exceeds its size
 limit, or for which a queue has no room, and delivers it to nobody. So both ends of a transfer watch its requests.

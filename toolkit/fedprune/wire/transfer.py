@@ -1,94 +1,26 @@
-"""Transfer of blobs, without network I/O: messages go in, messages come out.
+"""The download of a blob over MQTT, without network I/O: received chunks go in, requests come out.
 
-The receiver drives the transfer. It requests leaves, and never has more than a window of them outstanding, so that the
-broker never holds more. A broker's acknowledgement only means that the broker has the message: a default Mosquitto
-acknowledged 3,000 messages for a slow subscriber and delivered 1,132 of them. The sender is stateless. Chunks may get
-lost, arrive twice, late or in any order; each leaf is verified on arrival.
+The receiver drives the transfer, and the sender (`wire.blob_sender`) keeps no state. The receiver requests leaves
+(pieces of 32 KiB, see `blobs.blob_ref`), and never has more than a window of them outstanding, so that the broker never
+holds more. A broker's acknowledgement only means that the broker has the message: a default Mosquitto acknowledged
+3,000 messages for a slow subscriber and delivered 1,132 of them. Chunks may get lost, arrive twice, late or in any
+order; each leaf is verified on arrival.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from typing import TypeVar
-
-from msgspec.structs import replace
+from collections.abc import Callable, Iterable
 
 from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
-from fedprune.core.errors import ProtocolError, StorageError
-from fedprune.wire.chunk import DEFAULT_MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
-from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest, UploadRequest
+from fedprune.core.errors import ProtocolError
+from fedprune.wire.chunk import DEFAULT_MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk
+from fedprune.wire.messages import BlobRequest
+from fedprune.wire.response_time import MAX_PATIENCE_S, ResponseTime
 
 # The average below which a transfer is too slow: a board ends its download or upload, and the server's uploads make
 # room for others.
 MIN_BYTES_PER_S = 8192
-
-_MAX_SEEN_REQUESTS = 4096
-
-
-_Request = TypeVar("_Request", bound="BlobRequest | UploadRequest")
-
-
-def with_request_id(request: _Request) -> _Request:
-    # The system's randomness, as for all pauses: a user's program may seed `random` alike on every board and at every
-    # start.
-    return replace(request, number=secrets.randbits(31))
-
-
-class SeenRequests:
-    """The numbers of the latest requests, to recognise duplicates. They are random, because a sender that restarts
-    doesn't remember earlier ones, and requests may overtake births."""
-
-    def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
-
-    def is_duplicate(self, device: str, request: BlobRequest | UploadRequest) -> bool:
-        """Whether this delivery of a request repeats an earlier one; a request without a number never does."""
-        if request.number is None:
-            return False
-        key = device, request.number
-        if key in self._seen:
-            return True
-        self._seen[key] = None
-        if len(self._seen) > _MAX_SEEN_REQUESTS:
-            self._seen.popitem(last=False)
-        return False
-
-
-MAX_PATIENCE_S = 120.0
-
-_RESPONSE_DECAY = 0.95
-# Response time, in multiples of the time for connecting, that is assumed until the first one is measured: pieces of
-# blobs are longer than the packets of a handshake, and queue behind each other.
-_ROUND_TRIPS = 2.0
-
-
-class ResponseTime:
-    """A decaying maximum of response times in seconds (`slowest_s`), shared by all transfers from one peer."""
-
-    def __init__(self) -> None:
-        self.slowest_s = 0.0
-
-    def note_connection(self, seconds: float) -> None:
-        """Note the seconds for connecting, which takes two round trips."""
-        self.slowest_s = max(self.slowest_s, min(_ROUND_TRIPS * seconds, MAX_PATIENCE_S))
-
-    def note_peer_measurement(self, slowest: float) -> None:
-        """Note a response time that the peer has measured."""
-        self.slowest_s = max(self.slowest_s, min(slowest, MAX_PATIENCE_S))
-
-    def note_response(self, seconds: float) -> None:
-        """Note the response time of a request that was sent only once."""
-        self.slowest_s = max(_RESPONSE_DECAY * self.slowest_s, seconds)
-
-    def patience(self, min_s: float) -> float:
-        """Seconds, at least `least`, after which a request or its answer was very likely lost."""
-        return min(max(min_s, 2 * self.slowest_s), max(MAX_PATIENCE_S, min_s))
-
 
 # The least number of leaves of a request: one full chunk.
 CHUNK_LEAVES = leaves_per_chunk(DEFAULT_MAX_PACKET)
@@ -99,10 +31,10 @@ WINDOW_LEAVES = 32
 # Outstanding leaves on a fast link: 4 MiB. They wait in no queue there, and a small window would leave the link idle.
 WIDE_WINDOW_LEAVES = 128
 
-_QUICK_RESPONSE_S = 0.1
 # Response times below which the window grows, and above which it shrinks.
-_SLOW_RESPONSE_S = 1.0
+_QUICK_RESPONSE_S, _SLOW_RESPONSE_S = 0.1, 1.0
 
+# Seconds without progress before leaves are requested again; see `Pull`.
 PATIENCE_S = 5.0
 
 # Damaged arrivals of one leaf, or of the leaf table, after which the transfer fails.
@@ -117,7 +49,7 @@ class Pull:
 
     Args:
         chunk_leaves: Minimum number of leaves per request, unless fewer are missing.
-        window_leaves: Outstanding leaves at most.
+        window_leaves: Outstanding leaves (requested, and not here yet) at most.
         limit: Leaves of a chunk; shared by all pulls through one broker.
         patience_s: Seconds without progress before outstanding leaves are requested again. It grows with each
             unsuccessful repetition, and with the response time.
@@ -343,54 +275,3 @@ class Pull:
 
     def _blob_request(self, first: int, count: int) -> BlobRequest:
         return BlobRequest(self.ref.sha256, self._part, first, count, self._limit.requested_limit)
-
-
-class BlobSender:
-    """The stateless sender of blobs: it answers requests from the first of its stores that has the blob."""
-
-    def __init__(self, *stores: BlobStore) -> None:
-        self._stores = stores
-
-    def leaf_count(self, sha256: str) -> int:
-        """The number of leaves of a blob; 0 if no store has it."""
-        store = next((s for s in self._stores if s.has(sha256)), None)
-        try:
-            return 0 if store is None else -(-store.size(sha256) // LEAF_BYTES)
-        except StorageError:
-            return 0
-
-    def answer(self, request: BlobRequest, max_packet: int = DEFAULT_MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
-        """The requested chunks, as far as the blob goes, read while they are consumed; `BlobNotFound` if no store has
-        it.
-
-        Raises `ProtocolError` if not even one leaf fits into an MQTT packet of `max_packet` bytes.
-        """
-        step = min(leaves_per_chunk(max_packet), request.most or MAX_REQUEST)
-        store = next((s for s in self._stores if s.has(request.sha256)), None)
-        if store is None:
-            return BlobNotFound(request.sha256)
-        if request.part == "leaves":
-            try:
-                return _table_chunks(request, store.table(request.sha256), step)
-            except StorageError:
-                if store.has(request.sha256):
-                    raise
-                return BlobNotFound(request.sha256)  # deleted meanwhile
-        return _data_chunks(store, request, step)
-
-
-def _data_chunks(store: BlobStore, request: BlobRequest, step: int) -> Iterator[bytes]:
-    # Chunks of equal size, instead of full ones and a small last one: each message costs the broker the same.
-    step = -(-request.count // -(-request.count // step))
-    # A blob that was deleted meanwhile ends the chunks; the next request gets `BlobNotFound`.
-    with suppress(StorageError, OSError), store.open(request.sha256) as file:
-        yield from read_chunks(file, request.sha256, request.first, request.count, step)
-
-
-def _table_chunks(request: BlobRequest, table: bytes, step: int) -> Iterator[bytes]:
-    end = request.first + request.count
-    for first in range(request.first, end, step):
-        payload = table[first * LEAF_BYTES : min(first + step, end) * LEAF_BYTES]
-        if not payload:
-            return
-        yield Chunk(request.sha256, "leaves", first, payload).to_bytes()
