@@ -5,7 +5,7 @@ the time, and return commands for the server (offer the *subject*, which is the 
 Its state is plain data. A board has failed if it reports a rollback, or nothing until its deadline. Too many failures
 in a stage stop the rollout, with a message that names the boards and reasons.
 
-A report takes as long in a fleet of 20,000 boards as in a fleet of ten: boards are counted by stage and fate, and boards
+A report takes as long in a fleet of 20,000 boards as in a fleet of ten: boards are counted by stage and fate, and those
 that were given the subject are in a heap by their deadlines.
 """
 
