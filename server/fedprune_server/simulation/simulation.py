@@ -7,7 +7,6 @@ It resumes after a kill from two files and the blobs next to them.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedprune.blobs.blob_ref import BlobRef, leaf_digests
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State, SynchronousCoordinator, make_coordinator
 from fedprune.coordination import commands as do
@@ -23,102 +22,29 @@ from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, DivergedError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed_generator
-from fedprune.core.text import one_line, quantity
+from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind, kind_of_exit_code
-from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.updates import CODECS
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.divergence import diagnose_losses, is_uncalibrated
+from fedprune_server.executor.divergence import is_uncalibrated
 from fedprune_server.executor.helpers import with_helpers
-from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE, update_misfit
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, download_sizes
-from fedprune_server.simulation.measure import RoundRecorder
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.network_model import NEVER_CLOSES
 from fedprune_server.simulation.results.record import Record, job_record
-from fedprune_server.simulation.state import (
-    SAVE_PACE,
-    Item,
-    SavedRun,
-    SavePace,
-    SimulationState,
-    TrainingEnd,
-    WindowEnd,
-)
-
-MAX_ATTEMPTS = 20  # attempts after which a round that no device has finished is given up
-MAX_IDLE_CONNECTIONS = 200  # connections per device, without any training, after which the simulation ends
-
-
-class StallDetector:
-    """Ends a simulation in which no device makes progress."""
-
-    def __init__(self, devices: int) -> None:
-        self._devices = devices
-        self._births = 0
-        self._offers_without_update = Counter[str]()
-
-    def on_trained(self) -> None:
-        """Note the end of a training."""
-        self._births = 0
-
-    def on_progress(self) -> None:
-        """Note that an update has arrived, or a round has ended."""
-        self._offers_without_update.clear()
-
-    def on_connected(self, state: State) -> None:
-        """Note a connection. Raises `PlanError` if devices connected too often without any training."""
-        self._births += 1
-        if self._births > MAX_IDLE_CONNECTIONS * self._devices:
-            what = "devices connect and disconnect, and none of them ever trains"
-            raise PlanError(what, hint=standstill_reason(state))
-
-    def on_offered(self, command: do.SendOffer, state: State, refusal: str) -> None:
-        """Note an offer to a device.
-
-        An asynchronous job counts attempts per device, and a device may see many while the round is open for others.
-        There only offers count between which no update arrived, while the round has no deadline. `refusal` is the
-        reason of the last refusal of an offer, empty without any. Raises `PlanError` if the round was offered
-        `MAX_ATTEMPTS` times in vain.
-        """
-        task = state.tasks.get(command.device)
-        # Synchronous rounds count attempts per round: the command knows them.
-        if task is None or task.basis is None:
-            is_stalled = command.attempt > MAX_ATTEMPTS
-        # A first offer is no repetition; a deadline ends the round by itself.
-        elif command.attempt == 1 or state.deadline is not None:
-            is_stalled = False
-        else:
-            self._offers_without_update[command.device] += 1
-            is_stalled = self._offers_without_update[command.device] >= MAX_ATTEMPTS
-        if is_stalled:
-            raise PlanError(
-                f"no device finished round {command.round} in {MAX_ATTEMPTS} attempts",
-                got=refusal or None,
-                hint="" if refusal else "Raise deadline_s, or ask for less training.",
-            )
-
-
-def standstill_reason(state: State, job: Job | None = None) -> str:
-    """The reason why no round begins, with advice if this job's training diverged."""
-    excluded = [(name, d.excluded) for name, d in state.devices.items() if d.excluded]
-    if not excluded:
-        return "Fewer devices can take part than job.devices asks for."
-    advice_text = diagnose_losses([], [d.excluded_by for d in state.devices.values()], job.to_dict()) if job else ""
-    name, reason = min(excluded)
-    further_devices = f" (and {quantity(len(excluded) - 1, 'other')})" if len(excluded) > 1 else ""
-    return f"Device {name}{further_devices}: {reason}" + (
-        f". {advice_text[:1].upper()}{advice_text[1:]}" if advice_text else ""
-    )
-
+from fedprune_server.simulation.round_recorder import RoundRecorder
+from fedprune_server.simulation.saved_run import SAVE_PACE, SavedRun, SavePace
+from fedprune_server.simulation.stall_detector import StallDetector, standstill_reason
+from fedprune_server.simulation.state import ACTIVE_MACS, MACS, Item, SimulationState, TrainingEnd, WindowEnd
+from fedprune_server.simulation.transfers import Transfers
 
 log = logging.getLogger("fedprune.server")
 
@@ -230,22 +156,28 @@ class Simulation:
                     kinds = {device.excluded_by for device in self.state.devices.values()}
                     error = DivergedError if kinds == {FailureKind.DIVERGED} else PlanError
                     raise error("the simulation has come to a standstill", hint=standstill_reason(self.state, self.job))
-                item = self._run.pop()
-                event = self._coordinator_event(item)
-                if event is None:
-                    continue
-                finished_rounds = len(self.state.history)
-                self._carry_out_all(self.coordinator.handle(event, self._run.clock))
-                round_ended = len(self.state.history) > finished_rounds
-                if round_ended:
-                    self._finish_round(self.state.history[-1]["round"])
-                if round_ended or isinstance(item, TrainingEnd):
-                    self._save_if_due(round_ended)
-                    if progress is not None:
-                        progress(self)
+                if self._handle_item(self._run.pop()) and progress is not None:
+                    progress(self)
             self._save()
             self._delete_superseded()
         return self.state.history
+
+    def _handle_item(self, item: Item) -> bool:
+        """Handle an item of the queue, and save the state if that is due; returns whether there is progress to show."""
+        event = self._coordinator_event(item)
+        if event is None:
+            return False
+        finished_rounds = len(self.state.history)
+        self._carry_out_all(self.coordinator.handle(event, self._run.clock))
+        round_ended = len(self.state.history) > finished_rounds
+        if round_ended:
+            self._finish_round(self.state.history[-1]["round"])
+        is_progress = round_ended or isinstance(item, TrainingEnd)
+        if is_progress and self._folder.is_due(round_ended=round_ended):
+            self._save()
+            if round_ended:
+                self._delete_superseded()  # only now: until the new state is saved, a kill goes back to the old one
+        return is_progress
 
     def trained_model(self) -> Model:
         """The global model, with the ranks by which the job cuts it."""
@@ -273,15 +205,13 @@ class Simulation:
         """Load the folder's state, or start from the beginning. Returns whether a state was loaded."""
         self._stalls = StallDetector(len(self._devices))
         saved_run = self._folder.load()
-        if saved_run is not None:
-            self._run, state = saved_run
-            self.coordinator = make_coordinator(self.job, self.model.architecture, state, self.model.frozen)
-            return True
-        self._run = SimulationState()
-        self.coordinator = make_coordinator(self.job, self.model.architecture, self._first_state(), self.model.frozen)
-        for name in sorted(self._devices):
-            self._schedule_birth(name, 0.0)
-        return False
+        self._run, state = saved_run or (SimulationState(), self._first_state())
+        self._transfers = Transfers(self.experiment.weather, self.job.seed, self.store, self._run)
+        self.coordinator = make_coordinator(self.job, self.model.architecture, state, self.model.frozen)
+        if saved_run is None:
+            for name in sorted(self._devices):
+                self._schedule_birth(name, 0.0)
+        return saved_run is not None
 
     @contextmanager
     def _lock_folder(self) -> Iterator[None]:
@@ -355,14 +285,10 @@ class Simulation:
 
     def _pull(self, command: do.PullUpdate, now: float) -> None:
         run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
-        expected = {UPDATE_SIZE: run.sizes.get(device, ref.size), UPDATE_BOUND: run.bounds.get(device)}
-        if reason := update_misfit(expected, ref):
+        if reason := self._transfers.misfit(device, ref):
             run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason, FailureKind.MALFORMED))
             return
-        run.up += ref.size
-        self._device_costs(device)[1] += ref.size
-        link, key = self._devices[device].profile.link, (self.job.seed, command.round, device)
-        arrives_at, run.free[1] = self.experiment.weather.transfer_times(*key, link, "up", ref.size, now, run.free[1])
+        arrives_at = self._transfers.upload(self._devices[device], command.round, ref)
         run.push(arrives_at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
@@ -375,22 +301,10 @@ class Simulation:
         self._stalls.on_offered(command, self.state, run.refusal)
         self._drop_work(name)  # a newer offer replaces an older one
         run.unsent.pop(name, None)
-        run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
-        run.bounds.pop(name, None)
-        if UPDATE_BOUND in command.offer:
-            run.bounds[name] = int(command.offer[UPDATE_BOUND])
-        device, held_digests = self._devices[name], run.held.get(name, [])
-        downloads, weights = download_sizes(command.offer, held_digests), BlobRef.from_dict(command.offer["weights"])
-        missing = {sha256: n for sha256, n in downloads.items() if sha256 not in held_digests}
-        if reused_bytes := self._reused_bytes(name, weights, downloads, held_digests):
-            # Boards fetch leaves of 32 KiB, and copy those that they have.
-            missing[weights.sha256] -= reused_bytes
-        run.held[name] = list(downloads)
-        run.down += sum(missing.values())
-        self._device_costs(name)[0] += sum(missing.values())
-        key, weather, link = (seed, command.round, name), self.experiment.weather, device.profile.link
-        received_at, run.free[0] = weather.transfer_times(*key, link, "down", sum(missing.values()), now, run.free[0])
-        train_s = self._train_s(device, command.offer) / weather.compute_factor(seed, command.round, name)
+        device = self._devices[name]
+        received_at = self._transfers.download(device, command.offer, command.round)
+        slowness = self.experiment.weather.compute_factor(seed, command.round, name)
+        train_s = self._train_s(device, command.offer) / slowness
         # Keyed by attempt and session: a device that dropped out must not drop out of every repetition.
         rng = keyed_generator(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if rng.random() < self.experiment.dropouts.probability:
@@ -410,17 +324,6 @@ class Simulation:
             self._seconds[key] = device.train_s(self.model.architecture, widths, recipe)
         return self._seconds[key]
 
-    def _reused_bytes(
-        self, name: str, weights: BlobRef, downloads: Mapping[str, int], held_digests: Sequence[str]
-    ) -> int:
-        """Bytes of the leaves that a device's new weights share with its last ones: a board copies them."""
-        if weights.sha256 in held_digests or downloads.get(weights.sha256) != weights.size:
-            return 0
-        previous_table, leaf_table = self._run.tables.get(name), self.store.table(weights.sha256)
-        self._run.tables[name] = self.store.put(leaf_table).sha256
-        previous_leaves = set() if previous_table is None else set(leaf_digests(self.store.read(previous_table)))
-        return sum(weights.leaf_size(i) for i, d in enumerate(leaf_digests(leaf_table)) if d in previous_leaves)
-
     def _train(self, item: TrainingEnd) -> on.Event:
         device = self._devices[item.device]
         try:
@@ -433,10 +336,10 @@ class Simulation:
             self._run.refusal = f"{item.device}: {reason}"
             return on.OfferRefused(item.device, item.round, item.attempt, reason, kind_of_exit_code(error.exit_code))
         macs = self._recorder.macs(item.device, item.round, item.offer, outcome.steps, device.samples)
-        spent = self._device_costs(item.device)
-        spent[2] += macs
+        costs = self._run.device_costs(item.device)
+        costs[MACS] += macs
+        costs[ACTIVE_MACS] += round(macs * self._recorder.active_share(item.offer))
         self._run.macs += macs
-        spent[3] += round(macs * self._recorder.active_share(item.offer))
         event = on.UpdateAnnounced(
             item.device,
             item.round,
@@ -449,9 +352,6 @@ class Simulation:
         )
         self._run.unsent[item.device] = event
         return event
-
-    def _device_costs(self, device: str) -> list[int]:
-        return self._run.now.spent.setdefault(device, [0, 0, 0, 0])
 
     def _schedule_birth(self, name: str, earliest: float) -> None:
         """Connect a device as soon as its window is open."""
@@ -490,13 +390,6 @@ class Simulation:
         every = self.experiment.checkpoints
         if every and number % every == 0:
             self._folder.write_checkpoint(self.model, number, self.store.read(self.state.model))
-
-    def _save_if_due(self, round_ended: bool) -> None:
-        """Save where it is due, then delete superseded blobs."""
-        if self._folder.is_due(round_ended=round_ended):
-            self._save()
-            if round_ended:
-                self._delete_superseded()  # only now: until the new state is saved, a kill goes back to the old one
 
     def _save(self) -> None:
         self._folder.save(self._run, self.state)

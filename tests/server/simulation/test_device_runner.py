@@ -28,9 +28,10 @@ from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, TrainingWork, WorkerKilledError
-from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, download_sizes
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
 from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.transfers import download_sizes
 from support.fakes.digits_simulation import boards, boards_that_validate, digits_experiment, digits_net
 from support.fakes.hidden_board import HiddenBoard, hidden_weights
 from support.paths import GRAPHS

@@ -28,9 +28,9 @@ from fedprune_server.simulation.measure import ModelMeasure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.run_folder import is_run, simulate_in_folder
+from fedprune_server.simulation.saved_run import SavePace
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.state import SavePace
 from support.fakes.digits_simulation import (
     KINDS,
     KillError,
@@ -67,7 +67,7 @@ def experiment() -> Experiment:
 # Kills.
 
 
-OFTEN = SavePace(interval_s=0.0, share=0.0)
+OFTEN = SavePace(interval_s=0.0, min_wait_ratio=0.0)
 """States are saved after every training."""
 
 

@@ -21,9 +21,9 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Digits, deal_digits, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
+from fedprune_server.simulation.saved_run import SAVE_PACE, SavePace
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.state import SAVE_PACE, SavePace
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 """Boards of different speed, each called like its kind."""

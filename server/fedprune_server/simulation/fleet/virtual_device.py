@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -31,22 +31,6 @@ from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_server.simulation.datasets.federation import Federation
-
-_BLOB_ENTRIES = ("weights", "training", "inference", "base")  # entries of an offer that refer to blobs
-
-
-def download_sizes(offer: Mapping[str, Any], held_digests: Collection[str]) -> dict[str, int]:
-    """Bytes that a board downloads for an offer, by the digest of each blob.
-
-    `held_digests` are those of blobs that the board has already; weights that it can decode with them travel encoded.
-    """
-    refs = [offer[k] for k in (*_BLOB_ENTRIES, "mask", "moved") if offer.get(k)]
-    sizes, encoded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
-    weights = offer["weights"]["sha256"]
-    if encoded and offer.get("held", encoded["sha256"]) in (*held_digests, encoded["sha256"]):
-        # Encoded weights need the board's old ones; a board without them fetches the plain file.
-        sizes[weights] = int(encoded["size"])
-    return sizes
 
 
 @dataclass(frozen=True)

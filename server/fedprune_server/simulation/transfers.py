@@ -1,0 +1,84 @@
+"""Transfers of a simulation: which bytes an offer or update takes over the virtual links, and when they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from fedprune.blobs.blob_ref import BlobRef, leaf_digests
+from fedprune.blobs.blob_store import BlobStore
+from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE, update_misfit
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.network_model import Weather
+from fedprune_server.simulation.state import DOWN, UP, SimulationState
+
+_BLOB_ENTRIES = ("weights", "training", "inference", "base")  # entries of an offer that refer to blobs
+
+
+def download_sizes(offer: Mapping[str, Any], held_digests: Collection[str]) -> dict[str, int]:
+    """Bytes that a board downloads for an offer, by the digest of each blob.
+
+    `held_digests` are those of blobs that the board has already; weights that it can decode with them travel encoded.
+    """
+    refs = [offer[k] for k in (*_BLOB_ENTRIES, "mask", "moved") if offer.get(k)]
+    sizes, encoded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
+    weights = offer["weights"]["sha256"]
+    if encoded and offer.get("held", encoded["sha256"]) in (*held_digests, encoded["sha256"]):
+        # Encoded weights need the board's old ones; a board without them fetches the plain file.
+        sizes[weights] = int(encoded["size"])
+    return sizes
+
+
+class Transfers:
+    """The transfers of one run, whose state has what each device holds and when the server's link is free."""
+
+    def __init__(self, weather: Weather, seed: int, store: BlobStore, run: SimulationState) -> None:
+        self._weather, self._seed, self._store, self._run = weather, seed, store, run
+
+    def download(self, device: VirtualDevice, offer: Mapping[str, Any], number: int) -> float:
+        """Send a device what it lacks of a round's offer; returns when the last byte arrives."""
+        name, run = device.name, self._run
+        run.sizes[name] = int(offer.get(UPDATE_SIZE, offer["weights"]["size"]))
+        run.bounds.pop(name, None)
+        if UPDATE_BOUND in offer:
+            run.bounds[name] = int(offer[UPDATE_BOUND])
+        held_digests, weights = run.held.get(name, []), BlobRef.from_dict(offer["weights"])
+        downloads = download_sizes(offer, held_digests)
+        missing = {sha256: n for sha256, n in downloads.items() if sha256 not in held_digests}
+        if reused_bytes := self._reused_bytes(name, weights, downloads, held_digests):
+            # Boards fetch leaves of 32 KiB, and copy those that they have.
+            missing[weights.sha256] -= reused_bytes
+        run.held[name] = list(downloads)
+        size = sum(missing.values())
+        run.down += size
+        return self._transfer(device, number, DOWN, size)
+
+    def misfit(self, device: str, ref: BlobRef) -> str:
+        """Why an announced update can't be the one that the device was asked for; empty if it can."""
+        run = self._run
+        return update_misfit({UPDATE_SIZE: run.sizes.get(device, ref.size), UPDATE_BOUND: run.bounds.get(device)}, ref)
+
+    def upload(self, device: VirtualDevice, number: int, ref: BlobRef) -> float:
+        """Receive a device's update of a round; returns when the last byte arrives."""
+        self._run.up += ref.size
+        return self._transfer(device, number, UP, ref.size)
+
+    def _transfer(self, device: VirtualDevice, number: int, direction: int, size: int) -> float:
+        run = self._run
+        run.device_costs(device.name)[direction] += size
+        arrives_at, run.free[direction] = self._weather.transfer_times(
+            self._seed, number, device.name, device.profile.link, "down" if direction == DOWN else "up", size,
+            run.clock, run.free[direction],
+        )  # fmt: skip
+        return arrives_at
+
+    def _reused_bytes(
+        self, name: str, weights: BlobRef, downloads: Mapping[str, int], held_digests: Sequence[str]
+    ) -> int:
+        """Bytes of the leaves that a device's new weights share with its last ones: a board copies them."""
+        if weights.sha256 in held_digests or downloads.get(weights.sha256) != weights.size:
+            return 0
+        previous_table, leaf_table = self._run.tables.get(name), self._store.table(weights.sha256)
+        self._run.tables[name] = self._store.put(leaf_table).sha256
+        previous_leaves = set() if previous_table is None else set(leaf_digests(self._store.read(previous_table)))
+        return sum(weights.leaf_size(i) for i, d in enumerate(leaf_digests(leaf_table)) if d in previous_leaves)
