@@ -27,7 +27,7 @@ from pathlib import PurePosixPath
 from fedprune.core.errors import ImageError
 from fedprune_flash.image.board_setup import FirstBoot, Wifi
 from fedprune_flash.image.fat import Fat
-from fedprune_flash.on_board.installation import FIRST_BOOT_UNIT
+from fedprune_flash.on_board.board_system import FIRST_BOOT_UNIT
 
 CMDLINE_FILE = "cmdline.txt"
 _ISSUE_FILE = "issue.txt"

@@ -36,8 +36,19 @@ from fedprune_flash.kit import wheelhouse
 from fedprune_flash.kit.board_settings import BoardSettings, check_authorities, check_claim
 from fedprune_flash.kit.target import BoardTarget
 from fedprune_flash.kit.unit import unit_text
-from fedprune_flash.on_board import board_files, install, installation, kit_folder, runtime_slot, service_control
-from fedprune_flash.on_board.installation import SETTINGS_FOLDER, STATE_FOLDER
+from fedprune_flash.on_board import (
+    board_files,
+    board_system,
+    install,
+    installation,
+    key_options,
+    kit_folder,
+    module_probe,
+    removal,
+    runtime_slot,
+    service_control,
+)
+from fedprune_flash.on_board.board_system import SETTINGS_FOLDER, STATE_FOLDER
 from fedprune_flash.on_board.kit_folder import (
     AUTHORITY_FILE,
     CLAIM_FILE,
@@ -229,7 +240,8 @@ INSTALLER_FILE = "install.pyz"
 
 _MODULES = (
     *(errors, text, extras, validation, topics, ed25519, slot_store, state, wheel),
-    *(board_files, install, installation, kit_folder, runtime_slot, service_control),
+    *(board_files, board_system, install, installation, key_options, kit_folder, module_probe, removal),
+    *(runtime_slot, service_control),
 )
 
 

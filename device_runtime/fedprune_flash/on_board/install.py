@@ -17,15 +17,11 @@ import zipfile
 from pathlib import Path
 
 from fedprune.core.errors import ExitCode, FedpruneError, UsageError, did_you_mean, error_reason
-from fedprune_flash.on_board.installation import (
-    SERVICE_USER,
-    BoardSystem,
-    Installation,
-    read_claim_option,
-    remove_installation,
-    trusted_key,
-)
+from fedprune_flash.on_board.board_system import SERVICE_USER, BoardSystem
+from fedprune_flash.on_board.installation import Installation
+from fedprune_flash.on_board.key_options import read_claim_option, trusted_key
 from fedprune_flash.on_board.kit_folder import SERVICE_NAME, KitFolder, key_fingerprint
+from fedprune_flash.on_board.removal import remove_installation
 
 
 def install_kit(installation: Installation, wait: float) -> None:

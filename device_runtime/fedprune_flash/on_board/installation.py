@@ -1,142 +1,34 @@
-"""The installation of a kit, which skips every step whose result is there already, and its removal."""
+"""The installation of a kit on a board: every step is skipped whose result is there already."""
 
 from __future__ import annotations
 
 import os
 import platform
-import pwd
 import re
-import stat
 import sys
-from contextlib import suppress
-from pathlib import Path
 
-from fedprune.core.errors import BoardSetupError, JoinError, KitError, UsageError, value_text
-from fedprune.core.text import decode_text
+from fedprune.core.errors import BoardSetupError, KitError, UsageError
 from fedprune.wire.topics import check_device
-from fedprune_device.launcher.slot_store import KEY_FILE, Owner, sync_slot_folder, write_file
-from fedprune_flash.on_board.board_files import are_owned_by, delete_folder, give_to_owner, has_content
+from fedprune_device.launcher.slot_store import sync_slot_folder, write_file
+from fedprune_flash.on_board.board_files import are_owned_by, give_to_owner, has_content
+from fedprune_flash.on_board.board_system import (
+    RUNTIME_FOLDER,
+    SERVICE_USER,
+    SETTINGS_FOLDER,
+    STATE_FOLDER,
+    UNITS_FOLDER,
+    BoardSystem,
+)
 from fedprune_flash.on_board.kit_folder import AUTHORITY_FILE, CLAIM_FILE, ENVIRONMENT_FILE, SERVICE_NAME, KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
-from fedprune_flash.on_board.service_control import ServiceControl, run_command_line
+from fedprune_flash.on_board.service_control import run_command_line
 
-SERVICE_USER = "fedprune"
-RUNTIME_FOLDER, SETTINGS_FOLDER, STATE_FOLDER = "/opt/fedprune", "/etc/fedprune", "/var/lib/fedprune"
 TEGRA_RELEASE_PATH = "/etc/nv_tegra_release"
 SERVICE_PYTHON = "/usr/bin/python3"  # the Python of the service
 
-# The unit that an image customised for cloud-init makes at every boot, until the kit is installed.
-FIRST_BOOT_UNIT = "/run/systemd/system/fedprune-install.service"
-
-_KEY_DIGITS = re.compile(r"[0-9a-f]{64}")
-_CLAIM = re.compile(rb"FP1[A-Z0-9]{56}")
-# Bytes that are read of a claim: its text with dashes and blanks, also in UTF-16 as Windows writes it.
-_MAX_CLAIM_BYTES = 400
-# The last file of an identity that a board writes as it joins.
-_JOINED_FILE = f"{STATE_FOLDER}/identity/tls.key"
-_UNITS_FOLDER = "/etc/systemd/system"
-_WANTS_FOLDER = f"{_UNITS_FOLDER}/multi-user.target.wants"
+_JOINED_FILE = f"{STATE_FOLDER}/identity/tls.key"  # the last file of an identity that a board writes as it joins
 _DEVICE_LINE = re.compile(r"^FEDPRUNE_DEVICE=(.*)$", re.MULTILINE)  # the board's name in its environment
 _PYTHON_VERSION_PROGRAM = "import sys; print('%d.%d' % sys.version_info[:2])"
-
-
-class BoardSystem:
-    """The board that a kit is installed on or removed from.
-
-    A `root` other than / is a trial: no user is made, and systemctl is only called if it is in the root's usr/bin.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.is_live = root == Path("/")
-        self.control = ServiceControl(root)
-        self.unit = self.path_of(f"{_UNITS_FOLDER}/{SERVICE_NAME}")
-        self.link = self.path_of(f"{_WANTS_FOLDER}/{SERVICE_NAME}")
-
-    def path_of(self, path: str) -> Path:
-        return self.root / path.lstrip("/")
-
-    @property
-    def owner(self) -> Owner | None:
-        """The service's user; None in trials and before it is made."""
-        if not self.is_live:
-            return None
-        try:
-            entry = pwd.getpwnam(SERVICE_USER)
-        except KeyError:
-            return None
-        return entry.pw_uid, entry.pw_gid
-
-    def server_key(self) -> bytes | None:
-        """The server's key that this board knows: root's own file, else that of the identity with which it joined."""
-        for path in (f"{RUNTIME_FOLDER}/{KEY_FILE}", f"{STATE_FOLDER}/identity/{KEY_FILE}"):
-            if os.path.lexists(self.path_of(path)):
-                # The second file is the service's: its user could put a link or a pipe there, which root must not open.
-                return read_key_option(str(self.path_of(path)), os.O_NOFOLLOW | os.O_NONBLOCK)
-        return None
-
-    def check_root(self) -> None:
-        """Raise `UsageError` if this is neither root nor a trial."""
-        if self.is_live and os.geteuid() != 0:
-            raise UsageError("only root may do this", hint="Run it with sudo.")
-
-
-def read_key_option(option: str, flags: int = 0) -> bytes:
-    """A server's key from 64 hex digits, or from a file with them, opened with `flags`; else `KitError`."""
-    digits = option
-    try:
-        if not _KEY_DIGITS.fullmatch(option):
-            with os.fdopen(os.open(option, os.O_RDONLY | flags), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise KitError(
-                        f"the server's key {value_text(option)}", expected="a plain file", got="something else"
-                    )
-                digits = file.read(200).decode("ascii", "replace").strip()
-    except OSError as error:
-        raise KitError(f"can't read the server's key {option}: {error.strerror}") from error
-    if not _KEY_DIGITS.fullmatch(digits):
-        raise KitError(f"the server's key {value_text(option)}", expected="64 hex digits, or a file with them")
-    return bytes.fromhex(digits)
-
-
-def read_claim_option(option: str) -> bytes:
-    """A claim from a file, or from standard input for -; else `JoinError`. The service verifies its check."""
-    try:
-        with open(0 if option == "-" else option, "rb", closefd=option != "-") as file:
-            raw = file.read(_MAX_CLAIM_BYTES)
-    except OSError as error:
-        raise JoinError(f"can't read the claim {option}: {error.strerror}") from error
-    with suppress(UnicodeError):
-        raw = decode_text(raw).encode()
-    claim = raw.strip()
-    if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", claim).upper()):
-        raise JoinError(
-            f"the claim {option}",
-            expected="FP1- and 7 groups of 8 characters",
-            # Not the text itself, which may be a key.
-            got=f"another text of {len(claim)} bytes",
-            hint="`fedprune-server claim` makes one.",
-        )
-    return claim
-
-
-def trusted_key(kit: KitFolder, system: BoardSystem, option: str | None, *, unsigned: bool) -> bytes | None:
-    """The key that this board trusts with a kit; None for a kit that may be installed unsigned.
-
-    Raises `KitError` if the kit is not signed, or by another key than the one that the operator names or the board
-    knows.
-    """
-    known_key = system.server_key() if option is None else read_key_option(option)
-    if kit.signature or (known_key is not None and not unsigned):
-        return kit.authenticate(known_key)
-    if not unsigned:
-        raise KitError("the kit is not signed", hint="Make it with --signing-key, or install it with --unsigned.")
-    if system.path_of(f"{RUNTIME_FOLDER}/{KEY_FILE}").exists():
-        raise KitError(
-            "the kit is not signed, and this board's launcher starts only what its server has signed",
-            hint="Make the kit with --signing-key, or --remove the installation first.",
-        )
-    return None
 
 
 class Installation:
@@ -164,7 +56,7 @@ class Installation:
 
     @property
     def runtime(self) -> RuntimeSlot:
-        python = SERVICE_PYTHON if self.system.is_live else sys.executable
+        python = sys.executable if self.system.is_trial else SERVICE_PYTHON
         return RuntimeSlot(self.kit, self.system.path_of(RUNTIME_FOLDER), python, self.system.owner, self.key)
 
     def check(self) -> None:
@@ -203,7 +95,7 @@ class Installation:
             )  # fmt: skip
 
     def _python_version(self) -> str:
-        if not self.system.is_live:
+        if self.system.is_trial:
             return f"{sys.version_info[0]}.{sys.version_info[1]}"
         return run_command_line([SERVICE_PYTHON, "-c", _PYTHON_VERSION_PROGRAM]).strip()
 
@@ -212,7 +104,7 @@ class Installation:
         system, runtime = self.system, self.runtime
         if runtime.has_newer_release:
             print("already: a release from the server is installed; it is newer than the kit's and stays", flush=True)
-        if system.is_live and system.owner is None:
+        if not system.is_trial and system.owner is None:
             self._report_step("make the system user fedprune")
             self._add_user()
             runtime = self.runtime  # whose files are that user's
@@ -292,7 +184,7 @@ class Installation:
         system.link.parent.mkdir(parents=True, exist_ok=True)
         write_file(system.unit, self.kit.read(SERVICE_NAME))
         system.link.unlink(missing_ok=True)
-        system.link.symlink_to(f"{_UNITS_FOLDER}/{SERVICE_NAME}")
+        system.link.symlink_to(f"{UNITS_FOLDER}/{SERVICE_NAME}")
         sync_slot_folder(system.link.parent)
         if self.start:
             system.control.call_systemctl("daemon-reload")
@@ -301,34 +193,3 @@ class Installation:
         self.system.control.call_systemctl("reset-failed", SERVICE_NAME, must=False)
         # At a first boot the network that the service waits for comes later than this.
         self.system.control.call_systemctl("restart", "--no-block", SERVICE_NAME)
-
-
-def remove_installation(system: BoardSystem, *, purge: bool) -> None:
-    """Undo an installation, without a kit; `purge` deletes the board's state, its identity and the user, too."""
-    if system.unit.exists() or system.link.is_symlink():
-        print(f"now: stop and remove {SERVICE_NAME}", flush=True)
-        _remove_service(system)
-    for path in (SETTINGS_FOLDER, RUNTIME_FOLDER, *([STATE_FOLDER] if purge else [])):
-        if os.path.lexists(system.path_of(path)):
-            print(f"now: delete {path}", flush=True)
-            delete_folder(system.path_of(path))
-    if purge and system.owner is not None:
-        print(f"now: remove the user {SERVICE_USER}", flush=True)
-        run_command_line(["userdel", SERVICE_USER])
-    if not purge:
-        print(f"What was learnt stays in {STATE_FOLDER}, and so do the board's identity, its user and its samples.")
-
-
-def _remove_service(system: BoardSystem) -> None:
-    if system.control.may_run:
-        system.control.call_systemctl("stop", SERVICE_NAME)
-    # Else the boot partition's unit would install the kit again at the next boot.
-    if system.path_of(FIRST_BOOT_UNIT).exists():
-        mask = system.path_of(f"{_UNITS_FOLDER}/{Path(FIRST_BOOT_UNIT).name}")
-        mask.unlink(missing_ok=True)
-        mask.symlink_to("/dev/null")
-    for path in (system.link, system.unit):
-        path.unlink(missing_ok=True)
-        if path.parent.is_dir():
-            sync_slot_folder(path.parent)
-    system.control.call_systemctl("daemon-reload", must=False)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import signal
-import subprocess  # nosec B404  # lists of words, never a shell
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageFullError
+from fedprune.core.errors import StorageFullError
 from fedprune_device.launcher.slot_store import KEY_FILE, Owner, SlotRecord, SlotStore, digest_and_size, write_file
 from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, LauncherState
 from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
 from fedprune_flash.on_board.board_files import give_to_owner
 from fedprune_flash.on_board.kit_folder import LAUNCHER_FILE, KitFolder
+from fedprune_flash.on_board.module_probe import load_module
 
 ENTRY_POINT = "fedprune_start:device"
 # The release number of every kit. Those of a server are higher, so that a kit never replaces one.
@@ -24,20 +22,12 @@ KIT_RELEASE_NUMBER = 0
 SPARE_BYTES = 64 * 2**20  # bytes that stay free
 
 _FOLDERS = ("state", "incoming", *SLOTS)
-_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,80}")
-_VERSION = re.compile(r"\d{1,4}(\.\d{1,4}){0,3}")
-_PROBE_TIMEOUT_S = 300.0
-_PROBE_PROGRAM = """
-import sys
-from importlib import import_module
-sys.path[:] = [p for p in sys.path if p]
-print("version", getattr(import_module(sys.argv[1]), "__version__", ""))
-"""
 
 
 class RuntimeSlot:
     """The runtime of a kit, and the folder that it is installed in.
 
+    The folder is laid out once launcher and empty slots are there, and filled once a slot has this runtime or a newer.
     `owner` is the service's user, as whom the kit's modules are tested; None for the installing user. `key` signed the
     kit, and the launcher is to trust it; None for an unsigned kit. `folders` belong to the service's user, whose
     updates write there; the launcher stays root's.
@@ -55,8 +45,8 @@ class RuntimeSlot:
     def is_laid_out(self) -> bool:
         """Whether the folders and this kit's launcher are there."""
         with suppress(OSError):
-            same = (self.slot_store.root / LAUNCHER_FILE).read_bytes() == self._kit.read(LAUNCHER_FILE)
-            return same and all(f.is_dir() for f in self.folders)
+            launcher = (self.slot_store.root / LAUNCHER_FILE).read_bytes()
+            return launcher == self._kit.read(LAUNCHER_FILE) and all(f.is_dir() for f in self.folders)
         return False
 
     def lay_out(self) -> None:
@@ -72,12 +62,12 @@ class RuntimeSlot:
             return False
         try:
             record = self.slot_store.checked_record(state.stable, key=self._key)
-            same = self.slot_store.key() == self._key
+            is_key_current = self.slot_store.key() == self._key
         except DamagedError:
             return False
-        return same and (
-            record.version > KIT_RELEASE_NUMBER or record.name == self._kit.runtime or state.phase != STABLE
-        )
+        # While a release of the server is staged or on trial, the slot that it would replace stays.
+        is_runtime_current = record.version > KIT_RELEASE_NUMBER or record.name == self._kit.runtime
+        return is_key_current and (is_runtime_current or state.phase != STABLE)
 
     @property
     def has_newer_release(self) -> bool:
@@ -110,20 +100,20 @@ class RuntimeSlot:
         The server's key is written once the slot is whole, so that a board always has a slot that its key has signed.
         Raises `ReleaseError` if a wheel is damaged, `RuntimeUnavailableError` if the runtime doesn't load here.
         """
-        home, state = self.slot_store, self._state()
+        store, state = self.slot_store, self._state()
         # The service's user may write here: root must follow none of its links.
-        for path in home.folder.iterdir():
+        for path in store.folder.iterdir():
             if path.is_symlink() or path.name.endswith(".new"):
                 path.unlink()
         slot = self._free_slot()
-        home.drop_record(slot)
+        store.drop_record(slot)
         # The service's user must not write there meanwhile: checked files could be replaced.
-        give_to_owner([home.root / slot], (os.geteuid(), os.getegid()))
-        install_wheels(home, slot, self._wheels(), lambda files: self._tested_record(slot, files), self._key)
+        give_to_owner([store.root / slot], (os.geteuid(), os.getegid()))
+        install_wheels(store, slot, self._wheels(), lambda files: self._tested_record(slot, files), self._key)
         if self._key is not None:
-            write_file(home.root / KEY_FILE, self._key.hex().encode())
-        with home.lock_state():
-            home.save(LauncherState(slot, highest=0 if state is None else state.highest))
+            write_file(store.root / KEY_FILE, self._key.hex().encode())
+        with store.lock_state():
+            store.save(LauncherState(slot, highest=0 if state is None else state.highest))
 
     def _wheels(self) -> list[Wheel]:
         return [Wheel(path, path.name) for path in self._kit.wheels]
@@ -132,8 +122,9 @@ class RuntimeSlot:
         """The record of the unpacked files, after their modules were loaded as the service's user."""
         kit = self._kit
         give_to_owner([self.slot_store.root / slot], self._owner)
-        for module, oldest in kit.manifest["imports"].items():
-            self._load_module(self.slot_store.root / slot, module, oldest)
+        hint = "On a Jetson it is to come with JetPack; a kit brings none." if kit.jetson else "Make another kit."
+        for module, min_version in kit.manifest["imports"].items():
+            load_module(self.slot_store.root / slot, module, min_version, self._python, self._owner, hint)
         # With the wheels recorded, the first release over the air transfers only those that have changed.
         wheels = {digest_and_size(path)[0]: tuple(sorted(Wheel(path, path.name).paths)) for path in kit.wheels}
         proof = kit.signed_text, kit.signature
@@ -160,43 +151,3 @@ class RuntimeSlot:
             self.slot_store.checked_record(slot)
             return True
         return False
-
-    def _load_module(self, slot: Path, module: str, oldest: str) -> None:
-        """Load a module as the launcher would: as the service's user, and in a process of its own.
-
-        An instruction that the processor lacks kills that process.
-        """
-        if not _MODULE.fullmatch(module):
-            raise KitError(f"the kit names a module {module[:60]!r}", hint="Make the kit again.")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        environment |= {"PYTHONPATH": str(slot), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
-        user, group = self._owner or (None, None)
-        try:
-            result = subprocess.run(  # noqa: S603  # nosec B603  # our own lines; the module's name is checked above
-                [self._python, "-c", _PROBE_PROGRAM, module],
-                capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_PROBE_TIMEOUT_S,
-                user=user, group=group, extra_groups=None if user is None else [],
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeUnavailableError(f"{module} doesn't load within {_PROBE_TIMEOUT_S:g} s") from error
-        hint = "On a Jetson it is to come with JetPack; a kit brings none." if self._kit.jetson else "Make another kit."
-        if result.returncode == -signal.SIGILL:
-            raise RuntimeUnavailableError(
-                f"{module} uses instructions that this processor lacks", hint="Take another version of it."
-            )
-        if result.returncode:
-            error_text = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
-            raise RuntimeUnavailableError(f"{module} can't be loaded: {error_text[:300]}", hint=hint)
-        version = next((line[8:] for line in result.stdout.splitlines() if line.startswith("version ")), "")
-        if oldest and _version_numbers(version) < _version_numbers(oldest):
-            raise RuntimeUnavailableError(
-                f"the board's own {module}",
-                expected=f"{oldest} or newer",
-                got=version or "an unknown version",
-                hint=hint,
-            )
-
-
-def _version_numbers(version: str) -> tuple[int, ...]:
-    match = _VERSION.match(version)
-    return tuple(int(number) for number in match[0].split(".")) if match else ()

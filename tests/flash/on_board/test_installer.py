@@ -20,7 +20,7 @@ from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import LauncherState
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_flash import BoardSettings, BoardTarget, Kit, build_kit
-from fedprune_flash.on_board.installation import FIRST_BOOT_UNIT
+from fedprune_flash.on_board.board_system import FIRST_BOOT_UNIT
 from fedprune_flash.on_board.kit_folder import KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from support.fakes import tiny_wheels
