@@ -13,9 +13,10 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model.architecture import Architecture
+from fedprune.model.loss import Y
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.model.step_contract import LOGITS, LOSS, LR, X, Y, next_name
+from fedprune.model.step_contract import LOGITS, LOSS, LR, X, next_name
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.checks.step_feeds import random_labels, step_feeds

@@ -13,7 +13,8 @@ import numpy as np
 
 from fedprune.core.errors import ModelError, error_reason, shape_text
 from fedprune.model.architecture import Architecture
-from fedprune.model.step_contract import LOGITS, LOSS, METRIC_METADATA, SUMS, VALUE, Y
+from fedprune.model.loss import Y
+from fedprune.model.step_contract import LOGITS, LOSS, METRIC_METADATA, SUMS, VALUE
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model, read_model_file

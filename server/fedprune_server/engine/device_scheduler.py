@@ -1,43 +1,19 @@
-"""Assigns connected devices to a server's jobs, looking only at devices that have changed."""
+"""Shares connected devices among the jobs of a server, looking only at devices that have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedprune.coordination.fair_scheduler import FairScheduler, JobDemand
 from fedprune.wire.messages import Birth
 from fedprune_server.engine.job_runner import JobRunner
 
 
-class SingleJobScheduler:
-    """Assigns every device to the only job of a server as soon as it connects.
-
-    Args:
-        connected: The devices that are connected, with their births.
-    """
-
-    def __init__(self, runner: JobRunner, connected: Mapping[str, Birth]) -> None:
-        self._runner, self._connected = runner, connected
-
-    def assignments(self) -> Mapping[str, str]:
-        """The job of each connected device."""
-        return dict.fromkeys(self._connected, self._runner.job.name)
-
-    def on_connect(self, device: str, *, reconnected: bool) -> None:
-        self._runner.assign([self._connected[device]])
-
-    def on_disconnect(self, device: str, session: int) -> None:
-        self._runner.unassign(device, session)
-
-    def share_devices(self, now: float, *, finished: bool) -> None:
-        """Do nothing: no device waits for a job."""
-
-
 class DeviceScheduler:
-    """Shares devices among several jobs: takes back those that have done their part, and assigns free ones.
+    """Takes back the devices that have done their part in a round, and assigns free devices to jobs that need them.
 
     Args:
-        connected: The devices that are connected, with their births.
+        connected: The connected devices, each with its birth (the message by which it announces itself).
 
     Attributes:
         job_of_device: The job to which each device is assigned; free devices are left out.
@@ -86,12 +62,15 @@ class DeviceScheduler:
         if finished:
             self._working_devices = {}
             return
-        checked_devices = set[str]()
         # A pass that assigns devices changes what their jobs need, so that another job may get a device in the next.
         for _ in range(len(self._runners) + len(self._connected)):
-            if not self._share_once(checked_devices):
+            if not self._share_once():
                 break
-        for device in checked_devices | self._devices_to_check | self._refresh_suitability():
+        self._note_working(self._refresh_suitability())
+
+    def _note_working(self, devices: Iterable[str]) -> None:
+        """Note for which of these devices a job awaits their part in a round: their time is charged to that job."""
+        for device in devices:
             job = self.job_of_device.get(device)
             if job is not None and self._runners[job].awaits_part_of(device):
                 self._working_devices[device] = job
@@ -115,20 +94,17 @@ class DeviceScheduler:
         demands = [demand for runner in self._runners.values() if (demand := runner.demand()) is not None]
         return demands, [demand for demand in demands if demand.has_share(len(self._suitable_devices[demand.job]))]
 
-    def _share_once(self, checked_devices: set[str]) -> bool:
-        """Reassign changed devices and assign free ones; returns whether a job got any.
-
-        Adds the devices that it looked at to `checked_devices`.
-        """
+    def _share_once(self) -> bool:
+        """Reassign changed devices, then assign free devices; returns whether a job got any of these."""
         devices_to_check = self._refresh_suitability()
         _, able_demands = self._current_demands()
         only_able_job = able_demands[0].job if len(able_demands) == 1 else None
         if only_able_job != self._only_able_job:  # then every device may belong to another job than before
             self._only_able_job, devices_to_check = only_able_job, devices_to_check | self._connected.keys()
         self._devices_to_check = set()
-        checked_devices |= devices_to_check
         for device in sorted(devices_to_check):
             self._reassign(device)
+        self._note_working(devices_to_check)
         if only_able_job is not None:
             suitable_devices = [device for device in self._free_devices if self._suits(only_able_job, device)]
             assignments = {only_able_job: sorted(suitable_devices)}

@@ -205,7 +205,7 @@ class JobRunner:
     @property
     def is_computing(self) -> bool:
         """Whether a heavy command is under way, such as a last evaluation."""
-        return self._executor.is_busy or self._channel.computing
+        return self._executor.is_busy or self._channel.is_computing
 
     @property
     def max_wait_s(self) -> float:
@@ -249,7 +249,7 @@ class JobRunner:
                 if (result := self._executor.collect()) is None:
                     break
                 self._handle(result)
-            if (ready := self._channel.contributions(self._monotonic())) is not None:
+            if (ready := self._channel.take_sums(self._monotonic())) is not None:
                 self._handle(ready)
             if self._monotonic() - self._last_tick_at >= _TICK_INTERVAL_S:
                 self._last_tick_at = self._monotonic()

@@ -130,7 +130,7 @@ class MessageHandler:
             case SecureStep() as step:
                 self._registry.note_activity(device, now)
                 if step.job == self._job.name:
-                    self._channel.receive(device, step)
+                    self._channel.on_secure_step(device, step)
             case RoundProgress() | Refusal() | TrainingDone() | UpdateAnnouncement() as report:
                 if report.job == self._job.name:
                     return self._on_report(device, report)
@@ -228,12 +228,12 @@ class MessageHandler:
             reason = one_line(message.reason)
             log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)
             kind = kind_of_exit_code(message.exit_code)
-            self._channel.refuse(device, message.round, message.attempt, reason)
+            self._channel.on_refusal(device, message.round, message.attempt, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason, kind)
         contact = self._registry[device]
         metrics = credible_metrics(message.metrics)
         contact.metrics = served_metrics(metrics) or contact.metrics
-        return self._channel.announce(device, message, metrics)
+        return self._channel.on_announcement(device, message, metrics)
 
     def cancel_outdated_part(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
         """Cancel a device's part that can no longer count, so that the device doesn't train in vain."""

@@ -71,7 +71,7 @@ class MaskedChannel(UpdateChannel):
         self._thread = ThreadPoolExecutor(1, "fedprune-masks")
 
     @property
-    def computing(self) -> bool:
+    def is_computing(self) -> bool:
         """Whether vectors are being added, or masks subtracted."""
         return any(cohort.pending_work for cohort in self._cohorts)
 
@@ -110,7 +110,7 @@ class MaskedChannel(UpdateChannel):
         elif device in self._acceptances:
             self._traffic.outbox.send(device, self._acceptances[device], self._job.name)
 
-    def receive(self, device: str, message: SecureStep) -> None:
+    def on_secure_step(self, device: str, message: SecureStep) -> None:
         """Handle a device's answer. An unusable one costs the device its place in the sum."""
         cohort = self._cohort_of(device)
         is_awaited = cohort is not None and message.sum == cohort.sum_id and not cohort.pending_work
@@ -123,7 +123,7 @@ class MaskedChannel(UpdateChannel):
         except (ProtocolError, SignatureError) as error:
             self._drop_device(cohort, device, one_line(str(error)))
 
-    def announce(
+    def on_announcement(
         self, device: str, message: TrainingDone | UpdateAnnouncement, metrics: Mapping[str, float]
     ) -> on.Event | None:
         if isinstance(message, TrainingDone):
@@ -181,13 +181,13 @@ class MaskedChannel(UpdateChannel):
             cohort.pending_work.append((event.device, future))
         return True
 
-    def refuse(self, device: str, round_: int, attempt: int, reason: str) -> None:
+    def on_refusal(self, device: str, round_: int, attempt: int, reason: str) -> None:
         """Drop a device from its sum, if it refuses the current attempt at this round."""
         cohort = self._cohort_of(device)
         if cohort is not None and self._is_current(device, round_, attempt):
             self._drop_device(cohort, device, reason)
 
-    def contributions(self, now: float) -> on.Unmasked | None:
+    def take_sums(self, now: float) -> on.Unmasked | None:
         """End each step whose answers are all in, or whose time is up. Returns the round's sums once all have ended.
 
         No step waits for devices that are offline, except the step of keys, which waits `_RECONNECT_S`: after a restart

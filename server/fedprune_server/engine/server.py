@@ -28,9 +28,10 @@ from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantined, Released
 from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
-from fedprune_server.engine.device_scheduler import DeviceScheduler, SingleJobScheduler
+from fedprune_server.engine.device_scheduler import DeviceScheduler
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
+from fedprune_server.engine.single_job_scheduler import SingleJobScheduler
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
 from fedprune_server.messaging.transport import (
     MAX_TURN_S,

@@ -29,9 +29,9 @@ from fedprune_server.config.server_config import EMBEDDED, SERVER_KEYS, UNSTORED
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.engine.job_inputs import check_job_model, input_changes, input_digests, read_job_model
 from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.executor.final_ranks import final_ranks
 from fedprune_server.executor.retention import kept_models, sweep_blobs
 from fedprune_server.executor.server_samples import load_calibration, load_evaluation
-from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.blob_place import (
     BLOBS_FOLDER,
@@ -375,11 +375,11 @@ def _read_global_model(
         log.warning("the model is without the ranks of its fleet: %s", error)
         return model, weights, None, last_round
     if digest == state.model:
-        return model, weights, settled_ranks(job, model, state, store, digest), last_round
+        return model, weights, final_ranks(job, model, state, store, digest), last_round
     if earlier is not None:
         state.round, state.memory = earlier["round"], earlier["memory"]
         with suppress(StorageError):
-            return model, weights, settled_ranks(job, model, state, store, digest), last_round
+            return model, weights, final_ranks(job, model, state, store, digest), last_round
     return model, weights, None, last_round
 
 

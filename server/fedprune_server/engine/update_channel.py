@@ -1,4 +1,9 @@
-"""The channel through which updates come from a job's devices; it is chosen once, when the job begins to run."""
+"""The channel through which the updates of a job's devices come. It is chosen once, when the job begins to run.
+
+There are two: this one of unmasked updates, and `MaskedChannel` (`engine.secure_sums`) for secure aggregation. The
+job's runner passes each message of a device about its update to the channel, and the events that the channel returns to
+the coordinator.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +19,17 @@ from fedprune_server.engine.command_dispatcher import DeviceTraffic
 class UpdateChannel:
     """The channel of unmasked updates: devices announce them, and the coordinator orders each to be pulled.
 
-    Channels of another kind override the methods in which they differ. A channel answers devices itself, and returns
-    events for the coordinator.
+    Methods that do nothing here are steps of secure aggregation.
     """
 
-    # Whether a device whose part is settled is still needed until its round closes.
+    # Whether a device whose update was counted or refused is still needed until its round closes.
     holds_devices = False
 
     def __init__(self, traffic: DeviceTraffic) -> None:
         self._job, self._state, self._traffic = traffic.job, traffic.state, traffic
 
     @property
-    def computing(self) -> bool:
+    def is_computing(self) -> bool:
         """Whether this channel computes on another thread."""
         return False
 
@@ -33,7 +37,7 @@ class UpdateChannel:
         """Whether the channel itself awaits an upload of a device, though the coordinator has ordered none."""
         return False
 
-    def announce(
+    def on_announcement(
         self, device: str, message: TrainingDone | UpdateAnnouncement, metrics: Mapping[str, float]
     ) -> on.Event | None:
         """Handle the message of a device that has trained: it announces its update, or offers to mask it."""
@@ -43,25 +47,25 @@ class UpdateChannel:
         uploads = self._traffic.uploads
         if uploads.is_fetching(device, message.round, message.attempt, message.weights):
             self._traffic.outbox.send_requests(uploads.on_announcement(device, self._traffic.monotonic()))
-            # A repetition by a board that waits for its turn, as most announcements of a large fleet are. It makes no
+            # Most announcements of a large fleet are repetitions by boards that wait for their turn. They make no
             # event, which would be saved.
             return None
         return announcement(device, message, metrics, message.weights.to_dict())
 
-    def receive(self, device: str, message: SecureStep) -> None:
+    def on_secure_step(self, device: str, message: SecureStep) -> None:
         """Handle a device's answer to a step of secure aggregation."""
 
-    def refuse(self, device: str, round_: int, attempt: int, reason: str) -> None:
-        """Note that a device refuses its part."""
+    def on_refusal(self, device: str, round_: int, attempt: int, reason: str) -> None:
+        """Note that a device refuses its part in a round."""
 
     def take_upload(self, event: on.Event) -> bool:
         """Handle the end of an upload that the channel itself awaits; returns False for one of the coordinator's."""
         return False
 
     def begin_sums(self, command: do.SumMasked) -> None:
-        """Begin to sum updates that devices hold, without receiving any single one."""
+        """Begin the secure sum of updates that devices have."""
 
-    def contributions(self, now: float) -> on.Event | None:
+    def take_sums(self, now: float) -> on.Event | None:
         """The event with the sums that `begin_sums` began, or None if they aren't ready."""
         return None
 
@@ -76,5 +80,6 @@ class UpdateChannel:
 def announcement(
     device: str, message: TrainingDone | UpdateAnnouncement, metrics: Mapping[str, float], weights: dict[str, Any]
 ) -> on.UpdateAnnounced:
+    """The event of a device's message that it has trained; `weights` is empty if the update will be masked."""
     part_fields = message.round, message.attempt, message.base
     return on.UpdateAnnounced(device, *part_fields, weights, message.samples, message.steps, dict(metrics))

@@ -22,7 +22,7 @@ from fedprune.strategies.values import Cut, Memory, Scene, Submodel, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 from fedprune_server.executor.calibration import Calibration
-from fedprune_server.executor.evaluator import Evaluator, LabelledSamples, ModelSessions, check_samples
+from fedprune_server.executor.evaluator import Evaluator, ModelSessions
 from fedprune_server.executor.server_samples import LabelledSamples, check_samples
 
 Array = npt.NDArray[Any]

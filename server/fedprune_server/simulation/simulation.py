@@ -31,8 +31,8 @@ from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.divergence import is_uncalibrated
+from fedprune_server.executor.final_ranks import final_ranks
 from fedprune_server.executor.helpers import with_helpers
-from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
@@ -182,7 +182,7 @@ class Simulation:
     def trained_model(self) -> Model:
         """The global model, with the ranks by which the job cuts it."""
         digest = self.state.model
-        ranks = settled_ranks(self.job, self.model, self.state, self.store, digest)
+        ranks = final_ranks(self.job, self.model, self.state, self.store, digest)
         return with_weights(self.model, tensorfile.decode(self.store.read(digest)), self.experiment.title, ranks)
 
     def record(self) -> Record:

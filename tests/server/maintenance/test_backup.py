@@ -19,7 +19,6 @@ from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune.output.tables import ignore_progress
 from fedprune_server.cli.main import main
-from fedprune_server.engine.state_directory import BLOBS_FOLDER
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import CONSOLE, BackupEntry, BackupManifest
@@ -27,7 +26,9 @@ from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.restoring import Backup
 from fedprune_server.maintenance.state_check import check_state
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import DATABASE_FILE, Storage
+from fedprune_server.storage.blob_place import BLOBS_FOLDER
+from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.storage import Storage
 from fedprune_server.web import database as console_database
 from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job

@@ -20,7 +20,8 @@ from fedprune_server.config.tables import parse_config
 from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.database import LostConnectionError
-from fedprune_server.storage.storage import DATABASE_FILE, Storage
+from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.storage import Storage
 from support.fakes.opened_job import open_job
 from support.fakes.stored_job import filled
 from support.processes.postgres import Postgres

@@ -9,12 +9,11 @@ from msgspec.structs import fields, replace
 
 from fedprune.core.errors import FedpruneError, JoinError, ProtocolError, SignatureError
 from fedprune.security.authority import Authority
+from fedprune.security.certificates import PIN_BYTES, make_tls_key
 from fedprune.security.certificates import make_request as make_csr
-from fedprune.security.certificates import make_tls_key
 from fedprune.security.joining import (
     CLAIM_ID_BYTES,
     CLAIM_SECRET_BYTES,
-    PIN_BYTES,
     JoinClaim,
     check_answer,
     check_request,

@@ -10,14 +10,8 @@ from msgspec.structs import fields, replace
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.messages import (
-    MAX_MESSAGE_BYTES,
-    Birth,
-    Message,
-    Offer,
-    UpdateAnnouncement,
-    parse_message,
-)
+from fedprune.wire.fields import MAX_MESSAGE_BYTES
+from fedprune.wire.messages import Birth, Message, Offer, UpdateAnnouncement, parse_message
 from support.fakes.messages import DIGEST, EXAMPLES, REF, messages
 
 pytestmark = pytest.mark.board

@@ -20,16 +20,16 @@ from fedprune_server.executor.archive import Archive
 log = logging.getLogger("fedprune.server")
 
 
-def settled_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
-    """The ranks by which the job would next cut a model for an unknown board.
+def final_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
+    """The ranks of the channels (the best first) by which a job would cut its next submodel from the finished model.
 
-    None where the fleet trained no prefixes of a ranking: if all boards trained the whole model and nothing else, if
-    submodels are other channels or elements, or if ranks change with the round alone (windows that roll, random ones).
-    None also where a strategy of the user's own can't tell: the model is worth more than its ranks.
+    None if the fleet trained no submodels that are the first channels of a ranking: if all boards trained only the
+    whole model, if submodels are other channels or elements, or if only the round decides the ranks (rolling windows,
+    random ranks). None also if a strategy of the user's own fails: the model is worth more than its ranks.
 
     Args:
-        model: The model that it began with.
-        digest: Of the weights that are cut.
+        model: The model with which the job began.
+        digest: Digest of the finished model's weights.
     """
     try:
         return _next_ranks(job, model, state, store, digest)
