@@ -8,11 +8,13 @@ signatures overlap (`fedprune_server.messaging.authentication`).
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 
-# So many new sessions within so many seconds are suspicious: an agent that reconnects by itself backs off, and makes
-# fewer.
+log = logging.getLogger("fedprune.server")
+
+# Suspicious are this many new sessions within this many seconds: an agent that reconnects by itself backs off.
 MAX_RECONNECTS, RECONNECT_WINDOW_S = 6, 60.0
 
 # Seconds without a new sign after which a suspicion ends.
@@ -36,6 +38,8 @@ Description = tuple[str, int]
 
 @dataclass
 class _SessionHistory:
+    """The connections (sessions) of a device, and the descriptions with which it announced itself."""
+
     session: int
     current: Description
     previous: Description | None = None
@@ -48,14 +52,14 @@ class CloneDetector:
 
     def __init__(self) -> None:
         self._histories: dict[str, _SessionHistory] = {}
-        self._suspected: dict[str, tuple[float, str]] = {}  # when there was a sign last, and the first one
+        self._suspected: dict[str, tuple[float, str]] = {}  # time of the last sign, and reason of the first
         self._reported_at: dict[str, float] = {}
         self._overlaps: dict[str, deque[float]] = {}
 
     def note_birth(self, device: str, session: int, description: Description, online: bool, now: float) -> str:
-        """Note a birth of a device. Call it only for admitted devices, so that strangers can't fill the memory. Returns
-        the reason for which two boards seem to use the name; empty if there is no sign, or if the name was reported
-        within the last hour."""
+        """Note the birth (the announcement) of an admitted device: strangers must not fill the memory. If two boards
+        seem to use the name, warn, at most once an hour. Returns the reason of the warning; empty without one.
+        """
         history = self._histories.setdefault(device, _SessionHistory(session, description))
         if session == history.session:
             history.current = description
@@ -75,15 +79,32 @@ class CloneDetector:
             history.previous, history.current = history.current, description
         history.superseded.append(history.session)
         history.session = session
-        return reason if reason and self._suspect(device, reason, now) else ""
+        if not reason or not self._suspect(device, reason, now):
+            return ""
+        log.warning(
+            "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
+            "unless this one was only started again with other data. If the card of one is a copy of the other's: "
+            "fedprune-server devices replace %s, and let each join again.",
+            device, device, reason, device,
+        )  # fmt: skip
+        return reason
 
     def note_shared_key(self, device: str, now: float) -> bool:
-        """Note overlapping signatures of one key; returns whether to report them, at most once an hour."""
+        """Note overlapping signatures of one key. After enough of them warn, at most once an hour; returns whether."""
         signs = self._overlaps.setdefault(device, deque(maxlen=MIN_OVERLAPS))
         if not signs or now - signs[-1] >= OVERLAP_INTERVAL_S:
             signs.append(now)
         is_repeated = len(signs) == MIN_OVERLAPS and now - signs[0] <= OVERLAP_WINDOW_S
-        return is_repeated and self._suspect(device, SHARED_KEY_REASON, now)
+        if not is_repeated or not self._suspect(device, SHARED_KEY_REASON, now):
+            return False
+        log.warning(
+            "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
+            "%d signs of it within %.0f minutes. A broker that delays messages for long can look the same, so look "
+            "for the second board first. If there is one, take it away, or revoke the identity of both "
+            "(fedprune-server devices replace %s) and let each join again with a name and claim of its own.",
+            device, MIN_OVERLAPS, OVERLAP_WINDOW_S / 60, device,
+        )  # fmt: skip
+        return True
 
     def _suspect(self, device: str, reason: str, now: float) -> bool:
         """Suspect a device; returns whether to report it, at most once an hour."""

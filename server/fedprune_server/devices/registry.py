@@ -1,4 +1,4 @@
-"""A job's devices as people see them: their traffic, progress and problems."""
+"""Registers the devices of a job: admits them, counts their traffic, and notes their progress and problems."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,57 +14,23 @@ from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import JobDevice, Progress
+from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
-from fedprune.planning.plan import WidthPlan
-from fedprune.wire.lost_pieces import LostPieces, dropping_broker_message
-from fedprune.wire.messages import BlobRequest, RoundProgress
-from fedprune_server.devices.clone_detection import MIN_OVERLAPS, OVERLAP_WINDOW_S, CloneDetector
+from fedprune.wire.lost_pieces import dropping_broker_message
+from fedprune.wire.messages import RoundProgress
+from fedprune_server.devices.clone_detection import CloneDetector
+from fedprune_server.devices.contacts import Contact
+from fedprune_server.devices.plan_log import PlanLog
+from fedprune_server.devices.transfer_watch import TransferWatch
 
 log = logging.getLogger("fedprune.server")
 
-
-# Submodels and plans whose figures and texts are cached: devices of equal widths share them.
-_MAX_REMEMBERED_PLANS = 4096
+# Submodels whose numbers of parameters are cached: devices of equal widths share them.
+_MAX_CACHED_WIDTHS = 4096
 
 # The phase of a board's part before it has everything that it was offered.
 _DOWNLOAD = "download"
-
-# Shared by all devices without metrics, to save memory: metrics are replaced, never changed in place.
-_NO_METRICS: Mapping[str, float] = {}
-
-
-@dataclass(slots=True)
-class Contact:
-    """A device's volatile state, in addition to the coordinator's.
-
-    Attributes:
-        bytes_down: Payload bytes to the device, over all starts of the server.
-        bytes_up: Payload bytes from it.
-        progress: Its last report on its current part.
-        offered_at: Time of its last offer; None once its update has arrived.
-        heard_at: Time of its last sign of working on its offer.
-        part_seconds: Time from its last offer until its update arrived.
-        metrics: Those of the model that it serves, on its own test samples, as last reported.
-        introduced: Hash of what was last logged of its plan.
-        problem: The reason for which it can't take part; empty without one.
-        temperature_c: As reported last: at its start, or while it worked.
-        last_message_at: Seconds since 1970; None before the first message since the server's start.
-    """
-
-    bytes_down: int = 0
-    bytes_up: int = 0
-    progress: RoundProgress | None = None
-    software: str = ""
-    offered_at: float | None = None
-    heard_at: float = -math.inf
-    part_seconds: float | None = None
-    metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
-    introduced: int = 0
-    problem: str = ""
-    temperature_c: float | None = None
-    last_message_at: float | None = None
 
 
 class DeviceRegistry:
@@ -86,6 +50,8 @@ class DeviceRegistry:
         total_traffic: Payload bytes to and from all devices, over all starts of the server.
         unsaved_traffic: Payload bytes to and from devices for which they have changed since they were saved.
         crashes: How devices' programs ended last, until an update of theirs arrives.
+        transfers: Notices pieces of blobs that the broker drops.
+        clones: Detects names that two boards use.
         unplanned_devices: Devices that have announced themselves but can't take part, and why. The coordinator doesn't
             know them.
     """
@@ -102,21 +68,18 @@ class DeviceRegistry:
         *,
         prefix: str = "",
     ) -> None:
-        self._job = job
-        self._architecture = architecture
         self.model_parameters = costs_at(architecture, architecture.sizes).parameters
         self._state = state
         self._limit = limit
         self._clock = clock
         self._contacts = {name: Contact(bytes_down=down, bytes_up=up) for name, (down, up) in traffic.items()}
         self.total_traffic = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
-        self._plan_descriptions: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
-        self.parameters_at = lru_cache(_MAX_REMEMBERED_PLANS)(partial(submodel_parameters, architecture))
+        self._plan_log = PlanLog(job, architecture, self.model_parameters, prefix)
+        self.parameters_at = lru_cache(_MAX_CACHED_WIDTHS)(partial(submodel_parameters, architecture))
         self.unsaved_traffic: dict[str, tuple[int, int]] = {}
         self.prefix = prefix
         self.clones = CloneDetector()
-        self._lost_downloads = defaultdict[str, LostPieces](LostPieces)
-        self._lost_uploads = defaultdict[str, LostPieces](LostPieces)
+        self.transfers = TransferWatch(self._contacts)
         self.crashes: dict[str, str] = {}
         self._silent_since_offer = set[str]()  # devices of which nothing has come since their offer
         self.unplanned_devices: dict[str, dict[str, Any]] = {}
@@ -189,7 +152,7 @@ class DeviceRegistry:
         contact = self[device]
         contact.heard_at, contact.progress = now, progress or contact.progress
         if progress is not None and progress.phase != _DOWNLOAD:
-            self._lost_downloads.pop(device, None)
+            self.transfers.note_complete_download(device)
         if progress is not None and progress.temperature_c is not None:
             contact.temperature_c = progress.temperature_c
 
@@ -215,26 +178,6 @@ class DeviceRegistry:
                 self._silent_since_offer.add(name)
         return sorted(names)
 
-    def note_download_request(self, device: str, request: BlobRequest, now: float) -> None:
-        """Note that a device requests pieces of a blob, which it is sent."""
-        if device in self._contacts:
-            self._lost_downloads[device].note_request(request, now)
-
-    def note_upload_request(self, device: str, request: BlobRequest, now: float) -> None:
-        """Note that pieces of its update are requested from a device."""
-        if device in self._contacts:
-            self._lost_uploads[device].note_request(request, now)
-
-    def drop_reasons(self) -> dict[str, str]:
-        """Texts about devices whose pieces of blobs, sent or requested, seem to be dropped by the broker."""
-        reasons = {name: "gets no piece of its model: " + dropping_broker_message("what is sent to it")
-                   for name, lost_pieces in self._lost_downloads.items() if lost_pieces.is_stuck}  # fmt: skip
-        update_reason = "announces its update, and no piece of it comes: " + dropping_broker_message("what it sends")
-        for name, lost_pieces in self._lost_uploads.items():
-            if lost_pieces.is_stuck:
-                reasons[name] = update_reason
-        return reasons
-
     def silence_reasons(self) -> dict[str, str]:
         """Texts about devices of which nothing has come since their offer, disconnected ones included."""
         beginning = "was offered a round, and nothing has come of it since: its program hangs, or "
@@ -242,40 +185,16 @@ class DeviceRegistry:
 
     def note_delivery(self, device: str, now: float) -> None:
         """Note that a device's update has arrived."""
-        self.forget_transfers(device)
+        self.transfers.forget(device)
         self.crashes.pop(device, None)
         contact = self[device]
         if contact.offered_at is not None:
             contact.part_seconds, contact.offered_at = now - contact.offered_at, None
 
     def note_birth(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
-        """Note an admitted device's birth. Warn if another board seems to use its name."""
-        self.forget_transfers(device)
-        reason = self.clones.note_birth(device, session, (profile, samples), connected, now)
-        if reason:
-            log.warning(
-                "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
-                "unless this one was only started again with other data. If the card of one is a copy of the other's: "
-                "fedprune-server devices replace %s, and let each join again.",
-                device,
-                device,
-                reason,
-                device,
-            )
-
-    def note_shared_key(self, device: str, now: float) -> None:
-        """Note a sign that two boards sign with one key. Warn after enough signs."""
-        if self.clones.note_shared_key(device, now):
-            log.warning(
-                "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
-                "%d signs of it within %.0f minutes. A broker that delays messages for long can look the same, so look "
-                "for the second board first. If there is one, take it away, or revoke the identity of both "
-                "(fedprune-server devices replace %s) and let each join again with a name and claim of its own.",
-                device,
-                MIN_OVERLAPS,
-                OVERLAP_WINDOW_S / 60,
-                device,
-            )
+        """Note an admitted device's birth."""
+        self.transfers.forget(device)
+        self.clones.note_birth(device, session, (profile, samples), connected, now)
 
     def exclude(self, device: str, problem: str, profile: str, samples: int, *, cannot_start: bool = False) -> None:
         """Note that an admitted device can't be planned for, or reports that it can't start. It is logged once."""
@@ -292,14 +211,9 @@ class DeviceRegistry:
             del self.unplanned_devices[device]
             self[device].problem = ""
 
-    def forget_transfers(self, device: str) -> None:
-        """Forget the requests under way to and from a device: their pieces can no longer be missed."""
-        self._lost_uploads.pop(device, None)
-        self._lost_downloads.pop(device, None)
-
     def note_disconnect(self, device: str) -> None:
         """Note that a device has disconnected."""
-        self.forget_transfers(device)
+        self.transfers.forget(device)
         if device in self.unplanned_devices:
             self.unplanned_devices[device]["online"] = False
             self._note_seen(device)
@@ -310,47 +224,11 @@ class DeviceRegistry:
             self.unplanned_devices[device]["seen_at"] = at
 
     def introduce(self, name: str) -> None:
-        """Log a connected device once per plan, with the plan; of one that was logged before, only the first line."""
-        contact, device = self[name], self._state.devices[name]
+        """Log a connected device, for which the coordinator has a plan."""
+        contact = self[name]
         contact.problem = ""
         self.unplanned_devices.pop(name, None)
-        introduction = hash((device.widths, device.excluded, device.profile.get("name")))
-        if introduction == contact.introduced:
-            return
-        contact.introduced = introduction
-        title = device.profile.get("title") or device.profile.get("name")
-        if device.excluded:
-            log.warning("%sdevice %s (%s) is excluded: %s", self.prefix, name, title, device.excluded)
-            return
-        description = (name, title, device.samples, contact.software or "?")
-        log.info("%sdevice %s is connected: %s, %d samples, %s", self.prefix, *description)
-        plan_hash = hash(device.plan if device.plan is not None else (device.widths, device.density))
-        if plan_hash not in self._plan_descriptions:
-            if len(self._plan_descriptions) >= _MAX_REMEMBERED_PLANS:
-                self._plan_descriptions.clear()
-            self._plan_descriptions[plan_hash] = self._log_plan(device)
-        elif device.plan is not None or device.density != self._job.density:
-            log.info("  %s", self._plan_descriptions[plan_hash][0])
-        if warning := self._plan_descriptions[plan_hash][1]:
-            log.warning("%sdevice %s: %s", self.prefix, name, warning)
-
-    def _log_plan(self, device: JobDevice) -> tuple[str, str]:
-        """Log a plan that no other device has had. Returns its first line and warning, for devices that share it."""
-        if device.plan is None:
-            kept_share = costs_at(self._architecture, device.widths).parameters / self.model_parameters
-            decider = "job" if device.density == self._job.density else "strategy"
-            lines = [
-                f"density {device.density:.3g}, as the {decider} says: keeps {100 * kept_share:.0f}% of the weights"
-            ]
-            warning = ""
-        else:
-            plan = WidthPlan.from_dict(device.plan)
-            lines, warning = plan.describe(self.model_parameters).splitlines(), plan.warning
-            lines[0] = f"{lines[0]}, {plan.unbound_line() or f'bound by {plan.bound}'}"
-        log.info("  %s", lines[0])
-        for line in lines[1:]:  # for everyday use `status` and the console's page of the board have them
-            log.debug("  %s", line)
-        return lines[0], warning
+        self._plan_log.introduce(name, contact, self._state.devices[name])
 
     def is_excluded(self, device: str) -> bool:
         """Whether a device is known to be unable to take part."""

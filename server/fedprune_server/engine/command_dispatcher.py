@@ -84,7 +84,7 @@ class CommandDispatcher:
             case do.Cancel():
                 prefix = self._registry.prefix
                 log.debug("%sdevice %s: round %d is void: %s", prefix, device, command.round, command.reason)
-                self._registry.forget_transfers(device)
+                self._registry.transfers.forget(device)
                 self._outbox.send(device, Cancelled(job, command.round, command.attempt, command.reason), job)
             case do.TellFinished():
                 self._outbox.send(device, Finished(job), job)

@@ -264,7 +264,7 @@ class Server:
             case Released():
                 self._request_birth(item.device)
             case DuplicateIdentity():
-                self.main_runner.registry.note_shared_key(item.device, now)
+                self.main_runner.registry.clones.note_shared_key(item.device, now)
 
     def _receive(self, topic: str, payload: bytes) -> None:
         """Decode a message and pass it on. An invalid one is dropped, and logged the first few times."""

@@ -87,7 +87,7 @@ class SnapshotMaker:
             unplanned_devices=registry.unplanned_devices,
             revoked_devices=LazyMapping(lambda: dict.fromkeys(self._revoked_devices(), True)),
             cloned_devices=LazyMapping(registry.clones.suspicions),
-            undelivered_devices=LazyMapping(registry.drop_reasons),
+            undelivered_devices=LazyMapping(registry.transfers.drop_reasons),
             silent_devices=LazyMapping(registry.silence_reasons),
             crashes=registry.crashes,
             comparisons=LazyMapping(lambda: compare_latest(state)),

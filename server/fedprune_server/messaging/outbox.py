@@ -101,7 +101,7 @@ class Outbox:
         for device, request in requests:
             if isinstance(request, BlobRequest):
                 self._quarantine.credit_leaves(device, request.count)
-                self._registry.note_upload_request(device, request, self._clock())
+                self._registry.transfers.note_upload_request(device, request, self._clock())
             self._quarantine.credit_message(device)
             topic, payload = self._topics.down(device), with_request_id(request).to_bytes()
             # Behind messages that are queued already, so that their order stays.
@@ -115,7 +115,7 @@ class Outbox:
         if self._is_duplicate(device, request):
             return
         if request.sha256 in allowed_digests:
-            self._registry.note_download_request(device, request, self._clock())
+            self._registry.transfers.note_download_request(device, request, self._clock())
             self._quarantine.charge_request(device, request.sha256, self._downloads.leaf_count(request.sha256))
             self._downloads.add(device, request)
         else:

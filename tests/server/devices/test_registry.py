@@ -27,14 +27,14 @@ def test_pieces_of_a_transfer_that_is_over_are_not_missed(end: str) -> None:
     registry.admit("a", "test", 0)
     want = BlobRequest("b" * 64, "data", 0, 1)
     for now in (0.0, 5.0, 15.0):
-        registry.note_upload_request("a", want, now)
-        registry.note_download_request("a", want, now)
-    assert registry.drop_reasons().keys() == {"a"}
+        registry.transfers.note_upload_request("a", want, now)
+        registry.transfers.note_download_request("a", want, now)
+    assert registry.transfers.drop_reasons().keys() == {"a"}
     if end == "gone":
         registry.note_disconnect("a")
     else:  # it lost its power, and its broker hasn't noticed yet
         registry.note_birth("a", 2, "pi", 10, 20.0, connected=True)
-    assert registry.drop_reasons() == {}
+    assert registry.transfers.drop_reasons() == {}
 
 
 @pytest.mark.parametrize("message", ["counted", "counted in another job"])

@@ -83,7 +83,8 @@ def digest(store: BlobStore) -> str:
 
 def outbox_of_server(link: Slow, store: BlobStore) -> Outbox:
     registry: Any = SimpleNamespace(
-        count_sent=lambda *_: None, note_download_request=lambda *_: None, note_upload_request=lambda *_: None
+        count_sent=lambda *_: None,
+        transfers=SimpleNamespace(note_download_request=lambda *_: None, note_upload_request=lambda *_: None),
     )
     return Outbox(SiteLink(link, TOPICS), registry, Downloads(BlobSender(store)))
 

@@ -103,7 +103,8 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             stack.callback(link.close)
             link.start()
         registry: Any = SimpleNamespace(
-            count_sent=lambda *_: None, note_download_request=lambda *_: None, note_upload_request=lambda *_: None
+            count_sent=lambda *_: None,
+            transfers=SimpleNamespace(note_download_request=lambda *_: None, note_upload_request=lambda *_: None),
         )
         post = Outbox(
             SiteLink(server, TOPICS),
@@ -161,7 +162,8 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
 def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path) -> None:
     link: Any = SimpleNamespace(publish=lambda *_: True)
     registry: Any = SimpleNamespace(
-        count_sent=lambda *_: None, note_download_request=lambda *_: None, note_upload_request=lambda *_: None
+        count_sent=lambda *_: None,
+        transfers=SimpleNamespace(note_download_request=lambda *_: None, note_upload_request=lambda *_: None),
     )
     store = BlobStore(tmp_path, durable=False)
     ref = store.put(b"x")

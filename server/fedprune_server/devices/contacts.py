@@ -1,0 +1,44 @@
+"""What the server knows of a device from its messages, beside the coordinator's state: its contact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedprune.wire.messages import RoundProgress
+
+# Shared by all devices without metrics, to save memory: metrics are replaced, never changed in place.
+_NO_METRICS: Mapping[str, float] = {}
+
+
+@dataclass(slots=True)
+class Contact:
+    """A device's volatile state, in addition to the coordinator's.
+
+    Attributes:
+        bytes_down: Payload bytes to the device, over all starts of the server.
+        bytes_up: Payload bytes from it.
+        progress: Its last report on its current part.
+        offered_at: Time of its last offer; None once its update has arrived.
+        heard_at: Time of its last sign of working on its offer.
+        part_seconds: Time from its last offer until its update arrived.
+        metrics: Those of the model that it serves, on its own test samples, as last reported.
+        introduced: Hash of what was last logged of its plan.
+        problem: The reason for which it can't take part; empty without one.
+        temperature_c: As reported last: at its start, or while it worked.
+        last_message_at: Seconds since 1970; None before the first message since the server's start.
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    progress: RoundProgress | None = None
+    software: str = ""
+    offered_at: float | None = None
+    heard_at: float = -math.inf
+    part_seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
+    introduced: int = 0
+    problem: str = ""
+    temperature_c: float | None = None
+    last_message_at: float | None = None
