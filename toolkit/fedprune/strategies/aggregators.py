@@ -81,12 +81,8 @@ class Mean(Aggregator):
         return not self.only_changed  # which rows changed depends on other tensors
 
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
-        """Empty sums for a round.
-
-        Raises:
-            BundleError: The model is not finite, or there is no such rule.
-            ConfigError: A pattern of `excluded` matches no tensor.
-        """
+        """Empty sums for a round. Raises `BundleError` if the model is not finite or there is no such rule,
+        `ConfigError` if a pattern of `excluded` matches no tensor."""
         # Compiled sums pay only for large models: the size decides whether they are loaded.
         load_kernels(sum(tensor.size for tensor in scene.model.values()))
         return Fold(
@@ -99,8 +95,7 @@ class Mean(Aggregator):
         )
 
     def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
-        """Add an update: all of it or, where it raises, nothing. Raises `BundleError` or `ProtocolError` as
-        `Fold.add`."""
+        """Add an update: all of it or, if this raises, nothing. Raises as `Fold.add`."""
         check_reconstruction(fold, report, lifted)
         mask = self._counted_elements(report, lifted)
         fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask, checked=True)
@@ -133,8 +128,7 @@ class DeltaMean(Mean):
     """
 
     def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
-        """Add an update's move: all of it or, where it raises, nothing. Raises `BundleError` or `ProtocolError` as
-        `Fold.add`."""
+        """Add an update's move: all of it or, if this raises, nothing. Raises as `Fold.add`."""
         check_reconstruction(fold, report, lifted)
         fold.add(
             lifted.selection,

@@ -1,8 +1,8 @@
-"""Allocators: how much of the model each device gets, which the coordinator asks them.
+"""Allocators decide how much of the model each device gets; the coordinator asks them.
 
-An allocator has no state of its own: what it remembers of a device is in `Device.allocation`, what it remembers of
-the fleet in `State.allocation`, as plain JSON that is saved with every event. A density becomes widths, the same share
-of every channel group, or, where masks are made of elements, stays a density over a model of full width.
+An allocator has no state of its own: what it remembers of a device is in `Device.allocation`, what it remembers of the
+fleet in `State.allocation`, as plain JSON that is saved with every event. A density becomes widths, the same share of
+every channel group, or, where masks are made of elements, stays a density over a model of full width.
 
 Without an allocator devices are planned for (`fedprune.coordination.width_planner`): by the job's `density`, or by what
 their boards can hold and do within the job's deadline.
@@ -34,12 +34,8 @@ TIMES = "times"
 class Fleet:
     """The input of an allocator.
 
-    Attributes:
-        job: The job's settings.
-        architecture: The global model's architecture.
-        state: The coordinator's state: its devices' `density`, `widths` and `allocation`, and its own `allocation`, are
-            the allocator's to replace (never to change in place); the rest is to be read.
-        min_channels: As of the strategy.
+    An allocator replaces `density`, `widths` and `allocation` of the state's devices, and the state's own `allocation`,
+    never in place; it only reads the rest.
     """
 
     job: Job
@@ -64,15 +60,8 @@ class Fleet:
         return index
 
     def grant(self, name: str, density: float, *, masks_elements: bool) -> bool:
-        """Give a device a share of the model; times that it took for another one are forgotten.
-
-        Args:
-            density: The share, above 0 and at most 1.
-            masks_elements: Whether masks are made of elements: the device keeps all channels.
-
-        Returns:
-            Whether that is another share than it had.
-        """
+        """Give a device a share of the model, above 0 and at most 1; returns whether it had another one. Times at
+        another share are forgotten. If masks are made of elements, the device keeps all channels."""
         device = self.state.devices[name]
         # An element mask keeps the shape of every tensor, so the board holds the whole model.
         widths = self.architecture.sizes if masks_elements else widths_at(self.architecture, density)
@@ -108,18 +97,12 @@ class Allocator(ABC):
         return False
 
     def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:  # noqa: B027 - may stay empty
-        """An update of a device counts.
-
-        Args:
-            seconds: From the offer until the update was here; None where that is not known, as after a restart.
-        """
+        """An update of a device counts. `seconds` are from the offer until the update was here; None if unknown, as
+        after a restart."""
 
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
-        """A round has ended, of number `fleet.state.round`; returns whether densities have changed.
-
-        Args:
-            metrics: What the server measured of the new model; empty where it didn't.
-        """
+        """A round has ended, of number `fleet.state.round`; returns whether densities have changed. `metrics` are what
+        the server measured of the new model; empty where it didn't."""
         return False
 
     def done(self, fleet: Fleet) -> bool:
@@ -129,12 +112,7 @@ class Allocator(ABC):
 
 @dataclass(frozen=True)
 class Fixed(Allocator):
-    """The same density for everybody.
-
-    Attributes:
-        density: Above 0 and at most 1.
-        masks_elements: Whether masks are made of elements.
-    """
+    """The same density for everybody, above 0 and at most 1."""
 
     density: float = 1.0
     masks_elements: bool = False
@@ -212,13 +190,8 @@ def check_density(what: Subject, value: object) -> None:
 
 
 def density_allocator(job: Job, densities: Sequence[float], *, default: Sequence[float] = ()) -> Allocator | None:
-    """The allocator of a strategy's option `densities`, the job's `density` or a default; None for the planner.
-
-    Args:
-        job: Its own `density` comes next.
-        densities: One per tier; empty to leave it to the job or, where it has none, to the default.
-        default: Densities of the preset's own; empty to leave it to the planner.
-    """
+    """The allocator of a strategy's option `densities` (one per tier), else of the job's `density`, else of a preset's
+    default; None, for the planner, if all are empty."""
     if densities:
         return Tiers(tuple(densities))
     if job.density:

@@ -23,13 +23,10 @@ _TYPE_TEXTS = {
 
 
 def read_options(job: Job, kind: type[T]) -> T:
-    """A preset's settings from a job's `options`.
+    """A preset's settings from a job's `options`. Raises `ConfigError` if an option is unknown or of another type.
 
-    Raises `ConfigError` if an option is unknown or of another type.
-
-    Args:
-        kind: A frozen dataclass whose fields all have defaults; their types (bool, int, float, str, tuple or dict)
-            are checked against the defaults', their values by `fedprune.core.settings`.
+    `kind` is a frozen dataclass whose fields all have defaults. Types (bool, int, float, str, tuple or dict) are
+    checked against the defaults', values by `fedprune.core.settings`.
     """
     if not is_dataclass(kind):
         raise TypeError("options are described by a dataclass")

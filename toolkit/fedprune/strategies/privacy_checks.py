@@ -13,14 +13,12 @@ from fedprune.updates.privacy import LOCAL, SHARED
 
 
 def check_private(job: Job, strategy: Strategy) -> Strategy:
-    """Check that a job's privacy can be kept by its strategy.
+    """Return a strategy that can keep its job's privacy. Raises `ConfigError` if it can't, which names the strategy and
+    says why.
 
     With local noise a board releases its update, so that no use of it by the server costs more; the board must not send
     other measurements. With shared noise only the sum is released, so that a strategy that uses single updates is
-    refused. Raises `ConfigError` if it can't; the message names the strategy and says why.
-
-    Returns:
-        The strategy.
+    refused.
     """
     if not job.privacy.is_on:
         return strategy
@@ -44,12 +42,8 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
 
 
 def check_secure(job: Job, strategy: Strategy) -> Strategy:
-    """Check that a job with secure aggregation needs no more than sums of masked updates. Raises `ConfigError`, which
-    says what does.
-
-    Returns:
-        The strategy.
-    """
+    """Return a strategy that needs only sums of masked updates, if its job has secure aggregation. Raises
+    `ConfigError`, which says what needs more."""
     if not job.secure_aggregation:
         return strategy
     reader = _single_update_reader(job, strategy, (PLAIN, "int8"))
@@ -69,11 +63,8 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
 
 
 def _single_update_reader(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
-    """What of a job reads single updates, or more than their sum; empty if nothing does.
-
-    Args:
-        allowed: Codecs that don't.
-    """
+    """What of a job reads single updates, or more than their sum; empty if nothing does. `allowed` are the codecs that
+    don't."""
     # AUTO is the strategy's own codec, which is checked with the strategy.
     codecs = {job.compression, *job.compression_of.values()} - {AUTO, *allowed}
     readers = {

@@ -63,12 +63,8 @@ class Recovery:
             device.allocation = {**device.allocation, SCORE: new_score}
 
     def review(self, state: State, min_density: float) -> dict[str, float]:
-        """Check all scores: the devices that grow, with their new densities.
-
-        Args:
-            state: Its devices' and its own `allocation` are replaced.
-            min_density: ρ_min, the floor before it has grown.
-        """
+        """Check all scores, replace `allocation` of the state and its devices, and return the devices that grow with
+        their new densities. `min_density` is ρ_min, the floor before it has grown."""
         members = {n: d for n, d in sorted(state.devices.items()) if d.widths and not d.excluded}
         if not members:
             return {}

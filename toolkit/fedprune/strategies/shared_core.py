@@ -53,11 +53,8 @@ class SharedCore:
         )
 
     def choose_core(self, counts: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
-        """The core, as its share of the model and its widths.
-
-        Args:
-            counts: How many boards can hold each share of the model and widths; one or more.
-        """
+        """The core, as its share of the model and its widths. `counts` says how many boards can hold each share and
+        widths."""
         needed_boards, boards = self.board_share * sum(counts.values()) - 1e-9, 0
         # Widest first: the core is the largest submodel that enough boards can hold.
         for core in sorted(counts, reverse=True):

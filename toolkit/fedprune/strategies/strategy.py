@@ -125,12 +125,9 @@ class Strategy:
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
     ) -> RoundClosing:
-        """The next model.
-
-        Args:
-            rate: Share of the way from w_t to the sums' mean that the schedule allows (1 in synchronous rounds).
-            reports: Reads all updates again, each with its reconstruction, for what is not a sum (a median).
-        """
+        """The next model. `rate` is the share of the way from w_t to the sums' mean that the schedule allows (1 in
+        synchronous rounds). `reports` reads all updates again, each with its reconstruction, for what is not a sum (a
+        median)."""
         return self.aggregator.close(fold, scene, rate, reports)
 
     @property
@@ -149,12 +146,8 @@ class Strategy:
         return type(self).reconstruct is Strategy.reconstruct
 
     def codecs(self, job: Job, profile: object, supported: Collection[str]) -> Codecs:
-        """The codecs of a device's updates, and of the weights that it is sent; None for plain files.
-
-        Args:
-            profile: The name of its hardware profile.
-            supported: The codecs that it knows.
-        """
+        """The codecs of a device's updates, and of the weights that it is sent; None for plain files. `profile` is the
+        name of its hardware profile, `supported` are the codecs that it knows."""
         # The strategy's own codec gives way here (see `compression`); one that the job names doesn't.
         is_plain = self.uses_masks or job.uses_sums_only
         default_codec = PLAIN if is_plain else self.compression
@@ -163,14 +156,10 @@ class Strategy:
         return (None if job.uses_sums_only else up), down
 
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
-        """The recipe by which a device's costs are predicted.
+        """The recipe by which a device's costs are predicted, at these widths (a share `density` of the model).
 
         That is the recipe of a device without an update yet, in the first round after those of exploration. Raises
         `ConfigError` if the job's own recipe has settings that don't go with the strategy's.
-
-        Args:
-            widths: The channels per group that it would have.
-            density: The share of the model that these are.
         """
         # The first round after exploration: an explorer's recipe is longer, and would make every plan too narrow.
         turn = Turn(job.seed, self.exploration_rounds + 1, device, widths, density, samples)

@@ -23,11 +23,7 @@ _ROUNDING_TOLERANCE = 1e-6
 
 
 def prunable(architecture: Architecture, extra_kinds: Collection[TensorKind] = ()) -> tuple[str, ...]:
-    """Names of the tensors whose elements can be masked: the weights of layers.
-
-    Args:
-        extra_kinds: Kinds of tensors that can be masked, too, such as biases.
-    """
+    """Names of the tensors whose elements can be masked: the weights of layers, and tensors of `extra_kinds`."""
     layers = {n.weight for n in architecture.layers if n.weight}
     return tuple(
         t.name
@@ -45,11 +41,7 @@ def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], shar
     """An order by which every mask keeps a share of each tensor: its largest weights.
 
     PR-FL's floor (`config.min_density`): floor(share · n) elements of a tensor of n and at least one, so that no layer
-    is cut off. Raises `BundleError` if the share is out of range.
-
-    Args:
-        weights: The model's tensors, by whose size the floors are chosen.
-        share: From 0, for no floors, to 1.
+    is cut off; 0 for no floors. Raises `BundleError` if the share is not from 0 to 1.
     """
     if not 0 <= share <= 1:
         raise BundleError("floor of element masks", expected="from 0 to 1", got=share)
@@ -68,11 +60,8 @@ def top_mask(order: Mapping[str, Floats], density: float) -> ElementMask:
     """The mask that keeps the most important elements of all tensors together.
 
     It has floor(density · n) of the n elements of the order, and at least one; fewer only where more than the rest is
-    marked by −∞, more only where more is marked by +∞. Raises `BundleError` if the density is out of range, or an
-    importance is not a number.
-
-    Args:
-        density: Above 0, up to 1.
+    marked by −∞, more only where more is marked by +∞. Raises `BundleError` if the density is not above 0 and at most
+    1, or an importance is not a number.
     """
     if not 0 < density <= 1:
         raise BundleError("density of an element mask", expected="above 0 and at most 1", got=density)
@@ -94,7 +83,7 @@ def top_mask(order: Mapping[str, Floats], density: float) -> ElementMask:
 
 
 def mask_threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
-    """The least importance of an active element; 0 where none is, or where all are.
+    """The least importance of an active element; 0 if no element or every element is active.
 
     For |w| and `top_mask`, it is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`).
     """
@@ -106,14 +95,8 @@ def mask_threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
 
 
 def quantile(value_arrays: Iterable[npt.NDArray[np.floating]], q: float) -> float:
-    """The q-quantile of all values together, linear between neighbours, for any number of values.
-
-    Raises `BundleError` if q is out of range, or there is no value.
-
-    Args:
-        value_arrays: Arrays of any shapes; copied.
-        q: From 0, the least, to 1, the largest.
-    """
+    """The q-quantile of all values together, linear between neighbours, for any number of values. Raises `BundleError`
+    if q is not from 0 to 1, or there is no value."""
     if not 0 <= q <= 1:
         raise BundleError("quantile", expected="from 0 to 1", got=q)
     arrays = [np.asarray(p).reshape(-1) for p in value_arrays]

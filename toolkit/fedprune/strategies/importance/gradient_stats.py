@@ -1,4 +1,4 @@
-"""The server's estimates of gradient and curvature, from the updates alone.
+"""Estimates a model's gradient and curvature from nothing but the devices' updates (class `Evidence`).
 
 CA-HFP (arXiv 2603.12591, Sec. III-A) scores with g and h "approximated from local model variations" and gives no
 formula. Ours, per coordinate i and over the devices k that trained it, with η_eff = lr / (1 − momentum) and the mean
@@ -32,20 +32,17 @@ from fedprune.model.architecture import FIXED, Architecture, Axis
 # Weight of the old estimates in the moving averages.
 DECAY = 0.9
 
+# The fields of `Evidence` that are stored.
+_ESTIMATES = ("gradient", "curvature", "trained")
+
 Floats = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.bool_]
 
 
 @dataclass
 class Evidence:
-    """Estimates for every trainable tensor, in global coordinates.
-
-    Attributes:
-        architecture: The model.
-        gradient: ĝ by tensor name.
-        curvature: ĥ by tensor name.
-        trained: Whether any device ever trained a coordinate, by tensor name.
-    """
+    """Estimates of gradient ĝ and curvature ĥ for every trainable tensor by name, in global coordinates; and by name,
+    whether any device ever trained a coordinate."""
 
     architecture: Architecture
     gradient: dict[str, Floats] = field(default_factory=dict)
@@ -54,7 +51,7 @@ class Evidence:
 
     @classmethod
     def empty(cls, architecture: Architecture) -> Evidence:
-        """No evidence yet: all estimates are zero."""
+        """Evidence of nothing: all estimates are zero."""
         evidence = cls(architecture)
         for spec in architecture.trainable:
             evidence.gradient[spec.name] = np.zeros(spec.shape, np.float32)
@@ -68,7 +65,8 @@ class Evidence:
         Raises `BundleError` if the fold is of another architecture or without evidence, or the rates are out of range.
 
         Args:
-            fold: The round's fold, made with `evidence=True` and the devices' momentum; open or closed.
+            fold: The round's running sum of updates, made with `evidence=True` and the devices' momentum; open or
+                closed.
             lr: The devices' learning rate, in the middle of the round where it changes.
             samples_per_step: Different samples per step: the batch size, divided by the number of epochs.
         """
@@ -82,10 +80,8 @@ class Evidence:
         for spec in self.architecture.trainable:
             name = spec.name
             mean_step, mean_square, trained_now = fold.movement(name)
-            gradient, curvature = (
-                (-mean_step / rate).astype(np.float32),
-                (samples_per_step * mean_square / rate**2).astype(np.float32),
-            )
+            gradient = (-mean_step / rate).astype(np.float32)
+            curvature = (samples_per_step * mean_square / rate**2).astype(np.float32)
             self.gradient[name] = _moving_average(self.gradient[name], gradient, self.trained[name], trained_now)
             self.curvature[name] = _moving_average(self.curvature[name], curvature, self.trained[name], trained_now)
             self.trained[name] = self.trained[name] | trained_now
@@ -106,16 +102,11 @@ class Evidence:
         return all(flags.all() for flags in self.trained_channels())
 
     def to_tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """All estimates as named tensors, to be stored by `fedprune.core.tensorfile`."""
-        estimates: dict[str, Mapping[str, npt.NDArray[Any]]] = {
-            "gradient": self.gradient,
-            "curvature": self.curvature,
-            "trained": self.trained,
-        }
+        """All estimates by name and tensor, to be stored by `fedprune.core.tensorfile`."""
         return {
-            f"{spec.name}::{estimate}": values[spec.name]
+            f"{spec.name}::{estimate}": getattr(self, estimate)[spec.name]
             for spec in self.architecture.trainable
-            for estimate, values in estimates.items()
+            for estimate in _ESTIMATES
         }
 
     @classmethod
@@ -132,8 +123,7 @@ class Evidence:
             if not np.isfinite(value).all():
                 raise BundleError(f"evidence tensor {name}", expected="finite numbers")
         names = [spec.name for spec in architecture.trainable]
-        estimates = ("gradient", "curvature", "trained")
-        return cls(architecture, *({name: tensors[f"{name}::{estimate}"] for name in names} for estimate in estimates))
+        return cls(architecture, *({name: tensors[f"{name}::{estimate}"] for name in names} for estimate in _ESTIMATES))
 
 
 def add_to_channels(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any]) -> None:

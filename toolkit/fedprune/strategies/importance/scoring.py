@@ -29,28 +29,18 @@ Ranks = tuple[npt.NDArray[np.int64], ...]
 CurvatureForm = Literal["abs", "signed"]
 
 
-def channel_scores(
-    name: str,
-    architecture: Architecture,
-    tensors: Mapping[str, npt.NDArray[np.float32]],
-    evidence: Evidence | None = None,
-) -> Scores:
-    """Scores by a scorer's name, with its default options.
+def channel_scores(name: str, architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Scores:
+    """Scores by a scorer's name: `ordered`, `magnitude`, or `curvature` without any evidence, for which all channels
+    are equal.
 
-    Args:
-        name: `ordered`, `magnitude` or `curvature`.
-        evidence: For `curvature`; without it all channels are equal and keep their own order.
-
-    Raises:
-        ConfigError: There is no such scorer.
-        BundleError: Tensors don't fit the architecture.
+    Raises `ConfigError` if there is no such scorer, and `BundleError` if tensors don't fit the architecture.
     """
     if name == "ordered":
         return order_scores(architecture)
     if name == "magnitude":
         return magnitude_scores(architecture, tensors)
     if name == "curvature":
-        return curvature_scores(architecture, tensors, Evidence.empty(architecture) if evidence is None else evidence)
+        return curvature_scores(architecture, tensors, Evidence.empty(architecture))
     raise ConfigError(f"no scorer is called {name!r}", expected=", ".join(SCORERS))
 
 
@@ -124,12 +114,8 @@ def channel_sums(
     quantity: Callable[[str], npt.NDArray[np.float64]],
     kinds: Sequence[TensorKind],
 ) -> Scores:
-    """Sums of a per-coordinate quantity over the coordinates that make each channel.
-
-    Args:
-        quantity: The quantity for a tensor of a given name, of the tensor's shape.
-        kinds: Which tensors count.
-    """
+    """Sums of a quantity per coordinate over the coordinates that make each channel, in tensors of these kinds.
+    `quantity` returns an array of a tensor's shape by the tensor's name."""
     sums = tuple(np.zeros(n) for n in architecture.sizes)
     for spec in architecture.tensors:
         axes = [a for a in architecture.output_axes(spec.name) if spec.axes[a].groups]
@@ -151,10 +137,7 @@ def rank_channels(scores: Sequence[npt.NDArray[Any]]) -> Ranks:
 
 
 def random_ranks(architecture: Architecture, seed: int, round: int) -> Ranks:  # noqa: A002 - the project's word
-    """A random permutation per group: CA-HFP's warm-up masks (Sec. III-A).
-
-    All devices of a round share them, so that masks are nested; they depend on seed and round alone.
-    """
+    """A random permutation per group, the same for all devices of a round: CA-HFP's warm-up masks (Sec. III-A)."""
     return tuple(
         keyed_generator(seed, round, "ranks", g).permutation(n).astype(np.int64)
         for g, n in enumerate(architecture.sizes)

@@ -30,13 +30,10 @@ Counts = tuple[npt.NDArray[np.int64], ...]
 
 
 def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1.0) -> Alive:
-    """Find the channels that a mask leaves alive.
+    """The channels that a mask of the whole model's elements leaves alive.
 
-    Raises `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
-
-    Args:
-        mask: Of the whole model's elements.
-        share: A channel is lost where at least this share of the weights that make it is masked, or all that read it.
+    A channel is lost where at least `share` of the weights that make it is masked, or all that read it. Raises
+    `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
     """
     if not 0 < share <= 1:
         raise BundleError("masked share of a lost channel", expected="above 0 and at most 1", got=share)

@@ -33,7 +33,6 @@ NAME = "autoflip"
 
 # Memory: per explorer G_k = (w_k^exp − w_0)², float32, as large as its submodel, and the submodel's widths.
 _GUIDANCE = "guidance/"
-
 _WIDTHS = "/widths"
 
 WarmStart = Literal["init", "explored_mean"]
@@ -135,8 +134,8 @@ class AutoFlip(MaskedElements):
 
 @dataclass(frozen=True)
 class DampedMean(Mean):
-    """A mean with damped momentum. The mean of the explorers' models has none. What the first mask prunes begins at
-    0."""
+    """A mean with damped momentum, which the mean of the explorers' models doesn't have. What the first mask prunes
+    begins at 0."""
 
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
@@ -170,12 +169,8 @@ def autoflip(job: Job) -> Strategy:
 
 
 def without_empty_channels(cut: Cut, share: float) -> Submodel:
-    """A masked slice of the global model, without the channels that the mask leaves empty.
-
-    Args:
-        cut: What to make it of.
-        share: As `survivors`.
-    """
+    """A masked slice of the global model, without the channels that the mask leaves empty; `share` is as for
+    `survivors`."""
     mask = global_mask(cut)
     kept_channels = (
         surviving_selection(cut.selection, survivors(cut.scene.architecture, mask, share=share))
@@ -212,10 +207,8 @@ def _mean_guidance(scene: Scene, devices: list[str], names: tuple[str, ...]) -> 
 
 
 def _scaled_guidance(guidance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A tensor's guidance, scaled from 0 to 1. Elements that can't be compared are +∞, which no mask removes.
-
-    That is where no explorer held an element, and in tensors whose elements are all alike.
-    """
+    """A tensor's guidance, scaled from 0 to 1. Elements that can't be compared are +∞, which no mask removes: those
+    that no explorer held, and those of tensors whose elements are all alike."""
     explored = guidance[~np.isnan(guidance)]
     scaled = np.full(guidance.shape, np.inf)
     if not explored.size or explored.min() == explored.max():

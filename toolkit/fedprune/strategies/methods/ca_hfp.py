@@ -40,9 +40,9 @@ class CaHfpOptions:
 def ca_hfp(job: Job) -> Strategy:
     """The preset. Raises `ConfigError` if an option is unknown or out of range, or devices don't train by SGD, whose
     moves are gradients."""
-    options, name = read_options(job, CaHfpOptions), job.strategy
+    options = read_options(job, CaHfpOptions)
     strategy = RankedChannels(
-        name,
+        job.strategy,
         scorer=SCORERS_BY_OPTION[options.score],
         form=options.form,
         aggregator=Mean(rule=options.reconstruction),

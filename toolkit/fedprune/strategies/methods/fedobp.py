@@ -107,7 +107,7 @@ def _own_tensor(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np
             is_own = cut.past.mask[name].copy()
     else:
         past = cut.past
-        # Widths or ranks have changed since: by way of the whole model, elements find their new places.
+        # Widths or ranks have changed since: by way of the whole model, elements find their new positions.
         past_values = np.zeros(cut.scene.architecture.by_name[name].shape, np.float32)
         past_coverage = np.zeros(past_values.shape, np.bool_)
         past_indices = mesh(past.selection.maps(name))
@@ -115,7 +115,7 @@ def _own_tensor(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np
         past_coverage[past_indices] = past.mask.get(name, True)
         sent_indices = mesh(selection.maps(name))
         own_values, is_own = past_values[sent_indices], past_coverage[sent_indices]
-    # What the device isn't sent it can't keep either.
+    # A device can't keep elements that it isn't sent.
     if name in submodel.mask:
         is_own = is_own & submodel.mask[name]
     return own_values, is_own

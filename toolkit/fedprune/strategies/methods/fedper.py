@@ -37,11 +37,7 @@ class LocalOptions:
 
 @dataclass(frozen=True)
 class FedPer(Strategy):
-    """Some tensors stay on the device; the others are averaged as in FedAvg.
-
-    Attributes:
-        personal: Patterns of the tensors that stay on the boards.
-    """
+    """Tensors with names of the patterns `personal` stay on the device; the others are averaged as in FedAvg."""
 
     personal: tuple[str, ...] = (HEAD_PATTERN,)
 

@@ -116,11 +116,10 @@ class FedPrune(Strategy):
 
     Ranks are those of the model that the job starts from, and are kept for the whole job. A trained model is cut by
     what it has learnt. In a model that was just made all channels are alike, and any order is as good as another as
-    long as it stays. Should another version of the compiler find other groups of channels in the model, ranks are
-    settled again, by what the model is then. A model that brings the ranks of an earlier fleet is cut by those.
+    long as it stays. If another version of the compiler finds other groups of channels in the model, ranks are settled
+    again by the model of that round. A model that brings the ranks of an earlier fleet is cut by those.
 
     Attributes:
-        options: The job's options.
         nested_densities: The widths that hold each other in a nested start; empty for the model as it was imported.
     """
 
@@ -128,7 +127,7 @@ class FedPrune(Strategy):
     nested_densities: tuple[float, ...] = ()
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        """Nest a model that was just made: what a wider width adds is silent at the start."""
+        """Nest a model that was just made, so that what a wider width adds is silent at the start."""
         # With a core no widths are nested beforehand: `close` silences what the first round has not trained.
         if self.nested_densities and self._is_just_made(architecture, model):
             nested_levels = [widths_at(architecture, density) for density in self.nested_densities]
@@ -214,7 +213,6 @@ def _adjusts_logits(recipe: Recipe) -> bool:
 
 def fedprune(job: Job) -> Strategy:
     options = read_options(job, FedPruneOptions)
-    name = job.strategy
     # Without rounds devices begin with different models, of which only moves can be averaged.
     kind = DeltaMean if options.arrivals else Mean
     core = _shared_core(job, options)
@@ -227,7 +225,7 @@ def fedprune(job: Job) -> Strategy:
             hint="Give the densities between which it shall be nested, or let ranking be ordered.",
         )
     return FedPrune(
-        name,
+        job.strategy,
         options=options,
         nested_densities=widths,
         aggregator=kind(rule=options.rule, server_momentum=options.server_momentum),

@@ -31,7 +31,6 @@ from fedprune.strategies.values import Ranking, Scene, Turn
 # The papers' widths a, b, c, d, e.
 LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
-
 # The narrowest width whose scaler boards take.
 MIN_DENSITY = 1e-3
 
@@ -71,7 +70,7 @@ class HeteroFL(Strategy):
 
 @dataclass(frozen=True)
 class FedRolex(HeteroFL):
-    """A window that moves on: channel (t + j) mod n comes at place j in round t = 0, 1, …
+    """A window that moves on: channel (t + j) mod n is at position j in round t = 0, 1, …
 
     FedRolex (Alam et al. 2022, eq. 3). All devices of a round share the window's start, so that a narrow device's
     channels are among a wide one's.

@@ -29,14 +29,10 @@ class HistoryOptions:
 
 @dataclass(frozen=True)
 class History(Strategy):
-    """Start a device from a mixture of the global model and its own last one, coordinate by coordinate.
+    """Start a device from a mixture of the global model and its own last one (`fuse_history`).
 
     That is SubFLOT (arXiv 2604.06631) without its transport. A comparison of both shows how much of SubFLOT's gain
-    comes from memory only.
-
-    Attributes:
-        alpha: α of `fuse_history`.
-        mu: µ of the pull at a pruning rate of 1 (SubFLOT, eq. 7 and 8).
+    comes from memory only. µ is that of SubFLOT's pull at a pruning rate of 1 (eq. 7 and 8).
     """
 
     alpha: float = 0.5

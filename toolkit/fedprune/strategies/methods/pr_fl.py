@@ -191,13 +191,9 @@ def _add_reports(
 class PrFl(MaskedElements):
     """Masks of elements by importance.
 
-    Some updates of every interval also bring squared gradients: those of its last rounds, which know the model best
-    that is ranked next, and every device's first. In asynchronous rounds a device gets an offer when it comes back: one
-    that takes long may never come in an interval's last rounds.
-
-    Attributes:
-        importance: Of elements.
-        reporting_rounds: How many of an interval's last rounds bring squared gradients.
+    Some updates of every interval also bring squared gradients: those of its last `reporting_rounds` rounds, which know
+    best the model that is ranked next, and every device's first. In asynchronous rounds a device gets an offer when it
+    comes back, and a slow device may never come in an interval's last rounds.
     """
 
     importance: Importance = field(default_factory=Importance)
@@ -220,7 +216,6 @@ class PrFl(MaskedElements):
 
 def pr_fl(job: Job) -> Strategy:
     options = read_options(job, PrFlOptions)
-    name = job.strategy
     if options.synchronous and (ignored_options := [n for n in _ASYNCHRONOUS_OPTIONS if n in job.options]):
         raise ConfigError(
             ("job", "options", ignored_options[0]),
@@ -233,12 +228,12 @@ def pr_fl(job: Job) -> Strategy:
     importance = Importance(options.interval, options.layer_floor)
     # The tolerance keeps 0.1 of 50 at 5 rounds, whatever the product rounds to.
     reporting = math.ceil(options.reported * options.interval - 1e-9)
-    strategy: Strategy
-    if elements:
-        strategy = PrFl(name, inputs="measurements", importance=importance, reporting_rounds=reporting, uses_masks=True)
-    else:
-        # The asynchronous schedule ranks every I rounds; rounds in step are ranked singly.
-        strategy = RankedChannels(name, inputs="measurements", scorer="magnitude")
+    # Channels are ranked every I rounds by the asynchronous schedule, and in every round by rounds in step.
+    strategy = (
+        PrFl(job.strategy, inputs="measurements", importance=importance, reporting_rounds=reporting, uses_masks=True)
+        if elements
+        else RankedChannels(job.strategy, inputs="measurements", scorer="magnitude")
+    )
     return replace(
         strategy,
         aggregator=Mean(weighting="uniform"),

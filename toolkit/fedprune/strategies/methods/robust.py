@@ -1,4 +1,4 @@
-"""Medians and trimmed means around any other aggregator."""
+"""Medians and trimmed means around any other aggregator, so that no single update decides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SETTING_PATH = ("job", "options", "robust")
 
 @dataclass(frozen=True)
 class Robustness:
-    """How single updates are kept from deciding.
+    """The settings of the option `robust`.
 
     Attributes:
         centre: `median` or `trimmed`: per coordinate over the devices that hold it, without weights, before the
@@ -47,7 +47,7 @@ class Robustness:
 
     @classmethod
     def from_dict(cls, body: object) -> Robustness:
-        """Read what a job says. Raises `ConfigError` for an unknown key or a wrong value."""
+        """Read a job's table. Raises `ConfigError` for an unknown key or a wrong value."""
         return cls(**validation.check_table(cls, body, _SETTING_PATH))
 
 
@@ -55,13 +55,9 @@ class Robustness:
 class RobustAggregator(Aggregator):
     """Another aggregator, fed with one update: the median of all, or their trimmed mean.
 
-    Updates are read again when a round closes, once per `budget_bytes` bytes of them. After that the fold holds only
-    this one update; curvature scores (evidence) are made from it, too.
-
-    Attributes:
-        inner: The aggregator.
-        settings: What is done.
-        budget_bytes: Bytes of updates that are looked at together.
+    Updates are read again when a round closes, once per `budget_bytes` bytes of them: a slab is a part of a tensor, for
+    which the values of all devices are in memory at once. After that the fold (the running sum of the round's updates)
+    holds only this one update; curvature scores (evidence) are made from it, too.
     """
 
     inner: Aggregator
@@ -110,8 +106,11 @@ class RobustAggregator(Aggregator):
             for device, addition in self._additions(fold, reports):
                 for slab, value in zip(slab_batch, values, strict=True):
                     value[row_of_device[device]] = update_rows(slab, addition, fold.base, full_selection)
-            while slab_batch:  # what was looked at makes room
-                self._fill_slab(slab_batch.pop(0), values.pop(0), fold, tensors, is_trained)
+            while slab_batch:  # values are freed as soon as they were used
+                slab = slab_batch.pop(0)
+                rows: Any = slice(slab.start, slab.stop) if slab.spec.axes else ...
+                centre, trained_rows = self._slab_centre(slab, rows, values.pop(0), fold)
+                tensors[slab.spec.name][rows], is_trained[slab.spec.name][rows] = centre, trained_rows
         active = {t.name: is_trained[t.name] for t in specs if t.kind.is_trainable}
         fold.add(
             full_selection,
@@ -127,20 +126,12 @@ class RobustAggregator(Aggregator):
                 model[spec.name] = np.where(is_trained[spec.name], model[spec.name], fold.base[spec.name])
         return replace(closing, model=model)
 
-    def _fill_slab(
-        self,
-        slab: Slab,
-        values: npt.NDArray[np.float32],
-        fold: Fold,
-        tensors: Tensors,
-        is_trained: dict[str, npt.NDArray[np.bool_]],
-    ) -> None:
-        name = slab.spec.name
-        rows: Any = slice(slab.start, slab.stop) if slab.spec.axes else ...
-        model_values = fold.base[name][rows]
+    def _slab_centre(self, slab: Slab, rows: Any, values: npt.NDArray[np.float32], fold: Fold) -> tuple[Any, Any]:
+        """The median or trimmed mean of a slab's rows over all devices, and which coordinates count as trained."""
+        model_values = fold.base[slab.spec.name][rows]
         has_holder = None
         if slab.spec.kind.is_trainable and fold.rule != "coverage":
-            # Who doesn't hold a coordinate votes, too: for no change, or for 0.
+            # A device that doesn't hold a coordinate votes, too: for no change, or for 0.
             has_holder = np.isfinite(values).any(axis=0)
             for k in range(len(values)):
                 device_values = values[k : k + 1]
@@ -151,16 +142,10 @@ class RobustAggregator(Aggregator):
         fills_with_zero = fold.rule == "zero" and slab.spec.kind.is_trainable
         if has_holder is None:
             has_holder = np.isfinite(middle)
-        is_trained[name][rows] = True if fills_with_zero else has_holder
-        tensors[name][rows] = middle if fills_with_zero else np.where(has_holder, middle, model_values)
+        return (middle, True) if fills_with_zero else (np.where(has_holder, middle, model_values), has_holder)
 
 
 def robust_aggregator(aggregator: Aggregator, settings: object) -> Aggregator:
-    """An aggregator as a job's option `robust` wants it; itself where the job has none.
-
-    Raises `ConfigError` for an unknown key or a wrong value.
-
-    Args:
-        settings: The option's table, or None.
-    """
+    """The aggregator with a job's option `robust` (None: as it is). Raises `ConfigError` for an unknown key or a wrong
+    value."""
     return aggregator if settings is None else RobustAggregator(aggregator, Robustness.from_dict(settings))

@@ -19,18 +19,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, TensorKind
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.optimal_transport.axis_blocks import Block, blocks_of_axis, channel_rows, transport_axis
 from fedprune.strategies.optimal_transport.coupling import SCRATCH, Coupling
+from fedprune.strategies.optimal_transport.distances import Floats, squared_distances
 from fedprune.strategies.optimal_transport.layer_order import LayerStep, layer_steps
 from fedprune.strategies.optimal_transport.residual_sums import after_sums
 from fedprune.strategies.optimal_transport.solver import exact_plan
-
-Floats = npt.NDArray[np.float32]
 
 
 def align(
@@ -41,15 +39,9 @@ def align(
 ) -> Tensors:
     """The source model on the target's channels: W_aligned, in the target's shapes.
 
-    Args:
-        source: The model that is transported, in the coordinates of `source_selection`.
-        source_selection: Its widths, and where its channels live.
-        target: The model that it is aligned with, in the coordinates of `target_selection`.
-        target_selection: Its widths, and where its channels live.
-
-    Raises:
-        BundleError: The selections are of different architectures, or tensors don't fit them, or costs are not finite.
-        MissingExtraError: POT or scipy is not installed.
+    A selection has the widths of its model, and says where the model's channels live. Raises `BundleError` if the
+    selections are of different architectures, tensors don't fit them, or costs are not finite; `MissingExtraError` if
+    POT or scipy is not installed.
     """
     if source_selection.architecture.digest != target_selection.architecture.digest:
         raise BundleError("transport between models of different architectures")
@@ -61,13 +53,10 @@ def align(
 def prune(
     model: Mapping[str, Floats], history: Mapping[str, Floats], selection: Selection, alpha: float = 0.5
 ) -> Tensors:
-    """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6).
-
-    Raises `BundleError` or `MissingExtraError` as `align`.
+    """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6). Raises as `align`.
 
     Args:
-        history: The device's last update.
-        selection: Its widths, and where its channels live.
+        history: The device's last update, whose channels the selection says.
         alpha: The global model's share, from 0 to 1.
     """
     # Nothing of the global model enters: no plan need be solved.
@@ -78,15 +67,8 @@ def prune(
 
 
 def aggregate(local: Mapping[str, Floats], selection: Selection, model: Mapping[str, Floats]) -> Tensors:
-    """OTA: the device's model on the global model's channels, at full width (Eq. 9).
-
-    Raises `BundleError` or `MissingExtraError` as `align`.
-
-    Args:
-        local: The device's trained model.
-        selection: Its widths, and where its channels live.
-        model: The global model that it was extracted from.
-    """
+    """OTA: a device's trained model on the global model's channels, at full width (Eq. 9). `model` is the global model
+    that it was extracted from. Raises as `align`."""
     return align(local, selection, model, Selection.full(selection.architecture))
 
 
@@ -279,63 +261,3 @@ class _Alignment:
                 axis, self.source_selection if source else self.target_selection
             )
         return axis_blocks
-
-
-# Squared distances below this share of ‖a‖² + ‖b‖² are recomputed: cancellation leaves them too few digits.
-_NEAR_SHARE = 1e-4
-
-_BLOCK_SIZE = 1 << 20
-
-
-def squared_distances(
-    a: Floats, b: Floats, products: Floats | None = None, norms: npt.NDArray[np.float32] | None = None
-) -> Floats:
-    """‖a_j − b_k‖² for all pairs of rows, from one matrix product.
-
-    Args:
-        a: Rows [n, f].
-        b: Rows [m, f].
-        products: a·bᵀ [n, m], if it is known (it is overwritten).
-        norms: ‖a_j‖², if known.
-
-    Returns:
-        Distances [n, m]: exactly 0 for equal rows, otherwise with a relative error below 1%, and far less for rows that
-        differ by more than 1%.
-    """
-    squared_norms_a = _squared_norms(a) if norms is None else norms
-    squared_norms_b = _squared_norms(b)
-    out: Floats = a @ b.T if products is None else products
-    out *= -2
-    out += squared_norms_a[:, None]
-    out += squared_norms_b
-    # Rows are usually far apart: checking the smallest distance first avoids comparing each with its own bound.
-    if out.size and float(out.min()) < _NEAR_SHARE * float(squared_norms_a.max() + squared_norms_b.max()):
-        near = np.flatnonzero((out < _NEAR_SHARE * (squared_norms_a[:, None] + squared_norms_b)).reshape(-1))
-        _recompute(out, a, b, near)
-    return out
-
-
-def _squared_norms(a: Floats) -> Floats:
-    """‖a_j‖² of all rows, as batched row × column products, which in BLAS are bound by memory bandwidth."""
-    norms: Floats = np.matmul(a[:, None], a[:, :, None]).reshape(-1)
-    return norms
-
-
-def _recompute(out: Floats, a: Floats, b: Floats, pairs: npt.NDArray[np.int64]) -> None:
-    """Recompute squared distances: of a few pairs from differences, of many by a product in float64."""
-    if pairs.size > 4 * (a.shape[0] + b.shape[0]):
-        middle = b.mean(0, dtype=np.float64)
-        centred_a, centred_b = a - middle, b - middle
-        exact = (
-            np.einsum("ij,ij->i", centred_a, centred_a)[:, None]
-            + np.einsum("ij,ij->i", centred_b, centred_b)
-            - 2 * (centred_a @ centred_b.T)
-        )
-        out[...] = np.maximum(exact, 0)
-        pairs = np.flatnonzero((exact < 1e-12 * np.abs(exact).max()).reshape(-1))
-    flat = out.reshape(-1)
-    chunk_size = max(1, _BLOCK_SIZE // max(1, a.shape[1]))
-    for start in range(0, pairs.size, chunk_size):
-        chunk = pairs[start : start + chunk_size]
-        differences = a[chunk // b.shape[0]] - b[chunk % b.shape[0]]
-        flat[chunk] = np.einsum("ij,ij->i", differences, differences)

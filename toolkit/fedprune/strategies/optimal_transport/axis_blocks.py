@@ -1,4 +1,8 @@
-"""Blocks of an axis: the indices of one channel group, in a model or a submodel, which a coupling transports."""
+"""Transports one axis of a tensor from one model's channels to another's, block by block.
+
+A block is the part of an axis that belongs to one channel group. A coupling (`coupling.Coupling`) says how the group's
+channels become those of the other model.
+"""
 
 from __future__ import annotations
 
@@ -102,12 +106,11 @@ def transport_axis(
     """Transport one axis of an array from one model's channels to another's.
 
     Args:
-        axis: Which of its axes.
         before: The axis's blocks in the array.
         after: Its blocks in the result.
         couplings: Per group on the axis, how (from the couplings' sources to their targets).
         adjoint: Go from the couplings' targets to their sources instead.
-        buffer_name: A name of scratch memory for the result, which then is good until the name comes again.
+        buffer_name: Scratch memory for the result, which is valid until the name is used again; empty for new memory.
     """
     length = sum(b.stop - b.start if b.indices is None else b.indices.size for b in after)
     shape = (*values.shape[:axis], length, *values.shape[axis + 1 :])

@@ -1,4 +1,4 @@
-"""Sparse stochastic maps between the channels of two models: how much of each target channel is which source channel.
+"""Couplings: which mixture of one model's channels each channel of another model is.
 
 A coupling of n sources and m targets with uniform marginals is a transport plan Π [n, m] with row sums 1/n and column
 sums 1/m. What is kept is T = m·Π, whose columns sum to 1 (the normalised plan of SubFLOT, arXiv 2604.06631, Alg. 1):
@@ -31,9 +31,9 @@ class _Gather(NamedTuple):
     """How one side of a coupling is computed from the other.
 
     Attributes:
-        rounds: Which indices to add up in turn, where every place has as many entries of the same share.
+        rounds: Which indices to add up in turn, where every output index has equally many entries of the same share.
         share: That share.
-        matrix: Places by indices, for scipy, where entries are uneven.
+        matrix: Outputs by indices, for scipy, where entries are uneven.
     """
 
     rounds: tuple[Indices, ...]
@@ -46,8 +46,6 @@ class Coupling:
     """T [sources, targets] by its entries, sorted by target and then source; columns sum to 1, rows to targets/sources.
 
     Attributes:
-        sources: n.
-        targets: m.
         rows: Source of every entry.
         columns: Target of every entry.
         shares: T's entries, above 0.
@@ -63,13 +61,9 @@ class Coupling:
     def of(
         cls, sources: int, targets: int, rows: npt.ArrayLike, columns: npt.ArrayLike, flow: npt.ArrayLike
     ) -> Coupling:
-        """A checked coupling.
-
-        Raises `BundleError` if the marginals are not uniform.
+        """A checked coupling. Raises `BundleError` if the marginals are not uniform.
 
         Args:
-            sources: n.
-            targets: m.
             rows: Source of every entry; an entry may come twice.
             columns: Target of every entry.
             flow: The plan's mass in units of 1/lcm(n, m): every source sends lcm/n, every target gets lcm/m.
@@ -106,27 +100,12 @@ class Coupling:
         return Coupling(self.sources, self.targets, keys % self.sources, keys // self.sources, shares)
 
     def forward(self, values: Floats, out: Floats | None = None) -> Floats:
-        """y[:, k] = Σ_j T[j, k] · x[:, j].
-
-        Args:
-            values: x [before, sources, after].
-            out: Where to write y.
-
-        Returns:
-            y [before, targets, after].
-        """
+        """y[:, k] = Σ_j T[j, k] · x[:, j], from x [before, sources, after] to y [before, targets, after], written to
+        `out` if given."""
         return _apply_gather(self._forward, values, self.targets, out)
 
     def backward(self, values: Floats, out: Floats | None = None) -> Floats:
-        """The adjoint, x[:, j] = Σ_k T[j, k] · y[:, k].
-
-        Args:
-            values: y [before, targets, after].
-            out: Where to write x.
-
-        Returns:
-            x [before, sources, after].
-        """
+        """The adjoint, x[:, j] = Σ_k T[j, k] · y[:, k], with the shapes of `forward`."""
         return _apply_gather(self._backward, values, self.sources, out)
 
     @cached_property
@@ -166,8 +145,8 @@ def _merge_entries(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indi
 def _make_gather(
     source_indices: Indices, target_indices: Indices, shares: npt.NDArray[np.float64], size: int, length: int
 ) -> _Gather:
-    """A gather of entries that are sorted by place. Raises `MissingExtraError` if scipy is not installed, and the
-    entries are not alike."""
+    """A gather of entries that are sorted by output index. Raises `MissingExtraError` if scipy is not installed, and
+    the entries are not alike."""
     counts = np.bincount(target_indices, minlength=size)
     count = int(counts[0])
     # Widths that are multiples of each other give equal entries: plain gathers, without scipy.
@@ -183,7 +162,7 @@ def _make_gather(
 
 
 def _apply_gather(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floats:
-    """All places from all indices, in chunks that stay in the cache."""
+    """All outputs from all inputs, in chunks that stay in the cache."""
     leading, length, trailing = values.shape
     scale = np.float32(gather.share)
     if gather.matrix is not None and leading == 1:

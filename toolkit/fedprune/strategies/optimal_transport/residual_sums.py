@@ -26,12 +26,8 @@ _BIAS_OPERATORS = ("Conv", "ConvTranspose", "Gemm")
 
 
 def after_sums(architecture: Architecture, order: Sequence[LayerStep]) -> dict[str, tuple[str, ...]]:
-    """The names of the tensors that come after a sum, by the weight of the layer before them.
-
-    Args:
-        architecture: The model.
-        order: Its `layer_steps`.
-    """
+    """The names of the tensors that come after a sum, by the weight of the layer before them; `order` are the model's
+    `layer_steps`."""
     rows, followers = _rows_between_weights(architecture, {s.name for s in order})
     summed_groups: set[int] = set()
     names_after: dict[str, tuple[str, ...]] = {}
