@@ -29,6 +29,5 @@ def dropout(tape: Tape, node: Node) -> Pull:
     # The board draws the masks; it finds their names and ratios here.
     ratios = json.loads(graph.metadata.get(DROPOUT_METADATA, "{}"))
     graph.metadata[DROPOUT_METADATA] = json.dumps({**ratios, mask: ratio})
-    tape.shapes_written[mask] = dims
     tape.enter(node.outputs[0], graph.emit("Mul", x, mask), shape)
     return lambda dy, *_: tape.add_gradient(name, graph.emit("Mul", dy, mask))

@@ -65,7 +65,6 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     tape = Tape(model, graph, {*frozen, *base_constants}, scaled=scaled)
     if features.scale:
         graph.add_input(step_contract.OUTPUT_SCALE)
-        tape.shapes_written[step_contract.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
     graph.add_input(step_contract.X, input_shape, model.graph.inputs[0].dtype)
     _check_logits(model, features)

@@ -1,9 +1,13 @@
-"""Static facts about a model: axes of values, constants, shape arithmetic, dimensions."""
+"""What is known of a model's values before a training graph is written: their axes, constants and sizes.
+
+The axes are from the channel analysis (`channels.analysis`). Constants, and what a model computes from sizes alone, are
+from the trace (`ir.trace`), which has every shape at two batch sizes: what is equal in both doesn't depend on the
+batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +22,24 @@ from fedprune_export.pruning.model import Model
 Array = npt.NDArray[Any]
 
 
-class StaticInfo(Dimensions):
-    """Facts about a model's values from channel analysis and trace, in dimensions of the graph under construction."""
+class TracedConstant(NamedTuple):
+    """The numbers of a constant at the first traced batch size, and which of them differ at the second."""
+
+    numbers: Array
+    follows_batch: npt.NDArray[np.bool_]
+
+
+class ValueFacts(Dimensions):
+    """Facts about a model's values, in dimensions of the training graph. `source`: the model's graph."""
 
     def __init__(self, model: Model, graph: Graph) -> None:
         super().__init__(graph)
         self._model = model
-        self._source = model.graph
+        self.source = model.graph
         self._architecture = model.architecture
         self._analysed = model.values
+        # Nodes of shape arithmetic (computed from sizes and constants alone), by their outputs.
         self._arithmetic: dict[str, Node] = {}
-
-    @property
-    def source(self) -> Graph:
-        """The model's graph."""
-        return self._source
 
     def is_width(self, dim: Dim) -> bool:
         """Whether a size follows from the batch and the widths of channel groups."""
@@ -75,7 +82,7 @@ class StaticInfo(Dimensions):
 
     def is_number(self, name: str) -> bool:
         """Whether a value is one constant number, without axes."""
-        constant = self._source.initializers.get(name)
+        constant = self.source.initializers.get(name)
         return constant is not None and not constant.ndim and not self.is_tensor(name)
 
     def constant(self, node: Node, index: int) -> Array | None:
@@ -83,7 +90,7 @@ class StaticInfo(Dimensions):
         if index >= len(node.inputs) or not node.inputs[index]:
             return None
         name = node.inputs[index]
-        if name in self._arithmetic or (name in self._source.initializers and not self.is_tensor(name)):
+        if name in self._arithmetic or (name in self.source.initializers and not self.is_tensor(name)):
             return self.required_constant(node, index)
         return None
 
@@ -95,14 +102,13 @@ class StaticInfo(Dimensions):
         traced = self._traced_constant(node, index)
         if traced is None:
             return None
-        constant, changing = traced
-        if changing.any():
+        if traced.follows_batch.any():
             raise ModelError(
                 f"{describe(node)}: input {index} depends on the batch",
                 expected="a constant",
                 hint="Only the target of a Reshape may.",
             )
-        return constant
+        return traced.numbers
 
     def target_shape(self, node: Node, index: int) -> Array | None:
         """The target shape at a node's input, with `BATCH_EXTENT` for the batch; None where there is no such input.
@@ -112,60 +118,48 @@ class StaticInfo(Dimensions):
         traced = self._traced_constant(node, index)
         if traced is None:
             return None
-        target, changing = traced
-        if not changing.any():
+        target, follows_batch = traced
+        if not follows_batch.any():
             return target
-        # The trace ran with two batch sizes, both primes: an entry that is the same multiple of both follows the batch.
+        # Both batch sizes are primes: an entry that is the same multiple of both follows the batch.
         times, rest = np.divmod(target, TRACE_BATCHES[0])
         second = self._trace.integers_second[node.inputs[index]]
-        if np.any(changing & ((rest != 0) | (second != times * TRACE_BATCHES[1]))):
+        if np.any(follows_batch & ((rest != 0) | (second != times * TRACE_BATCHES[1]))):
             raise ModelError(
                 f"{describe(node)}: its target shape is no multiple of the batch",
                 got=f"{target} of {TRACE_BATCHES[0]} samples",
             )
-        return np.where(changing, times * BATCH_EXTENT, target)
+        return np.where(follows_batch, times * BATCH_EXTENT, target)
 
-    def _traced_constant(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
-        """A constant or the result of shape arithmetic, and where it depends on the batch."""
+    def _traced_constant(self, node: Node, index: int) -> TracedConstant | None:
+        """A constant or the result of shape arithmetic at a node's input."""
         if index >= len(node.inputs) or not node.inputs[index]:
             return None
         name = node.inputs[index]
-        if name in self._source.initializers and not self.is_tensor(name):
-            constant = self._source.initializers[name]
-            return constant, np.zeros(constant.shape, np.bool_)
+        if name in self.source.initializers and not self.is_tensor(name):
+            constant = self.source.initializers[name]
+            return TracedConstant(constant, np.zeros(constant.shape, np.bool_))
         first, second = self._trace.integers.get(name), self._trace.integers_second.get(name)
         if first is None or second is None or first.shape != second.shape:
             raise ModelError(f"{describe(node)}: input {index} is not constant")
-        return first, np.asarray(first != second)
+        return TracedConstant(first, np.asarray(first != second))
 
     def traced_shape(self, name: str) -> Shape:
-        """A value's shape where only the batch varies: every size is a linear form of it.
+        """A value's shape where only the batch varies: every size is a · N + b for a batch of N.
 
         Raises `ModelError` if a size follows the batch in another way.
         """
         shape: list[Dim] = []
         first, second = self._trace.shapes[name], self._trace.shapes_second[name]
-        for a, b in zip(first, second, strict=True):
-            slope, rest = divmod(b - a, TRACE_BATCHES[1] - TRACE_BATCHES[0])
+        for size, second_size in zip(first, second, strict=True):
+            slope, rest = divmod(second_size - size, TRACE_BATCHES[1] - TRACE_BATCHES[0])
             if rest:
-                raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
-            shape.append(self.total([self.product([BATCH, slope]), a - slope * TRACE_BATCHES[0]]))
+                raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{size}, {second_size}")
+            shape.append(self.total([self.product([BATCH, slope]), size - slope * TRACE_BATCHES[0]]))
         return tuple(shape)
-
-    # -- dimensions -------------------------------------------------------------------------------------------------
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
         return tuple(self.axis_dim(axis, self._architecture) for axis in spec.axes)
-
-    def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
-        """The dimensions as numbers. Raises `ModelError` if one of them is a channel or batch dimension."""
-        if not all(isinstance(d, int) for d in dims):
-            raise ModelError(
-                f"{describe(node)} needs a fixed size where the batch or a channel dimension varies",
-                got=list(dims),
-                hint="One training graph serves all widths; this operator can't be a part of it.",
-            )
-        return tuple(d for d in dims if isinstance(d, int))
 
     @property
     def _trace(self) -> Trace:
