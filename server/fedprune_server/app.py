@@ -43,7 +43,8 @@ from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.display import RoundLines, make_display
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.monitoring.monitor_record import read_monitor_record
-from fedprune_server.monitoring.notifications import Notifier, notification_channels
+from fedprune_server.monitoring.notification_channels import notification_channels
+from fedprune_server.monitoring.notifications import Notifier
 from fedprune_server.observation.observer import Observer, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.ota.store import RolloutStore

@@ -9,7 +9,7 @@ from typing import Any
 from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.run import load_config, run_options
-from fedprune_server.monitoring.notifications import (
+from fedprune_server.monitoring.notification_channels import (
     Message,
     NotificationChannel,
     NotificationError,

@@ -23,7 +23,7 @@ class AlertBook:
 
     def __init__(self, restored: Iterable[Alert] = ()) -> None:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
-        # By key and severity, before the delay has passed.
+        # Alerts whose delay hasn't passed, by key and severity: when they were first seen, and since when they hold.
         self._pending: dict[tuple[str, str], tuple[float, float]] = {}
         self._closing_since: dict[str, float] = {}  # open alerts whose cause has gone: since when, by key
 
@@ -34,8 +34,7 @@ class AlertBook:
 
     @property
     def closing_keys(self) -> frozenset[str]:
-        """Keys of open alerts whose cause has gone, so that they close unless it comes again; may be called from any
-        thread."""
+        """Keys of open alerts that close unless their cause comes again; may be called from any thread."""
         return frozenset(tuple(self._closing_since))
 
     @property
@@ -49,15 +48,12 @@ class AlertBook:
             (kind, severity): counts[kind, severity] for kind, levels in ALERT_SEVERITIES.items() for severity in levels
         }
 
-    def update(self, alerts: Iterable[Alert], now: float, at: float) -> list[AlertChange]:
+    def update(self, alerts: Iterable[Alert], now: float, unix_now: float) -> list[AlertChange]:
         """Apply one evaluation; returns the alerts that opened, changed their severity, or closed.
 
         An alert opens when its cause has lasted for its delay, and closes when the cause has been gone for as long, so
-        that a condition shorter than the delay changes nothing. A change of severity must last as long, too.
-
-        Args:
-            now: The monotonic clock.
-            at: Seconds since 1970.
+        that a condition shorter than the delay changes nothing. A change of severity must last as long, too. `now` is
+        the monotonic clock, `unix_now` in seconds since 1970.
         """
         changes: list[AlertChange] = []
         current = {a.key: a for a in alerts}
@@ -78,5 +74,5 @@ class AlertBook:
         for key in self._open.keys() - current.keys():
             if now - self._closing_since.setdefault(key, now) >= self._open[key].delay_s:
                 del self._closing_since[key]
-                changes.append(AlertChange(self._open.pop(key), at))
+                changes.append(AlertChange(self._open.pop(key), unix_now))
         return changes

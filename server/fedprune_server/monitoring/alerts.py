@@ -25,7 +25,7 @@ MAX_ALERTS_OF_KIND = 500
 # Names that a text lists; a line with more isn't read.
 MAX_NAMES_SHOWN = 5
 
-# Part of many texts: the reason why a board fails is often in its own log alone.
+# Part of many texts: the reason why a board fails is often only in its own log.
 BOARD_LOG_COMMAND = "journalctl -u fedprune -n 50"
 
 # Kinds of alerts that a missing broker explains: `doctor` leaves them out then.
@@ -37,13 +37,15 @@ class Alert:
     """A problem that an operator has to know of.
 
     Attributes:
+        kind: Its name in the documentation, such as `no-devices`.
         since: When it began, in seconds since 1970.
+        what: The problem.
         why: Its consequence.
         todo: What to do about it, with a command where there is one.
         job: The job that it is about; None for the whole server.
-        device: The board that it is about; None for no single one.
+        device: The board that it is about; None for no single board.
         subject: The file or server that it is about; empty for none.
-        delay_s: Seconds for which it has to hold before it opens, and to be gone before it closes.
+        delay_s: How long the cause must last before the alert opens, and be gone before it closes.
     """
 
     kind: str
@@ -82,9 +84,8 @@ COUNTED_KINDS: set[str] = set()
 def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule that yields alerts of a kind, of these severities; a rule may have several kinds.
 
-    Args:
-        counted: Whether it reads what a run of the server has counted itself. Such an alert outlives a restart until
-            the new run has counted as much.
+    `counted` rules read what a run of the server has counted. Their alerts outlive a restart, until the new run has
+    counted as much.
     """
 
     def register(rule: Rule) -> Rule:

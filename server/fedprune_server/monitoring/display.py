@@ -29,7 +29,6 @@ REFRESH_INTERVAL_S = 0.5
 # Columns of a terminal that has room for profiles' full names.
 _MIN_FULL_WIDTH = 120
 
-
 _COLUMNS = (
     Column("device", min_width=10),
     Column("profile", drop_order=2),
@@ -87,8 +86,7 @@ class LiveTable:
         self._lines = RoundLines()
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        """Print a line per round above the table, and draw the table at most twice a second. The last one stays on the
-        screen."""
+        """Print a line per round above the table, and draw the table at most twice a second."""
         self._lines.observe(snapshot, events)
         is_round_over = any(isinstance(event.payload, RoundEnded) for event in events)
         now = time.monotonic()
@@ -130,8 +128,7 @@ class _LinesAboveTable(logging.Handler):
 
 
 def _time_left(times: RoundTimes, number: int, snapshot: JobSnapshot) -> str:
-    """The end of a round's line; empty before the usual time of a round is known, after the last one, and in a
-    pause."""
+    """The end of a round's line; empty while no usual time is known, after the last round, and in a pause."""
     rounds, usual_s = snapshot.rounds, times.usual_s()
     if usual_s is None or number >= rounds or snapshot.is_paused:
         return ""

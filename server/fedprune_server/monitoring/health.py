@@ -39,7 +39,7 @@ _BEAT_INTERVAL_S = 5.0
 
 
 class Pulse:
-    """Reports to systemd and to probes that the server's loop turns, or waits for its database and lives."""
+    """Reports to systemd and to probes that the server's loop turns, or waits for its database."""
 
     def __init__(
         self,
@@ -90,16 +90,9 @@ class Pulse:
 
 
 def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: float | None = None) -> str:
-    """Check a server's health file; returns `RUNNING` or `STANDING_BY`.
+    """Check a server's health file, which must not be older than `oldest_s`; returns `RUNNING` or `STANDING_BY`.
 
-    Args:
-        path: The file that it touches.
-        oldest_s: Seconds since it was touched, at most.
-        running: Whether standing by isn't enough.
-        now: Seconds since 1970.
-
-    Raises:
-        StorageError: There is no such server, or it hangs, or it only stands by.
+    Raises `StorageError` if there is no server or it hangs, and with `running` also if it only stands by.
     """
     try:
         age = (time.time() if now is None else now) - path.stat().st_mtime

@@ -34,6 +34,8 @@ ReadinessChecks = Mapping[str, Callable[[], str]]
 
 
 class _Server(ThreadingHTTPServer):
+    """A web server with one thread per request, and a limit on their number."""
+
     def __init__(
         self, place: tuple[str, int], metrics: Metrics, checks: ReadinessChecks, hosts: Collection[str]
     ) -> None:
@@ -109,11 +111,8 @@ def serve_metrics(
 ) -> Iterator[int]:
     """Serve metrics and health, on a free port if the port is 0; yields the port.
 
-    Args:
-        hosts: Further names of this server, in small letters, under which it answers `/metrics`.
-
-    Raises:
-        ConfigError: The address can't be listened on.
+    `hosts` are further names of this server, in small letters, for which it answers `/metrics`. Raises `ConfigError` if
+    the address can't be used.
     """
     host, port = place
     try:

@@ -30,13 +30,8 @@ _BYTE_COLUMNS = ("total_bytes_down", "total_bytes_up")
 class JobTracker:
     """Writes a job's finished rounds, and at the end its model, to experiment trackers.
 
-    Args:
-        state: The job's state folder.
-        store: The job's blobs.
-        history: The job's finished rounds: what an earlier start couldn't write is written now, without its bytes.
-
-    Raises:
-        MissingExtraError: A tracker's library is not installed.
+    `history` has the job's finished rounds: those that an earlier start couldn't write are written now, without their
+    bytes. Raises `MissingExtraError` if a tracker's library is not installed.
     """
 
     def __init__(
@@ -83,9 +78,7 @@ class JobTracker:
     def _write(self, entry: Mapping[str, Any], notes: RoundNotes, without: Collection[str] = ()) -> None:
         if self._started_at is None:
             self._started_at = entry["at"]  # a server keeps no earlier time of its job
-        notes.updates = sum(
-            device_part["progress"] == Progress.FOLDED.value for device_part in entry["devices"].values()
-        )
+        notes.updates = sum(device["progress"] == Progress.FOLDED.value for device in entry["devices"].values())
         row = make_round_row(entry, notes, self._started_at, self._judge)
         values = self._rows.row(row)
         self._tracking.write(

@@ -1,4 +1,4 @@
-"""A server's figures for Prometheus. The loop counts; a scrape reads what was counted, and asks the loop nothing."""
+"""A server's metrics for Prometheus. The server's loop counts events; a scrape reads the counts, without the loop."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ class Metrics:
     """Prometheus metrics of a server's jobs.
 
     Args:
-        folder: The state folder, whose blobs are measured; None for none.
+        folder: The state folder, whose blobs are measured; None to measure none.
         alerts: Counts open alerts by kind and severity; called from any thread.
-        clock: Monotonic clock.
     """
 
     def __init__(
@@ -181,9 +180,11 @@ class _JobMetrics:
         if self._round_started_at is not None:
             metrics.seconds.labels(job, "round").observe(max(0.0, at - self._round_started_at))
         self._round_started_at = at  # an asynchronous job isn't scored every time
-        lasting_parts = ("train", "pull", "extract")
-        started, devices = self._started_parts.items(), summary["devices"]
-        self._started_parts = {k: v for k, v in started if k[0] in lasting_parts and k[1] not in devices}
+        self._started_parts = {
+            (kind, device): started_at
+            for (kind, device), started_at in self._started_parts.items()
+            if kind in ("train", "pull", "extract") and device not in summary["devices"]
+        }
 
     def update_gauges(self, snapshot: JobSnapshot) -> None:
         job, metrics = self._job, self._metrics

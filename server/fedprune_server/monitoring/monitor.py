@@ -55,9 +55,7 @@ class Monitor:
         server: Settings of the table [server].
         folders: The state folders of the server's jobs, by the jobs' names.
         book: Open alerts; None for what the last run left open.
-        away_rounds: Rounds that end without a board that isn't connected until it is an alert; 0 for never.
-        clock: Seconds since 1970.
-        monotonic: The monotonic clock.
+        away_rounds: An alert opens after this many rounds without a board that isn't connected; 0 for never.
 
     Attributes:
         notified_alerts: Returns the alerts of which a notification was sent; called on the monitor's thread.

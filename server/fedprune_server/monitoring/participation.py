@@ -1,4 +1,4 @@
-"""Boards that no longer take part, with the reasons: decided here alone, shown by log, status, doctor, console, alerts.
+"""Decides which boards no longer take part in a job, and why; log, status, doctor, console and alerts show it.
 
 A board may fail in silence: its card was copied, its disk is full, its samples can't be read, it has no power. Rounds
 go on without it, so the time that counts is rounds and not hours: whatever keeps a board away is named before a third
@@ -68,10 +68,8 @@ class Participation:
     """Watches the boards of one job. Times are in seconds since 1970.
 
     Args:
-        snapshot: The job as it is observed first.
-        away_rounds: Rounds that end without a board after which it counts as away; 0 to watch for none.
+        away_rounds: Rounds that end without a board until it counts as away; 0 to watch for none.
         away: The beginning of each board's absence from any job, as the server's last run noted it.
-        clock: Seconds since 1970.
     """
 
     def __init__(
@@ -82,8 +80,9 @@ class Participation:
         away = {name: since for name, since in away.items() if away_rounds and _takes_part(snapshot, name)}
         self.away_since: dict[str, float] = dict(away)  # since when boards are offline, or at another job
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
-        self._absent_boards = set(away)  # of them those for whose absence that is enough
-        self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when
+        self._absent_boards = set(away)  # boards that were away for enough rounds
+        # Rounds in a row without an update that counts, kind of alert, last reason, since when.
+        self._failures: dict[str, tuple[int, str, str, float]] = {}
         # Devices to update: not in every turn, since many change in each.
         self._changed_devices = set(snapshot.devices)
 
@@ -100,7 +99,7 @@ class Participation:
                 self._end_round(summary)
 
     def update(self) -> None:
-        """Take in the devices that have changed since the last call. Call it before `absences`."""
+        """Update the devices that have changed since the last call. Call it before `absences`."""
         names, self._changed_devices = self._changed_devices, set()
         for name in names:
             device = self._snapshot.devices.get(name)
@@ -158,8 +157,7 @@ class Participation:
         return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
 
     def offline_since(self) -> dict[str, float]:
-        """Since when boards are offline, if a synchronous round waits for these alone; empty if it waits for others,
-        too, or for none."""
+        """Since when boards are offline, if a synchronous round waits only for offline boards; empty otherwise."""
         snapshot = self._snapshot
         awaited = () if snapshot.is_asynchronous else AWAITED_PROGRESS
         under_way = sum(snapshot.parts_by_progress.get(progress, 0) for progress in awaited)
@@ -210,8 +208,7 @@ class Participation:
 
 
 def find_absent_boards(watches: Iterable[Participation], fleet: FleetSnapshot, now: float) -> dict[str, Absence]:
-    """Boards that don't take part in any job of a server. Of a board's reasons, the one that explains the others is
-    kept."""
+    """Boards that take part in no job of a server, each with the reason that explains the others."""
     absences: dict[str, Absence] = {}
     for watch in watches:
         for name, absence in watch.absences().items():

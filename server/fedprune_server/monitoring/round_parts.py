@@ -1,4 +1,4 @@
-"""The parts of a round that are timed and counted: what begins and ends each."""
+"""The timed parts of a round, such as `train`: the command that begins each, and the event that ends it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ DEVICE_PARTS = ("extract", "train", "pull", "aggregate")
 
 ROUND_PARTS = ("score", *DEVICE_PARTS, "close", "evaluate", "round")
 
-
 _STARTING_COMMANDS: dict[type[Any], str] = {
     do.Score: "score", do.Extract: "extract", do.SendOffer: "train", do.PullUpdate: "pull", do.FoldUpdate: "aggregate",
     do.Close: "close", do.Evaluate: "evaluate",
@@ -26,8 +25,7 @@ _ENDING_EVENTS: dict[type[Any], str] = {
 
 
 def started_part(command: object) -> tuple[str, str] | None:
-    """The part that a command begins, and its device (empty if it is the whole round's); None for no part, and for what
-    is no command."""
+    """The part that a command begins, and its device (empty for the whole round's); None if it begins no part."""
     begun_part = _STARTING_COMMANDS.get(type(command))
     if begun_part is None or (isinstance(command, do.SendOffer) and command.was_announced):
         return None  # most devices still have their update, so that pulling continues and no training begins
@@ -35,6 +33,6 @@ def started_part(command: object) -> tuple[str, str] | None:
 
 
 def finished_part(event: object) -> tuple[str, str] | None:
-    """The part that an event ends, and its device; None for no part, and for what is no event."""
+    """The part that an event ends, and its device; None if it ends no part."""
     ended_part = _ENDING_EVENTS.get(type(event))
     return None if ended_part is None else (ended_part, getattr(event, "device", ""))

@@ -99,12 +99,9 @@ class RoundRow:
 
 
 def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, judge: str) -> RoundRow:
-    """The row of a finished round.
+    """The row of a finished round, given its entry in the job's history.
 
-    Args:
-        entry: The round in a job's history.
-        started_at: The run's start, on the clock of the history.
-        judge: The metric by which models are judged.
+    `started_at` is the run's start by the clock of the history, `judge` the metric by which models are judged.
     """
     metrics, devices = entry["metrics"], entry["devices"]
     # "folded": added to the round's sum of updates.
@@ -141,10 +138,8 @@ COMMON_COLUMNS = (
 class WideRows:
     """Makes a table with one row per round and one column per measurement; call `row` for each round, in order.
 
-    Means are over each device's latest value: means over only the devices of a round would jump with the draw.
-
-    Args:
-        judge: The metric by which models are judged, such as `accuracy`.
+    `judge` is the metric by which models are judged, such as `accuracy`. Means are over each device's latest value:
+    means over only the devices of a round would jump with the draw.
     """
 
     def __init__(self, judge: str) -> None:

@@ -18,7 +18,7 @@ class RoundTimes:
 
     def note_end(self, number: int, now: float) -> None:
         """Note the end of a round. The first one gives no time, because its beginning wasn't seen."""
-        if self._last is not None and number > self._last[0] and now >= self._last[1]:  # else a clock was set back
+        if self._last is not None and number > self._last[0] and now >= self._last[1]:  # unless a clock was set back
             self._seconds.append((now - self._last[1]) / (number - self._last[0]))
         self._last = number, now
 

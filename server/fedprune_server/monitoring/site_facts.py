@@ -1,4 +1,4 @@
-"""Facts for the alert rules that a state folder shows: room on its disk, certificates, waiting boards, the rollout."""
+"""Reads facts for the alert rules from a state folder: free disk space, certificates, waiting boards, the rollout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from fedprune_server.storage.storage import open_database
 
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
 
-
 _NO_FACTS = SiteFacts()
 
 
@@ -37,11 +36,7 @@ def site_facts(
     Args:
         server: Settings of the table [server].
         members: Whether the identity can be read.
-        earlier: Earlier facts, which stand in for a database that can't be read now. None if there are none, and an
-            unreadable database is an error.
-
-    Raises:
-        StorageError: The database can't be read, and `earlier` is None.
+        earlier: Facts that replace those of a database that can't be read now; with None that raises `StorageError`.
     """
     disk = shutil.disk_usage(folder)
     waiting, unannounced = _member_facts(folder, earlier) if members and (folder / IDENTITY).is_dir() else ({}, {})

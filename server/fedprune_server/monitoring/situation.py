@@ -25,17 +25,15 @@ _MIN_OFFLINE_WAIT_S, _OFFLINE_WAIT_ROUNDS = 5.0, 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedJob:
-    """A job, and what was counted of it while it ran.
+    """A job with its state folder, and the counts of its troubles while it ran.
 
     Attributes:
-        folder: Its state folder.
         has_begun: Whether it ever began.
         away_boards: Some of the boards that are not connected and not revoked.
         missed_deadlines: Deadlines in a row that passed without an update.
         empty_rounds: Rounds in a row that closed without a usable update.
         prediction_excesses: Boards whose time or memory exceeds the prediction by far, with the figures in words.
-        offline_since: Boards that are offline and for which alone the round waits, and since when they are, in seconds
-            since 1970.
+        offline_since: When boards went offline, in seconds since 1970, if the round waits only for these.
         usual_round_s: Seconds of a usual round lately; None if unknown.
     """
 

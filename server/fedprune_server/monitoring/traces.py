@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from opentelemetry import trace
@@ -59,8 +60,8 @@ class _JobTraces:
         self._tracer, self._job = tracer, job
         self._round: Span | None = None
         self._round_number = 0
-        self._open_spans: dict[tuple[str, str], Span] = {}
         # By the span's name and the device's: `device` and its parts. Parts of the whole round have no device.
+        self._open_spans: dict[tuple[str, str], Span] = {}
 
     def note(self, event: object, now: float) -> None:
         match event:
@@ -97,14 +98,9 @@ class _JobTraces:
         counted_updates = 0
         for name, device_part in summary["devices"].items():
             counted_updates += device_part["progress"] == Progress.FOLDED.value
+            result = outcome(device_part["progress"], device_part.get("kind", ""))
             for span_name in (*DEVICE_PARTS, _DEVICE):
-                self._end(
-                    span_name,
-                    name,
-                    now,
-                    reason=device_part["reason"],
-                    outcome=outcome(device_part["progress"], device_part.get("kind", "")),
-                )
+                self._end(span_name, name, now, reason=device_part["reason"], outcome=result)
         if self._round is not None and summary["round"] == self._round_number:
             self._round.set_attribute("fedprune.counted", counted_updates)
             self._round.set_attribute("fedprune.asked", len(summary["devices"]))
@@ -174,22 +170,19 @@ class _JobTraces:
 
 @contextmanager
 def span_tracer(url: str | None, exporter: Callable[[], Any] | None = None) -> Iterator[Tracer]:
-    """A tracer that exports spans to a collector.
+    """A tracer that exports spans to a collector, by OTLP over HTTP or with another `exporter`.
 
-    Args:
-        url: OTLP over HTTP, such as `http://127.0.0.1:4318`; None for what OpenTelemetry's environment says.
-        exporter: Makes another exporter instead.
+    `url` is such as `http://127.0.0.1:4318`; None for what OpenTelemetry's environment variables say.
     """
     if exporter is None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        endpoint = None if url is None else f"{url.rstrip('/')}/v1/traces"
-        span_exporter: Any = OTLPSpanExporter(endpoint=endpoint, timeout=5)
-    else:
-        span_exporter = exporter()
+        exporter = partial(
+            OTLPSpanExporter, endpoint=None if url is None else f"{url.rstrip('/')}/v1/traces", timeout=5
+        )
     resource = Resource.create({"service.name": "fedprune-server", "service.version": __version__})
     provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(span_exporter))
+    provider.add_span_processor(BatchSpanProcessor(exporter()))
     try:
         yield provider.get_tracer("fedprune", __version__)
     finally:

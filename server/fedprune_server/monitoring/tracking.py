@@ -1,4 +1,4 @@
-"""The rounds of a run on their way to the user's experiment trackers.
+"""Writes the rounds of a run to the user's experiment trackers.
 
 A thread writes, so that the run never waits for a disk or another server. A tracker that fails is logged once and left
 off; the next start of the same run writes what it lacks.
@@ -61,11 +61,8 @@ class _Target:
 class Tracking:
     """Writes a run's rounds to trackers, on a thread of its own.
 
-    Args:
-        state: The folder of the note by which the next start continues; None keeps none.
-
-    Raises:
-        MissingExtraError: A tracker's library is not installed.
+    In the folder `state` it notes how far it came, so that the next start continues there; None for no note. Raises
+    `MissingExtraError` if a tracker's library is not installed.
     """
 
     def __init__(self, targets: Sequence[TrackTarget], run: TrackedRun, state: Path | None) -> None:

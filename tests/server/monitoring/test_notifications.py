@@ -24,18 +24,20 @@ from fedprune_server.config.setting import read_table
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor_record import read_monitor_record
-from fedprune_server.monitoring.notifications import (
+from fedprune_server.monitoring.notification_channels import (
     MAX_ALERTS_LISTED,
-    MAX_TRIES,
-    MAX_WAITING_MESSAGES,
     AppriseService,
     Message,
     NotificationError,
+    Webhook,
+    notification_channels,
+)
+from fedprune_server.monitoring.notifications import (
+    MAX_TRIES,
+    MAX_WAITING_MESSAGES,
     NotificationQueue,
     NotificationSchedule,
     Notifier,
-    Webhook,
-    notification_channels,
 )
 from support.fakes.tiny_job import JOB
 from support.waiting import until

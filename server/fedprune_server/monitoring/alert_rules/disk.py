@@ -1,4 +1,4 @@
-"""An alert about a disk that is short of room."""
+"""The alert about a disk with too little free space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedprune_server.monitoring.alerts import (
 )
 from fedprune_server.monitoring.situation import Situation
 
-# A disk is short of room below this share of it, and below this many bytes: a tenth of a large disk is plenty.
+# A disk has too little free space below this share of it, and below this many bytes: a tenth of a large disk is plenty.
 _DISK_WARNING_LIMIT, _DISK_CRITICAL_LIMIT = (0.1, 10e9), (0.03, 2e9)
 
 # Less is critical on a disk of any size: 3 % of a small disk may be less than a round writes.
@@ -32,14 +32,9 @@ def short_disk(situation: Situation, now: float) -> Iterator[Alert]:
         return
     free, total = situation.site.disk
 
-    def is_short(severity: str, limit: tuple[float, float], min_bytes: float = 0.0) -> bool:
-        as_severe = ALERT_LEVELS[ALERT_LEVELS.index(severity) :]
-        factor = _DISK_RECOVERY_FACTOR if any(("disk", s) in situation.open_severities for s in as_severe) else 1.0
-        share, max_bytes = limit
-        return free < factor * max(min_bytes, min(share * total, max_bytes))
-
-    is_critical = is_short(CRITICAL, _DISK_CRITICAL_LIMIT, _MIN_FREE_BYTES)
-    if is_critical or is_short(WARNING, _DISK_WARNING_LIMIT):
+    critical_bytes = max(_MIN_FREE_BYTES, _limit_bytes(total, *_DISK_CRITICAL_LIMIT))
+    is_critical = free < _recovery_factor(situation, CRITICAL) * critical_bytes
+    if is_critical or free < _recovery_factor(situation, WARNING) * _limit_bytes(total, *_DISK_WARNING_LIMIT):
         scale, unit = (1e9, "GB") if total >= 10e9 else (1e6, "MB")
         yield Alert(
             "disk", CRITICAL if is_critical else WARNING, now,
@@ -48,3 +43,13 @@ def short_disk(situation: Situation, now: float) -> Iterator[Alert]:
             f"make room; {server_command('check', *state_args(situation.folder), '--repair')} deletes what the job no "
             "longer needs, and a smaller --keep keeps fewer models",
         )  # fmt: skip
+
+
+def _limit_bytes(total: int, share: float, max_bytes: float) -> float:
+    return min(share * total, max_bytes)
+
+
+def _recovery_factor(situation: Situation, severity: str) -> float:
+    """The factor of a limit while the disk's alert of this severity, or of a higher one, is open."""
+    severities = ALERT_LEVELS[ALERT_LEVELS.index(severity) :]
+    return _DISK_RECOVERY_FACTOR if any(("disk", s) in situation.open_severities for s in severities) else 1.0
