@@ -1,8 +1,8 @@
-"""A backup of a state folder, made while its server runs.
+"""Makes a backup of a state folder while its server runs.
 
-A backup is a folder, in which the next one adds what has changed. Its files are named by their digests. Its manifest
-lists them with their places in the state folder. It is written last, so that a backup that breaks off leaves the one
-before it.
+A backup is a folder, to which the next backup adds what has changed. Its files are named by their digests. Its manifest
+lists them with their places in the state folder. The manifest is written last, so that a backup that breaks off leaves
+the earlier one intact.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,7 +25,7 @@ from fedprune.output.tables import AdvanceBar
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, BackupEntry, BackupManifest
 from fedprune_server.maintenance.blob_files import find_blob_files
-from fedprune_server.maintenance.job_needs import JobNeeds, read_job_needs
+from fedprune_server.maintenance.job_needs import read_job_needs
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import open_blobs_reader
 from fedprune_server.storage.copying import write_snapshot
@@ -51,10 +51,9 @@ class StateChangedError(StorageError):
 
 
 def back_up(state: Path, target: Path, advance: AdvanceBar) -> BackupManifest:
-    """Make a backup; returns what it has.
+    """Make a backup of a state folder, on which a server may be running; returns its manifest.
 
     Args:
-        state: The state folder; a server may be running on it.
         target: The backup's folder, made if missing.
         advance: Called with the bytes that were written, or were there already.
 
@@ -63,17 +62,16 @@ def back_up(state: Path, target: Path, advance: AdvanceBar) -> BackupManifest:
         StorageError: The state folder is damaged, or the disk fails or is full; an earlier backup is as it was.
     """
     _check_outside(state, target)
-    attempt = 0
-    while True:
-        attempt += 1
+    for attempt in count(1):
         try:
             with TemporaryDirectory(prefix="fedprune-backup-") as scratch:
-                collected = _BackupContent(state, Path(scratch))
-                _write(target, collected, advance)
-                return collected.manifest
+                content = _BackupContent(state, Path(scratch))
+                _write(target, content, advance)
+                break
         except StateChangedError:
             if attempt == _MAX_ATTEMPTS:
                 raise
+    return content.manifest
 
 
 def _check_outside(state: Path, target: Path) -> None:
@@ -87,7 +85,7 @@ def _check_outside(state: Path, target: Path) -> None:
 
 
 class _BackupContent:
-    """The content of a backup, as of one moment."""
+    """The files that go into a backup, as of one moment, and the manifest that lists them."""
 
     def __init__(self, state: Path, scratch: Path) -> None:
         self._sources: dict[str, Path] = {}
@@ -105,7 +103,7 @@ class _BackupContent:
         if (state / RELEASES).is_dir():
             for digest, path in find_blob_files(state / RELEASES).blobs.items():
                 self._add(f"{RELEASES}/{digest[:2]}/{digest}", path)
-        for digest in sorted(self._blobs_to_copy(needs)):
+        for digest in sorted(needs.references | (needs.models & set(self._store.names()))):
             self._add_blob(digest)
         job = needs.settings["job"]["name"]
         self.manifest = BackupManifest(
@@ -120,15 +118,14 @@ class _BackupContent:
             except MissingBlobError as error:
                 raise StateChangedError(error.what, hint=_RETRY_HINT) from error
         path = self._sources[entry.path]
-        with _missing_as_moved(path):
-            data = path.read_bytes()
+        try:
+            with storage_errors(f"can't read {path}", missing=True):
+                data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise StateChangedError(f"blob {path.name} is missing", hint=_RETRY_HINT) from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise StateChangedError(f"{path} changes all the time")
         return data
-
-    def _blobs_to_copy(self, needs: JobNeeds) -> set[str]:
-        stored_digests = set(self._store.names())
-        return set(needs.references | (needs.models & stored_digests))
 
     def _add_blob(self, digest: str) -> None:
         try:
@@ -170,23 +167,23 @@ def _end_sessions(copy: Path) -> None:
                     connection.execute(f"DELETE FROM {table}")  # noqa: S608  # nosec B608  # names of ours
 
 
-def _write(target: Path, collected: _BackupContent, advance: AdvanceBar) -> None:
-    _check_target(target, collected.manifest)
+def _write(target: Path, content: _BackupContent, advance: AdvanceBar) -> None:
+    _check_target(target, content.manifest)
     with storage_errors(f"can't make {target}"):
         make_private_folder(target)
         for name in ("blobs", "files"):
             (target / name).mkdir(mode=0o700, exist_ok=True)
     with file_lock(target / _LOCK, f"another backup is being written to {target}", "Wait until it is done."):
-        for entry in collected.manifest.entries:
+        for entry in content.manifest.entries:
             path = target / entry.backup_path
             if not _has_copy(path, entry):
                 with storage_errors(f"can't make {path.parent}"):
                     path.parent.mkdir(exist_ok=True)
-                write_atomically(path, collected.read(entry), private=entry.is_private)
+                write_atomically(path, content.read(entry), private=entry.is_private)
             advance(entry.size)
         # The manifest last, then the pruning: at every moment the folder has one whole backup.
-        write_atomically(target / NAME, collected.manifest.to_bytes(), private=True)
-        _prune(target, {e.backup_path for e in collected.manifest.entries})
+        write_atomically(target / NAME, content.manifest.to_bytes(), private=True)
+        _prune(target, {e.backup_path for e in content.manifest.entries})
 
 
 def _check_target(target: Path, manifest: BackupManifest) -> None:
@@ -212,8 +209,7 @@ def _check_target(target: Path, manifest: BackupManifest) -> None:
 
 
 def _has_copy(path: Path, entry: BackupEntry) -> bool:
-    """Whether the backup already has an undamaged copy of a file. The disk may have damaged what an earlier backup
-    wrote, so that its size alone proves nothing."""
+    """Whether the backup already has an undamaged copy of a file. Its size proves nothing: disks damage files."""
     if not path.is_file() or path.stat().st_size != entry.size:
         return False
     with storage_errors(f"can't read {path}"):
@@ -234,12 +230,3 @@ def _prune(target: Path, kept_places: set[str]) -> None:
 def _read_file(path: Path) -> bytes:
     with storage_errors(f"can't read {path}"):
         return path.read_bytes()
-
-
-@contextmanager
-def _missing_as_moved(path: Path) -> Iterator[None]:
-    with storage_errors(f"can't read {path}", missing=True):
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise StateChangedError(f"blob {path.name} is missing", hint=_RETRY_HINT) from error

@@ -1,6 +1,6 @@
-"""A backup's first file, its manifest: of which job it is, and which files belong to it, each by its digest.
+"""A backup's manifest: the job that was backed up, and the backup's files, each by its digest.
 
-A state folder notes its last backup, and the backup that it was restored from; backups contain neither note.
+A state folder also notes its last backup, and the backup that it was restored from; backups contain neither note.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class BackupManifest:
     Attributes:
         model: Digest of the model's file with which the job began.
         at: When the backup was made, in seconds since 1970.
-        version: The program's version.
-        origin: Machine and state folder that it was made of.
-        format: The manifest's format.
+        origin: The machine and the state folder.
     """
 
     job: str

@@ -57,40 +57,25 @@ def check_blob_file(
         yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
 
 
-def left_over_files(files_of_folder: BlobFiles, needs: JobNeeds, *, running: bool, cache: bool) -> Iterator[Finding]:
+def left_over_files(files: BlobFiles, needs: JobNeeds, *, running: bool, cache: bool) -> Iterator[Finding]:
     """Findings on files that the job doesn't need; a cache may hold any blob of its bucket."""
     # A running server writes files that no saved state refers to yet.
     if not running:
-        orphans = [] if cache else sorted(files_of_folder.blobs.keys() - needs.needed)
+        orphans = [] if cache else sorted(files.blobs.keys() - needs.needed)
+        orphaned_files = [files.blobs[d] for d in orphans] + [files.tables[d] for d in orphans if d in files.tables]
+        lost_partial = [p for p in files.partial if p.name.removesuffix(TABLE_SUFFIX) not in needs.expected_updates]
         for paths, what in (
-            (
-                [
-                    p
-                    for d in orphans
-                    for p in (files_of_folder.blobs[d], files_of_folder.tables.get(d))
-                    if p is not None
-                ],
-                "what nothing refers to (blobs and their leaf tables)",
-            ),
-            (
-                [
-                    files_of_folder.tables[d]
-                    for d in sorted(files_of_folder.tables.keys() - files_of_folder.blobs.keys())
-                ],
-                "leaf tables without a blob",
-            ),
-            (
-                [p for p in files_of_folder.partial if p.name.removesuffix(TABLE_SUFFIX) not in needs.expected_updates],
-                "parts of blobs that no board sends any more",
-            ),
-            (files_of_folder.temporary, "temporary files"),
+            (orphaned_files, "what nothing refers to (blobs and their leaf tables)"),
+            ([files.tables[d] for d in sorted(files.tables.keys() - files.blobs.keys())], "leaf tables without a blob"),
+            (lost_partial, "parts of blobs that no board sends any more"),
+            (files.temporary, "temporary files"),
         ):
             if paths:
                 title = f"{what}: {quantity(len(paths), 'file')}"
                 yield _left_over_finding(title, sum(map(size_of_file, paths)), paths)
-    if files_of_folder.foreign:
-        files = quantity(len(files_of_folder.foreign), "file")
-        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {files_of_folder.foreign[0]}")
+    if files.foreign:
+        count = quantity(len(files.foreign), "file")
+        yield Finding(Severity.NOTE, f"{count} that no server wrote, such as {files.foreign[0]}")
 
 
 def check_bucket(

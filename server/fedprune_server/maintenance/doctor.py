@@ -248,10 +248,9 @@ def check_crashes(site: CheckedSite) -> Iterator[Finding]:
     except FedpruneError as error:
         yield note_finding("crash-reports", str(error), "boards' crash reports can't be shown", "Delete the file.")
         return
-    day_rows = [r for r in rows if site.now - r.received < _DAY_S]
-    if day_rows:
-        names = sorted({r.device for r in day_rows})
-        last = day_rows[-1]
+    recent_rows = [r for r in rows if site.now - r.received < _DAY_S]
+    if recent_rows:
+        names, last = sorted({r.device for r in recent_rows}), recent_rows[-1]
         yield note_finding(
             "crashes",
             f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:MAX_NAMES_SHOWN])}), lastly "
@@ -278,14 +277,14 @@ def check_leader(site: CheckedSite) -> Iterator[Finding]:
     """Whether the job is another server's for now."""
     if site.leader:
         standby = (
-            "one that stands by here continues it"
+            "the standby server here continues it"
             if has_lock_holder(site.folder / LOCK_FILE)
-            else "none waits here to continue it"
+            else "no server waits here to continue it"
         )
         yield note_finding(
             "standby",
             f"a server elsewhere has the job: {site.leader}",
-            f"when that one ends, {standby}",
+            f"when that server ends, {standby}",
             "look after the fleet there: its log, and its `fedprune-server doctor`",
         )
 

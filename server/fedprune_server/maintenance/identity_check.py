@@ -1,4 +1,4 @@
-"""A server's identity looked over: what of it is missing or damaged, and what to do. Nothing is written."""
+"""Checks a server's identity: which of its keys and certificates are missing or damaged, and what to do about it."""
 
 from __future__ import annotations
 

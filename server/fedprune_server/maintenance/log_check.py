@@ -1,4 +1,4 @@
-"""The comparison of a job's log with its state: the same events, handled by a new coordinator, give the same state."""
+"""Compares a job's log with its state: a new coordinator that handles the same events must reach the same state."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def check_log(folder: Path, storage: Storage, needs: JobNeeds, allowed: Collecti
     Workers' results are taken from the log, so that this is quick and needs no updates; it proves only that log and
     state belong together.
 
-    Args:
-        folder: The state folder; no server runs on it.
-        allowed: Names of functions that may be called: the job's strategy, if it is the user's own.
+    No server may run on the folder. `allowed` names functions that may be called, such as a user's own strategy.
     """
     log = storage.log.events()
     first = next(log, None)

@@ -23,16 +23,12 @@ DAMAGED_FOLDER = "damaged"
 def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> Iterator[str]:
     """Delete what is not needed, set damaged blobs aside, and fetch what a backup has; yields what was done.
 
-    Args:
-        folder: The state folder, on which no server runs: the caller holds its lock.
-        backup: The folder of a backup that may have missing blobs.
+    The caller holds the folder's lock, so that no server runs on it.
     """
     bucket = open_bucket(folder, Storage.read_settings(folder))
-    sources: tuple[BlobStore, ...] = (
-        () if backup is None else (BlobStore(backup / BLOBS_FOLDER),) if (backup / BLOBS_FOLDER).is_dir() else ()
-    )
-    if bucket is not None:  # whose copies in the folder may be whole
-        sources = (BlobStore(folder / BLOBS_FOLDER), *sources)
+    # The folder has copies of a bucket's blobs, which may be undamaged.
+    source_folders = ([] if bucket is None else [folder]) + ([] if backup is None else [backup])
+    sources = [BlobStore(path / BLOBS_FOLDER) for path in source_folders if (path / BLOBS_FOLDER).is_dir()]
     for finding in findings:
         if bucket is not None:
             yield from _repair_objects(bucket, finding, folder / DAMAGED_FOLDER)

@@ -1,4 +1,4 @@
-"""A restored state folder: made from a backup, of which every file was verified before."""
+"""Restores a state folder from a backup, after every file of the backup was verified."""
 
 from __future__ import annotations
 
@@ -52,14 +52,8 @@ class Backup:
     def restore(self, target: Path, database: str | None, advance: AdvanceBar) -> None:
         """Make a state folder of a backup that was verified: it appears whole, or not at all.
 
-        Args:
-            target: The state folder, which isn't there, or is empty.
-            database: URL of an empty database; None for SQLite in the folder.
-            advance: Told how many bytes were written.
-
-        Raises:
-            ConfigError: Something is there already.
-            StorageError: The backup is damaged, or the disk fails or is full; nothing is left behind.
+        `database` is the URL of an empty database; None for SQLite in the folder. Raises `ConfigError` if the target
+        isn't empty, and `StorageError` if the backup is damaged or the disk fails; then nothing is left behind.
         """
         target = target.absolute()
         check_target(target)
@@ -73,7 +67,7 @@ class Backup:
                 self._write(partial, database, advance)
                 with storage_errors(f"can't make {target}"):
                     with suppress(FileNotFoundError):
-                        target.rmdir()  # which is empty
+                        target.rmdir()  # it is empty
                     partial.replace(target)
                     flush_folder(target.parent)
             finally:

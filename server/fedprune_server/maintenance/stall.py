@@ -1,4 +1,4 @@
-"""The part of a fleet that fails where a job's global model no longer improves: evaluation, aggregation or training.
+"""Finds why a job's global model no longer improves: the evaluation, the aggregation or the training fails.
 
 Gains are shares: of 1 where the metric is itself a share (accuracy), else of the score that they are compared with.
 """
@@ -42,16 +42,16 @@ _PARTIAL_STRATEGIES = frozenset({"fedper", "local"})
 class StallScores:
     """A job's scores by the metric that judges its models.
 
-    Boards measure on test samples of their own, the server on those of [evaluation].
+    Boards measure on their own test samples, the server on the samples of [evaluation].
 
     Attributes:
-        first: The global model's after the first evaluated round.
-        now: The mean of the global model's over the last `STALL_ROUNDS`.
-        best: The best of the global model's.
-        best_before: The best before the last `STALL_ROUNDS`.
-        initial: The initial model's on the boards or, where that is no longer kept, `first`.
-        received: The mean on the boards, lately, of the models that they received.
-        trained: The mean on the boards, lately, of the models that they made of these.
+        first: The global model's score after the first evaluated round.
+        now: The global model's mean score over the last `STALL_ROUNDS`.
+        best: The global model's best score.
+        best_before: The global model's best score before the last `STALL_ROUNDS`.
+        initial: The initial model's score on the boards or, where that is no longer kept, `first`.
+        received: The recent mean score, on the boards, of the models that they received.
+        trained: The recent mean score, on the boards, of the models that they trained from these.
     """
 
     metric: Metric
@@ -107,8 +107,8 @@ class StallCause:
 
     Attributes:
         applies: Whether the scores show it.
-        in_training: Whether boards' models suffer. If a loss rises as well, training diverges, which explains more;
-            a loss that rises on the server's samples alone says nothing of training.
+        in_training: Whether boards' models suffer. If a loss rises as well, training diverges, which explains more. A
+            loss that rises only on the server's samples says nothing about training.
         advice: `{status}` in it stands for the command that shows boards' widths, `{lr}` for the job's learning rate.
     """
 
@@ -146,8 +146,8 @@ _CAUSES = (
 
 
 def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> StallScores | None:
-    """The scores of a stored job; None where they can't show a stall: after few rounds, without the server's scores or
-    the boards', or where parts of the model stay on the boards."""
+    """The scores of a stored job; None where they can't show a stall: after few rounds, without scores of the server or
+    the boards, or where parts of the model stay on the boards."""
     judge = judging_metric(job)
     rounds = [round_scores(row, judge) for row in history]
     global_scores = [scores.global_model for scores in rounds if math.isfinite(scores.global_model)]

@@ -1,4 +1,4 @@
-"""The check of a state folder: whether all that its job needs is there, whole, and consistent.
+"""Checks a state folder for `fedprune-server check`: everything that its job needs must be there, whole and consistent.
 
 Nothing is written. While a server runs on the folder, a finding counts only if it is still true at the end.
 """
@@ -51,12 +51,11 @@ def blob_bytes(folder: Path) -> int:
 def check_state(
     folder: Path, advance: AdvanceBar, *, running: bool, allowed: Collection[str] = ()
 ) -> Iterator[Finding]:
-    """Check a state folder; yields findings as they are found.
+    """Check a state folder, on which a server may be `running`; yields findings as they are found.
 
     Args:
-        advance: Told how many bytes of blobs were read.
-        running: Whether a server runs on it.
-        allowed: Names of functions that may be called: the log of a job with a strategy of one's own needs it.
+        advance: Called with the bytes of blobs that were read.
+        allowed: Names of functions that may be called: the log of a job with a user's own strategy needs it.
 
     Raises:
         StorageError: There is no database, it is damaged, or it can't be read, so that nothing else can be checked.
@@ -88,7 +87,7 @@ def check_state(
 
 
 def _check_database(storage: Storage) -> None:
-    """The database's own check, more thorough than at every start."""
+    """Let the database check itself, more thoroughly than at every start."""
     with storage.database.read_transaction() as connection:
         if storage.database.postgresql:
             return  # PostgreSQL compares each page with its checksum as it is read, which happens below
@@ -130,7 +129,7 @@ def _check_model_file(folder: Path, needs: JobNeeds) -> Iterator[Finding]:
 
 
 def _check_other_files(folder: Path, advance: AdvanceBar) -> Iterator[Finding]:
-    """The parts that are not the job's: rollouts and their files, and identity."""
+    """Check what doesn't belong to the job: rollouts and their files, the console, and the identity."""
     try:
         with RolloutStore(folder, read_only=True) as store:
             store.entries()

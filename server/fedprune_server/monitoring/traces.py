@@ -177,9 +177,8 @@ def span_tracer(url: str | None, exporter: Callable[[], Any] | None = None) -> I
     if exporter is None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        exporter = partial(
-            OTLPSpanExporter, endpoint=None if url is None else f"{url.rstrip('/')}/v1/traces", timeout=5
-        )
+        endpoint = None if url is None else f"{url.rstrip('/')}/v1/traces"
+        exporter = partial(OTLPSpanExporter, endpoint=endpoint, timeout=5)
     resource = Resource.create({"service.name": "fedprune-server", "service.version": __version__})
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(exporter()))
