@@ -52,14 +52,15 @@ from fedprune_server.storage.storage import open_database
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.web.database import CONSOLE_FILE as CONSOLE
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.observer import ConsoleObserver, check_address_free, check_console
-from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
-from fedprune_server.web.state import status
+from fedprune_server.web.observer import ConsoleObserver
+from fedprune_server.web.process import ConsoleProcess, ConsoleStart
+from fedprune_server.web.start_checks import check_address_free, check_console
 from fedprune_server.web.state.admin_executor import AdminExecutor
 from fedprune_server.web.state.membership_poller import MembershipPoller
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
+from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
 
 log = logging.getLogger("fedprune.server")
 
@@ -402,7 +403,7 @@ def _console_observers(
             "no operator can log in to the console yet: fedprune-server operators add NAME --role admin --state %s",
             config.state,
         )
-    writer = stack.enter_context(status.StatusWriter(config.state / status.STATUS_FILE))
+    writer = stack.enter_context(StatusWriter(config.state / STATUS_FILE))
     site_facts = {
         "version": __version__,
         "site": connection.site,
@@ -417,24 +418,9 @@ def _console_observers(
         orders, publisher, {runner.job.name: runner for runner in runners}, connection.quarantine,
         config.state, executor, allowed=config.console_orders,
     )  # fmt: skip
-    observer = ConsoleObserver(publisher, handler, ConsoleProcess(_console_settings(config, address, port)))
+    observer = ConsoleObserver(publisher, handler, ConsoleProcess(ConsoleStart.of(config, config.state, address, port)))
     stack.callback(observer.close)
     logger = logging.getLogger("fedprune")
     logger.addHandler(publisher.tap)
     stack.callback(logger.removeHandler, publisher.tap)
     yield observer
-
-
-def _console_settings(config: ServerConfig, address: str, port: int) -> ConsoleSettings:
-    """Settings for the console's process, with absolute paths."""
-    return ConsoleSettings(
-        address=address,
-        port=port,
-        folder=str(config.state.resolve()),
-        certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
-        key=None if config.console_key is None else str(config.console_key.resolve()),
-        orders=config.console_orders,
-        hosts=config.console_host_names,
-        proxied=config.console_proxy,
-        parent=os.getpid(),
-    )

@@ -34,9 +34,10 @@ from fedprune_server.observation.observer import LoopBlocked, RoundEnded
 from fedprune_server.storage import database
 from fedprune_server.storage.state_folder import DATABASE_FILE as DATABASE
 from fedprune_server.storage.state_folder import LOCK_FILE
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.publisher import StatusPublisher
-from fedprune_server.web.state.status import STATUS_FILE as STATUS
-from fedprune_server.web.state.status import FleetView, StatusWriter
+from fedprune_server.web.state.status_writer import STATUS_FILE as STATUS
+from fedprune_server.web.state.status_writer import StatusWriter
 from support import waiting
 from support.fakes.fleet import Fleet, ToyDevice, Watcher
 from support.fakes.tiny_job import JOB

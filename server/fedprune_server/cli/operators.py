@@ -26,9 +26,10 @@ from fedprune_server.web.auth.accounts import Accounts, Operator
 from fedprune_server.web.auth.roles import ROLES
 from fedprune_server.web.auth.sessions import OperatorSession
 from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
-from fedprune_server.web.state import status
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.order_queue import WITHDRAWN
 from fedprune_server.web.state.orders import OrderService, RefusedError
+from fedprune_server.web.state.status_writer import STATUS_FILE
 
 # The loop looks for orders twice a second; one that isn't answered in 30 s has met a server that hangs.
 _ANSWER_TIMEOUT_S, _POLL_INTERVAL_S = 30.0, 0.2
@@ -64,13 +65,13 @@ add_resume = add_pause
 
 def _send_order(arguments: argparse.Namespace) -> None:
     """Give a running server the order of the command's name, as its console does, and print the answer."""
-    path = arguments.state / status.STATUS_FILE
+    path = arguments.state / STATUS_FILE
     if not has_lock_holder(arguments.state / LOCK_FILE):
         Storage.check_existing(arguments.state)
         raise ConfigError(
             f"no server runs on {arguments.state}", hint="A job that is not running asks no board for anything."
         )
-    with status.FleetView(path) if path.exists() else nullcontext() as view:
+    with FleetView(path) if path.exists() else nullcontext() as view:
         if view is None or not view.is_ready:
             raise ConfigError(
                 f"no server that takes orders runs on {arguments.state}",

@@ -23,7 +23,7 @@ from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.events import LiveStream
 from fedprune_server.web.parameters import filters, order_number, paging, search_text, sort_column
 from fedprune_server.web.state.orders import RefusedError
-from fedprune_server.web.state.status import RecordPage
+from fedprune_server.web.state.record_page import RecordPage
 
 PREFIX = "/api/v1"
 

@@ -1,5 +1,4 @@
-"""The audit log: who did what, from where, and what came of it. Lines are added, never changed; only those
-before the latest `MAX_AUDIT_LINES` are deleted."""
+"""The audit log: who did what, from where, and with what outcome. Lines are never changed, and the oldest deleted."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any
 
 from fedprune.core.text import one_line
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.state.status import MAX_PAGE_SIZE, RecordPage
+from fedprune_server.web.state.record_page import RecordPage, read_page
 
 _ORDER_NUMBER = "json_extract(what, '$.order')"
 _LAST_OUTCOME = (
@@ -80,17 +79,19 @@ class Audit:
         """A page of entries of all operators or of one, newest first. An order and its outcome are two lines of the log
         and one entry. Raises `ValueError` if page, from 1, or size are out of range.
         """
-        if page < 1 or not 1 <= size <= MAX_PAGE_SIZE:
-            raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_PAGE_SIZE}, got {page} and {size}")
         operator_clause, values = ("AND operator = ?", (operator,)) if operator is not None else ("", ())
         where = f"WHERE ({_ORDER_NUMBER} IS NULL OR outcome = 'ordered') {operator_clause}"
-        row = self._database.row(f"SELECT count(*) AS n FROM audit {where}", *values)  # noqa: S608  # nosec B608  # two texts of ours
-        total = int(row["n"]) if row else 0
-        pages = max(1, -(-total // size))
-        page = min(page, pages)
-        rows = self._database.rows(
-            f"SELECT number, at, operator, address, action, what, coalesce({_LAST_OUTCOME}, outcome) AS outcome "  # noqa: S608  # nosec B608  # as above
-            f"FROM audit {where} ORDER BY number DESC LIMIT ? OFFSET ?",
-            *values, size, (page - 1) * size,
-        )  # fmt: skip
-        return RecordPage([{**r, "what": json.loads(r["what"])} for r in rows], page, pages, size, total)
+
+        def count() -> int:
+            row = self._database.row(f"SELECT count(*) AS n FROM audit {where}", *values)  # noqa: S608  # nosec B608  # two texts of ours
+            return int(row["n"]) if row else 0
+
+        def read(max_rows: int, skipped: int) -> list[dict[str, Any]]:
+            rows = self._database.rows(
+                f"SELECT number, at, operator, address, action, what, coalesce({_LAST_OUTCOME}, outcome) AS outcome "  # noqa: S608  # nosec B608  # as above
+                f"FROM audit {where} ORDER BY number DESC LIMIT ? OFFSET ?",
+                *values, max_rows, skipped,
+            )  # fmt: skip
+            return [{**r, "what": json.loads(r["what"])} for r in rows]
+
+        return read_page(page, size, count, read)

@@ -28,9 +28,9 @@ from fedprune_server.web.connections import Connections
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
 from fedprune_server.web.events import send_changes
-from fedprune_server.web.process import ConsoleSettings
-from fedprune_server.web.state import status
-from fedprune_server.web.state.status import FleetView
+from fedprune_server.web.process import ConsoleStart
+from fedprune_server.web.state.fleet_view import FleetView
+from fedprune_server.web.state.status_writer import STATUS_FILE
 
 # Open connections. Anybody can open them before logging in, so that a further one replaces the one that has waited
 # longest for its request, instead of being refused.
@@ -64,12 +64,12 @@ def listening_socket(address: str, port: int) -> socket.socket:
     return listener
 
 
-def run_console(settings: ConsoleSettings, replies: BinaryIO) -> None:
+def run_console(settings: ConsoleStart, replies: BinaryIO) -> None:
     """Serve until the process ends, sending signs of life to `replies`."""
     folder = Path(settings.folder)
     exposure = Exposure(settings.certificate is not None, settings.proxied, settings.hosts)
     with ConsoleDatabase(folder / CONSOLE_FILE) as database:
-        console = make_console(FleetView(folder / status.STATUS_FILE, settings.orders), database, exposure)
+        console = make_console(FleetView(folder / STATUS_FILE, settings.orders), database, exposure)
         app = make_app(console)
         listener = listening_socket(settings.address, settings.port)
         host = f"[{settings.address}]" if ":" in settings.address else settings.address
@@ -85,7 +85,7 @@ def run_console(settings: ConsoleSettings, replies: BinaryIO) -> None:
         asyncio.run(_serve_until_end(server, connections, listener, console, send_sign_of_life))
 
 
-def _make_server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -> uvicorn.Server:
+def _make_server(settings: ConsoleStart, app: ASGIApp, connections: Connections) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=connections.protocol_class(),
@@ -142,7 +142,7 @@ def main() -> None:
     """Run until the parent asks for the end, or ends."""
     replies = reply_stream()
     try:
-        settings = ConsoleSettings.from_json(sys.stdin.buffer.readline())
+        settings = ConsoleStart.from_json(sys.stdin.buffer.readline())
     except ConfigError:
         sys.exit(2)
     end_with_parent(settings.parent)

@@ -16,8 +16,8 @@ from fedprune_server.web.auth.sessions import OperatorSession, OperatorSessions
 from fedprune_server.web.auth.throttle import Throttle
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.events import Streams
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.orders import OrderService
-from fedprune_server.web.state.status import FleetView
 
 
 @dataclass

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from fedprune.core.errors import FedpruneError
 from fedprune_server.web.audit import Audit
-from fedprune_server.web.state.status import ANY_DEVICE, DEVICE_TOPIC, FleetView
+from fedprune_server.web.state.fleet_view import ANY_DEVICE, DEVICE_TOPIC, FleetView
 
 # Pause between two polls for changes: the server writes its status as often.
 POLL_INTERVAL_S = 0.5

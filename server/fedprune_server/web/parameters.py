@@ -8,8 +8,9 @@ from starlette.requests import Request
 
 from fedprune.core.errors import ProtocolError
 from fedprune.core.validation import check_word, parse_whole
+from fedprune_server.web.state.record_page import MAX_PAGE_SIZE
 from fedprune_server.web.state.records import DEVICE_STATES, LOG_LEVELS, MEMBER_STATUSES
-from fedprune_server.web.state.status import MAX_PAGE_SIZE, SORT_COLUMNS
+from fedprune_server.web.state.status_writer import SORT_COLUMNS
 
 MAX_SEARCH_LENGTH = 100
 # The login form has four fields; parsing many takes time before anybody is logged in.

@@ -1,4 +1,4 @@
-"""The console's process, as the server sees it: started again when it ends or hangs, and never waited for."""
+"""Starts the console's process, and starts it again when it ends or hangs; the server never waits for it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.imports import module_code
 from fedprune.core.records import decode_record, encode_record
 from fedprune_server.process.child_process import ChildProcess, RestartedProcess
+
+if TYPE_CHECKING:  # the console's process doesn't import the server's settings
+    from fedprune_server.config.server_config import WebConsoleSettings
 
 log = logging.getLogger("fedprune.server")
 
@@ -25,18 +29,19 @@ _STOP_S = 3.0
 # A console that has sent nothing for this long is ended and started again: six of its signs of life are missing.
 SILENCE_LIMIT_S = 30.0
 
-_VARIABLES = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
 # Variables that the process gets, and prefixes of further ones. Others may hold passwords of databases and buckets, and
 # browsers reach this process.
+_VARIABLES = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
 _VARIABLE_PREFIXES = ("LC_", "PYTHON")
 
 
 @dataclass(frozen=True)
-class ConsoleSettings:
-    """Settings of the console's process, which it reads from its standard input.
+class ConsoleStart:
+    """What the console's process reads from its standard input at its start.
 
     Attributes:
         folder: The state folder, with `console.db` and `status.db`.
+        orders: Which orders it accepts: `none`, `look` or `all`.
         hosts: Names that browsers may use in addition to its address.
         proxied: Whether a reverse proxy on this machine terminates TLS.
         parent: The server's process id.
@@ -53,9 +58,24 @@ class ConsoleSettings:
     parent: int
 
     @classmethod
-    def from_json(cls, text: bytes) -> ConsoleSettings:
+    def of(cls, config: WebConsoleSettings, folder: Path, address: str, port: int) -> ConsoleStart:
+        """The start of a server's console, with absolute paths."""
+        return cls(
+            address=address,
+            port=port,
+            folder=str(folder.resolve()),
+            certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
+            key=None if config.console_key is None else str(config.console_key.resolve()),
+            orders=config.console_orders,
+            hosts=config.console_host_names,
+            proxied=config.console_proxy,
+            parent=os.getpid(),
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes) -> ConsoleStart:
         """Raises `ConfigError` if it is not what `to_json` writes."""
-        return decode_record(cls, text, "settings of a console", ConfigError)
+        return decode_record(cls, text, "the start of a console", ConfigError)
 
     def to_json(self) -> bytes:
         return encode_record(self) + b"\n"
@@ -64,7 +84,7 @@ class ConsoleSettings:
 class ConsoleProcess:
     """A console's process, or another `command`. It repeats its address every few seconds as a sign of life."""
 
-    def __init__(self, settings: ConsoleSettings, command: list[str] | None = None) -> None:
+    def __init__(self, settings: ConsoleStart, command: list[str] | None = None) -> None:
         self._settings = settings
         self._command = command or [sys.executable, "-c", module_code("fedprune_server.web.child")]
         self._child = RestartedProcess(self._start, _NAME, stop_s=_STOP_S)

@@ -20,10 +20,10 @@ from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Operator
 from fedprune_server.web.auth.sessions import OperatorSession
 from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
-from fedprune_server.web.state import status
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.order_queue import EXPIRED, WITHDRAWN, OrderAnswer, OrderQueue
 from fedprune_server.web.state.orders import OrderService
-from fedprune_server.web.state.status import FleetView, StatusWriter
+from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_fleet import ConsoleFleet
 from support.fakes.recorded_job import play_job
@@ -34,14 +34,14 @@ from support.waiting import until
 def database(tmp_path: Path) -> Iterator[ConsoleDatabase]:
     """The console's database of a server that runs a job and takes orders."""
     tmp_path.chmod(0o700)
-    with StatusWriter(tmp_path / status.STATUS_FILE) as writer, ConsoleDatabase(tmp_path / CONSOLE_FILE) as opened:
+    with StatusWriter(tmp_path / STATUS_FILE) as writer, ConsoleDatabase(tmp_path / CONSOLE_FILE) as opened:
         ConsoleFleet(2, 1).publish(writer)
         yield opened
 
 
 @pytest.fixture
 def orders(tmp_path: Path, database: ConsoleDatabase) -> Iterator[OrderService]:
-    with FleetView(tmp_path / status.STATUS_FILE) as view:
+    with FleetView(tmp_path / STATUS_FILE) as view:
         yield OrderService(view, Audit(database), database)
 
 
@@ -109,7 +109,7 @@ def test_a_job_is_paused_at_the_terminal_as_at_the_console(
         with ConsoleDatabase(tmp_path / CONSOLE_FILE) as server_database:
             queue = OrderQueue(server_database)
             (order,) = until(lambda: queue.take(1))
-            assert (order.order, order.job) == (kind, "trial")
+            assert (order.kind, order.job) == (kind, "trial")
             queue.answer(OrderAnswer(order.number, True, message))
             queue.flush()
 
@@ -173,7 +173,7 @@ def test_an_order_of_a_terminal_that_was_killed_expires(
     assert (row["until"] - row["at"], row["state"]) == (pytest.approx(30.0), "waiting")
     later = row["at"] + 31.0
     assert OrderQueue(database, lambda: later).take(1) == []
-    with FleetView(tmp_path / status.STATUS_FILE) as view:
+    with FleetView(tmp_path / STATUS_FILE) as view:
         OrderService(view, Audit(database), database, lambda: later + 60.0).expire()
     (entry,) = Audit(database).page().items
     assert (entry["action"], entry["outcome"]) == ("pause", EXPIRED)

@@ -23,15 +23,15 @@ from fedprune_server.web import child
 from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.process import SILENCE_LIMIT_S, ConsoleProcess, ConsoleSettings
-from fedprune_server.web.state.status import STATUS_FILE, StatusWriter
+from fedprune_server.web.process import SILENCE_LIMIT_S, ConsoleProcess, ConsoleStart
+from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
 from support.fakes.console_browser import PASSWORD, QUICK, trial
 from support.fakes.console_fleet import ConsoleFleet
 from support.waiting import until
 
 
-def settings(folder: Path) -> ConsoleSettings:
-    return ConsoleSettings("127.0.0.1", 0, str(folder), None, None, "all", (), False, os.getpid())
+def settings(folder: Path) -> ConsoleStart:
+    return ConsoleStart("127.0.0.1", 0, str(folder), None, None, "all", (), False, os.getpid())
 
 
 def fetch(url: str) -> tuple[int, Any]:

@@ -27,15 +27,15 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation
-from fedprune_server.web.observer import check_tls
-from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
-from fedprune_server.web.state.status import STATUS_FILE, StatusWriter
+from fedprune_server.web.process import ConsoleProcess, ConsoleStart
+from fedprune_server.web.start_checks import check_tls
+from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
 from support.waiting import until
 
 
-def settings(folder: Path, certificate: Path, key: Path) -> ConsoleSettings:
+def settings(folder: Path, certificate: Path, key: Path) -> ConsoleStart:
     tls = (str(certificate), str(key))
-    return ConsoleSettings("127.0.0.1", 0, str(folder), *tls, "all", (), False, os.getpid())
+    return ConsoleStart("127.0.0.1", 0, str(folder), *tls, "all", (), False, os.getpid())
 
 
 @pytest.mark.system

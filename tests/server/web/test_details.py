@@ -19,8 +19,9 @@ from fedprune_server.devices.crash_store import CRASH_FILE as CRASHES
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.web.state.crashes import board_crashes
 from fedprune_server.web.state.details import device_details, kept_channels
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.rows import slot_and_release
-from fedprune_server.web.state.status import STATUS_FILE, FleetView, StatusWriter, encode_status
+from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter, encode_status
 from fedprune_server.web.views.presentation import make_channel_map
 from support.fakes.console_fleet import write
 from support.fakes.fleet import Fleet

@@ -17,9 +17,9 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
-from fedprune_server.web.state import status  # noqa: E402
 from fedprune_server.web.state.order_queue import Order  # noqa: E402
 from fedprune_server.web.state.records import AlertStatus, Rollouts, StatusRecord  # noqa: E402
+from fedprune_server.web.state.status_writer import encode_status  # noqa: E402
 from support.fakes.console_fleet import ConsoleFleet  # noqa: E402
 from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
 from support.waiting import PATIENCE_S  # noqa: E402
@@ -52,18 +52,18 @@ class Fleet(ConsoleFleet):
     def carry(self, order: Order) -> Carried:
         """Do what is ordered, and publish what follows."""
         records = list(self._status_records(order))
-        rows = {order.device: status.encode_status(self.rows[order.device])} if order.device in self.rows else {}
-        return records, rows, f"did {order.order}"
+        rows = {order.device: encode_status(self.rows[order.device])} if order.device in self.rows else {}
+        return records, rows, f"did {order.kind}"
 
     def _status_records(self, order: Order) -> Iterator[StatusRecord]:
-        if order.order in ("look", "coverage"):
+        if order.kind in ("look", "coverage"):
             yield from self.answer(order)
-        if order.order in ("approve", "revoke"):
-            member = {"approve": "member", "revoke": "revoked"}[order.order]
-            state = {"approve": "ready", "revoke": "revoked"}[order.order]
+        if order.kind in ("approve", "revoke"):
+            member = {"approve": "member", "revoke": "revoked"}[order.kind]
+            state = {"approve": "ready", "revoke": "revoked"}[order.kind]
             self.rows[order.device or ""].update(status=member, state=state, doing=state)
-        elif order.order.startswith("rollout"):
-            if order.order == "rollout_stop":
+        elif order.kind.startswith("rollout"):
+            if order.kind == "rollout_stop":
                 self.rollout = {**self.rollout, "state": "stopped", "why": f"by {order.operator}"}
             else:
                 number = self.rollout["number"] + 1
@@ -219,7 +219,7 @@ def test_the_table_stays_live_and_keeps_what_people_do(open_console: Open, conso
     link = page.get_by_role("link", name="board-0002")
     link.focus()
     row = {**console.fleet.rows["board-0002"], "temperature_c": 99.5, "profile": "<img src=x onerror=alert(1)>"}
-    console.write(rows={row["name"]: status.encode_status(row)})
+    console.write(rows={row["name"]: encode_status(row)})
     expect(page.get_by_role("row", name="board-0002")).to_contain_text("99.5")
     expect(page.get_by_role("row", name="board-0002")).to_contain_text("<img src=x onerror=alert(1)>")
     expect(link).to_be_focused()

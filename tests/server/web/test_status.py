@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune_server.web.events import MAX_DEVICES, PendingTopics, event_text
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.records import AlertStatus, LogLine
-from fedprune_server.web.state.status import SORT_COLUMNS, STATUS_FILE, FleetView, StatusWriter, encode_status
+from fedprune_server.web.state.status_writer import SORT_COLUMNS, STATUS_FILE, StatusWriter, encode_status
 from support.fakes.console_fleet import ConsoleFleet, write
 from support.paths import ROOT
 

@@ -18,9 +18,10 @@ from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Exposure
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.order_queue import Order, OrderAnswer, answer_statements, read_order
 from fedprune_server.web.state.records import StatusRecord
-from fedprune_server.web.state.status import STATUS_FILE, FleetView, StatusWriter
+from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
 from support.fakes.console_fleet import ConsoleFleet, write
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)

@@ -20,7 +20,7 @@ from fedprune_server.web.state.records import (
     Site,
     StatusRecord,
 )
-from fedprune_server.web.state.status import StatusWriter, encode_status
+from fedprune_server.web.state.status_writer import StatusWriter, encode_status
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2", "jetson-orin-nano", "jetson-agx-orin")
 _STATES = ("ready", "offered", "training", "pulling", "folded", "refused", "queued")
@@ -90,10 +90,10 @@ class ConsoleFleet:
 
     def answer(self, order: Order) -> Iterator[StatusRecord]:
         """What a server publishes on an order."""
-        if order.order == "look" and order.device is not None and order.device in self.rows:
+        if order.kind == "look" and order.device is not None and order.device in self.rows:
             yield self.details(order.device)
             yield self.crashes(order.device)
-        if order.order == "coverage":
+        if order.kind == "coverage":
             yield self.coverage(order.job or self._jobs[0])
 
     def job(self, name: str) -> PublishedJob:

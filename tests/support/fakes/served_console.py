@@ -17,9 +17,10 @@ from fedprune_server.web.app import make_app
 from fedprune_server.web.context import make_console
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.events import POLL_INTERVAL_S, send_changes
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.order_queue import Order, OrderAnswer, OrderQueue
 from fedprune_server.web.state.records import StatusRecord
-from fedprune_server.web.state.status import STATUS_FILE, FleetView, StatusWriter
+from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
 from support.fakes.console_fleet import ConsoleFleet, write
 
 PASSWORD = "correct horse battery"
@@ -49,7 +50,7 @@ class ServedConsole:
     ) -> None:
         self.fleet = fleet
         self.orders: list[Order] = []
-        self._carry = carry or (lambda order: (list(fleet.answer(order)), {}, f"{order.order}: a trial"))
+        self._carry = carry or (lambda order: (list(fleet.answer(order)), {}, f"{order.kind}: a trial"))
         self.writer = StatusWriter(folder / STATUS_FILE)
         fleet.publish(self.writer)
         self._look_s = look_s

@@ -93,7 +93,7 @@ class AdminExecutor:
     def carry_out(self, order: Order) -> str:
         """Carry an order out; returns the result for people, or raises `FedpruneError`."""
         device, key = order.device or "", order.key
-        if order.order == "rollout_start":
+        if order.kind == "rollout_start":
             if order.release not in self.release_names() or self._releases is None:
                 raise ReleaseError(
                     f"no release {order.release}", expected=", ".join(self.release_names()) or "none is there",
@@ -105,24 +105,24 @@ class AdminExecutor:
             return (
                 f"rollout {started.number} of release {started.release.number} to {len(started.rollout.boards)} boards"
             )
-        if order.order.startswith("rollout_"):
+        if order.kind.startswith("rollout_"):
             return self._rollout(order, f"by {order.operator}" + (f": {order.reason}" if order.reason else ""))
         with IdentityFolder(self._state) as identity:
-            if order.order == "approve":
+            if order.kind == "approve":
                 return approve(identity, device, key or "")
-            if order.order == "deny":
+            if order.kind == "deny":
                 return deny(identity, device, key)
             return revoke(identity, device)
 
     def _rollout(self, order: Order, reason: str) -> str:
-        if order.order == "rollout_back":
+        if order.kind == "rollout_back":
             left_release = order.release or ""
             if not left_release.isdecimal() or len(left_release) > _MAX_DIGITS:
                 raise ReleaseError("release that boards leave", expected="its number", got=order.release)
             highest = self._highest_prepared()
             return take_back(self._state, reason, release=int(left_release), above=highest).way_back_text()
         with RolloutStore(self._state) as store:
-            return order_rollout(store, order.order.removeprefix("rollout_"), reason)
+            return order_rollout(store, order.kind.removeprefix("rollout_"), reason)
 
     def _highest_prepared(self) -> int:
         """The highest number of a release that can be rolled out; 0 for none. A release that takes boards back must not

@@ -67,9 +67,9 @@ class OrderHandler:
 
     def _handle(self, order: Order) -> None:
         try:
-            if self._allowed == "none" or (self._allowed == "look" and order.order not in READING_ORDERS):
+            if self._allowed == "none" or (self._allowed == "look" and order.kind not in READING_ORDERS):
                 raise ProtocolError("this server takes no such orders from its console")
-            if order.order in ADMIN_ORDERS:
+            if order.kind in ADMIN_ORDERS:
                 if self._executor is None:
                     raise ProtocolError("this server has no identity: every device may join, and there are no releases")
                 self._executor.submit(order)
@@ -83,17 +83,17 @@ class OrderHandler:
             self._queue.answer(OrderAnswer(order.number, ok=False, text="it failed; see the server's log"))
             return
         # A pause is saved when the loop's turn ends. It is answered in the next one: before that a crash could undo it.
-        if order.order in ("pause", "resume"):
+        if order.kind in ("pause", "resume"):
             self._unsaved_answers.append(OrderAnswer(order.number, ok=True, text=text))
         else:
             self._queue.answer(OrderAnswer(order.number, ok=True, text=text))
 
     def _carry_out(self, order: Order) -> str:
-        if order.order == "coverage":
+        if order.kind == "coverage":
             self._add_coverage(self._runner(order.job or ""))
             return "coverage"
-        if order.order in ("pause", "resume"):
-            runner, is_pause = self._runner(order.job or ""), order.order == "pause"
+        if order.kind in ("pause", "resume"):
+            runner, is_pause = self._runner(order.job or ""), order.kind == "pause"
             if not runner.pause(is_pause):
                 return f"job {order.job} is {'paused already' if is_pause else 'not paused'}"
             text = f"job {order.job} {'is paused' if is_pause else 'goes on'}"
@@ -101,7 +101,7 @@ class OrderHandler:
             return text
         name = order.device or ""
         runner = self._runner_with(name)
-        if order.order == "look":
+        if order.kind == "look":
             self._publisher.add(device_details(runner, name, self._clock()), board_crashes(self._folder, name))
             return name
         if not self._quarantine.release(name):

@@ -47,8 +47,8 @@ class Order:
         job: For `pause`, `resume` and `coverage`.
         device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
         key: Fingerprint of the key to approve, as the board shows it.
-        release: For `rollout_start` one of the server's `console_releases`; for `rollout_back` the number of the one to
-            leave.
+        release: For `rollout_start` one of the server's `console_releases`; for `rollout_back` the number of the
+            release that boards leave.
         groups: Shares of the boards for each stage of a rollout; empty for the default: one board, a tenth, all.
         devices: The boards of a rollout; empty for all members.
         reason: For the record.
@@ -57,7 +57,7 @@ class Order:
 
     number: Annotated[int, number_range(1)]
     operator: Name
-    order: Annotated[str, word_of(tuple(ROLE_OF_ORDER))]
+    kind: Annotated[str, word_of(tuple(ROLE_OF_ORDER))]
     job: Job | None = None
     device: Device | None = None
     key: Annotated[str, printable_text(128)] | None = None
@@ -141,5 +141,5 @@ def read_order(row: Mapping[str, Any]) -> Order:
         raise ProtocolError("the order is not JSON") from error
     if not isinstance(arguments, dict) or not arguments.keys() <= set(ORDER_ARGUMENTS):
         raise ProtocolError("what the order is about", expected=f"an object with some of {', '.join(ORDER_ARGUMENTS)}")
-    row_fields = {"number": row["number"], "operator": row["operator"], "order": row["kind"], "until": row["until"]}
+    row_fields = {"number": row["number"], "operator": row["operator"], "kind": row["kind"], "until": row["until"]}
     return convert_record(Order, {**arguments, **row_fields}, "order", ProtocolError)

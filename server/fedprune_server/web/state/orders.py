@@ -17,6 +17,7 @@ from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER, has_role
 from fedprune_server.web.auth.sessions import OperatorSession
 from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.order_queue import (
     EXPIRED,
     ORDER_ARGUMENTS,
@@ -26,7 +27,6 @@ from fedprune_server.web.state.order_queue import (
     OrderAnswer,
     answer_statements,
 )
-from fedprune_server.web.state.status import FleetView
 
 # Bytes of an order, as stored: a rollout to a hundred named boards has some 7,000.
 MAX_ORDER_BYTES = 8192
@@ -115,7 +115,7 @@ class OrderService:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         now = self._clock()
         try:
-            fields = {"number": 1, "operator": operator, "order": kind, "until": now + expires_s, **arguments}
+            fields = {"number": 1, "operator": operator, "kind": kind, "until": now + expires_s, **arguments}
             order = convert_record(Order, fields, "order", ProtocolError)
         except ProtocolError as error:
             raise RefusedError(422, str(error)) from error
@@ -177,7 +177,7 @@ class OrderService:
         known_names: Collection[str] = self._view.job_names
         if order.job is not None and order.job not in known_names:
             raise RefusedError(404, f"no job {order.job}: {_names_text(known_names)}")
-        if not self._view.is_complete or order.order in _JOINING_ORDERS:
+        if not self._view.is_complete or order.kind in _JOINING_ORDERS:
             return
         known_names = self._view.device_names
         for name in (*(() if order.device is None else (order.device,)), *order.devices):

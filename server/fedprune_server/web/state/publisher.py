@@ -21,7 +21,7 @@ from fedprune_server.web.state import rows
 from fedprune_server.web.state.logs import LogTap
 from fedprune_server.web.state.membership_poller import Member, MembershipPoller
 from fedprune_server.web.state.records import AlertStatus, PublishedJob, Rollouts, Site, StatusRecord
-from fedprune_server.web.state.status import StatusWriter, encode_status
+from fedprune_server.web.state.status_writer import StatusWriter, encode_status
 
 # Time of the server's loop that collecting devices may take in each call: 4 % of it, at two calls a second.
 COLLECT_BUDGET_S = 0.02

@@ -8,7 +8,8 @@ from typing import Any
 
 from fedprune.core.metrics import ACCURACY, BLEND, METRICS, Metric
 from fedprune.output.chart import Chart, Strip, coverage_strip, lay_out_chart
-from fedprune_server.web.state.status import MAX_PAGE_SIZE, FleetView
+from fedprune_server.web.state.fleet_view import FleetView
+from fedprune_server.web.state.record_page import MAX_PAGE_SIZE
 from fedprune_server.web.views import formatting as phrases
 
 WORKING_STATES = ("extracting", "offered", "training", "pulling", "stored")
