@@ -52,8 +52,8 @@ from fedprune_server.storage.storage import open_database
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.web.database import CONSOLE_FILE as CONSOLE
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.observer import ConsoleObserver
-from fedprune_server.web.process import ConsoleProcess, ConsoleStart
+from fedprune_server.web.observer import ConsoleObserver, console_start
+from fedprune_server.web.process import ConsoleProcess
 from fedprune_server.web.start_checks import check_address_free, check_console
 from fedprune_server.web.state.admin_executor import AdminExecutor
 from fedprune_server.web.state.membership_poller import MembershipPoller
@@ -418,7 +418,7 @@ def _console_observers(
         orders, publisher, {runner.job.name: runner for runner in runners}, connection.quarantine,
         config.state, executor, allowed=config.console_orders,
     )  # fmt: skip
-    observer = ConsoleObserver(publisher, handler, ConsoleProcess(ConsoleStart.of(config, config.state, address, port)))
+    observer = ConsoleObserver(publisher, handler, ConsoleProcess(console_start(config, address, port)))
     stack.callback(observer.close)
     logger = logging.getLogger("fedprune")
     logger.addHandler(publisher.tap)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 
 from fedprune.core.errors import FedpruneError
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.observation.observer import LoopBlocked, ServerEnding, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
-from fedprune_server.web.process import ConsoleProcess
+from fedprune_server.web.process import ConsoleProcess, ConsoleStart
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.publisher import StatusPublisher
 
@@ -53,3 +55,18 @@ class ConsoleObserver:
             self._orders.close()  # the console's process doesn't write to its database any more
         except FedpruneError as error:
             log.error("answers to the console's last orders are lost: %s", error)
+
+
+def console_start(config: ServerConfig, address: str, port: int) -> ConsoleStart:
+    """What the console's process of a server reads at its start, with absolute paths."""
+    return ConsoleStart(
+        address=address,
+        port=port,
+        folder=str(config.state.resolve()),
+        certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
+        key=None if config.console_key is None else str(config.console_key.resolve()),
+        orders=config.console_orders,
+        hosts=config.console_host_names,
+        proxied=config.console_proxy,
+        parent=os.getpid(),
+    )

@@ -7,16 +7,12 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.imports import module_code
 from fedprune.core.records import decode_record, encode_record
 from fedprune_server.process.child_process import ChildProcess, RestartedProcess
-
-if TYPE_CHECKING:  # the console's process doesn't import the server's settings
-    from fedprune_server.config.server_config import WebConsoleSettings
 
 log = logging.getLogger("fedprune.server")
 
@@ -56,21 +52,6 @@ class ConsoleStart:
     hosts: tuple[str, ...]
     proxied: bool
     parent: int
-
-    @classmethod
-    def of(cls, config: WebConsoleSettings, folder: Path, address: str, port: int) -> ConsoleStart:
-        """The start of a server's console, with absolute paths."""
-        return cls(
-            address=address,
-            port=port,
-            folder=str(folder.resolve()),
-            certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
-            key=None if config.console_key is None else str(config.console_key.resolve()),
-            orders=config.console_orders,
-            hosts=config.console_host_names,
-            proxied=config.console_proxy,
-            parent=os.getpid(),
-        )
 
     @classmethod
     def from_json(cls, text: bytes) -> ConsoleStart:
