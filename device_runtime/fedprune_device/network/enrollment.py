@@ -19,8 +19,10 @@ from pathlib import Path
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, path_remedy
 from fedprune.core.text import decode_text, one_line
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Admission, JoinClaim
-from fedprune.security.tls import BUILD_TIME, pinned_context, unpinned_context
+from fedprune.security.join_claim import JoinClaim
+from fedprune.security.joining import Admission
+from fedprune.security.tls import pinned_context, unpinned_context
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.fleet_messages import JoinAnswer
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.messages import parse_message

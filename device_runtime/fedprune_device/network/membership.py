@@ -13,7 +13,7 @@ from pathlib import Path
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, ConfigError, IdentityError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.tls import SYSTEM_AUTHORITIES, check_local_host
 from fedprune.wire.link import BrokerLink, tls_context
 from fedprune.wire.urls import BrokerUrl

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.core.errors import ConfigError, JoinError, value_text
 from fedprune.core.validation import check_bool
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.tls import check_local_host
 from fedprune.wire.topics import check_device, check_topic_name
 from fedprune.wire.urls import BrokerUrl

@@ -46,7 +46,7 @@ from fedprune.security.certificates import (
     seconds_of,
 )
 from fedprune.security.epoch_file import EpochFile
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.keys import SigningKey
 from fedprune.security.private_file import share_owner, write_public
 from fedprune.security.tls import PinnedContext, pinned_context

@@ -24,7 +24,8 @@ from fedprune.core.errors import (
     value_text,
 )
 from fedprune.security.certificates import key_digest, read_certificate, request_key, seconds_of
-from fedprune.security.joining import JoinClaim, holds_claim
+from fedprune.security.join_claim import JoinClaim
+from fedprune.security.joining import holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.tables import (

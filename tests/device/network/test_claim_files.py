@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.security.certificates import PIN_BYTES
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune_device.network.enrollment import read_claim_file
 
 pytestmark = pytest.mark.board

@@ -16,7 +16,8 @@ from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.security.tls import BUILD_TIME, pinned_context
+from fedprune.security.tls import pinned_context
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import tls_context

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.keys import SigningKey
 from fedprune_flash import BoardSettings, BoardTarget, build_kit
 from support.paths import ROOT

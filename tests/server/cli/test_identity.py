@@ -14,7 +14,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService

@@ -16,7 +16,7 @@ import pytest
 from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
 from fedprune.security.certificates import read_certificate
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.keys import grouped_digits
 from fedprune.wire.link import BrokerLink
 from fedprune_device.cli.main import main

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.signed_channel import Opener, Sealer
-from fedprune.security.tls import BUILD_TIME
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import Birth, Hello, parse_message
 from fedprune.wire.topics import Topics

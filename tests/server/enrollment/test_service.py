@@ -23,9 +23,10 @@ from fedprune.security.certificates import (
     seconds_of,
 )
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import JoinClaim, make_join_request
+from fedprune.security.join_claim import JoinClaim
+from fedprune.security.joining import make_join_request
 from fedprune.security.keys import SigningKey
-from fedprune.security.tls import BUILD_TIME
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Hello, parse_message
 from fedprune.wire.topics import Topics

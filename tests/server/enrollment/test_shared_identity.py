@@ -13,7 +13,8 @@ from cryptography import x509
 
 from fedprune.core.errors import ConfigError, IdentityError, UsedClaimError
 from fedprune.security.certificates import make_request, make_tls_key
-from fedprune.security.joining import JoinClaim, make_join_request
+from fedprune.security.join_claim import JoinClaim
+from fedprune.security.joining import make_join_request
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import APPROVED, JoinRequest
 from fedprune_server.cli.main import main

@@ -17,10 +17,11 @@ from msgspec.structs import replace
 
 from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import JoinClaim, signed_answer_bytes
+from fedprune.security.join_claim import JoinClaim
+from fedprune.security.joining import signed_answer_bytes
 from fedprune.security.keys import SigningKey
 from fedprune.security.signed_envelope import SignedEnvelope, seal
-from fedprune.security.tls import BUILD_TIME
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Birth, Death, Finished, Hello, RoundProgress, parse_message

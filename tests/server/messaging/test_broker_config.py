@@ -21,7 +21,8 @@ from fedprune.core.errors import IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.tls import BUILD_TIME, pinned_context, unpinned_context
+from fedprune.security.tls import pinned_context, unpinned_context
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService

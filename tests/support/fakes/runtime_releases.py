@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprune.releases.release import Release, write_release
 from fedprune.security.certificates import PIN_BYTES
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune_device.launcher.slot_store import KEY_FILE, write_file
 from fedprune_device.launcher.state import SLOTS, LauncherState

@@ -45,8 +45,8 @@ from fedprune.security.certificates import (
     request_key,
 )
 from fedprune.security.certificates import make_request as make_csr
+from fedprune.security.join_claim import JoinClaim
 from fedprune.security.joining import (
-    JoinClaim,
     check_answer,
     check_request,
     make_join_request,

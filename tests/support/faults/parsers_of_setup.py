@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from fedprune.security.authority import Authority
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune_flash.image.boot_image import unpack_image
 from fedprune_flash.image.partitions import read_partitions
 from fedprune_flash.kit.board_settings import check_authorities

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.security.joining import JoinClaim
+from fedprune.security.join_claim import JoinClaim
 from fedprune_server.cli import main as server
 from support.paths import ROOT
 

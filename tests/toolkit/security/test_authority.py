@@ -16,7 +16,7 @@ from fedprune.core.errors import IdentityError, ProtocolError
 from fedprune.security import authority as subject
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import common_name, make_request, make_tls_key, read_certificate
-from fedprune.security.tls import BUILD_TIME, TrustedTime
+from fedprune.security.trusted_time import BUILD_TIME, TrustedTime
 
 pytestmark = pytest.mark.board
 

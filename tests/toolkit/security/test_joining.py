@@ -11,15 +11,11 @@ from fedprune.core.errors import FedpruneError, JoinError, ProtocolError, Signat
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import PIN_BYTES, make_tls_key
 from fedprune.security.certificates import make_request as make_csr
+from fedprune.security.join_claim import CLAIM_ID_BYTES, CLAIM_SECRET_BYTES, JoinClaim, claim_mac, is_same
 from fedprune.security.joining import (
-    CLAIM_ID_BYTES,
-    CLAIM_SECRET_BYTES,
-    JoinClaim,
     check_answer,
     check_request,
-    claim_mac,
     holds_claim,
-    is_same,
     make_join_request,
     request_digest,
     signed_answer_bytes,

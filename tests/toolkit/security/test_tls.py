@@ -16,7 +16,8 @@ from fedprune.core.errors import ConfigError, IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.tls import BUILD_TIME, check_local_host, check_peer, pinned_context, unpinned_context
+from fedprune.security.tls import check_local_host, check_peer, pinned_context, unpinned_context
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.connection_failure import connection_failure
 
 pytestmark = pytest.mark.board

@@ -37,8 +37,9 @@ from fedprune.aggregation.client_update import (
     rebase_update,
 )
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, Range
-from fedprune.aggregation.layout import partial_masks, to_global
+from fedprune.aggregation.layout import to_global
 from fedprune.aggregation.round_means import ServerStep
+from fedprune.aggregation.update_coverage import partial_masks
 from fedprune.aggregation.update_sums import PartialSums, UpdateSums, check_partial_sums
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, TensorSpec

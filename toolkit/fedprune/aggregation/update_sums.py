@@ -25,7 +25,6 @@ from fedprune.aggregation.compiled_kernels import ScatteredRows
 from fedprune.aggregation.fixed_point import FixedSum, Range
 from fedprune.aggregation.layout import (
     Expansion,
-    UpdateCoverage,
     has_layout_ranks,
     index_pairs,
     map_into_sums,
@@ -34,6 +33,7 @@ from fedprune.aggregation.layout import (
     to_layout,
 )
 from fedprune.aggregation.round_means import RoundMeans
+from fedprune.aggregation.update_coverage import UpdateCoverage
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, TensorSpec
 from fedprune.model.selection import ElementMask, Selection, mesh

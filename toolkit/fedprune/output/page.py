@@ -10,17 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from fedprune.output.chart import (
-    SEARCH_THRESHOLD,
-    Chart,
-    Strip,
-    chart_html,
-    html_text,
-    legend_html,
-    search_field,
-    series_classes,
-    strip_svg,
-)
+from fedprune.output.chart import Chart, Strip, series_classes
+from fedprune.output.chart_html import SEARCH_THRESHOLD, chart_html, html_text, legend_html, search_field, strip_svg
 
 # A segment of a bar: CSS class, start and end as shares of the bar's room.
 BarSegment = tuple[str, float, float]

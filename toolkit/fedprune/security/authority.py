@@ -46,7 +46,7 @@ from fedprune.security.certificates import (
     subject_host,
 )
 from fedprune.security.private_file import write_public
-from fedprune.security.tls import BUILD_TIME
+from fedprune.security.trusted_time import BUILD_TIME
 from fedprune.wire.topics import check_device, check_topic_name
 
 AUTHORITY_KEY_FILE, AUTHORITY_CERTIFICATE_FILE, CRL_FILE = "authority.key", "authority.pem", "crl.pem"

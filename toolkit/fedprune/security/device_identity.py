@@ -37,11 +37,13 @@ from fedprune.security.certificates import (
     seconds_of,
 )
 from fedprune.security.epoch_file import EpochFile
-from fedprune.security.joining import Admission, JoinClaim, check_answer, make_join_request
+from fedprune.security.join_claim import JoinClaim
+from fedprune.security.joining import Admission, check_answer, make_join_request
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.private_file import write_public
 from fedprune.security.signed_envelope import MAX_EPOCH
-from fedprune.security.tls import PinnedContext, TrustedTime, pinned_context
+from fedprune.security.tls import PinnedContext, pinned_context
+from fedprune.security.trusted_time import TrustedTime
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse_message
 

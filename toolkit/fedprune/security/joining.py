@@ -1,34 +1,25 @@
-"""Requests to join, verification of their answers, and claims, with which one device may join at once.
+"""Requests to join a fleet, and the verification of their answers.
 
-A request is signed by the device's key, which proves possession; with a claim it is also authenticated by the claim's
-key, which proves permission. The answer is signed by the authority, whose key the device knows by the claim's pin, or
-by a configured pin. Neither side has to trust the network.
-
-A claim is a short text: FP1-OBKTJ3AI-7P6NWUH3-... and 5 more groups of 8 base32 characters (RFC 4648): 5 bytes of id,
-15 of secret, 12 of pin, 3 of check. The secret is never sent: a key derived from it authenticates the request. The pin
-is the beginning of the sha256 of the authority's public key. A thief of the text can join in the device's place until
-the claim is used or expires, and nothing else.
+A request is signed by the device's key, which proves possession; with a claim (`security.join_claim`) it is also
+authenticated by the claim's key, which proves permission. The answer is signed by the authority. The device knows the
+authority's key by its pin (the beginning of the key's sha256), which the claim holds, or which was configured. Neither
+side has to trust the network.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import hmac
-import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedprune.core.errors import JoinError, ProtocolError, SignatureError
 from fedprune.core.text import one_line
 from fedprune.security.certificates import (
-    PIN_BYTES,
     certificate_name,
     is_issued_by,
     key_digest,
@@ -37,6 +28,7 @@ from fedprune.security.certificates import (
     read_certificate,
     request_key,
 )
+from fedprune.security.join_claim import JoinClaim, claim_mac, is_same
 from fedprune.security.keys import SigningKey, VerifyingKey, grouped_digits, transcript
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest
 
@@ -172,91 +164,3 @@ def _request_text(site: str, device: str, key: str, csr: str, nonce: str, claim:
 
 def _request_body(request: JoinRequest) -> bytes:
     return _request_text(request.site, request.device, request.key, request.csr, request.nonce, request.claim)
-
-
-CLAIM_PREFIX = "FP1"
-# Bytes of a claim's parts other than the pin. With 120 bits a secret can't be guessed, and three bytes of check miss
-# one mistyped claim in 16 million; with the pin that makes 56 base32 characters, seven groups of eight.
-CLAIM_ID_BYTES, CLAIM_SECRET_BYTES, CLAIM_CHECK_BYTES = 5, 15, 3
-
-_GROUP_LENGTH = 8
-# A claim has 66 characters with its dashes, to which people may have added spaces.
-_MAX_TEXT_LENGTH = 200
-_LOOKALIKES = str.maketrans("08", "OB")  # base32 lacks these digits, which look like letters
-
-
-@dataclass(frozen=True)
-class JoinClaim:
-    """The parts of a claim: its id at the server, the secret that its holder shares with the server, and the pin of the
-    server's authority."""
-
-    id: bytes
-    secret: bytes = field(repr=False)
-    pin: bytes
-
-    @classmethod
-    def make(cls, pin: bytes) -> JoinClaim:
-        """A new claim, from the operating system's random numbers."""
-        return cls(secrets.token_bytes(CLAIM_ID_BYTES), secrets.token_bytes(CLAIM_SECRET_BYTES), pin)
-
-    @classmethod
-    def parse(cls, text: str, where: str = "the given text") -> JoinClaim:
-        """Read a claim in upper or lower case, with any spaces and dashes; `where` names the text in messages. Raises
-        `JoinError` if it is no claim, several, or mistyped."""
-        count = sum(line.strip().upper().startswith(CLAIM_PREFIX) for line in text.splitlines())
-        if count > 1:
-            raise JoinError(
-                f"{where} holds {count} claims", expected="one", got=count,
-                hint="Give every board a file with one of them.",
-            )  # fmt: skip
-        compact = re.sub(r"[\s-]", "", text[:_MAX_TEXT_LENGTH]).upper()
-        if not compact.startswith(CLAIM_PREFIX):
-            raise JoinError(
-                "claim",
-                expected=f"a text that begins with {CLAIM_PREFIX}-",
-                got="something else",
-                hint="`fedprune-server claim` makes one.",
-            )
-        body = compact[len(CLAIM_PREFIX) :].translate(_LOOKALIKES)
-        length = (CLAIM_ID_BYTES + CLAIM_SECRET_BYTES + PIN_BYTES + CLAIM_CHECK_BYTES) * 8 // 5
-        try:
-            raw = base64.b32decode(body) if len(body) == length else b""
-        except ValueError:
-            raw = b""
-        if not raw or raw[-CLAIM_CHECK_BYTES:] != _checksum(raw[:-CLAIM_CHECK_BYTES]):
-            raise JoinError(
-                "the claim is mistyped",
-                expected=f"{length} characters after {CLAIM_PREFIX} whose check is right",
-                got=f"{len(body)} characters",
-                hint="Copy it again; it has the letters A to Z and the digits 2 to 7.",
-            )
-        return cls(
-            raw[:CLAIM_ID_BYTES],
-            raw[CLAIM_ID_BYTES : CLAIM_ID_BYTES + CLAIM_SECRET_BYTES],
-            raw[CLAIM_ID_BYTES + CLAIM_SECRET_BYTES : -CLAIM_CHECK_BYTES],
-        )
-
-    @property
-    def text(self) -> str:
-        raw = self.id + self.secret + self.pin
-        body = base64.b32encode(raw + _checksum(raw)).decode()
-        return "-".join([CLAIM_PREFIX, *(body[i : i + _GROUP_LENGTH] for i in range(0, len(body), _GROUP_LENGTH))])
-
-    @property
-    def key(self) -> bytes:
-        """Key that authenticates requests, HKDF-SHA256 of the secret; the server stores it instead of the secret."""
-        return HKDF(hashes.SHA256(), 32, salt=self.id, info=b"fedprune claim 1").derive(self.secret)
-
-
-def claim_mac(key: bytes, data: bytes) -> str:
-    """HMAC-SHA256 as hex, by a claim's key."""
-    return hmac.new(key, data, hashlib.sha256).hexdigest()
-
-
-def is_same(left: str | bytes, right: str | bytes) -> bool:
-    """Whether two texts or two byte strings are equal, in constant time: it tells nothing about a secret."""
-    return hmac.compare_digest(*(v.encode() if isinstance(v, str) else v for v in (left, right)))
-
-
-def _checksum(raw: bytes) -> bytes:
-    return hashlib.sha256(b"fedprune claim text\0" + raw).digest()[:CLAIM_CHECK_BYTES]

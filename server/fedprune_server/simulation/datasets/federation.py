@@ -22,7 +22,8 @@ from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, DataError, value_text
 from fedprune.core.rng import keyed_generator
 from fedprune.core.text import quantity
-from fedprune.output.chart import heat_scale, share_strip
+from fedprune.output.chart import share_strip
+from fedprune.output.chart_html import heat_scale
 from fedprune.output.page import Bar, bars_html, page_html, paragraph_html
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.config.setting import check_settings, read_table, setting

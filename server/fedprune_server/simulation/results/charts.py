@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from fedprune.core.metrics import Metric
 from fedprune.core.text import amount, quantity
-from fedprune.output.chart import Chart, heat_scale, lay_out_chart, merge_curves, series_classes, share_strip
+from fedprune.output.chart import Chart, lay_out_chart, merge_curves, series_classes, share_strip
+from fedprune.output.chart_html import heat_scale
 from fedprune.output.page import Bar, bars_html, charts_html, colour_legend, paragraph_html
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.monitoring.round_rows import RoundRow

@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from fedprune.core.errors import FedpruneError, ProtocolError
-from fedprune.output import chart
+from fedprune.output import chart_html
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER, has_role
 from fedprune_server.web.context import Console, session_of
@@ -79,9 +79,9 @@ class Pages:
         self._templates.filters.update(phrases.FILTERS)
         self._templates.filters["local_measure"] = presentation.local_measure
         self._templates.filters["measured"] = presentation.measurements_text
-        self._templates.filters["chart"] = lambda drawn: Markup(chart.chart_html(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
-        self._templates.filters["strip"] = lambda drawn: Markup(chart.strip_svg(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
-        self._templates.globals["heat_scale"] = Markup(chart.heat_scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
+        self._templates.filters["chart"] = lambda drawn: Markup(chart_html.chart_html(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
+        self._templates.filters["strip"] = lambda drawn: Markup(chart_html.strip_svg(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
+        self._templates.globals["heat_scale"] = Markup(chart_html.heat_scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
 
     def draw(self, request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
         """A page for a logged-in operator: template `name`, with `values` and the values of every page."""
