@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedprune_export.importing.load import torch_module
+from fedprune_export.importing.sources import torch_module
 
 
 def mel_matrix(bands: int, bins: int, rate: int) -> np.ndarray[Any, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fedprune_export.importing.load import torch_module
 from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.sources import torch_module
 from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY
 
 _USER_GRAPH_KEYS = (LOSS_KEY, METRIC_KEY)

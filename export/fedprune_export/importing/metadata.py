@@ -1,4 +1,4 @@
-"""Facts of a model for which ONNX has no field: texts in the file's metadata."""
+"""Reads and writes the facts of a model for which ONNX has no field, as texts in the file's metadata."""
 
 from __future__ import annotations
 
@@ -19,22 +19,15 @@ from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.ir.graph import check_name
 from fedprune_export.pruning.model import RANKS_KEY
 
-PARAMETERS_KEY = "fedprune.parameters"  # lists the trainable tensors
-
-FROZEN_KEY = "fedprune.frozen"  # lists those of them that the author froze
-
+PARAMETERS_KEY = "fedprune.parameters"  # names of the trainable tensors
+FROZEN_KEY = "fedprune.frozen"  # names of the trainable tensors that the author froze
 BASE_KEY = "fedprune.base"  # the precision in which frozen weights are stored
-
-# Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks.
-UNUSED_KEY = "fedprune.unused"
-
-# The author's names of tensors that have others here, because theirs are reserved (`lr`), by the names here.
-NAMES_KEY = "fedprune.names"
-
-TRAINING_NOTES_KEY = "fedprune.training_notes"  # on what of a torch module's training mode has no part in training
-
+UNUSED_KEY = (
+    "fedprune.unused"  # names of the author's parameters that the outputs don't depend on: the model lacks them
+)
+NAMES_KEY = "fedprune.names"  # by a tensor's name here, the author's name, which may be reserved here (`lr`)
+TRAINING_NOTES_KEY = "fedprune.training_notes"  # notes on what a torch module does in training mode, and boards don't
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
-
 PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
 
 
@@ -86,10 +79,14 @@ def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
     return _check_printable(_decode_json(texts, TRAINING_NOTES_KEY, [], "a list of notes", _is_texts))
 
 
-def note_of_unused(names: Sequence[str]) -> list[str]:
-    """A note on parameters that the forward pass doesn't use."""
-    note = f"The forward pass doesn't use {shown_names(names)}: left as they are, and in no bundle."
-    return [note] if names else []
+def author_notes(texts: Mapping[str, str]) -> list[str]:
+    """Notes on what a model's author should know: tied tensors, unused parameters, and training mode."""
+    notes: list[str] = []
+    if tied := [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(tied_names(texts).items())]:
+        notes.append(f"Tensors that have several names are one tensor each: {first_few(tied, max_names=3)}.")
+    if unused := unused_parameters(texts):
+        notes.append(f"The forward pass doesn't use {shown_names(unused)}: left as they are, and in no bundle.")
+    return [*notes, *training_notes(texts)]
 
 
 def check_tensor_names(listed: Sequence[str], tensor_names: AbstractSet[str], where: str) -> tuple[str, ...]:
@@ -117,14 +114,6 @@ def tied_names(texts: Mapping[str, str]) -> dict[str, list[str]]:
     return names
 
 
-def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
-    """A note on tensors that had several names."""
-    sentences = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
-    if not sentences:
-        return []
-    return [f"Tensors that have several names are one tensor each: {first_few(sentences, max_names=3)}."]
-
-
 def ranks_text(architecture: Architecture, ranks: Ranks) -> str:
     return json.dumps({"groups": _groups_digest(architecture), "ranks": [r.tolist() for r in ranks]})
 
@@ -135,7 +124,7 @@ def recorded_ranks(texts: Mapping[str, str], architecture: Architecture) -> Rank
     Raises `ModelError` if they are something else.
     """
     recorded = _decode_json(texts, RANKS_KEY, {}, "each group's channels", lambda v: isinstance(v, dict))
-    # The digest covers the groups alone, so ranks stay valid when weights change.
+    # The digest covers only the groups, so ranks stay valid when weights change.
     if not recorded or recorded.get("groups") != _groups_digest(architecture):
         return None
     rows, sizes = recorded.get("ranks"), architecture.sizes

@@ -19,10 +19,13 @@ from fedprune.core.errors import ModelError
 from fedprune.core.text import first_few
 from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
 from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.activations import replace_activations
 from fedprune_export.importing.checks import check_indices, check_nodes, compare_with_original
+from fedprune_export.importing.constants import copy_fills, guard_zero_norms, narrow_constants, store_as_float32
 from fedprune_export.importing.dropout import read_dropouts
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
+from fedprune_export.importing.norms import replace_norms
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.parameter_roles import (
@@ -34,7 +37,6 @@ from fedprune_export.importing.parameter_roles import (
     note_scalars,
     untie,
 )
-from fedprune_export.importing.patterns import find_activations, find_norms
 from fedprune_export.importing.refusals import (
     RANDOM_OPERATORS,
     check_not_quantised,
@@ -42,17 +44,9 @@ from fedprune_export.importing.refusals import (
     check_random,
     check_trainable,
 )
-from fedprune_export.importing.simplification import (
-    bypass,
-    copy_fills,
-    drop_identities,
-    guard_lengths,
-    merge_transpositions,
-    narrow_constants,
-    simplify,
-    store_as_float32,
-)
+from fedprune_export.importing.simplification import bypass, drop_identities, simplify
 from fedprune_export.importing.translation import translate, upgrade_model
+from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.ir.dropout import is_dropout, remove_dropouts
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.operators import REARRANGEMENTS
@@ -152,7 +146,7 @@ def normalise(
             else f"{composites} norms and activations that were written out in primitives are one operator each."
         )
     check_random(graph)
-    guard_lengths(graph, constants)
+    guard_zero_norms(graph, constants)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
         # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
@@ -198,7 +192,7 @@ def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str],
     drop_identities(graph)
     graph.prune()
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
-    return find_activations(graph, trace, constants) + find_norms(graph, trace, constants)
+    return replace_activations(graph, trace, constants) + replace_norms(graph, trace, constants)
 
 
 def _plain_numbers(graph: Graph) -> set[str]:

@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from fedprune.core.errors import MissingExtraError, ModelError, error_reason, value_text
-from fedprune_export.importing.torch_export import silence_libraries, torch_package
+from fedprune_export.importing.quiet_libraries import silence_libraries
+from fedprune_export.importing.torch_loading import torch_package
 
 TORCHVISION = "torchvision"
 

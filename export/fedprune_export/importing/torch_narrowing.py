@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune.model.step_contract import RESERVED_NAMES
-from fedprune_export.importing.torch_export import torch_package
+from fedprune_export.importing.torch_loading import torch_package
 
 Module = TypeVar("Module")
 

@@ -21,7 +21,8 @@ from fedprune_export.importing.model_file import check_valid_onnx, parse_model, 
 from fedprune_export.importing.normalise import simplify_graph
 from fedprune_export.importing.original import raw_session
 from fedprune_export.importing.packing import Piece, row_splitter
-from fedprune_export.importing.torch_export import export_module, import_object, root_cause, torch_package
+from fedprune_export.importing.torch_export import export_module, root_cause
+from fedprune_export.importing.torch_loading import import_object, torch_package
 from fedprune_export.importing.translation import upgrade_model
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.trace import trace_graph

@@ -150,7 +150,7 @@ def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPat
             node.op_type = "Tanh" if node.op_type == "Relu" else node.op_type
         return out
 
-    monkeypatch.setattr(importlib.import_module("fedprune_export.importing.load"), "inline_model", mistaken)
+    monkeypatch.setattr(importlib.import_module("fedprune_export.importing.model_building"), "inline_model", mistaken)
     with pytest.raises(ModelError, match="outputs differ"):
         import_onnx(raw, "net")
 

@@ -25,7 +25,7 @@ from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_export.importing.torch_export import silence_libraries
+from fedprune_export.importing.quiet_libraries import silence_libraries
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph
 

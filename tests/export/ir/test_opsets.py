@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx
-from fedprune_export.importing.torch_export import silence_libraries
+from fedprune_export.importing.quiet_libraries import silence_libraries
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.opset_lowering import WRITABLE_OPSETS
 from support.nets import opset_graphs

@@ -1,0 +1,132 @@
+"""A user's choices for an import, and how they are written into the model's file.
+
+With its choices in the file, a model is imported alike on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from fedprune.core.errors import ModelError, value_text
+from fedprune.core.validation import check_texts
+from fedprune_export.channels.rule import Prefer
+from fedprune_export.importing import metadata
+from fedprune_export.importing.adapters import Lora, with_adapters
+from fedprune_export.importing.graph_writer import file_shapes
+from fedprune_export.importing.model_building import as_model_errors, build_model, name_setting_in_errors, tensor_names
+from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.packing import OUTPUTS_KEY, read_packing
+from fedprune_export.importing.user_graphs import (
+    LOSS_KEY,
+    METRIC_KEY,
+    embed_user_graph,
+    read_loss,
+    read_metric,
+)
+from fedprune_export.pruning.frozen_base import check_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportChoices:
+    """A user's choices for an import. Those that shape the graph are stored in the model's file.
+
+    Attributes:
+        input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
+            be the file's own. One size may be the bounds of a length, such as "400:16000": of an ONNX file that of a
+            free axis.
+        token_ids: Whether a torch module takes token ids (int64), where it doesn't say it in `input_dtype`.
+        output: Which output gives the logits, where the model has several, or by which value within the model it ends.
+        parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
+        prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
+        loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
+            `package.module:function`, or an ONNX file. It gives one number per sample [n]; labels are like outputs,
+            unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say something else.
+        metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
+            are averaged; or they are rows [n, k] and its attribute `value` is a function of their sums [k]. More is
+            better.
+        lora: Adapters to train; the weights are frozen: a `Lora`, or its text, such as
+            "8:*.q.weight,*.v.weight".
+        base: The precision in which frozen weights are stored, sent and loaded: "float16", or "int8" with a scale per
+            output channel; by default they are tensors like all others.
+    """
+
+    input_shape: Sequence[int | str] | None = None
+    token_ids: bool = False
+    output: str | None = None
+    parameters: Sequence[str] | None = None
+    prefer: Prefer | None = None
+    loss: object = None
+    metric: object = None
+    lora: Lora | str | None = None
+    base: str | None = None
+
+
+NO_CHOICES = ImportChoices()
+
+
+def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
+    """A model's file with a user's choices in it. Raises `ModelError` if they don't fit the model."""
+    loss, metric, lora, base = choices.loss, choices.metric, choices.lora, choices.base
+    if not (choices.output is choices.parameters is choices.prefer is None):
+        raw = _edit_file(raw, lambda proto: _write_choices(proto, choices))
+    if loss is not None or metric is not None:
+        model = build_model(raw, "model", own_loss=loss is not None)
+        outputs = model.architecture.output_shape
+        packed_outputs = read_packing(model.graph.metadata, OUTPUTS_KEY)
+        if loss is not None:
+            with name_setting_in_errors("loss"):
+                raw = embed_user_graph(raw, LOSS_KEY, read_loss(loss, outputs, packed_outputs))
+        if metric is not None:
+            with name_setting_in_errors("metric"):
+                raw = embed_user_graph(raw, METRIC_KEY, read_metric(metric, outputs, packed_outputs))
+    if lora is not None:
+        raw = with_adapters(build_model(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
+    if base is not None:
+        check_precision(base)
+        raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.BASE_KEY: base}))
+    return raw
+
+
+@as_model_errors()
+def _edit_file(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
+    proto = parse_model(raw)
+    edit(proto)
+    edited: bytes = proto.SerializeToString(deterministic=True)
+    return edited
+
+
+def _write_choices(proto: onnx.ModelProto, choices: ImportChoices) -> None:
+    """Write the chosen output, parameters and preference into a model."""
+    if choices.output is not None:
+        _choose_output(proto, choices.output)
+    if choices.parameters is not None:
+        listed = check_texts("parameters", choices.parameters, error=ModelError)
+        parameters = metadata.check_tensor_names(listed, tensor_names(proto), "the list of parameters")
+        metadata.write_properties(proto, {metadata.PARAMETERS_KEY: json.dumps(parameters)})
+    if choices.prefer is not None:
+        metadata.write_properties(proto, {metadata.PREFER_KEY: choices.prefer})
+
+
+def _choose_output(proto: onnx.ModelProto, output: str) -> None:
+    """Make one value the only output: one of several outputs, or an inner value."""
+    outputs = {o.name: o for o in proto.graph.output}
+    inner = {name for node in proto.graph.node for name in node.output if name}
+    if output not in outputs and output not in inner:
+        names = metadata.shown_names(list(outputs))
+        raise ModelError("the model has no such output", expected=names, got=value_text(output))
+    value = outputs.get(output)
+    if value is None:
+        # A value within the model has no declared type; its shape must be inferred.
+        dims = file_shapes(proto).get(output)
+        if dims is None:
+            raise ModelError(f"value {value_text(output)} can't be the output", expected="a value whose shape is known")
+        sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
+        value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
+    chosen_output = onnx.ValueInfoProto()
+    chosen_output.CopyFrom(value)
+    del proto.graph.output[:]
+    proto.graph.output.append(chosen_output)

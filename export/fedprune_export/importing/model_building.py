@@ -1,0 +1,159 @@
+"""Builds a model from the bytes of an ONNX file: its normalised graph, its channels that can be cut, and its notes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import onnx
+
+from fedprune.core.errors import ModelError, error_reason, value_text
+from fedprune.model.lengths import LENGTH_METADATA
+from fedprune_export.channels import analyse
+from fedprune_export.channels.rule import Prefer
+from fedprune_export.importing import metadata
+from fedprune_export.importing.adapters import uncut_tensors
+from fedprune_export.importing.inlining import inline_model
+from fedprune_export.importing.model_file import check_valid_onnx, parse_model
+from fedprune_export.importing.normalise import Normalised, normalise
+from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY
+from fedprune_export.importing.user_graphs import (
+    LOSS_KEY,
+    METRIC_KEY,
+    check_labels,
+    embedded_user_graph,
+    import_loss,
+    import_metric,
+)
+from fedprune_export.ir.dropout import DROPOUT_AXES_KEY
+from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.frozen_base import freeze_base
+from fedprune_export.pruning.model import RANKS_KEY, Model
+
+
+@contextmanager
+def name_setting_in_errors(setting: str) -> Iterator[None]:
+    """Let errors name the setting of a user's function, because the model's file may be correct."""
+    try:
+        yield
+    except ModelError as error:
+        raise error.with_subject(error.what, ("model", setting)) from error.__cause__
+
+
+@contextmanager
+def as_model_errors() -> Iterator[None]:
+    """Turn unforeseen errors of reading a model into a `ModelError`."""
+    try:
+        yield
+    # onnx, numpy and protobuf raise these for files that break their assumptions. A ModelError passes as it is.
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the model can't be understood ({type(error).__name__}: {error_reason(error)})",
+            hint="If it runs elsewhere, please report this with the model.",
+        ) from error
+
+
+@as_model_errors()
+def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
+    """Build the model of a file, with the choices and facts in the file's metadata.
+
+    `own_loss`: it will have a loss of its own, which takes several outputs (see `normalise`). Raises `ModelError` if
+    the file is damaged, or uses what can't be handled.
+    """
+    proto = _parse_inlined(raw)
+    texts, tensors = metadata.read_properties(proto), tensor_names(proto)
+    listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
+    frozen = metadata.read_names(texts, metadata.FROZEN_KEY, tensors) or ()
+    prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
+    parameters = None if listed is None else frozenset(listed)
+    normal = normalise(proto, parameters, raw, own_loss=own_loss or LOSS_KEY in texts)
+    frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
+    precision = texts.get(metadata.BASE_KEY)
+    # With adapters, or a frozen base in another precision, frozen weights keep all channels.
+    uncut = uncut_tensors(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
+    analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, uncut=uncut)
+    author_notes = metadata.author_notes(texts)
+    notes = tuple(dict.fromkeys([*author_notes, *normal.notes, *analysis.notes]))
+    normal.graph.metadata = _model_metadata(texts, normal, frozen_names)
+    if prefer != "coarse":
+        normal.graph.metadata[metadata.PREFER_KEY] = prefer
+    ranks = metadata.recorded_ranks(texts, analysis.architecture)
+    if ranks is not None:
+        normal.graph.metadata[RANKS_KEY] = texts[RANKS_KEY]
+    # Ranks hold for the groups that they were trained with; another version may group channels in another way.
+    elif RANKS_KEY in texts:
+        notes += ("The recorded ranks are of other groups of channels, and don't count.",)
+    architecture, base = analysis.architecture, None
+    if precision is not None:
+        base, architecture = freeze_base(normal.graph, architecture, frozen_names, precision)
+        normal.graph.metadata[metadata.BASE_KEY] = precision
+    loss, metric = _import_user_graphs(texts, analysis.architecture.output_shape)
+    model = Model(normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, ranks=ranks)
+    vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
+    return model
+
+
+def _parse_inlined(raw: bytes) -> onnx.ModelProto:
+    """A file's model, checked, without functions, branches and loops."""
+    file_model = parse_model(raw, run_checker=False)
+    proto = inline_model(file_model)
+    # onnx's checker takes long on large files, so it sees each model once: the file, or the inlined model.
+    if proto is file_model:
+        check_valid_onnx(raw)
+        return proto
+    try:
+        check_valid_onnx(proto)
+    except ModelError as error:
+        raise ModelError(
+            f"writing out the model's functions, branches and loops has made no valid model ({error})",
+            hint="Please report this with the model, or export it without them.",
+        ) from error
+    return proto
+
+
+def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: Sequence[str]) -> dict[str, str]:
+    """The metadata of an imported model: facts of the file, under the names that its tensors have now."""
+    author_names = metadata.original_names(texts)
+    # A file that was imported before lists the author's names, which win over those that it has now.
+    names = {new: author_names.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
+    names |= {new: author for new, author in author_names.items() if new in normal.parameters and new not in names}
+    facts = {
+        metadata.PARAMETERS_KEY: list(normal.parameters),
+        metadata.FROZEN_KEY: frozen_names,
+        metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in metadata.tied_names(texts).items()},
+        metadata.UNUSED_KEY: metadata.unused_parameters(texts),
+        metadata.NAMES_KEY: names,
+        metadata.TRAINING_NOTES_KEY: metadata.training_notes(texts),
+    }
+    graph_keys = (INPUTS_KEY, OUTPUTS_KEY, LENGTH_METADATA, DROPOUT_AXES_KEY)
+    return {
+        **{key: text for key, text in normal.graph.metadata.items() if key in graph_keys},
+        **{key: json.dumps(fact) for key, fact in facts.items() if fact},
+        **{key: texts[key] for key in (LOSS_KEY, METRIC_KEY) if key in texts},
+    }
+
+
+def _import_user_graphs(texts: Mapping[str, str], outputs: Sequence[int]) -> tuple[Model | None, Graph | None]:
+    """The loss and metric in a file's metadata. Raises `ModelError` if one is damaged or they don't fit each other."""
+    graphs = {key: embedded_user_graph(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
+    with name_setting_in_errors("loss"):
+        loss = import_loss(graphs[LOSS_KEY], outputs) if LOSS_KEY in graphs else None
+    with name_setting_in_errors("metric"):
+        metric = import_metric(graphs[METRIC_KEY], outputs) if METRIC_KEY in graphs else None
+        check_labels(loss, metric)
+    return loss, metric
+
+
+def tensor_names(proto: onnx.ModelProto) -> set[str]:
+    """Names of a model's tensors, also of those that are written as Constant nodes."""
+    constants = (o for n in proto.graph.node if n.op_type == "Constant" for o in n.output)
+    return {*(t.name for t in proto.graph.initializer), *constants}
+
+
+def _parse_prefer(text: str) -> Prefer:
+    if text == "coarse":
+        return "coarse"
+    if text == "fine":
+        return "fine"
+    raise ModelError("which channels to prefer", expected="coarse or fine", got=value_text(text))
