@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
+from fedprune_export.autodiff.target_shapes import constant_shape, expanded_shape, multiple_of_batch
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
@@ -128,7 +129,7 @@ def expand(tape: Tape, node: Node) -> Pull:
     """Repeat a value along axes of 1; the gradient is summed over them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    out = _expand_shape(tape, node, shape)
+    out = expanded_shape(tape, node, shape)
     padded = (1,) * (len(out) - len(shape)) + shape
     # An axis that isn't repeated keeps its size whatever the target is, if that is 1.
     target = tape.sizes([1 if d == p else d for d, p in zip(out, padded, strict=True)])
@@ -136,52 +137,12 @@ def expand(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add_gradient(name, tape.sum_to_shape(dy, out, shape))
 
 
-def _expand_shape(tape: Tape, node: Node, shape: Shape) -> Shape:
-    """The shape that an Expand gives."""
-    analysed = tape.analysed_shape(node.outputs[0])
-    if analysed is None:
-        target = tape.target_shape(node, 1)
-        if target is None:
-            raise ModelError(f"{describe(node)}: no target shape")
-        target_sizes: list[Dim | None] = [multiple_of_batch(tape, int(t)) for t in target.reshape(-1)]
-    else:
-        target_sizes = list(analysed)
-    rank = max(len(target_sizes), len(shape))
-    target_sizes[:0] = [1] * (rank - len(target_sizes))
-    padded = (1,) * (rank - len(shape)) + shape
-    out: list[Dim] = []
-    for i, (before, after) in enumerate(zip(padded, target_sizes, strict=True)):
-        if before != 1:
-            if analysed is None and isinstance(before, str) and after == tape.extent(before):
-                after = before
-            if after not in (None, 1, before):
-                raise ModelError(f"{describe(node)}: sizes don't fit each other", expected=before, got=after)
-            out.append(before)
-        else:
-            out.append(tape.traced_shape(node.outputs[0])[i] if after is None else after)
-    return tuple(out)
-
-
-def multiple_of_batch(tape: Tape, size: int) -> Dim:
-    """A size in which the batch is replaced by its extent."""
-    # A size that is a multiple of the traced batch follows the batch: no model has such a size by chance.
-    times, rest = divmod(size, tape.extent(BATCH))
-    return tape.product([BATCH, times]) if times and not rest else size
-
-
 @gradient_rule("ConstantOfShape")
 def constant_of_shape(tape: Tape, node: Node) -> None:
     """Equal numbers in a computed shape: no gradient passes."""
-    analysed = tape.analysed_shape(node.outputs[0])
-    out: list[Dim] = []
-    if analysed is None:
-        target = tape.target_shape(node, 0)
-        out += [multiple_of_batch(tape, int(t)) for t in target.reshape(-1)] if target is not None else []
-    else:
-        for i, d in enumerate(analysed):
-            out.append(tape.traced_shape(node.outputs[0])[i] if d is None else d)
+    out = constant_shape(tape, node)
     y = tape.graph.emit("ConstantOfShape", tape.sizes(out), attrs=node.attrs)
-    tape.enter(node.outputs[0], y, tuple(out))
+    tape.enter(node.outputs[0], y, out)
 
 
 @gradient_rule("Tile")
