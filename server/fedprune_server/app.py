@@ -28,7 +28,7 @@ from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.engine.further_jobs import further_configs
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
 from fedprune_server.engine.server import Server
-from fedprune_server.engine.state_directory import OpenJob, StateFolder
+from fedprune_server.engine.state_folder import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor import divergence

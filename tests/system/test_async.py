@@ -13,7 +13,7 @@ import pytest
 from fedprune.coordination import Phase, State
 from fedprune.output.tables import ignore_progress
 from fedprune_server.maintenance.state_check import check_state
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system

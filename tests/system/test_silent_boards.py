@@ -32,8 +32,8 @@ from fedprune_server.monitoring.monitor_record import read_monitor_record
 from fedprune_server.monitoring.notifications import Notifier
 from fedprune_server.observation.observer import LoopBlocked, RoundEnded
 from fedprune_server.storage import database
-from fedprune_server.storage.state_folder import DATABASE_FILE as DATABASE
-from fedprune_server.storage.state_folder import LOCK_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE as DATABASE
+from fedprune_server.storage.folder_lock import LOCK_FILE
 from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status_writer import STATUS_FILE as STATUS

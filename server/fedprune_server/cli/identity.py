@@ -23,8 +23,9 @@ from fedprune_server.cli.state_option import add_database, add_state, chosen_dat
 from fedprune_server.enrollment.approval import approve, revocation_message, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import BROKER_KEY_FILE, BrokerAddress, write_broker
+from fedprune_server.storage.folder_layout import database_url, store_url
+from fedprune_server.storage.folder_lock import folder_lock
 from fedprune_server.storage.lease import leader_elsewhere
-from fedprune_server.storage.state_folder import database_url, folder_lock, store_url
 
 _REPLACE, _CERTIFICATE = "replace", "certificate"
 # Printed after `replace`: without these steps the fleet stays disconnected.

@@ -19,7 +19,7 @@ from fedprune.core.errors import ConfigError, StorageError, UsageError
 from fedprune.wire.topics import to_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.storage.state_folder import LOCK_FILE
+from fedprune_server.storage.folder_lock import LOCK_FILE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Accounts, Operator

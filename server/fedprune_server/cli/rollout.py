@@ -25,7 +25,8 @@ from fedprune_server.cli.state_option import add_database, add_state, chosen_dat
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, request_action, start_rollout, take_back
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
-from fedprune_server.storage.state_folder import LOCK_FILE, database_url, has_database
+from fedprune_server.storage.folder_layout import database_url, has_database
+from fedprune_server.storage.folder_lock import LOCK_FILE
 
 # Requests that the server hasn't carried out yet, by the entry's state: it may be stopped, or look a second later.
 _REQUEST_WORDS = {"stopping": ", to be stopped", "pausing": ", to be paused", "resuming": ", to go on"}

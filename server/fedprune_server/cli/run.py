@@ -29,7 +29,8 @@ from fedprune_server.config.server_config import TABLE_KEYS, ServerConfig
 from fedprune_server.config.setting import SWITCH
 from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import anchor_paths, parse_config
-from fedprune_server.engine.state_directory import StateFolder, stored_tables
+from fedprune_server.engine.state_folder import StateFolder
+from fedprune_server.engine.stored_job import stored_tables
 from fedprune_server.monitoring.health import Pulse
 
 log = logging.getLogger("fedprune.server")

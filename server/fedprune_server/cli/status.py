@@ -30,8 +30,9 @@ from fedprune_server.monitoring.alerts import INFO
 from fedprune_server.monitoring.display import board_texts, metric_texts
 from fedprune_server.monitoring.monitor_record import MonitorRecord, read_monitor_record, read_running_monitor
 from fedprune_server.monitoring.situation import Situation, suspended_server
+from fedprune_server.storage.folder_layout import DATABASE_FILE, job_folders, stored_url
+from fedprune_server.storage.folder_lock import LOCK_FILE
 from fedprune_server.storage.lease import leader_elsewhere
-from fedprune_server.storage.state_folder import DATABASE_FILE, LOCK_FILE, job_folders, stored_url
 from fedprune_server.storage.storage import Storage
 
 _NOT_BEGUN = "not begun"

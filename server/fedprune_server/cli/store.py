@@ -20,7 +20,8 @@ from fedprune_server.maintenance.finding import Finding
 from fedprune_server.maintenance.repair import repair
 from fedprune_server.maintenance.restoring import Backup, check_target
 from fedprune_server.maintenance.state_check import blob_bytes, check_state
-from fedprune_server.storage.state_folder import LOCK_FILE, folder_lock, job_folders
+from fedprune_server.storage.folder_layout import job_folders
+from fedprune_server.storage.folder_lock import LOCK_FILE, folder_lock
 
 
 def add_check(check: argparse.ArgumentParser) -> None:

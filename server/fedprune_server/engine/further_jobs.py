@@ -17,8 +17,8 @@ from fedprune_server.config.layers import SettingsLayer, errors_with_origin, fil
 from fedprune_server.config.server_config import JOB_KEYS, SERVER_KEYS, ServerConfig
 from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import TABLES, parse_config
-from fedprune_server.engine.state_directory import stored_tables
-from fedprune_server.storage.state_folder import JOBS_FOLDER, job_folders
+from fedprune_server.engine.stored_job import stored_tables
+from fedprune_server.storage.folder_layout import JOBS_FOLDER, job_folders
 
 
 def further_configs(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:

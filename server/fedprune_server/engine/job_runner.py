@@ -53,8 +53,8 @@ from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
 from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.served_job import ServedJob
 from fedprune_server.transfer.uploads import Uploads
-from fedprune_server.transfer.web_uploads import ServedJob
 
 log = logging.getLogger("fedprune.server")
 

@@ -54,7 +54,7 @@ from fedprune.wire.topics import check_device, check_topic_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.storage.database import Database
-from fedprune_server.storage.state_folder import has_database
+from fedprune_server.storage.folder_layout import has_database
 from fedprune_server.storage.storage import open_database
 
 log = logging.getLogger("fedprune.server")

@@ -30,8 +30,8 @@ from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import open_blobs_reader
 from fedprune_server.storage.copying import write_snapshot
 from fedprune_server.storage.database import copy_sqlite, translate_errors
-from fedprune_server.storage.state_folder import JOBS_FOLDER as FURTHER
-from fedprune_server.storage.state_folder import MODEL_FILE
+from fedprune_server.storage.folder_layout import JOBS_FOLDER as FURTHER
+from fedprune_server.storage.folder_layout import MODEL_FILE
 from fedprune_server.storage.storage import Storage
 
 # A copy is made of one moment, and blobs are read later: a round that ends meanwhile deletes some. Rounds take minutes,

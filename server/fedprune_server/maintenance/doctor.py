@@ -44,9 +44,10 @@ from fedprune_server.monitoring.participation import format_minute, quarantine_a
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation, suspended_server
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translate_errors
+from fedprune_server.storage.folder_layout import DATABASE_FILE, MODEL_FILE, job_folders
+from fedprune_server.storage.folder_lock import LOCK_FILE
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.sqlite_file import sqlite_lock_holders, write_lock_holders
-from fedprune_server.storage.state_folder import DATABASE_FILE, LOCK_FILE, MODEL_FILE, job_folders
 from fedprune_server.storage.storage import Storage
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from fedprune_server.config.stored_code import stored_job
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.job_needs import JobNeeds
-from fedprune_server.storage.state_folder import MODEL_FILE
+from fedprune_server.storage.folder_layout import MODEL_FILE
 from fedprune_server.storage.storage import Storage
 
 _EVENT_TYPES: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}

@@ -20,7 +20,7 @@ from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import DATABASE, NAME, BackupEntry, BackupManifest, record_restore
 from fedprune_server.maintenance.job_needs import read_job_needs
 from fedprune_server.storage.copying import fill_database
-from fedprune_server.storage.state_folder import database_url, store_url
+from fedprune_server.storage.folder_layout import database_url, store_url
 from fedprune_server.storage.storage import Storage
 
 # An entry has some 200 bytes, so that this is enough for 300,000 files; a larger file is no manifest.

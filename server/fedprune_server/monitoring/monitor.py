@@ -28,7 +28,7 @@ from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import SiteFacts, Situation, WatchedJob
 from fedprune_server.observation.observer import LoopBlocked, ServerEnding, TurnEvent
 from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
-from fedprune_server.storage.state_folder import run_id
+from fedprune_server.storage.folder_lock import run_id
 
 log = logging.getLogger("fedprune.server")
 

@@ -15,7 +15,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.records import decode_record
 from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.storage.state_folder import LOCK_FILE, run_id
+from fedprune_server.storage.folder_lock import LOCK_FILE, run_id
 
 ALERTS_FILE = "alerts.json"
 
@@ -30,7 +30,7 @@ class MonitorRecord:
         alerts: The open alerts.
         notified_alerts: Alerts whose opening was notified, but not their end.
         free_boards: Boards that are connected, and that no job uses.
-        run_id: The run of the server that wrote it (`storage.state_folder.run_id`).
+        run_id: The run of the server that wrote it (`storage.folder_lock.run_id`).
         closing_keys: Keys of open alerts whose cause has gone. They close unless the cause comes again.
     """
 

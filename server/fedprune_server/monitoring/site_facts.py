@@ -20,7 +20,7 @@ from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import server_command, state_args
 from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.state_folder import has_database
+from fedprune_server.storage.folder_layout import has_database
 from fedprune_server.storage.storage import open_database
 
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")

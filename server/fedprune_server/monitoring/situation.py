@@ -13,7 +13,7 @@ from fedprune.core.lock_holders import LockHolder, lock_holders
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.monitoring.participation import Absence
 from fedprune_server.observation.snapshot import JobSnapshot
-from fedprune_server.storage.state_folder import LOCK_FILE
+from fedprune_server.storage.folder_lock import LOCK_FILE
 
 # Boards may be missing for this long before an alert opens: a router that restarts takes about a minute.
 MAX_ALERT_DELAY_S = 60.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,6 @@ def open_blobs(folder: Path, address: str, cache_bytes: int, settings: Mapping[s
     store = BucketStore(folder / BLOBS_FOLDER, address, cache=cache_bytes)
     store.check_owner(bucket_number(settings))
     return store
-
-
-def new_bucket_number() -> str:
-    return secrets.token_hex(16)
 
 
 def move_blobs_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:

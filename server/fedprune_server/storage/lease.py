@@ -24,7 +24,7 @@ import sqlalchemy as sql
 
 from fedprune.core.errors import BusyError, StorageError
 from fedprune_server.storage.database import Database, DatabaseLockedError, LostConnectionError
-from fedprune_server.storage.state_folder import database_url, stored_url
+from fedprune_server.storage.folder_layout import database_url, stored_url
 from fedprune_server.storage.tables import META, put_meta, read_meta
 
 log = logging.getLogger("fedprune.server")

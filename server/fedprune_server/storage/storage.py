@@ -29,8 +29,8 @@ from fedprune.security.private_file import share_owner
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.storage.database import COMMIT_ROW, Database
 from fedprune_server.storage.devices_away import DevicesAway
+from fedprune_server.storage.folder_layout import DATABASE_FILE, URL_FILE, database_url, has_database
 from fedprune_server.storage.schema import has_tables, make_tables
-from fedprune_server.storage.state_folder import DATABASE_FILE, URL_FILE, database_url, has_database
 from fedprune_server.storage.tables import (
     DEVICES,
     EVENTS,

@@ -19,8 +19,9 @@ from fedprune_server.enrollment.host_names import listener_names, own_addresses
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import S3Uploads
+from fedprune_server.transfer.served_job import ServedJob
 from fedprune_server.transfer.upload_place import UploadPlace
-from fedprune_server.transfer.web_uploads import HttpUploads, ServedJob
+from fedprune_server.transfer.web_uploads import HttpUploads
 
 if TYPE_CHECKING:
     from fedprune_server.transfer.http_server import BlobServer

@@ -30,7 +30,8 @@ from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
 from fedprune.security.tls import peer_name
 from fedprune.wire.transfer import MIN_BYTES_PER_S
-from fedprune_server.transfer.web_uploads import AwaitedUpload, HttpUploads, ServedJob, WebClient
+from fedprune_server.transfer.served_job import ServedJob
+from fedprune_server.transfer.web_uploads import AwaitedUpload, HttpUploads, WebClient
 
 log = logging.getLogger("fedprune.server")
 

@@ -16,7 +16,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.messages import UploadRequest
 from fedprune.wire.urls import BlobUrl
-from fedprune_server.transfer.upload_place import ByteCounter, UploadEnd, UploadPlace
+from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 
 
 class WebClient:
@@ -130,34 +130,3 @@ class HttpUploads(UploadPlace):
                 del self._awaited[awaited.device]
         self._ends.put(UploadEnd(awaited.device, awaited.ref, stored))
         self._wake()
-
-
-class ServedJob:
-    """The blobs that the devices of a job may fetch and upload.
-
-    Args:
-        may_fetch: Whether a device, or without certificates any device, may fetch a blob; called from any thread.
-        place: The place to which devices upload; only `HttpUploads` concerns this server's web server.
-        pulls: Number of uploads that are awaited at a time.
-    """
-
-    def __init__(
-        self,
-        store: BlobStore,
-        may_fetch: Callable[[str | None, str], bool],
-        place: UploadPlace | None = None,
-        pulls: int = 0,
-    ) -> None:
-        self.store, self.may_fetch = store, may_fetch
-        self.uploads = place if isinstance(place, HttpUploads) else None
-        self.connections = 0 if self.uploads is None else pulls
-        self._sent = ByteCounter()
-
-    def count_sent(self, device: str | None, size: int) -> None:
-        """Count bytes that were sent to a device, if it is known which."""
-        if device is not None:
-            self._sent.add(device, size)
-
-    def take_sent_bytes(self) -> dict[str, int]:
-        """Bytes of blobs that were sent to devices since the last call, by device."""
-        return self._sent.take_counts()

@@ -27,7 +27,7 @@ from fedprune.strategies.methods.fedprune import RANKS
 from fedprune_export import load
 from fedprune_server.cli.main import main
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.second_server import OtherServerError, SecondServerGuard
 from fedprune_server.simulation.digits import digits_model

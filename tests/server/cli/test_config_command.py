@@ -10,7 +10,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.run import load_config
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from support.fakes.opened_job import open_job
 from support.processes.real_site import write_material
 

@@ -18,7 +18,7 @@ from fedprune.security.join_claim import JoinClaim
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.storage.state_folder import folder_lock
+from fedprune_server.storage.folder_lock import folder_lock
 from support.faults.power_cuts import CutError, power
 
 Captured = pytest.CaptureFixture[str]

@@ -26,7 +26,7 @@ from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
-from fedprune_server.storage.state_folder import folder_lock
+from fedprune_server.storage.folder_lock import folder_lock
 from fedprune_server.storage.storage import Storage
 from support.fakes import tiny_job as toy
 

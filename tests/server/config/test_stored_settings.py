@@ -13,7 +13,7 @@ from fedprune.jobs.job import Job
 from fedprune_server.cli.main import build_parser
 from fedprune_server.cli.run import load_config
 from fedprune_server.config.server_config import ServerConfig, without_password
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 
 

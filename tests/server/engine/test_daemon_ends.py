@@ -16,7 +16,7 @@ from fedprune.wire.messages import Finished
 from fedprune_server.observation.observer import LoopBlocked, TurnEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage import database
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import Fleet, fill, folded, larger
 from support.fakes.tiny_job import JOB

@@ -18,7 +18,7 @@ from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
 from fedprune_server.engine.server import Server
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.messaging.authentication import AuthenticatedLink

@@ -12,7 +12,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.simulation.digits import digits_model, load_digits
 from support.fakes.opened_job import open_job
 

@@ -18,7 +18,7 @@ from fedprune.security.joining import make_join_request
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import APPROVED, JoinRequest
 from fedprune_server.cli.main import main
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.enrollment.store import IdentityStore

@@ -27,7 +27,7 @@ from fedprune_server.maintenance.restoring import Backup
 from fedprune_server.maintenance.state_check import check_state
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.blob_place import BLOBS_FOLDER
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.web import database as console_database
 from fedprune_server.web.database import ConsoleDatabase

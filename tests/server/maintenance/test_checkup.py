@@ -17,14 +17,14 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.output.tables import ignore_progress
 from fedprune_server.cli.main import main
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.backup_manifest import CONSOLE
 from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.state_check import check_state
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.blob_place import BLOBS_FOLDER
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job

@@ -10,7 +10,7 @@ from fedprune.coordination import Phase, make_coordinator
 from fedprune.coordination import events as on
 from fedprune.output.tables import ignore_progress
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.state_check import check_state
 from support.fakes.opened_job import open_job

@@ -15,7 +15,7 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.further_jobs import further_configs
 from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.state_check import check_state
-from fedprune_server.storage.state_folder import JOBS_FOLDER
+from fedprune_server.storage.folder_layout import JOBS_FOLDER
 from fedprune_server.storage.storage import Storage
 from support.fakes.recorded_job import JOB, play_job
 

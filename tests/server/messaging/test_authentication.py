@@ -33,7 +33,7 @@ from fedprune_server.devices.quarantine import MAX_POINTS, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging import authentication as server_side
 from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from support.faults.failing_disk import fault
 
 DAY = 24 * 3600

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from support.processes.postgres import Postgres
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import StorageError
-from fedprune_server.engine.state_directory import StateFolder
-from fedprune_server.storage.state_folder import LOCK_FILE, MODEL_FILE, folder_lock
+from fedprune_server.engine.state_folder import StateFolder
+from fedprune_server.storage.folder_layout import MODEL_FILE
+from fedprune_server.storage.folder_lock import LOCK_FILE, folder_lock
 from support.waiting import until
 
 

@@ -16,7 +16,7 @@ from fedprune.core.errors import BusyError, StorageError
 from fedprune.jobs.job import Job
 from fedprune_server.cli.status import job_status
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage import lease

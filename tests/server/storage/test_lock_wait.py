@@ -23,7 +23,7 @@ from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage import database
 from fedprune_server.storage.database import Database, translate_errors
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage, open_database
 from support.processes.postgres import Postgres
 

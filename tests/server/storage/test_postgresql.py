@@ -17,10 +17,11 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune_server.cli.status import job_status
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config
-from fedprune_server.engine.state_directory import StateFolder, stored_tables
+from fedprune_server.engine.state_folder import StateFolder
+from fedprune_server.engine.stored_job import stored_tables
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.database import LostConnectionError
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 from support.fakes.opened_job import open_job
 from support.fakes.stored_job import filled

@@ -18,7 +18,7 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.jobs.state import JobDevice
 from fedprune_device.storage.directory_owner import DirectoryOwner
-from fedprune_server.storage.state_folder import DATABASE_FILE
+from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 from support.fakes.stored_job import born, filled
 from support.fakes.tiny_job import ARCHITECTURE, JOB

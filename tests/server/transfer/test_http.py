@@ -26,7 +26,7 @@ from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer
-from fedprune_server.transfer.web_uploads import ServedJob
+from fedprune_server.transfer.served_job import ServedJob
 from support.fakes.members import certified
 from support.processes.s3 import S3
 from support.waiting import attempts

@@ -33,8 +33,9 @@ from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer
 from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.served_job import ServedJob
 from fedprune_server.transfer.upload_place import UploadEnd
-from fedprune_server.transfer.web_uploads import HttpUploads, ServedJob
+from fedprune_server.transfer.web_uploads import HttpUploads
 from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
 from support.fakes.members import certified
 from support.fakes.secure_fleet import SecureFleet

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedprune_server.config.layers import errors_with_origin, file_layer
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config
-from fedprune_server.engine.state_directory import OpenJob, StateFolder
+from fedprune_server.engine.state_folder import OpenJob, StateFolder
 
 
 def read_config(path: Path) -> ServerConfig:

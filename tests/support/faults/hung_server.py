@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.engine.state_folder import StateFolder
 
 
 def hang(folder: StateFolder) -> None:

@@ -1,35 +1,34 @@
-"""The folder in which a server keeps everything that must survive a crash: database, blobs and the first model."""
+"""Opens a state folder for a server, and begins or continues the job in it.
+
+A state folder holds everything that must survive a crash: database, blobs and the first model. `app` opens it, calls
+`read_job` and, once the server could start, `save_job`. `engine.stored_job` reads folders for commands.
+"""
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.coordination.events import Closed
 from fedprune.core import tensorfile
 from fedprune.core.closeable import Closeable
 from fedprune.core.disk import make_private_folder, read_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
-from fedprune.model.recipe import judging_metric
-from fedprune.strategies.importance.scoring import Ranks
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, is_factory_source
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.server_config import EMBEDDED, SERVER_KEYS, UNSTORED_KEYS, ServerConfig, without_password
-from fedprune_server.config.stored_code import stored_job
+from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.engine.job_inputs import check_job_model, input_changes, input_digests, read_job_model
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.executor.final_ranks import final_ranks
 from fedprune_server.executor.retention import kept_models, sweep_blobs
 from fedprune_server.executor.server_samples import load_calibration, load_evaluation
 from fedprune_server.executor.worker import Worker
@@ -38,27 +37,15 @@ from fedprune_server.storage.blob_place import (
     NUMBER_KEY,
     bucket_number,
     move_blobs_in,
-    new_bucket_number,
     open_blobs,
-    open_blobs_reader,
 )
 from fedprune_server.storage.database import hide_passwords, parse_database_url
+from fedprune_server.storage.folder_layout import DATABASE_FILE, MODEL_FILE, database_url, has_database, store_url
+from fedprune_server.storage.folder_lock import folder_lock
 from fedprune_server.storage.lease import Lease
-from fedprune_server.storage.state_folder import (
-    DATABASE_FILE,
-    MODEL_FILE,
-    database_url,
-    folder_lock,
-    has_database,
-    store_url,
-)
 from fedprune_server.storage.storage import Storage, open_database
 
 log = logging.getLogger("fedprune.server")
-
-# Attempts at reading a state and its blobs while a server runs: between the two reads it may begin a round and delete
-# the blobs to which the state referred.
-_READ_ATTEMPTS = 3
 
 
 @dataclass
@@ -134,13 +121,13 @@ class StateFolder(Closeable):
         self._exit_stack.close()
 
     def read_job(self, config: ServerConfig, prefix: str = "") -> OpenJob:
-        """The job of this folder, begun if it is missing. Nothing of a start that fails is stored: `keep` stores it.
+        """The job of this folder, begun if it is missing. Nothing is stored before `save_job`: the start may fail.
 
         Args:
-            prefix: Of lines about the job, where the server has several.
+            prefix: Begins log lines about the job, if the server has several.
 
         Raises:
-            ConfigError: The configuration doesn't fit what the folder holds.
+            ConfigError: The configuration doesn't fit the job in the folder.
             ModelError: The model can't be used.
             DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
@@ -148,7 +135,8 @@ class StateFolder(Closeable):
         stored_settings, state = self.storage.settings(), self.storage.load()
         if stored_settings is not None:
             self._check_name(config, stored_settings, state)
-        self._open_store(config, stored_settings)
+        self.store = open_blobs(self.path, config.blobs, config.cache_mib * 2**20, stored_settings)
+        self._exit_stack.callback(self.store.close)
         raw, name = self._read_model_file(config, stored_settings, state)
         model = import_onnx(raw, name)
         check_input(config.model or name, model, config.input_shape)
@@ -166,7 +154,7 @@ class StateFolder(Closeable):
             "inputs": input_digests(config, evaluation, calibration),
             "server": config.server_settings(),
             "alerts": config.alerts.to_dict(),
-            NUMBER_KEY: bucket_number(stored_settings) or new_bucket_number(),
+            NUMBER_KEY: bucket_number(stored_settings) or secrets.token_hex(16),
         }
         if stored_settings is None:
             self._check_foreign_model(raw)
@@ -176,7 +164,6 @@ class StateFolder(Closeable):
             state = worker.begin()
         else:
             self._move_blobs_in(config, stored_settings or {}, state)
-            self._check_blobs(state)
             self._rank_again_if_changed(state, model)
             # A new job's folder isn't swept: its worker has just put graphs there, to which no state refers yet.
             sweep_blobs(self.store, state, config.keep, config.job.recipe.judged_by)
@@ -196,15 +183,6 @@ class StateFolder(Closeable):
         self.store.claim(open_job.settings[NUMBER_KEY], open_job.job.name, self._raw_model)
         if self.storage.load() is None:
             self.storage.save(open_job.state, (), time.time())
-
-    def _open_store(self, config: ServerConfig, stored_settings: dict[str, Any] | None) -> None:
-        """Open the store of blobs that the configuration names."""
-        self.store = open_blobs(self.path, config.blobs, config.cache_mib * 2**20, stored_settings)
-        self._exit_stack.callback(self.store.close)
-
-    def _move_blobs_in(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
-        needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
-        move_blobs_in(self.path, self.store, stored_settings, needed_digests)
 
     def _check_database_moved(self) -> None:
         """Refuse another database that is empty: the server would begin a second job in it."""
@@ -291,7 +269,10 @@ class StateFolder(Closeable):
                 hint="Name a folder of its own with --state, or move the file away.",
             )
 
-    def _check_blobs(self, state: State) -> None:
+    def _move_blobs_in(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
+        """Copy the blobs that a stored job needs into its store. Raises `StorageError` if the model is missing."""
+        needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
+        move_blobs_in(self.path, self.store, stored_settings, needed_digests)
         if not self.store.has(state.model):
             raise StorageError(
                 f"the global model {state.model} is missing from {self.store.describe()}",
@@ -306,126 +287,6 @@ class StateFolder(Closeable):
             state.rank_again()
             state.architecture = digest
             self.storage.save(state, (), time.time())
-
-
-def stored_tables(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration tables with which a state folder's server was last started; None if there was no start.
-
-    Args:
-        overrides: Settings of the table [server] that take precedence. The authority of another broker is left out.
-
-    Raises:
-        StorageError: The folder is damaged.
-    """
-    stored_settings = Storage.read_settings(folder, overrides.get("database"))
-    if stored_settings is None:
-        return None
-    server = {
-        key: value
-        for key, value in stored_settings.get("server", {}).items()
-        if key in SERVER_KEYS and key not in UNSTORED_KEYS and value is not None
-    }
-    broker = str(overrides.get("broker") or server.get("broker", EMBEDDED))
-    if not broker.startswith("mqtts://") or overrides.get("broker") is not None:
-        server.pop("ca", None)
-    tables = {"job": stored_settings["job"], "server": server, "alerts": stored_settings.get("alerts", {})}
-    return tables | {
-        key: {"data": stored_settings[key]} for key in ("evaluation", "calibration") if stored_settings.get(key)
-    }
-
-
-def global_model(
-    folder: Path, digest: str | None = None, allowed: Collection[str] = ()
-) -> tuple[Model, bytes, Ranks | None, int]:
-    """The model of a state folder, its weights, the ranks by which its job cuts it, and the number of the last finished
-    round, or 0.
-
-    Args:
-        folder: The folder; a server may be running on it.
-        digest: Digest of the weights; the current ones by default. Ranks for earlier weights are None if they are no
-            longer kept.
-        allowed: Names of the user's functions that may be called. Without the job's own strategy there are no ranks.
-
-    Raises:
-        StorageError: The folder holds no job, or is damaged.
-    """
-    for _ in range(_READ_ATTEMPTS - 1):
-        with suppress(StorageError):  # the server may have begun a round, and deleted what the state referred to
-            return _read_global_model(folder, digest, allowed)
-    return _read_global_model(folder, digest, allowed)
-
-
-def _read_global_model(
-    folder: Path, digest: str | None, allowed: Collection[str]
-) -> tuple[Model, bytes, Ranks | None, int]:
-    with Storage.open_existing(folder) as storage:
-        stored_settings, state = storage.settings(), storage.load()
-        earlier = None if state is None or digest in (None, state.model) else _closed_event(storage, str(digest))
-    if stored_settings is None or state is None:
-        raise StorageError(f"{folder} holds no job yet")
-    with storage_errors(f"can't read {folder / MODEL_FILE}"):
-        raw = read_file(folder / MODEL_FILE)
-    store, digest = open_blobs_reader(folder, stored_settings), digest or state.model
-    model = import_onnx(raw, str(stored_settings["name"]))
-    weights = store.read(digest)
-    last_round = int(state.history[-1]["round"]) if state.history else 0
-    try:
-        job = stored_job(stored_settings, allowed, str(folder))
-    except ConfigError as error:
-        log.warning("the model is without the ranks of its fleet: %s", error)
-        return model, weights, None, last_round
-    if digest == state.model:
-        return model, weights, final_ranks(job, model, state, store, digest), last_round
-    if earlier is not None:
-        state.round, state.memory = earlier["round"], earlier["memory"]
-        with suppress(StorageError):
-            return model, weights, final_ranks(job, model, state, store, digest), last_round
-    return model, weights, None, last_round
-
-
-def _closed_event(storage: Storage, digest: str) -> dict[str, Any] | None:
-    """The event that closed the round of this model, if it is still in the log."""
-    closings = (
-        body for _, _, kind, body in storage.log.events() if kind == Closed.__name__ and body["model"] == digest
-    )
-    return next(closings, None)
-
-
-# Stands for the round whose global model scored best, where a round's number is expected.
-BEST_ROUND = "best"
-
-
-def finished_round(folder: Path, round_or_best: int | str) -> tuple[dict[str, Any], str]:
-    """A round of the history whose global model is kept, and the metric by which the job's models are judged.
-
-    Args:
-        round_or_best: The round's number, or `BEST_ROUND`.
-
-    Raises:
-        StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
-    """
-    with Storage.open_existing(folder) as storage:
-        stored_settings, state = storage.settings(), storage.load()
-    if stored_settings is None or state is None:
-        raise StorageError(f"{folder} holds no job yet")
-    metric, rows = judging_metric(stored_settings["job"]), {row["round"]: row for row in state.history}
-    row = state.best_round(metric) if round_or_best == BEST_ROUND else rows.get(round_or_best)
-    if row is None and round_or_best == BEST_ROUND:
-        raise StorageError(
-            f"{folder} has no best model",
-            expected=f"a round whose model was evaluated by {metric or 'a metric'}",
-            got="none of the " + quantity(len(rows), "finished round"),
-            hint="Give a round's number, and give the server samples to evaluate models on: --evaluation, or the table "
-            "[evaluation].",
-        )
-    if row is None:
-        raise StorageError(f"{folder} holds no round {round_or_best}", expected=f"1 to {max(rows, default=0)}")
-    if not open_blobs_reader(folder, stored_settings).has(row["model"]):
-        raise StorageError(
-            f"the model after round {row['round']} is no longer kept",
-            hint="Run with a larger --keep to keep more of them.",
-        )
-    return row, metric
 
 
 def _model_name(source: str) -> str:
