@@ -18,7 +18,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore, BucketObjects
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.limits import UpdateLengths, measure_update
+from fedprune.coordination.update_lengths import UpdateLengths, measure_update
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import kind_of_update_error

@@ -11,7 +11,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.coordination import commands as do
-from fedprune.coordination.limits import RoundUpdate, shorten_update
+from fedprune.coordination.update_limits import RoundUpdate, shorten_update
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.limits import UpdateLimits
 from fedprune.coordination.round import Round, RoundOutcome
+from fedprune.coordination.update_limits import UpdateLimits
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import State

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.aggregation.layout import Expansion, coverage_mass, to_global
+from fedprune.aggregation.layout import Expansion, to_global
+from fedprune.aggregation.update_coverage import coverage_mass
 from fedprune.model.selection import Selection
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections
 

@@ -12,16 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination.limits import (
-    ALL_TRAINED,
-    REJECT_FACTOR,
-    capped_weights,
-    limit_round,
-    measure_update,
-    shorten_update,
-    weight_limit,
-    weight_limit_of_counts,
-)
+from fedprune.coordination.limits import REJECT_FACTOR, limit_round
+from fedprune.coordination.update_lengths import ALL_TRAINED, measure_update
+from fedprune.coordination.update_limits import shorten_update
+from fedprune.coordination.weight_limits import capped_weights, weight_limit, weight_limit_of_counts
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, Tensors
 from fedprune.strategies.values import Cut, Scene, Submodel, Turn, UpdateReport

@@ -1,8 +1,7 @@
 """The memory layout of a fold's sums, and the coordinates of submodels in them.
 
 Sums are laid out by the ranks of the first update: along every axis, segment by segment, the most important channel
-first. A submodel of the same ranks is a prefix of each segment, so that slices suffice; other submodels need index
-arrays.
+first. A submodel of the same ranks is a prefix of each segment, so that slices suffice; others need index arrays.
 """
 
 from __future__ import annotations

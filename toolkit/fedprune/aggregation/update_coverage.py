@@ -73,7 +73,7 @@ class UpdateCoverage:
         every update holds as a whole may be 1 long."""
         layout = self.required_layout
         shares = [share for (_, single), share in self._weight_of_selection.items() if spec.name not in single]
-        selected_mass = _selected_mass(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
+        selected_mass = coverage_mass(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
         if spec.name not in self._masked_mass:
             return selected_mass
         return self._masked_mass[spec.name] + (sum(w for _, w in shares) if selected_mass is None else selected_mass)
@@ -109,7 +109,7 @@ def partial_masks(
     return active_masks
 
 
-def _selected_mass(
+def coverage_mass(
     layout: Selection, spec: TensorSpec, shares: Collection[tuple[Selection, int]]
 ) -> npt.NDArray[np.int64] | None:
     """Per coordinate of a tensor, in the layout, the weight of the updates (`shares`: by selection) that hold it.

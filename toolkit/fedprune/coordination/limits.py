@@ -1,4 +1,4 @@
-"""Limits on how far a single update moves the next model.
+"""Computes how far each update of a round may move the next model, from how far the others moved it.
 
 The mean of a round's updates has no protection of its own: one board that reports 10^15 samples, or weights at the edge
 of the accepted range, decides the result. Limits are multiples of the round's own medians, so that they need no tuning;
@@ -24,22 +24,18 @@ round to round, and renews them from all valid updates; those without any change
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import StorageError
-from fedprune.jobs.job import Job
+from fedprune.coordination.update_lengths import ALL_TRAINED, UpdateLengths, round_length
+from fedprune.coordination.weight_limits import MIN_MAJORITY_UPDATES
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
-from fedprune.strategies.values import Memories, Scene, Submodel, UpdateReport
 
 # Key of the references in a job's memory: per tensor its reference and its scale. They outlive a round, since a single
 # round's median is whatever its boards say.
@@ -51,69 +47,18 @@ TENSOR_FACTOR = 2.0
 # An update longer than this many limits is rejected. None of the honest updates that we measured was.
 REJECT_FACTOR = 8.0
 
-# Fewest updates that have an honest majority if one of them is hostile.
-_MIN_MAJORITY_UPDATES = 3
 # Largest factor by which a reference grows in a round, and by which a round's median counts as longer than it.
 _MAX_GROWTH = 2.0
 # Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_MAX_GROWTH`.
 _MAX_FALL = 2.0 ** (1 / 20)
 # Lower end of a reference, as a multiple of its tensor's scale.
 _MIN_REFERENCE = 2.0**-10
-# Numbers of a tensor that are squared at once: 256 KiB of float64, which stay in a core's own cache.
-_BLOCK_SIZE = 2**15
-# Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not.
-_LENGTH_DIGITS = 6
 # An update is reported if less than this share of it counts. An honest board with many samples takes more steps, and
 # moves a few times as far as others.
 _REPORTED_SHARE = 0.25
 
 # The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights.
 _REPORTED_STATISTICS = 0.1
-
-# Key of all trained tensors together.
-ALL_TRAINED = ""
-
-# Root mean square of an update's change: by tensor of the whole model, and under `ALL_TRAINED` over all trained
-# tensors. Elements of channels that the board doesn't hold count as unchanged; a mask's inactive ones are left out of
-# the mean.
-UpdateLengths = Mapping[str, float]
-
-
-def measure_update(report: UpdateReport) -> UpdateLengths:
-    """How far an update moves each tensor, and all trained ones together."""
-    sent, trained = report.sent.tensors, report.trained
-    tensor_lengths: dict[str, float] = {}
-    all_squares, count = 0.0, 0.0
-    for spec in trained.selection.architecture.tensors:
-        size, square_sum = float(math.prod(spec.shape)), 0.0
-        value, sent_value = trained.tensors.get(spec.name), sent.get(spec.name)
-        if value is not None and sent_value is not None and value.shape == sent_value.shape and value.size:
-            mask = trained.mask.get(spec.name)
-            # The mean divides an element by the updates whose mask holds it: what is masked must not dilute the length.
-            if mask is not None:
-                size *= max(1, int(np.count_nonzero(mask))) / value.size
-            square_sum = _sum_of_squares(
-                value.reshape(-1), sent_value.reshape(-1), None if mask is None else mask.reshape(-1)
-            )
-            tensor_lengths[spec.name] = _round_length(math.sqrt(square_sum / size))
-        # Statistics have limits of their own: they follow the data's scale, which says nothing of training.
-        if spec.kind.is_trainable:
-            all_squares, count = all_squares + square_sum, count + size
-    return tensor_lengths | {ALL_TRAINED: _round_length(math.sqrt(all_squares / max(1.0, count)))}
-
-
-def _sum_of_squares(
-    values: npt.NDArray[np.float32], sent_values: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None
-) -> float:
-    """Sum of squares of a change, block by block in the cache."""
-    total = 0.0
-    for start in range(0, values.size, _BLOCK_SIZE):
-        block = slice(start, start + _BLOCK_SIZE)
-        change = np.subtract(values[block], sent_values[block], dtype=np.float64)
-        if active is not None:
-            change *= active[block]
-        total += float(np.dot(change, change))
-    return total
 
 
 @dataclass(frozen=True)
@@ -148,83 +93,66 @@ def limit_round(
         model: The global model; in the first round the initial one, from which the scales are taken.
         move_limit: Limit of a whole update, as a multiple of the median.
     """
-    # The first round has no references: its limits are the medians alone.
     trained = {t.name for t in architecture.trainable}
-    scaled = trained | {ALL_TRAINED}
-    rejected = _rejections(updates, move_limit, float(references[ALL_TRAINED][0]) if ALL_TRAINED in references else 0.0)
-    accepted = {device: lengths_of_device for device, lengths_of_device in updates.items() if device not in rejected}
+    # The first round has no references: its limits are the medians alone.
+    first_reference = float(references[ALL_TRAINED][0]) if ALL_TRAINED in references else 0.0
+    rejected = _rejections(updates, move_limit, first_reference)
+    accepted = {device: lengths for device, lengths in updates.items() if device not in rejected}
     usual_lengths, new_references = {}, {}
-    for name in sorted({name for lengths_of_device in updates.values() for name in lengths_of_device} | {ALL_TRAINED}):
-        reference_before, scale = map(float, references.get(name, (0.0, _tensor_scale(name, trained, model))))
-        upper, max_fall, lower = (
-            (scale, _MAX_FALL, reference_before) if name in scaled else (math.inf, _MAX_GROWTH, 0.0)
-        )
+    for name in sorted({ALL_TRAINED}.union(*updates.values())):
+        reference, scale = map(float, references.get(name, (0.0, _tensor_scale(name, trained, model))))
+        is_scaled = name in trained or name == ALL_TRAINED
+        lower, upper, max_fall = (reference, scale, _MAX_FALL) if is_scaled else (0.0, math.inf, _MAX_GROWTH)
         nonzero_lengths = _nonzero_lengths(name, updates)
-        new_references[name] = np.array(
-            [_next_reference(reference_before, nonzero_lengths, scale * _MIN_REFERENCE, upper, max_fall), scale]
-        )
         # All updates renew the reference, also rejected ones; the limits of this round go by those that are left.
-        usual_length = _usual_length(
-            reference_before, _nonzero_lengths(name, accepted), majority=len(nonzero_lengths) >= _MIN_MAJORITY_UPDATES
-        )
+        next_reference = _next_reference(reference, nonzero_lengths, scale * _MIN_REFERENCE, upper, max_fall)
+        new_references[name] = np.array([next_reference, scale])
+        has_majority = len(nonzero_lengths) >= MIN_MAJORITY_UPDATES
+        usual_length = _usual_length(reference, _nonzero_lengths(name, accepted), majority=has_majority)
         usual_lengths[name] = min(max(usual_length, lower), upper)
     # No tensor is held to less than what is usual over all of them: a median near 0 would forbid any move.
-    limits = {n: move_limit * TENSOR_FACTOR * max(v, usual_lengths[ALL_TRAINED]) for n, v in usual_lengths.items()} | {
-        ALL_TRAINED: move_limit * usual_lengths[ALL_TRAINED]
-    }
+    limits = {n: move_limit * TENSOR_FACTOR * max(v, usual_lengths[ALL_TRAINED]) for n, v in usual_lengths.items()}
+    limits[ALL_TRAINED] = move_limit * usual_lengths[ALL_TRAINED]
     shares, reasons = {}, {}
-    for device, lengths_of_device in sorted(accepted.items()):
-        update_share = _counted_share(lengths_of_device[ALL_TRAINED], limits[ALL_TRAINED])
-        tensor_shares = {n: _counted_share(v, limits[n]) for n, v in lengths_of_device.items() if n != ALL_TRAINED}
-        # One share for all trained tensors keeps an update's direction; a single wild tensor is shortened further.
-        tensor_shares = {n: min(s, update_share) if n in trained else s for n, s in tensor_shares.items()}
-        smallest = min(tensor_shares, key=lambda n: tensor_shares[n], default=ALL_TRAINED)
-        shares[device] = {n: s for n, s in tensor_shares.items() if s < 1}
-        if smallest and tensor_shares[smallest] < (_REPORTED_SHARE if smallest in trained else _REPORTED_STATISTICS):
-            name = ALL_TRAINED if smallest in trained and tensor_shares[smallest] == update_share else smallest
-            subject = f"tensor {name}: " if name else ""
-            distance = _distance_text(lengths_of_device[name], usual_lengths[name])
-            reasons[device] = (
-                f"its update stands out: {subject}{distance}; {tensor_shares[smallest]:.2g} of that counted"
-            )
+    for device, lengths in sorted(accepted.items()):
+        update_share, tensor_shares = _counted_shares(lengths, limits, trained)
+        shares[device] = {n: share for n, share in tensor_shares.items() if share < 1}
+        if reason := _limit_reason(lengths, usual_lengths, update_share, tensor_shares, trained):
+            reasons[device] = reason
     return RoundLimits(rejected, shares, reasons, {**references, **new_references})
 
 
-def shorten_update(report: UpdateReport, shares: Mapping[str, float]) -> UpdateReport:
-    """The update with only a share of each tensor's change; tensors without a share stay bit for bit the same."""
-    tensors = dict(report.trained.tensors)
-    for name in shares.keys() & tensors.keys():
-        before = report.sent.tensors[name].astype(np.float64)
-        tensors[name] = (before + shares[name] * (tensors[name] - before)).astype(np.float32)
-    return replace(report, trained=Submodel(report.trained.selection, tensors, report.trained.mask))
+def _counted_shares(
+    lengths: UpdateLengths, limits: Mapping[str, float], trained: Collection[str]
+) -> tuple[float, dict[str, float]]:
+    """The share of an update that counts, and by tensor the share of the tensor's change."""
+    update_share = _counted_share(lengths[ALL_TRAINED], limits[ALL_TRAINED])
+    tensor_shares = {n: _counted_share(v, limits[n]) for n, v in lengths.items() if n != ALL_TRAINED}
+    # One share for all trained tensors keeps an update's direction; a single wild tensor is shortened further.
+    return update_share, {n: min(s, update_share) if n in trained else s for n, s in tensor_shares.items()}
 
 
-def capped_weights(samples: Mapping[str, int], median_multiple: float, absolute: int = 0) -> dict[str, int]:
-    """Weights of devices: their samples, up to that multiple of the median and up to `absolute` (0 for no limit)."""
-    limit = weight_limit(samples.values(), median_multiple, absolute)
-    return {name: min(count, limit) for name, count in samples.items()}
-
-
-def weight_limit(samples: Iterable[int], median_multiple: float, absolute: int = 0) -> int:
-    """Largest weight of a device; arguments as for `capped_weights`."""
-    return weight_limit_of_counts(Counter(samples), median_multiple, absolute)
-
-
-def weight_limit_of_counts(counts: Mapping[int, int], median_multiple: float, absolute: int = 0) -> int:
-    """The largest weight of a device, from the number of devices that have each number of samples."""
-    limit, devices = absolute or 2**62, sum(counts.values())  # more samples than 2^62 no job accepts
-    if median_multiple and devices >= _MIN_MAJORITY_UPDATES:
-        sample_counts = sorted(counts)
-        devices_up_to = accumulate(counts[n] for n in sample_counts)
-        median = next(n for n, end in zip(sample_counts, devices_up_to, strict=True) if 2 * end >= devices)
-        limit = min(limit, math.ceil(median_multiple * max(1, median)))
-    return limit
+def _limit_reason(
+    lengths: UpdateLengths,
+    usual_lengths: UpdateLengths,
+    update_share: float,
+    tensor_shares: Mapping[str, float],
+    trained: Collection[str],
+) -> str:
+    """Why much less of an update counts than was sent; empty if it doesn't."""
+    smallest = min(tensor_shares, key=lambda n: tensor_shares[n], default=ALL_TRAINED)
+    if not smallest or tensor_shares[smallest] >= (_REPORTED_SHARE if smallest in trained else _REPORTED_STATISTICS):
+        return ""
+    name = ALL_TRAINED if smallest in trained and tensor_shares[smallest] == update_share else smallest
+    subject = f"tensor {name}: " if name else ""
+    distance = _distance_text(lengths[name], usual_lengths[name])
+    return f"its update stands out: {subject}{distance}; {tensor_shares[smallest]:.2g} of that counted"
 
 
 def _rejections(updates: Mapping[str, UpdateLengths], move_limit: float, reference: float) -> dict[str, str]:
     """Reasons by device whose update is too long to count; fewer than half of the updates, as the median is one."""
     nonzero_lengths = _nonzero_lengths(ALL_TRAINED, updates)
-    if len(nonzero_lengths) < _MIN_MAJORITY_UPDATES:
+    if len(nonzero_lengths) < MIN_MAJORITY_UPDATES:
         return {}
     # The higher of two medians, and never less than the reference: in a quiet round no honest board is to stand out.
     usual = max(statistics.median_high(nonzero_lengths), reference)
@@ -258,7 +186,7 @@ def _next_reference(reference: float, lengths: Sequence[float], lower: float, up
         return reference
     # Without a majority the reference moves only as far as the nearest update is from it.
     nearest_low, nearest_high = (
-        (statistics.median_low(lengths),) * 2 if len(lengths) >= _MIN_MAJORITY_UPDATES else (lengths[0], lengths[-1])
+        (statistics.median_low(lengths),) * 2 if len(lengths) >= MIN_MAJORITY_UPDATES else (lengths[0], lengths[-1])
     )
     renewed = min(max(reference or nearest_low, nearest_low), nearest_high)
     if reference:
@@ -275,130 +203,8 @@ def _tensor_scale(name: str, trained: Collection[str], model: Tensors) -> float:
     if name == ALL_TRAINED:
         return max((_tensor_scale(n, trained, model) for n in trained), default=1.0)
     flat = model[name].astype(np.float64).reshape(-1)
-    return max(1.0, _round_length(math.sqrt(float(np.dot(flat, flat)) / max(1, flat.size))))
+    return max(1.0, round_length(math.sqrt(float(np.dot(flat, flat)) / max(1, flat.size))))
 
 
 def _counted_share(length: float, limit: float) -> float:
     return 1.0 if length <= limit else limit / length
-
-
-def _round_length(length: float) -> float:
-
-    return float(f"{length:.{_LENGTH_DIGITS}g}")
-
-
-@dataclass(frozen=True)
-class RoundUpdate:
-    """One update of a round, and how it is read.
-
-    Attributes:
-        device: The client's name.
-        key: Identifies the content: updates of equal keys are equal bit for bit.
-        weight: What it counts for.
-        samples: Training samples that the client reports.
-        read: Reads and decodes it; all is checked that doesn't depend on the round's sums.
-        shares: By tensor the share of its change that counts, where that is less than all of it.
-        is_checked: Whether it is in memory and has passed `Round.check`, so that it isn't checked again.
-    """
-
-    device: str
-    key: Hashable
-    weight: int
-    samples: int
-    read: Callable[[], UpdateReport] = field(compare=False)
-    shares: Mapping[str, float] = field(default_factory=dict)
-    is_checked: bool = field(default=False, compare=False)
-
-    def report(self) -> UpdateReport:
-        """Read the update, with the share of its change that counts."""
-        report = replace(self.read(), weight=self.weight)
-        return shorten_update(report, self.shares) if self.shares else report
-
-
-_LOG = logging.getLogger(__name__)
-
-# A device is named that reports more samples than this multiple of its limit: honest boards have a few times the
-# median.
-_REPORTED_SAMPLES_FACTOR = 8
-
-
-@dataclass(frozen=True)
-class LimitedUpdates:
-    """A round's updates under its limits.
-
-    Attributes:
-        updates: Those that count, with the shares of their change that do.
-        rejected: By device, why its update doesn't count.
-        reasons: By device, why much less of its update counts than it sent.
-        memories: The references that the job keeps for the next round.
-        reduced: Devices whose update counts for less than it is, by however little, or whose samples count for much
-            less.
-    """
-
-    updates: tuple[RoundUpdate, ...]
-    rejected: Mapping[str, str]
-    reasons: Mapping[str, str]
-    memories: Memories
-    reduced: frozenset[str] = frozenset()
-
-
-class UpdateLimits:
-    """Limits a round's updates, and keeps how far each moved, so that none is read twice.
-
-    Args:
-        uniform: Whether devices count alike, whatever their samples.
-    """
-
-    def __init__(self, job: Job, *, uniform: bool) -> None:
-        self._job = job
-        self._uniform = uniform
-        # The noise that boards share out is accounted for sums in which updates don't depend on one another.
-        self._move_limit = 0.0 if job.privacy.is_on and not job.privacy.is_local else job.move_limit
-        self._lengths: dict[Hashable, UpdateLengths] = {}
-
-    def note_lengths(self, update: RoundUpdate, measured: UpdateReport | UpdateLengths) -> None:
-        """Note how far an update moved, from its checked report or from its lengths."""
-        if self._move_limit and update.key not in self._lengths:
-            self._lengths[update.key] = measure_update(measured) if isinstance(measured, UpdateReport) else measured
-
-    def limit_updates(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
-        """Apply the limits to all updates of a round; those that can't be read are left as they are."""
-        heavy_devices, reasons = self._overweight_devices(updates)
-        if not self._move_limit or not updates:
-            return LimitedUpdates(tuple(updates), {}, reasons, {}, heavy_devices)
-        for update in updates:
-            if update.key not in self._lengths:
-                try:
-                    self.note_lengths(update, update.read())
-                except (StorageError, MemoryError):
-                    raise
-                except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
-                    _LOG.debug("length of the update of %s", update.device, exc_info=True)
-        # Lengths of updates that are not in this round any more would pile up over a job.
-        self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
-        measured = [u for u in updates if u.key in self._lengths]
-        limits = limit_round(
-            {u.device: self._lengths[u.key] for u in measured},
-            scene.memory.get(REFERENCES_MEMORY, {}),
-            scene.architecture,
-            scene.model,
-            self._move_limit,
-        )
-        accepted = [u for u in updates if u.device not in limits.rejected]
-        limited = tuple(replace(u, shares=limits.shares.get(u.device, {})) for u in accepted)
-        reduced = heavy_devices.union(u.device for u in limited if u.shares) - limits.rejected.keys()
-        reasons = {**reasons, **limits.reasons}
-        return LimitedUpdates(limited, limits.rejected, reasons, {REFERENCES_MEMORY: limits.references}, reduced)
-
-    def _overweight_devices(self, updates: Sequence[RoundUpdate]) -> tuple[frozenset[str], dict[str, str]]:
-        """Devices that count for much less than the samples that they report, and why."""
-        if self._uniform:
-            return frozenset(), {}
-        samples = {u.device: u.samples for u in updates}
-        limit = weight_limit(samples.values(), self._job.weight_limit, self._job.most_samples)
-        reasons = {
-            device: f"it reports {count} samples and counts for {limit}, the most that one device may"
-            for device, count in samples.items()
-            if count > math.ceil(_REPORTED_SAMPLES_FACTOR * limit)
-        }
-        return frozenset(reasons), reasons

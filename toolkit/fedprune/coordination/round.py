@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.fold import Fold
 from fedprune.aggregation.update_sums import PartialSums
-from fedprune.coordination.limits import LimitedUpdates, RoundUpdate, UpdateLimits
+from fedprune.coordination.update_limits import LimitedUpdates, RoundUpdate, UpdateLimits
 from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind, kind_of_update_error

@@ -8,18 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from fedprune.coordination import commands as do
-from fedprune.coordination.limits import weight_limit_of_counts
+from fedprune.coordination.weight_limits import weight_limit_of_counts
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.jobs.state import DeviceTask, Progress, State
-from fedprune.jobs.update_weights import (
-    Arrival,
-    staleness_share,
-    step_size,
-    update_weights,
-    weights_fit,
-    window_count,
-)
+from fedprune.jobs.update_weights import Arrival, staleness_share, step_size, update_weights, weights_fit, window_count
 
 
 class UpdateWeights:

@@ -17,7 +17,6 @@ from fedprune.aggregation.fixed_point import weight_in_round
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator
-from fedprune.coordination.limits import capped_weights
 from fedprune.coordination.ready_devices import Integers
 from fedprune.coordination.stragglers import (
     BEFORE_OFFER,
@@ -28,6 +27,7 @@ from fedprune.coordination.stragglers import (
     asked_devices,
     needed_devices,
 )
+from fedprune.coordination.weight_limits import capped_weights
 from fedprune.core.rng import keyed_generator
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.failure_kind import FailureKind

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from fedprune.aggregation.client_update import check_counts, check_fold_base
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
-from fedprune.coordination.limits import RoundUpdate, UpdateLimits, capped_weights
 from fedprune.coordination.round import Round
+from fedprune.coordination.update_limits import RoundUpdate, UpdateLimits
+from fedprune.coordination.weight_limits import capped_weights
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import path_exists
