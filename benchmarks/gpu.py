@@ -31,7 +31,7 @@ from benchmarks.step import DENSITIES
 from benchmarks.step_nets import NETS, network
 from fedprune.core import tensorfile
 from fedprune.model.architecture import widths_at
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.runtime import session as sessions

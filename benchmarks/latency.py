@@ -23,10 +23,10 @@ from benchmarks.harness import in_turns, parser, save, setting
 from fedprune.core import tensorfile
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fit_latency_table
-from fedprune.planning.plan import DENSITIES
+from fedprune.planning.plan_search import DENSITIES
 from fedprune.planning.width_candidates import width_candidates
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.hardware.layer_timing import measure_layers

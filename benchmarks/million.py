@@ -36,7 +36,8 @@ from fedprune.core.rng import keyed_generator
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.planning.cost_prediction import Prediction, predict_costs
+from fedprune.planning.cost_prediction import predict_costs
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.profile_store import find_profile
 
 NET = "resnet20_bn"

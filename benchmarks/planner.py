@@ -98,7 +98,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Write a net as a board gets it, and samples; returns what else a process must know."""
     from fedprune.core import tensorfile
     from fedprune.model.architecture import widths_at
-    from fedprune.model.recipe import Features
+    from fedprune.model.features import Features
     from fedprune.model.selection import Selection
     from fedprune.planning.costs import costs_at
     from fedprune_device.serving.predictor import GRAPH, WEIGHTS
@@ -187,7 +187,7 @@ def measure(case: dict[str, Any], pythons: list[str]) -> list[dict[str, Any]]:
 
 def predicted(row: dict[str, Any], processes: dict[str, int]) -> dict[str, Any]:
     """A row with its prediction; that of predicting begins with the median of what training processes measured."""
-    from fedprune.model.recipe import Features
+    from fedprune.model.features import Features
     from fedprune.planning.costs import Costs
 
     costs = Costs(**row["costs"])

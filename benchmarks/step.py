@@ -95,7 +95,7 @@ def measure(name: str, density: float, folder: Path, turns: int) -> list[dict[st
     """The rows of a net at a width."""
     from benchmarks.step_nets import network
     from fedprune.model.architecture import widths_at
-    from fedprune.model.recipe import Features
+    from fedprune.model.features import Features
     from fedprune.model.selection import Selection
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training.step_graph import training_graph

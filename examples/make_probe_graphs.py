@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.rng import keyed_generator
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.planning.costs import costs_at
 from fedprune.planning.probe_report import UNITS
 from fedprune_export.bundles.inference import inference_model

@@ -43,7 +43,7 @@ def prepare(folder: Path, nets: Sequence[str], densities: Sequence[float]) -> No
     from benchmarks.step_nets import network
     from fedprune.core import tensorfile
     from fedprune.model.architecture import widths_at
-    from fedprune.model.recipe import Features
+    from fedprune.model.features import Features
     from fedprune.model.selection import Selection
     from fedprune.runtime.precision import lowered_weights
     from fedprune.runtime.precision_files import INT8, weights_file

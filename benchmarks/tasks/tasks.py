@@ -11,7 +11,8 @@ from examples.own_losses import infonce
 
 import fedprune_export as fx
 from benchmarks.tasks import adapters, data, losses, nets
-from fedprune.model.recipe import CUSTOM_LOSS, Recipe
+from fedprune.model.features import CUSTOM_LOSS
+from fedprune.model.recipe import Recipe
 from fedprune_export.pruning.model import Model
 
 DENSITIES = (1.0, 0.7, 0.5, 0.3)

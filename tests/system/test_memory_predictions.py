@@ -11,10 +11,10 @@ import pytest
 
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.state import JobDevice
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.planning.costs import Costs
-from fedprune.planning.plan import WidthPlan
 from fedprune.planning.profile_store import find_profile
+from fedprune.planning.width_plan import WidthPlan
 from fedprune.strategies import compose
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import value_text
+from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, labels_of
 from fedprune.model.lengths import Shape, shape_to_json
-from fedprune.model.recipe import JUDGED_LABELS, MULTI_LABELS, labels_of
 from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import (
     KINDS,

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from fedprune.core.cli import options_of, print_json
 from fedprune.core.disk import path_exists, storage_errors
 from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, search_location
+from fedprune.model.features import JUDGED_LABELS, labels_of
 from fedprune.model.lengths import Lengths, Shape, fits_shape, free_axis, pad_to_bound, upper_shape
-from fedprune.model.recipe import JUDGED_LABELS, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.data.array_source import load_data, read_arrays

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model import step_contract
-from fedprune.model.recipe import MULTI_LABELS, Recipe, labels_of
-from fedprune.model.step_contract import number_feeds
+from fedprune.model.features import MULTI_LABELS, labels_of
+from fedprune.model.recipe import Recipe
+from fedprune.model.step_feeds import number_feeds
 from fedprune_device.data.stored_array import Inputs, StoredArray, chunks
 
 Array = npt.NDArray[Any]

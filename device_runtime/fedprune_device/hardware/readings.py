@@ -6,7 +6,8 @@ import contextlib
 import resource
 from pathlib import Path
 
-from fedprune.planning.identification import BoardFacts, l4t_release
+from fedprune.planning.identification import BoardFacts
+from fedprune.planning.jetpack_releases import l4t_release
 
 # Bit 0 of `firmware_flags`.
 UNDER_VOLTAGE = 1

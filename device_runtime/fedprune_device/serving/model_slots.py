@@ -16,7 +16,7 @@ from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.core.records import convert_record
-from fedprune.model.recipe import labels_of
+from fedprune.model.features import labels_of
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, served_files
 from fedprune_device.data.labels import LogitAdjustment

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.text import quantity
-from fedprune.model.recipe import JUDGED_LABELS, MULTI_LABELS, labels_of
+from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, labels_of
 from fedprune_device.data.labels import Targets, right_labels
 
 

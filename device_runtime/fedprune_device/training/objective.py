@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import divisor_share, first_step_feeds
+from fedprune.model.step_feeds import divisor_share, first_step_feeds
 from fedprune.runtime.onnx_subgraph import Subgraphs, metadata_of, subgraph_for
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.labels import Targets

@@ -14,11 +14,12 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.dropout import DropoutMasks
+from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import CUSTOM_LOSS, Features, Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, ElementMask
-from fedprune.model.step_contract import anchor_feeds, divisor_share
+from fedprune.model.step_feeds import anchor_feeds, divisor_share
 from fedprune.runtime.onnx_subgraph import Subgraphs
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.batches import MicroBatch

@@ -12,10 +12,12 @@ from fedprune.core.errors import ProfileError
 from fedprune.core.validation import check_instance, check_number, check_whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import MEMORY_UNDERESTIMATE, Prediction, predict_costs, training_unit
-from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, PlanSearch, WidthPlan
+from fedprune.planning.cost_prediction import MEMORY_UNDERESTIMATE, predict_costs, training_unit
+from fedprune.planning.plan_search import DENSITIES, PlanSearch
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.width_plan import BYTES, ENERGY, MEMORY, TIME, WidthPlan
 from fedprune.updates import DOWNLOAD_CODECS, NO_CODECS, PLAIN, Codec
 from fedprune_export.pruning.model import Model
 

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, ModelError, path_remedy, shape_text
 from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.architecture import Architecture
+from fedprune.model.features import labels_of
 from fedprune.model.lengths import Shape, fits_shape, pad_to_bound, with_lengths
-from fedprune.model.recipe import Recipe, labels_of
+from fedprune.model.recipe import Recipe
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.packing import INPUTS_KEY, Piece, read_packing

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune.model import step_contract as feeds_of
 from fedprune.model.dropout import dropout_ones
-from fedprune.model.recipe import CUSTOM_LOSS, MULTI_LABELS, Recipe, labels_of
+from fedprune.model.features import CUSTOM_LOSS, MULTI_LABELS, labels_of
+from fedprune.model.recipe import Recipe
+from fedprune.model.step_feeds import first_step_feeds
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
@@ -55,7 +56,7 @@ def step_feeds(
         tensors: Weights and statistics; the anchors are the same.
     """
     feeds: dict[str, Array] = {step_contract.X: x, step_contract.Y: y}
-    feeds |= feeds_of.first_step_feeds(recipe, tensors, inputs, y, classes)
+    feeds |= first_step_feeds(recipe, tensors, inputs, y, classes)
     if step_contract.Y_PARTNER in inputs:
         feeds |= {step_contract.Y_PARTNER: np.roll(y, 1), step_contract.Y_SHARE: np.array(_TRIAL_MIX_SHARE, np.float32)}
     feeds |= dropout_ones(inputs, feeds, len(x))

@@ -12,8 +12,9 @@ from fedprune.core.cli import positive_integer, recipe_setting
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, did_you_mean, path_remedy
 from fedprune.core.json_file import read_json
+from fedprune.model.features import CUSTOM_LOSS, METRICS_OF, labels_of
 from fedprune.model.losses import LOSSES
-from fedprune.model.recipe import CUSTOM_LOSS, LIST_SETTINGS, METRICS_OF, Recipe, labels_of
+from fedprune.model.recipe import LIST_SETTINGS, Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import Codec

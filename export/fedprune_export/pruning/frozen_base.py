@@ -16,7 +16,8 @@ import numpy as np
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.model.architecture import Architecture, BaseSpec
-from fedprune.model.axis import Axis, LayerRow
+from fedprune.model.axis import Axis
+from fedprune.model.cost_table import LayerRow
 from fedprune.model.step_contract import base_name, base_scale_name
 from fedprune_export.ir.graph import Array, Graph, Node
 

@@ -10,7 +10,7 @@ from typing import Any, overload
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.ir.graph import Graph

@@ -21,9 +21,9 @@ from fedprune.output.chart import share_strip
 from fedprune.output.document import Bars, Block, Document, Table
 from fedprune.output.page import Bar, stacked_segments
 from fedprune.output.tables import Column
-from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import FLOAT, Costs, costs_at, layer_macs
-from fedprune.planning.plan import WidthPlan
+from fedprune.planning.prediction import Prediction
+from fedprune.planning.width_plan import WidthPlan
 from fedprune.runtime import session
 from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.checks.parity import PARITY_SAMPLES

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedprune.core.errors import ConfigError, shape_text
 from fedprune.core.text import first_few
 from fedprune.model.augmentation import AugmentEntry, AugmentPlan, AugmentStep
-from fedprune.model.recipe import JUDGED_LABELS, MULTI_LABELS, Features, labels_of
+from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, Features, labels_of
 from fedprune_export.importing.packing import INPUTS_KEY, Piece, read_packing
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.trace import sample_sizes

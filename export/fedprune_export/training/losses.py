@@ -7,9 +7,9 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
+from fedprune.model.features import MULTI_LABELS, Features
 from fedprune.model.loss import LossParts, along_classes, count_hits
 from fedprune.model.losses import LOSSES
-from fedprune.model.recipe import MULTI_LABELS, Features
 from fedprune_export.autodiff.tape import BATCH, Shape, Tape
 from fedprune_export.ir.graph import Graph
 from fedprune_export.operators.reductions import elements_of

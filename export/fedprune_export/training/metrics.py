@@ -9,8 +9,8 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, shape_text
 from fedprune.core.metrics import METRICS
+from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.loss import Y
-from fedprune.model.recipe import CUSTOM_LOSS, Features
 from fedprune.model.step_contract import LOGITS, SUMS, VALUE
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune_export.autodiff.tape import Shape, Tape, port
 from fedprune_export.ir.graph import Graph
 

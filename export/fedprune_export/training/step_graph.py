@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
+from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.lengths import LENGTH_METADATA
 from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import axes_json
-from fedprune.model.recipe import CUSTOM_LOSS, Features
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape

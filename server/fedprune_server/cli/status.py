@@ -18,7 +18,7 @@ from fedprune.core.text import amount, quantity, sentences
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress, outcome
 from fedprune.model.recipe import judging_metric
-from fedprune.planning.plan import NOTHING_BINDS
+from fedprune.planning.width_plan import NOTHING_BINDS
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.plan_vs_actual import compare_device, comparison_text, planned_figures, training_processor

@@ -16,7 +16,7 @@ from typing import Any
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.core.errors import ConfigError, FedpruneError, value_text
 from fedprune.jobs.job import Job
-from fedprune.model.recipe import CUSTOM_LOSS
+from fedprune.model.features import CUSTOM_LOSS
 from fedprune.security.tls import SYSTEM_AUTHORITIES
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, MAX_PAYLOAD_BYTES, PACKET_OVERHEAD_BYTES
 from fedprune.wire.topics import check_topic_name

@@ -8,7 +8,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
-from fedprune.planning.plan import WidthPlan
+from fedprune.planning.width_plan import WidthPlan
 from fedprune_server.devices.contacts import Contact
 
 log = logging.getLogger("fedprune.server")

@@ -14,9 +14,9 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice, Progress
 from fedprune.model.architecture import Architecture
 from fedprune.planning.cost_prediction import training_unit
-from fedprune.planning.plan import WidthPlan
 from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.width_plan import WidthPlan
 from fedprune.strategies import compose
 
 # By metric of an update: its name in texts, the attribute of a plan's prediction, and the unit of both.

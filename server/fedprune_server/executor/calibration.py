@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model import step_contract
 from fedprune.model.dropout import dropout_ones
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.model.selection import Tensors
 from fedprune.model.trainable import frozen_tensors
 from fedprune.runtime.session import OnnxSession

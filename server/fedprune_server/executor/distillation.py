@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DivergedError
 from fedprune.model import step_contract
-from fedprune.model.recipe import DISTILL_LOSS, Recipe, labels_of
+from fedprune.model.features import DISTILL_LOSS, labels_of
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.planning.costs import costs_at
 from fedprune.strategies.values import SelfDistillation

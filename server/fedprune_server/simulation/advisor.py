@@ -20,7 +20,7 @@ from fedprune.core.text import first_few, quantity
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice
 from fedprune.model.initial_values import is_untrained
-from fedprune.planning.plan import NOTHING_BINDS
+from fedprune.planning.width_plan import NOTHING_BINDS
 from fedprune.strategies import Strategy, compose
 from fedprune.strategies.methods.fedprune import CORE_BOARD_SHARE
 from fedprune.updates import CODECS, PLAIN

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune_export.importing import export_torch, import_onnx
 from support.oracles.cutting import outputs
 from support.oracles.gradient_distance import Trained, torchs_gradients

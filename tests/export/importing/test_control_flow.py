@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from fedprune.core.errors import ModelError
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx, inlining
 from fedprune_export.pruning.model import Model

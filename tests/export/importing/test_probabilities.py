@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ModelError
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.ir.graph import Graph, Port

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from fedprune.core.errors import ModelError
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.ir.graph import Graph, Port

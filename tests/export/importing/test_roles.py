@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedprune.core.errors import ModelError
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune_export.importing import PARAMETERS_KEY, export_torch, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model

@@ -12,7 +12,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
-from fedprune.model.recipe import Features, Recipe
+from fedprune.model.features import Features
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.checks.step_feeds import step_feeds
 from fedprune_export.importing import import_onnx

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.cut import at_widths

@@ -11,7 +11,7 @@ from fedprune.model import step_contract
 from fedprune.model.element_mask import apply_mask, gather_mask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ElementMask, Selection, Tensors
-from fedprune.model.step_contract import first_step_feeds
+from fedprune.model.step_feeds import first_step_feeds
 from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.importance.structured_from_mask import surviving_selection, survivors

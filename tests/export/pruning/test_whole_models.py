@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import torch
 
-from fedprune.model.recipe import CUSTOM_LOSS, Features
+from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.selection import Selection
 from fedprune_export.pruning.cut import cut, masked_graph
 from support.marks import marked

@@ -13,9 +13,10 @@ from torch import nn
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.dropout import DropoutMasks, shape_in_numbers, solve_sizes
-from fedprune.model.recipe import Features, Recipe
+from fedprune.model.features import Features
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.model.step_contract import first_step_feeds
+from fedprune.model.step_feeds import first_step_feeds
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.model.trainable import trained_tensors
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import export_torch, import_onnx

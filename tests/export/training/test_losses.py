@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import MULTI_LABELS, Features, labels_of
-from fedprune.model.step_contract import divisor_share
+from fedprune.model.features import MULTI_LABELS, Features, labels_of
+from fedprune.model.step_feeds import divisor_share
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.ir.graph import Graph

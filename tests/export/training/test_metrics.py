@@ -18,7 +18,8 @@ from torch.nn import functional
 
 import fedprune_export as fx
 from fedprune.core.errors import ConfigError, ModelError
-from fedprune.model.recipe import METRICS_OF, Recipe
+from fedprune.model.features import METRICS_OF
+from fedprune.model.recipe import Recipe
 from fedprune_device.training.objective import BatchMeasure, Objective
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model

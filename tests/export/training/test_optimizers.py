@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import fedprune_export as fx
 from fedprune.model import step_contract
-from fedprune.model.recipe import OPTIMIZERS, Features, Recipe
+from fedprune.model.features import OPTIMIZERS, Features
+from fedprune.model.recipe import Recipe
 from fedprune.runtime import session as sessions
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData

@@ -17,7 +17,8 @@ from torch.nn import functional
 import fedprune_export as fx
 from fedprune.core.errors import DataError, ModelError
 from fedprune.model import step_contract
-from fedprune.model.recipe import CUSTOM_LOSS, Features, Recipe
+from fedprune.model.features import CUSTOM_LOSS, Features
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask

@@ -16,8 +16,8 @@ from torch import nn
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, TensorKind, widths_at
+from fedprune.model.features import Features
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.runtime.session import OnnxSession

@@ -13,8 +13,8 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import NO_CORRECTION
-from fedprune.planning.plan import PlanSearch
+from fedprune.planning.correction import NO_CORRECTION
+from fedprune.planning.plan_search import PlanSearch
 from fedprune_server.devices.plan_vs_actual import compare_device, comparison_text, predicted_figures
 from support.fakes import tiny_job as toy
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import DataError
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.digits import load_digits
 

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from fedprune.core import tensorfile
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, Axis, TensorKind, TensorSpec
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model

@@ -14,10 +14,12 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import Correction, predict_costs
+from fedprune.planning.correction import Correction
+from fedprune.planning.cost_prediction import predict_costs
 from fedprune.planning.latency_model import typical_table
-from fedprune.planning.plan import DENSITIES, MEMORY, WidthPlan
+from fedprune.planning.plan_search import DENSITIES
 from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.width_plan import MEMORY, WidthPlan
 from fedprune.strategies import compose
 from support.fakes.coordinator_shell import digest
 from support.fakes.tiny_job import ARCHITECTURE, JOB

@@ -14,7 +14,7 @@ from fedprune.jobs.state import JobDevice
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.plan import PlanSearch
+from fedprune.planning.plan_search import PlanSearch
 from fedprune.strategies import compose
 from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET

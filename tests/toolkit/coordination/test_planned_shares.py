@@ -11,15 +11,13 @@ from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.model.architecture import (
-    Architecture,
-    kept_share,
-)
+from fedprune.model.architecture import Architecture, kept_share
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import Prediction, predict_costs
-from fedprune.planning.plan import WidthPlan
+from fedprune.planning.cost_prediction import predict_costs
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.width_plan import WidthPlan
 from fedprune.strategies import compose
 from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET

@@ -7,7 +7,7 @@ import pytest
 
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import first_step_feeds, number_feeds
+from fedprune.model.step_feeds import first_step_feeds, number_feeds
 
 pytestmark = pytest.mark.board
 

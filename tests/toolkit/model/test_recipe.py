@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
+from fedprune.model.features import OPTIMIZERS, Features
 from fedprune.model.mixup import MIN_MIXUP
-from fedprune.model.recipe import OPTIMIZERS, SCHEDULES, Features, Recipe
+from fedprune.model.recipe import SCHEDULES, Recipe
 
 pytestmark = pytest.mark.board
 

@@ -6,7 +6,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import Architecture, Axis, LayerRow, TensorKind, TensorSpec
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.model.trainable import frozen_tensors, trained_tensors
 
 pytestmark = pytest.mark.board

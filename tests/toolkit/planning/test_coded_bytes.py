@@ -14,7 +14,8 @@ from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict_costs
-from fedprune.planning.plan import LINK, PlanSearch
+from fedprune.planning.plan_search import PlanSearch
+from fedprune.planning.width_plan import LINK
 from fedprune.strategies import Strategy
 from fedprune.updates import CODECS, DOWNLOAD_CODECS, Codec, encode, weights
 from support.fakes.strategy_rounds import NET

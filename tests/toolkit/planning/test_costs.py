@@ -22,13 +22,9 @@ from fedprune.model.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection
-from fedprune.planning.costs import (
-    active_macs_share,
-    costs_at,
-    memory_seconds,
-)
+from fedprune.planning.costs import active_macs_share, costs_at, memory_seconds
 from fedprune.planning.kernel_workload import workload
 
 PLAIN = Features()

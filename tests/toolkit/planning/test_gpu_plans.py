@@ -25,7 +25,7 @@ from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import latency_table, memory_bandwidth, predict_costs
 from fedprune.planning.costs import memory_seconds
 from fedprune.planning.latency_model import GPU_LAUNCH, typical_gpu_table
-from fedprune.planning.plan import PlanSearch
+from fedprune.planning.plan_search import PlanSearch
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import TIERS, HardwareProfile
 

@@ -8,7 +8,8 @@ import pytest
 
 from fedprune.core.errors import ProfileError
 from fedprune.planning import profile_store
-from fedprune.planning.identification import BoardFacts, identify, l4t_release
+from fedprune.planning.identification import BoardFacts, identify
+from fedprune.planning.jetpack_releases import l4t_release
 
 pytestmark = pytest.mark.board
 

@@ -29,7 +29,7 @@ from fedprune.planning.costs import costs_at, memory_seconds
 from fedprune.planning.kernel_kinds import FEATURES, KINDS
 from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fit_latency_table, typical_table
-from fedprune.planning.plan import DENSITIES
+from fedprune.planning.plan_search import DENSITIES
 from fedprune.planning.width_candidates import width_candidates
 
 pytestmark = pytest.mark.board

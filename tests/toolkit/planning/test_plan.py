@@ -25,18 +25,19 @@ from fedprune.model.architecture import (
 )
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
+from fedprune.planning.correction import Correction
 from fedprune.planning.cost_prediction import (
-    Correction,
     latency_table,
     memory_bandwidth,
     predict_costs,
     train_rate,
     training_memory,
 )
-from fedprune.planning.plan import DENSITIES, NOTHING_BINDS, PlanSearch, WidthPlan
+from fedprune.planning.plan_search import DENSITIES, PlanSearch
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_candidates import width_candidates
+from fedprune.planning.width_plan import NOTHING_BINDS, WidthPlan
 
 pytestmark = pytest.mark.board
 

@@ -18,9 +18,9 @@ from fedprune.core.errors import ProfileError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice, State
 from fedprune.model.architecture import Architecture, kept_share
-from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import costs_at
-from fedprune.planning.plan import WidthPlan
+from fedprune.planning.prediction import Prediction
+from fedprune.planning.width_plan import WidthPlan
 from fedprune.strategies import Strategy
 from fedprune.strategies.shared_core import SharedCore
 

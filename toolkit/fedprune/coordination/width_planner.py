@@ -13,10 +13,13 @@ from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.model.architecture import Architecture, kept_share, widths_at, widths_at_least
 from fedprune.model.recipe import Recipe
-from fedprune.planning.cost_prediction import NO_CORRECTION, Correction, Prediction, predict_costs
-from fedprune.planning.plan import MEMORY, PlanSearch, WidthPlan
+from fedprune.planning.correction import NO_CORRECTION, Correction
+from fedprune.planning.cost_prediction import predict_costs
+from fedprune.planning.plan_search import PlanSearch
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.width_plan import MEMORY, WidthPlan
 from fedprune.strategies import Strategy
 from fedprune.strategies.allocation import Allocator, Fleet
 

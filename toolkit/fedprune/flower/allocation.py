@@ -14,7 +14,7 @@ from fedprune.jobs.state import JobDevice, State
 from fedprune.model.architecture import Architecture, kept_share, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.plan import PlanSearch
+from fedprune.planning.plan_search import PlanSearch
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, check_density
 from fedprune.strategies.strategy import Strategy
 

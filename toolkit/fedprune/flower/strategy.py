@@ -22,7 +22,8 @@ from fedprune.flower.messages import ASKING_TYPE, FORMAT, RECORD_NAME, STEPS_MET
 from fedprune.flower.rounds import FlowerRounds, NodeTask, NodeUpdate, WholeModel
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
-from fedprune.model.recipe import Features, Recipe
+from fedprune.model.features import Features
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 
 # Seconds that nodes have to answer for their share; late ones are asked again in the next round.

@@ -74,7 +74,7 @@ class JobDevice(TrackedEntry):
         excluded: Why it takes no part; empty if it does.
         excluded_by: The kind of the failure behind that; empty if there was none.
         failures: Offers in a row that it refused, or that brought an update that didn't count.
-        correction: What its rounds taught about its predicted times (`fedprune.planning.cost_prediction.Correction`).
+        correction: What its rounds taught about its predicted times (`fedprune.planning.correction.Correction`).
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
             channels that they keep.
         past: Its last counted update (`fedprune.coordination.commands.LastCountedUpdate`), if the strategy needs it.

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import BundleError, value_text
-from fedprune.model.axis import FIXED, MAX_SIZE, Activation, Axis, LayerRow, Segment, Volume, json_int
+from fedprune.model.axis import FIXED, MAX_SIZE, Axis, Segment, json_int
+from fedprune.model.cost_table import Activation, LayerRow, Volume
 
 __all__ = [
     "FIXED",
@@ -236,8 +237,7 @@ class Architecture:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Architecture:
-        """Read and check an architecture. Raises `BundleError` if it is not what `to_json` writes, or contradicts
-        itself."""
+        """Read and check what `to_json` writes. Raises `BundleError` if it is something else, or contradicts itself."""
         try:
             body = json.loads(text)
             if body["format"] != FORMAT:

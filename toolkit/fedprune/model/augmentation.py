@@ -44,12 +44,8 @@ _MAX_RANK = 8
 
 @dataclass(frozen=True)
 class AugmentEntry:
-    """One entry of `Recipe.augment`.
-
-    Attributes:
-        values: Its numbers, in the order of the entry.
-        input: The input of the model that it changes; empty if only one input fits.
-    """
+    """One entry of `Recipe.augment`: its name, its numbers in their order, and the input of the model that it changes
+    (empty if only one input fits)."""
 
     name: str
     values: tuple[float, ...] = ()
@@ -151,11 +147,8 @@ class AugmentStep:
 
 @dataclass(frozen=True)
 class AugmentPlan:
-    """All augmentations of a training graph's samples.
-
-    Attributes:
-        fill: The label of positions that move in from outside; None if labels are of whole samples and don't move.
-    """
+    """All augmentations of a training graph's samples. `fill` is the label of positions that move in from outside; None
+    if labels are of whole samples and don't move."""
 
     steps: Annotated[tuple[AugmentStep, ...], item_count(MAX_AUGMENTATIONS)]
     fill: Annotated[int, number_range(-(2**31), 2**31 - 1)] | None

@@ -35,12 +35,8 @@ _INTEGER = re.compile("-?[0-9]{1,10}")
 
 @dataclass(frozen=True)
 class DropoutMasks:
-    """The masks that a training graph takes.
-
-    Attributes:
-        ratios: The share of numbers that each mask drops.
-        shapes: The shapes of all inputs of the graph.
-    """
+    """The masks that a training graph takes: the share of numbers that each mask drops, and the shapes of all inputs of
+    the graph."""
 
     ratios: Mapping[str, float]
     shapes: Mapping[str, Shape]
@@ -63,10 +59,8 @@ class DropoutMasks:
         return cls({name: float(ratios[name]) for name in names}, {name: shape for name, (_, shape) in inputs.items()})
 
     def draw(self, arrays: Mapping[str, Array], samples: int, seed: int, *key: object) -> dict[str, Array]:
-        """Masks for a batch, by a generator that `seed`, `key` and the mask's name decide.
-
-        `arrays`: the other inputs by name, whose shapes give the widths.
-        """
+        """Masks for a batch, by a generator that `seed`, `key` and the mask's name decide. The shapes of `arrays`, the
+        other inputs by name, give the widths."""
         masks: dict[str, Array] = {}
         for name, shape in self._mask_shapes(arrays, samples).items():
             ratio = self.ratios[name]

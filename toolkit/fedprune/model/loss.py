@@ -47,7 +47,7 @@ class LossGraphWriter(Protocol):
 
 
 class LossTerms(Protocol):
-    """The features of a training graph that a loss writes itself; see `fedprune.model.recipe.Features`."""
+    """The features of a training graph that a loss writes itself; see `fedprune.model.features.Features`."""
 
     @property
     def class_weight(self) -> bool: ...
@@ -88,8 +88,8 @@ class Loss:
         write: Writes it for logits [N, K, ...], whose shape without N is the third argument.
         value: The mean loss in float64 of outputs and a step's feeds, with equal class weights, with which `verify`
             compares the graph's; None if there is nothing to compare with.
-        copies: The number of arrays of the output's size that it needs in addition, for outputs with positions; one
-            row of outputs per sample is too small to count. Measured on training graphs of U-Nets with 2 to 40 classes.
+        copies: The number of arrays of the output's size that it needs in addition, for outputs with positions; one row
+            of outputs per sample is too small to count. Measured on training graphs of U-Nets with 2 to 40 classes.
         reads_logits: Whether it applies a sigmoid or softmax itself.
         setting: The number in the recipe that its graph reads, by the same name.
         terms: Settings of the recipe that only this loss and some others support.

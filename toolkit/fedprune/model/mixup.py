@@ -1,5 +1,5 @@
-"""Mixup (Zhang, Cisse, Dauphin and Lopez-Paz 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412): its
-setting, and the mixing of a batch. Graphs of recipes with classes take the pairs of labels that it makes."""
+"""Mixup (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412): its setting, and the mixing
+of a batch's samples and labels."""
 
 from __future__ import annotations
 
@@ -51,14 +51,9 @@ class Mixup:
         """Mix the samples of a batch within each micro-batch, when its samples are requested.
 
         As in the authors' code: one λ per batch, whose samples are paired with a permutation of themselves. Numbers to
-        predict, and labels from 0 to 1, are mixed like samples; classes stay, and have partners.
-
-        Args:
-            batches: Per micro-batch a function that makes its samples, and their labels.
-
-        Returns:
-            The same for the mixed samples, with the partners' classes; and λ (float32, shape []), the share of each
-            sample itself.
+        predict, and labels from 0 to 1, are mixed like samples; class labels stay, and have partners. `batches` has per
+        micro-batch a function that makes its samples, and their labels. Returns the same for the mixed samples, with
+        the partners' classes; and λ (float32, shape []), the share of each sample itself.
         """
         # Keyed by device and step, so that a resumed round and a simulation mix the same samples.
         rng = keyed_generator(seed, round_, device, "mixup", step)

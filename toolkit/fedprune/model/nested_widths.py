@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import FIXED, Architecture, Axis, Segment
+from fedprune.model.architecture import FIXED, Architecture, Axis
+from fedprune.model.axis import json_int
 from fedprune.model.selection import Indices, mesh
 
 Array = npt.NDArray[Any]
 
 _FORMAT = "fedprune.axes/1"
-_MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,13 @@ class TensorAxes:
             body = json.loads(text)
             if body["format"] != _FORMAT:
                 raise BundleError("axes of a training graph", expected=_FORMAT, got=repr(body["format"])[:80])
-            sizes = tuple(_checked_int(n, 1) for n in body["sizes"])
-            axes = {
-                str(name): tuple(
-                    Axis(
-                        tuple(
-                            Segment(_checked_int(g, FIXED), _checked_int(s), _checked_int(c), _checked_int(i, 1))
-                            for g, s, c, i in rows
-                        )
-                    )
-                    for rows in axes_rows
-                )
-                for name, axes_rows in body["axes"].items()
-            }
-            if any(s.group >= len(sizes) for tensor_axes in axes.values() for a in tensor_axes for s in a.segments):
-                raise BundleError("axes of a training graph name a group that isn't there")
+            sizes = tuple(json_int(n) for n in body["sizes"])
+            axes = {str(name): tuple(map(Axis.from_rows, rows)) for name, rows in body["axes"].items()}
+            segments = [s for tensor_axes in axes.values() for a in tensor_axes for s in a.segments]
+            if any(n < 1 for n in sizes) or any(
+                not FIXED <= s.group < len(sizes) or min(s.start, s.count) < 0 or s.inner < 1 for s in segments
+            ):
+                raise BundleError("axes of a training graph name a group or channels that aren't there")
         except BundleError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -155,14 +147,5 @@ class TensorAxes:
 
 def axes_json(architecture: Architecture) -> str:
     """The channels on the axes of an architecture's tensors, as text for a training graph's metadata."""
-    axes = {
-        t.name: [[[s.group, s.start, s.count, s.inner] for s in a.segments] for a in t.axes]
-        for t in architecture.tensors
-    }
+    axes = {t.name: [a.to_rows() for a in t.axes] for t in architecture.tensors}
     return json.dumps({"format": _FORMAT, "sizes": architecture.sizes, "axes": axes}, separators=(",", ":"))
-
-
-def _checked_int(value: object, low: int = 0) -> int:
-    if type(value) is not int or not low <= value <= _MAX_SIZE:
-        raise ValueError(f"{str(value)[:40]!r} is not a whole number from {low} to {_MAX_SIZE}")
-    return value

@@ -9,11 +9,8 @@ from fedprune.core.errors import ConfigError, KeyPath, value_text
 
 
 class SettingRule(NamedTuple):
-    """A setting that, unless it has its default, requires certain values of another one.
-
-    Attributes:
-        holds: Tells whether settings keep the rule.
-    """
+    """A setting that, unless it has its default, requires certain values of another one: `holds` tells whether settings
+    keep the rule."""
 
     setting: str
     depends_on: str

@@ -1,4 +1,4 @@
-"""Submodels as selections of channels: which ones of every group a device holds, in which order.
+"""Submodels as selections of channels: which channels of every group a device holds, in which order.
 
 A `Selection` ranks each group's channels and keeps the first `width` of them. Tensors of a submodel are laid out in
 rank order, so a narrower submodel of the same ranks is a prefix of a wider one.
@@ -40,7 +40,7 @@ def check_mask(mask: ElementMask, shapes: Mapping[str, tuple[int, ...]]) -> None
 
 
 class _GatherPlan(NamedTuple):
-    """The plan for gathering a tensor: slices for axes that hold a run, indices for the others."""
+    """The plan for gathering a tensor: slices for axes that hold a run of indices, index arrays for the others."""
 
     name: str
     full_shape: tuple[int, ...]

@@ -8,7 +8,7 @@ from glob import escape
 
 from fedprune.core.errors import ConfigError, KeyPath
 from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 
 # In lists of patterns: the last layer's tensors, whatever their names are.
 HEAD_PATTERN = "@head"

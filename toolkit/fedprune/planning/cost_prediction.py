@@ -1,11 +1,11 @@
-"""Predicted cost of a submodel's round on a board: memory, time, bytes, energy."""
+"""Predicts the cost of a submodel's round on a board: memory, time, bytes, energy."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import trained_tensors
+from fedprune.planning.correction import NO_CORRECTION, Correction
 from fedprune.planning.costs import (
     AUGMENT_COPIES,
     FLOAT,
@@ -26,173 +27,13 @@ from fedprune.planning.costs import (
     memory_seconds,
 )
 from fedprune.planning.latency_model import LatencyTable, typical_gpu_table, typical_table
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import HALF_CODEC, NO_CODECS, Codec, Codecs, max_update_bytes
 
-# How far a measured time may correct a predicted one: beyond that something else is wrong.
-TIME_CORRECTION_BOUNDS = 0.2, 5.0
-
-# Limits of the correction of memory, which a faulty measurement must not turn into a plan that ends the process.
-# The first: the smallest corrected prediction, as a share of the uncorrected one.
-# The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever
-# is more.
-MEMORY_CORRECTION_BOUNDS = 0.75, 2.0
-
-# How far a measured time may be from the predicted one before a device is planned for again: plans that follow every
-# measurement would change widths in every few rounds.
-MAX_TIME_ERROR = 1.25
-
-# The same for memory, where too much ends the process.
-MAX_MEMORY_ERROR = 1.1
-
 # How far predicted memory may be below the measured one (docs/planner.md).
 MEMORY_UNDERESTIMATE = 0.05
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predicted cost of a submodel's round on a board.
-
-    Attributes:
-        forward_macs: MACs of one sample's forward pass; `training_macs` those of its training step.
-        wire_bytes: Size of its weights file.
-        first_bytes: The most bytes of the weights that the board is sent when it has none to which they could be coded
-            as a difference.
-        down_bytes: The same in every other round.
-        up_bytes: The most bytes of its update.
-        memory_bytes: Peak memory of the training process, local data included; `memory` is the same by what takes it.
-        inference_bytes: Peak memory of a process that predicts one sample at a time.
-        storage_bytes: What the board's disk must hold.
-        step_s: Mean time of a full training step over the widths at which the recipe trains.
-        train_s: Time of all steps of a round.
-        transfer_s: Time on the link, down and up.
-        latency_s: Time of the prediction of one sample.
-        step_j: Energy of a step beyond what the idle board takes, in joules; None where the profile doesn't say.
-        train_j: The same for all steps of a round.
-        latency_j: The same for the prediction of one sample.
-    """
-
-    parameters: int
-    forward_macs: int
-    training_macs: int
-    wire_bytes: int
-    memory_bytes: int
-    memory: MemoryBreakdown
-    inference_bytes: int
-    storage_bytes: int
-    step_s: float
-    steps: int
-    train_s: float
-    transfer_s: float
-    latency_s: float
-    step_j: float | None = None
-    train_j: float | None = None
-    latency_j: float | None = None
-    first_bytes: int = 0
-    down_bytes: int = 0
-    up_bytes: int = 0
-
-    @property
-    def round_s(self) -> float:
-        return self.train_s + self.transfer_s
-
-    @property
-    def round_bytes(self) -> int:
-        """The most bytes of a round, down plus up; graphs, which are sent once, are not counted."""
-        return max(self.first_bytes, self.down_bytes) + self.up_bytes
-
-
-@dataclass(frozen=True)
-class Correction:
-    """Corrections of a board's predictions, learnt from its own rounds.
-
-    Attributes:
-        step: Measured over predicted time of a training step.
-        latency: Measured over predicted time of a prediction.
-        memory: Measured minus uncorrected predicted peak memory, in bytes, of the latest round that stayed within the
-            board's memory.
-        memory_at: Predicted graph, weights and activations of that round; 0 before the first.
-        overrun: The same difference for the round with the smallest prediction that took more than the board's memory.
-        overrun_at: Predicted graph, weights and activations of that round; 0 before the first.
-    """
-
-    step: float = 1.0
-    latency: float = 1.0
-    memory: float = 0.0
-    memory_at: float = 0.0
-    overrun: float = 0.0
-    overrun_at: float = 0.0
-
-    def corrected_by(
-        self, prediction: Prediction, applied: Correction, measured: Mapping[str, float], room: float = math.inf
-    ) -> Correction:
-        """The correction after another round.
-
-        Args:
-            applied: The correction in that round's prediction.
-            measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as the board measured them.
-            room: Bytes that training may take.
-        """
-        low, high = TIME_CORRECTION_BOUNDS
-        correction = self
-        for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
-            seconds = measured.get(f"{name}_seconds", 0.0)
-            if seconds > 0 and predicted > 0:
-                factor = min(high, max(low, getattr(applied, name) * seconds / predicted))
-                correction = replace(correction, **{name: factor})
-        peak = measured.get("peak_memory_bytes", 0.0)
-        return correction._corrected_by_peak(prediction.memory, peak, room) if peak > 0 else correction
-
-    def _corrected_by_peak(self, memory: MemoryBreakdown, peak: float, room: float) -> Correction:
-        low, high = MEMORY_CORRECTION_BOUNDS
-        bound = high * (max(memory.uncorrected, room) if math.isfinite(room) else memory.uncorrected)
-        excess, memory_at = min(bound, max(low * memory.uncorrected, peak)) - memory.uncorrected, float(memory.of_width)
-        if peak <= room:
-            within_room = replace(self, memory=excess, memory_at=memory_at)
-            return within_room if memory_at < self.overrun_at else replace(within_room, overrun=0.0, overrun_at=0.0)
-        # A larger plan than the smallest that is known to overrun tells nothing new.
-        if 0 < self.overrun_at < memory_at:
-            return self
-        with_overrun = replace(self, overrun=excess, overrun_at=memory_at)
-        return (
-            with_overrun
-            if 0 < self.memory_at < memory_at
-            else replace(with_overrun, memory=excess, memory_at=memory_at)
-        )
-
-    def without_times(self) -> Correction:
-        """The same without the times."""
-        return replace(self, step=1.0, latency=1.0)
-
-    def memory_beyond(self, memory: MemoryBreakdown) -> int:
-        """Bytes that a round is expected to take beyond an uncorrected prediction.
-
-        After rounds of one width this is a constant. Once one plan has taken more than the board's memory and a smaller
-        one has not, it is interpolated linearly between the two, so that every plan at least as large as the first is
-        predicted to take too much.
-        """
-        excess = self.memory
-        if 0 < self.memory_at < self.overrun_at:
-            slope = (self.overrun - self.memory) / (self.overrun_at - self.memory_at)
-            # Bytes that depend on the width are all that differs between plans of one board.
-            excess += slope * (memory.of_width - self.memory_at)
-        return math.ceil(max(excess, (MEMORY_CORRECTION_BOUNDS[0] - 1) * memory.uncorrected))
-
-    def differs_from(self, earlier: Correction, prediction: Prediction) -> bool:
-        """Whether predictions differ so much from those with an earlier correction that a plan made with it is out of
-        date."""
-        time_ratios = (self.step / earlier.step, self.latency / earlier.latency)
-        memory = prediction.memory
-        memory_ratio = (memory.uncorrected + self.memory_beyond(memory)) / memory.total
-        return (
-            not all(1 / MAX_TIME_ERROR < t < MAX_TIME_ERROR for t in time_ratios)
-            or not 1 / MAX_MEMORY_ERROR < memory_ratio < MAX_MEMORY_ERROR
-        )
-
-
-# Nothing was measured yet.
-NO_CORRECTION = Correction()
 
 
 def predict_costs(

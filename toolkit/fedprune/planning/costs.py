@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.model import step_contract as step
 from fedprune.model.architecture import Architecture, LayerRow
-from fedprune.model.recipe import Features
+from fedprune.model.features import Features
 from fedprune.model.selection import ElementMask, check_mask
 from fedprune.planning.kernel_workload import ArchitectureKey, workload
 
@@ -190,7 +190,8 @@ class Costs:
             samples: Local samples; of many only `MAX_SAMPLES_IN_MEMORY` are held in memory.
             trained: Share of the parameters that are trained; the others are only held.
             own_copies: Further copies of all weights that it holds (`Recipe.extra_copies`).
-            process: What the process takes before it trains, as the board measured it; None for a typical one.
+            process: Bytes that the process takes before it trains, as the board measured it; None for a typical
+                process.
         """
         extra_copies = 2 * (features.proximal + features.element_mask + features.threshold)
         # Each is there twice: what goes into a step, and what comes out of it.
@@ -296,12 +297,8 @@ def active_macs_share(architecture: Architecture, widths: Sequence[int], mask: E
 
 
 def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int, bandwidth: float) -> Numbers:
-    """Least times [n] of training steps on a board whose main memory is slow.
-
-    Args:
-        widths: Kept channels per group, [n, groups] or [groups].
-        bandwidth: Bytes per second of main memory, read plus write; may be infinite.
-    """
+    """Least times [n] of training steps at widths [n, groups] or [groups] on a board whose main memory is slow.
+    `bandwidth` is in bytes per second, read plus write, and may be infinite."""
     elements, parameters = workload(architecture).element_counts(widths)
     moved_bytes: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_PASSES * parameters)
     return moved_bytes / bandwidth

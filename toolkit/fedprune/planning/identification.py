@@ -1,4 +1,4 @@
-"""Which hardware profile fits a board: by its device tree, then its memory and clock; and what its L4T release brings.
+"""Which hardware profile fits a board: by its device tree, then its memory and clock.
 
 Names alone don't suffice: modules sit on other makers' carriers with names of their own, and boards of one name come
 with other memory or a slower processor. So the evidence is kept and shown.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import platform
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,62 +15,8 @@ from typing import Any
 
 from fedprune.core.errors import ProfileError
 from fedprune.planning import profile_store
+from fedprune.planning.jetpack_releases import JetPack, jetpack_of_release
 from fedprune.planning.profile import HardwareProfile
-
-_RELEASE_PATTERN = re.compile(r"#?\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*(\d{1,3}(?:\.\d{1,3}){0,2})(?![.\d])")
-_NUMBER_PATTERN = re.compile(r"\d{1,3}(\.\d{1,3}){0,3}")
-_RUNTIME_PYTHON = (3, 10)
-
-
-@dataclass(frozen=True)
-class JetPack:
-    """A JetPack release: its version, its first L4T release, and the Python and TensorRT of its system."""
-
-    name: str
-    l4t: tuple[int, ...]
-    python: str
-    tensorrt: str
-
-    @property
-    def has_supported_python(self) -> bool:
-        """Whether its Python is new enough for what boards run."""
-        return tuple(int(n) for n in self.python.split(".")) >= _RUNTIME_PYTHON
-
-
-# L4T to JetPack: https://github.com/rbonghi/jetson_stats. What they bring:
-# https://developer.nvidia.com/embedded/linux-tegra-r3272 and https://velog.io/@everglow83/TX2-TensorRT (4.6),
-# https://developer.nvidia.com/embedded/jetpack-sdk-51, https://github.com/dusty-nv/jetson-containers (6.0),
-# https://github.com/pytorch/TensorRT/pull/3453 (6.1, 6.2), https://github.com/roboflow/inference/pull/2531 (7.2),
-# https://developer.nvidia.com/embedded/jetpack/downloads/archive-7.1.md (7.0, 7.1).
-# Ascending by L4T release.
-JETPACK_RELEASES = (
-    JetPack("4.6", (32, 6), "3.6", "8.0"),
-    JetPack("4.6.1", (32, 7), "3.6", "8.2"),
-    JetPack("5.1", (35, 2), "3.8", "8.5"),
-    JetPack("6.0", (36, 3), "3.10", "10.0"),
-    JetPack("6.1", (36, 4), "3.10", "10.3"),
-    JetPack("6.2", (36, 4, 3), "3.10", "10.3"),
-    JetPack("7.0", (38, 2), "3.12", "10.13"),
-    JetPack("7.1", (38, 4), "3.12", "10.13"),
-    JetPack("7.2", (39, 2), "3.12", "10.16"),
-)
-
-
-def l4t_release(text: str) -> str:
-    """The release in the first line of /etc/nv_tegra_release, such as "36.4.3"; empty where it names none."""
-    match = _RELEASE_PATTERN.match(text.strip())
-    return f"{match[1]}.{match[2]}" if match else ""
-
-
-def jetpack_of_release(l4t: str) -> JetPack | None:
-    """The JetPack release of an L4T release: the newest of the same line that isn't newer; None for an unknown line.
-    Raises `ProfileError` if this is no number of a release."""
-    if not _NUMBER_PATTERN.fullmatch(l4t):
-        raise ProfileError("L4T release", expected="numbers with dots, such as 36.4.3", got=repr(l4t[:40]))
-    number = tuple(int(n) for n in l4t.split("."))
-    fitting = [r for r in JETPACK_RELEASES if r.l4t[0] == number[0] and r.l4t <= number]
-    return fitting[-1] if fitting else None
-
 
 # Firmware and kernel take up to this share of a board's memory before Linux counts it.
 _MEMORY_SLACK = 0.15
@@ -138,10 +83,10 @@ class Identification:
 def identify(facts: BoardFacts, folders: Sequence[Path] = ()) -> Identification:
     """The profile that fits a board best, of a user's own folders or the shipped ones.
 
-    The longest text of `identify` that occurs in the model or in an entry of `compatible` decides. Failing that, the
-    processor's name (`soc`) does, else the architecture. Among profiles that are equal in this, the one whose memory
-    fits, then the one whose clock fits is taken; where nothing tells them apart, the one with less memory. Raises
-    `ProfileError` if no profile fits and there is no generic one, or the L4T release is no number.
+    The longest text of `identify` that occurs in the model or in an entry of `compatible` decides; without any, the
+    processor's name (`soc`), and without that, the architecture. Among profiles that are equal in this, the one whose
+    memory fits, then the one whose clock fits is taken; where nothing tells them apart, the one with less memory.
+    Raises `ProfileError` if no profile fits and there is no generic one, or the L4T release is no number.
     """
     jetpack_release = jetpack_of_release(facts.l4t) if facts.l4t else None
     profiles = [profile_store.find_profile(name, folders) for name in profile_store.profile_names(folders)]

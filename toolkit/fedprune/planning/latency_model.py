@@ -1,7 +1,7 @@
 """Measured times of a board's kernels: the time of a training step and of a prediction at any widths.
 
-The time of a graph is the sum over its kernels of calls, parts, MACs, elements moved and weights, each
-times what the board takes for one of them in a kernel of that kind (`fedprune.planning.kernel_workload` counts them).
+The time of a graph is the sum over its kernels of calls, parts, MACs, elements moved and weights (which
+`fedprune.planning.kernel_workload` counts), each times what the board takes for one of them in a kernel of that kind.
 The probe measures small nets at a few widths and fits those numbers; a kind that it saw little of stays near what is
 typical.
 """
@@ -86,8 +86,7 @@ class LatencyTable:
 
     Attributes:
         block: Channels that its blocked kernels compute at once; 1 if it has none.
-        training: Seconds per unit of training steps.
-        inference: The same for predictions.
+        training: Seconds per unit of training steps; `inference` of predictions.
         error: Median relative error over what was measured; NaN where nothing was.
         points: How many graphs and widths were measured.
     """
@@ -110,7 +109,7 @@ class LatencyTable:
         return np.maximum(_MIN_SECONDS, workload(architecture).training(widths, batch) @ _vector_of(self.training))
 
     def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike) -> Numbers:
-        """Time of predictions of one sample, as `step_seconds` gives it."""
+        """Times of predictions of one sample, as `step_seconds` gives them."""
         work = workload(architecture).inference(widths, 1, self.block)
         return np.maximum(_MIN_SECONDS, work @ _vector_of(self.inference))
 
@@ -124,8 +123,8 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, body: object) -> LatencyTable:
-        """Read and check; unknown kinds are ignored, missing ones are typical.
-        Raises `ProfileError` if it is not what `to_dict` writes."""
+        """Read and check; unknown kinds are ignored, missing ones are typical. Raises `ProfileError` if it is not what
+        `to_dict` writes."""
         if not isinstance(body, Mapping):
             raise ProfileError("latency table", expected="a table", got=type(body).__name__)
         tables = {}

@@ -13,8 +13,7 @@ _SUFFIXES = (".toml", ".json")
 
 
 def shipped_profiles_folder() -> Path:
-    """The folder of fedprune's own profiles: inside the installed package, else in the checkout. Raises
-    `ProfileError`."""
+    """The folder of fedprune's own profiles, inside the installed package or the checkout. Raises `ProfileError`."""
     package = Path(__file__).resolve().parent
     for folder in (package / "hardware_profiles", *(p / "hardware_profiles" for p in package.parents)):
         if any(folder.glob("*.toml")):

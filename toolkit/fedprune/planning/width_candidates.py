@@ -1,9 +1,9 @@
-"""Candidates for a board's widths, from wide to narrow, each near a uniform share of all groups.
+"""Candidates for a board's widths, from wide to narrow, each near a uniform share of all groups of channels.
 
-Kernels take channels in blocks, so that times jump where a width passes a multiple of a block. A candidate keeps a
-multiple of channels of every group. Candidates nest: what a narrow one keeps, every wider one keeps, so that a looser
-limit never gives a narrower model. Where the table expects uniform widths of as many MACs to be faster, these are the
-candidate.
+Kernels take channels in blocks, so that times jump where a width passes a multiple of a block. A candidate therefore
+keeps a multiple of channels of every group, unless the table of measured times expects uniform widths of equally many
+MACs to be faster. Candidates nest: what a narrow one keeps, every wider one keeps, so that a looser limit never gives a
+narrower model.
 """
 
 from __future__ import annotations
@@ -42,13 +42,8 @@ Times = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class WidthCandidate:
-    """Widths near a share of every group.
-
-    Attributes:
-        density: That share.
-        widths: Kept channels per group.
-        multiple: What the widths are multiples of, where groups are large enough; 1 for uniform widths.
-    """
+    """Widths (kept channels per group) near a share `density` of every group. They are multiples of `multiple` where
+    groups are large enough; 1 for uniform widths."""
 
     density: float
     widths: tuple[int, ...]
@@ -62,19 +57,14 @@ def width_candidates(
     densities: Sequence[float],
     bandwidth: float = math.inf,
 ) -> tuple[WidthCandidate, ...]:
-    """The candidates of a model on a board, widest first: at most one for each share.
-
-    Args:
-        table: What the board's kernels take.
-        bandwidth: Bytes per second of main memory, where that bounds a step beyond the table's times.
-    """
+    """The candidates of a model on a board, widest first: at most one for each density. `table` has the times of the
+    board's kernels; `bandwidth` of its main memory, in bytes per second, bounds a step beyond these."""
     model = _TimeModel(architecture, table, table.to_json(), batch, bandwidth)
     return _search_candidates(model, tuple(sorted(set(densities), reverse=True)))
 
 
 def widths_in_multiples(architecture: Architecture, density: float, multiple: int) -> tuple[int, ...]:
-    """Widths near a share of every group that are multiples of a power of two; those of a small group, of a smaller
-    one."""
+    """Widths near a share of every group that are multiples of a power of two, of a smaller one in small groups."""
     widths = []
     for group in architecture.groups:
         group_multiple = multiple

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, value_text
 from fedprune.core.text import quantity
-from fedprune.model.recipe import JUDGED_LABELS, labels_of
+from fedprune.model.features import JUDGED_LABELS, labels_of
 from fedprune.model.step_contract import X
 from fedprune.runtime.precision_files import (
     INT8,

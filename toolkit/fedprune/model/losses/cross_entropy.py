@@ -1,9 +1,8 @@
 """Cross-entropy with class labels; hits are labels whose logit is the largest at its position.
 
-With smoothing ε the target is a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c: the loss is −Σ a_c·log p_c, its derivative
-p·Σa − a. With pairs of
-labels, w_y·[c = y] is λ·w_y·[c = y] + (1 − λ)·w_y'·[c = y']; because partners' labels are the same ones in another
-order, their weights add up to the same divisor, and the loss is λ·CE(y) + (1 − λ)·CE(y').
+With smoothing ε the target is a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c: the loss is −Σ a_c·log p_c, its derivative p·Σa − a.
+With pairs of labels, w_y·[c = y] is λ·w_y·[c = y] + (1 − λ)·w_y'·[c = y']. Partners' labels are the same labels in
+another order, so that their weights add up to the same divisor, and the loss is λ·CE(y) + (1 − λ)·CE(y').
 """
 
 from __future__ import annotations
@@ -77,12 +76,8 @@ def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) ->
 
 
 def _paired_target(g: LossGraphWriter, expected: str, weight: str, outputs: Shape) -> str:
-    """The target distribution of two labels and their shares [N, K, ...].
-
-    Args:
-        expected: 1 where a class is the label, else 0.
-        weight: The weight of each label [N, 1, ...], or empty.
-    """
+    """The target distribution of two labels and their shares [N, K, ...], from 1 where a class is the label (0
+    elsewhere), and the weight of each label [N, 1, ...] or ""."""
     partner = g.emit("Unsqueeze", Y_PARTNER, g.ints(1))
     is_partner = g.emit("Equal", partner, class_numbers(g, outputs))
     own_share, partner_share = Y_SHARE, g.emit("Sub", g.scalar(1), Y_SHARE)

@@ -1,4 +1,4 @@
-"""How wide a board's model can be: the widest that fits its memory, its time and its link."""
+"""Searches the widest submodel that fits a board's memory, time, link, energy and storage."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from decimal import ROUND_CEILING, Context
-from typing import Any
 
 from fedprune.core.errors import PlanError
-from fedprune.core.records import convert_record
 from fedprune.core.text import amount
 from fedprune.model.architecture import Architecture, widths_at, widths_at_least
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
+from fedprune.planning.correction import NO_CORRECTION, Correction
 from fedprune.planning.cost_prediction import (
-    NO_CORRECTION,
-    Correction,
-    Prediction,
     latency_table,
     memory_bandwidth,
     memory_use,
@@ -25,30 +21,31 @@ from fedprune.planning.cost_prediction import (
     training_memory,
     training_unit,
 )
-from fedprune.planning.costs import MemoryBreakdown, costs_at
+from fedprune.planning.costs import costs_at
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import TIERS, HardwareProfile, PowerFigures
 from fedprune.planning.width_candidates import WidthCandidate, width_candidates
+from fedprune.planning.width_plan import (
+    BYTES,
+    ENERGY,
+    LINK,
+    MEMORY,
+    NOTHING_BINDS,
+    STORAGE,
+    TIME,
+    PlanLimit,
+    WidthPlan,
+    memory_terms,
+)
 from fedprune.updates import NO_CODECS, Codecs
 
 # Candidates, widest first: from the whole model down to a sixteenth of every group.
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 
-# Stands for the binding limit of a plan that nothing limits.
-NOTHING_BINDS = "nothing"
-
-MEMORY = "memory"
-TIME = "time"
-LINK = "link"
-BYTES = "bytes"
-ENERGY = "energy"
-STORAGE = "storage"
-LIMIT_NAMES = (MEMORY, TIME, LINK, BYTES, ENERGY, STORAGE)
-
 # Fewest samples in a part of a full batch where batch norm takes its statistics from each part. Smaller parts make
 # noisy statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them.
 MIN_NORMALISED_SAMPLES = 8
-
 
 # A plan that keeps a smaller share of the weights warns.
 MIN_KEPT_WEIGHTS = 0.25
@@ -63,173 +60,8 @@ SETTING_OF_LIMIT: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class PlanLimit:
-    """One limit of a board or job, and what a submodel would use of it.
-
-    Attributes:
-        name: One of `LIMIT_NAMES`.
-        value: What the submodel uses.
-        limit: What it may use.
-        unit: `bytes`, `s` or `J`.
-    """
-
-    name: str
-    value: float
-    limit: float
-    unit: str
-
-    @property
-    def fits(self) -> bool:
-        return self.value <= self.limit
-
-    @property
-    def overshoot(self) -> float:
-        return self.value / self.limit if self.limit > 0 else math.inf
-
-    def describe(self) -> str:
-        share = f"{self.overshoot:.0%}" if math.isfinite(self.overshoot) else "over"
-        return f"{self.name}: {amount(self.value, self.unit)} of {amount(self.limit, self.unit)} ({share})"
-
-
-@dataclass(frozen=True)
-class WidthPlan:
-    """How wide a board's model is, and why.
-
-    Attributes:
-        density: The kept share that the widths are near to.
-        limits: Every limit that was looked at.
-        bound: The limit that the next wider candidate breaks (by most, if several); "nothing" at full width.
-        accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
-        notes: What was chosen besides the widths, and why, for people.
-        warning: That little of the model is left, and which settings would keep all of it; that even the narrowest
-            takes too much memory; that energy can't be limited. Empty where none of it is so.
-        correction: What the board's rounds taught; it is in all times and in the memory.
-    """
-
-    widths: tuple[int, ...]
-    density: float
-    prediction: Prediction
-    limits: tuple[PlanLimit, ...]
-    bound: str
-    correction: Correction = NO_CORRECTION
-    accumulate: int = 1
-    notes: tuple[str, ...] = ()
-    warning: str = ""
-
-    @property
-    def before_rounds(self) -> Prediction:
-        """The prediction by profile and probe alone, at the same widths, without what rounds taught."""
-        p, c = self.prediction, self.correction
-        return replace(
-            p,
-            step_s=p.step_s / c.step,
-            train_s=p.train_s / c.step,
-            latency_s=p.latency_s / c.latency,
-            memory_bytes=p.memory.uncorrected,
-            step_j=None if p.step_j is None else p.step_j / c.step,
-            train_j=None if p.train_j is None else p.train_j / c.step,
-            latency_j=None if p.latency_j is None else p.latency_j / c.latency,
-        )
-
-    def limit_of(self, name: str) -> PlanLimit:
-        """The limit of that name. Raises `KeyError` if this plan has no such limit."""
-        return next(limit for limit in self.limits if limit.name == name)
-
-    def repeats(self, share: float = 1.0) -> float:
-        """The number of times that a round's training fits the limits of time and energy; infinite without any.
-
-        Args:
-            share: What a step costs of a planned one.
-        """
-        p = self.prediction
-        used = {TIME: p.train_s * share, ENERGY: (p.train_j or 0.0) * share}
-        reserved = {TIME: p.transfer_s, ENERGY: 0.0}
-        repeats = [(m.limit - reserved[m.name]) / used[m.name] for m in self.limits if used.get(m.name)]
-        return min(repeats, default=math.inf)
-
-    def describe(self, full_parameters: int | None = None) -> str:
-        """Lines for people: `summary_lines`, every limit with the binding one marked, and the notes."""
-        lines = self.summary_lines(full_parameters)
-        for limit in self.limits:
-            mark = "  <- binds" if limit.name == self.bound else ""
-            lines.append(f"  {limit.describe()}{mark}")
-            if limit.name == MEMORY:
-                free = amount(limit.limit - limit.value, "bytes")
-                lines.append(f"    {_memory_terms(self.prediction.memory)}, {free} left")
-        if unbound := self.unbound_line():
-            lines.append(f"  {unbound}")
-        return "\n".join([*lines, *self.notes])
-
-    def unbound_line(self) -> str:
-        """A line that says that no limit binds; empty where one does."""
-        if self.bound != NOTHING_BINDS:
-            return ""
-        # The whole model is always tried first, unless the density was not the planner's to choose.
-        reason = "the whole model fits" if self.density == 1 else f"density {self.density:.3g}, as asked"
-        return f"nothing binds: {reason}"
-
-    def summary_lines(self, full_parameters: int | None = None) -> list[str]:
-        """Lines on the width, the costs and what was learnt.
-
-        With the parameters of the whole model they say which share of the weights is kept, which is less than the
-        density: a layer loses inputs as well as outputs.
-        """
-        p = self.prediction
-        weights_text = f"{p.parameters:,}"
-        if full_parameters:
-            weights_text = (
-                f"keeps {p.parameters / full_parameters:.0%} of the weights: {weights_text} of {full_parameters:,}"
-            )
-        lines = [
-            f"density {self.density:.3g} ({weights_text} parameters, {p.forward_macs:,} MACs per sample)",
-            f"a round: {p.steps} steps of {amount(p.step_s, 's')}, {amount(p.transfer_s, 's')} on the link",
-            f"a prediction: {amount(p.latency_s, 's')}{self._energy_text()}",
-        ]
-        if self.correction != NO_CORRECTION:
-            correction, learnt_bytes = self.correction, p.memory.learnt
-            direction = "more" if learnt_bytes > 0 else "less"
-            memory = f", {amount(abs(learnt_bytes), 'bytes')} {direction} memory" if learnt_bytes else ""
-            times = f"steps take {correction.step:.2f}, predictions {correction.latency:.2f} times as long"
-            lines.append(f"learnt from its rounds: {times}{memory}")
-        return lines
-
-    def _energy_text(self) -> str:
-        p = self.prediction
-        if p.step_j is None or p.train_j is None or p.latency_j is None:
-            return ""
-        step_text, round_text, latency_text = (amount(value, "J") for value in (p.step_j, p.train_j, p.latency_j))
-        return f"; {step_text} per step, {round_text} per round, {latency_text} per prediction"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "widths": list(self.widths),
-            "prediction": {**vars(self.prediction), "memory": dict(vars(self.prediction.memory))},
-            "limits": [dict(vars(m)) for m in self.limits],
-            "correction": dict(vars(self.correction)),
-            "notes": list(self.notes),
-        }
-
-    @classmethod
-    def from_dict(cls, body: object) -> WidthPlan:
-        """Read and check what `to_dict` writes. Raises `PlanError` if it is not what `to_dict` writes."""
-        plan = convert_record(cls, body, "plan", PlanError)
-        names, units = {limit.name for limit in plan.limits}, {limit.unit for limit in plan.limits}
-        if (
-            not names <= set(LIMIT_NAMES)
-            or not units <= {"bytes", "s", "J"}
-            or plan.bound not in (*LIMIT_NAMES, NOTHING_BINDS)
-        ):
-            raise PlanError("plan: an unknown limit or unit", got=(sorted(names), sorted(units), plan.bound))
-        if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths) or plan.accumulate < 1:
-            got = (plan.density, plan.widths, plan.accumulate)
-            raise PlanError("plan: density, widths or accumulate are out of range", got=got)
-        return plan
-
-
-@dataclass(frozen=True)
 class _Candidate:
-    """A candidate's costs: the recipe as asked for, and with as many parts of a batch as memory needs."""
+    """A candidate's costs. The recipe is the requested one, with as many parts of a batch as memory needs."""
 
     widths: tuple[int, ...]
     requested_recipe: Recipe
@@ -299,37 +131,18 @@ class PlanSearch:
 
     def search(self) -> WidthPlan:
         """The plan. Raises `PlanError` if not even the narrowest candidate fits, or there is no candidate."""
-        widest_width_candidate: WidthCandidate | None = None
-        wider_widths: tuple[int, ...] | None = None
+        tried: list[WidthCandidate] = []
         for width_candidate in self._candidates():
-            widest_width_candidate = widest_width_candidate or width_candidate
+            widths = width_candidate.widths
             # Memory is looked at first: it takes a fraction of the time that a prediction takes.
-            if not self._split_to_fit(width_candidate.widths, self._requested_recipe(width_candidate.widths))[1]:
-                wider_widths = width_candidate.widths
-                continue
-            candidate = self._candidate_at(width_candidate.widths)
-            if all(limit.fits for limit in candidate.limits):
-                widest_candidate = (
-                    candidate if wider_widths is None else self._candidate_at(widest_width_candidate.widths)
-                )
-                kept_weights = candidate.prediction.parameters / widest_candidate.prediction.parameters
-                explanation = (
-                    ""
-                    if wider_widths is None or tuple(self.densities) != DENSITIES
-                    else self._full_model_explanation(widest_candidate)
-                )
-                warns = kept_weights < MIN_KEPT_WEIGHTS and explanation
-                return self._plan_of(
-                    candidate,
-                    width_candidate.density,
-                    bound=self._candidate_at(wider_widths).worst_limit.name if wider_widths else NOTHING_BINDS,
-                    notes=(explanation,) if explanation and not warns else (),
-                    warning=f"only {kept_weights:.1%} of the weights are kept. {explanation}" if warns else "",
-                )
-            wider_widths = width_candidate.widths
-        if widest_width_candidate is None:
+            if self._split_to_fit(widths, self._requested_recipe(widths))[1]:
+                candidate = self._candidate_at(widths)
+                if all(limit.fits for limit in candidate.limits):
+                    return self._fitting_plan(candidate, width_candidate.density, tried)
+            tried.append(width_candidate)
+        if not tried:
             raise PlanError("there is no density to choose from")
-        narrowest = self._candidate_at(width_candidate.widths)
+        narrowest = self._candidate_at(widths)
         worst, memory = narrowest.worst_limit, narrowest.prediction.memory
         # A board that has trained can train: memory that its rounds measured never excludes it.
         if [m.name for m in narrowest.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.available_bytes:
@@ -339,11 +152,27 @@ class PlanSearch:
             )
         raise self._no_fit_error(narrowest)
 
+    def _fitting_plan(self, candidate: _Candidate, density: float, wider: Sequence[WidthCandidate]) -> WidthPlan:
+        """The plan of a candidate that fits, after wider ones that don't."""
+        if not wider:
+            return self._plan_of(candidate, density, bound=NOTHING_BINDS)
+        widest = self._candidate_at(wider[0].widths)
+        kept_weights = candidate.prediction.parameters / widest.prediction.parameters
+        explanation = self._full_model_explanation(widest) if tuple(self.densities) == DENSITIES else ""
+        warns = kept_weights < MIN_KEPT_WEIGHTS and explanation
+        return self._plan_of(
+            candidate,
+            density,
+            bound=self._candidate_at(wider[-1].widths).worst_limit.name,
+            notes=(explanation,) if explanation and not warns else (),
+            warning=f"only {kept_weights:.1%} of the weights are kept. {explanation}" if warns else "",
+        )
+
     def _no_fit_error(self, narrowest: _Candidate) -> PlanError:
         worst, name, target = narrowest.worst_limit, self.architecture.name, self.profile.name
         other_limits = [m.describe() for m in narrowest.limits if not m.fits and m is not worst]
         others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
-        memory_text = f"Memory is for: {_memory_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
+        memory_text = f"Memory is for: {memory_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
         remedies = self._remedies(narrowest) or "No setting of the recipe or the board frees enough."
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
@@ -355,7 +184,7 @@ class PlanSearch:
         )
 
     def _processor_hint(self) -> str:
-        """A sentence if the model fits the board's processor, but not its GPU; else empty."""
+        """A sentence if the model fits the board's processor, but not its GPU; empty otherwise."""
         if self._training_unit == CPU:
             return ""
         try:
@@ -373,16 +202,15 @@ class PlanSearch:
         return replace(self, profile=profile, probe=probe, correction=self.correction.without_times())
 
     def _candidates(self) -> Iterator[WidthCandidate]:
-        """Candidates, widest first. Of the planner's own the whole model is the first, and is yielded before the others
-        are computed: most boards that can hold all of it need no more."""
+        """Candidates, widest first. If the planner is free to choose, the whole model is yielded before the others are
+        computed: most boards that can hold all of it need no more."""
         if tuple(self.densities) == DENSITIES:
             yield WidthCandidate(1.0, self.architecture.sizes, 1)
             batch = min(self._requested_recipe(self.architecture.sizes).batch_size, self.samples)
             table, rate = latency_table(self.profile, self.probe), memory_bandwidth(self.profile, self.probe)
             narrower = width_candidates(self.architecture, table, batch, self.densities, rate)[1:]
             yield from dict.fromkeys(
-                replace(width_candidate, widths=self._with_least(width_candidate.widths))
-                for width_candidate in narrower
+                replace(candidate, widths=self._with_least(candidate.widths)) for candidate in narrower
             )
             return
         candidate_of_widths: dict[tuple[int, ...], WidthCandidate] = {}
@@ -435,8 +263,9 @@ class PlanSearch:
     def _split_to_fit(
         self, widths: tuple[int, ...], recipe: Recipe, min_samples: int | None = None
     ) -> tuple[Recipe, bool]:
-        """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory;
-        and whether it does. Parts have at least `min_samples` samples, by default as many as don't harm training."""
+        """The recipe with the fewest parts of a batch with which memory suffices, or the parts that need least memory;
+        and whether memory suffices. Parts have at least `min_samples` samples, by default as many as don't harm
+        training."""
         costs = costs_at(self.architecture, widths)
         best, least_bytes = recipe, math.inf
         for part_count in _part_counts(recipe, self.samples, min_samples or self._min_part_samples(recipe)):
@@ -479,7 +308,7 @@ class PlanSearch:
         )
 
     def _unlimited_energy_warning(self, prediction: Prediction) -> str:
-        """A warning if energy is to be limited, but the profile doesn't say the board's power; else empty."""
+        """A warning if energy is to be limited, but the profile doesn't say the board's power; empty otherwise."""
         if self.energy_budget is None or prediction.train_j is not None:
             return ""
         power = self.profile.power or PowerFigures()
@@ -518,7 +347,7 @@ class PlanSearch:
     def _full_model_explanation(self, widest: _Candidate) -> str:
         """Sentences on why the whole model doesn't fit, and what would make it fit."""
         broken_limits = [
-            f"{m.describe()}: {_memory_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
+            f"{m.describe()}: {memory_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
             for m in widest.limits
             if not m.fits
         ]
@@ -577,22 +406,6 @@ def has_batch_statistics(architecture: Architecture, recipe: Recipe, frozen: Col
     """Whether a batch norm of the model takes its statistics from the samples that are worked on at once."""
     statistics = {t.name for t in architecture.statistics}
     return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
-
-
-def _memory_terms(use: MemoryBreakdown) -> str:
-    terms = sorted(((getattr(use, name), title) for name, title in _TITLE_OF_TERM.items()), key=lambda term: -term[0])
-    return ", ".join(f"{title} {amount(count, 'bytes')}" for count, title in terms if count)
-
-
-# Titles of the terms of `MemoryBreakdown`.
-_TITLE_OF_TERM = {
-    "samples": "samples",
-    "activations": "activations",
-    "weights": "weights and optimiser state",
-    "process": "process",
-    "graph": "loaded graph",
-    "learnt": "learnt from its rounds",
-}
 
 
 def _sufficient_setting(limit: PlanLimit) -> str:
