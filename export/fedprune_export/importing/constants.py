@@ -1,5 +1,6 @@
 """Rewrites how a graph stores and uses constants, so that they fit layers of any width.
 
+- `fold_constants`: values that depend neither on data nor on weights are computed and stored.
 - `store_as_float32`: weights in another precision that are only read as float32.
 - `copy_fills`: gives each reader of a filled value a copy of its own. A filled value is a number that is repeated to a
   computed size, such as the zeros with which a recurrent layer begins. Exporters make one value for several layers,
@@ -10,15 +11,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
 
 import numpy as np
 import onnx
 
-from fedprune_export.ir.graph import Graph, Node
+from fedprune.core.errors import ModelError
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.refusals import (
+    RANDOM_OPERATORS,
+)
+from fedprune_export.ir.dropout import is_dropout
+from fedprune_export.ir.graph import Array, Graph, Node, Port
 from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS
-from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
+from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS, size_marks
 from fedprune_export.ir.trace import Trace
+
+
+def constant_input(graph: Graph, node: Node, index: int, what: str) -> Array | None:
+    """The constant at an input of a node; None where it is left out. Raises `ModelError` if it is computed."""
+    if len(node.inputs) <= index or not node.inputs[index]:
+        return None
+    if node.inputs[index] not in graph.initializers:
+        raise ModelError(f"operator {node.op} ({node.name}) takes computed {what}", expected=f"constant {what}")
+    return graph.initializers[node.inputs[index]]
 
 
 def store_as_float32(graph: Graph) -> None:
@@ -121,3 +137,44 @@ def _copy_for_reader(graph: Graph, node: Node, reader: Node) -> Node:
     reader.inputs = [names.get(i, i) for i in reader.inputs]
     outputs = [names.get(o, "") for o in node.outputs]
     return Node(node.op, list(node.inputs), outputs, dict(node.attrs), outputs[0])
+
+
+def fold_constants(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:
+    """Compute values that depend neither on data nor on weights, and store them as constants.
+
+    That includes shape arithmetic that doesn't depend on the batch; it has full widths, also in a cut graph.
+    """
+    constant_values = {n: graph.initializers[n] for n in constants if n in graph.initializers}
+    for name, marks in size_marks(graph, trace, constant_values, trace.batched).items():
+        if name in trace.integers and not marks.any():
+            constant_values[name] = trace.integers[name]
+    static: set[str] = set()
+    for node in graph.nodes:
+        reads = [i for i in node.inputs if i]
+        if (
+            # Folding would freeze one draw of random numbers, or remove a dropout.
+            node.op not in RANDOM_OPERATORS
+            and not is_dropout(node)
+            and all(i in constant_values or i in static for i in reads)
+            and not all(o in constant_values for o in node.outputs if o)
+        ):
+            static.update(o for o in node.outputs if o)
+    if static:
+        constant_values.update(_evaluate(graph, constant_values, static, trace))
+    folded = {o for n in graph.nodes for o in n.outputs if o in constant_values and o != output}
+    graph.nodes = [n for n in graph.nodes if not all(o in folded for o in n.outputs if o)]
+    for name in folded:
+        graph.initializers[name] = np.array(constant_values[name], order="C")
+        constants.add(name)
+
+
+def _evaluate(graph: Graph, constant_values: Mapping[str, Array], static: set[str], trace: Trace) -> dict[str, Array]:
+    names = sorted(static)
+    static_graph = Graph(
+        outputs=[Port(n, trace.dtypes[n], trace.shapes[n]) for n in names],
+        nodes=[n for n in graph.copy().nodes if any(o in static for o in n.outputs)],
+        initializers=dict(constant_values),
+        opset=graph.opset,
+    )
+    static_graph.prune()
+    return OnnxSession(static_graph.to_bytes()).run({}, names)

@@ -197,8 +197,6 @@ class _ControlFlow(GraphWriter):
                 f"{node.op_type} {value_text(node.name)}, unrolled", expected=f"at most {self._max_nodes} operators"
             )
 
-    # -- graphs within graphs -----------------------------------------------------------------------------------------
-
     def _add_body_tensors(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
         """Add a body's tensors to the graph, once for all iterations. Returns their new names."""
         # Copied once: all iterations of a body read the same tensors.

@@ -73,8 +73,6 @@ class GraphWriter:
         del self._graph.node[:]
         self._graph.node.extend(nodes)
 
-    # -- slices and stacks -------------------------------------------------------------------------------------------
-
     def _constant(self, value: Array, name: str) -> onnx.NodeProto:
         name = self._names.fresh(name)
         return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
@@ -105,8 +103,6 @@ class GraphWriter:
             return [helper.make_node(op, [name], outputs, **{**attrs, what: values})]
         listed = self._constant(np.array(values, np.int64), f"{outputs[0]}.{what}")
         return [listed, helper.make_node(op, [name, listed.output[0]], outputs, **attrs)]
-
-    # -- what is known ------------------------------------------------------------------------------------------------
 
     def _size(self, name: str, axis: int) -> int | None:
         shape = self._shape(name)

@@ -65,9 +65,6 @@ def inline_model(model: onnx.ModelProto) -> onnx.ModelProto:
     return out
 
 
-# -- functions ---------------------------------------------------------------------------------------------------------
-
-
 def _check_calls(model: onnx.ModelProto) -> None:
     """Refuse functions that call each other without end, or become too many operators, with a `ModelError`."""
     functions = {(f.domain, f.name): f for f in model.functions}
@@ -124,9 +121,6 @@ def _expand_definitions(model: onnx.ModelProto) -> onnx.ModelProto:
     del out.graph.value_info[:]
     out.graph.value_info.extend(inner_values)
     return out
-
-
-# -- group norms -------------------------------------------------------------------------------------------------------
 
 
 def _replace_old_group_norms(graph: onnx.GraphProto) -> None:

@@ -1,10 +1,10 @@
-"""Inputs whose length varies between bounds: the graph computes their mask and lengths from the padding."""
+"""Handles an input whose length varies between bounds: the graph computes mask and lengths from the padding."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -41,8 +41,16 @@ def read_shape(sizes: object, where: str = "input_shape") -> Shape:
     return shape
 
 
-def free_input(shapes: Mapping[str, Shape]) -> tuple[str, int, int] | None:
-    """The input whose length varies: its name, the axis of one sample, and the least length; None if all are fixed.
+class FreeInput(NamedTuple):
+    """The input whose length varies: its name, the axis of one sample, and the least length."""
+
+    name: str
+    axis: int
+    min_length: int
+
+
+def free_input(shapes: Mapping[str, Shape]) -> FreeInput | None:
+    """The input whose length varies; None if all are fixed.
 
     Raises `ModelError` if several do.
     """
@@ -52,7 +60,7 @@ def free_input(shapes: Mapping[str, Shape]) -> tuple[str, int, int] | None:
     for name, axis in free:
         bounds = shapes[name][axis]
         if isinstance(bounds, Lengths):
-            return name, axis, bounds.lower
+            return FreeInput(name, axis, bounds.lower)
     return None
 
 
@@ -109,23 +117,16 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
     computed_ports = [p for p in graph.inputs if p.name in (MASK, LENGTHS) and p is not port]
     for computed_port in computed_ports:
         shape = (max_length,) if computed_port.name == MASK else ()
-        if (
-            computed_port.dtype is None
-            or tuple(computed_port.shape[1:]) != shape
-            or computed_port.dtype.kind not in "fib"
-        ):
-            got = f"{computed_port.dtype} {shape_text(*computed_port.shape)}"
+        dtype = computed_port.dtype
+        if dtype is None or tuple(computed_port.shape[1:]) != shape or dtype.kind not in "fib":
+            got = f"{dtype} {shape_text(*computed_port.shape)}"
             raise ModelError(f"input {computed_port.name}", expected=f"numbers {shape_text('n', *shape)}", got=got)
         value = real
         if computed_port.name == LENGTHS:
             ones = graph.emit("Cast", real, attrs={"to": onnx.TensorProto.INT64})
             value = graph.emit("ReduceSum", ones, graph.ints(1), attrs={"keepdims": 0})
-        graph.emit(
-            "Cast",
-            value,
-            attrs={"to": onnx.helper.np_dtype_to_tensor_dtype(computed_port.dtype)},
-            out=computed_port.name,
-        )
+        kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        graph.emit("Cast", value, attrs={"to": kind}, out=computed_port.name)
     graph.inputs[:] = [p for p in graph.inputs if p not in computed_ports]
     if len(graph.inputs) > 1:
         got = metadata.shown_names([p.name for p in graph.inputs])

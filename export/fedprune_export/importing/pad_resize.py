@@ -1,4 +1,4 @@
-"""Pad and Resize in one form each: defaults of later opsets are explicit, sizes become scales where that is exact."""
+"""Writes Pad and Resize in one form each: later defaults become explicit, sizes become scales where that is exact."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx
 from onnx import helper
 
 from fedprune.core.errors import ModelError
+from fedprune_export.importing.constants import constant_input
 from fedprune_export.ir.axis_matrix import axis_matrix
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
@@ -25,17 +26,12 @@ def emit_pad(graph: Graph, node: Node, trace: Trace) -> None:
 
     Raises `ModelError` if pads of some axes, or of "wrap", are computed.
     """
-    x, pads, value, axes = [*node.inputs, "", "", ""][:4]
-    rank = len(trace.shapes[x])
-    if axes and pads not in graph.initializers:
-        raise ModelError(f"operator Pad ({node.name}) takes computed pads of some axes", expected="constant pads")
-    if axes:
-        if axes not in graph.initializers:
-            raise ModelError(f"operator Pad ({node.name}) takes computed axes", expected="constant axes")
-        axis_list = graph.initializers[axes].reshape(-1).tolist()
-        listed_pads = graph.initializers[pads].reshape(2, -1)
-        full = np.zeros((2, rank), np.int64)
-        full[:, axis_list] = listed_pads
+    x, pads, value, _ = [*node.inputs, "", "", ""][:4]
+    axes = constant_input(graph, node, 3, "axes")
+    if axes is not None:
+        listed_pads = constant_input(graph, node, 1, "pads of some axes")
+        full = np.zeros((2, len(trace.shapes[x])), np.int64)
+        full[:, axes.reshape(-1).tolist()] = 0 if listed_pads is None else listed_pads.reshape(2, -1)
         pads = graph.ints(*full.reshape(-1).tolist())
         node.inputs = [x, pads, value] if value else [x, pads]
     if node.attrs.get("mode") == "wrap":

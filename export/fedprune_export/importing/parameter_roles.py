@@ -1,12 +1,15 @@
-"""Roles of initialisers: weights, statistics and constants.
+"""Recognises which initialisers of a graph are weights, statistics and constants.
 
-A file's metadata may list the weights; otherwise they are recognised by their use.
+The role of a parameter (a `TensorKind` value, such as `weight` or `norm_scale`) follows from the operators that read
+it.
+A file's metadata may list the parameters; otherwise they are recognised by their use, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -97,81 +100,131 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
                 notes.append(f"Tensor {name} was shared; {node.op} {node.name} has its own copy {clone}.")
 
 
-def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
+class _Use(NamedTuple):
+    """A node that combines a tensor with data: the tensor's role in it, and the position of the tensor among its inputs."""
+
+    role: str
+    node: Node
+    position: int
+
+
+def find_roles(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
     """The role of every parameter, by its use; all other initialisers are constants.
 
-    Statistics of batch norms are always parameters. Vectors that scale a norm's output are parameters unless they are
-    known constants. A tensor that is added to the model's input, or multiplied by it, normalises data: a constant.
-    Raises `ModelError` if a parameter is not float32.
+    Statistics of batch norms are always parameters. Raises `ModelError` if a parameter is not float32.
 
     Args:
-        listed: The parameters, where the source knows them: then each counts, scalars and those of unknown use too.
-        notes: Gets a sentence for every tensor that could be a weight and is taken for a constant, and one for all that
+        listed: The parameters, where the source knows them, also single numbers and tensors of unknown use.
+        notes: Gets a sentence on every tensor that could be a weight and is taken for a constant, and one on all that
             could be constants and are taken for weights.
     """
-    consumers, data_values = graph.consumers(), graph.values_from_inputs()
-    rescaled_inputs, producers = _rescaled_inputs(graph, data_values), graph.producers()
-    applied_to_input: list[str] = []
-    guessed: list[str] = []
-    norms = {
+    norm_roles = {
         name: _ROLES[node.op][i]
         for node in graph.nodes
         if node.op == "BatchNormalization" and not node.domain
         for i, name in enumerate(node.inputs)
         if i and name in graph.initializers
     }
-    kinds: dict[str, str] = {}
+    guesses = _RoleGuesses(graph, notes)
+    roles: dict[str, str] = {}
     for name in _read_order(graph):
         value = graph.initializers.get(name)
         if value is None:
             continue
         is_parameter = name not in constants if listed is None else name in listed
         # Batch statistics are buffers in PyTorch, so a list of parameters may leave them out.
-        if not is_parameter and norms.get(name) not in _STATISTICS:
+        if not is_parameter and norm_roles.get(name) not in _STATISTICS:
             continue
         if value.dtype != np.float32:
             if listed is not None:
                 raise ModelError(f"parameter {name}", expected="float32", got=value.dtype)
             continue
-        uses = _roles_of_uses(consumers, data_values, name)
-        if listed is not None or name in norms:
-            kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
-            continue
+        if name in norm_roles:
+            role = norm_roles[name]
+        elif listed is not None:
+            uses = guesses.uses(name)
+            role = uses[0].role if uses else "weight"
+        else:
+            role = guesses.guess_role(name, value)
+        if role:
+            roles[name] = role
+    guesses.note_doubts()
+    return roles
+
+
+class _RoleGuesses:
+    """Guesses the roles of tensors that no list names, and notes what may be wrong."""
+
+    def __init__(self, graph: Graph, notes: list[str]) -> None:
+        self._graph, self._notes = graph, notes
+        self._consumers, self._producers = graph.consumers(), graph.producers()
+        self._data_values = graph.values_from_inputs()
+        self._rescaled_inputs = _rescaled_inputs(graph, self._data_values)
+        self._applied_to_input: list[str] = []
+        self._guessed: list[str] = []
+
+    def guess_role(self, name: str, value: Array) -> str:
+        """The role of a tensor; empty if it is taken for a constant.
+
+        A tensor that is added to the model's input, or multiplied by it, normalises data: it is a constant.
+        """
+        uses = self.uses(name)
         # A single number is a weight as a slope or as the bias of one output. One that scales or shifts is more often
         # the author's constant.
         if value.size == 1:
             uses = [
-                u for u in uses if u[1].op not in _WEIGHTED_ARITHMETIC or is_sole_bias(graph, producers, u[1], name)
+                u
+                for u in uses
+                if u.node.op not in _WEIGHTED_ARITHMETIC or _is_sole_bias(self._graph, self._producers, u.node, name)
             ]
             if not uses:
-                continue
-        other_operands = [n.inputs[1 - i] if n.op in _WEIGHTED_ARITHMETIC else "" for _, n, i in uses]
-        if _is_mask(value, {n.op for n, _ in consumers[name]}):
-            notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
-        elif not uses:
-            notes.append(f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight.")
-        elif all(o in rescaled_inputs for o in other_operands):
-            applied_to_input.append(name)
-        else:
-            kinds[name] = uses[0][0]
-            other_makers = [producers[o].op if o in producers else "" for o in other_operands]
-            # A vector that is added to a product is its bias; anything else may be a table or a normalisation.
-            is_vector = max(value.shape, default=1) == value.size
-            if all(other_operands) and not (
-                is_vector and uses[0][1].op == "Add" and other_makers[0] in _PRODUCT_OPERATORS
-            ):
-                guessed.append(name)
-    if applied_to_input:
-        notes.append(
-            f"Taken for constants, as they apply straight to the input: {first_few(applied_to_input, max_names=3)}. "
-            f"{_PARAMETERS_HINT}"
-        )
-    if guessed:
-        notes.append(
-            f"Trained because they are added or multiplied, as constants may be too: {first_few(guessed, max_names=3)}."
-            f" {_PARAMETERS_HINT}"
-        )
-    return kinds
+                return ""
+        others = [u.node.inputs[1 - u.position] if u.node.op in _WEIGHTED_ARITHMETIC else "" for u in uses]
+        if _is_mask(value, {n.op for n, _ in self._consumers[name]}):
+            self._notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
+            return ""
+        if not uses:
+            self._notes.append(
+                f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
+            )
+            return ""
+        if all(o in self._rescaled_inputs for o in others):
+            self._applied_to_input.append(name)
+            return ""
+        # A vector that is added to a product is its bias; anything else may be a table or a normalisation.
+        is_vector = max(value.shape, default=1) == value.size
+        maker = self._producers.get(others[0])
+        is_bias = is_vector and uses[0].node.op == "Add" and maker is not None and maker.op in _PRODUCT_OPERATORS
+        if all(others) and not is_bias:
+            self._guessed.append(name)
+        return uses[0].role
+
+    def uses(self, start: str) -> list[_Use]:
+        """Where a tensor, or a value computed from it and other weights, is combined with data."""
+        out: list[_Use] = []
+        visited, pending = {start}, [start]
+        while pending:
+            for node, i in self._consumers.get(pending.pop(0), []):
+                if node.domain:
+                    continue
+                reaches_data = self._data_values.intersection(node.outputs)
+                if not reaches_data or (node.op in REARRANGEMENTS and i == 0):
+                    further = [o for o in node.outputs if o and o not in visited]
+                    visited.update(further)
+                    pending += further
+                elif role := _ROLES.get(node.op, {}).get(i, ""):
+                    out.append(_Use(role, node, i))
+        return out
+
+    def note_doubts(self) -> None:
+        if self._applied_to_input:
+            names = first_few(self._applied_to_input, max_names=3)
+            self._notes.append(f"Taken for constants, as they apply straight to the input: {names}. {_PARAMETERS_HINT}")
+        if self._guessed:
+            names = first_few(self._guessed, max_names=3)
+            self._notes.append(
+                f"Trained because they are added or multiplied, as constants may be too: {names}. {_PARAMETERS_HINT}"
+            )
 
 
 def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
@@ -183,7 +236,7 @@ def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
     return added or (value.ndim > 1 and bool(low == 0 and high == 1) and readers == {"Mul"})
 
 
-def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: str) -> bool:
+def _is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: str) -> bool:
     """Whether a single number is the bias of a product with one output. A number without axes is none."""
     if node.op != "Add" or node.domain or name not in node.inputs or not graph.initializers[name].ndim:
         return False
@@ -200,10 +253,7 @@ def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: 
 
 
 def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
-    """A note on single numbers that scale or shift and aren't trained.
-
-    `scalars`: names of numbers that are taken for constants and could be weights.
-    """
+    """Note which of these single numbers scale or shift data: they could be weights and are taken for constants."""
     data_values, readers = graph.values_from_inputs(), graph.consumers()
     used = [
         s
@@ -225,43 +275,44 @@ def _rescaled_inputs(graph: Graph, data_values: set[str]) -> set[str]:
     return out
 
 
-def _roles_of_uses(
-    consumers: Mapping[str, list[tuple[Node, int]]], data_values: set[str], start: str
-) -> list[tuple[str, Node, int]]:
-    """The roles in which an initialiser, or a value computed from it and other weights, is combined with data.
-
-    Each comes with the node and the index of its input.
-    """
-    out: list[tuple[str, Node, int]] = []
-    visited, pending = {start}, [start]
-    while pending:
-        for node, i in consumers.get(pending.pop(0), []):
-            if node.domain:
-                continue
-            met = data_values.intersection(node.outputs)
-            if not met or (node.op in REARRANGEMENTS and i == 0):
-                further = [o for o in node.outputs if o and o not in visited]
-                visited.update(further)
-                pending += further
-            elif role := _ROLES.get(node.op, {}).get(i, ""):
-                out.append((role, node, i))
-    return out
-
-
-def name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
+def name_constants(graph: Graph, roles: Mapping[str, str]) -> None:
     """Give constants the compiler's prefix, so that a second import finds the same parameters."""
     names: dict[str, str] = {}
     for name in _read_order(graph):
-        if name in graph.initializers and name not in kinds:
+        if name in graph.initializers and name not in roles:
             value = graph.initializers[name]
             names[name] = name if name.startswith(CONSTANT_PREFIX) else graph.constant(value, value.dtype)
     for node in graph.nodes:
         node.inputs = [names.get(i, i) for i in node.inputs]
     # Parameters first, in the order of first use, so that a second import lists the same order.
-    order = {**dict.fromkeys(kinds), **dict.fromkeys(names.values())}
+    order = {**dict.fromkeys(roles), **dict.fromkeys(names.values())}
     graph.initializers = {n: graph.initializers[n] for n in order}
     graph.prune()
 
 
 def _read_order(graph: Graph) -> Iterable[str]:
     return dict.fromkeys(i for n in graph.nodes for i in n.inputs if i)
+
+
+_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
+
+
+def plain_numbers(graph: Graph) -> set[str]:
+    """Initialisers that are constants by their kind: integers, and single numbers that scale, shift or bound.
+
+    The bias of a product with one output is a single number, too, but it trains.
+    """
+    readers, producers = graph.consumers(), graph.producers()
+
+    def is_plain(name: str) -> bool:
+        uses = [n for n, _ in readers.get(name, [])]
+        # Anything but arithmetic, such as a PRelu, may train a single number.
+        return all(n.op in _ARITHMETIC and not n.domain for n in uses) and not any(
+            _is_sole_bias(graph, producers, n, name) for n in uses
+        )
+
+    return {
+        name
+        for name, value in graph.initializers.items()
+        if value.dtype != np.float32 or (value.size == 1 and is_plain(name))
+    }

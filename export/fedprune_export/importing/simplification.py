@@ -11,7 +11,7 @@ from collections.abc import Container
 
 import numpy as np
 
-from fedprune.core.errors import ModelError
+from fedprune_export.importing.constants import constant_input
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
@@ -94,11 +94,8 @@ def _store_sum_axes(graph: Graph, node: Node) -> None:
 
     It is the only reduction whose axes are an input at opset 17. Raises `ModelError` if they are computed.
     """
-    axes: list[int] = []
-    if len(node.inputs) > 1 and node.inputs[1]:
-        if node.inputs[1] not in graph.initializers:
-            raise ModelError(f"operator {node.op} ({node.name}) takes computed axes", expected="constant axes")
-        axes = graph.initializers[node.inputs[1]].reshape(-1).tolist()
+    constant = constant_input(graph, node, 1, "axes")
+    axes = [] if constant is None else constant.reshape(-1).tolist()
     does_nothing = node.attrs.pop("noop_with_empty_axes", 0) and not axes
     node.inputs[1:] = [graph.ints(*axes)] if axes else []
     if does_nothing:

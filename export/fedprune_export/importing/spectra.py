@@ -1,4 +1,4 @@
-"""Fourier transforms and folds of a fixed size are written as products and convolutions with constants.
+"""Writes Fourier transforms and folds of a fixed size as products and convolutions with constants.
 
 In that form they can be cut and differentiated.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
+from fedprune_export.importing.constants import constant_input
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
@@ -26,9 +27,9 @@ def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
     Raises `ModelError` if a length or the axis is computed, or the matrix would be too large.
     """
     x, shape = node.inputs[0], trace.shapes[node.inputs[0]]
-    length = _constant_number(graph, node, 1, "length")
+    length = _constant_number(graph, node, 1, "lengths")
     # The axis is an attribute until opset 19, then an input.
-    axis_input = _constant_number(graph, node, 2, "axis") if graph.opset >= 20 else int(node.attrs.get("axis", 1))
+    axis_input = _constant_number(graph, node, 2, "axes") if graph.opset >= 20 else int(node.attrs.get("axis", 1))
     axis = (-2 if axis_input is None else axis_input) % len(shape)
     before = trace.dims(x)[axis]
     if before is None:
@@ -64,13 +65,12 @@ def emit_stft(graph: Graph, node: Node, trace: Trace) -> None:
     """
     x, (_, samples, *rest) = node.inputs[0], trace.shapes[node.inputs[0]]
     components = rest[0] if rest else 1
-    step = _constant_number(graph, node, 1, "step")
-    window_name = node.inputs[2] if len(node.inputs) > 2 else ""
-    window = graph.initializers.get(window_name) if window_name else None
-    length = _constant_number(graph, node, 3, "frame length")
+    step = _constant_number(graph, node, 1, "steps")
+    window = constant_input(graph, node, 2, "windows")
+    length = _constant_number(graph, node, 3, "frame lengths")
     length = length if length is not None else window.size if window is not None else samples
-    if step is None or (window_name and window is None):
-        raise ModelError(f"operator STFT ({node.name}) takes a computed window", expected="a constant one")
+    if step is None:
+        raise ModelError(f"operator STFT ({node.name}) has no step", expected="a constant one")
     waves = _dft_matrix(node, length, length, components, inverse=False, onesided=bool(node.attrs.get("onesided", 1)))
     if window is not None:
         waves = waves * window.reshape(-1, 1, 1, 1)
@@ -137,13 +137,8 @@ def _waves(node: Node, rows: int, length: int, columns: int, components: int) ->
 
 
 def _constant_number(graph: Graph, node: Node, index: int, what: str) -> int | None:
-    """A constant whole number, None where it is left out. Raises `ModelError` if it is computed."""
-    if len(node.inputs) <= index or not node.inputs[index]:
-        return None
-    value = graph.initializers.get(node.inputs[index])
-    if value is None:
-        raise ModelError(f"operator {node.op} ({node.name}) takes a computed {what}", expected="a constant one")
-    return int(value.reshape(-1)[0])
+    value = constant_input(graph, node, index, what)
+    return None if value is None else int(value.reshape(-1)[0])
 
 
 def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
@@ -152,7 +147,7 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
 
     Raises `ModelError` if the shape of the image or of a block is computed.
     """
-    image, block = (_constant_numbers(graph, node, i) for i in (1, 2))
+    image, block = (_constant_sizes(graph, node, i) for i in (1, 2))
     rank, ones = len(image), [1] * len(image)
     strides, dilations = (list(node.attrs.get(n, ones)) for n in ("strides", "dilations"))
     pads = list(node.attrs.get("pads", [0] * 2 * rank))
@@ -172,9 +167,6 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
     graph.emit("Reshape", sums, graph.ints(-1, channels, *image), out=node.outputs[0])
 
 
-def _constant_numbers(graph: Graph, node: Node, index: int) -> list[int]:
-    """A constant list of sizes. Raises `ModelError` if it is computed."""
-    sizes = graph.initializers.get(node.inputs[index])
-    if sizes is None:
-        raise ModelError(f"operator {node.op} ({node.name}) takes a computed shape", expected="a constant one")
-    return [int(n) for n in sizes.reshape(-1)]
+def _constant_sizes(graph: Graph, node: Node, index: int) -> list[int]:
+    sizes = constant_input(graph, node, index, "shapes")
+    return [] if sizes is None else [int(n) for n in sizes.reshape(-1)]

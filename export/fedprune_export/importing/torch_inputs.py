@@ -8,14 +8,20 @@ from typing import Any
 
 from fedprune.core.errors import ModelError
 from fedprune.model.lengths import Shape, upper_shape
-from fedprune_export.importing.lengths import LENGTHS, MASK, free_input, read_shape
+from fedprune_export.importing.lengths import LENGTHS, MASK, FreeInput, free_input, read_shape
 from fedprune_export.importing.torch_loading import torch_package
+
+# Types of inputs; an only input has one of the first two.
+_INPUT_DTYPES = ("float32", "int64", "float16", "int32", "bool", "uint8")
 
 
 def sample_inputs(
     module: Any, example: Any, input_shape: Sequence[Any] | None, token_ids: bool, name: str
-) -> tuple[tuple[Any, ...], tuple[str, int, int] | None]:
-    """Sample inputs for the exporter, a tensor of zeros for each argument, and the input whose length varies."""
+) -> tuple[tuple[Any, ...], FreeInput | None]:
+    """A tensor of zeros for each argument, and the input whose length varies, if one does.
+
+    The arguments are those of `export_torch`; `example` is the example input, if there is one.
+    """
     torch = torch_package()
     sizes: Any = input_shape or (tuple(example.shape[1:]) if example is not None else None)
     sizes = sizes or getattr(module, "input_shape", None)
@@ -45,16 +51,11 @@ def sample_inputs(
 
 
 def _add_computed_inputs(
-    module: Any,
-    shapes: dict[str, Shape],
-    dtypes: dict[str, Any],
-    varying_input: tuple[str, int, int],
-    dtype_names: Any,
-    name: str,
+    module: Any, shapes: dict[str, Shape], dtypes: dict[str, Any], varying: FreeInput, dtype_names: Any, name: str
 ) -> tuple[dict[str, Shape], dict[str, Any]]:
     """Shapes and types of a module's arguments, in their order, including the computed ones (mask and lengths)."""
     torch = torch_package()
-    max_length = upper_shape(shapes[varying_input[0]])[varying_input[1]]
+    max_length = upper_shape(shapes[varying.name])[varying.axis]
     arguments = list(inspect.signature(module.forward).parameters)
     computed = {MASK: ((max_length,), torch.float32), LENGTHS: ((), torch.int64)}
     computed = {n: shape_and_dtype for n, shape_and_dtype in computed.items() if n in arguments or n in shapes}
@@ -67,12 +68,8 @@ def _add_computed_inputs(
     return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, dtypes
 
 
-# Types of inputs; where there is one alone, one of the first two.
-_INPUT_DTYPES = ("float32", "int64", "float16", "int32", "bool", "uint8")
-
-
 def _torch_dtype(dtype: Any, allowed: Sequence[str], name: str) -> Any:
-    """A dtype of torch, given by itself or its name. Raises `ModelError` if it isn't allowed."""
+    """A dtype of torch, given as an object or by its name. Raises `ModelError` if it isn't allowed."""
     text = str(dtype).rpartition(".")[2]
     if text not in allowed:
         raise ModelError(f"{name}: type of the input", expected=" or ".join(allowed), got=dtype)

@@ -1,4 +1,4 @@
-"""Torch modules are narrowed to the weights of a submodel: the same layers, with fewer channels."""
+"""Narrows a torch module to the weights of a submodel: the same layers, with fewer channels."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _HINT = "Build the module at this width yourself, and load the tensors into it."
 def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Module:
     """Cut a torch module down to the shapes of a submodel's tensors, and load these.
 
-    Layers get their new sizes (`out_channels`, `num_features`, ...), too; what the module's own `forward` has in
-    numbers (a `view` to 128 features) stays as it is. Parameters stay on their device and of their type. Raises
+    Layers get their new sizes (`out_channels`, `num_features`, ...), too. Numbers in the module's own `forward`, such
+    as a `view` to 128 features, stay. Parameters stay on their device and of their type. Raises
     `ModelError` if names don't fit, a tensor is larger than the module's, or a layer is of a kind whose size its
     weights don't tell: grouped convolutions that aren't depthwise, group norms of several groups, recurrent layers,
     attention, and any other module with parameters; `MissingExtraError` if torch is not installed.
@@ -48,7 +48,8 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     lacking = sorted({n for key, n in names.items() if key[0] == "parameter" and n not in tensors})
     if lacking:
         raise ModelError(f"there is no tensor for {lacking[0]!r} of the module", got=f"{len(lacking)} such names")
-    replacements: dict[int, Any] = {}
+    # By the address of an old parameter, which is kept alive so that no other object gets the address.
+    replacements: dict[int, tuple[Any, Any]] = {}
     plans = [(prefix, layer, *_layer_shapes(layer, names, tensors)) for prefix, layer in module.named_modules()]
     for prefix, layer, old, new in plans:  # all are looked at before the first is changed
         _fit_attributes(torch, prefix or type(layer).__name__, layer, old, new, change=False)
@@ -77,12 +78,8 @@ def _author_name(name: str, author_names: AbstractSet[str]) -> str:
 
 def _tensor_names(module: Any) -> dict[tuple[str, int], str]:
     """The first name of every parameter and buffer."""
-    out: dict[tuple[str, int], str] = {}
-    for name, value in module.named_parameters():
-        out["parameter", id(value)] = name
-    for name, value in module.named_buffers():
-        out["buffer", id(value)] = name
-    return out
+    names = {("parameter", id(value)): name for name, value in module.named_parameters()}
+    return names | {("buffer", id(value)): name for name, value in module.named_buffers()}
 
 
 def _layer_shapes(

@@ -1,4 +1,4 @@
-"""Translation of every opset to opset 17 with composites: later forms are rewritten, earlier opsets are raised.
+"""Translates every opset to opset 17 with composites: later forms are rewritten, earlier opsets are raised.
 
 To support a later operator or form, add a rule to `_RULES`: a function that emits what a node becomes.
 """
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError, error_reason
+from fedprune_export.importing.constants import constant_input
 from fedprune_export.importing.pad_resize import RESIZE_MODES_OPSET, emit_pad, emit_resize, mark_early_resizes
 from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
 from fedprune_export.ir.composites import COMPOSITES
@@ -37,12 +38,6 @@ class Translation:
 
     def keep(self, node: Node) -> None:
         self.graph.nodes.append(node)
-
-    def constant_argument(self, name: str, node: Node, what: str) -> Array:
-        """An integer argument of an operator. Raises `ModelError` if it is computed."""
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        raise ModelError(f"operator {node.op} ({node.name}) takes computed {what}", expected=f"constant {what}")
 
 
 _Rule = Callable[[Translation, Node], None]
@@ -98,26 +93,21 @@ def translate(graph: Graph, trace: Trace, notes: list[str]) -> None:
 def _reduction(state: Translation, node: Node) -> None:
     """Write axes as an attribute. Without axes, and with `noop_with_empty_axes` set, nothing is reduced."""
     nothing = node.attrs.pop("noop_with_empty_axes", 0)
-    axes: list[int] = []
-    if len(node.inputs) > 1 and node.inputs[1]:
-        axes = state.constant_argument(node.inputs[1], node, "axes").reshape(-1).tolist()
-        if axes:
-            node.attrs["axes"] = axes
-    if nothing and not axes:
+    constant = constant_input(state.graph, node, 1, "axes")
+    axes = [] if constant is None else constant.reshape(-1).tolist()
+    if axes:
+        node.attrs["axes"] = axes
+    elif nothing:
         node.op, node.attrs = "Identity", {}
     node.inputs = node.inputs[:1]
     state.keep(node)
 
 
-def _drop_default(name: str, *values: object) -> _Rule:
-    """Remove an attribute that opset 17 lacks, if its value is opset 17's behaviour."""
-
-    def rule(state: Translation, node: Node) -> None:
-        if name in node.attrs and node.attrs[name] in values:
-            del node.attrs[name]
-        state.keep(node)
-
-    return rule
+def _reshape(state: Translation, node: Node) -> None:
+    """Remove `allowzero` if it is 0, its default."""
+    if not node.attrs.get("allowzero", 1):
+        del node.attrs["allowzero"]
+    state.keep(node)
 
 
 def _average_pool(state: Translation, node: Node) -> None:
@@ -227,23 +217,16 @@ def _split(state: Translation, node: Node) -> None:
 
 
 def _grid_sample(state: Translation, node: Node) -> None:
-    names = {"linear": "bilinear", "cubic": "bicubic"}
-    node.attrs["mode"] = names.get(node.attrs.get("mode", "bilinear"), node.attrs.get("mode", "bilinear"))
+    mode = node.attrs.get("mode", "bilinear")
+    node.attrs["mode"] = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
     state.keep(node)
 
 
 def _scatter(state: Translation, node: Node) -> None:
     if node.attrs.get("reduction") in ("min", "max"):
-        raise _no_form(node, "reduction", "add or mul")
+        what = f"attribute reduction of {node.op} ({node.name}) has no form in opset {NORMAL_OPSET}"
+        raise ModelError(what, expected="add or mul", got=node.attrs["reduction"])
     state.keep(node)
-
-
-def _no_form(node: Node, name: str, expected: str) -> ModelError:
-    return ModelError(
-        f"attribute {name} of {node.op} ({node.name}) has no form in opset {NORMAL_OPSET}",
-        expected=expected,
-        got=node.attrs[name],
-    )
 
 
 _RULES: dict[str, _Rule] = {
@@ -262,7 +245,7 @@ _RULES: dict[str, _Rule] = {
     "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
     "Pad": lambda state, node: emit_pad(state.graph, node, state.trace),
-    "Reshape": _drop_default("allowzero", 0),
+    "Reshape": _reshape,
     "Resize": lambda state, node: emit_resize(state.graph, node, state.trace),
     "Split": _split,
 }

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,16 +71,8 @@ def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = 
         ModelError: There is no such loss, or torch can't export it.
         MissingExtraError: torch is needed and not installed.
     """
-    if isinstance(source, (str, Path)) and ":" not in str(source):
-        return read_model_file(Path(source))
-    torch = torch_package()
-    (loss, name), split = _user_function(source), _splitter(pieces)
-
-    class Loss(torch.nn.Module):  # type: ignore[name-defined, misc]
-        def forward(self, outputs: Any, labels: Any) -> Any:
-            return loss(*split(outputs), labels)
-
-    return _export_function(Loss(), loss, name, outputs, "loss", "one number per sample")
+    kind = _FunctionKind("loss", "one number per sample", lambda loss, *arguments: loss(*arguments))
+    return _read_function(source, outputs, pieces, kind)
 
 
 def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
@@ -96,27 +88,57 @@ def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] 
         ModelError: There is no such metric, or torch can't export it.
         MissingExtraError: torch is needed and not installed.
     """
+    returns = "one number per sample, or a row of numbers and a `value` of their sums"
+    return _read_function(source, outputs, pieces, _FunctionKind("metric", returns, _metric_sums))
+
+
+def _metric_sums(metric: Any, *arguments: Any) -> tuple[Any, Any]:
+    """The sums over the samples of a batch, and the metric's value for them."""
+    torch, value = torch_package(), getattr(metric, "value", None)
+    rows = metric(*arguments).float()
+    if value is not None:
+        sums = rows.sum(0)
+        return sums, value(sums).reshape(()).float()
+    sums = torch.stack([rows, torch.ones_like(rows)], 1).sum(0)
+    return sums, sums[0] / sums[1]
+
+
+class _FunctionKind(NamedTuple):
+    """A kind of user function: its name, what it returns, and the computation on the function and its arguments."""
+
+    name: str
+    returns: str
+    compute: Callable[..., Any]
+
+
+def _read_function(source: object, outputs: Sequence[int], pieces: Sequence[Piece], kind: _FunctionKind) -> bytes:
+    """Read a loss or metric from an ONNX file, or export it as the bytes of one."""
     if isinstance(source, (str, Path)) and ":" not in str(source):
         return read_model_file(Path(source))
     torch = torch_package()
-    (metric, name), split = _user_function(source), _splitter(pieces)
-    value = getattr(metric, "value", None)
+    function, name = _user_function(source)
+    split = row_splitter(pieces) if pieces else lambda outputs: [outputs]
 
-    class Metric(torch.nn.Module):  # type: ignore[name-defined, misc]
+    class UserFunction(torch.nn.Module):  # type: ignore[name-defined, misc]
         def forward(self, outputs: Any, labels: Any) -> Any:
-            rows = metric(*split(outputs), labels).float()
-            if value is not None:
-                sums = rows.sum(0)
-                return sums, value(sums).reshape(()).float()
-            sums = torch.stack([rows, torch.ones_like(rows)], 1).sum(0)
-            return sums, sums[0] / sums[1]
+            return kind.compute(function, *split(outputs), labels)
 
-    returns = "one number per sample, or a row of numbers and a `value` of their sums"
-    return _export_function(Metric(), metric, name, outputs, "metric", returns)
-
-
-def _splitter(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
-    return row_splitter(pieces) if pieces else lambda outputs: [outputs]
+    module = UserFunction()
+    labels = _Labels.of(function, outputs, name)
+    if isinstance(function, torch.nn.Module):
+        # As a submodule its parameters and buffers are exported with it.
+        module.user_function = function
+    samples = torch.zeros((2, *outputs)), torch.zeros((2, *labels.shape), dtype=getattr(torch, labels.dtype))
+    try:
+        raw: bytes = export_module(module.eval(), samples).SerializeToString(deterministic=True)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: torch can't export this {kind.name} ({error_reason(root_cause(error))})",
+            hint=f"A {kind.name} takes outputs {shape_text('n', *outputs)} and labels "
+            f"{shape_text('n', *labels.shape)} ({labels.dtype}; its attributes target_shape and target_dtype say so), "
+            f"and returns {kind.returns}.",
+        ) from error
+    return raw
 
 
 def _user_function(source: object) -> tuple[Any, str]:
@@ -128,25 +150,6 @@ def _user_function(source: object) -> tuple[Any, str]:
     if not callable(function):
         raise ModelError(f"{name}", expected="a function or module of outputs and labels", got=type(function).__name__)
     return function, name
-
-
-def _export_function(module: Any, function: Any, name: str, outputs: Sequence[int], kind: str, returns: str) -> bytes:
-    """Export a user's function, wrapped in a module, as the bytes of an ONNX file."""
-    torch = torch_package()
-    labels = _Labels.of(function, outputs, name)
-    if isinstance(function, torch.nn.Module):
-        # As a submodule its parameters and buffers are exported with it.
-        module.user_function = function
-    samples = torch.zeros((2, *outputs)), torch.zeros((2, *labels.shape), dtype=getattr(torch, labels.dtype))
-    try:
-        raw: bytes = export_module(module.eval(), samples).SerializeToString(deterministic=True)
-    except Exception as error:
-        raise ModelError(
-            f"{name}: torch can't export this {kind} ({error_reason(root_cause(error))})",
-            hint=f"A {kind} takes outputs {shape_text('n', *outputs)} and labels {shape_text('n', *labels.shape)} "
-            f"({labels.dtype}; its attributes target_shape and target_dtype say so), and returns {returns}.",
-        ) from error
-    return raw
 
 
 def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
