@@ -26,7 +26,7 @@ from fedprune.runtime.precision import (
 from fedprune.runtime.precision_files import INT8, graph_file, weights_file
 from fedprune.runtime.session import Array, OnnxSession
 from fedprune_export.checks.labelled_data import LabelledData
-from fedprune_export.ir.trace import sample_feeds
+from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.precision.lowering import Lowered, lower
 from fedprune_export.pruning.model import Model
 
@@ -35,7 +35,7 @@ _TRIAL_BATCH = 64
 # Random samples, where none are given.
 _RANDOM_SAMPLES = 64
 
-# How outputs are compared depends on a loss's kind of labels alone: one loss stands for each kind.
+# How outputs are compared depends only on the kind of a loss's labels: one loss stands for each kind.
 _LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
@@ -44,8 +44,8 @@ class PrecisionTrial:
     """A precision, its files, and how far its outputs are from float32's.
 
     Attributes:
-        has_samples: Whether the outputs were compared on given samples; else on random ones.
-        warning: Says that ranges were measured on samples that show little; empty if they weren't.
+        has_samples: Whether the outputs were compared on given samples; otherwise on random samples.
+        warning: That ranges were measured on samples which show little; empty if they weren't.
     """
 
     lowered: Lowered
@@ -90,7 +90,7 @@ class PrecisionTrials:
 
     @cached_property
     def _reference(self) -> Array:
-        """Outputs in float32; computed late, since a model that can't be lowered at all doesn't need them."""
+        """Outputs in float32, computed when first needed: a model that can't be lowered at all doesn't need them."""
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
             return self._outputs(Path(name), INFERENCE)
 

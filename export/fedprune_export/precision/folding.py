@@ -1,15 +1,16 @@
-"""Norms folded into the layers before them: nothing is left between a layer and its activation.
+"""Folding: batch norms become part of the weights of the layers before them.
 
 At inference a batch norm is y = a · x + b per channel, with a = scale / √(var + ε) and b = bias − a · mean. After a
 layer y = W x + c that is the layer with the weights a · W and the bias a · c + b.
 
-A `LoweredPair` (`weight_prep`) is the graph that a board runs and the graph that prepares its tensors.
+The passes of this package edit a `LoweredPair`: the graph that a board runs, and the `prepare` graph that makes its
+tensors from float32 weights after every round.
 """
 
 from __future__ import annotations
 
 from fedprune_export.ir.graph import Node
-from fedprune_export.precision.weight_prep import LoweredPair
+from fedprune_export.precision.lowered_pair import LoweredPair
 
 # The axis of a weight that its output channels are on.
 _CHANNEL_AXES = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
@@ -20,14 +21,14 @@ def channel_axis(node: Node) -> int:
     return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else _CHANNEL_AXES[node.op]
 
 
-def fold(pair: LoweredPair) -> None:
-    """Fold every batch norm that alone reads the output of a layer with weights; others stay."""
+def fold_norms(pair: LoweredPair) -> None:
+    """Fold every batch norm that is the only reader of a layer with weights; others stay."""
     nodes: list[Node] = []
     producers, consumers = pair.graph.producers(), pair.graph.consumers()
     for node in pair.graph.nodes:
         layer = producers.get(node.inputs[0]) if node.inputs else None
         if layer is not None and len(consumers[node.inputs[0]]) == 1 and _is_foldable(pair, layer, node):
-            _fold(pair, layer, node)
+            _fold_norm(pair, layer, node)
         else:
             nodes.append(node)
     pair.graph.nodes = nodes
@@ -54,21 +55,21 @@ def _is_foldable(pair: LoweredPair, layer: Node, norm: Node) -> bool:
     return shape is not None and are_constant and has_flat_bias
 
 
-def _fold(pair: LoweredPair, layer: Node, norm: Node) -> None:
+def _fold_norm(pair: LoweredPair, layer: Node, norm: Node) -> None:
     """Give the layer folded weights, and the norm's output."""
-    make = pair.prepare
+    prepare = pair.prepare
     scale, bias, mean, variance = (pair.prepared_value(i) for i in norm.inputs[1:5])
     weight = layer.inputs[1]
     rank = len(pair.shape(weight) or ())
-    epsilon = make.scalar(float(norm.attrs.get("epsilon", 1e-5)))
-    factor = make.emit("Div", scale, make.emit("Sqrt", make.emit("Add", variance, epsilon)))
+    epsilon = prepare.scalar(float(norm.attrs.get("epsilon", 1e-5)))
+    factor = prepare.emit("Div", scale, prepare.emit("Sqrt", prepare.emit("Add", variance, epsilon)))
     spread = [1] * rank
     spread[channel_axis(layer)] = -1
-    folded = make.emit("Mul", pair.prepared_value(weight), make.emit("Reshape", factor, make.ints(*spread)))
-    centred = make.emit("Neg", mean)
+    folded = prepare.emit("Mul", pair.prepared_value(weight), prepare.emit("Reshape", factor, prepare.ints(*spread)))
+    centred = prepare.emit("Neg", mean)
     if len(layer.inputs) > 2 and layer.inputs[2]:
-        centred = make.emit("Sub", pair.prepared_value(layer.inputs[2]), mean)
-    shift = make.emit("Add", make.emit("Mul", centred, factor), bias)
+        centred = prepare.emit("Sub", pair.prepared_value(layer.inputs[2]), mean)
+    shift = prepare.emit("Add", prepare.emit("Mul", centred, factor), bias)
     value = norm.outputs[0]
     new_weight = pair.define_tensor(f"{value}~folded", folded, like=weight)
     new_bias = pair.define_tensor(f"{value}~shift", shift, like=norm.inputs[1])

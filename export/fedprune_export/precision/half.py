@@ -4,7 +4,7 @@ Which type an operator computes in is written into the graph (it is strongly typ
 same. Operators that add many numbers up or take exponentials stay in float32, and so do all that aren't known to be
 safe.
 
-A `LoweredPair` (`weight_prep`) is the graph that a board runs and the graph that prepares its tensors.
+A `LoweredPair` is the graph that a board runs, and the `prepare` graph that makes its tensors from float32 weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fedprune_export.ir.graph import Node
-from fedprune_export.precision.weight_prep import LoweredPair
+from fedprune_export.precision.lowered_pair import LoweredPair, node_text
 
 # Operators that compute in float16.
 _FLOAT16_OPERATORS = frozenset(
@@ -36,12 +36,8 @@ def convert_to_float16(pair: LoweredPair) -> list[str]:
     return [node_text(n) for n in nodes if not writer.add_node(n)]
 
 
-def node_text(node: Node) -> str:
-    return f"{node.op} {node.name or node.outputs[0]}"
-
-
 class _Float16Writer:
-    """A graph whose nodes are taken over one after the other."""
+    """Writes the nodes of a graph again, one after the other, with the casts that they need."""
 
     def __init__(self, pair: LoweredPair) -> None:
         self._pair, self._graph = pair, pair.graph
@@ -64,7 +60,7 @@ class _Float16Writer:
         self._half_names |= {n: f"{n}~float16" for n in names}
         self._computed_in_half.update(names)
         self._graph.nodes.append(node)
-        # Outputs stay float32: whoever reads them need not know the precision.
+        # The model's outputs stay float32: their readers need not know the precision.
         for name in self._output_names.intersection(names):
             self._as_float32(name)
         return True
@@ -84,12 +80,12 @@ class _Float16Writer:
             value = np.clip(self._graph.initializers[name], -_MAX_FLOAT16, _MAX_FLOAT16)
             self._graph.initializers[half_name] = value.astype(np.float16)
         elif self._pair.is_tensor(name):
-            make = self._pair.prepare
-            # Numbers that are too large become the largest, not infinite; whether that harms, the trial of the
-            # finished model shows.
+            prepare = self._pair.prepare
+            # Numbers that are too large become the largest, not infinite. The trial of the finished model shows whether
+            # that harms.
             prepared_name = self._pair.prepared_value(name)
-            bounded = make.emit("Clip", prepared_name, make.scalar(-_MAX_FLOAT16), make.scalar(_MAX_FLOAT16))
-            half = make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16})
+            bounded = prepare.emit("Clip", prepared_name, prepare.scalar(-_MAX_FLOAT16), prepare.scalar(_MAX_FLOAT16))
+            half = prepare.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16})
             self._pair.define_tensor(half_name, half, np.float16)
         else:
             self._graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=half_name)

@@ -1,4 +1,8 @@
-"""A model at lower precision: the graph that a board runs, and those that make its tensors from new weights."""
+"""Lowers a model to float16 or int8: the graph that a board runs, and the graphs that make its tensors.
+
+Weights change after every round, and a board converts them itself. Here passes over the graph fold its norms
+(`folding`), and then convert it to float16 (`half`) or quantise it (`quantisation_plan`, `quantisation`).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,11 @@ from fedprune.core.errors import ModelError
 from fedprune.runtime.precision import RANGES, pack_graphs, prepare_tensors
 from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.precision.folding import fold
+from fedprune_export.precision.folding import fold_norms
 from fedprune_export.precision.half import convert_to_float16
-from fedprune_export.precision.quantisation import calibration_graph, plan_quantisation, quantise, use_quantisable_forms
-from fedprune_export.precision.weight_prep import LoweredPair
+from fedprune_export.precision.lowered_pair import LoweredPair
+from fedprune_export.precision.quantisation import quantise, use_quantisable_forms
+from fedprune_export.precision.quantisation_plan import calibration_graph, plan_quantisation
 from fedprune_export.pruning.model import Model
 
 
@@ -69,7 +74,7 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
             hint="Leave --precision (precisions) or --base-precision (base) out.",
         )
     pair = LoweredPair(model, widths)
-    fold(pair)
+    fold_norms(pair)
     stays: list[str] = []
     calibrate, layers = None, []
     if precision == "float16":
@@ -93,7 +98,8 @@ def _serialise(
     pair: LoweredPair, precision: str, calibrate: bytes | None, layers: tuple[str, ...], stays: tuple[str, ...]
 ) -> Lowered:
     """Write the graphs as bytes."""
-    # Types and shapes of the tensors are seen by running the prepare graph on zeros: exact, and simpler than inference.
+    # Types and shapes of the tensors are seen by a run of the prepare graph on zeros: exact, and simpler than
+    # inference.
     rows = sum(p.name == RANGES and int(p.shape[0] or 0) for p in pair.prepare.inputs)
     ranges = np.zeros((rows, 2), np.float32) if precision == "int8" else None
     outputs = prepare_tensors(OnnxSession(pair.prepare.to_bytes()), pair.zero_weights(), ranges)

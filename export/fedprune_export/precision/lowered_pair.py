@@ -1,4 +1,4 @@
-"""A model that is being lowered: the graph that a board will run, and the graph that makes its tensors.
+"""A model on its way to a lower precision: the graph that a board will run, and the graph that makes its tensors.
 
 Weights change after every round, so that a board has to convert them itself, with onnxruntime alone: every tensor that
 the lowered graph reads is an output of the `prepare` graph, which takes the float32 weights by name.
@@ -24,7 +24,9 @@ Array = npt.NDArray[Any]
 
 
 class LoweredPair:
-    """A graph and the one that prepares its tensors. Raises `BundleError` if the widths don't fit the architecture.
+    """A graph and the graph that prepares its tensors, edited side by side by the passes of this package.
+
+    Raises `BundleError` if the widths don't fit the architecture.
 
     Attributes:
         graph: The graph that a board will run; passes rewrite it. Its weights are not among its initialisers.
@@ -34,7 +36,7 @@ class LoweredPair:
 
     def __init__(self, model: Model, widths: Sequence[int]) -> None:
         self.graph = at_widths(model, widths)
-        # Constants and nodes of the one may move into the other: names continue from where they are.
+        # Constants and nodes may move from one graph into the other: names continue from where they are.
         self.prepare = Graph(name="prepare", _counter=self.graph._counter)
         self._weights = model.architecture.shapes(widths)
         self.tensors: dict[str, str] = {}
@@ -53,7 +55,7 @@ class LoweredPair:
         return self._dtypes.get(name) == np.float32
 
     def is_tensor(self, name: str) -> bool:
-        """Whether a value is a tensor that follows from weights alone."""
+        """Whether a value is a weight, or a tensor that `prepare` makes of weights."""
         return name in self.tensors or name in self._weights
 
     def output_names(self) -> set[str]:
@@ -151,3 +153,8 @@ class LoweredPair:
             offset += value.nbytes
         raw: bytes = proto.SerializeToString(deterministic=True)
         return raw
+
+
+def node_text(node: Node) -> str:
+    """A node in lists of nodes that stay in float32."""
+    return f"{node.op} {node.name or node.outputs[0]}"

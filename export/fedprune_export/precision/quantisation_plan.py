@@ -1,0 +1,130 @@
+"""The plan of an int8 quantisation: which layers and activations get 8 bits, and the graph that measures their ranges.
+
+Layers with weights come first. Operators between two of them are quantised if all their inputs are already; all others
+stay in float32. `quantisation` writes what is planned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedprune.runtime.precision import RANGES
+from fedprune_export.bundles.inference import refer_to_weights
+from fedprune_export.ir.graph import Node, Port
+from fedprune_export.precision.lowered_pair import LoweredPair
+from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.model import Model
+
+_QUANTISABLE_LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
+# A clamp after a layer costs nothing: the range of its output ends where the clamp does, and rounding clamps.
+_CLAMPING_OPERATORS = frozenset({"Relu", "Clip"})
+
+# Operators whose output holds numbers of their input, and so has its scale.
+_REARRANGING_OPERATORS = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+
+# Operators that onnxruntime computes on 8 bits; their output has a scale of its own.
+_QUANTISED_OPERATORS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
+
+
+@dataclass
+class QuantisationPlan:
+    """The parts to quantise.
+
+    Attributes:
+        layers: Outputs of the layers with weights.
+        values: Activations with a range of their own, in the graph's order: rows of the ranges.
+        scales: Per quantised activation, the activation whose scale it has.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    values: list[str] = field(default_factory=list)
+    scales: dict[str, str] = field(default_factory=dict)
+
+
+def plan_quantisation(pair: LoweredPair, keep: Collection[str] = ()) -> QuantisationPlan:
+    """Choose the parts of a folded graph to quantise. `keep`: outputs of layers that stay in float32.
+
+    `pair` has the graph that a board will run, and the graph that prepares its tensors from float32 weights.
+    """
+    return _Planner(pair).plan(keep)
+
+
+class _Planner:
+    """Goes over the layers, and then over all nodes in the graph's order."""
+
+    def __init__(self, pair: LoweredPair) -> None:
+        self._pair, self._output_names = pair, pair.output_names()
+        self._consumers = pair.graph.consumers()
+        self._ranged: set[str] = set()  # values that get a range of their own
+
+    def plan(self, keep: Collection[str]) -> QuantisationPlan:
+        graph = self._pair.graph
+        layers = [n for n in graph.nodes if _is_layer(self._pair, n) and n.outputs[0] not in keep]
+        for node in layers:
+            self._ranged.add(node.inputs[0])
+            if node.op == "Conv" and (output := self._range_source(node.outputs[0])) not in self._output_names:
+                self._ranged.add(output)
+        scales = {p.name: p.name for p in graph.inputs if p.name in self._ranged}
+        for node in graph.nodes:
+            self._add_scales(node, scales)
+        return QuantisationPlan([n.outputs[0] for n in layers], [v for v in scales if scales[v] == v], scales)
+
+    def _range_source(self, name: str) -> str:
+        """The value whose range counts: that after a clamp, if nothing else reads the value before it."""
+        readers = self._consumers.get(name, [])
+        clamp = readers[0][0] if len(readers) == 1 and name not in self._output_names else None
+        return clamp.outputs[0] if clamp is not None and clamp.op in _CLAMPING_OPERATORS and not clamp.domain else name
+
+    def _add_scales(self, node: Node, scales: dict[str, str]) -> None:
+        """Add the scales of a node's outputs to those of the values before it."""
+        pair = self._pair
+        reads = [i for i in node.inputs if i and not pair.is_tensor(i) and i not in pair.graph.initializers]
+        reads_quantised = bool(reads) and not node.domain and set(reads) <= scales.keys()
+        is_inner = len(node.outputs) == 1 and node.outputs[0] not in self._output_names
+        if reads_quantised and node.op in _REARRANGING_OPERATORS and is_inner:
+            scales[node.outputs[0]] = scales[reads[0]]
+            return
+        floats = {i for i in node.inputs if i and pair.is_float(i)}
+        if reads_quantised and node.op in _QUANTISED_OPERATORS and floats == set(reads):
+            self._ranged |= {self._range_source(node.outputs[0])} - self._output_names
+        scales |= {o: o for o in node.outputs if o in self._ranged}
+
+
+def _is_layer(pair: LoweredPair, node: Node) -> bool:
+    """Whether a node is a layer that has an 8-bit form here."""
+    if node.domain or node.op not in _QUANTISABLE_LAYERS or not pair.is_float(node.inputs[0]):
+        return False
+    if pair.is_tensor(node.inputs[0]) or not pair.is_tensor(node.inputs[1]):
+        return False
+    shape = pair.shape(node.inputs[1])
+    if shape is None or (node.op != "Conv" and len(shape) != 2):
+        return False
+    if node.op == "Gemm":
+        is_unscaled = node.attrs.get("alpha", 1.0) == node.attrs.get("beta", 1.0) == 1.0 and not node.attrs.get(
+            "transA", 0
+        )
+        bias = node.inputs[2] if len(node.inputs) > 2 else ""
+        if not is_unscaled or (bias and len(pair.shape(bias) or ()) != 1):
+            return False
+    return all(pair.is_tensor(i) or i in pair.graph.initializers for i in node.inputs[2:] if i)
+
+
+def calibration_graph(model: Model, widths: Sequence[int], plan: QuantisationPlan) -> bytes:
+    """The inference graph with the smallest and largest numbers of activations as its output, float32 [n, 2].
+
+    Its weights are those of the inference graph, in the same file. Raises `BundleError` if the widths don't fit the
+    architecture. `plan`: which activations, in this order.
+    """
+    graph = at_widths(model, widths)
+    rows = []
+    for name in plan.values:
+        bounds = [graph.emit(op, name, attrs={"keepdims": 0}) for op in ("ReduceMin", "ReduceMax")]
+        row = graph.emit("Concat", *(graph.emit("Unsqueeze", b, graph.ints(0)) for b in bounds), attrs={"axis": 0})
+        rows.append(graph.emit("Unsqueeze", row, graph.ints(0)))
+    graph.emit("Concat", *rows, out=RANGES, attrs={"axis": 0})
+    graph.outputs = [Port(RANGES, np.dtype(np.float32), (len(rows), 2))]
+    graph.prune()
+    return refer_to_weights(graph.to_proto(), model.architecture.shapes(widths))
