@@ -26,7 +26,7 @@ from fedprune_export.autodiff.tape_shapes import TapeShapes
 from fedprune_export.autodiff.value_facts import describe
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
 from fedprune_export.ir.operators import load_rules, registrar
-from fedprune_export.ir.trace import sample_sizes
+from fedprune_export.ir.sample_inputs import sample_sizes
 from fedprune_export.pruning.model import Model
 
 __all__ = [

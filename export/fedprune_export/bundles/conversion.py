@@ -31,7 +31,7 @@ from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.trace import sample_feeds
+from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
 Array = npt.NDArray[Any]

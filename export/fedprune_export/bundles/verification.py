@@ -30,7 +30,7 @@ from fedprune_export.checks.parity import (
 )
 from fedprune_export.checks.step_feeds import Array, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.trace import sample_feeds
+from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.model import Model
 
 # The largest difference of the two graphs' losses, relative to 1 + loss: boards apply the same limit before a model

@@ -20,8 +20,8 @@ from fedprune.model.step_contract import LOGITS, LOSS, LR, X, next_name
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
-from fedprune_export.ir.trace import sample_feeds
-from fedprune_export.pruning.cut import masked_graph
+from fedprune_export.ir.sample_inputs import sample_feeds
+from fedprune_export.pruning.masked_reference import masked_graph
 from fedprune_export.pruning.model import Model
 
 # Random inputs of the check; a batch that is no batch size of the trace, so that a frozen one would show.

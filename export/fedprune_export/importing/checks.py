@@ -19,7 +19,9 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.refusals import quantisation_error, quantising_node
 from fedprune_export.ir.graph import Graph, Node, Port
-from fedprune_export.ir.trace import Trace, sample_feeds, shapes_at_batch
+from fedprune_export.ir.measured_shapes import shapes_at_batch
+from fedprune_export.ir.sample_inputs import sample_feeds
+from fedprune_export.ir.trace import Trace
 
 # ONNX declares these as integers and reads them as truths.
 _FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})

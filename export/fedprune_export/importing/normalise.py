@@ -47,8 +47,10 @@ from fedprune_export.importing.simplification import bypass, drop_identities, si
 from fedprune_export.importing.translation import translate, upgrade_model
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.ir.dropout import remove_dropouts
+from fedprune_export.ir.fixed_batch import check_batch, refuse_fixed_batch
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.trace import Trace, check_batch, refuse_fixed_batch, sample_input, trace_graph
+from fedprune_export.ir.sample_inputs import sample_input
+from fedprune_export.ir.trace import Trace, trace_graph
 
 Array = npt.NDArray[Any]
 

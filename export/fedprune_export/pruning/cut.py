@@ -1,6 +1,7 @@
-"""Cutting: the physically smaller graph of a submodel.
+"""Cuts a model: the physically smaller graph of a submodel.
 
-Weights are gathered in rank order; attributes and constants that hold a channel count are rewritten (see `rewrites`).
+Weights are gathered in rank order (the best channels first). Attributes and constants that hold a number of channels
+are rewritten by the operators' rewrites (`rewrites`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,8 @@ from fedprune.model.selection import Selection
 from fedprune_export.ir.dropout import remove_dropouts
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.operators import load_rules
-from fedprune_export.pruning.masked_reference import masked_graph
 from fedprune_export.pruning.model import RANKS_KEY, Model
 from fedprune_export.pruning.rewrites import REWRITES, Sizes
-
-__all__ = ["at_widths", "cut", "masked_graph"]
 
 
 def cut(model: Model, selection: Selection) -> Graph:

@@ -10,7 +10,7 @@ from fedprune.model.augmentation import AugmentEntry, AugmentPlan, AugmentStep
 from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, Features, labels_of
 from fedprune_export.importing.packing import INPUTS_KEY, Piece, read_packing
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.trace import sample_sizes
+from fedprune_export.ir.sample_inputs import sample_sizes
 from fedprune_export.pruning.model import Model
 
 

@@ -20,7 +20,7 @@ from fedprune_export.importing import ImportChoices, export_torch, import_onnx, 
 from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write_properties
 from fedprune_export.importing.timm_models import timm_name
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.trace import sample_feeds, vocabulary_size
+from fedprune_export.ir.sample_inputs import sample_feeds, vocabulary_size
 from fedprune_export.pruning.model import Model
 from support.nets import published_nets as zoo
 from support.nets import small_nets as nets

@@ -12,7 +12,8 @@ import torch
 
 from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.selection import Selection
-from fedprune_export.pruning.cut import cut, masked_graph
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.masked_reference import masked_graph
 from support.marks import marked
 from support.nets import whole_models
 from support.nets.whole_models import MODELS, OURS, TASKS

@@ -11,7 +11,8 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph
-from fedprune_export.pruning.cut import cut, masked_graph
+from fedprune_export.pruning.cut import cut
+from fedprune_export.pruning.masked_reference import masked_graph
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
