@@ -23,7 +23,7 @@ from fedprune.updates.privacy import Privacy
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal_digits, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job, demo_reference_job
+from fedprune_server.simulation.fleet.demo_fleet import DEMO_BOARDS, demo_job, demo_reference_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.accuracy import sets
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.datasets.federation import DataPlan
+from fedprune_server.simulation.datasets.data_plan import DataPlan
 
 FOLDER = Path("build/accuracy/nets")
 

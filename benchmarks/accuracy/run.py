@@ -31,7 +31,8 @@ from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.planning.profile_store import find_profile
 from fedprune.strategies.allocation import natural_sort_key
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.datasets.federation import DataPlan, Federation
+from fedprune_server.simulation.datasets.data_plan import DataPlan
+from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
 from fedprune_server.simulation.measure import MeasuredRound, ModelMeasure

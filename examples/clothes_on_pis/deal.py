@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.simulation.datasets.federation import DataPlan, Federation, draw_partition
+from fedprune_server.simulation.datasets.data_plan import DataPlan
+from fedprune_server.simulation.datasets.federation import Federation
+from fedprune_server.simulation.datasets.fleet_data import draw_partition
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 BOARDS = ("hall-zero", "attic-zero", "shed-pi3", "shop-pi3", "yard-pi4", "barn-pi4", "desk-pi5", "dock-pi5")

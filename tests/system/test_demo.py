@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS
+from fedprune_server.simulation.fleet.demo_fleet import DEMO_BOARDS
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.storage.storage import Storage
 from support.waiting import until

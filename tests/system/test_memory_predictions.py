@@ -18,7 +18,7 @@ from fedprune.planning.width_plan import WidthPlan
 from fedprune.strategies import compose
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
+from fedprune_server.simulation.fleet.demo_fleet import DEMO_BOARDS, demo_job
 from support.paths import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.json"

@@ -13,7 +13,7 @@ from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune_export.cli.main import main
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.datasets.federation import FleetData
+from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.results.comparison import write_comparison
 from fedprune_server.simulation.results.record import DeviceRow, Record

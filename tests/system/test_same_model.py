@@ -23,7 +23,7 @@ from fedprune_export.importing.torch_export import export_torch
 from fedprune_server.cli.demo import DemoFolder, run_job
 from fedprune_server.simulation.digits import Digits, deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
+from fedprune_server.simulation.fleet.demo_fleet import DEMO_BOARDS, demo_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.simulation import Simulation

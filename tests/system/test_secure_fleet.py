@@ -13,7 +13,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.cli.demo import DemoFolder, run_job
 from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
+from fedprune_server.simulation.fleet.demo_fleet import DEMO_BOARDS, demo_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
 from support.processes.real_site import Site, write_material

@@ -40,10 +40,10 @@ from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.observation.observer import RoundEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
-from fedprune_server.simulation.datasets.federation import FleetData
+from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.digits import DIGITS_TITLE, deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import REFERENCE
-from fedprune_server.simulation.fleet.simulated_fleet import (
+from fedprune_server.simulation.fleet.demo_fleet import (
     DEMO_BOARDS,
     DEMO_QUICK_ROUNDS,
     DEMO_ROUNDS,

@@ -188,7 +188,8 @@ def _run(options: argparse.Namespace) -> None:
     with progress("reading the fleet"):
         from fedprune_server.config.track_targets import track_targets
         from fedprune_server.simulation.api import simulate
-        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_fleet_plan, too_few_rounds
+        from fedprune_server.simulation.fleet.demo_fleet import demo_plan, too_few_rounds
+        from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
         from fedprune_server.simulation.results.report import claims, closing_text
         from fedprune_server.simulation.results.tables import final_figures, final_rows, print_rows
 

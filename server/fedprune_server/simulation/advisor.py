@@ -25,7 +25,8 @@ from fedprune.strategies import Strategy, compose
 from fedprune.strategies.methods.fedprune import CORE_BOARD_SHARE
 from fedprune.updates import CODECS, PLAIN
 from fedprune_server.config.layers import setting_value_text
-from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_tables
+from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
+from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.tables import finite_or_none
 

@@ -19,7 +19,7 @@ from fedprune.strategies import compose
 from fedprune.strategies.user_code_digest import user_code_digest
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.server_samples import LabelledSamples
-from fedprune_server.simulation.datasets.federation import FleetData
+from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import MeasurementHook, measure_settings
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather

@@ -14,10 +14,8 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, value_text
 from fedprune.core.rng import keyed_generator
 from fedprune.planning.profile import LinkFigures
-from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.setting import check_settings, read_table, setting
-from fedprune_server.config.track_targets import TRACK_TEXT, track_targets
-from fedprune_server.simulation.fleet.virtual_device import MEGABYTE, LinkSettings
+from fedprune_server.simulation.fleet.device_table import MEGABYTE, LinkSettings
 
 NEVER_CLOSES = math.inf  # end of a window that never closes
 
@@ -170,26 +168,6 @@ _PUBLISHED_ENVIRONMENTS: dict[str, tuple[Weather, tuple[LinkSettings, ...]]] = {
         tuple({"down_mb_s": down, "up_mb_s": up, "latency_s": 0.0} for down, up in PR_FL_LINKS),
     ),
 }
-
-
-@dataclass(frozen=True)
-class SimulationSettings:
-    """The table [simulation]."""
-
-    workers: int = setting(1, "Number of processes.", within=(1, 10**6))
-    cuda: bool = setting(False, "Whether devices train on an NVIDIA GPU, through onnxruntime.")
-    checkpoints: int = setting(0, "Rounds between two saved global models; 0 for none.", within=(0, 10**6))
-    densities: tuple[float, ...] = setting(
-        (), "Densities of submodels that are measured on the server's samples.", within=(1e-6, 1)
-    )
-    every: int = setting(1, "Rounds between two measurements.", within=(1, 10**6))
-    track: str = setting(OFF, TRACK_TEXT)
-
-    def __post_init__(self) -> None:
-        densities = validation.check_items(("simulation", "densities"), self.densities, 1000, "numbers")
-        object.__setattr__(self, "densities", tuple(densities))
-        check_settings(self, ("simulation",))
-        track_targets(self.track, ("simulation", "track"))
 
 
 def read_weather(body: Mapping[str, object]) -> tuple[Weather, tuple[LinkSettings, ...]]:

@@ -26,7 +26,8 @@ from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, FedpruneError, value_text
 from fedprune.core.metrics import primary_metric
 from fedprune.core.toml_file import read_toml
-from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan, read_fleet_tables
+from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
+from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.results.tracked_rounds import track_rounds

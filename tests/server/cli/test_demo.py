@@ -9,7 +9,7 @@ from fedprune.core.disk import file_lock
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.fleet.simulated_fleet import DEMO_ROUNDS, too_few_rounds
+from fedprune_server.simulation.fleet.demo_fleet import DEMO_ROUNDS, too_few_rounds
 from fedprune_server.simulation.results.record import DeviceRow, Record
 
 KEPT = ("seed", "rounds", "total_bytes", "total_macs", "total_hours", "devices", "participation", "deadline_s")

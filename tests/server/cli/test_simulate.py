@@ -15,8 +15,9 @@ from fedprune.core.errors import ExitCode
 from fedprune.output.extras import install_command
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
+from fedprune_server.simulation.fleet.demo_fleet import demo_plan
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
-from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_fleet_plan
+from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.tables import TAIL_ROUNDS
 from support.fakes.opened_job import read_config

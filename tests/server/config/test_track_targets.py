@@ -10,7 +10,7 @@ from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config
 from fedprune_server.config.track_targets import TrackTarget, track_targets
-from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_tables
+from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
 
 
 def test_each_tracker_may_have_a_destination() -> None:

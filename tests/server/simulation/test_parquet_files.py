@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
 from fedprune_server.simulation.datasets import parquet_files
-from fedprune_server.simulation.datasets.federation import DataPlan
+from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.source import read_samples
 from support.nets import drawn_models  # noqa: F401 - its settings of Hypothesis
 

@@ -13,7 +13,7 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.datasets.federation import FleetData
+from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.comparison import (
     comparison_document,

@@ -23,7 +23,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find_profile
 from fedprune_server.simulation.digits import asset_bytes
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import StoredData, with_link
+from fedprune_server.simulation.fleet.device_table import with_link
+from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.measure import ModelMeasure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.record import Record

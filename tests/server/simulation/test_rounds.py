@@ -15,7 +15,7 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.stragglers import ENOUGH_UPDATES
 from fedprune.model.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Offer, RoundProgress
-from fedprune_server.simulation.fleet.virtual_device import with_link
+from fedprune_server.simulation.fleet.device_table import with_link
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_simulation
 from support.fakes.fleet import Fleet, folded

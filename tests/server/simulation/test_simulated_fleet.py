@@ -9,8 +9,9 @@ from fedprune.planning.profile_store import find_profile
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal_digits, digits_model
 from fedprune_server.simulation.experiment import fedavg_job
+from fedprune_server.simulation.fleet.device_table import MAX_LOADED_FLEET
 from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
-from fedprune_server.simulation.fleet.virtual_device import MAX_LOADED_FLEET, StoredData
+from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.network_model import (
     PR_FL_WEATHER,
     Availability,

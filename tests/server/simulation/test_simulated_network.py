@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.model.recipe import Recipe
-from fedprune_server.simulation.fleet.virtual_device import with_link
+from fedprune_server.simulation.fleet.device_table import with_link
 from fedprune_server.simulation.network_model import Availability, Weather, transfer_end
 from support.fakes.digits_simulation import boards, digits_simulation, noting
 

@@ -36,7 +36,7 @@ from fedprune_server.devices.plan_vs_actual import (
 )
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.monitoring.round_rows import PRIVACY_METRICS, RoundNotes, RoundRow, make_round_row
-from fedprune_server.simulation.datasets.federation import FleetData
+from fedprune_server.simulation.datasets.fleet_data import FleetData
 
 _RECIPE_FACTS = {"learning rate": "lr", "batch size": "batch_size"}
 

@@ -1,0 +1,222 @@
+"""The table [[devices]] of a `fleet.toml`: each row describes one simulated device, or several of a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedprune.core import validation as setting_checks
+from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject, dotted_path, value_text
+from fedprune.planning import profile_store
+from fedprune.planning.profile import HardwareProfile
+from fedprune.wire.topics import check_device
+from fedprune_device.data.array_source import load_data
+from fedprune_device.data.dataset import LocalData
+from fedprune_server.simulation.datasets.federation import Federation
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, samples_digest
+
+MEGABYTE = 1e6
+
+MAX_LOADED_FLEET = 32  # fleets of up to this size hold their samples in memory; larger ones read them on use
+
+_ROW_KEYS = ("name", "count", "profile", "data", "link", "validation")
+_LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
+
+# Speeds in MB/s and latency in seconds that differ from the profile's.
+LinkSettings = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One future device, and its row in the file."""
+
+    where: KeyPath
+    name: str
+    profile: str
+    data: str
+    link: LinkSettings
+    validation: float
+
+
+def read_devices(
+    rows: object,
+    seed: int,
+    folder: Path,
+    federation: Federation | None = None,
+    links: Sequence[LinkSettings] = (),
+    *,
+    check: Callable[[LocalData], object] = lambda data: None,
+) -> tuple[VirtualDevice, ...]:
+    """The fleet that a file's [[devices]] describe.
+
+    Args:
+        seed: The job's seed, which keys the split of samples.
+        folder: What relative paths count from.
+        federation: The split data set of the table [data]; None if every row names its own.
+        links: Links for devices without their own, in turn.
+        check: Raises `DataError` if a device's samples don't fit the model.
+
+    Raises:
+        ConfigError: A key is missing, unknown or wrong; the message names row and key.
+        FedpruneError: A profile or data can't be read; the message names row and key.
+    """
+    device_rows = list(_expand_rows(rows, federation))
+    rows_by_name: dict[str, KeyPath] = {}
+    for row in device_rows:
+        if row.name in rows_by_name:
+            expected, got = "another one for each device", f"{row.name!r} as {dotted_path(rows_by_name[row.name])}"
+            raise ConfigError((*row.where, "name"), expected=expected, got=got)
+        rows_by_name[row.name] = row.where
+    if federation is not None and len(device_rows) != len(federation.names):
+        raise ConfigError(
+            ("devices",),
+            expected=f"as many devices as [data] deals out: {len(federation.names)}",
+            got=len(device_rows),
+        )
+    profiles: dict[tuple[str, str], HardwareProfile] = {}  # devices of one kind share one
+    devices = []
+    data: LocalData | StoredData
+    for number, row in enumerate(device_rows):
+        link = row.link or (links[number % len(links)] if links else {})
+        profile_key = (row.profile, repr(sorted(link.items())))
+        if profile_key not in profiles:
+            with name_source((*row.where, "profile")):
+                # Shipped profiles go by a bare name, so a name with a slash or an ending is a path.
+                is_path = "/" in row.profile or row.profile.endswith((".toml", ".json"))
+                source = str(folder / row.profile) if is_path else row.profile
+                profiles[profile_key] = with_link(profile_store.find_typed_profile(source), link)
+        with name_source((*row.where, "data") if federation is None else ("data", row.name)):
+            load, data = _read_samples(row, seed, folder, federation, number, check)
+            if len(device_rows) > MAX_LOADED_FLEET:
+                digest = (
+                    samples_digest(data) if federation is None else federation.fingerprint(federation.names[number])
+                )
+                data = StoredData(data.samples, digest, load, data.effective_classes)
+        devices.append(VirtualDevice(row.name, profiles[profile_key], data))
+    return tuple(devices)
+
+
+@contextmanager
+def name_source(source: Subject) -> Iterator[None]:
+    """Let an error that names no setting name this setting or file."""
+    try:
+        yield
+    except FedpruneError as error:
+        if error.path and not isinstance(source, str):
+            raise
+        message, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
+        raise error.with_subject(message, path) from error
+
+
+def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
+    needed = ("name", "profile", "data") if federation is None else ("profile",)
+    needed_text = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise ConfigError(("devices",), expected=f"one table with {needed_text} per device")
+    name_count = 0
+    for index, row in enumerate(rows):
+        row_path: KeyPath = ("devices", index)
+        if not isinstance(row, Mapping):
+            raise ConfigError(row_path, expected=f"a table with {needed_text}", got=repr(row))
+        allowed_keys = _ROW_KEYS if federation is None else [k for k in _ROW_KEYS if k not in ("data", "validation")]
+        setting_checks.check_keys(allowed_keys, row, row_path)
+        for key in needed:
+            if key not in row:
+                raise ConfigError((*row_path, key), expected=needed_text, got="nothing")
+        names = _names(row, row_path, federation, name_count, is_only_row=len(rows) == 1)
+        profiles = _checked_texts(row["profile"], (*row_path, "profile"))
+        data = "" if federation is not None else _checked_text(row["data"], (*row_path, "data"))
+        links = _links(row.get("link", {}), (*row_path, "link"))
+        share = setting_checks.check_number((*row_path, "validation"), row.get("validation", 0.0), 0, 0.9)
+        for i, name in enumerate(names):
+            yield _Row(row_path, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
+        name_count += len(names)
+
+
+def _names(
+    row: Mapping[str, Any], row_path: KeyPath, federation: Federation | None, name_count: int, *, is_only_row: bool
+) -> tuple[str, ...]:
+    """Names of a row's devices: its own, numbered ones, or those of the data."""
+    count = row.get("count")
+    if count is not None:
+        setting_checks.check_whole((*row_path, "count"), count, 1, 10**6)
+    if "name" not in row:
+        if federation is None or (count is None and not is_only_row):
+            raise ConfigError((*row_path, "name"), expected="a text", got="nothing")
+        return federation.names[name_count:][: count if count is not None else None]
+    name = _checked_text(row["name"], (*row_path, "name"))
+    if count is None:
+        return (check_device(name, (*row_path, "name"), error=ConfigError),)
+    # As many digits as sorting by name needs.
+    digits = max(3, len(str(count)))
+    names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
+    # The last name is the longest: if it is valid, so are the others.
+    check_device(names[-1], (*row_path, "name"), error=ConfigError)
+    return names
+
+
+def _links(value: object, path: KeyPath) -> list[LinkSettings]:
+    """Links of a row's devices: one, or several in turn."""
+    tables = value if isinstance(value, list) and value else [value]
+    links: list[LinkSettings] = []
+    for table in tables:
+        if not isinstance(table, Mapping):
+            raise ConfigError(path, expected=f"a table with {', '.join(_LINK_KEYS)}", got=value_text(table))
+        setting_checks.check_keys(_LINK_KEYS, table, path)
+        limits = {"latency_s": (0.0, 3600.0)}
+        links.append(
+            {k: setting_checks.check_number((*path, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
+        )
+    return links
+
+
+def with_link(profile: HardwareProfile, link: LinkSettings) -> HardwareProfile:
+    """The same board on another link; missing values stay."""
+    if not link:
+        return profile
+    link_before = profile.link
+    changed = replace(
+        link_before,
+        down_bytes_s=MEGABYTE * link["down_mb_s"] if "down_mb_s" in link else link_before.down_bytes_s,
+        up_bytes_s=MEGABYTE * link["up_mb_s"] if "up_mb_s" in link else link_before.up_bytes_s,
+        latency_s=link.get("latency_s", link_before.latency_s),
+    )
+    return replace(profile, link=changed)
+
+
+def _read_samples(
+    row: _Row,
+    seed: int,
+    folder: Path,
+    federation: Federation | None,
+    device_index: int,
+    check: Callable[[LocalData], object],
+) -> tuple[Callable[[], LocalData], LocalData]:
+    """The function that reads a device's samples, and the samples, which are checked."""
+    if federation is not None:
+        load = partial(federation.load, federation.names[device_index])
+        data = load()
+        check(data)
+        return load, data
+    source = str(folder / row.data) if row.data.endswith(".npz") else row.data
+    load = partial(load_data, source, seed, row.name, row.validation)
+    data = load()
+    with name_source(source):
+        check(data)
+    return load, data
+
+
+def _checked_texts(value: object, path: KeyPath) -> list[str]:
+    return (
+        [_checked_text(v, path) for v in value] if isinstance(value, list) and value else [_checked_text(value, path)]
+    )
+
+
+def _checked_text(value: object, path: KeyPath) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(path, expected="a text", got=repr(value))
+    return value
