@@ -52,7 +52,8 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_device.privacy.budget import PrivacyPolicy, read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import NO_LAUNCHER, ReleaseAgent, board_installer
-from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog
+from fedprune_device.releases.release_trial import ReleaseTrial
+from fedprune_device.releases.watchdog import Watchdog
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore

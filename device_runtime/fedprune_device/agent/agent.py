@@ -34,7 +34,7 @@ from fedprune_device.network.connection import BoardConnection, ReceivedMessage
 from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.releases.release_agent import ReleaseAgent
-from fedprune_device.releases.release_trial import Watchdog
+from fedprune_device.releases.watchdog import Watchdog
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reporter import CrashReporter
 

@@ -44,7 +44,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.privacy.budget import BoardPrivacyBudget, PrivacyPolicy
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
-from fedprune_device.storage.local_state import FolderStateStore
+from fedprune_device.storage.state_store import FolderStateStore
 
 _LOG = logging.getLogger("fedprune.device")
 

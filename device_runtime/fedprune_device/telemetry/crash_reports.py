@@ -15,18 +15,17 @@ import re
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fedprune import __version__
 from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError, IdentityError, JoinError
-from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, MAX_FRAMES
+from fedprune.wire.fleet_messages import MAX_CRASH_TEXT
 from fedprune_device.hardware.readings import memory, temperature_c
-from fedprune_device.privacy.redaction import WITHHELD, error_name, module_of, module_of_file, redact
+from fedprune_device.privacy.redaction import WITHHELD, error_name, redact
+from fedprune_device.telemetry.crash_frames import exception_frames, fault_frames
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -40,7 +39,6 @@ _SAFE_CAUSES = ("signal", "killed")  # causes whose texts don't quote an excepti
 
 _MAX_FAULT_BYTES = 65_536  # bytes of faulthandler's text that are read
 _FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.{1,200})$", re.MULTILINE)
-_FRAME = re.compile(r'^  File "([^"\n]{1,4096})", line ([0-9]{1,9}) in ([^\n]{1,128})$')
 _BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -83,7 +81,7 @@ class CrashReports:
         """Write down an exception that ends the service, or a thread of it."""
         message = f"{error_name(error)}: {WITHHELD}" if self._withholds_text() else f"{type(error).__name__}: {error}"
         text = redact(message, MAX_CRASH_TEXT)
-        self._write(cause, text, _exception_frames(error.__traceback__), self._clock() - self._started_at)
+        self._write(cause, text, exception_frames(error.__traceback__), self._clock() - self._started_at)
 
     @contextlib.contextmanager
     def watch_run(self) -> Iterator[None]:
@@ -105,13 +103,8 @@ class CrashReports:
             threading.excepthook = hook
             try:
                 yield
-            except (
-                KeyboardInterrupt,
-                SystemExit,
-                IdentityError,
-                JoinError,
-            ):  # no crash: an operator hasn't approved yet
-                raise
+            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError):
+                raise  # no crash: it was stopped, or an operator hasn't approved yet
             except BaseException as error:
                 self.record_exception(error, "error" if isinstance(error, FedpruneError) else "exception")
                 raise
@@ -129,7 +122,7 @@ class CrashReports:
         report_path = self._folder / CRASH_FILE
         fatal_error = _FATAL.search(fault)
         if fatal_error is not None:
-            self._write("signal", redact(fatal_error[1], MAX_CRASH_TEXT), _fault_frames(fault), None, mark)
+            self._write("signal", redact(fatal_error[1], MAX_CRASH_TEXT), fault_frames(fault), None, mark)
         elif mark is not None and not report_path.exists() and self._ended_here(mark):
             text = "the process ended without an error: killed by the system for lack of memory, or by a user"
             self._write("killed", text, [], None, mark)
@@ -223,31 +216,3 @@ def _boot_id() -> str:
         return _BOOT_ID_FILE.read_text(encoding="ascii", errors="replace").strip()[:64]
     except OSError:
         return ""
-
-
-def _exception_frames(trace: TracebackType | None) -> list[dict[str, Any]]:
-    """The innermost frames of an exception, by module and line."""
-    rows = []
-    for frame, line in traceback.walk_tb(trace):
-        module = module_of(str(frame.f_globals.get("__name__", "")))
-        ours = module.startswith("fedprune")
-        line, function = (line, frame.f_code.co_name[:128]) if ours else (0, "")
-        rows.append({"module": module, "line": line, "function": function})
-    return rows[::-1][:MAX_FRAMES]
-
-
-def _fault_frames(fault: str) -> list[dict[str, Any]]:
-    """The frames of the thread in which a fault happened, of what faulthandler wrote."""
-    rows: list[dict[str, Any]] = []
-    current = False
-    for text in fault.splitlines():
-        if text.startswith(("Current thread", "Stack (most recent call first)")):
-            current = True
-        elif current and (frame := _FRAME.match(text)):
-            module = module_of_file(frame[1])
-            ours = module.startswith("fedprune")
-            function = redact(frame[3], 128) if ours else ""
-            rows.append({"module": module, "line": int(frame[2]) if ours else 0, "function": function})
-        elif current and not text.startswith("  "):
-            break
-    return rows[:MAX_FRAMES]

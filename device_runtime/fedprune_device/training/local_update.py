@@ -25,7 +25,8 @@ from fedprune.updates.clipped_noise import GaussianNoise, add_noise
 from fedprune.updates.remap import relocate
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import LocalState, RoundState, StateStore
+from fedprune_device.storage.local_state import LocalState, RoundState
+from fedprune_device.storage.state_store import StateStore
 from fedprune_device.training.evaluation import PROBE_SAMPLES
 from fedprune_device.training.trainer import Trainer, TrainingResult
 

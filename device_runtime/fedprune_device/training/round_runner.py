@@ -31,7 +31,8 @@ from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
-from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
+from fedprune_device.storage.local_state import RoundState
+from fedprune_device.storage.state_store import MemoryStateStore, StateStore
 from fedprune_device.training.evaluation import MACHINE_METRICS, Evaluation, is_clearly_better, training_metrics
 from fedprune_device.training.local_update import LocalUpdate, ServingAverage, decode_weights
 from fedprune_device.training.trainer import (

@@ -30,7 +30,7 @@ from fedprune.wire import topics
 from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.launcher.slot_store import SIGNATURE_PREFIX
 from fedprune_device.releases import wheel
-from fedprune_device.releases.installer import launcher_archive, program_archive
+from fedprune_device.releases.program_archive import launcher_archive, program_archive
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import wheelhouse
 from fedprune_flash.kit.board_settings import BoardSettings, check_authorities, check_claim

@@ -50,8 +50,9 @@ def build_advise_parser() -> CommandParser:
 def _advise(options: argparse.Namespace) -> int:
     # These imports take a while, in which the user sees that something happens.
     with progress("reading the fleet"):
-        from fedprune_server.simulation.advisor import VariantRuns, advice_figures, advice_rows, advise, choose_variants
+        from fedprune_server.simulation.advisor import VariantRuns, advice_figures, advice_rows, advise
         from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
+        from fedprune_server.simulation.job_variants import choose_variants
         from fedprune_server.simulation.results.comparison import write_comparison
         from fedprune_server.simulation.results.tables import final_figures, print_rows
         from fedprune_server.simulation.sweep import variant_runs

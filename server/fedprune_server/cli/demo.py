@@ -51,7 +51,8 @@ from fedprune_server.simulation.fleet.demo_fleet import (
     demo_reference_job,
     too_few_rounds,
 )
-from fedprune_server.simulation.results.record import Record, job_record
+from fedprune_server.simulation.results.job_record import job_record
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import claims, closing_text, write_report
 from fedprune_server.simulation.results.tables import final_rows, print_rows
 

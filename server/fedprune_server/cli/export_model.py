@@ -21,8 +21,9 @@ from fedprune_server.cli.state_option import add_allow, add_state
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.engine.stored_job import BEST_ROUND, finished_round, global_model
 from fedprune_server.monitoring.round_rows import RoundNotes
+from fedprune_server.simulation.results.job_record import job_record
 from fedprune_server.simulation.results.model_card import model_card
-from fedprune_server.simulation.results.record import Record, job_record
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.storage.storage import Storage
 
 

@@ -39,7 +39,8 @@ from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.network_model import NEVER_CLOSES
-from fedprune_server.simulation.results.record import Record, job_record
+from fedprune_server.simulation.results.job_record import job_record
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.round_recorder import RoundRecorder
 from fedprune_server.simulation.saved_run import SAVE_PACE, SavedRun, SavePace
 from fedprune_server.simulation.stall_detector import StallDetector, standstill_reason

@@ -17,7 +17,7 @@ from fedprune.model.selection import ElementMask, Tensors
 from fedprune.planning.costs import WEIGHT_FILES, storage_bytes
 from fedprune.wire.messages import Birth, Offer, Refusal
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.storage.local_state import FolderStateStore
+from fedprune_device.storage.state_store import FolderStateStore
 from support.fakes.agent_harness import Bench
 from support.fakes.hidden_board import HIDDEN, hidden_weights
 from support.paths import GRAPHS

@@ -16,7 +16,8 @@ from fedprune_device.launcher.launcher import choose_slot
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, UpdateOutcome
 from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_device.releases.release_trial import REQUIRED_MODULES, ReleaseTrial, Watchdog, check_packages
+from fedprune_device.releases.release_trial import REQUIRED_MODULES, ReleaseTrial, check_packages
+from fedprune_device.releases.watchdog import Watchdog
 from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, set_up, source

@@ -18,8 +18,9 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import FolderStateStore, LocalState
+from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.storage.state_store import FolderStateStore
 from fedprune_device.training.local_update import updated_average
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.hidden_board import (

@@ -21,7 +21,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ElementMask, Tensors
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import FolderStateStore, LocalState
+from fedprune_device.storage.local_state import LocalState
+from fedprune_device.storage.state_store import FolderStateStore
 from fedprune_device.training.local_update import unpack_weights
 from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingTask
 from support.fakes.hidden_board import (

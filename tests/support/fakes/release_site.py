@@ -23,7 +23,8 @@ from fedprune_device.launcher.state import STABLE, LauncherState
 from fedprune_device.network.connection import BoardConnection, MessageChannel, ReceivedMessage
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import ReleaseAgent
-from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog
+from fedprune_device.releases.release_trial import ReleaseTrial
+from fedprune_device.releases.watchdog import Watchdog
 from support.fakes.runtime_releases import PUBLIC, versions_in
 
 TOPICS = Topics("site")

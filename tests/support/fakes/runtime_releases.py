@@ -15,7 +15,8 @@ from fedprune.security.join_claim import JoinClaim
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune_device.launcher.slot_store import KEY_FILE, write_file
 from fedprune_device.launcher.state import SLOTS, LauncherState
-from fedprune_device.releases.installer import LAUNCHER_FILE, ReleaseInstaller, ReleaseSource, launcher_archive
+from fedprune_device.releases.installer import LAUNCHER_FILE, ReleaseInstaller, ReleaseSource
+from fedprune_device.releases.program_archive import launcher_archive
 from fedprune_device.releases.release_trial import REQUIRED_MODULES
 from fedprune_device.releases.wheel import Wheel, contents_digest
 

@@ -24,7 +24,7 @@ from fedprune_device.launcher.state import DamagedError, LauncherState
 from fedprune_device.privacy.redaction import redact
 from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.local_state import LocalState
-from fedprune_device.telemetry.crash_reports import _fault_frames
+from fedprune_device.telemetry.crash_frames import fault_frames
 from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
 from support.faults.parsers_of_files import picture
 from support.faults.parsers_of_samples import sample_targets
@@ -139,7 +139,7 @@ Current thread 0x00007f (most recent call first):
 
 def _fault(text: str) -> object:
     """What a board would tell of a fault."""
-    return CrashReport("a", 1, 1, "signal", redact(text, 1000), tuple(_fault_frames(text)), "fedprune", "")
+    return CrashReport("a", 1, 1, "signal", redact(text, 1000), tuple(fault_frames(text)), "fedprune", "")
 
 
 def _document(body: bytes) -> bytes:

@@ -20,7 +20,7 @@ from fedprune.core.errors import FedpruneError, TrainingError
 from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.storage.local_state import MemoryStateStore
+from fedprune_device.storage.state_store import MemoryStateStore
 from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner, TrainerCache
 from fedprune_server.executor.offer_entries import device_offer
 from fedprune_server.process.pools import ProcessPool

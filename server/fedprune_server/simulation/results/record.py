@@ -13,29 +13,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from fedprune import __version__
-from fedprune.coordination import State
-from fedprune.coordination.job_end import early_end_reason
 from fedprune.core import records
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.metrics import AVERAGED_SUFFIX, METRICS, TRAINED_SUFFIX, Metric
 from fedprune.core.text import quantity
-from fedprune.jobs.job import Job
-from fedprune.jobs.state import Progress
-from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import judged_by
-from fedprune.model.selection import Selection
-from fedprune.planning.costs import costs_at
 from fedprune_server.devices.plan_vs_actual import (
     RoundComparison,
-    compare_device,
-    predicted_figures,
-    training_processor,
 )
 from fedprune_server.executor.accountant import EPSILON
-from fedprune_server.monitoring.round_rows import PRIVACY_METRICS, RoundNotes, RoundRow, make_round_row
+from fedprune_server.monitoring.round_rows import PRIVACY_METRICS, RoundRow
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 
 _RECIPE_FACTS = {"learning rate": "lr", "batch size": "batch_size"}
@@ -225,81 +214,6 @@ class Record:
         return cls.from_json(text, str(path))
 
 
-def job_record(
-    title: str,
-    job: Job,
-    architecture: Architecture,
-    state: State,
-    *,
-    notes: Mapping[int, RoundNotes] | None = None,
-    ranking: str | bytes | None = None,
-    measured: str = "",
-    started_at: float = 0.0,
-    partition: FleetData | None = None,
-    uncalibrated: bool = False,
-) -> Record:
-    """The record of a job.
-
-    Args:
-        architecture: Its model's architecture.
-        notes: Bytes of each round by its number, and what else a simulation notes.
-        ranking: The last round's selection as JSON, for the channel map.
-        measured: Where bytes were counted.
-        started_at: The run's start, on the clock of the state's history.
-        partition: The fleet's data, if known.
-        uncalibrated: As in the record.
-    """
-    round_notes = notes or {}
-    rounds = (
-        make_round_row(e, round_notes.get(e["round"], RoundNotes()), started_at, job.recipe.judged_by)
-        for e in state.history
-    )
-    refusals = _refusals_by_device(state)
-    selection = None if ranking is None else Selection.from_json(ranking, architecture)
-    devices = tuple(
-        _device_row(name, job, architecture, state, refusals.get(name, [])) for name in sorted(state.devices)
-    )
-    return Record(
-        title=title,
-        job=job.to_dict(),
-        groups=tuple((_label(architecture, i), g.size) for i, g in enumerate(architecture.groups)),
-        devices=devices,
-        rounds=tuple(rounds),
-        channels={} if selection is None else _channels(selection, devices),
-        measured=measured,
-        partition=partition or FleetData(),
-        version=__version__,
-        uncalibrated=uncalibrated,
-        ended_early=early_end_reason(job, state),
-    )
-
-
-def _device_row(
-    name: str, job: Job, architecture: Architecture, state: State, refusals: Sequence[tuple[str, str]]
-) -> DeviceRow:
-    device = state.devices[name]
-    prediction = predicted_figures(name, device, job, architecture)
-    reason, kind = refusals[-1] if refusals else ("", "")
-    return DeviceRow(
-        name=name,
-        profile=str(device.profile.get("name", "")),
-        samples=device.samples,
-        widths=tuple(device.widths),
-        # Planned, not trained: while a fleet shares a core, boards train less than their plans say.
-        density=device.plan["density"] if device.plan else device.density,
-        bound=device.plan["bound"] if device.plan else "",
-        parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
-        excluded=device.excluded,
-        compared=compare_device(name, state, prediction),
-        missed=len(refusals),
-        why=reason,
-        kind=kind,
-        unit=training_processor(device),
-        train_j=(prediction or {}).get("train_j"),
-        warning=device.plan["warning"] if device.plan else "",
-    )
-
-
 def measured_moments(runs: Sequence[Record]) -> tuple[str, ...]:
     """The models that boards measure besides the one that they serve: as received, and as trained if averages serve."""
     kind, metric_names = runs[0].measure, {name for run in runs for row in run.rounds for name in row.device_metrics}
@@ -321,24 +235,6 @@ def score_text(value: float | None, metric: Metric) -> str:
     return metric.value_text(value)
 
 
-def _refusals_by_device(state: State) -> dict[str, list[tuple[str, str]]]:
-    """Reasons and kinds of each device's refusals, one for each finished round that had one."""
-    refusals: dict[str, list[tuple[str, str]]] = {}
-    for row in state.history:
-        for name, device_row in row["devices"].items():
-            if device_row["progress"] == Progress.REFUSED.value:
-                refusals.setdefault(name, []).append(
-                    (str(device_row.get("reason", "")), str(device_row.get("kind", "")))
-                )
-    return refusals
-
-
-def _label(architecture: Architecture, group: int) -> str:
-    """The name of the layer that produces a group's channels."""
-    members = architecture.members(group)
-    return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
-
-
 def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, ...]:
     latest_values: dict[str, float] = {}
     means: list[float | None] = []
@@ -347,13 +243,3 @@ def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, .
         latest_values.update(row)
         means.append(sum(latest_values.values()) / len(latest_values) if latest_values else None)
     return tuple(means)
-
-
-def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    return {
-        d.name: tuple(
-            tuple(int(c) for c in rank[:width]) for rank, width in zip(selection.ranks, d.widths, strict=True)
-        )
-        for d in devices
-        if d.widths
-    }
