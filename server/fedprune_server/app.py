@@ -26,7 +26,8 @@ from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ReportSettings, ServerConfig, without_password
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.engine.further_jobs import further_configs
-from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.job_runner import JobRunner
+from fedprune_server.engine.runnable_job import DeviceServices, RunnableJob
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_folder import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder

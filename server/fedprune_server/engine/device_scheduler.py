@@ -33,7 +33,7 @@ class DeviceScheduler:
         self._only_able_job: str | None = None  # the job that gets every device, since no other has enough of them
         self._charged_at: float | None = None
         for runner in runners.values():
-            runner.track_changes()
+            runner.demand.track_changes()
 
     def assignments(self) -> Mapping[str, str]:
         """The job of each device that has one."""
@@ -72,7 +72,7 @@ class DeviceScheduler:
         """Note for which of these devices a job awaits their part in a round: their time is charged to that job."""
         for device in devices:
             job = self.job_of_device.get(device)
-            if job is not None and self._runners[job].awaits_part_of(device):
+            if job is not None and self._runners[job].demand.awaits_part_of(device):
                 self._working_devices[device] = job
             else:
                 self._working_devices.pop(device, None)
@@ -80,7 +80,7 @@ class DeviceScheduler:
     def _refresh_suitability(self) -> set[str]:
         """Update which jobs suit the changed devices; returns those devices."""
         for runner in self._runners.values():
-            self._devices_to_check |= runner.take_changes()
+            self._devices_to_check |= runner.demand.take_changes()
         for device in self._devices_to_check:
             for job, suitable_devices in self._suitable_devices.items():
                 if device in self._connected and self._suits(job, device):
@@ -91,7 +91,7 @@ class DeviceScheduler:
 
     def _current_demands(self) -> tuple[list[JobDemand], list[JobDemand]]:
         """Demands of the unfinished jobs, and of those among them for which enough suitable devices are connected."""
-        demands = [demand for runner in self._runners.values() if (demand := runner.demand()) is not None]
+        demands = [demand for runner in self._runners.values() if (demand := runner.demand.present()) is not None]
         return demands, [demand for demand in demands if demand.has_share(len(self._suitable_devices[demand.job]))]
 
     def _share_once(self) -> bool:
@@ -123,7 +123,7 @@ class DeviceScheduler:
         self._free_devices.discard(device)
         birth, job = self._connected.get(device), self.job_of_device.get(device)
         if birth is None or (
-            job is not None and (job == self._only_able_job or self._runners[job].awaits_part_of(device))
+            job is not None and (job == self._only_able_job or self._runners[job].demand.awaits_part_of(device))
         ):
             return
         if job is not None:
@@ -131,7 +131,7 @@ class DeviceScheduler:
             self._runners[job].unassign(device, birth.session)
         # After a restart of either side a part may be under way: the device continues with it.
         job_awaiting_part = next(
-            (name for name, runner in self._runners.items() if runner.awaits_part_of(device)), None
+            (name for name, runner in self._runners.items() if runner.demand.awaits_part_of(device)), None
         )
         if job_awaiting_part is None:
             self._free_devices.add(device)
@@ -140,10 +140,12 @@ class DeviceScheduler:
 
     def _suits(self, job: str, device: str) -> bool:
         unsuitable_jobs = self._unsuitable_jobs.get(device, ())
-        return job not in unsuitable_jobs and self._runners[job].may_take_part(device, self._connected[device].session)
+        return job not in unsuitable_jobs and self._runners[job].demand.may_take_part(
+            device, self._connected[device].session
+        )
 
     def _has_work(self, job: str, device: str) -> bool:
-        return self._suits(job, device) and self._runners[job].has_work_for(device)
+        return self._suits(job, device) and self._runners[job].demand.has_work_for(device)
 
     def _assign(self, job: str, devices: Sequence[str]) -> None:
         """Assign devices to a job, and note those that can't take part in it."""

@@ -9,49 +9,42 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import Phase, State, make_coordinator
+from fedprune.coordination import Phase, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.fair_scheduler import JobDemand
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
-from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS_SCHEDULE
-from fedprune.jobs.state import Progress
-from fedprune.model.architecture import Architecture
 from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
 from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.messages import PUT_ABILITY, Birth, Finished
-from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic
+from fedprune_server.engine.device_demand import DeviceDemand
 from fedprune_server.engine.journal import Journal
 from fedprune_server.engine.message_handler import Envelope, MessageHandler
+from fedprune_server.engine.runnable_job import NO_SERVICES, DeviceServices, RunnableJob
 from fedprune_server.engine.secure_sums import MaskedChannel
 from fedprune_server.engine.snapshots import SnapshotMaker
 from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.engine.update_channel import UpdateChannel
 from fedprune_server.executor import divergence
-from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
+from fedprune_server.executor.background import BackgroundExecutor
 from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEnded, TurnEvent, TurnSaved
-from fedprune_server.observation.snapshot import AWAITED_PROGRESS, FleetSnapshot, JobSnapshot
+from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.ota.coordinator import RolloutCoordinator
-from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.served_job import ServedJob
 from fedprune_server.transfer.uploads import Uploads
@@ -73,52 +66,6 @@ _MAX_RESULTS_PER_TURN = 100
 _MAX_RESULTS_WHILE_MESSAGES_WAIT = 10
 
 
-@dataclass(frozen=True)
-class RunnableJob:
-    """A job with everything that is needed to run it.
-
-    Attributes:
-        state: The coordinator's state from which it continues.
-        frozen: Tensors that the model's author froze.
-        keep: Number of the latest global models that stay on the disk, beside the best.
-        pulls: Number of devices from which updates are pulled at a time.
-        weight: Its share of the devices in comparison with other jobs; 0 to pause it.
-        prefix: Begins the log's lines about the job, if its server has several.
-    """
-
-    job: Job
-    architecture: Architecture
-    state: State
-    storage: Storage
-    store: BlobStore
-    worker: CommandExecutor
-    frozen: Collection[str] = ()
-    keep: int = 3
-    pulls: int = 4
-    weight: float = 1.0
-    prefix: str = ""
-
-
-@dataclass(frozen=True)
-class DeviceServices:
-    """A server's services for its devices beside the jobs; the runner of the first job provides them.
-
-    Attributes:
-        rollouts: Rollouts of releases, if this server distributes any.
-        members: Names of the fleet's members, if it has an identity; devices that are no members leave a rollout.
-        crashes: Stores boards' crash reports; None to drop them.
-        blobs: Blobs over HTTP.
-    """
-
-    rollouts: RolloutStore | None = None
-    members: Callable[[], Collection[str]] | None = None
-    crashes: CrashStore | None = None
-    blobs: WebBlobs = NO_BLOBS
-
-
-NO_SERVICES = DeviceServices()
-
-
 class JobRunner:
     """Runs a job on the devices that the server assigns to it.
 
@@ -136,9 +83,8 @@ class JobRunner:
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
     ) -> None:
-        self.job, self.state, self._weight = job.job, job.state, job.weight
+        self.job, self.state = job.job, job.state
         self._monotonic, self._steady_clock = site.monotonic, SteadyClock(site.clock, site.monotonic)
-        self._services = services
         self._logged_grants = ""
         self._coordinator = make_coordinator(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS_SCHEDULE
@@ -149,21 +95,10 @@ class JobRunner:
             site.clock, prefix=job.prefix,
         )  # fmt: skip
         self._bucket_sync = BucketSync(job.store)
-        local_store, upload_place = self._bucket_sync.local_store, services.blobs.uploads(self._bucket_sync)
-        self._uploads = Uploads(self._bucket_sync, job.pulls, site.max_packet, upload_place)
-        # Only blobs of the folder are served over HTTP; others come over MQTT, because requests that wait for a bucket
-        # that can't be used would take all connections.
-        self.served_job = ServedJob(local_store, self.may_fetch, upload_place, job.pulls)
-        stores = [local_store] if services.rollouts is None else [local_store, services.rollouts.blobs]
-        downloads = Downloads(BlobSender(*stores), site.max_packet)
-        self.outbox = Outbox(site, self.registry, downloads, self._bucket_sync.is_coming)
-        self._rollouts = (
-            None
-            if services.rollouts is None
-            else RolloutCoordinator(services.rollouts, self.outbox.send, services.members, site.clock, site.monotonic)
-        )
+        self._make_transfers(job, site, services)
         traffic = DeviceTraffic(job.job, job.state, self.registry, self._uploads, self.outbox, site.monotonic)
         self._channel = MaskedChannel(traffic, job.store) if job.job.secure_aggregation else UpdateChannel(traffic)
+        self.demand = DeviceDemand(job.job, job.state, self._schedule, self._channel, job.weight)
         self._messages = MessageHandler(
             traffic, self._channel, site.quarantine, profiles, self._rollouts, services.crashes
         )
@@ -185,15 +120,27 @@ class JobRunner:
         self.is_finished = False
         self.needs_assignment = True  # whether an event has happened since the server assigned devices
         self._observer_events: list[TurnEvent] = []
-        self._tracks_changes = False
-        self._changed_devices: set[str] = set()
-        self._last_phase: Phase | None = None
-        # The model's architecture, and the blobs that are available without waiting for a bucket.
-        self.architecture, self.store = self._coordinator.architecture, local_store
+        self.architecture = self._coordinator.architecture
         self._snapshots = SnapshotMaker(
             job.job, job.state, self.registry, self._uploads, self._executor, self.outbox,
             schedule=self._schedule, clock=self._steady_clock, members=services.members,
         )  # fmt: skip
+
+    def _make_transfers(self, job: RunnableJob, site: SiteLink, services: DeviceServices) -> None:
+        """Make the parts that exchange blobs and messages with devices."""
+        # The blobs that are available without waiting for a bucket. Only these are served over HTTP; others come over
+        # MQTT, because requests that wait for a bucket that can't be used would take all connections.
+        self.store = self._bucket_sync.local_store
+        upload_place = services.blobs.uploads(self._bucket_sync)
+        self._uploads = Uploads(self._bucket_sync, job.pulls, site.max_packet, upload_place)
+        self.served_job = ServedJob(self.store, self.may_fetch, upload_place, job.pulls)
+        rollouts, self._rollouts = services.rollouts, None
+        stores = [self.store] if rollouts is None else [self.store, rollouts.blobs]
+        downloads = Downloads(BlobSender(*stores), site.max_packet)
+        self.outbox = Outbox(site, self.registry, downloads, self._bucket_sync.is_coming)
+        if rollouts is not None:
+            send = self.outbox.send
+            self._rollouts = RolloutCoordinator(rollouts, send, services.members, site.clock, site.monotonic)
 
     # The loop's turn.
 
@@ -352,7 +299,7 @@ class JobRunner:
         event = self._messages.on_disconnect(device, session)
         device_state = self.state.devices.get(device)
         if device_state is not None and device_state.online:
-            if device_state.session == session and self.awaits_part_of(device):
+            if device_state.session == session and self.demand.awaits_part_of(device):
                 round_number = self.state.round_of(self.state.tasks[device])
                 log.info(
                     "%sdevice %s disconnected while it worked on round %d", self.registry.prefix, device, round_number
@@ -398,68 +345,6 @@ class JobRunner:
     def offers_blob(self, device: str, sha256: str) -> bool:
         """Whether a device may fetch a blob, for its part in this job or as a release."""
         return sha256 in self._messages.fetchable_digests(device)
-
-    # Questions of the server's scheduler.
-
-    def awaits_part_of(self, device: str) -> bool:
-        """Whether the job awaits a part of a round from a device."""
-        task = self.state.tasks.get(device)
-        if task is not None and self._channel.holds_devices and task.progress is Progress.FOLDED:
-            return self.state.phase in (Phase.TRAINING, Phase.CLOSING)
-        if task is None or task.progress not in AWAITED_PROGRESS:
-            return False
-        if task.basis is not None:  # a part of an asynchronous job, which counts in whatever round it arrives
-            return self.state.phase is not Phase.FINISHED
-        return self.state.phase in (Phase.SCORING, Phase.TRAINING)
-
-    @property
-    def is_short_of_devices(self) -> bool:
-        """Whether too few devices are connected for the job to begin a round."""
-        return self.state.phase is Phase.WAITING and not self.state.paused
-
-    def may_take_part(self, device: str, session: int) -> bool:
-        """Whether a device can take part in the job, as far as is known."""
-        device_state = self.state.devices.get(device)
-        return device_state is None or device_state.session != session or not device_state.excluded
-
-    def is_excluded(self, device: str) -> bool:
-        return self.registry.is_excluded(device)
-
-    def has_work_for(self, device: str) -> bool:
-        """Whether the job would give a device work now. An asynchronous job gives it no second part on one model."""
-        task = self.state.tasks.get(device)
-        return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)
-
-    def track_changes(self) -> None:
-        """Collect the devices that change, for `take_changes`."""
-        self._tracks_changes = True
-
-    def take_changes(self) -> set[str]:
-        """Devices for which the methods above may answer otherwise than at the last call."""
-        self._collect_changes(self.state.devices.changed | self.state.tasks.changed)
-        changes, self._changed_devices = self._changed_devices, set()
-        return changes
-
-    def demand(self) -> JobDemand | None:
-        """The job's present demand for devices; None if it is finished."""
-        state = self.state
-        if state.phase is Phase.FINISHED:
-            return None
-        weight = 0.0 if state.paused else self._weight
-        if state.phase is Phase.WAITING:  # the round that begins next takes as many devices as there are
-            return JobDemand(self.job.name, weight, self.job.devices, 2**31)
-        if not self._schedule.asynchronous:
-            return JobDemand(self.job.name, weight, self.job.devices, 0)
-        parts_under_way = state.tasks.count(*AWAITED_PROGRESS)
-        room = max(0, (self._schedule.concurrent or 2**31) - parts_under_way) if state.phase is Phase.TRAINING else 0
-        return JobDemand(self.job.name, weight, 1, room, parts_under_way)
-
-    def _collect_changes(self, devices: Collection[str]) -> None:
-        """Collect changed devices. A change of the phase may concern all devices that have a part."""
-        self._changed_devices.update(devices)
-        if self.state.phase is not self._last_phase:
-            self._last_phase = self.state.phase
-            self._changed_devices |= self.state.tasks.keys()
 
     # For observers.
 
@@ -524,8 +409,7 @@ class JobRunner:
     def _save(self, events: Sequence[on.Event]) -> None:
         if changed := self.state.devices.changed | self.state.tasks.changed:
             self._note_event(DevicesChanged(frozenset(changed)))
-            if self._tracks_changes:
-                self._collect_changes(changed)
+            self.demand.note_changes(changed)
         seconds = self._journal.save(events, self._now)
         if seconds is not None:
             self._note_event(TurnSaved(seconds))

@@ -424,11 +424,11 @@ class Server:
         demand = Demand(
             sum(runner.job.devices for runner in runners),
             max((runner.job.deadline_s for runner in runners), default=self.main_runner.job.deadline_s),
-            waiting=any(runner.is_short_of_devices for runner in runners),
+            waiting=any(runner.demand.is_short_of_devices for runner in runners),
         )
 
         def has_work(device: str) -> bool:
-            return any(runner.awaits_part_of(device) for runner in self.runners.values())
+            return any(runner.demand.awaits_part_of(device) for runner in self.runners.values())
 
         for device, away_s in self._steering.choose_leaving(now, self._site.clock(), demand, has_work):
             self.main_runner.outbox.send(device, Reconnect(self._steering.spread_s, away_s))
@@ -449,5 +449,5 @@ class Server:
         runners = self.runners.values()
         known_devices = self.main_runner.registry.names.union(*(runner.state.devices for runner in runners))
         absent_devices = known_devices - self._connected.keys()
-        absent = (name for name in absent_devices if not all(runner.is_excluded(name) for runner in runners))
+        absent = (name for name in absent_devices if not all(runner.registry.is_excluded(name) for runner in runners))
         return GracefulShutdown(self._connected, absent, self._connected.__contains__, self._site.monotonic())

@@ -29,9 +29,13 @@ def compare(loans: DeviceScheduler) -> None:
     for job in runners:
         assert loans._suitable_devices[job] == {d for d in here if loans._suits(job, d)}
     assert loans._free_devices == {
-        d for d in here if d not in loans.job_of_device and not any(k.awaits_part_of(d) for k in runners.values())
+        d
+        for d in here
+        if d not in loans.job_of_device and not any(k.demand.awaits_part_of(d) for k in runners.values())
     }
-    assert loans._working_devices == {d: j for d, j in loans.job_of_device.items() if runners[j].awaits_part_of(d)}
+    assert loans._working_devices == {
+        d: j for d, j in loans.job_of_device.items() if runners[j].demand.awaits_part_of(d)
+    }
 
 
 @given(JOBS, st.lists(st.tuples(st.integers(1, 25), st.booleans()), max_size=5), st.booleans())

@@ -16,7 +16,8 @@ from fedprune.security.signed_envelope import seal
 from fedprune.wire.messages import Alive, Birth
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.job_runner import JobRunner
+from fedprune_server.engine.runnable_job import DeviceServices, RunnableJob
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder

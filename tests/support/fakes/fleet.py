@@ -39,7 +39,8 @@ from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.job_runner import JobRunner
+from fedprune_server.engine.runnable_job import DeviceServices, RunnableJob
 from fedprune_server.engine.server import Server
 from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.transport import SiteLink

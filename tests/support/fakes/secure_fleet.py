@@ -31,7 +31,7 @@ from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.uplink import Uplink
 from fedprune_export.pruning.model import Model
-from fedprune_server.engine.job_runner import RunnableJob
+from fedprune_server.engine.runnable_job import RunnableJob
 from fedprune_server.engine.server import Server
 from fedprune_server.executor.worker import Worker
 from support.fakes.fleet import Air, Fleet, ToyDevice, server_of

@@ -14,7 +14,8 @@ from fedprune.coordination import State
 from fedprune.jobs.job import Job
 from fedprune.wire.messages import Birth, Finished, Offer
 from fedprune.wire.queues import ConnectionUp
-from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.job_runner import JobRunner
+from fedprune_server.engine.runnable_job import RunnableJob
 from fedprune_server.engine.server import Server
 from fedprune_server.transfer.http import NO_BLOBS
 from support.fakes.fleet import Air, ToyDevice, ToyWorker, quick, server_of
