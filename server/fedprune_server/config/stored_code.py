@@ -50,14 +50,12 @@ def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -
 
 
 def stored_job(settings: Mapping[str, Any], allowed: Collection[str], where: str) -> Job:
-    """The job of a database's settings, for code that composes its strategy.
+    """The job of a database's settings, for code that composes its strategy. Raises `ConfigError` if its strategy is a
+    function that the user has not repeated.
 
     Args:
         allowed: Names of functions that the user has repeated.
         where: The folder, for errors.
-
-    Raises:
-        ConfigError: Its strategy is a function that the user has not repeated.
     """
     check_allowed({"job": settings["job"]}, allowed, where)
     return Job.from_dict(settings["job"])

@@ -23,14 +23,12 @@ from fedprune_server.storage.folder_layout import JOBS_FOLDER, job_folders
 
 def further_configs(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
     """Configurations of the jobs after the first: those given as files, and those that the state folder holds already.
+    Raises `ConfigError` if a file can't be used, two jobs have one name, or a folder's database names code, and
+    `StorageError` if a folder can't be read.
 
     Args:
         first_config: The first job's configuration, whose settings of the server hold for all jobs.
         files: One for each job that is new, or whose settings have changed.
-
-    Raises:
-        ConfigError: A file can't be used, two jobs have one name, or a folder's database names code.
-        StorageError: A folder can't be read.
     """
     file_configs = [_read_config(first_config, path) for path in files]
     names = [first_config.job.name, *(config.job.name for config in file_configs)]

@@ -43,12 +43,8 @@ _CONTENT_CHANGES = {
 
 def read_job_model(config: JobSettings) -> bytes:
     """The configured model with its loss, metric and adapters. Errors advise what a server's operator can do, not
-    options of `fedprune-export`.
-
-    Raises:
-        ModelError: The model can't be used.
-        MissingExtraError: torch or timm is needed and not installed.
-    """
+    options of `fedprune-export`. Raises `ModelError` if the model can't be used, and `MissingExtraError` if torch or
+    timm is needed and not installed."""
     source = str(config.model)
     if is_factory_source(source):
         log.info("reading the model %s: torch exports it, which may take minutes", source)
@@ -70,15 +66,12 @@ def read_job_model(config: JobSettings) -> bytes:
 def check_job_model(config: JobSettings, raw: bytes, job_description: str) -> None:
     """Compare the configured model, loss and metric with those of the job's beginning, as far as they are configured.
 
-    A source that no longer exists is no difference: the job has a copy.
+    A source that no longer exists is no difference: the job has a copy. Raises `ConfigError` if something differs, and
+    `ModelError` if the model can't be used.
 
     Args:
         raw: The model with which the job began.
         job_description: The job and its folder, for errors.
-
-    Raises:
-        ConfigError: Something differs.
-        ModelError: The model can't be used.
     """
     if config.model is None and config.lora is not None:
         raise ConfigError(

@@ -236,13 +236,11 @@ class JobRunner:
     # Devices.
 
     def on_birth(self, birth: Birth, size: int, *, connected: bool) -> None:
-        """Handle the part of a device's birth that concerns no job: admission, signs of a clone, rollouts.
+        """Handle the part of a device's birth that concerns no job: admission, signs of a clone, rollouts. Raises
+        `ProtocolError` if the fleet has as many devices as it may have.
 
         Args:
             connected: Whether the device was connected before.
-
-        Raises:
-            ProtocolError: The fleet has as many devices as it may have.
         """
         self.registry.admit(birth.device, one_line(birth.software), size)
         self.registry.note_start(birth.device)

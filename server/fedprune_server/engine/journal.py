@@ -45,16 +45,13 @@ class Journal:
             self._collector.mark([event.weights])
 
     def save(self, events: Sequence[on.Event], now: float) -> float | None:
-        """Save events, the state after them, and traffic.
+        """Save events, the state after them, and traffic. Raises `StorageError` if the disk fails or is full.
 
         Args:
             now: Seconds since 1970.
 
         Returns:
             The seconds that it took; None where there was nothing to save.
-
-        Raises:
-            StorageError: The disk fails or is full.
         """
         state = self._state
         is_new_phase = state.phase is not self._saved_position[1]

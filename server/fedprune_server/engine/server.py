@@ -61,7 +61,7 @@ _STOP_PATIENCE_S = 5.0
 
 
 class Server:
-    """Runs jobs over one connection.
+    """Runs jobs over one connection. Raises `ConfigError` if two jobs have one name.
 
     Args:
         runners: The runners of the jobs, whose names differ. The first one also handles messages that concern no job,
@@ -70,9 +70,6 @@ class Server:
         stopping: Ends the loop when set, from any thread.
         connected_target: Number of boards that are connected on average; 0 to keep all connected.
         observers: Observers that see every job after each turn.
-
-    Raises:
-        ConfigError: Two jobs have one name.
     """
 
     def __init__(

@@ -69,7 +69,8 @@ class OpenJob:
 
 
 class StateFolder(Closeable):
-    """A state folder, held by one server at a time.
+    """A state folder, held by one server at a time. Raises `ConfigError` if the folder's job is in another database
+    than the given one, and `StorageError` if another server runs on it, it is a device's, or it can't be used.
 
     Args:
         path: The folder; made if missing.
@@ -80,10 +81,6 @@ class StateFolder(Closeable):
     Attributes:
         lease: Keeps other servers from writing to the database.
         database_url: The database's URL, perhaps with a password.
-
-    Raises:
-        ConfigError: The folder's job is in another database than the given one.
-        StorageError: Another server runs on it, it is a device's, or it can't be used.
     """
 
     def __init__(

@@ -74,14 +74,12 @@ class GlobalModel(NamedTuple):
 
 
 def global_model(folder: Path, digest: str | None = None, allowed: Collection[str] = ()) -> GlobalModel:
-    """A global model of a state folder, on which a server may be running.
+    """A global model of a state folder, on which a server may be running. Raises `StorageError` if the folder holds no
+    job, or is damaged.
 
     Args:
         digest: Digest of the weights; the current ones by default.
         allowed: Names of the user's functions that may be called. Without the job's own strategy there are no ranks.
-
-    Raises:
-        StorageError: The folder holds no job, or is damaged.
     """
     for _ in range(_READ_ATTEMPTS - 1):
         with suppress(StorageError):  # the server may have begun a round, and deleted what the state referred to
@@ -126,13 +124,11 @@ BEST_ROUND = "best"
 
 
 def finished_round(folder: Path, round_or_best: int | str) -> tuple[dict[str, Any], str]:
-    """A round of the history whose global model is kept, and the metric by which the job's models are judged.
+    """A round of the history whose global model is kept, and the metric by which the job's models are judged. Raises
+    `StorageError` if there was no such round, its model is no longer kept, or the folder is damaged.
 
     Args:
         round_or_best: The round's number, or `BEST_ROUND`.
-
-    Raises:
-        StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
     """
     with Storage.open_existing(folder) as storage:
         stored_settings, state = storage.settings(), storage.load()

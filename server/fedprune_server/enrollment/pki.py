@@ -77,7 +77,8 @@ _CONSOLE_KEY, CONSOLE_CERTIFICATE = "console.key", "console.pem"
 
 
 class IdentityFolder(Closeable):
-    """A server's identity. Every method raises `StorageError` if the disk fails or is full.
+    """A server's identity. Every method raises `StorageError` if the disk fails or is full. The constructor raises
+    `IdentityError` if there is none, or a file of it is damaged or open to other users, and `StorageError` if the folder is a device's.
 
     Args:
         clock: Seconds since 1970.
@@ -86,10 +87,6 @@ class IdentityFolder(Closeable):
 
     Attributes:
         key: The key with which the server signs its messages.
-
-    Raises:
-        IdentityError: There is none, or a file of it is damaged or open to other users.
-        StorageError: The folder is a device's.
     """
 
     def __init__(
@@ -142,12 +139,8 @@ class IdentityFolder(Closeable):
         return self._store
 
     def use_database(self, database: Database) -> None:
-        """Use the database of the running server from now on; its owner closes it.
-
-        Raises:
-            IdentityError: The members in it are another identity's.
-            StorageError: The database is damaged.
-        """
+        """Use the database of the running server from now on; its owner closes it. Raises `IdentityError` if the
+        members in it are another identity's, and `StorageError` if the database is damaged."""
         self.close()
         self._use_store(database)
 

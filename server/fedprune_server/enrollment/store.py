@@ -276,12 +276,9 @@ class IdentityStore:
         self._write(keep)
 
     def certificate(self, request: JoinRequest, now: int) -> str | None:
-        """The certificate (PEM) that the TLS key of a request has; None if it may get one.
-
-        Raises:
-            IdentityError: The certificate is another key's, or over, or the device has too many.
-            ProtocolError: The certificate request is invalid.
-        """
+        """The certificate (PEM) that the TLS key of a request has; None if it may get one. Raises `IdentityError` if
+        the certificate is another key's, or over, or the device has too many, and `ProtocolError` if the certificate
+        request is invalid."""
         device = request.device
         rows = self._rows(sql.select(CERTIFICATES).where(_T.tls_key == _tls_key(request)))
         if rows:

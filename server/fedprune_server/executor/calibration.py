@@ -29,7 +29,8 @@ MAX_SAMPLES = 512
 
 
 class Calibration:
-    """Measures the batch-norm statistics of a model on fixed samples; call it with the model's tensors.
+    """Measures the batch-norm statistics of a model on fixed samples; call it with the model's tensors. Raises
+    `DataError` if there are fewer than two samples, or they have another shape than the model's input.
 
     Args:
         model: The model; its architecture and graph are used, not its weights.
@@ -38,9 +39,6 @@ class Calibration:
 
     Attributes:
         samples: Those that are used.
-
-    Raises:
-        DataError: There are fewer than two samples, or they have another shape than the model's input.
     """
 
     def __init__(self, model: Model, x: npt.NDArray[Any], features: Features | None = None) -> None:

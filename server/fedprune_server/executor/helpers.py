@@ -22,15 +22,12 @@ def helper_processes(worker: Worker, size: int) -> TaskPool[Worker]:
 def with_helpers(
     worker: Worker | DistributedWorker, helpers: int, url: str = PROCESSES
 ) -> Iterator[Worker | DistributedWorker]:
-    """A worker that helpers support, if there are to be several processes.
+    """A worker that helpers support, if there are to be several processes. Raises `ClusterError` if the cluster can't be
+    reached or used, and `MissingExtraError` if Ray is not installed.
 
     Args:
         helpers: How many processes of this machine there are to be.
         url: The cluster that is to help instead.
-
-    Raises:
-        ClusterError: It can't be reached or used.
-        MissingExtraError: Ray is not installed.
     """
     if not isinstance(worker, Worker) or (helpers == 1 and url == PROCESSES):
         yield worker

@@ -58,16 +58,13 @@ class OfferBlobs:
         coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
         previous_selection: Selection | None = None,
     ) -> dict[str, Any]:
-        """The entries of an offer that follow from the device's submodel and recipe.
+        """The entries of an offer that follow from the device's submodel and recipe. Raises `ModelError` if the model
+        can't be trained by this recipe, and `StorageError` if the disk fails or is full.
 
         Args:
             unit: The processing unit on which the device trains.
             coding: The codecs of weights and update, and the weights that the device has.
             previous_selection: The selection of these weights; None if it is unknown.
-
-        Raises:
-            ModelError: The model can't be trained by this recipe.
-            StorageError: The disk fails or is full.
         """
         mask = submodel.mask
         packed, coded = self._encode_weights(pack_active(mask, submodel.tensors), coding, submodel, previous_selection)

@@ -103,14 +103,11 @@ class BlobCollector:
 
         Call it only when a round begins, before any of its commands is carried out. No offer is being made then, so
         nothing can start to refer to a blob that is deleted here, or store the same bytes again. Tasks that wait for
-        their offers belong to the new round, and refer to what it needs.
+        their offers belong to the new round, and refer to what it needs. Raises `StorageError` if the disk fails.
 
         Args:
             state: Everything it refers to stays.
             arriving: Blobs that are being received, which stay; partial files of all others are deleted.
-
-        Raises:
-            StorageError: The disk fails.
         """
         self.note_state(state)
         self.mark(self._graphs.drop_unnamed(state.round))

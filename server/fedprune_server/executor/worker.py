@@ -48,7 +48,8 @@ log = logging.getLogger("fedprune.server")
 
 
 class Worker:
-    """Carries out commands of one job.
+    """Carries out commands of one job. Raises `ConfigError` if the job's strategy or its options are wrong, or there
+    are no test samples, and `DataError` if the recipe's loss can't take the labels of the test samples.
 
     Args:
         model: The imported model; its weights are where the job starts.
@@ -59,10 +60,6 @@ class Worker:
             it is distilled if the strategy asks for it; None for neither.
         unit: The processing unit of devices that have not measured theirs.
         prefix: Begins log lines about devices' updates, to tell several jobs apart.
-
-    Raises:
-        ConfigError: The job's strategy or its options are wrong, or there are no test samples.
-        DataError: The recipe's loss can't take the labels of the test samples.
     """
 
     def __init__(

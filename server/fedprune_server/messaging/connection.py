@@ -122,12 +122,9 @@ def open_connection(config: ServerConfig, identity: IdentityFolder | None) -> It
 
 @contextmanager
 def open_identity(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
-    """The server's identity, closed at the end; None with `insecure`, on this machine alone.
-
-    Raises:
-        ConfigError: The server would leave this machine without TLS and identity, or the site isn't the identity's.
-        IdentityError: There is no identity, or it is damaged.
-    """
+    """The server's identity, closed at the end; None with `insecure`, on this machine alone. Raises `ConfigError` if
+    the server would leave this machine without TLS and identity, or the site isn't the identity's, and `IdentityError`
+    if there is no identity, or it is damaged."""
     url = None if config.has_embedded_broker else BrokerUrl.parse(config.broker)
     if insecure or (url is not None and not url.tls):
         check_local_host(config.host if url is None else url.host)

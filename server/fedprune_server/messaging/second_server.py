@@ -256,14 +256,12 @@ def second_server_guard(
     server: ServerInstance,
     stopping: threading.Event | None = None,
 ) -> Iterator[SecondServerGuard]:
-    """A guard with a connection of its own, which is closed at the end.
+    """A guard with a connection of its own, which is closed at the end. Raises `IdentityError` if the identity's or the
+    authorities' files can't be used.
 
     Args:
         ca: The authority of the broker's certificate; the server's own by default.
         server, stopping: As in `SecondServerGuard`.
-
-    Raises:
-        IdentityError: The identity's or the authorities' files can't be used.
     """
     inbox = Inbox[Event](_INBOX_BYTES)
     link = BrokerLink(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.tls_context(ca), inbox=inbox)

@@ -164,7 +164,9 @@ def take_back(
 ) -> StartedRollout:
     """Start a rollout that takes boards from the release that was rolled out last to the one before.
 
-    The last rollout ends if it is under way. Boards that have its release, or are installing it, go back.
+    The last rollout ends if it is under way. Boards that have its release, or are installing it, go back. Raises
+    `ConfigError` if there is no release to go back from or to, no board has it, or another rollout was started since,
+    and `ReleaseError` if the earlier release's files are gone, or the number isn't above all that were rolled out.
 
     Args:
         reason: For the record, and for boards that are installing the release that is left.
@@ -175,10 +177,6 @@ def take_back(
         terms: How careful it is; attempts and their seconds are those of the last rollout.
         clock: Seconds since 1970.
         database: Its URL; None for the folder's.
-
-    Raises:
-        ConfigError: There is no release to go back from or to, no board has it, or another rollout was started since.
-        ReleaseError: The earlier release's files are gone, or the number isn't above all that were rolled out.
     """
     with IdentityFolder(state, database=database) as identity:
         key, members = identity.key, identity.store.members()

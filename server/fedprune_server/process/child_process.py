@@ -36,16 +36,13 @@ class ChildDiedError(FedpruneError):
 
 class ChildProcess(Generic[Message]):
     """One run of a child process, in a session of its own: Ctrl-C at the terminal reaches this process alone, which
-    then ends the child.
+    then ends the child. Raises `OSError` if it can't be started.
 
     Args:
         name: The child's name in the log, such as `the console`.
         read: Reads the child's next message; returns None at the end.
         max_unread: Maximum number of unread messages, with more of which the child is ended; 0 for no limit.
         environment: The child's environment variables; None for those of this process.
-
-    Raises:
-        OSError: It can't be started.
     """
 
     def __init__(

@@ -98,16 +98,13 @@ class DatabaseLockedError(BusyError):
 
 class Database(Closeable):
     """A database connection. Its methods raise `LostConnectionError` if the database is away, `StorageFullError` if it
-    has no room, and `StorageError` if it can't be used.
+    has no room, and `StorageError` if it can't be used. Raises `ConfigError` if the URL names no database that can be
+    used, and `MissingExtraError` if the driver isn't installed.
 
     Attributes:
         url: The URL without a password, for messages.
         fence: Called first in each transaction of `fenced_transaction`; raises if this process may no longer write.
         max_away_s: Seconds for which the database may be away.
-
-    Raises:
-        ConfigError: The URL names no database that can be used.
-        MissingExtraError: The driver isn't installed.
     """
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:

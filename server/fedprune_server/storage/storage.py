@@ -154,7 +154,8 @@ def _retry_while_away(
 
 
 class Storage(Closeable):
-    """A job's database.
+    """A job's database. Raises `StorageError` if the database is damaged, of another version or can't be opened, and
+    `StorageFullError` if there is no room for it.
 
     Args:
         url: Its URL as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
@@ -163,10 +164,6 @@ class Storage(Closeable):
 
     Attributes:
         url: The file or the URL without a password, for messages.
-
-    Raises:
-        StorageError: The database is damaged, of another version or can't be opened.
-        StorageFullError: There is no room for it.
     """
 
     def __init__(self, url: str, *, create: bool = True, logged: int = MIN_LOGGED_EVENTS) -> None:

@@ -122,7 +122,8 @@ class _BlobResponse(Response):
 
 
 class BlobServer:
-    """The web server: it listens at once, and answers until `close`, on a thread of its own.
+    """The web server: it listens at once, and answers until `close`, on a thread of its own. Raises `ConfigError` if
+    the address can't be listened on.
 
     Args:
         port: The port; 0 for a free one.
@@ -133,9 +134,6 @@ class BlobServer:
         jobs: The jobs whose blobs may be fetched and uploaded; at first none.
         sent: Bytes of blobs that were sent.
         received: Number of received updates.
-
-    Raises:
-        ConfigError: The address can't be listened on.
     """
 
     def __init__(

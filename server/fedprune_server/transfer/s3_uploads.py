@@ -37,11 +37,8 @@ class _AwaitedObject:
 
 
 class S3Uploads(UploadPlace):
-    """Updates that devices put into the bucket of a job, with an address that is signed for each.
-
-    Raises:
-        ConfigError: The job has no bucket, or boards could not use its addresses.
-    """
+    """Updates that devices put into the bucket of a job, with an address that is signed for each. Raises `ConfigError`
+    if the job has no bucket, or boards could not use its addresses."""
 
     accepts_uploads = is_direct = True
 

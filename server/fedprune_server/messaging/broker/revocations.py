@@ -53,14 +53,11 @@ def is_list_delivered(folder: Path, crl: Path) -> bool:
 
 
 def deliver_list(command: str, folder: Path, crl: Path) -> None:
-    """Run the command for the present list, and note that it succeeded.
+    """Run the command for the present list, and note that it succeeded. Raises `RevocationCommandError` if it can't be
+    started, fails, or takes too long, and `StorageError` if the list can't be read or the note not be written.
 
     Args:
         command: The command's words, quoted as for a shell, which runs none of it.
-
-    Raises:
-        RevocationCommandError: It can't be started, fails, or takes too long.
-        StorageError: The list can't be read or the note not be written.
     """
     digest = _list_digest(crl)
     try:
