@@ -18,11 +18,8 @@ _DATA_TABLES = ("evaluation", "calibration")
 
 
 def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
-    """Settings that name code, with what they name: functions, and a cluster whose answers are unpickled.
-
-    Args:
-        tables: Tables of a `fleet.toml`.
-    """
+    """Settings, in the tables of a `fleet.toml`, that name code, with what they name: functions, and a cluster whose
+    answers are unpickled."""
     # A shipped strategy's name has no colon; `package.module:function` has.
     strategy = _text(tables, "job", "strategy")
     if ":" in strategy:
@@ -35,12 +32,8 @@ def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str
 
 
 def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -> ConfigError:
-    """The error about the name of code that stands in a database alone.
-
-    Args:
-        path: Table and key.
-        where: The database or folder, for the message.
-    """
+    """The error about the name of code, at the path of a table and a key, that stands only in a database or folder
+    (`where`)."""
     return ConfigError(
         f"{where}: {dotted_path(path)} names code",
         expected="the name at the command line or in a configuration file, too",
@@ -50,13 +43,8 @@ def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -
 
 
 def stored_job(settings: Mapping[str, Any], allowed: Collection[str], where: str) -> Job:
-    """The job of a database's settings, for code that composes its strategy. Raises `ConfigError` if its strategy is a
-    function that the user has not repeated.
-
-    Args:
-        allowed: Names of functions that the user has repeated.
-        where: The folder, for errors.
-    """
+    """The job of a folder's settings, for code that composes its strategy. `allowed` names the functions that the user
+    has repeated. Raises `ConfigError` if its strategy is another function; the error names the folder (`where`)."""
     check_allowed({"job": settings["job"]}, allowed, where)
     return Job.from_dict(settings["job"])
 

@@ -19,11 +19,7 @@ HELLO_ANSWER_S = 75.0
 
 
 class Presence:
-    """The times at which devices were last heard.
-
-    Args:
-        session_of: Returns the number of a device's connection, or None.
-    """
+    """The times at which devices were last heard. `session_of` returns the number of a device's connection, or None."""
 
     def __init__(
         self,

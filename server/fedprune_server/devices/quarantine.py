@@ -222,12 +222,9 @@ class Quarantine:
             self._charge_strangers(INVALID_MESSAGE_COST, self._clock())
 
     def note_join_flood(self, client: str) -> None:
-        """Note that requests to join fill their inbox, so that its connection is closed for a while.
-
-        Args:
-            client: MQTT client id of the flooding client; empty if many clients send a few requests each. Only the
-                latest client is stored: a stranger can choose any number of ids.
-        """
+        """Note that requests to join fill their inbox, so that its connection is closed for a while. `client` is the
+        MQTT client id of the flooding client; empty if many clients send a few requests each. Only the latest client is
+        stored: a stranger can choose any number of ids."""
         now = self._clock()
         is_logged, self._join_flood_at = now < self._join_flood_at + JOIN_FLOOD_S, now
         if not client:

@@ -10,11 +10,7 @@ from fedprune.wire.messages import BlobRequest
 
 
 class TransferWatch:
-    """The transfers under way to and from devices.
-
-    Args:
-        admitted: The devices that are watched: a stranger may use any number of names.
-    """
+    """The transfers under way to and from `admitted` devices: a stranger may use any number of names."""
 
     def __init__(self, admitted: Container[str]) -> None:
         self._admitted = admitted

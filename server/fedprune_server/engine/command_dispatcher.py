@@ -34,11 +34,8 @@ DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.T
 
 @dataclass(frozen=True)
 class DeviceTraffic:
-    """The parts through which a job exchanges messages and updates with its devices.
-
-    Attributes:
-        state: The coordinator's state; read here, never changed.
-    """
+    """The parts through which a job exchanges messages and updates with its devices. The coordinator's `state` is read
+    here, never changed."""
 
     job: Job
     state: State
@@ -117,14 +114,8 @@ class CommandDispatcher:
         return events
 
     def drop_unawaited_uploads(self, *, all_devices: bool) -> list[str]:
-        """Stop receiving updates that no part of a round awaits any more.
-
-        Args:
-            all_devices: Check all updates under way, not only those of parts that have changed since the last call.
-
-        Returns:
-            Digests of the dropped updates.
-        """
+        """Stop receiving updates that no part of a round awaits any more; returns the digests of the dropped updates.
+        Unless `all_devices`, only updates of parts that have changed since the last call are checked."""
         state, dropped = self._state, list[str]()
         for device in self._uploads.devices() if all_devices else self._changed_tasks:
             if self._awaits_upload(device):

@@ -236,12 +236,9 @@ class JobRunner:
     # Devices.
 
     def on_birth(self, birth: Birth, size: int, *, connected: bool) -> None:
-        """Handle the part of a device's birth that concerns no job: admission, signs of a clone, rollouts. Raises
-        `ProtocolError` if the fleet has as many devices as it may have.
-
-        Args:
-            connected: Whether the device was connected before.
-        """
+        """Handle the part of a device's birth that concerns no job: admission, signs of a clone, rollouts. `connected`
+        says whether the device was connected before. Raises `ProtocolError` if the fleet has as many devices as it may
+        have."""
         self.registry.admit(birth.device, one_line(birth.software), size)
         self.registry.note_start(birth.device)
         profile = one_line(birth.profile, 64)

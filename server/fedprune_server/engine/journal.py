@@ -45,14 +45,8 @@ class Journal:
             self._collector.mark([event.weights])
 
     def save(self, events: Sequence[on.Event], now: float) -> float | None:
-        """Save events, the state after them, and traffic. Raises `StorageError` if the disk fails or is full.
-
-        Args:
-            now: Seconds since 1970.
-
-        Returns:
-            The seconds that it took; None where there was nothing to save.
-        """
+        """Save events, the state after them, and traffic; `now` is in seconds since 1970. Returns the seconds that it
+        took; None if there was nothing to save. Raises `StorageError` if the disk fails or is full."""
         state = self._state
         is_new_phase = state.phase is not self._saved_position[1]
         self._collector.mark(self._dispatcher.drop_unawaited_uploads(all_devices=is_new_phase))

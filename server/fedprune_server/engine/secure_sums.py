@@ -50,11 +50,8 @@ class MaskedChannel(UpdateChannel):
     """The secure sums of a job's current round, one for each cohort of devices that were sent the same.
 
     Nothing of a sum is stored: after a restart the coordinator orders the sums again, under new keys. Boards repeat
-    their last message until the next step reaches them; each repetition makes the server send that step again.
-
-    Args:
-        store: Where masked vectors arrive; they are deleted once they are added.
-    """
+    their last message until the next step reaches them; each repetition makes the server send that step again. Masked
+    vectors arrive in `store`, and are deleted once they are added."""
 
     holds_devices = True  # a device that disconnected after its part was settled could not unmask the others
 

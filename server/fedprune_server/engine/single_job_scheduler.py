@@ -9,11 +9,8 @@ from fedprune_server.engine.job_runner import JobRunner
 
 
 class SingleJobScheduler:
-    """Assigns every device to a job as soon as it connects.
-
-    Args:
-        connected: The connected devices, each with its birth (the message by which it announces itself).
-    """
+    """Assigns every device to a job as soon as it connects. `connected` are the connected devices, each with its birth
+    (the message by which it announces itself)."""
 
     def __init__(self, runner: JobRunner, connected: Mapping[str, Birth]) -> None:
         self._runner, self._connected = runner, connected

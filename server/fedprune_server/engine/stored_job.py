@@ -124,12 +124,9 @@ BEST_ROUND = "best"
 
 
 def finished_round(folder: Path, round_or_best: int | str) -> tuple[dict[str, Any], str]:
-    """A round of the history whose global model is kept, and the metric by which the job's models are judged. Raises
-    `StorageError` if there was no such round, its model is no longer kept, or the folder is damaged.
-
-    Args:
-        round_or_best: The round's number, or `BEST_ROUND`.
-    """
+    """A round of the history whose global model is kept, by its number or `BEST_ROUND`, and the metric by which the
+    job's models are judged. Raises `StorageError` if there was no such round, its model is no longer kept, or the
+    folder is damaged."""
     with Storage.open_existing(folder) as storage:
         stored_settings, state = storage.settings(), storage.load()
     if stored_settings is None or state is None:

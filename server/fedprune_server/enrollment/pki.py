@@ -78,7 +78,8 @@ _CONSOLE_KEY, CONSOLE_CERTIFICATE = "console.key", "console.pem"
 
 class IdentityFolder(Closeable):
     """A server's identity. Every method raises `StorageError` if the disk fails or is full. The constructor raises
-    `IdentityError` if there is none, or a file of it is damaged or open to other users, and `StorageError` if the folder is a device's.
+    `IdentityError` if there is none, or a file of it is damaged or open to other users, and `StorageError` if the
+    folder is a device's.
 
     Args:
         clock: Seconds since 1970.

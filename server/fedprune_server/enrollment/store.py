@@ -89,12 +89,9 @@ class MemberKey:
 
 
 class IdentityStore:
-    """Members, claims, answers and epochs of senders. Every method raises `StorageError` if the database is damaged or
-    away, or the disk fails or is full.
-
-    Args:
-        database: The database, which its owner closes; None for an identity that has none yet: it has no members.
-    """
+    """Members, claims, answers and epochs of senders, in a database that its owner closes; None for an identity that
+    has none yet: it has no members. Every method raises `StorageError` if the database is damaged or away, or the disk
+    fails or is full."""
 
     def __init__(self, database: Database | None) -> None:
         self._database = database
@@ -248,11 +245,8 @@ class IdentityStore:
         return epochs
 
     def defer_epochs(self, epochs: Sequence[tuple[str, str, int]]) -> None:
-        """Store which epochs of senders have begun, with the next transaction of the server (`Database.defer`).
-
-        Args:
-            epochs: Verifying key, stream and epoch of each.
-        """
+        """Store the latest epochs of senders, each with verifying key and stream, with the next transaction of the
+        server (`Database.defer`)."""
         rows = [{"key": key, "stream": stream, "epoch": epoch} for key, stream, epoch in epochs]
         self._require_database().defer(lambda connection: upsert(connection, EPOCHS, rows))
 

@@ -46,11 +46,7 @@ class Accountant:
             )
 
     def epsilon(self, cost: float) -> float:
-        """ε at the job's δ.
-
-        Args:
-            cost: Σ 1/z² over a device's releases.
-        """
+        """ε at the job's δ, given the `cost`: Σ 1/z² over a device's releases."""
         if cost <= 0:
             return 0.0
         return float(self._epsilon(1 / math.sqrt(cost), self._privacy.delta))

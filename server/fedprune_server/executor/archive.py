@@ -94,11 +94,7 @@ class Archive:
         return ALL_ACTIVE if digest is None else mask_from_bits(self.tensors(digest), selection.shapes())
 
     def past(self, past: do.LastCountedUpdate | None, withheld: Callable[[Selection], Tensors]) -> PastUpdate | None:
-        """A device's last counted update.
-
-        Args:
-            withheld: Gives the tensors of a submodel that don't travel.
-        """
+        """A device's last counted update. `withheld` gives the tensors of a submodel that no update carries."""
         if past is None:
             return None
         selection = self.selection(past.ranking, past.widths)

@@ -22,12 +22,12 @@ def helper_processes(worker: Worker, size: int) -> TaskPool[Worker]:
 def with_helpers(
     worker: Worker | DistributedWorker, helpers: int, url: str = PROCESSES
 ) -> Iterator[Worker | DistributedWorker]:
-    """A worker that helpers support, if there are to be several processes. Raises `ClusterError` if the cluster can't be
-    reached or used, and `MissingExtraError` if Ray is not installed.
+    """A worker that helpers support, if there are to be several processes. Raises `ClusterError` if the cluster can't
+    be reached or used, and `MissingExtraError` if Ray is not installed.
 
     Args:
-        helpers: How many processes of this machine there are to be.
-        url: The cluster that is to help instead.
+        helpers: Number of processes of this machine.
+        url: The cluster that helps instead.
     """
     if not isinstance(worker, Worker) or (helpers == 1 and url == PROCESSES):
         yield worker

@@ -34,11 +34,7 @@ _LOG = logging.getLogger("fedprune.server")
 
 
 class OfferBlobs:
-    """Makes the blobs that offers name, and puts them into a store.
-
-    Args:
-        precisions: The lower precisions at which boards may serve, too.
-    """
+    """Makes the blobs that offers name, and puts them into a store. Boards may serve at the lower `precisions`, too."""
 
     def __init__(self, model: Model, store: BlobStore, precisions: Sequence[str] = ()) -> None:
         self._model = model

@@ -12,11 +12,7 @@ from fedprune_server.executor.stored_updates import StoredUpdates
 
 
 class RoundCloser:
-    """Closes rounds with the updates of single devices.
-
-    Args:
-        round_of: The round that a command belongs to.
-    """
+    """Closes rounds with the updates of single devices. `round_of` returns the round of a command."""
 
     def __init__(self, updates: StoredUpdates, round_of: Callable[[do.Close | do.Basis], Round]) -> None:
         self._updates, self._round_of = updates, round_of

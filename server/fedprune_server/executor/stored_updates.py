@@ -24,11 +24,8 @@ from fedprune_server.executor.archive import Archive, split_update
 
 
 class StoredUpdates:
-    """Reads the scenes, submodels and updates that commands name.
-
-    Args:
-        withheld: By recipe, the tensors that no update carries.
-    """
+    """Reads the scenes, submodels and updates that commands name. `withheld` returns the tensors that no update
+    carries, given the recipe."""
 
     def __init__(
         self,

@@ -143,11 +143,8 @@ class Observers:
         self._is_showing = False
 
     def show(self, jobs: Sequence[JobTurn], *, at_once: bool = False) -> None:
-        """Show each job after a turn.
-
-        Args:
-            at_once: To all observers, however long they take: while the loop waits, and at its end.
-        """
+        """Show each job after a turn; `at_once` to all observers, however long they take: while the loop waits, and at
+        its end."""
         if self._is_showing:
             return  # an observer itself waits for the database, which shows `LoopBlocked`
         self._is_showing = True

@@ -46,12 +46,8 @@ def open_blobs_reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobS
 
 
 def open_blobs(folder: Path, address: str, cache_bytes: int, settings: Mapping[str, Any] | None) -> BlobStore:
-    """The store of a server's job. Raises `ConfigError` if the bucket has another job's blobs, and `MissingExtraError`
-    if boto3 isn't installed.
-
-    Args:
-        cache_bytes: Maximum bytes of a bucket's blobs that the folder holds.
-    """
+    """The store of a server's job; the folder caches a bucket's blobs up to `cache_bytes`. Raises `ConfigError` if the
+    bucket has another job's blobs, and `MissingExtraError` if boto3 isn't installed."""
     if address == IN_FOLDER:
         return BlobStore(folder / BLOBS_FOLDER)
     store = BucketStore(folder / BLOBS_FOLDER, address, cache=cache_bytes)

@@ -16,11 +16,8 @@ MAX_AWAY_IN_MEMORY = 1000
 class DevicesAway:
     """Drops fields of saved devices that are needed only when a device comes back (`EVICTED_ATTRIBUTES`) from memory.
 
-    Active devices keep them: a device is active while it is connected, has a part, or was in the latest round.
-
-    Args:
-        read: A device's saved row.
-    """
+    Active devices keep them: a device is active while it is connected, has a part, or was in the latest round. `read`
+    returns a device's saved row."""
 
     def __init__(self, read: Callable[[str], Mapping[str, Any]]) -> None:
         self._read_row = read

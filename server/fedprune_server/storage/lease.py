@@ -56,12 +56,8 @@ class _LeaseRow:
 class Lease:
     """A server's lease on a database, for the server that holds the lock of the state folder `folder`.
 
-    Args:
-        stopping: Set if another server has taken over.
-
-    Attributes:
-        shared: Id of the database if several servers can share it, from when the lease is taken; None for SQLite.
-    """
+    `stopping` is set if another server has taken over. `shared` is an id of the database if several servers can share
+    it, from when the lease is taken; None for SQLite."""
 
     def __init__(self, url: str, folder: Path, stopping: threading.Event | None = None) -> None:
         self._stopping = stopping or threading.Event()

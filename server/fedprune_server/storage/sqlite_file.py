@@ -113,13 +113,8 @@ def sqlite_errors(path: Path, hint: str) -> Iterator[None]:
 
 
 class ReaderPool(Closeable):
-    """Connections of one database that only read, so that no thread waits for another one's query.
-
-    There are as many as there have been queries at a time.
-
-    Args:
-        connect: Makes a connection.
-    """
+    """Connections of one database that only read, so that no thread waits for another one's query. `connect` makes
+    them, as many as there have been queries at a time."""
 
     def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
         self._connect = connect

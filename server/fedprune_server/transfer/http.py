@@ -97,11 +97,8 @@ def web_blobs(
 
 
 def _context_factory(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
-    """A function that returns TLS for the next connection, with the list of revoked certificates as it is then.
-
-    Args:
-        files: Paths of the certificate, its key and the authority.
-    """
+    """A function that returns TLS for the next connection, with the list of revoked certificates as it is then. `files`
+    are the paths of the certificate, its key and the authority."""
     certificate, key, authority = files
     cached: list[tuple[tuple[int, int], ssl.SSLContext]] = []
 

@@ -67,11 +67,7 @@ _BLOB_PATH_PATTERN = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2}
 
 
 class _Listener(socket.socket):
-    """Accepts a limited number of clients: beyond that, the client that has been idle for longest is cut off.
-
-    Args:
-        max_clients: Returns the maximum number of clients.
-    """
+    """Accepts a limited number of clients. Beyond that, the client that has been idle for longest is cut off."""
 
     def __init__(self, host: str, port: int, max_clients: Callable[[], int]) -> None:
         super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)

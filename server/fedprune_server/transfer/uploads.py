@@ -261,11 +261,8 @@ class Uploads:
         return requests + self._start_next(now)
 
     def drop(self, device: str) -> list[str]:
-        """Stop fetching from a device. Arrived leaves stay on the disk, from which a later transfer continues.
-
-        Returns:
-            Digests of the dropped updates.
-        """
+        """Stop fetching from a device; returns the digests of the dropped updates. Arrived leaves stay on the disk,
+        from which a later transfer continues."""
         upload = self._uploads.pop(device, None)
         if upload is None:
             return []
@@ -283,11 +280,8 @@ class Uploads:
             self._store.drop_partial(sha256)
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
-        """Stop fetching from a device, unless the update is for this part of a round.
-
-        Returns:
-            Digests of the dropped updates.
-        """
+        """Stop fetching from a device, unless the update is for this part of a round. Returns the digests of the
+        dropped updates."""
         upload = self._uploads.get(device)
         return [] if upload is None or (upload.round, upload.attempt) == (round_, attempt) else self.drop(device)
 

@@ -237,11 +237,8 @@ def _bindable_port(host: str, port: int) -> int:
 
 
 class BrokerSupervisor:
-    """Starts a dead broker again, on a thread of its own: the server's loop doesn't wait for it.
-
-    Args:
-        broker: The embedded broker; None for an external broker.
-    """
+    """Starts a dead broker again, on a thread of its own: the server's loop doesn't wait for it. An external broker,
+    None, is left alone."""
 
     def __init__(self, broker: EmbeddedBroker | None) -> None:
         self._broker = broker

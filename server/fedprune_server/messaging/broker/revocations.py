@@ -53,12 +53,9 @@ def is_list_delivered(folder: Path, crl: Path) -> bool:
 
 
 def deliver_list(command: str, folder: Path, crl: Path) -> None:
-    """Run the command for the present list, and note that it succeeded. Raises `RevocationCommandError` if it can't be
-    started, fails, or takes too long, and `StorageError` if the list can't be read or the note not be written.
-
-    Args:
-        command: The command's words, quoted as for a shell, which runs none of it.
-    """
+    """Run the command for the present list, and note that it succeeded. Its words are quoted as for a shell, which runs
+    none of it. Raises `RevocationCommandError` if it can't be started, fails, or takes too long, and `StorageError` if
+    the list can't be read or the note not be written."""
     digest = _list_digest(crl)
     try:
         with tempfile.TemporaryFile() as output:  # a pipe would have to wait for processes that the command leaves
@@ -79,11 +76,7 @@ def deliver_list(command: str, folder: Path, crl: Path) -> None:
 
 @contextmanager
 def list_delivery(command: str, folder: Path, crl: Path) -> Iterator[None]:
-    """Run the command on a thread whenever the list has changed, until the context ends.
-
-    Args:
-        command: As for `deliver_list`; `off` for none.
-    """
+    """Run the command, unless it is `off`, on a thread whenever the list has changed, until the context ends."""
     note = folder / NOTE_FILE
     with storage_errors(f"can't write {note}"):
         if command == OFF:

@@ -272,11 +272,8 @@ class StoppedError(StorageError):
 
 
 class RetryPolicy:
-    """Repeats calls while the bucket can't be used; may be called from any thread.
-
-    Attributes:
-        is_endless: Whether it waits until `stop`; otherwise an error is raised at once.
-    """
+    """Repeats calls while the bucket can't be used, until `stop` if it `is_endless`; otherwise an error is raised at
+    once. May be called from any thread."""
 
     def __init__(self) -> None:
         self.is_endless = False

@@ -268,10 +268,7 @@ class BucketStore(BlobStore):
         """Verify an object that a device has put into the bucket as this blob; returns whether it is right. Then it is
         stored in bucket and folder. All other objects with this digest are deleted.
 
-        Args:
-            keys: Objects to which the device was to upload the blob. The bucket is searched only if the last of them is
-                wrong.
-        """
+        The device was to upload the blob to one of `keys`. The bucket is searched only if the last of them is wrong."""
         return self.retry(ADOPT_WORK, partial(self._adopt, ref, keys))
 
     def _adopt(self, ref: BlobRef, keys: Sequence[str]) -> bool:
