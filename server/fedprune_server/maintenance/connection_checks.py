@@ -18,7 +18,7 @@ from fedprune_server.maintenance.checked_site import CheckedSite, run_within
 from fedprune_server.maintenance.finding import Finding, wrong_finding
 from fedprune_server.messaging.broker.revocations import NOTE_FILE, is_list_delivered
 from fedprune_server.messaging.second_server import ServerInstance, second_server_guard, server_text
-from fedprune_server.monitoring.alerts import server_command, state_args
+from fedprune_server.monitoring.alerts import server_command
 from fedprune_server.storage.s3.bucket import IN_FOLDER, Bucket
 
 
@@ -119,7 +119,7 @@ def _check_embedded_broker(site: CheckedSite) -> Iterator[Finding]:
             "broker",
             f"the server's own broker doesn't answer at {host}:{port}: {error}",
             "boards can't reach the server",
-            f"see the server's log; start it again: {server_command('run', *state_args(folder))}",
+            f"see the server's log; start it again: {server_command(folder, 'run')}",
         )
 
 

@@ -38,7 +38,7 @@ from fedprune_server.maintenance.identity_check import check_identity, find_revo
 from fedprune_server.maintenance.job_checks import job_findings
 from fedprune_server.maintenance.stored_job import StoredJob
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
-from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARD_KINDS, server_command, state_args
+from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARD_KINDS, server_command
 from fedprune_server.monitoring.monitor_record import read_running_monitor
 from fedprune_server.monitoring.participation import format_minute, quarantine_absence
 from fedprune_server.monitoring.site_facts import site_facts
@@ -134,7 +134,7 @@ def _database_finding(folder: Path, error: FedpruneError) -> Finding:
     if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
         advice = "see that it runs, that this machine reaches it, and who has locked it; a server goes on by itself"
     else:
-        advice = f"{server_command('check', *state_args(folder))}, or restore a backup"
+        advice = f"{server_command(folder, 'check')}, or restore a backup"
     message = f"the database of {folder} can't be read: {error}"
     return wrong_finding("database", message, "it holds all that the job is", advice)
 
@@ -144,7 +144,7 @@ def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedS
     try:
         yield from check(site)
     except FedpruneError as error:
-        advice = server_command("check", *state_args(site.folder))
+        advice = server_command(site.folder, "check")
         yield wrong_finding("unreadable", str(error), "it couldn't be looked at", advice)
 
 
@@ -257,7 +257,7 @@ def check_crashes(site: CheckedSite) -> Iterator[Finding]:
             f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:MAX_NAMES_SHOWN])}), lastly "
             f"{last.device}: {last.text}",
             "a board that crashes trains nothing meanwhile",
-            server_command("crashes", "--device", last.device, *state_args(site.folder)),
+            server_command(site.folder, "crashes", "--device", last.device),
         )
 
 
@@ -270,7 +270,7 @@ def check_backups(site: CheckedSite) -> Iterator[Finding]:
         "backup",
         f"{backup_age} with `fedprune-server backup` from {site.folder}",
         "with the disk, the model and the identity of the fleet would be lost",
-        server_command("backup", *state_args(site.folder), "--to", "PLACE"),
+        server_command(site.folder, "backup", options=("--to", "PLACE")),
     )
 
 

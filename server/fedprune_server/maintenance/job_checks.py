@@ -15,13 +15,7 @@ from fedprune_server.executor.divergence import diagnose_history
 from fedprune_server.maintenance.finding import Finding, note_finding, wrong_finding
 from fedprune_server.maintenance.stall import STALL_ROUNDS, stall_cause, stall_scores
 from fedprune_server.maintenance.stored_job import StoredJob
-from fedprune_server.monitoring.alerts import (
-    BOARD_LOG_COMMAND,
-    MAX_NAMES_SHOWN,
-    restart_advice,
-    server_command,
-    state_args,
-)
+from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, MAX_NAMES_SHOWN, restart_advice, server_command
 
 # Recent rounds that are judged: one alone may be bad by chance, and older ones may have had other boards.
 _RECENT_ROUNDS = 3
@@ -51,7 +45,7 @@ def _check_pause(job: StoredJob) -> Iterator[Finding]:
             "paused",
             f"job {job.name} is paused",
             "no board is asked for anything until it continues",
-            f"{server_command('resume', *state_args(job.folder))}, or in the console (docs/console.md)",
+            f"{server_command(job.folder, 'resume')}, or in the console (docs/console.md)",
         )
 
 
@@ -64,7 +58,7 @@ def _check_exclusions(job: StoredJob) -> Iterator[Finding]:
             "excluded-devices",
             f"{quantity(len(names), 'device')} of job {job.name} are excluded ({first_few(names)}): {reason}",
             "what they could learn is missing from the model",
-            f"see {server_command('status', *state_args(job.folder))}; docs/add-a-board.md lists what a board needs",
+            f"see {server_command(job.folder, 'status')}; docs/add-a-board.md lists what a board needs",
         )
 
 
@@ -99,8 +93,10 @@ def _check_deadline(job: StoredJob) -> Iterator[Finding]:
 
 def _longer_deadline_advice(job: StoredJob, seconds: float) -> str:
     # `run` with options continues the stored job with a changed setting; a running server has to be stopped first.
-    words = (*state_args(job.folder), "--deadline", math.ceil(seconds))
-    return restart_advice(*words) if job.is_running else server_command("run", *words)
+    options = ("--deadline", math.ceil(seconds))
+    if job.is_running:
+        return restart_advice(job.folder, *options)
+    return server_command(job.folder, "run", options=options)
 
 
 def _check_refusals(job: StoredJob) -> Iterator[Finding]:
@@ -121,7 +117,7 @@ def _check_refusals(job: StoredJob) -> Iterator[Finding]:
         f"none of the last {quantity(len(device_parts), 'update')} of job {job.name} counted ({kinds}), such as: "
         f"{one_line(example)}",
         "the model doesn't move",
-        f"see each board's reason: {server_command('status', *state_args(job.folder), '--rounds', _RECENT_ROUNDS)}; "
+        f"see each board's reason: {server_command(job.folder, 'status', options=('--rounds', _RECENT_ROUNDS))}; "
         f"and its log, on the board: {BOARD_LOG_COMMAND}",
     )
 
@@ -142,7 +138,7 @@ def _check_outliers(job: StoredJob) -> Iterator[Finding]:
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
             f"look at its samples and, on the board, at its log ({BOARD_LOG_COMMAND}); if it is not to be "
-            f"trusted: {server_command('devices', 'revoke', name, *state_args(job.folder))}",
+            f"trusted: {server_command(job.folder, 'devices', 'revoke', name)}",
         )
 
 
@@ -165,7 +161,7 @@ def _check_coverage(job: StoredJob) -> Iterator[Finding]:
             f"({first_few(shares)})",
             "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
             f"add a larger board, raise the boards' limits (docs/planner.md), or export a narrower model; "
-            f"{server_command('status', *state_args(job.folder))} says which limit binds each board",
+            f"{server_command(job.folder, 'status')} says which limit binds each board",
         )
 
 
@@ -182,7 +178,7 @@ def _check_stall(job: StoredJob) -> Iterator[Finding]:
     cause = None if scores is None else stall_cause(scores)
     if scores is None or cause is None or (cause.in_training and any(_check_divergence(job))):
         return
-    metric, status = scores.metric, server_command("status", *state_args(job.folder))
+    metric, status = scores.metric, server_command(job.folder, "status")
     yield note_finding(
         "model-stalls",
         f"the global model of job {job.name} has not improved for {STALL_ROUNDS} rounds: "

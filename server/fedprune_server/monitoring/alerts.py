@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -99,15 +99,11 @@ def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[
     return register
 
 
-def server_command(*words: object) -> str:
-    """A `fedprune-server` command line, quoted for a shell."""
-    return f"fedprune-server {shlex.join(str(w) for w in words)}"
+def server_command(folder: Path, *words: object, options: Sequence[object] = ()) -> str:
+    """A `fedprune-server` command line for a state folder, quoted for a shell; `options` follow the folder."""
+    return f"fedprune-server {shlex.join(map(str, (*words, '--state', folder, *options)))}"
 
 
-def restart_advice(*words: object) -> str:
-    """Advice to start a running server again with other settings of `fedprune-server run`."""
-    return f"stop the server, then {server_command('run', *words)}"
-
-
-def state_args(folder: Path) -> tuple[str, str]:
-    return "--state", str(folder)
+def restart_advice(folder: Path, *options: object) -> str:
+    """Advice to start a running server again with other options of `fedprune-server run`."""
+    return f"stop the server, then {server_command(folder, 'run', options=options)}"

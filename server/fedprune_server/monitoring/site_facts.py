@@ -17,7 +17,7 @@ from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import CONSOLE_CERTIFICATE, hosts_of
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.monitoring.alerts import server_command, state_args
+from fedprune_server.monitoring.alerts import server_command
 from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.folder_layout import has_database
@@ -49,11 +49,11 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
         path = folder / IDENTITY / name
         if not path.is_file():
             continue
-        todo = f"start the server again, which makes a new one: {server_command('run', *state_args(folder))}"
+        todo = f"start the server again, which makes a new one: {server_command(folder, 'run')}"
         try:
             certificate = load_certificate(path, "certificate")
             if name.startswith("authority"):
-                todo = "let all boards join again, after " + server_command("identity", "replace", *state_args(folder))
+                todo = "let all boards join again, after " + server_command(folder, "identity", "replace")
                 todo += " (docs/runbook.md#the-servers-keys-are-stolen)"
             yield _certificate_dates(path, certificate, todo)
         except FedpruneError as error:
@@ -70,7 +70,7 @@ def _console_certificate(folder: Path, server: Mapping[str, Any]) -> Iterator[Ce
         certificate = x509.load_pem_x509_certificate(Path(path).read_bytes())
         if Path(path).resolve() == (folder / IDENTITY / CONSOLE_CERTIFICATE).resolve():
             hosts = (word for host in sorted(hosts_of(certificate)) for word in ("--host", host))
-            command_line = server_command("identity", "certificate", *hosts, *state_args(folder))
+            command_line = server_command(folder, "identity", "certificate", *hosts)
             todo = f"start the server again once this has issued a new one: {command_line}"
         yield _certificate_dates(Path(path), certificate, todo)
     except (OSError, ValueError) as error:

@@ -13,7 +13,6 @@ from fedprune_server.monitoring.alerts import (
     Alert,
     alert_rule,
     server_command,
-    state_args,
 )
 from fedprune_server.monitoring.participation import Absence
 from fedprune_server.monitoring.situation import Situation
@@ -37,9 +36,9 @@ def absent_boards(situation: Situation, now: float) -> Iterator[Alert]:
 
 def _remedy(situation: Situation, name: str, absence: Absence) -> tuple[str, str]:
     """The consequence of a board's absence, and what to do about it."""
-    crashes = server_command("crashes", "--device", name, *state_args(situation.folder))
-    replace = server_command("devices", "replace", name, *state_args(situation.folder))
-    revoke = server_command("devices", "revoke", name, *state_args(situation.folder))
+    crashes = server_command(situation.folder, "crashes", "--device", name)
+    replace = server_command(situation.folder, "devices", "replace", name)
+    revoke = server_command(situation.folder, "devices", "revoke", name)
     consequence = "rounds go on without what its samples would teach the model"
     match absence.kind:
         case participation.QUARANTINE:

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedprune_server.monitoring.alerts import (
-    ALERT_LEVELS,
-    CRITICAL,
-    WARNING,
-    Alert,
-    alert_rule,
-    server_command,
-    state_args,
-)
+from fedprune_server.monitoring.alerts import ALERT_LEVELS, CRITICAL, WARNING, Alert, alert_rule, server_command
 from fedprune_server.monitoring.situation import Situation
 
 # A disk has too little free space below this share of it, and below this many bytes: a tenth of a large disk is plenty.
@@ -40,7 +32,7 @@ def short_disk(situation: Situation, now: float) -> Iterator[Alert]:
             "disk", CRITICAL if is_critical else WARNING, now,
             f"the disk of {situation.folder} has {free / scale:.2f} of {total / scale:.0f} {unit} left",
             "a server without room ends (exit code 30); nothing is lost, but nothing goes on",
-            f"make room; {server_command('check', *state_args(situation.folder), '--repair')} deletes what the job no "
+            f"make room; {server_command(situation.folder, 'check', options=('--repair',))} deletes what the job no "
             "longer needs, and a smaller --keep keeps fewer models",
         )  # fmt: skip
 

@@ -7,15 +7,7 @@ from itertools import islice
 
 from fedprune.wire.lost_pieces import dropping_broker_message
 from fedprune_server.devices.quarantine import JOIN_FLOOD_S
-from fedprune_server.monitoring.alerts import (
-    INFO,
-    MAX_ALERTS_OF_KIND,
-    WARNING,
-    Alert,
-    alert_rule,
-    server_command,
-    state_args,
-)
+from fedprune_server.monitoring.alerts import INFO, MAX_ALERTS_OF_KIND, WARNING, Alert, alert_rule, server_command
 from fedprune_server.monitoring.participation import format_minute
 from fedprune_server.monitoring.situation import Situation
 
@@ -30,7 +22,7 @@ def waiting_boards(situation: Situation, now: float) -> Iterator[Alert]:
         yield Alert(
             "devices-wait", WARNING, now, f"{name} waits for approval", "until then all that it sends is dropped",
             "compare the key with what the board shows, then "
-            + server_command("devices", "approve", name, "--key", fingerprint, *state_args(situation.folder)),
+            + server_command(situation.folder, "devices", "approve", name, "--key", fingerprint),
             device=name,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fedprune.core.text import first_few
 from fedprune.releases.rollout import RolloutPhase
-from fedprune_server.monitoring.alerts import INFO, WARNING, Alert, alert_rule, server_command, state_args
+from fedprune_server.monitoring.alerts import INFO, WARNING, Alert, alert_rule, server_command
 from fedprune_server.monitoring.situation import Situation
 
 # A board installs a release within minutes. After this long without a report the others are off, or can't be reached.
@@ -19,7 +19,7 @@ def halted_rollout(situation: Situation, now: float) -> Iterator[Alert]:
     rollout = None if situation.site is None else situation.site.rollout
     if rollout is None:
         return
-    status = server_command("rollout", "status", *state_args(situation.folder))
+    status = server_command(situation.folder, "rollout", "status")
     about = f"the rollout of release {rollout.release}"
     if rollout.phase is RolloutPhase.STOPPED:
         failed = f"; it failed on {first_few(rollout.failed_boards)}" if rollout.failed_boards else ""
@@ -28,12 +28,12 @@ def halted_rollout(situation: Situation, now: float) -> Iterator[Alert]:
             "rollout", WARNING if rollout.failed_boards else INFO, now, f"{about} was stopped{reason}{failed}",
             "boards have different releases",
             f"{status}; then fix the release and roll out a new one, or roll back: "
-            f"{server_command('rollout', 'back', *state_args(situation.folder))}",
+            f"{server_command(situation.folder, 'rollout', 'back')}",
         )  # fmt: skip
     elif rollout.phase is RolloutPhase.PAUSED:
         yield Alert(
             "rollout-paused", INFO, now, f"{about} is {rollout.reason}", "no further board is given it",
-            f"to go on: {server_command('rollout', 'resume', *state_args(situation.folder))}",
+            f"to go on: {server_command(situation.folder, 'rollout', 'resume')}",
         )  # fmt: skip
     elif rollout.phase is RolloutPhase.RUNNING and now - rollout.last_report_at > _ROLLOUT_SILENCE_S:
         yield Alert(
@@ -42,5 +42,5 @@ def halted_rollout(situation: Situation, now: float) -> Iterator[Alert]:
             f"{first_few(rollout.pending_boards) or 'boards'}",
             "the next stage begins when enough boards of this one are well",
             f"{status}; start the boards that are off, or end it: "
-            f"{server_command('rollout', 'stop', *state_args(situation.folder))}",
+            f"{server_command(situation.folder, 'rollout', 'stop')}",
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedprune_server.monitoring.alerts import CRITICAL, HANG_THRESHOLD_S, Alert, alert_rule, server_command, state_args
+from fedprune_server.monitoring.alerts import CRITICAL, HANG_THRESHOLD_S, Alert, alert_rule, server_command
 from fedprune_server.monitoring.situation import Situation
 
 # The broker may be away for this long before an alert opens: one that restarts is back within seconds.
@@ -16,6 +16,7 @@ _BROKER_DELAY_S = 15.0
 @alert_rule("database-waits", CRITICAL)
 @alert_rule("broker", CRITICAL)
 def broken_server(situation: Situation, now: float) -> Iterator[Alert]:
+    """Of a running server the first trouble that is found: each explains the ones below it."""
     if situation.is_running:
         if situation.suspended_process is not None:
             yield Alert(
@@ -52,7 +53,7 @@ def broken_server(situation: Situation, now: float) -> Iterator[Alert]:
             yield Alert(
                 "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
                 "a server that couldn't start, or was never started, gives boards nothing to do",
-                f"{server_command('run', *state_args(job.folder), '--model', 'MODEL')}; its messages at the start tell "
+                f"{server_command(job.folder, 'run', options=('--model', 'MODEL'))}; its messages at the start tell "
                 "what it lacks",
                 job=job.snapshot.name,
             )  # fmt: skip
@@ -61,5 +62,5 @@ def broken_server(situation: Situation, now: float) -> Iterator[Alert]:
                 "server-not-running", CRITICAL, now,
                 f"no server runs on {job.folder}, and job {job.snapshot.name} is in round {job.round_text}",
                 "boards wait for it, and train nothing meanwhile",
-                server_command("run", *state_args(job.folder)), job=job.snapshot.name,
+                server_command(job.folder, "run"), job=job.snapshot.name,
             )  # fmt: skip
