@@ -32,7 +32,7 @@ def test_each_role_gives_its_orders_and_no_others(tmp_path: Path, role: str) -> 
     for kind, needed in ROLE_OF_ORDER.items():
         may = ROLES.index(role) >= ROLES.index(needed)
         assert browser.order(order=kind, **FIELDS[kind]).status == (202 if may else 403), kind
-        assert (kind in [o.order for o in here.orders]) is may
+        assert (kind in [o.kind for o in here.orders]) is may
     assert browser.get("/api/v1/audit").status == (200 if role == "admin" else 403)
 
 

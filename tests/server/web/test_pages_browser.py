@@ -143,7 +143,7 @@ def open_console(console: ServedConsole, browser: Browser) -> Iterator[Open]:
 
 
 def orders(console: ServedConsole, kind: str) -> list[Order]:
-    return [o for o in console.orders if o.order == kind]
+    return [o for o in console.orders if o.kind == kind]
 
 
 def test_logging_in_and_out(open_console: Open) -> None:

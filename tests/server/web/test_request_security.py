@@ -82,7 +82,7 @@ def test_an_order_needs_the_token_and_this_site(tmp_path: Path) -> None:
     assert browser.ask("POST", "/api/v1/orders", body, plain).status == 415
     assert here.orders == []
     assert browser.ask("POST", "/api/v1/orders", body, {**good, "origin": "http://127.0.0.1:8470"}).status == 202
-    assert [(o.order, o.operator) for o in here.orders] == [("pause", "operator")]
+    assert [(o.kind, o.operator) for o in here.orders] == [("pause", "operator")]
 
 
 def test_nobody_is_logged_out_or_in_by_another_site(tmp_path: Path) -> None:
