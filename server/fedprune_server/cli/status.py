@@ -1,44 +1,33 @@
-"""`fedprune-server status`: a state folder as text for people, and as JSON for programs."""
+"""`fedprune-server status`: what a state folder holds, as JSON for programs, or as text for people (`status_text`)."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import State
 from fedprune.coordination.job_end import early_end_reason
 from fedprune.core.cli import add_json_option, positive_integer, print_json
 from fedprune.core.disk import has_lock_holder
-from fedprune.core.metrics import METRICS
-from fedprune.core.text import amount, quantity, sentences
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Progress, outcome
 from fedprune.model.recipe import judging_metric
-from fedprune.planning.width_plan import NOTHING_BINDS
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.devices.plan_vs_actual import compare_device, comparison_text, planned_figures, training_processor
+from fedprune_server.cli.status_text import DEFAULT_ROUNDS, NOT_BEGUN, status_text
+from fedprune_server.devices.plan_vs_actual import compare_device, planned_figures, training_processor
 from fedprune_server.devices.quarantine import read_quarantine_rows
 from fedprune_server.executor.accountant import privacy_spending
 from fedprune_server.maintenance.identity_check import find_revoked_devices
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
-from fedprune_server.monitoring.alerts import INFO
-from fedprune_server.monitoring.display import board_texts, metric_texts
 from fedprune_server.monitoring.monitor_record import MonitorRecord, read_monitor_record, read_running_monitor
 from fedprune_server.monitoring.situation import Situation, suspended_server
 from fedprune_server.storage.folder_layout import DATABASE_FILE, job_folders, stored_url
 from fedprune_server.storage.folder_lock import LOCK_FILE
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.storage import Storage
-
-_NOT_BEGUN = "not begun"
-
-# Rounds that the text shows by default: they fit on a screen with the devices of a small fleet.
-DEFAULT_ROUNDS = 10
 
 
 def add_status(status: argparse.ArgumentParser) -> None:
@@ -63,9 +52,9 @@ def _status(arguments: argparse.Namespace) -> None:
 def server_status(state: Path) -> dict[str, Any]:
     """The first job of a state folder as `job_status` has it, with its further jobs under `jobs`, if it has any.
 
-    A device is at one job at a time: `job` names it while a server runs, and a device that is connected and free is
-    online, too. Without a connection to the broker `online` is None. `alerts` are those that the running server has
-    open and whose cause lasts, none while it starts.
+    A device works for one job at a time: `job` names it while a server runs, and a device that is connected and free
+    is online, too. Without a connection to the broker `online` is None. `alerts` are the running server's open alerts
+    whose cause lasts.
     """
     first = job_status(state)
     recorded = read_running_monitor(state) if first["running"] else read_monitor_record(state)
@@ -88,20 +77,15 @@ def server_status(state: Path) -> dict[str, Any]:
 
 
 def job_status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
-    """A job as it is stored; a server may be running on it.
+    """A job as it is stored, as JSON; a server may be running on it.
 
-    Args:
-        identity: The state folder of the server's identity, where that is another one.
+    It has the job's settings, round and phase, all finished rounds, a row per device and, if the job is private, its
+    costs (`fedprune_server.executor.accountant.privacy_spending`). `best` is the round whose global model scored best,
+    and `latest` the last round that was evaluated; None without any. `heard_at` is the time of the last event, in
+    seconds since 1970; None while a server runs, or where that isn't stored. `identity` is the state folder with the
+    server's identity, if it is another folder.
 
-    Returns:
-        JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
-        what that has cost each (`fedprune_server.executor.accountant.privacy_spending`). `best` is the round whose
-        global model scored best, and `latest` the last that was evaluated; None without any. `heard_at` is when
-        anything happened, in seconds since 1970; None while a server runs, or where that isn't stored.
-
-    Raises:
-        StorageError: The folder holds no job, or is damaged.
-        IdentityError: Its identity is damaged, or others may read it.
+    Raises `StorageError` or `IdentityError` if the folder holds no job, or job or identity are damaged.
     """
     leader = leader_elsewhere(folder)
     # The lock is this machine's; a lease in the database shows a server on another one.
@@ -116,10 +100,11 @@ def job_status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     rows = [row | {"excluded": outsiders[n]["excluded"] if (n := row["name"]) in outsiders else row["excluded"]}
             for row in rows]  # fmt: skip
     rows += [_unplanned_row(name, body) for name, body in outsiders.items() if name not in stored_names]
-    message_times = {
-        name: _latest_time(last_messages.get(name), outsiders.get(name, {}).get("seen_at"))
-        for name in (row["name"] for row in rows)
-    }
+    for row in rows:
+        times = last_messages.get(row["name"]), outsiders.get(row["name"], {}).get("seen_at")
+        row["seen_at"] = max((at for at in times if at is not None), default=None)
+    rounds = [] if state is None else state.history
+    latest = next((row for row in reversed(rounds) if judge in row["metrics"]), None)
     return {
         "folder": str(folder),
         "server": str(identity or folder),
@@ -128,33 +113,23 @@ def job_status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "heard_at": None if running else last_event,
         "job": job,
         "round": state.round if state is not None else 0,
-        "phase": state.phase.value if state is not None else _NOT_BEGUN,
-        "ended_early": _early_end_text(job, state) or None,
+        "phase": state.phase.value if state is not None else NOT_BEGUN,
+        "ended_early": (state is not None and early_end_reason(Job.from_dict(job), state)) or None,
         "paused": state is not None and state.paused,
-        "rounds": state.history if state is not None else [],
-        "best": _score_fields(state.best_round(judge), judge) if state is not None else None,
-        "latest": _score_fields(_latest_evaluated(state, judge), judge) if state is not None else None,
-        "devices": _device_rows(rows, message_times, identity or folder, state, running=running),
-        **_privacy_fields(job, state),
+        "rounds": rounds,
+        "best": None if state is None else _score_fields(state.best_round(judge), judge),
+        "latest": _score_fields(latest, judge),
+        "devices": _device_rows(rows, identity or folder, state, running=running),
+        **({"privacy": costs} if (costs := privacy_spending(Privacy.from_dict(job["privacy"]), state)) else {}),
     }
 
 
 def _device_rows(
-    rows: Iterable[Mapping[str, Any]],
-    message_times: Mapping[str, float | None],
-    identity: Path,
-    state: State | None,
-    *,
-    running: bool,
+    rows: Iterable[Mapping[str, Any]], identity: Path, state: State | None, *, running: bool
 ) -> list[dict[str, Any]]:
-    """The stored rows of devices, with what the state and the server's folder know of each.
+    """The stored rows of devices, with what the state and the folder `identity` know of each.
 
     Each has the outcome of the device's last part in a round. Without a server no device is online.
-
-    Args:
-        rows: By device; those that can't even be planned for have rows, too.
-        message_times: When each device's last message came, in seconds since 1970; None if that isn't stored.
-        identity: The folder with the members and the quarantines.
     """
     shut_out, quarantine_rows = find_revoked_devices(identity), read_quarantine_rows(identity)
     return [
@@ -168,58 +143,9 @@ def _device_rows(
             "online": row["online"] and running and row["name"] not in shut_out,
             "revoked": row["name"] in shut_out,
             "quarantine": quarantine_rows.get(row["name"]),
-            "seen_at": message_times[row["name"]],
         }
         for row in sorted(rows, key=lambda r: str(r["name"]))
     ]
-
-
-def _latest_time(*times: float | None) -> float | None:
-    return max((at for at in times if at is not None), default=None)
-
-
-def status_text(body: dict[str, Any], rounds: int = DEFAULT_ROUNDS) -> str:
-    job, history = body["job"], body["rounds"]
-    title = f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase_text(body)}" if job else "no job yet"
-    lines = [title]
-    if body["ended_early"]:
-        lines.append(f"  {body['ended_early']}")
-    if not body["running"]:
-        lines.append(_stopped_text(body))
-    elif body["leader"]:
-        lines.append(f"  a server elsewhere has the job: {body['leader']}; one that stands by here waits for its end")
-    alerts = [
-        (a["severity"], f"  {a['severity']}: {sentences(a['what'], 'To do: ' + a['todo'])}")
-        for a in body.get("alerts", ())
-    ]
-    lines += [line for severity, line in alerts if severity != INFO]
-    if "privacy" in body:
-        lines.append(_privacy_text(body["privacy"]))
-    for device in body["devices"]:
-        lines += _device_lines(device, body.get("privacy", {}).get("epsilon", {}).get(device["name"]))
-    latest_rounds = history[-rounds:]
-    if len(latest_rounds) < len(history):
-        lines.append(f"  the last {len(latest_rounds)} of {quantity(len(history), 'round')}:")
-    for row in latest_rounds:
-        counted_devices = sum(d["progress"] == "folded" for d in row["devices"].values())
-        metrics = metric_texts(row["metrics"]) or ["not evaluated"]
-        devices_asked = quantity(len(row["devices"]), "device")
-        figures = [f"{counted_devices} of {devices_asked}", *metrics, *board_texts(row, judging_metric(job))]
-        lines.append(f"  round {row['round']}: {', '.join(figures)}")
-        lines += [f"    {note}" for note in row.get("notes", ())]
-        lines += [
-            f"    {name}: {_outcome_word(device_part)}: {device_part['reason']}"
-            for name, device_part in sorted(row["devices"].items())
-            if device_part["reason"]
-        ]
-    if body["best"]:
-        lines.append(f"  best model: {_score_text(body['best'])}; latest: {_score_text(body['latest'])}")
-    lines += [line for severity, line in alerts if severity == INFO]
-    return "\n".join([*lines, *(status_text(further, rounds) for further in body.get("jobs", []))])
-
-
-def _latest_evaluated(state: State, judge: str) -> dict[str, Any] | None:
-    return next((row for row in reversed(state.history) if judge in row["metrics"]), None)
 
 
 def _score_fields(row: Mapping[str, Any] | None, judge: str) -> dict[str, Any] | None:
@@ -227,16 +153,6 @@ def _score_fields(row: Mapping[str, Any] | None, judge: str) -> dict[str, Any] |
     if row is None:
         return None
     return {"round": row["round"], "model": row["model"], "metric": judge, "score": row["metrics"][judge]}
-
-
-def _score_text(scored: Mapping[str, Any]) -> str:
-    return f"{METRICS[scored['metric']].titled_value(scored['score'])} after round {scored['round']}"
-
-
-def _outcome_word(device_part: Mapping[str, Any]) -> str:
-    """The outcome of a part that has a reason; an update that counted nevertheless counted in part."""
-    limited = device_part["progress"] == Progress.FOLDED.value
-    return "limited" if limited else outcome(device_part["progress"], device_part.get("kind", ""))
 
 
 def _open_alerts(folder: Path, recorded: MonitorRecord, *, running: bool) -> list[dict[str, Any]]:
@@ -249,100 +165,6 @@ def _open_alerts(folder: Path, recorded: MonitorRecord, *, running: bool) -> lis
     alerts = [*evaluate_alerts(situation, now), *recorded.current_alerts]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
     return [{key: getattr(alert, key) for key in keys} for alert in alerts]
-
-
-def _early_end_text(job: dict[str, Any], state: State | None) -> str:
-    return "" if state is None else early_end_reason(Job.from_dict(job), state)
-
-
-def _privacy_fields(job: dict[str, Any], state: State | None) -> dict[str, Any]:
-    privacy_costs = privacy_spending(Privacy.from_dict(job["privacy"]), state)
-    return {"privacy": privacy_costs} if privacy_costs else {}
-
-
-def _privacy_text(body: dict[str, Any]) -> str:
-    epsilons = {name: value for name, value in body["epsilon"].items() if value is not None}
-    epsilon = "ε unknown without the extra privacy"
-    if epsilons:
-        most_spent = max(epsilons, key=lambda n: epsilons[n])
-        epsilon = f"ε at most {epsilons[most_spent]:.3g} ({most_spent})"
-    budget = f", budget {body['epsilon_budget']:g}" if body["epsilon_budget"] else ""
-    noise = f"{body['noise']} noise of {body['noise_multiplier']:g} times the clip {body['clip']:g}"
-    return f"  private: {epsilon} at δ {body['delta']:g}{budget}; {noise}"
-
-
-def _phase_text(body: dict[str, Any]) -> str:
-    paused = ", paused" if body["paused"] else ""
-    if body["running"] or body["phase"] in (Phase.FINISHED.value, _NOT_BEGUN):
-        return f"{body['phase']}{paused}"
-    return f"stopped while {body['phase']}{paused}"
-
-
-def _stopped_text(body: dict[str, Any]) -> str:
-    since = "" if body["heard_at"] is None else f"; the last event was at {_local_time(body['heard_at'])}"
-    command = f"fedprune-server run --state {shlex.quote(body['server'])}"
-    if not body["job"]:
-        return f"  no server is running{since}; to start a job: {command} --model MODEL"
-    is_finished = body["phase"] == Phase.FINISHED.value
-    end = "" if is_finished else f"; to go on: {command}"
-    return f"  no server is running{since}{end}"
-
-
-def _connection_text(device: dict[str, Any]) -> str:
-    if device["revoked"]:
-        return "revoked"
-    if device["online"] is None:
-        return "connection not known"
-    if device["online"]:
-        if "job" in device:
-            return f"at work for {device['job']}" if device["job"] else "free"
-        return "online"
-    return "offline" if device["seen_at"] is None else f"offline, last heard from at {_local_time(device['seen_at'])}"
-
-
-def _local_time(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[str]:
-    plan = device["plan"]
-    width = f"widths {device['widths']}"
-    if plan:
-        bound = "no limit binds" if plan["bound"] == NOTHING_BINDS else f"bound by {plan['bound']}"
-        width = f"density {plan['density']:.3g}, {bound}"
-    if device["unit"] == "GPU":
-        width += ", trains on its GPU" if device["measured"] else ", planned for its GPU"
-    if plan and plan["prediction"].get("train_j") is not None:
-        width += f", {amount(plan['prediction']['train_j'], 'J')} per round"
-    lines = [
-        f"  device {device['name']} ({device['profile']}): {_connection_text(device)}, "
-        f"{quantity(device['samples'], 'sample')}, "
-        + (f"excluded: {device['excluded']}" if device["excluded"] else width)
-        + f", {amount(device['bytes_down'], 'bytes')} down, {amount(device['bytes_up'], 'bytes')} up"
-        + ("" if epsilon is None else f", ε {epsilon:.3g}")
-    ]
-    times = comparison_text(device["compared"], device["corrected"])
-    if times:
-        lines.append(f"    {times}")
-    if device["quarantine"]:
-        lines.append(f"    {_misbehaviour_text(device['quarantine'])}")
-    if device["reason"]:
-        lines.append(f"    round {device['round']}: {_outcome_word(device)}: {device['reason']}")
-    return lines
-
-
-def _misbehaviour_text(row: dict[str, Any]) -> str:
-    """A device's rejected messages, and whether it is in quarantine."""
-    kinds = {
-        "dropped": "messages dropped unread", "bad": "messages that make no sense", "unasked": "chunks unasked for",
-        "refused": "malformed updates",
-    }  # fmt: skip
-    texts = [f"{row[key]} {what}" for key, what in kinds.items() if row[key]]
-    if row["until"] is not None and row["until"] > time.time():
-        texts.insert(0, f"in quarantine until {_local_time(row['until'])} (no. {row['times']}): {row['reason']}")
-    elif row["times"]:
-        texts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
-    return "; ".join(texts)
 
 
 def _unplanned_row(name: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -359,15 +181,13 @@ def _unit_fields(name: str, state: State | None) -> dict[str, Any]:
 
 
 def _last_part_fields(name: str, state: State | None) -> dict[str, Any]:
-    """How a device's last part in a round went: in the present one, else in the last that asked it."""
+    """The outcome of a device's last part in a round: in the current one, or the last round that asked the device."""
     if state is not None:
-        task = state.tasks.get(name)
-        if task is not None:
-            outcome_fields = {"progress": task.progress.value, "reason": task.reason, "kind": task.kind}
-            return {"round": state.round_of(task), **outcome_fields}
+        if (task := state.tasks.get(name)) is not None:
+            fields = {"progress": task.progress.value, "reason": task.reason, "kind": task.kind}
+            return {"round": state.round_of(task), **fields}
         for row in reversed(state.history):
-            device_part = row["devices"].get(name)
-            if device_part is not None:
-                outcome_fields = {key: device_part.get(key, "") for key in ("progress", "reason", "kind")}
-                return {"round": row["round"], **outcome_fields}
+            if (device_part := row["devices"].get(name)) is not None:
+                fields = {key: device_part.get(key, "") for key in ("progress", "reason", "kind")}
+                return {"round": row["round"], **fields}
     return {"round": None, "progress": None, "reason": "", "kind": ""}
