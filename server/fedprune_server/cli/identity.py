@@ -1,4 +1,4 @@
-"""`fedprune-server init`, `claim`, `devices` and `broker-config`: membership of boards."""
+"""`fedprune-server init`, `identity`, `claim`, `devices` and `broker-config`: the server's identity, and its boards."""
 
 from __future__ import annotations
 
@@ -164,9 +164,7 @@ def _identity(arguments: argparse.Namespace) -> None:
         _issue_console_certificate(arguments)
         return
     if action == _REPLACE:
-        IdentityFolder(
-            arguments.state, read_only=True
-        ).close()  # raises if there is no identity, before locks are taken
+        IdentityFolder(arguments.state, read_only=True).close()  # raises without an identity, before locks are taken
         # A server that runs would continue with the old keys.
         with folder_lock(arguments.state), _open_identity(arguments) as identity:
             if leader := leader_elsewhere(arguments.state):
@@ -223,7 +221,7 @@ def _claim(arguments: argparse.Namespace) -> None:
 
 
 def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:
-    """Print what a file of claims is for. Without a file nothing is printed: standard output has the claims alone."""
+    """Print what a file of claims is for. Without a file nothing is printed: standard output has only the claims."""
     if arguments.out is not None:
         end = datetime.now().astimezone() + timedelta(hours=arguments.hours)
         print(f"{arguments.out}: {quantity(count, 'claim')} for {names}, valid until {end:%Y-%m-%d %H:%M %Z}")
@@ -267,7 +265,7 @@ def _devices(arguments: argparse.Namespace) -> None:
 
 
 def _replace(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
-    """Revoke a device and make a claim for its name. Standard output gets the claim alone, as with `claim`."""
+    """Revoke a device and make a claim for its name. Standard output gets only the claim, as with `claim`."""
     # The file first: a claim that can't be written must not cost the board its membership.
     with _open_claims_file(arguments.out) as file:
         keys, certificates = identity.revoke(arguments.device)

@@ -75,8 +75,7 @@ def _end_on_sigterm() -> Iterator[None]:
 
 
 def build_parser(arguments: Sequence[str] | None = None) -> CommandParser:
-    """The parser, with the options of the commands in `arguments` only (None: of all): importing a command takes
-    time."""
+    """The parser, with the options of the commands in `arguments` only (None: of all), whose imports take time."""
     parser = CommandParser(
         prog="fedprune-server",
         description="Train one model on a fleet of unequal boards.",

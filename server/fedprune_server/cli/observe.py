@@ -84,7 +84,7 @@ def _read_exclusions(folder: Path) -> _Exclusions:
 
 
 def _start_failures(exclusions: _Exclusions, name: str | None) -> list[str]:
-    """Sentences about boards that can't start now. Such a board reports no crash, so that its stored ones are older."""
+    """Sentences about boards that can't start now. Such a board reports no crash: its stored crashes are older."""
     names = sorted(n for n in exclusions.cannot_start if name in (None, n))
     return [sentences(f"{n}: {exclusions.reasons[n]}", _BOARD_LOG_HINT) for n in names]
 
@@ -120,7 +120,6 @@ def _print_crashes(crashes: Sequence[BoardCrash], *, as_json: bool) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # findings report what would be logged
     findings = diagnose(arguments.state, arguments.timeout)
-    wrong_count = sum(f.is_wrong for f in findings)
     if arguments.json:
         print_json({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]})
     else:
@@ -128,4 +127,4 @@ def _doctor(arguments: argparse.Namespace) -> int:
             print_verdicts(str(finding))
         if not findings:
             print(f"{arguments.state}: nothing is wrong that could be seen from here")
-    return int(ExitCode.FINDINGS if wrong_count else ExitCode.OK)
+    return int(ExitCode.FINDINGS if any(f.is_wrong for f in findings) else ExitCode.OK)

@@ -1,4 +1,4 @@
-"""`fedprune-server operators`, `pause` and `resume`: the accounts of the console, and its orders about a job."""
+"""`fedprune-server operators`, `pause` and `resume`: the console's accounts, and its orders about a job."""
 
 from __future__ import annotations
 
@@ -77,11 +77,10 @@ def _send_order(arguments: argparse.Namespace) -> None:
                 f"no server that takes orders runs on {arguments.state}",
                 hint="Start it with its console (--console 8470): it takes orders where that does (docs/console.md).",
             )
-        operator_accounts = _OperatorAccounts(arguments.state)
-        with operator_accounts:
-            orders = OrderService(view, Audit(operator_accounts.database), operator_accounts.database)
-            # No login: the file system has authorised whoever can write to the state folder.
-            session = OperatorSession(Operator(to_name(operator_accounts.user), "operator", 0.0, 0.0), "", "")
+        with _open_database(arguments.state) as database:
+            orders = OrderService(view, Audit(database), database)
+            # No login: the file system has authorised the users who can write to the state folder.
+            session = OperatorSession(Operator(to_name(_user_name()), "operator", 0.0, 0.0), "", "")
             try:
                 job = arguments.job or view.job_names[0]
                 # A terminal that is killed withdraws nothing: its order expires.
@@ -134,35 +133,34 @@ def _withdraw(orders: OrderService, number: int) -> dict[str, Any] | None:
 
 
 def _add(arguments: argparse.Namespace) -> None:
-    operator_accounts = _OperatorAccounts(arguments.state)
-    with operator_accounts as accounts:
+    with _open_database(arguments.state) as database:
+        accounts = Accounts(database)
         # Before the password is asked for: nobody wants to type one twice for a name that is taken.
         accounts.check_new(arguments.name, arguments.role)
         accounts.add(arguments.name, arguments.role, _read_password())
-        operator_accounts.note("operator_add", operator=arguments.name, role=arguments.role)
+        _note(database, "operator_add", operator=arguments.name, role=arguments.role)
     print(f"{arguments.name} may use the console as {arguments.role}")
 
 
 def _password(arguments: argparse.Namespace) -> None:
-    operator_accounts = _OperatorAccounts(arguments.state)
-    with operator_accounts as accounts:
+    with _open_database(arguments.state) as database:
+        accounts = Accounts(database)
         accounts.check_exists(arguments.name)
         accounts.set_password(arguments.name, _read_password())
-        operator_accounts.note("operator_password", operator=arguments.name)
+        _note(database, "operator_password", operator=arguments.name)
     print(f"{arguments.name} has another password, and is logged out everywhere")
 
 
 def _remove(arguments: argparse.Namespace) -> None:
-    operator_accounts = _OperatorAccounts(arguments.state)
-    with operator_accounts as accounts:
-        accounts.remove(arguments.name)
-        operator_accounts.note("operator_remove", operator=arguments.name)
+    with _open_database(arguments.state) as database:
+        Accounts(database).remove(arguments.name)
+        _note(database, "operator_remove", operator=arguments.name)
     print(f"{arguments.name} may not use the console any more")
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    with _OperatorAccounts(arguments.state) as accounts:
-        operators = accounts.list()
+    with _open_database(arguments.state) as database:
+        operators = Accounts(database).list()
     if arguments.json:
         print_json([{"name": o.name, "role": o.role, "made": o.made_at, "changed": o.changed_at} for o in operators])
         return
@@ -173,26 +171,18 @@ def _list(arguments: argparse.Namespace) -> None:
         print("the console has no accounts yet: fedprune-server operators add NAME --role admin")
 
 
-class _OperatorAccounts:
-    """Opens the accounts of a state folder as a context, and notes changes in the audit log."""
+def _open_database(state: Path) -> ConsoleDatabase:
+    if not state.is_dir():
+        raise StorageError(
+            f"{state} is no state folder", hint="Name the one of `run --state`, or make it first: init, or run."
+        )
+    check_unowned(state)
+    return ConsoleDatabase(state / CONSOLE_FILE)
 
-    def __init__(self, state: Path) -> None:
-        if not state.is_dir():
-            raise StorageError(
-                f"{state} is no state folder", hint="Name the one of `run --state`, or make it first: init, or run."
-            )
-        check_unowned(state)
-        self.user = _user_name()
-        self.database = ConsoleDatabase(state / CONSOLE_FILE)
 
-    def __enter__(self) -> Accounts:
-        return Accounts(self.database)
-
-    def note(self, action: str, **details: str) -> None:
-        Audit(self.database).note(self.user, "terminal", action, details, "done")
-
-    def __exit__(self, *_: object) -> None:
-        self.database.close()
+def _note(database: ConsoleDatabase, action: str, **details: str) -> None:
+    """Note a change of the accounts in the audit log."""
+    Audit(database).note(_user_name(), "terminal", action, details, "done")
 
 
 def _user_name() -> str:
@@ -204,7 +194,7 @@ def _user_name() -> str:
 
 
 def _read_password() -> str:
-    """A password: asked for twice, unseen, at a terminal; else the first line of standard input."""
+    """A password: asked for twice, unseen, at a terminal; otherwise the first line of standard input."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         if not line:

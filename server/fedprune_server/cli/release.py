@@ -65,19 +65,17 @@ def _release(arguments: argparse.Namespace) -> None:
         raise ReleaseError(f"{arguments.out} holds a release already", hint="Name another folder with --out.")
     with IdentityFolder(arguments.state) as identity:
         key = identity.key
-    release = _renumber_release(arguments, key) if arguments.again is not None else _release_of_wheels(arguments, key)
+    if arguments.again is None:
+        release = _release_of_wheels(arguments, key)
+    else:
+        number, name = arguments.number, arguments.name
+        release = rewrite_release(arguments.out, arguments.again, key, number=number, version=name, created=_now())
     if arguments.json:
         body = {"release": release.number, "version": release.version, "wheels": len(release.files)}
         print_json({**body, "bytes": release.size, "key": key.verifying_key.hex})
         return
     print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {amount(release.size, 'bytes')}")
     print(f"signed with key {key.verifying_key.hex}")
-
-
-def _renumber_release(arguments: argparse.Namespace, key: SigningKey) -> Release:
-    return rewrite_release(
-        arguments.out, arguments.again, key, number=arguments.number, version=arguments.name, created=_now()
-    )
 
 
 def _release_of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
@@ -108,12 +106,10 @@ def _release_of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Releas
 
 
 def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequence[str] = ()) -> None:
-    """Make sure that wheels run on the boards, include fedprune, and lack nothing; else the first board would find out.
+    """Raise `ReleaseError` unless wheels run on the boards, include fedprune, and lack nothing.
 
-    Args:
-        python: The boards' Python, such as cp311.
-        machine: Their processor, as `uname -m` prints it.
-        system: Modules that are taken from the boards' own Python.
+    `python` is the boards' Python, such as cp311, `machine` their processor as `uname -m` prints it, and `system` has
+    modules that are taken from the boards' own Python.
     """
     version = re.fullmatch(r"cp3([0-9]{1,2})", python)
     if version is None:

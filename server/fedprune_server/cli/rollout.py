@@ -126,23 +126,31 @@ def _start(arguments: argparse.Namespace) -> None:
     if arguments.attempts > MAX_TRIAL_ATTEMPTS or not 1 <= arguments.deadline <= MAX_TRIAL_S:
         raise UsageError("a trial", expected=f"up to {MAX_TRIAL_ATTEMPTS} attempts of 1 to {MAX_TRIAL_S:g} s each")
     names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
-    started = start_rollout(
-        arguments.state, arguments.release, _terms(arguments), names, database=chosen_database(arguments)
-    )
-    if arguments.json:
-        _print_latest(arguments)
-        return
-    number, release, rollout = started.number, started.release, started.rollout
+    seconds = {"board_seconds": 60 * arguments.patience, "stage_seconds": 3600 * arguments.hours}
+    shares, deadline_s = arguments.groups or (), arguments.deadline
+    terms = options_of(RolloutTerms, arguments, shares=shares, deadline_s=deadline_s, **seconds)
+    started = start_rollout(arguments.state, arguments.release, terms, names, database=chosen_database(arguments))
+    release, rollout = started.release, started.rollout
     chosen = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
-    print(f"rollout {number}: release {release.number} ({release.version}) to {count}, {chosen}")
+    lines = [f"rollout {started.number}: release {release.number} ({release.version}) to {count}, {chosen}"]
     for stage in range(len(rollout.plan.stages)):
-        names = sorted(n for n, b in rollout.boards.items() if b.stage == stage)
-        if names:
-            print(f"  stage {stage + 1}: {quantity(len(names), 'board')}{_name_list(names)}")
-    print(f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as")
-    print("failed; --devices chooses the boards")
-    _note_without_server(arguments, "begins")
+        if names := sorted(n for n, b in rollout.boards.items() if b.stage == stage):
+            lines.append(f"  stage {stage + 1}: {quantity(len(names), 'board')}{_name_list(names)}")
+    lines.append(
+        f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as"
+    )
+    lines.append("failed; --devices chooses the boards")
+    _print_outcome(arguments, "\n".join(lines), "begins")
+
+
+def _print_outcome(arguments: argparse.Namespace, text: str, action: str) -> None:
+    """Print the outcome of a command as JSON or text, and that nothing happens before a server runs."""
+    if arguments.json:
+        _print_latest(arguments)
+    else:
+        print(text)
+        _note_without_server(arguments, action)
 
 
 def _note_without_server(arguments: argparse.Namespace, action: str) -> None:
@@ -153,28 +161,20 @@ def _note_without_server(arguments: argparse.Namespace, action: str) -> None:
         print(f"no server is running on this folder: it {action} when one is started")
 
 
-def _terms(arguments: argparse.Namespace) -> RolloutTerms:
-    seconds = {"board_seconds": 60 * arguments.patience, "stage_seconds": 3600 * arguments.hours}
-    return options_of(RolloutTerms, arguments, shares=arguments.groups or (), deadline_s=arguments.deadline, **seconds)
-
-
 def _status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_latest(arguments)
         return
-    entry = next(reversed(_entries(arguments)), None)
-    if entry is None:
-        print("no release has been rolled out yet")
-    else:
-        print(rollout_text(entry))
-        if entry.rollout.phase.is_under_way:
-            _note_without_server(arguments, "continues")
+    entries = _entries(arguments)
+    print(rollout_text(entries[-1]) if entries else "no release has been rolled out yet")
+    if entries and entries[-1].rollout.phase.is_under_way:
+        _note_without_server(arguments, "continues")
 
 
 def _print_latest(arguments: argparse.Namespace) -> None:
     """The latest rollout as JSON; null without one."""
-    entry = next(reversed(_entries(arguments)), None)
-    print_json(None if entry is None else _entry_fields(entry))
+    entries = _entries(arguments)
+    print_json(_entry_fields(entries[-1]) if entries else None)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -200,11 +200,7 @@ def _request(arguments: argparse.Namespace) -> None:
     _entries(arguments)
     with RolloutStore(arguments.state, chosen_database(arguments)) as store:
         message = request_action(store, arguments.action, arguments.reason)
-    if arguments.json:
-        _print_latest(arguments)
-        return
-    print(message)
-    _note_without_server(arguments, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
+    _print_outcome(arguments, message, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
 
 
 def _back(arguments: argparse.Namespace) -> None:
@@ -213,11 +209,7 @@ def _back(arguments: argparse.Namespace) -> None:
     started = take_back(
         arguments.state, arguments.reason, number=arguments.number, terms=terms, database=chosen_database(arguments)
     )
-    if arguments.json:
-        _print_latest(arguments)
-        return
-    print(started.way_back_text())
-    _note_without_server(arguments, "begins")
+    _print_outcome(arguments, started.way_back_text(), "begins")
 
 
 def _entries(arguments: argparse.Namespace) -> list[RolloutEntry]:
@@ -267,7 +259,7 @@ def _progress_text(report: dict[str, Any] | None) -> str:
 def _entry_fields(entry: RolloutEntry) -> dict[str, Any]:
     release, body = entry.release, entry.rollout.to_dict()
     one_board = 1 / max(1, len(entry.rollout.boards))
-    # The first stage is one board, which its share in the plan only stands for.
+    # In the plan a share of nearly nothing stands for the first stage's one board.
     stages = [{**stage, "share": max(stage["share"], one_board)} for stage in body["plan"]["stages"]]
     return {
         "number": entry.number,

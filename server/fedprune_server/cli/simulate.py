@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
@@ -25,10 +26,7 @@ from fedprune_server.cli.advise import build_advise_parser
 from fedprune_server.cli.sweep_runs import continuation_hint, failure_rows, output_folder, print_remarks, run_variants
 
 PROG = "fedprune-simulate"
-COMPARE = "compare"
-SWEEP = "sweep"
-NEW = "new"
-ADVISE = "advise"
+COMPARE, SWEEP, NEW, ADVISE = "compare", "sweep", "new", "advise"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,27 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     builders = _parser_builders()
     if arguments and arguments[0] in builders:
         return run_command(PROG, builders[arguments[0]], arguments[1:])
-    return run_command(PROG, lambda: _parser_of(arguments), arguments)
+
+    def build_checked_parser() -> CommandParser:
+        if arguments:
+            check_command(arguments[0], tuple(builders), f"See `{PROG} --help`.")
+        return build_parser()
+
+    return run_command(PROG, build_checked_parser, arguments)
 
 
 def _parser_builders() -> dict[str, Callable[[], CommandParser]]:
-    return {
-        COMPARE: build_compare_parser,
-        SWEEP: build_sweep_parser,
-        NEW: build_new_parser,
-        ADVISE: build_advise_parser,
-    }
+    builders = build_compare_parser, build_sweep_parser, build_new_parser, build_advise_parser
+    return dict(zip((COMPARE, SWEEP, NEW, ADVISE), builders, strict=True))
 
 
 def command_parsers() -> dict[str, CommandParser]:
     """The grammar of each command other than the simulation."""
     return {name: build() for name, build in _parser_builders().items()}
-
-
-def _parser_of(arguments: Sequence[str]) -> CommandParser:
-    if arguments:
-        check_command(arguments[0], (COMPARE, SWEEP, NEW, ADVISE), f"See `{PROG} --help`.")
-    return build_parser()
 
 
 def build_parser() -> CommandParser:
@@ -266,8 +260,8 @@ def _sweep(options: argparse.Namespace) -> int:
     with progress("reading the sweep"):
         runs, out = read_sweep(options.file), output_folder(options.out)
     variants, failed = run_variants(runs, out, workers=options.workers, ray=options.ray)
-    records = [record for variant_records in variants.values() for record in variant_records]
-    variants_with_seeds = variants if any(len(variant_records) > 1 for variant_records in variants.values()) else None
+    records = list(chain.from_iterable(variants.values()))
+    variants_with_seeds = variants if any(len(records) > 1 for records in variants.values()) else None
     page = write_comparison(out, records, variants=variants_with_seeds) if records else None
     if records and options.csv is not None:
         write_csv(options.csv, records)
@@ -294,7 +288,7 @@ def _check_csv(path: Path | None, out: Path) -> None:
 
 
 def _run_folder(out: Path) -> Path:
-    """The folder of `--out`. Raises `UsageError` if it holds something else than a run, which would be written over."""
+    """The folder of `--out`. Raises `UsageError` if it holds anything but a run: that would be written over."""
     from fedprune_server.simulation.results.run_folder import is_run
 
     if output_folder(out).is_dir() and any(out.iterdir()) and not is_run(out):

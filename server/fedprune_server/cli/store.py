@@ -1,10 +1,11 @@
-"""`fedprune-server check`, `backup` and `restore`: look after a server's state folder."""
+"""`fedprune-server check`, `backup` and `restore`: checks, repairs, backs up and restores a server's state folder."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +75,21 @@ def _check(arguments: argparse.Namespace) -> None:
 
     wrong_count, finding_rows, repaired = 0, [], []
     for job_folder in (folder, *job_folders(folder)):
-        if arguments.repair:
-            backup = None if arguments.backup is None else arguments.backup / job_folder.relative_to(folder)
-            with folder_lock(job_folder):  # a running server could refer to a blob that is deleted here
-                findings = read_findings(job_folder, running=False)
-                for finding in findings:
-                    print_text(finding)
+        # A running server could refer to a blob that a repair deletes.
+        with folder_lock(job_folder) if arguments.repair else nullcontext():
+            running = not arguments.repair and has_lock_holder(job_folder / LOCK_FILE)
+            findings = read_findings(job_folder, running=running)
+            for finding in findings:
+                print_text(finding)
+            if arguments.repair:
+                backup = None if arguments.backup is None else arguments.backup / job_folder.relative_to(folder)
                 for action in repair(job_folder, findings, backup):
                     repaired.append(action)
                     print_text(f"repaired: {action}")
                 findings = read_findings(job_folder, running=False)
-                remaining = [f for f in findings if f.is_wrong]
-                for finding in remaining:
-                    print_text(f"still {finding}")
-        else:
-            findings = read_findings(job_folder, running=has_lock_holder(job_folder / LOCK_FILE))
-            for finding in findings:
-                print_text(finding)
+                for finding in findings:
+                    if finding.is_wrong:
+                        print_text(f"still {finding}")
         finding_rows += [{"folder": str(job_folder), **f.to_dict()} for f in findings]
         wrong_count += sum(f.is_wrong for f in findings)
     if arguments.json:
@@ -113,7 +112,7 @@ def _backup(arguments: argparse.Namespace) -> None:
         record_backup(job_folder)
         has_identity = has_identity or manifest.has_identity
         if arguments.json:
-            rows.append({"place": str(target), **_manifest_fields(manifest), "private_keys": manifest.has_identity})
+            rows.append(_manifest_fields(target, manifest))
             continue
         print(
             f"{target}: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}, "
@@ -131,18 +130,18 @@ def _restore(arguments: argparse.Namespace) -> None:
     target: Path = arguments.state
     backup: Path = arguments.backup
     source_folders = [backup, *job_folders(backup)]
-    rows = []
     # All targets first, then all sources: a restore that can't be finished must not begin.
     if not arguments.dry_run:
         for source_folder in source_folders:
             check_target(target / source_folder.relative_to(backup))
+    rows = []
     for source_folder in source_folders:
         with signals_as_interrupts():
             source = Backup(source_folder)
             manifest = source.manifest
             with byte_progress(f"reading {source_folder}", manifest.size) as advance:
                 source.verify(advance)
-        rows.append({"place": str(source_folder), **_manifest_fields(manifest), "private_keys": manifest.has_identity})
+        rows.append(_manifest_fields(source_folder, manifest))
         if arguments.json:
             continue
         files = quantity(len(manifest.entries), "file")
@@ -181,5 +180,6 @@ def _print_advice(arguments: argparse.Namespace, text: str) -> None:
     print(text, file=sys.stderr if arguments.json else sys.stdout)
 
 
-def _manifest_fields(manifest: BackupManifest) -> dict[str, Any]:
-    return {"job": manifest.job, "round": manifest.round, "files": len(manifest.entries), "bytes": manifest.size}
+def _manifest_fields(folder: Path, manifest: BackupManifest) -> dict[str, Any]:
+    body = {"place": str(folder), "job": manifest.job, "round": manifest.round, "files": len(manifest.entries)}
+    return {**body, "bytes": manifest.size, "private_keys": manifest.has_identity}
