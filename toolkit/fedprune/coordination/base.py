@@ -1,5 +1,8 @@
-"""The base class of the synchronous and the asynchronous coordinator: the fleet, the dispatch of events, and helpers
-for single tasks.
+"""The base class of the synchronous and the asynchronous coordinator, which decide what happens next in a job.
+
+`handle` takes an event and the time, and returns the commands that follow. Here: which method an event goes to, devices
+that come and go, and single *parts* (a part is a device's participation in a round). The subclasses decide when rounds
+begin and close.
 """
 
 from __future__ import annotations
@@ -40,13 +43,9 @@ MAX_FAILURES = 3
 class Coordinator(ABC):
     """The part of a coordinator that all schedules share.
 
-    Raises `ConfigError` if the job's strategy or options are wrong, or it began with privacy and would continue
-    without.
-
-    Args:
-        architecture: The global model's architecture.
-        state: Where to go on; for a new job `State(model=digest of the initial weights)`.
-        frozen: Tensors that the model's author froze.
+    `state` is that of a new job, `State(model=digest of the initial weights)`, or where to go on; `frozen` are the
+    tensors that the model's author froze. Raises `ConfigError` if the job's strategy or options are wrong, or the job
+    began with privacy and would continue without.
     """
 
     # Whether the server learns only sums of updates, and never a single one.
@@ -74,15 +73,9 @@ class Coordinator(ABC):
             )
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        """Handle one event and return the commands that follow.
+        """Handle one event, and return the commands that follow, in the order in which they should start.
 
-        Raises `TypeError` if it is no event.
-
-        Args:
-            now: The shell's clock, in seconds.
-
-        Returns:
-            Commands in the order in which they should start.
+        `now` is the caller's clock, in seconds. Raises `TypeError` if it is no event.
         """
         match event:
             case on.DeviceBorn():
@@ -290,11 +283,7 @@ class Coordinator(ABC):
         self._record_failure(task, event)
         return self._continue_round(now)
 
-    def _awaited_task(
-        self,
-        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
-        progress: Progress,
-    ) -> DeviceTask | None:
+    def _awaited_task(self, event: on.PartEvent | on.Extracted, progress: Progress) -> DeviceTask | None:
         """The task that an event is about, if it is still awaited and has this progress."""
         task = self.state.task_at(event.device, event.round, event.attempt)
         if task is None or not self.state.awaits(task):
@@ -438,18 +427,16 @@ class Coordinator(ABC):
         """Record the round of a device's counted update and, if the strategy continues from it, the update."""
         self.state.devices[name].last_counted_round = self.state.round_of(task)
         if self.strategy.keeps_past:
-            # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
             contribution = self._contribution(name, task, task.weight)
-            ranking, widths = contribution.ranking or contribution.basis.ranking, contribution.widths or task.widths
-            sent_weights = contribution.sent if contribution.codec else None
             past = do.LastCountedUpdate(
                 round=contribution.basis.round,
                 weights=task.weights,
-                ranking=ranking,
-                widths=widths,
+                # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
+                ranking=contribution.ranking or contribution.basis.ranking,
+                widths=contribution.widths or task.widths,
                 mask=contribution.mask,
                 codec=contribution.codec,
-                sent=sent_weights,
+                sent=contribution.sent if contribution.codec else None,
             )
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
@@ -504,22 +491,16 @@ class Coordinator(ABC):
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
 
     def _evaluate_command(self) -> do.Evaluate:
-        """The command that measures the model. Where the fleet shares a core, only the core is measured: channels
-        beside it are untrained, and answer by chance."""
+        """The command that measures the model. Where the fleet shares a core (the width that most boards train
+        together), only the core is measured: channels beside it are untrained, and answer by chance."""
         state, budget = self.state, self.privacy_budget
+        costs = budget.largest_cost(), budget.largest_cost_after_next()
         widths = self.grants.core if state.ranking else ()
-        return do.Evaluate(
-            state.round,
-            state.model,
-            budget.largest_cost(),
-            budget.largest_cost_after_next(),
-            state.ranking or "",
-            widths,
-        )
+        return do.Evaluate(state.round, state.model, *costs, state.ranking or "", widths)
 
 
 def device_part(name: str, task: DeviceTask) -> do.DevicePart:
-    """A part as the worker needs to know it."""
+    """A device's part as the server's worker needs to know it."""
     return do.DevicePart(
         device=name,
         attempt=task.attempt,

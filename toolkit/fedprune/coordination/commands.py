@@ -1,4 +1,10 @@
-"""The coordinator's commands. A command may be carried out twice with the same effect as once."""
+"""The coordinator's commands to the server. A command may be carried out twice with the same effect as once.
+
+Blobs are named by digest: `model` is the global model, `ranking` the order of its channels by importance (a selection
+at full width), `order` that of its elements, `mask` a mask of elements, `memory` by name what the job remembers.
+`widths` are numbers of channels per group. A *basis* is what submodels are cut from, a *part* a device's participation
+in a round.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +15,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LastCountedUpdate:
-    """A device's last counted update, by digest.
+    """A device's last counted update: the trained submodel as it came (`weights`), and what it was cut by.
 
     Attributes:
-        round: The round of the update.
-        weights: Digest of the trained submodel, as it came.
-        ranking: Digest of the ranking that it was cut by.
-        mask: Digest of its element mask, or None.
-        codec: What it is encoded in, or None.
+        codec: What it is encoded in; None for a plain tensor file.
         sent: Where it is encoded, digest of the weights that the device was sent.
     """
 
@@ -31,14 +33,7 @@ class LastCountedUpdate:
 
 @dataclass(frozen=True)
 class Basis:
-    """The source of submodels.
-
-    Attributes:
-        model: Digest of the global model.
-        ranking: Digest of the ranks of its channels (a selection at full width).
-        order: Digest of the importance of its elements, or None.
-        memory: Digests of what the job remembers, by name.
-    """
+    """The source of submodels: the global model of a round, with the order of its channels and elements."""
 
     round: int
     model: str
@@ -49,13 +44,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class Score:
-    """Rank channels, and elements where masks are made of them, for a round; answered by `Scored`.
-
-    Attributes:
-        model: Digest of the global model.
-        memory: Digests of what the job remembers, by name.
-        participants: The devices of the round, sorted.
-    """
+    """Rank channels, and elements where masks are made of them, for a round and its devices; answered by `Scored`."""
 
     round: int
     model: str
@@ -68,7 +57,6 @@ class DevicePart:
     """One device's part, as the worker needs to know it.
 
     Attributes:
-        widths: Channels per group.
         density: The share of the model that it was given.
         past: Its last counted update, when the part began.
         last_counted_round: The round of the offer behind that update, known whether updates are kept or not; 0 for
@@ -94,10 +82,7 @@ class DevicePart:
 class ReceivedWeights:
     """The weights that a device received for its last counted update, and still has.
 
-    Attributes:
-        selection: Digest of the selection.
-        ranking: Digest of the ranking whose first channels it is.
-        weights: Digest of the weights, where the device keeps them.
+    `selection` is the first channels of `ranking`; `weights` is None where the device doesn't keep them.
     """
 
     selection: str
@@ -108,12 +93,9 @@ class ReceivedWeights:
 
 @dataclass(frozen=True)
 class Coding:
-    """The encoded transfers of a device's part (`fedprune.updates.Codec`, as text).
+    """The codecs (`fedprune.updates.Codec`, as text) of a device's update and of the weights that it is sent.
 
-    Attributes:
-        update: The codec of its update, or None.
-        weights: That of the weights that it is sent, or None.
-        received: What it continues from; None for nothing, or where the server doesn't know.
+    `received` is what an encoded transfer continues from; None for nothing, or where the server doesn't know.
     """
 
     update: str | None = None
@@ -126,8 +108,6 @@ class Extract:
     """Make a device's submodel; answered by `Extracted`.
 
     Attributes:
-        basis: What it is cut from.
-        coding: What of it travels encoded.
         accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
         unit: What the device has measured that it trains on, one of `UNITS`; empty where it hasn't measured.
     """
@@ -140,47 +120,44 @@ class Extract:
 
 
 @dataclass(frozen=True)
-class SendOffer:
+class PartCommand:
+    """A command about one attempt of a device at a round."""
+
+    device: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class SendOffer(PartCommand):
     """Offer a device its round; answered, sooner or later or never, by `UpdateAnnounced` or `OfferRefused`.
 
     Attributes:
         was_announced: Whether the device has announced an update of this offer before, which it may have lost since.
     """
 
-    device: str
-    round: int
-    attempt: int
     offer: dict[str, Any]
     was_announced: bool = False
 
 
 @dataclass(frozen=True)
-class PullUpdate:
+class PullUpdate(PartCommand):
     """Fetch an announced update's weights; answered by `UpdateStored`."""
 
-    device: str
-    round: int
-    attempt: int
     weights: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Acknowledge:
+class Acknowledge(PartCommand):
     """Tell a device that its update is durable."""
 
-    device: str
-    round: int
-    attempt: int
     weights: str
 
 
 @dataclass(frozen=True)
-class Cancel:
+class Cancel(PartCommand):
     """Tell a device that its part in a round is void."""
 
-    device: str
-    round: int
-    attempt: int
     reason: str
 
 
@@ -189,18 +166,14 @@ class Contribution:
     """One device's stored update, as it enters the sums.
 
     Attributes:
-        basis: What its submodel was cut from.
         sent: Digest of the weights that it was sent.
-        mask: Digest of the element mask that it was sent, or None.
         weights: Digest of the trained submodel.
         weight: What it counts for: the samples that the device was planned with, or what the schedule makes of them,
             scaled down where a round's sum would be more than sums can hold.
         steps: Optimiser steps behind it.
-        widths: Widths of what it was sent, which an extractor may have made narrower than its part; None for the
-            part's.
-        ranking: Digest of the ranking whose first channels it was sent, which may be an extractor's own; None for the
-            basis's.
-        codec: What the update is encoded in, or None.
+        widths: Of what it was sent, which an extractor may have made narrower than the part's; None for the part's.
+        ranking: The ranking whose first channels it was sent, which may be an extractor's own; None for the basis's.
+        codec: What the update is encoded in; None for a plain tensor file.
         shares: By tensor the share of the update's change that counts, where that is less than all of it; the worker
             decides it when a round closes.
     """
@@ -220,13 +193,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class FoldUpdate:
-    """Check a stored update and add it to a round's sums; answered by `Folded` or `UpdateRejected`.
-
-    Attributes:
-        round: The round whose sums they are.
-        model: Digest of the global model that is moved.
-        memory: Digests of what the job remembers, by name.
-    """
+    """Check a stored update and add it to a round's sums; answered by `Folded` or `UpdateRejected`."""
 
     round: int
     model: str
@@ -240,8 +207,7 @@ class CohortSum:
 
     Attributes:
         total: Digest of the vector.
-        narrow: How many numbers of 32 bits it has, before those of 64.
-        devices: Whose updates are in it, sorted.
+        narrow: How many numbers of 32 bits the vector has, before those of 64 bits.
     """
 
     total: str
@@ -265,9 +231,6 @@ class Close:
     named with its reason in `Closed.rejected`.
 
     Attributes:
-        model: Digest of the global model that is moved.
-        memory: Digests of what the job remembers, by name.
-        participants: The devices of the round, sorted.
         rate: Share of the way from the model to the sums' mean that the model moves.
         sums: The sums of all contributions, where updates are masked and none is known by itself.
     """
@@ -286,11 +249,8 @@ class Evaluate:
     """Measure a global model on the server's data; answered by `Evaluated`.
 
     Attributes:
-        round: The round that it comes of.
-        model: Its digest.
         spent: What it has cost of privacy (`fedprune.coordination.privacy_budget`); None where nothing is promised.
         foreseen: What that would be after another round.
-        ranking: Digest of the ranks of its channels.
         widths: The first channels that are measured, per group; empty for all.
     """
 

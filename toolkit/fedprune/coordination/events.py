@@ -1,4 +1,4 @@
-"""Events of a job: everything that a coordinator learns."""
+"""Events of a job: everything that a coordinator learns. Blobs are named by digest, as in `commands`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ class DeviceBorn:
 
     Attributes:
         session: Number of its connection.
-        profile: Its hardware profile, as JSON.
-        probe: What it measured of itself, as JSON.
-        codecs: Names of the codecs that it knows.
+        profile, probe: Its hardware profile, and what it measured of itself, as JSON.
         effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
         more_follow: Whether events of further devices follow: a round doesn't begin before the last of them.
     """
@@ -65,13 +63,19 @@ class Extracted:
 
 
 @dataclass(frozen=True)
-class UpdateAnnounced:
-    """A device has an update: `weights` is a blob reference's JSON body, `base` what it was trained from. Without
-    `weights` it keeps the update, to mask it."""
+class PartEvent:
+    """An event about one attempt of a device at a round."""
 
     device: str
     round: int
     attempt: int
+
+
+@dataclass(frozen=True)
+class UpdateAnnounced(PartEvent):
+    """A device has an update: `weights` is a blob reference's JSON body, `base` what it was trained from. Without
+    `weights` it keeps the update, to mask it."""
+
     base: str
     weights: dict[str, Any]
     samples: int
@@ -99,44 +103,31 @@ class Unmasked:
 
 
 @dataclass(frozen=True)
-class UpdateStored:
+class UpdateStored(PartEvent):
     """An announced update's weights are on the server's disk."""
 
-    device: str
-    round: int
-    attempt: int
     weights: str
 
 
 @dataclass(frozen=True)
-class UpdateRejected:
+class UpdateRejected(PartEvent):
     """An update can't be received, or failed its checks, and must not count. `kind` is a `FailureKind`."""
 
-    device: str
-    round: int
-    attempt: int
     reason: str
     kind: str = FailureKind.OTHER
 
 
 @dataclass(frozen=True)
-class OfferRefused:
+class OfferRefused(PartEvent):
     """A device can't carry out its offer. `kind` is a `FailureKind`."""
 
-    device: str
-    round: int
-    attempt: int
     reason: str
     kind: str = FailureKind.OTHER
 
 
 @dataclass(frozen=True)
-class Folded:
+class Folded(PartEvent):
     """A stored update has passed its checks and is in the round's sums."""
-
-    device: str
-    round: int
-    attempt: int
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,6 @@ class Closed:
     """The round's sums have become a new global model.
 
     Attributes:
-        model: Digest of the model.
         memory: All that the job remembers from now on, by name.
         rejected: Devices whose updates didn't count after all, since they stand out among the others or can't be
             used, and why. If no update is left, model and memory stay as they were.

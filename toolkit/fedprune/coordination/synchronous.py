@@ -1,8 +1,9 @@
-"""The coordinator of synchronous jobs: decides what happens next, and performs none of it.
+"""Synchronous rounds: the coordinator asks devices, waits for updates up to a deadline, and closes the round.
 
-`handle(event, now)` is a function of the state, the event and the time. The server and the simulator both feed it
-events and carry out its commands. The same events give the same commands, so a simulation measures the code that runs
-in the field, and after a crash it is enough to load the state and call `resume`.
+It decides what happens next, and performs none of it: `handle(event, now)` depends only on the state, the event and the
+time. The server and the simulator both feed it events and carry out its commands. The same events give the same
+commands, so a simulation measures the code that runs in the field, and after a crash it is enough to load the state and
+call `resume`.
 """
 
 from __future__ import annotations
@@ -43,17 +44,14 @@ class SynchronousCoordinator(Coordinator):
     """Synchronous rounds with a deadline over a changing fleet.
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
-    updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A
-    round closes at its deadline with the updates that are on the server's disk; without any, or soon after its last
-    device has refused, it starts again under the next attempt number, with a new choice of the devices that are
-    present. The deadline counts from the last offer.
+    updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. Each
+    device's participation is its *part* of the round. A round closes at its deadline with the updates that are on the
+    server's disk. Without any update, or soon after its last device has refused, it starts again under the next attempt
+    number, with a new choice of the devices that are present. The deadline counts from the last offer.
 
     `coordination.stragglers` says how many devices a round asks, and whether it closes without the slowest. Where
     `in_flight` limits the devices that work at a time, every device has the deadline for its own offer.
-
-    Args:
-        architecture: The global model's architecture.
-        state: The state to continue from; for a new job `State(model=digest of the initial weights)`.
+    `coordination.grants` says how much of the model a device trains.
     """
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
@@ -89,11 +87,9 @@ class SynchronousCoordinator(Coordinator):
     # A round begins.
 
     def _begin_pending(self, now: float) -> Commands:
-        return (
-            self._begin_next_round(now)
-            if self.state.phase is Phase.WAITING
-            else self._begin_waiting_parts(self._progress_counts())
-        )
+        if self.state.phase is Phase.WAITING:
+            return self._begin_next_round(now)
+        return self._begin_waiting_parts(self._progress_counts())
 
     def _begin_next_round(self, now: float) -> Commands:
         state = self.state
@@ -106,7 +102,7 @@ class SynchronousCoordinator(Coordinator):
         if self.privacy_budget.no_device_may_be_offered():
             return self._finish_budget_spent(state.round)
         ready = self._ready_devices.places()
-        if not len(ready):  # who is here has spent its budget of privacy, and who hasn't is away
+        if not len(ready):  # those that are here have spent their budget of privacy, and the others are away
             return []
         self._begin_round(now)
         state.tasks = self._new_tasks(self._draw_devices(ready, state.round, attempt=1), attempt=1)
@@ -176,13 +172,13 @@ class SynchronousCoordinator(Coordinator):
             return self._begin_waiting_parts(self._progress_counts())
         return self._extract_commands(sorted(state.tasks))
 
-    def _begin_waiting_parts(self, tally: Counter[Progress]) -> Commands:
+    def _begin_waiting_parts(self, counts: Counter[Progress]) -> Commands:
         """Begin the parts of devices that waited, as many as may work at a time."""
         tasks = self.state.tasks
-        if not tally[Progress.QUEUED] or self.state.paused:
+        if not counts[Progress.QUEUED] or self.state.paused:
             return []
         free_turns = self.job.in_flight or len(tasks)
-        free_turns -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
+        free_turns -= sum(counts[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
         self._wait_queue = self._wait_queue or WaitQueue(self.state)
         names = self._wait_queue.next_devices(free_turns)
         for name in names:
@@ -268,15 +264,15 @@ class SynchronousCoordinator(Coordinator):
         return super()._on_folded(event, now)
 
     def _continue_round(self, now: float) -> Commands:
-        state, tally = self.state, self._progress_counts()
+        state, counts = self.state, self._progress_counts()
         cancels: Commands = []
-        for name, task in (dispensable := self._stragglers.dispensable_tasks(tally)):
+        for name, task in (unneeded := self._stragglers.unneeded_tasks(counts)):
             self._stragglers.stop_waiting(name, task, ENOUGH_UPDATES)
             cancels.append(do.Cancel(name, state.round, task.attempt, ENOUGH_UPDATES))
-        if not dispensable and not all(p.is_over for p, count in tally.items() if count):
-            return self._begin_waiting_parts(tally)
+        if not unneeded and not all(progress.is_over for progress, count in counts.items() if count):
+            return self._begin_waiting_parts(counts)
         # Whatever is in the sums counts: a round with one update closes, too.
-        if tally[Progress.FOLDED]:
+        if counts[Progress.FOLDED]:
             state.phase = Phase.CLOSING
             return [*cancels, self._close_command()]
         return self._repeat_after_pause(now)
