@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedprune.coordination import State
-from fedprune.coordination.width_planner import predict_round
+from fedprune.coordination.round_prediction import predict_round
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import amount
 from fedprune.core.validation import is_number

@@ -1,4 +1,4 @@
-"""Which of several jobs a device works for: one at a time, and every job in its turn.
+"""Decides which of several jobs a device works for: one at a time, and every job in its turn.
 
 A device is free when nothing of a round is awaited of it. A job that could begin a round waits in a queue, and so does
 an asynchronous job with fewer devices at work than its share. The first job in the queue is the one that has had the
@@ -18,13 +18,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class JobDemand:
-    """A job that is not finished, as this rule sees it.
+    """A job that is not finished, and the devices that it could use.
 
     Attributes:
         weight: Its share in comparison with the others'; 0 for a job that is paused.
         min_devices: Devices that it needs to go on.
-        max_devices: How many it can use now; 0 where it is in the middle of a round.
-        devices_at_work: Devices that work for it.
+        max_devices: Devices that it can use now; 0 where it is in the middle of a round.
     """
 
     job: str
@@ -52,11 +51,7 @@ class FairScheduler:
         self._queue: frozenset[str] = frozenset()
 
     def charge(self, at_work: Mapping[str, str], seconds: float) -> None:
-        """Note that time has passed.
-
-        Args:
-            at_work: For which job each device has worked.
-        """
+        """Note that this time has passed; `at_work` is the job that each device has worked for."""
         for device, job in at_work.items():
             self._job_seconds[job] += seconds
             self._device_seconds[job, device] += seconds
@@ -69,14 +64,8 @@ class FairScheduler:
     def sharing_jobs(
         self, demands: Sequence[JobDemand], present: Collection[str], can_take_part: JobDevicePredicate
     ) -> list[JobDemand]:
-        """The jobs among which devices are shared: those that enough devices are there for.
-
-        Args:
-            demands: Jobs that are not finished.
-            present: All devices that are there, free or at work.
-            can_take_part: Which of them can take part in which job.
-        """
-        return [b for b in demands if b.has_share(sum(can_take_part(b.job, d) for d in present))]
+        """The jobs among which devices are shared: those for which enough devices are present, free or at work."""
+        return [d for d in demands if d.has_share(sum(can_take_part(d.job, device) for device in present))]
 
     def assign(
         self,
@@ -87,25 +76,20 @@ class FairScheduler:
         has_work_for: JobDevicePredicate | None = None,
         sharing: Sequence[JobDemand] | None = None,
     ) -> dict[str, list[str]]:
-        """Share the free devices out.
+        """Assign the free devices, of which nothing is awaited, to jobs; returns the devices of each job that gets any.
 
         Args:
-            demands: Jobs that are not finished; the order decides where nothing else does.
-            free: Devices of which nothing is awaited.
-            present: All devices that are there.
-            can_take_part: Which of them can take part in which job.
-            has_work_for: Which of them a job would give something to do now; all of those by default.
-            sharing: The result of `sharing_jobs`, if it is known.
-
-        Returns:
-            Which devices each job gets now; jobs that get none are left out.
+            demands: Jobs that are not finished; between equals the first one comes first.
+            present: All devices that are there, free or at work.
+            has_work_for: Which of them a job would give something to do now; by default all that can take part.
+            sharing: The result of `sharing_jobs`, if it was computed already.
         """
         has_work_for = has_work_for or can_take_part
         sharing = self.sharing_jobs(demands, present, can_take_part) if sharing is None else sharing
         self._charge_newcomers(sharing)
-        total = sum(b.weight for b in sharing)
+        total = sum(demand.weight for demand in sharing)
         unassigned, assignments = set(free), dict[str, list[str]]()
-        for demand in sorted((b for b in sharing if b.max_devices > 0), key=self._seconds_per_weight):
+        for demand in sorted((d for d in sharing if d.max_devices > 0), key=self._seconds_per_weight):
             job = demand.job
             # 1e-9: a share that is a whole number must not be rounded up by a floating-point error.
             share = math.ceil(len(present) * demand.weight / total - 1e-9) - demand.devices_at_work
@@ -125,13 +109,13 @@ class FairScheduler:
         return {job: devices for job, devices in assignments.items() if devices}
 
     def _charge_newcomers(self, able: Sequence[JobDemand]) -> None:
-        """Charge jobs that are new, or come back to the line, with as much time as the one that has had least: they
-        have no claim on what the others have had meanwhile."""
-        least_served = min((self._seconds_per_weight(b) for b in able if b.job in self._queue), default=0.0)
+        """Charge jobs that are new in the queue, or come back to it, with as much time as the job that has had least:
+        they have no claim on the time that the others have had meanwhile."""
+        least_served = min((self._seconds_per_weight(d) for d in able if d.job in self._queue), default=0.0)
         for demand in able:
             if demand.job not in self._queue:
                 self._job_seconds[demand.job] = max(self._job_seconds[demand.job], least_served * demand.weight)
-        self._queue = frozenset(b.job for b in able)
+        self._queue = frozenset(demand.job for demand in able)
 
     def _seconds_per_weight(self, demand: JobDemand) -> float:
         return self._job_seconds[demand.job] / demand.weight

@@ -1,7 +1,8 @@
-"""What a device trains in a round: how much of the model, and how often it goes through its data.
+"""Decides what a device trains in a round: how much of the model, and how often it goes through its data.
 
-The planner says what each board *can* hold. A strategy with a shared core has boards train less than that for a part
-of the job; what narrower steps save, boards spend on more of them, as far as their time and energy allow.
+The planner says how much of the model each board *can* hold. A strategy with a shared *core* (the width that most
+boards train together) has boards train less than that for a part of the job. Narrower steps take less time, which
+boards spend on more steps, as far as their time and energy allow.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedprune.coordination.job_end import spent_share_after_round
-from fedprune.coordination.width_planner import drop_oldest, predict_round
+from fedprune.coordination.round_prediction import predict_round
+from fedprune.core.bounded_cache import BoundedCache
 from fedprune.core.errors import ProfileError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice, State
@@ -72,9 +74,9 @@ class Grants:
         self._recipe = job.training_recipe  # made anew whenever a job is asked, and needed for every device of a round
         # Asynchronous jobs begin with few of their boards, which say little of the others.
         self._sees_fleet = strategy.schedule is None or not strategy.schedule.asynchronous
-        self._macs_by_widths: dict[Widths, int] = {}
-        self._step_seconds: dict[tuple[str, Widths], tuple[Mapping[str, Any], float]] = {}
-        self._repeats_by_plan: dict[tuple[Mapping[str, Any], Widths], float] = {}
+        self._macs_by_widths = BoundedCache[Widths, int]()
+        self._step_seconds = BoundedCache[tuple[str, Widths], tuple[Mapping[str, Any], float]]()
+        self._repeats_by_plan = BoundedCache[tuple[Mapping[str, Any], Widths], float]()
 
     def begin_round(self) -> None:
         """Decide what the fleet trains in the round that begins, of number `State.round`.
@@ -211,7 +213,6 @@ class Grants:
             if widths != device.widths:
                 share = self._prediction(device, widths).train_s / self._prediction(device, device.widths).train_s
             self._repeats_by_plan[key] = WidthPlan.from_dict(device.plan).repeats(share)
-            drop_oldest(self._repeats_by_plan)
         return self._repeats_by_plan[key]
 
     def _slowest_round_s(self, devices: Iterable[JobDevice]) -> float:
@@ -238,7 +239,6 @@ class Grants:
             except ProfileError:
                 step_s = 0.0
             self._step_seconds[key] = (device.profile, step_s)
-            drop_oldest(self._step_seconds)
         return step_s * self._recipe.steps(device.samples)
 
     def _prediction(self, device: JobDevice, widths: Widths) -> Prediction:
@@ -248,5 +248,4 @@ class Grants:
     def _training_macs(self, widths: Widths) -> int:
         if widths not in self._macs_by_widths:
             self._macs_by_widths[widths] = max(1, costs_at(self._architecture, widths).training_macs)
-            drop_oldest(self._macs_by_widths)
         return self._macs_by_widths[widths]

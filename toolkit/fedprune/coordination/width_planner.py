@@ -1,4 +1,9 @@
-"""The width of each device's model, planned from its profile and corrected by its measured rounds."""
+"""Plans the width of each device's model from its hardware profile, and corrects the plan by its measured rounds.
+
+A plan predicts the time and memory of a round. What the device then measures corrects the prediction: by a factor for
+times, and one for memory (`planning.cost_prediction.Correction`). Devices of one kind share a plan while their
+corrections are equal.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fedprune.coordination.round_prediction import predict_round
+from fedprune.core.bounded_cache import BoundedCache
 from fedprune.core.errors import FedpruneError, PlanError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
@@ -14,7 +21,6 @@ from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.model.architecture import Architecture, kept_share, widths_at, widths_at_least
 from fedprune.model.recipe import Recipe
 from fedprune.planning.correction import NO_CORRECTION, Correction
-from fedprune.planning.cost_prediction import predict_costs
 from fedprune.planning.plan_search import PlanSearch
 from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import ProbeReport
@@ -22,10 +28,6 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_plan import MEMORY, WidthPlan
 from fedprune.strategies import Strategy
 from fedprune.strategies.allocation import Allocator, Fleet
-
-# Plans that are remembered. Boards of one kind with as many samples share a plan, unless they have measured themselves;
-# a fleet whose boards all have would otherwise fill the memory.
-MAX_CACHED = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class _SharedPlan:
 
 
 class WidthPlanner:
-    """Plans a job's devices, by the recipes that its strategy is going to ask them to train by."""
+    """Plans a job's devices, by the recipes (settings of local training) that its strategy is going to send them."""
 
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, frozen: Collection[str] = ()) -> None:
         self.job = job
@@ -57,18 +59,16 @@ class WidthPlanner:
                 architecture, widths_at(architecture, job.density), strategy.min_channels
             )
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
-        self._plans: dict[Hashable, _SharedPlan] = {}
-        self._plans_by_body: dict[Mapping[str, Any], WidthPlan] = {}
-        self._predictions: dict[Hashable, Prediction] = {}
+        self._plans = BoundedCache[Hashable, _SharedPlan]()
+        self._plans_by_body = BoundedCache[Mapping[str, Any], WidthPlan]()
+        self._predictions = BoundedCache[Hashable, Prediction]()
 
     def plan(self, name: str, device: JobDevice) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
 
         Measured rounds never exclude a device. If it is too slow at every width, it is planned without the measured
-        times; if its memory is too small at every width, it gets the narrowest.
-
-        Raises:
-            ConfigError: The job's recipe has settings that don't go with its strategy's.
+        times; if its memory is too small at every width, it gets the narrowest. Raises `ConfigError` if the job's
+        recipe has settings that don't go with its strategy's.
         """
         device.plan, device.widths, device.density, device.excluded = None, (), 1.0, ""
         if not self.job.density:
@@ -77,10 +77,10 @@ class WidthPlanner:
             if self.job.density:
                 device.widths, device.density = self._fixed_widths, self.job.density
                 return
+            # What the rounds measured holds first; then only its memory, where no width is fast enough; then neither.
             correction = Correction(**device.correction)
-            self._assign(
-                device, self._fitting_plan(name, device, correction, correction.without_times(), NO_CORRECTION)
-            )
+            corrections = [correction, correction.without_times(), NO_CORRECTION]
+            self._assign(device, self._fitting_plan(name, device, *corrections))
         except StrategyError:  # no device's fault
             raise
         except FedpruneError as error:
@@ -105,28 +105,23 @@ class WidthPlanner:
             return
         former_plan = self._read_plan(device.plan)
         memory_limit = former_plan.limit_of(MEMORY).limit
-        expected = (
-            former_plan.prediction
-            if device.widths == task.widths
-            else self._prediction_for_task(name, device, task, former_plan)
-        )
+        former_correction, expected = former_plan.correction, former_plan.prediction
+        if device.widths != task.widths:
+            expected = self._prediction_for_task(name, device, task, former_plan)
         correction = Correction(**device.correction).corrected_by(
-            expected, former_plan.correction, task.metrics, memory_limit
+            expected, former_correction, task.metrics, memory_limit
         )
         device.correction = vars(correction)
-        exceeds_memory = task.metrics.get("peak_memory_bytes", 0.0) > memory_limit and (
-            correction != former_plan.correction
-        )
-        if not exceeds_memory and not correction.differs_from(former_plan.correction, former_plan.prediction):
+        peak_memory = task.metrics.get("peak_memory_bytes", 0.0)
+        exceeds_memory = peak_memory > memory_limit and correction != former_correction
+        if not exceeds_memory and not correction.differs_from(former_correction, former_plan.prediction):
             return
+        corrections = [correction, correction.without_times()] if exceeds_memory else [correction]
         try:
-            self._assign(
-                device,
-                self._fitting_plan(name, device, correction, *([correction.without_times()] if exceeds_memory else [])),
-            )
+            self._assign(device, self._fitting_plan(name, device, *corrections))
         except StrategyError:
             raise
-        except FedpruneError:  # too slow at any width: it delivered all the same, and continues as it is
+        except FedpruneError:  # too slow at any width: it has delivered all the same, and keeps its plan
             return
 
     def _prediction_for_task(self, name: str, device: JobDevice, task: DeviceTask, plan: WidthPlan) -> Prediction:
@@ -146,18 +141,16 @@ class WidthPlanner:
                 correction=plan.correction,
                 frozen=self.frozen,
             )
-            drop_oldest(self._predictions)
         return self._predictions[key]
 
     def _read_plan(self, body: Mapping[str, Any]) -> WidthPlan:
         """A plan read from its JSON, which devices share."""
         if body not in self._plans_by_body:
             self._plans_by_body[body] = WidthPlan.from_dict(body)
-            drop_oldest(self._plans_by_body)
         return self._plans_by_body[body]
 
     def _assign(self, device: JobDevice, shared_plan: _SharedPlan) -> None:
-        """Set a device's plan, and with it widths and density: strategies go by the latter, too (a pull, a scaler)."""
+        """Set a device's plan, widths and density; the strategy's allocator and scaling go by the density, too."""
         device.plan, device.widths, device.density = shared_plan.plan, shared_plan.widths, shared_plan.density
 
     def _recipe(self, name: str, device: JobDevice, widths: tuple[int, ...]) -> Recipe:
@@ -169,7 +162,7 @@ class WidthPlanner:
     def _fitting_plan(
         self, name: str, device: JobDevice, correction: Correction, *fallbacks: Correction
     ) -> _SharedPlan:
-        """The plan by the first of the corrections with which a width fits. Raises the last error if none does."""
+        """The plan by the first correction with which a width fits. Raises the last error if no width does."""
         shared_plan = self._cached_plan(name, device, correction)
         if shared_plan.error is None:
             return shared_plan
@@ -186,7 +179,6 @@ class WidthPlanner:
         if shared_plan is None or any(self._recipe(name, device, w) != r for w, r in shared_plan.recipes.items()):
             shared_plan = self._find_plan(name, device, profile, correction)
         self._plans[key] = shared_plan
-        drop_oldest(self._plans)
         return shared_plan
 
     def _profile(self, body: dict[str, Any]) -> tuple[dict[str, Any], HardwareProfile]:
@@ -246,47 +238,3 @@ def _has_same_latency(former: JobDevice, device: JobDevice) -> bool:
     if former.probe == device.probe:
         return True
     return (former.probe or {}).get("latency") == (device.probe or {}).get("latency")
-
-
-def predict_round(
-    job: Job,
-    strategy: Strategy,
-    architecture: Architecture,
-    name: str,
-    device: JobDevice,
-    widths: tuple[int, ...],
-    density: float,
-    samples: int,
-    *,
-    accumulate: int = 1,
-    correction: Correction = NO_CORRECTION,
-    frozen: Collection[str] = (),
-) -> Prediction:
-    """What a round would cost a device at some widths, by what it has said of itself.
-
-    Raises `FedpruneError` if its profile or probe can't be read, or the strategy has no recipe for it.
-
-    Args:
-        density: The share of the model that the widths are.
-        accumulate: Parts in which it works through a batch, unless the recipe asks for more.
-        correction: What its rounds taught.
-        frozen: Tensors that the model's author froze.
-    """
-    profile = HardwareProfile.from_dict(device.profile)
-    return predict_costs(
-        architecture,
-        widths,
-        profile,
-        strategy.planned_recipe(job, name, widths, density, samples).with_micro_batches(accumulate),
-        samples,
-        probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
-        correction=correction,
-        frozen=frozen,
-        codecs=strategy.codecs(job, profile.name, device.codecs),
-    )
-
-
-def drop_oldest(cache: dict[Any, Any]) -> None:
-    """Drop the oldest entry of a cache with more than `MAX_CACHED`: dictionaries keep the order of insertion."""
-    if len(cache) > MAX_CACHED:
-        del cache[next(iter(cache))]
