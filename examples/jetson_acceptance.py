@@ -35,7 +35,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import bindings
 from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, current_platform
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 
 ROUNDS = 50
 

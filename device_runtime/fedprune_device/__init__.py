@@ -9,7 +9,8 @@ if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
     from fedprune_device.data.dataset import LocalData
     from fedprune_device.data.labels import log_prior
     from fedprune_device.serving.predictor import Predictor
-    from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
+    from fedprune_device.training.trainer import Trainer
+    from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingTask
 
 __all__ = [
     "LocalData",

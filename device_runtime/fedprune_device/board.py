@@ -49,7 +49,7 @@ from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.start_failure import report_start_failure
 from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
-from fedprune_device.privacy.budget import PrivacyPolicy, read_policy
+from fedprune_device.privacy.policy import PrivacyPolicy, read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import NO_LAUNCHER, ReleaseAgent, board_installer
 from fedprune_device.releases.release_trial import ReleaseTrial

@@ -17,7 +17,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import load
 from fedprune_export.pruning.model import Model

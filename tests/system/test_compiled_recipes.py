@@ -15,7 +15,8 @@ from fedprune.model.trainable import trained_tensors
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_weights, positive_weights
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph

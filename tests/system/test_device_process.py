@@ -16,7 +16,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Birth, Death, RoundProgress, UpdateAnnouncement
 from fedprune_device.data.array_source import load_data
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
 from support.processes.device_process import Field, loaded_packages, running

@@ -34,8 +34,9 @@ from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.offline_training import OfflineTraining
-from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner, TrainedRound, TrainingThread
-from fedprune_device.training.trainer import TrainingStoppedError
+from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner, TrainedRound
+from fedprune_device.training.training_task import TrainingStoppedError
+from fedprune_device.training.training_thread import TrainingThread
 
 _LOG = logging.getLogger("fedprune.device")
 

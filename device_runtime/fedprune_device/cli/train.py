@@ -33,7 +33,8 @@ from fedprune_device.data.sources import SampleOptions
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import PrecisionCheck, lower_model
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
-from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingTask
 
 # Seconds between two updates of the progress line on a terminal; elsewhere, as in a log, each is a line of its own.
 _PROGRESS_INTERVAL_S = 1.0

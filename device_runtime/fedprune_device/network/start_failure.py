@@ -14,7 +14,7 @@ from fedprune import __version__
 from fedprune.core.errors import BrokerError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.messages import MAX_TROUBLE_LENGTH, Birth
 from fedprune_device.network.membership import MembershipOptions, resolve_membership
-from fedprune_device.privacy.budget import read_policy
+from fedprune_device.privacy.policy import read_policy
 from fedprune_device.privacy.redaction import redact, refusal_reason
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore

@@ -63,17 +63,16 @@ def error_name(error: BaseException) -> str:
 
 
 def refusal_reason(error: BaseException, *, private: bool) -> str:
-    """The reason why an offer isn't carried out, for the server.
-
-    If the job is private, it has no text that may come from samples.
-    """
+    """The reason why an offer isn't carried out, for the server; without any text that may come from samples of a
+    private job."""
     if private and not isinstance(error, _REPORTABLE_ERRORS):
         return f"{error_name(error)} {WITHHELD}"
     return str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
 
 
 def module_of(name: str) -> str:
-    """A module's name as it may leave the board: our own in full, of well-known packages the package, else nothing."""
+    """A module's name as it may leave the board: our own in full, of well-known packages the package, of others
+    nothing."""
     top = name.partition(".")[0]
     if top in _OUR_PACKAGES:
         return name[:128]

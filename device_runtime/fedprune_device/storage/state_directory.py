@@ -41,7 +41,8 @@ from fedprune.core.validation import is_whole
 from fedprune.model.recipe import Recipe
 from fedprune.wire import messages
 from fedprune.wire.messages import Offer
-from fedprune_device.privacy.budget import BoardPrivacyBudget, PrivacyPolicy
+from fedprune_device.privacy.budget import BoardPrivacyBudget
+from fedprune_device.privacy.policy import PrivacyPolicy
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_store import FolderStateStore

@@ -1,4 +1,4 @@
-"""Measurements of a board's models on its own samples."""
+"""Measures a board's models on its own samples, and checks a model before it serves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedprune_device.data.labels import LogitAdjustment, Terms, loss_terms
 from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.objective import BatchMeasure, Objective
-from fedprune_device.training.trainer import TrainingResult
+from fedprune_device.training.training_task import TrainingResult
 
 PROBE_SAMPLES = 32  # local samples with which a new model is checked before it serves
 

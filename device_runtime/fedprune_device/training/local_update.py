@@ -1,82 +1,35 @@
-"""The work on one accepted offer: its input weights, the board's own average, and the files that training produces."""
+"""A board's update for an accepted offer: the weights that training begins with, and the files that it leaves."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, ConfigError, ProtocolError
+from fedprune.core.errors import ProtocolError
 from fedprune.model import step_contract
-from fedprune.model.element_mask import apply_mask, mask_from_bits, pack_active, unpack_active
-from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.element_mask import apply_mask, pack_active, unpack_active
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import ALL_ACTIVE, ElementMask, Tensors
+from fedprune.model.selection import ALL_ACTIVE, Tensors
 from fedprune.secure_aggregation.vector_form import MaskedForm
-from fedprune.updates import Codec, encode, weights
+from fedprune.updates import Codec, encode
 from fedprune.updates.clipped_noise import GaussianNoise, add_noise
-from fedprune.updates.remap import relocate
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState, RoundState
 from fedprune_device.storage.state_store import StateStore
+from fedprune_device.training.carried_state import carried_arrays, carried_optimizer_state
 from fedprune_device.training.evaluation import PROBE_SAMPLES
-from fedprune_device.training.trainer import Trainer, TrainingResult
-
-
-def carried_arrays(
-    arrays: Tensors,
-    base: LocalState,
-    offer: Offer,
-    tensors: Mapping[str, npt.NDArray[Any]],
-    read: Callable[[BlobRef], bytes],
-) -> Tensors:
-    """Arrays of an earlier round for the tensors that are trained now, or for their optimiser's state.
-
-    If `base` is of another selection, the channels that both selections have are copied, and the others are 0.
-    """
-    if arrays and base.selection != offer.selection:
-        if offer.moved is None or offer.moved_from != base.selection:
-            return {}
-        try:
-            arrays = relocate(arrays, read(offer.moved), 2 * max(v.nbytes for v in tensors.values()) + 2**20)
-        except ProtocolError:
-            return {}
-    shapes = {n: v.shape for n, v in tensors.items()}
-    return {n: v for n, v in arrays.items() if shapes.get(n.partition("::")[0]) == v.shape}
-
-
-def carried_optimizer_state(
-    base: LocalState | None,
-    optimizer: str,
-    offer: Offer,
-    tensors: Mapping[str, npt.NDArray[Any]],
-    read: Callable[[BlobRef], bytes],
-) -> tuple[Tensors, int]:
-    """The optimiser's state that a round begins with, and the steps that led to it; empty if it begins at zero.
-
-    Adam's correction of its means counts all steps. For new channels, whose means are 0, the first steps would be
-    several times too long (up to (1 − β1^t)/√(1 − β2^t) · lr, 6.5 · lr by default), so their mean square is that of the
-    tensor's other elements.
-    """
-    if base is None or base.optimizer != optimizer:
-        return {}, 0
-    moments = carried_arrays(base.moments, base, offer, tensors, read)
-    if base.selection != offer.selection:
-        for name in moments.keys() & set(map(step_contract.second_moment_name, tensors)):
-            is_known = moments[name] > 0
-            if is_known.any():
-                mean = moments[name][is_known].mean(dtype=np.float64).astype(np.float32)
-                moments[name] = np.where(is_known, moments[name], mean)
-    return moments, base.steps if moments else 0
-
+from fedprune_device.training.received_weights import unpack_weights
+from fedprune_device.training.serving_average import blended_average, updated_average
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingResult
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -303,148 +256,3 @@ class LocalUpdate:
             for name in self.mask.keys() & set(self._trainer.trainable):
                 out[name] = np.where(np.abs(out[name]) >= threshold, out[name], np.float32(0))
         return out
-
-
-Array = npt.NDArray[Any]
-
-
-def updated_average(
-    base: LocalState | None,
-    offer: Offer,
-    trained: Mapping[str, npt.NDArray[np.float32]],
-    decay: float,
-    *,
-    axes: TensorAxes | None = None,
-    mask: ElementMask = ALL_ACTIVE,
-) -> Tensors:
-    """The average after a round, a ← decay · a + (1 − decay) · w, in arrays of their own.
-
-    It reduces the noise of few local steps and of each round's averaging in a personal model, without traffic.
-
-    If the selection has changed but not the order of channels, the channels that both have are averaged; if the order
-    has changed, the average starts over. So does an element that was masked before.
-    """
-    out = {n: np.array(v, np.float32) for n, v in trained.items()}
-    if base is None or not base.average:
-        return out
-    if base.selection == offer.selection:
-        if {n: v.shape for n, v in base.average.items()} == {n: v.shape for n, v in trained.items()}:
-            for name in out:
-                _mix_average(out[name], base, name, decay, mask)
-    elif base.ranking is not None and base.ranking == offer.ranking and not (axes is None or mask or base.mask):
-        _mix_common_channels(base, offer, out, decay, axes)
-    return out
-
-
-def blended_average(
-    average: Mapping[str, npt.NDArray[np.float32]],
-    received: Mapping[str, npt.NDArray[np.float32]],
-    share: float,
-    *,
-    mask: ElementMask = ALL_ACTIVE,
-) -> Tensors:
-    """The model that serves with an average: (1 − share) · average + share · received; 0 where masked.
-
-    Tensors that are not received are the average's own arrays.
-    """
-    out = dict(average)
-    for name, value in received.items():
-        mixed = np.float32(share) * value
-        mixed += np.float32(1 - share) * average[name]
-        if name in mask:
-            mixed[~mask[name]] = 0
-        out[name] = mixed
-    return out
-
-
-def _mix_average(value: npt.NDArray[np.float32], base: LocalState, name: str, decay: float, mask: ElementMask) -> None:
-    """Mix the old average into new weights, in their place: boards have no memory to waste."""
-    was_active = base.mask.get(name)
-    newcomers = None if was_active is None else value[~was_active]
-    _moving_average(base.average[name], value, decay)
-    if was_active is not None:
-        value[~was_active] = newcomers
-    if name in mask:
-        value[~mask[name]] = 0
-
-
-def _mix_common_channels(base: LocalState, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:
-    """Mix the part that both widths have into the new weights."""
-    if len(base.widths) != len(offer.widths):
-        return
-    common = tuple(map(min, base.widths, offer.widths))
-    differing = {g for g, (a, b) in enumerate(zip(base.widths, offer.widths, strict=True)) if a != b}
-    if not differing <= axes.narrowable_groups or set(base.average) != set(out):
-        return
-    try:
-        axes.check(base.average, base.widths)
-        axes.check(out, offer.widths)
-    except BundleError:
-        return  # the stored tensors are no average of this model, so that the average starts over
-    old = axes.narrow(base.average, base.widths, common)
-    new = {n: v.copy() for n, v in axes.narrow(out, offer.widths, common).items()}
-    for name in new:
-        _moving_average(old[name], new[name], decay)
-    axes.write_back(out, new, offer.widths, common)
-
-
-def _moving_average(old: Array, new: Array, decay: float) -> None:
-    """Replace `new` by decay · old + (1 − decay) · new."""
-    new *= np.float32(1 - decay)
-    new += np.float32(decay) * old
-
-
-def unpack_weights(
-    weights: bytes,
-    mask: bytes | None,
-    recipe: Recipe,
-    axes: TensorAxes | None,
-    widths: Sequence[int],
-    maskable: Collection[str],
-) -> tuple[Tensors, ElementMask]:
-    """All tensors in full, 0 where masked, and which elements are active.
-
-    `axes`, the channel groups of the tensors' axes, are needed with a mask; only `maskable` tensors may have one.
-    Raises `BundleError` if the files are invalid or don't fit each other or the model.
-    """
-    tensors: Tensors = tensorfile.decode(weights)
-    # The inference graph finds its weights at offsets that only the canonical form has.
-    if not weights.startswith(tensorfile.header_for_tensors(tensors)):
-        raise BundleError("the weights are not a canonical tensor file", hint="The server must write them again.")
-    if mask is None:
-        return tensors, ALL_ACTIVE
-    if recipe.mask == "none":
-        raise BundleError("the offer has a mask", expected="recipe.mask 'hard' or 'threshold'", got="'none'")
-    if axes is None:
-        raise BundleError("the offer has a mask, but its training graph doesn't give its tensors' axes")
-    try:
-        bits = tensorfile.decode(mask)
-        for name in bits:
-            if name not in maskable or name not in tensors:
-                raise BundleError(f"mask of {name}", expected="no mask", got="one")
-        for name, value in tensors.items():
-            if value.dtype != np.float32:
-                raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
-        active = mask_from_bits(bits, axes.shapes(widths))
-        return unpack_active(active, tensors), active
-    except BundleError as error:
-        raise BundleError(f"mask and weights of the offer don't fit each other: {error}") from error
-
-
-def decode_weights(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
-    """The weights file of an offer, decoded; None if the digest is another, so that it must be downloaded as it is."""
-    if offer.coded is None:
-        return None
-    raw = read(offer.coded.sha256)
-    base = None if offer.held is None else read(offer.held)
-    try:
-        codec = Codec.parse(offer.weights_codec, "offer: weights_codec")
-        if codec is None:
-            return None
-        base_weights = None if base is None else tensorfile.decode(base)
-        if base_weights is not None and offer.moved is not None:
-            base_weights = relocate(base_weights, read(offer.moved.sha256), 2 * offer.weights.size + 2**20)
-        file = tensorfile.encode(weights.decode(codec, raw, base_weights, offer.weights.size))
-    except (BundleError, ConfigError, ProtocolError):
-        return None
-    return file if tensorfile.sha256_hex(file) == offer.weights.sha256 else None

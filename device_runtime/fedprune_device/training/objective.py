@@ -72,15 +72,8 @@ class _Metric:
 
 
 class Objective:
-    """The part of a training graph after the model's outputs, loaded on its own.
-
-    Args:
-        graph: The training graph.
-        scores: Whether it counts right labels.
-        subgraphs: Those of this graph that were cut before.
-
-    Raises:
-        ModelError: It is not a training graph.
+    """The part of a training graph after the model's outputs, loaded on its own; `scores` tells whether it counts right
+    labels, `subgraphs` are those of this graph that were cut before. Raises `ModelError` if it is not a training graph.
     """
 
     def __init__(

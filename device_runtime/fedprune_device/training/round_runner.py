@@ -1,13 +1,10 @@
-"""One round of an offer whose blobs are complete: evaluate, train, evaluate, check, swap the serving model."""
+"""Carries out one round of an offer whose blobs are complete: evaluate, train, evaluate, check, stage the new model."""
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,25 +23,16 @@ from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.labels import LogitAdjustment, Targets
-from fedprune_device.hardware.readings import reset_peak_memory
-from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import RoundState
 from fedprune_device.storage.state_store import MemoryStateStore, StateStore
 from fedprune_device.training.evaluation import MACHINE_METRICS, Evaluation, is_clearly_better, training_metrics
-from fedprune_device.training.local_update import LocalUpdate, ServingAverage, decode_weights
-from fedprune_device.training.trainer import (
-    Trainer,
-    TrainerCache,
-    TrainingControl,
-    TrainingResult,
-    TrainingStoppedError,
-    TrainingTask,
-)
-
-__all__ = ["MACHINE_METRICS", "DamagedBlobError", "RoundRunner", "TrainedRound", "TrainerCache"]
+from fedprune_device.training.local_update import LocalUpdate, ServingAverage
+from fedprune_device.training.received_weights import decode_weights
+from fedprune_device.training.trainer import Trainer, TrainerCache
+from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingStoppedError, TrainingTask
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -362,64 +350,3 @@ class RoundRunner:
             return None
         self._with_damage_error(self._blobs.map, offer.base.sha256)
         return self._blobs.path(offer.base.sha256)
-
-
-NICENESS = 19  # everything else on the board, predictions above all, has priority over training
-
-
-class TrainingThread:
-    """Carries out one offer in a thread, whose result the loop commits or drops. `status`: phase, done, in all."""
-
-    def __init__(
-        self,
-        runner: RoundRunner,
-        offer: Offer,
-        download_seconds: float = 0.0,
-        guard: ThermalGuard | None = None,
-        *,
-        offline: bool = False,
-    ) -> None:
-        self.runner, self.offer, self.offline = runner, offer, offline
-        self.status: tuple[str, int, int] = ("train", 0, 0)
-        self.result: TrainedRound | None = None
-        self.error: BaseException | None = None
-        self._stop = threading.Event()
-        self._guard = guard
-        self._download_seconds = download_seconds
-        self._thread = threading.Thread(target=self._run, name="fedprune-training", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether `stop` was called, so that its result is dropped."""
-        return self._stop.is_set()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def join(self, timeout: float) -> None:
-        """Wait for its end, but no longer than `timeout` seconds."""
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        # Linux counts niceness by thread; those that onnxruntime starts for this one inherit it.
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        reset_peak_memory()
-        try:
-            self.result = self.runner.carry_out(
-                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._should_stop
-            )
-        except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
-            self.error = error
-
-    def _should_stop(self) -> bool:
-        """Whether training should stop. Called between two steps, where a hot board pauses until it has cooled down."""
-        return self._stop.is_set() if self._guard is None else self._guard.pause(self._stop.is_set)
-
-    def _report(self, phase: str, done: int, total: int) -> None:
-        self.status = (phase, done, total)

@@ -211,8 +211,8 @@ class StepGraph:
         return SampleAugmentation(self._session.metadata) if recipe.augment else None
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:
-        """The part of the graph after the model's outputs; the last one is kept, as loading it takes some hundredths of
-        a second."""
+        """The part of the graph after the model's outputs. The last one is kept, because loading takes some hundredths
+        of a second."""
         if self._objective is None or self._objective[:2] != (recipe, classes):
             self._objective = (
                 recipe,
@@ -252,9 +252,12 @@ class StepGraph:
         into: Mapping[str, Array] | None = None,
         dropout_key: tuple[Any, ...] | None = None,
     ) -> StepResult:
-        """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs. `into`: arrays that
-        the next values of all of `updated_names` are written into; none of them may be a feed. `dropout_key`: the seed
-        and the key of the masks of dropout, if numbers are dropped."""
+        """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs.
+
+        Args:
+            into: Arrays that the next values of all of `updated_names` are written into; none of them may be a feed.
+            dropout_key: Seed and key of the masks of dropout; None to drop nothing.
+        """
         feeds = dict(feeds)
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)

@@ -24,7 +24,8 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.planning.costs import costs_at
 from fedprune.strategies.values import SelfDistillation
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
 from fedprune_server.executor.calibration import Calibration

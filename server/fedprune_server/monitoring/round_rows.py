@@ -11,7 +11,7 @@ from typing import Any
 
 from fedprune.coordination.job_end import EPSILON_NEXT
 from fedprune.core.metrics import METRICS, served_metric
-from fedprune_device.training.round_runner import MACHINE_METRICS
+from fedprune_device.training.evaluation import MACHINE_METRICS
 from fedprune_server.executor.accountant import EPSILON
 
 # The privacy cost of a private job: coordinators record it among a round's measurements, but it doesn't rate the model.

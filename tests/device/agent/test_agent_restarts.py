@@ -25,7 +25,7 @@ from fedprune.wire.messages import (
     UpdateAnnouncement,
 )
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.privacy.budget import PrivacyPolicy
+from fedprune_device.privacy.policy import PrivacyPolicy
 from support.fakes.agent_harness import Bench, expected, same
 
 pytestmark = pytest.mark.board

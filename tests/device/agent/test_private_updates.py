@@ -21,7 +21,8 @@ from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner
+from fedprune_device.training.evaluation import MACHINE_METRICS
+from fedprune_device.training.round_runner import RoundRunner
 from support.fakes.hidden_board import DEVICE, HiddenBoard, hidden_weights
 
 pytestmark = pytest.mark.board

@@ -20,7 +20,8 @@ from fedprune.runtime.bundle import MANIFEST, WEIGHTS, open_bundle
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingControl, TrainingTask
 
 pytestmark = pytest.mark.board
 

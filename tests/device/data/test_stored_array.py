@@ -18,7 +18,8 @@ from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import StoredArray
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board

@@ -15,7 +15,8 @@ from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_cost import epsilon_for
 from fedprune_device.network.offer_checks import check_offer
-from fedprune_device.privacy.budget import BUDGET_FILE, BoardPrivacyBudget, PrivacyPolicy, read_policy
+from fedprune_device.privacy.budget import BUDGET_FILE, BoardPrivacyBudget
+from fedprune_device.privacy.policy import PrivacyPolicy, read_policy
 from fedprune_device.privacy.redaction import error_name, refusal_reason
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reports import CrashReports

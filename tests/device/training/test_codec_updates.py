@@ -23,7 +23,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.network.offer_checks import fits_disk
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.local_update import carried_arrays
+from fedprune_device.training.carried_state import carried_arrays
 from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
 from support.fakes.hidden_board import ARCHITECTURE, DEVICE, HiddenBoard, hidden_weights
 

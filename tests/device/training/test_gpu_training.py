@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fedprune.model.recipe import Recipe
-from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingTask
 from support.fakes.cuda_runtime import CudaRuntime
 from support.fakes.hidden_board import CLASSES, DEVICE, SEED, HiddenBoard, hidden_weights
 

@@ -14,8 +14,9 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.updates.remap import relocation
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.local_update import carried_optimizer_state
-from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingTask
+from fedprune_device.training.carried_state import carried_optimizer_state
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingResult, TrainingTask
 from support.fakes.hidden_board import ARCHITECTURE, CLASSES, DEVICE, SEED, HiddenBoard, hidden_weights
 
 pytestmark = pytest.mark.board

@@ -23,8 +23,9 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_store import FolderStateStore
-from fedprune_device.training.local_update import unpack_weights
-from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingTask
+from fedprune_device.training.received_weights import unpack_weights
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingResult, TrainingTask
 from support.fakes.hidden_board import (
     CLASSES,
     DEVICE,

@@ -34,7 +34,8 @@ from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import offline_training as alone
 from fedprune_device.training import round_runner
 from fedprune_device.training.offline_training import OfflineTraining
-from fedprune_device.training.round_runner import NICENESS, RoundRunner
+from fedprune_device.training.round_runner import RoundRunner
+from fedprune_device.training.training_thread import NICENESS
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
 from support.fakes.agent_harness import agent_on, expected, same
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power

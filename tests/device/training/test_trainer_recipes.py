@@ -31,14 +31,9 @@ from fedprune_device.data.labels import (
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.augmentation import SampleAugmentation
 from fedprune_device.training.round_runner import RoundRunner
-from fedprune_device.training.trainer import (
-    EarlyStopping,
-    Trainer,
-    TrainingControl,
-    TrainingResult,
-    TrainingStoppedError,
-    TrainingTask,
-)
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_run import EarlyStopping
+from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingStoppedError, TrainingTask
 from support.fakes.agent_fleet import MemoryServer
 from support.oracles.losses import data_loss
 

@@ -19,7 +19,8 @@ from fedprune.model.step_contract import next_name
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.importing import ImportChoices, import_onnx, read_source
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph

@@ -24,7 +24,8 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.importing.quiet_libraries import silence_libraries
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph

@@ -16,7 +16,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.array_source import load_data, load_inputs
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.bundles.conversion import check_state_parity, onnx_file, state_dict
 from fedprune_export.checks.labelled_data import load_scored_data
 from fedprune_export.importing import import_onnx

@@ -23,7 +23,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.step_contract import AUGMENT_METADATA
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.augmentation import augment_labels, augment_samples
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 

@@ -19,7 +19,8 @@ from fedprune.model.selection import Selection
 from fedprune.model.step_feeds import first_step_feeds
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.bundles.conversion import onnx_file
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx

@@ -21,7 +21,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.runtime import session as sessions
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.autodiff.tape import port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.optimizers import TrainedTensor, add_inputs, write_updates

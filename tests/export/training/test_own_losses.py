@@ -21,7 +21,8 @@ from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.checks.labelled_data import load_scored_data
 from fedprune_export.importing.user_graphs import import_loss, read_loss

@@ -17,7 +17,8 @@ import fedprune_export as fx
 from fedprune.core.errors import ConfigError, DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx, read_source
 from fedprune_export.importing.user_graphs import read_loss
 from fedprune_export.training.step_graph import training_graph

@@ -22,8 +22,9 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find_profile
 from fedprune.updates import CODECS, DOWNLOAD_CODECS, Codec, decode, encode, max_update_bytes
 from fedprune.wire.messages import Birth, Offer, parse_message
-from fedprune_device.training.local_update import decode_weights
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.received_weights import decode_weights
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE, device_offer, update_misfit
 from fedprune_server.executor.worker import Worker

@@ -22,7 +22,8 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.nesting import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Evaluator, ModelSessions

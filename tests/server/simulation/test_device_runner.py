@@ -24,7 +24,8 @@ from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner
+from fedprune_device.training.evaluation import MACHINE_METRICS
+from fedprune_device.training.round_runner import RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, TrainingWork, WorkerKilledError

@@ -19,7 +19,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState
-from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingTask
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import assert_resumes, boards, digits_net, digits_simulation, noting
 

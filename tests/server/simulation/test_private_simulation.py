@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
-from fedprune_device.training.round_runner import MACHINE_METRICS
+from fedprune_device.training.evaluation import MACHINE_METRICS
 from fedprune_server.simulation.results.rows import round_rows
 from fedprune_server.simulation.results.tables import final_figures
 from fedprune_server.simulation.simulation import Simulation

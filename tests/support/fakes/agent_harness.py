@@ -15,9 +15,10 @@ from fedprune_device.agent.agent import Agent
 from fedprune_device.board import AgentSettings, build_agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.connection import BoardConnection, MessageChannel
-from fedprune_device.privacy.budget import PrivacyPolicy
+from fedprune_device.privacy.policy import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.training_task import TrainingTask
 from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
 
 LONG = Recipe(epochs=5000, batch_size=1, lr=1e-4)

@@ -74,7 +74,7 @@ from fedprune.wire.messages import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl, BrokerUrl, UploadUrl
-from fedprune_device.training.local_update import unpack_weights as offered
+from fedprune_device.training.received_weights import unpack_weights as offered
 from fedprune_server.web.state.order_queue import read_order
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.fakes.tiny_job import ARCHITECTURE

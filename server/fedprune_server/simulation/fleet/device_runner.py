@@ -21,7 +21,9 @@ from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_store import MemoryStateStore
-from fedprune_device.training.round_runner import MACHINE_METRICS, RoundRunner, TrainerCache
+from fedprune_device.training.evaluation import MACHINE_METRICS
+from fedprune_device.training.round_runner import RoundRunner
+from fedprune_device.training.trainer import TrainerCache
 from fedprune_server.executor.offer_entries import device_offer
 from fedprune_server.process.pools import ProcessPool
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
