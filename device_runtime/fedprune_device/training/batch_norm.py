@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,8 @@ from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
 from fedprune_device.data.batches import Rows
 from fedprune_device.data.stored_array import Inputs
-from fedprune_device.training.trainer import Array
+
+Array = npt.NDArray[Any]
 
 RunGraph = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]  # takes feeds and names of outputs
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedprune.core.errors import BundleError, DivergedError, TrainingError
 from fedprune.core.rng import keyed_generator
@@ -17,8 +19,9 @@ from fedprune.model.selection import Tensors
 from fedprune_device.data.batches import Batches, MicroBatch, Rows, even_chunks
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.step_graph import StepGraph
-from fedprune_device.training.trainer import Array
 from fedprune_device.training.training_task import TrainingResult, TrainingTask
+
+Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
