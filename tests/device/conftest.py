@@ -15,7 +15,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest_text
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.training import round_runner
+from fedprune_device.training import training_thread
 from support.fakes.agent_harness import Bench
 from support.fakes.hidden_board import HiddenBoard
 from support.fakes.local_board import LocalBoard
@@ -27,7 +27,7 @@ FEATURES, CLASSES = 6, 3
 @pytest.fixture(autouse=True)
 def no_niceness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train at the tests' own priority: on a busy machine threads of a lower one train a hundred times slower."""
-    monkeypatch.setattr(round_runner, "NICENESS", os.getpriority(os.PRIO_PROCESS, 0))
+    monkeypatch.setattr(training_thread, "NICENESS", os.getpriority(os.PRIO_PROCESS, 0))
 
 
 @pytest.fixture

@@ -47,9 +47,7 @@ class BoardPrivacyBudget:
 
     def check(self, recipe: Recipe) -> None:
         """Check an offer's recipe before anything is done for it, and mark the board as private if the recipe is.
-
-        Raises `PrivacyError` if it is less private than the owner asks for, or what was spent is no longer known.
-        """
+        Raises `PrivacyError` if it is less private than the owner asks for, or what was spent is no longer known."""
         if self.policy is None and not recipe.update_clip:
             return
         self._check_readable()

@@ -46,10 +46,8 @@ class SampleAugmentation:
 
 
 def augment_samples(plan: AugmentPlan, x: Array, numbers: Array) -> Array:
-    """Samples [N, ...] after all steps in their order; `numbers` [N, k] are random, from 0 to below 1.
-
-    Raises `TrainingError` if a step is of other samples than these.
-    """
+    """Samples [N, ...] after all steps in their order; `numbers` [N, k] are random, from 0 to below 1. Raises
+    `TrainingError` if a step is of other samples than these."""
     out = np.array(x, order="C")
     row = out.reshape(len(out), -1)
     for step in plan.steps:

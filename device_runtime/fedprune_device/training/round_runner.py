@@ -127,11 +127,9 @@ class RoundRunner:
         The same offer always gives the same weights, so that an interrupted one can be repeated; only a private
         update's noise differs each time. A private update reports nothing else that was measured on samples, nor that
         training diverged. `report` gets phase, units done and units in all; `stop` is called between training steps and
-        after them.
-
-        Raises `DamagedBlobError` if a blob must be downloaded again, `ConfigError` for a recipe or codec, `BundleError`
-        for weights or mask, `DataError` for local data, `TrainingError`, `TrainingStoppedError` if `stop` returned
-        True, `ModelError` if a graph doesn't load or the new model fails its check, `StorageError`.
+        after them. Raises `DamagedBlobError` if a blob must be downloaded again, `ConfigError` for a recipe or codec,
+        `BundleError` for weights or mask, `DataError` for local data, `TrainingError`, `TrainingStoppedError` if `stop`
+        returned True, `ModelError` if a graph doesn't load or the new model fails its check, `StorageError`.
         """
         recipe = Recipe.from_dict(offer.recipe)
         work, trainer, evaluation, inputs = self._prepare(offer, recipe)

@@ -52,9 +52,8 @@ class StepGraph:
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay.
     `optimizer_states` are the optimiser's arrays, `updated_names` all that have a next value. `dropout`: the masks that
     it takes. `counts_hits`: whether it counts right samples. `token_ids`: whether samples are whole numbers. `base` is
-    the file of frozen weights that the graph reads in low precision.
-
-    Raises `ModelError` if onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
+    the file of frozen weights that the graph reads in low precision. Raises `ModelError` if onnxruntime refuses the
+    graph, `TrainingError` if it is not a training graph.
     """
 
     def __init__(
@@ -169,10 +168,8 @@ class StepGraph:
     def constant_inputs(
         self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: ElementMask = ALL_ACTIVE
     ) -> dict[str, Array]:
-        """The inputs that are the same in every step; `y` are all training labels, converted by `targets`.
-
-        Raises `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range.
-        """
+        """The inputs that are the same in every step; `y` are all training labels, converted by `targets`. Raises
+        `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range."""
         feeds = loss_terms(y, recipe, classes) | anchor_feeds(recipe, tensors, self.trainable)
         feeds |= self.mask_inputs(tensors, recipe, mask)
         step_inputs = {*step_contract.SAMPLE_INPUTS, step_contract.STEP_NUMBER, step_contract.DIVISOR}

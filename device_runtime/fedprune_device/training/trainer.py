@@ -39,12 +39,9 @@ class Trainer(StepGraph):
         self, tensors: Mapping[str, Array], data: LocalData, task: TrainingTask, control: TrainingControl | None = None
     ) -> TrainingResult:
         """Train on local data. `tensors` are weights and statistics as received, which are the proximal term's anchors,
-        too.
-
-        Raises `TrainingError` if graph, weights and recipe don't fit each other, `DivergedError` if a loss or weight is
-        not finite, `TrainingStoppedError` if `control.stop` returned True, `DataError` if labels or shapes of the data
-        don't fit.
-        """
+        too. Raises `TrainingError` if graph, weights and recipe don't fit each other, `DivergedError` if a loss or
+        weight is not finite, `TrainingStoppedError` if `control.stop` returned True, `DataError` if labels or shapes of
+        the data don't fit."""
         control = control or TrainingControl()
         try:
             return self._train(tensors, data, task, control)

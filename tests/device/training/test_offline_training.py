@@ -32,7 +32,7 @@ from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import offline_training as alone
-from fedprune_device.training import round_runner
+from fedprune_device.training import training_thread
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.training_thread import NICENESS
@@ -192,7 +192,7 @@ def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
 
 
 def test_threads_that_train_have_the_lowest_priority(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(round_runner, "NICENESS", NICENESS)
+    monkeypatch.setattr(training_thread, "NICENESS", NICENESS)
     board.server.plan = [board.server.offer(1)]
     priorities: set[int] = set()
 

@@ -45,11 +45,9 @@ def read_profile(path: Path) -> HardwareProfile:
 
 
 def find_profile(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProfile:
-    """The profile of that name, looked up in `folders` before the shipped ones, or in that TOML or JSON file.
-
-    Raises `ProfileError` if it does not exist or is inconsistent, its file has another name than the profile in it, or
-    one of the folders isn't there.
-    """
+    """The profile of that name, looked up in `folders` before the shipped ones, or in that TOML or JSON file. Raises
+    `ProfileError` if it does not exist or is inconsistent, its file has another name than the profile in it, or one of
+    the folders isn't there."""
     _check_folders(folders)
     text = str(name_or_path)
     # A name never has a slash or a suffix, so that a path can't be taken for one.

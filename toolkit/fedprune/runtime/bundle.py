@@ -1,13 +1,11 @@
 """Bundles: the folder with everything that one board needs, and the manifest with the digest of every file in it.
 
-inference.onnx        the submodel; its weights are external data inside weights.safetensors
-weights.safetensors   the weights; new ones of the same shapes can take their place
-training.onnx         one training step, for any widths of the architecture
-architecture.json     the whole model's tensors and channel groups
-submodel.json         the channels that this board holds
-base.safetensors      frozen weights in low precision, which never change; optional
-engine.json           how a TensorRT engine is to be built (`runtime.tensorrt_config`); optional
-manifest.json         size and sha256 of each of these
+inference.onnx        the submodel; its weights are external data inside weights.safetensors weights.safetensors   the
+weights; new ones of the same shapes can take their place training.onnx         one training step, for any widths of the
+architecture architecture.json     the whole model's tensors and channel groups submodel.json         the channels that
+this board holds base.safetensors      frozen weights in low precision, which never change; optional engine.json
+how a TensorRT engine is to be built (`runtime.tensorrt_config`); optional manifest.json         size and sha256 of each
+of these
 
 A bundle may also have the files of lower precisions (`fedprune.runtime.precision_files.files_of`), which the manifest
 lists, too.
@@ -120,11 +118,9 @@ def files_folder(folder: Path) -> Path:
 
 
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
-    """Check every file of a bundle against its manifest and read what describes it.
-
-    Raises `BundleError`, which names the file, if the manifest is missing or damaged, a file is missing, cut short or
-    changed, or manifest, widths and tensors contradict each other.
-    """
+    """Check every file of a bundle against its manifest and read what describes it. Raises `BundleError`, which names
+    the file, if the manifest is missing or damaged, a file is missing, cut short or changed, or manifest, widths and
+    tensors contradict each other."""
     try:
         folder = files_folder(Path(folder))
     except TypeError as error:

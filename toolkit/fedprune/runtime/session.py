@@ -158,8 +158,7 @@ class OnnxSession:
             feeds: By input name an array, or one of `place`.
             outputs: Names of the outputs to compute; all by default.
             into: By output name the array to write it into: writeable, in C order, of the output's type and shape, or
-            one
-                of `place`. None may be a feed, because an operator may still read it after the output was written.
+            one of `place`. None may be a feed, because an operator may still read it after the output was written.
             kept_feeds: Further feeds, from `keep`.
 
         Raises:

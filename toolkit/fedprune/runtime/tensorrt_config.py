@@ -34,9 +34,7 @@ MAX_BATCH = 4096
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How an engine is built.
-
-    Raises `ConfigError` if a field is out of range.
+    """How an engine is built. Raises `ConfigError` if a field is out of range.
 
     Attributes:
         graph: The graph, in the folder of the weights. From TensorRT 10 on an engine's types are the graph's, so that

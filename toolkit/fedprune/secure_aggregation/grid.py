@@ -77,9 +77,8 @@ class CohortGrid:
         return 1 + sum(self._sizes[n] * grid.span.limbs for n, grid in self._grids.items() if grid.step is None)
 
     def partial_sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
-        """The sum of a cohort's updates, as `Fold.add_partial_sums` takes it.
-
-        Raises `ProtocolError` if it can't be the sum of that number of updates, as when a board has broken the rules.
+        """The sum of a cohort's updates, as `Fold.add_partial_sums` takes it. Raises `ProtocolError` if it can't be the
+        sum of that number of updates, as when a board has broken the rules.
 
         Args:
             total: The unmasked sum of the boards' vectors.

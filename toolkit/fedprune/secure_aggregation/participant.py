@@ -86,11 +86,8 @@ class Participant:
         return self._record_answer("roster", roster, answer)
 
     def mask(self, delivery: bytes, vector: Vector) -> bytes:
-        """The board's vector, masked in place.
-
-        Raises `ProtocolError` if shares are damaged or too few, the vector has another size, or it isn't the time: a
-        second vector under the same masks would give away the difference.
-        """
+        """The board's vector, masked in place. Raises `ProtocolError` if shares are damaged or too few, the vector has
+        another size, or it isn't the time: a second vector under the same masks would give away the difference."""
         if not self._neighbours or self._received_shares is not None:
             raise ProtocolError("a delivery of shares", expected="one, after the roster", got="another")
         if (vector.narrow.size, vector.wide.size) != (self._session.narrow, self._session.wide):
@@ -110,10 +107,8 @@ class Participant:
 
     def unmask(self, survivors: bytes) -> bytes:
         """For every neighbour that has shared one share: of its seed if its vector has arrived, else of its mask key.
-
         Raises `ProtocolError` if too few survived, a survivor had not shared, the board itself has not sent its vector,
-        or other survivors were named before: both shares of a board would unmask its update.
-        """
+        or other survivors were named before: both shares of a board would unmask its update."""
         former_answer = self._former_answer("survivors", survivors)
         if former_answer is not None:
             return former_answer

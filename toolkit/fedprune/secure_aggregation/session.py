@@ -94,9 +94,8 @@ class SecureSumSession:
         dropping: float = 0.2,
         colluding: float = 0.1,
     ) -> SecureSumSession:
-        """The session of least degree for a number of boards, with a threshold of just over half of it.
-
-        Raises `ConfigError` if no degree suffices: fewer than three boards, or too many that drop out or collude.
+        """The session of least degree for a number of boards, with a threshold of just over half of it. Raises
+        `ConfigError` if no degree suffices: fewer than three boards, or too many that drop out or collude.
 
         Args:
             dropping: Share of boards that may drop out after the keys are known.

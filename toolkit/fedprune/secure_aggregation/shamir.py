@@ -34,10 +34,8 @@ def check_share(share: bytes) -> None:
 
 
 def join_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """The secret of checked shares by holder; the first `threshold` of them are used.
-
-    Raises `ProtocolError` if there are fewer, or they are of no secret of 32 bytes, as when one was forged.
-    """
+    """The secret of checked shares by holder; the first `threshold` of them are used. Raises `ProtocolError` if there
+    are fewer, or they are of no secret of 32 bytes, as when one was forged."""
     if len(shares) < threshold:
         raise ProtocolError("shares of a secret", expected=f"{threshold} or more", got=len(shares))
     points = sorted(shares)[:threshold]

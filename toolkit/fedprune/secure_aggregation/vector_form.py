@@ -104,9 +104,8 @@ class VectorForm:
         sent: Mapping[str, Float32s],
         residual: Mapping[str, Float32s] | None = None,
     ) -> tuple[Vector, Tensors]:
-        """A board's update as a vector, and the rounding errors by coded tensor.
-
-        Raises `ProtocolError` if a tensor is missing, of another shape than it was sent, not finite or out of range.
+        """A board's update as a vector, and the rounding errors by coded tensor. Raises `ProtocolError` if a tensor is
+        missing, of another shape than it was sent, not finite or out of range.
 
         Args:
             trained: The tensors after training.

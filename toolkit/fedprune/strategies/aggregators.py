@@ -175,15 +175,14 @@ def intersection(first: ElementMask, second: ElementMask) -> ElementMask:
 
 
 def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[str, npt.NDArray[np.bool_]]:
-    """Masks of the last layer's tensors: the rows that were trained.
-
-    Raises `ConfigError` if the model has no last layer.
+    """Masks of the last layer's tensors: the rows that were trained. Raises `ConfigError` if the model has no last
+    layer.
 
     Args:
         submodel: What was trained.
         before: What it began with.
-        decays: Weight decay also shrinks rows that have no gradient, all of a row alike: a row that only became
-            shorter was not trained. The bias goes with its weight's row.
+        decays: Weight decay also shrinks rows that have no gradient, all of a row alike: a row that only became shorter
+            was not trained. The bias goes with its weight's row.
     """
     axes = head_axes(submodel.selection.architecture)
     weight = next(iter(axes))

@@ -62,9 +62,8 @@ def encode(
     trained: Collection[str],
     residual: Mapping[str, Float32] | None = None,
 ) -> tuple[bytes, Tensors]:
-    """Encode an update; returns its bytes, and by tensor what they leave out.
-
-    Raises `ProtocolError` if a difference can't be coded: it is not finite or too large for the codec.
+    """Encode an update; returns its bytes, and by tensor what they leave out. Raises `ProtocolError` if a difference
+    can't be coded: it is not finite or too large for the codec.
 
     Args:
         sent: The weights that training started from, as they were sent.

@@ -60,9 +60,8 @@ class Evidence:
         return evidence
 
     def update(self, fold: Fold, lr: float, samples_per_step: float = 1.0) -> None:
-        """Take in one round (the formulas are the module's).
-
-        Raises `BundleError` if the fold is of another architecture or without evidence, or the rates are out of range.
+        """Take in one round (the formulas are the module's). Raises `BundleError` if the fold is of another
+        architecture or without evidence, or the rates are out of range.
 
         Args:
             fold: The round's running sum of updates, made with `evidence=True` and the devices' momentum; open or

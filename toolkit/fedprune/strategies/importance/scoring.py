@@ -31,9 +31,7 @@ CurvatureForm = Literal["abs", "signed"]
 
 def channel_scores(name: str, architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Scores:
     """Scores by a scorer's name: `ordered`, `magnitude`, or `curvature` without any evidence, for which all channels
-    are equal.
-
-    Raises `ConfigError` if there is no such scorer, and `BundleError` if tensors don't fit the architecture.
+    are equal. Raises `ConfigError` if there is no such scorer, and `BundleError` if tensors don't fit the architecture.
     """
     if name == "ordered":
         return order_scores(architecture)
@@ -70,7 +68,6 @@ def curvature_scores(
     form: CurvatureForm = "abs",
 ) -> Scores:
     """S_c = Σ s_i over the coordinates that make channel c: weights, bias, γ and β (CA-HFP, eq. 15, and its ablations).
-
     Raises `BundleError` if tensors or evidence don't fit the architecture, or there is no such form.
 
     Args:

@@ -240,11 +240,9 @@ def fedprune(job: Job) -> Strategy:
 
 
 def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore:
-    """The core that the options ask for. By default boards that tell classes apart have one where their widths are
-    near each other or their labels even, unless the job itself says how ordered dropout or mixup shall be.
-
-    Raises `ConfigError` if there shall be both a core and ordered dropout, whose steps are narrower than a core.
-    """
+    """The core that the options ask for. By default boards that tell classes apart have one where their widths are near
+    each other or their labels even, unless the job itself says how ordered dropout or mixup shall be. Raises
+    `ConfigError` if there shall be both a core and ordered dropout, whose steps are narrower than a core."""
     board_share, dropout = options.core, options.dropout or job.recipe.ordered_dropout
     if board_share and dropout:
         raise ConfigError(

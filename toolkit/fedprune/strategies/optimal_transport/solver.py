@@ -28,10 +28,8 @@ _USUAL_EXPONENT = 20
 
 def exact_plan(cost: Cost) -> Coupling:
     """The coupling of least total cost among those with uniform marginals. C [n, m] is the cost of moving all of source
-    j to target k, in float32 or float64.
-
-    Raises `BundleError` if it is no matrix of finite numbers, `MissingExtraError` if scipy or POT is not installed.
-    """
+    j to target k, in float32 or float64. Raises `BundleError` if it is no matrix of finite numbers, `MissingExtraError`
+    if scipy or POT is not installed."""
     largest = largest_cost(cost) if cost.ndim == 2 and cost.size else np.nan
     if not np.isfinite(largest):
         raise BundleError(
