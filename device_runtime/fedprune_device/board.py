@@ -29,7 +29,7 @@ from fedprune_device.api.address import LocalAddress
 from fedprune_device.api.http_server import serve_local_interface
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.sources import LOCAL, SampleOptions
-from fedprune_device.engines.engine_selector import board_tier
+from fedprune_device.engines.board_tier import board_tier
 from fedprune_device.hardware.probe import process_memory, table_summaries
 from fedprune_device.hardware.readings import condition_text, read_board_facts
 from fedprune_device.hardware.runtime_process import RuntimeProcess

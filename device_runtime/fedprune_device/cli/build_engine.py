@@ -14,13 +14,8 @@ from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, UsageError
 from fedprune.runtime.bundle import files_folder, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.engines.engine_selector import (
-    ENGINES,
-    EngineRequest,
-    EngineSelector,
-    current_platform,
-    read_engine_plan,
-)
+from fedprune_device.engines.board_tier import ENGINES, read_engine_plan
+from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, current_platform
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 

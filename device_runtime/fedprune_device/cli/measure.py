@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 
 from fedprune.core.errors import ProfileError
 from fedprune.planning.identification import identify
-from fedprune_device.engines.engine_selector import board_tier
+from fedprune_device.engines.board_tier import board_tier
 from fedprune_device.hardware.probe import probe, table_summaries
 from fedprune_device.hardware.readings import read_board_facts
 from fedprune_device.hardware.runtime_process import check_runtime

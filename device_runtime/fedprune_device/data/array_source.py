@@ -1,4 +1,4 @@
-"""Samples from arrays: an `.npz` file, or the arrays that a function returns."""
+"""Reads samples from arrays: an `.npz` file, or the arrays that a function returns."""
 
 from __future__ import annotations
 
@@ -102,7 +102,13 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.ndarray):
                 with arrays:
-                    return _archive_arrays(path, arrays, spool)
+                    entries = {info.filename.removesuffix(".npy"): info for info in arrays.zip.infolist()}
+                    return {
+                        name: archive_array(
+                            path, arrays.zip, entries[name], spool, any_type=name.partition("_")[0] != "x"
+                        )
+                        for name in arrays.files
+                    }
             if not single:
                 raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
             return {"x": arrays}
@@ -115,14 +121,6 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
             f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{unreadable_reason(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error
-
-
-def _archive_arrays(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
-    entries = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
-    return {
-        name: archive_array(path, file.zip, entries[name], spool, any_type=name.partition("_")[0] != "x")
-        for name in file.files
-    }
 
 
 def is_function(source: str) -> bool:
@@ -250,8 +248,8 @@ def _assemble(content: object, seed: int, device: str, spool: Path | None) -> Lo
     validation: Any = pair("val") if "x_val" in arrays else ()
     if "x_test" in arrays:
         return LocalData(x, y, *pair("test"), *validation, rows=rows)
-    x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
+    x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its index in the source
     order = keyed_generator(seed, "split", device).permutation(len(y))
     test_count = int(len(y) * TEST_SHARE)
-    train, test = np.sort(order[test_count:]), np.sort(order[:test_count])
-    return LocalData(*select_pairs(x, y, train), *select_pairs(x, y, test), *validation, rows=rows)
+    train, test = (select_pairs(x, y, np.sort(i)) for i in (order[test_count:], order[:test_count]))
+    return LocalData(*train, *test, *validation, rows=rows)

@@ -1,4 +1,4 @@
-"""WAV files as a model's input; needs nothing but numpy."""
+"""Decodes WAV files into windows of a model's length, and resamples them; needs only numpy."""
 
 from __future__ import annotations
 

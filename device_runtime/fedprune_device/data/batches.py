@@ -1,4 +1,4 @@
-"""The local samples of every training step, and their division into micro-batches."""
+"""Draws the samples of every training step, and divides batches into micro-batches that fit the memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Samples that are worked on at once; `partner` are the classes mixed into them.
+    """Samples that a step computes at once; `partner` are the labels that mixup mixes into `y`.
 
     `make` reads or computes the samples each time, so that only one micro-batch is in memory.
     """
@@ -40,7 +40,10 @@ class MicroBatch:
 
 
 class Batches:
-    """The steps of one round: `per_epoch` and in all. `normalised`: the model has batch-norm statistics that move."""
+    """The steps of one round: `per_epoch`, and `steps` in all.
+
+    `normalised`: the model has batch norms, whose statistics training changes.
+    """
 
     def __init__(self, samples: int, recipe: Recipe, *, normalised: bool) -> None:
         self._samples = samples
@@ -67,7 +70,7 @@ class Batches:
                 yield epoch, order[start : start + self._recipe.batch_size]
 
     def micro_batches(self, rows: Rows) -> list[Rows]:
-        """The parts in which a batch is worked through, as equal as can be."""
+        """The micro-batches of a batch, as equal as can be."""
         max_rows = self._recipe.micro_batch
         if self._normalised and max_rows == 2 and len(rows) % 2 and len(rows) > 1:
             rows = rows[:-1]  # as above: no micro-batch of a single sample

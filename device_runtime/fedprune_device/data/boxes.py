@@ -1,4 +1,4 @@
-"""Boxes around objects in images: the text files of YOLO.
+"""Reads boxes around objects in images from the text files of YOLO.
 
 A box is float32 [5]: its class, its centre's x and y, its width and height, the last four as shares of the image.
 """

@@ -1,4 +1,4 @@
-"""The names of classes that labelling tools write next to YOLO's labels: `classes.txt`, `data.yaml`."""
+"""Reads the names of classes that labelling tools write next to YOLO's labels: `classes.txt`, `data.yaml`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def find_class_list(folders: Iterable[Path]) -> tuple[str, ...]:
 
 
 def _yaml_list(value: str, following: str) -> tuple[str, ...] | None:
-    """Names in YAML: `[a, b]` or `{0: a, 1: b}`, else a line for each; None for anything else.
+    """Names in YAML: `[a, b]`, `{0: a, 1: b}`, or a line for each; None if the text is something else.
 
-    `value` is what stands behind `names:`, `following` the text after that line.
+    `value` is the text behind `names:`, `following` the text after that line.
     """
     if value.startswith(("[", "{")):
         entries = _ITEM.findall(re.split(r"[\]}]", (value + following)[1:], maxsplit=1)[0])

@@ -1,4 +1,4 @@
-"""Files decoded once, in the size that a model takes, and kept on the disk for as long as the process lives."""
+"""Caches decoded files on the disk, in the size that a model takes, for as long as the process lives."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fedprune_device.data.stored_array import OpenFiles, StoredArray
 Array = npt.NDArray[Any]
 
 
-class RoomError(DataError):
-    """There is no room for more decoded samples."""
+class CacheFullError(DataError):
+    """The cache of decoded samples is full."""
 
 
 class DecodedSamples:
-    """An anonymous temporary file with at most `room` bytes of samples, each followed by its label.
+    """A temporary file without a name, with at most `max_bytes` of samples, each followed by its label.
 
     It is in `folder`, or in the system's temporary folder if that is None.
     """
 
-    def __init__(self, folder: Path | None, room: int) -> None:
-        self._room = room
+    def __init__(self, folder: Path | None, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._rows: dict[str, range] = {}
         self._count = 0
         self._x = self._y = np.zeros(0, np.uint8)
@@ -36,34 +36,30 @@ class DecodedSamples:
             self._file = OpenFiles.in_folder(folder)
 
     def is_worth_keeping(self, names: Collection[str]) -> bool:
-        """Whether this cache is worth keeping for these files: at most half of its files are others, and the missing
-        ones fit.
-        """
+        """Whether at most half of the cached files are others than these, and the missing ones fit."""
         useless_files = sum(name not in names for name in self._rows)
         missing_files = sum(name not in self._rows for name in names)
         samples_per_file = self._count / max(1, len(self._rows))
-        fits = (self._count + missing_files * samples_per_file) * self._record_bytes <= self._room
+        fits = (self._count + missing_files * samples_per_file) * self._record_bytes <= self._max_bytes
         return 2 * useless_files <= len(self._rows) and (fits or not useless_files)
 
     def rows_for(self, name: str, decode: Callable[[], tuple[Array, Array]]) -> range:
-        """The rows of a file's samples. If the file is new, `decode` is called; it returns samples [k, ...] and labels
-        [k, ...].
+        """The rows of a file's samples; for a new file `decode` returns its samples [k, ...] and labels [k, ...].
 
-        Raises `RoomError` if there is no room left, `DataError` if type or shape of its samples differ from the earlier
-        ones.
+        Raises `CacheFullError`, or `DataError` if type or shape of its samples differ from those of earlier files.
         """
         if name in self._rows:
             return self._rows[name]
-        if self._count and (self._count + 1) * self._record_bytes > self._room:
+        if self._count and (self._count + 1) * self._record_bytes > self._max_bytes:
             raise self._full_error()
         x, y = decode()
         if not self._count:
-            self._x, self._y = np.empty_like(x[0]), np.empty_like(y[0])  # types and shapes alone
+            self._x, self._y = np.empty_like(x[0]), np.empty_like(y[0])  # only their types and shapes count
         for array, first, what in ((x, self._x, "samples"), (y, self._y, "labels")):
             if (array.dtype, array.shape[1:]) != (first.dtype, first.shape):
                 expected = _type_text(first.dtype, first.shape)
                 raise DataError(f"the {what}", expected=expected, got=_type_text(array.dtype, array.shape[1:]))
-        if (self._count + len(x)) * self._record_bytes > self._room and self._count:
+        if (self._count + len(x)) * self._record_bytes > self._max_bytes and self._count:
             raise self._full_error()
         records = np.empty((len(x), self._record_bytes), np.uint8)
         for begin, array in ((0, x), (self._x.nbytes, y)):
@@ -89,8 +85,8 @@ class DecodedSamples:
     def _record_bytes(self) -> int:
         return self._x.nbytes + self._y.nbytes
 
-    def _full_error(self) -> RoomError:
-        return RoomError("room for decoded samples", expected=f"at most {self._room} bytes", got="more")
+    def _full_error(self) -> CacheFullError:
+        return CacheFullError("room for decoded samples", expected=f"at most {self._max_bytes} bytes", got="more")
 
 
 def _type_text(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:

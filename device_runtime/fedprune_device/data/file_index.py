@@ -1,4 +1,4 @@
-"""An index of files' digests, so that unchanged files are not read again at the next start."""
+"""Keeps the digests of files on the disk, so that unchanged files are not read again at the next start."""
 
 from __future__ import annotations
 

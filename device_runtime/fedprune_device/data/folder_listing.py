@@ -1,4 +1,4 @@
-"""Folders and files of samples, without the hidden ones and those that operating systems make."""
+"""Lists folders and files of samples, without hidden ones and those that operating systems make."""
 
 from __future__ import annotations
 

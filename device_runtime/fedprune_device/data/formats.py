@@ -1,4 +1,4 @@
-"""The protocol of file formats: how one file becomes samples."""
+"""Defines how a file format turns a file into samples; `image_decoding.Pixels` and `audio_decoding.Audio` do it."""
 
 from __future__ import annotations
 

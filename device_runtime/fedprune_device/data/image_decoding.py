@@ -1,4 +1,4 @@
-"""Images as a model's input; needs Pillow."""
+"""Decodes images and masks into a model's input, and encodes a sample as a picture; needs Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels in the form that training graphs take, and the class weights and logit offsets that follow from them."""
+"""Checks labels and converts them for training graphs; computes class weights and logit offsets from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Targets:
     """The labels that a training graph takes.
 
     Attributes:
-        loss: The recipe's.
+        loss: The name of the recipe's loss.
         classes: Entries of the output's first axis.
         shape: One sample's labels; names and None stand for any size.
         ignored: The class of labels that count for nothing; None for none.
@@ -51,11 +51,10 @@ class Targets:
         return self.loss == "cross_entropy" or self.whole_numbers
 
     def __call__(self, y: Inputs) -> Inputs:
-        """Labels as they are kept: whole numbers of any width, as with cross-entropy, else float32 [n, ...].
+        """Labels as they are kept: whole numbers of any width, such as those of cross-entropy; others float32 [n, ...].
 
-        Labels on the disk stay there; those that are `in_range` are not read.
-
-        Raises `DataError` if they are of another kind or shape, or out of range.
+        Labels on the disk stay there; labels that are `in_range` are not read. Raises `DataError` if they are of
+        another kind or shape, or out of range.
         """
         column = y.ndim == 1 and len(self.shape) == 1 and self.shape[0] in (1, None)
         shape = (1,) if column else y.shape[1:]
@@ -195,7 +194,7 @@ class LogitAdjustment:
 
 
 def right_labels(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDArray[np.bool_] | None:
-    """Which classes are predicted right [n, ...], with `bce` which labels [n, K, ...]; None for predicted numbers."""
+    """Which classes are predicted right [n, ...], with `bce` which labels [n, K, ...]; None for numbers."""
     if loss == "cross_entropy":
         return np.asarray(np.argmax(outputs, axis=1) == targets)
     if labels_of(loss) == MULTI_LABELS:

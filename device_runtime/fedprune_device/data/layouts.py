@@ -1,4 +1,4 @@
-"""The layouts of folders: which files are samples, and where their labels are.
+"""Recognises the layout of a folder of samples: which files are samples, and where their labels are.
 
 A folder may be divided into parts for training, validation and testing, as tools of the field write it: `train/` and
 `val/` with a layout in each (Roboflow, torchvision), or in `images/` and `labels/` (Ultralytics).
@@ -26,7 +26,7 @@ NO_LABELS = np.zeros(0, np.float32)  # the labels of a sample that has none
 
 IMAGES = "images"  # the folder of images whose labels are in a folder next to it
 
-# The class that masks of Pascal VOC, Cityscapes and their tools give to places that count for nothing.
+# The class that masks of Pascal VOC, Cityscapes and their tools give to pixels that count for nothing.
 IGNORED_CLASS = 255
 
 MAX_LABEL_BYTES = 4 * 2**20  # most bytes of a file with labels: that of an image
@@ -40,7 +40,9 @@ _PART_OF_FOLDER = {
 
 
 class Layout:
-    """The layout of some folders, by default without labels. A folder with a name in `names` is a class, not a part.
+    """The layout of some folders, by default without labels.
+
+    A folder whose name is in `names` is a class; others may be a split, such as `train`.
 
     Attributes:
         expected_files: The files that the layout expects, for messages.
@@ -73,9 +75,9 @@ class Layout:
         return ""
 
     def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
-        """A sample's labels, for a model's input `shape` and the labels that its loss takes, where they are known.
+        """A sample's labels, for a model's input `shape` and the labels that its loss takes.
 
-        `NO_LABELS` where they are not. Raises `DataError` if they are damaged or don't fit.
+        Without `targets` it may be `NO_LABELS`. Raises `DataError` if the labels are damaged or don't fit.
         """
         return NO_LABELS
 
@@ -86,7 +88,7 @@ def _split_of_path(folder: Sequence[str], names: tuple[str, ...]) -> str | None:
 
 
 class ClassFolders(Layout):
-    """`CLASS/file`, also in folders of CLASS: a number or one of the names, else it raises `ConfigError`."""
+    """`CLASS/file`, also in folders within CLASS. Raises `ConfigError` unless CLASS is a number or one of the names."""
 
     expected_files = "CLASS/file"
 
@@ -262,7 +264,7 @@ def _pad_boxes(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.N
 
 
 class BoxesBeside(YoloBoxes):
-    """`NAME.jpg` with `NAME.txt` beside it, as LabelImg and darknet have it. To a model of other labels it has none."""
+    """`NAME.jpg` with `NAME.txt` beside it, as LabelImg and darknet write it. Only models of boxes get the labels."""
 
     expected_files = "NAME.jpg with NAME.txt"
 

@@ -1,8 +1,8 @@
-"""Choose the samples of an endless stream to keep: a fair share per class, and a uniform choice within each class.
+"""Chooses which samples of an endless stream to keep: a fair share per class, and uniformly within each class.
 
 Algorithm R (Vitter, Random Sampling with a Reservoir, ACM TOMS 11(1), 1985): of n samples seen, each is among the k
-that are kept with probability k / n. Here every class has a reservoir of its own. While there is room, everything is
-kept. Without room, a new sample of a class that has lost none so far, and has fewer than the largest class,
+that are kept with probability k / n. Here every class has a reservoir of its own. Below the limits everything is
+kept. At a limit, a new sample of a class that has lost none so far, and has fewer than the largest class,
 replaces a random sample of the largest class. Any other class runs algorithm R over the samples that it holds. From
 then on a class's quota only shrinks, and a uniform choice from a uniform choice is uniform. Samples without a label
 have a quota of their own. If they wait for a label, the newest are kept, since the label of a sample comes soon or
@@ -21,7 +21,7 @@ from fedprune.core.rng import keyed_generator
 from fedprune_device.data.splits import SplitShares
 
 UNLABELLED = -1  # the label of samples without one; classes begin at 0
-_ANY_CLASS = 0  # stands for every class in questions about room: all labelled samples share one limit
+_ANY_CLASS = 0  # stands for every class where limits are compared: all labelled samples share one limit
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,11 @@ class Reservoir:
         # A count that was written before its samples may be lower than the number of samples.
         class_.seen_count = max(count, len(class_.ids))
 
-    def limits(self, *, unlabelled: bool) -> tuple[int, int]:
-        """Limits of samples with, or without, labels: their number and bytes."""
-        return self._limits[unlabelled]
-
-    def usage(self, *, unlabelled: bool) -> tuple[int, int]:
-        return self._count[unlabelled], self._bytes[unlabelled]
+    def usage(self, *, unlabelled: bool) -> dict[str, int]:
+        """The number and the bytes of samples with, or without, labels, and the limits of both."""
+        max_samples, max_bytes = self._limits[unlabelled]
+        samples, size = self._count[unlabelled], self._bytes[unlabelled]
+        return {"samples": samples, "samples_most": max_samples, "bytes": size, "bytes_most": max_bytes}
 
     def decide(self, name: str, label: int, size: int) -> ReservoirDecision:
         """Decide on a new sample; nothing changes until `apply`."""
@@ -206,7 +205,7 @@ class Reservoir:
 
 
 def sample_counts(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
-    """Samples by class (kept, and ever seen) and by part, and the room that they take.
+    """Samples by class (kept, and ever seen) and by part, and the space that they take.
 
     Samples that wait for a label are in no part.
     """
@@ -222,16 +221,11 @@ def sample_counts(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
         for c, seen_count in reservoir.seen_counts.items()
         if c != UNLABELLED and seen_count
     }
-    room = {}
-    for unlabelled in (False, True):
-        max_samples, max_bytes = reservoir.limits(unlabelled=unlabelled)
-        samples, bytes_ = reservoir.usage(unlabelled=unlabelled)
-        usage = {"samples": samples, "samples_most": max_samples, "bytes": bytes_, "bytes_most": max_bytes}
-        room["unlabelled" if unlabelled else "labelled"] = usage
+    unlabelled_count = len(names_by_class.get(UNLABELLED, ()))
     return {
         "classes": classes,
-        "unlabelled": len(names_by_class.get(UNLABELLED, ())),
-        "unlabelled_dropped": reservoir.seen_counts.get(UNLABELLED, 0) - len(names_by_class.get(UNLABELLED, ())),
+        "unlabelled": unlabelled_count,
+        "unlabelled_dropped": reservoir.seen_counts.get(UNLABELLED, 0) - unlabelled_count,
         "parts": {p: part_counts[p] for p in ("train", "val", "test")},
-        "room": room,
+        "room": {"labelled": reservoir.usage(unlabelled=False), "unlabelled": reservoir.usage(unlabelled=True)},
     }

@@ -1,4 +1,4 @@
-"""A folder of files that the application fills with samples; each round reads the files that exist when it begins."""
+"""Reads the samples in a folder that the application fills: each round takes the files that exist when it begins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Shape
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.decoded_samples import DecodedSamples, RoomError
+from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
 from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.formats import Format
 from fedprune_device.data.labels import Targets, effective_classes
@@ -29,7 +29,7 @@ from fedprune_device.data.splits import SplitShares
 
 INDEX_FILE = "images.index"  # the name of the index in a board's state folder
 
-DECODED_BYTES = 2**30  # room on the disk for decoded samples
+DECODED_BYTES = 2**30  # most bytes of decoded samples on the disk
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -48,17 +48,19 @@ _CONVERT_TO = {
 }
 
 # If the same file is in several parts, the last of these decides, so that no sample is trained on and tested on.
-_PART_ORDER = ("train", "val", "test")
+_SPLIT_ORDER = ("train", "val", "test")
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class _File:
+    """A file with a sample, and the file of its labels."""
+
     path: Path
     label_file: Path | None
-    name: str  # sha256 of the file, which decides the samples' part and whether it is among the chosen ones
-    version: str  # what its labels depend on
+    name: str  # its sha256, which decides the split of its samples, and whether it is among the chosen files
+    version: str  # changes when its labels change
     split: str  # train, test or val
 
     @property
@@ -113,34 +115,34 @@ class SampleFolder:
             raise DataError("the shape of samples", expected="a model's input")
         layout = self._choose_files()
         layout.check(targets)
-        rows_by_part: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-        decoded, room = self._cache_for((shape, targets)), self._max_samples
+        rows_by_split: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+        decoded, samples_left = self._cache_for((shape, targets)), self._max_samples
         formats: set[Format] = set()
         refusals = [*self._refusals]
         for file in self._chosen:
             try:
-                rows = decoded.rows_for(file.key, partial(self._decode, layout, file, shape, targets))
-            except RoomError:
+                file_rows = decoded.rows_for(file.key, partial(self._decode, layout, file, shape, targets))
+            except CacheFullError:
                 _LOG.warning("files of %s are left out: decoded ones may take %d bytes", self._root, self._room)
                 break
             except (OSError, DataError) as error:
                 _LOG.warning("%s is left out: %s", file.path, error)
                 refusals.append(str(error))
                 continue
-            rows_by_part[file.split] += rows[:room]
-            room -= min(room, len(rows))
+            rows_by_split[file.split] += file_rows[:samples_left]
+            samples_left -= min(samples_left, len(file_rows))
             formats.add(self._format(file.path))
-            if not room:
+            if not samples_left:
                 break
-        if not rows_by_part["train"]:
-            raise self._nothing_to_train_on(layout, sum(map(len, rows_by_part.values())), refusals)
+        if not rows_by_split["train"]:
+            raise self._nothing_to_train_on(layout, sum(map(len, rows_by_split.values())), refusals)
         convert = formats.pop().numbers
         arrays: list[Any] = []
         for split in ("train", "test", "val"):
-            rows_of_part = np.array(rows_by_part[split], np.int64)
-            x, y = decoded.inputs(rows_of_part, convert), decoded.labels(rows_of_part)
+            rows = np.array(rows_by_split[split], np.int64)
+            x, y = decoded.inputs(rows, convert), decoded.labels(rows)
             arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
-        self._training_count = len(rows_by_part["train"])
+        self._training_count = len(rows_by_split["train"])
         return LocalData(*arrays)
 
     def _nothing_to_train_on(self, layout: Layout, held_out: int, refusals: list[str]) -> DataError:
@@ -194,7 +196,7 @@ class SampleFolder:
                     file = self._identify(layout, path, label_file, index, reads)
                     if file is not None:
                         same_content = file_of_digest[class_of[path]].get(file.name, file)
-                        file_of_digest[class_of[path]][file.name] = max(file, same_content, key=_part_order)
+                        file_of_digest[class_of[path]][file.name] = max(file, same_content, key=_split_order)
                 except FileNotFoundError:
                     if label_file is not None:
                         self._refusals.append("it has no file of labels")
@@ -248,8 +250,8 @@ class SampleFolder:
         return _read_file(path, self._format(path).max_bytes if has_sample else MAX_LABEL_BYTES)
 
 
-def _part_order(file: _File) -> int:
-    return _PART_ORDER.index(file.split)
+def _split_order(file: _File) -> int:
+    return _SPLIT_ORDER.index(file.split)
 
 
 def _interleave(queues: Iterable[list[_T]]) -> Iterable[_T]:

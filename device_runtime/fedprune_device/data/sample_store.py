@@ -328,7 +328,7 @@ class SampleStore(Closeable):
         self._declined, record = 0, counts_record(self._reservoir.seen_counts)
         try:
             self._make_room(record.size)
-            self._log.append_unsynced(record)
+            self._log.append([record], sync=False)
         except StorageError as error:
             _LOG.warning("can't note how many samples were seen: %s", error)
 

@@ -1,12 +1,12 @@
-"""An append-only log of samples in segments, which wears a flash card little and survives power cuts.
+"""Stores samples in an append-only log of segments, which wears a flash card little and survives power cuts.
 
 A sample in a file of its own costs a write of the folder, of an inode and of both their journals; here it is one
 write and one sync at the end of a file. Nothing is changed in place. Every record has a head with a digest of its
 own, keyed so that no sample can pass for a record, and its payload is named by its digest: what is damaged is skipped
 by name, and what a power cut tore is the end of a segment that is never written to again.
 
-Room is made from the oldest segment on: its live records are appended again, and the file is deleted. A deletion in the
-oldest segment can only be of an older record, which is gone already, so that deletions aren't appended again.
+Space is reclaimed from the oldest segment on: its live records are appended again, and the file is deleted. A deletion
+in the oldest segment can only be of an older record, which is gone already, so that deletions aren't appended again.
 """
 
 from __future__ import annotations
@@ -135,14 +135,6 @@ class SegmentLog:
                 position += HEAD_BYTES + size
         self._torn = self._torn or not self._sizes
 
-    def append(self, records: Sequence[LogRecord]) -> list[RecordPosition]:
-        """Write records durably, all or none, and return where their payloads are stored."""
-        return self._append(records, sync=True)
-
-    def append_unsynced(self, record: LogRecord) -> None:
-        """Write a record that may get lost."""
-        self._append([record], sync=False)
-
     def needs_new_segment(self, need: int) -> bool:
         size = self._sizes.get(self._last_segment, self._segment_bytes)
         return self._torn or (size > 0 and size + need > self._segment_bytes)
@@ -158,7 +150,7 @@ class SegmentLog:
         return copy
 
     def read(self, position: RecordPosition, segment: OpenFiles) -> bytes:
-        """A payload of an opened segment; one that is cut is shorter."""
+        """A payload of an opened segment; shorter if the file was cut off."""
         with storage_errors(f"can't read {self._root}"):
             return os.pread(segment.fileno(), position.size, position.offset)
 
@@ -177,7 +169,8 @@ class SegmentLog:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _append(self, records: Sequence[LogRecord], *, sync: bool) -> list[RecordPosition]:
+    def append(self, records: Sequence[LogRecord], *, sync: bool = True) -> list[RecordPosition]:
+        """Write records, all or none, and return where their payloads are stored; without `sync` they may get lost."""
         with storage_errors(f"can't write {self._root}"):
             if self.needs_new_segment(sum(r.size for r in records)):
                 self._begin_segment()

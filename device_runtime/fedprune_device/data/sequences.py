@@ -1,9 +1,9 @@
-"""Samples of different lengths, from the form of a file to the form that a model takes.
+"""Pads samples of different lengths to the length that a model takes, and their labels with them.
 
 A file has samples that are padded to one shape, and an array `lengths` with the length of each. Until the model is
 known, both are kept together as rows [n, numbers and length]: the numbers of a sample in C order, then its length.
 `describe_rows` describes such rows (`PaddedRows`). `pad_samples` turns them into samples that are padded to the model's
-upper bound, and `pad_labels` pads labels so that padded places count for nothing.
+upper bound, and `pad_labels` pads labels so that padded positions count for nothing.
 """
 
 from __future__ import annotations
@@ -97,10 +97,9 @@ def _convert_read(first_convert: Any, dtype: np.dtype[Any], convert: Any, raw: A
 
 
 def pad_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:
-    """Labels of the places of padded samples `x`: padded places get the label that counts for nothing.
+    """Labels for each position of padded samples `x`: padded positions get the label that counts for nothing.
 
-    Large arrays are written to a file in `spool`. Raises `DataError` if there are padded places, but the recipe has no
-    such label.
+    Large arrays are written to a file in `spool`. Raises `DataError` if the recipe has no label for padded positions.
     """
     axis = free_axis(shape)
     bounds = None if axis is None else shape[axis]

@@ -1,4 +1,4 @@
-"""The sources of a board's samples, and the options that choose one."""
+"""Opens the source of a board's samples that its options name: files, a table, a function or the sample store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedprune_device.data.table_windows import TableFile, is_table
 
 LOCAL = "local"  # name of the source that applications on the board fill
 
-_LARGEST_ROOM = 2**40
+_MAX_STORE_BYTES = 2**40
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SampleOptions:
     def open(self, state: Path, stack: ExitStack) -> SampleSource:
         """The samples of a board with this state directory; `stack` closes them."""
         if self.data == LOCAL:
-            limits = SampleLimits(self.samples_most, min(self.samples_bytes, _LARGEST_ROOM))
+            limits = SampleLimits(self.samples_most, min(self.samples_bytes, _MAX_STORE_BYTES))
             return stack.enter_context(SampleStore(state / "samples", limits, self.shares))
         return self.fixed(spool=state)
 

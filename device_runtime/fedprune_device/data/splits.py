@@ -1,4 +1,4 @@
-"""The split into training, validation and test samples, and the file that keeps it."""
+"""Splits samples into those for training, validation and tests, and keeps the shares of a folder in a file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 
 _FORMAT = "fedprune.samples/1"
-
-
 TEST_SHARE = 0.2  # share of the samples that is set aside if a source has no test split of its own
 
 
@@ -34,7 +32,7 @@ class SplitShares:
 
     def split_of(self, name: str) -> str:
         """The part that a sample belongs to, for ever."""
-        # By the name alone, so that no later sample changes it; \x1f stands in no name, so that no two keys are equal.
+        # Only the name decides, so that no later sample changes it; \x1f stands in no name, so that keys differ.
         text = "\x1f".join([str(self.seed), self.device, "part", name])
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         return self.split_at(number)

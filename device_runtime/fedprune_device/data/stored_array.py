@@ -1,4 +1,4 @@
-"""Samples that stay on the disk and are read row by row, as batches are drawn.
+"""Reads samples that stay on the disk, row by row, as batches are drawn.
 
 Rows are read with `pread` rather than mapped: mapped pages count as this process's memory, and a file that is cut short
 while it is mapped kills the process instead of raising an error.
@@ -60,12 +60,16 @@ class OpenFiles:
 class StoredArray:
     """An array of samples [n, ...] on the disk.
 
-    `file` is a path, or a copy without a name. `stamp` is the inode, size and modification time that the file must
-    keep, None for a file that only grows. `file_dtype` and `file_shape` are type and shape in the file from `offset`
-    on; `rows` selects the samples of this array, None for all. `convert` turns what is read into samples of shape
-    `sample_shape`. `positions` is where each sample begins, in bytes plus `FILE_STRIDE` times the number of the file;
-    None where they follow each other. `checked`: no number is infinite or none, no token id negative. `in_range`: as
-    labels they fit the model. `converted_type` is the type of what `convert` returns.
+    Attributes:
+        file: A path, or open files, which may have no name.
+        stamp: The inode, size and modification time that the file must keep; None for a file that only grows.
+        offset: Where the array begins in the file, which has it in `file_dtype` and `file_shape`.
+        rows: The samples of this array; None for all that the file has.
+        checked: Whether all numbers are known to be finite, and token ids not to be negative.
+        convert: Turns the numbers of the file into samples of `sample_shape` and `converted_type`.
+        positions: Where each sample begins, in bytes plus `FILE_STRIDE` times the index of the file; None if samples
+            follow each other.
+        in_range: Whether they are known to fit the model as labels.
     """
 
     file: Path | OpenFiles
@@ -90,7 +94,7 @@ class StoredArray:
         shape: tuple[int, ...],
         convert: Callable[[Array], Array] | None = None,
     ) -> StoredArray:
-        """Checked samples [n, *shape], one at each of these places, each turned by `convert`."""
+        """Checked samples [n, *shape], one at each of these positions, each turned by `convert`."""
         sample = None if convert is None else convert(np.zeros((1, *shape), dtype)).shape[1:]
         file_shape = (len(positions), *shape)
         return cls(
@@ -304,7 +308,7 @@ def _file_stamp(descriptor: int) -> tuple[int, int, int]:
 
 
 def _row_numbers(rows: Any, count: int) -> Rows:
-    """Numbers of the samples that an index chooses of `count`; memory for the chosen ones alone."""
+    """Numbers of the samples that an index chooses of `count`; uses memory only for these."""
     if isinstance(rows, slice):
         return np.arange(*rows.indices(count), dtype=np.int64)
     chosen = np.asarray(rows)

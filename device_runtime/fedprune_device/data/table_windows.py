@@ -1,4 +1,4 @@
-"""Windows of a table's rows as samples: time series, from a CSV or Parquet file."""
+"""Cuts the rows of a CSV or Parquet file into windows: samples of time series."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedprune_device.data.tables import CSV, PARQUET, open_table
 
 Array = npt.NDArray[Any]
 
-TABLE_BYTES = 2**30  # room on the disk for a table's numbers
+TABLE_BYTES = 2**30  # most bytes of a table's numbers on the disk
 
 # Windows, end to end, that are for training, validation or testing together. A block's last rows are lost to windows
 # that would reach into the next one, so that longer blocks lose less, and shorter ones spread the parts more evenly.
@@ -163,7 +163,7 @@ class TableFile:
                     raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
                 write_all(file.fileno(), rows.tobytes(), count * width)
                 count += len(rows)
-                if columns.classes:  # `Columns.all` puts the class last
+                if columns.classes:  # `TableColumns.all` puts the class last
                     labels.update(rows[:, -1].tolist())
             return stamp, _StoredTable(file, columns, count, effective_classes(labels.values()))
 
@@ -197,7 +197,7 @@ def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) 
 def steps_and_order(shape: Shape, channels: int, channels_first: bool) -> tuple[int, bool]:
     """Steps in a shape with this many channels, 0 if it has none, and whether channels are before steps.
 
-    `first` decides where both are possible.
+    `channels_first` decides if both are possible.
     """
     sizes = [size if isinstance(size, int) else 0 for size in upper_shape(shape)]
     if len(sizes) == 1:
@@ -211,9 +211,9 @@ def steps_and_order(shape: Shape, channels: int, channels_first: bool) -> tuple[
 def column_layout(begin: int, count: int, channels_first: bool, rank: int) -> Callable[[Array], Array]:
     """A function from rows [n, rows, columns] to some columns: [n, columns, rows], [n, rows, columns] or [n, all]."""
 
-    def laid_out(rows: Array) -> Array:
+    def select_columns(rows: Array) -> Array:
         chosen = rows[:, :, begin : begin + count]
         chosen = chosen.transpose(0, 2, 1) if channels_first else chosen
         return np.ascontiguousarray(chosen.reshape(len(chosen), count * rows.shape[1]) if rank == 1 else chosen)
 
-    return laid_out
+    return select_columns

@@ -1,4 +1,4 @@
-"""Images as viewers and labelling tools display them: upright, without transparency, in sRGB. Needs Pillow."""
+"""Renders images as viewers and labelling tools display them: upright, opaque, in sRGB. Needs Pillow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import numpy as np
 from fedprune.core.errors import DataError
 
 _ORIENTATION = 0x0112  # the EXIF tag
-
 # Pillow's `Image.Transpose` that puts an image upright, by its EXIF orientation.
 _TRANSPOSE_OF_ORIENTATION = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
-
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 _SHORT_MODES = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of grey images with 16 bits

@@ -1,6 +1,6 @@
-"""The board's own TensorRT: found, not installed, and asked what it can do instead of judged by its version.
+"""Finds the board's own TensorRT, and asks it for its abilities instead of judging by its version.
 
-TensorRT kills the process that loads an engine where there is no working CUDA, so CUDA is asked first.
+TensorRT kills the process that loads an engine if CUDA doesn't work, so CUDA is tried first.
 """
 
 from __future__ import annotations

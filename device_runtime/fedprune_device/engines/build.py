@@ -1,4 +1,4 @@
-"""Build an engine from an ONNX graph and its weights, or give a built one new weights; run in a child process."""
+"""Builds an engine from an ONNX graph and its weights, or gives a built one new weights; runs in a child process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The child process that builds an engine: started with a request, polled by the agent, killed at its time-out."""
+"""Runs the child process that builds an engine: starts it with a request, polls it, and kills it at its time-out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dozen functions of CUDA's runtime library that engines need, by ctypes: JetPack has no Python package for them.
+"""Calls the few functions of CUDA's runtime library that engines need, by ctypes: JetPack has no package for them.
 
 The numbers are those of cuda_runtime_api.h and driver_types.h, the same from CUDA 10 to 13
 (https://docs.nvidia.com/cuda/cuda-runtime-api/).

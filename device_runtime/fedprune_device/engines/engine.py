@@ -1,4 +1,4 @@
-"""A loaded engine: it runs like a session of onnxruntime, so that a predictor can't tell one from the other."""
+"""Loads and runs an engine like a session of onnxruntime, so that a predictor can take either."""
 
 from __future__ import annotations
 

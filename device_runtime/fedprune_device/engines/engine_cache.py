@@ -1,12 +1,12 @@
-"""The cache of engines on the board's own disk.
+"""Keeps engines on the board's own disk, each with its key and digest.
 
 No engine ever comes over a network. No file is trusted to be complete: its digest is checked when it is read.
 
 lock           held by the process that builds an engine
 engine.plan    the engine for what serves, with engine.json: what it is for and its digest
 base.plan      an engine that takes new weights, with base.json
-timing.cache   what the builder measured, with timing.json: on what
-record.json    how long refitting and building took, and what failed
+timing.cache   the layer times that the builder measured, with timing.json: the platform
+record.json    the durations of refits and builds, and the failures
 loading.json   exists while an engine is being loaded: left over, it shows that loading ended a process
 loading.lock   held by the process that loads one
 work/          where a child process makes the next one
@@ -68,6 +68,8 @@ class CachedEngine:
 
 
 class EngineCache:
+    """The folder of engines of one board."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
 

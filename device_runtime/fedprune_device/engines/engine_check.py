@@ -1,4 +1,4 @@
-"""The numeric check that every engine must pass: its outputs for some inputs against those of onnxruntime."""
+"""Compares the outputs of an engine with those of onnxruntime: a check that every engine must pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]],
 
 
 def trial_outputs(session: RunsGraph, x: Array) -> Array:
-    """A model's outputs for some inputs at once, and for the first one alone: batches of both sizes must be right."""
+    """A model's outputs for a batch, and for its first sample: batches of both sizes must be right."""
     batch_outputs = session.run({step_contract.X: x}, [step_contract.LOGITS])[step_contract.LOGITS]
     single_output = session.run({step_contract.X: x[:1]}, [step_contract.LOGITS])[step_contract.LOGITS]
     return np.concatenate([batch_outputs, single_output]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Choose what answers predictions: an engine that is valid on this board and has passed its check, else onnxruntime."""
+"""Chooses what answers predictions: an engine that is valid on this board and has passed its check, or onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import numpy as np
 from fedprune.core import atomic_file
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, FedpruneError
-from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.runtime.bundle import BASE as FROZEN
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
@@ -54,6 +53,8 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class _BuildJob:
+    """A running build: its process, the method (`REFIT`, `REBUILD` or `BUILD`), and what its result is valid for."""
+
     process: BuildProcess
     method: str
     refittable: bool
@@ -107,11 +108,11 @@ class EngineSelector:
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
     def turn(self) -> CheckedSession | None:
-        """Advance without waiting for a child process; returns the session to use from now on, once an engine has
-        passed its check.
+        """Advance by one step without waiting for a child process.
 
-        The caller waits for what this process must do itself: find CUDA and TensorRT, predict the samples of the check
-        on the processor, load an engine and try it. For a large model that takes seconds.
+        Returns the session to use from now on, once an engine has passed its check. The caller waits for the steps of
+        this process: to find CUDA and TensorRT, predict the samples of the check on the processor, load an engine and
+        try it. For a large model they take seconds.
         """
         request = self._request
         if request is None:
@@ -249,8 +250,8 @@ class EngineSelector:
             "way": job.method,
             "seconds": result.seconds,
             "deviation": measured_deviation,
+            "latency_s": result.latency_s,
         }
-        numbers["latency_s"] = result.latency_s
         # Only a build measures layers; a refit keeps the formulation that its base engine was built with.
         if job.method != REFIT:
             cache.put(TIMINGS, cache.work / "timing.cache", job.platform.timings_key, {})
@@ -341,38 +342,3 @@ def current_platform(tensorrt: Bindings) -> EnginePlatform:
     """The platform that engines built on this board now are valid for."""
     board_facts = read_board_facts()
     return EnginePlatform(board_facts.model[:200], board_facts.l4t, tensorrt.device.sm, tensorrt.version, power_mode())
-
-
-ENGINES = "engines"  # the folder of engines in a state directory
-
-CPU, _, TENSORRT = TIERS
-
-
-@dataclass(frozen=True)
-class BoardTier:
-    """A board's execution tier (one of `TIERS`; the processor where the tier doesn't work), and the plan for its
-    engines."""
-
-    name: str
-    plan: EnginePlan
-
-    @property
-    def cuda(self) -> bool:
-        return self.name != CPU
-
-    def selector(self, state: Path) -> EngineSelector | None:
-        """The selector that keeps an engine for predictions; None unless the tier is TensorRT."""
-        if self.name != TENSORRT:
-            return None
-        return EngineSelector(state / ENGINES, self.plan)
-
-
-def board_tier(tier: str | None, plan: Path | None, profile: HardwareProfile | None) -> BoardTier:
-    name = tier or (CPU if profile is None else profile.software.tier)
-    return BoardTier(name, EnginePlan() if plan is None else read_engine_plan(plan))
-
-
-def read_engine_plan(path: Path) -> EnginePlan:
-    with storage_errors(f"can't read {path}"):
-        raw = path.read_bytes()
-    return EnginePlan.from_json(raw, str(path))

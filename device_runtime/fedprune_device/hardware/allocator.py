@@ -1,4 +1,4 @@
-"""Settings of the C library's allocator in this process, so that freed memory goes back to the system; glibc alone."""
+"""Sets up the C library's allocator in this process, so that freed memory goes back to the system; only for glibc."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import suppress
 
 # Parameters of glibc's mallopt (its malloc.h).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-
 # glibc's own value at the start of a process.
 _INITIAL_THRESHOLD = 128 * 1024
 
@@ -30,8 +29,8 @@ def return_freed_blocks() -> None:
 def share_heaps() -> None:
     """Let the threads of this process share two heaps, from now on.
 
-    By default glibc gives each thread one of its own, up to eight per core, and what a thread has freed there serves
-    that thread alone. Where the environment sets `MALLOC_ARENA_MAX`, that stays.
+    By default glibc gives each thread a heap of its own, up to eight per core, whose free memory only that thread uses.
+    If the environment sets `MALLOC_ARENA_MAX`, that stays.
     """
     if "MALLOC_ARENA_MAX" not in os.environ:
         _set_parameters({_ARENA_MAX: 2})

@@ -1,4 +1,4 @@
-"""Times of kinds of layers on this board: small nets, timed at a few widths, and the table that is fitted to the times.
+"""Measures how long kinds of layers take on this board: it times small nets at a few widths.
 
 The nets are assets that `examples/make_probe_graphs.py` writes. Their training graphs run at any width, as those of
 jobs do; predictions have a graph per width, since onnxruntime lays out constant weights for the widths that it finds.
@@ -13,7 +13,7 @@ import json
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -37,8 +37,8 @@ from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 # The asset: `index.json` and a folder per net.
 ARCHIVE = "probe_layers.tar.gz"
 
-# Widths of a net that are measured even after its share of the time is over; after the end of all time, one: a table
-# needs every kind of layer.
+# Widths of a net that are measured even after its share of the time is over. After the end of all time it is one: a
+# table needs every kind of layer.
 _MIN_POINTS = 3
 
 _MIN_RUNS, _MAX_RUNS = 3, 25
@@ -58,9 +58,13 @@ class _TimeLimits:
     share_ends_at: float
     ends_at: float
 
-    def is_over(self, points: int) -> bool:
-        now = self.clock()
-        return (points >= _MIN_POINTS and now > self.share_ends_at) or (points >= 1 and now > self.ends_at)
+    def points_in_time(self, points: list[dict[str, Any]]) -> Iterator[tuple[int, tuple[int, ...], int]]:
+        """The index, widths and batch of each point, until the time is over."""
+        for i, point in enumerate(points):
+            now = self.clock()
+            if (i >= _MIN_POINTS and now > self.share_ends_at) or (i >= 1 and now > self.ends_at):
+                return
+            yield i, tuple(point["widths"]), int(point["batch"])
 
 
 class LayerNets:
@@ -137,10 +141,7 @@ def _time_steps(
     # Recorded steps are faster, but one session can't record fifteen widths: plans count what is launched one by one.
     session = OnnxSession(graph, threads=threads, training=True, cuda=cuda, records=False)
     measurements: list[Measurement] = []
-    for number, point in enumerate(points):
-        if time_left.is_over(number):
-            break
-        widths, batch = tuple(point["widths"]), int(point["batch"])
+    for _, widths, batch in time_left.points_in_time(points):
         seconds = median_seconds(step_runner(session, _timing_feeds(architecture, widths, batch)), time_left.clock)
         measurements.append(Measurement(architecture, widths, batch, seconds, training=True))
     return measurements
@@ -164,11 +165,8 @@ def _time_predictions(
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for number, point in enumerate(points):
-            if time_left.is_over(number):
-                break
-            widths = tuple(point["widths"])
-            (folder / GRAPH).write_bytes(nets.inference(net, number))
+        for i, widths, _ in time_left.points_in_time(points):
+            (folder / GRAPH).write_bytes(nets.inference(net, i))
             (folder / WEIGHTS).write_bytes(tensorfile.encode(_timing_weights(architecture, widths)))
             predictor = Predictor(folder, threads=threads, cuda=cuda)
             seconds = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A program that answers lines of JSON with lines of JSON on its standard streams."""
+"""Runs a program that answers lines of JSON with lines of JSON on its standard streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probe: a board's memory, clock and speed, measured on the board itself.
+"""Probes a board: measures its memory, clock and speed on the board itself.
 
 Boards differ from their profile: a slower edition of the processor, less memory, a bad cooler. The probe runs what a
 round would run: graphs made by the compiler, two seconds of a reference net and some more of other kinds of nets.
@@ -74,17 +74,17 @@ def probe(
     conditions = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board_model(root)}"
     if unit == CUDA:
         conditions += ", on its GPU"
-    latency = None
 
     def measure_table() -> LatencyTable:
         begin("layers", layer_seconds)
         measured = measure_layers(threads, layer_seconds, cuda=unit == CUDA)
         return fit_latency_table(measured, typical_gpu_table() if unit == CUDA else typical_table(train))
 
-    if layer_seconds:
-        latency = (
-            measure_table() if memory_file is None else load_or_measure_table(memory_file, conditions, measure_table)
-        )
+    latency = None
+    if layer_seconds and memory_file is None:
+        latency = measure_table()
+    elif layer_seconds and memory_file is not None:
+        latency = load_or_measure_table(memory_file, conditions, measure_table)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,
@@ -114,12 +114,11 @@ def process_memory() -> int | None:
 def table_summaries(report: ProbeReport) -> dict[str, str]:
     """A summary of the table of layers' times, for logs and terminals."""
     latency = report.latency
-    summaries = {"latency": ""}
-    if latency is not None:
-        error = f"{latency.error:.1%}" if latency.points else "unknown"
-        steps = "channel by channel" if latency.block == 1 else f"in steps of {latency.block} channels"
-        summaries["latency"] = f"{latency.points} measurements of layers, median error {error}, times grow {steps}"
-    return summaries
+    if latency is None:
+        return {"latency": ""}
+    error = f"{latency.error:.1%}" if latency.points else "unknown"
+    steps = "channel by channel" if latency.block == 1 else f"in steps of {latency.block} channels"
+    return {"latency": f"{latency.points} measurements of layers, median error {error}, times grow {steps}"}
 
 
 def reference_net() -> dict[str, Any]:

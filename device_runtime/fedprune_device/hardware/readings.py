@@ -1,4 +1,4 @@
-"""The kernel's readings of this board and this process: memory, clock, temperature, voltage."""
+"""Reads what the kernel reports of this board and this process: memory, clock, temperature, voltage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that loads onnxruntime before this one does, checks models with it and measures the board.
+"""Runs a second process that tries onnxruntime first, checks models with it and measures the board.
 
 Some wheels contain instructions that some boards lack (1.21.0 on a Raspberry Pi 4:
 https://github.com/microsoft/onnxruntime/issues/23957). They kill the process that loads them. Besides, the memory of a
@@ -67,7 +67,7 @@ class RuntimeProcess(Closeable):
     ) -> ProbeReport:
         """Measure the board (`fedprune_device.hardware.probe.probe`).
 
-        The available memory is this process's and the system's free memory from before the other one started.
+        The available memory is this process's and the system's free memory from before the second process started.
         """
         settings = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds, "cuda": cuda}
         file = None if memory_file is None else str(memory_file)

@@ -1,4 +1,4 @@
-"""Pauses of training while the board is too hot or its voltage too low."""
+"""Pauses training while the board is too hot or its voltage too low."""
 
 from __future__ import annotations
 

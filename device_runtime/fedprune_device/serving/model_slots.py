@@ -1,4 +1,4 @@
-"""The serving model on disk: two slots and a pointer, so that one complete model always exists.
+"""Stores the serving model on disk: two slots and a pointer, so that one complete model always exists.
 
 A new model is put together in a folder of its own, checked there, moved into the slot that doesn't serve, and then the
 pointer is replaced. Readers check digests: after a power cut, or when a card has lost bits, the slot that was good
@@ -8,7 +8,7 @@ before serves again.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ _FILES = {BASE, *(name for precision in (FLOAT32, *PRECISIONS) for name in serve
 class ServingRecord:
     """The model that serves predictions.
 
-    `files` are the digests of what it consists of, by name: float32's graph and weights in any case, those of the
-    precision that serves, and the frozen base, where there is one. `offset` is added to the logits of own predictions,
-    where the recipe adjusts logits; `present` is 0 for the classes whose logits are replaced by 0.
+    Attributes:
+        files: The digests of its files by name: float32's graph and weights, those of the precision that serves, and
+            the frozen base, if there is one.
+        offset: See `LogitAdjustment`, as for `present`.
+        slot: The folder of the model, one of `_SLOTS`.
     """
 
     job: str
@@ -79,7 +81,7 @@ class ServingRecord:
 class ModelSlots:
     """The serving folder of a device. Reading needs no lock, so predictions work next to a running agent.
 
-    Staged models survive a power cut if `durable`. Models of `allowed_job` alone may be installed, if it isn't empty.
+    Staged models survive a power cut if `durable`. If `allowed_job` isn't empty, only models of that job are installed.
     """
 
     def __init__(self, root: Path, *, durable: bool = True) -> None:
@@ -99,7 +101,7 @@ class ModelSlots:
 
     def stage(self, inference: Path, weights: Path | bytes, base: Path | None = None) -> Path:
         """Put a candidate together, without touching what serves, in a folder that is valid until the next call."""
-        folder = self._root / _STAGE_FOLDER
+        folder = self.staging
         _clear_precisions(folder)
         atomic_file.link_or_copy(inference, folder / GRAPH, sync=self._is_durable)
         if base is not None:
@@ -112,14 +114,14 @@ class ModelSlots:
 
     def install(self, record: ServingRecord) -> ServingRecord:
         """Let the staged model serve if its job may; returns its record. On errors the old model stays active."""
-        stage = self._root / _STAGE_FOLDER
+        stage = self.staging
         if self.allowed_job not in ("", record.job):
             return record
         if not _is_intact(stage, record):
             raise StorageError("the staged model is not the one to install", hint="The disk may be failing.")
         current = self.current()
         slot = _SLOTS[1] if current is not None and current.slot == _SLOTS[0] else _SLOTS[0]
-        record = ServingRecord(**{**asdict(record), "slot": slot})
+        record = replace(record, slot=slot)
         _clear_precisions(self._root / slot)
         for name in record.files:
             atomic_file.move_durably(stage / name, self._root / slot / name)

@@ -1,4 +1,4 @@
-"""The model that serves at lower precision: made on the board from every round's weights, and compared with float32.
+"""Lowers the precision of the serving model: on the board, from every round's weights, and compared with float32.
 
 The server sends graphs; weights and the ranges of activations are the board's own. A model that disagrees with float32,
 or that can't be made on this board, doesn't serve; float32 serves instead, and the log says why.

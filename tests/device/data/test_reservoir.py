@@ -68,7 +68,8 @@ def test_bytes_are_bounded_whatever_the_sizes(rows: list[tuple[int, int]], seed:
     for number, (label, size) in enumerate(rows):
         reservoir.apply(reservoir.decide(f"{number:06}", label, size))
         for unlabelled in (False, True):
-            assert reservoir.usage(unlabelled=unlabelled)[1] <= reservoir.limits(unlabelled=unlabelled)[1]
+            usage = reservoir.usage(unlabelled=unlabelled)
+            assert usage["bytes"] <= usage["bytes_most"]
 
 
 def test_of_samples_that_wait_for_a_label_the_newest_stay() -> None:

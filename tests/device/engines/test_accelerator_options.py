@@ -10,7 +10,7 @@ from fedprune.planning import profile_store
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.cli import main
-from fedprune_device.engines.engine_selector import BoardTier, board_tier
+from fedprune_device.engines.board_tier import BoardTier, board_tier
 
 pytestmark = pytest.mark.board
 
