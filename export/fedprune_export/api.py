@@ -21,6 +21,7 @@ from fedprune_export.precision import PrecisionTrials
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from fedprune_export.reports.report import Accuracy, Report
+from fedprune_export.reports.report_page import report_files
 from fedprune_export.training.step_graph import training_step
 
 
@@ -88,7 +89,7 @@ def export(
         folder=folder,
         replaced=is_bundle(folder),
     )
-    files |= report.files()
+    files |= report_files(report)
     if profile.software.tier == "tensorrt":
         files[tensorrt_config.ENGINE_PLAN_FILE] = EnginePlan().to_json().encode()
     write_bundle(folder, files, selection, recipe, profile.name, class_names or model.class_names)

@@ -1,4 +1,4 @@
-"""The plan of a model for one board: its widths, and how the board trains it."""
+"""Plans a model for one board: its widths, and how the board trains it."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def plan(
         deadline_s: Seconds that a round may take, transfers included.
         joules_per_round: Energy that its training may take beyond what the idle board takes; where the profile doesn't
             have its power, the plan warns instead.
-        compression: Codec of the weights that the board is sent and of its updates, such as `int8`; with `top-k` of the
-            updates alone.
+        compression: Codec of the weights that the board is sent and of its updates, such as `int8`; with `top-k` only
+            of the updates.
         probe: The board's own measurements; they beat the profile's figures.
         profiles: Folders of own profiles, searched for a `target` given by name.
 
@@ -118,15 +118,12 @@ def plan(
     for name, value in (("density", density), ("deadline_s", deadline_s), ("joules_per_round", joules_per_round)):
         if value is not None:
             check_number(name, value, 0, 1 if name == "density" else math.inf, above=True)
-    profile = (
-        profile_store.find_typed_profile(target, tuple(map(Path, profiles))) if isinstance(target, str) else target
-    )
+    profile = target
+    if isinstance(profile, str):
+        profile = profile_store.find_typed_profile(profile, tuple(map(Path, profiles)))
     if probe is not None and probe.unit == CUDA and profile.identify and not profile.has_cuda:
-        raise ProfileError(
-            "the probe was measured on another board",
-            expected=f"unit {CPU}: {profile.name} has no GPU that trains",
-            got=probe.unit,
-        )
+        expected = f"unit {CPU}: {profile.name} has no GPU that trains"
+        raise ProfileError("the probe was measured on another board", expected=expected, got=probe.unit)
     recipe = recipe or Recipe()
     codec = Codec.parse(compression, "compression")
     # Weights can't be sent with top-k: boards would train on from values that most of the model once had.
@@ -144,7 +141,7 @@ def plan(
         densities=DENSITIES if density is None else (density,),
         frozen=model.frozen,
         codecs=codecs,
-        # Memory that is predicted from a profile alone may be too low by so much (docs/planner.md).
+        # Memory that is predicted only from a profile may be too low by as much as this (docs/planner.md).
         margin=MEMORY_UNDERESTIMATE if probe is None else 0.0,
         names=_LIMIT_SETTINGS,
     ).search()

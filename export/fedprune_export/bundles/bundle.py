@@ -1,4 +1,4 @@
-"""The files of a board's bundle, as bytes; `fedprune.runtime.bundle_folder` writes them."""
+"""Makes the files of a board's bundle as bytes; `fedprune.runtime.bundle_folder` writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights and graphs out of fedprune: a torch state dict, or one ONNX file with the weights inside."""
+"""Converts models for other programs: to a torch state dict, or to one ONNX file with the weights inside."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
     Args:
         opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
     """
-    # A graph at another opset is imported anew: importing translates its operators to the forms that can be lowered.
+    # A graph at another opset is imported again: importing translates its operators to the forms that can be lowered.
     written = graph
     if opset not in (None, graph.opset) and graph.opset != NORMAL_OPSET:
         written = import_onnx(graph.to_bytes(), name).graph
@@ -172,16 +172,13 @@ def check_state_parity(
     Raises `ModelError` if they are too far from it, or the module doesn't load the state dict.
 
     Args:
-        module: The same model in torch, which loads the state dict, too; None for none.
+        module: The same model in torch, which loads the state dict, too.
     """
     x = sample_feeds(reference, PARITY_SAMPLES)[X]
     expected = run_model(reference.to_bytes(), x)
-    filled_graph = graph.copy()
-    names = original_names(graph.metadata)
-    filled_graph.initializers.update(
-        {n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state}
-    )
-    error = _check_outputs(run_model(filled_graph.to_bytes(), x), expected, "the model with this state dict", hint)
+    filled, names = graph.copy(), original_names(graph.metadata)
+    filled.initializers.update({n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state})
+    error = _check_outputs(run_model(filled.to_bytes(), x), expected, "the model with this state dict", hint)
     if module is None:
         return error
     module_outputs = _module_outputs(module, state, x, frozenset(metadata.unused_parameters(graph.metadata)))
@@ -210,9 +207,7 @@ def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: A
     torch = _torch()
     try:
         # Not strict: buffers that don't count, such as a table of positions, may be missing; the check below is ours.
-        missed, unknown = module.load_state_dict(
-            {n: torch.from_numpy(np.array(v)) for n, v in state.items()}, strict=False
-        )
+        missed, unknown = module.load_state_dict(_torch_tensors(state), strict=False)
     except RuntimeError as error:  # a tensor of another shape
         raise ModelError(f"the torch module doesn't load the state dict ({error_reason(error)})") from error
     parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
@@ -242,17 +237,19 @@ def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
     """
     if path.suffix == ".safetensors":
         raw = tensorfile.encode(state)
-        write_atomically(path, raw)
-        return len(raw)
-    if path.suffix not in (".pt", ".pth"):
+    elif path.suffix in (".pt", ".pth"):
+        buffer = io.BytesIO()
+        _torch().save(_torch_tensors(state), buffer)
+        raw = buffer.getvalue()
+    else:
         raise UsageError(f"{path}", expected="a file name that ends in .safetensors, .pt or .pth")
-    torch = _torch()
-    buffer = io.BytesIO()
-    # Copies, since torch warns of read-only arrays, such as those of a mapped file.
-    torch.save({n: torch.from_numpy(np.array(v)) for n, v in state.items()}, buffer)
-    raw = buffer.getvalue()
     write_atomically(path, raw)
     return len(raw)
+
+
+def _torch_tensors(state: Mapping[str, Array]) -> dict[str, Any]:
+    # Copies, since torch warns of read-only arrays, such as those of a mapped file.
+    return {n: _torch().from_numpy(np.array(v)) for n, v in state.items()}
 
 
 def _torch() -> Any:

@@ -1,4 +1,4 @@
-"""Models as repositories of the Hugging Face hub: folders in its layout with a model card, upload and download."""
+"""Saves, loads, uploads and downloads models as repositories of the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
     check_onnx_parity(graph, model.graph)
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    # Asked before config.json is written, which holds the digest of the new card.
     text = card.to_markdown(model).encode()
+    # Before config.json is written, which has the digest of the new card.
     edited = _is_edited(folder)
     # Loaders such as transformers' refuse a file that doesn't name its format.
     weights = tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"})
@@ -156,9 +156,10 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, name: st
     """Import a model from a folder in the hub's layout, or from the hub itself.
 
     Args:
-        source: A folder with `model.onnx`, and `model.safetensors` whose weights win; or `owner/name` on the hub.
+        source: `owner/name` on the hub, or a folder with `model.onnx`, whose weights those of a `model.safetensors`
+            replace.
         revision: A branch, tag or commit of the repository on the hub.
-        name: The architecture's name; by default that in `config.json`, else that of the folder or repository.
+        name: The architecture's name; by default the one in `config.json`, or that of the folder or repository.
 
     Raises:
         ModelError: There is no such folder or repository, or it holds something else.
@@ -168,9 +169,8 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, name: st
     if Path(source).is_dir():
         return load(Path(source), name=name)
     if not _REPOSITORY.fullmatch(str(source)):
-        raise ModelError(
-            f"model {value_text(str(source))}", expected="a folder, or owner/name on the hub", got="neither"
-        )
+        what = f"model {value_text(str(source))}"
+        raise ModelError(what, expected="a folder, or owner/name on the hub", got="neither")
     folder = _download(str(source), revision)
     return load(folder, name=name or model_name(folder, str(source).partition("/")[2]))
 
@@ -180,8 +180,8 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
 
     Args:
         repository: `owner/name`, which is made where it doesn't exist.
-        private: Whether a new one is for its owner alone.
-        message: The commit's.
+        private: Whether only its owner sees a new one.
+        message: The commit's message.
 
     Raises:
         ModelError: The folder holds something else, or the hub refuses it.
@@ -189,9 +189,8 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
     """
     folder = Path(folder)
     if not is_hub_folder(folder):
-        raise ModelError(
-            f"{folder}", expected=f"{', '.join(HUB_FILES)}, such as save_pretrained writes", got="none of that"
-        )
+        expected = f"{', '.join(HUB_FILES)}, such as save_pretrained writes"
+        raise ModelError(f"{folder}", expected=expected, got="none of that")
     if not _REPOSITORY.fullmatch(repository):
         raise ModelError("repository", expected="owner/name", got=value_text(repository))
     hub = _hub()

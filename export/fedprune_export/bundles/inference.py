@@ -1,4 +1,4 @@
-"""Inference graphs with external weights: a board can replace the weights file without any ONNX library.
+"""Writes and reads inference graphs with external weights: a board can replace the weights without any ONNX library.
 
 The graph refers to ranges of `weights.safetensors`. The layout of that file depends only on the tensors' names and
 shapes, so that new weights of the same widths fit the same graph.
@@ -54,7 +54,7 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
 def write_model(folder: Path, model: Model, weights: bytes) -> None:
     """Write a global model as `model.onnx` and the weights that it refers to.
 
-    Raises `StorageFullError` if there is no room, and `StorageError` if the disk fails.
+    Raises `StorageFullError` if the disk is full, and `StorageError` if the disk fails.
     """
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def add_external(
 ) -> int:
     """Add an initialiser that is stored in a file next to the model.
 
-    `offset`: the byte of the file at which the tensor begins. Returns that at which it ends.
+    `offset` is the byte of the file at which the tensor begins. Returns the byte at which it ends.
     """
     length = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     tensor = proto.graph.initializer.add()

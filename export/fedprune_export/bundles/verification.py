@@ -1,4 +1,4 @@
-"""Verification of a bundle: its files, its graphs, a training step. Each check returns a finding or raises an error."""
+"""Verifies a bundle: its files, its graphs, a training step. Each check returns a finding or raises an error."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class _Trial:
         return f"{quantity(len(self.tensors), 'tensor')}, {sum(v.size for v in self.tensors.values()):,} finite numbers"
 
     def check_inference(self) -> str:
-        """Check that logits have the right shape at several batch sizes, and that each depends on its sample alone."""
+        """Check that logits have the right shape at several batch sizes, and that each depends only on its sample."""
         shape = self.bundle.architecture.input_shape
         if tuple(self.graph.inputs[0].shape[1:]) != shape:
             raise BundleError(f"{INFERENCE}: its input", expected=shape, got=self.graph.inputs[0].shape[1:])
@@ -147,10 +147,9 @@ class _Trial:
         # With the recipe's own rate of 0 nothing would move: try the step with another.
         outputs = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else TRIAL_LEARNING_RATE))
         moved_count = count_moved_tensors(outputs, self.bundle.architecture, self.tensors)
-        frozen = [n for n in self.tensors if step.next_name(n) not in outputs]
-        return f"loss {float(outputs[step.LOSS]):.4g}; a step moves {quantity(moved_count, 'tensor')}" + (
-            f" and leaves {len(frozen)} frozen" if frozen else ""
-        )
+        frozen_count = sum(step.next_name(n) not in outputs for n in self.tensors)
+        rest = f" and leaves {frozen_count} frozen" if frozen_count else ""
+        return f"loss {float(outputs[step.LOSS]):.4g}; a step moves {quantity(moved_count, 'tensor')}{rest}"
 
     def check_descent(self) -> str:
         """Check that a small step lowers the loss of its own batch."""
@@ -164,21 +163,15 @@ class _Trial:
 
     def check_agreement(self) -> str:
         """Check that both graphs compute the same loss if batch norms use the batch's statistics in both."""
-        graph = self.graph
-        norms = [
-            n
-            for n in graph.nodes
-            if n.op == "BatchNormalization" and step.next_name(n.inputs[3]) in self.training.outputs
-        ]
-        # Before opset 14 BatchNormalization in training mode had other outputs.
-        if norms and graph.opset < 14:
-            return f"not compared: batch norms have no training mode at opset {graph.opset}"
-        training_graph = graph.copy()
-        for node in training_graph.nodes:
+        graph = self.graph.copy()
+        for node in graph.nodes:
             if node.op == "BatchNormalization" and step.next_name(node.inputs[3]) in self.training.outputs:
+                # Before opset 14 BatchNormalization in training mode had other outputs.
+                if graph.opset < 14:
+                    return f"not compared: batch norms have no training mode at opset {graph.opset}"
                 node.attrs["training_mode"] = 1
-                node.outputs += [training_graph.fresh("mean"), training_graph.fresh("var")]
-        logits = OnnxSession(training_graph.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
+                node.outputs += [graph.fresh("mean"), graph.fresh("var")]
+        logits = OnnxSession(graph.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
         inference_loss = self._loss_of(logits)
         if not abs(inference_loss - self.loss) <= MAX_LOSS_DIFFERENCE * (1 + abs(self.loss)):
             raise ModelError(
@@ -209,25 +202,14 @@ class _Trial:
         stored = tensorfile.load_tensors(bundle.path(weights_file(precision)))
         prepared = tensorfile.decode(lowered_weights(bundle.folder, precision, self.tensors))
         for name in (*prepared, *stored):
-            prepared_value, stored_value = prepared.get(name), stored.get(name)
-            if (
-                prepared_value is None
-                or stored_value is None
-                or prepared_value.dtype != stored_value.dtype
-                or prepared_value.shape != stored_value.shape
-            ):
-                raise BundleError(
-                    f"{weights_file(precision)}: tensor {name} is not what {prepare_file(precision)} makes"
-                )
+            subject = f"{weights_file(precision)}: tensor {name}"
+            made, kept = prepared.get(name), stored.get(name)
+            if made is None or kept is None or (made.dtype, made.shape) != (kept.dtype, kept.shape):
+                raise BundleError(f"{subject} is not what {prepare_file(precision)} makes")
             # Another processor may round a number to its neighbour.
-            rounding_step = 1.0 if prepared_value.dtype.kind in "iu" else 0.0
-            if not np.allclose(
-                prepared_value.astype(np.float64), stored_value.astype(np.float64), rtol=1e-3, atol=rounding_step + 1e-6
-            ):
-                raise BundleError(
-                    f"{weights_file(precision)}: tensor {name} was not made from these weights",
-                    hint="Export the bundle again.",
-                )
+            tolerance = 1e-6 + (1.0 if made.dtype.kind in "iu" else 0.0)
+            if not np.allclose(made.astype(np.float64), kept.astype(np.float64), rtol=1e-3, atol=tolerance):
+                raise BundleError(f"{subject} was not made from these weights", hint="Export the bundle again.")
         logits = OnnxSession(bundle.path(graph_file(precision)), exact=True).run({step.X: self.x})[step.LOGITS]
         shape = (len(self.x), *self.outputs)
         if logits.shape != shape or not np.isfinite(logits).all():
@@ -254,9 +236,6 @@ def check_model(bundle: Bundle, model: Model) -> str:
             got=f"{len(changed)} others, such as {changed[0]}",
             hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
         )
-    error = check_parity(
-        model,
-        bundle.selection,
-        {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS, *([BASE] if bundle.base else []))},
-    )
+    names = (INFERENCE, WEIGHTS, *([BASE] if bundle.base else []))
+    error = check_parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in names})
     return f"equals the whole model with the pruned channels masked, within a relative error of {error:.1e}"

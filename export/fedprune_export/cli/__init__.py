@@ -1,4 +1,4 @@
 """The commands of `fedprune-export`, one module per verb.
 
-Not here: compilation. `export_job` puts the steps of an export in order.
+Not here: compilation. `fedprune_export.api.export` puts the steps of an export in order.
 """

@@ -1,4 +1,4 @@
-"""The export itself: one model, one or several boards, a bundle for each."""
+"""The export itself: cuts one model for one or several boards, and writes a bundle for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fedprune_export as fx
 from fedprune.core.cli import (
@@ -27,25 +26,23 @@ from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle
-from fedprune.runtime.precision_files import INT8
+from fedprune.runtime.precision_files import INT8, PRECISIONS
 from fedprune.updates import PLAIN
 from fedprune_export.cli.options import (
     MODEL_HELP,
     add_model_options,
-    add_precision_option,
-    add_probe_option,
-    add_profiles_option,
     add_recipe_options,
     comma_separated_names,
     parse_codec,
     parse_density,
+    parse_precisions,
     parse_targets,
     read_model,
     read_probe,
     read_recipe,
 )
 
-# Those that look at a model alone; others need measurements of a fleet's training.
+# Scorers that need only a model; others need measurements of a fleet's training.
 _SCORERS = ("ordered", "magnitude")
 
 
@@ -59,7 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROFILE",
         help="hardware profile: a name or a TOML file; several, repeated or with commas, give a folder each",
     )
-    add_profiles_option(parser)
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of own profiles that --target takes by name; repeatable",
+    )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="the bundle's folder; several go into folders in it"
     )
@@ -112,9 +116,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )
-    add_precision_option(parser)
+    parser.add_argument(
+        "--precision",
+        type=parse_precisions,
+        default=(),
+        metavar="P,P",
+        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
+    )
     add_json_option(parser, "the report as JSON, for programs")
-    add_probe_option(parser)
+    parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE.json",
+        help="the board's own measurements (fedprune-device probe --json), which beat the profile's figures",
+    )
     add_model_options(parser)
     add_recipe_options(parser)
 
@@ -239,7 +254,9 @@ def _print_results(
     reports = {name: r for name, r in results.items() if not isinstance(r, FedpruneError)}
     errors = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
     if as_json:
-        print_json([_result_row(name, result) for name, result in results.items()])
+        rows = {name: r.to_dict() for name, r in reports.items()}
+        rows |= {name: {"target": name, "error": str(e), "exit_code": int(e.exit_code)} for name, e in errors.items()}
+        print_json([rows[name] for name in results])
     else:
         if reports:
             tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
@@ -255,12 +272,6 @@ def _print_results(
     for name, error in errors.items():
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
     return int(next((e.exit_code for e in errors.values()), ExitCode.OK))
-
-
-def _result_row(name: str, result: fx.Report | FedpruneError) -> dict[str, Any]:
-    if isinstance(result, FedpruneError):
-        return {"target": name, "error": str(result), "exit_code": int(result.exit_code)}
-    return result.to_dict()
 
 
 def _remark_lines(reports: Mapping[str, fx.Report]) -> Iterator[str]:

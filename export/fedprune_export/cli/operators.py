@@ -1,4 +1,4 @@
-"""`print_operators`: the operators that can be cut or trained, from the registries of rules."""
+"""`operators`: prints the operators that can be cut or trained, from the registries of rules."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def print_operators(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(rows)
         return
-    tables.print_table(
-        _OPERATOR_COLUMNS, [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows]
-    )
+    texts = [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows]
+    tables.print_table(_OPERATOR_COLUMNS, texts)
 
 
 def operator_rows() -> list[dict[str, Any]]:
@@ -87,6 +86,6 @@ def _forms() -> Mapping[str, str]:
 
 
 def _summary(rules: Mapping[str, Callable[..., Any]], name: str) -> str | None:
-    """The first line of a rule's description; of one without, its family."""
+    """The first line of a rule's docstring; without one, the rule's module."""
     rule = rules.get(name)
     return None if rule is None else (inspect.getdoc(rule) or rule.__module__.rpartition(".")[2]).splitlines()[0]

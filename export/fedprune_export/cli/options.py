@@ -1,4 +1,4 @@
-"""Options that several commands share: the source of a model, and its training."""
+"""Defines options of commands, and reads the model, the recipe and the probe that they name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LOSS_OF_LABELS = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
 def _choices_text(names: Iterable[str]) -> str:
-    """Names that ship with fedprune, for a help text."""
+    """The names of built-in losses or metrics, for a help text."""
     return ", ".join(name for name in names if name != CUSTOM_LOSS)
 
 
@@ -135,46 +135,13 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
     )
 
 
-def add_profiles_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for folders with a user's own profiles."""
-    parser.add_argument(
-        "--profiles",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a folder of own profiles that --target takes by name; repeatable",
-    )
-
-
-def add_precision_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for lower precisions to predict at."""
-    parser.add_argument(
-        "--precision",
-        type=parse_precisions,
-        default=(),
-        metavar="P,P",
-        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
-    )
-
-
 def parse_precisions(text: str) -> tuple[str, ...]:
     """Names of lower precisions, separated by commas, each once."""
-    chosen_precisions = tuple(dict.fromkeys(comma_separated_names(text)))
-    wrong = next((n for n in chosen_precisions if n not in PRECISIONS), None)
-    if wrong is not None:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}, got {wrong!r}")
-    return chosen_precisions
-
-
-def add_probe_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for a board's own measurements, which `read_probe` reads."""
-    parser.add_argument(
-        "--probe",
-        type=Path,
-        metavar="FILE.json",
-        help="the board's own measurements (fedprune-device probe --json), which beat the profile's figures",
-    )
+    names = tuple(dict.fromkeys(comma_separated_names(text)))
+    for name in names:
+        if name not in PRECISIONS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}, got {name!r}")
+    return names
 
 
 def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
@@ -193,7 +160,7 @@ def custom_graph(arguments: argparse.Namespace, name: str) -> str | None:
     built_in = [n for n in (LOSSES if name == "loss" else METRICS_OF["own"]) if n != CUSTOM_LOSS]
     if text is None or text in built_in:
         return None
-    # Else a misspelt built-in name would be looked up as a file or a module.
+    # Otherwise a misspelt built-in name would be looked up as a file or a module.
     if ":" not in text and not text.endswith(".onnx"):
         raise UsageError(
             f"--{name}",
@@ -229,14 +196,10 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         body["frozen"] = arguments.freeze
     # Last: --set wins over every other option.
     body.update(arguments.set)
-    return _check_recipe(body, arguments.recipe)
-
-
-def _check_recipe(body: dict[str, Any], path: Path | None) -> Recipe:
     try:
         return Recipe.from_dict(body)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from error
+        raise ConfigError(str(error) if arguments.recipe is None else f"{arguments.recipe}: {error}") from error
 
 
 def _recipe_body(path: Path) -> dict[str, Any]:
@@ -305,10 +268,10 @@ def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
 
     Raises `UsageError` if there is no target, or one comes twice.
     """
-    chosen_targets = [n.strip() for text in texts for n in text.split(",") if n.strip()]
-    if not chosen_targets:
+    names = [n.strip() for text in texts for n in text.split(",") if n.strip()]
+    if not names:
         raise UsageError("--target", expected="the name of a hardware profile, or a file")
-    twice = [n for n in chosen_targets if chosen_targets.count(n) > 1]
-    if twice:
-        raise UsageError(f"--target {twice[0]} comes twice")
-    return tuple(chosen_targets)
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--target {name} comes twice")
+    return tuple(names)

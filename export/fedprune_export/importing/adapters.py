@@ -1,4 +1,4 @@
-"""Low-rank adapters of frozen weights (Hu et al. 2022, eq. 3): y = x Wᵀ + α/r · x Aᵀ Bᵀ.
+"""Adds low-rank adapters to frozen weights (LoRA, Hu et al. 2022, eq. 3): y = x Wᵀ + α/r · x Aᵀ Bᵀ.
 
 Tensors are named as PEFT names them: `NAME.lora_A.weight` [r, inputs] and `NAME.lora_B.weight` [outputs, r] next to
 `NAME.weight`. The r ranks are a channel group. Boards hold some of them, and since the product is a sum over ranks, the
@@ -56,11 +56,8 @@ class Lora:
         """From `RANK` or `RANK:PATTERN,PATTERN`. Raises `ModelError` if it is something else."""
         rank, _, names = text.partition(":")
         if not (rank.isascii() and rank.isdigit() and len(rank) < 6):
-            raise ModelError(
-                "lora",
-                expected="RANK or RANK:PATTERN,PATTERN, such as 8 or 8:*.q.weight,*.v.weight",
-                got=value_text(text),
-            )
+            expected = "RANK or RANK:PATTERN,PATTERN, such as 8 or 8:*.q.weight,*.v.weight"
+            raise ModelError("lora", expected=expected, got=value_text(text))
         return cls(int(rank), tuple(n.strip() for n in names.split(",") if n.strip()))
 
 
@@ -106,18 +103,18 @@ def _linear_layers(model: Model) -> dict[str, dict[str, bool]]:
     A weight that anything else reads is left out, such as an embedding that is tied to the last layer.
     """
     weights = {t.name for t in model.architecture.tensors if len(t.shape) == 2}
-    turned: dict[str, str] = {}
+    transposed: dict[str, str] = {}
     layers: dict[str, dict[str, bool]] = {}
     read_elsewhere: set[str] = set()
     for node in model.graph.nodes:
         if node.op == "Transpose" and node.inputs[0] in weights and node.attrs.get("perm") in (None, [1, 0]):
-            turned[node.outputs[0]] = node.inputs[0]
+            transposed[node.outputs[0]] = node.inputs[0]
             continue
         straight = node.op == "MatMul" or (
             node.op == "Gemm" and not node.attrs.get("transA", 0) and node.attrs.get("alpha", 1.0) == 1.0
         )
         for i, value in enumerate(node.inputs):
-            name = turned.get(value, value)
+            name = transposed.get(value, value)
             if name not in weights:
                 continue
             # Only as the second factor of a product does a weight follow the equation above.
@@ -125,7 +122,7 @@ def _linear_layers(model: Model) -> dict[str, dict[str, bool]]:
                 read_elsewhere.add(name)
                 continue
             # A weight that is transposed by a node and by `transB` is stored as it is used.
-            flips = (value in turned) + bool(node.attrs.get("transB", 0))
+            flips = (value in transposed) + bool(node.attrs.get("transB", 0))
             layers.setdefault(name, {})[node.outputs[0]] = flips % 2 == 0
     return {n: uses for n, uses in layers.items() if n not in read_elsewhere and len(set(uses.values())) == 1}
 
@@ -166,8 +163,8 @@ def _adapter(graph: Graph, node: Node, weight: str, scale: float) -> list[Node]:
     node.outputs[0] = graph.fresh(output)
     value = node.inputs[0]
     for matrix in (_A, _B):
-        turned = graph.emit("Transpose", _adapter_name(weight, matrix), attrs={"perm": [1, 0]})
-        value = graph.emit("MatMul", value, turned)
+        transposed = graph.emit("Transpose", _adapter_name(weight, matrix), attrs={"perm": [1, 0]})
+        value = graph.emit("MatMul", value, transposed)
         if matrix == _A and scale != 1:
             value = graph.emit("Mul", value, graph.scalar(scale))
     graph.emit("Add", node.outputs[0], value, out=output)

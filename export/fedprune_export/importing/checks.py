@@ -1,8 +1,8 @@
-"""Checks of an imported graph.
+"""Checks an imported graph before and after it is normalised.
 
 `check_nodes` and `check_indices` refuse graphs that both onnx's checker and onnxruntime accept, although they make one
-of them crash or differ from the standard. `compare_with_original` compares a normalised graph's outputs with the
-original's, and its shapes with the inferred ones.
+of them crash or differ from the standard. `compare_with_original` compares a normalised graph's outputs with those of
+the user's file, and its shapes with the inferred ones.
 """
 
 from __future__ import annotations
@@ -30,11 +30,7 @@ _INDEXED_OPERATORS = frozenset({"Gather", "GatherElements", "ScatterElements"})
 
 
 def check_nodes(graph: Graph) -> None:
-    """Check that only optional inputs are missing, that flags are 0 or 1, and that convolutions have at least one
-    group.
-
-    Raises `ModelError` otherwise.
-    """
+    """Raise `ModelError` if a required input is missing, a flag isn't 0 or 1, or a convolution has no group."""
     for node in graph.nodes:
         for name, value in node.attrs.items():
             if name in _FLAGS and value not in (0, 1):
@@ -60,9 +56,8 @@ def check_indices(graph: Graph, trace: Trace) -> None:
         size = dims[axis] if -len(dims) <= axis < len(dims) else None
         low, high = int(indices.min()), int(indices.max())
         if size is not None and not -size <= low <= high < size:
-            raise ModelError(
-                f"an index of {_label(node)}", expected=f"from {-size} to {size - 1}", got=high if high >= size else low
-            )
+            bad = high if high >= size else low
+            raise ModelError(f"an index of {_label(node)}", expected=f"from {-size} to {size - 1}", got=bad)
 
 
 def _check_missing(graph: Graph, node: Node) -> None:

@@ -20,13 +20,7 @@ from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.model_building import as_model_errors, build_model, name_setting_in_errors, tensor_names
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.packing import OUTPUTS_KEY, read_packing
-from fedprune_export.importing.user_graphs import (
-    LOSS_KEY,
-    METRIC_KEY,
-    embed_user_graph,
-    read_loss,
-    read_metric,
-)
+from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, embed_user_graph, read_loss, read_metric
 from fedprune_export.pruning.frozen_base import check_precision
 
 
@@ -35,21 +29,20 @@ class ImportChoices:
     """A user's choices for an import. Those that shape the graph are stored in the model's file.
 
     Attributes:
-        input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
-            be the file's own. One size may be the bounds of a length, such as "400:16000": of an ONNX file that of a
-            free axis.
-        token_ids: Whether a torch module takes token ids (int64), where it doesn't say it in `input_dtype`.
-        output: Which output gives the logits, where the model has several, or by which value within the model it ends.
-        parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
-        prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
+        input_shape: One sample's shape, if a torch module doesn't say it in `input_shape`. For an ONNX file it must be
+            the file's own. One size may be the bounds of a length, such as "400:16000", for a free axis of the file.
+        token_ids: Whether a torch module takes token ids (int64), if it doesn't say it in `input_dtype`.
+        output: The output that gives the logits, if the model has several; or the inner value at which the model ends.
+        parameters: Names of the trainable tensors; by default those that the file lists, or all that are used as
+            weights.
+        prefer: Which channels to cut if only one kind can be: "coarse" (whole heads and groups) or "fine".
         loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
-            `package.module:function`, or an ONNX file. It gives one number per sample [n]; labels are like outputs,
+            `package.module:function`, or an ONNX file. It gives one number per sample [n]. Labels are like outputs,
             unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say something else.
         metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
             are averaged; or they are rows [n, k] and its attribute `value` is a function of their sums [k]. More is
             better.
-        lora: Adapters to train; the weights are frozen: a `Lora`, or its text, such as
-            "8:*.q.weight,*.v.weight".
+        lora: Adapters to train, as a `Lora` or its text, such as "8:*.q.weight,*.v.weight". The weights are frozen.
         base: The precision in which frozen weights are stored, sent and loaded: "float16", or "int8" with a scale per
             output channel; by default they are tensors like all others.
     """

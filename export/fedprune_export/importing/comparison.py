@@ -1,4 +1,4 @@
-"""Comparison of a model's source with the model that a job started with."""
+"""Compares a model's source with the model that a job started with."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ModelChanges:
     """What differs between two reads of a model.
 
     Attributes:
-        graph: Operators, shapes, names or choices.
+        graph: Whether operators, shapes, names or choices differ.
         tensors: Names of tensors with other values.
-        loss: The user's own loss; if the later read has none, that is no difference.
+        loss: Whether the later read has another loss of the user's own; none isn't another one.
         metric: As `loss`.
     """
 
@@ -37,23 +37,19 @@ class ModelChanges:
 def compare_models(before: bytes, after: bytes) -> ModelChanges:
     """The differences between two files of a model, each as `read_source` returns it."""
     (old, old_tensors, old_user_graphs), (new, new_tensors, new_user_graphs) = _split_file(before), _split_file(after)
-    tensors = {
-        n for n in old_tensors.keys() & new_tensors.keys() if old_tensors[n].tobytes() != new_tensors[n].tobytes()
-    }
-    user_graphs_changed = [
-        key in new_user_graphs and new_user_graphs[key] != old_user_graphs.get(key) for key in _USER_GRAPH_KEYS
-    ]
-    return ModelChanges(old != new, frozenset(tensors), *user_graphs_changed)
+    common = old_tensors.keys() & new_tensors.keys()
+    tensors = frozenset(n for n in common if old_tensors[n].tobytes() != new_tensors[n].tobytes())
+    changed = (key in new_user_graphs and new_user_graphs[key] != old_user_graphs.get(key) for key in _USER_GRAPH_KEYS)
+    return ModelChanges(old != new, tensors, *changed)
 
 
 def drawn_tensors(source: str, raw: bytes, names: frozenset[str], read: Callable[[], bytes]) -> frozenset[str]:
     """Tensors whose values a factory draws at random in every call, such as untrained weights.
 
     Args:
-        source: The factory.
-        raw: The model's file after one call of it.
+        raw: The model's file after one call of the factory `source`.
         names: The tensors in question.
-        read: Makes that file again, which takes longer than one more call of the factory.
+        read: Exports the file again, which takes longer than one more call of the factory.
     """
     state, tensors = torch_module(source).state_dict(), _split_file(raw)[1]
     drawn = frozenset(n for n in names & state.keys() if not np.array_equal(_numpy_values(state[n]), tensors[n]))
@@ -77,7 +73,7 @@ def _split_file(raw: bytes) -> tuple[bytes, dict[str, npt.NDArray[Any]], dict[st
     for tensor in proto.graph.initializer:
         tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
         shape, kind, name = list(tensor.dims), tensor.data_type, tensor.name
-        # What is left of the file must be equal bytes where only values differ.
+        # The rest of the file must be equal bytes if only values differ.
         tensor.CopyFrom(onnx.TensorProto(name=name, dims=shape, data_type=kind))
     graph: bytes = proto.SerializeToString(deterministic=True)
     return graph, tensors, user_graphs

@@ -18,9 +18,7 @@ import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.importing.refusals import (
-    RANDOM_OPERATORS,
-)
+from fedprune_export.importing.refusals import RANDOM_OPERATORS
 from fedprune_export.ir.dropout import is_dropout
 from fedprune_export.ir.graph import Array, Graph, Node, Port
 from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS

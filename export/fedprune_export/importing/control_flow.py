@@ -1,4 +1,4 @@
-"""Removal of control flow: branches on constants are inlined, and loops of a fixed length are unrolled."""
+"""Removes control flow: inlines branches on constants, and unrolls loops of a fixed length."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ _MAX_DEPTH = 20  # control flow within control flow
 def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
     """Inline branches on constants and unroll loops of a fixed length; the model is changed.
 
-    Control flow that depends on data stays, and is refused by name later.
-
-    Raises `ModelError` if there would be more than `most` operators, or control flow is nested too deeply.
+    Control flow that depends on data stays, and is refused by name later. Raises `ModelError` if there would be more
+    than `max_nodes` operators, or control flow is nested too deeply.
     """
     # Each pass removes one level; what is nested in it is seen by the next pass.
     for _ in range(_MAX_DEPTH):
@@ -193,13 +192,11 @@ class _ControlFlow(GraphWriter):
 
     def _check_size(self, node: onnx.NodeProto, body: onnx.GraphProto, iteration_count: int) -> None:
         if iteration_count * max(1, len(body.node)) > self._nodes_left:
-            raise ModelError(
-                f"{node.op_type} {value_text(node.name)}, unrolled", expected=f"at most {self._max_nodes} operators"
-            )
+            what = f"{node.op_type} {value_text(node.name)}, unrolled"
+            raise ModelError(what, expected=f"at most {self._max_nodes} operators")
 
     def _add_body_tensors(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
         """Add a body's tensors to the graph, once for all iterations. Returns their new names."""
-        # Copied once: all iterations of a body read the same tensors.
         names = {t.name: self._names.fresh(prefix + t.name) for t in body.initializer}
         for tensor in body.initializer:
             self._graph.initializer.add().CopyFrom(tensor)
@@ -259,9 +256,8 @@ def _check_single_number(what: str, node: onnx.NodeProto, value: Array | None) -
     """Make sure that a condition or a number of iterations is one number. Raises `ModelError` if it isn't."""
     if value is not None and (value.size != 1 or value.dtype.kind not in "biu"):
         got = f"{value.size} of type {value.dtype}"
-        raise ModelError(
-            f"the {what} of {node.op_type} {value_text(node.name)}", expected="one truth or number", got=got
-        )
+        subject = f"the {what} of {node.op_type} {value_text(node.name)}"
+        raise ModelError(subject, expected="one truth or number", got=got)
 
 
 def _body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:

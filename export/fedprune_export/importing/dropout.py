@@ -1,4 +1,4 @@
-"""Dropouts of an imported model are written in the compiler's form of them (`ir.dropout`)."""
+"""Writes the dropouts of an imported model in the compiler's form (`ir.dropout`)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def read_dropouts(graph: Graph, notes: list[str]) -> None:
         ratio = dropout_ratio(graph, node)
         mask = node.outputs[1] if len(node.outputs) > 1 else ""
         if mask and (mask in readers or mask in outputs):
-            # Comparing the input with itself gives all true in the right shape at any batch size. NaN would be an
-            # exception.
+            # The input equals itself, in the right shape at any batch size; only NaN doesn't.
             nodes.append(Node("Equal", [node.inputs[0], node.inputs[0]], [mask], {}, mask))
             notes.append(f"The mask of Dropout {node.name} is read by other operators: it is all true.")
         if ratio is None:

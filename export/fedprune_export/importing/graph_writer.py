@@ -1,4 +1,4 @@
-"""Replacement of nodes of an ONNX file: new names, stacked and split values, and values that don't depend on data."""
+"""Replaces nodes of an ONNX file: new names, stacked and split values, and values that don't depend on data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
 
 Array = npt.NDArray[Any]
 
-_MAX_STEPS = 200  # operators that a length or condition is computed with
+_MAX_STEPS = 200  # most operators that compute a length or condition
 _MAX_SIZE_TENSOR_BYTES = 4096  # bytes of a tensor whose numbers are no sizes
 
 # Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them.
@@ -88,11 +88,9 @@ class GraphWriter:
     def _stack(self, elements: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
         """Stack values along a new axis."""
         rows = [self._names.fresh(f"{p}.row") for p in elements]
-        out = [
-            n
-            for p, row in zip(elements, rows, strict=True)
-            for n in self._nodes_with_list("Unsqueeze", p, "axes", [axis], [row])
-        ]
+        out: list[onnx.NodeProto] = []
+        for element, row in zip(elements, rows, strict=True):
+            out += self._nodes_with_list("Unsqueeze", element, "axes", [axis], [row])
         return [*out, helper.make_node("Concat", rows, [target], axis=axis)]
 
     def _nodes_with_list(
@@ -114,7 +112,7 @@ class GraphWriter:
         return self._shapes.get(name)
 
     def _constant_value(self, name: str) -> Array | None:
-        """A value that is computed from constants and sizes alone; None if it depends on data or on a free size."""
+        """A value that is computed only from constants and sizes; None if it depends on data or on a free size."""
         try:
             trials = [self._value_at_size(name, size) for size in _TRIAL_SIZES]
         except ModelError:  # operators that make no sense, or a value that would be huge
@@ -140,7 +138,7 @@ class GraphWriter:
                 if shape is None:
                     return None
                 values.shapes[node.inputs[0]] = tuple(free if d is None else d for d in shape)
-                values.dtypes[node.inputs[0]] = np.dtype(np.float32)  # of whichever type: its size alone is asked for
+                values.dtypes[node.inputs[0]] = np.dtype(np.float32)  # any type: only its size counts
             shape_inference.infer_node(graph, values, node, node.outputs)
         return values.numbers.get(name)
 

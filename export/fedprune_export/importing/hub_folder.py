@@ -1,4 +1,4 @@
-"""Models in the layout of the Hugging Face hub: a graph, and weights that replace its own."""
+"""Reads models in the layout of the Hugging Face hub: a graph, and weights that replace the graph's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUB_FILES = (HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE, HUB_CARD_FILE)
 # The counter of torch's batch norms, next to their statistics; a graph has no such tensor.
 BATCH_COUNTER = "num_batches_tracked"
 
-# Room for the names of some 20,000 classes in `id2label`.
+# Enough for the names of some 20,000 classes in `id2label`.
 _MAX_CONFIG_BYTES = 2**20
 _MAX_NAME_LENGTH = 100
 
@@ -42,7 +42,7 @@ def read_hub_folder(folder: Path) -> bytes:
             f"{folder} is no model in the layout of the Hugging Face hub",
             expected=f"a folder with {HUB_GRAPH_FILE}",
             got="no such file",
-            hint="For weights alone, load them into their torch module, and give fedprune_export.load the module.",
+            hint="If there are only weights, load them into their torch module, and give load the module.",
         )
     raw = read_model_file(folder / HUB_GRAPH_FILE)
     if not path_exists(folder / HUB_WEIGHTS_FILE, file=True):

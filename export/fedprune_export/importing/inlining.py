@@ -1,4 +1,4 @@
-"""Inlining of local functions and of composite operators, and removal of control flow and of sequences."""
+"""Inlines local functions and composite operators, and removes control flow and sequences, before a model is read."""
 
 from __future__ import annotations
 
@@ -135,16 +135,12 @@ def _replace_old_group_norms(graph: onnx.GraphProto) -> None:
         target_name, apart, normal, shape = (
             names.fresh(f"{node.output[0]}.group_{suffix}") for suffix in ("target", "apart", "normal", "shape")
         )
+        epsilon = attrs.get("epsilon", 1e-5)
         target = np.array([0, int(attrs.get("num_groups", 0)), -1], np.int64)
         graph.initializer.append(numpy_helper.from_array(target, target_name))
         nodes += [
             helper.make_node("Reshape", [x, target_name], [apart]),
-            helper.make_node(
-                "InstanceNormalization",
-                [apart, scale, bias],
-                [normal],
-                epsilon=attrs.get("epsilon", 1e-5),
-            ),
+            helper.make_node("InstanceNormalization", [apart, scale, bias], [normal], epsilon=epsilon),
             helper.make_node("Shape", [x], [shape]),
             helper.make_node("Reshape", [normal, shape], [node.output[0]]),
         ]

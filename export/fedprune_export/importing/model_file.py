@@ -1,4 +1,4 @@
-"""ONNX files with their external data. Damaged files, and data outside the model's folder, are refused."""
+"""Reads ONNX files with their external data; refuses damaged files, and data outside the model's folder."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def read_model_file(path: Path) -> bytes:
         # A bare name such as resnet18 is most likely meant for timm.
         hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
         if _NETWORK_NAME.fullmatch(str(path)):
-            hint += (
-                f" If {path} is a network of timm: {install_command('torch')}, pip install timm, and give timm:{path}."
-            )
+            install = f"{install_command('torch')}, pip install timm"
+            hint += f" If {path} is a network of timm: {install}, and give timm:{path}."
         raise ModelError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error, hint)) from error
     try:
         proto = parse_model(raw, run_checker=False)

@@ -1,4 +1,4 @@
-"""The user's file as onnxruntime runs it: the numbers that an import has to compute."""
+"""Runs the user's file in onnxruntime: an import has to compute the same numbers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class Original:
     Raises `ModelError` if onnxruntime doesn't load the file.
 
     Args:
-        raw: The file.
-        inputs: The names of its inputs.
-        outputs: The names of its outputs that count.
-        row: A graph whose only input is the import's, and which computes the file's inputs as parts of that.
+        inputs: The names of the file's inputs.
+        outputs: The names of the outputs that are compared.
+        row: A graph whose only input is the import's, and which computes the file's inputs from it.
     """
 
     def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph) -> None:
@@ -56,8 +55,7 @@ def raw_session(raw: bytes, outputs: list[str]) -> OnnxSession:
     and declared shapes are removed: they compute nothing, but may be duplicate or wrong.
     """
     model = onnx.load_model_from_string(raw)
-    unused = [o for o in model.graph.output if o.name not in outputs]
-    for value in unused:
+    for value in [o for o in model.graph.output if o.name not in outputs]:
         model.graph.output.remove(value)
     for scope in (model.graph, *model.functions):
         _drop_dead(scope)
@@ -76,7 +74,7 @@ def _drop_dead(scope: Any) -> set[str]:
             continue
         node.ClearField("name")
         if node.op_type == "Dropout" and node.domain in ("", "ai.onnx"):
-            del node.input[2:]  # whether it trains: what a model computes is what it predicts
+            del node.input[2:]  # whether it trains: the model is compared as it predicts
         needed.difference_update(node.output)
         needed.update(i for i in node.input if i)
         for attribute in node.attribute:

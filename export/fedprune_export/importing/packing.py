@@ -1,4 +1,4 @@
-"""Several inputs or outputs of a model are packed into one row per sample.
+"""Packs several inputs or outputs of a model into one row per sample.
 
 Boards, planners and strategies handle models of one input and one output. Inputs are concatenated in the alphabetical
 order of their names, and outputs in the model's own order.
@@ -21,7 +21,7 @@ from fedprune.model.step_contract import X
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.trace import trace_graph
 
-# Keys of a graph's metadata that hold names and shapes [[name, [sizes]], ...] of what was laid out side by side.
+# Keys of a graph's metadata with the names and shapes of packed inputs and outputs: [[name, [sizes]], ...].
 INPUTS_KEY, OUTPUTS_KEY = "fedprune.inputs", "fedprune.outputs"
 
 _TYPES = {np.dtype(t): int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t))) for t in (
@@ -55,7 +55,7 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
         return
     ports = sorted(graph.inputs, key=lambda port: port.name)
     pieces = [Piece(port.name, _sample_sizes(port)) for port in ports]
-    # float32 would round identifiers from 2^24 on, so integers alone stay integers.
+    # float32 would round identifiers from 2^24 on, so only integers stay integers.
     are_integers = all(port.dtype in (np.dtype(np.int64), np.dtype(np.int32)) for port in ports)
     kind = np.dtype(np.int64 if are_integers else np.float32)
     row = graph.fresh(X)
@@ -73,9 +73,7 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
     graph.inputs[:] = [Port(row, kind, ("N", before))]
     graph.metadata[INPUTS_KEY] = _packing_text(pieces)
-    notes.append(
-        f"The inputs {_piece_list(pieces)} are parts of one row of {before:,} numbers per sample, in this order."
-    )
+    notes.append(_row_note("inputs", pieces))
 
 
 def pack_outputs(graph: Graph, notes: list[str]) -> None:
@@ -97,12 +95,9 @@ def pack_outputs(graph: Graph, notes: list[str]) -> None:
         pieces.append(Piece(port.name, tuple(d for d in dims[1:] if d is not None)))
     flat = [graph.emit("Reshape", piece.name, graph.ints(0, piece.size)) for piece in pieces]
     row = graph.emit("Concat", *flat, attrs={"axis": 1})
-    size = sum(piece.size for piece in pieces)
-    graph.outputs[:] = [Port(row, np.dtype(np.float32), ("N", size))]
+    graph.outputs[:] = [Port(row, np.dtype(np.float32), ("N", sum(piece.size for piece in pieces)))]
     graph.metadata[OUTPUTS_KEY] = _packing_text(pieces)
-    notes.append(
-        f"The outputs {_piece_list(pieces)} are parts of one row of {size:,} numbers per sample, in this order."
-    )
+    notes.append(_row_note("outputs", pieces))
 
 
 def row_splitter(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
@@ -117,12 +112,8 @@ def row_splitter(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
 
 def _sample_sizes(port: Port) -> tuple[int, ...]:
     sizes = port.shape[1:]
-    if (
-        port.dtype not in _TYPES
-        or not port.shape
-        or isinstance(port.shape[0], int)
-        or not all(isinstance(d, int) and d > 0 for d in sizes)
-    ):
+    has_free_batch = bool(port.shape) and not isinstance(port.shape[0], int)
+    if port.dtype not in _TYPES or not has_free_batch or not all(isinstance(d, int) and d > 0 for d in sizes):
         raise ModelError(
             f"input {value_text(port.name)}",
             expected=f"{', '.join(str(t) for t in _TYPES)} [n, ...] with a free batch and fixed sizes behind it",
@@ -135,5 +126,7 @@ def _packing_text(pieces: Sequence[Piece]) -> str:
     return json.dumps([[piece.name, list(piece.shape)] for piece in pieces])
 
 
-def _piece_list(pieces: Sequence[Piece]) -> str:
-    return first_few([f"{piece.name} {shape_text('n', *piece.shape)}" for piece in pieces])
+def _row_note(kind: str, pieces: Sequence[Piece]) -> str:
+    names = first_few([f"{piece.name} {shape_text('n', *piece.shape)}" for piece in pieces])
+    size = sum(piece.size for piece in pieces)
+    return f"The {kind} {names} are parts of one row of {size:,} numbers per sample, in this order."

@@ -101,7 +101,7 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
 
 
 class _Use(NamedTuple):
-    """A node that combines a tensor with data: the tensor's role, and its position among the node's inputs."""
+    """A node that combines a tensor with data: the tensor's role in it, and its position among the node's inputs."""
 
     role: str
     node: Node

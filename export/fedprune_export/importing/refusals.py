@@ -1,4 +1,4 @@
-"""Models that can't be trained are refused, with the reason and what to do."""
+"""Refuses models that can't be trained, with the reason and what to do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ RANDOM_OPERATORS = frozenset(
 )
 
 _QUANTISING_OPERATORS = frozenset(
-    {
-        *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"),
-        *("ConvInteger", "MatMulInteger"),
-    }
-)
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
+) | {"ConvInteger", "MatMulInteger"}
 
 _FLOAT_MODEL_HINT = (
     "Give the float32 model that it was made from: training needs its weights. --precision int8 makes a board predict "
@@ -92,8 +89,7 @@ def quantising_node(graph: Graph) -> Node | None:
 def quantisation_error(node: Node) -> ModelError:
     """The error for a quantised model, whose outputs change with any rewriting."""
     return ModelError(
-        f"the model is quantised: {_label(node)} rounds, so that its outputs jump",
-        hint=_FLOAT_MODEL_HINT,
+        f"the model is quantised: {_label(node)} rounds, so that its outputs jump", hint=_FLOAT_MODEL_HINT
     )
 
 

@@ -1,4 +1,4 @@
-"""Sequence operators, which exporters emit for chunk, split, unbind and stack, become Split and Concat."""
+"""Rewrites sequence operators, which exporters emit for chunk, split, unbind and stack, as Split and Concat."""
 
 from __future__ import annotations
 
@@ -49,9 +49,8 @@ class _Sequences(GraphWriter):
         if not read:
             return [node]
         if node.op_type != "Identity":
-            raise ModelError(
-                f"{node.op_type} {value_text(node.name)} reads a sequence", hint="Export without sequences."
-            )
+            what = f"{node.op_type} {value_text(node.name)} reads a sequence"
+            raise ModelError(what, hint="Export without sequences.")
         self._sequences[node.output[0]] = self._sequences[read[0]]
         return []
 
@@ -88,9 +87,8 @@ class _Sequences(GraphWriter):
         if split is None or split.ndim == 0:
             chunk_size = 1 if split is None else int(split)
             if not chunk_size > 0 or total // chunk_size > _MAX_ELEMENTS:
-                raise ModelError(
-                    f"SplitToSequence {value_text(node.name)}", expected="a few parts", got=f"{total} by {chunk_size}"
-                )
+                what = f"SplitToSequence {value_text(node.name)}"
+                raise ModelError(what, expected="a few parts", got=f"{total} by {chunk_size}")
             sizes = [min(chunk_size, total - i) for i in range(0, total, chunk_size)]
         else:
             sizes = [int(s) for s in split.reshape(-1)[:_MAX_ELEMENTS]]
@@ -117,9 +115,8 @@ class _Sequences(GraphWriter):
             return None
         numbers = self._constant_value(node.input[index])
         if numbers is None:
-            raise ModelError(
-                f"{node.op_type} {value_text(node.name)} takes computed numbers", expected="constant numbers"
-            )
+            what = f"{node.op_type} {value_text(node.name)} takes computed numbers"
+            raise ModelError(what, expected="constant numbers")
         if numbers.dtype.kind not in "iu":
             raise ModelError(f"{node.op_type} {value_text(node.name)}", expected="integers", got=numbers.dtype)
         return numbers

@@ -1,4 +1,4 @@
-"""Networks of timm by name: `timm:resnet18`.
+"""Makes networks of timm by name: `timm:resnet18`.
 
 timm imports torchvision for image transforms and operators that its networks don't need, so a placeholder replaces it
 where it is not installed.
@@ -113,10 +113,9 @@ def timm_name(source: str) -> str:
 def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any, tuple[int, ...]]:
     """A network of timm and the shape of its input.
 
-    Its weights are the pretrained ones where an earlier use has left them on this machine, else random ones that are
-    the same each time. Nothing is downloaded. Raises `ModelError` if timm has no such network, or it can't be made for
-    this shape; `MissingExtraError` if torch or timm is not installed. `name`: its name, such as resnet18 or
-    resnet18.a1_in1k.
+    Its weights are the pretrained ones if an earlier use has left them on this machine, otherwise random ones that are
+    the same each time. Nothing is downloaded. Raises `ModelError` if timm has no network of this name, such as resnet18
+    or resnet18.a1_in1k, or it can't be made for this shape; `MissingExtraError` if torch or timm is not installed.
     """
     try:
         torch, timm = torch_package(), _import_timm()
@@ -127,12 +126,9 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
         raise error.with_subject(f"{error.what}, and neither is timm (pip install timm)") from error
     if not _NAME.fullmatch(name) or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise ModelError(
-            f"timm has no network {value_text(name)}",
-            hint=f"Similar names: {', '.join(close)}."
-            if close
-            else "Names: python -c 'import timm; print(*timm.list_models())'.",
-        )
+        hint = f"Similar names: {', '.join(close)}." if close else ""
+        hint = hint or "Names: python -c 'import timm; print(*timm.list_models())'."
+        raise ModelError(f"timm has no network {value_text(name)}", hint=hint)
     settings = timm.get_pretrained_cfg(name)
     usual = tuple(settings.input_size) if settings is not None else (3, 224, 224)
     shape = tuple(input_shape or usual)

@@ -1,11 +1,11 @@
-"""Dropout of torch modules, and notes on everything else that their export loses of training mode.
+"""Exports the dropouts of torch modules, and notes everything else of training mode that an export loses.
 
-A module is exported in evaluation mode, in which a dropout is nothing. Meanwhile every call of a dropout is answered by
-an operator of our own, with the ratio that the same call has in training mode: `nn.Dropout` and its kinds for channels,
-`F.dropout`, dropout of the weights of attention, and modules for stochastic depth as timm and torchvision write them.
+A module is exported in evaluation mode, in which a dropout does nothing. Therefore every call of a dropout is replaced
+by an operator of our own, with the ratio that the same call has in training mode: `nn.Dropout` and its kinds for
+channels, `F.dropout`, dropout of the weights of attention, and modules for stochastic depth of timm and torchvision.
 
-What training mode does besides is found by running it once: operators that draw random numbers, and buffers that change
-(those of batch norms aside, which training measures). Nothing of it is exported, and notes say so.
+The module is run once in training mode to find the other differences: operators that draw random numbers, and buffers
+that change (but for those of batch norms, which training measures). They aren't exported; notes say so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedprune.core.errors import error_reason
 from fedprune.core.text import first_few
@@ -36,30 +36,25 @@ _UNBATCHED_NDIM = {"dropout1d": 2, "dropout3d": 4}
 WHOLE_BATCH_AXIS = 31
 
 
-class TrainingMode:
-    """What a module does in training mode.
+class TrainingMode(NamedTuple):
+    """A module's behaviour in training mode.
 
     Attributes:
-        calls: The name and ratio of every call of a dropout; None where it is unknown.
-        notes: What training mode does that training here doesn't.
+        calls: The name and ratio of every call of a dropout; None if they are unknown.
+        notes: Sentences on behaviour that training here lacks.
     """
 
-    def __init__(self, calls: Sequence[tuple[str, float]] | None, notes: Sequence[str]) -> None:
-        self.calls, self.notes = calls, tuple(notes)
+    calls: Sequence[tuple[str, float]] | None
+    notes: Sequence[str]
 
 
 def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> TrainingMode:
     """Run a module in both modes and record what differs; module, buffers and random generator stay unchanged."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
-    buffers = [
-        (submodule, n, b, b.clone())
-        for submodule in module.modules()
-        for n, b in submodule._buffers.items()
-        if b is not None
-    ]
+    named_buffers = ((s, name, buffer) for s in module.modules() for name, buffer in s._buffers.items())
+    buffers = [(s, name, buffer, buffer.clone()) for s, name, buffer in named_buffers if buffer is not None]
     try:
-        # A run in training mode draws random numbers and moves buffers; the author's module and generator must not
-        # notice.
+        # A run in training mode draws random numbers and changes buffers: both are restored.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             module.eval()
             evaluation = _record_calls(torch, module, samples)
@@ -200,7 +195,7 @@ class _DropoutCalls:
         """`nn.MultiheadAttention` calls a function of its own, which in turn calls functions that are replaced."""
         arguments = _bind_arguments(func, args, kwargs)
         ratio = self.ratio("heads", arguments["dropout_p"], on=arguments["training"])
-        inner_calls = _DropoutCalls(self.torch)  # by their own arguments: this call's ratio is given to them
+        inner_calls = _DropoutCalls(self.torch)  # they take the ratio of their arguments, which this call sets
         del inner_calls._answers[func]
         with inner_calls.mode():
             return func(**{**arguments, "dropout_p": ratio, "training": ratio > 0})

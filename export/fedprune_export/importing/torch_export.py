@@ -1,4 +1,4 @@
-"""Export of torch modules as ONNX files with all their weights.
+"""Exports torch modules as ONNX files with all their weights.
 
 The exporter's optimisations are off, because they fuse batch norms into convolutions and merge equal weights of
 different layers. The import simplifies graphs without changing weights.
@@ -17,11 +17,7 @@ from fedprune.core.errors import ModelError, error_reason, shape_text
 from fedprune_export.importing import metadata
 from fedprune_export.importing.lengths import FREE_INPUT_KEY
 from fedprune_export.importing.quiet_libraries import silence_libraries
-from fedprune_export.importing.torch_dropout import (
-    export_dropouts,
-    extract_mask_axes,
-    record_training_mode,
-)
+from fedprune_export.importing.torch_dropout import export_dropouts, extract_mask_axes, record_training_mode
 from fedprune_export.importing.torch_inputs import sample_inputs
 from fedprune_export.importing.torch_loading import torch_package
 from fedprune_export.importing.torch_tensors import record_tensors
@@ -40,11 +36,11 @@ def export_torch(
 
     Args:
         source: The module, or a pair of the module and an example input (with a batch), which may be int64.
-        input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
-            module's attribute `input_dtype` says that the input is int64. Of a module with several inputs these
-            attributes are mappings by the names of its arguments, in their order. A size may be the bounds of a
-            length, such as "400:16000"; the module's arguments `mask` and `lengths` are then computed.
-        token_ids: Whether the input is int64, where neither the example nor the module says it.
+        input_shape: One sample's shape; by default that of the example, or the module's attribute `input_shape`. Its
+            attribute `input_dtype` may say that the input is int64. If a module has several inputs, these attributes
+            are mappings by the names of its arguments, in their order. A size may be the bounds of a length, such as
+            "400:16000"; the module's arguments `mask` and `lengths` are then computed.
+        token_ids: Whether the input is int64, if neither the example nor the module says it.
     """
     torch = torch_package()
     module, example = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
@@ -108,7 +104,7 @@ def export_module(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     # Versions, stack traces and paths would give one model another digest on every machine.
     proto.producer_version = ""
     del proto.graph.metadata_props[:]
-    for node in proto.graph.node:  # stack traces and paths
+    for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
     for value in (*proto.graph.initializer, *proto.graph.value_info):

@@ -1,4 +1,4 @@
-"""Translations of torch operators to ONNX that replace the exporter's own, or that it lacks."""
+"""Translates torch operators to ONNX where torch's exporter has no translation, or one that can't be cut or trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own loss or metric of outputs and labels: a torch function or module, or an ONNX file."""
+"""Reads and imports a user's own loss or metric of outputs and labels: a torch function or module, or an ONNX file."""
 
 from __future__ import annotations
 
@@ -223,17 +223,15 @@ def _check_same_outputs(raw: bytes, graph: Graph, outputs: Sequence[int], kind: 
     shape = (count, *(d for d in labels.shape[1:] if isinstance(d, int)))
     # Labels of type int64 are taken for classes, and outputs have one channel per class on their first axis.
     classes = max(1, outputs[0]) if outputs else 1
-    y: Any = (
-        rng.integers(0, classes, shape) if labels.dtype == np.int64 else rng.uniform(0, 1, shape).astype(np.float32)
-    )
+    is_whole = labels.dtype == np.int64
+    y: Any = rng.integers(0, classes, shape) if is_whole else rng.uniform(0, 1, shape).astype(np.float32)
     values: list[Any] = [rng.standard_normal((count, *outputs), np.float32), y]
     before = raw_session(raw, names).run(dict(zip(inputs, values, strict=True)))
     after = OnnxSession(graph.to_bytes()).run({LOGITS: values[0], Y: y})
     for name, port in zip(names, graph.outputs, strict=True):
         if not np.allclose(before[name], after[port.name], rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
-            raise ModelError(
-                f"the {kind} computes something else once it is imported", hint="Please report this with it."
-            )
+            what = f"the {kind} computes something else once it is imported"
+            raise ModelError(what, hint="Please report this with it.")
 
 
 def _reads_samples(graph: Graph) -> bool:
