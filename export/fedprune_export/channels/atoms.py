@@ -1,6 +1,6 @@
 """Atoms: integer names for the indices of axes, and which of them can only be kept or cut together.
 
-Atom 0 is the fixed one: an index tied to it stays. Every other atom starts on its own; operators tie atoms to each
+Atom 0 is fixed: an index tied to it stays. Every other atom starts untied; channel rules of operators tie atoms to each
 other. All atoms that are tied in the end are a *unit*: the smallest thing that can be cut.
 """
 
@@ -16,7 +16,7 @@ class Atoms:
     """Allocates atoms and collects ties between them.
 
     Attributes:
-        cause: The node that ties atoms at the moment; empty for one that is not to blame.
+        cause: The node that ties atoms at the moment; empty if it is not to blame for what stays.
         fix_causes: The nodes that made something stay, in order.
     """
 
@@ -67,7 +67,7 @@ class Atoms:
                 if not open_ties.any():
                     break
                 left, right, a, b = left[open_ties], right[open_ties], a[open_ties], b[open_ties]
-                # minimum.at, because several ties may lower one label in a pass: plain indexing keeps the last alone.
+                # minimum.at, because several ties may lower one label in a pass: plain indexing keeps only the last.
                 np.minimum.at(label, np.maximum(a, b), np.minimum(a, b))
                 while True:
                     further = label[label]

@@ -1,7 +1,9 @@
-"""Reshapes: axes that are split into factors, and merged from factors of others.
+"""Common factors of the axes before and after a reshape, and which new axis can take an old axis' channels.
 
-Runs of axes that hold the same elements are split into common factors. Factors along which an axis has one atom need no
-care. Where the atoms vary along factors that end up on several axes, only one of these axes can be cut: a choice.
+A *run* is consecutive axes that hold the same elements before and after: (8, 6) and (4, 12). Its *factors* are the
+sizes whose products are the axes on either side: 4 · 2 · 6. Channels are named by *atoms* (integers per index of an
+axis). Where the atoms of an axis vary along factors that end up on several new axes, only one of these can be cut:
+there are several *assignments*.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An *atom* is an integer that names an index of an axis. `channels.factors` splits runs of axes into *factors* (sizes
 whose products are the axes' sizes, before and after) and lists the assignments of old axes to new axes. Where several
-are possible, one is chosen, and tried again with another if it leaves nothing to cut (`channels.rule.Choices`).
+are possible, one is chosen, and tried again with another if it leaves nothing to cut (`channels.choices`).
 """
 
 from __future__ import annotations

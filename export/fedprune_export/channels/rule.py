@@ -1,109 +1,23 @@
-"""The state and the registry of channel rules: one small function per operator carries and ties atoms.
+"""The registry of channel rules, and the state that they read and write.
 
-A rule reads the atoms of a node's inputs, ties those that must be cut together, and sets the atoms of the outputs. To
-support an operator, write its rule in its file in `operators`.
-
-Operators whose channels can be cut in more than one way are *choices*, of which only one fits a rectangular tensor. An
-axis of heads × dims loses whole heads, or the same dims of every head; a grouped convolution whole groups, or the same
-position in every group. Each such node offers its options, coarsest first. The rules run over the whole graph with
-one option per node; a node whose option left fewer than two channels to choose from is advanced to its next one, and
-the rules run again. Every run is right in itself: another option only makes more channels prunable.
+Every operator has one *channel rule*, in its file in `operators`. It reads the *atoms* of a node's inputs (integers
+that name the indices of an axis), ties those that can only be kept or cut together, fixes those that must stay, and
+sets the atoms of the outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune_export.channels.atoms import AtomRow, Atoms, fixed_row
+from fedprune_export.channels.choices import Choices
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import load_rules, registrar
 from fedprune_export.ir.trace import Trace
-
-Prefer = Literal["coarse", "fine"]  # which option comes first: whole heads and groups, or positions within all of them
-
-Option = TypeVar("Option", bound=Hashable)
-
-# The channels that a grouped operator can lose: whole groups, or the same positions of every group.
-GROUPS, POSITIONS = "groups", "positions"
-
-# How often a node may go through its options: the first time it may have failed for another node's choice.
-_MAX_PASSES = 2
-
-
-class Choices:
-    """The options that were tried, per node, over all runs.
-
-    `prefer`: whether the coarsest option is tried first, or the finest.
-    """
-
-    def __init__(self, prefer: Prefer = "coarse") -> None:
-        self._reverse = prefer == "fine"
-        self._tried: dict[str, set[Hashable]] = {}
-        self._offered: dict[str, int] = {}
-        self._passes_left: dict[str, int] = {}
-        self._watched: dict[str, tuple[Hashable, list[AtomRow]]] = {}
-        self._exhausted: set[str] = set()
-
-    def begin(self) -> None:
-        """Begin a new run: forget the rows that were watched in the last one."""
-        self._watched, self._exhausted = {}, set()
-
-    def next_option(self, key: str, options: Sequence[Option], *, ranked: bool = False) -> Option | None:
-        """The first option of a node that hasn't failed yet; None if all have failed: then its channels stay.
-
-        `options`: all options of the node, coarsest first; `ranked`: whether the first one is the best whatever is
-        preferred.
-        """
-        tried = self._tried.setdefault(key, set())
-        self._offered[key] = len(options)
-        for option in reversed(options) if self._reverse and not ranked else options:
-            if option not in tried:
-                return option
-        self._exhausted.add(key)
-        return None
-
-    def watch(self, key: str, option: Hashable, rows: Sequence[AtomRow]) -> None:
-        """Register the rows in which the node's present option must leave channels to choose from."""
-        self._watched[key] = (option, list(rows))
-
-    def advance(self, unit: AtomRow, footprint: AtomRow) -> bool:
-        """Advance the nodes none of whose rows has two units that could be a group; returns whether to run again.
-
-        Of several only those with the most options left are advanced: queries that can lose heads or dimensions wait
-        until keys and values in one tensor no longer choose between keys and values. A node that has run out of options
-        gets one more round, since it may have failed for another one's choice.
-        `unit`: the unit of every atom after this run; `footprint`: per unit a number that is the same for units on the
-        same axes of tensors.
-        """
-        failed = [
-            (key, option)
-            for key, (option, rows) in self._watched.items()
-            if not any(_could_be_group(unit[row], footprint) for row in rows)
-        ]
-        options_left = {key: self._offered[key] - len(self._tried[key]) for key, _ in failed}
-        for key, option in failed:
-            if options_left[key] == max(options_left.values()):
-                self._tried[key].add(option)
-        runs_again = bool(failed)
-        if not runs_again:
-            for key in self._exhausted:
-                passes = self._passes_left.setdefault(key, _MAX_PASSES - 1)
-                if passes:
-                    self._passes_left[key] = passes - 1
-                    self._tried[key] = set()
-                    runs_again = True
-        return runs_again
-
-
-def _could_be_group(row: AtomRow, footprint: AtomRow) -> bool:
-    """Whether two units of a row could be channels of one group."""
-    units = np.unique(row[row > 0])
-    return bool(np.unique(footprint[units]).size < units.size)
-
 
 # Per operator the input that is the shape of its output: a number of channels there is rewritten in a cut.
 SHAPE_INPUTS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Resize": 3}

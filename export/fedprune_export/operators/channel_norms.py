@@ -18,7 +18,8 @@ from fedprune.model import step_contract
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import AtomRow
-from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
+from fedprune_export.channels.choices import GROUPS, POSITIONS
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
 from fedprune_export.operators.reductions import count_of, divide_by_size, sum_axes

@@ -13,7 +13,8 @@ from fedprune_export.autodiff.convolutions import choose_convolution
 from fedprune_export.autodiff.sliding_window import transposed_window, window
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
-from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
+from fedprune_export.channels.choices import GROUPS, POSITIONS
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
 from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
