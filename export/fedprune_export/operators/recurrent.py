@@ -1,19 +1,18 @@
-"""Recurrent layers: LSTM, GRU and plain ones, in one direction or both, of any width.
+"""Recurrent layers: LSTM, GRU and RNN, in one direction or both, of any width.
 
 ONNX's operators have the number of hidden units as an attribute, and don't return the gates that the gradient needs. So
-a training graph has a layer in primitives: one matrix product with the input over the whole sequence, and a loop (a
-Scan node) for the recurrence. Backwards a second loop does only what depends on the next step; the gradient of each
-parameter is then one product over the whole sequence.
+a training graph has a layer in primitives, as a loop over the steps (`autodiff.recurrent_cells`).
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-from onnx import TensorProto, helper, numpy_helper
+from collections.abc import Sequence
 
 from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.recurrent_cells import CELLS, Direction
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
@@ -68,322 +67,7 @@ def mask_recurrent(masks: MaskWriter, node: Node) -> None:
     masks.apply(node, 2, [2])
 
 
-# Writes one step of a loop into its body: takes the names of states and of slices of the inputs, and returns those of
-# the next states and of slices of the outputs. It may read values of the graph around the body.
-Step = Callable[[Graph, list[str], list[str]], tuple[list[str], list[str]]]
-
-
-def scan(
-    g: Graph, states: Sequence[str], sliced: Sequence[str], step: Step, *, backwards: bool = False
-) -> tuple[list[str], list[str]]:
-    """Take one step per index of the first axis.
-
-    Args:
-        states: What is carried from step to step.
-        sliced: Values of which each step gets one index of the first axis.
-        step: The step; all of its values are float32.
-        backwards: Whether it goes from the last index to the first; the outputs are in the order of the inputs.
-
-    Returns:
-        The last states, and the slices that went out, stacked.
-    """
-    # Names continue those of the outer graph, because a body sees its values.
-    body = Graph(name="step", _counter=g._counter)
-    states_in, slices_in = (
-        [body.fresh(stem) for _ in values] for stem, values in (("state", states), ("slice", sliced))
-    )
-    following, written = step(body, states_in, slices_in)
-    # An output of a sub-graph can be neither two outputs nor an input.
-    used_names = {*states_in, *slices_in}
-    outputs: list[str] = []
-    for name in [*following, *written]:
-        outputs.append(body.emit("Identity", name) if name in used_names else name)
-        used_names.add(name)
-    g._counter = body._counter
-    proto = helper.make_graph(
-        [n.to_proto() for n in body.nodes],
-        body.name,
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in [*states_in, *slices_in]],
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs],
-        [numpy_helper.from_array(v, k) for k, v in body.initializers.items()],
-    )
-    attrs = {
-        "body": proto,
-        "num_scan_inputs": len(sliced),
-        "scan_input_directions": [int(backwards)] * len(sliced),
-        "scan_output_directions": [int(backwards)] * len(written),
-    }
-    names = g.emit_many("Scan", *states, *sliced, outputs=len(outputs), attrs=attrs)
-    return names[: len(following)], names[len(following) :]
-
-
-@dataclass
-class Backward:
-    """The result of a direction's backpropagation through time.
-
-    Attributes:
-        inputs: Gradient of the gates' part that depends on the input: [T, N, gates · H].
-        recurrent: Pairs of the gradient of the gates' part that depends on the recurrence, and the states that it
-            reads, in the order of the gates.
-        states: Gradients of the initial states.
-    """
-
-    inputs: str
-    recurrent: list[tuple[str, str]]
-    states: list[str]
-
-
-@dataclass
-class Direction:
-    """One direction of a layer.
-
-    Attributes:
-        is_reversed: Whether it runs from the last step to the first.
-        weight: [gates · H, I].
-        recurrence: [gates · H, H].
-        bias: Biases of the input's and of the recurrence's part, [gates · H] each, or none.
-        states: Initial states, [N, H] each.
-        activation: The activation of a plain layer.
-        forward_values: Values of the forward pass that the backward pass reads.
-    """
-
-    g: Graph
-    is_reversed: bool
-    weight: str
-    recurrence: str
-    bias: list[str]
-    states: list[str]
-    activation: str
-    forward_values: dict[str, str] = field(default_factory=dict)
-
-    def run_steps(self, projection: str, step: Step) -> tuple[list[str], list[str]]:
-        """Take the step for each index of the projected input, from the last one on in a reversed direction."""
-        return scan(self.g, self.states, [projection], step, backwards=self.is_reversed)
-
-    def input_projection(self, x: str, *, both: bool = True) -> str:
-        """The gates' part that depends on the input, with its bias; `both` adds the recurrence's bias as well."""
-        g = self.g
-        out = g.emit("MatMul", x, transpose_matrix(g, self.weight))
-        if not self.bias:
-            return out
-        return g.emit("Add", out, g.emit("Add", *self.bias) if both else self.bias[0])
-
-    def states_before(self, sequence: str, initial: str) -> str:
-        """The states that each step started from: [T, N, H]."""
-        g = self.g
-        start = g.emit("Unsqueeze", initial, g.ints(0))
-        if self.is_reversed:
-            rest = g.emit("Slice", sequence, g.ints(1), g.ints(2**31), g.ints(0))
-            return g.emit("Concat", rest, start, attrs={"axis": 0})
-        rest = g.emit("Slice", sequence, g.ints(0), g.ints(-1), g.ints(0))
-        return g.emit("Concat", start, rest, attrs={"axis": 0})
-
-
-def transpose_matrix(g: Graph, matrix: str) -> str:
-    return g.emit("Transpose", matrix, attrs={"perm": [1, 0]})
-
-
-def _lstm_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
-    """i, o, f = σ, g = tanh of the gates; c' = f · c + i · g; h' = o · tanh(c')."""
-    recurrence = transpose_matrix(direction.g, direction.recurrence)
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        gates = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
-        preactivations = body.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
-        # n is the candidate. The letters name the values that the way back reads.
-        i, o, f, n = (body.emit("Tanh" if k == 3 else "Sigmoid", value) for k, value in enumerate(preactivations))
-        c = body.emit("Add", body.emit("Mul", f, states[1]), body.emit("Mul", i, n))
-        t = body.emit("Tanh", c)
-        h = body.emit("Mul", o, t)
-        return [h, c], [h, c, i, o, f, n, t]
-
-    last, sequences = direction.run_steps(direction.input_projection(x), step)
-    direction.forward_values = dict(zip("hciofnt", sequences, strict=True))
-    return sequences[0], last
-
-
-def _lstm_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
-    """With dh = dy + (what comes back): dc = dh · o · (1 − t²) + (what comes back); all gates' gradients follow."""
-    g, values = direction.g, direction.forward_values
-    previous_h, previous_c = (
-        direction.states_before(values["h"], direction.states[0]),
-        direction.states_before(values["c"], direction.states[1]),
-    )
-    h_to_c = g.emit("Mul", values["o"], _tanh_slope(g, values["t"]))
-    # What the gradients of c, h, c, c are multiplied by for the four gates.
-    slopes = g.emit(
-        "Concat",
-        g.emit("Mul", values["n"], _sigmoid_slope(g, values["i"])),
-        g.emit("Mul", values["t"], _sigmoid_slope(g, values["o"])),
-        g.emit("Mul", previous_c, _sigmoid_slope(g, values["f"])),
-        g.emit("Mul", values["i"], _tanh_slope(g, values["n"])),
-        attrs={"axis": 2},
-    )
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        to_c, slope, forget = slices[:3]
-        dh = body.emit("Add", states[0], slices[3]) if dy else states[0]
-        dc = body.emit("Add", body.emit("Mul", dh, to_c), states[1])
-        gates = body.emit("Mul", body.emit("Concat", dc, dh, dc, dc, attrs={"axis": 1}), slope)
-        return [body.emit("MatMul", gates, direction.recurrence), body.emit("Mul", dc, forget)], [gates]
-
-    sliced = [h_to_c, slopes, values["f"], *([dy] if dy else [])]
-    states, (gates,) = scan(g, last, sliced, step, backwards=not direction.is_reversed)
-    return Backward(gates, [(gates, previous_h)], states)
-
-
-def _gru_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
-    """z, r = σ, n = tanh(input part + r · recurrent part); h' = n + z · (h − n)."""
-    recurrence = transpose_matrix(direction.g, direction.recurrence)
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        (h,) = states
-        product = body.emit("MatMul", h, recurrence)
-        if direction.bias:
-            product = body.emit("Add", product, direction.bias[1])
-        recurrent_gates = body.emit_many("Split", product, outputs=3, attrs={"axis": 1})
-        input_gates = body.emit_many("Split", slices[0], outputs=3, attrs={"axis": 1})
-        z, r = (
-            body.emit("Sigmoid", body.emit("Add", p, q))
-            for p, q in zip(input_gates[:2], recurrent_gates[:2], strict=True)
-        )
-        n = body.emit("Tanh", body.emit("Add", input_gates[2], body.emit("Mul", r, recurrent_gates[2])))
-        after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
-        return [after], [after, z, r, n, recurrent_gates[2]]
-
-    last, sequences = direction.run_steps(direction.input_projection(x, both=False), step)
-    direction.forward_values = dict(zip("hzrnq", sequences, strict=True))
-    return sequences[0], last
-
-
-def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
-    """Every gate's gradient is dh times a factor that is computed before the loop."""
-    g, values = direction.g, direction.forward_values
-    previous = direction.states_before(values["h"], direction.states[0])
-    update = g.emit("Mul", g.emit("Sub", previous, values["n"]), _sigmoid_slope(g, values["z"]))
-    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), values["z"]), _tanh_slope(g, values["n"]))
-    reset = g.emit("Mul", g.emit("Mul", hidden, values["q"]), _sigmoid_slope(g, values["r"]))
-    slopes = g.emit("Concat", update, reset, g.emit("Mul", hidden, values["r"]), attrs={"axis": 2})
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        slope, z = slices[:2]
-        dh = body.emit("Add", states[0], slices[2]) if dy else states[0]
-        gates = body.emit("Mul", body.emit("Concat", dh, dh, dh, attrs={"axis": 1}), slope)
-        to_previous = body.emit("Add", body.emit("MatMul", gates, direction.recurrence), body.emit("Mul", dh, z))
-        return [to_previous], [dh, gates]
-
-    states, (dh, gates) = scan(
-        g, last, [slopes, values["z"], *([dy] if dy else [])], step, backwards=not direction.is_reversed
-    )
-    inputs = g.emit("Concat", *[g.emit("Mul", dh, s) for s in (update, reset, hidden)], attrs={"axis": 2})
-    return Backward(inputs, [(gates, previous)], states)
-
-
-def _gru_early_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
-    """The same with n = tanh(input part + (r · h) through the recurrence): the reset comes before the product."""
-    recurrence = transpose_matrix(direction.g, direction.recurrence)
-    gating, hidden = _split_gates(direction.g, recurrence, axis=1)
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        (h,) = states
-        recurrent_gates = body.emit_many("Split", body.emit("MatMul", h, gating), outputs=2, attrs={"axis": 1})
-        input_gates = body.emit_many("Split", slices[0], outputs=3, attrs={"axis": 1})
-        z, r = (
-            body.emit("Sigmoid", body.emit("Add", p, q)) for p, q in zip(input_gates[:2], recurrent_gates, strict=True)
-        )
-        n = body.emit("Tanh", body.emit("Add", input_gates[2], body.emit("MatMul", body.emit("Mul", r, h), hidden)))
-        after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
-        return [after], [after, z, r, n]
-
-    last, sequences = direction.run_steps(direction.input_projection(x), step)
-    direction.forward_values = dict(zip("hzrn", sequences, strict=True))
-    return sequences[0], last
-
-
-def _gru_early_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
-    """The hidden gate's gradient goes through its own product before it reaches the reset."""
-    g, values = direction.g, direction.forward_values
-    previous = direction.states_before(values["h"], direction.states[0])
-    gating, across = _split_gates(g, direction.recurrence, axis=0)
-    update = g.emit("Mul", g.emit("Sub", previous, values["n"]), _sigmoid_slope(g, values["z"]))
-    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), values["z"]), _tanh_slope(g, values["n"]))
-    reset = g.emit("Mul", previous, _sigmoid_slope(g, values["r"]))
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        to_update, to_hidden, to_reset, z, r = slices[:5]
-        dh = body.emit("Add", states[0], slices[5]) if dy else states[0]
-        n = body.emit("Mul", dh, to_hidden)
-        dgated = body.emit("MatMul", n, across)
-        gates = body.emit(
-            "Concat", body.emit("Mul", dh, to_update), body.emit("Mul", dgated, to_reset), attrs={"axis": 1}
-        )
-        back = body.emit("Add", body.emit("Mul", dh, z), body.emit("Mul", dgated, r))
-        return [body.emit("Add", back, body.emit("MatMul", gates, gating))], [gates, n]
-
-    sliced = [update, hidden, reset, values["z"], values["r"], *([dy] if dy else [])]
-    states, (gates, n) = scan(g, last, sliced, step, backwards=not direction.is_reversed)
-    both = g.emit("Concat", gates, n, attrs={"axis": 2})
-    return Backward(both, [(gates, previous), (n, g.emit("Mul", values["r"], previous))], states)
-
-
-def _split_gates(g: Graph, value: str, axis: int) -> tuple[str, str]:
-    """The first two gates, and the third."""
-    first, second, third = g.emit_many("Split", value, outputs=3, attrs={"axis": axis})
-    return g.emit("Concat", first, second, attrs={"axis": axis}), third
-
-
-def _plain_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
-    """h' = tanh or ReLU of the sum of both parts."""
-    recurrence = transpose_matrix(direction.g, direction.recurrence)
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        total = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
-        h = body.emit(direction.activation, total)
-        return [h], [h, total]
-
-    last, (h, total) = direction.run_steps(direction.input_projection(x), step)
-    direction.forward_values = {"h": h, "total": total}
-    return h, last
-
-
-def _plain_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
-    """The gate's gradient is dh · tanh'(total), or dh where the total is positive."""
-    g, h, total = direction.g, direction.forward_values["h"], direction.forward_values["total"]
-    if direction.activation == "Tanh":
-        # 4s / (1 + s)² with s = exp(−2 · |total|), because 1 − h² has few digits where h is nearly 1.
-        s = g.emit("Exp", g.emit("Mul", g.emit("Abs", total), g.scalar(-2)))
-        denominator = g.emit("Add", s, g.scalar(1))
-        slope = g.emit("Div", g.emit("Mul", s, g.scalar(4)), g.emit("Mul", denominator, denominator))
-    else:
-        slope = g.emit("Cast", g.emit("Greater", total, g.scalar(0)), attrs={"to": 1})
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        gate = body.emit("Mul", body.emit("Add", states[0], slices[1]) if dy else states[0], slices[0])
-        return [body.emit("MatMul", gate, direction.recurrence)], [gate]
-
-    states, (gate,) = scan(g, last, [slope, *([dy] if dy else [])], step, backwards=not direction.is_reversed)
-    return Backward(gate, [(gate, direction.states_before(h, direction.states[0]))], states)
-
-
-def _sigmoid_slope(g: Graph, y: str) -> str:
-    """y · (1 − y)."""
-    return g.emit("Mul", y, g.emit("Sub", g.scalar(1), y))
-
-
-def _tanh_slope(g: Graph, y: str) -> str:
-    """1 − y²."""
-    return g.emit("Sub", g.scalar(1), g.emit("Mul", y, y))
-
-
-# How each kind of cell goes forward and back.
-CELLS = {
-    "LSTM": (_lstm_forward, _lstm_backward),
-    "GRU": (_gru_forward, _gru_backward),
-    "early GRU": (_gru_early_forward, _gru_early_backward),
-    "RNN": (_plain_forward, _plain_backward),
-}
-
-
+# The activations of each layer's gates that have a gradient.
 _ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
 
 
@@ -391,8 +75,8 @@ _ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"),
 def recurrent(tape: Tape, node: Node) -> Pull:
     """A recurrent layer over [steps, N, inputs].
 
-    Raises `ModelError` if it has what is seldom used: lengths per sample, peepholes, clipping, other activations, the
-    batch first.
+    Raises `ModelError` if it has options that are seldom used: lengths per sample, peepholes, clipping, other
+    activations, the batch first.
     """
     return _Recurrent(tape, node).write()
 
@@ -409,8 +93,8 @@ class _Recurrent:
         self.steps, self.batch, _ = tape.shape(self.inputs[0])
         self.hidden = tape.shape(self.inputs[2])[2]
         # ONNX's default; PyTorch exports linear_before_reset = 1.
-        early = node.op == "GRU" and not int(node.attrs.get("linear_before_reset", 0))
-        self.forward, self.backward = CELLS["early GRU" if early else node.op]
+        resets_early = node.op == "GRU" and not int(node.attrs.get("linear_before_reset", 0))
+        self.forward, self.backward = CELLS["early GRU" if resets_early else node.op]
         self.initial = self.inputs[5:7] if node.op == "LSTM" else self.inputs[5:6]
         self.directions = self.read_directions()
 
@@ -512,6 +196,6 @@ def _check_trainable(node: Node, inputs: Sequence[str], count: int) -> None:
         "a forget gate that follows from the input's": bool(int(node.attrs.get("input_forget", 0))),
         f"activations {', '.join(activations)}": not fits or len(activations) != len(usual),
     }
-    for what, there in missing.items():
-        if there:
-            raise ModelError(f"{describe(node)}: {what}", hint="Such a layer can't be trained.")
+    for option, is_set in missing.items():
+        if is_set:
+            raise ModelError(f"{describe(node)}: {option}", hint="Such a layer can't be trained.")
