@@ -13,7 +13,7 @@ import onnx
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.core.validation import check_texts
-from fedprune_export.channels.rule import Prefer
+from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, with_adapters
 from fedprune_export.importing.graph_writer import file_shapes

@@ -11,7 +11,7 @@ import onnx
 from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune.model.lengths import LENGTH_METADATA
 from fedprune_export.channels import analyse
-from fedprune_export.channels.rule import Prefer
+from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import uncut_tensors
 from fedprune_export.importing.inlining import inline_model

@@ -1,18 +1,20 @@
-"""Operators that look up or write elements by index: gathers, scatters, one-hot, the largest, triangles."""
+"""Operators that look up or write elements by index: gathers, scatters, one-hot, the largest, triangles.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.scattered_gradients import index_range, put_back, scatter_add, scatter_picks
 from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
-from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.operators.slicing import indices_after_cut, put_back, scatter_picks
+from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.operators.slicing import indices_after_cut
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
@@ -100,9 +102,6 @@ def gather_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     else:
         (position,) = np.flatnonzero(sizes.kept_indices(node.inputs[0], axis) == old_indices)
         node.inputs[1] = graph.constant(int(position), np.int64)
-
-
-Array = npt.NDArray[Any]
 
 
 @gradient_rule("ScatterND", "ScatterElements")
@@ -277,13 +276,6 @@ def gather_elements(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add_gradient(name, scatter_add(tape, x, indices, dy, axis))
 
 
-def scatter_add(tape: Tape, x: str, indices: str, dy: str, axis: int) -> str:
-    """The gradient of a value whose elements were gathered along an axis; gradients of equal indices add up."""
-    g = tape.graph
-    zeros = g.emit("ConstantOfShape", tape.shape_of(x))
-    return g.emit("ScatterElements", zeros, indices, dy, attrs={"axis": axis, "reduction": "add"})
-
-
 @gradient_rule("GatherND")
 def gather_nd(tape: Tape, node: Node) -> Pull:
     """Slices by tuples of indices into the leading axes; the gradients of equal tuples add up."""
@@ -313,15 +305,6 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
         tape.add_gradient(name, g.emit("ScatterND", zeros, full_indices, dy, attrs={"reduction": "add"}))
 
     return pull
-
-
-def index_range(tape: Tape, dim: Dim) -> str:
-    """0, 1, 2 and so on up to a dimension's size."""
-    g = tape.graph
-    if isinstance(dim, int):
-        return g.ints(*range(dim))
-    ones = g.emit("ConstantOfShape", tape.size(dim), attrs={"value": np.ones(1, np.int64)})
-    return g.emit("CumSum", ones, g.constant(0, np.int64), attrs={"exclusive": 1})
 
 
 _KEPT_BOXES_EXTENT = 100_003  # stands for how many boxes are kept: a prime, which no other size is by chance

@@ -1,7 +1,10 @@
-"""Softmax and normalisations of each sample.
+"""Softmax and normalisations of each sample over its last axes (layer, RMS and Lp norms).
 
 Statistics are computed from centred values, so that a mean far from zero costs no precision. If a statistic runs over
 channels, its element count is computed at run time.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
 """
 
 from __future__ import annotations
@@ -9,14 +12,13 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.element_counts import divide_by_size, sum_axes
 from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import INPUT, OUTPUT, gradient_reads
-from fedprune_export.operators.channel_norms import mask_norm, shorten_vectors, tie_vectors
-from fedprune_export.operators.reductions import divide_by_size, sum_axes
+from fedprune_export.operators.norm_vectors import mask_norm, tie_vectors
 from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
-from fedprune_export.pruning.rewrites import rewrite
 
 gradient_reads(INPUT, "LayerNormalization", "RMSNormalization")
 gradient_reads(OUTPUT, "Softmax", "LogSoftmax")
@@ -44,9 +46,6 @@ def softmax_channels(channels: Channels, node: Node) -> None:
     channels.atoms.fix(x[axis])
     x[axis] = np.zeros_like(x[axis])
     channels.set_output(node, x)
-
-
-rewrite("LayerNormalization", "RMSNormalization")(shorten_vectors)
 
 
 @mask_rule("LayerNormalization", "RMSNormalization")

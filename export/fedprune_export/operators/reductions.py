@@ -1,20 +1,22 @@
-"""Operators that reduce axes, accumulate along them, or find the index of an extreme."""
+"""Operators that reduce axes, accumulate along them, or find the index of an extreme.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable
 
 from fedprune.core.errors import ModelError
-from fedprune.planning.probe_report import CUDA
-from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.autodiff.element_counts import divide_by_size
+from fedprune_export.autodiff.scattered_gradients import scatter_add
+from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
-from fedprune_export.operators.indexing import scatter_add
 from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 
 gradient_reads(INPUT, "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
@@ -163,42 +165,6 @@ class Reduction:
         return divide_by_size(self.tape, value, [self.shape[a] for a in self.axes])
 
 
-def divide_by_size(tape: Tape, value: str, dims: Sequence[Dim]) -> str:
-    """A float value divided by the product of these dimensions, at run time where it varies."""
-    g, count = tape.graph, tape.product(dims)
-    # A product is cheaper than a quotient, and the constant is known.
-    if isinstance(count, int):
-        return g.emit("Mul", value, g.scalar(1 / count))
-    return g.emit("Div", value, count_of(tape, dims))
-
-
-def count_of(tape: Tape, dims: Sequence[Dim]) -> str:
-    """The product of dimensions as float32: a constant where it is fixed, else of shape [1]."""
-    g, count = tape.graph, tape.product(dims)
-    if isinstance(count, int):
-        return g.scalar(count)
-    if g.unit == CUDA:
-        return _count_on_gpu(g, tape.size(count), keep=True)
-    return g.emit("Cast", tape.size(count), attrs={"to": 1})
-
-
-def elements_of(g: Graph, value: str) -> str:
-    """The number of a value's elements, as float32 of shape []."""
-    if g.unit == CUDA:
-        return _count_on_gpu(g, g.emit("Shape", value), keep=False)
-    return g.emit("Cast", g.emit("Size", value), attrs={"to": 1})
-
-
-def _count_on_gpu(g: Graph, shape: str, *, keep: bool) -> str:
-    """A number of elements, computed on the GPU.
-
-    onnxruntime keeps sizes in the processor's memory. A float that follows from one would be copied to the GPU in every
-    step, and a step with copies can't be recorded as a CUDA graph.
-    """
-    ones = g.emit("ConstantOfShape", shape, attrs={"value": np.ones(1, np.float32)})
-    return g.emit("ReduceSum", ones, attrs={"keepdims": int(keep)})
-
-
 Gradient = Callable[[Reduction, str, str], str]  # writes dx, given the reduction, its output y and dy
 
 
@@ -325,10 +291,6 @@ def place_of_extreme(tape: Tape, node: Node) -> None:
     keep = int(node.attrs.get("keepdims", 1))
     out = tuple(1 if i == axis else d for i, d in enumerate(shape) if keep or i != axis)
     tape.enter(node.outputs[0], tape.graph.emit(node.op, tape.value(name), attrs=node.attrs), out)
-
-
-def sum_axes(g: Graph, value: str, axes: list[int], *, keep: bool = True) -> str:
-    return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": int(keep)})
 
 
 @gradient_rule("TopK")

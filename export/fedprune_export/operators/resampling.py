@@ -1,14 +1,15 @@
-"""Resizing of maps, sampling at computed positions, and exchange of space and channels.
+"""Resize and Upsample, and the exchange of space and channels (DepthToSpace, SpaceToDepth).
 
 Every way of resizing is linear along each axis on its own, so its gradient is a product with the transposed matrix of
 each axis. The matrices are measured by running the operator on unit vectors, so they are right for every mode.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -17,8 +18,7 @@ from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, grad
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.axis_matrix import Matrix, axis_matrix
-from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.operators.indexing import index_range
+from fedprune_export.ir.graph import Node
 
 
 @channel_rule("Resize", "Upsample", "GridSample")
@@ -150,117 +150,3 @@ def space_and_depth(tape: Tape, node: Node) -> Pull:
         tape.add_gradient(name, dx)
 
     return pull
-
-
-@gradient_rule("GridSample")
-def grid_sample(tape: Tape, node: Node) -> Pull:
-    """Bilinear or nearest samples of maps. dy goes back to the sampled pixels, and to the grid if bilinear.
-
-    Raises `ModelError` if samples are cubic or of volumes, or positions outside of a map are reflected into it.
-    """
-    name, grid = node.inputs
-    x, positions, g = tape.value(name), tape.value(grid), tape.graph
-    shape, grid_shape = tape.shape(name), tape.shape(grid)
-    mode, padding = str(node.attrs.get("mode", "bilinear")), str(node.attrs.get("padding_mode", "zeros"))
-    for what, value, supported in (("mode", mode, ["bilinear", "nearest"]), ("padding", padding, ["zeros", "border"])):
-        if value not in supported:
-            raise ModelError(f"{describe(node)}: {what}", expected=supported, got=value)
-    if len(shape) != 4:
-        raise ModelError(f"{describe(node)}: what it samples", expected="maps [N, C, H, W]", got=list(shape))
-    height, width = tape.static(node, shape[2:])
-    tape.static(node, grid_shape[1:])
-    out = (*shape[:2], *grid_shape[1:3])
-    tape.enter(node.outputs[0], g.emit("GridSample", x, positions, attrs=node.attrs), out)
-    rows, maps = tape.product(grid_shape[:3]), tape.product([shape[0], height * width])
-
-    def by_row(value: str, dims: tuple[int | str, ...]) -> str:
-        """Maps [N, C, H, W] as rows [N·H·W, C]."""
-        last = g.emit("Transpose", value, attrs={"perm": [0, 2, 3, 1]})
-        return tape.reshape(last, (dims[0], dims[2], dims[3], dims[1]), (tape.product([dims[0], *dims[2:]]), dims[1]))
-
-    def pull(dy: str) -> None:
-        flat = tape.reshape(positions, grid_shape, (rows, 2))
-        across, down = g.emit_many("Split", flat, g.ints(1, 1), outputs=2, attrs={"axis": 1})
-        aligned = bool(node.attrs.get("align_corners", 0))
-        axis_ends = [_neighbours(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
-        # Maps are flattened to one row per pixel: a sample's pixels begin at the row where its map does.
-        offsets = g.emit("Mul", index_range(tape, shape[0]), g.ints(height * width))
-        sample_offsets = g.emit(
-            "Expand", g.emit("Unsqueeze", offsets, g.ints(1)), tape.sizes([1, tape.product(grid_shape[1:3])])
-        )
-        sample_offsets = tape.reshape(sample_offsets, (shape[0], tape.product(grid_shape[1:3])), (rows, 1))
-        corners = list(product(*axis_ends))
-        corner_indices = [
-            g.emit("Add", sample_offsets, g.emit("Add", g.emit("Mul", row.index, g.ints(width)), column.index))
-            for row, column in corners
-        ]
-        slopes = by_row(dy, out)
-        if tape.needs_gradient(name):
-            shares = [g.emit("Mul", slopes, g.emit("Mul", row.weight, column.weight)) for row, column in corners]
-            indices, added = (
-                g.emit("Concat", *v, attrs={"axis": 0}) if len(v) > 1 else v[0] for v in (corner_indices, shares)
-            )
-            zeros = g.emit("ConstantOfShape", tape.sizes([maps, shape[1]]))
-            total = g.emit("ScatterND", zeros, indices, added, attrs={"reduction": "add"})
-            total = tape.reshape(total, (maps, shape[1]), (shape[0], height, width, shape[1]))
-            tape.add_gradient(name, g.emit("Transpose", total, attrs={"perm": [0, 3, 1, 2]}))
-        if tape.needs_gradient(grid) and mode == "bilinear":
-            values, dgrid = by_row(x, shape), ["", ""]
-            for (row, column), indices in zip(corners, corner_indices, strict=True):
-                value = g.emit("Gather", values, g.emit("Squeeze", indices, g.ints(1)), attrs={"axis": 0})
-                product_sum = g.emit("ReduceSum", g.emit("Mul", slopes, value), g.ints(1), attrs={"keepdims": 1})
-                for direction, factor in enumerate(
-                    (g.emit("Mul", row.weight, column.slope), g.emit("Mul", row.slope, column.weight))
-                ):
-                    change = g.emit("Mul", product_sum, factor)
-                    dgrid[direction] = g.emit("Add", dgrid[direction], change) if dgrid[direction] else change
-            tape.add_gradient(grid, tape.reshape(g.emit("Concat", *dgrid, attrs={"axis": 1}), (rows, 2), grid_shape))
-
-    return pull
-
-
-@dataclass(frozen=True)
-class _Neighbour:
-    """One of the neighbours of samples along an axis."""
-
-    index: str  # its index, moved into the map if it lies outside
-    weight: str  # its share of the sample, 0 outside of the map
-    slope: str  # the derivative of the weight with respect to the grid
-
-
-def _neighbours(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned: bool) -> list[_Neighbour]:
-    """The neighbours of samples along an axis with ends at −1 and 1: centres of pixels if `aligned`, else edges."""
-    scale = (size - 1) / 2 if aligned else size / 2
-    # In the order of onnxruntime and torch, so that a sample near a pixel's centre is on the same side of it.
-    position = g.emit("Mul", g.emit("Add", coordinate, g.scalar(1)), g.scalar(scale))
-    if not aligned:
-        position = g.emit("Sub", position, g.scalar(0.5))
-    slope = g.scalar(scale)
-    if padding == "border":
-        is_within = _both_hold(
-            g, g.emit("Greater", position, g.scalar(0)), g.emit("Less", position, g.scalar(size - 1))
-        )
-        slope = g.emit("Mul", is_within, slope)
-        position = g.emit("Clip", position, g.scalar(0), g.scalar(size - 1))
-    if mode == "nearest":
-        return [_neighbour(g, g.emit("Round", position), size, g.scalar(1), "")]
-    low = g.emit("Floor", position)
-    share = g.emit("Sub", position, low)
-    return [
-        _neighbour(g, low, size, g.emit("Sub", g.scalar(1), share), g.emit("Neg", slope)),
-        _neighbour(g, g.emit("Add", low, g.scalar(1)), size, share, slope),
-    ]
-
-
-def _neighbour(g: Graph, position: str, size: int, weight: str, slope: str) -> _Neighbour:
-    is_inside = _both_hold(
-        g, g.emit("Greater", position, g.scalar(-0.5)), g.emit("Less", position, g.scalar(size - 0.5))
-    )
-    # 7 is int64. A neighbour outside the map is moved into it and has weight 0.
-    index = g.emit("Cast", g.emit("Clip", position, g.scalar(0), g.scalar(size - 1)), attrs={"to": 7})
-    return _Neighbour(index, g.emit("Mul", weight, is_inside), g.emit("Mul", slope, is_inside) if slope else "")
-
-
-def _both_hold(g: Graph, first: str, second: str) -> str:
-    """1 where both hold, else 0."""
-    return g.emit("Cast", g.emit("And", first, second), attrs={"to": 1})

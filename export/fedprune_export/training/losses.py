@@ -10,9 +10,9 @@ from fedprune.model import step_contract
 from fedprune.model.features import MULTI_LABELS, Features
 from fedprune.model.loss import LossParts, along_classes, count_hits
 from fedprune.model.losses import LOSSES
+from fedprune_export.autodiff.element_counts import elements_of
 from fedprune_export.autodiff.tape import BATCH, Shape, Tape
 from fedprune_export.ir.graph import Graph
-from fedprune_export.operators.reductions import elements_of
 from fedprune_export.pruning.model import Model
 
 

@@ -1,0 +1,111 @@
+"""Values normalised by the statistics of their batch, and the gradients of such a normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from fedprune.planning.probe_report import CPU
+from fedprune_export.ir.graph import Graph
+
+
+class BatchNormalised:
+    """Values [N, C, ...] normalised by the statistics of their batch, and their gradients.
+
+    A mean that is computed by float32 sums has a small error, which is largest where much of the input is constant.
+    Values that are centred by it give exact statistics, and the error of the first mean.
+
+    Attributes:
+        y: The normalised values.
+        mean: The batch's mean, [C].
+        variance: The batch's variance over n, not n − 1, [C].
+    """
+
+    def __init__(self, g: Graph, x: str, scale: str, shift: str, epsilon: float, rank: int) -> None:
+        self._graph, self._scale, self._epsilon = g, scale, epsilon
+        self._channels = channels = ChannelAxis(g, rank)
+        rough = g.emit("ReduceMean", x, attrs={"axes": channels.reduced_axes, "keepdims": 1})
+        self._centred = g.emit("Sub", x, rough)
+        # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs
+        # leave the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
+        sources = scale, shift
+        if any(n.op == "Sub" and n.inputs in ([scale, scale], [shift, shift]) for n in g.nodes):
+            mean = g.emit("Squeeze", rough, g.ints(*channels.reduced_axes))
+            sources = mean, g.emit("Neg", mean)
+        scratch = [g.emit("Sub", source, source) for source in sources]
+        self.y, self._mean_error, self.variance = normalise_by_batch(
+            g, (self._centred, scale, shift, *scratch), channels.reduced_axes, epsilon
+        )
+        self.mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.reduced_axes)), self._mean_error)
+
+    @cached_property
+    def _spread(self) -> str:
+        return self._graph.emit("Add", self.variance, self._graph.scalar(self._epsilon))
+
+    @cached_property
+    def _inverse(self) -> str:
+        return self._graph.emit("Reciprocal", self._graph.emit("Sqrt", self._spread))
+
+    def vector_gradients(self, dy: str) -> tuple[str, str]:
+        """The gradients of scale and shift."""
+        g, channels = self._graph, self._channels
+        total = channels.sum_per_channel(dy)
+        dot = g.emit(
+            "Sub", channels.sum_per_channel(g.emit("Mul", dy, self._centred)), g.emit("Mul", self._mean_error, total)
+        )
+        return g.emit("Mul", dot, self._inverse), total
+
+    def input_gradient(self, dy: str, dscale: str, dshift: str, count: str) -> str:
+        """The gradient of x, given those of scale and shift and the number of elements per channel."""
+        g = self._graph
+        slope = g.emit("Div", g.emit("Mul", dscale, self._inverse), count)
+        base = g.emit("Sub", g.emit("Div", dshift, count), g.emit("Mul", self._mean_error, slope))
+        # centred · slope + base, which the operator computes at inference in one pass.
+        zero = g.emit("Sub", self._inverse, self._inverse)
+        one = g.emit("Add", zero, g.scalar(1))
+        fit = g.emit("BatchNormalization", self._centred, slope, base, zero, one, attrs={"epsilon": 0.0})
+        steepness = g.emit("Mul", self._scale, self._inverse)
+        return g.emit("Mul", g.emit("Sub", dy, fit), self._channels.column(steepness))
+
+
+def normalise_by_batch(
+    g: Graph, inputs: Sequence[str], reduced_axes: list[int], epsilon: float
+) -> tuple[str, str, str]:
+    """Values normalised by their batch, its mean and its variance.
+
+    onnxruntime's kernel of a batch normalisation that trains is for the processor alone
+    (https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/providers/cuda/nn/batch_norm.h): a GPU measures
+    the statistics by operators of their own.
+
+    Args:
+        inputs: Values, scale, shift, and two scratch arrays for the operator.
+        reduced_axes: All axes but the channels'.
+    """
+    if g.unit == CPU:
+        attrs = {"epsilon": epsilon, "momentum": 0.0, "training_mode": 1}
+        y, mean, variance = g.emit_many("BatchNormalization", *inputs, outputs=3, attrs=attrs)
+        return y, mean, variance
+    value, scale, shift, *_ = inputs
+    mean = g.emit("ReduceMean", value, attrs={"axes": reduced_axes, "keepdims": 1})
+    rest = g.emit("Sub", value, mean)
+    variance = g.emit("ReduceMean", g.emit("Mul", rest, rest), attrs={"axes": reduced_axes, "keepdims": 0})
+    mean = g.emit("Squeeze", mean, g.ints(*reduced_axes))
+    y = g.emit("BatchNormalization", value, scale, shift, mean, variance, attrs={"epsilon": epsilon})
+    return y, mean, variance
+
+
+class ChannelAxis:
+    """A per-channel operation on values whose second axis has the channels."""
+
+    def __init__(self, graph: Graph, rank: int) -> None:
+        self._graph = graph
+        self.reduced_axes = [0, *range(2, rank)]
+
+    def column(self, vector: str) -> str:
+        """A vector of one number per channel that broadcasts over the values."""
+        inner = len(self.reduced_axes) - 1
+        return self._graph.emit("Unsqueeze", vector, self._graph.ints(*range(1, 1 + inner))) if inner else vector
+
+    def sum_per_channel(self, value: str) -> str:
+        """The sums over all axes but the channels'."""
+        return self._graph.emit("ReduceSum", value, self._graph.ints(*self.reduced_axes), attrs={"keepdims": 0})

@@ -1,0 +1,148 @@
+"""BatchNormalization, by the statistics of the batch or by fixed statistics.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune.model import step_contract
+from fedprune_export.autodiff.batch_statistics import BatchNormalised, ChannelAxis
+from fedprune_export.autodiff.element_counts import count_of
+from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
+from fedprune_export.channels.rule import Channels, channel_rule
+from fedprune_export.ir.graph import Node
+from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.operators.norm_vectors import tie_vectors
+
+gradient_reads(INPUT, "BatchNormalization")
+
+
+@channel_rule("BatchNormalization")
+def batch_norm_channels(channels: Channels, node: Node) -> None:
+    """Scale, shift, mean and variance along the channels; each channel keeps its own statistics."""
+    x = channels.input_rows(node, 0)
+    tie_vectors(channels, node, (1, 2), x[1:2])
+    has_fixed = False
+    for i in (3, 4):
+        has_fixed = has_fixed or (channels.is_constant(node.inputs[i]) and bool(x[1].any()))
+        channels.atoms.tie(channels.input_rows(node, i)[0], x[1])
+    if has_fixed:
+        channels.notes.append(f"{node.op} {node.name} has constant statistics: its channels stay.")
+    channels.set_output(node, x)
+    for i in range(1, len(node.outputs)):
+        channels.set_output(node, [x[1]], i)
+
+
+@gradient_rule("BatchNormalization")
+def batch_norm(tape: Tape, node: Node) -> Pull:
+    """Normalise by the batch; the running statistics become outputs, with torch's unbiased variance.
+
+    Where the statistics are frozen, normalise by them, as torch does in evaluation mode.
+
+    A layer that is called several times moves its statistics in each call, from what the call before left. The node's
+    momentum is the share of the old statistics that is kept (torch's is the share that is replaced).
+
+    With c = x − mean, s = 1/√(var + ε) and n elements per channel:
+    dγ = s · Σ dy·c, dβ = Σ dy, dx = γ · s · (dy − Σdy/n − c · s² · Σ dy·c / n). Sums are taken of centred values, so
+    that a mean far from zero costs no digits.
+    """
+    name, gamma, beta, mean_name, var_name = node.inputs
+    if not (tape.is_tensor(mean_name) and tape.is_tensor(var_name)):
+        return _fixed_statistics_norm(tape, node)
+    if tape.is_frozen(mean_name) != tape.is_frozen(var_name):
+        raise ModelError(
+            f"{describe(node)}: only one of its statistics is frozen",
+            expected=f"both of {mean_name} and {var_name}, or neither",
+            hint="Mend the patterns of recipe.frozen and recipe.trainable.",
+        )
+    if tape.is_frozen(mean_name):
+        return _fixed_statistics_norm(tape, node)
+    g = tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
+    eps = float(node.attrs.get("epsilon", 1e-5))
+    keep = float(node.attrs.get("momentum", 0.9))
+    count = count_of(tape, [shape[0], *shape[2:]])
+    normal = BatchNormalised(g, x, scale, shift, eps, len(shape))
+    tape.enter(node.outputs[0], normal.y, shape)
+    # Not 0 where a channel has a single element.
+    degrees = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
+    # PyTorch normalises by the variance over n, but its running variance is over n − 1.
+    unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, degrees))
+    for statistic, value in ((mean_name, normal.mean), (var_name, unbiased)):
+        following = step_contract.next_name(statistic)
+        before = tape.value(statistic)
+        if any(o.name == following for o in g.outputs):  # a layer that is called again, such as a twin's
+            before = g.fresh(statistic)
+            producer = g.producers()[following]
+            producer.name, producer.outputs = before, [before]
+        else:
+            g.add_output(following, tape.shape(statistic))
+        old = g.emit("Mul", before, g.scalar(keep))
+        new = g.emit("Mul", value, g.scalar(1 - keep))
+        g.emit("Add", old, new, out=following)
+
+    def pull(dy: str) -> None:
+        dgamma, dbeta = normal.vector_gradients(dy)
+        dx = normal.input_gradient(dy, dgamma, dbeta, count) if tape.needs_gradient(name) else ""
+        tape.add_gradient(gamma, dgamma)
+        tape.add_gradient(beta, dbeta)
+        if tape.needs_gradient(name):
+            tape.add_gradient(name, dx)
+
+    return pull
+
+
+def _fixed_statistics_norm(tape: Tape, node: Node) -> Pull:
+    """Normalise by frozen statistics, as at inference, or by statistics that the graph computes, mostly of weights.
+
+    With c = (x − mean) · s and s = 1/√(var + ε): dγ = Σ dy·c, dβ = Σ dy, dx = γ · s · dy; and of computed statistics
+    dmean = −γ · s · Σ dy, dvar = −γ · s² · Σ dy·c / 2.
+    """
+    name, gamma, beta, mean_name, var_name = node.inputs
+    g, shape = tape.graph, tape.shape(node.inputs[0])
+    channels = ChannelAxis(g, len(shape))
+    scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
+    mean, var = tape.value(mean_name), tape.value(var_name)
+    attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
+    x = tape.value(name)
+    tape.enter(node.outputs[0], g.emit("BatchNormalization", x, scale, shift, mean, var, attrs=attrs), shape)
+    inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(attrs["epsilon"]))))
+
+    def pull(dy: str) -> None:
+        steepness = g.emit("Mul", scale, inverse)
+        if tape.needs_gradient(gamma) or tape.needs_gradient(var_name):
+            centred = g.emit("Sub", x, channels.column(mean))
+            dot = g.emit("Mul", channels.sum_per_channel(g.emit("Mul", dy, centred)), inverse)
+            tape.add_gradient(gamma, dot)
+            if tape.needs_gradient(var_name):
+                # d s / d var = −s³ / 2.
+                half = g.emit("Mul", g.emit("Mul", steepness, inverse), g.scalar(-0.5))
+                tape.add_gradient(var_name, g.emit("Mul", half, dot))
+        if tape.needs_gradient(beta) or tape.needs_gradient(mean_name):
+            total = channels.sum_per_channel(dy)
+            tape.add_gradient(beta, total)
+            if tape.needs_gradient(mean_name):
+                tape.add_gradient(mean_name, g.emit("Neg", g.emit("Mul", steepness, total)))
+        if tape.needs_gradient(name):
+            tape.add_gradient(name, g.emit("Mul", dy, channels.column(steepness)))
+
+    return pull
+
+
+def _norm_vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
+    """The scale or shift of a norm. A constant with equal entries is built at the length of the statistic.
+
+    The channels of such a constant may be cut, so its stored length doesn't hold at every width.
+    """
+    name = node.inputs[index]
+    if tape.is_tensor(name) or tape.producer(name) is not None:
+        return tape.value(name)
+    g, constant, like = tape.graph, np.asarray(tape.required_constant(node, index), np.float32), tape.value(statistic)
+    # `like − like` gives zeros of the cut width.
+    same = np.all(constant == constant[0])
+    return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))

@@ -1,0 +1,211 @@
+"""GroupNormalization and InstanceNormalization: statistics per sample, and per group of channels or per channel.
+
+Their training forms are written as a batch normalisation of a single sample with as many channels: onnxruntime's
+operator does in one pass over memory what a product and a sum do in two.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.batch_statistics import normalise_by_batch
+from fedprune_export.autodiff.element_counts import divide_by_size, sum_axes
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, gradient_rule
+from fedprune_export.channels.choices import GROUPS, POSITIONS
+from fedprune_export.channels.rule import Channels, channel_rule
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.operators.norm_vectors import column, mask_norm, shorten_vectors, tie_vectors, write_affine
+from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+gradient_reads(INPUT, "GroupNormalization", "InstanceNormalization")
+
+
+@channel_rule("InstanceNormalization")
+def instance_norm_channels(channels: Channels, node: Node) -> None:
+    """Scale and shift along the channels; each channel is normalised over its own positions."""
+    x = channels.input_rows(node, 0)
+    tie_vectors(channels, node, (1, 2), x[1:2])
+    channels.set_output(node, x)
+
+
+@channel_rule("GroupNormalization")
+def group_norm_channels(channels: Channels, node: Node) -> None:
+    """Whole norm groups are cut, or the same positions of every group. Spatial axes stay."""
+    x = channels.input_rows(node, 0)
+    if any(r.any() for r in x[2:]):
+        channels.notes.append(f"{node.op} {node.name} has channels on spatial axes: they stay.")
+    channels.fix(x[2:])
+    row = x[1]
+    groups = int(node.attrs["num_groups"])
+    blocks = row.reshape(groups, -1)
+    options = ([GROUPS] if groups > 1 else []) + ([POSITIONS] if blocks.shape[1] > 1 else [])
+    if row.any():
+        # Whole groups and positions within groups exclude each other: statistics need groups of equal size.
+        option = channels.choices.next_option(node.outputs[0], options) if len(options) > 1 else options[0]
+        if option == GROUPS:
+            channels.atoms.tie(blocks, blocks[:, :1])
+            row = np.repeat(blocks[:, 0], blocks.shape[1])
+        elif option == POSITIONS:
+            channels.atoms.tie(blocks, blocks[:1])
+            row = np.tile(blocks[0], groups)
+        else:
+            channels.atoms.fix(row)
+            row = np.zeros_like(row)
+        if len(options) > 1 and option is not None:
+            channels.choices.watch(node.outputs[0], option, [row])
+    tie_vectors(channels, node, (1, 2), [row])
+    channels.set_output(node, [x[0], row, *(np.zeros_like(r) for r in x[2:])])
+
+
+@rewrite("GroupNormalization")
+def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """Set the number of norm groups to those of which channels are left, equally many of each."""
+    shorten_vectors(graph, node, sizes)
+    if sizes.is_shorter(node.inputs[0], 1):
+        channels = sizes.full_sizes(node.inputs[0])[1] or 0
+        kept_groups = sizes.kept_indices(node.inputs[0], 1) * int(node.attrs["num_groups"]) // channels
+        groups_left, counts = np.unique(kept_groups, return_counts=True)
+        # The analysis cuts whole groups or the same positions of each, so this is a cut that it has not made.
+        if np.any(counts != counts[0]):
+            raise ModelError(f"{node.op} {node.name}: norm groups of unequal size are left", got=counts.tolist())
+        node.attrs["num_groups"] = int(groups_left.size)
+
+
+@mask_rule("InstanceNormalization")
+def mask_instance_norm(masks: MaskWriter, node: Node) -> bool:
+    rank = masks.rank(node.inputs[0])
+    axes = range(2, rank)
+    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None})
+
+
+@mask_rule("GroupNormalization")
+def mask_group_norm(masks: MaskWriter, node: Node) -> bool:
+    """Statistics of every norm group over its kept channels. Those of a group without any are not read."""
+    graph, x = masks.graph, node.inputs[0]
+    kept_counts = masks.mask_of(x, 1)
+    if kept_counts is None:
+        return False
+    groups, rank = int(node.attrs["num_groups"]), masks.rank(x)
+    shape = graph.emit("Shape", x)
+    inside = kept_counts.reshape(groups, -1)
+    rows = graph.emit("Reshape", x, graph.ints(0, groups, inside.shape[1], *([-1] if rank > 2 else [])))
+    tail = [1] * (rank > 2)
+    mask = graph.constant(inside.reshape(1, *inside.shape, *tail), np.float32)
+    positions = math.prod(masks.length(x, a) for a in range(2, rank))
+    # A group without channels has a count of 0, and 0 / 0 is NaN also under a mask.
+    count = graph.constant(np.maximum(inside.sum(1), 1).reshape(1, -1, 1, *tail) * positions, np.float32)
+    axes = graph.ints(*[2, 3][: 1 + len(tail)])
+
+    def mean(value: str) -> str:
+        total = graph.emit("ReduceSum", graph.emit("Mul", value, mask), axes, attrs={"keepdims": 1})
+        return graph.emit("Div", total, count)
+
+    y = graph.emit("Sub", rows, mean(rows))
+    spread = graph.emit("Add", mean(graph.emit("Mul", y, y)), graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
+    y = graph.emit("Reshape", graph.emit("Div", y, graph.emit("Sqrt", spread)), shape)
+    write_affine(graph, node, y, [column(graph, name, rank) for name in node.inputs[1:] if name])
+    return True
+
+
+@gradient_rule("GroupNormalization", "InstanceNormalization")
+def group_norm(tape: Tape, node: Node) -> Pull:
+    """Normalise over positions and the channels of a group, whether whole groups or channels within them are cut.
+
+    With z the normalised values, s = 1/√(var + ε), and means over a group of one sample:
+    dγ = Σ dy·z, dβ = Σ dy, dx = s · (γ·dy − mean(γ·dy) − z · mean(γ·dy·z)).
+    """
+    name, gamma, beta = node.inputs
+    x, shape = tape.value(name), tape.shape(name)
+    g, reduced_axes = tape.graph, [0, *range(2, len(shape))]
+    epsilon = float(node.attrs.get("epsilon", 1e-5))
+    number: Dim = shape[1]
+    length: Dim = 1
+    if node.op == "GroupNormalization":
+        number, length = tape.block_layout(node, name, 1, int(node.attrs["num_groups"]))
+    rows = _Rows(tape, shape, number, length)
+    # The mean of float32 sums is off by a little where it is large: of values that it has centred it is exact.
+    flat = tape.reshape(x, shape, rows.group_shape)
+    rough = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
+    centred = g.emit("Sub", flat, rough)
+    # Scratch arrays for the operator, as for batch norms. They are made of
+    # values that no other norm has, because onnxruntime merges equal nodes.
+    group_means = g.emit("Reshape", rough, g.ints(-1))
+    twice = g.emit("Add", group_means, group_means)
+    scratch = g.emit("Sub", group_means, group_means), g.emit("Sub", twice, twice)
+    inputs = (centred, rows.ones(rows.groups), rows.zeros(rows.groups), *scratch)
+    z, _, variance = normalise_by_batch(g, inputs, [0, 2], epsilon)
+    z = tape.reshape(z, rows.group_shape, shape)
+    scale, shift = (tape.fit_to_width(node, i, shape[1:2]) for i in (1, 2))
+    tape.enter(node.outputs[0], _affine(g, z, scale, shift), shape)
+
+    def pull(dy: str) -> None:
+        dot = g.emit("Mul", dy, z)
+        each, each_dot = (rows.sum_positions(v) for v in (dy, dot))
+        if tape.needs_gradient(gamma):
+            tape.add_gradient(gamma, sum_axes(g, dot, reduced_axes, keep=False))
+        if tape.needs_gradient(beta):
+            tape.add_gradient(beta, sum_axes(g, dy, reduced_axes, keep=False))
+        if not tape.needs_gradient(name):
+            return
+        inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", variance, g.scalar(epsilon))))
+        back = g.emit("Neg", inverse)
+        mean, slope = (g.emit("Mul", rows.mean(g.emit("Mul", v, scale)), back) for v in (each, each_dot))
+        line = _affine(g, tape.reshape(z, shape, rows.group_shape), slope, mean)
+        steepness = rows.per_channel(inverse, scale)
+        wide = _affine(g, tape.reshape(dy, shape, rows.channel_shape), steepness, rows.zeros(rows.channels))
+        line, wide = tape.reshape(line, rows.group_shape, shape), tape.reshape(wide, rows.channel_shape, shape)
+        tape.add_gradient(name, g.emit("Add", wide, line))
+
+    return pull
+
+
+class _Rows:
+    """Values [N, C, ...] as one sample with N · C channels, or with N · groups."""
+
+    def __init__(self, tape: Tape, shape: Shape, number: Dim, length: Dim) -> None:
+        self._tape, self._graph, self._shape = tape, tape.graph, shape
+        self._number, self._length = number, length
+        self.groups, self.channels = tape.product([shape[0], number]), tape.product(shape[:2])
+        self._group_size = tape.product([length, *shape[2:]])
+        self.group_shape: Shape = (1, self.groups, self._group_size)
+        self.channel_shape: Shape = (1, self.channels, tape.product(shape[2:]))
+
+    def ones(self, size: Dim) -> str:
+        return self._graph.emit("Expand", self._graph.scalar(1), self._tape.size(size))
+
+    def zeros(self, size: Dim) -> str:
+        return self._graph.emit("Expand", self._graph.scalar(0), self._tape.size(size))
+
+    def sum_positions(self, value: str) -> str:
+        """The sums over positions: [N, C]."""
+        axes = list(range(2, len(self._shape)))
+        return sum_axes(self._graph, value, axes, keep=False) if axes else value
+
+    def mean(self, sums: str) -> str:
+        """The means over groups, from sums over positions [N, C]: [N · groups]."""
+        by_group = self._tape.reshape(sums, self._shape[:2], (self.groups, self._length))
+        total = sum_axes(self._graph, by_group, [1], keep=False)
+        return divide_by_size(self._tape, total, [self._group_size])
+
+    def per_channel(self, of_groups: str, of_channels: str) -> str:
+        """A number per sample and group, [N · groups], times one per channel, [C]: [N · C]."""
+        tape, apart = self._tape, (self._shape[0], self._number, 1)
+        left = tape.reshape(of_groups, (self.groups,), apart)
+        right = tape.reshape(of_channels, self._shape[1:2], (self._number, self._length))
+        product = self._graph.emit("Mul", left, right)
+        return tape.reshape(product, (self._shape[0], self._number, self._length), (self.channels,))
+
+
+def _affine(g: Graph, value: str, scale: str, shift: str) -> str:
+    """Value · scale + shift, one number per channel each, as the operator computes it at inference."""
+    zero = g.emit("Sub", scale, scale)
+    one = g.emit("Add", zero, g.scalar(1))
+    return g.emit("BatchNormalization", value, scale, shift, zero, one, attrs={"epsilon": 0.0})

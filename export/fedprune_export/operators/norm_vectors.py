@@ -1,0 +1,98 @@
+"""The vectors that scale and shift normalised values: their channels, their length after a cut, and masked norms.
+
+The files of all norms use it. Channel rules tie the indices that can only be cut together, by *atoms* (integers that
+name the indices of an axis).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedprune_export.channels.atoms import AtomRow
+from fedprune_export.channels.rule import Channels
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.pruning.masked_reference import Mask, MaskWriter
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+
+def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Sequence[AtomRow]) -> None:
+    """Tie a norm's vectors to the axes of its input.
+
+    A constant with equal entries fits any width, because `shorten_vectors` shortens it.
+    """
+    has_fixed = False
+    for i in indices:
+        if not channels.has_input(node, i) or channels.is_uniform(node.inputs[i]):
+            continue
+        vector_rows = channels.input_rows(node, i)
+        for row, along in zip(vector_rows[::-1], rows[::-1], strict=False):
+            if row.size == along.size:
+                has_fixed = has_fixed or (channels.is_constant(node.inputs[i]) and bool(along.any()))
+                channels.atoms.tie(row, along)
+    if has_fixed:
+        channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
+
+
+@rewrite("BatchNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization")
+def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """Shorten constants that scale or shift all channels alike to the number of channels left."""
+    over_last = node.op in ("LayerNormalization", "RMSNormalization")
+    for i in (1, 2):
+        constant = graph.initializers.get(node.inputs[i]) if len(node.inputs) > i else None
+        if constant is None:
+            continue
+        first = len(sizes.full_sizes(node.inputs[0])) - constant.ndim if over_last else 1
+        shape = [
+            after if n == before and after is not None else n
+            for n, before, after in zip(
+                constant.shape,
+                sizes.full_sizes(node.inputs[0])[first:],
+                sizes.cut_sizes(node.inputs[0])[first:],
+                strict=False,
+            )
+        ]
+        if shape != list(constant.shape):
+            node.inputs[i] = graph.constant(np.full(shape, constant.reshape(-1)[0]), constant.dtype)
+
+
+def mask_norm(masks: MaskWriter, node: Node, axes: Sequence[int], axis_masks: dict[int, Mask]) -> bool:
+    """Write a norm in primitives that averages over the kept indices of its axes only.
+
+    Returns False, and writes nothing, where no axis has a mask.
+    """
+    if not axis_masks:
+        return False
+    graph, rank = masks.graph, masks.rank(node.inputs[0])
+    x, mask = node.inputs[0], ""
+    for axis, kept_rows in axis_masks.items():
+        channel_mask = masks.broadcast_mask(kept_rows, axis, rank)
+        mask = graph.emit("Mul", mask, channel_mask) if mask else channel_mask
+    count = graph.scalar(math.prod(float(axis_masks[a].sum()) if a in axis_masks else masks.length(x, a) for a in axes))
+
+    def mean(value: str) -> str:
+        total = graph.emit("ReduceSum", graph.emit("Mul", value, mask), graph.ints(*axes), attrs={"keepdims": 1})
+        return graph.emit("Div", total, count)
+
+    y = x if node.op == "RMSNormalization" else graph.emit("Sub", x, mean(x))
+    spread = graph.emit("Add", mean(graph.emit("Mul", y, y)), graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
+    y = graph.emit("Div", y, graph.emit("Sqrt", spread))
+    vectors = [name for name in node.inputs[1:] if name]
+    if node.op == "InstanceNormalization":
+        vectors = [column(graph, name, rank) for name in vectors]
+    write_affine(graph, node, y, vectors)
+    return True
+
+
+def column(graph: Graph, vector: str, rank: int) -> str:
+    """A vector that broadcasts along the second of `rank` axes."""
+    return graph.emit("Reshape", vector, graph.ints(1, -1, *[1] * (rank - 2)))
+
+
+def write_affine(graph: Graph, node: Node, y: str, vectors: Sequence[str]) -> None:
+    """Scale and shift a normalised value; the result has the name of the node's output."""
+    for op, vector in zip(("Mul", "Add"), vectors, strict=False):
+        y = graph.emit(op, y, vector)
+    graph.emit("Identity", y, out=node.outputs[0])
