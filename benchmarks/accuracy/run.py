@@ -189,7 +189,7 @@ def run(
         running[:] = [simulation]
         clock.write_text(json.dumps(used()))
         if not quiet:
-            found = {k: round(v, 3) for k, v in simulation.measured.get(done, {}).items() if not k.endswith("_loss")}
+            found = {k: round(v, 3) for k, v in simulation.notes[done].measured.items() if not k.endswith("_loss")}
             if not found:
                 return
             print(f"{method.name} seed {seed}: round {done}/{simulation.job.rounds} {found}", flush=True)
@@ -199,7 +199,7 @@ def run(
         history = simulation.state.history
         if protocol.until_s and history and simulation.clock >= protocol.until_s:
             raise _TimeIsUpError
-        found = simulation.measured.get(len(history), {}).get("global", 0.0)
+        found = simulation.notes[len(history)].measured.get("global", 0.0)
         if protocol.ends_at_target and found >= protocol.target:
             raise _TimeIsUpError
 

@@ -1,4 +1,4 @@
-"""The composition root of the board's program: it makes every part, in the order in which they need each other."""
+"""The board's program: makes every part of it, in the order in which they need each other, and runs the agent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -196,12 +196,10 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
     checked_urls(member_options)
     policy = read_policy(config.privacy)
     guard = ThermalGuard(config.pause_above, config.resume_below)
-    trial = ReleaseTrial.current()
-    if trial is not None:
-        _check_trial(trial, runtime, state / "serving")
+    trial = _checked_trial(runtime, state / "serving")
     profile = _find_profile(config.profile)
     accelerator = board_tier(config.tier, config.engine_plan, profile)
-    settings = _configured_settings(config, profile, cuda=accelerator.cuda)
+    settings = _configured_settings(config, profile, cuda=accelerator.cuda, guard=guard, trial=trial)
     address = LocalAddress.from_option(config.local, state)
     selector = None if address is None else accelerator.selector(state)
     stopping, status = threading.Event(), BoardStatus()
@@ -232,27 +230,22 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         settings = replace(
             settings,
             probe=probe,
-            guard=guard,
             engine=lambda: "" if selector is None else selector.status,
             web=member.web_context,
             installer=board_installer(member.identity),
-            trial=trial,
             crashes=crashes,
             status=status,
             stopping=stopping,
         )
         agent = build_agent(connection, store, data, settings)
-        if stopping.is_set():
-            return
-        connecting.set()
-        connection.link.start(patient=config.patient)
-        stack.callback(connection.link.close)
-        # Only now: a start that fails must not give the state directory to a mistyped device name.
-        owner.claim(state)
-        renewal = member.renewal_task(connection.link)
-        if renewal is not None:
-            stack.enter_context(renewal)
-        agent.run(config.until_finished)
+        if not stopping.is_set():
+            connecting.set()
+            connection.link.start(patient=config.patient)
+            stack.callback(connection.link.close)
+            # Only now: a start that fails must not give the state directory to a mistyped device name.
+            owner.claim(state)
+            stack.enter_context(member.renewal_task(connection.link) or nullcontext())
+            agent.run(config.until_finished)
 
 
 def _open_store(stack: ExitStack, state: Path, owner: DirectoryOwner, policy: PrivacyPolicy | None) -> DeviceStore:
@@ -273,12 +266,16 @@ def _join_fleet(member: Membership, owner: DirectoryOwner, stopping: threading.E
     return True
 
 
-def _configured_settings(config: BoardConfig, profile: HardwareProfile | None, *, cuda: bool) -> AgentSettings:
-    """The agent's settings that follow from options and profile alone."""
+def _configured_settings(
+    config: BoardConfig, profile: HardwareProfile | None, *, cuda: bool, guard: ThermalGuard, trial: ReleaseTrial | None
+) -> AgentSettings:
+    """The agent's settings that are known before the board's data is read."""
     return AgentSettings(
         profile,
         threads=config.threads,
         cuda=cuda,
+        guard=guard,
+        trial=trial,
         train_alone_s=3600 * config.train_alone,
         precision=config.serve,
         serve_job=config.serve_job or "",
@@ -287,12 +284,18 @@ def _configured_settings(config: BoardConfig, profile: HardwareProfile | None, *
     )
 
 
-def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) -> None:
-    def health() -> None:
+def _checked_trial(runtime: RuntimeProcess, serving: Path) -> ReleaseTrial | None:
+    """The trial under way, if this process is one, after the checks of a new release that need no broker."""
+    trial = ReleaseTrial.current()
+    if trial is None:
+        return None
+
+    def check_health() -> None:
         runtime.check_model(serving)
         trial.check_packages()
 
-    trial.check(health)
+    trial.check(check_health)
+    return trial
 
 
 def _probe(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:

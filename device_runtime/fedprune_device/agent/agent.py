@@ -160,9 +160,9 @@ class Agent:
             case SecureStep() as step:
                 self._offers.on_secure_step(step, now)
             case BlobRequest() as request:
-                self._offers.on_blob_request(request, now)
+                self._sender.on_blob_request(request, self._store.pending, now)
             case UploadRequest() as request:
-                self._offers.on_upload_request(request)
+                self._sender.start_upload(request, self._store.pending)
             case BlobNotFound(sha256):
                 if not (received.private and self._releases.on_blob_not_found(sha256)):
                     self._offers.on_blob_not_found(sha256, now)
@@ -171,7 +171,7 @@ class Agent:
             case CrashStored() as stored if received.private:
                 self._crashes.on_stored(stored)
             case Reconnect() as advice if received.private:
-                self._connection.spread_reconnects(advice.spread_s)
+                self._connection.link.spread_s = advice.spread_s
                 if advice.away_s is not None:
                     self._leave(advice.away_s, now)
 
@@ -180,7 +180,7 @@ class Agent:
         seconds = min(seconds, self._max_away_s)
         if self.is_quiet and self._releases.is_idle and not self._sender.is_uploading:
             _LOG.info("the server asks this board to come back in %.0f s", seconds)
-            self._connection.disconnect_for(seconds)
+            self._connection.link.leave(seconds)
         else:
             self._send_birth(now)
 
@@ -199,6 +199,6 @@ class Agent:
         self._offers.turn(now, connected=self.status.connected)
         is_idle = self._offers.report_progress(now)
         if self.status.connected:
-            if self._connection.is_birth_due or (is_idle and self._births.is_outdated(now)):
+            if self._connection.channel.is_birth_due or (is_idle and self._births.is_outdated(now)):
                 self._send_birth(now)
             self._uplink.send_alive(self._store.session, now)

@@ -17,13 +17,11 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import (
     Accepted,
-    BlobRequest,
     Cancelled,
     Finished,
     Offer,
     SecureStep,
     UpdateAnnouncement,
-    UploadRequest,
 )
 from fedprune_device.hardware import allocator
 from fedprune_device.hardware.thermal_guard import ThermalGuard
@@ -108,12 +106,6 @@ class OfferHandler:
 
     def note_contact(self, now: float) -> None:
         self._offline.note_contact(now)
-
-    def on_blob_request(self, request: BlobRequest, now: float) -> None:
-        self._sender.on_blob_request(request, self._store.pending, now)
-
-    def on_upload_request(self, request: UploadRequest) -> None:
-        self._sender.start_upload(request, self._store.pending)
 
     def on_offer(self, offer: Offer, now: float) -> None:
         offer = self._runner.lowering.needed_graphs(offer)

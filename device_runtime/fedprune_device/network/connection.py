@@ -1,6 +1,7 @@
 """The board's connection to its server, the only place that signs, verifies and parses messages.
 
-The rest of the board sees only messages, no topics and no signatures.
+The rest of the board sees only messages, no topics and no signatures. A board's first message on a connection is its
+birth: an announcement of itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ReceivedMessage:
 
 
 class MessageChannel:
-    """Messages without signatures, for a server on the same machine."""
+    """Turns messages into payloads and back, without signatures: for a server on the same machine."""
 
     def __init__(self, device: str, site: str) -> None:
         self.device, self.topics = device, Topics(site)
@@ -69,49 +70,29 @@ class MessageChannel:
 
 
 class BoardConnection:
-    """The board's connection. `response_time` estimates how long the server takes to answer."""
+    """Sends and receives a board's messages, over a broker (`link`) and as its channel writes them.
+
+    `response_time` estimates how long the server takes to answer.
+    """
 
     def __init__(self, link: BrokerLink, channel: MessageChannel, clock: Callable[[], float] = time.monotonic) -> None:
         self.link, self.device, self.topics = link, channel.device, channel.topics
         self.response_time = ResponseTime()
         self.clock = clock
-        self._channel = channel
+        self.channel = channel
         self._complaints = RejectedMessageLog(_LOG, clock)
         self._announced_at: float | None = None  # None once the server has answered, or its silence was logged
         self._is_answered = self._has_heard_server = False
-
-    @property
-    def signing_key(self) -> SigningKey:
-        """The key by which other boards know this one in a secure sum."""
-        return self._channel.signing_key
-
-    @property
-    def unsent_bytes(self) -> int:
-        """Payload bytes that wait to be sent."""
-        return self.link.unsent
-
-    @property
-    def is_birth_due(self) -> bool:
-        """Whether the board must send another birth before the server accepts its messages."""
-        return self._channel.is_birth_due
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:
         topic = self.topics.up(self.device, job)
         if isinstance(message, Birth) and self._announced_at is None and not self._is_answered:
             self._announced_at = self.clock()
-        return self.link.publish(topic, self._channel.seal(topic, message), qos)
+        return self.link.publish(topic, self.channel.seal(topic, message), qos)
 
     def send_chunk(self, chunk: bytes, job: str) -> bool:
         """Send a piece of a blob; False if it can't be sent."""
         return self.link.publish(self.topics.up_blob(self.device, job), chunk, CHUNK_QOS)
-
-    def spread_reconnects(self, seconds: float) -> None:
-        """Spread attempts to connect again over at least this time."""
-        self.link.spread_s = seconds
-
-    def disconnect_for(self, seconds: float) -> None:
-        """Disconnect, and connect again after this time."""
-        self.link.leave(seconds)
 
     def receive(self, timeout: float | None = 0.0) -> ReceivedMessage | Chunk | ConnectionUp | ConnectionDown | None:
         """The next message, chunk or event; None if nothing valid arrives in time."""
@@ -129,7 +110,7 @@ class BoardConnection:
             if address.channel == "down/blob":
                 return Chunk.parse(payload)  # of a blob whose digest a message has named
             if address.channel == "down":
-                message = self._channel.open(topic, payload)
+                message = self.channel.open(topic, payload)
                 if address.device == self.device:
                     self._announced_at, self._is_answered = None, True
                 self._has_heard_server = True
@@ -147,7 +128,7 @@ class BoardConnection:
         if self._announced_at is None or self.clock() - self._announced_at < ANSWER_TIMEOUT_S:
             return
         self._announced_at, self._is_answered = None, True
-        advice, reason = dropping_broker_message("what it sends or is sent"), self._channel.ignored_reason
+        advice, reason = dropping_broker_message("what it sends or is sent"), self.channel.ignored_reason
         if self._has_heard_server:
             _LOG.warning("the server is there, and doesn't answer this board: %s", advice)
         else:

@@ -1,4 +1,6 @@
-"""Blobs over HTTPS: a thread downloads what an offer's web server has, and MQTT the rest.
+"""Downloads an offer's blobs over HTTPS, in a thread: what its web server has; MQTT downloads the rest.
+
+A blob's table has the digests of its leaves, the pieces of 32 KiB in which it is stored and checked.
 
 Nothing is trusted: the leaf table must be the one that the offer names, and every leaf is hashed before it is written.
 MQTT continues with what was downloaded (`fedprune.blobs.partial_blob`), so that the two can take turns. Any error ends
@@ -54,20 +56,12 @@ class HttpFetch(HttpTransfer):
     def progress(self) -> tuple[int, int]:
         return self.done, self.total
 
-    def is_over(self) -> bool:
-        """Whether the fetch has ended, which is logged. MQTT then downloads the missing leaves."""
-        if not super().is_over():
-            return False
+    def _log_end(self) -> None:
         if self.failure:
-            _LOG.warning(
-                "blobs at %s: %s; what is lacking comes over MQTT, %d bytes came from there",
-                self.base,
-                self.failure,
-                self.received_bytes,
-            )
+            text = "blobs at %s: %s; what is lacking comes over MQTT, %d bytes came from there"
+            _LOG.warning(text, self.base, self.failure, self.received_bytes)
         else:
             _LOG.info("%d bytes came from %s", self.received_bytes, self.base)
-        return True
 
     def _transfer(self) -> None:
         for ref in self._refs:
@@ -154,10 +148,8 @@ class HttpFetch(HttpTransfer):
                 f"it says that {path} has {got!r} bytes, and not the {expected} that the offer says"
             )
         if answer.status == 206:
-            content_range, expected_range = (
-                answer.getheader("Content-Range", ""),
-                f"bytes {start}-{start + length - 1}/{size}",
-            )
+            content_range = answer.getheader("Content-Range", "")
+            expected_range = f"bytes {start}-{start + length - 1}/{size}"
             if content_range != expected_range:
                 raise HttpTransferError(f"it gives {content_range[:80]!r} of {path}, and not {expected_range}")
         return answer
@@ -172,7 +164,7 @@ class HttpFetch(HttpTransfer):
 
 
 def _gaps(present: bytearray) -> Iterator[tuple[int, int]]:
-    """Runs of missing leaves as (first, end). `present` may change between two of them and is read anew."""
+    """Gaps of missing leaves as (first, end). `present` may change between two gaps, and is read again each time."""
     first = present.find(0)
     while first >= 0:
         end = present.find(1, first)

@@ -57,10 +57,12 @@ class HttpTransfer(ABC):
         return self._delay_s + self._clock() - self._last_progress > STALL_TIMEOUT_S
 
     def is_over(self) -> bool:
-        """Whether the transfer has ended; a stalled one is stopped."""
+        """Whether the transfer has ended, which is logged; a stalled one is stopped. MQTT then does what is missing."""
         if self.is_alive and self.is_stalled:
             min_rate = f"{MIN_BYTES_PER_S / 1024:g} KiB a second"
             self.stop(f"nothing more has moved for {STALL_TIMEOUT_S:g} s, or it is as far behind {min_rate}")
+        if not self.is_alive:
+            self._log_end()
         return not self.is_alive
 
     def stop(self, why: str = "") -> None:
@@ -75,6 +77,10 @@ class HttpTransfer(ABC):
     @abstractmethod
     def _transfer(self) -> None:
         """Transfer everything, in the transfer's own thread."""
+
+    @abstractmethod
+    def _log_end(self) -> None:
+        """Log how the transfer ended."""
 
     def _run(self) -> None:
         try:

@@ -43,15 +43,11 @@ class HttpUpload(HttpTransfer):
         self._store = store
         self._thread.start()
 
-    def is_over(self) -> bool:
-        """Whether it has ended, which is logged."""
-        if not super().is_over():
-            return False
+    def _log_end(self) -> None:
         if self.failure:
             _LOG.warning("the update can't be uploaded to %s: %s; it goes over MQTT", self.url, self.failure)
         else:
             _LOG.info("%d bytes of the update were uploaded to %s", self.ref.size, self.url)
-        return True
 
     def _transfer(self) -> None:
         checksum = base64.b64encode(bytes.fromhex(self.ref.sha256)).decode()

@@ -133,7 +133,7 @@ class SecureUpdate:
         self._backoff.restart(now)
 
     def _join_sum(self, message: SecureStep, now: float) -> None:
-        key = self._connection.signing_key
+        key = self._connection.channel.signing_key
         if self._participation is None or self._participation.sum_id != message.sum:
             session = SecureSumSession.from_bytes(message.content)
             if (session.narrow, session.wide) != self._numbers:

@@ -1,6 +1,8 @@
 """Signed messages in both directions. Chunks need no signature, because signed messages name their digests.
 
-What an epoch is, and when a board's birth and the server's hello are repeated: `fedprune.security.signed_channel`.
+A birth is a board's announcement of itself after it has connected, a hello the server's greeting at its start. Both
+begin a new epoch of their signer: messages of earlier epochs are refused, so that none can be replayed. A side that
+receives a message of an old epoch asks for the other's birth or hello again (`fedprune.security.signed_channel`).
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class SignedChannel(MessageChannel):
         return self._sealer.seal(topic, message.to_bytes())
 
     def open(self, topic: str, payload: bytes) -> Message:
-        """The message in a payload that the server signed, the first time it arrives; else `ProtocolError`."""
+        """The message in a payload that the server signed, the first time it arrives; otherwise `ProtocolError`."""
         try:
             body = self._opener.open(topic, payload)
         except StaleEpochError:
@@ -75,8 +77,8 @@ class SignedChannel(MessageChannel):
 
     def _on_hello(self, topic: str, hello: Hello) -> None:
         if topic == self.topics.down(self.device):
-            # With a hello to this board only, the server asks for a new epoch. It must be later than any epoch that a
-            # copy of this board's disk may have used: the server rejects earlier ones.
+            # With a hello to this board only, the server asks for a new epoch. A block of epochs is skipped: a copy of
+            # this board's disk may have used them, and the server rejects what is not later.
             self._sealer.skip_block()
         if (seconds := hello.time) is not None:
             try:
@@ -89,7 +91,7 @@ class SignedChannel(MessageChannel):
         now = self._clock()
         if not self._has_sent_birth or now < self._next_birth_at:
             return
-        if now >= self._next_birth_at + _MAX_PAUSE_S:  # after a long quiet time the pauses begin anew
+        if now >= self._next_birth_at + _MAX_PAUSE_S:  # after a long quiet time the pauses start short again
             self._pause_s = _FIRST_PAUSE_S
         self._next_birth_at, self._pause_s = now + self._pause_s, min(_MAX_PAUSE_S, 2 * self._pause_s)
         self._needs_birth = True

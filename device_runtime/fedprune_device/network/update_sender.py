@@ -123,7 +123,7 @@ class UpdateSender:
 
     def send_chunks(self) -> None:
         """Send requested chunks while little is unsent, so that messages wait behind few of them."""
-        while self._connection.unsent_bytes < HIGH_WATER:
+        while self._connection.link.unsent < HIGH_WATER:
             chunk = next(self._chunks, None)
             if chunk is not None:
                 if not self._connection.send_chunk(chunk, self._chunks_job):

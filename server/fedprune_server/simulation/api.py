@@ -176,38 +176,33 @@ def simulate(
     targets = None if track is None else track_targets(track, "track")
     if workers is not None:
         check_whole("workers", workers, 1, 10**6)
-    if isinstance(fleet, FleetPlan):
-        settings = {"model": model, "strategy": strategy, "seed": seed, "rounds": rounds, "title": title or None}
-        conflicting = [name for name, value in settings.items() if value is not None] + ["reference"] * reference
-        if conflicting:
-            raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(conflicting)}", got="a plan")
-        plan = fleet
-    else:
-        path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
-        plan = read_fleet_plan(
-            path,
-            reference=reference,
-            strategy=_strategy_name(strategy),
-            seed=seed,
-            rounds=rounds,
-            tables=tables,
-            model=model,
-        )
-        plan = replace(plan, title=title or (plan.job.strategy if plan.job.name == Job.name else plan.job.name))
+    settings = {"model": model, "strategy": strategy, "seed": seed, "rounds": rounds, "reference": reference}
+    plan = _plan_of(fleet, title, settings)
     targets = plan.track if targets is None else targets
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     reference_experiment = plan.reference_experiment()
     shows_progress = is_watched() if progress is None else progress
-    record, trained_model = _simulate_experiment(plan, run_folder, plan.track, shows_progress=shows_progress)
+    record, trained_model = _simulate_experiment(plan, run_folder, targets, shows_progress=shows_progress)
     if reference_experiment is None:
         return SimulatedRun(record, trained_model)
+    reference_folder = None if run_folder is None else run_folder / "reference"
     reference_record, _ = _simulate_experiment(
-        reference_experiment,
-        None if run_folder is None else run_folder / "reference",
-        plan.track,
-        shows_progress=shows_progress,
+        reference_experiment, reference_folder, targets, shows_progress=shows_progress
     )
     return SimulatedRun(record, trained_model, reference_record)
+
+
+def _plan_of(fleet: str | Path | Mapping[str, Any] | FleetPlan, title: str, settings: dict[str, Any]) -> FleetPlan:
+    """The plan of a file or of tables with these settings, or the given plan, which can't be given other settings."""
+    if isinstance(fleet, FleetPlan):
+        conflicting = [name for name, value in (settings | {"title": title}).items() if value not in (None, "", False)]
+        if conflicting:
+            raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(conflicting)}", got="a plan")
+        return fleet
+    path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
+    settings["strategy"] = _strategy_name(settings["strategy"])
+    plan = read_fleet_plan(path, tables=tables, **settings)
+    return replace(plan, title=title or (plan.job.strategy if plan.job.name == Job.name else plan.job.name))
 
 
 def _strategy_name(strategy: str | Callable[[Job], Strategy] | None) -> str | None:

@@ -21,6 +21,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, DivergedError, FedpruneError, PlanError, StorageError
+from fedprune.core.metrics import primary_metric
 from fedprune.core.rng import keyed_generator
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind, kind_of_exit_code
@@ -108,13 +109,15 @@ class Simulation:
         return self._run.clock
 
     @property
-    def measured(self) -> dict[int, dict[str, float]]:
-        return {number: notes.measured for number, notes in self._run.rounds.items()}
-
-    @property
     def notes(self) -> Mapping[int, RoundNotes]:
         """Notes of finished rounds, by number."""
         return self._run.rounds
+
+    @property
+    def score_note(self) -> str:
+        """The leading metric of the last round's global model, for a progress display; empty before it is measured."""
+        leading_metric = primary_metric(self.state.history[-1]["metrics"] if self.state.history else {})
+        return "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1])
 
     def run(
         self,

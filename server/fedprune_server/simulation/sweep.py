@@ -24,7 +24,6 @@ from typing import Any
 from fedprune.core import validation
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, FedpruneError, value_text
-from fedprune.core.metrics import primary_metric
 from fedprune.core.toml_file import read_toml
 from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
 from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
@@ -122,11 +121,7 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
 
     def progress(simulation: Simulation) -> None:
         track(simulation)
-        history = simulation.state.history
-        metrics = history[-1]["metrics"] if history else {}
-        leading_metric = primary_metric(metrics)
-        note = "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1])
-        report(len(history) / plan.job.rounds, note)
+        report(len(simulation.state.history) / plan.job.rounds, simulation.score_note)
 
     with track_rounds(plan.track, plan, folder) as track:
         record = simulate_in_folder(plan, folder, progress, on_begin=track)

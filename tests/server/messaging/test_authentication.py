@@ -116,7 +116,7 @@ class Board:
                 messages.append((topic, item.message.to_bytes()))
             elif isinstance(item, Chunk):
                 messages.append((topic, item.to_bytes()))
-            if self.connection.is_birth_due and self._last_birth is not None:  # as the agent does
+            if self.connection.channel.is_birth_due and self._last_birth is not None:  # as the agent does
                 self.connection.send(self._last_birth)
         return messages
 

@@ -39,7 +39,7 @@ def test_the_global_model_is_measured_as_the_server_does(build):
     measure = ModelMeasure(DATA.x, DATA.y, densities=(1.0,), sets={"few": (DATA.x[:9], DATA.y[:9])})
     simulation = build(measure=measure)
     for row in simulation.run():
-        scores = simulation.measured[row["round"]]
+        scores = simulation.notes[row["round"]].measured
         assert scores["global"] == pytest.approx(row["metrics"]["accuracy"])
         assert scores["global_loss"] == pytest.approx(row["metrics"]["loss"], rel=1e-5)
         assert scores["sub@1"] == scores["global"]
@@ -67,7 +67,7 @@ def test_submodels_are_those_that_devices_get(build, tmp_path):
         interrupted.run(stop)
     session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     logits = session.run(None, {"x": DATA.x})[0]
-    assert simulation.measured[1]["sub@0.25"] == pytest.approx(float(np.mean(logits.argmax(1) == DATA.y)))
+    assert simulation.notes[1].measured["sub@0.25"] == pytest.approx(float(np.mean(logits.argmax(1) == DATA.y)))
 
 
 def test_statistics_are_measured_anew_at_a_submodel_s_widths():
@@ -99,7 +99,7 @@ def test_measurements_may_be_any_function(build):
     simulation = build(measure=watch)
     simulation.run()
     assert moments == [(1, True, True), (2, True, True)]
-    assert simulation.measured == {1: {"parts": 3.0}, 2: {"parts": 3.0}}
+    assert [simulation.notes[n].measured for n in (1, 2)] == [{"parts": 3.0}] * 2
 
 
 def test_a_checkpoint_is_the_global_model_of_its_round(build, tmp_path):

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
 from fedprune.core.errors import ConfigError, DataError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
@@ -16,15 +18,16 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import ImportChoices, import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.layers import errors_with_origin
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import job_with_changes
 from fedprune_server.config.track_targets import TrackTarget, track_targets
-from fedprune_server.executor.server_samples import fit_data, load_calibration, load_evaluation
+from fedprune_server.executor.server_samples import LabelledSamples, fit_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg_job
 from fedprune_server.simulation.fleet.device_table import name_source, read_devices
-from fedprune_server.simulation.fleet.fleet_tables import FleetTables, read_fleet_tables
+from fedprune_server.simulation.fleet.fleet_tables import FleetTables, SimulationSettings, read_fleet_tables
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import ModelMeasure
 
@@ -87,16 +90,7 @@ def _build_plan(
     if fleet_tables.data is not None:
         with name_source(("data",)):
             federation = fleet_tables.data.read(job.seed)
-    if model is None:
-        if config.model is None:
-            raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
-        with name_source(("model", "path")):
-            choices = ImportChoices(
-                input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora,
-                base=config.base,
-            )  # fmt: skip
-            source_model = read_source(config.model, choices)
-            model = import_onnx(source_model, Path(config.model).stem)
+    model = _read_model(config) if model is None else model
     check_samples = partial(fit_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
     devices = read_devices(
         fleet_tables.body.get("devices"), job.seed, path.parent, federation, fleet_tables.links, check=check_samples
@@ -114,15 +108,6 @@ def _build_plan(
             calibration = load_calibration(config.calibration, model)
     elif federation is not None:
         calibration = federation.calibration_inputs()
-    measure = None
-    if settings.densities:
-        if evaluation is None:
-            raise ConfigError(("simulation", "densities"), expected="samples in [evaluation] to measure on")
-        tests = None if federation is None else federation.pooled_tests()
-        sets = {} if tests is None or not len(tests[1]) else {"tests": tests}  # [data] test may be 0
-        measure = ModelMeasure(
-            *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
-        )
     return FleetPlan(
         title=title or job.name,
         job=job,
@@ -133,13 +118,41 @@ def _build_plan(
         dropouts=fleet_tables.dropouts,
         weather=fleet_tables.weather,
         availability=fleet_tables.availability,
-        measure=measure,
+        measure=_model_measure(settings, evaluation, calibration, federation),
         checkpoints=settings.checkpoints,
         workers=settings.workers,
         cuda=settings.cuda,
         partition=_fleet_data(devices, federation, fleet_tables.data),
         reference=fedavg_job(job) if reference else None,
         track=track_targets(settings.track, ("simulation", "track")),
+    )
+
+
+def _read_model(config: ServerConfig) -> Model:
+    if config.model is None:
+        raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
+    with name_source(("model", "path")):
+        choices = ImportChoices(
+            input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora, base=config.base
+        )
+        return import_onnx(read_source(config.model, choices), Path(config.model).stem)
+
+
+def _model_measure(
+    settings: SimulationSettings,
+    evaluation: LabelledSamples | None,
+    calibration: npt.NDArray[Any] | None,
+    federation: Federation | None,
+) -> ModelMeasure | None:
+    """The measurement of submodels that [simulation] asks for, on the server's samples and on the devices' tests."""
+    if not settings.densities:
+        return None
+    if evaluation is None:
+        raise ConfigError(("simulation", "densities"), expected="samples in [evaluation] to measure on")
+    tests = None if federation is None else federation.pooled_tests()
+    sets = {} if tests is None or not len(tests[1]) else {"tests": tests}  # [data] test may be 0
+    return ModelMeasure(
+        *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
     )
 
 

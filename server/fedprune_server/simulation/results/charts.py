@@ -82,15 +82,11 @@ def device_score_charts(run: Record, reference: Record | None) -> str:
 
 def traffic_bars(runs: Sequence[Record]) -> str:
     largest_bytes = max(max(r.last.down, r.last.up) for r in runs) or 1
-    rows = [
-        Bar(
-            f"{run.title}, {direction}",
-            ((f"part {series_classes(i)}", 0.0, count / largest_bytes),),
-            amount(count, "bytes"),
-        )
-        for i, run in enumerate(runs)
-        for direction, count in (("down", run.last.down), ("up", run.last.up))
-    ]
+    rows = []
+    for i, run in enumerate(runs):
+        for direction, count in (("down", run.last.down), ("up", run.last.up)):
+            strip = (f"part {series_classes(i)}", 0.0, count / largest_bytes)
+            rows.append(Bar(f"{run.title}, {direction}", (strip,), amount(count, "bytes")))
     return bars_html(rows, "Bytes down and up")
 
 
@@ -102,27 +98,13 @@ def channel_map(run: Record) -> str:
         return ""
     rows = []
     for name in _evenly_spaced(names, MAX_LISTED_DEVICES):
-        held_channels = [frozenset(run.channels[name][g]) for g in range(len(groups))]
-        strips = [
-            share_strip(label, [float(c in group_channels) for c in range(size)])
-            for (label, size), group_channels in zip(groups, held_channels, strict=True)
-        ]
-        counts_text = ", ".join(
-            f"{label}: {len(group_channels)} of {size}"
-            for (label, size), group_channels in zip(groups, held_channels, strict=True)
-        )
-        total_channels = sum(size for _, size in groups)
-        rows.append(
-            Bar(
-                name,
-                strips,
-                f"{sum(map(len, held_channels)):,} of {total_channels:,} channels",
-                f"{name}: {counts_text}",
-            )
-        )
-    return paragraph_html(f"Filled channels are held in the last round. {_group_names(run)}") + bars_html(
-        rows, "Channels that each device holds"
-    )
+        held_groups = [(*groups[g], frozenset(run.channels[name][g])) for g in range(len(groups))]
+        strips = [share_strip(label, [float(c in held) for c in range(size)]) for label, size, held in held_groups]
+        counts_text = ", ".join(f"{label}: {len(held)} of {size}" for label, size, held in held_groups)
+        held_count, total_count = sum(len(held) for *_, held in held_groups), sum(size for _, size in groups)
+        rows.append(Bar(name, strips, f"{held_count:,} of {total_count:,} channels", f"{name}: {counts_text}"))
+    text = paragraph_html(f"Filled channels are held in the last round. {_group_names(run)}")
+    return text + bars_html(rows, "Channels that each device holds")
 
 
 def coverage_map(run: Record) -> str:
@@ -139,11 +121,8 @@ def coverage_map(run: Record) -> str:
         )
         for row in _evenly_spaced(covered_rounds, MAX_MAP_ROUNDS)
     ]
-    return (
-        paragraph_html(f"Share of each round's client updates that trained a channel. {_group_names(run)}")
-        + heat_scale()
-        + bars_html(rows, "Coverage of every round")
-    )
+    text = paragraph_html(f"Share of each round's client updates that trained a channel. {_group_names(run)}")
+    return text + heat_scale() + bars_html(rows, "Coverage of every round")
 
 
 def _curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]:
@@ -243,8 +222,6 @@ def _group_names(run: Record) -> str:
 def _evenly_spaced(entries: Iterable[T], max_entries: int) -> list[T]:
     """The entries, or `max_entries` of them, evenly spaced."""
     all_entries = list(entries)
-    return (
-        all_entries
-        if len(all_entries) <= max_entries
-        else [all_entries[i * (len(all_entries) - 1) // (max_entries - 1)] for i in range(max_entries)]
-    )
+    if len(all_entries) <= max_entries:
+        return all_entries
+    return [all_entries[i * (len(all_entries) - 1) // (max_entries - 1)] for i in range(max_entries)]

@@ -147,7 +147,7 @@ class Record:
         return tuple(r.measured.get(name) for r in self.rounds)
 
     @property
-    def private(self) -> bool:
+    def is_private(self) -> bool:
         return bool(self.job.get("privacy"))
 
     @property
@@ -187,12 +187,8 @@ class Record:
 
     def final(self, rounds: int = 1) -> tuple[float, float]:
         """Mean local and global measure over the last `rounds` rounds; NaN without measurements."""
-        local_values = [v for v in self.mean_locals()[-rounds:] if v is not None]
-        global_values = [v for v in self.global_values()[-rounds:] if v is not None]
-        return (
-            sum(local_values) / len(local_values) if local_values else math.nan,
-            sum(global_values) / len(global_values) if global_values else math.nan,
-        )
+        local_mean, global_mean = (last_mean(v, rounds) for v in (self.mean_locals(), self.global_values()))
+        return math.nan if local_mean is None else local_mean, math.nan if global_mean is None else global_mean
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, allow_nan=False)
@@ -233,6 +229,12 @@ def score_text(value: float | None, metric: Metric) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return metric.value_text(value)
+
+
+def last_mean(values: Sequence[float | None], rounds: int) -> float | None:
+    """The mean of the values of the last rounds; None if nothing was measured in them."""
+    measured_values = [v for v in values[-rounds:] if v is not None]
+    return sum(measured_values) / len(measured_values) if measured_values else None
 
 
 def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, ...]:

@@ -200,7 +200,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
 
 
 def _local_note(run: Record) -> str:
-    if run.private and not run.latest:
+    if run.is_private and not run.latest:
         return f"Local {run.measure} is withheld: devices of a private job report nothing that is measured on samples."
     return (
         f"Local {run.measure} is that of the model that a device serves, on its own test data, as measured last; its "

@@ -22,7 +22,6 @@ from rich.progress import (
 from rich.text import Text
 
 from fedprune.coordination import Phase
-from fedprune.core.metrics import primary_metric
 from fedprune.core.text import first_few
 from fedprune_server.monitoring.display import log_above
 from fedprune_server.simulation.runs import RunStatus
@@ -101,9 +100,7 @@ class RunDisplay:
     def show(self, simulation: Simulation) -> None:
         state, rounds = simulation.state, simulation.job.rounds
         trained_share = sum(t.progress.is_over for t in state.tasks.values()) / max(1, len(state.tasks))
-        metrics = state.history[-1]["metrics"] if state.history else {}
-        leading_metric = primary_metric(metrics)
-        note = "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1])
+        note = simulation.score_note
         shown_rounds = min(rounds, len(state.history) + (trained_share if state.round > len(state.history) else 0))
         self._bar.update(self._rounds, completed=round(shown_rounds, 2), note=note)
         self._lines.show(f"{self._title}: {len(state.history)} of {rounds} rounds are done{note and ', '}{note}")

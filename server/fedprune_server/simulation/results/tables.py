@@ -12,7 +12,7 @@ from fedprune.core.text import quantity
 from fedprune.output.document import Document, Table
 from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
-from fedprune_server.simulation.results.record import Record, measured_moments, measured_names, score_text
+from fedprune_server.simulation.results.record import Record, last_mean, measured_moments, measured_names, score_text
 
 TAIL_ROUNDS = 5  # rounds in a final mean: single rounds of a small test set are noisy
 MAX_RESULT_ROWS = 1000  # devices in a table
@@ -63,9 +63,9 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         f"best_global_{kind}": None if best is None else best.metrics[kind],
         "best_round": None if best is None else best.round,
         "best_model": None if best is None else best.model,
-        **{f"{kind}_{m}": _tail_mean(run.own_means(f"{kind}_{m}")) for m in measured_moments([run])},
-        **{name: _tail_mean(run.measured_values(name)) for name in measured_names([run])},
-        **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.private else {}),
+        **{f"{kind}_{m}": last_mean(run.own_means(f"{kind}_{m}"), TAIL_ROUNDS) for m in measured_moments([run])},
+        **{name: last_mean(run.measured_values(name), TAIL_ROUNDS) for name in measured_names([run])},
+        **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.is_private else {}),
         **dict(zip(("updates_limited", "updates"), run.count_limited, strict=True)),
     }
 
@@ -79,7 +79,7 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results: measures as means over the last rounds, amounts and privacy costs in all; the first row is the
     header."""
     kind, metric = runs[0].measure, runs[0].metric
-    privacy_columns = (EPSILON, "delta") if any(run.private for run in runs) else ()
+    privacy_columns = (EPSILON, "delta") if any(run.is_private for run in runs) else ()
     own_metrics = [f"{kind}_{m}" for m in measured_moments(runs)]
     names = measured_names(runs)
     limits = ("updates limited",) if any(run.count_limited[0] for run in runs) else ()
@@ -87,7 +87,9 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     best = (f"best global {kind} (round)",) if any(len(run.rounds) > 1 for run in runs) else ()
     rows = [(*head, *best, *(f"local {m.partition('_')[2]}" for m in own_metrics), *names, *privacy_columns, *limits)]
     for run in runs:
-        figures: dict[str, Any] = final_figures(run) | {key: _tail_mean(run.own_means(key)) for key in own_metrics}
+        figures: dict[str, Any] = final_figures(run) | {
+            key: last_mean(run.own_means(key), TAIL_ROUNDS) for key in own_metrics
+        }
         measures = [
             score_text(figures.get(key), metric) for key in (f"local_{kind}", f"global_{kind}", *own_metrics, *names)
         ]
@@ -142,11 +144,6 @@ def print_rows(rows: Sequence[tuple[str, ...]]) -> None:
         result_table(rows).print()
     else:
         print(result_table(rows).to_markdown())
-
-
-def _tail_mean(values: Sequence[float | None]) -> float | None:
-    measured_values = [v for v in values[-TAIL_ROUNDS:] if v is not None]
-    return sum(measured_values) / len(measured_values) if measured_values else None
 
 
 def write_page(document: Document, path: Path) -> Path:
