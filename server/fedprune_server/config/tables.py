@@ -28,15 +28,9 @@ _SIMULATION_TABLES = ("devices", "data", "dropouts", "weather", "availability", 
 
 
 def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = False) -> ServerConfig:
-    """Check the tables of a `fleet.toml`.
-
-    Args:
-        folder: The folder from which relative paths count.
-        simulated: Whether a simulation runs the job, which counts what a server doesn't.
-
-    Raises:
-        ConfigError: A key is unknown or has a wrong value; its path is that in the tables.
-    """
+    """Check the tables of a `fleet.toml`, whose relative paths count from `folder`. If the job is `simulated`, it may
+    limit what a server doesn't count. Raises `ConfigError` if a key is unknown or has a wrong value; its path is that
+    in the tables."""
     validation.check_keys((*TABLES, *_SIMULATION_TABLES), body, (), "table")
     for table in body.keys() - set(_SIMULATION_TABLES):
         if not isinstance(body[table], Mapping):

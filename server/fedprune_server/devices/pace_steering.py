@@ -88,13 +88,8 @@ class VisitPlan:
         return min(MAX_BOARD_AWAY_S, self.demand.stay_s * self.expected_at_meeting / self.target)
 
     def away_s(self, boards: int, now: float, seed: int, *key: object) -> float:
-        """Seconds after which a board is to come back, drawn at random.
-
-        Args:
-            boards: The number of boards that take turns.
-            now: Wall clock, in seconds: meetings are at the same times for all boards.
-            key: Keys the random number, together with the seed.
-        """
+        """Seconds after which a board is to come back, drawn at random by `seed` and `key`. `boards` take turns. `now`
+        is the wall clock, in seconds: meetings are at the same times for all boards."""
         rng = keyed_generator(seed, *key, "away")
         if not self.needs_meetings:
             mean = self.demand.stay_s * max(1.0, boards / self.target - 1)
@@ -170,12 +165,8 @@ class PaceSteering:
     def choose_leaving(
         self, now: float, wall_now: float, demand: Demand, has_work: Callable[[str], bool]
     ) -> list[tuple[str, float]]:
-        """Choose the boards that are to disconnect now, with the seconds for which they are to stay away.
-
-        Args:
-            wall_now: Wall clock, in seconds.
-            has_work: Whether a job awaits a part of a board.
-        """
+        """Choose the boards that are to disconnect now, with the seconds for which they are to stay away. `wall_now` is
+        the wall clock, in seconds; `has_work` says whether a job awaits a part of a board."""
         if not self._target:
             return []
         self._recheck(now)

@@ -18,12 +18,7 @@ _MAX_CACHED_PLANS = 4096
 
 
 class PlanLog:
-    """Logs devices of a job once for each plan.
-
-    Args:
-        model_parameters: Number of the whole model's parameters.
-        prefix: Begins the log's lines about a device, if there are several jobs.
-    """
+    """Logs devices of a job once for each plan."""
 
     def __init__(self, job: Job, architecture: Architecture, model_parameters: int, prefix: str) -> None:
         self._job, self._architecture, self._model_parameters = job, architecture, model_parameters

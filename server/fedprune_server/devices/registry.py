@@ -41,8 +41,6 @@ class DeviceRegistry:
         traffic: Payload bytes to and from each device before this start of the server.
         limit: Maximum number of devices, ever: names cost a stranger nothing, but memory and disk here.
         unplanned_devices: Devices that couldn't be planned for before this start of the server.
-        clock: Seconds since 1970.
-        prefix: Begins the log's lines about a device, if there are several jobs.
 
     Attributes:
         model_parameters: Number of the whole model's parameters.

@@ -19,16 +19,10 @@ MAX_WAIT_S = 75.0
 class GracefulShutdown:
     """Waits, at the end of a server's jobs, until its devices know of it.
 
-    Connected devices are informed at once, others as they announce themselves. A device that ends with the job
-    disconnects as soon as it knows. One that was away at the job's end (it was started again, or has just lost its
-    connection) would otherwise wait for a server that has ended.
-
-    Args:
-        present: Devices that are connected now.
-        absent: Devices that may come back.
-        is_connected: Whether a device is connected.
-        now: Monotonic clock.
-    """
+    Connected (`present`) devices are informed at once, others as they announce themselves. A device that ends with the
+    job disconnects as soon as it knows. One that was away at the job's end (it was started again, or has just lost its
+    connection) would otherwise wait for a server that has ended: `absent` devices may come back. Times are of the
+    monotonic clock."""
 
     def __init__(
         self, present: Iterable[str], absent: Iterable[str], is_connected: Callable[[str], bool], now: float

@@ -48,13 +48,9 @@ class DeviceTraffic:
 class CommandDispatcher:
     """Carries out a coordinator's commands about devices. Immediate results are returned as events.
 
-    Args:
-        awaits_upload: Whether the job's channel awaits an upload of a device that no part of the round waits for.
-        blobs_at: URL under which boards find blobs over HTTP; None if they get them over MQTT alone.
-
-    Attributes:
-        revoked: Devices that are no longer members and have not announced themselves since.
-    """
+    `awaits_upload` says whether the job's channel awaits an upload of a device that no part of the round waits for.
+    Boards find blobs over HTTP under the URL `blobs_at`, if there is one. `revoked` are devices that are no longer
+    members and have not announced themselves since."""
 
     def __init__(
         self,

@@ -14,12 +14,8 @@ from fedprune_server.observation.snapshot import AWAITED_PROGRESS
 
 
 class DeviceDemand:
-    """The demand of a job for devices.
-
-    Args:
-        state: The coordinator's state; read here, never changed.
-        weight: The job's share of the devices in comparison with other jobs; 0 to pause it.
-    """
+    """The demand of a job for devices. The coordinator's `state` is read here, never changed. `weight` is the job's
+    share of the devices in comparison with other jobs; 0 to pause it."""
 
     def __init__(self, job: Job, state: State, schedule: Schedule, channel: UpdateChannel, weight: float) -> None:
         self._job, self._state, self._schedule, self._channel, self._weight = job, state, schedule, channel, weight

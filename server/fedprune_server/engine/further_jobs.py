@@ -22,14 +22,10 @@ from fedprune_server.storage.folder_layout import JOBS_FOLDER, job_folders
 
 
 def further_configs(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
-    """Configurations of the jobs after the first: those given as files, and those that the state folder holds already.
-    Raises `ConfigError` if a file can't be used, two jobs have one name, or a folder's database names code, and
-    `StorageError` if a folder can't be read.
-
-    Args:
-        first_config: The first job's configuration, whose settings of the server hold for all jobs.
-        files: One for each job that is new, or whose settings have changed.
-    """
+    """Configurations of the jobs after the first: one for each file, and those that the state folder has already. A
+    file is for a new job, or for one whose settings have changed. The first job's settings of the server hold for all
+    jobs. Raises `ConfigError` if a file can't be used, two jobs have one name, or a folder's database names code, and
+    `StorageError` if a folder can't be read."""
     file_configs = [_read_config(first_config, path) for path in files]
     names = [first_config.job.name, *(config.job.name for config in file_configs)]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):

@@ -64,15 +64,11 @@ def read_job_model(config: JobSettings) -> bytes:
 
 
 def check_job_model(config: JobSettings, raw: bytes, job_description: str) -> None:
-    """Compare the configured model, loss and metric with those of the job's beginning, as far as they are configured.
+    """Compare the configured model, loss and metric, as far as they are configured, with those of the job's beginning,
+    which `raw` holds.
 
-    A source that no longer exists is no difference: the job has a copy. Raises `ConfigError` if something differs, and
-    `ModelError` if the model can't be used.
-
-    Args:
-        raw: The model with which the job began.
-        job_description: The job and its folder, for errors.
-    """
+    A source that no longer exists is no difference: the job has a copy. Raises `ConfigError`, with the description of
+    the job, if something differs, and `ModelError` if the model can't be used."""
     if config.model is None and config.lora is not None:
         raise ConfigError(
             ("model", "lora"), expected="path, too, or neither", got="lora alone",
@@ -142,23 +138,18 @@ def input_digests(
     }
 
 
-def input_changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
-    """Lines about inputs that differ between two starts.
-
-    Args:
-        before: The settings of the earlier start.
-        settings: Those of this start.
-    """
+def input_changes(stored_settings: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about inputs that differ between the start of the stored settings and this one."""
     inputs = [
-        ("strategy", before["job"].get("strategy"), settings["job"]["strategy"]),
-        ("profiles", before.get("server", {}).get("profiles"), settings["server"]["profiles"]),
-        *((table, before.get(table), settings[table]) for table in ("evaluation", "calibration")),
+        ("strategy", stored_settings["job"].get("strategy"), settings["job"]["strategy"]),
+        ("profiles", stored_settings.get("server", {}).get("profiles"), settings["server"]["profiles"]),
+        *((table, stored_settings.get(table), settings[table]) for table in ("evaluation", "calibration")),
     ]
     for key, previous, current in inputs:
         if previous != current:
             if key in settings:  # the others are settings of [job] and [server], which are compared as such
                 yield f"{key}: {previous!r} is now {current!r}"
-        elif "inputs" in before and before["inputs"].get(key, "") != settings["inputs"][key]:
+        elif "inputs" in stored_settings and stored_settings["inputs"].get(key, "") != settings["inputs"][key]:
             yield f"{key}: {current} {_CONTENT_CHANGES[key]}"
 
 

@@ -67,12 +67,8 @@ _MAX_RESULTS_WHILE_MESSAGES_WAIT = 10
 
 
 class JobRunner:
-    """Runs a job on the devices that the server assigns to it.
-
-    Args:
-        profiles: Folders of hardware profiles in addition to the shipped ones.
-        max_devices: How many devices may ever take part.
-    """
+    """Runs a job on the devices that the server assigns to it, at most `max_devices` in all. `profiles` are folders of
+    hardware profiles in addition to the shipped ones."""
 
     def __init__(
         self,

@@ -15,12 +15,8 @@ from fedprune_server.storage.storage import MAX_PARTS_IN_MEMORY, Storage
 
 
 class Journal:
-    """Saves a job's events and state.
-
-    Args:
-        registry: The job's devices, whose traffic is saved with the state.
-        dispatcher: Knows which updates are being received, so that their partial blobs aren't deleted.
-    """
+    """Saves a job's events and state, with the traffic of the devices in the registry. The dispatcher knows which
+    updates are being received, so that their partial blobs aren't deleted."""
 
     def __init__(
         self,

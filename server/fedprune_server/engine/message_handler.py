@@ -82,11 +82,7 @@ class MessageHandler:
     Blob requests and chunks are answered here: they need no decision of the coordinator.
 
     Args:
-        quarantine: Counts unusable updates of a device.
-        profiles: Folders of hardware profiles in addition to the shipped ones.
-        rollouts: Runs rollouts of releases, if this job's runner does.
         crashes: Stores boards' crash reports; None for nowhere.
-        channel: Takes in updates.
     """
 
     def __init__(

@@ -28,13 +28,8 @@ from fedprune_server.transfer.uploads import Uploads
 
 
 class SnapshotMaker:
-    """Makes snapshots of one job.
-
-    Args:
-        clock: Seconds since 1970.
-        members: Returns the names of the fleet's members, the same object until they change; None if every device may
-            take part.
-    """
+    """Makes snapshots of one job. The clock counts seconds since 1970. `members` returns the names of the fleet's
+    members, the same object until they change; it is None if every device may take part."""
 
     def __init__(
         self,

@@ -74,13 +74,9 @@ class GlobalModel(NamedTuple):
 
 
 def global_model(folder: Path, digest: str | None = None, allowed: Collection[str] = ()) -> GlobalModel:
-    """A global model of a state folder, on which a server may be running. Raises `StorageError` if the folder holds no
-    job, or is damaged.
-
-    Args:
-        digest: Digest of the weights; the current ones by default.
-        allowed: Names of the user's functions that may be called. Without the job's own strategy there are no ranks.
-    """
+    """A global model of a state folder, on which a server may be running: the current one, or the one with this digest.
+    Only `allowed` functions of the user are called; without the job's own strategy there are no ranks. Raises
+    `StorageError` if the folder holds no job, or is damaged."""
     for _ in range(_READ_ATTEMPTS - 1):
         with suppress(StorageError):  # the server may have begun a round, and deleted what the state referred to
             return _read_global_model(folder, digest, allowed)

@@ -59,11 +59,8 @@ class Archive:
         return _read_cached(self._sent_weights, digest, _MAX_MODELS, self.tensors)
 
     def update(self, digest: str, codec: str | None, sent: str | None) -> dict[str, npt.NDArray[Any]]:
-        """A device's update, decoded.
-
-        Args:
-            codec: The codec that was offered; a device may send its update plainly all the same.
-            sent: Digest of the weights that the device was sent; needed with a codec.
+        """A device's update, decoded. Though a `codec` was offered, the device may have sent it plainly. With a codec,
+        `sent` is the digest of the weights that the device was sent.
 
         Raises:
             StorageError: A blob isn't there or is damaged.

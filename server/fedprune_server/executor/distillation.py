@@ -52,9 +52,7 @@ class Distiller:
     Args:
         model: The model; its architecture and graph are used, not its weights.
         calibration: Measures the statistics of every width, and has the samples.
-        settings: What the strategy asks for.
         recipe: The job's local training: what it freezes, and whether its loss takes classes.
-        seed: The job's.
     """
 
     def __init__(

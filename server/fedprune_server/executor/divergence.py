@@ -24,24 +24,15 @@ _MAX_LOSS_RISE = 1.1
 def is_uncalibrated(
     architecture: Architecture, recipe: Recipe, calibration: object, frozen: Collection[str] = ()
 ) -> bool:
-    """Whether the global model's batch-norm statistics remain averages of the boards'.
-
-    Args:
-        calibration: The server's samples that replace them; None without any.
-        frozen: Tensors that the model itself froze.
-    """
+    """Whether the global model's batch-norm statistics remain averages of the boards', because there are no samples
+    (`calibration`) on which the server measures them again. `frozen` tensors are the model's own."""
     frozen_names = frozen_tensors(architecture, recipe.features, frozen)
     return calibration is None and any(t.name not in frozen_names for t in architecture.statistics)
 
 
 def diagnose_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, uncalibrated: bool) -> str:
-    """The diagnosis of a coordinator's history; empty if training has not diverged.
-
-    Args:
-        history: Its summaries of rounds.
-        job: Its settings, as JSON.
-        uncalibrated: As `is_uncalibrated` finds.
-    """
+    """The diagnosis of a coordinator's history; empty if training has not diverged. `job` are the job's settings as
+    JSON, and `uncalibrated` is the result of `is_uncalibrated`."""
     has_narrow = any(device_row.get("density", 1.0) < 1 for row in history for device_row in row["devices"].values())
     measured = [row["metrics"] for row in history if row["metrics"].get("samples")]
     kinds = [str(device_row.get("kind", "")) for row in history[-1:] for device_row in row["devices"].values()]
@@ -81,13 +72,8 @@ def diagnose_losses(
 
 
 def warn_of_rejection(event: on.UpdateRejected, job: Job, prefix: str, kinds: Iterable[str]) -> None:
-    """Log that an update doesn't count, and what to change if training diverged on most of the round's devices.
-
-    Args:
-        job: The job that it is for.
-        prefix: What lines of this job begin with.
-        kinds: Kinds of failure of the round's devices so far, this one included; empty for each of the others.
-    """
+    """Log that an update doesn't count, and what to change if training diverged on most of the round's devices. `kinds`
+    are the failures of the round's devices so far, this one included; empty for devices without one."""
     with log_context(job=job.name, round=event.round, device=event.device):
         log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
         if event.kind == FailureKind.DIVERGED and _is_majority(list(kinds)):

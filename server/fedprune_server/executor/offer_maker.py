@@ -32,7 +32,6 @@ class OfferMaker:
     """Makes the offers of a job.
 
     Args:
-        blobs: Makes the blobs that offers name.
         closer: Adds the fields by which an offer asks for the update in a form of its own.
         unit: The processing unit of devices that have not measured theirs.
     """

@@ -57,7 +57,6 @@ class RayPool(TaskPool[Worker]):
     Args:
         url: The cluster (`fedprune_server.config.cluster_url`).
         worker: The server's own; every machine of the cluster must see its blob store's folder, or reach its bucket.
-        retry_s: Pause between attempts to reach a cluster that was lost.
 
     Raises:
         ClusterError: The cluster can't be reached, has no processors, or a machine of it doesn't see the blobs.

@@ -48,12 +48,8 @@ class BlobCollector:
     """Mark and sweep of a job's blobs: candidates are marked while a round runs, and swept when the next one begins.
 
     A blob becomes a candidate when one of its references is removed. `collect` deletes the candidates without any other
-    reference; the others stay candidates.
-
-    Args:
-        keep: How many of the latest global models stay.
-        judged_by: The metric whose best model stays, too.
-    """
+    reference; the others stay candidates. The latest `keep` global models stay, and the best by the metric
+    `judged_by`."""
 
     def __init__(self, store: BlobStore, keep: int, judged_by: str) -> None:
         self._store = store
@@ -99,16 +95,11 @@ class BlobCollector:
         self.mark(blobs_of_offer(offer))
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
-        """Sweep: delete the candidates that nothing refers to, and partial files.
+        """Sweep: delete the candidates without a reference, and partial files, except those of blobs that are arriving.
 
         Call it only when a round begins, before any of its commands is carried out. No offer is being made then, so
         nothing can start to refer to a blob that is deleted here, or store the same bytes again. Tasks that wait for
-        their offers belong to the new round, and refer to what it needs. Raises `StorageError` if the disk fails.
-
-        Args:
-            state: Everything it refers to stays.
-            arriving: Blobs that are being received, which stay; partial files of all others are deleted.
-        """
+        their offers belong to the new round, and refer to what it needs. Raises `StorageError` if the disk fails."""
         self.note_state(state)
         self.mark(self._graphs.drop_unnamed(state.round))
         models = kept_models(state, self._keep, self._judged_by)

@@ -53,13 +53,11 @@ class Worker:
 
     Args:
         model: The imported model; its weights are where the job starts.
-        store: Where blobs are read and put.
         evaluation: The server's test samples; without it `Evaluated` carries no metrics. Metrics that aren't finite are
             left out, and a model that predicts numbers has no accuracy.
         calibration: Samples on which the batch-norm statistics of every global model are measured again, and on which
             it is distilled if the strategy asks for it; None for neither.
         unit: The processing unit of devices that have not measured theirs.
-        prefix: Begins log lines about devices' updates, to tell several jobs apart.
     """
 
     def __init__(

@@ -63,8 +63,6 @@ class AuthenticatedLink(Relay):
     """A connection that signs the server's messages and passes on each signed message of a member once.
 
     Args:
-        link: The connection, subscribed to the server's topics.
-        clock: Monotonic clock, seconds.
         joins: A connection subscribed to `Topics.join_subscription`, so that a flood of join requests delays no
             member; by default `link` has that subscription, too.
         quarantine: Is given the members, each of which has an allowance.

@@ -26,12 +26,8 @@ _ANSWERED_MESSAGES = (Hello, Offer, SecureStep, Reconnect, ReleaseOffer)
 
 
 class Outbox:
-    """Sends messages and chunks to a job's devices, and counts the bytes.
-
-    Args:
-        downloads: Cuts blobs into chunks.
-        is_coming: Whether a missing blob will arrive from the bucket in a moment.
-    """
+    """Sends messages and chunks to a job's devices, and counts the bytes. `is_coming` says whether a missing blob will
+    arrive from the bucket in a moment."""
 
     def __init__(
         self,

@@ -78,7 +78,6 @@ class SecondServerGuard:
     Args:
         link: The guard's connection, not started.
         stopping: Set once this server has to give way to another one.
-        clock: Monotonic clock.
     """
 
     def __init__(
@@ -256,13 +255,9 @@ def second_server_guard(
     server: ServerInstance,
     stopping: threading.Event | None = None,
 ) -> Iterator[SecondServerGuard]:
-    """A guard with a connection of its own, which is closed at the end. Raises `IdentityError` if the identity's or the
-    authorities' files can't be used.
-
-    Args:
-        ca: The authority of the broker's certificate; the server's own by default.
-        server, stopping: As in `SecondServerGuard`.
-    """
+    """A guard with a connection of its own, which is closed at the end. `ca` is the authority of the broker's
+    certificate, the server's own by default. Raises `IdentityError` if the identity's or the authorities' files can't
+    be used."""
     inbox = Inbox[Event](_INBOX_BYTES)
     link = BrokerLink(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.tls_context(ca), inbox=inbox)
     guard = SecondServerGuard(link, identity.site, identity.key, server, stopping)

@@ -50,11 +50,8 @@ _RESTART_ALLOWANCE_S = 60.0
 class RolloutCoordinator:
     """Runs the rollout that is under way. Every method raises `StorageError` if the disk fails or is full.
 
-    Args:
-        members: The boards of the fleet; None takes every board for a member.
-        clock: Seconds since 1970, for the record alone.
-        monotonic: Seconds of the monotonic clock, for deadlines.
-    """
+    `members` returns the boards of the fleet; None takes every board for a member. Deadlines count on the monotonic
+    clock; the other one, in seconds since 1970, is only for the record."""
 
     def __init__(
         self,

@@ -175,8 +175,6 @@ def take_back(
         number: The new release's number; None for the next free one.
         above: A number that releases that were not rolled out yet may have used.
         terms: How careful it is; attempts and their seconds are those of the last rollout.
-        clock: Seconds since 1970.
-        database: Its URL; None for the folder's.
     """
     with IdentityFolder(state, database=database) as identity:
         key, members = identity.key, identity.store.members()

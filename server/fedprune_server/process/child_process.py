@@ -42,7 +42,6 @@ class ChildProcess(Generic[Message]):
         name: The child's name in the log, such as `the console`.
         read: Reads the child's next message; returns None at the end.
         max_unread: Maximum number of unread messages, with more of which the child is ended; 0 for no limit.
-        environment: The child's environment variables; None for those of this process.
     """
 
     def __init__(
@@ -126,13 +125,8 @@ class ChildProcess(Generic[Message]):
 
 
 class RestartedProcess(Generic[Message]):
-    """A child process that is started again when it ends. Only `kill` and `stop` wait for it, for a few seconds.
-
-    Args:
-        start: Starts a run of the child.
-        name: The child's name in the log, such as `the console`.
-        stop_s: Seconds in which the child may end when it is asked to.
-    """
+    """A child process that is started again when it ends. Only `kill` and `stop` wait for it, for `stop_s` at most. The
+    log names it `name`, such as `the console`."""
 
     def __init__(self, start: Callable[[], ChildProcess[Message]], name: str, *, stop_s: float) -> None:
         self._start, self._name, self._stop_s = start, name, stop_s
@@ -150,12 +144,8 @@ class RestartedProcess(Generic[Message]):
         return None if self._child is None else self._child.pid
 
     def start(self, first_line: Callable[[], bytes], now: float) -> bool:
-        """Start the process, unless it exists or has ended too often lately; returns whether it was started.
-
-        Args:
-            first_line: Makes the first line that it receives.
-            now: Seconds of a monotonic clock.
-        """
+        """Start the process, and send it the first line; not if it exists or has ended too often lately. Returns
+        whether it was started. `now` is of a monotonic clock."""
         if self._child is not None or now < self._next_start_at:
             return False
         encoded_line = first_line()

@@ -55,12 +55,8 @@ class TaskPool(ABC, Generic[W]):
 
 
 class ProcessPool(TaskPool[W]):
-    """Processes that stay, each with a worker.
-
-    Args:
-        make: Makes a process's worker; picklable.
-        restarts: Whether killed processes are replaced; if not, a killed one breaks the pool.
-    """
+    """Processes that stay, each with a worker, which `make` (picklable) makes. With `restarts` killed processes are
+    replaced; without, a killed one breaks the pool."""
 
     def __init__(self, size: int, make: Callable[[], W], *, restarts: bool = False) -> None:
         self._size, self._make, self._restarts = size, make, restarts
@@ -105,12 +101,8 @@ def _run_task(task: Callable[..., R], arguments: tuple[Any, ...]) -> R:
 
 
 class ProcessPerTask(TaskPool[W]):
-    """Gives each task a process of its own, so that a killed one costs no other task. Results are dropped.
-
-    Args:
-        size: Number of processes at a time.
-        worker: The tasks' first argument.
-    """
+    """Gives each task a process of its own, `size` at a time, so that a killed one costs no other task. Results are
+    dropped. The tasks' first argument is `worker`."""
 
     def __init__(self, size: int, worker: W) -> None:
         self._size, self._worker = size, worker

@@ -26,12 +26,8 @@ class DevicesAway:
         self._away_but_active: list[str] = []  # others, which were active when their turn came
 
     def on_saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:
-        """Put away devices that are not active, after the state was saved.
-
-        Args:
-            changed_names: Devices that have changed.
-            round_over: Whether a round has ended, after which other devices are active.
-        """
+        """Put away devices that are not active, after the state was saved with these changed devices. After the end of
+        a round (`round_over`) other devices are active."""
         state.devices.fetch = self._fetch
         if round_over:
             self._away_in_memory = dict.fromkeys([*self._away_but_active, *self._away_in_memory])

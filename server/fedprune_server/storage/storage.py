@@ -277,7 +277,6 @@ class Storage(Closeable):
 
         Args:
             state: The state after the events; afterwards its changes count as saved.
-            events: The events, in order; none for a new job's state.
             now: Time of the events, in seconds since 1970.
             traffic: Bytes so far by device, at least of those devices for which they have changed.
         """

@@ -45,12 +45,8 @@ class _Answer:
 
 
 class Downloads:
-    """Interleaves the answers to devices' blob requests. Does no network I/O.
-
-    Args:
-        serve: Cuts blobs into chunks.
-        max_packet: Maximum bytes of an MQTT packet that the broker lets through.
-    """
+    """Interleaves the answers to devices' blob requests. Does no network I/O. `max_packet` is the size of an MQTT
+    packet that the broker lets through."""
 
     def __init__(self, serve: BlobSender, max_packet: int = DEFAULT_MAX_PACKET) -> None:
         self._sender = serve

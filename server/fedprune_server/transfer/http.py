@@ -59,9 +59,8 @@ def web_blobs(
 ) -> Iterator[WebBlobs]:
     """Blobs over HTTP as configured, with a web server that runs until the end if one is configured.
 
-    Args:
-        identity: The server's identity; None to do without, on this machine alone.
-        wake: Called from another thread when the loop has an upload to collect.
+    Without an identity it is for this machine alone. `wake` is called from another thread when the loop has an upload
+    to collect.
 
     Raises:
         ConfigError: The web server's address can't be listened on, or is open to others without an identity.

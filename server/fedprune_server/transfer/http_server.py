@@ -122,7 +122,6 @@ class BlobServer:
     the address can't be listened on.
 
     Args:
-        port: The port; 0 for a free one.
         context: Returns TLS for a new connection, which asks for the board's certificate; None to do without.
         connections: Maximum number of connections, without those for uploads.
 

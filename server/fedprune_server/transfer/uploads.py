@@ -230,13 +230,9 @@ class Uploads:
     def on_birth(
         self, device: str, session: int, response_s: float, now: float, *, can_upload: bool = False
     ) -> DeviceRequests:
-        """Handle a device's birth. On a new connection the chunks under way are lost, and requested again.
-
-        Args:
-            session: Number of its connection.
-            response_s: Seconds until answers come, as measured by the device.
-            can_upload: Whether it can upload to a web server.
-        """
+        """Handle a device's birth. On a new connection (session) the chunks under way are lost, and requested again.
+        Answers come after `response_s`, as measured by the device; `can_upload` says whether it can upload to a web
+        server."""
         self._response_times.setdefault(device, ResponseTime()).note_peer_measurement(response_s)
         can_upload = can_upload and self._place.accepts_uploads
         is_new_uploader = can_upload and device not in self._uploaders

@@ -58,13 +58,8 @@ class AwaitedUpload:
 
 
 class HttpUploads(UploadPlace):
-    """Updates that boards upload to the server's own web server.
-
-    Args:
-        store: The store for these updates.
-        url: The web server's address.
-        wake: Called from any thread when an upload has ended: wakes the server's loop.
-    """
+    """Updates that boards upload to the server's own web server. When one has ended, `wake` wakes the server's loop,
+    from any thread."""
 
     accepts_uploads = True
 

@@ -109,8 +109,6 @@ class BucketStore(BlobStore):
     when the bucket has the blob; `delete` returns at once, and objects are deleted in the background.
 
     Args:
-        root: The folder of the cache.
-        url: The bucket and the prefix.
         cache: Maximum bytes of the bucket's blobs that the folder holds.
         shared: Whether other processes store blobs in the bucket, too: then each blob is searched for in the bucket,
             whose objects aren't listed at first.
@@ -374,12 +372,8 @@ class BucketStore(BlobStore):
     def _with_repair(
         self, sha256: str, read_cached: Callable[[], _Result], from_fetched: Callable[[bytes], _Result]
     ) -> _Result:
-        """Read a blob of the folder, which is verified, and fetch it from the bucket if it is missing or damaged.
-
-        Args:
-            read_cached: Reads the blob of the folder.
-            from_fetched: Makes the same result from the bytes of the fetched blob.
-        """
+        """Read a blob of the folder, which is verified, with `read_cached`. If it is missing or damaged, fetch it from
+        the bucket, and make the same result of the fetched bytes."""
         try:
             if BlobStore.has(self, sha256) or not self._object_keys(sha256):
                 result = read_cached()
