@@ -188,11 +188,10 @@ def read_crashes(folder: Path, device: str | None = None, limit: int = 1000) -> 
 
 def frames_of(crash: BoardCrash) -> list[str]:
     """A crash's stack frames, as lines."""
-    lines = []
-    for frame in crash.body.get("frames", ()):
-        line = f"{frame['module']}:{frame['line']} in {frame['function']}" if frame["line"] else frame["module"]
-        lines.append(line)
-    return lines
+    return [
+        f"{frame['module']}:{frame['line']} in {frame['function']}" if frame["line"] else frame["module"]
+        for frame in crash.body.get("frames", ())
+    ]
 
 
 def _crash_of_row(values: tuple[Any, ...]) -> BoardCrash:

@@ -23,7 +23,6 @@ class CommandExecutor(Protocol):
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Begin what can be done ahead of commands, some of which will be carried out next."""
-        ...
 
 
 class BackgroundExecutor:

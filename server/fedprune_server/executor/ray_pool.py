@@ -151,12 +151,7 @@ class RayPool(TaskPool[Worker]):
 
 
 class DriverProcess:
-    """The process that is the cluster's driver.
-
-    Args:
-        settings: Makes the workers of its processes.
-        probe: A blob that all its machines must see.
-        is_closed: Whether the pool was closed meanwhile.
+    """The process that is the cluster's driver. The blob `probe` must be visible to all machines of the cluster.
 
     Attributes:
         size: Processors of the cluster.
@@ -183,24 +178,25 @@ class DriverProcess:
         try:
             self.size = self._await_size(url)
         except BaseException:
-            self._end()
+            self.close()
             raise
         # A pipe is full soon while a cluster doesn't answer, and the server's loop must not wait for it.
         threading.Thread(target=self._send_tasks, name="fedprune-ray-tasks", daemon=True).start()
 
     def _await_size(self, url: str) -> int:
         """Wait for the child to reach the cluster and report its processors."""
-        kind, what = "lost", f"no answer in {_START_TIMEOUT_S:g} s"
+        # The child sends pairs of a kind and a value (`run_driver`).
+        kind, value = "lost", f"no answer in {_START_TIMEOUT_S:g} s"
         until = time.monotonic() + _START_TIMEOUT_S
         with suppress(EOFError, OSError):
             # Polled: a server that ends meanwhile must not wait for the cluster.
             while not self._is_closed() and time.monotonic() < until:
                 if self._connection.poll(_POLL_INTERVAL_S):
-                    kind, what = self._connection.recv()
+                    kind, value = self._connection.recv()
                     break
         if kind == "size":
-            return int(what)
-        raise _unusable_cluster(url, what)
+            return int(value)
+        raise _unusable_cluster(url, value)
 
     def submit(self, task: Task, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -229,18 +225,18 @@ class DriverProcess:
         """Receive results until the child ends."""
         try:
             while True:
-                kind, what = self._connection.recv()
+                kind, value = self._connection.recv()
                 if kind == "lost":
-                    log.debug("the cluster: %s", what)
+                    log.debug("the cluster: %s", value)
                     break
                 if kind == "size":
-                    self.size = int(what)
+                    self.size = int(value)
                 elif kind == "done":
                     result = receive_result(self._connection)
-                    self._futures.pop(what).set_result(result)
+                    self._futures.pop(value).set_result(result)
                 else:
                     error = ClusterError("a helper failed", got=self._connection.recv())
-                    self._futures.pop(what).set_exception(error)
+                    self._futures.pop(value).set_exception(error)
         except (EOFError, OSError):
             pass
         except Exception:  # an answer that can't be read; the ones behind it can't be told apart either
@@ -252,12 +248,9 @@ class DriverProcess:
         self._on_lost()
         for future in unanswered:
             future.set_exception(ClusterError("the cluster is lost"))
-        self._end()
+        self.close()
 
     def close(self) -> None:
-        self._end()
-
-    def _end(self) -> None:
         self._process.terminate()
         self._process.join(5.0)
         if self._process.is_alive():

@@ -7,11 +7,12 @@ import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from fedprune.core.errors import ConfigError, IdentityError, search_location
 from fedprune.security.tls import check_local_host
 from fedprune.wire.link import BrokerLink
-from fedprune.wire.queues import Inbox
+from fedprune.wire.queues import Event, Inbox
 from fedprune.wire.topics import Topics
 from fedprune.wire.urls import BrokerUrl
 from fedprune_server.config.server_config import LOOPBACK_HOSTS, BrokerSettings, ServerConfig
@@ -95,29 +96,24 @@ def open_connection(config: ServerConfig, identity: IdentityFolder | None) -> It
                 raise
             url = broker.url
         quarantine, joins = Quarantine(path=config.state / QUARANTINE_FILE), None
+        ignores = quarantine.should_ignore
         if identity is None:
-            link = BrokerLink(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.should_ignore, qos=0)
+            link = BrokerLink(url, f"fedprune-server-{config.site}"[:64], ignores=ignores, qos=0)
             wire: Wire = RateLimitedLink(link, quarantine)
         else:
-            link = BrokerLink(
-                url,
-                f"fedprune-{secrets.token_hex(12)}",
-                tls=lambda: identity.tls_context(config.ca),
-                ignores=quarantine.should_ignore,
-                qos=0,
-            )
-            joins = BrokerLink(
-                url,
-                f"fedprune-{secrets.token_hex(12)}",
-                tls=lambda: identity.tls_context(config.ca),
-                inbox=Inbox(JOIN_INBOX_BYTES),
-                pause_s=JOIN_FLOOD_PAUSE_S,
-                wake=link.wake,
-            )
+            tls = partial(identity.tls_context, config.ca)
+            link = BrokerLink(url, _random_id(), tls=tls, ignores=ignores, qos=0)
+            inbox, wake = Inbox[Event](JOIN_INBOX_BYTES), link.wake
+            joins = BrokerLink(url, _random_id(), tls=tls, inbox=inbox, pause_s=JOIN_FLOOD_PAUSE_S, wake=wake)
             stack.callback(joins.close)
             wire = AuthenticatedLink(RateLimitedLink(link, quarantine), identity, joins=joins, quarantine=quarantine)
         stack.callback(link.close)
         yield ServerConnection(wire, link, joins, broker, site, quarantine, url)
+
+
+def _random_id() -> str:
+    """An MQTT client id that nobody can guess: a broker ends the connection of a client whose id another one takes."""
+    return f"fedprune-{secrets.token_hex(12)}"
 
 
 @contextmanager

@@ -49,29 +49,23 @@ class Wire(Protocol):
     @property
     def connected(self) -> bool:
         """Whether the connection is up."""
-        ...
 
     @property
     def room(self) -> bool:
         """Whether `publish` would accept a message now (if connected)."""
-        ...
 
     @property
     def unsent(self) -> int:
         """Payload bytes that wait to be sent."""
-        ...
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting."""
-        ...
 
     def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
         """The next message or event; None if nothing waits."""
-        ...
 
     def flush(self, timeout: float) -> bool:
         """Wait until what was published is sent."""
-        ...
 
 
 @dataclass(frozen=True)

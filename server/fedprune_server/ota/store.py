@@ -169,12 +169,7 @@ class RolloutStore(Closeable):
         `ConfigError` if none is under way.
         """
 
-        def write(connection: sql.Connection) -> int:
-            number, _ = _active_rollout(connection)
-            _update_rollouts(connection, _COLUMNS.number == number, wish=reason)
-            return number
-
-        return self._run_transaction(write)
+        return self._update_active(lambda number, hold: {"wish": reason})
 
     def pause(self, reason: str) -> int:
         """Ask the server to give the release to no further board until `resume`; returns the rollout's number.
@@ -182,23 +177,26 @@ class RolloutStore(Closeable):
         A paused rollout keeps its first reason. Raises `ConfigError` if none is under way, or it is to stop.
         """
 
-        def write(connection: sql.Connection) -> int:
-            number, hold = _active_rollout(connection)
-            # Without any reason a dash: NULL means that nobody asked for a pause.
-            _update_rollouts(connection, _COLUMNS.number == number, hold=hold or reason or "-")
-            return number
-
-        return self._run_transaction(write)
+        # Without any reason a dash: NULL means that nobody asked for a pause.
+        return self._update_active(lambda number, hold: {"hold": hold or reason or "-"})
 
     def resume(self) -> int:
         """Ask that a paused rollout continues; returns its number. Raises `ConfigError` if none is running,
         or it isn't paused."""
 
-        def write(connection: sql.Connection) -> int:
-            number, hold = _active_rollout(connection)
+        def release(number: int, hold: str | None) -> dict[str, str | None]:
             if hold is None:
                 raise ConfigError(f"rollout {number} isn't paused", hint="See `fedprune-server rollout status`.")
-            _update_rollouts(connection, _COLUMNS.number == number, hold=None)
+            return {"hold": None}
+
+        return self._update_active(release)
+
+    def _update_active(self, changes: Callable[[int, str | None], Mapping[str, str | None]]) -> int:
+        """Change columns of the rollout under way, given its number and its `hold`; returns its number."""
+
+        def write(connection: sql.Connection) -> int:
+            number, hold = _active_rollout(connection)
+            _update_rollouts(connection, _COLUMNS.number == number, **changes(number, hold))
             return number
 
         return self._run_transaction(write)

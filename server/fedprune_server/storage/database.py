@@ -25,7 +25,7 @@ import sqlalchemy as sql
 
 from fedprune.core.atomic_file import atomic_write
 from fedprune.core.closeable import Closeable
-from fedprune.core.errors import BusyError, ConfigError, MissingExtraError, StorageError, StorageFullError
+from fedprune.core.errors import BusyError, ConfigError, MissingExtraError, StorageError, StorageFullError, error_reason
 from fedprune.core.lock_wait import LockWait, call_wait_hook
 from fedprune_server.storage.sqlite_file import execute_unlocked, is_sqlite_locked
 from fedprune_server.storage.tables import META, put_meta
@@ -287,14 +287,11 @@ def copy_sqlite(source: Path, target: Path) -> None:
     """Copy a SQLite database that may be in use. The copy is complete and on the disk, or missing, and only its owner
     can read it. Raises `StorageError` if a file can't be read or written.
     """
-    with atomic_write(target, private=True) as partial, translate_errors(str(source)):
-        _copy_pages(source, partial)
-
-
-def _copy_pages(source: Path, target: Path) -> None:
     with (
+        atomic_write(target, private=True) as partial,
+        translate_errors(str(source)),
         closing(sqlite3.connect(read_only_uri(source), uri=True, timeout=SQLITE_RETRY_S)) as reader,
-        closing(sqlite3.connect(target)) as writer,
+        closing(sqlite3.connect(partial)) as writer,
     ):
         reader.backup(writer)
         writer.execute("PRAGMA journal_mode=DELETE")  # one file, without a log
@@ -315,7 +312,7 @@ def translate_errors(url: str) -> Iterator[None]:
     except (sql.exc.SQLAlchemyError, sqlite3.Error) as error:
         if getattr(error, "connection_invalidated", False):
             raise _lost_error(url, error) from error
-        message = _first_line(error)
+        message = error_reason(_cause(error))
         if is_locked(error):
             raise DatabaseLockedError(
                 f"{url} is locked by another process",
@@ -334,20 +331,20 @@ def translate_errors(url: str) -> Iterator[None]:
 
 def is_locked(error: BaseException) -> bool:
     """Whether a statement failed because another process holds a lock."""
-    cause = getattr(error, "orig", None) or error
+    cause = _cause(error)
     return is_sqlite_locked(cause) or getattr(cause, "sqlstate", None) == _LOCK_NOT_AVAILABLE
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The driver's error behind an error of SQLAlchemy."""
+    return getattr(error, "orig", None) or error
 
 
 def _lost_error(url: str, error: Exception) -> LostConnectionError:
     return LostConnectionError(
-        f"can't reach {url}: {_first_line(error)}",
+        f"can't reach {url}: {error_reason(_cause(error))}",
         hint="Is the database running, and the URL right? Start the server again once it is there; nothing is lost.",
     )
-
-
-def _first_line(error: Exception) -> str:
-    cause = getattr(error, "orig", None) or error
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
 def _postgresql_engine(url: sql.URL, *, read_only: bool) -> sql.Engine:

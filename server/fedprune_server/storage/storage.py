@@ -283,7 +283,10 @@ class Storage(Closeable):
         # Devices, tasks and finished rounds have tables of their own, so that an event doesn't rewrite all of them.
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
         is_unknown = state is not self._saved
-        devices, tasks = self._differing_rows(state) if is_unknown else self._changed_rows(state)
+        if is_unknown:
+            devices, tasks = self._differing_rows(state)
+        else:
+            devices, tasks = self._devices.changed_rows(state.devices), self._tasks.changed_rows(state.tasks)
         new_rounds = state.history[self._saved_rounds :]
         has_changed = body != self._saved_state or bool(devices or tasks or new_rounds)
         if has_changed:
@@ -293,9 +296,13 @@ class Storage(Closeable):
                 self.log.write(connection, events, now)
                 self._devices.write(connection, devices)
                 self._tasks.write(connection, tasks)
-                self._write_traffic(
-                    connection, {name: counts for name, counts in (traffic or {}).items() if name in state.devices}
-                )
+                traffic_rows = [
+                    {"_name": name, "_down": down, "_up": up}
+                    for name, (down, up) in (traffic or {}).items()
+                    if name in state.devices
+                ]
+                if traffic_rows:
+                    connection.execute(_UPDATE_TRAFFIC, traffic_rows)
                 if new_rounds:
                     for table in (ROUNDS, PARTICIPANTS):
                         connection.execute(
@@ -312,19 +319,10 @@ class Storage(Closeable):
         state.mark_saved()
         return has_changed
 
-    def _changed_rows(self, state: State) -> tuple[Rows, Rows]:
-        return self._devices.changed_rows(state.devices), self._tasks.changed_rows(state.tasks)
-
     def _differing_rows(self, state: State) -> tuple[Rows, Rows]:
         with self.database.read_transaction() as connection:
             devices, tasks = self._devices.hashes(connection), self._tasks.hashes(connection)
         return self._devices.differing_rows(state.devices, devices), self._tasks.differing_rows(state.tasks, tasks)
-
-    def _write_traffic(self, connection: sql.Connection, traffic: Traffic) -> None:
-        if traffic:
-            connection.execute(
-                _UPDATE_TRAFFIC, [{"_name": name, "_down": down, "_up": up} for name, (down, up) in traffic.items()]
-            )
 
     def load(self) -> State | None:
         """The last saved state, or None for a new database.

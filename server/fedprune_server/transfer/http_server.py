@@ -27,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedprune.blobs.blob_ref import LEAF_BYTES, table_file
 from fedprune.blobs.streamed_blob import StreamedBlob
+from fedprune.core.closeable import Closeable
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
 from fedprune.security.tls import peer_name
 from fedprune.wire.transfer import MIN_BYTES_PER_S
@@ -117,7 +118,7 @@ class _BlobResponse(Response):
         await send({"type": "http.response.body"})
 
 
-class BlobServer:
+class BlobServer(Closeable):
     """The web server: it listens at once, and answers until `close`, on a thread of its own. Raises `ConfigError` if
     the address can't be listened on.
 
@@ -165,12 +166,6 @@ class BlobServer:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="fedprune-blobs", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> BlobServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Listen no longer, and cut all connections."""

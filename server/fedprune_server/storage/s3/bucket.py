@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
+from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, error_reason
 from fedprune.core.records import pattern_text
 from fedprune.core.validation import is_digest
 
@@ -238,12 +238,12 @@ class Bucket:
                     "Are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY right? They must be allowed to list the bucket, "
                     "and to get, put and delete objects."
                 )
-            raise BucketError(f"can't {action} {self.url}: {_first_line(error)}", hint=hint) from error
+            raise BucketError(f"can't {action} {self.url}: {error_reason(error)}", hint=hint) from error
         except (self._connection_error, OSError) as error:
             hint = "Is it running, and AWS_ENDPOINT_URL (or AWS_REGION) right?"
             if "redentials" in type(error).__name__:
                 hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
-            raise BucketError(f"can't {action} {self.url}: {_first_line(error)}", hint=hint) from error
+            raise BucketError(f"can't {action} {self.url}: {error_reason(error)}", hint=hint) from error
 
 
 def _with_md5(params: dict[str, Any], **_: Any) -> None:
@@ -254,11 +254,6 @@ def _with_md5(params: dict[str, Any], **_: Any) -> None:
 
 def _code(error: Exception) -> str:
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0

@@ -75,7 +75,8 @@ class Deletions:
             try:
                 self._retry("delete", partial(self._bucket.delete, keys))
             except StoppedError:  # noqa: PERF203 - each turn waits for the network anyway
-                self._forget_keys()
+                with self._lock:
+                    self._keys.clear()
             except StorageError:  # without endless retries these objects are left, and later ones have their turn
                 continue
 
@@ -85,10 +86,6 @@ class Deletions:
             if not keys:
                 self._thread = None
             return keys
-
-    def _forget_keys(self) -> None:
-        with self._lock:
-            self._keys.clear()
 
 
 log = logging.getLogger("fedprune.server")
@@ -245,12 +242,12 @@ class BucketStore(BlobStore):
         return ref
 
     def flush(self, sha256: str) -> None:
-        if not self._is_in_bucket(sha256):
+        if sha256 not in self._objects:
             self._upload(sha256, BlobStore.read(self, sha256))
 
     def _upload(self, sha256: str, data: bytes | memoryview) -> None:
         """Put a blob into the bucket, unless it is there, and count its file in the folder."""
-        if not self._is_in_bucket(sha256):
+        if sha256 not in self._objects:
             key = _new_key(sha256)
             self.retry(WRITE_WORK, lambda: self.bucket.put(key, data, sha256))
             with self._lock:
@@ -304,9 +301,6 @@ class BucketStore(BlobStore):
         with self._lock:
             unknown = [key for key in keys if key not in self._objects.get(digest_of(key) or "", {})]
         self._deletions.add(unknown)
-
-    def _is_in_bucket(self, sha256: str) -> bool:
-        return sha256 in self._objects
 
     # Reading.
 
