@@ -45,13 +45,8 @@ _BUSY_RECHECK_S, _EXPIRY_INTERVAL_S = 5.0, 600.0
 
 @dataclass(frozen=True)
 class Demand:
-    """The demand of a server's jobs.
-
-    Attributes:
-        needed: Boards that their rounds need at once.
-        stay_s: Seconds of a visit.
-        waiting: Whether a job has too few boards to begin a round.
-    """
+    """The demand of a server's jobs: boards that their rounds need at once, the seconds of a visit, and whether a job
+    waits for boards to begin a round."""
 
     needed: int
     stay_s: float

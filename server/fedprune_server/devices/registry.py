@@ -43,7 +43,6 @@ class DeviceRegistry:
         unplanned_devices: Devices that couldn't be planned for before this start of the server.
 
     Attributes:
-        model_parameters: Number of the whole model's parameters.
         parameters_at: Number of a submodel's parameters, by its widths.
         total_traffic: Payload bytes to and from all devices, over all starts of the server.
         unsaved_traffic: Payload bytes to and from devices for which they have changed since they were saved.

@@ -49,13 +49,8 @@ _PROFILE_CACHE_S = 10.0
 
 @dataclass(frozen=True)
 class Envelope:
-    """A decoded message, with the device that sent it.
-
-    Attributes:
-        job: The job that the topic names.
-        body: The message, or a chunk of an update.
-        size: Bytes of the payload.
-    """
+    """A decoded message or chunk (`body`), with the device that sent it, the job that its topic names, and its size in
+    bytes."""
 
     device: str
     job: str

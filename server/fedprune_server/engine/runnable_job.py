@@ -46,12 +46,8 @@ class RunnableJob:
 class DeviceServices:
     """A server's services for its devices beside the jobs; the runner of the first job provides them.
 
-    Attributes:
-        rollouts: Rollouts of releases, if this server distributes any.
-        members: Names of the fleet's members, if it has an identity; devices that are no members leave a rollout.
-        crashes: Stores boards' crash reports; None to drop them.
-        blobs: Blobs over HTTP.
-    """
+    If the fleet has an identity, `members` returns the names of its members: other devices leave a rollout. Without
+    `crashes` boards' crash reports are dropped."""
 
     rollouts: RolloutStore | None = None
     members: Callable[[], Collection[str]] | None = None

@@ -69,11 +69,11 @@ class OpenJob:
 
 
 class StateFolder(Closeable):
-    """A state folder, held by one server at a time. Raises `ConfigError` if the folder's job is in another database
-    than the given one, and `StorageError` if another server runs on it, it is a device's, or it can't be used.
+    """A state folder, held by one server at a time; it is made if it is missing. Raises `ConfigError` if the folder's
+    job is in another database than the given one, and `StorageError` if another server runs on it, it is a device's, or
+    it can't be used.
 
     Args:
-        path: The folder; made if missing.
         database: The database's URL; by default the one that the folder names, or the file in the folder.
         standby: Wait until no other server has the folder, or the database.
         stopping: Set if another server takes the database over.

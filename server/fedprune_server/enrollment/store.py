@@ -74,13 +74,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class MemberKey:
-    """A key that has asked to be a device, and the operator's decision.
-
-    Attributes:
-        key: Its verifying key, as hex.
-        status: `waiting`, `approved` or `revoked`.
-        asked: Time of its first request, in seconds since 1970.
-    """
+    """A verifying key (hex) that has asked to be a device, the operator's decision (the status `waiting`, `approved` or
+    `revoked`), and the time of its first request, in seconds since 1970."""
 
     device: str
     key: str

@@ -29,16 +29,16 @@ MAX_SAMPLES = 512
 
 
 class Calibration:
-    """Measures the batch-norm statistics of a model on fixed samples; call it with the model's tensors. Raises
-    `DataError` if there are fewer than two samples, or they have another shape than the model's input.
+    """Measures the batch-norm statistics of a model on fixed samples; call it with the model's tensors. Only the
+    architecture and graph of `model` are used, not its weights. Raises `DataError` if there are fewer than two samples,
+    or they have another shape than the model's input.
 
     Args:
-        model: The model; its architecture and graph are used, not its weights.
         x: Samples, as the model takes them, in any order; of more than `MAX_SAMPLES`, evenly spaced ones are used.
-        features: What of the model is frozen: such statistics stay as they are.
+        features: Parts of the model that are frozen: their statistics stay as they are.
 
     Attributes:
-        samples: Those that are used.
+        samples: The samples that are used.
     """
 
     def __init__(self, model: Model, x: npt.NDArray[Any], features: Features | None = None) -> None:

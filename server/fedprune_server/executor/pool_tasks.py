@@ -61,12 +61,8 @@ def _same_store(store: BlobStore) -> BlobStore:
 
 @dataclass(frozen=True)
 class ExtractedBatch:
-    """Submodels of one task.
-
-    Attributes:
-        events: Their offers; None where one could not be made.
-        objects: What their blobs are called in a bucket, if that is where blobs are kept.
-    """
+    """The offers of one task (None for a submodel that could not be made), and the keys of their blobs' objects in a
+    bucket, if blobs are kept there."""
 
     events: tuple[on.Event | None, ...]
     objects: BucketObjects
@@ -74,12 +70,8 @@ class ExtractedBatch:
 
 @dataclass(frozen=True)
 class Addition:
-    """Some tensors of some updates, to be added up.
-
-    Attributes:
-        command: The round's; its contributions are the updates.
-        refs: Of the updates' blobs, so that no more of them is read than these tensors; None where all is needed.
-    """
+    """A task to add up some tensors of some updates: the contributions of the round's command. `refs` are the updates'
+    blobs, so that only these tensors are read; None if whole updates are needed."""
 
     command: do.Close
     names: frozenset[str]
@@ -103,12 +95,7 @@ def _extract_or_none(worker: Worker, command: do.Extract) -> on.Event | None:
 
 @dataclass(frozen=True)
 class CheckedUpdate:
-    """An update that has passed its checks.
-
-    Attributes:
-        event: The answer to the command.
-        lengths: How far the update moved.
-    """
+    """The answer to a command whose update has passed its checks, and how far the update moved."""
 
     event: on.Folded
     lengths: UpdateLengths

@@ -85,12 +85,8 @@ def _send_result(connection: Connection, result: Any) -> None:
 
 
 class _Cluster:
-    """A connection to a Ray cluster.
-
-    Raises:
-        Exception: Whatever Ray raises where it can't be reached.
-        FedpruneError: It can't be used.
-    """
+    """A connection to a Ray cluster. Raises `FedpruneError` if the cluster can't be used, and any exception of Ray if
+    it can't be reached."""
 
     def __init__(self, address: str, settings: WorkerSpec, probe: str, connection: Connection) -> None:
         import ray

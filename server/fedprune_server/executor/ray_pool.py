@@ -52,11 +52,8 @@ def _unusable_cluster(url: str, why: str) -> ClusterError:
 
 
 class RayPool(TaskPool[Worker]):
-    """Carries out tasks on a cluster.
-
-    Args:
-        url: The cluster (`fedprune_server.config.cluster_url`).
-        worker: The server's own; every machine of the cluster must see its blob store's folder, or reach its bucket.
+    """Carries out tasks on a cluster (`fedprune_server.config.cluster_url`). Every machine of the cluster must see the
+    folder of the worker's blob store, or reach its bucket.
 
     Raises:
         ClusterError: The cluster can't be reached, has no processors, or a machine of it doesn't see the blobs.
@@ -151,12 +148,8 @@ class RayPool(TaskPool[Worker]):
 
 
 class DriverProcess:
-    """The process that is the cluster's driver. The blob `probe` must be visible to all machines of the cluster.
-
-    Attributes:
-        size: Processors of the cluster.
-        is_lost: Whether the child, or its cluster, is gone.
-    """
+    """The process that is the cluster's driver. The blob `probe` must be visible to all machines of the cluster. `size`
+    is the number of the cluster's processors; `is_lost` says that the child, or its cluster, is gone."""
 
     def __init__(
         self, url: str, settings: WorkerSpec, probe: str, on_lost: Callable[[], None], is_closed: Callable[[], bool]

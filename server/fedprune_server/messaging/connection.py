@@ -44,9 +44,7 @@ class ServerConnection:
         wire: The connection for the server's loop, with signatures and rate limits in front of `link`.
         link: The connection to the broker.
         joins: A second connection for requests to join; None without an identity.
-        broker: The embedded broker, if there is one.
         quarantine: Decides which devices the wire hears.
-        url: The broker's address.
     """
 
     wire: Wire

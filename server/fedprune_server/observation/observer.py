@@ -42,12 +42,8 @@ class TurnSaved:
 
 @dataclass(frozen=True, slots=True)
 class RoundEnded:
-    """A round has finished, with its entry in the job's history.
-
-    Attributes:
-        bytes_down: Payload bytes to all devices by then, over all starts of the server.
-        bytes_up: The same from them.
-    """
+    """A round has finished, with its entry in the job's history, and the payload bytes to and from all devices by then,
+    over all starts of the server."""
 
     summary: Mapping[str, Any]
     bytes_down: int = 0
@@ -77,13 +73,8 @@ class ServerEnding:
 
 @dataclass(frozen=True, slots=True)
 class TurnEvent:
-    """Something that has happened to a job.
-
-    Attributes:
-        happened_at: When, in seconds since 1970.
-        payload: What the coordinator has handled (`coordination.events`), or a command that was carried out; a job that
-            ends does so with the command `Finish`.
-    """
+    """Something that has happened to a job, with its time in seconds since 1970: an event that the coordinator has
+    handled, a command that was carried out (a job ends with the command `Finish`), or a change of the loop."""
 
     happened_at: float
     payload: on.Event | do.Command | DevicesChanged | TurnSaved | RoundEnded | TurnEnded | LoopBlocked | ServerEnding
@@ -117,12 +108,8 @@ JobTurn = tuple[JobSnapshot, Sequence[TurnEvent]]
 
 @dataclass
 class _Subscription:
-    """An observer, and what it hasn't seen yet.
-
-    Attributes:
-        due_at: Not called before, on the monotonic clock.
-        unseen_events: Events by job.
-    """
+    """An observer, which isn't called before `due_at` (monotonic clock), and by job the events that it hasn't seen
+    yet."""
 
     observer: Observer
     due_at: float = 0.0

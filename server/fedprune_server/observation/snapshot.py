@@ -99,12 +99,10 @@ class FleetSnapshot:
     """The part of a snapshot that a server's jobs share.
 
     Attributes:
-        broker_connected: Whether the server is connected to its broker.
         connected_devices: The boards that are connected, at whatever job.
         job_of_device: The job that has a board, by board; free boards are left out.
         quarantines: The end of each quarantine, in seconds since 1970, and its reason, by board.
         flooding_client: MQTT client id that floods the requests to join; empty if many do together, None if none does.
-        has_several_jobs: Whether the server has more than one job.
     """
 
     broker_connected: bool = True
@@ -120,7 +118,6 @@ class JobSnapshot:
     """A job at one moment. Times are in seconds since 1970.
 
     Attributes:
-        strategy: The strategy's name.
         judged_by: The metric by which its models are judged.
         is_asynchronous: Whether rounds end without waiting for those who were asked in them.
         closes_early: Whether rounds close before all devices are done, on purpose.

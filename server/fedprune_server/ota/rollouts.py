@@ -62,12 +62,8 @@ ALL_AT_ONCE = RolloutTerms((1.0,), success=0.01, errors=0.99, board_seconds=86_4
 
 @dataclass(frozen=True)
 class StartedRollout:
-    """A rollout that was started.
-
-    Attributes:
-        left_release: The release that boards leave, if it takes them back.
-        restored_release: The earlier release whose content they get, if it takes them back.
-    """
+    """A rollout that was started. If it takes boards back, they leave the release `left_release`, and get the content
+    of the earlier one `restored_release`."""
 
     number: int
     release: Release

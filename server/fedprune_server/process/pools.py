@@ -30,12 +30,8 @@ _SPAWN_CONTEXT = multiprocessing.get_context("spawn")
 
 
 class TaskPool(ABC, Generic[W]):
-    """Runs tasks.
-
-    Attributes:
-        patience_s: Seconds after which a result is no longer awaited; None to wait for as long as it takes.
-        adds_updates: Whether a server has its updates checked and added up by this pool, too.
-    """
+    """Runs tasks. A result is awaited for `patience_s` at most; None to wait for as long as it takes. With
+    `adds_updates` a server has its updates checked and added up by this pool, too."""
 
     patience_s: float | None = None
     adds_updates = False

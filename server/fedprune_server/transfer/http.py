@@ -31,14 +31,9 @@ log = logging.getLogger("fedprune.server")
 
 @dataclass(frozen=True)
 class WebBlobs:
-    """Blobs over HTTP.
-
-    Attributes:
-        url: Address under which boards find blobs; None if they get them over MQTT alone.
-        server: This server's own web server, if it has one.
-        uploads: Makes the place to which a job's updates are uploaded, which is nowhere by default. Raises
-            `ConfigError` if the job has no such place.
-    """
+    """Blobs over HTTP: the address under which boards find blobs (None if they get them over MQTT only), this server's
+    own web server, if it has one, and a function that makes the place to which a job's updates are uploaded. That is
+    nowhere by default; the function raises `ConfigError` if the job has no such place."""
 
     url: str | None = None
     server: BlobServer | None = None

@@ -35,12 +35,8 @@ class Adoption:
 class BucketSync:
     """Copies arrived updates into the bucket, verifies those that devices have put there, and fetches requested blobs.
 
-    Without a bucket nothing is left to do.
-
-    Attributes:
-        store: The job's store: the bucket, or the folder if there is none.
-        local_store: The blobs of the folder; reading them never waits for the bucket.
-    """
+    Without a bucket nothing is left to do, and `store` is the folder. `local_store` has the blobs of the folder;
+    reading them never waits for the bucket."""
 
     def __init__(self, store: BlobStore) -> None:
         self.store, self.local_store = store, store.local()

@@ -65,10 +65,7 @@ class ByteCounter:
 class UploadPlace:
     """A place to which boards upload updates, for the server's loop. This base is nowhere: all updates are pulled.
 
-    Attributes:
-        accepts_uploads: Whether boards can upload to it.
-        is_direct: Whether uploads bypass this server, so that any number may be under way at a time.
-    """
+    Uploads that are `is_direct` bypass this server, so that any number may be under way at a time."""
 
     accepts_uploads = is_direct = False
 

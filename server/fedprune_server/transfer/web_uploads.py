@@ -20,14 +20,8 @@ from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 
 
 class WebClient:
-    """A client's connection, with the deadline of its next step.
-
-    Attributes:
-        device: The device that the client's certificate names; None without certificates.
-        awaits_request: Whether a request is to come. Otherwise one is being answered, and the connection keeps its
-            place.
-        deadline: Time by which the next step must have been made.
-    """
+    """A client's connection, with the device that its certificate names (None without certificates), and the deadline
+    of its next step. Either it `awaits_request`, or a request is being answered, and the connection keeps its place."""
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self._connection = connection

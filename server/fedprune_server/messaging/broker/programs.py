@@ -42,13 +42,8 @@ allow_anonymous true
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """A broker's files for TLS.
-
-    Attributes:
-        certificate: Its certificate, and those of its authorities (PEM).
-        key: The key of that certificate (PEM).
-        authority: Whose certificates of clients are right; a client needn't have one.
-    """
+    """A broker's files for TLS (PEM): its certificate with those of its authorities, the key of that certificate, and
+    the authority of the clients' certificates; a client needn't have one."""
 
     certificate: Path
     key: Path
@@ -56,12 +51,7 @@ class TlsFiles:
 
 
 class Command(NamedTuple):
-    """A command that starts a program.
-
-    Attributes:
-        words: The program and its arguments.
-        input: Bytes of its standard input.
-    """
+    """The words of a command that starts a program, and the bytes of its standard input."""
 
     words: list[str]
     input: bytes = b""

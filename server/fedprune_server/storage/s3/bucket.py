@@ -286,12 +286,8 @@ class RetryPolicy:
 
     def __call__(self, kind: str, work: Callable[[], _Result]) -> _Result:
         """Call a function, repeatedly with growing pauses while the bucket can't be used. Each kind of work is logged
-        once as waiting.
-
-        Raises:
-            BucketError: The call failed, and the policy isn't endless.
-            StoppedError: `stop` was called meanwhile.
-        """
+        once as waiting. Raises `StoppedError` if `stop` was called meanwhile, and `BucketError` at once if the policy
+        isn't endless."""
         pause = FIRST_PAUSE_S
         while True:
             try:
