@@ -49,7 +49,7 @@ from fedprune_server.monitoring.notifications import Notifier
 from fedprune_server.observation.observer import Observer, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import open_database
+from fedprune_server.storage.open_database import open_database
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.web.database import CONSOLE_FILE as CONSOLE
 from fedprune_server.web.database import ConsoleDatabase

@@ -20,7 +20,8 @@ from fedprune_server.devices.crash_store import BoardCrash, frames_of, read_cras
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND
-from fedprune_server.storage.storage import Storage, open_database
+from fedprune_server.storage.open_database import open_database
+from fedprune_server.storage.storage import Storage
 
 _BOARD_LOG_HINT = f"Its own log is on the board: {BOARD_LOG_COMMAND}"
 

@@ -5,28 +5,22 @@ The protocol is that of `fedprune.secure_aggregation`; here its steps are bound 
 
 from __future__ import annotations
 
-import json
 import logging
-import secrets
-from collections import deque
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.masked import cohort_sum_line
-from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, SignatureError
+from fedprune.core.errors import FedpruneError, ProtocolError, SignatureError
 from fedprune.core.text import one_line
-from fedprune.secure_aggregation.collector import Collector, FalseSharesError
-from fedprune.secure_aggregation.messages import decode_roster
-from fedprune.secure_aggregation.session import MIN_BOARDS, SecureSumSession, task_digest
+from fedprune.secure_aggregation.session import task_digest
 from fedprune.secure_aggregation.vector_form import SECURE_FIELD, MaskedForm
-from fedprune.security.keys import KEY_BYTES, VerifyingKey
 from fedprune.wire.messages import Accepted, SecureStep, TrainingDone, UpdateAnnouncement
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
+from fedprune_server.engine.secure_cohort import Cohort, sum_session
 from fedprune_server.engine.update_channel import UpdateChannel, announcement
 
 log = logging.getLogger("fedprune.server")
@@ -35,15 +29,7 @@ log = logging.getLogger("fedprune.server")
 # the masked vector.
 _ANSWER_STEPS = {"session": "keys", "roster": "shares", "delivery": "", "survivors": "unmasking"}
 
-# The protocol's steps (docs/secure-aggregation.md), by the server's message that begins each.
-_STEP_NAMES = {"session": "keys", "roster": "shares", "delivery": "masks", "survivors": "unmasking"}
-
-# Share of a cohort's boards that may drop out after the step of keys. A larger share needs more neighbours per board,
-# and so more shares and key agreements.
-_DROPOUT_SHARE = 0.2
-
 _RECONNECT_S = 10.0
-_RANDOM_BYTES = 16
 
 
 class MaskedChannel(UpdateChannel):
@@ -59,8 +45,8 @@ class MaskedChannel(UpdateChannel):
         super().__init__(traffic)
         self._store = store
         self._round = 0
-        self._cohorts: list[_Cohort] = []
-        self._cohort_by_device: dict[str, _Cohort] = {}
+        self._cohorts: list[Cohort] = []
+        self._cohort_by_device: dict[str, Cohort] = {}
         self._drop_reasons: dict[str, str] = {}
         self._reports: list[dict[str, Any]] = []
         self._acceptances: dict[str, Accepted] = {}
@@ -86,13 +72,13 @@ class MaskedChannel(UpdateChannel):
             form = MaskedForm.from_json(offer[SECURE_FIELD])
             task = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[SECURE_FIELD])
             try:
-                session = _sum_session(self._job.name, command.round, task, len(devices), form)
+                session = sum_session(self._job.name, command.round, task, len(devices), form)
             except FedpruneError as error:
                 self._drop_reasons |= dict.fromkeys(devices, one_line(str(error)))
                 log.warning("round %d: no secure sum of %s: %s", command.round, ", ".join(devices), error)
                 self._reports.append({"boards": len(devices), "summed": 0, "lost": {}})
                 continue
-            cohort = _Cohort(session, devices)
+            cohort = Cohort(session, devices)
             self._cohorts.append(cohort)
             self._cohort_by_device |= dict.fromkeys(devices, cohort)
             self._begin_step(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
@@ -216,7 +202,7 @@ class MaskedChannel(UpdateChannel):
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _advance(self, cohort: _Cohort, now: float) -> None:
+    def _advance(self, cohort: Cohort, now: float) -> None:
         """End a cohort's step, if its answers are in or its time is up, and begin the next one."""
         cohort.step_began_at = cohort.step_began_at or now
         cohort.take_results()
@@ -243,21 +229,21 @@ class MaskedChannel(UpdateChannel):
         except ProtocolError as error:
             cohort.fail(error)
 
-    def _begin_step(self, cohort: _Cohort, step: str, messages: Mapping[str, bytes]) -> None:
+    def _begin_step(self, cohort: Cohort, step: str, messages: Mapping[str, bytes]) -> None:
         """Begin a step by sending its message to each device."""
         cohort.step, cohort.messages, cohort.step_began_at = step, dict(messages), 0.0
         cohort.answered, cohort.awaited = set(), messages.keys() - cohort.drop_reasons.keys()
         for device in cohort.messages:
             self._send(cohort, device)
 
-    def _send(self, cohort: _Cohort, device: str) -> None:
+    def _send(self, cohort: Cohort, device: str) -> None:
         task, content = self._state.tasks.get(device), cohort.messages.get(device)
         if task is None or content is None:
             return
         message = SecureStep.of(self._job.name, self._round, task.attempt, cohort.sum_id, cohort.step, content)
         self._traffic.outbox.send(device, message, self._job.name)
 
-    def _drop_device(self, cohort: _Cohort, device: str, reason: str) -> None:
+    def _drop_device(self, cohort: Cohort, device: str, reason: str) -> None:
         log.warning("round %d: %s drops out of the secure sum: %s", self._round, device, reason)
         cohort.drop(device, reason)
 
@@ -265,157 +251,17 @@ class MaskedChannel(UpdateChannel):
         task = self._state.tasks.get(device)
         return task is not None and (round_, attempt) == (self._round, task.attempt)
 
-    def _cohort_of(self, device: str) -> _Cohort | None:
+    def _cohort_of(self, device: str) -> Cohort | None:
         """The cohort of a device, if its sum is unfinished."""
         cohort = self._cohort_by_device.get(device)
         return None if cohort is None or cohort.is_over else cohort
 
-    # In the thread.
-
-    def _add_vector(self, cohort: _Cohort, device: str, digest: str) -> None:
+    def _add_vector(self, cohort: Cohort, device: str, digest: str) -> None:
         """Add a masked vector to the sum, and delete it."""
         try:
             cohort.collector.add_masked(device, self._store.read(digest))
         finally:
             self._store.delete(digest)
 
-    def _unmask(self, cohort: _Cohort) -> str:
+    def _unmask(self, cohort: Cohort) -> str:
         return self._store.put(cohort.collector.total().to_bytes()).sha256
-
-
-@dataclass
-class _Cohort:
-    """One secure sum.
-
-    Attributes:
-        sum_id: Random id of the sum.
-        identity_keys: Identity keys by device, as they came over the devices' connections.
-        step: The server's last step.
-        messages: The server's messages of this step, by device.
-        answered: Devices that have answered the step.
-        awaited: Devices for whose answers the step waits, unless they are offline.
-        announced_digests: Digest of the masked vector that a device has announced, by device.
-        acceptances: The message that will accept a device's masked vector, by device.
-        drop_reasons: The reason, by device that was dropped for one.
-        missed_steps: The first step that a device didn't answer, by device that has dropped out for whatever reason.
-        pending_work: Tasks of the thread, in its order, with the device that each concerns; an empty name for the sum
-            itself.
-        step_began_at: The time at which the step began; 0 until the next turn.
-        total_digest: Digest of the sum, once it is stored.
-        failure: The reason why there is no sum; empty if there is one.
-        has_false_shares: Whether a board's false shares are that reason.
-    """
-
-    session: SecureSumSession
-    devices: tuple[str, ...]
-    sum_id: str = field(default_factory=lambda: secrets.token_hex(_RANDOM_BYTES))
-    identity_keys: dict[str, VerifyingKey] = field(default_factory=dict)
-    step: str = ""
-    messages: dict[str, bytes] = field(default_factory=dict)
-    answered: set[str] = field(default_factory=set)
-    awaited: set[str] = field(default_factory=set)
-    announced_digests: dict[str, str] = field(default_factory=dict)
-    acceptances: dict[str, Accepted] = field(default_factory=dict)
-    drop_reasons: dict[str, str] = field(default_factory=dict)
-    missed_steps: dict[str, str] = field(default_factory=dict)
-    pending_work: deque[tuple[str, Future[Any]]] = field(default_factory=deque)
-    step_began_at: float = 0.0
-    total_digest: str = ""
-    failure: str = ""
-    has_false_shares: bool = False
-
-    def __post_init__(self) -> None:
-        self.collector = Collector(self.session, self.identity_keys)
-
-    @property
-    def is_over(self) -> bool:
-        return bool(self.total_digest or self.failure)
-
-    def answer(self, device: str) -> None:
-        self.answered.add(device)
-        self.awaited.discard(device)
-
-    def drop(self, device: str, reason: str) -> None:
-        self.drop_reasons[device] = reason
-        self.awaited.discard(device)
-        self.note_missed_step((device,))
-
-    def note_missed_step(self, devices: Iterable[str]) -> None:
-        for device in devices:
-            self.missed_steps.setdefault(device, _STEP_NAMES[self.step])
-
-    def add_answer(self, device: str, step: str, content: bytes) -> None:
-        """Add a device's answer. Raises `ProtocolError` or `SignatureError`."""
-        if step == "keys":
-            self.identity_keys.setdefault(device, VerifyingKey(content[:KEY_BYTES]))
-            self.collector.add_advertisement(device, content[KEY_BYTES:])
-        elif step == "shares":
-            self.collector.add_shares(device, content)
-        else:
-            self.collector.add_unmasking(device, content)
-        self.answer(device)
-
-    def rosters(self) -> dict[str, bytes]:
-        """Each device's neighbours: their identity keys, and the collector's roster."""
-        rosters = self.collector.rosters()
-        neighbours_of = {device: tuple(decode_roster(roster, self.session)) for device, roster in rosters.items()}
-        return {
-            device: len(neighbours).to_bytes(2, "big")
-            + b"".join(self.identity_keys[neighbour].raw for neighbour in neighbours)
-            + rosters[device]
-            for device, neighbours in neighbours_of.items()
-        }
-
-    def take_results(self) -> None:
-        """Handle the results of the thread. Raises `StorageError` if the disk has failed; a device whose vector is lost
-        by that is awaited again."""
-        while self.pending_work and self.pending_work[0][1].done():
-            device, future = self.pending_work.popleft()
-            error = future.exception()
-            if error is None:
-                self.total_digest = self.total_digest if device else future.result()
-            elif not isinstance(error, ProtocolError):
-                if device:
-                    self.answered.discard(device)
-                    self.awaited.add(device)
-                raise error
-            elif device:
-                self.drop(device, one_line(str(error)))
-            else:
-                self.fail(error)
-
-    def fail(self, error: Exception) -> None:
-        self.failure = one_line(f"the secure sum failed: {error}")
-        self.has_false_shares = isinstance(error, FalseSharesError)
-        log.warning("%s", self.failure)
-
-    def absence_reasons(self) -> dict[str, str]:
-        """The reasons of the devices that are not in the sum, by device."""
-        summed = self.collector.boards if self.total_digest else ()
-        step_reasons = {
-            name: f"it dropped out of the secure sum at the step of {step}" for name, step in self.missed_steps.items()
-        }
-        reasons = {name: self.drop_reasons.get(name) or step_reasons.get(name) or self.failure for name in self.devices}
-        return {name: reason or "no neighbour is left" for name, reason in reasons.items() if name not in summed}
-
-    def report(self) -> dict[str, Any]:
-        """A report on the sum, as in `on.Unmasked`. A board that drops out after its vector has arrived is summed."""
-        summed = self.collector.boards if self.total_digest else ()
-        lost: dict[str, list[str]] = {}
-        for name, step in sorted(self.missed_steps.items()):
-            if name not in summed:
-                lost.setdefault(step, []).append(name)
-        return {"boards": len(self.devices), "summed": len(summed), "lost": lost}
-
-
-def _sum_session(job: str, round_: int, task: str, boards: int, form: MaskedForm) -> SecureSumSession:
-    """The session of a sum of this many boards. Raises `ConfigError` if they are too few.
-
-    A fifth of the boards may drop out after the step of keys, and in small cohorts as many as k − t allows: k is even
-    and less than the number of boards, t is k/2 + 1.
-    """
-    if boards < MIN_BOARDS:
-        raise ConfigError("boards of the same channels in a secure sum", expected=f"{MIN_BOARDS} or more", got=boards)
-    context = json.dumps([job, round_, secrets.token_hex(_RANDOM_BYTES)]).encode()
-    dropout_share = min(_DROPOUT_SHARE, (boards - MIN_BOARDS) // 2 / boards)
-    return SecureSumSession.choose(context, boards, form.narrow, form.wide, task=task, dropping=dropout_share)

@@ -43,7 +43,8 @@ from fedprune_server.storage.database import hide_passwords, parse_database_url
 from fedprune_server.storage.folder_layout import DATABASE_FILE, MODEL_FILE, database_url, has_database, store_url
 from fedprune_server.storage.folder_lock import folder_lock
 from fedprune_server.storage.lease import Lease
-from fedprune_server.storage.storage import Storage, open_database
+from fedprune_server.storage.open_database import open_database
+from fedprune_server.storage.storage import Storage
 
 log = logging.getLogger("fedprune.server")
 

@@ -55,7 +55,7 @@ from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.folder_layout import has_database
-from fedprune_server.storage.storage import open_database
+from fedprune_server.storage.open_database import open_database
 
 log = logging.getLogger("fedprune.server")
 

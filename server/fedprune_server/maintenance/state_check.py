@@ -34,7 +34,8 @@ from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.blob_place import BLOBS_FOLDER, open_blobs_reader, open_bucket
 from fedprune_server.storage.database import read_only_uri
 from fedprune_server.storage.folder_layout import MODEL_FILE
-from fedprune_server.storage.storage import Storage, open_database
+from fedprune_server.storage.open_database import open_database
+from fedprune_server.storage.storage import Storage
 
 
 def blob_bytes(folder: Path) -> int:

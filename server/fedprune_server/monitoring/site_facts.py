@@ -21,7 +21,7 @@ from fedprune_server.monitoring.alerts import server_command
 from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.folder_layout import has_database
-from fedprune_server.storage.storage import open_database
+from fedprune_server.storage.open_database import open_database
 
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
 

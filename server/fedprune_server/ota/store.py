@@ -24,7 +24,7 @@ from fedprune.releases.rollout import Rollout, RolloutPhase
 from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune.wire.messages import parse_message
 from fedprune_server.storage.database import Database
-from fedprune_server.storage.storage import open_database
+from fedprune_server.storage.open_database import open_database
 from fedprune_server.storage.tables import ROLLOUT_BOARDS, ROLLOUTS, json_column, upsert
 
 FOLDER = "releases"

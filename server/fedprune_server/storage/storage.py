@@ -6,10 +6,8 @@ out. So everything that was done had been saved, and everything that was saved c
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import wraps
@@ -25,15 +23,15 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError, search_location
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import DeviceTask, JobDevice
-from fedprune.security.private_file import share_owner
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.storage.database import COMMIT_ROW, Database
+from fedprune_server.storage.database import Database
 from fedprune_server.storage.devices_away import DevicesAway
+from fedprune_server.storage.event_log import MIN_LOGGED_EVENTS, EventLog
 from fedprune_server.storage.folder_layout import DATABASE_FILE, URL_FILE, database_url, has_database
-from fedprune_server.storage.schema import has_tables, make_tables
+from fedprune_server.storage.open_database import open_tables, private_url, sqlite_url
+from fedprune_server.storage.schema import has_tables
 from fedprune_server.storage.tables import (
     DEVICES,
-    EVENTS,
     PARTICIPANTS,
     ROUNDS,
     TASKS,
@@ -48,14 +46,6 @@ from fedprune_server.storage.tables import (
     task_row,
 )
 
-# Minimum number of events that the log keeps. Older ones are deleted from time to time: a job's log would otherwise
-# fill the disk.
-MIN_LOGGED_EVENTS = 50_000
-
-# Events that come with a message of their device, by which its last message can be dated after a restart.
-_DEVICE_EVENTS = ("DeviceBorn", "UpdateAnnounced", "UpdateStored", "OfferRefused")
-_PRUNE_INTERVAL, _PAGE_ROWS = 500, 1000
-_INSERT_EVENT = EVENTS.insert()
 _SELECT_DEVICE = sql.select(DEVICES.c.body).where(DEVICES.c.name == sql.bindparam("name"))
 _UPDATE_TRAFFIC = (
     DEVICES.update()
@@ -63,70 +53,6 @@ _UPDATE_TRAFFIC = (
     .values(bytes_down=sql.bindparam("_down"), bytes_up=sql.bindparam("_up"))
 )
 
-
-class EventLog:
-    """The event log of a job's database, which keeps at least its latest `min_events` events."""
-
-    def __init__(self, database: Database, min_events: int = MIN_LOGGED_EVENTS) -> None:
-        self._min_events = min_events
-        self._database = database
-        self._last_number: int | None = None
-
-    def write(self, connection: sql.Connection, events: Sequence[Event], now: float) -> None:
-        """Add events that happened at `now`, in seconds since 1970, within the caller's transaction."""
-        rows = [
-            {
-                "at": now,
-                "type": type(event).__name__,
-                "body": json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars),
-            }
-            for event in events
-        ]
-        if not rows:
-            return
-        connection.execute(_INSERT_EVENT, rows)
-        # Counted here, so that the database is queried for the last number only once, and when rows are to be deleted.
-        interval = min(_PRUNE_INTERVAL, self._min_events)
-        number = self._read_last_number(connection) if self._last_number is None else self._last_number + len(rows)
-        if number // interval > (number - len(rows)) // interval:
-            number = self._read_last_number(connection)
-            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % interval - self._min_events))
-        self._last_number = number
-
-    def _read_last_number(self, connection: sql.Connection) -> int:
-        return int(connection.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar() or 0)
-
-    def events(self) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
-        """Number, time, type and body of all events, in order."""
-        query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE_ROWS)
-        rows: Sequence[Any] = [(0,)]
-        while rows:  # page by page: a long job's log is more than memory should hold
-            with self._database.read_transaction() as connection:
-                rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
-            for number, at, kind, body in rows:
-                yield number, at, kind, read_json_column(body, self._database.url)
-
-    def last_at(self) -> float | None:
-        """Time of the last event, in seconds since 1970; None without events."""
-        with self._database.read_transaction() as connection:
-            last_time = connection.execute(sql.select(EVENTS.c.at).order_by(EVENTS.c.number.desc()).limit(1)).scalar()
-        return None if last_time is None else float(last_time)
-
-    def last_message_times(self) -> tuple[float | None, dict[str, float]]:
-        """Times of the last event and, as far as events show, of each device's last message, in seconds since 1970."""
-        last_time, device_times = None, dict[str, float]()
-        for _, at, kind, body in self.events():
-            last_time = at
-            if kind in _DEVICE_EVENTS and isinstance(body.get("device"), str):
-                device_times[body["device"]] = at
-            # A will comes from the broker, later than the device's last message, whose time it carries.
-            elif kind == "DeviceDied" and body.get("heard_at") is not None:
-                # `heard_at` may be earlier than a message in this log, if another job has counted the later messages.
-                device_times[body["device"]] = max(float(body["heard_at"]), device_times.get(body["device"], 0.0))
-        return last_time, device_times
-
-
-log = logging.getLogger("fedprune.server")
 
 # Maximum number of devices' parts in finished rounds that a running server keeps in memory; all are in the database.
 MAX_PARTS_IN_MEMORY = 10_000
@@ -174,7 +100,7 @@ class Storage(Closeable):
         self._tasks = TrackedTable[DeviceTask](TASKS, task_row)
         self._devices_away = DevicesAway(self._read_device)
         self._saved_unplanned: dict[str, Any] = {}
-        self.database = _open_tables(url, create=create, check=True)
+        self.database = open_tables(url, create=create, check=True)
         self.url = str(self.database.file or self.database.url)
         self.log = EventLog(self.database, logged)
 
@@ -184,7 +110,7 @@ class Storage(Closeable):
 
         Only its owner may read it, because the broker's address in it may hold a password.
         """
-        return cls(_private_url(folder, database))
+        return cls(private_url(folder, database))
 
     @classmethod
     def open_existing(cls, folder: Path) -> Storage:
@@ -202,7 +128,7 @@ class Storage(Closeable):
     def read_settings(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
         """The settings of a state folder's job; None if there are none. Raises `StorageError` as `open_database`."""
         url = database_url(folder, database)
-        if url == _sqlite_url(folder) and not (folder / DATABASE_FILE).is_file():
+        if url == sqlite_url(folder) and not (folder / DATABASE_FILE).is_file():
             return None
         with Database(url, read_only=True) as opened, opened.read_transaction() as connection:
             if not has_tables(connection, opened.url):
@@ -396,67 +322,3 @@ class Storage(Closeable):
                 if number in summaries:
                     summaries[number]["devices"][device] = read_json_column(body, self.url)
         return list(summaries.values())[::-1]
-
-
-def _sqlite_url(folder: Path) -> str:
-    return f"sqlite:///{folder.resolve() / DATABASE_FILE}"
-
-
-def _private_url(folder: Path, database: str | None) -> str:
-    """The URL of a folder's database. A file in the folder is created so that its owner alone can read it."""
-    url, path = database_url(folder, database), folder / DATABASE_FILE
-    if url == _sqlite_url(folder):
-        with storage_errors(f"can't write {path}"):
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                # A claim that root makes before the server's first start must not lock the server out.
-                share_owner(path, folder)
-            except FileExistsError:
-                if path.stat().st_mode & 0o077:
-                    path.chmod(0o600)
-    return url
-
-
-def open_database(folder: Path, database: str | None = None, *, read_only: bool = False) -> Database:
-    """Open the database of a state folder, for tables that don't belong to a job.
-
-    Its tables are made if it is empty, unless it is only read. Raises `StorageError` if it is damaged, of another
-    version or can't be opened.
-    """
-    url = database_url(folder, database) if read_only else _private_url(folder, database)
-    return _open_tables(url, create=not read_only)
-
-
-def _open_tables(url: str, *, create: bool, check: bool = False) -> Database:
-    """Open a database, make its tables if it is empty (`create`), and look for damage (`check`)."""
-    database = Database(url, read_only=not create)
-    name = str(database.file or database.url)
-    try:
-        with database.read_transaction() as connection:
-            if check and not database.postgresql:
-                check_result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-                if check_result != "ok":
-                    raise StorageError(f"{name} is damaged ({check_result})", hint="Restore the server's backup.")
-            has_format = has_tables(connection, name)
-        if not has_format:
-            _make_missing_tables(database, create=create)
-    except BaseException:
-        database.close()
-        raise
-    return database
-
-
-def _make_missing_tables(database: Database, *, create: bool) -> None:
-    """Make the tables of an empty database. Raises `StorageError` without `create`."""
-    if not create:
-        raise StorageError(f"{database.url} holds no job yet", hint="Has a server been started on it?")
-
-    def begin() -> None:
-        with database.transaction() as connection:
-            if has_tables(connection, database.url):  # another process may have been first
-                return
-            make_tables(connection)
-            if database.postgresql:
-                put_meta(connection, COMMIT_ROW, "")
-
-    database.retry_while_locked(begin)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError, StorageFullError
-from fedprune_server.storage.s3.bucket import StoppedError
+from fedprune_server.storage.s3.retry_policy import StoppedError
 from fedprune_server.transfer.upload_place import ArrivedUpdate, Outcome
 
 log = logging.getLogger("fedprune.server")

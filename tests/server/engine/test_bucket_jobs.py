@@ -19,7 +19,7 @@ from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.restoring import Backup
 from fedprune_server.maintenance.state_check import check_state
 from fedprune_server.storage.blob_place import BLOBS_FOLDER
-from fedprune_server.storage.s3 import bucket as bucket_patience
+from fedprune_server.storage.s3 import retry_policy
 from fedprune_server.storage.s3.bucket import BucketError, digest_of, parse_bucket_url
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
@@ -159,8 +159,8 @@ def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket_patience, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(bucket_patience, "MAX_PAUSE_S", 0.02)
+    monkeypatch.setattr(retry_policy, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry_policy, "MAX_PAUSE_S", 0.02)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.enrollment.store import MAX_ANSWERS, MAX_CERTIFICATES, MAX_NAMESAKES, MAX_WAITING
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.folder_layout import DATABASE_FILE
-from fedprune_server.storage.storage import open_database
+from fedprune_server.storage.open_database import open_database
 from fedprune_server.storage.tables import MEMBERS
 from support.fakes.members import certified, serials_of
 from support.faults.power_cuts import CutError, power

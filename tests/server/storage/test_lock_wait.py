@@ -24,7 +24,8 @@ from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage import database
 from fedprune_server.storage.database import Database, translate_errors
 from fedprune_server.storage.folder_layout import DATABASE_FILE
-from fedprune_server.storage.storage import Storage, open_database
+from fedprune_server.storage.open_database import open_database
+from fedprune_server.storage.storage import Storage
 from support.processes.postgres import Postgres
 
 HOLDER = """

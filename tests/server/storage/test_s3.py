@@ -19,14 +19,8 @@ from fedprune.core.errors import ConfigError, StorageError, StorageFullError
 from fedprune.wire.urls import UploadUrl
 from fedprune_server.storage.s3 import bucket
 from fedprune_server.storage.s3 import store as bucket_store
-from fedprune_server.storage.s3.bucket import (
-    BLOBS_PREFIX,
-    Bucket,
-    BucketError,
-    StoppedError,
-    digest_of,
-    parse_bucket_url,
-)
+from fedprune_server.storage.s3.bucket import BLOBS_PREFIX, Bucket, BucketError, digest_of, parse_bucket_url
+from fedprune_server.storage.s3.retry_policy import StoppedError
 from fedprune_server.storage.s3.store import BucketStore
 from support.processes.s3 import S3, SECRETS, Ceph
 from support.waiting import until

@@ -11,7 +11,7 @@ from fedprune.security.joining import make_join_request
 from fedprune.security.keys import SigningKey
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.storage.storage import open_database
+from fedprune_server.storage.open_database import open_database
 from fedprune_server.storage.tables import CERTIFICATES
 
 

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, error_reason
 from fedprune.core.records import pattern_text
 from fedprune.core.validation import is_digest
-
-log = logging.getLogger("fedprune.server")
 
 SCHEME = "s3://"
 
@@ -98,7 +94,7 @@ class Owner:
 class Bucket:
     """The objects under a prefix, `s3://bucket/prefix`. Methods raise `BucketError` if the bucket can't be used.
 
-    They may be called from several threads. They repeat a failed request a few times at most: `RetryPolicy` waits for
+    They may be called from several threads. They repeat a failed request a few times at most: a `RetryPolicy` waits for
     longer. Raises `ConfigError` if the URL is invalid, and `MissingExtraError` if boto3 isn't installed."""
 
     def __init__(self, url: str) -> None:
@@ -254,60 +250,3 @@ def _with_md5(params: dict[str, Any], **_: Any) -> None:
 
 def _code(error: Exception) -> str:
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
-
-
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
-WRITE_WORK, ADOPT_WORK = "write", "verify uploads"
-
-_Result = TypeVar("_Result")
-
-
-class StoppedError(StorageError):
-    """The server ends while a call waits for the bucket."""
-
-
-class RetryPolicy:
-    """Repeats calls while the bucket can't be used, until `stop` if it `is_endless`; otherwise an error is raised at
-    once. May be called from any thread."""
-
-    def __init__(self) -> None:
-        self.is_endless = False
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
-        self._waiting_kinds: frozenset[str] = frozenset()
-
-    @property
-    def holds_updates(self) -> bool:
-        """Whether a write or the verification of an upload waits."""
-        return bool({WRITE_WORK, ADOPT_WORK} & self._waiting_kinds)
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def __call__(self, kind: str, work: Callable[[], _Result]) -> _Result:
-        """Call a function, repeatedly with growing pauses while the bucket can't be used. Each kind of work is logged
-        once as waiting. Raises `StoppedError` if `stop` was called meanwhile, and `BucketError` at once if the policy
-        isn't endless."""
-        pause = FIRST_PAUSE_S
-        while True:
-            try:
-                result = work()
-            except BucketError as error:  # noqa: PERF203 - each turn waits anyway
-                if not self.is_endless:
-                    raise
-                if self._note_waiting(kind, waits=True):
-                    log.warning("waiting for the bucket, nothing is lost: %s", error)
-                if self._stopped.wait(pause):
-                    raise StoppedError(error.what) from error
-                pause = min(2 * pause, MAX_PAUSE_S)
-            else:
-                if kind in self._waiting_kinds and self._note_waiting(kind, waits=False):
-                    log.info("the bucket is back: to %s goes on", kind)
-                return result
-
-    def _note_waiting(self, kind: str, *, waits: bool) -> bool:
-        """Note whether a kind of work waits; returns whether this has changed."""
-        with self._lock:
-            has_changed = waits != (kind in self._waiting_kinds)
-            self._waiting_kinds = self._waiting_kinds | {kind} if waits else self._waiting_kinds - {kind}
-            return has_changed
