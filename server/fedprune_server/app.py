@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from fedprune import __version__
 from fedprune.coordination import Phase
@@ -128,8 +127,7 @@ def build_app(
         folder: The state folder, if the caller has opened it already.
         observers: Observers in addition to those that are configured.
 
-    Raises:
-        FedpruneError: A part of the configuration can't be used, or another server runs on the same state.
+    Raises `FedpruneError` if a part of the configuration can't be used, or another server runs on the same state.
     """
     with ExitStack() as stack:
         check_console(config)
@@ -174,7 +172,8 @@ def build_app(
             for i, job in enumerate(jobs)
         ]
         services.blobs.serve([runner.served_job for runner in runners])
-        display = _choose_display(jobs)  # made before the first log lines, so that they scroll by above its table
+        # A table for a single job at a terminal; made before the first log lines, which scroll by above it.
+        display = RoundLines() if len(jobs) > 1 or config.log_format == JSON else make_display()
         for job in jobs:
             job.log_start()
         if identity is not None:
@@ -247,15 +246,13 @@ class _NextSteps:
         self._job, self._until_finished = job, until_finished
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        if snapshot.name == self._job.opened.job.name and any(isinstance(e.payload, do.Finish) for e in events):
-            self._log_next_steps(snapshot.history)
-
-    def _log_next_steps(self, history: Sequence[Mapping[str, Any]]) -> None:
         opened, config = self._job.opened, self._job.config
+        if snapshot.name != opened.job.name or not any(isinstance(e.payload, do.Finish) for e in events):
+            return
         uncalibrated = divergence.is_uncalibrated(
             opened.model.architecture, opened.job.recipe, config.calibration, opened.model.frozen
         )
-        if spoilt := divergence.diagnose_history(history, opened.job.to_dict(), uncalibrated=uncalibrated):
+        if spoilt := divergence.diagnose_history(snapshot.history, opened.job.to_dict(), uncalibrated=uncalibrated):
             log.warning("%s", spoilt)
         state = shlex.quote(str(config.state))
         log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx", state)
@@ -268,8 +265,8 @@ class _NextSteps:
 
 
 def _checked_profile_folders(config: ServerConfig) -> tuple[Path, ...]:
-    """Folders of hardware profiles in addition to the shipped ones. Raises `ProfileError` if a profile is broken: that
-    ends the start, not a round in which a board needs it."""
+    """Folders of hardware profiles in addition to the shipped profiles. Raises `ProfileError` if a profile is broken:
+    that ends the start, instead of a round in which a board needs it."""
     folders = () if config.profiles is None else (config.profiles,)
     for name in profile_names(folders) if folders else ():
         find_profile(name, folders)
@@ -286,20 +283,10 @@ def _prepare_jobs(
         job_folder = folder
         if job_config.state != config.state:
             job_folder = stack.enter_context(StateFolder(job_config.state, job_config.database, stopping=stopping))
-        prefix = f"{job_config.job.name}: " if len(configs) > 1 else ""
-        jobs.append(_prepare_job(stack, job_config, job_folder, prefix))
+        opened = job_folder.read_job(job_config, f"{job_config.job.name}: " if len(configs) > 1 else "")
+        worker = stack.enter_context(with_helpers(opened.worker, job_config.workers, job_config.workers_url))
+        jobs.append(_PreparedJob(job_config, job_folder, opened, worker))
     return jobs
-
-
-def _prepare_job(stack: ExitStack, config: ServerConfig, folder: StateFolder, prefix: str) -> _PreparedJob:
-    opened = folder.read_job(config, prefix)
-    worker: CommandExecutor = stack.enter_context(with_helpers(opened.worker, config.workers, config.workers_url))
-    return _PreparedJob(config, folder, opened, worker)
-
-
-def _choose_display(jobs: Sequence[_PreparedJob]) -> Observer:
-    """A display of the rounds: a table for a single job at a terminal, else lines."""
-    return RoundLines() if len(jobs) > 1 or jobs[0].config.log_format == JSON else make_display()
 
 
 def _tracker_observers(stack: ExitStack, jobs: Sequence[_PreparedJob]) -> Iterator[Observer]:
@@ -353,11 +340,8 @@ def _extra_needed(feature: str, extra: str) -> Iterator[None]:
 def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertBook) -> Iterator[Monitor]:
     """The monitor of a server: it logs alerts, sends notifications, and keeps a book for console and metrics.
 
-    Args:
-        folders: The state folders of its jobs, by the jobs' names.
-
-    Raises:
-        ConfigError: A secret's file of [alerts] can't be used.
+    `folders` are the state folders of the jobs, by the jobs' names. Raises `ConfigError` if a secret's file of [alerts]
+    can't be used.
     """
     # With pace steering, boards are away for most of the time by design: rounds without them are no alert.
     away_rounds = 0 if config.connected else config.alerts.away_rounds

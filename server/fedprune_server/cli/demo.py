@@ -1,7 +1,7 @@
-"""`fedprune-server demo`: a fleet of real processes on this machine, next to one that trains the whole model.
+"""`fedprune-server demo`: runs a fleet of real processes on this machine, next to a fleet that trains the whole model.
 
-Both run at once: one fleet alone leaves cores idle, while its server works and its boards wait. FedAvg's server has a
-process of its own.
+Both run at once, because a single fleet leaves cores idle while its boards wait. The second fleet trains with FedAvg,
+and its server has a process of its own.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import threading
 import time
@@ -29,17 +26,16 @@ from fedprune.core.command_parser import CommandParser
 from fedprune.core.disk import file_lock, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.imports import module_code, program_code
-from fedprune.core.parent_death import set_parent_death_signal
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import log_to_stdout
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.app import StartOptions, build_app
+from fedprune_server.cli.demo_processes import STOP_S, DemoProcesses
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.observation.observer import RoundEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
-from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.digits import DIGITS_TITLE, deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import REFERENCE
@@ -47,6 +43,7 @@ from fedprune_server.simulation.fleet.demo_fleet import (
     DEMO_BOARDS,
     DEMO_QUICK_ROUNDS,
     DEMO_ROUNDS,
+    DemoBoard,
     demo_job,
     demo_reference_job,
     too_few_rounds,
@@ -62,15 +59,11 @@ log = logging.getLogger("fedprune.server")
 MARK_FILE = "demo.json"
 
 _SITE = "demo"
-_STOP_S = 5.0
-# Characters of a dead board's output that its error shows: a traceback's end, which names the cause.
-_MAX_OUTPUT_SHOWN = 400
-
 _BYTES_NOTE = "payload at the broker: delivered to devices, received from them"
 
 _REFERENCE_PROGRAM = program_code("from fedprune_server.cli.demo import run_reference\nsys.exit(run_reference())")
-# Longer than for a board: the process ends its own boards first, then its broker, each with up to `_STOP_S`.
-_REFERENCE_STOP_S = 4 * _STOP_S
+# Longer than for a board: the process ends its own boards first, then its broker, each with up to `STOP_S`.
+_REFERENCE_STOP_S = 4 * STOP_S
 
 
 def add_demo(demo: argparse.ArgumentParser) -> None:
@@ -90,58 +83,6 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.out, seed=arguments.seed, rounds=arguments.rounds, quick=arguments.quick)
-
-
-class DemoProcesses:
-    """Processes of the demo. Leaving the context ends them all: SIGTERM, then SIGKILL after `stop_s` seconds."""
-
-    def __init__(self, stop_s: float = _STOP_S) -> None:
-        self._stop_s = stop_s
-        self._processes: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
-
-    def start(self, name: str, command: Sequence[str], output: Path, **environment: str) -> None:
-        """Start a process; `output` is the file for what it prints, `environment` are further variables."""
-        with output.open("ab") as stream:
-            process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own modules, in this Python
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,  # Ctrl-C in the terminal is for the demo, which then ends its boards
-                # A demo that is killed with SIGKILL can't end its boards itself.
-                preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
-            )
-        self._processes[name] = (process, output)
-
-    def check(self, *, may_end: bool = False) -> None:
-        """Raise `ChildDiedError`, with its last output, if a process has ended; with `may_end`, if it has failed."""
-        for name, (process, output) in self._processes.items():
-            code = process.poll()
-            if code is not None and not (may_end and code == 0):
-                output_end = output.read_text(errors="replace").strip()[-_MAX_OUTPUT_SHOWN:]
-                message = f"{name} has ended with exit code {code}"
-                error = ChildDiedError(message, got=output_end or "no output", hint=f"See {output}.")
-                if code in {*ExitCode} - {ExitCode.OK}:
-                    error.exit_code = ExitCode(code)
-                raise error
-
-    def wait(self) -> None:
-        """Wait until all have ended. Raises `ChildDiedError` if one has failed."""
-        for process, _ in self._processes.values():
-            process.wait()
-        self.check(may_end=True)
-
-    def __enter__(self) -> DemoProcesses:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        started = [process for process, _ in self._processes.values()]
-        for process in started:
-            process.terminate()  # does nothing to one that has ended
-        kill_at = time.monotonic() + self._stop_s
-        for process in started:
-            wait_or_kill(process, max(0.0, kill_at - time.monotonic()))
 
 
 @dataclass(frozen=True)
@@ -235,8 +176,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
 
 
 def run_reference() -> int:
-    """Run FedAvg's job in a demo's folder, and write its record there; the program of a process of its own, whose
-    arguments are the folder, the seed and the rounds."""
+    """Run FedAvg's job, as the program of a process whose arguments are the demo's folder, the seed and the rounds."""
 
     def run(arguments: argparse.Namespace) -> None:
         folder = DemoFolder(arguments.root)
@@ -246,9 +186,8 @@ def run_reference() -> int:
 
     def build_parser() -> CommandParser:
         parser = CommandParser()
-        parser.add_argument("root", type=Path)
-        parser.add_argument("seed", type=int)
-        parser.add_argument("rounds", type=int)
+        for name, kind in (("root", Path), ("seed", int), ("rounds", int)):
+            parser.add_argument(name, type=kind)
         parser.set_defaults(run=run)
         return parser
 
@@ -287,15 +226,10 @@ def verdict(fleet: Record, reference: Record) -> ExitCode:
 
 
 def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None] = lambda: None) -> Record:
-    """Run a job to its end: broker, server and one process per board.
+    """Run a job to its end: broker, server and one process per board, with their files in a folder of the job's name.
 
-    Args:
-        title: For people.
-        folder: What the processes read; what they write goes into a folder of the job's name.
-        on_turn: Called by the server's loop again and again; what it raises ends the job.
-
-    Raises:
-        FedpruneError: A process died, or the job can't go on.
+    The server's loop calls `on_turn` again and again; an error in it ends the job. Raises `FedpruneError` if a process
+    died or the job can't go on.
     """
     job_folder = folder.root / job.name
     config = ServerConfig(
@@ -314,7 +248,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
     with build_app(config, options, stopping, observers=[watch]) as app, boards:
         runner = app.server.main_runner
         for board in DEMO_BOARDS:
-            _start_board(boards, board.name, folder, job_folder, app.connection.url)
+            _start_board(boards, board, folder, job_folder, app.connection.url)
         began = time.time()
         app.run()
         if watch.failure is not None:
@@ -333,16 +267,12 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
 
 
 class _BoardWatch:
-    """Watches the boards' processes, and notes the payload bytes by the end of every round.
-
-    Attributes:
-        failure: What ended the job.
-    """
+    """Watches the boards' processes, and notes the payload bytes by the end of every round."""
 
     def __init__(self, boards: DemoProcesses, on_turn: Callable[[], None], stopping: threading.Event) -> None:
         self._boards, self._on_turn, self._stopping = boards, on_turn, stopping
         self.notes: dict[int, RoundNotes] = {}
-        self.failure: Exception | None = None
+        self.failure: Exception | None = None  # it ended the job
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         for event in events:
@@ -357,13 +287,11 @@ class _BoardWatch:
             self._stopping.set()
 
 
-def _start_board(boards: DemoProcesses, name: str, folder: DemoFolder, job_folder: Path, url: str) -> None:
-    board = next(b for b in DEMO_BOARDS if b.name == name)
-    devices = job_folder / "devices"
+def _start_board(boards: DemoProcesses, board: DemoBoard, folder: DemoFolder, job_folder: Path, url: str) -> None:
+    name, devices = board.name, job_folder / "devices"
     devices.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", module_code("fedprune_device.cli.main"), "run", "--insecure"]
-    command += ["--broker", url, "--site", _SITE]
-    command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
+    command = [sys.executable, "-c", module_code("fedprune_device.cli.main"), "run", "--insecure", "--broker", url]
+    command += ["--site", _SITE, "--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
     # Plans shall come from the profiles, as on real boards: a probe would measure this machine. One thread for each
     # board, because six of them and a server share its cores.
     command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]

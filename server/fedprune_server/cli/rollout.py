@@ -134,13 +134,11 @@ def _start(arguments: argparse.Namespace) -> None:
     chosen = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
     lines = [f"rollout {started.number}: release {release.number} ({release.version}) to {count}, {chosen}"]
-    for stage in range(len(rollout.plan.stages)):
-        if names := sorted(n for n, b in rollout.boards.items() if b.stage == stage):
-            lines.append(f"  stage {stage + 1}: {quantity(len(names), 'board')}{_name_list(names)}")
-    lines.append(
-        f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as"
-    )
-    lines.append("failed; --devices chooses the boards")
+    boards = sorted(rollout.boards.items())
+    names_by_stage = {s: [n for n, b in boards if b.stage == s] for s in range(len(rollout.plan.stages))}
+    lines += [f"  stage {s + 1}: {quantity(len(n), 'board')}{_name_list(n)}" for s, n in names_by_stage.items() if n]
+    silence = f"a board that sends nothing for {arguments.patience:g} minutes in its stage"
+    lines += [f"{silence}, or has no launcher, counts as", "failed; --devices chooses the boards"]
     _print_outcome(arguments, "\n".join(lines), "begins")
 
 
