@@ -1,6 +1,6 @@
-"""Orders about members and releases, carried out as the command line does.
+"""Carries out operators' orders about members and releases, with the functions that the command line uses.
 
-They run one after the other on a thread with database connections of its own, because reading a release takes seconds.
+Orders run one after the other on a thread with database connections of its own: reading a release takes seconds.
 The server's loop notices their changes in the databases, as it notices those of the command line.
 """
 
@@ -38,12 +38,11 @@ _MAX_DIGITS = 10
 
 
 class AdminExecutor:
-    """Carries out orders of these kinds.
+    """Carries out the orders in `ADMIN_ORDERS`.
 
     Args:
         releases: A folder whose subfolders are releases that can be rolled out; None for no releases.
         answer: Takes the answer to each order; called on the executor's thread.
-        clock: Seconds since 1970.
     """
 
     def __init__(
@@ -126,12 +125,12 @@ class AdminExecutor:
 
     def _highest_prepared(self) -> int:
         """The highest number of a release that can be rolled out; 0 for none. A release that takes boards back must not
-        get the number of one that is only prepared."""
-        numbers = [0]
+        get the number of a release that is only prepared."""
+        highest = 0
         for folder in [self._releases / name for name in self.release_names()] if self._releases is not None else []:
             with suppress(FedpruneError, OSError), (folder / MANIFEST).open("rb") as file:
-                numbers.append(Release.from_bytes(file.read(MAX_MANIFEST_BYTES + 1)).number)
-        return max(numbers)
+                highest = max(highest, Release.from_bytes(file.read(MAX_MANIFEST_BYTES + 1)).number)
+        return highest
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._is_closed:

@@ -1,10 +1,10 @@
-"""Details on an operator's request: one device, and which channels the fleet holds."""
+"""Makes the details that operators ask for: of one device, and of the channels that the fleet holds."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,44 +25,56 @@ MAX_RANKING_BYTES = 4 << 20
 
 _MAX_ROWS = 20  # latest rounds of a device that are shown
 _MAX_ROUNDS = 60  # latest rounds of the job that are searched for them
-# For each figure of the page its unit and the field of the planner's prediction; `round` is the sum of two.
-_PREDICTED_FIGURES = {
-    "round": ("s", ""), "step": ("s", "step_s"), "train": ("s", "train_s"), "transfer": ("s", "transfer_s"),
-    "latency": ("s", "latency_s"), "memory": ("bytes", "memory_bytes"), "serving_memory": ("bytes", "inference_bytes"),
-    "storage": ("bytes", "storage_bytes"), "download": ("bytes", "down_bytes"), "upload": ("bytes", "up_bytes"),
-    "step_energy": ("J", "step_j"), "round_energy": ("J", "train_j"), "latency_energy": ("J", "latency_j"),
-}  # fmt: skip
 
-# The metric of an update that measures each figure; what is missing here can't be measured on a board.
-_MEASURED_METRICS = {"step": "step_seconds", "train": "train_seconds", "latency": "latency_seconds",
-             "memory": "peak_memory_bytes"}  # fmt: skip
+
+class _Figure(NamedTuple):
+    """A figure of the page: its unit, the fields of the planner's prediction that add up to it, and a board's metric.
+
+    A figure without a metric can't be measured on a board.
+    """
+
+    unit: str
+    predicted_fields: tuple[str, ...]
+    metric: str = ""
+
+
+_FIGURES = {
+    "round": _Figure("s", ("train_s", "transfer_s")), "step": _Figure("s", ("step_s",), "step_seconds"),
+    "train": _Figure("s", ("train_s",), "train_seconds"), "transfer": _Figure("s", ("transfer_s",)),
+    "latency": _Figure("s", ("latency_s",), "latency_seconds"),
+    "memory": _Figure("bytes", ("memory_bytes",), "peak_memory_bytes"),
+    "serving_memory": _Figure("bytes", ("inference_bytes",)), "storage": _Figure("bytes", ("storage_bytes",)),
+    "download": _Figure("bytes", ("down_bytes",)), "upload": _Figure("bytes", ("up_bytes",)),
+    "step_energy": _Figure("J", ("step_j",)), "round_energy": _Figure("J", ("train_j",)),
+    "latency_energy": _Figure("J", ("latency_j",)),
+}  # fmt: skip
 
 
 def device_details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetails:
     """A device's plan, predictions and measurements, latest rounds, and channels."""
     device = runner.state.devices.get(name)
-    plan = None if device is None else device.plan
     plan_row: dict[str, Any] | None = None
-    if plan is not None:
-        limits = {str(x["name"]): x for x in plan["limits"]}
-        plan_row = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
+    if device is not None and device.plan is not None:
+        limits = {str(x["name"]): x for x in device.plan["limits"]}
+        plan_row = {"density": device.plan["density"], "binding": device.plan["bound"], "limits": limits}
     elif device is not None and device.widths:
+        # Without a plan the job or the strategy has fixed the widths.
         binding = "job" if device.density == runner.job.density else "strategy"
         plan_row = {"density": device.density, "binding": binding, "limits": {}}
-    history: list[dict[str, Any]] = []
-    for summary in reversed(runner.state.history[-_MAX_ROUNDS:]):
-        device_part = summary["devices"].get(name)
-        if device_part is not None and len(history) < _MAX_ROWS:
-            history.append(
-                {
-                    "round": summary["round"], "at": summary["at"],
-                    "progress": outcome(device_part["progress"], device_part.get("kind", "")),
-                    "density": min(1.0, max(0.0, float(device_part["density"]))), "samples": device_part["samples"],
-                    "metrics": device_part["metrics"], "reason": one_line(device_part["reason"], 300),
-                }
-            )  # fmt: skip
+    summaries = [s for s in reversed(runner.state.history[-_MAX_ROUNDS:]) if name in s["devices"]][:_MAX_ROWS]
+    history = tuple(_history_row(summary, summary["devices"][name]) for summary in summaries)
     figures, channels = device_figures(runner, name), kept_channels(runner, name)
-    return DeviceDetails(name, runner.job.name, plan_row, figures, tuple(history), channels, unix_now)
+    return DeviceDetails(name, runner.job.name, plan_row, figures, history, channels, unix_now)
+
+
+def _history_row(summary: Mapping[str, Any], device_part: Mapping[str, Any]) -> dict[str, Any]:
+    """A device's part in a finished round."""
+    return {
+        "round": summary["round"], "at": summary["at"],
+        "progress": outcome(device_part["progress"], device_part.get("kind", "")),
+        "density": min(1.0, max(0.0, float(device_part["density"]))), "samples": device_part["samples"],
+        "metrics": device_part["metrics"], "reason": one_line(device_part["reason"], 300),
+    }  # fmt: skip
 
 
 def device_figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
@@ -73,15 +85,14 @@ def device_figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     metrics = {m: number_or_none(comparison[m][1], 0.0, 1e15) for m in QUANTITIES if m in comparison}
     metrics["train_seconds"] = number_or_none(_last_metrics(runner, name).get("train_seconds"), 0.0, 1e15)
     rows = []
-    for figure_name, (unit, field) in _PREDICTED_FIGURES.items():
-        predicted_value = number_or_none(prediction.get(field), 0.0, 1e15)
-        measured_value = metrics.get(_MEASURED_METRICS.get(figure_name, ""))
+    for figure_name, figure in _FIGURES.items():
+        components = [number_or_none(prediction.get(f), 0.0, 1e15) for f in figure.predicted_fields]
+        predicted = None if None in components else sum(p for p in components if p is not None)
+        measured = metrics.get(figure.metric)
         if figure_name == "round":
-            components = [number_or_none(prediction.get(f), 0.0, 1e15) for f in ("train_s", "transfer_s")]
-            predicted_value = None if None in components else sum(p for p in components if p is not None)
-            measured_value = number_or_none(runner.registry[name].part_seconds, 0.0, 1e15)
-        if predicted_value is not None or measured_value is not None:
-            rows.append({"what": figure_name, "unit": unit, "predicted": predicted_value, "measured": measured_value})
+            measured = number_or_none(runner.registry[name].part_seconds, 0.0, 1e15)
+        if predicted is not None or measured is not None:
+            rows.append({"what": figure_name, "unit": figure.unit, "predicted": predicted, "measured": measured})
     return tuple(rows)
 
 
@@ -140,7 +151,7 @@ def _last_metrics(runner: JobRunner, name: str) -> dict[str, Any]:
 def _ranking_and_widths(
     runner: JobRunner, device: JobDevice, task: DeviceTask | None
 ) -> tuple[str | None, Iterable[int]]:
-    """The ranking that a device's channels were taken from, and the widths: its offer's, else the round's."""
+    """The ranking that a device's channels were taken from, and the widths: of its offer if any, or of the round."""
     offer = (task.offer if task is not None else None) or device.held or {}
     ranking = offer.get("ranking")
     if isinstance(ranking, str):

@@ -26,13 +26,12 @@ _LEVEL_NAMES = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "
 class LogTap(logging.Handler):
     """Collects lines of the server's log, from any thread.
 
-    Args:
-        known: Whether a name that follows the word "device" in a line is a device's; called by `take`.
+    `is_device` says whether a name that follows the word "device" in a line is a device's.
     """
 
-    def __init__(self, known: Callable[[str], bool]) -> None:
+    def __init__(self, is_device: Callable[[str], bool]) -> None:
         super().__init__(logging.INFO)
-        self._is_device = known
+        self._is_device = is_device
         # Lines, and whether the device of each is only read from its text.
         self._lines: deque[tuple[LogLine, bool]] = deque(maxlen=MAX_WAITING_LINES)
 

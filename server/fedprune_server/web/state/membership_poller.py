@@ -1,4 +1,4 @@
-"""Members and rollouts for the console, read from their databases on a thread when they have changed.
+"""Reads members and rollouts for the console from their databases, on a thread, when they have changed.
 
 Another process may be writing to these databases, and the disk may be slow: the server's loop waits for neither.
 """
@@ -60,7 +60,7 @@ class MembershipPoller:
 
     Args:
         members: Memberships, through a connection of its own; None where every device may join.
-        rollouts: Rollouts, likewise; None where the server gives boards no releases.
+        rollouts: Rollouts, through a connection of its own; None where the server gives boards no releases.
         release_names: Returns the names of releases that can be rolled out.
     """
 
@@ -135,7 +135,7 @@ class MembershipPoller:
     def _poll(self) -> None:
         try:
             self._poll_members()
-            if not self._stopping.is_set():  # else its database may be closed by now
+            if not self._stopping.is_set():  # otherwise its database may be closed by now
                 self._poll_rollouts()
             with self._result_lock:
                 self._has_polled = True
@@ -195,16 +195,15 @@ def _memberships(store: IdentityStore) -> dict[str, Member]:
 
 
 def _reports(entry: RolloutEntry) -> dict[str, dict[str, Any]]:
-    reports = {}
-    for name, report in entry.reports.items():
-        state, reason = one_line(str(report.get("state", "")), 64), one_line(str(report.get("reason", "")), 300)
-        reports[name] = {
+    return {
+        name: {
             "number": entry.offer.number,
-            "state": state,
-            "reason": reason,
+            "state": one_line(str(report.get("state", "")), 64),
+            "reason": one_line(str(report.get("reason", "")), 300),
             "at": float(report.get("at", 0.0)),
         }
-    return reports
+        for name, report in entry.reports.items()
+    }
 
 
 def _release_name(offer: ReleaseOffer) -> str:

@@ -1,4 +1,4 @@
-"""The server's side of operators' orders: takes them, carries them out or hands them on, and answers."""
+"""Handles operators' orders in the server: takes each from the queue, carries it out or hands it on, and answers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ COVERAGE_INTERVAL_S = 5.0
 
 
 class OrderHandler:
-    """Carries out orders on the thread of the server's loop; those about members and releases go to `executor`.
-
-    Args:
-        folder: The state folder, which has boards' crashes.
-    """
+    """Carries out orders on the thread of the server's loop; those about members and releases go to `executor`."""
 
     def __init__(
         self,
@@ -59,8 +55,7 @@ class OrderHandler:
         self._queue.flush()
 
     def close(self) -> None:
-        """End after the order under way, and write the answers: the next start would answer these orders as
-        interrupted."""
+        """End after the order under way, and write the answers, which the next start couldn't give."""
         if self._executor is not None:
             self._executor.close()
         self._queue.flush()

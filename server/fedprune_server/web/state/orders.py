@@ -1,4 +1,4 @@
-"""Orders in the console's process: permissions, limits and answers."""
+"""Takes operators' orders in the console's process: checks permissions and limits, queues orders, shows answers."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ class RefusedError(Exception):
 
 
 class OrderService:
-    """The console's side of the orders: checks them, adds them to the database and shows their answers. Threads may
-    share it."""
+    """Checks orders, adds them to the database and shows their answers. Threads may share it."""
 
     def __init__(
         self, view: FleetView, audit: Audit, database: ConsoleDatabase, clock: Callable[[], float] = time.time
@@ -91,9 +90,7 @@ class OrderService:
     def give(self, session: OperatorSession, address: str, body: object, expires_s: float = ORDER_LIFETIME_S) -> int:
         """Add an order, which the server may take within `expires_s`; returns its number.
 
-        Raises:
-            RefusedError: The order is invalid, this operator may not give it, or too many are waiting.
-            StorageError: The disk fails or is full.
+        Raises `RefusedError` if the order is invalid, this operator may not give it, or too many are waiting.
         """
         if not isinstance(body, Mapping) or not set(body) <= {"order", *ORDER_ARGUMENTS}:
             names = ", ".join(ORDER_ARGUMENTS)

@@ -1,7 +1,7 @@
-"""The publisher of a running server's status for its console: devices, jobs, rounds, rollouts, alerts and log lines.
+"""Publishes a running server's status for its console: devices, jobs, rounds, rollouts, alerts and log lines.
 
-The server's loop calls it twice a second. What has changed is written in one transaction, for which a few milliseconds
-are collected; the rest waits for the next call. A failed write is repaired by publishing everything again.
+The server's loop calls it twice a second. Each call collects changes for a few milliseconds, writes them in one
+transaction, and leaves the rest to the next call. A failed write is repaired by publishing everything again.
 """
 
 from __future__ import annotations
@@ -107,11 +107,7 @@ class StatusPublisher:
         return self._fleet.job_of_device.get(device) or self._last_job_of.get(device)
 
     def publish(self) -> None:
-        """Write what has changed; after a failed write, everything.
-
-        Raises:
-            StorageError: The file can't be written, or some of what has changed can't.
-        """
+        """Write what has changed; after a failed write, everything. Raises `StorageError` if some of it can't be."""
         now = self._monotonic()
         if self._needs_all:
             self._begin_again()
@@ -216,10 +212,9 @@ class StatusPublisher:
                         texts[name] = None
                     continue
                 text = self._encode(row, f"device {name}")
-                # Hashes, not texts: the file has these already.
-                text_hash = hash(text)
-                if text is not None and self._published_hashes.get(name) != text_hash:
-                    self._published_hashes[name], texts[name] = text_hash, text
+                # Hashes, not texts: the file has the texts already.
+                if text is not None and self._published_hashes.get(name) != hash(text):
+                    self._published_hashes[name], texts[name] = hash(text), text
             if self._monotonic() >= deadline:
                 break
         return texts
@@ -236,13 +231,9 @@ class StatusPublisher:
             job = next((j for j, device in devices.items() if device.takes_part), job)
         if job is not None:
             self._last_job_of[name] = job
-        device = devices.get(job or "", next(iter(devices.values()), None)) or DeviceSnapshot(
-            name=name,
-            takes_part=False,
-            online=False,
-            connected=name in self._fleet.connected_devices,
-            activity="unknown",
-        )
+        connected = name in self._fleet.connected_devices
+        unknown = DeviceSnapshot(name=name, takes_part=False, online=False, connected=connected, activity="unknown")
+        device = devices.get(job or "", next(iter(devices.values()), unknown))
         snapshot = self._jobs.get(job or "")
         return rows.device_row(
             device,

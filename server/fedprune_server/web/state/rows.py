@@ -1,4 +1,4 @@
-"""Rows of devices and finished rounds, made of snapshots, memberships and the job's history."""
+"""Makes the console's rows of devices and finished rounds from snapshots, memberships and the job's history."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def device_row(
     """A device's row.
 
     Args:
-        device: As the job sees it that has it, or had it last.
+        device: The device as seen by the job that has it, or had it last.
         job: That job's name, if the device takes part in it.
-        ended: The latest round of the job that has ended: no board is late in the current one yet.
-        traffic: Bytes to it and from it, of all jobs.
-        heard_at: When it was last heard, at whatever job, in seconds since 1970.
+        ended: The latest finished round of the job: in the current round no board is late yet.
+        traffic: Bytes to the device and from it, of all jobs.
+        heard_at: When any job last heard it, in seconds since 1970.
         quarantine: When its quarantine ends, and the reason.
         update: Its last report about the latest rollout's release.
     """
@@ -106,19 +106,16 @@ def slot_and_release(software: str) -> tuple[str | None, int | None]:
 def finished_round_record(
     job: str, summary: Mapping[str, Any], previous_end: float | None, traffic: tuple[int, int] | None
 ) -> FinishedRound:
-    """The record of a finished round.
-
-    Args:
-        previous_end: When the previous one ended, in seconds since 1970; None if unknown.
-        traffic: Bytes to and from devices since then; None if unknown.
-    """
+    """The record of a finished round. `previous_end` is when the round before ended, `traffic` the bytes to and from
+    devices since then; None if unknown."""
     device_parts = list(summary["devices"].values())
     reasons = Counter(
         one_line(str(p["reason"]), 150) or "?" for p in device_parts if p["progress"] == Progress.REFUSED.value
     )
     if len(reasons) > 100:  # a reason may hold a number, so that every board has one of its own
         reasons = Counter(dict(reasons.most_common(100)))
-    staleness_values = [float(p["staleness"]) for p in device_parts if isinstance(p.get("staleness"), (int, float))]
+    ages = [float(p["staleness"]) for p in device_parts if isinstance(p.get("staleness"), (int, float))]
+    bytes_down, bytes_up = traffic or (None, None)
     return FinishedRound(
         job=job,
         round=summary["round"],
@@ -128,11 +125,9 @@ def finished_round_record(
         counted=sum(p["progress"] == Progress.FOLDED.value for p in device_parts) if device_parts else None,
         devices=len(device_parts) or None,
         refused=dict(reasons),
-        bytes_down=None if traffic is None else traffic[0],
-        bytes_up=None if traffic is None else traffic[1],
-        staleness={"mean": sum(staleness_values) / len(staleness_values), "max": max(staleness_values)}
-        if staleness_values
-        else None,
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
+        staleness={"mean": sum(ages) / len(ages), "max": max(ages)} if ages else None,
         model=summary["model"],
     )
 

@@ -1,4 +1,4 @@
-"""Records of the server as rows, charts and maps of the pages, in the pages' words."""
+"""Makes rows, charts and maps for the console's pages from the records that the server has published."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ _FIGURE_TEXTS = {
 }  # fmt: skip
 
 Row = dict[str, Any]
+# The curves of a chart, by name: a value for each round, None where there is none.
+Series = Mapping[str, Sequence[float | None]]
 
 
 def round_progress(job: Row) -> Row | None:
@@ -72,20 +74,14 @@ def plan_row(body: Row | None) -> Row | None:
 
 def figure_rows(details: Row | None) -> list[Row]:
     """Predictions next to measurements, where either is known."""
-    if details is None:
-        return []
     formats = {"s": phrases.seconds_text, "bytes": phrases.size_text, "J": phrases.energy_text}
-    return [
-        {
-            "what": _FIGURE_TEXTS[f["what"]],
-            "predicted": formats[f["unit"]](f["predicted"]),
-            "measured": formats[f["unit"]](f["measured"]),
-            "ratio": f"{f['measured'] / f['predicted']:.2f}"
-            if f["predicted"] and f["measured"] is not None
-            else phrases.UNKNOWN,
-        }
-        for f in details["figures"]
-    ]
+    rows = []
+    for figure in () if details is None else details["figures"]:
+        predicted, measured, format_value = figure["predicted"], figure["measured"], formats[figure["unit"]]
+        ratio = f"{measured / predicted:.2f}" if predicted and measured is not None else phrases.UNKNOWN
+        texts = {"predicted": format_value(predicted), "measured": format_value(measured), "ratio": ratio}
+        rows.append({"what": _FIGURE_TEXTS[figure["what"]], **texts})
+    return rows
 
 
 def channel_maps(details: Row | None) -> list[ChannelMap]:
@@ -108,40 +104,33 @@ def job_charts(rounds: Sequence[Row]) -> list[Chart]:
         return []
     round_numbers = [float(r["round"]) for r in rounds]
     names = {k for r in rounds for k in r["metrics"]} - {"samples"}
-    drawn_charts = []
+    charts: list[Chart | None] = []
 
-    def add_chart(
-        key: str,
-        title: str,
-        series: Mapping[str, Sequence[float | None]],
-        format_value: Any,
-        unit: tuple[float, str] = (1.0, ""),
-    ) -> None:
-        drawn_charts.append(lay_out_chart(key, title, round_numbers, series, format_value, unit=unit, from_zero=True))
+    def add_chart(key: str, title: str, series: Series, format_value: Any, **options: Any) -> None:
+        charts.append(lay_out_chart(key, title, round_numbers, series, format_value, **options))
 
     order = {name: i for i, name in enumerate(METRICS)}
     for i, name in enumerate(sorted(names, key=lambda n: (order.get(n, len(order)), n))[:_MAX_CURVES]):
         values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
         key, title = f"metric-{i}", f"Global {name if metric is None else metric.title}"
         if metric is not None and metric.is_share:
-            shares = phrases.share_text
-            drawn_charts.append(lay_out_chart(key, title, round_numbers, values, shares, unit=(0.01, "%"), top=100.0))
+            add_chart(key, title, values, phrases.share_text, unit=(0.01, "%"), top=100.0)
         else:
-            drawn_charts.append(lay_out_chart(key, title, round_numbers, values, phrases.number_text))
+            add_chart(key, title, values, phrases.number_text)
     # Numbers from before the server's start are None.
     updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
-    add_chart("updates", "Updates", updates, phrases.number_text)
+    add_chart("updates", "Updates", updates, phrases.number_text, from_zero=True)
     byte_counts = {direction: [r[f"bytes_{direction}"] for r in rounds] for direction in ("down", "up")}
     unit, name = phrases.axis_of_sizes(max((b or 0 for counts in byte_counts.values() for b in counts), default=0))
-    add_chart("bytes", "Bytes of all devices", byte_counts, phrases.size_text, (unit, f" {name}"))
+    add_chart("bytes", "Bytes of all devices", byte_counts, phrases.size_text, unit=(unit, f" {name}"), from_zero=True)
     unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
     lengths = {"length": [r["seconds"] for r in rounds]}
-    add_chart("seconds", "Length of a round", lengths, phrases.seconds_text, (unit, f" {name}"))
+    add_chart("seconds", "Length of a round", lengths, phrases.seconds_text, unit=(unit, f" {name}"), from_zero=True)
     staleness = [r["staleness"] or {} for r in rounds]
     if any(s.get("max") for s in staleness):
         series = {"mean": [s.get("mean") for s in staleness], "most": [s.get("max") for s in staleness]}
-        add_chart("staleness", "Staleness of updates, in rounds", series, phrases.rounded_text)
-    return [c for c in drawn_charts if c is not None]
+        add_chart("staleness", "Staleness of updates, in rounds", series, phrases.rounded_text, from_zero=True)
+    return [c for c in charts if c is not None]
 
 
 def device_charts(history: Sequence[Row]) -> list[Chart]:
@@ -187,13 +176,8 @@ def _metric_chart(metric: Metric) -> tuple[str, str, dict[str, str], Any, str]:
     """The chart of a metric."""
     moments = {"received": "_before", "trained": "_after", "average": "_average", "measured": ""}
     curves = {label: metric.name + suffix for label, suffix in moments.items()}
-    return (
-        metric.name,
-        f"Local {metric.title}",
-        curves,
-        phrases.share_text if metric.is_share else phrases.number_text,
-        "share" if metric.is_share else "",
-    )
+    format_value, kind = (phrases.share_text, "share") if metric.is_share else (phrases.number_text, "")
+    return metric.name, f"Local {metric.title}", curves, format_value, kind
 
 
 # Charts of a device: key, title, metrics by the names of their curves, how a value is written, and its kind. A chart
@@ -217,7 +201,7 @@ class ChannelMap:
     """The `kept` channels, of `of`, of a group that a device holds.
 
     Attributes:
-        known: Whether it is known which; else the shape shows the first `kept`.
+        known: Whether it is known which; otherwise the shape shows the first `kept`.
         path: The shape, in channels, as SVG.
         words: The channels as ranges, such as `0-3, 7`; empty if they are not known.
     """
@@ -231,11 +215,8 @@ class ChannelMap:
 
 
 def make_channel_map(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
-    """Lay out the channels of a group.
-
-    Args:
-        which: A bit for each, the first one highest, as hex; None, or what contradicts the numbers, if unknown.
-    """
+    """Lay out the channels of a group. `which` has a bit for each channel, the first bit highest, as hex; None if it is
+    not known which are kept."""
     runs = None if which is None else list(_channel_runs(which, of))
     if runs is None or sum(n for _, n in runs) != kept:
         return ChannelMap(group, kept, of, known=False, path=_svg_path([(0, kept)] if kept else []), words="")
