@@ -23,13 +23,7 @@ PROJECT = "fedprune"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as trackers show it.
-
-    Attributes:
-        title: Its name.
-        folder: Where a tracker without a destination writes.
-        parameters: Its configuration.
-    """
+    """A run as trackers show it: its name and configuration. A tracker without a destination writes into `folder`."""
 
     title: str
     folder: Path
@@ -52,15 +46,8 @@ class Tracker(ABC):
 
     @abstractmethod
     def open(self, run: TrackedRun, name: str, rounds: int) -> int:
-        """Begin or continue a run.
-
-        Args:
-            name: The run's identifier, which no other run has.
-            rounds: How many rounds it has, as far as is noted; 0 for a new one.
-
-        Returns:
-            How many rounds it has.
-        """
+        """Begin or continue the run of this unique `name`, which has `rounds` rounds as far as is noted (0: a new run).
+        Returns how many rounds it has."""
 
     @abstractmethod
     def write(self, number: int, values: Mapping[str, float], at: float) -> None:

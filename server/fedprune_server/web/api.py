@@ -1,7 +1,7 @@
-"""The console's API for its own pages, and for programs that log in like them: JSON below `/api/v1`.
+"""The console's API for its own pages, and for programs that log in as they do: JSON below `/api/v1`.
 
-What reads or writes a database is a plain function, which runs in a thread: a query of a large fleet takes long enough
-to delay everybody else on the event loop.
+Handlers that read or write a database are plain functions, which run in threads: a query of a large fleet takes long
+enough to delay all other requests on the event loop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fedprune_server.web.auth.roles import ROLE_OF_ORDER, has_role
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.events import LiveStream
 from fedprune_server.web.parameters import filters, order_number, paging, search_text, sort_column
+from fedprune_server.web.state.fleet_view import DEVICE_FILTERS
 from fedprune_server.web.state.orders import RefusedError
 from fedprune_server.web.state.record_page import RecordPage
 
@@ -60,23 +61,22 @@ class Api:
         return JSONResponse({**body, "orders": orders, "server_takes": self._view.accepted_orders})
 
     def site(self, _: Request) -> Response:
-        body = {
-            "site": self._view.site,
-            "ready": self._view.is_ready,
-            "silent_s": self._view.silent_s,
-            "counts": self._view.counts,
-        }
-        return JSONResponse({**body, "jobs": self._view.jobs})
+        view = self._view
+        body = {"site": view.site, "ready": view.is_ready, "silent_s": view.silent_s, "counts": view.counts}
+        return JSONResponse({**body, "jobs": view.jobs})
 
     def jobs(self, _: Request) -> Response:
         return JSONResponse({"items": self._view.jobs})
 
     def rounds(self, request: Request) -> Response:
-        job = request.query_params.get("job") or next((j["name"] for j in self._view.jobs), "")
+        job = self._chosen_job(request)
         return _page_response(self._view.rounds(job, **paging(request)), job=job)
 
+    def _chosen_job(self, request: Request) -> str:
+        return request.query_params.get("job") or next((j["name"] for j in self._view.jobs), "")
+
     def devices(self, request: Request) -> Response:
-        only = filters(request, "state", "profile", "job", "status", "online")
+        only = filters(request, *DEVICE_FILTERS)
         page = self._view.devices(**paging(request), sort=sort_column(request), q=search_text(request), only=only)
         return _page_response(page, counts=self._view.counts)
 
@@ -91,16 +91,14 @@ class Api:
         return JSONResponse({"device": row, "details": self._view.details(name), "reported": self._view.crashes(name)})
 
     def coverage(self, request: Request) -> Response:
-        job = request.query_params.get("job") or next((j["name"] for j in self._view.jobs), "")
-        return JSONResponse({"coverage": self._view.coverage(job)})
+        return JSONResponse({"coverage": self._view.coverage(self._chosen_job(request))})
 
     def rollouts(self, _: Request) -> Response:
         return JSONResponse({"items": self._view.rollouts, "releases": self._view.releases})
 
     def alerts(self, request: Request) -> Response:
-        page_bounds, includes_closed = paging(request), filters(request, "gone").get("gone") != "no"
-        alerts = self._view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed)
-        return _page_response(alerts)
+        bounds, includes_closed = paging(request), filters(request, "gone").get("gone") != "no"
+        return _page_response(self._view.alerts(page=bounds["page"], size=bounds["size"], gone=includes_closed))
 
     def logs(self, request: Request) -> Response:
         only = filters(request, "level", "device", "job")
@@ -143,8 +141,8 @@ class Api:
         def is_logged_in() -> bool:
             return self._console.sessions.find(token, used=False) is not None
 
-        name, ready = session.operator.name, self._view.is_ready
-        return LiveStream(self._console.streams, name, ready=ready, is_logged_in=is_logged_in)
+        streams, name = self._console.streams, session.operator.name
+        return LiveStream(streams, name, ready=self._view.is_ready, is_logged_in=is_logged_in)
 
 
 def _page_response(page: RecordPage, **further_fields: Any) -> Response:

@@ -113,10 +113,7 @@ class _EntryRoutes:
         return await run_in_threadpool(self.log_in, request, fields, next_path, hashed if is_right else None)
 
     def refuse(self, request: Request, fields: Mapping[str, str], next_path: str) -> Response | None:
-        """Refuse a login before its password is checked: a form that is too old, or too many attempts.
-
-        An accepted one counts as failed until it succeeds, so that many at once can't get round the limits.
-        """
+        """Refuse a login before its password is checked: a form that is too old, or too many attempts."""
         expected = self._console.sessions.login_token(request.cookies.get(self._console.exposure.login_cookie, ""))
         if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
             return self.form(request, 403, "The form was open for too long. Try again.", next_path)
@@ -128,8 +125,7 @@ class _EntryRoutes:
         return answer
 
     def log_in(self, request: Request, fields: Mapping[str, str], next_path: str, hashed: str | None) -> Response:
-        """Begin a session if the password was right. `hashed` is the hash that it was compared with; if the operator's
-        has changed meanwhile, the login fails."""
+        """Begin a session if the password fitted `hashed`, and the operator's hash is still the same."""
         name, address = fields.get("name", ""), request.state.address
         operator = self._console.accounts.get(name) if hashed is not None else None
         is_too_long = len(fields.get("password", "")) > MAX_PASSWORD

@@ -1,4 +1,4 @@
-"""Open connections of the console: those that ask nothing are closed, the oldest first where room is needed."""
+"""Limits the console's open connections: closes those without a request, the oldest first if there are too many."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ _BODYLESS_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 class Connections:
     """Open connections by the browser's address and port.
 
-    A connection waits until the application has its whole request, and again once that is answered.
-
-    Args:
-        max_open: Open connections; a further one takes the place of the one that has waited longest.
-        patience_s: Seconds that a connection may wait.
-        clock: Monotonic clock.
+    A connection waits until the application has its whole request, and again once that is answered. It may wait for
+    `patience_s`. With more than `max_open` connections, the one that has waited longest is closed.
     """
 
     def __init__(self, max_open: int, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,9 +49,10 @@ class Connections:
             self._close(peer)
 
     def protocol_class(self) -> type[H11Protocol]:
+        """A protocol for uvicorn that reports here when connections open and close."""
         connections = self
 
-        class Watched(H11Protocol):
+        class ReportingProtocol(H11Protocol):
             def connection_made(self, transport: Any) -> None:
                 connections.on_open(_peer(transport), transport)
                 self._watched = transport
@@ -65,7 +62,7 @@ class Connections:
                 connections.on_close(_peer(self._watched), self._watched)
                 super().connection_lost(exc)
 
-        return Watched
+        return ReportingProtocol
 
     def wrap(self, app: ASGIApp) -> ASGIApp:
         """Wrap the application, to learn when a request is complete and when it is answered."""

@@ -1,7 +1,7 @@
 """Live pages: server-sent events that name the topics of changes, which are polled twice a second.
 
 A page loads its content again when one of its topics is named. A topic is a kind of record in `status.db`, or a kind
-and a name, such as `job:leaves`; `devices` and `devices:attic` for rows of devices, `audit` for the audit log.
+and a name, such as `job:leaves`. For rows of devices it is `devices` or `devices:attic`, for the audit log `audit`.
 """
 
 from __future__ import annotations

@@ -28,13 +28,13 @@ def page_number(request: Request) -> int:
 
 
 def paging(request: Request, size: int = 50) -> dict[str, int]:
-    """The page, and its rows, by default `size`. Raises `ProtocolError` for numbers that are none, or out of range."""
+    """The page, and its rows, by default `size`. Raises `ProtocolError` for text, or for a number out of range."""
     rows = parse_whole("size", request.query_params.get("size", str(size)), 1, MAX_PAGE_SIZE, error=ProtocolError)
     return {"page": page_number(request), "size": rows}
 
 
 def sort_column(request: Request) -> str:
-    """The column to sort by, after a minus for descending order. Raises `ProtocolError` if there is none such."""
+    """The column to sort by, after a minus for descending order. Raises `ProtocolError` for an unknown column."""
     return check_word("sort", request.query_params.get("sort", "name"), _SORTS, error=ProtocolError)
 
 
@@ -43,7 +43,7 @@ def search_text(request: Request) -> str:
 
 
 def filters(request: Request, *names: str) -> dict[str, str]:
-    """The filters of a request that are set. Raises `ProtocolError` if one has no such value."""
+    """The filters that a request sets. Raises `ProtocolError` for an unknown value."""
     values = {name: value for name in names if (value := request.query_params.get(name))}
     for name, value in values.items():
         check_word(name, value, _FILTER_VALUES.get(name, (value,)), error=ProtocolError)
@@ -51,7 +51,7 @@ def filters(request: Request, *names: str) -> dict[str, str]:
 
 
 def order_number(request: Request) -> int:
-    """The number in the path of an order. Raises `ProtocolError` if it is none."""
+    """The number in the path of an order. Raises `ProtocolError` for anything else."""
     return parse_whole("number", request.path_params["number"], error=ProtocolError)
 
 

@@ -1,4 +1,4 @@
-"""MLflow."""
+"""Writes a run to MLflow: to its server, or to a database in the run's folder."""
 
 from __future__ import annotations
 

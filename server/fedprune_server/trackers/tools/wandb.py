@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""Writes a run to Weights & Biases, or into files that `wandb sync` uploads."""
 
 from __future__ import annotations
 

@@ -90,9 +90,7 @@ class Accounts:
             raise _unknown_error(name)
 
     def set_password(self, name: str, password: str) -> None:
-        """Change an account's password, and end its sessions. Raises `ConfigError` if there is no such account, or the
-        password is refused.
-        """
+        """Change an account's password, and end its sessions. Raises `ConfigError` if account or password are wrong."""
         check_password(name, password)
         hashed = self._hasher.hash(password)
         with self._database.transaction():

@@ -1,4 +1,4 @@
-"""Sessions: who is logged in. A browser holds a random token; the database holds that one's digest alone."""
+"""Sessions: who is logged in. A browser holds a random token; the database holds only the token's digest."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class OperatorSession:
 
 
 class OperatorSessions:
+    """The sessions of all operators, in the console's database."""
+
     def __init__(self, database: ConsoleDatabase, accounts: Accounts, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._accounts = accounts
@@ -60,11 +62,7 @@ class OperatorSessions:
         return token
 
     def find(self, token: str | None, *, used: bool = True) -> OperatorSession | None:
-        """The session of a token; None if it doesn't exist or has ended.
-
-        Args:
-            used: Whether the operator uses the session now; an open stream doesn't count.
-        """
+        """The session of a token; None if it doesn't exist or has ended. `used` keeps it from ending as idle."""
         if not token or len(token) > 100:
             return None
         row = self._database.row("SELECT * FROM sessions WHERE token = ?", _digest(token))

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from fedprune_server.web.database import ConsoleDatabase
 
-# Accounts and addresses whose failures are kept. Strangers can make up any number of names; of more, the ones that
-# failed longest ago are dropped.
+# Accounts and addresses whose failures are kept, the latest ones: strangers can make up any number of names.
 MAX_FAILURE_KEYS = 10_000
 
 FAILURE_LIFETIME_S = 3600.0
@@ -63,14 +62,13 @@ class Throttle:
         now = self._clock()
         pair, *other_keys = self._keys(account, address)
         if now - self._login_times.get(pair[0], -LOGIN_LIFETIME_S) < LOGIN_LIFETIME_S:
-            other_keys = other_keys[:1]  # not the account: strangers can't hold back who has logged in from here
+            other_keys = other_keys[:1]  # the address only: strangers can't hold back an operator who is known there
         return max(self._key_wait_s(key, limit, now) for key, limit in (pair, *other_keys))
 
     def admit(self, account: str, address: str) -> float:
         """Admit a login attempt, or return the seconds until one is allowed; 0 if it is admitted.
 
-        An admitted one counts as failed until `reset` takes that back, so that many at once can't get round the
-        limits.
+        An admitted attempt counts as failed until `reset`, so that many at once can't get round the limits.
         """
         with self._lock:
             wait = self.wait_s(account, address)

@@ -20,11 +20,12 @@ from fedprune_server.web.state.status_writer import SORT_COLUMNS
 # A server that has not written for this long counts as stuck: it writes at least every 3 s.
 SILENCE_LIMIT_S = 15.0
 
-_FILTERS = ("state", "profile", "job", "status", "online")
+# Columns by which devices can be filtered.
+DEVICE_FILTERS = ("state", "profile", "job", "status", "online")
 _LINE_FILTERS = ("level", "device", "job")
 
-DEVICE_TOPIC = "devices:"
 # The prefix of topics of devices' rows, and the topic for any of them: no device's name has an asterisk.
+DEVICE_TOPIC = "devices:"
 ANY_DEVICE = f"{DEVICE_TOPIC}*"
 
 
@@ -96,13 +97,13 @@ class FleetView(Closeable):
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of devices by state, profile, job, status and, without revoked ones, whether they are online."""
-        counts: dict[str, Counter[str]] = {column: Counter() for column in _FILTERS}
+        counts: dict[str, Counter[str]] = {column: Counter() for column in DEVICE_FILTERS}
         query = (
             "SELECT state, profile, job, status, online, count(*) FROM device_status WHERE body IS NOT NULL "
             "GROUP BY state, profile, job, status, online"
         )
         for *values, count in self._rows(query):
-            row = dict(zip(_FILTERS, values, strict=True))
+            row = dict(zip(DEVICE_FILTERS, values, strict=True))
             for column, value in row.items():
                 if column != "online" or row["status"] != "revoked":
                     counts[column][str(value)] += count
@@ -142,7 +143,7 @@ class FleetView(Closeable):
             raise ValueError(f"no column {column!r} to sort by: expected one of {', '.join(SORT_COLUMNS)}")
         where, values = ["body IS NOT NULL"], list[Any]()
         for name, value in (only or {}).items():
-            if name not in _FILTERS:
+            if name not in DEVICE_FILTERS:
                 raise ValueError(f"no filter {name!r}")
             where.append(f"{name} = ?")
             values.append(value == "yes" if name == "online" else value)

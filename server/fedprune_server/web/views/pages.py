@@ -1,7 +1,7 @@
 """The console's pages: HTML from templates, complete without scripts; scripts keep them live.
 
 Everything that a template shows is escaped; forms and orders carry the session's token. The server publishes a device's
-plan and a job's coverage only on request, so that the pages with them order them. Handlers are plain functions, which
+plan and a job's coverage only when an operator orders them, which these pages do. Handlers are plain functions, which
 run in threads, because they query databases.
 """
 
@@ -29,6 +29,7 @@ from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER, has_ro
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.database import MAX_AUDIT_LINES
 from fedprune_server.web.parameters import filters, page_number, search_text, sort_column
+from fedprune_server.web.state.fleet_view import DEVICE_FILTERS
 from fedprune_server.web.state.orders import RefusedError
 from fedprune_server.web.state.records import LOG_LEVELS
 from fedprune_server.web.views import formatting as phrases
@@ -47,7 +48,6 @@ DETAILS_LIFETIME_S = 15.0
 COVERAGE_LIFETIME_S = 60.0
 _ORDER_PAUSE_S = 2.0
 
-_FILTERS = ("state", "profile", "job", "status", "online")
 _NAVIGATION = (
     ("/", "Overview"), ("/fleet", "Fleet"), ("/rounds", "Rounds"), ("/rollouts", "Rollouts"), ("/alerts", "Alerts"),
     ("/audit", "Audit"),
@@ -64,6 +64,8 @@ class _StaticFiles(StaticFiles):
 
 
 class Pages:
+    """Draws the pages from their templates, with what every page shows: the operator, the menu, open alerts."""
+
     def __init__(self, console: Console) -> None:
         self._console = console
         self._order_times: dict[tuple[str, str], float] = {}
@@ -109,12 +111,8 @@ class Pages:
     def allowed_orders(self, role: str) -> frozenset[str]:
         """The orders that a role may give and that the server accepts."""
         accepted_orders = self._console.view.accepted_orders
-        return frozenset(
-            k
-            for k, needed in ROLE_OF_ORDER.items()
-            if has_role(role, needed)
-            and (accepted_orders == "all" or (accepted_orders == "look" and k in READING_ORDERS))
-        )
+        orders = {"all": ROLE_OF_ORDER.keys(), "look": READING_ORDERS}.get(accepted_orders, ())
+        return frozenset(order for order in orders if has_role(role, ROLE_OF_ORDER[order]))
 
     def order_details(
         self,
@@ -124,12 +122,8 @@ class Pages:
         current: Mapping[str, Any] | None,
         again_s: float = DETAILS_LIFETIME_S,
     ) -> bool:
-        """Order a page's details from the server, unless they are fresh. Returns whether they can be ordered.
-
-        Args:
-            subject: The device or job.
-            current: The details as they were published last; None if they never were.
-        """
+        """Order the details of a device or job (`subject`) from the server, unless those published last (`current`) are
+        fresh. Returns whether they can be ordered."""
         session, now = session_of(request), time.time()
         if kind not in self.allowed_orders(session.operator.role):
             return False
@@ -137,9 +131,8 @@ class Pages:
         with self._order_lock:
             if is_fresh or now - self._order_times.get((kind, subject), 0.0) < _ORDER_PAUSE_S:
                 return True
-            self._order_times = {k: at for k, at in self._order_times.items() if 0 <= now - at < _ORDER_PAUSE_S} | {
-                (kind, subject): now
-            }
+            recent_times = {k: at for k, at in self._order_times.items() if 0 <= now - at < _ORDER_PAUSE_S}
+            self._order_times = {**recent_times, (kind, subject): now}
         try:
             body = {"order": kind, "device" if kind == "look" else "job": subject}
             self._console.orders.give(session, request.state.address, body)
@@ -213,15 +206,15 @@ class _PageRoutes:
         )
 
     def fleet(self, request: Request) -> Response:
-        counts, only = self._view.counts, filters(request, *_FILTERS)
+        counts, only = self._view.counts, filters(request, *DEVICE_FILTERS)
         q, sort = search_text(request), sort_column(request)
         return self._pages.draw(
             request,
             "fleet",
             found=self._view.devices(page=page_number(request), size=ROWS_PER_PAGE, sort=sort, q=q, only=only),
             total=sum(counts["status"].values()),
-            options={k: _filter_options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
-            only={k: only.get(k, "") for k in _FILTERS},
+            options={k: _filter_options(counts[k], only.get(k)) for k in DEVICE_FILTERS if k != "online"},
+            only={k: only.get(k, "") for k in DEVICE_FILTERS},
             q=q,
             sort=sort,
             link=_link_maker("/fleet", {**only, "q": q, "sort": "" if sort == "name" else sort}),
