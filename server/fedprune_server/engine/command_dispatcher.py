@@ -29,7 +29,7 @@ log = logging.getLogger("fedprune.server")
 # device has it, so an acknowledged offer may still be lost.
 _OFFER_REPEAT_S = 25.0
 
-DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
+DeviceCommand = do.PartCommand | do.TellFinished
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ def check_submodel(
 
     Args:
         bounds: By tensor the largest magnitude that its values may have.
-        optional: Tensors that may be missing.
 
     Raises:
         BundleError: The selection is of another architecture.
@@ -123,8 +122,6 @@ class ClientUpdate:
 
     Attributes:
         weight: n_k.
-        steps: Optimiser steps behind it.
-        mask: Which elements count.
         sent: What the device began with, where that is not the fold's base.
     """
 

@@ -197,13 +197,11 @@ class Fold:
         fit, or a rebased update is out of bounds. Nothing was added.
 
         Args:
-            submodel: The tensors after training.
             weight: n_k, the device's number of samples.
             steps: Optimiser steps that it took; only evidence needs them.
             mask: Which elements of the submodel count. The others are ignored.
             sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
                 instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), except in batch-norm statistics.
-            checked: `check` has passed these tensors.
         """
         check_counts(weight, steps, MAX_WEIGHT if self._collected is not None else MAX_WEIGHT - self.weight)
         if not checked:

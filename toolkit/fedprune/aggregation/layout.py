@@ -95,9 +95,6 @@ class Expansion:
 
     Rows are made when they are asked for: whole tensors of all updates that are added together would not fit a cache,
     and those of a large round no memory.
-
-    Args:
-        absent_value: The value of coordinates that the submodel doesn't hold.
     """
 
     def __init__(

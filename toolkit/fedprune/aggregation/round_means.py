@@ -86,8 +86,6 @@ class RoundMeans:
     """A round's means.
 
     Args:
-        base: The model that the round began with.
-        rule: `coverage`, `fill` or `zero`.
         coverage: Which updates hold what; it isn't empty.
         sums: By tensor Σ n·w, in the coverage's layout.
     """

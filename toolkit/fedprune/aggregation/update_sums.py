@@ -49,11 +49,8 @@ class PartialSums:
     """The sums of one fold.
 
     Attributes:
-        names: The tensors that it summed.
         layout: The order of channels in its arrays.
         shares: For each selection of channels, the weight of all updates with it.
-        updates: Number of updates.
-        arrays: The sums.
     """
 
     names: frozenset[str]
@@ -140,8 +137,6 @@ class UpdateSums:
     """The sums of updates whose values and total weight are checked already.
 
     Args:
-        base: The model that the round began with.
-        specs: The tensors that are summed.
         spans: By tensor, the range of magnitudes that its sum accepts.
         evidence: Also sum gradient moments, per coordinate of trainable tensors.
         momentum: Of the devices' SGD; only evidence needs it.

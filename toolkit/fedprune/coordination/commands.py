@@ -59,11 +59,9 @@ class DevicePart:
     Attributes:
         density: The share of the model that it was given.
         past: Its last counted update, when the part began.
+        work, mixed, core: As in `coordination.grants.Grant`.
         last_counted_round: The round of the offer behind that update, known whether updates are kept or not; 0 for
             none.
-        work: How often the recipe's epochs are trained.
-        mixed: Whether boards of the fleet train different widths.
-        core: Whether the fleet shares a core, or has grown from one.
     """
 
     device: str
@@ -285,18 +283,4 @@ class TellFinished:
     model: str
 
 
-Command = (
-    Score
-    | Extract
-    | SendOffer
-    | PullUpdate
-    | Acknowledge
-    | Cancel
-    | FoldUpdate
-    | SumMasked
-    | Close
-    | Evaluate
-    | WakeAt
-    | Finish
-    | TellFinished
-)
+Command = PartCommand | Score | Extract | FoldUpdate | SumMasked | Close | Evaluate | WakeAt | Finish | TellFinished

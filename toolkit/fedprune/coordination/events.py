@@ -182,20 +182,5 @@ class Resumed:
     """A shell continues with a state that an earlier one has saved."""
 
 
-Event = (
-    DeviceBorn
-    | DeviceDied
-    | Scored
-    | Extracted
-    | UpdateAnnounced
-    | Unmasked
-    | UpdateStored
-    | UpdateRejected
-    | OfferRefused
-    | Folded
-    | Closed
-    | Evaluated
-    | Ticked
-    | Paused
-    | Resumed
-)
+RoundEvent = Scored | Extracted | Unmasked | Closed | Evaluated
+Event = PartEvent | RoundEvent | DeviceBorn | DeviceDied | Ticked | Paused | Resumed

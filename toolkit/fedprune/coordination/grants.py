@@ -59,11 +59,7 @@ class Grant(NamedTuple):
 
 
 class Grants:
-    """Decides what devices train, once per round for the fleet. What devices can hold, the allocator decides.
-
-    Args:
-        asks_alike: Whether devices of the same widths must be asked for the same.
-    """
+    """Decides what devices train, once per round for the fleet. What devices can hold, the allocator decides."""
 
     def __init__(
         self, job: Job, strategy: Strategy, architecture: Architecture, state: State, *, asks_alike: bool = False

@@ -66,7 +66,6 @@ class RoundLimits:
     """The limits of a round, applied to its updates.
 
     Attributes:
-        rejected: Reasons by device whose update is rejected.
         shares: By other device, then by tensor, the share of its change that counts; only tensors with a share below 1.
         reasons: By device, why much less counts than it sent.
         references: The renewed references, for `REFERENCES_MEMORY`.
@@ -88,10 +87,8 @@ def limit_round(
     """Apply the limits to a round.
 
     Args:
-        updates: Lengths by device.
         references: References of the round before, empty in the first.
         model: The global model; in the first round the initial one, from which the scales are taken.
-        move_limit: Limit of a whole update, as a multiple of the median.
     """
     trained = {t.name for t in architecture.trainable}
     # The first round has no references: its limits are the medians alone.

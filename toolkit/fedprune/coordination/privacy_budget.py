@@ -73,7 +73,6 @@ class JobPrivacyBudget:
         """Count a round's sums as released, unless that overdraws a budget of shared noise.
 
         Args:
-            tasks: The parts that are in the sums.
             cohorts: With secure aggregation, the devices of each sum that the server has seen; otherwise empty.
 
         Returns:

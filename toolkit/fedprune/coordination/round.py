@@ -1,8 +1,10 @@
-"""One round, from the first update to the next global model.
+"""Sums the updates of one round, and closes it with the next global model.
 
-Updates are read and checked once, as they arrive, and added to exact sums. How much of each counts depends on all of
-them and is decided when the round closes. The server's worker, and with it the simulator, and the Flower strategy run
-their rounds with this class; they differ in where updates come from and where models go.
+`add_update` reads and checks an update once, as it arrives, and adds it to the *fold* (the running sum of a round's
+updates). `close` limits all updates, since how much of each counts depends on the others, makes the sums those of
+exactly the updates that count, and has the strategy make the next model of them. The server's worker (which the
+simulator shares) and the Flower strategy run their rounds with this class; they differ in where updates come from and
+where models go.
 """
 
 from __future__ import annotations
@@ -47,11 +49,28 @@ class RoundOutcome:
     reduced: int = 0
 
 
+@dataclass
+class _CurrentUpdate:
+    """The update that a strategy is reading: its device, empty for none, and whether it could be read."""
+
+    device: str = ""
+    is_read: bool = False
+
+
+class _AtFaultError(Exception):
+    """An update fails while the round closes. `is_read`: it could be read, so that the strategy failed on it."""
+
+    def __init__(self, device: str, failure: Failure, *, is_read: bool) -> None:
+        super().__init__(device, failure.reason)
+        self.device = device
+        self.failure = failure
+        self.is_read = is_read
+
+
 class Round:
     """Adds up the updates of one round, and closes it with the next global model.
 
     Attributes:
-        scene: What the round began with.
         included: The updates in the sums, by device.
     """
 
@@ -112,10 +131,11 @@ class Round:
     ) -> RoundOutcome:
         """Close the round with exactly these updates, sorted by device; those that aren't in the sums yet are added.
 
+        `rate` is the share of the way to the sums' mean that the model moves, `participants` all devices of the round.
         An update that passed when it arrived may fail now: its limits depend on all updates, and a scorer reads it for
         the first time. It is left out with its reason, so that no update can keep a round from closing. The result
-        depends on the updates alone, whatever was added before and in whatever order. `rate` is the share of the way to
-        the sums' mean. Raises `StrategyError` if no update is left because the strategy fails on several of them.
+        depends only on the updates, whatever was added before and in whatever order. Raises `StrategyError` if no
+        update is left because the strategy fails on several of them.
         """
         at_fault: dict[str, Failure] = {}
         by_strategy = 0
@@ -143,7 +163,7 @@ class Round:
         return replace(result, rejected=rejected, limited=reasons, reduced=len(limited.reduced - rejected.keys()))
 
     def close_sums(self, sums: Sequence[PartialSums], participants: tuple[str, ...]) -> RoundOutcome:
-        """Close the round with sums of which no single update is known, as of masked ones. Raises `ProtocolError` or
+        """Close the round with the sums of masked updates, of which no single one is known. Raises `ProtocolError` or
         `BundleError` if they don't fit."""
         self.reset()
         scene = replace(self.scene, participants=participants)
@@ -155,7 +175,7 @@ class Round:
         return RoundOutcome(closing.model, {**closing.memories, **observations})
 
     def lift_update(self, report: UpdateReport) -> Submodel:
-        """A trained submodel as it enters the sums: in the channels of the global model, as the strategy maps them."""
+        """A trained submodel in the channels of the global model, as the strategy maps them and the sums take it."""
         return self._strategy.reconstruct(report)
 
     def _reset_if_full(self, weight: int) -> None:
@@ -243,21 +263,3 @@ class Round:
 
 def _outlier_failures(rejected: Mapping[str, str]) -> dict[str, Failure]:
     return {device: Failure(FailureKind.OUTLIER, reason) for device, reason in rejected.items()}
-
-
-@dataclass
-class _CurrentUpdate:
-    """The update that a strategy is reading: its device, empty for none, and whether it could be read."""
-
-    device: str = ""
-    is_read: bool = False
-
-
-class _AtFaultError(Exception):
-    """An update fails while the round closes. `is_read`: it could be read, so that the strategy failed on it."""
-
-    def __init__(self, device: str, failure: Failure, *, is_read: bool) -> None:
-        super().__init__(device, failure.reason)
-        self.device = device
-        self.failure = failure
-        self.is_read = is_read

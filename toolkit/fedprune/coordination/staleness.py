@@ -20,11 +20,6 @@ class UpdateWeights:
 
     An event changes one device. Sums over the fleet are corrected by the devices that have changed, so that the work
     of an event doesn't grow with the fleet.
-
-    Args:
-        state: The coordinator's; read, never changed.
-        job: Says the most samples that a device counts for.
-        uniform: Whether devices count alike, whatever their samples.
     """
 
     def __init__(self, state: State, schedule: Schedule, job: Job, *, uniform: bool) -> None:

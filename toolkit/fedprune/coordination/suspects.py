@@ -62,11 +62,6 @@ def narrow_suspects(
 ) -> tuple[list[list[str]], set[str]]:
     """Groups of suspects after an attempt.
 
-    Args:
-        suspects: The groups before it.
-        true_cohorts: Those whose sum was true.
-        false_cohorts: Those whose sum was false.
-
     Returns:
         The groups, and the devices that are found to be at fault; they are in none of them.
     """

@@ -36,10 +36,7 @@ class RoundUpdate:
     """One update of a round, and how it is read.
 
     Attributes:
-        device: The client's name.
         key: Identifies the content: updates of equal keys are equal bit for bit.
-        weight: What it counts for.
-        samples: Training samples that the client reports.
         read: Reads and decodes it; all is checked that doesn't depend on the round's sums.
         shares: By tensor the share of its change that counts, where that is less than all of it.
         is_checked: Whether it is in memory and has passed `Round.check`, so that it isn't checked again.

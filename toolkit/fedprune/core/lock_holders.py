@@ -22,7 +22,6 @@ class LockHolder:
     """A process that holds an exclusive lock.
 
     Attributes:
-        command: Its command line; empty if unknown.
         is_stopped: Whether it was suspended, as by Ctrl-Z or SIGSTOP.
         is_certain: Whether the lock is on the file itself, rather than on any file with its inode number.
     """

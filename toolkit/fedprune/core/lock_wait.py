@@ -60,10 +60,6 @@ def wait_reason() -> str:
 class LockWait:
     """One wait for a lock. Its owner calls `note_failure` after each attempt that failed, and `note_success` after the
     one that succeeded.
-
-    Args:
-        what: What is locked.
-        holders: Names who has the lock now.
     """
 
     def __init__(self, what: str, holders: Callable[[], Sequence[str]]) -> None:

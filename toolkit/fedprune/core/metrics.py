@@ -23,8 +23,6 @@ class Metric:
     """A measure of a model's outputs.
 
     Attributes:
-        title: Its name for people.
-        higher_is_better: Whether a higher value is better.
         is_share: Whether it is a share from 0 to 1, shown in percent.
         labels: The kinds of labels (`fedprune.model.recipe.LOSSES`) that a recipe may ask for it with.
     """

@@ -34,7 +34,6 @@ class NodeShare:
     """A node's part of the model.
 
     Attributes:
-        widths: Channels per group.
         density: The share of them all that these are.
         accumulate: Parts in which it works through a batch, unless the recipe asks for more.
     """

@@ -25,18 +25,14 @@ class NodePart:
     Attributes:
         tensors: The submodel's weights and statistics, by their names in the whole model.
         widths: Channels per group that it has.
-        density: The share of the model that these are.
-        round: The round, from 1.
         device: What the server calls the node; with seed and round it keys the order of samples in
             `fedprune_device.training.trainer.Trainer`.
-        seed: The job's seed.
         classes: Entries of the model's output; 0 where it is no row of logits.
         recipe: How the strategy would have it train. A training graph obeys it; a loop of one's own takes from it what
             it can.
         graph: The training graph for that recipe, as `fedprune_device.training.trainer.Trainer` takes it; empty where
             the server sends none.
         config: What else the server said: Flower's own configuration of the round.
-        message: Flower's message.
     """
 
     tensors: Tensors
@@ -91,7 +87,6 @@ class NodePart:
         Args:
             tensors: What was made of the submodel: arrays or torch tensors by name, such as a module's `state_dict()`.
                 What the submodel doesn't have (counters of batch norms) stays behind.
-            steps: Optimiser steps behind it.
             metrics: Further numbers, which Flower averages by samples.
         """
         arrays = {}

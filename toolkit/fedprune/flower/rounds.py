@@ -1,8 +1,12 @@
-"""A job's rounds as Flower calls for them: submodels out, updates in, the next model; on numpy alone."""
+"""Runs a job's rounds for Flower's server: `open` cuts a submodel for each node, `close` makes updates the next model.
+
+A *node* is a client of Flower, and its `NodeShare` how much of the model it gets. Words of the strategies: a `Scene` is
+what a strategy sees of the fleet and the round, a `Turn` one node's participation in it, a `Cut` the two with the
+channels that the node gets. Nothing here needs Flower itself.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,23 +21,17 @@ from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.coordination.round import Round
 from fedprune.coordination.update_limits import RoundUpdate, UpdateLimits
 from fedprune.coordination.weight_limits import capped_weights
-from fedprune.core import tensorfile
-from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import path_exists
-from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
+from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.flower.allocation import NodeShare
 from fedprune.flower.presets import compose_for_flower
+from fedprune.flower.state_file import FlowerState, read_state, write_state
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors
 from fedprune.strategies.values import Cut, Memories, Scene, Submodel, Turn, UpdateReport
-
-FORMAT = "fedprune.flower-state/1"
-
-# The tensor that holds the state's head as JSON: one file, so that it is replaced in one step.
-_HEAD_TENSOR = "fedprune"
 
 _LOG = logging.getLogger("flwr.fedprune")
 
@@ -77,7 +75,6 @@ class FlowerRoundOutcome:
 
     Attributes:
         model: The next model; the round's own if no update counted.
-        counted: The nodes whose updates are in it.
         refused: The others', and why they aren't.
     """
 
@@ -92,9 +89,6 @@ class FlowerRounds:
     Raises `ConfigError` if the strategy doesn't work under Flower, or its options are wrong.
 
     Attributes:
-        architecture: The model's.
-        strategy: What the job composes.
-        model: The global model.
         number: The last round that was closed; 0 before the first.
     """
 
@@ -110,12 +104,10 @@ class FlowerRounds:
         self._scene: Scene | None = None
 
     def begin(self, model: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """The model that the next round starts from; until a round has closed, the strategy's `begin` of `model`.
+        """Take over the model that Flower continues from, and return the model that the next round starts from.
 
-        Raises `BundleError` if it is not this architecture's.
-
-        Args:
-            model: What Flower continues from: what the user began with, as long as no round has given anything.
+        Before the first round has closed, the strategy may make another model of the user's (`Strategy.begin`). Raises
+        `BundleError` if the model is not of this architecture.
         """
         base = check_fold_base(self.architecture, model)
         if self.number == 0 and (first_model := self.strategy.begin(self.architecture, base)) is not base:
@@ -126,15 +118,8 @@ class FlowerRounds:
         return base
 
     def open(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, NodeTask]:
-        """Begin a round.
-
-        Args:
-            round_: Its number, from 1.
-            shares: Who takes part, and with how much of the model.
-
-        Returns:
-            What each is sent. Those of equal shares are sent the same tensors, which are the same objects.
-        """
+        """Begin a round, numbered from 1, with these nodes; returns what each is sent. Nodes of equal shares are sent
+        the same tensors, which are the same objects."""
         self._scene = self._scene_of_round(round_, tuple(sorted(shares)))
         self._tasks = self._tasks_of(self._scene, shares)
         return self._tasks
@@ -148,12 +133,10 @@ class FlowerRounds:
         return self._tasks_of(self._scene_of_round(max(1, round_), ()), shares)
 
     def close(self, updates: Iterable[tuple[str, NodeUpdate]]) -> FlowerRoundOutcome:
-        """End the open round: fold what came into the next model.
+        """End the open round: sum the updates, in order of arrival, and make the next model of them.
 
-        The next model's bits don't depend on the order of updates. A node's first update counts, no further one.
-
-        Args:
-            updates: By node, in order of arrival. One that can't be used is refused; the others still count.
+        The next model's bits don't depend on the order. A node's first update counts, no further one. An update that
+        can't be used is refused; the others still count.
         """
         scene = self._scene
         if scene is None or not self._tasks:
@@ -199,53 +182,17 @@ class FlowerRounds:
     def save(self, path: Path) -> None:
         """Write all that the next round continues from. Raises `StorageError` if the disk fails; what was there before
         is untouched."""
-        head = {
-            "format": FORMAT,
-            "architecture": self.architecture.digest,
-            "strategy": self.job.strategy,
-            "round": self.number,
-            "samples": self._samples_of_node,
-            "last": self._last_counted_round,
-            "memory": list(self._memory),
-        }
-        text = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
-        tensors: dict[str, npt.NDArray[Any]] = {_HEAD_TENSOR: text}
-        tensors |= {f"model/{n}": v for n, v in self.model.items()}
-        for number, tensors_of_memory in enumerate(self._memory.values()):
-            tensors |= {f"memory/{number}/{key}": np.asarray(v) for key, v in tensors_of_memory.items()}
-        write_atomically(path, tensorfile.encode(tensors))
+        state = FlowerState(self.model, self._memory, self.number, self._samples_of_node, self._last_counted_round)
+        write_state(path, state, self.architecture.digest, self.job.strategy)
 
     def restore(self, path: Path) -> bool:
         """Continue from what `save` wrote; False if there is no file. Raises `StorageError` if it is damaged, or of
         another model or strategy."""
         if not path_exists(path, file=True):
             return False
-        try:
-            stored = tensorfile.decode(path.read_bytes())
-            head = json.loads(stored.pop(_HEAD_TENSOR).tobytes())
-            kinds = {"format": str, "architecture": str, "strategy": str, "round": int, "samples": dict, "last": dict}
-            kinds |= {"memory": list}
-            if {k: type(head[k]) for k in kinds} != kinds:
-                raise ValueError("its head")
-            model = {n.removeprefix("model/"): v for n, v in stored.items() if n.startswith("model/")}
-            memory: Memories = {}
-            for number, name in enumerate(head["memory"]):
-                prefix = f"memory/{number}/"
-                memory[str(name)] = {n.removeprefix(prefix): v for n, v in stored.items() if n.startswith(prefix)}
-            expected = {"format": FORMAT, "architecture": self.architecture.digest, "strategy": self.job.strategy}
-            for key, value in expected.items():
-                if head[key] != value:
-                    raise StorageError(f"{path}: {key} of the state", expected=value[:24], got=repr(head[key])[:24])
-            self.model = check_fold_base(self.architecture, model)
-        except StorageError:
-            raise
-        except (FedpruneError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StorageError(
-                f"{path} is no state of a job under Flower ({type(error).__name__}: {error})",
-                hint="Name another file, or start again without it.",
-            ) from error
-        self._memory, self.number = memory, head["round"]
-        self._samples_of_node, self._last_counted_round = head["samples"], head["last"]
+        state = read_state(path, self.architecture, self.job.strategy)
+        self.model, self._memory, self.number = state.model, state.memory, state.round
+        self._samples_of_node, self._last_counted_round = state.samples_of_node, state.last_counted_round
         return True
 
     def _scene_of_round(self, round_: int, participants: tuple[str, ...]) -> Scene:

@@ -55,7 +55,6 @@ class FedpruneStrategy(FedAvg):
         density: Who gets how much of the model: a share of every channel group for all; several, dealt in tiers; by
             node id, as a mapping or function; the name of a hardware profile; `"ask"`: every node is asked. None leaves
             it to the strategy's own tiers, and where it has none (`fedprune`, `plain`) nodes are asked.
-        options: The strategy's own settings.
         recipe: Local training; nodes with a training graph obey it.
         seed: Keys every random number but Flower's.
         training: Makes a training graph, as the bytes of an ONNX file, of what a recipe needs; then every message for

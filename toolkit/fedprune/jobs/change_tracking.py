@@ -84,7 +84,6 @@ class TrackedDict(dict[str, E], Generic[E]):
 
     Attributes:
         changed: Names of entries that were put, replaced, changed or taken away since `mark_saved`.
-        counts: How many entries are of each kind.
         fetch: Gives the saved attributes of an entry, by its name, that were put away.
     """
 

@@ -63,7 +63,6 @@ class Schedule:
     """When offers go out and rounds close.
 
     Attributes:
-        kind: `synchronous` or `asynchronous`.
         participation: Synchronous: share of the present devices that a round asks; 0 leaves it to the job.
         arrivals: Asynchronous: a round closes with this many updates; 0 leaves that to the window.
         window_s: Seconds from the beginning of a round to its close; 0 for no window.
@@ -144,10 +143,7 @@ class Schedule:
         It waits for no more than can come: a device trains a model once, so if none is at work no update follows.
 
         Args:
-            opened_at: When it began.
             arrival_times: When its updates came, sorted; some may have come before it began.
-            is_awaited: Whether an update of any device is still awaited.
-            now: The present.
 
         Returns:
             A time, not after `now` where it is time to close; None where that depends on what is still to come.

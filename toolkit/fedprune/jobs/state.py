@@ -1,4 +1,8 @@
-"""A coordinator's whole state, as plain data: digests and numbers, never weights."""
+"""The state of a job between two events, as plain data that the server stores: digests and numbers, never weights.
+
+A `State` has a `JobDevice` for each device of the job and a `DeviceTask` for each device's *part* (participation) in
+the current round. The coordinator changes it; `to_json` and `from_json` write and read it.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,11 @@ FORMAT = "fedprune.state/3"
 # Attributes of a device that only its next connection or part needs. They are most of its size, and stay in the
 # database between a large fleet's rounds.
 EVICTED_ATTRIBUTES = ("plan", "probe")
+
+# Attributes of a task that do not depend on the ranking of channels.
+_KEPT_BY_NEXT_ATTEMPT = (
+    "widths", "density", "samples", "weight", "last_counted_round", "work", "mixed", "core", "accumulate",
+)  # fmt: skip
 
 # Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place.
 _EMPTY: dict[str, Any] = {}
@@ -55,7 +64,7 @@ class Progress(str, Enum):
 
 
 def outcome(progress: str, kind: str) -> str:
-    """A part's progress as a word for people: `late`, `lost` or `gone` where a device delivered nothing."""
+    """The progress of a device's part as a word for people: `late`, `lost` or `gone` where nothing was delivered."""
     return kind if progress == Progress.REFUSED and kind in UNDELIVERED_KINDS else progress
 
 
@@ -65,10 +74,8 @@ class JobDevice(TrackedEntry):
 
     Attributes:
         session: Number of its latest connection.
-        online: Whether that connection stands.
         profile: Its hardware profile, as JSON.
         probe: What it measured of itself, as JSON.
-        samples: Its training samples.
         plan: The plan's JSON, or None where none fits.
         widths: Kept channels per group; empty without a plan.
         excluded: Why it takes no part; empty if it does.
@@ -85,7 +92,6 @@ class JobDevice(TrackedEntry):
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
-        codecs: Names of the codecs that it knows.
         held: The state that it continues from, if updates or weights are encoded, or its optimiser's state is kept
             (`fedprune.coordination.commands.ReceivedWeights`).
         releases: Under differential privacy, how many releases contain its samples, by noise multiplier
@@ -167,29 +173,20 @@ class DeviceTask(TrackedEntry):
     """One device's task: in the current round or, in an asynchronous job, in the round in which it was offered.
 
     Attributes:
-        attempt: Number of this attempt at the round, from 1.
-        widths: Widths of its submodel.
-        density: The share of the model that it was given.
-        accumulate: Gradient-accumulation steps per batch, as planned.
-        progress: How far it is.
         offer: What it was offered, as JSON.
         update: Reference of the update that it announced, as JSON.
         weights: Digest of that update, once it is stored.
         samples: Its training samples when the round began.
         weight: What its update counts for in the sums.
-        steps: Optimiser steps behind the update.
-        metrics: What the device measured.
-        reason: Why it was refused.
+        work: How often the recipe's epochs are trained.
         kind: The `FailureKind` of that.
         past: The device's last counted update when the part began.
         last_counted_round: The round of the offer behind that; 0 for none.
-        work: How often the recipe's epochs are trained.
         mixed: Whether boards of the fleet train different widths in its round.
         core: Whether the fleet shares a core in its round, or has grown from one.
         basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None
             in synchronous jobs, where the state has them.
         offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
-        seconds: Seconds from the offer until the update was stored.
         arrived_at: Asynchronous jobs: when its update was here.
         deadline: Its own deadline, if tasks have individual ones; for a refused task of an asynchronous job, when it
             may be offered again.
@@ -265,9 +262,6 @@ class State:
 
     Attributes:
         model: Digest of the global model.
-        round: The current round, from 1; 0 before the first.
-        phase: Where that round stands.
-        devices: Known devices by name.
         tasks: The current round's parts, by device.
         ranking: Digest of the current round's ranking of channels.
         order: Digest of the ranking of elements; None without element masks.
@@ -281,7 +275,6 @@ class State:
             sums of masked updates are known; then these sums and, until the round's end, how they went
             (`events.Unmasked`).
         wake_times: Times of `WakeAt` commands that the shell has not answered yet.
-        history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to; empty if the caller doesn't store
             it.
         private: Whether boards add noise to what they hand in, and have done so from the first round.
@@ -412,31 +405,13 @@ class State:
         elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.deadline = Phase.SCORING, None
             self.tasks = TrackedDict(
-                (
-                    n,
-                    DeviceTask(
-                        t.attempt + 1,
-                        t.widths,
-                        t.density,
-                        samples=t.samples,
-                        weight=t.weight,
-                        last_counted_round=t.last_counted_round,
-                        work=t.work,
-                        mixed=t.mixed,
-                        core=t.core,
-                        accumulate=t.accumulate,
-                    ),
-                )
-                for n, t in self.tasks.items()
+                (name, DeviceTask(t.attempt + 1, **{key: getattr(t, key) for key in _KEPT_BY_NEXT_ATTEMPT}))
+                for name, t in self.tasks.items()
             )
 
     def drop_incompatible_parts(self, *, asynchronous: bool, masked: bool = False) -> None:
         """Drop parts that were made under another kind of schedule, or offered with other masks, as after a change of
         settings; a round that has begun with them starts again.
-
-        Args:
-            asynchronous: Whether the job is asynchronous now.
-            masked: Whether updates are masked now.
         """
         offers = [t.offer for t in self.tasks.values() if t.offer is not None]
         scheduled = all((t.basis is not None) == asynchronous for t in self.tasks.values())
@@ -459,7 +434,6 @@ class State:
 
         Args:
             devices: Names and rows of devices that the text doesn't have, each read when its turn comes.
-            tasks: The same of tasks.
         """
         try:
             body = json.loads(text)

@@ -70,7 +70,6 @@ def update_weights(schedule: Schedule, arrivals: Sequence[Arrival], total: int, 
     """The weight of each update in the sums: whole numbers from 1 up, `MAX_WEIGHT` at most in all.
 
     Args:
-        arrivals: The updates that enter the sums.
         total: Σ n_j of all devices that could ever take part, or their number where they count alike: it decides
             how finely shares are resolved.
         uniform: Devices count alike, whatever their samples.
@@ -92,7 +91,6 @@ def weights_fit(unbiased_weight: int, count: int, total: int) -> bool:
     Args:
         unbiased_weight: Σ p_i·ceil(τ_i / Δt) of the updates that enter the sums.
         count: Their number, by which rounding may enlarge the sum.
-        total: As in `update_weights`.
     """
     return unbiased_weight * 2.0 ** min(0, _scale_exponent(total)) + count <= MAX_WEIGHT
 
@@ -112,10 +110,8 @@ def step_size(
     Only `unbiased` shares, of rounds that last over a thousand windows, could exceed that limit.
 
     Args:
-        arrivals: The updates that enter the sums.
         other_arrivals: The last updates of all other devices that have ever delivered; of one that hasn't, a fresh
             one.
-        uniform: As in `update_weights`.
     """
     if schedule.mixing == "normalised" or not arrivals:
         return schedule.rate

@@ -138,7 +138,6 @@ def lay_out_chart(
     Args:
         positions: Positions on the x axis, ascending.
         series: Per curve its value at every position.
-        format_value: Formats a value.
         unit: Size and name of the y axis' unit.
         top: The largest possible value, such as 1 for shares.
         bridges_gaps: Whether a curve goes straight over positions at which it has no value, rather than breaking there.

@@ -61,7 +61,6 @@ class BoardFate:
     Attributes:
         stage: The stage that it belongs to, from 0.
         deadline: The time by which it must report; None unless it was given the subject.
-        reason: Why it failed.
     """
 
     stage: int
@@ -103,7 +102,6 @@ class Rollout:
 
     Attributes:
         boards: Each board's part, which only methods of this class change.
-        stage: The current or last stage.
         stage_ends: For each stage that has begun, the time after which its boards have failed.
         why: The reason why it stopped or is paused.
         now: The last time that it was given: after a restart the clock continues from there.

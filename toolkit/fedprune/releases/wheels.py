@@ -68,7 +68,6 @@ def unmet_requirements(
     """The missing requirements of wheels: the requiring wheel, the requirement, and the version found instead.
 
     Args:
-        markers: What `marker_environment` gives.
         provided: Whether the machine has a package, by its canonical name, without a wheel.
         refuse: What is raised where one is no wheel, or requires something that can't be read.
     """

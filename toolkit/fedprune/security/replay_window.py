@@ -12,12 +12,7 @@ WINDOW_LENGTH = 1024
 
 
 class ReplayWindow:
-    """The epoch and counters of the messages that have come from one sender, to recognise replays.
-
-    Attributes:
-        epoch: The current epoch; -1 before the first message.
-        highest_counter: Highest counter that has come in it; -1 for none.
-    """
+    """The epoch and counters of the messages that have come from one sender, to recognise replays."""
 
     def __init__(self, epoch: int = -1) -> None:
         self.epoch, self.highest_counter = epoch, -1

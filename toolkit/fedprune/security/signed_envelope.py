@@ -90,7 +90,6 @@ def seal(key: SigningKey, topic: str, epoch: int, counter: int, body: bytes) -> 
     """Put a message into its envelope.
 
     Args:
-        topic: Where it will be published.
         epoch: A number that was on the sender's disk before it was first used.
         counter: Larger than those of earlier messages of this epoch and stream.
     """
