@@ -180,10 +180,8 @@ def close_sums(
         base: Of `total`'s shape, as `out`.
     """
     kernel = _compiled.get("close")
-    shapes_match = base.shape == out.shape == total.shape and share.shape == total.shape[:2] == (
-        rows.size,
-        columns.size,
-    )
+    grid = (rows.size, columns.size)
+    shapes_match = base.shape == out.shape == total.shape and share.shape == total.shape[:2] == grid
     if kernel is None or not shapes_match or not all(array.flags.c_contiguous for array in (total, share, base, out)):
         return False
     if not (_are_within(np.sort(rows), len(total)) and _are_within(np.sort(columns), total.shape[1])):
@@ -346,24 +344,16 @@ def _compile() -> dict[str, Kernel]:
         compiled: Kernel = numba.njit(returns(*argument_types), nogil=True, fastmath={"contract"})(kernel)
         return compiled
 
-    sums, indices, rows = int64[::1], read_only_array(int64), types.UniTuple(read_only_array(float32), _ROWS_AT_ONCE)
+    sums, indices, values, shares = (
+        int64[::1], read_only_array(int64), read_only_array(float32), read_only_array(float64, 2)
+    )  # fmt: skip
+    rows = types.UniTuple(values, _ROWS_AT_ONCE)
+    scatter_types = (sums, int64, int64, indices, indices, indices, indices, values, int64, float32)
+    close_types = (sums, shares, float64, int64, indices, indices, values, float32[::1])
     return {
         "largest": compile_kernel(_largest, float32, read_only_array(types.int32)),
         "scale": compile_kernel(_scale, types.void, sums, float64, float32[::1]),
-        "scatter": compile_kernel(
-            _scatter, types.void, sums, int64, int64, *[indices] * 4, read_only_array(float32), int64, float32
-        ),
-        "close": compile_kernel(
-            _close,
-            types.void,
-            sums,
-            read_only_array(float64, 2),
-            float64,
-            int64,
-            indices,
-            indices,
-            read_only_array(float32),
-            float32[::1],
-        ),
+        "scatter": compile_kernel(_scatter, types.void, *scatter_types),
+        "close": compile_kernel(_close, types.void, *close_types),
         "add": compile_kernel(_add, types.void, sums, int64, rows, int64, int64, int64, float64[::1], float32),
     }

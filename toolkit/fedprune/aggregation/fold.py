@@ -259,11 +259,8 @@ class Fold:
             elif self._sums.coverage.layout is None:
                 model[spec.name] = self.base[spec.name].copy()
                 if server_momentum and spec.kind.is_trainable:
-                    next_velocity[spec.name] = (
-                        np.zeros(spec.shape, np.float32)
-                        if former_velocity is None
-                        else former_velocity.astype(np.float32)
-                    )
+                    velocity_before = np.zeros(spec.shape) if former_velocity is None else former_velocity
+                    next_velocity[spec.name] = velocity_before.astype(np.float32)
             elif server_momentum and spec.kind.is_trainable:
                 model[spec.name], next_velocity[spec.name] = means.next_tensor_and_velocity(spec, step, former_velocity)
             else:

@@ -145,11 +145,8 @@ class RoundMeans:
 
         Returns whether it was done: `fill` adds the base's own weight, and further cut axes have no kernel.
         """
-        grid = (
-            map_into_model(self._coverage.required_layout, spec)
-            if compiled_kernels.has_kernels() and mass.size
-            else None
-        )
+        is_possible = compiled_kernels.has_kernels() and mass.size
+        grid = map_into_model(self._coverage.required_layout, spec) if is_possible else None
         if grid is None or self._rule == "fill" or mass.size > mass.shape[0] * math.prod(mass.shape[1:2]):
             return False
         row_mass = mass.reshape(mass.shape[0], -1)

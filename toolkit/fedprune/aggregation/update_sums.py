@@ -246,11 +246,8 @@ class UpdateSums:
         rows = [update.values[spec.name] for update in updates]
         if mask is not None:
             rows = [row * mask for row in rows]  # np.where takes ten times as long
-        weights, sums, layout = (
-            [update.weight for update in updates],
-            self._values[spec.name],
-            self.coverage.required_layout,
-        )
+        weights = [update.weight for update in updates]
+        sums, layout = self._values[spec.name], self.coverage.required_layout
         if not spec.axes or has_layout_ranks(layout, updates[0].selection):
             for sum_index, update_index in index_pairs(layout, spec, updates[0].selection):
                 sums.add_rows([row[update_index] for row in rows], weights, sum_index)

@@ -20,9 +20,7 @@ class StreamedBlob:
         cached: Whether the folder is a cache. Then the file isn't flushed, and its leaf table isn't kept: it is
             computed when somebody asks for it.
 
-    Raises:
-        StorageError: The disk fails.
-        StorageFullError: There is no room, or no blob may be that large.
+    Raises `StorageError` if the disk fails, and `StorageFullError` if it is full, or no blob may be that large.
     """
 
     def __init__(self, store: BlobFolder, ref: BlobRef, *, cached: bool = False) -> None:

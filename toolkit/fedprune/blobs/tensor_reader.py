@@ -19,14 +19,10 @@ from fedprune.core.tensorfile import Array, array_at, header_length, tensor_offs
 
 
 def read_tensors(store: BlobStore, ref: BlobRef, names: Collection[str] | None = None) -> dict[str, Array]:
-    """Verified tensors of a stored file, as read-only views on it.
+    """Verified tensors of a stored file, as read-only views on it: those of these names that it has, by default all.
 
-    Args:
-        names: The tensors to read, as far as the file has them; all by default.
-
-    Raises:
-        StorageError: The blob isn't here, or what was read of it is damaged.
-        BundleError: It isn't a tensor file.
+    Raises `StorageError` if the blob isn't here, or what was read of it is damaged, and `BundleError` if it isn't a
+    tensor file.
     """
     view = _map_blob(store, ref)
     view.verify(0, 8)  # the header's length, which tells how much of the file the header takes

@@ -108,11 +108,9 @@ class Grants:
         if self._core is None:
             return ""
         if self.core:
-            core_share, share = (
-                f"{self._state.core_density:.3g} of the model's channels",
-                f"{self._core.board_share:.0%}",
-            )
-            return f"boards share a core: they train at most {core_share}, which {share} of them can hold"
+            core_share = f"{self._state.core_density:.3g} of the model's channels"
+            boards = f"{self._core.board_share:.0%} of them"
+            return f"boards share a core: they train at most {core_share}, which {boards} can hold"
         if not self._state.mixed:
             return "all boards train the same width: no ordered dropout and no mixed samples by default"
         return "each board trains all that it can hold" if self._has_core else ""

@@ -43,11 +43,8 @@ def spent_share_after_round(job: Job, state: State) -> float:
         return 0.0
     hours, finished_rounds = _hours_since_start(state, None), max(1, state.round - 1)
     used_of_total = ((state.spent_bytes, job.total_bytes), (state.spent_macs, job.total_macs), (hours, job.total_hours))
-    return (
-        max((used / total for used, total in used_of_total if total), default=0.0)
-        * (finished_rounds + 1)
-        / finished_rounds
-    )
+    spent_share = max((used / total for used, total in used_of_total if total), default=0.0)
+    return spent_share * (finished_rounds + 1) / finished_rounds
 
 
 def _hours_since_start(state: State, now: float | None) -> float:

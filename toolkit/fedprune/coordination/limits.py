@@ -153,11 +153,8 @@ def _rejections(updates: Mapping[str, UpdateLengths], move_limit: float, referen
         return {}
     # The higher of two medians, and never less than the reference: in a quiet round no honest board is to stand out.
     usual = max(statistics.median_high(nonzero_lengths), reference)
-    too_long = {
-        device: row[ALL_TRAINED]
-        for device, row in updates.items()
-        if row[ALL_TRAINED] > REJECT_FACTOR * move_limit * usual
-    }
+    limit = REJECT_FACTOR * move_limit * usual
+    too_long = {device: row[ALL_TRAINED] for device, row in updates.items() if row[ALL_TRAINED] > limit}
     return {device: f"its update stands out: {_distance_text(length, usual)}" for device, length in too_long.items()}
 
 

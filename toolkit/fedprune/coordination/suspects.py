@@ -60,11 +60,7 @@ def divide_into_cohorts(
 def narrow_suspects(
     suspects: Groups, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]
 ) -> tuple[list[list[str]], set[str]]:
-    """Groups of suspects after an attempt.
-
-    Returns:
-        The groups, and the devices that are found to be at fault; they are in none of them.
-    """
+    """Groups of suspects after an attempt, and the devices that are found to be at fault, which are in no group."""
     cleared = {name for cohort in true_cohorts for name in cohort}
     groups = [remaining for group in suspects if (remaining := sorted(set(group) - cleared))]
     at_fault: set[str] = set()

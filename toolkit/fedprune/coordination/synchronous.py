@@ -213,10 +213,8 @@ class SynchronousCoordinator(Coordinator):
         task = self._store_update(event, now)
         if task is None:
             return []
-        return [
-            do.Acknowledge(event.device, event.round, event.attempt, event.weights),
-            self._fold_command(event.device, task, task.weight),
-        ]
+        acknowledgement = do.Acknowledge(event.device, event.round, event.attempt, event.weights)
+        return [acknowledgement, self._fold_command(event.device, task, task.weight)]
 
     def _on_update_rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = (
@@ -240,11 +238,9 @@ class SynchronousCoordinator(Coordinator):
             self._stragglers.stop_waiting(name, task, DEADLINE_PASSED)
         commands = self._continue_round(now)
         # A device that is asked again gets an offer instead of a cancellation: the same work continues.
-        names_asked_again = {n for n, t in state.tasks.items() if t.progress in BEFORE_OFFER}
-        return [
-            *(do.Cancel(n, number, t.attempt, DEADLINE_PASSED) for n, t in late_tasks if n not in names_asked_again),
-            *commands,
-        ]
+        asked_again = {n for n, t in state.tasks.items() if t.progress in BEFORE_OFFER}
+        cancels = (do.Cancel(n, number, t.attempt, DEADLINE_PASSED) for n, t in late_tasks if n not in asked_again)
+        return [*cancels, *commands]
 
     def _request_next_look(self, now: float) -> Commands:
         """Ask to be woken for the next look at deadlines of single devices, unless that was asked for."""

@@ -212,12 +212,8 @@ class WidthPlanner:
         except FedpruneError as error:
             return _SharedPlan({full_widths: self._recipe(name, device, full_widths)}, error=error)
         recipes = {w: self._recipe(name, device, w) for w in (full_widths, plan.widths)}
-        return _SharedPlan(
-            recipes,
-            plan=PackedJson(plan.to_dict()),
-            widths=plan.widths,
-            density=kept_share(self.architecture, plan.widths),
-        )
+        density = kept_share(self.architecture, plan.widths)
+        return _SharedPlan(recipes, plan=PackedJson(plan.to_dict()), widths=plan.widths, density=density)
 
 
 class PlannedWidths(Allocator):

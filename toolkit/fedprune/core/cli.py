@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -212,27 +213,8 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def positive_seconds(text: str) -> float:
-    """A time of an option: above 0, and no longer than any call of the system waits."""
-    return _positive_number(text, "seconds", _MAX_SECONDS)
-
-
-def positive_hours(text: str) -> float:
-    """A time of an option: above 0, and no longer than dates reach."""
-    return _positive_number(text, "hours", _MAX_HOURS)
-
-
-def positive_joules(text: str) -> float:
-    """An energy of an option: finite and above 0."""
-    return _positive_number(text, "joules")
-
-
-def positive_rate(text: str) -> float:
-    """A learning rate of an option: finite and above 0."""
-    return _positive_number(text, "")
-
-
-def _positive_number(text: str, unit: str, upper_limit: float = sys.float_info.max) -> float:
+def _positive_number(text: str, unit: str = "", upper_limit: float = sys.float_info.max) -> float:
+    """A number of an option: finite, above 0 and up to a limit."""
     try:
         value = float(text)
     except ValueError:
@@ -242,6 +224,12 @@ def _positive_number(text: str, unit: str, upper_limit: float = sys.float_info.m
         kind = f"a number of {unit}" if unit else "a number"
         raise argparse.ArgumentTypeError(f"expected {kind} above 0{limit}, got {text!r}")
     return value
+
+
+positive_rate = _positive_number
+positive_joules = partial(_positive_number, unit="joules")
+positive_hours = partial(_positive_number, unit="hours", upper_limit=_MAX_HOURS)
+positive_seconds = partial(_positive_number, unit="seconds", upper_limit=_MAX_SECONDS)
 
 
 @contextmanager

@@ -32,10 +32,8 @@ def check_members(file: BinaryIO, what: str, refuse: ErrorClass) -> None:
 
 def check_sizes(members: list[zipfile.ZipInfo], what: str, refuse: ErrorClass) -> None:
     """Make sure that members of an archive can be unpacked together; errors are those of `check_members`."""
-    packed_bytes, unpacked_bytes = (
-        sum(member.compress_size for member in members),
-        sum(member.file_size for member in members),
-    )
+    packed_bytes = sum(member.compress_size for member in members)
+    unpacked_bytes = sum(member.file_size for member in members)
     if unpacked_bytes > max(MAX_INFLATED_BYTES, MAX_INFLATION * packed_bytes):
         raise refuse(
             f"{what}: size when it is unpacked",

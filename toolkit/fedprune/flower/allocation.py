@@ -115,13 +115,8 @@ class FlowerAllocation:
         return {n: NodeShare(d.widths, d.density) for n, d in devices.items()}
 
     def share_of(self, wish: DensityOrProfile, samples: int) -> NodeShare:
-        """The share of a density, or the one that is planned for a profile.
-
-        Raises:
-            ConfigError: It is neither.
-            ProfileError: There is no such profile.
-            PlanError: No width fits it.
-        """
+        """The share of a density, or the one that is planned for a profile. Raises `ConfigError` if it is neither,
+        `ProfileError` if there is no such profile, and `PlanError` if no width fits it."""
         if isinstance(wish, str):
             recipe = partial(self._recipe, wish, samples)
             plan = PlanSearch(self._architecture, profile_store.find_profile(wish), recipe, samples).search()

@@ -62,9 +62,8 @@ class FedpruneStrategy(FedAvg):
         state: A file in which the job is kept after every round, and from which it continues where it is there.
         settings: Of Flower's `FedAvg`: `fraction_train`, `min_available_nodes`, `weighted_by_key` and so on.
 
-    Raises:
-        ConfigError: A setting is wrong, or the strategy doesn't work under Flower.
-        StorageError: The state is damaged, or of another job.
+    Raises `ConfigError` if a setting is wrong, or the strategy doesn't work under Flower, and `StorageError` if the
+    state is damaged, or of another job.
     """
 
     def __init__(
@@ -81,13 +80,8 @@ class FedpruneStrategy(FedAvg):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        job = Job(
-            strategy=strategy,
-            options=dict(options or {}),
-            recipe=recipe or Recipe(),
-            seed=seed,
-            weight_limit=WEIGHT_LIMIT,
-        )
+        options, recipe = dict(options or {}), recipe or Recipe()
+        job = Job(strategy=strategy, options=options, recipe=recipe, seed=seed, weight_limit=WEIGHT_LIMIT)
         self._rounds = FlowerRounds(model, job)
         self._allocation = FlowerAllocation(job, self._rounds.strategy, model.architecture, density)
         self._training = training
@@ -295,11 +289,8 @@ class FedpruneStrategy(FedAvg):
             raise ProtocolError("it has no part in this round") from None
         records, metrics = reply.content.array_records, reply.content.metric_records
         if len(records) != 1 or len(metrics) != 1:
-            raise ProtocolError(
-                "records of an update",
-                expected="one of arrays and one of metrics",
-                got=f"{len(records)} and {len(metrics)}",
-            )
+            counts = f"{len(records)} and {len(metrics)}"
+            raise ProtocolError("records of an update", expected="one of arrays and one of metrics", got=counts)
         (arrays,), (metric_record,) = records.values(), metrics.values()
         tensors: dict[str, npt.NDArray[Any]] = {}
         for name, shape in shapes.items():
@@ -327,11 +318,8 @@ class FedpruneStrategy(FedAvg):
 
 def _batch_norm_counters(rounds: FlowerRounds) -> dict[str, Array]:
     """Counters that torch's batch norms have in their state dict, so that it can be loaded as a whole."""
-    names = [
-        t.name
-        for t in rounds.architecture.tensors
-        if t.kind is TensorKind.STAT_VAR and t.name.endswith(_VARIANCE_SUFFIX)
-    ]
+    variances = [t.name for t in rounds.architecture.tensors if t.kind is TensorKind.STAT_VAR]
+    names = [name for name in variances if name.endswith(_VARIANCE_SUFFIX)]
     return {n.removesuffix(_VARIANCE_SUFFIX) + _COUNTER_SUFFIX: Array(np.zeros((), np.int64)) for n in names}
 
 

@@ -161,11 +161,8 @@ class JobDevice(TrackedEntry):
 
     def references(self) -> set[str]:
         """Digests of the blobs that are kept for it."""
-        return (
-            update_digests(self.held)
-            | update_digests(self.past)
-            | _contribution_digests((self.buffer or {}).get("contribution"))
-        )
+        kept_contribution = _contribution_digests((self.buffer or {}).get("contribution"))
+        return update_digests(self.held) | update_digests(self.past) | kept_contribution
 
 
 @dataclass(slots=True)
@@ -461,11 +458,8 @@ def _share_common_values(device: Mapping[str, Any], shared: dict[str, Any]) -> M
     10 kB, which a large fleet has no memory for."""
     profile, codecs = device["profile"], device["codecs"]
     shared_profile = shared.setdefault(f"profile {profile.get('name')}", profile)
-    return {
-        **device,
-        "profile": shared_profile if shared_profile == profile else profile,
-        "codecs": shared.setdefault(f"codecs {codecs}", codecs),
-    }
+    profile = shared_profile if shared_profile == profile else profile
+    return {**device, "profile": profile, "codecs": shared.setdefault(f"codecs {codecs}", codecs)}
 
 
 def update_digests(update: Mapping[str, Any] | None) -> set[str]:

@@ -351,10 +351,8 @@ class Rollout:
         return {"format": FORMAT, "plan": asdict(self.plan), **body, "now": self.now}
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            **self.to_dict_without_boards(),
-            "boards": {name: board.to_dict() for name, board in sorted(self.boards.items())},
-        }
+        boards = {name: board.to_dict() for name, board in sorted(self.boards.items())}
+        return {**self.to_dict_without_boards(), "boards": boards}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Rollout:

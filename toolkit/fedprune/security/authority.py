@@ -62,11 +62,8 @@ _MAX_DAYS = 30 * 365
 
 
 class Authority:
-    """A certificate authority in a folder, which `make` has made.
-
-    Raises:
-        IdentityError: A file is missing or damaged, or key and certificate don't fit.
-    """
+    """A certificate authority in a folder, which `make` has made. Raises `IdentityError` if a file is missing or
+    damaged, or key and certificate don't fit."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -119,9 +116,7 @@ class Authority:
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
         """A client certificate for a device (PEM). Of the request (`csr`) only the key is used.
 
-        Raises:
-            IdentityError: The name is reserved.
-            ProtocolError: The request or name is invalid.
+        Raises `IdentityError` if the name is reserved, and `ProtocolError` if the request or name is invalid.
         """
         check_topic_name(site, "site")
         check_device(device)
@@ -138,9 +133,8 @@ class Authority:
     def issue_broker(self, hosts: Iterable[str], csr: str, days: int = BROKER_DAYS) -> str:
         """A certificate for a broker that boards and server reach by these names and addresses.
 
-        Raises:
-            IdentityError: No host, or one that is neither name nor address.
-            ProtocolError: The request is invalid.
+        Raises `IdentityError` without a host, or for one that is neither name nor address, and `ProtocolError` if the
+        request is invalid.
         """
         names = [subject_host(h) for h in hosts]
         if not names:

@@ -47,13 +47,9 @@ from fedprune.security.trusted_time import TrustedTime
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse_message
 
-_SIGNING_KEY_FILE, _EPOCH_FILE, _REQUEST_FILE, _NEW_TLS_KEY_FILE = "signing.key", "epoch", "request.json", "tls.key.new"
-_TLS_KEY_FILE, _CERTIFICATE_FILE, _AUTHORITY_FILE, _SERVER_KEY_FILE = (
-    "tls.key",
-    "device.pem",
-    "authority.pem",
-    "server.pub",
-)
+_SIGNING_KEY_FILE, _EPOCH_FILE, _REQUEST_FILE = "signing.key", "epoch", "request.json"
+_NEW_TLS_KEY_FILE, _TLS_KEY_FILE, _CERTIFICATE_FILE = "tls.key.new", "tls.key", "device.pem"
+_AUTHORITY_FILE, _SERVER_KEY_FILE = "authority.pem", "server.pub"
 _ADMISSION_TIME_FILE, _TIME_FLOOR_FILE, _SERVER_EPOCHS_FILE = "admitted", "time", "heard"
 
 # Share of a certificate's lifetime after which it is renewed: as with ACME clients, the last third is for failed
@@ -90,10 +86,8 @@ class DeviceIdentity:
     @property
     def has_joined(self) -> bool:
         """Whether it has a certificate and knows its server."""
-        return all(
-            (self.folder / name).exists()
-            for name in (_CERTIFICATE_FILE, _TLS_KEY_FILE, _AUTHORITY_FILE, _SERVER_KEY_FILE)
-        )
+        names = (_CERTIFICATE_FILE, _TLS_KEY_FILE, _AUTHORITY_FILE, _SERVER_KEY_FILE)
+        return all((self.folder / name).exists() for name in names)
 
     @property
     def server(self) -> VerifyingKey:
@@ -193,10 +187,8 @@ class DeviceIdentity:
 
     def store_server_epoch(self, stream: str, epoch: int) -> None:
         """Store that an epoch of the server has begun."""
-        write_atomically(
-            self.folder / _SERVER_EPOCHS_FILE,
-            json.dumps(self.server_epochs() | {stream: epoch}, sort_keys=True).encode(),
-        )
+        epochs = self.server_epochs() | {stream: epoch}
+        write_atomically(self.folder / _SERVER_EPOCHS_FILE, json.dumps(epochs, sort_keys=True).encode())
 
     def needs_renewal(self) -> bool:
         """Whether the certificate is to be renewed, judged by the time floor: the clock may be wrong."""

@@ -39,11 +39,8 @@ class ReplayWindow:
             return
         behind = self.highest_counter - counter
         if behind >= WINDOW_LENGTH:
-            raise ReplayError(
-                "a signed message is too old",
-                expected=f"a number above {self.highest_counter - WINDOW_LENGTH}",
-                got=counter,
-            )
+            expected = f"a number above {self.highest_counter - WINDOW_LENGTH}"
+            raise ReplayError("a signed message is too old", expected=expected, got=counter)
         if behind >= 0 and self._accepted_bits >> behind & 1:
             raise ReplayError("a signed message has come before", got=f"number {counter} of epoch {epoch}")
 
