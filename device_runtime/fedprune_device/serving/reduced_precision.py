@@ -19,14 +19,8 @@ from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, ModelError
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.precision import (
-    CALIBRATION_SAMPLES,
-    MAX_COMPARED_SAMPLES,
-    Agreement,
-    compare_outputs,
-    lowered_weights,
-    unpack_graphs,
-)
+from fedprune.runtime.agreement import MAX_COMPARED_SAMPLES, Agreement, compare_outputs
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights, unpack_graphs
 from fedprune.runtime.precision_files import (
     FASTEST,
     FLEET_PRECISIONS,

@@ -15,14 +15,9 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
 from fedprune.core.text import first_few
 from fedprune.model.step_contract import LOGITS, X
+from fedprune.runtime.agreement import MAX_COMPARED_SAMPLES, Agreement, compare_outputs
 from fedprune.runtime.bundle import INFERENCE, WEIGHTS
-from fedprune.runtime.precision import (
-    CALIBRATION_SAMPLES,
-    MAX_COMPARED_SAMPLES,
-    Agreement,
-    compare_outputs,
-    lowered_weights,
-)
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
 from fedprune.runtime.precision_files import INT8, graph_file, weights_file
 from fedprune.runtime.session import Array, OnnxSession
 from fedprune_export.checks.labelled_data import LabelledData

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.runtime.precision import MAX_ACCURACY_LOSS, MAX_RELATIVE_ERROR, MIN_SAME_SHARE, compare_outputs
+from fedprune.runtime.agreement import MAX_ACCURACY_LOSS, MAX_RELATIVE_ERROR, MIN_SAME_SHARE, compare_outputs
 
 pytestmark = pytest.mark.board
 

@@ -55,13 +55,11 @@ def is_bundle(folder: Path) -> bool:
 
 
 def check_bundle_folder(folder: Path, target: str) -> None:
-    """Refuse to write a bundle among other files, or over the bundle of another board.
+    """Refuse to write a bundle among other files, or over the bundle of another board. Leftovers of an export that was
+    cut off don't count as other files.
 
-    Leftovers of an export that was cut off don't count as other files.
-
-    Raises:
-        BundleError: The folder or one above it is a file, or it holds something else than a bundle of this target.
-        StorageError: The folder can't be read, made or written to.
+    Raises `BundleError` if the folder or one above it is a file, or it holds something else than a bundle of this
+    target; `StorageError` if the folder can't be read, made or written to.
     """
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir():
@@ -129,12 +127,8 @@ def write_bundle(
 
     After a crash at any moment the folder holds the whole old bundle or the whole new one. The folder may be missing,
     empty, or hold a bundle of the same target, which is replaced. `base` is the file of the frozen base, if `files`
-    lacks it.
-
-    Raises:
-        BundleError: The folder holds something else, or the files don't belong together.
-        BusyError: Another export writes to the folder.
-        StorageError: The folder can't be made or written to.
+    lacks it. Raises `BundleError` if the folder holds something else, or the files don't belong together; `BusyError`
+    if another export writes to the folder; `StorageError`.
     """
     classes = selection.architecture.classes
     if class_names and len(class_names) != classes:

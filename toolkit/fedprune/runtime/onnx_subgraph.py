@@ -45,10 +45,9 @@ _MAX_DEPTH = 32
 
 def subgraph_for(model: bytes, outputs: Collection[str], given_values: Collection[str] = ()) -> bytes:
     """The graph (without external data) with only these outputs, and the inputs, constants and operators that they
-    need. Raises `ModelError` if it is not an ONNX file, or has no such output or value.
+    need. `given_values` are float32 values that become inputs instead of being computed.
 
-    Args:
-        given_values: Float32 values that become inputs of the subgraph instead of being computed in it.
+    Raises `ModelError` if it is not an ONNX file, or has no such output or value.
     """
 
     def cut(graph: bytes) -> bytes:

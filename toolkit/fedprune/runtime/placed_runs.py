@@ -1,4 +1,4 @@
-"""Runs of a graph with arrays that stay in a GPU's memory, and the recording of repeated ones as CUDA graphs.
+"""Runs of a graph with arrays that stay in a GPU's memory; repeated runs are recorded as CUDA graphs.
 
 A step of a small net is a thousand kernels of a few microseconds, and launching one takes onnxruntime longer than the
 GPU takes to compute it. A CUDA graph launches all of them at once
@@ -57,13 +57,8 @@ class PlacedArray:
 
 
 class PlacedRuns:
-    """Runs of one session on a GPU; threads wait for each other.
-
-    Args:
-        session: An `onnxruntime.InferenceSession`.
-        runtime: The module onnxruntime.
-        records: Whether the session can record runs.
-    """
+    """Runs of one `onnxruntime.InferenceSession` on a GPU, which can be recorded if the session `records`; threads wait
+    for each other. `runtime` is the module onnxruntime."""
 
     def __init__(self, session: Any, runtime: Any, *, records: bool) -> None:
         self.session, self._runtime = session, runtime
@@ -76,10 +71,10 @@ class PlacedRuns:
         self._recordings: dict[Hashable, _Recording] = {}
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, PlacedArray]:
-        """Copy arrays into the GPU's memory.
+        """Copy arrays into the GPU's memory, which is kept as long as the session.
 
         Arrays of the same role, name and shape overwrite earlier ones, so that recordings with these addresses stay
-        valid. The memory is kept as long as the session.
+        valid.
         """
         placed = {}
         with self._lock:
@@ -143,9 +138,7 @@ def run_bound(
     session: Any, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any], options: Sequence[Any] = ()
 ) -> dict[str, Any]:
     """Run a session of onnxruntime without copies: arrays are read and written where they are, on the CPU or a GPU.
-
-    Outputs without an array in `into` get a new one.
-    """
+    Outputs without an array in `into` get a new one."""
     binding = session.io_binding()
     in_memory = {n: np.asarray(v, order="C") for n, v in feeds.items() if not isinstance(v, PlacedArray)}
     for name, value in feeds.items():

@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime: no other module opens one."""
+"""Opens sessions of onnxruntime, on the CPU or a GPU; no other module opens one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class OnnxSession:
 
     Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin (a
     board serves predictions while it trains) and, for training graphs, optimisation is basic: it halves the load time
-    at the same speed. Threads may run it at once.
+    at the same speed. Threads may run it at once. Raises `MissingExtraError` if onnxruntime is not installed,
+    `ModelError` if it doesn't accept the graph.
 
     Args:
         model: A file, or the bytes of one (then without external data).
@@ -76,18 +77,13 @@ class OnnxSession:
         cuda: Whether to compute on an NVIDIA GPU. Where that fails, now or while it runs, the CPU takes over: a graph
             keeps nothing from run to run, so that nothing is lost.
         records: Whether repeated runs on placed arrays are recorded as CUDA graphs, where the graph trains.
-        exact: Whether int8 operators are computed by their definition, in float32. Their kernels are faster, but on
-            x86 without VNNI they saturate, as boards' processors do not.
+        exact: Whether int8 operators are computed by their definition, in float32. Their kernels are faster, but on x86
+            without VNNI they saturate, as boards' processors do not.
 
     Attributes:
-        inputs: Type and shape by input name.
-        outputs: Names of the outputs.
+        inputs: Type and shape by input name; `outputs` are names.
         metadata: What the graph's maker wrote into it.
-        cpu_reason: Why it is the CPU although CUDA was asked for; empty else.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        ModelError: onnxruntime doesn't accept the graph.
+        cpu_reason: Why it is the CPU although CUDA was asked for; empty otherwise.
     """
 
     def __init__(
@@ -154,17 +150,16 @@ class OnnxSession:
     ) -> dict[str, Array]:
         """Run the graph once.
 
+        Raises `GpuLostError` if the GPU has failed and arrays in its memory can't be read, `RuntimeUnavailableError` if
+        the child process that runs the graph doesn't start or ended twice, `ModelError` if feeds or arrays don't fit
+        the graph or an operator fails.
+
         Args:
             feeds: By input name an array, or one of `place`.
             outputs: Names of the outputs to compute; all by default.
             into: By output name the array to write it into: writeable, in C order, of the output's type and shape, or
-            one of `place`. None may be a feed, because an operator may still read it after the output was written.
+                one of `place`. None may be a feed, because an operator may still read it after the output was written.
             kept_feeds: Further feeds, from `keep`.
-
-        Raises:
-            GpuLostError: The GPU has failed, and arrays in its memory can't be read.
-            RuntimeUnavailableError: The child process that runs the graph doesn't start, or ended twice.
-            ModelError: Feeds or arrays don't fit the graph, or an operator fails on them.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
         runs, into, kept_feeds = self._placed, into or {}, kept_feeds or {}

@@ -54,9 +54,8 @@ class _GraphDescription:
 class SessionProcess(Closeable):
     """The child process, which is started when it is needed. Requests of several threads wait for each other.
 
-    Args:
-        program: Python code for the child process, which calls `serve_sessions`.
-        idle_s: Seconds without a request after which the process ends.
+    `program` is Python code for the child process, which calls `serve_sessions`; after `idle_s` seconds without a
+    request the process ends.
     """
 
     def __init__(self, program: str, idle_s: float = IDLE_S) -> None:
@@ -79,9 +78,8 @@ class SessionProcess(Closeable):
     def ask(self, kind: str, objects: Sequence[_RemoteObject], *values: Any) -> Any:
         """Ask the process and return its answer; it first gets the objects that it doesn't hold yet.
 
-        Raises:
-            FedpruneError: The graph can't be loaded or run.
-            RuntimeUnavailableError: The process can't be started, ended twice without an answer, or was closed.
+        Raises `FedpruneError` if the graph can't be loaded or run, `RuntimeUnavailableError` if the process can't be
+        started, ended twice without an answer, or was closed.
         """
         with self._lock:
             try:
@@ -173,12 +171,8 @@ class SessionProcess(Closeable):
 
 
 class _RemoteObject:
-    """An object that the child process holds. It is sent with the first request that needs it, and again to a new
-    process.
-
-    Attributes:
-        creation_request: The request that sends it.
-    """
+    """An object that the child process holds. `creation_request` sends it, with the first request that needs it, and
+    again to a new process."""
 
     def __init__(self, process: SessionProcess, *creation_request: Any) -> None:
         self._process, self.number, self.creation_request = process, process.next_number(), creation_request
@@ -239,11 +233,8 @@ def _exchange(connection: Connection, *request: Any) -> Any:
 
 
 def serve_sessions(load: Callable[..., Any]) -> None:
-    """Answer requests, in the child process, until none comes for a while or the other side has ended.
-
-    Args:
-        load: Makes an `onnxruntime.InferenceSession` of the arguments of a request.
-    """
+    """Answer requests, in the child process, until none comes for a while or the other side has ended. `load` makes an
+    `onnxruntime.InferenceSession` of the arguments of a request."""
     # systemd sends the signal to the whole service. The server ends by it, and this process with the connection.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     descriptor, idle_s = sys.argv[1:]

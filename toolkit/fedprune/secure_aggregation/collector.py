@@ -58,11 +58,8 @@ class Collector:
 
     `add_...` raises `ProtocolError` for a message that is damaged, of another step, of a board that has dropped out, or
     different from the board's earlier one; the same one again is ignored. The methods that end a step raise it if too
-    few boards are left: then the sum is lost, and the next attempt needs a new session.
-
-    Args:
-        directory: The boards' identity keys.
-        random: Decides which boards are neighbours.
+    few boards are left: then the sum is lost, and the next attempt needs a new session. `directory` has the boards'
+    identity keys, `random` decides which boards are neighbours.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class CohortGrid:
     """Turns the sum of a cohort's vectors into sums of a fold.
 
     Args:
-        selection: What all boards of the cohort hold.
+        selection: The channels that all boards of the cohort hold.
         tensors: By name, how the shared tensors travel.
         boards: The most boards that the cohort may have.
         withheld: By name, the ranges of tensors that don't travel, since boards don't train or share them: they enter
@@ -77,13 +77,10 @@ class CohortGrid:
         return 1 + sum(self._sizes[n] * grid.span.limbs for n, grid in self._grids.items() if grid.step is None)
 
     def partial_sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
-        """The sum of a cohort's updates, as `Fold.add_partial_sums` takes it. Raises `ProtocolError` if it can't be the
-        sum of that number of updates, as when a board has broken the rules.
+        """The sum of a cohort's updates, as `Fold.add_partial_sums` takes it: `total` is the unmasked sum of the
+        vectors of that many boards, `sent` are the tensors that they have received.
 
-        Args:
-            total: The unmasked sum of the boards' vectors.
-            boards: How many boards are in it.
-            sent: The tensors that these boards have received.
+        Raises `ProtocolError` if it can't be the sum of that number of updates, as when a board has broken the rules.
         """
         if (total.narrow.size, total.wide.size) != (self.narrow, self.wide) or not 1 <= boards <= self._boards:
             raise ProtocolError(

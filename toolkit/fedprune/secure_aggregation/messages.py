@@ -86,11 +86,8 @@ def decode_delivery(raw: bytes, names: Sequence[str], session: SecureSumSession)
 
 
 def decode_unmasking(raw: bytes, owners: Sequence[str]) -> dict[str, bytes]:
-    """Shares by the board whose secret they are of. Raises `ProtocolError` for another length, or if one is no share.
-
-    Args:
-        owners: The sender's neighbours that had shared, in order.
-    """
+    """Shares by the board whose secret they are of: `owners` are the sender's neighbours that had shared, in order.
+    Raises `ProtocolError` for another length, or if one is no share."""
     shares = split_bytes(raw, SHARE_BYTES, len(owners), "shares")
     for share in shares:
         check_share(share)

@@ -31,12 +31,9 @@ class Participant:
     """A board in one secure sum, from its keys to the shares that it hands out.
 
     Every message of the server is answered once; the same message again gets the same answer, and a different one is
-    refused. Its secrets are never stored: a board that restarts has dropped out.
-
-    Args:
-        identity: The key by which other boards know it.
-        directory: The identity keys of other boards. The board trusts them, so they come from where the server of the
-            sum can't change them.
+    refused. Its secrets are never stored: a board that restarts has dropped out. Other boards know it by the key
+    `identity`. It trusts their identity keys in `directory`, which therefore come from where the server of the sum
+    can't change them.
     """
 
     def __init__(
@@ -55,10 +52,9 @@ class Participant:
     def share(self, roster: bytes) -> bytes:
         """Shares of the board's secrets for its neighbours.
 
-        Raises:
-            SignatureError: A neighbour's keys are not signed by its identity key for this sum.
-            ProtocolError: The roster is damaged, has too few neighbours, one whose identity key the board doesn't know
-                or an invalid key, or is another one than before.
+        Raises `SignatureError` if a neighbour's keys are not signed by its identity key for this sum; `ProtocolError`
+        if the roster is damaged, has too few neighbours, one whose identity key the board doesn't know or an invalid
+        key, or differs from an earlier one.
         """
         former_answer = self._former_answer("roster", roster)
         if former_answer is not None:

@@ -94,12 +94,11 @@ class SecureSumSession:
         dropping: float = 0.2,
         colluding: float = 0.1,
     ) -> SecureSumSession:
-        """The session of least degree for a number of boards, with a threshold of just over half of it. Raises
-        `ConfigError` if no degree suffices: fewer than three boards, or too many that drop out or collude.
+        """The session of least degree for a number of boards, with a threshold of just over half of it.
 
-        Args:
-            dropping: Share of boards that may drop out after the keys are known.
-            colluding: Share of boards that may tell the server all that they know.
+        Raises `ConfigError` if no degree suffices: fewer than three boards, or too many that drop out or collude.
+        `dropping` is the share of boards that may drop out after the keys are known, `colluding` of those that may tell
+        the server all that they know.
         """
         check_whole("boards of a secure sum", boards, MIN_BOARDS, MAX_BOARDS)
         dropouts, colluders = math.ceil(dropping * boards), math.ceil(colluding * boards)
@@ -165,9 +164,9 @@ class SecureSumSession:
 
 
 def task_digest(selection: str, weights: str, recipe: Mapping[str, Any], secure: Mapping[str, Any]) -> str:
-    """Digest of the entries of an offer that decide how much of a sum is whose: the channels, the weights that were
-    sent, how the update becomes numbers, and the recipe. If the others' learning rate or step were another one, their
-    numbers could be 0, and the sum that of a single board.
+    """Digest of what all boards of a sum are asked for: the channels, the weights that were sent, how the update
+    becomes numbers, and the recipe. With another learning rate or step, the other boards' numbers could be 0, and the
+    sum that of a single board.
 
     The parts of a batch (`accumulate`) don't matter: boards with little memory work through more of them.
     """

@@ -104,13 +104,11 @@ class VectorForm:
         sent: Mapping[str, Float32s],
         residual: Mapping[str, Float32s] | None = None,
     ) -> tuple[Vector, Tensors]:
-        """A board's update as a vector, and the rounding errors by coded tensor. Raises `ProtocolError` if a tensor is
-        missing, of another shape than it was sent, not finite or out of range.
+        """A board's update as a vector, and the rounding errors by coded tensor.
 
-        Args:
-            trained: The tensors after training.
-            sent: The tensors as the server sent them.
-            residual: Rounding errors of earlier updates, by name.
+        `trained` are the tensors after training, `sent` as the server sent them; `residual` are rounding errors of
+        earlier updates. Raises `ProtocolError` if a tensor is missing, of another shape than it was sent, not finite or
+        out of range.
         """
         narrow: list[npt.NDArray[np.int32]] = []
         # The number of updates is the first number: masked like all others, it tells the server how many are in a sum.
@@ -144,13 +142,8 @@ class VectorForm:
 
 @dataclass(frozen=True)
 class MaskedForm:
-    """An offer's field `secure`: how the update becomes the vector that the board masks.
-
-    Attributes:
-        vector: Its tensors.
-        narrow: How many of its numbers have 32 bits.
-        wide: How many have 64 bits.
-    """
+    """An offer's field `secure`: how the update becomes the vector that the board masks, with `narrow` numbers of 32
+    bits and `wide` numbers of 64 bits."""
 
     vector: VectorForm
     narrow: int

@@ -39,14 +39,8 @@ def add_noise(
 ) -> Tensors:
     """An update as it may leave the board: clipped, and with noise.
 
-    If nothing is clipped and there is no noise, trained tensors keep their bits. Raises `TrainingError` if the
-    update is not finite.
-
-    Args:
-        received: The same tensors as the board received them.
-        trained: Names of the tensors that were trained; all others are returned as they were received.
-        clip: C, the maximum L2 norm of the update.
-        noise: s, the standard deviation of the noise on every element.
+    If nothing is clipped and there is no noise, trained tensors keep their bits; tensors that weren't `trained` are
+    returned as they were received. C is `clip`, s is `noise`. Raises `TrainingError` if the update is not finite.
     """
     names = [n for n in update if n in trained]
     size = update_norm(update, received, names)

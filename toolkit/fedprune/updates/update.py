@@ -62,13 +62,11 @@ def encode(
     trained: Collection[str],
     residual: Mapping[str, Float32] | None = None,
 ) -> tuple[bytes, Tensors]:
-    """Encode an update; returns its bytes, and by tensor what they leave out. Raises `ProtocolError` if a difference
-    can't be coded: it is not finite or too large for the codec.
+    """Encode an update; returns its bytes, and by tensor the rounding errors (error feedback).
 
-    Args:
-        sent: The weights that training started from, as they were sent.
-        trained: Names of the tensors that are coded as differences.
-        residual: By tensor what earlier updates left out.
+    `sent` are the weights that training started from, `trained` the names of the tensors that are coded as differences,
+    `residual` the errors of earlier updates. Raises `ProtocolError` if a difference can't be coded: it is not finite or
+    too large for the codec.
     """
     encoded: EncodedParts = {}
     left_out: Tensors = {}
