@@ -28,10 +28,8 @@ def carried_arrays(
     tensors: Mapping[str, npt.NDArray[Any]],
     read: Callable[[BlobRef], bytes],
 ) -> Tensors:
-    """Arrays of an earlier round for the tensors that are trained now, or for their optimiser's state.
-
-    If `base` is of another selection, the channels that both selections have are copied, and the others are 0.
-    """
+    """Arrays of an earlier round for the tensors that are trained now, or for their optimiser's state. If `base` is of
+    another selection, the channels that both selections have are copied, and the others are 0."""
     if arrays and base.selection != offer.selection:
         if offer.moved is None or offer.moved_from != base.selection:
             return {}

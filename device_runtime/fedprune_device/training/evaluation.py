@@ -117,11 +117,9 @@ class Evaluation:
 
 
 def is_clearly_better(values: npt.NDArray[np.float64], other_values: npt.NDArray[np.float64]) -> bool:
-    """Whether one model's values of samples are better than another's by more than one standard error.
-
-    If the mean of the differences is 0, the standard error of their sum is the root of the sum of their squares. So one
-    sample alone decides nothing; of the samples that only one of the models gets right, it takes 2 to 0 or 4 to 1.
-    """
+    """Whether one model's values of samples are better than another's by more than one standard error. If the mean of
+    the differences is 0, the standard error of their sum is the root of the sum of their squares. So one sample alone
+    decides nothing; of the samples that only one of the models gets right, it takes 2 to 0 or 4 to 1."""
     gains = values - other_values
     gains = gains[np.isfinite(gains)]
     return float(gains.sum()) > math.sqrt(float(np.square(gains).sum()))

@@ -37,9 +37,7 @@ _LOG = logging.getLogger("fedprune.device")
 @dataclass(frozen=True)
 class ServingAverage:
     """The tensors that predict for the board's own average, with a share `received_share` of the received weights.
-
-    `loss` is as in `UpdateFiles`.
-    """
+    `loss` is as in `UpdateFiles`."""
 
     tensors: Tensors
     received_share: float

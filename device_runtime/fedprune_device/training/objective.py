@@ -92,11 +92,9 @@ class Objective:
     def __call__(
         self, outputs: npt.NDArray[np.float32], y: Array, terms: Mapping[str, Array] | None = None
     ) -> BatchMeasure:
-        """Measure outputs [n, ...] against labels as `targets` gives them.
-
-        `terms` are those of the training (`labels.loss_terms`); without them all classes count alike, nothing is added
-        to the logits, and labels are not smoothed.
-        """
+        """Measure outputs [n, ...] against labels as `targets` gives them. `terms` are those of the training
+        (`labels.loss_terms`); without them all classes count alike, nothing is added to the logits, and labels are not
+        smoothed."""
         labels = y.astype(np.int64, copy=False) if y.dtype.kind in "iu" else y
         inputs, ignored = self._session.inputs, self._recipe.ignore_label
         feeds = first_step_feeds(self._recipe, {}, inputs, labels, self._classes)

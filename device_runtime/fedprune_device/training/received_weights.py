@@ -25,11 +25,9 @@ def unpack_weights(
     widths: Sequence[int],
     maskable: Collection[str],
 ) -> tuple[Tensors, ElementMask]:
-    """All tensors in full, 0 where masked, and which elements are active.
-
-    `axes`, the channel groups of the tensors' axes, are needed with a mask; only `maskable` tensors may have one.
-    Raises `BundleError` if the files are invalid or don't fit each other or the model.
-    """
+    """All tensors in full, 0 where masked, and which elements are active. `axes`, the channel groups of the tensors'
+    axes, are needed with a mask; only `maskable` tensors may have one. Raises `BundleError` if the files are invalid or
+    don't fit each other or the model."""
     tensors: Tensors = tensorfile.decode(weights)
     # The inference graph finds its weights at offsets that only the canonical form has.
     if not weights.startswith(tensorfile.header_for_tensors(tensors)):

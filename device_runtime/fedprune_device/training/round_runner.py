@@ -41,10 +41,8 @@ Report = Callable[[str, int, int], None]  # takes the phase, units done and unit
 
 
 class DamagedBlobError(StorageError):
-    """A blob on the disk doesn't match the digest in its name, and must be downloaded again.
-
-    Only the agent's loop deletes it, because only the loop knows whether it is being downloaded already.
-    """
+    """A blob on the disk doesn't match the digest in its name, and must be downloaded again. Only the agent's loop
+    deletes it, because only the loop knows whether it is being downloaded already."""
 
     sha256 = ""
 

@@ -176,11 +176,9 @@ class Architecture:
         return checked
 
     def output_axes(self, name: str) -> tuple[int, ...]:
-        """The axes of a tensor whose index is the channel that it produces, rather than the one that it reads.
-
-        For a layer's weight that is the layer's output axis. Any other tensor (a bias, a norm's vector, an embedding)
-        acts on the channels that it is indexed by, so that all its axes count.
-        """
+        """The axes of a tensor whose index is the channel that it produces, rather than the one that it reads. For a
+        layer's weight that is the layer's output axis. Any other tensor (a bias, a norm's vector, an embedding) acts on
+        the channels that it is indexed by, so that all its axes count."""
         axes = {n.output_axis for n in self.layers if name and n.weight == name}
         return tuple(sorted(axes)) if axes else tuple(range(len(self.by_name[name].axes)))
 
@@ -359,10 +357,8 @@ def widths_at_least(architecture: Architecture, widths: Sequence[int], min_width
 
 
 def kept_share(architecture: Architecture, widths: Sequence[int]) -> float:
-    """The share of the channels of all groups that these widths keep: 1 at full width.
-
-    If all groups keep equal shares, it is the `density` of `widths_at`, except for rounding. Otherwise it is the mean
-    of the groups' shares, weighted by their sizes.
-    """
+    """The share of the channels of all groups that these widths keep: 1 at full width. If all groups keep equal shares,
+    it is the `density` of `widths_at`, except for rounding. Otherwise it is the mean of the groups' shares, weighted by
+    their sizes."""
     all_channels = sum(architecture.sizes)
     return sum(widths) / all_channels if all_channels else 1.0

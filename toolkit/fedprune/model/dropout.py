@@ -103,9 +103,7 @@ def shape_in_numbers(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def solve_sizes(pairs: Mapping[str, tuple[Shape, Sequence[int]]]) -> dict[str, int]:
     """Solve for the names in shapes, from arrays of these shapes, as far as the equations can be solved one by one.
-
-    Each dimension is linear in every name: with all others known, its values at 0 and 1 give the name's size.
-    """
+    Each dimension is linear in every name: with all others known, its values at 0 and 1 give the name's size."""
     equations = [(_terms(d), n) for shape, sizes in pairs.values() for d, n in zip(shape, sizes, strict=False)
                   if isinstance(d, str) and d]  # fmt: skip
     solved: dict[str, int] = {}

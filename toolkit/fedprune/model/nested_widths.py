@@ -56,11 +56,9 @@ class TensorAxes:
 
     @cached_property
     def narrowable_groups(self) -> frozenset[int]:
-        """The groups that can be narrowed, because their first channels are a prefix of each of their runs.
-
-        If a group's channels are in several runs (shuffled or split channels), only the ranks would tell how many of
-        each run are left, and where the next one begins.
-        """
+        """The groups that can be narrowed, because their first channels are a prefix of each of their runs. If a
+        group's channels are in several runs (shuffled or split channels), only the ranks would tell how many of each
+        run are left, and where the next one begins."""
         groups = set(range(len(self.sizes)))
         for axis in (a for of_tensor in self.axes.values() for a in of_tensor):
             if any(s.group != FIXED and (s.start, s.count) != (0, self.sizes[s.group]) for s in axis.segments):
@@ -68,11 +66,9 @@ class TensorAxes:
         return frozenset(groups)
 
     def step_widths(self, widths: Sequence[int], densities: Sequence[float]) -> list[tuple[int, ...]]:
-        """The widths at which a device's steps train: its own first, then those of the densities, none wider.
-
-        A density is a share of the whole model; groups that can't be narrowed stay at the device's width. Raises
-        `BundleError` if the widths don't fit.
-        """
+        """The widths at which a device's steps train: its own first, then those of the densities, none wider. A density
+        is a share of the whole model; groups that can't be narrowed stay at the device's width. Raises `BundleError` if
+        the widths don't fit."""
         self._check_widths(widths)
         plans = [tuple(widths)]
         for density in densities:
@@ -105,11 +101,8 @@ class TensorAxes:
                 )
 
     def narrow(self, arrays: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]) -> dict[str, Array]:
-        """The arrays of a submodel, which are prefixes and may be views.
-
-        Arrays of a tensor's shape that belong to it (`name::momentum`) are cut as it is. Numbers, and arrays that
-        belong to no tensor, are returned unchanged.
-        """
+        """The arrays of a submodel, which are prefixes and may be views. Arrays of a tensor's shape that belong to it
+        (`name::momentum`) are cut as it is. Numbers, and arrays that belong to no tensor, are returned unchanged."""
         narrow_arrays = dict(arrays)
         for name, value in arrays.items():
             axes = self.axes.get(name.partition("::")[0])

@@ -43,11 +43,9 @@ def nest_widths(
 
 
 def _weight_axes(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:
-    """The axes of a weight's output channels and of its input channels; None if they are not certain.
-
-    They aren't for a tensor that several layers read in different ways, for several heads' weights in one tensor, and
-    for grouped transposed convolutions, whose first axis is of inputs and outputs at once.
-    """
+    """The axes of a weight's output channels and of its input channels; None if they are not certain. They aren't for a
+    tensor that several layers read in different ways, for several heads' weights in one tensor, and for grouped
+    transposed convolutions, whose first axis is of inputs and outputs at once."""
     axis_pairs = set()
     for layer in architecture.layers:
         if layer.weight != spec.name or spec.kind is not TensorKind.WEIGHT:

@@ -205,10 +205,8 @@ class Recipe(LocalMethod, PlainTraining):
         check_rules(self, RULES, ("recipe",))
 
     def learning_rate(self, round_: int, done_share: float) -> float:
-        """The learning rate at a point of a job: `done_share`, a share from 0 to 1, of round `round_`, from 1.
-
-        A step takes that of its middle, so that neither the first one nor the last one is lost.
-        """
+        """The learning rate at a point of a job: `done_share`, a share from 0 to 1, of round `round_`, from 1. A step
+        takes that of its middle, so that neither the first one nor the last one is lost."""
         elapsed, rounds = round_ - 1 + done_share, max(1, self.lr_rounds)
         if elapsed < self.lr_warmup:
             return self.lr * elapsed / self.lr_warmup
@@ -261,11 +259,9 @@ class Recipe(LocalMethod, PlainTraining):
 
     @property
     def extra_files(self) -> int:
-        """Files of a model's size that a board stores in addition to those of every round, at the peak.
-
-        These are a served model that differs from the update, and three records of the board's average, personal
-        tensors and optimiser's state: the newest, the one that it was made from, and the staged one.
-        """
+        """Files of a model's size that a board stores in addition to those of every round, at the peak. These are a
+        served model that differs from the update, and three records of the board's average, personal tensors and
+        optimiser's state: the newest, the one that it was made from, and the staged one."""
         differs = self.calibrate or self.mask != "none" or self.report_squares or self.update_clip > 0
         differs = differs or self.secure_aggregation
         serves = differs or self.average > 0 or bool(self.personal)
@@ -274,11 +270,9 @@ class Recipe(LocalMethod, PlainTraining):
 
     @property
     def extra_copies(self) -> int:
-        """Copies of all weights that a board holds in memory besides those of training.
-
-        Those are the average as it was and as it is, the received weights that are blended into what serves, the best
-        epoch's weights, and the optimiser's state as it was.
-        """
+        """Copies of all weights that a board holds in memory besides those of training. Those are the average as it was
+        and as it is, the received weights that are blended into what serves, the best epoch's weights, and the
+        optimiser's state as it was."""
         best_epoch_copy = self.patience > 0 and self.best_epoch
         return 2 * (self.average > 0) + (self.blend > 0) + best_epoch_copy + self._kept_states
 
@@ -316,9 +310,7 @@ class Recipe(LocalMethod, PlainTraining):
 
     def to_offer(self) -> dict[str, Any]:
         """As plain JSON types, without settings that have their default: most do, and every offer carries a recipe.
-
-        Boards must therefore have the same defaults, which are part of the protocol.
-        """
+        Boards must therefore have the same defaults, which are part of the protocol."""
         defaults = {f.name: f.default for f in fields(self)}
         return {k: v for k, v in self.to_dict().items() if getattr(self, k) != defaults[k]}
 

@@ -205,11 +205,9 @@ class Selection:
 
 
 def mesh(maps: Sequence[Indices]) -> tuple[Any, ...]:
-    """An index for the outer product of index rows, one per axis.
-
-    Trailing axes whose rows are runs become slices, which are copied as blocks: with index arrays every kernel position
-    would be gathered by itself, in twenty times the time.
-    """
+    """An index for the outer product of index rows, one per axis. Trailing axes whose rows are runs become slices,
+    which are copied as blocks: with index arrays every kernel position would be gathered by itself, in twenty times the
+    time."""
     runs = [_as_slice(m) for m in maps]
     last_irregular = max((i for i, r in enumerate(runs) if r is None), default=-1)
     arrays = np.ix_(*maps[: last_irregular + 1]) if last_irregular >= 0 else ()

@@ -153,74 +153,28 @@ DROPOUT_METADATA = "fedprune.dropout"
 AXES_METADATA = "fedprune.axes"
 
 
-def momentum_name(name: str) -> str:
-    """Momentum buffer of a tensor, with Adam and Lion its mean of gradients (input)."""
-    return f"{name}::momentum"
+# Names of arrays that belong to a tensor, from the tensor's name. Inputs of a graph:
+momentum_name = "{}::momentum".format  # its momentum, with Adam and Lion its mean of gradients
+second_moment_name = "{}::second".format  # Adam's mean of squared gradients
+anchor_name = "{}::anchor".format  # the proximal term's anchor
+strength_name = "{}::mu".format  # the proximal term's strength µ
+mask_name = "{}::mask".format  # its element mask
+threshold_name = "{}::threshold".format  # the magnitude θ below which its elements count as 0
+gradient_sum_name = "{}::sum".format  # its gradients, summed over the parts of this batch so far
+base_name = "{}::base".format  # a frozen tensor in the precision in which it is stored
+base_scale_name = "{}::scale".format  # scales of a frozen tensor that is stored as int8, one per output channel
+dropout_mask_name = "{}::keep".format  # the mask of a dropout
 
+# Outputs of a graph:
+next_name = "{}::next".format  # the next value of a tensor, or of an array that belongs to one
+gradient_name = "{}::gradient".format
 
-def second_moment_name(name: str) -> str:
-    """Adam's mean of squared gradients of a tensor (input)."""
-    return f"{name}::second"
-
-
-def anchor_name(name: str) -> str:
-    """The proximal term's anchor of a tensor (input)."""
-    return f"{name}::anchor"
-
-
-def strength_name(name: str) -> str:
-    """Proximal strength µ of a tensor (input)."""
-    return f"{name}::mu"
-
-
-def mask_name(name: str) -> str:
-    """Element mask of a tensor (input)."""
-    return f"{name}::mask"
-
-
-def threshold_name(name: str) -> str:
-    """Magnitude θ below which elements of a tensor count as 0 (input)."""
-    return f"{name}::threshold"
-
-
-def gradient_sum_name(name: str) -> str:
-    """Gradients of a tensor summed over the parts of this batch so far (input)."""
-    return f"{name}::sum"
-
-
-def squares_name(name: str) -> str:
-    """Squared gradients of a tensor in an update."""
-    return f"{name}::squares"
-
-
-def base_name(name: str) -> str:
-    """A frozen tensor in the precision in which it is stored (input)."""
-    return f"{name}::base"
-
-
-def base_scale_name(name: str) -> str:
-    """Scales of a frozen tensor that is stored as int8, one per output channel (input)."""
-    return f"{name}::scale"
-
-
-def dropout_mask_name(name: str) -> str:
-    """The mask of a dropout (input)."""
-    return f"{name}::keep"
+# In updates:
+squares_name = "{}::squares".format  # its squared gradients
 
 
 def is_dropout_mask(name: str) -> bool:
-    """Whether an input is the mask of a dropout."""
     return name.endswith(dropout_mask_name(""))
-
-
-def next_name(name: str) -> str:
-    """The next value of a tensor or of an array that belongs to one (output)."""
-    return f"{name}::next"
-
-
-def gradient_name(name: str) -> str:
-    """Gradient of a tensor (output)."""
-    return f"{name}::gradient"
 
 
 def state_names(optimizer: str) -> tuple[Callable[[str], str], ...]:

@@ -84,12 +84,9 @@ class Correction:
         return replace(self, step=1.0, latency=1.0)
 
     def memory_beyond(self, memory: MemoryBreakdown) -> int:
-        """Bytes that a round is expected to take beyond an uncorrected prediction.
-
-        After rounds of one width this is a constant. Once one plan has taken more than the board's memory and a smaller
-        one has not, it is interpolated linearly between the two, so that every plan at least as large as the first is
-        predicted to take too much.
-        """
+        """Bytes that a round is expected to take beyond an uncorrected prediction. After rounds of one width this is a
+        constant. Once one plan has taken more than the board's memory and a smaller one has not, it is interpolated
+        linearly between the two, so that every plan at least as large as the first is predicted to take too much."""
         excess = self.memory
         if 0 < self.memory_at < self.overrun_at:
             slope = (self.overrun - self.memory) / (self.overrun_at - self.memory_at)

@@ -232,11 +232,8 @@ def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def storage_bytes(weights: int, training: int, inference: int, own_files: int = 0) -> int:
-    """Most bytes that a board's state directory takes for a submodel, from the sizes of its three files.
-
-    Rounds leave and overwrite files of the size of the weights; `own_files` is the number of further ones
-    (`Recipe.extra_files`).
-    """
+    """Most bytes that a board's state directory takes for a submodel, from the sizes of its three files. Rounds leave
+    and overwrite files of the size of the weights; `own_files` is the number of further ones (`Recipe.extra_files`)."""
     return (WEIGHT_FILES + own_files) * weights + training + INFERENCE_FILES * inference
 
 
@@ -280,10 +277,8 @@ def _costs_at(key: ArchitectureKey, widths: tuple[int, ...]) -> Costs:
 
 
 def active_macs_share(architecture: Architecture, widths: Sequence[int], mask: ElementMask) -> float:
-    """Share of a training step's MACs whose weight is active: what kernels that skip masked weights would compute.
-
-    A board's kernels skip none. Raises `BundleError` if widths or mask don't fit the architecture.
-    """
+    """Share of a training step's MACs whose weight is active: what kernels that skip masked weights would compute. A
+    board's kernels skip none. Raises `BundleError` if widths or mask don't fit the architecture."""
     checked = architecture.check_widths(widths)
     shapes = architecture.shapes(checked)
     check_mask(mask, shapes)

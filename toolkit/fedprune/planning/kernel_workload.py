@@ -69,11 +69,8 @@ class _AxisTables:
 
 
 class Workload:
-    """An architecture's kernels, ready to be counted for many widths at once.
-
-    The latest counts are remembered: boards of one fleet train at few widths, in batches of few sizes, and each has
-    times of its own.
-    """
+    """An architecture's kernels, ready to be counted for many widths at once. The latest counts are remembered: boards
+    of one fleet train at few widths, in batches of few sizes, and each has times of its own."""
 
     def __init__(self, architecture: Architecture) -> None:
         self._cached_count = lru_cache(maxsize=_MAX_CACHED_COUNTS)(self._count)

@@ -163,11 +163,9 @@ def typical_gpu_table(peak: float = GPU_PEAK, bandwidth: float = GPU_BANDWIDTH) 
 
 
 def fit_latency_table(measured: Sequence[Measurement], typical: LatencyTable | None = None) -> LatencyTable:
-    """The table that explains measurements best (least squares of relative errors, no negative times).
-
-    Kinds that were not seen are guessed from the table `typical`, by default `typical_table()`, scaled. Raises
-    `ProfileError` if there are no measurements of steps, or none of predictions.
-    """
+    """The table that explains measurements best (least squares of relative errors, no negative times). Kinds that were
+    not seen are guessed from the table `typical`, by default `typical_table()`, scaled. Raises `ProfileError` if there
+    are no measurements of steps, or none of predictions."""
     steps, predictions = ([m for m in measured if m.training is kind] for kind in (True, False))
     if not steps or not predictions:
         raise ProfileError("latency table: measurements", expected="training steps and predictions")

@@ -157,11 +157,8 @@ def _time_per_mac(
     uniform_s: Times,
     above: Sequence[int],
 ) -> tuple[list[float], Times]:
-    """Per candidate, (step time per MAC) × (latency per MAC), where less is better, and its MACs.
-
-    The product is infinite if uniform widths of equal work are faster, or if the candidate is slower than the wider
-    one above it.
-    """
+    """Per candidate, (step time per MAC) × (latency per MAC), where less is better, and its MACs. The product is
+    infinite if uniform widths of equal work are faster, or if the candidate is slower than the wider one above it."""
     widths = [*(c.widths for c in candidates), tuple(above)]
     macs = workload(model.architecture).forward_macs(widths)
     times = model.times(widths)

@@ -123,11 +123,8 @@ class WidthPlan:
         return f"nothing binds: {reason}"
 
     def summary_lines(self, full_parameters: int | None = None) -> list[str]:
-        """Lines on the width, the costs and what was learnt.
-
-        With the parameters of the whole model they say which share of the weights is kept, which is less than the
-        density: a layer loses inputs as well as outputs.
-        """
+        """Lines on the width, the costs and what was learnt. With the parameters of the whole model they say which
+        share of the weights is kept, which is less than the density: a layer loses inputs as well as outputs."""
         p = self.prediction
         weights_text = f"{p.parameters:,}"
         if full_parameters:

@@ -83,11 +83,9 @@ class Agreement:
 
 
 def compare_outputs(loss: str, reference: Array, outputs: Array, y: Array | None = None) -> Agreement:
-    """Compare outputs [n, K] with float32's (`reference`). Raises `ModelError` if they have another shape.
-
-    `loss` is what the model was trained with; `y` are the samples' labels, if known: int64 [n] for `cross_entropy`, 0
-    to 1 [n, K] for `bce`.
-    """
+    """Compare outputs [n, K] with float32's (`reference`). Raises `ModelError` if they have another shape. `loss` is
+    what the model was trained with; `y` are the samples' labels, if known: int64 [n] for `cross_entropy`, 0 to 1 [n, K]
+    for `bce`."""
     if outputs.shape != reference.shape:
         raise ModelError("outputs at lower precision", expected=reference.shape, got=outputs.shape)
     if not reference.size:

@@ -105,11 +105,9 @@ def manifest_text(
 
 
 def files_folder(folder: Path) -> Path:
-    """The folder that holds a bundle's files: its own, or `COMPLETE_FOLDER` within it after an export was cut off.
-
-    An export writes a whole bundle before it touches the one that is there. From the moment when the new one is
-    complete until its last file is in its place, the folder itself may hold files of both.
-    """
+    """The folder that holds a bundle's files: its own, or `COMPLETE_FOLDER` within it after an export was cut off. An
+    export writes a whole bundle before it touches the one that is there. From the moment when the new one is complete
+    until its last file is in its place, the folder itself may hold files of both."""
     complete = folder / COMPLETE_FOLDER
     try:
         return complete if (complete / MANIFEST).exists() else folder

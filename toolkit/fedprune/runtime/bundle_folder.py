@@ -56,11 +56,8 @@ def is_bundle(folder: Path) -> bool:
 
 def check_bundle_folder(folder: Path, target: str) -> None:
     """Refuse to write a bundle among other files, or over the bundle of another board. Leftovers of an export that was
-    cut off don't count as other files.
-
-    Raises `BundleError` if the folder or one above it is a file, or it holds something else than a bundle of this
-    target; `StorageError` if the folder can't be read, made or written to.
-    """
+    cut off don't count as other files. Raises `BundleError` if the folder or one above it is a file, or it holds
+    something else than a bundle of this target; `StorageError` if the folder can't be read, made or written to."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise BundleError(f"{nearest} is not a folder", hint="Give another --out.")
@@ -86,10 +83,8 @@ def check_bundle_folder(folder: Path, target: str) -> None:
 
 
 def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
-    """Make these files the bundle of a folder; after a crash it holds the whole old bundle or the whole new one.
-
-    Files of other names stay as they are. Errors are those of `write_bundle`.
-    """
+    """Make these files the bundle of a folder; after a crash it holds the whole old bundle or the whole new one. Files
+    of other names stay as they are. Errors are those of `write_bundle`."""
     is_new = not folder.exists()
     try:
         with storage_errors(f"can't write a bundle to {folder}"):

@@ -45,10 +45,8 @@ _MAX_DEPTH = 32
 
 def subgraph_for(model: bytes, outputs: Collection[str], given_values: Collection[str] = ()) -> bytes:
     """The graph (without external data) with only these outputs, and the inputs, constants and operators that they
-    need. `given_values` are float32 values that become inputs instead of being computed.
-
-    Raises `ModelError` if it is not an ONNX file, or has no such output or value.
-    """
+    need. `given_values` are float32 values that become inputs instead of being computed. Raises `ModelError` if it is
+    not an ONNX file, or has no such output or value."""
 
     def cut(graph: bytes) -> bytes:
         return _cut_graph(graph, set(outputs), frozenset(given_values))
@@ -61,10 +59,8 @@ def subgraph_for(model: bytes, outputs: Collection[str], given_values: Collectio
 
 
 class Subgraphs:
-    """The subgraphs of one graph, each of which is cut once.
-
-    A board needs the same three or four in every round, and each cut reads the whole graph.
-    """
+    """The subgraphs of one graph, each of which is cut once. A board needs the same three or four in every round, and
+    each cut reads the whole graph."""
 
     def __init__(self) -> None:
         self._subgraphs = dict[tuple[frozenset[str], frozenset[str]], bytes]()

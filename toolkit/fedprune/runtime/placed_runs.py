@@ -71,11 +71,8 @@ class PlacedRuns:
         self._recordings: dict[Hashable, _Recording] = {}
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, PlacedArray]:
-        """Copy arrays into the GPU's memory, which is kept as long as the session.
-
-        Arrays of the same role, name and shape overwrite earlier ones, so that recordings with these addresses stay
-        valid.
-        """
+        """Copy arrays into the GPU's memory, which is kept as long as the session. Arrays of the same role, name and
+        shape overwrite earlier ones, so that recordings with these addresses stay valid."""
         placed = {}
         with self._lock:
             for name, array in arrays.items():

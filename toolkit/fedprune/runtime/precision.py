@@ -40,10 +40,8 @@ _BATCH_SIZE = 32
 
 def measure_ranges(calibrate: OnnxSession, x: Array) -> Array:
     """Ranges of activations, float32 [activations, 2]: the mean over batches of the least and the largest numbers. Of
-    the samples `x` [n, ...] at most `CALIBRATION_SAMPLES` are used.
-
-    Raises `ModelError` if there are none, the graph can't be run, or an activation isn't finite.
-    """
+    the samples `x` [n, ...] at most `CALIBRATION_SAMPLES` are used. Raises `ModelError` if there are none, the graph
+    can't be run, or an activation isn't finite."""
     x = x[:CALIBRATION_SAMPLES]
     if not len(x):
         raise ModelError("ranges of activations can't be measured without samples")
@@ -66,10 +64,8 @@ def check_ranges(ranges: Array) -> Array:
 
 def prepare_tensors(graph: OnnxSession, tensors: Mapping[str, Array], ranges: Array | None = None) -> dict[str, Array]:
     """The tensors of a model at lower precision, in the order of its file, with `ranges` of activations if the graph
-    takes them. The prepare graph takes those float32 weights that it needs.
-
-    Raises `ModelError` if a weight is missing or of another shape, the ranges don't fit, or a result isn't finite.
-    """
+    takes them. The prepare graph takes those float32 weights that it needs. Raises `ModelError` if a weight is missing
+    or of another shape, the ranges don't fit, or a result isn't finite."""
     feeds = {n: tensors[n] for n in graph.inputs if n in tensors}
     if RANGES in graph.inputs:
         if ranges is None:

@@ -122,10 +122,8 @@ class OnnxSession:
         return self._session.keep(feeds) if isinstance(self._session, RemoteSession) else feeds
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
-        """Copies of arrays where the graph is computed, as feeds and outputs of many runs without further copies.
-
-        They overwrite what was placed in the same role before. On the CPU they are the arrays themselves.
-        """
+        """Copies of arrays where the graph is computed, as feeds and outputs of many runs without further copies. They
+        overwrite what was placed in the same role before. On the CPU they are the arrays themselves."""
         runs = self._placed
         if runs is None:
             return dict(arrays)

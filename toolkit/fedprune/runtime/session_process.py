@@ -76,11 +76,9 @@ class SessionProcess(Closeable):
         return next(self._numbers)
 
     def ask(self, kind: str, objects: Sequence[_RemoteObject], *values: Any) -> Any:
-        """Ask the process and return its answer; it first gets the objects that it doesn't hold yet.
-
-        Raises `FedpruneError` if the graph can't be loaded or run, `RuntimeUnavailableError` if the process can't be
-        started, ended twice without an answer, or was closed.
-        """
+        """Ask the process and return its answer; it first gets the objects that it doesn't hold yet. Raises
+        `FedpruneError` if the graph can't be loaded or run, `RuntimeUnavailableError` if the process can't be started,
+        ended twice without an answer, or was closed."""
         with self._lock:
             try:
                 return self._answer(kind, objects, values)

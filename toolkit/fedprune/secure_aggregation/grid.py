@@ -78,10 +78,8 @@ class CohortGrid:
 
     def partial_sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
         """The sum of a cohort's updates, as `Fold.add_partial_sums` takes it: `total` is the unmasked sum of the
-        vectors of that many boards, `sent` are the tensors that they have received.
-
-        Raises `ProtocolError` if it can't be the sum of that number of updates, as when a board has broken the rules.
-        """
+        vectors of that many boards, `sent` are the tensors that they have received. Raises `ProtocolError` if it can't
+        be the sum of that number of updates, as when a board has broken the rules."""
         if (total.narrow.size, total.wide.size) != (self.narrow, self.wide) or not 1 <= boards <= self._boards:
             raise ProtocolError(
                 "sum of a cohort",

@@ -50,12 +50,9 @@ class Participant:
         return self._advertisement.to_bytes()
 
     def share(self, roster: bytes) -> bytes:
-        """Shares of the board's secrets for its neighbours.
-
-        Raises `SignatureError` if a neighbour's keys are not signed by its identity key for this sum; `ProtocolError`
-        if the roster is damaged, has too few neighbours, one whose identity key the board doesn't know or an invalid
-        key, or differs from an earlier one.
-        """
+        """Shares of the board's secrets for its neighbours. Raises `SignatureError` if a neighbour's keys are not
+        signed by its identity key for this sum; `ProtocolError` if the roster is damaged, has too few neighbours, one
+        whose identity key the board doesn't know or an invalid key, or differs from an earlier one."""
         former_answer = self._former_answer("roster", roster)
         if former_answer is not None:
             return former_answer

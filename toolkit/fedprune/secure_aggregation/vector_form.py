@@ -104,12 +104,9 @@ class VectorForm:
         sent: Mapping[str, Float32s],
         residual: Mapping[str, Float32s] | None = None,
     ) -> tuple[Vector, Tensors]:
-        """A board's update as a vector, and the rounding errors by coded tensor.
-
-        `trained` are the tensors after training, `sent` as the server sent them; `residual` are rounding errors of
-        earlier updates. Raises `ProtocolError` if a tensor is missing, of another shape than it was sent, not finite or
-        out of range.
-        """
+        """A board's update as a vector, and the rounding errors by coded tensor. `trained` are the tensors after
+        training, `sent` as the server sent them; `residual` are rounding errors of earlier updates. Raises
+        `ProtocolError` if a tensor is missing, of another shape than it was sent, not finite or out of range."""
         narrow: list[npt.NDArray[np.int32]] = []
         # The number of updates is the first number: masked like all others, it tells the server how many are in a sum.
         wide: list[npt.NDArray[np.int64]] = [np.array([1], np.int64)]

@@ -150,11 +150,9 @@ def check_reconstruction(fold: Fold, report: UpdateReport, lifted: Submodel) -> 
 
 
 def starting_weights(report: UpdateReport, lifted: Submodel) -> Tensors:
-    """The weights that an update started from, in the coordinates of its reconstruction.
-
-    That is what the device was sent; where reconstruction led it to other coordinates (optimal transport), the model
-    that its submodel was cut from.
-    """
+    """The weights that an update started from, in the coordinates of its reconstruction. That is what the device was
+    sent; where reconstruction led it to other coordinates (optimal transport), the model that its submodel was cut
+    from."""
     sent_submodel = report.sent
     if same_coordinates(sent_submodel.selection, lifted.selection):
         return sent_submodel.tensors

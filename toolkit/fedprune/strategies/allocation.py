@@ -32,11 +32,8 @@ TIMES = "times"
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
-    """The input of an allocator.
-
-    An allocator replaces `density`, `widths` and `allocation` of the state's devices, and the state's own `allocation`,
-    never in place; it only reads the rest.
-    """
+    """The input of an allocator. An allocator replaces `density`, `widths` and `allocation` of the state's devices, and
+    the state's own `allocation`, never in place; it only reads the rest."""
 
     job: Job
     architecture: Architecture
@@ -45,10 +42,8 @@ class Fleet:
     _sorted_names: list[tuple[_SortKey, str]] = field(default_factory=list, init=False, repr=False)
 
     def position(self, name: str) -> int:
-        """The position of a device among all, in the order of names; numbers in them count as numbers.
-
-        The order is stored, since thousands of devices may announce themselves one after the other.
-        """
+        """The position of a device among all, in the order of names; numbers in them count as numbers. The order is
+        stored, since thousands of devices may announce themselves one after the other."""
         entry = (natural_sort_key(name), name)
         index = bisect_left(self._sorted_names, entry)
         if index == len(self._sorted_names) or self._sorted_names[index] != entry:

@@ -81,8 +81,6 @@ class RankedChannels(Strategy):
 
 
 def group_keys(architecture: Architecture) -> list[str]:
-    """Keys of what is remembered of channel groups.
-
-    The digest makes them void once another version of the compiler finds other groups.
-    """
+    """Keys of what is remembered of channel groups. The digest makes them void once another version of the compiler
+    finds other groups."""
     return [f"{architecture.digest}/{g}" for g in range(len(architecture.groups))]

@@ -24,10 +24,8 @@ _TYPE_TEXTS = {
 
 def read_options(job: Job, kind: type[T]) -> T:
     """A preset's settings from a job's `options`. Raises `ConfigError` if an option is unknown or of another type.
-
     `kind` is a frozen dataclass whose fields all have defaults. Types (bool, int, float, str, tuple or dict) are
-    checked against the defaults', values by `fedprune.core.settings`.
-    """
+    checked against the defaults', values by `fedprune.core.settings`."""
     if not is_dataclass(kind):
         raise TypeError("options are described by a dataclass")
     option_fields = {option_field.name: option_field for option_field in fields(kind)}

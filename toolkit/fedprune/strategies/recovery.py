@@ -84,10 +84,8 @@ class Recovery:
         return new_densities
 
     def _review_fleet(self, state: State, members: Mapping[str, JobDevice], min_density: float) -> float:
-        """Check the mean score, and return the floor.
-
-        It rises from the sparsest device's density: otherwise no device's density would follow.
-        """
+        """Check the mean score, and return the floor. It rises from the sparsest device's density: otherwise no
+        device's density would follow."""
         allocation = dict(state.allocation)
         floor = max(float(allocation.get(FLOOR, 0.0)), min_density)
         sparsest = max(floor, min(d.density for d in members.values()))

@@ -43,10 +43,8 @@ class SharedCore:
         return self.until_share > 0 and not self.min_evenness
 
     def is_shared_in(self, number: int, rounds: int, spent: float) -> bool:
-        """Whether boards train the core in a round of this number, from 1; never in a job's last.
-
-        `spent` is the share of the job's totals that will be spent after it, if it takes as much as those before it.
-        """
+        """Whether boards train the core in a round of this number, from 1; never in a job's last. `spent` is the share
+        of the job's totals that will be spent after it, if it takes as much as those before it."""
         # The tolerance lets 0.8 of ten rounds be eight, whatever the product rounds to.
         return spent <= self.until_share + 1e-9 and number <= min(
             math.ceil(self.until_share * rounds - 1e-9), rounds - 1

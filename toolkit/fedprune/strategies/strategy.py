@@ -92,10 +92,8 @@ class Strategy:
         return False
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        """The job's first global model, made from the imported one: the same tensors and shapes, float32.
-
-        Called before any device is asked: here a strategy refuses a model that lacks what it needs (`ConfigError`).
-        """
+        """The job's first global model, made from the imported one: the same tensors and shapes, float32. Called before
+        any device is asked: here a strategy refuses a model that lacks what it needs (`ConfigError`)."""
         return model
 
     def rank(self, scene: Scene) -> Ranking:
@@ -107,11 +105,9 @@ class Strategy:
         return {}
 
     def extract(self, cut: Cut) -> Submodel:
-        """The submodel to send to a device: the ranking's first channels (HeteroFL, Diao et al. 2021, eq. 2).
-
-        With other channels than the cut's or a prefix of them the offer carries a ranking of its own, to which
-        `UpdateReport.trained` then refers.
-        """
+        """The submodel to send to a device: the ranking's first channels (HeteroFL, Diao et al. 2021, eq. 2). With
+        other channels than the cut's or a prefix of them the offer carries a ranking of its own, to which
+        `UpdateReport.trained` then refers."""
         return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
 
     def reconstruct(self, report: UpdateReport) -> Submodel:
@@ -156,11 +152,9 @@ class Strategy:
         return (None if job.uses_sums_only else up), down
 
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
-        """The recipe by which a device's costs are predicted, at these widths (a share `density` of the model).
-
-        That is the recipe of a device without an update yet, in the first round after those of exploration. Raises
-        `ConfigError` if the job's own recipe has settings that don't go with the strategy's.
-        """
+        """The recipe by which a device's costs are predicted, at these widths (a share `density` of the model). That is
+        the recipe of a device without an update yet, in the first round after those of exploration. Raises
+        `ConfigError` if the job's own recipe has settings that don't go with the strategy's."""
         # The first round after exploration: an explorer's recipe is longer, and would make every plan too narrow.
         turn = Turn(job.seed, self.exploration_rounds + 1, device, widths, density, samples)
         recipe = job.privacy.private_recipe(self.recipe(job.training_recipe, turn))

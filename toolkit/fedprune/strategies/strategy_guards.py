@@ -102,11 +102,9 @@ def _guard_instance(instance: T, what: str, checks: Mapping[str, Check], origin:
 
 
 def _guarding_method(kind: type, method: str, what: str, check: Check, origin: UserCode) -> Callable[..., Any]:
-    """A method that calls the user's, names the place of an error, and checks the answer.
-
-    An aggregator's method gets a function that reads the round's updates. An error in reading is not the user's fault,
-    even if it passes through the user's code, and is raised unchanged.
-    """
+    """A method that calls the user's, names the place of an error, and checks the answer. An aggregator's method gets a
+    function that reads the round's updates. An error in reading is not the user's fault, even if it passes through the
+    user's code, and is raised unchanged."""
     # A decorated method is shown where the user wrote it, not in the decorator.
     code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
     definition_line = kind.__module__ if code is None else _file_and_line(code.co_filename, code.co_firstlineno)

@@ -120,10 +120,8 @@ class TimeDriven(Allocator):
         return changed
 
     def _growth_floor(self, fleet: Fleet) -> float:
-        """The density from which all devices grow: the least of them, once one has grown, and ρ_min before that.
-
-        Before the first growth, balancing may still lower any density to ρ_min.
-        """
+        """The density from which all devices grow: the least of them, once one has grown, and ρ_min before that. Before
+        the first growth, balancing may still lower any density to ρ_min."""
         if not fleet.state.allocation.get(_FROZEN):
             return self.floor
         densities = (d.density for d in fleet.state.devices.values() if d.widths and not d.excluded)

@@ -37,11 +37,9 @@ def add_noise(
     noise: float,
     source: GaussianNoise,
 ) -> Tensors:
-    """An update as it may leave the board: clipped, and with noise.
-
-    If nothing is clipped and there is no noise, trained tensors keep their bits; tensors that weren't `trained` are
-    returned as they were received. C is `clip`, s is `noise`. Raises `TrainingError` if the update is not finite.
-    """
+    """An update as it may leave the board: clipped, and with noise. If nothing is clipped and there is no noise,
+    trained tensors keep their bits; tensors that weren't `trained` are returned as they were received. C is `clip`, s
+    is `noise`. Raises `TrainingError` if the update is not finite."""
     names = [n for n in update if n in trained]
     size = update_norm(update, received, names)
     if not math.isfinite(size):

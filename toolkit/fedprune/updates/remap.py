@@ -50,10 +50,8 @@ def relocation(before: Selection, now: Selection) -> bytes:
 
 def relocate(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, max_bytes: int) -> Tensors:
     """Move tensors into the coordinates of another submodel, by the bytes of `relocation`. Raises `ProtocolError` if
-    they are damaged, or not for tensors like these.
-
-    `max_bytes` bounds the unpacked bytes, and those of each tensor: a small relocation could ask for a huge one.
-    """
+    they are damaged, or not for tensors like these. `max_bytes` bounds the unpacked bytes, and those of each tensor: a
+    small relocation could ask for a huge one."""
     lists = packing.unpack_tensors(raw, max_bytes)
     return {name: _move_tensor(name, value, lists, max_bytes) for name, value in tensors.items()}
 

@@ -89,11 +89,9 @@ def encode(
 
 
 def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
-    """Decode the tensors of an update; `sent` and `trained` are as for `encode`.
-
-    Whether all tensors are there, and their values, is checked by the fold. Raises `ProtocolError` if the update is
-    damaged, larger than these tensors can be, or holds something else.
-    """
+    """Decode the tensors of an update; `sent` and `trained` are as for `encode`. Whether all tensors are there, and
+    their values, is checked by the fold. Raises `ProtocolError` if the update is damaged, larger than these tensors can
+    be, or holds something else."""
     squares = {step_contract.squares_name(n): sent[n] for n in sent if n in trained}
     allowed = {**sent, **squares}
     stored = packing.unpack_tensors(raw, _max_inner_bytes(codec, {n: v.shape for n, v in allowed.items()}, trained))
@@ -103,11 +101,9 @@ def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Colle
 def decode_parts(
     codec: Codec, encoded_parts: Mapping[str, Array], allowed: Mapping[str, Float32], trained: Collection[str]
 ) -> Tensors:
-    """Decode tensors from the parts in an envelope.
-
-    Trained tensors are coded as the difference to those in `allowed`; of the others only the shape is used. Some may be
-    missing. Raises `ProtocolError` if a part is wrong, or belongs to no tensor of `allowed`.
-    """
+    """Decode tensors from the parts in an envelope. Trained tensors are coded as the difference to those in `allowed`;
+    of the others only the shape is used. Some may be missing. Raises `ProtocolError` if a part is wrong, or belongs to
+    no tensor of `allowed`."""
     unread = set(encoded_parts)
     tensors: Tensors = {}
     for name, reference in allowed.items():

@@ -38,11 +38,9 @@ def magnitudes(tensors: Mapping[str, Floats], names: Iterable[str]) -> Tensors:
 
 
 def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], share: float) -> Tensors:
-    """An order by which every mask keeps a share of each tensor: its largest weights.
-
-    PR-FL's floor (`config.min_density`): floor(share · n) elements of a tensor of n and at least one, so that no layer
-    is cut off; 0 for no floors. Raises `BundleError` if the share is not from 0 to 1.
-    """
+    """An order by which every mask keeps a share of each tensor: its largest weights. PR-FL's floor
+    (`config.min_density`): floor(share · n) elements of a tensor of n and at least one, so that no layer is cut off; 0
+    for no floors. Raises `BundleError` if the share is not from 0 to 1."""
     if not 0 <= share <= 1:
         raise BundleError("floor of element masks", expected="from 0 to 1", got=share)
     floored: Tensors = {}
@@ -83,10 +81,8 @@ def top_mask(order: Mapping[str, Floats], density: float) -> ElementMask:
 
 
 def mask_threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
-    """The least importance of an active element; 0 if no element or every element is active.
-
-    For |w| and `top_mask`, it is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`).
-    """
+    """The least importance of an active element; 0 if no element or every element is active. For |w| and `top_mask`, it
+    is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`)."""
     # A threshold of the smallest weight would drop it as soon as it shrinks; at 0 the graph computes an ordinary step.
     if all(bits.all() for bits in mask.values()):
         return 0.0

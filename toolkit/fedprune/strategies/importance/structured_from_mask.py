@@ -30,11 +30,9 @@ Counts = tuple[npt.NDArray[np.int64], ...]
 
 
 def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1.0) -> Alive:
-    """The channels that a mask of the whole model's elements leaves alive.
-
-    A channel is lost where at least `share` of the weights that make it is masked, or all that read it. Raises
-    `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
-    """
+    """The channels that a mask of the whole model's elements leaves alive. A channel is lost where at least `share` of
+    the weights that make it is masked, or all that read it. Raises `BundleError` if the share is not above 0 and at
+    most 1, or the mask doesn't fit the architecture."""
     if not 0 < share <= 1:
         raise BundleError("masked share of a lost channel", expected="above 0 and at most 1", got=share)
     check_mask(mask, {t.name: t.shape for t in architecture.tensors})
@@ -62,10 +60,8 @@ def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1
 
 
 def surviving_selection(selection: Selection, alive: Alive) -> Selection:
-    """A selection without lost channels: survivors come first in its ranks, and widths count them alone.
-
-    A group of which it holds no survivor keeps the best channel of the new ranks.
-    """
+    """A selection without lost channels: survivors come first in its ranks, and widths count them alone. A group of
+    which it holds no survivor keeps the best channel of the new ranks."""
     ranks, widths = [], []
     for rank, width, is_alive in zip(selection.ranks, selection.widths, alive, strict=True):
         ranks.append(rank[np.argsort(~is_alive[rank], kind="stable")])

@@ -55,10 +55,8 @@ class AutoFlipOptions:
 
 @dataclass(frozen=True)
 class AutoFlip(MaskedElements):
-    """Ranks elements by how far the round's participants moved them when they explored.
-
-    With the option `structured`, submodels don't have the channels that masks leave without weights.
-    """
+    """Ranks elements by how far the round's participants moved them when they explored. With the option `structured`,
+    submodels don't have the channels that masks leave without weights."""
 
     options: AutoFlipOptions = field(default_factory=AutoFlipOptions)
 
@@ -102,11 +100,8 @@ class AutoFlip(MaskedElements):
         return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, full_values)))
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """A long first round, then a learning rate that decays.
-
-        However far an explorer got counts, as in the authors' code: early stopping doesn't take it back to its best
-        epoch.
-        """
+        """A long first round, then a learning rate that decays. However far an explorer got counts, as in the authors'
+        code: early stopping doesn't take it back to its best epoch."""
         options = self.options
         if turn.round > 1:
             return replace(recipe, lr=recipe.lr * options.lr_decay ** (turn.round - 2))

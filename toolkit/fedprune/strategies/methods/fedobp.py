@@ -42,10 +42,8 @@ class FedObpOptions:
 
 @dataclass(frozen=True)
 class FedObp(Strategy):
-    """Keep a device's own elements where they are far from the global model.
-
-    They are protected from being overwritten, not kept from the others: all of an update enters the sums.
-    """
+    """Keep a device's own elements where they are far from the global model. They are protected from being overwritten,
+    not kept from the others: all of an update enters the sums."""
 
     q: float = FedObpOptions.q
 
@@ -93,10 +91,8 @@ def fedobp(job: Job) -> Strategy:
 
 
 def _own_tensor(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float32], Bits]:
-    """A device's own tensor in a submodel's coordinates, and a mask of the elements that it has.
-
-    The tensor is that of its last update or, before its first, of the initial model.
-    """
+    """A device's own tensor in a submodel's coordinates, and a mask of the elements that it has. The tensor is that of
+    its last update or, before its first, of the initial model."""
     selection, sent_values = submodel.selection, submodel.tensors[name]
     if cut.past is None:
         initial: Tensors = dict(cut.scene.memory.get(INITIAL, cut.scene.model))

@@ -46,10 +46,8 @@ class History(Strategy):
 
 
 def fuse_history(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
-    """Mix the global model with a device's last update.
-
-    w ← α·w_t + (1 − α)·w_k where the update holds the coordinate, w_t elsewhere (SubFLOT, eq. 6).
-    """
+    """Mix the global model with a device's last update. w ← α·w_t + (1 − α)·w_k where the update holds the coordinate,
+    w_t elsewhere (SubFLOT, eq. 6)."""
     if cut.past is None or alpha == 1:
         return submodel
     model = cut.scene.model

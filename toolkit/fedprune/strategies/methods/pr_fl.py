@@ -156,10 +156,8 @@ def _with_magnitudes(magnitude: Floats, importance: Floats | None, smallest: flo
 def _add_reports(
     scene: Scene, reports: Iterator[UpdateReport]
 ) -> tuple[Tensors, Tensors, dict[str, npt.NDArray[np.int64]]]:
-    """Sums and counts of the interval with those of new reports, and of which rounds these are.
-
-    Most updates of asynchronous rounds come again, or bring nothing: then nothing is new, and nothing need be stored.
-    """
+    """Sums and counts of the interval with those of new reports, and of which rounds these are. Most updates of
+    asynchronous rounds come again, or bring nothing: then nothing is new, and nothing need be stored."""
     names = prunable(scene.architecture)
     shapes = {n: scene.architecture.by_name[n].shape for n in names}
     sums_before = {collection: scene.memory.get(collection, {}) for collection in (SUM, COUNT)}

@@ -90,11 +90,9 @@ class SubFlot(Strategy):
         return replace(recipe, proximal=2 * sar * turn.pruning_rate)
 
     def resize_history(self, past: PastUpdate, cut: Cut) -> Tensors:
-        """A device's last model at the widths that it has now.
-
-        Where channels were added, they are the global model's, next to its own. Where there are only fewer, all of
-        its channels are led onto the first of them, so that none is thrown away.
-        """
+        """A device's last model at the widths that it has now. Where channels were added, they are the global model's,
+        next to its own. Where there are only fewer, all of its channels are led onto the first of them, so that none is
+        thrown away."""
         past_selection, selection, past_tensors = past.selection, cut.selection, past.tensors_over(cut.scene.model)
         # Ranks are the channels' own order, so equal widths are equal channels.
         if past_selection.widths == selection.widths:

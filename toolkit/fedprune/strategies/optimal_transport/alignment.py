@@ -134,11 +134,9 @@ class _Alignment:
         return {t.name: aligned[t.name] for t in self.architecture.tensors}
 
     def _align_others(self, aligned: Tensors) -> None:
-        """Transport every tensor that isn't a layer's weight, by its channels' plan at its point of the graph.
-
-        It is the plan of the last layer before it that writes to these channels or, after a sum, the stream's average.
-        Vectors with the same plans, such as those of a norm, are transported together.
-        """
+        """Transport every tensor that isn't a layer's weight, by its channels' plan at its point of the graph. It is
+        the plan of the last layer before it that writes to these channels or, after a sum, the stream's average.
+        Vectors with the same plans, such as those of a norm, are transported together."""
         latest_plans: dict[int, Coupling] = {}
         vectors: dict[tuple[Axis, tuple[Coupling, ...]], list[str]] = {}
         for spec in self.architecture.tensors:
@@ -217,10 +215,8 @@ class _Alignment:
         return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
 
     def _distances(self, step: LayerStep, inner: Floats, group: int) -> Floats:
-        """‖Ŵ_j − V_k‖² of all pairs of rows.
-
-        The product Ŵ·Vᵀ = (W·T)·Vᵀ = W·(V·Tᵀ)ᵀ is taken on the side with fewer input channels.
-        """
+        """‖Ŵ_j − V_k‖² of all pairs of rows. The product Ŵ·Vᵀ = (W·T)·Vᵀ = W·(V·Tᵀ)ᵀ is taken on the side with fewer
+        input channels."""
         out = step.outputs[0]
         axis = step.axes[out]
         source_blocks, target_blocks = self._blocks_of(axis, source=True), self._blocks_of(axis, source=False)

@@ -40,11 +40,9 @@ class Block(NamedTuple):
 
 
 def blocks_of_axis(axis: Axis, selection: Selection) -> tuple[Block, ...]:
-    """Split an axis of a submodel into its blocks.
-
-    A segment that holds all channels of a group is a run, with the channels in the order of the selection. Segments
-    with some channels each (a shuffled or divided stream) are one block: a channel's indices in all of them, in order.
-    """
+    """Split an axis of a submodel into its blocks. A segment that holds all channels of a group is a run, with the
+    channels in the order of the selection. Segments with some channels each (a shuffled or divided stream) are one
+    block: a channel's indices in all of them, in order."""
     axis_blocks: list[Block] = []
     channel_runs: dict[int, list[list[Indices]]] = {}
     block_positions: dict[int, int] = {}

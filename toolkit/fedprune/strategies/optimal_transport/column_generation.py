@@ -106,10 +106,7 @@ def _sinkhorn_potentials(
     cost: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """C − u − v [n, m], and potentials u [n] and v [m] that are nearly optimal: a few steps of Sinkhorn's algorithm
-    (Cuturi 2013).
-
-    They decide only where the search begins, so that float32 is enough.
-    """
+    (Cuturi 2013). They decide only where the search begins, so that float32 is enough."""
     n, m = cost.shape
     u, v = cost.mean(1), cost.mean(0)
     v -= v.mean()

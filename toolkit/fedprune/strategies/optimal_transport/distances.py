@@ -14,11 +14,9 @@ _BLOCK_SIZE = 1 << 20
 
 
 def squared_distances(a: Floats, b: Floats, products: Floats | None = None) -> Floats:
-    """‖a_j − b_k‖² [n, m] for all pairs of rows of a [n, f] and b [m, f], from one matrix product.
-
-    `products` are a·bᵀ, if known; they are overwritten. Distances are exactly 0 for equal rows. Others have a relative
-    error below 1 %, and far less for rows that differ by more than 1 %.
-    """
+    """‖a_j − b_k‖² [n, m] for all pairs of rows of a [n, f] and b [m, f], from one matrix product. `products` are a·bᵀ,
+    if known; they are overwritten. Distances are exactly 0 for equal rows. Others have a relative error below 1 %, and
+    far less for rows that differ by more than 1 %."""
     squared_norms_a, squared_norms_b = _squared_norms(a), _squared_norms(b)
     out: Floats = a @ b.T if products is None else products
     out *= -2

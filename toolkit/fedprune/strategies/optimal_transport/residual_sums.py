@@ -43,11 +43,8 @@ def after_sums(architecture: Architecture, order: Sequence[LayerStep]) -> dict[s
 def _summed_tensors(
     rows: Sequence[LayerRow], specs: Sequence[TensorSpec], summed_groups: set[int]
 ) -> tuple[tuple[str, ...], set[int]]:
-    """The tensors between two weights that come after a sum, and the groups that are sums behind them.
-
-    Additions are those of biases first. If the rows have more or fewer norms than the tensors, no norm is taken to
-    follow a sum.
-    """
+    """The tensors between two weights that come after a sum, and the groups that are sums behind them. Additions are
+    those of biases first. If the rows have more or fewer norms than the tensors, no norm is taken to follow a sum."""
     first, *rest = rows
     after_sum = [s.name for s in specs if s.kind is TensorKind.BIAS and set(s.axes[-1].groups) & summed_groups]
     norms = _norm_families(specs, sum(r.op in _NORM_OPERATORS for r in rest))
@@ -86,10 +83,8 @@ def _rows_between_weights(
 
 
 def _norm_families(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
-    """The tensors of each norm; empty if their number isn't that of the rows.
-
-    A scale without a bias may be a norm's, or a learnt factor (LayerScale): the number of rows tells which.
-    """
+    """The tensors of each norm; empty if their number isn't that of the rows. A scale without a bias may be a norm's,
+    or a learnt factor (LayerScale): the number of rows tells which."""
     families: list[list[TensorSpec]] = []
     for spec in specs:
         if spec.kind in (TensorKind.WEIGHT, TensorKind.BIAS):

@@ -67,10 +67,8 @@ def _cheapest_plan(cost: Cost) -> Coupling | None:
 
 
 def _scale_to_range(cost: Cost, largest: float) -> Cost:
-    """Unusually large or small costs times a power of two, which leaves the plan as it is.
-
-    The squares of costs from 1e17 overflow float32, and POT takes differences of 1e-14 for rounding.
-    """
+    """Unusually large or small costs times a power of two, which leaves the plan as it is. The squares of costs from
+    1e17 overflow float32, and POT takes differences of 1e-14 for rounding."""
     exponent = int(np.frexp(largest)[1])
     return cost if abs(exponent) <= _USUAL_EXPONENT else np.ldexp(cost, -exponent)
 
