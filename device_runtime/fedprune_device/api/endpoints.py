@@ -26,9 +26,9 @@ from fedprune_device.api.request import (
     request_array,
     request_batch,
 )
-from fedprune_device.data.dataset import Array
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample_store import MAX_LABEL, AddedSample, NoSampleError, SampleConflictError, SampleStore
+from fedprune_device.data.stored_array import Array
 
 MAX_BATCH = 64  # samples of one prediction: it holds the model's lock, and other requests wait for it
 MAX_LISTED = 1000  # names of samples in one answer

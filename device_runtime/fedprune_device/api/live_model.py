@@ -16,7 +16,7 @@ from fedprune.core.closeable import Closeable
 from fedprune.core.errors import FedpruneError
 from fedprune.model.lengths import Shape
 from fedprune_device.api.request import RequestError
-from fedprune_device.data.dataset import Array
+from fedprune_device.data.stored_array import Array
 from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
 from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_device.serving.prediction_text import likelihoods

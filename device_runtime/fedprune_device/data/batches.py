@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.rng import keyed_generator
 from fedprune.model.recipe import Recipe
-from fedprune_device.data.stored_array import Inputs
+from fedprune_device.data.stored_array import Array, Inputs
 
-Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.core.rng import keyed_generator
@@ -20,8 +19,6 @@ from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_samples, common_type
 from fedprune_device.data.sequences import PaddedRows, pad_labels, pad_samples
 from fedprune_device.data.stored_array import Inputs, StoredArray, select_pairs, spool_large, type_text
-
-Array = npt.NDArray[Any]
 
 SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and in `LocalData`
 _NO_SAMPLES = np.zeros((0, 0), np.float32)

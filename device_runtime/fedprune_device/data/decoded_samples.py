@@ -12,9 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError
-from fedprune_device.data.stored_array import OpenFiles, StoredArray
-
-Array = npt.NDArray[Any]
+from fedprune_device.data.stored_array import Array, OpenFiles, StoredArray
 
 
 class CacheFullError(DataError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,8 @@ from fedprune.model import step_contract
 from fedprune.model.features import MULTI_LABELS, labels_of
 from fedprune.model.recipe import Recipe
 from fedprune.model.step_feeds import number_feeds
-from fedprune_device.data.stored_array import Inputs, StoredArray, chunks
+from fedprune_device.data.stored_array import Array, Inputs, StoredArray, chunks
 
-Array = npt.NDArray[Any]
 Terms = Mapping[str, Array]  # arrays and numbers of the loss, by input name of the training graph
 
 _SMOOTHING = 0.1  # of a class's count: the logarithm of an absent class's share stays finite
@@ -176,12 +174,10 @@ class LogitAdjustment:
 
     @classmethod
     def of(cls, y: Inputs, recipe: Recipe, classes: int) -> LogitAdjustment:
-        offset = log_prior(y, classes, recipe.ignore_label) if recipe.logit_adjustment else None
-        present = class_presence(y, classes, recipe.ignore_label) if recipe.mask_absent_classes else None
-        return cls(
-            None if offset is None else tuple(map(float, offset)),
-            None if present is None else tuple(map(float, present)),
-        )
+        ignored = recipe.ignore_label
+        offset = tuple(log_prior(y, classes, ignored).tolist()) if recipe.logit_adjustment else None
+        present = tuple(class_presence(y, classes, ignored).tolist()) if recipe.mask_absent_classes else None
+        return cls(offset, present)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The logits [n, classes, ...] of own predictions; in the order of the training graph, masked last."""

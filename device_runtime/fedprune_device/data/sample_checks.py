@@ -9,13 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model.lengths import Shape, fits_shape, free_axis
-from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs
-
-Array = npt.NDArray[Any]
+from fedprune_device.data.stored_array import Array, Inputs, StoredArray, as_inputs
 
 _SCALE_HINT = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
 

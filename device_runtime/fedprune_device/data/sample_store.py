@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core import atomic_file
 from fedprune.core.closeable import Closeable
@@ -42,7 +41,7 @@ from fedprune_device.data.segment_log import (
     payload_name,
 )
 from fedprune_device.data.splits import SplitShares, claim_folder
-from fedprune_device.data.stored_array import FILE_STRIDE, OpenFiles
+from fedprune_device.data.stored_array import FILE_STRIDE, Array, OpenFiles
 from fedprune_device.data.stored_samples import (
     StoredSample,
     encode_sample,
@@ -51,8 +50,6 @@ from fedprune_device.data.stored_samples import (
     sample_outline,
     select_one_kind,
 )
-
-Array = npt.NDArray[Any]
 
 MAX_LABEL = 2**24 - 1
 

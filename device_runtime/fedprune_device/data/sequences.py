@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Lengths, Shape, check_lengths, free_axis, lengths_of, pad_to_bound
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.stored_array import Inputs, StoredArray, chunks, gather_chunks
-
-Array = npt.NDArray[Any]
+from fedprune_device.data.stored_array import Array, Inputs, StoredArray, chunks, gather_chunks
 
 LENGTHS = "lengths"  # the array of a file that holds the length of each sample
 

@@ -20,9 +20,7 @@ from fedprune.model.lengths import Shape, fits_shape, free_axis, pad_to_bound, u
 from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.stored_array import OpenFiles, StoredArray, gather_chunks
-
-Array = npt.NDArray[Any]
+from fedprune_device.data.stored_array import Array, OpenFiles, StoredArray, gather_chunks
 
 _FLOATS, _TOKENS = 0, 1  # the first byte of a stored sample
 _MAX_RANK = 8  # the most dimensions of a sample

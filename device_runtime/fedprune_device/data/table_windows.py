@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,9 @@ from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.stored_array import Inputs, OpenFiles, Rows, StoredArray
+from fedprune_device.data.stored_array import Array, Inputs, OpenFiles, Rows, StoredArray
 from fedprune_device.data.table_columns import CLASS, TARGET, TableColumns
 from fedprune_device.data.tables import CSV, PARQUET, open_table
-
-Array = npt.NDArray[Any]
 
 TABLE_BYTES = 2**30  # most bytes of a table's numbers on the disk
 

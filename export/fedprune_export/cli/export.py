@@ -67,6 +67,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="the bundle's folder; several go into folders in it"
     )
+    _add_plan_options(parser)
+    parser.add_argument(
+        "--opset", type=positive_integer, metavar="N", help="opset of the inference graph (default: 17)"
+    )
+    parser.add_argument(
+        "--class-names",
+        type=comma_separated_names,
+        default=(),
+        metavar="A,B,C",
+        help="names of the classes (default: those of a folder's config.json)",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
+    )
+    parser.add_argument(
+        "--precision",
+        type=parse_precisions,
+        default=(),
+        metavar="P,P",
+        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
+    )
+    add_json_option(parser, "the report as JSON, for programs")
+    parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE.json",
+        help="the board's own measurements (fedprune-device probe --json), which beat the profile's figures",
+    )
+    add_model_options(parser)
+    add_recipe_options(parser)
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that limit the submodel: how wide it is, and what a round may take."""
     parser.add_argument(
         "--density", type=parse_density, default=None, help="kept share of all channels, or auto (default)"
     )
@@ -103,35 +137,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="energy of a round's training in addition to the idle board's",
     )
     parser.add_argument("--deadline", type=positive_seconds, metavar="SECONDS", help="seconds that a round may take")
-    parser.add_argument(
-        "--opset", type=positive_integer, metavar="N", help="opset of the inference graph (default: 17)"
-    )
-    parser.add_argument(
-        "--class-names",
-        type=comma_separated_names,
-        default=(),
-        metavar="A,B,C",
-        help="names of the classes (default: those of a folder's config.json)",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
-    )
-    parser.add_argument(
-        "--precision",
-        type=parse_precisions,
-        default=(),
-        metavar="P,P",
-        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
-    )
-    add_json_option(parser, "the report as JSON, for programs")
-    parser.add_argument(
-        "--probe",
-        type=Path,
-        metavar="FILE.json",
-        help="the board's own measurements (fedprune-device probe --json), which beat the profile's figures",
-    )
-    add_model_options(parser)
-    add_recipe_options(parser)
 
 
 @dataclass(frozen=True)

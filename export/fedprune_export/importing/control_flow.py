@@ -10,8 +10,8 @@ import onnx
 from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
-from fedprune_export.importing.graph_writer import Array, GraphWriter
-from fedprune_export.ir.graph import read_tensor
+from fedprune_export.importing.graph_writer import GraphWriter
+from fedprune_export.ir.graph import Array, read_tensor
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 

@@ -6,16 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.ir import shape_inference
-from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
-
-Array = npt.NDArray[Any]
 
 _MAX_STEPS = 200  # most operators that compute a length or condition
 _MAX_SIZE_TENSOR_BYTES = 4096  # bytes of a tensor whose numbers are no sizes

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError
@@ -51,8 +49,6 @@ from fedprune_export.ir.fixed_batch import check_batch, refuse_fixed_batch
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.sample_inputs import sample_input
 from fedprune_export.ir.trace import Trace, trace_graph
-
-Array = npt.NDArray[Any]
 
 
 @dataclass
@@ -129,13 +125,7 @@ def normalise(
     # onnxruntime allocates whatever a file asks for, so it loads the file only after the trace has bounded all sizes.
     original = Original(raw, file_inputs, file_outputs, row_graph)
     # After this each operator has one form, and constants are folded.
-    composites = _simplify(graph, graph_trace, constants, notes, LOGITS)
-    if composites:
-        notes.append(
-            "A norm or activation that was written out in primitives is one operator."
-            if composites == 1
-            else f"{composites} norms and activations that were written out in primitives are one operator each."
-        )
+    _simplify(graph, graph_trace, constants, notes, LOGITS)
     check_random(graph)
     roles = _separate_parameters(graph, graph_trace, constants, listed, notes)
     note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
@@ -179,8 +169,8 @@ def simplify_graph(graph: Graph, constants: set[str], notes: list[str], *, outpu
     _check_types(graph, trace_graph(graph))
 
 
-def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> int:
-    """Fold constants and write each operator in one form. Returns the number of composites that were recognised."""
+def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> None:
+    """Fold constants, write each operator in one form, and recognise norms and activations in primitives."""
     _drop_casts(graph, trace)
     fold_constants(graph, trace, constants, output)
     translate(graph, trace, notes)
@@ -189,7 +179,11 @@ def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str],
     drop_identities(graph)
     graph.prune()
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
-    return replace_activations(graph, trace, constants) + replace_norms(graph, trace, constants)
+    composites = replace_activations(graph, trace, constants) + replace_norms(graph, trace, constants)
+    if composites == 1:
+        notes.append("A norm or activation that was written out in primitives is one operator.")
+    elif composites:
+        notes.append(f"{composites} norms and activations that were written out in primitives are one operator each.")
 
 
 def _check_ports(graph: Graph) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.ir.graph import Graph, Port
-
-Array = npt.NDArray[Any]
+from fedprune_export.ir.graph import Array, Graph, Port
 
 
 class Original:

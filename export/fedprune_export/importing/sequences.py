@@ -10,7 +10,8 @@ import onnx
 from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
-from fedprune_export.importing.graph_writer import Array, GraphWriter
+from fedprune_export.importing.graph_writer import GraphWriter
+from fedprune_export.ir.graph import Array
 
 # Operators that make or read sequences.
 SEQUENCE_OPERATORS = frozenset(

@@ -6,17 +6,13 @@ In that form they can be cut and differentiated.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing.constants import constant_input
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.trace import Trace
-
-Array = npt.NDArray[Any]
 
 _MAX_MATRIX_ELEMENTS = 2**24  # numbers of a matrix, 64 MiB
 

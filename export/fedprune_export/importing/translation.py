@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError, error_reason
@@ -22,8 +20,6 @@ from fedprune_export.ir.composites import COMPOSITES
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
 from fedprune_export.ir.trace import Trace
-
-Array = npt.NDArray[Any]
 
 _MIN_OPSET = 13  # from here on a node means at opset 17 what it meant
 

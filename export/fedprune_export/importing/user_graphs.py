@@ -62,10 +62,8 @@ def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = 
     """A loss as the bytes of an ONNX file, for a model with outputs [n, *outputs].
 
     Args:
-        source: An ONNX file; `package.module:function`; or a torch function or module. It takes outputs and labels, and
-            returns one number per sample [n]. Labels are like outputs, unless its attributes `target_shape` (of one
-            sample) and `target_dtype` ("int64") say something else.
-        pieces: The model's outputs, where it has several: they are arguments of their own, before the labels.
+        source: See `ImportChoices.loss`.
+        pieces: The model's outputs, if it has several: they are arguments of their own, before the labels.
 
     Raises:
         ModelError: There is no such loss, or torch can't export it.
@@ -79,9 +77,8 @@ def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] 
     """A metric as the bytes of an ONNX file, for a model with outputs [n, *outputs].
 
     Args:
-        source: An ONNX file of outputs and labels that gives sums over samples [k] and what they come to []; or, as for
-            `read_loss`, a torch function or module. That returns one number per sample [n], of which the mean counts;
-            or a row of numbers [n, k], and has an attribute `value`: a function of the sums of the rows [k].
+        source: See `ImportChoices.metric`; an ONNX file of outputs and labels gives the sums over samples [k] and the
+            value of the metric [].
         pieces: As for `read_loss`.
 
     Raises:
