@@ -116,7 +116,7 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
         raise
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error)) from error
-    except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
+    except Exception as error:  # a damaged file makes zipfile, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{unreadable_reason(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",

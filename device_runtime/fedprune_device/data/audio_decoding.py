@@ -46,9 +46,9 @@ class Audio:
     def samples(self, body: bytes, shape: Shape) -> Samples:
         """A recording's windows [k, *shape], where `shape` is [length] or [1, length].
 
-        A shorter recording is padded with zeros. A longer one is cut into windows that don't overlap; what is left at
-        its end is dropped. If the length may vary, padded places are marked, and what is left is a sample, too, unless
-        it is too short.
+        A shorter recording is padded with zeros. A longer one is cut into windows that don't overlap; the rest at its
+        end is dropped. If the length may vary, padded positions are marked, and the rest is a sample, too, unless it is
+        too short.
         """
         length = shape[-1] if shape else None
         if isinstance(length, Lengths) and shape[0] in (1, length):

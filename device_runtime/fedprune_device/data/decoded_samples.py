@@ -70,7 +70,7 @@ class DecodedSamples:
         return self._rows[name]
 
     def inputs(self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array]) -> StoredArray:
-        """Samples of these rows, each turned by `convert` from what was decoded into what a model takes."""
+        """Samples of these rows, each turned by `convert` from the decoded numbers into a model's input."""
         return StoredArray.at_positions(self._file, rows * self._record_bytes, self._x.dtype, self._x.shape, convert)
 
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:

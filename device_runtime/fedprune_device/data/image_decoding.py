@@ -129,5 +129,5 @@ def _open_image(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
         raise
     except pillow.UnidentifiedImageError as error:  # its message is only the address of a BytesIO object
         raise DataError("the image can't be read", expected=" or ".join(kinds), got="something else") from error
-    except Exception as error:  # what is damaged makes a decoder raise anything
+    except Exception as error:  # a damaged file makes a decoder raise anything
         raise DataError("the image can't be read", expected=" or ".join(kinds), got=error_reason(error)) from error

@@ -136,7 +136,7 @@ def log_prior(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArra
 
 
 def class_presence(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:
-    """1 for every class that has a sample, else 0."""
+    """1 for every class that has a sample, 0 for others."""
     return np.asarray(class_counts(y, classes, ignored) > 0, np.float32)
 
 
@@ -164,8 +164,8 @@ def positive_weights(y: Inputs) -> npt.NDArray[np.float32]:
 class LogitAdjustment:
     """Turns the logits of a model into those of the board's own predictions, as its training did.
 
-    `offset` is added to the logits [classes], where the recipe adjusts them. `present` is 0 for the classes whose
-    logits are replaced by 0 because the board has no samples of them, where the recipe masks these (HeteroFL, Diao et
+    `offset` is added to the logits [classes], where the recipe adjusts them. `present` is 0 for classes without
+    samples on the board, if the recipe masks them: their logits are replaced by 0 (HeteroFL, Diao et
     al. 2021, Sec. 3.3; the authors' code masks local tests, too).
     """
 

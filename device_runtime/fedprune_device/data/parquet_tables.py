@@ -47,7 +47,7 @@ def _blocks(file: Any, columns: TableColumns, class_names: tuple[str, ...]) -> I
             yield rows_of_cells(columns, [_column_cells(batch.column(name)) for name in names], number, class_names)
             number += len(batch)
     except OSError as error:
-        # pyarrow raises this without an errno for what it can't unpack.
+        # pyarrow raises this without an errno for data that it can't unpack.
         if error.errno is not None:
             raise
         raise DataError("no table", expected="Parquet", got=error_reason(error)) from error

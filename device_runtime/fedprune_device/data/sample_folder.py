@@ -227,7 +227,7 @@ class SampleFolder:
         return _File(path, label_file, names[0], version, self._split(layout, path, names[0]))
 
     def _split(self, layout: Layout, path: Path, name: str) -> str:
-        """The part that a file's folder names; else one by the file's digest, of the parts that have no folder."""
+        """The split that a file's folder names; by default one by the file's digest, of the splits without a folder."""
         folder_part = layout.split_of(path)
         if folder_part in ("val", "test"):
             return folder_part

@@ -260,7 +260,7 @@ class SampleStore(Closeable):
         return StoredSample(name, label, outline, end - outline.nbytes)
 
     def close(self) -> None:
-        """Note what was seen, and close the files."""
+        """Write the counts of seen samples, and close the files."""
         with self._lock:
             if self._declined:
                 self._write_counts()

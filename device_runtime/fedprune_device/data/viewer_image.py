@@ -69,7 +69,7 @@ def upright_image(image: Any) -> Any:
 
 def exif_orientation(image: Any) -> int:
     """The EXIF orientation, 1 to 8; 1 if there is none, or none that can be read: viewers show such an image, too."""
-    with suppress(Exception):  # what is damaged makes Pillow's reader of EXIF raise anything
+    with suppress(Exception):  # a damaged file makes Pillow's reader of EXIF raise anything
         value = image.getexif().get(_ORIENTATION, 1)
         return int(value) if value in _TRANSPOSE_OF_ORIENTATION else 1
     return 1

@@ -87,7 +87,7 @@ class TensorRTErrors:
         self.lines: list[str] = []
 
     def logger(self, trt: Any) -> Any:
-        """A logger for TensorRT, which must live as long as what was made with it."""
+        """A logger for TensorRT, which must live as long as the objects that were made with it."""
         errors = self
 
         class Logger(trt.ILogger):  # type: ignore[misc]
@@ -106,7 +106,7 @@ class TensorRTErrors:
 
     @contextmanager
     def translate(self, message: str) -> Iterator[None]:
-        """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an `EngineError`."""
+        """Turn errors of the bindings, such as a TypeError for objects that TensorRT didn't make, into `EngineError`."""
         try:
             yield
         except EngineError:

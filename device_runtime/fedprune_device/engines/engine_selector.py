@@ -242,7 +242,7 @@ class EngineSelector:
     def _accept(
         self, request: EngineRequest, tensorrt: Bindings, job: _BuildJob, result: BuildResult
     ) -> CheckedSession:
-        """Check what a child process made, put it into the cache and load it."""
+        """Check the engine that a child process made, put it into the cache and load it."""
         measured_deviation = checked_deviation(result.outputs, self._expected_outputs, self.plan.tolerance)
         cache, key = self.cache, job.key
         numbers = {

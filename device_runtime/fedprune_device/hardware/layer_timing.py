@@ -138,7 +138,7 @@ def _time_steps(
 ) -> list[Measurement]:
     architecture = nets.architecture(net)
     graph = nets.training(net, CUDA if cuda else CPU)
-    # Recorded steps are faster, but one session can't record fifteen widths: plans count what is launched one by one.
+    # Recorded steps are faster, but one session can't record fifteen widths: plans count operators launched one by one.
     session = OnnxSession(graph, threads=threads, training=True, cuda=cuda, records=False)
     measurements: list[Measurement] = []
     for _, widths, batch in time_left.points_in_time(points):

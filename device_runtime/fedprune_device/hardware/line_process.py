@@ -81,7 +81,7 @@ class LineProcess(Closeable):
         self.process.kill()
 
     def close(self) -> None:
-        # Closing flushes what the program never read, which blocks or fails.
+        # Closing flushes data that the program never read, which blocks or fails.
         with suppress(OSError), self._time_limit(_CLOSE_TIMEOUT_S):
             self._in.close()
         self.wait_for_end()

@@ -1,4 +1,4 @@
-"""Reads what the kernel reports of this board and this process: memory, clock, temperature, voltage."""
+"""Reads the kernel's reports on this board and this process: memory, clock, temperature, voltage."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def clock_hz(root: Path = Path("/")) -> int | None:
 
 
 def temperature_c(root: Path = Path("/")) -> float | None:
-    """The hottest thermal zone of the processor, else of the board; None where nothing can be read."""
+    """The hottest thermal zone of the processor or, without one, of the board; None if none can be read."""
     zones: dict[bool, list[float]] = {True: [], False: []}
     for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
         text = _text(zone / "temp")

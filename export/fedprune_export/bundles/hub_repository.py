@@ -199,7 +199,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
         commit = hub.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            # Nothing else that lies in the folder is published.
+            # Only the model's files are published, whatever is in the folder.
             allow_patterns=[*HUB_FILES],
             commit_message=message or f"Upload a model of fedprune {__version__}",
         )

@@ -1,4 +1,4 @@
-"""`to-onnx` and `to-torch`: models out of bundles, boards and fleets, as files that other programs read."""
+"""`to-onnx` and `to-torch`: write models of bundles, boards and fleets as files that other programs read."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def to_torch(arguments: argparse.Namespace) -> None:
 
 
 def _print_json(out: Path, title: str, size: int, error: float | None) -> None:
-    """`error` is the largest difference of outputs; None where they weren't compared."""
+    """`error` is the largest difference of outputs; None if they weren't compared."""
     print_json({"file": str(out), "bytes": size, "source": title, "difference": error})
 
 

@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that limit the submodel: how wide it is, and what a round may take."""
+    """Add the options that limit the submodel: its width, and the bytes, seconds and joules of a round."""
     parser.add_argument(
         "--density", type=parse_density, default=None, help="kept share of all channels, or auto (default)"
     )

@@ -1,4 +1,4 @@
-"""`groups MODEL`: which channels can only be cut together, and what stays."""
+"""`groups MODEL`: prints which channels can only be cut together, and which stay."""
 
 from __future__ import annotations
 

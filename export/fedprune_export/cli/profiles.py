@@ -1,4 +1,4 @@
-"""`profiles list | show | check | identify`: hardware profiles on the command line."""
+"""`profiles list | show | check | identify`: lists, shows, checks and identifies hardware profiles."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _figure_text(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
-    # Else the name would end in `_round`, which has no unit.
+    # Otherwise the name would end in `_round`, which has no unit.
     name = key.replace("bytes_per_round", "bytes")
     unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
     if unit == "bytes":

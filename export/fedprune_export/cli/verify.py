@@ -1,4 +1,4 @@
-"""`verify BUNDLE`: check a bundle on this machine."""
+"""`verify BUNDLE`: checks a bundle on this machine."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _SOFTPLUS_LINEAR_FROM = 17.0  # from here on softplus(x) and x are the same numb
 
 def replace_activations(graph: Graph, trace: Trace, constants: Container[str]) -> int:
     """Replace Softplus, Gelu (by erf or tanh) and Mish in primitives by the operators; returns how many."""
-    expressions = Expressions.of(graph, trace, constants)
+    expressions = Expressions(graph, trace, constants)
     count = 0
     for node in graph.nodes:
         if node.op == "Where" and not node.domain and (x := _match_softplus(expressions, node)):

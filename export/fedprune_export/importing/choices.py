@@ -38,7 +38,7 @@ class ImportChoices:
         prefer: Which channels to cut if only one kind can be: "coarse" (whole heads and groups) or "fine".
         loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
             `package.module:function`, or an ONNX file. It gives one number per sample [n]. Labels are like outputs,
-            unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say something else.
+            unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say otherwise.
         metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
             are averaged; or they are rows [n, k] and its attribute `value` is a function of their sums [k]. More is
             better.

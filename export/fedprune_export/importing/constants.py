@@ -36,7 +36,7 @@ def constant_input(graph: Graph, node: Node, index: int, what: str) -> Array | N
 
 
 def store_as_float32(graph: Graph) -> None:
-    """Store as float32 what the file stores in another precision and casts to float32 before anything reads it."""
+    """Store tensors as float32 that the file stores in another precision and casts to float32 before any use."""
     readers = graph.consumers()
     for name, value in list(graph.initializers.items()):
         casts = [node for node, _ in readers.get(name, [])]
@@ -69,7 +69,7 @@ def copy_fills(graph: Graph, constants: Collection[str]) -> None:
             filled.update(o for o in node.outputs if o)
     nodes: list[Node] = []
     readers: dict[str, list[Node]] = {}
-    # Readers come before what they read, so that the inputs of a copy are copied in turn.
+    # From the last node to the first, so that the inputs of a copy are copied in turn.
     for node in reversed(graph.nodes):
         copies = [node]
         output_names = [o for o in node.outputs if o]

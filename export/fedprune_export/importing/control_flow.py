@@ -24,7 +24,7 @@ def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> 
     Control flow that depends on data stays, and is refused by name later. Raises `ModelError` if there would be more
     than `max_nodes` operators, or control flow is nested too deeply.
     """
-    # Each pass removes one level; what is nested in it is seen by the next pass.
+    # Each pass removes one level; the next pass removes the level within it.
     for _ in range(_MAX_DEPTH):
         writer = _ControlFlow(model, opset, max_nodes)
         writer.write()

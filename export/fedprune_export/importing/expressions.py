@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Container
-from dataclasses import dataclass
 
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
@@ -18,26 +17,14 @@ from fedprune_export.ir.trace import Trace
 CONSTANT_TOLERANCE = 1e-6
 
 
-@dataclass
 class Expressions:
-    """A graph as expressions over its values.
+    """A graph as expressions over its values. `constants` are names of initialisers."""
 
-    Attributes:
-        constants: Names of the initialisers that are constants.
-        makers: By value, the standard operator that computes it as its first output.
-        from_data: Values that depend on the model's input.
-    """
-
-    graph: Graph
-    trace: Trace
-    constants: Container[str]
-    makers: dict[str, Node]
-    from_data: set[str]
-
-    @classmethod
-    def of(cls, graph: Graph, trace: Trace, constants: Container[str]) -> Expressions:
-        makers = {n.outputs[0]: n for n in graph.nodes if not n.domain and n.outputs[0]}
-        return cls(graph, trace, constants, makers, graph.values_from_inputs())
+    def __init__(self, graph: Graph, trace: Trace, constants: Container[str]) -> None:
+        self.graph, self.trace, self.constants = graph, trace, constants
+        # By value, the standard operator that computes it as its first output.
+        self.makers = {n.outputs[0]: n for n in graph.nodes if not n.domain and n.outputs[0]}
+        self.from_data = graph.values_from_inputs()
 
     def maker(self, value: str, *operators: str) -> Node | None:
         node = self.makers.get(value)

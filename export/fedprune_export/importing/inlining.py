@@ -18,7 +18,7 @@ MAX_NODES = 40_000  # operators of a model, with functions inlined; more would t
 
 _MAX_CALL_DEPTH = 20  # functions that call functions
 
-# Operators that are replaced by the standard's own definition of them, and what it consists of.
+# Operators that are replaced by their definition in the standard, and the operators of the definition.
 BY_DEFINITION = {
     "AffineGrid": "products with a grid of positions",
     "Attention": "products, Softmax and reshapes",

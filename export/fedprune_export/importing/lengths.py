@@ -88,7 +88,7 @@ def bind_length(proto: onnx.ModelProto, shape: Shape) -> None:
         [d if isinstance(d, int) else int(sizes[a] or 0) for a, d in enumerate(_dims(free[0])[1:])], sizes
     ):
         raise ModelError("the shape of one sample", expected=shape_text(*_dims(free[0])[1:]), got=shape_text(*shape))
-    # A symbol is one size wherever it stands, and a mask is as long as the samples even under another symbol.
+    # A symbol is one size in all shapes, and a mask is as long as the samples even under another symbol.
     symbol, max_length = free[0].type.tensor_type.shape.dim[axis + 1].dim_param, int(sizes[axis] or 0)
     for value in inputs:
         for position, dim in enumerate(value.type.tensor_type.shape.dim[1:], 1):
@@ -131,7 +131,7 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
     if len(graph.inputs) > 1:
         got = metadata.shown_names([p.name for p in graph.inputs])
         raise ModelError("inputs next to one whose length varies", expected=f"{MASK} or {LENGTHS} alone", got=got)
-    # What was added last computes what all other nodes read, so it goes first.
+    # The added nodes compute the inputs of all others, so they go first.
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
     graph.metadata[LENGTH_METADATA] = json.dumps([axis, min_length])
     computed = " and ".join(p.name for p in computed_ports)

@@ -26,7 +26,7 @@ UNUSED_KEY = (
     "fedprune.unused"  # names of the author's parameters that the outputs don't depend on: the model lacks them
 )
 NAMES_KEY = "fedprune.names"  # by a tensor's name here, the author's name, which may be reserved here (`lr`)
-TRAINING_NOTES_KEY = "fedprune.training_notes"  # notes on what a torch module does in training mode, and boards don't
+TRAINING_NOTES_KEY = "fedprune.training_notes"  # notes on effects of a torch module's training mode that boards lack
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
 PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
 
@@ -72,7 +72,7 @@ def original_names(texts: Mapping[str, str]) -> dict[str, str]:
 
 
 def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
-    """Notes on what a torch module does in training mode only, and boards don't do.
+    """Notes on effects of a torch module's training mode that boards lack.
 
     Raises `ModelError` if it is no list of texts, or one can't be printed.
     """
@@ -80,7 +80,7 @@ def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def author_notes(texts: Mapping[str, str]) -> list[str]:
-    """Notes on what a model's author should know: tied tensors, unused parameters, and training mode."""
+    """Notes for a model's author: on tied tensors, unused parameters, and training mode."""
     notes: list[str] = []
     if tied := [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(tied_names(texts).items())]:
         notes.append(f"Tensors that have several names are one tensor each: {first_few(tied, max_names=3)}.")

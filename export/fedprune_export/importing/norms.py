@@ -54,7 +54,7 @@ def replace_norms(graph: Graph, trace: Trace, constants: Container[str]) -> int:
     count = 0
     while True:
         # One match at a time: each replacement changes the nodes that the next one has to read.
-        expressions = Expressions.of(graph, trace, constants)
+        expressions = Expressions(graph, trace, constants)
         match = next(filter(None, (_match_norm(expressions, n) for n in graph.nodes)), None)
         if match is None:
             return count

@@ -19,9 +19,7 @@ _PROBABILITY_MARGIN = 1e-5
 def drop_output_softmax(graph: Graph, trace: Trace, notes: list[str]) -> str:
     """Remove a softmax over classes at the end, which the loss contains; the order of the classes stays the same.
 
-    Operators that only rearrange or clip its numbers may follow it.
-
-    Returns the operator that was removed, empty if none.
+    Operators that only rearrange or clip its numbers may follow it. Returns the removed operator; empty without one.
     """
     makers, readers = graph.producers(), graph.consumers()
     followers: list[Node] = []

@@ -44,14 +44,14 @@ _WEIGHTED_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
 _LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
 _PRODUCT_OPERATORS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _PARAMETERS_HINT = "--parameters FILE lists what is to be trained."
-_MAX_MASK_SCORE = -1e4  # what a mask adds to scores that don't count is this or less
+_MAX_MASK_SCORE = -1e4  # a mask adds at most this number to scores that don't count
 _STATISTICS = ("stat_mean", "stat_var")
 
 
 def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[str]:
     """The values of a file's Constant nodes; none if all its weights are such nodes.
 
-    Several exporters write weights as such nodes; others write only what the author has written as a number.
+    Several exporters write weights as Constant nodes; others write only numbers in the author's code as such nodes.
 
     Args:
         notes: Gets a sentence on tensors that may be weights and are taken for constants.
@@ -266,7 +266,7 @@ def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
 
 
 def _rescaled_inputs(graph: Graph, data_values: set[str]) -> set[str]:
-    """The model's input and what is computed from it by rearrangement, shifts and scales only."""
+    """The model's input, and values that are computed from it only by rearrangement, shifts and scales."""
     out = {p.name for p in graph.inputs}
     for node in graph.nodes:
         data = data_values.intersection(node.inputs)

@@ -90,7 +90,7 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
-TIMM_PREFIX = "timm:"  # what a source begins with that names a network of timm
+TIMM_PREFIX = "timm:"  # the beginning of a source that names a network of timm
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)?")
 

@@ -140,7 +140,7 @@ def _separate_names(graph: Any) -> None:
 
 def root_cause(error: BaseException) -> BaseException:
     """The root cause of an error: the exporter's own errors only name its steps."""
-    # An error can be among its own causes, for example where it is raised again from what it has caused.
+    # An error can be among its own causes, for example if it is raised again from an error that it has caused.
     visited = {id(error)}
     while error.__cause__ is not None and id(error.__cause__) not in visited:
         error = error.__cause__

@@ -43,18 +43,14 @@ def record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onn
         for field in ("running_mean", "running_var")
     ]
     statistics = [n for n in statistics if n in initializer_names]
-    texts = {metadata.PARAMETERS_KEY: json.dumps([*trainable, *statistics])}
-    if unused:
-        texts[metadata.UNUSED_KEY] = json.dumps(unused)
-    frozen = [n for n in trainable if not parameters[n].requires_grad]
-    if frozen:
-        texts[metadata.FROZEN_KEY] = json.dumps(frozen)
     aliases: dict[str, list[str]] = {}
     for alias, first in first_names.items():
         if alias != first:
             aliases.setdefault(first, []).append(alias)
-    if aliases:
-        texts[metadata.TIED_KEY] = json.dumps(aliases)
+    frozen = [n for n in trainable if not parameters[n].requires_grad]
+    facts = {metadata.UNUSED_KEY: unused, metadata.FROZEN_KEY: frozen, metadata.TIED_KEY: aliases}
+    texts = {metadata.PARAMETERS_KEY: json.dumps([*trainable, *statistics])}
+    texts |= {key: json.dumps(fact) for key, fact in facts.items() if fact}
     onnx.helper.set_model_props(proto, texts)
 
 

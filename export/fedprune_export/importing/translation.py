@@ -21,12 +21,12 @@ from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
 from fedprune_export.ir.trace import Trace
 
-_MIN_OPSET = 13  # from here on a node means at opset 17 what it meant
+_MIN_OPSET = 13  # nodes of this opset and later mean the same at opset 17
 
 
 @dataclass
 class Translation:
-    """The translated graph while it is written, and what the rules read."""
+    """The graph that the rules write, and the values and shapes that they read."""
 
     graph: Graph
     trace: Trace  # of the graph before the translation
@@ -171,7 +171,7 @@ def _batch_norm(state: Translation, node: Node) -> None:
         )
     node.attrs.pop("training_mode", None)
     node.attrs.pop("spatial", None)
-    # What a file holds as a 32-bit number is meant as the decimal that it prints as: 0.9, not 0.899999976.
+    # A 32-bit number in a file is meant as the decimal that it prints as: 0.9, not 0.899999976.
     keep = float(str(np.float32(node.attrs.get("momentum", 0.9))))
     if not 0 <= keep <= 1:
         raise ModelError(f"momentum of batch normalisation {node.name}", expected="from 0 to 1", got=keep)
