@@ -30,11 +30,8 @@ def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> 
     """An opened image of Pillow's as a viewer displays it, in `mode` (`RGB` or `L`).
 
     It is turned by its EXIF orientation, drawn on white where it is transparent, 16 bits become 8, and colours of an
-    embedded profile become those of sRGB. Raises `DataError` for animations and for colours that
-    viewers disagree on.
-
-    Args:
-        size: Width and height to which it is scaled afterwards; None leaves them.
+    embedded profile become those of sRGB. Then it is scaled to `size` (width, height), if that is given. Raises
+    `DataError` for animations and for colours that viewers disagree on.
     """
     check_single_frame(image)
     if image.mode not in _MODES:

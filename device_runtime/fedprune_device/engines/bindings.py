@@ -106,7 +106,7 @@ class TensorRTErrors:
 
     @contextmanager
     def translate(self, message: str) -> Iterator[None]:
-        """Turn errors of the bindings, such as a TypeError for objects that TensorRT didn't make, into `EngineError`."""
+        """Turn errors of the bindings, such as a TypeError for an object of another library, into an `EngineError`."""
         try:
             yield
         except EngineError:

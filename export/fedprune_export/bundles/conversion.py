@@ -64,10 +64,7 @@ def read_folder(folder: str | Path) -> ConversionSource:
 
 
 def full_model_source(model: Model, weights: Path | None = None) -> ConversionSource:
-    """A whole model, with the weights of a file if one is given.
-
-    Raises `BundleError` if the weights are not the model's.
-    """
+    """A whole model, with the weights of a file if one is given. Raises `BundleError` if they are not the model's."""
     if weights is not None:
         model = with_weights(model, tensorfile.load_tensors(weights), str(weights))
     return ConversionSource(model.graph, model.tensors, "the whole model")
@@ -102,10 +99,8 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: 
 def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None = None) -> bytes:
     """A model as one ONNX file with its weights inside, which can be imported again.
 
-    Raises `ModelError` if the graph can't be written at that opset, or the file computes something else.
-
-    Args:
-        opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
+    `opset` is by default the graph's own, or one that every supported onnxruntime loads. Raises `ModelError` if the
+    graph can't be written at that opset.
     """
     # A graph at another opset is imported again: importing translates its operators to the forms that can be lowered.
     written = graph
@@ -169,10 +164,8 @@ def check_state_parity(
 ) -> float:
     """The distance of the outputs of a model with a state dict's tensors from a reference's, on random samples.
 
-    Raises `ModelError` if they are too far from it, or the module doesn't load the state dict.
-
-    Args:
-        module: The same model in torch, which loads the state dict, too.
+    `module` is the same model in torch, which loads the state dict, too. Raises `ModelError` if outputs differ too
+    much, or the module doesn't load the state dict.
     """
     x = sample_feeds(reference, PARITY_SAMPLES)[X]
     expected = run_model(reference.to_bytes(), x)
@@ -227,13 +220,8 @@ def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: A
 def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
     """Write a state dict; returns the file's size.
 
-    Args:
-        path: A name that ends in `.safetensors`, or in `.pt` or `.pth` for `torch.load(..., weights_only=True)`.
-
-    Raises:
-        UsageError: The name ends in something else.
-        MissingExtraError: torch is needed and not installed.
-        StorageError: The file can't be written.
+    The name ends in `.safetensors`, or in `.pt` or `.pth` for `torch.load(..., weights_only=True)`. Raises `UsageError`
+    for other names, `MissingExtraError` if torch is needed and not installed, `StorageError` if the disk fails.
     """
     if path.suffix == ".safetensors":
         raw = tensorfile.encode(state)

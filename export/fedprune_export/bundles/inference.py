@@ -31,12 +31,8 @@ _MODEL_FILE = "model.onnx"
 def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = None) -> bytes:
     """The inference graph at these widths, as ONNX bytes without weights.
 
-    Args:
-        opset: The opset of what is written; by default one that every supported onnxruntime loads.
-
-    Raises:
-        BundleError: The widths don't fit the architecture.
-        ModelError: The graph can't be written at that opset.
+    `opset` is by default one that every supported onnxruntime loads. Raises `BundleError` if the widths don't fit the
+    architecture, `ModelError` if the graph can't be written at that opset.
     """
     graph = at_widths(model, widths)
     if model.base is not None:
@@ -94,14 +90,10 @@ def add_external(
 
 
 def inference_graph(folder: Path) -> Graph:
-    """Load an inference graph that fedprune wrote; its weights become initialisers under their tensor names.
+    """Load the inference graph of a bundle or served model; its weights become initialisers under their tensor names.
 
-    Args:
-        folder: A bundle's or a served model's, whose files have been checked.
-
-    Raises:
-        BundleError: The graph is damaged, or refers to weights that the folder lacks or that have another shape.
-        ModelError: The graph has something that fedprune never writes.
+    Raises `BundleError` if the graph is damaged, or refers to weights that the folder lacks or that have another shape;
+    `ModelError` if the graph has something that fedprune never writes.
     """
     path = folder / INFERENCE
     try:

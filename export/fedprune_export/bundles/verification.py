@@ -52,10 +52,7 @@ class PassedCheck:
 
 
 def verify_bundle(folder: Path, model: Model | None = None) -> Iterator[PassedCheck]:
-    """Check a bundle; yields each check once it is passed.
-
-    Args:
-        model: The whole model that it was cut from, to compare with.
+    """Check a bundle; yields each check once it is passed. The bundle is compared with the whole `model`, if given.
 
     Raises:
         BundleError: A file is missing, changed, or doesn't fit the others.
@@ -221,9 +218,7 @@ class _Trial:
 def check_model(bundle: Bundle, model: Model) -> str:
     """Check that a bundle's outputs are those of the whole model with the pruned channels masked.
 
-    Raises:
-        BundleError: The bundle is of another architecture, or its weights are not the model's.
-        ModelError: It computes something else.
+    Raises `BundleError` if architecture or weights are not the model's, `ModelError` if the outputs differ.
     """
     check_origin(bundle, model)
     cut_tensors = bundle.selection.gather(model.tensors)

@@ -74,10 +74,8 @@ def to_onnx(arguments: argparse.Namespace) -> None:
         tell("comparing outputs")
         error = conversion.check_onnx_parity(raw, source.graph)
         write_atomically(arguments.out, raw)
-    if arguments.json:
-        _print_json(arguments.out, source.title, len(raw), error)
-        return
-    print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement_text(error)}")
+    text = f"{len(raw):,} bytes, {source.title}; {conversion.agreement_text(error)}"
+    _print_result(arguments, source.title, len(raw), error, text)
 
 
 def to_torch(arguments: argparse.Namespace) -> None:
@@ -112,15 +110,16 @@ def to_torch(arguments: argparse.Namespace) -> None:
             error = conversion.check_state_parity(state, graph, source.graph, module, hint)
         comparison = f"; {conversion.agreement_text(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)
-    if arguments.json:
-        _print_json(arguments.out, source.title, size, error)
-        return
-    print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{comparison}")
+    text = f"{quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{comparison}"
+    _print_result(arguments, source.title, size, error, text)
 
 
-def _print_json(out: Path, title: str, size: int, error: float | None) -> None:
+def _print_result(arguments: argparse.Namespace, title: str, size: int, error: float | None, text: str) -> None:
     """`error` is the largest difference of outputs; None if they weren't compared."""
-    print_json({"file": str(out), "bytes": size, "source": title, "difference": error})
+    if arguments.json:
+        print_json({"file": str(arguments.out), "bytes": size, "source": title, "difference": error})
+    else:
+        print(f"{arguments.out}: {text}")
 
 
 def _check_result_path(arguments: argparse.Namespace, *endings: str) -> None:

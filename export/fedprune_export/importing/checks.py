@@ -89,11 +89,8 @@ _SHAPE_PREFIX = "shape~of~"
 def compare_with_original(original: Original, graph: Graph, softmax: str) -> None:
     """Compare the outputs of file and graph on random numbers, and the graph's shapes with the inferred ones.
 
-    Raises `ModelError` if they differ, or the output is not finite.
-
-    Args:
-        original: The user's file.
-        softmax: The operator that was removed from the end, if any.
+    `softmax` is the operator that was removed from the end, if any. Raises `ModelError` if outputs or shapes differ, or
+    an output is not finite.
     """
     inference = shapes_at_batch(graph, _BATCH_SIZES[0])
     values = [o for n in graph.nodes for o in n.outputs if o]

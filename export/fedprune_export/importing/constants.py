@@ -106,8 +106,7 @@ def guard_zero_norms(graph: Graph, constants: Container[str]) -> None:
 def narrow_constants(graph: Graph, trace: Trace, constants: set[str]) -> None:
     """Shorten constants along axes on which all their numbers are equal, if another operand gives the axis its size.
 
-    Args:
-        constants: Names of initialisers that are constants; gets those that are new.
+    The names of new constants are added to `constants`.
     """
     for node in graph.nodes:
         if node.domain or node.op not in MANY_TO_ONE or not all(i in trace.shapes for i in node.inputs):

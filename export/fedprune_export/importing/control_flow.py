@@ -211,13 +211,7 @@ class _ControlFlow(GraphWriter):
         prefix: str,
         targets: Sequence[str],
     ) -> list[onnx.NodeProto]:
-        """A copy of a body's nodes, with new names for their values.
-
-        Args:
-            tensor_names: The new names of its tensors.
-            inputs: The values that its inputs stand for.
-            targets: The names of its outputs.
-        """
+        """A copy of a body's nodes, with new names for tensors, inputs, outputs (`targets`) and all other values."""
         value_names = dict.fromkeys(o for n in body.node for o in n.output if o)
         result_names = {b.name: o for b, o in zip(body.output, targets, strict=True) if b.name in value_names and o}
         names = {

@@ -52,9 +52,7 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
     """The values of a file's Constant nodes; none if all its weights are such nodes.
 
     Several exporters write weights as Constant nodes; others write only numbers in the author's code as such nodes.
-
-    Args:
-        notes: Gets a sentence on tensors that may be weights and are taken for constants.
+    `notes` gets a sentence on tensors that may be weights and are taken for constants.
     """
     constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
     weights = {

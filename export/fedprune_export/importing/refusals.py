@@ -37,10 +37,9 @@ def check_random(graph: Graph) -> None:
 
 
 def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
-    """Make sure that the output consists of floats, which have a gradient. Raises `ModelError` otherwise.
+    """Raise `ModelError` unless the output consists of floats, which have a gradient.
 
-    Args:
-        names: The names that renamed values have in the file.
+    `names` are the names that renamed values have in the file.
     """
     name, makers = graph.outputs[0].name, graph.producers()
     kind = _KIND_NAMES.get(trace.dtypes[name].kind)

@@ -59,11 +59,9 @@ def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def translate(graph: Graph, trace: Trace, notes: list[str]) -> None:
-    """Rewrite operators in the forms of opset 17. Raises `ModelError` if an operator has no such form.
+    """Rewrite the operators of a graph, whose shape arithmetic is folded, in the forms of opset 17.
 
-    Args:
-        graph: The graph, with shape arithmetic folded; it is changed.
-        notes: Gets what people may want to know.
+    Raises `ModelError` if an operator has no form in opset 17.
     """
     nodes, graph.nodes = graph.nodes, []
     used = {p.name for p in graph.outputs} | {i for n in nodes for i in n.inputs}

@@ -302,21 +302,16 @@ def _rename_ports(graph: Graph, outputs: tuple[str, ...]) -> None:
 
 def _check_inputs(ports: Sequence[Port], outputs: tuple[int, ...], kind: str) -> None:
     outputs_port, labels_port = ports
-    if (
-        outputs_port.dtype != np.float32
-        or any(isinstance(d, int) and d != o for d, o in zip(outputs_port.shape[1:], outputs, strict=False))
-        or len(outputs_port.shape) != 1 + len(outputs)
-    ):
+    sizes = zip(outputs_port.shape[1:], outputs, strict=False)
+    fits = len(outputs_port.shape) == 1 + len(outputs) and all(o == d or not isinstance(d, int) for d, o in sizes)
+    if outputs_port.dtype != np.float32 or not fits:
         raise ModelError(
             f"the first input of a {kind}",
             expected=f"the model's outputs, float32 {shape_text('n', *outputs)}",
             got=f"{outputs_port.dtype} {shape_text(*outputs_port.shape)}",
         )
-    if (
-        labels_port.dtype not in _LABEL_DTYPES.values()
-        or not labels_port.shape
-        or not all(isinstance(d, int) for d in labels_port.shape[1:])
-    ):
+    has_fixed_sizes = bool(labels_port.shape) and all(isinstance(d, int) for d in labels_port.shape[1:])
+    if labels_port.dtype not in _LABEL_DTYPES.values() or not has_fixed_sizes:
         raise ModelError(
             f"the labels of a {kind}",
             expected="float32 or int64, with fixed sizes from the second axis on",
