@@ -54,13 +54,8 @@ def describe_rows(arrays: Sequence[tuple[Inputs, Inputs]]) -> PaddedRows:
 def pad_samples(x: Inputs, rows: PaddedRows | None, shape: Shape) -> Inputs:
     """Samples as a model takes them, padded to its upper bound. Samples on the disk are padded when they are read.
 
-    Args:
-        x: Rows, or samples that all have one length.
-        rows: What the rows hold; None for samples of one length.
-        shape: The model's input.
-
-    Raises:
-        DataError: The samples don't fit the model.
+    `x` are rows, described by `rows`, or samples of one length (None); `shape` is the model's input. Raises `DataError`
+    if the samples don't fit the model.
     """
     axis = free_axis(shape)
     bounds = None if axis is None else shape[axis]

@@ -16,14 +16,12 @@ def bundle_files(
 ) -> dict[str, bytes]:
     """The files of a bundle by name, without the manifest.
 
+    Raises `ModelError` if an operator can't be trained, `BundleError` if the selection doesn't fit the model.
+
     Args:
         recipe: The local training that the training step is for.
-        training: The training step, where it is not the model's own (`training_step`).
+        training: The training step, if it is not the model's own (`training_step`).
         opset: The opset of the inference graph; by default one that every supported onnxruntime loads.
-
-    Raises:
-        ModelError: An operator can't be trained.
-        BundleError: The selection doesn't fit the model.
     """
     model.check_selection(selection)
     frozen = model.base_file

@@ -73,11 +73,8 @@ def full_model_source(model: Model, weights: Path | None = None) -> ConversionSo
 def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: Ranks | None = None) -> Model:
     """A model with other weights, such as the server's global ones.
 
-    Raises `BundleError` if the tensors are not the model's.
-
-    Args:
-        tensors: All its tensors by name; further ones, such as torch's counters, are left out.
-        ranks: Ranks to record in the model; those that it has belong to its old weights.
+    Further tensors, such as torch's counters, are left out. `ranks` are recorded in the model instead of those of its
+    old weights. Raises `BundleError` if the tensors are not the model's.
     """
     for spec in model.architecture.tensors:
         value = tensors.get(spec.name)
@@ -117,11 +114,8 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
 def scatter_bundle(bundle: Bundle, model: Model, *, keep: bool = False) -> dict[str, Array]:
     """Scatter the tensors of a bundle into those of the whole model.
 
-    Raises `BundleError` if the bundle is not one of that model's.
-
-    Args:
-        keep: Whether the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0,
-            so that the channels add nothing; statistics stay in any case.
+    With `keep` the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0, so
+    that the channels add nothing; statistics stay in any case. Raises `BundleError` if the bundle is not the model's.
     """
     check_origin(bundle, model)
     statistics = {t.name for t in model.architecture.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}

@@ -108,22 +108,11 @@ class ModelCard:
 
 
 def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None = None) -> Path:
-    """Write a model as a folder in the hub's layout, after checking that the graph computes what the model does.
+    """Write a model as a folder in the hub's layout, once its graph is checked; returns the folder.
 
-    Files of an earlier model are replaced. An edited `README.md` is kept, which is logged as a warning. Needs no
-    network and no further library.
-
-    Args:
-        folder: It is made if it is not there.
-        card: What `README.md` says of the training.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: An argument is of another type.
-        ModelError: The graph can't be written.
-        StorageError: The folder can't be written.
+    The folder is made if it is not there. Files of an earlier model are replaced. `card` is for `README.md`; an edited
+    one is kept, which is logged as a warning. Needs no network and no further library. Raises `ConfigError` if an
+    argument is of another type, `ModelError` if the graph can't be written, `StorageError` if the disk fails.
     """
     check_instance("model", model, Model, "a model, such as one from fedprune_export.load")
     check_instance("folder", folder, (str, Path), "the path of a folder")

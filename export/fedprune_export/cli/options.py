@@ -114,11 +114,9 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_model(arguments: argparse.Namespace, source: str | None = None, name: str | None = None) -> fx.Model:
-    """Import the model that a command line names.
+    """Import the model that a command line names: `source`, or `arguments.model`.
 
-    Args:
-        source: The model, where it is not `arguments.model`.
-        name: What to call it where the command line doesn't say; an architecture is only equal under the same name.
+    `name` is its name if the command line has none: an architecture is only equal under the same name.
     """
     return fx.load(
         arguments.model if source is None else source,

@@ -46,10 +46,8 @@ def compare_models(before: bytes, after: bytes) -> ModelChanges:
 def drawn_tensors(source: str, raw: bytes, names: frozenset[str], read: Callable[[], bytes]) -> frozenset[str]:
     """Tensors whose values a factory draws at random in every call, such as untrained weights.
 
-    Args:
-        raw: The model's file after one call of the factory `source`.
-        names: The tensors in question.
-        read: Exports the file again, which takes longer than one more call of the factory.
+    `raw` is the model's file after one call of the factory `source`, and `names` are the tensors in question. `read`
+    exports the file again, which takes longer than one more call of the factory.
     """
     state, tensors = torch_module(source).state_dict(), _split_file(raw)[1]
     drawn = frozenset(n for n in names & state.keys() if not np.array_equal(_numpy_values(state[n]), tensors[n]))

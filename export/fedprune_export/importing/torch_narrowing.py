@@ -22,7 +22,7 @@ _HINT = "Build the module at this width yourself, and load the tensors into it."
 
 
 def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Module:
-    """Cut a torch module down to the shapes of a submodel's tensors, and load these.
+    """Cut a torch module down to the shapes of a submodel's tensors, load them into it, and return it.
 
     Layers get their new sizes (`out_channels`, `num_features`, ...), too. Numbers in the module's own `forward`, such
     as a `view` to 128 features, stay. Parameters stay on their device and of their type. Raises
@@ -33,9 +33,6 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     Args:
         module: The whole model, of the same code as the one that was imported. It is changed.
         tensors: A submodel's weights and statistics, by their names in the state dict.
-
-    Returns:
-        The same module.
     """
     torch = torch_package()
     if not isinstance(module, torch.nn.Module):

@@ -61,13 +61,9 @@ class _Labels:
 def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
     """A loss as the bytes of an ONNX file, for a model with outputs [n, *outputs].
 
-    Args:
-        source: See `ImportChoices.loss`.
-        pieces: The model's outputs, if it has several: they are arguments of their own, before the labels.
-
-    Raises:
-        ModelError: There is no such loss, or torch can't export it.
-        MissingExtraError: torch is needed and not installed.
+    `source` is as in `ImportChoices.loss`. `pieces` are the model's outputs, if it has several: they are arguments of
+    their own, before the labels. Raises `ModelError` if there is no such loss, or torch can't export it;
+    `MissingExtraError` if torch is needed and not installed.
     """
     kind = _FunctionKind("loss", "one number per sample", lambda loss, *arguments: loss(*arguments))
     return _read_function(source, outputs, pieces, kind)
@@ -76,14 +72,8 @@ def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = 
 def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
     """A metric as the bytes of an ONNX file, for a model with outputs [n, *outputs].
 
-    Args:
-        source: See `ImportChoices.metric`; an ONNX file of outputs and labels gives the sums over samples [k] and the
-            value of the metric [].
-        pieces: As for `read_loss`.
-
-    Raises:
-        ModelError: There is no such metric, or torch can't export it.
-        MissingExtraError: torch is needed and not installed.
+    `source` is as in `ImportChoices.metric`; an ONNX file of outputs and labels gives the sums over samples [k] and the
+    value of the metric []. `pieces` and errors are those of `read_loss`.
     """
     returns = "one number per sample, or a row of numbers and a `value` of their sums"
     return _read_function(source, outputs, pieces, _FunctionKind("metric", returns, _metric_sums))
